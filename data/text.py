@@ -1,0 +1,478 @@
+"""Text as bytes: finds, fetches, checks and splits a data set, and cuts it into batches.
+
+    python data/text.py enwik8 --stats        # bytes, distinct bytes (205), article lengths, byte_distribution.png
+
+Named sets: `enwik8` (the first 10^8 bytes of a dump of the English Wikipedia of 2006), `shakespeare` (tinyshakespeare)
+and `stdlib` (the source of this machine's Python standard library: no download). Any other name is a file, raw or .gz
+.xz .bz2 .zip. They are looked for in the folders of NANOLAB_DATA, then in data/downloads/, then downloaded.
+"""
+import argparse
+import bz2
+import difflib
+import fcntl
+import gzip
+import hashlib
+import http.client
+import lzma
+import os
+import re
+import sys
+import sysconfig
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
+from experiment import UserError, command
+
+
+@dataclass
+class Corpus:
+    """A text in three parts, each a 1-D uint8 tensor: train, val and test (None where the set has only two)."""
+    name: str
+    train: torch.Tensor
+    val: torch.Tensor
+    test: torch.Tensor | None
+    source: str  # one line: what, how many bytes, where from
+
+
+DOWNLOADS = Path(__file__).resolve().parent / "downloads"
+SETS = {  # name: file, bytes, what `git hash-object` prints of it, where it can be had
+    "enwik8": ("enwik8", 100_000_000, "73b1bbbdbe2623eb9f8561314ba9e4af9412b7ae",
+               "http://mattmahoney.net/dc/enwik8.zip"),
+    "shakespeare": ("tinyshakespeare.txt", 1_115_394, "7dcb3a2d4cc3b48b6283dd46870bfeb78f88aac9",
+                    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"),
+}
+PIECE = ("enwik8-first-4150000.txt", 4_150_000, "a3c217a85591b141d0960991ef2a9628692aed13")
+NAMES = [*SETS, "stdlib"]
+OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zip": zipfile.ZipFile}
+
+
+# --- Finding and reading ---
+
+def load(dataset, max_bytes=None, device="cpu"):
+    """Finds (or downloads) a data set and splits it: a Corpus whose parts lie on `device`.
+
+    dataset: `enwik8`, `shakespeare`, `stdlib` or the path of a file (raw, .gz, .xz, .bz2, .zip with one member).
+    max_bytes: only the first so many bytes, taken before splitting; None: all. On the CPU a raw file is memory-mapped.
+    Splits, in bytes: 90/5/5 (enwik8: 90, 5 and 5 million); shakespeare 90/10 without a test part, as nanoGPT has it.
+    Raises UserError: unknown name, missing, empty or damaged file, wrong checksum, no network, max_bytes out of range.
+    """
+    if max_bytes is not None and max_bytes < 1:
+        raise UserError(f"max_bytes is {max_bytes}: it must be at least 1, or none for all")
+    name = dataset
+    if dataset == "stdlib":
+        data, source = _stdlib()
+    else:
+        path = _acquire(dataset, max_bytes) if dataset in SETS else _existing(dataset)
+        data, source = _read(path, max_bytes), str(path)
+        name = dataset if dataset in SETS else path.name
+    _check_max_bytes(max_bytes, data.numel(), dataset)
+    data = data[:max_bytes].to(torch.device(device))
+    n = data.numel()
+    source = f"{name}: {'the first ' if max_bytes else ''}{n:,} bytes of {source}"
+    n_train = int(n * 0.9) if dataset == "shakespeare" else n * 9 // 10
+    n_val = n - n_train if dataset == "shakespeare" else (n - n_train) // 2
+    train, val, test = data.split([n_train, n_val, n - n_train - n_val])
+    return Corpus(name, train, val, None if dataset == "shakespeare" else test, source)
+
+
+def _check_max_bytes(max_bytes, size, dataset):
+    if max_bytes is not None and max_bytes > size:
+        raise UserError(f"max_bytes is {max_bytes:,}, but {dataset} has only {size:,} bytes")
+
+
+def _folders():
+    """The folders of NANOLAB_DATA in order, then data/downloads/."""
+    given = [Path(name).expanduser() for name in os.environ.get("NANOLAB_DATA", "").split(os.pathsep) if name]
+    for folder in given:
+        if not folder.is_dir():
+            raise UserError(f"NANOLAB_DATA names {folder}, which is not a folder")
+    return [*given, DOWNLOADS]
+
+
+def _find(file):
+    """The first `file`, raw or packed, in the folders; None where there is none."""
+    paths = (folder / (file + suffix) for folder in _folders() for suffix in ("", *OPENERS))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _acquire(dataset, max_bytes):
+    """The path of a named set's checked file; downloads it where it lies nowhere."""
+    file, size, blob_id, url = SETS[dataset]
+    _check_max_bytes(max_bytes, size, dataset)
+    path, piece = _find(file), _find(PIECE[0]) if dataset == "enwik8" else None
+    if path:
+        return _verified(path, file, size, blob_id)
+    if piece and (max_bytes or size) <= PIECE[1]:
+        return _verified(piece, *PIECE)
+    try:
+        return download(url, DOWNLOADS / file, size, blob_id)
+    except UserError as error:
+        way = f"put {file} ({size:,} bytes; raw or {' '.join(OPENERS)}) into {DOWNLOADS} or a folder of NANOLAB_DATA, "
+        if dataset == "enwik8":
+            way += f"or use --max_bytes {PIECE[1]}{'' if piece else f' with {PIECE[0]}.xz there'}, "
+        raise UserError(f"{error}; {way}or use --dataset stdlib") from error
+
+
+def _existing(dataset):
+    """The path of a file that a person named: as it stands, else in one of the folders."""
+    path = Path(dataset).expanduser()
+    if path.is_file():
+        return path
+    if path.exists():
+        raise UserError(f"dataset {dataset!r} is not a file: name a file, or one of {', '.join(NAMES)}")
+    found = next((folder / path for folder in _folders() if (folder / path).is_file()), None)
+    if found is None:
+        nearest = difflib.get_close_matches(dataset, NAMES, 1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"give a file's path, or one of {', '.join(NAMES)}"
+        raise UserError(f"dataset {dataset!r} is neither a file nor a known name: {hint}")
+    return found
+
+
+def _read(path, max_bytes=None):
+    """uint8 tensor of a file's bytes: raw ones memory-mapped, of packed ones the first max_bytes, in memory."""
+    try:
+        if path.suffix.lower() in OPENERS:
+            content = bytearray(_unpack(path, max_bytes))  # a bytearray, because torch wants writable memory
+        else:  # "c", copy on write: writable too, and still the file cannot be changed through it
+            content = np.memmap(path, dtype=np.uint8, mode="c") if path.stat().st_size else b""
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    if not len(content):
+        raise UserError(f"{path} is empty")
+    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8))
+
+
+def _unpack(path, max_bytes=None, suffix=None):
+    """The (first max_bytes) bytes in a .gz, .xz, .bz2 or .zip file."""
+    limit = -1 if max_bytes is None else max_bytes
+    try:
+        with OPENERS[suffix or path.suffix.lower()](path) as archive:
+            if not isinstance(archive, zipfile.ZipFile):
+                return archive.read(limit)
+            members = [name for name in archive.namelist() if not name.endswith("/")]
+            if len(members) != 1:
+                listed = ", ".join(members[:8]) + (", ..." if len(members) > 8 else "")
+                raise UserError(f"{path} has {len(members)} members ({listed}): unpack it and name one file")
+            with archive.open(members[0]) as file:
+                return file.read(limit)
+    except PermissionError:
+        raise
+    except (OSError, EOFError, RuntimeError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged or not what its name says ({error}): fetch it again") from error
+
+
+def _stdlib():
+    """(data, source): the standard library's .py files, those that are UTF-8, joined by newlines.
+
+    In the order of a hash of their relative paths, so that the parts of a split look alike; splits cut at plain byte
+    positions. Left out: tests, installed packages, IDLE, turtle demos, pip's bundle, what Python's build generated.
+    """
+    root, texts, paths = sysconfig.get_path("stdlib"), [], []
+    skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "ensurepip", "__pycache__"}
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in skip and not name.startswith("config-")]
+        paths += [Path(folder, name) for name in files if re.fullmatch(r"(?!_sysconfigdata).*\.py", name)]
+    for path in sorted(paths, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()):
+        texts.append(path.read_bytes())
+        try:
+            texts[-1].decode()
+        except UnicodeDecodeError:
+            texts.pop()
+    whole = bytearray(b"\n".join(texts))
+    if not whole:
+        raise UserError(f"no source files of the Python standard library in {root}: use --dataset with a text file")
+    return torch.frombuffer(whole, dtype=torch.uint8), (
+        f"the standard library of Python {sys.version.split()[0]} ({len(texts)} files, {len(whole):,} bytes in {root}, "
+        f"sha256 {hashlib.sha256(whole).hexdigest()[:12]})")
+
+
+# --- Checking and downloading ---
+
+def _difference(content, size, blob_id):
+    """What is wrong with a bytes-like object that should have this size and this git blob id; "" if nothing."""
+    if len(content) != size:
+        return f"it has {len(content):,} bytes, not {size:,}"
+    digest = hashlib.sha1(b"blob %d\0" % size)
+    digest.update(content)
+    return "" if digest.hexdigest() == blob_id else f"its git blob id is {digest.hexdigest()}, not {blob_id}"
+
+
+def _verified(path, file, size, blob_id):
+    """path, its content checked; a large file's success is remembered, so that not every start hashes it."""
+    stat, marker = path.stat(), DOWNLOADS / f"{file}.checked"
+    stamp = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {blob_id}"
+    if marker.is_file() and marker.read_bytes() == stamp.encode():
+        return path
+    if wrong := _difference(_read(path).numpy(), size, blob_id):
+        raise UserError(f"{path} is not {file}: {wrong}; replace or remove it")
+    if size > 2 ** 24:
+        try:
+            DOWNLOADS.mkdir(exist_ok=True)
+            marker.write_text(stamp)
+        except OSError:
+            pass  # a read-only installation: the next start hashes again
+    return path
+
+
+def download(url, path, size, blob_id):
+    """Downloads a file of known content to `path`, unpacking a .zip. Returns path: complete and checked, or not there.
+
+    size: bytes of the content. blob_id: its git blob id. What came before a download broke off stays beside path as
+    `<name>.part`, and the next call goes on from there.
+    Raises UserError: no connection, refused, broken off, other content than expected, folder not writable or full.
+    """
+    path = Path(path)
+    part, fresh, lock_path = (path.with_name(path.name + ending) for ending in (".part", ".new", ".lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(lock_path, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of two runs that start together the second waits and finds the file
+            if path.exists():
+                return path
+            _fetch(url, part)
+            try:
+                content = _unpack(part, suffix=".zip") if url.endswith(".zip") else part.read_bytes()
+                if wrong := _difference(content, size, blob_id):
+                    raise UserError(wrong)
+            except UserError as error:
+                part.unlink()
+                raise UserError(f"what {url} sent is not {path.name} and was removed: {error}") from error
+            with open(fresh, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(fresh, path)
+            part.unlink()
+            return path
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _fetch(url, part):
+    """Brings url's bytes into the file part, from where an earlier attempt broke off."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code != 416:
+            raise UserError(f"{url} answers {error.code} {error.reason}") from error
+        if error.headers.get("Content-Range") == f"bytes */{have}":
+            return  # nothing is missing: the earlier attempt ended between the last byte and the check
+        part.unlink()  # longer than the file, so of another one
+        return _fetch(url, part)
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"no connection to {url} ({getattr(error, 'reason', error)})") from error
+    with response:
+        have = have if response.status == 206 else 0  # 200: the server sends everything again
+        length, broken = response.headers.get("Content-Length"), None
+        total = None if length is None else have + int(length)
+        print(f"downloading {url}" + (f", going on at byte {have:,}" if have else ""), flush=True)
+        with open(part, "ab" if have else "wb") as file, \
+                tqdm(total=total, initial=have, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+            while broken is None:
+                try:
+                    chunk = response.read(2 ** 16)
+                except (OSError, http.client.HTTPException) as error:
+                    broken, chunk = error, b""
+                if not chunk:
+                    break
+                file.write(chunk)
+                bar.update(len(chunk))
+            have = file.tell()
+    if broken is not None or (total is not None and have < total):
+        raise UserError(f"the download of {url} broke off after {have:,} bytes: the same command goes on from there")
+
+
+# --- Batches ---
+
+class Batches:
+    """Endless batches of windows out of one part of a corpus.
+
+    data: 1-D uint8 tensor, on any device. batch_size: windows (B). block_size: bytes of input (T). n_targets: bytes
+    predicted ahead of each position (K); a window is T + K bytes. device: where the batches go.
+    mode: `random`: places drawn uniformly, with replacement.
+          `epochs`: without replacement: an epoch cuts the data, from a phase drawn in [0, T), into windows T apart and
+          shuffles them, so that no byte is a first target twice; a batch may span two epochs.
+          `streams`: B places that divide the data evenly, each going on by T with every batch and, at the end of its
+          share, back to its start; `fresh` says when.
+    seed: of the generator, which draws nothing else; torch's global generators are never touched.
+    Raises UserError: data too short for one window, a size below 1, an unknown mode.
+    """
+
+    def __init__(self, data, batch_size, block_size, n_targets=1, mode="random", seed=0, device="cpu"):
+        if mode not in ("random", "epochs", "streams"):
+            raise UserError(f"batches come as random, epochs or streams, not {mode!r}")
+        sizes = f"batch_size {batch_size}, block_size {block_size}, n_targets {n_targets}"
+        if min(batch_size, block_size, n_targets) < 1:
+            raise UserError(f"{sizes}: each must be at least 1")
+        if data.dim() != 1 or data.dtype != torch.uint8:
+            raise ValueError(f"data must be a 1-D uint8 tensor, not {data.dim()}-D {data.dtype}")
+        needed = block_size * (batch_size if mode == "streams" else 1) + n_targets
+        if data.numel() < needed:
+            raise UserError(f"this part of the data has {data.numel():,} bytes; {mode} batches with {sizes} need "
+                            f"{needed:,}: take a smaller block_size or more data")
+        self.data, self.batch_size, self.block_size, self.n_targets = data, batch_size, block_size, n_targets
+        self.mode, self.device = mode, torch.device(device)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.passes = 0  # whole passes over the data before this one
+        self._start_pass()
+
+    def _start_pass(self):
+        """Lays out where a pass's windows start, in order; position counts those that were given."""
+        n, T, K = self.data.numel(), self.block_size, self.n_targets
+        self.position, self._length = 0, n / T
+        self._before = self.generator.get_state()  # from which a resumed run draws the same pass again
+        if self.mode == "epochs":
+            phase = int(torch.randint(min(T, n - T - K + 1), (), generator=self.generator))
+            self._order = torch.randperm((n - K - phase) // T, generator=self.generator).mul_(T).add_(phase)
+        elif self.mode == "streams":
+            steps = (n - K) // (self.batch_size * T)
+            self._order = torch.arange(self.batch_size * steps).view(-1, steps).T.flatten().mul_(T)  # (steps * B,)
+        if self.mode != "random":
+            self._length = self._order.numel()
+
+    @property
+    def epoch(self):
+        """float: passes over the data so far. In mode random: bytes drawn as inputs over bytes of the data."""
+        return self.passes + self.position / self._length
+
+    @property
+    def fresh(self):
+        """bool: the latest batch continues no earlier one (its streams have just (re)started): forget the memory."""
+        return self.mode != "streams" or self.position <= self.batch_size
+
+    def next(self):
+        """-> x (B, T) int64, y (B, T, K) int64 on device; y[b, t, k] is the byte k + 1 places after x[b, t]."""
+        T, K = self.block_size, self.n_targets
+        places = self._places()
+        if self.data.is_cuda:
+            places = places.pin_memory().to(self.data.device, non_blocking=True)
+        windows = self.data.unfold(0, T + K, 1).index_select(0, places)  # (B, T + K), still uint8
+        onto_gpu = self.device.type == "cuda"
+        if onto_gpu and not windows.is_cuda:
+            windows = windows.pin_memory()
+        windows = windows.to(self.device, non_blocking=onto_gpu)
+        ahead = windows[:, 1:].unfold(1, K, 1)  # (B, T, K)
+        return windows[:, :T].long(), ahead.to(torch.long, memory_format=torch.contiguous_format)
+
+    def _places(self):
+        """Where the next batch's windows start: (B,) int64 on the CPU."""
+        if self.mode == "random":
+            self.position += self.batch_size
+            last = self.data.numel() - self.block_size - self.n_targets
+            return torch.randint(last + 1, (self.batch_size,), generator=self.generator)
+        parts, missing = [], self.batch_size
+        while missing:
+            if self.position == self._length:
+                self.passes += 1
+                self._start_pass()
+            parts.append(self._order[self.position:self.position + missing])
+            self.position += parts[-1].numel()
+            missing -= parts[-1].numel()
+        return torch.cat(parts)
+
+    def _kind(self):
+        """What a saved state must share with these batches for its position to mean the same."""
+        names = ["block_size", "n_targets"] + ["batch_size"] * (self.mode == "streams")
+        return {"mode": self.mode, "bytes": self.data.numel(), **{name: getattr(self, name) for name in names}}
+
+    def state_dict(self):
+        """Plain strings, ints and one uint8 tensor, from which load_state_dict goes on exactly, also within a pass."""
+        state = self._before if self.mode == "epochs" else self.generator.get_state()
+        return {**self._kind(), "passes": self.passes, "position": self.position, "generator": state.clone()}
+
+    def load_state_dict(self, state):
+        """Goes on where state was taken. Raises UserError where the mode, the data's size or the windows differ."""
+        for key, here in self._kind().items():
+            if state.get(key) != here:
+                raise UserError(f"the saved batches have {key} {state.get(key)}, these have {here}: resume with the "
+                                "data and the batch settings of the saved run")
+        self.generator.set_state(state["generator"].cpu())
+        self._start_pass()
+        self.passes, self.position = state["passes"], state["position"]
+
+
+# --- Statistics ---
+
+def statistics(corpus):
+    """Figures of a whole corpus: bytes, distinct, counts (256,) int64; pieces (what was measured), n_pieces, and mean
+    and median of their bytes. Pieces are wiki articles, <page> to </page>, else paragraphs (empty lines between), else
+    lines."""
+    parts = [part.cpu() for part in (corpus.train, corpus.val, corpus.test) if part is not None]
+    text = torch.cat(parts).numpy().tobytes()
+    counts = np.bincount(np.frombuffer(text, dtype=np.uint8), minlength=256)
+    lengths, pieces, end = [], "complete articles (<page> to </page>)", 0
+    while (start := text.find(b"<page>", end)) >= 0 and (stop := text.find(b"</page>", start)) >= 0:
+        end = stop + len(b"</page>")
+        lengths.append(end - start)
+    for name, border in (("paragraphs", rb"(?:\r?\n){2,}"), ("lines", rb"[\r\n]+")) if not lengths else ():
+        if len(lengths) < 2:
+            pieces, lengths = f"{name} (there are no articles)", [len(p) for p in re.split(border, text) if p] or [0]
+    return {"bytes": len(text), "distinct": int((counts > 0).sum()), "counts": counts, "pieces": pieces,
+            "n_pieces": len(lengths), "mean": float(np.mean(lengths)), "median": float(np.median(lengths))}
+
+
+def draw_bytes(figures, name, path):
+    """Writes a picture of statistics(...): how frequent each byte value is, on a logarithmic scale."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    share = figures["counts"] / figures["bytes"]
+    figure, axes = plt.subplots(figsize=(13, 5), layout="constrained")
+    for first, stop, kind in ((0, 33, "control, space"), (33, 128, "ASCII"), (128, 192, "UTF-8 continuation"),
+                              (192, 256, "UTF-8 lead")):
+        axes.bar(range(first, stop), share[first:stop], width=0.9, label=kind)
+    axes.set(yscale="log", xlim=(-1, 256), ylim=(share[share > 0].min() / 3, 1), ylabel="share of all bytes",
+             xlabel="byte value", title=f"{name}: {figures['bytes']:,} bytes, {figures['distinct']} distinct")
+    ticks = {0: "", 10: "newline", 32: "space", 48: "0", 65: "A", 97: "a", 128: "", 160: "", 192: "", 224: "", 255: ""}
+    axes.set_xticks(list(ticks), [f"{value}\n{text}" for value, text in ticks.items()])
+    axes.legend(loc="upper right", ncols=4)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+@command
+def main(argv=None):
+    """The command line: finds, checks and describes one data set."""
+    parser = _Parser(prog="data/text.py", description=__doc__.splitlines()[0])
+    parser.add_argument("dataset", help=f"{', '.join(NAMES)}, or a file (raw, {' '.join(OPENERS)})")
+    parser.add_argument("--max_bytes", "--max-bytes", type=int, help="only the first so many bytes, before splitting")
+    parser.add_argument("--stats", action="store_true", help="count, and write byte_distribution.png")
+    parser.add_argument("--out", type=Path, default=Path("."), help="the folder of byte_distribution.png")
+    args = parser.parse_args(argv)
+    corpus = load(args.dataset, args.max_bytes)
+    parts = {part: getattr(corpus, part) for part in ("train", "val", "test") if getattr(corpus, part) is not None}
+    print(corpus.source)
+    print("split: " + ", ".join(f"{part} {data.numel():,}" for part, data in parts.items()) + " bytes")
+    if args.stats:
+        figures, path = statistics(corpus), args.out / "byte_distribution.png"
+        print(f"distinct bytes: {figures['distinct']}")
+        print(f"{figures['pieces']}: {figures['n_pieces']:,}, of {figures['mean']:,.1f} bytes in the mean, "
+              f"{figures['median']:,.1f} in the median")
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            draw_bytes(figures, corpus.name, path)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,571 @@
+"""data/text.py: finding, checking, downloading, splitting, batches, statistics. No network: a server on 127.0.0.1."""
+import bz2
+import gzip
+import hashlib
+import http.server
+import io
+import lzma
+import os
+import re
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from data import text  # noqa: E402
+from data.text import Batches, download, load, main, statistics  # noqa: E402
+from experiment import UserError  # noqa: E402
+
+CONTENT = bytes(range(256)) * 1200  # 307,200 bytes: several chunks of a download
+real_data = pytest.mark.skipif(not Path(os.environ.get("NANOLAB_DATA") or "/nowhere").is_dir(),
+                               reason="NANOLAB_DATA names no folder")
+
+
+def blob_id(content):
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def zipped(**members):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def raises_one_line(*words):
+    """A UserError of one line that has all the words."""
+    pattern = "".join(f"(?=.*{re.escape(word)})" for word in words)
+    return pytest.raises(UserError, match=rf"\A{pattern}[^\n]+\Z")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty NANOLAB_DATA; downloads would go into another empty folder, from a port where nobody listens."""
+    given = tmp_path / "given"
+    given.mkdir()
+    monkeypatch.setenv("NANOLAB_DATA", str(given))
+    monkeypatch.setattr(text, "DOWNLOADS", tmp_path / "downloads")
+    monkeypatch.setenv("no_proxy", "*")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/"
+    dead = {name: (*row[:3], url + row[3].rpartition("/")[2]) for name, row in text.SETS.items()}
+    monkeypatch.setattr(text, "SETS", dead)
+    return given
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A web server of one file: set .content, .ranges (does it know Range?), .cut (bytes after which it hangs up) and
+    .reset (rudely)."""
+    monkeypatch.setenv("no_proxy", "*")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            here, start = self.server, 0
+            asked = self.headers.get("Range")
+            here.asked.append(asked)
+            if self.path.startswith("/missing"):
+                return self.send_error(404)
+            if asked and here.ranges:
+                start = int(asked.removeprefix("bytes=").rstrip("-"))
+                if start >= len(here.content):
+                    self.send_response(416)
+                    self.send_header("Content-Range", f"bytes */{len(here.content)}")
+                    return self.end_headers()
+                self.send_response(206)
+                self.send_header("Content-Range", f"bytes {start}-{len(here.content) - 1}/{len(here.content)}")
+            else:
+                self.send_response(200)
+            self.send_header("Content-Length", str(len(here.content) - start))
+            self.end_headers()
+            self.wfile.write(here.content[start:][:here.cut])
+            if here.reset:
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+
+        def log_message(self, *args):
+            pass
+
+    httpd = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    httpd.content, httpd.ranges, httpd.cut, httpd.reset, httpd.asked = CONTENT, True, None, False, []
+    httpd.url = f"http://127.0.0.1:{httpd.server_port}"
+    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield httpd
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+# --- Downloads ---
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_fresh_download_is_complete_and_leaves_no_scraps(server, tmp_path, packed):
+    path = tmp_path / "new" / "file"
+    server.content = zipped(file=CONTENT) if packed else CONTENT
+    assert download(f"{server.url}/file{'.zip' if packed else ''}", path, len(CONTENT), blob_id(CONTENT)) == path
+    assert path.read_bytes() == CONTENT
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["file", "file.lock"]
+    download(f"{server.url}/file", path, len(CONTENT), blob_id(CONTENT))
+    assert server.asked == [None]  # what is there is not fetched again
+
+
+def test_broken_download_is_kept_and_resumed_by_range(server, tmp_path):
+    path, server.cut = tmp_path / "file", 100_001
+    with raises_one_line("broke off after 100,001 bytes", "same command"):
+        download(f"{server.url}/file", path, len(CONTENT), blob_id(CONTENT))
+    assert not path.exists() and (tmp_path / "file.part").read_bytes() == CONTENT[:100_001]
+    server.cut = None
+    download(f"{server.url}/file", path, len(CONTENT), blob_id(CONTENT))
+    assert path.read_bytes() == CONTENT and server.asked == [None, "bytes=100001-"]
+
+
+def test_a_reset_connection_is_resumed(server, tmp_path):
+    path, server.cut, server.reset = tmp_path / "file", 100_000, True
+    with raises_one_line("broke off after", "same command"):
+        download(f"{server.url}/file", path, len(CONTENT), blob_id(CONTENT))
+    server.cut, server.reset = None, False
+    download(f"{server.url}/file", path, len(CONTENT), blob_id(CONTENT))
+    assert path.read_bytes() == CONTENT
+
+
+def test_two_runs_that_need_one_file_fetch_it_once(server, tmp_path):
+    arguments = f"{server.url}/file", tmp_path / "file", len(CONTENT), blob_id(CONTENT)
+    threads = [threading.Thread(target=download, args=arguments) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (tmp_path / "file").read_bytes() == CONTENT and server.asked == [None]
+
+
+def test_resume_at_a_server_without_ranges_starts_over(server, tmp_path):
+    server.ranges = False
+    (tmp_path / "file.part").write_bytes(b"x" * 1000)
+    download(f"{server.url}/file", tmp_path / "file", len(CONTENT), blob_id(CONTENT))
+    assert (tmp_path / "file").read_bytes() == CONTENT and server.asked == ["bytes=1000-"]
+
+
+@pytest.mark.parametrize("part, requests", [(CONTENT, 1), (CONTENT + b"more", 2)])
+def test_part_that_needs_no_more_bytes(server, tmp_path, part, requests):
+    (tmp_path / "file.part").write_bytes(part)  # whole, or of another and longer file
+    download(f"{server.url}/file", tmp_path / "file", len(CONTENT), blob_id(CONTENT))
+    assert (tmp_path / "file").read_bytes() == CONTENT and len(server.asked) == requests
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("file", CONTENT[:-1] + b"?", "its git blob id is"),
+    ("file", CONTENT + b"?", "it has 307,201 bytes, not 307,200"),
+    ("file.zip", b"<html>Please log in to this network</html>", "damaged"),
+    ("file.zip", zipped(a=CONTENT, b=CONTENT), "2 members (a, b)")])
+def test_other_content_is_refused_and_removed(server, tmp_path, name, content, words):
+    server.content = content
+    with raises_one_line("is not file and was removed", words):
+        download(f"{server.url}/{name}", tmp_path / "file", len(CONTENT), blob_id(CONTENT))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.lock"]
+
+
+def test_refused_and_unwritable(server, tmp_path):
+    with raises_one_line("answers 404 Not Found"):
+        download(f"{server.url}/missing", tmp_path / "file", 1, "")
+    (tmp_path / "plain").write_text("no folder")
+    with raises_one_line("cannot write"):
+        download(f"{server.url}/file", tmp_path / "plain" / "file", 1, "")
+
+
+def test_no_network_says_which_file_goes_where(folder):
+    where = str(text.DOWNLOADS)
+    with raises_one_line("no connection to", "put enwik8 (100,000,000 bytes", where, "NANOLAB_DATA", "--dataset stdlib",
+                         "--max_bytes 4150000 with enwik8-first-4150000.txt.xz there"):
+        load("enwik8")
+    with raises_one_line("no connection to", "put tinyshakespeare.txt (1,115,394 bytes", where, "--dataset stdlib"):
+        load("shakespeare")
+
+
+# --- Named sets ---
+
+def place_set(monkeypatch, name, content, url="http://127.0.0.1:1/"):
+    """Makes content pass for a named set."""
+    file = text.SETS[name][0]
+    monkeypatch.setitem(text.SETS, name, (file, len(content), blob_id(content), url))
+
+
+def test_folders_come_in_order_and_before_downloads(folder, tmp_path, monkeypatch):
+    place_set(monkeypatch, "shakespeare", CONTENT)
+    second = tmp_path / "second"
+    second.mkdir()
+    monkeypatch.setenv("NANOLAB_DATA", f"{folder}{os.pathsep}{second}")
+    text.DOWNLOADS.mkdir()
+    for place in (text.DOWNLOADS, second, folder):
+        with lzma.open(place / "tinyshakespeare.txt.xz", "wb") as file:
+            file.write(CONTENT)
+        assert str(place) in load("shakespeare").source
+    monkeypatch.setenv("NANOLAB_DATA", str(tmp_path / "absent"))
+    with raises_one_line("NANOLAB_DATA names", "absent", "not a folder"):
+        load("shakespeare")
+
+
+def test_a_set_is_downloaded_where_it_lies_nowhere(folder, server, monkeypatch):
+    server.content = zipped(enwik8=CONTENT)
+    place_set(monkeypatch, "enwik8", CONTENT, f"{server.url}/enwik8.zip")
+    corpus = load("enwik8")
+    assert bytes(torch.cat([corpus.train, corpus.val, corpus.test]).tolist()) == CONTENT
+    assert (text.DOWNLOADS / "enwik8").read_bytes() == CONTENT
+    load("enwik8")
+    assert len(server.asked) == 1
+
+
+def test_wrong_file_in_a_folder_is_named(folder, monkeypatch):
+    place_set(monkeypatch, "enwik8", CONTENT)
+    (folder / "enwik8").write_bytes(CONTENT[:-1] + b"?")
+    with raises_one_line(str(folder / "enwik8"), "is not enwik8", "git blob id", "replace or remove"):
+        load("enwik8")
+    (folder / "enwik8").write_bytes(CONTENT[:99])
+    with raises_one_line("it has 99 bytes, not 307,200"):
+        load("enwik8")
+
+
+def test_a_large_file_is_hashed_once_until_it_changes(folder, monkeypatch):
+    content = bytes(2 ** 24 + 1)
+    place_set(monkeypatch, "enwik8", content)
+    path, hashed = folder / "enwik8", []
+    path.write_bytes(content)
+    check = text._difference
+    monkeypatch.setattr(text, "_difference", lambda *args: hashed.append(1) or check(*args))
+    load("enwik8"), load("enwik8")
+    assert len(hashed) == 1
+    with open(path, "r+b") as file:
+        file.write(b"?")
+    os.utime(path, ns=(1, 1))
+    with raises_one_line("is not enwik8"):
+        load("enwik8")
+
+
+def test_the_piece_serves_what_fits_in_it(folder, monkeypatch):
+    monkeypatch.setattr(text, "PIECE", ("piece.txt", 1000, blob_id(CONTENT[:1000])))
+    (folder / "piece.txt").write_bytes(CONTENT[:1000])
+    corpus = load("enwik8", max_bytes=999)
+    assert [corpus.train.numel(), corpus.val.numel(), corpus.test.numel()] == [899, 50, 50]
+    for more in (None, 1001):
+        with raises_one_line("no connection", "or use --max_bytes 1000, or use --dataset stdlib"):
+            load("enwik8", max_bytes=more)
+    place_set(monkeypatch, "enwik8", CONTENT)
+    (folder / "enwik8").write_bytes(CONTENT)
+    assert load("enwik8", max_bytes=999).source.endswith(str(folder / "enwik8"))  # the whole file goes first
+    (folder / "enwik8").unlink()
+    (folder / "piece.txt").write_bytes(CONTENT[1:1001])
+    with raises_one_line("is not piece.txt"):
+        load("enwik8", max_bytes=999)
+
+
+def test_known_sizes_and_shares():
+    assert text.SETS["enwik8"][1:3] == (100_000_000, "73b1bbbdbe2623eb9f8561314ba9e4af9412b7ae")
+    assert text.SETS["enwik8"][3].endswith(".zip") and text.SETS["shakespeare"][1] == 1_115_394
+
+
+def test_stdlib_is_source_text_in_a_fixed_order(folder):
+    first, second = load("stdlib"), load("stdlib", max_bytes=500_000)
+    whole = torch.cat([first.train, first.val, first.test])
+    content = whole.numpy().tobytes()
+    assert whole.numel() > 5_000_000 and first.train.numel() == whole.numel() * 9 // 10
+    assert torch.equal(torch.cat([second.train, second.val, second.test]), whole[:500_000])
+    assert hashlib.sha256(content).hexdigest()[:12] in first.source and f"{len(content):,} bytes" in first.source
+    assert b"def dataclass(" in content and content.decode()
+
+
+def test_stdlib_skips_what_is_not_its_source(folder, tmp_path, monkeypatch):
+    root = tmp_path / "lib"
+    files = {"a.py": b"aa", "sub/b.py": b"bb", "c.py": b"\xff", "d.txt": b"dd", "test/e.py": b"ee",
+             "x/tests/f.py": b"ff", "site-packages/g.py": b"gg", "_sysconfigdata_x.py": b"hh",
+             "x/__pycache__/i.py": b"ii"}
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    monkeypatch.setattr(text.sysconfig, "get_path", lambda name: str(root))
+    corpus = load("stdlib")
+    assert sorted(torch.cat([corpus.train, corpus.val, corpus.test]).numpy().tobytes().split(b"\n")) == [b"aa", b"bb"]
+    monkeypatch.setattr(text.sysconfig, "get_path", lambda name: str(tmp_path / "absent"))
+    with raises_one_line("no source files", "absent"):
+        load("stdlib")
+
+
+# --- Any file ---
+
+PACKERS = {".txt": bytes, "": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress,
+           ".zip": lambda content: zipped(member=content)}
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+@pytest.mark.parametrize("max_bytes", [None, 1000])
+def test_any_file_gives_its_bytes(folder, tmp_path, suffix, max_bytes):
+    path = tmp_path / f"corpus{suffix}"
+    path.write_bytes(PACKERS[suffix](CONTENT))
+    corpus = load(str(path), max_bytes)
+    n = max_bytes or len(CONTENT)
+    assert [part.numel() for part in (corpus.train, corpus.val, corpus.test)] == [n * 9 // 10, n // 20, n // 20]
+    whole = torch.cat([corpus.train, corpus.val, corpus.test])
+    assert whole.dtype == torch.uint8 and whole.numpy().tobytes() == CONTENT[:n]
+    assert corpus.name == path.name and str(path) in corpus.source and f"{n:,} bytes" in corpus.source
+
+
+def test_a_raw_file_is_mapped_and_safe_from_writes(folder, tmp_path, recwarn):
+    path = tmp_path / "big"
+    path.write_bytes(CONTENT)
+    corpus = load(path.as_posix())
+    with open("/proc/self/maps") if Path("/proc/self/maps").exists() else pytest.skip("no /proc") as maps:
+        assert str(path) in maps.read()
+    corpus.train[0] = 77
+    assert path.read_bytes() == CONTENT and not recwarn.list
+
+
+def test_a_bare_name_is_looked_for_in_the_folders(folder):
+    (folder / "mine.txt").write_bytes(CONTENT)
+    assert load("mine.txt").train.numel() == len(CONTENT) * 9 // 10
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("empty.txt", b"", ["is empty"]), ("empty.xz", lzma.compress(b""), ["is empty"]),
+    ("cut.xz", lzma.compress(CONTENT)[:-20], ["cut.xz is damaged"]),
+    ("cut.gz", gzip.compress(CONTENT)[:50], ["cut.gz is damaged"]),
+    ("bad.bz2", b"no archive", ["bad.bz2 is damaged"]), ("bad.gz", b"no archive", ["bad.gz is damaged"]),
+    ("bad.zip", b"no archive", ["bad.zip is damaged"]), ("two.zip", zipped(a=b"1", b=b"2"), ["2 members (a, b)"])])
+def test_files_that_cannot_serve(folder, tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with raises_one_line(name, *words):
+        load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("dataset, max_bytes, words", [
+    ("enwiki8", None, ["'enwiki8'", "did you mean enwik8?"]), ("shakespear", None, ["did you mean shakespeare?"]),
+    ("no/such/file.txt", None, ["no/such/file.txt", "enwik8, shakespeare, stdlib"]), (".", None, ["is not a file"]),
+    ("", None, ["is not a file"]), ("stdlib", 0, ["at least 1"]), ("stdlib", -5, ["at least 1"]),
+    ("enwik8", 100_000_001, ["has only 100,000,000 bytes"]), ("stdlib", 10 ** 9, ["stdlib has only"])])
+def test_requests_that_cannot_be_served(folder, dataset, max_bytes, words):
+    with raises_one_line(*words):
+        load(dataset, max_bytes)
+
+
+# --- Batches ---
+
+DATA = torch.randint(256, (1009,), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+MODES = ["random", "epochs", "streams"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("n_targets", [1, 3])
+def test_batches_hold_the_bytes_of_the_data(mode, n_targets):
+    batches = Batches(DATA, 4, 16, n_targets, mode, seed=1)
+    windows = DATA.unfold(0, 16 + n_targets, 1)
+    for _ in range(40):
+        x, y = batches.next()
+        assert x.shape == (4, 16) and y.shape == (4, 16, n_targets) and x.dtype == y.dtype == torch.int64
+        assert x.is_contiguous() and y.is_contiguous()
+        for b in range(4):
+            start = (windows[:, :16] == x[b]).all(1).nonzero()
+            assert start.numel() == 1  # random bytes: sixteen of them stand at one place
+            for k in range(n_targets):
+                assert torch.equal(y[b, :, k], DATA[int(start) + k + 1:int(start) + k + 17].long())
+
+
+def places(batches, count):
+    """Where the windows of the next `count` batches start in DATA."""
+    found = {bytes(window.tolist()): start for start, window in enumerate(DATA.unfold(0, batches.block_size, 1))}
+    return [found[bytes(row.tolist())] for _ in range(count) for row in batches.next()[0]]
+
+
+def test_random_places_reach_both_ends():
+    starts = places(Batches(DATA[:40], 64, 16, 2, "random"), 20)
+    assert min(starts) == 0 and max(starts) == 40 - 18 and len(set(starts)) == 23
+
+
+@pytest.mark.parametrize("n_targets", [1, 5])
+def test_an_epoch_takes_no_byte_twice_and_nearly_all(n_targets):
+    batches = Batches(DATA, 1, 16, n_targets, "epochs", seed=3)
+    phases = set()
+    for epoch in range(12):
+        starts = places(batches, 1)
+        starts += places(batches, round(1 / (batches.epoch - epoch)) - 1)
+        assert batches.epoch == epoch + 1
+        assert len({start % 16 for start in starts}) == 1 and starts != sorted(starts)
+        assert len(set(starts)) == len(starts)
+        phase = min(starts)
+        phases.add(phase)
+        assert phase < 16 and max(starts) > 1009 - n_targets - 2 * 16  # not a window more would fit
+        assert sorted(starts) == list(range(phase, max(starts) + 1, 16))
+    assert len(phases) > 3
+
+
+def test_a_batch_spans_two_epochs():
+    one, seven = (Batches(DATA, size, 64, 1, "epochs", seed=2) for size in (1, 7))
+    assert places(seven, 10) == places(one, 70) and seven.epoch == one.epoch > 4
+
+
+def test_an_epoch_of_barely_one_window():
+    batches = Batches(DATA[:18], 2, 16, 1, "epochs")
+    assert set(places(batches, 10)) == {0, 1} and batches.epoch == 20
+
+
+def test_streams_follow_on_and_start_again():
+    batches = Batches(DATA, 3, 20, 2, "streams")
+    steps = (1009 - 2) // 60
+    for lap in range(3):
+        for step in range(steps):
+            assert places(batches, 1) == [b * steps * 20 + step * 20 for b in range(3)]
+            assert batches.fresh == (step == 0)
+            assert batches.epoch == pytest.approx(lap + (step + 1) / steps)
+    single = Batches(DATA, 3, 20)
+    single.next(), single.next()
+    assert single.fresh  # windows of the other modes never follow on
+
+
+def test_epochs_seen_in_random_mode_count_drawn_bytes():
+    batches = Batches(DATA, 5, 16)
+    assert batches.epoch == 0
+    for _ in range(10):
+        batches.next()
+    assert batches.epoch == pytest.approx(5 * 16 * 10 / 1009)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("before", [0, 1, 9, 16, 23])  # 63 windows an epoch: within, at and across its end
+def test_resume_goes_on_exactly(mode, before, tmp_path):
+    straight = Batches(DATA, 7 if mode == "epochs" else 4, 16, 2, mode, seed=8)
+    for _ in range(before):
+        straight.next()
+    torch.save(straight.state_dict(), tmp_path / "state.pt")
+    resumed = Batches(DATA, straight.batch_size, 16, 2, mode, seed=99)
+    resumed.next()
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert resumed.epoch == straight.epoch and resumed.fresh == straight.fresh
+    for _ in range(30):
+        for a, b in zip(straight.next(), resumed.next()):
+            assert torch.equal(a, b)
+        assert resumed.epoch == straight.epoch and resumed.fresh == straight.fresh
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_batches_and_global_generators_leave_each_other_alone(mode):
+    torch.manual_seed(1)
+    calm, stirred = (Batches(DATA, 4, 16, 1, mode, seed=6) for _ in range(2))
+    before = torch.get_rng_state()
+    first = [calm.next()[0] for _ in range(20)]
+    assert torch.equal(before, torch.get_rng_state())
+    second = [(torch.manual_seed(step), torch.rand(3), stirred.next()[0])[2] for step in range(20)]
+    assert torch.equal(torch.stack(first), torch.stack(second))
+
+
+@pytest.mark.parametrize("mode", ["random", "epochs"])
+def test_the_seed_decides(mode):
+    draws = [torch.stack([batches.next()[0] for _ in range(3)]) for batches in
+             (Batches(DATA, 4, 16, 1, mode, seed) for seed in (1, 1, 2))]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize("other, words", [
+    (dict(mode="epochs"), "mode streams, these have epochs"), (dict(data=DATA[:900]), "bytes 1009, these have 900"),
+    (dict(block_size=8), "block_size 16, these have 8"), (dict(batch_size=5), "batch_size 4, these have 5")])
+def test_a_state_of_other_batches_is_refused(other, words):
+    settings = dict(data=DATA, batch_size=4, block_size=16, mode="streams")
+    with raises_one_line(words):
+        Batches(**{**settings, **other}).load_state_dict(Batches(**settings).state_dict())
+
+
+def test_batch_size_may_change_where_windows_stand_alone():
+    one, two = Batches(DATA, 4, 16, mode="epochs"), Batches(DATA, 8, 16, mode="epochs", seed=1)
+    places(one, 3)
+    two.load_state_dict(one.state_dict())
+    assert places(two, 5) == places(one, 10)
+
+
+@pytest.mark.parametrize("mode, needed", [("random", 18), ("epochs", 18), ("streams", 66)])
+def test_too_little_data_says_how_much_is_needed(mode, needed):
+    Batches(DATA[:needed], 4, 16, 2, mode).next()
+    with raises_one_line(f"has {needed - 1} bytes", f"need {needed}:"):
+        Batches(DATA[:needed - 1], 4, 16, 2, mode)
+
+
+def test_impossible_batches():
+    with raises_one_line("random, epochs or streams, not 'rondom'"):
+        Batches(DATA, 4, 16, mode="rondom")
+    for sizes in ((0, 16, 1), (4, 0, 1), (4, 16, 0)):
+        with raises_one_line("at least 1"):
+            Batches(DATA, *sizes)
+    with pytest.raises(ValueError, match="1-D uint8"):
+        Batches(DATA.long(), 4, 16)
+
+
+# --- Statistics and the command line ---
+
+def test_articles_are_measured(folder, tmp_path, capsys):
+    pages = [b"<page>" + b"x" * n + b"</page>" for n in (7, 17, 87)]
+    (tmp_path / "wiki").write_bytes(b"head\n" + b"\n".join(pages) + b"\n<page>cut off")
+    main([str(tmp_path / "wiki"), "--stats", "--out", str(tmp_path / "new")])
+    said = capsys.readouterr().out
+    assert "3, of 50.0 bytes in the mean, 30.0 in the median" in said and "articles" in said
+    assert f"distinct bytes: {len(set((tmp_path / 'wiki').read_bytes()))}\n" in said
+    assert (tmp_path / "new" / "byte_distribution.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("content, pieces, count, mean", [
+    (b"one\ntwo\n\nthree\n\n\nfour", "paragraphs", 3, 16 / 3), (b"one\r\ntwo\r\nthree\n", "lines", 3, 11 / 3),
+    (b"word", "lines", 1, 4)])
+def test_other_text_is_measured_in_paragraphs_or_lines(folder, tmp_path, content, pieces, count, mean):
+    (tmp_path / "plain").write_bytes(content)
+    figures = statistics(load(str(tmp_path / "plain")))
+    assert figures["pieces"].startswith(pieces) and figures["n_pieces"] == count
+    assert figures["mean"] == pytest.approx(mean)
+    assert figures["bytes"] == len(content) == figures["counts"].sum() and figures["distinct"] == len(set(content))
+
+
+def test_the_command_runs_from_anywhere_and_fails_in_one_line(folder, tmp_path):
+    def run(*args):
+        command = [sys.executable, str(ROOT / "data" / "text.py"), *args]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "mine.txt").write_bytes(CONTENT)
+    good, bad = run("mine.txt", "--max-bytes", "1000"), run("stdlip")
+    assert good.returncode == 0 and "split: train 900, val 50, test 50 bytes" in good.stdout and good.stderr == ""
+    assert bad.returncode == 2 and bad.stdout == ""
+    assert re.fullmatch(r"error: [^\n]+did you mean stdlib\?\n", bad.stderr)
+
+
+@pytest.mark.parametrize("args", [["stdlib", "--stat", "3"], [], ["stdlib", "--max_bytes", "few"],
+                                  ["stdlib", "--nonsense"]])
+def test_a_wrong_command_line_is_one_line(args, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2 and re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)
+
+
+# --- Real files, where there are any ---
+
+@real_data
+def test_the_real_piece_of_enwik8():
+    if not text._find(text.PIECE[0]) or text._find("enwik8"):
+        pytest.skip("no piece, or the whole")
+    corpus = load("enwik8", max_bytes=4_150_000)
+    assert [part.numel() for part in (corpus.train, corpus.val, corpus.test)] == [3_735_000, 207_500, 207_500]
+    content = torch.cat([corpus.train, corpus.val, corpus.test]).numpy().tobytes()
+    assert hashlib.sha256(content).hexdigest().startswith("204482105f330f13")
+    figures = statistics(corpus)
+    assert (figures["distinct"], figures["n_pieces"]) == (200, 489)
+
+
+@real_data
+def test_real_tinyshakespeare():
+    if not text._find("tinyshakespeare.txt"):
+        pytest.skip("no tinyshakespeare")
+    corpus = load("shakespeare")
+    assert (corpus.train.numel(), corpus.val.numel(), corpus.test) == (1_003_854, 111_540, None)
+    content = torch.cat([corpus.train, corpus.val]).numpy().tobytes()
+    assert hashlib.sha256(content).hexdigest().startswith("86c4e6aa9db7c042")
+    assert statistics(corpus)["distinct"] == 65
