@@ -1,0 +1,421 @@
+"""Optimisers, learning-rate schedules and the moving average of weights. Nothing here knows a script or a model.
+
+One optimiser object serves a whole model. Its param_groups say by which `rule` they are stepped, with what `lr`, and
+which `base_lr` the schedule multiplies, so that the loop of every script reads the same:
+
+    optimizer = optim.build("muon", model.named_parameters(), roles, lr=3e-3, weight_decay=0.1)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * optim.schedule("wsd", step, warmup_steps, max_steps)
+    optimizer.step()
+
+State is tensors and plain numbers: torch.load(weights_only=True) reads it back and the run goes on bit for bit.
+"""
+import math
+from contextlib import contextmanager
+
+import torch
+
+ROLES = ("embedding", "position", "matrix", "residual", "head", "gain", "bias")
+DECAYED = ("matrix", "residual", "head")  # what multiplies activations; not look-up tables, gains and biases
+HIDDEN = ("matrix", "residual")  # the 2-D weights inside the network, which Muon steps
+SCHEDULES = ("constant", "noam", "cosine", "wsd")
+
+# What each rule reads from its group, with the value that stands where nothing is said.
+RULES = {
+    "sgd": dict(lr=1e-3, weight_decay=0.0, momentum=0.0, nesterov=False),
+    "adam": dict(lr=1e-3, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8),
+    "adamw": dict(lr=1e-3, weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8),
+    "muon": dict(lr=0.02, weight_decay=0.0, momentum=0.95, nesterov=True, ns_steps=5, eps=1e-7, adjust_lr="original"),
+}
+# On a CPU a rule takes a few tensors at a time, so that its next operation still finds them in the cache: AdamW over
+# 12.8 M weights in 27 tensors takes 21 ms of one core (torch's foreach: 41), over all of them at once 39 ms.
+RUN = 2 ** 17  # elements
+
+
+def _buffers(states, params, name):
+    """The state tensor `name` of every parameter, zeros at first."""
+    for state, p in zip(states, params):
+        if name not in state:
+            state[name] = torch.zeros_like(p)
+    return [state[name] for state in states]
+
+
+def _sgd(group, params, grads, states):
+    """b = momentum b + g, w -= lr b; with nesterov w -= lr (g + momentum b). Decay is L2: it is added to g."""
+    momentum = group["momentum"]
+    if group["weight_decay"]:
+        grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+    if momentum:
+        buffers = _buffers(states, params, "momentum")
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, grads)
+        grads = torch._foreach_add(grads, buffers, alpha=momentum) if group["nesterov"] else buffers
+    torch._foreach_add_(params, grads, alpha=-group["lr"])
+
+
+def _adam(group, params, grads, states):
+    """Kingma & Ba 2015, algorithm 1; decay as L2 in the gradient, for adamw decoupled (Loshchilov & Hutter 2019)."""
+    lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]
+    if decay and group["rule"] == "adamw":
+        torch._foreach_mul_(params, 1 - lr * decay)
+    elif decay:
+        grads = torch._foreach_add(grads, params, alpha=decay)
+    by_step = {}  # a parameter counts its own steps: one that had no gradient for a while is corrected for what it saw
+    for index, state in enumerate(states):
+        state["step"] = state.get("step", 0) + 1
+        by_step.setdefault(state["step"], []).append(index)
+    means, squares = _buffers(states, params, "exp_avg"), _buffers(states, params, "exp_avg_sq")
+    torch._foreach_lerp_(means, grads, 1 - beta1)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+    roots = torch._foreach_sqrt(squares)
+    for step, indices in by_step.items():
+        # m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps), both corrections moved into two plain numbers
+        correction = math.sqrt(1 - beta2 ** step)
+        some_params, some_means, some_roots = ([tensors[i] for i in indices] for tensors in (params, means, roots))
+        torch._foreach_add_(some_roots, group["eps"] * correction)
+        torch._foreach_addcdiv_(some_params, some_means, some_roots, -lr * correction / (1 - beta1 ** step))
+
+
+def _muon(group, params, grads, states):
+    """Jordan 2024: momentum, then about the nearest semi-orthogonal matrix in place of the matrix; decay decoupled."""
+    lr, momentum = group["lr"], group["momentum"]
+    buffers = _buffers(states, params, "momentum")
+    torch._foreach_lerp_(buffers, grads, 1 - momentum)
+    updates = torch._foreach_lerp(grads, buffers, momentum) if group["nesterov"] else buffers
+    if group["weight_decay"]:
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+    stacks = {}  # matrices of one shape, up to transposition, go through one batched iteration
+    for p, update in zip(params, updates):
+        for part in zip(p.split(group["rows"]), update.split(group["rows"])) if "rows" in group else [(p, update)]:
+            stacks.setdefault((min(part[0].shape), max(part[0].shape)), []).append(part)
+    for (_, longer), pairs in stacks.items():
+        wide = torch.stack([u if u.shape[1] == longer else u.mT for _, u in pairs])  # (N, shorter, longer)
+        for (p, _), update in zip(pairs, orthogonalize(wide, group["ns_steps"], group["eps"])):
+            rows, columns = p.shape
+            scale = max(1, rows / columns) ** 0.5 if group["adjust_lr"] == "original" else 0.2 * longer ** 0.5
+            p.add_(update if columns == longer else update.mT, alpha=-lr * scale)
+
+
+def orthogonalize(x, steps=5, eps=1e-7, dtype=None):
+    """x: (..., rows, columns) -> the same shape and dtype, every singular value pushed to about [.7, 1.2].
+
+    Newton-Schulz: s <- 3.4445 s - 4.775 s^3 + 2.0315 s^5 on every singular value s of x / |x|_F (Jordan 2024). Five
+    steps lift an s under about 1e-2 only part of the way. dtype: the iteration's; None: the fastest on the device.
+    """
+    if x.shape[-2] > x.shape[-1]:
+        return orthogonalize(x.mT, steps, eps, dtype).mT
+    a, b, c = 3.4445, -4.7750, 2.0315
+    y = x.reshape(-1, *x.shape[-2:]).to(dtype or _iteration_dtype(x.device))  # (N, rows, columns)
+    y = y / torch.linalg.matrix_norm(y, keepdim=True).clamp(min=eps)
+    # A step multiplies y from the left, so for wide matrices the steps are multiplied first and meet y once: 1.7 times
+    # as fast at 4:1. The Gram matrix then carries its rounding from step to step, which bfloat16 would not survive.
+    small = y.dtype != torch.bfloat16 and x.shape[-1] >= 2 * x.shape[-2]
+    gram, product = y @ y.mT, None  # (N, rows, rows)
+    for step in range(steps):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        if small:
+            factor.diagonal(dim1=-2, dim2=-1).add_(a)
+            product = factor if product is None else product @ factor
+            gram = factor @ gram @ factor if step + 1 < steps else None
+        else:
+            y = torch.baddbmm(y, factor, y, beta=a)
+            gram = y @ y.mT if step + 1 < steps else None
+    return (product @ y if small else y).to(x.dtype).reshape(x.shape)
+
+
+def _iteration_dtype(device):
+    """bfloat16 on a GPU and on a CPU that multiplies it, else float32.
+
+    One core of an AMD EPYC with avx512_bf16, ms a batch in bfloat16 and float32: 16 of 128 x 128 6.6 and 13.0, 8 of
+    128 x 512 9.4 and 12.2, 12 of 64 x 64 1.4 and 1.6, 4 of 384 x 1536 115 and 136.
+    """
+    fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+STEPS = {"sgd": _sgd, "adam": _adam, "adamw": _adam, "muon": _muon}
+
+
+class _Optimizer(torch.optim.Optimizer):
+    """Steps each group by the group's own rule; a group that names none follows the class's. settings: see RULES."""
+
+    def __init__(self, params, **settings):
+        unknown = settings.keys() - RULES[self.rule].keys()
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no setting {', '.join(sorted(unknown))}")
+        self.settings = settings
+        super().__init__(params, {})  # the defaults differ from rule to rule: add_param_group sets them
+
+    def add_param_group(self, param_group):
+        rule = param_group.get("rule", self.rule)
+        if rule not in RULES:
+            raise ValueError(f"rule {rule!r} of a parameter group: it must be one of {', '.join(RULES)}")
+        settings = self.settings if rule == self.rule else {}
+        super().add_param_group({"rule": rule, **RULES[rule], **settings, **param_group})
+        _check(self.param_groups[-1])
+
+    @torch.no_grad()
+    def step(self, closure=None, transform=None):
+        """Steps every parameter that has a gradient.
+
+        closure: may recompute the loss, which is then returned. transform(params, grads) -> the gradients to step by
+        instead (lists of tensors of one device and dtype). p.grad is never written.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            whole = group["rule"] == "muon"  # which wants to see all matrices of one shape
+            for params in _runs([p for p in group["params"] if p.grad is not None], math.inf if whole else RUN):
+                grads = [p.grad for p in params]
+                grads = transform(params, grads) if transform else grads
+                STEPS[group["rule"]](group, params, grads, [self.state[p] for p in params])
+        return loss
+
+
+def _runs(params, limit):
+    """Lists of parameters of one device and dtype, on a CPU of at most `limit` elements together (or one parameter)."""
+    runs, filled = {}, {}  # a kind -> its lists, and how many elements the last of them has
+    for p in params:
+        kind = p.device, p.dtype
+        if kind not in runs or p.is_cpu and filled[kind] + p.numel() > limit:
+            runs.setdefault(kind, []).append([])
+            filled[kind] = 0
+        runs[kind][-1].append(p)
+        filled[kind] += p.numel()
+    return [run for lists in runs.values() for run in lists]
+
+
+def _check(group):
+    """ValueError naming the value that a group's rule cannot work with."""
+    bad = [name for name in ("lr", "weight_decay", "eps") if not 0 <= group.get(name, 0)]
+    bad += ["betas"] if not all(0 <= beta < 1 for beta in group.get("betas", ())) else []
+    bad += ["momentum"] if not 0 <= group.get("momentum", 0) < 1 else []
+    bad += ["nesterov"] if group.get("nesterov") and not group["momentum"] else []
+    bad += ["adjust_lr"] if group.get("adjust_lr", "original") not in ("original", "match_rms_adamw") else []
+    if bad:
+        raise ValueError(f"{group['rule']} cannot work with " + ", ".join(f"{name} = {group[name]!r}" for name in bad))
+    for p in group["params"] if group["rule"] == "muon" else ():
+        if p.ndim != 2 or sum(group.get("rows", p.shape[:1])) != len(p):
+            raise ValueError(f"muon steps 2-D weights, by `rows` that add up: the shape {tuple(p.shape)} does not fit")
+
+
+class SGD(_Optimizer):
+    """Gradient descent, momentum (Al-Rfou et al. 2018 train T64 with 0.99) and Nesterov's on request; L2 decay."""
+    rule = "sgd"
+
+
+class Adam(_Optimizer):
+    """Kingma & Ba 2015; weight_decay is L2 in the gradient."""
+    rule = "adam"
+
+
+class AdamW(_Optimizer):
+    """Adam with decoupled decay, w *= 1 - lr weight_decay (Loshchilov & Hutter 2019)."""
+    rule = "adamw"
+
+
+class Muon(_Optimizer):
+    """Orthogonalised momentum for hidden matrices (Jordan 2024); a group {"rule": "adamw", ...} is stepped by AdamW.
+
+    adjust_lr: "original" multiplies lr by max(1, rows/columns)^0.5, "match_rms_adamw" by 0.2 max(rows, columns)^0.5,
+    with which AdamW's learning rates fit (Liu et al. 2025). Decay is decoupled, by lr itself. A group's `rows`, say
+    (C, C, C), names the parts of a fused matrix: each is orthogonalised by itself. ValueError for what is not 2-D.
+    """
+    rule = "muon"
+
+
+class OrthoGrad(torch.optim.Optimizer):
+    """Takes from each gradient its part along the weights, keeps its length, and lets `base` step (Prieto et al. 2025).
+
+    Per tensor g' = g - (w.g / w.w) w, g'' = g' |g| / |g'|. Where w = 0 or has one element g stays; where g is parallel
+    to w but for rounding it becomes 0. p.grad is only read. Decay stays the base's. param_groups, state and state_dict
+    are the base's own: schedules act on them, a checkpoint fits with and without the wrapper.
+    """
+
+    def __init__(self, base):
+        if not isinstance(base, _Optimizer):
+            raise ValueError(f"OrthoGrad wraps the optimisers of this file, not {type(base).__name__}")
+        self.base = base  # no super().__init__: groups, state and hooks live in the base, see __getattr__
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["base"], name)
+
+    def load_state_dict(self, state_dict):
+        self.base.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group):
+        self.base.add_param_group(param_group)
+
+    def step(self, closure=None):
+        """The base's step by the projected gradients."""
+        return self.base.step(closure, transform=_project)
+
+
+@torch.no_grad()
+def _project(params, grads):
+    """Lists of tensors of one device and dtype -> the gradients made orthogonal to their parameters, lengths kept."""
+    dots = torch.stack([torch.dot(p.reshape(-1), g.reshape(-1)) for p, g in zip(params, grads)])
+    along = -dots / (torch.stack(torch._foreach_norm(params)).square() + 1e-30)
+    projected = torch._foreach_mul(params, list(along.unbind()))
+    torch._foreach_add_(projected, grads)
+    length, left = torch.stack(torch._foreach_norm(grads)), torch.stack(torch._foreach_norm(projected))
+    rounding = 16 * torch.finfo(left.dtype).eps * length
+    torch._foreach_mul_(projected, list(torch.where(left > rounding, length / (left + 1e-30), 0.0).unbind()))
+    return [g if g.numel() == 1 else new for g, new in zip(grads, projected)]
+
+
+def load_state(optimizer, state_dict):
+    """A checkpoint's moments and counts, with the hyperparameters that `optimizer` was built with.
+
+    load_state_dict alone would bring the checkpoint's lr, base_lr and weight_decay back and so overrule, silently, a
+    flag that was given on resume. Raises ValueError where the groups do not fit.
+    """
+    built = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    saved = state_dict["param_groups"]
+    if [group.get("rule") for group in saved] != [group["rule"] for group in built]:
+        raise ValueError(f"the checkpoint's optimizer steps by {', '.join(str(g.get('rule')) for g in saved)}, "
+                         f"this one by {', '.join(g['rule'] for g in built)}")
+    optimizer.load_state_dict(state_dict)
+    for group, kept in zip(optimizer.param_groups, built):
+        group.update(kept)
+
+
+def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None):
+    """Parameter groups: decay for matrix, residual and head, none for embedding, position, gain and bias.
+
+    named_parameters: pairs (name, tensor). roles: name -> one of ROLES. A tensor under two names is claimed once, by
+    the first that has a role. muon=True puts matrix and residual under rule "muon", the rest under "adamw".
+    fused_rows: name -> rows of the parts of a fused matrix, which Muon takes apart.
+    Raises ValueError naming a parameter that no role claims, whose name comes twice, or whose role is unknown.
+    """
+    named, claimed, found = {}, {}, {}
+    for name, p in named_parameters:
+        if named.setdefault(name, p) is not p:
+            raise ValueError(f"parameter {name}: claimed twice, two tensors have this name")
+        if name in roles:
+            if roles[name] not in ROLES:
+                raise ValueError(f"parameter {name}: unknown role {roles[name]!r}, not one of {', '.join(ROLES)}")
+            claimed.setdefault(p, name)
+    for name, p in named.items():
+        if p not in claimed:
+            raise ValueError(f"parameter {name}: unclaimed, it has no role")
+    for p, name in claimed.items():
+        settings = {"weight_decay": weight_decay if roles[name] in DECAYED else 0.0}
+        if muon:
+            settings["rule"] = "muon" if roles[name] in HIDDEN else "adamw"
+            if settings["rule"] == "muon" and p.ndim != 2:
+                raise ValueError(f"parameter {name}: Muon steps 2-D weights, its shape is {tuple(p.shape)}")
+            if settings["rule"] == "muon" and name in (fused_rows or {}):
+                settings["rows"] = tuple(fused_rows[name])
+        found.setdefault(tuple(settings.items()), {**settings, "params": []})["params"].append(p)
+    return list(found.values())
+
+
+def build(name, named_parameters, roles, lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, momentum=0.9, muon_lr=0.02,
+          muon_momentum=0.95, orthograd=False, fused_rows=None):
+    """The optimiser `name` (sgd, adam, adamw, muon) of a whole model; a schedule multiplies each group's base_lr.
+
+    sgd reads momentum; adam and adamw betas and eps; muon steps matrix and residual with muon_lr and muon_momentum, the
+    rest by AdamW with lr, betas, eps. orthograd wraps it in OrthoGrad. For the rest, and what it raises, see groups.
+    """
+    if name not in RULES:
+        raise ValueError(f"optimizer {name!r}: it must be one of {', '.join(RULES)}")
+    wanted = groups(named_parameters, roles, weight_decay, name == "muon", fused_rows)
+    own = {"sgd": dict(lr=lr, momentum=momentum), "muon": dict(lr=muon_lr, momentum=muon_momentum)}
+    for group in wanted:
+        group.update(own.get(group.setdefault("rule", name), dict(lr=lr, betas=tuple(betas), eps=eps)))
+        group["base_lr"] = group["lr"]
+    optimizer = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "muon": Muon}[name](wanted)
+    return OrthoGrad(optimizer) if orthograd else optimizer
+
+
+def schedule(name, step, warmup_steps, max_steps, min_scale=0.0, decay_fraction=0.2):
+    """The factor on base_lr of the step that follows `step` finished ones. After a linear warm-up to 1 it is, for name
+
+    constant  1
+    noam      (warmup_steps / (step + 1))^0.5 (Vaswani et al. 2017, eq. 3, divided by its peak)
+    cosine    half a cosine down to min_scale at max_steps (Loshchilov & Hutter 2017)
+    wsd       1, then a line down to min_scale over the last decay_fraction of max_steps (Hu et al. 2024); with
+              decay_fraction 1 from the end of the warm-up on
+    Raises ValueError for an unknown name, and for cosine and wsd without max_steps.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule {name!r}: it must be one of {', '.join(SCHEDULES)}")
+    if name in ("cosine", "wsd"):
+        if max_steps is None:
+            raise ValueError(f"schedule {name} ends at max_steps: give max_steps, or take constant or noam")
+        if step >= max_steps:
+            return min_scale
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if name == "noam":
+        return math.sqrt(max(warmup_steps, 1) / (step + 1))
+    if name == "cosine":
+        part = (step - warmup_steps) / (max_steps - warmup_steps)
+        return min_scale + (1 - min_scale) * 0.5 * (1 + math.cos(math.pi * part))
+    if name == "wsd":
+        start = max(warmup_steps, max_steps - decay_fraction * max_steps)
+        if step > start:
+            return min_scale + (1 - min_scale) * (max_steps - step) / (max_steps - start)
+    return 1.0
+
+
+def noam_peak(n_embd, warmup_steps, factor=1.0):
+    """The largest learning rate of Noam's schedule, factor (n_embd warmup_steps)^-0.5, reached at step warmup_steps."""
+    return factor * (n_embd * warmup_steps) ** -0.5
+
+
+class EMA:
+    """Exponential moving average of a model's parameters: average += (1 - d) (w - average) at each update.
+
+    d = min(decay, (1 + t) / (10 + t)) after t updates: a short run's average is not mostly its initial weights. Give it
+    the uncompiled model, whose names a checkpoint has. Buffers are not averaged; a tied tensor is kept once.
+    """
+
+    def __init__(self, model, decay):
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema_decay {decay}: it must be at least 0 and below 1")
+        self.decay, self.updates = decay, 0
+        self.parameters = dict(model.named_parameters())
+        self.weights = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self):
+        """Once after each optimiser step."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(list(self.weights.values()), list(self.parameters.values()), 1 - decay)
+        self.updates += 1
+
+    @torch.no_grad()
+    def copy_to_model(self):
+        """The averages into the model's own tensors, in place: a compiled module and an optimiser keep theirs."""
+        torch._foreach_copy_(list(self.parameters.values()), list(self.weights.values()))
+
+    @contextmanager
+    def swapped(self):
+        """with ema.swapped(): the model has the averaged weights; afterwards, come what may, the raw ones."""
+        raw = [p.detach().clone() for p in self.parameters.values()]
+        try:
+            self.copy_to_model()
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self.parameters.values()), raw)
+
+    def state_dict(self):
+        """{"updates": int, "weights": {name: tensor}}; decay is a setting."""
+        return {"updates": self.updates, "weights": dict(self.weights)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        """Copies in place. Raises ValueError naming a parameter that is missing, foreign or of another shape."""
+        shapes, found = ({name: p.shape for name, p in w.items()} for w in (self.weights, state["weights"]))
+        for name in sorted(shapes.keys() | found.keys()):
+            if shapes.get(name) != found.get(name):
+                raise ValueError(f"average of {name}: checkpoint {found.get(name)}, model {shapes.get(name)}")
+        for name, average in self.weights.items():
+            average.copy_(state["weights"][name])
+        self.updates = state["updates"]
