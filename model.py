@@ -594,10 +594,11 @@ def fused_rows(model):
 def initialise(model):
     """Fills every parameter by its rule, drawing from the global CPU generator. Biases 0, gains 1.
 
-    Embeddings, positions and classifiers are N(0, 0.02) under every `init`; target maps start as the identity. Hidden
+    Positions and classifiers are N(0, 0.02) under every `init`, embeddings too, but for "zero" N(0, 1) unless tied: then
+    the stream starts at the scale at which the branches come to write. Target maps start as the identity. Hidden
     matrices: "gpt2" N(0, 0.02), those that write into the stream divided by sqrt(2 n_layer) (Radford et al. 2019);
     "normal" N(0, 0.02); "xavier" uniform within sqrt(6 / (fan_in + fan_out)) (Glorot & Bengio 2010), each part of a
-    fused matrix by itself; "zero" N(0, 1 / fan_in), those that write into the stream zero.
+    fused matrix by itself; "zero" N(0, fan_in^-0.5), those that write into the stream zero. (N(0, s): standard deviation s.)
     """
     init, depth, fused = model.config.init, model.config.n_layer, fused_rows(model)
 
@@ -615,7 +616,8 @@ def initialise(model):
         "zero": (lambda p, name: p.normal_(0, p.size(1) ** -0.5), lambda p, name: p.zero_()),
     }
     rules = {
-        "embedding": normal, "position": normal, "head": normal,
+        "embedding": (lambda p, name: p.normal_()) if init == "zero" and not model.config.tie_weights else normal,
+        "position": normal, "head": normal,
         "matrix": hidden[init][0], "residual": hidden[init][1],
         "target_map": lambda p, name: nn.init.eye_(p),
         "gain": lambda p, name: p.fill_(1), "bias": lambda p, name: p.zero_(),

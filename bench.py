@@ -1,0 +1,168 @@
+"""Speed beside nanoGPT: the same architecture and batch, in turns, in one process.
+
+    git clone https://github.com/karpathy/nanoGPT ../nanoGPT
+    python bench.py --peer ../nanoGPT                            # training and sampling, both cores
+    python bench.py --peer ../nanoGPT --threads 1 --what sample
+    python bench.py                                              # ours alone
+
+Single timings on a shared machine mean little: each round times both sides right after one another, the table gives the
+median over rounds of the CPU-friendly wall clock and the median of the rounds' ratios. nanoGPT's model.py is imported as it
+is; its loop is the one of its train.py on a CPU (float32, fused attention where PyTorch has it, AdamW, clipping at 1). Ours is
+the loop of train_enwik8.py with the preset nanogpt_cpu (bfloat16 autocast). Random bytes: speed does not depend on the text.
+"""
+import importlib.util
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+import optim
+from experiment import UserError, command, override
+from model import Transformer, TransformerConfig, parameter_roles
+from sample import generate
+
+# --- What ---
+peer = None              # nanoGPT's folder; none: ours alone
+what = "train,sample"    # train, sample or both
+threads = 0              # [>= 0] CPU threads; 0: as many as PyTorch takes
+rounds = 15              # [>= 1] each side is timed once a round
+steps = 20               # [>= 1] training steps a round
+seed = 0                 # weights and bytes
+dtype = "bfloat16"       # [float32, bfloat16] autocast of our training side
+# --- Size: nanoGPT's own CPU command ---
+n_layer = 4              # [>= 1] transformer blocks
+n_head = 4               # [>= 1] attention heads
+n_embd = 128             # [>= 1] width
+block_size = 64          # [>= 1] context
+batch_size = 12          # [>= 1] windows per step
+vocab_size = 65          # [>= 2] nanoGPT's distinct characters; ours has always 256 bytes
+
+
+def load_peer(folder):
+    """nanoGPT's model.py as a module, from its checkout. UserError when it is not there."""
+    path = Path(folder) / "model.py"
+    if not path.is_file():
+        raise UserError(f"--peer {folder}: no model.py there; git clone https://github.com/karpathy/nanoGPT")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def our_model():
+    """Our side of nanoGPT's architecture: learned positions, LayerNorm with gain, GELU, tied classifier, no biases."""
+    return Transformer(TransformerConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, dropout=0.0,
+                                         positions="learned", norm="layer", norm_gain=True, bias=False, activation="gelu",
+                                         tie_weights=True, n_targets=1, intermediate_losses=False))
+
+
+def their_model(module):
+    """nanoGPT's GPT of the same size."""
+    return module.GPT(module.GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
+                                       n_embd=n_embd, dropout=0.0, bias=False))
+
+
+def our_training(model):
+    """A function that does `steps` optimiser steps the way train_enwik8.py does."""
+    opt = optim.build("adamw", model.named_parameters(), parameter_roles(model), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.99))
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+    data = torch.randint(256, (200_000,), dtype=torch.uint8)
+
+    def run():
+        for _ in range(steps):
+            starts = torch.randint(len(data) - block_size - 1, (batch_size,))
+            window = data[starts[:, None] + torch.arange(block_size + 1)].long()         # (B, T + 1)
+            with autocast:
+                objective, _ = model(window[:, :-1], targets=window[:, 1:, None])
+            objective.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+    return run
+
+
+def their_training(model):
+    """A function that does `steps` optimiser steps the way nanoGPT's train.py does on a CPU."""
+    opt = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+    data = torch.randint(vocab_size, (200_000,))
+
+    def run():
+        for _ in range(steps):
+            starts = torch.randint(len(data) - block_size, (batch_size,))
+            x = torch.stack([data[i:i + block_size] for i in starts])
+            y = torch.stack([data[i + 1:i + 1 + block_size] for i in starts])
+            _, loss = model(x, y)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+    return run
+
+
+def our_sampling(model, n):
+    """A function that draws n rows from one byte up to block_size bytes, with the KV cache."""
+    model.eval()
+
+    def run():
+        for _ in generate(model, [b"\n"] * n, block_size - 1, torch.Generator().manual_seed(seed), temperature=0.8, top_k=50):
+            pass
+    return run
+
+
+def their_sampling(model, n):
+    """The same by nanoGPT's generate()."""
+    model.eval()
+
+    def run():
+        model.generate(torch.zeros((n, 1), dtype=torch.long), block_size - 1, temperature=0.8, top_k=50)
+    return run
+
+
+def compare(name, tokens, ours, theirs):
+    """Times both in turns and prints tokens per second (medians) and the median ratio with its quartiles."""
+    for run in filter(None, (ours, theirs)):
+        run()                                                    # warm-up: allocation, thread pools
+    times = []
+    for i in range(rounds):
+        order = (ours, theirs) if i % 2 == 0 else (theirs, ours)
+        taken = {}
+        for run in filter(None, order):
+            began = time.perf_counter()
+            run()
+            taken[run] = time.perf_counter() - began
+        times.append((taken[ours], taken.get(theirs)))
+    mine = tokens / statistics.median(a for a, _ in times)
+    if theirs is None:
+        print(f"{name:<22} {mine:>12,.0f} {'':>12} {'':>8}")
+        return
+    ratios = sorted(b / a for a, b in times)
+    quartiles = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
+    print(f"{name:<22} {mine:>12,.0f} {tokens / statistics.median(b for _, b in times):>12,.0f} "
+          f"{statistics.median(ratios):>7.2f}x   ({quartiles[0]:.2f} .. {quartiles[2]:.2f})")
+
+
+@command
+def main():
+    override(globals())
+    kinds = what.split(",")
+    if not set(kinds) <= {"train", "sample"}:
+        raise UserError(f"--what {what}: train, sample or train,sample")
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    module = load_peer(peer) if peer else None
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {n_layer} layers, {n_head} heads, {n_embd} wide, "
+          f"block {block_size}, {rounds} rounds")
+    print(f"{'':<22} {'ours tok/s':>12} {'nanoGPT':>12} {'ratio':>8}   (quartiles)")
+    if "train" in kinds:
+        compare(f"train, batch {batch_size}", steps * batch_size * block_size, our_training(our_model()),
+                their_training(their_model(module)) if module else None)
+    if "sample" in kinds:
+        for n in (1, 16):
+            compare(f"sample, batch {n}", n * (block_size - 1), our_sampling(our_model().for_inference(), n),
+                    their_sampling(their_model(module), n) if module else None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""The true evaluation of a byte-level model: named protocols, every byte of the split scored exactly once.
+
+    python evaluate.py runs/train_enwik8/my_run                              # block protocol on the validation split
+    python evaluate.py runs/train_enwik8/my_run --split test --protocols block,stride:64
+    python evaluate.py runs/train_enwik8/my_run/best.pt --weights ema --protocols cache
+
+Protocols (T = block_size of the model):
+    block      disjoint windows of T bytes; a byte sees 1 to T bytes before it. Cheap, and what most loops print.
+    stride:S   windows overlap, only the last S bytes of each are scored: at least T - S bytes of context, but for the
+               first T bytes of the split. stride:1 is what Al-Rfou et al. 2018 report.
+    cache      one stream through a sliding KV cache: each layer sees the last T states, which have seen others before
+               them. Not equal to recomputing a window. Impossible with learned absolute positions.
+
+A figure means nothing without its protocol and its byte count, so both are always printed. The first byte of a split
+has no context and is charged 8 bits. The result does not depend on batch_size, but for the rounding of matrix products
+(relative 1e-6 in float32).
+"""
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from data import text
+from experiment import UserError, command, find_checkpoint, load_checkpoint, override, resolve_device
+from model import from_checkpoint
+
+# --- What ---
+checkpoint = None        # run directory or checkpoint file (may also be typed as a bare word)
+weights = "raw"          # [raw, ema] which weights
+split = "val"            # [train, val, test] which part of the data
+protocols = "block"      # block, stride:S, cache; several with commas
+dataset = None           # [none] none: as in training; otherwise as train_enwik8.py --dataset
+max_bytes = None         # [none, >= 1] none: as in training
+# --- How ---
+batch_size = 32          # [>= 1] windows at once; changes the speed, not the result
+device = "auto"          # auto, cpu, cuda, cuda:1, ...
+dtype = "float32"        # [auto, float32, bfloat16, float16] autocast
+resamples = 1000         # [>= 2] bootstrap resamples for the 95 % interval
+chunk = 4096             # [>= 1] bytes that the bootstrap draws together
+
+LN2 = math.log(2)
+
+
+@dataclass
+class Score:
+    """What a protocol found: `bits` (one float64 per scored byte, in the order of the split), `protocol`, `seconds`."""
+    bits: torch.Tensor
+    protocol: str
+    seconds: float
+
+    @property
+    def bytes(self):
+        return self.bits.numel()
+
+    @property
+    def bpb(self):
+        """Bits per byte: mean over all scored bytes."""
+        return self.bits.sum().item() / self.bytes
+
+    @property
+    def loss(self):
+        """Nats per byte."""
+        return self.bpb * LN2
+
+    def interval(self, resamples=1000, chunk=4096, seed=0):
+        """95 % bootstrap interval of bpb over chunks of neighbouring bytes (single bytes are far from independent).
+
+        The last chunk may be shorter, and weighs less. Returns (low, high); (nan, nan) where two whole chunks are not
+        there. Its generator is its own.
+        """
+        if self.bytes < 2 * chunk:
+            return math.nan, math.nan
+        missing = -self.bytes % chunk                                                   # in the last chunk
+        totals = F.pad(self.bits, (0, missing)).view(-1, chunk).sum(1)                  # (n,)
+        sizes, n = torch.full_like(totals, chunk), len(totals)                          # (n,)
+        sizes[-1] -= missing
+        generator, means = torch.Generator().manual_seed(seed), []
+        for _ in range(resamples):
+            drawn = torch.randint(n, (n,), generator=generator)                          # (n,)
+            means.append(totals[drawn].sum() / sizes[drawn].sum())
+        return tuple(torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
+
+
+def target_bits(logits, targets):
+    """-log2 softmax: bits, float64 (...), of targets (...) under logits (..., V); exactly 8.0 for equal logits."""
+    if logits.device.type == "mps":                              # it has no float64
+        logits, targets = logits.cpu(), targets.cpu()
+    return -logits.double().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1) / LN2
+
+
+def parse_protocol(protocol, config, n_bytes):
+    """'block', 'stride:S', 'cache' -> (kind, S or None), for a model of this config and a split of n_bytes.
+
+    UserError for any other name, and for cache where it needs more positions than a learned table has.
+    """
+    T = config.block_size
+    kind, _, number = protocol.partition(":")
+    if protocol == "block":
+        return kind, T
+    if kind == "stride" and number.isdecimal() and 1 <= int(number) <= T:
+        return kind, int(number)
+    if protocol != "cache":
+        raise UserError(f"unknown protocol {protocol!r}: block, cache, or stride:S with S from 1 to block_size ({T})")
+    if config.positions.startswith("learned") and n_bytes - 1 > T:
+        raise UserError(f"protocol cache is impossible past block_size {T} with positions {config.positions}: every "
+                        "cached state would need a new position at each step; use block or stride:S, or a model with "
+                        "rope or none")
+    return (kind, None) if T > 1 else ("block", 1)               # a cache of one key holds nothing to reuse
+
+
+@torch.no_grad()
+def score(model, data, protocol="block", batch_size=32, windows=None):
+    """Scores `data` (N,) uint8 under a protocol; leaves the model in the mode it was in and draws no random number.
+
+    windows: only that many windows of the block protocol, evenly spread (a trainer's quick validation), or all whole
+    ones if there are fewer; then the first byte of the split is not charged, and `protocol` says how many they were.
+    Otherwise all N bytes are scored, each once. The caller decides on autocast. Raises UserError for an impossible
+    protocol or a split of < 2 bytes, ValueError for `windows` < 1 or with another protocol than block.
+    """
+    T = model.config.block_size
+    N = data.numel()
+    kind, stride = parse_protocol(protocol, model.config, N)
+    if N < 2:
+        raise UserError(f"a split of {N} bytes cannot be scored")
+    if windows is not None and (protocol != "block" or windows < 1):
+        raise ValueError(f"windows is {windows} with protocol {protocol}: it must be at least 1, and needs block")
+    was_training, began = model.training, time.perf_counter()
+    model.eval()
+    try:
+        if kind == "cache":
+            bits = _score_stream(model, data, batch_size)
+        else:
+            if windows is not None:
+                windows = min(windows, max(1, (N - 1) // T))     # a split shorter than a window is one short window
+                protocol = f"block, {windows} windows"
+            bits = _score_windows(model, data, T, stride, batch_size, windows)
+    finally:
+        model.train(was_training)
+    return Score(bits, protocol, time.perf_counter() - began)
+
+
+def _score_windows(model, data, T, stride, batch_size, windows):
+    """Bits (N,) under windows that start at multiples of `stride`: each scores what no earlier one has scored.
+
+    With `windows`, only the bits of that many whole windows, in order.
+    """
+    device, N = next(model.parameters()).device, data.numel()
+
+    def cost(rows, first):
+        """Bits of the targets of rows (B, <= T + 1), without the `first` ones, one after another."""
+        rows = rows.to(device).long()
+        return target_bits(model(rows[:, :-1])[:, first:], rows[:, 1 + first:]).cpu().flatten()
+
+    def pieces():
+        """All there is to score, as (rows, first), in the order of the split."""
+        yield data[None, :T + 1], 0                              # nothing before it: all of it counts
+        start = 0
+        if N - stride > T:
+            rows = data[stride:].unfold(0, T + 1, stride)        # (windows, T + 1), a view
+            for i in range(0, len(rows), batch_size):
+                yield rows[i:i + batch_size], T - stride
+            start = len(rows) * stride                           # of the last whole window
+        done = start + T + 1
+        if done < N:                                             # the end of the split: one shorter window
+            yield data[None, start + stride:], T - stride
+
+    if windows is not None and N > T:
+        rows = data.unfold(0, T + 1, T)                          # (all windows, T + 1), a view
+        chosen = (torch.arange(windows) * len(rows) // windows).to(data.device)
+        return torch.cat([cost(rows[batch], 0) for batch in chosen.split(batch_size)])
+    bits, done = torch.empty(N, dtype=torch.float64), 1
+    bits[0] = 8.0                                                # nothing before it: charged as a uniform guess
+    for rows, first in pieces():
+        found = cost(rows, first)
+        bits[done:done + len(found)] = found
+        done += len(found)
+    assert done == N, f"{done} bytes scored, but the split has {N}"
+    return bits[1:] if windows is not None else bits
+
+
+def _score_stream(model, data, batch_size):
+    """Bits (N,) of one stream through a sliding cache of T keys, computed as segments in parallel.
+
+    A state of the last layer depends on at most n_layer * (T - 1) bytes before it. Each segment starts that many bytes
+    early and scores only its own bytes, so that the cut into segments changes nothing but speed.
+    """
+    device = next(model.parameters()).device
+    T, N = model.config.block_size, data.numel()
+    warm = model.config.n_layer * T
+    length = 4 * warm
+    bits, done = torch.empty(N, dtype=torch.float64), 1
+    bits[0] = 8.0
+    # Each reads from its start on, and scores the targets [a, b).
+    segments = [(max(0, a - 1 - warm), a, min(a + length, N)) for a in range(1, N, length)]
+    by_length = {}
+    for segment in segments:
+        by_length.setdefault(segment[2] - segment[0], []).append(segment)
+    for same in by_length.values():
+        for i in range(0, len(same), batch_size):
+            rows = same[i:i + batch_size]
+            x = torch.stack([data[start:b] for start, _, b in rows]).to(device).long()       # (B, length + 1)
+            cache = model.new_cache(len(rows), T, window=T)
+            costs = []
+            for j in range(0, x.size(1) - 1, T):
+                piece = x[:, j:j + T + 1]
+                costs.append(target_bits(model(piece[:, :-1], cache=cache), piece[:, 1:]).cpu())
+            cost = torch.cat(costs, 1)
+            for row, (start, a, b) in enumerate(rows):
+                bits[a:b] = cost[row, a - 1 - start:]
+                done += b - a
+    assert done == N, f"{done} bytes scored, but the split has {N}"
+    return bits
+
+
+@command
+def main():
+    override(globals(), positional="checkpoint")
+    if checkpoint is None:
+        raise UserError("which run? python evaluate.py runs/train_enwik8/NAME")
+    where, precision = resolve_device(device, dtype)
+    path = find_checkpoint(checkpoint)
+    loaded = load_checkpoint(path)
+    try:
+        model = from_checkpoint(loaded, weights).for_inference().eval().to(where)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}")
+    trained = loaded["settings"]
+    corpus = text.load(dataset or trained["dataset"], max_bytes or (None if dataset else trained["max_bytes"]), where)
+    data = getattr(corpus, split)
+    if data is None:
+        raise UserError(f"{corpus.name} has no {split} split")
+    wanted = [name.strip() for name in protocols.split(",")]
+    for name in wanted:
+        parse_protocol(name, model.config, data.numel())         # complain before the first long pass, not after it
+    print(f"{path}: step {loaded['step']}, {weights} weights, {model.n_params():,} parameters; {corpus.source}")
+    print(f"{'split':<6} {'protocol':<12} {'bits/byte':>10} {'95 % interval':>19} {'nats/byte':>10} "
+          f"{'bytes scored':>13} {'seconds':>8}")
+    for name in wanted:
+        with torch.autocast(where.type, precision, enabled=precision != torch.float32):
+            found = score(model, data, name, batch_size)
+        low, high = found.interval(resamples, chunk)
+        interval = "too few bytes" if found.bytes < 2 * chunk else f"{low:.4f} .. {high:.4f}"
+        print(f"{split:<6} {found.protocol:<12} {found.bpb:>10.4f} {interval:>19} {found.loss:>10.4f} "
+              f"{found.bytes:>13,} {found.seconds:>8.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,846 @@
+"""What a run is: settings, device, seeds, a directory with metrics and checkpoints, exact resume, one-line errors.
+
+    @command
+    def main():
+        settings = override(globals())                       # --name value, --preset NAME, -h
+        path = find_resume(settings, __file__)               # None: from the start
+        checkpoint = load_checkpoint(path) if path else None
+        if checkpoint:
+            settings = adopt(globals(), settings, checkpoint["settings"], architecture)
+        with Run(settings, __file__, checkpoint, path, debug) as run:
+            while not run.stop and step != max_steps:        # run.stop: SIGINT or SIGTERM came
+                ...
+                run.log(step=step, loss=loss)
+                run.save("last.pt", dict(step=step, settings=dict(settings), model=model.state_dict(), ...))
+"""
+import ast
+import contextlib
+import difflib
+import errno
+import fcntl
+import functools
+import importlib.metadata
+import io
+import itertools
+import json
+import math
+import operator
+import os
+import pickle
+import platform
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import tokenize
+from pathlib import Path
+
+import torch
+
+FORMAT = "nanolab-1"
+PACKAGES = "torch numpy triton wandb tensorboard tiktoken sentencepiece matplotlib tqdm pyyaml".split()
+CLOCK = "%Y-%m-%dT%H:%M:%S%z"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LIMITS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+class UserError(Exception):
+    """A person's mistake, said in one line; `command` prints it and exits with status 2."""
+
+
+class NonFinite(Exception):
+    """The loss was not finite at `step`; `command` prints it with the last good checkpoint and exits with status 3."""
+
+    def __init__(self, step):
+        super().__init__(f"loss is not finite at step {step}")
+        self.checkpoint = None
+
+
+def command(main):
+    """Decorator for a script's main(): what went wrong becomes one line `error: ...` on stderr and an exit status.
+
+    2: UserError, no space left, out of memory. 3: NonFinite. 130: Ctrl-C outside the loop. A reader that closed our
+    standard output (`| head`) is no error. Everything else is a bug and keeps its traceback.
+    """
+    @functools.wraps(main)
+    def wrapper(*args, **kwargs):
+        try:
+            result = main(*args, **kwargs)
+            sys.stdout.flush()
+            return result
+        except UserError as error:
+            status, text = 2, str(error)
+        except NonFinite as error:
+            status, text = 3, f"{error}; the last good checkpoint is {error.checkpoint or 'not written yet'}"
+        except KeyboardInterrupt:
+            status, text = 130, "interrupted"
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)     # nobody reads on: let the flush at exit go nowhere
+            sys.exit(128 + signal.SIGPIPE)
+        except (OSError, MemoryError, RuntimeError) as error:
+            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(
+                    "can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED", str(error)):
+                text = "out of memory: try a smaller batch_size (and more grad_accum), block_size or model"
+            elif getattr(error, "errno", None) in NO_SPACE:
+                text = f"cannot write {error.filename or 'a file'}: {error.strerror}"
+            else:
+                raise
+            status = 2
+        print("error:", " ".join(text.split("\n")), file=sys.stderr, flush=True)
+        sys.exit(status)
+    return wrapper
+
+
+# --- Settings ---
+
+class Settings(dict):
+    """Every setting by name. `.explicit`: names set by a flag or the preset; `.command`: the words as typed."""
+
+    explicit, command = frozenset(), ()
+
+
+class _Setting:
+    """One `name = default  # [what is allowed] comment` of a script."""
+
+    def __init__(self, name, default, comment, group):
+        self.name, self.default, self.comment, self.group = name, default, comment, group
+        bracket = re.match(r"\[(.*?)\]", comment)
+        items = [item.strip() for item in bracket[1].split(",")] if bracket else []
+        self.bounds = [re.match(r"([<>]=?)\s*(.*)", item).groups() for item in items if item[:1] in ("<", ">")]
+        kinds = {type(value) for value in (default if isinstance(default, tuple) else (default,))}
+        self.kind = float if kinds == {int, float} else kinds.pop()
+        if default is None:
+            self.kind = float if any("." in bound for _, bound in self.bounds) else int if self.bounds else str
+        # 'none' is a word like any other among the choices of a text, and stands for None everywhere else.
+        self.none = default is None or ("none" in items and self.kind is not str)
+        self.path = "path" in items                          # --resume alone, or --resume PATH
+        self.words = [item for item in items if item[:1] not in ("<", ">") and item != "path"
+                      and not (self.none and item == "none")]
+        self.default = self.read(default)
+
+    def wants(self, noun=True):
+        """What would be right, as the end of an error message."""
+        also = self.words + ["a path"] * self.path + ["none"] * self.none
+        if self.kind is str and self.words:
+            return "must be one of " + ", ".join(also)
+        limits = " and ".join(f"{sign} {bound}" for sign, bound in self.bounds)
+        if noun:
+            limits = f"{NOUNS[self.kind]} {limits}"
+        if isinstance(self.default, tuple):
+            limits = f"{len(self.default)} values with commas between them, each {limits}"
+        return "must be " + ", or ".join([limits.strip(), *also])
+
+    def read(self, value, typed=False):
+        """`value` as this setting holds it; typed: a word of the command line. ValueError: what would be right."""
+        if not isinstance(self.default, tuple):
+            return self.read_one(value, typed)
+        parts = value.strip("()").split(",") if typed else value
+        if not isinstance(parts, (tuple, list)) or len(parts) != len(self.default):
+            raise ValueError(self.wants())
+        return tuple(self.read_one(part, typed) for part in parts)
+
+    def read_one(self, value, typed):
+        """`read` for one value that is no tuple."""
+        if self.none and (value is None or typed and value.lower() == "none"):
+            return None
+        if typed and self.kind is bool and value.lower() in SWITCH and not (self.path and value in "01"):
+            return SWITCH[value.lower()]
+        if isinstance(value, str) and (self.path or value in self.words):
+            return value
+        if typed and self.kind in (int, float) or self.kind is float and type(value) is int:
+            try:
+                value = self.kind(value)
+            except (ValueError, OverflowError):
+                raise ValueError(self.wants()) from None
+        endless = type(value) is float and not math.isfinite(value)
+        if type(value) is not self.kind or endless or (self.kind is str and self.words):
+            raise ValueError(self.wants() + (_nearest(value, self.words) if isinstance(value, str) else ""))
+        if not all(LIMITS[sign](value, float(bound)) for sign, bound in self.bounds):
+            raise ValueError(self.wants(noun=False))
+        return value
+
+
+def _nearest(word, names, prefix=""):
+    found = difflib.get_close_matches(word, list(names), 1)
+    return f"; did you mean {prefix}{found[0]}?" if found else ""
+
+
+def _read_settings(path):
+    """The settings of a script in the order of its source: {name: _Setting}. Nothing is run.
+
+    Settings are the literals before `presets` and before the first function or class; CAPITALS and _names are not.
+    """
+    with tokenize.open(path) as file:
+        source = file.read()
+    comments = {token.start[0]: token for token in tokenize.generate_tokens(io.StringIO(source).readline)
+                if token.type == tokenize.COMMENT}
+    found, group = {}, "Settings"
+    titles = {line: re.fullmatch(r"# -+ (.*?) -+\s*", token.line) for line, token in comments.items()}
+    for node in ast.parse(source).body:
+        name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) and len(node.targets) == 1 else ""
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or name == "presets":
+            break
+        if not name.isidentifier() or name.startswith("_") or name.isupper():
+            continue
+        try:
+            default = ast.literal_eval(node.value)
+        except (ValueError, TypeError):
+            continue                                         # computed, so no setting
+        if isinstance(default, (bool, int, float, str, tuple, type(None))) and default != ():
+            group = next((titles[line][1] for line in range(node.lineno, 0, -1) if titles.get(line)), group)
+            comment = comments[node.end_lineno].string.lstrip("# ") if node.end_lineno in comments else ""
+            found[name] = _Setting(name, default, comment, group)
+    return found
+
+
+def override(g, argv=None, positional=None):
+    """Sets the globals `g` of a script from the command line, and returns all its settings.
+
+    Defaults, types, limits and groups are read from the script's own source, g["__file__"]: a comment may begin with
+    what is allowed, `[>= 1]`, `[layer, rms]`, `[none, > 0.0]`, `[path]`. `g["presets"]` maps names to sets of settings.
+    argv: the words after the script's name (None: this process's). positional: the setting that one bare word sets.
+    Returns Settings. Raises UserError for a person's mistake, ValueError for a mistake in the script; exits for -h.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    specs, presets, typed, rest = _read_settings(g["__file__"]), g.get("presets", {}), {}, list(argv)
+    if {"-h", "--help"} & set(argv):
+        print(_help(g, specs, presets, positional))
+        sys.exit(0)
+    for preset, name, value in [(p, name, value) for p, values in presets.items() for name, value in values.items()]:
+        try:
+            specs[name].read(value)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"preset {preset}: {name} = {value!r}: {error}") from None
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if positional and positional not in typed and not word.startswith("-"):
+            name, equals, value = positional, "=", word
+        elif not word.startswith("--") or not name:
+            hint = f"; did you mean --preset {word}?" if word in presets else _nearest(word.strip("-"), specs, "--")
+            raise UserError(f"unexpected word {word!r}{hint or ': settings are written --name value'}")
+        off = name.removeprefix("no_")
+        if name not in specs and off in specs:
+            if specs[off].kind is not bool or equals:
+                raise UserError(f"{word}: --no-name is for settings that are true or false, and takes no value")
+            name, equals, value = off, "=", "false"
+        if name not in specs:
+            raise UserError(f"unknown setting --{name}{_nearest(name, specs, '--') or '; -h lists them all'}")
+        spec, coming = specs[name], rest[0] if rest and not rest[0].startswith("--") else None
+        alone = spec.kind is bool and not (coming and (spec.path or coming.lower() in {*SWITCH, *spec.words}))
+        if not equals and coming is None and not alone:
+            raise UserError(f"--{name}: a value is missing; it {spec.wants()}")
+        if not equals:
+            value = "true" if alone else rest.pop(0)
+        try:
+            typed[name] = spec.read(value, typed=True)
+        except ValueError as error:
+            raise UserError(f"--{name} {value}: {error}") from None
+    chosen = typed.get("preset")
+    if chosen is not None and chosen not in presets:
+        raise UserError(f"--preset {chosen}: must be one of {', '.join(presets)}{_nearest(chosen, presets)}")
+    typed = {name: specs[name].read(value) for name, value in presets.get(chosen, {}).items()} | typed
+    settings = Settings({name: typed.get(name, spec.default) for name, spec in specs.items()})
+    settings.explicit, settings.command = frozenset(typed), argv
+    g.update(settings)
+    return settings
+
+
+def _help(g, specs, presets, positional, width=100):
+    """The text of -h, at most 100 columns wide."""
+    def entry(left, right, column):
+        if len(left) >= column:
+            return [left, *entry("", right, column)] if right else [left]
+        return textwrap.wrap(right, width, initial_indent=left.ljust(column), subsequent_indent=" " * column) or [left]
+
+    out = []
+    for paragraph in (g.get("__doc__") or "").strip().split("\n\n"):
+        if paragraph.startswith(" "):                        # commands, with comments beside them
+            rows = [re.split(r" +(?=# )", line + " # ", maxsplit=1) for line in paragraph.split("\n")]
+            for left, right in rows:
+                out += entry(left, right.removesuffix(" # ").removesuffix("# "), max(len(row[0]) for row in rows) + 2)
+        else:
+            out += textwrap.wrap(paragraph, width)
+        out.append("")
+    word = f" [{positional}]" if positional else ""
+    out += [f"usage: python {Path(g['__file__']).name}{word} [--name value] [--switch] [--no-switch]", ""]
+    if presets:
+        out.append("Presets: --preset NAME; flags win over it")
+        for name, values in presets.items():
+            out += entry(f"  {name}", ", ".join(f"{key}={_typed(value)}" for key, value in values.items()), 20)
+        out.append("")
+    for group, members in itertools.groupby(specs.values(), lambda spec: spec.group):
+        out.append(group)
+        for spec in members:
+            out += entry(f"  --{spec.name} {_typed(spec.default)}", spec.comment, 34)
+        out.append("")
+    return "\n".join(out).rstrip()
+
+
+def _typed(value):
+    """A value as one would type it."""
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(_typed, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value) or '""'
+
+
+def adopt(g, settings, checkpoint_settings, architecture):
+    """The settings of a resumed run, also written to the script's globals `g`: the checkpoint's, except what was typed.
+
+    architecture: names that always come from the checkpoint; a flag that says otherwise is overruled in one line.
+    resume, out_dir and run_name stay those of this command; what the checkpoint does not know keeps the script's value.
+    Returns Settings. Raises UserError where the checkpoint holds a value that the script does not allow.
+    """
+    specs, adopted, moved = _read_settings(g["__file__"]), Settings(settings), []
+    adopted.explicit, adopted.command = settings.explicit, settings.command
+    kept = {"resume", "out_dir", "run_name"}
+    for name in [name for name in settings if name in checkpoint_settings and name not in kept]:
+        try:
+            old, new = specs[name].read(checkpoint_settings[name]), settings[name]
+        except ValueError as error:
+            value = checkpoint_settings[name]
+            raise UserError(f"the checkpoint's {name} {value!r} is not allowed here: {error}") from None
+        if old == new or name in settings.explicit and name not in architecture:
+            continue
+        adopted[name] = old
+        if name in settings.explicit:
+            print(f"{name} {_typed(old)} comes from the checkpoint: --{name} {_typed(new)} is overruled")
+        else:
+            moved.append(f"{name} {_typed(old)} (not {_typed(new)})")
+    if moved:
+        print("from the checkpoint:", ", ".join(moved))
+    g.update(adopted)
+    return adopted
+
+
+# --- Device and randomness ---
+
+def resolve_device(device, dtype):
+    """(torch.device, torch.dtype) for the settings `device` (auto, cpu, cuda, cuda:N, mps) and `dtype`.
+
+    auto: cuda and bfloat16 where there are, else cpu and float32. UserError: a device that is not there.
+    """
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise UserError(f"--device {device}: must be one of auto, cpu, cuda, cuda:N, mps")
+    kind, _, index = device.partition(":")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
+    if int(index or 0) >= count:
+        raise UserError(f"--device {device}: torch {torch.__version__} sees {count} such devices on this machine")
+    if dtype == "auto":
+        bfloat16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if bfloat16 else "float32"
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {dtype}: must be one of auto, float32, bfloat16, float16")
+    return torch.device(device), getattr(torch, dtype)
+
+
+def seed_everything(seed, deterministic=True):
+    """Seeds torch's global generators (CPU, CUDA). deterministic: the same bits every time on the same machine."""
+    torch.manual_seed(seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")      # read when cuBLAS starts
+    torch.utils.deterministic.fill_uninitialized_memory = False      # finds bugs, costs time
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = deterministic
+    # What torch.use_deterministic_algorithms does, without its second of importing the compiler.
+    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = str(int(deterministic))
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
+
+
+def generator_states(**generators):
+    """States of torch's global generators (CPU, every CUDA device) and of the named torch.Generators: uint8 tensors."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "named": {name: generator.get_state() for name, generator in generators.items()}}
+
+
+def restore_generators(states, **generators):
+    """Puts back what `generator_states` returned. UserError: a named generator that the checkpoint does not know."""
+    missing = sorted(set(generators) - set(states["named"]))
+    if missing:
+        raise UserError(f"the checkpoint has no state of the generator {', '.join(missing)}")
+    torch.set_rng_state(states["cpu"])
+    for i, state in enumerate(states["cuda"][:torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state, i)
+    for name, generator in generators.items():
+        generator.set_state(states["named"][name])
+
+
+def measure_peak_flops(device, dtype):
+    """FLOP/s of this device: the best of several square matmuls in `dtype`, in less than a second."""
+    on_gpu = torch.device(device).type != "cpu"
+    size, best, began = 8192 if on_gpu else 1024, math.inf, time.perf_counter()
+    a, b = torch.ones(2, size, size, device=device, dtype=dtype)
+    while best == math.inf or time.perf_counter() - began < 0.4:
+        start = time.perf_counter()
+        product = a @ b
+        if on_gpu:
+            product[0, 0].item()                             # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size ** 3 / best
+
+
+def peak_memory(device):
+    """Bytes: the most that torch held on a CUDA `device`, else the most that this process held."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# --- Files ---
+
+def _newest(settings, script):
+    """The directory that a bare --resume means: that of run_name, or the run that started last; None: no run yet."""
+    parent, name = Path(settings["out_dir"]) / Path(script).stem, settings["run_name"]
+    if name is not None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,99}", name):
+            raise UserError(f"--run_name {name}: only letters a-z, digits and . _ = + - may be in it, no sign first")
+        return parent / name
+    runs = [path for path in parent.glob("*") if _is_run(path)]
+    return max(runs, key=lambda path: ((path / "lock").stat().st_mtime_ns, path.name), default=None)
+
+
+def _is_run(directory):
+    """Whether `directory` is one of ours: its file `lock` says so (empty: killed while starting)."""
+    with contextlib.suppress(OSError, ValueError):
+        return (directory / "lock").read_text() in ("", FORMAT)
+    return False
+
+
+def _others(path):
+    return sorted(other for other in path.parent.glob("[!.]*.pt") if other.name != path.name)
+
+
+def find_resume(settings, script):
+    """Path of the checkpoint that the setting `resume` means, or None: start at step 0. Only reads; says which.
+
+    A run that was killed before its first save starts anew. UserError: a path that is not there, or a run that has lost
+    the last.pt it once had.
+    """
+    wanted = settings["resume"]
+    if wanted is False:
+        return None
+    directory = _newest(settings, script) if wanted is True else Path(wanted)
+    fresh = wanted is True and (directory is None or not any(directory.glob("*.pt")))
+    reached = _read_json(directory / "summary.json").get("step") if fresh and directory else None
+    if reached:
+        raise UserError(f"{directory} has no checkpoint, although its summary.json says step {reached}: "
+                        "start again under another --run_name")
+    if fresh:
+        print(f"no checkpoint yet in {directory or Path(settings['out_dir'], Path(script).stem)}: starting at step 0")
+        return None
+    path = find_checkpoint(directory)
+    print(f"resuming from {path}")
+    return path
+
+
+def find_checkpoint(path):
+    """Path of the checkpoint that a person means: a file, or the last.pt of a run's directory. UserError: not there."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory")
+    if path.is_dir() and not (path / "last.pt").exists():
+        others = ", ".join(map(str, _others(path / "last.pt"))) or "no other checkpoint either"
+        raise UserError(f"{path} has no last.pt; there is {others}")
+    return path / "last.pt" if path.is_dir() else path
+
+
+def load_checkpoint(path):
+    """The dict that `Run.save` wrote to `path`, tensors on the CPU. Runs no code from the file (weights_only=True).
+
+    UserError, naming the file: missing, truncated, damaged, foreign, or holding objects that could run code.
+    """
+    path = Path(path)
+    hint = "".join(f"; there is also {other}" for other in _others(path)[-1:])
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                raise UserError(f"{path} is truncated or not a nanolab checkpoint{hint}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is refused: it holds more than plain data, which could run code{hint}") from None
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError):
+        raise UserError(f"{path} is truncated or damaged{hint}") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise UserError(f"{path} is not a nanolab checkpoint{hint}")
+    return checkpoint
+
+
+@contextlib.contextmanager
+def _replacing(path):
+    """A binary file that becomes `path`, on the disk, when the block ends; after any failure `path` is what it was."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        with contextlib.suppress(OSError):                   # some network folders cannot sync a directory
+            directory = os.open(path.parent, os.O_RDONLY)
+            os.fsync(directory)
+            os.close(directory)
+    except (OSError, RuntimeError) as error:                 # torch's writer hides the one behind the other
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"cannot write {path}: {cause.strerror}; what was there before is untouched") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plain(value):
+    """`value` as JSON can hold it: non-finite numbers become None, tuples lists, scalar tensors numbers, others str."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return _plain(value.item()) if hasattr(value, "item") else str(value)
+
+
+def _write_json(path, value):
+    with _replacing(path) as file:
+        file.write((json.dumps(_plain(value), indent=2, allow_nan=False) + "\n").encode())
+
+
+def _read_json(path):
+    """The object in a JSON file; {} where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        value = json.loads(path.read_text())
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
+def _read_metrics(path):
+    """The lines of a metrics.jsonl; one that a kill or a full disk has cut off is left out."""
+    entries = []
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
+
+
+def _output(*words):
+    """What a program prints, or None where it fails."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return None
+
+
+def _version(package):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
+
+
+# --- The run ---
+
+class Run:
+    """A run on disk, out_dir/script/run_name/, for the time of a `with` block.
+
+    settings: Settings of this command. script: its file. checkpoint, checkpoint_path: what the run resumes from.
+    debug: no wandb, no TensorBoard.
+    .dir: the directory (Path). .stop: None, or the number of the signal that asked to stop: leave the loop, save, and
+    let the block end, which then exits with 128 + signal. A second signal ends the process at once.
+    UserError: the directory is there already, is not ours, cannot be written, or another process writes to it.
+    """
+
+    def __init__(self, settings, script, checkpoint=None, checkpoint_path=None, debug=False):
+        self.settings, self.script, self.debug = settings, Path(script), debug
+        self.checkpoint, self.source = checkpoint, checkpoint_path and Path(checkpoint_path)
+        self.step, self._began = checkpoint["step"] if checkpoint else 0, time.monotonic()
+        self.dir = self.stop = self._lock = self._metrics = self._bar = self._board = self._wandb = None
+        self._handlers, self._summary = {}, {}
+        if checkpoint and checkpoint["script"] != self.script.stem:
+            raise UserError(f"{checkpoint_path} is a checkpoint of {checkpoint['script']}, not of {self.script.stem}")
+
+    def __enter__(self):
+        home = _newest(self.settings, self.script)
+        if self.source and _is_run(self.source.parent) and (
+                self.settings["run_name"] is None or self.source.parent.resolve() == home.resolve()):
+            self.dir = self.source.parent
+        elif self.settings["resume"] is True and not self.source and home and home.exists():
+            self.dir = home                                  # killed before its first save
+        self.resumed = self.dir is not None
+        try:
+            self._open()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            if not self.resumed and self.dir:
+                shutil.rmtree(self.dir, ignore_errors=True)  # it was made a moment ago and holds nothing
+            raise
+        return self
+
+    def _open(self):
+        place = self.dir or Path(self.settings["out_dir"])
+        try:
+            if not self.resumed:
+                self.dir = place = self._create(place / self.script.stem, self.settings["run_name"])
+            elif not _is_run(place) and any(place.iterdir()):
+                raise UserError(f"{place} is not the directory of a run: choose another --run_name")
+            self._lock = self._take_lock()
+            for leftover in place.glob(".*.tmp-*"):          # of killed processes
+                leftover.unlink()
+        except OSError as error:
+            raise UserError(f"cannot write to {place}: {error.strerror}") from None
+        if self.source and self.source.resolve() != (place / "last.pt").resolve():
+            with open(self.source, "rb") as old, _replacing(place / "last.pt") as new:
+                shutil.copyfileobj(old, new)                 # before any metrics go: the two always belong together
+        self._write_summary("running")
+        self._write_params()
+        self._copy_code()
+        last = self._open_metrics()
+        if self.settings.get("tensorboard") and not self.debug:
+            from torch.utils.tensorboard import SummaryWriter
+            self._board = SummaryWriter(str(place / "tensorboard"), purge_step=self.step if self.resumed else None)
+            for entry in last:                               # purge_step hides these, but the checkpoint knows of them
+                self._mirror(entry)
+        if self.settings.get("wandb", "disabled") != "disabled" and not self.debug:
+            self._wandb = self._open_wandb()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def _create(self, parent, name):
+        parent.mkdir(parents=True, exist_ok=True)
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        for candidate in [name] if name else itertools.chain([stamp], (f"{stamp}-{i}" for i in itertools.count(2))):
+            with contextlib.suppress(FileExistsError):       # two commands in one second: the other took it
+                (parent / candidate).mkdir()
+                return parent / candidate
+        raise UserError(f"{parent / name} is there already: --resume --run_name {name} goes on with it, "
+                        "another --run_name starts anew")
+
+    def _take_lock(self):
+        lock = os.open(self.dir / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                os.close(lock)
+                raise UserError(f"another process is writing to {self.dir}") from None
+            # Else a network folder that knows no locks: the run goes on without one.
+        os.pwrite(lock, FORMAT.encode(), 0)                  # the file's time says which run started last
+        return lock
+
+    def _open_metrics(self):
+        """Drops the metrics that the checkpoint does not know of; returns the lines of its last step."""
+        path, entries = self.dir / "metrics.jsonl", []
+        if self.checkpoint and path.exists():
+            entries = [entry for entry in _read_metrics(path)[:self.checkpoint.get("metrics_lines")]
+                       if entry["step"] <= self.step and not entry.get("final")]
+        with _replacing(path) as file:
+            file.writelines((json.dumps(entry) + "\n").encode() for entry in entries)
+        self._lines, self._metrics = len(entries), open(path, "ab", buffering=0)
+        return [entry for entry in entries if entry["step"] == self.step]
+
+    def _write_params(self):
+        old, now = _read_json(self.dir / "params.json") if self.resumed else {}, _plain(self.settings)
+        before, words = old.get("settings", now), [self.script.name, *self.settings.command]
+        changed = {name: [before.get(name), value] for name, value in now.items() if before.get(name) != value}
+        entry = {"command": words, "step": self.step, "time": time.strftime(CLOCK), "changed": changed}
+        git = "git", "-C", str(self.script.resolve().parent)
+        commit = _output(*git, "rev-parse", "HEAD")
+        _write_json(self.dir / "params.json", {
+            "format": FORMAT, "script": self.script.stem, "run_name": self.dir.name, "settings": now, "command": words,
+            "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+            "device": {"system": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
+                       "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]},
+            "git": commit and {"commit": commit, "dirty": bool(_output(*git, "status", "--porcelain"))},
+            "resumed_from": self.source, "history": old.get("history", []) + [entry]})
+
+    def _copy_code(self):
+        """The script and the modules of this folder, to code/; what has changed since the run began goes beside it."""
+        root, code = Path(__file__).resolve().parent, self.dir / "code"
+        loaded = [Path(getattr(module, "__dict__", {}).get("__file__") or "") for module in list(sys.modules.values())]
+        ours = [path for path in loaded if path.suffix == ".py" and path.parent in (root, root / "data")]
+        files = {path.relative_to(root): path for path in ours}
+        files[Path(self.script.name)] = self.script
+        if self.resumed and self.checkpoint and code.exists():
+            files = {name: path for name, path in files.items()
+                     if not (code / name).exists() or (code / name).read_bytes() != path.read_bytes()}
+            code = code / f"resumed_at_{self.step:08d}"
+            if files:
+                names = ", ".join(sorted(map(str, files)))
+                print(f"the code has changed since this run began ({names}): a copy is in {code}")
+        for name, path in files.items():
+            (code / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, code / name)
+
+    def _open_wandb(self):
+        import wandb
+        ident, mode = self.dir / "wandb_id", self.settings["wandb"]
+        if not ident.exists():
+            ident.write_text(os.urandom(4).hex())
+        try:
+            if mode == "online" and not wandb.login(prompt=False):
+                raise UserError("wandb has no API key: type `wandb login` once, or choose --wandb offline")
+            return wandb.init(project="nanolab", name=f"{self.script.stem}/{self.dir.name}", id=ident.read_text(),
+                              mode=mode, resume="allow", dir=str(self.dir), config=_plain(self.settings),
+                              settings=wandb.Settings(silent=True, console="off", init_timeout=60))
+        except wandb.Error as error:
+            raise UserError(f"wandb did not start: {error}; --wandb offline needs no network") from None
+
+    def _on_signal(self, number, frame):
+        if self.stop is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.stop = number
+        text = f"\n{signal.Signals(number).name}: stopping after this step, then saving; once more stops at once\n"
+        os.write(2, text.encode())                           # print could be what the signal interrupted
+
+    def log(self, *, step, split="train", **values):
+        """Appends a line to metrics.jsonl: `step` optimiser steps done, `split`, `values`; a number not finite is null.
+
+        Texts among the values (model, stage, protocol, ...) name the curve that the numbers belong to.
+        """
+        entry = {"step": step, "split": split, **_plain(values)}
+        try:
+            self._metrics.write((json.dumps(entry, allow_nan=False) + "\n").encode())
+        except OSError as error:
+            raise UserError(f"cannot write {self.dir / 'metrics.jsonl'}: {error.strerror}") from error
+        self._lines, self.step = self._lines + 1, max(self.step, step)
+        self._mirror(entry)
+
+    def _mirror(self, entry):
+        """One line of metrics to TensorBoard and wandb."""
+        numbers = {f"{_curve(entry)}/{key}": value for key, value in entry.items()
+                   if key != "step" and type(value) in (int, float)}
+        for tag, value in numbers.items() if self._board else ():
+            self._board.add_scalar(tag, value, entry["step"])
+        if self._wandb and entry["step"] >= self._wandb.step:          # what wandb has, a resumed run only repeats
+            self._wandb.log(numbers, step=entry["step"])
+
+    def save(self, name, state):
+        """Writes the checkpoint `state` (a dict of tensors and plain Python values) to the run's file `name`.
+
+        A kill at any moment leaves the old file or the new one, whole. UserError: no space; the old file stays.
+        """
+        state = {**state, "format": FORMAT, "script": self.script.stem, "metrics_lines": self._lines}
+        os.fsync(self._metrics.fileno())                     # first: what a checkpoint knows of is on the disk
+        if self._board:
+            self._board.flush()
+        with _replacing(self.dir / name) as file:
+            torch.save(state, file)
+
+    def keep(self, state, step, keep_last):
+        """Saves the numbered checkpoint step_00001000.pt and removes older ones, so that `keep_last` are left."""
+        self.save(f"step_{step:08d}.pt", state)
+        numbers = [int(path.stem.removeprefix("step_")) for path in self.dir.glob("step_*.pt")]
+        for old in sorted(number for number in numbers if number <= step)[:-keep_last]:
+            (self.dir / f"step_{old:08d}.pt").unlink()
+
+    def bar(self, total, initial=0):
+        """A `Bar` towards `total` steps (None: no end known)."""
+        self._bar = Bar(total, initial)
+        return self._bar
+
+    def summary(self, **values):
+        """Adds `values` to summary.json, which is written when the block ends."""
+        self._summary.update(values)
+
+    def _write_summary(self, status, **more):
+        memory = peak_memory("cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu")
+        _write_json(self.dir / "summary.json", {
+            "status": status, "step": self.step, "seconds": time.monotonic() - self._began, "peak_memory": memory,
+            "time": time.strftime(CLOCK), **self._summary, **more})
+
+    def __exit__(self, kind, error, trace):
+        good = error is None or isinstance(error, SystemExit) and not error.code
+        status = "done" if good else "failed"
+        if good and self.stop or isinstance(error, KeyboardInterrupt):
+            status = "interrupted"
+        if isinstance(error, NonFinite) and (self.dir / "last.pt").exists():
+            error.checkpoint = self.dir / "last.pt"
+        with contextlib.ExitStack() as stack:
+            for number, handler in self._handlers.items():
+                stack.callback(signal.signal, number, handler)
+            if self._lock is not None:
+                stack.callback(os.close, self._lock)
+            for writer in filter(None, (self._metrics, self._board, self._bar)):
+                stack.callback(writer.close)
+            if self._wandb:
+                stack.callback(self._wandb.finish, 0 if good else 1)
+            try:
+                if self._lock is not None:
+                    self._write_summary(status, **({} if good else {"error": f"{kind.__name__}: {error}"}))
+                if self._metrics:
+                    draw_curves(self.dir / "metrics.jsonl", self.dir / "curves.png")
+            except UserError:
+                if good:
+                    raise                                    # else what went wrong first is what to tell
+        if good and self.stop:
+            sys.exit(128 + self.stop)
+
+
+class Bar:
+    """Progress on standard output, made by `Run.bar`: a bar on a terminal, elsewhere a line every ten seconds."""
+
+    def __init__(self, total, initial):
+        self.total, self.initial, self.began, self.said, self.tqdm = total, initial, time.monotonic(), -math.inf, None
+        if sys.stdout.isatty():
+            from tqdm import tqdm
+            self.tqdm = tqdm(total=total, initial=initial, file=sys.stdout, dynamic_ncols=True, unit=" steps")
+
+    def update(self, step, text=""):
+        """`step` steps are done; `text` is shown beside them."""
+        now = time.monotonic()
+        if self.tqdm:
+            self.tqdm.set_postfix_str(text, refresh=False)
+            self.tqdm.update(step - self.tqdm.n)
+        elif now - self.said >= 10 or step == self.total:
+            self.said, pace = now, (now - self.began) / max(1, step - self.initial)
+            left = round(pace * (self.total - step)) if self.total else 0
+            goal = f", {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left" if self.total else ""
+            self.note(f"step {step}{f'/{self.total}' if self.total else ''}: {text}, {1000 * pace:.1f} ms/step{goal}")
+
+    def note(self, text):
+        """Prints a line, above the bar where there is one."""
+        self.tqdm.write(text, file=sys.stdout) if self.tqdm else print(text, flush=True)
+
+    def close(self):
+        """Leaves the bar as it stands; `note` goes on printing."""
+        if self.tqdm:
+            self.tqdm.close()
+        self.tqdm = None
+
+
+def _curve(entry):
+    """The curve of a line of metrics: model, stage, split and whatever else it says in words, as in `val/block`."""
+    first = {key: entry[key] for key in ("model", "stage", "split") if key in entry}
+    return "/".join(value for value in {**first, **entry}.values() if isinstance(value, str))
+
+
+def draw_curves(metrics, picture):
+    """Draws loss, and bits per byte where there are any, over the steps in metrics.jsonl into a PNG file."""
+    from matplotlib.figure import Figure
+    curves = {"loss": {}, "bpb": {}}
+    for entry in _read_metrics(metrics):
+        for key in curves:
+            if entry.get(key) is not None:
+                curves[key].setdefault(_curve(entry), []).append((entry["step"], entry[key]))
+    panels = [key for key in curves if curves[key]] or ["loss"]
+    figure = Figure(figsize=(8, 4.5 * len(panels)), layout="constrained", dpi=100)
+    for axes, key in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels):
+        for name, points in sorted(curves[key].items()):
+            style = dict(linewidth=1) if len(points) > 60 else dict(marker="o", markersize=3.5)
+            axes.plot(*zip(*points), label=name, **style)
+        axes.set(xlabel="step", ylabel={"loss": "loss (nats per target)", "bpb": "bits per byte"}[key])
+        axes.grid(alpha=0.3)
+        if curves[key]:
+            axes.legend()
+    with _replacing(picture) as file:
+        figure.savefig(file, format="png")

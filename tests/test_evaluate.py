@@ -1,0 +1,375 @@
+"""The evaluation protocols against byte-by-byte references. About 10 s on one core."""
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+from evaluate import Score, parse_protocol, score, target_bits
+from experiment import UserError
+from model import Attention, Transformer, TransformerConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+T = 8
+PROTOCOLS = ("block", "stride:1", "stride:3", "stride:5", "stride:8")
+SIZES = (2, 3, T - 1, T, T + 1, T + 2, 2 * T, 2 * T + 1, 27, 40, 41)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def build(positions="rope", **settings):
+    """A small model whose logits are large and depend strongly on every byte that attention sees."""
+    torch.manual_seed(0)
+    config = dict(n_layer=2, n_head=2, n_embd=16, block_size=T, init="xavier", positions=positions, dropout=0.2)
+    model = Transformer(TransformerConfig(**{**config, **settings})).eval()
+    with torch.no_grad():
+        model.heads[0].mul_(60)
+        for block in model.blocks:
+            block.mixer.qkv.weight.mul_(3)
+            block.mixer.out.weight.mul_(3)
+    return model
+
+
+def text(N, seed=0):
+    return torch.randint(256, (N,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def bits_of(logits, target):
+    """-log2 p(target) from logits (V,), in float64 and in steps of its own."""
+    p = (logits.double() - logits.double().max()).exp()
+    return -math.log2(p[target] / p.sum())
+
+
+def context_start(i, protocol):
+    """Where the context of byte i begins, as the protocol promises it."""
+    if protocol == "block":
+        return (i - 1) // T * T
+    S = int(protocol.removeprefix("stride:"))
+    return max(0, math.ceil((i - T) / S) * S)
+
+
+def one_by_one(model, data, protocol):
+    """Bits of every byte, each from a forward pass over nothing but its context."""
+    bits = [8.0]
+    for i in range(1, len(data)):
+        start = context_start(i, protocol)
+        with torch.no_grad():
+            bits.append(bits_of(model(data[None, start:i].long())[0, -1], data[i].item()))
+    return torch.tensor(bits, dtype=torch.float64)
+
+
+def banded(self, q, k, v, mask):
+    """Attention to the last T positions, written out: the reference of `cache` in one pass over the whole split."""
+    distance = torch.arange(q.size(2))[:, None] - torch.arange(k.size(2))
+    scores = (q @ k.transpose(2, 3) / q.size(-1) ** 0.5).masked_fill((distance < 0) | (distance >= T), -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+def in_one_pass(model, data, monkeypatch):
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(Attention, "attend", banded)
+        logits = model(data[None, :-1].long())[0]
+    return torch.tensor([8.0] + [bits_of(row, target) for row, target in zip(logits, data[1:].tolist())],
+                        dtype=torch.float64)
+
+
+@pytest.mark.parametrize("N", SIZES)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_every_byte_is_scored_once_with_the_promised_context(protocol, N):
+    model, data = build("learned"), text(N)
+    found = score(model, data, protocol, batch_size=3)
+    assert found.bytes == N and found.protocol == protocol and found.seconds > 0
+    assert found.bits.dtype == torch.float64 and found.bits[0] == 8
+    torch.testing.assert_close(found.bits, one_by_one(model, data, protocol), atol=1e-4, rtol=1e-5)
+    assert found.bpb == pytest.approx(found.bits.mean().item(), rel=1e-12)
+    assert found.loss == pytest.approx(found.bpb * math.log(2), rel=1e-12)
+
+
+def test_promised_contexts():
+    """The reference itself: at least T - S bytes for all but the first T, never more than T."""
+    for protocol, S in [("stride:1", 1), ("stride:3", 3), ("stride:8", 8)]:
+        assert all(T - S + 1 <= i - context_start(i, protocol) <= T for i in range(T, 100))
+    assert [i - context_start(i, "block") for i in range(1, 18)] == [*range(1, 9), *range(1, 9), 1]
+
+
+def test_protocols_differ():
+    """So that no test above can pass by scoring everything alike."""
+    model, data = build(), text(200)
+    found = [score(model, data, protocol).bpb for protocol in ("block", "stride:1", "stride:3", "cache")]
+    assert min(abs(a - b) for i, a in enumerate(found) for b in found[:i]) > 1e-3
+    assert score(model, data, f"stride:{T}").bpb == score(model, data, "block").bpb
+
+
+@pytest.mark.parametrize("positions", ["rope", "none"])
+@pytest.mark.parametrize("N", [2, 5, T, T + 1, T + 2, 63, 64, 65, 66, 129, 300])
+def test_cache_equals_one_banded_pass(positions, N, monkeypatch):
+    """N passes the segments' length of 4 n_layer T = 64 several times: the cut changes nothing."""
+    model, data = build(positions), text(N)
+    found = score(model, data, "cache", batch_size=2)
+    assert found.bytes == N and found.protocol == "cache"
+    torch.testing.assert_close(found.bits, in_one_pass(model, data, monkeypatch), atol=1e-4, rtol=1e-5)
+
+
+def test_cache_equals_one_stream_fed_byte_by_byte():
+    model, data = build(qk_norm=True, n_kv_head=1), text(200)
+    cache, bits = model.new_cache(1, T, window=T), [8.0]
+    with torch.no_grad():
+        for i in range(1, len(data)):
+            bits.append(bits_of(model(data[None, i - 1:i].long(), cache=cache)[0, 0], data[i].item()))
+    torch.testing.assert_close(score(model, data, "cache").bits, torch.tensor(bits, dtype=torch.float64),
+                               atol=1e-4, rtol=1e-5)
+
+
+def test_cache_of_one_key_is_block():
+    model, data = build(block_size=1), text(50)
+    assert torch.equal(score(model, data, "cache").bits, score(model, data, "block").bits)
+
+
+@pytest.mark.parametrize("protocol", ["block", "stride:3", "cache"])
+def test_batch_size_changes_nothing(protocol):
+    data = text(700)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-9)):
+        model = build("none").to(dtype)
+        bpb = [score(model, data, protocol, batch_size).bpb for batch_size in (1, 3, 32, 1000)]
+        assert max(bpb) - min(bpb) <= tolerance * min(bpb)
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.7, -1e4])
+@pytest.mark.parametrize("protocol", ["block", "stride:1", "stride:3", "cache"])
+def test_uniform_model_costs_exactly_eight_bits(protocol, shift):
+    model = build(head_bias=True)
+    with torch.no_grad():
+        model.heads[0].zero_()
+        model.head_biases[0].fill_(shift)
+    found = score(model, text(333), protocol)
+    assert found.bpb == 8.0 and bool((found.bits == 8).all())
+    assert found.interval(resamples=50, chunk=32) == (8.0, 8.0)
+
+
+@pytest.mark.parametrize("shift", [0.0, 50.0, -1e3])
+def test_probabilities_sum_to_one(shift):
+    logits = 5 * torch.randn(4, 3, 256, generator=torch.Generator().manual_seed(0)) + shift
+    bits = torch.stack([target_bits(logits, torch.full((4, 3), byte)) for byte in range(256)], -1)
+    assert bits.dtype == torch.float64 and bits.shape == (4, 3, 256)
+    torch.testing.assert_close((2 ** -bits).sum(-1), torch.ones(4, 3, dtype=torch.float64), atol=1e-12, rtol=0)
+    assert bits[0, 0, 7].item() == pytest.approx(bits_of(logits[0, 0], 7), rel=1e-12)
+
+
+@pytest.mark.parametrize("positions", ["learned", "learned_per_layer"])
+def test_cache_past_learned_positions_is_refused(positions):
+    model = build(positions)
+    assert score(model, text(T + 1), "cache").bpb == pytest.approx(score(model, text(T + 1), "block").bpb, rel=1e-6)
+    with pytest.raises(UserError, match=f"cache is impossible past block_size 8 with positions {positions}.*use block"):
+        score(model, text(T + 2), "cache")
+
+
+@pytest.mark.parametrize("protocol", [
+    "", "blok", "block:", "block:4", "cache:", "cache:8", "stride", "stride:", "stride:0", "stride:9", "stride:-1",
+    "stride:2.0", "stride:²", "Block", "stride:1 "])
+def test_unknown_protocols(protocol):
+    with pytest.raises(UserError, match=r"block, cache, or stride:S with S from 1 to block_size \(8\)"):
+        parse_protocol(protocol, build().config, 100)
+
+
+def test_known_protocols():
+    config = build().config
+    assert [parse_protocol(p, config, 100) for p in ("block", "stride:5", "cache")] == [
+        ("block", T), ("stride", 5), ("cache", None)]
+
+
+@pytest.mark.parametrize("windows, starts", [(1, [0]), (2, [0, 3]), (3, [0, 2, 4]), (6, range(6)), (50, range(6))])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_windows_are_those_of_the_full_pass(windows, starts, batch_size):
+    model, data = build(), text(6 * T + 5)                       # 6 whole windows, 4 targets over
+    full, part = score(model, data, "block").bits, score(model, data, "block", batch_size, windows)
+    assert part.bytes == len(starts) * T and part.protocol == f"block, {len(starts)} windows"
+    expected = torch.cat([full[1 + i * T:1 + (i + 1) * T] for i in starts])
+    torch.testing.assert_close(part.bits, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_windows_of_a_split_shorter_than_one():
+    model, data = build(), text(5)
+    found = score(model, data, "block", windows=4)
+    assert found.protocol == "block, 1 windows"
+    torch.testing.assert_close(found.bits, score(model, data, "block").bits[1:])
+
+
+def test_windows_only_with_block():
+    for protocol, windows in [("stride:2", 3), ("cache", 3), ("block", 0)]:
+        with pytest.raises(ValueError, match="needs block"):
+            score(build(), text(50), protocol, windows=windows)
+
+
+def test_too_small_a_split():
+    with pytest.raises(UserError, match="1 bytes cannot be scored"):
+        score(build(), text(1))
+
+
+@pytest.mark.parametrize("protocol", ["block", "stride:2", "cache"])
+@pytest.mark.parametrize("training", [True, False])
+def test_leaves_mode_and_generators_alone(protocol, training, monkeypatch):
+    model, data = build().train(training), text(100)
+    before = torch.get_rng_state()
+    bits = score(model, data, protocol).bits
+    assert torch.equal(bits, score(model, data, protocol).bits)                      # dropout was off
+    found = score(model, data, protocol)
+    found.interval(resamples=5, chunk=10)
+    assert torch.equal(before, torch.get_rng_state()) and not found.bits.requires_grad
+    assert all(module.training is training for module in model.modules())
+    monkeypatch.setattr(type(model.norm), "forward", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        score(model, data, protocol)
+    assert all(module.training is training for module in model.modules())
+
+
+def test_a_broken_model_scores_nan():
+    """Not an empty or a smaller mean: a trainer must see it."""
+    model = build()
+    with torch.no_grad():
+        model.heads[0][3] = math.nan
+    for protocol, windows in [("block", None), ("block", 3), ("stride:3", None), ("cache", None)]:
+        assert math.isnan(score(model, text(100), protocol, windows=windows).bpb)
+
+
+def noisy(N, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return Score(2 + torch.randn(N, generator=generator, dtype=torch.float64), "block", 1.0)
+
+
+def test_interval():
+    found = noisy(64 * 100)
+    low, high = found.interval(chunk=100)
+    assert low < found.bpb < high and (low, high) == found.interval(chunk=100)
+    assert (low, high) != found.interval(chunk=100, seed=1)
+    sigma = found.bits.view(64, 100).mean(1).std().item() / 8                        # of the mean of 64 chunks
+    assert high - low == pytest.approx(2 * 1.96 * sigma, rel=0.15)
+    large = noisy(64 * 1600).interval(chunk=100)
+    assert (high - low) / (large[1] - large[0]) == pytest.approx(4, rel=0.3)
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says():
+    hits = sum(low < 2 < high for low, high in (noisy(50 * 20, seed).interval(200, 20) for seed in range(100)))
+    assert 87 <= hits <= 99
+
+
+def test_interval_counts_neighbours_as_one():
+    """Bytes that come in equal runs of 50 tell no more than one of them."""
+    runs = Score(noisy(200).bits.repeat_interleave(50), "block", 1.0)
+    byte, run = (high - low for low, high in (runs.interval(300, chunk) for chunk in (1, 50)))
+    assert run / byte == pytest.approx(50 ** 0.5, rel=0.25)
+
+
+def test_interval_weighs_a_short_last_chunk():
+    bits = torch.cat((torch.full((20,), 1.0), torch.full((9,), 5.0))).double()
+    low, high = Score(bits, "block", 1.0).interval(chunk=10)
+    assert low == 1.0 and high == pytest.approx(5.0)
+    assert low < Score(bits, "block", 1.0).bpb < high
+
+
+def test_interval_of_too_few_bytes():
+    assert all(map(math.isnan, noisy(19).interval(chunk=10)))
+    assert not any(map(math.isnan, noisy(20).interval(chunk=10)))
+
+
+@pytest.fixture
+def run_directory(tmp_path):
+    """A run as a script leaves it: last.pt with raw and averaged weights, over 4,000 bytes of text."""
+    (tmp_path / "text.txt").write_bytes(bytes(text(4000).tolist()))
+    model = build()
+    ema = {name: value / 2 for name, value in model.state_dict().items()}
+    settings = {**model.config.__dict__, "dataset": str(tmp_path / "text.txt"), "max_bytes": None}
+    torch.save({"format": "nanolab-1", "script": "train_enwik8", "step": 7, "settings": settings,
+                "model": model.state_dict(), "ema": {"weights": ema}}, tmp_path / "last.pt")
+    return tmp_path
+
+
+def run_main(monkeypatch, capsys, *words):
+    """(exit status, stdout, stderr) of `python evaluate.py WORDS`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    before, status = dict(vars(evaluate)), 0
+    try:
+        evaluate.main()
+    except SystemExit as error:
+        status = error.code
+    finally:
+        vars(evaluate).update(before)
+    return status, *capsys.readouterr()
+
+
+def table(out):
+    """{protocol: (split, bits per byte, bytes scored)} as printed."""
+    rows = [line.split() for line in out.splitlines()[2:]]
+    return {row[1]: (row[0], float(row[2]), int(row[-2].replace(",", ""))) for row in rows}
+
+
+def test_main_prints_the_table(run_directory, monkeypatch, capsys):
+    status, out, err = run_main(monkeypatch, capsys, run_directory, "--protocols", "block, stride:3,cache",
+                                "--chunk", 50, "--device", "cpu")
+    assert status == 0 and err == ""
+    data = text(4000)[3600:3800]
+    expected = {p: ("val", round(score(build(), data, p).bpb, 4), 200) for p in ("block", "stride:3", "cache")}
+    assert table(out) == {p: (s, pytest.approx(b, abs=2e-4), n) for p, (s, b, n) in expected.items()}
+    assert "step 7, raw weights" in out and "bits/byte" in out and " .. " in out
+
+
+def test_main_with_averaged_weights_and_another_split(run_directory, monkeypatch, capsys):
+    _, out, _ = run_main(monkeypatch, capsys, run_directory / "last.pt", "--weights", "ema", "--split", "test",
+                         "--device", "cpu")
+    halved = build()
+    with torch.no_grad():
+        for p in halved.parameters():
+            p.div_(2)
+    split, bpb, n = table(out)["block"]
+    assert (split, n) == ("test", 200) and "ema weights" in out and "too few bytes" in out
+    assert bpb == pytest.approx(score(halved, text(4000)[3800:]).bpb, abs=2e-4)
+
+
+@pytest.mark.parametrize("words, said", [
+    ([], "which run"),
+    (["{run}/other.pt"], "other.pt"),
+    (["{run}", "--protocols", "block,strid:3"], "unknown protocol 'strid:3'"),
+    (["{run}", "--protocols", "block,stride:99"], "block_size (8)"),
+    (["{run}", "--split", "valid"], "--split valid"),
+    (["{run}", "--batch_size", "0"], "--batch_size 0"),
+])
+def test_main_errors_are_one_line(words, said, run_directory, monkeypatch, capsys):
+    words = [word.format(run=run_directory) for word in words]
+    status, out, err = run_main(monkeypatch, capsys, *words)
+    assert status == 2 and out == "" and err.startswith("error: ") and said in err and err.count("\n") == 1
+
+
+def change(path, **changes):
+    loaded = torch.load(path, weights_only=True)
+    loaded["settings"].update(changes.pop("settings", {}))
+    torch.save({**loaded, **changes}, path)
+
+
+def test_main_without_averaged_weights(run_directory, monkeypatch, capsys):
+    change(run_directory / "last.pt", ema=None)
+    status, _, err = run_main(monkeypatch, capsys, run_directory, "--weights", "ema")
+    assert status == 2 and "no averaged weights" in err
+
+
+def test_main_complains_before_the_first_pass(run_directory, monkeypatch, capsys):
+    """Learned positions with cache: nothing is evaluated first, however long the list."""
+    learned = build("learned")
+    change(run_directory / "last.pt", settings={"positions": "learned"}, model=learned.state_dict())
+    monkeypatch.setattr(evaluate, "score", lambda *_: pytest.fail("a pass was begun"))
+    status, out, err = run_main(monkeypatch, capsys, run_directory, "--protocols", "block,cache")
+    assert status == 2 and out == "" and "positions learned" in err
+
+
+def test_command_line(run_directory):
+    done = subprocess.run([sys.executable, ROOT / "evaluate.py", run_directory, "--device", "cpu"], capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == ""
+    assert table(done.stdout)["block"][2] == 200

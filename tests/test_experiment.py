@@ -1,0 +1,806 @@
+"""What a run is: its directory, metrics, checkpoints, resume, signals, errors; also in processes that get killed."""
+import json
+import os
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import experiment
+from experiment import (NonFinite, Run, Settings, UserError, command, draw_curves, find_checkpoint, find_resume,
+                        generator_states, load_checkpoint, measure_peak_flops, peak_memory, resolve_device,
+                        restore_generators, seed_everything)
+
+ROOT = Path(__file__).parent.parent
+HEAD = "import sys\nfrom experiment import *\n"
+
+
+def settings_for(tmp_path, **more):
+    return Settings({"out_dir": str(tmp_path / "runs"), "run_name": "a", "resume": False, **more})
+
+
+def state(step=0, fill=0.0, **more):
+    return {"step": step, "settings": {"betas": (0.9, 0.95), "lr": 0.1}, "model": {"w": torch.full((8,), fill)}, **more}
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "toy.py"
+    path.write_text("print('toy')\n")
+    return path
+
+
+def child(tmp_path, source, **how):
+    """A Python process that runs `source` in tmp_path with experiment.py importable."""
+    (tmp_path / "toy.py").write_text(HEAD + source)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-u", "toy.py"], cwd=tmp_path, env=env, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **how)
+
+
+def fork(function, out=None):
+    """Runs `function` in a forked process, its stdout and stderr in the files `out` and `out`.err; returns its pid.
+
+    A fresh process would take seconds for its imports. Its exit status is that of a script.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside torch's idle threads
+        pid = os.fork()
+    if pid:
+        return pid
+    try:
+        for number, name in [(1, out), (2, f"{out}.err")] if out else []:
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        function()
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException as error:
+        status = 1
+        os.write(2, repr(error).encode())
+    os._exit(status)
+
+
+def wait_for(condition):
+    for _ in range(2000):
+        if condition():
+            return
+        time.sleep(0.005)
+    raise TimeoutError("nothing has happened for ten seconds")
+
+
+def status_of(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+# --- The directory ---
+
+def test_a_run_leaves_what_the_plan_says(tmp_path, script, capsys):
+    settings = settings_for(tmp_path, betas=(0.9, 0.95), lr=float("inf"), where=Path("x"))
+    settings.command = ["--lr", "inf"]
+    with Run(settings, script) as run:
+        assert run.dir == tmp_path / "runs" / "toy" / "a"
+        assert json.loads((run.dir / "summary.json").read_text())["status"] == "running"
+        run.log(step=1, loss=2.5, lr=0.1)
+        run.log(step=2, split="val", loss=float("nan"), bpb=torch.tensor(3.5), accuracy=float("inf"), note=(1, 2))
+        assert len(read_lines(run.dir / "metrics.jsonl")) == 2, "lines are on the disk at once"
+        run.save("last.pt", state(2))
+        run.summary(step=2, best_bpb=3.5, seconds=12.0)
+    strict = {"parse_constant": lambda text: pytest.fail(f"{text} is no JSON")}
+    assert read_lines(run.dir / "metrics.jsonl") == [
+        {"step": 1, "split": "train", "loss": 2.5, "lr": 0.1},
+        {"step": 2, "split": "val", "loss": None, "bpb": 3.5, "accuracy": None, "note": [1, 2]}]
+    params = json.loads((run.dir / "params.json").read_text(), **strict)
+    assert params["settings"] == {"out_dir": str(tmp_path / "runs"), "run_name": "a", "resume": False,
+                                  "betas": [0.9, 0.95], "lr": None, "where": "x"}
+    assert params["command"] == ["toy.py", "--lr", "inf"] and params["versions"]["torch"] == torch.__version__
+    assert len(params["history"]) == 1 and params["history"][0]["step"] == 0 and params["history"][0]["changed"] == {}
+    summary = json.loads((run.dir / "summary.json").read_text(), **strict)
+    assert (summary["status"], summary["step"], summary["best_bpb"], summary["seconds"]) == ("done", 2, 3.5, 12.0)
+    assert summary["peak_memory"] > 1e7 and "error" not in summary
+    assert (run.dir / "code" / "toy.py").read_text() == script.read_text()
+    assert (run.dir / "code" / "experiment.py").read_bytes() == Path(experiment.__file__).read_bytes()
+    assert not (run.dir / "code" / "test_experiment.py").exists()
+    assert (run.dir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(run.dir.glob(".*"))
+    assert {path.name for path in run.dir.iterdir()} == {"lock", "params.json", "code", "metrics.jsonl", "summary.json",
+                                                         "last.pt", "curves.png"}
+
+
+def test_a_name_is_made_from_the_clock_and_unique(tmp_path, script, monkeypatch):
+    monkeypatch.setattr(experiment.time, "strftime", lambda form: "20261122-014312")
+    names = []
+    for _ in range(3):
+        with Run(settings_for(tmp_path, run_name=None), script) as run:
+            names.append(run.dir.name)
+    assert names == ["20261122-014312", "20261122-014312-2", "20261122-014312-3"]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "naïve", "a b", "-x", "a\n", "x" * 101])
+def test_names_that_are_no_names(tmp_path, script, name):
+    with pytest.raises(UserError, match="--run_name"):
+        with Run(settings_for(tmp_path, run_name=name), script):
+            pass
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_directory_that_is_there_is_refused_and_untouched(tmp_path, script):
+    with Run(settings_for(tmp_path), script) as run:
+        run.log(step=1, loss=1.0)
+    before = {path: path.read_bytes() for path in run.dir.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="is there already: --resume --run_name a goes on with it"):
+        with Run(settings_for(tmp_path), script):
+            pass
+    assert {path: path.read_bytes() for path in run.dir.rglob("*") if path.is_file()} == before
+
+
+def test_a_directory_of_somebody_else_is_refused(tmp_path, script):
+    other = tmp_path / "runs" / "toy" / "a"
+    other.mkdir(parents=True)
+    (other / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not the directory of a run"):
+        with Run(settings_for(tmp_path, resume=True), script):
+            pass
+    assert [path.name for path in other.iterdir()] == ["thesis.txt"]
+
+
+def test_out_dir_below_a_file_and_through_a_link(tmp_path, script):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to .*file.*: Not a directory"):
+        with Run(settings_for(tmp_path, out_dir=str(tmp_path / "file")), script):
+            pass
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with Run(settings_for(tmp_path, out_dir=str(tmp_path / "link")), script) as run:
+        run.save("last.pt", state(1))
+    assert (tmp_path / "real" / "toy" / "a" / "last.pt").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission(tmp_path, script):
+    (tmp_path / "runs").mkdir(mode=0o500)
+    with pytest.raises(UserError, match="cannot write to"):
+        with Run(settings_for(tmp_path), script):
+            pass
+
+
+def test_two_processes_in_one_directory(tmp_path, script):
+    with Run(settings_for(tmp_path), script) as run:
+        run.save("last.pt", state(1))
+        run.log(step=2, loss=1.0)
+        before = (run.dir / "metrics.jsonl").read_bytes(), (run.dir / "summary.json").read_bytes()
+        second = child(tmp_path, "@command\ndef main():\n    s = Settings(out_dir='runs', run_name='a', resume=True)\n"
+                                 "    p = find_resume(s, __file__)\n    with Run(s, __file__, load_checkpoint(p), p):\n"
+                                 "        pass\nmain()\n")
+        out, err = second.communicate(timeout=60)
+        assert (second.returncode, err) == (2, "error: another process is writing to runs/toy/a\n")
+        assert ((run.dir / "metrics.jsonl").read_bytes(), (run.dir / "summary.json").read_bytes()) == before
+
+
+def test_a_file_system_without_locks_does_not_stop_the_run(tmp_path, script, monkeypatch):
+    def flock(file, how):
+        raise OSError(experiment.errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(experiment.fcntl, "flock", flock)
+    with Run(settings_for(tmp_path), script) as run:
+        run.save("last.pt", state(1))
+    assert load_checkpoint(run.dir / "last.pt")["step"] == 1
+
+
+def test_a_start_that_fails_leaves_no_directory(tmp_path, script, monkeypatch):
+    def fail(run):
+        raise UserError("no network")
+
+    monkeypatch.setattr(Run, "_open_wandb", fail)
+    with pytest.raises(UserError, match="no network"):
+        with Run(settings_for(tmp_path, wandb="online"), script):
+            pass
+    assert not (tmp_path / "runs" / "toy" / "a").exists()
+    with Run(settings_for(tmp_path, wandb="online"), script, debug=True) as run:
+        assert run.dir.exists(), "debug opens no wandb, and nobody holds the lock any more"
+
+
+# --- Resume ---
+
+def train(tmp_path, script, until, die_at=None, save_every=4, **more):
+    """A loop like the scripts': validates and saves before the step; a kill is an exception that nothing catches."""
+    settings = settings_for(tmp_path, **more)
+    path = find_resume(settings, script)
+    checkpoint = load_checkpoint(path) if path else None
+    done = step = checkpoint["step"] if checkpoint else 0
+    with Run(settings, script, checkpoint, path) as run:
+        while True:
+            if step % save_every == 0 and step > done:
+                run.log(step=step, split="val", loss=200.0 + step)
+                run.save("last.pt", state(step))
+                run.keep(state(step), step, 2)
+            if step == until:
+                break
+            if step == die_at:
+                os.write(run._metrics.fileno(), b'{"step": 99, "lo')     # as a kill or a full disk may leave it
+                raise KeyboardInterrupt
+            step += 1
+            run.log(step=step, loss=100.0 + step)
+        run.log(step=step, split="val", loss=1.0, final=True)
+    return run.dir
+
+
+def test_metrics_after_a_resume_have_no_gap_and_no_double(tmp_path, script):
+    whole = read_lines(train(tmp_path, script, 12, run_name="whole") / "metrics.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, script, 12, die_at=11)
+    directory = tmp_path / "runs" / "toy" / "a"
+    assert json.loads((directory / "summary.json").read_text())["status"] == "interrupted"
+    assert len((directory / "metrics.jsonl").read_bytes().splitlines()) == 14
+    train(tmp_path, script, 12, resume=True)
+    assert read_lines(directory / "metrics.jsonl") == whole
+    train(tmp_path, script, 14, resume=True)
+    assert read_lines(directory / "metrics.jsonl")[:-3] == whole[:-1], "the final line goes"
+
+
+def test_lines_of_the_resumed_step_that_came_after_its_save_are_dropped(tmp_path, script):
+    with Run(settings_for(tmp_path), script) as run:
+        run.log(step=4, loss=1.0)
+        run.save("last.pt", state(4))
+        run.log(step=4, split="val", loss=2.0)
+    path = run.dir / "last.pt"
+    with Run(settings_for(tmp_path, resume=True), script, load_checkpoint(path), path):
+        assert read_lines(run.dir / "metrics.jsonl") == [{"step": 4, "split": "train", "loss": 1.0}]
+
+
+def test_lines_past_the_step_and_final_ones_go_without_a_count_of_lines_too(tmp_path, script):
+    directory = train(tmp_path, script, 4)
+    with open(directory / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "split": "train", "loss": 1.0}\n')
+    checkpoint = load_checkpoint(directory / "last.pt")
+    del checkpoint["metrics_lines"]
+    with Run(settings_for(tmp_path, resume=True), script, checkpoint, directory / "last.pt"):
+        found = [(line["step"], line["split"]) for line in read_lines(directory / "metrics.jsonl")]
+    assert found == [(1, "train"), (2, "train"), (3, "train"), (4, "train"), (4, "val")]
+
+
+def test_tensorboard_after_a_kill_and_resume_is_one_curve(tmp_path, script):
+    def loop():
+        settings = settings_for(tmp_path, tensorboard=True, resume=(tmp_path / "runs").exists())
+        path = find_resume(settings, script)
+        checkpoint = load_checkpoint(path) if path else None
+        step = checkpoint["step"] if checkpoint else 0
+        with Run(settings, script, checkpoint, path) as run:
+            while step < 30:
+                step += 1
+                run.log(step=step, loss=100.0 + step, model="toy")
+                if step % 10 == 0:
+                    run.log(step=step, split="val", loss=200.0 + step)
+                    run.save("last.pt", state(step))
+                    run.log(step=step, split="val", loss=300.0 + step, protocol="block")
+                if step == 17 and not checkpoint:
+                    run._board.flush()
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+    assert [status_of(fork(loop, tmp_path / "out")) for _ in range(2)] == [-9, 0]
+    assert (tmp_path / "out.err").read_text() == ""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    directory = tmp_path / "runs" / "toy" / "a"
+    events = EventAccumulator(str(directory / "tensorboard")).Reload()
+    found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert found == {"toy/train/loss": [(i, 100.0 + i) for i in range(1, 31)],
+                     "val/loss": [(i, 200.0 + i) for i in (10, 20, 30)],
+                     "val/block/loss": [(i, 300.0 + i) for i in (20, 30)]}     # 10: came after the save
+    lines = read_lines(directory / "metrics.jsonl")
+    assert sorted((e["step"], e["loss"]) for e in lines) == sorted(p for points in found.values() for p in points)
+
+
+def test_wandb_goes_on_with_its_id_offline(tmp_path, script, capfd):
+    for resume in (False, True):
+        settings = settings_for(tmp_path, wandb="offline", resume=resume)
+        path = find_resume(settings, script)
+        with Run(settings, script, load_checkpoint(path) if path else None, path) as run:
+            run.log(step=1 + resume, loss=1.0)
+            run.save("last.pt", state(1 + resume))
+    ident = (run.dir / "wandb_id").read_text()
+    kept = sorted(path.name for path in (run.dir / "wandb").glob("offline-run-*"))
+    assert kept and all(name.endswith(ident) for name in kept)
+    assert "wandb:" not in "".join(capfd.readouterr()), "no stray lines"
+
+
+def test_history_of_resumes(tmp_path, script, capsys):
+    train(tmp_path, script, 4)
+    settings = settings_for(tmp_path, resume=True, lr=0.5)
+    settings.command = ["--resume", "--lr", "0.5"]
+    path = find_resume(settings, script)
+    with Run(settings, script, load_checkpoint(path), path) as run:
+        pass
+    history = json.loads((run.dir / "params.json").read_text())["history"]
+    assert [entry["step"] for entry in history] == [0, 4]
+    assert history[1]["command"] == ["toy.py", "--resume", "--lr", "0.5"]
+    assert history[1]["changed"] == {"resume": [False, True], "lr": [None, 0.5]}
+
+
+def test_changed_code_is_kept_beside_the_first(tmp_path, script, capsys):
+    first = script.read_text()
+    directory = train(tmp_path, script, 4)
+    script.write_text("print('other')\n")
+    capsys.readouterr()
+    train(tmp_path, script, 4, resume=True)
+    assert "the code has changed since this run began (toy.py)" in capsys.readouterr().out
+    assert (directory / "code" / "toy.py").read_text() == first
+    assert [path.name for path in (directory / "code" / "resumed_at_00000004").iterdir()] == ["toy.py"]
+    script.write_text(first)
+    train(tmp_path, script, 4, resume=True)
+    assert "the code" not in capsys.readouterr().out
+
+
+def test_bare_resume_finds_the_run_that_started_last(tmp_path, script, capsys):
+    train(tmp_path, script, 4, run_name="z")
+    train(tmp_path, script, 4, run_name="b")
+    (tmp_path / "runs" / "toy" / "stray").mkdir()
+    os.utime(tmp_path / "runs" / "toy" / "z" / "lock", ns=(0, 0))
+    capsys.readouterr()
+    settings = settings_for(tmp_path, run_name=None, resume=True)
+    path = find_resume(settings, script)
+    assert path == tmp_path / "runs" / "toy" / "b" / "last.pt"
+    assert capsys.readouterr().out == f"resuming from {path}\n"
+    with Run(settings, script, load_checkpoint(path), path) as run:
+        assert run.dir == path.parent
+
+
+def test_nothing_to_resume_starts_at_step_0(tmp_path, script, capsys):
+    for name in (None, "a"):
+        assert find_resume(settings_for(tmp_path, run_name=name, resume=True), script) is None
+        assert capsys.readouterr().out.endswith(": starting at step 0\n")
+    assert find_resume(settings_for(tmp_path), script) is None and capsys.readouterr().out == ""
+    assert not (tmp_path / "runs").exists(), "it only reads"
+    for name in (None, "a"):                                 # killed before the first save, then the same command
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, script, 8, die_at=3, resume=True)
+        (tmp_path / "runs" / "toy" / "a" / "summary.json").write_text('{"status": "running", "step": 0}')
+        directory = train(tmp_path, script, 8, resume=True, run_name=name)
+        assert directory.name == "a"
+        assert [e["step"] for e in read_lines(directory / "metrics.jsonl")] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 8]
+        for path in directory.glob("*.pt"):
+            path.unlink()
+        (directory / "summary.json").unlink()
+
+
+def test_a_run_that_lost_its_last_checkpoint_says_so(tmp_path, script):
+    directory = train(tmp_path, script, 12)
+    (directory / "last.pt").unlink()
+    settings = settings_for(tmp_path, resume=True)
+    with pytest.raises(UserError, match="has no last.pt; there is .*step_00000008.pt, .*step_00000012.pt"):
+        find_resume(settings, script)
+    for path in directory.glob("*.pt"):
+        path.unlink()
+    with pytest.raises(UserError, match="no checkpoint, although its summary.json says step 12"):
+        find_resume(settings, script)
+    with pytest.raises(UserError, match="no such file or directory"):
+        find_resume(settings_for(tmp_path, resume=str(tmp_path / "nowhere.pt")), script)
+    with pytest.raises(UserError, match="has no last.pt; there is no other checkpoint either"):
+        find_checkpoint(directory)
+
+
+def test_resume_from_a_path(tmp_path, script):
+    directory = train(tmp_path, script, 12)
+    whole = read_lines(directory / "metrics.jsonl")
+    middle = directory / "step_00000008.pt"
+    settings = settings_for(tmp_path, resume=str(middle), run_name="branch")
+    assert find_resume(settings, script) == middle
+    with Run(settings, script, load_checkpoint(middle), middle) as run:
+        assert run.dir.name == "branch" and read_lines(run.dir / "metrics.jsonl") == []
+    assert load_checkpoint(run.dir / "last.pt")["step"] == 8, "a branch that is killed goes on with --resume"
+    with pytest.raises(UserError, match="is there already"):
+        with Run(settings, script, load_checkpoint(middle), middle):
+            pass
+    settings = settings_for(tmp_path, resume=str(middle), run_name=None)
+    with Run(settings, script, load_checkpoint(middle), middle) as run:
+        assert run.dir == directory
+        assert load_checkpoint(directory / "last.pt")["step"] == 8, "checkpoint and metrics go back together"
+    train(tmp_path, script, 12, resume=True)
+    assert read_lines(directory / "metrics.jsonl") == whole
+
+
+def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(tmp_path, script):
+    source = train(tmp_path, script, 4) / "last.pt"
+    (tmp_path / "downloads").mkdir()
+    path = tmp_path / "downloads" / "model.pt"
+    path.write_bytes(source.read_bytes())
+    with Run(settings_for(tmp_path, run_name=None, resume=str(path)), script, load_checkpoint(path), path) as run:
+        assert run.dir.parent == tmp_path / "runs" / "toy"
+    assert [p.name for p in (tmp_path / "downloads").iterdir()] == ["model.pt"]
+    with pytest.raises(UserError, match="is a checkpoint of toy, not of other"):
+        Run(settings_for(tmp_path), tmp_path / "other.py", load_checkpoint(path), path)
+
+
+# --- Checkpoints ---
+
+def test_save_and_load(tmp_path, script):
+    with Run(settings_for(tmp_path), script) as run:
+        run.log(step=3, loss=1.0)
+        run.save("last.pt", state(3, 2.0, ema=None, generators=generator_states(data=torch.Generator())))
+    found = load_checkpoint(run.dir / "last.pt")
+    assert (found["format"], found["script"], found["step"], found["metrics_lines"]) == ("nanolab-1", "toy", 3, 1)
+    assert found["settings"] == {"betas": (0.9, 0.95), "lr": 0.1} and found["ema"] is None
+    assert torch.equal(found["model"]["w"], torch.full((8,), 2.0))
+
+
+def test_numbered_checkpoints_are_pruned(tmp_path, script):
+    with Run(settings_for(tmp_path), script) as run:
+        run.save("best.pt", state(1))
+        for step in (900, 1000, 1100):
+            run.keep(state(step), step, 2)
+        assert sorted(p.name for p in run.dir.glob("*.pt")) == ["best.pt", "step_00001000.pt", "step_00001100.pt"]
+        run.keep(state(1000), 1000, 1)                       # back to step 1000: what lies ahead is no older one
+        assert sorted(p.name for p in run.dir.glob("*.pt")) == ["best.pt", "step_00001000.pt", "step_00001100.pt"]
+
+
+def test_truncated_at_any_length_is_one_line_and_left_alone(tmp_path, script):
+    path = train(tmp_path, script, 8) / "last.pt"
+    whole = path.read_bytes()
+    for length in [0, 1, 3, 4, 100, len(whole) - 1, *random.Random(0).sample(range(len(whole)), 30)]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError) as caught:
+            load_checkpoint(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+        assert str(path.parent / "step_00000008.pt") in str(caught.value), "it names another one"
+        assert path.read_bytes() == whole[:length]
+
+
+def test_damaged_bytes_never_show_a_traceback(tmp_path, script):
+    path = train(tmp_path, script, 4) / "last.pt"
+    whole, chance, refused = path.read_bytes(), random.Random(1), 0
+    for _ in range(60):
+        broken = bytearray(whole)
+        for place in chance.sample(range(len(whole)), 20):
+            broken[place] = chance.randrange(256)
+        path.write_bytes(broken)
+        try:
+            load_checkpoint(path)
+        except UserError as error:
+            refused += str(path) in str(error)
+    assert refused > 40
+
+
+class Trap:
+    """A pickle that makes a file when somebody loads it."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_strangers_pickle_is_refused_and_does_not_run(tmp_path):
+    path, trap = tmp_path / "last.pt", tmp_path / "sprung"
+    torch.save({"format": "nanolab-1", "model": Trap(trap)}, path)
+    with pytest.raises(UserError, match="last.pt is refused: it holds more than plain data, which could run code"):
+        load_checkpoint(path)
+    path.write_bytes(pickle.dumps({"format": "nanolab-1", "model": Trap(trap)}))
+    with pytest.raises(UserError, match="last.pt is truncated or not a nanolab checkpoint"):
+        load_checkpoint(path)
+    assert not trap.exists()
+    pickle.Unpickler(open(path, "rb")).load()
+    assert trap.exists(), "the trap works where somebody is careless"
+
+
+@pytest.mark.parametrize("foreign", [{"model": {}}, {"format": "nanolab-9"}, torch.zeros(3), [1, 2]], ids=str)
+def test_foreign_files(tmp_path, foreign):
+    torch.save(foreign, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="x.pt is not a nanolab checkpoint"):
+        load_checkpoint(tmp_path / "x.pt")
+    torch.save(foreign, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match="old.pt"):
+        load_checkpoint(tmp_path / "old.pt")
+
+
+def test_no_file_a_folder_and_a_text(tmp_path):
+    (tmp_path / "t.pt").write_text("hello\n" * 100)
+    for path, text in [("missing.pt", "No such file"), (".", "Is a directory"), ("t.pt", "t.pt")]:
+        with pytest.raises(UserError, match=text):
+            load_checkpoint(tmp_path / path)
+
+
+def check_last(directory):
+    found = load_checkpoint(directory / "last.pt")
+    assert torch.equal(found["a"], torch.full((20_000,), float(found["step"])))
+    assert torch.equal(found["b"], torch.full((7,), float(found["step"])))
+    return found["step"]
+
+
+def test_killed_at_many_moments_of_a_save(tmp_path, script):
+    with Run(settings_for(tmp_path), script) as run:
+        def save(i):
+            run.save("last.pt", {"step": i, "a": torch.full((20_000,), float(i)), "b": torch.full((7,), float(i))})
+
+        save(0)
+        chance, torn, moved, last = random.Random(3), 0, 0, 0
+        for kills in range(400):
+            pid = fork(lambda: [save(i) for i in range(last + 1, last + 10**6)])
+            temporary = run.dir / f".last.pt.tmp-{pid}"
+            wait_for(temporary.exists)
+            time.sleep(chance.uniform(0, 0.02))
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            step = check_last(run.dir)
+            moved, last, torn = moved + (step > last), step, torn + temporary.exists()
+            if kills >= 40 and min(torn, moved) >= 5:
+                break
+        assert torn >= 5 and moved >= 5, "kills have hit the middle of a save, and saves have got through"
+    with Run(settings_for(tmp_path, resume=True), script, load_checkpoint(run.dir / "last.pt"), run.dir / "last.pt"):
+        assert not list(run.dir.glob(".*.tmp-*")), "the next start removes what the kills have left"
+
+
+def check_full_disk(run, big):
+    """Saves until the disk is full; then the old checkpoint is whole, and no temporary file takes the room."""
+    run.save("last.pt", state(1, 1.0))
+    with pytest.raises(UserError, match="cannot write .*last.pt: (File too large|No space left)"):
+        run.save("last.pt", {"step": 2, "model": {"w": torch.randn(big)}, "more": torch.randn(1000)})
+    assert torch.equal(load_checkpoint(run.dir / "last.pt")["model"]["w"], torch.full((8,), 1.0))
+    assert not list(run.dir.glob(".*.tmp-*"))
+
+
+@pytest.mark.parametrize("limit", [4_000, 5_000, 40_000, 399_000, 400_900, 401_500, 402_500])
+def test_a_file_size_limit_keeps_the_old_checkpoint(tmp_path, script, limit):
+    with Run(settings_for(tmp_path), script) as run:
+        old = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+        try:
+            check_full_disk(run, 100_000)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def test_a_full_disk(tmp_path, script):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    mount = subprocess.run(words, capture_output=True, text=True)
+    if mount.returncode:
+        pytest.skip(f"no small disk here: {mount.stderr.strip()}")
+    try:
+        with pytest.raises(UserError, match="cannot write .*metrics.jsonl: No space left on device"):
+            with Run(settings_for(tmp_path, out_dir=str(disk)), script) as run:
+                check_full_disk(run, 1_000_000)
+                (disk / "rest").write_bytes(b"x" * 500_000)
+                for step in range(100_000):
+                    run.log(step=step, loss=1.0)
+        for path in (disk / "toy" / "a").glob("*.json"):
+            json.loads(path.read_text())
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+# --- The end of a run ---
+
+def signalled(tmp_path, script, pause, numbers):
+    """(status, stdout, stderr) of a run without end that gets `numbers`, one after the other."""
+    @command
+    def main():
+        step = 0
+        with Run(settings_for(tmp_path), script) as run:
+            while not run.stop:
+                step += 1
+                run.log(step=step, loss=1.0)
+                time.sleep(pause)
+            run.save("last.pt", state(step))
+        print("never printed")
+
+    out, err = tmp_path / "out", tmp_path / "out.err"
+    pid = fork(main, out)
+    metrics = tmp_path / "runs" / "toy" / "a" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.stat().st_size)
+    for number in numbers:
+        os.kill(pid, number)
+        wait_for(lambda: err.read_text())
+    return status_of(pid), out.read_text(), err.read_text()
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_stops(tmp_path, script, number, status):
+    line = f"\n{number.name}: stopping after this step, then saving; once more stops at once\n"
+    assert signalled(tmp_path, script, 0.01, [number]) == (status, "", line)
+    directory = tmp_path / "runs" / "toy" / "a"
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    assert summary["step"] == load_checkpoint(directory / "last.pt")["step"] > 0
+    assert summary["step"] == len(read_lines(directory / "metrics.jsonl"))
+
+
+def test_a_second_signal_stops_at_once(tmp_path, script):
+    began = time.monotonic()
+    status, _, err = signalled(tmp_path, script, 60, [signal.SIGINT, signal.SIGTERM])
+    assert status == -signal.SIGTERM and err.count("\n") == 2 and time.monotonic() - began < 30
+
+
+def test_handlers_are_put_back(tmp_path, script):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError):
+        with Run(settings_for(tmp_path), script) as run:
+            assert signal.getsignal(signal.SIGINT) != before[0]
+            run.log(step=5, loss=1.0)
+            1 / 0
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    summary = json.loads((run.dir / "summary.json").read_text())
+    assert (summary["status"], summary["step"]) == ("failed", 5)
+    assert summary["error"] == "ZeroDivisionError: division by zero"
+
+
+def raising(error):
+    @command
+    def main():
+        raise error
+    return main
+
+
+@pytest.mark.parametrize("error, status, line", [
+    (UserError("two\nlines"), 2, "error: two lines\n"),
+    (NonFinite(7), 3, "error: loss is not finite at step 7; the last good checkpoint is not written yet\n"),
+    (KeyboardInterrupt(), 130, "error: interrupted\n"),
+    (OSError(28, "No space left on device", "x.bin"), 2, "error: cannot write x.bin: No space left on device\n"),
+    (MemoryError(), 2, "error: out of memory: try a smaller batch_size (and more grad_accum), block_size or model\n"),
+    (torch.OutOfMemoryError("CUDA out of memory."), 2,
+     "error: out of memory: try a smaller batch_size (and more grad_accum), block_size or model\n"),
+])
+def test_errors_of_a_person_are_one_line(capsys, error, status, line):
+    with pytest.raises(SystemExit) as caught:
+        raising(error)()
+    assert caught.value.code == status and capsys.readouterr().err == line
+
+
+def test_out_of_main_memory_is_one_line(capsys):
+    @command
+    def main():
+        torch.empty(2 ** 58)
+
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory")
+
+
+@pytest.mark.parametrize("error", [ValueError("bug"), RuntimeError("bug"), PermissionError(13, "bug")], ids=repr)
+def test_bugs_keep_their_traceback(error):
+    with pytest.raises(type(error)):
+        raising(error)()
+
+
+def test_a_loss_that_is_not_finite_names_the_last_checkpoint(tmp_path, script, capsys):
+    @command
+    def main():
+        with Run(settings_for(tmp_path), script) as run:
+            run.save("last.pt", state(4))
+            raise NonFinite(7)
+
+    with pytest.raises(SystemExit) as caught:
+        main()
+    path = tmp_path / "runs" / "toy" / "a" / "last.pt"
+    assert caught.value.code == 3
+    assert capsys.readouterr().err == f"error: loss is not finite at step 7; the last good checkpoint is {path}\n"
+    assert json.loads((path.parent / "summary.json").read_text())["status"] == "failed"
+    assert load_checkpoint(path)["step"] == 4
+
+
+def test_a_reader_that_closes_early_is_no_error(tmp_path):
+    source = "@command\ndef main():\n    sys.stdin.read()\n    print('x' * 100)\nmain()\n"
+    process = child(tmp_path, source, stdin=subprocess.PIPE)
+    process.stdout.close()
+    process.stdin.close()
+    assert process.stderr.read() == "" and process.wait(timeout=60) == 141
+    process.stderr.close()
+
+
+# --- Device, randomness, pictures ---
+
+def test_resolve_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert resolve_device("auto", "auto") == (torch.device("cpu"), torch.float32)
+    assert resolve_device("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
+    for device, dtype, text in [("cuda", "auto", "sees 0 such devices"), ("cuda:1", "auto", "sees 0"),
+                                ("cuda:x", "auto", "must be one of"), ("gpu", "auto", "must be one of auto, cpu, cuda"),
+                                ("cpu", "int8", "--dtype int8: must be one of")]:
+        with pytest.raises(UserError, match=text):
+            resolve_device(device, dtype)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert resolve_device("auto", "auto") == (torch.device("cuda"), torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert resolve_device("cuda:1", "auto") == (torch.device("cuda:1"), torch.bfloat16)
+    with pytest.raises(UserError, match="sees 2 such devices"):
+        resolve_device("cuda:2", "auto")
+
+
+def test_generators_go_on_where_they_were(tmp_path):
+    torch.manual_seed(1)
+    data = torch.Generator().manual_seed(2)
+    torch.save(generator_states(data=data), tmp_path / "g.pt")
+    expected = torch.rand(5), torch.rand(5, generator=data)
+    states = torch.load(tmp_path / "g.pt", weights_only=True)
+    other = torch.Generator()
+    restore_generators(states, data=other)
+    assert torch.equal(torch.rand(5), expected[0]) and torch.equal(torch.rand(5, generator=other), expected[1])
+    with pytest.raises(UserError, match="no state of the generator eval"):
+        restore_generators(states, eval=other)
+
+
+def test_seed_everything():
+    before = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        seed_everything(5, deterministic=True)
+        first = torch.rand(3)
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"]
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        seed_everything(5, deterministic=False)
+        assert torch.equal(torch.rand(3), first) and not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.set_deterministic_debug_mode(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def test_peaks():
+    began = time.perf_counter()
+    assert 1e9 < measure_peak_flops("cpu", torch.float32) < 1e14
+    assert time.perf_counter() - began < 5                   # 0.5 s on a quiet machine
+    before = peak_memory("cpu")
+    held = torch.ones(30_000_000)
+    assert peak_memory("cpu") >= before and peak_memory("cpu") > held.numel() * 4
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 200])
+def test_curves_without_warnings(tmp_path, count):
+    lines = [{"step": i, "split": split, "model": model, "loss": 1.0 / (i + 1), "bpb": None if i % 2 else 2.0}
+             for i in range(count) for split in ("train", "val") for model in ("plain", "latent")]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_progress_without_a_terminal(tmp_path, script, capsys, monkeypatch):
+    with Run(settings_for(tmp_path), script) as run:
+        bar = run.bar(100, 10)
+        bar.update(11, "loss 2.5")
+        bar.update(12, "loss 2.4")
+        bar.note("val 3.1")
+        bar.update(100, "loss 2.0")
+        bar.close()
+        bar.note("end")
+        run.bar(None).update(5, "loss 1")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "step 11/100: loss 2.5", "val 3.1", "step 100/100: loss 2.0", "end", "step 5: loss 1"]
+    assert lines[2].endswith("0:00:00 left") and not lines[-1].endswith("left")
+
+
+def test_progress_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    bar = experiment.Bar(4, 1)
+    bar.update(4, "loss 2.5")
+    bar.note("val 3.1")
+    bar.close()
+    out = capsys.readouterr().out
+    assert "4/4" in out and "loss 2.5" in out and "\nval 3.1\n" in out.replace("\r", "\n")
+
+
+@pytest.mark.gpu
+def test_cuda_generators_and_peaks():
+    states = generator_states()
+    expected = torch.rand(5, device="cuda")
+    restore_generators(states)
+    assert torch.equal(torch.rand(5, device="cuda"), expected)
+    assert measure_peak_flops("cuda", torch.bfloat16) > measure_peak_flops("cpu", torch.float32)
+    assert peak_memory("cuda") > 0

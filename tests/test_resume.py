@@ -1,0 +1,629 @@
+"""Exact resume: a run that is killed, stopped, refused or out of space goes on to the bits of one that never stopped.
+
+Every run here is a process of its own, forked from one that has imported torch already (a start costs 2 s otherwise), with
+one thread, on a text of 4,000 bytes. test_scripts.py starts the same script the slow way.
+"""
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from experiment import load_checkpoint  # noqa: E402
+
+# Accepts requests on a socket and forks a script for each: {"argv", "folder", "limit", "die_at"} -> its pid, then its status.
+SERVER = """
+import atexit, gc, io, itertools, json, os, resource, runpy, signal, socket, sys
+sys.path.insert(0, sys.argv[1])
+import torch._inductor, torch.utils.tensorboard, matplotlib.figure, bench, evaluate, sample       # what takes time
+matplotlib.figure.Figure(layout="constrained").savefig(io.BytesIO(), format="png")                # reads the fonts
+gc.freeze()                                                              # forks share the memory of all that
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[2])
+listener.listen()
+listener.settimeout(5)
+parent, request = os.getppid(), None
+while request is None:
+    try:
+        connection = listener.accept()[0]
+    except TimeoutError:
+        if os.getppid() != parent:
+            sys.exit()                                                   # the tests are gone
+        continue
+    if os.fork():
+        connection.close()
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            pass
+        continue
+    connection.settimeout(None)
+    words = json.loads(connection.makefile().readline())
+    pid = os.fork()
+    if pid:
+        connection.sendall(f"{pid}\\n".encode())
+        connection.sendall(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\\n".encode())
+        os._exit(0)
+    connection.close()
+    listener.close()
+    request = words
+os.chdir(request["folder"])
+for number, name in enumerate(("/dev/null", request["stdout"], request["stderr"])):
+    os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+resource.setrlimit(resource.RLIMIT_CPU, (120, 120))                      # nothing runs on without us
+if request["limit"]:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], request["limit"]))
+calls = itertools.count(1)
+def dying(call):
+    def wrapper(*words, **more):
+        if next(calls) == request["die_at"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*words, **more)
+    return wrapper
+for name in ("replace", "fsync", "unlink") if request["die_at"] else ():
+    setattr(os, name, dying(getattr(os, name)))
+sys.argv, code = request["argv"], 0
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    code = end.code or 0
+except BaseException:
+    sys.excepthook(*sys.exc_info())
+    code = 1
+atexit._run_exitfuncs()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)                                                           # taking all modules down would take a second
+"""
+
+
+def wait_for(condition, timeout=60, every=0.002):
+    """Polls until condition() is true; fails after `timeout` seconds."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(every)
+
+
+class Forks:
+    """Starts scripts as forks of one warm process; at most two should live at once."""
+
+    def __init__(self, folder):
+        self.address, self.folder, self.count = str(folder / "socket"), folder, 0
+        environment = {name: value for name, value in os.environ.items() if name != "NANOLAB_DATA"}
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER, str(ROOT), self.address], stdin=subprocess.DEVNULL,
+                                       stdout=subprocess.DEVNULL, env=environment | {"OMP_NUM_THREADS": "1"})
+        wait_for(lambda: os.path.exists(self.address) or self.server.poll() is not None)
+        assert self.server.poll() is None
+
+    def start(self, argv, folder, limit=None, die_at=None):
+        """A Child that runs `python argv...` in `folder`. limit: largest file in bytes. die_at: dies by SIGKILL just
+        before that call of os.replace, os.fsync or os.unlink."""
+        self.count += 1
+        out, err = (self.folder / f"{self.count}.{end}" for end in ("out", "err"))
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(60)
+        connection.connect(self.address)
+        request = dict(argv=[str(ROOT / argv[0]), *map(str, argv[1:])], folder=str(folder), limit=limit, die_at=die_at,
+                       stdout=str(out), stderr=str(err))
+        connection.sendall((json.dumps(request) + "\n").encode())
+        return Child(connection, out, err)
+
+    def run(self, *args, **kwargs):
+        """start() and wait()."""
+        return self.start(*args, **kwargs).wait()
+
+    def close(self):
+        self.server.terminate()
+        self.server.wait()
+
+
+class Child:
+    """A running script. After wait(): .code (negative: the signal that ended it), .out, .err."""
+
+    def __init__(self, connection, out, err):
+        self.connection, self.files = connection, (out, err)
+        self.reader = connection.makefile()
+        self.pid = int(self.reader.readline())
+
+    def kill(self, number=signal.SIGKILL):
+        try:
+            os.kill(self.pid, number)
+        except ProcessLookupError:
+            pass                                     # it was faster
+
+    def over(self):
+        """Whether it has ended."""
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    def wait(self):
+        self.code = int(self.reader.readline())
+        self.connection.close()
+        self.out, self.err = (path.read_text(errors="replace") for path in self.files)
+        return self
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    server = Forks(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_bytes(words(1))
+    return path
+
+
+def words(seed):
+    chosen = random.Random(seed).choices(["the", "model", "reads", "bytes", "and", "learns\n", "x = 1", "def f():"], k=1000)
+    return " ".join(chosen).encode()[:4000]
+
+
+TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, grad_accum=2, dropout=0.2, ema_decay=0.9, lr=3e-3,
+            warmup_steps=3, n_targets=1, intermediate_losses=False, max_steps=12, eval_interval=5, eval_windows=2,
+            full_eval_interval=10, save_interval=1, log_interval=1, sample_length=0, device="cpu", dtype="float32",
+            run_name="run")
+
+
+def train(text, out_dir, *more, **settings):
+    """The words of a command line; settings on top of TINY, then words as they are."""
+    command = ["train_enwik8.py", "--dataset", text, "--out_dir", out_dir]
+    for name, value in (TINY | settings).items():
+        command += [f"--{name}" if value is True else f"--no-{name}" if value is False else f"--{name}={value}".lower()]
+    return command + list(more)
+
+
+def at(out_dir, name="run"):
+    return out_dir / "train_enwik8" / name
+
+
+TIMINGS = {"tokens_per_s", "mfu", "seconds"}
+
+
+def records(run):
+    """All lines of metrics.jsonl, whole, without what the clock says."""
+    content = (run / "metrics.jsonl").read_text()
+    assert content.endswith("\n") or not content
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMINGS} for line in content.splitlines()]
+
+
+def assert_equal(one, two, where=""):
+    """Nested dicts, lists, tensors and numbers, bit for bit; but for clocks and settings."""
+    assert type(one) is type(two), where
+    if isinstance(one, dict):
+        assert list(one) == list(two), where
+        for key in one:
+            if key not in ("seconds", "logged_seconds", "settings"):
+                assert_equal(one[key], two[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(two), where
+        for i, pair in enumerate(zip(one, two)):
+            assert_equal(*pair, f"{where}[{i}]")
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == two.dtype and torch.equal(one, two), where
+    else:
+        assert one == two, where
+
+
+def assert_same_end(run, reference, log_interval=1):
+    """Metrics line by line, last.pt and best.pt bit for bit; and the metrics have neither gaps nor doubles."""
+    assert records(run) == records(reference)
+    logged, end = steps_of(run), torch.load(run / "last.pt")["step"]
+    assert logged == list(range(log_interval, end + 1, log_interval))
+    for name in ("last.pt", "best.pt"):
+        assert_equal(load_checkpoint(run / name), load_checkpoint(reference / name), name)
+    assert not list(run.glob(".*tmp*"))                      # what a killed process left is cleared away
+
+
+def steps_of(run, split="train"):
+    return [entry["step"] for entry in records(run) if entry["split"] == split and "final" not in entry]
+
+
+def assert_done(child):
+    assert (child.code, child.err) == (0, ""), child.err
+
+
+def assert_error(child, *said, code=2):
+    """One line `error: ...` on stderr that says all of `said`, and the exit status."""
+    assert child.err.startswith("error: ") and child.err.count("\n") == 1 and child.err.endswith("\n"), child.err
+    for phrase in said:
+        assert str(phrase) in child.err, child.err
+    assert child.code == code
+
+
+def snapshot(folder):
+    """Content of every file under folder."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def summary(run):
+    return json.loads((run / "summary.json").read_text())
+
+
+# ----------------------------------------------------------------------------------------------------------- kill -9
+
+CASES = {
+    "sgd": dict(optimizer="sgd", lr=0.03, momentum=0.9, batching="random", seed=1, data_seed=2, intermediate_losses=True,
+                n_targets=2, save_interval=1, log_interval=1),
+    "adam": dict(optimizer="adam", batching="epochs", seed=3, data_seed=4, save_interval=2, log_interval=3),
+    "adamw": dict(optimizer="adamw", batching="streams", seed=5, data_seed=6, save_interval=1, log_interval=4, keep_last=2),
+    "muon": dict(optimizer="muon", batching="random", seed=7, data_seed=8, save_interval=3, log_interval=2, schedule="wsd"),
+    "orthograd": dict(optimizer="adamw", orthograd=True, batching="epochs", seed=9, data_seed=10, save_interval=1,
+                      log_interval=5, schedule="cosine"),
+}
+
+
+def kill_again_and_again(forks, command, folder, run, seed):
+    """Runs a command to its end, killing it at five random moments: soon after its start, some steps later, and at calls to
+    the file system. Returns how many kills it took."""
+    rng, kills = random.Random(seed), 0
+    plan = ["steps", "call", "start", "call", "steps"]
+    rng.shuffle(plan)
+    for moment in plan:
+        metrics, old = run / "metrics.jsonl", None
+        if metrics.exists():
+            old = metrics.stat().st_ino
+        known = load_checkpoint(run / "last.pt")["metrics_lines"] if (run / "last.pt").exists() else 0
+        child = forks.start(command, folder, die_at=rng.randint(2, 40) if moment == "call" else None)
+        if moment == "start":
+            time.sleep(rng.uniform(0, 0.5))
+        elif moment == "steps":
+            goal = known + rng.randint(1, 4)                 # lines of this life, in the file that it has put in place
+            wait_for(lambda: child.over() or metrics.exists() and metrics.stat().st_ino != old
+                     and metrics.read_bytes().count(b"\n") >= goal)
+            time.sleep(rng.uniform(0, 0.1))
+        if moment != "call":
+            child.kill()
+        if child.wait().code == 0:
+            break
+        assert (child.code, child.err) == (-signal.SIGKILL, "")
+        kills += 1
+        if (run / "last.pt").exists():
+            load_checkpoint(run / "last.pt")                 # whole, whenever the kill came
+        command = [word for word in command if word != "--resume"] + ["--resume"]
+    else:
+        assert_done(forks.run(command, folder))
+    return kills
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_at_random_moments(forks, text, tmp_path, case):
+    settings = dict(max_steps=24, eval_windows=2) | CASES[case]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    with ThreadPoolExecutor(2) as pool:
+        kills = pool.submit(kill_again_and_again, forks, train(text, killed, **settings), tmp_path, at(killed),
+                            settings["seed"])
+        assert_done(pool.submit(forks.run, train(text, whole, **settings), tmp_path).result())
+        assert kills.result() >= 3
+    assert_same_end(at(killed), at(whole), settings["log_interval"])
+    last = load_checkpoint(at(killed) / "last.pt")
+    assert last["step"] == 24 and last["ema"]["updates"] == 24
+    assert summary(at(killed))["status"] == "done" and summary(at(killed))["step"] == 24
+    if settings.get("keep_last"):
+        assert sorted(path.name for path in at(killed).glob("step_*.pt")) == ["step_00000023.pt", "step_00000024.pt"]
+
+
+def test_killed_inside_a_save(forks, text, tmp_path):
+    settings = dict(max_steps=16, eval_interval=2, n_embd=64)
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    run, command, caught = at(killed), train(text, killed, **settings), 0
+    for _ in range(20):
+        child = forks.start(command, tmp_path)
+        wait_for(lambda: child.over() or list(run.glob(f".last.pt.tmp-{child.pid}")), every=0.0002)
+        child.kill()
+        assert child.wait().code == -signal.SIGKILL, "the run reached its end before a kill fell into a save"
+        caught += bool(list(run.glob(f".last.pt.tmp-{child.pid}")))          # never renamed: it died in the middle
+        if (run / "last.pt").exists():
+            load_checkpoint(run / "last.pt")
+        command = train(text, killed, "--resume", **settings)
+        if caught == 2:
+            break
+    assert caught == 2
+    assert_done(forks.run(command, tmp_path))
+    assert_done(forks.run(train(text, whole, **settings), tmp_path))
+    assert_same_end(run, at(whole))
+
+
+# ------------------------------------------------------------------------------------------------- a run that was done
+
+@pytest.fixture(scope="module")
+def base(forks, text, tmp_path_factory):
+    """A whole run of 12 steps with every numbered checkpoint and TensorBoard; tests work on copies of it."""
+    folder = tmp_path_factory.mktemp("base")
+    assert_done(forks.run(train(text, folder, **KEEP), folder))
+    return at(folder)
+
+
+KEEP = dict(keep_last=12, tensorboard=True)
+
+
+@pytest.fixture
+def copy(base, tmp_path):
+    """The base run in tmp_path/runs."""
+    return Path(shutil.copytree(base, at(tmp_path / "runs")))
+
+
+def test_exactly_max_steps(forks, base, copy, text, tmp_path):
+    """At the end a resume does nothing, one step before it one step, and a larger max_steps goes on."""
+    adam_steps = {state["step"] for state in load_checkpoint(base / "last.pt")["optimizer"]["state"].values()}
+    assert adam_steps == {12} and steps_of(base) == list(range(1, 13)) and steps_of(base, "val") == [5, 5, 10, 10, 10, 10]
+    same = train(text, tmp_path / "runs", **KEEP)
+    again = forks.run(same + ["--resume"], tmp_path)
+    assert_done(again)
+    assert_same_end(copy, base)
+    one = forks.run(same + ["--resume", copy / "step_00000011.pt"], tmp_path)
+    assert_done(one)
+    assert_same_end(copy, base)
+    with ThreadPoolExecutor(2) as pool:
+        more, whole = (pool.submit(forks.run, words, tmp_path) for words in (
+            train(text, tmp_path / "runs", "--resume", **KEEP | dict(max_steps=15)),
+            train(text, tmp_path / "whole", **KEEP | dict(max_steps=15))))
+    assert_done(more.result())
+    assert_done(whole.result())
+    assert_same_end(copy, at(tmp_path / "whole"))
+    assert steps_of(copy)[-1] == 15 == summary(copy)["step"]
+    assert [entry["step"] for entry in json.loads((copy / "params.json").read_text())["history"]] == [0, 12, 11, 12]
+
+
+def test_no_steps_at_all(forks, text, tmp_path):
+    assert_done(forks.run(train(text, tmp_path, max_steps=0), tmp_path))
+    assert load_checkpoint(at(tmp_path) / "last.pt")["step"] == 0 == summary(at(tmp_path))["step"]
+    assert steps_of(at(tmp_path)) == []
+
+
+def test_stop_by_signal(forks, text, tmp_path):
+    """Without an end, stopped by SIGINT, then by SIGTERM, then given an end."""
+    run, settings, reached = at(tmp_path / "stopped"), dict(max_steps="none", save_interval=100, log_interval=3), 0
+    more = []
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        child = forks.start(train(text, tmp_path / "stopped", *more, **settings), tmp_path)
+        wait_for(lambda: child.over() or (run / "metrics.jsonl").exists() and steps_of_unfinished(run) >= reached + 6)
+        child.kill(number)
+        child.wait()
+        assert child.code == code and "Traceback" not in child.err and number.name in child.err
+        last, end = load_checkpoint(run / "last.pt"), summary(run)
+        assert end["status"] == "interrupted" and end["step"] == last["step"] > reached
+        assert steps_of(run) == list(range(3, last["step"] + 1, 3))
+        assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
+        reached, more = last["step"], ["--resume"]
+    settings["max_steps"] = reached + 4
+    with ThreadPoolExecutor(2) as pool:
+        stopped, whole = (pool.submit(forks.run, words, tmp_path) for words in (
+            train(text, tmp_path / "stopped", "--resume", **settings), train(text, tmp_path / "whole", **settings)))
+    assert_done(stopped.result())
+    assert_done(whole.result())
+    assert_same_end(run, at(tmp_path / "whole"), log_interval=3)
+    assert load_checkpoint(run / "last.pt")["step"] == reached + 4
+
+
+def steps_of_unfinished(run):
+    """The last step of a metrics.jsonl that is being written."""
+    lines = (run / "metrics.jsonl").read_text().split("\n")[:-1]
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def test_intervals_change_nothing(forks, base, text, tmp_path):
+    """Validation, logging, saving and sampling leave batches, losses and weights as they are."""
+    other = dict(eval_interval=3, eval_windows=1, eval_batch_size=1, full_eval_interval="none", save_interval=7, log_interval=4,
+                 sample_length=30, keep_last=0)
+    assert_done(forks.run(train(text, tmp_path, **other), tmp_path))
+    one, two = load_checkpoint(base / "last.pt"), load_checkpoint(at(tmp_path) / "last.pt")
+    for key in ("step", "model", "ema", "optimizer", "generators", "data"):
+        assert_equal(one[key], two[key], key)
+    losses = [entry["loss"] for entry in records(base) if entry["split"] == "train"]
+    means = {entry["step"]: entry["loss"] for entry in records(at(tmp_path)) if entry["split"] == "train"}
+    assert means == {end: sum(losses[end - 4:end]) / 4 for end in (4, 8, 12)}
+    steps = [entry["step"] for entry in records(at(tmp_path)) if entry["split"] == "val" and entry["weights"] == "ema"]
+    assert steps == [3, 6, 9, 12, 12]
+
+
+def board(run):
+    """What TensorBoard shows of a run: sorted (key, step, value)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return sorted((tag.rsplit("/", 1)[1], event.step, event.value) for tag in events.Tags()["scalars"]
+                  for event in events.Scalars(tag))
+
+
+def assert_board_is_metrics(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    wanted = sorted((key, line["step"], float(torch.tensor(value, dtype=torch.float32))) for line in lines
+                    for key, value in line.items() if type(value) in (int, float) and key != "step")
+    shown = board(run)
+    assert [entry[:2] for entry in shown] == [entry[:2] for entry in wanted]
+    assert [entry[2] for entry in shown] == pytest.approx([entry[2] for entry in wanted], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["step_00000004.pt", "best.pt"])
+def test_older_checkpoint(forks, base, copy, text, tmp_path, name):
+    step = load_checkpoint(copy / name)["step"]
+    assert 0 < step < 12
+    child = forks.run(train(text, tmp_path / "runs", "--resume", copy / name, **KEEP), tmp_path)
+    assert_done(child)
+    assert_same_end(copy, base)
+    assert_board_is_metrics(base)
+    assert_board_is_metrics(copy)
+    params = json.loads((copy / "params.json").read_text())
+    assert [entry["step"] for entry in params["history"]] == [0, step]
+
+
+def test_older_checkpoint_killed_while_rewinding(forks, base, copy, text, tmp_path):
+    """Between the old checkpoint's arrival as last.pt and the first step, a kill at every call; then a bare --resume."""
+    for die_at in (1, 2, 3, 4, 6, 8, 11):
+        killed = forks.run(train(text, tmp_path / "runs", "--resume", copy / "step_00000009.pt", **KEEP), tmp_path, die_at=die_at)
+        assert killed.code == -signal.SIGKILL
+        load_checkpoint(copy / "last.pt")
+    assert_done(forks.run(train(text, tmp_path / "runs", "--resume", **KEEP), tmp_path))
+    assert_same_end(copy, base)
+
+
+def test_older_checkpoint_under_another_name(forks, base, copy, text, tmp_path):
+    """A new --run_name leaves the old run alone and ends with the same weights."""
+    before, new = snapshot(copy), at(tmp_path / "runs", "branch")
+    command = train(text, tmp_path / "runs", "--resume", copy / "step_00000006.pt", **KEEP | dict(run_name="branch"))
+    assert_done(forks.run(command, tmp_path))
+    assert snapshot(copy) == before
+    assert steps_of(new) == list(range(7, 13))
+    assert [entry for entry in records(base) if entry["step"] > 6] == [entry for entry in records(new) if entry["step"] > 6]
+    one, two = load_checkpoint(base / "last.pt"), load_checkpoint(new / "last.pt")
+    for key in ("step", "model", "ema", "optimizer", "generators", "data"):
+        assert_equal(one[key], two[key], key)
+
+
+# ------------------------------------------------------------------------------------------------ flags on a resume
+
+def test_architecture_comes_from_the_checkpoint(forks, base, copy, text, tmp_path):
+    command = train(text, tmp_path / "runs", "--resume", copy / "step_00000008.pt", **KEEP | dict(n_layer=4, norm="rms"))
+    child = forks.run(command, tmp_path)
+    assert_done(child)
+    said = [line for line in child.out.splitlines() if "overruled" in line]
+    assert len(said) == 2 and all("comes from the checkpoint" in line for line in said)
+    assert "n_layer 2" in child.out and "--n_layer 4 is overruled" in child.out and "--norm rms is overruled" in child.out
+    assert_same_end(copy, base)
+    assert json.loads((copy / "params.json").read_text())["settings"]["n_layer"] == 2
+
+
+def test_unsaid_settings_come_from_the_checkpoint(forks, base, copy, tmp_path):
+    """--resume with nothing else goes on as the run began; the script's defaults do not matter."""
+    (copy / "last.pt").write_bytes((copy / "step_00000010.pt").read_bytes())
+    child = forks.run(["train_enwik8.py", "--out_dir", tmp_path / "runs", "--resume"], tmp_path)
+    assert_done(child)
+    assert_same_end(copy, base)
+
+
+def test_explicit_rate_takes_effect(forks, base, copy, text, tmp_path):
+    """So small a rate moves no float32 weight: those of the checkpoint stay, while the steps are done."""
+    old = load_checkpoint(copy / "step_00000006.pt")
+    command = train(text, tmp_path / "runs", "--resume", copy / "step_00000006.pt", **KEEP | dict(lr=1e-30, weight_decay=0.5))
+    assert_done(forks.run(command, tmp_path))
+    new, lines = load_checkpoint(copy / "last.pt"), [entry for entry in records(copy) if entry["split"] == "train"]
+    assert_equal(old["model"], new["model"])
+    assert new["step"] == 12 and {group["base_lr"] for group in new["optimizer"]["param_groups"]} == {1e-30}
+    assert {group["weight_decay"] for group in new["optimizer"]["param_groups"]} >= {0.5}
+    assert lines[5]["lr"] > 1e-4 and all(entry["lr"] <= 1e-30 for entry in lines[6:]) and len(lines) == 12
+    params = json.loads((copy / "params.json").read_text())
+    assert params["settings"]["lr"] == 1e-30 and params["history"][-1]["changed"]["lr"] == [3e-3, 1e-30]
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+@pytest.mark.parametrize("size", [4000, 3000])
+def test_wrong_data(forks, copy, tmp_path, size):
+    """Another text than the one it was trained on: also one of the same length."""
+    other, before = tmp_path / "other.txt", snapshot(copy)
+    other.write_bytes(words(2)[:size])
+    child = forks.run(train(other, tmp_path / "runs", "--resume", **KEEP | dict(max_steps=14)), tmp_path)
+    assert_error(child, "data")
+    assert snapshot(copy) == before
+
+
+def test_broken_last(forks, base, copy, text, tmp_path):
+    """Truncated, empty, foreign or lost: one line that names the file, which stays as it is; an older one goes on."""
+    whole = (copy / "last.pt").read_bytes()
+    resume = train(text, tmp_path / "runs", "--resume", **KEEP)
+    for content in (whole[:len(whole) // 2], whole[:-10], b"", b"not a checkpoint at all"):
+        (copy / "last.pt").write_bytes(content)
+        before = snapshot(copy)
+        assert_error(forks.run(resume, tmp_path), copy / "last.pt")
+        assert snapshot(copy) == before
+    (copy / "last.pt").unlink()
+    before = snapshot(copy)
+    assert_error(forks.run(resume, tmp_path), "last.pt", "best.pt", copy)
+    assert snapshot(copy) == before
+    assert_done(forks.run(resume + [copy / "step_00000011.pt"], tmp_path))
+    assert_same_end(copy, base)
+
+
+def test_loss_is_not_finite(forks, text, tmp_path):
+    boom = dict(optimizer="sgd", lr=1e30, grad_clip="none", momentum=0.9, schedule="constant", warmup_steps=0)
+    child = forks.run(train(text, tmp_path / "saved", **boom), tmp_path)
+    last, lines = load_checkpoint(at(tmp_path / "saved") / "last.pt"), records(at(tmp_path / "saved"))
+    step = last["step"] + 1                                  # saved after every step, so the next one was the bad one
+    assert_error(child, f"step {step}", at(tmp_path / "saved") / "last.pt", code=3)
+    assert 1 < step < 12 and all(tensor.isfinite().all() for tensor in last["model"].values())
+    assert summary(at(tmp_path / "saved"))["status"] == "failed"
+    assert all(math.isfinite(entry["loss"]) for entry in lines) and lines[-1]["step"] == last["step"]
+    # Seen only later, the step is still the right one, and nothing bad is saved.
+    late = forks.run(train(text, tmp_path / "late", **boom | dict(log_interval=8, save_interval=9, eval_interval=10)), tmp_path)
+    assert_error(late, f"step {step}", code=3)
+    assert not list(at(tmp_path / "late").glob("*.pt")) and records(at(tmp_path / "late")) == []
+
+
+def test_two_runs_in_one_directory(forks, text, tmp_path):
+    endless = dict(max_steps="none")
+    first = forks.start(train(text, tmp_path, **endless), tmp_path)
+    run = at(tmp_path)
+    wait_for(lambda: first.over() or (run / "last.pt").exists())
+    kept = [(run / name).read_bytes() for name in ("params.json", "lock", "summary.json")]
+    with ThreadPoolExecutor(2) as pool:
+        second, third = pool.map(lambda words: forks.run(words, tmp_path), (
+            train(text, tmp_path, "--resume", **endless), train(text, tmp_path, **endless)))
+    assert_error(second, "another process", run)
+    assert_error(third, run, "--resume")
+    assert [(run / name).read_bytes() for name in ("params.json", "lock", "summary.json")] == kept
+    before = steps_of_unfinished(run)
+    wait_for(lambda: first.over() or steps_of_unfinished(run) > before + 1)
+    first.kill(signal.SIGINT)
+    assert first.wait().code == 130
+    end = load_checkpoint(run / "last.pt")["step"]
+    assert steps_of(run) == list(range(1, end + 1)) and end > before
+
+
+def test_full_disk(forks, base, text, tmp_path):
+    """No file may grow past a quarter of a checkpoint: the earlier one stays, and goes on where there is space."""
+    limit, run = (base / "last.pt").stat().st_size // 4, at(tmp_path / "runs")
+    new = forks.run(train(text, tmp_path / "new"), tmp_path, limit=limit)
+    assert_error(new, at(tmp_path / "new") / "last.pt")
+    assert not list(at(tmp_path / "new").rglob("*.pt")) and not list(at(tmp_path / "new").glob(".*tmp*"))
+    assert_done(forks.run(train(text, tmp_path / "runs", max_steps=6), tmp_path))
+    before = (run / "last.pt").read_bytes()
+    full = forks.run(train(text, tmp_path / "runs", "--resume"), tmp_path, limit=limit)
+    assert_error(full, run / "last.pt")
+    assert (run / "last.pt").read_bytes() == before and not list(run.glob(".*tmp*"))
+    assert load_checkpoint(run / "last.pt")["step"] == 6 and summary(run)["status"] == "failed"
+    assert_done(forks.run(train(text, tmp_path / "runs", "--resume"), tmp_path))
+    assert_same_end(run, base)
+
+
+def test_unwritable_out_dir(forks, text, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    child = forks.run(train(text, tmp_path / "file" / "runs"), tmp_path)
+    assert_error(child, tmp_path / "file")
+    assert snapshot(tmp_path) == {Path("file"): b"mine"}
+
+
+def test_killed_before_the_first_save(forks, text, tmp_path):
+    """The same command plus --resume starts it again, from nothing, in the same directory."""
+    run, whole = at(tmp_path / "killed"), at(tmp_path / "whole")
+    child = forks.start(train(text, tmp_path / "killed", save_interval=100, eval_interval=100), tmp_path)
+    wait_for(lambda: child.over() or (run / "metrics.jsonl").exists() and steps_of_unfinished(run) >= 3)
+    child.kill()
+    assert child.wait().code == -signal.SIGKILL and not (run / "last.pt").exists()
+    with ThreadPoolExecutor(2) as pool:
+        again, new = (pool.submit(forks.run, words, tmp_path) for words in (
+            train(text, tmp_path / "killed", "--resume"), train(text, tmp_path / "whole")))
+    assert_done(again.result())
+    assert_done(new.result())
+    assert_same_end(run, whole)
+    assert [path.name for path in (tmp_path / "killed" / "train_enwik8").iterdir()] == ["run"]

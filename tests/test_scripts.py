@@ -1,0 +1,341 @@
+"""The README's commands and a newcomer's mistakes, typed as a person types them."""
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from data import text  # noqa: E402
+from evaluate import score  # noqa: E402
+from experiment import load_checkpoint, override  # noqa: E402
+from model import Transformer, from_checkpoint  # noqa: E402
+from test_resume import Forks, assert_done, assert_error, snapshot, wait_for  # noqa: E402
+
+SCRIPTS = ("train_enwik8.py", "evaluate.py", "sample.py", "bench.py")
+SMALL = ("--n_layer 2 --n_head=2 --n-embd 32 --block_size 32 --batch_size 4 --max_bytes 100000 --max_steps 30 --eval_interval 10 "
+         "--eval_windows 8 --save_interval 10 --sample_length 60 --ema_decay 0.9 --device cpu").split()
+
+
+def shell(folder, *words):
+    """`python words...` in a process of its own; .stdout and .stderr are pipes, as under `| tee`."""
+    environment = {name: value for name, value in os.environ.items() if name != "NANOLAB_DATA"}
+    return subprocess.run([sys.executable, str(ROOT / words[0]), *map(str, words[1:])], cwd=folder, capture_output=True,
+                          text=True, errors="replace", env=environment | {"OMP_NUM_THREADS": "1"}, timeout=120)
+
+
+def fresh(script):
+    """The script's globals, as a new module: what a test sets in it is nobody else's."""
+    spec = importlib.util.spec_from_file_location(f"fresh_{Path(script).stem}", ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return vars(module)
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    server = Forks(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def typed(home):
+    """Two commands of a newcomer, side by side: the README's first one (made small), and --debug."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda words: shell(home, *words), (
+            ["train_enwik8.py", "--preset", "cpu", *SMALL, "--run_name", "first"],
+            ["train_enwik8.py", "--debug", "--run_name", "debugged", "--wandb", "online", "--tensorboard", "--device", "cpu"])))
+
+
+@pytest.fixture(scope="module")
+def run(home, typed):
+    """The directory of the first command's run."""
+    assert (typed[0].returncode, typed[0].stderr) == (0, ""), typed[0].stderr
+    return home / "runs" / "train_enwik8" / "first"
+
+
+# ------------------------------------------------------------------------------------------------------ what is shown
+
+def test_first_command(typed, run):
+    """Speed and time left on the way, then validation with protocol and byte count, a sample, and where it all lies."""
+    out = typed[0].stdout
+    assert "the standard library of Python" in out and re.search(r"step \d+/30: loss \d\.\d+, .* left\n", out)
+    found = re.search(r"val (\d\.\d{4}) bits/byte = .*protocol block, 5,000 bytes, raw weights", out)
+    summary = json.loads((run / "summary.json").read_text())
+    assert float(found[1]) == round(summary["val_bpb_raw"], 4) < 8
+    assert "5,000 bytes, ema weights" in out and summary["val_bpb_ema"] != summary["val_bpb_raw"]
+    sample = (run / "samples" / "step_00000030.txt").read_text()
+    assert len(sample) > 20 and sample in out
+    assert out.rstrip().endswith(str(Path("runs/train_enwik8/first")))
+
+
+def test_run_directory(run):
+    assert {path.name for path in run.iterdir()} == {"params.json", "code", "metrics.jsonl", "last.pt", "best.pt", "summary.json",
+                                                     "curves.png", "samples", "lock"}
+    code = {str(path.relative_to(run / "code")) for path in (run / "code").rglob("*.py")}
+    assert code >= {"train_enwik8.py", "model.py", "optim.py", "experiment.py", "cache.py", "evaluate.py", "data/text.py"}
+    assert (run / "code" / "model.py").read_bytes() == (ROOT / "model.py").read_bytes()
+    params = json.loads((run / "params.json").read_text(), parse_constant=pytest.fail)
+    assert params["settings"]["n_layer"] == 2 and params["settings"]["norm"] == "rms"       # a flag; the preset
+    assert params["settings"].keys() == override(fresh("train_enwik8.py"), []).keys()
+    assert params["versions"]["torch"] == torch.__version__ and "--preset" in params["command"] and "git" in params
+    summary = json.loads((run / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert (summary["status"], summary["step"]) == ("done", 30) and summary["peak_memory"] > 1e7 and summary["seconds"] > 0
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {line["split"] for line in lines} == {"train", "val"}
+    trained = [line for line in lines if line["split"] == "train"]
+    assert [line["step"] for line in trained] == [10, 20, 30]
+    assert trained[0].keys() >= {"loss", "bpb", "lr", "grad_norm", "tokens_per_s", "mfu", "seconds", "epoch"}
+    assert all(line["loss"] / math.log(2) == pytest.approx(line["bpb"]) for line in lines)
+    assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert min(line["bpb"] for line in lines if line["split"] == "val" and "windows" in line["protocol"]
+               and line["weights"] == "ema") == summary["best_bpb"]
+
+
+def test_debug(typed, home):
+    """Tiny, short, and nothing is logged outside, whatever the flags say."""
+    assert (typed[1].returncode, typed[1].stderr) == (0, ""), typed[1].stderr
+    run = home / "runs" / "train_enwik8" / "debugged"
+    settings = json.loads((run / "params.json").read_text())["settings"]
+    assert settings["n_layer"] == 2 and settings["max_steps"] == 20 and settings["debug"] is True
+    assert not (run / "wandb").exists() and not (run / "tensorboard").exists()
+    assert load_checkpoint(run / "last.pt")["step"] == 20
+
+
+def test_profile(forks, tmp_path):
+    child = forks.run(["train_enwik8.py", "--preset=cpu", "--profile", *SMALL, "--run_name", "profiled"], tmp_path)
+    assert_done(child)
+    trace = json.loads((tmp_path / "runs" / "train_enwik8" / "profiled" / "trace.json").read_text())
+    assert any("mm" in event.get("name", "") for event in trace["traceEvents"]) and "Self CPU" in child.out
+
+
+def test_estimate_without_gpu(forks, tmp_path):
+    """A run that will take days says so within its first seconds, and names the preset."""
+    words = ["train_enwik8.py", "--preset", "cpu", *SMALL, "--max_steps", 10 ** 9, "--run_name", "long"]
+    child, metrics = forks.start(words, tmp_path), tmp_path / "runs" / "train_enwik8" / "long" / "metrics.jsonl"
+    wait_for(lambda: child.over() or re.search(r'"seconds": (2\.[5-9]|[3-9])', metrics.read_text() if metrics.exists() else ""))
+    child.kill(2)
+    assert child.wait().code == 130
+    said = [line for line in child.out.splitlines() if "hours" in line]
+    assert len(said) == 1 and "1,000,000,000 steps" in said[0] and "--preset cpu" in said[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(forks, tmp_path, script):
+    """-h names every setting with its comment, and every preset; nothing is run."""
+    child = forks.run([script, "-h"], tmp_path)
+    assert_done(child)
+    g = fresh(script)
+    for name in override(g, []):
+        assert re.search(rf"^ *--{name} .*\S", child.out, re.M), name
+    for name in g.get("presets", {}):
+        assert re.search(rf"^  {name}\b", child.out, re.M), name
+    assert snapshot(tmp_path) == {}
+
+
+def test_import_runs_nothing(tmp_path):
+    names = [Path(script).stem for script in SCRIPTS] + ["data.text"]
+    heavy = ("wandb", "tensorboard", "matplotlib")
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(names)}\n"
+            f"sys.exit(str([name for name in {heavy} if name in sys.modules] or '') or None)")
+    done = subprocess.run([sys.executable, "-c", code, "--no_such_setting"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and snapshot(tmp_path) == {}
+
+
+# ------------------------------------------------------------------------------------------------ evaluate and sample
+
+def test_evaluate(forks, home, run):
+    """The block figure is the trainer's own last one; a directory means its last.pt; the batch size changes nothing."""
+    with ThreadPoolExecutor(2) as pool:
+        done = pool.submit(shell, home, "evaluate.py", "runs/train_enwik8/first")
+        more = pool.submit(forks.run, ["evaluate.py", run / "last.pt", "--protocols", "block,stride:8,cache", "--weights", "ema",
+                                       "--batch_size", 5], home)
+    assert (done.result().returncode, done.result().stderr) == (0, "")
+    assert_done(more.result())
+    summary, row = json.loads((run / "summary.json").read_text()), r"val +{} +(\d\.\d{{4}}) .* 5,000 "
+    assert re.search(row.format("block"), done.result().stdout)[1] == f"{summary['val_bpb_raw']:.4f}"
+    assert re.search(row.format("block"), more.result().out)[1] == f"{summary['val_bpb_ema']:.4f}"
+    assert re.search(row.format("stride:8"), more.result().out) and re.search(row.format("cache"), more.result().out)
+    checkpoint = load_checkpoint(run / "last.pt")
+    val = text.load("stdlib", 100_000).val
+    for weights in ("raw", "ema"):
+        found = score(from_checkpoint(checkpoint, weights).for_inference().eval(), val, "block", 7)
+        assert found.bytes == 5000 and found.bpb == pytest.approx(summary[f"val_bpb_{weights}"], abs=1e-6)
+
+
+def test_sample(forks, home, run):
+    """Same seed, same text, from the directory or the file; several come as one batch."""
+    how = ["--prompt", "import ", "--length", 40]
+    with ThreadPoolExecutor(2) as pool:
+        real = pool.submit(shell, home, "sample.py", "runs/train_enwik8/first", *how)
+        same, other, three, greedy, again = pool.map(lambda words: forks.run(["sample.py", *words], home), (
+            [run / "last.pt", *how], [run, *how, "--seed", 8], [run, *how, "--n_samples", 3], [run, *how, "--greedy"],
+            [run, *how, "--greedy", "--seed", 8]))
+    assert (real.result().returncode, real.result().stderr) == (0, "")
+    for child in (same, other, three, greedy, again):
+        assert_done(child)
+    assert real.result().stdout == same.out and same.out.startswith("import ") and len(same.out.encode()) > 40
+    assert same.out != other.out and greedy.out == again.out != same.out
+    parts = re.split(r"--- sample \d of 3 ---\n", three.out)
+    assert parts[0] == "" and len(parts) == 4 == len(set(parts)) and all(part.startswith("import ") for part in parts[1:])
+
+
+# ----------------------------------------------------------------------------------------------------------- mistakes
+
+MISTAKES = {
+    "train_enwik8.py --n_layr 4": ["n_layr", "n_layer"],
+    "train_enwik8.py n_layer=4": ["n_layer=4"],
+    "train_enwik8.py cpu": ["--preset cpu"],
+    "train_enwik8.py --optimizer adamv": ["optimizer", "adamw"],
+    "train_enwik8.py --norm batch": ["norm", "layer, rms"],
+    "train_enwik8.py --dropout 1": ["dropout", "< 1"],
+    "train_enwik8.py --n_layer 2.5": ["n_layer", "whole number"],
+    "train_enwik8.py --lr nan": ["lr"],
+    "train_enwik8.py --lr": ["lr"],
+    "train_enwik8.py --n_embd 30 --n_head 4": ["30", "4", "n_head"],
+    "train_enwik8.py --n_head 4 --n_kv_head 3": ["n_kv_head", "3"],
+    "train_enwik8.py --max_steps none": ["max_steps", "intermediate_losses"],
+    "train_enwik8.py --schedule cosine --max_steps none --no-intermediate_losses": ["cosine", "max_steps"],
+    "train_enwik8.py --preset tiny": ["tiny", "cpu"],
+    "train_enwik8.py --dataset shakspeare": ["shakspeare", "shakespeare"],
+    "train_enwik8.py --debug --block_size 200000 --device cpu": ["block_size"],
+    "train_enwik8.py --preset cpu --resume no/such.pt": ["no/such.pt"],
+    "train_enwik8.py --debug --device cuda:77": ["cuda:77"],
+    "train_enwik8.py --debug --run_name ../up --device cpu": ["../up"],
+    "evaluate.py": ["evaluate.py"],
+    "evaluate.py no/such.pt": ["no/such.pt"],
+    "evaluate.py FIRST --protocols block,strid:4": ["strid:4"],
+    "evaluate.py FIRST --protocols stride:33": ["stride:33", "32"],
+    "evaluate.py DEBUGGED --weights ema": ["last.pt"],
+    "evaluate.py DEBUGGED --protocols cache": ["cache", "learned"],
+    "evaluate.py DEBUGGED --splt val": ["splt", "split"],
+    "sample.py": ["sample.py"],
+    "sample.py runs": ["runs"],
+    "sample.py FIRST --prompt ''": ["prompt"],
+    "sample.py FIRST --top_p 1.5": ["top_p"],
+    "bench.py --what nothing": ["what"],
+    "bench.py --peer nowhere": ["nowhere"],
+}
+
+
+def test_mistakes(forks, typed, run, tmp_path):
+    """One line that says what is wrong, status 2, and nothing written, neither in the folder nor in the run."""
+    names, before = {"FIRST": run, "DEBUGGED": run.with_name("debugged")}, snapshot(run.parent)
+    with ThreadPoolExecutor(2) as pool:
+        children = pool.map(lambda line: forks.run([names.get(word, word) for word in shlex.split(line)], tmp_path), MISTAKES)
+    for (line, said), child in zip(MISTAKES.items(), children):
+        with noting(line):
+            assert_error(child, *said)
+    assert snapshot(tmp_path) == {} and snapshot(run.parent) == before
+
+
+@contextlib.contextmanager
+def noting(what):
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{what}: {error}") from error
+
+
+# -------------------------------------------------------------------------------------------------- settings, in-process
+
+def test_presets_are_legal():
+    """Every preset passes the parser and the script's own check, alone and with a flag over it."""
+    for preset in fresh("train_enwik8.py")["presets"]:
+        g = fresh("train_enwik8.py")
+        g["check"](override(g, ["--preset", preset, "--batch_size", "3"]))
+        assert g["batch_size"] == 3 and g["preset"] == preset
+
+
+@pytest.mark.parametrize("words, training, inference", [
+    ("--n_layer 12 --block_size 512", 44.17, 41.16), ("--preset t12", 44.17, 41.16), ("--preset t64", 235.0, None)])
+def test_parameter_counts(words, training, inference):
+    """Al-Rfou et al.: T12 44.17M in training and 41.16M at inference, T64 235.0M; nothing is allocated."""
+    g = fresh("train_enwik8.py")
+    config = g["check"](override(g, words.split()))
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert model.n_params() / 1e6 == pytest.approx(training, abs=0.005 if training < 100 else 0.05)
+    if inference:
+        assert model.for_inference().n_params() / 1e6 == pytest.approx(inference, abs=0.005)
+
+
+def test_first_preset_needs_no_download():
+    g = fresh("train_enwik8.py")
+    assert override(g, ["--preset", "cpu"])["dataset"] == "stdlib" and g["wandb"] == "disabled"
+
+
+# ------------------------------------------------------------------------------------------------------------- README
+
+TEST_COMMAND = "pip install -r requirements.txt && pytest tests/"
+FIRST_COMMAND = "pip install -r requirements.txt && python train_enwik8.py --preset cpu"
+
+
+def python_commands(lines):
+    """The words after `python` of every command in these lines that starts a script."""
+    for line in re.sub(r"\\\n\s*", " ", "\n".join(lines)).splitlines():
+        line = line.strip().removeprefix("$ ").removeprefix("!")
+        if not re.search(r"\bpython3? +\S+\.py\b", line):
+            continue
+        for part in re.split(r"&&|\|\|?|;", re.sub(r"\s#.*", "", line)):
+            words = shlex.split(part)
+            while words and re.fullmatch(r"\w+=.*", words[0]):
+                words.pop(0)                                 # NANOLAB_DATA=... python ...
+            if len(words) > 1 and re.fullmatch(r"python3?", words[0]) and words[1].endswith(".py"):
+                yield words[1:]
+
+
+def assert_typable(words):
+    """The script is there, and takes these words."""
+    script, words = words[0], [word for word in words[1:] if word not in ("&", ">", "...", "-h", "--help")]
+    assert (ROOT / script).is_file(), f"{script} is not there"
+    g = fresh(script)
+    if "override" in g:
+        settings = override(g, words, positional="checkpoint" if "checkpoint" in g else None)
+        if "check" in g:
+            g["check"](settings)
+    else:                                                    # data/text.py reads its words itself
+        source = (ROOT / script).read_text()
+        for word in words:
+            assert not word.startswith("--") or f'"{word.partition("=")[0]}"' in source, word
+
+
+def test_readme_commands():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    assert TEST_COMMAND in ci.splitlines() and TEST_COMMAND in readme and FIRST_COMMAND in readme
+    assert readme.index(FIRST_COMMAND) < 3000, "the README opens with what this is, then the two commands"
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", readme, re.M | re.S)
+    found = [words for block in blocks for words in python_commands(block.splitlines())]
+    assert {words[0] for words in found} >= {"train_enwik8.py", "evaluate.py", "sample.py"}
+    for words in found:
+        with noting(" ".join(words)):
+            try:
+                assert_typable(words)
+            except Exception as error:
+                raise AssertionError(f"{type(error).__name__}: {error}") from error
+    for package in (ROOT / "requirements.txt").read_text().splitlines():
+        assert re.match(r"#|[a-z]+\s*[<>=]", package), package
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "data/text.py"])
+def test_commands_in_docstrings(script):
+    found = list(python_commands(fresh(script)["__doc__"].splitlines()))
+    assert found
+    for words in found:
+        assert_typable(words)

@@ -1,0 +1,310 @@
+"""Settings: every accepted and every refused form of the command line, presets, -h, and what a resume adopts."""
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiment import Settings, UserError, adopt, override
+
+SOURCE = '''"""A script for tests.
+
+    python script.py --preset small          # a command
+"""
+import math
+
+LIMIT = 3
+_hidden = 4
+computed = math.pi
+
+# --- Run ---
+preset = None              # a named set of settings
+run_name = None            # name of the run
+out_dir = "runs"           # where
+resume = False             # [path] bare: the newest; --resume PATH: that checkpoint
+compile = False            # torch.compile
+tie = True                 # on unless said otherwise
+max_steps = 1000           # [none, >= 0] steps in all
+checkpoint = ""            # what to read
+
+# --- Model ---
+n_layer = 12               # [>= 1] blocks
+n_kv_head = None           # [none, >= 1] heads
+scale = None               # [none, > 0.0] factor
+dropout = 0.1              # [>= 0, < 1] probability
+lr = 1e-3                  # [> 0] rate
+shift = -1.5               # any number
+norm = "layer"             # [layer, rms] normalisation
+positions = "rope"         # [learned, rope, none] positions
+residual_scale = 1.0       # [> 0.0, depth] factor or depth
+betas = (0.9, 0.95)        # [>= 0, < 1] two numbers
+sizes = (1, 2)             # whole numbers
+mixed = (1, 0.5)           # numbers
+
+presets = {
+    "small": dict(n_layer=2, betas=(0.5, 0.6), max_steps=None),
+    "large": dict(n_layer=48, norm="rms", lr=1),
+}
+architecture = ("n_layer", "norm")
+
+
+def main():
+    later = 1
+
+
+after = 5
+'''
+
+
+@pytest.fixture
+def g(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(SOURCE)
+    return runpy.run_path(str(path))
+
+
+ACCEPTED = [
+    ("--n_layer 6", "n_layer", 6),
+    ("--n_layer=6", "n_layer", 6),
+    ("--n-layer 6", "n_layer", 6),
+    ("--n-layer=6", "n_layer", 6),
+    ("--n_layer 1_0", "n_layer", 10),
+    ("--n_layer 3 --n_layer 4", "n_layer", 4),
+    ("--compile", "compile", True),
+    ("--no-compile", "compile", False),
+    ("--no_compile", "compile", False),
+    ("--compile --no-compile", "compile", False),
+    ("--no-tie", "tie", False),
+    ("--compile=true", "compile", True),
+    ("--compile=false", "compile", False),
+    ("--compile false", "compile", False),
+    ("--compile true", "compile", True),
+    ("--compile 1", "compile", True),
+    ("--tie 0", "tie", False),
+    ("--compile yes", "compile", True),
+    ("--tie no", "tie", False),
+    ("--tie False", "tie", False),
+    ("--compile --n_layer 3", "compile", True),
+    ("--max_steps none", "max_steps", None),
+    ("--max_steps None", "max_steps", None),
+    ("--max_steps=none", "max_steps", None),
+    ("--max_steps 0", "max_steps", 0),
+    ("--n_kv_head 4", "n_kv_head", 4),
+    ("--n_kv_head none", "n_kv_head", None),
+    ("--scale 2", "scale", 2.0),
+    ("--scale 0.5", "scale", 0.5),
+    ("--dropout 0", "dropout", 0.0),
+    ("--dropout .5", "dropout", 0.5),
+    ("--lr 1", "lr", 1.0),
+    ("--lr 3e-4", "lr", 3e-4),
+    ("--shift -2", "shift", -2.0),
+    ("--shift -2e-1", "shift", -0.2),
+    ("--shift=-2.5", "shift", -2.5),
+    ("--norm rms", "norm", "rms"),
+    ("--positions none", "positions", "none"),
+    ("--residual_scale depth", "residual_scale", "depth"),
+    ("--residual_scale 0.5", "residual_scale", 0.5),
+    ("--betas 0.8,0.9", "betas", (0.8, 0.9)),
+    ("--betas=0,0.9", "betas", (0.0, 0.9)),
+    ("--betas (0.8,0.9)", "betas", (0.8, 0.9)),
+    ("--sizes 3,4", "sizes", (3, 4)),
+    ("--sizes -3,4", "sizes", (-3, 4)),
+    ("--mixed 2,3", "mixed", (2.0, 3.0)),
+    ("--run_name test", "run_name", "test"),
+    ("--run_name=", "run_name", ""),
+    ("--run_name=--odd", "run_name", "--odd"),
+    ("--run_name none", "run_name", None),
+    ("--out_dir a=b", "out_dir", "a=b"),
+    ("--out_dir=a=b", "out_dir", "a=b"),
+    ("--resume", "resume", True),
+    ("--resume --compile", "resume", True),
+    ("--resume runs/a/last.pt", "resume", "runs/a/last.pt"),
+    ("--resume=runs/a", "resume", "runs/a"),
+    ("--resume 1", "resume", "1"),
+    ("--resume=true", "resume", True),
+    ("--resume false", "resume", False),
+    ("--no-resume", "resume", False),
+    ("--preset small", "n_layer", 2),
+    ("--preset small", "betas", (0.5, 0.6)),
+    ("--preset small", "max_steps", None),
+    ("--preset small", "preset", "small"),
+    ("--preset none", "n_layer", 12),
+    ("--preset small --n_layer 5", "n_layer", 5),
+    ("--n_layer 5 --preset small", "n_layer", 5),
+    ("--preset large --preset small", "norm", "layer"),
+    ("--preset large", "lr", 1.0),
+]
+
+
+@pytest.mark.parametrize("line, name, value", ACCEPTED, ids=[line for line, _, _ in ACCEPTED])
+def test_accepted(g, line, name, value):
+    settings = override(g, line.split())
+    assert settings[name] == value and type(settings[name]) is type(value)
+    if isinstance(value, tuple):
+        assert [type(item) for item in settings[name]] == [type(item) for item in value]
+    assert g[name] == value, "the script's global is set"
+
+
+REFUSED = [
+    ("--n_layers 6", "unknown setting --n_layers; did you mean --n_layer?"),
+    ("--qwertz 6", "unknown setting --qwertz; -h lists them all"),
+    ("--n_layer", "--n_layer: a value is missing; it must be a whole number >= 1"),
+    ("--n_layer --compile", "--n_layer: a value is missing; it must be a whole number >= 1"),
+    ("--n_layer=", "--n_layer : must be a whole number >= 1"),
+    ("--n_layer 1.5", "--n_layer 1.5: must be a whole number >= 1"),
+    ("--n_layer 1e5", "--n_layer 1e5: must be a whole number >= 1"),
+    ("--n_layer six", "--n_layer six: must be a whole number >= 1"),
+    ("--n_layer 0", "--n_layer 0: must be >= 1"),
+    ("--n_layer none", "--n_layer none: must be a whole number >= 1"),
+    ("--n_layer true", "--n_layer true: must be a whole number >= 1"),
+    ("--max_steps -1", "--max_steps -1: must be >= 0, or none"),
+    ("--max_steps nine", "--max_steps nine: must be a whole number >= 0, or none"),
+    ("--n_kv_head 0", "--n_kv_head 0: must be >= 1, or none"),
+    ("--n_kv_head 1.0", "--n_kv_head 1.0: must be a whole number >= 1, or none"),
+    ("--scale 0", "--scale 0: must be > 0.0, or none"),
+    ("--dropout 1.5", "--dropout 1.5: must be >= 0 and < 1"),
+    ("--dropout 1", "--dropout 1: must be >= 0 and < 1"),
+    ("--dropout -0.1", "--dropout -0.1: must be >= 0 and < 1"),
+    ("--dropout high", "--dropout high: must be a number >= 0 and < 1"),
+    ("--lr nan", "--lr nan: must be a number > 0"),
+    ("--lr inf", "--lr inf: must be a number > 0"),
+    ("--shift -inf", "--shift -inf: must be a number"),
+    ("--lr 1e999", "--lr 1e999: must be a number > 0"),
+    ("--norm laier", "--norm laier: must be one of layer, rms; did you mean layer?"),
+    ("--norm none", "--norm none: must be one of layer, rms"),
+    ("--norm Layer", "--norm Layer: must be one of layer, rms; did you mean layer?"),
+    ("--residual_scale deep", "--residual_scale deep: must be a number > 0.0, or depth"),
+    ("--residual_scale 0", "--residual_scale 0: must be > 0.0, or depth"),
+    ("--betas 0.9", "--betas 0.9: must be 2 values with commas between them, each a number >= 0 and < 1"),
+    ("--betas 0.9,0.9,0.9", "--betas 0.9,0.9,0.9: must be 2 values with commas between them, each a number"),
+    ("--betas 0.9,1", "--betas 0.9,1: must be 2 values with commas between them, each >= 0 and < 1"),
+    ("--betas none", "--betas none: must be 2 values with commas between them, each a number >= 0 and < 1"),
+    ("--sizes 1,2.5", "--sizes 1,2.5: must be 2 values with commas between them, each a whole number"),
+    ("--compile=maybe", "--compile maybe: must be true or false"),
+    ("--compile=", "--compile : must be true or false"),
+    ("--compile maybe", "unexpected word 'maybe': settings are written --name value"),
+    ("--no-compile=true", "--no-compile=true: --no-name is for settings that are true or false, and takes no value"),
+    ("--no-n_layer", "--no-n_layer: --no-name is for settings that are true or false, and takes no value"),
+    ("--no-n_layers", "unknown setting --no_n_layers"),
+    ("--preset smal", "--preset smal: must be one of small, large; did you mean small?"),
+    ("small", "unexpected word 'small'; did you mean --preset small?"),
+    ("n_layer=6", "unexpected word 'n_layer=6'; did you mean --n_layer?"),
+    ("-n_layer 6", "unexpected word '-n_layer'; did you mean --n_layer?"),
+    ("-- 6", "unexpected word '--'"),
+    ("--LIMIT 4", "unknown setting --LIMIT"),
+    ("--_hidden 4", "unknown setting --_hidden"),
+    ("--computed 4", "unknown setting --computed"),
+    ("--presets 4", "unknown setting --presets; did you mean --preset?"),
+    ("--architecture 4", "unknown setting --architecture"),
+    ("--after 4", "unknown setting --after"),
+    ("--later 4", "unknown setting --later"),
+]
+
+
+@pytest.mark.parametrize("line, message", REFUSED, ids=[line for line, _ in REFUSED])
+def test_refused(g, line, message):
+    before = {name: g[name] for name in ("n_layer", "betas", "compile", "norm")}
+    with pytest.raises(UserError) as caught:
+        override(g, line.split())
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+    assert {name: g[name] for name in before} == before, "a refused command line changes nothing"
+
+
+def test_nothing_typed_gives_the_defaults_of_the_source(g):
+    g["n_layer"] = 99                                        # left by an earlier call in the same process
+    settings = override(g, [])
+    assert settings["n_layer"] == g["n_layer"] == 12
+    assert settings.explicit == frozenset() and settings.command == []
+    assert list(settings)[:3] == ["preset", "run_name", "out_dir"]
+    assert set(settings) == set("preset run_name out_dir resume compile tie max_steps checkpoint n_layer n_kv_head "
+                                "scale dropout lr shift norm positions residual_scale betas sizes mixed".split())
+
+
+def test_explicit_names_are_those_of_flags_and_preset(g):
+    settings = override(g, "--preset small --lr 0.5 --resume".split())
+    assert settings.explicit == {"preset", "lr", "resume", "n_layer", "betas", "max_steps"}
+    assert settings.command == ["--preset", "small", "--lr", "0.5", "--resume"]
+
+
+def test_positional(g):
+    assert override(g, "runs/a --n_layer 3".split(), positional="checkpoint")["checkpoint"] == "runs/a"
+    assert override(g, "--n_layer 3 runs/a".split(), positional="checkpoint")["checkpoint"] == "runs/a"
+    with pytest.raises(UserError, match="unexpected word 'runs/b'"):
+        override(g, "runs/a runs/b".split(), positional="checkpoint")
+
+
+@pytest.mark.parametrize("bad", [dict(n_layers=2), dict(n_layer=2.5), dict(n_layer=0), dict(norm="laier"),
+                                 dict(compile=1), dict(betas=(0.9,)), dict(lr=float("nan"))], ids=str)
+def test_a_wrong_preset_is_a_bug_of_the_script(g, bad):
+    g["presets"]["small"] = bad
+    with pytest.raises(ValueError, match="preset small"):
+        override(g, [])
+
+
+@pytest.mark.parametrize("line", ["n_layer = 0  # [>= 1] blocks", "norm = 'x'  # [layer, rms] kind", "lr = 1e999"])
+def test_a_wrong_default_is_a_bug_of_the_script(tmp_path, line):
+    (tmp_path / "s.py").write_text(line + "\n")
+    with pytest.raises(ValueError, match="must be"):
+        override({"__file__": str(tmp_path / "s.py")}, [])
+
+
+def test_help(g, capsys):
+    with pytest.raises(SystemExit) as caught:
+        override(g, ["--nonsense", "-h"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert max(map(len, out.splitlines())) <= 100
+    for text in ("A script for tests.", "--preset small", "n_layer=2, betas=0.5,0.6, max_steps=none", "\nModel\n",
+                 "--dropout 0.1", "[>= 0, < 1] probability", "--betas 0.9,0.95", "--resume false"):
+        assert text in out
+    assert out.index("\nRun\n") < out.index("--compile") < out.index("\nModel\n") < out.index("--n_layer")
+
+
+def as_typed(g, line):
+    return override(g, line.split())
+
+
+def test_adopt_takes_what_was_not_typed_from_the_checkpoint(g, capsys):
+    checkpoint = {**override(g, []), "lr": 0.5, "betas": [0.1, 0.2], "n_layer": 6, "gone": 1, "out_dir": "elsewhere",
+                  "run_name": "other", "resume": True}
+    del checkpoint["scale"]
+    settings = adopt(g, as_typed(g, "--lr 0.25 --out_dir here --resume a.pt"), checkpoint, ("n_layer", "norm"))
+    assert isinstance(settings, Settings) and settings.explicit == {"lr", "out_dir", "resume"}
+    assert (settings["lr"], settings["betas"], settings["n_layer"]) == (0.25, (0.1, 0.2), 6)
+    assert (settings["out_dir"], settings["run_name"], settings["resume"]) == ("here", None, "a.pt")
+    assert settings["scale"] is None and "gone" not in settings
+    assert g["n_layer"] == 6 and g["betas"] == (0.1, 0.2) and g["lr"] == 0.25
+    assert capsys.readouterr().out == "from the checkpoint: n_layer 6 (not 12), betas 0.1,0.2 (not 0.9,0.95)\n"
+
+
+def test_adopt_overrules_architecture_in_one_line(g, capsys):
+    checkpoint = {**override(g, []), "n_layer": 6}
+    settings = adopt(g, as_typed(g, "--n_layer 12 --norm layer"), checkpoint, ("n_layer", "norm"))
+    assert settings["n_layer"] == g["n_layer"] == 6
+    assert capsys.readouterr().out == "n_layer 6 comes from the checkpoint: --n_layer 12 is overruled\n"
+
+
+def test_adopt_says_nothing_when_nothing_differs(g, capsys):
+    assert adopt(g, as_typed(g, "--resume"), dict(override(g, [])), ("n_layer",)) == override(g, ["--resume"])
+    assert capsys.readouterr().out == ""
+
+
+def test_adopt_refuses_values_that_the_script_does_not_know(g):
+    with pytest.raises(UserError, match="the checkpoint's norm 'batch' is not allowed here: must be one of layer, rms"):
+        adopt(g, as_typed(g, ""), {**override(g, []), "norm": "batch"}, ("norm",))
+
+
+@pytest.mark.parametrize("words, status, error", [
+    (["--n_layers", "3"], 2, "error: unknown setting --n_layers; did you mean --n_layer?\n"),
+    (["--norm", "a\nb"], 2, "error: --norm a b: must be one of layer, rms\n"),
+    (["--n_layer", "3"], 0, ""),
+])
+def test_as_a_process(tmp_path, words, status, error):
+    main = "from experiment import command, override\n@command\ndef main():\n    override(globals())\nmain()\n"
+    (tmp_path / "script.py").write_text(SOURCE.split("\ndef main")[0] + main)
+    done = subprocess.run([sys.executable, "script.py", *words], cwd=tmp_path, capture_output=True, text=True,
+                          env={"PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONDONTWRITEBYTECODE": "1"})
+    assert (done.returncode, done.stderr) == (status, error)
+    assert [path.name for path in tmp_path.iterdir()] == ["script.py"], "nothing is written"

@@ -1,0 +1,350 @@
+"""Byte-level language model after Al-Rfou et al. 2018, "Character-Level Language Modeling with Deeper Self-Attention".
+
+    python train_enwik8.py --preset cpu                          # no GPU, no download: the standard library's source, minutes
+    python train_enwik8.py --preset shakespeare_cpu              # tinyshakespeare on two cores, against nanoGPT's CPU command
+    python train_enwik8.py --n_layer 12 --block_size 512         # T12 on enwik8, for one GPU
+    python train_enwik8.py --preset t64                          # T64: 235M parameters
+    python train_enwik8.py --preset cpu --resume                 # goes on exactly where the newest run stopped
+    python train_enwik8.py -h                                    # every setting
+
+The defaults are wired like T12: 12 layers of width 512, an own position table in every layer, two bytes predicted ahead
+(the second at half weight), an own classifier per layer and target, intermediate losses that end layer by layer in the
+first half of training; 44.17M parameters in training, 41.16M at inference. Published: 1.11 bits per byte on the test split
+of enwik8 under stride:1. What this code measured, and with which command, stands in the README.
+"""
+import math
+import time
+from contextlib import nullcontext
+
+import torch
+
+import optim
+from data import text
+from evaluate import LN2, score
+from experiment import (NonFinite, Run, UserError, adopt, command, find_resume, generator_states, load_checkpoint,
+                        measure_peak_flops, override, peak_memory, resolve_device, restore_generators, seed_everything)
+from model import Transformer, TransformerConfig, active_layers, fused_rows, parameter_roles
+from sample import generate
+
+# --- Run ---
+preset = None              # a named set of settings (below); flags win over it
+run_name = None            # name of the run's directory; none: date and time
+out_dir = "runs"           # the run's directory is out_dir/train_enwik8/run_name
+resume = False             # [path] bare: go on with run_name (none: the newest run); --resume PATH: from that checkpoint
+seed = 1337                # initialisation and dropout
+data_seed = 1337           # batches
+device = "auto"            # auto, cpu, cuda, cuda:1, ...
+dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
+compile = False            # torch.compile
+deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
+debug = False              # tiny and short, no wandb, no tensorboard
+profile = False            # torch profiler over a few steps: trace.json in the run's directory
+
+# --- Data ---
+dataset = "enwik8"         # enwik8, shakespeare, stdlib, or a path (.txt .gz .xz .bz2 .zip)
+max_bytes = None           # [none, >= 1] only the first so many bytes, before splitting
+batching = "random"        # [random, epochs, streams] random windows; shuffled without replacement; in order
+batch_size = 16            # [>= 1] windows per forward pass
+grad_accum = 1             # [>= 1] forward passes per optimiser step
+
+# --- Model ---
+n_layer = 12               # [>= 1] transformer blocks
+n_head = 8                 # [>= 1] attention heads
+n_kv_head = None           # [none, >= 1] key and value heads; none: n_head
+head_dim = None            # [none, >= 1] width of a head; none: n_embd / n_head
+n_embd = 512               # [>= 1] width
+ff_mult = 4.0              # [> 0.0] width of the feed-forward over n_embd (swiglu: 2/3 of it, equal parameters)
+block_size = 512           # [>= 1] bytes of context
+dropout = 0.1              # [>= 0.0, < 1.0] probability: embedding, attention, branches
+norm = "layer"             # [layer, rms] normalisation, before each branch
+norm_gain = False          # learned gain in the norms
+bias = False               # biases in linear layers and LayerNorm
+activation = "relu"        # [gelu, relu, relu2, solu, swiglu] of the feed-forward
+positions = "learned_per_layer"  # [learned, learned_per_layer, rope, none] how the model knows where a byte stands
+rope_base = 10000.0        # [> 1.0] longest wavelength of rope over 2 pi
+residual_scale = 1.0       # [> 0.0, depth] factor on every branch; depth: 1 / sqrt(2 n_layer)
+init = "gpt2"              # [gpt2, normal, xavier, zero] zero: output projections start at zero, embeddings at scale 1
+qk_norm = False            # RMSNorm on queries and keys
+tie_weights = False        # the last classifier is the byte embedding
+n_targets = 2              # [>= 1] bytes predicted ahead, weights 1, 1/2, 1/4, ...
+target_heads = "own"       # [own, shared] classifiers of the targets
+layer_heads = "own"        # [own, shared] classifiers of the layers, with intermediate_losses
+head_bias = False          # bias of the classifiers
+intermediate_losses = True # layer l of n also predicts, until the fraction l / (2n) of max_steps
+attention = "auto"         # [auto, sdpa, manual] auto: written out when training in bfloat16 on a CPU, else PyTorch's
+
+# --- Optimisation ---
+max_steps = 200_000        # [none, >= 0] optimiser steps in all, resumes included; none: until stopped
+optimizer = "adamw"        # [sgd, adam, adamw, muon] muon: hidden matrices, the rest by adamw
+orthograd = False          # gradients made orthogonal to their weights first
+lr = 7e-4                  # [> 0.0] peak learning rate
+muon_lr = 0.02             # [> 0.0] peak learning rate of the matrices under muon
+schedule = "noam"          # [constant, noam, cosine, wsd] all start with a linear warm-up
+warmup_steps = 4000        # [>= 0] steps
+decay_fraction = 0.2       # [> 0.0, <= 1.0] wsd: share of max_steps in which the rate falls linearly
+min_lr_scale = 0.0         # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
+betas = (0.9, 0.99)        # adam, adamw
+eps = 1e-8                 # [>= 0.0] adam, adamw
+momentum = 0.99            # [>= 0.0, < 1.0] sgd
+muon_momentum = 0.95       # [>= 0.0, < 1.0] muon
+weight_decay = 0.01        # [>= 0.0] on matrices only
+grad_clip = 1.0            # [none, > 0.0] largest norm of the whole gradient
+ema_decay = 0.0            # [>= 0.0, < 1.0] running average of the weights, evaluated beside them; 0: none
+
+# --- Evaluation and logging ---
+eval_interval = 1000       # [>= 1] steps between validations on a fixed set of windows
+eval_windows = 64          # [>= 1] how many windows, evenly spread over the validation split
+eval_batch_size = 32       # [>= 1] windows at once; changes the speed, not the result
+full_eval_interval = 10_000  # [none, >= 1] steps between validations on the whole split
+save_interval = 1000       # [>= 1] steps between checkpoints
+keep_last = 0              # [>= 0] numbered checkpoints to keep beside last.pt and best.pt
+log_interval = 10          # [>= 1] steps between lines of metrics
+sample_length = 400        # [>= 0] bytes of text written at the end
+wandb = "disabled"         # [disabled, offline, online]
+tensorboard = False        # curves for TensorBoard in the run's directory
+
+presets = {
+    # Two cores, no download, about three minutes.
+    "cpu": dict(
+        dataset="stdlib", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, dropout=0.0, positions="rope",
+        norm="rms", activation="relu2", init="zero", qk_norm=True, n_targets=1, intermediate_losses=False,
+        optimizer="muon", lr=0.02, muon_lr=0.03, betas=(0.8, 0.95), schedule="wsd", decay_fraction=1.0, warmup_steps=20, max_steps=1000, eval_interval=100,
+        eval_windows=64, save_interval=200, log_interval=10),
+    # tinyshakespeare with nanoGPT's CPU architecture budget and batch.
+    "shakespeare_cpu": dict(
+        dataset="shakespeare", n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0, positions="rope",
+        norm="rms", activation="relu2", init="zero", qk_norm=True, n_targets=1, intermediate_losses=False, dtype="bfloat16",
+        optimizer="muon", lr=0.02, muon_lr=0.03, betas=(0.8, 0.95), schedule="wsd", decay_fraction=1.0, warmup_steps=0, max_steps=300, eval_interval=100,
+        save_interval=300, log_interval=10),
+    # The first 4,150,000 bytes of enwik8 on two cores.
+    "enwik8_cpu": dict(
+        dataset="enwik8", max_bytes=4_150_000, n_layer=4, n_head=4, n_embd=256, block_size=256, batch_size=16, dropout=0.0,
+        positions="rope", norm="rms", activation="relu2", init="zero", qk_norm=True, n_targets=1, intermediate_losses=False,
+        dtype="bfloat16", batching="epochs", optimizer="muon", lr=0.02, muon_lr=0.02, betas=(0.8, 0.95), schedule="wsd",
+        decay_fraction=0.8, warmup_steps=20, max_steps=2000, eval_interval=100, eval_windows=64, save_interval=100),
+    # nanoGPT's CPU command: the same architecture, batch, optimiser and schedule, on bytes.
+    "nanogpt_cpu": dict(
+        dataset="shakespeare", n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0,
+        positions="learned", norm="layer", norm_gain=True, activation="gelu", init="gpt2", tie_weights=True, n_targets=1,
+        intermediate_losses=False, dtype="bfloat16", optimizer="adamw", lr=1e-3, schedule="cosine", min_lr_scale=0.1,
+        warmup_steps=100, weight_decay=0.1, max_steps=2000, eval_interval=250, save_interval=500),
+    # Al-Rfou et al.: batch 16, momentum 0.99, fixed rate 0.003. Dropout and length of T12 are not in the text: ours.
+    "t12": dict(optimizer="sgd", lr=3e-3, schedule="constant", warmup_steps=0, weight_decay=0.0, dropout=0.2,
+                max_steps=4_000_000),
+    "t64": dict(n_layer=64, optimizer="sgd", lr=3e-3, schedule="constant", warmup_steps=0, weight_decay=0.0, dropout=0.55,
+                max_steps=4_000_000),
+}
+
+# What --debug sets, unless a flag says otherwise.
+debug_settings = dict(dataset="stdlib", max_bytes=200_000, n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4,
+                      max_steps=20, warmup_steps=2, eval_interval=10, eval_windows=4, save_interval=10, log_interval=1,
+                      sample_length=40, deterministic=True)
+
+# These make the shape of the weights and of the state beside them: on resume they come from the checkpoint.
+architecture = ("n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "ff_mult", "block_size", "norm", "norm_gain", "bias",
+                "activation", "positions", "rope_base", "residual_scale", "qk_norm", "tie_weights", "n_targets",
+                "target_heads", "layer_heads", "head_bias", "intermediate_losses", "optimizer", "batching")
+
+
+def check(settings):
+    """Settings that cannot go together: UserError with one sentence. Returns the model's configuration."""
+    try:
+        config = TransformerConfig.from_settings(settings)
+        optim.schedule(schedule, 0, warmup_steps, max_steps, min_lr_scale, decay_fraction)
+    except ValueError as error:
+        raise UserError(error)
+    if intermediate_losses and max_steps is None:
+        raise UserError("intermediate_losses end at fractions of max_steps: give --max_steps N or --no-intermediate_losses")
+    return config
+
+
+def evaluate(model, ema, data, windows, autocast):
+    """Yields (weights, Score) of `data` under the block protocol, for the raw weights and, when there is one, the EMA."""
+    for weights, place in [("raw", nullcontext())] + ([("ema", ema.swapped())] if ema else []):
+        with place, autocast:
+            yield weights, score(model, data, "block", eval_batch_size, windows)
+
+
+def write_sample(model, prompt=b"\n"):
+    """`sample_length` bytes from the model at temperature 0.8, as text. Its generator is its own."""
+    was_training = model.training
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = b"".join(bytes(token.tolist()) for token in generate(model, [prompt], sample_length, generator, temperature=0.8))
+    model.train(was_training)
+    return (prompt + drawn).decode(errors="replace")
+
+
+@command
+def main():
+    # ---- settings: flags, preset, and on resume the checkpoint's ----
+    settings = override(globals())
+    if debug:
+        quiet = {name: value for name, value in debug_settings.items() if name not in settings.explicit}
+        globals().update(quiet)
+        settings.update(quiet)
+    checkpoint_path = find_resume(settings, __file__)
+    checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
+    if checkpoint:
+        settings = adopt(globals(), settings, checkpoint["settings"], architecture)
+    config = check(settings)
+    where, precision = resolve_device(device, dtype)
+
+    # ---- data ----
+    corpus = text.load(dataset, max_bytes, where)
+    batches = text.Batches(corpus.train, batch_size, block_size, n_targets, batching, data_seed, where)
+
+    # ---- model ----
+    seed_everything(seed, deterministic)
+    model = Transformer(config).to(where)
+    if compile:
+        torch._dynamo.config.recompile_limit = max(8, 2 * n_layer)           # every ended intermediate loss is one more graph
+    net = torch.compile(model) if compile else model
+    autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
+
+    # ---- optimiser ----
+    opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, weight_decay=weight_decay,
+                      betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr, muon_momentum=muon_momentum,
+                      orthograd=orthograd, fused_rows=fused_rows(model))
+    scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
+
+    # ---- resume ----
+    loop = dict(step=0, evaluated=0, best=math.inf, best_step=0, bytes=0, seconds=0.0, pending=[], logged_seconds=0.0)
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optim.load_state(opt, checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        batches.load_state_dict(checkpoint["data"])
+        restore_generators(checkpoint["generators"])
+        loop = dict(checkpoint["loop"])
+    ema = optim.EMA(model, ema_decay) if ema_decay else None
+    if ema and checkpoint and checkpoint["ema"]:
+        ema.load_state_dict(checkpoint["ema"])
+
+    def state():
+        """Everything that the rest of the run depends on."""
+        return dict(format="nanolab-1", script="train_enwik8", step=loop["step"], settings=dict(settings),
+                    model=model.state_dict(), ema=ema.state_dict() if ema else None, optimizer=opt.state_dict(),
+                    scaler=scaler.state_dict(), generators=generator_states(), data=batches.state_dict(), loop=dict(loop))
+
+    recent = []                          # (loss, gradient norm) of the last steps, still on the device
+
+    def settle():
+        """Moves `recent` into the loop's state as numbers; stops the run at the first step that was not finite."""
+        values = torch.stack(recent).tolist() if recent else []
+        for i, (loss, norm) in enumerate(values):
+            if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):   # the scaler skips such steps
+                raise NonFinite(loop["step"] - len(values) + i + 1)
+        loop["pending"] += values
+        recent.clear()
+
+    with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
+        print(f"{corpus.source}; {model.n_params():,} parameters; {where.type} {str(precision).removeprefix('torch.')}")
+        peak_flops = measure_peak_flops(where, precision)
+        bytes_per_step = batch_size * grad_accum * block_size
+        saved = first = loop["step"]
+        hinted, profiler = where.type != "cpu" or max_steps is None, None
+        bar = run.bar(max_steps, first)
+
+        while True:
+            # ---- validate and save: before the step, so that a stopped run does on resume what it had not done yet ----
+            step = loop["step"]
+            if step % eval_interval == 0 and loop["evaluated"] < step:
+                settle()
+                loop["evaluated"] = step
+                everything = full_eval_interval and step % full_eval_interval == 0
+                for windows in (eval_windows, None) if everything else (eval_windows,):
+                    for which, found in evaluate(model, ema, corpus.val, windows, autocast):
+                        run.log(step=step, split="val", loss=found.loss, bpb=found.bpb, protocol=found.protocol,
+                                bytes=found.bytes, weights=which)
+                        if windows:
+                            newest = found.bpb           # of the averaged weights when there are any
+                bar.note(f"step {step}: val {newest:.4f} bits/byte ({eval_windows} windows)")
+                if newest < loop["best"]:
+                    loop.update(best=newest, best_step=step)
+                    run.save("best.pt", state())
+            if step % save_interval == 0 and saved < step:
+                settle()
+                run.save("last.pt", state())
+                if keep_last:
+                    run.keep(state(), step, keep_last)
+                saved = step
+            if run.stop or (max_steps is not None and step >= max_steps):
+                break
+
+            # ---- one optimiser step ----
+            began = time.perf_counter()
+            if profile and step == first + 2:
+                profiler = torch.profiler.profile()
+                profiler.start()
+            scale = optim.schedule(schedule, step, warmup_steps, max_steps, min_lr_scale, decay_fraction)
+            for group in opt.param_groups:
+                group["lr"] = group["base_lr"] * scale
+            active = active_layers(step, max_steps, n_layer) if intermediate_losses else None
+            loss = 0.0
+            for _ in range(grad_accum):
+                x, y = batches.next()
+                with autocast:
+                    objective, nats = net(x, targets=y, active=active)
+                scaler.scale(objective / grad_accum).backward()
+                loss = loss + nats[-1, 0] / grad_accum           # last layer, next byte: what the published figures are
+            scaler.unscale_(opt)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad(set_to_none=True)
+            if ema:
+                ema.update()
+            recent.append(torch.stack([loss, grad_norm]))
+            step = loop["step"] = step + 1
+            loop["bytes"] += bytes_per_step
+            if profiler and step == first + 5:
+                profiler.stop()
+                profiler.export_chrome_trace(str(run.dir / "trace.json"))
+                print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
+                profiler = None
+
+            # ---- log ----
+            due = step % log_interval == 0
+            if due:
+                settle()                                         # waits for the device, so it belongs to the step's time
+            loop["seconds"] += time.perf_counter() - began
+            if due:
+                losses = [loss for loss, _ in loop["pending"]]
+                speed = len(losses) * bytes_per_step / (loop["seconds"] - loop["logged_seconds"])
+                mean = sum(losses) / len(losses)
+                run.log(step=step, split="train", loss=mean, bpb=mean / LN2, lr=lr * scale, grad_norm=loop["pending"][-1][1],
+                        tokens_per_s=speed, mfu=speed * model.flops_per_token(block_size, active) / peak_flops,
+                        seconds=loop["seconds"], epoch=batches.epoch)
+                loop.update(pending=[], logged_seconds=loop["seconds"])
+                bar.update(step, f"loss {mean:.4f}, {speed:,.0f} bytes/s")
+            if not hinted and loop["seconds"] > 2:
+                hinted = True
+                left = (max_steps - step) * loop["seconds"] / step / 3600
+                if left > 1:
+                    print(f"without a GPU these {max_steps:,} steps will take about {left:,.0f} hours; --preset cpu takes minutes")
+
+        # ---- the end ----
+        bar.close()
+        settle()
+        if saved < step:
+            run.save("last.pt", state())
+        run.summary(step=step, best_bpb=loop["best"], best_step=loop["best_step"], seconds=loop["seconds"],
+                    bytes=loop["bytes"], peak_memory=peak_memory(where), parameters=model.n_params())
+        if not run.stop:
+            for which, found in evaluate(model, ema, corpus.val, None, autocast):
+                run.log(step=step, split="val", loss=found.loss, bpb=found.bpb, protocol=found.protocol, bytes=found.bytes,
+                        weights=which, final=True)
+                run.summary(**{f"val_bpb_{which}": found.bpb, f"val_loss_{which}": found.loss})
+                print(f"val {found.bpb:.4f} bits/byte = {found.loss:.4f} nats/byte (protocol {found.protocol}, {found.bytes:,} bytes, "
+                      f"{which} weights) after {step:,} steps, {loop['seconds']:.0f} s of training")
+            if sample_length:
+                written = write_sample(model)
+                (run.dir / "samples").mkdir(exist_ok=True)
+                (run.dir / "samples" / f"step_{step:08d}.txt").write_text(written)
+                print(f"--- sample ---{written}\n--------------")
+        print(f"{'stopped' if run.stop else 'done'} at step {step:,}: {run.dir}")
+
+
+if __name__ == "__main__":
+    main()
