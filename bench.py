@@ -5,10 +5,10 @@
     python bench.py --peer ../nanoGPT --threads 1 --what sample
     python bench.py                                              # ours alone
 
-Single timings on a shared machine mean little: each round times both sides right after one another, the table gives the
-median over rounds of the CPU-friendly wall clock and the median of the rounds' ratios. nanoGPT's model.py is imported as it
-is; its loop is the one of its train.py on a CPU (float32, fused attention where PyTorch has it, AdamW, clipping at 1). Ours is
-the loop of train_enwik8.py with the preset nanogpt_cpu (bfloat16 autocast). Random bytes: speed does not depend on the text.
+Single timings on a shared machine mean little: each round times both sides right after one another; the table gives
+each side's median over the rounds, and the median and quartiles of the rounds' ratios. nanoGPT's model.py is imported
+as it is, its loop is what its train.py does on a CPU (float32, fused attention, AdamW, clipping at 1). Ours is the loop
+of train_enwik8.py with the preset nanogpt_cpu (bfloat16 autocast). Random bytes: speed does not depend on the text.
 """
 import importlib.util
 import statistics
@@ -52,9 +52,10 @@ def load_peer(folder):
 
 def our_model():
     """Our side of nanoGPT's architecture: learned positions, LayerNorm with gain, GELU, tied classifier, no biases."""
-    return Transformer(TransformerConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, dropout=0.0,
-                                         positions="learned", norm="layer", norm_gain=True, bias=False, activation="gelu",
-                                         tie_weights=True, n_targets=1, intermediate_losses=False))
+    return Transformer(TransformerConfig(
+        n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, dropout=0.0, positions="learned",
+        norm="layer", norm_gain=True, bias=False, activation="gelu", tie_weights=True, n_targets=1,
+        intermediate_losses=False))
 
 
 def their_model(module):
@@ -65,7 +66,8 @@ def their_model(module):
 
 def our_training(model):
     """A function that does `steps` optimiser steps the way train_enwik8.py does."""
-    opt = optim.build("adamw", model.named_parameters(), parameter_roles(model), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.99))
+    opt = optim.build("adamw", model.named_parameters(), parameter_roles(model), lr=1e-3, weight_decay=0.1,
+                      betas=(0.9, 0.99))
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
     data = torch.randint(256, (200_000,), dtype=torch.uint8)
 
@@ -105,7 +107,8 @@ def our_sampling(model, n):
     model.eval()
 
     def run():
-        for _ in generate(model, [b"\n"] * n, block_size - 1, torch.Generator().manual_seed(seed), temperature=0.8, top_k=50):
+        generator = torch.Generator().manual_seed(seed)
+        for _ in generate(model, [b"\n"] * n, block_size - 1, generator, temperature=0.8, top_k=50):
             pass
     return run
 
@@ -152,8 +155,8 @@ def main():
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
     module = load_peer(peer) if peer else None
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {n_layer} layers, {n_head} heads, {n_embd} wide, "
-          f"block {block_size}, {rounds} rounds")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {n_layer} layers, {n_head} heads, "
+          f"{n_embd} wide, block {block_size}; {rounds} rounds")
     print(f"{'':<22} {'ours tok/s':>12} {'nanoGPT':>12} {'ratio':>8}   (quartiles)")
     if "train" in kinds:
         compare(f"train, batch {batch_size}", steps * batch_size * block_size, our_training(our_model()),

@@ -377,7 +377,8 @@ def measure_peak_flops(device, dtype):
     """FLOP/s of this device: the best of several square matmuls in `dtype`, in less than a second."""
     on_gpu = torch.device(device).type != "cpu"
     size, best, began = 8192 if on_gpu else 1024, math.inf, time.perf_counter()
-    a, b = torch.ones(2, size, size, device=device, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(0)       # random numbers: a chip may be faster on constant ones
+    a, b = torch.randn(2, size, size, device=device, generator=generator).to(dtype)
     while best == math.inf or time.perf_counter() - began < 0.4:
         start = time.perf_counter()
         product = a @ b
@@ -793,7 +794,8 @@ class Bar:
         self.total, self.initial, self.began, self.said, self.tqdm = total, initial, time.monotonic(), -math.inf, None
         if sys.stdout.isatty():
             from tqdm import tqdm
-            self.tqdm = tqdm(total=total, initial=initial, file=sys.stdout, dynamic_ncols=True, unit=" steps")
+            columns = shutil.get_terminal_size().columns     # 80 where the terminal does not say
+            self.tqdm = tqdm(total=total, initial=initial, file=sys.stdout, ncols=columns, unit=" steps")
 
     def update(self, step, text=""):
         """`step` steps are done; `text` is shown beside them."""

@@ -228,6 +228,10 @@ class Norm(nn.Module):
 class Linear(nn.Linear):
     """nn.Linear that leaves its parameters to `initialise`, which claims each of them."""
 
+    def forward(self, x):
+        """x (..., in) to (..., out). Reads its parameters past nn.Module's look-up, which a decoded byte feels."""
+        return F.linear(x, self._parameters["weight"], self._parameters["bias"])
+
     def reset_parameters(self):
         """Draws nothing."""
 
@@ -301,6 +305,14 @@ class Attention(nn.Module):
                                               enable_gqa=c.n_kv_head < c.n_head)
 
 
+def gelu(x):
+    """x Phi(x), exact (Hendrycks & Gimpel 2016)."""
+    if x.requires_grad or x.device.type != "cpu" or x.numel() > 65536:
+        return F.gelu(x)
+    h = 0.5 * x  # one decoded byte: the call into oneDNN costs more than these four small ones
+    return torch.addcmul(h, h, torch.erf(x * 0.5 ** 0.5))
+
+
 class FeedForward(nn.Module):
     """Two linear layers around an activation.
 
@@ -321,7 +333,7 @@ class FeedForward(nn.Module):
         """x (B, T, C) to (B, T, C)."""
         x = self.up(x)
         if self.activation == "gelu":
-            x = F.gelu(x)
+            x = gelu(x)
         elif self.activation == "relu":
             x = F.relu(x)
         elif self.activation == "relu2":
@@ -594,11 +606,12 @@ def fused_rows(model):
 def initialise(model):
     """Fills every parameter by its rule, drawing from the global CPU generator. Biases 0, gains 1.
 
-    Positions and classifiers are N(0, 0.02) under every `init`, embeddings too, but for "zero" N(0, 1) unless tied: then
+    Positions and classifiers are N(0, 0.02) under every `init`, embeddings too, but "zero" has N(0, 1) unless tied:
     the stream starts at the scale at which the branches come to write. Target maps start as the identity. Hidden
     matrices: "gpt2" N(0, 0.02), those that write into the stream divided by sqrt(2 n_layer) (Radford et al. 2019);
     "normal" N(0, 0.02); "xavier" uniform within sqrt(6 / (fan_in + fan_out)) (Glorot & Bengio 2010), each part of a
-    fused matrix by itself; "zero" N(0, fan_in^-0.5), those that write into the stream zero. (N(0, s): standard deviation s.)
+    fused matrix by itself; "zero" N(0, fan_in^-0.5), those that write into the stream zero. N(0, s): of
+    standard deviation s.
     """
     init, depth, fused = model.config.init, model.config.n_layer, fused_rows(model)
 

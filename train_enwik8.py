@@ -1,16 +1,16 @@
 """Byte-level language model after Al-Rfou et al. 2018, "Character-Level Language Modeling with Deeper Self-Attention".
 
-    python train_enwik8.py --preset cpu                          # no GPU, no download: the standard library's source, minutes
-    python train_enwik8.py --preset shakespeare_cpu              # tinyshakespeare on two cores, against nanoGPT's CPU command
-    python train_enwik8.py --n_layer 12 --block_size 512         # T12 on enwik8, for one GPU
-    python train_enwik8.py --preset t64                          # T64: 235M parameters
-    python train_enwik8.py --preset cpu --resume                 # goes on exactly where the newest run stopped
-    python train_enwik8.py -h                                    # every setting
+    python train_enwik8.py --preset cpu                     # no GPU, no download: minutes on two cores
+    python train_enwik8.py --preset shakespeare_cpu         # tinyshakespeare on two cores, beside nanoGPT's CPU command
+    python train_enwik8.py --n_layer 12 --block_size 512    # T12 on enwik8, for one GPU
+    python train_enwik8.py --preset t64                     # T64: 235M parameters
+    python train_enwik8.py --preset cpu --resume            # goes on exactly where the newest run stopped
+    python train_enwik8.py -h                               # every setting
 
 The defaults are wired like T12: 12 layers of width 512, an own position table in every layer, two bytes predicted ahead
 (the second at half weight), an own classifier per layer and target, intermediate losses that end layer by layer in the
-first half of training; 44.17M parameters in training, 41.16M at inference. Published: 1.11 bits per byte on the test split
-of enwik8 under stride:1. What this code measured, and with which command, stands in the README.
+first half of training; 44.17M parameters in training, 41.16M at inference. Published: 1.11 bits per byte on enwik8's
+test split under stride:1. What this code measured, and with which command, stands in the README.
 """
 import math
 import time
@@ -30,7 +30,7 @@ from sample import generate
 preset = None              # a named set of settings (below); flags win over it
 run_name = None            # name of the run's directory; none: date and time
 out_dir = "runs"           # the run's directory is out_dir/train_enwik8/run_name
-resume = False             # [path] bare: go on with run_name (none: the newest run); --resume PATH: from that checkpoint
+resume = False             # [path] go on with run_name (none: the newest run); --resume PATH: from that checkpoint
 seed = 1337                # initialisation and dropout
 data_seed = 1337           # batches
 device = "auto"            # auto, cpu, cuda, cuda:1, ...
@@ -104,35 +104,38 @@ wandb = "disabled"         # [disabled, offline, online]
 tensorboard = False        # curves for TensorBoard in the run's directory
 
 presets = {
-    # Two cores, no download, about three minutes.
+    # No download, some minutes on two cores.
     "cpu": dict(
-        dataset="stdlib", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, dropout=0.0, positions="rope",
-        norm="rms", activation="relu2", init="zero", qk_norm=True, n_targets=1, intermediate_losses=False,
-        optimizer="muon", lr=0.02, muon_lr=0.03, betas=(0.8, 0.95), schedule="wsd", decay_fraction=1.0, warmup_steps=20, max_steps=1000, eval_interval=100,
-        eval_windows=64, save_interval=200, log_interval=10),
-    # tinyshakespeare with nanoGPT's CPU architecture budget and batch.
+        dataset="stdlib", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, dropout=0.0, n_targets=1,
+        intermediate_losses=False, positions="rope", norm="rms", activation="relu2", init="zero", qk_norm=True,
+        optimizer="muon", lr=0.02, muon_lr=0.03, betas=(0.8, 0.95), schedule="wsd", decay_fraction=1.0, warmup_steps=20,
+        max_steps=1000, eval_interval=100, save_interval=200),
+    # tinyshakespeare with the size and batch of nanoGPT's CPU command, and what is known since.
     "shakespeare_cpu": dict(
-        dataset="shakespeare", n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0, positions="rope",
-        norm="rms", activation="relu2", init="zero", qk_norm=True, n_targets=1, intermediate_losses=False, dtype="bfloat16",
-        optimizer="muon", lr=0.02, muon_lr=0.03, betas=(0.8, 0.95), schedule="wsd", decay_fraction=1.0, warmup_steps=0, max_steps=300, eval_interval=100,
-        save_interval=300, log_interval=10),
-    # The first 4,150,000 bytes of enwik8 on two cores.
-    "enwik8_cpu": dict(
-        dataset="enwik8", max_bytes=4_150_000, n_layer=4, n_head=4, n_embd=256, block_size=256, batch_size=16, dropout=0.0,
-        positions="rope", norm="rms", activation="relu2", init="zero", qk_norm=True, n_targets=1, intermediate_losses=False,
-        dtype="bfloat16", batching="epochs", optimizer="muon", lr=0.02, muon_lr=0.02, betas=(0.8, 0.95), schedule="wsd",
-        decay_fraction=0.8, warmup_steps=20, max_steps=2000, eval_interval=100, eval_windows=64, save_interval=100),
+        dataset="shakespeare", n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0, n_targets=1,
+        intermediate_losses=False, positions="rope", norm="rms", activation="relu2", init="zero", qk_norm=True,
+        optimizer="muon", lr=0.02, muon_lr=0.03, betas=(0.8, 0.95), schedule="wsd", decay_fraction=1.0, warmup_steps=0,
+        dtype="bfloat16", max_steps=300, eval_interval=100, save_interval=300),
     # nanoGPT's CPU command: the same architecture, batch, optimiser and schedule, on bytes.
     "nanogpt_cpu": dict(
-        dataset="shakespeare", n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0,
-        positions="learned", norm="layer", norm_gain=True, activation="gelu", init="gpt2", tie_weights=True, n_targets=1,
-        intermediate_losses=False, dtype="bfloat16", optimizer="adamw", lr=1e-3, schedule="cosine", min_lr_scale=0.1,
-        warmup_steps=100, weight_decay=0.1, max_steps=2000, eval_interval=250, save_interval=500),
+        dataset="shakespeare", n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0, n_targets=1,
+        intermediate_losses=False, positions="learned", norm="layer", norm_gain=True, activation="gelu", init="gpt2",
+        tie_weights=True, optimizer="adamw", lr=1e-3, schedule="cosine", min_lr_scale=0.1, warmup_steps=100,
+        weight_decay=0.1, dtype="bfloat16", max_steps=2000, eval_interval=250, save_interval=500),
+    # The first 4,150,000 bytes of enwik8 on two cores.
+    "enwik8_cpu": dict(
+        dataset="enwik8", max_bytes=4_150_000, batching="epochs", n_layer=4, n_head=4, n_embd=256, block_size=256,
+        batch_size=16, dropout=0.0, n_targets=1, intermediate_losses=False, positions="rope", norm="rms",
+        activation="relu2", init="zero", qk_norm=True, optimizer="muon", lr=0.02, muon_lr=0.02, betas=(0.8, 0.95),
+        schedule="wsd", decay_fraction=0.8, warmup_steps=20, dtype="bfloat16", max_steps=2000, eval_interval=100,
+        save_interval=100),
     # Al-Rfou et al.: batch 16, momentum 0.99, fixed rate 0.003. Dropout and length of T12 are not in the text: ours.
-    "t12": dict(optimizer="sgd", lr=3e-3, schedule="constant", warmup_steps=0, weight_decay=0.0, dropout=0.2,
-                max_steps=4_000_000),
-    "t64": dict(n_layer=64, optimizer="sgd", lr=3e-3, schedule="constant", warmup_steps=0, weight_decay=0.0, dropout=0.55,
-                max_steps=4_000_000),
+    "t12": dict(
+        optimizer="sgd", lr=3e-3, schedule="constant", warmup_steps=0, weight_decay=0.0, dropout=0.2,
+        max_steps=4_000_000),
+    "t64": dict(
+        n_layer=64, optimizer="sgd", lr=3e-3, schedule="constant", warmup_steps=0, weight_decay=0.0, dropout=0.55,
+        max_steps=4_000_000),
 }
 
 # What --debug sets, unless a flag says otherwise.
@@ -141,9 +144,10 @@ debug_settings = dict(dataset="stdlib", max_bytes=200_000, n_layer=2, n_head=2, 
                       sample_length=40, deterministic=True)
 
 # These make the shape of the weights and of the state beside them: on resume they come from the checkpoint.
-architecture = ("n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "ff_mult", "block_size", "norm", "norm_gain", "bias",
-                "activation", "positions", "rope_base", "residual_scale", "qk_norm", "tie_weights", "n_targets",
-                "target_heads", "layer_heads", "head_bias", "intermediate_losses", "optimizer", "batching")
+architecture = (
+    "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "ff_mult", "block_size", "norm", "norm_gain", "bias",
+    "activation", "positions", "rope_base", "residual_scale", "qk_norm", "tie_weights", "n_targets", "target_heads", "layer_heads",
+    "head_bias", "intermediate_losses", "optimizer", "batching")
 
 
 def check(settings):
@@ -154,12 +158,13 @@ def check(settings):
     except ValueError as error:
         raise UserError(error)
     if intermediate_losses and max_steps is None:
-        raise UserError("intermediate_losses end at fractions of max_steps: give --max_steps N or --no-intermediate_losses")
+        raise UserError("intermediate_losses end at fractions of max_steps: give --max_steps N, or "
+                        "--no-intermediate_losses")
     return config
 
 
 def evaluate(model, ema, data, windows, autocast):
-    """Yields (weights, Score) of `data` under the block protocol, for the raw weights and, when there is one, the EMA."""
+    """Yields (name, Score) under the block protocol: of the raw weights and, when there is one, of their average."""
     for weights, place in [("raw", nullcontext())] + ([("ema", ema.swapped())] if ema else []):
         with place, autocast:
             yield weights, score(model, data, "block", eval_batch_size, windows)
@@ -167,12 +172,9 @@ def evaluate(model, ema, data, windows, autocast):
 
 def write_sample(model, prompt=b"\n"):
     """`sample_length` bytes from the model at temperature 0.8, as text. Its generator is its own."""
-    was_training = model.training
     model.eval()
-    generator = torch.Generator().manual_seed(seed)
-    drawn = b"".join(bytes(token.tolist()) for token in generate(model, [prompt], sample_length, generator, temperature=0.8))
-    model.train(was_training)
-    return (prompt + drawn).decode(errors="replace")
+    tokens = generate(model, [prompt], sample_length, torch.Generator().manual_seed(seed), temperature=0.8)
+    return (prompt + b"".join(bytes(token.tolist()) for token in tokens)).decode(errors="replace")
 
 
 @command
@@ -198,7 +200,7 @@ def main():
     seed_everything(seed, deterministic)
     model = Transformer(config).to(where)
     if compile:
-        torch._dynamo.config.recompile_limit = max(8, 2 * n_layer)           # every ended intermediate loss is one more graph
+        torch._dynamo.config.recompile_limit = max(8, 2 * n_layer)   # every ended intermediate loss is one more graph
     net = torch.compile(model) if compile else model
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
 
@@ -225,7 +227,8 @@ def main():
         """Everything that the rest of the run depends on."""
         return dict(format="nanolab-1", script="train_enwik8", step=loop["step"], settings=dict(settings),
                     model=model.state_dict(), ema=ema.state_dict() if ema else None, optimizer=opt.state_dict(),
-                    scaler=scaler.state_dict(), generators=generator_states(), data=batches.state_dict(), loop=dict(loop))
+                    scaler=scaler.state_dict(), generators=generator_states(), data=batches.state_dict(),
+                    loop=dict(loop))
 
     recent = []                          # (loss, gradient norm) of the last steps, still on the device
 
@@ -233,7 +236,7 @@ def main():
         """Moves `recent` into the loop's state as numbers; stops the run at the first step that was not finite."""
         values = torch.stack(recent).tolist() if recent else []
         for i, (loss, norm) in enumerate(values):
-            if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):   # the scaler skips such steps
+            if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):   # the scaler skips these
                 raise NonFinite(loop["step"] - len(values) + i + 1)
         loop["pending"] += values
         recent.clear()
@@ -246,22 +249,20 @@ def main():
         hinted, profiler = where.type != "cpu" or max_steps is None, None
         bar = run.bar(max_steps, first)
 
-        while True:
-            # ---- validate and save: before the step, so that a stopped run does on resume what it had not done yet ----
+        while not run.stop:
+            # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
             step = loop["step"]
             if step % eval_interval == 0 and loop["evaluated"] < step:
                 settle()
                 loop["evaluated"] = step
                 everything = full_eval_interval and step % full_eval_interval == 0
-                for windows in (eval_windows, None) if everything else (eval_windows,):
+                for windows in (None, eval_windows) if everything else (eval_windows,):
                     for which, found in evaluate(model, ema, corpus.val, windows, autocast):
                         run.log(step=step, split="val", loss=found.loss, bpb=found.bpb, protocol=found.protocol,
                                 bytes=found.bytes, weights=which)
-                        if windows:
-                            newest = found.bpb           # of the averaged weights when there are any
-                bar.note(f"step {step}: val {newest:.4f} bits/byte ({eval_windows} windows)")
-                if newest < loop["best"]:
-                    loop.update(best=newest, best_step=step)
+                        bar.note(f"step {step}: val {found.bpb:.4f} bits/byte ({found.protocol}; {which} weights)")
+                if found.bpb < loop["best"]:             # the fixed windows; of the average when there is one
+                    loop.update(best=found.bpb, best_step=step)
                     run.save("best.pt", state())
             if step % save_interval == 0 and saved < step:
                 settle()
@@ -269,12 +270,12 @@ def main():
                 if keep_last:
                     run.keep(state(), step, keep_last)
                 saved = step
-            if run.stop or (max_steps is not None and step >= max_steps):
+            if max_steps is not None and step >= max_steps:
                 break
 
             # ---- one optimiser step ----
             began = time.perf_counter()
-            if profile and step == first + 2:
+            if profile and step == first + 2 and step + 3 <= (max_steps or math.inf):
                 profiler = torch.profiler.profile()
                 profiler.start()
             scale = optim.schedule(schedule, step, warmup_steps, max_steps, min_lr_scale, decay_fraction)
@@ -307,14 +308,15 @@ def main():
             # ---- log ----
             due = step % log_interval == 0
             if due:
-                settle()                                         # waits for the device, so it belongs to the step's time
+                settle()                                         # waits for the device: part of the step's time
             loop["seconds"] += time.perf_counter() - began
             if due:
                 losses = [loss for loss, _ in loop["pending"]]
                 speed = len(losses) * bytes_per_step / (loop["seconds"] - loop["logged_seconds"])
                 mean = sum(losses) / len(losses)
-                run.log(step=step, split="train", loss=mean, bpb=mean / LN2, lr=lr * scale, grad_norm=loop["pending"][-1][1],
-                        tokens_per_s=speed, mfu=speed * model.flops_per_token(block_size, active) / peak_flops,
+                run.log(step=step, split="train", loss=mean, bpb=mean / LN2, lr=lr * scale,
+                        grad_norm=loop["pending"][-1][1], tokens_per_s=speed,
+                        mfu=speed * model.flops_per_token(block_size, active) / peak_flops,
                         seconds=loop["seconds"], epoch=batches.epoch)
                 loop.update(pending=[], logged_seconds=loop["seconds"])
                 bar.update(step, f"loss {mean:.4f}, {speed:,.0f} bytes/s")
@@ -322,9 +324,11 @@ def main():
                 hinted = True
                 left = (max_steps - step) * loop["seconds"] / step / 3600
                 if left > 1:
-                    print(f"without a GPU these {max_steps:,} steps will take about {left:,.0f} hours; --preset cpu takes minutes")
+                    bar.note(f"without a GPU these {max_steps:,} steps will take about {left:,.0f} hours; "
+                             "--preset cpu takes minutes")
 
         # ---- the end ----
+        step = loop["step"]
         bar.close()
         settle()
         if saved < step:
@@ -333,11 +337,12 @@ def main():
                     bytes=loop["bytes"], peak_memory=peak_memory(where), parameters=model.n_params())
         if not run.stop:
             for which, found in evaluate(model, ema, corpus.val, None, autocast):
-                run.log(step=step, split="val", loss=found.loss, bpb=found.bpb, protocol=found.protocol, bytes=found.bytes,
-                        weights=which, final=True)
+                run.log(step=step, split="val", loss=found.loss, bpb=found.bpb, protocol=found.protocol,
+                        bytes=found.bytes, weights=which, final=True)
                 run.summary(**{f"val_bpb_{which}": found.bpb, f"val_loss_{which}": found.loss})
-                print(f"val {found.bpb:.4f} bits/byte = {found.loss:.4f} nats/byte (protocol {found.protocol}, {found.bytes:,} bytes, "
-                      f"{which} weights) after {step:,} steps, {loop['seconds']:.0f} s of training")
+                print(f"val {found.bpb:.4f} bits/byte = {found.loss:.4f} nats/byte (protocol {found.protocol}, "
+                      f"{found.bytes:,} bytes, {which} weights) after {step:,} steps, "
+                      f"{loop['seconds']:.0f} s of training")
             if sample_length:
                 written = write_sample(model)
                 (run.dir / "samples").mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
 """Exact resume: a run that is killed, stopped, refused or out of space goes on to the bits of one that never stopped.
 
-Every run here is a process of its own, forked from one that has imported torch already (a start costs 2 s otherwise), with
-one thread, on a text of 4,000 bytes. test_scripts.py starts the same script the slow way.
+Every run here is a process of its own, forked from one that has imported torch already (a start costs 2 s otherwise),
+with one thread, on a text of 4,000 bytes. test_scripts.py starts the same script the slow way.
 """
 import json
 import math
@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from experiment import load_checkpoint  # noqa: E402
 
-# Accepts requests on a socket and forks a script for each: {"argv", "folder", "limit", "die_at"} -> its pid, then its status.
+# Takes requests on a socket ({"argv", "folder", "limit", "die_at", ...}), forks a script for each, and answers with its
+# pid, then its status.
 SERVER = """
 import atexit, gc, io, itertools, json, os, resource, runpy, signal, socket, sys
 sys.path.insert(0, sys.argv[1])
@@ -104,8 +105,9 @@ class Forks:
     def __init__(self, folder):
         self.address, self.folder, self.count = str(folder / "socket"), folder, 0
         environment = {name: value for name, value in os.environ.items() if name != "NANOLAB_DATA"}
-        self.server = subprocess.Popen([sys.executable, "-c", SERVER, str(ROOT), self.address], stdin=subprocess.DEVNULL,
-                                       stdout=subprocess.DEVNULL, env=environment | {"OMP_NUM_THREADS": "1"})
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER, str(ROOT), self.address],
+                                       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                       env=environment | {"OMP_NUM_THREADS": "1"})
         wait_for(lambda: os.path.exists(self.address) or self.server.poll() is not None)
         assert self.server.poll() is None
 
@@ -175,14 +177,14 @@ def text(tmp_path_factory):
 
 
 def words(seed):
-    chosen = random.Random(seed).choices(["the", "model", "reads", "bytes", "and", "learns\n", "x = 1", "def f():"], k=1000)
-    return " ".join(chosen).encode()[:4000]
+    known = ["the", "model", "reads", "bytes", "and", "learns\n", "x = 1", "def f():"]
+    return " ".join(random.Random(seed).choices(known, k=1000)).encode()[:4000]
 
 
-TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, grad_accum=2, dropout=0.2, ema_decay=0.9, lr=3e-3,
-            warmup_steps=3, n_targets=1, intermediate_losses=False, max_steps=12, eval_interval=5, eval_windows=2,
-            full_eval_interval=10, save_interval=1, log_interval=1, sample_length=0, device="cpu", dtype="float32",
-            run_name="run")
+TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, grad_accum=2, dropout=0.2, ema_decay=0.9,
+            lr=3e-3, warmup_steps=3, n_targets=1, intermediate_losses=False, max_steps=12, eval_interval=5,
+            eval_windows=2, full_eval_interval=10, save_interval=1, log_interval=1, sample_length=0, device="cpu",
+            dtype="float32", run_name="run")
 
 
 def train(text, out_dir, *more, **settings):
@@ -204,7 +206,8 @@ def records(run):
     """All lines of metrics.jsonl, whole, without what the clock says."""
     content = (run / "metrics.jsonl").read_text()
     assert content.endswith("\n") or not content
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMINGS} for line in content.splitlines()]
+    entries = [json.loads(line) for line in content.splitlines()]
+    return [{key: value for key, value in entry.items() if key not in TIMINGS} for entry in entries]
 
 
 def assert_equal(one, two, where=""):
@@ -228,7 +231,7 @@ def assert_equal(one, two, where=""):
 def assert_same_end(run, reference, log_interval=1):
     """Metrics line by line, last.pt and best.pt bit for bit; and the metrics have neither gaps nor doubles."""
     assert records(run) == records(reference)
-    logged, end = steps_of(run), torch.load(run / "last.pt")["step"]
+    logged, end = steps_of(run), load_checkpoint(run / "last.pt")["step"]
     assert logged == list(range(log_interval, end + 1, log_interval))
     for name in ("last.pt", "best.pt"):
         assert_equal(load_checkpoint(run / name), load_checkpoint(reference / name), name)
@@ -263,19 +266,21 @@ def summary(run):
 # ----------------------------------------------------------------------------------------------------------- kill -9
 
 CASES = {
-    "sgd": dict(optimizer="sgd", lr=0.03, momentum=0.9, batching="random", seed=1, data_seed=2, intermediate_losses=True,
-                n_targets=2, save_interval=1, log_interval=1),
+    "sgd": dict(optimizer="sgd", lr=0.03, momentum=0.9, batching="random", seed=1, data_seed=2, save_interval=1,
+                log_interval=1, n_targets=2, intermediate_losses=True),
     "adam": dict(optimizer="adam", batching="epochs", seed=3, data_seed=4, save_interval=2, log_interval=3),
-    "adamw": dict(optimizer="adamw", batching="streams", seed=5, data_seed=6, save_interval=1, log_interval=4, keep_last=2),
-    "muon": dict(optimizer="muon", batching="random", seed=7, data_seed=8, save_interval=3, log_interval=2, schedule="wsd"),
+    "adamw": dict(optimizer="adamw", batching="streams", seed=5, data_seed=6, save_interval=1, log_interval=4,
+                  keep_last=2),
+    "muon": dict(optimizer="muon", batching="random", seed=7, data_seed=8, save_interval=3, log_interval=2,
+                 schedule="wsd"),
     "orthograd": dict(optimizer="adamw", orthograd=True, batching="epochs", seed=9, data_seed=10, save_interval=1,
                       log_interval=5, schedule="cosine"),
 }
 
 
 def kill_again_and_again(forks, command, folder, run, seed):
-    """Runs a command to its end, killing it at five random moments: soon after its start, some steps later, and at calls to
-    the file system. Returns how many kills it took."""
+    """Runs a command to its end, killing it at five random moments: soon after its start, some steps later, and at
+    calls to the file system. Returns how many kills it took."""
     rng, kills = random.Random(seed), 0
     plan = ["steps", "call", "start", "call", "steps"]
     rng.shuffle(plan)
@@ -366,7 +371,8 @@ def copy(base, tmp_path):
 def test_exactly_max_steps(forks, base, copy, text, tmp_path):
     """At the end a resume does nothing, one step before it one step, and a larger max_steps goes on."""
     adam_steps = {state["step"] for state in load_checkpoint(base / "last.pt")["optimizer"]["state"].values()}
-    assert adam_steps == {12} and steps_of(base) == list(range(1, 13)) and steps_of(base, "val") == [5, 5, 10, 10, 10, 10]
+    assert adam_steps == {12} and steps_of(base) == list(range(1, 13))
+    assert steps_of(base, "val") == [5, 5, 10, 10, 10, 10]   # raw and averaged; at 10 also over the whole split
     same = train(text, tmp_path / "runs", **KEEP)
     again = forks.run(same + ["--resume"], tmp_path)
     assert_done(again)
@@ -424,8 +430,8 @@ def steps_of_unfinished(run):
 
 def test_intervals_change_nothing(forks, base, text, tmp_path):
     """Validation, logging, saving and sampling leave batches, losses and weights as they are."""
-    other = dict(eval_interval=3, eval_windows=1, eval_batch_size=1, full_eval_interval="none", save_interval=7, log_interval=4,
-                 sample_length=30, keep_last=0)
+    other = dict(eval_interval=3, eval_windows=1, eval_batch_size=1, full_eval_interval="none", save_interval=7,
+                 log_interval=4, sample_length=30, keep_last=0)
     assert_done(forks.run(train(text, tmp_path, **other), tmp_path))
     one, two = load_checkpoint(base / "last.pt"), load_checkpoint(at(tmp_path) / "last.pt")
     for key in ("step", "model", "ema", "optimizer", "generators", "data"):
@@ -469,9 +475,10 @@ def test_older_checkpoint(forks, base, copy, text, tmp_path, name):
 
 
 def test_older_checkpoint_killed_while_rewinding(forks, base, copy, text, tmp_path):
-    """Between the old checkpoint's arrival as last.pt and the first step, a kill at every call; then a bare --resume."""
+    """Kills between the old checkpoint's arrival as last.pt and the first step; then a bare --resume."""
     for die_at in (1, 2, 3, 4, 6, 8, 11):
-        killed = forks.run(train(text, tmp_path / "runs", "--resume", copy / "step_00000009.pt", **KEEP), tmp_path, die_at=die_at)
+        older = train(text, tmp_path / "runs", "--resume", copy / "step_00000009.pt", **KEEP)
+        killed = forks.run(older, tmp_path, die_at=die_at)
         assert killed.code == -signal.SIGKILL
         load_checkpoint(copy / "last.pt")
     assert_done(forks.run(train(text, tmp_path / "runs", "--resume", **KEEP), tmp_path))
@@ -485,7 +492,7 @@ def test_older_checkpoint_under_another_name(forks, base, copy, text, tmp_path):
     assert_done(forks.run(command, tmp_path))
     assert snapshot(copy) == before
     assert steps_of(new) == list(range(7, 13))
-    assert [entry for entry in records(base) if entry["step"] > 6] == [entry for entry in records(new) if entry["step"] > 6]
+    assert [entry for entry in records(base) if entry["step"] > 6] == records(new)
     one, two = load_checkpoint(base / "last.pt"), load_checkpoint(new / "last.pt")
     for key in ("step", "model", "ema", "optimizer", "generators", "data"):
         assert_equal(one[key], two[key], key)
@@ -494,12 +501,14 @@ def test_older_checkpoint_under_another_name(forks, base, copy, text, tmp_path):
 # ------------------------------------------------------------------------------------------------ flags on a resume
 
 def test_architecture_comes_from_the_checkpoint(forks, base, copy, text, tmp_path):
-    command = train(text, tmp_path / "runs", "--resume", copy / "step_00000008.pt", **KEEP | dict(n_layer=4, norm="rms"))
+    other = KEEP | dict(n_layer=4, norm="rms")
+    command = train(text, tmp_path / "runs", "--resume", copy / "step_00000008.pt", **other)
     child = forks.run(command, tmp_path)
     assert_done(child)
     said = [line for line in child.out.splitlines() if "overruled" in line]
     assert len(said) == 2 and all("comes from the checkpoint" in line for line in said)
-    assert "n_layer 2" in child.out and "--n_layer 4 is overruled" in child.out and "--norm rms is overruled" in child.out
+    for phrase in ("n_layer 2", "--n_layer 4 is overruled", "--norm rms is overruled"):
+        assert phrase in child.out
     assert_same_end(copy, base)
     assert json.loads((copy / "params.json").read_text())["settings"]["n_layer"] == 2
 
@@ -515,7 +524,8 @@ def test_unsaid_settings_come_from_the_checkpoint(forks, base, copy, tmp_path):
 def test_explicit_rate_takes_effect(forks, base, copy, text, tmp_path):
     """So small a rate moves no float32 weight: those of the checkpoint stay, while the steps are done."""
     old = load_checkpoint(copy / "step_00000006.pt")
-    command = train(text, tmp_path / "runs", "--resume", copy / "step_00000006.pt", **KEEP | dict(lr=1e-30, weight_decay=0.5))
+    other = KEEP | dict(lr=1e-30, weight_decay=0.5)
+    command = train(text, tmp_path / "runs", "--resume", copy / "step_00000006.pt", **other)
     assert_done(forks.run(command, tmp_path))
     new, lines = load_checkpoint(copy / "last.pt"), [entry for entry in records(copy) if entry["split"] == "train"]
     assert_equal(old["model"], new["model"])
@@ -565,7 +575,8 @@ def test_loss_is_not_finite(forks, text, tmp_path):
     assert summary(at(tmp_path / "saved"))["status"] == "failed"
     assert all(math.isfinite(entry["loss"]) for entry in lines) and lines[-1]["step"] == last["step"]
     # Seen only later, the step is still the right one, and nothing bad is saved.
-    late = forks.run(train(text, tmp_path / "late", **boom | dict(log_interval=8, save_interval=9, eval_interval=10)), tmp_path)
+    boom |= dict(log_interval=8, save_interval=9, eval_interval=10)
+    late = forks.run(train(text, tmp_path / "late", **boom), tmp_path)
     assert_error(late, f"step {step}", code=3)
     assert not list(at(tmp_path / "late").glob("*.pt")) and records(at(tmp_path / "late")) == []
 
