@@ -289,7 +289,9 @@ def _typed(value):
     """A value as one would type it."""
     if isinstance(value, (tuple, list)):
         return ",".join(map(_typed, value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value) or '""'
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if str(value).isprintable() and value != "" else json.dumps(value)
 
 
 def adopt(g, settings, checkpoint_settings, architecture):

@@ -13,6 +13,7 @@ first half of training; 44.17M parameters in training, 41.16M at inference. Publ
 test split under stride:1. What this code measured, and with which command, stands in the README.
 """
 import math
+import os
 import time
 from contextlib import nullcontext
 
@@ -245,7 +246,8 @@ def main():
         print(f"{corpus.source}; {model.n_params():,} parameters; {where.type} {str(precision).removeprefix('torch.')}")
         peak_flops = measure_peak_flops(where, precision)
         bytes_per_step = batch_size * grad_accum * block_size
-        saved = first = loop["step"]
+        first = loop["step"]
+        saved = first if checkpoint else -1              # a new run is saved at once: a full disk shows at the start
         hinted, profiler = where.type != "cpu" or max_steps is None, None
         bar = run.bar(max_steps, first)
 
@@ -276,6 +278,7 @@ def main():
             # ---- one optimiser step ----
             began = time.perf_counter()
             if profile and step == first + 2 and step + 3 <= (max_steps or math.inf):
+                os.environ.setdefault("KINETO_LOG_LEVEL", "6")   # else its library writes to stderr
                 profiler = torch.profiler.profile()
                 profiler.start()
             scale = optim.schedule(schedule, step, warmup_steps, max_steps, min_lr_scale, decay_fraction)

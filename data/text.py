@@ -326,6 +326,8 @@ class Batches:
         self.data, self.batch_size, self.block_size, self.n_targets = data, batch_size, block_size, n_targets
         self.mode, self.device = mode, torch.device(device)
         self.generator = torch.Generator().manual_seed(seed)
+        pieces = torch.linspace(0, max(0, data.numel() - 4096), 64).long().tolist()
+        self._fingerprint = zlib.crc32(torch.cat([data[i:i + 4096] for i in pieces]).cpu().numpy())
         self.passes = 0  # whole passes over the data before this one
         self._start_pass()
 
@@ -386,7 +388,8 @@ class Batches:
     def _kind(self):
         """What a saved state must share with these batches for its position to mean the same."""
         names = ["block_size", "n_targets"] + ["batch_size"] * (self.mode == "streams")
-        return {"mode": self.mode, "bytes": self.data.numel(), **{name: getattr(self, name) for name in names}}
+        return {"mode": self.mode, "bytes": self.data.numel(), "fingerprint of the data": self._fingerprint,
+                **{name: getattr(self, name) for name in names}}
 
     def state_dict(self):
         """Plain strings, ints and one uint8 tensor, from which load_state_dict goes on exactly, also within a pass."""
