@@ -107,16 +107,16 @@ tensorboard = False        # curves for TensorBoard in the run's directory
 presets = {
     # No download, some minutes on two cores.
     "cpu": dict(
-        dataset="stdlib", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, dropout=0.0, n_targets=1,
+        dataset="stdlib", n_layer=4, n_head=2, n_embd=128, block_size=128, batch_size=16, dropout=0.0, n_targets=1,
         intermediate_losses=False, positions="rope", norm="rms", activation="relu2", init="zero", qk_norm=True,
-        optimizer="muon", lr=0.02, muon_lr=0.03, betas=(0.8, 0.95), schedule="wsd", decay_fraction=1.0, warmup_steps=20,
-        max_steps=1000, eval_interval=100, save_interval=200),
-    # tinyshakespeare with the size and batch of nanoGPT's CPU command, and what is known since.
+        optimizer="muon", lr=0.03, muon_lr=0.04, muon_momentum=0.9, betas=(0.8, 0.95), weight_decay=0.0, schedule="wsd",
+        decay_fraction=1.0, warmup_steps=0, max_steps=1000, eval_interval=100, save_interval=200),
+    # tinyshakespeare with the batch of nanoGPT's CPU command, about its size, and what is known since.
     "shakespeare_cpu": dict(
-        dataset="shakespeare", n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0, n_targets=1,
+        dataset="shakespeare", n_layer=4, n_head=2, n_embd=128, block_size=64, batch_size=12, dropout=0.0, n_targets=1,
         intermediate_losses=False, positions="rope", norm="rms", activation="relu2", init="zero", qk_norm=True,
-        optimizer="muon", lr=0.02, muon_lr=0.03, betas=(0.8, 0.95), schedule="wsd", decay_fraction=1.0, warmup_steps=0,
-        dtype="bfloat16", max_steps=300, eval_interval=100, save_interval=300),
+        optimizer="muon", lr=0.03, muon_lr=0.05, muon_momentum=0.85, betas=(0.8, 0.95), weight_decay=0.0, schedule="wsd",
+        decay_fraction=1.0, warmup_steps=0, dtype="bfloat16", max_steps=250, eval_interval=50, save_interval=250),
     # nanoGPT's CPU command: the same architecture, batch, optimiser and schedule, on bytes.
     "nanogpt_cpu": dict(
         dataset="shakespeare", n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0, n_targets=1,
