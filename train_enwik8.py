@@ -115,8 +115,9 @@ presets = {
     "shakespeare_cpu": dict(
         dataset="shakespeare", n_layer=4, n_head=2, n_embd=128, block_size=64, batch_size=12, dropout=0.0, n_targets=1,
         intermediate_losses=False, positions="rope", norm="rms", activation="relu2", init="zero", qk_norm=True,
-        optimizer="muon", lr=0.03, muon_lr=0.05, muon_momentum=0.85, betas=(0.8, 0.95), weight_decay=0.0, schedule="wsd",
-        decay_fraction=1.0, warmup_steps=0, dtype="bfloat16", max_steps=250, eval_interval=50, save_interval=250),
+        optimizer="muon", lr=0.03, muon_lr=0.05, muon_momentum=0.85, betas=(0.8, 0.95), weight_decay=0.0,
+        schedule="wsd", decay_fraction=1.0, warmup_steps=0, dtype="bfloat16", max_steps=250, eval_interval=50,
+        save_interval=250),
     # nanoGPT's CPU command: the same architecture, batch, optimiser and schedule, on bytes.
     "nanogpt_cpu": dict(
         dataset="shakespeare", n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0, n_targets=1,
@@ -147,8 +148,8 @@ debug_settings = dict(dataset="stdlib", max_bytes=200_000, n_layer=2, n_head=2, 
 # These make the shape of the weights and of the state beside them: on resume they come from the checkpoint.
 architecture = (
     "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "ff_mult", "block_size", "norm", "norm_gain", "bias",
-    "activation", "positions", "rope_base", "residual_scale", "qk_norm", "tie_weights", "n_targets", "target_heads", "layer_heads",
-    "head_bias", "intermediate_losses", "optimizer", "batching")
+    "activation", "positions", "rope_base", "residual_scale", "qk_norm", "tie_weights", "n_targets", "target_heads",
+    "layer_heads", "head_bias", "intermediate_losses", "optimizer", "batching")
 
 
 def check(settings):
