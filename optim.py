@@ -137,8 +137,20 @@ def _iteration_dtype(device):
 STEPS = {"sgd": _sgd, "adam": _adam, "adamw": _adam, "muon": _muon}
 
 
+def _eager(method):
+    """A method of torch.optim.Optimizer without its guard against being compiled.
+
+    The guard's first call imports torch._dynamo, which costs every start of a script more than a second.
+    """
+    return getattr(method, "__wrapped__", method)
+
+
 class _Optimizer(torch.optim.Optimizer):
     """Steps each group by the group's own rule; a group that names none follows the class's. settings: see RULES."""
+
+    zero_grad = _eager(torch.optim.Optimizer.zero_grad)
+    state_dict = _eager(torch.optim.Optimizer.state_dict)
+    load_state_dict = _eager(torch.optim.Optimizer.load_state_dict)
 
     def __init__(self, params, **settings):
         unknown = settings.keys() - RULES[self.rule].keys()
@@ -152,7 +164,8 @@ class _Optimizer(torch.optim.Optimizer):
         if rule not in RULES:
             raise ValueError(f"rule {rule!r} of a parameter group: it must be one of {', '.join(RULES)}")
         settings = self.settings if rule == self.rule else {}
-        super().add_param_group({"rule": rule, **RULES[rule], **settings, **param_group})
+        add = _eager(torch.optim.Optimizer.add_param_group)
+        add(self, {"rule": rule, **RULES[rule], **settings, **param_group})
         _check(self.param_groups[-1])
 
     @torch.no_grad()
