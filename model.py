@@ -276,13 +276,16 @@ class Attention(nn.Module):
         c, (B, T, _) = self.config, x.shape
         H, G = c.n_head, c.n_kv_head
         qkv = self.qkv(x).view(B, T, H + 2 * G, c.head_dim)  # (B, T, H + 2 G, D)
-        qk, v = qkv.split((H + G, G), 2)
-        if c.qk_norm:
-            qk = rms_norm(qk)
-        if positions.cos is not None:
-            qk = turn(qk, positions.cos, positions.sin).to(v.dtype)
-        q, k = qk.transpose(1, 2).split((H, G), 1)  # (B, H, T, D), (B, G, T, D)
-        v = v.transpose(1, 2)  # (B, G, T, D)
+        if not c.qk_norm and positions.cos is None:
+            q, k, v = qkv.transpose(1, 2).split((H, G, G), 1)  # (B, H, T, D), (B, G, T, D) twice
+        else:
+            qk, v = qkv.split((H + G, G), 2)
+            if c.qk_norm:
+                qk = rms_norm(qk)
+            if positions.cos is not None:
+                qk = turn(qk, positions.cos, positions.sin).to(v.dtype)
+            q, k = qk.transpose(1, 2).split((H, G), 1)  # (B, H, T, D), (B, G, T, D)
+            v = v.transpose(1, 2)  # (B, G, T, D)
         seen = positions.index
         if cache is not None:
             k, v, seen = cache.update(k, v, positions.index)

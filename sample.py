@@ -45,7 +45,12 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
     always stays. temperature must be above 0.
     """
     logits = logits.float() / max(temperature, 1e-30)            # a smaller one would overflow, and change nothing
-    if top_k is not None or top_p is not None:
+    if top_k is not None and top_p is None:                      # what the sort below would say, without sorting
+        kth = logits.topk(min(top_k, logits.size(-1)), sorted=False).values.amin(-1, keepdim=True)             # (B, 1)
+        above, tie = logits > kth, logits == kth
+        room = top_k - above.sum(-1, keepdim=True)
+        logits = logits.masked_fill(~(above | (tie & (tie.cumsum(-1) <= room))), -torch.inf)
+    elif top_p is not None:
         values, order = logits.sort(dim=-1, descending=True, stable=True)                # (B, V)
         if top_k is not None:
             values[:, top_k:] = -torch.inf
