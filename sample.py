@@ -54,7 +54,7 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
         values, order = logits.sort(dim=-1, descending=True, stable=True)                # (B, V)
         if top_k is not None:
             values[:, top_k:] = -torch.inf
-        if top_p is not None and top_p < 1:
+        if top_p < 1:
             before = values.softmax(-1).cumsum(-1)[:, :-1]       # (B, V - 1), all that stands before a byte
             values[:, 1:].masked_fill_(before >= top_p, -torch.inf)
         logits = torch.empty_like(values).scatter_(1, order, values)
