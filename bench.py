@@ -1,9 +1,10 @@
-"""Speed beside nanoGPT: the same architecture and batch, in turns, in one process.
+"""Speed beside nanoGPT: the same architecture and batch, in turns, in one process; and the mixers beside one another.
 
     git clone https://github.com/karpathy/nanoGPT ../nanoGPT
     python bench.py --peer ../nanoGPT                            # training and sampling, both cores
     python bench.py --peer ../nanoGPT --threads 1 --what sample
     python bench.py                                              # ours alone
+    python bench.py --what mixers --threads 1                    # generation with and without cache, cost by context
 
 Single timings on a shared machine mean little: each round times both sides right after one another; the table gives
 each side's median over the rounds, and the median and quartiles of the rounds' ratios. nanoGPT's model.py is imported
@@ -24,7 +25,7 @@ from sample import generate
 
 # --- What ---
 peer = None              # nanoGPT's folder; none: ours alone
-what = "train,sample"    # train, sample or both
+what = "train,sample"    # train, sample, mixers; several with commas
 threads = 0              # [>= 0] CPU threads; 0: as many as PyTorch takes
 rounds = 15              # [>= 1] each side is timed once a round
 steps = 20               # [>= 1] training steps a round
@@ -37,6 +38,9 @@ n_embd = 128             # [>= 1] width
 block_size = 64          # [>= 1] context
 batch_size = 12          # [>= 1] windows per step
 vocab_size = 65          # [>= 2] nanoGPT's distinct characters; ours has always 256 bytes
+# --- Mixers: the shape of train_enwik8.py's preset variants_cpu, in float32 ---
+mixers = "full full/kv1 window strided fixed diff mla xl compressive mamba mingru mamba,mamba,full"  # /kvN: n_kv_head N
+contexts = (512, 2048, 8192)  # bytes before and with the one whose cost is measured
 
 
 def load_peer(folder):
@@ -145,15 +149,62 @@ def compare(name, tokens, ours, theirs):
           f"{statistics.median(ratios):>7.2f}x   ({quartiles[0]:.2f} .. {quartiles[2]:.2f})")
 
 
+def best_of(run, n):
+    """Seconds of the fastest of n runs: a neighbour on the machine only ever adds."""
+    taken = []
+    for _ in range(n):
+        began = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - began)
+    return min(taken)
+
+
+@torch.inference_mode()
+def compare_mixers():
+    """Prints for each mixer: cache bytes, generation with and without cache, and what a byte costs by its context."""
+    T = 256
+    heads = [f"read {n}" for n in contexts] + [f"write {n}" for n in contexts]
+    print(f"6 layers, 4 heads, 256 wide, block {T}, window 128, memories {T}; float32, batch 1, random weights\n"
+          f"read N: microseconds a byte, N bytes in one pass; write N: microseconds for one byte more, N in the cache\n"
+          f"{'mixer':<18} {'cache B/byte':>12} {'kB at 8192':>10} {'gen B/s':>8} {'no cache':>8} {'ratio':>6} "
+          + " ".join(f"{head:>10}" for head in heads))
+    for words in mixers.split():
+        mixer, _, kv = words.partition("/kv")
+        torch.manual_seed(seed)
+        model = Transformer(TransformerConfig(
+            n_layer=6, n_head=4, n_kv_head=int(kv) if kv else None, n_embd=256, block_size=T, positions="rope",
+            norm="rms", norm_gain=False, bias=False, activation="relu2", mixer=mixer)).eval()
+        prompt = bytes(range(128))
+        rate = {use: 64 / best_of(lambda: list(generate(model, [prompt], 64, use_cache=use, temperature=0)), 3)
+                for use in (True, False)}
+        short, long = (model.new_cache(1, n).bytes for n in (1024, 8192))
+        costs = []
+        for n in contexts:
+            x = torch.randint(256, (1, n))
+            costs.append(best_of(lambda: model(x), 2) / n * 1e6)
+        for n in contexts:
+            cache = model.new_cache(1, n + 64)
+            model(torch.randint(256, (1, n)), cache=cache)
+            byte = torch.randint(256, (1, 1))
+            costs.append(statistics.median(best_of(lambda: model(byte, cache=cache), 1) for _ in range(40)) * 1e6)
+        print(f"{words:<18} {(long - short) / (8192 - 1024):>12,.0f} {long / 1000:>10,.0f} {rate[True]:>8,.0f} "
+              f"{rate[False]:>8,.0f} {rate[True] / rate[False]:>6.1f} " + " ".join(f"{cost:>10,.0f}" for cost in costs),
+              flush=True)
+
+
 @command
 def main():
     override(globals())
     kinds = what.split(",")
-    if not set(kinds) <= {"train", "sample"}:
-        raise UserError(f"--what {what}: train, sample or train,sample")
+    if not set(kinds) <= {"train", "sample", "mixers"}:
+        raise UserError(f"--what {what}: train, sample, mixers, or several with commas")
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
+    if "mixers" in kinds:
+        compare_mixers()
+    if not set(kinds) & {"train", "sample"}:
+        return
     module = load_peer(peer) if peer else None
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {n_layer} layers, {n_head} heads, "
           f"{n_embd} wide, block {block_size}; {rounds} rounds")

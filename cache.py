@@ -1,4 +1,5 @@
-"""What generation remembers: one KVCache per attention layer, and Cache, the list of them that a model's forward takes.
+"""What generation remembers: one cache per layer, and Cache, the list of them that a model's forward takes; and Memory,
+what one segment of training leaves to the next.
 
 Shapes: B batch, H key-value heads, T new keys, S visible keys, D head size. Nothing here holds gradients: what enters
 is detached, and storage is written in place, inside or outside `torch.inference_mode`.
@@ -19,19 +20,21 @@ class KVCache:
     Raises ValueError where max_length < 1 or window < 2.
     """
 
-    def __init__(self, batch_size, n_kv_head, head_dim, max_length, window=None, device=None, dtype=None):
+    def __init__(self, batch_size, n_kv_head, head_dim, max_length, window=None, device=None, dtype=None, value_dim=None):
         if max_length < 1:
             raise ValueError(f"a cache needs room for at least one key: max_length is {max_length}")
         if window is not None and window < 2:
             raise ValueError(f"a sliding cache needs a window of at least 2 positions: window is {window}")
         self.max_length, self.window = max_length, window
         self.capacity = max_length if window is None else 2 * window
-        shape = (batch_size, n_kv_head, self.capacity, head_dim)
+        value_dim = head_dim if value_dim is None else value_dim
+        shape = (batch_size, n_kv_head, self.capacity)
         with torch.inference_mode(False):  # an inference tensor could not be written outside inference_mode
-            self.k = torch.empty(shape, device=device, dtype=dtype)
-            self.v = torch.empty(shape, device=device, dtype=dtype)
+            self.k = torch.empty(*shape, head_dim, device=device, dtype=dtype)
+            self.v = torch.empty(*shape, value_dim, device=device, dtype=dtype)
         self.positions = None
-        self._evicted = self._filled = 0
+        self.kind = "keys" if window is None else "ring"
+        self._evicted = self._filled = self.hits = 0
 
     @property
     def length(self):
@@ -58,6 +61,7 @@ class KVCache:
             self._start_positions()
         if k.requires_grad:
             k, v = k.detach(), v.detach()
+        self.hits += self._filled if self.window is None else min(self._filled, self.window - 1)
         if self._filled + T > self.capacity:
             keep = min(self._filled, self.window - 1)
             if keep + T > self.capacity:
@@ -82,12 +86,28 @@ class KVCache:
         """Keeps the first `length` keys. Raises ValueError where there are fewer, or the window needs evicted ones."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop to {length} keys: the cache holds {self.length}")
-        if length == 0 and self._evicted == 0:
+        if length == 0:
             return self.reset()
-        if self.window is not None and self._evicted > max(0, length - (self.window - 1)):
+        if not self.croppable(length):
             raise ValueError(f"cannot crop to {length} keys: the first {self._evicted} were evicted, and a window of "
                              f"{self.window} needs some of them")
         self._filled = length - self._evicted
+
+    def croppable(self, length):
+        """Whether what a query after `length` keys sees is still held. Asked of length 0: whether nothing is ever lost."""
+        if length == 0:
+            return self.window is None
+        return self.window is None or self._evicted <= max(0, length - (self.window - 1))
+
+    def snapshot(self):
+        """A copy from which `restore` comes back to this moment."""
+        return self.fork()
+
+    def restore(self, snapshot):
+        """Back to when `snapshot` was taken; it may be restored again."""
+        hits = self.hits
+        self.__dict__.update(snapshot.fork().__dict__)
+        self.hits = hits
 
     def fork(self, n=1):
         """An independent copy, each row repeated n times in a row: (n B, H, capacity, D)."""
@@ -98,18 +118,6 @@ class KVCache:
                 if (held := getattr(self, name)) is not None:
                     setattr(twin, name, held.repeat_interleave(n, 0))
         return twin
-
-    def in_order(self, positions):
-        """Whether positions (B, T) never fall within a row, nor below what the row holds, as eviction by age needs."""
-        if self._filled:
-            held = self.length - 1 if self.positions is None else self.positions[:, self._filled - 1:self._filled]
-            positions = torch.cat((torch.zeros_like(positions[:, :1]) + held, positions), 1)  # (B, 1 + T)
-        return bool((positions[:, 1:] >= positions[:, :-1]).all())
-
-    def next_positions(self, T):
-        """(B, T) int64: where ragged rows go on, each after its own last position."""
-        last = self.positions[:, :self._filled].amax(1, keepdim=True)
-        return last + torch.arange(1, T + 1, device=last.device)  # (B, T)
 
     def _start_positions(self):
         """From now on rows are ragged: what is held already stands at consecutive positions in every row."""
@@ -139,53 +147,291 @@ class KVCache:
         return keys, values, seen
 
 
-class Cache:
-    """One KVCache per layer, with the same methods; what `model.new_cache` returns and `model.forward` takes.
+class RecurrentCache:
+    """The state of one recurrent layer: a tuple of tensors (B, ...) of constant size, whatever the length.
 
-    All layers hold the same positions, so `length`, `window` and `ragged` speak for each of them.
+    A state cannot go back: `crop` knows 0 and the present length; a Cache with snapshots knows more.
+    """
+    kind = "state"
+
+    def __init__(self, states):
+        self.states, self.length, self.hits = tuple(states), 0, 0
+
+    @property
+    def bytes(self):
+        """Bytes of the state."""
+        return sum(t.nbytes for t in self.states)
+
+    def update(self, states, T):
+        """Takes the state after T more positions."""
+        self.states = tuple(t.detach() for t in states)
+        self.hits += self.length
+        self.length += T
+
+    def reset(self):
+        """Back to the state of nothing."""
+        self.states, self.length = tuple(torch.zeros_like(t) for t in self.states), 0
+
+    def croppable(self, length):
+        """Whether crop(length) can be; of length 0: whether nothing is ever lost."""
+        return length == self.length > 0
+
+    def crop(self, length):
+        """Keeps the first `length` positions: all, or none. Raises ValueError for another number."""
+        if length == 0:
+            self.reset()
+        elif length != self.length:
+            raise ValueError(f"cannot crop to {length} positions: a state of {self.length} cannot go back")
+
+    def fork(self, n=1):
+        """An independent copy, each row repeated n times in a row."""
+        twin = RecurrentCache(t.repeat_interleave(n, 0) for t in self.states)
+        twin.length, twin.hits = self.length, self.hits
+        return twin
+
+    def snapshot(self):
+        """What `restore` needs to come back to this moment; states are never written in place."""
+        return self.states, self.length
+
+    def restore(self, snapshot):
+        """Back to when `snapshot` was taken."""
+        self.states, self.length = snapshot
+
+
+class CompressedCache:
+    """Of one Compressive layer: keys and values of the memory, those of compressed blocks, and a block's unfinished inputs.
+
+    `rows` holds one state for all rows while they stand alike, else one for each row: {"raw": a sliding KVCache,
+    "slots": [keys, values] (B, H, n, D) or None, "first", "known": the block of the first slot and the first unknown
+    one, "inputs": (B, < rate, C) or None}. Its size does not depend on the length. The mixer writes the states.
+    """
+    kind = "compressed"
+
+    def __init__(self, batch_size, new_row):
+        self.batch_size, self._new_row = batch_size, new_row
+        self.rows, self.length, self.hits = [new_row(batch_size)], 0, 0
+
+    @property
+    def ragged(self):
+        """True once rows stand at different places."""
+        return len(self.rows) > 1
+
+    @property
+    def bytes(self):
+        """Bytes of storage held."""
+        tensors = [t for row in self.rows for t in (row["inputs"], *(row["slots"] or ())) if t is not None]
+        return sum(row["raw"].bytes for row in self.rows) + sum(t.nbytes for t in tensors)
+
+    def each_row(self):
+        """A state for each row, to be written by the mixer."""
+        if len(self.rows) < self.batch_size:
+            whole = self.rows[0]
+            self.rows = [self._copy(whole, slice(b, b + 1)) for b in range(self.batch_size)]
+        return self.rows
+
+    def advance(self, positions):
+        """After a pass of the mixer over positions.T inputs."""
+        self.hits += self.length
+        self.length += positions.T
+
+    def reset(self):
+        """Forgets everything."""
+        self.rows, self.length = [self._new_row(self.batch_size)], 0
+
+    def croppable(self, length):
+        """Whether crop(length) can be; of length 0: whether nothing is ever lost."""
+        return length == self.length > 0
+
+    def crop(self, length):
+        """Keeps the first `length` positions: all, or none. Raises ValueError for another number."""
+        if length == 0:
+            self.reset()
+        elif length != self.length:
+            raise ValueError(f"cannot crop to {length} positions: what left the memory was compressed")
+
+    def fork(self, n=1):
+        """An independent copy, each row repeated n times in a row."""
+        twin = CompressedCache(self.batch_size * n, self._new_row)
+        twin.length, twin.hits = self.length, self.hits
+        if self.ragged:
+            twin.rows = [self._copy(row) for row in self.rows for _ in range(n)]
+        else:
+            twin.rows = [self._copy(self.rows[0], n=n)]
+        return twin
+
+    def snapshot(self):
+        """A copy from which `restore` comes back to this moment."""
+        return self.fork()
+
+    def restore(self, snapshot):
+        """Back to when `snapshot` was taken; it may be restored again."""
+        self.rows, self.length = snapshot.fork().rows, snapshot.length
+
+    @staticmethod
+    def _copy(row, part=slice(None), n=1):
+        """A state of its own: some rows of another, each n times."""
+        def pick(t):
+            return t[part].repeat_interleave(n, 0)
+        raw = row["raw"].fork(n)
+        if part != slice(None):
+            raw.k, raw.v = raw.k[part].clone(), raw.v[part].clone()
+        return {"raw": raw, "inputs": None if row["inputs"] is None else pick(row["inputs"]), "known": row["known"],
+                "slots": None if row["slots"] is None else [pick(t) for t in row["slots"]], "first": row["first"]}
+
+
+class Cache:
+    """One layer cache per layer, with the same methods; what `model.new_cache` returns and `model.forward` takes.
+
+    Layers may differ: keys and values, latents, memories, states. Each has `length` (positions appended), `bytes`,
+    `hits` (positions found instead of computed again, summed over passes), `kind`, `reset()`, `crop(length)`,
+    `croppable(length)`, `fork(n)`, and, where it forgets, `snapshot()` and `restore(snapshot)`.
+
+    window: positions that layers of full attention see, their own included; None: all. snapshots: before each of the
+    latest so many passes, what layers would forget is kept, so that `crop` can go back to where those passes began.
     """
 
-    def __init__(self, layers):
-        self.layers = list(layers)
-
-    @property
-    def length(self):
-        """Positions appended so far to every layer."""
-        return self.layers[0].length
-
-    @property
-    def window(self):
-        """Positions that a query sees, its own included; None: all."""
-        return self.layers[0].window
+    def __init__(self, layers, window=None, snapshots=0):
+        self.layers, self.window, self.snapshots = list(layers), window, snapshots
+        self.length, self.prefix = 0, 0
+        self.last = None  # (B, 1) int64, the last position of each row, once rows are ragged
+        self._kept = []  # (length, last, snapshots of the layers)
 
     @property
     def ragged(self):
         """True once rows were given positions of their own."""
-        return self.layers[0].positions is not None
+        return self.last is not None
 
     @property
     def bytes(self):
-        """Bytes of storage over all layers."""
+        """Bytes of storage over all layers, snapshots apart."""
         return sum(layer.bytes for layer in self.layers)
+
+    def check(self, index, ordered):
+        """Before a pass. index: (B, T) its positions, or None. ordered: some layer needs them in order.
+
+        Raises ValueError where a row's positions fall, or padding follows a byte, and a layer forgets by age.
+        """
+        if index is not None and (ordered or self.window is not None) and not self.in_order(index):
+            raise ValueError("a sliding cache needs rows padded on the left: each row's positions must never fall")
+        if self.snapshots:
+            kept = [None if layer.croppable(0) else layer.snapshot() for layer in self.layers]
+            self._kept = [old for old in self._kept if old[0] < self.length][-self.snapshots + 1:]
+            self._kept.append((self.length, self.last, kept))
+
+    def advance(self, places):
+        """After a pass: counts its positions. places: the pass's Positions."""
+        index = places.index
+        self.length += places.T
+        if index is not None:
+            newest = index.amax(1, keepdim=True)
+            self.last = newest if self.last is None else torch.maximum(newest, self.last)
 
     def reset(self):
         """Forgets everything; the storage stays."""
+        self.length, self.prefix, self.last, self._kept = 0, 0, None, []
         for layer in self.layers:
             layer.reset()
 
     def crop(self, length):
-        """Keeps the first `length` positions. Raises ValueError as KVCache.crop does."""
-        for layer in self.layers:
-            layer.crop(length)
+        """Keeps the first `length` positions, 0 <= length <= self.length.
+
+        Raises ValueError for other lengths, inside a prefix whose positions saw one another, and where a layer has
+        forgotten what it knew there and no snapshot was taken at this length.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot crop to {length} positions: the cache holds {self.length}")
+        if 0 < length < self.prefix:
+            raise ValueError(f"cannot crop to {length}: the {self.prefix} positions of the prefix saw one another")
+        if length == 0:
+            return self.reset()
+        if length == self.length:
+            return
+        found = next((kept for kept in self._kept if kept[0] == length), None)
+        if found is None and not all(layer.croppable(length) for layer in self.layers):
+            at = ", ".join(str(kept[0]) for kept in self._kept if kept[0]) or "none"
+            raise ValueError(f"cannot crop to {length} positions: a layer has forgotten what it knew there; snapshots "
+                             f"at {at} (new_cache(..., snapshots=n) keeps more)")
+        for i, layer in enumerate(self.layers):
+            if layer.croppable(length):
+                layer.crop(length)
+            else:
+                layer.restore(found[2][i])
+        self.length = length
+        if self.ragged:
+            self.last = self._last_at(length, found)
+        self._kept = [kept for kept in self._kept if kept[0] <= length]
+
+    def _last_at(self, length, found):
+        """The rows' last positions (B, 1) once cropped to length."""
+        if found is not None:
+            return found[1] if found[1] is not None else torch.full_like(self.last, length - 1)
+        held = next(layer for layer in self.layers if getattr(layer, "positions", None) is not None)
+        return held.positions[:, :held.length - held._evicted].amax(1, keepdim=True)
 
     def fork(self, n=1):
-        """An independent copy with each row repeated n times: one prefill, n continuations."""
-        return Cache(layer.fork(n) for layer in self.layers)
+        """An independent copy with each row repeated n times: one prefill, n continuations. Snapshots stay behind."""
+        twin = Cache((layer.fork(n) for layer in self.layers), self.window, self.snapshots)
+        twin.length, twin.prefix = self.length, self.prefix
+        twin.last = None if self.last is None else self.last.repeat_interleave(n, 0)
+        return twin
 
     def next_positions(self, T):
         """(B, T) int64: where ragged rows go on, each after its own last position."""
-        return self.layers[0].next_positions(T)
+        return self.last + torch.arange(1, T + 1, device=self.last.device)  # (B, T)
 
     def in_order(self, positions):
-        """Whether positions (B, T) never fall within a row, as a sliding cache needs."""
-        return self.layers[0].in_order(positions)
+        """Whether positions (B, T) never fall within a row, nor below what the row holds, as forgetting by age needs."""
+        if self.length:
+            held = self.length - 1 if self.last is None else self.last
+            positions = torch.cat((torch.zeros_like(positions[:, :1]) + held, positions), 1)  # (B, 1 + T)
+        return bool((positions[:, 1:] >= positions[:, :-1]).all())
+
+    def log(self):
+        """Lines of text, one per layer: kind, length, bytes, hits; and their sum."""
+        lines = [f"{'layer':>5}  {'cache':<12} {'length':>9} {'bytes':>13} {'hits':>13}"]
+        lines += [f"{i:>5}  {layer.kind:<12} {layer.length:>9,} {layer.bytes:>13,} {layer.hits:>13,}"
+                  for i, layer in enumerate(self.layers)]
+        hits = sum(layer.hits for layer in self.layers)
+        return lines + [f"{'all':>5}  {'':<12} {self.length:>9,} {self.bytes:>13,} {hits:>13,}"]
+
+
+class Memory:
+    """What one segment of training leaves to the next: per layer a tuple of detached tensors, or None.
+
+    `model.new_memory` makes it empty; `model.forward(..., memory=memory)` reads it and leaves the new one. `length`
+    counts the positions since the streams began; tensors of empty memory are zeros that a layer masks by it.
+    """
+
+    def __init__(self, layers):
+        self.layers, self.length = [None if held is None else tuple(held) for held in layers], 0
+
+    @property
+    def bytes(self):
+        """Bytes over all layers."""
+        return sum(t.nbytes for held in self.layers if held is not None for t in held)
+
+    def update(self, places):
+        """After a pass: takes what the layers left in places.memory_out, {layer: tensors}."""
+        self.layers = [None if held is None else tuple(t.detach().to(old.dtype) for t, old in
+                                                       zip(places.memory_out[i], held))
+                       for i, held in enumerate(self.layers)]
+        self.length += places.T
+
+    def reset(self):
+        """Forgets everything: a new list, since an unfinished backward pass may still read the old one."""
+        self.layers = [None if held is None else tuple(torch.zeros_like(t) for t in held) for held in self.layers]
+        self.length = 0
+
+    def state_dict(self):
+        """Tensors and numbers from which load_state_dict goes on exactly."""
+        return {"length": self.length, "layers": [None if held is None else list(held) for held in self.layers]}
+
+    def load_state_dict(self, state):
+        """Goes on where state was taken. Raises ValueError where its shapes are others."""
+        shapes = [[[] if held is None else [t.shape for t in held] for held in layers]
+                  for layers in (self.layers, state["layers"])]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"the saved memory has the shapes {shapes[1]}, this one {shapes[0]}")
+        self.layers = [None if held is None else tuple(t.to(new) for t, new in zip(held, mine))
+                       for held, mine in zip(state["layers"], self.layers)]
+        self.length = state["length"]

@@ -10,6 +10,8 @@ Protocols (T = block_size of the model):
                first T bytes of the split. stride:1 is what Al-Rfou et al. 2018 report.
     cache      one stream through a sliding KV cache: each layer sees the last T states, which have seen others before
                them. Not equal to recomputing a window. Impossible with learned absolute positions.
+    memory     one stream in segments of T bytes: layers with a memory or a state go on from the segment before, layers
+               of full attention see their own segment only; what training on streams sees.
 
 A figure means nothing without its protocol and its byte count, so both are always printed. The first byte of a split
 has no context and is charged 8 bits. The result does not depend on batch_size, but for the rounding of matrix products
@@ -30,7 +32,7 @@ from model import from_checkpoint
 checkpoint = None        # run directory or checkpoint file (may also be typed as a bare word)
 weights = "raw"          # [raw, ema] which weights
 split = "val"            # [train, val, test] which part of the data
-protocols = "block"      # block, stride:S, cache; several with commas
+protocols = "block"      # block, stride:S, cache, memory; several with commas
 dataset = None           # [none] none: as in training; otherwise as train_enwik8.py --dataset
 max_bytes = None         # [none, >= 1] none: as in training
 # --- How ---
@@ -91,9 +93,10 @@ def target_bits(logits, targets):
 
 
 def parse_protocol(protocol, config, n_bytes):
-    """'block', 'stride:S', 'cache' -> (kind, S or None), for a model of this config and a split of n_bytes.
+    """'block', 'stride:S', 'cache', 'memory' -> (kind, S or None), for a model of this config and a split of n_bytes.
 
-    UserError for any other name, and for cache where it needs more positions than a learned table has.
+    UserError for any other name, for cache where it needs more positions than a learned table has, and for memory where
+    no layer has one.
     """
     T = config.block_size
     kind, _, number = protocol.partition(":")
@@ -101,8 +104,13 @@ def parse_protocol(protocol, config, n_bytes):
         return kind, T
     if kind == "stride" and number.isdecimal() and 1 <= int(number) <= T:
         return kind, int(number)
+    if protocol == "memory":
+        if not config.carries:
+            raise UserError(f"protocol memory is impossible with mixer {config.mixer}: no layer carries anything from "
+                            "one segment to the next; use block, stride:S or cache")
+        return kind, None
     if protocol != "cache":
-        raise UserError(f"unknown protocol {protocol!r}: block, cache, or stride:S with S from 1 to block_size ({T})")
+        raise UserError(f"unknown protocol {protocol!r}: block, cache, memory, or stride:S with S from 1 to block_size ({T})")
     if config.positions.startswith("learned") and n_bytes - 1 > T:
         raise UserError(f"protocol cache is impossible past block_size {T} with positions {config.positions}: every "
                         "cached state would need a new position at each step; use block or stride:S, or a model with "
@@ -129,7 +137,9 @@ def score(model, data, protocol="block", batch_size=32, windows=None):
     was_training, began = model.training, time.perf_counter()
     model.eval()
     try:
-        if kind == "cache":
+        if kind == "memory":
+            bits = _score_segments(model, data)
+        elif kind == "cache":
             bits = _score_stream(model, data, batch_size)
         else:
             if windows is not None:
@@ -181,14 +191,18 @@ def _score_windows(model, data, T, stride, batch_size, windows):
 
 
 def _score_stream(model, data, batch_size):
-    """Bits (N,) of one stream through a sliding cache of T keys, computed as segments in parallel.
+    """Bits (N,) of one stream through a cache in which full attention slides over T keys, computed in parallel.
 
-    A state of the last layer depends on at most n_layer * (T - 1) bytes before it. Each segment starts that many bytes
-    early and scores only its own bytes, so that the cut into segments changes nothing but speed.
+    A state of the last layer depends on a limited number of bytes before it. Each segment starts that many bytes early
+    and scores only its own bytes, so that the cut into segments changes nothing but speed. Cuts lie where blocks of all
+    layers begin. A recurrent layer depends on everything before it: then there is one segment.
     """
     device = next(model.parameters()).device
-    T, N = model.config.block_size, data.numel()
-    warm = model.config.n_layer * T
+    config = model.config
+    T, N = config.block_size, data.numel()
+    unit = math.lcm(T, config.sparse_stride) if "fixed" in config.mixers else T
+    horizon = config.horizon(T)
+    warm = N if horizon is None else -(-horizon // unit) * unit
     length = 4 * warm
     bits, done = torch.empty(N, dtype=torch.float64), 1
     bits[0] = 8.0
@@ -211,6 +225,19 @@ def _score_stream(model, data, batch_size):
                 bits[a:b] = cost[row, a - 1 - start:]
                 done += b - a
     assert done == N, f"{done} bytes scored, but the split has {N}"
+    return bits
+
+
+def _score_segments(model, data):
+    """Bits (N,) of one stream, segment after segment of T bytes, each going on from what the one before left."""
+    device = next(model.parameters()).device
+    T, N = model.config.block_size, data.numel()
+    memory, bits = model.new_memory(1), [torch.full((1,), 8.0, dtype=torch.float64)]
+    for start in range(0, N - 1, T):
+        piece = data[None, start:start + T + 1].to(device).long()                        # (1, <= T + 1)
+        bits.append(target_bits(model(piece[:, :-1], memory=memory), piece[:, 1:]).cpu()[0])
+    bits = torch.cat(bits)
+    assert len(bits) == N, f"{len(bits)} bytes scored, but the split has {N}"
     return bits
 
 

@@ -11,18 +11,51 @@ from dataclasses import dataclass, fields, replace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
 
-from cache import Cache, KVCache
+from cache import Cache, Memory
+from feedforward import GLU, FeedForward, LowRank, MixtureOfExperts
+from memory import Compressive, TransformerXL
+from mixers import Attention, Differential, Latent, Linear, Norm, Positions, Rope, Sparse
+from recurrent import Mamba, MinGRU
+
+MIXERS = {  # what a word of `mixer` builds: function of (config, layer)
+    "full": Attention,
+    "window": lambda config, layer: Attention(config, layer, "window"),
+    "strided": lambda config, layer: Sparse(config, layer, "strided"),
+    "fixed": lambda config, layer: Sparse(config, layer, "fixed"),
+    "diff": Differential,
+    "mla": Latent,
+    "xl": TransformerXL,
+    "compressive": Compressive,
+    "mamba": Mamba,
+    "mingru": MinGRU,
+}
+FEED_FORWARDS = {"mlp": FeedForward, "low_rank": LowRank, "moe": MixtureOfExperts}
+RECURRENT = ("mamba", "mingru")  # they know order by themselves, and have no keys
+CARRY = ("xl", "compressive", *RECURRENT)  # one segment leaves something to the next
 
 CHOICES = {
     "norm": ("layer", "rms"),
-    "activation": ("gelu", "relu", "relu2", "solu", "swiglu"),
-    "positions": ("learned", "learned_per_layer", "rope", "none"),
-    "init": ("gpt2", "normal", "xavier", "zero"),
+    "activation": ("gelu", "relu", "relu2", "silu", "solu", *GLU),
+    "positions": ("learned", "learned_per_layer", "rope", "alibi", "relative", "none"),
+    "rope_scaling": ("none", "linear", "ntk", "yarn"),
+    "init": ("gpt2", "normal", "xavier", "tfixup", "truncated", "zero"),
     "target_heads": ("own", "shared"),
     "layer_heads": ("own", "shared"),
     "attention": ("auto", "sdpa", "manual"),
+    "compression": ("conv", "mean", "max"),
+    "expert_balance": ("loss", "bias", "none"),
 }
+
+
+def pattern(words, n_layer, allowed, name):
+    """'a,b,b' repeated over the layers: a tuple of n_layer words. Raises ValueError for a word that is not allowed."""
+    kinds = [word.strip() for word in words.split(",")]
+    for kind in kinds:
+        if kind not in allowed:
+            raise ValueError(f"{name} has {kind!r}, but can be {', '.join(allowed)}, or several with commas")
+    return tuple(kinds[layer % len(kinds)] for layer in range(n_layer))
 
 
 @dataclass
@@ -36,24 +69,58 @@ class TransformerConfig:
     head_dim: int = None  # None: n_embd / n_head; otherwise free
     n_embd: int = 512
     block_size: int = 512
-    ff_mult: float = 4.0  # feed-forward width / n_embd; swiglu takes 2/3 of it (a multiple of 8): equal parameters
     dropout: float = 0.0  # of embeddings, attention probabilities and branch outputs
     norm: str = "layer"
     norm_gain: bool = True  # False: norms without parameters
     bias: bool = True  # of linear layers and LayerNorm; RMSNorm has none
+    # Mixers
+    mixer: str = "full"  # words of MIXERS, repeated over the layers: "mamba,mamba,full"
+    window: int = 128  # positions that a layer of mixer "window" sees
+    sparse_stride: int = 16  # mixers "strided" and "fixed"
+    sparse_summary: int = 4  # mixer "fixed": the last so many places of every block are seen by all later ones
+    kv_rank: int = None  # mixer "mla": width of the latent that stands for keys and values; None: 2 head_dim
+    q_rank: int = None  # mixer "mla": queries through so many dimensions; None: directly
+    rope_dim: int = None  # mixer "mla": width of the key that turns, shared by all heads; None: head_dim / 2
+    memory_length: int = None  # mixers "xl", "compressive": positions before the segment; None: block_size
+    compressed_length: int = None  # mixer "compressive": compressed states before the memory; None: block_size / rate
+    compression_rate: int = 4  # positions that become one compressed state
+    compression: str = "conv"
+    compression_weight: float = 1.0  # of the attention-reconstruction loss
+    state_dim: int = 16  # mixer "mamba"
+    conv_width: int = 4  # mixer "mamba"
+    expand: float = 2.0  # mixers "mamba" and "mingru": inner width over n_embd
+    # Feed-forwards
+    ff: str = "mlp"  # words of FEED_FORWARDS, repeated over the layers
+    ff_mult: float = 4.0  # feed-forward width / n_embd; gated ones take 2/3 of it (a multiple of 8): equal parameters
     activation: str = "gelu"
+    ff_rank: int = None  # ff "low_rank": of both matrices; None: n_embd / 4
+    n_expert: int = 8  # ff "moe": experts that share the feed-forward's width
+    n_shared_expert: int = 0  # of those, how many serve every position
+    expert_top_k: int = 2  # of the others, how many a position chooses
+    expert_balance: str = "loss"
+    balance_weight: float = 0.01  # of the load-balance loss
+    balance_rate: float = 0.001  # step of the biases under expert_balance "bias"
+    # Positions
     positions: str = "learned"
     rope_base: float = 10000.0
-    residual_scale: float | str = 1.0  # multiplies every branch's output; "depth": 1 / sqrt(2 n_layer)
+    rope_scaling: str = "none"  # how rope reaches rope_factor times as far as it was trained for
+    rope_factor: float = 1.0
+    # Residual stream, initialisation
+    residual_scale: float | str = 1.0  # times every branch's output; "depth": 1 / sqrt(2 n_layer); "rezero", "layerscale"
     init: str = "gpt2"
     qk_norm: bool = False  # RMSNorm without parameters on queries and keys, per head
+    # Classifiers, losses
     tie_weights: bool = False  # the classifier is the embedding
     n_targets: int = 1  # bytes predicted ahead
     target_heads: str = "own"  # "shared": one classifier, later targets read through an own C x C matrix
     layer_heads: str = "own"  # "own": every layer whose loss is used has own classifiers; "shared": the last layer's
     head_bias: bool = False
     intermediate_losses: bool = False
+    mtp_depth: int = 0  # modules of multi-token prediction (DeepSeek-V3), each one byte further ahead
+    mtp_weight: float = 0.3  # of the mean of their losses
+    # How it is computed
     attention: str = "auto"  # "auto": SDPA, but by hand when training on a CPU in bfloat16
+    checkpoint_activations: bool = False  # layers are computed again in the backward pass: less memory, more time
 
     @classmethod
     def from_settings(cls, settings):
@@ -66,7 +133,8 @@ class TransformerConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but can be {', '.join(allowed)}")
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
-        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "n_targets"):
+        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "n_targets", "window",
+                     "sparse_stride", "compression_rate", "state_dim", "conv_width", "n_expert", "expert_top_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
         if self.head_dim is None:
@@ -77,25 +145,144 @@ class TransformerConfig:
             raise ValueError(f"head_dim is {self.head_dim}, but must be at least 1")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
+        derived = dict(memory_length=self.block_size, compressed_length=self.block_size // self.compression_rate,
+                       kv_rank=2 * self.head_dim, rope_dim=2 * (self.head_dim // 4), ff_rank=max(1, self.n_embd // 4))
+        for name, value in derived.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self.mixers, self.ffs  # raise for unknown words
+        self._check_positions()
+        self._check_mixers()
+        self._check_feed_forwards()
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, but must be at least 0 and below 1")
+        if isinstance(self.residual_scale, str) and self.residual_scale not in ("depth", "rezero", "layerscale"):
+            raise ValueError(f"residual_scale is {self.residual_scale!r}, but can be a number, 'depth', 'rezero' or "
+                             "'layerscale'")
+        if self.init == "tfixup" and not (set(self.mixers) <= {"full", "window", "strided", "fixed", "diff", "xl"}
+                                          and set(self.ffs) == {"mlp"}):
+            raise ValueError("init 'tfixup' scales the value, output and feed-forward matrices of attention layers: "
+                             f"mixer {self.mixer!r} with ff {self.ff!r} has others")
+        if self.tie_weights and self.n_classifiers > 1:
+            raise ValueError(f"tie_weights needs one classifier, not {self.n_classifiers}: set target_heads and "
+                             "layer_heads to 'shared', or n_targets to 1 and intermediate_losses off")
+        if self.mtp_depth < 0:
+            raise ValueError(f"mtp_depth is {self.mtp_depth}, but must be at least 0")
+        if self.mtp_depth and set(self.mixers) & set(CARRY):
+            raise ValueError(f"mtp_depth {self.mtp_depth} goes with layers that attend, not with mixer {self.mixer!r}")
+
+    def _check_positions(self):
         if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(f"positions 'rope' turns pairs of features: head_dim {self.head_dim} must be even")
         if self.rope_base <= 0:
             raise ValueError(f"rope_base is {self.rope_base}, but must be above 0")
+        if self.rope_factor < 1:
+            raise ValueError(f"rope_factor is {self.rope_factor}, but must be at least 1: contexts are stretched")
+        if self.rope_scaling != "none" and self.positions != "rope":
+            raise ValueError(f"rope_scaling {self.rope_scaling!r} needs positions 'rope', not {self.positions!r}")
+        attending = [kind for kind in self.mixers if kind not in RECURRENT]
+        for kind in attending:
+            if self.positions == "relative" and kind not in ("xl", "compressive"):
+                raise ValueError(f"positions 'relative' are Transformer-XL's: mixer {kind!r} has none; use 'rope'")
+            if self.learned_positions and kind in ("xl", "compressive"):
+                raise ValueError(f"mixer {kind!r} sees states of earlier segments, which positions {self.positions!r} "
+                                 "would place wrongly: use 'rope', 'relative', 'alibi' or 'none'")
+        if self.learned_positions and len(attending) < self.n_layer:
+            raise ValueError(f"mixer {self.mixer!r} goes on past block_size, positions {self.positions!r} do not: use "
+                             "'rope', 'alibi' or 'none'")
+
+    def _check_mixers(self):
+        kinds = set(self.mixers)
+        if "window" in kinds and self.window < 2:
+            raise ValueError(f"window is {self.window}, but mixer 'window' needs at least 2 positions")
+        if "fixed" in kinds and not 1 <= self.sparse_summary <= self.sparse_stride:
+            raise ValueError(f"sparse_summary is {self.sparse_summary}, but must be from 1 to sparse_stride "
+                             f"{self.sparse_stride}")
+        if kinds & {"strided", "fixed"} and (self.n_head % 2 or self.n_kv_head % 2):
+            raise ValueError("mixers 'strided' and 'fixed' give half of the heads to each pattern: n_head "
+                             f"{self.n_head} and n_kv_head {self.n_kv_head} must be even")
+        if "diff" in kinds and (self.n_head % 2 or self.n_kv_head % 2):
+            raise ValueError(f"mixer 'diff' subtracts pairs of heads: n_head {self.n_head} and n_kv_head "
+                             f"{self.n_kv_head} must be even")
+        if "mla" in kinds:
+            if self.n_kv_head != self.n_head:
+                raise ValueError(f"mixer 'mla' has one latent for all heads: n_kv_head {self.n_kv_head} does not apply")
+            if self.kv_rank < 1 or (self.q_rank is not None and self.q_rank < 1):
+                raise ValueError(f"kv_rank {self.kv_rank} and q_rank {self.q_rank} must be at least 1")
+            if self.positions == "rope" and (self.rope_dim < 2 or self.rope_dim % 2):
+                raise ValueError(f"rope_dim is {self.rope_dim}, but must be even and at least 2")
+        if kinds & {"xl", "compressive"} and self.memory_length < 1:
+            raise ValueError(f"memory_length is {self.memory_length}, but must be at least 1")
+        if "compressive" in kinds:
+            rate = self.compression_rate
+            if self.compressed_length < 1:
+                raise ValueError(f"compressed_length is {self.compressed_length}, but must be at least 1")
+            if self.block_size % rate or self.memory_length % rate:
+                raise ValueError(f"compression_rate {rate} must divide block_size {self.block_size} and memory_length "
+                                 f"{self.memory_length}")
+        if kinds & set(RECURRENT) and self.expand * self.n_embd < 1:
+            raise ValueError(f"expand {self.expand} leaves no inner width at n_embd {self.n_embd}")
+
+    def _check_feed_forwards(self):
         if self.ff_width < 1:
             raise ValueError(f"ff_mult {self.ff_mult} leaves no feed-forward width at n_embd {self.n_embd}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}, but must be at least 0 and below 1")
-        if isinstance(self.residual_scale, str) and self.residual_scale != "depth":
-            raise ValueError(f"residual_scale is {self.residual_scale!r}, but can be a number or 'depth'")
-        if self.tie_weights and self.n_classifiers > 1:
-            raise ValueError(f"tie_weights needs one classifier, not {self.n_classifiers}: set target_heads and "
-                             "layer_heads to 'shared', or n_targets to 1 and intermediate_losses off")
+        if "low_rank" in self.ffs and self.ff_rank < 1:
+            raise ValueError(f"ff_rank is {self.ff_rank}, but must be at least 1")
+        if "moe" in self.ffs:
+            routed = self.n_expert - self.n_shared_expert
+            if not 0 <= self.n_shared_expert < self.n_expert:
+                raise ValueError(f"n_shared_expert is {self.n_shared_expert}, but must be from 0 to n_expert - 1, "
+                                 f"{self.n_expert - 1}")
+            if self.expert_top_k > routed:
+                raise ValueError(f"expert_top_k {self.expert_top_k} is more than the {routed} experts to choose from")
+            if self.activation == "solu":
+                raise ValueError("activation 'solu' normalises its whole width, which experts divide: choose another")
+
+    @property
+    def mixers(self):
+        """The mixer of every layer, a tuple of n_layer words."""
+        return pattern(self.mixer, self.n_layer, tuple(MIXERS), "mixer")
+
+    @property
+    def ffs(self):
+        """The feed-forward of every layer, a tuple of n_layer words."""
+        return pattern(self.ff, self.n_layer, tuple(FEED_FORWARDS), "ff")
+
+    @property
+    def carries(self):
+        """Whether some layer carries something from one segment to the next."""
+        return bool(set(self.mixers) & set(CARRY))
+
+    def horizon(self, window):
+        """How many positions back the last layer's state can depend on, where full attention sees `window`; None: any.
+
+        Layers add up: each sees states that have themselves seen further back.
+        """
+        reach = {"window": min(self.window, window), "xl": self.memory_length + self.block_size, **dict.fromkeys(RECURRENT),
+                 "compressive": self.memory_length + self.block_size + self.compressed_length * self.compression_rate}
+        reaches = [reach.get(kind, window) for kind in self.mixers]
+        return None if None in reaches else sum(reaches)
+
+    @property
+    def learned_positions(self):
+        """Whether a table ends at block_size."""
+        return self.positions.startswith("learned")
+
+    @property
+    def rope_original(self):
+        """The context that rope was trained for before it was stretched."""
+        return max(1, round(self.block_size / self.rope_factor))
 
     @property
     def ff_width(self):
         """Width of the feed-forward's hidden layer."""
         width = self.ff_mult * self.n_embd
-        return 8 * round(width / 12) if self.activation == "swiglu" else int(width)
+        return 8 * round(width / 12) if self.activation in GLU else int(width)
+
+    @property
+    def n_labels(self):
+        """Bytes ahead of each position that the losses need."""
+        return max(self.n_targets, self.mtp_depth + 1)
 
     @property
     def n_head_groups(self):
@@ -119,270 +306,75 @@ def active_layers(step, max_steps, n_layer):
     return tuple(l - 1 for l in range(1, n_layer + 1) if l == n_layer or 2 * n_layer * step < l * max_steps)
 
 
-class Positions:
-    """Where the T inputs of one forward pass stand. Made once per pass and given to every mixer.
-
-    start: the position of the first input, where all rows stand alike and inputs are consecutive (index None).
-    index: (B, T) int64 where rows are ragged; -1 marks padding. window: positions a query sees; None: all before it.
-    cos, sin: RoPE's tables at these places, (1 or B, T, 1, D) float32, or None.
-    """
-
-    def __init__(self, start, T, index=None, window=None, cos=None, sin=None):
-        self.start, self.T, self.index, self.window, self.cos, self.sin = start, T, index, window, cos, sin
-        self._made = None
-
-    def look_up(self, table):
-        """Rows of a learned table (P, C) at these places: (T, C), or (B, T, C) where ragged; padding takes row 0."""
-        if self.index is None:
-            return table[self.start:self.start + self.T]
-        return F.embedding(self.index.clamp(min=0), table)
-
-    def mask(self, S, seen, device):
-        """Which of S keys each query may see: None (all), "causal", or a bool mask ((B, 1,) T, S), True where allowed.
-
-        seen: (B, S) int64, the keys' positions, or None where all rows stand alike and the keys end at the last query.
-        Allowed: (k <= q), not padding unless q is padding itself, and (k > q - window). Every layer sees the same keys,
-        so the first layer's mask serves all.
-        """
-        if self._made is None or self._made[0] != S:
-            self._made = (S, self._make_mask(S, seen, device))
-        return self._made[1]
-
-    def _make_mask(self, S, seen, device):
-        T, W = self.T, self.window
-        if seen is None:
-            if T == 1:  # the cache shows a lone query what is in its window and no more
-                return None
-            if S == T and (W is None or S <= W):
-                return "causal"
-            k = torch.arange(S, device=device)
-            q = k[S - T:, None]  # (T, 1)
-            allowed = k <= q  # (T, S)
-        else:
-            k = seen[:, None, None, :]  # (B, 1, 1, S)
-            q = self.index[:, None, :, None]  # (B, 1, T, 1)
-            allowed = (k <= q) & ((k >= 0) | (q < 0))  # (B, 1, T, S)
-        return allowed if W is None else allowed & (k > q - W)
-
-
-class Rope(nn.Module):
-    """Rotary positions (Su et al. 2021): feature pairs (i, i + D/2) turn by position * base^(-2i/D).
-
-    Angles are computed in float64 and kept as float32 tables that grow with the positions asked for; not saved.
-    One Rope serves all layers.
-    """
-
-    def __init__(self, head_dim, base, n):
-        super().__init__()
-        self.head_dim, self.base = head_dim, base
-        self.register_buffer("cos", None, persistent=False)
-        self.register_buffer("sin", None, persistent=False)
-        self._build(n, "cpu")
-
-    def _build(self, n, device):
-        with torch.inference_mode(False):  # these tables must serve training too, whoever asks for them first
-            half = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device="cpu") / self.head_dim
-            angle = torch.outer(torch.arange(n, dtype=torch.float64, device="cpu"), self.base ** -half)  # (n, D/2)
-            self.cos = torch.cat((angle.cos(), angle.cos()), 1).float().to(device)  # (n, D)
-            self.sin = torch.cat((-angle.sin(), angle.sin()), 1).float().to(device)  # (n, D), signed for `turn`
-
-    def forward(self, n):
-        """The tables (>= n, D), for positions 0 to n - 1 at least."""
-        if n > self.cos.size(0) or self.cos.dtype != torch.float32:  # model.to(bfloat16) spoils the tables
-            self._build(max(n, 2 * self.cos.size(0)) if n > self.cos.size(0) else self.cos.size(0), self.cos.device)
-        return self.cos, self.sin
-
-
-def turn(x, cos, sin):
-    """Rotates x (B, T, H, D) by the tables of Positions, in float32; returns float32."""
-    x = x.float()
-    a, b = x.chunk(2, -1)
-    return torch.addcmul(x * cos, torch.cat((b, a), -1), sin)  # (B, T, H, D)
-
-
-def rms_norm(x, gain=None, eps=1e-6):
-    """x / sqrt(mean(x^2) + eps) over the last dimension, times gain (Zhang & Sennrich 2019)."""
-    if x.requires_grad and x.device.type == "cpu":  # F.rms_norm has no fused backward there: 2.4 times slower
-        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.size(-1)
-        x = x * torch.rsqrt(mean + eps).to(x.dtype)
-        return x if gain is None else x * gain
-    return F.rms_norm(x, (x.size(-1),), gain, eps)
-
-
-class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last dimension, with a learned gain and bias or without."""
-
-    def __init__(self, kind, width, gain, bias):
-        super().__init__()
-        self.kind, self.width = kind, width
-        self.gain = nn.Parameter(torch.empty(width)) if gain else None
-        self.bias = nn.Parameter(torch.empty(width)) if gain and bias and kind == "layer" else None
-
-    def forward(self, x):
-        """x (..., width) to the same shape and type."""
-        if self.kind == "rms":
-            return rms_norm(x, self.gain)
-        return F.layer_norm(x, (self.width,), self.gain, self.bias)
-
-
-class Linear(nn.Linear):
-    """nn.Linear that leaves its parameters to `initialise`, which claims each of them."""
-
-    def forward(self, x):
-        """x (..., in) to (..., out). Reads its parameters past nn.Module's look-up, which a decoded byte feels."""
-        return F.linear(x, self._parameters["weight"], self._parameters["bias"])
-
-    def reset_parameters(self):
-        """Draws nothing."""
-
-
-def attend_by_hand(q, k, v, mask, dropout=0.0):
-    """softmax(q k^T / sqrt(D)) v with the softmax in float32; what SDPA computes, in steps.
-
-    q (B, H, T, D); k, v (B, H or fewer, S, D); mask as Positions.mask gives it. Returns (B, H, T, D).
-    Under bfloat16 on a CPU forward and backward are 2 to 4 times faster than SDPA's.
-    """
-    B, H, T, D = q.shape
-    S = k.size(2)
-    if k.size(1) != H:
-        k, v = (t.repeat_interleave(H // t.size(1), 1) for t in (k, v))  # (B, H, S, D)
-    if isinstance(mask, str):
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
-    with torch.autocast(q.device.type, enabled=False):  # softmax of bfloat16 already works in float32 inside
-        scores = (q * D ** -0.5) @ k.transpose(2, 3)  # (B, H, T, S)
-        if mask is not None:
-            scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
-        p = torch.softmax(scores, -1)
-        if dropout:
-            p = F.dropout(p, dropout)
-        return p @ v
-
-
-class Attention(nn.Module):
-    """Causal self-attention with one fused projection and n_kv_head <= n_head groups of keys and values.
-
-    With qk_norm, queries and keys pass an RMSNorm without parameters before they turn; RoPE keeps lengths, so after
-    would be the same.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        c = self.config = config
-        self.qkv = Linear(c.n_embd, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=c.bias)
-        self.out = Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
-
-    def forward(self, x, positions, cache=None):
-        """x (B, T, C), positions a Positions, cache a KVCache or None. Returns (B, T, C)."""
-        c, (B, T, _) = self.config, x.shape
-        H, G = c.n_head, c.n_kv_head
-        qkv = self.qkv(x).view(B, T, H + 2 * G, c.head_dim)  # (B, T, H + 2 G, D)
-        if not c.qk_norm and positions.cos is None:
-            q, k, v = qkv.transpose(1, 2).split((H, G, G), 1)  # (B, H, T, D), (B, G, T, D) twice
-        else:
-            qk, v = qkv.split((H + G, G), 2)
-            if c.qk_norm:
-                qk = rms_norm(qk)
-            if positions.cos is not None:
-                qk = turn(qk, positions.cos, positions.sin).to(v.dtype)
-            q, k = qk.transpose(1, 2).split((H, G), 1)  # (B, H, T, D), (B, G, T, D)
-            v = v.transpose(1, 2)  # (B, G, T, D)
-        seen = positions.index
-        if cache is not None:
-            k, v, seen = cache.update(k, v, positions.index)
-            q = q.to(k.dtype)
-        y = self.attend(q, k, v, positions.mask(k.size(2), seen, x.device))
-        return self.out(y.transpose(1, 2).reshape(B, T, H * c.head_dim).to(x.dtype))  # (B, T, C)
-
-    def attend(self, q, k, v, mask):
-        """q (B, H, T, D), k and v (B, G, S, D), mask as Positions.mask gives it. Returns (B, H, T, D)."""
-        c = self.config
-        dropout = c.dropout if self.training else 0.0
-        by_hand = q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16
-        if c.attention == "manual" or c.attention == "auto" and by_hand:
-            return attend_by_hand(q, k, v, mask, dropout)
-        if mask is None and q.size(2) == 1 and c.n_kv_head < c.n_head:  # one query: its group's heads act as queries
-            q = q.reshape(q.size(0), c.n_kv_head, -1, c.head_dim)  # (B, G, H/G, D)
-            return F.scaled_dot_product_attention(q, k, v, None, dropout).reshape(q.size(0), c.n_head, 1, c.head_dim)
-        causal = isinstance(mask, str)
-        return F.scaled_dot_product_attention(q, k, v, None if causal else mask, dropout, causal,
-                                              enable_gqa=c.n_kv_head < c.n_head)
-
-
-def gelu(x):
-    """x Phi(x), exact (Hendrycks & Gimpel 2016)."""
-    if x.requires_grad or x.device.type != "cpu" or x.numel() > 65536:
-        return F.gelu(x)
-    h = 0.5 * x  # one decoded byte: the call into oneDNN costs more than these four small ones
-    return torch.addcmul(h, h, torch.erf(x * 0.5 ** 0.5))
-
-
-class FeedForward(nn.Module):
-    """Two linear layers around an activation.
-
-    relu2: relu(x)^2 (So et al. 2021). solu: x softmax(x) over the width, then a LayerNorm (Elhage et al. 2022).
-    swiglu: silu(a) b of two halves (Shazeer 2020), at 2/3 of the width.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        c, width = config, config.ff_width
-        self.activation = c.activation
-        self.up = Linear(c.n_embd, 2 * width if c.activation == "swiglu" else width, bias=c.bias)
-        self.down = Linear(width, c.n_embd, bias=c.bias)
-        if c.activation == "solu":
-            self.norm = Norm("layer", width, c.norm_gain, c.bias)
-
-    def forward(self, x):
-        """x (B, T, C) to (B, T, C)."""
-        x = self.up(x)
-        if self.activation == "gelu":
-            x = gelu(x)
-        elif self.activation == "relu":
-            x = F.relu(x)
-        elif self.activation == "relu2":
-            x = F.relu(x).square()
-        elif self.activation == "solu":
-            x = self.norm(x * torch.softmax(x, -1, dtype=torch.float32).to(x.dtype))
-        else:
-            a, b = x.chunk(2, -1)
-            x = F.silu(a) * b
-        return self.down(x)
-
-
 class Block(nn.Module):
     """One layer: x + mixer(norm(x)), then x + ff(norm(x)), each branch scaled, after its own position table if any."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer=0):
         super().__init__()
         c = config
         own = c.positions == "learned_per_layer"
         self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if own else None
         self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
-        self.mixer = Attention(c)
+        self.mixer = MIXERS[c.mixers[layer % c.n_layer]](c, layer)
         self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
-        self.ff = FeedForward(c)
-        self.dropout = c.dropout
-        self.scale = (2 * c.n_layer) ** -0.5 if c.residual_scale == "depth" else c.residual_scale
+        self.ff = FEED_FORWARDS[c.ffs[layer % c.n_layer]](c, layer)
+        self.dropout, self.n_layer = c.dropout, c.n_layer
+        self.scale, self.own = c.residual_scale, {}
+        if c.residual_scale == "depth":
+            self.scale = (2 * c.n_layer) ** -0.5
+        elif isinstance(c.residual_scale, str):
+            shape = (1,) if c.residual_scale == "rezero" else (c.n_embd,)
+            self.scale1, self.scale2 = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
+            self.own = {"scale1": "gain", "scale2": "gain"}
+
+    def fill(self):
+        """rezero starts at 0 (Bachlechner et al. 2020); layerscale small, and the smaller the deeper (Touvron et al.
+        2021: 0.1 up to 18 layers, 1e-5 up to 24, then 1e-6)."""
+        small = 0.1 if self.n_layer <= 18 else 1e-5 if self.n_layer <= 24 else 1e-6
+        for scale in (self.scale1, self.scale2):
+            scale.fill_(0.0 if self.scale == "rezero" else small)
 
     def forward(self, x, positions, cache=None):
         """x (B, T, C) to (B, T, C)."""
         if self.position is not None:
             x = x + positions.look_up(self.position)
-        x = self.add(x, self.mixer(self.norm1(x), positions, cache))
-        return self.add(x, self.ff(self.norm2(x)))
+        x = self.add(x, self.mixer(self.norm1(x), positions, cache), 1)
+        return self.add(x, self.ff(self.norm2(x), positions), 2)
 
-    def add(self, x, branch):
-        """The stream and a branch's output, both (B, T, C): x + scale * dropout(branch)."""
+    def add(self, x, branch, number=1):
+        """The stream and the output of a branch (1: mixer, 2: ff), both (B, T, C): x + scale * dropout(branch)."""
         if self.dropout and self.training:
             branch = F.dropout(branch, self.dropout)
+        if self.own:
+            return x + branch * (self.scale1 if number == 1 else self.scale2)
         return x + branch if self.scale == 1 else torch.add(x, branch, alpha=self.scale)
+
+
+class MultiTokenPrediction(nn.Module):
+    """One module of DeepSeek-V3's multi-token prediction (DeepSeek-AI 2024, section 2.2): the stream of the module
+    before and the embedding of the byte one further ahead, each normalised, are joined by a matrix and pass a layer.
+    Embedding and classifier are the model's."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        c = config
+        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.join = Linear(2 * c.n_embd, c.n_embd, bias=False)
+        self.block = Block(c, layer)
+
+    def forward(self, h, embedded, positions):
+        """h and embedded (B, T, C) to (B, T, C)."""
+        return self.block(self.join(torch.cat((self.norm1(h), self.norm2(embedded)), -1)), positions)
 
 
 class Transformer(nn.Module):
     """A pre-norm decoder with as many classifiers as its losses need.
 
     With intermediate_losses, every layer predicts every target (Al-Rfou et al. 2018); one final norm serves all layers.
-    Target k (bytes k + 1 ahead) weighs 0.5^k. Initialisation draws from the global CPU generator.
+    Target k (bytes k + 1 ahead) weighs 0.5^k. Initialisation draws from the global CPU generator. After a forward pass
+    with targets, `extras` holds what layers added to the objective, {name: weighted sum, detached}, and `usage` the
+    positions that each expert was given, {layer: (E,)}.
     """
 
     def __init__(self, config):
@@ -390,9 +382,11 @@ class Transformer(nn.Module):
         c = self.config = config
         self.embed = nn.Parameter(torch.empty(c.vocab_size, c.n_embd))
         self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if c.positions == "learned" else None
-        self.rope = Rope(c.head_dim, c.rope_base, c.block_size) if c.positions == "rope" else None
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.ropes = make_ropes(c)
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
+        self.mtp = nn.ModuleList(MultiTokenPrediction(c, c.n_layer - 1) for _ in range(c.mtp_depth))
         self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.extras, self.usage = {}, {}
 
         def table(n, *shape):
             return nn.ParameterList(nn.Parameter(torch.empty(shape)) for _ in range(n))
@@ -402,19 +396,24 @@ class Transformer(nn.Module):
         self.target_maps = table(c.n_head_groups * n_maps, c.n_embd, c.n_embd)
         initialise(self)
 
-    def forward(self, x, targets=None, active=None, positions=None, cache=None):
+    def forward(self, x, targets=None, active=None, positions=None, cache=None, prefix=None, window=None, memory=None):
         """Logits, or the losses of all active layers and targets at once.
 
-        x: (B, T) int64. targets: (B, T, n_targets) int64. active: 0-based layers whose losses count, the last among
-        them; None: all with intermediate_losses, else the last. positions: None or (T,) int64 (consecutive, all rows
-        alike), or (B, T) int64 with -1 for padding. cache: from `new_cache`; positions None go on where it ends.
+        x: (B, T) int64. targets: (B, T, config.n_labels) int64, -1 where a target does not count. active: 0-based
+        layers whose losses count, the last among them; None: all with intermediate_losses, else the last. positions:
+        None or (T,) int64 (consecutive, all rows alike), or (B, T) int64 with -1 for padding. cache: from `new_cache`;
+        positions None go on where it ends. prefix: int or (B,) int64, the positions below it see one another (with a
+        cache, the first pass must hold them all). window: the last positions that full attention sees, as a cache with
+        that window would show; for a pass without cache. memory: from `new_memory`; this segment goes on from it, and
+        it then holds what this segment leaves.
 
         Without targets returns logits (B, T, V) float32 of the last layer's first target. With targets returns
         (objective, nats): objective, a scalar with gradient, sums over active layers and targets 0.5^k times the mean
-        loss; nats (A, n_targets) float32, detached, are those means in nats per target, the last row's first the loss
-        of the model. Raises ValueError for positions past a learned table, and for shapes or layers that do not fit.
+        loss, and what layers add (`extras`); nats (A, n_targets) float32, detached, are those means in nats per target,
+        the last row's first the loss of the model. Raises ValueError for positions past a learned table, and for
+        shapes or layers that do not fit.
         """
-        places = self.place(x, positions, cache)
+        places = self.place(x, positions, cache, prefix, window, memory)
         if targets is not None:
             active = self.check_losses(x, targets, active)
         x = F.embedding(x, self.embed)  # (B, T, C)
@@ -423,16 +422,39 @@ class Transformer(nn.Module):
         if self.training and self.config.dropout:
             x = F.dropout(x, self.config.dropout)
         states = []
+        again = self.config.checkpoint_activations and self.training and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            x = block(x, places, None if cache is None else cache.layers[layer])
+            held = None if cache is None else cache.layers[layer]
+            x = recompute(block, x, places, held, use_reentrant=False) if again else block(x, places, held)
             if targets is not None and layer in active:
                 states.append(x)
+        if cache is not None:
+            cache.advance(places)
+        if memory is not None:
+            memory.update(places)
         if targets is not None:
-            return self.losses(states, targets, active)
+            objective, nats = self.losses(states, targets[..., :self.config.n_targets], active)
+            return objective + self.extra_losses(x, targets, places), nats
         bias = self.head_biases[self.first_head] if len(self.head_biases) else None
         return F.linear(self.norm(x), self.classifier(self.first_head), bias).float()
 
-    def place(self, x, positions, cache):
+    def extra_losses(self, h, targets, places):
+        """The weighted sum of what the layers reported and of multi-token prediction from the last stream h (B, T, C).
+
+        Module d reads the byte d ahead, which is target d - 1, and predicts target d.
+        """
+        c, losses = self.config, dict(places.losses)
+        for d, module in enumerate(self.mtp, 1):
+            h = module(h, F.embedding(targets[..., d - 1].clamp(min=0), self.embed), places)
+            bias = self.head_biases[self.first_head] if len(self.head_biases) else None
+            logits = F.linear(self.norm(h), self.classifier(self.first_head), bias).float()
+            loss = F.cross_entropy(logits.flatten(0, 1), targets[..., d].flatten(), ignore_index=-1)
+            losses.setdefault("mtp", []).append(c.mtp_weight / c.mtp_depth * loss)
+        self.extras = {name: sum(values).detach() for name, values in losses.items()}
+        self.usage = dict(places.usage)
+        return sum(sum(values) for values in losses.values()) if losses else 0.0
+
+    def place(self, x, positions, cache=None, prefix=None, window=None, memory=None):
         """The Positions of inputs x (B, T): checks them, and looks up RoPE's tables once for all layers."""
         c = self.config
         B, T = x.shape
@@ -448,25 +470,45 @@ class Transformer(nn.Module):
             if positions.shape != x.shape:
                 raise ValueError(f"positions are {tuple(positions.shape)}, but the input is {(B, T)}")
             index = positions
-        if index is None and cache is not None and cache.ragged:
-            index = cache.next_positions(T)
-        if index is not None and cache is not None and cache.window is not None and not cache.in_order(index):
-            raise ValueError("a sliding cache needs rows padded on the left: each row's positions must never fall")
+        if cache is not None:
+            if index is None and cache.ragged:
+                index = cache.next_positions(T)
+            cache.check(index, self.ordered)
+        if prefix is not None:
+            self.check_prefix(prefix, T, cache)
+        if memory is not None and (cache is not None or positions is not None or prefix is not None):
+            raise ValueError("memory is for whole segments of a stream: without cache, positions or prefix")
         end = start + T if index is None else int(index.max()) + 1
-        if end > c.block_size and c.positions.startswith("learned"):
+        if end > c.block_size and c.learned_positions:
             raise ValueError(f"position {end - 1} is past block_size {c.block_size}, where positions {c.positions!r} "
                              "has no row: use positions 'rope' or 'none', or a larger block_size")
-        places = Positions(start, T, index, None if cache is None else cache.window)
-        if self.rope is not None:
-            tables = self.rope(max(end, 1))
-            places.cos, places.sin = (places.look_up(t).view(-1, T, 1, c.head_dim) for t in tables)  # (1 or B, T, 1, D)
+        places = Positions(start, T, index, window, prefix=prefix, memory=None if memory is None else memory.layers,
+                           remembered=0 if memory is None else memory.length)
+        if c.positions == "rope":
+            look_up_ropes(places, self.ropes, max(end, 1))
         return places
+
+    @property
+    def ordered(self):
+        """Whether some layer needs each row's positions in order: a window, a memory or a state forgets by age."""
+        return any(kind in CARRY or kind == "window" for kind in self.config.mixers)
+
+    def check_prefix(self, prefix, T, cache):
+        """Raises ValueError where a layer knows order by itself, or the first pass does not hold the whole prefix."""
+        for kind in self.config.mixers:
+            if kind in CARRY:
+                raise ValueError(f"mixer {kind!r} reads from left to right: it cannot show a prefix as a whole")
+        if cache is not None:
+            longest = int(prefix.max()) if torch.is_tensor(prefix) else prefix
+            if cache.length or T < longest:
+                raise ValueError(f"a prefix of {longest} positions must come whole, in the first pass of a cache")
+            cache.prefix = longest
 
     def check_losses(self, x, targets, active):
         """The active layers as a tuple. Raises ValueError where they or the targets do not fit the model."""
         c = self.config
-        if targets.shape != (*x.shape, c.n_targets):
-            raise ValueError(f"targets are {tuple(targets.shape)}, but (B, T, n_targets) is {(*x.shape, c.n_targets)}")
+        if targets.shape != (*x.shape, c.n_labels):
+            raise ValueError(f"targets are {tuple(targets.shape)}, but (B, T, n_labels) is {(*x.shape, c.n_labels)}")
         if active is None:
             active = range(c.n_layer) if c.intermediate_losses else (c.n_layer - 1,)
         # Compared one by one: under torch.compile the numbers may be symbols, which `in` would not find.
@@ -505,8 +547,9 @@ class Transformer(nn.Module):
         biases = [self.head_biases[i] for i in used] if c.head_bias else None
         logits = batched_linear(h, [self.classifier(i) for i in used], len(groups), biases)  # (A, N, K V), (A, N K, V)
         labels = targets.reshape(1, N * K).expand(A, N * K).reshape(A * N * K)
-        loss = F.cross_entropy(logits.view(A * N * K, c.vocab_size).float(), labels, reduction="none")
-        nats = loss.view(A, N, K).mean(1)  # (A, K)
+        loss = F.cross_entropy(logits.view(A * N * K, c.vocab_size).float(), labels, reduction="none", ignore_index=-1)
+        counted = (targets.reshape(N, K) >= 0).sum(0).clamp(min=1)  # (K,)
+        nats = loss.view(A, N, K).sum(1) / counted  # (A, K)
         objective = nats.sum() if K == 1 else sum(0.5 ** k * nats[:, k].sum() for k in range(K))
         return objective, nats.detach()
 
@@ -515,38 +558,96 @@ class Transformer(nn.Module):
         def keep(parameters):
             return nn.ParameterList([parameters[self.first_head]] if len(parameters) else [])
         self.heads, self.head_biases, self.target_maps = keep(self.heads), keep(self.head_biases), nn.ParameterList()
-        self.config = replace(self.config, n_targets=1, intermediate_losses=False)
+        self.mtp = nn.ModuleList()
+        self.config = replace(self.config, n_targets=1, intermediate_losses=False, mtp_depth=0)
         return self
 
-    def new_cache(self, batch_size, max_length, window=None, device=None, dtype=None):
+    def new_cache(self, batch_size, max_length, window=None, device=None, dtype=None, snapshots=0):
         """An empty Cache for batch_size rows of max_length positions, or of any number past a sliding `window`.
 
-        device and dtype default to the parameters', or to autocast's type inside autocast. Raises as KVCache does.
+        Layers that forget (a window, a memory, a state) keep what they need for ever, whatever max_length says.
+        device and dtype default to the parameters', or to autocast's type inside autocast. snapshots: as Cache says.
+        Raises as KVCache does.
         """
-        c = self.config
         device = self.embed.device if device is None else torch.device(device)
         if dtype is None:
             autocast = torch.is_autocast_enabled(device.type)
             dtype = torch.get_autocast_dtype(device.type) if autocast else self.embed.dtype
-        return Cache(KVCache(batch_size, c.n_kv_head, c.head_dim, max_length, window, device, dtype)
-                     for _ in self.blocks)
+        return Cache((block.mixer.new_cache(batch_size, max_length, window, device, dtype) for block in self.blocks),
+                     window, snapshots)
+
+    def new_memory(self, batch_size):
+        """An empty Memory for batch_size streams. Raises ValueError where no layer carries anything on."""
+        if not self.config.carries:
+            raise ValueError(f"mixer {self.config.mixer!r} carries nothing from one segment to the next: only "
+                             f"{', '.join(CARRY)} do")
+        return Memory(block.mixer.new_memory(batch_size, self.embed.device, self.embed.dtype) for block in self.blocks)
+
+    def balance_experts(self):
+        """After an optimiser step: moves the biases of experts that were given too much or too little."""
+        for module in self.modules():
+            if isinstance(module, MixtureOfExperts):
+                module.balance(self.usage)
 
     def n_params(self):
         """Parameters in all, each counted once."""
         return sum(p.numel() for p in self.parameters())
 
+    def n_active_params(self):
+        """Parameters that one position uses: all but those of experts that it did not choose."""
+        return self.n_params() - sum(module.idle for module in self.modules() if isinstance(module, MixtureOfExperts))
+
     def flops_per_token(self, T, active=None):
-        """Floating-point operations of forward and backward per token, at T positions: 6 P + 12 L H D T.
+        """Floating-point operations of forward and backward per token, at T positions: 6 P + 3 sum of what mixers say.
 
         P: parameters in matrix products, those of the active layers' classifiers included (a shared classifier counts
-        once per use); the second term is attention's scores and sums, uncut by the causal mask.
+        once per use) and of the experts that a position uses; the second term is attention's scores and sums, uncut by
+        the causal mask (4 H D T forward), or a scan's updates.
         """
         c = self.config
         A = 1 if not c.intermediate_losses else c.n_layer if active is None else len(active)
         hidden = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         maps = c.n_embd * c.n_embd * (c.n_targets - 1) if c.target_heads == "shared" else 0
-        heads = A * (c.n_targets * c.vocab_size * c.n_embd + maps)
-        return 6 * (hidden + heads) + 12 * c.n_layer * c.n_head * c.head_dim * T
+        heads = (A * c.n_targets + c.mtp_depth) * c.vocab_size * c.n_embd + A * maps
+        return 6 * (hidden + heads) + 3 * sum(m.flops(T) for m in self.modules() if hasattr(m, "flops"))
+
+
+def equal_ff_mult(config):
+    """The ff_mult at which a Transformer of this config comes nearest in parameters to the same one with mixer "full"
+    and ff "mlp": so a change of mixer, feed-forward or activation is compared at equal size."""
+    def count(config):
+        with torch.device("meta"):  # shapes only: nothing is drawn, nothing allocated
+            return Transformer(config).n_params()
+    C, plain = config.n_embd, replace(config, mixer="full", ff="mlp", activation="gelu")
+    target = count(plain)
+    low, high = 1, 16 * C  # in features of a plain feed-forward's width
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            enough = count(replace(config, ff_mult=middle / C)) >= target
+        except ValueError:  # too narrow
+            enough = False
+        low, high = (low, middle) if enough else (middle + 1, high)
+    step = 12 if config.activation in GLU else 1
+    near = [w for w in (low, low - step) if w >= step]
+    return min(near, key=lambda w: abs(count(replace(config, ff_mult=w / C)) - target)) / C
+
+
+def make_ropes(config):
+    """{str(width): Rope} of the widths that turn in this model, as a ModuleDict."""
+    c, widths = config, set()
+    if c.positions == "rope":
+        widths = {c.rope_dim if kind == "mla" else c.head_dim for kind in c.mixers if kind not in RECURRENT}
+    return nn.ModuleDict({str(width): Rope(width, c.rope_base, c.block_size, c.rope_scaling, c.rope_factor,
+                                           c.rope_original) for width in sorted(widths)})
+
+
+def look_up_ropes(places, ropes, n):
+    """Gives places the tables of each width at its positions, all below n: `tables`, and cos and sin of the heads."""
+    places.ropes = ropes
+    for width, rope in ropes.items():
+        found = tuple(places.look_up(t).view(-1, places.T, 1, int(width)) for t in rope(n))  # (1 or B, T, 1, D)
+        places.tables[int(width)] = found
 
 
 def batched_linear(h, weights, groups, biases=None):
@@ -563,22 +664,24 @@ def batched_linear(h, weights, groups, biases=None):
 
 
 RULES = {  # each parameter's name must match exactly one; the rule initialises it, and is its role for the optimiser
-    "embedding": r"embed",
-    "position": r"position|blocks\.\d+\.position",
-    "matrix": r"blocks\.\d+\.(mixer\.qkv|ff\.up)\.weight",
-    "residual": r"blocks\.\d+\.(mixer\.out|ff\.down)\.weight",
-    "head": r"heads\.\d+",
+    "embedding": r"(.+\.)?embed",
+    "position": r"(.+\.)?position",
+    "matrix": r"(.+\.)?(qkv|q|kv|up|join|into|router)\.weight",
+    "residual": r"(.+\.)?(out|down)\.weight",
+    "head": r"(.+\.)?heads\.\d+",
     "target_map": r"target_maps\.\d+",
-    "gain": r"(.+\.)?norm\d?\.gain",
-    "bias": r"(.+\.)?(norm\d?|qkv|out|up|down)\.bias|head_biases\.\d+",
+    "gain": r"(.+\.)?\w*norm\d?\.gain",
+    "bias": r"(.+\.)?(\w*norm\d?|qkv|q|kv|up|join|into|router|out|down)\.bias|(.+\.)?head_biases\.\d+",
 }
 
 
 def parameter_rules(model):
-    """{name: the one rule of RULES that claims the parameter}. Raises ValueError where none or several do."""
+    """{name: the one rule of RULES that claims the parameter, or "own" where its module does}. Raises ValueError where
+    none or several do."""
+    own = {f"{place}.{name}".lstrip(".") for place, module in model.named_modules() for name in getattr(module, "own", ())}
     claimed = {}
     for name, _ in model.named_parameters():
-        claims = [rule for rule, pattern in RULES.items() if re.fullmatch(pattern, name)]
+        claims = [rule for rule, words in RULES.items() if re.fullmatch(words, name)] + ["own"] * (name in own)
         if len(claims) != 1:
             raise ValueError(f"parameter {name} needs exactly one rule, but {' and '.join(claims) or 'none'} claims it")
         claimed[name] = claims[0]
@@ -592,17 +695,18 @@ def parameter_roles(model):
     into the stream), "head" (classifiers, and the maps before a shared one), "gain", "bias".
     Raises ValueError for a parameter that not exactly one rule claims.
     """
-    return {name: "head" if rule == "target_map" else rule for name, rule in parameter_rules(model).items()}
+    own = {f"{place}.{name}".lstrip("."): role for place, module in model.named_modules()
+           for name, role in getattr(module, "own", {}).items()}
+    return {name: own[name] if rule == "own" else "head" if rule == "target_map" else rule
+            for name, rule in parameter_rules(model).items()}
 
 
 def fused_rows(model):
-    """{name: (rows, ...)}: matrices that hold several side by side (query, key, value; the halves of swiglu)."""
-    c, found = model.config, {}
-    for i in range(c.n_layer):
-        found[f"blocks.{i}.mixer.qkv.weight"] = tuple(n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head))
-        if c.activation == "swiglu":
-            found[f"blocks.{i}.ff.up.weight"] = (c.ff_width, c.ff_width)
-    return found
+    """{name: (rows, ...)}: matrices that hold several, one below the other (query, key, value; the halves of a GLU)."""
+    found = {f"{place}.{name}": rows for place, module in model.named_modules()
+             for name, rows in getattr(module, "fused", {}).items()}
+    known = {name for name, _ in model.named_parameters()}
+    return {name if name in known else f"{name}.weight": rows for name, rows in found.items()}
 
 
 @torch.no_grad()
@@ -613,34 +717,55 @@ def initialise(model):
     the stream starts at the scale at which the branches come to write. Target maps start as the identity. Hidden
     matrices: "gpt2" N(0, 0.02), those that write into the stream divided by sqrt(2 n_layer) (Radford et al. 2019);
     "normal" N(0, 0.02); "xavier" uniform within sqrt(6 / (fan_in + fan_out)) (Glorot & Bengio 2010), each part of a
-    fused matrix by itself; "zero" N(0, fan_in^-0.5), those that write into the stream zero. N(0, s): of
-    standard deviation s.
+    fused matrix by itself; "tfixup" as xavier, with values, outputs and feed-forwards, and embeddings N(0, C^-0.5),
+    times 0.67 n_layer^-0.25 (Huang et al. 2020, the rule for layers without cross-attention); "truncated"
+    N(0, C^-0.5) cut at two standard deviations; "zero" N(0, fan_in^-0.5), those that write into the stream zero.
+    N(0, s): of standard deviation s. Parameters that their modules claim are filled by these.
     """
-    init, depth, fused = model.config.init, model.config.n_layer, fused_rows(model)
+    c, fused = model.config, fused_rows(model)
+    init, small = c.init, 0.67 * c.n_layer ** -0.25
 
     def normal(p, name):
         p.normal_(0, 0.02)
 
+    def parts(p, name):
+        return p.split(fused.get(name, (p.size(0),)))
+
     def xavier(p, name):
-        for part in p.split(fused.get(name, (p.size(0),))):
+        for part in parts(p, name):
             nn.init.xavier_uniform_(part)
 
+    def tfixup(p, name):
+        xavier(p, name)
+        (p if ".ff." in name or name.endswith("out.weight") else parts(p, name)[-1]).mul_(small)
+
+    def truncated(p, name):
+        std = c.n_embd ** -0.5
+        nn.init.trunc_normal_(p, 0, std, -2 * std, 2 * std)
+
     hidden = {
-        "gpt2": (normal, lambda p, name: p.normal_(0, 0.02 / math.sqrt(2 * depth))),
+        "gpt2": (normal, lambda p, name: p.normal_(0, 0.02 / math.sqrt(2 * c.n_layer))),
         "normal": (normal, normal),
         "xavier": (xavier, xavier),
+        "tfixup": (tfixup, tfixup),
+        "truncated": (truncated, truncated),
         "zero": (lambda p, name: p.normal_(0, p.size(1) ** -0.5), lambda p, name: p.zero_()),
     }
+    embedding = {"zero": normal if c.tie_weights else lambda p, name: p.normal_(),
+                 "tfixup": lambda p, name: p.normal_(0, c.n_embd ** -0.5).mul_(small)}
     rules = {
-        "embedding": (lambda p, name: p.normal_()) if init == "zero" and not model.config.tie_weights else normal,
-        "position": normal, "head": normal,
+        "embedding": embedding.get(init, normal), "position": normal, "head": normal,
         "matrix": hidden[init][0], "residual": hidden[init][1],
         "target_map": lambda p, name: nn.init.eye_(p),
         "gain": lambda p, name: p.fill_(1), "bias": lambda p, name: p.zero_(),
+        "own": lambda p, name: None,
     }
     parameters = dict(model.named_parameters())
     for name, rule in parameter_rules(model).items():
         rules[rule](parameters[name], name)
+    for module in model.modules():
+        if getattr(module, "own", None):
+            module.fill()
 
 
 def from_checkpoint(checkpoint, weights="raw"):

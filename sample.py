@@ -4,6 +4,7 @@
     python sample.py runs/train_enwik8/my_run/best.pt --prompt "The history of " --length 99 --temperature 1 --top_p 0.9
     python sample.py runs/train_enwik8/my_run --greedy
     python sample.py runs/train_enwik8/my_run --n_samples 16 --seed 7
+    python sample.py runs/train_enwik8/my_run --log_cache                # what each layer's cache held
 
 One sample is written byte by byte as it comes; several are computed as one batch and written when they are done. Same
 seed, same text. Positions rope and none roll on past block_size with a sliding cache; learned absolute positions
@@ -31,7 +32,9 @@ top_k = None             # [none, >= 1] only the k most probable bytes
 top_p = None             # [none, > 0.0, <= 1.0] only the most probable bytes that together reach this probability
 min_p = None             # [none, >= 0.0, <= 1.0] only bytes at least this fraction as probable as the best
 greedy = False           # always the most probable byte
-# --- Where ---
+# --- How it is computed ---
+cache = True             # reuse what earlier bytes left; off: every byte reads the whole text again, for the same text
+log_cache = False        # at the end, on stderr: what each layer's cache holds, and how often it was used
 device = "auto"          # auto, cpu, cuda, cuda:1, ...
 dtype = "float32"        # [auto, float32, bfloat16, float16] autocast
 
@@ -79,13 +82,15 @@ def draw(logits, generator, temperature=1.0, top_k=None, top_p=None, min_p=None)
 
 
 @torch.inference_mode()
-def generate(model, prompts, length, generator=None, **how):
-    """Yields `length` times the next bytes (B,) int64 of all rows, from a KV cache.
+def generate(model, prompts, length, generator=None, use_cache=True, report=None, **how):
+    """Yields `length` times the next bytes (B,) int64 of all rows, from a cache; the same ones without.
 
     prompts: list of B byte strings, none empty, of any lengths (shorter ones are padded on the left, masked). Longer
     than block_size: only the last block_size bytes are read. how: temperature, top_k, top_p, min_p. The model should be
-    in eval mode. Learned positions: all rows start again at once, when the longest has filled the window. Raises
-    ValueError, when the first byte is asked for, if a prompt is empty.
+    in eval mode. Learned positions: all rows start again at once, when the longest has filled the window. Other
+    positions roll on; without a cache the whole text is read again for each byte, full attention limited to the last
+    block_size positions. report: called with the cache at the end. Raises ValueError, when the first byte is asked for,
+    if a prompt is empty.
     """
     T = model.config.block_size
     where = next(model.parameters()).device
@@ -96,23 +101,32 @@ def generate(model, prompts, length, generator=None, **how):
     n_bytes = torch.tensor([len(row) for row in rows])           # bytes of each row so far
     columns = int(n_bytes.max())
     x = torch.tensor([[0] * (columns - len(row)) + row for row in rows], device=where)   # (B, columns), padded left
-    recent = [x]                                                 # what a restart would read
+    recent, held = [x], columns                                  # what a restart would read, and its bytes
     positions = _left_padded(n_bytes, columns, where)
-    cache = model.new_cache(len(rows), T, window=T if rolls else None)
+    window = T if rolls else None
+    cache = model.new_cache(len(rows), T, window=window) if use_cache else None
     for step in range(length):
-        if not rolls and cache.length + x.size(1) > T:           # the window is full: start again from its last half
-            cache.reset()
+        if not rolls and held > T:                               # the window is full: start again from its last half
+            if cache is not None:
+                cache.reset()
             x = torch.cat(recent, 1)[:, -max(1, T // 2):]
-            recent = [x]
+            recent, held = [x], x.size(1)
             positions = _left_padded(n_bytes + step, x.size(1), where)
-        logits = model(x, positions=positions, cache=cache)[:, -1]                       # (B, V)
+        if use_cache:
+            logits = model(x, positions=positions, cache=cache)[:, -1]                   # (B, V)
+        else:
+            logits = model(torch.cat(recent, 1), positions=positions, window=window)[:, -1]
         token = draw(logits, generator, **how)
         yield token
         x = token[:, None]                                                               # (B, 1)
         if positions is not None:
-            positions = positions[:, -1:] + 1
-        if not rolls:
+            ahead = positions[:, -1:] + 1
+            positions = ahead if use_cache else torch.cat((positions, ahead), 1)
+        if not (rolls and use_cache):
             recent.append(x)
+            held += 1
+    if report and use_cache:
+        report(cache)
 
 
 def _left_padded(n_bytes, columns, device):
@@ -129,6 +143,8 @@ def main():
         raise UserError("which run? python sample.py runs/train_enwik8/NAME")
     if not prompt:
         raise UserError('--prompt "": must have at least one byte')
+    if log_cache and not cache:
+        raise UserError("--log_cache with --no-cache: there is no cache to log")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")                 # a terminal may not know every character
     where, precision = resolve_device(device, dtype)
@@ -141,7 +157,8 @@ def main():
     generator = torch.Generator().manual_seed(seed)
     how = dict(temperature=0.0 if greedy else temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     with torch.autocast(where.type, precision, enabled=precision != torch.float32):
-        stream = generate(model, [start] * n_samples, length, generator, **how)
+        report = (lambda held: print(*held.log(), sep="\n", file=sys.stderr)) if log_cache else None
+        stream = generate(model, [start] * n_samples, length, generator, cache, report, **how)
         if n_samples == 1:
             decoder = codecs.getincrementaldecoder("utf-8")("replace")                   # a character may take 4 bytes
             sys.stdout.write(decoder.decode(start))

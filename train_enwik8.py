@@ -24,7 +24,7 @@ from data import text
 from evaluate import LN2, score
 from experiment import (NonFinite, Run, UserError, adopt, command, find_resume, generator_states, load_checkpoint,
                         measure_peak_flops, override, peak_memory, resolve_device, restore_generators, seed_everything)
-from model import Transformer, TransformerConfig, active_layers, fused_rows, parameter_roles
+from model import Transformer, TransformerConfig, active_layers, equal_ff_mult, fused_rows, parameter_roles
 from sample import generate
 
 # --- Run ---
@@ -54,25 +54,62 @@ n_head = 8                 # [>= 1] attention heads
 n_kv_head = None           # [none, >= 1] key and value heads; none: n_head
 head_dim = None            # [none, >= 1] width of a head; none: n_embd / n_head
 n_embd = 512               # [>= 1] width
-ff_mult = 4.0              # [> 0.0] width of the feed-forward over n_embd (swiglu: 2/3 of it, equal parameters)
 block_size = 512           # [>= 1] bytes of context
+extend_block_size = None   # [none, >= 1] on resume: a larger block_size, for positions that have no table
 dropout = 0.1              # [>= 0.0, < 1.0] probability: embedding, attention, branches
 norm = "layer"             # [layer, rms] normalisation, before each branch
 norm_gain = False          # learned gain in the norms
 bias = False               # biases in linear layers and LayerNorm
-activation = "relu"        # [gelu, relu, relu2, solu, swiglu] of the feed-forward
-positions = "learned_per_layer"  # [learned, learned_per_layer, rope, none] how the model knows where a byte stands
+positions = "learned_per_layer"  # [learned, learned_per_layer, rope, alibi, relative, none] where a byte stands
 rope_base = 10000.0        # [> 1.0] longest wavelength of rope over 2 pi
-residual_scale = 1.0       # [> 0.0, depth] factor on every branch; depth: 1 / sqrt(2 n_layer)
-init = "gpt2"              # [gpt2, normal, xavier, zero] zero: output projections start at zero, embeddings at scale 1
+rope_scaling = "none"      # [none, linear, ntk, yarn] how rope is stretched to rope_factor times its context
+rope_factor = 1.0          # [>= 1.0] extend_block_size multiplies it
+residual_scale = 1.0       # [> 0.0, depth, rezero, layerscale] factor on every branch; depth: 1 / sqrt(2 n_layer)
+init = "gpt2"              # [gpt2, normal, xavier, tfixup, truncated, zero] zero: output projections start at zero
 qk_norm = False            # RMSNorm on queries and keys
+attention = "auto"         # [auto, sdpa, manual] auto: written out when training in bfloat16 on a CPU, else PyTorch's
+checkpoint_activations = False  # compute layers again in the backward pass: less memory, more time
+
+# --- Mixers: one word, or several with commas, repeated over the layers ---
+mixer = "full"             # full, window, strided, fixed, diff, mla, xl, compressive, mamba, mingru
+window = 128               # [>= 2] window: positions that a byte sees
+sparse_stride = 16         # [>= 1] strided, fixed: one head sees so many neighbours, the other every so many
+sparse_summary = 4         # [>= 1] fixed: places at the end of a block that all later ones see
+kv_rank = None             # [none, >= 1] mla: width of the latent for keys and values; none: 2 head_dim
+q_rank = None              # [none, >= 1] mla: queries through so many dimensions; none: directly
+rope_dim = None            # [none, >= 2] mla: width of the shared key that turns; none: head_dim / 2
+memory_length = None       # [none, >= 1] xl, compressive: positions before the segment; none: block_size
+compressed_length = None   # [none, >= 1] compressive: compressed states; none: block_size / compression_rate
+compression_rate = 4       # [>= 1] compressive: positions in one compressed state
+compression = "conv"       # [conv, mean, max] compressive: how
+compression_weight = 1.0   # [>= 0.0] compressive: of the attention-reconstruction loss
+state_dim = 16             # [>= 1] mamba: states per feature
+conv_width = 4             # [>= 1] mamba: bytes that the convolution sees
+expand = 2.0               # [> 0.0] mamba, mingru: inner width over n_embd
+carry_memory = True        # xl, compressive, mamba, mingru with batching streams: go on from the segment before
+
+# --- Feed-forwards: one word, or several with commas, repeated over the layers ---
+ff = "mlp"                 # mlp, low_rank, moe
+ff_mult = 4.0              # [> 0.0] width of the feed-forward over n_embd (gated: 2/3 of it, equal parameters)
+equal_params = False       # choose ff_mult such that there are as many parameters as with mixer full and ff mlp
+activation = "relu"        # [gelu, relu, relu2, silu, solu, glu, bilinear, reglu, geglu, swiglu]
+ff_rank = None             # [none, >= 1] low_rank: none: n_embd / 4
+n_expert = 8               # [>= 1] moe: experts, which share the width
+n_shared_expert = 0        # [>= 0] moe: of those, how many serve every byte
+expert_top_k = 2           # [>= 1] moe: of the others, how many a byte chooses
+expert_balance = "loss"    # [loss, bias, none] moe: load-balance loss, or biases moved after every step
+balance_weight = 0.01      # [>= 0.0] moe: of the load-balance loss
+balance_rate = 0.001       # [>= 0.0] moe: step of the biases
+
+# --- Classifiers, losses ---
 tie_weights = False        # the last classifier is the byte embedding
 n_targets = 2              # [>= 1] bytes predicted ahead, weights 1, 1/2, 1/4, ...
 target_heads = "own"       # [own, shared] classifiers of the targets
 layer_heads = "own"        # [own, shared] classifiers of the layers, with intermediate_losses
 head_bias = False          # bias of the classifiers
 intermediate_losses = True # layer l of n also predicts, until the fraction l / (2n) of max_steps
-attention = "auto"         # [auto, sdpa, manual] auto: written out when training in bfloat16 on a CPU, else PyTorch's
+mtp_depth = 0              # [>= 0] modules of multi-token prediction, each with a layer of its own
+mtp_weight = 0.3           # [>= 0.0] of the mean of their losses
 
 # --- Optimisation ---
 max_steps = 200_000        # [none, >= 0] optimiser steps in all, resumes included; none: until stopped
@@ -131,6 +168,21 @@ presets = {
         activation="relu2", init="zero", qk_norm=True, optimizer="muon", lr=0.02, muon_lr=0.02, betas=(0.8, 0.95),
         schedule="wsd", decay_fraction=0.8, warmup_steps=20, dtype="bfloat16", max_steps=2000, eval_interval=100,
         save_interval=100),
+    # One recipe for every mixer at equal parameters: T12's shape in small, on the first 4,150,000 bytes of enwik8.
+    "variants_cpu": dict(
+        dataset="enwik8", max_bytes=4_150_000, batching="streams", n_layer=6, n_head=4, n_embd=256, block_size=256,
+        batch_size=16, dropout=0.0, n_targets=1, intermediate_losses=False, positions="rope", norm="rms",
+        activation="relu2", init="zero", equal_params=True, optimizer="muon", lr=0.02, muon_lr=0.02, betas=(0.8, 0.95),
+        schedule="wsd", decay_fraction=0.8, warmup_steps=10, dtype="bfloat16", max_steps=200, eval_interval=100,
+        save_interval=100, sample_length=0),
+    # DeepSeek-V2 and V3 in small: latent attention, experts after a dense layer, two bytes ahead.
+    "deepseek_cpu": dict(
+        dataset="enwik8", max_bytes=4_150_000, batching="streams", n_layer=6, n_head=4, n_embd=256, block_size=256,
+        batch_size=16, dropout=0.0, n_targets=1, intermediate_losses=False, positions="rope", norm="rms", norm_gain=True,
+        mixer="mla", ff="mlp,moe,moe,moe,moe,moe", activation="swiglu", n_expert=9, n_shared_expert=1, expert_top_k=2,
+        expert_balance="bias", mtp_depth=1, init="zero", optimizer="muon", lr=0.02, muon_lr=0.02, betas=(0.8, 0.95),
+        schedule="wsd", decay_fraction=0.8, warmup_steps=10, dtype="bfloat16", max_steps=200, eval_interval=100,
+        save_interval=100),
     # Al-Rfou et al.: batch 16, momentum 0.99, fixed rate 0.003. Dropout and length of T12 are not in the text: ours.
     "t12": dict(
         optimizer="sgd", lr=3e-3, schedule="constant", warmup_steps=0, weight_decay=0.0, dropout=0.2,
@@ -147,9 +199,12 @@ debug_settings = dict(dataset="stdlib", max_bytes=200_000, n_layer=2, n_head=2, 
 
 # These make the shape of the weights and of the state beside them: on resume they come from the checkpoint.
 architecture = (
-    "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "ff_mult", "block_size", "norm", "norm_gain", "bias",
-    "activation", "positions", "rope_base", "residual_scale", "qk_norm", "tie_weights", "n_targets", "target_heads",
-    "layer_heads", "head_bias", "intermediate_losses", "optimizer", "batching")
+    "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "block_size", "norm", "norm_gain", "bias", "positions",
+    "rope_base", "rope_scaling", "rope_factor", "residual_scale", "qk_norm", "mixer", "window", "sparse_stride",
+    "sparse_summary", "kv_rank", "q_rank", "rope_dim", "memory_length", "compressed_length", "compression_rate",
+    "compression", "state_dim", "conv_width", "expand", "ff", "ff_mult", "activation", "ff_rank", "n_expert",
+    "n_shared_expert", "expert_top_k", "expert_balance", "tie_weights", "n_targets", "target_heads", "layer_heads",
+    "head_bias", "intermediate_losses", "mtp_depth", "optimizer", "batching")
 
 
 def check(settings):
@@ -165,11 +220,34 @@ def check(settings):
     return config
 
 
+def extend(settings):
+    """On resume: the model's context grows to extend_block_size, rope's factor with it. Returns whether it did."""
+    global block_size, rope_factor
+    if extend_block_size is None or extend_block_size == block_size:
+        return False
+    if extend_block_size < block_size:
+        raise UserError(f"--extend_block_size {extend_block_size} is less than the model's block_size {block_size}")
+    if positions.startswith("learned"):
+        raise UserError(f"--extend_block_size: positions {positions} end at block_size {block_size}; rope, alibi, "
+                        "relative and none go further")
+    rope_factor = rope_factor * extend_block_size / block_size if rope_scaling != "none" else rope_factor
+    block_size = extend_block_size
+    settings.update(block_size=block_size, rope_factor=rope_factor)
+    return True
+
+
 def evaluate(model, ema, data, windows, autocast):
     """Yields (name, Score) under the block protocol: of the raw weights and, when there is one, of their average."""
     for weights, place in [("raw", nullcontext())] + ([("ema", ema.swapped())] if ema else []):
         with place, autocast:
             yield weights, score(model, data, "block", eval_batch_size, windows)
+
+
+def usage(model):
+    """How the last batch spread over the experts of each layer, for the metrics: shares, and the largest over even."""
+    shares = {layer: (n.float() / n.sum()).tolist() for layer, n in model.usage.items()}
+    return {**{f"experts_{layer}": [round(share, 4) for share in found] for layer, found in shares.items()},
+            **{f"imbalance_{layer}": len(found) * max(found) for layer, found in shares.items()}}
 
 
 def write_sample(model, prompt=b"\n"):
@@ -191,12 +269,18 @@ def main():
     checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
     if checkpoint:
         settings = adopt(globals(), settings, checkpoint["settings"], architecture)
+        extended = extend(settings)
+    elif extend_block_size is not None:
+        raise UserError("--extend_block_size goes with --resume: a new run takes --block_size")
     config = check(settings)
+    if equal_params and not checkpoint:
+        globals()["ff_mult"] = settings["ff_mult"] = equal_ff_mult(config)
+        config = check(settings)
     where, precision = resolve_device(device, dtype)
 
     # ---- data ----
     corpus = text.load(dataset, max_bytes, where)
-    batches = text.Batches(corpus.train, batch_size, block_size, n_targets, batching, data_seed, where)
+    batches = text.Batches(corpus.train, batch_size, block_size, config.n_labels, batching, data_seed, where)
 
     # ---- model ----
     seed_everything(seed, deterministic)
@@ -205,6 +289,8 @@ def main():
         torch._dynamo.config.recompile_limit = max(8, 2 * n_layer)   # every ended intermediate loss is one more graph
     net = torch.compile(model) if compile else model
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
+
+    memory = model.new_memory(batch_size) if carry_memory and batching == "streams" and config.carries else None
 
     # ---- optimiser ----
     opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, weight_decay=weight_decay,
@@ -218,7 +304,10 @@ def main():
         model.load_state_dict(checkpoint["model"])
         optim.load_state(opt, checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        batches.load_state_dict(checkpoint["data"])
+        if not extended:                                 # longer windows are another division of the data
+            batches.load_state_dict(checkpoint["data"])
+            if memory and checkpoint["memory"]:
+                memory.load_state_dict(checkpoint["memory"])
         restore_generators(checkpoint["generators"])
         loop = dict(checkpoint["loop"])
     ema = optim.EMA(model, ema_decay) if ema_decay else None
@@ -230,7 +319,7 @@ def main():
         return dict(format="nanolab-1", script="train_enwik8", step=loop["step"], settings=dict(settings),
                     model=model.state_dict(), ema=ema.state_dict() if ema else None, optimizer=opt.state_dict(),
                     scaler=scaler.state_dict(), generators=generator_states(), data=batches.state_dict(),
-                    loop=dict(loop))
+                    memory=memory.state_dict() if memory else None, loop=dict(loop))
 
     recent = []                          # (loss, gradient norm) of the last steps, still on the device
 
@@ -244,7 +333,8 @@ def main():
         recent.clear()
 
     with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
-        print(f"{corpus.source}; {model.n_params():,} parameters; {where.type} {str(precision).removeprefix('torch.')}")
+        active_params = f" ({model.n_active_params():,} active)" if "moe" in config.ffs else ""
+        print(f"{corpus.source}; {model.n_params():,} parameters{active_params}; {where.type} {str(precision).removeprefix('torch.')}")
         peak_flops = measure_peak_flops(where, precision)
         bytes_per_step = batch_size * grad_accum * block_size
         first = loop["step"]
@@ -289,8 +379,10 @@ def main():
             loss = 0.0
             for _ in range(grad_accum):
                 x, y = batches.next()
+                if memory and batches.fresh:
+                    memory.reset()
                 with autocast:
-                    objective, nats = net(x, targets=y, active=active)
+                    objective, nats = net(x, targets=y, active=active, memory=memory)
                 scaler.scale(objective / grad_accum).backward()
                 loss = loss + nats[-1, 0] / grad_accum           # last layer, next byte: what the published figures are
             scaler.unscale_(opt)
@@ -298,6 +390,7 @@ def main():
             scaler.step(opt)
             scaler.update()
             opt.zero_grad(set_to_none=True)
+            model.balance_experts()
             if ema:
                 ema.update()
             recent.append(torch.stack([loss, grad_norm]))
@@ -321,7 +414,8 @@ def main():
                 run.log(step=step, split="train", loss=mean, bpb=mean / LN2, lr=lr * scale,
                         grad_norm=loop["pending"][-1][1], tokens_per_s=speed,
                         mfu=speed * model.flops_per_token(block_size, active) / peak_flops,
-                        seconds=loop["seconds"], epoch=batches.epoch)
+                        seconds=loop["seconds"], epoch=batches.epoch,
+                        **{f"loss_{name}": value.item() for name, value in model.extras.items()}, **usage(model))
                 loop.update(pending=[], logged_seconds=loop["seconds"])
                 bar.update(step, f"loss {mean:.4f}, {speed:,.0f} bytes/s")
             if not hinted and loop["seconds"] > 2:

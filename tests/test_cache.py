@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from cache import KVCache
-from model import Positions, Transformer, TransformerConfig
+from mixers import Causal, Positions
+from model import Transformer, TransformerConfig
 
 SCHEMES = ("learned", "learned_per_layer", "rope", "none")
 T = 24
@@ -164,26 +165,20 @@ def test_fork_is_independent(ragged):
         torch.testing.assert_close(late, model(x, positions=places)[:, 10:], atol=1e-5, rtol=1e-5)
 
 
-def banded(model, x, W, monkeypatch, positions=None):
+def banded(model, x, W, positions=None):
     """One full forward without cache in which every query sees the last W positions."""
-    place = model.place
-    with monkeypatch.context() as patch, torch.no_grad():
-        def windowed(*a):
-            places = place(*a)
-            places.window = W
-            return places
-        patch.setattr(model, "place", windowed)
-        return model(x, positions=positions)
+    with torch.no_grad():
+        return model(x, positions=positions, window=W)
 
 
 @pytest.mark.parametrize("sizes", [[1] * 60, [60], [5] * 12, [20, 1, 1, 30, 8], [17, 16] + [1] * 27, [8, 9, 9, 34]])
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("positions", ["rope", "none"])
-def test_window_in_any_chunks(positions, ragged, sizes, monkeypatch):
+def test_window_in_any_chunks(positions, ragged, sizes):
     model, x, W = build(positions=positions, n_kv_head=2), text(2, 60), 8
     places = padded((60, 41), 60) if ragged else None
     real = torch.ones(2, 60, dtype=torch.bool) if places is None else places >= 0
-    full = banded(model, x, W, monkeypatch, places)
+    full = banded(model, x, W, places)
     cache = model.new_cache(2, 16, window=W)
     before = cache.bytes
     out = in_chunks(model, x, sizes, cache, places)
@@ -194,9 +189,9 @@ def test_window_in_any_chunks(positions, ragged, sizes, monkeypatch):
         assert (model(x, positions=places)[real] - full[real]).abs().max() > 1e-3  # the window does cut something off
 
 
-def test_window_becomes_ragged_after_evictions(monkeypatch):
+def test_window_becomes_ragged_after_evictions():
     model, x = build(positions="rope"), text(2, 40)
-    full = banded(model, x, 8, monkeypatch)
+    full = banded(model, x, 8)
     cache = model.new_cache(2, 16, window=8)
     in_chunks(model, x[:, :30], [30], cache)
     with pytest.raises(ValueError, match="left"):
@@ -206,18 +201,18 @@ def test_window_becomes_ragged_after_evictions(monkeypatch):
     torch.testing.assert_close(late, full[:, 30:], atol=1e-5, rtol=1e-5)
 
 
-def test_window_crop_and_fork(monkeypatch):
+def test_window_crop_and_fork():
     model, x, W = build(positions="rope"), text(1, 40), 8
-    full = banded(model, x, W, monkeypatch)
+    full = banded(model, x, W)
     cache = model.new_cache(1, 16, window=W)
     in_chunks(model, x[:, :30], [1] * 30, cache)
-    back = next(n for n in range(30) if not fails(cache.fork().crop, n))
+    back = next(n for n in range(1, 30) if not fails(cache.fork().crop, n))
     twin = cache.fork()
     assert 22 < back < 30  # the first key held is position 22 or less, and a window of 8 needs 7 before the next one
     twin.crop(back)
     late = in_chunks(model, x[:, back:], [3, 37 - back], twin)
     torch.testing.assert_close(late, full[:, back:], atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="evicted"):
+    with pytest.raises(ValueError, match="forgotten"):
         cache.crop(back - 1)
     torch.testing.assert_close(in_chunks(model, x[:, 30:], [10], cache), full[:, 30:], atol=1e-5, rtol=1e-5)
 
@@ -269,9 +264,9 @@ def test_rope_goes_far_past_block_size():
     shifted = torch.arange(100_000, 100_040)[None]
     a, b = in_chunks(model, x, [40], near), in_chunks(model, x, [40], far, shifted)
     torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    assert model.rope.cos.size(0) >= 100_040
+    assert model.ropes["8"].cos.size(0) >= 100_040
     exact = torch.cos(torch.tensor(100_039, dtype=torch.float64) * 10000.0 ** (-2 / 8))
-    assert abs(model.rope.cos[100_039, 1].item() - exact.item()) < 1e-7
+    assert abs(model.ropes["8"].cos[100_039, 1].item() - exact.item()) < 1e-7
 
 
 def test_tables_and_cache_made_in_inference_mode_serve_training():
@@ -288,9 +283,9 @@ def test_tables_and_cache_made_in_inference_mode_serve_training():
 
 def test_one_query_builds_no_mask():
     for window, S in ((None, 10), (8, 8)):
-        assert Positions(9, 1, window=window).mask(S, None, "cpu") is None
-    assert Positions(0, 5).mask(5, None, "cpu") == "causal"
-    band = Positions(3, 2, window=2).mask(3, None, "cpu")
+        assert Positions(9, 1).mask(Causal(window), S, None, "cpu") is None
+    assert Positions(0, 5).mask(Causal(), 5, None, "cpu") == "causal"
+    band = Positions(3, 2).mask(Causal(2), 3, None, "cpu")
     assert band.tolist() == [[True, True, False], [False, True, True]]
 
 

@@ -67,7 +67,7 @@ def one_by_one(model, data, protocol):
     return torch.tensor(bits, dtype=torch.float64)
 
 
-def banded(self, q, k, v, mask):
+def banded(self, q, k, v, positions, seen, span):
     """Attention to the last T positions, written out: the reference of `cache` in one pass over the whole split."""
     distance = torch.arange(q.size(2))[:, None] - torch.arange(k.size(2))
     scores = (q @ k.transpose(2, 3) / q.size(-1) ** 0.5).masked_fill((distance < 0) | (distance >= T), -torch.inf)
@@ -176,7 +176,7 @@ def test_cache_past_learned_positions_is_refused(positions):
     "", "blok", "block:", "block:4", "cache:", "cache:8", "stride", "stride:", "stride:0", "stride:9", "stride:-1",
     "stride:2.0", "stride:²", "Block", "stride:1 "])
 def test_unknown_protocols(protocol):
-    with pytest.raises(UserError, match=r"block, cache, or stride:S with S from 1 to block_size \(8\)"):
+    with pytest.raises(UserError, match=r"block, cache, memory, or stride:S with S from 1 to block_size \(8\)"):
         parse_protocol(protocol, build().config, 100)
 
 

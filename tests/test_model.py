@@ -7,9 +7,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import mixers
 import model as room
-from model import (Positions, Transformer, TransformerConfig, active_layers, attend_by_hand, fused_rows,
-                   parameter_roles, rms_norm)
+from mixers import Causal, Positions, attend_by_hand, rms_norm
+from model import Transformer, TransformerConfig, active_layers, fused_rows, parameter_roles
 
 T12 = dict(n_layer=12, n_head=8, n_embd=512, block_size=512, bias=False, norm_gain=False, head_bias=False,
            positions="learned_per_layer", n_targets=2, target_heads="own", layer_heads="own", intermediate_losses=True,
@@ -174,7 +175,7 @@ def test_active_layers_that_do_not_fit(active):
 
 def test_losses_that_do_not_fit():
     model = build(n_targets=2)
-    with pytest.raises(ValueError, match=r"n_targets"):
+    with pytest.raises(ValueError, match=r"n_labels"):
         model(text(1, 4), text(1, 4, 1))
     with pytest.raises(ValueError, match="need intermediate_losses"):
         model(text(1, 4), text(1, 4, 2), active=(0, 1))
@@ -249,10 +250,10 @@ def test_attention_by_hand_equals_sdpa(kind, kv):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, h, 7, 8, requires_grad=True) for h in (4, kv, kv))
     ragged = Positions(0, 7, torch.tensor([[-1, -1, 0, 1, 2, 3, 4], list(range(7))]))
-    mask = {"causal": "causal", "all": None, "mask": ragged.mask(7, ragged.index, "cpu")}[kind]
+    mask = {"causal": "causal", "all": None, "mask": ragged.mask(Causal(), 7, ragged.index, "cpu")}[kind]
     grads = []
     model = build(n_kv_head=kv, attention="sdpa")
-    for y in (attend_by_hand(q, k, v, mask), model.blocks[0].mixer.attend(q, k, v, mask)):
+    for y in (attend_by_hand(q, k, v, mask), model.blocks[0].mixer.softmax(q, k, v, mask)):
         grads.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b)
@@ -273,7 +274,7 @@ def test_attention_by_hand_in_bfloat16():
 
 def test_auto_attention_chooses(monkeypatch):
     calls = []
-    monkeypatch.setattr(room, "attend_by_hand", lambda *a: calls.append(1) or attend_by_hand(*a))
+    monkeypatch.setattr(mixers, "attend_by_hand", lambda *a: calls.append(1) or attend_by_hand(*a))
     model, x = build(), text(1, 8)
     model(x)
     assert len(calls) == 0  # float32: SDPA
@@ -292,7 +293,7 @@ def test_dropout_everywhere_and_only_in_training(attention):
     assert torch.equal(model.eval()(x), model(x))
     torch.manual_seed(0)
     q, v = torch.randn(1, 4, 5000, 4), torch.ones(1, 4, 8, 4)
-    y = model.train().blocks[0].mixer.attend(q, torch.zeros(1, 4, 8, 4), v, None)
+    y = model.train().blocks[0].mixer.softmax(q, torch.zeros(1, 4, 8, 4), v, None)
     assert abs(y.mean().item() - 1) < 0.02 and abs(y.std().item() - (1 / 8) ** 0.5) < 0.02  # 8 weights, half kept
 
 
@@ -310,12 +311,12 @@ def test_rms_norm_with_and_without_gradient():
 
 def test_rope_turns_by_position():
     """A query at m and a key at n: the product depends on m - n only; pair (i, i + D/2) turns at base^(-2i/D)."""
-    rope = room.Rope(8, 100.0, 4)
+    rope = mixers.Rope(8, 100.0, 4)
     q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
     cos, sin = rope(50)
 
     def at(x, m):
-        return room.turn(x.view(1, 1, 1, 8), cos[m].view(1, 1, 1, 8), sin[m].view(1, 1, 1, 8)).flatten()
+        return mixers.turn(x.view(1, 1, 1, 8), cos[m].view(1, 1, 1, 8), sin[m].view(1, 1, 1, 8)).flatten()
     torch.testing.assert_close(at(q, 17) @ at(k, 11), at(q, 46) @ at(k, 40))
     assert abs(at(q, 17) @ at(k, 11) - at(q, 17) @ at(k, 12)) > 1e-3
     pair = torch.complex(q[1], q[5]) * torch.exp(torch.tensor(3j * 100.0 ** (-2 / 8)))
@@ -426,7 +427,7 @@ def test_initialisation(init, matrix, residual):
     (dict(tie_weights=True, n_targets=2), "tie_weights needs one classifier"),
     (dict(tie_weights=True, intermediate_losses=True), "tie_weights needs one classifier, not 2"),
     (dict(norm="batch"), "layer, rms"), (dict(activation="elu"), "swiglu"), (dict(init="he"), "xavier"),
-    (dict(positions="alibi"), "learned_per_layer"), (dict(target_heads="both"), "own, shared"),
+    (dict(positions="sines"), "learned_per_layer"), (dict(target_heads="both"), "own, shared"),
     (dict(layer_heads=""), "own, shared"),
     (dict(attention="flash"), "auto, sdpa, manual"), (dict(residual_scale="deep"), "'depth'"),
     (dict(dropout=1.0), "dropout"), (dict(dropout=-0.1), "dropout"), (dict(rope_base=0), "rope_base"),

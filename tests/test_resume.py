@@ -275,6 +275,10 @@ CASES = {
                  schedule="wsd"),
     "orthograd": dict(optimizer="adamw", orthograd=True, batching="epochs", seed=9, data_seed=10, save_interval=1,
                       log_interval=5, schedule="cosine"),
+    "memory": dict(mixer="compressive,mamba", positions="rope", batching="streams", batch_size=8, seed=11, data_seed=12,
+                   memory_length=16, compressed_length=4, save_interval=1, log_interval=1),
+    "experts": dict(ff="moe", expert_balance="bias", n_shared_expert=1, activation="swiglu", mtp_depth=1,
+                    positions="rope", optimizer="muon", seed=13, data_seed=14, save_interval=2, log_interval=1),
 }
 
 
@@ -511,6 +515,28 @@ def test_architecture_comes_from_the_checkpoint(forks, base, copy, text, tmp_pat
         assert phrase in child.out
     assert_same_end(copy, base)
     assert json.loads((copy / "params.json").read_text())["settings"]["n_layer"] == 2
+
+
+def test_context_grows_on_resume(forks, text, tmp_path):
+    """--extend_block_size: longer windows from there on, rope stretched with them; again is no change; less is refused."""
+    ropes = dict(KEEP, positions="rope", rope_scaling="yarn", max_steps=4, save_interval=2)
+    assert_done(forks.run(train(text, tmp_path / "runs", **ropes), tmp_path))
+    run = at(tmp_path / "runs")
+    for steps, more, wanted in ((6, 64, (64, 2.0)), (8, 64, (64, 2.0)), (10, 128, (128, 4.0))):
+        more = ["--max_steps", steps, "--extend_block_size", more, "--resume"]
+        assert_done(forks.run(["train_enwik8.py", "--out_dir", tmp_path / "runs", *more], tmp_path))
+        saved = load_checkpoint(run / "last.pt")
+        assert saved["step"] == steps
+        assert (saved["settings"]["block_size"], saved["settings"]["rope_factor"]) == wanted
+    before = snapshot(run)
+    for size, said in ((100, "less than the model's block_size 128"), (0, "extend_block_size")):
+        more = ["--out_dir", tmp_path / "runs", "--extend_block_size", size, "--resume", "--max_steps", 12]
+        assert_error(forks.run(["train_enwik8.py", *more], tmp_path), said)
+    assert snapshot(run) == before
+    tables = train(text, tmp_path / "runs", **dict(KEEP, max_steps=2, run_name="tables"))
+    assert_error(forks.run([*tables, "--extend_block_size", 64], tmp_path), "goes with --resume")
+    assert_done(forks.run(tables, tmp_path))
+    assert_error(forks.run([*tables, "--extend_block_size", 64, "--resume"], tmp_path), "learned_per_layer end at")
 
 
 def test_unsaid_settings_come_from_the_checkpoint(forks, base, copy, tmp_path):

@@ -1,0 +1,162 @@
+"""Feed-forward layers: MLP with plain and gated activations, low-rank, mixture of experts.
+
+Each is one class with the same face: ff(x, positions) takes x (B, T, C) to (B, T, C); positions is the pass's Positions,
+into which a layer may write losses and usage.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from mixers import Linear, Norm
+
+GLU = ("glu", "bilinear", "reglu", "geglu", "swiglu")  # act(a) b of two halves (Shazeer 2020)
+
+
+def gelu(x):
+    """x Phi(x), exact (Hendrycks & Gimpel 2016)."""
+    if x.requires_grad or x.device.type != "cpu" or x.numel() > 65536:
+        return F.gelu(x)
+    h = 0.5 * x  # one decoded byte: the call into oneDNN costs more than these four small ones
+    return torch.addcmul(h, h, torch.erf(x * 0.5 ** 0.5))
+
+
+GATES = {"glu": torch.sigmoid, "bilinear": lambda a: a, "reglu": F.relu, "geglu": gelu, "swiglu": F.silu}
+PLAIN = {"gelu": gelu, "relu": F.relu, "relu2": lambda x: F.relu(x).square(), "silu": F.silu,
+         "solu": lambda x: x * torch.softmax(x, -1, dtype=torch.float32).to(x.dtype)}
+
+
+def activate(kind, x):
+    """x (..., W) to (..., W); a gated kind takes (..., 2 W), gates the second half by the first, gives (..., W).
+
+    relu2: relu(x)^2 (So et al. 2021). solu: x softmax(x) over the width (Elhage et al. 2022; a LayerNorm follows).
+    """
+    if kind in PLAIN:
+        return PLAIN[kind](x)
+    a, b = x.chunk(2, -1)
+    return GATES[kind](a) * b
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around an activation; a gated one has 2/3 of the width, and as many parameters."""
+
+    def __init__(self, config, layer=0):
+        super().__init__()
+        c, width = config, config.ff_width
+        self.activation = c.activation
+        gated = c.activation in GLU
+        self.up = Linear(c.n_embd, 2 * width if gated else width, bias=c.bias)
+        self.down = Linear(width, c.n_embd, bias=c.bias)
+        self.norm = Norm("layer", width, c.norm_gain, c.bias) if c.activation == "solu" else None
+        self.fused = {"up": (width, width)} if gated else {}
+
+    def forward(self, x, positions=None):
+        """x (B, T, C) to (B, T, C)."""
+        x = activate(self.activation, self.up(x))
+        return self.down(x if self.norm is None else self.norm(x))
+
+
+class LowRank(FeedForward):
+    """The same with each matrix as a product through `ff_rank` dimensions: C r + r W and W r + r C parameters."""
+
+    def __init__(self, config, layer=0):
+        super().__init__(config, layer)
+        c, rank = config, config.ff_rank
+        self.into = Linear(c.n_embd, rank, bias=False)
+        self.up = Linear(rank, self.up.out_features, bias=c.bias)
+        self.join = Linear(self.down.in_features, rank, bias=False)
+        self.down = Linear(rank, c.n_embd, bias=c.bias)
+
+    def forward(self, x, positions=None):
+        """x (B, T, C) to (B, T, C)."""
+        x = activate(self.activation, self.up(self.into(x)))
+        return self.down(self.join(x if self.norm is None else self.norm(x)))
+
+
+class MixtureOfExperts(nn.Module):
+    """`n_expert` experts share the feed-forward's width; a position uses its expert_top_k best, and n_shared_expert more.
+
+    The shared ones are one dense feed-forward. The others are chosen by a router without bias, whose scores are float32:
+    softmax, or under expert_balance "bias" a sigmoid of each; the chosen ones' scores, made to sum to 1, weigh their
+    outputs. No expert has a limit, so no position is dropped, and none depends on the rest of its batch.
+    Balance: "loss" adds balance_weight * E sum_e f_e p_e, with f the shares of choices and p the mean scores (Fedus et
+    al. 2021, equation 4; 1 where even). "bias" adds a number per expert to the scores for the choice only, which moves
+    by balance_rate against the last batch's load (Wang et al. 2024; DeepSeek-V3). "none": neither.
+    Experts lie one below the other in two matrices: up (E W, C), with gates (E 2 W, C), and down (E C, W).
+    """
+
+    def __init__(self, config, layer=0):
+        super().__init__()
+        c = self.config = config
+        self.layer = layer
+        self.n_routed = c.n_expert - c.n_shared_expert
+        self.width = max(1, c.ff_width // c.n_expert)
+        self.rows = 2 * self.width if c.activation in GLU else self.width
+        self.router = Linear(c.n_embd, self.n_routed, bias=False)
+        self.up = Linear(c.n_embd, self.n_routed * self.rows, bias=False)
+        self.down = Linear(self.width, self.n_routed * c.n_embd, bias=False)
+        halves = (self.width,) * (self.rows // self.width)
+        self.fused = {"up": halves * self.n_routed, "down": (c.n_embd,) * self.n_routed}
+        self.shared = None
+        if c.n_shared_expert:
+            self.shared = nn.ModuleDict({"up": Linear(c.n_embd, c.n_shared_expert * self.rows, bias=False),
+                                         "down": Linear(c.n_shared_expert * self.width, c.n_embd, bias=False)})
+            if len(halves) == 2:
+                self.fused["shared.up"] = (c.n_shared_expert * self.width,) * 2
+        self.register_buffer("correction", torch.zeros(self.n_routed) if c.expert_balance == "bias" else None)
+
+    @property
+    def idle(self):
+        """Parameters of the experts that one position does not use."""
+        return (self.n_routed - self.config.expert_top_k) * (self.rows + self.width) * self.config.n_embd
+
+    def flops(self, T):
+        """Forward operations per position to be taken off 2 per weight: those of idle experts."""
+        return -2 * self.idle
+
+    def route(self, x):
+        """x (N, C) -> chosen experts (N, k) int64, their weights (N, k) float32, all scores (N, E) float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.router.weight.float())  # (N, E)
+        scores = torch.sigmoid(logits) if self.correction is not None else torch.softmax(logits, -1)
+        ranked = scores if self.correction is None else scores + self.correction
+        chosen = ranked.topk(self.config.expert_top_k, -1).indices
+        weights = scores.gather(1, chosen)
+        return chosen, weights / weights.sum(1, keepdim=True).clamp(min=1e-20), scores
+
+    def forward(self, x, positions=None):
+        """x (B, T, C) to (B, T, C)."""
+        c, shape = self.config, x.shape
+        x = x.reshape(-1, c.n_embd)  # (N, C)
+        chosen, weights, scores = self.route(x)
+        k, E = c.expert_top_k, self.n_routed
+        order = chosen.flatten().argsort(stable=True)  # choices, expert by expert
+        rows, loads = order // k, torch.bincount(chosen.flatten(), minlength=E)
+        up, down = self.up.weight.view(E, self.rows, c.n_embd), self.down.weight.view(E, c.n_embd, self.width)
+        given = x.index_select(0, rows)  # (N k, C)
+        parts = [F.linear(activate(c.activation, F.linear(part, up[e])), down[e])
+                 for e, part in enumerate(given.split(loads.tolist())) if len(part)]
+        out = torch.cat(parts) * weights.flatten()[order].unsqueeze(1).to(parts[0].dtype)  # (N k, C)
+        y = torch.zeros(x.shape, dtype=out.dtype, device=x.device).index_add(0, rows, out)
+        if self.shared is not None:
+            y = y + self.shared["down"](activate(c.activation, self.shared["up"](x)))
+        if self.training and positions is not None:
+            self.report(positions, chosen, scores, loads)
+        return y.view(shape)
+
+    def report(self, positions, chosen, scores, loads):
+        """Loads and the balance loss into the pass's Positions; padding does not count."""
+        c, E = self.config, self.n_routed
+        if positions.index is not None:
+            real = positions.index.flatten() >= 0
+            scores, loads = scores[real], torch.bincount(chosen[real].flatten(), minlength=E)
+        positions.usage.append((self.layer, loads))
+        if c.expert_balance == "loss":
+            loss = E * ((loads / loads.sum().clamp(min=1)) * scores.mean(0)).sum()
+            positions.losses.setdefault("balance", []).append(c.balance_weight * loss)
+
+    @torch.no_grad()
+    def balance(self, usage):
+        """After an optimiser step. usage: {layer: loads (E,)}. Experts with more than the mean load are asked less."""
+        if self.correction is not None and self.layer in usage:
+            loads = usage[self.layer].float()
+            self.correction += self.config.balance_rate * torch.sign(loads.mean() - loads)

@@ -1,0 +1,331 @@
+"""Mixers that see earlier segments: Transformer-XL and the Compressive Transformer.
+
+Both are defined by absolute position, so that any division of a text into passes gives the same: with T = block_size,
+M = memory_length, the segment of a query at q begins at s = (q // T) T.
+
+    xl            keys s - M ... q
+    compressive   these, and the compressed_length blocks of compression_rate positions that end before s - M
+
+In training a segment is one pass, and its memory is what the pass before left: inputs of the mixer, without gradient,
+whose keys and values are computed again with the weights of today (Dai et al. 2019).
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from cache import CompressedCache, KVCache
+from mixers import Attention, Linear, causal, rms_norm, turn
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A query sees its own segment of `length` places, up to itself, and `memory` places before the segment."""
+    length: int
+    memory: int
+
+    @property
+    def reach(self):
+        """The most keys that a query sees."""
+        return self.length + self.memory
+
+    def first(self, q):
+        """The first place that a query at place q sees."""
+        return max(0, q // self.length * self.length - self.memory)
+
+    def allowed(self, q, k, end):
+        """bool, broadcast: may a query at places q see keys at places k?"""
+        start = torch.div(q, self.length, rounding_mode="floor") * self.length
+        return (k <= end) & (k >= start - self.memory)
+
+
+class TransformerXL(Attention):
+    """Attention with segment memory (Dai et al. 2019, section 3).
+
+    Positions "relative" are the paper's: score = ((q + u) k + (q + v) W_R R_(q-k)) / sqrt(D), R the sinusoid of the
+    distance (section 3.3). "rope" and "alibi" see distances anyway; "none" sees none.
+    """
+
+    def __init__(self, config, layer=0, kind="xl"):
+        super().__init__(config, layer, kind)
+        c, self.own = config, {}
+        if c.positions == "relative":
+            self.into = Linear(c.n_embd, c.n_head * c.head_dim, bias=False)  # W_R
+            self.bias_u = nn.Parameter(torch.empty(c.n_head, c.head_dim))
+            self.bias_v = nn.Parameter(torch.empty(c.n_head, c.head_dim))
+            self.own = {"bias_u": "bias", "bias_v": "bias"}
+
+    def fill(self):
+        """The two biases of "relative" start at zero."""
+        if "bias_u" in self.own:
+            self.bias_u.zero_()
+            self.bias_v.zero_()
+
+    def project(self, x):
+        """x (B, T, C) to queries (B, T, H, D), keys and values (B, T, G, D), with qk_norm, not turned yet."""
+        c = self.config
+        q, k, v = self.qkv(x).view(*x.shape[:2], c.n_head + 2 * c.n_kv_head, c.head_dim).split(
+            (c.n_head, c.n_kv_head, c.n_kv_head), 2)
+        return (rms_norm(q), rms_norm(k), v) if c.qk_norm else (q, k, v)
+
+    def project_keys(self, x):
+        """The keys and values of `project` alone."""
+        c, rows = self.config, self.config.n_head * self.config.head_dim
+        bias = None if self.qkv.bias is None else self.qkv.bias[rows:]
+        k, v = F.linear(x, self.qkv.weight[rows:], bias).view(*x.shape[:2], 2, c.n_kv_head, c.head_dim).unbind(2)
+        return (rms_norm(k) if c.qk_norm else k), v
+
+    def at(self, t, positions, places):
+        """t (B, n, H, D) turned as at places (n,) int64, where positions are "rope"; else itself."""
+        if self.config.positions != "rope" or not t.size(1):
+            return t
+        tables = positions.ropes[str(t.size(3))](int(places[-1]) + 1)
+        return turn(t, *(table[places].view(1, -1, 1, t.size(3)) for table in tables)).to(t.dtype)
+
+    def relative(self, q, distance):
+        """(q + u, bias): queries q (B, H, T, D) for the keys, and (q + v) W_R R_d / sqrt(D) as (B, H, T, S).
+
+        distance: int64 (T, S) or (B, 1, T, S); where negative, anything: such keys are masked.
+        """
+        c = self.config
+        n, half = max(1, int(distance.max()) + 1), torch.arange(0, c.n_embd, 2, device=q.device) / c.n_embd
+        angle = torch.arange(n, device=q.device)[:, None] * 10000.0 ** -half  # (n, C/2)
+        R = torch.cat((angle.sin(), angle.cos()), 1)[:, :c.n_embd]
+        r = self.into(R.to(self.into.weight.dtype)).view(n, c.n_head, c.head_dim).permute(1, 2, 0)  # (H, D, n)
+        scores = (q + self.bias_v.unsqueeze(1).to(q.dtype)) @ r.to(q.dtype) * c.head_dim ** -0.5  # (B, H, T, n)
+        index = distance.clamp(min=0).expand(*scores.shape[:3], distance.size(-1))
+        return q + self.bias_u.unsqueeze(1).to(q.dtype), scores.gather(3, index)
+
+    def check(self, positions):
+        """Raises ValueError for what has no meaning here."""
+        if positions.bidirectional:
+            raise ValueError(f"mixer {self.kind!r} reads from left to right: it cannot see ahead")
+        if positions.memory is not None and positions.remembered % self.config.block_size:
+            raise ValueError(f"the memory stands for {positions.remembered} positions, no whole number of segments of "
+                             f"{self.config.block_size}")
+
+    def forward(self, x, positions, cache=None):
+        """x (B, T, C), positions a Positions, cache from new_cache or None. Returns (B, T, C)."""
+        self.check(positions)
+        c, (B, T, _) = self.config, x.shape
+        if positions.memory is not None:
+            (memory,), M = positions.memory[self.layer], c.memory_length
+            positions.memory_out[self.layer] = (torch.cat((memory, x), 1)[:, -M:],)
+            known = min(positions.remembered, M)
+            q, k, v = self.project(x)
+            old_k, old_v = self.project_keys(memory[:, M - known:].to(x.dtype))
+            k, v = torch.cat((old_k, k), 1), torch.cat((old_v, v), 1)
+            places = torch.arange(known + T, device=x.device)
+            q, k, seen, span = self.at(q, positions, places[known:]), self.at(k, positions, places), None, causal()
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        else:
+            q, k, v = self.project(x)
+            q, k, v = (t.transpose(1, 2) for t in (positions.turn(q), positions.turn(k), v))
+            seen, span = positions.index, Segments(c.block_size, c.memory_length)
+            if cache is not None:
+                k, v, seen = cache.update(k, v, positions.index)
+                q = q.to(k.dtype)
+        bias = None
+        if c.positions == "relative":
+            S = k.size(2)
+            if seen is None:
+                place = torch.arange(S, device=x.device)
+                distance = place[S - T:, None] - place
+            else:
+                distance = positions.index[:, None, :, None] - seen[:, None, None, :]
+            q, bias = self.relative(q, distance)
+        y = self.attend(q, k, v, positions, seen, span, bias)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
+
+    def new_cache(self, batch_size, max_length, window, device, dtype):
+        """A sliding KVCache as long as memory and segment, whatever max_length and window say."""
+        c = self.config
+        cache = KVCache(batch_size, c.n_kv_head, c.head_dim, max_length, c.block_size + c.memory_length, device, dtype)
+        cache.kind = "memory"
+        return cache
+
+    def new_memory(self, batch_size, device, dtype):
+        """The inputs of the last M positions: ((B, M, C),)."""
+        return (torch.zeros(batch_size, self.config.memory_length, self.config.n_embd, device=device, dtype=dtype),)
+
+    def flops(self, T):
+        """Scores and sums of one token, forward, memory and segment uncut by the causal mask."""
+        c = self.config
+        return 4 * c.n_head * c.head_dim * min(T, c.block_size + c.memory_length)
+
+
+class Compressive(TransformerXL):
+    """Transformer-XL that compresses what leaves its memory (Rae et al. 2019, section 3).
+
+    Inputs of the mixer, compression_rate neighbours at a time, become one: by a convolution of that width and stride,
+    by their mean or their maximum. Such a slot stands where its last position stood (in the paper slots count one step
+    each), which makes any division of a text into passes give the same. The network's loss does not reach the
+    compression, nor the other way: the convolution learns from the attention-reconstruction loss alone (algorithm 2),
+    the mean square between what this segment reads, by content, from the states that leave and from their slots.
+    """
+
+    def __init__(self, config, layer=0):
+        super().__init__(config, layer, "compressive")
+        c = config
+        if c.compression == "conv":
+            self.compress_weight = nn.Parameter(torch.empty(c.n_embd, c.compression_rate * c.n_embd))
+            self.own["compress_weight"] = "matrix"
+
+    def fill(self):
+        """The convolution starts near the mean."""
+        super().fill()
+        c = self.config
+        if c.compression == "conv":
+            mean = torch.eye(c.n_embd, device=self.compress_weight.device).repeat(1, c.compression_rate)
+            self.compress_weight.normal_(0, 0.02).add_(mean / c.compression_rate)
+
+    def compress(self, x, learn=False):
+        """x (B, n c, C) to (B, n, C). Only with `learn` does the gradient reach the convolution; x's never."""
+        c = self.config
+        blocks = x.detach().view(x.size(0), -1, c.compression_rate, c.n_embd)  # (B, n, c, C)
+        if c.compression == "mean":
+            return blocks.mean(2)
+        if c.compression == "max":
+            return blocks.amax(2)
+        weight = self.compress_weight if learn else self.compress_weight.detach()
+        return F.linear(blocks.flatten(2), weight)
+
+    def forward(self, x, positions, cache=None):
+        """x (B, T, C), positions a Positions, cache a CompressedCache or None. Returns (B, T, C)."""
+        self.check(positions)
+        if positions.memory is not None:
+            return self.segment(x, positions)
+        if positions.index is None and (cache is None or not cache.ragged):
+            y = self.run(x, positions, positions.start, None if cache is None else cache.rows[0])
+        else:  # rows reach the ends of blocks and segments at times of their own: one after another
+            real, y = positions.index >= 0, torch.zeros_like(x)
+            rows = [None] * x.size(0) if cache is None else cache.each_row()
+            for b, row in enumerate(rows):
+                if bool(real[b].any()):
+                    start = int(positions.index[b][real[b]][0])
+                    found = self.run(x[b:b + 1, real[b]], positions, start, row)
+                    y = y.index_put((torch.tensor(b, device=x.device), real[b].nonzero()[:, 0]), found[0].to(y.dtype))
+        if cache is not None:
+            cache.advance(positions)
+        return y
+
+    def run(self, x, positions, start, held=None):
+        """Rows that stand alike: x (B, T, C) from position `start` on, `held` what a cache knows of what is before."""
+        c, (B, T, _) = self.config, x.shape
+        L, M, rate = c.block_size, c.memory_length, c.compression_rate
+        places = torch.arange(start, start + T, device=x.device)
+        q, k, v = self.project(x)
+        q, k = self.at(q, positions, places), self.at(k, positions, places)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        slots, known = None, 0  # keys and values of the compressed blocks known, 0 ... known
+        if held is not None:
+            k, v, _ = held["raw"].update(k, v)
+            q = q.to(k.dtype)
+        inputs = x if held is None or held["inputs"] is None else torch.cat((held["inputs"].to(x.dtype), x), 1)
+        n = inputs.size(1) // rate
+        first = 0 if held is None else held["first"]  # index of the first block whose slot is kept
+        known = 0 if held is None else held["known"]  # and of the first that is not known yet
+        if n and (held is not None or start + T - 1 >= L + M):
+            ends = torch.arange(known + 1, known + n + 1, device=x.device) * rate - 1
+            slot_k, slot_v = self.project_keys(self.compress(inputs[:, :n * rate]).to(x.dtype))
+            slots = [t.transpose(1, 2).to(k.dtype) for t in (self.at(slot_k, positions, ends), slot_v)]  # (B, G, n, D)
+        if held is not None and held["slots"] is not None:
+            slots = held["slots"] if slots is None else [torch.cat(pair, 2) for pair in zip(held["slots"], slots)]
+        parts, begin, S = [], start, k.size(2)
+        while begin < start + T:  # one segment at a time: all its queries see the same memory and the same slots
+            s = begin // L * L
+            end = min(s + L, start + T)
+            low = max(0, s - M)
+            newest = max(0, s - M) // rate
+            oldest = max(0, newest - c.compressed_length)
+            a, b = (low - (start + T - S)), end - (start + T - S)
+            keys, values, where = k[:, :, a:b], v[:, :, a:b], torch.arange(low, end, device=x.device)
+            if newest > oldest:
+                ends = torch.arange(oldest + 1, newest + 1, device=x.device) * rate - 1
+                keys = torch.cat((slots[0][:, :, oldest - first:newest - first], keys), 2)
+                values = torch.cat((slots[1][:, :, oldest - first:newest - first], values), 2)
+                where = torch.cat((ends, where))
+            parts.append(self.read(q[:, :, begin - start:end - start], keys, values,
+                                   torch.arange(begin, end, device=x.device), where))
+            begin = end
+        if held is not None:
+            kept = -(-(2 * L + M) // rate) + c.compressed_length
+            known += n
+            drop = 0 if slots is None else max(0, slots[0].size(2) - kept)
+            held.update(inputs=inputs[:, n * rate:].detach().clone(), known=known, first=first + drop,
+                        slots=None if slots is None else [t[:, :, drop:].detach() for t in slots])
+        y = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+        return self.out(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
+
+    def read(self, q, k, v, q_place, k_place):
+        """Causal attention by explicit places: q (B, H, T, D), k and v (B, G, S, D), places (T,) and (S,) int64."""
+        distance = q_place[:, None] - k_place  # (T, S)
+        mask = distance >= 0
+        if self.slopes is not None:
+            mask = (-distance * self.slopes.view(-1, 1, 1)).masked_fill(~mask, float("-inf"))  # (H, T, S)
+        elif self.config.positions == "relative":
+            q, bias = self.relative(q, distance)
+            mask = bias.masked_fill(~mask, float("-inf"))
+        return self.softmax(q, k, v, None if q.size(2) == 1 and mask.dtype == torch.bool else mask)
+
+    def segment(self, x, positions):
+        """One segment of training: x (B, T, C) after positions.memory[layer] = (raw (B, M, C), slots (B, Mc, C))."""
+        c, (B, T, _) = self.config, x.shape
+        M, Mc, rate, before = c.memory_length, c.compressed_length, c.compression_rate, positions.remembered
+        raw, slots = positions.memory[self.layer]
+        n_raw, n_slots = min(before, M), min(Mc, max(0, before - M) // rate)
+        origin = Mc * rate + M  # where the segment stands: only distances matter
+        q_place = torch.arange(origin, origin + T, device=x.device)
+        k_place = torch.cat((origin - M - 1 - rate * torch.arange(n_slots - 1, -1, -1, device=x.device),
+                             torch.arange(origin - n_raw, origin + T, device=x.device)))
+        q, k, v = self.project(x)
+        old_k, old_v = self.project_keys(torch.cat((slots[:, Mc - n_slots:], raw[:, M - n_raw:]), 1).to(x.dtype))
+        k, v = torch.cat((old_k, k), 1), torch.cat((old_v, v), 1)
+        q, k, v = (t.transpose(1, 2) for t in (self.at(q, positions, q_place), self.at(k, positions, k_place), v))
+        y = self.read(q, k, v, q_place, k_place)
+        line = torch.cat((raw[:, M - n_raw:].to(x.dtype), x), 1)
+        leaving = line[:, :max(0, n_raw + T - M) // rate * rate].detach()
+        if leaving.size(1):
+            learn = self.training and torch.is_grad_enabled()
+            new = self.compress(leaving, learn)
+            if learn and c.compression == "conv":
+                positions.losses.setdefault("compression", []).append(
+                    c.compression_weight * self.reconstruction(x.detach(), leaving, new))
+            slots = torch.cat((slots, new.detach().to(slots.dtype)), 1)[:, -Mc:]
+        positions.memory_out[self.layer] = (torch.cat((raw.to(x.dtype), x), 1)[:, -M:], slots)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
+
+    def reconstruction(self, h, old, new):
+        """Mean square between what h (B, T, C) reads from old (B, n c, C) and from new (B, n, C); projections fixed."""
+        c = self.config
+        weight = self.qkv.weight.detach()
+        bias = None if self.qkv.bias is None else self.qkv.bias.detach()
+
+        def split(t):
+            parts = F.linear(t, weight, bias).view(*t.shape[:2], -1, c.head_dim).transpose(1, 2)
+            q, k, v = parts.split((c.n_head, c.n_kv_head, c.n_kv_head), 1)
+            return (rms_norm(q), rms_norm(k), v) if c.qk_norm else (q, k, v)
+        q = split(h)[0]
+        with torch.no_grad():
+            wanted = self.softmax(q, *split(old)[1:], None)
+        return F.mse_loss(self.softmax(q, *split(new.to(h.dtype))[1:], None).float(), wanted.float())
+
+    def new_cache(self, batch_size, max_length, window, device, dtype):
+        """A CompressedCache, of constant size whatever max_length and window say."""
+        c = self.config
+
+        def row(n):
+            return {"raw": KVCache(n, c.n_kv_head, c.head_dim, 1, c.block_size + c.memory_length, device, dtype),
+                    "inputs": None, "slots": None, "known": 0, "first": 0}
+        return CompressedCache(batch_size, row)
+
+    def new_memory(self, batch_size, device, dtype):
+        """The inputs of the last M positions and the compressed ones before: ((B, M, C), (B, Mc, C))."""
+        slots = torch.zeros(batch_size, self.config.compressed_length, self.config.n_embd, device=device, dtype=dtype)
+        return (*super().new_memory(batch_size, device, dtype), slots)
+
+    def flops(self, T):
+        """Scores and sums of one token, forward, memories and segment uncut by the causal mask."""
+        c = self.config
+        return 4 * c.n_head * c.head_dim * min(T, c.block_size + c.memory_length + c.compressed_length)

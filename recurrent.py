@@ -1,0 +1,244 @@
+"""Mixers that carry a state instead of keys: a parallel scan, minGRU, Mamba.
+
+Shapes: B batch, T time, C width, I inner width, N states per feature. States are float32, whatever the rest is.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
+
+from cache import RecurrentCache
+from mixers import Linear
+
+
+# --- The scan ---
+
+def scan_reference(a, b, h):
+    """h_t = a_t h_(t-1) + b_t in a loop over dimension 1: a, b (B, T, ...), h (B, ...). Returns all states (B, T, ...)."""
+    states = []
+    for t in range(a.size(1)):
+        h = a[:, t] * h + b[:, t]
+        states.append(h)
+    return torch.stack(states, 1)
+
+
+def _scan(a, b, h):
+    """scan_reference in about 2 sqrt(T) steps: inside all pieces of sqrt(T) at once, then over the pieces.
+
+    A piece's states are its own scan from zero, plus the running products of a times the state before the piece.
+    """
+    T = a.size(1)
+    n = max(1, math.isqrt(T))
+    pieces = -(-T // n)
+    if pieces * n > T:  # states past the end are cut off again
+        pad = (0, 0) * (a.dim() - 2) + (0, pieces * n - T)
+        a, b = F.pad(a, pad), F.pad(b, pad)
+    shape = (a.size(0), pieces, n, *a.shape[2:])
+    a, b = a.reshape(shape), b.reshape(shape)
+    products, states = torch.empty_like(a), torch.empty_like(b)
+    products[:, :, 0], states[:, :, 0] = a[:, :, 0], b[:, :, 0]
+    for t in range(1, n):
+        torch.mul(products[:, :, t - 1], a[:, :, t], out=products[:, :, t])
+        torch.addcmul(b[:, :, t], a[:, :, t], states[:, :, t - 1], out=states[:, :, t])
+    for p in range(pieces):
+        states[:, p].addcmul_(products[:, p], h.unsqueeze(1))
+        h = states[:, p, -1]
+    return states.view(shape[0], pieces * n, *shape[3:])[:, :T]
+
+
+class Scan(torch.autograd.Function):
+    """`scan` with its gradient: g_t = dh_t + a_(t+1) g_(t+1), the same scan from right to left; da_t = g_t h_(t-1)."""
+
+    @staticmethod
+    def forward(ctx, a, b, h):
+        states = _scan(a, b, h)
+        ctx.save_for_backward(a, h, states)
+        return states
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, h, states = ctx.saved_tensors
+        later = torch.cat((a[:, 1:], torch.zeros_like(a[:, :1])), 1).flip(1)
+        g = _scan(later, grad.flip(1), torch.zeros_like(h)).flip(1)
+        before = torch.cat((h.unsqueeze(1), states[:, :-1]), 1)
+        return g * before, g, a[:, 0] * g[:, 0]
+
+
+def scan(a, b, h=None):
+    """h_t = a_t h_(t-1) + b_t along dimension 1, in parallel, with gradients.
+
+    a, b (B, T, ...) of one shape and type (float32 or float64), h (B, ...) the state before, None: zeros. Returns all
+    states (B, T, ...).
+    """
+    h = torch.zeros_like(b[:, 0]) if h is None else h
+    if a.requires_grad or b.requires_grad or h.requires_grad:
+        return Scan.apply(a, b, h)
+    return _scan(a, b, h)
+
+
+# --- What both mixers share ---
+
+class Recurrent(nn.Module):
+    """A mixer whose past is a state: where it comes from, where it goes, and rows with padding.
+
+    A subclass has `run(x, states) -> (y, states)` on x (B, T, C) without padding, with `real` (B, T) bool or None: where
+    False, the input must change no state; and `shapes`, its states' shapes without the batch.
+    """
+
+    def forward(self, x, positions, cache=None):
+        """x (B, T, C) to (B, T, C), going on from the cache's state, or the memory's, or nothing.
+
+        Raises ValueError where positions look ahead: a state reads from left to right.
+        """
+        if positions.bidirectional or positions.prefix is not None:
+            raise ValueError("a recurrent mixer reads from left to right: it sees neither ahead nor a prefix as a whole")
+        if cache is not None:
+            before = cache.states
+        elif positions.memory is not None:
+            before = positions.memory[self.layer]
+        else:
+            before = self.new_memory(x.size(0), x.device, torch.float32)
+        if positions.index is None:
+            y, after = self.run(x, before)
+        else:  # each row's real inputs first, so that a padded one never stands between two of them
+            real = positions.index >= 0  # (B, T)
+            order = (~real).byte().argsort(dim=1, stable=True).unsqueeze(2)  # (B, T, 1)
+            back = order.argsort(1)
+            y, after = self.run(x.take_along_dim(order, 1), before, real.take_along_dim(order[..., 0], 1))
+            y = y.take_along_dim(back, 1)
+        if cache is not None:
+            cache.update(after, positions.T)
+        elif positions.memory is not None:
+            positions.memory_out[self.layer] = after
+        return y
+
+    def new_cache(self, batch_size, max_length, window, device, dtype):
+        """A RecurrentCache: the states alone, of constant size, float32."""
+        return RecurrentCache(self.new_memory(batch_size, device, dtype))
+
+    def new_memory(self, batch_size, device, dtype):
+        """States of nothing: zeros (B, *shape) float32."""
+        return tuple(torch.zeros(batch_size, *shape, device=device) for shape in self.shapes)
+
+
+class MinGRU(Recurrent):
+    """minGRU (Feng et al. 2024, "Were RNNs All We Needed?", section 3.1 with the positive candidate of appendix B).
+
+    z = sigmoid(W_z x), h_t = (1 - z_t) h_(t-1) + z_t g(W_h x_t) with g(v) = v + 0.5 where v >= 0, else sigmoid(v):
+    gates see no state, so that a scan does all of time at once. Inner width expand C; state (I,).
+    """
+
+    def __init__(self, config, layer=0):
+        super().__init__()
+        c, self.layer = config, layer
+        self.inner = round(c.expand * c.n_embd)
+        self.into = Linear(c.n_embd, 2 * self.inner, bias=c.bias)
+        self.out = Linear(self.inner, c.n_embd, bias=c.bias)
+        self.fused, self.shapes = {"into": (self.inner, self.inner)}, [(self.inner,)]
+
+    def run(self, x, states, real=None):
+        """x (B, T, C), states (h (B, I),), real (B, T) or None. Returns y (B, T, C) and the states after."""
+        z, v = self.into(x).float().chunk(2, -1)  # (B, T, I)
+        z, v = torch.sigmoid(z), torch.where(v >= 0, v + 0.5, torch.sigmoid(v))
+        if real is not None:
+            z = z * real.unsqueeze(2)
+        h = scan(1 - z, z * v, states[0]) if x.size(1) > 1 else torch.lerp(states[0].unsqueeze(1), v, z)
+        return self.out(h.to(x.dtype)), (h[:, -1],)
+
+    def flops(self, T):
+        """Forward, of one token, beside the matrices: the scan's updates."""
+        return 6 * self.inner
+
+
+class Mamba(Recurrent):
+    """Mamba (Gu & Dao 2023, section 3): x, gate = W x; x passes a causal depthwise convolution and silu and drives a state
+
+        h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t,   y_t = C_t h_t + D x_t
+
+    whose dt, B, C depend on x_t; then y silu(gate) is projected back. A = -exp(a_log) starts at -1 ... -N (S4D-real).
+    States: the last conv_width - 1 inputs of the convolution (K - 1, I), and h (I, N). Time is cut into stretches that
+    are computed again in the backward pass, so that (B, T, I, N) is never held whole.
+    """
+
+    STRETCH = 32  # positions of (B, I, N) at a time
+
+    def __init__(self, config, layer=0):
+        super().__init__()
+        c, self.layer = config, layer
+        self.inner, self.n_state, self.width = round(c.expand * c.n_embd), c.state_dim, c.conv_width
+        self.rank = -(-c.n_embd // 16)
+        self.into = Linear(c.n_embd, 2 * self.inner, bias=False)
+        self.join = Linear(self.inner, self.rank + 2 * self.n_state, bias=False)
+        self.dt = nn.Parameter(torch.empty(self.inner, self.rank))
+        self.dt_bias = nn.Parameter(torch.empty(self.inner))
+        self.conv = nn.Parameter(torch.empty(self.width, self.inner))
+        self.conv_bias = nn.Parameter(torch.empty(self.inner))
+        self.a_log = nn.Parameter(torch.empty(self.inner, self.n_state))
+        self.skip = nn.Parameter(torch.empty(self.inner))
+        self.out = Linear(self.inner, c.n_embd, bias=False)
+        self.own = {"dt": "gain", "dt_bias": "bias", "conv": "gain", "conv_bias": "bias", "a_log": "gain", "skip": "gain"}
+        self.fused = {"into": (self.inner, self.inner), "join": (self.rank, self.n_state, self.n_state)}
+        self.shapes = [(self.width - 1, self.inner), (self.inner, self.n_state)]
+
+    def fill(self):
+        """As the paper's: dt log-uniform in 0.001 ... 0.1 at first, A = -1 ... -N, D = 1."""
+        self.dt.uniform_(-self.rank ** -0.5, self.rank ** -0.5)
+        dt = torch.exp(torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+        self.conv.uniform_(-self.width ** -0.5, self.width ** -0.5)
+        self.conv_bias.zero_()
+        self.a_log.copy_(torch.arange(1, self.n_state + 1, device=self.a_log.device).float().log().expand_as(self.a_log))
+        self.skip.fill_(1)
+
+    def run(self, x, states, real=None):
+        """x (B, T, C), states (inputs (B, K - 1, I), h (B, I, N)), real (B, T) or None; real inputs come first.
+
+        Returns y (B, T, C) and the states after.
+        """
+        B, T, _ = x.shape
+        (recent, h), K = states, self.width
+        u, gate = self.into(x).chunk(2, -1)  # (B, T, I)
+        u = u.float()
+        line = torch.cat((recent, u), 1)  # (B, K - 1 + T, I)
+        if real is None:
+            recent = line[:, T:]
+        else:  # the last K - 1 real ones of each row
+            place = real.sum(1, keepdim=True) + torch.arange(K - 1, device=x.device)  # (B, K - 1)
+            recent = line.take_along_dim(place.unsqueeze(2), 1)
+        u = self.conv_bias.float()
+        for k in range(K):
+            u = torch.addcmul(u, line[:, k:k + T], self.conv[k].float())
+        u = F.silu(u)  # (B, T, I)
+        dt, b, c = self.join(u.to(x.dtype)).float().split((self.rank, self.n_state, self.n_state), -1)
+        with torch.autocast(x.device.type, enabled=False):
+            dt = F.softplus(F.linear(dt, self.dt.float(), self.dt_bias.float()))  # (B, T, I)
+            if real is not None:
+                dt = dt * real.unsqueeze(2)  # exp(0) h + 0: the state stays
+            a = -torch.exp(self.a_log.float())  # (I, N)
+            if T == 1:
+                h = torch.exp(dt[:, 0, :, None] * a) * h + (dt * u)[:, 0, :, None] * b[:, 0, None, :]  # (B, I, N)
+                y = (h @ c[:, 0, :, None])[..., 0].unsqueeze(1)  # (B, 1, I)
+            else:
+                parts, again = [], torch.is_grad_enabled() and dt.requires_grad
+                for piece in zip(*(t.split(self.STRETCH, 1) for t in (dt, u, b, c))):
+                    y, h = recompute(stretch, *piece, a, h, use_reentrant=False) if again else stretch(*piece, a, h)
+                    parts.append(y)
+                y = torch.cat(parts, 1)
+            y = torch.addcmul(y, u, self.skip.float())
+        return self.out((y * F.silu(gate.float())).to(x.dtype)), (recent, h)
+
+    def flops(self, T):
+        """Forward, of one token, beside the matrices: the convolution, dt, the state's update and its reading."""
+        return 2 * self.inner * (self.width + self.rank) + 6 * self.inner * self.n_state
+
+
+def stretch(dt, u, b, c, a, h):
+    """One stretch of the selective scan: dt, u (B, T, I), b, c (B, T, N), a (I, N), h (B, I, N), all of one type.
+
+    Returns y (B, T, I) and the state after it (B, I, N).
+    """
+    decay = torch.exp(dt.unsqueeze(3) * a)  # (B, T, I, N)
+    states = scan(decay, (dt * u).unsqueeze(3) * b.unsqueeze(2), h)  # (B, T, I, N)
+    return (states @ c.unsqueeze(3)).squeeze(3), states[:, -1]
