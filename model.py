@@ -100,6 +100,7 @@ class TransformerConfig:
     expert_balance: str = "loss"
     balance_weight: float = 0.01  # of the load-balance loss
     balance_rate: float = 0.001  # step of the biases under expert_balance "bias"
+    shorten: int = 1  # above 1: a Pyramid, whose middle layers see one vector for so many positions
     # Positions
     positions: str = "learned"
     rope_base: float = 10000.0
@@ -134,7 +135,7 @@ class TransformerConfig:
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "n_targets", "window",
-                     "sparse_stride", "compression_rate", "state_dim", "conv_width", "n_expert", "expert_top_k"):
+                     "sparse_stride", "compression_rate", "state_dim", "conv_width", "n_expert", "expert_top_k", "shorten"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
         if self.head_dim is None:
@@ -166,10 +167,22 @@ class TransformerConfig:
         if self.tie_weights and self.n_classifiers > 1:
             raise ValueError(f"tie_weights needs one classifier, not {self.n_classifiers}: set target_heads and "
                              "layer_heads to 'shared', or n_targets to 1 and intermediate_losses off")
+        if self.shorten > 1:
+            self._check_pyramid()
         if self.mtp_depth < 0:
             raise ValueError(f"mtp_depth is {self.mtp_depth}, but must be at least 0")
         if self.mtp_depth and set(self.mixers) & set(CARRY):
             raise ValueError(f"mtp_depth {self.mtp_depth} goes with layers that attend, not with mixer {self.mixer!r}")
+
+    def _check_pyramid(self):
+        said = f"shorten {self.shorten} makes a pyramid, which"
+        if self.n_layer < 3:
+            raise ValueError(f"{said} needs at least 3 layers, not {self.n_layer}")
+        if self.carries:
+            raise ValueError(f"{said} starts afresh with every block: mixer {self.mixer!r} does not go with it")
+        if self.positions == "learned_per_layer" or self.intermediate_losses or self.mtp_depth:
+            raise ValueError(f"{said} has layers of two lengths: neither positions 'learned_per_layer' nor "
+                             "intermediate_losses nor mtp_depth go with it")
 
     def _check_positions(self):
         if self.positions == "rope" and self.head_dim % 2:
@@ -247,6 +260,11 @@ class TransformerConfig:
     def ffs(self):
         """The feed-forward of every layer, a tuple of n_layer words."""
         return pattern(self.ff, self.n_layer, tuple(FEED_FORWARDS), "ff")
+
+    @property
+    def rolls(self):
+        """Whether generation may go on past block_size with a sliding cache."""
+        return not self.learned_positions and self.shorten == 1
 
     @property
     def carries(self):
@@ -394,6 +412,9 @@ class Transformer(nn.Module):
         self.head_biases = table(c.n_classifiers if c.head_bias else 0, c.vocab_size)
         n_maps = c.n_targets - 1 if c.target_heads == "shared" else 0
         self.target_maps = table(c.n_head_groups * n_maps, c.n_embd, c.n_embd)
+        if c.shorten > 1:
+            self.shortening = nn.ModuleDict({"into": Linear(c.shorten * c.n_embd, c.n_embd, bias=False),
+                                             "out": Linear(c.n_embd, c.shorten * c.n_embd, bias=False)})
         initialise(self)
 
     def forward(self, x, targets=None, active=None, positions=None, cache=None, prefix=None, window=None, memory=None):
@@ -612,13 +633,171 @@ class Transformer(nn.Module):
         return 6 * (hidden + heads) + 3 * sum(m.flops(T) for m in self.modules() if hasattr(m, "flops"))
 
 
+class PyramidCache:
+    """Of a Pyramid: caches of its outer and of its middle layers, and the streams between them, by position.
+
+    The same methods as Cache, for rows that stand alike and at most max_length positions.
+    """
+    ragged, window = False, None
+
+    def __init__(self, outer, middle, stream, lifted, shorten):
+        self.outer, self.middle, self.stream, self.lifted, self.shorten = outer, middle, stream, lifted, shorten
+        self.length, self.prefix = 0, 0
+
+    @property
+    def layers(self):
+        """All layer caches: outer, then middle."""
+        return self.outer.layers + self.middle.layers
+
+    @property
+    def bytes(self):
+        """Bytes of storage held."""
+        return self.outer.bytes + self.middle.bytes + self.stream.nbytes + self.lifted.nbytes
+
+    def check(self, index, ordered):
+        """Raises ValueError for ragged rows: what is one unit would differ from row to row."""
+        if index is not None:
+            raise ValueError("a pyramid's rows must stand alike: rows with padding begin their units at other places")
+
+    def reset(self):
+        """Forgets everything; the storage stays."""
+        self.outer.reset(), self.middle.reset()
+        self.length = self.prefix = 0
+
+    def crop(self, length):
+        """Keeps the first `length` positions, and the units that end among them. Raises as Cache.crop does."""
+        self.outer.crop(length)
+        self.middle.crop(length // self.shorten)
+        self.length = length
+
+    def fork(self, n=1):
+        """An independent copy with each row repeated n times."""
+        twin = PyramidCache(self.outer.fork(n), self.middle.fork(n), self.stream.repeat_interleave(n, 0),
+                            self.lifted.repeat_interleave(n, 0), self.shorten)
+        twin.length, twin.prefix = self.length, self.prefix
+        return twin
+
+    def log(self):
+        """Lines of text, as Cache.log: the outer layers, then the middle ones."""
+        return self.outer.log() + self.middle.log()[1:]
+
+
+class Pyramid(Transformer):
+    """Hourglass (Nawrot et al. 2021), causal: outer layers see every position, middle layers one unit for `shorten`.
+
+    The first and the last quarter of the layers (at least one) are outer. `shorten` = k neighbouring states become a
+    unit by one matrix; a middle layer's output is lifted to k places by another and added to the stream, beginning with
+    the unit's last position, so that no position sees a unit with later bytes in it. Same face as Transformer, but rows
+    stand alike, and nothing slides.
+    """
+
+    @property
+    def edge(self):
+        """Outer layers before the middle ones, and after."""
+        return max(1, self.config.n_layer // 4)
+
+    def forward(self, x, targets=None, active=None, positions=None, cache=None, prefix=None, window=None, memory=None):
+        """As Transformer.forward. Raises ValueError for ragged positions, a prefix, a window and a memory."""
+        if (positions is not None and positions.dim() > 1) or prefix is not None or memory is not None or (
+                window is not None and window < x.size(1)):
+            raise ValueError("a pyramid takes rows that stand alike, without prefix, window or memory")
+        c, k = self.config, self.config.shorten
+        places = self.place(x, positions, cache)
+        if targets is not None:
+            active = self.check_losses(x, targets, active)
+        B, T = x.shape
+        start, first, last = places.start, places.start // k, (places.start + T) // k
+        if cache is None and start:
+            raise ValueError("a pyramid's pass without a cache begins at position 0: units are counted from there")
+        h = F.embedding(x, self.embed)  # (B, T, C)
+        if self.position is not None:
+            h = h + places.look_up(self.position)
+        if self.training and c.dropout:
+            h = F.dropout(h, c.dropout)
+        outer = [None] * (2 * self.edge) if cache is None else cache.outer.layers
+        middle = [None] * c.n_layer if cache is None else cache.middle.layers
+        for block, held in zip(self.blocks[:self.edge], outer):
+            h = self.layer(block, h, places, held)
+        stream = h
+        if cache is not None:
+            cache.stream[:, start:start + T] = h.detach()
+            stream = cache.stream[:, first * k:last * k]
+        n = last - first
+        if n:
+            u = self.shortening["into"](stream[:, :n * k].reshape(B, n, k * c.n_embd))  # (B, n, C)
+            units = Positions(first, n)
+            if c.positions == "rope":
+                look_up_ropes(units, self.ropes, last)
+            for block, held in zip(self.blocks[self.edge:c.n_layer - self.edge], middle):
+                u = self.layer(block, u, units, held)
+            u = self.shortening["out"](u).view(B, n * k, c.n_embd)
+        else:
+            u = h[:, :0]
+        if cache is None:
+            lifted = F.pad(u, (0, 0, k - 1, 0))[:, :T]
+            lifted = F.pad(lifted, (0, 0, 0, T - lifted.size(1)))
+        else:
+            cache.lifted[:, first * k + k - 1:last * k + k - 1] = u.detach()
+            lifted = cache.lifted[:, start:start + T]
+            cache.outer.advance(places)
+            if n:
+                cache.middle.advance(units)
+            cache.length += T
+        h = h + lifted
+        for block, held in zip(self.blocks[c.n_layer - self.edge:], outer[self.edge:]):
+            h = self.layer(block, h, places, held)
+        if targets is not None:
+            objective, nats = self.losses([h], targets, active)
+            return objective + self.extra_losses(h, targets, places), nats
+        bias = self.head_biases[self.first_head] if len(self.head_biases) else None
+        return F.linear(self.norm(h), self.classifier(self.first_head), bias).float()
+
+    def layer(self, block, x, places, held):
+        """One layer, with activation checkpointing if that is set."""
+        if self.config.checkpoint_activations and self.training and torch.is_grad_enabled():
+            return recompute(block, x, places, held, use_reentrant=False)
+        return block(x, places, held)
+
+    def new_cache(self, batch_size, max_length, window=None, device=None, dtype=None, snapshots=0):
+        """An empty PyramidCache. Raises ValueError for a window: units are counted from position 0."""
+        if window is not None:
+            raise ValueError("a pyramid does not slide: its units are counted from position 0")
+        c, k = self.config, self.config.shorten
+        whole = super().new_cache(batch_size, max_length, None, device, dtype, snapshots)
+        inner = range(self.edge, c.n_layer - self.edge)
+        middle = Cache((self.blocks[i].mixer.new_cache(batch_size, max(1, max_length // k), None, self.embed.device
+                                                       if device is None else device, whole.layers[0].k.dtype)
+                        for i in inner), None, snapshots)
+        outer = Cache((layer for i, layer in enumerate(whole.layers) if i not in inner), None, snapshots)
+        with torch.inference_mode(False):
+            stream, lifted = (torch.zeros(batch_size, n, c.n_embd, device=whole.layers[0].k.device)
+                              for n in (max_length, max_length + k))
+        return PyramidCache(outer, middle, stream, lifted, k)
+
+    def flops_per_token(self, T, active=None):
+        """As Transformer.flops_per_token; middle layers work once for `shorten` positions."""
+        inner = nn.ModuleList(self.blocks[self.edge:self.config.n_layer - self.edge])
+        k = self.config.shorten
+
+        def cost(module, length):
+            hidden = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+            return 6 * hidden + 3 * sum(m.flops(length) for m in module.modules() if hasattr(m, "flops"))
+        return int(super().flops_per_token(T, active) - cost(inner, T) + cost(inner, T // k) / k
+                   - cost(self.shortening, T) * (1 - 1 / k))
+
+
+def build_model(config):
+    """The model of a config: a Pyramid where shorten is above 1, else a Transformer."""
+    return Pyramid(config) if config.shorten > 1 else Transformer(config)
+
+
 def equal_ff_mult(config):
     """The ff_mult at which a Transformer of this config comes nearest in parameters to the same one with mixer "full"
     and ff "mlp": so a change of mixer, feed-forward or activation is compared at equal size."""
     def count(config):
         with torch.device("meta"):  # shapes only: nothing is drawn, nothing allocated
-            return Transformer(config).n_params()
-    C, plain = config.n_embd, replace(config, mixer="full", ff="mlp", activation="gelu")
+            return build_model(config).n_params()
+    C, plain = config.n_embd, replace(config, mixer="full", ff="mlp", activation="gelu", shorten=1)
     target = count(plain)
     low, high = 1, 16 * C  # in features of a plain feed-forward's width
     while low < high:
@@ -776,7 +955,7 @@ def from_checkpoint(checkpoint, weights="raw"):
     if weights == "ema" and not checkpoint.get("ema"):
         raise ValueError("there are no averaged weights: the run had ema_decay 0")
     try:
-        model = Transformer(TransformerConfig.from_settings(checkpoint["settings"]))
+        model = build_model(TransformerConfig.from_settings(checkpoint["settings"]))
         model.load_state_dict(checkpoint["model"])
         if weights == "ema":
             model.load_state_dict({**checkpoint["model"], **checkpoint["ema"]["weights"]})

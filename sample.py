@@ -94,7 +94,7 @@ def generate(model, prompts, length, generator=None, use_cache=True, report=None
     """
     T = model.config.block_size
     where = next(model.parameters()).device
-    rolls = T > 1 and not model.config.positions.startswith("learned")
+    rolls = T > 1 and model.config.rolls
     rows = [list(prompt[-T:]) for prompt in prompts]
     if not rows or not all(rows):
         raise ValueError("there must be a prompt, and each must have at least one byte")

@@ -24,7 +24,7 @@ from data import text
 from evaluate import LN2, score
 from experiment import (NonFinite, Run, UserError, adopt, command, find_resume, generator_states, load_checkpoint,
                         measure_peak_flops, override, peak_memory, resolve_device, restore_generators, seed_everything)
-from model import Transformer, TransformerConfig, active_layers, equal_ff_mult, fused_rows, parameter_roles
+from model import TransformerConfig, active_layers, build_model, equal_ff_mult, fused_rows, parameter_roles
 from sample import generate
 
 # --- Run ---
@@ -86,6 +86,7 @@ compression_weight = 1.0   # [>= 0.0] compressive: of the attention-reconstructi
 state_dim = 16             # [>= 1] mamba: states per feature
 conv_width = 4             # [>= 1] mamba: bytes that the convolution sees
 expand = 2.0               # [> 0.0] mamba, mingru: inner width over n_embd
+shorten = 1                # [>= 1] above 1 a pyramid: the middle layers see one vector for so many bytes
 carry_memory = True        # xl, compressive, mamba, mingru with batching streams: go on from the segment before
 
 # --- Feed-forwards: one word, or several with commas, repeated over the layers ---
@@ -202,7 +203,7 @@ architecture = (
     "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "block_size", "norm", "norm_gain", "bias", "positions",
     "rope_base", "rope_scaling", "rope_factor", "residual_scale", "qk_norm", "mixer", "window", "sparse_stride",
     "sparse_summary", "kv_rank", "q_rank", "rope_dim", "memory_length", "compressed_length", "compression_rate",
-    "compression", "state_dim", "conv_width", "expand", "ff", "ff_mult", "activation", "ff_rank", "n_expert",
+    "compression", "state_dim", "conv_width", "expand", "shorten", "ff", "ff_mult", "activation", "ff_rank", "n_expert",
     "n_shared_expert", "expert_top_k", "expert_balance", "tie_weights", "n_targets", "target_heads", "layer_heads",
     "head_bias", "intermediate_losses", "mtp_depth", "optimizer", "batching")
 
@@ -284,7 +285,7 @@ def main():
 
     # ---- model ----
     seed_everything(seed, deterministic)
-    model = Transformer(config).to(where)
+    model = build_model(config).to(where)
     if compile:
         torch._dynamo.config.recompile_limit = max(8, 2 * n_layer)   # every ended intermediate loss is one more graph
     net = torch.compile(model) if compile else model

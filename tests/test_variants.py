@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import mixers
-from model import (CARRY, MIXERS, Transformer, TransformerConfig, equal_ff_mult, initialise, parameter_roles,
+from model import (CARRY, MIXERS, Transformer, TransformerConfig, build_model, equal_ff_mult, initialise, parameter_roles,
                    parameter_rules)
 from sample import generate
 
@@ -467,3 +467,75 @@ def test_memory_needs_whole_segments(positions):
             model(text(2, 8), memory=memory)
         with pytest.raises(ValueError, match="whole segments of a stream"):
             model(text(2, 8), memory=model.new_memory(2), cache=model.new_cache(2, 8))
+
+
+# --- Pyramid ---
+
+def pyramid(k=3, n_layer=4, **settings):
+    return build_pyramid(**{**SMALL, "shorten": k, "n_layer": n_layer, "block_size": 32, **settings})
+
+
+def build_pyramid(seed=0, **settings):
+    torch.manual_seed(seed)
+    return build_model(TransformerConfig(**settings)).eval()
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_pyramid_is_causal_and_sees_all(k):
+    model = pyramid(k)
+    for n in range(1, 21):
+        x = text(1, n)
+        with torch.no_grad():
+            full = model(x)
+            for t in range(n - 1):
+                other = x.clone()
+                other[:, t + 1:] = (x[:, t + 1:] + 1) % 256
+                assert torch.equal(model(other)[:, :t + 1], full[:, :t + 1])
+                first = x.clone()
+                first[:, t] = (x[:, t] + 1) % 256
+                assert not torch.equal(model(first)[:, -1], full[:, -1])
+
+
+@pytest.mark.parametrize("positions", ["rope", "alibi", "learned", "none"])
+@pytest.mark.parametrize("mixer", ["full", "window", "diff,mla", "strided"])
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_pyramid_cache(k, mixer, positions):
+    model, x, y = pyramid(k, 5, mixer=mixer, positions=positions), text(), text(seed=4)
+    with torch.no_grad():
+        full = model(x)
+        for sizes in CHUNKS.values():
+            cache = model.new_cache(2, T)
+            torch.testing.assert_close(in_chunks(model, x, sizes, cache), full, atol=1e-5, rtol=1e-5)
+            assert cache.length == T and cache.middle.length == T // k and len(cache.log()) > 5
+        twin = cache.fork(2)
+        for cut in (17, 10) if "window" not in mixer else ():
+            cache.crop(cut)
+            late = in_chunks(model, y[:, cut:], [1, T - cut - 1], cache)
+            wanted = model(torch.cat((x[:, :cut], y[:, cut:]), 1))[:, cut:]
+            torch.testing.assert_close(late, wanted, atol=1e-5, rtol=1e-5)
+            cache.reset()
+            in_chunks(model, x, [T], cache)
+        assert twin.length == T and twin.stream.size(0) == 4
+    for prompts in ([b"The ", b"abcd"],):
+        found = [torch.stack(list(generate(model, prompts, 40, use_cache=use, temperature=0))) for use in (True, False)]
+        assert torch.equal(*found)
+
+
+def test_pyramid_trains_and_refuses():
+    model, x = pyramid(2, init="gpt2").train(), text(4, 32)
+    y = torch.cat((x[:, 1:], x[:, :1]), 1).unsqueeze(-1)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    assert abs(model(x, y)[1].item() - math.log(256)) < 0.1
+    for _ in range(120):
+        objective, nats = model(x, y)
+        optimizer.zero_grad()
+        objective.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.step()
+    assert nats.item() < 1
+    assert model.flops_per_token(32) < Transformer(TransformerConfig(**{**SMALL, "n_layer": 4})).flops_per_token(32)
+    for call, word in ((lambda: model.new_cache(1, 8, window=4), "does not slide"),
+                       (lambda: model(x, positions=padded((32, 30, 20, 32), 32)), "stand alike"),
+                       (lambda: pyramid(2, mixer="xl"), "starts afresh"), (lambda: pyramid(2, n_layer=2), "at least 3")):
+        with pytest.raises(ValueError, match=word):
+            call()
