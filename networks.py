@@ -1,0 +1,338 @@
+"""Whole models beside the decoder: encoder, encoder-latent-decoder, transformers over the tokens of frames, text.
+
+All are built of the layers of model.py and take a TransformerConfig; each parameter has one rule of `initialise`.
+Shapes: B batch, T time or positions, S source positions, M latents, N tokens of a frame, C width, V vocabulary.
+"""
+from dataclasses import replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from cache import Cache
+from mixers import Attention, Linear, Norm, Positions
+from model import CARRY, FEED_FORWARDS, Block, Transformer, initialise, look_up_ropes, make_ropes
+
+
+def running_positions(padding):
+    """padding (B, T) bool, True where there is no token -> positions (B, T) int64, -1 there, else 0, 1, 2, ..."""
+    return (~padding).long().cumsum(1).sub(1).masked_fill(padding, -1)
+
+
+def places_of(ropes, T, index=None, start=0, **kind):
+    """The Positions of T inputs from `start`, or at index (B, T), with RoPE's tables where the model has ropes."""
+    places = Positions(start, T, index, **kind)
+    if len(ropes):
+        look_up_ropes(places, ropes, max(1, start + T if index is None else int(index.max()) + 1))
+    return places
+
+
+def attends(config, model):
+    """Raises ValueError where a mixer cannot see ahead."""
+    for kind in config.mixers:
+        if kind in CARRY:
+            raise ValueError(f"mixer {kind!r} reads from left to right: {model} sees everything at once")
+
+
+class Encoder(nn.Module):
+    """Bidirectional transformer over tokens: (B, T) int64 to (B, T, C), with a padding mask.
+
+    Raises ValueError for mixers that read from left to right, and for positions past a learned table.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        attends(c, "an encoder")
+        self.embed = nn.Parameter(torch.empty(c.vocab_size, c.n_embd))
+        self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if c.positions == "learned" else None
+        self.ropes = make_ropes(c)
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
+        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        initialise(self)
+
+    def forward(self, x, padding=None):
+        """x (B, T) int64, padding (B, T) bool or None, True where there is no token. Returns (B, T, C)."""
+        c, T = self.config, x.size(1)
+        if c.learned_positions and T > c.block_size:
+            raise ValueError(f"{T} tokens are more than block_size {c.block_size}, where positions {c.positions!r} end")
+        index = None if padding is None else running_positions(padding)
+        places = places_of(self.ropes, T, index, bidirectional=True)
+        x = F.embedding(x, self.embed)
+        if self.position is not None:
+            x = x + places.look_up(self.position)
+        for block in self.blocks:
+            x = block(x, places)
+        return self.norm(x)
+
+    def new_cache(self, *_, **__):
+        """Raises ValueError: every token sees every other, so nothing computed before a token came would hold."""
+        raise ValueError("an encoder sees its whole input at once: there is nothing that a cache could keep")
+
+
+class CrossAttention(Attention):
+    """Queries from x, keys and values from a context of another length; no positions, no causal mask."""
+
+    def __init__(self, config, layer=0):
+        nn.Module.__init__(self)
+        c = self.config = config
+        self.layer, self.kind, self.slopes = layer, "cross", None
+        self.q = Linear(c.n_embd, c.n_head * c.head_dim, bias=c.bias)
+        self.kv = Linear(c.n_embd, 2 * c.n_kv_head * c.head_dim, bias=c.bias)
+        self.out = Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
+        self.fused = {"kv": (c.n_kv_head * c.head_dim,) * 2}
+
+    def keys(self, context):
+        """context (B, S, C) to keys and values, each (B, G, S, D)."""
+        c = self.config
+        return self.kv(context).view(*context.shape[:2], 2, c.n_kv_head, c.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def forward(self, x, held, padding=None):
+        """x (B, T, C); held: keys and values from `keys`; padding (B, S) bool, True where not to look. -> (B, T, C)."""
+        c, (B, T, _) = self.config, x.shape
+        q = self.q(x).view(B, T, c.n_head, c.head_dim).transpose(1, 2)  # (B, H, T, D)
+        mask = None if padding is None else ~padding[:, None, None, :].expand(B, 1, T, -1)
+        return self.out(self.softmax(q, *held, mask).transpose(1, 2).reshape(B, T, -1))
+
+    def flops(self, T):
+        """Depends on the context, which is not known here: 0."""
+        return 0
+
+
+class CrossBlock(nn.Module):
+    """A layer that reads a context: self-attention where `itself`, cross-attention, feed-forward, each on a norm."""
+
+    def __init__(self, config, layer=0, itself=True):
+        super().__init__()
+        c = config
+        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias) if itself else None
+        self.mixer = Attention(c, layer) if itself else None
+        self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.cross = CrossAttention(c, layer)
+        self.norm3 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.ff = FEED_FORWARDS[c.ffs[layer % c.n_layer]](c, layer)
+        self.dropout = c.dropout
+
+    def forward(self, x, held, places=None, cache=None, padding=None):
+        """x (B, T, C), held the context's keys and values. Returns (B, T, C)."""
+        def drop(branch):
+            return F.dropout(branch, self.dropout) if self.dropout and self.training else branch
+        if self.mixer is not None:
+            x = x + drop(self.mixer(self.norm1(x), places, cache))
+        x = x + drop(self.cross(self.norm2(x), held, padding))
+        return x + drop(self.ff(self.norm3(x), places))
+
+
+class LatentTransformer(nn.Module):
+    """Encoder, latents, decoder: n_latent learned queries read the encoder's states; the decoder, causal over its own
+    tokens, sees the source through these latents only (after Perceiver, Jaegle et al. 2021).
+    """
+
+    def __init__(self, config, n_latent=4, n_read=1):
+        super().__init__()
+        c = self.config = config
+        self.n_latent = n_latent
+        self.encoder = Encoder(replace(c, mixer="full"))
+        self.latents = nn.Parameter(torch.empty(n_latent, c.n_embd))
+        self.own = {"latents": "embedding"}
+        self.readers = nn.ModuleList(CrossBlock(c, i, itself=False) for i in range(n_read))
+        self.latent_norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.embed = nn.Parameter(torch.empty(c.vocab_size, c.n_embd))
+        self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if c.positions == "learned" else None
+        self.ropes = make_ropes(replace(c, mixer="full"))
+        self.blocks = nn.ModuleList(CrossBlock(c, i) for i in range(c.n_layer))
+        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.heads = nn.ParameterList([nn.Parameter(torch.empty(c.vocab_size, c.n_embd))])
+        initialise(self)
+
+    def fill(self):
+        """Latents N(0, 1): alike ones would read alike."""
+        self.latents.normal_()
+
+    def encode(self, source, padding=None):
+        """source (B, S) int64, padding (B, S) bool or None -> latents (B, M, C)."""
+        states = self.encoder(source, padding)
+        x = self.latents.expand(source.size(0), -1, -1)
+        for block in self.readers:
+            x = block(x, block.cross.keys(states), padding=padding)
+        return self.latent_norm(x)
+
+    def decode(self, x, latents, cache=None):
+        """x (B, T) int64 after what the cache holds, latents (B, M, C) -> logits (B, T, V) float32.
+
+        With a cache the latents' keys and values are computed in the first pass and kept.
+        """
+        start = 0 if cache is None else cache.length
+        if self.config.learned_positions and start + x.size(1) > self.config.block_size:
+            raise ValueError(f"position {start + x.size(1) - 1} is past block_size {self.config.block_size}")
+        places = places_of(self.ropes, x.size(1), start=start)
+        h = F.embedding(x, self.embed)
+        if self.position is not None:
+            h = h + places.look_up(self.position)
+        held = None if cache is None else cache.context
+        if held is None:
+            held = [block.cross.keys(latents) for block in self.blocks]
+        for i, block in enumerate(self.blocks):
+            h = block(h, held[i], places, None if cache is None else cache.layers[i])
+        if cache is not None:
+            cache.context = [tuple(t.detach() for t in pair) for pair in held]
+            cache.advance(places)
+        return F.linear(self.norm(h), self.heads[0]).float()
+
+    def forward(self, source, x, targets=None, padding=None):
+        """Logits (B, T, V) of x (B, T) after source (B, S); with targets (B, T), -1 where they do not count, the mean
+        loss in nats, with gradient, and the same detached as (1, 1)."""
+        logits = self.decode(x, self.encode(source, padding))
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return loss, loss.detach().view(1, 1)
+
+    def new_cache(self, batch_size, max_length, window=None, device=None, dtype=None):
+        """An empty ContextCache for the decoder."""
+        device, dtype = device or self.embed.device, dtype or self.embed.dtype
+        return ContextCache((block.mixer.new_cache(batch_size, max_length, window, device, dtype) for block in self.blocks),
+                            window)
+
+
+class ContextCache(Cache):
+    """A Cache that also keeps the keys and values of a context, per layer."""
+    context = None
+
+    @property
+    def bytes(self):
+        """Bytes of storage, the context's included."""
+        return super().bytes + sum(t.nbytes for pair in self.context or () for t in pair)
+
+    def reset(self):
+        """Forgets everything, the context too."""
+        super().reset()
+        self.context = None
+
+    def fork(self, n=1):
+        """An independent copy with each row repeated n times."""
+        twin, plain = ContextCache((), self.window), super().fork(n)
+        twin.__dict__.update(plain.__dict__)
+        if self.context is not None:
+            twin.context = [tuple(t.repeat_interleave(n, 0) for t in pair) for pair in self.context]
+        return twin
+
+
+class SpatialTransformer(nn.Module):
+    """Bidirectional transformer over the N tokens of one frame, each place with a learned position: (B, N) int64, or
+    (B, N, C) already embedded, to (B, N, C); or to logits (B, N, V) where `classify`."""
+
+    def __init__(self, config, n_tokens, classify=False):
+        super().__init__()
+        c = self.config = replace(config, positions="learned", block_size=n_tokens, rope_scaling="none")
+        attends(c, "a spatial transformer")
+        self.embed = nn.Parameter(torch.empty(c.vocab_size, c.n_embd))
+        self.position = nn.Parameter(torch.empty(n_tokens, c.n_embd))
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
+        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.heads = nn.ParameterList([nn.Parameter(torch.empty(c.vocab_size, c.n_embd))] if classify else [])
+        initialise(self)
+
+    def forward(self, x, padding=None):
+        """x (B, N) or (B, N, C), padding (B, N) bool or None. Raises ValueError for another number of tokens."""
+        if x.size(1) != self.position.size(0):
+            raise ValueError(f"a frame has {self.position.size(0)} tokens, not {x.size(1)}")
+        index = None if padding is None else torch.arange(x.size(1), device=x.device).masked_fill(padding, -1)
+        h = (F.embedding(x, self.embed) if x.dim() == 2 else x) + self.position
+        places = Positions(0, x.size(1), index, bidirectional=True)
+        for block in self.blocks:
+            h = block(h, places)
+        h = self.norm(h)
+        return F.linear(h, self.heads[0]).float() if len(self.heads) else h
+
+
+class SpatioTemporalBlock(nn.Module):
+    """Spatial attention within a frame, causal attention of each place over time, one feed-forward (Genie, Bruce et al.
+    2024, section 2.1)."""
+
+    def __init__(self, config, layer=0):
+        super().__init__()
+        c = config
+        self.norm1, self.norm2, self.norm3 = (Norm(c.norm, c.n_embd, c.norm_gain, c.bias) for _ in range(3))
+        self.space, self.time = Attention(replace(c, positions="none", rope_scaling="none"), layer), Attention(c, layer)
+        self.ff = FEED_FORWARDS[c.ffs[layer]](c, layer)
+        self.dropout = c.dropout
+
+    def forward(self, x, space, time, cache=None):
+        """x (B, T, N, C) with the Positions of a frame's tokens and of the frames. Returns (B, T, N, C)."""
+        B, T, N, C = x.shape
+
+        def drop(branch):
+            return F.dropout(branch, self.dropout) if self.dropout and self.training else branch
+        x = x + drop(self.space(self.norm1(x).view(B * T, N, C), space).view(B, T, N, C))
+        over = self.norm2(x).transpose(1, 2).reshape(B * N, T, C)
+        x = x + drop(self.time(over, time, cache).view(B, N, T, C).transpose(1, 2))
+        return x + drop(self.ff(self.norm3(x).reshape(B * T, N, C)).view(B, T, N, C))
+
+
+class SpatioTemporal(nn.Module):
+    """Transformer over frames of N tokens: (B, T, N, C) to (B, T, N, C), causal in time, bidirectional in a frame.
+
+    Places of a frame have learned positions; time has config.positions: rope, alibi, none, or learned up to block_size.
+    The cache holds each place's keys over time; frames come in any chunks. window: frames that a frame sees.
+    """
+
+    def __init__(self, config, n_tokens):
+        super().__init__()
+        c = self.config = config
+        if set(c.mixers) != {"full"} or c.positions == "learned_per_layer":
+            raise ValueError(f"a spatio-temporal transformer has mixer 'full' and one table of positions, not "
+                             f"{c.mixer!r} and {c.positions!r}")
+        self.place_position = nn.Parameter(torch.empty(n_tokens, c.n_embd))
+        self.own = {"place_position": "position"}
+        self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if c.positions == "learned" else None
+        self.ropes = make_ropes(c)
+        self.blocks = nn.ModuleList(SpatioTemporalBlock(c, layer) for layer in range(c.n_layer))
+        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        initialise(self)
+
+    def fill(self):
+        """Places N(0, 0.02), as all positions."""
+        self.place_position.normal_(0, 0.02)
+
+    def forward(self, x, cache=None, window=None):
+        """x (B, T, N, C), the frames after those in the cache. Raises ValueError for other sizes than the model's."""
+        c, (B, T, N, C) = self.config, x.shape
+        start = 0 if cache is None else cache.length
+        if (N, C) != tuple(self.place_position.shape):
+            raise ValueError(f"frames are {(N, C)}, but the model's (N, C) is {tuple(self.place_position.shape)}")
+        if c.learned_positions and start + T > c.block_size:
+            raise ValueError(f"frame {start + T - 1} is past block_size {c.block_size}, where positions 'learned' end")
+        time = places_of(self.ropes, T, start=start, window=window)
+        space = Positions(0, N, bidirectional=True)
+        x = x + self.place_position
+        if self.position is not None:
+            x = x + time.look_up(self.position).unsqueeze(1)
+        for i, block in enumerate(self.blocks):
+            x = block(x, space, time, None if cache is None else cache.layers[i])
+        if cache is not None:
+            cache.advance(time)
+        return self.norm(x)
+
+    def new_cache(self, batch_size, max_length, window=None, device=None, dtype=None):
+        """An empty Cache of max_length frames, or of a sliding window of them; its rows are the B N places."""
+        p = self.place_position
+        return Cache((block.time.new_cache(batch_size * p.size(0), max_length, window, device or p.device,
+                                           dtype or p.dtype) for block in self.blocks), window)
+
+
+class TextTransformer(Transformer):
+    """The decoder over padded rows of tokens, for captions and other short texts of unequal length."""
+
+    def forward(self, x, targets=None, padding=None, positions=None, **how):
+        """As Transformer.forward, with padding (B, T) bool, True where a row has no token, on either side.
+
+        targets may be (B, T) with one label; padded places never count in the loss.
+        """
+        if padding is not None:
+            positions = running_positions(padding)
+        if targets is not None:
+            targets = targets.unsqueeze(2) if targets.dim() == 2 else targets
+            if padding is not None:
+                targets = targets.masked_fill(padding.unsqueeze(2), -1)
+        return super().forward(x, targets, positions=positions, **how)

@@ -1,0 +1,166 @@
+"""Whole models: encoder, encoder-latent-decoder, spatial and spatio-temporal transformer, text. About 10 s."""
+import pytest
+import torch
+
+from model import Transformer, TransformerConfig, parameter_rules
+from networks import Encoder, LatentTransformer, SpatialTransformer, SpatioTemporal, TextTransformer
+
+SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=20, init="xavier")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def build(kind, *more, **settings):
+    torch.manual_seed(0)
+    model = kind(TransformerConfig(**{**SMALL, **settings}), *more).eval()
+    assert set(parameter_rules(model)) == {name for name, _ in model.named_parameters()}
+    return model
+
+
+def tokens(*shape, seed=1):
+    return torch.randint(20, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("positions", ["learned", "rope", "alibi", "none", "learned_per_layer"])
+@pytest.mark.parametrize("mixer", ["full", "window", "diff", "mla", "strided"])
+def test_encoder(mixer, positions, left):
+    model, x = build(Encoder, mixer=mixer, positions=positions), tokens(3, 12)
+    lengths = torch.tensor([12, 7, 1])
+    place = torch.arange(12)
+    padding = place < 12 - lengths[:, None] if left else place >= lengths[:, None]
+    with torch.no_grad():
+        full, masked = model(x), model(x, padding)
+        assert full.isfinite().all() and masked.isfinite().all()
+        for row, hidden in enumerate(padding):
+            close(masked[row, ~hidden], model(x[row:row + 1, ~hidden])[0])
+        other = x.clone()
+        other[:, -1] = (x[:, -1] + 1) % 20
+        assert ((model(other) - full)[:, 0].abs().amax(1) > 0).all()  # the first sees the last
+    with pytest.raises(ValueError, match="whole input at once"):
+        model.new_cache(1, 12)
+
+
+@pytest.mark.parametrize("mixer", ["xl", "compressive", "mamba", "mingru"])
+def test_what_cannot_see_ahead(mixer):
+    for kind, more in ((Encoder, ()), (SpatialTransformer, (4,))):
+        with pytest.raises(ValueError, match="left to right|earlier segments|past block_size"):
+            build(kind, *more, mixer=mixer, positions="rope")
+
+
+@pytest.mark.parametrize("kv", [4, 2])
+@pytest.mark.parametrize("positions", ["learned", "rope", "alibi", "none"])
+def test_decoder_sees_the_source_through_the_latents_only(positions, kv):
+    model, source, x = build(LatentTransformer, 3, positions=positions, n_kv_head=kv), tokens(2, 9), tokens(2, 14, seed=2)
+    padding = torch.tensor([[False] * 9, [False] * 5 + [True] * 4])
+    with torch.no_grad():
+        latents = model.encode(source, padding)
+        assert latents.shape == (2, 3, 32)
+        close(latents[1:], model.encode(source[1:, :5]))
+        full = model(source, x, padding=padding)
+        close(model.decode(x, latents), full)
+        assert (model.decode(x, latents + 0.1) - full).abs().max() > 1e-3
+        other = x.clone()
+        other[:, 8:] = (x[:, 8:] + 1) % 20
+        assert torch.equal(model.decode(other, latents)[:, :8], full[:, :8])  # causal
+        for sizes in ([14], [5, 1, 8], [1] * 14):
+            cache = model.new_cache(2, 14)
+            close(torch.cat([model.decode(part, latents, cache) for part in x.split(sizes, 1)], 1), full)
+        cache.crop(6)
+        twin = cache.fork(2)
+        close(model.decode(x[:, 6:], None, cache), full[:, 6:])
+        close(model.decode(x[:, 6:].repeat_interleave(2, 0), None, twin), full[:, 6:].repeat_interleave(2, 0))
+        assert twin.bytes == 2 * cache.bytes
+    state = model.encode(source).detach().requires_grad_()
+    model.decode(x, state).sum().backward()
+    assert all(p.grad is None for p in model.encoder.parameters()) and state.grad.abs().sum() > 0
+
+
+def test_latents_learn_to_copy():
+    model = build(LatentTransformer, 4, positions="learned", init="gpt2").train()
+    source = tokens(8, 4)
+    x = torch.cat((torch.zeros(8, 1, dtype=torch.long), source[:, :-1]), 1)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(150):
+        loss, nats = model(source, x, source)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert nats.item() < 0.3 and all(p.grad is not None for p in model.parameters())
+
+
+def test_spatial():
+    model, x = build(SpatialTransformer, 9, True), tokens(2, 9)
+    with torch.no_grad():
+        full = model(x)
+        assert full.shape == (2, 9, 20)
+        torch.testing.assert_close(model(model.embed[x]), full)
+        moved = model(x.flip(1))
+        assert (moved.flip(1) - full).abs().max() > 1e-3  # places differ
+        other = x.clone()
+        other[:, 8] = (x[:, 8] + 1) % 20
+        assert ((model(other) - full)[:, 0].abs().amax(1) > 0).all()
+    with pytest.raises(ValueError, match="9 tokens, not 8"):
+        model(x[:, :8])
+
+
+@pytest.mark.parametrize("kv", [4, 2])
+@pytest.mark.parametrize("positions", ["learned", "rope", "alibi", "none"])
+def test_spatio_temporal(positions, kv):
+    model = build(SpatioTemporal, 6, positions=positions, n_kv_head=kv)
+    x = torch.randn(2, 10, 6, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        full = model(x)
+        other = x.clone()
+        other[:, 7, 3] += 1
+        changed = (model(other) - full).abs().amax(-1)  # (B, T, N)
+        assert (changed[:, :7] == 0).all() and (changed[:, 7:] > 0).all()  # causal in time, all places of a frame
+        for sizes in ([10], [3, 1, 6], [1] * 10):
+            cache = model.new_cache(2, 10)
+            close(torch.cat([model(part, cache) for part in x.split(sizes, 1)], 1), full)
+        cache.crop(4)
+        twin = cache.fork(1)
+        close(model(x[:, 4:], cache), full[:, 4:])
+        close(model(x[:, 4:], twin), full[:, 4:])
+        if positions != "learned":
+            banded, cache = model(x, window=3), model.new_cache(2, 1, window=3)
+            close(torch.cat([model(part, cache) for part in x.split([1] * 4 + [6], 1)], 1), banded)
+            assert (banded - full).abs().max() > 1e-3
+
+
+def test_spatio_temporal_refuses():
+    for settings, word in ((dict(mixer="mamba", positions="rope"), "mixer 'full'"), (dict(positions="learned_per_layer"), "one table")):
+        with pytest.raises(ValueError, match=word):
+            build(SpatioTemporal, 6, **settings)
+    model = build(SpatioTemporal, 6)
+    with pytest.raises(ValueError, match="past block_size"):
+        model(torch.zeros(1, 17, 6, 32))
+    with pytest.raises(ValueError, match="frames are"):
+        model(torch.zeros(1, 2, 5, 32))
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_text(left):
+    model, x, y = build(TextTransformer, positions="rope"), tokens(3, 10), tokens(3, 10, seed=2)
+    lengths, place = torch.tensor([10, 6, 2]), torch.arange(10)
+    padding = place < 10 - lengths[:, None] if left else place >= lengths[:, None]
+    plain = Transformer(model.config).eval()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        logits, (_, nats) = model(x, padding=padding), model(x, y, padding)
+        total = 0.0
+        for row, hidden in enumerate(padding):
+            alone = plain(x[row:row + 1, ~hidden])
+            close(logits[row, ~hidden], alone[0])
+            total += torch.nn.functional.cross_entropy(alone[0], y[row, ~hidden], reduction="sum")
+        close(nats[0, 0], total / lengths.sum())
