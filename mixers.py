@@ -215,7 +215,8 @@ def turn(x, cos, sin):
 def rms_norm(x, gain=None, eps=1e-6):
     """x / sqrt(mean(x^2) + eps) over the last dimension, times gain (Zhang & Sennrich 2019)."""
     if x.requires_grad and x.device.type == "cpu":  # F.rms_norm has no fused backward there: 2.4 times slower
-        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.size(-1)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact).square() / x.size(-1)
         x = x * torch.rsqrt(mean + eps).to(x.dtype)
         return x if gain is None else x * gain
     return F.rms_norm(x, (x.size(-1),), gain, eps)
@@ -511,8 +512,9 @@ class Sparse(Attention):
         chosen = place[place % c.sparse_stride >= c.sparse_stride - c.sparse_summary]
         some_k, some_v = (t.index_select(2, chosen).repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
-        own = (q.float() * k.float()).sum(-1, keepdim=True) * c.head_dim ** -0.5  # (B, H, T, 1)
-        others = (q @ some_k.transpose(2, 3)).float() * c.head_dim ** -0.5  # (B, H, T, some)
+        exact = torch.promote_types(q.dtype, torch.float32)
+        own = (q.to(exact) * k.to(exact)).sum(-1, keepdim=True) * c.head_dim ** -0.5  # (B, H, T, 1)
+        others = (q @ some_k.transpose(2, 3)).to(exact) * c.head_dim ** -0.5  # (B, H, T, some)
         others = others.masked_fill(chosen >= place[:, None], -math.inf)
         p = torch.softmax(torch.cat((others, own), -1), -1).to(v.dtype)
         if c.dropout and self.training:

@@ -1,0 +1,253 @@
+"""Sparse, differential and latent attention by their formulas, query by query, in float64; feed-forwards by theirs."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mixers import Positions, turn
+from model import GLU, FEED_FORWARDS, Transformer, TransformerConfig, equal_ff_mult, fused_rows
+import optim
+from model import parameter_roles
+
+T = 21
+
+
+def build(seed=0, **settings):
+    torch.manual_seed(seed)
+    base = dict(n_layer=1, n_head=4, n_embd=32, block_size=32, init="xavier", positions="none", sparse_stride=4,
+                sparse_summary=2)
+    return Transformer(TransformerConfig(**{**base, **settings})).double()
+
+
+def draw(*shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def softmax_over(q, k, v, seen, bias=0.0):
+    """One query (D,) over the keys (S, D) whose index is in seen; scores get bias (S,) added."""
+    scores = (k @ q / len(q) ** 0.5 + bias)[seen]
+    return scores.softmax(0) @ v[seen]
+
+
+# --- Sparse ---
+
+@pytest.mark.parametrize("kv", [4, 2])
+@pytest.mark.parametrize("n", [T, 5, 16, 17, 40])
+@pytest.mark.parametrize("kind", ["strided", "fixed"])
+def test_sparse_by_definition(kind, n, kv):
+    model, x = build(mixer=kind, n_kv_head=kv), draw(1, n, 32)
+    mixer = model.blocks[0].mixer
+    q, k, v = mixer.qkv(x[0]).view(n, 4 + 2 * kv, 8).split((4, kv, kv), 1)
+    out = []
+    for t in range(n):
+        near = [s for s in range(t + 1) if (t - s < 4 if kind == "strided" else s // 4 == t // 4)]
+        far = [s for s in range(t + 1) if ((t - s) % 4 == 0 if kind == "strided" else s == t or s % 4 >= 2)]
+        heads = [softmax_over(q[t, h], k[:, h * kv // 4], v[:, h * kv // 4], near if h < 2 else far) for h in range(4)]
+        out.append(mixer.out(torch.cat(heads)))
+    torch.testing.assert_close(mixer(x, Positions(0, n))[0], torch.stack(out))
+
+
+@pytest.mark.parametrize("kind", ["strided", "fixed"])
+def test_sparse_whole_pass_equals_masks_with_gradients(kind):
+    found = []
+    for index in (None, torch.arange(30)[None]):  # ragged positions take the masks
+        model, x = build(mixer=kind), draw(1, 30, 32).requires_grad_()
+        y = model.blocks[0].mixer(x, Positions(0, 30, index))
+        found.append((y, *torch.autograd.grad(y.square().sum(), [x, *model.blocks[0].mixer.parameters()])))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b)
+
+
+# --- Differential ---
+
+@pytest.mark.parametrize("kv", [4, 2])
+@pytest.mark.parametrize("positions", ["none", "alibi"])
+def test_differential_by_definition(positions, kv):
+    model, x = build(mixer="diff", positions=positions, n_kv_head=kv, n_layer=2), draw(1, T, 32)
+    mixer = model.blocks[1].mixer
+    q, k, v = mixer.qkv(x[0]).view(T, 4 + 2 * kv, 8).split((4, kv, kv), 1)
+    start = 0.8 - 0.6 * math.exp(-0.3)
+    strength = ((mixer.lambda_q1 @ mixer.lambda_k1).exp() - (mixer.lambda_q2 @ mixer.lambda_k2).exp() + start)
+    out = []
+    for t in range(T):
+        heads = []
+        for pair in range(2):
+            g = pair * kv // 4 * 2  # the first of the pair's two key heads
+            value, parts = torch.cat((v[:, g], v[:, g + 1]), 1), []
+            for i in range(2):
+                slope = 2.0 ** (-8 * (2 * pair + 2) / 4) if positions == "alibi" else 0.0
+                bias = -slope * (t - torch.arange(T, dtype=torch.float64))
+                parts.append(softmax_over(q[t, 2 * pair + i], k[:, g + i], value, list(range(t + 1)), bias))
+            y = parts[0] - strength * parts[1]
+            heads.append(y / (y.square().mean() + 1e-6).sqrt() * (1 - start))
+        out.append(mixer.out(torch.cat(heads)))
+    torch.testing.assert_close(mixer(x, Positions(0, T))[0], torch.stack(out), atol=1e-6, rtol=1e-5)
+
+
+def test_differential_has_the_parameters_of_full():
+    assert build(mixer="diff").n_params() == build().n_params() + 4 * 8
+
+
+# --- Latent ---
+
+@pytest.mark.parametrize("q_rank", [None, 12])
+def test_latent_by_definition(q_rank):
+    model, x = build(mixer="mla", positions="rope", kv_rank=10, rope_dim=6, q_rank=q_rank), draw(1, T, 32)
+    mixer, places = model.blocks[0].mixer, model.place(torch.zeros(1, T), None)
+    cos, sin = model.ropes["6"](T)
+
+    def norm(t):
+        return t / (t.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def turned(t, at):
+        return turn(t.view(1, 1, 1, 6), cos[at].view(1, 1, 1, 6), sin[at].view(1, 1, 1, 6)).flatten().double()
+    q = mixer.q(x[0] if q_rank is None else norm(mixer.into(x[0]))).view(T, 4, 14)
+    latent, key = mixer.kv(x[0]).split((10, 6), 1)
+    k, v = mixer.up(norm(latent)).view(T, 2, 4, 8).unbind(1)
+    shared, out = torch.stack([turned(key[s], s) for s in range(T)]), []
+    for t in range(T):
+        heads = []
+        for h in range(4):
+            scores = (k[:t + 1, h] @ q[t, h, :8] + shared[:t + 1] @ turned(q[t, h, 8:], t)) / 14 ** 0.5
+            heads.append(scores.softmax(0) @ v[:t + 1, h])
+        out.append(mixer.out(torch.cat(heads)))
+    torch.testing.assert_close(mixer(x, places)[0], torch.stack(out), atol=1e-5, rtol=1e-4)
+
+
+def test_latent_cache_holds_latents():
+    model = build(mixer="mla", positions="rope", kv_rank=10, rope_dim=6).float()
+    cache = model.new_cache(3, 50)
+    assert cache.bytes == 3 * 50 * (10 + 6) * 4 and cache.layers[0].kind == "latent"
+
+
+# --- Feed-forwards ---
+
+def feed_forward(kind="mlp", **settings):
+    return build(ff=kind, **settings).blocks[0].ff
+
+
+@pytest.mark.parametrize("activation", GLU)
+def test_gated_activations(activation):
+    ff, x = feed_forward(activation=activation), draw(2, 3, 32)
+    a, b = ff.up(x).chunk(2, -1)
+    gate = {"glu": 1 / (1 + torch.exp(-a)), "bilinear": a, "reglu": a.clamp(min=0), "swiglu": a / (1 + torch.exp(-a)),
+            "geglu": a * 0.5 * (1 + torch.erf(a / 2 ** 0.5))}[activation]
+    torch.testing.assert_close(ff(x), ff.down(gate * b))
+
+
+def test_low_rank():
+    ff, x = feed_forward("low_rank", ff_rank=5), draw(2, 3, 32)
+    torch.testing.assert_close(ff(x), ff.down(ff.join(F.gelu(ff.up(ff.into(x))))))
+    assert sum(p.numel() for name, p in ff.named_parameters() if "weight" in name) == 2 * 5 * (32 + 128)
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+@pytest.mark.parametrize("balance", ["loss", "bias", "none"])
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+def test_experts_token_by_token(activation, balance, shared):
+    ff = feed_forward("moe", activation=activation, expert_balance=balance, n_shared_expert=shared).train()
+    x, E, places = draw(2, 7, 32), 8 - shared, Positions(0, 7)
+    if balance == "bias":
+        ff.correction.copy_(torch.linspace(-0.3, 0.3, E))
+    found, w, rows = ff(x, places), ff.width, ff.rows
+
+    def act(h):
+        return F.relu(h).square() if activation == "relu2" else F.silu(h[:w]) * h[w:]
+    up, down, loads = ff.up.weight.view(E, rows, 32), ff.down.weight.view(E, 32, w), torch.zeros(E)
+    total = torch.zeros(E, dtype=torch.float64)
+    for row in range(2):
+        for t in range(7):
+            logits = ff.router.weight @ x[row, t]
+            scores = logits.sigmoid() if balance == "bias" else logits.softmax(0)
+            ranked = scores + ff.correction if balance == "bias" else scores
+            best = ranked.topk(2).indices
+            wanted = sum(scores[e] / scores[best].sum() * (down[e] @ act(up[e] @ x[row, t])) for e in best)
+            if shared:
+                h = ff.shared["up"](x[row, t])
+                h = F.relu(h).square() if activation == "relu2" else F.silu(h[:2 * w]) * h[2 * w:]
+                wanted = wanted + ff.shared["down"](h)
+            torch.testing.assert_close(found[row, t], wanted, atol=1e-6, rtol=1e-5)
+            loads[best] += 1
+            total += scores
+    (layer, counted), = places.usage
+    assert layer == 0 and torch.equal(counted.float(), loads)
+    if balance == "loss":
+        wanted = 0.01 * E * (loads / loads.sum() * total / 14).sum()
+        torch.testing.assert_close(places.losses["balance"][0].double(), wanted, atol=1e-7, rtol=1e-5)
+    else:
+        assert not places.losses
+
+
+def test_balance_loss_is_one_where_even_and_grows():
+    ff = feed_forward("moe", balance_weight=1.0).train()
+    for bias, low, high in ((0.0, 0.99, 1.01), (9.0, 3.5, 4.1)):
+        places = Positions(0, 1)
+        scores = torch.full((64, 8), 0.0)
+        scores[:, :2] += bias
+        chosen = scores.topk(2).indices if bias else (torch.arange(128) % 8).view(64, 2)
+        ff.report(places, chosen, scores.softmax(1), torch.bincount(chosen.flatten(), minlength=8))
+        assert low < places.losses["balance"][0] < high
+
+
+def test_padding_is_no_load():
+    ff, x = feed_forward("moe").train(), draw(1, 6, 32)
+    places = Positions(0, 6, torch.tensor([[-1, -1, 0, 1, 2, 3]]))
+    ff(x, places)
+    assert places.usage[0][1].sum() == 4 * 2
+
+
+def test_biases_even_the_loads_without_a_loss():
+    model = build(ff="moe", expert_balance="bias", balance_rate=0.05, n_layer=2).train()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.ff.router.weight[0] *= 6
+    x, spread = torch.randint(256, (8, 32), generator=torch.Generator().manual_seed(0)), []
+    for _ in range(60):
+        assert not model.extras
+        model(x, x.unsqueeze(-1))
+        spread.append(max((n.max() / n.float().mean()).item() for n in model.usage.values()))
+        model.balance_experts()
+    assert spread[-1] < 0.75 * spread[0] and spread[-1] < 1.7
+
+
+def test_idle_experts():
+    model, dense = build(ff="moe", n_expert=8, expert_top_k=2), build()
+    width = 4 * 32 // 8
+    assert model.n_params() - model.n_active_params() == 6 * 2 * width * 32
+    assert model.n_active_params() < dense.n_params() < model.n_params()
+    router = 6 * 8 * 32
+    assert dense.flops_per_token(8) - model.flops_per_token(8) == 6 * 6 * 2 * width * 32 - router
+
+
+def test_only_chosen_experts_have_gradients():
+    ff = feed_forward("moe").train()
+    x = draw(1, 1, 32)
+    chosen = ff.route(x[0])[0].flatten().tolist()
+    ff(x, Positions(0, 1)).sum().backward()
+    moved = ff.up.weight.grad.view(8, -1).abs().sum(1) > 0
+    assert moved.nonzero().flatten().tolist() == sorted(chosen) and ff.router.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("settings", [
+    dict(ff="moe", activation="swiglu", n_shared_expert=1), dict(ff="low_rank"), dict(mixer="mla", positions="rope"),
+    dict(mixer="diff"), dict(mixer="mamba", residual_scale="layerscale"), dict(mixer="mingru"), dict(mtp_depth=1)], ids=str)
+def test_learns(settings, optimizer):
+    model = build(**settings, init="gpt2", n_layer=2).float().train()
+    fused = fused_rows(model)
+    assert all(sum(fused[name]) == p.size(0) for name, p in model.named_parameters() if name in fused)
+    built = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=5e-3, muon_lr=0.02, fused_rows=fused)
+    x = torch.randint(256, (4, 16), generator=torch.Generator().manual_seed(0))
+    y = x.roll(-1, 1)
+    targets = torch.stack([y.roll(-k, 1) for k in range(model.config.n_labels)], 2)
+    for _ in range(60):
+        objective, nats = model(x, targets)
+        objective.backward()
+        built.step()
+        built.zero_grad()
+    assert nats[-1, 0].item() < 1.5
+
+
+def test_words():
+    assert set(FEED_FORWARDS) == {"mlp", "low_rank", "moe"} and equal_ff_mult(TransformerConfig()) == pytest.approx(4.0)
