@@ -20,7 +20,8 @@ class KVCache:
     Raises ValueError where max_length < 1 or window < 2.
     """
 
-    def __init__(self, batch_size, n_kv_head, head_dim, max_length, window=None, device=None, dtype=None, value_dim=None):
+    def __init__(self, batch_size, n_kv_head, head_dim, max_length, window=None, device=None, dtype=None,
+                 value_dim=None):
         if max_length < 1:
             raise ValueError(f"a cache needs room for at least one key: max_length is {max_length}")
         if window is not None and window < 2:
@@ -94,7 +95,7 @@ class KVCache:
         self._filled = length - self._evicted
 
     def croppable(self, length):
-        """Whether what a query after `length` keys sees is still held. Asked of length 0: whether nothing is ever lost."""
+        """Whether what a query after `length` keys sees is still held; of length 0: whether nothing is ever lost."""
         if length == 0:
             return self.window is None
         return self.window is None or self._evicted <= max(0, length - (self.window - 1))
@@ -199,7 +200,8 @@ class RecurrentCache:
 
 
 class CompressedCache:
-    """Of one Compressive layer: keys and values of the memory, those of compressed blocks, and a block's unfinished inputs.
+    """Of one Compressive layer: keys and values of the memory, those of compressed blocks, and a block's
+    unfinished inputs.
 
     `rows` holds one state for all rows while they stand alike, else one for each row: {"raw": a sliding KVCache,
     "slots": [keys, values] (B, H, n, D) or None, "first", "known": the block of the first slot and the first unknown
@@ -380,7 +382,7 @@ class Cache:
         return self.last + torch.arange(1, T + 1, device=self.last.device)  # (B, T)
 
     def in_order(self, positions):
-        """Whether positions (B, T) never fall within a row, nor below what the row holds, as forgetting by age needs."""
+        """Whether positions (B, T) never fall within a row, nor below what it holds: forgetting by age needs it."""
         if self.length:
             held = self.length - 1 if self.last is None else self.last
             positions = torch.cat((torch.zeros_like(positions[:, :1]) + held, positions), 1)  # (B, 1 + T)

@@ -110,14 +110,15 @@ def parse_protocol(protocol, config, n_bytes):
                             "one segment to the next; use block, stride:S or cache")
         return kind, None
     if protocol != "cache":
-        raise UserError(f"unknown protocol {protocol!r}: block, cache, memory, or stride:S with S from 1 to block_size ({T})")
+        raise UserError(f"unknown protocol {protocol!r}: block, cache, memory, or stride:S with S from 1 to "
+                        f"block_size ({T})")
     if config.positions.startswith("learned") and n_bytes - 1 > T:
         raise UserError(f"protocol cache is impossible past block_size {T} with positions {config.positions}: every "
                         "cached state would need a new position at each step; use block or stride:S, or a model with "
                         "rope or none")
     if config.shorten > 1:
-        raise UserError("protocol cache is impossible with a pyramid: its units are counted from the start of a window; "
-                        "use block or stride:S")
+        raise UserError("protocol cache is impossible with a pyramid: its units are counted from the start of a "
+                        "window; use block or stride:S")
     return (kind, None) if T > 1 else ("block", 1)               # a cache of one key holds nothing to reuse
 
 

@@ -1,7 +1,7 @@
 """Feed-forward layers: MLP with plain and gated activations, low-rank, mixture of experts.
 
-Each is one class with the same face: ff(x, positions) takes x (B, T, C) to (B, T, C); positions is the pass's Positions,
-into which a layer may write losses and usage.
+Each is one class with the same face: ff(x, positions) takes x (B, T, C) to (B, T, C); positions is the pass's
+Positions, into which a layer may write losses and usage.
 """
 import torch
 import torch.nn as nn
@@ -73,11 +73,11 @@ class LowRank(FeedForward):
 
 
 class MixtureOfExperts(nn.Module):
-    """`n_expert` experts share the feed-forward's width; a position uses its expert_top_k best, and n_shared_expert more.
+    """`n_expert` experts share the feed-forward's width; a position uses its expert_top_k best and the shared.
 
-    The shared ones are one dense feed-forward. The others are chosen by a router without bias, whose scores are float32:
-    softmax, or under expert_balance "bias" a sigmoid of each; the chosen ones' scores, made to sum to 1, weigh their
-    outputs. No expert has a limit, so no position is dropped, and none depends on the rest of its batch.
+    The shared ones are one dense feed-forward. The others are chosen by a router without bias, whose scores are
+    float32: softmax, or under expert_balance "bias" a sigmoid of each; the chosen ones' scores, made to sum to 1,
+    weigh their outputs. No expert has a limit, so no position is dropped, and none depends on the rest of its batch.
     Balance: "loss" adds balance_weight * E sum_e f_e p_e, with f the shares of choices and p the mean scores (Fedus et
     al. 2021, equation 4; 1 where even). "bias" adds a number per expert to the scores for the choice only, which moves
     by balance_rate against the last batch's load (Wang et al. 2024; DeepSeek-V3). "none": neither.

@@ -326,8 +326,9 @@ class Attention(nn.Module):
         """Queries (B, H, T, D) over keys (B, G, S, D) and values (B, G, S, D'), as `span` allows: (B, H, T, D').
 
         seen: the keys' positions (B, S) where rows are ragged, else None. bias: (B or 1, H, T, S), added to the scores.
-        scale: of the scores; None: D^-0.5. slopes: ALiBi's of these heads; None: the layer's. Where a query reaches only a few of many keys, the work is cut into blocks
-        of queries, each beside the keys that it reaches: time and memory grow with T times the reach, not with T S.
+        scale: of the scores; None: D^-0.5. slopes: ALiBi's of these heads; None: the layer's. Where a
+        query reaches only a few of many keys, the work is cut into blocks of queries, each beside the keys that it
+        reaches: time and memory grow with T times the reach, not with T S.
         """
         slopes = self.slopes if slopes is None else slopes
         T, S, reach = q.size(2), k.size(2), span.reach
@@ -353,7 +354,7 @@ class Attention(nn.Module):
         return self.softmax(q, k, v, mask, scale)
 
     def softmax(self, q, k, v, mask, scale=None):
-        """q (B, H, T, D), k (B, G, S, D), v (B, G, S, D'), mask None, "causal", bool or float. Returns (B, H, T, D')."""
+        """q (B, H, T, D), k (B, G, S, D), v (B, G, S, D'), mask None, "causal", bool or float: (B, H, T, D')."""
         c = self.config
         dropout = c.dropout if self.training else 0.0
         by_hand = q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16
@@ -589,8 +590,8 @@ class Latent(Attention):
         self.layer, self.kind, self.rank = layer, "full", c.kv_rank
         self.turning = c.rope_dim if c.positions == "rope" else 0
         if c.qk_norm:
-            raise ValueError("qk_norm normalises keys, which mixer 'mla' never forms in generation: the latent has a norm "
-                             "of its own")
+            raise ValueError("qk_norm normalises keys, which mixer 'mla' never forms in generation: the latent has a "
+                             "norm of its own")
         H, D = c.n_head, c.head_dim
         self.into = self.q_norm = None
         if c.q_rank is not None:

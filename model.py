@@ -107,7 +107,7 @@ class TransformerConfig:
     rope_scaling: str = "none"  # how rope reaches rope_factor times as far as it was trained for
     rope_factor: float = 1.0
     # Residual stream, initialisation
-    residual_scale: float | str = 1.0  # times every branch's output; "depth": 1 / sqrt(2 n_layer); "rezero", "layerscale"
+    residual_scale: float | str = 1.0  # times every branch; "depth": 1 / sqrt(2 n_layer); "rezero", "layerscale"
     init: str = "gpt2"
     qk_norm: bool = False  # RMSNorm without parameters on queries and keys, per head
     # Classifiers, losses
@@ -135,7 +135,8 @@ class TransformerConfig:
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "n_targets", "window",
-                     "sparse_stride", "compression_rate", "state_dim", "conv_width", "n_expert", "expert_top_k", "shorten"):
+                     "sparse_stride", "compression_rate", "state_dim", "conv_width", "n_expert", "expert_top_k",
+                     "shorten"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
         if self.head_dim is None:
@@ -276,7 +277,8 @@ class TransformerConfig:
 
         Layers add up: each sees states that have themselves seen further back.
         """
-        reach = {"window": min(self.window, window), "xl": self.memory_length + self.block_size, **dict.fromkeys(RECURRENT),
+        reach = {"window": min(self.window, window), "xl": self.memory_length + self.block_size,
+                 **dict.fromkeys(RECURRENT),
                  "compressive": self.memory_length + self.block_size + self.compressed_length * self.compression_rate}
         reaches = [reach.get(kind, window) for kind in self.mixers]
         return None if None in reaches else sum(reaches)
@@ -797,8 +799,8 @@ def equal_ff_mult(config):
     def count(config):
         with torch.device("meta"):  # shapes only: nothing is drawn, nothing allocated
             return build_model(config).n_params()
-    C, plain = config.n_embd, replace(config, mixer="full", ff="mlp", activation="gelu", shorten=1)
-    target = count(plain)
+    C, plain = config.n_embd, dict(mixer="full", n_kv_head=config.n_head, ff="mlp", activation="gelu", shorten=1)
+    target = count(replace(config, **plain))
     low, high = 1, 16 * C  # in features of a plain feed-forward's width
     while low < high:
         middle = (low + high) // 2
@@ -857,7 +859,8 @@ RULES = {  # each parameter's name must match exactly one; the rule initialises 
 def parameter_rules(model):
     """{name: the one rule of RULES that claims the parameter, or "own" where its module does}. Raises ValueError where
     none or several do."""
-    own = {f"{place}.{name}".lstrip(".") for place, module in model.named_modules() for name in getattr(module, "own", ())}
+    own = {f"{place}.{name}".lstrip(".")
+           for place, module in model.named_modules() for name in getattr(module, "own", ())}
     claimed = {}
     for name, _ in model.named_parameters():
         claims = [rule for rule, words in RULES.items() if re.fullmatch(words, name)] + ["own"] * (name in own)

@@ -191,8 +191,8 @@ class LatentTransformer(nn.Module):
     def new_cache(self, batch_size, max_length, window=None, device=None, dtype=None):
         """An empty ContextCache for the decoder."""
         device, dtype = device or self.embed.device, dtype or self.embed.dtype
-        return ContextCache((block.mixer.new_cache(batch_size, max_length, window, device, dtype) for block in self.blocks),
-                            window)
+        layers = (block.mixer.new_cache(batch_size, max_length, window, device, dtype) for block in self.blocks)
+        return ContextCache(layers, window)
 
 
 class ContextCache(Cache):

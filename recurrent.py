@@ -16,7 +16,7 @@ from mixers import Linear
 # --- The scan ---
 
 def scan_reference(a, b, h):
-    """h_t = a_t h_(t-1) + b_t in a loop over dimension 1: a, b (B, T, ...), h (B, ...). Returns all states (B, T, ...)."""
+    """h_t = a_t h_(t-1) + b_t in a loop over dimension 1: a, b (B, T, ...), h (B, ...) to all states (B, T, ...)."""
     states = []
     for t in range(a.size(1)):
         h = a[:, t] * h + b[:, t]
@@ -83,8 +83,8 @@ def scan(a, b, h=None):
 class Recurrent(nn.Module):
     """A mixer whose past is a state: where it comes from, where it goes, and rows with padding.
 
-    A subclass has `run(x, states) -> (y, states)` on x (B, T, C) without padding, with `real` (B, T) bool or None: where
-    False, the input must change no state; and `shapes`, its states' shapes without the batch.
+    A subclass has `run(x, states) -> (y, states)` on x (B, T, C) without padding, with `real` (B, T) bool or None:
+    where False, the input must change no state; and `shapes`, its states' shapes without the batch.
     """
 
     def forward(self, x, positions, cache=None):
@@ -93,7 +93,7 @@ class Recurrent(nn.Module):
         Raises ValueError where positions look ahead: a state reads from left to right.
         """
         if positions.bidirectional or positions.prefix is not None:
-            raise ValueError("a recurrent mixer reads from left to right: it sees neither ahead nor a prefix as a whole")
+            raise ValueError("a recurrent mixer reads from left to right: it sees neither ahead nor a whole prefix")
         if cache is not None:
             before = cache.states
         elif positions.memory is not None:
@@ -153,7 +153,8 @@ class MinGRU(Recurrent):
 
 
 class Mamba(Recurrent):
-    """Mamba (Gu & Dao 2023, section 3): x, gate = W x; x passes a causal depthwise convolution and silu and drives a state
+    """Mamba (Gu & Dao 2023, section 3): x, gate = W x; x passes a causal depthwise convolution and silu and drives
+    a state
 
         h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t,   y_t = C_t h_t + D x_t
 
@@ -175,7 +176,8 @@ class Mamba(Recurrent):
         self.a_log = nn.Parameter(torch.empty(self.inner, self.n_state))
         self.skip = nn.Parameter(torch.empty(self.inner))
         self.out = Linear(self.inner, c.n_embd, bias=False)
-        self.own = {"dt": "gain", "dt_bias": "bias", "conv": "gain", "conv_bias": "bias", "a_log": "gain", "skip": "gain"}
+        self.own = {"dt": "gain", "dt_bias": "bias", "conv": "gain", "conv_bias": "bias", "a_log": "gain",
+                    "skip": "gain"}
         self.fused = {"into": (self.inner, self.inner), "join": (self.rank, self.n_state, self.n_state)}
         self.shapes = [(self.width - 1, self.inner), (self.inner, self.n_state)]
 
@@ -186,7 +188,8 @@ class Mamba(Recurrent):
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
         self.conv.uniform_(-self.width ** -0.5, self.width ** -0.5)
         self.conv_bias.zero_()
-        self.a_log.copy_(torch.arange(1, self.n_state + 1, device=self.a_log.device).float().log().expand_as(self.a_log))
+        rates = torch.arange(1, self.n_state + 1, device=self.a_log.device).float()
+        self.a_log.copy_(rates.log().expand_as(self.a_log))
         self.skip.fill_(1)
 
     def run(self, x, states, real=None):

@@ -179,9 +179,10 @@ presets = {
     # DeepSeek-V2 and V3 in small: latent attention, experts after a dense layer, two bytes ahead.
     "deepseek_cpu": dict(
         dataset="enwik8", max_bytes=4_150_000, batching="streams", n_layer=6, n_head=4, n_embd=256, block_size=256,
-        batch_size=16, dropout=0.0, n_targets=1, intermediate_losses=False, positions="rope", norm="rms", norm_gain=True,
-        mixer="mla", ff="mlp,moe,moe,moe,moe,moe", activation="swiglu", n_expert=9, n_shared_expert=1, expert_top_k=2,
-        expert_balance="bias", mtp_depth=1, init="zero", optimizer="muon", lr=0.02, muon_lr=0.02, betas=(0.8, 0.95),
+        batch_size=16, dropout=0.0, n_targets=1, intermediate_losses=False, positions="rope", norm="rms",
+        norm_gain=True, mixer="mla", ff="mlp,moe,moe,moe,moe,moe", activation="swiglu", n_expert=9,
+        n_shared_expert=1, expert_top_k=2, expert_balance="bias",
+        mtp_depth=1, init="zero", optimizer="muon", lr=0.02, muon_lr=0.02, betas=(0.8, 0.95),
         schedule="wsd", decay_fraction=0.8, warmup_steps=10, dtype="bfloat16", max_steps=200, eval_interval=100,
         save_interval=100),
     # Al-Rfou et al.: batch 16, momentum 0.99, fixed rate 0.003. Dropout and length of T12 are not in the text: ours.
@@ -335,7 +336,8 @@ def main():
 
     with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
         active_params = f" ({model.n_active_params():,} active)" if "moe" in config.ffs else ""
-        print(f"{corpus.source}; {model.n_params():,} parameters{active_params}; {where.type} {str(precision).removeprefix('torch.')}")
+        print(f"{corpus.source}; {model.n_params():,} parameters{active_params}; {where.type} "
+              f"{str(precision).removeprefix('torch.')}")
         peak_flops = measure_peak_flops(where, precision)
         bytes_per_step = batch_size * grad_accum * block_size
         first = loop["step"]

@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mixers import Positions, turn
-from model import GLU, FEED_FORWARDS, Transformer, TransformerConfig, equal_ff_mult, fused_rows
 import optim
-from model import parameter_roles
+from mixers import Positions, turn
+from model import (FEED_FORWARDS, GLU, Transformer, TransformerConfig, equal_ff_mult, fused_rows,
+                   parameter_roles)
 
 T = 21
 
@@ -232,12 +232,14 @@ def test_only_chosen_experts_have_gradients():
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("settings", [
     dict(ff="moe", activation="swiglu", n_shared_expert=1), dict(ff="low_rank"), dict(mixer="mla", positions="rope"),
-    dict(mixer="diff"), dict(mixer="mamba", residual_scale="layerscale"), dict(mixer="mingru"), dict(mtp_depth=1)], ids=str)
+    dict(mixer="diff"), dict(mixer="mamba", residual_scale="layerscale"), dict(mixer="mingru"), dict(mtp_depth=1)],
+    ids=str)
 def test_learns(settings, optimizer):
     model = build(**settings, init="gpt2", n_layer=2).float().train()
     fused = fused_rows(model)
     assert all(sum(fused[name]) == p.size(0) for name, p in model.named_parameters() if name in fused)
-    built = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=5e-3, muon_lr=0.02, fused_rows=fused)
+    built = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=5e-3, muon_lr=0.02,
+                        fused_rows=fused)
     x = torch.randint(256, (4, 16), generator=torch.Generator().manual_seed(0))
     y = x.roll(-1, 1)
     targets = torch.stack([y.roll(-k, 1) for k in range(model.config.n_labels)], 2)

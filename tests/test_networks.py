@@ -61,7 +61,8 @@ def test_what_cannot_see_ahead(mixer):
 @pytest.mark.parametrize("kv", [4, 2])
 @pytest.mark.parametrize("positions", ["learned", "rope", "alibi", "none"])
 def test_decoder_sees_the_source_through_the_latents_only(positions, kv):
-    model, source, x = build(LatentTransformer, 3, positions=positions, n_kv_head=kv), tokens(2, 9), tokens(2, 14, seed=2)
+    model = build(LatentTransformer, 3, positions=positions, n_kv_head=kv)
+    source, x = tokens(2, 9), tokens(2, 14, seed=2)
     padding = torch.tensor([[False] * 9, [False] * 5 + [True] * 4])
     with torch.no_grad():
         latents = model.encode(source, padding)
@@ -139,7 +140,8 @@ def test_spatio_temporal(positions, kv):
 
 
 def test_spatio_temporal_refuses():
-    for settings, word in ((dict(mixer="mamba", positions="rope"), "mixer 'full'"), (dict(positions="learned_per_layer"), "one table")):
+    for settings, word in ((dict(mixer="mamba", positions="rope"), "mixer 'full'"),
+                           (dict(positions="learned_per_layer"), "one table")):
         with pytest.raises(ValueError, match=word):
             build(SpatioTemporal, 6, **settings)
     model = build(SpatioTemporal, 6)

@@ -518,7 +518,7 @@ def test_architecture_comes_from_the_checkpoint(forks, base, copy, text, tmp_pat
 
 
 def test_context_grows_on_resume(forks, text, tmp_path):
-    """--extend_block_size: longer windows from there on, rope stretched with them; again is no change; less is refused."""
+    """--extend_block_size: longer windows from there on, rope stretched too; again is no change; less is refused."""
     ropes = dict(KEEP, positions="rope", rope_scaling="yarn", max_steps=4, save_interval=2)
     assert_done(forks.run(train(text, tmp_path / "runs", **ropes), tmp_path))
     run = at(tmp_path / "runs")

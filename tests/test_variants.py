@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import mixers
-from model import (CARRY, MIXERS, Transformer, TransformerConfig, build_model, equal_ff_mult, initialise, parameter_roles,
-                   parameter_rules)
+from model import (CARRY, MIXERS, Transformer, TransformerConfig, build_model, equal_ff_mult, initialise,
+                   parameter_roles, parameter_rules)
 from sample import generate
 
 T = 24
@@ -67,7 +67,8 @@ def test_cached_equals_recomputed(mixer, positions, chunks):
 def test_fewer_key_heads(mixer):
     model, x = build(mixer, n_kv_head=2), text()
     with torch.no_grad():
-        torch.testing.assert_close(in_chunks(model, x, [7, 1, 16], model.new_cache(2, T)), model(x), atol=1e-5, rtol=1e-5)
+        cached = in_chunks(model, x, [7, 1, 16], model.new_cache(2, T))
+        torch.testing.assert_close(cached, model(x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("chunks", CHUNKS)
@@ -119,7 +120,8 @@ def test_crop_where_nothing_was_kept(mixer):
     if all(layer.croppable(13) for layer in cache.layers):
         cache.crop(13)
         with torch.no_grad():
-            torch.testing.assert_close(in_chunks(model, x[:, 13:], [T - 13], cache), model(x)[:, 13:], atol=1e-5, rtol=1e-5)
+            late = in_chunks(model, x[:, 13:], [T - 13], cache)
+            torch.testing.assert_close(late, model(x)[:, 13:], atol=1e-5, rtol=1e-5)
     else:
         with pytest.raises(ValueError, match="snapshots at none"):
             cache.crop(13)
@@ -160,8 +162,9 @@ def test_past_the_window_and_in_generation(mixer):
     model = build(mixer)
     for prompts in ([b"The "], [b"ab", b"abcdefgh", b"q"]):
         for how in (dict(temperature=0), dict(temperature=1.0, top_p=0.9)):
-            found = [torch.stack(list(generate(model, prompts, 30, torch.Generator().manual_seed(3), use_cache=use, **how)))
-                     for use in (True, False)]
+            seeds = [torch.Generator().manual_seed(3) for _ in range(2)]
+            found = [torch.stack(list(generate(model, prompts, 30, seed, use_cache=use, **how)))
+                     for use, seed in zip((True, False), seeds)]
             assert torch.equal(*found)
 
 
@@ -180,7 +183,8 @@ def test_causality(mixer):
 
 
 @pytest.mark.parametrize("init", ["gpt2", "normal", "xavier", "tfixup", "truncated", "zero"])
-@pytest.mark.parametrize("mixer, ff", [*((m, "mlp") for m in PATTERNS), ("full", "low_rank"), ("full", "moe"), ("mla", "mlp,moe")])
+@pytest.mark.parametrize("mixer, ff", [*((m, "mlp") for m in PATTERNS), ("full", "low_rank"), ("full", "moe"),
+                                       ("mla", "mlp,moe")])
 def test_every_parameter_is_claimed_and_filled(mixer, ff, init):
     def drawn(seed):
         torch.manual_seed(seed)
@@ -240,7 +244,8 @@ def test_multi_token_prediction():
     places, h, wanted = model.place(x, None), states[0], 0.0
     for d in (1, 2):
         module = model.mtp[d - 1]
-        h = module.block(module.join(torch.cat((module.norm1(h), module.norm2(model.embed[y[..., d - 1]])), -1)), places)
+        joined = torch.cat((module.norm1(h), module.norm2(model.embed[y[..., d - 1]])), -1)
+        h = module.block(module.join(joined), places)
         wanted = wanted + 0.3 * F.cross_entropy((model.norm(h) @ model.heads[0].T).transpose(1, 2), y[..., d])
     torch.testing.assert_close(model.extras["mtp"], wanted)
     torch.testing.assert_close(objective, nats[0, 0] + wanted)
@@ -289,7 +294,8 @@ def test_rope_scalings():
 def test_scaled_rope_keeps_the_cache(mixer, scaling):
     model, x = build(mixer, rope_scaling=scaling, rope_factor=2.0), text()
     with torch.no_grad():
-        torch.testing.assert_close(in_chunks(model, x, [7, 1, 16], model.new_cache(2, T)), model(x), atol=1e-5, rtol=1e-5)
+        cached = in_chunks(model, x, [7, 1, 16], model.new_cache(2, T))
+        torch.testing.assert_close(cached, model(x), atol=1e-5, rtol=1e-5)
 
 
 # --- Equal parameters ---
@@ -311,7 +317,8 @@ def test_equal_parameters(settings):
     (dict(mixer="xl", positions="learned"), "earlier segments"), (dict(positions="relative"), "Transformer-XL"),
     (dict(mixer="mamba", positions="learned"), "past block_size"), (dict(mixer="diff", n_kv_head=1), "pairs of heads"),
     (dict(mixer="mla", n_kv_head=2), "one latent for all heads"), (dict(mixer="mla", rope_dim=3), "rope_dim"),
-    (dict(mixer="fixed", sparse_summary=9), "sparse_summary"), (dict(mixer="compressive", compression_rate=3), "divide"),
+    (dict(mixer="fixed", sparse_summary=9), "sparse_summary"),
+    (dict(mixer="compressive", compression_rate=3), "divide"),
     (dict(ff="moe", expert_top_k=9), "expert_top_k"), (dict(ff="moe", n_shared_expert=8), "n_shared_expert"),
     (dict(ff="moe", activation="solu"), "solu"), (dict(init="tfixup", mixer="mamba"), "tfixup"),
     (dict(rope_scaling="yarn", positions="none"), "needs positions 'rope'"), (dict(rope_factor=0.5), "rope_factor"),
@@ -336,8 +343,8 @@ MEMORIES = [("xl", "relative"), ("compressive", "relative"), ("compressive,xl", 
             *((m, "rope") for m in ("xl", "compressive", "mamba", "mingru", "compressive,mamba", "xl,window"))]
 
 
-@pytest.mark.parametrize("sizes", [dict(), dict(memory_length=16, compressed_length=3), dict(memory_length=4, n_kv_head=2)],
-                         ids=str)
+@pytest.mark.parametrize("sizes", [dict(), dict(memory_length=16, compressed_length=3),
+                                   dict(memory_length=4, n_kv_head=2)], ids=str)
 @pytest.mark.parametrize("mixer, positions", [pair for pair in MEMORIES if "window" not in pair[0]])
 def test_segments_equal_one_long_pass(mixer, positions, sizes):
     """Training on a stream, segment by segment, sees what one pass over all of it sees, and what a cache sees."""
@@ -383,7 +390,8 @@ def test_memories_by_definition(mixer):
 def test_relative_positions_by_definition():
     """Dai et al. 2019, section 3.3: content and position terms, with u and v, over the sinusoid of the distance."""
     model = build("xl", n_layer=1, positions="relative", memory_length=4, n_head=2).double()
-    mixer, x = model.blocks[0].mixer, torch.randn(20, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    mixer = model.blocks[0].mixer
+    x = torch.randn(20, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         for p in (mixer.bias_u, mixer.bias_v):
             p.normal_(generator=torch.Generator().manual_seed(3))
@@ -536,6 +544,7 @@ def test_pyramid_trains_and_refuses():
     assert model.flops_per_token(32) < Transformer(TransformerConfig(**{**SMALL, "n_layer": 4})).flops_per_token(32)
     for call, word in ((lambda: model.new_cache(1, 8, window=4), "does not slide"),
                        (lambda: model(x, positions=padded((32, 30, 20, 32), 32)), "stand alike"),
-                       (lambda: pyramid(2, mixer="xl"), "starts afresh"), (lambda: pyramid(2, n_layer=2), "at least 3")):
+                       (lambda: pyramid(2, mixer="xl"), "starts afresh"),
+                       (lambda: pyramid(2, n_layer=2), "at least 3")):
         with pytest.raises(ValueError, match=word):
             call()
