@@ -219,6 +219,8 @@ def rms_norm(x, gain=None, eps=1e-6):
         mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact).square() / x.size(-1)
         x = x * torch.rsqrt(mean + eps).to(x.dtype)
         return x if gain is None else x * gain
+    if gain is not None and gain.dtype != x.dtype:  # autocast: else neither fused nor quiet
+        gain = gain.to(x.dtype)
     return F.rms_norm(x, (x.size(-1),), gain, eps)
 
 
