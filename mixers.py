@@ -367,12 +367,17 @@ class Attention(nn.Module):
             q = q.reshape(q.size(0), G, -1, q.size(3))  # (B, G, H/G, D)
             y = F.scaled_dot_product_attention(q, k, v, None, dropout, scale=scale)
             return y.reshape(q.size(0), H, 1, v.size(3))
+        width, D = v.size(3), q.size(3)
+        if D != width and q.size(2) > 1 and q.device.type == "cpu":  # there, fused attention takes one width only
+            scale = D ** -0.5 if scale is None else scale
+            q, k, v = (F.pad(t, (0, max(D, width) - t.size(3))) for t in (q, k, v))
         is_causal = isinstance(mask, str)
         if is_causal:
             mask = None
         elif mask is not None and mask.dtype != torch.bool:
             mask = mask.to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale, enable_gqa=G < H)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale, enable_gqa=G < H)
+        return y if y.size(3) == width else y[..., :width]
 
     def new_cache(self, batch_size, max_length, window, device, dtype):
         """A KVCache; a layer of kind "window" never keeps more than its own window."""
