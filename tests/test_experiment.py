@@ -313,7 +313,7 @@ def test_wandb_goes_on_with_its_id_offline(tmp_path, script, capfd):
             run.save("last.pt", state(1 + resume))
     ident = (run.dir / "wandb_id").read_text()
     kept = sorted(path.name for path in (run.dir / "wandb").glob("offline-run-*"))
-    assert kept and all(name.endswith(ident) for name in kept)
+    assert kept and all(ident in name for name in kept)  # two within a second: wandb adds -1
     assert "wandb:" not in "".join(capfd.readouterr()), "no stray lines"
 
 
