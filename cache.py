@@ -317,8 +317,8 @@ class Cache:
             raise ValueError("a sliding cache needs rows padded on the left: each row's positions must never fall")
         if self.snapshots:
             kept = [None if layer.croppable(0) else layer.snapshot() for layer in self.layers]
-            self._kept = [old for old in self._kept if old[0] < self.length][-self.snapshots + 1:]
-            self._kept.append((self.length, self.last, kept))
+            self._kept = [old for old in self._kept if old[0] < self.length] + [(self.length, self.last, kept)]
+            del self._kept[:-self.snapshots]
 
     def advance(self, places):
         """After a pass: counts its positions. places: the pass's Positions."""

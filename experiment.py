@@ -275,23 +275,39 @@ def _help(g, specs, presets, positional, width=100):
     if presets:
         out.append("Presets: --preset NAME; flags win over it")
         for name, values in presets.items():
-            out += entry(f"  {name}", ", ".join(f"{key}={_typed(value)}" for key, value in values.items()), 20)
+            out += entry(f"  {name}", ", ".join(f"{key}={as_typed(value)}" for key, value in values.items()), 20)
         out.append("")
     for group, members in itertools.groupby(specs.values(), lambda spec: spec.group):
         out.append(group)
         for spec in members:
-            out += entry(f"  --{spec.name} {_typed(spec.default)}", spec.comment, 34)
+            out += entry(f"  --{spec.name} {as_typed(spec.default)}", spec.comment, 34)
         out.append("")
     return "\n".join(out).rstrip()
 
 
-def _typed(value):
+def as_typed(value):
     """A value as one would type it."""
     if isinstance(value, (tuple, list)):
-        return ",".join(map(_typed, value))
+        return ",".join(map(as_typed, value))
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return str(value) if str(value).isprintable() and value != "" else json.dumps(value)
+
+
+def check_settings(script, values):
+    """`values` {name: value}, as a file gives them, in the types of the script's settings. Nothing is run.
+
+    UserError: a name that the script has not, or a value that it does not allow.
+    """
+    specs, found = _read_settings(script), {}
+    for name, value in values.items():
+        if name not in specs:
+            raise UserError(f"{Path(script).name} has no setting {name!r}{_nearest(str(name), specs)}")
+        try:
+            found[name] = specs[name].read(as_typed(value), typed=True)
+        except ValueError as error:
+            raise UserError(f"{name} {as_typed(value)}: {error}") from None
+    return found
 
 
 def adopt(g, settings, checkpoint_settings, architecture):
@@ -314,13 +330,37 @@ def adopt(g, settings, checkpoint_settings, architecture):
             continue
         adopted[name] = old
         if name in settings.explicit:
-            print(f"{name} {_typed(old)} comes from the checkpoint: --{name} {_typed(new)} is overruled")
+            print(f"{name} {as_typed(old)} comes from the checkpoint: --{name} {as_typed(new)} is overruled")
         else:
-            moved.append(f"{name} {_typed(old)} (not {_typed(new)})")
+            moved.append(f"{name} {as_typed(old)} (not {as_typed(new)})")
     if moved:
         print("from the checkpoint:", ", ".join(moved))
     g.update(adopted)
     return adopted
+
+
+# --- Did it matter? ---
+
+NOISE = 3.0  # a difference counts from so many standard errors on
+
+
+def noise_floor(values):
+    """The standard deviation of one figure over seeds, n - 1 in the denominator. ValueError for fewer than 2 values."""
+    if len(values) < 2:
+        raise ValueError(f"a noise floor needs at least 2 seeds, not {len(values)}")
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def compare(values, baseline, sigma):
+    """(difference of the means, verdict) of a changed model's figures and the baseline's, one per seed.
+
+    The rule: |difference| / (sigma sqrt(1/n1 + 1/n2)) >= NOISE, or it was not measured: verdict 0; else its sign. sigma
+    is the baseline's noise_floor: two or three seeds of a change are too few for one of its own.
+    """
+    difference = math.fsum(values) / len(values) - math.fsum(baseline) / len(baseline)
+    error = sigma * math.sqrt(1 / len(values) + 1 / len(baseline))
+    return difference, 0 if abs(difference) < NOISE * error or not difference else math.copysign(1, difference)
 
 
 # --- Device and randomness ---
@@ -432,7 +472,7 @@ def find_resume(settings, script):
         return None
     directory = _newest(settings, script) if wanted is True else Path(wanted)
     fresh = wanted is True and (directory is None or not any(directory.glob("*.pt")))
-    reached = _read_json(directory / "summary.json").get("step") if fresh and directory else None
+    reached = read_json(directory / "summary.json").get("step") if fresh and directory else None
     if reached:
         raise UserError(f"{directory} has no checkpoint, although its summary.json says step {reached}: "
                         "start again under another --run_name")
@@ -514,12 +554,12 @@ def _plain(value):
     return _plain(value.item()) if hasattr(value, "item") else str(value)
 
 
-def _write_json(path, value):
+def write_json(path, value):
     with _replacing(path) as file:
         file.write((json.dumps(_plain(value), indent=2, allow_nan=False) + "\n").encode())
 
 
-def _read_json(path):
+def read_json(path):
     """The object in a JSON file; {} where there is none."""
     with contextlib.suppress(OSError, ValueError):
         value = json.loads(path.read_text())
@@ -527,7 +567,7 @@ def _read_json(path):
     return {}
 
 
-def _read_metrics(path):
+def read_metrics(path):
     """The lines of a metrics.jsonl; one that a kill or a full disk has cut off is left out."""
     entries = []
     for line in path.read_bytes().splitlines():
@@ -643,7 +683,7 @@ class Run:
         """Drops the metrics that the checkpoint does not know of; returns the lines of its last step."""
         path, entries = self.dir / "metrics.jsonl", []
         if self.checkpoint and path.exists():
-            entries = [entry for entry in _read_metrics(path)[:self.checkpoint.get("metrics_lines")]
+            entries = [entry for entry in read_metrics(path)[:self.checkpoint.get("metrics_lines")]
                        if entry["step"] <= self.step and not entry.get("final")]
         with _replacing(path) as file:
             file.writelines((json.dumps(entry) + "\n").encode() for entry in entries)
@@ -651,13 +691,13 @@ class Run:
         return [entry for entry in entries if entry["step"] == self.step]
 
     def _write_params(self):
-        old, now = _read_json(self.dir / "params.json") if self.resumed else {}, _plain(self.settings)
+        old, now = read_json(self.dir / "params.json") if self.resumed else {}, _plain(self.settings)
         before, words = old.get("settings", now), [self.script.name, *self.settings.command]
         changed = {name: [before.get(name), value] for name, value in now.items() if before.get(name) != value}
         entry = {"command": words, "step": self.step, "time": time.strftime(CLOCK), "changed": changed}
         git = "git", "-C", str(self.script.resolve().parent)
         commit = _output(*git, "rev-parse", "HEAD")
-        _write_json(self.dir / "params.json", {
+        write_json(self.dir / "params.json", {
             "format": FORMAT, "script": self.script.stem, "run_name": self.dir.name, "settings": now, "command": words,
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
             "device": {"system": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
@@ -757,7 +797,7 @@ class Run:
 
     def _write_summary(self, status, **more):
         memory = peak_memory("cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu")
-        _write_json(self.dir / "summary.json", {
+        write_json(self.dir / "summary.json", {
             "status": status, "step": self.step, "seconds": time.monotonic() - self._began, "peak_memory": memory,
             "time": time.strftime(CLOCK), **self._summary, **more})
 
@@ -832,7 +872,7 @@ def draw_curves(metrics, picture):
     """Draws loss, and bits per byte where there are any, over the steps in metrics.jsonl into a PNG file."""
     from matplotlib.figure import Figure
     curves = {"loss": {}, "bpb": {}}
-    for entry in _read_metrics(metrics):
+    for entry in read_metrics(metrics):
         for key in curves:
             if entry.get(key) is not None:
                 curves[key].setdefault(_curve(entry), []).append((entry["step"], entry[key]))

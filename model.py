@@ -161,6 +161,9 @@ class TransformerConfig:
         if isinstance(self.residual_scale, str) and self.residual_scale not in ("depth", "rezero", "layerscale"):
             raise ValueError(f"residual_scale is {self.residual_scale!r}, but can be a number, 'depth', 'rezero' or "
                              "'layerscale'")
+        if self.residual_scale == "rezero" and self.init == "zero":
+            raise ValueError("residual_scale 'rezero' starts every branch at zero, and init 'zero' its output too: no "
+                             "gradient would ever reach either; choose another init")
         if self.init == "tfixup" and not (set(self.mixers) <= {"full", "window", "strided", "fixed", "diff", "xl"}
                                           and set(self.ffs) == {"mlp"}):
             raise ValueError("init 'tfixup' scales the value, output and feed-forward matrices of attention layers: "
@@ -660,6 +663,8 @@ class PyramidCache:
         """Raises ValueError for ragged rows: what is one unit would differ from row to row."""
         if index is not None:
             raise ValueError("a pyramid's rows must stand alike: rows with padding begin their units at other places")
+        self.outer.check(None, ordered)
+        self.middle.check(None, ordered)
 
     def reset(self):
         """Forgets everything; the storage stays."""

@@ -1,0 +1,439 @@
+"""A grid of runs: a baseline with several seeds, and rows that change one thing each; goes on where it stopped.
+
+    python grid.py grids/one_change.yaml                   # two runs at a time; after Ctrl-C the same command goes on
+    python grid.py grids/one_change.yaml --jobs 1 --threads 2
+    python grid.py grids/one_change.yaml --print           # what could start now, for a cluster's own scheduler
+    python grid.py grids/one_change.yaml --status          # how far each row is
+    python plot.py --table runs/one_change                 # the table
+
+What the baseline and every row go through: their rates times each factor of `tune`, with the first seed; the best
+factor with the other seeds (the baseline all of them, a row the second). A row whose two seeds disagree about what the
+significance rule says gets a third. One that is faster or slower than the baseline by more than 5 % is trained once
+more for as many steps as fit into the baseline's seconds: so it is compared per step and per second.
+
+    script: train_enwik8.py
+    out_dir: runs/one_change
+    metric: val_bpb_raw                # of summary.json; less is better
+    base: {n_layer: 4, lr: 0.004}      # settings of every run
+    seeds: [1, 2, 3, 4, 5]
+    tune: {settings: [lr], factors: [0.5, 1, 2]}
+    equal_seconds: true
+    rows:
+      layer norm: {axis: norm, set: {norm: layer}}
+      own heads: {axis: losses, set: {layer_heads: own}, against: shared heads}     # compared with another row
+
+A run is known by its settings: a row that is renamed does not run again, one that is changed is another run, and what
+the yaml no longer wants stays where it is. Several grid.py may share a folder. A run that fails does not stop the
+others; it is told at the end and left alone until --retry. One that was killed goes on with the next command.
+"""
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from builtins import print as say
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from experiment import (UserError, as_typed, check_settings, command, compare, noise_floor, override, read_json,
+                        read_metrics, write_json)
+
+# --- What ---
+grid = None              # the yaml file (may also be typed as a bare word)
+print = False            # only list the commands that could start now
+status = False           # only say how far each row is
+retry = False            # try runs again that failed
+# --- How ---
+jobs = 2                 # [>= 1] runs at a time
+threads = 1              # [>= 1] CPU threads of each
+checkpoints = False      # keep the checkpoints of finished runs
+
+SHAPE = {"script": str, "out_dir": str, "metric": str, "base": dict, "seeds": list, "tune": dict, "equal_seconds": bool,
+         "rows": dict}
+ROW_SHAPE = {"axis": str, "set": dict, "against": str}
+BASELINE = "baseline"
+SLOWER = 0.05            # a row is as fast as the baseline up to this share
+KILLED = (130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+
+
+@dataclass
+class Row:
+    """A model of the table: the baseline, or one change of it."""
+    name: str
+    axis: str
+    changes: dict
+    against: str         # the row that it is compared with
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run that a grid may want. `settings`: JSON of what is typed; `run`: its directory's name, which holds a hash
+    of the settings."""
+    row: str
+    seed: int
+    factor: float
+    settings: str
+    run: str
+
+
+@dataclass
+class Result:
+    """What is known of a cell: `state` "done" with a value, "failed" with an error, or "open"."""
+    state: str
+    value: float = None
+    times: list = field(default_factory=list)          # seconds per step, of each stretch between two lines of metrics
+    parameters: int = None
+    error: str = ""
+
+
+@dataclass
+class Progress:
+    """Where a row stands: cells that it wants next, and what it has. `values`: of the best factor, one per seed."""
+    wanted: list = field(default_factory=list)
+    tuned: dict = field(default_factory=dict)          # {factor: value, None where it failed}
+    factor: float = None
+    cells: list = field(default_factory=list)          # of the best factor, by seed
+    values: list = field(default_factory=list)
+    step_seconds: float = None                         # of a step when nothing disturbs
+    parameters: int = None
+    equal: Cell = None                                 # the run of equal seconds, if it needs one
+    error: str = ""
+
+
+class Grid:
+    """A yaml file that was read and checked, and what its runs have left on the disk.
+
+    Raises UserError for a file that is not there or no grid, with the place in it.
+    """
+
+    def __init__(self, path):
+        import yaml
+        self.path = Path(path)
+        try:
+            plan = yaml.safe_load(self.path.read_text())
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is no yaml: {' '.join(str(error).split())}") from None
+        check_shape(plan, SHAPE, {"script", "out_dir", "metric", "base", "seeds", "rows"}, str(path))
+        self.script = Path(__file__).resolve().parent / plan["script"]
+        if not self.script.is_file():
+            raise UserError(f"{path}: there is no script {plan['script']}")
+        self.folder, self.metric, self.seeds = Path(plan["out_dir"]), plan["metric"], plan["seeds"]
+        if len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds) or not all(type(s) is int for s in self.seeds):
+            raise UserError(f"{path}: seeds must be at least 2 different whole numbers, not {self.seeds}")
+        tune = plan.get("tune", {})
+        check_shape(tune, {"settings": list, "factors": list}, set(), f"{path}: tune")
+        self.scaled, self.factors = tune.get("settings", []), tune.get("factors", [1])
+        if not self.factors or not all(type(f) in (int, float) and f > 0 for f in self.factors):
+            raise UserError(f"{path}: tune: factors must be numbers above 0, not {self.factors}")
+        self.equal_seconds = plan.get("equal_seconds", False)
+        self.base = self.check(plan["base"], "base")
+        for name in self.scaled:
+            if type(self.base.get(name)) not in (int, float):
+                raise UserError(f"{path}: tune: {name} must be a number in base")
+        if self.equal_seconds and not self.base.get("max_steps"):
+            raise UserError(f"{path}: equal_seconds needs max_steps in base")
+        self.rows = [Row(BASELINE, "", {}, None)]
+        for name, row in plan["rows"].items():
+            row = {} if row is None else row
+            check_shape(row, ROW_SHAPE, {"set"}, f"{path}: row {name!r}")
+            self.rows.append(Row(str(name), row.get("axis", ""), self.check(row["set"], f"row {name!r}"),
+                                 row.get("against", BASELINE)))
+        names = [row.name for row in self.rows]
+        for row in self.rows[1:]:
+            if names.count(row.name) > 1 or row.name == row.against or row.against not in names:
+                raise UserError(f"{path}: row {row.name!r}: its name must be its own, and `against` another row's")
+        self.known, self.failed = {}, {}
+
+    def check(self, values, place):
+        """Settings of the yaml in the script's types; UserError with the place."""
+        try:
+            if kept := {"seed", "out_dir", "run_name", "resume", "preset"} & values.keys():
+                raise UserError(f"{', '.join(sorted(kept))} cannot stand in a grid: it sets them itself, and a preset "
+                                "may change tomorrow")
+            return check_settings(self.script, values)
+        except UserError as error:
+            raise UserError(f"{self.path}: {place}: {error}") from None
+
+    def cell(self, row, factor, seed, steps=None):
+        """The Cell of a row. steps: other than the base's max_steps."""
+        settings = {**self.base, **row.changes, "seed": seed}
+        settings.update({name: float(f"{settings[name] * factor:.12g}") for name in self.scaled})
+        if steps is not None:
+            settings["max_steps"] = steps
+        words = json.dumps(settings, sort_keys=True)
+        key = hashlib.sha256(f"{self.script.name} {words}".encode()).hexdigest()[:10]
+        found = next(self.home.glob(f"*-{key}"), None)                      # also under an older name of the row
+        name = re.sub(r"[^A-Za-z0-9]+", "_", row.name).strip("_")[:40] or "row"
+        length = "" if steps is None else f"-{steps}steps"
+        return Cell(row.name, seed, factor, words, found.name if found else f"{name}-x{factor:g}-s{seed}{length}-{key}")
+
+    @property
+    def home(self):
+        """The folder of the runs."""
+        return self.folder / self.script.stem
+
+    def result(self, cell):
+        """What the disk says about a cell."""
+        if cell.run in self.known:
+            return self.known[cell.run]
+        summary = read_json(self.home / cell.run / "summary.json")
+        if summary.get("status") == "done" and isinstance(summary.get(self.metric), (int, float)):
+            found = Result("done", summary[self.metric], step_times(self.home / cell.run / "metrics.jsonl"),
+                           summary.get("parameters"))
+            self.known[cell.run] = found
+            return found
+        if summary.get("status") == "done":
+            return Result("failed", error=f"its summary.json has no number {self.metric}")
+        if cell.run in self.failed:
+            return Result("failed", error=self.failed[cell.run])
+        return Result("open")
+
+    def read_journal(self):
+        """Which runs failed by themselves, from the lines that launches left; --retry forgets them."""
+        self.failed, journal = {}, self.folder / "grid.jsonl"
+        for line in journal.read_bytes().splitlines() if journal.exists() else ():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue                                                     # cut off by a kill
+            self.failed.pop(entry["run"], None)
+            if entry["code"] not in (0, *KILLED):
+                self.failed[entry["run"]] = entry["error"]
+
+    def progress(self):
+        """{row's name: Progress}, from what is on the disk."""
+        found = {}
+        for row in self.rows:
+            found[row.name] = self.walk(row)
+        base = found[BASELINE]
+        if base.wanted or len(base.values) < 2:
+            return found
+        sigma = noise_floor(base.values)
+        for row in self.rows[1:]:
+            mine, other = found[row.name], found[row.against]
+            if mine.wanted or other.wanted or not mine.values or not other.values:
+                continue
+            verdicts = {compare([value], other.values, sigma)[1] for value in mine.values[:2]}
+            if len(verdicts) > 1 and len(self.seeds) > 2:
+                self.add_seed(row, mine, self.seeds[2])
+            if not self.equal_seconds or not mine.step_seconds or not other.step_seconds:
+                continue
+            ratio = mine.step_seconds / other.step_seconds
+            if abs(ratio - 1) > SLOWER:
+                whole = row.changes.get("max_steps", self.base["max_steps"])
+                mine.equal = self.cell(row, mine.factor, self.seeds[0], max(10, round(whole / ratio / 10) * 10))
+                if self.result(mine.equal).state == "open":
+                    mine.wanted.append(mine.equal)
+        return found
+
+    def walk(self, row):
+        """Progress of a row by itself: its factors, then its seeds."""
+        mine = Progress()
+        tuning = [self.cell(row, factor, self.seeds[0]) for factor in self.factors]
+        results = [self.result(cell) for cell in tuning]
+        mine.wanted = [cell for cell, result in zip(tuning, results) if result.state == "open"]
+        mine.tuned = {cell.factor: result.value for cell, result in zip(tuning, results) if result.state != "open"}
+        if mine.wanted:
+            return mine
+        done = [(result.value, cell) for cell, result in zip(tuning, results) if result.state == "done"]
+        if not done:
+            mine.error = results[0].error
+            return mine
+        mine.factor = min(done, key=lambda pair: pair[0])[1].factor
+        for seed in self.seeds if row.name == BASELINE else self.seeds[:2]:
+            self.add_seed(row, mine, seed)
+        times = sorted(t for result in [*results, *map(self.result, mine.cells)] for t in result.times)
+        mine.step_seconds = times[len(times) // 10] if times else None       # a neighbour on the machine only ever adds
+        mine.parameters = next(result.parameters for result in results if result.state == "done")
+        return mine
+
+    def add_seed(self, row, mine, seed):
+        """The run of another seed: into mine.values where it is done, into mine.wanted where it is not."""
+        cell = self.cell(row, mine.factor, seed)
+        result = self.result(cell)
+        if result.state == "done":
+            mine.cells.append(cell)
+            mine.values.append(result.value)
+        elif result.state == "open":
+            mine.wanted.append(cell)
+        else:
+            mine.error = result.error
+
+    def words(self, cell):
+        """The command of a cell, word by word; with --resume where something is there."""
+        settings = [word for name, value in json.loads(cell.settings).items() for word in (f"--{name}", as_typed(value))]
+        place = ["--out_dir", str(self.folder), "--run_name", cell.run]
+        again = ["--resume"] if (self.home / cell.run).exists() else []
+        return [sys.executable, str(self.script), *settings, *place, *again]
+
+    def write_index(self, found):
+        """out_dir/grid.json: what plot.py makes the table from."""
+        def run(cell):
+            result = self.result(cell)
+            return {"run": cell.run, "seed": cell.seed, "value": result.value, "max_steps":
+                    json.loads(cell.settings).get("max_steps")}
+        rows = [{"name": row.name, "axis": row.axis, "set": row.changes, "against": row.against,
+                 "factor": mine.factor, "tuned": [[factor, value] for factor, value in mine.tuned.items()],
+                 "runs": [run(cell) for cell in mine.cells], "step_seconds": mine.step_seconds,
+                 "parameters": mine.parameters, "error": mine.error, "open": len(mine.wanted),
+                 "equal_seconds": run(mine.equal) if mine.equal and self.result(mine.equal).state == "done" else None}
+                for row in self.rows for mine in [found[row.name]]]
+        write_json(self.folder / "grid.json", {
+            "grid": self.path.name, "script": self.script.name, "metric": self.metric, "base": self.base,
+            "seeds": self.seeds, "tuned_settings": self.scaled, "factors": self.factors, "rows": rows})
+
+
+def step_times(path):
+    """Seconds per optimiser step in each stretch between two training lines of a metrics.jsonl; [] where none is."""
+    if not path.exists():
+        return []
+    lines = [entry for entry in read_metrics(path) if entry["split"] == "train" and entry.get("seconds")]
+    return [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in zip(lines, lines[1:])
+            if b["step"] > a["step"]]
+
+
+def check_shape(value, shape, needed, place):
+    """UserError where `value` is not a mapping of these keys to these types."""
+    if not isinstance(value, dict):
+        raise UserError(f"{place} must be a mapping, not {type(value).__name__}")
+    for key, item in value.items():
+        if key not in shape:
+            raise UserError(f"{place}: unknown key {key!r}; there are {', '.join(shape)}")
+        if not isinstance(item, shape[key]):
+            raise UserError(f"{place}: {key} must be a {shape[key].__name__}, not {item!r}")
+    if missing := [key for key in shape if key in needed and key not in value]:
+        raise UserError(f"{place}: {', '.join(missing)} is missing")
+
+
+def claim(folder, cell):
+    """An open, locked file that says that this process runs the cell; None where another one does.
+
+    The run inherits it: should grid.py be killed, the cell stays claimed for as long as its run lives.
+    """
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    file = open(folder / "logs" / f"{cell.run}.lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except OSError:
+        file.close()
+        return None
+
+
+def last_line(path):
+    """The last line of a log that says something: the error."""
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "no output"
+
+
+def show(plan, found):
+    """One line per row."""
+    for row in plan.rows:
+        mine = found[row.name]
+        tuned = ", ".join(f"x{factor:g} {'failed' if value is None else f'{value:.4f}'}"
+                          for factor, value in mine.tuned.items())
+        seeds = ", ".join(f"{value:.4f}" for value in mine.values)
+        say(f"{row.name:<28} {len(mine.wanted)} to run | {tuned} | seeds {seeds}" + f" | {mine.error}" * bool(mine.error))
+
+
+@command
+def main():
+    override(globals(), positional="grid")
+    if grid is None:
+        raise UserError("which grid? python grid.py grids/one_change.yaml")
+    plan = Grid(grid)
+    plan.read_journal()
+    if retry:
+        plan.failed.clear()
+    found = plan.progress()
+    if status:
+        return show(plan, found)
+    if print:
+        for cell in dict.fromkeys(cell for mine in found.values() for cell in mine.wanted):
+            say(shlex.join(plan.words(cell)))
+        return
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    running, given_up, stop = {}, set(), []
+
+    def on_signal(number, frame):
+        stop.append(number)
+        for child in running:
+            child.send_signal(signal.SIGTERM)                                # it saves; a second one ends it at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    began, finished = time.monotonic(), 0
+    while True:
+        # ---- what has ended ----
+        ended = [child for child in running if child.poll() is not None]
+        for child in ended:
+            cell, held = running.pop(child)
+            log, code = plan.folder / "logs" / f"{cell.run}.log", child.returncode
+            error = "" if code == 0 else last_line(log)
+            with open(plan.folder / "grid.jsonl", "ab", buffering=0) as journal:
+                entry = {"run": cell.run, "row": cell.row, "code": code, "error": error, "time": time.time()}
+                journal.write((json.dumps(entry) + "\n").encode())
+            held.close()
+            if code:
+                given_up.add(cell.run)
+                if code not in KILLED:
+                    plan.failed[cell.run] = error
+            result = plan.result(cell)
+            if result.state == "done" and not checkpoints:
+                for path in (plan.home / cell.run).glob("*.pt"):
+                    path.unlink()
+            finished += 1
+            what = f"{result.value:.4f}" if result.state == "done" else f"exit {code}: {error}"
+            say(f"{finished:>4} runs, {(time.monotonic() - began) / 60:.1f} min: {cell.row}, x{cell.factor:g}, seed "
+                f"{cell.seed}: {what}", flush=True)
+        if ended or not running:
+            found = plan.progress()
+            plan.write_index(found)
+        # ---- what can start ----
+        todo = dict.fromkeys(cell for mine in found.values() for cell in mine.wanted if cell.run not in given_up)
+        taken = {cell.run for cell, _ in running.values()}
+        waiting = False
+        for cell in todo if not stop else ():
+            if len(running) >= jobs:
+                break
+            if cell.run in taken:
+                continue
+            held = claim(plan.folder, cell)
+            if held is None:
+                waiting = True                                               # another grid.py has it
+                continue
+            if plan.result(cell).state == "done":                            # it had, a moment ago
+                held.close()
+                continue
+            with open(plan.folder / "logs" / f"{cell.run}.log", "ab") as log:
+                child = subprocess.Popen(plan.words(cell), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                         env=environment, pass_fds=[held.fileno()], start_new_session=True)
+            running[child] = cell, held
+            taken.add(cell.run)
+        if not running and (stop or not waiting and not any(plan.result(cell).state == "open" for cell in todo)):
+            break
+        time.sleep(0.2 if running else 2)
+    if stop:
+        say("stopped: the same command goes on")
+        sys.exit(128 + stop[0])
+    troubles = {row.name: found[row.name].error for row in plan.rows if found[row.name].error}
+    broken = {run: error for run, error in plan.failed.items() if run in given_up}
+    say(f"done: {sum(len(mine.values) > 0 for mine in found.values())} of {len(plan.rows)} rows; "
+        f"{plan.folder / 'grid.json'}")
+    if troubles or given_up:
+        told = "; ".join(f"{name}: {error}" for name, error in (troubles or broken).items()) or ", ".join(given_up)
+        raise UserError(f"{max(len(given_up), len(troubles))} failed (--retry runs them again): {told}")
+
+
+if __name__ == "__main__":
+    main()
