@@ -46,6 +46,7 @@ CHOICES = {
     "attention": ("auto", "sdpa", "manual"),
     "compression": ("conv", "mean", "max"),
     "expert_balance": ("loss", "bias", "none"),
+    "output": ("softmax", "stablemax"),
 }
 
 
@@ -116,6 +117,7 @@ class TransformerConfig:
     target_heads: str = "own"  # "shared": one classifier, later targets read through an own C x C matrix
     layer_heads: str = "own"  # "own": every layer whose loss is used has own classifiers; "shared": the last layer's
     head_bias: bool = False
+    output: str = "softmax"  # "stablemax" (Prieto et al. 2025): logits pass `stablemax` before every softmax
     intermediate_losses: bool = False
     mtp_depth: int = 0  # modules of multi-token prediction (DeepSeek-V3), each one byte further ahead
     mtp_weight: float = 0.3  # of the mean of their losses
@@ -461,8 +463,16 @@ class Transformer(nn.Module):
         if targets is not None:
             objective, nats = self.losses(states, targets[..., :self.config.n_targets], active)
             return objective + self.extra_losses(x, targets, places), nats
+        return self.predict(x)
+
+    def predict(self, h):
+        """The last stream h (B, T, C) to logits (B, T, V) of the next byte: float32, under "stablemax" float64."""
         bias = self.head_biases[self.first_head] if len(self.head_biases) else None
-        return F.linear(self.norm(x), self.classifier(self.first_head), bias).float()
+        return self.logits(F.linear(self.norm(h), self.classifier(self.first_head), bias))
+
+    def logits(self, scores):
+        """A classifier's output (..., V) as what a softmax makes probabilities of."""
+        return stablemax(scores) if self.config.output == "stablemax" else scores.float()
 
     def extra_losses(self, h, targets, places):
         """The weighted sum of what the layers reported and of multi-token prediction from the last stream h (B, T, C).
@@ -472,9 +482,7 @@ class Transformer(nn.Module):
         c, losses = self.config, dict(places.losses)
         for d, module in enumerate(self.mtp, 1):
             h = module(h, F.embedding(targets[..., d - 1].clamp(min=0), self.embed), places)
-            bias = self.head_biases[self.first_head] if len(self.head_biases) else None
-            logits = F.linear(self.norm(h), self.classifier(self.first_head), bias).float()
-            loss = F.cross_entropy(logits.flatten(0, 1), targets[..., d].flatten(), ignore_index=-1)
+            loss = F.cross_entropy(self.predict(h).flatten(0, 1), targets[..., d].flatten(), ignore_index=-1)
             losses.setdefault("mtp", []).append(c.mtp_weight / c.mtp_depth * loss)
         self.extras = {name: sum(values).detach() for name, values in losses.items()}
         self.usage = dict(places.usage)
@@ -573,9 +581,10 @@ class Transformer(nn.Module):
         biases = [self.head_biases[i] for i in used] if c.head_bias else None
         logits = batched_linear(h, [self.classifier(i) for i in used], len(groups), biases)  # (A, N, K V), (A, N K, V)
         labels = targets.reshape(1, N * K).expand(A, N * K).reshape(A * N * K)
-        loss = F.cross_entropy(logits.view(A * N * K, c.vocab_size).float(), labels, reduction="none", ignore_index=-1)
+        logits = self.logits(logits.view(A * N * K, c.vocab_size))
+        loss = F.cross_entropy(logits, labels, reduction="none", ignore_index=-1)
         counted = (targets.reshape(N, K) >= 0).sum(0).clamp(min=1)  # (K,)
-        nats = loss.view(A, N, K).sum(1) / counted  # (A, K)
+        nats = loss.float().view(A, N, K).sum(1) / counted  # (A, K)
         objective = nats.sum() if K == 1 else sum(0.5 ** k * nats[:, k].sum() for k in range(K))
         return objective, nats.detach()
 
@@ -756,8 +765,7 @@ class Pyramid(Transformer):
         if targets is not None:
             objective, nats = self.losses([h], targets, active)
             return objective + self.extra_losses(h, targets, places), nats
-        bias = self.head_biases[self.first_head] if len(self.head_biases) else None
-        return F.linear(self.norm(h), self.classifier(self.first_head), bias).float()
+        return self.predict(h)
 
     def layer(self, block, x, places, held):
         """One layer, with activation checkpointing if that is set."""
@@ -834,6 +842,13 @@ def look_up_ropes(places, ropes, n):
     for width, rope in ropes.items():
         found = tuple(places.look_up(t).view(-1, places.T, 1, int(width)) for t in rope(n))  # (1 or B, T, 1, D)
         places.tables[int(width)] = found
+
+
+def stablemax(x):
+    """x (..., V) to sign(x) ln(1 + |x|), float64: its softmax is StableMax, s(x) / sum s with s(x) = x + 1 for x >= 0
+    and 1 / (1 - x) below (Prieto et al. 2025, section 4.1), whose gradient does not vanish where x grows."""
+    x = x.double()
+    return torch.log1p(F.relu(x)) - torch.log1p((-x).clamp(min=0))  # relu's gradient at 0 is 0, clamp's 1: together 1
 
 
 def batched_linear(h, weights, groups, biases=None):

@@ -26,6 +26,8 @@ RULES = {
     "adam": dict(lr=1e-3, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8),
     "adamw": dict(lr=1e-3, weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8),
     "muon": dict(lr=0.02, weight_decay=0.0, momentum=0.95, nesterov=True, ns_steps=5, eps=1e-7, adjust_lr="original"),
+    "schedule_free": dict(lr=2.5e-3, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, power=2.0, averaged=False),
+    "ivon": dict(lr=0.1, weight_decay=1e-4, betas=(0.9, 0.99999), ess=1e6, hess_init=1.0, clip_radius=math.inf),
 }
 # On a CPU a rule takes a few tensors at a time, so that its next operation still finds them in the cache: AdamW over
 # 12.8 M weights in 27 tensors takes 21 ms of one core (torch's foreach: 41), over all of them at once 39 ms.
@@ -97,6 +99,62 @@ def _muon(group, params, grads, states):
             p.add_(update if columns == longer else update.mT, alpha=-lr * scale)
 
 
+def _schedule_free(group, params, grads, states):
+    """Defazio et al. 2024, algorithm 1 on Adam's second moment: gradients at y = (1 - beta1) z + beta1 x,
+
+        z -= lr (g / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay y),  x += c (z - x),  c = w_t / sum of all w,
+
+    with w_t = (largest lr so far)^power. The parameters hold y; z and x are state, equal to the parameters at first.
+    """
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    if group["averaged"]:
+        raise RuntimeError("schedule_free holds its average, for evaluation: leave `averaged` before the next step")
+    for state, p in zip(states, params):
+        if "z" not in state:
+            state.update(z=p.clone(), x=p.clone(), step=0, largest=0.0, weights=0.0)
+        state["step"] += 1
+        state["largest"] = max(state["largest"], lr)
+        state["weights"] += state["largest"] ** group["power"]
+    squares = _buffers(states, params, "exp_avg_sq")
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+    for p, g, square, state in zip(params, grads, squares, states):
+        root = (square / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+        z, x = state["z"], state["x"]
+        if group["weight_decay"]:
+            z.add_(p, alpha=-lr * group["weight_decay"])
+        z.addcdiv_(g, root, value=-lr)
+        weight = state["largest"] ** group["power"]
+        x.lerp_(z, weight / state["weights"] if state["weights"] else 0.0)
+        torch.lerp(z, x, beta1, out=p)
+
+
+def _ivon(group, params, grads, states):
+    """Improved variational online Newton (Shen et al. 2024, algorithm 1). The parameters are the mean of a Gaussian
+    of precision ess (h + weight_decay). With `noise_grad` the mean of noise * gradient over this step's samples:
+
+        f = ess noise_grad (h + d),  h <- b2 h + (1 - b2) f + (1 - b2)^2 (h - f)^2 / (2 (h + d)),
+        w -= lr (hess_init + d) clip((m / (1 - b1^t) + d w) / (h + d), clip_radius),  d = weight_decay.
+
+    A parameter that had a gradient but no sample keeps its h.
+    """
+    lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]
+    for p, g, state in zip(params, grads, states):
+        if "hess" not in state:
+            state.update(hess=torch.full_like(p, group["hess_init"]), exp_avg=torch.zeros_like(p), step=0)
+        state["step"] += 1
+        h, mean = state["hess"], state["exp_avg"]
+        mean.lerp_(g, 1 - beta1)
+        if (noise_grad := state.pop("noise_grad", None)) is not None:
+            found = noise_grad.mul_(group["ess"]).mul_(h + decay)
+            second = (h - found).square_().div_(h + decay).mul_(0.5 * (1 - beta2) ** 2)
+            h.mul_(beta2).add_(found, alpha=1 - beta2).add_(second)
+        step = (mean / (1 - beta1 ** state["step"])).add_(p, alpha=decay).div_(h + decay)
+        if group["clip_radius"] < math.inf:
+            step.clamp_(-group["clip_radius"], group["clip_radius"])
+        p.add_(step, alpha=-lr * (group["hess_init"] + decay))
+
+
 def orthogonalize(x, steps=5, eps=1e-7, dtype=None):
     """x: (..., rows, columns) -> the same shape and dtype, every singular value pushed to about [.7, 1.2].
 
@@ -134,7 +192,7 @@ def _iteration_dtype(device):
     return torch.bfloat16 if fast else torch.float32
 
 
-STEPS = {"sgd": _sgd, "adam": _adam, "adamw": _adam, "muon": _muon}
+STEPS = {"sgd": _sgd, "adam": _adam, "adamw": _adam, "muon": _muon, "schedule_free": _schedule_free, "ivon": _ivon}
 
 
 def _eager(method):
@@ -150,7 +208,11 @@ class _Optimizer(torch.optim.Optimizer):
 
     zero_grad = _eager(torch.optim.Optimizer.zero_grad)
     state_dict = _eager(torch.optim.Optimizer.state_dict)
-    load_state_dict = _eager(torch.optim.Optimizer.load_state_dict)
+
+    def load_state_dict(self, state_dict):
+        """As torch's. Of a state taken inside `averaged`, load the model first: the parameters then go back to y."""
+        _eager(torch.optim.Optimizer.load_state_dict)(self, state_dict)
+        self._swap(False)
 
     def __init__(self, params, **settings):
         unknown = settings.keys() - RULES[self.rule].keys()
@@ -167,6 +229,62 @@ class _Optimizer(torch.optim.Optimizer):
         add = _eager(torch.optim.Optimizer.add_param_group)
         add(self, {"rule": rule, **RULES[rule], **settings, **param_group})
         _check(self.param_groups[-1])
+
+    @contextmanager
+    def averaged(self):
+        """with optimizer.averaged(): the parameters are what to evaluate, save and sample from; afterwards, come what
+        may, bit for bit what they were. Only "schedule_free" has two points; for the others nothing changes.
+
+        A state_dict taken inside says so, and load_state_dict ends at the point where training goes on.
+        """
+        self._swap(True)
+        try:
+            yield
+        finally:
+            self._swap(False)
+
+    @torch.no_grad()
+    def _swap(self, averaged):
+        """Parameters of "schedule_free" change places with state x, which then is y."""
+        for group in self.param_groups:
+            if group["rule"] == "schedule_free" and group["averaged"] != averaged:
+                group["averaged"] = averaged
+                for p in group["params"]:
+                    if "x" in self.state[p]:
+                        held = p.detach().clone()
+                        p.copy_(self.state[p]["x"])
+                        self.state[p]["x"].copy_(held)
+
+    @contextmanager
+    def sampled(self, train=True):
+        """with optimizer.sampled(): the parameters under rule "ivon" are one draw from the posterior; afterwards, come
+        what may, the mean again. Nothing happens under other rules.
+
+        train: forward and backward go inside, and what `step` needs of the sample is noted: several blocks before one
+        step, each with its share of the loss, are several samples. The noise comes from the global generator.
+        """
+        drawn = []
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"] if group["rule"] == "ivon" else ():
+                    h = self.state[p].get("hess", group["hess_init"])
+                    spread = torch.as_tensor(group["ess"] * (h + group["weight_decay"]), dtype=p.dtype, device=p.device)
+                    noise = torch.randn_like(p).mul_(spread.rsqrt())
+                    before = None if p.grad is None else p.grad.clone()
+                    drawn.append((p, p.detach().clone(), noise, before))
+                    p.add_(noise)
+        whole = False
+        try:
+            yield
+            whole = True
+        finally:
+            with torch.no_grad():
+                for p, mean, noise, before in drawn:
+                    p.copy_(mean)
+                    if train and whole and p.grad is not None:
+                        share = p.grad if before is None else p.grad - before
+                        state, product = self.state[p], noise.mul_(share)
+                        state["noise_grad"] = product + state["noise_grad"] if "noise_grad" in state else product
 
     @torch.no_grad()
     def step(self, closure=None, transform=None):
@@ -207,6 +325,7 @@ def _check(group):
     bad += ["betas"] if not all(0 <= beta < 1 for beta in group.get("betas", ())) else []
     bad += ["momentum"] if not 0 <= group.get("momentum", 0) < 1 else []
     bad += ["nesterov"] if group.get("nesterov") and not group["momentum"] else []
+    bad += [name for name in ("ess", "hess_init", "clip_radius") if not 0 < group.get(name, 1)]
     bad += ["adjust_lr"] if group.get("adjust_lr", "original") not in ("original", "match_rms_adamw") else []
     if bad:
         raise ValueError(f"{group['rule']} cannot work with " + ", ".join(f"{name} = {group[name]!r}" for name in bad))
@@ -238,6 +357,26 @@ class Muon(_Optimizer):
     (C, C, C), names the parts of a fused matrix: each is orthogonalised by itself. ValueError for what is not 2-D.
     """
     rule = "muon"
+
+
+class ScheduleFree(_Optimizer):
+    """Schedule-free AdamW (Defazio et al. 2024): an average of the iterates instead of a falling rate.
+
+    The rate stays constant after its warm-up. Gradients are taken at y, which the parameters hold; to be evaluated and
+    saved is the average x: `with optimizer.averaged():`. Three vectors of state (x, z, second moment), one more than
+    where x is computed back from y and z: so nothing is lost to rounding.
+    """
+    rule = "schedule_free"
+
+
+class IVON(_Optimizer):
+    """A Gaussian posterior over the weights, learned at about Adam's cost (Shen et al. 2024). Forward and backward go
+    into `with optimizer.sampled():`; ess, the effective sample size, is the number of training examples.
+
+    The gradient may be clipped before `step`, the curvature is learned from the unclipped one; not for a GradScaler,
+    whose factor would be in it.
+    """
+    rule = "ivon"
 
 
 class OrthoGrad(torch.optim.Optimizer):
@@ -328,20 +467,23 @@ def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None):
 
 
 def build(name, named_parameters, roles, lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, momentum=0.9, muon_lr=0.02,
-          muon_momentum=0.95, orthograd=False, fused_rows=None):
-    """The optimiser `name` (sgd, adam, adamw, muon) of a whole model; a schedule multiplies each group's base_lr.
+          muon_momentum=0.95, orthograd=False, fused_rows=None, ess=1e6, hess_init=1.0, clip_radius=math.inf):
+    """The optimiser `name` (one of RULES) of a whole model; a schedule multiplies each group's base_lr.
 
-    sgd reads momentum; adam and adamw betas and eps; muon steps matrix and residual with muon_lr and muon_momentum, the
-    rest by AdamW with lr, betas, eps. orthograd wraps it in OrthoGrad. For the rest, and what it raises, see groups.
+    sgd reads momentum; adam, adamw and schedule_free betas and eps; muon steps matrix and residual with muon_lr and
+    muon_momentum, the rest by AdamW with lr, betas, eps; ivon reads betas, ess, hess_init, clip_radius. orthograd wraps
+    it in OrthoGrad. For the rest, and what it raises, see groups.
     """
     if name not in RULES:
         raise ValueError(f"optimizer {name!r}: it must be one of {', '.join(RULES)}")
     wanted = groups(named_parameters, roles, weight_decay, name == "muon", fused_rows)
-    own = {"sgd": dict(lr=lr, momentum=momentum), "muon": dict(lr=muon_lr, momentum=muon_momentum)}
+    own = {"sgd": dict(lr=lr, momentum=momentum), "muon": dict(lr=muon_lr, momentum=muon_momentum),
+           "ivon": dict(lr=lr, betas=tuple(betas), ess=ess, hess_init=hess_init, clip_radius=clip_radius)}
     for group in wanted:
         group.update(own.get(group.setdefault("rule", name), dict(lr=lr, betas=tuple(betas), eps=eps)))
         group["base_lr"] = group["lr"]
-    optimizer = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "muon": Muon}[name](wanted)
+    kind = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "muon": Muon, "schedule_free": ScheduleFree, "ivon": IVON}[name]
+    optimizer = kind(wanted)
     return OrthoGrad(optimizer) if orthograd else optimizer
 
 

@@ -108,13 +108,14 @@ n_targets = 2              # [>= 1] bytes predicted ahead, weights 1, 1/2, 1/4, 
 target_heads = "own"       # [own, shared] classifiers of the targets
 layer_heads = "own"        # [own, shared] classifiers of the layers, with intermediate_losses
 head_bias = False          # bias of the classifiers
+output = "softmax"         # [softmax, stablemax] what makes probabilities of the logits
 intermediate_losses = True # layer l of n also predicts, until the fraction l / (2n) of max_steps
 mtp_depth = 0              # [>= 0] modules of multi-token prediction, each with a layer of its own
 mtp_weight = 0.3           # [>= 0.0] of the mean of their losses
 
 # --- Optimisation ---
 max_steps = 200_000        # [none, >= 0] optimiser steps in all, resumes included; none: until stopped
-optimizer = "adamw"        # [sgd, adam, adamw, muon] muon: hidden matrices, the rest by adamw
+optimizer = "adamw"        # [sgd, adam, adamw, muon, schedule_free, ivon] muon: hidden matrices, the rest by adamw
 orthograd = False          # gradients made orthogonal to their weights first
 lr = 7e-4                  # [> 0.0] peak learning rate
 muon_lr = 0.02             # [> 0.0] peak learning rate of the matrices under muon
@@ -122,16 +123,19 @@ schedule = "noam"          # [constant, noam, cosine, wsd] all start with a line
 warmup_steps = 4000        # [>= 0] steps
 decay_fraction = 0.2       # [> 0.0, <= 1.0] wsd: share of max_steps in which the rate falls linearly
 min_lr_scale = 0.0         # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
-betas = (0.9, 0.99)        # adam, adamw
-eps = 1e-8                 # [>= 0.0] adam, adamw
+betas = (0.9, 0.99)        # adam, adamw, schedule_free, ivon (0.9,0.99999 there)
+eps = 1e-8                 # [>= 0.0] adam, adamw, schedule_free
 momentum = 0.99            # [>= 0.0, < 1.0] sgd
 muon_momentum = 0.95       # [>= 0.0, < 1.0] muon
+ess = None                 # [none, > 0.0] ivon: effective sample size; none: bytes of the training split
+hess_init = 1.0            # [> 0.0] ivon: curvature at first
+clip_radius = None         # [none, > 0.0] ivon: largest step of a weight before the rate; none: no bound
 weight_decay = 0.01        # [>= 0.0] on matrices only
 grad_clip = 1.0            # [none, > 0.0] largest norm of the whole gradient
 ema_decay = 0.0            # [>= 0.0, < 1.0] running average of the weights, evaluated beside them; 0: none
 
 # --- Evaluation and logging ---
-eval_interval = 1000       # [>= 1] steps between validations on a fixed set of windows
+eval_interval = 1000       # [none, >= 1] steps between validations on a fixed set of windows; none: not even a last one
 eval_windows = 64          # [>= 1] how many windows, evenly spread over the validation split
 eval_batch_size = 32       # [>= 1] windows at once; changes the speed, not the result
 full_eval_interval = 10_000  # [none, >= 1] steps between validations on the whole split
@@ -206,7 +210,7 @@ architecture = (
     "sparse_summary", "kv_rank", "q_rank", "rope_dim", "memory_length", "compressed_length", "compression_rate",
     "compression", "state_dim", "conv_width", "expand", "shorten", "ff", "ff_mult", "activation", "ff_rank", "n_expert",
     "n_shared_expert", "expert_top_k", "expert_balance", "tie_weights", "n_targets", "target_heads", "layer_heads",
-    "head_bias", "intermediate_losses", "mtp_depth", "optimizer", "batching")
+    "head_bias", "output", "intermediate_losses", "mtp_depth", "optimizer", "batching")
 
 
 def check(settings):
@@ -216,6 +220,8 @@ def check(settings):
         optim.schedule(schedule, 0, warmup_steps, max_steps, min_lr_scale, decay_fraction)
     except ValueError as error:
         raise UserError(error)
+    if optimizer == "ivon" and dtype == "float16":
+        raise UserError("optimizer ivon learns the curvature from gradients, which float16 scales: choose bfloat16")
     if intermediate_losses and max_steps is None:
         raise UserError("intermediate_losses end at fractions of max_steps: give --max_steps N, or "
                         "--no-intermediate_losses")
@@ -238,9 +244,10 @@ def extend(settings):
     return True
 
 
-def evaluate(model, ema, data, windows, autocast):
-    """Yields (name, Score) under the block protocol: of the raw weights and, when there is one, of their average."""
-    for weights, place in [("raw", nullcontext())] + ([("ema", ema.swapped())] if ema else []):
+def evaluate(model, opt, ema, data, windows, autocast):
+    """Yields (name, Score) under the block protocol: of the raw weights (the average that a schedule-free optimiser
+    keeps, the mean of ivon's posterior) and, when there is an ema, of that."""
+    for weights, place in [("raw", opt.averaged())] + ([("ema", ema.swapped())] if ema else []):
         with place, autocast:
             yield weights, score(model, data, "block", eval_batch_size, windows)
 
@@ -297,7 +304,8 @@ def main():
     # ---- optimiser ----
     opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, weight_decay=weight_decay,
                       betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr, muon_momentum=muon_momentum,
-                      orthograd=orthograd, fused_rows=fused_rows(model))
+                      orthograd=orthograd, fused_rows=fused_rows(model), ess=ess or len(corpus.train),
+                      hess_init=hess_init, clip_radius=clip_radius or math.inf)
     scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
 
     # ---- resume ----
@@ -315,6 +323,14 @@ def main():
     ema = optim.EMA(model, ema_decay) if ema_decay else None
     if ema and checkpoint and checkpoint["ema"]:
         ema.load_state_dict(checkpoint["ema"])
+
+    def save(run, name, keep=0):
+        """The state into the run's file `name`, and with `keep` into a numbered one, of which so many stay."""
+        with opt.averaged():                             # what others read is what was evaluated
+            now = state()
+            run.save(name, now)
+            if keep:
+                run.keep(now, loop["step"], keep)
 
     def state():
         """Everything that the rest of the run depends on."""
@@ -348,23 +364,21 @@ def main():
         while not run.stop:
             # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
             step = loop["step"]
-            if step % eval_interval == 0 and loop["evaluated"] < step:
+            if eval_interval and step % eval_interval == 0 and loop["evaluated"] < step:
                 settle()
                 loop["evaluated"] = step
                 everything = full_eval_interval and step % full_eval_interval == 0
                 for windows in (None, eval_windows) if everything else (eval_windows,):
-                    for which, found in evaluate(model, ema, corpus.val, windows, autocast):
+                    for which, found in evaluate(model, opt, ema, corpus.val, windows, autocast):
                         run.log(step=step, split="val", loss=found.loss, bpb=found.bpb, protocol=found.protocol,
                                 bytes=found.bytes, weights=which)
                         bar.note(f"step {step}: val {found.bpb:.4f} bits/byte ({found.protocol}; {which} weights)")
                 if found.bpb < loop["best"]:             # the fixed windows; of the average when there is one
                     loop.update(best=found.bpb, best_step=step)
-                    run.save("best.pt", state())
+                    save(run, "best.pt")
             if step % save_interval == 0 and saved < step:
                 settle()
-                run.save("last.pt", state())
-                if keep_last:
-                    run.keep(state(), step, keep_last)
+                save(run, "last.pt", keep=keep_last)
                 saved = step
             if max_steps is not None and step >= max_steps:
                 break
@@ -384,9 +398,10 @@ def main():
                 x, y = batches.next()
                 if memory and batches.fresh:
                     memory.reset()
-                with autocast:
-                    objective, nats = net(x, targets=y, active=active, memory=memory)
-                scaler.scale(objective / grad_accum).backward()
+                with opt.sampled():                      # ivon: one draw of the weights for each pass
+                    with autocast:
+                        objective, nats = net(x, targets=y, active=active, memory=memory)
+                    scaler.scale(objective / grad_accum).backward()
                 loss = loss + nats[-1, 0] / grad_accum           # last layer, next byte: what the published figures are
             scaler.unscale_(opt)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
@@ -433,18 +448,19 @@ def main():
         bar.close()
         settle()
         if saved < step:
-            run.save("last.pt", state())
+            save(run, "last.pt")
         run.summary(step=step, best_bpb=loop["best"], best_step=loop["best_step"], seconds=loop["seconds"],
                     bytes=loop["bytes"], peak_memory=peak_memory(where), parameters=model.n_params())
-        if not run.stop:
-            for which, found in evaluate(model, ema, corpus.val, None, autocast):
+        if eval_interval and not run.stop:
+            for which, found in evaluate(model, opt, ema, corpus.val, None, autocast):
                 run.log(step=step, split="val", loss=found.loss, bpb=found.bpb, protocol=found.protocol,
                         bytes=found.bytes, weights=which, final=True)
                 run.summary(**{f"val_bpb_{which}": found.bpb, f"val_loss_{which}": found.loss})
                 print(f"val {found.bpb:.4f} bits/byte = {found.loss:.4f} nats/byte (protocol {found.protocol}, "
                       f"{found.bytes:,} bytes, {which} weights) after {step:,} steps, "
                       f"{loop['seconds']:.0f} s of training")
-            if sample_length:
+        if sample_length and not run.stop:
+            with opt.averaged():
                 written = write_sample(model)
                 (run.dir / "samples").mkdir(exist_ok=True)
                 (run.dir / "samples" / f"step_{step:08d}.txt").write_text(written)

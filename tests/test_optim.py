@@ -197,11 +197,11 @@ class Tiny(torch.nn.Module):
 
 ROLES = {"embed.weight": "embedding", "up.weight": "matrix", "up.bias": "bias", "down.weight": "residual",
          "down.bias": "bias", "norm.weight": "gain", "norm.bias": "bias", "head.weight": "head"}
-NAMES = ["sgd", "adam", "adamw", "muon"]
+NAMES = ["sgd", "adam", "adamw", "muon", "schedule_free", "ivon"]
 
 
 def build(model, name, **more):
-    settings = dict(lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99), muon_lr=0.05, momentum=0.9)
+    settings = dict(lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99), muon_lr=0.05, momentum=0.9, ess=1e3)
     return optim.build(name, model.named_parameters(), ROLES, **{**settings, **more})
 
 
@@ -211,9 +211,11 @@ def train(model, optimizer, steps, first=0):
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * optim.schedule("cosine", step, 3, 20)
         x = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(step))  # (B, T)
-        loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), x.flatten())
+        torch.manual_seed(step)
         optimizer.zero_grad()
-        loss.backward()
+        with optimizer.sampled():
+            loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), x.flatten())
+            loss.backward()
         optimizer.step()
         losses.append(loss.item())
     return losses
@@ -230,7 +232,8 @@ def test_saved_and_loaded_state_continues_bit_for_bit(name, orthograd, tmp_path)
     model = Tiny()
     optimizer = build(model, name, orthograd=orthograd)
     losses = train(model, optimizer, 5)
-    torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict()), tmp_path / "last.pt")
+    with optimizer.averaged():
+        torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict()), tmp_path / "last.pt")
     for load in (optim.load_state, lambda optimizer, state: optimizer.load_state_dict(state)):
         saved = torch.load(tmp_path / "last.pt", weights_only=True)
         model = Tiny(seed=5)
@@ -518,3 +521,173 @@ def test_ema_state_round_trip_is_exact(tmp_path):
         loaded.load_state_dict(saved["ema"])
     with pytest.raises(ValueError, match="ema_decay"):
         optim.EMA(model, 1.0)
+
+
+# --- Schedule-free ---
+
+def quadratic(p, step):
+    """A noisy loss around 1 for a parameter of any shape."""
+    noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(step), dtype=p.dtype)
+    return ((p - 1 + noise) ** 2).sum()
+
+
+def test_schedule_free_averages_every_iterate_at_a_constant_rate():
+    """At constant lr without warm-up x is the running mean of z, and gradients are taken at y between the two."""
+    p = torch.nn.Parameter(torch.zeros(6, dtype=torch.float64))
+    optimizer = optim.ScheduleFree([p], lr=0.05, betas=(0.9, 0.99), weight_decay=0.1)
+    zs = []
+    for step in range(40):
+        optimizer.zero_grad()
+        quadratic(p, step).backward()
+        optimizer.step()
+        zs.append(optimizer.state[p]["z"].clone())
+        x = torch.stack(zs).mean(0)
+        assert (optimizer.state[p]["x"] - x).abs().max() < 1e-12
+        assert (p - (0.1 * zs[-1] + 0.9 * x)).abs().max() < 1e-12
+    with optimizer.averaged():
+        assert (p - x).abs().max() < 1e-12
+
+
+def test_schedule_free_by_hand():
+    """Two steps with a warm-up, written out: c = lr^2 / sum of lr^2, weight decay at y."""
+    p = torch.nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+    optimizer = optim.ScheduleFree([p], lr=1.0, betas=(0.5, 0.75), weight_decay=0.1, eps=0.0)
+    y = z = x = 2.0
+    v = total = 0.0
+    for t, lr in enumerate((0.1, 0.3), 1):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        (p ** 2).sum().backward()
+        optimizer.step()
+        g = 2 * y
+        v = 0.75 * v + 0.25 * g * g
+        z -= lr * (g / math.sqrt(v / (1 - 0.75 ** t)) + 0.1 * y)
+        total += lr ** 2
+        x += lr ** 2 / total * (z - x)
+        y = 0.5 * z + 0.5 * x
+        assert abs(p.item() - y) < 1e-12
+
+
+def test_averaged_is_undone_bit_for_bit_also_after_an_error():
+    params = tensors(SHAPES)
+    optimizer = optim.OrthoGrad(optim.ScheduleFree(params, lr=0.02))
+    for step in range(3):
+        set_grads(params, step)
+        optimizer.step()
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match="stop"):
+        with optimizer.averaged():
+            assert difference(params, before) > 1e-3
+            with pytest.raises(RuntimeError, match="averaged"):
+                optimizer.step()
+            raise RuntimeError("stop")
+    assert all(torch.equal(p, old) for p, old in zip(params, before))
+    with optim.AdamW(params).averaged():  # nothing to average
+        assert all(torch.equal(p, old) for p, old in zip(params, before))
+
+
+# --- IVON ---
+
+def test_ivon_finds_the_curvature_and_the_minimum_of_a_quadratic():
+    """0.5 h0 w^2: hess -> h0, w -> 0, and draws spread by 1 / sqrt(ess (h + weight_decay))."""
+    torch.manual_seed(0)
+    h0, ess, decay = 3.0, 200.0, 1e-3
+    p = torch.nn.Parameter(torch.ones(2000))
+    optimizer = optim.IVON([p], lr=0.1, betas=(0.9, 0.99), weight_decay=decay, ess=ess, hess_init=1.0)
+    for _ in range(600):
+        optimizer.zero_grad()
+        with optimizer.sampled():
+            (0.5 * h0 * p ** 2).sum().backward()
+        optimizer.step()
+    assert abs(optimizer.state[p]["hess"].mean().item() / h0 - 1) < 0.1
+    assert p.detach().abs().mean() < 0.05
+    optimizer.state[p]["hess"].fill_(h0)
+    draws = []
+    for _ in range(50):
+        with optimizer.sampled(train=False):
+            draws.append(p.detach().clone())
+    spread = torch.stack(draws).std(0).mean().item()
+    assert abs(spread * math.sqrt(ess * (h0 + decay)) - 1) < 0.02
+
+
+def test_sampled_restores_the_mean_also_after_an_error_and_notes_nothing_then():
+    params = tensors(SHAPES)
+    optimizer = optim.IVON(params, ess=10.0)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match="stop"):
+        with optimizer.sampled():
+            assert difference(params, before) > 0.1
+            sum((p ** 2).sum() for p in params).backward()
+            raise RuntimeError("stop")
+    assert all(torch.equal(p, old) for p, old in zip(params, before))
+    assert not any("noise_grad" in optimizer.state[p] for p in params)
+
+
+def test_ivon_by_hand_with_two_samples_a_step():
+    """Two samples, each with half of the loss, are one step with the means of g and of noise * g."""
+    p = torch.nn.Parameter(torch.tensor([0.5, -1.0], dtype=torch.float64))
+    optimizer = optim.IVON([p], lr=0.1, betas=(0.9, 0.99), weight_decay=0.01, ess=20.0, hess_init=0.7, clip_radius=0.6)
+    w, h, m = p.detach().clone(), torch.full((2,), 0.7, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for t in range(1, 4):
+        optimizer.zero_grad()
+        torch.manual_seed(t)
+        for _ in range(2):
+            with optimizer.sampled():
+                (0.5 * (p ** 4).sum()).backward()
+        optimizer.step()
+        torch.manual_seed(t)
+        noises = [torch.randn(2, dtype=torch.float64) / (20 * (h + 0.01)).sqrt() for _ in range(2)]
+        grads = [4 * (w + noise) ** 3 / 2 for noise in noises]
+        m = 0.9 * m + 0.1 * sum(grads)
+        f = 20 * sum(noise * g for noise, g in zip(noises, grads)) * (h + 0.01)
+        h = 0.99 * h + 0.01 * f + 0.5 * 0.01 ** 2 * (h - f) ** 2 / (h + 0.01)
+        step = ((m / (1 - 0.9 ** t) + 0.01 * w) / (h + 0.01)).clamp(-0.6, 0.6)
+        w = w - 0.1 * 0.71 * step
+        assert (optimizer.state[p]["hess"] - h).abs().max() < 1e-12
+        assert (p - w).abs().max() < 1e-12
+
+
+# --- Grokking: what OrthoGrad is for ---
+
+def modular_addition(seed, p=113, share=0.4):
+    """One-hot pairs (a, b) and a + b mod p, split at random: (train x, train y, test x, test y)."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = torch.cartesian_prod(torch.arange(p), torch.arange(p))
+    pairs = pairs[torch.randperm(len(pairs), generator=generator)]
+    x = torch.nn.functional.one_hot(pairs, p).flatten(1).float()
+    y, n = pairs.sum(1) % p, int(share * len(pairs))
+    return x[:n], y[:n], x[n:], y[n:]
+
+
+def grok(seed, steps, orthograd, stop_at=2.0):
+    """(first step with test accuracy of stop_at, or None, last train and test accuracy) of a bias-free MLP."""
+    x, y, test_x, test_y = modular_addition(seed)
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(226, 200, bias=False), torch.nn.ReLU(),
+                                torch.nn.Linear(200, 200, bias=False), torch.nn.ReLU(),
+                                torch.nn.Linear(200, 113, bias=False))
+    optimizer = optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.99), eps=1e-25, weight_decay=0.0)
+    optimizer = optim.OrthoGrad(optimizer) if orthograd else optimizer
+
+    @torch.no_grad()
+    def accuracy(inputs, wanted):
+        return (model(inputs).argmax(1) == wanted).float().mean().item()
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        if step % 10 == 0 and accuracy(test_x, test_y) >= stop_at:
+            return step, accuracy(x, y), accuracy(test_x, test_y)
+    return None, accuracy(x, y), accuracy(test_x, test_y)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 42])
+def test_orthograd_generalises_without_weight_decay(seed):
+    """Prieto et al. 2025, figure 1: modular addition, no weight decay; test accuracy >= .99 by step 250."""
+    step, _, test = grok(seed, 250, orthograd=True, stop_at=0.99)
+    assert step is not None, f"test accuracy {test} after 250 steps"
+
+
+def test_adamw_without_weight_decay_memorises():
+    _, train, test = grok(0, 1000, orthograd=False)
+    assert train == 1.0 and test <= 0.05
