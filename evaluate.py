@@ -3,6 +3,8 @@
     python evaluate.py runs/train_enwik8/my_run                              # block protocol on the validation split
     python evaluate.py runs/train_enwik8/my_run --split test --protocols block,stride:64
     python evaluate.py runs/train_enwik8/my_run/best.pt --weights ema --protocols cache
+    python evaluate.py --watch runs/train_enwik8/my_run                      # every checkpoint as it lands
+    python evaluate.py runs/train_enwik8/my_run --samples 10                 # of ivon's posterior
 
 Protocols (T = block_size of the model):
     block      disjoint windows of T bytes; a byte sees 1 to T bytes before it. Cheap, and what most loops print.
@@ -16,21 +18,37 @@ Protocols (T = block_size of the model):
 A figure means nothing without its protocol and its byte count, so both are always printed. The first byte of a split
 has no context and is charged 8 bits. The result does not depend on batch_size, but for the rounding of matrix products
 (relative 1e-6 in float32).
+
+--watch evaluates beside a training that goes on: each checkpoint that it finds new, in this process, into the run's
+evaluation.jsonl, which the trainer never writes. Where the trainer does not evaluate (--eval_interval none), the best
+one under the first protocol becomes best.pt; else that file is the trainer's. It ends when the run is done, or when no
+trainer has been there for `patience` seconds. A checkpoint that is replaced before its turn is not evaluated: --keep_last
+keeps more of them.
 """
+import fcntl
+import json
 import math
+import os
+import shutil
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from data import text
-from experiment import UserError, command, find_checkpoint, load_checkpoint, override, resolve_device
-from model import from_checkpoint
+from experiment import (UserError, command, draw_curves, find_checkpoint, is_running, load_checkpoint, override,
+                        read_json, read_metrics, replacing, resolve_device)
+from model import from_checkpoint, parameter_roles
 
 # --- What ---
 checkpoint = None        # run directory or checkpoint file (may also be typed as a bare word)
+watch = None             # a run's directory: evaluate each new checkpoint as it lands
+patience = 60.0          # [>= 0.0] watch: seconds without a trainer before it ends
 weights = "raw"          # [raw, ema] which weights
+samples = 0              # [>= 0] ivon: mean probabilities of so many draws of its posterior; 0: the mean's weights
+seed = 0                 # of these draws
 split = "val"            # [train, val, test] which part of the data
 protocols = "block"      # block, stride:S, cache, memory; several with commas
 dataset = None           # [none] none: as in training; otherwise as train_enwik8.py --dataset
@@ -245,27 +263,171 @@ def _score_segments(model, data):
     return bits
 
 
-@command
-def main():
-    override(globals(), positional="checkpoint")
-    if checkpoint is None:
-        raise UserError("which run? python evaluate.py runs/train_enwik8/NAME")
-    where, precision = resolve_device(device, dtype)
-    path = find_checkpoint(checkpoint)
+class Ensemble(torch.nn.Module):
+    """One model under several sets of weights: the logits are the logarithm of their mean probability, float64."""
+
+    def __init__(self, model, weights):
+        super().__init__()
+        self.model, self.weights, self.config = model, weights, model.config
+
+    def forward(self, x):
+        """x (B, T) int64 to (B, T, V)."""
+        total = None
+        for weights in self.weights:
+            found = torch.func.functional_call(self.model, weights, (x,)).double().log_softmax(-1)
+            total = found if total is None else torch.logaddexp(total, found)
+        return total - math.log(len(self.weights))
+
+
+def posterior(loaded, n, seed):
+    """n draws of the weights of a checkpoint that ivon has trained: a list of {name: tensor}. UserError for others."""
+    import optim
+    trained = loaded["settings"]
+    if trained.get("optimizer") != "ivon":
+        raise UserError(f"--samples needs a run trained with optimizer ivon, not {trained.get('optimizer')}")
+    model = from_checkpoint(loaded)
+    opt = optim.build("ivon", model.named_parameters(), parameter_roles(model), trained["lr"], trained["weight_decay"],
+                      orthograd=trained["orthograd"])
+    opt.load_state_dict(loaded["optimizer"])
+    torch.manual_seed(seed)
+    draws = []
+    for _ in range(n):
+        with opt.sampled(train=False):
+            draws.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    return draws
+
+
+def open_model(path, where):
+    """(the checkpoint's dict, its model for inference on `where`), of the weights, or draws of them, that were asked
+    for. UserError: no such weights."""
     loaded = load_checkpoint(path)
     try:
         model = from_checkpoint(loaded, weights).for_inference().eval().to(where)
     except ValueError as error:
         raise UserError(f"{path}: {error}")
-    trained = loaded["settings"]
+    if samples:
+        names = [name for name, _ in model.named_parameters()]
+        renamed = {"heads.0": f"heads.{from_checkpoint(loaded).first_head}"}         # for_inference has kept only one
+        draws = [{name: draw[renamed.get(name, name)].to(where) for name in names}
+                 for draw in posterior(loaded, samples, seed)]
+        model = Ensemble(model, draws)
+    return loaded, model
+
+
+def open_data(trained, where):
+    """The split to be scored, (N,) uint8, and where it came from. UserError: there is none."""
     corpus = text.load(dataset or trained["dataset"], max_bytes or (None if dataset else trained["max_bytes"]), where)
     data = getattr(corpus, split)
     if data is None:
         raise UserError(f"{corpus.name} has no {split} split")
+    return data, corpus.source
+
+
+def follow(run, wanted, where, precision):
+    """Evaluates the checkpoints of a run's directory (Path) as they land, until it is over."""
+    began = time.monotonic()
+    while not (run / "lock").exists():
+        if time.monotonic() - began > patience:
+            raise UserError(f"--watch {run}: no run is there, and none has begun in {patience:g} seconds")
+        time.sleep(0.2)
+    lock = open(run / "watch.lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another process is watching {run}") from None
+    for leftover in run.glob(".watch-*.pt"):                     # of killed processes
+        leftover.unlink()
+    log, copy = run / "evaluation.jsonl", run / f".watch-{os.getpid()}.pt"
+    done, stamps, data, alive = read_metrics(log) if log.exists() else [], {}, None, time.monotonic()
+
+    def write(lines, mode):
+        with open(log, mode) as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+    print(f"watching {run}", flush=True)
+    try:
+        while True:
+            found = None
+            for path in sorted(run.glob("step_*.pt")) + [run / "last.pt"]:
+                try:
+                    stat = path.stat()
+                    if stamps.get(path.name) == (stat.st_ino, stat.st_mtime_ns):
+                        continue
+                    shutil.copyfile(path, copy)                  # the trainer may replace or prune it meanwhile
+                except FileNotFoundError:
+                    continue
+                stamps[path.name] = stat.st_ino, stat.st_mtime_ns
+                found = path
+                break
+            if found:
+                loaded, model = open_model(copy, where)
+                step, newest = loaded["step"], found.name == "last.pt"
+                if newest and any(line["step"] > step for line in done):             # the trainer went back
+                    done = [line for line in done if line["step"] <= step]
+                    with replacing(log) as file:
+                        file.writelines((json.dumps(line) + "\n").encode() for line in done)
+                if data is None:
+                    data, _ = open_data(loaded["settings"], where)
+                have = {(line["protocol"], line["weights"], line["split"]) for line in done if line["step"] == step}
+                for name in wanted:
+                    if (name, weights, split) in have:
+                        continue
+                    parse_protocol(name, model.config, data.numel())
+                    with torch.autocast(where.type, precision, enabled=precision != torch.float32):
+                        result = score(model, data, name, batch_size)
+                    line = {"step": step, "split": split, "loss": result.loss, "bpb": result.bpb,
+                            "protocol": result.protocol, "bytes": result.bytes, "weights": weights,
+                            "evaluation_seconds": result.seconds}
+                    best = min((old["bpb"] for old in done if (old["protocol"], old["weights"], old["split"])
+                                == (name, weights, split)), default=math.inf)
+                    write([line], "a")
+                    done.append(line)
+                    note = ""
+                    if name == wanted[0] and result.bpb < best and mine(run):
+                        os.replace(copy, run / "best.pt")
+                        note = ", best.pt"
+                        if name != wanted[-1]:
+                            shutil.copyfile(run / "best.pt", copy)
+                    print(f"step {step}: {split} {result.bpb:.4f} bits/byte ({result.protocol}, {result.bytes:,} bytes, "
+                          f"{weights} weights{note})", flush=True)
+                    draw_curves(run, run / "curves.png")
+                alive = time.monotonic()
+                continue
+            if is_running(run):
+                alive = time.monotonic()
+            state = read_json(run / "summary.json").get("status")
+            if not is_running(run) and state == "done" or time.monotonic() - alive > patience:
+                print(f"{run}: {'done' if state == 'done' else f'no trainer for {patience:g} seconds ({state})'}")
+                return
+            time.sleep(0.2)
+    finally:
+        copy.unlink(missing_ok=True)
+        lock.close()
+
+
+def mine(run):
+    """Whether best.pt is the watcher's: the trainer does not evaluate."""
+    return read_json(run / "params.json").get("settings", {}).get("eval_interval", 0) is None
+
+
+@command
+def main():
+    override(globals(), positional="checkpoint")
+    if (checkpoint is None) == (watch is None):
+        raise UserError("which run? python evaluate.py runs/train_enwik8/NAME, or --watch runs/train_enwik8/NAME")
+    where, precision = resolve_device(device, dtype)
     wanted = [name.strip() for name in protocols.split(",")]
+    if samples and not all(name == "block" or name.startswith("stride:") for name in wanted):
+        raise UserError("--samples goes with the protocols block and stride:S: each draw would need a cache of its own")
+    if watch is not None:
+        return follow(Path(watch), wanted, where, precision)
+    path = find_checkpoint(checkpoint)
+    loaded, model = open_model(path, where)
+    data, source = open_data(loaded["settings"], where)
     for name in wanted:
         parse_protocol(name, model.config, data.numel())         # complain before the first long pass, not after it
-    print(f"{path}: step {loaded['step']}, {weights} weights, {model.n_params():,} parameters; {corpus.source}")
+    of = f"{samples} draws of the posterior" if samples else f"{weights} weights"
+    print(f"{path}: step {loaded['step']}, {of}, {sum(p.numel() for p in model.parameters()):,} parameters; {source}")
     print(f"{'split':<6} {'protocol':<12} {'bits/byte':>10} {'95 % interval':>19} {'nats/byte':>10} "
           f"{'bytes scored':>13} {'seconds':>8}")
     for name in wanted:

@@ -457,6 +457,16 @@ def _is_run(directory):
     return False
 
 
+def is_running(directory):
+    """Whether a process is writing to the run in this directory."""
+    try:
+        with open(directory / "lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES)
+    return False
+
+
 def _others(path):
     return sorted(other for other in path.parent.glob("[!.]*.pt") if other.name != path.name)
 
@@ -519,7 +529,7 @@ def load_checkpoint(path):
 
 
 @contextlib.contextmanager
-def _replacing(path):
+def replacing(path):
     """A binary file that becomes `path`, on the disk, when the block ends; after any failure `path` is what it was."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
@@ -555,7 +565,7 @@ def _plain(value):
 
 
 def write_json(path, value):
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write((json.dumps(_plain(value), indent=2, allow_nan=False) + "\n").encode())
 
 
@@ -572,8 +582,16 @@ def read_metrics(path):
     entries = []
     for line in path.read_bytes().splitlines():
         with contextlib.suppress(ValueError):
-            entries.append(json.loads(line))
+            entry = json.loads(line)
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                entries.append(entry)
     return entries
+
+
+def run_metrics(directory):
+    """All lines of a run, in the order of their steps: the trainer's, and those of an evaluation beside it."""
+    files = [directory / name for name in ("metrics.jsonl", "evaluation.jsonl")]
+    return sorted((line for file in files if file.exists() for line in read_metrics(file)), key=lambda line: line["step"])
 
 
 def _output(*words):
@@ -640,7 +658,7 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write to {place}: {error.strerror}") from None
         if self.source and self.source.resolve() != (place / "last.pt").resolve():
-            with open(self.source, "rb") as old, _replacing(place / "last.pt") as new:
+            with open(self.source, "rb") as old, replacing(place / "last.pt") as new:
                 shutil.copyfileobj(old, new)                 # before any metrics go: the two always belong together
         self._write_summary("running")
         self._write_params()
@@ -669,13 +687,17 @@ class Run:
 
     def _take_lock(self):
         lock = os.open(self.dir / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                os.close(lock)
-                raise UserError(f"another process is writing to {self.dir}") from None
-            # Else a network folder that knows no locks: the run goes on without one.
+        for trial in range(5):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    break                                    # a network folder that knows no locks: go on without one
+                if trial == 4:
+                    os.close(lock)
+                    raise UserError(f"another process is writing to {self.dir}") from None
+            time.sleep(0.05)                                 # `is_running` holds it for a moment
         os.pwrite(lock, FORMAT.encode(), 0)                  # the file's time says which run started last
         return lock
 
@@ -685,7 +707,7 @@ class Run:
         if self.checkpoint and path.exists():
             entries = [entry for entry in read_metrics(path)[:self.checkpoint.get("metrics_lines")]
                        if entry["step"] <= self.step and not entry.get("final")]
-        with _replacing(path) as file:
+        with replacing(path) as file:
             file.writelines((json.dumps(entry) + "\n").encode() for entry in entries)
         self._lines, self._metrics = len(entries), open(path, "ab", buffering=0)
         return [entry for entry in entries if entry["step"] == self.step]
@@ -776,7 +798,7 @@ class Run:
         os.fsync(self._metrics.fileno())                     # first: what a checkpoint knows of is on the disk
         if self._board:
             self._board.flush()
-        with _replacing(self.dir / name) as file:
+        with replacing(self.dir / name) as file:
             torch.save(state, file)
 
     def keep(self, state, step, keep_last):
@@ -821,7 +843,7 @@ class Run:
                 if self._lock is not None:
                     self._write_summary(status, **({} if good else {"error": f"{kind.__name__}: {error}"}))
                 if self._metrics:
-                    draw_curves(self.dir / "metrics.jsonl", self.dir / "curves.png")
+                    draw_curves(self.dir, self.dir / "curves.png")
             except UserError:
                 if good:
                     raise                                    # else what went wrong first is what to tell
@@ -868,11 +890,11 @@ def _curve(entry):
     return "/".join(value for value in {**first, **entry}.values() if isinstance(value, str))
 
 
-def draw_curves(metrics, picture):
-    """Draws loss, and bits per byte where there are any, over the steps in metrics.jsonl into a PNG file."""
+def draw_curves(directory, picture):
+    """Draws loss, and bits per byte where there are any, over the steps of a run's metrics into a PNG file."""
     from matplotlib.figure import Figure
     curves = {"loss": {}, "bpb": {}}
-    for entry in read_metrics(metrics):
+    for entry in run_metrics(directory):
         for key in curves:
             if entry.get(key) is not None:
                 curves[key].setdefault(_curve(entry), []).append((entry["step"], entry[key]))
@@ -886,5 +908,5 @@ def draw_curves(metrics, picture):
         axes.grid(alpha=0.3)
         if curves[key]:
             axes.legend()
-    with _replacing(picture) as file:
+    with replacing(picture) as file:
         figure.savefig(file, format="png")

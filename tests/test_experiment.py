@@ -766,7 +766,7 @@ def test_curves_without_warnings(tmp_path, count):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+        draw_curves(tmp_path, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
