@@ -180,6 +180,14 @@ presets = {
         activation="relu2", init="zero", equal_params=True, optimizer="muon", lr=0.02, muon_lr=0.02, betas=(0.8, 0.95),
         schedule="wsd", decay_fraction=0.8, warmup_steps=10, dtype="bfloat16", max_steps=200, eval_interval=100,
         save_interval=100, sample_length=0),
+    # The baseline of grids/one_change.yaml; with --max_steps 10000 the reference curve of the README.
+    "one_change": dict(
+        dataset="enwik8", max_bytes=4_150_000, batching="streams", carry_memory=False, data_seed=1, batch_size=8,
+        block_size=128, n_layer=4, n_head=4, n_embd=96, equal_params=True, dropout=0.0, norm="rms", norm_gain=False,
+        bias=False, positions="rope", activation="gelu", init="zero", mixer="full", ff="mlp", n_targets=1,
+        intermediate_losses=False, optimizer="muon", lr=0.02, muon_lr=0.02, momentum=0.9, betas=(0.8, 0.95),
+        weight_decay=0.0, grad_clip=1.0, schedule="wsd", decay_fraction=0.8, warmup_steps=10, dtype="bfloat16",
+        max_steps=500, eval_interval=100, eval_windows=32, save_interval=250, log_interval=10, sample_length=0),
     # DeepSeek-V2 and V3 in small: latent attention, experts after a dense layer, two bytes ahead.
     "deepseek_cpu": dict(
         dataset="enwik8", max_bytes=4_150_000, batching="streams", n_layer=6, n_head=4, n_embd=256, block_size=256,
