@@ -151,7 +151,7 @@ class Grid:
         for row in self.rows[1:]:
             if names.count(row.name) > 1 or row.name == row.against or row.against not in names:
                 raise UserError(f"{path}: row {row.name!r}: its name must be its own, and `against` another row's")
-        self.known, self.failed = {}, {}
+        self.names, self.known, self.failed = {}, {}, {}        # by hash; by run
 
     def check(self, values, place):
         """Settings of the yaml in the script's types; UserError with the place."""
@@ -171,10 +171,12 @@ class Grid:
             settings["max_steps"] = steps
         words = json.dumps(settings, sort_keys=True)
         key = hashlib.sha256(f"{self.script.name} {words}".encode()).hexdigest()[:10]
-        found = next(self.home.glob(f"*-{key}"), None)                      # also under an older name of the row
-        name = re.sub(r"[^A-Za-z0-9]+", "_", row.name).strip("_")[:40] or "row"
-        length = "" if steps is None else f"-{steps}steps"
-        return Cell(row.name, seed, factor, words, found.name if found else f"{name}-x{factor:g}-s{seed}{length}-{key}")
+        if key not in self.names:                       # else another row, or this one under an older name, has it
+            name = re.sub(r"[^A-Za-z0-9]+", "_", row.name).strip("_")[:40] or "row"
+            length = "" if steps is None else f"-{steps}steps"
+            found = next(self.home.glob(f"*-{key}"), None)
+            self.names[key] = found.name if found else f"{name}-x{factor:g}-s{seed}{length}-{key}"
+        return Cell(row.name, seed, factor, words, self.names[key])
 
     @property
     def home(self):
@@ -358,7 +360,7 @@ def main():
     if status:
         return show(plan, found)
     if print:
-        for cell in dict.fromkeys(cell for mine in found.values() for cell in mine.wanted):
+        for cell in {cell.run: cell for mine in found.values() for cell in mine.wanted}.values():
             say(shlex.join(plan.words(cell)))
         return
     plan.folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,284 @@
+"""grid.py: what it runs, once, in which order; kills, failures, changed files; and plot.py's table of it.
+
+Most grids here run a script of a few lines that makes up its figures, in processes of their own as always.
+"""
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import grid as grid_module  # noqa: E402
+import plot  # noqa: E402
+from experiment import UserError, compare, noise_floor  # noqa: E402
+from test_scripts import fresh  # noqa: E402
+
+FAKE = '''"""A script that makes up its figures."""
+import json, os, signal, sys, time
+
+out_dir = "runs"      # where
+run_name = None       # name
+resume = False        # [path] go on
+seed = 0              # of the figure's noise
+lr = 1.0              # [> 0.0] best at 1
+max_steps = 100       # [>= 1] steps
+kind = "plain"        # [plain, better, worse, doubtful, slow, sleepy, broken, silent] what the change does
+
+given = dict(zip((w[2:] for w in sys.argv[1::2]), sys.argv[2::2]))
+again = "--resume" in sys.argv
+home = os.path.join(given["out_dir"], "fake", given["run_name"])
+os.makedirs(home, exist_ok=True)
+with open(os.path.join(given["out_dir"], "calls"), "a") as calls:
+    calls.write(given["run_name"] + (" again" if again else "") + "\\n")
+kind, seed, lr, steps = given.get("kind", "plain"), int(given["seed"]), float(given["lr"]), int(given["max_steps"])
+if kind == "broken":
+    print("error: it cannot work", file=sys.stderr)
+    sys.exit(2)
+if kind == "sleepy":
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
+    time.sleep(float(open(os.path.join(given["out_dir"], "nap")).read()))
+value = 2 + 0.1 * (lr - 1) ** 2 + 0.01 * [0, 1, -1, 2, -2][seed - 1] - 0.001 * (steps - 100)
+value += {"better": -0.5, "worse": 0.5}.get(kind, 0) + (0.06 * (seed == 2) if kind == "doubtful" else 0)
+pace = 0.2 if kind == "slow" else 0.1
+with open(os.path.join(home, "metrics.jsonl"), "w") as file:
+    for step in range(10, 60, 10):
+        file.write(json.dumps({"step": step, "split": "train", "loss": value, "seconds": pace * step}) + "\\n")
+json.dump({"settings": {**given}}, open(os.path.join(home, "params.json"), "w"))
+summary = {"status": "done", "step": steps, "seconds": pace * steps, "parameters": 1000}
+if kind != "silent":
+    summary["figure"] = value
+json.dump(summary, open(os.path.join(home, "summary.json"), "w"))
+open(os.path.join(home, "last.pt"), "w").close()
+'''
+PLAN = """
+script: {script}
+out_dir: {out}
+metric: figure
+base: {{lr: 1.0, max_steps: 100}}
+seeds: [1, 2, 3, 4, 5]
+tune: {{settings: [lr], factors: [0.5, 1, 2]}}
+equal_seconds: true
+rows:
+"""
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """A function that writes a yaml with these rows, and returns its path."""
+    (tmp_path / "fake.py").write_text(FAKE)
+
+    def write(*rows, **changes):
+        text = PLAN.format(script=tmp_path / "fake.py", out=tmp_path / "out") + "".join(f"  {row}\n" for row in rows)
+        for old, new in changes.get("replace", ()):
+            assert old in text
+            text = text.replace(old, new)
+        (tmp_path / "plan.yaml").write_text(text)
+        (tmp_path / "out").mkdir(exist_ok=True)
+        return tmp_path / "plan.yaml"
+    return write
+
+
+def start(path, *words):
+    return subprocess.Popen([sys.executable, str(ROOT / "grid.py"), str(path), *words], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def run(path, *words):
+    child = start(path, *words)
+    child.out, child.err = child.communicate(timeout=100)
+    return child
+
+
+def calls(path):
+    file = path.parent / "out" / "calls"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def wait(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.02)
+
+
+def test_a_whole_grid(plan):
+    """Rates are tuned, seeds follow, a doubtful row gets a third, a slow one its run of equal seconds; nothing twice;
+    what fails does not stop the rest, is told, and is tried again only when asked."""
+    path = plan("better: {axis: a, set: {kind: better}}", "broken: {axis: b, set: {kind: broken}}",
+                "same as the base: {axis: a, set: {lr: 1.0}}", "doubtful: {axis: a, set: {kind: doubtful}}",
+                "slow: {axis: a, set: {kind: slow}}", "slow again: {set: {kind: slow}, against: slow}",
+                "without a figure: {set: {kind: silent}}")
+    first = run(path)
+    assert first.returncode == 2 and "error:" in first.err.splitlines()[-1], first.err
+    assert "broken: error: it cannot work" in first.err and "no number figure" in first.err
+    assert "Traceback" not in first.err
+    done = calls(path)
+    assert len(done) == len(set(done)), "a run was started twice"
+    index = json.loads((path.parent / "out" / "grid.json").read_text())
+    rows = {row["name"]: row for row in index["rows"]}
+    assert [run["seed"] for run in rows["baseline"]["runs"]] == [1, 2, 3, 4, 5] and rows["baseline"]["factor"] == 1
+    assert [value for _, value in rows["baseline"]["tuned"]] == pytest.approx([2.025, 2.0, 2.1])
+    assert [run["seed"] for run in rows["better"]["runs"]] == [1, 2]
+    assert [run["seed"] for run in rows["doubtful"]["runs"]] == [1, 2, 3]
+    assert rows["slow"]["equal_seconds"]["max_steps"] == 50 and rows["better"]["equal_seconds"] is None
+    assert rows["slow again"]["equal_seconds"] is None                # no slower than what it is compared with
+    assert rows["broken"]["runs"] == [] and "cannot work" in rows["broken"]["error"]
+    # 3 + 4 for the baseline, 4 better, 3 broken, 5 doubtful, 5 slow, 3 without a figure; none for the two twins
+    assert len(done) == 7 + 4 + 3 + 5 + 5 + 3
+    kept = {file.parent.name.split("-")[0] for file in (path.parent / "out").rglob("*.pt")}
+    assert kept == {"without_a_figure"}, "runs whose figure is known keep no checkpoints, the others do"
+
+    table = plot.markdown(index)
+    line = {row: next(text for text in table if f"| {row} " in text) for row in
+            ("better", "same as the base", "doubtful", "slow", "broken")}
+    assert "-0.4950" in line["better"] and "**better**" in line["better"]
+    assert "no difference measured" in line["same as the base"]
+    assert "+0.0200" in line["doubtful"] and "no difference" in line["doubtful"] and "| 3 |" in line["doubtful"]
+    assert "| 2.00 | +0.0500: no difference measured" in line["slow"]
+    assert "it cannot work" in line["broken"]
+
+    again = run(path)
+    assert again.returncode == 2 and calls(path) == done, "a second command ran something again"
+    third = run(path, "--retry")
+    assert third.returncode == 2 and len(calls(path)) == len(done) + 3   # the broken row's rates
+    assert "(against slow)" in next(text for text in table if "slow again" in text)
+
+
+def test_a_changed_yaml_runs_only_what_is_new(plan):
+    path = plan("one: {set: {kind: better}}", "two: {set: {kind: worse}}")
+    assert run(path).returncode == 0
+    before = calls(path)
+    plan("another name: {set: {kind: better}}", "two: {set: {kind: worse, max_steps: 90}}")
+    assert run(path).returncode == 0
+    new = calls(path)[len(before):]
+    assert len(new) == 4 and all(name.startswith("two-") for name in new)
+    index = json.loads((path.parent / "out" / "grid.json").read_text())
+    assert [run["value"] for run in index["rows"][1]["runs"]] == pytest.approx([1.5, 1.51])
+    assert len(list((path.parent / "out" / "fake").iterdir())) == len(before) + 4     # the old ones stay
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_grid_that_is_stopped_goes_on(plan, number):
+    """SIGKILL leaves its runs behind: the next command waits for them. SIGTERM and Ctrl-C stop them, and they resume."""
+    path = plan("sleepy: {set: {kind: sleepy}}", replace=[("[0.5, 1, 2]", "[1]"), ("4, 5]", "4]")])
+    nap = path.parent / "out" / "nap"
+    nap.write_text("3" if number == signal.SIGKILL else "60")
+    child = start(path, "--jobs", "1")
+    wait(lambda: any(name.startswith("sleepy") for name in calls(path)))
+    done = len(calls(path))
+    child.send_signal(number)
+    code = child.wait(timeout=30)
+    child.communicate()
+    assert code == (-number if number == signal.SIGKILL else 128 + number)
+    nap.write_text("0")
+    assert run(path, "--jobs", "1").returncode == 0
+    started = calls(path)
+    if number == signal.SIGKILL:
+        assert len(started) == len(set(started)), "the orphan's run was started twice"
+    else:
+        assert [name for name in started if " again" in name] == [started[done - 1] + " again"]
+    index = json.loads((path.parent / "out" / "grid.json").read_text())
+    assert [len(row["runs"]) for row in index["rows"]] == [4, 2]
+
+
+def test_two_grids_share_a_folder(plan):
+    path = plan("sleepy: {set: {kind: sleepy}}", "worse: {set: {kind: worse}}")
+    (path.parent / "out" / "nap").write_text("0.5")
+    both = [start(path, "--jobs", "1") for _ in range(2)]
+    for child in both:
+        _, err = child.communicate(timeout=100)
+        assert child.returncode == 0, err
+    assert len(calls(path)) == len(set(calls(path))) == 7 + 4 + 4
+
+
+def test_print_lists_what_could_start_and_starts_nothing(plan):
+    path = plan("better: {set: {kind: better}}")
+    child = run(path, "--print")
+    lines = child.out.splitlines()
+    assert child.returncode == 0 and len(lines) == 6 and not calls(path)
+    assert all("--lr" in line and "--run_name" in line and "fake.py" in line for line in lines)
+    assert run(path, "--status").out.startswith("baseline") and not calls(path)
+    for line in lines:                                    # a scheduler of one's own
+        subprocess.run(line, shell=True, check=True)
+    assert len(run(path, "--print").out.splitlines()) == 4 + 1    # the baseline's seeds, the row's second
+
+
+@pytest.mark.parametrize("replace, words", [
+    ([("kind: better", "knd: better")], "no setting 'knd'; did you mean kind"),
+    ([("kind: better", "kind: bettr")], "did you mean better"),
+    ([("max_steps: 100", "max_steps: 0")], "base: max_steps 0"),
+    ([("kind: better", "seed: 3")], "seed cannot stand in a grid"),
+    ([("rows:", "columns:")], "unknown key 'columns'"),
+    ([("metric: figure\n", "")], "metric is missing"),
+    ([("[1, 2, 3, 4, 5]", "[1]")], "at least 2 different"),
+    ([("[0.5, 1, 2]", "[0.5, no]")], "factors must be numbers"),
+    ([("settings: [lr]", "settings: [kind]")], "kind must be a number in base"),
+    ([("fake.py", "nowhere.py")], "no script"),
+    ([("{set: {kind: better}}", "{set: {kind: better}, against: nobody}")], "another row's"),
+    ([("{set: {kind: better}}", "[1]")], "must be a mapping"),
+    ([("equal_seconds: true", "equal_seconds: maybe")], "equal_seconds must be a bool"),
+    ([("rows:", "rows: [")], "is no yaml"),
+])
+def test_mistakes_in_the_yaml_are_one_line(plan, replace, words):
+    path = plan("better: {set: {kind: better}}", replace=replace)
+    with pytest.raises(UserError) as error:
+        grid_module.Grid(path)
+    assert words in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_yaml_that_is_not_there(tmp_path):
+    child = run(tmp_path / "none.yaml")
+    assert child.returncode == 2 and child.err.startswith("error: cannot read") and len(child.err.splitlines()) == 1
+
+
+def test_the_rule():
+    """sigma from the baseline; 3 standard errors of the difference of two means."""
+    assert noise_floor([1.0, 2.0, 3.0, 4.0]) == pytest.approx(statistics.stdev([1, 2, 3, 4]))
+    baseline, sigma = [2.0] * 5, 0.01                     # error of 2 against 5: sigma sqrt(1/2 + 1/5) = 0.008367
+    assert compare([2.0252, 2.0252], baseline, sigma) == (pytest.approx(0.0252), 1)
+    assert compare([2.025, 2.025], baseline, sigma) == (pytest.approx(0.025), 0)
+    assert compare([1.9748, 1.9748], baseline, sigma)[1] == -1
+    assert compare([2.022, 2.022, 2.022], baseline, sigma)[1] == 1       # 3 seeds: from 0.02191 on
+    assert compare([2.022, 2.022], baseline, sigma)[1] == 0
+    assert compare([2.0, 2.0], baseline, 0.0) == (0.0, 0) and compare([2.1], baseline, 0.0)[1] == 1
+    with pytest.raises(ValueError, match="at least 2"):
+        noise_floor([1.0])
+
+
+def test_the_shipped_grid_is_the_preset(tmp_path, monkeypatch):
+    """grids/one_change.yaml reads, has rows on every axis, and its base is train_enwik8.py's preset one_change."""
+    monkeypatch.chdir(tmp_path)
+    found = grid_module.Grid(ROOT / "grids" / "one_change.yaml")
+    assert found.base == grid_module.check_settings(found.script, fresh("train_enwik8.py")["presets"]["one_change"])
+    assert len(found.rows) > 24 and len(found.seeds) >= 5 and len(found.factors) == 3
+    assert {row.axis for row in found.rows[1:]} >= set(
+        "norm bias activation positions init residual heads mixer feed-forward pyramid losses optimizer schedule "
+        "precision dropout".split())
+
+
+def test_the_real_script_in_a_grid(tmp_path):
+    """Four tiny runs of train_enwik8.py, and the table with its picture."""
+    (tmp_path / "plan.yaml").write_text(f"""
+script: train_enwik8.py
+out_dir: {tmp_path}/out
+metric: val_bpb_raw
+base: {{debug: true, device: cpu, max_steps: 4, eval_interval: 4, sample_length: 0, schedule: constant}}
+seeds: [1, 2]
+rows:
+  gelu: {{axis: activation, set: {{activation: gelu}}}}
+""")
+    child = run(tmp_path / "plan.yaml")
+    assert child.returncode == 0, child.err
+    drawn = subprocess.run([sys.executable, str(ROOT / "plot.py"), "--table", str(tmp_path / "out")], text=True,
+                           capture_output=True)
+    assert drawn.returncode == 0, drawn.stderr
+    assert "| activation | gelu |" in drawn.stdout and (tmp_path / "out" / "table.png").read_bytes()[:4] == b"\x89PNG"
+    summary = json.loads(next((tmp_path / "out" / "train_enwik8").glob("gelu-*/summary.json")).read_text())
+    assert f"{summary['val_bpb_raw']:.4f}"[:5] in drawn.stdout or summary["val_bpb_raw"] < 8

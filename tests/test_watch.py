@@ -1,0 +1,123 @@
+"""evaluate.py --watch beside a trainer that writes, prunes, dies, goes back and resumes."""
+import json
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from experiment import load_checkpoint, run_metrics  # noqa: E402
+from test_resume import Forks, assert_done, assert_error, wait_for  # noqa: E402
+
+TRAIN = ("train_enwik8.py --debug --device cpu --eval_interval none --save_interval 10 --sample_length 0 "
+         "--run_name w").split()
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    server = Forks(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()
+
+
+def lines(folder):
+    path = folder / "runs/train_enwik8/w/evaluation.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def watch(forks, folder, *words):
+    return forks.start(["evaluate.py", "--watch", "runs/train_enwik8/w", *words], folder)
+
+
+def test_every_checkpoint_is_scored_as_it_would_be_alone_and_the_best_is_kept(forks, tmp_path):
+    """The watcher starts first. Its figures are evaluate.py's own; metrics.jsonl and the trainer's files stay its own."""
+    watcher = watch(forks, tmp_path, "--protocols", "block,stride:16", "--patience", "60")
+    assert_done(forks.run([*TRAIN, "--max_steps", "40", "--keep_last", "9"], tmp_path))
+    assert_done(watcher.wait())
+    run = tmp_path / "runs" / "train_enwik8" / "w"
+    found = {(line["step"], line["protocol"]): line["bpb"] for line in lines(tmp_path)}
+    assert {step for step, _ in found} >= {10, 20, 30, 40} and len(found) == len(lines(tmp_path))
+    best = min(found[step, "block"] for step, protocol in found if protocol == "block")
+    assert found[load_checkpoint(run / "best.pt")["step"], "block"] == best
+    alone = forks.run(["evaluate.py", "runs/train_enwik8/w", "--protocols", "block,stride:16"], tmp_path)
+    assert_done(alone)
+    assert f"{found[40, 'block']:.4f}" in alone.out and f"{found[40, 'stride:16']:.4f}" in alone.out
+    assert {line["split"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())} == {"train"}
+    assert [line["step"] for line in run_metrics(run)] == sorted(line["step"] for line in run_metrics(run))
+    again = watch(forks, tmp_path, "--protocols", "block,stride:16").wait()
+    assert_done(again)
+    assert len(lines(tmp_path)) == len(found), "a second watcher evaluated something again"
+    assert not list(run.glob(".watch-*"))
+
+
+def test_the_trainers_best_is_left_alone(forks, tmp_path):
+    words = [word if word != "none" else "10" for word in TRAIN]
+    assert_done(forks.run([*words, "--max_steps", "20"], tmp_path))
+    run = tmp_path / "runs" / "train_enwik8" / "w"
+    before = (run / "best.pt").read_bytes()
+    assert_done(watch(forks, tmp_path).wait())
+    assert (run / "best.pt").read_bytes() == before and [line["step"] for line in lines(tmp_path)] == [20]
+
+
+def test_a_trainer_that_dies_prunes_and_goes_back(forks, tmp_path):
+    """Killed without a word: the watcher ends after its patience. Resumed from further back: what the trainer took back
+    is taken back here too. Pruned files never stop it."""
+    run = tmp_path / "runs" / "train_enwik8" / "w"
+    watcher = watch(forks, tmp_path, "--patience", "2")
+    trainer = forks.start([*TRAIN, "--max_steps", "100000", "--keep_last", "1", "--save_interval", "5"], tmp_path)
+    wait_for(lambda: len({line["step"] for line in lines(tmp_path)}) >= 4)
+    trainer.kill(signal.SIGKILL)
+    trainer.wait()
+    watcher.wait()
+    assert_done(watcher)
+    assert "no trainer for 2 seconds" in watcher.out
+    seen = {line["step"] for line in lines(tmp_path)}
+    last = load_checkpoint(run / "last.pt")["step"]
+    assert last in seen
+    early = sorted(seen)[1]
+    shutil.copy(run / "best.pt", tmp_path / "kept.pt")
+    words = [*TRAIN, "--max_steps", str(early + 5), "--data_seed", "7"]
+    words[words.index("w")] = "other"
+    assert_done(forks.run(words, tmp_path))                        # a checkpoint of fewer steps, put in its place
+    shutil.copy(tmp_path / "runs/train_enwik8/other/last.pt", run / "last.pt")
+    for old in run.glob("step_*.pt"):
+        old.unlink()
+    assert_done(watch(forks, tmp_path, "--patience", "1").wait())
+    assert max(line["step"] for line in lines(tmp_path)) == early + 5
+
+
+def test_mistakes(forks, tmp_path):
+    assert_error(forks.run(["evaluate.py", "--watch", "runs/none", "--patience", "0.2"], tmp_path), "no run is there")
+    assert_error(forks.run(["evaluate.py", "a", "--watch", "b"], tmp_path), "which run?")
+    assert_done(forks.run([*TRAIN, "--max_steps", "5"], tmp_path))
+    (tmp_path / "runs/train_enwik8/w/summary.json").write_text('{"status": "running"}')
+    first = watch(forks, tmp_path, "--patience", "30")
+    wait_for(lambda: len(lines(tmp_path)) == 1)
+    assert_error(watch(forks, tmp_path).wait(), "another process is watching")
+    first.kill(signal.SIGINT)
+    assert first.wait().code == 130
+    path = tmp_path / "runs/train_enwik8/w/last.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert_error(watch(forks, tmp_path).wait(), "truncated")
+    assert_error(forks.run(["evaluate.py", "runs/train_enwik8/w", "--samples", "2", "--protocols", "cache"], tmp_path),
+                 "block and stride")
+
+
+def test_draws_of_the_posterior(forks, tmp_path):
+    """ivon: one draw differs from the mean, other seeds differ, many draws come near; other optimisers have none."""
+    words = [word if word != "w" else "ivon" for word in TRAIN]
+    assert_done(forks.run([*words, "--optimizer", "ivon", "--betas", "0.9,0.9999", "--ess", "1000", "--lr", "0.1",
+                           "--schedule", "constant", "--max_steps", "20"], tmp_path))
+
+    def bpb(*more):
+        child = forks.run(["evaluate.py", "runs/train_enwik8/ivon", *more], tmp_path)
+        assert_done(child)
+        return float(child.out.splitlines()[-1].split()[2])
+    mean, one, other = bpb(), bpb("--samples", "1"), bpb("--samples", "1", "--seed", "3")
+    assert len({mean, one, other}) == 3 and one == bpb("--samples", "1") and bpb("--samples", "8") < one
+    assert_done(forks.run([*TRAIN, "--max_steps", "2"], tmp_path))
+    assert_error(forks.run(["evaluate.py", "runs/train_enwik8/w", "--samples", "2"], tmp_path), "trained with optimizer ivon")
