@@ -177,7 +177,7 @@ def markdown(index):
         equal = "as at equal steps" if "time" in found else ""
         if "equal" in found:
             equal = f"{found['equal'][0]:+.4f}: {WORDS[found['equal'][1]]}"
-        size = f"{found['size'] - 1:+.1%}" if "size" in found and abs(found["size"] - 1) > 0.01 else "same"
+        size = f"{found['size'] - 1:+.1%}" if "size" in found and abs(found["size"] - 1) > 0.0101 else "same"
         lines.append(f"| {row['axis']} | {name} | {statistics.mean(found['values']):.4f} | {found['difference']:+.4f} | "
                      f"{WORDS[found['verdict']]} | {seconds} | {equal} | {size} | "
                      f"x{row['factor']:g}{'*' if row['factor'] in edges else ''} | {len(found['values'])} |")
