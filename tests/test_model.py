@@ -465,3 +465,47 @@ def test_overfits_one_batch(settings, bf16):
         objective.backward()
         opt.step()
     assert nats[-1, 0] < 0.1
+
+
+# --- StableMax ---
+
+def test_stablemax_is_its_definition():
+    """s(x) / sum s with s(x) = x + 1 from 0 on, 1 / (1 - x) below: as a softmax of sign(x) ln(1 + |x|)."""
+    x = torch.randn(50, 20, dtype=torch.float64) * torch.logspace(-3, 3, 50, dtype=torch.float64)[:, None]
+    s = torch.where(x >= 0, x + 1, 1 / (1 - x))
+    torch.testing.assert_close(room.stablemax(x).softmax(-1), s / s.sum(-1, keepdim=True), atol=2e-15, rtol=1e-12)
+    torch.testing.assert_close(room.stablemax(x), x.sign() * x.abs().log1p(), atol=0, rtol=1e-15)
+
+
+def test_stablemax_has_finite_gradients_everywhere():
+    """1 / (1 + |x|): also at 0, and at +-1e4, where softmax's are 0 or overflow; float32 in, float32 gradients."""
+    x = torch.tensor([-1e4, -1.0, -0.0, 0.0, 1e-30, 1.0, 1e4], requires_grad=True)
+    room.stablemax(x).sum().backward()
+    torch.testing.assert_close(x.grad, 1 / (1 + x.detach().abs()))
+    logits = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
+    F.cross_entropy(room.stablemax(logits), torch.tensor([1])).backward()
+    assert logits.grad.isfinite().all() and (logits.grad != 0).all()
+
+
+@pytest.mark.parametrize("settings", [dict(n_targets=2, intermediate_losses=True), dict(mtp_depth=1), dict(shorten=2,
+                                      n_layer=3)])
+def test_stablemax_reaches_losses_logits_and_evaluation(settings):
+    """The loss in training is the one of the logits that inference returns, and it is not softmax's."""
+    from model import build_model
+    torch.manual_seed(0)
+    config = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, init="xavier") | settings
+    model = build_model(TransformerConfig(**config, output="stablemax")).eval()
+    x = torch.randint(256, (2, 16))
+    y = torch.stack([x.roll(-k - 1, 1) for k in range(model.config.n_labels)], -1)
+    objective, nats = model(x, y)
+    logits = model(x)
+    assert logits.dtype == torch.float64 and nats.dtype == torch.float32 and objective.isfinite()
+    assert nats[-1, 0].item() == pytest.approx(F.cross_entropy(logits.flatten(0, 1), y[..., 0].flatten()).item(), 1e-6)
+    plain = build_model(TransformerConfig(**config))
+    plain.load_state_dict(model.state_dict())
+    assert abs(plain(x, y)[1][-1, 0] - nats[-1, 0]) > 1e-4
+
+
+def test_a_model_that_could_never_learn_is_refused():
+    with pytest.raises(ValueError, match="no gradient"):
+        TransformerConfig(residual_scale="rezero", init="zero")

@@ -279,6 +279,10 @@ CASES = {
                    memory_length=16, compressed_length=4, save_interval=1, log_interval=1),
     "experts": dict(ff="moe", expert_balance="bias", n_shared_expert=1, activation="swiglu", mtp_depth=1,
                     positions="rope", optimizer="muon", seed=13, data_seed=14, save_interval=2, log_interval=1),
+    "schedule_free": dict(optimizer="schedule_free", schedule="constant", lr=0.01, batching="random", seed=15,
+                          data_seed=16, save_interval=1, log_interval=1),
+    "ivon": dict(optimizer="ivon", schedule="constant", lr=0.1, ess=1e4, grad_accum=2, batching="epochs", seed=17,
+                 data_seed=18, save_interval=1, log_interval=2),
 }
 
 

@@ -112,6 +112,21 @@ def test_fork_and_crop(mixer, ragged):
         torch.testing.assert_close(in_chunks(model, x, [T], cache), model(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("snapshots", [1, 2])
+def test_as_many_snapshots_are_kept_as_were_asked_for(snapshots):
+    model, x = build("mingru"), text(1)
+    cache = model.new_cache(1, T, snapshots=snapshots)
+    for end in range(4, 21, 4):
+        in_chunks(model, x[:, end - 4:end], [4], cache)
+    kept = [16, 12][:snapshots]                           # before the last pass, and the one before it
+    with pytest.raises(ValueError, match="snapshots at " + ", ".join(map(str, sorted(kept))) + " "):
+        cache.crop(16 - 4 * snapshots)
+    cache.crop(kept[-1])
+    with torch.no_grad():
+        late = in_chunks(model, x[:, kept[-1]:], [T - kept[-1]], cache)
+        torch.testing.assert_close(late, model(x)[:, kept[-1]:], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("mixer", PATTERNS)
 def test_crop_where_nothing_was_kept(mixer):
     model, x = build(mixer), text(1)
@@ -524,6 +539,11 @@ def test_pyramid_cache(k, mixer, positions):
             cache.reset()
             in_chunks(model, x, [T], cache)
         assert twin.length == T and twin.stream.size(0) == 4
+        cache = model.new_cache(2, T, snapshots=2)        # a window forgets: back to where a pass began
+        in_chunks(model, x, [11, T - 11], cache)
+        cache.crop(11)
+        wanted = model(torch.cat((x[:, :11], y[:, 11:]), 1))[:, 11:]
+        torch.testing.assert_close(in_chunks(model, y[:, 11:], [T - 11], cache), wanted, atol=1e-5, rtol=1e-5)
     for prompts in ([b"The ", b"abcd"],):
         found = [torch.stack(list(generate(model, prompts, 40, use_cache=use, temperature=0))) for use in (True, False)]
         assert torch.equal(*found)
