@@ -22,9 +22,10 @@ has no context and is charged 8 bits. The result does not depend on batch_size, 
 --watch evaluates beside a training that goes on: each checkpoint that it finds new, in this process, into the run's
 evaluation.jsonl, which the trainer never writes. Where the trainer does not evaluate (--eval_interval none), the best
 one under the first protocol becomes best.pt; else that file is the trainer's. It ends when the run is done, or when no
-trainer has been there for `patience` seconds. A checkpoint that is replaced before its turn is not evaluated: --keep_last
-keeps more of them.
+trainer has been there for `patience` seconds. A checkpoint that is replaced before its turn is not evaluated:
+--keep_last keeps more of them.
 """
+import copy
 import fcntl
 import json
 import math
@@ -40,7 +41,7 @@ import torch.nn.functional as F
 from data import text
 from experiment import (UserError, command, draw_curves, find_checkpoint, is_running, load_checkpoint, override,
                         read_json, read_metrics, replacing, resolve_device)
-from model import from_checkpoint, parameter_roles
+from model import from_checkpoint
 
 # --- What ---
 checkpoint = None        # run directory or checkpoint file (may also be typed as a bare word)
@@ -279,39 +280,25 @@ class Ensemble(torch.nn.Module):
         return total - math.log(len(self.weights))
 
 
-def posterior(loaded, n, seed):
-    """n draws of the weights of a checkpoint that ivon has trained: a list of {name: tensor}. UserError for others."""
-    import optim
-    trained = loaded["settings"]
-    if trained.get("optimizer") != "ivon":
-        raise UserError(f"--samples needs a run trained with optimizer ivon, not {trained.get('optimizer')}")
-    model = from_checkpoint(loaded)
-    opt = optim.build("ivon", model.named_parameters(), parameter_roles(model), trained["lr"], trained["weight_decay"],
-                      orthograd=trained["orthograd"])
-    opt.load_state_dict(loaded["optimizer"])
-    torch.manual_seed(seed)
-    draws = []
-    for _ in range(n):
-        with opt.sampled(train=False):
-            draws.append({name: p.detach().clone() for name, p in model.named_parameters()})
-    return draws
-
-
 def open_model(path, where):
-    """(the checkpoint's dict, its model for inference on `where`), of the weights, or draws of them, that were asked
-    for. UserError: no such weights."""
+    """(the checkpoint's dict, its model for inference on `where`): of the weights that were asked for, or an Ensemble
+    of draws around them. UserError: no such weights, no posterior."""
     loaded = load_checkpoint(path)
     try:
-        model = from_checkpoint(loaded, weights).for_inference().eval().to(where)
+        model = from_checkpoint(loaded, weights)
     except ValueError as error:
         raise UserError(f"{path}: {error}")
-    if samples:
-        names = [name for name, _ in model.named_parameters()]
-        renamed = {"heads.0": f"heads.{from_checkpoint(loaded).first_head}"}         # for_inference has kept only one
-        draws = [{name: draw[renamed.get(name, name)].to(where) for name in names}
-                 for draw in posterior(loaded, samples, seed)]
-        model = Ensemble(model, draws)
-    return loaded, model
+    found, generator, draws = loaded.get("posterior"), torch.Generator().manual_seed(seed), []
+    if samples and not found:
+        raise UserError(f"--samples: {path} has no posterior: it was not trained with optimizer ivon, or not at all")
+    means = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(samples):
+        for name, p in model.named_parameters():
+            p.data = means[name] + found[name] * torch.randn(p.shape, generator=generator)
+        one = copy.deepcopy(model).for_inference()
+        draws.append({name: p.detach().to(where) for name, p in one.named_parameters()})
+    model = model.for_inference().eval().to(where)
+    return loaded, Ensemble(model, draws) if samples else model
 
 
 def open_data(trained, where):
@@ -337,7 +324,7 @@ def follow(run, wanted, where, precision):
         raise UserError(f"another process is watching {run}") from None
     for leftover in run.glob(".watch-*.pt"):                     # of killed processes
         leftover.unlink()
-    log, copy = run / "evaluation.jsonl", run / f".watch-{os.getpid()}.pt"
+    log, mine = run / "evaluation.jsonl", run / f".watch-{os.getpid()}.pt"
     done, stamps, data, alive = read_metrics(log) if log.exists() else [], {}, None, time.monotonic()
 
     def write(lines, mode):
@@ -353,14 +340,14 @@ def follow(run, wanted, where, precision):
                     stat = path.stat()
                     if stamps.get(path.name) == (stat.st_ino, stat.st_mtime_ns):
                         continue
-                    shutil.copyfile(path, copy)                  # the trainer may replace or prune it meanwhile
+                    shutil.copyfile(path, mine)                  # the trainer may replace or prune it meanwhile
                 except FileNotFoundError:
                     continue
                 stamps[path.name] = stat.st_ino, stat.st_mtime_ns
                 found = path
                 break
             if found:
-                loaded, model = open_model(copy, where)
+                loaded, model = open_model(mine, where)
                 step, newest = loaded["step"], found.name == "last.pt"
                 if newest and any(line["step"] > step for line in done):             # the trainer went back
                     done = [line for line in done if line["step"] <= step]
@@ -375,21 +362,20 @@ def follow(run, wanted, where, precision):
                     parse_protocol(name, model.config, data.numel())
                     with torch.autocast(where.type, precision, enabled=precision != torch.float32):
                         result = score(model, data, name, batch_size)
-                    line = {"step": step, "split": split, "loss": result.loss, "bpb": result.bpb,
-                            "protocol": result.protocol, "bytes": result.bytes, "weights": weights,
+                    kind = {"protocol": result.protocol, "weights": weights, "split": split}
+                    line = {"step": step, **kind, "loss": result.loss, "bpb": result.bpb, "bytes": result.bytes,
                             "evaluation_seconds": result.seconds}
-                    best = min((old["bpb"] for old in done if (old["protocol"], old["weights"], old["split"])
-                                == (name, weights, split)), default=math.inf)
+                    best = min((old["bpb"] for old in done if kind.items() <= old.items()), default=math.inf)
                     write([line], "a")
                     done.append(line)
                     note = ""
-                    if name == wanted[0] and result.bpb < best and mine(run):
-                        os.replace(copy, run / "best.pt")
+                    if name == wanted[0] and result.bpb < best and keeps_best(run):
+                        os.replace(mine, run / "best.pt")
                         note = ", best.pt"
                         if name != wanted[-1]:
-                            shutil.copyfile(run / "best.pt", copy)
-                    print(f"step {step}: {split} {result.bpb:.4f} bits/byte ({result.protocol}, {result.bytes:,} bytes, "
-                          f"{weights} weights{note})", flush=True)
+                            shutil.copyfile(run / "best.pt", mine)
+                    print(f"step {step}: {split} {result.bpb:.4f} bits/byte ({result.protocol}, "
+                          f"{result.bytes:,} bytes, {weights} weights{note})", flush=True)
                     draw_curves(run, run / "curves.png")
                 alive = time.monotonic()
                 continue
@@ -401,11 +387,11 @@ def follow(run, wanted, where, precision):
                 return
             time.sleep(0.2)
     finally:
-        copy.unlink(missing_ok=True)
+        mine.unlink(missing_ok=True)
         lock.close()
 
 
-def mine(run):
+def keeps_best(run):
     """Whether best.pt is the watcher's: the trainer does not evaluate."""
     return read_json(run / "params.json").get("settings", {}).get("eval_interval", 0) is None
 

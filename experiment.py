@@ -565,6 +565,7 @@ def _plain(value):
 
 
 def write_json(path, value):
+    """`value` into a JSON file, at once or not at all; what JSON cannot hold becomes what it can."""
     with replacing(path) as file:
         file.write((json.dumps(_plain(value), indent=2, allow_nan=False) + "\n").encode())
 
@@ -591,7 +592,8 @@ def read_metrics(path):
 def run_metrics(directory):
     """All lines of a run, in the order of their steps: the trainer's, and those of an evaluation beside it."""
     files = [directory / name for name in ("metrics.jsonl", "evaluation.jsonl")]
-    return sorted((line for file in files if file.exists() for line in read_metrics(file)), key=lambda line: line["step"])
+    lines = [line for file in files if file.exists() for line in read_metrics(file)]
+    return sorted(lines, key=lambda line: line["step"])
 
 
 def _output(*words):

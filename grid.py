@@ -272,7 +272,8 @@ class Grid:
 
     def words(self, cell):
         """The command of a cell, word by word; with --resume where something is there."""
-        settings = [word for name, value in json.loads(cell.settings).items() for word in (f"--{name}", as_typed(value))]
+        settings = json.loads(cell.settings).items()
+        settings = [word for name, value in settings for word in (f"--{name}", as_typed(value))]
         place = ["--out_dir", str(self.folder), "--run_name", cell.run]
         again = ["--resume"] if (self.home / cell.run).exists() else []
         return [sys.executable, str(self.script), *settings, *place, *again]
@@ -344,7 +345,8 @@ def show(plan, found):
         tuned = ", ".join(f"x{factor:g} {'failed' if value is None else f'{value:.4f}'}"
                           for factor, value in mine.tuned.items())
         seeds = ", ".join(f"{value:.4f}" for value in mine.values)
-        say(f"{row.name:<28} {len(mine.wanted)} to run | {tuned} | seeds {seeds}" + f" | {mine.error}" * bool(mine.error))
+        trouble = f" | {mine.error}" if mine.error else ""
+        say(f"{row.name:<34} {len(mine.wanted)} to run | {tuned} | seeds {seeds}{trouble}")
 
 
 @command

@@ -435,6 +435,14 @@ def load_state(optimizer, state_dict):
         group.update(kept)
 
 
+def posterior(optimizer, named_parameters):
+    """{name: standard deviations} of the Gaussian around the parameters that "ivon" steps; {} under other rules."""
+    names = {p: name for name, p in named_parameters}
+    return {names[p]: (group["ess"] * (optimizer.state[p]["hess"] + group["weight_decay"])).rsqrt()
+            for group in optimizer.param_groups if group["rule"] == "ivon"
+            for p in group["params"] if "hess" in optimizer.state[p]}
+
+
 def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None):
     """Parameter groups: decay for matrix, residual and head, none for embedding, position, gain and bias.
 

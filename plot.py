@@ -178,11 +178,11 @@ def markdown(index):
         if "equal" in found:
             equal = f"{found['equal'][0]:+.4f}: {WORDS[found['equal'][1]]}"
         size = f"{found['size'] - 1:+.1%}" if "size" in found and abs(found["size"] - 1) > 0.0101 else "same"
-        lines.append(f"| {row['axis']} | {name} | {statistics.mean(found['values']):.4f} | {found['difference']:+.4f} | "
-                     f"{WORDS[found['verdict']]} | {seconds} | {equal} | {size} | "
-                     f"x{row['factor']:g}{'*' if row['factor'] in edges else ''} | {len(found['values'])} |")
+        mean, rate = statistics.mean(found["values"]), f"x{row['factor']:g}{'*' if row['factor'] in edges else ''}"
+        lines.append(f"| {row['axis']} | {name} | {mean:.4f} | {found['difference']:+.4f} | {WORDS[found['verdict']]} | "
+                     f"{seconds} | {equal} | {size} | {rate} | {len(found['values'])} |")
     if edges:
-        lines += ["", "\\* the best of the tried rates is the smallest or the largest one: a better one may lie beyond."]
+        lines += ["", "\\* the best of the tried rates is the smallest or the largest: a better one may lie beyond."]
     return lines
 
 
@@ -204,8 +204,9 @@ def draw_table(index, path):
         axes.plot([value - base for value in found["values"]], [y] * len(found["values"]), "o", markersize=4,
                   color=colours[found["verdict"]])
     against = index["rows"][0]["name"]
-    axes.set_yticks(range(len(shown)), [f"{f['row']['axis']}: {f['row']['name']}" + " †" * (f["row"]["against"] != against)
-                                        for f in shown], fontsize=7)
+    names = [f"{row['axis']}: {row['name']}{'' if row['against'] == against else ' †'}"
+             for row in (found["row"] for found in shown)]
+    axes.set_yticks(range(len(shown)), names, fontsize=7)
     axes.invert_yaxis()
     axes.set_xscale("symlog", linthresh=max(2 * limit, 1e-6))
     axes.set_xlabel("difference to the baseline (left is better; † to another row)")

@@ -345,7 +345,8 @@ def main():
         return dict(format="nanolab-1", script="train_enwik8", step=loop["step"], settings=dict(settings),
                     model=model.state_dict(), ema=ema.state_dict() if ema else None, optimizer=opt.state_dict(),
                     scaler=scaler.state_dict(), generators=generator_states(), data=batches.state_dict(),
-                    memory=memory.state_dict() if memory else None, loop=dict(loop))
+                    memory=memory.state_dict() if memory else None, loop=dict(loop),
+                    posterior=optim.posterior(opt, model.named_parameters()))
 
     recent = []                          # (loss, gradient norm) of the last steps, still on the device
 

@@ -166,7 +166,7 @@ def test_a_changed_yaml_runs_only_what_is_new(plan):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_grid_that_is_stopped_goes_on(plan, number):
-    """SIGKILL leaves its runs behind: the next command waits for them. SIGTERM and Ctrl-C stop them, and they resume."""
+    """SIGKILL leaves its runs behind, and the next command waits for them; SIGTERM and Ctrl-C stop them to resume."""
     path = plan("sleepy: {set: {kind: sleepy}}", replace=[("[0.5, 1, 2]", "[1]"), ("4, 5]", "4]")])
     nap = path.parent / "out" / "nap"
     nap.write_text("3" if number == signal.SIGKILL else "60")
@@ -281,4 +281,4 @@ rows:
     assert drawn.returncode == 0, drawn.stderr
     assert "| activation | gelu |" in drawn.stdout and (tmp_path / "out" / "table.png").read_bytes()[:4] == b"\x89PNG"
     summary = json.loads(next((tmp_path / "out" / "train_enwik8").glob("gelu-*/summary.json")).read_text())
-    assert f"{summary['val_bpb_raw']:.4f}"[:5] in drawn.stdout or summary["val_bpb_raw"] < 8
+    assert 6 < summary["val_bpb_raw"] < 8 and summary["step"] == 4

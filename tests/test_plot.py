@@ -89,12 +89,13 @@ def test_drawing_gives_no_warnings(tmp_path):
 
 def row(name, values, against="baseline", **more):
     return {"name": name, "axis": "a", "set": {}, "against": against, "factor": 1, "tuned": [], "error": "", "open": 0,
-            "runs": [{"run": f"{name}{i}", "seed": i, "value": value, "max_steps": 9} for i, value in enumerate(values)],
+            "runs": [{"run": f"{name}{i}", "seed": i, "value": v, "max_steps": 9} for i, v in enumerate(values)],
             "step_seconds": 0.1, "parameters": 100, "equal_seconds": None, **more}
 
 
 def index(*rows):
-    return {"metric": "m", "factors": [0.5, 1, 2], "rows": [row("baseline", [2.0, 2.02, 1.98, 2.01, 1.99], None), *rows]}
+    baseline = row("baseline", [2.0, 2.02, 1.98, 2.01, 1.99], None)
+    return {"metric": "m", "factors": [0.5, 1, 2], "rows": [baseline, *rows]}
 
 
 def test_the_table():

@@ -22,7 +22,7 @@ from experiment import load_checkpoint, override  # noqa: E402
 from model import Transformer, from_checkpoint  # noqa: E402
 from test_resume import Forks, assert_done, assert_error, snapshot, wait_for  # noqa: E402
 
-SCRIPTS = ("train_enwik8.py", "evaluate.py", "sample.py", "bench.py")
+SCRIPTS = ("train_enwik8.py", "evaluate.py", "sample.py", "bench.py", "grid.py", "plot.py")
 SMALL = ("--n_layer 2 --n_head=2 --n-embd 32 --block_size 32 --batch_size 4 --max_bytes 100000 --max_steps 30 "
          "--eval_interval 10 --eval_windows 8 --save_interval 10 --sample_length 60 --ema_decay 0.9 "
          "--device cpu").split()
@@ -313,7 +313,8 @@ def assert_typable(words):
     assert (ROOT / script).is_file(), f"{script} is not there"
     g = fresh(script)
     if "override" in g:
-        settings = override(g, words, positional="checkpoint" if "checkpoint" in g else None)
+        bare = next((name for name in ("checkpoint", "grid", "runs") if name in g), None)
+        settings = override(g, words, positional=bare)
         if "check" in g:
             g["check"](settings)
     else:                                                    # data/text.py reads its words itself
