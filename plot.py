@@ -178,9 +178,9 @@ def markdown(index):
         if "equal" in found:
             equal = f"{found['equal'][0]:+.4f}: {WORDS[found['equal'][1]]}"
         size = f"{found['size'] - 1:+.1%}" if "size" in found and abs(found["size"] - 1) > 0.0101 else "same"
-        mean, rate = statistics.mean(found["values"]), f"x{row['factor']:g}{'*' if row['factor'] in edges else ''}"
+        mean, star = statistics.mean(found["values"]), "*" if row["factor"] in edges else ""
         lines.append(f"| {row['axis']} | {name} | {mean:.4f} | {found['difference']:+.4f} | {WORDS[found['verdict']]} | "
-                     f"{seconds} | {equal} | {size} | {rate} | {len(found['values'])} |")
+                     f"{seconds} | {equal} | {size} | x{row['factor']:g}{star} | {len(found['values'])} |")
     if edges:
         lines += ["", "\\* the best of the tried rates is the smallest or the largest: a better one may lie beyond."]
     return lines
