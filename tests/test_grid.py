@@ -164,6 +164,19 @@ def test_a_changed_yaml_runs_only_what_is_new(plan):
     assert len(list((path.parent / "out" / "fake").iterdir())) == len(before) + 4     # the old ones stay
 
 
+def test_a_run_of_equal_seconds_is_kept_when_timings_waver(plan):
+    path = plan("slow: {set: {kind: slow}}", replace=[("max_steps: 100", "max_steps: 1000")])
+    assert run(path).returncode == 0
+    done = calls(path)
+    assert len([name for name in done if "-500steps-" in name]) == 1
+    for factor, new in ((1.04, 0), (1.3, 1)):             # the baseline seems slower: 520 steps, then 680
+        for file in (path.parent / "out" / "fake").glob("baseline-*/metrics.jsonl"):
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            file.write_text("".join(json.dumps({**line, "seconds": line["seconds"] * factor}) + "\n" for line in lines))
+        assert run(path).returncode == 0
+        assert len(calls(path)) == len(done) + new
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_grid_that_is_stopped_goes_on(plan, number):
     """SIGKILL leaves its runs behind, and the next command waits for them; SIGTERM and Ctrl-C stop them to resume."""
