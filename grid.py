@@ -8,8 +8,9 @@
 
 What the baseline and every row go through: their rates times each factor of `tune`, with the first seed; the best
 factor with the other seeds (the baseline all of them, a row the second). A row whose two seeds disagree about what the
-significance rule says gets a third. One that is faster or slower than the baseline by more than 5 % is trained once
-more for as many steps as fit into the baseline's seconds: so it is compared per step and per second.
+significance rule says gets a third. Two short runs time its steps (the faster counts: a neighbour on the machine only
+ever adds). One that is faster or slower than the baseline by more than 5 % is trained once more for as many steps as
+fit into the baseline's seconds: so it is compared per step and per second.
 
     script: train_enwik8.py
     out_dir: runs/one_change
@@ -17,7 +18,7 @@ more for as many steps as fit into the baseline's seconds: so it is compared per
     base: {n_layer: 4, lr: 0.004}      # settings of every run
     seeds: [1, 2, 3, 4, 5]
     tune: {settings: [lr], factors: [0.5, 1, 2]}
-    equal_seconds: true
+    speed: {max_steps: 60, eval_interval: none, log_interval: 5}      # what the timing runs change; none: no timing
     rows:
       layer norm: {axis: norm, set: {norm: layer}}
       own heads: {axis: losses, set: {layer_heads: own}, against: shared heads}     # compared with another row
@@ -55,7 +56,7 @@ jobs = 2                 # [>= 1] runs at a time
 threads = 1              # [>= 1] CPU threads of each
 checkpoints = False      # keep the checkpoints of finished runs
 
-SHAPE = {"script": str, "out_dir": str, "metric": str, "base": dict, "seeds": list, "tune": dict, "equal_seconds": bool,
+SHAPE = {"script": str, "out_dir": str, "metric": str, "base": dict, "seeds": list, "tune": dict, "speed": dict,
          "rows": dict}
 ROW_SHAPE = {"axis": str, "set": dict, "against": str}
 BASELINE = "baseline"
@@ -101,7 +102,7 @@ class Progress:
     factor: float = None
     cells: list = field(default_factory=list)          # of the best factor, by seed
     values: list = field(default_factory=list)
-    step_seconds: float = None                         # of a step when nothing disturbs
+    step_seconds: float = None                         # of the faster timing run
     parameters: int = None
     equal: Cell = None                                 # the run of equal seconds, if it needs one
     error: str = ""
@@ -134,13 +135,13 @@ class Grid:
         self.scaled, self.factors = tune.get("settings", []), tune.get("factors", [1])
         if not self.factors or not all(type(f) in (int, float) and f > 0 for f in self.factors):
             raise UserError(f"{path}: tune: factors must be numbers above 0, not {self.factors}")
-        self.equal_seconds = plan.get("equal_seconds", False)
         self.base = self.check(plan["base"], "base")
+        self.speed = self.check(plan.get("speed", {}), "speed")
         for name in self.scaled:
             if type(self.base.get(name)) not in (int, float):
                 raise UserError(f"{path}: tune: {name} must be a number in base")
-        if self.equal_seconds and not self.base.get("max_steps"):
-            raise UserError(f"{path}: equal_seconds needs max_steps in base")
+        if self.speed and not self.base.get("max_steps"):
+            raise UserError(f"{path}: speed needs max_steps in base")
         self.rows = [Row(BASELINE, "", {}, None)]
         for name, row in plan["rows"].items():
             row = {} if row is None else row
@@ -163,19 +164,17 @@ class Grid:
         except UserError as error:
             raise UserError(f"{self.path}: {place}: {error}") from None
 
-    def cell(self, row, factor, seed, steps=None):
-        """The Cell of a row. steps: other than the base's max_steps."""
+    def cell(self, row, factor, seed, word="", **other):
+        """The Cell of a row. other: settings that win over the row's; word: what its name says about them."""
         settings = {**self.base, **row.changes, "seed": seed}
         settings.update({name: float(f"{settings[name] * factor:.12g}") for name in self.scaled})
-        if steps is not None:
-            settings["max_steps"] = steps
+        settings.update(other)
         words = json.dumps(settings, sort_keys=True)
         key = hashlib.sha256(f"{self.script.name} {words}".encode()).hexdigest()[:10]
         if key not in self.names:                       # else another row, or this one under an older name, has it
             name = re.sub(r"[^A-Za-z0-9]+", "_", row.name).strip("_")[:40] or "row"
-            length = "" if steps is None else f"-{steps}steps"
             found = next(self.home.glob(f"*-{key}"), None)
-            self.names[key] = found.name if found else f"{name}-x{factor:g}-s{seed}{length}-{key}"
+            self.names[key] = found.name if found else f"{name}-x{factor:g}-s{seed}{word}-{key}"
         return Cell(row.name, seed, factor, words, self.names[key])
 
     @property
@@ -188,8 +187,9 @@ class Grid:
         if cell.run in self.known:
             return self.known[cell.run]
         summary = read_json(self.home / cell.run / "summary.json")
-        if summary.get("status") == "done" and isinstance(summary.get(self.metric), (int, float)):
-            found = Result("done", summary[self.metric], step_times(self.home / cell.run / "metrics.jsonl"),
+        timing = "-speed-" in cell.run
+        if summary.get("status") == "done" and (timing or isinstance(summary.get(self.metric), (int, float))):
+            found = Result("done", summary.get(self.metric), step_times(self.home / cell.run / "metrics.jsonl"),
                            summary.get("parameters"))
             self.known[cell.run] = found
             return found
@@ -217,22 +217,23 @@ class Grid:
         for row in self.rows:
             found[row.name] = self.walk(row)
         base = found[BASELINE]
-        if base.wanted or len(base.values) < 2:
+        if len(base.values) < 2:
             return found
         sigma = noise_floor(base.values)
+        whole = {name: bool(mine.values) and not mine.wanted for name, mine in found.items()}
         for row in self.rows[1:]:
             mine, other = found[row.name], found[row.against]
-            if mine.wanted or other.wanted or not mine.values or not other.values:
+            if not (whole[BASELINE] and whole[row.name] and whole[row.against]):
                 continue
             verdicts = {compare([value], other.values, sigma)[1] for value in mine.values[:2]}
             if len(verdicts) > 1 and len(self.seeds) > 2:
                 self.add_seed(row, mine, self.seeds[2])
-            if not self.equal_seconds or not mine.step_seconds or not other.step_seconds:
+            if not mine.step_seconds or not other.step_seconds:
                 continue
             ratio = mine.step_seconds / other.step_seconds
             if abs(ratio - 1) > SLOWER:
-                whole = row.changes.get("max_steps", self.base["max_steps"])
-                mine.equal = self.equal_cell(row, mine.factor, max(10, round(whole / ratio / 10) * 10))
+                steps = row.changes.get("max_steps", self.base["max_steps"])
+                mine.equal = self.equal_cell(row, mine.factor, max(10, round(steps / ratio / 10) * 10))
                 if self.result(mine.equal).state == "open":
                     mine.wanted.append(mine.equal)
         return found
@@ -242,10 +243,10 @@ class Grid:
         and every new run of the baseline would ask for others."""
         there = (re.search(r"-(\d+)steps-", path.name) for path in self.home.glob("*steps-*"))
         for known in sorted({int(found[1]) for found in there if found}, key=lambda n: abs(n - steps)):
-            cell = self.cell(row, factor, self.seeds[0], known)
+            cell = self.cell(row, factor, self.seeds[0], f"-{known}steps", max_steps=known)
             if abs(known - steps) <= 0.1 * steps and (self.home / cell.run).exists():
                 return cell
-        return self.cell(row, factor, self.seeds[0], steps)
+        return self.cell(row, factor, self.seeds[0], f"-{steps}steps", max_steps=steps)
 
     def walk(self, row):
         """Progress of a row by itself: its factors, then its seeds."""
@@ -263,8 +264,11 @@ class Grid:
         mine.factor = min(done, key=lambda pair: pair[0])[1].factor
         for seed in self.seeds if row.name == BASELINE else self.seeds[:2]:
             self.add_seed(row, mine, seed)
-        times = sorted(t for result in [*results, *map(self.result, mine.cells)] for t in result.times)
-        mine.step_seconds = times[len(times) // 10] if times else None       # a neighbour on the machine only ever adds
+        timing = [self.cell(row, mine.factor, seed, "-speed", **self.speed) for seed in self.seeds[:2] if self.speed]
+        timed = [self.result(cell) for cell in timing]
+        mine.wanted += [cell for cell, result in zip(timing, timed) if result.state == "open"]
+        means = [statistics.mean(result.times) for result in timed if result.times]
+        mine.step_seconds = min(means) if means and len(means) == len(timing) else None
         mine.parameters = next(result.parameters for result in results if result.state == "done")
         return mine
 
@@ -407,11 +411,11 @@ def main():
                 for path in (plan.home / cell.run).glob("*.pt"):
                     path.unlink()
             finished += 1
-            what = f"{result.value:.4f}" if result.state == "done" else f"exit {code}: {error}"
-            steps = re.search(r"-(\d+)steps-", cell.run)
-            length = f", {steps[1]} steps" if steps else ""
-            say(f"{finished:>4} runs, {(time.monotonic() - began) / 60:.1f} min: {cell.row}, x{cell.factor:g}, seed "
-                f"{cell.seed}{length}: {what}", flush=True)
+            what = f"exit {code}: {error}"
+            if result.state == "done":
+                what = "timed" if result.value is None else f"{result.value:.4f}"
+            say(f"{finished:>4} runs, {(time.monotonic() - began) / 60:.1f} min: {cell.run.rpartition('-')[0]}: {what}",
+                flush=True)
         if ended or not running:
             found = plan.progress()
             plan.write_index(found)

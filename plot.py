@@ -179,8 +179,8 @@ def markdown(index):
             equal = f"{found['equal'][0]:+.4f}: {WORDS[found['equal'][1]]}"
         size = f"{found['size'] - 1:+.1%}" if "size" in found and abs(found["size"] - 1) > 0.0101 else "same"
         mean, star = statistics.mean(found["values"]), "*" if row["factor"] in edges else ""
-        cells = [row["axis"], name, f"{mean:.4f}", f"{found['difference']:+.4f}", WORDS[found["verdict"]], seconds, equal,
-                 size, f"x{row['factor']:g}{star}", len(found["values"])]
+        cells = [row["axis"], name, f"{mean:.4f}", f"{found['difference']:+.4f}", WORDS[found["verdict"]], seconds,
+                 equal, size, f"x{row['factor']:g}{star}", len(found["values"])]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     if edges:
         lines += ["", "\\* the best of the tried rates is the smallest or the largest: a better one may lie beyond."]

@@ -64,7 +64,7 @@ metric: figure
 base: {{lr: 1.0, max_steps: 100}}
 seeds: [1, 2, 3, 4, 5]
 tune: {{settings: [lr], factors: [0.5, 1, 2]}}
-equal_seconds: true
+speed: {{max_steps: 60}}
 rows:
 """
 
@@ -130,8 +130,9 @@ def test_a_whole_grid(plan):
     assert rows["slow"]["equal_seconds"]["max_steps"] == 50 and rows["better"]["equal_seconds"] is None
     assert rows["slow again"]["equal_seconds"] is None                # no slower than what it is compared with
     assert rows["broken"]["runs"] == [] and "cannot work" in rows["broken"]["error"]
-    # 3 + 4 for the baseline, 4 better, 3 broken, 5 doubtful, 5 slow, 3 without a figure; none for the two twins
-    assert len(done) == 7 + 4 + 3 + 5 + 5 + 3
+    # 3 + 4 for the baseline, 4 better, 3 broken, 5 doubtful, 5 slow, 3 without a figure; none for the two twins; and
+    # two timing runs for each that works
+    assert len(done) == 7 + 4 + 3 + 5 + 5 + 3 + 2 * 4
     kept = {file.parent.name.split("-")[0] for file in (path.parent / "out").rglob("*.pt")}
     assert kept == {"without_a_figure"}, "runs whose figure is known keep no checkpoints, the others do"
 
@@ -208,7 +209,7 @@ def test_two_grids_share_a_folder(plan):
     for child in both:
         _, err = child.communicate(timeout=100)
         assert child.returncode == 0, err
-    assert len(calls(path)) == len(set(calls(path))) == 7 + 4 + 4
+    assert len(calls(path)) == len(set(calls(path))) == 7 + 4 + 4 + 2 * 3
 
 
 def test_print_lists_what_could_start_and_starts_nothing(plan):
@@ -220,7 +221,7 @@ def test_print_lists_what_could_start_and_starts_nothing(plan):
     assert run(path, "--status").out.startswith("baseline") and not calls(path)
     for line in lines:                                    # a scheduler of one's own
         subprocess.run(line, shell=True, check=True)
-    assert len(run(path, "--print").out.splitlines()) == 4 + 1    # the baseline's seeds, the row's second
+    assert len(run(path, "--print").out.splitlines()) == 4 + 1 + 4    # the baseline's seeds, the row's second, timing
 
 
 @pytest.mark.parametrize("replace, words", [
@@ -236,7 +237,8 @@ def test_print_lists_what_could_start_and_starts_nothing(plan):
     ([("fake.py", "nowhere.py")], "no script"),
     ([("{set: {kind: better}}", "{set: {kind: better}, against: nobody}")], "another row's"),
     ([("{set: {kind: better}}", "[1]")], "must be a mapping"),
-    ([("equal_seconds: true", "equal_seconds: maybe")], "equal_seconds must be a bool"),
+    ([("speed: {", "speed: 3 #{")], "speed must be a dict"),
+    ([("speed: {max_steps: 60", "speed: {min_steps: 60")], "speed: fake.py has no setting 'min_steps'"),
     ([("rows:", "rows: [")], "is no yaml"),
 ])
 def test_mistakes_in_the_yaml_are_one_line(plan, replace, words):
