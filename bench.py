@@ -20,7 +20,7 @@ import torch
 
 import optim
 from experiment import UserError, command, override
-from model import Transformer, TransformerConfig, parameter_roles
+from model import Transformer, TransformerConfig, build_model, parameter_roles
 from sample import generate
 
 # --- What ---
@@ -39,7 +39,8 @@ block_size = 64          # [>= 1] context
 batch_size = 12          # [>= 1] windows per step
 vocab_size = 65          # [>= 2] nanoGPT's distinct characters; ours has always 256 bytes
 # --- Mixers: the shape of train_enwik8.py's preset variants_cpu, in float32 ---
-mixers = "full full/kv1 window strided fixed diff mla xl compressive mamba mingru mamba,mamba,full"  # /kvN: n_kv_head N
+mixers = ("full full/n_kv_head=1 full/shorten=2 window strided fixed diff mla xl compressive mamba mingru "
+          "mamba,mamba,full")  # with spaces; /n_kv_head=N and /shorten=N change that one
 contexts = (512, 2048, 8192)  # bytes before and with the one whose cost is measured
 
 
@@ -166,14 +167,20 @@ def compare_mixers():
     heads = [f"read {n}" for n in contexts] + [f"write {n}" for n in contexts]
     print(f"6 layers, 4 heads, 256 wide, block {T}, window 128, memories {T}; float32, batch 1, random weights\n"
           f"read N: microseconds a byte, N bytes in one pass; write N: microseconds for one byte more, N in the cache\n"
-          f"{'mixer':<18} {'cache B/byte':>12} {'kB at 8192':>10} {'gen B/s':>8} {'no cache':>8} {'ratio':>6} "
+          f"{'mixer':<20} {'cache B/byte':>12} {'kB at 8192':>10} {'gen B/s':>8} {'no cache':>8} {'ratio':>6} "
           + " ".join(f"{head:>10}" for head in heads))
     for words in mixers.split():
-        mixer, _, kv = words.partition("/kv")
+        mixer, _, other = words.partition("/")
+        name, _, number = other.partition("=")
+        if other and (name not in ("n_kv_head", "shorten") or not number.isdecimal()):
+            raise UserError(f"--mixers {words}: a mixer, or one with /n_kv_head=N or /shorten=N")
         torch.manual_seed(seed)
-        model = Transformer(TransformerConfig(
-            n_layer=6, n_head=4, n_kv_head=int(kv) if kv else None, n_embd=256, block_size=T, positions="rope",
-            norm="rms", norm_gain=False, bias=False, activation="relu2", mixer=mixer)).eval()
+        try:
+            model = build_model(TransformerConfig(
+                n_layer=6, n_head=4, n_embd=256, block_size=T, positions="rope", norm="rms", norm_gain=False,
+                bias=False, activation="relu2", mixer=mixer, **({name: int(number)} if other else {}))).eval()
+        except ValueError as error:
+            raise UserError(f"--mixers {words}: {error}") from None
         prompt = bytes(range(128))
         rate = {use: 64 / best_of(lambda: list(generate(model, [prompt], 64, use_cache=use, temperature=0)), 3)
                 for use in (True, False)}
@@ -187,7 +194,7 @@ def compare_mixers():
             model(torch.randint(256, (1, n)), cache=cache)
             byte = torch.randint(256, (1, 1))
             costs.append(statistics.median(best_of(lambda: model(byte, cache=cache), 1) for _ in range(40)) * 1e6)
-        print(f"{words:<18} {(long - short) / (8192 - 1024):>12,.0f} {long / 1000:>10,.0f} {rate[True]:>8,.0f} "
+        print(f"{words:<20} {(long - short) / (8192 - 1024):>12,.0f} {long / 1000:>10,.0f} {rate[True]:>8,.0f} "
               f"{rate[False]:>8,.0f} {rate[True] / rate[False]:>6.1f} " + " ".join(f"{cost:>10,.0f}" for cost in costs),
               flush=True)
 
