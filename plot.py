@@ -208,7 +208,7 @@ def draw_table(index, path):
     names = [f"{row['axis']}: {row['name']}{'' if row['against'] == against else ' †'}"
              for row in (found["row"] for found in shown)]
     axes.set_yticks(range(len(shown)), names, fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xscale("symlog", linthresh=max(2 * limit, 1e-6))
     axes.set_xlabel("difference to the baseline (left is better; † to another row)")
     axes.grid(alpha=0.3, axis="x")
