@@ -85,6 +85,7 @@ def test_drawing_gives_no_warnings(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plot.draw(plot.families(found), "step", "val", "bpb", tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def row(name, values, against="baseline", **more):
