@@ -347,7 +347,10 @@ def follow(run, wanted, where, precision):
                 found = path
                 break
             if found:
-                loaded, model = open_model(mine, where)
+                try:
+                    loaded, model = open_model(mine, where)
+                except UserError as error:                       # a person knows the file, not its copy
+                    raise UserError(str(error).replace(str(mine), str(found))) from None
                 step, newest = loaded["step"], found.name == "last.pt"
                 if newest and any(line["step"] > step for line in done):             # the trainer went back
                     done = [line for line in done if line["step"] <= step]

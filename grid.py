@@ -306,7 +306,8 @@ class Grid:
                 for row in self.rows for mine in [found[row.name]]]
         write_json(self.folder / "grid.json", {
             "grid": self.path.name, "script": self.script.name, "metric": self.metric, "base": self.base,
-            "seeds": self.seeds, "tuned_settings": self.scaled, "factors": self.factors, "rows": rows})
+            "seeds": self.seeds, "tuned_settings": self.scaled, "factors": self.factors, "slower": SLOWER,
+            "rows": rows})
 
 
 def step_times(path):

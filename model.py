@@ -846,7 +846,7 @@ def look_up_ropes(places, ropes, n):
 
 def stablemax(x):
     """x (..., V) to sign(x) ln(1 + |x|), float64: its softmax is StableMax, s(x) / sum s with s(x) = x + 1 for x >= 0
-    and 1 / (1 - x) below (Prieto et al. 2025, section 4.1), whose gradient does not vanish where x grows."""
+    and 1 / (1 - x) below (Prieto et al. 2025), whose gradient does not vanish where x grows."""
     x = x.double()
     return torch.log1p(F.relu(x)) - torch.log1p((-x).clamp(min=0))  # relu's gradient at 0 is 0, clamp's 1: together 1
 

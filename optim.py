@@ -100,7 +100,7 @@ def _muon(group, params, grads, states):
 
 
 def _schedule_free(group, params, grads, states):
-    """Defazio et al. 2024, algorithm 1 on Adam's second moment: gradients at y = (1 - beta1) z + beta1 x,
+    """Defazio et al. 2024, on Adam's second moment: gradients at y = (1 - beta1) z + beta1 x,
 
         z -= lr (g / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay y),  x += c (z - x),  c = w_t / sum of all w,
 
@@ -130,7 +130,7 @@ def _schedule_free(group, params, grads, states):
 
 
 def _ivon(group, params, grads, states):
-    """Improved variational online Newton (Shen et al. 2024, algorithm 1). The parameters are the mean of a Gaussian
+    """Improved variational online Newton (Shen et al. 2024). The parameters are the mean of a Gaussian
     of precision ess (h + weight_decay). With `noise_grad` the mean of noise * gradient over this step's samples:
 
         f = ess noise_grad (h + d),  h <- b2 h + (1 - b2) f + (1 - b2)^2 (h - f)^2 / (2 (h + d)),

@@ -174,7 +174,9 @@ def markdown(index):
             lines.append(f"| {row['axis']} | {name} | {why} | | | | | | | |")
             continue
         seconds = f"{found['time']:.2f}" if "time" in found else ""
-        equal = "as at equal steps" if "time" in found else ""
+        equal = ""
+        if "time" in found:
+            equal = "as at equal steps" if abs(found["time"] - 1) <= index["slower"] else "not measured"
         if "equal" in found:
             equal = f"{found['equal'][0]:+.4f}: {WORDS[found['equal'][1]]}"
         size = f"{found['size'] - 1:+.1%}" if "size" in found and abs(found["size"] - 1) > 0.0101 else "same"

@@ -96,7 +96,7 @@ def row(name, values, against="baseline", **more):
 
 def index(*rows):
     baseline = row("baseline", [2.0, 2.02, 1.98, 2.01, 1.99], None)
-    return {"metric": "m", "factors": [0.5, 1, 2], "rows": [baseline, *rows]}
+    return {"metric": "m", "factors": [0.5, 1, 2], "slower": 0.1, "rows": [baseline, *rows]}
 
 
 def test_the_table():
@@ -105,12 +105,13 @@ def test_the_table():
         row("none", [2.02, 2.03]), row("worse", [2.05, 2.06]), row("better", [1.9], factor=2),
         row("wide", [2.0, 2.0], parameters=103, step_seconds=0.2, equal_seconds={"value": 2.2}),
         row("nearly", [2.0], parameters=101), row("open", [], open=3), row("failed", [], error="why"),
-        row("chained", [2.0, 2.0], against="worse")))
+        row("chained", [2.0, 2.0], against="worse"), row("slow", [2.0, 2.0], step_seconds=0.12)))
     text = {line.split(" | ")[1]: line for line in lines if line.startswith("| a |")}
     assert lines[0].startswith("Baseline: 2.0000 (m), 5 seeds, sigma 0.0158;") and "0.0397 on" in lines[0]
     assert "no difference measured" in text["none"] and "**worse**" in text["worse"] and "**better**" in text["better"]
     assert "x2* | 1 |" in text["better"] and "| x1 | 2 |" in text["none"]
     assert "+3.0%" in text["wide"] and "| 2.00 | +0.2000: **worse** |" in text["wide"] and "same" in text["nearly"]
+    assert "| 1.20 | not measured |" in text["slow"] and "as at equal steps" in text["none"]
     assert "3 runs to go" in text["open"] and "why" in text["failed"]
     assert "**better**" in text["chained (against worse)"]
     with pytest.raises(UserError, match="at least 2"):

@@ -105,7 +105,7 @@ def test_mistakes(forks, tmp_path):
     assert first.wait().code == 130
     path = tmp_path / "runs/train_enwik8/w/last.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    assert_error(watch(forks, tmp_path).wait(), "truncated")
+    assert_error(watch(forks, tmp_path).wait(), "w/last.pt is truncated")
     assert_error(forks.run(["evaluate.py", "runs/train_enwik8/w", "--samples", "2", "--protocols", "cache"], tmp_path),
                  "block and stride")
 
