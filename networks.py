@@ -1,4 +1,4 @@
-"""Whole models beside the decoder: encoder, encoder-latent-decoder, transformers over the tokens of frames, text.
+"""Whole models beside the decoder: encoder-decoder, the same with latents, transformers over the tokens of frames, text.
 
 All are built of the layers of model.py and take a TransformerConfig; each parameter has one rule of `initialise`.
 Shapes: B batch, T time or positions, S source positions, M latents, N tokens of a frame, C width, V vocabulary.
@@ -123,20 +123,17 @@ class CrossBlock(nn.Module):
         return x + drop(self.ff(self.norm3(x), places))
 
 
-class LatentTransformer(nn.Module):
-    """Encoder, latents, decoder: n_latent learned queries read the encoder's states; the decoder, causal over its own
-    tokens, sees the source through these latents only (after Perceiver, Jaegle et al. 2021).
+class EncoderDecoder(nn.Module):
+    """Encoder and decoder (Vaswani et al. 2017): the decoder, causal over its own tokens, reads the source's states.
+
+    config.n_layer layers in each; positions of both begin at 0.
     """
 
-    def __init__(self, config, n_latent=4, n_read=1):
+    def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.n_latent = n_latent
         self.encoder = Encoder(replace(c, mixer="full"))
-        self.latents = nn.Parameter(torch.empty(n_latent, c.n_embd))
-        self.own = {"latents": "embedding"}
-        self.readers = nn.ModuleList(CrossBlock(c, i, itself=False) for i in range(n_read))
-        self.latent_norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.read_context(c)
         self.embed = nn.Parameter(torch.empty(c.vocab_size, c.n_embd))
         self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if c.positions == "learned" else None
         self.ropes = make_ropes(replace(c, mixer="full"))
@@ -144,6 +141,77 @@ class LatentTransformer(nn.Module):
         self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
         self.heads = nn.ParameterList([nn.Parameter(torch.empty(c.vocab_size, c.n_embd))])
         initialise(self)
+
+    def read_context(self, config):
+        """Builds what stands between encoder and decoder: nothing."""
+
+    def encode(self, source, padding=None):
+        """source (B, S) int64, padding (B, S) bool or None, True where there is no token -> context (B, S, C)."""
+        return self.encoder(source, padding)
+
+    def states(self, x, context, padding=None, cache=None):
+        """x (B, T) int64 after what the cache holds, context (B, S, C) with its padding -> states (B, T, C).
+
+        With a cache the context's keys and values are computed in the first pass and kept. Raises ValueError past
+        block_size with learned positions.
+        """
+        start = 0 if cache is None else cache.length
+        if self.config.learned_positions and start + x.size(1) > self.config.block_size:
+            raise ValueError(f"position {start + x.size(1) - 1} is past block_size {self.config.block_size}")
+        places = places_of(self.ropes, x.size(1), start=start)
+        h = F.embedding(x, self.embed)
+        if self.position is not None:
+            h = h + places.look_up(self.position)
+        held = None if cache is None else cache.context
+        if held is None:
+            held = [block.cross.keys(context) for block in self.blocks]
+        for i, block in enumerate(self.blocks):
+            h = block(h, held[i], places, None if cache is None else cache.layers[i], padding)
+        if cache is not None:
+            cache.context = [tuple(t.detach() for t in pair) for pair in held]
+            cache.advance(places)
+        return self.norm(h)
+
+    def classify(self, states):
+        """states (..., C) -> logits (..., V) float32."""
+        return F.linear(states, self.heads[0]).float()
+
+    def decode(self, x, context, cache=None, padding=None):
+        """`classify` of `states`: logits (B, T, V)."""
+        return self.classify(self.states(x, context, padding, cache))
+
+    def forward(self, source, x, targets=None, padding=None):
+        """Logits (B, T, V) of x (B, T) after source (B, S); with targets (B, T), -1 where they do not count, the mean
+        loss in nats, with gradient, and the same detached as (1, 1)."""
+        logits = self.decode(x, self.encode(source, padding), padding=padding)
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return loss, loss.detach().view(1, 1)
+
+    def new_cache(self, batch_size, max_length, window=None, device=None, dtype=None):
+        """An empty ContextCache for the decoder."""
+        device, dtype = device or self.embed.device, dtype or self.embed.dtype
+        layers = (block.mixer.new_cache(batch_size, max_length, window, device, dtype) for block in self.blocks)
+        return ContextCache(layers, window)
+
+
+class LatentTransformer(EncoderDecoder):
+    """EncoderDecoder with a bottleneck: n_latent learned queries read the encoder's states, in n_read layers, and the
+    decoder sees the source through these latents only (after Perceiver, Jaegle et al. 2021).
+    """
+
+    def __init__(self, config, n_latent=4, n_read=1):
+        self.n_latent, self.n_read = n_latent, n_read
+        super().__init__(config)
+
+    def read_context(self, config):
+        """The latents and the layers that read with them. Latents need no mask: only the encoder's states are padded"""
+        c = config
+        self.latents = nn.Parameter(torch.empty(self.n_latent, c.n_embd))
+        self.own = {"latents": "embedding"}
+        self.readers = nn.ModuleList(CrossBlock(c, i, itself=False) for i in range(self.n_read))
+        self.latent_norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
 
     def fill(self):
         """Latents N(0, 1): alike ones would read alike."""
@@ -157,42 +225,9 @@ class LatentTransformer(nn.Module):
             x = block(x, block.cross.keys(states), padding=padding)
         return self.latent_norm(x)
 
-    def decode(self, x, latents, cache=None):
-        """x (B, T) int64 after what the cache holds, latents (B, M, C) -> logits (B, T, V) float32.
-
-        With a cache the latents' keys and values are computed in the first pass and kept.
-        """
-        start = 0 if cache is None else cache.length
-        if self.config.learned_positions and start + x.size(1) > self.config.block_size:
-            raise ValueError(f"position {start + x.size(1) - 1} is past block_size {self.config.block_size}")
-        places = places_of(self.ropes, x.size(1), start=start)
-        h = F.embedding(x, self.embed)
-        if self.position is not None:
-            h = h + places.look_up(self.position)
-        held = None if cache is None else cache.context
-        if held is None:
-            held = [block.cross.keys(latents) for block in self.blocks]
-        for i, block in enumerate(self.blocks):
-            h = block(h, held[i], places, None if cache is None else cache.layers[i])
-        if cache is not None:
-            cache.context = [tuple(t.detach() for t in pair) for pair in held]
-            cache.advance(places)
-        return F.linear(self.norm(h), self.heads[0]).float()
-
-    def forward(self, source, x, targets=None, padding=None):
-        """Logits (B, T, V) of x (B, T) after source (B, S); with targets (B, T), -1 where they do not count, the mean
-        loss in nats, with gradient, and the same detached as (1, 1)."""
-        logits = self.decode(x, self.encode(source, padding))
-        if targets is None:
-            return logits
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return loss, loss.detach().view(1, 1)
-
-    def new_cache(self, batch_size, max_length, window=None, device=None, dtype=None):
-        """An empty ContextCache for the decoder."""
-        device, dtype = device or self.embed.device, dtype or self.embed.dtype
-        layers = (block.mixer.new_cache(batch_size, max_length, window, device, dtype) for block in self.blocks)
-        return ContextCache(layers, window)
+    def states(self, x, context, padding=None, cache=None):
+        """As EncoderDecoder.states; the source's padding has ended with the latents."""
+        return super().states(x, context, None, cache)
 
 
 class ContextCache(Cache):
