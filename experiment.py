@@ -204,12 +204,14 @@ def override(g, argv=None, positional=None):
     """Sets the globals `g` of a script from the command line, and returns all its settings.
 
     Defaults, types, limits and groups are read from the script's own source, g["__file__"]: a comment may begin with
-    what is allowed, `[>= 1]`, `[layer, rms]`, `[none, > 0.0]`, `[path]`. `g["presets"]` maps names to sets of settings.
+    what is allowed, `[>= 1]`, `[layer, rms]`, `[none, > 0.0]`, `[path]`. `g["presets"]` maps names to sets of settings,
+    `g["aliases"]` other names of settings to their own.
     argv: the words after the script's name (None: this process's). positional: the setting that one bare word sets.
     Returns Settings. Raises UserError for a person's mistake, ValueError for a mistake in the script; exits for -h.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     specs, presets, typed, rest = _read_settings(g["__file__"]), g.get("presets", {}), {}, list(argv)
+    aliases = g.get("aliases", {})
     if {"-h", "--help"} & set(argv):
         print(_help(g, specs, presets, positional))
         sys.exit(0)
@@ -222,6 +224,7 @@ def override(g, argv=None, positional=None):
         word = rest.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
+        name = aliases.get(name, name)
         if positional and positional not in typed and not word.startswith("-"):
             name, equals, value = positional, "=", word
         elif not word.startswith("--") or not name:
@@ -233,7 +236,7 @@ def override(g, argv=None, positional=None):
                 raise UserError(f"{word}: --no-name is for settings that are true or false, and takes no value")
             name, equals, value = off, "=", "false"
         if name not in specs:
-            raise UserError(f"unknown setting --{name}{_nearest(name, specs, '--') or '; -h lists them all'}")
+            raise UserError(f"unknown setting --{name}{_nearest(name, [*specs, *aliases], '--') or '; -h lists them all'}")
         spec, coming = specs[name], rest[0] if rest and not rest[0].startswith("--") else None
         alone = spec.kind is bool and not (coming and (spec.path or coming.lower() in {*SWITCH, *spec.words}))
         if not equals and coming is None and not alone:
@@ -280,7 +283,8 @@ def _help(g, specs, presets, positional, width=100):
     for group, members in itertools.groupby(specs.values(), lambda spec: spec.group):
         out.append(group)
         for spec in members:
-            out += entry(f"  --{spec.name} {as_typed(spec.default)}", spec.comment, 34)
+            also = "".join(f"; also --{alias}" for alias, name in g.get("aliases", {}).items() if name == spec.name)
+            out += entry(f"  --{spec.name} {as_typed(spec.default)}", spec.comment + also, 34)
         out.append("")
     return "\n".join(out).rstrip()
 
@@ -317,7 +321,7 @@ def adopt(g, settings, checkpoint_settings, architecture):
     resume, out_dir and run_name stay those of this command; what the checkpoint does not know keeps the script's value.
     Returns Settings. Raises UserError where the checkpoint holds a value that the script does not allow.
     """
-    specs, adopted, moved = _read_settings(g["__file__"]), Settings(settings), []
+    specs, adopted, moved, overruled = _read_settings(g["__file__"]), Settings(settings), [], []
     adopted.explicit, adopted.command = settings.explicit, settings.command
     kept = {"resume", "out_dir", "run_name"}
     for name in [name for name in settings if name in checkpoint_settings and name not in kept]:
@@ -330,9 +334,11 @@ def adopt(g, settings, checkpoint_settings, architecture):
             continue
         adopted[name] = old
         if name in settings.explicit:
-            print(f"{name} {as_typed(old)} comes from the checkpoint: --{name} {as_typed(new)} is overruled")
+            overruled.append(f"{name} {as_typed(old)} comes from the checkpoint: --{name} {as_typed(new)} is overruled")
         else:
             moved.append(f"{name} {as_typed(old)} (not {as_typed(new)})")
+    if overruled:
+        print("; ".join(overruled))
     if moved:
         print("from the checkpoint:", ", ".join(moved))
     g.update(adopted)
@@ -625,8 +631,9 @@ class Run:
         self.settings, self.script, self.debug = settings, Path(script), debug
         self.checkpoint, self.source = checkpoint, checkpoint_path and Path(checkpoint_path)
         self.step, self._began = checkpoint["step"] if checkpoint else 0, time.monotonic()
-        self.dir = self.stop = self._lock = self._metrics = self._bar = self._board = self._wandb = None
-        self._handlers, self._summary = {}, {}
+        self._first, self._steps = self.step, checkpoint.get("steps", {}) if checkpoint else {}
+        self.dir = self.stop = self._lock = self._metrics = self._bar = self._wandb = None
+        self._handlers, self._summary, self._boards = {}, {}, {}
         if checkpoint and checkpoint["script"] != self.script.stem:
             raise UserError(f"{checkpoint_path} is a checkpoint of {checkpoint['script']}, not of {self.script.stem}")
 
@@ -666,13 +673,13 @@ class Run:
         self._write_params()
         self._copy_code()
         last = self._open_metrics()
-        if self.settings.get("tensorboard") and not self.debug:
-            from torch.utils.tensorboard import SummaryWriter
-            self._board = SummaryWriter(str(place / "tensorboard"), purge_step=self.step if self.resumed else None)
-            for entry in last:                               # purge_step hides these, but the checkpoint knows of them
-                self._mirror(entry)
         if self.settings.get("wandb", "disabled") != "disabled" and not self.debug:
             self._wandb = self._open_wandb()
+        if self.settings.get("tensorboard") and not self.debug:
+            for model in (self._steps or [""]) if self.resumed else ():
+                self._open_board(model)
+            for entry in last:                               # purge_step hides these, but the checkpoint knows of them
+                self._mirror_to_board(entry)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._on_signal)
@@ -704,15 +711,19 @@ class Run:
         return lock
 
     def _open_metrics(self):
-        """Drops the metrics that the checkpoint does not know of; returns the lines of its last step."""
+        """Drops the metrics that the checkpoint does not know of; returns the lines of its (every model's) last step."""
         path, entries = self.dir / "metrics.jsonl", []
         if self.checkpoint and path.exists():
             entries = [entry for entry in read_metrics(path)[:self.checkpoint.get("metrics_lines")]
-                       if entry["step"] <= self.step and not entry.get("final")]
+                       if entry["step"] <= self._reached(entry) and not entry.get("final")]
         with replacing(path) as file:
             file.writelines((json.dumps(entry) + "\n").encode() for entry in entries)
         self._lines, self._metrics = len(entries), open(path, "ab", buffering=0)
-        return [entry for entry in entries if entry["step"] == self.step]
+        return [entry for entry in entries if entry["step"] == self._reached(entry)]
+
+    def _reached(self, entry):
+        """The step of the checkpoint, of the line's model where the checkpoint has `steps` of several."""
+        return self._steps.get(entry.get("model"), self._first)
 
     def _write_params(self):
         old, now = read_json(self.dir / "params.json") if self.resumed else {}, _plain(self.settings)
@@ -755,9 +766,11 @@ class Run:
         try:
             if mode == "online" and not wandb.login(prompt=False):
                 raise UserError("wandb has no API key: type `wandb login` once, or choose --wandb offline")
-            return wandb.init(project="nanolab", name=f"{self.script.stem}/{self.dir.name}", id=ident.read_text(),
-                              mode=mode, resume="allow", dir=str(self.dir), config=_plain(self.settings),
-                              settings=wandb.Settings(silent=True, console="off", init_timeout=60))
+            run = wandb.init(project="nanolab", name=f"{self.script.stem}/{self.dir.name}", id=ident.read_text(),
+                             mode=mode, resume="allow", dir=str(self.dir), config=_plain(self.settings),
+                             settings=wandb.Settings(silent=True, console="off", init_timeout=60))
+            run.define_metric("*", step_metric="step")       # its own step counts lines: two models may be apart
+            return run
         except wandb.Error as error:
             raise UserError(f"wandb did not start: {error}; --wandb offline needs no network") from None
 
@@ -784,12 +797,24 @@ class Run:
 
     def _mirror(self, entry):
         """One line of metrics to TensorBoard and wandb."""
-        numbers = {f"{_curve(entry)}/{key}": value for key, value in entry.items()
-                   if key != "step" and type(value) in (int, float)}
-        for tag, value in numbers.items() if self._board else ():
-            self._board.add_scalar(tag, value, entry["step"])
-        if self._wandb and entry["step"] >= self._wandb.step:          # what wandb has, a resumed run only repeats
-            self._wandb.log(numbers, step=entry["step"])
+        if self.settings.get("tensorboard") and not self.debug:
+            self._mirror_to_board(entry)
+        if self._wandb and self._lines >= self._wandb.step:  # what wandb has, a resumed run only repeats
+            numbers = {f"{_curve(entry)}/{key}": value for key, value in _numbers(entry).items()}
+            self._wandb.log({**numbers, "step": entry["step"]}, step=self._lines)
+
+    def _mirror_to_board(self, entry):
+        """A model's curves lie in a folder of its own: TensorBoard shows them as a run, and its steps count alone."""
+        board = self._boards.get(entry.get("model", "")) or self._open_board(entry.get("model", ""))
+        curve = _curve({key: value for key, value in entry.items() if key != "model"})
+        for key, value in _numbers(entry).items():
+            board.add_scalar(f"{curve}/{key}", value, entry["step"])
+
+    def _open_board(self, model):
+        from torch.utils.tensorboard import SummaryWriter
+        purge = self._reached({"model": model}) if self.resumed else None
+        self._boards[model] = SummaryWriter(str(self.dir / "tensorboard" / model), purge_step=purge)
+        return self._boards[model]
 
     def save(self, name, state):
         """Writes the checkpoint `state` (a dict of tensors and plain Python values) to the run's file `name`.
@@ -798,8 +823,8 @@ class Run:
         """
         state = {**state, "format": FORMAT, "script": self.script.stem, "metrics_lines": self._lines}
         os.fsync(self._metrics.fileno())                     # first: what a checkpoint knows of is on the disk
-        if self._board:
-            self._board.flush()
+        for board in self._boards.values():
+            board.flush()
         with replacing(self.dir / name) as file:
             torch.save(state, file)
 
@@ -837,7 +862,7 @@ class Run:
                 stack.callback(signal.signal, number, handler)
             if self._lock is not None:
                 stack.callback(os.close, self._lock)
-            for writer in filter(None, (self._metrics, self._board, self._bar)):
+            for writer in filter(None, (self._metrics, *self._boards.values(), self._bar)):
                 stack.callback(writer.close)
             if self._wandb:
                 stack.callback(self._wandb.finish, 0 if good else 1)
@@ -890,6 +915,11 @@ def _curve(entry):
     """The curve of a line of metrics: model, stage, split and whatever else it says in words, as in `val/block`."""
     first = {key: entry[key] for key in ("model", "stage", "split") if key in entry}
     return "/".join(value for value in {**first, **entry}.values() if isinstance(value, str))
+
+
+def _numbers(entry):
+    """What a line of metrics measures."""
+    return {key: value for key, value in entry.items() if key != "step" and type(value) in (int, float)}
 
 
 def draw_curves(directory, picture):

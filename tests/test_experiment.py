@@ -288,15 +288,17 @@ def test_tensorboard_after_a_kill_and_resume_is_one_curve(tmp_path, script):
                     run.save("last.pt", state(step))
                     run.log(step=step, split="val", loss=300.0 + step, protocol="block")
                 if step == 17 and not checkpoint:
-                    run._board.flush()
+                    [board.flush() for board in run._boards.values()]
                     os.kill(os.getpid(), signal.SIGKILL)
 
     assert [status_of(fork(loop, tmp_path / "out")) for _ in range(2)] == [-9, 0]
     assert (tmp_path / "out.err").read_text() == ""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     directory = tmp_path / "runs" / "toy" / "a"
-    events = EventAccumulator(str(directory / "tensorboard")).Reload()
-    found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    found = {}
+    for folder in ("", "toy/"):
+        events = EventAccumulator(str(directory / "tensorboard" / folder)).Reload()
+        found |= {folder + tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert found == {"toy/train/loss": [(i, 100.0 + i) for i in range(1, 31)],
                      "val/loss": [(i, 200.0 + i) for i in (10, 20, 30)],
                      "val/block/loss": [(i, 300.0 + i) for i in (20, 30)]}     # 10: came after the save

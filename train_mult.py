@@ -1,0 +1,655 @@
+"""Two transformers learn to multiply, side by side on the same batches: one sees every digit, one a few latent vectors.
+
+    python train_mult.py --preset cpu                       # two digits by two, both models: minutes on two cores
+    python train_mult.py --preset two_digits                # the same until unseen pairs are right
+    python train_mult.py --preset three_digits              # 100 x 100 to 999 x 999, hours on two cores
+    python train_mult.py --preset cpu --resume              # goes on exactly where the newest run stopped
+    python train_mult.py --resume --eval_only               # exact match on held-out pairs, and where errors fall
+    python train_mult.py --resume --ask "12*34"             # each model's digits, and the truth
+    python train_mult.py -h                                 # every setting
+
+`simple` is an encoder-decoder (Vaswani et al. 2017); `latent` is the same with a bottleneck: n_latent learned queries
+read the encoder's states, and the decoder sees the problem through them only (after Perceiver, Jaegle et al. 2021).
+Both read numbers least significant digit first and write the product without any step between. Pairs are held out
+unordered: where 12 x 34 is, 34 x 12 is too. What was measured, and with which command, stands in the README.
+"""
+import math
+import re
+import time
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import optim
+from data.multiplication import EQUALS, SYMBOLS, Notation, Problems, Stream, held_out
+from experiment import (NonFinite, Run, UserError, adopt, command, find_resume, generator_states, load_checkpoint,
+                        override, peak_memory, resolve_device, restore_generators, seed_everything)
+from model import TransformerConfig, fused_rows, parameter_roles
+from networks import EncoderDecoder, LatentTransformer
+
+# --- Run ---
+preset = None              # a named set of settings (below); flags win over it
+run_name = None            # name of the run's directory; none: date and time
+out_dir = "runs"           # the run's directory is out_dir/train_mult/run_name
+tag = None                 # a word by which `python experiment.py clean --tag` finds the run
+resume = False             # [path] go on with run_name (none: the newest run); --resume PATH: from that checkpoint
+eval_only = False          # with resume: evaluate on all held-out examples, train nothing, write nothing
+ask = None                 # with resume: problems to solve, as "12*34", several with commas
+seed = 1337                # initialisation, dropout and coins of teacher forcing
+data_seed = 1337           # the order of the examples
+device = "auto"            # auto, cpu, cuda, cuda:1, ...
+dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
+compile = False            # torch.compile
+deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
+debug = False              # tiny and short, no wandb, no tensorboard
+
+# --- Data ---
+min_digits = 3             # [>= 1, <= 8] of the operands
+max_digits = 3             # [>= 1, <= 8] of the operands
+n_examples = 1_000_000     # [>= 1] training examples; of three digits there are 810,000 ordered pairs, so some come twice
+short_share = 0.0          # [>= 0.0, <= 1.0] of the training examples, with operands of 1 to max_digits digits instead
+val_fraction = 0.05        # [> 0.0, < 1.0] of all unordered pairs, held out
+val_examples = 10_000      # [>= 1] held-out ordered pairs for the final evaluation
+split_seed = 0             # [>= 0] which pairs are held out
+format = "reversed"        # [plain, reversed, padded, trace] 123*456 as 123*456, 321*654, with zeros, with carries
+batch_size = 256           # [>= 1] problems per forward pass
+grad_accum = 1             # [>= 1] forward passes per optimiser step
+
+# --- Models ---
+models = "simple,latent"   # which to train, with commas: simple, latent
+n_latent = 8               # [>= 1] latent: vectors between encoder and decoder
+n_read = 1                 # [>= 1] latent: layers in which they read the encoder's states
+n_layer = 2                # [>= 1] layers of the encoder, and of the decoder
+n_head = 4                 # [>= 1] attention heads
+n_embd = 128               # [>= 1] width
+ff_mult = 4.0              # [> 0.0] width of the feed-forward over n_embd
+dropout = 0.0              # [>= 0.0, < 1.0] probability: attention, branches
+norm = "rms"               # [layer, rms] normalisation, before each branch
+norm_gain = False          # learned gain in the norms
+bias = False               # biases in linear layers and LayerNorm
+positions = "learned"      # [learned, rope, alibi, none] where a token stands
+activation = "gelu"        # [gelu, relu, relu2, silu, swiglu, geglu]
+init = "gpt2"              # [gpt2, normal, xavier, truncated, zero] gpt2: embeddings and positions of one size
+qk_norm = True             # RMSNorm on queries and keys
+
+# --- Losses ---
+sequence_weight = 0.0      # [>= 0.0] a wrong answer weighs 1 + this, a right one 1
+sum_weight = 0.0           # [>= 0.0] of a head that regresses the running sums of long multiplication; 0: no head
+forcing = "none"           # [none, linear, exponential, inverse_sigmoid] scheduled sampling; none: always true tokens
+forcing_start = 0          # [>= 0] steps before the probability of a true token starts to fall
+forcing_k = None           # [none, > 0.0] k of the schedule; none: linear 1, exponential 0.9998, inverse_sigmoid 500
+forcing_slope = 1e-4       # [>= 0.0] linear: fall per step
+forcing_min = 0.0          # [>= 0.0, <= 1.0] the probability falls no further
+stability_window = 0       # [>= 0] evaluations of which the loss must agree before the probability falls; 0: it falls
+stability_eps = 0.02       # [> 0.0] nats: so closely
+
+# --- Optimisation ---
+max_steps = 20_000         # [none, >= 0] optimiser steps of each model in all, resumes included; none: until stopped
+patience = None            # [none, >= 1] a model rests after so many validations without a better one
+optimizer = "muon"         # [sgd, adam, adamw, muon, schedule_free] muon: hidden matrices, the rest by adamw
+orthograd = False          # gradients made orthogonal to their weights first
+lr = 2e-3                  # [> 0.0] peak learning rate
+muon_lr = 0.02             # [> 0.0] peak learning rate of the matrices under muon
+schedule = "wsd"           # [constant, noam, cosine, wsd] all start with a linear warm-up
+warmup_steps = 50          # [>= 0] steps
+decay_fraction = 0.5       # [> 0.0, <= 1.0] wsd: share of max_steps in which the rate falls linearly
+min_lr_scale = 0.02        # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
+betas = (0.9, 0.98)        # adam, adamw, schedule_free
+eps = 1e-8                 # [>= 0.0] adam, adamw, schedule_free
+momentum = 0.9             # [>= 0.0, < 1.0] sgd
+muon_momentum = 0.95       # [>= 0.0, < 1.0] muon
+weight_decay = 0.1         # [>= 0.0] on matrices only
+grad_clip = 1.0            # [none, > 0.0] largest norm of the whole gradient
+ema_decay = 0.0            # [>= 0.0, < 1.0] running average of the weights, evaluated in their place; 0: none
+
+# --- Evaluation and logging ---
+eval_interval = 250        # [>= 1] steps between validations
+eval_examples = 2000       # [>= 1] how many held-out, and how many training examples
+eval_batch_size = 1000     # [>= 1] examples at once; changes the speed, not the result
+save_interval = 500        # [>= 1] steps between checkpoints
+keep_last = 0              # [>= 0] numbered checkpoints to keep beside last.pt and best_MODEL.pt
+log_interval = 10          # [>= 1] steps between lines of metrics
+wandb = "disabled"         # [disabled, offline, online]
+tensorboard = False        # curves for TensorBoard in the run's directory
+
+presets = {
+    "cpu": dict(min_digits=2, max_digits=2, val_fraction=0.1, max_steps=1000),
+    "two_digits": dict(min_digits=2, max_digits=2, val_fraction=0.1, max_steps=4000),
+    "three_digits": dict(max_steps=40_000, eval_interval=500, val_fraction=0.03),
+}
+
+# Names that are also understood.
+aliases = {"d_model": "n_embd", "num_layers": "n_layer", "num_heads": "n_head", "num_latent": "n_latent",
+           "save_every": "save_interval", "eval_every": "eval_interval", "learning_rate": "lr"}
+
+# What --debug sets, unless a flag says otherwise.
+debug_settings = dict(min_digits=1, max_digits=2, n_examples=1000, val_examples=100, n_layer=1, n_head=2, n_embd=32,
+                      batch_size=16, max_steps=20, warmup_steps=2, eval_interval=10, eval_examples=50,
+                      save_interval=10, log_interval=1, deterministic=True)
+
+# These make the shape of the weights, the state beside them, or what is held out: on resume the checkpoint's hold.
+architecture = (
+    "n_latent", "n_read", "n_layer", "n_head", "n_embd", "ff_mult", "norm", "norm_gain", "bias", "positions",
+    "activation", "qk_norm", "min_digits", "max_digits", "n_examples", "short_share", "val_fraction", "split_seed", "format",
+    "optimizer")
+
+KINDS = ("simple", "latent")
+SCHEDULED = {"linear": 1.0, "exponential": 0.9998, "inverse_sigmoid": 500.0}  # forcing: k where none is given
+
+
+def check(settings):
+    """Settings that cannot go together: UserError with one sentence. Returns (names of models, Notation, the models'
+    configuration)."""
+    names = [name.strip() for name in models.split(",")]
+    for name in names:
+        if name not in KINDS or names.count(name) > 1:
+            raise UserError(f"--models {models}: must be {' or '.join(KINDS)}, or both with a comma between them")
+    if min_digits > max_digits:
+        raise UserError(f"min_digits {min_digits} is more than max_digits {max_digits}")
+    if forcing == "exponential" and forcing_k and forcing_k >= 1 or forcing == "inverse_sigmoid" and forcing_k and (
+            forcing_k < 1) or forcing == "linear" and forcing_k and forcing_k > 1:
+        raise UserError(f"forcing_k {forcing_k}: linear is at most 1, exponential below 1, inverse_sigmoid at least 1")
+    if ask is not None:
+        problems_asked()
+    notation = Notation(format, max_digits)
+    try:
+        config = TransformerConfig.from_settings({
+            **settings, "vocab_size": len(SYMBOLS), "block_size": max(notation.source_length, notation.answer_length)})
+        optim.schedule(schedule, 0, warmup_steps, max_steps, min_lr_scale, decay_fraction)
+    except ValueError as error:
+        raise UserError(error)
+    return names, notation, config
+
+
+def problems_asked():
+    """The setting `ask` as [(a, b)]. UserError: not written as 12*34."""
+    found = [re.fullmatch(r"\s*(\d+)\s*[*x]\s*(\d+)\s*", word) for word in ask.split(",")]
+    if None in found:
+        raise UserError(f"--ask {ask}: must be two numbers with a * between them, as 12*34, or several with commas")
+    return [tuple(map(int, match.groups())) for match in found]
+
+
+# --- Models and losses ---
+
+class Solver(nn.Module):
+    """An encoder-decoder, and with `sums` a head that reads the running sums off its decoder's last states."""
+
+    def __init__(self, kind, config, sums=False):
+        super().__init__()
+        self.body = EncoderDecoder(config) if kind == "simple" else LatentTransformer(config, n_latent, n_read)
+        self.own, self.sum_head = {}, None
+        if sums:
+            self.sum_head = nn.Parameter(torch.empty(config.n_embd).normal_(0, 0.02))
+            self.own = {"sum_head": "head"}
+
+    def forward(self, source, x, padding=None):
+        """source (B, S), x (B, T) int64 -> logits (B, T, V) float32, running sums (B, T) float32 or None."""
+        states = self.body.states(x, self.body.encode(source, padding), padding)
+        sums = None if self.sum_head is None else (states @ self.sum_head.to(states.dtype)).float()
+        return self.body.classify(states), sums
+
+    def n_params(self):
+        """Parameters in all."""
+        return sum(p.numel() for p in self.parameters())
+
+
+class SequenceAccuracyLoss(nn.Module):
+    """Cross-entropy in which a sequence with a wrong argmax anywhere weighs 1 + weight, a right one 1.
+
+    c_b = 1 where every unmasked argmax is the target, w_b = 1 + weight (1 - c_b), divided by its mean over the
+    sequences that have an unmasked token, without gradient; loss = sum of w_b m_bt ce_bt over sum of m_bt, nats.
+    """
+
+    def __init__(self, weight=0.0):
+        super().__init__()
+        if not weight >= 0:
+            raise ValueError(f"weight is {weight}, but must be at least 0")
+        self.weight = weight
+
+    def forward(self, logits, targets, mask=None):
+        """logits (B, T, V), targets (B, T) int64, mask (B, T) bool, False on padding (None: all count).
+
+        Returns (loss, accuracy), scalars, accuracy the mean of c_b over sequences with an unmasked token; both 0 where
+        there is none. What stands at masked places, NaN too, changes nothing.
+        """
+        if mask is None:
+            mask = torch.ones_like(targets, dtype=torch.bool)
+        logits = torch.where(mask.unsqueeze(-1), logits, 0.0)
+        targets = targets.masked_fill(~mask, 0)
+        ce = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)  # (B, T)
+        with torch.no_grad():
+            correct = ((logits.argmax(-1) == targets) | ~mask).all(1).to(ce.dtype)  # (B,)
+            present = mask.any(1).to(ce.dtype)
+            n = present.sum().clamp(min=1)
+            w = 1 + self.weight * (1 - correct)
+            w = w * n / (w * present).sum().clamp(min=1)
+        loss = (w.unsqueeze(1) * ce * mask).sum() / mask.sum().clamp(min=1)
+        return loss, (correct * present).sum() / n
+
+
+class Forcing:
+    """Scheduled sampling (Bengio et al. 2015): with which probability the decoder reads the true token in training.
+
+    After i steps of the schedule: linear max(minimum, k - slope i), exponential k^i, inverse_sigmoid k / (k + e^(i/k)).
+    i counts training steps from `start` on, but with a stability window W only those at which the last W validation
+    losses differ by less than eps: else the probability holds.
+    """
+
+    def __init__(self, kind, start=0, k=None, slope=1e-4, minimum=0.0, window=0, eps=0.02, seed=0):
+        self.kind, self.start, self.slope, self.minimum, self.window, self.eps = kind, start, slope, minimum, window, eps
+        self.k = SCHEDULED.get(kind) if k is None else k
+        self.steps, self.losses, self.generator = 0, [], torch.Generator().manual_seed(seed)
+
+    def probability(self):
+        """Of a true token, in [minimum, 1]; 1 before the schedule starts."""
+        i = self.steps
+        if self.kind == "none" or not i:
+            return 1.0
+        if self.kind == "linear":
+            value = self.k - self.slope * i
+        elif self.kind == "exponential":
+            value = self.k ** i
+        else:
+            value = self.k / (self.k + math.exp(min(i / self.k, 700)))
+        return max(self.minimum, value)
+
+    def stable(self):
+        """Whether the window is full and its losses agree; without a window always."""
+        return not self.window or len(self.losses) == self.window and max(self.losses) - min(self.losses) < self.eps
+
+    def validated(self, loss):
+        """Takes the loss of a validation into the window."""
+        self.losses = [*self.losses, loss][-self.window:] if self.window else []
+
+    def stepped(self, step):
+        """After the step with which `step` are done."""
+        if self.kind != "none" and step > self.start and self.stable():
+            self.steps += 1
+
+    def mix(self, targets, predicted):
+        """(B, T) targets and predictions -> tokens to read, each the true one with `probability`."""
+        true = torch.rand(targets.shape, generator=self.generator) < self.probability()
+        return torch.where(true.to(targets.device), targets, predicted)
+
+    def state_dict(self):
+        """Progress, window, generator."""
+        return {"steps": self.steps, "losses": list(self.losses), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state):
+        """Goes on where state was taken."""
+        self.steps, self.losses = state["steps"], list(state["losses"])[-self.window:] if self.window else []
+        self.generator.set_state(state["generator"])
+
+
+class Learner:
+    """One of the models, with all that is its own: optimiser, step, position in the stream, forcing, best, counts.
+
+    Each has the state of the global generators for itself: trained alone or beside another, it learns the same.
+    """
+
+    def __init__(self, name, config, where, precision):
+        seed_everything(seed, deterministic)
+        self.name, self.where = name, where
+        self.model = Solver(name, config, sum_weight > 0).to(where)
+        self.net = torch.compile(self.model) if compile else self.model
+        self.opt = optim.build(optimizer, self.model.named_parameters(), parameter_roles(self.model), lr=lr,
+                               weight_decay=weight_decay, betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr,
+                               muon_momentum=muon_momentum, orthograd=orthograd, fused_rows=fused_rows(self.model))
+        self.scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
+        self.ema = optim.EMA(self.model, ema_decay) if ema_decay else None
+        self.forcing = Forcing(forcing, forcing_start, forcing_k, forcing_slope, forcing_min, stability_window,
+                               stability_eps, seed)
+        self.generators = generator_states()
+        self.loop = dict(step=0, evaluated=-1, position=0, best=[-1.0, -math.inf], best_step=0, without_better=0,
+                         history=[], pending=[], seconds=0.0, logged_seconds=0.0)
+        self.recent = []                 # (loss, accuracy, gradient norm) of the last steps, still on the device
+
+    @property
+    def step(self):
+        """Optimiser steps done."""
+        return self.loop["step"]
+
+    def rests(self):
+        """Whether it has done its steps, or was stopped early."""
+        tired = patience is not None and self.loop["without_better"] >= patience
+        return tired or max_steps is not None and self.step >= max_steps
+
+    @contextmanager
+    def evaluated(self):
+        """The weights to evaluate and save are in place: an average where there is one."""
+        with self.opt.averaged():
+            if self.ema is None:
+                yield
+            else:
+                with self.ema.swapped():
+                    yield
+
+    @contextmanager
+    def own_randomness(self):
+        """The global generators are this model's; only dropout asks them."""
+        if not dropout:
+            yield
+            return
+        others = generator_states()
+        restore_generators(self.generators)
+        yield
+        self.generators = generator_states()
+        restore_generators(others)
+
+    def settle(self):
+        """Moves `recent` into the loop's state as numbers; stops the run at the first step that was not finite."""
+        values = torch.stack(self.recent).tolist() if self.recent else []
+        for i, (loss, _, norm) in enumerate(values):
+            if not (math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())):
+                raise NonFinite(f"{self.step - len(values) + i + 1} of {self.name}")
+        self.loop["pending"] += values
+        self.recent.clear()
+
+    def state_dict(self):
+        """Everything that the rest of its training depends on."""
+        self.settle()
+        with self.opt.averaged():        # what others read is what was evaluated
+            return {"model": {name: value.clone() for name, value in self.model.state_dict().items()},
+                    "ema": self.ema.state_dict() if self.ema else None, "optimizer": self.opt.state_dict(),
+                    "scaler": self.scaler.state_dict(), "generators": self.generators,
+                    "forcing": self.forcing.state_dict(), "loop": dict(self.loop)}
+
+    def load_state_dict(self, state):
+        """Goes on where state was taken."""
+        self.model.load_state_dict(state["model"])
+        optim.load_state(self.opt, state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema:
+            self.ema = optim.EMA(self.model, ema_decay)
+            if state["ema"]:
+                self.ema.load_state_dict(state["ema"])
+        self.generators = state["generators"]
+        self.forcing.load_state_dict(state["forcing"])
+        self.loop = {**self.loop, **state["loop"]}
+
+
+# --- Evaluation ---
+
+@torch.no_grad()
+def evaluate(model, notation, pairs, autocast):
+    """A model on problems (N, 2), teacher-forced: the argmax of every token is right exactly where greedy decoding is.
+
+    Returns a dict: loss (nats per target), accuracy (all targets right), digit_loss and digit_accuracy ({power of ten:
+    value}, each over the products that have this digit), examples; and for reports `predicted`, `targets`, `places`
+    (N, T).
+    """
+    model.eval()
+    parts = {"predicted": [], "targets": [], "places": [], "nats": []}
+    for chunk in pairs.split(eval_batch_size):
+        a, b = chunk.long().unbind(1)
+        targets, places = notation.answers(a, b)
+        source, padding = notation.sources(a, b)
+        with autocast:
+            logits, _ = model(source, notation.inputs(targets), padding)
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        for name, value in (("predicted", logits.argmax(-1)), ("targets", targets), ("places", places), ("nats", nats)):
+            parts[name].append(value)
+    model.train()
+    found = {name: torch.cat(values).cpu() for name, values in parts.items()}
+    right, places, nats = found["predicted"] == found["targets"], found["places"], found.pop("nats").double()
+    counted = places > -2
+    digits = [k for k in range(notation.width) if (places == k).any()]
+    return {**found, "loss": nats[counted].mean().item(), "examples": len(pairs),
+            "accuracy": (right | ~counted).all(1).double().mean().item(),
+            "digit_accuracy": {k: right[places == k].double().mean().item() for k in digits},
+            "digit_loss": {k: nats[places == k].mean().item() for k in digits}}
+
+
+def numbers_of(found):
+    """What of `evaluate` goes into metrics.jsonl."""
+    return {"loss": found["loss"], "accuracy": found["accuracy"], "examples": found["examples"],
+            **{f"digit_accuracy_{k}": value for k, value in found["digit_accuracy"].items()},
+            **{f"digit_loss_{k}": value for k, value in found["digit_loss"].items()}}
+
+
+@torch.no_grad()
+def solve(model, notation, a, b):
+    """a, b (B,) int64 -> the model's greedy answers (B, T) int64, one token after another through the cache."""
+    model.eval()
+    body = model.body
+    source, padding = notation.sources(a, b)
+    context, cache = body.encode(source, padding), body.new_cache(len(a), notation.answer_length)
+    token, written = torch.full_like(a, EQUALS)[:, None], []
+    for _ in range(notation.answer_length):
+        token = body.decode(token, context, cache, padding).argmax(-1)
+        written.append(token)
+    model.train()
+    return torch.cat(written, 1)
+
+
+def report(found, notation, title):
+    """Prints what `evaluate` found: exact match, every digit, where the first error falls, truth against prediction."""
+    print(f"{title}: exact match {found['accuracy']:.4f} on {found['examples']:,} examples, loss {found['loss']:.4f}")
+    right, places = found["predicted"] == found["targets"], found["places"]
+    wrong = ~(right | (places == -2))
+    first = torch.where(wrong.any(1), wrong.int().argmax(1), -1)                     # the first in writing order
+    at = places.gather(1, first.clamp(min=0)[:, None])[:, 0]
+    failed = first >= 0
+    print("  digit      accuracy   loss    first error here")
+    for k in found["digit_accuracy"]:
+        share = ((at == k) & failed).sum().item() / max(1, failed.sum().item())
+        print(f"  10^{k:<8}{found['digit_accuracy'][k]:.4f}   {found['digit_loss'][k]:.4f}   {share:7.1%}")
+    if (places == -1).any():
+        share = ((at == -1) & failed).sum().item() / max(1, failed.sum().item())
+        print(f"  {'end' if not notation.fixed else 'carries':<11}{right[places == -1].double().mean():.4f}"
+              f"{'':12}{share:7.1%}")
+    if not failed.any():
+        return
+    print(f"  wrong answers by how many digits are wrong: " + ", ".join(
+        f"{n}: {count:,}" for n, count in enumerate(wrong[failed].sum(1).bincount().tolist()) if count))
+    pairs = found["targets"][wrong & (places >= 0)], found["predicted"][wrong & (places >= 0)]
+    table = torch.zeros(10, len(SYMBOLS), dtype=torch.long).index_put_(pairs, torch.ones(len(pairs[0]), dtype=torch.long),
+                                                                       accumulate=True)
+    print("  wrong digits, truth (rows) against prediction:")
+    shown = [token for token in range(len(SYMBOLS)) if token < 10 or table[:, token].any()]
+    print("        " + "".join(f"{SYMBOLS[token]!r:>7}" if token > 9 else f"{SYMBOLS[token]:>7}" for token in shown))
+    for digit in range(10):
+        print(f"  {digit:>4}  " + "".join(f"{table[digit, token].item() or '.':>7}" for token in shown))
+
+
+def answer_questions(learners, notation, settings):
+    """Prints each model's answer to the setting `ask`, and the truth. UserError: more digits than the models know."""
+    questions = problems_asked()
+    for a, b in questions:
+        if max(a, b) >= 10 ** max_digits:
+            raise UserError(f"--ask {a}*{b}: these models multiply numbers of at most {max_digits} digits")
+    for a, b in questions:
+        side = "held out" if held_out(a, b, val_fraction, split_seed) else "on the training side"
+        seen = "" if min(a, b) >= (10 ** (min_digits - 1) if min_digits > 1 else 0) else "; shorter than any it was given"
+        print(f"{a} x {b} = {a * b} ({side}{seen})")
+        for learner in learners:
+            x, y = (torch.tensor([n], device=learner.where) for n in (a, b))
+            with learner.evaluated():
+                tokens = solve(learner.model, notation, x, y)
+            answer = notation.numbers(tokens)[0]
+            print(f"  {learner.name:<8}{'no number' if answer is None else answer}"
+                  f"{' right' if answer == a * b else ' wrong'} (wrote {notation.text(tokens[0])}, step {learner.step})")
+
+
+@command
+def main():
+    # ---- settings: flags, preset, and on resume the checkpoint's ----
+    settings = override(globals())
+    if debug:
+        quiet = {name: value for name, value in debug_settings.items() if name not in settings.explicit}
+        globals().update(quiet)
+        settings.update(quiet)
+    only_read = eval_only or ask is not None
+    if only_read and resume is False:
+        raise UserError(f"--{'eval_only' if eval_only else 'ask'} goes with --resume, or --resume PATH: which model?")
+    checkpoint_path = find_resume(settings, __file__)
+    checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
+    if only_read and not checkpoint:
+        raise UserError("there is no run yet: train one first")
+    if checkpoint:
+        if checkpoint.get("script") != "train_mult":
+            raise UserError(f"{checkpoint_path} is a checkpoint of {checkpoint.get('script')}, not of train_mult")
+        settings = adopt(globals(), settings, {name: value for name, value in checkpoint["settings"].items()
+                                               if name not in ("eval_only", "ask")}, architecture)
+    names, notation, config = check(settings)
+    where, precision = resolve_device(device, dtype)
+    autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
+
+    # ---- data ----
+    problems = Problems(min_digits, max_digits, n_examples, val_fraction, val_examples, split_seed,
+                        short_share)
+    stream, val = Stream(problems.train.to(where), data_seed), problems.val.to(where)
+    print(problems.describe())
+    print(notation.example(*stream.at(0, 1)[0].tolist()))
+
+    # ---- models, optimisers, resume ----
+    learners = [Learner(name, config, where, precision) for name in names]
+    others = {}                                          # models of the checkpoint that are not trained now
+    if checkpoint:
+        known = checkpoint["models"]
+        others = {name: state for name, state in known.items() if name not in names}
+        for learner in learners:
+            if learner.name in known:
+                learner.load_state_dict(known[learner.name])
+    print("; ".join(f"{learner.name} {learner.model.n_params():,} parameters" for learner in learners) +
+          f"; {where.type} {str(precision).removeprefix('torch.')}")
+
+    if only_read:
+        if ask is not None:
+            answer_questions(learners, notation, settings)
+        for learner in learners if eval_only else ():
+            with learner.evaluated():
+                for title, pairs in (("training", stream.examples[:eval_examples]), ("held-out", val)):
+                    found = evaluate(learner.model, notation, pairs, autocast)
+                    report(found, notation, f"{learner.name}, step {learner.step:,}, {title} pairs")
+        return
+
+    def state():
+        """Everything that the rest of the run depends on."""
+        steps = {**{name: kept["loop"]["step"] for name, kept in others.items()}, **{m.name: m.step for m in learners}}
+        return dict(step=max(steps.values()), steps=steps, settings=dict(settings),
+                    models={**others, **{learner.name: learner.state_dict() for learner in learners}})
+
+    loss_function, plain_loss = SequenceAccuracyLoss(sequence_weight), SequenceAccuracyLoss()
+    with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
+        bar = run.bar(max_steps, min(learner.step for learner in learners))
+        saved = [learner.step for learner in learners] if checkpoint else None   # a new run is saved at once
+
+        while not run.stop:
+            # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
+            for learner in learners:
+                loop, step = learner.loop, learner.step
+                if step % eval_interval or loop["evaluated"] >= step:
+                    continue
+                learner.settle()
+                loop["evaluated"] = step
+                with learner.evaluated():
+                    found = evaluate(learner.model, notation, val[:eval_examples], autocast)
+                    trained = evaluate(learner.model, notation, stream.examples[:eval_examples], autocast)
+                learner.forcing.validated(found["loss"])
+                loop["history"] = [*loop["history"], [step, found["loss"], found["accuracy"]]]
+                run.log(step=step, model=learner.name, split="val", **numbers_of(found),
+                        train_accuracy=trained["accuracy"], train_loss=trained["loss"])
+                digits = " ".join(f"{value:.2f}" for value in found["digit_accuracy"].values())
+                bar.note(f"step {step}: {learner.name:<7}exact {found['accuracy']:.4f} held-out, "
+                         f"{trained['accuracy']:.4f} training; loss {found['loss']:.4f}; digits from 10^0: {digits}")
+                better = [found["accuracy"], -found["loss"]] > loop["best"]
+                loop["without_better"] = 0 if better else loop["without_better"] + 1
+                if better:
+                    loop.update(best=[found["accuracy"], -found["loss"]], best_step=step)
+                    run.save(f"best_{learner.name}.pt", state())
+            steps = [learner.step for learner in learners]
+            if saved is None or saved != steps and any(step % save_interval == 0 for step in steps):
+                now, saved = state(), steps
+                run.save("last.pt", now)
+                if keep_last:
+                    run.keep(now, now["step"], keep_last)
+            active = [learner for learner in learners if not learner.rests()]
+            if not active:
+                break
+
+            # ---- one optimiser step of each model that does not rest ----
+            for learner in active:
+                loop, began = learner.loop, time.perf_counter()
+                scale = optim.schedule(schedule, learner.step, warmup_steps, max_steps, min_lr_scale, decay_fraction)
+                for group in learner.opt.param_groups:
+                    group["lr"] = group["base_lr"] * scale
+                probability, total, exact = learner.forcing.probability(), 0.0, 0.0
+                for _ in range(grad_accum):
+                    a, b = stream.at(loop["position"], batch_size).unbind(1)
+                    loop["position"] += batch_size
+                    source, padding = notation.sources(a, b)
+                    targets, places = notation.answers(a, b)
+                    x = notation.inputs(targets)
+                    with learner.own_randomness(), autocast:
+                        if probability < 1:              # two passes (Mihaylova & Martins 2019): read own predictions
+                            with torch.no_grad():
+                                predicted = learner.net(source, x, padding)[0].argmax(-1)
+                            x = notation.inputs(learner.forcing.mix(targets, predicted))
+                        logits, sums = learner.net(source, x, padding)
+                    objective, accuracy = loss_function(logits, targets, places > -2)
+                    nats = plain_loss(logits.detach(), targets, places > -2)[0] if sequence_weight else objective
+                    if sums is not None:
+                        truth = notation.running_sums(a, b).gather(1, places.clamp(min=0)) / (10 * max_digits)
+                        error = (sums - truth).square() * (places >= 0)
+                        objective = objective + sum_weight * error.sum() / (places >= 0).sum()
+                    learner.scaler.scale(objective / grad_accum).backward()
+                    total, exact = total + nats.detach() / grad_accum, exact + accuracy / grad_accum
+                learner.scaler.unscale_(learner.opt)
+                norm_found = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), grad_clip or math.inf)
+                learner.scaler.step(learner.opt)
+                learner.scaler.update()
+                learner.opt.zero_grad(set_to_none=True)
+                if learner.ema:
+                    learner.ema.update()
+                learner.recent.append(torch.stack([total, exact, norm_found]))
+                step = loop["step"] = loop["step"] + 1
+                learner.forcing.stepped(step)
+
+                # ---- log ----
+                due = step % log_interval == 0
+                if due:
+                    learner.settle()                     # waits for the device: part of the step's time
+                loop["seconds"] += time.perf_counter() - began
+                if due:
+                    n = len(loop["pending"])
+                    mean = sum(loss for loss, _, _ in loop["pending"]) / n
+                    speed = n * batch_size * grad_accum / (loop["seconds"] - loop["logged_seconds"])
+                    run.log(step=step, model=learner.name, split="train", loss=mean, lr=lr * scale,
+                            accuracy=sum(value for _, value, _ in loop["pending"]) / n, forcing=probability,
+                            grad_norm=loop["pending"][-1][2], examples_per_s=speed,
+                            tokens_per_s=speed * notation.answer_length, seconds=loop["seconds"],
+                            epoch=loop["position"] / len(stream.examples))
+                    loop.update(pending=[], logged_seconds=loop["seconds"], shown=f"{learner.name} {step} loss {mean:.4f}")
+            slowest = min(learner.step for learner in active)
+            if slowest % log_interval == 0:
+                bar.update(slowest, ", ".join(learner.loop.get("shown", learner.name) + " (rests)" * learner.rests()
+                                              for learner in learners))
+
+        # ---- the end ----
+        bar.close()
+        if saved != [learner.step for learner in learners]:
+            run.save("last.pt", state())
+        run.summary(step=max(learner.step for learner in learners), peak_memory=peak_memory(where),
+                    hash=problems.hash)
+        for learner in learners:
+            loop, name = learner.loop, learner.name
+            run.summary(**{f"step_{name}": learner.step, f"best_accuracy_{name}": loop["best"][0],
+                           f"best_step_{name}": loop["best_step"], f"seconds_{name}": loop["seconds"],
+                           f"parameters_{name}": learner.model.n_params()})
+            if run.stop:
+                continue
+            with learner.evaluated():
+                found = evaluate(learner.model, notation, val, autocast)
+            run.log(step=learner.step, model=name, split="val", final=True, **numbers_of(found))
+            run.summary(**{f"val_accuracy_{name}": found["accuracy"], f"val_loss_{name}": found["loss"]})
+            digits = " ".join(f"{value:.3f}" for value in found["digit_accuracy"].values())
+            print(f"{name}: exact match {found['accuracy']:.4f} on {found['examples']:,} held-out examples, digits from "
+                  f"10^0: {digits}, after {learner.step:,} steps, {loop['seconds']:.0f} s of training")
+        print(f"{'stopped' if run.stop else 'done'}: {run.dir}")
+
+
+if __name__ == "__main__":
+    main()
