@@ -444,6 +444,16 @@ class Transformer(nn.Module):
         places = self.place(x, positions, cache, prefix, window, memory)
         if targets is not None:
             active = self.check_losses(x, targets, active)
+        x, states = self.stream(x, places, cache, () if targets is None else active)
+        if memory is not None:
+            memory.update(places)
+        if targets is not None:
+            objective, nats = self.losses(states, targets[..., :self.config.n_targets], active)
+            return objective + self.extra_losses(x, targets, places), nats
+        return self.predict(x)
+
+    def stream(self, x, places, cache=None, active=()):
+        """x (B, T) int64 at places -> the last stream (B, T, C), before the final norm, and those of active layers."""
         x = F.embedding(x, self.embed)  # (B, T, C)
         if self.position is not None:
             x = x + places.look_up(self.position)
@@ -454,16 +464,11 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             held = None if cache is None else cache.layers[layer]
             x = recompute(block, x, places, held, use_reentrant=False) if again else block(x, places, held)
-            if targets is not None and layer in active:
+            if layer in active:
                 states.append(x)
         if cache is not None:
             cache.advance(places)
-        if memory is not None:
-            memory.update(places)
-        if targets is not None:
-            objective, nats = self.losses(states, targets[..., :self.config.n_targets], active)
-            return objective + self.extra_losses(x, targets, places), nats
-        return self.predict(x)
+        return x, states
 
     def predict(self, h):
         """The last stream h (B, T, C) to logits (B, T, V) of the next byte: float32, under "stablemax" float64."""

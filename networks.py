@@ -371,3 +371,42 @@ class TextTransformer(Transformer):
             if padding is not None:
                 targets = targets.masked_fill(padding.unsqueeze(2), -1)
         return super().forward(x, targets, positions=positions, **how)
+
+
+class PrefixDecoder(Transformer):
+    """One stack over source and answer in a row: the source's tokens see one another, the answer's all before them.
+
+    It has the face of an EncoderDecoder, so that a script takes either; config.block_size holds source and answer.
+    """
+
+    def encode(self, source, padding=None):
+        """source (B, S) int64 -> itself: its states differ from layer to layer, and the decoder's layers make them."""
+        return source
+
+    def states(self, x, context, padding=None, cache=None):
+        """x (B, T) int64 after source `context` (B, S) with padding (B, S) bool, or after what the cache holds ->
+        states (B, T, C). With a cache the first pass takes the source in."""
+        if cache is not None and cache.length:
+            return self.norm(self.stream(x, self.place(x, None, cache), cache)[0])
+        S, positions = context.size(1), None
+        prefix = S
+        if padding is not None:
+            positions, prefix = running_positions(F.pad(padding, (0, x.size(1)))), S - padding.sum(1)
+        x = torch.cat([context, x], 1)
+        return self.norm(self.stream(x, self.place(x, positions, cache, prefix), cache)[0][:, S:])
+
+    def classify(self, states):
+        """states (..., C) -> logits (..., V) float32."""
+        return self.logits(F.linear(states, self.classifier(self.first_head)))
+
+    def decode(self, x, context, cache=None, padding=None):
+        """`classify` of `states`: logits (B, T, V)."""
+        return self.classify(self.states(x, context, padding, cache))
+
+    def forward(self, source, x, targets=None, padding=None):
+        """As EncoderDecoder.forward."""
+        return EncoderDecoder.forward(self, source, x, targets, padding)
+
+    def new_cache(self, batch_size, max_length, window=None, device=None, dtype=None):
+        """An empty Cache with room for any source before max_length tokens of the answer."""
+        return super().new_cache(batch_size, self.config.block_size + max_length, window, device, dtype)

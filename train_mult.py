@@ -10,13 +10,16 @@
 
 `simple` is an encoder-decoder (Vaswani et al. 2017); `latent` is the same with a bottleneck: n_latent learned queries
 read the encoder's states, and the decoder sees the problem through them only (after Perceiver, Jaegle et al. 2021).
-Both read numbers least significant digit first and write the product without any step between. Pairs are held out
+`prefix`, on request (--models simple,latent,prefix), is one stack of as many layers over problem and answer in a row.
+All read numbers least significant digit first and write the product without any step between. Pairs are held out
 unordered: where 12 x 34 is, 34 x 12 is too. What was measured, and with which command, stands in the README.
 """
+import copy
 import math
 import re
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.nn as nn
@@ -27,7 +30,7 @@ from data.multiplication import EQUALS, SYMBOLS, Notation, Problems, Stream, hel
 from experiment import (NonFinite, Run, UserError, adopt, command, find_resume, generator_states, load_checkpoint,
                         override, peak_memory, resolve_device, restore_generators, seed_everything)
 from model import TransformerConfig, fused_rows, parameter_roles
-from networks import EncoderDecoder, LatentTransformer
+from networks import EncoderDecoder, LatentTransformer, PrefixDecoder
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
@@ -58,10 +61,10 @@ batch_size = 256           # [>= 1] problems per forward pass
 grad_accum = 1             # [>= 1] forward passes per optimiser step
 
 # --- Models ---
-models = "simple,latent"   # which to train, with commas: simple, latent
+models = "simple,latent"   # which to train, with commas: simple, latent, prefix
 n_latent = 8               # [>= 1] latent: vectors between encoder and decoder
 n_read = 1                 # [>= 1] latent: layers in which they read the encoder's states
-n_layer = 2                # [>= 1] layers of the encoder, and of the decoder
+n_layer = 2                # [>= 1] layers of the encoder, and of the decoder; prefix: half of its layers
 n_head = 4                 # [>= 1] attention heads
 n_embd = 128               # [>= 1] width
 ff_mult = 4.0              # [> 0.0] width of the feed-forward over n_embd
@@ -135,7 +138,7 @@ architecture = (
     "activation", "qk_norm", "min_digits", "max_digits", "n_examples", "short_share", "val_fraction", "split_seed", "format",
     "optimizer")
 
-KINDS = ("simple", "latent")
+KINDS = ("simple", "latent", "prefix")
 SCHEDULED = {"linear": 1.0, "exponential": 0.9998, "inverse_sigmoid": 500.0}  # forcing: k where none is given
 
 
@@ -145,7 +148,7 @@ def check(settings):
     names = [name.strip() for name in models.split(",")]
     for name in names:
         if name not in KINDS or names.count(name) > 1:
-            raise UserError(f"--models {models}: must be {' or '.join(KINDS)}, or both with a comma between them")
+            raise UserError(f"--models {models}: must be of {', '.join(KINDS)}, each once, with commas between")
     if min_digits > max_digits:
         raise UserError(f"min_digits {min_digits} is more than max_digits {max_digits}")
     if forcing == "exponential" and forcing_k and forcing_k >= 1 or forcing == "inverse_sigmoid" and forcing_k and (
@@ -174,11 +177,14 @@ def problems_asked():
 # --- Models and losses ---
 
 class Solver(nn.Module):
-    """An encoder-decoder, and with `sums` a head that reads the running sums off its decoder's last states."""
+    """One of the models, and with `sums` a head that reads the running sums off its decoder's last states."""
 
     def __init__(self, kind, config, sums=False):
         super().__init__()
-        self.body = EncoderDecoder(config) if kind == "simple" else LatentTransformer(config, n_latent, n_read)
+        if kind == "prefix":             # as many layers in all, over problem and answer in a row
+            self.body = PrefixDecoder(replace(config, n_layer=2 * config.n_layer, block_size=2 * config.block_size))
+        else:
+            self.body = EncoderDecoder(config) if kind == "simple" else LatentTransformer(config, n_latent, n_read)
         self.own, self.sum_head = {}, None
         if sums:
             self.sum_head = nn.Parameter(torch.empty(config.n_embd).normal_(0, 0.02))
@@ -350,11 +356,11 @@ class Learner:
     def state_dict(self):
         """Everything that the rest of its training depends on."""
         self.settle()
-        with self.opt.averaged():        # what others read is what was evaluated
-            return {"model": {name: value.clone() for name, value in self.model.state_dict().items()},
-                    "ema": self.ema.state_dict() if self.ema else None, "optimizer": self.opt.state_dict(),
-                    "scaler": self.scaler.state_dict(), "generators": self.generators,
-                    "forcing": self.forcing.state_dict(), "loop": dict(self.loop)}
+        with self.opt.averaged():        # what others read is what was evaluated; a copy, as it ends with this block
+            return copy.deepcopy({
+                "model": self.model.state_dict(), "ema": self.ema.state_dict() if self.ema else None,
+                "optimizer": self.opt.state_dict(), "scaler": self.scaler.state_dict(), "generators": self.generators,
+                "forcing": self.forcing.state_dict(), "loop": self.loop})
 
     def load_state_dict(self, state):
         """Goes on where state was taken."""

@@ -199,7 +199,7 @@ def at(out_dir, name="run"):
     return out_dir / "train_enwik8" / name
 
 
-TIMINGS = {"tokens_per_s", "mfu", "seconds"}
+TIMINGS = {"tokens_per_s", "examples_per_s", "mfu", "seconds"}
 
 
 def records(run):
