@@ -242,7 +242,8 @@ def override(g, argv=None, positional=None):
                 raise UserError(f"{word}: --no-name is for settings that are true or false, and takes no value")
             name, equals, value = off, "=", "false"
         if name not in specs:
-            raise UserError(f"unknown setting --{name}{_nearest(name, [*specs, *aliases], '--') or '; -h lists them all'}")
+            near = _nearest(name, [*specs, *aliases], "--")
+            raise UserError(f"unknown setting --{name}{near or '; -h lists them all'}")
         spec, coming = specs[name], rest[0] if rest and not rest[0].startswith("--") else None
         alone = spec.kind is bool and not (coming and (spec.path or coming.lower() in {*SWITCH, *spec.words}))
         if not equals and coming is None and not alone:
@@ -717,7 +718,7 @@ class Run:
         return lock
 
     def _open_metrics(self):
-        """Drops the metrics that the checkpoint does not know of; returns the lines of its (every model's) last step."""
+        """Drops the metrics that the checkpoint does not know of; returns the lines of every model's last step."""
         path, entries = self.dir / "metrics.jsonl", []
         if self.checkpoint and path.exists():
             entries = [entry for entry in read_metrics(path)[:self.checkpoint.get("metrics_lines")]

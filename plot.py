@@ -2,6 +2,7 @@
 
     python plot.py "runs/train_enwik8/*"                         # validation of all, over steps, to curves.png
     python plot.py runs/train_enwik8/a,runs/train_enwik8/b --by seconds --split train
+    python plot.py "runs/train_mult/*" --over n_latent --metric accuracy   # last values over a setting, and a table
     python plot.py --table runs/one_change                       # Markdown, and a picture beside it
 
 Runs whose settings differ in nothing but seeds and names are one curve: their mean, and a band of one standard
@@ -21,13 +22,14 @@ from experiment import NOISE, UserError, as_typed, command, compare, noise_floor
 runs = None              # directories of runs, with commas and wildcards (may also be typed as a bare word)
 table = None             # a grid's out_dir: its table instead
 # --- How ---
+over = None              # a setting: the last value of each run over it, not a curve; with a table in Markdown
 by = "step"              # [step, seconds, tokens] over what; seconds of training, evaluation apart
 split = "val"            # [train, val, test] which part of the data
 metric = "bpb"           # a key of metrics.jsonl
 out = None               # the picture; none: curves.png, and for a table table.png in its folder
 width = 8.0              # [> 0.0] inches
 
-SEEDS = {"seed", "data_seed", "run_name", "out_dir", "resume", "preset"}
+SEEDS = {"seed", "data_seed", "run_name", "out_dir", "resume", "preset", "tag"}
 
 
 def read_run(directory, by, split, metric):
@@ -111,6 +113,57 @@ def draw(labels, by, split, metric, path):
                                   color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set(xlabel={"step": "step", "seconds": "seconds of training", "tokens": "tokens seen"}[by],
              ylabel=f"{split} {'bits per byte' if metric == 'bpb' else metric}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save(figure, path)
+
+
+def last_values(found, over):
+    """[(label, {name of the curve: {value of the setting: [last y of each seed]}})] from `found` as for families.
+
+    UserError: a run that has no such setting.
+    """
+    bare = []
+    for directory, settings, curves in found:
+        if over not in settings:
+            raise UserError(f"--over {over}: {directory} has no such setting")
+        ends = {name: [(settings[over], curve[-1][1])] for name, curve in curves.items()}
+        bare.append((directory, {name: value for name, value in settings.items() if name != over}, ends))
+    rows = []
+    for label, members in families(bare):
+        by_name = {}
+        for name, x, y in [(name, *curve[0]) for curves in members for name, curve in curves.items()]:
+            by_name.setdefault(name, {}).setdefault(x, []).append(y)
+        rows.append((label.partition(f" ({len(members)} seeds)")[0], by_name))
+    return rows
+
+
+def draw_over(rows, over, split, metric, path):
+    """The picture of `last_values`, as a PNG file: a dot per seed and a line through the means; prints the table."""
+    from matplotlib.figure import Figure
+    every = {x for _, by_name in rows for values in by_name.values() for x in values}
+    numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in every)
+    places = {x: x if numbers else i for i, x in enumerate(sorted(every, key=lambda x: x if numbers else str(x)))}
+    figure = Figure(figsize=(width, 0.6 * width), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    print(f"| {over} | curve | {split} {metric}, mean | standard deviation | seeds | values |")
+    print("| " + " | ".join(["---"] * 6) + " |")
+    for label, by_name in rows:
+        for name, values in by_name.items():
+            several, xs = len(rows) > 1 and name not in label, sorted(values, key=places.get)
+            title = f"{label}: {name}" if several and name else name or label
+            means = [statistics.mean(values[x]) for x in xs]
+            line, = axes.plot([places[x] for x in xs], means, label=title, linewidth=1.3)
+            axes.plot([places[x] for x in xs for _ in values[x]], [y for x in xs for y in values[x]], "o", markersize=4,
+                      color=line.get_color())
+            for x, mean in zip(xs, means):
+                spread = f"{statistics.stdev(values[x]):.4f}" if len(values[x]) > 1 else ""
+                print(f"| {as_typed(x)} | {title} | {mean:.4f} | {spread} | {len(values[x])} | "
+                      f"{', '.join(f'{y:.4f}' for y in values[x])} |")
+    if numbers and min(every) > 0 and max(every) >= 8 * min(every):
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(list(places.values()), [as_typed(x) for x in places])
+    axes.set(xlabel=over, ylabel=f"{split} {'bits per byte' if metric == 'bpb' else metric}, last")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     save(figure, path)
@@ -240,6 +293,8 @@ def main():
     if not found:
         raise UserError(f"nothing to draw: {'none of the ' + str(len(places)) + ' runs' if len(places) > 1 else runs} "
                         f"has {metric} of {split}")
+    if over is not None:
+        return draw_over(last_values(found, over), over, split, metric, Path(out or f"{over}.png"))
     draw(families(found), by, split, metric, Path(out or "curves.png"))
 
 

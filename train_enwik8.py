@@ -31,6 +31,7 @@ from sample import generate
 preset = None              # a named set of settings (below); flags win over it
 run_name = None            # name of the run's directory; none: date and time
 out_dir = "runs"           # the run's directory is out_dir/train_enwik8/run_name
+tag = None                 # a word by which `python experiment.py clean --tag` finds the run
 resume = False             # [path] go on with run_name (none: the newest run); --resume PATH: from that checkpoint
 seed = 1337                # initialisation and dropout
 data_seed = 1337           # batches

@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import optim
-from data.multiplication import EQUALS, SYMBOLS, Notation, Problems, Stream, held_out
+from data.multiplication import EQUALS, SYMBOLS, Notation, Problems, Stream, held_out, numbers
 from experiment import (NonFinite, Run, UserError, adopt, command, find_resume, generator_states, load_checkpoint,
                         override, peak_memory, resolve_device, restore_generators, seed_everything)
 from model import TransformerConfig, fused_rows, parameter_roles
@@ -51,7 +51,7 @@ debug = False              # tiny and short, no wandb, no tensorboard
 # --- Data ---
 min_digits = 3             # [>= 1, <= 8] of the operands
 max_digits = 3             # [>= 1, <= 8] of the operands
-n_examples = 1_000_000     # [>= 1] training examples; of three digits there are 810,000 ordered pairs, so some come twice
+n_examples = 1_000_000     # [>= 1] training examples; past the 810,000 ordered pairs of three digits some come twice
 short_share = 0.0          # [>= 0.0, <= 1.0] of the training examples, with operands of 1 to max_digits digits instead
 val_fraction = 0.05        # [> 0.0, < 1.0] of all unordered pairs, held out
 val_examples = 10_000      # [>= 1] held-out ordered pairs for the final evaluation
@@ -135,8 +135,8 @@ debug_settings = dict(min_digits=1, max_digits=2, n_examples=1000, val_examples=
 # These make the shape of the weights, the state beside them, or what is held out: on resume the checkpoint's hold.
 architecture = (
     "n_latent", "n_read", "n_layer", "n_head", "n_embd", "ff_mult", "norm", "norm_gain", "bias", "positions",
-    "activation", "qk_norm", "min_digits", "max_digits", "n_examples", "short_share", "val_fraction", "split_seed", "format",
-    "optimizer")
+    "activation", "qk_norm", "min_digits", "max_digits", "n_examples", "short_share", "val_fraction", "split_seed",
+    "format", "optimizer")
 
 KINDS = ("simple", "latent", "prefix")
 SCHEDULED = {"linear": 1.0, "exponential": 0.9998, "inverse_sigmoid": 500.0}  # forcing: k where none is given
@@ -244,7 +244,8 @@ class Forcing:
     """
 
     def __init__(self, kind, start=0, k=None, slope=1e-4, minimum=0.0, window=0, eps=0.02, seed=0):
-        self.kind, self.start, self.slope, self.minimum, self.window, self.eps = kind, start, slope, minimum, window, eps
+        self.kind, self.start, self.slope, self.minimum = kind, start, slope, minimum
+        self.window, self.eps = window, eps
         self.k = SCHEDULED.get(kind) if k is None else k
         self.steps, self.losses, self.generator = 0, [], torch.Generator().manual_seed(seed)
 
@@ -451,8 +452,7 @@ def report(found, notation, title):
     print(f"  wrong answers by how many digits are wrong: " + ", ".join(
         f"{n}: {count:,}" for n, count in enumerate(wrong[failed].sum(1).bincount().tolist()) if count))
     pairs = found["targets"][wrong & (places >= 0)], found["predicted"][wrong & (places >= 0)]
-    table = torch.zeros(10, len(SYMBOLS), dtype=torch.long).index_put_(pairs, torch.ones(len(pairs[0]), dtype=torch.long),
-                                                                       accumulate=True)
+    table = (pairs[0] * len(SYMBOLS) + pairs[1]).bincount(minlength=10 * len(SYMBOLS)).view(10, -1)
     print("  wrong digits, truth (rows) against prediction:")
     shown = [token for token in range(len(SYMBOLS)) if token < 10 or table[:, token].any()]
     print("        " + "".join(f"{SYMBOLS[token]!r:>7}" if token > 9 else f"{SYMBOLS[token]:>7}" for token in shown))
@@ -468,15 +468,15 @@ def answer_questions(learners, notation, settings):
             raise UserError(f"--ask {a}*{b}: these models multiply numbers of at most {max_digits} digits")
     for a, b in questions:
         side = "held out" if held_out(a, b, val_fraction, split_seed) else "on the training side"
-        seen = "" if min(a, b) >= (10 ** (min_digits - 1) if min_digits > 1 else 0) else "; shorter than any it was given"
+        seen = "" if min(a, b) >= numbers(min_digits)[0] else "; shorter than the pairs it is evaluated on"
         print(f"{a} x {b} = {a * b} ({side}{seen})")
         for learner in learners:
             x, y = (torch.tensor([n], device=learner.where) for n in (a, b))
             with learner.evaluated():
                 tokens = solve(learner.model, notation, x, y)
             answer = notation.numbers(tokens)[0]
-            print(f"  {learner.name:<8}{'no number' if answer is None else answer}"
-                  f"{' right' if answer == a * b else ' wrong'} (wrote {notation.text(tokens[0])}, step {learner.step})")
+            print(f"  {learner.name:<8}{'no number' if answer is None else answer} "
+                  f"{'right' if answer == a * b else 'wrong'} (wrote {notation.text(tokens[0])}, step {learner.step})")
 
 
 @command
@@ -628,7 +628,8 @@ def main():
                             grad_norm=loop["pending"][-1][2], examples_per_s=speed,
                             tokens_per_s=speed * notation.answer_length, seconds=loop["seconds"],
                             epoch=loop["position"] / len(stream.examples))
-                    loop.update(pending=[], logged_seconds=loop["seconds"], shown=f"{learner.name} {step} loss {mean:.4f}")
+                    loop.update(pending=[], logged_seconds=loop["seconds"],
+                                shown=f"{learner.name} {step} loss {mean:.4f}")
             slowest = min(learner.step for learner in active)
             if slowest % log_interval == 0:
                 bar.update(slowest, ", ".join(learner.loop.get("shown", learner.name) + " (rests)" * learner.rests()
@@ -652,8 +653,8 @@ def main():
             run.log(step=learner.step, model=name, split="val", final=True, **numbers_of(found))
             run.summary(**{f"val_accuracy_{name}": found["accuracy"], f"val_loss_{name}": found["loss"]})
             digits = " ".join(f"{value:.3f}" for value in found["digit_accuracy"].values())
-            print(f"{name}: exact match {found['accuracy']:.4f} on {found['examples']:,} held-out examples, digits from "
-                  f"10^0: {digits}, after {learner.step:,} steps, {loop['seconds']:.0f} s of training")
+            print(f"{name}: exact match {found['accuracy']:.4f} on {found['examples']:,} held-out examples, digits "
+                  f"from 10^0: {digits}, after {learner.step:,} steps, {loop['seconds']:.0f} s of training")
         print(f"{'stopped' if run.stop else 'done'}: {run.dir}")
 
 

@@ -1,4 +1,4 @@
-"""train_mult.py as it is typed: two models at steps of their own, killed, stopped and resumed, asked and cleaned away."""
+"""train_mult.py as it is typed: models at steps of their own, killed, stopped, resumed, asked and cleaned away."""
 import json
 import re
 import shutil
@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data.multiplication import Problems  # noqa: E402
 from experiment import load_checkpoint  # noqa: E402
-from test_resume import (Forks, assert_done, assert_equal, assert_error, kill_again_and_again, records, snapshot,  # noqa: E402
-                         summary, wait_for)
+from test_resume import (Forks, assert_done, assert_equal, assert_error, kill_again_and_again, records,  # noqa: E402
+                         snapshot, summary, wait_for)
 
 TINY = dict(min_digits=1, max_digits=2, n_examples=500, val_fraction=0.2, val_examples=60, n_layer=1, n_head=2,
             n_embd=16, batch_size=8, max_steps=12, warmup_steps=2, eval_interval=5, eval_examples=40, save_interval=1,
@@ -44,7 +44,8 @@ def at(out_dir):
 
 
 def curve(run, model, split="train", key="step"):
-    return [line[key] for line in records(run) if (line["model"], line["split"]) == (model, split) and "final" not in line]
+    return [line[key] for line in records(run)
+            if (line["model"], line["split"]) == (model, split) and "final" not in line]
 
 
 def assert_same_end(run, reference, models=("simple", "latent")):
@@ -243,11 +244,12 @@ def test_start_and_questions(forks, base, copy, tmp_path):
     assert re.search(r"\d+ x \d+ = \d+: the model reads \d+\*\d+ and writes =\d+\$\n", asked.out)
     evaluated = forks.run([*again, "--eval_only"], tmp_path)
     assert_done(evaluated)
-    found = re.findall(r"(simple|latent), step 12, (training|held-out) pairs: exact match (\S+) on (\d+)", evaluated.out)
+    row = r"(simple|latent), step 12, (training|held-out) pairs: exact match (\S+) on (\d+)"
+    found, held_out = re.findall(row, evaluated.out), len(Problems(1, 2, 1, 0.2, 60).val)
     assert [row[:2] for row in found] == [(m, s) for m in ("simple", "latent") for s in ("training", "held-out")]
     for model, split, accuracy, n in found:
         if split == "held-out":
-            assert accuracy == f"{summary(base)[f'val_accuracy_{model}']:.4f}" and int(n) == Problems(1, 2, 1, 0.2, 60).val.size(0)
+            assert accuracy == f"{summary(base)[f'val_accuracy_{model}']:.4f}" and int(n) == held_out
     assert "truth (rows) against prediction" in evaluated.out and "first error here" in evaluated.out
     assert snapshot(tmp_path) == before
 
@@ -257,12 +259,14 @@ def test_start_and_questions(forks, base, copy, tmp_path):
     (["--min_digits", "3", "--max_digits", "2"], "more than max_digits"), (["--ask", "12*34"], "goes with --resume"),
     (["--resume", "--ask", "twelve"], "as 12*34"), (["--resume", "--ask", "1234*5"], "at most 2 digits"),
     (["--eval_only"], "goes with --resume"), (["--n_head", "3"], "does not divide"), (["--max_digits", "9"], "<= 8"),
-    (["--forcing", "exponential", "--forcing_k", "1.5"], "below 1"), (["--num_latnt", "3"], "did you mean --num_latent"),
+    (["--forcing", "exponential", "--forcing_k", "1.5"], "below 1"),
+    (["--num_latnt", "3"], "did you mean --num_latent"),
     (["--max_steps", "none"], "max_steps"), (["--resume", "runs/elsewhere"], "no such file")])
 def test_mistakes(forks, base, copy, tmp_path, words, said):
     """One line, status 2, and what was there is untouched."""
     before = snapshot(tmp_path)
-    command = ["train_mult.py", "--out_dir", tmp_path / "runs", *words, *(["--run_name", "run"] * ("--resume" in words))]
+    named = ["--run_name", "run"] if "--resume" in words else []
+    command = ["train_mult.py", "--out_dir", tmp_path / "runs", *words, *named]
     assert_error(forks.run(command, tmp_path), said)
     assert snapshot(tmp_path) == before
 
@@ -270,7 +274,8 @@ def test_mistakes(forks, base, copy, tmp_path, words, said):
 def test_foreign_checkpoint(forks, copy, tmp_path):
     checkpoint = load_checkpoint(copy / "last.pt")
     torch.save({**checkpoint, "script": "train_enwik8"}, tmp_path / "foreign.pt")
-    assert_error(forks.run(train(tmp_path / "runs", "--resume", tmp_path / "foreign.pt"), tmp_path), "train_enwik8, not")
+    foreign = forks.run(train(tmp_path / "runs", "--resume", tmp_path / "foreign.pt"), tmp_path)
+    assert_error(foreign, "train_enwik8, not")
     (tmp_path / "cut.pt").write_bytes((copy / "last.pt").read_bytes()[:2000])
     assert_error(forks.run(train(tmp_path / "runs", "--resume", tmp_path / "cut.pt"), tmp_path), "cut.pt")
     assert_error(forks.run(["evaluate.py", copy], tmp_path), "last.pt")
@@ -279,7 +284,8 @@ def test_foreign_checkpoint(forks, copy, tmp_path):
 def test_best_is_of_its_own_model(base):
     """best_MODEL.pt is from the step with the highest exact match of that model, then the lowest loss."""
     for model in ("simple", "latent"):
-        lines = [line for line in records(base) if (line["model"], line["split"]) == (model, "val") and "final" not in line]
+        lines = [line for line in records(base)
+                 if (line["model"], line["split"]) == (model, "val") and "final" not in line]
         best = max(lines, key=lambda line: (line["accuracy"], -line["loss"]))["step"]
         assert load_checkpoint(base / f"best_{model}.pt")["steps"][model] == best == summary(base)[f"best_step_{model}"]
 

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from model import Transformer, TransformerConfig, parameter_rules
-from networks import Encoder, LatentTransformer, SpatialTransformer, SpatioTemporal, TextTransformer
+from networks import (Encoder, EncoderDecoder, LatentTransformer, PrefixDecoder, SpatialTransformer, SpatioTemporal,
+                      TextTransformer)
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=20, init="xavier")
 
@@ -85,6 +86,48 @@ def test_decoder_sees_the_source_through_the_latents_only(positions, kv):
     state = model.encode(source).detach().requires_grad_()
     model.decode(x, state).sum().backward()
     assert all(p.grad is None for p in model.encoder.parameters()) and state.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("positions", ["learned", "rope", "alibi", "none"])
+@pytest.mark.parametrize("kind", [EncoderDecoder, PrefixDecoder])
+def test_decoder_sees_the_whole_source(kind, positions, padded):
+    """Rows of unequal sources equal each alone; cached in pieces equals at once; causal over its own tokens."""
+    model = build(kind, positions=positions, n_kv_head=2, block_size=32)
+    source, x = tokens(2, 9), tokens(2, 14, seed=2)
+    padding = torch.tensor([[False] * 9, [False] * 5 + [True] * 4]) if padded else None
+    with torch.no_grad():
+        context = model.encode(source, padding)
+        full = model(source, x, padding=padding)
+        assert full.shape == (2, 14, 20)
+        if padded:
+            close(full[1:], model(source[1:, :5], x[1:]))
+        other = x.clone()
+        other[:, 8:] = (x[:, 8:] + 1) % 20
+        changed = (model(source, other, padding=padding) - full).abs().amax(-1)
+        assert (changed[:, :8] < 1e-5).all() and (changed[:, 8:] > 0).all()
+        for place in (0, 4):                                 # each token of the source is seen, also ahead of others
+            other = source.clone()
+            other[:, place] = (source[:, place] + 1) % 20
+            assert ((model(other, x, padding=padding) - full).abs().amax((1, 2)) > 1e-4).all()
+        for sizes in ([14], [5, 1, 8], [1] * 14):
+            cache = model.new_cache(2, 14)
+            pieces = [model.decode(part, context, cache, padding) for part in x.split(sizes, 1)]
+            close(torch.cat(pieces, 1), full)
+    loss, nats = model(source, x, x.masked_fill(x == 3, -1), padding)
+    loss.backward()
+    assert nats.shape == (1, 1) and nats.item() == loss.item()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_prefix_sees_ahead_in_the_source_only():
+    """The first token of the source sees its last; with causal order alone it would not."""
+    model, source, x = build(PrefixDecoder, positions="rope"), tokens(1, 6), tokens(1, 3, seed=2)
+    plain = Transformer(model.config).eval()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        close(model(source, x), plain(torch.cat([source, x], 1), prefix=6)[:, 6:])
+        assert (model(source, x) - plain(torch.cat([source, x], 1))[:, 6:]).abs().max() > 1e-3
 
 
 def test_latents_learn_to_copy():

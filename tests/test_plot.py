@@ -88,6 +88,22 @@ def test_drawing_gives_no_warnings(tmp_path):
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_last_values_over_a_setting(tmp_path, capsys):
+    """Seeds are one row, other settings another; the last value counts; the table holds what the picture shows."""
+    runs = [make(tmp_path / str(i), values, n_layer=n, seed=i, dropout=dropout) for i, (n, dropout, values) in enumerate((
+        (2, 0.0, (3.0, 2.0)), (2, 0.0, (3.0, 2.5)), (4, 0.0, (3.0, 1.0)), (4, 0.1, (3.0, 0.5))))]
+    found = [(run, *plot.read_run(run, "step", "val", "bpb")) for run in runs]
+    rows = dict(plot.last_values(found, "n_layer"))
+    assert {label: list(by_name.values()) for label, by_name in rows.items()} == {
+        "dropout 0.0": [{2: [2.0, 2.5], 4: [1.0]}], "dropout 0.1": [{4: [0.5]}]}
+    plot.draw_over(list(rows.items()), "n_layer", "val", "bpb", tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 ")]
+    assert len(lines) == 1 and "| 2.2500 | 0.3536 | 2 | 2.0000, 2.5000 |" in lines[0]
+    with pytest.raises(UserError, match="no such setting"):
+        plot.last_values(found, "n_lair")
+
+
 def row(name, values, against="baseline", **more):
     return {"name": name, "axis": "a", "set": {}, "against": against, "factor": 1, "tuned": [], "error": "", "open": 0,
             "runs": [{"run": f"{name}{i}", "seed": i, "value": v, "max_steps": 9} for i, v in enumerate(values)],

@@ -94,8 +94,9 @@ def test_clean_leaves_alone_what_is_not_ours_and_what_is_written(tmp_path, capsy
 
 
 @pytest.mark.parametrize("words, said", [
-    (["clean"], "which runs"), (["clean", "--older_than", "soon"], "write 30m, 12h or 7d"), (["sweep"], "invalid choice"),
-    (["list", "--out_dir", "nowhere"], "no such directory"), ([], "required"), (["clean", "--tags", "x"], "unrecognized"),
+    (["clean"], "which runs"), (["clean", "--older_than", "soon"], "write 30m, 12h or 7d"),
+    (["sweep"], "invalid choice"), ([], "required"), (["clean", "--tags", "x"], "unrecognized"),
+    (["list", "--out_dir", "nowhere"], "no such directory"),
 ])
 def test_mistakes(tmp_path, capsys, words, said):
     make(tmp_path, "a")
