@@ -929,24 +929,30 @@ def _numbers(entry):
     return {key: value for key, value in entry.items() if key != "step" and type(value) in (int, float)}
 
 
+PANELS = {"loss": "loss (nats per target)", "bpb": "bits per byte", "accuracy": "exact match",
+          "digit_accuracy": "accuracy of a digit"}
+
+
 def draw_curves(directory, picture):
-    """Draws loss, and bits per byte where there are any, over the steps of a run's metrics into a PNG file."""
+    """Draws what PANELS names, as far as it is there, over the steps of a run's metrics into a PNG file."""
     from matplotlib.figure import Figure
-    curves = {"loss": {}, "bpb": {}}
+    curves = {key: {} for key in PANELS}
     for entry in run_metrics(directory):
-        for key in curves:
-            if entry.get(key) is not None:
-                curves[key].setdefault(_curve(entry), []).append((entry["step"], entry[key]))
+        for name, value in entry.items():
+            key, _, power = name.rpartition("_") if name.startswith("digit_accuracy_") else (name, "", "")
+            if key in PANELS and value is not None:
+                label = _curve(entry) + (f" 10^{power}" if power else "")
+                curves[key].setdefault(label, []).append((entry["step"], value))
     panels = [key for key in curves if curves[key]] or ["loss"]
     figure = Figure(figsize=(8, 4.5 * len(panels)), layout="constrained", dpi=100)
     for axes, key in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels):
         for name, points in sorted(curves[key].items()):
             style = dict(linewidth=1) if len(points) > 60 else dict(marker="o", markersize=3.5)
             axes.plot(*zip(*points), label=name, **style)
-        axes.set(xlabel="step", ylabel={"loss": "loss (nats per target)", "bpb": "bits per byte"}[key])
+        axes.set(xlabel="step", ylabel=PANELS[key])
         axes.grid(alpha=0.3)
         if curves[key]:
-            axes.legend()
+            axes.legend(fontsize="small" if len(curves[key]) > 6 else None)
     with replacing(picture) as file:
         figure.savefig(file, format="png")
 
