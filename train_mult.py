@@ -79,7 +79,8 @@ qk_norm = True             # RMSNorm on queries and keys
 
 # --- Losses ---
 sequence_weight = 0.0      # [>= 0.0] a wrong answer weighs 1 + this, a right one 1
-sum_weight = 0.0           # [>= 0.0] of a head that regresses the running sums of long multiplication; 0: no head
+sum_head = "none"          # [none, classes, value] in training also name, or regress, the sums of long multiplication
+sum_weight = 1.0           # [>= 0.0] of that head's loss
 forcing = "none"           # [none, linear, exponential, inverse_sigmoid] scheduled sampling; none: always true tokens
 forcing_start = 0          # [>= 0] steps before the probability of a true token starts to fall
 forcing_k = None           # [none, > 0.0] k of the schedule; none: linear 1, exponential 0.9998, inverse_sigmoid 500
@@ -136,7 +137,7 @@ debug_settings = dict(min_digits=1, max_digits=2, n_examples=1000, val_examples=
 architecture = (
     "n_latent", "n_read", "n_layer", "n_head", "n_embd", "ff_mult", "norm", "norm_gain", "bias", "positions",
     "activation", "qk_norm", "min_digits", "max_digits", "n_examples", "short_share", "val_fraction", "split_seed",
-    "format", "optimizer")
+    "format", "optimizer", "sum_head")
 
 KINDS = ("simple", "latent", "prefix")
 SCHEDULED = {"linear": 1.0, "exponential": 0.9998, "inverse_sigmoid": 500.0}  # forcing: k where none is given
@@ -177,23 +178,23 @@ def problems_asked():
 # --- Models and losses ---
 
 class Solver(nn.Module):
-    """One of the models, and with `sums` a head that reads the running sums off its decoder's last states."""
+    """One of the models; n_sums: rows of a head on its decoder's last states, for the running sums (0: no head)."""
 
-    def __init__(self, kind, config, sums=False):
+    def __init__(self, kind, config, n_sums=0):
         super().__init__()
         if kind == "prefix":             # as many layers in all, over problem and answer in a row
             self.body = PrefixDecoder(replace(config, n_layer=2 * config.n_layer, block_size=2 * config.block_size))
         else:
             self.body = EncoderDecoder(config) if kind == "simple" else LatentTransformer(config, n_latent, n_read)
         self.own, self.sum_head = {}, None
-        if sums:
-            self.sum_head = nn.Parameter(torch.empty(config.n_embd).normal_(0, 0.02))
+        if n_sums:
+            self.sum_head = nn.Parameter(torch.empty(n_sums, config.n_embd).normal_(0, 0.02))
             self.own = {"sum_head": "head"}
 
     def forward(self, source, x, padding=None):
-        """source (B, S), x (B, T) int64 -> logits (B, T, V) float32, running sums (B, T) float32 or None."""
+        """source (B, S), x (B, T) int64 -> logits (B, T, V) and the head's (B, T, n_sums), float32; None without one."""
         states = self.body.states(x, self.body.encode(source, padding), padding)
-        sums = None if self.sum_head is None else (states @ self.sum_head.to(states.dtype)).float()
+        sums = None if self.sum_head is None else F.linear(states, self.sum_head).float()
         return self.body.classify(states), sums
 
     def n_params(self):
@@ -233,6 +234,24 @@ class SequenceAccuracyLoss(nn.Module):
             w = w * n / (w * present).sum().clamp(min=1)
         loss = (w.unsqueeze(1) * ce * mask).sum() / mask.sum().clamp(min=1)
         return loss, (correct * present).sum() / n
+
+
+def sum_loss(sums, truth, mask, n_classes):
+    """Auxiliary loss on running sums, a mean over `mask` (B, T) bool; truth (B, T) int64, from 0 to n_classes - 1.
+
+    sums (B, T, n_classes): cross-entropy over all sums that there are, nats. sums (B, T, 1): squared error, in units of
+    a tenth of the largest sum (Bai et al. 2025 regress).
+    """
+    if sums.size(2) > 1:
+        error = F.cross_entropy(sums.flatten(0, 1), truth.flatten(), reduction="none").view(truth.shape)
+    else:
+        error = (sums.squeeze(2) - truth * (10 / n_classes)).square()
+    return (error * mask).sum() / mask.sum().clamp(min=1)
+
+
+def named_sums(sums, n_classes):
+    """The running sums (B, T) int64 that a head's output (B, T, n_classes), or (B, T, 1), says."""
+    return sums.argmax(2) if sums.size(2) > 1 else (sums.squeeze(2) * (n_classes / 10)).round().long()
 
 
 class Forcing:
@@ -299,7 +318,8 @@ class Learner:
     def __init__(self, name, config, where, precision):
         seed_everything(seed, deterministic)
         self.name, self.where = name, where
-        self.model = Solver(name, config, sum_weight > 0).to(where)
+        n_sums = {"none": 0, "value": 1, "classes": Notation(format, max_digits).n_sums}[sum_head]
+        self.model = Solver(name, config, n_sums).to(where)
         self.net = torch.compile(self.model) if compile else self.model
         self.opt = optim.build(optimizer, self.model.named_parameters(), parameter_roles(self.model), lr=lr,
                                weight_decay=weight_decay, betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr,
@@ -384,22 +404,27 @@ def evaluate(model, notation, pairs, autocast):
     """A model on problems (N, 2), teacher-forced: the argmax of every token is right exactly where greedy decoding is.
 
     Returns a dict: loss (nats per target), accuracy (all targets right), digit_loss and digit_accuracy ({power of ten:
-    value}, each over the products that have this digit), examples; and for reports `predicted`, `targets`, `places`
-    (N, T).
+    value}, each over the products that have this digit), examples; with a head for running sums sum_accuracy (of those
+    of the digits); and for reports `predicted`, `targets`, `places` (N, T).
     """
     model.eval()
-    parts = {"predicted": [], "targets": [], "places": [], "nats": []}
+    parts = {"predicted": [], "targets": [], "places": [], "nats": [], "sums": []}
     for chunk in pairs.split(eval_batch_size):
         a, b = chunk.long().unbind(1)
         targets, places = notation.answers(a, b)
         source, padding = notation.sources(a, b)
         with autocast:
-            logits, _ = model(source, notation.inputs(targets), padding)
+            logits, sums = model(source, notation.inputs(targets), padding)
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
         for name, value in (("predicted", logits.argmax(-1)), ("targets", targets), ("places", places), ("nats", nats)):
             parts[name].append(value)
+        if sums is not None:
+            truth = notation.running_sums(a, b).gather(1, places.clamp(min=0))
+            parts["sums"].append((named_sums(sums, notation.n_sums) == truth)[places >= 0])
     model.train()
-    found = {name: torch.cat(values).cpu() for name, values in parts.items()}
+    found = {name: torch.cat(values).cpu() for name, values in parts.items() if values}
+    if "sums" in found:
+        found["sum_accuracy"] = found.pop("sums").double().mean().item()
     right, places, nats = found["predicted"] == found["targets"], found["places"], found.pop("nats").double()
     counted = places > -2
     digits = [k for k in range(notation.width) if (places == k).any()]
@@ -411,7 +436,8 @@ def evaluate(model, notation, pairs, autocast):
 
 def numbers_of(found):
     """What of `evaluate` goes into metrics.jsonl."""
-    return {"loss": found["loss"], "accuracy": found["accuracy"], "examples": found["examples"],
+    plain = ("loss", "accuracy", "examples", "sum_accuracy")
+    return {**{name: found[name] for name in plain if name in found},
             **{f"digit_accuracy_{k}": value for k, value in found["digit_accuracy"].items()},
             **{f"digit_loss_{k}": value for k, value in found["digit_loss"].items()}}
 
@@ -598,9 +624,8 @@ def main():
                     objective, accuracy = loss_function(logits, targets, places > -2)
                     nats = plain_loss(logits.detach(), targets, places > -2)[0] if sequence_weight else objective
                     if sums is not None:
-                        truth = notation.running_sums(a, b).gather(1, places.clamp(min=0)) / (10 * max_digits)
-                        error = (sums - truth).square() * (places >= 0)
-                        objective = objective + sum_weight * error.sum() / (places >= 0).sum()
+                        truth = notation.running_sums(a, b).gather(1, places.clamp(min=0))
+                        objective = objective + sum_weight * sum_loss(sums, truth, places >= 0, notation.n_sums)
                     learner.scaler.scale(objective / grad_accum).backward()
                     total, exact = total + nats.detach() / grad_accum, exact + accuracy / grad_accum
                 learner.scaler.unscale_(learner.opt)

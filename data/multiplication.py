@@ -178,6 +178,7 @@ class Notation:
         self.source_length = 2 * max_digits + 1
         self.answer_length = {"padded": self.width, "trace": 3 * self.width}.get(format, self.width + 1)
         self.fixed = format in ("padded", "trace")
+        self.n_sums = 90 * max_digits                # running sums are below: 81 max_digits and a tenth of the last
 
     def digits(self, x, n):
         """x (B,) int64 -> (B, n) its digits, least significant first."""
@@ -228,7 +229,8 @@ class Notation:
 
     def running_sums(self, a, b):
         """a, b (B,) -> (B, 2 max_digits) int64: the column sums of long multiplication with what is carried into them,
-        c_k = sum of a_i b_(k-i) + floor(c_(k-1) / 10); digit k of the product is c_k mod 10 (Bai et al. 2025)."""
+        c_k = sum of a_i b_(k-i) + floor(c_(k-1) / 10); digit k of the product is c_k mod 10 (Bai et al. 2025). All are
+        below n_sums = 90 max_digits."""
         x, y, sums = self.digits(a, self.width), self.digits(b, self.width), []
         carry = torch.zeros_like(a)
         for k in range(self.width):

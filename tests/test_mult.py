@@ -1,4 +1,4 @@
-"""Multiplication: the split, how problems are written, the loss's identities, teacher forcing, the models. About 90 s."""
+"""Multiplication: the split, how problems are written, the loss's identities, teacher forcing, the models: 90 s."""
 import math
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from data import multiplication  # noqa: E402
 from data.multiplication import END, FORMATS, PADDING, SYMBOLS, Notation, Problems, Stream, held_out  # noqa: E402
 from experiment import UserError, override  # noqa: E402
 from test_scripts import fresh  # noqa: E402
-from train_mult import Forcing, SequenceAccuracyLoss  # noqa: E402
+from train_mult import Forcing, SequenceAccuracyLoss, named_sums, sum_loss  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -316,8 +316,9 @@ def script(*words):
 SMALL = ("--n_embd", "32", "--n_head", "2", "--device", "cpu", "--dtype", "float32")
 
 
-def trained(words, steps, name="simple", pairs=None):
-    """A Learner after some steps of plain teacher forcing on `pairs`, or on the script's own stream."""
+def trained(words, steps, name="simple", pairs=None, sums=0.0):
+    """A Learner after some steps of plain teacher forcing on `pairs`, or on the script's own stream; sums: weight of a
+    head's loss."""
     g, _, notation, config = script(*words)
     learner = g["Learner"](name, config, torch.device("cpu"), torch.float32)
     if pairs is None:
@@ -329,8 +330,12 @@ def trained(words, steps, name="simple", pairs=None):
         targets, places = notation.answers(a, b)
         for group in learner.opt.param_groups:
             group["lr"] = group["base_lr"] * min(1, (step + 1) / 50, 2 * (1 - step / steps))
-        logits, _ = learner.model(source, notation.inputs(targets), padding)
-        loss_function(logits, targets, places > -2)[0].backward()
+        logits, said = learner.model(source, notation.inputs(targets), padding)
+        loss = loss_function(logits, targets, places > -2)[0]
+        if sums:
+            truth = notation.running_sums(a, b).gather(1, places.clamp(min=0))
+            loss = loss + sums * sum_loss(said, truth, places >= 0, notation.n_sums)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(learner.model.parameters(), 1.0)
         learner.opt.step()
         learner.opt.zero_grad()
@@ -422,19 +427,49 @@ def test_padding_does_not_matter():
         torch.testing.assert_close(beside, junk, rtol=1e-6, atol=1e-6)
 
 
-def test_sums_head_learns_running_sums_and_leaves_the_rest():
-    """With weight 0 there is no head; with one, every parameter is claimed and the logits at first are the same."""
-    plain, with_head = (script(*SMALL, "--sum_weight", str(weight)) for weight in (0, 1))
-    models = [g["Learner"]("simple", config, torch.device("cpu"), torch.float32).model
-              for g, _, _, config in (plain, with_head)]
-    assert models[0].sum_head is None and models[1].n_params() == models[0].n_params() + 32
-    notation = plain[2]
-    a, b = torch.tensor([123]), torch.tensor([456])
+def test_sum_loss_by_the_formula():
+    """Uniform: ln of the number of sums; the truth: 0; masked places change nothing; values: squared error by hand."""
+    notation = Notation("padded", 3)
+    truth = notation.running_sums(*torch.tensor([[999, 123], [999, 45]]))
+    assert truth.max() == 9 * 9 * 3 + 17 < notation.n_sums == 270    # 999 x 999: 81, 170, 260, 188, 99, 9
+    mask = torch.ones_like(truth, dtype=torch.bool)
+    assert sum_loss(torch.zeros(2, 6, 270), truth, mask, 270).item() == pytest.approx(math.log(270))
+    sure = 100.0 * F.one_hot(truth, 270)
+    assert sum_loss(sure, truth, mask, 270) == 0 and torch.equal(named_sums(sure, 270), truth)
+    junk, mask[0, 3] = sure.clone(), False
+    junk[0, 3] = torch.arange(270) * 1.0
+    assert sum_loss(junk, truth, mask, 270) == 0
+    value = (truth + torch.tensor([[0.4], [-0.4]]))[..., None] / 27
+    assert sum_loss(value, truth, mask, 270).item() == pytest.approx((0.4 / 27) ** 2, rel=1e-4)
+    assert torch.equal(named_sums(value, 270), truth) and not torch.equal(named_sums(value * 1.01, 270), truth)
+    assert sum_loss(sure, truth, torch.zeros_like(mask), 270) == 0
+
+
+def test_running_sums_are_below_their_number():
+    for digits in range(1, 9):
+        notation, x = Notation("padded", digits), torch.tensor([10 ** digits - 1])
+        assert notation.running_sums(x, x).max() < notation.n_sums == 90 * digits
+
+
+@pytest.mark.parametrize("head, rows", [("classes", 90), ("value", 1)])
+def test_sum_head_learns_running_sums_and_leaves_the_rest(head, rows):
+    """Without, there are no such weights; with one, all else starts the same, and on training pairs it gets right."""
+    words = [*SMALL, "--min_digits", "1", "--max_digits", "1", "--format", "padded", "--n_examples", "2000"]
+    models = []
+    for choice in ("none", head):
+        g, _, notation, config = script(*words, "--sum_head", choice)
+        models.append(g["Learner"]("simple", config, torch.device("cpu"), torch.float32).model)
+    assert models[0].sum_head is None and models[1].n_params() == models[0].n_params() + 32 * rows
+    a, b = Problems(1, 1, 64).train.long().unbind(1)
     source, padding = notation.sources(a, b)
-    x = notation.inputs(notation.answers(a, b)[0])
+    targets, places = notation.answers(a, b)
+    x = notation.inputs(targets)
     with torch.no_grad():
         (one, none), (two, sums) = models[0](source, x, padding), models[1](source, x, padding)
-    assert none is None and torch.equal(one, two) and sums.shape == x.shape
+    assert none is None and torch.equal(one, two) and sums.shape == (*x.shape, rows)
+    g, learner, notation = trained([*words, "--sum_head", head], 300, sums=30.0 if head == "value" else 1.0)
+    found = g["evaluate"](learner.model, notation, torch.stack([a, b], 1), torch.autocast("cpu", enabled=False))
+    assert found["sum_accuracy"] > 0.95 and "sum_accuracy" in g["numbers_of"](found), found["sum_accuracy"]
 
 
 def test_a_model_alone_learns_what_it_learns_beside_another():

@@ -21,7 +21,7 @@ TINY = dict(min_digits=1, max_digits=2, n_examples=500, val_fraction=0.2, val_ex
             n_embd=16, batch_size=8, max_steps=12, warmup_steps=2, eval_interval=5, eval_examples=40, save_interval=1,
             log_interval=1, device="cpu", dtype="float32", run_name="run", tag="test")
 FORCED = dict(dropout=0.2, forcing="linear", forcing_start=4, forcing_slope=0.05, stability_window=2, stability_eps=0.5,
-              eval_interval=2, sequence_weight=1.0, sum_weight=0.5, ema_decay=0.9, grad_accum=2)
+              eval_interval=2, sequence_weight=1.0, sum_head="classes", ema_decay=0.9, grad_accum=2)
 
 
 @pytest.fixture(scope="module")

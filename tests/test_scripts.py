@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data import text  # noqa: E402
 from evaluate import score  # noqa: E402
+import experiment  # noqa: E402
 from experiment import load_checkpoint, override  # noqa: E402
 from model import Transformer, from_checkpoint  # noqa: E402
 from test_resume import Forks, assert_done, assert_error, snapshot, wait_for  # noqa: E402
@@ -261,10 +262,13 @@ def noting(what):
 
 # ------------------------------------------------------------------------------------------------ settings, in-process
 
-def test_presets_are_legal():
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script.startswith("train_")])
+def test_presets_are_legal(script):
     """Every preset passes the parser and the script's own check, alone and with a flag over it."""
-    for preset in fresh("train_enwik8.py")["presets"]:
-        g = fresh("train_enwik8.py")
+    presets = fresh(script)["presets"]
+    assert "cpu" in presets
+    for preset in presets:
+        g = fresh(script)
         g["check"](override(g, ["--preset", preset, "--batch_size", "3"]))
         assert g["batch_size"] == 3 and g["preset"] == preset
 
@@ -307,12 +311,14 @@ def python_commands(lines):
                 yield words[1:]
 
 
-def assert_typable(words):
-    """The script is there, and takes these words."""
+def assert_typable(words, empty):
+    """The script is there, and takes these words; `empty`: a folder without runs."""
     script, words = words[0], [word for word in words[1:] if word not in ("&", ">", "...", "-h", "--help")]
     assert (ROOT / script).is_file(), f"{script} is not there"
     g = fresh(script)
-    if "override" in g:
+    if script == "experiment.py":                            # words of its own: among no runs all do nothing
+        experiment.main([*words, "--out_dir", str(empty)])
+    elif "override" in g:
         bare = next((name for name in ("checkpoint", "grid", "runs") if name in g), None)
         settings = override(g, words, positional=bare)
         if "check" in g:
@@ -323,17 +329,18 @@ def assert_typable(words):
             assert not word.startswith("--") or f'"{word.partition("=")[0]}"' in source, word
 
 
-def test_readme_commands():
+def test_readme_commands(tmp_path):
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
     assert TEST_COMMAND in ci.splitlines() and TEST_COMMAND in readme and FIRST_COMMAND in readme
     assert readme.index(FIRST_COMMAND) < 3000, "the README opens with what this is, then the two commands"
     blocks = re.findall(r"^```[^\n]*\n(.*?)^```", readme, re.M | re.S)
     found = [words for block in blocks for words in python_commands(block.splitlines())]
-    assert {words[0] for words in found} >= {"train_enwik8.py", "evaluate.py", "sample.py"}
+    assert {words[0] for words in found} >= {"train_enwik8.py", "train_mult.py", "evaluate.py", "sample.py",
+                                             "experiment.py"}
     for words in found:
         with noting(" ".join(words)):
             try:
-                assert_typable(words)
+                assert_typable(words, tmp_path)
             except Exception as error:
                 raise AssertionError(f"{type(error).__name__}: {error}") from error
     for package in (ROOT / "requirements.txt").read_text().splitlines():
@@ -341,8 +348,8 @@ def test_readme_commands():
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "data/text.py"])
-def test_commands_in_docstrings(script):
+def test_commands_in_docstrings(script, tmp_path):
     found = list(python_commands(fresh(script)["__doc__"].splitlines()))
     assert found
     for words in found:
-        assert_typable(words)
+        assert_typable(words, tmp_path)
