@@ -536,6 +536,7 @@ def main():
     problems = Problems(min_digits, max_digits, n_examples, val_fraction, val_examples, split_seed,
                         short_share)
     stream, val = Stream(problems.train.to(where), data_seed), problems.val.to(where)
+    seen = stream.examples[(stream.examples >= numbers(min_digits)[0]).all(1)][:eval_examples]  # none is shorter
     print(problems.describe())
     print(notation.example(*stream.at(0, 1)[0].tolist()))
 
@@ -556,7 +557,7 @@ def main():
             answer_questions(learners, notation, settings)
         for learner in learners if eval_only else ():
             with learner.evaluated():
-                for title, pairs in (("training", stream.examples[:eval_examples]), ("held-out", val)):
+                for title, pairs in (("training", seen), ("held-out", val)):
                     found = evaluate(learner.model, notation, pairs, autocast)
                     report(found, notation, f"{learner.name}, step {learner.step:,}, {title} pairs")
         return
@@ -582,7 +583,7 @@ def main():
                 loop["evaluated"] = step
                 with learner.evaluated():
                     found = evaluate(learner.model, notation, val[:eval_examples], autocast)
-                    trained = evaluate(learner.model, notation, stream.examples[:eval_examples], autocast)
+                    trained = evaluate(learner.model, notation, seen, autocast)
                 learner.forcing.validated(found["loss"])
                 loop["history"] = [*loop["history"], [step, found["loss"], found["accuracy"]]]
                 run.log(step=step, model=learner.name, split="val", **numbers_of(found),

@@ -72,7 +72,7 @@ class Problems:
             raise UserError(f"n_examples {n_examples}, val_examples {val_examples}: each must be at least 1; "
                             f"val_fraction {val_fraction}: above 0 and below 1; short_share {short_share}: from 0 to 1")
         self.min_digits, self.max_digits, self.seed, self.val_fraction = min_digits, max_digits, seed, val_fraction
-        short = round(n_examples * short_share)
+        self.n_short = short = round(n_examples * short_share)
         self.train, self.n_pairs = self._side([(min_digits, n_examples - short), (1, short)], False)
         self.val, self.n_held_out = self._side([(min_digits, val_examples)], True)
         for side, pairs in (("training", self.train), ("held-out", self.val)):
@@ -124,6 +124,7 @@ class Problems:
         """One line: how many, split how, with seed and hash."""
         span = f"{self.min_digits}" if self.min_digits == self.max_digits else f"{self.min_digits} to {self.max_digits}"
         of = "" if self.n_pairs is None else f" of {self.n_pairs:,} ordered pairs"
+        of = f"{f' ({self.n_short:,} with 1 to {self.max_digits} digits)' if self.n_short else ''}{of}"
         left = "" if self.n_held_out is None else f" of {self.n_held_out:,}"
         return (f"{span} digits: {len(self.train):,} training examples{of}, {len(self.val):,} held-out pairs{left}; "
                 f"split by unordered pair: seed {self.seed}, hash {self.hash}")
