@@ -15,6 +15,7 @@ fit into the baseline's seconds: so it is compared per step and per second.
     script: train_enwik8.py
     out_dir: runs/one_change
     metric: val_bpb_raw                # of summary.json; less is better
+    show: [val_accuracy]               # other numbers of summary.json that the table prints beside it
     base: {n_layer: 4, lr: 0.004}      # settings of every run
     seeds: [1, 2, 3, 4, 5]
     tune: {settings: [lr], factors: [0.5, 1, 2]}
@@ -56,7 +57,7 @@ jobs = 2                 # [>= 1] runs at a time
 threads = 1              # [>= 1] CPU threads of each
 checkpoints = False      # keep the checkpoints of finished runs
 
-SHAPE = {"script": str, "out_dir": str, "metric": str, "base": dict, "seeds": list, "tune": dict, "speed": dict,
+SHAPE = {"script": str, "out_dir": str, "metric": str, "show": list, "base": dict, "seeds": list, "tune": dict, "speed": dict,
          "rows": dict}
 ROW_SHAPE = {"axis": str, "set": dict, "against": str}
 BASELINE = "baseline"
@@ -92,6 +93,7 @@ class Result:
     times: list = field(default_factory=list)          # seconds per step, of each stretch between two lines of metrics
     parameters: int = None
     error: str = ""
+    shown: dict = field(default_factory=dict)          # {name: number} of what the table prints beside
 
 
 @dataclass
@@ -128,6 +130,7 @@ class Grid:
         if not self.script.is_file():
             raise UserError(f"{path}: there is no script {plan['script']}")
         self.folder, self.metric, self.seeds = Path(plan["out_dir"]), plan["metric"], plan["seeds"]
+        self.show = plan.get("show", [])
         if len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds) or not all(type(s) is int for s in self.seeds):
             raise UserError(f"{path}: seeds must be at least 2 different whole numbers, not {self.seeds}")
         tune = plan.get("tune", {})
@@ -190,7 +193,7 @@ class Grid:
         timing = "-speed-" in cell.run
         if summary.get("status") == "done" and (timing or isinstance(summary.get(self.metric), (int, float))):
             found = Result("done", summary.get(self.metric), step_times(self.home / cell.run / "metrics.jsonl"),
-                           summary.get("parameters"))
+                           summary.get("parameters"), shown={name: summary.get(name) for name in self.show})
             self.known[cell.run] = found
             return found
         if summary.get("status") == "done":
@@ -296,8 +299,8 @@ class Grid:
         """out_dir/grid.json: what plot.py makes the table from."""
         def run(cell):
             result = self.result(cell)
-            return {"run": cell.run, "seed": cell.seed, "value": result.value, "max_steps":
-                    json.loads(cell.settings).get("max_steps")}
+            return {"run": cell.run, "seed": cell.seed, "value": result.value, **({"shown": result.shown} if self.show
+                    else {}), "max_steps": json.loads(cell.settings).get("max_steps")}
         rows = [{"name": row.name, "axis": row.axis, "set": row.changes, "against": row.against,
                  "factor": mine.factor, "tuned": [[factor, value] for factor, value in mine.tuned.items()],
                  "runs": [run(cell) for cell in mine.cells], "step_seconds": mine.step_seconds,

@@ -212,19 +212,21 @@ def markdown(index):
     """The table of a grid.json as lines of Markdown."""
     sigma, baseline, judged = judge(index)
     mean = statistics.mean(baseline)
-    lines = [f"Baseline: {mean:.4f} ({index['metric']}), {len(baseline)} seeds, sigma {sigma:.4f}; a row of two seeds "
-             f"counts from {NOISE * sigma * math.sqrt(1 / 2 + 1 / len(baseline)):.4f} on, of three from "
+    names = list(index["rows"][0]["runs"][0].get("shown", {}))
+    beside = "".join(f", {name} {shown_of(index['rows'][0], name)}" for name in names)
+    timed = ["seconds a step", "at equal seconds"] if any("time" in found for found in judged) else []
+    columns = ["axis", "change", "mean", "difference", "at equal steps", *timed, "parameters", "rate", "seeds", *names]
+    lines = [f"Baseline: {mean:.4f} ({index['metric']}){beside}, {len(baseline)} seeds, sigma {sigma:.4f}; a row of "
+             f"two seeds counts from {NOISE * sigma * math.sqrt(1 / 2 + 1 / len(baseline)):.4f} on, of three from "
              f"{NOISE * sigma * math.sqrt(1 / 3 + 1 / len(baseline)):.4f}.", "",
-             "| axis | change | mean | difference | at equal steps | seconds a step | at equal seconds | parameters | "
-             "rate | seeds |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+             f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
     edges = (min(index["factors"]), max(index["factors"])) if len(index["factors"]) > 1 else ()
     for found in judged:
         row = found["row"]
         name = row["name"] + (f" (against {row['against']})" if row["against"] != index["rows"][0]["name"] else "")
         if "verdict" not in found:
             why = row["error"] or (f"{row['open']} runs to go" if row["open"] else "not measured")
-            lines.append(f"| {row['axis']} | {name} | {why} | | | | | | | |")
+            lines.append(f"| {row['axis']} | {name} | {why} |" + " |" * (len(columns) - 3))
             continue
         seconds = f"{found['time']:.2f}" if "time" in found else ""
         equal = ""
@@ -234,12 +236,19 @@ def markdown(index):
             equal = f"{found['equal'][0]:+.4f}: {WORDS[found['equal'][1]]}"
         size = f"{found['size'] - 1:+.1%}" if "size" in found and abs(found["size"] - 1) > 0.0101 else "same"
         mean, star = statistics.mean(found["values"]), "*" if row["factor"] in edges else ""
-        cells = [row["axis"], name, f"{mean:.4f}", f"{found['difference']:+.4f}", WORDS[found["verdict"]], seconds,
-                 equal, size, f"x{row['factor']:g}{star}", len(found["values"])]
+        cells = [row["axis"], name, f"{mean:.4f}", f"{found['difference']:+.4f}", WORDS[found["verdict"]],
+                 *([seconds, equal] if timed else []), size if "size" in found else "", f"x{row['factor']:g}{star}",
+                 len(found["values"]), *(shown_of(row, name) for name in names)]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     if edges:
         lines += ["", "\\* the best of the tried rates is the smallest or the largest: a better one may lie beyond."]
     return lines
+
+
+def shown_of(row, name):
+    """What a table prints beside a row's metric: the mean of another number of its runs, '' where one has none."""
+    values = [run["shown"].get(name) for run in row["runs"]]
+    return f"{statistics.mean(values):.4f}" if values and None not in values else ""
 
 
 def draw_table(index, path):

@@ -669,7 +669,7 @@ def main():
         if saved != [learner.step for learner in learners]:
             run.save("last.pt", state())
         run.summary(step=max(learner.step for learner in learners), peak_memory=peak_memory(where),
-                    hash=problems.hash)
+                    hash=problems.hash, parameters=sum(learner.model.n_params() for learner in learners))
         for learner in learners:
             loop, name = learner.loop, learner.name
             run.summary(**{f"step_{name}": learner.step, f"best_accuracy_{name}": loop["best"][0],
