@@ -195,7 +195,7 @@ class Solver(nn.Module):
             self.own = {"sum_head": "head"}
 
     def forward(self, source, x, padding=None):
-        """source (B, S), x (B, T) int64 -> logits (B, T, V) and the head's (B, T, n_sums), float32; None without one."""
+        """source (B, S), x (B, T) int64 -> logits (B, T, V) and the head's output (B, T, n_sums) or None, float32."""
         states = self.body.states(x, self.body.encode(source, padding), padding)
         sums = None if self.sum_head is None else F.linear(states, self.sum_head).float()
         return self.body.classify(states), sums

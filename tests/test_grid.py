@@ -152,6 +152,15 @@ def test_a_whole_grid(plan):
     assert "(against slow)" in next(text for text in table if "slow again" in text)
 
 
+def test_what_a_table_shows_beside(plan):
+    path = plan("better: {set: {kind: better}}", replace=[
+        ("seeds: [1, 2, 3, 4, 5]", "seeds: [1, 2]\nshow: [step, lost]"), ("[0.5, 1, 2]", "[1]"),
+        ("speed: {max_steps: 60}", "")])
+    assert run(path).returncode == 0
+    index = json.loads((path.parent / "out" / "grid.json").read_text())
+    assert all(entry["shown"] == {"step": 100, "lost": None} for row in index["rows"] for entry in row["runs"])
+
+
 def test_a_changed_yaml_runs_only_what_is_new(plan):
     path = plan("one: {set: {kind: better}}", "two: {set: {kind: worse}}")
     assert run(path).returncode == 0

@@ -90,7 +90,7 @@ def test_drawing_gives_no_warnings(tmp_path):
 
 def test_last_values_over_a_setting(tmp_path, capsys):
     """Seeds are one row, other settings another; the last value counts; the table holds what the picture shows."""
-    runs = [make(tmp_path / str(i), values, n_layer=n, seed=i, dropout=dropout) for i, (n, dropout, values) in enumerate((
+    runs = [make(tmp_path / str(i), values, n_layer=n, seed=i, dropout=p) for i, (n, p, values) in enumerate((
         (2, 0.0, (3.0, 2.0)), (2, 0.0, (3.0, 2.5)), (4, 0.0, (3.0, 1.0)), (4, 0.1, (3.0, 0.5))))]
     found = [(run, *plot.read_run(run, "step", "val", "bpb")) for run in runs]
     rows = dict(plot.last_values(found, "n_layer"))
@@ -132,3 +132,17 @@ def test_the_table():
     assert "**better**" in text["chained (against worse)"]
     with pytest.raises(UserError, match="at least 2"):
         plot.markdown({"metric": "m", "factors": [1], "rows": [row("baseline", [2.0], None)]})
+
+
+def test_other_numbers_beside_the_metric():
+    """Means of the runs of a row; nothing where one has none; without timing runs there are no columns for time."""
+    def given(values):
+        return [{"run": "r", "seed": i, "value": 2 + i / 100, "max_steps": 9, "shown": {"exact": value}}
+                for i, value in enumerate(values)]
+    values = {"baseline": [0.5, 0.7], "a": [0.1, 0.4], "b": [0.1, None]}
+    rows = [row(name, [], "baseline", step_seconds=None, parameters=None) | {"runs": given(mine)}
+            for name, mine in values.items()]
+    lines = plot.markdown({"metric": "m", "factors": [1], "slower": 0.1, "rows": [*rows, row("open", [], open=2)]})
+    assert ", exact 0.6000, 2 seeds" in lines[0] and "seconds" not in lines[2] and lines[2].endswith(" seeds | exact |")
+    assert lines[4].endswith(" | 2 | 0.2500 |") and lines[5].endswith(" | 2 |  |") and "same" not in lines[4]
+    assert {line.count("|") for line in lines[2:]} == {lines[2].count("|")}
