@@ -484,11 +484,11 @@ def _others(path):
     return sorted(other for other in path.parent.glob("[!.]*.pt") if other.name != path.name)
 
 
-def find_resume(settings, script):
+def find_resume(settings, script, needed=False):
     """Path of the checkpoint that the setting `resume` means, or None: start at step 0. Only reads; says which.
 
-    A run that was killed before its first save starts anew. UserError: a path that is not there, or a run that has lost
-    the last.pt it once had.
+    A run that was killed before its first save starts anew. UserError: a path that is not there, a run that has lost
+    the last.pt it once had, or no checkpoint where one is `needed`.
     """
     wanted = settings["resume"]
     if wanted is False:
@@ -500,7 +500,10 @@ def find_resume(settings, script):
         raise UserError(f"{directory} has no checkpoint, although its summary.json says step {reached}: "
                         "start again under another --run_name")
     if fresh:
-        print(f"no checkpoint yet in {directory or Path(settings['out_dir'], Path(script).stem)}: starting at step 0")
+        place = directory or Path(settings["out_dir"], Path(script).stem)
+        if needed:
+            raise UserError(f"no checkpoint yet in {place}: train first")
+        print(f"no checkpoint yet in {place}: starting at step 0")
         return None
     path = find_checkpoint(directory)
     print(f"resuming from {path}")

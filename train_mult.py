@@ -153,6 +153,8 @@ def check(settings):
     for name in names:
         if name not in KINDS or names.count(name) > 1:
             raise UserError(f"--models {models}: must be of {', '.join(KINDS)}, each once, with commas between")
+    if n_embd % n_head:
+        raise UserError(f"n_head {n_head} does not divide n_embd {n_embd}")
     if min_digits > max_digits:
         raise UserError(f"min_digits {min_digits} is more than max_digits {max_digits}")
     if forcing == "exponential" and forcing_k and forcing_k >= 1 or forcing == "inverse_sigmoid" and forcing_k and (
@@ -519,10 +521,8 @@ def main():
     only_read = eval_only or ask is not None
     if only_read and resume is False:
         raise UserError(f"--{'eval_only' if eval_only else 'ask'} goes with --resume, or --resume PATH: which model?")
-    checkpoint_path = find_resume(settings, __file__)
+    checkpoint_path = find_resume(settings, __file__, needed=only_read)
     checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
-    if only_read and not checkpoint:
-        raise UserError("there is no run yet: train one first")
     if checkpoint:
         if checkpoint.get("script") != "train_mult":
             raise UserError(f"{checkpoint_path} is a checkpoint of {checkpoint.get('script')}, not of train_mult")

@@ -160,12 +160,13 @@ def test_tensorboard_is_one_curve_for_each_model(forks, copy, tmp_path):
 def test_dimensions_come_from_the_checkpoint(forks, base, copy, tmp_path):
     """What makes the weights, and what is held out, is the checkpoint's; one line says which flags were overruled."""
     command = train(tmp_path / "runs", "--resume", copy / "step_00000008.pt", **KEEP | dict(
-        n_layer=3, n_embd=64, n_latent=2, split_seed=9, max_digits=3))
+        n_layer=3, n_embd=64, n_latent=2, split_seed=9, max_digits=3, sum_head="value"))
     child = forks.run(command, tmp_path)
     assert_done(child)
     said = [line for line in child.out.splitlines() if "overruled" in line]
     assert len(said) == 1
-    for phrase in ("n_layer 1 comes", "--n_layer 3 is", "--n_embd 64 is", "n_latent 8", "split_seed 0", "max_digits 2"):
+    for phrase in ("n_layer 1 comes", "--n_layer 3 is", "--n_embd 64 is", "n_latent 8", "split_seed 0", "max_digits 2",
+                   "sum_head none"):
         assert phrase in said[0]
     assert_same_end(copy, base)
 
@@ -269,6 +270,12 @@ def test_mistakes(forks, base, copy, tmp_path, words, said):
     command = ["train_mult.py", "--out_dir", tmp_path / "runs", *words, *named]
     assert_error(forks.run(command, tmp_path), said)
     assert snapshot(tmp_path) == before
+
+
+def test_questions_before_any_training(forks, tmp_path):
+    for words in (["--eval_only"], ["--ask", "12*34"]):
+        assert_error(forks.run(["train_mult.py", "--resume", *words], tmp_path), "no checkpoint yet", "train first")
+    assert snapshot(tmp_path) == {}
 
 
 def test_foreign_checkpoint(forks, copy, tmp_path):
