@@ -32,8 +32,9 @@ import torch._inductor, torch.utils.tensorboard, matplotlib.figure, bench, evalu
 matplotlib.figure.Figure(layout="constrained").savefig(io.BytesIO(), format="png")                # reads the fonts
 gc.freeze()                                                              # forks share the memory of all that
 listener = socket.socket(socket.AF_UNIX)
-listener.bind(sys.argv[2])
+listener.bind(sys.argv[2] + ".new")
 listener.listen()
+os.rename(sys.argv[2] + ".new", sys.argv[2])                             # who finds it can connect
 listener.settimeout(5)
 parent, request = os.getppid(), None
 while request is None:
