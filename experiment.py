@@ -939,18 +939,24 @@ PANELS = {"loss": "loss (nats per target)", "bpb": "bits per byte", "accuracy": 
 def draw_curves(directory, picture):
     """Draws what PANELS names, as far as it is there, over the steps of a run's metrics into a PNG file."""
     from matplotlib.figure import Figure
-    curves = {key: {} for key in PANELS}
+    curves, powers, whose = {key: {} for key in PANELS}, {}, {}
     for entry in run_metrics(directory):
         for name, value in entry.items():
             key, _, power = name.rpartition("_") if name.startswith("digit_accuracy_") else (name, "", "")
             if key in PANELS and value is not None:
                 label = _curve(entry) + (f" 10^{power}" if power else "")
                 curves[key].setdefault(label, []).append((entry["step"], value))
+                if power:                                    # a colour for each digit, a line style for each model
+                    powers[label] = int(power)
+                    whose.setdefault(_curve(entry), len(whose))
     panels = [key for key in curves if curves[key]] or ["loss"]
     figure = Figure(figsize=(8, 4.5 * len(panels)), layout="constrained", dpi=100)
     for axes, key in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels):
         for name, points in sorted(curves[key].items()):
             style = dict(linewidth=1) if len(points) > 60 else dict(marker="o", markersize=3.5)
+            if name in powers:
+                dashes = ("-", "--", ":", "-.")[whose[name.rpartition(" ")[0]] % 4]
+                style |= dict(color=f"C{powers[name] % 10}", linestyle=dashes)
             axes.plot(*zip(*points), label=name, **style)
         axes.set(xlabel="step", ylabel=PANELS[key])
         axes.grid(alpha=0.3)

@@ -779,12 +779,16 @@ def test_curves_show_values_as_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, format: seen.extend(figure.axes))
     lines = [{"step": i, "split": "val", "model": "latent", "loss": 1.0 - i, "accuracy": 0.1 * i,
               "digit_accuracy_0": 1.0, "digit_accuracy_11": 0.2} for i in range(5)]
+    lines += [{"step": 1, "split": "val", "model": "simple", "digit_accuracy_0": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     draw_curves(tmp_path, tmp_path / "curves.png")
     assert [axes.get_ylabel() for axes in seen] == ["loss (nats per target)", "exact match", "accuracy of a digit"]
     assert seen[0].get_yscale() == "linear" and list(seen[0].lines[0].get_ydata()) == [1, 0, -1, -2, -3]
     assert seen[0].get_ylim()[0] < -3
-    assert [line.get_label() for line in seen[2].lines] == ["latent/val 10^0", "latent/val 10^11"]
+    one, eleven, other = seen[2].lines                       # a colour for each digit, a line style for each model
+    assert [line.get_label() for line in seen[2].lines] == ["latent/val 10^0", "latent/val 10^11", "simple/val 10^0"]
+    assert one.get_color() == other.get_color() != eleven.get_color()
+    assert one.get_linestyle() == eleven.get_linestyle() != other.get_linestyle()
 
 
 def test_progress_without_a_terminal(tmp_path, script, capsys, monkeypatch):
