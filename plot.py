@@ -29,7 +29,8 @@ metric = "bpb"           # a key of metrics.jsonl
 out = None               # the picture; none: curves.png, and for a table table.png in its folder
 width = 8.0              # [> 0.0] inches
 
-SEEDS = {"seed", "data_seed", "run_name", "out_dir", "resume", "preset", "tag"}
+SEEDS = {"seed", "data_seed", "run_name", "out_dir", "resume", "preset", "tag",
+         "models"}       # each has a curve of its own, and learns the same alone as beside another
 
 
 def read_run(directory, by, split, metric):

@@ -104,6 +104,14 @@ def test_last_values_over_a_setting(tmp_path, capsys):
         plot.last_values(found, "n_lair")
 
 
+def test_a_model_trained_alone_joins_those_trained_beside_others(tmp_path):
+    both = [{"step": 30, "split": "val", "model": name, "accuracy": value} for name, value in (("a", 0.5), ("b", 0.75))]
+    runs = [make(tmp_path / "0", (3.0,), both, models="a,b", n=8),
+            make(tmp_path / "1", (3.0,), both[1:], models="b", n=4)]
+    found = [(run, *plot.read_run(run, "step", "val", "accuracy")) for run in runs]
+    assert plot.last_values(found, "n") == [("0", {"a": {8: [0.5]}, "b": {8: [0.75], 4: [0.75]}})]
+
+
 def row(name, values, against="baseline", **more):
     return {"name": name, "axis": "a", "set": {}, "against": against, "factor": 1, "tuned": [], "error": "", "open": 0,
             "runs": [{"run": f"{name}{i}", "seed": i, "value": v, "max_steps": 9} for i, v in enumerate(values)],
