@@ -678,12 +678,14 @@ def main():
             if run.stop:
                 continue
             with learner.evaluated():
-                found = evaluate(learner.model, notation, val, autocast)
+                found, trained = (evaluate(learner.model, notation, pairs, autocast) for pairs in (val, seen))
             run.log(step=learner.step, model=name, split="val", final=True, **numbers_of(found))
-            run.summary(**{f"val_accuracy_{name}": found["accuracy"], f"val_loss_{name}": found["loss"]})
+            run.summary(**{f"val_accuracy_{name}": found["accuracy"], f"val_loss_{name}": found["loss"],
+                           f"train_accuracy_{name}": trained["accuracy"]})
             digits = " ".join(f"{value:.3f}" for value in found["digit_accuracy"].values())
             print(f"{name}: exact match {found['accuracy']:.4f} on {found['examples']:,} held-out examples, digits "
-                  f"from 10^0: {digits}, after {learner.step:,} steps, {loop['seconds']:.0f} s of training")
+                  f"from 10^0: {digits}; {trained['accuracy']:.4f} on training ones; {learner.step:,} steps, "
+                  f"{loop['seconds']:.0f} s of training")
         print(f"{'stopped' if run.stop else 'done'}: {run.dir}")
 
 
