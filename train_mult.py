@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import optim
-from data.multiplication import EQUALS, SYMBOLS, Notation, Problems, Stream, held_out, numbers
+from data.multiplication import EQUALS, SYMBOLS, Notation, Problems, Stream, held_out, numbers, of_length
 from experiment import (NonFinite, Run, UserError, adopt, command, find_resume, generator_states, load_checkpoint,
                         override, peak_memory, resolve_device, restore_generators, seed_everything)
 from model import TransformerConfig, fused_rows, parameter_roles
@@ -536,7 +536,7 @@ def main():
     problems = Problems(min_digits, max_digits, n_examples, val_fraction, val_examples, split_seed,
                         short_share)
     stream, val = Stream(problems.train.to(where), data_seed), problems.val.to(where)
-    seen = stream.examples[(stream.examples >= numbers(min_digits)[0]).all(1)][:eval_examples]  # none is shorter
+    seen = of_length(stream.examples, min_digits)[:eval_examples]
     print(problems.describe())
     print(notation.example(*stream.at(0, 1)[0].tolist()))
 

@@ -49,6 +49,11 @@ def numbers(digits):
     return first, 10 ** digits - first
 
 
+def of_length(examples, digits):
+    """Those of examples (N, 2) of which both numbers have at least so many digits."""
+    return examples[(examples >= numbers(digits)[0]).all(1)]
+
+
 class Problems:
     """Training examples and held-out pairs of operands with min_digits to max_digits digits each.
 

@@ -90,6 +90,8 @@ def test_short_ones_beside():
     lengths = ((a >= 10).long() + (a >= 100)) * 3 + (b >= 10).long() + (b >= 100)
     assert lengths.bincount(minlength=9).tolist() == [5000] * 8 + [50_000]
     assert not held_out(a, b, 0.05, 0).any()                 # short ones are held out too
+    full = multiplication.of_length(problems.train, 3)
+    assert len(full) == 50_000 and full.min() == 100 and len(multiplication.of_length(problems.train, 1)) == 90_000
     assert problems.val.min() >= 100 and torch.equal(problems.val, Problems(3, 3, 10, 0.05, 1000).val)
 
 

@@ -13,9 +13,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data.multiplication import Problems  # noqa: E402
-from experiment import load_checkpoint  # noqa: E402
+from experiment import load_checkpoint, override  # noqa: E402
 from test_resume import (Forks, assert_done, assert_equal, assert_error, kill_again_and_again, records,  # noqa: E402
                          snapshot, summary, wait_for)
+from test_scripts import fresh  # noqa: E402
 
 TINY = dict(min_digits=1, max_digits=2, n_examples=500, val_fraction=0.2, val_examples=60, n_layer=1, n_head=2,
             n_embd=16, batch_size=8, max_steps=12, warmup_steps=2, eval_interval=5, eval_examples=40, save_interval=1,
@@ -253,6 +254,26 @@ def test_start_and_questions(forks, base, copy, tmp_path):
             assert accuracy == f"{summary(base)[f'val_accuracy_{model}']:.4f}" and int(n) == held_out
     assert "truth (rows) against prediction" in evaluated.out and "first error here" in evaluated.out
     assert snapshot(tmp_path) == before
+
+
+def test_training_pairs_are_as_long_as_those_held_out(forks, tmp_path):
+    """Where shorter problems are among the training examples: exact match on training pairs is not of these."""
+    assert_done(forks.run(train(tmp_path, short_share=0.9, min_digits=2, max_digits=2, n_examples=3000,
+                                max_steps=60, eval_interval=60, n_embd=32), tmp_path))
+    checkpoint = load_checkpoint(at(tmp_path) / "last.pt")
+    problems = Problems(2, 2, 3000, 0.2, 60, short_share=0.9)
+    full = problems.train[(problems.train >= 10).all(1)][:40]
+    assert (problems.train[:40] < 10).any()
+    g = fresh("train_mult.py")
+    override(g, [f"--{name}={value}" for name, value in checkpoint["settings"].items()
+                 if name in ("n_layer", "n_head", "n_embd", "min_digits", "max_digits")])
+    _, notation, config = g["check"](dict(g))
+    solver = g["Solver"]("simple", config)
+    solver.load_state_dict(checkpoint["models"]["simple"]["model"])
+    found = g["evaluate"](solver, notation, full, torch.autocast("cpu", enabled=False))
+    last = [line for line in records(at(tmp_path)) if line["split"] == "val" and line["model"] == "simple"
+            and "train_loss" in line][-1]
+    assert last["step"] == 60 and last["train_loss"] == pytest.approx(found["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("words, said", [
