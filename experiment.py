@@ -901,7 +901,7 @@ class Bar:
     def update(self, step, text=""):
         """`step` steps are done; `text` is shown beside them."""
         now = time.monotonic()
-        if self.tqdm:
+        if self.tqdm is not None:                            # bool() of an endless one is an error
             self.tqdm.set_postfix_str(text, refresh=False)
             self.tqdm.update(step - self.tqdm.n)
         elif now - self.said >= 10 or step == self.total:
@@ -912,11 +912,11 @@ class Bar:
 
     def note(self, text):
         """Prints a line, above the bar where there is one."""
-        self.tqdm.write(text, file=sys.stdout) if self.tqdm else print(text, flush=True)
+        print(text, flush=True) if self.tqdm is None else self.tqdm.write(text, file=sys.stdout)
 
     def close(self):
         """Leaves the bar as it stands; `note` goes on printing."""
-        if self.tqdm:
+        if self.tqdm is not None:
             self.tqdm.close()
         self.tqdm = None
 

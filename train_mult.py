@@ -571,7 +571,9 @@ def main():
     loss_function, plain_loss = SequenceAccuracyLoss(sequence_weight), SequenceAccuracyLoss()
     with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
         bar = run.bar(max_steps, min(learner.step for learner in learners))
-        saved = [learner.step for learner in learners] if checkpoint else None   # a new run is saved at once
+        saved = [learner.step for learner in learners] if checkpoint else None
+        if not checkpoint:
+            run.save("last.pt", state())                 # at once: a full disk shows, and a kill leaves what to resume
 
         while not run.stop:
             # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----

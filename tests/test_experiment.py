@@ -807,14 +807,16 @@ def test_progress_without_a_terminal(tmp_path, script, capsys, monkeypatch):
     assert lines[2].endswith("0:00:00 left") and not lines[-1].endswith("left")
 
 
-def test_progress_on_a_terminal(capsys, monkeypatch):
+@pytest.mark.parametrize("total", [4, None])
+def test_progress_on_a_terminal(capsys, monkeypatch, total):
+    """Also where no end is known."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    bar = experiment.Bar(4, 1)
+    bar = experiment.Bar(total, 1)
     bar.update(4, "loss 2.5")
     bar.note("val 3.1")
     bar.close()
     out = capsys.readouterr().out
-    assert "4/4" in out and "loss 2.5" in out and "\nval 3.1\n" in out.replace("\r", "\n")
+    assert ("4/4" if total else "4 steps") in out and "loss 2.5" in out and "\nval 3.1\n" in out.replace("\r", "\n")
 
 
 @pytest.mark.gpu

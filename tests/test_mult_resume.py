@@ -83,6 +83,17 @@ def test_killed_with_models_at_different_steps(forks, tmp_path, case):
         assert len(curve(at(runs[0]), name)) == 20 and summary(at(runs[0]))[f"step_{name}"] == 20
 
 
+def test_killed_around_the_first_saves(forks, tmp_path):
+    """Between the first checkpoints too: the best of one model there, that of the other and last.pt not yet."""
+    whole, steps = tmp_path / "whole", dict(max_steps=2, save_interval=5)
+    assert_done(forks.run(train(whole, **steps), tmp_path))
+    for die_at in range(1, 20, 2):
+        out_dir = tmp_path / f"killed{die_at}"
+        assert forks.run(train(out_dir, **steps), tmp_path, die_at=die_at).code == -signal.SIGKILL
+        assert_done(forks.run(train(out_dir, "--resume", **steps), tmp_path))
+        assert_same_end(at(out_dir), at(whole))
+
+
 def test_one_stream_whatever_is_trained(forks, tmp_path):
     """Alone, together, or one after the other: each model sees the same batches and learns the same bits."""
     both, alone, later = (tmp_path / name for name in ("both", "alone", "later"))
