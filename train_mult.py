@@ -121,7 +121,7 @@ tensorboard = False        # curves for TensorBoard in the run's directory
 presets = {
     "cpu": dict(min_digits=2, max_digits=2, val_fraction=0.1, max_steps=1000, format="padded", activation="swiglu",
                 short_share=0.3, sum_head="value"),
-    "two_digits": dict(min_digits=2, max_digits=2, val_fraction=0.1, max_steps=2000, format="padded",
+    "two_digits": dict(min_digits=2, max_digits=2, val_fraction=0.1, max_steps=4000, format="padded",
                        activation="swiglu", short_share=0.3, sum_head="value", dtype="bfloat16"),
     "three_digits": dict(max_steps=10_000, eval_interval=500, val_fraction=0.03, activation="swiglu", short_share=0.3,
                          sum_head="classes", dtype="bfloat16"),
