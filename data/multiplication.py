@@ -131,8 +131,8 @@ class Problems:
         of = "" if self.n_pairs is None else f" of {self.n_pairs:,} ordered pairs"
         of = f"{f' ({self.n_short:,} with 1 to {self.max_digits} digits)' if self.n_short else ''}{of}"
         left = "" if self.n_held_out is None else f" of {self.n_held_out:,}"
-        return (f"{span} digit{'s' * (self.max_digits > 1)}: {len(self.train):,} training examples{of}, {len(self.val):,} held-out pairs{left}; "
-                f"split by unordered pair: seed {self.seed}, hash {self.hash}")
+        return (f"{span} digit{'s' * (self.max_digits > 1)}: {len(self.train):,} training examples{of}, "
+                f"{len(self.val):,} held-out pairs{left}; split by unordered pair: seed {self.seed}, hash {self.hash}")
 
 
 class Stream:
