@@ -9,13 +9,7 @@ from model import Transformer, TransformerConfig
 SCHEMES = ("learned", "learned_per_layer", "rope", "none")
 T = 24
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(seed=0, **settings):

@@ -17,13 +17,7 @@ T = 8
 PROTOCOLS = ("block", "stride:1", "stride:3", "stride:5", "stride:8")
 SIZES = (2, 3, T - 1, T, T + 1, T + 2, 2 * T, 2 * T + 1, 27, 40, 41)
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(positions="rope", **settings):

@@ -23,13 +23,7 @@ VARIANTS = [
     {"tie_weights": True, "residual_scale": "depth"}, {"head_dim": 10, "head_bias": True},
 ]
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(seed=0, **settings):

@@ -19,13 +19,7 @@ from experiment import UserError, override  # noqa: E402
 from test_scripts import fresh  # noqa: E402
 from train_mult import Forcing, SequenceAccuracyLoss, named_sums, sum_loss  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pairs_of(examples):

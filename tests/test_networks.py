@@ -8,13 +8,7 @@ from networks import (Encoder, EncoderDecoder, LatentTransformer, PrefixDecoder,
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=20, init="xavier")
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(kind, *more, **settings):

@@ -13,13 +13,7 @@ from sample import draw, filter_logits, generate
 T = 8
 SCHEMES = ("learned", "learned_per_layer", "rope", "none")
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(positions="rope", **settings):

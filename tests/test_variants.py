@@ -17,13 +17,7 @@ SMALL = dict(n_layer=3, n_head=4, n_embd=32, block_size=8, init="xavier", positi
              sparse_summary=1, memory_length=8, compressed_length=4, compression_rate=2)
 CHUNKS = {"whole": [T], "chunks": [7, 1, 10, 6], "bytes": [1] * T}
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(mixer="full", seed=0, **settings):
