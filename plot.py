@@ -72,6 +72,12 @@ def place(step, by, settings, clock):
     return clock[-1][1]
 
 
+def seeds_of(members):
+    """What a label says of how many runs [{name of the curve: ...}] share a curve: " (3 seeds)", or "" for one."""
+    most = max(sum(name in curves for curves in members) for name in {name for curves in members for name in curves})
+    return f" ({most} seeds)" if most > 1 else ""
+
+
 def families(found):
     """[(label, [curves of one setting])] from [(directory, settings, curves)]; a label says what differs."""
     groups = {}
@@ -86,7 +92,8 @@ def families(found):
         directory, settings, _ = members[0]
         label = ", ".join(f"{name} {as_typed(settings.get(name))}" for name in names) if len(groups) > 1 else ""
         label = label or directory.name
-        labels.append((label + f" ({len(members)} seeds)" * (len(members) > 1), [curves for _, _, curves in members]))
+        curves = [curves for _, _, curves in members]
+        labels.append((label + seeds_of(curves), curves))
     return labels
 
 
@@ -135,7 +142,7 @@ def last_values(found, over):
         by_name = {}
         for name, x, y in [(name, *curve[0]) for curves in members for name, curve in curves.items()]:
             by_name.setdefault(name, {}).setdefault(x, []).append(y)
-        rows.append((label.partition(f" ({len(members)} seeds)")[0], by_name))
+        rows.append((label.removesuffix(seeds_of(members)), by_name))
     return rows
 
 

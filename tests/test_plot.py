@@ -110,6 +110,9 @@ def test_a_model_trained_alone_joins_those_trained_beside_others(tmp_path):
             make(tmp_path / "1", (3.0,), both[1:], models="b", n=4)]
     found = [(run, *plot.read_run(run, "step", "val", "accuracy")) for run in runs]
     assert plot.last_values(found, "n") == [("0", {"a": {8: [0.5]}, "b": {8: [0.75], 4: [0.75]}})]
+    apart = [make(tmp_path / name, (3.0,), [line], models=name) for name, line in zip("ab", both)]
+    found = [(run, *plot.read_run(run, "step", "val", "accuracy")) for run in apart]
+    assert [label for label, _ in plot.families(found)] == ["a"]    # two models, one seed of each
 
 
 def row(name, values, against="baseline", **more):
