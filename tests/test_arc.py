@@ -1,0 +1,695 @@
+"""data/arc.py: tokens, symmetries, batches, synthetic grids, and finding, checking and splitting ARC. No network."""
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from data import arc, text  # noqa: E402
+from data.arc import KINDS, OUTSIDE, Canvas, Grids, Stream, augment, canonical, load  # noqa: E402
+from experiment import UserError  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+real_data = pytest.mark.skipif(not Path(os.environ.get("NANOLAB_DATA") or "/nowhere").is_dir(),
+                               reason="NANOLAB_DATA names no folder")
+
+
+def raises_one_line(*words):
+    """A UserError of one line that has all the words."""
+    pattern = "".join(f"(?=.*{re.escape(word)})" for word in words)
+    return pytest.raises(UserError, match=rf"\A{pattern}[^\n]+\Z")
+
+
+def canvases(grids, side):
+    """Lists of rows -> cells and shapes, tensors."""
+    cells = torch.full((len(grids), side, side), OUTSIDE, dtype=torch.uint8)
+    for canvas, grid in zip(cells, grids):
+        canvas[:len(grid), :len(grid[0])] = torch.tensor(grid)
+    return cells, torch.tensor([(len(grid), len(grid[0])) for grid in grids])
+
+
+def noise(n, side, n_colours=10, seed=0, smallest=1):
+    """n grids of random shapes and colours: lists of rows."""
+    rng = np.random.default_rng(seed)
+    shapes = rng.integers(smallest, side + 1, (n, 2))
+    return [rng.integers(0, n_colours, shape).tolist() for shape in shapes]
+
+
+def rows_of(grids, i):
+    height, width = grids.shapes[i].tolist()
+    return grids.cells[i, :height, :width].tolist()
+
+
+def images(grid):
+    """The 8 symmetric images of a list of rows, the plain way."""
+    found = []
+    for _ in range(4):
+        grid = [list(row) for row in zip(*grid[::-1])]  # a quarter turn
+        found += [grid, [row[::-1] for row in grid]]
+    return found
+
+
+def slow_canonical(grid):
+    """The smallest image after numbering the colours by their first place: the definition, one grid at a time."""
+    found = []
+    for image in images(grid):
+        numbers = {}
+        flat = [numbers.setdefault(cell, len(numbers)) for row in image for cell in row]
+        found.append((len(image), len(image[0]), flat))
+    return min(found)
+
+
+# --- Tokens ---
+
+@pytest.mark.parametrize("n_colours, masked, ids", [
+    (10, False, (10, 11, None, 12, 12)), (10, True, (10, 11, 12, 12, 13)), (3, True, (3, 4, 5, 5, 6)),
+    (1, False, (1, 2, None, 3, 3))])
+def test_ids_come_from_the_settings(n_colours, masked, ids):
+    canvas = Canvas(5, n_colours, masked)
+    assert (canvas.pad, canvas.eos, canvas.mask, canvas.n_outputs, canvas.n_tokens) == ids
+    assert (canvas.max_side, canvas.n_colours) == (5, n_colours)
+
+
+@pytest.mark.parametrize("side", [1, 2, 5])
+def test_tokens_round_trip_for_every_shape(side):
+    rng, canvas = np.random.default_rng(0), Canvas(side, 4)
+    grids = [rng.integers(0, 4, (h, w)).tolist() for h in range(1, side + 1) for w in range(1, side + 1)]
+    cells, shapes = canvases(grids, side)
+    tokens = canvas.tokens(cells)
+    assert tokens.dtype == torch.int64 and tokens.shape == cells.shape
+    assert torch.equal(canvas.shapes(tokens), shapes)
+    assert torch.equal(canvas.cells(tokens), cells) and canvas.cells(tokens).dtype == torch.uint8
+    assert ((tokens == canvas.eos).sum((1, 2)) == torch.where(shapes[:, 1] < side, shapes[:, 0], 0)).all()
+
+
+def test_tokens_of_one_grid():
+    canvas = Canvas(4, 3)
+    cells, _ = canvases([[[0, 1, 2], [2, 0, 0]], [[1, 1, 0, 2]]], 4)
+    assert canvas.tokens(cells).tolist() == [[[0, 1, 2, 4], [2, 0, 0, 4], [3] * 4, [3] * 4],
+                                             [[1, 1, 0, 2], [3] * 4, [3] * 4, [3] * 4]]
+
+
+def test_a_canvas_that_forms_no_grid():
+    canvas = Canvas(4, 3, masked=True)
+    good = canvas.tokens(canvases([[[0, 1], [2, 0]]], 4)[0])[0]
+    changes = {"a hole": (0, 1, canvas.pad), "a mask": (1, 1, canvas.mask), "an end too early": (1, 1, canvas.eos),
+               "no end of a row": (1, 2, canvas.pad), "a colour at the end": (1, 2, 0), "a colour outside": (3, 3, 0),
+               "a colour below": (2, 0, 1), "an end outside": (2, 2, canvas.eos), "two ends": (0, 3, canvas.eos),
+               "nothing first": (0, 0, canvas.pad), "an end first": (0, 0, canvas.eos), "a negative token": (0, 1, -1),
+               "no end of the first row": (0, 2, canvas.pad), "the second row missing": (1, 0, canvas.pad)}
+    bad = good.repeat(len(changes), 1, 1)
+    for tokens, (row, column, token) in zip(bad, changes.values()):
+        tokens[row, column] = token
+    assert canvas.shapes(good[None]).tolist() == [[2, 2]]
+    assert canvas.shapes(bad).tolist() == [[0, 0]] * len(bad)
+    assert (canvas.cells(bad) == OUTSIDE).all()
+    assert canvas.shapes(torch.full((1, 4, 4), canvas.pad)).tolist() == [[0, 0]]
+
+
+# --- Symmetries and colours ---
+
+def test_canonical_agrees_with_its_definition():
+    grids = noise(300, 3, 3) + noise(40, 5) + [[[0]], [[7]], [[0, 0]], [[0], [0]], [[0, 1]]]
+    keys, slow = canonical(*canvases(grids, 5)), [slow_canonical(grid) for grid in grids]
+    assert all(isinstance(key, bytes) for key in keys)
+    assert len(set(keys)) == len({str(key) for key in slow}) > 100
+    for i in range(len(grids)):
+        for j in range(i):
+            assert (keys[i] == keys[j]) == (slow[i] == slow[j]), (grids[i], grids[j])
+
+
+def test_canonical_under_symmetries_and_colours():
+    rng = np.random.default_rng(1)
+    for grid in noise(25, 6, smallest=2):
+        others = [np.array(rng.permutation(10))[np.array(image)].tolist() for image in images(grid)]
+        assert len(set(canonical(*canvases([grid, *others], 6)))) == 1
+        changed = [row[:] for row in grid]
+        changed[0][0] = changed[-1][-1] if grid[0][0] != grid[-1][-1] else (grid[0][0] + 1) % 10
+        assert (canonical(*canvases([changed], 6)) == canonical(*canvases([grid], 6))) == (
+            slow_canonical(changed) == slow_canonical(grid))
+    assert len(set(canonical(*canvases([[[0] * 6], [[0] * 3] * 2, [[0] * 6] * 2], 6)))) == 3  # the shape is part of it
+    assert canonical(torch.zeros(0, 3, 3, dtype=torch.uint8), torch.zeros(0, 2, dtype=torch.int64)) == []
+
+
+@pytest.mark.parametrize("colours, symmetry, n_colours", [
+    ("all", True, 10), ("keep_zero", True, 10), ("none", True, 10), ("all", False, 10), ("all", True, 4)])
+def test_augmented_grids_stay_in_their_orbit(colours, symmetry, n_colours):
+    cells, shapes = canvases(noise(300, 6, n_colours), 6)
+    before = cells.clone()
+    new, new_shapes = augment(cells, shapes, torch.Generator().manual_seed(0), colours, symmetry, n_colours)
+    assert torch.equal(cells, before) and new.dtype == torch.uint8 and new_shapes.dtype == torch.int64
+    assert canonical(new, new_shapes) == canonical(cells, shapes)
+    assert torch.equal(Canvas(6).shapes(Canvas(6).tokens(new)), new_shapes)  # in the corner, and OUTSIDE elsewhere
+    turned = (new_shapes != shapes).any(1)
+    assert turned.any() == symmetry and torch.equal(new_shapes[turned], shapes[turned].flip(1))
+    inside = new != OUTSIDE
+    assert (new[inside] < n_colours).all()
+    if colours == "keep_zero":
+        assert torch.equal((new == 0).sum((1, 2)), (cells == 0).sum((1, 2)))
+    if colours == "none":
+        for i in range(100):
+            height, width = new_shapes[i].tolist()
+            old = cells[i, :shapes[i, 0], :shapes[i, 1]].tolist()
+            assert new[i, :height, :width].tolist() in images(old)
+    if not symmetry:
+        assert torch.equal(inside, cells != OUTSIDE)
+        assert (new != cells)[inside].float().mean() > 0.8
+
+
+def test_augment_is_uniform_and_follows_its_generator():
+    grid = [[0, 1, 2], [3, 4, 5]]
+    cells, shapes = (x.repeat(4000, *[1] * (x.dim() - 1)) for x in canvases([grid], 4))
+
+    def draw(seed, **given):
+        return augment(cells, shapes, torch.Generator().manual_seed(seed), **given)
+    seen = Counter(tuple(map(tuple, new[:h, :w].tolist())) for new, (h, w) in
+                   zip(*(x if x.dim() > 2 else x.tolist() for x in draw(0, colours="none"))))
+    assert set(seen) == {tuple(map(tuple, image)) for image in images(grid)} and len(seen) == 8
+    assert min(seen.values()) > 400  # 500 +- 21
+    new = draw(0, symmetry=False)[0]
+    for i, j in ((0, 0), (1, 2)):  # each cell's colour: 400 +- 19 of each
+        assert torch.bincount(new[:, i, j].long(), minlength=10).sub(400).abs().max() < 100
+    zero = draw(0, symmetry=False, colours="keep_zero")[0]
+    assert (zero[:, 0, 0] == 0).all() and set(zero[:, 1, 2].tolist()) == set(range(1, 10))
+    assert set(draw(0, symmetry=False, n_colours=6)[0][:, 1, 2].tolist()) == set(range(6))
+    assert torch.equal(draw(0)[0], draw(0)[0]) and not torch.equal(draw(0)[0], draw(1)[0])
+    same = draw(0, colours="none", symmetry=False)
+    assert torch.equal(same[0], cells) and torch.equal(same[1], shapes)
+    with raises_one_line("colours is 'some'", "keep_zero"):
+        draw(0, colours="some")
+
+
+# --- Batches ---
+
+def some_grids(n, side=6):
+    cells, shapes = canvases(noise(n, side), side)
+    return Grids(cells, shapes, [str(i) for i in range(n)], torch.zeros(0, 2, dtype=torch.int64), {}, [""] * n)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_a_batch_depends_on_nothing_but_seed_and_step(group):
+    grids, steps = some_grids(50), [0, 9, 3, 17, 4, 3, 0, 30, 16]
+    stream = Stream(grids, 8, 0, group=group)
+    first = {step: stream.at(step) for step in steps}
+    for step in sorted(first):
+        for given, again in zip(first[step], Stream(grids, 8, 0, group=group).at(step)):
+            assert torch.equal(given, again), step
+    assert first[3][0].shape == (8, 6, 6) and first[3][0].dtype == torch.uint8
+    assert first[3][1].shape == (8, 2) and first[3][1].dtype == torch.int64
+    assert not torch.equal(stream.rows(3), Stream(grids, 8, 1, group=group).rows(3))
+    assert not torch.equal(first[3][0], Stream(grids, 8, 1, group=group).at(3)[0])
+
+
+def test_batches_are_augmented_anew_in_each_epoch():
+    grids = some_grids(1, 6)
+    grids.cells, grids.shapes = canvases([[[0, 1, 2], [3, 4, 5]]], 6)
+    stream = Stream(grids, 1, 0)
+    assert len({stream.at(step)[0].numpy().tobytes() for step in range(20)}) > 15
+    plain = Stream(grids, 1, 0, colours="none", symmetry=False)
+    assert all(torch.equal(plain.at(step)[0], grids.cells) for step in range(5))
+    few = Stream(grids, 1, 0, symmetry=False, n_colours=6)
+    assert {few.at(step)[0].flatten()[0].item() for step in range(60)} == set(range(6))
+
+
+@pytest.mark.parametrize("group", [1, 5])
+def test_every_grid_comes_once_in_an_epoch(group):
+    grids = some_grids(40)
+    stream = Stream(grids, 8, 3, group=group)
+    epochs = [torch.cat([stream.rows(step) for step in range(5 * e, 5 * e + 5)]) for e in range(3)]
+    for rows in epochs:
+        assert sorted(rows.tolist()) == list(range(40))
+    assert not torch.equal(epochs[0], epochs[1])
+    torch.testing.assert_close(stream.at(2)[1].prod(1), grids.shapes[stream.rows(2)].prod(1))
+
+
+def test_batches_smaller_and_larger_than_the_set():
+    for n, size, group in ((7, 20, 2), (1, 5, 3), (45, 8, 4), (40, 7, 1)):
+        stream = Stream(some_grids(n), size, 0, group=group)
+        counts = torch.bincount(torch.cat([stream.rows(step) for step in range(4 * group)]), minlength=n)
+        assert counts.sum() == 4 * group * size and counts.max() - counts.min() <= 1, (n, size)
+    with raises_one_line("batch_size 0"):
+        Stream(some_grids(2), 0, 0)
+
+
+def test_a_batch_has_grids_of_similar_area():
+    grids = some_grids(2000, 8)
+    areas = grids.shapes.prod(1).double()
+
+    def spread(group):
+        stream = Stream(grids, 32, 0, group=group)
+        batches = [areas[stream.rows(step)] for step in range(48)]
+        return torch.stack([batch.std() for batch in batches]).mean(), torch.stack([b.mean() for b in batches])
+    mixed, sorted_ = spread(1)[0], spread(8)[0]
+    assert sorted_ < 0.35 * mixed and mixed > 0.85 * areas.std()
+    means = spread(8)[1].view(-1, 8)
+    assert not any(torch.equal(row, row.sort()[0]) for row in means)  # within a group in a random order
+    assert len({tuple(row.argsort().tolist()) for row in means}) == len(means)
+
+
+# --- Synthetic grids ---
+
+@pytest.fixture(scope="module")
+def synthetic():
+    return load(n_train=4000, n_val=600)
+
+
+def test_synthetic_grids_are_the_same_everywhere(synthetic):
+    assert synthetic.hash == "98252ff3af22", "other grids than before: earlier results do not compare"
+    again = load(n_train=1000, n_val=600)
+    assert torch.equal(again.val.cells, synthetic.val.cells) and again.val.names == synthetic.val.names
+    assert torch.equal(again.train.cells, synthetic.train.cells[:1000])
+    assert again.hash != synthetic.hash and f"hash {again.hash}" in again.source
+    other = load(n_train=50, n_val=50, seed=1)
+    assert not torch.equal(other.val.cells, synthetic.val.cells[:50])
+    assert not torch.equal(other.val.cells, other.train.cells)
+
+
+def test_synthetic_sides_share_no_grid(synthetic):
+    train, val = (canonical(side.cells, side.shapes) for side in (synthetic.train, synthetic.val))
+    assert len(train) == len(set(train)) == 4000 and len(val) == len(set(val)) == 600
+    assert not set(train) & set(val)
+
+
+def test_synthetic_grids_look_like_arc(synthetic):
+    for side in (synthetic.train, synthetic.val):
+        figures = arc.statistics(side)
+        assert 0.55 < figures["zeros"] < 0.65
+        assert 0.6 < figures["constant"] < 0.75
+        kinds = torch.bincount(side.factors["kind"], minlength=len(KINDS)) / len(side)
+        assert len(kinds) == len(KINDS) and kinds.min() > 0.03 and kinds.max() < 0.2
+        assert side.shapes.max() == 8 and set(side.cells.unique().tolist()) == {*range(10), OUTSIDE}
+        assert torch.equal(Canvas(8).shapes(Canvas(8).tokens(side.cells)), side.shapes)
+
+
+def test_every_factor_occurs(synthetic):
+    factors = synthetic.train.factors
+    assert set(factors) == set(arc.FACTORS)
+    wanted = {"symmetry": range(5), "count": [-1, *range(1, 9)], "n_colours": range(1, 5), "colour": range(10),
+              "background": range(-1, 10), "row": range(-1, 6), "column": range(-1, 6), "period": [-1, 2, 3, 4, 6],
+              "rule": range(-1, len(arc.RULES)), "height": range(3, 9), "width": range(3, 9), "size": range(1, 13)}
+    for name, values in wanted.items():
+        assert factors[name].dtype == torch.int64 and len(factors[name]) == 4000
+        assert set(values) <= set(factors[name].tolist()), name
+
+
+def components(grid, background):
+    """How many groups of touching cells (corners too) are not background."""
+    left = {(i, j) for i, row in enumerate(grid) for j, cell in enumerate(row) if cell != background}
+    found = 0
+    while left:
+        found, edge = found + 1, [left.pop()]
+        while edge:
+            i, j = edge.pop()
+            near = {(i + a, j + b) for a in (-1, 0, 1) for b in (-1, 0, 1)} & left
+            left -= near
+            edge += near
+    return found
+
+
+def test_factors_are_true(synthetic):
+    checked = Counter()
+    for side in (synthetic.train, synthetic.val):
+        table = {name: column.tolist() for name, column in side.factors.items()}
+        for i in range(len(side)):
+            grid, f = rows_of(side, i), {name: column[i] for name, column in table.items()}
+            array, flat, kind = np.array(grid), [cell for row in grid for cell in row], KINDS[f["kind"]].__name__
+            where = f"{side.names[i]}: {f} {grid}"
+            assert f" {kind} " in side.names[i] and side.names[i].split()[2] == side.tasks[i], where
+            assert (f["height"], f["width"]) == array.shape == tuple(side.shapes[i].tolist()), where
+            assert f["n_colours"] == len(set(flat)), where
+            across, down = (array == array[:, ::-1]).all(), (array == array[::-1]).all()
+            diagonal = array.shape[0] == array.shape[1] and (array == array.T).all()
+            symmetry = 3 if across and down else 1 if across else 2 if down else 4 if diagonal else 0
+            assert f["symmetry"] == symmetry, where
+            background = f["background"]
+            counts = Counter(cell for cell in flat if cell != background)
+            assert background in (*flat, -1) and counts[f["colour"]] == max(counts.values()), where
+            if f["period"] > 0:
+                p = f["period"]
+                assert (array[p:] == array[:-p]).all() and (array[:, p:] == array[:, :-p]).all(), where
+            if f["count"] > 0 and background >= 0:
+                marked = array != background
+                if kind in ("rectangles", "outlines", "sprites", "crosses"):
+                    assert components(grid, background) == f["count"], where
+                elif kind == "scattered":
+                    assert marked.sum() == f["count"], where
+                elif kind == "lines":
+                    i_, j_ = np.nonzero(marked)
+                    assert f["count"] in {len(set(track.tolist())) for track in (i_, j_, i_ - j_, i_ + j_)}, where
+                elif kind == "fields":
+                    assert f["count"] in (2, 3, 4), where
+                else:
+                    pytest.fail(f"a count of {kind}? {where}")
+                checked[kind] += 1
+                if f["count"] == 1:
+                    assert (f["row"], f["column"]) == tuple(axis.min() for axis in np.nonzero(marked)), where
+                    assert f["size"] == marked.sum(), where
+                    checked["one object"] += 1
+            if f["count"] != 1:
+                assert f["row"] == f["column"] == f["size"] == -1, where
+            if kind == "mirrored" and f["rule"] < 0:
+                assert symmetry > 0, where
+    assert min(checked.values()) > 50 and len(checked) == 8, checked
+
+
+def test_synthetic_pairs_follow_their_rules(synthetic):
+    for side in (synthetic.train, synthetic.val):
+        rules = side.factors["rule"].tolist()
+        for first, second in side.pairs.tolist():
+            assert side.names[first].removesuffix("input") == side.names[second].removesuffix("output")
+            assert side.tasks[first] == side.tasks[second] and rules[first] == rules[second] >= 0
+            before, after = np.array(rows_of(side, first)), np.array(rows_of(side, second))
+            background, rule = side.factors["background"][first].item(), arc.RULES[rules[first]]
+            marked = before != background
+            if rule == "fall":
+                assert all(column.tolist() == sorted(column, key=lambda cell: cell != background)
+                           for column in after.T), (before, after)
+                assert ((after != background).sum(0) == marked.sum(0)).all()
+            elif rule == "frame":
+                assert len({*after[0], *after[-1], *after[:, 0], *after[:, -1]}) == 1
+                assert (after[1:-1, 1:-1] == before[1:-1, 1:-1]).all()
+            elif rule == "trim":
+                (top, left), (bottom, right) = (np.argwhere(marked).min(0), np.argwhere(marked).max(0))
+                assert (after == before[top:bottom + 1, left:right + 1]).all() and after.size < before.size
+            elif rule == "unify":
+                assert ((after != background) == marked).all() and len(set(after[marked].tolist())) == 1
+            else:
+                half = (before.shape[1] + 1) // 2
+                assert (after == after[:, ::-1]).all() and (after[:, :half] == before[:, :half]).all()
+        alone = len(side) - 2 * len(side.pairs)
+        assert 0.12 < 1 - alone / len(side) < 0.28
+        assert len(side.pairs.unique(dim=0)) == len(side.pairs)
+
+
+@pytest.mark.parametrize("max_side, n_colours, n", [(8, 2, 500), (3, 10, 100), (2, 4, 3), (4, 3, 100), (30, 10, 60)])
+def test_synthetic_grids_of_other_sizes(max_side, n_colours, n):
+    found = load(max_side=max_side, n_colours=n_colours, n_train=n, n_val=n)
+    for side in (found.train, found.val):
+        assert len(side) == n and side.cells.shape == (n, max_side, max_side)
+        assert side.cells[side.cells != OUTSIDE].max() < n_colours
+        assert Canvas(max_side, n_colours).shapes(Canvas(max_side, n_colours).tokens(side.cells)).min() > 0
+    assert not set(canonical(found.train.cells, found.train.shapes)) & set(canonical(found.val.cells, found.val.shapes))
+
+
+def test_more_synthetic_grids_than_there_are():
+    with raises_one_line("hardly more than", "for val with max_side 1", "smaller n_val"):
+        load(max_side=1, n_train=1, n_val=5)
+    with raises_one_line("for train with max_side 3 and n_colours 2", "n_train is 9,000"):
+        load(max_side=3, n_colours=2, n_train=9000, n_val=5)
+
+
+# --- ARC's files ---
+
+def task(*grids):
+    """A task of one training pair and test pairs: grids in the order input, output, input, output, ..."""
+    pairs = [{"input": a, "output": b} for a, b in zip(grids[::2], grids[1::2])]
+    return {"train": pairs[:1], "test": pairs[1:]}
+
+
+def fake_sets():
+    """Small tasks for the sets: {name: tasks}. Of arc1 no two grids are the same, of arc2 and arc1 two tasks are."""
+    big = noise(1, 12, 3, seed=9, smallest=12)[0]
+    first = {"a": task([[0, 1, 2]], [[1], [1], [1], [1]], big, [[2, 9]]),
+             "b": task([[5, 5, 5, 5, 6]], [[1, 2], [1, 1]])}
+    second = {"c": task([[0, 1], [2, 3]], [[0, 1, 0]]),
+              "d": task([[4, 4], [4, 4]], [[0, 1, 1, 0]], big, [[3, 3, 3, 0]])}
+    return {"arc1-training": first, "arc1-evaluation": second, "arc2-training": {**first, "d": second["d"]},
+            "arc2-evaluation": {"e": task([[1, 1, 2, 2, 3]], [[0, 1], [0, 2]])}}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A NANOLAB_DATA with the fake sets, in whose place the module's table expects just these; no network."""
+    given = tmp_path / "given"
+    given.mkdir()
+    monkeypatch.setenv("NANOLAB_DATA", str(given))
+    monkeypatch.setattr(text, "DOWNLOADS", tmp_path / "downloads")
+    table = {}
+    for name, tasks in fake_sets().items():
+        file, _, digest, repository, part = arc.SETS[name]
+        table[name] = (file, len(tasks), digest and arc._digest(tasks), repository, part)
+        (given / f"{file}.gz").write_bytes(gzip.compress(json.dumps(tasks).encode()))
+    monkeypatch.setattr(arc, "SETS", table)
+
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no network in tests")
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    return given
+
+
+def write(folder, name, content):
+    path = folder / f"{arc.SETS[name][0]}.gz"
+    path.write_bytes(gzip.compress(content if isinstance(content, bytes) else json.dumps(content).encode()))
+    return path
+
+
+def expect(monkeypatch, name, tasks):
+    """Makes the module's table expect these tasks."""
+    monkeypatch.setitem(arc.SETS, name, (arc.SETS[name][0], len(tasks), arc._digest(tasks), *arc.SETS[name][3:]))
+
+
+def test_grids_pairs_and_names_of_arc(folder):
+    found = load("arc1", max_side=5, crops=0)
+    assert found.train.names == [f"arc1-training {rest}" for rest in (
+        "a train 0 input", "a train 0 output", "a test 0 output", "b train 0 input", "b train 0 output")]
+    assert found.train.tasks == ["a", "a", "a", "b", "b"] and found.train.factors == {}
+    assert rows_of(found.train, 0) == [[0, 1, 2]] and rows_of(found.train, 1) == [[1]] * 4
+    assert found.train.shapes.tolist() == [[1, 3], [4, 1], [1, 2], [1, 5], [2, 2]]
+    assert found.train.pairs.tolist() == [[0, 1], [3, 4]]  # the pair with a large input is not whole
+    assert found.val.pairs.tolist() == [[0, 1], [2, 3]] and len(found.val) == 5
+    assert found.train.cells.dtype == torch.uint8 and found.train.pairs.dtype == found.train.shapes.dtype == torch.int64
+    assert load("arc1-training", "arc1-evaluation", max_side=5, crops=0).hash == found.hash
+    assert load("arc1", max_side=5, crops=0, n_colours=7).train.names == [
+        name for name in found.train.names if "a test" not in name]  # [[2, 9]] has a colour above 6
+
+
+def test_repeated_and_held_out_grids_are_dropped(folder, monkeypatch):
+    tasks = {"a": task([[0, 1, 2]], [[3, 4, 5]], [[0, 1, 2]], [[1, 1, 2]]),  # 345 is 012 in other colours, 112 is 010's
+             "b": task([[7], [8], [7]], [[0, 3], [1, 2]])}  # both are validation grids turned and recoloured
+    write(folder, "arc1-training", tasks)
+    expect(monkeypatch, "arc1-training", tasks)
+    found = load("arc1", max_side=5)
+    assert found.train.names == [f"arc1-training a {rest}" for rest in ("train 0 input", "test 0 output")]
+    assert found.train.pairs.tolist() == [[0, 1]]  # 012 stands for itself again, but 345 is not in
+    train, _ = found.source.splitlines()
+    assert "2 grids of 1 of 2 tasks" in train and "2 dropped as repeated, 2 as in val" in train
+    write(folder, "arc1-evaluation", {"c": tasks["a"], "d": tasks["a"]})
+    expect(monkeypatch, "arc1-evaluation", {"c": tasks["a"], "d": tasks["a"]})
+    found = load("arc1", max_side=5)
+    assert len(found.val) == 2 and found.val.pairs.tolist() == [[0, 1]] and len(found.train) == 2
+    write(folder, "arc1-evaluation", tasks2 := {"c": tasks["a"], "d": tasks["b"]})
+    expect(monkeypatch, "arc1-evaluation", tasks2)
+    with raises_one_line("arc1-training has no grid", "not in the validation set"):
+        load("arc1", max_side=5)
+
+
+def test_crops_are_pieces_of_larger_training_grids(folder):
+    found = load("arc1", max_side=4, crops=30)
+    big = np.array(fake_sets()["arc1-training"]["a"]["test"][0]["input"])
+    crops = [i for i, name in enumerate(found.train.names) if "crop" in name]
+    from_big = [i for i in crops if "a test 0 input" in found.train.names[i]]
+    assert len(from_big) > 20 and {found.train.tasks[i] for i in from_big} == {"a"}
+    for i in from_big:
+        piece = np.array(rows_of(found.train, i))
+        assert re.fullmatch(r"arc1-training a test 0 input crop \d+", found.train.names[i])
+        views = np.lib.stride_tricks.sliding_window_view(big, piece.shape)
+        assert (views == piece).all((2, 3)).any()
+    assert set(found.train.shapes[from_big].flatten().tolist()) == {3, 4}
+    narrow = [i for i in crops if "b train 0 input" in found.train.names[i]]  # a row of five: as high as it is
+    assert narrow and {found.train.shapes[i, 0].item() for i in narrow} == {1}
+    assert f"{len(crops)} of the grids are crops (30 of each" in found.source
+    assert not any("crop" in name for name in found.val.names)
+    keys = canonical(found.train.cells, found.train.shapes)
+    assert len(keys) == len(set(keys)) and not set(keys) & set(canonical(found.val.cells, found.val.shapes))
+    assert load("arc1", max_side=4, crops=30).hash == found.hash != load("arc1", max_side=4, crops=30, seed=1).hash
+    assert not any("crop" in name for name in load("arc1", max_side=4, crops=0).train.names)
+    assert load("arc1", max_side=4, n_colours=3, crops=30).train.cells.unique().tolist() == [0, 1, 2, OUTSIDE]
+
+
+def test_sides_that_share_tasks_are_refused(folder):
+    with raises_one_line("arc2-training and arc1-evaluation share 1 of 2 tasks (d)", "must not be scored", "choose"):
+        load("arc2", "arc1-evaluation")
+    with raises_one_line("arc1-training and arc1-training share 2 of 2 tasks (a, b)"):
+        load("arc1", "arc1")
+    with raises_one_line("arc2-training and arc1-evaluation share"):
+        load("arc1+arc2", "arc2-evaluation+arc1-evaluation")
+    joined = load("arc1+arc2", "arc2-evaluation", max_side=5, crops=0)
+    assert {name.split()[0] for name in joined.train.names} == {"arc1-training", "arc2-training"}
+    assert load("arc1+arc1-training", "arc1-evaluation").hash == load("arc1").hash
+
+
+@real_data
+def test_arc2_training_shares_376_tasks_with_arc1_evaluation():
+    with raises_one_line("arc2-training and arc1-evaluation share 376 of 400 tasks"):
+        load("arc2", "arc1-evaluation")
+
+
+def test_names_and_numbers_that_do_not_fit(folder):
+    for given, words in (
+            (("arc1-trainign",), ["dataset 'arc1-trainign'", "did you mean arc1-training?"]),
+            (("syntetic",), ["did you mean synthetic?"]),
+            (("mnist",), ["dataset 'mnist'", "take synthetic, arc1-training"]),
+            (("arc1", "arc1-evalaution"), ["val_dataset 'arc1-evalaution'", "did you mean arc1-evaluation?"]),
+            (("arc1+",), ["dataset ''"]),
+            (("synthetic+arc1",), ["synthetic+arc1: synthetic grids cannot be mixed"]),
+            (("synthetic", "arc1-evaluation"), ["cannot be mixed"]),
+            (("arc1", "synthetic"), ["cannot be mixed"]),
+            (("arc1-evaluation",), ["arc1-evaluation has no usual validation set", "--val_dataset"]),
+            (("arc1+arc2",), ["arc1+arc2 has no usual validation set"])):
+        with raises_one_line(*words):
+            load(*given)
+    for name, value, limits in (("max_side", 0, "from 1 to 30"), ("max_side", 31, "from 1 to 30"),
+                                ("n_colours", 0, "from 1 to 10"), ("n_colours", 11, "from 1 to 10"),
+                                ("n_train", 0, "at least 1"), ("n_val", 0, "at least 1"), ("crops", -1, "at least 0")):
+        with raises_one_line(f"{name} is {value}: it must be {limits}"):
+            load(**{name: value})
+    with raises_one_line("n_colours is 1", "at least 2"):
+        load(n_colours=1)
+    with raises_one_line("arc1-evaluation has no grid with sides up to 1", "larger max_side"):
+        load("arc1", max_side=1)
+
+
+def test_files_that_are_not_the_set(folder, monkeypatch):
+    good = fake_sets()["arc1-training"]
+
+    def refused(content, *words):
+        path = write(folder, "arc1-training", content)
+        with raises_one_line(f"{path} is not arc-agi-1-training.json (2 tasks", *words, "replace or remove it"):
+            load("arc1")
+    refused(b"{", "no JSON")
+    refused(b"\xff\xfe{}", "no JSON")
+    refused([], "no table of tasks")
+    refused({"a": good["a"]}, "it has 1 tasks")
+    refused({"a": good["a"], "b": 3}, "task b has no list of train pairs")
+    refused({"a": good["a"], "b": {"train": [], "test": [5]}}, "task b has no list of test pairs")
+    for grid, *words in (([[0, 10]], "the value 10", "0 to 9"), ([[-1]], "the value -1"), ([[1.0]], "the value 1.0"),
+                         ([[True]], "the value True"), ([["1"]], "the value '1'"), ([[0, 1], [0]], "one length"),
+                         ([[]], "one length from 1 to 30"), ([], "1 to 30 rows"), ([[0]] * 31, "1 to 30 rows"),
+                         ([[0] * 31], "one length from 1 to 30"), (None, "1 to 30 rows"), ([0, 1], "1 to 30 rows")):
+        refused({"a": good["a"], "b": task([[1]], [[2]], [[1]], grid)}, "task b, test 0 output is no grid", *words)
+    changed = json.loads(json.dumps(good))
+    changed["a"]["train"][0]["input"][0][0] = 3
+    refused(changed, f"sha256 of its tasks is {arc._digest(changed)[:12]}", f"not {arc._digest(good)[:12]}")
+    path = write(folder, "arc1-training", good)
+    path.write_bytes(path.read_bytes()[:-9])
+    with raises_one_line(str(path), "damaged"):
+        load("arc1")
+    path.unlink()
+    changed = {key: {"name": key, **good[key]} for key in reversed(good)}  # another order and more keys: the same tasks
+    path.with_suffix("").write_text(json.dumps(changed, indent=1))
+    assert load("arc1").train.tasks[0] == "a"
+
+
+def test_without_network_the_error_says_what_to_put_where(folder, monkeypatch, tmp_path):
+    (folder / "arc-agi-1-evaluation.json.gz").unlink()
+    with raises_one_line("no connection to https://codeload.github.com/fchollet/ARC-AGI/zip/3990", "no network in test",
+                         f"put arc-agi-1-evaluation.json.gz into {tmp_path / 'downloads'}", "NANOLAB_DATA",
+                         "--dataset synthetic"):
+        load("arc1")
+    monkeypatch.setenv("NANOLAB_DATA", str(tmp_path / "nowhere"))
+    with raises_one_line("nowhere", "not a folder"):
+        load("arc1")
+    assert len(load(n_train=5, n_val=5).train) == 5  # needs neither
+
+
+class Answer(io.BytesIO):
+    """What urlopen gives: a response of status 200."""
+    status = 200
+
+    def __init__(self, content):
+        super().__init__(content)
+        self.headers = {"Content-Length": str(len(content))}
+
+
+def repository_zip(training, evaluation):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("ARC-AGI-3990/readme.json", "[")
+        for part, tasks in (("training", training), ("evaluation", evaluation)):
+            archive.writestr(f"ARC-AGI-3990/data/{part}/", "")
+            for name, content in tasks.items():
+                archive.writestr(f"ARC-AGI-3990/data/{part}/{name}.json", json.dumps(content))
+    return buffer.getvalue()
+
+
+def test_a_download_is_checked_packed_and_found_again(folder, monkeypatch, tmp_path):
+    expected, downloads, asked = load("arc1", max_side=5).hash, tmp_path / "downloads", []
+    for name in ("arc1-training", "arc1-evaluation"):
+        (folder / f"{arc.SETS[name][0]}.gz").unlink()
+    sets = fake_sets()
+    contents = [repository_zip(sets["arc1-training"], {}), b"<html>no zip</html>",
+                repository_zip(sets["arc1-training"], sets["arc1-evaluation"])]
+
+    def answer(request, timeout):
+        asked.append(request.full_url)
+        return Answer(contents[len(asked) - 1])
+    monkeypatch.setattr(urllib.request, "urlopen", answer)
+    for words in (["it has 0 tasks"], ["not a zip file"]):
+        with raises_one_line("is not the expected data set and was removed", *words, "--dataset synthetic"):
+            load("arc1", max_side=5)
+        (downloads / "arc-agi-1-training.json.gz").unlink(missing_ok=True)  # the one that was right
+    assert not [path for path in downloads.iterdir() if path.suffix != ".lock"]
+    assert load("arc1", max_side=5).hash == expected
+    assert sorted(path.name for path in downloads.iterdir()) == [
+        "ARC-AGI.zip.lock", "arc-agi-1-evaluation.json.gz", "arc-agi-1-training.json.gz"]
+    assert load("arc1", max_side=5).hash == expected and len(asked) == 3  # what is there is not fetched again
+    assert set(asked) == {"https://codeload.github.com/fchollet/ARC-AGI/zip/399030444e0ab0cc8b4e199870fb20b863846f34"}
+
+
+@real_data
+def test_small_grids_of_arc1():
+    found = load("arc1", max_side=10, crops=4)
+    plain = [i for i, name in enumerate(found.train.names) if "crop" not in name]
+    assert (len(plain), len(found.train), len(found.val)) == (1601, 5873, 1267)
+    assert (len(found.train.pairs), len(found.val.pairs)) == (605, 459)
+    train, val = (canonical(side.cells, side.shapes) for side in (found.train, found.val))
+    assert len(set(train)) == len(train) and len(set(val)) == len(val) and not set(train) & set(val)
+    assert not set(found.train.tasks) & set(found.val.tasks)
+    assert found.val.names[0].split()[:2] == ["arc1-evaluation", found.val.tasks[0]]
+    assert found.hash == "562e484aa2bb"
+
+
+# --- Command line ---
+
+def test_command_line_counts_and_draws(tmp_path):
+    result = subprocess.run([sys.executable, ROOT / "data/arc.py", "synthetic", "--n_train", "200", "--n_val", "40",
+                             "--max_side", "6", "--stats"], capture_output=True, text=True, cwd=tmp_path,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    assert "train: 200 synthetic grids of 11 kinds" in result.stdout and "val: 40 grids" in result.stdout
+    assert re.search(r"colour 0 in \d\d\.\d% of the cells; each grid's best constant colour is right in \d\d\.\d%",
+                     result.stdout)
+    from matplotlib import image
+    drawn = image.imread(tmp_path / "arc_synthetic.png")
+    seen = {tuple(round(255 * value) for value in pixel[:3]) for pixel in drawn.reshape(-1, drawn.shape[-1])}
+    assert set(arc.PALETTE) <= seen and len(arc.PALETTE) == arc.COLOURS
+
+
+def test_command_line_says_mistakes_in_one_line(capsys):
+    for words in (["arc3"], ["synthetic", "--max_side", "31"], ["synthetic", "--nonsense"]):
+        with pytest.raises(SystemExit) as stop:
+            arc.main(words)
+        shown = capsys.readouterr()
+        assert stop.value.code == 2 and shown.err.startswith("error: ") and shown.err.count("\n") == 1, shown
+
+
+def test_statistics():
+    cells, shapes = canvases([[[0, 0, 1], [0, 2, 2]], [[3, 3]]], 4)
+    grids = Grids(cells, shapes, ["", ""], torch.tensor([[0, 1]]), {}, ["", ""])
+    assert arc.statistics(grids) == {"grids": 2, "pairs": 1, "median_area": 4, "p90_area": pytest.approx(5.6),
+                                     "zeros": pytest.approx(3 / 8), "constant": pytest.approx(5 / 8)}
