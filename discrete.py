@@ -1,0 +1,477 @@
+"""Discrete codes: gradients through a categorical choice, codebooks, the parts of their KL, and what tells on collapse.
+
+    python discrete.py gradients         # bias and spread of every estimator on sums that can be enumerated: seconds
+    python discrete.py decomposition     # MI, TC and DWKL beside the estimators of TC that come out negative
+
+Shapes: B batch, N codes of one input, K size of the codebook, D width of a code. q(z|x) is a product of N categorical
+distributions softmax(logits); the prior is uniform over all K^N; nats everywhere unless a name says bits.
+"""
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+SAMPLED = ("gumbel_soft", "gumbel_hard", "straight_through", "reinmax")  # a posterior, of which codes are drawn
+ESTIMATORS = (*SAMPLED, "vq", "fsq")  # the last two choose without chance
+
+
+# --- Gradients through a choice ---
+
+def gumbel_like(x, generator=None):
+    """Standard Gumbel noise -log(-log u) of x's shape, dtype and device."""
+    e = torch.empty_like(x).exponential_(generator=generator)
+    return e.clamp_(min=torch.finfo(x.dtype).tiny).log_().neg_()
+
+
+def straight_through(value, surrogate):
+    """`value` going forward, bit for bit; the gradient of `surrogate` going backward."""
+    return value.detach() + (surrogate - surrogate.detach())
+
+
+def reinmax(logits, one_hot, tau=1.0):
+    """ReinMax (Liu et al. 2023, arXiv 2304.08612, algorithm 2) of a sample one_hot ~ softmax(logits), both (..., K).
+
+    Going forward one_hot; going backward g -> 2 J(p1) g - J(p0) g / 2 with J(p) = diag(p) - p p^T, p0 = softmax(l) and
+    p1 = (one_hot + softmax(l / tau)) / 2: Heun's method, exact in the mean for functions up to the second degree where
+    tau is 1. ValueError for tau < 1, of which the paper warns.
+    """
+    if tau < 1:
+        raise ValueError(f"reinmax needs tau >= 1, not {tau}")
+    p0 = torch.softmax(logits, -1)
+    p1 = (one_hot + torch.softmax(logits / tau, -1)) / 2
+    # a function of the logits with the value p1 and the Jacobian of a softmax there
+    p1 = torch.softmax((p1.clamp(min=torch.finfo(p1.dtype).tiny).log() - logits).detach() + logits, -1)
+    return straight_through(one_hot, 2 * p1 - p0 / 2)
+
+
+def choose(logits, estimator, tau=1.0, noise=1.0, hardness=1.0, generator=None):
+    """logits (..., K) float -> y (..., K), what stands for the one-hot code, and the codes drawn (...) int64.
+
+    The codes are the argmax of l + noise g, g Gumbel: with noise 1 a sample of softmax(l), with noise 0 its mode.
+
+    gumbel_soft       y = softmax((l + noise g) / tau) (Jang et al. 2017, Maddison et al. 2017)
+    gumbel_hard       one-hot going forward, that softmax going backward
+    straight_through  one-hot going forward, softmax(l / tau) going backward (Bengio et al. 2013)
+    reinmax           see `reinmax`
+    hardness < 1: y is mixed with the soft vector that has no chance in it (of gumbel_hard: with its own soft one).
+    ValueError: no such estimator.
+    """
+    if estimator not in SAMPLED:
+        raise ValueError(f"estimator {estimator!r}: it must be one of {', '.join(SAMPLED)}")
+    noisy = logits + noise * gumbel_like(logits, generator) if noise else logits
+    codes = noisy.argmax(-1)
+    if estimator == "gumbel_soft":
+        return torch.softmax(noisy / tau, -1), codes
+    soft = torch.softmax(noisy / tau, -1) if estimator == "gumbel_hard" else torch.softmax(logits / tau, -1)
+    if hardness <= 0:
+        return soft, codes
+    one_hot = F.one_hot(codes, logits.size(-1)).to(logits.dtype)
+    y = reinmax(logits, one_hot, tau) if estimator == "reinmax" else straight_through(one_hot, soft)
+    return (y if hardness >= 1 else hardness * y + (1 - hardness) * soft), codes
+
+
+# --- Codebooks ---
+
+@dataclass
+class Quantised:
+    """What a codebook makes of z (B, N, D): e (B, N, D) for the decoder, codes (B, N) int64, logits (B, N, K) float32
+    (None where nothing is drawn), y (B, N, K) or None, z as it was compared, loss: a scalar of its own, or 0."""
+    e: torch.Tensor
+    codes: torch.Tensor
+    logits: torch.Tensor | None = None
+    y: torch.Tensor | None = None
+    z: torch.Tensor | None = None
+    loss: torch.Tensor | float = 0.0
+
+
+def unit(x):
+    """x (..., D) divided by its length, in float32."""
+    return F.normalize(x.float(), dim=-1)
+
+
+@torch.no_grad()
+def kmeans(points, k, generator=None, steps=20):
+    """points (M, D) -> k centres (k, D) by Lloyd's algorithm from k of the points; an empty cluster takes a new point.
+
+    ValueError: no points. Fewer points than k are repeated.
+    """
+    if not len(points):
+        raise ValueError("kmeans needs at least one point")
+    points = points.float()
+
+    def some(n):
+        order = torch.randperm(len(points), generator=generator)
+        return points[order.repeat(-(-n // len(points)))[:n]]
+    centres = some(k)
+    for _ in range(steps):
+        nearest = torch.cdist(points, centres).argmin(1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        counts = nearest.bincount(minlength=k)
+        centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], some(k))
+    return centres
+
+
+class Codebook(nn.Module):
+    """K codes of width D, and logits that choose among them: s cos(z, e_k) ("cosine") or z . e_k ("dot").
+
+    Cosine: s = exp(log_scale), at first 20, at most `cap`; what the decoder reads are codes of length 1. init:
+    "normal", "uniform" (within +-sqrt(3): the same variance), "kmeans" (normal until `fit` has seen encoder outputs).
+    """
+
+    def __init__(self, size, width, similarity="cosine", init="normal", scale=20.0, cap=50.0):
+        super().__init__()
+        self.similarity, self.init, self.scale, self.cap = similarity, init, scale, cap
+        self.codes = nn.Parameter(torch.empty(size, width))
+        self.own = {"codes": "embedding"}
+        if similarity == "cosine":
+            self.log_scale = nn.Parameter(torch.empty(()))
+            self.own["log_scale"] = "gain"
+
+    def fill(self):
+        """Codes of length about 1."""
+        if self.init == "uniform":
+            self.codes.uniform_(-math.sqrt(3), math.sqrt(3))
+        else:
+            self.codes.normal_()
+        self.codes.mul_(self.codes.size(1) ** -0.5)
+        if self.similarity == "cosine":
+            self.log_scale.fill_(math.log(self.scale))
+
+    def table(self):
+        """(K, D) float32: the codes as the decoder reads them."""
+        return unit(self.codes) if self.similarity == "cosine" else self.codes.float()
+
+    def logits(self, z):
+        """z (B, N, D) -> (B, N, K) float32."""
+        if self.similarity == "cosine":
+            return self.log_scale.exp().clamp(max=self.cap) * (unit(z) @ self.table().T)
+        return z.float() @ self.table().T
+
+    def forward(self, z, estimator=None, tau=1.0, noise=1.0, hardness=1.0, generator=None):
+        """z (B, N, D) -> Quantised. estimator None: the mode, without chance."""
+        with torch.autocast(z.device.type, enabled=False):
+            logits = self.logits(z)
+            if estimator is None:
+                codes = logits.argmax(-1)
+                return Quantised(self.look_up(codes), codes, logits, None, z)
+            y, codes = choose(logits, estimator, tau, noise, hardness, generator)
+            return Quantised(y @ self.table(), codes, logits, y, z)
+
+    def look_up(self, codes):
+        """codes (...) int64 -> (..., D)."""
+        return F.embedding(codes, self.table())
+
+    def norms(self):
+        """Lengths (K,) of the codes as parameters."""
+        return torch.linalg.vector_norm(self.codes.float(), dim=1)
+
+    def bound(self):
+        """Mean squared distance of the codes' lengths from 1, a loss: cosine alone lets them drift."""
+        return (self.norms() - 1).square().mean()
+
+    @torch.no_grad()
+    def put(self, where, points):
+        """Codes `where` (K,) bool become points (as many, D) float."""
+        self.codes[where] = unit(points) if self.similarity == "cosine" else points.float()
+
+    @torch.no_grad()
+    def revive(self, where, z, generator=None):
+        """Codes `where` (K,) bool become encoder outputs, drawn from z (M, D) by `generator`."""
+        n = int(where.sum())
+        if n:
+            self.put(where, z[torch.randint(len(z), (n,), generator=generator).to(z.device)])
+
+    @torch.no_grad()
+    def fit(self, z, generator=None):
+        """All codes become the k-means centres of encoder outputs z (M, D)."""
+        points = (unit(z) if self.similarity == "cosine" else z.float()).cpu()
+        self.put(torch.ones(len(self.codes), dtype=torch.bool), kmeans(points, len(self.codes), generator).to(z.device))
+
+
+class VQ(Codebook):
+    """Vector quantisation (van den Oord et al. 2017): the nearest code, gradient copied past it, codes as running means
+    of what chose them (their appendix A.1), commitment loss; "cosine" compares and keeps unit vectors.
+    """
+
+    def __init__(self, size, width, similarity="cosine", init="normal", decay=0.95, commitment=0.25):
+        nn.Module.__init__(self)
+        self.similarity, self.init, self.decay, self.commitment = similarity, init, decay, commitment
+        self.register_buffer("codes", torch.randn(size, width) * width ** -0.5)
+        self.register_buffer("counts", torch.ones(size))
+        self.register_buffer("sums", self.codes.clone())
+        if init == "uniform":
+            self.put(torch.ones(size, dtype=torch.bool), (torch.rand(size, width) - 0.5) * (12 / width) ** 0.5)
+
+    def forward(self, z, estimator=None, generator=None, **schedules):
+        """z (B, N, D) -> Quantised. estimator None: as it is; else the codes follow z, and there is a loss."""
+        with torch.autocast(z.device.type, enabled=False):
+            x = unit(z) if self.similarity == "cosine" else z.float()
+            flat = x.flatten(0, -2)
+            codes = (flat @ self.table().T - (self.table().square().sum(1) / 2)).argmax(1)  # the least |x - e|
+            e = self.look_up(codes).view(x.shape)
+            if estimator is None:
+                return Quantised(e, codes.view(x.shape[:-1]), z=z)
+            if self.training:
+                self.follow(flat.detach(), codes)
+            loss = self.commitment * (x - e.detach()).square().sum(-1).mean()
+            return Quantised(straight_through(e, x), codes.view(x.shape[:-1]), z=z, loss=loss)
+
+    @torch.no_grad()
+    def follow(self, x, codes):
+        """One update of the running means by x (M, D) and what it chose."""
+        counts = codes.bincount(minlength=len(self.codes)).float()
+        sums = torch.zeros_like(self.sums).index_add_(0, codes, x)
+        self.counts.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        self.codes.copy_(self.sums / self.counts.clamp(min=1e-5)[:, None])
+
+    @torch.no_grad()
+    def put(self, where, points):
+        """Codes `where` (K,) bool become points, and their running means begin anew."""
+        super().put(where, points)
+        self.counts[where] = 1.0
+        self.sums[where] = self.codes[where]
+
+
+def fsq_levels(size):
+    """Levels per channel, from 8 down to 2, whose product is `size`, largest first: 512 -> [8, 8, 8], 240 -> [8, 6, 5].
+
+    ValueError: there are none.
+    """
+    def split(rest, most):
+        if rest == 1:
+            return []
+        for level in range(min(most, rest), 1, -1):
+            if rest % level == 0 and (tail := split(rest // level, level)) is not None:
+                return [level, *tail]
+        return None
+    found = split(size, 8)
+    if not found:
+        raise ValueError(f"codebook_size {size} is no product of levels from 2 to 8, as fsq needs: try a power of two")
+    return found
+
+
+class FSQ(nn.Module):
+    """Finite scalar quantisation (Mentzer et al. 2024): each channel rounded to one of a few levels; nothing to learn.
+
+    z (B, N, D) with D = len(levels); code = the levels as digits, the last channel moving fastest.
+    """
+
+    def __init__(self, size):
+        super().__init__()
+        levels = torch.tensor(fsq_levels(size))
+        self.register_buffer("levels", levels, persistent=False)
+        self.register_buffer("basis", size // levels.cumprod(0), persistent=False)
+
+    def forward(self, z, estimator=None, generator=None, **schedules):
+        """z (B, N, D) -> Quantised."""
+        with torch.autocast(z.device.type, enabled=False):
+            half = (self.levels - 1) * (1 + 1e-3) / 2
+            offset = 0.5 * (self.levels % 2 == 0)
+            bounded = torch.tanh(z.float() + torch.atanh(offset / half)) * half - offset
+            digits = bounded.round()
+            codes = ((digits + self.levels // 2).long() * self.basis).sum(-1)
+            return Quantised(straight_through(digits, bounded) / (self.levels // 2), codes, z=z)
+
+    def look_up(self, codes):
+        """codes (...) int64 -> (..., D)."""
+        digits = codes[..., None] // self.basis % self.levels
+        return (digits - self.levels // 2) / (self.levels // 2)
+
+
+# --- KL and its parts ---
+
+def kl_uniform(logits):
+    """KL(softmax(l) || uniform) in nats, (..., K) -> (...): ln K + sum p ln p; 0 where uniform, ln K where one-hot."""
+    log_p = torch.log_softmax(logits.float(), -1)
+    return math.log(logits.size(-1)) + (log_p.exp() * log_p).sum(-1)
+
+
+def entropy(p):
+    """-sum p ln p over the last dimension, nats; 0 ln 0 = 0."""
+    return torch.special.entr(p).sum(-1)
+
+
+def decompose(logits, y, positive=False):
+    """KL to the uniform prior and its parts, scalars with gradient, nats per input:
+
+        KL = mean_x sum_n KL(q(z_n|x) || u) = MI + TC + DWKL
+        MI = I(x; z)                        TC = KL(q(z) || prod_n q(z_n)) = sum_n I(x; z_n) - I(x; z) >= 0
+        DWKL = sum_n KL(q(z_n) || u)        code_mi = sum_n I(x; z_n) = MI + TC
+
+    after Chen et al. 2018 (arXiv 1802.04942, eq. 2), with q(z) the mixture over this batch. KL, code_mi and DWKL are
+    exact sums over K; MI is the mean over one draw y (B, N, K) per input of ln q(z|x) - ln mean_j q(z|x_j): at most
+    ln B, since a draw's own input is in the mixture. positive: negative values of MI and TC, which only the draws'
+    chance can make, become 0.
+
+    What is often written instead is not TC. (1) KL - MI - DWKL with MI and DWKL from the same marginals: identically
+    0, its sign is rounding. (2) Minibatch-weighted sampling without its -ln(N M), for every factor of the product too:
+    shifted by -(D - 1) ln(N M). (3) The draw's own input left out: biased downwards. (4) On a batch MI cannot pass
+    ln B, while N codes hold N ln K: there TC is little more than code_mi - ln B.
+    """
+    log_q = torch.log_softmax(logits.float(), -1)                                # (B, N, K)
+    q, B, K = log_q.exp(), len(logits), logits.size(-1)
+    marginals = q.mean(0)                                                        # (N, K)
+    entropies, own = entropy(marginals), entropy(q)                              # (N,), (B, N)
+    kl = (math.log(K) - own).sum(1).mean()
+    dwkl, code_mi = (math.log(K) - entropies).sum(), (entropies - own.mean(0)).sum()
+    joint = y.float().flatten(1) @ log_q.flatten(1).T                            # (B, B): ln q(z_i | x_j)
+    mi = (joint.diagonal() - torch.logsumexp(joint, 1) + math.log(B)).mean()
+    tc = code_mi - mi
+    if positive:
+        mi, tc = mi.relu(), tc.relu()
+    return dict(kl=kl, mi=mi, tc=tc, dwkl=dwkl, code_mi=code_mi)
+
+
+def usage_kl(logits):
+    """KL of the mean posterior over batch and positions to uniform, nats: 0 where all codes of the one codebook serve
+    alike; it asks nothing of any single posterior, and so costs no information."""
+    return math.log(logits.size(-1)) - entropy(torch.softmax(logits.float(), -1).flatten(0, -2).mean(0))
+
+
+# --- Monitors, over the whole evaluation set ---
+
+def code_statistics(codes, size):
+    """codes (M, N) int64 of a whole set -> dict: usage (share of the codebook that was ever chosen), dead (how many
+    never), perplexity (exp of the pooled entropy), code_bits (sum over the positions of their entropies, bits: the
+    rate of a code that knows each position's own histogram)."""
+    M, N = codes.shape
+    counts = (codes + torch.arange(N, device=codes.device) * size).flatten().bincount(minlength=N * size).view(N, size)
+    pooled = counts.sum(0).double()
+    alive = (pooled > 0).sum().item()
+    return dict(usage=alive / size, dead=size - alive, perplexity=entropy(pooled / pooled.sum()).exp().item(),
+                code_bits=(entropy(counts.double() / M).sum() / math.log(2)).item())
+
+
+def mutual_information(a, b, n_a, n_b):
+    """a (M,), b (M,) int64 with n_a and n_b values -> (I(a; b), H(a), H(b)) from counts, nats."""
+    joint = (a * n_b + b).bincount(minlength=n_a * n_b).view(n_a, n_b).double() / len(a)
+    h_a, h_b = entropy(joint.sum(1)), entropy(joint.sum(0))
+    return (h_a + h_b - entropy(joint.flatten())).item(), h_a.item(), h_b.item()
+
+
+def nmi_matrix(codes, size, generator=None):
+    """Normalised mutual information I / sqrt(H H) of every pair of positions of codes (M, N) -> (N, N) float64, and a
+    floor (N, N): the same after each position's codes were shuffled among the inputs, which is what counting so few
+    inputs makes of independent codes. The diagonal is 1; a position with one code only has 0."""
+    M, N = codes.shape
+    order = torch.rand(N, M, generator=generator).argsort(1).to(codes.device)
+    matrices = []
+    for columns in (codes.T, codes.T.gather(1, order)):                          # (N, M)
+        matrix = torch.zeros(N, N, dtype=torch.float64)
+        for i in range(N):
+            for j in range(i + 1):
+                shared, h_i, h_j = mutual_information(columns[i], columns[j], size, size)
+                matrix[i, j] = matrix[j, i] = max(0.0, shared) / math.sqrt(h_i * h_j) if min(h_i, h_j) > 0 else 0.0
+        matrices.append(matrix)
+    return tuple(matrices)
+
+
+def information_gaps(codes, size, factors, generator=None):
+    """Which position knows which factor: {name: (best, gap, position, floor)}, after MIG (Chen et al. 2018, eq. 5).
+
+    codes (M, N); factors {name: (M,) int64, -1 where undefined}. best: largest I(z_n; v) / H(v) over the positions;
+    gap: how far the second is behind; floor: the best after the factor was shuffled. Factors that do not vary are left
+    out.
+    """
+    found = {}
+    for name, values in factors.items():
+        there = values >= 0
+        if there.sum() < 2 or len(values[there].unique()) < 2:
+            continue
+        v = values[there].unique(return_inverse=True)[1]
+        some, n = codes[there], int(v.max()) + 1
+
+        def shares(v):
+            return sorted(((i / h, p) for p in range(some.size(1)) for i, _, h in [
+                mutual_information(some[:, p], v, size, n)]), reverse=True)
+        ranked = shares(v)
+        floor = shares(v[torch.randperm(len(v), generator=generator).to(v.device)])[0][0]
+        found[name] = (ranked[0][0], ranked[0][0] - (ranked[1][0] if len(ranked) > 1 else 0.0), ranked[0][1], floor)
+    return found
+
+
+# --- What a person may look at: python discrete.py gradients, decomposition ---
+
+def gradient_error(estimator, function, logits, tau=1.0, draws=20_000, generator=None):
+    """(bias, spread) of an estimator's gradient of E f(z), z ~ softmax(logits (K,)), both over the exact length.
+
+    The exact gradient is a sum over all K codes. straight_through and reinmax are averaged over the K codes with their
+    probabilities, so without chance; of gumbel_soft and gumbel_hard `draws` are taken. bias: |mean - exact|; spread:
+    root of the mean squared distance to the mean. float64.
+    """
+    logits = logits.double().requires_grad_()
+    K, eye, p = len(logits), torch.eye(len(logits), dtype=torch.float64), torch.softmax(logits, 0)
+    exact = torch.autograd.grad((p * function(eye)).sum(), logits)[0]
+    if estimator.startswith("gumbel"):
+        rows = logits.detach().expand(draws, K).clone().requires_grad_()
+        y, _ = choose(rows, estimator, tau, generator=generator)
+        weights = torch.full((draws,), 1 / draws, dtype=torch.float64)
+    else:
+        rows = logits.detach().expand(K, K).clone().requires_grad_()
+        y = reinmax(rows, eye, tau) if estimator == "reinmax" else straight_through(eye, torch.softmax(rows / tau, 1))
+        weights = p.detach()
+    grads = torch.autograd.grad(function(y).sum(), rows)[0]                      # (draws, K)
+    mean = weights @ grads
+    spread = (weights @ (grads - mean).square().sum(1)).sqrt()
+    return ((mean - exact).norm() / exact.norm()).item(), (spread / exact.norm()).item()
+
+
+def _gradients():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, generator=generator, dtype=torch.float64)
+    a, m = torch.randn(6, generator=generator, dtype=torch.float64), torch.randn(
+        6, 6, generator=generator, dtype=torch.float64)
+    functions = {"linear": lambda y: y @ a, "quadratic": lambda y: ((y @ m) * y).sum(-1),
+                 "cubic": lambda y: (y @ a) ** 3 + y @ m[0]}
+    print("Gradient of E f(z), K = 6: bias and spread over the exact gradient's length\n")
+    print("| estimator | tau | " + " | ".join(functions) + " |\n" + "| --- " * (2 + len(functions)) + "|")
+    for name, tau in (("gumbel_soft", 1.0), ("gumbel_soft", 0.5), ("gumbel_soft", 1 / 16), ("gumbel_hard", 1.0),
+                      ("gumbel_hard", 0.5), ("gumbel_hard", 1 / 16), ("straight_through", 1.0), ("reinmax", 1.0),
+                      ("reinmax", 1.3), ("reinmax", 2.0)):
+        found = [gradient_error(name, f, logits, tau, generator=generator) for f in functions.values()]
+        print(f"| {name} | {tau:g} | " + " | ".join(f"{bias:.3f}, {spread:.2f}" for bias, spread in found) + " |")
+
+
+def _decomposition():
+    generator = torch.Generator().manual_seed(0)
+
+    def posteriors(B, N, K, sharp, copies=1):
+        logits = sharp * torch.randn(B, N // copies, K, generator=generator)
+        return logits.repeat_interleave(copies, 1)
+    print("TC of q(z) over a batch of 64, nats: true value by a mixture over all inputs where codes are few, and what "
+          "estimators give\n")
+    print("| codes | code_mi | MI | TC | KL - MI' - DWKL in float32 | own input left out |\n" + "| --- " * 6 + "|")
+    for name, shape in (("4 independent x 8", (64, 4, 8, 3.0)), ("4 in two equal pairs x 8", (64, 4, 8, 3.0, 2)),
+                        ("64 x 512", (64, 64, 512, 3.0))):
+        logits = posteriors(*shape)
+        mi, tc, residual, left_out = [], [], [], []
+        for _ in range(50):
+            y = F.one_hot(choose(logits, "straight_through", generator=generator)[1], logits.size(-1))
+            parts = decompose(logits, y)
+            mi.append(parts["mi"].item())
+            tc.append(parts["tc"].item())
+            log_q = torch.log_softmax(logits, -1)
+            mean = log_q.exp().mean(0)
+            one = (log_q.exp() * (log_q - mean.log())).sum((1, 2)).mean()        # MI': the sum of the codes' own
+            two = (mean * (mean.log() + math.log(logits.size(-1)))).sum()
+            residual.append((kl_uniform(logits).sum(1).mean() - one - two).item())
+            joint = y.float().flatten(1) @ log_q.flatten(1).T
+            others = joint.masked_fill(torch.eye(len(joint), dtype=torch.bool), -math.inf)
+            wrong = joint.diagonal() - torch.logsumexp(others, 1) + math.log(len(joint) - 1)
+            left_out.append(parts["code_mi"].item() - wrong.mean().item())
+
+        def shown(values):
+            return f"{sum(values) / len(values):.4g} ({min(values):.2g} .. {max(values):.2g})"
+        print(f"| {name} | {parts['code_mi'].item():.4g} | {shown(mi)} | {shown(tc)} | {shown(residual)} | "
+              f"{shown(left_out)} |")
+
+
+if __name__ == "__main__":
+    tables = {"gradients": _gradients, "decomposition": _decomposition}
+    if len(sys.argv) != 2 or sys.argv[1] not in tables:
+        sys.exit(f"error: which table? {' or '.join(tables)}")
+    tables[sys.argv[1]]()

@@ -1,0 +1,419 @@
+"""The discrete VAE of train_dvae.py: grids of coloured cells to codes, and codes to grids.
+
+Encoder -> query pooler -> one codebook -> decoder. Layout "grid": the first code or two are height and width, and the
+learned ones lie over the grid. "canvas": all are learned and lie over the canvas, row ends and PAD are tokens to say.
+Attention knows distances from the start, and a path past it resamples values by distance alone: with queries that have
+to find out where to look, the pooler is a blurred mean for long. Shapes: B grids, P patches, N latents, S side of the
+canvas, C width; places are (row, column) in cells.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data.arc import OUTSIDE, Canvas
+from discrete import FSQ, VQ, Codebook
+from feedforward import activate
+from mixers import Linear, Norm
+from model import initialise
+
+
+@dataclass
+class Config:
+    """What the model is built from."""
+    canvas: Canvas
+    quantiser: str
+    n_codes: int
+    codebook_size: int
+    code_dim: int
+    layout: str
+    patch_height: int
+    patch_width: int
+    encoder_layers: int
+    latent_layers: int
+    decoder_layers: int
+    n_head: int
+    n_embd: int
+    cell_dim: int
+    ff_mult: float
+    activation: str
+    norm: str
+    norm_gain: bool
+    bias: bool
+    init: str
+    dropout: float
+    distance_bias: bool
+    resample: bool
+    output_positions: bool
+    similarity: str
+    codebook_init: str
+    tie_weights: bool = False
+
+    @property
+    def n_shape_codes(self):
+        """Codes that name the shape, one of max_side^2: with layout "grid" as many as that takes, else none."""
+        if self.layout == "canvas":
+            return 0
+        n, room = 0, 1
+        while room < self.canvas.max_side ** 2:
+            n, room = n + 1, room * self.codebook_size
+        return n
+
+    @property
+    def n_latents(self):
+        """Codes that are learned."""
+        return self.n_codes - self.n_shape_codes
+
+    @property
+    def n_layer(self):
+        """Layers with a branch into the same stream, for the initialisation."""
+        return max(self.encoder_layers, self.latent_layers, self.decoder_layers)
+
+
+def lattice(n):
+    """n places (n, 2) in the unit square, row by row, and how many rows: as square as n allows, with no more rows than
+    columns; where no such rows divide n, rows differ by one place."""
+    rows = max((r for r in range(1, math.isqrt(n) + 1) if n % r == 0 and n <= 3 * r * r), default=round(math.sqrt(n)))
+    places = []
+    for row in range(rows):
+        columns = n // rows + (row < n % rows)
+        places += [((row + 0.5) / rows, (column + 0.5) / columns) for column in range(columns)]
+    return torch.tensor(places), rows
+
+
+def position_features(places, extent):
+    """places (B, T, 2) and extent (B, 1, 2), in cells -> (B, T, 60): sines and cosines of the distances from the upper
+    left and the lower right edge, wavelengths 2 to 64 cells, and of the place relative to the extent."""
+    cells = torch.cat([places, extent - places], -1)[..., None] * (math.pi / 2 ** torch.arange(
+        6, device=places.device))                                                # (B, T, 4, 6)
+    relative = (places / extent)[..., None] * (math.pi * 2 ** torch.arange(3, device=places.device))  # (B, T, 2, 3)
+    angles = torch.cat([cells.flatten(2), relative.flatten(2)], -1)
+    return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+RELATIONS = 8
+
+
+def relations(queries, keys, scale):
+    """queries (B, T, 2), keys (B, S, 2) in cells, scale (B, 1, 2) cells -> (B, T, S, 8): what attention is told of two
+    places, first of all their squared distance."""
+    d = (queries.unsqueeze(2) - keys.unsqueeze(1)) / scale.unsqueeze(1)          # (B, T, S, 2)
+    square, near = d.square(), d.abs() < 0.5
+    total = square.sum(-1, keepdim=True)
+    return torch.cat([total, total.clamp(max=4), d.abs(), d.clamp(-2, 2), near.to(d.dtype)], -1)
+
+
+class Attention(nn.Module):
+    """Attention of x to itself or to a context, with a learned bias per head that is linear in the relations of the two
+    places; at first -a_h d^2, a_h = 1/2, 1/4, ... and 0 in the last head."""
+
+    def __init__(self, c, cross=False):
+        super().__init__()
+        self.n_head, self.cross, self.near = c.n_head, cross, c.distance_bias
+        if cross:
+            self.q, self.kv = Linear(c.n_embd, c.n_embd, bias=c.bias), Linear(c.n_embd, 2 * c.n_embd, bias=c.bias)
+        else:
+            self.qkv = Linear(c.n_embd, 3 * c.n_embd, bias=c.bias)
+        self.fused = {"kv": (c.n_embd,) * 2} if cross else {"qkv": (c.n_embd,) * 3}
+        self.out = Linear(c.n_embd, c.n_embd, bias=c.bias)
+        self.distance = nn.Parameter(torch.empty(RELATIONS, c.n_head))
+        self.own = {"distance": "position"}
+
+    def fill(self):
+        """The heads look from near to far."""
+        self.distance.zero_()
+        if self.near:
+            self.distance[0] = -0.5 ** torch.arange(1, self.n_head + 1)
+            self.distance[0, -1] = 0.0
+
+    def forward(self, x, related, padding=None, context=None):
+        """x (B, T, C), related (B or 1, T, S, 8), padding (B, S) bool or None, context (B, S, C) -> (B, T, C)."""
+        (B, T, C), H = x.shape, self.n_head
+        if self.cross:
+            q = self.q(x).view(B, T, H, -1).transpose(1, 2)                      # (B, H, T, D)
+            k, v = self.kv(context).view(B, -1, 2, H, C // H).permute(2, 0, 3, 1, 4)
+        else:
+            q, k, v = self.qkv(x).view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)
+        scores = (q * (C // H) ** -0.5) @ k.transpose(2, 3) + (related @ self.distance).permute(0, 3, 1, 2)
+        if padding is not None:
+            scores = scores.masked_fill(padding[:, None, None, :], -math.inf)
+        p = torch.softmax(scores.float(), -1).to(v.dtype)
+        return self.out((p @ v).transpose(1, 2).reshape(B, T, C))
+
+
+class Resample(nn.Module):
+    """Each query takes the values of the keys near it, by a softmax over their places alone: no attention to learn."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.distance = nn.Parameter(torch.empty(RELATIONS))
+        self.own = {"distance": "position"}
+
+    def fill(self):
+        """-d^2."""
+        self.distance.zero_()
+        self.distance[0] = -1.0
+
+    def forward(self, x, related, padding=None):
+        """x (B, S, C), related (B, T, S, 8), padding (B, S) -> (B, T, C)."""
+        scores = related @ self.distance
+        if padding is not None:
+            scores = scores.masked_fill(padding[:, None, :], -math.inf)
+        return torch.softmax(scores.float(), -1).to(x.dtype) @ x
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around an activation."""
+
+    def __init__(self, c):
+        super().__init__()
+        gated, width = c.activation in ("swiglu", "geglu"), round(c.n_embd * c.ff_mult)
+        self.activation = c.activation
+        self.up = Linear(c.n_embd, 2 * width if gated else width, bias=c.bias)
+        self.down = Linear(width, c.n_embd, bias=c.bias)
+        self.fused = {"up": (width, width)} if gated else {}
+
+    def forward(self, x):
+        """x (..., C) to the same shape."""
+        return self.down(activate(self.activation, self.up(x)))
+
+
+class Layer(nn.Module):
+    """Attention to a context where `cross`, to itself, feed-forward; each on a norm, added to the stream."""
+
+    def __init__(self, c, cross=False):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (Norm(c.norm, c.n_embd, c.norm_gain, c.bias) if wanted else None
+                                              for wanted in (cross, True, True))
+        self.read = Attention(c, cross=True) if cross else None
+        self.mix, self.ff, self.dropout = Attention(c), FeedForward(c), c.dropout
+
+    def forward(self, x, related, padding=None, context=None, to_context=None, context_padding=None):
+        """x (B, T, C), related (B or 1, T, T, 8), to_context (B, T, S, 8). Returns (B, T, C)."""
+        def drop(branch):
+            return F.dropout(branch, self.dropout) if self.dropout and self.training else branch
+        if self.read is not None:
+            x = x + drop(self.read(self.norm1(x), to_context, context_padding, context))
+        x = x + drop(self.mix(self.norm2(x), related, padding))
+        return x + drop(self.ff(self.norm3(x)))
+
+
+class DVAE(nn.Module):
+    """Grids to codes and back. See the top of the file; shapes: B grids, P patches, N latents, S side of the canvas."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        C, cells = c.n_embd, c.patch_height * c.patch_width
+        self.rows, self.columns = -(-c.canvas.max_side // c.patch_height), -(-c.canvas.max_side // c.patch_width)
+        places, rows = lattice(c.n_latents)
+        self.register_buffer("lattice", places, persistent=False)                # (N, 2)
+        self.lattice_rows = rows
+        # encoder
+        self.cell = nn.Parameter(torch.empty(c.canvas.n_tokens, c.cell_dim))
+        self.into = Linear(cells * c.cell_dim, C, bias=c.bias)
+        self.places = nn.ModuleDict({name: Linear(width, C, bias=False) for name, width in
+                                     (("patch", 60), ("latent", 64), ("code", 64), ("query", 60))})
+        self.encoder = nn.ModuleList(Layer(c) for _ in range(c.encoder_layers))
+        # pooler
+        self.queries = nn.Parameter(torch.empty(c.n_latents, C))
+        self.pool = Resample(c) if c.resample else None
+        self.pooler = nn.ModuleList(Layer(c, cross=True) for _ in range(c.latent_layers))
+        self.code_norm = Norm(c.norm, C, c.norm_gain, c.bias)
+        self.to_code = Linear(C, c.code_dim, bias=c.bias)
+        # codes
+        self.codebook = {"categorical": lambda: Codebook(c.codebook_size, c.code_dim, c.similarity, c.codebook_init),
+                         "vq": lambda: VQ(c.codebook_size, c.code_dim, c.similarity, c.codebook_init),
+                         "fsq": lambda: FSQ(c.codebook_size)}[c.quantiser]()
+        # decoder
+        self.from_code = Linear(c.code_dim, C, bias=c.bias)
+        self.slots = nn.Parameter(torch.empty(c.n_latents, C))
+        self.latents = nn.ModuleList(Layer(c) for _ in range(c.latent_layers))
+        self.spread = Resample(c) if c.resample else None
+        self.decoder = nn.ModuleList(Layer(c, cross=True) for _ in range(c.decoder_layers))
+        self.head_norm = Norm(c.norm, C, c.norm_gain, c.bias)
+        said = c.canvas.n_colours if c.layout == "grid" else c.canvas.n_outputs
+        self.heads = nn.ParameterList([nn.Parameter(torch.empty(cells * said, C))])
+        self.own = {"cell": "embedding", "queries": "position", "slots": "position", "to_code.weight": "head",
+                    "from_code.weight": "matrix", **{f"places.{name}.weight": "position" for name in self.places}}
+        if c.bias:
+            self.own |= {"to_code.bias": "bias", "from_code.bias": "bias"}
+        initialise(self)
+
+    def fill(self):
+        """What no rule of `initialise` fills."""
+        self.cell.normal_()
+        for layer in self.places.values():
+            layer.weight.normal_(0, 0.5 * 60 ** -0.5)
+        self.queries.normal_(0, 0.1)
+        self.slots.normal_(0, 0.1)
+        for layer in (self.to_code, self.from_code):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                layer.bias.zero_()
+
+    def stretched(self, shapes):
+        """The shapes (B, 2) over which latents lie: with layout "canvas" that of the canvas."""
+        return torch.full_like(shapes, self.config.canvas.max_side) if self.config.layout == "canvas" else shapes
+
+    def patches(self, shapes, ends):
+        """shapes (B, 2) -> index (B, P) of the patches with tokens in them, 0 where there are fewer than P, and padding
+        (B, P) bool there. ends: with the row ends, which need one more column; else cells only."""
+        c = self.config
+        height, width = shapes[:, :1], (shapes[:, 1:] + ends).clamp(max=c.canvas.max_side)
+        index = torch.arange(self.rows * self.columns, device=shapes.device)
+        there = (index // self.columns * c.patch_height < height) & (index % self.columns * c.patch_width < width)
+        P = int(there.sum(1).max())
+        index = there.int().argsort(dim=1, descending=True, stable=True)[:, :P]      # (B, P)
+        padding = ~there.gather(1, index)
+        return index.masked_fill(padding, 0), padding
+
+    def centres(self, index):
+        """index (B, P) of patches -> their centres (B, P, 2), in cells."""
+        c = self.config
+        row, column = index // self.columns, index % self.columns
+        return torch.stack([(row + 0.5) * c.patch_height, (column + 0.5) * c.patch_width], -1)
+
+    def latent_places(self, shapes):
+        """shapes (B, 2) -> places (B, N, 2) of the latents in cells, the distance (B, 1, 2) that counts as one between
+        a latent and a patch, and features (B, N, 64) of the places.
+
+        Where there are at most 1.5 patches a latent, each latent stands on a patch, in the order of reading, so many
+        on each (or so few) as comes out even; where there are more, on the lattice stretched over them.
+        """
+        c = self.config
+        index, padding = self.patches(shapes, ends=False)
+        n = (~padding).sum(1, keepdim=True)                                      # (B, 1) patches
+        extent = shapes.unsqueeze(1).float()
+        patch = torch.tensor([c.patch_height, c.patch_width], device=extent.device)
+        at = (torch.arange(c.n_latents, device=n.device) + 0.5) * n / c.n_latents  # (B, N)
+        aligned = self.centres(index.gather(1, at.long()))
+        spacing = extent / torch.tensor([self.lattice_rows, c.n_latents / self.lattice_rows], device=extent.device)
+        few = (n <= 1.5 * c.n_latents)[..., None]
+        places = torch.where(few, aligned, self.lattice * extent)
+        scale = torch.where(few, patch, torch.maximum(spacing, patch))
+        angle = torch.where(few[..., 0], at.frac(), 0.5) * math.pi
+        load = (n / c.n_latents).clamp(max=2).expand_as(at)
+        part = torch.stack([angle.cos(), (2 * angle).cos(), (2 * angle).sin(), load], -1)
+        return places, scale, torch.cat([position_features(places, extent), part], -1)
+
+    def as_patches(self, tokens):
+        """tokens (B, S, S) -> (B, all patches, cells of a patch); the canvas is filled up with PAD."""
+        c, (B, S, _) = self.config, tokens.shape
+        h, w = self.rows * c.patch_height, self.columns * c.patch_width
+        if (h, w) != (S, S):
+            tokens = F.pad(tokens, (0, w - S, 0, h - S), value=c.canvas.pad)
+        tokens = tokens.view(B, self.rows, c.patch_height, self.columns, c.patch_width)
+        return tokens.transpose(2, 3).reshape(B, self.rows * self.columns, -1)
+
+    def encode(self, tokens, shapes):
+        """tokens (B, S, S) int64 with their shapes (B, 2) -> z (B, N, code_dim), what the codebook compares."""
+        c = self.config
+        index, padding = self.patches(shapes, ends=True)
+        shapes = self.stretched(shapes)
+        extent, centres = shapes.unsqueeze(1).float(), self.centres(index)
+        words = self.as_patches(tokens).gather(1, index[..., None].expand(-1, -1, c.patch_height * c.patch_width))
+        embedded = F.embedding(words, self.cell) * (words != c.canvas.pad)[..., None]  # PAD is nothing at all
+        where = self.places["patch"](position_features(centres, extent))
+        x = self.into(embedded.flatten(2)) + where
+        patch = torch.tensor([[[c.patch_height, c.patch_width]]], device=x.device)
+        related = relations(centres, centres, patch)
+        for layer in self.encoder:
+            x = layer(x, related, padding)
+        if c.output_positions:
+            x = x + where
+        places, scale, features = self.latent_places(shapes)
+        to_patches, among = relations(places, centres, scale), relations(places, places, scale)
+        h = self.queries + self.places["latent"](features)
+        if self.pool is not None:
+            h = h + self.pool(x, to_patches, padding)
+        for layer in self.pooler:
+            h = layer(h, among, None, x, to_patches, padding)
+        return self.to_code(self.code_norm(h))
+
+    def decode(self, e, shapes):
+        """e (B, N, code_dim) of the codebook, shapes (B, 2) -> logits (B, P, cells, outputs) float32 of the patches,
+        their index and padding (B, P). With layout "canvas" `shapes` changes nothing: all patches are said."""
+        c = self.config
+        shapes = self.stretched(shapes)
+        index, padding = self.patches(shapes, ends=False)
+        extent, centres = shapes.unsqueeze(1).float(), self.centres(index)
+        places, scale, features = self.latent_places(shapes)
+        u, among = self.from_code(e) + self.slots + self.places["code"](features), relations(places, places, scale)
+        for layer in self.latents:
+            u = layer(u, among)
+        x = self.places["query"](position_features(centres, extent))
+        to_latents = relations(centres, places, scale)
+        patch = torch.tensor([[[c.patch_height, c.patch_width]]], device=x.device)
+        related = relations(centres, centres, patch)
+        if self.spread is not None:
+            x = x + self.spread(u, to_latents)
+        for layer in self.decoder:
+            x = layer(x, related, padding, u, to_latents)
+        logits = F.linear(self.head_norm(x), self.heads[0]).float()
+        return logits.view(*index.shape, c.patch_height * c.patch_width, -1), index, padding
+
+    def nats(self, e, tokens, shapes):
+        """-ln p(grid | codes) per grid (B,), and right (B,) bool: is the likeliest canvas the true one?
+
+        e (B, N, code_dim), tokens (B, S, S) with their shapes (B, 2). "grid": cells, the rest follows from the shape,
+        which the first codes are. "canvas": every token.
+        """
+        c = self.config
+        logits, index, padding = self.decode(e, shapes)
+        targets = self.as_patches(tokens).gather(1, index[..., None].expand(-1, -1, logits.size(2)))
+        counted = ~padding[..., None].expand_as(targets)
+        if c.layout == "grid":
+            counted = counted & (targets < c.canvas.n_colours)
+            targets = targets.masked_fill(~counted, 0)
+        ce = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none").view(targets.shape)
+        right = ((logits.argmax(-1) == targets) | ~counted).all(2).all(1)
+        return (ce * counted).sum((1, 2)), right
+
+    def write(self, e, shapes):
+        """e (B, N, code_dim), shapes (B, 2) as the codes say -> the likeliest canvas (B, S, S) int64."""
+        c, S = self.config, self.config.canvas.max_side
+        logits, index, padding = self.decode(e, shapes)
+        canvas = torch.full((len(e), self.rows * self.columns + 1, logits.size(2)), c.canvas.pad, device=e.device)
+        index = index.masked_fill(padding, self.rows * self.columns)             # a patch that is cut off below
+        canvas.scatter_(1, index[..., None].expand(-1, -1, logits.size(2)), logits.argmax(-1))
+        canvas = canvas[:, :-1].view(len(e), self.rows, self.columns, c.patch_height, c.patch_width).transpose(2, 3)
+        canvas = canvas.reshape(len(e), self.rows * c.patch_height, -1)[:, :S, :S]
+        if c.layout == "canvas":
+            return canvas
+        place = torch.arange(S, device=e.device)
+        inside = (place[:, None] < shapes[:, 0, None, None]) & (place < shapes[:, 1, None, None])
+        return c.canvas.tokens(torch.where(inside, canvas, OUTSIDE).to(torch.uint8))
+
+    def with_shape(self, codes, shapes):
+        """Learned codes (B, N) with those of the shape before them: all n_codes of a grid, (B, n_codes)."""
+        c = self.config
+        number, digits = (shapes[:, 0] - 1) * c.canvas.max_side + shapes[:, 1] - 1, []
+        for _ in range(c.n_shape_codes):
+            digits.append(number % c.codebook_size)
+            number = number // c.codebook_size
+        return torch.cat([torch.stack(digits[::-1], 1), codes], 1) if digits else codes
+
+    def read(self, codes):
+        """codes (B, n_codes) -> e (B, N, code_dim) and the shapes (B, 2) that the first of them say; a number past the
+        last shape means that one."""
+        c, number = self.config, torch.zeros(len(codes), dtype=torch.long, device=codes.device)
+        for digit in codes[:, :c.n_shape_codes].unbind(1):
+            number = number * c.codebook_size + digit
+        S = c.canvas.max_side
+        number = number.clamp(max=S * S - 1)
+        shapes = torch.stack([number // S + 1, number % S + 1], 1)
+        return self.codebook.look_up(codes[:, c.n_shape_codes:]), shapes
+
+    def code_map(self, codes):
+        """All codes (B, n_codes) -> the learned ones where they lie, (B, rows, columns), -1 where a row is shorter."""
+        c, rows = self.config, self.lattice_rows
+        lengths = [c.n_latents // rows + (row < c.n_latents % rows) for row in range(rows)]
+        parts = codes[:, c.n_shape_codes:].split(lengths, 1)
+        return torch.stack([F.pad(part, (0, max(lengths) - part.size(1)), value=-1) for part in parts], 1)
+
+    def n_params(self):
+        """Parameters in all."""
+        return sum(p.numel() for p in self.parameters())

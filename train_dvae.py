@@ -1,0 +1,759 @@
+"""A discrete VAE over ARC grids: a grid becomes a few codes of one codebook, and the codes become the grid again.
+
+    python train_dvae.py --preset cpu                          # synthetic grids up to 8 x 8, 32 codes of 128: minutes
+    python train_dvae.py --preset arc                          # ARC-AGI-1: training tasks, scored on evaluation tasks
+    python train_dvae.py --preset cpu --estimator reinmax      # another gradient through the choice, same everything
+    python train_dvae.py --preset cpu --resume                 # goes on exactly where the newest run stopped
+    python train_dvae.py --resume --eval_only                  # figures, pictures and the codes' statistics
+    python train_dvae.py --resume --encode task.json           # codes of every grid in a file, as JSON
+    python train_dvae.py -h                                    # every setting
+
+Encoder -> query pooler -> n_codes choices out of one codebook -> decoder, in the manner of DALL-E's dVAE (Ramesh et al.
+2021, 2102.12092), with the choice relaxed by Gumbel noise (Jang et al. 2017), copied straight through, by ReinMax (Liu
+et al. 2023), or replaced by VQ or FSQ. The first code or two are the grid's height and width; the others stand on a
+lattice stretched over it.
+"""
+import json
+import math
+import time
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import optim
+from data.arc import OUTSIDE, PALETTE, Canvas, Stream, load
+from discrete import (SAMPLED, code_statistics, decompose, fsq_levels, information_gaps, kl_uniform, nmi_matrix,
+                      usage_kl)
+from dvae import DVAE, Config
+from experiment import (NonFinite, Run, UserError, adopt, command, find_resume, generator_states, load_checkpoint,
+                        override, peak_memory, resolve_device, replacing, restore_generators, seed_everything)
+from model import fused_rows, parameter_roles
+
+# --- Run ---
+preset = None              # a named set of settings (below); flags win over it
+run_name = None            # name of the run's directory; none: date and time
+out_dir = "runs"           # the run's directory is out_dir/train_dvae/run_name
+tag = None                 # a word by which `python experiment.py clean --tag` finds the run
+resume = False             # [path] go on with run_name (none: the newest run); --resume PATH: from that checkpoint
+eval_only = False          # with resume: evaluate, draw, train nothing
+encode = None              # with resume: a JSON file with grids (a task, a list of grids, one grid); prints their codes
+decode = None              # with resume: codes with commas between, or a JSON file with lists of codes; prints grids
+seed = 1337                # initialisation, dropout, noise of the codes, masks
+data_seed = 1337           # order and augmentation of the grids
+device = "auto"            # auto, cpu, cuda, cuda:1, ...
+dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
+compile = False            # torch.compile
+deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
+debug = False              # tiny and short, no wandb, no tensorboard
+
+# --- Data ---
+dataset = "synthetic"      # synthetic, or of ARC arc1, arc2, or arc1-training, arc1-evaluation, ... with + between
+val_dataset = None         # what is scored; none: synthetic, or the evaluation tasks that belong to dataset
+max_side = 8               # [>= 1, <= 30] of a grid; larger ones are left out (training: cropped)
+n_colours = 10             # [>= 1, <= 10] grids with others are left out
+n_train = 20_000           # [>= 1] synthetic: training grids
+n_val = 1_000              # [>= 1] synthetic: grids to evaluate on
+crops = 4                  # [>= 0] ARC: pieces of each training grid that is larger than max_side
+colours = "keep_zero"      # [all, keep_zero, none] augmentation: colours exchanged at random; 0 stays background
+symmetry = True            # augmentation: one of the eight symmetries of the square
+split_seed = 0             # [>= 0] which synthetic grids there are, where crops are cut
+batch_size = 64            # [>= 1] grids per forward pass
+grad_accum = 1             # [>= 1] forward passes per optimiser step
+group = 1                  # [>= 1] batches that are drawn together and sorted by area; 1: unsorted
+
+# --- Model ---
+n_codes = 32               # [>= 1] codes of a grid
+codebook_size = 128        # [>= 2] codes to choose from
+code_dim = 32              # [>= 1] width of a code; fsq: as many channels as it has levels
+layout = "grid"            # [grid, canvas] codes spread over the grid, whose shape the first are; or over the canvas
+patch_height = 2           # [>= 1] cells of a patch
+patch_width = 1            # [>= 1] cells of a patch
+encoder_layers = 1         # [>= 1] self-attention over patches
+latent_layers = 1          # [>= 1] in the pooler, and again between codes and decoder
+decoder_layers = 1         # [>= 1] layers of the decoder that read the latents
+n_head = 4                 # [>= 1] attention heads
+n_embd = 64                # [>= 1] width
+cell_dim = 16              # [>= 1] width of a cell's embedding
+ff_mult = 2.0              # [> 0.0] width of the feed-forward over n_embd
+activation = "gelu"        # [gelu, relu, relu2, silu, swiglu, geglu]
+norm = "layer"             # [layer, rms] before each branch
+norm_gain = True           # learned gain in the norms
+bias = True                # biases in linear layers and LayerNorm
+init = "xavier"            # [gpt2, normal, xavier, truncated, zero] of the hidden matrices
+dropout = 0.0              # [>= 0.0, < 1.0] probability, of branches
+distance_bias = True       # attention knows distances from the start; False: it has to learn where things are
+resample = True            # a path past attention, by distance alone, into the pooler and into the decoder
+output_positions = False   # positions once more on the encoder's output
+
+# --- Codes ---
+estimator = "gumbel_soft"  # [gumbel_soft, gumbel_hard, straight_through, reinmax, vq, fsq]
+similarity = "cosine"      # [cosine, dot] of encoder output and code
+codebook_init = "normal"   # [normal, uniform, kmeans] kmeans: of the untrained encoder's outputs
+codebook_bound = 0.0       # [>= 0.0] weight of (length of a code - 1)^2
+tau_start = None           # [none, > 0.0] temperature at first; none: the estimator's own (gumbel 1, the others 1)
+tau_end = None             # [none, > 0.0] and at last; none: gumbel 1/16, the others 1
+tau_fraction = None        # [none, > 0.0, <= 1.0] share of the schedule in which it goes there, half a cosine
+noise_fraction = None      # [none, >= 0.0, <= 1.0] share in which the noise grows from none to all of it, a line
+hard_at = None             # [none, >= 0.0, <= 1.0] share after which codes are one-hot; soft without noise until then
+schedule_steps = None      # [none, >= 1] steps that all shares are of; none: max_steps
+reset_interval = 20        # [none, >= 1] steps after which codes that nothing chose become encoder outputs; none: never
+reset_fraction = 0.8       # [>= 0.0, <= 1.0] share of the schedule with resets
+mask_rate = (0.0, 0.0)     # [>= 0.0, < 1.0] share of the tokens that the encoder does not see, first and last
+mask_fraction = 1.0        # [> 0.0, <= 1.0] share of the schedule in which it goes from one to the other
+
+# --- Losses ---
+loss_scale = "token"       # [token, grid] nats over the mean number of cells, or per grid
+kl_weight = (0.0, 0.0)     # [>= 0.0] of the KL to the uniform prior, nats per grid, first and last
+mi_weight = (0.0, 0.0)     # [>= 0.0] of its part MI
+tc_weight = (0.0, 0.0)     # [>= 0.0] of its part TC
+dwkl_weight = (0.0, 0.0)   # [>= 0.0] of its part DWKL, dimension-wise
+usage_weight = (0.1, 0.1)  # [>= 0.0] of n_codes times the KL of the mean posterior over all positions
+weight_fraction = 0.02     # [> 0.0, <= 1.0] share of the schedule in which weights go from first to last, half a cosine
+positive_parts = False     # negative estimates of MI and TC become 0
+kl_target = None           # [none, > 0.0] bits per grid: the KL's weight moves until the KL is that
+
+# --- Optimisation ---
+max_steps = 1500           # [none, >= 0] optimiser steps in all, resumes included; none: until stopped
+optimizer = "muon"         # [sgd, adam, adamw, muon, schedule_free] muon: hidden matrices, the rest by adamw
+orthograd = False          # gradients made orthogonal to their weights first
+lr = 5e-3                  # [> 0.0] peak learning rate
+muon_lr = 0.01             # [> 0.0] peak learning rate of the matrices under muon
+schedule = "cosine"        # [constant, noam, cosine, wsd] all start with a linear warm-up
+warmup_steps = 50          # [>= 0] steps
+decay_fraction = 0.5       # [> 0.0, <= 1.0] wsd: share of max_steps in which the rate falls linearly
+min_lr_scale = 0.02        # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
+betas = (0.9, 0.98)        # adam, adamw, schedule_free
+eps = 1e-8                 # [>= 0.0] adam, adamw, schedule_free
+momentum = 0.9             # [>= 0.0, < 1.0] sgd
+muon_momentum = 0.95       # [>= 0.0, < 1.0] muon
+weight_decay = 0.01        # [>= 0.0] on matrices only
+grad_clip = 1.0            # [none, > 0.0] largest norm of the whole gradient
+ema_decay = 0.99           # [>= 0.0, < 1.0] running average of the weights, evaluated in their place; 0: none
+
+# --- Evaluation and logging ---
+eval_interval = 250        # [>= 1] steps between validations
+eval_grids = 1000          # [>= 1] grids of them; the final evaluation takes all
+eval_batch_size = 256      # [>= 1] grids at once; changes the speed, not the result
+save_interval = 250        # [>= 1] steps between checkpoints
+keep_last = 0              # [>= 0] numbered checkpoints to keep beside last.pt and best.pt
+log_interval = 10          # [>= 1] steps between lines of metrics
+wandb = "disabled"         # [disabled, offline, online]
+tensorboard = False        # curves for TensorBoard in the run's directory
+
+presets = {
+    "cpu": dict(max_steps=1500),
+    "arc": dict(dataset="arc1-training", max_side=10, n_codes=50, max_steps=3000, eval_interval=500),
+}
+
+# Names that are also understood.
+aliases = {"d_model": "n_embd", "num_heads": "n_head", "codes": "n_codes", "learning_rate": "lr",
+           "save_every": "save_interval", "eval_every": "eval_interval"}
+
+# What --debug sets, unless a flag says otherwise.
+debug_settings = dict(max_side=5, n_train=100, n_val=20, n_codes=6, codebook_size=16, code_dim=8, n_head=2, n_embd=16,
+                      batch_size=8, max_steps=20, warmup_steps=2, eval_interval=10, save_interval=10, log_interval=1)
+
+# These make the shape of the weights, or what the model is scored on: on resume the checkpoint's hold.
+architecture = (
+    "n_codes", "codebook_size", "code_dim", "layout", "patch_height", "patch_width", "encoder_layers", "latent_layers",
+    "decoder_layers", "n_head", "n_embd", "cell_dim", "ff_mult", "activation", "norm", "norm_gain", "bias",
+    "distance_bias", "resample", "output_positions", "similarity", "dataset", "val_dataset", "max_side", "n_colours",
+    "n_train", "n_val", "crops", "split_seed", "optimizer")
+
+# Gumbel wants a temperature below 1, ReinMax at least 1; one-hot codes come when code and decoder agree already.
+OWN = {
+    "gumbel_soft": dict(tau_start=1.0, tau_end=1 / 16, tau_fraction=0.4, noise_fraction=0.25, hard_at=0.0),
+    "gumbel_hard": dict(tau_start=1.0, tau_end=1 / 16, tau_fraction=0.4, noise_fraction=0.25, hard_at=0.3),
+    "straight_through": dict(tau_start=1.0, tau_end=1.0, tau_fraction=0.4, noise_fraction=0.25, hard_at=0.3),
+    "reinmax": dict(tau_start=1.0, tau_end=1.0, tau_fraction=0.4, noise_fraction=0.25, hard_at=0.3),
+    "vq": {}, "fsq": {},
+}
+
+
+def check(settings):
+    """Settings that cannot go together: UserError with one sentence. Returns the model's configuration."""
+    if n_embd % n_head:
+        raise UserError(f"n_head {n_head} does not divide n_embd {n_embd}")
+    if estimator == "reinmax" and min(own("tau_start"), own("tau_end")) < 1:
+        raise UserError(f"tau {own('tau_start')} to {own('tau_end')}: reinmax needs at least 1, unlike gumbel")
+    if estimator not in SAMPLED and any(map(max, (kl_weight, mi_weight, tc_weight, dwkl_weight))) or (
+            estimator not in SAMPLED and kl_target):
+        raise UserError(f"{estimator} has no posterior: kl_weight, mi_weight, tc_weight, dwkl_weight and kl_target are "
+                        f"for {', '.join(SAMPLED)}")
+    if schedule_steps is None and max_steps is None:
+        raise UserError("the schedules are shares of max_steps: with max_steps none give schedule_steps")
+    try:
+        optim.schedule(schedule, 0, warmup_steps, max_steps, min_lr_scale, decay_fraction)
+        levels = len(fsq_levels(codebook_size)) if estimator == "fsq" else None
+    except ValueError as error:
+        raise UserError(error)
+    canvas = Canvas(max_side, n_colours, masked=max(mask_rate) > 0)
+    known = {field.name: settings[field.name] for field in fields(Config) if field.name in settings}
+    config = Config(**{**known, "canvas": canvas, "code_dim": levels or code_dim, "quantiser": estimator
+                     if estimator in ("vq", "fsq") else "categorical"})
+    if config.n_latents < 1:
+        raise UserError(f"n_codes {n_codes}: {config.n_shape_codes} of them name the shape, none is left for the cells")
+    return config
+
+
+# --- Schedules: pure functions of the step ---
+
+def ramp(step, steps, first, last, shape="cosine"):
+    """From `first` at step 0 to `last` at `steps` and after, by half a cosine or a line.
+
+    Half a cosine as in DALL-E (Ramesh et al. 2021, appendix A.2), not the quarter that is often copied for it: that has
+    gone 29 % of the way at half time, not 50 %.
+    """
+    part = min(1.0, step / steps) if steps else 1.0
+    return first + (last - first) * (part if shape == "linear" else (1 - math.cos(math.pi * part)) / 2)
+
+
+def own(name):
+    """A setting of the codes' schedules, or where it is none the estimator's own value."""
+    value = globals()[name]
+    return OWN[estimator].get(name) if value is None else value
+
+
+def scheduled(step):
+    """What the step after `step` finished ones is taken with: dict of tau, noise, hardness, mask_rate and weights."""
+    steps = schedule_steps or max_steps
+    now = {name: ramp(step, weight_fraction * steps, *globals()[name])
+           for name in ("kl_weight", "mi_weight", "tc_weight", "dwkl_weight", "usage_weight")}
+    now["mask_rate"] = ramp(step, mask_fraction * steps, *mask_rate)
+    if estimator in SAMPLED:
+        soft = step < own("hard_at") * steps
+        now["tau"] = ramp(step, own("tau_fraction") * steps, own("tau_start"), own("tau_end"))
+        now["noise"] = ramp(step, own("noise_fraction") * steps, 0.0, 1.0, "linear")
+        now["hardness"] = 0.0 if soft else 1.0
+    return now
+
+
+# --- Losses ---
+
+def objective(model, found, tokens, shapes, now):
+    """The loss of a batch, and its parts for the log: (scalar with gradient, {name: tensor}), nats per grid.
+
+    found: what the codebook made of the grids; now: what `scheduled` says of this step. The reconstruction is float32
+    whatever autocast does. In nats per grid the loss is the reconstruction's and the sum of weight times part, the
+    usage term counted once for each learned code; loss_scale "token" divides it by the cells per grid, as DALL-E's is
+    divided by the 256 x 256 x 3 values of an image. Its KL weight of 6.6 does not transfer: there 13 bits stand for 64
+    pixels of 24 bits each, here a code could cost more than all that it can tell.
+    """
+    nats, right = model.nats(found.e, tokens, shapes)
+    total, parts = nats.mean(), {"nats": nats.mean().detach(), "exact": right.float().mean()}
+    if found.logits is not None:
+        weights = {name: now[f"{name}_weight"] for name in ("kl", "mi", "tc", "dwkl")}
+        terms = {"kl": kl_uniform(found.logits).sum(1).mean()}
+        if any(weights[name] for name in ("mi", "tc", "dwkl")):
+            terms = decompose(found.logits, found.y, positive_parts)
+        for name, weight in weights.items():
+            if name in terms:
+                total = total + weight * terms[name] if weight else total
+                parts[name] = terms[name].detach()
+        if now["usage_weight"]:
+            total = total + now["usage_weight"] * len(model.queries) * usage_kl(found.logits)
+    if codebook_bound and hasattr(model.codebook, "bound"):
+        total = total + codebook_bound * model.codebook.bound()
+    if not isinstance(found.loss, float):
+        total = total + len(model.queries) * found.loss
+        parts["commitment"] = found.loss.detach()
+    cells = shapes.prod(1).float().mean()
+    return total / cells if loss_scale == "token" else total, {**parts, "loss": parts["nats"] / cells}
+
+
+def masked(tokens, canvas, rate, generator):
+    """tokens (B, S, S) with a share `rate` of those that are not PAD replaced by MASK, and how many are."""
+    hidden = (torch.rand(tokens.shape, generator=generator, device=tokens.device) < rate) & (tokens != canvas.pad)
+    return tokens.masked_fill(hidden, canvas.mask), hidden.sum() / (tokens != canvas.pad).sum()
+
+
+# --- Evaluation ---
+
+@torch.no_grad()
+def evaluate(model, canvas, grids, autocast, now, count=None, thorough=False):
+    """Figures of a model on the first `count` of Grids (None: all), by hard codes without noise, from codes alone.
+
+    Returns (numbers for metrics.jsonl, what else there is: codes (M, N), written and true canvases, correct (M,)).
+    accuracy: of tokens that are neither row end nor PAD; exact: whole canvases; shape_accuracy: height and width; nats
+    and loss: -ln p(grid | codes) per grid and per cell; bits: codes times log2 of the codebook; floor: the best single
+    colour per grid. soft_hard_gap: accuracy with codes drawn as `now` draws them in training minus accuracy.
+    thorough: also MI, TC and DWKL over the set, what pairs of positions share, and factors of synthetic grids.
+    """
+    model.eval()
+    cells, shapes = grids.cells[:count], grids.shapes[:count]
+    where, parts = model.queries.device, {}
+    generator = torch.Generator(where).manual_seed(0)        # its own: an evaluation changes nothing in training
+    for begin in range(0, len(cells), eval_batch_size):
+        tokens = canvas.tokens(cells[begin:begin + eval_batch_size]).to(where)
+        some = shapes[begin:begin + eval_batch_size].to(where)
+        with autocast:
+            z = model.encode(tokens, some)
+            found = model.codebook(z)
+            codes = model.with_shape(found.codes, some)
+            nats, _ = model.nats(model.codebook.look_up(found.codes), tokens, some)
+            row = dict(codes=codes, nats=nats, tokens=tokens, written=model.write(*model.read(codes)))
+            if found.logits is not None:
+                row |= dict(kl=kl_uniform(found.logits).sum(1))
+                schedules = {name: now[name] for name in ("tau", "noise", "hardness")}
+                row["drawn"] = model.write(model.codebook(z, estimator, generator=generator, **schedules).e, some)
+                if thorough and begin < 1000:                # the mixture of `decompose` compares all with all
+                    row["logits"] = found.logits
+        for name, value in row.items():
+            parts.setdefault(name, []).append(value.cpu())
+    model.train()
+    found = {name: torch.cat(values) for name, values in parts.items()}
+    tokens, inside = found["tokens"], found["tokens"] < canvas.n_colours
+
+    def accuracy(written):
+        return ((written == tokens) & inside).sum().item() / inside.sum().item()
+    correct = (found["written"] == tokens).flatten(1).all(1)
+    same_shape = (canvas.shapes(found["written"]) == canvas.shapes(tokens)).all(1)
+    numbers = dict(
+        accuracy=accuracy(found["written"]), exact=correct.double().mean().item(),
+        shape_accuracy=same_shape.double().mean().item(), nats=found["nats"].double().mean().item(),
+        loss=found["nats"].double().sum().item() / inside.sum().item(), bits=n_codes * math.log2(codebook_size),
+        grids=len(tokens), **code_statistics(found["codes"][:, model.config.n_shape_codes:], codebook_size))
+    numbers["dead_codes"] = numbers.pop("dead")
+    numbers["code_bits"] = code_statistics(found["codes"], codebook_size)["code_bits"]
+    if "kl" in found:
+        numbers["kl"] = found["kl"].double().mean().item()
+        numbers["soft_hard_gap"] = accuracy(found["drawn"]) - numbers["accuracy"]
+    norms = model.codebook.norms() if hasattr(model.codebook, "norms") else None
+    if norms is not None:
+        numbers.update(codebook_norm_min=norms.min().item(), codebook_norm_max=norms.max().item())
+    if thorough:
+        numbers.update(thoroughly(found, grids, count, canvas, model.config.n_shape_codes))
+    return numbers, {"correct": correct, **found}
+
+
+def thoroughly(found, grids, count, canvas, n_shape_codes):
+    """The monitors that a whole set is wanted for; plain numbers. All of learned codes, but factors: of all codes."""
+    codes, generator, numbers = found["codes"][:, n_shape_codes:], torch.Generator().manual_seed(0), {}
+    histogram = torch.stack([(found["tokens"] == colour).flatten(1).sum(1) for colour in range(canvas.n_colours)])
+    numbers["floor"] = (histogram.max(0).values.sum() / histogram.sum()).item()
+    nmi, floor = nmi_matrix(codes, codebook_size, generator)
+    apart = ~torch.eye(len(nmi), dtype=torch.bool)
+    if apart.any():
+        numbers.update(nmi=nmi[apart].mean().item(), nmi_floor=floor[apart].mean().item(),
+                       nmi_max=nmi[apart].max().item())
+    if "logits" in found:
+        y = torch.nn.functional.one_hot(codes[:len(found["logits"])], codebook_size)
+        parts = decompose(found["logits"], y)
+        numbers.update({name: parts[name].item() for name in ("mi", "tc", "dwkl", "code_mi")},
+                       mi_ceiling=math.log(len(y)))
+    pairs = grids.pairs[(grids.pairs < len(codes)).all(1)]
+    if len(pairs) > 1:
+        a, b = codes[pairs[:, 0]], codes[pairs[:, 1]]
+        other = codes[pairs[:, 1].roll(1)]
+        numbers.update(pair_difference=(a != b).double().mean().item(), pairs=len(pairs),
+                       random_pair_difference=(a != other).double().mean().item())
+    factors = {name: values[:count] for name, values in grids.factors.items()}
+    for name, (best, gap, position, by_chance) in information_gaps(
+            found["codes"], codebook_size, factors, generator).items():
+        numbers.update({f"information_{name}": best, f"gap_{name}": gap, f"chance_{name}": by_chance})
+    return numbers
+
+
+# --- Pictures ---
+
+def picture(tokens, canvas):
+    """Tokens (S, S) -> an RGB image (S, S, 3) uint8: ARC's colours, row ends and PAD white, MASK light grey."""
+    colours_ = np.full((canvas.n_outputs + 1, 3), 255, np.uint8)
+    colours_[:canvas.n_colours] = PALETTE[:canvas.n_colours]
+    colours_[-1] = 200
+    return colours_[tokens.clamp(max=canvas.n_outputs).numpy()]
+
+
+def draw(run_dir, name, columns, titles, canvas, rows):
+    """A PNG of panels: columns is a list of tensors (M, S, S) of tokens, or (M, r, c) of codes if its title says so."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(1.5 * len(columns), 1.5 * rows + 0.4), layout="constrained", dpi=80)
+    for i, axes_row in enumerate(figure.subplots(rows, len(columns), squeeze=False)):
+        for axes, column, title in zip(axes_row, columns, titles):
+            if title.startswith("codes"):
+                shown = np.ma.masked_less(column[i].numpy(), 0)
+                axes.imshow(shown, cmap="nipy_spectral", vmin=0, vmax=codebook_size - 1)
+            else:
+                axes.imshow(picture(column[i], canvas))
+            axes.set(xticks=[], yticks=[])
+            if not i:
+                axes.set_title(title, fontsize=8)
+    (run_dir / "samples").mkdir(exist_ok=True)
+    with replacing(run_dir / "samples" / name) as file:
+        figure.savefig(file, format="png")
+
+
+@torch.no_grad()
+def draw_all(model, canvas, grids, found, run_dir, step, autocast):
+    """Three pictures of an evaluation: panels of grid, what the encoder saw of it masked, reconstructions and code map;
+    how often each code was chosen; and what changes where one code is changed."""
+    from matplotlib.figure import Figure
+    model.eval()
+    where = model.queries.device
+    M = min(8, len(found["codes"]))
+    order = torch.linspace(0, len(found["codes"]) - 1, M).long()
+    tokens, shapes, codes = found["tokens"][order], grids.shapes[order], found["codes"][order]
+    columns, titles = [tokens], ["grid"]
+    if canvas.mask is not None:
+        hidden, _ = masked(tokens, canvas, max(mask_rate), torch.Generator().manual_seed(0))
+        with autocast:
+            again = model.codebook(model.encode(hidden.to(where), shapes.to(where))).codes
+            again = model.write(model.codebook.look_up(again), shapes.to(where)).cpu()
+        columns, titles = [*columns, hidden, again], [*titles, "masked", "of masked"]
+    columns += [found["written"][order], model.code_map(codes)]
+    draw(run_dir, f"step_{step:08d}.png", columns, [*titles, "reconstruction", "codes"], canvas, M)
+
+    learned = found["codes"][:, model.config.n_shape_codes:]
+    counts = learned.flatten().bincount(minlength=codebook_size).sort(descending=True).values
+    figure = Figure(figsize=(6, 3), layout="constrained", dpi=80)
+    axes = figure.subplots()
+    axes.bar(range(codebook_size), counts / counts.sum() * codebook_size, width=1.0)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set(xlabel="code, by frequency", ylabel="frequency x codebook size", title=f"step {step}")
+    with replacing(run_dir / "samples" / f"usage_{step:08d}.png") as file:
+        figure.savefig(file, format="png")
+
+    base = codes[:4, None, None].expand(-1, 3, 3, -1).clone()    # 4 grids, 3 positions, 3 other codes each
+    positions = torch.linspace(model.config.n_shape_codes, n_codes - 1, 3).round().long()
+    popular = learned.flatten().bincount(minlength=codebook_size).argsort(descending=True)[:3]
+    for p, position in enumerate(positions):
+        base[:, p, :, position] = popular
+    with autocast:
+        changed = model.write(*model.read(base.flatten(0, 2).to(where))).cpu()
+    changed = changed.view(len(base), 9, *changed.shape[1:])
+    labels = [f"code {int(p)} = {int(k)}" for p in positions for k in popular]
+    draw(run_dir, f"traversal_{step:08d}.png", [found["written"][order][:4], *changed.unbind(1)],
+         ["reconstruction", *labels], canvas, len(base))
+    model.train()
+
+
+# --- Grids to codes, codes to grids ---
+
+def grids_of(value, name="grid"):
+    """[(name, rows of colours)] of what a JSON file holds: one grid, a list of grids, a task, or several by name."""
+    if isinstance(value, list) and value and all(isinstance(row, list) and row and all(
+            type(cell) is int for cell in row) for row in value):
+        return [(name, value)]
+    if isinstance(value, dict):
+        return [found for key, item in value.items() for found in grids_of(item, f"{name} {key}")]
+    if isinstance(value, list):
+        return [found for i, item in enumerate(value) for found in grids_of(item, f"{name} {i}")]
+    raise UserError(f"{name}: {json.dumps(value)[:40]} is no grid: a grid is a list of rows, each a list of colours")
+
+
+def read_file(path):
+    """The JSON in a file. UserError: not there, not JSON."""
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+
+
+@torch.no_grad()
+def print_codes(model, canvas, autocast):
+    """The setting `encode`: a line of JSON for every grid of the file: name, shape, codes, and whether they suffice."""
+    named = grids_of(read_file(encode), Path(encode).stem)
+    cells = torch.full((len(named), max_side, max_side), OUTSIDE, dtype=torch.uint8)
+    for i, (name, rows) in enumerate(named):
+        if len({len(row) for row in rows}) > 1 or len(rows) > max_side or len(rows[0]) > max_side or not all(
+                0 <= cell < n_colours for row in rows for cell in row):
+            raise UserError(f"{encode}, {name}: rows of one length, at most {max_side} x {max_side}, colours 0 to "
+                            f"{n_colours - 1} are what this model knows")
+        cells[i, :len(rows), :len(rows[0])] = torch.tensor(rows, dtype=torch.uint8)
+    tokens = canvas.tokens(cells)
+    shapes, where = canvas.shapes(tokens), model.queries.device
+    with autocast:
+        codes = model.codebook(model.encode(tokens.to(where), shapes.to(where))).codes
+        codes = model.with_shape(codes, shapes.to(where))
+        exact = (model.write(*model.read(codes)).cpu() == tokens).flatten(1).all(1)
+    for (name, _), shape, row, right in zip(named, shapes.tolist(), codes.tolist(), exact.tolist()):
+        print(json.dumps({"grid": name, "shape": shape, "codes": row, "exact": right}))
+
+
+def codes_to_write():
+    """The setting `decode` as a list of lists of n_codes codes. UserError: too few, too many, out of range."""
+    if Path(decode).is_file():
+        value = read_file(decode)
+        rows = value if value and isinstance(value[0], list) else [value]
+    else:
+        rows = [[int(word) if word.strip().isdigit() else word for word in decode.split(",")]]
+    for row in rows:
+        if len(row) != n_codes or not all(type(code) is int and 0 <= code < codebook_size for code in row):
+            raise UserError(f"--decode: this model wants {n_codes} codes from 0 to {codebook_size - 1}, with commas "
+                            "between, or a JSON file with a list of such lists")
+    return rows
+
+
+@torch.no_grad()
+def print_grids(model, canvas, autocast):
+    """The setting `decode`: a line of JSON for each row of codes; null where what is written forms no grid."""
+    with autocast:
+        tokens = model.write(*model.read(torch.tensor(codes_to_write(), device=model.queries.device))).cpu()
+    for rows, (h, w) in zip(tokens.tolist(), canvas.shapes(tokens).tolist()):
+        print(json.dumps([row[:w] for row in rows[:h]] if h else None))
+
+
+def fits(model, state):
+    """UserError where two settings that change the weights say otherwise than the checkpoint does."""
+    here = model.state_dict()
+    if here.keys() != state.keys():
+        raise UserError(f"--estimator {estimator}: the checkpoint's codebook is of another kind; vq, fsq and the "
+                        f"estimators that draw ({', '.join(SAMPLED)}) cannot go on with one another's")
+    if here["cell"].shape != state["cell"].shape:
+        raise UserError("--mask_rate: a run with masks has a token for them, one without has not: start anew for that")
+
+
+@command
+def main():
+    # ---- settings: flags, preset, and on resume the checkpoint's ----
+    settings = override(globals())
+    if debug:
+        quiet = {name: value for name, value in debug_settings.items() if name not in settings.explicit}
+        globals().update(quiet)
+        settings.update(quiet)
+    only_read = eval_only or encode is not None or decode is not None
+    if only_read and resume is False:
+        raise UserError("--eval_only, --encode and --decode go with --resume, or --resume PATH: which model?")
+    checkpoint_path = find_resume(settings, __file__, needed=only_read)
+    checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
+    if checkpoint:
+        if checkpoint.get("script") != "train_dvae":
+            raise UserError(f"{checkpoint_path} is a checkpoint of {checkpoint.get('script')}, not of train_dvae")
+        settings = adopt(globals(), settings, {name: value for name, value in checkpoint["settings"].items()
+                                               if name not in ("eval_only", "encode", "decode")}, architecture)
+    config = check(settings)
+    canvas = config.canvas
+    where, precision = resolve_device(device, dtype)
+    autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
+
+    # ---- model, and what a person asks of a trained one ----
+    seed_everything(seed, deterministic)
+    model = DVAE(config).to(where)
+    noise = torch.Generator(where).manual_seed(seed)         # of codes and masks
+    revival = torch.Generator().manual_seed(seed)            # which encoder outputs dead codes become
+    if checkpoint:
+        fits(model, checkpoint["model"])
+        model.load_state_dict(checkpoint["model"])
+    ema = optim.EMA(model, ema_decay) if ema_decay else None
+    if checkpoint and ema and checkpoint["ema"]:
+        ema.load_state_dict(checkpoint["ema"])
+    opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, weight_decay=weight_decay,
+                      betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr, muon_momentum=muon_momentum,
+                      orthograd=orthograd, fused_rows=fused_rows(model))
+    if checkpoint:
+        optim.load_state(opt, checkpoint["optimizer"])
+
+    @contextmanager
+    def evaluated():
+        """The weights to evaluate and save are in place: an average where there is one."""
+        with opt.averaged():
+            if ema is None:
+                yield
+            else:
+                with ema.swapped():
+                    yield
+    if encode is not None or decode is not None:
+        with evaluated():
+            print_codes(model, canvas, autocast) if encode is not None else print_grids(model, canvas, autocast)
+        return
+
+    # ---- data ----
+    arc = load(dataset, val_dataset, max_side, n_colours, n_train, n_val, crops, split_seed)
+    stream = Stream(arc.train, batch_size * grad_accum, data_seed, colours, symmetry, group, n_colours)
+    print(arc.source)
+    rate = f"{n_codes} codes of {codebook_size}, {n_codes * math.log2(codebook_size):.0f} bits a grid"
+    print(f"{model.n_params():,} parameters; {rate}; {where.type} {str(precision).removeprefix('torch.')}")
+
+    # ---- the loop's own state ----
+    loop = dict(step=0, evaluated=-1, best=[-1.0, -math.inf], best_step=0, pending=[], seconds=0.0, logged_seconds=0.0,
+                tokens=0, kl_weight=0.0, chosen=torch.zeros(codebook_size, dtype=torch.int64))
+    scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
+    if checkpoint:
+        loop |= checkpoint["loop"]
+        scaler.load_state_dict(checkpoint["scaler"])
+        restore_generators(checkpoint["generators"], noise=noise, revival=revival)
+    loop["chosen"] = loop["chosen"].to(where)
+    net = torch.compile(model) if compile else model
+    recent = []                                              # numbers of the last steps, still on the device
+
+    def settle():
+        """Moves `recent` into the loop's state as numbers; stops the run at the first step that was not finite."""
+        for i, row in enumerate(recent):
+            row = {name: float(value) for name, value in row.items()}
+            if not (math.isfinite(row["loss"]) and (math.isfinite(row["grad_norm"]) or scaler.is_enabled())):
+                raise NonFinite(loop["step"] - len(recent) + i + 1)
+            loop["pending"].append(row)
+        recent.clear()
+
+    @contextmanager
+    def state():
+        """Everything that the rest of the run depends on; with what others are to read in the place of the weights."""
+        settle()
+        with opt.averaged():
+            yield dict(step=loop["step"], settings=dict(settings), model=model.state_dict(), optimizer=opt.state_dict(),
+                       ema=ema.state_dict() if ema else None, scaler=scaler.state_dict(),
+                       generators=generator_states(noise=noise, revival=revival),
+                       loop={**loop, "chosen": loop["chosen"].cpu(), "pending": list(loop["pending"])})
+
+    def validate(folder, count=None, thorough=False):
+        """Figures and pictures of the weights to evaluate, as `evaluate` gives them."""
+        with evaluated():
+            numbers, found = evaluate(model, canvas, arc.val, autocast, scheduled(loop["step"]), count, thorough)
+            draw_all(model, canvas, arc.val, found, folder, loop["step"], autocast)
+        return numbers
+
+    if eval_only:
+        folder = Path(checkpoint_path).parent
+        report(validate(folder, thorough=True))
+        print(f"pictures: {folder / 'samples'}")
+        return
+
+    with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
+        bar = run.bar(max_steps, loop["step"])
+        saved = loop["step"] if checkpoint else None
+        if not checkpoint:
+            if codebook_init == "kmeans" and estimator != "fsq":
+                with torch.no_grad(), autocast:
+                    outputs = [model.encode(canvas.tokens(cells).to(where), shapes.to(where)).flatten(0, 1)
+                               for cells, shapes in map(stream.at, range(4))]
+                model.codebook.fit(torch.cat(outputs), revival)
+                if ema:
+                    ema = optim.EMA(model, ema_decay)
+            with state() as now:                             # at once: a full disk shows, a kill leaves what to resume
+                run.save("last.pt", now)
+
+        while True:
+            # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
+            step = loop["step"]
+            if run.stop:
+                break
+            if step % eval_interval == 0 and loop["evaluated"] < step:
+                settle()
+                loop["evaluated"] = step
+                numbers = validate(run.dir, eval_grids)
+                run.log(step=step, split="val", **numbers)
+                bar.note(f"step {step}: {in_words(numbers)}")
+                score = [numbers["exact"], -numbers["nats"]]
+                if score > loop["best"]:
+                    loop.update(best=score, best_step=step)
+                    with state() as now:
+                        run.save("best.pt", now)
+            if saved is None or saved != step and step % save_interval == 0:
+                with state() as now:
+                    run.save("last.pt", now)
+                    if keep_last:
+                        run.keep(now, step, keep_last)
+                saved = step
+            if max_steps is not None and step >= max_steps:
+                break
+
+            # ---- one optimiser step ----
+            began = time.perf_counter()
+            now = scheduled(step)
+            if kl_target is not None:                        # a weight that rises while the KL is above its target
+                now["kl_weight"] = loop["kl_weight"]
+            scale = optim.schedule(schedule, step, warmup_steps, max_steps, min_lr_scale, decay_fraction)
+            for param_group in opt.param_groups:
+                param_group["lr"] = param_group["base_lr"] * scale
+            row, outputs = {}, []
+            all_cells, all_shapes = stream.at(step)
+            for cells, shapes in zip(all_cells.split(batch_size), all_shapes.split(batch_size)):
+                tokens, shapes = canvas.tokens(cells).to(where), shapes.to(where)
+                seen = tokens
+                if canvas.mask is not None:
+                    seen, share = masked(tokens, canvas, now["mask_rate"], noise)
+                    row["masked"] = row.get("masked", 0.0) + share / grad_accum
+                with autocast:
+                    z = net.encode(seen, shapes)
+                    how = {name: now[name] for name in ("tau", "noise", "hardness") if name in now}
+                    found = net.codebook(z, estimator, generator=noise, **how)
+                    loss, parts = objective(net, found, tokens, shapes, now)
+                scaler.scale(loss / grad_accum).backward()
+                for name, value in parts.items():
+                    row[name] = row.get(name, 0.0) + value / grad_accum
+                loop["tokens"] += int(shapes.prod(1).sum())
+                loop["chosen"] += found.codes.flatten().bincount(minlength=codebook_size)
+                outputs.append(found.z.detach().flatten(0, 1))
+            scaler.unscale_(opt)
+            row["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad(set_to_none=True)
+            if ema:
+                ema.update()
+            if kl_target is not None:                        # 1 % a step at most; the same tensor also goes to the log
+                over = float(row["kl"]) / (kl_target * math.log(2)) - 1
+                loop["kl_weight"] = min(10.0, max(1e-4, loop["kl_weight"]) * math.exp(0.01 * max(-1.0, min(1.0, over))))
+            recent.append(row)
+            step = loop["step"] = step + 1
+            steps = schedule_steps or max_steps
+            if reset_interval and estimator != "fsq" and step % reset_interval == 0:
+                if step <= reset_fraction * steps:
+                    dead = loop["chosen"] == 0
+                    model.codebook.revive(dead, torch.cat(outputs), revival)
+                    loop["revived"] = loop.get("revived", 0) + int(dead.sum())
+                loop["chosen"].zero_()
+
+            # ---- log ----
+            due = step % log_interval == 0
+            if due:
+                settle()                                     # waits for the device: part of the step's time
+            loop["seconds"] += time.perf_counter() - began
+            if due:
+                rows, names = loop["pending"], loop["pending"][-1]
+                means = {name: sum(line[name] for line in rows) / len(rows) for name in names}
+                elapsed = loop["seconds"] - loop["logged_seconds"]
+                run.log(step=step, split="train", **means, lr=lr * scale, **now, tokens_per_s=loop["tokens"] / elapsed,
+                        grids_per_s=len(rows) * batch_size * grad_accum / elapsed, seconds=loop["seconds"],
+                        **({"revived": loop.get("revived", 0)} if reset_interval else {}))
+                loop.update(pending=[], logged_seconds=loop["seconds"], tokens=0)
+                bar.update(step, f"loss {means['loss']:.4f}, exact {means['exact']:.3f}")
+
+        # ---- the end ----
+        bar.close()
+        if saved != loop["step"]:
+            with state() as now:
+                run.save("last.pt", now)
+        run.summary(step=loop["step"], peak_memory=peak_memory(where), hash=arc.hash, parameters=model.n_params(),
+                    best_exact=loop["best"][0], best_step=loop["best_step"], seconds_training=loop["seconds"])
+        if not run.stop:
+            numbers = validate(run.dir, thorough=True)
+            run.log(step=loop["step"], split="val", final=True, **numbers)
+            run.summary(**{f"val_{name}": value for name, value in numbers.items()})
+            report(numbers)
+        print(f"{'stopped' if run.stop else 'done'}: {run.dir}, {loop['seconds']:.0f} s of training")
+
+
+def in_words(numbers):
+    """The line of a validation."""
+    gap = f", soft-hard gap {100 * numbers['soft_hard_gap']:+.1f} points" if "soft_hard_gap" in numbers else ""
+    return (f"exact {numbers['exact']:.4f}, cells {numbers['accuracy']:.4f}, shapes {numbers['shape_accuracy']:.4f}, "
+            f"usage {numbers['usage']:.0%}, perplexity {numbers['perplexity']:.1f}{gap}")
+
+
+def report(numbers):
+    """Prints what the last evaluation found."""
+    print(f"{numbers['grids']:,} grids that were never seen: {in_words(numbers)}")
+    print(f"  {numbers['bits']:.0f} bits a grid, of which the codes' entropies use {numbers['code_bits']:.0f}; "
+          f"{numbers['nats'] / math.log(2):.2f} bits are missing; best single colour: cells {numbers['floor']:.4f}")
+    if "mi" in numbers:
+        print(f"  KL {numbers['kl']:.1f} nats = MI {numbers['mi']:.2f} (of at most {numbers['mi_ceiling']:.2f}) + TC "
+              f"{numbers['tc']:.1f} + dimension-wise {numbers['dwkl']:.1f} (all over the first 1,000)")
+    if "nmi" in numbers:
+        print(f"  positions share {numbers['nmi']:.3f} of their information ({numbers['nmi_floor']:.3f} by chance)")
+    if "pairs" in numbers:
+        print(f"  codes that differ: {numbers['pair_difference']:.3f} between input and output of {numbers['pairs']} "
+              f"pairs, {numbers['random_pair_difference']:.3f} between strangers")
+    gaps = {name.removeprefix("gap_"): value for name, value in numbers.items() if name.startswith("gap_")}
+    for name, gap in gaps.items():
+        print(f"  {name}: one position knows {numbers[f'information_{name}']:.3f} of it "
+              f"({numbers[f'chance_{name}']:.3f} by chance), {gap:.3f} more than the next")
+
+
+if __name__ == "__main__":
+    main()
