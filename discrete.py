@@ -78,7 +78,7 @@ def choose(logits, estimator, tau=1.0, noise=1.0, hardness=1.0, generator=None):
 @dataclass
 class Quantised:
     """What a codebook makes of z (B, N, D): e (B, N, D) for the decoder, codes (B, N) int64, logits (B, N, K) float32
-    (None where nothing is drawn), y (B, N, K) or None, z as it was compared, loss: a scalar of its own, or 0."""
+    (None where nothing is drawn), y (B, N, K) or None, z as it came, loss: a scalar of its own, or 0."""
     e: torch.Tensor
     codes: torch.Tensor
     logits: torch.Tensor | None = None
@@ -147,7 +147,9 @@ class Codebook(nn.Module):
     def logits(self, z):
         """z (B, N, D) -> (B, N, K) float32."""
         if self.similarity == "cosine":
-            return self.log_scale.exp().clamp(max=self.cap) * (unit(z) @ self.table().T)
+            with torch.no_grad():                            # the parameter itself: past the cap it had no gradient
+                self.log_scale.clamp_(max=math.log(self.cap))
+            return self.log_scale.exp() * (unit(z) @ self.table().T)
         return z.float() @ self.table().T
 
     def forward(self, z, estimator=None, tau=1.0, noise=1.0, hardness=1.0, generator=None):
@@ -221,12 +223,12 @@ class VQ(Codebook):
 
     @torch.no_grad()
     def follow(self, x, codes):
-        """One update of the running means by x (M, D) and what it chose."""
+        """One update of the running means by x (M, D) and what it chose; a code long unused stays where it is."""
         counts = codes.bincount(minlength=len(self.codes)).float()
         sums = torch.zeros_like(self.sums).index_add_(0, codes, x)
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
-        self.codes.copy_(self.sums / self.counts.clamp(min=1e-5)[:, None])
+        self.codes.copy_(torch.where(self.counts[:, None] > 1e-5, self.sums / self.counts[:, None], self.codes))
 
     @torch.no_grad()
     def put(self, where, points):
@@ -237,18 +239,19 @@ class VQ(Codebook):
 
 
 def fsq_levels(size):
-    """Levels per channel, from 8 down to 2, whose product is `size`, largest first: 512 -> [8, 8, 8], 240 -> [8, 6, 5].
+    """Levels per channel, from 8 down, whose product is `size`, largest first: 512 -> [8, 8, 8], 128 -> [8, 4, 4].
 
+    Two levels only where it must be: their threshold lies far out, where tanh has hardly a gradient.
     ValueError: there are none.
     """
-    def split(rest, most):
+    def split(rest, most, least):
         if rest == 1:
             return []
-        for level in range(min(most, rest), 1, -1):
-            if rest % level == 0 and (tail := split(rest // level, level)) is not None:
+        for level in range(min(most, rest), least - 1, -1):
+            if rest % level == 0 and (tail := split(rest // level, level, least)) is not None:
                 return [level, *tail]
         return None
-    found = split(size, 8)
+    found = split(size, 8, 3) or split(size, 8, 2)
     if not found:
         raise ValueError(f"codebook_size {size} is no product of levels from 2 to 8, as fsq needs: try a power of two")
     return found
@@ -286,13 +289,12 @@ class FSQ(nn.Module):
 
 def kl_uniform(logits):
     """KL(softmax(l) || uniform) in nats, (..., K) -> (...): ln K + sum p ln p; 0 where uniform, ln K where one-hot."""
-    log_p = torch.log_softmax(logits.float(), -1)
-    return math.log(logits.size(-1)) + (log_p.exp() * log_p).sum(-1)
+    return math.log(logits.size(-1)) - entropy(torch.softmax(logits.float(), -1))
 
 
 def entropy(p):
-    """-sum p ln p over the last dimension, nats; 0 ln 0 = 0."""
-    return torch.special.entr(p).sum(-1)
+    """-sum p ln p over the last dimension, nats; 0 ln 0 = 0, and the gradient is finite there too."""
+    return (p * -p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
 
 
 def decompose(logits, y, positive=False):
@@ -348,9 +350,9 @@ def code_statistics(codes, size):
 
 def mutual_information(a, b, n_a, n_b):
     """a (M,), b (M,) int64 with n_a and n_b values -> (I(a; b), H(a), H(b)) from counts, nats."""
-    joint = (a * n_b + b).bincount(minlength=n_a * n_b).view(n_a, n_b).double() / len(a)
-    h_a, h_b = entropy(joint.sum(1)), entropy(joint.sum(0))
-    return (h_a + h_b - entropy(joint.flatten())).item(), h_a.item(), h_b.item()
+    joint = (a * n_b + b).bincount(minlength=n_a * n_b).view(n_a, n_b)
+    h_a, h_b, h = (entropy(counts.double() / len(a)).item() for counts in (joint.sum(1), joint.sum(0), joint.flatten()))
+    return h_a + h_b - h, h_a, h_b
 
 
 def nmi_matrix(codes, size, generator=None):
@@ -442,8 +444,7 @@ def _decomposition():
     def posteriors(B, N, K, sharp, copies=1):
         logits = sharp * torch.randn(B, N // copies, K, generator=generator)
         return logits.repeat_interleave(copies, 1)
-    print("TC of q(z) over a batch of 64, nats: true value by a mixture over all inputs where codes are few, and what "
-          "estimators give\n")
+    print("The mixture of 64 posteriors, nats: mean over 50 draws of a code each (least .. largest)\n")
     print("| codes | code_mi | MI | TC | KL - MI' - DWKL in float32 | own input left out |\n" + "| --- " * 6 + "|")
     for name, shape in (("4 independent x 8", (64, 4, 8, 3.0)), ("4 in two equal pairs x 8", (64, 4, 8, 3.0, 2)),
                         ("64 x 512", (64, 64, 512, 3.0))):

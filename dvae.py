@@ -280,31 +280,35 @@ class DVAE(nn.Module):
         """shapes (B, 2) -> places (B, N, 2) of the latents in cells, the distance (B, 1, 2) that counts as one between
         a latent and a patch, and features (B, N, 64) of the places.
 
-        Where there are at most 1.5 patches a latent, each latent stands on a patch, in the order of reading, so many
-        on each (or so few) as comes out even; where there are more, on the lattice stretched over them.
+        Where there are at least as many latents as cells, each stands on a cell, in the order of reading, so many on
+        each as comes out even; else, up to 2.5 patches a latent, so on patches; beyond, on the lattice over them all.
         """
-        c = self.config
-        index, padding = self.patches(shapes, ends=False)
-        n = (~padding).sum(1, keepdim=True)                                      # (B, 1) patches
+        c, N = self.config, self.config.n_latents
         extent = shapes.unsqueeze(1).float()
         patch = torch.tensor([c.patch_height, c.patch_width], device=extent.device)
-        at = (torch.arange(c.n_latents, device=n.device) + 0.5) * n / c.n_latents  # (B, N)
-        aligned = self.centres(index.gather(1, at.long()))
-        spacing = extent / torch.tensor([self.lattice_rows, c.n_latents / self.lattice_rows], device=extent.device)
-        few = (n <= 1.5 * c.n_latents)[..., None]
-        places = torch.where(few, aligned, self.lattice * extent)
-        scale = torch.where(few, patch, torch.maximum(spacing, patch))
-        angle = torch.where(few[..., 0], at.frac(), 0.5) * math.pi
-        load = (n / c.n_latents).clamp(max=2).expand_as(at)
-        part = torch.stack([angle.cos(), (2 * angle).cos(), (2 * angle).sin(), load], -1)
-        return places, scale, torch.cat([position_features(places, extent), part], -1)
+        part = (torch.arange(N, device=shapes.device) + 0.5) / N                 # (N,) of the way
+        places, share = self.lattice * extent, torch.full((len(shapes), N), 0.5, device=extent.device)
+        spacing = extent / torch.tensor([self.lattice_rows, N / self.lattice_rows], device=extent.device)
+        scale = torch.maximum(spacing, patch)
+        for size, most in ((patch, 2.5 * N), (torch.ones_like(patch), N)):
+            columns = -(-shapes[:, 1:] // size[1])                               # (B, 1)
+            count = -(-shapes[:, :1] // size[0]) * columns
+            at = part * count                                                    # (B, N)
+            number = at.long()
+            centres = torch.stack([number // columns + 0.5, number % columns + 0.5], -1) * size
+            few = (count <= most)[..., None]
+            places, scale = torch.where(few, centres, places), torch.where(few, patch, scale)
+            share = torch.where(few[..., 0], at.frac(), share)
+        angle, load = share * math.pi, (extent.prod(-1) / N).clamp(max=4).expand_as(share)
+        where = torch.stack([angle.cos(), (2 * angle).cos(), (2 * angle).sin(), load], -1)
+        return places, scale, torch.cat([position_features(places, extent), where], -1)
 
-    def as_patches(self, tokens):
-        """tokens (B, S, S) -> (B, all patches, cells of a patch); the canvas is filled up with PAD."""
+    def as_patches(self, tokens, beyond):
+        """tokens (B, S, S) -> (B, all patches, cells of a patch), `beyond` where a patch goes past the canvas."""
         c, (B, S, _) = self.config, tokens.shape
         h, w = self.rows * c.patch_height, self.columns * c.patch_width
         if (h, w) != (S, S):
-            tokens = F.pad(tokens, (0, w - S, 0, h - S), value=c.canvas.pad)
+            tokens = F.pad(tokens, (0, w - S, 0, h - S), value=beyond)
         tokens = tokens.view(B, self.rows, c.patch_height, self.columns, c.patch_width)
         return tokens.transpose(2, 3).reshape(B, self.rows * self.columns, -1)
 
@@ -314,8 +318,9 @@ class DVAE(nn.Module):
         index, padding = self.patches(shapes, ends=True)
         shapes = self.stretched(shapes)
         extent, centres = shapes.unsqueeze(1).float(), self.centres(index)
-        words = self.as_patches(tokens).gather(1, index[..., None].expand(-1, -1, c.patch_height * c.patch_width))
-        embedded = F.embedding(words, self.cell) * (words != c.canvas.pad)[..., None]  # PAD is nothing at all
+        words = self.as_patches(tokens, c.canvas.pad).gather(
+            1, index[..., None].expand(-1, -1, c.patch_height * c.patch_width))
+        embedded = F.embedding(words, self.cell).masked_fill((words == c.canvas.pad)[..., None], 0)  # PAD is nothing
         where = self.places["patch"](position_features(centres, extent))
         x = self.into(embedded.flatten(2)) + where
         patch = torch.tensor([[[c.patch_height, c.patch_width]]], device=x.device)
@@ -363,11 +368,11 @@ class DVAE(nn.Module):
         """
         c = self.config
         logits, index, padding = self.decode(e, shapes)
-        targets = self.as_patches(tokens).gather(1, index[..., None].expand(-1, -1, logits.size(2)))
-        counted = ~padding[..., None].expand_as(targets)
+        targets = self.as_patches(tokens, -1).gather(1, index[..., None].expand(-1, -1, logits.size(2)))
+        counted = ~padding[..., None] & (targets >= 0)
         if c.layout == "grid":
             counted = counted & (targets < c.canvas.n_colours)
-            targets = targets.masked_fill(~counted, 0)
+        targets = targets.masked_fill(~counted, 0)
         ce = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none").view(targets.shape)
         right = ((logits.argmax(-1) == targets) | ~counted).all(2).all(1)
         return (ce * counted).sum((1, 2)), right

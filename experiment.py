@@ -932,8 +932,8 @@ def _numbers(entry):
     return {key: value for key, value in entry.items() if key != "step" and type(value) in (int, float)}
 
 
-PANELS = {"loss": "loss (nats per target)", "bpb": "bits per byte", "accuracy": "exact match",
-          "digit_accuracy": "accuracy of a digit"}
+PANELS = {"loss": "loss (nats per target)", "bpb": "bits per byte", "accuracy": "accuracy", "exact": "exact match",
+          "digit_accuracy": "accuracy of a digit", "perplexity": "perplexity of the codes"}
 
 
 def draw_curves(directory, picture):

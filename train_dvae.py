@@ -15,6 +15,7 @@ lattice stretched over it.
 """
 import json
 import math
+import os
 import time
 from contextlib import contextmanager
 from dataclasses import fields
@@ -62,7 +63,7 @@ symmetry = True            # augmentation: one of the eight symmetries of the sq
 split_seed = 0             # [>= 0] which synthetic grids there are, where crops are cut
 batch_size = 64            # [>= 1] grids per forward pass
 grad_accum = 1             # [>= 1] forward passes per optimiser step
-group = 1                  # [>= 1] batches that are drawn together and sorted by area; 1: unsorted
+group = 8                  # [>= 1] batches that are drawn together and sorted by area; 1: unsorted
 
 # --- Model ---
 n_codes = 32               # [>= 1] codes of a grid
@@ -105,7 +106,7 @@ mask_rate = (0.0, 0.0)     # [>= 0.0, < 1.0] share of the tokens that the encode
 mask_fraction = 1.0        # [> 0.0, <= 1.0] share of the schedule in which it goes from one to the other
 
 # --- Losses ---
-loss_scale = "token"       # [token, grid] nats over the mean number of cells, or per grid
+loss_scale = "even"        # [even, token, grid] each grid's nats over its cells; over the mean number of them; as is
 kl_weight = (0.0, 0.0)     # [>= 0.0] of the KL to the uniform prior, nats per grid, first and last
 mi_weight = (0.0, 0.0)     # [>= 0.0] of its part MI
 tc_weight = (0.0, 0.0)     # [>= 0.0] of its part TC
@@ -239,11 +240,15 @@ def objective(model, found, tokens, shapes, now):
     found: what the codebook made of the grids; now: what `scheduled` says of this step. The reconstruction is float32
     whatever autocast does. In nats per grid the loss is the reconstruction's and the sum of weight times part, the
     usage term counted once for each learned code; loss_scale "token" divides it by the cells per grid, as DALL-E's is
-    divided by the 256 x 256 x 3 values of an image. Its KL weight of 6.6 does not transfer: there 13 bits stand for 64
-    pixels of 24 bits each, here a code could cost more than all that it can tell.
+    divided by the 256 x 256 x 3 values of an image; with "even" every grid weighs the same, not every cell. DALL-E's KL
+    weight of 6.6 does not transfer: there 13 bits stand for 64 pixels of 24 bits each, here a code could cost more than
+    all that it can tell.
     """
     nats, right = model.nats(found.e, tokens, shapes)
+    cells = shapes.prod(1).float()
     total, parts = nats.mean(), {"nats": nats.mean().detach(), "exact": right.float().mean()}
+    if loss_scale == "even":
+        total = (nats / cells).mean() * cells.mean()
     if found.logits is not None:
         weights = {name: now[f"{name}_weight"] for name in ("kl", "mi", "tc", "dwkl")}
         terms = {"kl": kl_uniform(found.logits).sum(1).mean()}
@@ -260,8 +265,7 @@ def objective(model, found, tokens, shapes, now):
     if not isinstance(found.loss, float):
         total = total + len(model.queries) * found.loss
         parts["commitment"] = found.loss.detach()
-    cells = shapes.prod(1).float().mean()
-    return total / cells if loss_scale == "token" else total, {**parts, "loss": parts["nats"] / cells}
+    return total if loss_scale == "grid" else total / cells.mean(), {**parts, "loss": parts["nats"] / cells.mean()}
 
 
 def masked(tokens, canvas, rate, generator):
@@ -300,7 +304,7 @@ def evaluate(model, canvas, grids, autocast, now, count=None, thorough=False):
                 schedules = {name: now[name] for name in ("tau", "noise", "hardness")}
                 row["drawn"] = model.write(model.codebook(z, estimator, generator=generator, **schedules).e, some)
                 if thorough and begin < 1000:                # the mixture of `decompose` compares all with all
-                    row["logits"] = found.logits
+                    row["logits"] = found.logits[:1000 - begin]
         for name, value in row.items():
             parts.setdefault(name, []).append(value.cpu())
     model.train()
@@ -410,7 +414,7 @@ def draw_all(model, canvas, grids, found, run_dir, step, autocast):
     counts = learned.flatten().bincount(minlength=codebook_size).sort(descending=True).values
     figure = Figure(figsize=(6, 3), layout="constrained", dpi=80)
     axes = figure.subplots()
-    axes.bar(range(codebook_size), counts / counts.sum() * codebook_size, width=1.0)
+    axes.bar(range(codebook_size), (counts / counts.sum() * codebook_size).tolist(), width=1.0)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set(xlabel="code, by frequency", ylabel="frequency x codebook size", title=f"step {step}")
     with replacing(run_dir / "samples" / f"usage_{step:08d}.png") as file:
@@ -419,6 +423,7 @@ def draw_all(model, canvas, grids, found, run_dir, step, autocast):
     base = codes[:4, None, None].expand(-1, 3, 3, -1).clone()    # 4 grids, 3 positions, 3 other codes each
     positions = torch.linspace(model.config.n_shape_codes, n_codes - 1, 3).round().long()
     popular = learned.flatten().bincount(minlength=codebook_size).argsort(descending=True)[:3]
+    popular = popular[torch.arange(3) % codebook_size]           # of two codes one comes twice
     for p, position in enumerate(positions):
         base[:, p, :, position] = popular
     with autocast:
@@ -458,6 +463,8 @@ def read_file(path):
 def print_codes(model, canvas, autocast):
     """The setting `encode`: a line of JSON for every grid of the file: name, shape, codes, and whether they suffice."""
     named = grids_of(read_file(encode), Path(encode).stem)
+    if not named:
+        raise UserError(f"{encode} holds no grid")
     cells = torch.full((len(named), max_side, max_side), OUTSIDE, dtype=torch.uint8)
     for i, (name, rows) in enumerate(named):
         if len({len(row) for row in rows}) > 1 or len(rows) > max_side or len(rows[0]) > max_side or not all(
@@ -477,13 +484,14 @@ def print_codes(model, canvas, autocast):
 
 def codes_to_write():
     """The setting `decode` as a list of lists of n_codes codes. UserError: too few, too many, out of range."""
-    if Path(decode).is_file():
+    if os.path.isfile(decode):                               # False where it is too long for a name
         value = read_file(decode)
-        rows = value if value and isinstance(value[0], list) else [value]
+        rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
     else:
-        rows = [[int(word) if word.strip().isdigit() else word for word in decode.split(",")]]
+        rows = [[int(word) if word.strip().isdecimal() else word for word in decode.split(",")]]
     for row in rows:
-        if len(row) != n_codes or not all(type(code) is int and 0 <= code < codebook_size for code in row):
+        if not isinstance(row, list) or len(row) != n_codes or not all(
+                type(code) is int and 0 <= code < codebook_size for code in row):
             raise UserError(f"--decode: this model wants {n_codes} codes from 0 to {codebook_size - 1}, with commas "
                             "between, or a JSON file with a list of such lists")
     return rows

@@ -773,7 +773,7 @@ def test_curves_without_warnings(tmp_path, count):
 
 
 def test_curves_show_values_as_they_are(tmp_path, monkeypatch):
-    """A loss below zero is drawn below zero, on a linear axis; exact match and each digit have panels of their own."""
+    """A loss below zero is drawn below zero, on a linear axis; accuracy and each digit have panels of their own."""
     from matplotlib.figure import Figure
     seen = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, format: seen.extend(figure.axes))
@@ -782,7 +782,7 @@ def test_curves_show_values_as_they_are(tmp_path, monkeypatch):
     lines += [{"step": 1, "split": "val", "model": "simple", "digit_accuracy_0": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     draw_curves(tmp_path, tmp_path / "curves.png")
-    assert [axes.get_ylabel() for axes in seen] == ["loss (nats per target)", "exact match", "accuracy of a digit"]
+    assert [axes.get_ylabel() for axes in seen] == ["loss (nats per target)", "accuracy", "accuracy of a digit"]
     assert seen[0].get_yscale() == "linear" and list(seen[0].lines[0].get_ydata()) == [1, 0, -1, -2, -3]
     assert seen[0].get_ylim()[0] < -3
     one, eleven, other = seen[2].lines                       # a colour for each digit, a line style for each model
