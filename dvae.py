@@ -72,15 +72,14 @@ class Config:
         return max(self.encoder_layers, self.latent_layers, self.decoder_layers)
 
 
-def lattice(n):
-    """n places (n, 2) in the unit square, row by row, and how many rows: as square as n allows, with no more rows than
-    columns; where no such rows divide n, rows differ by one place."""
-    rows = max((r for r in range(1, math.isqrt(n) + 1) if n % r == 0 and n <= 3 * r * r), default=round(math.sqrt(n)))
-    places = []
-    for row in range(rows):
-        columns = n // rows + (row < n % rows)
-        places += [((row + 0.5) / rows, (column + 0.5) / columns) for column in range(columns)]
-    return torch.tensor(places), rows
+def tiles(side, n):
+    """Sizes [(rows, columns)] of the tiles that a canvas of side x side may have to be laid with so that there are not
+    more than n, from the largest to a single cell."""
+    sizes = [(1, 1)]
+    while -(-side // sizes[-1][0]) * -(-side // sizes[-1][1]) > n:
+        rows, columns = sizes[-1]
+        sizes.append((rows + 1, columns) if rows == columns else (rows, columns + 1))
+    return sizes[::-1]
 
 
 def position_features(places, extent):
@@ -152,9 +151,9 @@ class Resample(nn.Module):
         self.own = {"distance": "position"}
 
     def fill(self):
-        """-d^2."""
+        """-3 d^2."""
         self.distance.zero_()
-        self.distance[0] = -1.0
+        self.distance[0] = -3.0
 
     def forward(self, x, related, padding=None):
         """x (B, S, C), related (B, T, S, 8), padding (B, S) -> (B, T, C)."""
@@ -208,9 +207,7 @@ class DVAE(nn.Module):
         c = self.config = config
         C, cells = c.n_embd, c.patch_height * c.patch_width
         self.rows, self.columns = -(-c.canvas.max_side // c.patch_height), -(-c.canvas.max_side // c.patch_width)
-        places, rows = lattice(c.n_latents)
-        self.register_buffer("lattice", places, persistent=False)                # (N, 2)
-        self.lattice_rows = rows
+        self.tiles = tiles(c.canvas.max_side, c.n_latents)
         # encoder
         self.cell = nn.Parameter(torch.empty(c.canvas.n_tokens, c.cell_dim))
         self.into = Linear(cells * c.cell_dim, C, bias=c.bias)
@@ -220,6 +217,7 @@ class DVAE(nn.Module):
         # pooler
         self.queries = nn.Parameter(torch.empty(c.n_latents, C))
         self.pool = Resample(c) if c.resample else None
+        self.value = Linear(c.cell_dim, C, bias=False) if c.resample else None
         self.pooler = nn.ModuleList(Layer(c, cross=True) for _ in range(c.latent_layers))
         self.code_norm = Norm(c.norm, C, c.norm_gain, c.bias)
         self.to_code = Linear(C, c.code_dim, bias=c.bias)
@@ -232,12 +230,15 @@ class DVAE(nn.Module):
         self.slots = nn.Parameter(torch.empty(c.n_latents, C))
         self.latents = nn.ModuleList(Layer(c) for _ in range(c.latent_layers))
         self.spread = Resample(c) if c.resample else None
+        self.join = Linear(cells * C, C, bias=c.bias) if c.resample else None
         self.decoder = nn.ModuleList(Layer(c, cross=True) for _ in range(c.decoder_layers))
         self.head_norm = Norm(c.norm, C, c.norm_gain, c.bias)
         said = c.canvas.n_colours if c.layout == "grid" else c.canvas.n_outputs
         self.heads = nn.ParameterList([nn.Parameter(torch.empty(cells * said, C))])
         self.own = {"cell": "embedding", "queries": "position", "slots": "position", "to_code.weight": "head",
                     "from_code.weight": "matrix", **{f"places.{name}.weight": "position" for name in self.places}}
+        if c.resample:
+            self.own["value.weight"] = "matrix"
         if c.bias:
             self.own |= {"to_code.bias": "bias", "from_code.bias": "bias"}
         initialise(self)
@@ -249,6 +250,8 @@ class DVAE(nn.Module):
             layer.weight.normal_(0, 0.5 * 60 ** -0.5)
         self.queries.normal_(0, 0.1)
         self.slots.normal_(0, 0.1)
+        if self.value is not None:
+            nn.init.xavier_uniform_(self.value.weight)
         for layer in (self.to_code, self.from_code):
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
@@ -276,32 +279,37 @@ class DVAE(nn.Module):
         row, column = index // self.columns, index % self.columns
         return torch.stack([(row + 0.5) * c.patch_height, (column + 0.5) * c.patch_width], -1)
 
-    def latent_places(self, shapes):
-        """shapes (B, 2) -> places (B, N, 2) of the latents in cells, the distance (B, 1, 2) that counts as one between
-        a latent and a patch, and features (B, N, 64) of the places.
+    def cells(self, centres):
+        """centres (B, P, 2) of patches -> those of their cells (B, P cells, 2)."""
+        size = self.config.patch_height, self.config.patch_width
+        offsets = torch.cartesian_prod(*(torch.arange(n, device=centres.device) - (n - 1) / 2 for n in size))
+        return (centres.unsqueeze(2) + offsets).flatten(1, 2)
 
-        Where there are at least as many latents as cells, each stands on a cell, in the order of reading, so many on
-        each as comes out even; else, up to 2.5 patches a latent, so on patches; beyond, on the lattice over them all.
+    def latent_places(self, shapes):
+        """shapes (B, 2) -> places (B, N, 2) of the latents in cells, the tile (B, 1, 2) whose sides count as one between
+        a latent and a cell, and features (B, N, 64) of the places.
+
+        Latents stand on tiles in the order of reading: of the smallest of 1 x 1, 2 x 1, 2 x 2, 3 x 2, ... cells of
+        which there are at most as many as latents (or one in twenty more: some go without). Several on one tile lie one
+        below the other in it: what two latents see alike they would say alike, and one of them would be wasted.
         """
-        c, N = self.config, self.config.n_latents
-        extent = shapes.unsqueeze(1).float()
-        patch = torch.tensor([c.patch_height, c.patch_width], device=extent.device)
+        N, extent = self.config.n_latents, shapes.unsqueeze(1).float()
         part = (torch.arange(N, device=shapes.device) + 0.5) / N                 # (N,) of the way
-        places, share = self.lattice * extent, torch.full((len(shapes), N), 0.5, device=extent.device)
-        spacing = extent / torch.tensor([self.lattice_rows, N / self.lattice_rows], device=extent.device)
-        scale = torch.maximum(spacing, patch)
-        for size, most in ((patch, 2.5 * N), (torch.ones_like(patch), N)):
+        share = extent.new_zeros(len(shapes), N)
+        places, tile = share.unsqueeze(2).expand(-1, -1, 2), torch.ones_like(extent)
+        for size in self.tiles:                                                  # from the largest
             columns = -(-shapes[:, 1:] // size[1])                               # (B, 1)
             count = -(-shapes[:, :1] // size[0]) * columns
             at = part * count                                                    # (B, N)
-            number = at.long()
-            centres = torch.stack([number // columns + 0.5, number % columns + 0.5], -1) * size
-            few = (count <= most)[..., None]
-            places, scale = torch.where(few, centres, places), torch.where(few, patch, scale)
-            share = torch.where(few[..., 0], at.frac(), share)
+            number, frac = at.long(), torch.where(count <= N, at.frac(), 0.5)
+            centres = torch.stack([(number // columns + frac) * size[0], (number % columns + 0.5) * size[1]], -1)
+            few = (count <= 1.05 * N)[..., None]
+            centres = torch.minimum(centres, extent - 0.5)                       # a tile that the edge cuts
+            places, tile = torch.where(few, centres, places), torch.where(few, extent.new_tensor(size), tile)
+            share = torch.where(few[..., 0], frac, share)
         angle, load = share * math.pi, (extent.prod(-1) / N).clamp(max=4).expand_as(share)
         where = torch.stack([angle.cos(), (2 * angle).cos(), (2 * angle).sin(), load], -1)
-        return places, scale, torch.cat([position_features(places, extent), where], -1)
+        return places, tile, torch.cat([position_features(places, extent), where], -1)
 
     def as_patches(self, tokens, beyond):
         """tokens (B, S, S) -> (B, all patches, cells of a patch), `beyond` where a patch goes past the canvas."""
@@ -332,8 +340,10 @@ class DVAE(nn.Module):
         places, scale, features = self.latent_places(shapes)
         to_patches, among = relations(places, centres, scale), relations(places, places, scale)
         h = self.queries + self.places["latent"](features)
-        if self.pool is not None:
-            h = h + self.pool(x, to_patches, padding)
+        if self.pool is not None:                                                # of cells: a latent may stand on one
+            nothing = (padding[..., None] | (words == c.canvas.pad)).flatten(1)
+            cells = self.value(embedded) + x.unsqueeze(2)                        # (B, P, cells, C)
+            h = h + self.pool(cells.flatten(1, 2), relations(places, self.cells(centres), scale), nothing)
         for layer in self.pooler:
             h = layer(h, among, None, x, to_patches, padding)
         return self.to_code(self.code_norm(h))
@@ -354,7 +364,8 @@ class DVAE(nn.Module):
         patch = torch.tensor([[[c.patch_height, c.patch_width]]], device=x.device)
         related = relations(centres, centres, patch)
         if self.spread is not None:
-            x = x + self.spread(u, to_latents)
+            near = self.spread(u, relations(self.cells(centres), places, scale))  # (B, P cells, C)
+            x = x + self.join(near.view(*index.shape, -1))
         for layer in self.decoder:
             x = layer(x, related, padding, u, to_latents)
         logits = F.linear(self.head_norm(x), self.heads[0]).float()
@@ -413,11 +424,10 @@ class DVAE(nn.Module):
         return self.codebook.look_up(codes[:, c.n_shape_codes:]), shapes
 
     def code_map(self, codes):
-        """All codes (B, n_codes) -> the learned ones where they lie, (B, rows, columns), -1 where a row is shorter."""
-        c, rows = self.config, self.lattice_rows
-        lengths = [c.n_latents // rows + (row < c.n_latents % rows) for row in range(rows)]
-        parts = codes[:, c.n_shape_codes:].split(lengths, 1)
-        return torch.stack([F.pad(part, (0, max(lengths) - part.size(1)), value=-1) for part in parts], 1)
+        """All codes (B, n_codes) -> (B, rows, columns): the learned ones in the order of reading, -1 at the end."""
+        learned = codes[:, self.config.n_shape_codes:]
+        columns = math.ceil(math.sqrt(learned.size(1)))
+        return F.pad(learned, (0, -learned.size(1) % columns), value=-1).view(len(codes), -1, columns)
 
     def n_params(self):
         """Parameters in all."""

@@ -10,8 +10,8 @@
 
 Encoder -> query pooler -> n_codes choices out of one codebook -> decoder, in the manner of DALL-E's dVAE (Ramesh et al.
 2021, 2102.12092), with the choice relaxed by Gumbel noise (Jang et al. 2017), copied straight through, by ReinMax (Liu
-et al. 2023), or replaced by VQ or FSQ. The first code or two are the grid's height and width; the others stand on a
-lattice stretched over it.
+et al. 2023), or replaced by VQ or FSQ. The first code or two are
+the grid's height and width; the others stand on tiles of it.
 """
 import json
 import math
@@ -63,7 +63,7 @@ symmetry = True            # augmentation: one of the eight symmetries of the sq
 split_seed = 0             # [>= 0] which synthetic grids there are, where crops are cut
 batch_size = 64            # [>= 1] grids per forward pass
 grad_accum = 1             # [>= 1] forward passes per optimiser step
-group = 8                  # [>= 1] batches that are drawn together and sorted by area; 1: unsorted
+group = 1                  # [>= 1] batches that are drawn together and sorted by area; 1: unsorted
 
 # --- Model ---
 n_codes = 32               # [>= 1] codes of a grid
