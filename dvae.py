@@ -286,8 +286,8 @@ class DVAE(nn.Module):
         return (centres.unsqueeze(2) + offsets).flatten(1, 2)
 
     def latent_places(self, shapes):
-        """shapes (B, 2) -> places (B, N, 2) of the latents in cells, the tile (B, 1, 2) whose sides count as one between
-        a latent and a cell, and features (B, N, 64) of the places.
+        """shapes (B, 2) -> places (B, N, 2) of the latents in cells, the tile (B, 1, 2) whose sides count as one from
+        latent to cell, and features (B, N, 64) of the places.
 
         Latents stand on tiles in the order of reading: of the smallest of 1 x 1, 2 x 1, 2 x 2, 3 x 2, ... cells of
         which there are at most as many as latents (or one in twenty more: some go without). Several on one tile lie one

@@ -2,6 +2,7 @@
 
     python train_dvae.py --preset cpu                          # synthetic grids up to 8 x 8, 32 codes of 128: minutes
     python train_dvae.py --preset arc                          # ARC-AGI-1: training tasks, scored on evaluation tasks
+    python train_dvae.py --preset arc_full                     # the same up to 30 x 30, 64 codes of 512
     python train_dvae.py --preset cpu --estimator reinmax      # another gradient through the choice, same everything
     python train_dvae.py --preset cpu --resume                 # goes on exactly where the newest run stopped
     python train_dvae.py --resume --eval_only                  # figures, pictures and the codes' statistics
@@ -26,7 +27,7 @@ import torch
 
 import optim
 from data.arc import OUTSIDE, PALETTE, Canvas, Stream, load
-from discrete import (SAMPLED, code_statistics, decompose, fsq_levels, information_gaps, kl_uniform, nmi_matrix,
+from discrete import (SAMPLED, choose, code_statistics, decompose, fsq_levels, information_gaps, kl_uniform, nmi_matrix,
                       usage_kl)
 from dvae import DVAE, Config
 from experiment import (NonFinite, Run, UserError, adopt, command, find_resume, generator_states, load_checkpoint,
@@ -117,7 +118,7 @@ positive_parts = False     # negative estimates of MI and TC become 0
 kl_target = None           # [none, > 0.0] bits per grid: the KL's weight moves until the KL is that
 
 # --- Optimisation ---
-max_steps = 1500           # [none, >= 0] optimiser steps in all, resumes included; none: until stopped
+max_steps = 1000           # [none, >= 0] optimiser steps in all, resumes included; none: until stopped
 optimizer = "muon"         # [sgd, adam, adamw, muon, schedule_free] muon: hidden matrices, the rest by adamw
 orthograd = False          # gradients made orthogonal to their weights first
 lr = 5e-3                  # [> 0.0] peak learning rate
@@ -145,8 +146,10 @@ wandb = "disabled"         # [disabled, offline, online]
 tensorboard = False        # curves for TensorBoard in the run's directory
 
 presets = {
-    "cpu": dict(max_steps=1500),
-    "arc": dict(dataset="arc1-training", max_side=10, n_codes=50, max_steps=3000, eval_interval=500),
+    "cpu": dict(max_steps=1000),
+    "arc": dict(dataset="arc1", max_side=10, n_codes=50, loss_scale="token", max_steps=3000, eval_interval=500),
+    "arc_full": dict(dataset="arc1", max_side=30, n_codes=64, codebook_size=512, patch_height=2, patch_width=2,
+                     batch_size=32, group=8, max_steps=3500, eval_interval=500),
 }
 
 # Names that are also understood.
@@ -344,7 +347,8 @@ def thoroughly(found, grids, count, canvas, n_shape_codes):
         numbers.update(nmi=nmi[apart].mean().item(), nmi_floor=floor[apart].mean().item(),
                        nmi_max=nmi[apart].max().item())
     if "logits" in found:
-        y = torch.nn.functional.one_hot(codes[:len(found["logits"])], codebook_size)
+        drawn = choose(found["logits"], "straight_through", generator=generator)[1]
+        y = torch.nn.functional.one_hot(drawn, codebook_size)
         parts = decompose(found["logits"], y)
         numbers.update({name: parts[name].item() for name in ("mi", "tc", "dwkl", "code_mi")},
                        mi_ceiling=math.log(len(y)))
