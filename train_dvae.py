@@ -98,7 +98,8 @@ codebook_bound = 0.0       # [>= 0.0] weight of (length of a code - 1)^2
 tau_start = None           # [none, > 0.0] temperature at first; none: the estimator's own (gumbel 1, the others 1)
 tau_end = None             # [none, > 0.0] and at last; none: gumbel 1/16, the others 1
 tau_fraction = None        # [none, > 0.0, <= 1.0] share of the schedule in which it goes there, half a cosine
-noise_fraction = None      # [none, >= 0.0, <= 1.0] share in which the noise grows from none to all of it, a line
+noise_fraction = None      # [none, >= 0.0, <= 1.0] share in which the noise grows from none to its last size, a line
+noise_last = 1.0           # [>= 0.0, <= 1.0] that size; 1: codes are drawn from the posterior
 hard_at = None             # [none, >= 0.0, <= 1.0] share after which codes are one-hot; soft without noise until then
 schedule_steps = None      # [none, >= 1] steps that all shares are of; none: max_steps
 reset_interval = 20        # [none, >= 1] steps after which codes that nothing chose become encoder outputs; none: never
@@ -230,7 +231,7 @@ def scheduled(step):
     if estimator in SAMPLED:
         soft = step < own("hard_at") * steps
         now["tau"] = ramp(step, own("tau_fraction") * steps, own("tau_start"), own("tau_end"))
-        now["noise"] = ramp(step, own("noise_fraction") * steps, 0.0, 1.0, "linear")
+        now["noise"] = ramp(step, own("noise_fraction") * steps, 0.0, noise_last, "linear")
         now["hardness"] = 0.0 if soft else 1.0
     return now
 
