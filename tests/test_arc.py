@@ -1,9 +1,7 @@
 """data/arc.py: tokens, symmetries, batches, synthetic grids, and finding, checking and splitting ARC. No network."""
 import gzip
-import hashlib
 import io
 import json
-import math
 import os
 import re
 import subprocess
@@ -21,7 +19,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import arc, text  # noqa: E402
-from data.arc import KINDS, OUTSIDE, Canvas, Grids, Stream, augment, canonical, load  # noqa: E402
+from data.arc import OUTSIDE, Canvas, Grids, Stream, augment, canonical, load  # noqa: E402
+from data.synthetic import FACTORS, KINDS, RULES  # noqa: E402
 from experiment import UserError  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -298,10 +297,10 @@ def test_synthetic_grids_look_like_arc(synthetic):
 
 def test_every_factor_occurs(synthetic):
     factors = synthetic.train.factors
-    assert set(factors) == set(arc.FACTORS)
+    assert set(factors) == set(FACTORS)
     wanted = {"symmetry": range(5), "count": [-1, *range(1, 9)], "n_colours": range(1, 5), "colour": range(10),
               "background": range(-1, 10), "row": range(-1, 6), "column": range(-1, 6), "period": [-1, 2, 3, 4, 6],
-              "rule": range(-1, len(arc.RULES)), "height": range(3, 9), "width": range(3, 9), "size": range(1, 13)}
+              "rule": range(-1, len(RULES)), "height": range(3, 9), "width": range(3, 9), "size": range(1, 13)}
     for name, values in wanted.items():
         assert factors[name].dtype == torch.int64 and len(factors[name]) == 4000
         assert set(values) <= set(factors[name].tolist()), name
@@ -374,7 +373,7 @@ def test_synthetic_pairs_follow_their_rules(synthetic):
             assert side.names[first].removesuffix("input") == side.names[second].removesuffix("output")
             assert side.tasks[first] == side.tasks[second] and rules[first] == rules[second] >= 0
             before, after = np.array(rows_of(side, first)), np.array(rows_of(side, second))
-            background, rule = side.factors["background"][first].item(), arc.RULES[rules[first]]
+            background, rule = side.factors["background"][first].item(), RULES[rules[first]]
             marked = before != background
             if rule == "fall":
                 assert all(column.tolist() == sorted(column, key=lambda cell: cell != background)
