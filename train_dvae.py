@@ -286,8 +286,10 @@ def evaluate(model, canvas, grids, autocast, now, count=None, thorough=False):
 
     Returns (numbers for metrics.jsonl, what else there is: codes (M, N), written and true canvases, correct (M,)).
     accuracy: of tokens that are neither row end nor PAD; exact: whole canvases; shape_accuracy: height and width; nats
-    and loss: -ln p(grid | codes) per grid and per cell; bits: codes times log2 of the codebook; floor: the best single
-    colour per grid. soft_hard_gap: accuracy with codes drawn as `now` draws them in training minus accuracy.
+    and loss: -ln p(grid | codes) per grid and per cell; bits: codes times log2 of the codebook; raw_bits: cells times
+    log2 of the colours, on average, larger_exact: exact among the larger_grids, which have more of them than bits;
+    floor: the best single colour per grid. soft_hard_gap: accuracy with codes drawn as `now` draws them in training,
+    minus accuracy.
     thorough: also MI, TC and DWKL over the set, what pairs of positions share, and factors of synthetic grids.
     """
     model.eval()
@@ -329,6 +331,11 @@ def evaluate(model, canvas, grids, autocast, now, count=None, thorough=False):
     if "kl" in found:
         numbers["kl"] = found["kl"].double().mean().item()
         numbers["soft_hard_gap"] = accuracy(found["drawn"]) - numbers["accuracy"]
+    raw_bits = inside.flatten(1).sum(1).double() * math.log2(n_colours)
+    larger = raw_bits > numbers["bits"]
+    numbers.update(raw_bits=raw_bits.mean().item(), larger_grids=larger.sum().item())
+    if larger.any():
+        numbers["larger_exact"] = correct[larger].double().mean().item()
     norms = model.codebook.norms() if hasattr(model.codebook, "norms") else None
     if norms is not None:
         numbers.update(codebook_norm_min=norms.min().item(), codebook_norm_max=norms.max().item())
@@ -754,6 +761,9 @@ def report(numbers):
     print(f"{numbers['grids']:,} grids that were never seen: {in_words(numbers)}")
     print(f"  {numbers['bits']:.0f} bits a grid, of which the codes' entropies use {numbers['code_bits']:.0f}; "
           f"{numbers['nats'] / math.log(2):.2f} bits are missing; best single colour: cells {numbers['floor']:.4f}")
+    larger = f", of which {numbers['larger_exact']:.4f} are exact" if "larger_exact" in numbers else ""
+    print(f"  raw cells are {numbers['raw_bits']:.0f} bits on average; {numbers['larger_grids']:,} grids have more bits than "
+          f"the codes{larger}")
     if "mi" in numbers:
         print(f"  KL {numbers['kl']:.1f} nats = MI {numbers['mi']:.2f} (of at most {numbers['mi_ceiling']:.2f}) + TC "
               f"{numbers['tc']:.1f} + dimension-wise {numbers['dwkl']:.1f} (all over the first 1,000)")
