@@ -762,8 +762,8 @@ def report(numbers):
     print(f"  {numbers['bits']:.0f} bits a grid, of which the codes' entropies use {numbers['code_bits']:.0f}; "
           f"{numbers['nats'] / math.log(2):.2f} bits are missing; best single colour: cells {numbers['floor']:.4f}")
     larger = f", of which {numbers['larger_exact']:.4f} are exact" if "larger_exact" in numbers else ""
-    print(f"  raw cells are {numbers['raw_bits']:.0f} bits on average; {numbers['larger_grids']:,} grids have more bits than "
-          f"the codes{larger}")
+    print(f"  raw cells are {numbers['raw_bits']:.0f} bits on average; {numbers['larger_grids']:,} grids have more bits "
+          f"than the codes{larger}")
     if "mi" in numbers:
         print(f"  KL {numbers['kl']:.1f} nats = MI {numbers['mi']:.2f} (of at most {numbers['mi_ceiling']:.2f}) + TC "
               f"{numbers['tc']:.1f} + dimension-wise {numbers['dwkl']:.1f} (all over the first 1,000)")
