@@ -385,18 +385,28 @@ def picture(tokens, canvas):
 
 def draw(run_dir, name, columns, titles, canvas, rows):
     """A PNG of panels: columns is a list of tensors (M, S, S) of tokens, or (M, r, c) of codes if its title says so."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(1.5 * len(columns), 1.5 * rows + 0.4), layout="constrained", dpi=80)
-    for i, axes_row in enumerate(figure.subplots(rows, len(columns), squeeze=False)):
-        for axes, column, title in zip(axes_row, columns, titles):
+    page, panel = np.full((120 * rows, 120 * len(columns), 3), 255, np.uint8), 108
+    for c, (column, title) in enumerate(zip(columns, titles)):
+        for r in range(rows):
             if title.startswith("codes"):
-                shown = np.ma.masked_less(column[i].numpy(), 0)
-                axes.imshow(shown, cmap="nipy_spectral", vmin=0, vmax=codebook_size - 1)
+                codes = column[r].numpy()
+                small = (colormaps["nipy_spectral"](codes / (codebook_size - 1))[..., :3] * 255).astype(np.uint8)
+                small[codes < 0] = 255
             else:
-                axes.imshow(picture(column[i], canvas))
-            axes.set(xticks=[], yticks=[])
-            if not i:
-                axes.set_title(title, fontsize=8)
+                small = picture(column[r], canvas)
+            y, x = (np.arange(panel) * n // panel for n in small.shape[:2])      # enlarged by repeating
+            top, left = 120 * r + 6, 120 * c + 6
+            page[top - 1:top + panel + 1, left - 1:left + panel + 1] = 0         # a thin frame
+            page[top:top + panel, left:left + panel] = small[y[:, None], x]
+    # one image in one frame: axes for every panel would take a second
+    figure = Figure(figsize=(page.shape[1] / 80, page.shape[0] / 80 + 0.4), dpi=80)
+    axes = figure.add_axes((0, 0, 1, page.shape[0] / (page.shape[0] + 32)))
+    axes.imshow(page)
+    axes.axis("off")
+    for c, title in enumerate(titles):
+        axes.text(120 * c + 60, -8, title, ha="center", fontsize=8)
     (run_dir / "samples").mkdir(exist_ok=True)
     with replacing(run_dir / "samples" / name) as file:
         figure.savefig(file, format="png")
@@ -620,11 +630,12 @@ def main():
                        generators=generator_states(noise=noise, revival=revival),
                        loop={**loop, "chosen": loop["chosen"].cpu(), "pending": list(loop["pending"])})
 
-    def validate(folder, count=None, thorough=False):
+    def validate(folder, count=None, thorough=False, pictures=True):
         """Figures and pictures of the weights to evaluate, as `evaluate` gives them."""
         with evaluated():
             numbers, found = evaluate(model, canvas, arc.val, autocast, scheduled(loop["step"]), count, thorough)
-            draw_all(model, canvas, arc.val, found, folder, loop["step"], autocast)
+            if pictures:
+                draw_all(model, canvas, arc.val, found, folder, loop["step"], autocast)
         return numbers
 
     if eval_only:
@@ -742,7 +753,7 @@ def main():
         run.summary(step=loop["step"], peak_memory=peak_memory(where), hash=arc.hash, parameters=model.n_params(),
                     best_exact=loop["best"][0], best_step=loop["best_step"], seconds_training=loop["seconds"])
         if not run.stop:
-            numbers = validate(run.dir, thorough=True)
+            numbers = validate(run.dir, thorough=True, pictures=loop["evaluated"] != loop["step"])
             run.log(step=loop["step"], split="val", final=True, **numbers)
             run.summary(**{f"val_{name}": value for name, value in numbers.items()})
             report(numbers)
@@ -762,8 +773,8 @@ def report(numbers):
     print(f"  {numbers['bits']:.0f} bits a grid, of which the codes' entropies use {numbers['code_bits']:.0f}; "
           f"{numbers['nats'] / math.log(2):.2f} bits are missing; best single colour: cells {numbers['floor']:.4f}")
     larger = f", of which {numbers['larger_exact']:.4f} are exact" if "larger_exact" in numbers else ""
-    print(f"  raw cells are {numbers['raw_bits']:.0f} bits on average; {numbers['larger_grids']:,} grids have more bits "
-          f"than the codes{larger}")
+    print(f"  raw cells are {numbers['raw_bits']:.0f} bits on average; {numbers['larger_grids']:,} grids are larger than "
+          f"their codes{larger}")
     if "mi" in numbers:
         print(f"  KL {numbers['kl']:.1f} nats = MI {numbers['mi']:.2f} (of at most {numbers['mi_ceiling']:.2f}) + TC "
               f"{numbers['tc']:.1f} + dimension-wise {numbers['dwkl']:.1f} (all over the first 1,000)")

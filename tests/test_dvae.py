@@ -1,0 +1,673 @@
+"""train_dvae.py and dvae.py: schedules, padding, masks, codes of the shape, losses, evaluation, learning: 70 s."""
+import json
+import math
+import random
+import struct
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from data.arc import OUTSIDE, PALETTE, Arc, Canvas, Grids, load  # noqa: E402
+from discrete import SAMPLED, Quantised, decompose, kl_uniform, usage_kl  # noqa: E402
+from dvae import DVAE, Attention, position_features, relations, tiles  # noqa: E402
+from experiment import UserError, override  # noqa: E402
+from model import parameter_roles  # noqa: E402
+from test_scripts import fresh  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TINY = "--max_side 5 --n_codes 6 --codebook_size 16 --code_dim 8 --n_head 2 --n_embd 16 --cell_dim 8".split()
+PATCHES = [(1, 1), (2, 1), (2, 2), (3, 2)]
+LAYOUTS = ["grid", "canvas"]
+
+
+def configured(*words):
+    """The script's globals and the model's configuration, small but for `words`."""
+    g = fresh("train_dvae.py")
+    return g, g["check"](override(g, [*TINY, *map(str, words)]))
+
+
+def built(*words):
+    """The same with a model, untrained."""
+    g, config = configured(*words)
+    torch.manual_seed(0)
+    return g, config, DVAE(config)
+
+
+def typed(**settings):
+    return [word for name, value in settings.items() for word in (f"--{name}", value)]
+
+
+def of_shapes(shapes, side, n_colours=10, seed=0):
+    """A Grids of random cells."""
+    shapes = torch.as_tensor(shapes)
+    cells = torch.randint(n_colours, (len(shapes), side, side), generator=torch.Generator().manual_seed(seed))
+    cells[~within(shapes, side)] = OUTSIDE
+    return Grids(cells.to(torch.uint8), shapes, ["some"] * len(shapes), torch.empty(0, 2, dtype=torch.int64), {}, [])
+
+
+def within(shapes, side):
+    place = torch.arange(side)
+    return (place[:, None] < shapes[:, 0, None, None]) & (place < shapes[:, 1, None, None])
+
+
+def all_shapes(side):
+    return torch.cartesian_prod(*[torch.arange(1, side + 1)] * 2)
+
+
+def some_codes(config, n, seed=0):
+    """Learned codes (n, n_latents) at random."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.codebook_size, (n, config.n_latents), generator=generator)
+
+
+# --- Schedules and settings ---
+
+@pytest.mark.parametrize("steps, first, last, at_quarters", [
+    (5_000, 0.0, 6.6, (0, 0.966548, 3.3, 5.633452)),
+    (150_000, 1.0, 1 / 16, (1, 0.862706, 0.53125, 0.199794)),
+    (1_200_000, 1e-4, 1.25e-6, (1e-4, 8.553835e-5, 5.0625e-5, 1.571160e-5))])
+def test_ramp_is_half_a_cosine(steps, first, last, at_quarters):
+    """The tables of DALL-E's KL weight, temperature and rate; exactly half way at half time, constant after."""
+    ramp = fresh("train_dvae.py")["ramp"]
+    found = [ramp(steps * i // 4, steps, first, last) for i in range(4)]
+    assert found == pytest.approx(at_quarters, rel=2e-6)
+    assert found[2] == pytest.approx((first + last) / 2, rel=1e-12)
+    assert [ramp(step, steps, first, last) for step in (steps, 2 * steps)] == pytest.approx([last] * 2, rel=1e-12)
+    line = [ramp(steps * i // 4, steps, first, last, "linear") for i in (0, 1, 2, 3, 4, 9)]
+    assert line == pytest.approx([first + (last - first) * part for part in (0, 0.25, 0.5, 0.75, 1, 1)], rel=1e-12)
+    assert ramp(0, 0, first, last) == pytest.approx(last, rel=1e-12)
+
+
+@pytest.mark.parametrize("estimator, taus, hardness", [
+    ("gumbel_soft", (1, 0.53125, 1 / 16, 1 / 16), (1, 1, 1, 1)),
+    ("gumbel_hard", (1, 0.53125, 1 / 16, 1 / 16), (0, 0, 1, 1)),
+    ("straight_through", (1, 1, 1, 1), (0, 0, 1, 1)), ("reinmax", (1, 1, 1, 1), (0, 0, 1, 1))])
+def test_schedule_of_an_estimator(estimator, taus, hardness):
+    """Gumbel's tau falls to 1/16 and the others' stays; noise grows; codes are hard from hard_at on."""
+    g, _ = configured("--estimator", estimator, "--max_steps", 1000)
+    now = [g["scheduled"](step) for step in (0, 200, 400, 2000)]
+    assert [row["tau"] for row in now] == pytest.approx(taus)
+    assert [row["noise"] for row in now] == pytest.approx([0, 0.8, 1, 1])
+    assert [row["hardness"] for row in now] == list(hardness)
+    assert hardness[0] or [g["scheduled"](step)["hardness"] for step in (299, 300)] == [0, 1]
+
+
+def test_schedules_are_functions_of_the_step_alone():
+    """Shares are of schedule_steps, whatever max_steps is; a flag wins; without chance there is no tau."""
+    words = typed(kl_weight="0,2", usage_weight="1,0.5", weight_fraction=0.5, mask_rate="0.4,0.2", mask_fraction=1.0,
+                  tau_start=3.5, tau_end=0.5, tau_fraction=0.5, noise_fraction=0.0, noise_last=0.3, hard_at=0.25,
+                  schedule_steps=100)
+    g, _ = configured(*words, *typed(estimator="gumbel_hard", max_steps=70))
+    other, _ = configured(*words, *typed(estimator="gumbel_hard", max_steps="none", schedule="constant"))
+    forward = [g["scheduled"](step) for step in range(0, 120, 5)]
+    assert forward == [other["scheduled"](step) for step in range(115, -1, -5)][::-1]
+    now = g["scheduled"](25)
+    assert now == pytest.approx(dict(kl_weight=1.0, mi_weight=0.0, tc_weight=0.0, dwkl_weight=0.0, usage_weight=0.75,
+                                     mask_rate=0.4 - 0.2 * (1 - math.sqrt(0.5)) / 2, tau=2.0, noise=0.3, hardness=1.0))
+    assert g["scheduled"](24)["hardness"] == 0 and g["scheduled"](50)["kl_weight"] == 2
+    g, _ = configured("--estimator", "vq")
+    assert not {"tau", "noise", "hardness"} & g["scheduled"](5).keys()
+
+
+@pytest.mark.parametrize("settings, said", [
+    (dict(n_head=3), "n_head 3 does not divide n_embd 16"),
+    (dict(estimator="reinmax", tau_end=0.5), "reinmax needs at least 1"),
+    (dict(estimator="reinmax", tau_start=0.9), "reinmax needs at least 1"),
+    (dict(estimator="vq", kl_weight="0,0.1"), "vq has no posterior"),
+    (dict(estimator="fsq", dwkl_weight="0.1,0"), "fsq has no posterior"),
+    (dict(estimator="vq", kl_target=9.0), "kl_target"), (dict(estimator="fsq", codebook_size=22), "is no product"),
+    (dict(max_steps="none", schedule="constant"), "give schedule_steps"),
+    (dict(max_steps="none", schedule_steps=9), "max_steps"), (dict(n_codes=2), "none is left for the cells")])
+def test_settings_that_cannot_go_together(settings, said):
+    with pytest.raises(UserError, match=said):
+        configured(*typed(**settings))
+
+
+def test_settings_that_can():
+    configured(*typed(estimator="reinmax", tau_start=2.0, tau_end=1.0))
+    configured(*typed(estimator="gumbel_soft", tau_end=0.05, kl_target=9.0))
+    configured(*typed(max_steps="none", schedule="constant", schedule_steps=9))
+    assert configured(*typed(estimator="fsq", codebook_size=240))[1].code_dim == 3
+    assert configured(*typed(n_codes=1, layout="canvas"))[1].n_latents == 1
+
+
+# --- Ids and shapes ---
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("n_colours, mask_rate", [(4, "0,0"), (10, "0,0"), (4, "0,0.3"), (10, "0.3,0")])
+def test_sizes_follow_the_settings(n_colours, mask_rate, layout):
+    """PAD, row end and MASK come after the colours; MASK only with masks; a decoder of grids says colours alone."""
+    _, config, model = built(*typed(n_colours=n_colours, mask_rate=mask_rate, layout=layout))
+    canvas, masks = config.canvas, mask_rate != "0,0"
+    assert (canvas.pad, canvas.eos, canvas.mask) == (n_colours, n_colours + 1, n_colours + 2 if masks else None)
+    assert model.cell.shape == (n_colours + 2 + masks, 8)
+    e = model.codebook.look_up(some_codes(config, 3))
+    logits, _, _ = model.decode(e, torch.tensor([[1, 5], [5, 5], [2, 3]]))
+    assert logits.shape[2:] == (2, n_colours if layout == "grid" else n_colours + 2)
+
+
+@pytest.mark.parametrize("max_side, size, n", [(5, 16, 2), (8, 128, 1), (30, 2, 10), (1, 2, 0), (3, 9, 1), (3, 8, 2)])
+def test_codes_of_the_shape(max_side, size, n):
+    """As many as all shapes need; read finds what with_shape writes; a number too large is the last shape."""
+    _, config, model = built(*typed(max_side=max_side, codebook_size=size, n_codes=n + 3))
+    shapes = all_shapes(max_side)
+    codes = model.with_shape(some_codes(config, len(shapes)), shapes)
+    assert config.n_shape_codes == n and codes.shape == (len(shapes), n + 3) and 0 <= codes.min() <= codes.max() < size
+    e, found = model.read(codes)
+    assert torch.equal(found, shapes) and torch.equal(e, model.codebook.look_up(codes[:, n:]))
+    assert len(set(map(tuple, codes[:, :n].tolist()))) == len(shapes)
+    last = torch.full((1, n + 3), size - 1)
+    assert model.read(last)[1].tolist() == [[max_side, max_side]]
+
+
+def test_layout_canvas_has_no_codes_of_the_shape():
+    _, config, model = built("--layout", "canvas")
+    codes = some_codes(config, 4)
+    assert config.n_shape_codes == 0 and config.n_latents == 6
+    assert torch.equal(model.with_shape(codes, torch.ones(4, 2, dtype=torch.int64)), codes)
+
+
+@pytest.mark.parametrize("n, rows, columns", [(1, 1, 1), (2, 1, 2), (4, 2, 2), (7, 3, 3), (12, 3, 4), (31, 6, 6)])
+def test_map_of_codes(n, rows, columns):
+    """Learned codes in the order of reading, about a square; what is left of the last row is -1."""
+    _, config, model = built("--n_codes", n + 2)
+    laid = model.code_map(torch.arange(2 * n + 4).view(2, -1))
+    assert laid.shape == (2, rows, columns)
+    for first, codes in zip((2, n + 4), laid.flatten(1).tolist()):
+        assert codes == [*range(first, first + n), *[-1] * (rows * columns - n)]
+
+
+# --- Places ---
+
+@pytest.mark.parametrize("side, n, sizes", [
+    (5, 25, [(1, 1)]), (5, 24, [(2, 1), (1, 1)]), (5, 4, [(3, 3), (3, 2), (2, 2), (2, 1), (1, 1)]),
+    (2, 1, [(2, 2), (2, 1), (1, 1)]), (1, 1, [(1, 1)])])
+def test_sizes_of_tiles(side, n, sizes):
+    """From the first with which a whole canvas has no more tiles than latents to single cells."""
+    assert tiles(side, n) == sizes
+
+
+@pytest.mark.parametrize("n", [1, 5, 20, 64, 90])
+def test_latents_stand_on_tiles(n):
+    """Of the smallest size of which there are at most 1.05 n; evenly, in the order of reading, inside the grid."""
+    _, config, model = built(*typed(max_side=9, n_codes=n + 2))
+    shapes, more = all_shapes(9), 0
+    places, tile, features = model.latent_places(shapes)
+    assert features.shape == (81, n, 64) and len(features.flatten(1).unique(dim=0)) == 81
+    for (height, width), here, size in zip(shapes.tolist(), places.tolist(), tile[:, 0].tolist()):
+        counts = {size: -(-height // size[0]) * -(-width // size[1]) for size in tiles(9, n)}
+        rows, columns = min((size for size in counts if counts[size] <= 1.05 * n), key=math.prod)
+        count, across, wanted = counts[rows, columns], -(-width // columns), []
+        for i in range(n):
+            at = (i + 0.5) / n * count
+            part = at % 1 if count <= n else 0.5
+            wanted.append([min((int(at) // across + part) * rows, height - 0.5),
+                           min((int(at) % across + 0.5) * columns, width - 0.5)])
+        assert size == [rows, columns] and here == [pytest.approx(place, abs=1e-4) for place in wanted]
+        more += count > n
+    assert (more > 0) == (n == 20)
+
+
+def test_what_attention_is_told_of_places():
+    """Squared distance, in units of the scale, and its parts; a head's first bias is -d^2 times its slope."""
+    queries, keys = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[1.0, 2.0], [4.0, 0.0], [0.0, 2.8]]])
+    told = relations(queries, keys, torch.tensor([[[1.0, 2.0]]]))[0, 0]
+    torch.testing.assert_close(told, torch.tensor([
+        [0, 0, 0, 0, 0, 0, 1, 1], [10, 4, 3, 1, -2, 1, 0, 0], [1.16, 1.16, 1, 0.4, 1, -0.4, 0, 1]]))
+    _, _, model = built("--n_head", 4)
+    for layer in model.modules():
+        if isinstance(layer, Attention):
+            assert layer.distance[0].tolist() == [-0.5, -0.25, -0.125, 0] and not layer.distance[1:].any()
+    assert not any(layer.distance.any() for layer in built("--no-distance_bias")[2].modules()
+                   if isinstance(layer, Attention))
+
+
+def test_positions_tell_all_places_and_edges():
+    """Cells from the upper left and from the lower right edge, waves of 2 to 64 cells: no two places are alike."""
+    places = torch.cartesian_prod(torch.arange(30), torch.arange(30)) + 0.5
+    extent = torch.tensor([[[30.0, 30.0]]])
+    here = position_features(places[None], extent)[0]
+    assert here.shape == (900, 60) and torch.cdist(here, here).add(torch.eye(900) * 9).min() > 0.1
+    mirrored = position_features(30 - places[None], extent)[0]
+    torch.testing.assert_close(mirrored[:, :12], here[:, 12:24], atol=1e-4, rtol=0)
+    torch.testing.assert_close(here[:, 0], (math.pi * places[:, 0]).sin(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(here[:, 5], (math.pi * places[:, 0] / 32).sin(), atol=1e-4, rtol=0)
+
+
+# --- Padding and masks ---
+
+@pytest.mark.parametrize("value", [7.0, math.nan, math.inf])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_embedding_of_pad_is_never_read(layout, value):
+    """Bit for bit, forward and in every gradient; its own is zero."""
+    grids, found = of_shapes(all_shapes(5), 5), []
+    for filled in (None, value):
+        _, config, model = built(*typed(layout=layout, patch_width=2))
+        if filled is not None:
+            model.cell.data[config.canvas.pad] = filled
+        z = model.encode(config.canvas.tokens(grids.cells), grids.shapes)
+        z.square().sum().backward()
+        found.append((z, model.cell.grad, model.into.weight.grad))
+    assert all(map(torch.equal, *found)) and not found[0][1][config.canvas.pad].any() and found[0][1].any()
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    """All of the model in float64, also its softmax."""
+    torch.set_default_dtype(torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_extra_padding_and_the_rest_of_the_batch_change_nothing(layout, patch, in_float64):
+    """A grid alone, and with larger ones: 1e-12 in float64 (in float32 matrices of another length round otherwise).
+    All shapes, so more latents than cells, than patches, and fewer."""
+    _, config, model = built(*typed(layout=layout, patch_height=patch[0], patch_width=patch[1]))
+    grids = of_shapes(all_shapes(5), 5)
+    tokens, shapes, e = config.canvas.tokens(grids.cells), grids.shapes, model.codebook.look_up(some_codes(config, 25))
+    e = e.double()
+    z, (nats, _), written = model.encode(tokens, shapes), model.nats(e, tokens, shapes), model.write(e, shapes)
+    for i in range(25):
+        one = slice(i, i + 1)
+        torch.testing.assert_close(model.encode(tokens[one], shapes[one]), z[one], atol=1e-12, rtol=1e-12)
+        alone, _ = model.nats(e[one], tokens[one], shapes[one])
+        torch.testing.assert_close(alone, nats[one], atol=1e-12, rtol=1e-12)
+        assert torch.equal(model.write(e[one], shapes[one]), written[one])
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_patches_of_the_grid_and_its_row_ends_are_read(layout, patch):
+    """Colours that stand elsewhere on the canvas change no bit; each cell and each row end changes the latents."""
+    _, config, model = built(*typed(layout=layout, patch_height=patch[0], patch_width=patch[1]))
+    grids = of_shapes([[1, 1], [2, 3], [3, 2], [4, 4], [1, 5], [5, 1], [3, 3]], 5)
+    tokens, shapes = config.canvas.tokens(grids.cells), grids.shapes
+    row, column = torch.meshgrid(torch.arange(5), torch.arange(5), indexing="ij")
+    first = [place // size * size for place, size in zip((row, column), patch)]  # of the patch that a place is in
+    height, width = shapes[:, 0, None, None], shapes[:, 1, None, None]
+    read = (first[0] < height) & (first[1] < width + 1)
+    z = model.encode(tokens, shapes)
+    assert (~read).any() and torch.equal(model.encode(tokens.masked_fill(~read, 3), shapes), z)
+    for i, j in zip(*((row < height) & (column < width + 1)).any(0).nonzero().T.tolist()):
+        changed = tokens.clone()
+        changed[:, i, j] = (changed[:, i, j] + 1) % 10
+        differs = (model.encode(changed, shapes) != z).flatten(1).any(1)
+        assert torch.equal(differs, read[:, i, j])
+
+
+def test_masked_tokens_are_a_share_and_never_pad():
+    """About `rate` of cells and row ends; nothing else changes, and the targets stay whole."""
+    g, config = configured("--mask_rate", "0,0.3")
+    canvas, grids = config.canvas, of_shapes(all_shapes(5).repeat(40, 1), 5)
+    tokens = canvas.tokens(grids.cells)
+    before, generator = tokens.clone(), torch.Generator().manual_seed(0)
+    for rate in (0.0, 0.3, 0.8):
+        seen, share = g["masked"](tokens, canvas, rate, generator)
+        hidden = seen == canvas.mask
+        assert torch.equal(tokens, before) and torch.equal(seen[~hidden], tokens[~hidden])
+        assert not (hidden & (tokens == canvas.pad)).any() and (rate == 0 or (tokens[hidden] == canvas.eos).any())
+        assert share.item() == pytest.approx(hidden.sum().item() / (tokens != canvas.pad).sum().item())
+        assert share.item() == pytest.approx(rate, abs=0.02)
+
+
+def test_masked_tokens_carry_no_information():
+    """Grids that differ only where they are masked have equal latents, bit for bit; what was there has no gradient."""
+    g, config, model = built("--mask_rate", "0.5,0.5")
+    canvas, grids = config.canvas, of_shapes(all_shapes(5), 5, n_colours=8)
+    tokens = canvas.tokens(grids.cells)
+    hidden = g["masked"](tokens, canvas, 0.5, torch.Generator().manual_seed(1))[0] == canvas.mask
+    others = torch.where(hidden & (tokens < 10), 9, tokens)
+    zs = []
+    for some in (tokens, others):
+        seen, _ = g["masked"](some, canvas, 0.5, torch.Generator().manual_seed(1))
+        zs.append(model.encode(seen, grids.shapes))
+    assert not torch.equal(tokens, others) and torch.equal(*zs)
+    zs[1].square().sum().backward()
+    grad = model.cell.grad
+    assert not grad[9].any() and all(grad[token].any() for token in (0, 7, canvas.eos, canvas.mask))
+
+
+# --- Reading and writing ---
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_whatever_the_codes_a_grid_is_written(patch):
+    """Layout grid: of the shape that the first codes say, and the rest of the canvas follows from it."""
+    _, config, model = built(*typed(patch_height=patch[0], patch_width=patch[1]))
+    shapes = all_shapes(5).repeat(4, 1)
+    codes = model.with_shape(some_codes(config, 100), shapes)
+    written = model.write(*model.read(codes))
+    assert torch.equal(config.canvas.shapes(written), shapes)
+    assert len(written[:, 0, 0].unique()) > 1
+    torch.manual_seed(0)
+    assert config.canvas.shapes(model.write(*model.read(torch.randint(16, (200, 6))))).min() >= 1
+
+
+def by_hand(model, e, shapes):
+    """Log-probabilities (B, S, S, outputs) float64 and the patches that they are of; NaN where nothing is said."""
+    c, S = model.config, model.config.canvas.max_side
+    logits, index, padding = model.decode(e, shapes)
+    found = torch.full((len(e), S, S, logits.size(-1)), math.nan, dtype=torch.float64)
+    for b, p in (~padding).nonzero().tolist():
+        patch = index[b, p].item()
+        for k in range(c.patch_height * c.patch_width):
+            i = patch // model.columns * c.patch_height + k // c.patch_width
+            j = patch % model.columns * c.patch_width + k % c.patch_width
+            if i < S and j < S:
+                assert found[b, i, j].isnan().all()          # said once
+                found[b, i, j] = F.log_softmax(logits[b, p, k].double(), -1)
+    return found
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nats_are_a_cross_entropy_by_hand_and_agree_with_what_is_written(layout, patch):
+    """All shapes, on a side that patches do not divide: only cells count, or with layout canvas each place of it;
+    `right` where `write` gives the very canvas, also with one cell changed."""
+    _, config, model = built(*typed(layout=layout, patch_height=patch[0], patch_width=patch[1]))
+    grids = of_shapes(all_shapes(5), 5)
+    shapes, e = grids.shapes, model.codebook.look_up(some_codes(config, 25, seed=3))
+    written, said = model.write(e, shapes), by_hand(model, e, shapes)
+    counted = within(shapes, 5) if layout == "grid" else torch.ones(25, 5, 5, dtype=torch.bool)
+    assert torch.equal(written[counted], said[counted].argmax(-1))
+    changed = written.clone()
+    for b, (i, j) in enumerate((shapes - 1).tolist()):
+        changed[b, i, j] = (changed[b, i, j] + 1) % 10
+    for tokens in (written, changed, config.canvas.tokens(grids.cells)):
+        nats, right = model.nats(e, tokens, shapes)
+        assert torch.equal(right, (written == tokens).flatten(1).all(1))
+        logs = said.nan_to_num().gather(3, tokens.clamp(max=said.size(3) - 1)[..., None])[..., 0]
+        torch.testing.assert_close(nats.double(), -(logs * counted).sum((1, 2)), atol=1e-4, rtol=1e-5)
+
+
+# --- Losses ---
+
+EVERYTHING = typed(kl_weight="0.1,0.1", mi_weight="0.1,0.1", tc_weight="0.1,0.1", dwkl_weight="0.1,0.1")
+
+
+def one_batch(g, config, model, grids, **now):
+    """(found, tokens, shapes, now) of a batch, as the loop has them."""
+    now = g["scheduled"](10_000) | now
+    tokens = config.canvas.tokens(grids.cells)
+    how = {name: now[name] for name in ("tau", "noise", "hardness") if name in now}
+    found = model.codebook(model.encode(tokens, grids.shapes), g["estimator"],
+                           generator=torch.Generator().manual_seed(0), **how)
+    return found, tokens, grids.shapes, now
+
+
+@pytest.mark.parametrize("words", [[], ["--no-resample"], ["--output_positions", "--no-distance_bias"],
+                                   ["--activation", "swiglu", "--norm", "rms"], ["--no-bias", "--similarity", "dot"]])
+@pytest.mark.parametrize("estimator", ["gumbel_soft", "reinmax", "vq", "fsq"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_parameter_has_a_role_and_a_gradient(layout, estimator, words):
+    g, config, model = built(*words, *typed(layout=layout, estimator=estimator, codebook_bound=0.1), *(
+        EVERYTHING if estimator in SAMPLED else []))
+    assert parameter_roles(model).keys() == dict(model.named_parameters()).keys()
+    loss, _ = g["objective"](model, *one_batch(g, config, model, of_shapes(all_shapes(5), 5)))
+    loss.backward()
+    without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert without == set() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_loss_is_a_sum_of_weights_times_parts():
+    """Nats per grid; usage once for each learned code; divided by the mean of cells, or each grid by its own."""
+    g, config, model = built(*EVERYTHING, *typed(loss_scale="grid", usage_weight="0,0"))
+    found, tokens, shapes, now = one_batch(g, config, model, of_shapes(all_shapes(5), 5))
+    none = now | {name: 0.0 for name in now if name.endswith("weight")}
+    loss, parts = g["objective"](model, found, tokens, shapes, none)
+    nats = model.nats(found.e, tokens, shapes)[0].mean()
+    assert torch.equal(loss, nats) and parts.keys() == {"nats", "exact", "loss", "kl"} and parts["nats"] == nats
+    assert parts["loss"].item() == pytest.approx(nats.item() / shapes.prod(1).float().mean().item())
+    assert parts["kl"].item() == pytest.approx(kl_uniform(found.logits).sum(1).mean().item())
+    truth = decompose(found.logits, found.y) | {"usage": config.n_latents * usage_kl(found.logits)}
+    for name in ("kl", "mi", "tc", "dwkl", "usage"):
+        for weight in (0.5, 2.0):
+            weighted, parts = g["objective"](model, found, tokens, shapes, none | {f"{name}_weight": weight})
+            assert (weighted - loss).item() == pytest.approx(weight * truth[name].item(), abs=2e-4)
+            ours, wanted = (torch.autograd.grad(term, model.to_code.weight, retain_graph=True)[0] for term in (
+                weighted - loss, weight * truth[name]))
+            torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-3)
+    more, cells = now | {"kl_weight": 0.3}, shapes.prod(1)
+    terms = 0.3 * truth["kl"] + sum(0.1 * truth[name] for name in ("mi", "tc", "dwkl"))
+    for scale, wanted in (("grid", nats + terms), ("token", (nats + terms) / 9), ("even", terms / 9 + (
+            model.nats(found.e, tokens, shapes)[0] / cells).mean())):
+        g["loss_scale"] = scale
+        torch.testing.assert_close(g["objective"](model, found, tokens, shapes, more)[0], wanted)
+
+
+def test_commitment_and_bound_and_positive_parts_are_in_the_loss():
+    g, config, model = built(*typed(estimator="vq", loss_scale="grid"))
+    found, tokens, shapes, now = one_batch(g, config, model, of_shapes(all_shapes(5), 5))
+    loss, parts = g["objective"](model, found, tokens, shapes, now)
+    assert parts.keys() == {"nats", "exact", "loss", "commitment"} and parts["commitment"] == found.loss > 0
+    assert (loss - parts["nats"]).item() == pytest.approx(4 * found.loss.item(), rel=1e-3)
+    g, config, model = built(*typed(loss_scale="grid", codebook_bound=3.0, usage_weight="0,0"))
+    batch = one_batch(g, config, model, of_shapes(all_shapes(5), 5))
+    loss, parts = g["objective"](model, *batch)
+    assert (loss - parts["nats"]).item() == pytest.approx(3 * model.codebook.bound().item(), rel=1e-3)
+    same = Quantised(batch[0].e, batch[0].codes, torch.zeros(25, 4, 16) + torch.randn(4, 16) * 1e-3, batch[0].y)
+    g["positive_parts"] = True
+    _, parts = g["objective"](model, same, *batch[1:3], batch[3] | {"mi_weight": 1.0})
+    assert min(parts["mi"], parts["tc"]) >= 0
+
+
+@pytest.mark.parametrize("estimator", ["gumbel_soft", "vq"])
+def test_the_loss_is_float32_under_autocast(estimator):
+    """bfloat16 inside, float32 for the codes and the reconstruction; near the loss without autocast."""
+    g, config, model = built("--estimator", estimator)
+    grids, found = of_shapes(all_shapes(5), 5), {}
+    for half in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            batch = one_batch(g, config, model, grids)
+            loss, parts = g["objective"](model, *batch)
+            assert model.decode(batch[0].e, grids.shapes)[0].dtype == torch.float32
+            assert model.into(torch.zeros(1, 16)).dtype == (torch.bfloat16 if half else torch.float32)
+        assert loss.dtype == parts["nats"].dtype == torch.float32 and loss.isfinite()
+        loss.backward()
+        found[half] = loss.item()
+    assert found[True] == pytest.approx(found[False], rel=0.05) and found[True] != found[False]
+
+
+# --- Evaluation ---
+
+def evaluated(g, config, model, grids, count=None, thorough=False):
+    return g["evaluate"](model, config.canvas, grids, nullcontext(), g["scheduled"](10_000), count, thorough)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(estimator="reinmax", layout="canvas"), dict(estimator="vq")])
+def test_figures_do_not_depend_on_the_batch(settings):
+    """Nor on more grids than the mixture of MI and TC takes; and nothing random outside is touched."""
+    g, config, model = built(*typed(**settings))
+    grids = of_shapes(all_shapes(5).repeat(44, 1), 5)
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    found = {}
+    for size in (1, 7, 500, 2000):
+        g["eval_batch_size"] = size
+        found[size], _ = evaluated(g, config, model, grids, 60 if size < 100 else None, thorough=True)
+    assert torch.equal(states[0], torch.get_rng_state()) and model.training
+    assert states[1:] == (np.random.get_state()[1].tolist(), random.getstate())
+    assert found[1] == pytest.approx(found[7], rel=1e-5) and found[500] == pytest.approx(found[2000], rel=1e-5)
+    assert found[1]["grids"] == 60 and found[500]["grids"] == 1100
+    for name in ("soft_hard_gap", "mi", "kl"):
+        assert (name in found[1]) == (settings.get("estimator") != "vq")
+
+
+def with_answers(model, *answers):
+    """The model writes these, one after the other."""
+    answers = iter(answers)
+    model.write = lambda *_: next(answers)
+    return model
+
+
+def test_figures_of_answers_made_by_hand():
+    """Each wrong cell counts as one; a wrong shape as one wrong grid; PAD and row ends are not in the accuracy."""
+    g, config, model = built()
+    grids = of_shapes([[2, 2], [1, 3], [3, 1], [2, 5]], 5)   # 20 cells
+    tokens = config.canvas.tokens(grids.cells)
+    wrong, shorter = tokens.clone(), tokens.clone()
+    wrong[0, 1, 1] = (wrong[0, 1, 1] + 1) % 10
+    shorter[3, 1] = config.canvas.pad
+    rows = [([tokens, wrong], (1, 1, 1, -0.05)), ([wrong, tokens], (0.95, 0.75, 1, 0.05)),
+            ([shorter, shorter], (0.75, 0.75, 0.75, 0))]
+    for answers, wanted in rows:
+        numbers, found = evaluated(g, config, with_answers(model, *answers), grids)
+        assert [numbers[name] for name in ("accuracy", "exact", "shape_accuracy", "soft_hard_gap")] == pytest.approx(
+            wanted, abs=1e-12)
+        assert found["correct"].tolist() == (answers[0] == tokens).flatten(1).all(1).tolist()
+    with torch.no_grad():
+        hard = model.codebook(model.encode(tokens, grids.shapes))
+        nats, _ = model.nats(hard.e, tokens, grids.shapes)
+    assert numbers["nats"] == pytest.approx(nats.mean().item()) and numbers["grids"] == 4
+    assert numbers["loss"] == pytest.approx(nats.sum().item() / 20) and numbers["bits"] == 24
+    assert numbers["kl"] == pytest.approx(kl_uniform(hard.logits).sum(1).mean().item())
+    alive = len(hard.codes.unique())
+    assert numbers["usage"] == alive / 16 and numbers["dead_codes"] == 16 - alive
+    norms = model.codebook.codes.norm(dim=1)
+    assert numbers["codebook_norm_min"] == pytest.approx(norms.min().item())
+    assert numbers["codebook_norm_max"] == pytest.approx(norms.max().item())
+
+
+def test_code_statistics_are_of_learned_codes_and_the_rate_is_of_all():
+    """The four shapes here have four numbers, 2 bits of the first two codes together."""
+    g, config, model = built("--estimator", "vq")
+    grids = of_shapes([[1, 1], [2, 2], [1, 1], [2, 2]], 5)
+    learned = torch.tensor([[3, 3, 3, 3], [3, 3, 3, 3], [3, 3, 3, 3], [3, 3, 3, 5]])
+    model.codebook.forward = lambda z, *_, **__: Quantised(z, learned)
+    numbers, found = evaluated(g, config, model, grids)
+    assert found["codes"].tolist() == [[0, 0, 3, 3, 3, 3], [0, 6, 3, 3, 3, 3], [0, 0, 3, 3, 3, 3], [0, 6, 3, 3, 3, 5]]
+    quarter = -0.25 * math.log2(0.25) - 0.75 * math.log2(0.75)
+    assert numbers["code_bits"] == pytest.approx(1 + quarter) and numbers["usage"] == 2 / 16
+    pooled = -(15 / 16 * math.log(15 / 16) + math.log(1 / 16) / 16)
+    assert numbers["perplexity"] == pytest.approx(math.exp(pooled)) and numbers["dead_codes"] == 14
+
+
+def test_thorough_figures_by_hand():
+    """The best constant colours; what differs in a pair, and between strangers; a factor that a position spells."""
+    g, config, _ = built()
+    canvas, code = config.canvas, torch.tensor
+    cells = torch.full((4, 5, 5), OUTSIDE, dtype=torch.uint8)
+    for i, rows in enumerate(([[1, 1], [1, 2]], [[0]], [[5, 6, 7]], [[4, 4], [4, 4]])):
+        cells[i, :len(rows), :len(rows[0])] = code(rows)
+    codes = code([[0, 0, 1, 2, 3, 4], [0, 0, 1, 2, 3, 5], [0, 1, 7, 2, 3, 4], [0, 1, 7, 2, 9, 9]])
+    grids = Grids(cells, code([[2, 2], [1, 1], [1, 3], [2, 2]]), [], code([[0, 1], [2, 3]]),
+                  {"which": code([8, 8, 3, 3]), "same": code([1, 1, 1, -1])}, [])
+    found = {"codes": codes, "tokens": canvas.tokens(cells)}
+    numbers = g["thoroughly"](found, grids, None, canvas, 2)
+    assert numbers["floor"] == pytest.approx(9 / 12) and numbers["pairs"] == 2
+    assert numbers["pair_difference"] == 3 / 8 and numbers["random_pair_difference"] == 5 / 8
+    assert numbers["information_which"] == pytest.approx(1) and numbers["gap_which"] == pytest.approx(0)
+    assert "gap_same" not in numbers and "mi" not in numbers
+    assert numbers["nmi_max"] >= numbers["nmi"] > 0
+    few = {name: values[:3] for name, values in found.items()}
+    assert "pairs" not in g["thoroughly"](few, grids, 3, canvas, 2)  # of the one that is left no stranger is known
+    logits = torch.zeros(4, 4, 16)
+    numbers = g["thoroughly"](found | {"logits": logits}, grids, None, canvas, 2)
+    assert numbers["mi_ceiling"] == pytest.approx(math.log(4))
+    assert [numbers[name] for name in ("mi", "tc", "dwkl", "code_mi")] == pytest.approx([0] * 4, abs=1e-5)
+
+
+# --- Learning ---
+
+@pytest.fixture
+def free(monkeypatch):
+    """What main() sets for the whole process is put back."""
+    before = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.set_deterministic_debug_mode(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def learned(monkeypatch, tmp_path, fixed, *words):
+    """The summary and metrics of a run of the whole script in this process; fixed: trains on what it is scored on."""
+    g = fresh("train_dvae.py")
+    g["draw_all"] = lambda *_: None
+    if fixed:
+        def same(*settings):
+            arc = load(*settings)
+            return Arc(arc.train, arc.train, arc.source, arc.hash)
+        g["load"] = same
+    common = typed(n_head=2, n_embd=32, warmup_steps=10, log_interval=10, device="cpu", dtype="float32",
+                   out_dir=tmp_path, run_name="run", save_interval=100_000, eval_interval=100_000)
+    monkeypatch.setattr(sys, "argv", ["train_dvae.py", *map(str, common), *map(str, words)])
+    g["main"]()
+    run = tmp_path / "train_dvae" / "run"
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return json.loads((run / "summary.json").read_text()), [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("estimator", ["gumbel_soft", "reinmax", "vq", "fsq"])
+def test_32_grids_are_learned_by_heart(estimator, monkeypatch, tmp_path, free):
+    """Exactly, by hard codes, in 200 steps."""
+    summary, lines = learned(monkeypatch, tmp_path, True, *typed(
+        estimator=estimator, max_side=4, n_codes=10, codebook_size=64, code_dim=16, n_train=32, n_val=10, batch_size=32,
+        max_steps=200, colours="none", group=1), "--no-symmetry")
+    assert summary["val_exact"] == summary["val_accuracy"] == 1.0 and summary["val_nats"] < 1
+    assert lines[-2]["split"] == "train" and lines[-2]["exact"] > 0.9 and lines[1]["exact"] < 0.1
+
+
+def test_unseen_grids_are_written_better_than_by_their_best_colour(monkeypatch, tmp_path, free):
+    """And nearly every code is used, within 200 steps."""
+    summary, _ = learned(monkeypatch, tmp_path, False, *typed(
+        max_side=5, n_codes=12, codebook_size=32, code_dim=16, n_train=3000, n_val=400, max_steps=200))
+    assert summary["val_accuracy"] > summary["val_floor"] + 0.08 and summary["val_usage"] >= 0.9
+    assert summary["val_exact"] > 0.03 and abs(summary["val_soft_hard_gap"]) < 0.05
+
+
+# --- Pictures ---
+
+def png_size(path):
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n" and content[-8:-4] == b"IEND"
+    return struct.unpack(">II", content[16:24])
+
+
+@pytest.mark.parametrize("settings, columns", [(dict(n_codes=9), 3), (dict(mask_rate="0,0.5", layout="canvas"), 5),
+                                               (dict(codebook_size=2, n_codes=8), 3), (dict(n_codes=3), 3)])
+def test_three_pictures(settings, columns, tmp_path):
+    """With masks two panels more; also of few grids, two codes, one latent, and where rows of the map differ."""
+    g, config, model = built(*typed(**settings))
+    grids = of_shapes([[1, 1], [5, 5], [2, 3]], 5)
+    _, found = evaluated(g, config, model, grids)
+    g["draw_all"](model, config.canvas, grids, found, tmp_path, 7, nullcontext())
+    names = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert names == ["step_00000007.png", "traversal_00000007.png", "usage_00000007.png"] and model.training
+    sizes = [png_size(tmp_path / "samples" / name) for name in names]
+    assert sizes[0] == (120 * columns, 3 * 120 + 32) and sizes[1] == (1200, 3 * 120 + 32) and sizes[2] == (480, 240)
+
+
+def test_a_picture_has_the_colours_of_arc():
+    g = fresh("train_dvae.py")
+    canvas = Canvas(4, 10, masked=True)
+    shown = g["picture"](torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, canvas.pad, canvas.eos],
+                                       [canvas.mask, 0, 0, 0]]), canvas)
+    assert shown.dtype == np.uint8 and shown.shape == (4, 4, 3)
+    assert [tuple(colour) for colour in shown.reshape(-1, 3)[:13].tolist()] == [
+        *PALETTE, (255, 255, 255), (255, 255, 255), (200, 200, 200)]
+    few = Canvas(2, 3)
+    assert g["picture"](torch.tensor([[2, few.pad], [few.eos, 0]]), few).reshape(-1, 3).tolist() == [
+        list(PALETTE[2]), [255] * 3, [255] * 3, [0] * 3]
+
+
+# --- Grids and codes of files ---
+
+def test_grids_of_a_file():
+    """A grid, a list of grids, a task, tasks by name; each grid with where it stands."""
+    grids_of, one, two = fresh("train_dvae.py")["grids_of"], [[1, 2]], [[0], [3]]
+    assert grids_of(one, "f") == [("f", one)]
+    assert grids_of([one, two], "f") == [("f 0", one), ("f 1", two)]
+    task = {"train": [{"input": one, "output": two}], "test": [{"input": two, "output": one}]}
+    assert grids_of(task, "t") == [("t train 0 input", one), ("t train 0 output", two), ("t test 0 input", two),
+                                   ("t test 0 output", one)]
+    assert [name for name, _ in grids_of({"a": task, "b": one}, "t")][3:] == ["t a test 0 output", "t b"]
+    for value in (5, "grid", None, [[1, "2"]], [[1.5]], [[True]], [one, 3], {"a": None}):
+        with pytest.raises(UserError, match="is no grid"):
+            grids_of(value)

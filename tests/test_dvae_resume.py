@@ -1,0 +1,426 @@
+"""train_dvae.py as it is typed: killed, stopped, resumed, asked for codes, and told what it cannot do: 60 s."""
+import json
+import math
+import re
+import shutil
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from data.arc import load  # noqa: E402
+from experiment import load_checkpoint  # noqa: E402
+from test_resume import (Forks, assert_done, assert_equal, assert_error, kill_again_and_again, records,  # noqa: E402
+                         snapshot, summary, wait_for)
+
+TINY = dict(max_side=5, n_train=60, n_val=1, n_codes=6, codebook_size=16, code_dim=8, n_head=2, n_embd=16, cell_dim=8,
+            batch_size=8, max_steps=12, warmup_steps=2, eval_interval=9, save_interval=1, log_interval=1, device="cpu",
+            dtype="float32", run_name="run", tag="test")
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    server = Forks(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()
+
+
+def train(out_dir, *more, **settings):
+    """The words of a command line; settings on top of TINY."""
+    words = ["train_dvae.py", "--out_dir", out_dir]
+    for name, value in (TINY | settings).items():
+        words += [f"--{name}" if value is True else f"--{name}={value}"]
+    return words + list(more)
+
+
+def at(out_dir):
+    return Path(out_dir) / "train_dvae" / "run"
+
+
+def lines(run):
+    """metrics.jsonl without what the clock says."""
+    return [{key: value for key, value in line.items() if key != "grids_per_s"} for line in records(run)]
+
+
+def curve(run, key="step", split="train"):
+    return [line[key] for line in lines(run) if line["split"] == split and "final" not in line]
+
+
+def assert_same_end(run, reference, log_interval=1):
+    """Metrics line by line, all checkpoints bit for bit; no step twice, none missing."""
+    assert lines(run) == lines(reference)
+    for name in ("last.pt", "best.pt"):
+        assert_equal(load_checkpoint(run / name), load_checkpoint(reference / name), name)
+    assert curve(run) == list(range(log_interval, load_checkpoint(run / "last.pt")["step"] + 1, log_interval))
+    assert not list(run.glob(".*tmp*"))
+
+
+CASES = {
+    "everything": dict(mask_rate="0.1,0.5", dropout=0.1, ema_decay=0.9, grad_accum=2, group=4, reset_interval=3,
+                       codebook_init="kmeans", kl_target=5.0, seed=1, data_seed=2),
+    "reinmax": dict(estimator="reinmax", kl_weight="0,0.1", mi_weight="0.1,0", tc_weight="0,0.1", hard_at=0.5, seed=3,
+                    layout="canvas", group=2, log_interval=3, save_interval=2),
+    "vq": dict(estimator="vq", reset_interval=2, codebook_init="kmeans", similarity="dot", ema_decay=0.0, seed=4),
+    "schedule_free": dict(optimizer="schedule_free", schedule="constant", reset_interval=4, estimator="gumbel_hard",
+                          seed=5)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_at_random_moments(forks, tmp_path, case):
+    """Killed again and again: the bits of a run that never stopped."""
+    runs = [at(tmp_path / name) for name in ("killed", "whole")]
+    commands = [train(run.parents[1], **dict(max_steps=15) | CASES[case]) for run in runs]
+    with ThreadPoolExecutor(2) as pool:
+        kills = pool.submit(kill_again_and_again, forks, commands[0], tmp_path, runs[0], CASES[case]["seed"])
+        assert_done(pool.submit(forks.run, commands[1], tmp_path).result())
+        assert kills.result() >= 2
+    assert_same_end(*runs, CASES[case].get("log_interval", 1))
+    last = load_checkpoint(runs[0] / "last.pt")
+    assert last["step"] == 15 and summary(runs[0])["status"] == "done"
+    assert (last["ema"] is None) == (case == "vq") and (not last["ema"] or last["ema"]["updates"] == 15)
+
+
+def test_killed_around_the_first_saves(forks, tmp_path):
+    """Also between the first last.pt, which is there before any step, and the first best.pt."""
+    whole, steps = tmp_path / "whole", dict(max_steps=2, save_interval=5, codebook_init="kmeans")
+    assert_done(forks.run(train(whole, **steps), tmp_path))
+    for die_at in (1, 6, 11, 15):
+        out_dir = tmp_path / f"killed{die_at}"
+        assert forks.run(train(out_dir, **steps), tmp_path, die_at=die_at).code == -signal.SIGKILL
+        assert_done(forks.run(train(out_dir, "--resume", **steps), tmp_path))
+        assert_same_end(at(out_dir), at(whole))
+
+
+KEEP = dict(keep_last=20, reset_interval=4, kl_target=2.0, ema_decay=0.9, n_codes=4, codebook_size=32,
+            mask_rate="0,0.3", tensorboard=True, n_val=5, eval_interval=6)
+
+
+@pytest.fixture(scope="module")
+def base(forks, tmp_path_factory):
+    """A finished run with all its numbered checkpoints; tests work on copies."""
+    folder = tmp_path_factory.mktemp("base")
+    child = forks.run(train(folder, **KEEP), folder)
+    assert_done(child)
+    (folder / "out.txt").write_text(child.out)
+    return at(folder)
+
+
+@pytest.fixture
+def copy(base, tmp_path):
+    return Path(shutil.copytree(base, at(tmp_path / "runs")))
+
+
+def test_what_a_run_leaves(base):
+    """Settings, metrics with all their keys, pictures, and words for people."""
+    params = json.loads((base / "params.json").read_text())
+    assert params["settings"]["mask_rate"] == [0.0, 0.3] and params["script"] == "train_dvae"
+    found = lines(base)
+    first, val, final = (next(line for line in found if wanted(line)) for wanted in (
+        lambda line: line["split"] == "train", lambda line: line["split"] == "val", lambda line: "final" in line))
+    assert {"loss", "nats", "exact", "kl", "masked", "lr", "tau", "noise", "hardness", "grad_norm", "kl_weight",
+            "usage_weight", "mask_rate", "revived"} <= first.keys() and "commitment" not in first
+    raw = [json.loads(line) for line in (base / "metrics.jsonl").read_text().splitlines()]
+    timed = [line for line in raw if line["split"] == "train"]
+    assert all(line["tokens_per_s"] > line["grids_per_s"] > 0 for line in timed)
+    assert [line["seconds"] for line in timed] == sorted(line["seconds"] for line in timed)
+    assert {"loss", "nats", "accuracy", "exact", "usage", "perplexity", "shape_accuracy", "soft_hard_gap", "dead_codes",
+            "bits", "code_bits", "codebook_norm_max", "grids"} <= val.keys() and "nmi" not in val
+    assert {"nmi", "nmi_floor", "mi", "mi_ceiling", "tc", "dwkl", "floor", "information_height", "gap_height",
+            "chance_height"} <= final.keys() and found[-1] == final
+    assert curve(base, split="val") == [0, 6, 12] and curve(base) == list(range(1, 13))
+    assert final["bits"] == 20 and first["kl_weight"] == 0 and first["lr"] == pytest.approx(5e-3 / 2)
+    end = summary(base)
+    assert end["status"] == "done" and end["val_exact"] == final["exact"] and end["hash"] in (
+        base.parents[1] / "out.txt").read_text()
+    pictures = {path.name for path in (base / "samples").iterdir()}
+    assert pictures == {f"{name}_{step:08d}.png" for name in ("step", "usage", "traversal") for step in (0, 6, 12)}
+    assert (base / "curves.png").read_bytes()[:4] == b"\x89PNG" and (base / "code" / "dvae.py").exists()
+    assert len(list((base / "tensorboard").iterdir())) == 1
+
+
+def test_pairs_are_reported(forks, tmp_path):
+    """On synthetic grids with whole pairs: what differs in them beside what differs between strangers."""
+    child = forks.run(train(tmp_path, max_steps=1, n_val=60, eval_grids=1), tmp_path)
+    assert_done(child)
+    final = lines(at(tmp_path))[-1]
+    assert 0 <= final["pair_difference"] <= 1 and 0 <= final["random_pair_difference"] <= 1
+    assert f"between input and output of {final['pairs']} pairs" in child.out and final["pairs"] > 1
+
+
+def test_average_of_the_weights(base):
+    """After each step average += (1 - d) (w - average), d = min(0.9, (1 + t) / (10 + t)), from the first weights on."""
+    checkpoints = [load_checkpoint(base / f"step_{step:08d}.pt") for step in range(1, 13)]
+    for t, (old, new) in enumerate(zip(checkpoints, checkpoints[1:]), 1):
+        decay = min(0.9, (1 + t) / (10 + t))
+        assert (old["ema"]["updates"], new["ema"]["updates"]) == (t, t + 1)
+        for name, average in new["ema"]["weights"].items():
+            wanted = old["ema"]["weights"][name].double() * decay + new["model"][name].double() * (1 - decay)
+            if name != "codebook.codes":                     # revived after the average was taken
+                torch.testing.assert_close(average.double(), wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_dead_codes_are_revived(base):
+    """Those that nothing chose, every 4 steps and never between, in the first 0.8 of the run; counts begin anew."""
+    revived, total = curve(base, "revived"), 0
+    for step in range(1, 13):
+        loop = load_checkpoint(base / f"step_{step:08d}.pt")["loop"]
+        assert loop["chosen"].sum() == step % 4 * 8 * 3 and loop.get("revived", 0) == revived[step - 1]
+        if step % 4 == 0:
+            assert (revived[step - 1] > total) == (step <= 9)
+        else:
+            assert revived[step - 1] == total
+        total = revived[step - 1]
+    before, after = (load_checkpoint(base / f"step_{step:08d}.pt") for step in (7, 8))
+    dead = before["loop"]["chosen"] == 0
+    moved = (after["model"]["codebook.codes"] - before["model"]["codebook.codes"]).norm(dim=1)
+    lengths = after["model"]["codebook.codes"].norm(dim=1)
+    new = revived[7] - revived[6]
+    assert (moved > 0.3).sum() >= new - 2 > 0 and (moved > 0.3)[~dead].sum() == 0
+    assert ((lengths - 1).abs() < 1e-5).sum() >= new
+
+
+def test_weight_that_holds_the_kl(base):
+    """One per cent a step at most, upwards while the KL is above its target of 2 bits."""
+    weights, kls = curve(base, "kl_weight"), curve(base, "kl")
+    for step in range(11):
+        over = max(-1, min(1, kls[step] / (2 * math.log(2)) - 1))
+        assert weights[step + 1] == pytest.approx(max(1e-4, weights[step]) * math.exp(0.01 * over), rel=1e-5)
+    assert weights[0] == 0 and weights[-1] > 1e-4
+
+
+def test_exactly_max_steps(forks, base, copy, tmp_path):
+    """Also in two parts, from an older checkpoint, or none at all; numbered checkpoints are pruned."""
+    same = train(tmp_path / "runs", **KEEP)
+    for source in ("last.pt", "step_00000005.pt"):
+        assert_done(forks.run([*same, "--resume", copy / source], tmp_path))
+        assert_same_end(copy, base)
+    more = KEEP | dict(max_steps=14, schedule_steps=12, schedule="constant", keep_last=2, n_val=1, eval_interval=20)
+    assert_done(forks.run(train(tmp_path / "parts", **more | dict(max_steps=7)), tmp_path))
+    assert_done(forks.run(train(tmp_path / "parts", "--resume", **more), tmp_path))
+    assert_done(forks.run(train(tmp_path / "whole", **more), tmp_path))
+    for name in ("model", "ema", "optimizer"):
+        assert_equal(*(load_checkpoint(at(tmp_path / part) / "last.pt")[name] for part in ("parts", "whole")))
+    for part in ("parts", "whole"):
+        assert curve(at(tmp_path / part)) == list(range(1, 15))
+        names = sorted(path.name for path in at(tmp_path / part).glob("step_*.pt"))
+        assert names == ["step_00000013.pt", "step_00000014.pt"]
+
+
+def test_no_steps_at_all(forks, tmp_path):
+    """What is saved then are the first weights, k-means codes too; the average begins with them."""
+    assert_done(forks.run(train(tmp_path, max_steps=0, codebook_init="kmeans"), tmp_path))
+    last = load_checkpoint(at(tmp_path) / "last.pt")
+    assert last["step"] == 0 and curve(at(tmp_path)) == []
+    assert_equal(last["ema"]["weights"], {name: last["model"][name] for name in last["ema"]["weights"]})
+
+
+def test_intervals_change_nothing(forks, base, tmp_path):
+    """Validating, saving and logging at other times: the same weights, and losses that are means of the others."""
+    other = KEEP | dict(eval_interval=5, save_interval=7, log_interval=3, eval_grids=3, eval_batch_size=2)
+    assert_done(forks.run(train(tmp_path, **other), tmp_path))
+    one, two = (load_checkpoint(run / "last.pt") for run in (base, at(tmp_path)))
+    for key in ("model", "ema", "optimizer", "generators"):
+        assert_equal(one[key], two[key], key)
+    losses = curve(base, "loss")
+    assert curve(at(tmp_path), "loss") == [sum(losses[end - 3:end]) / 3 for end in (3, 6, 9, 12)]
+    assert curve(at(tmp_path), "grids", "val") == [3, 3, 3] and lines(at(tmp_path))[-1]["grids"] == 5
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_without_an_end(forks, tmp_path, number, code):
+    """By a signal, between two saves; then to an end, like a run that never stopped."""
+    run = at(tmp_path / "runs")
+    settings = dict(max_steps="none", schedule_steps=30, schedule="constant", save_interval=100, mask_rate="0,0.5")
+    child = forks.start(train(tmp_path / "runs", **settings), tmp_path)
+    wait_for(lambda: child.over() or (run / "metrics.jsonl").exists() and
+             (run / "metrics.jsonl").read_bytes().count(b"\n") > 10)
+    child.kill(number)
+    assert child.wait().code == code and "Traceback" not in child.err
+    last = load_checkpoint(run / "last.pt")
+    assert summary(run)["status"] == "interrupted" and summary(run)["step"] == last["step"] > 5
+    settings["max_steps"] = last["step"] + 3
+    for command in (train(tmp_path / "runs", "--resume", **settings), train(tmp_path / "whole", **settings)):
+        assert_done(forks.run(command, tmp_path))
+    assert_same_end(run, at(tmp_path / "whole"))
+
+
+def test_not_finite(forks, tmp_path):
+    """Status 3 with the step, and a checkpoint without a bad number."""
+    child = forks.run(train(tmp_path, lr=1e30, muon_lr=1e30, grad_clip="none", max_steps=50), tmp_path)
+    assert child.code == 3 and re.fullmatch(r"error: loss is not finite at step \d+; the last good checkpoint is "
+                                            r"\S+last.pt\n", child.err), child.err
+    last = load_checkpoint(at(tmp_path) / "last.pt")
+    assert f"at step {last['step'] + 1};" in child.err and all(t.isfinite().all() for t in last["model"].values())
+
+
+# --- Flags on a resume ---
+
+def test_dimensions_come_from_the_checkpoint(forks, base, copy, tmp_path):
+    """One line says which flags were overruled; what decides neither weights nor data is as typed."""
+    command = train(tmp_path / "runs", "--resume", copy / "step_00000008.pt", **KEEP | dict(
+        n_embd=64, codebook_size=8, n_codes=9, max_side=7, layout="canvas", n_val=9))
+    child = forks.run(command, tmp_path)
+    assert_done(child)
+    said, = [line for line in child.out.splitlines() if "overruled" in line]
+    for phrase in ("n_embd 16 comes", "codebook_size 32", "n_codes 4", "max_side 5", "layout grid", "--n_val 9 is"):
+        assert phrase in said
+    assert_same_end(copy, base)
+
+
+def test_another_estimator_on_resume(forks, copy, tmp_path):
+    """One that draws from the same codebook goes on; another kind of codebook, and masks that were not, are refused."""
+    before = snapshot(copy)
+    for settings, said in ((dict(estimator="vq", kl_target="none"), "--estimator vq"),
+                           (dict(estimator="fsq", kl_target="none"), "--estimator fsq"),
+                           (dict(mask_rate="0,0"), "--mask_rate"),
+                           (dict(estimator="reinmax", tau_end=0.5), "at least 1")):
+        assert_error(forks.run(train(tmp_path / "runs", "--resume", **KEEP | settings), tmp_path), said)
+        assert snapshot(copy) == before
+    more = KEEP | dict(estimator="reinmax", max_steps=13)
+    assert_done(forks.run(train(tmp_path / "runs", "--resume", **more), tmp_path))
+    assert load_checkpoint(copy / "last.pt")["step"] == 13 and lines(copy)[-2]["tau"] == 1
+    assert_done(forks.run(train(tmp_path / "plain", max_steps=1), tmp_path))
+    assert_error(forks.run(train(tmp_path / "plain", "--resume", mask_rate="0,0.2"), tmp_path), "--mask_rate")
+
+
+def test_foreign_and_broken_checkpoints(forks, copy, tmp_path):
+    """One line that names the file, which stays as it is."""
+    whole = (copy / "last.pt").read_bytes()
+    checkpoint = load_checkpoint(copy / "last.pt")
+    torch.save({**checkpoint, "script": "train_mult"}, tmp_path / "foreign.pt")
+    foreign = forks.run(train(tmp_path / "runs", "--resume", tmp_path / "foreign.pt"), tmp_path)
+    assert_error(foreign, "a checkpoint of train_mult, not of train_dvae")
+    for content in (whole[:len(whole) // 2], b"", b"nothing of the kind"):
+        (copy / "last.pt").write_bytes(content)
+        before = snapshot(copy)
+        assert_error(forks.run(train(tmp_path / "runs", "--resume", **KEEP), tmp_path), copy / "last.pt")
+        assert snapshot(copy) == before
+
+
+# --- Questions ---
+
+def test_figures_of_a_trained_model(forks, base, copy, tmp_path):
+    """--eval_only prints the last figures and draws; checkpoints, metrics and summary stay as they are."""
+    shutil.rmtree(copy / "samples")
+    before = snapshot(copy)
+    child = forks.run(train(tmp_path / "runs", "--resume", "--eval_only", **KEEP), tmp_path)
+    assert_done(child)
+    after = snapshot(copy)
+    assert {name: after[name] for name in before} == before
+    assert {str(name) for name in after.keys() - before.keys()} == {
+        f"samples/{name}_00000012.png" for name in ("step", "usage", "traversal")}
+    final = lines(base)[-1]
+    assert (f"5 grids that were never seen: exact {final['exact']:.4f}, cells {final['accuracy']:.4f}, shapes "
+            f"{final['shape_accuracy']:.4f}, usage {final['usage']:.0%}") in child.out
+    assert child.out.split("grids that were never seen")[1].splitlines()[:9] == (
+        base.parents[1] / "out.txt").read_text().split("grids that were never seen")[1].splitlines()[:9]
+
+
+@pytest.fixture(scope="module")
+def skilled(forks, tmp_path_factory):
+    """A run with more codes than cells that knows some of its grids by heart, which are a task in a file."""
+    folder = tmp_path_factory.mktemp("skilled")
+    assert_done(forks.run(train(folder, "--no-symmetry", max_side=3, n_codes=11, codebook_size=32, n_embd=32,
+                                n_train=30, batch_size=30, group=1, max_steps=100, eval_interval=100,
+                                save_interval=100, log_interval=20, colours="none"), folder))
+    known = load(max_side=3, n_train=30, n_val=2).train
+    rows = [known.cells[i, :h, :w].tolist() for i, (h, w) in enumerate(known.shapes.tolist())]
+    task = {"train": [{"input": rows[i], "output": rows[i + 1]} for i in range(0, 18, 2)], "test": [{"input": [[7]]}]}
+    (folder / "task.json").write_text(json.dumps(task))
+    return folder
+
+
+def answers(forks, folder, *words):
+    """The lines of JSON that a question prints."""
+    child = forks.run(["train_dvae.py", "--out_dir", folder, "--run_name", "run", "--resume", *words], folder)
+    assert_done(child)
+    return [json.loads(line) for line in child.out.splitlines() if line[0] in "{[n"]
+
+
+def test_codes_of_grids_and_grids_of_codes(forks, skilled, tmp_path):
+    """What --encode says is exact, --decode gives back; of others a grid of the same shape; nothing is written."""
+    before = snapshot(skilled)
+    found = answers(forks, skilled, "--encode", "task.json")
+    task = json.loads((skilled / "task.json").read_text())
+    grids = [pair[end] for part in task.values() for pair in part for end in pair]
+    assert [row["grid"] for row in found[:2]] == ["task train 0 input", "task train 0 output"] and len(found) == 19
+    assert [row["shape"] for row in found] == [[len(grid), len(grid[0])] for grid in grids]
+    assert all(len(row["codes"]) == 11 and 0 <= min(row["codes"]) <= max(row["codes"]) < 32 for row in found)
+    codes = tmp_path / "codes.json"
+    codes.write_text(json.dumps([row["codes"] for row in found]))
+    written = answers(forks, skilled, "--decode", codes)
+    assert [row["exact"] for row in found] == [grid == again for grid, again in zip(grids, written, strict=True)]
+    assert sum(row["exact"] for row in found) >= 3
+    assert [[len(grid), len(grid[0])] for grid in written] == [row["shape"] for row in found]
+    assert answers(forks, skilled, "--decode", ",".join(map(str, found[3]["codes"]))) == [written[3]]
+    codes.write_text(json.dumps(found[3]["codes"]))
+    assert answers(forks, skilled, "--decode", codes) == [written[3]]
+    assert snapshot(skilled) == before
+
+
+def test_questions_are_answered_by_the_averaged_weights(forks, copy, tmp_path):
+    """As evaluated: other raw weights in the checkpoint change no answer, other averages do."""
+    (tmp_path / "grid.json").write_text(json.dumps([[[1, 2], [3, 4]], [[5] * 5] * 5]))
+    checkpoint = load_checkpoint(copy / "last.pt")
+    first = answers(forks, tmp_path / "runs", "--encode", tmp_path / "grid.json")
+    assert [row["shape"] for row in first] == [[2, 2], [5, 5]]
+    for which, same in (("model", True), ("ema", False)):
+        changed = {name: dict(checkpoint[name]) for name in ("model", "ema")}
+        weights = changed["model"] if which == "model" else changed["ema"]["weights"]
+        for name in weights:
+            weights[name] = weights[name].flip(0) if weights[name].dim() else weights[name]
+        torch.save({**checkpoint, **changed}, copy / "last.pt")
+        assert (answers(forks, tmp_path / "runs", "--encode", tmp_path / "grid.json") == first) == same
+        checkpoint = load_checkpoint(copy / "last.pt") if same else checkpoint
+
+
+WRONG_GRIDS = {"large.json": json.dumps([[0] * 4]), "tall.json": json.dumps([[0]] * 4), "ragged.json": "[[1, 2], [3]]",
+               "colour.json": "[[1, 10]]", "negative.json": "[[-1]]", "words.json": '[["red"]]', "none.json": "{}",
+               "empty.json": "[[]]", "text.json": "grid", "number.json": "5"}
+WRONG_CODES = {"few.json": "[1, 2]", "row.json": json.dumps([[0] * 11, 5]), "float.json": json.dumps([0.5] * 11),
+               "dict.json": "{}", "int.json": "7", "half.json": "[[1"}
+
+
+def test_wrong_grids_and_codes(forks, skilled, tmp_path):
+    """One line that says what is wrong, status 2, and nothing is written."""
+    for name, content in (WRONG_GRIDS | WRONG_CODES).items():
+        (tmp_path / name).write_text(content)
+    before = snapshot(skilled)
+    ask = ["train_dvae.py", "--out_dir", skilled, "--run_name", "run", "--resume"]
+    for name in [*WRONG_GRIDS, "missing.json", "."]:
+        assert_error(forks.run([*ask, "--encode", name], tmp_path), name.partition(".")[0])
+    for codes in [*WRONG_CODES, "1,2", ",".join("1" * 12), ",".join(["32"] * 11), ",".join(["-1"] * 11), "words",
+                  ",".join(["²"] * 11), ",".join("1" * 400)]:
+        said = "half.json" if codes == "half.json" else "11 codes from 0 to 31"
+        assert_error(forks.run([*ask, "--decode", codes], tmp_path), said)
+    assert snapshot(skilled) == before
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--encode", "task.json"], "go with --resume"), (["--decode", "1,2"], "go with --resume"),
+    (["--eval_only"], "go with --resume"), (["--resume", "--encode", "task.json"], "no checkpoint yet"),
+    (["--n_head", "3"], "does not divide"), (["--estimator", "gumbel"], "did you mean gumbel_soft"),
+    (["--estimater", "vq"], "did you mean --estimator"), (["--mask_rate", "0.5"], "2 values"),
+    (["--max_steps", "none"], "max_steps"), (["--n_codes", "1"], "none is left"),
+    (["--max_side", "2"], "hardly more than"),
+    (["--dataset", "arc3"], "did you mean"), (["--resume", "elsewhere"], "no such file")])
+def test_mistakes(forks, tmp_path, words, said):
+    """One line, status 2, nothing written."""
+    assert_error(forks.run(["train_dvae.py", *words], tmp_path), said)
+    assert snapshot(tmp_path) == {}
+
+
+def test_debug(forks, tmp_path):
+    """Tiny and short; a flag wins over what debug sets."""
+    for estimator in ("straight_through", "fsq"):
+        words = ["--estimator", estimator, "--max_steps", 3, "--n_val", 2, "--device", "cpu", "--run_name", estimator]
+        assert_done(forks.run(["train_dvae.py", "--debug", *words], tmp_path))
+        run = tmp_path / "runs" / "train_dvae" / estimator
+        settings = json.loads((run / "params.json").read_text())["settings"]
+        assert (settings["n_embd"], settings["max_steps"]) == (16, 3) and curve(run) == [1, 2, 3]
+        assert ("tau" in lines(run)[1]) == (estimator != "fsq")
