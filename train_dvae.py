@@ -150,7 +150,7 @@ presets = {
     "cpu": dict(max_steps=1000),
     "arc": dict(dataset="arc1", max_side=10, n_codes=50, loss_scale="token", max_steps=3000, eval_interval=500),
     "arc_full": dict(dataset="arc1", max_side=30, n_codes=64, codebook_size=512, patch_height=2, patch_width=2,
-                     batch_size=32, group=8, max_steps=3500, eval_interval=500),
+                     batch_size=32, group=8, max_steps=3000, eval_interval=500),
 }
 
 # Names that are also understood.
@@ -773,8 +773,8 @@ def report(numbers):
     print(f"  {numbers['bits']:.0f} bits a grid, of which the codes' entropies use {numbers['code_bits']:.0f}; "
           f"{numbers['nats'] / math.log(2):.2f} bits are missing; best single colour: cells {numbers['floor']:.4f}")
     larger = f", of which {numbers['larger_exact']:.4f} are exact" if "larger_exact" in numbers else ""
-    print(f"  raw cells are {numbers['raw_bits']:.0f} bits on average; {numbers['larger_grids']:,} grids are larger than "
-          f"their codes{larger}")
+    print(f"  raw cells are {numbers['raw_bits']:.0f} bits on average; {numbers['larger_grids']:,} grids are larger "
+          f"than their codes{larger}")
     if "mi" in numbers:
         print(f"  KL {numbers['kl']:.1f} nats = MI {numbers['mi']:.2f} (of at most {numbers['mi_ceiling']:.2f}) + TC "
               f"{numbers['tc']:.1f} + dimension-wise {numbers['dwkl']:.1f} (all over the first 1,000)")
