@@ -608,7 +608,8 @@ def main():
         scaler.load_state_dict(checkpoint["scaler"])
         restore_generators(checkpoint["generators"], noise=noise, revival=revival)
     loop["chosen"] = loop["chosen"].to(where)
-    net = torch.compile(model) if compile else model
+    if compile:                                              # what costs; the choice between them stays as it is
+        model.encode, model.decode = torch.compile(model.encode), torch.compile(model.decode)
     recent = []                                              # numbers of the last steps, still on the device
 
     def settle():
@@ -700,10 +701,10 @@ def main():
                     seen, share = masked(tokens, canvas, now["mask_rate"], noise)
                     row["masked"] = row.get("masked", 0.0) + share / grad_accum
                 with autocast:
-                    z = net.encode(seen, shapes)
+                    z = model.encode(seen, shapes)
                     how = {name: now[name] for name in ("tau", "noise", "hardness") if name in now}
-                    found = net.codebook(z, estimator, generator=noise, **how)
-                    loss, parts = objective(net, found, tokens, shapes, now)
+                    found = model.codebook(z, estimator, generator=noise, **how)
+                    loss, parts = objective(model, found, tokens, shapes, now)
                 scaler.scale(loss / grad_accum).backward()
                 for name, value in parts.items():
                     row[name] = row.get(name, 0.0) + value / grad_accum
