@@ -304,7 +304,7 @@ def decompose(logits, y, positive=False):
         MI = I(x; z)                        TC = KL(q(z) || prod_n q(z_n)) = sum_n I(x; z_n) - I(x; z) >= 0
         DWKL = sum_n KL(q(z_n) || u)        code_mi = sum_n I(x; z_n) = MI + TC
 
-    after Chen et al. 2018 (arXiv 1802.04942, eq. 2), with q(z) the mixture over this batch. KL, code_mi and DWKL are
+    after Chen et al. 2018 (arXiv 1802.04942), with q(z) the mixture over this batch. KL, code_mi and DWKL are
     exact sums over K; MI is the mean over one draw y (B, N, K) per input of ln q(z|x) - ln mean_j q(z|x_j): at most
     ln B, since a draw's own input is in the mixture. positive: negative values of MI and TC, which only the draws'
     chance can make, become 0.
@@ -373,7 +373,7 @@ def nmi_matrix(codes, size, generator=None):
 
 
 def information_gaps(codes, size, factors, generator=None):
-    """Which position knows which factor: {name: (best, gap, position, floor)}, after MIG (Chen et al. 2018, eq. 5).
+    """Which position knows which factor: {name: (best, gap, position, floor)}, after MIG (Chen et al. 2018).
 
     codes (M, N); factors {name: (M,) int64, -1 where undefined}. best: largest I(z_n; v) / H(v) over the positions;
     gap: how far the second is behind; floor: the best after the factor was shuffled. Factors that do not vary are left
