@@ -150,7 +150,7 @@ presets = {
     "cpu": dict(max_steps=1000),
     "arc": dict(dataset="arc1", max_side=10, n_codes=50, loss_scale="token", max_steps=3000, eval_interval=500),
     "arc_full": dict(dataset="arc1", max_side=30, n_codes=64, codebook_size=512, patch_height=2, patch_width=2,
-                     batch_size=32, group=8, max_steps=3000, eval_interval=500),
+                     batch_size=32, group=8, max_steps=3000, eval_interval=500, eval_batch_size=32),
 }
 
 # Names that are also understood.
