@@ -117,6 +117,8 @@ class Forks:
         before that call of os.replace, os.fsync or os.unlink."""
         self.count += 1
         out, err = (self.folder / f"{self.count}.{end}" for end in ("out", "err"))
+        for path in (out, err):
+            path.touch()                                     # a child that is killed at once has not opened them
         connection = socket.socket(socket.AF_UNIX)
         connection.settimeout(60)
         connection.connect(self.address)
