@@ -568,7 +568,7 @@ def test_a_file_size_limit_keeps_the_old_checkpoint(tmp_path, script, limit):
 def test_a_full_disk(tmp_path, script):
     disk = tmp_path / "disk"
     disk.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    words = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
     mount = subprocess.run(words, capture_output=True, text=True)
     if mount.returncode:
         pytest.skip(f"no small disk here: {mount.stderr.strip()}")
@@ -576,7 +576,7 @@ def test_a_full_disk(tmp_path, script):
         with pytest.raises(UserError, match="cannot write .*metrics.jsonl: No space left on device"):
             with Run(settings_for(tmp_path, out_dir=str(disk)), script) as run:
                 check_full_disk(run, 1_000_000)
-                (disk / "rest").write_bytes(b"x" * 500_000)
+                (disk / "rest").write_bytes(b"x" * 1_000_000)  # beside the code that ran
                 for step in range(100_000):
                     run.log(step=step, loss=1.0)
         for path in (disk / "toy" / "a").glob("*.json"):
