@@ -98,7 +98,7 @@ def test_mistakes(forks, tmp_path):
     assert_error(forks.run(["evaluate.py", "a", "--watch", "b"], tmp_path), "which run?")
     assert_done(forks.run([*TRAIN, "--max_steps", "5"], tmp_path))
     (tmp_path / "runs/train_enwik8/w/summary.json").write_text('{"status": "running"}')
-    first = watch(forks, tmp_path, "--patience", "30")
+    first = watch(forks, tmp_path, "--patience", "300")
     wait_for(lambda: len(lines(tmp_path)) == 1)
     assert_error(watch(forks, tmp_path).wait(), "another process is watching")
     first.kill(signal.SIGINT)
