@@ -14,8 +14,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from experiment import UserError, command
+
 SAMPLED = ("gumbel_soft", "gumbel_hard", "straight_through", "reinmax")  # a posterior, of which codes are drawn
-ESTIMATORS = (*SAMPLED, "vq", "fsq")  # the last two choose without chance
 
 
 # --- Gradients through a choice ---
@@ -471,8 +472,14 @@ def _decomposition():
               f"{shown(left_out)} |")
 
 
-if __name__ == "__main__":
+@command
+def main():
+    """The command line."""
     tables = {"gradients": _gradients, "decomposition": _decomposition}
     if len(sys.argv) != 2 or sys.argv[1] not in tables:
-        sys.exit(f"error: which table? {' or '.join(tables)}")
+        raise UserError(f"which table? {' or '.join(tables)}")
     tables[sys.argv[1]]()
+
+
+if __name__ == "__main__":
+    main()

@@ -122,7 +122,10 @@ def test_schedules_are_functions_of_the_step_alone():
     (dict(estimator="reinmax", tau_start=0.9), "reinmax needs at least 1"),
     (dict(estimator="vq", kl_weight="0,0.1"), "vq has no posterior"),
     (dict(estimator="fsq", dwkl_weight="0.1,0"), "fsq has no posterior"),
-    (dict(estimator="vq", kl_target=9.0), "kl_target"), (dict(estimator="fsq", codebook_size=22), "is no product"),
+    (dict(estimator="vq", kl_target=9.0), "kl_target"),
+    (dict(estimator="vq", codebook_bound=0.1), "by gradients"),
+    (dict(estimator="fsq", codebook_bound=0.1), "by gradients"),
+    (dict(estimator="fsq", codebook_size=22), "is no product"),
     (dict(max_steps="none", schedule="constant"), "give schedule_steps"),
     (dict(max_steps="none", schedule_steps=9), "max_steps"), (dict(n_codes=2), "none is left for the cells")])
 def test_settings_that_cannot_go_together(settings, said):
@@ -523,6 +526,9 @@ def test_figures_of_answers_made_by_hand():
         assert [numbers[name] for name in ("accuracy", "exact", "shape_accuracy", "soft_hard_gap")] == pytest.approx(
             wanted, abs=1e-12)
         assert found["correct"].tolist() == (answers[0] == tokens).flatten(1).all(1).tolist()
+        assert numbers["larger_grids"] == 1                  # 33 bits of cells, 24 of codes: the last grid
+        assert numbers["larger_exact"] == float((answers[0][3] == tokens[3]).all())
+        assert numbers["raw_bits"] == pytest.approx(5 * math.log2(10))
     with torch.no_grad():
         hard = model.codebook(model.encode(tokens, grids.shapes))
         nats, _ = model.nats(hard.e, tokens, grids.shapes)
