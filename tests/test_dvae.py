@@ -412,8 +412,8 @@ def one_batch(g, config, model, grids, **now):
 @pytest.mark.parametrize("estimator", ["gumbel_soft", "reinmax", "vq", "fsq"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_parameter_has_a_role_and_a_gradient(layout, estimator, words):
-    g, config, model = built(*words, *typed(layout=layout, estimator=estimator, codebook_bound=0.1), *(
-        EVERYTHING if estimator in SAMPLED else []))
+    drawn = [*EVERYTHING, *typed(codebook_bound=0.1)] if estimator in SAMPLED else []
+    g, config, model = built(*words, *typed(layout=layout, estimator=estimator), *drawn)
     assert parameter_roles(model).keys() == dict(model.named_parameters()).keys()
     loss, _ = g["objective"](model, *one_batch(g, config, model, of_shapes(all_shapes(5), 5)))
     loss.backward()
