@@ -255,13 +255,19 @@ class ContextCache(Cache):
 
 class SpatialTransformer(nn.Module):
     """Bidirectional transformer over the N tokens of one frame, each place with a learned position: (B, N) int64, or
-    (B, N, C) already embedded, to (B, N, C); or to logits (B, N, V) where `classify`."""
+    (B, N, C) already embedded, to (B, N, C); or to logits (B, N, V) where `classify`.
 
-    def __init__(self, config, n_tokens, classify=False):
+    grid = (rows, columns): attention also turns by row and column (`axial_tables`). embed False: no table of tokens.
+    """
+
+    def __init__(self, config, n_tokens, classify=False, grid=None, embed=True):
         super().__init__()
         c = self.config = replace(config, positions="learned", block_size=n_tokens, rope_scaling="none")
         attends(c, "a spatial transformer")
-        self.embed = nn.Parameter(torch.empty(c.vocab_size, c.n_embd))
+        self.embed = nn.Parameter(torch.empty(c.vocab_size, c.n_embd)) if embed else None
+        turns = () if grid is None else axial_tables(*grid, c.head_dim, extra=n_tokens - grid[0] * grid[1])
+        for name, table in zip(("cos", "sin"), turns or (None, None)):
+            self.register_buffer(name, table, persistent=False)
         self.position = nn.Parameter(torch.empty(n_tokens, c.n_embd))
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
@@ -275,6 +281,8 @@ class SpatialTransformer(nn.Module):
         index = None if padding is None else torch.arange(x.size(1), device=x.device).masked_fill(padding, -1)
         h = (F.embedding(x, self.embed) if x.dim() == 2 else x) + self.position
         places = Positions(0, x.size(1), index, bidirectional=True)
+        if self.cos is not None:
+            places.tables[self.config.head_dim] = self.cos, self.sin
         for block in self.blocks:
             h = block(h, places)
         h = self.norm(h)
@@ -305,14 +313,53 @@ class SpatioTemporalBlock(nn.Module):
         return x + drop(self.ff(self.norm3(x).reshape(B * T, N, C)).view(B, T, N, C))
 
 
+def axial_tables(height, width, head_dim, base=100.0, extra=0):
+    """RoPE's tables for the places of a frame, row by row, after `extra` places that do not turn: (cos, sin), each
+    (1, extra + height width, 1, D) float32. Of the D/2 feature pairs the first half turns by the row, the rest by the
+    column, at frequencies base^(-2i/D) each. Raises ValueError where head_dim is no multiple of 4."""
+    if head_dim % 4:
+        raise ValueError(f"axial positions turn pairs by row and pairs by column: head_dim {head_dim} must be a "
+                         "multiple of 4")
+    frequencies = base ** -(torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
+    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    angle = torch.cat([torch.outer(place.flatten().double(), frequencies) for place in (row, column)], 1)  # (N, D/2)
+    angle = F.pad(angle, (0, 0, extra, 0))
+    cos, sin = angle.cos(), angle.sin()
+    return tuple(t.float()[None, :, None] for t in (torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)))
+
+
+class TwoStreams(Positions):
+    """Positions of T frames as they are and of the same T frames corrupted, (2T): a corrupted frame sees itself and the
+    true frames before it, a true frame itself and those before it. `window`: the frames that a frame sees."""
+
+    def __init__(self, ropes, T, window=None):
+        super().__init__(0, T, window=window)
+        if len(ropes):
+            look_up_ropes(self, ropes, T)
+        self.tables = {width: tuple(torch.cat((t, t), 1) for t in pair) for width, pair in self.tables.items()}
+        self.T = 2 * T
+
+    def mask(self, span, S, seen, device, slopes=None, rows=None):
+        """(2T, 2T) bool."""
+        if "two" not in self._made:
+            T = S // 2
+            q = torch.arange(T, device=device)[:, None]
+            past = span.allowed(q, q.T, q)
+            own = torch.eye(T, dtype=torch.bool, device=device)
+            self._made["two"] = torch.cat((F.pad(past, (0, T)), torch.cat((past & ~own, own), 1)))
+        return self._made["two"]
+
+
 class SpatioTemporal(nn.Module):
     """Transformer over frames of N tokens: (B, T, N, C) to (B, T, N, C), causal in time, bidirectional in a frame.
 
-    Places of a frame have learned positions; time has config.positions: rope, alibi, none, or learned up to block_size.
-    The cache holds each place's keys over time; frames come in any chunks. window: frames that a frame sees.
+    Places of a frame have learned positions, and with grid = (rows, columns) attention within it turns by row and
+    column as well (`axial_tables`; n_tokens - rows columns tokens before the grid do not turn). Time has
+    config.positions: rope, alibi, none, or learned up to block_size. The cache holds each place's keys over time;
+    frames come in any chunks. window: frames that a frame sees.
     """
 
-    def __init__(self, config, n_tokens):
+    def __init__(self, config, n_tokens, grid=None):
         super().__init__()
         c = self.config = config
         if set(c.mixers) != {"full"} or c.positions == "learned_per_layer":
@@ -322,6 +369,9 @@ class SpatioTemporal(nn.Module):
         self.own = {"place_position": "position"}
         self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if c.positions == "learned" else None
         self.ropes = make_ropes(c)
+        turns = () if grid is None else axial_tables(*grid, c.head_dim, extra=n_tokens - grid[0] * grid[1])
+        for name, table in zip(("cos", "sin"), turns or (None, None)):
+            self.register_buffer(name, table, persistent=False)
         self.blocks = nn.ModuleList(SpatioTemporalBlock(c, layer) for layer in range(c.n_layer))
         self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
         initialise(self)
@@ -330,16 +380,27 @@ class SpatioTemporal(nn.Module):
         """Places N(0, 0.02), as all positions."""
         self.place_position.normal_(0, 0.02)
 
-    def forward(self, x, cache=None, window=None):
-        """x (B, T, N, C), the frames after those in the cache. Raises ValueError for other sizes than the model's."""
+    def forward(self, x, cache=None, window=None, two_streams=False):
+        """x (B, T, N, C), the frames after those in the cache. Raises ValueError for other sizes than the model's.
+
+        two_streams: x (B, 2T, N, C) is T frames, and after them the same T corrupted, each of which sees itself and the
+        true frames before it: what generation with a cache sees, for all T at once.
+        """
         c, (B, T, N, C) = self.config, x.shape
         start = 0 if cache is None else cache.length
         if (N, C) != tuple(self.place_position.shape):
             raise ValueError(f"frames are {(N, C)}, but the model's (N, C) is {tuple(self.place_position.shape)}")
         if c.learned_positions and start + T > c.block_size:
             raise ValueError(f"frame {start + T - 1} is past block_size {c.block_size}, where positions 'learned' end")
-        time = places_of(self.ropes, T, start=start, window=window)
+        if two_streams:
+            if c.positions not in ("rope", "none") or cache is not None:
+                raise ValueError("two streams of frames go with positions 'rope' or 'none', without a cache")
+            time = TwoStreams(self.ropes, T // 2, window)
+        else:
+            time = places_of(self.ropes, T, start=start, window=window)
         space = Positions(0, N, bidirectional=True)
+        if self.cos is not None:
+            space.tables[c.head_dim] = self.cos, self.sin
         x = x + self.place_position
         if self.position is not None:
             x = x + time.look_up(self.position).unsqueeze(1)

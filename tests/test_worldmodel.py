@@ -1,0 +1,261 @@
+"""The world model's networks: patches, codes of actions, tokens, MaskGIT and its exact cache. About 15 s."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import parameter_roles
+from networks import axial_tables
+from worldmodel import ActionModel, Dynamics, Nearest, Signs, Tokenizer, from_patches, to_patches
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def some(*shape, seed=0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def whole(high, *shape, seed=0):
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def dynamics(seed=0, double=True, **settings):
+    """A Dynamics whose weights are large enough to matter, in float64: no near ties between a cache and none."""
+    torch.manual_seed(seed)
+    model = Dynamics((3, 4), 10, 5, n_layer=2, n_head=2, n_embd=16, **settings).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.4)
+    return model.double() if double else model
+
+
+def test_patches():
+    x = torch.arange(2 * 4 * 6 * 3).view(2, 4, 6, 3)
+    patches = to_patches(x, 2)
+    assert patches.shape == (2, 6, 12)
+    assert torch.equal(patches[1, 4].view(2, 2, 3), x[1, 2:4, 2:4])
+    assert torch.equal(from_patches(patches, 2, 4, 6), x)
+
+
+def test_axial_positions_are_relative_by_row_and_by_column():
+    """Scores of a query and a key depend on how far apart they stand, and differ for rows and columns."""
+    cos, sin = (t[0, :, 0] for t in axial_tables(4, 5, 8))
+    q, k = some(8, seed=1).double(), some(8, seed=2).double()
+
+    def turned(x, place):
+        a, b = x.chunk(2)
+        return x * cos[place] + torch.cat((b, a)) * sin[place]
+
+    def score(p, r):
+        return float(turned(q, p) @ turned(k, r))
+    for row in range(2):
+        for column in range(3):
+            p = row * 5 + column
+            assert score(p, p + 5 + 2) == pytest.approx(score(0, 7), abs=1e-5)
+    assert abs(score(0, 1) - score(0, 5)) > 1e-3
+    extra = axial_tables(2, 2, 8, extra=1)
+    assert torch.equal(extra[0][0, 0, 0], torch.ones(8)) and not extra[1][0, 0].any()
+    with pytest.raises(ValueError, match="multiple of 4"):
+        axial_tables(2, 2, 6)
+
+
+# --- Latent actions ---
+
+def test_signs():
+    codes = Signs(8)
+    u = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)) * 5 + 3
+    found = codes(u)
+    assert set(found.e.unique().tolist()) == {-1.0, 1.0}
+    assert torch.equal(codes.look_up(found.codes), found.e)
+    assert len(found.codes.unique()) == 8                     # normalised: an offset of 3 does not make all of them 1
+    assert (codes(u, soft=True).e.abs() < 1).all()
+    x = u.clone().requires_grad_()
+    codes(x).e[:, 0].sum().backward()
+    assert x.grad[:, 0].abs().sum() > 0 and not x.grad[:, 1:].any()
+    codes.eval()
+    assert torch.equal(codes(u[:1]).codes, codes(u).codes[:1])   # alone as among others
+    for n in (0, 1, 3, 6):
+        with pytest.raises(ValueError, match="power of two"):
+            Signs(n)
+
+
+def test_nearest():
+    torch.manual_seed(0)
+    codes = Nearest(6, 4)
+    with torch.no_grad():
+        codes.vq.codes.normal_()
+    codes.eval()
+    found = codes(codes.vq.codes + 0.01)
+    assert torch.equal(found.codes, torch.arange(6)) and torch.allclose(codes.look_up(found.codes), found.e)
+
+
+@pytest.mark.parametrize("colours", [6, None])
+@pytest.mark.parametrize("kind", ["conv", "transformer"])
+def test_action_model_sees_the_last_frame_through_the_code_only(kind, colours):
+    torch.manual_seed(0)
+    model = ActionModel(16, 24, 8, colours, n_codes=4, n_embd=16, n_layer=2, kind=kind).eval()
+    parameter_roles(model)
+    frames = some(3, 3, 16, 24, 3)
+    with torch.no_grad():
+        written, found = model(frames)
+        assert written.shape == (3, 16, 24, colours or 3) and found.codes.shape == (3,)
+        other = frames.clone()
+        other[:, -1] = some(3, 16, 24, 3, seed=1)
+        assert (model.encode(other) - model.encode(frames)).abs().max() > 1e-4
+        assert torch.equal(model.predict(other[:, :-1], found.e), written)
+        assert (model.predict(frames[:, :-1], -found.e) - written).abs().max() > 1e-4
+        for place in range(2):                                # history is seen by both
+            other = frames.clone()
+            other[:, place] = some(3, 16, 24, 3, seed=2)
+            assert (model.encode(other) - model.encode(frames)).abs().max() > 1e-4
+            assert (model.predict(other[:, :-1], found.e) - written).abs().max() > 1e-4
+    model.train()
+    written, found = model(frames)
+    (written.square().mean() + found.loss).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+# --- Tokenizer ---
+
+@pytest.mark.parametrize("quantiser", ["vq", "fsq"])
+@pytest.mark.parametrize("kind", ["spatial", "spatiotemporal"])
+def test_tokenizer(kind, quantiser):
+    torch.manual_seed(0)
+    model = Tokenizer(16, 24, 8, 6, 16, n_layer=1, n_head=2, n_embd=16, kind=kind, quantiser=quantiser).eval()
+    parameter_roles(model)
+    frames = some(2, 5, 16, 24, 3)
+    with torch.no_grad():
+        tokens = model.tokens(frames)
+        assert tokens.shape == (2, 5, 6) and tokens.max() < 16
+        written, found = model(frames, None)
+        assert written.shape == (2, 5, 16, 24, 6) and torch.equal(found.codes.view(2, 5, 6), tokens)
+        torch.testing.assert_close(model.pixels(tokens), written)
+        later = frames.clone()
+        later[:, 3:] = some(2, 2, 16, 24, 3, seed=1)
+        same = model.encode(later).view(2, 5, 6, -1)[:, :3] - model.encode(frames).view(2, 5, 6, -1)[:, :3]
+        assert not same.any()                                 # the past does not depend on what comes
+        earlier = frames.clone()
+        earlier[:, 0] = some(2, 16, 24, 3, seed=2)
+        change = (model.encode(earlier) - model.encode(frames)).view(2, 5, 6, -1)[:, 1:].abs().max()
+        assert (change > 1e-4) == (kind == "spatiotemporal")
+        cache = model.new_cache(2, 5)
+        if kind == "spatiotemporal":                          # frame by frame as at once
+            parts = torch.cat([model.pixels(tokens[:, t:t + 1], cache) for t in range(5)], 1)
+            torch.testing.assert_close(parts, written, atol=1e-4, rtol=1e-4)
+        else:
+            assert cache is None
+    with pytest.raises(ValueError, match="patch 7 does not divide"):
+        Tokenizer(16, 24, 7, 6)
+
+
+# --- Dynamics ---
+
+@pytest.mark.parametrize("action_input", ["add", "prepend"])
+def test_dynamics_sees_the_past_the_frame_and_the_action(action_input):
+    model = dynamics(action_input=action_input)
+    parameter_roles(model)
+    tokens, actions = whole(10, 2, 4, 12), whole(5, 2, 4, seed=1)
+    with torch.no_grad():
+        logits = model(tokens, actions)
+        assert logits.shape == (2, 4, 12, 10)
+        later, act = tokens.clone(), actions.clone()
+        later[:, 3] = (later[:, 3] + 1) % 10
+        act[:, 3] = (act[:, 3] + 1) % 5
+        for out in (model(later, actions), model(tokens, act)):
+            changed = (out - logits).abs().amax(-1)
+            assert not changed[:, :3].any() and (changed[:, 3] > 0).all()
+        one = tokens.clone()
+        one[:, 3, 5] = (one[:, 3, 5] + 1) % 10                # all places of a frame see one another
+        assert ((model(one, actions) - logits).abs().amax(-1)[:, 3] > 0).all()
+
+
+@pytest.mark.parametrize("action_input", ["add", "prepend"])
+def test_two_streams_are_what_the_cache_sees(action_input):
+    """Every corrupted frame sees itself and the true frames before it: one pass equals T passes after true frames."""
+    model = dynamics(action_input=action_input)
+    tokens, actions = whole(10, 2, 5, 12), whole(5, 2, 5, seed=1)
+    corrupted = torch.where(some(2, 5, 12) < 0.6, model.mask, tokens)
+    with torch.no_grad():
+        both = model(torch.cat((tokens, corrupted), 1), torch.cat((actions, actions), 1), two_streams=True)
+        torch.testing.assert_close(both[:, :5], model(tokens, actions))
+        cache = model.new_cache(2, 5)
+        for t in range(5):
+            alone = model(torch.cat((tokens[:, :t], corrupted[:, t:t + 1]), 1), actions[:, :t + 1])[:, -1]
+            torch.testing.assert_close(both[:, 5 + t], alone)
+            torch.testing.assert_close(model(corrupted[:, t:t + 1], actions[:, t:t + 1], cache)[:, 0], alone)
+            cache.crop(t)
+            model(tokens[:, t:t + 1], actions[:, t:t + 1], cache)
+        assert (both[:, 5:] - both[:, :5]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("action_input", ["add", "prepend"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_cached_generation_is_recomputed_generation(temperature, action_input, window):
+    """Identical tokens over eight frames; after the window slides, those of banded attention over the whole history."""
+    model = dynamics(action_input=action_input)
+    actions = whole(5, 3, 8, seed=1)
+    first = whole(10, 3, 1, 12)
+    runs = []
+    for cached in (True, False):
+        generator = torch.Generator().manual_seed(3)
+        past, cache = first, model.new_cache(3, 8, window) if cached else None
+        with torch.no_grad():
+            if cached:
+                model(first, actions[:, :1], cache)
+        for t in range(1, 8):
+            how = dict(cache=cache) if cached else dict(past=(past, actions[:, :t]), window=window)
+            frame = model.next_frame(actions[:, t], steps=4, temperature=temperature, generator=generator, **how)
+            past = torch.cat((past, frame[:, None]), 1)
+            assert cache is None or cache.length == t + 1
+        runs.append(past)
+    assert torch.equal(*runs)
+    assert (runs[0] < model.mask).all()                       # no place stays hidden
+    assert len({tuple(row.flatten().tolist()) for row in runs[0]}) == 3
+
+
+def test_what_the_cache_keeps_are_the_final_tokens():
+    """After a frame, the next one's logits are those after its final tokens, not after a half-hidden pass."""
+    model = dynamics()
+    first, actions = whole(10, 1, 1, 12), whole(5, 1, 3, seed=1)
+    cache = model.new_cache(1, 3)
+    with torch.no_grad():
+        model(first, actions[:, :1], cache)
+        frame = model.next_frame(actions[:, 1], cache, steps=3, generator=torch.Generator().manual_seed(0))
+        hidden = torch.full((1, 1, 12), model.mask)
+        cached = model(hidden, actions[:, 2:], cache)
+        whole_pass = model(torch.cat((first, frame[:, None], hidden), 1), actions)[:, -1:]
+    torch.testing.assert_close(cached, whole_pass)
+
+
+def test_rows_of_a_batch_do_not_touch():
+    model = dynamics()
+    tokens, actions = whole(10, 3, 4, 12), whole(5, 3, 4, seed=1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, actions)[1:2], model(tokens[1:2], actions[1:2]))
+
+
+def test_temperature_makes_draws_more_even():
+    """Entropy of what is drawn rises with the temperature; 0 draws nothing."""
+    model = dynamics()
+    actions, first = torch.zeros(400, dtype=torch.int64), whole(10, 1, 1, 12).expand(400, -1, -1)
+    past = first, actions[:, None]
+    entropies = []
+    for temperature in (0.0, 0.5, 1.0, 3.0):
+        frame = model.next_frame(actions, steps=1, temperature=temperature, past=past,
+                                 generator=torch.Generator().manual_seed(0))
+        p = F.one_hot(frame, 10).double().mean(0)
+        entropies.append(-(p * p.clamp(min=1e-12).log()).sum(1).mean().item())
+    assert entropies[0] == pytest.approx(0, abs=1e-9)
+    assert entropies[0] < entropies[1] < entropies[2] < entropies[3] < math.log(10)
+
+
+def test_random_tokens_cost_ln_k():
+    """The untrained loss on random hidden tokens is about ln K: the targets are the tokens, not what hides them."""
+    torch.manual_seed(0)
+    model = Dynamics((3, 4), 10, 5, n_layer=1, n_head=2, n_embd=16)
+    tokens, actions = whole(10, 64, 2, 12), whole(5, 64, 2)
+    with torch.no_grad():
+        logits = model(torch.full_like(tokens, model.mask), actions)
+    assert F.cross_entropy(logits.flatten(0, 2), tokens.flatten()).item() == pytest.approx(math.log(10), abs=0.02)

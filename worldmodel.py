@@ -1,0 +1,369 @@
+"""The networks of train_worldmodel.py: what turned one frame into the next, frames as tokens, the next frame's tokens.
+
+Shapes: B batch, T frames, H x W pixels, N tokens of a frame, P colours of a palette, K codes, A actions, C width.
+Frames are float32 in 0..1 (B, T, H, W, 3). Where the data has a palette, what is written is P logits a pixel, else RGB.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from discrete import FSQ, VQ, Quantised, straight_through
+from mixers import Linear, Norm
+from model import TransformerConfig, initialise
+from networks import SpatialTransformer, SpatioTemporal
+
+
+def to_patches(x, p):
+    """x (..., H, W, c) -> (..., N, p p c), N = (H / p) (W / p), row by row."""
+    *batch, H, W, c = x.shape
+    return x.view(*batch, H // p, p, W // p, p, c).transpose(-4, -3).reshape(*batch, H * W // p ** 2, p * p * c)
+
+
+def from_patches(x, p, height, width):
+    """The inverse: x (..., N, p p c) -> (..., height, width, c)."""
+    *batch, N, c = x.shape
+    x = x.view(*batch, height // p, width // p, p, p, c // p ** 2).transpose(-4, -3)
+    return x.reshape(*batch, height, width, c // p ** 2)
+
+
+class Conv(nn.Conv2d):
+    """A convolution with zero padding; weights U(-1, 1) / sqrt(fan_in) times `scale`."""
+
+    def __init__(self, c_in, c_out, kernel, stride=1, scale=1.0):
+        super().__init__(c_in, c_out, kernel, stride, padding=kernel // 2 if stride == 1 else 0)
+        self.scale, self.own = scale, {"weight": "head", "bias": "bias"}  # a head's rule: AdamW, with decay
+
+    def reset_parameters(self):
+        """Draws nothing: `fill` does."""
+
+    def fill(self):
+        """Called by `initialise`."""
+        bound = self.weight[0].numel() ** -0.5
+        self.weight.uniform_(-bound, bound).mul_(self.scale)
+        self.bias.zero_()
+
+
+class Affine(Linear):
+    """A linear layer between two kinds of things (pixels, codes, actions) and the stream: U(-1, 1) / sqrt(fan_in)."""
+
+    def __init__(self, n_in, n_out, bias=True):
+        super().__init__(n_in, n_out, bias=bias)
+        self.own = {"weight": "head"} | ({"bias": "bias"} if bias else {})
+
+    def fill(self):
+        """Called by `initialise`."""
+        bound = self.in_features ** -0.5
+        self.weight.uniform_(-bound, bound)
+        if self.bias is not None:
+            self.bias.zero_()
+
+
+class Residual(nn.Module):
+    """h + conv(relu(conv(h))), with a gain and a shift between them that z (B, D) sets where n_condition (FiLM)."""
+
+    def __init__(self, width, n_condition=0):
+        super().__init__()
+        self.first, self.second = Conv(width, width, 3), Conv(width, width, 3, scale=0.3)
+        self.film = Affine(n_condition, 2 * width) if n_condition else None
+
+    def forward(self, h, z=None):
+        """h (B, C, rows, columns)."""
+        a = self.first(h)
+        if self.film is not None:
+            gain, shift = self.film(z)[:, :, None, None].chunk(2, 1)
+            a = a * (1 + gain) + shift
+        return h + self.second(F.relu(a))
+
+
+# --- Latent actions ---
+
+class Signs(nn.Module):
+    """n_codes = 2^D codes, the signs of D numbers, each normalised over the batch first (BatchNorm without parameters,
+    running statistics in evaluation): no code can win them all. FSQ (Mentzer et al. 2024) with two levels a channel.
+
+    Raises ValueError where n_codes is no power of two from 2 on.
+    """
+
+    def __init__(self, n_codes):
+        super().__init__()
+        self.width = n_codes.bit_length() - 1
+        if n_codes < 2 or n_codes != 2 ** self.width:
+            raise ValueError(f"n_codes is {n_codes}: signs make a power of two, 2, 4, 8, ...; take vq for another")
+        self.norm = nn.BatchNorm1d(self.width, affine=False)
+        self.register_buffer("bits", 2 ** torch.arange(self.width), persistent=False)
+
+    def forward(self, u, soft=False):
+        """u (B, D) -> Quantised with e (B, D), codes (B,); soft: e = tanh of the normalised u, not its signs."""
+        t = torch.tanh(self.norm(u.float()))
+        signs = torch.where(t > 0, 1.0, -1.0)
+        return Quantised(t if soft else straight_through(signs, t), ((t > 0) * self.bits).sum(-1), z=u)
+
+    def look_up(self, codes):
+        """codes (...) int64 -> (..., D)."""
+        return (codes[..., None] // self.bits % 2) * 2.0 - 1.0
+
+
+class Nearest(nn.Module):
+    """n_codes vectors of width D, the nearest chosen, codes as running means (VQ): what `Signs` is compared with."""
+
+    def __init__(self, n_codes, width=8):
+        super().__init__()
+        self.width, self.vq = width, VQ(n_codes, width, "dot")
+
+    def forward(self, u, soft=False):
+        """As Signs.forward; the Quantised has a commitment loss."""
+        found = self.vq(u[:, None], "vq")
+        e = u if soft else found.e[:, 0]
+        return Quantised(e, found.codes[:, 0], z=u, loss=found.loss)
+
+    def look_up(self, codes):
+        """codes (...) int64 -> (..., D)."""
+        return self.vq.look_up(codes)
+
+
+class ActionModel(nn.Module):
+    """A latent action model (Genie, Bruce et al. 2024, section 2.1): which of n_codes codes turned frames up to t into
+    frame t+1, learned by writing frame t+1 from the frames before and the code alone.
+
+    kind "conv": convolutions over patches. Encoder and decoder see `history` frames: with one, how a thing moves by
+    itself is hidden, and competes with the action for the code. The encoder also sees x_t+1 - x_t.
+    kind "transformer": the same with spatio-temporal transformers, axial positions, causal in time.
+    colours: P of the palette, or None: then x_t plus a residual is written.
+    """
+
+    def __init__(self, height, width, patch, colours, history=2, n_codes=8, n_embd=32, n_layer=3, kind="conv",
+                 quantiser="signs", n_head=4, init="xavier", difference=True):
+        super().__init__()
+        self.height, self.width, self.patch, self.colours = height, width, patch, colours
+        self.history, self.n_codes, self.kind, self.difference = history, n_codes, kind, difference
+        self.quantiser = Signs(n_codes) if quantiser == "signs" else Nearest(n_codes)
+        D, n_out = self.quantiser.width, patch * patch * (colours or 3)
+        self.config = TransformerConfig(vocab_size=1, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+                                        block_size=max(2, history + 1), norm="rms", positions="rope", ff_mult=2.0,
+                                        activation="gelu", bias=False, init=init, qk_norm=True)
+        self.to_hidden, self.to_code = Affine(n_embd, n_embd), Affine(n_embd, D)
+        if kind == "conv":
+            self.look = Conv(3 * (history + 1), n_embd, patch, patch)
+            self.encoder = nn.ModuleList(Residual(n_embd) for _ in range(n_layer))
+            self.see = Conv(3 * history, n_embd, patch, patch)
+            self.decoder = nn.ModuleList(Residual(n_embd, D) for _ in range(n_layer))
+            self.write = Conv(n_embd, n_out, 1)
+        else:
+            grid = height // patch, width // patch
+            self.look, self.see = Affine(6 * patch * patch, n_embd), Affine(6 * patch * patch, n_embd)
+            self.encoder = SpatioTemporal(self.config, grid[0] * grid[1], grid)
+            self.decoder = SpatioTemporal(self.config, grid[0] * grid[1], grid)
+            self.act, self.write = Affine(D, n_embd), Affine(n_embd, n_out)
+        initialise(self)
+
+    def encode(self, frames):
+        """frames (B, history + 1, H, W, 3), the last of them the one to explain -> u (B, D), before the quantiser."""
+        if self.kind == "conv":
+            last = frames[:, -1:] - frames[:, -2:-1] if self.difference else frames[:, -1:]
+            h = self.look(self._channels(torch.cat((frames[:, :-1], last), 1)))
+            for block in self.encoder:
+                h = block(h)
+            h = h.amax((2, 3))
+        else:
+            h = self.encoder(self.look(self._moving(frames)))[:, -1].amax(1)     # (B, C), over the last frame's places
+        return self.to_code(F.relu(self.to_hidden(h)))
+
+    def predict(self, frames, e):
+        """frames (B, history, H, W, 3) and what the code stands for e (B, D) -> (B, H, W, P) logits, or (..., 3)."""
+        if self.kind == "conv":
+            h = self.see(self._channels(frames))
+            for block in self.decoder:
+                h = block(h, e)
+            pixels = self.write(h).permute(0, 2, 3, 1).flatten(1, 2)             # (B, N, p p P)
+        else:
+            x = self.see(self._moving(frames))
+            x = torch.cat((x[:, :-1], x[:, -1:] + self.act(e)[:, None, None]), 1)
+            pixels = self.write(self.decoder(x)[:, -1])
+        out = from_patches(pixels, self.patch, self.height, self.width)
+        return out if self.colours else frames[:, -1] + out
+
+    def forward(self, frames, soft=False):
+        """frames (B, history + 1, H, W, 3) -> (what `predict` writes for the last of them, Quantised)."""
+        found = self.quantiser(self.encode(frames), soft)
+        return self.predict(frames[:, :-1], found.e), found
+
+    @staticmethod
+    def _channels(frames):
+        """(B, T, H, W, 3) -> (B, 3 T, H, W)."""
+        return frames.permute(0, 1, 4, 2, 3).flatten(1, 2)
+
+    def _moving(self, frames):
+        """Patches of each frame beside its difference from the one before: (B, T, N, 6 p p)."""
+        before = torch.cat((frames[:, :1], frames[:, :-1]), 1)
+        return to_patches(torch.cat((frames, frames - before), -1), self.patch)
+
+
+# --- Frames as tokens ---
+
+class Tokenizer(nn.Module):
+    """A VQ-VAE over patches: frames to N tokens each, and back (van den Oord et al. 2017; Genie's ST-ViViT).
+
+    kind "spatial": each frame by itself; "spatiotemporal": causal in time as well, so that a token may also say what
+    moved. quantiser "vq" (codes as running means) or "fsq". Raises ValueError where `patch` divides no side.
+    """
+
+    def __init__(self, height, width, patch, colours, codebook_size=64, code_dim=8, n_layer=2, n_head=4, n_embd=64,
+                 kind="spatial", quantiser="vq", block_size=16, init="xavier"):
+        super().__init__()
+        if height % patch or width % patch:
+            raise ValueError(f"patch {patch} does not divide frames of {height} x {width}")
+        self.height, self.width, self.patch, self.colours, self.kind = height, width, patch, colours, kind
+        grid = height // patch, width // patch
+        self.n_tokens, self.grid, self.codebook_size = grid[0] * grid[1], grid, codebook_size
+        self.config = TransformerConfig(vocab_size=1, n_layer=n_layer, n_head=n_head, n_embd=n_embd, norm="rms",
+                                        block_size=block_size, positions="rope", ff_mult=2.0, bias=False, init=init,
+                                        qk_norm=True)
+        self.codebook = FSQ(codebook_size) if quantiser == "fsq" else VQ(codebook_size, code_dim, "cosine")
+        width_of_code = len(self.codebook.levels) if quantiser == "fsq" else code_dim
+
+        def trunk():
+            if kind == "spatial":
+                return SpatialTransformer(self.config, self.n_tokens, grid=grid, embed=False)
+            return SpatioTemporal(self.config, self.n_tokens, grid)
+        self.look, self.encoder, self.to_code = Affine(3 * patch * patch, n_embd), trunk(), Affine(n_embd,
+                                                                                                   width_of_code)
+        self.from_code, self.decoder = Affine(width_of_code, n_embd), trunk()
+        self.write = Affine(n_embd, patch * patch * (colours or 3))
+        initialise(self)
+
+    def through(self, trunk, x, cache=None):
+        """x (B, T, N, C) through a trunk of either kind."""
+        if self.kind == "spatial":
+            return trunk(x.flatten(0, 1)).view(x.shape)
+        return trunk(x, cache)
+
+    def encode(self, frames, cache=None):
+        """frames (B, T, H, W, 3) -> (B, T N, D), before the codebook."""
+        x = self.look(to_patches(frames, self.patch))
+        return self.to_code(self.through(self.encoder, x, cache)).flatten(1, 2)
+
+    def decode(self, e, cache=None):
+        """What the codes stand for, e (B, T N, D) -> (B, T, H, W, P) logits, or (..., 3)."""
+        x = self.from_code(e.view(len(e), -1, self.n_tokens, e.size(-1)))
+        pixels = self.write(self.through(self.decoder, x, cache))
+        return from_patches(pixels, self.patch, self.height, self.width)
+
+    def forward(self, frames, estimator="vq"):
+        """frames (B, T, H, W, 3) -> (what `decode` writes, Quantised)."""
+        found = self.codebook(self.encode(frames), estimator)
+        return self.decode(found.e), found
+
+    def tokens(self, frames, cache=None):
+        """frames (B, T, H, W, 3) -> (B, T, N) int64."""
+        return self.codebook(self.encode(frames, cache)).codes.view(len(frames), -1, self.n_tokens)
+
+    def pixels(self, tokens, cache=None):
+        """tokens (B, T, N) -> what `decode` writes. With a cache the frames go after those that it holds."""
+        return self.decode(self.codebook.look_up(tokens.flatten(1)), cache)
+
+    def new_cache(self, batch_size, max_length, window=None):
+        """For `tokens` or `pixels` of frames one after another; None where frames are seen one by one anyway."""
+        return None if self.kind == "spatial" else self.decoder.new_cache(batch_size, max_length, window)
+
+
+# --- The next frame ---
+
+class Dynamics(nn.Module):
+    """MaskGIT over the tokens of a video (Chang et al. 2022; Genie's dynamics): where tokens of a frame are hidden, it
+    says what they are, from the others, the frames before, and the action that led to each frame.
+
+    action_input "add": the action's embedding is added to every token of its frame; "prepend": it is one more token.
+    Actions are 0 to n_actions - 1, and n_actions where there is none (the first frame); the token codebook_size is the
+    mask.
+    """
+
+    def __init__(self, grid, codebook_size, n_actions, n_layer=2, n_head=4, n_embd=64, action_input="add",
+                 block_size=16, init="xavier", ff_mult=2.0):
+        super().__init__()
+        self.grid, self.n_tokens = tuple(grid), grid[0] * grid[1]
+        self.codebook_size, self.n_actions = codebook_size, n_actions
+        self.extra = int(action_input == "prepend")
+        self.config = TransformerConfig(vocab_size=codebook_size + 1, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+                                        block_size=block_size, norm="rms", positions="rope", ff_mult=ff_mult,
+                                        bias=False, init=init, qk_norm=True)
+        self.embed = nn.Parameter(torch.empty(codebook_size + 1, n_embd))
+        self.acts = nn.Parameter(torch.empty(n_actions + 1, n_embd))
+        self.own = {"acts": "embedding"}
+        self.trunk = SpatioTemporal(self.config, self.n_tokens + self.extra, self.grid)
+        self.heads = nn.ParameterList([nn.Parameter(torch.empty(codebook_size, n_embd))])
+        initialise(self)
+
+    def fill(self):
+        """Actions N(0, 0.02), as all embeddings."""
+        self.acts.normal_(0, 0.02)
+
+    @property
+    def mask(self):
+        """The token of a hidden place."""
+        return self.codebook_size
+
+    def forward(self, tokens, actions, cache=None, window=None, two_streams=False):
+        """tokens (B, T, N) int64, actions (B, T) int64, the one that led to each frame -> logits (B, T, N, K) float32.
+
+        two_streams: tokens (B, 2T, N) and actions (B, 2T) are T frames and the same T corrupted (SpatioTemporal).
+        """
+        x, act = F.embedding(tokens, self.embed), F.embedding(actions, self.acts)[:, :, None]
+        x = torch.cat((act, x), 2) if self.extra else x + act
+        h = self.trunk(x, cache, window, two_streams)[:, :, self.extra:]
+        return F.linear(h, self.heads[0]).float()
+
+    def new_cache(self, batch_size, max_length, window=None):
+        """An empty cache of max_length frames, or of a sliding window of them."""
+        return self.trunk.new_cache(batch_size, max_length + 1, window)
+
+    @torch.no_grad()
+    def next_frame(self, actions, cache=None, steps=8, temperature=1.0, choice=4.5, generator=None, past=None,
+                   window=None):
+        """The tokens (B, N) of the frame that `actions` (B,) lead to, in `steps` rounds of MaskGIT: each round every
+        hidden place draws a token, and those most sure of theirs keep it, as many as half a cosine says.
+
+        With a cache, which holds the frames before, only the new frame runs in each round, and once more with its final
+        tokens, so that the cache then holds it too: exact, since frames see only the past. Without, past = (tokens
+        (B, T, N), actions (B, T)) are computed again in every round; `window` frames are seen (a sliding cache has its
+        own). temperature 0: the likeliest token; `choice`: how much chance there is in which places are kept, falling
+        to none in the last round. Draws come from `generator` (on the CPU) whatever the device.
+        """
+        B, N, where = len(actions), self.n_tokens, self.embed.device
+        tokens = torch.full((B, 1, N), self.mask, dtype=torch.int64, device=where)
+        actions = actions.view(B, 1)
+
+        def gumbel(*shape):
+            return -torch.log(-torch.log(torch.rand(shape, generator=generator).clamp(1e-9, 1 - 1e-7))).to(where)
+
+        def logits_of(tokens):
+            if cache is None:
+                frames = torch.cat((past[0], tokens), 1), torch.cat((past[1], actions), 1)
+                return self(*frames, window=window)[:, -1]
+            held = cache.length
+            logits = self(tokens, actions, cache)[:, -1]
+            cache.crop(held)
+            return logits
+        left = N
+        for step in range(steps):
+            if not left:
+                break
+            hidden = tokens[:, 0] == self.mask                                   # (B, N)
+            logits = logits_of(tokens)
+            if temperature:
+                drawn = (logits / temperature + gumbel(B, N, self.codebook_size)).argmax(-1)
+            else:
+                drawn = logits.argmax(-1)
+            sure = torch.log_softmax(logits, -1).gather(-1, drawn[..., None])[..., 0]
+            share = (step + 1) / steps
+            if choice and temperature and step + 1 < steps:
+                sure = sure + choice * (1 - share) * gumbel(B, N)
+            # half a cosine of the places stay hidden, one fewer than before at least, and none after the last round
+            left = min(int(N * math.cos(math.pi / 2 * share)), left - 1) if step + 1 < steps else 0
+            order = sure.masked_fill(~hidden, math.inf).argsort(dim=1, descending=True, stable=True)
+            settled = torch.zeros_like(hidden).scatter_(1, order[:, :N - left], True)
+            tokens[:, 0] = torch.where(hidden & settled, drawn, tokens[:, 0])
+        if cache is not None:
+            self(tokens, actions, cache)                                         # what is kept are the final tokens'
+        return tokens[:, 0]
