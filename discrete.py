@@ -181,11 +181,20 @@ class Codebook(nn.Module):
         self.codes[where] = unit(points) if self.similarity == "cosine" else points.float()
 
     @torch.no_grad()
-    def revive(self, where, z, generator=None):
-        """Codes `where` (K,) bool become encoder outputs, drawn from z (M, D) by `generator`."""
+    def revive(self, where, z, generator=None, far=False):
+        """Codes `where` (K,) bool become encoder outputs, drawn from z (M, D) by `generator`: evenly, or, `far`, with
+        chances as their squared distances from the nearest code that lives (k-means++, Arthur & Vassilvitskii 2007):
+        where most of the outputs are alike, an even draw hardly ever meets a rare one."""
         n = int(where.sum())
-        if n:
-            self.put(where, z[torch.randint(len(z), (n,), generator=generator).to(z.device)])
+        if not n:
+            return
+        if far and n < len(where):
+            points = unit(z) if self.similarity == "cosine" else z.float()
+            gaps = torch.cdist(points, self.table()[~where]).amin(1).square().cpu() + 1e-12
+            rows = torch.multinomial(gaps, n, replacement=True, generator=generator)
+        else:
+            rows = torch.randint(len(z), (n,), generator=generator)
+        self.put(where, z[rows.to(z.device)])
 
     @torch.no_grad()
     def fit(self, z, generator=None):

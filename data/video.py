@@ -1,0 +1,687 @@
+"""Videos with actions: grid worlds made here, a model car's camera, Atari games, or any .npz of frames; cut into clips.
+
+    python data/video.py gridworld --stats        # made here, nothing to download; writes video_gridworld.png
+    python data/video.py donkeycar --stats        # 1,000 frames of a model car; writes video_donkeycar.png
+    python data/video.py atari:Freeway --stats    # needs `pip install ale-py`; random play
+
+Sets: `gridworld`; `donkeycar` (donkeycar-1000-64x64.npz, looked for in the folders of NANOLAB_DATA); `atari:` and a
+game of ale-py, such as atari:Freeway; or the path of an .npz file with `frames` (N, H, W, 3) uint8 and, if there are
+any, `actions` (N,), whole numbers from 0 or floats, or `angle` (N,) floats: entry k was done at frame k and leads to
+frame k + 1. Floats become 5 buckets. A gridworld's frame says all of its world but the ball's direction and what the
+ball hides.
+"""
+import argparse
+import difflib
+import functools
+import hashlib
+import math
+import os
+import re
+import sys
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
+from experiment import UserError, command
+
+ACTIONS = ("stay", "up", "down", "left", "right")
+MOVES = np.array([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])  # rows and columns of each action
+FLOOR, WALL, AGENT, BALL = range(4)  # cell types
+PALETTE = np.array([(236, 230, 214), (96, 104, 120), (44, 50, 64), (32, 120, 210), (255, 255, 255), (222, 62, 48)],
+                   np.uint8)  # floor sand, wall slate, its edge dark, agent blue, eye white, ball red
+LARGEST = 26  # rows and columns: captions name columns by letters
+CHUNK = 256  # worlds that are drawn together, by a generator of their own
+BUCKETS = 5  # of actions that are floats
+DONKEYCAR = "donkeycar-1000-64x64.npz"
+
+
+# --- The world ---
+
+class World:
+    """n grid worlds side by side in NumPy.
+
+    A ball flies diagonally, over walls too, and is reflected by the edge; an agent takes one step at a time and is
+    stopped by walls and the edge, not by the ball.
+
+    n: worlds; rng: np.random.Generator, only its random() is used, so that a seed gives the same worlds on every
+    machine; side: rows and columns, from 2 to 26; walls: probability of a wall in each cell; ball: is there one?
+    walls (n, side, side) bool; agent (n, 2) int: row and column, never in a wall; ball (n, 2) int, -1 where there is
+    none; velocity (n, 2) int: +-1, 0 where there is no ball.
+    """
+
+    def __init__(self, n, rng, side=8, walls=0.15, ball=True):
+        if not 2 <= side <= LARGEST or not 0 <= walls < 1:
+            raise UserError(f"side is {side} and walls {walls}: side must be from 2 to {LARGEST}, walls at least 0 and "
+                            "below 1")
+        self.side = side
+        self.walls = rng.random((n, side, side)) < walls
+        score = np.where(self.walls, -1, rng.random((n, side, side))).reshape(n, -1)
+        self.agent = np.stack(np.divmod(score.argmax(1), side), 1)  # uniform over the cells without a wall
+        self.walls[np.arange(n), self.agent[:, 0], self.agent[:, 1]] = False  # matters only where all are walls
+        self.ball = (rng.random((n, 2)) * side).astype(np.int64)
+        self.velocity = np.where(rng.random((n, 2)) < 0.5, -1, 1)
+        if not ball:
+            self.ball[:], self.velocity[:] = -1, 0
+
+    @classmethod
+    def from_cells(cls, cells, rng):
+        """Worlds that start at given pictures, cells (n, side, side) uint8 numpy: there is floor below agent and ball,
+        the ball's velocity is random, and where no ball is seen there is none. Raises ValueError where a picture has
+        not exactly one agent, or several balls."""
+        cells = np.asarray(cells)
+        n, side = cells.shape[:2]
+        found = cells.reshape(n, side * side)
+        if ((found == AGENT).sum(1) != 1).any() or ((found == BALL).sum(1) > 1).any() or (found > BALL).any():
+            raise ValueError("each picture must have one agent, at most one ball, and cell types from 0 to 3")
+        world = cls(n, rng, side)
+        world.walls = cells == WALL
+        seen = (found == BALL).any(1)[:, None]
+        world.agent, world.ball = (np.stack(np.divmod((found == kind).argmax(1), side), 1) for kind in (AGENT, BALL))
+        world.ball, world.velocity = np.where(seen, world.ball, -1), np.where(seen, world.velocity, 0)
+        return world
+
+    def copy(self):
+        """A world that goes on by itself from here."""
+        world = object.__new__(World)
+        world.side = self.side
+        for name in ("walls", "agent", "ball", "velocity"):
+            setattr(world, name, getattr(self, name).copy())
+        return world
+
+    def step(self, actions):
+        """Moves all by one step. actions (n,) int, see ACTIONS; returns what happened, (n,) int: the action, or 0
+        (stay) where a wall or the edge was in the way."""
+        actions = np.asarray(actions)
+        if actions.size and not 0 <= actions.min() <= actions.max() < len(ACTIONS):
+            raise ValueError(f"actions must be from 0 to {len(ACTIONS) - 1}")
+        target = self.agent + MOVES[actions]
+        inside = ((target >= 0) & (target < self.side)).all(1)
+        row, column = target.clip(0, self.side - 1).T
+        free = inside & ~self.walls[np.arange(len(actions)), row, column]
+        self.agent = np.where(free[:, None], target, self.agent)
+        target = self.ball + self.velocity
+        self.velocity = np.where((target < 0) | (target >= self.side), -self.velocity, self.velocity)
+        self.ball = self.ball + self.velocity  # no ball: -1 + 0
+        return np.where(free, actions, 0)
+
+    def cells(self):
+        """The picture, (n, side, side) uint8: the agent hides a ball, and a ball a wall."""
+        cells = np.where(self.walls, np.uint8(WALL), np.uint8(FLOOR))
+        seen = np.flatnonzero(self.ball[:, 0] >= 0)
+        cells[seen, self.ball[seen, 0], self.ball[seen, 1]] = BALL
+        cells[np.arange(len(cells)), self.agent[:, 0], self.agent[:, 1]] = AGENT
+        return cells
+
+
+# --- Pictures ---
+
+@functools.lru_cache
+def sprites(cell_px=8):
+    """(4, cell_px, cell_px) uint8: palette indices of each cell type; all differ from cell_px 1 on."""
+    place = np.arange(cell_px) + 0.5 - cell_px / 2  # from the middle
+    furthest = np.maximum(abs(place)[:, None], abs(place)[None])
+    floor = np.zeros((cell_px, cell_px), np.uint8)
+    wall, agent, ball = floor + 1, floor + 3, floor + 5
+    if cell_px >= 4:
+        edge = max(1, cell_px // 8)
+        wall[furthest > cell_px / 2 - edge] = 2
+        agent[furthest > cell_px / 2 - edge] = 0
+        eye = slice(cell_px // 4, cell_px // 4 + max(1, cell_px // 4))
+        agent[eye, cell_px // 2:cell_px // 2 + max(1, cell_px // 4)] = 4
+        ball[np.hypot(place[:, None], place[None]) > cell_px / 2 - edge / 2] = 0
+    return np.stack([floor, wall, agent, ball])
+
+
+@functools.lru_cache
+def _rows(cell_px, rgb):
+    """(4, cell_px) of bytes: each row of each sprite as one item, so that a lookup copies a whole row."""
+    table = sprites(cell_px)
+    table = PALETTE[table] if rgb else table
+    table = np.ascontiguousarray(table).reshape(4, cell_px, -1)
+    return table.view(np.dtype((np.void, table.shape[2])))[..., 0]
+
+
+def _draw(cells, cell_px, rgb):
+    cells = np.asarray(cells)
+    *lead, height, width = cells.shape
+    rows = _rows(cell_px, rgb)
+    out = np.empty((*lead, height, cell_px, width), rows.dtype)
+    for row in range(cell_px):
+        out[..., row, :] = rows[:, row].take(cells)
+    return out.view(np.uint8).reshape(*lead, height * cell_px, width * cell_px, *((3,) if rgb else ()))
+
+
+def render(cells, cell_px=8):
+    """cells (..., side, side) uint8 numpy -> palette indices (..., side * cell_px, side * cell_px) uint8."""
+    return _draw(cells, cell_px, rgb=False)
+
+
+def paint(cells, cell_px=8):
+    """PALETTE[render(cells, cell_px)], (..., side * cell_px, side * cell_px, 3) uint8, in one go."""
+    return _draw(cells, cell_px, rgb=True)
+
+
+def read_cells(frames, cell_px=8):
+    """The inverse of paint, also for blurred frames: each cell's nearest sprite by squared RGB distance.
+
+    frames (..., H, W, 3) uint8, numpy or torch -> (..., H / cell_px, W / cell_px) uint8, likewise, on the same device.
+    """
+    *lead, height, width, _ = frames.shape
+    if height % cell_px or width % cell_px:
+        raise ValueError(f"cells of {cell_px} pixels do not divide frames of {height} x {width}")
+    x = torch.as_tensor(frames)
+    table = torch.from_numpy(PALETTE[sprites(cell_px)]).flatten(1).float().to(x.device)  # (4, px * px * 3)
+    x = x.reshape(-1, height // cell_px, cell_px, width // cell_px, cell_px, 3).transpose(2, 3)
+    x = x.reshape(-1, table.shape[1]).float()
+    cells = (table.square().sum(1) / 2 - x @ table.T).argmin(1).to(torch.uint8)  # |x - s|^2 without what all share
+    cells = cells.view(*lead, height // cell_px, width // cell_px)
+    return cells if torch.is_tensor(frames) else cells.numpy()
+
+
+# --- Words ---
+
+PHRASES = (("agent at {agent}", ", ball at {ball}", ", walls {walls}."),
+           ("the agent is on {agent}", ", the ball on {ball}", "; walls: {walls}."),
+           ("agent {agent}", ", ball {ball}", ". there are walls on {walls}."))
+
+
+def _square(row, column):
+    return f"{chr(97 + column)}{row + 1}"
+
+
+def caption_length(side):
+    """The most characters of a caption of a side x side picture: at most half of the cells are listed."""
+    head = max(len("".join(phrase).format(agent="", ball="", walls="all but ")) for phrase in PHRASES)
+    return head + (2 + side * side // 2) * (2 + len(str(side)))
+
+
+def caption(cells):
+    """One picture, cells (side, side) uint8, in words such as "agent at c4, ball at f2, walls a1 b3 c7.".
+
+    Columns are letters, rows numbers from the top, walls in reading order. A hidden ball is left out. Where more than
+    half of the cells are walls the others are listed: "walls all but a1 c4." The picture's hash chooses one of
+    PHRASES. Raises ValueError where there is not exactly one agent, or several balls.
+    """
+    cells = np.ascontiguousarray(cells, np.uint8)
+    squares = {kind: [_square(*place) for place in np.argwhere(cells == kind).tolist()] for kind in range(4)}
+    if len(squares[AGENT]) != 1 or len(squares[BALL]) > 1:
+        raise ValueError(f"a picture with {len(squares[AGENT])} agents and {len(squares[BALL])} balls has no caption")
+    walls = " ".join(squares[WALL]) or "none"
+    if 2 * len(squares[WALL]) > cells.size:
+        walls = "all but " + " ".join(_square(*place) for place in np.argwhere(cells != WALL).tolist())
+    start, middle, end = PHRASES[hashlib.sha256(cells.tobytes()).digest()[0] % len(PHRASES)]
+    text = start + middle * len(squares[BALL]) + end
+    return text.format(agent=squares[AGENT][0], ball="".join(squares[BALL]), walls=walls)
+
+
+@functools.lru_cache
+def _patterns():
+    square = "[a-z][1-9][0-9]?"
+    return [re.compile("".join((re.escape(start), f"(?:{re.escape(middle)})?", re.escape(end)))
+                       .replace(r"\{agent\}", f"(?P<agent>{square})").replace(r"\{ball\}", f"(?P<ball>{square})")
+                       .replace(r"\{walls\}", f"(?P<walls>none|(?:all but )?{square}(?: {square})*)"))
+            for start, middle, end in PHRASES]
+
+
+def read_caption(text, side):
+    """The inverse of caption: cells (side, side) uint8, or None where the text is no valid description of one picture:
+    other words, a cell outside or named twice, two things in one cell."""
+    match = next(filter(None, (pattern.fullmatch(text.strip()) for pattern in _patterns())), None)
+    if match is None:
+        return None
+    places = {_square(row, column): (row, column) for row in range(side) for column in range(side)}
+    walls, all_but = match["walls"], match["walls"].startswith("all but ")
+    listed = [] if walls == "none" else walls.removeprefix("all but ").split()
+    things = [match["agent"]] + [match["ball"]] * (match["ball"] is not None)
+    if not places.keys() >= {*listed, *things} or len({*listed}) < len(listed) or len({*things}) < len(things):
+        return None
+    if any((thing in listed) != all_but for thing in things):  # agent and ball are not in a wall
+        return None
+    cells = np.full((side, side), WALL if all_but else FLOOR, np.uint8)
+    for square in listed:
+        cells[places[square]] = FLOOR if all_but else WALL
+    for kind, square in zip((AGENT, BALL), things):
+        cells[places[square]] = kind
+    return cells
+
+
+# --- Clips ---
+
+class Clips:
+    """Episodes of frames with actions; a clip is a window of T consecutive frames that never crosses an episode.
+
+    Clip i starts at frame i % (length - T + 1) of episode i // (length - T + 1). len(clips) is the number of episodes,
+    length the frames of each. Either stored_cells (E, length, side, side) uint8 with cell_px, whose frames are drawn
+    when asked for, or stored_frames (E, length, H, W, 3) uint8; stored_actions and stored_effective (E, length - 1)
+    uint8 or int64, None where there are none; all torch. An index outside 0 <= i < count(T) is an IndexError.
+    """
+
+    def __init__(self, stored_cells=None, stored_frames=None, stored_actions=None, stored_effective=None, cell_px=None):
+        self.stored_cells, self.stored_frames, self.cell_px = stored_cells, stored_frames, cell_px
+        self.stored_actions = stored_actions
+        self.stored_effective = stored_actions if stored_effective is None else stored_effective
+        self._episodes, self.length = (stored_frames if stored_cells is None else stored_cells).shape[:2]
+
+    def __len__(self):
+        return self._episodes
+
+    def count(self, T):
+        """The number of clips of T frames. Raises UserError where an episode has fewer, or T < 1."""
+        if not 1 <= T <= self.length:
+            raise UserError(f"clips of {T} frames do not fit into episodes of {self.length} frames")
+        return len(self) * (self.length - T + 1)
+
+    def _gather(self, stored, index, T, n):
+        """n consecutive entries of `stored` (E, ...) for each clip: (B, n, ...)."""
+        index, count = torch.as_tensor(index, device="cpu"), self.count(T)
+        if stored is None:
+            return None
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < count:
+            raise IndexError(f"there are {count} clips of {T} frames, from 0 on")
+        starts = self.length - T + 1
+        return stored[(index // starts)[:, None], (index % starts)[:, None] + torch.arange(n)]
+
+    def cells(self, index, T):
+        """index (B,) int64 -> cell types (B, T, side, side) uint8, or None where the data has no cells."""
+        return self._gather(self.stored_cells, index, T, T)
+
+    def frames(self, index, T):
+        """index (B,) int64 -> RGB (B, T, H, W, 3) uint8."""
+        if self.stored_cells is None:
+            return self._gather(self.stored_frames, index, T, T)
+        return torch.from_numpy(paint(self.cells(index, T).numpy(), self.cell_px))
+
+    def indices(self, index, T):
+        """index (B,) int64 -> palette indices (B, T, H, W) uint8, or None where there is no palette."""
+        if self.stored_cells is None:
+            return None
+        return torch.from_numpy(render(self.cells(index, T).numpy(), self.cell_px))
+
+    def actions(self, index, T):
+        """index (B,) int64 -> (B, T - 1) int64: action k leads from frame k to k + 1; None where there are none."""
+        found = self._gather(self.stored_actions, index, T, T - 1)
+        return None if found is None else found.long()
+
+    def effective(self, index, T):
+        """Likewise, what happened: in a gridworld 0 (stay) where the way was blocked, elsewhere the same as actions."""
+        found = self._gather(self.stored_effective, index, T, T - 1)
+        return None if found is None else found.long()
+
+
+class Stream:
+    """Training batches as a pure function of the seed and the step: nothing to save, and a resumed run sees the same.
+    Clips of T frames are drawn at random with replacement."""
+
+    def __init__(self, clips, T, batch_size, seed):
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}: it must be at least 1")
+        self.clips, self.T, self.batch_size, self.seed, self.n = clips, T, batch_size, seed, clips.count(T)
+
+    def at(self, step):
+        """(B,) int64: the clips of the batch of a step (from 0)."""
+        digest = hashlib.sha256(f"{self.seed} clips {step}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return torch.randint(self.n, (self.batch_size,), generator=generator)
+
+
+# --- Loading ---
+
+@dataclass
+class Video:
+    """Both sides of a data set: no clip of val is in train."""
+    train: Clips
+    val: Clips
+    palette: torch.Tensor  # (P, 3) uint8, or None where frames are not drawn from one
+    n_actions: int  # 0: the data has none
+    action_names: tuple
+    cell_px: int  # None where there are no cells
+    height: int
+    width: int
+    source: str  # where the data came from and what was done to it, lines for people
+    hash: str  # of the data
+
+
+def load(dataset="gridworld", n_train=4096, n_val=512, length=16, side=8, cell_px=8, walls=0.15, ball=True,
+         split_seed=0, val_share=0.2, frame_skip=4):
+    """Makes or finds the videos of both sides: a Video.
+
+    dataset: see the top of this file. n_train, n_val: episodes, and length: frames of each (gridworld, atari).
+    side, cell_px, walls, ball: see World and render (gridworld). split_seed: of all that is drawn; the worlds depend
+    on it, side, walls and ball only, and are the same on every machine; fewer or shorter episodes are the first ones.
+    val_share: the last part of an .npz file, for validation. frame_skip: frames of an Atari game for each action.
+    Raises UserError: an unknown name, a number out of range, a missing or wrong file, no ale-py, too few frames, no
+    layout left for training.
+    """
+    for name, value, low, high in (("n_train", n_train, 1, None), ("n_val", n_val, 1, None),
+                                   ("length", length, 2, None), ("side", side, 2, LARGEST),
+                                   ("cell_px", cell_px, 1, 256), ("frame_skip", frame_skip, 1, None)):
+        if value < low or (high and value > high):
+            raise UserError(f"{name} is {value}: it must be {f'from {low} to {high}' if high else f'at least {low}'}")
+    if not 0 <= walls < 1:
+        raise UserError(f"walls is {walls}: it must be at least 0 and below 1")
+    if not 0 < val_share < 1:
+        raise UserError(f"val_share is {val_share}: it must be between 0 and 1")
+    if dataset == "gridworld":
+        video = _load_gridworld(n_train, n_val, length, side, cell_px, float(walls), bool(ball), split_seed)
+    elif dataset == "donkeycar":
+        video = _load_npz(_find_donkeycar(), val_share)
+    elif str(dataset).endswith(".npz"):
+        video = _load_npz(Path(dataset).expanduser(), val_share)
+    elif dataset.startswith("atari:"):
+        video = _load_atari(dataset.removeprefix("atari:"), n_train, n_val, length, split_seed, frame_skip)
+    else:
+        near = difflib.get_close_matches(dataset, ("gridworld", "donkeycar", "atari:Freeway"), 1, 0.4)
+        raise UserError(f"unknown dataset {dataset!r}{f', did you mean {near[0]}?' if near else ':'} choose gridworld, "
+                        "donkeycar, atari:<game> such as atari:Freeway, or the path of an .npz file")
+    digest = hashlib.sha256()
+    for part in (video.train, video.val):
+        for stored in (part.stored_cells, part.stored_frames, part.stored_actions, part.stored_effective):
+            if stored is not None:
+                digest.update(f"{tuple(stored.shape)} {stored.dtype}".encode())
+                digest.update(stored.numpy())
+    video.hash = digest.hexdigest()[:12]
+    video.source += f"; hash {video.hash}"
+    return video
+
+
+# --- Grid worlds ---
+
+def _load_gridworld(n_train, n_val, length, side, cell_px, walls, ball, seed):
+    settings = side, walls, ball, seed
+    val, layouts, _ = _episodes("val", n_val, length, *settings, frozenset())
+    train, _, dropped = _episodes("train", n_train, length, *settings, layouts)
+    clips = [Clips(torch.from_numpy(cells), None, torch.from_numpy(actions), torch.from_numpy(effective), cell_px)
+             for cells, actions, effective in (train, val)]
+    source = (f"gridworld: {n_train:,} training and {n_val:,} validation episodes of {length} frames, {side} x {side} "
+              f"cells of {cell_px} pixels, walls {walls:g}, {'a' if ball else 'no'} ball, seed {seed}; {dropped:,} "
+              f"training episodes dropped for a {'layout' if walls else 'start'} of val")
+    return Video(*clips, torch.from_numpy(PALETTE.copy()), len(ACTIONS), ACTIONS, cell_px, side * cell_px,
+                 side * cell_px, source, "")
+
+
+def _episodes(part, n, length, side, walls, ball, seed, forbidden):
+    """The first n episodes of random actions whose layout is not in forbidden: ((cells (n, length, side, side),
+    actions and what happened (n, length - 1)), all uint8, their layouts, how many were dropped)."""
+    kept, layouts, number, dropped = [], set(), 0, 0
+    while (have := number * CHUNK - dropped) < n:
+        if number >= 4 and have < number * CHUNK // 25:
+            what = f"wall layouts with side {side} and walls {walls:g}" if walls else f"starts with side {side}"
+            raise UserError(f"there are hardly any {what} for training that are not in validation: take a smaller "
+                            "n_val or a larger side")
+        digest = hashlib.sha256(f"{seed} {part} {side} {walls!r} {ball} {number}".encode()).digest()
+        rng = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
+        number += 1
+        world = World(CHUNK, rng, side, walls, ball)
+        keys = world.walls if walls else np.concatenate([world.agent, world.ball], 1)
+        keys = [hashlib.sha256(np.ascontiguousarray(key, np.int8)).digest() for key in keys]
+        fresh = np.array([key not in forbidden for key in keys])
+        layouts.update(key for key in keys[:n - have] if key not in forbidden)
+        dropped += int((~fresh).sum())
+        cells, actions, effective = [world.cells()], [], []
+        for _ in range(length - 1):
+            actions.append((rng.random(CHUNK) * len(ACTIONS)).astype(np.uint8))
+            effective.append(world.step(actions[-1]).astype(np.uint8))
+            cells.append(world.cells())
+        kept.append([np.stack(steps, 1)[fresh] for steps in (cells, actions, effective)])
+    return [np.concatenate(parts)[:n] for parts in zip(*kept)], layouts, dropped
+
+
+# --- Files ---
+
+def _find_donkeycar():
+    """The path of the file in the folders of NANOLAB_DATA."""
+    folders = [Path(name).expanduser() for name in os.environ.get("NANOLAB_DATA", "").split(os.pathsep) if name]
+    path = next((folder / DONKEYCAR for folder in folders if (folder / DONKEYCAR).is_file()), None)
+    if path is None:
+        raise UserError(f"{DONKEYCAR} was not found: set NANOLAB_DATA to the folder that holds it")
+    return path
+
+
+def _read_npz(path):
+    """(name, array) of what is needed from an .npz file."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with zipfile.ZipFile(path):  # numpy would take a single array or a pickle for something else
+            pass
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in ("frames", "actions", "angle") if name in file.files}
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is no .npz file of plain arrays, or is damaged: {reason}") from error
+
+
+def _check_npz(path, arrays):
+    """(frames, actions or None) of an .npz file, checked."""
+    if "frames" not in arrays:
+        raise UserError(f"{path} has no array named frames")
+    frames = arrays["frames"]
+    if frames.dtype != np.uint8:
+        raise UserError(f"{path}: frames are {frames.dtype}, they must be uint8")
+    if frames.ndim != 4 or frames.shape[3] != 3:
+        raise UserError(f"{path}: frames are of shape {frames.shape}, it must be (N, H, W, 3)")
+    if 0 in frames.shape[1:]:
+        raise UserError(f"{path}: frames are of shape {frames.shape}, height and width must be at least 1")
+    name = next((name for name in ("actions", "angle") if name in arrays), None)
+    if name is None:
+        return frames, None
+    actions = arrays[name]
+    if actions.ndim != 1:
+        raise UserError(f"{path}: {name} are of shape {actions.shape}, it must be (N,)")
+    if len(actions) != len(frames):
+        raise UserError(f"{path}: there are {len(frames):,} frames and {len(actions):,} {name}, they must be as many")
+    if actions.dtype.kind not in ("fiu" if name == "actions" else "f"):
+        raise UserError(f"{path}: {name} are {actions.dtype}, they must be "
+                        f"{'whole numbers or ' if name == 'actions' else ''}floats")
+    if actions.dtype.kind == "f" and not np.isfinite(actions).all():
+        raise UserError(f"{path}: {name} are not all finite: entry {np.flatnonzero(~np.isfinite(actions))[0]} is "
+                        f"{actions[~np.isfinite(actions)][0]}")
+    if actions.dtype.kind != "f" and len(actions) and not 0 <= actions.min() <= actions.max() < 256:
+        raise UserError(f"{path}: {name} go from {actions.min()} to {actions.max()}, they must be from 0 to 255")
+    return frames, actions
+
+
+def _load_npz(path, val_share):
+    """A Video of an .npz file: the last val_share for validation, one episode each."""
+    frames, actions = _check_npz(path, _read_npz(path))
+    cut = len(frames) - round(len(frames) * val_share)
+    if min(cut, len(frames) - cut) < 2:
+        raise UserError(f"{path}: {len(frames):,} frames with val_share {val_share:g} are {cut:,} for training and "
+                        f"{len(frames) - cut:,} for validation, too few: each side needs at least 2")
+    names = ()
+    if actions is not None and actions.dtype.kind == "f":
+        actions = actions.astype(np.float64)
+        edges = np.quantile(actions[:cut], np.arange(1, BUCKETS) / BUCKETS)  # of the training part alone
+        actions = np.searchsorted(edges, actions)
+        names = (*(f"steering up to {edge:.2f}" for edge in edges), f"steering above {edges[-1]:.2f}")
+    elif actions is not None:
+        names = tuple(f"action {k}" for k in range(int(actions.max()) + 1))
+    sides = []
+    for part in (slice(cut), slice(cut, None)):
+        done = None if actions is None else torch.from_numpy(actions[part][:-1].astype(np.uint8))[None]
+        sides.append(Clips(None, torch.from_numpy(np.ascontiguousarray(frames[part]))[None], done))
+    height, width = frames.shape[1:3]
+    source = (f"{path.name}: {len(frames):,} frames of {height} x {width}, the first {cut:,} for training and the last "
+              f"{len(frames) - cut:,} for validation, {len(names) or 'no'} actions")
+    return Video(*sides, None, len(names), names, None, height, width, source, "")
+
+
+# --- Atari ---
+
+@functools.lru_cache
+def _shares(size, to):
+    """For `size` pixels averaged to `to`: which pixels each result is made of, and their whole-number weights, which
+    add up to size; both (K, to), K the most pixels of one result."""
+    results = np.arange(to)
+    places = results * size // to + np.arange(math.ceil(size / to) + 1)[:, None]
+    overlap = np.minimum((results + 1) * size, (places + 1) * to) - np.maximum(results * size, places * to)
+    return places.clip(0, size - 1), np.where(places < size, overlap, 0).clip(0).astype(np.int32)
+
+
+def shrink(screen, height=64, width=64):
+    """A screen (H, W, 3) uint8 averaged by area: (height, width, 3) uint8. In whole numbers, so exact; and no matrix
+    product, whose threads would cost more than they bring."""
+    area = screen.shape[0] * screen.shape[1]
+    rows = sum(screen[place] * weight[:, None, None] for place, weight in zip(*_shares(screen.shape[0], height)))
+    total = sum(rows[:, place] * weight[:, None] for place, weight in zip(*_shares(screen.shape[1], width)))
+    return ((total + area // 2) // area).astype(np.uint8)
+
+
+def _load_atari(game, n_train, n_val, length, seed, frame_skip):
+    """A Video of a game under uniformly random actions of its minimal set, each for frame_skip frames, none repeated
+    at random. One long play for each side: episodes follow each other after 1 to 8 steps of no action; a game that is
+    over is started anew, and the episode too."""
+    try:
+        import ale_py
+        from ale_py import roms
+    except ImportError as error:
+        raise UserError("atari needs the Arcade Learning Environment: pip install ale-py") from error
+    games = {name.replace("_", ""): name for name in roms.get_all_rom_ids()}
+    key = re.sub("[^a-z0-9]", "", game.lower())
+    if key not in games:
+        near = difflib.get_close_matches(key, games, 1, 0)
+        raise UserError(f"ale-py has no game {game!r}{f', did you mean atari:{games[near[0]]}?' if near else ''}")
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+    sides = []
+    for part, n in (("train", n_train), ("val", n_val)):
+        digest = hashlib.sha256(f"{seed} {part} {key} {frame_skip}".encode()).digest()
+        rng = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
+        ale = ale_py.ALEInterface()
+        ale.setInt("random_seed", int.from_bytes(digest[16:20], "little") >> 1)
+        ale.setInt("frame_skip", frame_skip)
+        ale.setFloat("repeat_action_probability", 0)
+        ale.loadROM(roms.get_rom_path(games[key]))
+        legal = ale.getMinimalActionSet()
+        frames, actions = np.empty((n, length, 64, 64, 3), np.uint8), np.empty((n, length - 1), np.uint8)
+        for episode in range(n):
+            _play(ale, ale_py.Action.NOOP, legal, rng, frames[episode], actions[episode], game)
+        sides.append(Clips(None, torch.from_numpy(frames), torch.from_numpy(actions)))
+    names = tuple(action.name.lower() for action in legal)
+    source = (f"atari {games[key]}: {n_train:,} training and {n_val:,} validation episodes of {length} frames of "
+              f"random play, frame_skip {frame_skip}, 64 x 64, {len(names)} actions, seed {seed}")
+    return Video(*sides, None, len(names), names, None, 64, 64, source, "")
+
+
+def _play(ale, noop, legal, rng, frames, actions, game):
+    """Fills the frames and actions of one episode."""
+    for _ in range(20):
+        for _ in range(1 + int(rng.random() * 8)):
+            ale.act(noop)
+        frames[0] = shrink(ale.getScreenRGB())
+        for k in range(len(actions)):
+            if ale.game_over():
+                break
+            actions[k] = int(rng.random() * len(legal))
+            ale.act(legal[actions[k]])
+            frames[k + 1] = shrink(ale.getScreenRGB())
+        else:
+            return
+        ale.reset_game()
+    raise UserError(f"{game} is over before {len(frames)} frames each time: take a smaller length or frame_skip")
+
+
+# --- Statistics ---
+
+def statistics(clips, n_actions):
+    """Figures of one side: episodes, length, pairs of frames; shares: of what happened, a list, and its
+    entropy in nats; stopped: the share of actions that did not happen; copy_last: PSNR in dB of predicting that nothing
+    changes, -10 lg of the mean squared difference of consecutive frames on 0..1, over at most 4,096 pairs."""
+    n = clips.count(2)
+    figures = {"episodes": len(clips), "length": clips.length, "pairs": n, "shares": [], "entropy": 0.0, "stopped": 0.0}
+    if n_actions:
+        done = clips.stored_effective.long()
+        shares = done.flatten().bincount(minlength=n_actions).double() / done.numel()
+        figures["shares"] = shares.tolist()
+        figures["entropy"] = -float(torch.special.xlogy(shares, shares).sum())
+        figures["stopped"] = float((done != clips.stored_actions.long()).double().mean())
+    index, total = torch.linspace(0, n - 1, min(n, 4096), dtype=torch.float64).long(), 0.0
+    for piece in index.split(64):
+        pair = clips.frames(piece, 2).float() / 255
+        total += float((pair[:, 1] - pair[:, 0]).square().mean()) * len(piece)
+    error = total / len(index)
+    figures["copy_last"] = -10 * math.log10(error) if error else math.inf
+    return figures
+
+
+def draw(video, path, rows=4, columns=8):
+    """Writes a PNG of `rows` clips of training, each frame under the action that led to it."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    clips, T = video.train, min(columns, video.train.length)
+    n = clips.count(T)
+    index = torch.linspace(0, n - 1, min(rows, n), dtype=torch.float64).long()
+    frames, actions, done = clips.frames(index, T), clips.actions(index, T), clips.effective(index, T)
+    cells = clips.cells(index, T)
+    figure, axes = pyplot.subplots(len(index), T, figsize=(1.5 * T, 1.95 * len(index)), squeeze=False,
+                                   layout="constrained")
+    for row, line in enumerate(axes):
+        for k, axis in enumerate(line):
+            axis.imshow(frames[row, k].numpy(), interpolation="nearest")
+            axis.set_xticks([]), axis.set_yticks([])
+            title = "start" if k == 0 else ""
+            if k and actions is not None:
+                title = video.action_names[actions[row, k - 1]].replace("steering ", "steering\n")
+                title += " (blocked)" if actions[row, k - 1] != done[row, k - 1] else ""
+            axis.set_title(title, fontsize=9)
+        if cells is not None:
+            words = line[0].text(0, -0.04, caption(cells[row, 0].numpy()), transform=line[0].transAxes, va="top")
+            words.set_in_layout(False)  # or the first column would be as wide as its words
+    try:
+        figure.savefig(path, dpi=100)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        pyplot.close(figure)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+@command
+def main(argv=None):
+    """The command line: loads a data set, says what is in it and draws some of it."""
+    parser = _Parser(prog="data/video.py", description=__doc__.splitlines()[0])
+    parser.add_argument("dataset", nargs="?", default="gridworld",
+                        help="gridworld, donkeycar, atari:<game>, or the path of an .npz file")
+    parser.add_argument("--n_train", "--n-train", type=int, default=4096, help="training episodes (gridworld, atari)")
+    parser.add_argument("--n_val", "--n-val", type=int, default=512, help="validation episodes (gridworld, atari)")
+    parser.add_argument("--length", type=int, default=16, help="frames of an episode (gridworld, atari)")
+    parser.add_argument("--side", type=int, default=8, help="cells of a gridworld's row")
+    parser.add_argument("--cell_px", "--cell-px", type=int, default=8, help="pixels of a cell")
+    parser.add_argument("--walls", type=float, default=0.15, help="share of cells with a wall")
+    parser.add_argument("--ball", action=argparse.BooleanOptionalAction, default=True, help="whether there is a ball")
+    parser.add_argument("--split_seed", "--split-seed", type=int, default=0, help="of all that is drawn")
+    parser.add_argument("--val_share", "--val-share", type=float, default=0.2, help="for validation (.npz)")
+    parser.add_argument("--frame_skip", "--frame-skip", type=int, default=4, help="frames for an action (atari)")
+    parser.add_argument("--stats", action="store_true", help="count, and write video_<dataset>.png (training clips)")
+    parser.add_argument("--out", type=Path, default=Path("."), help="the folder of the picture")
+    args = vars(parser.parse_args(argv))
+    stats, out = args.pop("stats"), args.pop("out")
+    video = load(**args)
+    print(video.source)
+    if stats:
+        for name, clips in (("train", video.train), ("val", video.val)):
+            figures = statistics(clips, video.n_actions)
+            print(f"{name}: {figures['episodes']:,} episode{'s' * (figures['episodes'] > 1)} of {figures['length']:,} "
+                  f"frames; copying the last frame has a PSNR of {figures['copy_last']:.2f} dB")
+            if video.n_actions:
+                shares = ", ".join(f"{what} {share:.1%}" for what, share in zip(video.action_names, figures["shares"]))
+                print(f"{name}: {shares}; entropy {figures['entropy']:.3f} nats"
+                      + f"; {figures['stopped']:.1%} blocked" * (figures["stopped"] > 0))
+        stem = Path(args["dataset"]).stem if args["dataset"].endswith(".npz") else args["dataset"].replace(":", "_")
+        path = out / f"video_{stem}.png"
+        draw(video, path)
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,682 @@
+"""data/video.py: the grid world against a slow one, pictures, words, clips, splits and files. No network."""
+import hashlib
+import io
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from data import video  # noqa: E402
+from data.video import (ACTIONS, AGENT, BALL, FLOOR, PALETTE, WALL, Clips, Stream, World, caption,  # noqa: E402
+                        caption_length, load, paint, read_caption, read_cells, render, sprites, statistics)
+from experiment import UserError  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def raises_one_line(*words):
+    """A UserError of one line that has all the words."""
+    pattern = "".join(f"(?=.*{re.escape(word)})" for word in words)
+    return pytest.raises(UserError, match=rf"\A{pattern}[^\n]+\Z")
+
+
+def worlds(n=1, seed=0, **settings):
+    return World(n, np.random.default_rng(seed), **settings)
+
+
+def from_text(text):
+    """A picture (side, side) from lines of . # A o."""
+    return np.array([[".#Ao".index(letter) for letter in line] for line in text.split()], np.uint8)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return load(n_train=300, n_val=40, length=12, side=6, cell_px=5)
+
+
+# --- The world ---
+
+class Slow:
+    """One world in plain Python, from the rules as they are told."""
+
+    def __init__(self, world, i):
+        self.side = world.side
+        self.walls = {(row, column) for row in range(self.side) for column in range(self.side)
+                      if world.walls[i, row, column]}
+        self.agent, self.ball = tuple(world.agent[i].tolist()), world.ball[i].tolist()
+        self.velocity = world.velocity[i].tolist()
+
+    def step(self, action):
+        moves = {"stay": (0, 0), "up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
+        row, column = (a + b for a, b in zip(self.agent, moves[ACTIONS[action]]))
+        if min(row, column) < 0 or max(row, column) == self.side or (row, column) in self.walls:
+            action = 0
+        else:
+            self.agent = row, column
+        if self.velocity != [0, 0]:
+            for axis in range(2):
+                if self.ball[axis] == 0 and self.velocity[axis] == -1:
+                    self.velocity[axis] = 1
+                elif self.ball[axis] == self.side - 1 and self.velocity[axis] == 1:
+                    self.velocity[axis] = -1
+                self.ball[axis] += self.velocity[axis]
+        return action
+
+    def cells(self):
+        picture = {**dict.fromkeys(self.walls, WALL), tuple(self.ball): BALL, self.agent: AGENT}
+        return [[picture.get((row, column), FLOOR) for column in range(self.side)] for row in range(self.side)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"side": 2, "walls": 0.3}, {"side": 5, "walls": 0.6}, {"ball": False},
+                                      {"walls": 0}], ids=str)
+def test_a_world_is_as_the_slow_one(settings):
+    world, rng = worlds(40, **settings), random.Random(1)
+    slow, happened = [Slow(world, i) for i in range(40)], Counter()
+    for _ in range(30):
+        actions = [rng.randrange(5) for _ in slow]
+        effective = world.step(np.array(actions))
+        assert effective.tolist() == [one.step(action) for one, action in zip(slow, actions)]
+        cells = world.cells()
+        assert cells.dtype == np.uint8 and cells.tolist() == [one.cells() for one in slow]
+        over_walls = world.walls[np.arange(40), world.ball[:, 0], world.ball[:, 1]]
+        happened.update(hidden=int((world.ball == world.agent).all(1).sum()), over=int(over_walls.sum()))
+    if settings.get("ball", True):
+        assert happened["hidden"] and (happened["over"] or settings.get("walls") == 0)
+    else:
+        assert (world.ball == -1).all() and (world.velocity == 0).all() and not (cells == BALL).any()
+
+
+def test_what_a_new_world_has():
+    world = worlds(4000, side=4, walls=0.3)
+    assert world.walls.shape == (4000, 4, 4) and world.walls.dtype == bool
+    assert world.agent.shape == world.ball.shape == world.velocity.shape == (4000, 2)
+    assert not world.walls[np.arange(4000), world.agent[:, 0], world.agent[:, 1]].any()
+    assert world.walls.mean() == pytest.approx(0.3, abs=0.01)
+    for things in (world.agent, world.ball):  # everywhere equally often
+        share = np.bincount(things @ (4, 1), minlength=16) / 4000
+        assert share == pytest.approx(np.full(16, 1 / 16), abs=0.02)
+    assert sorted(Counter(map(tuple, world.velocity.tolist())).values())[0] > 900
+    assert {*map(tuple, world.velocity.tolist())} == {(-1, -1), (-1, 1), (1, -1), (1, 1)}
+    assert (worlds(20, walls=0.999).cells() == AGENT).sum((1, 2)).tolist() == [1] * 20  # room is made
+    with_ball, without = worlds(5), worlds(5, ball=False)
+    assert (with_ball.walls == without.walls).all() and (with_ball.agent == without.agent).all()
+
+
+@pytest.mark.parametrize("settings", [{"side": 1}, {"side": 27}, {"walls": 1}, {"walls": -0.1}], ids=str)
+def test_impossible_worlds(settings):
+    with raises_one_line(str(*settings.values())):
+        worlds(**settings)
+
+
+@pytest.mark.parametrize("action", [-1, 5])
+def test_an_action_that_does_not_exist(action):
+    with pytest.raises(ValueError, match="from 0 to 4"):
+        worlds(2).step([0, action])
+
+
+def test_moves_by_hand():
+    world = World.from_cells(from_text("A#. ... ...")[None], np.random.default_rng(0))
+    told = [(world.step(np.array([ACTIONS.index(action)]))[0], *world.agent[0].tolist())
+            for action in ("up", "left", "right", "down", "right", "up", "down", "down", "right", "right", "stay")]
+    assert told == [(0, 0, 0), (0, 0, 0), (0, 0, 0), (2, 1, 0), (4, 1, 1), (0, 1, 1), (2, 2, 1), (0, 2, 1), (4, 2, 2),
+                    (0, 2, 2), (0, 2, 2)]
+
+
+def test_a_ball_is_reflected_by_the_edge_alone():
+    world = worlds(1, side=4)
+    world.walls[:] = True
+    world.ball[:], world.velocity[:] = (1, 3), (-1, 1)
+    path = []
+    for _ in range(7):
+        world.step([0])
+        path.append(tuple(world.ball[0].tolist()))
+    assert path == [(0, 2), (1, 1), (2, 0), (3, 1), (2, 2), (1, 3), (0, 2)]
+
+
+def test_a_world_from_a_picture():
+    cells = np.stack([from_text("A#. .#o ..."), from_text("..# #.. .A.")])
+    world = World.from_cells(cells, np.random.default_rng(0))
+    assert (world.cells() == cells).all()
+    assert world.ball.tolist() == [[1, 2], [-1, -1]] and world.velocity[1].tolist() == [0, 0]
+    assert world.agent.tolist() == [[0, 0], [2, 1]] and not world.walls[0, 1, 2]
+    many = World.from_cells(cells[:1].repeat(400, 0), np.random.default_rng(0))
+    assert min(Counter(map(tuple, many.velocity.tolist())).values()) > 60 and (abs(many.velocity) == 1).all()
+    for wrong in ("... ... ...", "AA. ... ...", "A.o ..o ..."):
+        with pytest.raises(ValueError, match="one agent"):
+            World.from_cells(from_text(wrong)[None], np.random.default_rng(0))
+    with pytest.raises(ValueError, match="0 to 3"):
+        World.from_cells(from_text("A#. .#o ...")[None] + 2 * np.eye(3, dtype=np.uint8)[::-1],
+                         np.random.default_rng(0))
+
+
+def test_a_copy_goes_its_own_way():
+    world = worlds(3)
+    before, copy = world.cells(), world.copy()
+    copy.walls[:], copy.agent[:], copy.velocity[:] = False, 0, 1
+    for _ in range(3):
+        copy.step([2, 2, 2])
+    assert (world.cells() == before).all() and copy.side == 8
+    assert (world.copy().step([1, 2, 3]) == world.step([1, 2, 3])).all()
+
+
+# --- Pictures ---
+
+def test_sprites_differ_and_show_what_they_are():
+    for cell_px in range(1, 33):
+        table = sprites(cell_px)
+        assert table.shape == (4, cell_px, cell_px) and table.dtype == np.uint8
+        assert len({sprite.tobytes() for sprite in table}) == 4
+        if cell_px >= 4:
+            assert [sorted({*sprite.flatten().tolist()}) for sprite in table] == [[0], [1, 2], [0, 3, 4], [0, 5]]
+    ball = sprites(8)[BALL]
+    assert (ball == ball.T).all() and (ball == ball[::-1]).all() and ball[1, 1] == 0 and ball[1, 2] == 5
+    distance = np.square(PALETTE[:, None].astype(int) - PALETTE[None]).sum(2) ** 0.5
+    assert PALETTE.shape == (6, 3) and PALETTE.dtype == np.uint8 and distance[~np.eye(6, dtype=bool)].min() > 40
+
+
+@pytest.mark.parametrize("cell_px", [1, 2, 3, 5, 8])
+def test_pictures_and_back(cell_px):
+    cells = np.stack([worlds(3, seed, side=5, walls=0.4).cells() for seed in range(2)])  # (2, 3, 5, 5)
+    image = render(cells, cell_px)
+    assert image.shape == (2, 3, 5 * cell_px, 5 * cell_px) and image.dtype == np.uint8
+    for place in np.ndindex(cells.shape):
+        row, column = place[2] * cell_px, place[3] * cell_px
+        part = image[place[0], place[1], row:row + cell_px, column:column + cell_px]
+        assert (part == sprites(cell_px)[cells[place]]).all()
+    frames = paint(cells, cell_px)
+    assert frames.dtype == np.uint8 and (frames == PALETTE[image]).all()
+    assert isinstance(read_cells(frames, cell_px), np.ndarray)
+    found = read_cells(torch.from_numpy(frames), cell_px)
+    assert found.dtype == torch.uint8 and found.shape == cells.shape
+    assert (found.numpy() == cells).all() and (read_cells(frames, cell_px) == cells).all()
+    assert (read_cells(paint(cells[0, 0], cell_px), cell_px) == cells[0, 0]).all()
+    wide = cells[:, :, :2]
+    assert (read_cells(paint(wide, cell_px), cell_px) == wide).all()
+
+
+def test_the_nearest_sprite_as_by_hand():
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (50, 8, 12, 3), dtype=np.uint8)
+    table = PALETTE[sprites(4)].astype(int)
+    for frame, found in zip(noise, read_cells(noise, 4)):
+        for row in range(2):
+            for column in range(3):
+                part = frame[row * 4:row * 4 + 4, column * 4:column * 4 + 4].astype(int)
+                assert found[row, column] == np.square(table - part).sum((1, 2, 3)).argmin()
+    with pytest.raises(ValueError, match="8 x 12"):
+        read_cells(noise, 3)
+
+
+# --- Words ---
+
+def test_a_caption_by_hand(monkeypatch):
+    told = set()
+    for phrase in video.PHRASES:
+        monkeypatch.setattr(video, "PHRASES", (phrase,))
+        told.add(caption(from_text("#.o ..A .#.")))
+    assert told == {"agent at c2, ball at c1, walls a1 b3.", "the agent is on c2, the ball on c1; walls: a1 b3.",
+                    "agent c2, ball c1. there are walls on a1 b3."}
+    monkeypatch.setattr(video, "PHRASES", video.PHRASES[:1])
+    assert caption(from_text("... ... .A.")) in {"agent b3. there are walls on none."}
+    assert caption(from_text("##. #A# ###")) == "agent b2. there are walls on all but c1 b2."
+
+
+@pytest.mark.parametrize("side, walls", [(2, 0.3), (8, 0.15), (8, 0.5), (8, 0.9), (12, 0.45), (26, 0.5)])
+def test_captions_and_back(side, walls):
+    cells = worlds(60, side=side, walls=walls).cells()
+    told = [caption(picture) for picture in cells]
+    for picture, text in zip(cells, told):
+        assert text.isascii() and len(text) <= caption_length(side)
+        found = read_caption(text, side)
+        assert found.dtype == np.uint8 and (found == picture).all() and caption(picture.copy()) == text
+        assert (read_caption(f" {text}\n", side) == picture).all()
+    assert len({text[:9] for text in told}) >= 3  # several ways to say it
+    if side == 8 and walls < 0.2:
+        assert max(map(len, told)) <= 160 >= caption_length(8)
+
+
+def test_the_longest_caption():
+    for side in (2, 8, 11):
+        cells = np.zeros(side * side, np.uint8)
+        cells[:side * side // 2], cells[-2:] = WALL, (BALL, AGENT)
+        rng, longest = np.random.default_rng(0), 0
+        for _ in range(40):
+            longest = max(longest, len(caption(rng.permutation(cells).reshape(side, side))))
+        assert caption_length(side) * 0.7 < longest <= caption_length(side)
+
+
+def test_no_valid_description():
+    good = "agent at c2, ball at c1, walls a1 b3."
+    assert read_caption(good, 3).tolist() == from_text("#.o ..A .#.").tolist()
+    for wrong in ("", "agent", good[:-1], good + " x", good.replace("agent", "angel"), good.replace("c2", "d2"),
+                  good.replace("c2", "c4"), good.replace("c2", "a1"), good.replace("c1", "b3"),
+                  good.replace("c1", "c2"), good.replace("a1 b3", "a1 a1"), good.replace("a1 b3", "a0 b3"),
+                  good.replace("a1 b3", ""), good.replace("a1 b3", "a1  b3"), good.replace("a1 b3", "b9"),
+                  good.replace("a1", "all but a1"), good.replace("a1 b3", "all but c2"), good.replace("a1 b3", "all but c1 b1"),
+                  good.replace(", walls", "; walls:"), f"{good} {good}"):
+        assert read_caption(wrong, 3) is None, wrong
+    assert read_caption(good.replace("a1 b3", "all but c1 c2"), 3).tolist() == from_text("##o ##A ###").tolist()
+    for wrong in ("... ... ...", "AA. ... ...", "A.o ..o ..."):
+        with pytest.raises(ValueError, match="has no caption"):
+            caption(from_text(wrong))
+
+
+# --- Clips and batches ---
+
+def numbered(episodes=3, length=5):
+    """Clips whose frames say where they come from: red is the episode, green the frame; actions 10 * episode + k."""
+    frames = torch.zeros(episodes, length, 2, 4, 3, dtype=torch.uint8)
+    frames[..., 0] += torch.arange(episodes, dtype=torch.uint8)[:, None, None, None]
+    frames[..., 1] += torch.arange(length, dtype=torch.uint8)[:, None, None]
+    actions = torch.arange(episodes)[:, None] * 10 + torch.arange(length - 1)
+    return Clips(None, frames, actions.to(torch.uint8))
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 5])
+def test_clips_never_cross_an_episode(T):
+    clips = numbered()
+    assert len(clips) == 3 and clips.length == 5 and clips.count(T) == 3 * (6 - T)
+    index = torch.arange(clips.count(T))
+    frames, actions = clips.frames(index, T), clips.actions(index, T)
+    assert frames.shape == (len(index), T, 2, 4, 3) and frames.dtype == torch.uint8
+    assert actions.shape == (len(index), T - 1) and actions.dtype == torch.int64
+    for i in index.tolist():
+        episode, start = divmod(i, 6 - T)
+        assert frames[i, :, 1, 1, 0].tolist() == [episode] * T
+        assert frames[i, :, 0, 2, 1].tolist() == list(range(start, start + T))
+        assert actions[i].tolist() == [10 * episode + k for k in range(start, start + T - 1)]
+    assert clips.effective(index, T).equal(actions) and clips.cells(index, T) is None
+    assert clips.indices(index, T) is None
+
+
+def test_clips_without_actions_and_out_of_range():
+    clips = Clips(None, torch.zeros(2, 3, 2, 2, 3, dtype=torch.uint8))
+    assert clips.actions(torch.tensor([0]), 2) is None and clips.effective(torch.tensor([0]), 2) is None
+    for index in ([-1], [0, 4]):
+        with pytest.raises(IndexError, match="4 clips of 2 frames"):
+            clips.frames(torch.tensor(index), 2)
+    for T in (0, 4):
+        with raises_one_line(f"clips of {T} frames", "episodes of 3 frames"):
+            clips.count(T)
+        with raises_one_line(f"{T}"):
+            clips.frames(torch.tensor([0]), T)
+
+
+def test_clips_of_grid_worlds(small):
+    index = torch.tensor([0, 5, 299 * 9 + 8])
+    cells, frames = small.train.cells(index, 4), small.train.frames(index, 4)
+    assert cells.shape == (3, 4, 6, 6) and frames.shape == (3, 4, 30, 30, 3) and frames.dtype == torch.uint8
+    assert cells[1].equal(small.train.stored_cells[0, 5:9]) and cells[2].equal(small.train.stored_cells[299, 8:])
+    indices = small.train.indices(index, 4)
+    assert indices.shape == (3, 4, 30, 30) and indices.dtype == torch.uint8
+    assert small.palette[indices.long()].equal(frames) and read_cells(frames, 5).equal(cells)
+
+
+def test_a_stream_is_a_pure_function_of_seed_and_step(small):
+    first, again = Stream(small.train, 4, 50, 3), Stream(small.train, 4, 50, 3)
+    batches = [first.at(step) for step in range(40)]
+    for step in (39, 0, 17):
+        assert again.at(step).equal(batches[step])
+    assert batches[0].dtype == torch.int64 and batches[0].shape == (50,)
+    assert not batches[0].equal(batches[1]) and not Stream(small.train, 4, 50, 4).at(0).equal(batches[0])
+    drawn, n = torch.cat(batches), small.train.count(4)
+    assert drawn.min() >= 0 and n * 0.99 < drawn.max() < n and drawn.float().mean() == pytest.approx(n / 2, rel=0.05)
+    assert len(drawn.unique()) < 2000 and {*Stream(numbered(), 5, 60, 0).at(0).tolist()} == {0, 1, 2}
+    digest = hashlib.sha256(b"3 clips 0").digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    assert torch.randint(n, (50,), generator=generator).equal(batches[0])
+    with raises_one_line("batch_size is 0"):
+        Stream(small.train, 4, 0, 0)
+    with raises_one_line("13 frames", "12 frames"):
+        Stream(small.train, 13, 4, 0)
+
+
+# --- Grid worlds as data ---
+
+def test_what_load_returns(small):
+    assert (len(small.train), len(small.val), small.train.length) == (300, 40, 12)
+    assert (small.n_actions, small.action_names, small.cell_px) == (5, ACTIONS, 5)
+    assert (small.height, small.width) == (30, 30) and small.palette.numpy().tolist() == PALETTE.tolist()
+    assert small.palette.dtype == torch.uint8 and small.hash in small.source and "300" in small.source
+    assert load("gridworld", 4, 4, 3).height == 64
+
+
+def test_actions_lead_from_frame_to_frame(small):
+    cells, actions = small.val.stored_cells.numpy(), small.val.stored_actions.numpy()
+    effective = small.val.stored_effective.numpy()
+    where = np.stack(np.divmod((cells == AGENT).reshape(40, 12, 36).argmax(2), 6), 2)  # (40, 12, 2)
+    moves = np.array([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])
+    assert (where[:, 1:] - where[:, :-1] == moves[effective]).all()
+    assert ((effective == actions) | (effective == 0)).all() and (effective != actions).mean() > 0.1
+    index = torch.arange(40)
+    assert small.val.effective(index, 12).numpy().tolist() == effective.tolist()
+    assert small.val.actions(index, 12).numpy().tolist() == actions.tolist()
+
+
+def test_shares_of_what_happens():
+    figures = statistics(load(n_train=800, n_val=1).train, 5)
+    assert figures["shares"] == pytest.approx([0.40, 0.15, 0.15, 0.15, 0.15], abs=0.015)
+    assert figures["stopped"] == pytest.approx(0.205, abs=0.015)
+    assert figures["entropy"] == pytest.approx(-sum(p * math.log(p) for p in figures["shares"]), abs=1e-9)
+    assert figures["copy_last"] == pytest.approx(21.2, abs=0.3)
+
+
+def test_copy_last_by_hand():
+    frames = torch.zeros(1, 3, 1, 1, 3, dtype=torch.uint8)
+    frames[0, 1, 0, 0, 0], frames[0, 2, 0, 0, 0] = 255, 255  # one value of six differs
+    figures = statistics(Clips(None, frames), 0)
+    assert figures["copy_last"] == pytest.approx(10 * math.log10(6)) and figures["pairs"] == 2
+    assert statistics(Clips(None, torch.zeros_like(frames)), 0)["copy_last"] == math.inf
+
+
+def test_the_same_worlds_on_every_machine():
+    made = load(n_train=20, n_val=6, length=5, side=5, walls=0.2, split_seed=7)
+    digest = hashlib.sha256()
+    for side in (made.train, made.val):
+        for stored in (side.stored_cells, side.stored_actions, side.stored_effective):
+            digest.update(stored.numpy().tobytes())
+    assert digest.hexdigest() == "9472198ae902400d7921208d60ee823f0de6f79e6606a4240126a30d364f2834"
+    assert made.hash == "79f677d174cc"
+
+
+def test_worlds_depend_on_what_they_should():
+    def cells(side="train", **settings):
+        return getattr(load(**{"n_train": 20, "n_val": 4, "length": 4, **settings}), side).stored_cells
+
+    first = cells()
+    assert cells().equal(first) and cells(length=9)[:, :4].equal(first) and cells(n_train=300)[:20].equal(first)
+    assert cells(n_val=30).equal(first) and cells(cell_px=4).equal(first)
+    for other in ({"split_seed": 1}, {"walls": 0.2}, {"ball": False}):
+        assert not cells(**other).equal(first)
+    assert not cells("val", n_val=20).equal(first)
+    assert load(n_train=20, n_val=4, length=4).hash != load(n_train=21, n_val=4, length=4).hash
+
+
+@pytest.mark.parametrize("walls", [0.15, 0.5])
+def test_no_layout_is_in_both(walls, monkeypatch):
+    layouts, init = [], World.__init__
+
+    def noted(world, *args):
+        init(world, *args)
+        layouts.append(world)
+
+    monkeypatch.setattr(World, "__init__", noted)
+    made = load(n_train=600, n_val=8 if walls < 0.2 else 300, length=2, side=3, walls=walls, ball=False)
+    n_val = len(made.val)  # without a ball the picture shows all walls
+    val, train = ({(picture == WALL).tobytes() for picture in side.stored_cells[:, 0].numpy()}
+                  for side in (made.val, made.train))
+    assert len(layouts) >= 3 and not val & train and len(val) > 5 and len(train) > 20
+    dropped = int(re.search(r"([\d,]+) training episodes dropped", made.source)[1].replace(",", ""))
+    drawn = layouts[math.ceil(n_val / video.CHUNK):]
+    want = sum(walls_.tobytes() in val for world in drawn for walls_ in world.walls)
+    assert dropped == want > 0
+    assert len(made.train) == 600
+
+
+def test_a_ball_over_a_wall_hides_no_shared_layout(monkeypatch):
+    """The split is by the walls of the world, not by those that the first picture happens to show."""
+    drawn, init = [], World.__init__
+
+    def noted(world, *args):
+        init(world, *args)
+        drawn.append(world.walls.copy())
+
+    monkeypatch.setattr(World, "__init__", noted)
+    made = load(n_train=256, n_val=256, length=2, side=3, walls=0.5)
+    val, train = drawn[0], np.concatenate(drawn[1:])
+    kept = np.array([layout.tobytes() not in {other.tobytes() for other in val} for layout in train])
+    shown = made.train.stored_cells[:, 0].numpy()
+    bare = train[kept][:256]
+    assert ((shown == WALL) <= bare).all() and ((shown == BALL) & bare).any()
+    assert ((shown == WALL) | (shown == BALL) | ~bare).all()
+
+
+def test_without_walls_the_starts_differ():
+    made = load(n_train=500, n_val=100, length=3, side=4, walls=0)
+    assert not (made.train.stored_cells == WALL).any() and "start of val" in made.source
+    visible = [{picture.tobytes() for picture in side.stored_cells[:, 0].numpy() if (picture == BALL).any()}
+               for side in (made.train, made.val)]
+    assert len(visible[0]) > 50 < len(visible[1]) and not visible[0] & visible[1]
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"side": 2}, ("wall layouts", "side 2", "walls 0.15", "n_val")), ({"side": 2, "walls": 0}, ("starts", "side 2")),
+    ({"walls": 0, "ball": False}, ("starts", "side 8"))], ids=str)
+def test_nothing_left_for_training(settings, words):
+    with raises_one_line(*words):
+        load(length=2, **settings)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("n_train", 0), ("n_val", 0), ("length", 1), ("side", 1), ("side", 27), ("cell_px", 0), ("cell_px", 257),
+    ("frame_skip", 0), ("walls", 1), ("walls", -0.1), ("walls", float("nan")), ("val_share", 0), ("val_share", 1)])
+def test_numbers_out_of_range(name, value):
+    with raises_one_line(f"{name} is {value}"):
+        load(**{name: value})
+
+
+@pytest.mark.parametrize("name, near", [("gridwrold", "did you mean gridworld?"), ("donkey", "did you mean donkeycar?"),
+                                        ("atari", "atari:Freeway?"), ("xyz", "choose gridworld, donkeycar, atari:"),
+                                        ("frames.npy", ".npz file")])
+def test_unknown_names(name, near):
+    with raises_one_line(repr(name), near, "gridworld", "donkeycar", "atari:Freeway", ".npz"):
+        load(name)
+
+
+# --- Files ---
+
+def npz(path, **arrays):
+    np.savez(path, **arrays)
+    return str(path)
+
+
+def frames_of(n, height=4, width=6):
+    return np.random.default_rng(0).integers(0, 256, (n, height, width, 3), dtype=np.uint8)
+
+
+def test_a_file_with_whole_actions(tmp_path):
+    frames, actions = frames_of(20), np.arange(20) % 4
+    for dtype in (np.int64, np.uint8):
+        made = load(npz(tmp_path / "some.npz", frames=frames, actions=actions.astype(dtype), angle=np.full(20, np.nan)))
+        assert (len(made.train), made.train.length, len(made.val), made.val.length) == (1, 16, 1, 4)
+        assert made.n_actions == 4 == len(made.action_names) and made.palette is None and made.cell_px is None
+        assert (made.height, made.width) == (4, 6) and "some.npz" in made.source and made.hash in made.source
+        assert (made.train.frames(torch.tensor([2]), 5)[0].numpy() == frames[2:7]).all()
+        assert (made.val.frames(torch.tensor([0]), 4)[0].numpy() == frames[16:]).all()
+        assert made.train.actions(torch.tensor([2]), 5).tolist() == [[2, 3, 0, 1]]
+        assert made.val.effective(torch.tensor([1]), 3).tolist() == [[1, 2]]
+    assert load(npz(tmp_path / "some.npz", frames=frames), val_share=0.5).val.length == 10
+
+
+def test_floats_become_buckets_of_the_training_part(tmp_path):
+    angle = np.concatenate([np.random.default_rng(0).permutation(100) / 100, np.full(20, 9), np.full(5, -9)])
+    made = [load(npz(tmp_path / "car.npz", frames=frames_of(125), **{name: angle.astype(np.float32)}))
+            for name in ("angle", "actions")]
+    for video_ in made:
+        assert video_.train.length == 100 and video_.n_actions == 5
+        wanted = np.searchsorted(np.arange(1, 5) * 20, angle[:99] * 100 + 0.5, side="left")
+        assert video_.train.stored_actions[0].tolist() == wanted.tolist()
+        assert video_.val.stored_actions[0].tolist() == [4] * 20 + [0] * 4
+        assert [name.split()[0] for name in video_.action_names] == ["steering"] * 5
+        assert "0.20" in video_.action_names[0] and "0.79" in video_.action_names[4]
+    tied = load(npz(tmp_path / "car.npz", frames=frames_of(50), angle=np.zeros(50)))
+    assert tied.n_actions == 5 and not tied.train.stored_actions.any()
+
+
+def test_a_file_without_actions(tmp_path):
+    made = load(npz(tmp_path / "plain.npz", frames=frames_of(10), other=np.zeros(3)))
+    assert made.n_actions == 0 and made.action_names == () and made.train.actions(torch.tensor([0]), 3) is None
+    assert "no actions" in made.source and statistics(made.train, 0)["shares"] == []
+
+
+@pytest.mark.parametrize("arrays, words", [
+    ({"images": frames_of(9)}, ("no array named frames",)),
+    ({"frames": frames_of(9).astype(np.float32)}, ("float32", "uint8")),
+    ({"frames": frames_of(9)[0]}, ("(4, 6, 3)", "(N, H, W, 3)")),
+    ({"frames": frames_of(9)[..., :1]}, ("(9, 4, 6, 1)", "(N, H, W, 3)")),
+    ({"frames": frames_of(9, 0)}, ("(9, 0, 6, 3)", "at least 1")),
+    ({"frames": frames_of(9, 4, 0)}, ("(9, 4, 0, 3)", "at least 1")),
+    ({"frames": frames_of(9), "actions": np.zeros(8, int)}, ("9 frames and 8 actions",)),
+    ({"frames": frames_of(9), "angle": np.zeros(10)}, ("9 frames and 10 angle",)),
+    ({"frames": frames_of(9), "actions": np.zeros((9, 1), int)}, ("actions", "(9, 1)")),
+    ({"frames": frames_of(9), "actions": np.arange(9) - 1}, ("actions go from -1 to 7",)),
+    ({"frames": frames_of(9), "actions": np.arange(9) * 100}, ("actions go from 0 to 800", "0 to 255")),
+    ({"frames": frames_of(9), "actions": np.zeros(9, complex)}, ("complex128", "whole numbers or floats")),
+    ({"frames": frames_of(9), "angle": np.zeros(9, int)}, ("angle are int64", "floats")),
+    ({"frames": frames_of(9), "angle": np.array([0.0] * 4 + [np.nan] + [0.0] * 4)}, ("not all finite", "4 is nan")),
+    ({"frames": frames_of(9), "actions": np.array([0.0] * 8 + [np.inf])}, ("not all finite", "8 is inf")),
+    ({"frames": frames_of(9), "actions": np.array([None] * 9)}, ("plain arrays",)),
+    ({"frames": frames_of(5)}, ("5 frames", "4 for training and 1 for validation", "too few")),
+    ({"frames": frames_of(0)}, ("0 frames", "too few")),
+    ({"frames": frames_of(0), "actions": np.zeros(0, int)}, ("0 frames", "too few")),
+])
+def test_files_that_are_wrong(tmp_path, arrays, words):
+    path = npz(tmp_path / "wrong.npz", **arrays)
+    with raises_one_line("wrong.npz", *words):
+        load(path)
+
+
+def test_files_that_are_no_archives(tmp_path):
+    with raises_one_line("nowhere.npz", "no such file"):
+        load(str(tmp_path / "nowhere.npz"))
+    whole = io.BytesIO()
+    np.savez_compressed(whole, frames=frames_of(40), angle=np.zeros(40))
+    whole, plain = whole.getvalue(), io.BytesIO()
+    np.save(plain, frames_of(9))
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 255
+    for content in (b"", b"hello", whole[:len(whole) // 2], whole[:-3], bytes(flipped), plain.getvalue()):
+        (tmp_path / "broken.npz").write_bytes(content)
+        with raises_one_line("broken.npz", "damaged"):
+            load(str(tmp_path / "broken.npz"))
+    (tmp_path / "broken.npz").unlink()
+    (tmp_path / "broken.npz").mkdir()
+    with raises_one_line("no such file"):
+        load(str(tmp_path / "broken.npz"))
+
+
+def test_the_car_is_looked_for(tmp_path, monkeypatch):
+    for value in (None, "", str(tmp_path), f"{tmp_path}{os.pathsep}{tmp_path / 'none'}"):
+        monkeypatch.delenv("NANOLAB_DATA", raising=False)
+        if value is not None:
+            monkeypatch.setenv("NANOLAB_DATA", value)
+        with raises_one_line("donkeycar-1000-64x64.npz", "set NANOLAB_DATA"):
+            load("donkeycar")
+    npz(tmp_path / "donkeycar-1000-64x64.npz", frames=frames_of(10), angle=np.zeros(10))
+    assert load("donkeycar").train.length == 8
+
+
+@pytest.mark.skipif(not any((Path(folder) / video.DONKEYCAR).is_file()
+                            for folder in os.environ.get("NANOLAB_DATA", "").split(os.pathsep)),
+                    reason="no folder of NANOLAB_DATA has the file")
+def test_the_car():
+    made = load("donkeycar")
+    assert (made.height, made.width, made.n_actions) == (64, 64, 5)
+    assert (made.train.length, made.val.length) == (800, 200) and made.train.count(8) == 793
+    assert made.hash == "ada084fe7bd0"
+    figures = statistics(made.train, 5)
+    assert min(figures["shares"]) > 0.15 and figures["copy_last"] == pytest.approx(20.77, abs=0.01)
+
+
+# --- Atari ---
+
+def test_shrinking_averages_by_area():
+    for height, width, to in ((6, 5, (4, 2)), (210, 160, (64, 64)), (3, 7, (5, 7)), (9, 8, (3, 2))):
+        screen = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        wanted = screen.astype(float)
+        for axis in range(2):  # so often repeated that the results are made of whole pixels
+            wanted = wanted.repeat(to[axis], 0).reshape(to[axis], -1, *wanted.shape[1:]).mean(1).swapaxes(0, 1)
+        assert abs(video.shrink(screen, *to) - wanted).max() <= 0.5 + 1e-9
+    assert (video.shrink(np.full((210, 160, 3), 200, np.uint8)) == 200).all()
+    assert video.shrink(np.zeros((210, 160, 3), np.uint8)).shape == (64, 64, 3)
+
+
+def test_atari_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ale_py", None)
+    with raises_one_line("pip install ale-py"):
+        load("atari:Freeway")
+
+
+def test_atari():
+    pytest.importorskip("ale_py")
+    settings = {"n_train": 4, "n_val": 3, "length": 6}
+    made, again = load("atari:Freeway", **settings), load("atari:freeway", **settings)
+    assert made.hash == again.hash and made.action_names == ("noop", "up", "down") and made.palette is None
+    assert (len(made.train), made.train.length, len(made.val), made.n_actions) == (4, 6, 3, 3)
+    assert made.train.frames(torch.arange(4), 6).shape == (4, 6, 64, 64, 3) and made.train.stored_frames.max() > 100
+    assert not made.train.stored_frames[:3].equal(made.val.stored_frames)
+    assert load("atari:Freeway", split_seed=1, **settings).hash != made.hash
+    assert load("atari:Freeway", frame_skip=2, **settings).hash != made.hash
+    assert load("atari:MsPacman", 1, 1, 2).n_actions == 9
+    with raises_one_line("'Freewax'", "freeway"):
+        load("atari:Freewax")
+
+
+class Fake:
+    """An emulator whose screens count its steps and whose games are over after 10 of them."""
+
+    def __init__(self, over):
+        self.over, self.steps, self.taken = over, 0, []
+
+    def act(self, action):
+        self.steps += 1
+        self.taken.append(action)
+
+    def game_over(self):
+        return self.steps >= self.over
+
+    def reset_game(self):
+        self.steps = 0
+
+    def getScreenRGB(self):
+        return np.full((8, 8, 3), self.steps, np.uint8)
+
+
+def test_an_episode_never_crosses_the_end_of_a_game():
+    for seed in range(10):
+        ale, rng = Fake(10), np.random.default_rng(seed)
+        frames, actions = np.zeros((5, 64, 64, 3), np.uint8), np.zeros(4, np.uint8)
+        for _ in range(4):
+            video._play(ale, "noop", ["a", "b"], rng, frames, actions, "game")
+            shown = frames[:, 0, 0, 0].tolist()
+            assert shown == list(range(shown[0], shown[0] + 5)) and 1 <= shown[0] and shown[-1] <= 10
+            assert ale.taken[-4:] == ["ab"[k] for k in actions] and ale.taken[-5] == "noop"
+    with raises_one_line("game is over before 5 frames"):
+        video._play(Fake(4), "noop", ["a", "b"], np.random.default_rng(0), frames, actions, "game")
+
+
+# --- The command line ---
+
+def test_the_command_line(tmp_path, capsys):
+    car = npz(tmp_path / "car.npz", frames=frames_of(30, 16, 24), angle=np.linspace(-1, 1, 30))
+    video.main(["--n_train", "20", "--n-val", "4", "--stats", "--out", str(tmp_path)])
+    video.main([car, "--stats", "--out", str(tmp_path)])
+    told = capsys.readouterr().out
+    for words in ("gridworld: 20 training and 4", "20 episodes of 16 frames", "1 episode of 24 frames", "stay ", "nats",
+                  "% blocked", "PSNR of", "video_gridworld.png", "video_car.png"):
+        assert words in told
+    no_folder = ["--n_train", "9", "--n_val", "2", "--stats", "--out", str(tmp_path / "none")]
+    for args, words in ((["--n_trian", "20"], "--n_trian"), (no_folder, "cannot write")):
+        with pytest.raises(SystemExit) as stopped:
+            video.main(args)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and re.fullmatch(r"error: [^\n]+\n", error) and words in error
+    from matplotlib import image
+    assert image.imread(tmp_path / "video_gridworld.png").shape[:2] == (780, 1200)
+    assert (tmp_path / "video_car.png").stat().st_size > 5000
+
+
+def test_the_script_itself(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "data/video.py"), "gridwrold"], capture_output=True, text=True,
+                          cwd=tmp_path, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: unknown dataset") and not done.stdout

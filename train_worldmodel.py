@@ -1,0 +1,716 @@
+"""From video to a world that one can play: frames as tokens, latent actions without labels, and the next frame.
+
+    python train_worldmodel.py --preset cpu                    # every stage on the own grid world: minutes
+    python train_worldmodel.py --stage actions                 # one stage: which of 8 codes led to each next frame
+    python train_worldmodel.py --stage tokenizer               # another: frames as codes of one codebook
+    python train_worldmodel.py --resume --stage dynamics       # goes on with the newest run: that stage is added
+    python train_worldmodel.py --preset cpu --resume           # goes on exactly where the newest run stopped
+    python train_worldmodel.py --preset cells                  # the dynamics alone, on the world's own cells
+    python train_worldmodel.py --dataset donkeycar             # a real drive; or a file of your own: --dataset my.npz
+    python train_worldmodel.py -h                              # every setting
+
+A small Genie (Bruce et al. 2024, 2402.15391): a tokenizer (VQ-VAE over patches), a latent action model, and MaskGIT
+over the next frame's tokens. The own world knows which action happened, so every score has its ceiling and its floors.
+"""
+import copy
+import math
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import optim
+from data.video import AGENT, BALL, Stream, load, read_cells
+from discrete import code_statistics, fsq_levels, mutual_information
+from experiment import (NonFinite, Run, UserError, adopt, command, find_resume, generator_states, load_checkpoint,
+                        override, peak_memory, resolve_device, restore_generators, seed_everything)
+from model import fused_rows, parameter_roles
+from worldmodel import ActionModel, Dynamics, Tokenizer, to_patches
+
+# --- Run ---
+preset = None              # a named set of settings (below); flags win over it
+run_name = None            # name of the run's directory; none: date and time
+out_dir = "runs"           # the run's directory is out_dir/train_worldmodel/run_name
+tag = None                 # a word by which `python experiment.py clean --tag` finds the run
+stage = "all"              # [all, tokenizer, actions, dynamics] what to train; all: one after the other
+resume = False             # [path] go on with run_name (none: the newest run); --resume PATH: from that checkpoint
+eval_only = False          # with resume: figures of the stage, or of all that are trained; trains nothing
+seed = 1337                # initialisation, masks, draws
+data_seed = 1337           # which clips a batch holds
+device = "auto"            # auto, cpu, cuda, cuda:1, ...
+dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
+compile = False            # torch.compile
+deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
+debug = False              # tiny and short, no wandb, no tensorboard
+
+# --- Data ---
+dataset = "gridworld"      # gridworld, donkeycar, atari:Freeway (needs ale-py), or a file: frames (N, H, W, 3), actions
+n_train = 4096             # [>= 1] gridworld, atari: training episodes
+n_val = 256                # [>= 1] gridworld, atari: episodes to evaluate on, in worlds never seen
+length = 24                # [>= 2] gridworld, atari: frames of an episode
+side = 8                   # [>= 2] gridworld: cells
+cell_px = 8                # [>= 4] gridworld: pixels of a cell
+walls = 0.15               # [>= 0.0, < 0.9] gridworld: share of the cells
+ball = True                # gridworld: with a ball that moves by itself
+split_seed = 0             # [>= 0] which worlds there are
+batch_size = 64            # [>= 1] clips per forward pass of the action model
+grad_accum = 1             # [>= 1] forward passes per optimiser step
+
+# --- Tokenizer ---
+tokenizer = "spatial"      # [spatial, spatiotemporal] transformer: each frame by itself, or causal in time as well
+patch = 8                  # [>= 1] pixels of a side of a patch, of tokens and of the action model
+codebook_size = 16         # [>= 2] codes to choose from
+code_dim = 8               # [>= 1] width of a code
+quantiser = "vq"           # [vq, fsq] codes as running means, or fixed levels
+tokenizer_layers = 1       # [>= 1] in encoder and decoder each
+tokenizer_embd = 64        # [>= 1] width
+tokenizer_batch = 16       # [>= 1] clips
+tokenizer_frames = 2       # [>= 1] frames of a clip
+tokenizer_steps = 1000     # [>= 0] optimiser steps
+tokenizer_change = 10.0    # [>= 0.0] extra weight of pixels that differ between frames of a clip: movers are rare
+reset_interval = 20        # [none, >= 1] steps after which codes that nothing chose become encoder outputs; none: never
+reset_fraction = 0.5       # [>= 0.0, <= 1.0] share of the steps with resets
+
+# --- Latent actions ---
+action_model = "conv"      # [conv, transformer] of the encoder and the decoder
+n_codes = 8                # [>= 2] latent actions
+history = 2                # [>= 1] frames that explain the next one; with 1 what moves by itself hides the action
+action_quantiser = "signs" # [signs, vq] signs of normalised numbers, or the nearest of n_codes vectors
+difference = True          # the encoder sees x_t+1 - x_t; False: x_t+1
+action_layers = 3          # [>= 1] in encoder and decoder each
+action_embd = 32           # [>= 1] width
+action_steps = 1600        # [>= 0] optimiser steps
+soft_fraction = 0.3        # [>= 0.0, <= 1.0] share of the steps with continuous codes
+action_change = 20.0       # [>= 0.0] extra weight of pixels that change, at first
+action_change_fraction = 0.7  # [> 0.0, <= 1.0] share of the steps in which that falls to none, a line
+
+# --- Dynamics ---
+tokens = "tokenizer"       # [tokenizer, cells] of the tokenizer, or the grid world's own cells
+actions = "latent"         # [latent, true] that lead to each frame
+action_input = "add"       # [add, prepend] to every token of the frame, or as one more token
+streams = True             # true and corrupted frames side by side, all frames are targets; False: the last frame only
+mask_rate = (0.5, 1.0)     # [>= 0.0, <= 1.0] share of a frame's tokens that are hidden: uniform between these
+context = 4                # [>= 2] frames of a clip, the target included
+dynamics_layers = 2        # [>= 1] layers
+dynamics_embd = 64         # [>= 1] width
+dynamics_batch = 16        # [>= 1] clips
+dynamics_steps = 1500      # [>= 0] optimiser steps
+dynamics_change = 10.0     # [>= 0.0] extra weight of tokens that change, at first
+dynamics_change_fraction = 0.67  # [> 0.0, <= 1.0] share of the steps in which that falls to none, a line
+
+# --- Optimisation ---
+max_steps = None           # [none, >= 0] optimiser steps of each stage; none: the stage's own number
+optimizer = "muon"         # [adam, adamw, muon] muon: matrices of transformers, the rest by adamw
+lr = 2e-3                  # [> 0.0] peak learning rate
+muon_lr = 0.02             # [> 0.0] peak learning rate of the matrices under muon
+schedule = "cosine"        # [constant, noam, cosine, wsd] all start with a linear warm-up
+warmup_steps = 50          # [>= 0] steps
+decay_fraction = 0.5       # [> 0.0, <= 1.0] wsd: share of the steps in which the rate falls linearly
+min_lr_scale = 0.05        # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
+betas = (0.9, 0.99)        # adam, adamw
+eps = 1e-8                 # [>= 0.0] adam, adamw
+muon_momentum = 0.95       # [>= 0.0, < 1.0] muon
+weight_decay = 1e-4        # [>= 0.0] on matrices only
+grad_clip = 1.0            # [none, > 0.0] largest norm of the whole gradient
+ema_decay = 0.0            # [>= 0.0, < 1.0] running average of the weights, evaluated in their place; 0: none
+
+# --- Evaluation and logging ---
+eval_interval = 400        # [>= 1] steps between validations
+eval_clips = 512           # [>= 1] of them, spread over the validation worlds
+patience = None            # [none, >= 1] validations without a better one after which a stage ends; none: never
+save_interval = 200        # [>= 1] steps between checkpoints
+log_interval = 10          # [>= 1] steps between lines of metrics
+wandb = "disabled"         # [disabled, offline, online]
+tensorboard = False        # curves for TensorBoard in the run's directory
+
+presets = {
+    "cpu": dict(stage="all"),
+    "cells": dict(stage="dynamics", tokens="cells", actions="true"),
+}
+
+aliases = {"d_model": "dynamics_embd", "n_actions": "n_codes", "learning_rate": "lr", "save_every": "save_interval",
+           "eval_every": "eval_interval"}
+
+debug_settings = dict(n_train=32, n_val=8, length=8, eval_clips=16, max_steps=8, warmup_steps=2, eval_interval=4,
+                      save_interval=4, log_interval=1, batch_size=8, tokenizer_batch=4, dynamics_batch=4,
+                      tokenizer_embd=16, action_embd=8, dynamics_embd=16)
+
+STAGES = ("tokenizer", "actions", "dynamics")
+
+# These make the shape of the weights, or what the model is scored on: on resume the checkpoint's hold.
+architecture = (
+    "dataset", "n_train", "n_val", "length", "side", "cell_px", "walls", "ball", "split_seed", "tokenizer", "patch",
+    "codebook_size", "code_dim", "quantiser", "tokenizer_layers", "tokenizer_embd", "action_model", "n_codes",
+    "history", "action_quantiser", "difference", "action_layers", "action_embd", "tokens", "actions", "action_input",
+    "context", "dynamics_layers", "dynamics_embd", "optimizer")
+
+
+def check(video):
+    """Settings that cannot go together, or not with the data: UserError with one sentence."""
+    if video.height % patch or video.width % patch:
+        raise UserError(f"patch {patch} does not divide frames of {video.height} x {video.width}")
+    if tokens == "cells" and dataset != "gridworld":
+        raise UserError(f"tokens cells are the grid world's own: {dataset} has none")
+    if actions == "true" and not video.n_actions:
+        raise UserError(f"actions true: {dataset} has no actions")
+    if mask_rate[0] > mask_rate[1]:
+        raise UserError(f"mask_rate {mask_rate[0]},{mask_rate[1]} begins above its end")
+    longest = max(context, history + 1, tokenizer_frames)
+    if longest > video.val.length:
+        raise UserError(f"clips of {longest} frames do not fit into episodes of {video.val.length}")
+    try:
+        if quantiser == "fsq":
+            fsq_levels(codebook_size)
+        for name in STAGES:
+            optim.schedule(schedule, 0, warmup_steps, steps_of(name), min_lr_scale, decay_fraction)
+    except ValueError as error:
+        raise UserError(error)
+
+
+def steps_of(name):
+    """Optimiser steps of a stage."""
+    own = {"tokenizer": tokenizer_steps, "actions": action_steps, "dynamics": dynamics_steps}
+    return own[name] if max_steps is None else max_steps
+
+
+def needs(name):
+    """The stages that a stage reads."""
+    if name != "dynamics":
+        return ()
+    return ("tokenizer",) * (tokens == "tokenizer") + ("actions",) * (actions == "latent")
+
+
+def falling(step, steps, first, fraction):
+    """A weight that falls from `first` to none in a share of the steps, a line."""
+    return first * max(0.0, 1 - step / (fraction * steps)) if steps else 0.0
+
+
+# --- Models and losses ---
+
+def build(name, video):
+    """The untrained model of a stage. UserError: its sizes do not go together."""
+    colours = None if video.palette is None else len(video.palette)
+    try:
+        if name == "tokenizer":
+            return Tokenizer(video.height, video.width, patch, colours, codebook_size, code_dim, tokenizer_layers,
+                             4, tokenizer_embd, tokenizer, quantiser)
+        if name == "actions":
+            return ActionModel(video.height, video.width, patch, colours, history, n_codes, action_embd, action_layers,
+                               action_model, action_quantiser, difference=difference)
+        grid = (side, side) if tokens == "cells" else (video.height // patch, video.width // patch)
+        return Dynamics(grid, 4 if tokens == "cells" else codebook_size, n_codes if actions == "latent" else
+                        video.n_actions, dynamics_layers, 4, dynamics_embd, action_input, max(16, context))
+    except ValueError as error:
+        raise UserError(error)
+
+
+def pixel_loss(written, frames, indices, weight=None):
+    """Mean loss a pixel: nats of the palette's colours where there is a palette, else squared error of RGB in 0..1.
+
+    written (..., H, W, P or 3); frames (..., H, W, 3) float; indices (..., H, W) int64 or None; weight (..., H, W).
+    """
+    if indices is not None:
+        loss = F.cross_entropy(written.flatten(0, -2).float(), indices.flatten(), reduction="none")
+    else:
+        loss = (written.float() - frames).square().mean(-1).flatten()
+    return loss.mean() if weight is None else (loss * weight.flatten()).sum() / weight.sum()
+
+
+class Material:
+    """Clips of one side of a Video on a device: frames as floats, palette indices, actions, tokens."""
+
+    def __init__(self, clips, palette, where):
+        self.clips, self.palette, self.where = clips, palette, where
+
+    def frames(self, index, T):
+        """(B, T, H, W, 3) float32 in 0..1."""
+        return self.clips.frames(index, T).to(self.where).float() / 255
+
+    def pictures(self, index, T):
+        """(frames, indices (B, T, H, W) int64 or None)."""
+        if self.palette is None:
+            return self.frames(index, T), None
+        indices = self.clips.indices(index, T).to(self.where).long()
+        return (self.palette.to(self.where).float() / 255)[indices], indices
+
+
+def as_frames(written, palette):
+    """What a model wrote (..., P or 3) as RGB in 0..1: the likeliest colour of the palette, or clipped."""
+    if palette is None:
+        return written.float().clamp(0, 1)
+    return (palette.to(written.device).float() / 255)[written.argmax(-1)]
+
+
+def tokenizer_loss(model, material, index, step):
+    """(loss, parts) of reconstructing clips; the codes follow what chose them."""
+    frames, indices = material.pictures(index, tokenizer_frames)
+    written, found = model(frames)
+    moving = (frames != frames[:, :1]).any(-1).any(1, keepdim=True).expand(frames.shape[:-1])
+    loss = pixel_loss(written, frames, indices, 1 + tokenizer_change * moving)
+    return loss + 0.25 * found.loss, dict(loss=loss.detach(), codes=found.codes.flatten(), z=found.z.detach())
+
+
+def actions_loss(model, material, index, step):
+    """(loss, parts) of writing the last frame of each clip from those before and a code.
+
+    Pixels that change weigh more at first, since a model that copies is otherwise nearly right; but no longer at the
+    end, since a weight that stays moves the likeliest colour and paints movers where there are none.
+    """
+    frames, indices = material.pictures(index, history + 1)
+    written, found = model(frames, soft=step < soft_fraction * steps_of("actions"))
+    extra = falling(step, steps_of("actions"), action_change, action_change_fraction)
+    changed = (frames[:, -1] != frames[:, -2]).any(-1)
+    target = None if indices is None else indices[:, -1]
+    loss = pixel_loss(written, frames[:, -1], target, 1 + extra * changed)
+    return loss + found.loss, dict(loss=loss.detach())
+
+
+def tokens_and_actions(models, material, index, T):
+    """(tokens (B, T, N), actions (B, T)): what the dynamics read of clips; the action that led to each frame."""
+    with torch.no_grad():
+        if tokens == "cells":
+            found = material.clips.cells(index, T).to(material.where).long().flatten(2)
+        else:
+            found = models["tokenizer"].tokens(material.frames(index, T))
+        if actions == "true":
+            return found, F.pad(material.clips.actions(index, T).to(material.where), (1, 0), value=-1)
+        return found, F.pad(latent_actions(models["actions"], material.frames(index, T)), (1, 0), value=-1)
+
+
+def latent_actions(model, frames):
+    """frames (B, T, H, W, 3) -> codes (B, T - 1) of the steps between them; before the first frame stands a copy of it,
+    as often as the model's history asks."""
+    frames = torch.cat((frames[:, :1].expand(-1, model.history - 1, -1, -1, -1), frames), 1)
+    windows = [frames[:, t:t + model.history + 1] for t in range(frames.size(1) - model.history)]
+    return torch.stack([model.quantiser(model.encode(window)).codes for window in windows], 1)
+
+
+def dynamics_loss(model, models, material, index, step, noise):
+    """(loss, parts) of naming the hidden tokens of frames, given those before them and the actions.
+
+    With `streams` all frames but the first two are targets, each seeing the true frames before it; else the last."""
+    truth, acts = tokens_and_actions(models, material, index, context)
+    acts = acts.masked_fill(acts < 0, model.n_actions)
+    B, T, N = truth.shape
+    rate = mask_rate[0] + (mask_rate[1] - mask_rate[0]) * torch.rand(B, T, 1, generator=noise, device=truth.device)
+    hidden = torch.rand(B, T, N, generator=noise, device=truth.device) < rate
+    first = min(2, T - 1) if streams else T - 1
+    hidden[:, :first] = False
+    corrupted = truth.masked_fill(hidden, model.mask)
+    if streams:
+        logits = model(torch.cat((truth, corrupted), 1), torch.cat((acts, acts), 1), two_streams=True)[:, T:]
+    else:
+        logits = model(corrupted, acts)
+    extra = falling(step, steps_of("dynamics"), dynamics_change, dynamics_change_fraction)
+    changed = truth[:, first:] != truth[:, first - 1:-1]
+    weight = (1 + extra * changed) * hidden[:, first:]
+    nats = F.cross_entropy(logits[:, first:].flatten(0, 2), truth[:, first:].flatten(), reduction="none")
+    loss = (nats * weight.flatten()).sum() / weight.sum().clamp(min=1)
+    return loss, dict(loss=loss.detach())
+
+
+# --- Evaluation ---
+
+def psnr(error):
+    """Decibels of a mean squared error of values in 0..1."""
+    return -10 * math.log10(max(error, 1e-10))
+
+
+def ssim(a, b, size=11, sigma=1.5):
+    """Structural similarity (Wang et al. 2004) of frames (B, H, W, 3) in 0..1: mean over frames, colours and windows, a
+    Gaussian of 11 pixels, without padding."""
+    place = torch.arange(size, device=a.device) - size // 2
+    line = torch.exp(-place.float().square() / (2 * sigma ** 2))
+    line = line / line.sum()
+    a, b = (x.permute(0, 3, 1, 2).flatten(0, 1).unsqueeze(1) for x in (a, b))   # (3 B, 1, H, W)
+
+    def mean(x):
+        return F.conv2d(F.conv2d(x, line.view(1, 1, 1, -1)), line.view(1, 1, -1, 1))
+    ma, mb = mean(a), mean(b)
+    va, vb, cov = mean(a * a) - ma * ma, mean(b * b) - mb * mb, mean(a * b) - ma * mb
+    c1, c2 = 0.01 ** 2, 0.03 ** 2
+    return ((2 * ma * mb + c1) * (2 * cov + c2) / ((ma ** 2 + mb ** 2 + c1) * (va + vb + c2))).mean().item()
+
+
+def spread(clips, T, count):
+    """(count,) int64: clips of T frames, evenly over all."""
+    n = clips.count(T)
+    return torch.linspace(0, n - 1, min(count, n)).long()
+
+
+@torch.no_grad()
+def evaluate_tokenizer(model, material, palette):
+    """Figures of held-out clips. psnr, ssim: of whole frames; changed_psnr: of patches that differ from the frame
+    before, changed_floor: of copying that frame there; usage, perplexity: of the codebook over all clips."""
+    T = max(2, tokenizer_frames)
+    error = changed = floor = count = losses = likeness = n = 0.0
+    codes = []
+    for index in spread(material.clips, T, eval_clips).split(64):
+        frames, indices = material.pictures(index, T)
+        written, found = model(frames, None)
+        losses += pixel_loss(written, frames, indices).item() * len(index)
+        seen = as_frames(written, palette)
+        square = (seen - frames).square()
+        error += square.mean().item() * len(index)
+        likeness += ssim(seen.flatten(0, 1), frames.flatten(0, 1)) * len(index)
+        truth, copied = to_patches(frames, patch)[:, 1:], to_patches(frames, patch)[:, :-1]
+        moved = (truth != copied).any(-1)                                        # (B, T - 1, N)
+        changed += to_patches(square, patch)[:, 1:].mean(-1)[moved].sum().item()
+        floor += (truth - copied).square().mean(-1)[moved].sum().item()
+        count += moved.sum().item()
+        codes.append(found.codes.cpu())
+        n += len(index)
+    used = code_statistics(torch.cat(codes).view(-1, 1), codebook_size)
+    return dict(loss=losses / n, psnr=psnr(error / n), ssim=likeness / n, changed_psnr=psnr(changed / max(count, 1)),
+                changed_floor=psnr(floor / max(count, 1)), usage=used["usage"], perplexity=used["perplexity"],
+                score=-losses / n)
+
+
+def majority_map(codes, labels, n_codes, n_labels):
+    """(n_codes,) int64: the label that came most often with each code."""
+    return (codes * n_labels + labels).bincount(minlength=n_codes * n_labels).view(n_codes, n_labels).argmax(1)
+
+
+@torch.no_grad()
+def evaluate_actions(model, material, palette, n_actions):
+    """Figures of a latent action model on held-out clips; true actions are for scoring only.
+
+    information: I(code; effective action) / H(effective action); majority: accuracy of naming the effective action by
+    a map from codes that was counted on one half of the clips, on the other; majority_200: counted on 200 steps;
+    moved_information: what "moved or not" alone would score. psnr_1, psnr_4: of 1 and 4 frames written after each other
+    from the codes inferred; copy_1, copy_4: of the last true frame instead; dpsnr_1, dpsnr_4: psnr less that of codes
+    inferred in other clips, dpsnr_random_4: less that of uniform codes.
+    """
+    training = model.training
+    model.eval()
+    T, generator = model.history + 4, torch.Generator().manual_seed(0)
+    sums, codes, labels, losses, n = {}, [], [], 0.0, 0
+    for index in spread(material.clips, T, eval_clips).split(64):
+        frames, indices = material.pictures(index, T)
+        windows = [frames[:, t:t + model.history + 1] for t in range(4)]
+        found = torch.stack([model.quantiser(model.encode(window)).codes for window in windows], 1)  # (B, 4)
+        written, _ = model(windows[0])
+        last = None if indices is None else indices[:, model.history]
+        losses += pixel_loss(written, windows[0][:, -1], last).item() * len(index)
+        chosen = {"inferred": found, "permuted": found.roll(1, 0),
+                  "random": torch.randint(n_codes, found.shape, generator=generator).to(found.device)}
+        for name, plan in chosen.items():
+            past = frames[:, :model.history]
+            for t in range(4):
+                out = as_frames(model.predict(past, model.quantiser.look_up(plan[:, t])), palette)
+                past = torch.cat((past[:, 1:], out[:, None]), 1)
+                error = (out - frames[:, model.history + t]).square().mean().item()
+                sums[name, t] = sums.get((name, t), 0.0) + error * len(index)
+                copied = (frames[:, model.history - 1] - frames[:, model.history + t]).square().mean().item()
+                if name == "inferred":
+                    sums["copy", t] = sums.get(("copy", t), 0.0) + copied * len(index)
+        codes.append(found.cpu())
+        effective = material.clips.effective(index, T)
+        if effective is not None:
+            labels.append(effective[:, model.history - 1:])
+        n += len(index)
+    model.train(training)
+    codes = torch.cat(codes)
+    used = code_statistics(codes.view(-1, 1), n_codes)
+    value = {key: psnr(total / n) for key, total in sums.items()}
+    numbers = dict(loss=losses / n, psnr_1=value["inferred", 0], psnr_4=value["inferred", 3], copy_1=value["copy", 0],
+                   copy_4=value["copy", 3], dpsnr_1=value["inferred", 0] - value["permuted", 0],
+                   dpsnr_4=value["inferred", 3] - value["permuted", 3],
+                   dpsnr_random_4=value["inferred", 3] - value["random", 3], usage=used["usage"],
+                   perplexity=used["perplexity"], score=-losses / n)
+    if labels:
+        truth = torch.cat(labels)
+        half, few = len(codes) // 2, min(200, len(codes) // 2 * codes.size(1))
+        fit, fit_labels, test, test_labels = (x.flatten() for x in (codes[:half], truth[:half], codes[half:],
+                                                                    truth[half:]))
+        shared, _, entropy = mutual_information(codes.flatten(), truth.flatten(), n_codes, n_actions)
+        moved, _, _ = mutual_information((truth.flatten() > 0).long(), truth.flatten(), 2, n_actions)
+        whole = majority_map(fit, fit_labels, n_codes, n_actions)
+        small = majority_map(fit[:few], fit_labels[:few], n_codes, n_actions)
+        numbers |= dict(information=shared / max(entropy, 1e-9), moved_information=moved / max(entropy, 1e-9),
+                        majority=(whole[test] == test_labels).double().mean().item(),
+                        majority_200=(small[test] == test_labels).double().mean().item(),
+                        majority_floor=test_labels.bincount().max().item() / len(test_labels))
+    return numbers
+
+
+@torch.no_grad()
+def evaluate_dynamics(model, models, material):
+    """Figures of held-out clips whose last frame is wholly hidden, named in one pass, likeliest tokens.
+
+    tokens, changed: share of all tokens and of those that differ from the frame before; copy: of all, by copying it;
+    agent, ball: share of the clips in which it moved to another cell and stands there; frame: whole frames. Rollouts
+    are what `evaluate_rollouts` is for.
+    """
+    training = model.training
+    model.eval()
+    right = changed = moved = whole = copied = losses = n = 0
+    seen = {AGENT: [0, 0], BALL: [0, 0]}
+    for index in spread(material.clips, context, eval_clips).split(64):
+        truth, acts = tokens_and_actions(models, material, index, context)
+        acts = acts.masked_fill(acts < 0, model.n_actions)
+        hidden = torch.cat((truth[:, :-1], torch.full_like(truth[:, -1:], model.mask)), 1)
+        logits = model(hidden, acts)[:, -1]
+        said, last, before = logits.argmax(-1), truth[:, -1], truth[:, -2]
+        losses += F.cross_entropy(logits.flatten(0, 1), last.flatten(), reduction="sum").item()
+        right += (said == last).sum().item()
+        changed += (said == last)[last != before].sum().item()
+        moved += (last != before).sum().item()
+        copied += (last == before).sum().item()
+        whole += (said == last).all(1).sum().item()
+        n += last.numel()
+        cells = material.clips.cells(index, context)
+        if cells is not None:
+            written = said
+            if tokens != "cells":
+                written = as_frames(models["tokenizer"].pixels(said[:, None]), material.palette)[:, 0]
+                written = torch.as_tensor(read_cells((written * 255).round().byte().cpu().numpy(), cell_px))
+            written, cells = written.view(len(index), -1).cpu(), cells.flatten(2)
+            for kind, count in seen.items():
+                appears = (cells[:, -1] == kind) & (cells[:, -2] != kind)        # (B, N)
+                count[0] += ((written == kind) & appears).sum().item()
+                count[1] += appears.sum().item()
+    model.train(training)
+    numbers = dict(loss=losses / n, tokens=right / n, changed=changed / max(moved, 1), copy=copied / n,
+                   frame=whole * truth.size(2) / n, perplexity=math.exp(min(losses / n, 50)), score=-losses / n)
+    for kind, name in ((AGENT, "agent"), (BALL, "ball")):
+        if seen[kind][1]:
+            numbers[name] = seen[kind][0] / seen[kind][1]
+    return numbers
+
+
+# --- The run ---
+
+def in_words(name, numbers):
+    """The line of a validation."""
+    shown = {"tokenizer": ("psnr", "ssim", "changed_psnr", "usage", "perplexity"),
+             "actions": ("information", "majority", "usage", "psnr_1", "copy_1", "dpsnr_1", "dpsnr_4"),
+             "dynamics": ("tokens", "changed", "agent", "ball", "frame", "copy")}[name]
+    return ", ".join(f"{key} {numbers[key]:.4g}" for key in ("loss", *shown) if key in numbers)
+
+
+@command
+def main():
+    # ---- settings: flags, preset, and on resume the checkpoint's ----
+    settings = override(globals())
+    if debug:
+        quiet = {name: value for name, value in debug_settings.items() if name not in settings.explicit}
+        globals().update(quiet)
+        settings.update(quiet)
+    if eval_only and resume is False:
+        raise UserError("--eval_only goes with --resume, or --resume PATH: which model?")
+    checkpoint_path = find_resume(settings, __file__, needed=eval_only)
+    checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
+    if checkpoint:
+        if checkpoint.get("script") != "train_worldmodel":
+            raise UserError(f"{checkpoint_path} is a checkpoint of {checkpoint.get('script')}, not of train_worldmodel")
+        settings = adopt(globals(), settings, {name: value for name, value in checkpoint["settings"].items()
+                                               if name != "eval_only"}, architecture)
+    where, precision = resolve_device(device, dtype)
+    autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
+
+    # ---- data ----
+    video = load(dataset, n_train, n_val, length, side, cell_px, walls, ball, split_seed)
+    check(video)
+    print(video.source)
+    train, val = (Material(clips, video.palette, where) for clips in (video.train, video.val))
+    clip_frames = dict(tokenizer=tokenizer_frames, actions=history + 1, dynamics=context)
+    clip_batch = dict(tokenizer=tokenizer_batch, actions=batch_size, dynamics=dynamics_batch)
+
+    # ---- what is trained already, and what is next ----
+    done = dict(checkpoint["done"]) if checkpoint else {}     # stage: weights, the best on validation
+    wanted = [name for name in STAGES if stage in ("all", name)]
+    if stage == "all":
+        wanted = [name for name in STAGES if name == "dynamics" or name in needs("dynamics")]
+    left = [name for name in wanted if name not in done]
+    for name in wanted:
+        missing = [other for other in needs(name) if other not in done and other not in wanted]
+        if missing and name in left:
+            raise UserError(f"stage {name} reads what stage {missing[0]} learns: --stage {missing[0]} first, then "
+                            f"--resume --stage {name}; or --stage all")
+    if checkpoint and checkpoint["stage"] not in done and checkpoint["stage"] not in left:
+        raise UserError(f"this run is in the middle of stage {checkpoint['stage']}: --resume --stage "
+                        f"{checkpoint['stage']} ends it first")
+    seed_everything(seed, deterministic)
+    models = {}
+    for name in done:
+        models[name] = build(name, video).to(where)
+        models[name].load_state_dict(done[name])
+        models[name].eval().requires_grad_(False)
+
+    def figures(name, model):
+        """The numbers of a stage's model on held-out clips."""
+        with autocast:
+            if name == "tokenizer":
+                return evaluate_tokenizer(model, val, video.palette)
+            if name == "actions":
+                return evaluate_actions(model, val, video.palette, video.n_actions)
+            return evaluate_dynamics(model, models, val)
+
+    if eval_only:
+        for name in models:
+            print(f"{name}: {in_words(name, figures(name, models[name]))}")
+        return
+
+    total = checkpoint["step"] if checkpoint else 0           # optimiser steps of all stages
+    with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
+        bar = run.bar(total + sum(map(steps_of, left)), total)
+        for name in left:
+            # ---- model, optimiser and the loop's own state of this stage ----
+            seed_everything(seed, deterministic)
+            model = build(name, video).to(where)
+            noise = torch.Generator(where).manual_seed(seed)  # masks
+            revival = torch.Generator().manual_seed(seed)     # which encoder outputs dead codes become
+            going_on = checkpoint is not None and checkpoint["stage"] == name
+            ema = optim.EMA(model, ema_decay) if ema_decay else None
+            opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, betas=betas, eps=eps,
+                              weight_decay=weight_decay, muon_lr=muon_lr, muon_momentum=muon_momentum,
+                              fused_rows=fused_rows(model))
+            scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
+            loop = dict(step=0, evaluated=-1, best=-math.inf, best_step=0, best_model=None, waited=0, pending=[],
+                        seconds=0.0, logged_seconds=0.0, clips=0, start=total,
+                        chosen=torch.zeros(codebook_size, dtype=torch.int64))
+            if going_on:
+                model.load_state_dict(checkpoint["model"])
+                if ema and checkpoint["ema"]:
+                    ema.load_state_dict(checkpoint["ema"])
+                optim.load_state(opt, checkpoint["optimizer"])
+                scaler.load_state_dict(checkpoint["scaler"])
+                restore_generators(checkpoint["generators"], noise=noise, revival=revival)
+                loop |= checkpoint["loop"]
+            clips = Stream(video.train, clip_frames[name], clip_batch[name] * grad_accum, data_seed)
+            limit, recent = steps_of(name), []
+            print(f"stage {name}: {sum(p.numel() for p in model.parameters()):,} parameters, {limit} steps")
+
+            def settle():
+                """Moves `recent` into the loop's state as numbers; stops the run at the first that was not finite."""
+                for i, row in enumerate(recent):
+                    row = {key: float(value) for key, value in row.items()}
+                    if not (math.isfinite(row["loss"]) and (math.isfinite(row["grad_norm"]) or scaler.is_enabled())):
+                        raise NonFinite(loop["start"] + loop["step"] - len(recent) + i + 1)
+                    loop["pending"].append(row)
+                recent.clear()
+
+            @contextmanager
+            def state():
+                """Everything that the rest of the run depends on."""
+                settle()
+                yield dict(step=loop["start"] + loop["step"], stage=name, done=done, settings=dict(settings),
+                           model=model.state_dict(), optimizer=opt.state_dict(),
+                           ema=ema.state_dict() if ema else None, scaler=scaler.state_dict(),
+                           generators=generator_states(noise=noise, revival=revival),
+                           loop={**loop, "chosen": loop["chosen"].cpu(), "pending": list(loop["pending"])})
+
+            @contextmanager
+            def evaluated():
+                """The weights to evaluate are in place: an average where there is one."""
+                if ema is None:
+                    yield
+                else:
+                    with ema.swapped():
+                        yield
+            saved = loop["step"] if going_on else None
+            if not going_on:
+                with state() as now:
+                    run.save("last.pt", now)
+
+            while True:
+                # ---- validate and save: before the step, so that a run that stops here does on resume what was due --
+                step = loop["step"]
+                if run.stop:
+                    break
+                if (step % eval_interval == 0 or step == limit) and loop["evaluated"] < step:
+                    settle()
+                    loop["evaluated"] = step
+                    with evaluated():
+                        numbers = figures(name, model)
+                        weights = copy.deepcopy(model.state_dict())
+                    run.log(step=loop["start"] + step, split="val", stage=name, stage_step=step, **numbers)
+                    bar.note(f"{name} {step}: {in_words(name, numbers)}")
+                    loop["waited"] += 1
+                    if numbers["score"] > loop["best"] or loop["best_model"] is None:
+                        loop.update(best=numbers["score"], best_step=step, best_model=weights, waited=0)
+                        with state() as now:
+                            run.save("best.pt", {**now, "done": {**done, name: weights}})
+                if saved is None or saved != step and step % save_interval == 0:
+                    with state() as now:
+                        run.save("last.pt", now)
+                    saved = step
+                if step >= limit or patience is not None and loop["waited"] >= patience:
+                    break
+
+                # ---- one optimiser step ----
+                began = time.perf_counter()
+                scale = optim.schedule(schedule, step, warmup_steps, limit, min_lr_scale, decay_fraction)
+                for group in opt.param_groups:
+                    group["lr"] = group["base_lr"] * scale
+                row, outputs = {}, []
+                for index in clips.at(step).split(clip_batch[name]):
+                    with autocast:
+                        if name == "tokenizer":
+                            loss, parts = tokenizer_loss(model, train, index, step)
+                            loop["chosen"] += parts.pop("codes").bincount(minlength=codebook_size).cpu()
+                            outputs.append(parts.pop("z").flatten(0, 1))
+                        elif name == "actions":
+                            loss, parts = actions_loss(model, train, index, step)
+                        else:
+                            loss, parts = dynamics_loss(model, models, train, index, step, noise)
+                    scaler.scale(loss / grad_accum).backward()
+                    for key, value in parts.items():
+                        row[key] = row.get(key, 0.0) + value / grad_accum
+                    loop["clips"] += len(index)
+                scaler.unscale_(opt)
+                row["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+                scaler.step(opt)
+                scaler.update()
+                opt.zero_grad(set_to_none=True)
+                if ema:
+                    ema.update()
+                recent.append(row)
+                step = loop["step"] = step + 1
+                if name == "tokenizer" and quantiser == "vq" and reset_interval and step % reset_interval == 0:
+                    if step <= reset_fraction * limit:
+                        model.codebook.revive((loop["chosen"] == 0).to(where), torch.cat(outputs), revival, far=True)
+                    loop["chosen"].zero_()
+
+                # ---- log ----
+                due = step % log_interval == 0
+                if due:
+                    settle()                                  # waits for the device: part of the step's time
+                loop["seconds"] += time.perf_counter() - began
+                if due:
+                    rows = loop["pending"]
+                    means = {key: sum(line[key] for line in rows) / len(rows) for key in rows[-1]}
+                    elapsed = loop["seconds"] - loop["logged_seconds"]
+                    run.log(step=loop["start"] + step, split="train", stage=name, stage_step=step, **means,
+                            lr=lr * scale, clips_per_s=loop["clips"] / elapsed, seconds=loop["seconds"])
+                    loop.update(pending=[], logged_seconds=loop["seconds"], clips=0)
+                    bar.update(loop["start"] + step, f"{name} loss {means['loss']:.4f}")
+
+            # ---- the stage's end: its best weights serve the later stages ----
+            if run.stop:
+                if saved != loop["step"]:
+                    with state() as now:
+                        run.save("last.pt", now)
+                break
+            model.load_state_dict(loop["best_model"])
+            done[name] = loop["best_model"]
+            models[name] = model.eval().requires_grad_(False)
+            total = loop["start"] + loop["step"]
+            with state() as now:
+                run.save("last.pt", now)
+            numbers = figures(name, model)
+            run.summary(**{f"{name}_{key}": value for key, value in numbers.items()},
+                        **{f"{name}_seconds": loop["seconds"], f"{name}_best_step": loop["best_step"]})
+            print(f"{name}: best at step {loop['best_step']}: {in_words(name, numbers)}; {loop['seconds']:.0f} s")
+
+        # ---- the end ----
+        bar.close()
+        run.summary(step=total, peak_memory=peak_memory(where), hash=video.hash, stages=list(done))
+        print(f"{'stopped' if run.stop else 'done'}: {run.dir}")
+
+
+if __name__ == "__main__":
+    main()
