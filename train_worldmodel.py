@@ -147,19 +147,23 @@ architecture = (
     "context", "dynamics_layers", "dynamics_embd", "optimizer")
 
 
-def check(video):
+def check(settings, video=None):
     """Settings that cannot go together, or not with the data: UserError with one sentence."""
-    if video.height % patch or video.width % patch:
-        raise UserError(f"patch {patch} does not divide frames of {video.height} x {video.width}")
     if tokens == "cells" and dataset != "gridworld":
         raise UserError(f"tokens cells are the grid world's own: {dataset} has none")
-    if actions == "true" and not video.n_actions:
-        raise UserError(f"actions true: {dataset} has no actions")
     if mask_rate[0] > mask_rate[1]:
-        raise UserError(f"mask_rate {mask_rate[0]},{mask_rate[1]} begins above its end")
-    longest = max(context, history + 1, tokenizer_frames)
-    if longest > video.val.length:
-        raise UserError(f"clips of {longest} frames do not fit into episodes of {video.val.length}")
+        raise UserError(f"mask_rate {mask_rate[0]:g},{mask_rate[1]:g} begins above its end")
+    if action_quantiser == "signs" and n_codes & (n_codes - 1):
+        raise UserError(f"n_codes {n_codes}: signs make a power of two, 2, 4, 8, ...; --action_quantiser vq takes any")
+    if video is not None:
+        if video.height % patch or video.width % patch:
+            raise UserError(f"patch {patch} does not divide frames of {video.height} x {video.width}")
+        if actions == "true" and not video.n_actions:
+            raise UserError(f"actions true: {dataset} has no actions")
+        longest, held = max(context, history + 4, tokenizer_frames), min(video.train.length, video.val.length)
+        if longest > held:
+            raise UserError(f"clips of {longest} frames do not fit into episodes of {held}: take a smaller context, "
+                            "history or tokenizer_frames")
     try:
         if quantiser == "fsq":
             fsq_levels(codebook_size)
@@ -512,8 +516,9 @@ def main():
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
 
     # ---- data ----
+    check(settings)
     video = load(dataset, n_train, n_val, length, side, cell_px, walls, ball, split_seed)
-    check(video)
+    check(settings, video)
     print(video.source)
     train, val = (Material(clips, video.palette, where) for clips in (video.train, video.val))
     clip_frames = dict(tokenizer=tokenizer_frames, actions=history + 1, dynamics=context)

@@ -23,8 +23,8 @@ from experiment import load_checkpoint, override  # noqa: E402
 from model import Transformer, from_checkpoint  # noqa: E402
 from test_resume import Forks, assert_done, assert_error, snapshot, wait_for  # noqa: E402
 
-SCRIPTS = ("train_enwik8.py", "train_mult.py", "train_dvae.py", "evaluate.py", "sample.py", "bench.py", "grid.py",
-           "plot.py")
+SCRIPTS = ("train_enwik8.py", "train_mult.py", "train_dvae.py", "train_worldmodel.py", "evaluate.py", "sample.py",
+           "bench.py", "grid.py", "plot.py")
 SMALL = ("--n_layer 2 --n_head=2 --n-embd 32 --block_size 32 --batch_size 4 --max_bytes 100000 --max_steps 30 "
          "--eval_interval 10 --eval_windows 8 --save_interval 10 --sample_length 60 --ema_decay 0.9 "
          "--device cpu").split()
@@ -336,7 +336,8 @@ def test_readme_commands(tmp_path):
     assert readme.index(FIRST_COMMAND) < 3000, "the README opens with what this is, then the two commands"
     blocks = re.findall(r"^```[^\n]*\n(.*?)^```", readme, re.M | re.S)
     found = [words for block in blocks for words in python_commands(block.splitlines())]
-    assert {words[0] for words in found} >= {"train_enwik8.py", "train_mult.py", "train_dvae.py", "evaluate.py",
+    assert {words[0] for words in found} >= {"train_enwik8.py", "train_mult.py", "train_dvae.py",
+                                             "train_worldmodel.py", "evaluate.py",
                                              "sample.py", "experiment.py"}
     for words in found:
         with noting(" ".join(words)):
