@@ -329,25 +329,29 @@ def axial_tables(height, width, head_dim, base=100.0, extra=0):
 
 
 class TwoStreams(Positions):
-    """Positions of T frames as they are and of the same T frames corrupted, (2T): a corrupted frame sees itself and the
-    true frames before it, a true frame itself and those before it. `window`: the frames that a frame sees."""
+    """Positions of `true` frames from 0 on, and after them of corrupted ones that stand at `first`, first + 1, ...: T in
+    all. A true frame sees itself and those before it; a corrupted one the true frames before it, and itself, as frames
+    that are being generated do. window: the last frames that a frame sees, its own included.
+    """
 
-    def __init__(self, ropes, T, window=None):
+    def __init__(self, ropes, T, true, first, window=None):
         super().__init__(0, T, window=window)
+        self.true, self.places = true, torch.cat((torch.arange(true), torch.arange(first, first + T - true)))
         if len(ropes):
-            look_up_ropes(self, ropes, T)
-        self.tables = {width: tuple(torch.cat((t, t), 1) for t in pair) for width, pair in self.tables.items()}
-        self.T = 2 * T
+            look_up_ropes(self, ropes, max(true, first + T - true))
+
+    def look_up(self, table):
+        """Rows (T, C) of a table (P, C) at these places."""
+        return table[self.places.to(table.device)]
 
     def mask(self, span, S, seen, device, slopes=None, rows=None):
-        """(2T, 2T) bool."""
-        if "two" not in self._made:
-            T = S // 2
-            q = torch.arange(T, device=device)[:, None]
-            past = span.allowed(q, q.T, q)
-            own = torch.eye(T, dtype=torch.bool, device=device)
-            self._made["two"] = torch.cat((F.pad(past, (0, T)), torch.cat((past & ~own, own), 1)))
-        return self._made["two"]
+        """(T, T) bool, True where a frame sees another."""
+        if "streams" not in self._made:
+            q, corrupted = self.places.to(device)[:, None], torch.arange(self.T, device=device) >= self.true
+            own = torch.eye(self.T, dtype=torch.bool, device=device)
+            past = span.allowed(q, q.T, q) & ~corrupted & ~(corrupted[:, None] & (q == q.T))
+            self._made["streams"] = past | own
+        return self._made["streams"]
 
 
 class SpatioTemporal(nn.Module):
@@ -380,11 +384,12 @@ class SpatioTemporal(nn.Module):
         """Places N(0, 0.02), as all positions."""
         self.place_position.normal_(0, 0.02)
 
-    def forward(self, x, cache=None, window=None, two_streams=False):
+    def forward(self, x, cache=None, window=None, streams=None):
         """x (B, T, N, C), the frames after those in the cache. Raises ValueError for other sizes than the model's.
 
-        two_streams: x (B, 2T, N, C) is T frames, and after them the same T corrupted, each of which sees itself and the
-        true frames before it: what generation with a cache sees, for all T at once.
+        streams = (true, first): x is `true` frames, and after them corrupted ones that stand at `first` and after, each
+        of which sees itself and the true frames before it (TwoStreams): what generation with a cache sees, for many
+        frames at once.
         """
         c, (B, T, N, C) = self.config, x.shape
         start = 0 if cache is None else cache.length
@@ -392,10 +397,10 @@ class SpatioTemporal(nn.Module):
             raise ValueError(f"frames are {(N, C)}, but the model's (N, C) is {tuple(self.place_position.shape)}")
         if c.learned_positions and start + T > c.block_size:
             raise ValueError(f"frame {start + T - 1} is past block_size {c.block_size}, where positions 'learned' end")
-        if two_streams:
+        if streams is not None:
             if c.positions not in ("rope", "none") or cache is not None:
                 raise ValueError("two streams of frames go with positions 'rope' or 'none', without a cache")
-            time = TwoStreams(self.ropes, T // 2, window)
+            time = TwoStreams(self.ropes, T, *streams, window)
         else:
             time = places_of(self.ropes, T, start=start, window=window)
         space = Positions(0, N, bidirectional=True)

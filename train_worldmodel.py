@@ -92,7 +92,7 @@ actions = "latent"         # [latent, true] that lead to each frame
 action_input = "add"       # [add, prepend] to every token of the frame, or as one more token
 streams = True             # true and corrupted frames side by side, all frames are targets; False: the last frame only
 mask_rate = (0.5, 1.0)     # [>= 0.0, <= 1.0] share of a frame's tokens that are hidden: uniform between these
-context = 4                # [>= 2] frames of a clip, the target included
+context = 6                # [>= 2] frames of a clip, the last of them the target
 dynamics_layers = 2        # [>= 1] layers
 dynamics_embd = 64         # [>= 1] width
 dynamics_batch = 16        # [>= 1] clips
@@ -304,13 +304,14 @@ def dynamics_loss(model, models, material, index, step, noise):
     hidden[:, :first] = False
     corrupted = truth.masked_fill(hidden, model.mask)
     if streams:
-        logits = model(torch.cat((truth, corrupted), 1), torch.cat((acts, acts), 1), two_streams=True)[:, T:]
+        both = torch.cat((truth[:, :-1], corrupted[:, first:]), 1), torch.cat((acts[:, :-1], acts[:, first:]), 1)
+        logits = model(*both, streams=(T - 1, first))[:, T - 1:]
     else:
-        logits = model(corrupted, acts)
+        logits = model(corrupted, acts)[:, first:]
     extra = falling(step, steps_of("dynamics"), dynamics_change, dynamics_change_fraction)
     changed = truth[:, first:] != truth[:, first - 1:-1]
     weight = (1 + extra * changed) * hidden[:, first:]
-    nats = F.cross_entropy(logits[:, first:].flatten(0, 2), truth[:, first:].flatten(), reduction="none")
+    nats = F.cross_entropy(logits.flatten(0, 2), truth[:, first:].flatten(), reduction="none")
     loss = (nats * weight.flatten()).sum() / weight.sum().clamp(min=1)
     return loss, dict(loss=loss.detach())
 

@@ -304,14 +304,14 @@ class Dynamics(nn.Module):
         """The token of a hidden place."""
         return self.codebook_size
 
-    def forward(self, tokens, actions, cache=None, window=None, two_streams=False):
+    def forward(self, tokens, actions, cache=None, window=None, streams=None):
         """tokens (B, T, N) int64, actions (B, T) int64, the one that led to each frame -> logits (B, T, N, K) float32.
 
-        two_streams: tokens (B, 2T, N) and actions (B, 2T) are T frames and the same T corrupted (SpatioTemporal).
+        streams = (true, first): some frames are as they are, the others corrupted (SpatioTemporal).
         """
         x, act = F.embedding(tokens, self.embed), F.embedding(actions, self.acts)[:, :, None]
         x = torch.cat((act, x), 2) if self.extra else x + act
-        h = self.trunk(x, cache, window, two_streams)[:, :, self.extra:]
+        h = self.trunk(x, cache, window, streams)[:, :, self.extra:]
         return F.linear(h, self.heads[0]).float()
 
     def new_cache(self, batch_size, max_length, window=None):

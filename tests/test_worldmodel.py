@@ -177,8 +177,11 @@ def test_two_streams_are_what_the_cache_sees(action_input):
     tokens, actions = whole(10, 2, 5, 12), whole(5, 2, 5, seed=1)
     corrupted = torch.where(some(2, 5, 12) < 0.6, model.mask, tokens)
     with torch.no_grad():
-        both = model(torch.cat((tokens, corrupted), 1), torch.cat((actions, actions), 1), two_streams=True)
+        both = model(torch.cat((tokens, corrupted), 1), torch.cat((actions, actions), 1), streams=(5, 0))
         torch.testing.assert_close(both[:, :5], model(tokens, actions))
+        some_ = model(torch.cat((tokens[:, :4], corrupted[:, 2:]), 1), torch.cat((actions[:, :4], actions[:, 2:]), 1),
+                      streams=(4, 2))
+        torch.testing.assert_close(some_, torch.cat((both[:, :4], both[:, 7:]), 1))
         cache = model.new_cache(2, 5)
         for t in range(5):
             alone = model(torch.cat((tokens[:, :t], corrupted[:, t:t + 1]), 1), actions[:, :t + 1])[:, -1]
