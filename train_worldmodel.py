@@ -22,11 +22,12 @@ import torch
 import torch.nn.functional as F
 
 import optim
-from data.video import AGENT, BALL, Stream, load, read_cells
+from data.video import ACTIONS, AGENT, BALL, Stream, World, load, paint, read_cells
 from discrete import code_statistics, fsq_levels, mutual_information
 from experiment import (NonFinite, Run, UserError, adopt, command, find_resume, generator_states, load_checkpoint,
                         override, peak_memory, resolve_device, restore_generators, seed_everything)
 from model import fused_rows, parameter_roles
+from play import View, parse_actions, save_gif, save_strip, serve
 from worldmodel import ActionModel, Dynamics, Tokenizer, to_patches
 
 # --- Run ---
@@ -36,7 +37,11 @@ out_dir = "runs"           # the run's directory is out_dir/train_worldmodel/run
 tag = None                 # a word by which `python experiment.py clean --tag` finds the run
 stage = "all"              # [all, tokenizer, actions, dynamics] what to train; all: one after the other
 resume = False             # [path] go on with run_name (none: the newest run); --resume PATH: from that checkpoint
-eval_only = False          # with resume: figures of the stage, or of all that are trained; trains nothing
+eval_only = False          # with resume: figures of all stages that are trained, rollouts too; trains nothing
+play = None                # a run's directory: its world in the browser, keys choose actions
+port = 0                   # [>= 0, <= 65535] of that page on 127.0.0.1; 0: a free one
+rollout = None             # a run's directory: one world after `actions`, as samples/rollout.png and .gif there
+actions = "0,3,3,1,4,2"    # of that rollout, numbers with commas between
 seed = 1337                # initialisation, masks, draws
 data_seed = 1337           # which clips a batch holds
 device = "auto"            # auto, cpu, cuda, cuda:1, ...
@@ -88,7 +93,7 @@ action_change_fraction = 0.7  # [> 0.0, <= 1.0] share of the steps in which that
 
 # --- Dynamics ---
 tokens = "tokenizer"       # [tokenizer, cells] of the tokenizer, or the grid world's own cells
-actions = "latent"         # [latent, true] that lead to each frame
+action_source = "latent"   # [latent, true] actions that lead to each frame
 action_input = "add"       # [add, prepend] to every token of the frame, or as one more token
 streams = True             # true and corrupted frames side by side, all frames are targets; False: the last frame only
 mask_rate = (0.5, 1.0)     # [>= 0.0, <= 1.0] share of a frame's tokens that are hidden: uniform between these
@@ -99,6 +104,13 @@ dynamics_batch = 16        # [>= 1] clips
 dynamics_steps = 1500      # [>= 0] optimiser steps
 dynamics_change = 10.0     # [>= 0.0] extra weight of tokens that change, at first
 dynamics_change_fraction = 0.67  # [> 0.0, <= 1.0] share of the steps in which that falls to none, a line
+
+# --- Generation ---
+decode_steps = 8           # [>= 1] rounds of MaskGIT for a frame
+temperature = 0.0          # [>= 0.0] of the tokens drawn; 0: the likeliest
+window = None              # [none, >= 2] frames that a frame sees, and that the cache keeps; none: all of a rollout
+rollout_clips = 64         # [>= 1] clips of the final rollouts
+log_cache = False          # print the cache after a rollout
 
 # --- Optimisation ---
 max_steps = None           # [none, >= 0] optimiser steps of each stage; none: the stage's own number
@@ -127,7 +139,7 @@ tensorboard = False        # curves for TensorBoard in the run's directory
 
 presets = {
     "cpu": dict(stage="all"),
-    "cells": dict(stage="dynamics", tokens="cells", actions="true"),
+    "cells": dict(stage="dynamics", tokens="cells", action_source="true"),
 }
 
 aliases = {"d_model": "dynamics_embd", "n_actions": "n_codes", "learning_rate": "lr", "save_every": "save_interval",
@@ -143,8 +155,8 @@ STAGES = ("tokenizer", "actions", "dynamics")
 architecture = (
     "dataset", "n_train", "n_val", "length", "side", "cell_px", "walls", "ball", "split_seed", "tokenizer", "patch",
     "codebook_size", "code_dim", "quantiser", "tokenizer_layers", "tokenizer_embd", "action_model", "n_codes",
-    "history", "action_quantiser", "difference", "action_layers", "action_embd", "tokens", "actions", "action_input",
-    "context", "dynamics_layers", "dynamics_embd", "optimizer")
+    "history", "action_quantiser", "difference", "action_layers", "action_embd", "tokens", "action_source",
+    "action_input", "context", "dynamics_layers", "dynamics_embd", "optimizer")
 
 
 def check(settings, video=None):
@@ -158,8 +170,8 @@ def check(settings, video=None):
     if video is not None:
         if video.height % patch or video.width % patch:
             raise UserError(f"patch {patch} does not divide frames of {video.height} x {video.width}")
-        if actions == "true" and not video.n_actions:
-            raise UserError(f"actions true: {dataset} has no actions")
+        if action_source == "true" and not video.n_actions:
+            raise UserError(f"action_source true: {dataset} has no actions")
         longest, held = max(context, history + 4, tokenizer_frames), min(video.train.length, video.val.length)
         if longest > held:
             raise UserError(f"clips of {longest} frames do not fit into episodes of {held}: take a smaller context, "
@@ -183,7 +195,7 @@ def needs(name):
     """The stages that a stage reads."""
     if name != "dynamics":
         return ()
-    return ("tokenizer",) * (tokens == "tokenizer") + ("actions",) * (actions == "latent")
+    return ("tokenizer",) * (tokens == "tokenizer") + ("actions",) * (action_source == "latent")
 
 
 def falling(step, steps, first, fraction):
@@ -204,7 +216,7 @@ def build(name, video):
             return ActionModel(video.height, video.width, patch, colours, history, n_codes, action_embd, action_layers,
                                action_model, action_quantiser, difference=difference)
         grid = (side, side) if tokens == "cells" else (video.height // patch, video.width // patch)
-        return Dynamics(grid, 4 if tokens == "cells" else codebook_size, n_codes if actions == "latent" else
+        return Dynamics(grid, 4 if tokens == "cells" else codebook_size, n_codes if action_source == "latent" else
                         video.n_actions, dynamics_layers, 4, dynamics_embd, action_input, max(16, context))
     except ValueError as error:
         raise UserError(error)
@@ -278,7 +290,7 @@ def tokens_and_actions(models, material, index, T):
             found = material.clips.cells(index, T).to(material.where).long().flatten(2)
         else:
             found = models["tokenizer"].tokens(material.frames(index, T))
-        if actions == "true":
+        if action_source == "true":
             return found, F.pad(material.clips.actions(index, T).to(material.where), (1, 0), value=-1)
         return found, F.pad(latent_actions(models["actions"], material.frames(index, T)), (1, 0), value=-1)
 
@@ -486,7 +498,158 @@ def evaluate_dynamics(model, models, material):
     return numbers
 
 
+def as_seen(models, written, material):
+    """Tokens (B, T, N) as frames (B, T, H, W, 3) in 0..1."""
+    if tokens == "tokenizer":
+        return as_frames(models["tokenizer"].pixels(written), material.palette)
+    cells = written.view(*written.shape[:2], side, side).to(torch.uint8).cpu().numpy()
+    return torch.from_numpy(paint(cells, cell_px)).to(written.device).float() / 255
+
+
+@torch.no_grad()
+def evaluate_rollouts(model, models, material):
+    """PSNR of frames 1, 4 and 16 after `context` - 1 true ones, each generated from those before: with the actions that
+    led there (psnr_n), with those of another clip (permuted_n) or even draws (random_n); copy_n: the last true frame
+    stays; dpsnr_4 = psnr_4 - random_4 (Genie's), dpsnr_permuted_4. exact_n: share of frames n that are wholly right."""
+    ahead = min(16, material.clips.length - context + 1)
+    T, sums, n, generator = context - 1 + ahead, {}, 0, torch.Generator().manual_seed(0)
+    for index in spread(material.clips, T, rollout_clips).split(64):
+        truth, acts = tokens_and_actions(models, material, index, T)
+        acts = acts.masked_fill(acts < 0, model.n_actions)
+        frames, held = material.frames(index, T), context - 1
+        plan = acts[:, held:]
+        plans = {"psnr": plan, "permuted": plan.roll(1, 0),
+                 "random": torch.randint(model.n_actions, plan.shape, generator=generator).to(plan.device)}
+        written = {name: as_seen(models, model.generate(
+            truth[:, :held], acts[:, :held], chosen, window=window, steps=decode_steps, temperature=temperature,
+            generator=generator), material) for name, chosen in plans.items()}
+        written["copy"] = frames[:, held - 1:held].expand(-1, ahead, -1, -1, -1)
+        for name, seen in written.items():
+            for t in (1, 4, 16):
+                if t <= ahead:
+                    error = (seen[:, t - 1] - frames[:, held + t - 1]).square().flatten(1).mean(1)
+                    sums[name, t] = sums.get((name, t), 0.0) + error.sum().item()
+                    if name == "psnr":
+                        sums["exact", t] = sums.get(("exact", t), 0.0) + (error < 1e-9).sum().item()
+        n += len(index)
+    numbers = {f"{name}_{t}": total / n if name == "exact" else psnr(total / n) for (name, t), total in sums.items()}
+    if "psnr_4" in numbers:
+        numbers |= dict(dpsnr_4=numbers["psnr_4"] - numbers["random_4"],
+                        dpsnr_permuted_4=numbers["psnr_4"] - numbers["permuted_4"])
+    return numbers
+
+
+# --- A world that is played ---
+
+class Played:
+    """One world: frames generated after the actions that a person chooses, the true world beside it where there is one.
+
+    The grid world begins at a random state with `context` - 1 true frames after "stay"; other data at a clip that was
+    never trained on. Latent actions are shown with the true action that most often goes with them.
+    """
+    prompts = False
+
+    def __init__(self, model, models, material, video, meanings=None):
+        self.model, self.models, self.material, self.video = model, models, material, video
+        self.meanings = meanings                              # (n_codes,) true action of each code, or None
+        names = tuple(video.action_names)
+        if action_source == "true":
+            self.actions = names
+        else:
+            self.actions = tuple(f"code {k}" + (f" ({names[m]})" if meanings is not None else "")
+                                 for k, m in enumerate(meanings.tolist() if meanings is not None else range(n_codes)))
+        self.keys = {str(i): i for i in range(min(10, len(self.actions)))}
+        if video.action_names == ACTIONS:
+            true = {"stay": " ", "up": "ArrowUp", "down": "ArrowDown", "left": "ArrowLeft", "right": "ArrowRight"}
+            known = range(5) if action_source == "true" else meanings.tolist() if meanings is not None else ()
+            self.keys |= {true[ACTIONS[m]]: k for k, m in reversed(list(enumerate(known)))}
+        self.title = f"{dataset}, {'true' if action_source == 'true' else 'latent'} actions"
+        self.began = 0
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def reset(self, prompt=None):
+        """A new world."""
+        began, T = time.perf_counter(), context - 1
+        clips = self.material.clips
+        index = torch.tensor([self.began * 7919 % clips.count(T)])
+        self.began += 1
+        acts = None
+        if self.video.action_names == ACTIONS:                # a world of our own, which then goes on by itself
+            import numpy as np
+            self.world = World(1, np.random.default_rng(seed + self.began), side, walls, ball)
+            seen = [self.world.cells()]
+            for _ in range(T - 1):
+                self.world.step(np.zeros(1, np.int64))
+                seen.append(self.world.cells())
+            cells = np.stack(seen, 1)
+            self.frames = torch.from_numpy(paint(cells, cell_px)).to(self.material.where).float() / 255
+            acts = torch.zeros(1, T - 1, dtype=torch.int64)
+        else:
+            self.world, self.frames = None, self.material.frames(index, T)
+            acts = clips.actions(index, T)
+        if tokens == "cells":
+            written = torch.from_numpy(cells).long().flatten(2).to(self.material.where)
+        else:
+            written = self.models["tokenizer"].tokens(self.frames)
+        if action_source == "latent":
+            acts = latent_actions(self.models["actions"], self.frames)
+        acts = F.pad(acts.to(written.device), (1, 0), value=self.model.n_actions)
+        self.cache = self.model.new_cache(1, max(1024, T), window or 64)
+        self.model(written, acts, self.cache)
+        return self.view(self.frames[0, -1], began)
+
+    @torch.no_grad()
+    def step(self, action):
+        """The frame after `action`."""
+        began = time.perf_counter()
+        written = self.model.next_frame(torch.tensor([action], device=self.material.where), self.cache, decode_steps,
+                                        temperature, generator=self.generator)
+        frame, note = as_seen(self.models, written[:, None], self.material)[0, 0], self.actions[action]
+        if self.world is not None:
+            true = action if action_source == "true" else self.meanings[action].item()
+            happened = int(self.world.step([true])[0])
+            note = f"{note}; in the true world: {ACTIONS[happened]}" + " (blocked)" * (happened != true)
+        return self.view(frame, began, note)
+
+    def view(self, frame, began, note=""):
+        """What the page shows."""
+        truth = None if self.world is None else paint(self.world.cells(), cell_px)[0]
+        size = f"{self.cache.length} frames seen, {self.cache.bytes / 1e6:.2f} MB"
+        return View((frame * 255).round().byte().cpu().numpy(), truth, size, time.perf_counter() - began, note)
+
+
+def meanings_of(models, material, n_actions):
+    """(n_codes,) int64: the effective action that most often goes with each code; None where no actions are known."""
+    index = spread(material.clips, history + 1, eval_clips)
+    labels = material.clips.effective(index, history + 1)
+    if labels is None or not n_actions:
+        return None
+    with torch.no_grad():
+        codes = torch.cat([models["actions"].quantiser(models["actions"].encode(material.frames(part, history + 1)))
+                           .codes.cpu() for part in index.split(64)])
+    return majority_map(codes, labels[:, -1], n_codes, n_actions)
+
+
+def write_rollout(played, plan, folder):
+    """samples/rollout.png, a row of generated and a row of true frames, and rollout.gif. Returns their paths."""
+    views = [played.reset()] + [played.step(action) for action in plan]
+    rows, titles = [[view.frame for view in views]], ["generated after " + ", ".join(played.actions[a] for a in plan)]
+    if views[0].truth is not None:
+        rows, titles = [*rows, [view.truth for view in views]], [*titles, "the true world"]
+    (folder / "samples").mkdir(exist_ok=True)
+    paths = folder / "samples" / "rollout.png", folder / "samples" / "rollout.gif"
+    save_strip(paths[0], rows, titles)
+    save_gif(paths[1], rows[0])
+    return paths
+
+
 # --- The run ---
+
+def rollout_words(numbers):
+    """The line of evaluate_rollouts."""
+    return "rollouts: " + ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+
 
 def in_words(name, numbers):
     """The line of a validation."""
@@ -504,15 +667,22 @@ def main():
         quiet = {name: value for name, value in debug_settings.items() if name not in settings.explicit}
         globals().update(quiet)
         settings.update(quiet)
+    if play is not None and rollout is not None:
+        raise UserError("--play and --rollout: one of them")
+    if (shown := play or rollout) is not None:               # RUN: its directory, or its name
+        named = Path(out_dir, "train_worldmodel", shown)
+        settings["resume"] = globals()["resume"] = str(named if named.exists() and not Path(shown).exists() else shown)
     if eval_only and resume is False:
         raise UserError("--eval_only goes with --resume, or --resume PATH: which model?")
-    checkpoint_path = find_resume(settings, __file__, needed=eval_only)
+    only_read = eval_only or shown is not None
+    checkpoint_path = find_resume(settings, __file__, needed=only_read)
     checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
     if checkpoint:
         if checkpoint.get("script") != "train_worldmodel":
             raise UserError(f"{checkpoint_path} is a checkpoint of {checkpoint.get('script')}, not of train_worldmodel")
         settings = adopt(globals(), settings, {name: value for name, value in checkpoint["settings"].items()
-                                               if name != "eval_only"}, architecture)
+                                               if name not in ("eval_only", "play", "port", "rollout", "actions")},
+                         architecture)
     where, precision = resolve_device(device, dtype)
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
 
@@ -555,9 +725,26 @@ def main():
                 return evaluate_actions(model, val, video.palette, video.n_actions)
             return evaluate_dynamics(model, models, val)
 
+    if shown is not None:
+        if "dynamics" not in models:
+            raise UserError(f"{checkpoint_path} has no dynamics yet, only {', '.join(done) or 'nothing finished'}: "
+                            "--resume --stage dynamics trains them")
+        meanings = meanings_of(models, train, video.n_actions) if action_source == "latent" else None
+        played = Played(models["dynamics"], models, val, video, meanings)
+        if play is not None:
+            serve(played, port)
+        else:
+            plan = parse_actions(actions, len(played.actions))
+            print("wrote " + " and ".join(map(str, write_rollout(played, plan, Path(checkpoint_path).parent))))
+            if log_cache:
+                print("\n".join(played.cache.log()))
+        return
+
     if eval_only:
         for name in models:
             print(f"{name}: {in_words(name, figures(name, models[name]))}")
+        if "dynamics" in models:
+            print(rollout_words(evaluate_rollouts(models["dynamics"], models, val)))
         return
 
     total = checkpoint["step"] if checkpoint else 0           # optimiser steps of all stages
@@ -711,6 +898,10 @@ def main():
             run.summary(**{f"{name}_{key}": value for key, value in numbers.items()},
                         **{f"{name}_seconds": loop["seconds"], f"{name}_best_step": loop["best_step"]})
             print(f"{name}: best at step {loop['best_step']}: {in_words(name, numbers)}; {loop['seconds']:.0f} s")
+            if name == "dynamics":
+                numbers = evaluate_rollouts(model, models, val)
+                run.summary(**{f"rollout_{key}": value for key, value in numbers.items()})
+                print(rollout_words(numbers))
 
         # ---- the end ----
         bar.close()

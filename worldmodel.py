@@ -367,3 +367,21 @@ class Dynamics(nn.Module):
         if cache is not None:
             self(tokens, actions, cache)                                         # what is kept are the final tokens'
         return tokens[:, 0]
+
+    @torch.no_grad()
+    def generate(self, tokens, actions, plan, cached=True, window=None, generator=None, **how):
+        """Goes on after frames tokens (B, T, N), led to by actions (B, T): the tokens (B, n, N) of the frames that plan
+        (B, n) leads to, one after another. cached False computes all frames again in every round of every frame.
+        `how`: of next_frame."""
+        cache, made = None, []
+        if cached:
+            cache = self.new_cache(len(tokens), tokens.size(1) + plan.size(1), window)
+            self(tokens, actions, cache)
+            how = dict(how, cache=cache)
+        for t in range(plan.size(1)):
+            if not cached:
+                how = dict(how, past=(tokens, actions), window=window)
+            frame = self.next_frame(plan[:, t], generator=generator, **how)
+            made.append(frame)
+            tokens, actions = torch.cat((tokens, frame[:, None]), 1), torch.cat((actions, plan[:, t:t + 1]), 1)
+        return torch.stack(made, 1)
