@@ -101,7 +101,7 @@ context = 6                # [>= 2] frames of a clip, the last of them the targe
 dynamics_layers = 2        # [>= 1] layers
 dynamics_embd = 64         # [>= 1] width
 dynamics_batch = 16        # [>= 1] clips
-dynamics_steps = 1500      # [>= 0] optimiser steps
+dynamics_steps = 1000      # [>= 0] optimiser steps
 dynamics_change = 10.0     # [>= 0.0] extra weight of tokens that change, at first
 dynamics_change_fraction = 0.67  # [> 0.0, <= 1.0] share of the steps in which that falls to none, a line
 
