@@ -22,20 +22,21 @@ import torch
 import torch.nn.functional as F
 
 import optim
-from data.video import ACTIONS, AGENT, BALL, Stream, World, load, paint, read_cells
+from data.video import (ACTIONS, AGENT, BALL, Stream, World, caption, caption_length, load, paint, read_caption,
+                        read_cells)
 from discrete import code_statistics, fsq_levels, mutual_information
 from experiment import (NonFinite, Run, UserError, adopt, command, find_resume, generator_states, load_checkpoint,
                         override, peak_memory, resolve_device, restore_generators, seed_everything)
 from model import fused_rows, parameter_roles
 from play import View, parse_actions, save_gif, save_strip, serve
-from worldmodel import ActionModel, Dynamics, Tokenizer, to_patches
+from worldmodel import ActionModel, Dynamics, FirstFrame, Tokenizer, Writer, as_characters, to_patches
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
 run_name = None            # name of the run's directory; none: date and time
 out_dir = "runs"           # the run's directory is out_dir/train_worldmodel/run_name
 tag = None                 # a word by which `python experiment.py clean --tag` finds the run
-stage = "all"              # [all, tokenizer, actions, dynamics] what to train; all: one after the other
+stage = "all"              # [all, tokenizer, actions, dynamics, text, frame] what to train; all: one after the other
 resume = False             # [path] go on with run_name (none: the newest run); --resume PATH: from that checkpoint
 eval_only = False          # with resume: figures of all stages that are trained, rollouts too; trains nothing
 play = None                # a run's directory: its world in the browser, keys choose actions
@@ -105,7 +106,18 @@ dynamics_steps = 1000      # [>= 0] optimiser steps
 dynamics_change = 10.0     # [>= 0.0] extra weight of tokens that change, at first
 dynamics_change_fraction = 0.67  # [> 0.0, <= 1.0] share of the steps in which that falls to none, a line
 
+# --- Words: text writes captions of worlds, frame draws what a caption says ---
+text_layers = 2            # [>= 1] of the language model
+text_embd = 64             # [>= 1] its width
+text_batch = 32            # [>= 1] captions
+text_steps = 600           # [>= 0] optimiser steps
+frame_layers = 2           # [>= 1] of the encoder of captions, and of the transformer over the frame
+frame_embd = 64            # [>= 1] their width
+frame_batch = 32           # [>= 1] captions
+frame_steps = 1500         # [>= 0] optimiser steps
+
 # --- Generation ---
+prompt = None              # a sentence that starts the rollout's world; write: one that the text model writes
 decode_steps = 8           # [>= 1] rounds of MaskGIT for a frame
 temperature = 0.0          # [>= 0.0] of the tokens drawn; 0: the likeliest
 window = None              # [none, >= 2] frames that a frame sees, and that the cache keeps; none: all of a rollout
@@ -149,14 +161,15 @@ debug_settings = dict(n_train=32, n_val=8, length=8, eval_clips=16, max_steps=8,
                       save_interval=4, log_interval=1, batch_size=8, tokenizer_batch=4, dynamics_batch=4,
                       tokenizer_embd=16, action_embd=8, dynamics_embd=16)
 
-STAGES = ("tokenizer", "actions", "dynamics")
+STAGES = ("tokenizer", "actions", "dynamics", "text", "frame")
 
 # These make the shape of the weights, or what the model is scored on: on resume the checkpoint's hold.
 architecture = (
     "dataset", "n_train", "n_val", "length", "side", "cell_px", "walls", "ball", "split_seed", "tokenizer", "patch",
     "codebook_size", "code_dim", "quantiser", "tokenizer_layers", "tokenizer_embd", "action_model", "n_codes",
     "history", "action_quantiser", "difference", "action_layers", "action_embd", "tokens", "action_source",
-    "action_input", "context", "dynamics_layers", "dynamics_embd", "optimizer")
+    "action_input", "context", "dynamics_layers", "dynamics_embd", "text_layers", "text_embd", "frame_layers", "frame_embd",
+    "optimizer")
 
 
 def check(settings, video=None):
@@ -187,14 +200,17 @@ def check(settings, video=None):
 
 def steps_of(name):
     """Optimiser steps of a stage."""
-    own = {"tokenizer": tokenizer_steps, "actions": action_steps, "dynamics": dynamics_steps}
+    own = {"tokenizer": tokenizer_steps, "actions": action_steps, "dynamics": dynamics_steps, "text": text_steps,
+           "frame": frame_steps}
     return own[name] if max_steps is None else max_steps
 
 
 def needs(name):
     """The stages that a stage reads."""
-    if name != "dynamics":
+    if name in ("tokenizer", "actions", "text"):
         return ()
+    if name == "frame":
+        return ("tokenizer",) * (tokens == "tokenizer")
     return ("tokenizer",) * (tokens == "tokenizer") + ("actions",) * (action_source == "latent")
 
 
@@ -215,8 +231,13 @@ def build(name, video):
         if name == "actions":
             return ActionModel(video.height, video.width, patch, colours, history, n_codes, action_embd, action_layers,
                                action_model, action_quantiser, difference=difference)
+        if name == "text":
+            return Writer(caption_length(side), text_layers, 4, text_embd)
         grid = (side, side) if tokens == "cells" else (video.height // patch, video.width // patch)
-        return Dynamics(grid, 4 if tokens == "cells" else codebook_size, n_codes if action_source == "latent" else
+        size = 4 if tokens == "cells" else codebook_size
+        if name == "frame":
+            return FirstFrame(grid, size, frame_layers, 4, frame_embd, caption_length(side))
+        return Dynamics(grid, size, n_codes if action_source == "latent" else
                         video.n_actions, dynamics_layers, 4, dynamics_embd, action_input, max(16, context))
     except ValueError as error:
         raise UserError(error)
@@ -283,13 +304,18 @@ def actions_loss(model, material, index, step):
     return loss + found.loss, dict(loss=loss.detach())
 
 
+@torch.no_grad()
+def tokens_of(models, material, index, T):
+    """(B, T, N) int64: the clips' frames as the dynamics read them."""
+    if tokens == "cells":
+        return material.clips.cells(index, T).to(material.where).long().flatten(2)
+    return models["tokenizer"].tokens(material.frames(index, T))
+
+
 def tokens_and_actions(models, material, index, T):
     """(tokens (B, T, N), actions (B, T)): what the dynamics read of clips; the action that led to each frame."""
+    found = tokens_of(models, material, index, T)
     with torch.no_grad():
-        if tokens == "cells":
-            found = material.clips.cells(index, T).to(material.where).long().flatten(2)
-        else:
-            found = models["tokenizer"].tokens(material.frames(index, T))
         if action_source == "true":
             return found, F.pad(material.clips.actions(index, T).to(material.where), (1, 0), value=-1)
         return found, F.pad(latent_actions(models["actions"], material.frames(index, T)), (1, 0), value=-1)
@@ -325,6 +351,22 @@ def dynamics_loss(model, models, material, index, step, noise):
     weight = (1 + extra * changed) * hidden[:, first:]
     nats = F.cross_entropy(logits.flatten(0, 2), truth[:, first:].flatten(), reduction="none")
     loss = (nats * weight.flatten()).sum() / weight.sum().clamp(min=1)
+    return loss, dict(loss=loss.detach())
+
+
+def captions(material, index):
+    """Captions of the clips' first frames, (B, S) int64."""
+    return as_characters([caption(cells) for cells in material.clips.cells(index, 1)[:, 0].numpy()]).to(material.where)
+
+
+def frame_loss(model, models, material, index, noise):
+    """(loss, parts) of naming the hidden tokens of a frame that a caption describes."""
+    truth = tokens_of(models, material, index, 1)[:, 0]
+    rate = mask_rate[0] + (mask_rate[1] - mask_rate[0]) * torch.rand(len(truth), 1, generator=noise, device=truth.device)
+    hidden = torch.rand(truth.shape, generator=noise, device=truth.device) < rate
+    hidden[:, 0] |= ~hidden.any(1)                            # a row with nothing to name would have no mean
+    logits = model(truth.masked_fill(hidden, model.codebook_size), model.read(captions(material, index)))
+    loss = F.cross_entropy(logits[hidden], truth[hidden])
     return loss, dict(loss=loss.detach())
 
 
@@ -498,6 +540,41 @@ def evaluate_dynamics(model, models, material):
     return numbers
 
 
+@torch.no_grad()
+def evaluate_text(model, material):
+    """loss: nats per character of held-out captions; perplexity: exp of it; valid: share of 64 texts that it writes
+    itself which describe a possible picture, different: how many of those differ."""
+    losses = n = 0
+    for index in spread(material.clips, 1, eval_clips).split(64):
+        text = captions(material, index)
+        count = (text != 0).sum().item() + len(text)
+        losses += model.nats(text).item() * count
+        n += count
+    written = model.write(64, generator=torch.Generator().manual_seed(0))
+    valid = [text for text in written if read_caption(text, side) is not None]
+    return dict(loss=losses / n, perplexity=math.exp(losses / n), valid=len(valid) / 64, different=len(set(valid)),
+                score=-losses / n)
+
+
+@torch.no_grad()
+def evaluate_frame(model, models, material):
+    """tokens, frame: share of tokens and of whole frames that are right, all named in one pass; drawn: of whole frames
+    filled in by MaskGIT; loss in nats per token; floor: tokens right by the commonest token."""
+    losses = right = whole = drawn = n = frames = 0
+    every = []
+    for index in spread(material.clips, 1, eval_clips).split(64):
+        truth, text = tokens_of(models, material, index, 1)[:, 0], captions(material, index)
+        logits = model(torch.full_like(truth, model.codebook_size), model.read(text))
+        losses += F.cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="sum").item()
+        right += (logits.argmax(-1) == truth).sum().item()
+        whole += (logits.argmax(-1) == truth).all(1).sum().item()
+        drawn += (model.draw(text, steps=decode_steps, temperature=0.0) == truth).all(1).sum().item()
+        every.append(truth.flatten().cpu())
+        n, frames = n + truth.numel(), frames + len(truth)
+    return dict(loss=losses / n, tokens=right / n, frame=whole / frames, drawn=drawn / frames, score=-losses / n,
+                floor=torch.cat(every).bincount().max().item() / n)
+
+
 def as_seen(models, written, material):
     """Tokens (B, T, N) as frames (B, T, H, W, 3) in 0..1."""
     if tokens == "tokenizer":
@@ -547,10 +624,10 @@ class Played:
     The grid world begins at a random state with `context` - 1 true frames after "stay"; other data at a clip that was
     never trained on. Latent actions are shown with the true action that most often goes with them.
     """
-    prompts = False
 
     def __init__(self, model, models, material, video, meanings=None):
         self.model, self.models, self.material, self.video = model, models, material, video
+        self.prompts = "frame" in models and video.action_names == ACTIONS
         self.meanings = meanings                              # (n_codes,) true action of each code, or None
         names = tuple(video.action_names)
         if action_source == "true":
@@ -569,8 +646,11 @@ class Played:
 
     @torch.no_grad()
     def reset(self, prompt=None):
-        """A new world."""
+        """A new world, or one that begins with the frame that a sentence describes ("write": a sentence of the text
+        model). ValueError: no sentence of this model's."""
         began, T = time.perf_counter(), context - 1
+        if prompt is not None:
+            return self.reset_by(prompt, began)
         clips = self.material.clips
         index = torch.tensor([self.began * 7919 % clips.count(T)])
         self.began += 1
@@ -598,6 +678,25 @@ class Played:
         self.cache = self.model.new_cache(1, max(1024, T), window or 64)
         self.model(written, acts, self.cache)
         return self.view(self.frames[0, -1], began)
+
+    @torch.no_grad()
+    def reset_by(self, prompt, began):
+        """A world whose first frame is drawn from words; how its ball flies only the next frames show."""
+        if prompt == "write" and "text" in self.models:
+            prompt = self.models["text"].write(1, generator=self.generator)[0]
+        text = as_characters([prompt], caption_length(side)).to(self.material.where)
+        written = self.models["frame"].draw(text[:, :len(prompt)], steps=decode_steps, temperature=temperature,
+                                            generator=self.generator)[:, None]
+        frame = as_seen(self.models, written, self.material)[0, 0]
+        cells = read_cells((frame * 255).round().byte().cpu(), cell_px)[None].numpy()
+        try:                                                  # the true world begins as it was drawn, if that is one
+            import numpy as np
+            self.world = World.from_cells(cells, np.random.default_rng(seed))
+        except ValueError:
+            self.world = None
+        self.cache = self.model.new_cache(1, 1024, window or 64)
+        self.model(written, torch.full((1, 1), self.model.n_actions, device=written.device), self.cache)
+        return self.view(frame, began, prompt)
 
     @torch.no_grad()
     def step(self, action):
@@ -633,7 +732,15 @@ def meanings_of(models, material, n_actions):
 
 def write_rollout(played, plan, folder):
     """samples/rollout.png, a row of generated and a row of true frames, and rollout.gif. Returns their paths."""
-    views = [played.reset()] + [played.step(action) for action in plan]
+    if prompt is not None and not played.prompts:
+        raise UserError("--prompt needs a run with the stage frame: --resume --stage frame trains it")
+    try:
+        views = [played.reset(prompt)]
+    except ValueError as error:
+        raise UserError(f"--prompt: {error}") from None
+    if prompt is not None:
+        print(views[0].note)
+    views += [played.step(action) for action in plan]
     rows, titles = [[view.frame for view in views]], ["generated after " + ", ".join(played.actions[a] for a in plan)]
     if views[0].truth is not None:
         rows, titles = [*rows, [view.truth for view in views]], [*titles, "the true world"]
@@ -655,7 +762,8 @@ def in_words(name, numbers):
     """The line of a validation."""
     shown = {"tokenizer": ("psnr", "ssim", "changed_psnr", "usage", "perplexity"),
              "actions": ("information", "majority", "usage", "psnr_1", "copy_1", "dpsnr_1", "dpsnr_4"),
-             "dynamics": ("tokens", "changed", "agent", "ball", "frame", "copy")}[name]
+             "dynamics": ("tokens", "changed", "agent", "ball", "frame", "copy"),
+             "text": ("perplexity", "valid", "different"), "frame": ("tokens", "frame", "drawn", "floor")}[name]
     return ", ".join(f"{key} {numbers[key]:.4g}" for key in ("loss", *shown) if key in numbers)
 
 
@@ -681,7 +789,7 @@ def main():
         if checkpoint.get("script") != "train_worldmodel":
             raise UserError(f"{checkpoint_path} is a checkpoint of {checkpoint.get('script')}, not of train_worldmodel")
         settings = adopt(globals(), settings, {name: value for name, value in checkpoint["settings"].items()
-                                               if name not in ("eval_only", "play", "port", "rollout", "actions")},
+                                               if name not in ("eval_only", "play", "port", "rollout", "actions", "prompt")},
                          architecture)
     where, precision = resolve_device(device, dtype)
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
@@ -692,14 +800,18 @@ def main():
     check(settings, video)
     print(video.source)
     train, val = (Material(clips, video.palette, where) for clips in (video.train, video.val))
-    clip_frames = dict(tokenizer=tokenizer_frames, actions=history + 1, dynamics=context)
-    clip_batch = dict(tokenizer=tokenizer_batch, actions=batch_size, dynamics=dynamics_batch)
+    clip_frames = dict(tokenizer=tokenizer_frames, actions=history + 1, dynamics=context, text=1, frame=1)
+    clip_batch = dict(tokenizer=tokenizer_batch, actions=batch_size, dynamics=dynamics_batch, text=text_batch,
+                      frame=frame_batch)
 
     # ---- what is trained already, and what is next ----
     done = dict(checkpoint["done"]) if checkpoint else {}     # stage: weights, the best on validation
     wanted = [name for name in STAGES if stage in ("all", name)]
-    if stage == "all":
-        wanted = [name for name in STAGES if name == "dynamics" or name in needs("dynamics")]
+    if stage == "all":                                       # what the dynamics read, and words where there are any
+        wanted = [name for name in STAGES if name == "dynamics" or name in needs("dynamics") or
+                  name in ("text", "frame") and video.cell_px]
+    elif stage in ("text", "frame") and not video.cell_px:
+        raise UserError(f"stage {stage} learns captions of grid worlds: {dataset} has none")
     left = [name for name in wanted if name not in done]
     for name in wanted:
         missing = [other for other in needs(name) if other not in done and other not in wanted]
@@ -723,6 +835,10 @@ def main():
                 return evaluate_tokenizer(model, val, video.palette)
             if name == "actions":
                 return evaluate_actions(model, val, video.palette, video.n_actions)
+            if name == "text":
+                return evaluate_text(model, val)
+            if name == "frame":
+                return evaluate_frame(model, models, val)
             return evaluate_dynamics(model, models, val)
 
     if shown is not None:
@@ -848,6 +964,11 @@ def main():
                             outputs.append(parts.pop("z").flatten(0, 1))
                         elif name == "actions":
                             loss, parts = actions_loss(model, train, index, step)
+                        elif name == "text":
+                            loss = model.nats(captions(train, index))
+                            parts = dict(loss=loss.detach())
+                        elif name == "frame":
+                            loss, parts = frame_loss(model, models, train, index, noise)
                         else:
                             loss, parts = dynamics_loss(model, models, train, index, step, noise)
                     scaler.scale(loss / grad_accum).backward()

@@ -10,9 +10,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from discrete import FSQ, VQ, Quantised, straight_through
-from mixers import Linear, Norm
+from mixers import Linear, Norm, Positions
 from model import TransformerConfig, initialise
-from networks import SpatialTransformer, SpatioTemporal
+from networks import CrossBlock, Encoder, SpatialTransformer, SpatioTemporal, TextTransformer, axial_tables
 
 
 def to_patches(x, p):
@@ -268,6 +268,36 @@ class Tokenizer(nn.Module):
         return None if self.kind == "spatial" else self.decoder.new_cache(batch_size, max_length, window)
 
 
+# --- Filling in what is hidden ---
+
+def fill_in(logits_of, B, N, K, device=None, steps=8, temperature=1.0, choice=4.5, generator=None):
+    """Tokens (B, N) below K by MaskGIT (Chang et al. 2022, section 3.2): all are hidden (K) at first; in each of `steps`
+    rounds every hidden place draws a token from logits_of(tokens (B, N)) (B, N, K), and those most sure of theirs keep
+    it, so that half a cosine of the places stays hidden.
+
+    temperature 0: the likeliest token; choice: how much chance there is in who is sure, falling to none in the last
+    round. Draws come from `generator`, on the CPU whatever the device.
+    """
+    def gumbel(*shape):
+        return -torch.log(-torch.log(torch.rand(shape, generator=generator).clamp(1e-9, 1 - 1e-7))).to(device)
+    tokens, left = torch.full((B, N), K, dtype=torch.int64, device=device), N
+    for step in range(steps):
+        if not left:
+            break
+        hidden, logits = tokens == K, logits_of(tokens)
+        drawn = (logits / temperature + gumbel(B, N, K) if temperature else logits).argmax(-1)
+        sure = torch.log_softmax(logits, -1).gather(-1, drawn[..., None])[..., 0]
+        share = (step + 1) / steps
+        if choice and temperature and step + 1 < steps:
+            sure = sure + choice * (1 - share) * gumbel(B, N)
+        # one place at least is settled in a round, and all are after the last
+        left = min(int(N * math.cos(math.pi / 2 * share)), left - 1) if step + 1 < steps else 0
+        order = sure.masked_fill(~hidden, math.inf).argsort(dim=1, descending=True, stable=True)
+        settled = torch.zeros_like(hidden).scatter_(1, order[:, :N - left], True)
+        tokens = torch.where(hidden & settled, drawn, tokens)
+    return tokens
+
+
 # --- The next frame ---
 
 class Dynamics(nn.Module):
@@ -321,52 +351,28 @@ class Dynamics(nn.Module):
     @torch.no_grad()
     def next_frame(self, actions, cache=None, steps=8, temperature=1.0, choice=4.5, generator=None, past=None,
                    window=None):
-        """The tokens (B, N) of the frame that `actions` (B,) lead to, in `steps` rounds of MaskGIT: each round every
-        hidden place draws a token, and those most sure of theirs keep it, as many as half a cosine says.
+        """The tokens (B, N) of the frame that `actions` (B,) lead to, by `fill_in`.
 
         With a cache, which holds the frames before, only the new frame runs in each round, and once more with its final
         tokens, so that the cache then holds it too: exact, since frames see only the past. Without, past = (tokens
         (B, T, N), actions (B, T)) are computed again in every round; `window` frames are seen (a sliding cache has its
-        own). temperature 0: the likeliest token; `choice`: how much chance there is in which places are kept, falling
-        to none in the last round. Draws come from `generator` (on the CPU) whatever the device.
+        own).
         """
-        B, N, where = len(actions), self.n_tokens, self.embed.device
-        tokens = torch.full((B, 1, N), self.mask, dtype=torch.int64, device=where)
-        actions = actions.view(B, 1)
-
-        def gumbel(*shape):
-            return -torch.log(-torch.log(torch.rand(shape, generator=generator).clamp(1e-9, 1 - 1e-7))).to(where)
+        actions = actions.view(-1, 1)
 
         def logits_of(tokens):
             if cache is None:
-                frames = torch.cat((past[0], tokens), 1), torch.cat((past[1], actions), 1)
+                frames = torch.cat((past[0], tokens[:, None]), 1), torch.cat((past[1], actions), 1)
                 return self(*frames, window=window)[:, -1]
             held = cache.length
-            logits = self(tokens, actions, cache)[:, -1]
+            logits = self(tokens[:, None], actions, cache)[:, -1]
             cache.crop(held)
             return logits
-        left = N
-        for step in range(steps):
-            if not left:
-                break
-            hidden = tokens[:, 0] == self.mask                                   # (B, N)
-            logits = logits_of(tokens)
-            if temperature:
-                drawn = (logits / temperature + gumbel(B, N, self.codebook_size)).argmax(-1)
-            else:
-                drawn = logits.argmax(-1)
-            sure = torch.log_softmax(logits, -1).gather(-1, drawn[..., None])[..., 0]
-            share = (step + 1) / steps
-            if choice and temperature and step + 1 < steps:
-                sure = sure + choice * (1 - share) * gumbel(B, N)
-            # half a cosine of the places stay hidden, one fewer than before at least, and none after the last round
-            left = min(int(N * math.cos(math.pi / 2 * share)), left - 1) if step + 1 < steps else 0
-            order = sure.masked_fill(~hidden, math.inf).argsort(dim=1, descending=True, stable=True)
-            settled = torch.zeros_like(hidden).scatter_(1, order[:, :N - left], True)
-            tokens[:, 0] = torch.where(hidden & settled, drawn, tokens[:, 0])
+        tokens = fill_in(logits_of, len(actions), self.n_tokens, self.codebook_size, self.embed.device, steps,
+                         temperature, choice, generator)
         if cache is not None:
-            self(tokens, actions, cache)                                         # what is kept are the final tokens'
-        return tokens[:, 0]
+            self(tokens[:, None], actions, cache)                                # what is kept are the final tokens'
+        return tokens
 
     @torch.no_grad()
     def generate(self, tokens, actions, plan, cached=True, window=None, generator=None, **how):
@@ -385,3 +391,111 @@ class Dynamics(nn.Module):
             made.append(frame)
             tokens, actions = torch.cat((tokens, frame[:, None]), 1), torch.cat((actions, plan[:, t:t + 1]), 1)
         return torch.stack(made, 1)
+
+
+# --- Words ---
+
+N_CHARACTERS = 128  # ASCII; 0 begins and ends a text, and fills up a shorter row
+
+
+def as_text(rows):
+    """Rows of characters (B, S) int64 -> list of str, each up to its first 0."""
+    return ["".join(map(chr, row)).partition("\0")[0] for row in rows.tolist()]
+
+
+def as_characters(texts, length=None):
+    """texts -> (B, S) int64, S the longest of them (or `length`), 0 where a text has ended. ValueError: not ASCII, or
+    longer than `length`."""
+    longest = max(map(len, texts))
+    length = longest if length is None else length
+    if longest > length or not all(text.isascii() and "\0" not in text for text in texts):
+        raise ValueError(f"a sentence of at most {length} plain ASCII characters is needed")
+    return torch.tensor([[ord(letter) for letter in text] + [0] * (length - len(text)) for text in texts])
+
+
+class Writer(TextTransformer):
+    """A causal language model over the characters of captions, with its own generation loop."""
+
+    def __init__(self, block_size, n_layer=2, n_head=4, n_embd=64, init="xavier"):
+        super().__init__(TransformerConfig(vocab_size=N_CHARACTERS, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+                                           block_size=block_size + 1, norm="rms", positions="rope", bias=False,
+                                           init=init, qk_norm=True))
+
+    def nats(self, text):
+        """text (B, S) int64, 0 after its end -> mean loss in nats per character, the end's 0 counted once."""
+        ended = F.pad(text, (0, 1))                                              # (B, S + 1): what is to come
+        seen = F.pad(text, (1, 0))                                               # 0 begins
+        later = (F.pad(ended == 0, (1, 0))[:, :-1]).cummax(1).values             # after the end
+        return super().forward(seen, ended.masked_fill(later, -1))[0]
+
+    @torch.no_grad()
+    def write(self, n, temperature=1.0, generator=None, cached=True, begin=""):
+        """n texts, each from `begin` to its end or block_size, drawn character by character."""
+        device, block = self.heads[0].device, self.config.block_size
+        text = as_characters([begin] * n).to(device) if begin else torch.zeros(n, 0, dtype=torch.int64, device=device)
+        text = F.pad(text, (1, 0))
+        cache, new = self.new_cache(n, block) if cached else None, text
+        while text.size(1) < block:
+            logits = self(new if cached else text, cache=cache)[:, -1]
+            if logits.dim() == 3:                                                # (n, targets, V)
+                logits = logits[:, 0]
+            if temperature:
+                chance = torch.rand(logits.shape, generator=generator).clamp(1e-9, 1 - 1e-7).to(device)
+                logits = logits.float() / temperature - torch.log(-torch.log(chance))
+            new = logits.argmax(-1, keepdim=True)
+            text = torch.cat((text, new), 1)
+            if (text[:, 1:] == 0).any(1).all():
+                break
+        return as_text(text[:, 1:])
+
+
+class FirstFrame(nn.Module):
+    """A sentence starts a world: an encoder reads a padded caption, a spatial transformer that reads its states fills in
+    the tokens of a frame, by MaskGIT. What the caption's keys and values are is computed once, for all rounds.
+    """
+
+    def __init__(self, grid, codebook_size, n_layer=2, n_head=4, n_embd=64, block_size=160, init="xavier"):
+        super().__init__()
+        self.grid, self.n_tokens, self.codebook_size = tuple(grid), grid[0] * grid[1], codebook_size
+        c = self.config = TransformerConfig(vocab_size=N_CHARACTERS, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+                                            block_size=block_size, norm="rms", positions="rope", ff_mult=2.0, bias=False,
+                                            init=init, qk_norm=True)
+        self.encoder = Encoder(c)
+        self.tokens = nn.Parameter(torch.empty(codebook_size + 1, n_embd))
+        self.places = nn.Parameter(torch.empty(self.n_tokens, n_embd))
+        self.own = {"tokens": "embedding", "places": "position"}
+        self.blocks = nn.ModuleList(CrossBlock(c, i) for i in range(n_layer))
+        self.norm = Norm(c.norm, n_embd, c.norm_gain, c.bias)
+        self.heads = nn.ParameterList([nn.Parameter(torch.empty(codebook_size, n_embd))])
+        for name, table in zip(("cos", "sin"), axial_tables(*self.grid, c.head_dim)):
+            self.register_buffer(name, table, persistent=False)
+        initialise(self)
+
+    def fill(self):
+        """N(0, 0.02), as embeddings and positions are; places N(0, 1), since all queries begin with the same token."""
+        self.tokens.normal_(0, 0.02)
+        self.places.normal_()
+
+    def read(self, text):
+        """text (B, S) int64, 0 where it has ended -> what `forward` takes: keys and values of each layer, padding."""
+        padding = text == 0
+        states = self.encoder(text, padding)
+        return [block.cross.keys(states) for block in self.blocks], padding
+
+    def forward(self, tokens, held):
+        """tokens (B, N) int64, codebook_size where hidden; held of `read` -> logits (B, N, K) float32."""
+        keys, padding = held
+        places = Positions(0, self.n_tokens, bidirectional=True)
+        places.tables[self.config.head_dim] = self.cos, self.sin
+        x = F.embedding(tokens, self.tokens) + self.places
+        for block, pair in zip(self.blocks, keys):
+            x = block(x, pair, places, padding=padding)
+        return F.linear(self.norm(x), self.heads[0]).float()
+
+    @torch.no_grad()
+    def draw(self, text, cached=True, **how):
+        """The tokens (B, N) of frames that captions text (B, S) describe. cached False reads the captions again in
+        every round. `how`: of fill_in."""
+        held = self.read(text) if cached else None
+        return fill_in(lambda tokens: self(tokens, held or self.read(text)), len(text), self.n_tokens,
+                       self.codebook_size, text.device, **how)
