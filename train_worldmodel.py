@@ -67,6 +67,7 @@ grad_accum = 1             # [>= 1] forward passes per optimiser step
 # --- Tokenizer ---
 tokenizer = "spatial"      # [spatial, spatiotemporal] transformer: each frame by itself, or causal in time as well
 patch = 8                  # [>= 1] pixels of a side of a patch, of tokens and of the action model
+n_head = 4                 # [>= 1] attention heads of all transformers
 codebook_size = 16         # [>= 2] codes to choose from
 code_dim = 8               # [>= 1] width of a code
 quantiser = "vq"           # [vq, fsq] codes as running means, or fixed levels
@@ -159,13 +160,13 @@ aliases = {"d_model": "dynamics_embd", "n_actions": "n_codes", "learning_rate": 
 
 debug_settings = dict(n_train=32, n_val=8, length=8, eval_clips=16, max_steps=8, warmup_steps=2, eval_interval=4,
                       save_interval=4, log_interval=1, batch_size=8, tokenizer_batch=4, dynamics_batch=4,
-                      tokenizer_embd=16, action_embd=8, dynamics_embd=16)
+                      tokenizer_embd=16, action_embd=8, dynamics_embd=16, text_embd=16, frame_embd=16)
 
 STAGES = ("tokenizer", "actions", "dynamics", "text", "frame")
 
 # These make the shape of the weights, or what the model is scored on: on resume the checkpoint's hold.
 architecture = (
-    "dataset", "n_train", "n_val", "length", "side", "cell_px", "walls", "ball", "split_seed", "tokenizer", "patch",
+    "dataset", "n_train", "n_val", "length", "side", "cell_px", "walls", "ball", "split_seed", "tokenizer", "patch", "n_head",
     "codebook_size", "code_dim", "quantiser", "tokenizer_layers", "tokenizer_embd", "action_model", "n_codes",
     "history", "action_quantiser", "difference", "action_layers", "action_embd", "tokens", "action_source",
     "action_input", "context", "dynamics_layers", "dynamics_embd", "text_layers", "text_embd", "frame_layers", "frame_embd",
@@ -180,6 +181,12 @@ def check(settings, video=None):
         raise UserError(f"mask_rate {mask_rate[0]:g},{mask_rate[1]:g} begins above its end")
     if action_quantiser == "signs" and n_codes & (n_codes - 1):
         raise UserError(f"n_codes {n_codes}: signs make a power of two, 2, 4, 8, ...; --action_quantiser vq takes any")
+    axial = ["tokenizer_embd", "dynamics_embd", "frame_embd"] + ["action_embd"] * (action_model == "transformer")
+    for name, unit in [(name, 4 * n_head) for name in axial] + [("text_embd", 2 * n_head)]:
+        if globals()[name] % unit:
+            raise UserError(f"{name} {globals()[name]}: {n_head} heads that turn by row and column need a multiple of "
+                            f"{unit}" if unit == 4 * n_head else f"{name} {globals()[name]}: {n_head} heads that turn "
+                            f"need a multiple of {unit}")
     if video is not None:
         if video.height % patch or video.width % patch:
             raise UserError(f"patch {patch} does not divide frames of {video.height} x {video.width}")
@@ -227,18 +234,18 @@ def build(name, video):
     try:
         if name == "tokenizer":
             return Tokenizer(video.height, video.width, patch, colours, codebook_size, code_dim, tokenizer_layers,
-                             4, tokenizer_embd, tokenizer, quantiser)
+                             n_head, tokenizer_embd, tokenizer, quantiser)
         if name == "actions":
             return ActionModel(video.height, video.width, patch, colours, history, n_codes, action_embd, action_layers,
-                               action_model, action_quantiser, difference=difference)
+                               action_model, action_quantiser, n_head, difference=difference)
         if name == "text":
-            return Writer(caption_length(side), text_layers, 4, text_embd)
+            return Writer(caption_length(side), text_layers, n_head, text_embd)
         grid = (side, side) if tokens == "cells" else (video.height // patch, video.width // patch)
         size = 4 if tokens == "cells" else codebook_size
         if name == "frame":
-            return FirstFrame(grid, size, frame_layers, 4, frame_embd, caption_length(side))
+            return FirstFrame(grid, size, frame_layers, n_head, frame_embd, caption_length(side))
         return Dynamics(grid, size, n_codes if action_source == "latent" else
-                        video.n_actions, dynamics_layers, 4, dynamics_embd, action_input, max(16, context))
+                        video.n_actions, dynamics_layers, n_head, dynamics_embd, action_input, max(16, context))
     except ValueError as error:
         raise UserError(error)
 
@@ -379,7 +386,8 @@ def psnr(error):
 
 def ssim(a, b, size=11, sigma=1.5):
     """Structural similarity (Wang et al. 2004) of frames (B, H, W, 3) in 0..1: mean over frames, colours and windows, a
-    Gaussian of 11 pixels, without padding."""
+    Gaussian of 11 pixels (fewer where a side has fewer), without padding."""
+    size = min(size, *a.shape[1:3])
     place = torch.arange(size, device=a.device) - size // 2
     line = torch.exp(-place.float().square() / (2 * sigma ** 2))
     line = line / line.sum()

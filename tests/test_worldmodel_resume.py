@@ -1,0 +1,192 @@
+"""train_worldmodel.py as it is typed: killed in every stage, resumed, evaluated, rolled out, told what is wrong: 60 s."""
+import math
+import shutil
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from data.video import load  # noqa: E402
+from experiment import load_checkpoint  # noqa: E402
+from test_resume import (Forks, assert_done, assert_equal, assert_error, kill_again_and_again, records,  # noqa: E402
+                         snapshot, summary, wait_for)
+from test_scripts import fresh  # noqa: E402
+
+TINY = dict(n_train=12, n_val=4, length=7, side=4, cell_px=4, patch=4, codebook_size=8, code_dim=4, tokenizer_embd=8,
+            tokenizer_batch=2, action_embd=8, n_head=2, action_layers=1, n_codes=4, batch_size=4, context=3, dynamics_layers=1,
+            dynamics_embd=8, dynamics_batch=2, text_layers=1, text_embd=8, text_batch=2, frame_layers=1, frame_embd=8,
+            frame_batch=2, max_steps=4, warmup_steps=2, eval_interval=3, save_interval=1, log_interval=1, eval_clips=8,
+            decode_steps=2, rollout_clips=4, reset_interval=2, device="cpu", dtype="float32", run_name="run")
+STAGES = ("tokenizer", "actions", "dynamics", "text", "frame")
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    server = Forks(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()
+
+
+def train(out_dir, *more, **settings):
+    """The words of a command line; settings on top of TINY."""
+    words = ["train_worldmodel.py", "--out_dir", out_dir]
+    for name, value in (TINY | settings).items():
+        words += [f"--{name}" if value is True else f"--{name}={value}"]
+    return words + list(more)
+
+
+def at(out_dir):
+    return Path(out_dir) / "train_worldmodel" / "run"
+
+
+def lines(run):
+    """metrics.jsonl without what the clock says."""
+    return [{key: value for key, value in line.items() if key != "clips_per_s"} for line in records(run)]
+
+
+def assert_same_end(run, reference):
+    """Metrics line by line, all checkpoints bit for bit."""
+    assert lines(run) == lines(reference)
+    for name in ("last.pt", "best.pt"):
+        assert_equal(load_checkpoint(run / name), load_checkpoint(reference / name), name)
+    assert not list(run.glob(".*tmp*"))
+
+
+@pytest.fixture(scope="module")
+def base(forks, tmp_path_factory):
+    """A finished run of all stages."""
+    folder = tmp_path_factory.mktemp("base")
+    child = forks.run(train(folder), folder)
+    assert_done(child)
+    return at(folder)
+
+
+@pytest.fixture
+def copy(base, tmp_path):
+    return Path(shutil.copytree(base, at(tmp_path / "runs")))
+
+
+def test_what_a_run_leaves(base):
+    found = lines(base)
+    assert [line["stage"] for line in found if line["split"] == "val"] == [
+        name for name in STAGES for _ in range(3)]            # before, at step 3 and at the end
+    steps = [line["step"] for line in found if line["split"] == "train"]
+    assert steps == list(range(1, 21))
+    assert list(load_checkpoint(base / "last.pt")["done"]) == list(STAGES)
+    told = summary(base)
+    assert told["status"] == "done" and told["step"] == 20 and told["stages"] == list(STAGES)
+    assert {"tokenizer_psnr", "actions_information", "dynamics_agent", "text_perplexity", "frame_drawn",
+            "rollout_psnr_4", "rollout_copy_4", "rollout_permuted_4", "rollout_random_4"} <= told.keys()
+    assert (base / "curves.png").exists()
+
+
+@pytest.mark.parametrize("case", [dict(seed=1), dict(seed=2, tokens="cells", action_source="true", ema_decay=0.9),
+                                  dict(seed=3, tokenizer="spatiotemporal", quantiser="fsq", action_quantiser="vq",
+                                       action_model="transformer", action_input="prepend", grad_accum=2)])
+def test_killed_at_random_moments(forks, tmp_path, case):
+    """Killed again and again in all stages: the bits of a run that never stopped."""
+    runs = [at(tmp_path / name) for name in ("killed", "whole")]
+    commands = [train(run.parents[1], **case) for run in runs]
+    with ThreadPoolExecutor(2) as pool:
+        kills = pool.submit(kill_again_and_again, forks, commands[0], tmp_path, runs[0], case["seed"])
+        assert_done(pool.submit(forks.run, commands[1], tmp_path).result())
+        assert kills.result() >= 2
+    assert_same_end(*runs)
+
+
+def test_stages_one_by_one_are_all_at_once(forks, tmp_path, base):
+    """Stage after stage by --resume: the weights of one command."""
+    for i, name in enumerate(STAGES):
+        assert_done(forks.run(train(tmp_path, *["--resume"] * (i > 0), stage=name), tmp_path))
+    apart, together = (load_checkpoint(run / "last.pt")["done"] for run in (at(tmp_path), base))
+    assert_equal(apart, together, "done")
+
+
+def test_architecture_comes_from_the_checkpoint(forks, tmp_path, copy):
+    child = forks.run(train(copy.parents[1], "--resume", n_codes=8, max_steps=4), tmp_path)
+    assert_done(child)
+    assert "n_codes 4 comes from the checkpoint: --n_codes 8 is overruled" in child.out
+
+
+def test_eval_only_changes_nothing(forks, tmp_path, copy):
+    before = snapshot(copy)
+    child = forks.run(["train_worldmodel.py", "--out_dir", copy.parents[1], "--run_name", "run", "--resume",
+                       "--eval_only"], tmp_path)
+    assert_done(child)
+    for name in STAGES:
+        assert f"{name}: loss" in child.out
+    assert "rollouts: psnr_1" in child.out and snapshot(copy) == before
+    told = summary(copy)
+    assert f"agent {told['dynamics_agent']:.4g}" in child.out and f"psnr_4 {told['rollout_psnr_4']:.4g}" in child.out
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_and_resumed(forks, tmp_path, number, code):
+    """A signal in the second stage saves; --resume ends as the run that was not stopped."""
+    runs = [at(tmp_path / name) for name in ("stopped", "whole")]
+    how = dict(tokens="cells", action_steps=60, dynamics_steps=4, text_steps=2, frame_steps=2, max_steps="none")
+    child = forks.start(train(runs[0].parents[1], **how), tmp_path)
+    wait_for(lambda: (runs[0] / "metrics.jsonl").exists() and len(records(runs[0])) > 4)
+    child.kill(number)
+    assert child.wait().code == code and summary(runs[0])["status"] == "interrupted"
+    assert load_checkpoint(runs[0] / "last.pt")["loop"]["step"] < 60
+    assert_done(forks.run(train(runs[0].parents[1], "--resume", **how), tmp_path))
+    assert_done(forks.run(train(runs[1].parents[1], **how), tmp_path))
+    assert_same_end(*runs)
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--n_codes=6", "power of two"), ("--tokenizer_embd=12", "multiple of 8"), ("--text_embd=6", "multiple of 4"), ("--patch=5", "patch 5 does not divide"), ("--context=9", "do not fit"),
+    ("--mask_rate=0.9,0.5", "begins above its end"), ("--stage=token", "tokenizer"), ("--dataset=gridwrld", "gridworld"),
+    ("--tokens=cells --dataset=x.npz", "cells"), ("--eval_only", "--resume"), ("--quantiser=fsq --codebook_size=11",
+                                                                                "no product"),
+    ("--play=a --rollout=b", "one of them"), ("--tokenizer_layer=1", "tokenizer_layers")])
+def test_mistakes(forks, tmp_path, words, said):
+    """One line, status 2, nothing written."""
+    assert_error(forks.run(train(tmp_path / "out", *words.split()), tmp_path), said)
+    assert not (tmp_path / "out").exists()
+
+
+# --- Figures, against what is known ---
+
+@pytest.fixture
+def g():
+    return fresh("train_worldmodel.py")
+
+
+def test_ssim_and_psnr(g):
+    x = torch.rand(2, 16, 16, 3, generator=torch.Generator().manual_seed(0))
+    assert g["ssim"](x, x) == pytest.approx(1, abs=1e-5)
+    other = torch.rand(2, 16, 16, 3, generator=torch.Generator().manual_seed(1))
+    assert g["ssim"](x, other) < 0.3
+    # constant frames: (2 a b + c1) / (a^2 + b^2 + c1), the other factor is 1
+    a, b = 0.2, 0.6
+    flat = g["ssim"](torch.full((1, 16, 16, 3), a), torch.full((1, 16, 16, 3), b))
+    assert flat == pytest.approx((2 * a * b + 1e-4) / (a * a + b * b + 1e-4), abs=1e-3)
+    assert g["psnr"](0.01) == pytest.approx(20)
+
+
+def test_majority_map(g):
+    codes, labels = torch.tensor([0, 0, 0, 2, 2, 1]), torch.tensor([4, 4, 1, 3, 3, 0])
+    assert g["majority_map"](codes, labels, 4, 5).tolist() == [4, 0, 3, 0]
+
+
+def test_action_figures_of_known_codes(g):
+    """Codes that name the action score 1, codes that name "moved or not" score what the formula says, constants 0."""
+    video = load("gridworld", 4, 64, 8, 6, 4)
+    index = g["spread"](video.val, 6, 200)
+    labels = video.val.effective(index, 6)[:, 1:].flatten()
+    share = labels.bincount(minlength=5).double() / len(labels)
+    entropy = -(share * share.log()).sum().item()
+    still = share[0].item()
+    binary = -(still * math.log(still) + (1 - still) * math.log(1 - still))
+    mutual = g["mutual_information"]
+    assert mutual(labels * 3 % 8, labels, 8, 5)[0] / entropy == pytest.approx(1)
+    assert mutual((labels > 0).long(), labels, 8, 5)[0] / entropy == pytest.approx(binary / entropy)
+    assert mutual(labels * 0, labels, 8, 5)[0] == pytest.approx(0, abs=1e-12)
