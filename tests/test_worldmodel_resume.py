@@ -108,6 +108,18 @@ def test_stages_one_by_one_are_all_at_once(forks, tmp_path, base):
     assert_equal(apart, together, "done")
 
 
+def test_a_stage_that_lacks_another(forks, tmp_path, copy):
+    child = forks.run(train(tmp_path / "new", stage="dynamics"), tmp_path)
+    assert_error(child, "stage dynamics reads what stage tokenizer learns")
+    assert not (tmp_path / "new").exists()
+    child = forks.run(train(tmp_path / "new", stage="dynamics", tokens="cells"), tmp_path)
+    assert_error(child, "stage dynamics reads what stage actions learns")
+    child = forks.run(train(tmp_path / "new", stage="tokenizer", max_steps=20), tmp_path, die_at=30)
+    assert child.code == -signal.SIGKILL
+    assert_error(forks.run(train(tmp_path / "new", "--resume", stage="actions"), tmp_path),
+                 "in the middle of stage tokenizer")
+
+
 def test_architecture_comes_from_the_checkpoint(forks, tmp_path, copy):
     child = forks.run(train(copy.parents[1], "--resume", n_codes=8, max_steps=4), tmp_path)
     assert_done(child)
@@ -124,6 +136,31 @@ def test_eval_only_changes_nothing(forks, tmp_path, copy):
     assert "rollouts: psnr_1" in child.out and snapshot(copy) == before
     told = summary(copy)
     assert f"agent {told['dynamics_agent']:.4g}" in child.out and f"psnr_4 {told['rollout_psnr_4']:.4g}" in child.out
+
+
+def test_rollout(forks, tmp_path, copy):
+    """PNG and GIF of as many frames as actions and the first; the same again is the same."""
+    from PIL import Image
+    pixels = []
+    for _ in range(2):
+        child = forks.run(["train_worldmodel.py", "--rollout", copy, "--actions", "0,3,3,1", "--log_cache"], tmp_path)
+        assert_done(child)
+        with Image.open(copy / "samples" / "rollout.gif") as gif:
+            frames = []
+            for i in range(gif.n_frames):
+                gif.seek(i)
+                frames += [np.asarray(gif.convert("RGB"))] * round(gif.info["duration"] / 250)
+        assert len(frames) == 5 and frames[0].shape == (64, 64, 3)
+        pixels.append(np.stack(frames))
+        assert "layer" in child.out and "rollout.png" in child.out
+    assert (pixels[0] == pixels[1]).all()
+    assert_error(forks.run(["train_worldmodel.py", "--rollout", copy, "--actions", "0,4"], tmp_path), "'4' is not one of")
+    child = forks.run(["train_worldmodel.py", "--rollout", copy, "--actions", "1", "--prompt",
+                       "agent at a1, ball at c2, walls b2."], tmp_path)
+    assert_done(child)
+    assert_error(forks.run(["train_worldmodel.py", "--rollout", copy, "--actions", "0", "--prompt", "caf\u00e9"],
+                           tmp_path), "plain ASCII")
+    assert_error(forks.run(["train_worldmodel.py", "--rollout", tmp_path / "none"], tmp_path), "no such file")
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -151,6 +188,27 @@ def test_mistakes(forks, tmp_path, words, said):
     """One line, status 2, nothing written."""
     assert_error(forks.run(train(tmp_path / "out", *words.split()), tmp_path), said)
     assert not (tmp_path / "out").exists()
+
+
+def test_files_of_ones_own(forks, tmp_path):
+    """Frames and actions in an .npz train every stage but words; broken files are one line."""
+    rng = np.random.default_rng(0)
+    frames, actions = rng.integers(0, 256, (60, 8, 12, 3), dtype=np.uint8), rng.integers(0, 3, 60)
+    np.savez(tmp_path / "mine.npz", frames=frames, actions=actions)
+    more = dict(dataset=tmp_path / "mine.npz", length=2)
+    for name, settings in (("latent", {}), ("true", dict(action_source="true"))):
+        child = forks.run(train(tmp_path / name, **more, **settings), tmp_path)
+        assert_done(child)
+        assert summary(at(tmp_path / name))["stages"] == [
+            stage for stage in STAGES[:3] if stage != "actions" or name == "latent"]
+    assert_done(forks.run(["train_worldmodel.py", "--rollout", at(tmp_path / "latent"), "--actions", "0,1"], tmp_path))
+    assert_error(forks.run(train(tmp_path / "w", stage="text", **more), tmp_path), "captions of grid worlds")
+    (tmp_path / "mine.npz").write_bytes((tmp_path / "mine.npz").read_bytes()[:3000])
+    assert_error(forks.run(train(tmp_path / "w", **more), tmp_path), "mine.npz")
+    np.savez(tmp_path / "mine.npz", frames=frames[..., 0])
+    assert_error(forks.run(train(tmp_path / "w", **more), tmp_path), "mine.npz")
+    np.savez(tmp_path / "mine.npz", frames=frames)
+    assert_error(forks.run(train(tmp_path / "w", action_source="true", **more), tmp_path), "has no actions")
 
 
 # --- Figures, against what is known ---
