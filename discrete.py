@@ -181,20 +181,27 @@ class Codebook(nn.Module):
         self.codes[where] = unit(points) if self.similarity == "cosine" else points.float()
 
     @torch.no_grad()
-    def revive(self, where, z, generator=None, far=False):
-        """Codes `where` (K,) bool become encoder outputs, drawn from z (M, D) by `generator`: evenly, or, `far`, with
-        chances as their squared distances from the nearest code that lives (k-means++, Arthur & Vassilvitskii 2007):
-        where most of the outputs are alike, an even draw hardly ever meets a rare one."""
+    def revive(self, where, z, generator=None, least=None):
+        """Codes `where` (K,) bool become encoder outputs, drawn from z (M, D) by `generator`: evenly, or, with `least`,
+        with chances as their squared distances from the nearest living code (k-means++, Arthur & Vassilvitskii 2007),
+        and only those at least so far away. Where most outputs are alike an even draw hardly ever meets a rare one, and
+        gives what has a code already more of them. Returns how many there were."""
         n = int(where.sum())
         if not n:
-            return
-        if far and n < len(where):
-            points = unit(z) if self.similarity == "cosine" else z.float()
-            gaps = torch.cdist(points, self.table()[~where]).amin(1).square().cpu() + 1e-12
-            rows = torch.multinomial(gaps, n, replacement=True, generator=generator)
-        else:
+            return 0
+        if least is None or n == len(where):
             rows = torch.randint(len(z), (n,), generator=generator)
+        else:
+            points = unit(z) if self.similarity == "cosine" else z.float()
+            gaps = torch.cdist(points, self.table()[~where]).amin(1).square().cpu()
+            gaps = gaps * (gaps >= max(least, 1e-12))
+            n = min(n, int((gaps > 0).sum()))
+            if not n:
+                return 0
+            rows = torch.multinomial(gaps, n, generator=generator)
+            where = where & (where.cumsum(0) <= n)
         self.put(where, z[rows.to(z.device)])
+        return n
 
     @torch.no_grad()
     def fit(self, z, generator=None):

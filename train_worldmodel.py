@@ -68,16 +68,17 @@ grad_accum = 1             # [>= 1] forward passes per optimiser step
 tokenizer = "spatial"      # [spatial, spatiotemporal] transformer: each frame by itself, or causal in time as well
 patch = 8                  # [>= 1] pixels of a side of a patch, of tokens and of the action model
 n_head = 4                 # [>= 1] attention heads of all transformers
-codebook_size = 16         # [>= 2] codes to choose from
+codebook_size = 8          # [>= 2] codes to choose from
 code_dim = 8               # [>= 1] width of a code
 quantiser = "vq"           # [vq, fsq] codes as running means, or fixed levels
 tokenizer_layers = 1       # [>= 1] in encoder and decoder each
 tokenizer_embd = 64        # [>= 1] width
 tokenizer_batch = 16       # [>= 1] clips
 tokenizer_frames = 2       # [>= 1] frames of a clip
-tokenizer_steps = 1000     # [>= 0] optimiser steps
+tokenizer_steps = 600      # [>= 0] optimiser steps
 tokenizer_change = 10.0    # [>= 0.0] extra weight of pixels that differ between frames of a clip: movers are rare
 reset_interval = 20        # [none, >= 1] steps after which codes that nothing chose become encoder outputs; none: never
+reset_distance = 0.25      # [>= 0.0] only outputs at least so far (squared, of unit vectors) from every living code
 reset_fraction = 0.5       # [>= 0.0, <= 1.0] share of the steps with resets
 
 # --- Latent actions ---
@@ -164,13 +165,17 @@ debug_settings = dict(n_train=32, n_val=8, length=8, eval_clips=16, max_steps=8,
 
 STAGES = ("tokenizer", "actions", "dynamics", "text", "frame")
 
-# These make the shape of the weights, or what the model is scored on: on resume the checkpoint's hold.
-architecture = (
-    "dataset", "n_train", "n_val", "length", "side", "cell_px", "walls", "ball", "split_seed", "tokenizer", "patch", "n_head",
-    "codebook_size", "code_dim", "quantiser", "tokenizer_layers", "tokenizer_embd", "action_model", "n_codes",
-    "history", "action_quantiser", "difference", "action_layers", "action_embd", "tokens", "action_source",
-    "action_input", "context", "dynamics_layers", "dynamics_embd", "text_layers", "text_embd", "frame_layers", "frame_embd",
-    "optimizer")
+# These make the shape of the weights, or what a model is scored on: on resume the checkpoint's hold, of "all" always, of
+# a stage once it has begun.
+architecture = {
+    "all": ("dataset", "n_train", "n_val", "length", "side", "cell_px", "walls", "ball", "split_seed", "patch", "n_head",
+            "optimizer"),
+    "tokenizer": ("tokenizer", "codebook_size", "code_dim", "quantiser", "tokenizer_layers", "tokenizer_embd"),
+    "actions": ("action_model", "n_codes", "history", "action_quantiser", "difference", "action_layers", "action_embd"),
+    "dynamics": ("tokens", "action_source", "action_input", "context", "dynamics_layers", "dynamics_embd"),
+    "text": ("text_layers", "text_embd"),
+    "frame": ("tokens", "frame_layers", "frame_embd"),
+}
 
 
 def check(settings, video=None):
@@ -796,9 +801,11 @@ def main():
     if checkpoint:
         if checkpoint.get("script") != "train_worldmodel":
             raise UserError(f"{checkpoint_path} is a checkpoint of {checkpoint.get('script')}, not of train_worldmodel")
+        begun = {"all", checkpoint["stage"], *checkpoint["done"]}
+        fixed = [name for part in begun for name in architecture[part]]
         settings = adopt(globals(), settings, {name: value for name, value in checkpoint["settings"].items()
                                                if name not in ("eval_only", "play", "port", "rollout", "actions", "prompt")},
-                         architecture)
+                         fixed)
     where, precision = resolve_device(device, dtype)
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
 
@@ -994,7 +1001,8 @@ def main():
                 step = loop["step"] = step + 1
                 if name == "tokenizer" and quantiser == "vq" and reset_interval and step % reset_interval == 0:
                     if step <= reset_fraction * limit:
-                        model.codebook.revive((loop["chosen"] == 0).to(where), torch.cat(outputs), revival, far=True)
+                        model.codebook.revive((loop["chosen"] == 0).to(where), torch.cat(outputs), revival,
+                                              reset_distance)
                     loop["chosen"].zero_()
 
                 # ---- log ----
