@@ -29,7 +29,7 @@ from experiment import (NonFinite, Run, UserError, adopt, command, find_resume, 
                         override, peak_memory, resolve_device, restore_generators, seed_everything)
 from model import fused_rows, parameter_roles
 from play import View, parse_actions, save_gif, save_strip, serve
-from worldmodel import ActionModel, Dynamics, FirstFrame, Tokenizer, Writer, as_characters, to_patches
+from worldmodel import ActionModel, CausalDynamics, Dynamics, FirstFrame, Tokenizer, Writer, as_characters, to_patches
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
@@ -95,6 +95,7 @@ action_change = 20.0       # [>= 0.0] extra weight of pixels that change, at fir
 action_change_fraction = 0.7  # [> 0.0, <= 1.0] share of the steps in which that falls to none, a line
 
 # --- Dynamics ---
+dynamics = "maskgit"       # [maskgit, causal] hidden tokens all at once, in rounds; or one token after another
 tokens = "tokenizer"       # [tokenizer, cells] of the tokenizer, or the grid world's own cells
 action_source = "latent"   # [latent, true] actions that lead to each frame
 action_input = "add"       # [add, prepend] to every token of the frame, or as one more token
@@ -172,7 +173,7 @@ architecture = {
             "optimizer"),
     "tokenizer": ("tokenizer", "codebook_size", "code_dim", "quantiser", "tokenizer_layers", "tokenizer_embd"),
     "actions": ("action_model", "n_codes", "history", "action_quantiser", "difference", "action_layers", "action_embd"),
-    "dynamics": ("tokens", "action_source", "action_input", "context", "dynamics_layers", "dynamics_embd"),
+    "dynamics": ("dynamics", "tokens", "action_source", "action_input", "context", "dynamics_layers", "dynamics_embd"),
     "text": ("text_layers", "text_embd"),
     "frame": ("tokens", "frame_layers", "frame_embd"),
 }
@@ -249,8 +250,10 @@ def build(name, video):
         size = 4 if tokens == "cells" else codebook_size
         if name == "frame":
             return FirstFrame(grid, size, frame_layers, n_head, frame_embd, caption_length(side))
-        return Dynamics(grid, size, n_codes if action_source == "latent" else
-                        video.n_actions, dynamics_layers, n_head, dynamics_embd, action_input, max(16, context))
+        n_actions = n_codes if action_source == "latent" else video.n_actions
+        if dynamics == "causal":
+            return CausalDynamics(grid, size, n_actions, dynamics_layers, n_head, dynamics_embd, max(16, context))
+        return Dynamics(grid, size, n_actions, dynamics_layers, n_head, dynamics_embd, action_input, max(16, context))
     except ValueError as error:
         raise UserError(error)
 
@@ -348,6 +351,9 @@ def dynamics_loss(model, models, material, index, step, noise):
     truth, acts = tokens_and_actions(models, material, index, context)
     acts = acts.masked_fill(acts < 0, model.n_actions)
     B, T, N = truth.shape
+    if dynamics == "causal":
+        first, hidden = min(2, T - 1), torch.ones_like(truth, dtype=torch.bool)
+        return weighted_nats(model(truth, acts)[:, first:], truth, hidden, first, step)
     rate = mask_rate[0] + (mask_rate[1] - mask_rate[0]) * torch.rand(B, T, 1, generator=noise, device=truth.device)
     hidden = torch.rand(B, T, N, generator=noise, device=truth.device) < rate
     first = min(2, T - 1) if streams else T - 1
@@ -358,9 +364,14 @@ def dynamics_loss(model, models, material, index, step, noise):
         logits = model(*both, streams=(T - 1, first))[:, T - 1:]
     else:
         logits = model(corrupted, acts)[:, first:]
+    return weighted_nats(logits, truth, hidden, first, step)
+
+
+def weighted_nats(logits, truth, hidden, first, step):
+    """(loss, parts): mean nats of the `hidden` tokens of frames from `first` on, those that change weighing more at
+    first. logits (B, T - first, N, K); truth and hidden (B, T, N)."""
     extra = falling(step, steps_of("dynamics"), dynamics_change, dynamics_change_fraction)
-    changed = truth[:, first:] != truth[:, first - 1:-1]
-    weight = (1 + extra * changed) * hidden[:, first:]
+    weight = (1 + extra * (truth[:, first:] != truth[:, first - 1:-1])) * hidden[:, first:]
     nats = F.cross_entropy(logits.flatten(0, 2), truth[:, first:].flatten(), reduction="none")
     loss = (nats * weight.flatten()).sum() / weight.sum().clamp(min=1)
     return loss, dict(loss=loss.detach())
@@ -510,7 +521,8 @@ def evaluate_actions(model, material, palette, n_actions):
 
 @torch.no_grad()
 def evaluate_dynamics(model, models, material):
-    """Figures of held-out clips whose last frame is wholly hidden, named in one pass, likeliest tokens.
+    """Figures of held-out clips whose last frame is wholly hidden, named in one pass, likeliest tokens; by causal
+    dynamics one token after another, likeliest each (its loss is given the true ones before).
 
     tokens, changed: share of all tokens and of those that differ from the frame before; copy: of all, by copying it;
     agent, ball: share of the clips in which it moved to another cell and stands there; frame: whole frames. Rollouts
@@ -523,9 +535,16 @@ def evaluate_dynamics(model, models, material):
     for index in spread(material.clips, context, eval_clips).split(64):
         truth, acts = tokens_and_actions(models, material, index, context)
         acts = acts.masked_fill(acts < 0, model.n_actions)
-        hidden = torch.cat((truth[:, :-1], torch.full_like(truth[:, -1:], model.mask)), 1)
-        logits = model(hidden, acts)[:, -1]
-        said, last, before = logits.argmax(-1), truth[:, -1], truth[:, -2]
+        last, before = truth[:, -1], truth[:, -2]
+        if dynamics == "causal":
+            logits = model(truth, acts)[:, -1]
+            cache = model.new_cache(len(truth), context)
+            model(truth[:, :-1], acts[:, :-1], cache)
+            said = model.next_frame(acts[:, -1], cache, temperature=0.0)
+        else:
+            hidden = torch.cat((truth[:, :-1], torch.full_like(truth[:, -1:], model.mask)), 1)
+            logits = model(hidden, acts)[:, -1]
+            said = logits.argmax(-1)
         losses += F.cross_entropy(logits.flatten(0, 1), last.flatten(), reduction="sum").item()
         right += (said == last).sum().item()
         changed += (said == last)[last != before].sum().item()
@@ -775,7 +794,7 @@ def in_words(name, numbers):
     """The line of a validation."""
     shown = {"tokenizer": ("psnr", "ssim", "changed_psnr", "usage", "perplexity"),
              "actions": ("information", "majority", "usage", "psnr_1", "copy_1", "dpsnr_1", "dpsnr_4"),
-             "dynamics": ("tokens", "changed", "agent", "ball", "frame", "copy"),
+             "dynamics": ("dynamics", "tokens", "changed", "agent", "ball", "frame", "copy"),
              "text": ("perplexity", "valid", "different"), "frame": ("tokens", "frame", "drawn", "floor")}[name]
     return ", ".join(f"{key} {numbers[key]:.4g}" for key in ("loss", *shown) if key in numbers)
 

@@ -9,10 +9,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from cache import Cache
 from discrete import FSQ, VQ, Quantised, straight_through
 from mixers import Linear, Norm, Positions
-from model import TransformerConfig, initialise
-from networks import CrossBlock, Encoder, SpatialTransformer, SpatioTemporal, TextTransformer, axial_tables
+from model import Block, TransformerConfig, initialise, make_ropes
+from networks import CrossBlock, Encoder, SpatialTransformer, SpatioTemporal, TextTransformer, axial_tables, places_of
 
 
 def to_patches(x, p):
@@ -391,6 +392,85 @@ class Dynamics(nn.Module):
             made.append(frame)
             tokens, actions = torch.cat((tokens, frame[:, None]), 1), torch.cat((actions, plan[:, t:t + 1]), 1)
         return torch.stack(made, 1)
+
+
+class CausalDynamics(nn.Module):
+    """The same by a causal transformer (as IRIS, Micheli et al. 2023): action, then the frame's tokens row by row, each
+    seeing all before it; N passes of one token for a frame. Its cache holds (N + 1) T keys a layer.
+    """
+
+    def __init__(self, grid, codebook_size, n_actions, n_layer=2, n_head=4, n_embd=64, block_size=16, init="xavier",
+                 ff_mult=2.0):
+        super().__init__()
+        self.grid, self.n_tokens = tuple(grid), grid[0] * grid[1]
+        self.codebook_size, self.n_actions = codebook_size, n_actions
+        c = self.config = TransformerConfig(vocab_size=codebook_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+                                            block_size=block_size * (self.n_tokens + 1), norm="rms", positions="rope",
+                                            ff_mult=ff_mult, bias=False, init=init, qk_norm=True)
+        self.embed = nn.Parameter(torch.empty(codebook_size, n_embd))
+        self.acts = nn.Parameter(torch.empty(n_actions + 1, n_embd))
+        self.place_position = nn.Parameter(torch.empty(self.n_tokens, n_embd))
+        self.own = {"acts": "embedding", "place_position": "position"}
+        self.ropes = make_ropes(c)
+        self.blocks = nn.ModuleList(Block(c, i) for i in range(n_layer))
+        self.norm = Norm(c.norm, n_embd, c.norm_gain, c.bias)
+        self.heads = nn.ParameterList([nn.Parameter(torch.empty(codebook_size, n_embd))])
+        initialise(self)
+
+    def fill(self):
+        """N(0, 0.02), as embeddings and positions are."""
+        self.acts.normal_(0, 0.02)
+        self.place_position.normal_(0, 0.02)
+
+    def read(self, x, cache=None, window=None):
+        """x (B, S, C), what is read after what the cache holds -> logits (B, S, K) of the token after each."""
+        places = places_of(self.ropes, x.size(1), start=0 if cache is None else cache.length, window=window)
+        for i, block in enumerate(self.blocks):
+            x = block(x, places, None if cache is None else cache.layers[i])
+        if cache is not None:
+            cache.advance(places)
+        return F.linear(self.norm(x), self.heads[0]).float()
+
+    def forward(self, tokens, actions, cache=None, window=None):
+        """tokens (B, T, N) int64, actions (B, T) -> logits (B, T, N, K) of each token given all before it. A window
+        of frames is one of window (N + 1) places."""
+        x = torch.cat((F.embedding(actions, self.acts)[:, :, None],
+                       F.embedding(tokens, self.embed) + self.place_position), 2)           # (B, T, N + 1, C)
+        window = None if window is None else window * (self.n_tokens + 1)
+        return self.read(x.flatten(1, 2), cache, window).view(*x.shape[:3], -1)[:, :, :-1]
+
+    def new_cache(self, batch_size, max_length, window=None):
+        """An empty cache of max_length frames, or of a sliding window of them."""
+        c, n, p = self.config, self.n_tokens + 1, self.embed
+        window = None if window is None else window * n
+        return Cache((block.mixer.new_cache(batch_size, max_length * n, window, p.device, p.dtype)
+                      for block in self.blocks), window)
+
+    @torch.no_grad()
+    def next_frame(self, actions, cache=None, steps=None, temperature=1.0, choice=None, generator=None, past=None,
+                   window=None):
+        """The tokens (B, N) of the frame that `actions` (B,) lead to, one after another. As Dynamics.next_frame, but
+        steps and choice are MaskGIT's and mean nothing here."""
+        B, K, where = len(actions), self.codebook_size, self.embed.device
+        tokens = torch.zeros(B, 0, dtype=torch.int64, device=where)
+        new = F.embedding(actions.view(B, 1), self.acts)
+        for place in range(self.n_tokens):
+            if cache is not None:
+                logits = self.read(new, cache)[:, -1]
+            else:
+                whole = torch.cat((past[0], F.pad(tokens, (0, self.n_tokens - place))[:, None]), 1)
+                logits = self(whole, torch.cat((past[1], actions.view(B, 1)), 1), window=window)[:, -1, place]
+            if temperature:
+                chance = torch.rand((B, K), generator=generator).clamp(1e-9, 1 - 1e-7).to(where)
+                logits = logits / temperature - torch.log(-torch.log(chance))
+            drawn = logits.argmax(-1, keepdim=True)
+            tokens = torch.cat((tokens, drawn), 1)
+            new = F.embedding(drawn, self.embed) + self.place_position[place]
+        if cache is not None:
+            self.read(new, cache)                                                # the frame's last token
+        return tokens
+
+    generate = Dynamics.generate
 
 
 # --- Words ---

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from model import parameter_roles
 from networks import axial_tables
-from worldmodel import ActionModel, Dynamics, Nearest, Signs, Tokenizer, from_patches, to_patches
+from worldmodel import ActionModel, CausalDynamics, Dynamics, Nearest, Signs, Tokenizer, from_patches, to_patches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -262,3 +262,42 @@ def test_random_tokens_cost_ln_k():
     with torch.no_grad():
         logits = model(torch.full_like(tokens, model.mask), actions)
     assert F.cross_entropy(logits.flatten(0, 2), tokens.flatten()).item() == pytest.approx(math.log(10), abs=0.02)
+
+
+# --- Causal dynamics ---
+
+def test_causal_dynamics_sees_what_is_before():
+    torch.manual_seed(0)
+    model = CausalDynamics((2, 3), 7, 4, n_embd=16, n_head=2).eval()
+    parameter_roles(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.4)
+    tokens, actions = whole(7, 2, 3, 6), whole(4, 2, 3, seed=1)
+    with torch.no_grad():
+        logits = model(tokens, actions)
+        assert logits.shape == (2, 3, 6, 7)
+        for t, place in ((1, 0), (1, 3), (2, 5)):
+            other = tokens.clone()
+            other[:, t, place] = (other[:, t, place] + 1) % 7
+            changed = ((model(other, actions) - logits).abs().amax(-1) > 1e-6).flatten(1)
+            assert not changed[:, :t * 6 + place + 1].any() and changed[:, t * 6 + place + 1:].all()
+        other = actions.clone()
+        other[:, 1] = (other[:, 1] + 1) % 4
+        changed = ((model(tokens, other) - logits).abs().amax(-1) > 1e-6).flatten(1)
+        assert not changed[:, :6].any() and changed[:, 6:].all()
+
+
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_causal_generation_with_and_without_cache(temperature, window):
+    torch.manual_seed(0)
+    model = CausalDynamics((2, 3), 7, 4, n_embd=16, n_head=2).eval().double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.4)
+    first, actions = whole(7, 3, 1, 6), whole(4, 3, 6, seed=1)
+    runs = [model.generate(first, actions[:, :1], actions[:, 1:], cached=cached, window=window, temperature=temperature,
+                           generator=torch.Generator().manual_seed(0)) for cached in (True, False)]
+    assert torch.equal(*runs) and runs[0].shape == (3, 5, 6)
+    assert len({tuple(row.flatten().tolist()) for row in runs[0]}) == 3

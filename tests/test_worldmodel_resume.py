@@ -86,7 +86,7 @@ def test_what_a_run_leaves(base):
     assert (base / "curves.png").exists()
 
 
-@pytest.mark.parametrize("case", [dict(seed=1), dict(seed=2, tokens="cells", action_source="true", ema_decay=0.9),
+@pytest.mark.parametrize("case", [dict(seed=1), dict(seed=2, tokens="cells", action_source="true", ema_decay=0.9, dynamics="causal"),
                                   dict(seed=3, tokenizer="spatiotemporal", quantiser="fsq", action_quantiser="vq",
                                        action_model="transformer", action_input="prepend", grad_accum=2)])
 def test_killed_at_random_moments(forks, tmp_path, case):
