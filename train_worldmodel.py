@@ -75,10 +75,10 @@ tokenizer_layers = 1       # [>= 1] in encoder and decoder each
 tokenizer_embd = 64        # [>= 1] width
 tokenizer_batch = 16       # [>= 1] clips
 tokenizer_frames = 2       # [>= 1] frames of a clip
-tokenizer_steps = 600      # [>= 0] optimiser steps
+tokenizer_steps = 1000     # [>= 0] optimiser steps
 tokenizer_change = 10.0    # [>= 0.0] extra weight of pixels that differ between frames of a clip: movers are rare
 reset_interval = 20        # [none, >= 1] steps after which codes that nothing chose become encoder outputs; none: never
-reset_distance = 0.25      # [>= 0.0] only outputs at least so far (squared, of unit vectors) from every living code
+reset_distance = 0.5       # [>= 0.0] only outputs at least so far (squared, of unit vectors) from every living code
 reset_fraction = 0.5       # [>= 0.0, <= 1.0] share of the steps with resets
 
 # --- Latent actions ---
@@ -166,11 +166,11 @@ debug_settings = dict(n_train=32, n_val=8, length=8, eval_clips=16, max_steps=8,
 
 STAGES = ("tokenizer", "actions", "dynamics", "text", "frame")
 
-# These make the shape of the weights, or what a model is scored on: on resume the checkpoint's hold, of "all" always, of
-# a stage once it has begun.
+# These make the shape of the weights, or what a model is scored on: on resume the checkpoint's hold, of "all" always,
+# of a stage once it has begun.
 architecture = {
-    "all": ("dataset", "n_train", "n_val", "length", "side", "cell_px", "walls", "ball", "split_seed", "patch", "n_head",
-            "optimizer"),
+    "all": ("dataset", "n_train", "n_val", "length", "side", "cell_px", "walls", "ball", "split_seed", "patch",
+            "n_head", "optimizer"),
     "tokenizer": ("tokenizer", "codebook_size", "code_dim", "quantiser", "tokenizer_layers", "tokenizer_embd"),
     "actions": ("action_model", "n_codes", "history", "action_quantiser", "difference", "action_layers", "action_embd"),
     "dynamics": ("dynamics", "tokens", "action_source", "action_input", "context", "dynamics_layers", "dynamics_embd"),
@@ -344,18 +344,24 @@ def latent_actions(model, frames):
     return torch.stack([model.quantiser(model.encode(window)).codes for window in windows], 1)
 
 
+def hide(truth, noise):
+    """(..., N) bool: the tokens of each frame to be hidden, a share of them between the two of mask_rate."""
+    low, high = mask_rate
+    rate = low + (high - low) * torch.rand(*truth.shape[:-1], 1, generator=noise, device=truth.device)
+    return torch.rand(truth.shape, generator=noise, device=truth.device) < rate
+
+
 def dynamics_loss(model, models, material, index, step, noise):
     """(loss, parts) of naming the hidden tokens of frames, given those before them and the actions.
 
     With `streams` all frames but the first two are targets, each seeing the true frames before it; else the last."""
     truth, acts = tokens_and_actions(models, material, index, context)
     acts = acts.masked_fill(acts < 0, model.n_actions)
-    B, T, N = truth.shape
+    T = truth.size(1)
     if dynamics == "causal":
         first, hidden = min(2, T - 1), torch.ones_like(truth, dtype=torch.bool)
         return weighted_nats(model(truth, acts)[:, first:], truth, hidden, first, step)
-    rate = mask_rate[0] + (mask_rate[1] - mask_rate[0]) * torch.rand(B, T, 1, generator=noise, device=truth.device)
-    hidden = torch.rand(B, T, N, generator=noise, device=truth.device) < rate
+    hidden = hide(truth, noise)
     first = min(2, T - 1) if streams else T - 1
     hidden[:, :first] = False
     corrupted = truth.masked_fill(hidden, model.mask)
@@ -385,8 +391,7 @@ def captions(material, index):
 def frame_loss(model, models, material, index, noise):
     """(loss, parts) of naming the hidden tokens of a frame that a caption describes."""
     truth = tokens_of(models, material, index, 1)[:, 0]
-    rate = mask_rate[0] + (mask_rate[1] - mask_rate[0]) * torch.rand(len(truth), 1, generator=noise, device=truth.device)
-    hidden = torch.rand(truth.shape, generator=noise, device=truth.device) < rate
+    hidden = hide(truth, noise)
     hidden[:, 0] |= ~hidden.any(1)                            # a row with nothing to name would have no mean
     logits = model(truth.masked_fill(hidden, model.codebook_size), model.read(captions(material, index)))
     loss = F.cross_entropy(logits[hidden], truth[hidden])
@@ -464,7 +469,8 @@ def evaluate_actions(model, material, palette, n_actions):
     a map from codes that was counted on one half of the clips, on the other; majority_200: counted on 200 steps;
     moved_information: what "moved or not" alone would score. psnr_1, psnr_4: of 1 and 4 frames written after each other
     from the codes inferred; copy_1, copy_4: of the last true frame instead; dpsnr_1, dpsnr_4: psnr less that of codes
-    inferred in other clips, dpsnr_random_4: less that of uniform codes.
+    inferred in other clips, dpsnr_random_4: less that of uniform codes. ceiling_*: what n_codes codes could reach.
+    consistency, lost: see `consistency_of`.
     """
     training = model.training
     model.eval()
@@ -516,7 +522,87 @@ def evaluate_actions(model, material, palette, n_actions):
                         majority=(whole[test] == test_labels).double().mean().item(),
                         majority_200=(small[test] == test_labels).double().mean().item(),
                         majority_floor=test_labels.bincount().max().item() / len(test_labels))
+        numbers |= ceilings(truth.flatten().bincount(minlength=n_actions), n_codes)
+    if material.clips.cell_px:
+        shares = codes.flatten().bincount(minlength=n_codes).float() / codes.numel()
+        numbers |= consistency_of(model, material, palette, shares)
     return numbers
+
+
+def ceilings(counts, n_codes):
+    """What a code that knows the label could score: counts (L,) of the labels. With fewer codes than labels a code
+    stands for several; the two rarest share one until there are no more labels than codes."""
+    shares = sorted((counts / counts.sum()).tolist())
+    best = sum(shares[-n_codes:])
+    entropy = -sum(p * math.log(p) for p in shares if p)
+    while len(shares) > n_codes:
+        shares = sorted([shares[0] + shares[1], *shares[2:]])
+    kept = -sum(p * math.log(p) for p in shares if p)
+    return dict(ceiling_information=kept / max(entropy, 1e-9), ceiling_majority=best)
+
+
+@torch.no_grad()
+def consistency_of(model, material, palette, shares):
+    """Whether a code means the same wherever it starts. Every code writes the frame after each of `eval_clips` pasts;
+    where the agent stands in another cell than before, its displacement has a direction. A code counts as often as it
+    is inferred, its share (n_codes,).
+
+    consistency: mean cosine of two such directions under one code (0: no code has a direction, 1: each has one, in all
+    worlds); lost: share of the written frames without exactly one agent.
+    """
+    sums, moved, lost, n = torch.zeros(model.n_codes, 2), torch.zeros(model.n_codes), torch.zeros(model.n_codes), 0
+    for index in spread(material.clips, model.history, eval_clips).split(64):
+        frames = material.frames(index, model.history)
+        before = (material.clips.cells(index, model.history)[:, -1] == AGENT).flatten(1).int().argmax(1)
+        n += len(index)
+        for code in range(model.n_codes):
+            e = model.quantiser.look_up(torch.full((len(index),), code, device=frames.device))
+            seen = (as_frames(model.predict(frames, e), palette) * 255).round().byte().cpu()
+            agents = (read_cells(seen, cell_px) == AGENT).flatten(1)
+            one = agents.sum(1) == 1
+            now = agents.int().argmax(1)
+            step = torch.stack((now // side - before // side, now % side - before % side), 1).float()
+            went = one & (now != before)
+            sums[code] += F.normalize(step[went], dim=1).sum(0)
+            moved[code] += went.sum()
+            lost[code] += (~one).sum()
+    cosine = (sums.square().sum(1) - moved) / (moved * (moved - 1)).clamp(min=1)  # without a step with itself
+    weight = shares * moved
+    return dict(consistency=((cosine * weight).sum() / weight.sum().clamp(min=1e-9)).item(),
+                lost=(lost * shares).sum().item() / n)
+
+
+def untrained_floor(video, train, val):
+    """`information` and `majority` of the action model before training, its BatchNorm settled on 8 training batches."""
+    seed_everything(seed, deterministic)
+    model = build("actions", video).to(train.where)
+    clips = Stream(video.train, history + 1, batch_size, data_seed)
+    with torch.no_grad():
+        for _ in range(32):                                   # the running statistics forget their start
+            model(train.frames(clips.at(_ % 8), history + 1))
+    numbers = evaluate_actions(model, val, video.palette, video.n_actions)
+    return {f"untrained_{key}": numbers[key] for key in ("information", "majority") if key in numbers}
+
+
+def linear_probe(train, val, n_actions, clips=4096, penalty=1.0):
+    """What a linear map knows of the label: ridge regression, fitted with labels, from `history` + 1 frames of 16 x 16
+    grey values to the actions' one-hots. probe_information, probe_majority: of what it names on held-out clips, I over
+    H and accuracy; probe_floor: accuracy of the commonest."""
+    def features(material, index):
+        frames = material.frames(index, history + 1).mean(-1).flatten(0, 1)[:, None]
+        small = F.adaptive_avg_pool2d(frames, 16).view(len(index), -1).double().cpu()
+        return F.pad(small, (0, 1), value=1.0), material.clips.effective(index, history + 1)[:, -1]
+    parts = []
+    for material, count in ((train, clips), (val, eval_clips)):
+        found = [features(material, index) for index in spread(material.clips, history + 1, count).split(256)]
+        parts.append([torch.cat(part) for part in zip(*found)])
+    (x, y), (test, truth) = parts
+    target = F.one_hot(y, n_actions).double()
+    map = torch.linalg.solve(x.T @ x + penalty * torch.eye(x.size(1), dtype=torch.float64), x.T @ target)
+    said = (test @ map).argmax(1)
+    shared, _, entropy = mutual_information(said, truth, n_actions, n_actions)
+    return dict(probe_information=shared / max(entropy, 1e-9), probe_majority=(said == truth).double().mean().item(),
+                probe_floor=truth.bincount().max().item() / len(truth))
 
 
 @torch.no_grad()
@@ -787,16 +873,22 @@ def write_rollout(played, plan, folder):
 
 def rollout_words(numbers):
     """The line of evaluate_rollouts."""
-    return "rollouts: " + ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+    return "rollouts: " + in_line(numbers)
+
+
+def in_line(numbers):
+    """name value, name value, ..."""
+    return ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
 
 
 def in_words(name, numbers):
     """The line of a validation."""
     shown = {"tokenizer": ("psnr", "ssim", "changed_psnr", "usage", "perplexity"),
-             "actions": ("information", "majority", "usage", "psnr_1", "copy_1", "dpsnr_1", "dpsnr_4"),
+             "actions": ("information", "majority", "usage", "psnr_1", "copy_1", "dpsnr_1", "dpsnr_4",
+                         "consistency"),
              "dynamics": ("dynamics", "tokens", "changed", "agent", "ball", "frame", "copy"),
              "text": ("perplexity", "valid", "different"), "frame": ("tokens", "frame", "drawn", "floor")}[name]
-    return ", ".join(f"{key} {numbers[key]:.4g}" for key in ("loss", *shown) if key in numbers)
+    return in_line({key: numbers[key] for key in ("loss", *shown) if key in numbers})
 
 
 @command
@@ -822,9 +914,9 @@ def main():
             raise UserError(f"{checkpoint_path} is a checkpoint of {checkpoint.get('script')}, not of train_worldmodel")
         begun = {"all", checkpoint["stage"], *checkpoint["done"]}
         fixed = [name for part in begun for name in architecture[part]]
+        of_this_call = ("eval_only", "play", "port", "rollout", "actions", "prompt")
         settings = adopt(globals(), settings, {name: value for name, value in checkpoint["settings"].items()
-                                               if name not in ("eval_only", "play", "port", "rollout", "actions", "prompt")},
-                         fixed)
+                                               if name not in of_this_call}, fixed)
     where, precision = resolve_device(device, dtype)
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
 
@@ -835,6 +927,8 @@ def main():
     print(video.source)
     train, val = (Material(clips, video.palette, where) for clips in (video.train, video.val))
     clip_frames = dict(tokenizer=tokenizer_frames, actions=history + 1, dynamics=context, text=1, frame=1)
+    patches = (video.height // patch) * (video.width // patch)
+    clip_tokens = {name: clip_frames[name] * patches for name in STAGES} | dict(text=caption_length(side))
     clip_batch = dict(tokenizer=tokenizer_batch, actions=batch_size, dynamics=dynamics_batch, text=text_batch,
                       frame=frame_batch)
 
@@ -1033,8 +1127,10 @@ def main():
                     rows = loop["pending"]
                     means = {key: sum(line[key] for line in rows) / len(rows) for key in rows[-1]}
                     elapsed = loop["seconds"] - loop["logged_seconds"]
+                    speed = loop["clips"] / elapsed
                     run.log(step=loop["start"] + step, split="train", stage=name, stage_step=step, **means,
-                            lr=lr * scale, clips_per_s=loop["clips"] / elapsed, seconds=loop["seconds"])
+                            lr=lr * scale, clips_per_s=speed, tokens_per_s=speed * clip_tokens[name],
+                            seconds=loop["seconds"])
                     loop.update(pending=[], logged_seconds=loop["seconds"], clips=0)
                     bar.update(loop["start"] + step, f"{name} loss {means['loss']:.4f}")
 
@@ -1054,6 +1150,10 @@ def main():
             run.summary(**{f"{name}_{key}": value for key, value in numbers.items()},
                         **{f"{name}_seconds": loop["seconds"], f"{name}_best_step": loop["best_step"]})
             print(f"{name}: best at step {loop['best_step']}: {in_words(name, numbers)}; {loop['seconds']:.0f} s")
+            if name == "actions" and "information" in numbers:
+                floors = untrained_floor(video, train, val) | linear_probe(train, val, video.n_actions)
+                run.summary(**{f"actions_{key}": value for key, value in floors.items()})
+                print(f"floors: moved or not {numbers['moved_information']:.3f}, " + in_line(floors))
             if name == "dynamics":
                 numbers = evaluate_rollouts(model, models, val)
                 run.summary(**{f"rollout_{key}": value for key, value in numbers.items()})

@@ -272,9 +272,9 @@ class Tokenizer(nn.Module):
 # --- Filling in what is hidden ---
 
 def fill_in(logits_of, B, N, K, device=None, steps=8, temperature=1.0, choice=4.5, generator=None):
-    """Tokens (B, N) below K by MaskGIT (Chang et al. 2022, section 3.2): all are hidden (K) at first; in each of `steps`
-    rounds every hidden place draws a token from logits_of(tokens (B, N)) (B, N, K), and those most sure of theirs keep
-    it, so that half a cosine of the places stays hidden.
+    """Tokens (B, N) below K by MaskGIT (Chang et al. 2022, section 3.2): all are hidden (K) at first; in each of
+    `steps` rounds every hidden place draws a token from logits_of(tokens (B, N)) (B, N, K), and those most sure of
+    theirs keep it, so that half a cosine of the places stays hidden.
 
     temperature 0: the likeliest token; choice: how much chance there is in who is sure, falling to none in the last
     round. Draws come from `generator`, on the CPU whatever the device.
@@ -530,16 +530,16 @@ class Writer(TextTransformer):
 
 
 class FirstFrame(nn.Module):
-    """A sentence starts a world: an encoder reads a padded caption, a spatial transformer that reads its states fills in
-    the tokens of a frame, by MaskGIT. What the caption's keys and values are is computed once, for all rounds.
+    """A sentence starts a world: an encoder reads a padded caption, a spatial transformer that reads its states fills
+    in the tokens of a frame, by MaskGIT. What the caption's keys and values are is computed once, for all rounds.
     """
 
     def __init__(self, grid, codebook_size, n_layer=2, n_head=4, n_embd=64, block_size=160, init="xavier"):
         super().__init__()
         self.grid, self.n_tokens, self.codebook_size = tuple(grid), grid[0] * grid[1], codebook_size
         c = self.config = TransformerConfig(vocab_size=N_CHARACTERS, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
-                                            block_size=block_size, norm="rms", positions="rope", ff_mult=2.0, bias=False,
-                                            init=init, qk_norm=True)
+                                            block_size=block_size, norm="rms", positions="rope", ff_mult=2.0,
+                                            bias=False, init=init, qk_norm=True)
         self.encoder = Encoder(c)
         self.tokens = nn.Parameter(torch.empty(codebook_size + 1, n_embd))
         self.places = nn.Parameter(torch.empty(self.n_tokens, n_embd))
