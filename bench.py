@@ -5,6 +5,7 @@
     python bench.py --peer ../nanoGPT --threads 1 --what sample
     python bench.py                                              # ours alone
     python bench.py --what mixers --threads 1                    # generation with and without cache, cost by context
+    python bench.py --what worlds --threads 1                    # frames of a world with and without cache
 
 Single timings on a shared machine mean little: each round times both sides right after one another; the table gives
 each side's median over the rounds, and the median and quartiles of the rounds' ratios. nanoGPT's model.py is imported
@@ -22,10 +23,11 @@ import optim
 from experiment import UserError, command, override
 from model import Transformer, TransformerConfig, build_model, parameter_roles
 from sample import generate
+from worldmodel import CausalDynamics, Dynamics
 
 # --- What ---
 peer = None              # nanoGPT's folder; none: ours alone
-what = "train,sample"    # train, sample, mixers; several with commas
+what = "train,sample"    # train, sample, mixers, worlds; several with commas
 threads = 0              # [>= 0] CPU threads; 0: as many as PyTorch takes
 rounds = 15              # [>= 1] each side is timed once a round
 steps = 20               # [>= 1] training steps a round
@@ -42,6 +44,9 @@ vocab_size = 65          # [>= 2] nanoGPT's distinct characters; ours has always
 mixers = ("full full/n_kv_head=1 full/shorten=2 window strided fixed diff mla xl compressive mamba mingru "
           "mamba,mamba,full")  # with spaces; /n_kv_head=N and /shorten=N change that one
 contexts = (512, 2048, 8192)  # bytes before and with the one whose cost is measured
+# --- Worlds: frames of 8 x 8 tokens by train_worldmodel.py's dynamics, 2 layers, 4 heads, 64 wide ---
+frames = 16              # [>= 2] of a world, the first of them given
+decode_steps = 25        # [>= 1] rounds of MaskGIT for a frame
 
 
 def load_peer(folder):
@@ -199,17 +204,43 @@ def compare_mixers():
               flush=True)
 
 
+@torch.inference_mode()
+def compare_worlds():
+    """Prints for each dynamics and batch: frames per second with and without cache, their ratio, whether all tokens
+    are the same, and the cache's bytes."""
+    print(f"8 x 8 tokens of 8 codes a frame, 2 layers, 4 heads, 64 wide; {frames - 1} frames after one, MaskGIT in "
+          f"{decode_steps} rounds at temperature 1; float32, random weights, best of 3\n"
+          f"{'dynamics':<12} {'batch':>5} {'cached f/s':>10} {'without':>8} {'ratio':>6} {'tokens':>9} {'cache kB':>9}")
+    for name, kind in (("maskgit", Dynamics), ("prepend", Dynamics), ("causal", CausalDynamics)):
+        torch.manual_seed(seed)
+        how = dict(action_input="prepend") if name == "prepend" else {}
+        model = kind((8, 8), 8, 5, block_size=frames, **how).eval()
+        for batch in (1, 16) if kind is Dynamics else (1,):
+            first, plan = torch.randint(8, (batch, 1, 64)), torch.randint(5, (batch, frames - 1))
+            made, rate = {}, {}
+            for cached in (True, False):
+                def run():
+                    made[cached] = model.generate(first, torch.full((batch, 1), 5), plan, cached, steps=decode_steps,
+                                                  generator=torch.Generator().manual_seed(seed))
+                rate[cached] = batch * (frames - 1) / best_of(run, 3)
+            same = "identical" if torch.equal(made[True], made[False]) else "DIFFER"
+            print(f"{name:<12} {batch:>5} {rate[True]:>10,.1f} {rate[False]:>8,.1f} {rate[True] / rate[False]:>6.1f} "
+                  f"{same:>9} {model.new_cache(batch, frames).bytes / 1000:>9,.0f}", flush=True)
+
+
 @command
 def main():
     override(globals())
     kinds = what.split(",")
-    if not set(kinds) <= {"train", "sample", "mixers"}:
-        raise UserError(f"--what {what}: train, sample, mixers, or several with commas")
+    if not set(kinds) <= {"train", "sample", "mixers", "worlds"}:
+        raise UserError(f"--what {what}: train, sample, mixers, worlds, or several with commas")
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
     if "mixers" in kinds:
         compare_mixers()
+    if "worlds" in kinds:
+        compare_worlds()
     if not set(kinds) & {"train", "sample"}:
         return
     module = load_peer(peer) if peer else None

@@ -280,7 +280,7 @@ def fill_in(logits_of, B, N, K, device=None, steps=8, temperature=1.0, choice=4.
     round. Draws come from `generator`, on the CPU whatever the device.
     """
     def gumbel(*shape):
-        return -torch.log(-torch.log(torch.rand(shape, generator=generator).clamp(1e-9, 1 - 1e-7))).to(device)
+        return torch.empty(shape).exponential_(generator=generator).clamp_(min=1e-20).log_().neg_().to(device)
     tokens, left = torch.full((B, N), K, dtype=torch.int64, device=device), N
     for step in range(steps):
         if not left:
