@@ -26,7 +26,7 @@ from data.video import (ACTIONS, AGENT, BALL, Stream, World, caption, caption_le
                         read_cells)
 from discrete import code_statistics, fsq_levels, mutual_information
 from experiment import (NonFinite, Run, UserError, adopt, command, find_resume, generator_states, load_checkpoint,
-                        override, peak_memory, resolve_device, restore_generators, seed_everything)
+                        override, peak_memory, replacing, resolve_device, restore_generators, seed_everything)
 from model import fused_rows, parameter_roles
 from play import View, parse_actions, save_gif, save_strip, serve
 from worldmodel import ActionModel, CausalDynamics, Dynamics, FirstFrame, Tokenizer, Writer, as_characters, to_patches
@@ -734,6 +734,52 @@ def evaluate_rollouts(model, models, material):
     return numbers
 
 
+# --- Pictures ---
+
+@torch.no_grad()
+def draw_samples(name, model, models, material, path, ahead=8):
+    """What a stage's model makes of held-out clips, for the eye: `path`.png, of the text stage `path`.txt."""
+    if name == "text":
+        texts = model.write(8, generator=torch.Generator().manual_seed(0))
+        with replacing(path.with_suffix(".txt")) as file:
+            file.write("".join(text + "\n" for text in texts).encode())
+        return
+    T = dict(tokenizer=max(2, tokenizer_frames), actions=history + 1, dynamics=context - 1 + ahead, frame=1)[name]
+    T, training = min(T, material.clips.length), model.training
+    model.eval()
+    index = spread(material.clips, T, 8)
+    frames = material.frames(index, T)
+    if name == "tokenizer":
+        rows = {"held-out frames": frames[:, -1], "from their tokens": as_frames(model(frames, None)[0],
+                                                                                 material.palette)[:, -1]}
+    elif name == "actions":
+        past, found = frames[:, :-1], model.quantiser(model.encode(frames))
+        rows = {"the frame before": past[:, -1], "the frame after": frames[:, -1]}
+        rows["written from the code inferred: " + ", ".join(map(str, found.codes.tolist()))] = as_frames(
+            model.predict(past, model.quantiser.look_up(found.codes)), material.palette)
+        for code in range(n_codes):
+            e = model.quantiser.look_up(torch.full((len(index),), code, device=past.device))
+            rows[f"from code {code}"] = as_frames(model.predict(past, e), material.palette)
+    elif name == "dynamics":
+        index = index[::3]
+        truth, acts = tokens_and_actions(models, material, index, T)
+        acts, held = acts.masked_fill(acts < 0, model.n_actions), context - 1
+        written = as_seen(models, model.generate(truth[:, :held], acts[:, :held], acts[:, held:], window=window,
+                                                 steps=decode_steps, temperature=0.0), material)
+        rows = {}
+        for i, true in enumerate(frames[::3]):
+            rows[f"held-out clip {i + 1}, frames {held + 1} to {T}"] = true[held:]
+            rows[f"generated after frame {held} and these actions: " + ", ".join(map(str, acts[i, held:].tolist()))] = (
+                written[i])
+    else:
+        text = captions(material, index)
+        drawn = model.draw(text, steps=decode_steps, temperature=0.0)[:, None]
+        rows = {"held-out frames": frames[:, 0], "drawn from their captions": as_seen(models, drawn, material)[:, 0]}
+    model.train(training)
+    save_strip(path.with_suffix(".png"), [[(frame * 255).round().byte().cpu().numpy() for frame in row]
+                                          for row in rows.values()], list(rows))
+
+
 # --- A world that is played ---
 
 class Played:
@@ -993,6 +1039,7 @@ def main():
 
     total = checkpoint["step"] if checkpoint else 0           # optimiser steps of all stages
     with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
+        (run.dir / "samples").mkdir(exist_ok=True)
         bar = run.bar(total + sum(map(steps_of, left)), total)
         for name in left:
             # ---- model, optimiser and the loop's own state of this stage ----
@@ -1064,6 +1111,8 @@ def main():
                     with evaluated():
                         numbers = figures(name, model)
                         weights = copy.deepcopy(model.state_dict())
+                        with autocast:
+                            draw_samples(name, model, models, val, run.dir / "samples" / f"{name}_{step:06d}")
                     run.log(step=loop["start"] + step, split="val", stage=name, stage_step=step, **numbers)
                     bar.note(f"{name} {step}: {in_words(name, numbers)}")
                     loop["waited"] += 1
