@@ -101,7 +101,8 @@ action_source = "latent"   # [latent, true] actions that lead to each frame
 action_input = "add"       # [add, prepend] to every token of the frame, or as one more token
 streams = True             # true and corrupted frames side by side, all frames are targets; False: the last frame only
 mask_rate = (0.5, 1.0)     # [>= 0.0, <= 1.0] share of a frame's tokens that are hidden: uniform between these
-context = 6                # [>= 2] frames of a clip, the last of them the target
+context = 6                # [>= 2] frames of a clip
+window = 4                 # [none, >= 2] frames that a frame sees, its own too, trained and generated; none: all
 dynamics_layers = 2        # [>= 1] layers
 dynamics_embd = 64         # [>= 1] width
 dynamics_batch = 16        # [>= 1] clips
@@ -123,7 +124,6 @@ frame_steps = 1500         # [>= 0] optimiser steps
 prompt = None              # a sentence that starts the rollout's world; write: one that the text model writes
 decode_steps = 8           # [>= 1] rounds of MaskGIT for a frame
 temperature = 0.0          # [>= 0.0] of the tokens drawn; 0: the likeliest
-window = None              # [none, >= 2] frames that a frame sees, and that the cache keeps; none: all of a rollout
 rollout_clips = 64         # [>= 1] clips of the final rollouts
 log_cache = False          # print the cache after a rollout
 
@@ -360,16 +360,16 @@ def dynamics_loss(model, models, material, index, step, noise):
     T = truth.size(1)
     if dynamics == "causal":
         first, hidden = min(2, T - 1), torch.ones_like(truth, dtype=torch.bool)
-        return weighted_nats(model(truth, acts)[:, first:], truth, hidden, first, step)
+        return weighted_nats(model(truth, acts, window=window)[:, first:], truth, hidden, first, step)
     hidden = hide(truth, noise)
     first = min(2, T - 1) if streams else T - 1
     hidden[:, :first] = False
     corrupted = truth.masked_fill(hidden, model.mask)
     if streams:
         both = torch.cat((truth[:, :-1], corrupted[:, first:]), 1), torch.cat((acts[:, :-1], acts[:, first:]), 1)
-        logits = model(*both, streams=(T - 1, first))[:, T - 1:]
+        logits = model(*both, window=window, streams=(T - 1, first))[:, T - 1:]
     else:
-        logits = model(corrupted, acts)[:, first:]
+        logits = model(corrupted, acts, window=window)[:, first:]
     return weighted_nats(logits, truth, hidden, first, step)
 
 
@@ -623,13 +623,13 @@ def evaluate_dynamics(model, models, material):
         acts = acts.masked_fill(acts < 0, model.n_actions)
         last, before = truth[:, -1], truth[:, -2]
         if dynamics == "causal":
-            logits = model(truth, acts)[:, -1]
-            cache = model.new_cache(len(truth), context)
+            logits = model(truth, acts, window=window)[:, -1]
+            cache = model.new_cache(len(truth), context, window)
             model(truth[:, :-1], acts[:, :-1], cache)
             said = model.next_frame(acts[:, -1], cache, temperature=0.0)
         else:
             hidden = torch.cat((truth[:, :-1], torch.full_like(truth[:, -1:], model.mask)), 1)
-            logits = model(hidden, acts)[:, -1]
+            logits = model(hidden, acts, window=window)[:, -1]
             said = logits.argmax(-1)
         losses += F.cross_entropy(logits.flatten(0, 1), last.flatten(), reduction="sum").item()
         right += (said == last).sum().item()
