@@ -80,6 +80,8 @@ class Positions:
     {layer: tensors} for the next segment.
     """
 
+    in_order = True  # a query's keys lie side by side: long passes may be cut into blocks
+
     def __init__(self, start, T, index=None, window=None, prefix=None, bidirectional=False,
                  memory=None, remembered=0):
         self.start, self.T, self.index, self.window = start, T, index, window
@@ -341,7 +343,7 @@ class Attention(nn.Module):
             if T == 1 and (n := positions.start - span.first(positions.start) + 1) < S:
                 k, v, S = k[:, :, -n:], v[:, :, -n:], n
                 bias = None if bias is None else bias[..., -n:]
-            elif T > 2 * reach and bias is None and positions.prefix is None:
+            elif T > 2 * reach and bias is None and positions.prefix is None and positions.in_order:
                 parts = []
                 for i in range(0, T, reach):
                     j = min(T, i + reach)

@@ -334,6 +334,8 @@ class TwoStreams(Positions):
     that are being generated do. window: the last frames that a frame sees, its own included.
     """
 
+    in_order = False
+
     def __init__(self, ropes, T, true, first, window=None):
         super().__init__(0, T, window=window)
         self.true, self.places = true, torch.cat((torch.arange(true), torch.arange(first, first + T - true)))

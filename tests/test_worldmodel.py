@@ -170,21 +170,23 @@ def test_dynamics_sees_the_past_the_frame_and_the_action(action_input):
         assert ((model(one, actions) - logits).abs().amax(-1)[:, 3] > 0).all()
 
 
+@pytest.mark.parametrize("window", [None, 2, 3])
 @pytest.mark.parametrize("action_input", ["add", "prepend"])
-def test_two_streams_are_what_the_cache_sees(action_input):
+def test_two_streams_are_what_the_cache_sees(action_input, window):
     """Every corrupted frame sees itself and the true frames before it: one pass equals T passes after true frames."""
     model = dynamics(action_input=action_input)
     tokens, actions = whole(10, 2, 5, 12), whole(5, 2, 5, seed=1)
     corrupted = torch.where(some(2, 5, 12) < 0.6, model.mask, tokens)
     with torch.no_grad():
-        both = model(torch.cat((tokens, corrupted), 1), torch.cat((actions, actions), 1), streams=(5, 0))
-        torch.testing.assert_close(both[:, :5], model(tokens, actions))
+        both = model(torch.cat((tokens, corrupted), 1), torch.cat((actions, actions), 1), window=window, streams=(5, 0))
+        torch.testing.assert_close(both[:, :5], model(tokens, actions, window=window))
         some_ = model(torch.cat((tokens[:, :4], corrupted[:, 2:]), 1), torch.cat((actions[:, :4], actions[:, 2:]), 1),
-                      streams=(4, 2))
+                      window=window, streams=(4, 2))
         torch.testing.assert_close(some_, torch.cat((both[:, :4], both[:, 7:]), 1))
-        cache = model.new_cache(2, 5)
+        cache = model.new_cache(2, 5, window)
         for t in range(5):
-            alone = model(torch.cat((tokens[:, :t], corrupted[:, t:t + 1]), 1), actions[:, :t + 1])[:, -1]
+            alone = model(torch.cat((tokens[:, :t], corrupted[:, t:t + 1]), 1), actions[:, :t + 1],
+                          window=window)[:, -1]
             torch.testing.assert_close(both[:, 5 + t], alone)
             torch.testing.assert_close(model(corrupted[:, t:t + 1], actions[:, t:t + 1], cache)[:, 0], alone)
             cache.crop(t)
