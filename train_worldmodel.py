@@ -122,7 +122,7 @@ frame_steps = 1500         # [>= 0] optimiser steps
 
 # --- Generation ---
 prompt = None              # a sentence that starts the rollout's world; write: one that the text model writes
-decode_steps = 8           # [>= 1] rounds of MaskGIT for a frame
+decode_steps = 2           # [>= 1] rounds of MaskGIT for a frame; a world without chance needs no more
 temperature = 0.0          # [>= 0.0] of the tokens drawn; 0: the likeliest
 rollout_clips = 64         # [>= 1] clips of the final rollouts
 log_cache = False          # print the cache after a rollout
