@@ -13,6 +13,7 @@ A small Genie (Bruce et al. 2024, 2402.15391): a tokenizer (VQ-VAE over patches)
 over the next frame's tokens. The own world knows which action happened, so every score has its ceiling and its floors.
 """
 import copy
+import itertools
 import math
 import time
 from contextlib import contextmanager
@@ -409,7 +410,7 @@ def ssim(a, b, size=11, sigma=1.5):
     """Structural similarity (Wang et al. 2004) of frames (B, H, W, 3) in 0..1: mean over frames, colours and windows, a
     Gaussian of 11 pixels (fewer where a side has fewer), without padding."""
     size = min(size, *a.shape[1:3])
-    place = torch.arange(size, device=a.device) - size // 2
+    place = torch.arange(size, device=a.device) - (size - 1) / 2
     line = torch.exp(-place.float().square() / (2 * sigma ** 2))
     line = line / line.sum()
     a, b = (x.permute(0, 3, 1, 2).flatten(0, 1).unsqueeze(1) for x in (a, b))   # (3 B, 1, H, W)
@@ -425,7 +426,7 @@ def ssim(a, b, size=11, sigma=1.5):
 def spread(clips, T, count):
     """(count,) int64: clips of T frames, evenly over all."""
     n = clips.count(T)
-    return torch.linspace(0, n - 1, min(count, n)).long()
+    return torch.linspace(0, n - 1, min(count, n), dtype=torch.float64).long()
 
 
 @torch.no_grad()
@@ -500,7 +501,6 @@ def evaluate_actions(model, material, palette, n_actions):
         if effective is not None:
             labels.append(effective[:, model.history - 1:])
         n += len(index)
-    model.train(training)
     codes = torch.cat(codes)
     used = code_statistics(codes.view(-1, 1), n_codes)
     value = {key: psnr(total / n) for key, total in sums.items()}
@@ -526,19 +526,26 @@ def evaluate_actions(model, material, palette, n_actions):
     if material.clips.cell_px:
         shares = codes.flatten().bincount(minlength=n_codes).float() / codes.numel()
         numbers |= consistency_of(model, material, palette, shares)
+    model.train(training)
     return numbers
 
 
 def ceilings(counts, n_codes):
     """What a code that knows the label could score: counts (L,) of the labels. With fewer codes than labels a code
-    stands for several; the two rarest share one until there are no more labels than codes."""
+    stands for several: the best way to share them, of more than six labels only a good one, in which the two rarest
+    share a code until there are as many as codes."""
+    def nats(shares):
+        return -sum(p * math.log(p) for p in shares if p)
     shares = sorted((counts / counts.sum()).tolist())
-    best = sum(shares[-n_codes:])
-    entropy = -sum(p * math.log(p) for p in shares if p)
-    while len(shares) > n_codes:
-        shares = sorted([shares[0] + shares[1], *shares[2:]])
-    kept = -sum(p * math.log(p) for p in shares if p)
-    return dict(ceiling_information=kept / max(entropy, 1e-9), ceiling_majority=best)
+    kept, best = [*shares], sum(shares[-n_codes:])
+    while len(kept) > n_codes:
+        kept = sorted([kept[0] + kept[1], *kept[2:]])
+    most = nats(kept)
+    if n_codes < len(shares) <= 6:
+        maps = itertools.product(range(n_codes), repeat=len(shares))
+        most = max(nats([sum(p for p, code in zip(shares, codes) if code == k) for k in range(n_codes)])
+                   for codes in maps)
+    return dict(ceiling_information=most / max(nats(shares), 1e-9), ceiling_majority=best)
 
 
 @torch.no_grad()
@@ -576,10 +583,13 @@ def untrained_floor(video, train, val):
     """`information` and `majority` of the action model before training, its BatchNorm settled on 8 training batches."""
     seed_everything(seed, deterministic)
     model = build("actions", video).to(train.where)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.momentum = None                            # the plain mean over all batches
     clips = Stream(video.train, history + 1, batch_size, data_seed)
     with torch.no_grad():
-        for _ in range(32):                                   # the running statistics forget their start
-            model(train.frames(clips.at(_ % 8), history + 1))
+        for step in range(8):
+            model(train.frames(clips.at(step), history + 1))
     numbers = evaluate_actions(model, val, video.palette, video.n_actions)
     return {f"untrained_{key}": numbers[key] for key in ("information", "majority") if key in numbers}
 
