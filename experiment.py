@@ -933,7 +933,9 @@ def _numbers(entry):
 
 
 PANELS = {"loss": "loss (nats per target)", "bpb": "bits per byte", "accuracy": "accuracy", "exact": "exact match",
-          "digit_accuracy": "accuracy of a digit", "perplexity": "perplexity of the codes"}
+          "digit_accuracy": "accuracy of a digit", "perplexity": "perplexity of the codes", "psnr": "PSNR (dB)",
+          "information": "I(code; action) / H(action)", "changed": "changed tokens that are right",
+          "frame": "whole frames that are right"}
 
 
 def draw_curves(directory, picture):

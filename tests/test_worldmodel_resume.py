@@ -1,5 +1,6 @@
 """train_worldmodel.py as it is typed: killed in every stage, resumed, evaluated, rolled out, told of mistakes: 60 s."""
 import math
+import re
 import shutil
 import signal
 import sys
@@ -14,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data.video import load  # noqa: E402
 from experiment import load_checkpoint  # noqa: E402
+from test_play import pixels, post, request  # noqa: E402
 from test_resume import (Forks, assert_done, assert_equal, assert_error, kill_again_and_again, records,  # noqa: E402
                          snapshot, summary, wait_for)
 from test_scripts import fresh  # noqa: E402
@@ -163,6 +165,28 @@ def test_rollout(forks, tmp_path, copy):
     assert_error(forks.run(["train_worldmodel.py", "--rollout", copy, "--actions", "0", "--prompt", "caf\u00e9"],
                            tmp_path), "plain ASCII")
     assert_error(forks.run(["train_worldmodel.py", "--rollout", tmp_path / "none"], tmp_path), "no such file")
+
+
+def test_played(forks, tmp_path, copy):
+    """--play: the page, a new world, one from a sentence, steps; Ctrl-C ends it and nothing of the run has changed."""
+    before = snapshot(copy)
+    child = forks.start(["train_worldmodel.py", "--play", copy], tmp_path)
+    try:
+        wait_for(lambda: "play at http" in child.files[0].read_text())
+        address = re.search(r"http://127.0.0.1:\d+/", child.files[0].read_text()).group()
+        assert b"<!doctype html>" in request(address)[2]
+        told = [post(address + way, body)[1] for way, body in (
+            ("reset", {}), ("step", {"action": 1}), ("step", {"action": 3}),
+            ("reset", {"prompt": "agent at a1, ball at c2, walls b2."}), ("reset", {"prompt": "write"}))]
+        assert [pixels(view["frame"]).shape for view in told] == [(16, 16, 3)] * 5
+        assert [view["cache"].split()[0] for view in told[:4]] == ["2", "3", "4", "1"]
+        assert "in the true world: " in told[1]["note"] and pixels(told[1]["truth"]).shape == (16, 16, 3)
+        assert "agent at a1" in told[3]["note"]
+        status, answer = post(address + "reset", {"prompt": "caf\u00e9"})
+        assert status == 400 and "ASCII" in answer["error"]
+    finally:
+        child.kill(signal.SIGINT)
+    assert child.wait().code in (0, 130) and snapshot(copy) == before
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
