@@ -1,0 +1,200 @@
+"""Multi-query associative recall (MQAR; Arora et al. 2023, "Zoology", arXiv 2312.04927): pairs first, questions later.
+
+    python data/mqar.py --stats                       # T 64, 4 pairs, V 8192: an example, how far back the answers are
+    python data/mqar.py --T 256 --pairs 16 --stats    # another of the paper's settings
+
+A row names `pairs` keys, each followed by its value, then shows every key once more; there the value is to be said:
+
+    tokens    5 141   2 190   9 133   0   0   2   0   0   0   5   0   9   0
+    labels    .   .   .   .   .   .   .   . 190   .   .   . 141   . 133   .        . is -1: no loss
+"""
+import argparse
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
+from experiment import UserError, command
+
+CHUNK = 1024  # rows that are drawn together, by a generator of their own: fewer rows are the first ones of more
+
+
+def _check(T, pairs, vocab_size, alpha, **counts):
+    """UserError where no such row exists, or a count is below 1."""
+    for name, value in (("pairs", pairs), *counts.items()):
+        if value < 1:
+            raise UserError(f"{name} is {value}: it must be at least 1")
+    if 4 * pairs > T:
+        raise UserError(f"T is {T}: {pairs} pairs and their queries need at least {4 * pairs} places")
+    if vocab_size % 2 or vocab_size // 2 - 1 < pairs:
+        raise UserError(f"vocab_size is {vocab_size}: it must be even, and for {pairs} different keys at least "
+                        f"{2 * pairs + 2}")
+    if not 0 < alpha <= 10:
+        raise UserError(f"alpha is {alpha}: it must be above 0 and at most 10")
+
+
+def _different(rng, n, k, size):
+    """(n, k) int64: in each row k different whole numbers below size, every order of every choice equally likely."""
+    out = np.empty((n, k), np.int64)
+    for j in range(k):
+        todo = np.arange(n)
+        while len(todo):
+            out[todo, j] = rng.random(len(todo)) * size
+            todo = todo[(out[todo, :j] == out[todo, j, None]).any(1)]  # those that repeat an earlier one, again
+    return out
+
+
+def _chunks(part, T, pairs, vocab_size, seed, random_non_queries, alpha):
+    """Endlessly: CHUNK rows, tokens and labels (CHUNK, T) int64, and of each row the bytes without its fillers.
+
+    part: a word; rows of different parts come from different generators. Only random() of them is used.
+    """
+    start, slots = 2 * pairs, (T - 2 * pairs) // 2
+    weight = np.arange(1, slots + 1) ** (alpha - 1.0)
+    number = 0
+    while True:
+        digest = hashlib.sha256(f"mqar {part} {seed} {T} {pairs} {vocab_size} {number}".encode()).digest()
+        rng = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
+        number += 1
+        keys = 1 + _different(rng, CHUNK, pairs, vocab_size // 2 - 1)
+        values = vocab_size // 2 + _different(rng, CHUNK, pairs, vocab_size // 2)
+        # Drawing slots without putting back, in proportion to their weights, is a race of exponential clocks: the
+        # first to ring is the first key's, and so on.
+        clock = -np.log1p(-rng.random((CHUNK, slots))) / weight
+        place = start + 2 * np.argsort(clock, 1)[:, :pairs]
+        tokens, labels = np.zeros((CHUNK, T), np.int64), np.full((CHUNK, T), -1)
+        tokens[:, 0:start:2], tokens[:, 1:start:2] = keys, values
+        np.put_along_axis(tokens, place, keys, 1)
+        np.put_along_axis(labels, place, values, 1)
+        bare = [row.tobytes() for row in tokens]
+        if random_non_queries:
+            spare = tokens == 0
+            while n := int(spare.sum()):
+                tokens[spare] = rng.random(n) * vocab_size
+                spare &= (tokens[:, :, None] == keys[:, None]).any(2)  # a filler must not be one of the row's keys
+        yield tokens, labels, bare
+
+
+def _draw(n, chunks, what, forbidden=frozenset()):
+    """The first n rows whose bytes are not forbidden: (tokens, labels) (n, T) int64 tensors, and all their bytes."""
+    have, drawn, parts, seen = 0, 0, [], []
+    while have < n:
+        if drawn >= 4 * CHUNK and have < drawn // 25:
+            raise UserError(f"there are hardly any rows with {what} for training that are not in the test: take a "
+                            "smaller n_test or a larger vocab_size")
+        tokens, labels, bare = next(chunks)
+        drawn += CHUNK
+        keep = np.array([row not in forbidden for row in bare])
+        parts.append((tokens[keep], labels[keep]))
+        seen += bare
+        have += int(keep.sum())
+    return tuple(torch.from_numpy(np.concatenate(part)[:n]) for part in zip(*parts)), seen[:n]
+
+
+def mqar(n, T, pairs, vocab_size, seed, random_non_queries=False, alpha=0.01):
+    """n rows of multi-query associative recall: tokens (n, T) and labels (n, T), int64 tensors; -1 where no loss.
+
+    The first 2 pairs tokens are key, value, key, value ...; keys are from 1 to V/2 - 1, values from V/2 to V - 1, none
+    twice in a row (V: vocab_size, even). The rest is slots of two places; each key comes once more, at the first place
+    of a slot of its own, and the label there is its value (said at the query's own place: nothing is to be shifted).
+    The first key draws its slot first: slot g = 1, 2, ... with probability proportional to g^(alpha - 1), the next
+    keys likewise among those left (Zoology's power_a; alpha 1: evenly). All else is token 0, or, random_non_queries,
+    any of the V tokens that is not one of the row's keys, so that a key is seen exactly once before its query (Zoology
+    draws from all V). The same seed gives the same rows, fewer are the first ones, and fillers change nothing else.
+    Raises UserError: 4 pairs > T, V odd or too small for so many keys, n or pairs below 1, alpha not in (0, 10].
+    """
+    _check(T, pairs, vocab_size, alpha, n=n)
+    return _draw(n, _chunks("rows", T, pairs, vocab_size, seed, random_non_queries, alpha), "")[0]
+
+
+def split(n_train, n_test, T, pairs, vocab_size, seed, random_non_queries=False, alpha=0.01):
+    """Rows to train and to test on, as mqar's: (tokens, labels), (tokens, labels). No test row is in training.
+
+    Both sides have generators of their own. Also, each training row is looked up in a hash table of the whole test
+    rows (their bytes, so nothing is left to chance) and left out where it is there. Rows are compared before the
+    fillers are drawn: one that differs in them only counts as the same. The test rows do not depend on n_train.
+    Raises UserError as mqar does, and where hardly any row is left for training.
+    """
+    _check(T, pairs, vocab_size, alpha, n_train=n_train, n_test=n_test)
+    settings = T, pairs, vocab_size, seed, random_non_queries, alpha
+    what = f"T {T}, {pairs} pair{'s' * (pairs > 1)} and vocab_size {vocab_size}"
+    test, seen = _draw(n_test, _chunks("test", *settings), what)
+    train, _ = _draw(n_train, _chunks("train", *settings), what, frozenset(seen))
+    return train, test
+
+
+def distances(labels, tokens):
+    """How far back each query's value stands, 1 for the token just before: (n pairs,) int64, row by row.
+
+    labels, tokens: (n, T) as of mqar."""
+    found = []
+    for said, row in zip(labels.split(512), tokens.split(512)):
+        n, query = (said >= 0).nonzero(as_tuple=True)
+        key = (row[n] == row[n, query][:, None]).int().argmax(1)  # the first place with the key is the pair's
+        found.append(query - key - 1)
+    return torch.cat(found)
+
+
+def reachable(labels, tokens, window):
+    """The share of queries whose value is among the `window` last tokens, the query's own included.
+
+    That is what one layer of attention over a sliding window can answer; it misses the others (but for guesses), unless
+    it has learned to relay through more layers. labels, tokens: (n, T) as of mqar. T 64, 4 pairs, alpha .01: 58.0 %
+    for 16 tokens and 80.6 % for 32 (exactly, by enumeration). Raises UserError where window is below 1.
+    """
+    if window < 1:
+        raise UserError(f"window is {window}: it must be at least 1")
+    return float((distances(labels, tokens) < window).double().mean())
+
+
+def example(tokens, labels, most=8):
+    """One row, tokens and labels (T,), in words: at most so many pairs and queries of it."""
+    asked = (labels >= 0).nonzero()[:, 0].tolist()
+    pairs, more = tokens[:2 * len(asked)].view(-1, 2).tolist(), ", ..." * (len(asked) > most)
+    told = ", ".join(f"{key} is {value}" for key, value in pairs[:most])
+    queries = ", ".join(f"{tokens[place]} at {place} (answer {labels[place]})" for place in asked[:most])
+    return f"{told}{more}; asked for {queries}{more}"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+@command
+def main(argv=None):
+    """The command line: draws rows, shows one and says how far back the answers are."""
+    parser = _Parser(prog="data/mqar.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--n_train", "--n-train", type=int, default=100_000, help="training rows")
+    parser.add_argument("--n_test", "--n-test", type=int, default=3000, help="test rows, none of them in training")
+    parser.add_argument("--T", type=int, default=64, help="tokens of a row")
+    parser.add_argument("--pairs", type=int, default=4, help="keys with a value, all of them asked for")
+    parser.add_argument("--vocab_size", "--vocab-size", type=int, default=8192, help="tokens that there are; even")
+    parser.add_argument("--alpha", type=float, default=0.01, help="of the power law; 1: queries evenly far away")
+    parser.add_argument("--random_non_queries", "--random-non-queries", action=argparse.BooleanOptionalAction,
+                        default=False, help="random tokens instead of 0 between the queries")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
+    parser.add_argument("--stats", action="store_true", help="show a row and the shares within sliding windows")
+    args = vars(parser.parse_args(argv))
+    stats, start = args.pop("stats"), time.perf_counter()
+    (tokens, labels), (test_tokens, test_labels) = split(**args)
+    print(f"mqar: {len(tokens):,} training and {len(test_tokens):,} test rows of {args['T']} tokens, {args['pairs']} "
+          f"pairs, vocabulary {args['vocab_size']:,}, alpha {args['alpha']:g}, "
+          f"{'random' if args['random_non_queries'] else 'no'} fillers, seed {args['seed']} "
+          f"({time.perf_counter() - start:.2f} s); no test row is in training")
+    if stats:
+        print(f"the first test row: {example(test_tokens[0], test_labels[0])}")
+        print(f"guessing among the row's values has an accuracy of {1 / args['pairs']:.3f}, among all values "
+              f"{2 / args['vocab_size']:.2g}; values are {distances(labels, tokens).double().mean():.1f} tokens back")
+        windows = [2 ** k for k in range(3, 20) if 2 ** k < args["T"]]
+        print("within a sliding window are: " + ", ".join(
+            f"{reachable(labels, tokens, window):.1%} of {window} tokens" for window in [*windows, args["T"]]))
+
+
+if __name__ == "__main__":
+    main()
