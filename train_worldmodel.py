@@ -306,17 +306,25 @@ def tokenizer_loss(model, material, index, step):
 
 
 def actions_loss(model, material, index, step):
-    """(loss, parts) of writing the last frame of each clip from those before and a code.
+    """(loss, parts) of writing the last frame of each clip from those before and a code; the transformer writes every
+    frame from the third on.
 
     Pixels that change weigh more at first, since a model that copies is otherwise nearly right; but no longer at the
     end, since a weight that stays moves the likeliest colour and paints movers where there are none.
     """
     frames, indices = material.pictures(index, history + 1)
-    written, found = model(frames, soft=step < soft_fraction * steps_of("actions"))
+    soft, first = step < soft_fraction * steps_of("actions"), history
+    if action_model == "transformer":
+        first = min(2, history)
+        written, found = model.every(frames, soft=soft)
+        written = written[:, first - 1:]
+    else:
+        written, found = model(frames, soft=soft)
+        written = written[:, None]
     extra = falling(step, steps_of("actions"), action_change, action_change_fraction)
-    changed = (frames[:, -1] != frames[:, -2]).any(-1)
-    target = None if indices is None else indices[:, -1]
-    loss = pixel_loss(written, frames[:, -1], target, 1 + extra * changed)
+    changed = (frames[:, first:] != frames[:, first - 1:-1]).any(-1)
+    target = None if indices is None else indices[:, first:]
+    loss = pixel_loss(written, frames[:, first:], target, 1 + extra * changed)
     return loss + found.loss, dict(loss=loss.detach())
 
 

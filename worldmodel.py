@@ -130,7 +130,8 @@ class ActionModel(nn.Module):
 
     kind "conv": convolutions over patches. Encoder and decoder see `history` frames: with one, how a thing moves by
     itself is hidden, and competes with the action for the code. The encoder also sees x_t+1 - x_t.
-    kind "transformer": the same with spatio-temporal transformers, axial positions, causal in time.
+    kind "transformer": the same with spatio-temporal transformers, axial positions, causal in time; it learns from
+    every frame of its history (`every`), and the decoder also sees the codes that led to the frames before.
     colours: P of the palette, or None: then x_t plus a residual is written.
     """
 
@@ -168,7 +169,12 @@ class ActionModel(nn.Module):
                 h = block(h)
             h = h.amax((2, 3))
         else:
-            h = self.encoder(self.look(self._moving(frames)))[:, -1].amax(1)     # (B, C), over the last frame's places
+            return self.encode_every(frames)[:, -1]
+        return self.to_code(F.relu(self.to_hidden(h)))
+
+    def encode_every(self, frames):
+        """Transformer: frames (B, T + 1, H, W, 3) -> u (B, T, D), for each frame but the first what led to it."""
+        h = self.encoder(self.look(self._moving(frames)))[:, 1:].amax(2)         # (B, T, C), over the places
         return self.to_code(F.relu(self.to_hidden(h)))
 
     def predict(self, frames, e):
@@ -179,11 +185,26 @@ class ActionModel(nn.Module):
                 h = block(h, e)
             pixels = self.write(h).permute(0, 2, 3, 1).flatten(1, 2)             # (B, N, p p P)
         else:
-            x = self.see(self._moving(frames))
-            x = torch.cat((x[:, :-1], x[:, -1:] + self.act(e)[:, None, None]), 1)
-            pixels = self.write(self.decoder(x)[:, -1])
+            e = e[:, None]
+            if frames.size(1) > 1:                           # what led to the frames before, as in training
+                u = self.encode_every(frames)
+                e = torch.cat((self.quantiser(u.flatten(0, 1)).e.view(u.shape).to(e.dtype), e), 1)
+            return self.predict_every(frames, e)[:, -1]
         out = from_patches(pixels, self.patch, self.height, self.width)
         return out if self.colours else frames[:, -1] + out
+
+    def predict_every(self, frames, e):
+        """Transformer: frames (B, T, H, W, 3), e (B, T, D) -> the frame after each (B, T, H, W, P or 3)."""
+        x = self.see(self._moving(frames)) + self.act(e)[:, :, None]
+        out = from_patches(self.write(self.decoder(x)), self.patch, self.height, self.width)
+        return out if self.colours else frames + out
+
+    def every(self, frames, soft=False):
+        """Transformer: frames (B, T + 1, H, W, 3) -> (what it writes for each but the first (B, T, H, W, P or 3), each
+        from the true frames and the codes up to it, Quantised of B T codes): many targets of one pass."""
+        u = self.encode_every(frames)
+        found = self.quantiser(u.flatten(0, 1), soft)
+        return self.predict_every(frames[:, :-1], found.e.view(u.shape)), found
 
     def forward(self, frames, soft=False):
         """frames (B, history + 1, H, W, 3) -> (what `predict` writes for the last of them, Quantised)."""
