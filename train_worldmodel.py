@@ -154,8 +154,11 @@ wandb = "disabled"         # [disabled, offline, online]
 tensorboard = False        # curves for TensorBoard in the run's directory
 
 presets = {
-    "cpu": dict(stage="all"),
+    "cpu": dict(stage="all", tokenizer_steps=500, action_steps=1000, dynamics_steps=400, text_steps=200,
+                frame_steps=400),
     "cells": dict(stage="dynamics", tokens="cells", action_source="true"),
+    "drive": dict(dataset="donkeycar", codebook_size=256, reset_distance=0.05, tokenizer_change=0.0, tokenizer_steps=800,
+                  action_change=0.0, action_steps=600, dynamics_change=0.0, dynamics_steps=400, eval_interval=100),
 }
 
 aliases = {"d_model": "dynamics_embd", "n_actions": "n_codes", "learning_rate": "lr", "save_every": "save_interval",
