@@ -157,8 +157,9 @@ presets = {
     "cpu": dict(stage="all", tokenizer_steps=500, action_steps=1000, dynamics_steps=400, text_steps=200,
                 frame_steps=400),
     "cells": dict(stage="dynamics", tokens="cells", action_source="true"),
-    "drive": dict(dataset="donkeycar", codebook_size=256, reset_distance=0.05, tokenizer_change=0.0, tokenizer_steps=800,
-                  action_change=0.0, action_steps=600, dynamics_change=0.0, dynamics_steps=400, eval_interval=100),
+    "drive": dict(dataset="donkeycar", patch=4, codebook_size=256, reset_distance=0.05, tokenizer_change=0.0,
+                  tokenizer_embd=96, tokenizer_batch=8, tokenizer_steps=700, action_change=0.0, action_steps=500,
+                  dynamics_change=0.0, dynamics_batch=8, dynamics_steps=250, eval_interval=100),
 }
 
 aliases = {"d_model": "dynamics_embd", "n_actions": "n_codes", "learning_rate": "lr", "save_every": "save_interval",
