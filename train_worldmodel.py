@@ -154,8 +154,7 @@ wandb = "disabled"         # [disabled, offline, online]
 tensorboard = False        # curves for TensorBoard in the run's directory
 
 presets = {
-    "cpu": dict(stage="all", tokenizer_steps=500, action_steps=1000, dynamics_steps=400, text_steps=200,
-                frame_steps=400),
+    "cpu": dict(stage="all", action_steps=1000, dynamics_steps=400, text_steps=100, frame_steps=250),
     "cells": dict(stage="dynamics", tokens="cells", action_source="true"),
     "drive": dict(dataset="donkeycar", patch=4, codebook_size=256, reset_distance=0.05, tokenizer_change=0.0,
                   tokenizer_embd=96, tokenizer_batch=8, tokenizer_steps=700, action_change=0.0, action_steps=500,
