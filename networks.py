@@ -329,9 +329,9 @@ def axial_tables(height, width, head_dim, base=100.0, extra=0):
 
 
 class TwoStreams(Positions):
-    """Positions of `true` frames from 0 on, and after them of corrupted ones that stand at `first`, first + 1, ...: T in
-    all. A true frame sees itself and those before it; a corrupted one the true frames before it, and itself, as frames
-    that are being generated do. window: the last frames that a frame sees, its own included.
+    """Positions of `true` frames from 0 on, and after them of corrupted ones that stand at `first`, first + 1, ...: T
+    in all. A true frame sees itself and those before it; a corrupted one the true frames before it, and itself, as
+    frames that are being generated do. window: the last frames that a frame sees, its own included.
     """
 
     in_order = False

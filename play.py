@@ -277,6 +277,7 @@ def serve(session, port=0, ready=None, open_browser=False):
 
 
 def one_line(error):
+    """What an error says, in one line; of one that says nothing its kind."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -48,7 +48,7 @@ seed = 1337                # initialisation, masks, draws
 data_seed = 1337           # which clips a batch holds
 device = "auto"            # auto, cpu, cuda, cuda:1, ...
 dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
-compile = False            # torch.compile
+compile = False            # torch.compile of the pass that training makes
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
 debug = False              # tiny and short, no wandb, no tensorboard
 
@@ -75,7 +75,7 @@ quantiser = "vq"           # [vq, fsq] codes as running means, or fixed levels
 tokenizer_layers = 1       # [>= 1] in encoder and decoder each
 tokenizer_embd = 64        # [>= 1] width
 tokenizer_batch = 16       # [>= 1] clips
-tokenizer_frames = 2       # [>= 1] frames of a clip
+tokenizer_frames = 2       # [>= 2] frames of a clip, and those that a frame sees if spatiotemporal
 tokenizer_steps = 1000     # [>= 0] optimiser steps
 tokenizer_change = 10.0    # [>= 0.0] extra weight of pixels that differ between frames of a clip: movers are rare
 reset_interval = 20        # [none, >= 1] steps after which codes that nothing chose become encoder outputs; none: never
@@ -87,7 +87,7 @@ action_model = "conv"      # [conv, transformer] of the encoder and the decoder
 n_codes = 8                # [>= 2] latent actions
 history = 2                # [>= 1] frames that explain the next one; with 1 what moves by itself hides the action
 action_quantiser = "signs" # [signs, vq] signs of normalised numbers, or the nearest of n_codes vectors
-difference = True          # the encoder sees x_t+1 - x_t; False: x_t+1
+difference = True          # conv: the encoder sees x_t+1 - x_t; False: x_t+1
 action_layers = 3          # [>= 1] in encoder and decoder each
 action_embd = 32           # [>= 1] width
 action_steps = 1600        # [>= 0] optimiser steps
@@ -175,7 +175,8 @@ STAGES = ("tokenizer", "actions", "dynamics", "text", "frame")
 architecture = {
     "all": ("dataset", "n_train", "n_val", "length", "side", "cell_px", "walls", "ball", "split_seed", "patch",
             "n_head", "optimizer"),
-    "tokenizer": ("tokenizer", "codebook_size", "code_dim", "quantiser", "tokenizer_layers", "tokenizer_embd"),
+    "tokenizer": ("tokenizer", "codebook_size", "code_dim", "quantiser", "tokenizer_layers", "tokenizer_embd",
+                  "tokenizer_frames"),
     "actions": ("action_model", "n_codes", "history", "action_quantiser", "difference", "action_layers", "action_embd"),
     "dynamics": ("dynamics", "tokens", "action_source", "action_input", "context", "dynamics_layers", "dynamics_embd"),
     "text": ("text_layers", "text_embd"),
@@ -191,6 +192,8 @@ def check(settings, video=None):
         raise UserError(f"mask_rate {mask_rate[0]:g},{mask_rate[1]:g} begins above its end")
     if action_quantiser == "signs" and n_codes & (n_codes - 1):
         raise UserError(f"n_codes {n_codes}: signs make a power of two, 2, 4, 8, ...; --action_quantiser vq takes any")
+    if action_model == "transformer" and not difference:
+        raise UserError("no-difference goes with action_model conv: the transformer sees frames beside differences")
     axial = ["tokenizer_embd", "dynamics_embd", "frame_embd"] + ["action_embd"] * (action_model == "transformer")
     for name, unit in [(name, 4 * n_head) for name in axial] + [("text_embd", 2 * n_head)]:
         if globals()[name] % unit:
@@ -244,7 +247,7 @@ def build(name, video):
     try:
         if name == "tokenizer":
             return Tokenizer(video.height, video.width, patch, colours, codebook_size, code_dim, tokenizer_layers,
-                             n_head, tokenizer_embd, tokenizer, quantiser)
+                             n_head, tokenizer_embd, tokenizer, quantiser, tokenizer_frames)
         if name == "actions":
             return ActionModel(video.height, video.width, patch, colours, history, n_codes, action_embd, action_layers,
                                action_model, action_quantiser, n_head, difference=difference)
@@ -408,6 +411,15 @@ def frame_loss(model, models, material, index, noise):
     logits = model(truth.masked_fill(hidden, model.codebook_size), model.read(captions(material, index)))
     loss = F.cross_entropy(logits[hidden], truth[hidden])
     return loss, dict(loss=loss.detach())
+
+
+def compiled(model, name):
+    """The model with the pass that training makes compiled; weights are shared, evaluation and generation stay as they
+    are: the lengths of a cache change from call to call."""
+    used = "nats" if name == "text" else "every" if name == "actions" and action_model == "transformer" else "forward"
+    fast = copy.copy(model)
+    setattr(fast, used, torch.compile(getattr(model, used)))
+    return fast
 
 
 # --- Evaluation ---
@@ -663,7 +675,7 @@ def evaluate_dynamics(model, models, material):
         if cells is not None:
             written = said
             if tokens != "cells":
-                written = as_frames(models["tokenizer"].pixels(said[:, None]), material.palette)[:, 0]
+                written = as_seen(models, torch.cat((truth[:, :-1], said[:, None]), 1), material)[:, -1]
                 written = torch.as_tensor(read_cells((written * 255).round().byte().cpu().numpy(), cell_px))
             written, cells = written.view(len(index), -1).cpu(), cells.flatten(2)
             for kind, count in seen.items():
@@ -714,10 +726,11 @@ def evaluate_frame(model, models, material):
                 floor=torch.cat(every).bincount().max().item() / n)
 
 
-def as_seen(models, written, material):
-    """Tokens (B, T, N) as frames (B, T, H, W, 3) in 0..1."""
+def as_seen(models, written, material, cache=None):
+    """Tokens (B, T, N) as frames (B, T, H, W, 3) in 0..1. A spatio-temporal tokenizer also sees the frames before:
+    they are to be in `written`, or in a cache of its own."""
     if tokens == "tokenizer":
-        return as_frames(models["tokenizer"].pixels(written), material.palette)
+        return as_frames(models["tokenizer"].pixels(written, cache), material.palette)
     cells = written.view(*written.shape[:2], side, side).to(torch.uint8).cpu().numpy()
     return torch.from_numpy(paint(cells, cell_px)).to(written.device).float() / 255
 
@@ -736,9 +749,9 @@ def evaluate_rollouts(model, models, material):
         plan = acts[:, held:]
         plans = {"psnr": plan, "permuted": plan.roll(1, 0),
                  "random": torch.randint(model.n_actions, plan.shape, generator=generator).to(plan.device)}
-        written = {name: as_seen(models, model.generate(
+        written = {name: as_seen(models, torch.cat((truth[:, :held], model.generate(
             truth[:, :held], acts[:, :held], chosen, window=window, steps=decode_steps, temperature=temperature,
-            generator=generator), material) for name, chosen in plans.items()}
+            generator=generator)), 1), material)[:, held:] for name, chosen in plans.items()}
         written["copy"] = frames[:, held - 1:held].expand(-1, ahead, -1, -1, -1)
         for name, seen in written.items():
             for t in (1, 4, 16):
@@ -785,8 +798,9 @@ def draw_samples(name, model, models, material, path, ahead=8):
         index = index[::3]
         truth, acts = tokens_and_actions(models, material, index, T)
         acts, held = acts.masked_fill(acts < 0, model.n_actions), context - 1
-        written = as_seen(models, model.generate(truth[:, :held], acts[:, :held], acts[:, held:], window=window,
-                                                 steps=decode_steps, temperature=0.0), material)
+        written = model.generate(truth[:, :held], acts[:, :held], acts[:, held:], window=window, steps=decode_steps,
+                                 temperature=0.0)
+        written = as_seen(models, torch.cat((truth[:, :held], written), 1), material)[:, held:]
         rows = {}
         for i, true in enumerate(frames[::3]):
             rows[f"held-out clip {i + 1}, frames {held + 1} to {T}"] = true[held:]
@@ -862,6 +876,7 @@ class Played:
         acts = F.pad(acts.to(written.device), (1, 0), value=self.model.n_actions)
         self.cache = self.model.new_cache(1, max(1024, T), window or 64)
         self.model(written, acts, self.cache)
+        self.draw(written)
         return self.view(self.frames[0, -1], began)
 
     @torch.no_grad()
@@ -872,7 +887,7 @@ class Played:
         text = as_characters([prompt], caption_length(side)).to(self.material.where)
         written = self.models["frame"].draw(text[:, :len(prompt)], steps=decode_steps, temperature=temperature,
                                             generator=self.generator)[:, None]
-        frame = as_seen(self.models, written, self.material)[0, 0]
+        frame = self.draw(written)
         cells = read_cells((frame * 255).round().byte().cpu(), cell_px)[None].numpy()
         try:                                                  # the true world begins as it was drawn, if that is one
             import numpy as np
@@ -889,12 +904,18 @@ class Played:
         began = time.perf_counter()
         written = self.model.next_frame(torch.tensor([action], device=self.material.where), self.cache, decode_steps,
                                         temperature, generator=self.generator)
-        frame, note = as_seen(self.models, written[:, None], self.material)[0, 0], self.actions[action]
+        frame, note = self.draw(written[:, None], first=False), self.actions[action]
         if self.world is not None:
             true = action if action_source == "true" else self.meanings[action].item()
             happened = int(self.world.step([true])[0])
             note = f"{note}; in the true world: {ACTIONS[happened]}" + " (blocked)" * (happened != true)
         return self.view(frame, began, note)
+
+    def draw(self, written, first=True):
+        """Tokens (1, T, N) -> the last frame's pixels (H, W, 3). first: of a new world, else after those drawn."""
+        if first:
+            self.drawn = self.models["tokenizer"].new_cache(1, 1024) if tokens == "tokenizer" else None
+        return as_seen(self.models, written, self.material, self.drawn)[0, -1]
 
     def view(self, frame, began, note=""):
         """What the page shows."""
@@ -1085,6 +1106,7 @@ def main():
                 scaler.load_state_dict(checkpoint["scaler"])
                 restore_generators(checkpoint["generators"], noise=noise, revival=revival)
                 loop |= checkpoint["loop"]
+            trained = compiled(model, name) if compile else model
             clips = Stream(video.train, clip_frames[name], clip_batch[name] * grad_accum, data_seed)
             limit, recent = steps_of(name), []
             print(f"stage {name}: {sum(p.numel() for p in model.parameters()):,} parameters, {limit} steps")
@@ -1157,18 +1179,18 @@ def main():
                 for index in clips.at(step).split(clip_batch[name]):
                     with autocast:
                         if name == "tokenizer":
-                            loss, parts = tokenizer_loss(model, train, index, step)
+                            loss, parts = tokenizer_loss(trained, train, index, step)
                             loop["chosen"] += parts.pop("codes").bincount(minlength=codebook_size).cpu()
                             outputs.append(parts.pop("z").flatten(0, 1))
                         elif name == "actions":
-                            loss, parts = actions_loss(model, train, index, step)
+                            loss, parts = actions_loss(trained, train, index, step)
                         elif name == "text":
-                            loss = model.nats(captions(train, index))
+                            loss = trained.nats(captions(train, index))
                             parts = dict(loss=loss.detach())
                         elif name == "frame":
-                            loss, parts = frame_loss(model, models, train, index, noise)
+                            loss, parts = frame_loss(trained, models, train, index, noise)
                         else:
-                            loss, parts = dynamics_loss(model, models, train, index, step, noise)
+                            loss, parts = dynamics_loss(trained, models, train, index, step, noise)
                     scaler.scale(loss / grad_accum).backward()
                     for key, value in parts.items():
                         row[key] = row.get(key, 0.0) + value / grad_accum

@@ -228,15 +228,17 @@ class Tokenizer(nn.Module):
     """A VQ-VAE over patches: frames to N tokens each, and back (van den Oord et al. 2017; Genie's ST-ViViT).
 
     kind "spatial": each frame by itself; "spatiotemporal": causal in time as well, so that a token may also say what
-    moved. quantiser "vq" (codes as running means) or "fsq". Raises ValueError where `patch` divides no side.
+    moved; a frame sees the last `window` frames, as many as a training clip has. quantiser "vq" (codes as running
+    means) or "fsq". Raises ValueError where `patch` does not divide the sides.
     """
 
     def __init__(self, height, width, patch, colours, codebook_size=64, code_dim=8, n_layer=2, n_head=4, n_embd=64,
-                 kind="spatial", quantiser="vq", block_size=16, init="xavier"):
+                 kind="spatial", quantiser="vq", window=None, block_size=16, init="xavier"):
         super().__init__()
         if height % patch or width % patch:
             raise ValueError(f"patch {patch} does not divide frames of {height} x {width}")
         self.height, self.width, self.patch, self.colours, self.kind = height, width, patch, colours, kind
+        self.window = window
         grid = height // patch, width // patch
         self.n_tokens, self.grid, self.codebook_size = grid[0] * grid[1], grid, codebook_size
         self.config = TransformerConfig(vocab_size=1, n_layer=n_layer, n_head=n_head, n_embd=n_embd, norm="rms",
@@ -259,7 +261,7 @@ class Tokenizer(nn.Module):
         """x (B, T, N, C) through a trunk of either kind."""
         if self.kind == "spatial":
             return trunk(x.flatten(0, 1)).view(x.shape)
-        return trunk(x, cache)
+        return trunk(x, cache, self.window if cache is None else None)
 
     def encode(self, frames, cache=None):
         """frames (B, T, H, W, 3) -> (B, T N, D), before the codebook."""
@@ -285,9 +287,9 @@ class Tokenizer(nn.Module):
         """tokens (B, T, N) -> what `decode` writes. With a cache the frames go after those that it holds."""
         return self.decode(self.codebook.look_up(tokens.flatten(1)), cache)
 
-    def new_cache(self, batch_size, max_length, window=None):
+    def new_cache(self, batch_size, max_length):
         """For `tokens` or `pixels` of frames one after another; None where frames are seen one by one anyway."""
-        return None if self.kind == "spatial" else self.decoder.new_cache(batch_size, max_length, window)
+        return None if self.kind == "spatial" else self.decoder.new_cache(batch_size, max_length, self.window)
 
 
 # --- Filling in what is hidden ---

@@ -119,10 +119,11 @@ def test_action_model_sees_the_last_frame_through_the_code_only(kind, colours):
 # --- Tokenizer ---
 
 @pytest.mark.parametrize("quantiser", ["vq", "fsq"])
-@pytest.mark.parametrize("kind", ["spatial", "spatiotemporal"])
-def test_tokenizer(kind, quantiser):
+@pytest.mark.parametrize("kind, window", [("spatial", None), ("spatiotemporal", None), ("spatiotemporal", 2)])
+def test_tokenizer(kind, window, quantiser):
     torch.manual_seed(0)
-    model = Tokenizer(16, 24, 8, 6, 16, n_layer=1, n_head=2, n_embd=16, kind=kind, quantiser=quantiser).eval()
+    model = Tokenizer(16, 24, 8, 6, 16, n_layer=1, n_head=2, n_embd=16, kind=kind, quantiser=quantiser,
+                      window=window).eval()
     parameter_roles(model)
     frames = some(2, 5, 16, 24, 3)
     with torch.no_grad():
@@ -139,6 +140,8 @@ def test_tokenizer(kind, quantiser):
         earlier[:, 0] = some(2, 16, 24, 3, seed=2)
         change = (model.encode(earlier) - model.encode(frames)).view(2, 5, 6, -1)[:, 1:].abs().max()
         assert (change > 1e-4) == (kind == "spatiotemporal")
+        change = (model.encode(earlier) - model.encode(frames)).view(2, 5, 6, -1)[:, 2:].abs().max()
+        assert (change > 1e-4) == (kind == "spatiotemporal" and window is None)  # one layer: two frames see each other
         cache = model.new_cache(2, 5)
         if kind == "spatiotemporal":                          # frame by frame as at once
             parts = torch.cat([model.pixels(tokens[:, t:t + 1], cache) for t in range(5)], 1)

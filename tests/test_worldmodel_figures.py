@@ -726,12 +726,17 @@ def renamed(cells):
 
 
 class Coder:
-    """A tokenizer whose token of a patch is its cell's type, renamed."""
+    """A tokenizer whose token of a patch is its cell's type, renamed. shown: the frames of each call of `pixels`, since
+    one that sees time needs those before."""
+
+    def __init__(self):
+        self.shown = []
 
     def tokens(self, frames):
         return renamed(torch.from_numpy(cells_of(frames)).long()).flatten(2)
 
-    def pixels(self, tokens):
+    def pixels(self, tokens, cache=None):
+        self.shown.append(tokens.size(1))
         return as_logits(renamed(tokens).view(*tokens.shape[:2], SIDE, SIDE).numpy())
 
 
@@ -739,8 +744,10 @@ def test_agent_and_ball_are_read_from_what_the_tokenizer_draws(put, video):
     put(tokens="tokenizer")
     said, last, before = mixture(video)
     model = Namer(video.val, said, rename=renamed, size=8)
-    found = w.evaluate_dynamics(model, dict(tokenizer=Coder()), material(video))
+    coder = Coder()
+    found = w.evaluate_dynamics(model, dict(tokenizer=coder), material(video))
     assert_figures(found, by_loops(said, last, before))
+    assert set(coder.shown) == {CONTEXT}
 
 
 # --- Rollouts ---
@@ -770,9 +777,10 @@ def test_rollouts_of_a_simulator(put, still, tokens):
     model = Dreamer(simulate, (7, 3, 0.5))
     if tokens == "tokenizer":
         model.rename = renamed
-    before = torch.get_rng_state()
-    found = w.evaluate_rollouts(model, dict(tokenizer=Coder()), material(still))
+    before, coder = torch.get_rng_state(), Coder()
+    found = w.evaluate_rollouts(model, dict(tokenizer=coder), material(still))
     assert torch.equal(torch.get_rng_state(), before)
+    assert set(coder.shown) == ({CONTEXT - 1 + 16} if tokens == "tokenizer" else set())
     index = w.spread(still.val, CONTEXT - 1 + 16, 70)
     cells, acts = still.val.cells(index, CONTEXT - 1 + 16).numpy(), still.val.actions(index, CONTEXT - 1 + 16)
     plan = acts[:, CONTEXT - 2:]
@@ -1109,6 +1117,52 @@ def test_a_stage_ends_when_validation_no_longer_improves(forks, tmp_path):
     assert_equal(patient["done"], short["done"], "done")
     assert_equal(patient["model"], patient["done"]["frame"], "model")
     assert [summary(runs[1])[f"{name}_loss"] for name in scores] == list(scores.values())
+
+
+def test_compile_compiles_the_pass_of_training_alone(put, video, monkeypatch):
+    """One method of a copy with the same weights; losses are those of the model as it is."""
+    put(tokens="cells", action_source="true")
+    passes = []
+
+    def compile(method):
+        def run(*args, **kwargs):
+            passes.append(method.__name__)
+            return method(*args, **kwargs)
+        return run
+    monkeypatch.setattr(w.torch, "compile", compile)
+    index, data = torch.arange(3), material(video)
+    for name, used, loss in (
+            ("dynamics", "forward", lambda m: w.dynamics_loss(m, {}, data, index, 0, torch.Generator().manual_seed(0))),
+            ("actions", "forward", lambda m: w.actions_loss(m, data, index, 0)),
+            ("text", "nats", lambda m: (m.nats(w.captions(data, index)),))):
+        model = w.build(name, video).eval()
+        fast = w.compiled(model, name)
+        value = loss(fast)[0]
+        assert passes == [used] and torch.equal(value, loss(model)[0]) and passes == [used]
+        value.backward()
+        assert all(a is b for a, b in zip(fast.parameters(), model.parameters(), strict=True))
+        assert next(model.parameters()).grad is not None
+        passes.clear()
+    put(action_model="transformer", action_embd=16)
+    w.actions_loss(w.compiled(w.build("actions", video), "actions"), data, index, 0)
+    assert passes == ["every"]
+
+
+def test_a_tokenizer_that_sees_time_draws_a_played_world_as_a_rollout(put, video):
+    """Frame by frame with the decoder's cache as all at once, far past the frames that it was trained on."""
+    put(tokens="tokenizer", action_source="true", tokenizer="spatiotemporal", tokenizer_embd=16, dynamics_embd=16,
+        window=3)
+    models = {name: w.build(name, video).eval() for name in ("tokenizer", "dynamics")}
+    played = w.Played(models["dynamics"], models, material(video), video)
+    with torch.no_grad():
+        first = torch.randint(8, (1, 4, video.height * video.width // w.patch ** 2))
+        whole = torch.cat((first, torch.randint(8, (1, 6, first.size(2)))), 1)
+        seen = [played.draw(first)] + [played.draw(whole[:, t:t + 1], first=False) for t in range(4, 10)]
+        assert torch.equal(torch.stack(seen), w.as_seen(models, whole, material(video))[0, 3:])
+        alone = torch.stack([w.as_seen(models, whole[:, t:t + 1], material(video))[0, 0] for t in range(3, 10)])
+        assert not torch.equal(torch.stack(seen), alone)      # the frames before do count
+        again = played.draw(whole[:, 3:4])
+    assert torch.equal(again, alone[0]) and not torch.equal(again, seen[0])  # a new world forgets the last
 
 
 def test_a_stage_that_cannot_improve_ends_at_its_second_validation(forks, tmp_path):

@@ -212,7 +212,8 @@ def test_stopped_and_resumed(forks, tmp_path, number, code):
     ("--dataset=gridwrld", "gridworld"),
     ("--tokens=cells --dataset=x.npz", "cells"), ("--eval_only", "--resume"), ("--quantiser=fsq --codebook_size=11",
                                                                                 "no product"),
-    ("--play=a --rollout=b", "one of them"), ("--tokenizer_layer=1", "tokenizer_layers")])
+    ("--play=a --rollout=b", "one of them"),
+    ("--action_model=transformer --no-difference", "transformer sees"), ("--tokenizer_layer=1", "tokenizer_layers")])
 def test_mistakes(forks, tmp_path, words, said):
     """One line, status 2, nothing written."""
     assert_error(forks.run(train(tmp_path / "out", *words.split()), tmp_path), said)
