@@ -1027,7 +1027,9 @@ def _as_age(seconds):
     return f"{seconds:.0f}s"
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """The command line of a module that is not a script; what is typed wrongly is a UserError."""
+
     def error(self, message):
         raise UserError(message)
 
@@ -1042,7 +1044,7 @@ def _seconds(text):
 @command
 def main(argv=None):
     """The command line."""
-    parser = _Parser(prog="experiment.py", description="the runs that are there")
+    parser = Parser(prog="experiment.py", description="the runs that are there")
     parts = parser.add_subparsers(dest="what", required=True, metavar="list|clean", parser_class=_Parser)
     for name, words in (("list", "status, step, best, size and age of every run"),
                         ("clean", "say which runs would be removed; with --yes remove them")):

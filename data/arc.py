@@ -7,7 +7,6 @@ Sets: `synthetic`, or one or several (joined by +) of `arc1-training` (short: ar
 (short: arc2) and `arc2-evaluation`. Their files, such as arc-agi-1-training.json.gz, are looked for in the folders of
 NANOLAB_DATA, then in data/downloads/, then made from a download of the ARC repositories on GitHub.
 """
-import argparse
 import difflib
 import fcntl
 import gzip
@@ -26,7 +25,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
 from data import text
 from data.synthetic import KINDS, synthetic
-from experiment import UserError, command, replacing
+from experiment import Parser, UserError, command, replacing
 
 COLOURS = 10
 LARGEST = 30  # rows and columns of ARC's largest grids
@@ -568,15 +567,10 @@ def picture(grids, rows=8, columns=12):
     return image
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
 @command
 def main(argv=None):
     """The command line: loads a data set, says what is in it and draws some of it."""
-    parser = _Parser(prog="data/arc.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="data/arc.py", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", nargs="?", default="synthetic", help=f"synthetic, {', '.join(SETS)}; joined by +")
     parser.add_argument("--val_dataset", "--val-dataset", help="likewise, for validation; else the usual partner")
     parser.add_argument("--max_side", "--max-side", type=int, default=8, help="only grids that are no larger")

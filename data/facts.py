@@ -10,7 +10,6 @@ by the tool       user: birth_date NAME ?   assistant: FIND birth_date FOR NAME 
 Trained on is what the assistant says, never what the tool says. Nothing here draws from a random generator but
 `biography`: people, what is held out and which question is asked come from one hash, the same on every machine.
 """
-import argparse
 import contextlib
 import difflib
 import functools
@@ -32,7 +31,7 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
 from data.multiplication import pair_hash
-from experiment import UserError, command
+from experiment import Parser, UserError, command
 
 TYPES = 16  # hidden types that attributes depend on where alpha is below 1
 
@@ -930,15 +929,10 @@ def show(dialog):
                      for segment, end in zip(dialog, ends))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
 @command
 def main(argv=None):
     """The command line: makes people, shows dialogs about one of them and counts tokens."""
-    parser = _Parser(prog="data/facts.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="data/facts.py", description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, default=1000, help="people to train on")
     parser.add_argument("--unseen", type=int, default=256, help="people that are held out, in the database only")
     parser.add_argument("--kind", default="notes", help="notes (four attributes) or bios (six and a city of work)")

@@ -19,7 +19,7 @@ import torch
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
-from experiment import UserError, command
+from experiment import Parser, UserError, command
 
 CHUNK = 1024  # rows that are drawn together, by a generator of their own: fewer rows are the first ones of more
 
@@ -161,15 +161,10 @@ def example(tokens, labels, most=8):
     return f"{told}{more}; asked for {queries}{more}"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
 @command
 def main(argv=None):
     """The command line: draws rows, shows one and says how far back the answers are."""
-    parser = _Parser(prog="data/mqar.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="data/mqar.py", description=__doc__.splitlines()[0])
     parser.add_argument("--n_train", "--n-train", type=int, default=100_000, help="training rows")
     parser.add_argument("--n_test", "--n-test", type=int, default=3000, help="test rows, none of them in training")
     parser.add_argument("--T", type=int, default=64, help="tokens of a row")

@@ -6,7 +6,6 @@ Named sets: `enwik8` (the first 10^8 bytes of a dump of the English Wikipedia of
 and `stdlib` (the source of this machine's Python standard library: no download). Any other name is a file, raw or .gz
 .xz .bz2 .zip. They are looked for in the folders of NANOLAB_DATA, then in data/downloads/, then downloaded.
 """
-import argparse
 import bz2
 import difflib
 import fcntl
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
-from experiment import UserError, command
+from experiment import Parser, UserError, command
 
 
 @dataclass
@@ -446,15 +445,10 @@ def draw_bytes(figures, name, path):
     plt.close(figure)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
 @command
 def main(argv=None):
     """The command line: finds, checks and describes one data set."""
-    parser = _Parser(prog="data/text.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="data/text.py", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", help=f"{', '.join(NAMES)}, or a file (raw, {' '.join(OPENERS)})")
     parser.add_argument("--max_bytes", "--max-bytes", type=int, help="only the first so many bytes, before splitting")
     parser.add_argument("--stats", action="store_true", help="count, and write byte_distribution.png")

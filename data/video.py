@@ -28,7 +28,7 @@ import torch
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
-from experiment import UserError, command
+from experiment import Parser, UserError, command
 
 ACTIONS = ("stay", "up", "down", "left", "right")
 MOVES = np.array([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])  # rows and columns of each action
@@ -641,15 +641,10 @@ def draw(video, path, rows=4, columns=8):
         pyplot.close(figure)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
 @command
 def main(argv=None):
     """The command line: loads a data set, says what is in it and draws some of it."""
-    parser = _Parser(prog="data/video.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="data/video.py", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", nargs="?", default="gridworld",
                         help="gridworld, donkeycar, atari:<game>, or the path of an .npz file")
     parser.add_argument("--n_train", "--n-train", type=int, default=4096, help="training episodes (gridworld, atari)")
