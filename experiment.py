@@ -1045,7 +1045,7 @@ def _seconds(text):
 def main(argv=None):
     """The command line."""
     parser = Parser(prog="experiment.py", description="the runs that are there")
-    parts = parser.add_subparsers(dest="what", required=True, metavar="list|clean", parser_class=_Parser)
+    parts = parser.add_subparsers(dest="what", required=True, metavar="list|clean", parser_class=Parser)
     for name, words in (("list", "status, step, best, size and age of every run"),
                         ("clean", "say which runs would be removed; with --yes remove them")):
         part = parts.add_parser(name, help=words, description=words)
