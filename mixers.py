@@ -91,6 +91,16 @@ class Positions:
         self.losses, self.usage, self.memory_out = {}, [], {}
         self._made = {}
 
+    def real_first(self):
+        """Of ragged rows, (order, back, real), each (B, T, 1): taken along dimension 1, `order` puts each row's real
+        inputs first, so that a padded one never stands between two of them, and `back` undoes it; real is bool, in that
+        order."""
+        if "real_first" not in self._made:
+            real = self.index.unsqueeze(2) >= 0
+            order = (~real).byte().argsort(dim=1, stable=True)
+            self._made["real_first"] = order, order.argsort(1), real.take_along_dim(order, 1)
+        return self._made["real_first"]
+
     def turn(self, x):
         """x (B, T, H, D) turned by RoPE's tables, in its own type; x itself where there are none."""
         if not self.tables:
@@ -253,6 +263,94 @@ class Linear(nn.Linear):
         """Draws nothing."""
 
 
+# --- Convolutions over time ---
+
+def convolve(line, kernel, T, y):
+    """y plus the depthwise causal convolution of the last T of line (B, K - 1 + T, I) by kernel (K, I), whose last row
+    is for the position itself: (B, T, I)."""
+    for k in range(len(kernel)):
+        y = torch.addcmul(y, line[:, k:k + T], kernel[k])
+    return y
+
+
+class ShortConv(nn.Module):
+    """A depthwise causal convolution over the normed inputs of a layer's mixer, y_t = sum_(i < w) k_i x_(t-i), with
+    w = config.short_conv rows k_i of `kernel` (w, C) and no bias, as in Zoology (Arora et al. 2023).
+
+    Before a row's first input stand zeros. Padding is left out, wherever it stands: a row's inputs follow one another
+    in the order in which they come. It never looks ahead, inside a prefix either. One segment of training goes on from
+    the last w - 1 inputs of the one before, in layers of full attention too. Cache: the inputs of old, as a layer of
+    attention over w positions would keep keys.
+    """
+
+    def __init__(self, config, layer=0):
+        super().__init__()
+        self.width = config.short_conv
+        self.slot = config.n_layer + layer  # its place in a Memory: after those of all mixers
+        self.kernel = nn.Parameter(torch.empty(self.width, config.n_embd))
+        self.own = {"kernel": "gain"}
+
+    def fill(self):
+        """U(-1, 1) / sqrt(w)."""
+        self.kernel.uniform_(-self.width ** -0.5, self.width ** -0.5)
+
+    def forward(self, x, positions, cache=None):
+        """x (B, T, C) to (B, T, C), going on from the cache, or the memory, or nothing; cache from new_cache.
+
+        Raises ValueError where every position sees every other.
+        """
+        if positions.bidirectional:
+            raise ValueError("short_conv reads from left to right: it does not go with a model that sees everything at "
+                             "once")
+        T, n = positions.T, self.width - 1
+        before = seen = None  # (B, m, C), (B, m): what stands before x
+        if cache is not None:
+            held, _, seen = cache.update(x.unsqueeze(1), x[:, None, :, :0], positions.index)
+            before = held[:, 0, :held.size(2) - T].to(x.dtype)
+        elif positions.memory is not None:
+            before, = positions.memory[self.slot]
+            before = before.to(x.dtype)
+            positions.memory_out[self.slot] = (torch.cat((before, x), 1)[:, -n:],)
+        order = None
+        if positions.index is not None:
+            order, back, _ = positions.real_first()
+            x = x.take_along_dim(order, 1)
+            if before is not None:
+                before = last_real(before, seen[:, :-T], n)
+        if before is None:
+            line = F.pad(x, (0, 0, n, 0))
+        else:
+            before = before[:, max(0, before.size(1) - n):]
+            line = torch.cat((F.pad(before, (0, 0, n - before.size(1), 0)), x), 1)  # (B, w - 1 + T, C)
+        y = convolve(line, self.kernel.flip(0).to(x.dtype), T, x.new_zeros(()))
+        return y if order is None else y.take_along_dim(back, 1)
+
+    def new_cache(self, batch_size, max_length, beside, device, dtype):
+        """A KVCache of one head with the inputs (as keys) and no values. They are kept as long as the keys of the
+        mixer's cache `beside`, so that it can be cropped to and forked from the same lengths; where that is a state,
+        only those that the convolution sees."""
+        window = self.width if not beside.divisible else beside.window and max(beside.window, self.width)
+        cache = KVCache(batch_size, 1, self.kernel.size(1), max_length, window, device, dtype, value_dim=0)
+        cache.kind = "inputs"
+        return cache
+
+    def new_memory(self, batch_size, device, dtype):
+        """The inputs of the last w - 1 positions: ((B, w - 1, C),)."""
+        return (torch.zeros(batch_size, self.width - 1, self.kernel.size(1), device=device, dtype=dtype),)
+
+    def flops(self, T):
+        """Forward, of one token: 2 w C."""
+        return 2 * self.kernel.numel()
+
+
+def last_real(x, seen, n):
+    """The last n or fewer of x (B, S, C) in each row where seen (B, S) is no padding, which becomes zeros before."""
+    real = seen >= 0
+    order = real.byte().argsort(dim=1, stable=True)[:, -n:]  # padding first
+    real = real.take_along_dim(order, 1)
+    return x.take_along_dim(order.unsqueeze(2), 1).masked_fill(~real.unsqueeze(2), 0)
+
+
 # --- Attention ---
 
 def attend_by_hand(q, k, v, mask, dropout=0.0, scale=None):
@@ -283,7 +381,8 @@ class Attention(nn.Module):
     """Self-attention with one fused projection and n_kv_head <= n_head groups of keys and values.
 
     kind "window" sees the last config.window positions only. With qk_norm, queries and keys pass an RMSNorm without
-    parameters before they turn; RoPE keeps lengths, so after would be the same.
+    parameters before they turn; RoPE keeps lengths, so after would be the same. They then have length sqrt(D); with
+    qk_scale the score is s q.k / D, s learned, one of a layer, and sqrt(D) at first.
     """
 
     def __init__(self, config, layer=0, kind="full"):
@@ -293,9 +392,17 @@ class Attention(nn.Module):
         rows = tuple(n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head))
         self.qkv = Linear(c.n_embd, sum(rows), bias=c.bias)
         self.out = Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
-        self.fused = {"qkv": rows}
+        self.fused, self.own = {"qkv": rows}, {}
+        if c.qk_scale:
+            self.qk_scale = nn.Parameter(torch.empty(1))
+            self.own["qk_scale"] = "gain"
         slopes = alibi_slopes(c.n_head) if c.positions == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
+
+    def fill(self):
+        """Scores start as without qk_scale."""
+        if self.config.qk_scale:
+            self.qk_scale.fill_(self.config.head_dim ** 0.5)
 
     def forward(self, x, positions, cache=None):
         """x (B, T, C), positions a Positions, cache a KVCache or None. Returns (B, T, C)."""
@@ -310,6 +417,8 @@ class Attention(nn.Module):
                 qk = rms_norm(qk)
             q, k = positions.turn(qk).transpose(1, 2).split((H, G), 1)  # (B, H, T, D), (B, G, T, D)
             v = v.transpose(1, 2)  # (B, G, T, D)
+            if c.qk_scale:  # D^-0.5 of it is in every softmax
+                q = (q * (self.qk_scale / c.head_dim ** 0.5)).to(q.dtype)
         seen = positions.index
         if cache is not None:
             k, v, seen = cache.update(k, v, positions.index)
@@ -540,6 +649,9 @@ class Sparse(Attention):
 
 # --- Differential Transformer ---
 
+LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+
+
 class Differential(Attention):
     """Differential attention (Ye et al. 2024, equations 1 to 3): heads in pairs, whose softmaxes are subtracted,
 
@@ -553,14 +665,14 @@ class Differential(Attention):
         super().__init__(config, layer)
         D = config.head_dim
         self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer)
-        self.own = {}
-        for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+        for name in LAMBDAS:
             setattr(self, name, nn.Parameter(torch.empty(D)))
             self.own[name] = "gain"
 
     def fill(self):
         """N(0, 0.1), as the paper's code."""
-        for name in self.own:
+        super().fill()
+        for name in LAMBDAS:
             getattr(self, name).normal_(0, 0.1)
 
     def attend(self, q, k, v, positions, seen, span, bias=None, scale=None):

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from cache import Cache, Memory
 from feedforward import GLU, FeedForward, LowRank, MixtureOfExperts
 from memory import Compressive, TransformerXL
-from mixers import Attention, Differential, Latent, Linear, Norm, Positions, Rope, Sparse
+from mixers import Attention, Differential, Latent, Linear, Norm, Positions, Rope, ShortConv, Sparse
 from recurrent import Mamba, MinGRU
 
 MIXERS = {  # what a word of `mixer` builds: function of (config, layer)
@@ -90,8 +90,9 @@ class TransformerConfig:
     state_dim: int = 16  # mixer "mamba"
     conv_width: int = 4  # mixer "mamba"
     expand: float = 2.0  # mixers "mamba" and "mingru": inner width over n_embd
+    short_conv: int = 0  # width of a causal depthwise convolution over the inputs of every mixer; 0: none
     # Feed-forwards
-    ff: str = "mlp"  # words of FEED_FORWARDS, repeated over the layers
+    ff: str = "mlp"  # words of FEED_FORWARDS, or "none", repeated over the layers
     ff_mult: float = 4.0  # feed-forward width / n_embd; gated ones take 2/3 of it (a multiple of 8): equal parameters
     activation: str = "gelu"
     ff_rank: int = None  # ff "low_rank": of both matrices; None: n_embd / 4
@@ -111,6 +112,7 @@ class TransformerConfig:
     residual_scale: float | str = 1.0  # times every branch; "depth": 1 / sqrt(2 n_layer); "rezero", "layerscale"
     init: str = "gpt2"
     qk_norm: bool = False  # RMSNorm without parameters on queries and keys, per head
+    qk_scale: bool = False  # with qk_norm: a learned scale of each layer's scores in place of head_dim^-0.5
     # Classifiers, losses
     tie_weights: bool = False  # the classifier is the embedding
     n_targets: int = 1  # bytes predicted ahead
@@ -167,7 +169,7 @@ class TransformerConfig:
             raise ValueError("residual_scale 'rezero' starts every branch at zero, and init 'zero' its output too: no "
                              "gradient would ever reach either; choose another init")
         if self.init == "tfixup" and not (set(self.mixers) <= {"full", "window", "strided", "fixed", "diff", "xl"}
-                                          and set(self.ffs) == {"mlp"}):
+                                          and set(self.ffs) <= {"mlp", "none"}):
             raise ValueError("init 'tfixup' scales the value, output and feed-forward matrices of attention layers: "
                              f"mixer {self.mixer!r} with ff {self.ff!r} has others")
         if self.tie_weights and self.n_classifiers > 1:
@@ -184,6 +186,8 @@ class TransformerConfig:
         said = f"shorten {self.shorten} makes a pyramid, which"
         if self.n_layer < 3:
             raise ValueError(f"{said} needs at least 3 layers, not {self.n_layer}")
+        if self.short_conv:
+            raise ValueError(f"{said} has layers whose neighbours are units: short_conv does not go with it")
         if self.carries:
             raise ValueError(f"{said} starts afresh with every block: mixer {self.mixer!r} does not go with it")
         if self.positions == "learned_per_layer" or self.intermediate_losses or self.mtp_depth:
@@ -212,6 +216,13 @@ class TransformerConfig:
 
     def _check_mixers(self):
         kinds = set(self.mixers)
+        if self.short_conv < 0 or self.short_conv == 1:
+            raise ValueError(f"short_conv is {self.short_conv}, but must be 0, which is none, or at least 2")
+        if self.qk_scale and not self.qk_norm:
+            raise ValueError("qk_scale scales scores of queries and keys of one length: it needs qk_norm")
+        for kind in self.mixers:
+            if self.qk_scale and kind in ("xl", "compressive"):
+                raise ValueError(f"qk_scale is for mixers without segment memory, not for mixer {kind!r}")
         if "window" in kinds and self.window < 2:
             raise ValueError(f"window is {self.window}, but mixer 'window' needs at least 2 positions")
         if "fixed" in kinds and not 1 <= self.sparse_summary <= self.sparse_stride:
@@ -265,7 +276,7 @@ class TransformerConfig:
     @property
     def ffs(self):
         """The feed-forward of every layer, a tuple of n_layer words."""
-        return pattern(self.ff, self.n_layer, tuple(FEED_FORWARDS), "ff")
+        return pattern(self.ff, self.n_layer, (*FEED_FORWARDS, "none"), "ff")
 
     @property
     def rolls(self):
@@ -286,7 +297,7 @@ class TransformerConfig:
                  **dict.fromkeys(RECURRENT),
                  "compressive": self.memory_length + self.block_size + self.compressed_length * self.compression_rate}
         reaches = [reach.get(kind, window) for kind in self.mixers]
-        return None if None in reaches else sum(reaches)
+        return None if None in reaches else sum(reaches) + self.n_layer * max(0, self.short_conv - 1)
 
     @property
     def learned_positions(self):
@@ -332,7 +343,10 @@ def active_layers(step, max_steps, n_layer):
 
 
 class Block(nn.Module):
-    """One layer: x + mixer(norm(x)), then x + ff(norm(x)), each branch scaled, after its own position table if any."""
+    """One layer: x + mixer(norm(x)), then x + ff(norm(x)), each branch scaled, after its own position table if any.
+
+    With short_conv a convolution stands between the first norm and the mixer. ff "none": the first branch alone.
+    """
 
     def __init__(self, config, layer=0):
         super().__init__()
@@ -340,30 +354,39 @@ class Block(nn.Module):
         own = c.positions == "learned_per_layer"
         self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if own else None
         self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.conv = ShortConv(c, layer) if c.short_conv else None
         self.mixer = MIXERS[c.mixers[layer % c.n_layer]](c, layer)
-        self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
-        self.ff = FEED_FORWARDS[c.ffs[layer % c.n_layer]](c, layer)
+        self.norm2 = self.ff = None
+        if (kind := c.ffs[layer % c.n_layer]) != "none":
+            self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+            self.ff = FEED_FORWARDS[kind](c, layer)
         self.dropout, self.n_layer = c.dropout, c.n_layer
         self.scale, self.own = c.residual_scale, {}
         if c.residual_scale == "depth":
             self.scale = (2 * c.n_layer) ** -0.5
         elif isinstance(c.residual_scale, str):
             shape = (1,) if c.residual_scale == "rezero" else (c.n_embd,)
-            self.scale1, self.scale2 = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
-            self.own = {"scale1": "gain", "scale2": "gain"}
+            for name in ("scale1",) if self.ff is None else ("scale1", "scale2"):
+                setattr(self, name, nn.Parameter(torch.empty(shape)))
+                self.own[name] = "gain"
 
     def fill(self):
         """rezero starts at 0 (Bachlechner et al. 2020); layerscale small, and the smaller the deeper (Touvron et al.
         2021: 0.1 up to 18 layers, 1e-5 up to 24, then 1e-6)."""
         small = 0.1 if self.n_layer <= 18 else 1e-5 if self.n_layer <= 24 else 1e-6
-        for scale in (self.scale1, self.scale2):
-            scale.fill_(0.0 if self.scale == "rezero" else small)
+        for name in self.own:
+            getattr(self, name).fill_(0.0 if self.scale == "rezero" else small)
 
-    def forward(self, x, positions, cache=None):
-        """x (B, T, C) to (B, T, C)."""
+    def forward(self, x, positions, cache=None, inputs=None):
+        """x (B, T, C) to (B, T, C); cache: the mixer's, inputs: the convolution's."""
         if self.position is not None:
             x = x + positions.look_up(self.position)
-        x = self.add(x, self.mixer(self.norm1(x), positions, cache), 1)
+        h = self.norm1(x)
+        if self.conv is not None:
+            h = self.conv(h, positions, inputs)
+        x = self.add(x, self.mixer(h, positions, cache), 1)
+        if self.ff is None:
+            return x
         return self.add(x, self.ff(self.norm2(x), positions), 2)
 
     def add(self, x, branch, number=1):
@@ -424,7 +447,8 @@ class Transformer(nn.Module):
                                              "out": Linear(c.n_embd, c.shorten * c.n_embd, bias=False)})
         initialise(self)
 
-    def forward(self, x, targets=None, active=None, positions=None, cache=None, prefix=None, window=None, memory=None):
+    def forward(self, x, targets=None, active=None, positions=None, cache=None, prefix=None, window=None, memory=None,
+                counted=None):
         """Logits, or the losses of all active layers and targets at once.
 
         x: (B, T) int64. targets: (B, T, config.n_labels) int64, -1 where a target does not count. active: 0-based
@@ -433,7 +457,8 @@ class Transformer(nn.Module):
         positions None go on where it ends. prefix: int or (B,) int64, the positions below it see one another (with a
         cache, the first pass must hold them all). window: the last positions that full attention sees, as a cache with
         that window would show; for a pass without cache. memory: from `new_memory`; this segment goes on from it, and
-        it then holds what this segment leaves.
+        it then holds what this segment leaves. counted: (M,) int64, places in the B T rows' positions, one row after
+        another: only there are classifiers computed and targets looked at; None: everywhere.
 
         Without targets returns logits (B, T, V) float32 of the last layer's first target. With targets returns
         (objective, nats): objective, a scalar with gradient, sums over active layers and targets 0.5^k times the mean
@@ -448,7 +473,7 @@ class Transformer(nn.Module):
         if memory is not None:
             memory.update(places)
         if targets is not None:
-            objective, nats = self.losses(states, targets[..., :self.config.n_targets], active)
+            objective, nats = self.losses(states, targets[..., :self.config.n_targets], active, counted)
             return objective + self.extra_losses(x, targets, places), nats
         return self.predict(x)
 
@@ -462,8 +487,8 @@ class Transformer(nn.Module):
         states = []
         again = self.config.checkpoint_activations and self.training and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            held = None if cache is None else cache.layers[layer]
-            x = recompute(block, x, places, held, use_reentrant=False) if again else block(x, places, held)
+            held = () if cache is None else cache.layers[layer::self.config.n_layer]  # the mixer's, the convolution's
+            x = recompute(block, x, places, *held, use_reentrant=False) if again else block(x, places, *held)
             if layer in active:
                 states.append(x)
         if cache is not None:
@@ -567,15 +592,18 @@ class Transformer(nn.Module):
         """The i-th classifier's weight (V, C)."""
         return self.embed if self.config.tie_weights else self.heads[i]
 
-    def losses(self, states, targets, active):
+    def losses(self, states, targets, active, counted=None):
         """All active layers' and targets' losses by one matrix product and one cross-entropy; as `forward` returns.
 
-        states: A hidden states (B, T, C), targets (B, T, K).
+        states: A hidden states (B, T, C), targets (B, T, K). counted: as `forward` takes it.
         """
         c = self.config
         A, K, N = len(states), c.n_targets, targets.size(0) * targets.size(1)
         groups = active if c.n_head_groups > 1 else (0,)
         h = states[0].unsqueeze(0) if A == 1 else torch.stack(states)
+        if counted is not None:
+            N, targets = len(counted), targets.flatten(0, 1)[counted]  # (M, K)
+            h = h.flatten(1, 2)[:, counted]  # (A, M, C)
         h = self.norm(h).reshape(A, N, c.n_embd)  # (A, N, C)
         if len(self.target_maps):
             maps = [self.target_maps[g * (K - 1) + k] for g in groups for k in range(K - 1)]
@@ -605,7 +633,8 @@ class Transformer(nn.Module):
     def new_cache(self, batch_size, max_length, window=None, device=None, dtype=None, snapshots=0):
         """An empty Cache for batch_size rows of max_length positions, or of any number past a sliding `window`.
 
-        Layers that forget (a window, a memory, a state) keep what they need for ever, whatever max_length says.
+        Layers that forget (a window, a memory, a state) keep what they need for ever, whatever max_length says. With
+        short_conv there are as many caches again, of the convolutions' inputs, after those of the mixers.
         device and dtype default to the parameters', or to autocast's type inside autocast. snapshots: as Cache says.
         Raises as KVCache does.
         """
@@ -613,15 +642,18 @@ class Transformer(nn.Module):
         if dtype is None:
             autocast = torch.is_autocast_enabled(device.type)
             dtype = torch.get_autocast_dtype(device.type) if autocast else self.embed.dtype
-        return Cache((block.mixer.new_cache(batch_size, max_length, window, device, dtype) for block in self.blocks),
-                     window, snapshots)
+        layers = [block.mixer.new_cache(batch_size, max_length, window, device, dtype) for block in self.blocks]
+        layers += [block.conv.new_cache(batch_size, max_length, beside, device, dtype)
+                   for block, beside in zip(self.blocks, layers) if block.conv is not None]
+        return Cache(layers, window, snapshots)
 
     def new_memory(self, batch_size):
         """An empty Memory for batch_size streams. Raises ValueError where no layer carries anything on."""
         if not self.config.carries:
             raise ValueError(f"mixer {self.config.mixer!r} carries nothing from one segment to the next: only "
                              f"{', '.join(CARRY)} do")
-        return Memory(block.mixer.new_memory(batch_size, self.embed.device, self.embed.dtype) for block in self.blocks)
+        parts = [block.mixer for block in self.blocks] + [block.conv for block in self.blocks if block.conv is not None]
+        return Memory(part.new_memory(batch_size, self.embed.device, self.embed.dtype) for part in parts)
 
     def balance_experts(self):
         """After an optimiser step: moves the biases of experts that were given too much or too little."""
@@ -642,7 +674,7 @@ class Transformer(nn.Module):
 
         P: parameters in matrix products, those of the active layers' classifiers included (a shared classifier counts
         once per use) and of the experts that a position uses; the second term is attention's scores and sums, uncut by
-        the causal mask (4 H D T forward), or a scan's updates.
+        the causal mask (4 H D T forward), or a scan's updates, and 2 w C of a short convolution.
         """
         c = self.config
         A = 1 if not c.intermediate_losses else c.n_layer if active is None else len(active)
@@ -813,7 +845,11 @@ def build_model(config):
 
 def equal_ff_mult(config):
     """The ff_mult at which a Transformer of this config comes nearest in parameters to the same one with mixer "full"
-    and ff "mlp": so a change of mixer, feed-forward or activation is compared at equal size."""
+    and ff "mlp": so a change of mixer, feed-forward or activation is compared at equal size. Raises ValueError where no
+    layer has a feed-forward."""
+    if set(config.ffs) == {"none"}:
+        raise ValueError("with ff 'none' no layer has a feed-forward whose width could make up for other parameters")
+
     def count(config):
         with torch.device("meta"):  # shapes only: nothing is drawn, nothing allocated
             return build_model(config).n_params()
@@ -983,7 +1019,8 @@ def from_checkpoint(checkpoint, weights="raw"):
     if weights == "ema" and not checkpoint.get("ema"):
         raise ValueError("there are no averaged weights: the run had ema_decay 0")
     try:
-        model = build_model(TransformerConfig.from_settings(checkpoint["settings"]))
+        model = build_model(TransformerConfig.from_settings(
+            {**checkpoint["settings"], "vocab_size": checkpoint.get("vocab_size", 256)}))
         model.load_state_dict(checkpoint["model"])
         if weights == "ema":
             model.load_state_dict({**checkpoint["model"], **checkpoint["ema"]["weights"]})

@@ -34,6 +34,13 @@ def attends(config, model):
             raise ValueError(f"mixer {kind!r} reads from left to right: {model} sees everything at once")
 
 
+def own_layers(config):
+    """Raises ValueError for settings that only the layers of model.py have."""
+    if config.short_conv or "none" in config.ffs:
+        raise ValueError("short_conv and ff 'none' are for decoders: layers that read a context, or frames, have "
+                         "neither")
+
+
 class Encoder(nn.Module):
     """Bidirectional transformer over tokens: (B, T) int64 to (B, T, C), with a padding mask.
 
@@ -104,6 +111,7 @@ class CrossBlock(nn.Module):
 
     def __init__(self, config, layer=0, itself=True):
         super().__init__()
+        own_layers(config)
         c = config
         self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias) if itself else None
         self.mixer = Attention(c, layer) if itself else None
@@ -295,6 +303,7 @@ class SpatioTemporalBlock(nn.Module):
 
     def __init__(self, config, layer=0):
         super().__init__()
+        own_layers(config)
         c = config
         self.norm1, self.norm2, self.norm3 = (Norm(c.norm, c.n_embd, c.norm_gain, c.bias) for _ in range(3))
         self.space, self.time = Attention(replace(c, positions="none", rope_scaling="none"), layer), Attention(c, layer)

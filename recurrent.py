@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 from cache import RecurrentCache
-from mixers import Linear
+from mixers import Linear, convolve
 
 
 # --- The scan ---
@@ -102,11 +102,9 @@ class Recurrent(nn.Module):
             before = self.new_memory(x.size(0), x.device, torch.float32)
         if positions.index is None:
             y, after = self.run(x, before)
-        else:  # each row's real inputs first, so that a padded one never stands between two of them
-            real = positions.index >= 0  # (B, T)
-            order = (~real).byte().argsort(dim=1, stable=True).unsqueeze(2)  # (B, T, 1)
-            back = order.argsort(1)
-            y, after = self.run(x.take_along_dim(order, 1), before, real.take_along_dim(order[..., 0], 1))
+        else:
+            order, back, real = positions.real_first()
+            y, after = self.run(x.take_along_dim(order, 1), before, real[..., 0])
             y = y.take_along_dim(back, 1)
         if cache is not None:
             cache.update(after, positions.T)
@@ -207,10 +205,7 @@ class Mamba(Recurrent):
         else:  # the last K - 1 real ones of each row
             place = real.sum(1, keepdim=True) + torch.arange(K - 1, device=x.device)  # (B, K - 1)
             recent = line.take_along_dim(place.unsqueeze(2), 1)
-        u = self.conv_bias.float()
-        for k in range(K):
-            u = torch.addcmul(u, line[:, k:k + T], self.conv[k].float())
-        u = F.silu(u)  # (B, T, I)
+        u = F.silu(convolve(line, self.conv.float(), T, self.conv_bias.float()))  # (B, T, I)
         dt, b, c = self.join(u.to(x.dtype)).float().split((self.rank, self.n_state, self.n_state), -1)
         with torch.autocast(x.device.type, enabled=False):
             dt = F.softplus(F.linear(dt, self.dt.float(), self.dt_bias.float()))  # (B, T, I)

@@ -188,6 +188,14 @@ def test_spatio_temporal_refuses():
         model(torch.zeros(1, 2, 5, 32))
 
 
+@pytest.mark.parametrize("kind", [EncoderDecoder, LatentTransformer, SpatioTemporal])
+@pytest.mark.parametrize("settings", [dict(short_conv=2), dict(ff="none,mlp")])
+def test_settings_of_other_layers(kind, settings):
+    more = (2,) if kind is LatentTransformer else (4,) if kind is SpatioTemporal else ()
+    with pytest.raises(ValueError, match="are for decoders"):
+        build(kind, *more, **settings)
+
+
 @pytest.mark.parametrize("left", [False, True])
 def test_text(left):
     model, x, y = build(TextTransformer, positions="rope"), tokens(3, 10), tokens(3, 10, seed=2)

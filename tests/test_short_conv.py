@@ -1,0 +1,506 @@
+"""short_conv, ff "none" and qk_scale: by hand, and cached equal to recomputed for every mixer. About 20 s."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cache import DialogTree
+from mixers import Positions, ShortConv, rms_norm
+from model import (MIXERS, Transformer, TransformerConfig, build_model, equal_ff_mult, initialise, parameter_roles,
+                   parameter_rules)
+from networks import Encoder, PrefixDecoder
+from sample import generate
+
+T = 24
+STATES = ("mamba", "mingru", "compressive")
+PATTERNS = [*MIXERS, "mamba,mamba,full", "compressive,window"]
+SMALL = dict(n_layer=3, n_head=4, n_embd=32, block_size=8, init="xavier", positions="rope", window=6, sparse_stride=4,
+             sparse_summary=1, memory_length=8, compressed_length=4, compression_rate=2)
+CHUNKS = {"whole": [T], "chunks": [7, 1, 10, 6], "bytes": [1] * T}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def build(mixer="full", seed=0, **settings):
+    torch.manual_seed(seed)
+    return Transformer(TransformerConfig(**{**SMALL, "mixer": mixer, "short_conv": 2, **settings})).eval()
+
+
+def text(B=2, n=T, seed=1):
+    return torch.randint(256, (B, n), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(lengths, n=T):
+    return torch.tensor([[-1] * (n - length) + list(range(length)) for length in lengths])
+
+
+def close(found, wanted):
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def in_chunks(model, x, sizes, cache, positions=None, **first):
+    parts = x.split(sizes, 1)
+    places = [None] * len(parts) if positions is None else positions.split(sizes, -1)
+    return torch.cat([model(part, positions=p, cache=cache, **(first if i == 0 else {}))
+                      for i, (part, p) in enumerate(zip(parts, places))], 1)
+
+
+@torch.no_grad()
+def whole(model, x, **how):
+    return model(x, **how)
+
+
+def conv(width, n_embd=3):
+    made = ShortConv(TransformerConfig(n_embd=n_embd, n_head=1, short_conv=width)).double()
+    with torch.no_grad():
+        made.fill()
+    return made
+
+
+# --- The convolution by hand ---
+
+def test_closed_form():
+    made = conv(3, 2)
+    with torch.no_grad():
+        made.kernel.copy_(torch.tensor([[1.0, 10.0], [0.5, -1.0], [0.25, 2.0]]))
+    x = torch.tensor([[[1.0, 1.0], [2.0, 0.0], [4.0, 3.0], [8.0, 5.0]]], dtype=torch.float64)
+    wanted = torch.tensor([[[1.0, 10.0], [2.5, -1.0], [5.25, 32.0], [10.5, 47.0]]], dtype=torch.float64)
+    assert torch.equal(made(x, Positions(0, 4)), wanted)
+
+
+@pytest.mark.parametrize("n", [1, 3, 9])
+@pytest.mark.parametrize("width", [2, 4])
+def test_against_conv1d_with_gradients(width, n):
+    made, x = conv(width), torch.randn(2, n, 3, dtype=torch.float64, requires_grad=True)
+    wanted = F.conv1d(F.pad(x.mT, (width - 1, 0)), made.kernel.flip(0).mT.unsqueeze(1), groups=3).mT
+    torch.testing.assert_close(made(x, Positions(0, n)), wanted)
+    index = padded((n, n // 2), n).flip(1)
+
+    def run(x, kernel, index=None):
+        return torch.func.functional_call(made, {"kernel": kernel}, (x, Positions(0, n, index)))
+    assert torch.autograd.gradcheck(run, (x, made.kernel))
+    assert torch.autograd.gradcheck(lambda *t: run(*t, index)[index >= 0], (x, made.kernel))
+
+
+def test_initial_range():
+    for width in (2, 4):
+        kernel = conv(width, 4096).kernel
+        assert kernel.shape == (width, 4096) and kernel.abs().max() <= width ** -0.5
+        assert kernel.abs().max() > 0.99 * width ** -0.5 and kernel.mean().abs() < 0.02
+        assert kernel.std().item() == pytest.approx((3 * width) ** -0.5, rel=0.02)
+
+
+def test_it_stands_between_norm_and_mixer():
+    model = build(short_conv=3)
+    block, x = model.blocks[1], torch.randn(1, 6, 32)
+    places = model.place(text(1, 6), None)
+    h = block.norm1(x)
+    k = block.conv.kernel
+    h = k[0] * h + k[1] * F.pad(h, (0, 0, 1, 0))[:, :-1] + k[2] * F.pad(h, (0, 0, 2, 0))[:, :-2]
+    y = x + block.mixer(h, places)
+    torch.testing.assert_close(block(x, places), y + block.ff(block.norm2(y)))
+
+
+def test_other_parameters_start_as_without():
+    plain, model = build("mamba,full", short_conv=0), build("mamba,full")
+    found = dict(model.named_parameters())
+    kernels = {f"blocks.{i}.conv.kernel" for i in range(3)}
+    assert set(found) - kernels == {name for name, _ in plain.named_parameters()}
+    assert torch.equal(found["blocks.2.ff.up.weight"], plain.blocks[2].ff.up.weight)
+    assert {parameter_roles(model)[name] for name in kernels} == {"gain"}
+    assert all(parameter_rules(model)[name] == "own" for name in kernels)
+    assert model.n_params() - plain.n_params() == 3 * 2 * 32
+    assert model.flops_per_token(8) - plain.flops_per_token(8) == 3 * 3 * 2 * 2 * 32
+
+
+# --- Caches ---
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("mixer", PATTERNS)
+def test_cached_equals_recomputed(mixer, width):
+    model, x = build(mixer, short_conv=width), text()
+    full = whole(model, x)
+    assert (full - whole(build(mixer, short_conv=0), x)).abs().max() > 1e-2
+    for sizes in CHUNKS.values():
+        cache = model.new_cache(2, T)
+        close(in_chunks(model, x, sizes, cache), full)
+        assert cache.length == T and all(layer.length == T for layer in cache.layers)
+        assert [layer.kind for layer in cache.layers[3:]] == ["inputs"] * 3
+        assert cache.bytes == sum(layer.bytes for layer in cache.layers) and len(cache.log()) == 2 + 6
+    cache.reset()
+    close(in_chunks(model, x, [5, T - 5], cache), full)
+
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("mixer", PATTERNS)
+def test_ragged_rows_equal_each_row_alone(mixer, width):
+    model, lengths = build(mixer, short_conv=width), (T, 15, 3)
+    x, places, more = text(3), padded(lengths), text(3, 3, seed=7)
+    uncached = whole(model, x, positions=places)
+    assert uncached.isfinite().all()
+    alone = [whole(model, torch.cat((x[row, T - n:], more[row]))[None])[0] for row, n in enumerate(lengths)]
+    for sizes in CHUNKS.values():
+        cache = model.new_cache(3, T + 3)
+        cached, late = in_chunks(model, x, sizes, cache, places), in_chunks(model, more, [1, 2], cache)
+        for row, n in enumerate(lengths):
+            close(uncached[row, T - n:], alone[row][:n])
+            close(cached[row, T - n:], alone[row][:n])
+            close(late[row], alone[row][n:])
+
+
+@pytest.mark.parametrize("mixer", ["full", "window", "mamba"])
+def test_padding_anywhere_in_one_pass(mixer):
+    model, x = build(mixer, short_conv=3), text(3, 8)
+    places = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, -1, -1, 2, -1, 3, 4], [-1, 0, 1, 2, -1, 3, -1, -1]])
+    found = whole(model, x, positions=places)
+    for row in range(3):
+        real = places[row] >= 0
+        close(found[row, real], whole(model, x[row:row + 1, real])[0])
+
+
+@pytest.mark.parametrize("mixer", ["full", "mla,diff", "strided,fixed"])
+def test_padding_anywhere_with_a_cache_that_forgets_nothing(mixer):
+    model, x = build(mixer, short_conv=4, block_size=32), text(2, 9)
+    places = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 8], [0, 1, -1, 2, -1, -1, -1, 3, 4]])
+    real, alone = places[1] >= 0, whole(model, x[1:, places[1] >= 0])[0]
+    for sizes in ([9], [3, 6], [4, 1, 1, 3], [1] * 9):
+        found = in_chunks(model, x, sizes, model.new_cache(2, 9), places)
+        close(found[0], whole(model, x[:1])[0])
+        close(found[1, real], alone)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("mixer", PATTERNS)
+def test_fork_and_crop(mixer, ragged):
+    model, x, y = build(mixer, short_conv=4), text(), text(seed=5)
+    places = padded((T, T - 4)) if ragged else None
+    cut = (lambda a, b: None) if places is None else lambda a, b: places[:, a:b]
+    cache = model.new_cache(2, T, snapshots=3)
+    in_chunks(model, x[:, :9], [5, 4], cache, cut(0, 9))
+    twin = cache.fork(2)
+    in_chunks(model, x[:, 9:], [8, T - 17], cache, cut(9, T))
+    cache.crop(9)
+    full = whole(model, torch.cat((x[:, :9], y[:, 9:]), 1), positions=places)[:, 9:]
+    close(in_chunks(model, y[:, 9:], [1, T - 10], cache, cut(9, T)), full)
+    more = None if places is None else places[:, 9:].repeat_interleave(2, 0)
+    close(in_chunks(model, y[:, 9:].repeat_interleave(2, 0), [T - 9], twin, more), full.repeat_interleave(2, 0))
+    cache.crop(0)
+    close(in_chunks(model, x, [T], cache), whole(model, x))
+
+
+@pytest.mark.parametrize("mixer", PATTERNS)
+def test_crop_goes_wherever_it_goes_without(mixer):
+    """Inputs are kept as long as keys; a state cannot go back."""
+    model, plain, x, y = build(mixer, short_conv=4), build(mixer, short_conv=0), text(1, 20), text(1, seed=5)
+    allowed = []
+    for length in (*range(1, 14, 4), 14, 16, 19):
+        cache, other = model.new_cache(1, T), plain.new_cache(1, T)
+        sizes = [13] + [1] * 7
+        in_chunks(model, x, sizes, cache)
+        in_chunks(plain, x, sizes, other)
+        if all(layer.croppable(length) for layer in other.layers):
+            allowed.append(length)
+            cache.crop(length)
+            joined = torch.cat((x[:, :length], y[:, length:]), 1)
+            close(in_chunks(model, y[:, length:], [1, T - length - 1], cache), whole(model, joined)[:, length:])
+        else:
+            with pytest.raises(ValueError, match="snapshots at none"):
+                cache.crop(length)
+    kinds = set(mixer.split(","))
+    assert (len(allowed) == 7) == (not kinds & {*STATES, "window"})
+    assert allowed if not kinds & set(STATES) else not allowed
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("mixer, width", [("full", 4), ("mla,diff", 2), ("strided", 9), ("mamba,full", 9)])
+def test_sliding_caches(mixer, width, ragged):
+    """Full attention limited to 6 positions; the convolution sees as many as ever, a wider one too."""
+    model, x, W = build(mixer, short_conv=width), text(2, 60), 6
+    places = padded((60, 41), 60) if ragged else None
+    real = torch.ones(2, 60, dtype=torch.bool) if places is None else places >= 0
+    full = whole(model, x, positions=places, window=W)
+    for sizes in ([60], [1] * 60, [20, 1, 1, 30, 8]):
+        cache = model.new_cache(2, 8, window=W)
+        before = cache.bytes
+        close(in_chunks(model, x, sizes, cache, places)[real], full[real])
+        assert ragged or cache.bytes == before
+
+
+def test_bytes_by_hand():
+    cache = build(short_conv=4, n_kv_head=2).new_cache(5, 10)
+    assert cache.bytes == 3 * 5 * 10 * (2 * 2 * 8 + 32) * 4
+    cache = build("mingru", short_conv=4).new_cache(5, 10)
+    assert cache.bytes == 3 * 5 * (64 + 2 * 4 * 32) * 4
+
+
+@pytest.mark.parametrize("mixer", ["full", "window", "strided,fixed", "diff"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_prefix(mixer, ragged):
+    model, x = build(mixer, window=30, block_size=32, sparse_stride=8, short_conv=3), text()
+    places, prefix = (padded((T, T - 4)), torch.tensor([9, 6])) if ragged else (None, 9)
+    real = torch.ones(2, T, dtype=torch.bool) if places is None else places >= 0
+    full = whole(model, x, positions=places, prefix=prefix)
+    assert (full - whole(model, x, positions=places)).abs()[:, 8].max() > 1e-3
+    for sizes in ([T], [12] + [1] * 12):
+        found = in_chunks(model, x, sizes, model.new_cache(2, T), places, prefix=prefix)
+        close(found[real], full[real])
+
+
+@pytest.mark.parametrize("mixer", PATTERNS)
+def test_causality(mixer):
+    model, x = build(mixer, short_conv=4), text()
+    full = whole(model, x)
+    for t in (0, 7, 16, T - 2):
+        other = x.clone()
+        other[:, t + 1:] = (x[:, t + 1:] + 1) % 256
+        assert torch.equal(whole(model, other)[:, :t + 1], full[:, :t + 1])
+
+
+@pytest.mark.parametrize("mixer", PATTERNS)
+def test_generation(mixer):
+    """Far past block_size, rows of unequal length: the same bytes with a cache and without."""
+    model = build(mixer, short_conv=3)
+    for prompts in ([b"The "], [b"ab", b"abcdefgh", b"q"]):
+        found = [torch.stack(list(generate(model, prompts, 20, temperature=0, use_cache=use))) for use in (True, False)]
+        assert torch.equal(*found)
+
+
+def test_prefix_decoder_with_padding_between_source_and_answer():
+    torch.manual_seed(0)
+    model = PrefixDecoder(TransformerConfig(**{**SMALL, "block_size": 32, "short_conv": 3})).eval()
+    source, x = text(2, 7), text(2, 5, seed=2)
+    padding = torch.arange(7) >= torch.tensor([[7], [4]])
+    cache = model.new_cache(2, 5)
+    with torch.no_grad():
+        full = model(source, x, padding=padding)
+        close(torch.cat([model.decode(part, source, cache, padding) for part in x.split([2, 1, 2], 1)], 1), full)
+        close(model(source[1:, :4], x[1:]), full[1:])
+
+
+def test_autocast():
+    model, x = build("full,mamba", short_conv=4), text()
+    full = whole(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = model.new_cache(2, T)
+        found = in_chunks(model, x, [7, 1, 16], cache)
+    assert cache.layers[-1].dtype == torch.bfloat16
+    torch.testing.assert_close(found, full, atol=0.3, rtol=0.1)
+    short = model.to(torch.bfloat16)
+    assert short.blocks[0].conv(torch.zeros(1, 3, 32, dtype=torch.bfloat16), Positions(0, 3)).dtype == torch.bfloat16
+
+
+# --- Segments ---
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("mixer", ["xl", "compressive", "mamba", "mingru", "xl,mingru"])
+def test_segments_go_on(mixer, width):
+    model, x = build(mixer, short_conv=width), text(2, 48)
+    memory, full = model.new_memory(2), whole(model, x)
+    close(torch.cat([whole(model, part, memory=memory) for part in x.split(8, 1)], 1), full)
+    assert memory.length == 48 and len(memory.layers) == 6
+    assert [t.shape for t, in memory.layers[3:]] == [(2, width - 1, 32)] * 3
+    other = model.new_memory(2)
+    other.load_state_dict(memory.state_dict())
+    y = text(2, 8, seed=3)
+    assert torch.equal(whole(model, y, memory=other), whole(model, y, memory=memory))
+    memory.reset()
+    close(whole(model, x[:, :8], memory=memory), full[:, :8])
+
+
+def test_segments_shorter_than_the_convolution():
+    model, x = build("mingru", short_conv=6), text(2, 10)
+    memory = model.new_memory(2)
+    close(torch.cat([whole(model, part, memory=memory) for part in x.split([1, 2, 1, 6], 1)], 1), whole(model, x))
+
+
+def test_memory_holds_no_gradient():
+    model, x = build("xl").train(), text(2, 16)
+    memory = model.new_memory(2)
+    for part in x.split(8, 1):
+        objective, _ = model(part, part.unsqueeze(2), memory=memory)
+        assert all(not t.requires_grad for held in memory.layers for t in held)
+    objective.backward()
+    assert all(block.conv.kernel.grad.abs().min() > 0 for block in model.blocks)
+
+
+# --- Dialogs ---
+
+@torch.no_grad()
+def turn(model, tree, tokens, **how):
+    with tree.lock(tokens) as prefix:
+        cache = tree.take(prefix, 64)
+        assert all(layer.length == prefix.length for layer in cache.layers)
+        logits = model(tokens[None, prefix.length:], cache=cache)[0] if prefix.length < len(tokens) else None
+        assert tree.put(tokens, cache) == len(tokens)
+    if logits is not None:
+        close(logits, whole(model, tokens[None], **how)[0, prefix.length:])
+    return prefix.length
+
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("mixer", PATTERNS)
+def test_dialogs(mixer, width):
+    model, plain = build(mixer, short_conv=width), build(mixer, short_conv=0)
+    base = text(1, 20)[0]
+    near = torch.cat((base, text(1, 9, seed=2)[0]))
+    dialogs = [base, near, torch.cat((base, text(1, 5, seed=3)[0])), text(1, 2, seed=6)[0],
+               torch.cat((near[:25], text(1, 4, seed=7)[0])), torch.cat((near[:21], text(1, 4, seed=8)[0])), near]
+    tree, other = DialogTree(model, budget=None), DialogTree(plain, budget=None)
+    assert [turn(model, tree, d) for d in dialogs] == [turn(plain, other, d) for d in dialogs]
+    locks = [tree.lock(d) for d in (near, dialogs[3], base[:0], base)]
+    cache, y = tree.take(locks, 40), text(4, 5, seed=9)
+    with torch.no_grad():
+        logits = torch.cat([model(part, cache=cache) for part in y.split([1, 3, 1], 1)], 1)
+    for row, before in enumerate((near, dialogs[3], base[:0], base)):
+        late = torch.cat((before, y[row]))
+        close(logits[row], whole(model, late[None])[0, -5:])
+        assert tree.put(late, cache, row) == len(late)
+        assert turn(model, tree, torch.cat((late, text(1, 3, seed=row)[0]))) == len(late)
+    for lock in locks:
+        lock.unlock()
+
+
+def test_dialogs_under_a_sliding_window():
+    model, base = build("mamba,full", short_conv=9), text(1, 30)[0]
+    tree = DialogTree(model, budget=None, window=6)
+    assert turn(model, tree, base, window=6) == 0
+    assert turn(model, tree, torch.cat((base, text(1, 20, seed=2)[0])), window=6) == 30
+
+
+# --- Where it goes and where not ---
+
+def test_horizon():
+    base = dict(mixer="window", n_layer=3, window=6)
+    assert [build(short_conv=w, **base).config.horizon(8) for w in (0, 2, 5)] == [18, 21, 30]
+    assert build("mamba,full").config.horizon(8) is None
+    model, x = build(short_conv=5, positions="none", **base), text(1, 40)
+    full = whole(model, x)[0, -1]
+    reach = 3 * 5 + 3 * 4
+    for back, moved in ((reach, True), (reach + 1, False), (30, False)):
+        other = x.clone()
+        other[0, 39 - back] = (x[0, 39 - back] + 1) % 256
+        assert torch.equal(whole(model, other)[0, -1], full) != moved
+
+
+@pytest.mark.parametrize("settings", [dict(mtp_depth=2), dict(mixer="mamba"), dict(mixer="xl"), dict(ff="none,mlp"),
+                                      dict(qk_norm=True, qk_scale=True), dict(residual_scale="layerscale", ff="none")],
+                         ids=str)
+def test_trains_with_and_without_checkpoints(settings):
+    found = []
+    for again in (False, True):
+        model = build(checkpoint_activations=again, short_conv=3, **settings).train()
+        x, y = text(2, 8), text(2, 8 * model.config.n_labels, seed=2).view(2, 8, -1)
+        memory = model.new_memory(2) if model.config.carries else None
+        for _ in range(2 if memory else 1):
+            objective, nats = model(x, y, memory=memory)
+        objective.backward()
+        found.append((objective.detach(), nats, [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
+    kernels = [p.grad for name, p in model.named_parameters() if name.endswith("conv.kernel")]
+    assert len(kernels) == 3 + model.config.mtp_depth and all(grad.abs().min() > 0 for grad in kernels)
+    twin = build(seed=1, short_conv=3, **settings)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(whole(twin, x), whole(model.eval(), x))
+    assert torch.equal(whole(twin.for_inference(), x), whole(model, x))
+
+
+@pytest.mark.parametrize("settings, word", [
+    (dict(short_conv=1), "at least 2"), (dict(short_conv=-2), "at least 2"), (dict(shorten=2), "pyramid"),
+    (dict(qk_scale=True), "needs qk_norm"), (dict(ff="none,dense"), "ff has 'dense'"),
+    (dict(qk_scale=True, qk_norm=True, mixer="full,xl"), "mixer 'xl'"),
+    (dict(qk_scale=True, qk_norm=True, mixer="compressive"), "mixer 'compressive'"),
+    (dict(qk_scale=True, qk_norm=True, mixer="mla"), "qk_norm normalises keys")])
+def test_errors(settings, word):
+    with pytest.raises(ValueError, match=word):
+        build(**settings)
+
+
+def test_not_in_what_sees_everything():
+    model = Encoder(TransformerConfig(**SMALL, short_conv=2))
+    with pytest.raises(ValueError, match="left to right"):
+        model(text(1, 8))
+
+
+# --- ff "none" ---
+
+def test_layers_without_feed_forward():
+    model = build(short_conv=0, ff="none")
+    assert not [name for name, _ in model.named_parameters() if "norm2" in name or ".ff." in name]
+    one = build(short_conv=0, ff="none", norm_gain=False, bias=False)
+    wide = one.config.n_embd
+    assert one.n_params() == 3 * 4 * wide * wide + 2 * 256 * wide
+    assert one.flops_per_token(8) == 6 * (3 * 4 * wide * wide + 256 * wide) + 3 * 3 * 4 * wide * 8
+    block, x, places = model.blocks[0], torch.randn(1, 6, 32), model.place(text(1, 6), None)
+    torch.testing.assert_close(block(x, places), x + block.mixer(block.norm1(x), places))
+    close(in_chunks(model, text(), [7, 1, 16], model.new_cache(2, T)), whole(model, text()))
+
+
+def test_patterns_of_feed_forwards():
+    model = build(short_conv=0, ff="none,mlp", residual_scale="rezero")
+    assert [block.ff is None for block in model.blocks] == [True, False, True]
+    assert [sorted(block.own) for block in model.blocks] == [["scale1"], ["scale1", "scale2"], ["scale1"]]
+    assert not any(hasattr(block, "scale2") for block in model.blocks[::2])
+    for p in model.parameters():
+        p.data.fill_(math.nan)
+    initialise(model)
+    assert all(p.isfinite().all() for p in model.parameters()) and model.blocks[0].scale1 == 0
+    tfixup = build(short_conv=2, ff="mlp,none", init="tfixup")
+    assert tfixup.blocks[1].ff is None
+
+
+def test_equal_parameters():
+    base = dict(n_layer=4, n_head=4, n_embd=64, block_size=64, positions="rope", norm="rms", bias=False)
+    plain = build_model(TransformerConfig(**base)).n_params()
+    wider = equal_ff_mult(TransformerConfig(**base, ff="none,mlp"))
+    found = build_model(TransformerConfig(**base, ff="none,mlp", ff_mult=wider)).n_params()
+    assert abs(found / plain - 1) < 0.01 and wider > 8
+    for ff in ("none", "none,none"):
+        with pytest.raises(ValueError, match="no layer has a feed-forward"):
+            equal_ff_mult(TransformerConfig(**base, ff=ff))
+
+
+# --- qk_scale ---
+
+KINDS = ["full", "window", "strided", "fixed", "diff", "mamba,full"]
+
+
+@pytest.mark.parametrize("mixer", KINDS)
+def test_qk_scale_starts_as_without(mixer):
+    plain, model, x = build(mixer, qk_norm=True), build(mixer, qk_norm=True, qk_scale=True), text(2, 30)
+    assert torch.equal(whole(plain, x), whole(model, x))
+    scales = {name: p for name, p in model.named_parameters() if name.endswith("qk_scale")}
+    assert len(scales) == (1 if "mamba" in mixer else 3) == model.n_params() - plain.n_params()
+    assert all(parameter_roles(model)[name] == "gain" for name in scales)
+    with torch.no_grad():
+        for p in scales.values():
+            assert p.item() == pytest.approx(8 ** 0.5)
+            p.mul_(3)
+    full = whole(model, x)
+    assert (full - whole(plain, x)).abs().max() > 1e-2
+    close(in_chunks(model, x, [7, 1, 22], model.new_cache(2, 30)), full)
+    close(in_chunks(model, x, [7, 1, 22], model.new_cache(2, 30), padded((30, 12), 30))[0], full[0])
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2])
+def test_qk_scale_by_hand(n_kv_head):
+    model = build(n_layer=1, positions="none", qk_norm=True, qk_scale=True, n_kv_head=n_kv_head)
+    mixer, h = model.blocks[0].mixer, torch.randn(1, 6, 32)
+    with torch.no_grad():
+        mixer.qk_scale.fill_(5.0)
+    q, k, v = mixer.qkv(h).view(1, 6, -1, 8).transpose(1, 2).split((4, n_kv_head, n_kv_head), 1)
+    k, v = (t.repeat_interleave(4 // n_kv_head, 1) for t in (k, v))
+    scores = 5.0 * (rms_norm(q) @ rms_norm(k).mT) / 8
+    scores = scores.masked_fill(torch.ones(6, 6).triu(1) > 0, -math.inf)
+    wanted = mixer.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(1, 6, 32))
+    found = mixer(h, model.place(text(1, 6), None))
+    torch.testing.assert_close(found, wanted)
+    assert torch.autograd.grad(found.square().sum(), mixer.qk_scale)[0].abs() > 0
+
+
+def test_diff_fills_both_its_own():
+    model = build("diff", qk_norm=True, qk_scale=True)
+    mixer = model.blocks[0].mixer
+    assert mixer.own.keys() == {"qk_scale", "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"}
+    assert 0 < mixer.lambda_q1.abs().max() < 1
