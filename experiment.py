@@ -44,6 +44,7 @@ import textwrap
 import threading
 import time
 import tokenize
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -51,6 +52,7 @@ import torch
 FORMAT = "nanolab-1"
 PACKAGES = "torch numpy triton wandb tensorboard tiktoken sentencepiece matplotlib tqdm pyyaml".split()
 CLOCK = "%Y-%m-%dT%H:%M:%S%z"
+PARTS = "data forward backward optimiser evaluation other".split()  # of a loop's time, for a Stopwatch
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LIMITS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -448,6 +450,65 @@ def peak_memory(device):
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Stopwatch:
+    """Where the time of a training loop on `device` goes, by marks in the loop that are cheap enough to stay there.
+
+        clock = Stopwatch(where)
+        while ...:
+            clock.start()                                    # what came before is "other"
+            x, y = batches.next()
+            clock.lap("data")                                # the time since the mark before was this part's
+            loss = net(x, y)
+            clock.lap("forward")
+
+    The parts are PARTS. Nothing waits for the device: on CUDA a mark is an event in the queue of its work, read once
+    the device has passed it, so that a part's time is the device's own, with what it waited for; what the host
+    prepares while the device works costs nothing. Elsewhere a mark is a look at the host's clock.
+    """
+
+    def __init__(self, device):
+        self.device = torch.device(device)
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._coming = deque()                               # CUDA: (event, part that it ends) in order, not yet read
+        self._last = self._event() if self.device.type == "cuda" else time.perf_counter()
+
+    def _event(self):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def start(self):
+        """A mark: the time since the one before belongs to no part."""
+        self.lap("other")
+
+    def lap(self, part):
+        """A mark: the time since the one before was `part`, one of PARTS."""
+        if self.device.type != "cuda":
+            now = time.perf_counter()
+            self.seconds[part] += now - self._last
+            self._last = now
+            return
+        self._coming.append((self._event(), part))
+        while self._coming and self._coming[0][0].query():
+            self._read()
+
+    def _read(self):
+        """Adds the oldest mark, which the device has passed."""
+        event, part = self._coming.popleft()
+        self.seconds[part] += self._last.elapsed_time(event) / 1000
+        self._last = event
+
+    def shares(self):
+        """{part: its share of the time since the stopwatch was made}, together 1. Waits for the device."""
+        self.start()
+        if self._coming:
+            self._coming[-1][0].synchronize()
+        while self._coming:
+            self._read()
+        total = sum(self.seconds.values()) or 1.0            # two marks may be too near for the device's clock
+        return {part: seconds / total for part, seconds in self.seconds.items()}
 
 
 # --- Files ---
@@ -854,11 +915,19 @@ class Run:
         """Adds `values` to summary.json, which is written when the block ends."""
         self._summary.update(values)
 
+    def spent(self, clock):
+        """Where the time went by a Stopwatch, and the peak of memory: one line in print, and `time` and `peak_memory`
+        in summary.json. The time of this process only: what was spent before a resume is not in it."""
+        shares, memory = clock.shares(), peak_memory(clock.device)
+        self.summary(time=shares, peak_memory=memory)
+        print("time: " + ", ".join(f"{part} {100 * share:.0f} %" for part, share in shares.items()) +
+              f"; peak memory {_as_size(memory)}")
+
     def _write_summary(self, status, **more):
         memory = peak_memory("cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu")
         write_json(self.dir / "summary.json", {
             "status": status, "step": self.step, "seconds": time.monotonic() - self._began, "peak_memory": memory,
-            "time": time.strftime(CLOCK), **self._summary, **more})
+            "written": time.strftime(CLOCK), **self._summary, **more})
 
     def __exit__(self, kind, error, trace):
         good = error is None or isinstance(error, SystemExit) and not error.code

@@ -31,8 +31,8 @@ from data.arc import OUTSIDE, PALETTE, Canvas, Stream, load
 from discrete import (SAMPLED, choose, code_statistics, decompose, fsq_levels, information_gaps, kl_uniform, nmi_matrix,
                       usage_kl)
 from dvae import DVAE, Config
-from experiment import (NonFinite, Run, UserError, adopt, command, find_resume, generator_states, load_checkpoint,
-                        override, peak_memory, resolve_device, replacing, restore_generators, seed_everything)
+from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
+                        load_checkpoint, override, resolve_device, replacing, restore_generators, seed_everything)
 from model import fused_rows, parameter_roles
 
 # --- Run ---
@@ -614,6 +614,7 @@ def main():
     if compile:                                              # what costs; the choice between them stays as it is
         model.encode, model.decode = torch.compile(model.encode), torch.compile(model.decode)
     recent = []                                              # numbers of the last steps, still on the device
+    clock = Stopwatch(where)
 
     def settle():
         """Moves `recent` into the loop's state as numbers; stops the run at the first step that was not finite."""
@@ -636,8 +637,10 @@ def main():
 
     def validate(folder, count=None, thorough=False, pictures=True):
         """Figures and pictures of the weights to evaluate, as `evaluate` gives them."""
+        clock.start()
         with evaluated():
             numbers, found = evaluate(model, canvas, arc.val, autocast, scheduled(loop["step"]), count, thorough)
+            clock.lap("evaluation")
             if pictures:
                 draw_all(model, canvas, arc.val, found, folder, loop["step"], autocast)
         return numbers
@@ -696,6 +699,7 @@ def main():
             for param_group in opt.param_groups:
                 param_group["lr"] = param_group["base_lr"] * scale
             row, outputs = {}, []
+            clock.start()
             all_cells, all_shapes = stream.at(step)
             for cells, shapes in zip(all_cells.split(batch_size), all_shapes.split(batch_size)):
                 tokens, shapes = canvas.tokens(cells).to(where), shapes.to(where)
@@ -703,12 +707,15 @@ def main():
                 if canvas.mask is not None:
                     seen, share = masked(tokens, canvas, now["mask_rate"], noise)
                     row["masked"] = row.get("masked", 0.0) + share / grad_accum
+                clock.lap("data")
                 with autocast:
                     z = model.encode(seen, shapes)
                     how = {name: now[name] for name in ("tau", "noise", "hardness") if name in now}
                     found = model.codebook(z, estimator, generator=noise, **how)
                     loss, parts = objective(model, found, tokens, shapes, now)
+                clock.lap("forward")
                 scaler.scale(loss / grad_accum).backward()
+                clock.lap("backward")
                 for name, value in parts.items():
                     row[name] = row.get(name, 0.0) + value / grad_accum
                 loop["tokens"] += int(shapes.prod(1).sum())
@@ -721,6 +728,7 @@ def main():
             opt.zero_grad(set_to_none=True)
             if ema:
                 ema.update()
+            clock.lap("optimiser")
             if kl_target is not None:                        # 1 % a step at most; the same tensor also goes to the log
                 over = float(row["kl"]) / (kl_target * math.log(2)) - 1
                 loop["kl_weight"] = min(10.0, max(1e-4, loop["kl_weight"]) * math.exp(0.01 * max(-1.0, min(1.0, over))))
@@ -754,13 +762,14 @@ def main():
         if saved != loop["step"]:
             with state() as now:
                 run.save("last.pt", now)
-        run.summary(step=loop["step"], peak_memory=peak_memory(where), hash=arc.hash, parameters=model.n_params(),
-                    best_exact=loop["best"][0], best_step=loop["best_step"], seconds_training=loop["seconds"])
+        run.summary(step=loop["step"], hash=arc.hash, parameters=model.n_params(), best_exact=loop["best"][0],
+                    best_step=loop["best_step"], seconds_training=loop["seconds"])
         if not run.stop:
             numbers = validate(run.dir, thorough=True, pictures=loop["evaluated"] != loop["step"])
             run.log(step=loop["step"], split="val", final=True, **numbers)
             run.summary(**{f"val_{name}": value for name, value in numbers.items()})
             report(numbers)
+        run.spent(clock)
         print(f"{'stopped' if run.stop else 'done'}: {run.dir}, {loop['seconds']:.0f} s of training")
 
 

@@ -22,8 +22,9 @@ import torch
 import optim
 from data import text
 from evaluate import LN2, score
-from experiment import (NonFinite, Run, UserError, adopt, command, find_resume, generator_states, load_checkpoint,
-                        measure_peak_flops, override, peak_memory, resolve_device, restore_generators, seed_everything)
+from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
+                        load_checkpoint, measure_peak_flops, override, resolve_device, restore_generators,
+                        seed_everything)
 from model import TransformerConfig, active_layers, build_model, equal_ff_mult, fused_rows, parameter_roles
 from sample import generate
 
@@ -68,6 +69,7 @@ rope_factor = 1.0          # [>= 1.0] extend_block_size multiplies it
 residual_scale = 1.0       # [> 0.0, depth, rezero, layerscale] factor on every branch; depth: 1 / sqrt(2 n_layer)
 init = "gpt2"              # [gpt2, normal, xavier, tfixup, truncated, zero] zero: output projections start at zero
 qk_norm = False            # RMSNorm on queries and keys
+qk_scale = False           # with qk_norm: learned scale of each layer's scores in place of head_dim^-0.5
 attention = "auto"         # [auto, sdpa, manual] auto: written out when training in bfloat16 on a CPU, else PyTorch's
 checkpoint_activations = False  # compute layers again in the backward pass: less memory, more time
 
@@ -87,11 +89,12 @@ compression_weight = 1.0   # [>= 0.0] compressive: of the attention-reconstructi
 state_dim = 16             # [>= 1] mamba: states per feature
 conv_width = 4             # [>= 1] mamba: bytes that the convolution sees
 expand = 2.0               # [> 0.0] mamba, mingru: inner width over n_embd
+short_conv = 0             # [>= 0] bytes that a causal convolution before every mixer sees; 0: none
 shorten = 1                # [>= 1] above 1 a pyramid: the middle layers see one vector for so many bytes
 carry_memory = True        # xl, compressive, mamba, mingru with batching streams: go on from the segment before
 
 # --- Feed-forwards: one word, or several with commas, repeated over the layers ---
-ff = "mlp"                 # mlp, low_rank, moe
+ff = "mlp"                 # mlp, low_rank, moe, none
 ff_mult = 4.0              # [> 0.0] width of the feed-forward over n_embd (gated: 2/3 of it, equal parameters)
 equal_params = False       # choose ff_mult such that there are as many parameters as with mixer full and ff mlp
 activation = "relu"        # [gelu, relu, relu2, silu, solu, glu, bilinear, reglu, geglu, swiglu]
@@ -215,11 +218,12 @@ debug_settings = dict(dataset="stdlib", max_bytes=200_000, n_layer=2, n_head=2, 
 # These make the shape of the weights and of the state beside them: on resume they come from the checkpoint.
 architecture = (
     "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "block_size", "norm", "norm_gain", "bias", "positions",
-    "rope_base", "rope_scaling", "rope_factor", "residual_scale", "qk_norm", "mixer", "window", "sparse_stride",
-    "sparse_summary", "kv_rank", "q_rank", "rope_dim", "memory_length", "compressed_length", "compression_rate",
-    "compression", "state_dim", "conv_width", "expand", "shorten", "ff", "ff_mult", "activation", "ff_rank", "n_expert",
-    "n_shared_expert", "expert_top_k", "expert_balance", "tie_weights", "n_targets", "target_heads", "layer_heads",
-    "head_bias", "output", "intermediate_losses", "mtp_depth", "optimizer", "batching")
+    "rope_base", "rope_scaling", "rope_factor", "residual_scale", "qk_norm", "qk_scale", "mixer", "window",
+    "sparse_stride", "sparse_summary", "kv_rank", "q_rank", "rope_dim", "memory_length", "compressed_length",
+    "compression_rate", "compression", "state_dim", "conv_width", "expand", "short_conv", "shorten", "ff",
+    "ff_mult", "activation", "ff_rank", "n_expert", "n_shared_expert", "expert_top_k", "expert_balance",
+    "tie_weights", "n_targets", "target_heads", "layer_heads", "head_bias", "output", "intermediate_losses",
+    "mtp_depth", "optimizer", "batching")
 
 
 def check(settings):
@@ -292,7 +296,10 @@ def main():
         raise UserError("--extend_block_size goes with --resume: a new run takes --block_size")
     config = check(settings)
     if equal_params and not checkpoint:
-        globals()["ff_mult"] = settings["ff_mult"] = equal_ff_mult(config)
+        try:
+            globals()["ff_mult"] = settings["ff_mult"] = equal_ff_mult(config)
+        except ValueError as error:
+            raise UserError(error)
         config = check(settings)
     where, precision = resolve_device(device, dtype)
 
@@ -369,7 +376,7 @@ def main():
         first = loop["step"]
         saved = first if checkpoint else -1              # a new run is saved at once: a full disk shows at the start
         hinted, profiler = where.type != "cpu" or max_steps is None, None
-        bar = run.bar(max_steps, first)
+        bar, clock = run.bar(max_steps, first), Stopwatch(where)
 
         while not run.stop:
             # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
@@ -378,11 +385,13 @@ def main():
                 settle()
                 loop["evaluated"] = step
                 everything = full_eval_interval and step % full_eval_interval == 0
+                clock.start()
                 for windows in (None, eval_windows) if everything else (eval_windows,):
                     for which, found in evaluate(model, opt, ema, corpus.val, windows, autocast):
                         run.log(step=step, split="val", loss=found.loss, bpb=found.bpb, protocol=found.protocol,
                                 bytes=found.bytes, weights=which)
                         bar.note(f"step {step}: val {found.bpb:.4f} bits/byte ({found.protocol}; {which} weights)")
+                clock.lap("evaluation")
                 if found.bpb < loop["best"]:             # the fixed windows; of the average when there is one
                     loop.update(best=found.bpb, best_step=step)
                     save(run, "best.pt")
@@ -404,14 +413,18 @@ def main():
                 group["lr"] = group["base_lr"] * scale
             active = active_layers(step, max_steps, n_layer) if intermediate_losses else None
             loss = 0.0
+            clock.start()
             for _ in range(grad_accum):
                 x, y = batches.next()
                 if memory and batches.fresh:
                     memory.reset()
+                clock.lap("data")
                 with opt.sampled():                      # ivon: one draw of the weights for each pass
                     with autocast:
                         objective, nats = net(x, targets=y, active=active, memory=memory)
+                    clock.lap("forward")
                     scaler.scale(objective / grad_accum).backward()
+                    clock.lap("backward")
                 loss = loss + nats[-1, 0] / grad_accum           # last layer, next byte: what the published figures are
             scaler.unscale_(opt)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
@@ -421,6 +434,7 @@ def main():
             model.balance_experts()
             if ema:
                 ema.update()
+            clock.lap("optimiser")
             recent.append(torch.stack([loss, grad_norm]))
             step = loop["step"] = step + 1
             loop["bytes"] += bytes_per_step
@@ -460,8 +474,9 @@ def main():
         if saved < step:
             save(run, "last.pt")
         run.summary(step=step, best_bpb=loop["best"], best_step=loop["best_step"], seconds=loop["seconds"],
-                    bytes=loop["bytes"], peak_memory=peak_memory(where), parameters=model.n_params())
+                    bytes=loop["bytes"], parameters=model.n_params())
         if eval_interval and not run.stop:
+            clock.start()
             for which, found in evaluate(model, opt, ema, corpus.val, None, autocast):
                 run.log(step=step, split="val", loss=found.loss, bpb=found.bpb, protocol=found.protocol,
                         bytes=found.bytes, weights=which, final=True)
@@ -469,12 +484,14 @@ def main():
                 print(f"val {found.bpb:.4f} bits/byte = {found.loss:.4f} nats/byte (protocol {found.protocol}, "
                       f"{found.bytes:,} bytes, {which} weights) after {step:,} steps, "
                       f"{loop['seconds']:.0f} s of training")
+            clock.lap("evaluation")
         if sample_length and not run.stop:
             with opt.averaged():
                 written = write_sample(model)
                 (run.dir / "samples").mkdir(exist_ok=True)
                 (run.dir / "samples" / f"step_{step:08d}.txt").write_text(written)
                 print(f"--- sample ---{written}\n--------------")
+        run.spent(clock)
         print(f"{'stopped' if run.stop else 'done'} at step {step:,}: {run.dir}")
 
 

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 
 import optim
 from data.multiplication import EQUALS, SYMBOLS, Notation, Problems, Stream, held_out, numbers, of_length
-from experiment import (NonFinite, Run, UserError, adopt, command, find_resume, generator_states, load_checkpoint,
-                        override, peak_memory, resolve_device, restore_generators, seed_everything)
+from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
+                        load_checkpoint, override, resolve_device, restore_generators, seed_everything)
 from model import TransformerConfig, fused_rows, parameter_roles
 from networks import EncoderDecoder, LatentTransformer, PrefixDecoder
 
@@ -571,7 +571,7 @@ def main():
 
     loss_function, plain_loss = SequenceAccuracyLoss(sequence_weight), SequenceAccuracyLoss()
     with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
-        bar = run.bar(max_steps, min(learner.step for learner in learners))
+        bar, clock = run.bar(max_steps, min(learner.step for learner in learners)), Stopwatch(where)
         saved = [learner.step for learner in learners] if checkpoint else None
         if not checkpoint:
             run.save("last.pt", state())                 # at once: a full disk shows, and a kill leaves what to resume
@@ -584,9 +584,11 @@ def main():
                     continue
                 learner.settle()
                 loop["evaluated"] = step
+                clock.start()
                 with learner.evaluated():
                     found = evaluate(learner.model, notation, val[:eval_examples], autocast)
                     trained = evaluate(learner.model, notation, seen, autocast)
+                clock.lap("evaluation")
                 learner.forcing.validated(found["loss"])
                 loop["history"] = [*loop["history"], [step, found["loss"], found["accuracy"]]]
                 run.log(step=step, model=learner.name, split="val", **numbers_of(found),
@@ -616,12 +618,14 @@ def main():
                 for group in learner.opt.param_groups:
                     group["lr"] = group["base_lr"] * scale
                 probability, total, exact = learner.forcing.probability(), 0.0, 0.0
+                clock.start()
                 for _ in range(grad_accum):
                     a, b = stream.at(loop["position"], batch_size).unbind(1)
                     loop["position"] += batch_size
                     source, padding = notation.sources(a, b)
                     targets, places = notation.answers(a, b)
                     x = notation.inputs(targets)
+                    clock.lap("data")
                     with learner.own_randomness(), autocast:
                         if probability < 1:              # two passes (Mihaylova & Martins 2019): read own predictions
                             with torch.no_grad():
@@ -633,7 +637,9 @@ def main():
                     if sums is not None:
                         truth = notation.running_sums(a, b).gather(1, places.clamp(min=0))
                         objective = objective + sum_weight * sum_loss(sums, truth, places >= 0, notation.n_sums)
+                    clock.lap("forward")
                     learner.scaler.scale(objective / grad_accum).backward()
+                    clock.lap("backward")
                     total, exact = total + nats.detach() / grad_accum, exact + accuracy / grad_accum
                 learner.scaler.unscale_(learner.opt)
                 norm_found = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), grad_clip or math.inf)
@@ -642,6 +648,7 @@ def main():
                 learner.opt.zero_grad(set_to_none=True)
                 if learner.ema:
                     learner.ema.update()
+                clock.lap("optimiser")
                 learner.recent.append(torch.stack([total, exact, norm_found]))
                 step = loop["step"] = loop["step"] + 1
                 learner.forcing.stepped(step)
@@ -671,8 +678,8 @@ def main():
         bar.close()
         if saved != [learner.step for learner in learners]:
             run.save("last.pt", state())
-        run.summary(step=max(learner.step for learner in learners), peak_memory=peak_memory(where),
-                    hash=problems.hash, parameters=sum(learner.model.n_params() for learner in learners))
+        run.summary(step=max(learner.step for learner in learners), hash=problems.hash,
+                    parameters=sum(learner.model.n_params() for learner in learners))
         for learner in learners:
             loop, name = learner.loop, learner.name
             run.summary(**{f"step_{name}": learner.step, f"best_accuracy_{name}": loop["best"][0],
@@ -680,8 +687,10 @@ def main():
                            f"parameters_{name}": learner.model.n_params()})
             if run.stop:
                 continue
+            clock.start()
             with learner.evaluated():
                 found, trained = (evaluate(learner.model, notation, pairs, autocast) for pairs in (val, seen))
+            clock.lap("evaluation")
             run.log(step=learner.step, model=name, split="val", final=True, **numbers_of(found))
             run.summary(**{f"val_accuracy_{name}": found["accuracy"], f"val_loss_{name}": found["loss"],
                            f"train_accuracy_{name}": trained["accuracy"]})
@@ -689,6 +698,7 @@ def main():
             print(f"{name}: exact match {found['accuracy']:.4f} on {found['examples']:,} held-out examples, digits "
                   f"from 10^0: {digits}; {trained['accuracy']:.4f} on training ones; {learner.step:,} steps, "
                   f"{loop['seconds']:.0f} s of training")
+        run.spent(clock)
         print(f"{'stopped' if run.stop else 'done'}: {run.dir}")
 
 

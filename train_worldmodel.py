@@ -26,8 +26,8 @@ import optim
 from data.video import (ACTIONS, AGENT, BALL, Stream, World, caption, caption_length, load, paint, read_caption,
                         read_cells)
 from discrete import code_statistics, fsq_levels, mutual_information
-from experiment import (NonFinite, Run, UserError, adopt, command, find_resume, generator_states, load_checkpoint,
-                        override, peak_memory, replacing, resolve_device, restore_generators, seed_everything)
+from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
+                        load_checkpoint, override, replacing, resolve_device, restore_generators, seed_everything)
 from model import fused_rows, parameter_roles
 from play import View, parse_actions, save_gif, save_strip, serve
 from worldmodel import ActionModel, CausalDynamics, Dynamics, FirstFrame, Tokenizer, Writer, as_characters, to_patches
@@ -1082,7 +1082,7 @@ def main():
     total = checkpoint["step"] if checkpoint else 0           # optimiser steps of all stages
     with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
         (run.dir / "samples").mkdir(exist_ok=True)
-        bar = run.bar(total + sum(map(steps_of, left)), total)
+        bar, clock = run.bar(total + sum(map(steps_of, left)), total), Stopwatch(where)
         for name in left:
             # ---- model, optimiser and the loop's own state of this stage ----
             seed_everything(seed, deterministic)
@@ -1151,8 +1151,10 @@ def main():
                 if (step % eval_interval == 0 or step == limit) and loop["evaluated"] < step:
                     settle()
                     loop["evaluated"] = step
+                    clock.start()
                     with evaluated():
                         numbers = figures(name, model)
+                        clock.lap("evaluation")
                         weights = copy.deepcopy(model.state_dict())
                         with autocast:
                             draw_samples(name, model, models, val, run.dir / "samples" / f"{name}_{step:06d}")
@@ -1176,7 +1178,9 @@ def main():
                 for group in opt.param_groups:
                     group["lr"] = group["base_lr"] * scale
                 row, outputs = {}, []
+                clock.start()
                 for index in clips.at(step).split(clip_batch[name]):
+                    clock.lap("data")                         # which clips; what is made of them belongs to the pass
                     with autocast:
                         if name == "tokenizer":
                             loss, parts = tokenizer_loss(trained, train, index, step)
@@ -1191,7 +1195,9 @@ def main():
                             loss, parts = frame_loss(trained, models, train, index, noise)
                         else:
                             loss, parts = dynamics_loss(trained, models, train, index, step, noise)
+                    clock.lap("forward")
                     scaler.scale(loss / grad_accum).backward()
+                    clock.lap("backward")
                     for key, value in parts.items():
                         row[key] = row.get(key, 0.0) + value / grad_accum
                     loop["clips"] += len(index)
@@ -1202,6 +1208,7 @@ def main():
                 opt.zero_grad(set_to_none=True)
                 if ema:
                     ema.update()
+                clock.lap("optimiser")
                 recent.append(row)
                 step = loop["step"] = step + 1
                 if name == "tokenizer" and quantiser == "vq" and reset_interval and step % reset_interval == 0:
@@ -1238,22 +1245,27 @@ def main():
             total = loop["start"] + loop["step"]
             with state() as now:
                 run.save("last.pt", now)
+            clock.start()
             numbers = figures(name, model)
+            clock.lap("evaluation")
             run.summary(**{f"{name}_{key}": value for key, value in numbers.items()},
                         **{f"{name}_seconds": loop["seconds"], f"{name}_best_step": loop["best_step"]})
             print(f"{name}: best at step {loop['best_step']}: {in_words(name, numbers)}; {loop['seconds']:.0f} s")
             if name == "actions" and "information" in numbers:
                 floors = untrained_floor(video, train, val) | linear_probe(train, val, video.n_actions)
+                clock.lap("evaluation")
                 run.summary(**{f"actions_{key}": value for key, value in floors.items()})
                 print(f"floors: moved or not {numbers['moved_information']:.3f}, " + in_line(floors))
             if name == "dynamics":
                 numbers = evaluate_rollouts(model, models, val)
+                clock.lap("evaluation")
                 run.summary(**{f"rollout_{key}": value for key, value in numbers.items()})
                 print(rollout_words(numbers))
 
         # ---- the end ----
         bar.close()
-        run.summary(step=total, peak_memory=peak_memory(where), hash=video.hash, stages=list(done))
+        run.summary(step=total, hash=video.hash, stages=list(done))
+        run.spent(clock)
         print(f"{'stopped' if run.stop else 'done'}: {run.dir}")
 
 

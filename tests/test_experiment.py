@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -15,8 +16,8 @@ import pytest
 import torch
 
 import experiment
-from experiment import (NonFinite, Run, Settings, UserError, command, draw_curves, find_checkpoint, find_resume,
-                        generator_states, load_checkpoint, measure_peak_flops, peak_memory, resolve_device,
+from experiment import (NonFinite, Run, Settings, Stopwatch, UserError, command, draw_curves, find_checkpoint,
+                        find_resume, generator_states, load_checkpoint, measure_peak_flops, peak_memory, resolve_device,
                         restore_generators, seed_everything)
 
 ROOT = Path(__file__).parent.parent
@@ -761,6 +762,106 @@ def test_peaks():
     assert peak_memory("cpu") >= before and peak_memory("cpu") > held.numel() * 4
 
 
+@pytest.fixture
+def hand(monkeypatch):
+    """A host's clock that only moves by hand: hand[0] seconds."""
+    now = [100.0]
+    monkeypatch.setattr(experiment.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def pass_time(clock, now, *laps):
+    for part, seconds in laps:
+        now[0] += seconds
+        clock.start() if part == "other" else clock.lap(part)
+
+
+LAPS = (("other", 1.0), ("data", 2.0), ("forward", 30.0), ("backward", 50.0), ("optimiser", 7.0), ("other", 3.0),
+        ("evaluation", 5.0), ("data", 1.0), ("other", 1.0))
+SHARES = {"data": 0.03, "forward": 0.3, "backward": 0.5, "optimiser": 0.07, "evaluation": 0.05, "other": 0.05}
+
+
+def test_where_the_time_goes(hand, tmp_path, script, capsys):
+    """Each part has the time before its marks, the rest is other; in the summary and in one line."""
+    clock = Stopwatch("cpu")
+    pass_time(clock, hand, *LAPS[:-1])
+    hand[0] += LAPS[-1][1]                                   # not marked: since the last mark
+    with Run(settings_for(tmp_path), script) as run:
+        assert "time" not in json.loads((run.dir / "summary.json").read_text())
+        run.spent(clock)
+    summary = json.loads((run.dir / "summary.json").read_text())
+    assert list(summary["time"]) == list(SHARES) and summary["time"] == pytest.approx(SHARES)
+    memory = re.fullmatch(r"time: data 3 %, forward 30 %, backward 50 %, optimiser 7 %, evaluation 5 %, other 5 %; "
+                          r"peak memory (\d+) MB\n", capsys.readouterr().out)
+    assert summary["peak_memory"] > 1e7 and memory
+    assert 0.9 < summary["peak_memory"] / 1e6 / int(memory[1]) < 1.1
+    with pytest.raises(KeyError):
+        clock.lap("foward")
+    assert Stopwatch("cpu").shares().keys() == SHARES.keys()     # before any time has passed
+
+
+def test_marks_cost_little():
+    """Less than 1 % of a step of 5 ms, which has six marks."""
+    clock, best = Stopwatch("cpu"), 1.0
+    for _ in range(5):
+        began = time.perf_counter()
+        for _ in range(1000):
+            clock.start()
+            for part in ("data", "forward", "backward", "optimiser", "evaluation"):
+                clock.lap(part)
+        best = min(best, (time.perf_counter() - began) / 1000)
+    assert best < 0.01 * 0.005
+
+
+class Event:
+    """A CUDA event on a device that lags: it passes an event when told to; its clock is the host's `now`."""
+
+    now, queue, waits = [0.0], [], []
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+        self.passed = False
+
+    def record(self, stream):
+        assert stream == "stream of cuda:0"
+        self.at = self.now[0]
+        self.queue.append(self)
+
+    def query(self):
+        return self.passed
+
+    def synchronize(self):
+        self.waits.append(self)
+        while self.queue:
+            event = self.queue.pop(0)
+            event.passed = True
+            if event is self:
+                break
+
+    def elapsed_time(self, end):
+        assert self.passed and end.passed
+        return 1000 * (end.at - self.at)
+
+
+@pytest.mark.parametrize("lag", [0, 3, 100])
+def test_where_the_time_of_a_device_goes(hand, monkeypatch, lag):
+    """On CUDA marks are events: none waits, and they are read when the device has passed them."""
+    monkeypatch.setattr(Event, "now", hand)
+    monkeypatch.setattr(Event, "queue", [])
+    monkeypatch.setattr(Event, "waits", [])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    clock = Stopwatch("cuda:0")
+    for _ in range(20):
+        for lap in LAPS:
+            pass_time(clock, hand, lap)
+            while len(Event.queue) > lag:
+                Event.queue.pop(0).passed = True
+    assert Event.waits == []
+    assert len(clock._coming) <= lag + 1, "marks are read on the way"
+    assert clock.shares() == pytest.approx(SHARES) and len(Event.waits) == 1 and not clock._coming
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 200])
 def test_curves_without_warnings(tmp_path, count):
     lines = [{"step": i, "split": split, "model": model, "loss": 1.0 / (i + 1), "bpb": None if i % 2 else 2.0}
@@ -827,3 +928,19 @@ def test_cuda_generators_and_peaks():
     assert torch.equal(torch.rand(5, device="cuda"), expected)
     assert measure_peak_flops("cuda", torch.bfloat16) > measure_peak_flops("cpu", torch.float32)
     assert peak_memory("cuda") > 0
+
+
+@pytest.mark.gpu
+def test_time_of_a_gpu():
+    """The device's time counts, not that of the host, which is far ahead of it."""
+    clock, x = Stopwatch("cuda"), torch.randn(4096, 4096, device="cuda")
+    x @ x
+    torch.cuda.synchronize()
+    clock.start()
+    clock.lap("data")
+    for _ in range(50):
+        x @ x
+    clock.lap("forward")
+    torch.cuda.synchronize()
+    shares = clock.shares()
+    assert shares["forward"] > 10 * shares["data"] and sum(shares.values()) == pytest.approx(1)

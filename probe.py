@@ -1,0 +1,247 @@
+"""What a layer knows: activations and gradients of any place in a model, and linear probes on them.
+
+    with record(model, ["embed", "blocks.1", "blocks.1.mixer"], gradients=True) as probes:
+        objective, nats = model(x, targets=y)
+        objective.backward()
+    probes["blocks.1"].forward[-1], probes["blocks.1"].backward[-1]      # (B, T, C) each, copies
+
+    linear_probe(features, labels, n_classes)                # can a linear map read the labels off the features?
+    layers_that_know(model, prompts, labels)                 # so at the end of each prompt, layer by layer
+
+A model gives the same bits with a probe and without, losses and gradients alike.
+"""
+import contextlib
+import difflib
+from collections import deque
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class Probe:
+    """The identity, which remembers what passed it: `x = probe(x)` anywhere in a model.
+
+    `.forward`: a list of copies of x, one for each time that something passed, the oldest first. `.backward`: a list as
+    long, of the gradients that came back to each, None where none did (or gradients is off). All are detached.
+    keep: only the last so many (None: all). device: where copies are kept (None: where x is). What a layer computes
+    again in its backward pass (checkpoint_activations) does not count. `close()` ends it; what was recorded stays.
+    """
+
+    def __init__(self, gradients=False, keep=None, device=None):
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep is {keep}, but must be at least 1")
+        self.gradients, self.device, self.open = gradients, device, True
+        self._passes = deque(maxlen=keep)                    # [copy of x, gradient or None]
+
+    def __call__(self, x):
+        """x, any tensor, as it is."""
+        # Past the public interface, as torch.utils.checkpoint itself: inside a backward pass, so x is computed again.
+        if self.open and torch._C._current_graph_task_id() < 0:
+            self._passes.append([self._copy(x), None])
+            if self.gradients and x.requires_grad:
+                x.register_hook(partial(self._came_back, self._passes[-1]))
+        return x
+
+    def _came_back(self, kept, gradient):
+        if self.open:
+            kept[1] = self._copy(gradient)
+
+    def _copy(self, x):
+        """A copy: a later operation may write into x."""
+        return x.detach().to(self.device or x.device, copy=True)
+
+    def close(self):
+        """Records no more, neither what passes nor what comes back to what has passed."""
+        self.open = False
+
+    @property
+    def forward(self):
+        """What passed, the oldest first."""
+        return [x for x, _ in self._passes]
+
+    @property
+    def backward(self):
+        """The gradients of what passed, in the same order."""
+        return [gradient for _, gradient in self._passes]
+
+
+@contextlib.contextmanager
+def record(model, places, gradients=False, keep=None, device=None):
+    """{place: Probe} of the passes of `model` inside the `with` block; nothing stays in the model after it.
+
+    places: "embed", the stream (B, T, C) before the first layer; or names of `model.named_modules()`, whose outputs
+    are recorded: "blocks.3" the stream after layer 3, "blocks.3.mixer" and "blocks.3.ff" what its branches give before
+    dropout and scale, "norm" the stream after the last norm, (A, B, T, C) in a pass with losses of A layers. gradients,
+    keep, device: as Probe says. The model is the uncompiled one. Raises ValueError for a place that is not there, and
+    in the pass for one that gives no tensor.
+    """
+    modules = dict(model.named_modules())
+    first = {} if "embed" in modules or "blocks.0" not in modules else {"embed": modules["blocks.0"]}
+    for place in places:
+        if place not in modules and place not in first:
+            near = difflib.get_close_matches(place, [*first, *modules], 1, 0)
+            raise ValueError(f"the model has no place {place!r}; the nearest is {near[0]!r}")
+    probes = {place: Probe(gradients, keep, device) for place in places}
+
+    def passed(place, output):
+        if not torch.is_tensor(output):
+            raise ValueError(f"place {place!r} gives no tensor, but {type(output).__name__}")
+        probes[place](output)
+    with contextlib.ExitStack() as stack:
+        for place, probe in probes.items():
+            stack.callback(probe.close)
+            if place in first:
+                handle = first[place].register_forward_pre_hook(lambda _, args, place=place: passed(place, args[0]))
+            else:
+                handle = modules[place].register_forward_hook(lambda _, args, out, place=place: passed(place, out))
+            stack.callback(handle.remove)
+        yield probes
+
+
+class Accuracies(NamedTuple):
+    """Shares of rows that are right: of a probe on rows that it did not see and on those that it learned from, and, on
+    the former, of always saying the class that is most frequent among the latter."""
+
+    held_out: float
+    training: float
+    majority: float
+
+
+def draw_training(labels, fraction, seed):
+    """Rows to learn from, (M,) int64: of each class in labels (N,) int64 a random `fraction`, rounded, but at least
+    one, and one less than all where there are several. The same seed, the same rows. Raises ValueError for a fraction
+    that is not between 0 and 1."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"the fraction to learn from is {fraction}, but must be above 0 and below 1")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    by_class = [order[labels[order] == label] for label in labels.unique()]
+    return torch.cat([rows[:max(1, min(len(rows) - 1, round(fraction * len(rows))))] for rows in by_class])
+
+
+def linear_probe(features, labels, n_classes, train=0.8, l2=1e-2, steps=100, seed=0):
+    """How well a linear map reads the labels off the features: Accuracies of a multinomial logistic regression.
+
+    features: (N, C), of any type and device. labels: (N,) whole numbers from 0 to n_classes - 1. train: the fraction of
+    each class to learn from, drawn by `seed`, or the rows to learn from, (M,) int64; the others are held out. Features
+    are shifted and scaled to mean 0 and deviation 1 over the training rows; one that is constant there up to rounding
+    counts as 0. Minimises the mean cross-entropy in nats plus l2 / 2 times the squared weights (without biases), which
+    is convex, from zero by L-BFGS (Liu & Nocedal 1989), at most `steps` iterations, in float64 on the CPU.
+    Raises ValueError for shapes that do not fit, numbers that are not finite, labels out of range, a class without a
+    training row, and where no row is held out.
+    """
+    features, labels = torch.as_tensor(features), torch.as_tensor(labels)
+    if features.dim() != 2 or labels.shape != features.shape[:1]:
+        raise ValueError(f"features are {tuple(features.shape)} and labels {tuple(labels.shape)}, but must be (N, C) "
+                         "and (N,)")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"labels are {labels.dtype}, but must be whole numbers")
+    if n_classes < 2:
+        raise ValueError(f"n_classes is {n_classes}, but must be at least 2")
+    with torch.inference_mode(False), torch.enable_grad():
+        x = features.detach().to("cpu", torch.float64, copy=True)                        # (N, C)
+        y = labels.to("cpu", torch.int64, copy=True)                                     # (N,)
+        if not x.isfinite().all():
+            raise ValueError("features hold numbers that are not finite")
+        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < n_classes:
+            raise ValueError(f"labels reach from {int(y.min())} to {int(y.max())}, but must be from 0 to "
+                             f"{n_classes - 1}")
+        learned, held = _split(y, n_classes, train, seed)
+        mean, deviation = x[learned].mean(0), x[learned].std(0, correction=0)
+        varies = deviation > 1e-6 * mean.abs()               # else only by rounding, which a float32 model may do
+        x = torch.where(varies, (x - mean) / deviation.clamp(min=torch.finfo(x.dtype).tiny), 0.0)
+        weight = torch.zeros(n_classes, x.size(1), dtype=x.dtype, requires_grad=True)
+        bias = torch.zeros(n_classes, dtype=x.dtype, requires_grad=True)
+        fit = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
+        seen, truth = x[learned], y[learned]
+
+        def objective():
+            fit.zero_grad()
+            loss = F.cross_entropy(F.linear(seen, weight, bias), truth) + l2 / 2 * weight.square().sum()
+            loss.backward()
+            return loss
+        fit.step(objective)
+        right = F.linear(x, weight, bias).argmax(1) == y                                 # (N,)
+        guess = truth.bincount(minlength=n_classes).argmax()
+    return Accuracies(*(rows.double().mean().item() for rows in (right[held], right[learned], y[held] == guess)))
+
+
+def _split(y, n_classes, train, seed):
+    """(training rows, held-out rows) of labels y (N,), each (.,) int64; linear_probe says how and what it raises."""
+    if isinstance(train, float):
+        learned = draw_training(y, train, seed) if len(y) else y
+    else:
+        learned = torch.as_tensor(train).cpu()
+        if learned.dim() != 1 or learned.dtype != torch.int64:
+            raise ValueError(f"train is {tuple(learned.shape)} {learned.dtype}, but rows must be (M,) int64")
+        if len(learned) and not 0 <= int(learned.min()) <= int(learned.max()) < len(y):
+            raise ValueError(f"train has row {int(learned.max())} or {int(learned.min())}, but there are {len(y)} rows")
+    missing = (y[learned].bincount(minlength=n_classes) == 0).nonzero().flatten().tolist()
+    if missing:
+        raise ValueError(f"class {missing[0]} has no row to learn from")
+    held = torch.ones(len(y), dtype=torch.bool)
+    held[learned] = False
+    if not held.any():
+        raise ValueError("no row is held out: every class needs more rows, or train fewer")
+    return learned, held.nonzero().flatten()
+
+
+def layers_that_know(model, prompts, labels, people=None, places=None, train_fraction=0.8, l2=1e-2, steps=100, seed=0,
+                     batch_size=64):
+    """At which places a label can be read off the state at the end of a prompt: {place: Accuracies}, in their order.
+
+    model: a Transformer or what has its face: `model(x)` for x (B, T) int64, causal. prompts: N lists of ids, of any
+    lengths; shorter ones are padded on the right, where no position of theirs looks. labels: N whole numbers from 0
+    without a gap. people: whom each prompt is about, N names or numbers, all prompts of one person with one
+    label; people are learned from or held out as a whole (None: each prompt is about another one). places: as `record`
+    names them, (B, T, C) (None: "embed" and the stream after each layer). train_fraction: of the people of each label.
+    The rest as in linear_probe; the split is the same for all places. The model runs in eval mode, in the caller's
+    autocast, and is left in its own. Raises ValueError as record and linear_probe do, and for empty or too long
+    prompts, counts that do not fit, people with two labels, and places of another shape.
+    """
+    if places is None:
+        places = ["embed", *(f"blocks.{layer}" for layer in range(len(model.blocks)))]
+    people = range(len(prompts)) if people is None else people
+    if not len(prompts) == len(labels) == len(people) > 0:
+        raise ValueError(f"there are {len(prompts)} prompts, {len(labels)} labels and {len(people)} people: there must "
+                         "be as many of each, and one at least")
+    for i, prompt in enumerate(prompts):
+        if not 1 <= len(prompt) <= model.config.block_size:
+            raise ValueError(f"prompt {i} has {len(prompt)} ids, but there must be from 1 to block_size "
+                             f"{model.config.block_size}")
+    labels, label_of = torch.as_tensor(labels), {}
+    for person, label in zip(people, labels.tolist()):
+        if label_of.setdefault(person, label) != label:
+            raise ValueError(f"{person!r} has labels {label_of[person]} and {label}: a person has one")
+    names = list(label_of)
+    drawn = draw_training(torch.tensor(list(label_of.values())), train_fraction, seed).tolist()
+    learned = {names[i] for i in drawn}
+    rows = torch.tensor([i for i, person in enumerate(people) if person in learned])
+    states = last_states(model, prompts, places, batch_size)
+    n_classes = int(labels.max()) + 1
+    return {place: linear_probe(found, labels, n_classes, rows, l2, steps) for place, found in states.items()}
+
+
+@torch.no_grad()
+def last_states(model, prompts, places, batch_size=64):
+    """{place: (N, C) on the CPU}: what each place gives at the last id of each of N prompts; see layers_that_know."""
+    found, where, training = {place: [] for place in places}, next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start:start + batch_size]
+            last = torch.tensor([len(prompt) - 1 for prompt in batch], device=where)     # (B,)
+            T = int(last.max()) + 1
+            x = torch.tensor([[*prompt] + [0] * (T - len(prompt)) for prompt in batch], device=where)    # (B, T)
+            with record(model, places, keep=1) as probes:
+                model(x)
+            for place, probe in probes.items():
+                shapes = [tuple(state.shape) for state in probe.forward]
+                if not shapes or len(shapes[0]) != 3 or shapes[0][:2] != x.shape:
+                    raise ValueError(f"place {place!r} gives {shapes[0] if shapes else 'nothing'}, not (B, T, C) with "
+                                     f"B {len(batch)} and T {T}")
+                found[place].append(probe.forward[0][torch.arange(len(batch), device=where), last].cpu())    # (B, C)
+    finally:
+        model.train(training)
+    return {place: torch.cat(states) for place, states in found.items()}

@@ -1,0 +1,379 @@
+"""Probes: same bits with and without, what they record, linear probes on planted and on random labels. About 15 s."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import Transformer, TransformerConfig, build_model
+from probe import Probe, draw_training, last_states, layers_that_know, linear_probe, record
+
+PLACES = ["embed", "blocks.0", "blocks.0.mixer", "blocks.1.ff", "blocks.1", "norm"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def build(seed=0, **settings):
+    torch.manual_seed(seed)
+    return build_model(TransformerConfig(**{**dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=50,
+                                                   positions="rope"), **settings}))
+
+
+def ids(*shape, seed=1):
+    return torch.randint(50, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def train_pass(model, autocast=False, seed=3):
+    """(loss, {name: gradient}) of one pass with dropout from `seed`."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        objective, nats = model(ids(3, 12), targets=ids(3, 12, seed=2)[..., None])
+    objective.backward()
+    return objective.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}, torch.get_rng_state()
+
+
+def hooks(model):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+# --- The same bits ---
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"checkpoint_activations": True}, {"dropout": 0.2},
+                                      {"dropout": 0.2, "checkpoint_activations": True}])
+def test_same_bits(settings, autocast):
+    """Loss, every gradient and the generator are as without, and each place was passed once."""
+    model = build(**settings)
+    loss, gradients, state = train_pass(model, autocast)
+    with record(model, PLACES, gradients=True) as probes:
+        other, others, after = train_pass(model, autocast)
+    assert torch.equal(loss, other) and torch.equal(state, after)
+    assert gradients.keys() == others.keys() and len(gradients) > 5
+    assert all(torch.equal(gradients[name], others[name]) for name in gradients)
+    for place in PLACES:
+        shape = (1, 3, 12, 32) if place == "norm" else (3, 12, 32)       # one layer whose loss counts
+        (forward,), (backward,) = probes[place].forward, probes[place].backward
+        assert forward.shape == backward.shape == shape and not forward.requires_grad and not backward.requires_grad
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_recorded(again):
+    """Streams, branches and their gradients, as computed by hand."""
+    model = build(checkpoint_activations=again)
+    x, y = ids(2, 9), ids(2, 9, seed=2)[..., None]
+    with record(model, PLACES, gradients=True) as probes:
+        model(x, targets=y)[0].backward()
+    places = model.place(x, None)
+    stream = F.embedding(x, model.embed)
+    by_hand, stream = {"embed": stream}, stream
+    for layer, block in enumerate(model.blocks):
+        by_hand[f"blocks.{layer}.mixer"] = mixed = block.mixer(block.norm1(stream), places)
+        stream = stream + mixed
+        by_hand[f"blocks.{layer}.ff"] = out = block.ff(block.norm2(stream), places)
+        by_hand[f"blocks.{layer}"] = stream = stream + out
+    by_hand["norm"] = normed = model.norm(stream[None])
+    loss = F.cross_entropy(F.linear(normed, model.heads[0]).flatten(0, 2), y.flatten())
+    gradients = torch.autograd.grad(loss, [by_hand[place] for place in PLACES])
+    for place, gradient in zip(PLACES, gradients):
+        torch.testing.assert_close(probes[place].forward[0], by_hand[place].detach())
+        torch.testing.assert_close(probes[place].backward[0], gradient)
+        assert gradient.abs().max() > 1e-6
+
+
+def test_pairs_of_passes():
+    """A gradient stands beside its own pass, also when passes come back in another order, or not at all."""
+    model = build()
+    with record(model, ["blocks.0"], gradients=True) as probes:
+        losses = [model(ids(1, 5, seed=seed), targets=ids(1, 5, seed=9)[..., None])[0] for seed in (1, 2)]
+        with torch.no_grad():
+            model(ids(1, 5))
+        losses[1].backward()
+        probe = probes["blocks.0"]
+        assert [g is None for g in probe.backward] == [True, False, True]
+        losses[0].backward()
+    assert [g is None for g in probe.backward] == [False, False, True] and len(probe.forward) == 3
+    torch.testing.assert_close(probe.forward[0], probe.forward[2])
+    assert not torch.allclose(probe.forward[0], probe.forward[1])
+    with record(model, ["blocks.0"], gradients=True) as alone:
+        model(ids(1, 5, seed=2), targets=ids(1, 5, seed=9)[..., None])[0].backward()
+    assert torch.equal(alone["blocks.0"].backward[0], probe.backward[1])
+
+
+def test_gradients_only_on_request():
+    model = build()
+    with record(model, ["blocks.0"]) as probes:
+        train_pass(model)
+    assert probes["blocks.0"].backward == [None]
+
+
+def test_keep():
+    model = build()
+    with record(model, ["blocks.1"], keep=2, gradients=True) as probes:
+        for seed in range(4):
+            model(ids(1, 5, seed=seed), targets=ids(1, 5)[..., None])[0].backward()
+    with record(model, ["blocks.1"]) as alone:
+        model(ids(1, 5, seed=2)), model(ids(1, 5, seed=3))
+    assert len(probes["blocks.1"].backward) == 2
+    assert all(torch.equal(a, b) for a, b in zip(probes["blocks.1"].forward, alone["blocks.1"].forward, strict=True))
+    with pytest.raises(ValueError, match="keep is 0, but must be at least 1"):
+        Probe(keep=0)
+
+
+def test_copies():
+    """What is written into a tensor later does not reach the copy; the device is as asked."""
+    probe = Probe(gradients=True)
+    x = torch.ones(3, requires_grad=True)
+    y = probe(x * 2)
+    y.mul_(5).sum().backward()
+    assert probe.forward[0].tolist() == [2, 2, 2] and probe.backward[0].tolist() == [5, 5, 5]
+    assert Probe(device="meta")._copy(x).device.type == "meta"
+    with record(build(), ["norm"], device="meta") as probes:
+        assert probes["norm"].device == "meta"
+    z = torch.ones(2)
+    assert probe(z) is z and probe.forward[1] is not z
+
+
+def test_it_ends():
+    """Nothing is recorded after the block, and nothing stays in the model, also after an exception."""
+    model = build()
+    with record(model, PLACES, gradients=True) as probes:
+        loss = model(ids(1, 5), targets=ids(1, 5)[..., None])[0]
+    loss.backward()
+    model(ids(1, 5))
+    assert all(len(probe.forward) == 1 and probe.backward == [None] for probe in probes.values())
+    with pytest.raises(ZeroDivisionError):
+        with record(model, PLACES) as probes:
+            1 / 0
+    assert hooks(model) == 0
+    model(ids(1, 5))
+    assert all(probe.forward == [] for probe in probes.values())
+    probe = Probe()
+    probe.close()
+    assert probe(loss) is loss and probe.forward == []
+
+
+def test_nested():
+    model = build()
+    with record(model, ["blocks.0", "embed"]) as outer:
+        with record(model, ["blocks.0"]) as inner:
+            model(ids(1, 5))
+        model(ids(1, 5))
+    assert [len(p.forward) for p in (outer["blocks.0"], outer["embed"], inner["blocks.0"])] == [2, 2, 1]
+    assert torch.equal(outer["blocks.0"].forward[0], inner["blocks.0"].forward[0]) and hooks(model) == 0
+
+
+def test_places():
+    model = build()
+    for wrong, near in (("block.1.mixer", "blocks.1.mixer"), ("embd", "embed"), ("nrm", "norm")):
+        with pytest.raises(ValueError, match=f"no place '{wrong}'; the nearest is '{near}'"):
+            with record(model, ["blocks.0", wrong]):
+                pass
+        assert hooks(model) == 0
+    with record(model, ["blocks.0", "blocks.0"]) as probes:              # named twice, recorded once
+        model(ids(1, 5))
+    assert len(probes["blocks.0"].forward) == 1
+    with pytest.raises(ValueError, match="place '' gives no tensor, but tuple"):
+        with record(model, [""]):
+            model(ids(1, 5), targets=ids(1, 5)[..., None])
+    assert hooks(model) == 0
+    plain = torch.nn.Sequential(torch.nn.Linear(3, 2))                   # any model
+    with record(plain, ["0"]) as probes:
+        assert torch.equal(plain(torch.ones(1, 3)), probes["0"].forward[0])
+    with pytest.raises(ValueError, match="no place 'embed'"):
+        with record(plain, ["embed"]):
+            pass
+    named = torch.nn.ModuleDict({"embed": torch.nn.Embedding(4, 2)})
+    with record(named, ["embed"]) as probes:                             # a module of that name is that module
+        named["embed"](torch.tensor([1]))
+    assert len(probes["embed"].forward) == 1
+
+
+def test_embed_is_the_module_where_there_is_one():
+    """Also where there are blocks."""
+    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(4, 2), "blocks": torch.nn.ModuleList([torch.nn.ReLU()])})
+    with record(model, ["embed"]) as probes:
+        model["blocks"][0](model["embed"](torch.tensor([1])) - 9)
+    assert torch.equal(probes["embed"].forward[0], model["embed"].weight[1:2].detach())
+
+
+# --- Linear probes ---
+
+def planted(n=300, C=20, n_classes=3, signal=3.0, seed=0):
+    """Features whose direction tells the class, and the labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % n_classes
+    directions = torch.linalg.qr(torch.randn(C, C, generator=generator)).Q[:n_classes]
+    return torch.randn(n, C, generator=generator) + signal * directions[labels], labels
+
+
+def test_planted_feature_is_found():
+    features, labels = planted()
+    found = linear_probe(features, labels, 3)
+    assert found.held_out > 0.85 and found.training > 0.95 and found.majority == pytest.approx(1 / 3)
+    # Any scale and shift of a feature, any type, and columns that say nothing change little.
+    moved = features * torch.logspace(-6, 6, 20) + 7 * torch.logspace(-6, 6, 20)
+    assert linear_probe(moved.double(), labels, 3).held_out == pytest.approx(found.held_out, abs=0.02)
+    more = torch.cat((features.bfloat16(), torch.ones(300, 2)), 1)
+    assert linear_probe(more, labels.to(torch.int32), 3).held_out == pytest.approx(found.held_out, abs=0.05)
+
+
+def test_random_labels_are_not():
+    """Held-out rows stay at chance, however well the training rows are learned."""
+    features, _ = planted(1000, 100)
+    labels = torch.randint(2, (1000,), generator=torch.Generator().manual_seed(5))
+    found = linear_probe(features, labels, 2)
+    assert abs(found.held_out - 0.5) < 0.1 and abs(found.majority - 0.5) < 0.02 and found.training > 0.58
+
+
+def test_majority():
+    """The most frequent class of the training rows, on the held-out ones."""
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 0])    # of all rows, 1 is
+    found = linear_probe(torch.zeros(9, 2), labels, 2, train=torch.arange(4))
+    assert found == (0.2, 0.75, 0.2)                       # nothing to see: it says 0
+    found = linear_probe(F.one_hot(labels, 2), labels, 2, train=torch.arange(4))
+    assert found == (1.0, 1.0, 0.2)
+
+
+def test_it_is_the_minimum():
+    """The objective's gradient is zero at the answer: seen by the accuracies of a problem solved by hand."""
+    x = torch.tensor([[-3.0], [-1.0], [1.0], [3.0], [0.2], [-0.2]])
+    y = torch.tensor([0, 1, 0, 1, 1, 0])
+    found = linear_probe(x, y, 2, train=torch.arange(4), l2=1e-6)
+    assert found == (1.0, 0.5, 0.5)                          # a slope above zero: the outer two weigh more
+    heavy = linear_probe(*planted(60, 40, signal=1.0), 3, l2=100.0)
+    light = linear_probe(*planted(60, 40, signal=1.0), 3, l2=1e-6)
+    assert light.training == 1.0 > heavy.training
+    features, labels = planted(100, 30, signal=1.0)
+    assert linear_probe(features, labels, 3, steps=1) != linear_probe(features, labels, 3, steps=100)
+
+
+def test_scale_comes_from_training_rows():
+    """What a held-out row is, does not change the fit; a feature that only rounding moves counts as constant."""
+    features, labels = planted(200)
+    rows = torch.arange(150)
+    before = linear_probe(features, labels, 3, train=rows)
+    features[150:] += 1000 * torch.randn(50, 1)
+    after = linear_probe(features, labels, 3, train=rows)
+    assert after.training == before.training and after.majority == before.majority
+    noise = 1000 + 1e-5 * F.one_hot(labels, 3).double()
+    assert linear_probe(noise, labels, 3, train=rows).training < 0.4
+    assert linear_probe(noise - 1000, labels, 3, train=rows).training == 1.0
+
+
+def test_same_seed_same_result():
+    features, labels = planted(200, signal=1.0)
+    assert linear_probe(features, labels, 3, seed=1) == linear_probe(features, labels, 3, seed=1)
+    assert len({linear_probe(features, labels, 3, seed=seed) for seed in range(4)}) > 1
+    state = torch.get_rng_state()
+    with torch.inference_mode():
+        inside = linear_probe(features.clone(), labels, 3, seed=1)
+    assert inside == linear_probe(features, labels, 3, seed=1) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_drawn_rows():
+    """Of each class the fraction, at least one in and, where there are several, at least one out."""
+    labels = torch.tensor([0] * 10 + [1] * 2 + [2] + [3] * 5)
+    rows = draw_training(labels, 0.8, 0)
+    assert labels[rows].bincount().tolist() == [8, 1, 1, 4] and rows.unique().numel() == 14
+    assert labels[draw_training(labels, 0.1, 0)].bincount().tolist() == [1, 1, 1, 1]
+    assert rows.tolist() == draw_training(labels, 0.8, 0).tolist() != draw_training(labels, 0.8, 1).tolist()
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(features=torch.zeros(6)), r"features are \(6,\) and labels \(6,\), but must be \(N, C\)"),
+    (dict(features=torch.zeros(5, 2)), r"features are \(5, 2\) and labels \(6,\)"),
+    (dict(labels=torch.zeros(6)), "labels are torch.float32, but must be whole"),
+    (dict(labels=torch.tensor([0, 0, 1, 1, 0, 2])), "labels reach from 0 to 2, but must be from 0 to 1"),
+    (dict(labels=torch.tensor([0, 0, 1, 1, 0, -1])), "labels reach from -1 to 1"),
+    (dict(n_classes=3), "class 2 has no row to learn from"),
+    (dict(n_classes=1), "n_classes is 1, but must be at least 2"),
+    (dict(train=torch.tensor([0, 1])), "class 1 has no row"),
+    (dict(train=torch.arange(6)), "no row is held out"),
+    (dict(train=torch.tensor([0, 6])), "train has row 6 or 0, but there are 6 rows"),
+    (dict(train=torch.tensor([0, -1])), "train has row 0 or -1"),
+    (dict(train=torch.tensor([0.0, 1.0])), "train is .* but rows must be"),
+    (dict(train=1.5), "fraction to learn from is 1.5"), (dict(train=0.0), "fraction to learn from is 0.0"),
+    (dict(features=torch.full((6, 2), torch.nan)), "not finite"),
+    (dict(features=torch.zeros(0, 2), labels=torch.zeros(0, dtype=torch.int64)), "class 0 has no row"),
+])
+def test_mistakes(change, words):
+    given = dict(features=torch.eye(6)[:, :2], labels=torch.tensor([0, 0, 0, 1, 1, 1]), n_classes=2)
+    with pytest.raises(ValueError, match=words):
+        linear_probe(**{**given, **change})
+
+
+# --- Which layers know ---
+
+def people_and_prompts(n=120, n_classes=3):
+    """Prompts of many lengths whose first id tells the label and whose last id is always the same."""
+    generator = torch.Generator().manual_seed(0)
+    labels = [i % n_classes for i in range(n)]
+    middle = [ids(1 + i % 7, seed=100 + i).tolist() for i in range(n)]
+    pick = torch.randint(5, (n,), generator=generator).tolist()
+    return [[5 * label + k, *rest, 49] for label, k, rest in zip(labels, pick, middle)], labels
+
+
+@pytest.mark.parametrize("settings", [{}, {"mixer": "mamba"}, {"positions": "learned"}])
+def test_last_states_are_those_of_each_prompt_alone(settings):
+    model = build(**settings, dropout=0.5).train()
+    prompts = people_and_prompts(10)[0]
+    found = last_states(model, prompts, ["embed", "blocks.1", "norm"], batch_size=4)
+    assert model.training and hooks(model) == 0 and {tuple(states.shape) for states in found.values()} == {(10, 32)}
+    model.eval()
+    for i, prompt in enumerate(prompts):
+        with record(model, found) as probes:
+            model(torch.tensor([prompt]))
+        for place, states in found.items():
+            torch.testing.assert_close(states[i], probes[place].forward[0][0, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_layers_that_know():
+    """The first id reaches the last position by attention only: the embedding cannot know it, the layers can."""
+    model = build(init="xavier")
+    prompts, labels = people_and_prompts(300)
+    found = layers_that_know(model, prompts, labels)
+    assert list(found) == ["embed", "blocks.0", "blocks.1"]
+    assert found["embed"].held_out == found["embed"].majority == pytest.approx(1 / 3)
+    assert found["blocks.0"].held_out > 0.6 and found["blocks.1"].held_out > 0.5
+    assert found == layers_that_know(model, prompts, torch.tensor(labels), batch_size=7)
+    assert found != layers_that_know(model, prompts, labels, seed=1)
+
+
+def test_people_are_held_out_as_a_whole():
+    """A person's name tells everything of that person, and nothing of others: only a split by people shows it."""
+    model, place = build(init="xavier", n_embd=64), ["blocks.0"]
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
+    told = [(i, template, number % 2) for number, i in enumerate(order) for template in range(5)]
+    people, prompts = [f"person {i}" for i, _, _ in told], [[i, 40 + template, 49] for i, template, _ in told]
+    labels = [label for _, _, label in told]
+    mixed = layers_that_know(model, prompts, labels, places=place, l2=1e-5)["blocks.0"]
+    apart = layers_that_know(model, prompts, labels, people, place, l2=1e-5)["blocks.0"]
+    assert mixed.held_out > 0.9 and apart.training > 0.9 and abs(apart.held_out - 0.5) < 0.3 and apart.majority == 0.5
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(prompts=[[1], [2], [3], []]), "prompt 3 has 0 ids, but there must be from 1 to block_size 16"),
+    (dict(prompts=[[1], [2] * 17, [3], [4]]), "prompt 1 has 17 ids"),
+    (dict(labels=[0, 1, 0]), "4 prompts, 3 labels and 4 people"),
+    (dict(people=[0, 1]), "4 prompts, 4 labels and 2 people"),
+    (dict(prompts=[], labels=[]), "0 prompts, 0 labels and 0 people"),
+    (dict(people=["a", "a", "b", "c"]), "'a' has labels 0 and 1: a person has one"),
+    (dict(labels=[0, 2, 0, 2]), "class 1 has no row to learn from"),
+    (dict(train_fraction=1.0), "fraction to learn from is 1.0"),
+    (dict(places=["blocks.9"]), "no place 'blocks.9'"),
+    (dict(places=["heads"]), "place 'heads' gives nothing, not"),
+])
+def test_mistakes_with_prompts(change, words):
+    given = dict(prompts=[[1], [2, 3], [3], [4]], labels=[0, 1, 0, 1])
+    model = build()
+    with pytest.raises(ValueError, match=words):
+        layers_that_know(model, **{**given, **change})
+    assert model.training and hooks(model) == 0
+
+
+def test_a_place_of_another_length():
+    """A pyramid's middle layer has fewer positions."""
+    model = build(n_layer=4, shorten=2)
+    with pytest.raises(ValueError, match=r"place 'blocks.1' gives \(3, 3, 32\), not \(B, T, C\) with B 3 and T 6"):
+        last_states(model, [[1] * 6, [2], [3]], ["blocks.0", "blocks.1"])
+    assert last_states(model, [[1] * 6, [2], [3]], ["blocks.0", "blocks.3"])["blocks.3"].shape == (3, 32)
