@@ -299,8 +299,9 @@ def _fetch(url, part):
 class Batches:
     """Endless batches of windows out of one part of a corpus.
 
-    data: 1-D uint8 tensor, on any device. batch_size: windows (B). block_size: bytes of input (T). n_targets: bytes
-    predicted ahead of each position (K); a window is T + K bytes. device: where the batches go.
+    data: 1-D uint8 tensor, or int32 or int64 of a tokenizer's ids, on any device. batch_size: windows (B). block_size:
+    bytes of input (T). n_targets: bytes predicted ahead of each position (K); a window is T + K bytes. device: where
+    the batches go.
     mode: `random`: places drawn uniformly, with replacement.
           `epochs`: without replacement: an epoch cuts the data, from a phase drawn in [0, T), into windows T apart and
           shuffles them, so that no byte is a first target twice; a batch may span two epochs.
@@ -316,8 +317,8 @@ class Batches:
         sizes = f"batch_size {batch_size}, block_size {block_size}, n_targets {n_targets}"
         if min(batch_size, block_size, n_targets) < 1:
             raise UserError(f"{sizes}: each must be at least 1")
-        if data.dim() != 1 or data.dtype != torch.uint8:
-            raise ValueError(f"data must be a 1-D uint8 tensor, not {data.dim()}-D {data.dtype}")
+        if data.dim() != 1 or data.dtype not in (torch.uint8, torch.int32, torch.int64):
+            raise ValueError(f"data must be 1-D, of uint8, int32 or int64, not {data.dim()}-D {data.dtype}")
         needed = block_size * (batch_size if mode == "streams" else 1) + n_targets
         if data.numel() < needed:
             raise UserError(f"this part of the data has {data.numel():,} bytes; {mode} batches with {sizes} need "

@@ -500,8 +500,8 @@ def test_impossible_batches():
     for sizes in ((0, 16, 1), (4, 0, 1), (4, 16, 0)):
         with raises_one_line("at least 1"):
             Batches(DATA, *sizes)
-    with pytest.raises(ValueError, match="1-D uint8"):
-        Batches(DATA.long(), 4, 16)
+    with pytest.raises(ValueError, match="must be 1-D"):
+        Batches(DATA.float(), 4, 16)
 
 
 # --- Statistics and the command line ---
@@ -569,3 +569,14 @@ def test_real_tinyshakespeare():
     content = torch.cat([corpus.train, corpus.val]).numpy().tobytes()
     assert hashlib.sha256(content).hexdigest().startswith("86c4e6aa9db7c042")
     assert statistics(corpus)["distinct"] == 65
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_batches_of_ids_are_those_of_bytes(dtype):
+    """Ids above 255 come out as they are; where they fit, everything is as with bytes."""
+    ids, bytes_ = Batches(DATA.to(dtype), 4, 16, 2, "epochs", 3), Batches(DATA, 4, 16, 2, "epochs", 3)
+    large = Batches(DATA.to(dtype) + 1000, 4, 16, 2, "epochs", 3)
+    for _ in range(20):
+        (x, y), (same, also), (x_large, y_large) = ids.next(), bytes_.next(), large.next()
+        assert x.dtype == y.dtype == torch.int64 and torch.equal(x, same) and torch.equal(y, also)
+        assert torch.equal(x_large, x + 1000) and torch.equal(y_large, y + 1000)

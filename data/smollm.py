@@ -1,0 +1,357 @@
+"""The SmolLM corpus (HuggingFaceTB/smollm-corpus), streamed from shards: batches, held-out documents, exact resume.
+
+    python data/smollm.py cosmopedia-v2 --shards 2      # fetch the first two of 104 shards, and count
+    python data/smollm.py my.jsonl.gz                   # any .parquet, .jsonl or .jsonl.gz with a text; also globs
+
+Subsets: cosmopedia-v2 (104 shards; 39 million textbooks and stories by a language model), fineweb-edu-dedup (234; web
+pages for education) and python-edu (2), which has no text: only ids of blobs that lie in Software Heritage's bucket.
+Shards are looked for in smollm/SUBSET/ of the folders of NANOLAB_DATA and of data/downloads/, and fetched into the
+latter. The subsets, their folders, the names of the shards (train-00000-of-00104.parquet) and the column `text` of
+cosmopedia-v2 were checked against copies of the hub's pages; that fineweb-edu-dedup has `text` and python-edu `blob_id`
+is remembered. No shard has been downloaded and read by these lines: the machine that they were written on has no way
+to the hub.
+"""
+import fcntl
+import glob
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
+from data import text as texts
+from data.tokens import needed, token_bytes
+from experiment import Parser, UserError, command
+
+SUBSETS = {"cosmopedia-v2": 104, "fineweb-edu-dedup": 234, "python-edu": 2}  # shards
+URL = "https://huggingface.co/datasets/HuggingFaceTB/smollm-corpus/resolve/main/{}/{}"
+ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
+ROWS = 256  # documents of a parquet file that are in memory together
+HELD_OUT = 200  # one document in so many is never trained on
+
+
+# --- Files ---
+
+def find(source, shards=None):
+    """The files that a word means, a sorted list of paths.
+
+    source: a subset (cosmopedia-v2, fineweb-edu-dedup), a file, a folder or a glob of .parquet, .jsonl and .jsonl.gz.
+    shards: of a subset, exactly its first so many, of which those that are not here are fetched; None: those that are
+    here, and where there are none the first one, fetched.
+    Raises UserError: nothing there, python-edu, no connection, more shards than there are.
+    """
+    if source not in SUBSETS:
+        path = Path(source).expanduser()
+        found = sorted(path.iterdir()) if path.is_dir() else [Path(name) for name in sorted(glob.glob(str(path)))]
+        if path.is_file():  # whatever its name, also one with [ ] in it
+            found = [path]
+        if files := [file for file in found if file.name.endswith(ENDINGS) and file.is_file()]:
+            return files
+        raise UserError(f"{source!r} is no {', '.join(ENDINGS)} file, no folder or glob of such files and no subset of "
+                        f"the SmolLM corpus: those are {', '.join(SUBSETS)}")
+    if source == "python-edu":
+        raise UserError("python-edu has ids of blobs instead of texts: fetch these from Software Heritage's bucket, "
+                        "write them as the text of a .jsonl, and name that file")
+    if shards is None:
+        here = {file.name: file for folder in reversed(texts._folders())
+                for file in (folder / "smollm" / source).glob("*.parquet")}
+        if here:
+            return [here[name] for name in sorted(here)]
+        shards = 1
+    if not 1 <= shards <= SUBSETS[source]:
+        raise UserError(f"shards is {shards}: {source} has from 1 to {SUBSETS[source]}")
+    return [_shard(source, f"train-{i:05}-of-{SUBSETS[source]:05}.parquet") for i in range(shards)]
+
+
+def _shard(subset, name):
+    """The path of one shard of a subset; fetches it where it lies nowhere."""
+    places = [folder / "smollm" / subset / name for folder in texts._folders()]
+    if found := next((path for path in places if path.is_file()), None):
+        return found
+    path = places[-1]  # in data/downloads/
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(name + ".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of two runs that start together the second waits and finds the file
+            if not path.is_file():
+                part = path.with_name(name + ".part")
+                texts._fetch(URL.format(subset, name), part)
+                if not _is_parquet(part):
+                    part.unlink()
+                    raise UserError(f"what {URL.format(subset, name)} sent is no parquet file and was removed")
+                os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    except UserError as error:
+        raise UserError(f"{error}; a copy of {name} can be put into smollm/{subset}/ of a folder of "
+                        "NANOLAB_DATA") from error
+    return path
+
+
+def _is_parquet(path):
+    """Does a file begin and end as parquet files do?"""
+    with open(path, "rb") as file:
+        begin = file.read(4)
+        file.seek(max(0, path.stat().st_size - 4))
+        return begin == file.read(4) == b"PAR1"
+
+
+def _parquet(path):
+    """pyarrow's ParquetFile; it reads pieces of a column, not whole row groups. Raises UserError: it is none."""
+    needed("pyarrow")
+    module = needed("pyarrow.parquet")
+    try:
+        file = module.ParquetFile(path, buffer_size=2 ** 20, pre_buffer=False)
+    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise UserError(f"{path} is damaged or no parquet file ({_line(error)})") from error
+    names = file.schema_arrow.names
+    if "text" not in names or "string" not in str(file.schema_arrow.field("text").type):
+        hint = ": it has blob_id, so its texts lie elsewhere, as those of python-edu do" if "blob_id" in names else ""
+        raise UserError(f"{path} has no column text with strings, only {', '.join(names)}{hint}")
+    return file
+
+
+def _line(error):
+    return " ".join(str(error).split())[:120]
+
+
+def _open_lines(path):
+    return gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb")
+
+
+def n_rows(path):
+    """Documents of a file: of .parquet from its footer, of .jsonl the lines, all of which are read once."""
+    if path.name.endswith(".parquet"):
+        with _parquet(path) as file:
+            return file.metadata.num_rows
+    try:
+        with _open_lines(path) as file:
+            return sum(1 for _ in file)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {_line(error)}") from error
+
+
+# --- Documents ---
+
+def documents(files, start=(0, 0)):
+    """Yields (text, position), in the order of the files: a document and where the next one is, (file, row).
+
+    files: list of paths. start: a position, from which it goes on. At most ROWS documents are in memory, and of the
+    file no more than what the decoder holds for them. A missing text (null) is an empty one.
+    Raises UserError, naming file and row: damaged, no texts, not UTF-8.
+    """
+    first, row = start
+    for number in range(first, len(files)):
+        path = Path(files[number])
+        read = _parquet_rows if path.name.endswith(".parquet") else _json_rows
+        for text, row in read(path, row):
+            yield text, (number, row)
+        row = 0
+
+
+def _parquet_rows(path, start):
+    """Yields (text, the next row) from row `start` on."""
+    with _parquet(path) as file:
+        row, metadata = 0, file.metadata
+        for group in range(metadata.num_row_groups):
+            rows = metadata.row_group(group).num_rows
+            if row + rows <= start:
+                row += rows
+                continue
+            batches = file.iter_batches(ROWS, row_groups=[group], columns=["text"], use_threads=False)
+            while True:
+                try:
+                    batch = next(batches, None)
+                    if batch is None:
+                        break
+                    column = batch.column(0).slice(max(0, start - row)).to_pylist()
+                except (OSError, ValueError) as error:  # also bytes that are no UTF-8
+                    raise UserError(f"{path} cannot be read from row {row:,} on ({_line(error)})") from error
+                row = max(row, min(start, row + len(batch)))
+                for text in column:
+                    row += 1
+                    yield text or "", row
+
+
+def _json_rows(path, start):
+    """Yields (text, the next line) from line `start` on, counted from 0; empty lines are none."""
+    try:
+        with _open_lines(path) as file:
+            for row, line in enumerate(file):
+                if row < start or not line.strip():
+                    continue
+                try:
+                    text = json.loads(line)["text"]
+                    text = "" if text is None else text
+                    text.encode()
+                except (ValueError, TypeError, KeyError, AttributeError) as error:
+                    raise UserError(f"line {row + 1:,} of {path} is no JSON object with a text in UTF-8 "
+                                    f"({type(error).__name__}: {_line(error)})") from error
+                yield text, row + 1
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {_line(error)}") from error
+
+
+def is_held_out(text, one_in=HELD_OUT):
+    """Is a document kept for validation? By a hash of its text, so that copies of it are all on one side."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % one_in == 0
+
+
+# --- Batches ---
+
+class Batches:
+    """Endless batches of packed documents for next-token training.
+
+    files: list of paths (see find). tokenizer: see data/tokens.py. batch_size: rows (B). block_size: tokens of input
+    (T). n_targets: tokens predicted ahead of each position (K). end: the id after each document, None: tokenizer.size,
+    so that the vocabulary is size + 1. buffer: documents that are shuffled together; in memory are their tokens, int32.
+    one_in: one document in so many is held out. seed: of the generator, which draws nothing else.
+    Documents, empty and held-out ones apart, are read `buffer` at a time, each such block is shuffled, and what comes
+    out is one stream of tokens, of which every row is the next T (and K more to predict). Several processes: give each
+    its own files. Raises UserError: a size below 1, unreadable files, nothing to train on.
+    """
+
+    def __init__(self, files, tokenizer, batch_size, block_size, n_targets=1, seed=0, device="cpu", end=None,
+                 buffer=1024, one_in=HELD_OUT):
+        sizes = dict(batch_size=batch_size, block_size=block_size, n_targets=n_targets, buffer=buffer)
+        if min(sizes.values()) < 1 or one_in < 2:
+            raise UserError(", ".join(f"{name} {value}" for name, value in sizes.items())
+                            + f": each must be at least 1, and one_in, {one_in}, at least 2")
+        self.files, self.tokenizer, self.device = [Path(file) for file in files], tokenizer, torch.device(device)
+        self.batch_size, self.block_size, self.n_targets = batch_size, block_size, n_targets
+        self.end = tokenizer.size if end is None else end
+        self.buffer, self.one_in = buffer, one_in
+        self.generator = torch.Generator().manual_seed(seed)
+        self.rows = [n_rows(file) for file in self.files]
+        if not sum(self.rows):
+            raise UserError(f"{', '.join(map(str, files)) or 'a list of no files'}: there are no documents")
+        self.passes, self._rest = 0, np.empty(0, np.int32)  # whole passes; tokens that were made and not yet given
+        self._seek((0, 0))
+        self._read_block()
+
+    def _seek(self, position):
+        """Goes on reading at a position."""
+        self._position, self._documents = position, documents(self.files, position)
+
+    def _read_block(self):
+        """Reads and shuffles the next documents, over the end of the files where that comes in between."""
+        self._start, self._before = self._position, self.generator.get_state()  # to read this block again
+        block, ends = [], 0
+        while len(block) < self.buffer:
+            text, position = next(self._documents, (None, None))
+            if text is None:
+                ends += 1
+                if block:
+                    break
+                if ends == 2:
+                    raise UserError(f"all {sum(self.rows):,} documents are empty or held out: none is for training")
+                self._seek((0, 0))
+                self._start, self.passes = (0, 0), self.passes + 1
+                continue
+            self._position = position
+            if text and not is_held_out(text, self.one_in):
+                block.append(np.array([*self.tokenizer.encode(text), self.end], np.int32))
+        self._block = [block[i] for i in torch.randperm(len(block), generator=self.generator).tolist()]
+        self._given = 0
+
+    @property
+    def epoch(self):
+        """float: passes over the documents so far, counted as they are given out of the blocks."""
+        begin, end = (sum(self.rows[:file]) + row for file, row in (self._start, self._position))
+        return self.passes + (begin + (end - begin) * self._given / len(self._block)) / sum(self.rows)
+
+    def next(self):
+        """-> x (B, T) int64, y (B, T, K) int64 on device; y[b, t, k] is the token k + 1 places after x[b, t]."""
+        B, T, K = self.batch_size, self.block_size, self.n_targets
+        parts, have = [self._rest], len(self._rest)
+        while have < B * T + K:
+            if self._given == len(self._block):
+                self._read_block()
+            parts.append(self._block[self._given])
+            have += len(parts[-1])
+            self._given += 1
+        stream = np.concatenate(parts)
+        self._rest = stream[B * T:].copy()
+        windows = torch.from_numpy(stream[:B * T + K]).unfold(0, T + K, T).long()  # (B, T + K)
+        onto_gpu = self.device.type == "cuda"
+        if onto_gpu:
+            windows = windows.pin_memory()
+        windows = windows.to(self.device, non_blocking=onto_gpu)
+        ahead = windows[:, 1:].unfold(1, K, 1)  # (B, T, K)
+        return windows[:, :T].contiguous(), ahead.contiguous()
+
+    def _kind(self):
+        """What a saved state must share with these batches for its position to mean the same."""
+        return {"files": " ".join(file.name for file in self.files), "documents": sum(self.rows),
+                "tokenizer": self.tokenizer.fingerprint, "end": self.end, "buffer": self.buffer, "one_in": self.one_in}
+
+    def state_dict(self):
+        """Plain strings, ints and two tensors, from which load_state_dict goes on exactly, also within a file."""
+        return {**self._kind(), "passes": self.passes, "file": self._start[0], "row": self._start[1],
+                "given": self._given, "generator": self._before.clone(), "rest": torch.from_numpy(self._rest.copy())}
+
+    def load_state_dict(self, state):
+        """Goes on where state was taken; reads one block again. Raises UserError where files or settings differ."""
+        for key, here in self._kind().items():
+            if state.get(key) != here:
+                raise UserError(f"the saved batches have {key} {state.get(key)}, these have {here}: resume with the "
+                                "data, tokenizer and batch settings of the saved run")
+        self.generator.set_state(state["generator"].cpu())
+        self.passes, self._rest = state["passes"], state["rest"].cpu().numpy().copy()
+        self._seek((state["file"], state["row"]))
+        self._read_block()
+        self._given = state["given"]
+
+
+def validation(files, tokenizer, n_tokens, end=None, one_in=HELD_OUT):
+    """The first held-out documents: (tokens (N,) int64, n_bytes), N at most n_tokens, each document with end after it.
+
+    n_bytes: the bytes of UTF-8 that the tokens stand for; ends are predicted too, but count no bytes. end, one_in: as
+    of Batches. Raises UserError where no document is held out.
+    """
+    if n_tokens < 1:
+        raise UserError(f"n_tokens is {n_tokens}: it must be at least 1")
+    sizes, parts, missing, n_bytes = token_bytes(tokenizer), [], n_tokens, 0
+    held_out = (text for text, _ in documents(files) if text and is_held_out(text, one_in))
+    for text in held_out:
+        ids = torch.tensor(tokenizer.encode(text), dtype=torch.int64)[:missing]
+        n_bytes += int(sizes[ids].sum())
+        parts.append(torch.cat([ids, torch.tensor([tokenizer.size if end is None else end])])[:missing])
+        missing -= len(parts[-1])
+        if not missing:
+            break
+    if not parts:
+        raise UserError(f"of the documents in {', '.join(map(str, files))} none is held out: one in {one_in} is; take "
+                        "more files")
+    return torch.cat(parts), n_bytes
+
+
+# --- The command line ---
+
+@command
+def main(argv=None):
+    """The command line: finds or fetches files, and counts."""
+    parser = Parser(prog="data/smollm.py", description=__doc__.splitlines()[0])
+    parser.add_argument("source", help=f"{', '.join(SUBSETS)}, a file, a folder or a glob")
+    parser.add_argument("--shards", type=int, help="of a subset: the first so many, fetched where they are not here")
+    parser.add_argument("--documents", type=int, default=10_000, help="how many to read for the figures")
+    args = parser.parse_args(argv)
+    files = find(args.source, args.shards)
+    for file in files:
+        print(f"{file}: {file.stat().st_size:,} bytes, {n_rows(file):,} documents")
+    read = [(len(text.encode()), is_held_out(text)) for text, _ in itertools.islice(documents(files), args.documents)]
+    lengths, held_out = zip(*read) if read else ((0,), (False,))
+    print(f"of the first {len(read):,} documents: {sum(lengths) / len(lengths):,.0f} bytes on average, "
+          f"{max(lengths):,} at most, {sum(n == 0 for n in lengths):,} empty, {sum(held_out):,} held out")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Text as a tokenizer's ids, from a file that fits into memory or from streamed shards, for next-token training.
+
+    opened = open_text(dict(dataset="shakespeare", tokenizer="bpe:1024", max_bytes=None))
+    batches = opened.batches(batch_size=16, block_size=128, batching="random", seed=0, device="cpu")
+    x, y = batches.next()                        # (16, 128) and (16, 128, 1) int64
+"""
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data import smollm, text, tokens
+from experiment import UserError
+
+TRAINED_ON = 10_000_000  # characters of shards that a tokenizer is trained on
+VALIDATED = 200_000  # tokens of held-out documents that are scored
+
+
+@dataclass
+class Tokenized:
+    """A text as ids: `train`, `val` and `test`, each (N,) int32 or None; of shards, `files` in place of `train`.
+
+    sizes (vocab_size,) int64: the bytes of UTF-8 of each id, 0 of the `end` that follows a document of a shard.
+    """
+    tokenizer: object
+    train: torch.Tensor
+    val: torch.Tensor
+    test: torch.Tensor
+    files: list
+    sizes: torch.Tensor
+    source: str
+
+    @property
+    def vocab_size(self):
+        return len(self.sizes)
+
+    @property
+    def rows(self):
+        """Tokens to train on, or documents, where these are streamed."""
+        return sum(map(smollm.n_rows, self.files)) if self.files else len(self.train)
+
+    def batches(self, batch_size, block_size, batching, seed, device):
+        """text.Batches of the tokens, or smollm.Batches of the shards, which come in their own order."""
+        if self.files:
+            return smollm.Batches(self.files, self.tokenizer, batch_size, block_size, seed=seed, device=device)
+        return text.Batches(self.train, batch_size, block_size, 1, batching, seed, device)
+
+
+def open_text(settings):
+    """The Tokenized that settings name: `dataset` (as text.load takes it, "smollm:SUBSET", or a path, folder or glob of
+    .parquet, .jsonl, .jsonl.gz), `tokenizer` (as tokens.open_or_train takes it), `max_bytes` (not of shards).
+
+    Raises UserError as these do; max_bytes with shards.
+    """
+    dataset, word, limit = settings["dataset"], settings["tokenizer"], settings["max_bytes"]
+    of_shards = dataset.startswith("smollm:") or dataset.endswith(smollm.ENDINGS) or Path(dataset).is_dir()
+    if not of_shards:
+        corpus = text.load(dataset, limit)
+        tokenizer = tokens.open_or_train(word, lambda: corpus.train)
+        ids = [None if part is None else tokens.encode_corpus(tokenizer, part)
+               for part in (corpus.train, corpus.val, corpus.test)]
+        return Tokenized(tokenizer, *ids, [], tokens.token_bytes(tokenizer), f"{corpus.source}; {_words(tokenizer)}")
+    if limit is not None:
+        raise UserError("--max_bytes is for texts that fit into memory: name fewer shards instead")
+    files = smollm.find(dataset.removeprefix("smollm:"))
+
+    def sample():
+        there, have = [], 0
+        for document, _ in smollm.documents(files):
+            if have >= TRAINED_ON:
+                break
+            if not smollm.is_held_out(document):
+                there.append(document)
+                have += len(document)
+        return "\n".join(there)
+
+    tokenizer = tokens.open_or_train(word, sample)
+    val, _ = smollm.validation(files, tokenizer, VALIDATED)
+    sizes = torch.cat([tokens.token_bytes(tokenizer), torch.zeros(1, dtype=torch.int64)])
+    named = ", ".join(file.name for file in itertools.islice(files, 3)) + ", ..." * (len(files) > 3)
+    return Tokenized(tokenizer, None, val.int(), None, files, sizes, f"{named}; {_words(tokenizer)}")
+
+
+def _words(tokenizer):
+    return f"tokenizer {tokenizer.name}, {tokenizer.size:,} ids"

@@ -1,0 +1,362 @@
+"""data/tokens.py: exact round trips, byte pairs against the slow definition, cuts, files, errors."""
+import base64
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import regex
+import requests
+import sentencepiece
+import tiktoken
+import tiktoken_ext.openai_public
+import torch
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks, load_tiktoken_bpe
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from data import text as texts  # noqa: E402
+from data import tokens  # noqa: E402
+from data.facts import Vocabulary  # noqa: E402
+from experiment import UserError  # noqa: E402
+
+WORDS = [a + b for a in "ho ri moun ca na lan fo ber 字 spri".split()
+         for b in "use ver tain fé ïve dern rest ry".split()]
+TEXT = "\n".join(f"The {i % 7} old men of the {word}s, they'd said: \t{word} and {word[::-1]}!  Don't\n\n   go {i}."
+                 for i, word in enumerate(WORDS * 3))
+AWKWARD = ["", " ", "  two  spaces  ", "\n", "\n\n\t x\r\n\r\n", "\t\t", "a\u2581b", "\u2581", "\u2581\u2581 \u2581\n",
+           "🙂👩\u200d👩\u200d👧", "\0", "\x00a\x7f\x1b\x85\x1c", "e\u0301", "\ufeff\u2028\u00a0\u3000x",
+           "\ufffd\U0010ffff\ue000", "<0x41><unk>", "<|endoftext|>", "日本語のテキスト", "don't DON'T 's", "x" * 3000,
+           " " * 3000 + "x", "1234567 ½²", "end \n"]
+
+
+@pytest.fixture(scope="module")
+def named():
+    """Two of tiktoken's encodings with its patterns; ranks of our own stand in for those that would be fetched."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "PATTERN", "(?s:.{1,9})")  # so that some go over newlines, where a wrong cut would show
+        pieces = tokens.train("bpe", TEXT + "x\n \n  y.\n\n a\n\nb!\n\n" * 50, 370).pieces
+        patch.undo()
+        ranks = {piece: i for i, piece in enumerate(pieces)}
+        for name in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
+            patch.setattr(tiktoken_ext.openai_public, name, lambda *args, **kwargs: dict(ranks))
+        patch.setattr(tiktoken.registry, "ENCODINGS", {})
+        yield tokens.open_tokenizer("tiktoken:cl100k_base"), tokens.open_tokenizer("tiktoken:o200k_base")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return {"bpe": tokens.train("bpe", TEXT, 370), "unigram": tokens.train("sentencepiece", TEXT, 340),
+            "sentencepiece-bpe": tokens.train("sentencepiece", TEXT, 400, "bpe"),
+            "bytes": tokens.open_tokenizer("bytes")}
+
+
+@pytest.fixture(params=["bytes", "bpe", "unigram", "sentencepiece-bpe", "cl100k", "o200k"])
+def tokenizer(request, trained, named):
+    return {**trained, "cl100k": named[0], "o200k": named[1]}[request.param]
+
+
+def raises_one_line(*words):
+    """A UserError of one line that has all the words."""
+    pattern = "".join(f"(?=.*{re.escape(word)})" for word in words)
+    return pytest.raises(UserError, match=rf"\A{pattern}[^\n]+\Z")
+
+
+# --- Round trips and bytes ---
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_every_text_comes_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert all(type(i) is int and 0 <= i < tokenizer.size for i in ids)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(torch.tensor(ids, dtype=torch.int64)) == text
+    assert int(tokens.token_bytes(tokenizer)[torch.tensor(ids, dtype=torch.int64)].sum()) == len(text.encode())
+    assert Vocabulary(tokenizer).encode(text) == ids
+
+
+def test_random_texts_come_back(tokenizer):
+    rng, alphabet = random.Random(0), list("ab the'  \n\t\u2581é字🙂\0.-1") + [chr(i) for i in range(0x20, 0x3000, 97)]
+    for _ in range(150):
+        text = "".join(rng.choice(alphabet) for _ in range(rng.randint(1, 60)))
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokens.encode_corpus(tokenizer, text).tolist() == tokenizer.encode(text)
+
+
+def test_half_a_character_is_refused(tokenizer):
+    for call in (tokenizer.encode, lambda text: tokens.encode_corpus(tokenizer, text)):
+        with raises_one_line(r"\ud83d", "at character 2", "no UTF-8"):
+            call("ab\ud83dc")
+
+
+def test_ids_that_are_not_there(tokenizer):
+    assert tokenizer.decode([]) == ""
+    for ids in ([0, tokenizer.size], [-1]):
+        with pytest.raises(ValueError, match=str(tokenizer.size - 1)):
+            tokenizer.decode(ids)
+
+
+def test_ids_cut_within_a_character(tokenizer):
+    ids = tokenizer.encode("\U0001f642")
+    assert len(ids) > 1 and "\ufffd" in tokenizer.decode(ids[:-1])
+
+
+def test_pieces_and_sizes(trained, named):
+    assert {name: tokenizer.size for name, tokenizer in trained.items()} == {
+        "bytes": 256, "bpe": 370, "unigram": 340, "sentencepiece-bpe": 400}
+    lengths = tokens.token_bytes(trained["bpe"])
+    assert lengths.dtype == torch.int64 and lengths.shape == (370,) and lengths[:256].eq(1).all() and lengths.max() > 3
+    gaps = [i for i, piece in enumerate(named[0].pieces) if not piece]  # cl100k_base's specials are above 100,256
+    assert named[0].size == 100277 and 100256 in gaps and named[0].pieces[100257] == b"<|endoftext|>"
+    assert named[0].encode("<|endoftext|>")[0] < 370
+    assert named[0].decode([100256]) == ""
+
+
+def test_newlines_and_tabs_are_single_ids(trained):
+    for name in ("unigram", "sentencepiece-bpe"):
+        assert [len(trained[name].encode(text)) for text in ("\n", "\t", "\n\n", "\u2581")] == [1, 1, 2, 3]
+        assert trained[name].encode("the old men")[0] != trained[name].encode(" the old men")[0]
+
+
+def test_white_space_beyond_what_tiktoken_searches(trained, named):
+    for tokenizer in (trained["bpe"], named[0]):
+        for text in ("\t " * 600_000 + "x", "\r" * 1_100_000 + "\nthe"):
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+# --- Byte pairs against the definition ---
+
+def slow_byte_pairs(text, vocab_size):
+    """(pieces, words as ids): all pairs counted anew at every step."""
+    words = [(list(word.encode()), n) for word, n in Counter(regex.findall(tokens.PATTERN, text)).items()]
+    pieces = [bytes([i]) for i in range(256)]
+    while len(pieces) < vocab_size:
+        pairs = Counter()
+        for word, n in words:
+            for pair in zip(word, word[1:]):
+                pairs[pair] += n
+        first, second = min(pairs, key=lambda pair: (-pairs[pair], pair), default=(None, None))
+        if pairs[first, second] < 2:
+            return pieces, words
+        pieces.append(pieces[first] + pieces[second])
+        for word, _ in words:
+            for i in range(len(word)):
+                if word[i:i + 2] == [first, second]:
+                    word[i:i + 2] = [len(pieces) - 1]
+    return pieces, words
+
+
+def test_byte_pairs_are_as_defined():
+    rng, given, refused = random.Random(1), 0, 0
+    for _ in range(250):
+        alphabet = rng.choice(["ab", "abc", "aab ", "ab \n", "aé", "a-1'"])
+        text = "".join(rng.choice(alphabet) for _ in range(rng.randint(1, 300)))
+        size = 256 + rng.randint(0, 50)
+        pieces, words = slow_byte_pairs(text, size)
+        if len(pieces) < size:
+            refused += 1
+            with raises_one_line(f"vocab_size is {size}", f"only {len(pieces)}"):
+                tokens.train("bpe", text, size)
+            continue
+        given += 1
+        tokenizer = tokens.train("bpe", text, size)
+        assert tokenizer.pieces == pieces
+        for word, _ in words:  # tiktoken merges as training did
+            assert tokenizer.encode(b"".join(pieces[i] for i in word).decode()) == word
+    assert given > 50 and refused > 50
+
+
+def test_pattern_splits_as_gpt2_does_and_loses_nothing():
+    words = regex.findall(tokens.PATTERN, "They'd say:  don't go\t1234\n\n   now--never ")
+    assert words == ["They", "'d", " say", ":", " ", " don", "'t", " go", "\t", "1234", "\n\n", "  ", " now", "--",
+                     "never", " "]
+    for text in AWKWARD:
+        assert "".join(regex.findall(tokens.PATTERN, text)) == text
+
+
+def test_training_is_repeatable_and_takes_bytes():
+    for kind, size in (("bpe", 300), ("sentencepiece", 330)):
+        first = tokens.train(kind, TEXT, size)
+        data = TEXT.encode() + b"\xff\xfe"
+        for same in (data, torch.frombuffer(bytearray(data), dtype=torch.uint8)):
+            assert tokens.train(kind, same, size).fingerprint == first.fingerprint
+        assert tokens.train(kind, TEXT, size + 1).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("kind, text, size, words", [
+    ("bpe", TEXT, 255, ["255", "at least 256"]), ("bpe", TEXT, -1, ["-1"]), ("bpe", "", 257, ["257", "only 256"]),
+    ("bpe", TEXT, 10 ** 6, ["1,000,000", "take fewer"]), ("sentencepiece", TEXT, 259, ["259", "at least 260"]),
+    ("sentencepiece", TEXT, 270, ["270", "at least 3", "characters"]), ("sentencepiece", TEXT, 10 ** 5, ["at most"]),
+    ("sentencepiece", "", 300, ["no text"]), ("sentencepiece", "\n\t\n", 300, ["no text"]),
+    ("bpee", TEXT, 300, ["bpee", "did you mean bpe?"]), ("bytes", TEXT, 256, ["bytes", "bpe, sentencepiece"])])
+def test_what_cannot_be_trained(kind, text, size, words):
+    with raises_one_line(*words):
+        tokens.train(kind, text, size)
+
+
+def test_model_type_is_checked():
+    with raises_one_line("word", "unigram, bpe"):
+        tokens.train("sentencepiece", TEXT, 400, "word")
+
+
+def test_training_prints_nothing(capfd):
+    tokens.train("sentencepiece", TEXT, 330)
+    assert capfd.readouterr() == ("", "")
+
+
+# --- Whole corpora ---
+
+def test_cuts_change_no_token(tokenizer, monkeypatch):
+    text = TEXT + "\n".join(AWKWARD) + "x\n\nY\nz!\nA \nB\n\tC\nd\r\nE. \n  F\nx\n \n  y.\n\n a\n\nb!\n\n" + TEXT
+    whole = tokenizer.encode(text)
+    monkeypatch.setattr(tokens, "CHUNK", 1)
+    encoded = []
+    real = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda part: encoded.append(part) or real(part))
+    found = tokens.encode_corpus(tokenizer, text)
+    assert found.dtype == torch.int32 and found.tolist() == whole
+    assert len(encoded) > 200 or tokenizer.name == "bytes"
+    assert tokenizer.decode_bytes(found) == text.encode()
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"caf\xe9 \xe9t\xe9\nna\xefve\n" * 9, "日本".encode()[1:-1],
+                                  bytes(range(256)) * 2, b"\xed\xa0\xbd\xed\xb8\x80", b"\xf0\x9f\x99\x82\xf0\x9f"])
+def test_bytes_that_are_no_utf8_come_back(tokenizer, data):
+    found = tokens.encode_corpus(tokenizer, data)
+    assert tokenizer.decode_bytes(found) == data
+    assert int(tokens.token_bytes(tokenizer)[found.long()].sum()) == len(data)
+    tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    assert torch.equal(tokens.encode_corpus(tokenizer, tensor), found)
+
+
+def test_corpora_of_another_type():
+    for data in (torch.zeros(3), torch.zeros(2, 2, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="1-D uint8"):
+            tokens.encode_corpus(tokens.open_tokenizer("bytes"), data)
+
+
+# --- Files ---
+
+def test_saved_files_open_again(tokenizer, tmp_path):
+    path = tmp_path / "a tokenizer"
+    tokenizer.save(path)
+    again = tokens.open_tokenizer(str(path))
+    assert (again.name, again.pieces, again.fingerprint) == (tokenizer.name, tokenizer.pieces, tokenizer.fingerprint)
+    assert again.encode(TEXT) == tokenizer.encode(TEXT)
+    tokens.check(again, tokenizer.fingerprint)
+    with raises_one_line("does not match the checkpoint", "0123456789ab"):
+        tokens.check(again, "0123456789abcdef")
+
+
+def test_fingerprints_differ(trained, named):
+    assert len({tokenizer.fingerprint for tokenizer in [*trained.values(), *named]}) == 6
+
+
+def test_fingerprint_has_the_pattern(trained, monkeypatch):
+    monkeypatch.setattr(tokens, "PATTERN", tokens.PATTERN + "|x")
+    assert tokens.BytePairs(trained["bpe"].pieces).fingerprint != trained["bpe"].fingerprint
+
+
+def test_files_are_what_other_programs_read(trained, tmp_path):
+    trained["bpe"].save(tmp_path / "tok.bpe")
+    assert load_tiktoken_bpe(str(tmp_path / "tok.bpe")) == {piece: i for i, piece in enumerate(trained["bpe"].pieces)}
+    trained["unigram"].save(tmp_path / "tok.model")
+    other = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tok.model"))
+    assert other.encode("The old house") == trained["unigram"].encode("The old house")
+
+
+@pytest.mark.parametrize("name", ["bpe", "unigram"])
+def test_damaged_files_are_refused(trained, name, tmp_path):
+    path = tmp_path / "tok"
+    trained[name].save(path)
+    content = path.read_bytes()
+    line = content.rfind(b"\n", 0, len(content) // 2) + 1  # of ranks: an end between two lines is the hardest
+    broken = [content[:-1], content[:line], content[:100], b"", content + b"x", content[:300] + b"#" + content[301:]]
+    if name == "bpe":
+        lines = content.split(b"\n")
+        broken += [b"\n".join(lines[:300] + lines[301:]), b"\n".join(lines[:300] + lines[299:]),
+                   b"\n".join([*lines[:300], base64.b64encode(b"a") + b" 300", *lines[301:]]),
+                   b"\n".join(lines[:200]) + b"\n\n", b"\n".join(lines[1:])]
+    for part in broken:
+        path.write_bytes(part)
+        with raises_one_line(str(path), "truncated"):
+            tokens.open_tokenizer(path)
+
+
+def test_files_that_are_none(tmp_path):
+    for content in (b"tiktoken:gpt3\n", b"PK\x03\x04", b"hello\n", b"\xff" * 200):
+        (tmp_path / "tok").write_bytes(content)
+        with raises_one_line(str(tmp_path / "tok"), "no tokenizer"):
+            tokens.open_tokenizer(tmp_path / "tok")
+    with raises_one_line("nowhere", "neither bytes, tiktoken:NAME nor a file"):
+        tokens.open_tokenizer("nowhere")
+    with raises_one_line(f"cannot read {tmp_path}", "directory"):
+        tokens.open_tokenizer(tmp_path)
+    with raises_one_line("cannot write", "missing"):
+        tokens.open_tokenizer("bytes").save(tmp_path / "missing" / "tok")
+
+
+def test_open_or_train(tmp_path):
+    assert tokens.open_or_train("bpe:300", TEXT).pieces == tokens.train("bpe", TEXT, 300).pieces
+    assert tokens.open_or_train("sentencepiece:330", lambda: TEXT).fingerprint == tokens.train(
+        "sentencepiece", TEXT, 330).fingerprint
+    assert tokens.open_or_train("bytes", None).size == 256
+    (tmp_path / "bpe").write_text("bytes\n")
+    assert tokens.open_or_train(tmp_path / "bpe", None).size == 256
+    for word in ("bpe:", "bpe:many", "bpe:-5"):
+        with raises_one_line(word, "bpe:1024"):
+            tokens.open_or_train(word, TEXT)
+
+
+# --- tiktoken's own ---
+
+def test_encodings_that_cannot_be_fetched(monkeypatch, tmp_path):
+    def unreachable(*args, **kwargs):
+        raise requests.exceptions.ConnectionError("no\nnetwork")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(requests, "get", unreachable)
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setattr(tiktoken_ext.openai_public, "data_gym_to_mergeable_bpe_ranks", data_gym_to_mergeable_bpe_ranks)
+    with raises_one_line("gpt2", "could not be fetched", "TIKTOKEN_CACHE_DIR", "bpe"):
+        tokens.open_tokenizer("tiktoken:gpt2")
+
+
+def test_encodings_that_are_unknown():
+    with raises_one_line("cl100k", "did you mean cl100k_base?", "o200k_base"):
+        tokens.open_tokenizer("tiktoken:cl100k")
+
+
+def test_a_missing_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with raises_one_line("sentencepiece", "pip install sentencepiece"):
+        tokens.train("sentencepiece", TEXT, 330)
+
+
+# --- The command line ---
+
+def test_command_line(tmp_path, capsys):
+    (tmp_path / "data.txt").write_text(TEXT)
+    out = tmp_path / "tok.bpe"
+    tokens.main(["train", "--kind", "bpe", "--dataset", str(tmp_path / "data.txt"), "--vocab_size", "300",
+                 "--out", str(out)])
+    printed = capsys.readouterr().out
+    corpus = texts.load(str(tmp_path / "data.txt"))
+    tokenizer = tokens.open_tokenizer(out)
+    assert tokenizer.pieces == tokens.train("bpe", corpus.train, 300).pieces  # of the training part only
+    value = len(corpus.val) / len(tokens.encode_corpus(tokenizer, corpus.val))
+    assert f"bytes a token, val: {value:.3f}\n" in printed and "300 ids" in printed and str(out) in printed
+    tokens.main(["show", "--tokenizer", str(out), "--text", "the\n"])
+    printed = capsys.readouterr().out
+    assert "ids: " + " ".join(map(str, tokenizer.encode("the\n"))) + "\n" in printed
+    assert "'\\n'" in printed and "bytes a token" not in printed
+    tokens.main(["show", "--tokenizer", "bytes", "--dataset", str(tmp_path / "data.txt")])
+    assert "bytes a token, train: 1.000" in capsys.readouterr().out
+
+
+def test_run_as_a_script():
+    done = subprocess.run([sys.executable, ROOT / "data/tokens.py", "show", "--tokenizer", "nowhere"], text=True,
+                          capture_output=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: tokenizer 'nowhere'")
+    assert done.stderr.count("\n") == 1
