@@ -87,17 +87,59 @@ def test_top_p_counts_what_top_k_left_and_min_p_comes_last():
     assert kept(p, top_k=1, top_p=1e-9, min_p=1.0) == [0]
 
 
+def typical(p, mass):
+    """Which bytes of the distribution p locally typical sampling keeps, written out in float64."""
+    entropy = -sum(x * math.log(x) for x in p if x > 0)
+    order = sorted((i for i, x in enumerate(p) if x > 0), key=lambda i: (abs(-math.log(p[i]) - entropy), i))
+    kept, total = [], 0.0
+    for i in order:
+        kept.append(i)
+        total += p[i]
+        if total >= mass:
+            break
+    return sorted(kept)
+
+
+@pytest.mark.parametrize("mass", [1e-9, 0.2, 0.5, 0.9, 0.99])
+def test_typical_p_is_its_definition(mass):
+    generator = torch.Generator().manual_seed(0)
+    for scale in (0.1, 1.0, 3.0):
+        rows = torch.randn(40, 30, generator=generator) * scale
+        rows[:, ::7] = -math.inf
+        found = filter_logits(rows, 0.7, typical_p=mass).isfinite()
+        wanted = [typical(row, mass) for row in (rows.double() / 0.7).softmax(-1).tolist()]
+        assert [row.nonzero().flatten().tolist() for row in found] == wanted
+
+
+def test_typical_p():
+    # Surprisals 2.30, 0.36, 1.61 and an entropy of 0.80: nearest is the best, then 0.2, then 0.1.
+    assert kept([0.1, 0.7, 0.2], typical_p=0.7 - 1e-6) == [1] and kept([0.1, 0.7, 0.2], typical_p=0.71) == [1, 2]
+    assert kept([0.1, 0.7, 0.2], typical_p=0.91) == [0, 1, 2] == kept([0.1, 0.7, 0.2], typical_p=1.0)
+    flat = [0.4] + [0.06] * 10                                   # the best one is too little of a surprise
+    assert kept(flat, typical_p=1e-9) == [1] and kept(flat, typical_p=0.29) == [1, 2, 3, 4, 5]
+    assert kept(flat, typical_p=0.7) == list(range(11))
+    assert kept([0.25] * 4, typical_p=0.5) == [0, 1]             # of equal ones the lower first
+
+
+def test_typical_p_comes_after_top_p_and_before_min_p():
+    flat = [0.4] + [0.06] * 10
+    assert kept(flat, top_k=2, typical_p=1e-9) == [0]            # of what top_k left, the best is the most typical
+    assert kept(flat, top_p=0.5, typical_p=0.5) == [0]           # of 0.4, 0.06 and 0.06
+    assert kept(flat, typical_p=0.29, min_p=1.0) == [1, 2, 3, 4, 5]                      # the best was gone before
+
+
 def test_rows_are_filtered_apart():
     rows = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.2, 0.7]]).log()
     assert filter_logits(rows, top_p=0.8).isfinite().tolist() == [[True, True, False], [False, True, True]]
     assert filter_logits(rows, top_k=1).isfinite().tolist() == [[True, False, False], [False, False, True]]
     assert filter_logits(rows, min_p=0.5).isfinite().tolist() == [[True, False, False], [False, False, True]]
+    assert filter_logits(rows, typical_p=0.5).isfinite().tolist() == [[True, False, False], [False, False, True]]
 
 
 def test_filters_leave_their_input_alone():
     logits = torch.tensor([P]).log()
     before = logits.clone()
-    for how in (dict(top_k=2), dict(top_p=0.5), dict(min_p=0.5)):
+    for how in (dict(top_k=2), dict(top_p=0.5), dict(min_p=0.5), dict(typical_p=0.5)):
         filter_logits(logits, **how)
     assert torch.equal(logits, before)
 
@@ -105,7 +147,7 @@ def test_filters_leave_their_input_alone():
 # ---- draws ----
 
 @pytest.mark.parametrize("how", [{}, dict(temperature=0.5), dict(temperature=2.0, top_k=4), dict(top_p=0.8),
-                                 dict(top_k=5, top_p=0.9, min_p=0.3)])
+                                 dict(top_k=5, top_p=0.9, min_p=0.3), dict(temperature=1.5, typical_p=0.4)])
 def test_frequencies_are_the_filtered_softmax(how):
     p, n = [0.3, 0.05, 0.0, 0.25, 0.15, 0.05, 0.2], 40_000
     logits = torch.tensor([p]).log()
@@ -309,6 +351,11 @@ def test_main_writes_each_row_of_a_batch(run_directory, run_main):
     status, out, err = run_main(run_directory, "--prompt", "ab", "--n_samples", 3, "--length", 20, "--seed", 5,
                                 "--temperature", 2, "--top_k", 10, "--top_p", 0.6, "--min_p", 0.3)
     assert (status, out, err) == (0, expected, "")
+    row, = tokens(build(), [b"ab"], 20, temperature=2.0, typical_p=0.2)
+    _, out, _ = run_main(run_directory, "--prompt", "ab", "--length", 20, "--seed", 5, "--temperature", 2,
+                         "--typical_p", 0.2)
+    assert out == (b"ab" + bytes(row)).decode(errors="replace") + "\n" and row != tokens(
+        build(), [b"ab"], 20, temperature=2.0)[0]
     status, out, _ = run_main(run_directory, "--prompt", "ab", "--n_samples", 2, "--length", 0)
     assert (status, out) == (0, "--- sample 1 of 2 ---\nab\n--- sample 2 of 2 ---\nab\n")
 
@@ -365,6 +412,7 @@ def test_a_terminal_that_does_not_know_every_character(run_directory, run_main, 
     (["{run}", "--top_p", "1.5"], "--top_p 1.5"),
     (["{run}", "--top_p", "0"], "--top_p 0"),
     (["{run}", "--top_k", "0"], "--top_k 0"),
+    (["{run}", "--typical_p", "0"], "--typical_p 0"),
     (["{run}", "--min_p", "-0.1"], "--min_p -0.1"),
     (["{run}", "--temperature", "-1"], "--temperature -1"),
     (["{run}", "--n_samples", "0"], "--n_samples 0"),

@@ -1,0 +1,422 @@
+"""Dialogs with a tool in mid-sequence, against reading the whole text again for every token, one row at a time.
+About 20 s on one core."""
+import random
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import sample
+from cache import DialogTree
+from model import MIXERS, Transformer, TransformerConfig, build_model
+from sample import Reply, converse, draw
+
+V, END, CALL = 8, 3, 6
+SMALL = dict(vocab_size=V, n_layer=2, n_head=2, n_embd=16, block_size=8, init="xavier", positions="rope", window=5,
+             sparse_stride=4, sparse_summary=1, memory_length=8, compressed_length=4, compression_rate=2)
+PATTERNS = [*MIXERS, "mamba,full", "window,full", "compressive,window"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def build(mixer="full", seed=0, **settings):
+    """A small model whose next token depends strongly on all that it sees, and which falls into no loop."""
+    torch.manual_seed(seed)
+    model = Transformer(TransformerConfig(**{**SMALL, "mixer": mixer, **settings})).eval()
+    with torch.no_grad():
+        model.heads[0].mul_(60)
+        for block in model.blocks:
+            for name, p in block.mixer.named_parameters():
+                if p.dim() == 2 and name.endswith("weight"):
+                    p.mul_(2)
+    predict = model.predict
+    model.predict = lambda h: 4 * torch.sin(8 * predict(h))
+    return model
+
+
+def texts(n, longest=14, seed=1):
+    """n prompts of many lengths, from 1 on."""
+    draws = random.Random(seed)
+    return [[draws.randrange(V) for _ in range(length)] for length in
+            [1, longest, *(draws.randint(1, longest) for _ in range(n - 2))]]
+
+
+def tool(ids):
+    """A scripted answer, of no to four ids."""
+    return [(sum(ids) + i) % V for i in range(len(ids) % 3)] + [5, 4][:1 + sum(ids) % 2] if sum(ids) % 5 else []
+
+
+def decode(ids):
+    return "".join("abcdefgh"[i] for i in ids)
+
+
+@torch.no_grad()
+def naive(model, prompt, n, end, tool=None, call=None, stop=(), decode=None, max_calls=1, prefix=False, ban=(),
+          generator=None, temperature=0.0, **how):
+    """`converse` of one row, without a cache: the whole text is read again for each token."""
+    tokens, injected, calls, nats, turn, reason = [], [], [], [], [], None
+    for left in range(n, 0, -1):
+        x = torch.tensor([list(prompt) + tokens])
+        logits = model(x, prefix=len(prompt) if prefix else None)[0, -1]
+        allowed = logits.clone()
+        for token in ban:
+            allowed[token] = -torch.inf
+        token = draw(allowed[None], generator, temperature, **how).item()
+        tokens.append(token), injected.append(False), nats.append(-logits.log_softmax(-1)[token].item())
+        if token == end:
+            reason = "end"
+        elif token == call and (tool is None or len(calls) == max_calls):
+            reason = "call"
+        elif token != call:
+            turn.append(token)
+            if any(s in decode(turn) for s in stop):
+                reason = "stop"
+        if reason is None and left == 1:
+            reason = "length"
+        if reason:
+            break
+        if token == call:
+            answer = tool(turn)
+            calls.append((turn, answer))
+            tokens, injected, turn = tokens + answer, injected + [True] * len(answer), []
+            nats = nats + [0.0] * len(answer)
+    text = None if decode is None else decode(turn)
+    if reason == "stop":
+        text = text[:min(text.index(s) for s in stop if s in text)]
+    return Reply(tokens, injected, reason, calls, nats, text)
+
+
+def same(found, wanted):
+    assert len(found) == len(wanted)
+    for a, b in zip(found, wanted):
+        assert a._replace(nats=None) == b._replace(nats=None)
+        assert a.nats == pytest.approx(b.nats, abs=2e-3)
+
+
+def compare(model, prompts, n=14, tree=None, **how):
+    """converse of all prompts at once equals each one by itself, read naively. Returns the replies."""
+    found = converse(model, prompts, n, END, tree=tree, **how)
+    same(found, [naive(model, prompt, n, END, **how) for prompt in prompts])
+    return found
+
+
+@contextmanager
+def passes(monkeypatch):
+    """The passes of the model: [(columns, cells of padding, rows)]."""
+    seen, read = [], sample._read
+
+    def watched(model, cache, chunks, *rest):
+        T = max(map(len, chunks))
+        seen.append((T, sum(T - len(chunk) for chunk in chunks), len(chunks)))
+        return read(model, cache, chunks, *rest)
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "_read", watched)
+        yield seen
+
+
+USE = dict(tool=tool, call=CALL, max_calls=3)
+
+
+# ---- Against the naive one ----
+
+@pytest.mark.parametrize("tree", [False, True], ids=["alone", "tree"])
+@pytest.mark.parametrize("mixer", PATTERNS)
+def test_every_mixer_equals_the_naive_one(mixer, tree):
+    model = build(mixer)
+    replies = compare(model, texts(20), tree=DialogTree(model, None) if tree else None, **USE)
+    assert max(len(reply.calls) for reply in replies) > 1 and not all(reply.calls for reply in replies)
+    assert len({reply.injected.index(True) for reply in replies if any(reply.injected)}) > 2  # at different steps
+
+
+@pytest.mark.parametrize("settings", [dict(positions="none"), dict(positions="alibi"), dict(n_kv_head=1),
+                                      dict(ff="moe"), dict(positions="learned", block_size=96), dict(qk_norm=True),
+                                      dict(mixer="xl", positions="relative"), dict(output="stablemax"),
+                                      dict(mixer="window", positions="learned_per_layer", block_size=96)], ids=str)
+def test_settings(settings):
+    model = build(**settings)
+    compare(model, texts(8), **USE)
+    compare(model, texts(8), tree=DialogTree(model, None), **USE)
+
+
+@pytest.mark.parametrize("mixer", ["full", "window", "strided", "fixed", "diff", "mla", "window,full"])
+def test_a_prompt_that_sees_itself(mixer):
+    model, prompts = build(mixer), texts(10)
+    assert compare(model, prompts, prefix=True, **USE) != converse(model, prompts, 14, END, **USE)
+    compare(model, [prompts[1], prompts[1][::-1]], prefix=True, **USE)  # of one length
+
+
+def test_a_row_does_not_depend_on_the_others():
+    model, prompts = build("window,full"), texts(12)
+    together = converse(model, prompts, 14, END, **USE)
+    same(together, [converse(model, [prompt], 14, END, **USE)[0] for prompt in prompts])
+    same(together[::-1], converse(model, prompts[::-1], 14, END, **USE))
+
+
+# ---- How a row ends ----
+
+def scripted(model, script):
+    """The model writes the id that script has for the number of ids read so far, {number: id}; else 0."""
+    stream = model.stream
+
+    def reading(x, places, cache=None, active=()):
+        h, states = stream(x, places, cache, active)
+        where = places.index if places.index is not None else (places.start + torch.arange(places.T)).expand(x.shape)
+        h = h * 0 + (where + 1).unsqueeze(2)
+        return h, states
+    model.stream = reading
+    model.predict = lambda h: torch.stack([torch.eye(V)[script.get(int(n), 0)] for n in h[..., 0].flatten()]).view(
+        *h.shape[:2], V) * 9
+    return model
+
+
+def test_reasons():
+    model = scripted(build(), {4: 1, 5: CALL, 6: 2, 7: 2, 8: 5, 9: CALL, 10: END})
+
+    def answers(ids):
+        return [4]
+
+    def says(n, max_new_tokens=9, **how):
+        return converse(model, [[0] * n], max_new_tokens, END, **how)[0]
+    assert says(10) == Reply([END], [False], "end", [], pytest.approx(says(10).nats), None)
+    assert says(6)[:3] == ([2, 2, 5, CALL, END], [False] * 5, "end")  # with no call id, it is an id as others
+    assert says(4, tool=answers, call=CALL, decode=decode) == Reply(
+        [1, CALL, 4, 2, 5, CALL], [False, False, True, False, False, False], "call", [([1], [4])],
+        says(4, tool=answers, call=CALL).nats, "cf")
+    assert says(4, tool=answers, call=CALL, max_calls=2)[:4] == (
+        [1, CALL, 4, 2, 5, CALL, 4, *[0] * 4], [i in (2, 6) for i in range(11)], "length",
+        [([1], [4]), ([2, 5], [4])])
+    assert says(4, call=CALL)[:4] == ([1, CALL], [False] * 2, "call", [])  # the tool is off
+    assert says(4, call=CALL, tool=answers, max_calls=0)[2:4] == ("call", [])
+    assert says(4, 1, call=CALL, tool=answers)[:4] == ([1], [False], "length", [])
+    assert says(4, 2, call=CALL, tool=answers)[:4] == ([1, CALL], [False] * 2, "length", [])  # no answer
+    assert says(9, 1, tool=answers, call=CALL)[2:4] == ("length", []) and says(9, 1, call=CALL)[2] == "call"
+    assert says(10, 1)[2] == "end"
+    assert says(4, tool=lambda ids: [], call=CALL)[:2] == ([1, CALL, 2, 2, 5, CALL], [False] * 6)  # an empty answer
+
+
+def test_nats_are_those_of_the_model():
+    model, prompts = build(), texts(6)
+    for how in (dict(), dict(temperature=2.0), dict(ban=[0, 1, 2])):
+        for prompt, reply in zip(prompts, converse(model, prompts, 9, END, generator=torch.Generator(), **USE, **how)):
+            x = torch.tensor([prompt + reply.tokens])
+            with torch.no_grad():
+                p = model(x)[0, :-1].log_softmax(-1).gather(1, x[0, 1:, None])[len(prompt) - 1:, 0]
+            wanted = [0.0 if given else -n for n, given in zip(p.tolist(), reply.injected)]
+            assert reply.nats == pytest.approx(wanted, abs=2e-3) and max(wanted) > 0
+
+
+def test_stop_strings_over_several_tokens():
+    model, prompts = build("window,full"), texts(20)
+    plain = converse(model, prompts, 14, END, decode=decode, **USE)
+    said = [reply.text for reply in plain if len(reply.text) > 3]
+    stop = [said[0][1:4], said[1][-2:], "never"]
+    replies = compare(model, prompts, stop=stop, decode=decode, **USE)
+    stopped = [reply for reply in replies if reply.reason == "stop"]
+    assert len(stopped) > 1 and len(replies) > len(stopped)
+    for reply in stopped:
+        written = decode(reply.tokens)
+        assert not any(s in reply.text for s in stop) and any(written.endswith(reply.text + s) for s in stop)
+
+
+def test_the_earliest_of_two_stop_strings_cuts():
+    model = scripted(build(), {1: 1, 2: 2, 3: 4})
+    reply, = converse(model, [[0]], 9, END, stop=["ce", "bce"], decode=decode)
+    assert (reply.tokens, reply.reason, reply.text) == ([1, 2, 4], "stop", "")
+
+
+def test_a_stop_string_does_not_go_over_an_answer():
+    model = scripted(build(), {1: 1, 2: CALL, 4: 2})
+    reply, = converse(model, [[0]], 5, END, stop=["bc"], decode=decode, tool=lambda ids: [5], call=CALL)
+    assert (reply.reason, reply.text) == ("length", "caa")
+
+
+def test_ban():
+    model, prompts = build(), texts(20)
+    assert any(CALL in reply.tokens for reply in converse(model, prompts, 14, END, call=CALL))
+    replies = compare(model, prompts, ban=[CALL, 0], call=CALL)
+    assert not any({CALL, 0} & set(reply.tokens) for reply in replies)
+    assert {reply.reason for reply in replies} == {"end", "length"}
+
+
+# ---- Drawing ----
+
+@pytest.mark.parametrize("how", [dict(temperature=1.5), dict(temperature=1.0, top_k=4),
+                                 dict(temperature=2.0, typical_p=0.6)])
+def test_a_seed_draws_what_the_naive_one_draws(how):
+    model, replies = build(), []
+    for seed, prompt in enumerate(texts(8)):
+        found, = converse(model, [prompt], 14, END, generator=torch.Generator().manual_seed(seed), **USE, **how)
+        same([found], [naive(model, prompt, 14, END, generator=torch.Generator().manual_seed(seed), **USE, **how)])
+        replies.append(found)
+    assert any(reply.calls for reply in replies)
+
+
+def test_same_seed_same_replies():
+    model, prompts, world = build(), texts(8), torch.get_rng_state()
+    draws = [converse(model, prompts, 14, END, generator=torch.Generator().manual_seed(seed), temperature=2.0, **USE)
+             for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2] and torch.equal(world, torch.get_rng_state())
+
+
+# ---- How it is computed ----
+
+def test_answers_go_in_one_pass_where_most_rows_call(monkeypatch):
+    model = scripted(build(), {5: CALL})
+    how = dict(tool=lambda ids: [1] * 7, call=CALL)
+    with passes(monkeypatch) as seen:
+        converse(model, [[0] * 5] * 4, 6, END, **how)
+    assert seen == [(5, 0, 4), (8, 0, 4), *[(1, 0, 4)] * 4]  # the last token drawn is not read
+    with passes(monkeypatch) as seen:
+        converse(model, [[0] * 5] * 3 + [[0] * 3], 6, END, **how)
+    assert seen[:4] == [(5, 2, 4), (8, 7, 4), (1, 0, 4), (3, 6, 4)]
+    with passes(monkeypatch) as seen:  # one of four: the others do not wait
+        converse(model, [[0] * 5] + [[0] * 9] * 3, 6, END, **how)
+    assert [columns for columns, *_ in seen] == [9, 3, 3, 2, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("mixer", ["window", "mamba"])
+def test_layers_that_forget_by_age_get_no_padding(mixer, monkeypatch):
+    model = build(mixer)
+    with passes(monkeypatch) as seen:
+        compare(model, texts(12), **USE)
+    assert seen[0][1] > 0 and not any(padding for _, padding, _ in seen[1:])
+    with passes(monkeypatch) as seen:
+        compare(model, texts(12), tree=DialogTree(model, None), **USE)
+    assert not any(padding for _, padding, _ in seen)
+
+
+def test_finished_rows_leave():
+    """Rows that end at 1, 2, ... 16: the batch halves each time that half of it has ended."""
+    model = scripted(build(), {32: END})
+    sizes, new_cache = [], model.new_cache
+    model.new_cache = lambda n, room, **how: sizes.append(n) or new_cache(n, room, **how)
+    replies = converse(model, [[0] * n for n in range(16, 32)], 40, END)
+    assert [len(reply.tokens) for reply in replies] == list(range(17, 1, -1))
+    assert sizes == [16, 8, 4, 2, 1]
+
+
+@pytest.mark.parametrize("mixer", ["full", "mla", "window,full"])
+def test_the_columns_never_run_out(mixer):
+    """Long answers at different steps need far more columns than were planned."""
+    model = build(mixer)
+    how = dict(tool=lambda ids: [(sum(ids) + i) % V for i in range(9 + len(ids))], call=CALL, max_calls=9)
+    for tree in (None, DialogTree(model, None)):
+        assert max(len(reply.calls) for reply in compare(model, texts(20), tree=tree, **how)) > 2
+
+
+def test_gathered_windows_hold_no_padding():
+    """A row read in one pass has its last 4 keys, one read token by token up to 10: together 4 each."""
+    model, ids = build("window"), texts(1, 9)[1]
+    caches = [model.new_cache(1, 20) for _ in range(2)]
+    with torch.inference_mode():
+        sample._read(model, caches[0], [ids], [0])
+        for i, token in enumerate(ids):
+            sample._read(model, caches[1], [[token]], [i])
+        gathered = sample._gather(model, [(cache, 0, 9) for cache in caches], 20)
+    assert gathered.length == 9 and not gathered.ragged
+    for layer, *old in zip(gathered.layers, *(cache.layers for cache in caches)):
+        for b in range(2):
+            mark, held = layer.row(b)
+            assert mark == 5
+            for new, whole in zip(held, old[b].row(0)[1]):
+                torch.testing.assert_close(new, whole[:, -4:])
+
+
+def test_learned_positions_end():
+    model = build(positions="learned", block_size=12)
+    how = dict(ban=[END])
+    assert [len(reply.tokens) for reply in compare(model, [[1] * 8, [2] * 3], 5, **how)] == [5, 5]  # 12 are read
+    with pytest.raises(ValueError, match="past block_size 12"):
+        converse(model, [[1] * 8], 6, END, **how)
+    model = scripted(build(positions="learned", block_size=12), {10: END})
+    replies = converse(model, [[0] * 9, [0] * 10, [0] * 4, [0] * 4, [0] * 3], 9, END)  # finished rows meet the end
+    assert [len(reply.tokens) for reply in replies] == [2, 1, 7, 7, 8]
+
+
+def test_outside_and_inside_inference_mode_and_at_bfloat16():
+    model, prompts = build(), texts(6)
+    wanted = converse(model, prompts, 8, END, **USE)
+    with torch.inference_mode():
+        assert converse(model, prompts, 8, END, tree=DialogTree(model, None), **USE)[0].tokens == wanted[0].tokens
+    half = Transformer(TransformerConfig(**SMALL)).eval().bfloat16()
+    tree = DialogTree(half, None)
+    assert len(converse(half, prompts, 8, END, tree=tree, **USE)) == len(prompts)
+
+
+# ---- The tree ----
+
+def test_what_prompts_have_in_common_is_read_once(monkeypatch):
+    model = build()
+    base, branches = [1] * 20, [[2] * 5, [4] * 5, [5] * 6]
+    prompts = [base + branch + [leaf] * 3 + [0] for branch in branches for leaf in (1, 2, 4)]
+    tree = DialogTree(model, None)
+    with passes(monkeypatch) as seen:
+        found = compare(model, prompts, 4, tree=tree, ban=[END])
+    assert sum(columns * rows - padding for columns, padding, rows in seen) == 20 + 5 + 5 + 6 + 9 * 3 + 9 * 4
+    # The next turn of each dialog reads what is new.
+    again = [prompt + reply.tokens + [1, 2] for prompt, reply in zip(prompts, found)]
+    assert all(tree.match(text) == len(text) - 3 for text in again)
+    with passes(monkeypatch) as seen:
+        compare(model, again, 1, tree=tree)
+    assert sum(columns * rows - padding for columns, padding, rows in seen) == 9 * 3
+
+
+@pytest.mark.parametrize("mixer", ["full", "window,full", "mamba", "compressive", "mla"])
+def test_a_tree_serves_the_next_turn(mixer):
+    model, prompts = build(mixer), texts(8)
+    prompts += [prompts[1], prompts[1] + [1, 2], prompts[1][:9] + [5], prompts[1][:9]]
+    tree = DialogTree(model, None)
+    for _ in range(3):
+        replies = compare(model, prompts, 6, tree=tree, **USE)
+        read = [prompt + reply.tokens for prompt, reply in zip(prompts, replies)]
+        assert all(tree.match(text) >= len(text) - 1 for text in read)
+        prompts = [text + [1, 2, 4] for text in read]
+
+
+@pytest.mark.parametrize("budget", [0, 2000, 12_000])
+@pytest.mark.parametrize("mixer", ["full", "mamba,full"])
+def test_a_small_budget_changes_nothing(mixer, budget):
+    model, prompts = build(mixer), texts(10)
+    prompts += [prompts[1] + [1, 2, 3], prompts[1][:9] + [4]]
+    tree = DialogTree(model, budget, host_budget=budget)
+    for _ in range(2):
+        compare(model, prompts, 6, tree=tree, **USE)
+        assert tree.device_bytes <= budget and tree.host_bytes <= budget
+    tree.reset()  # nothing is locked
+
+
+# ---- What cannot be ----
+
+@pytest.mark.parametrize("settings, how, said", [
+    ({}, dict(prompts=[]), "there must be a prompt"),
+    ({}, dict(prompts=[[1], []]), "at least one token"),
+    ({}, dict(max_new_tokens=0), "max_new_tokens is 0"),
+    ({}, dict(tool=tool), "needs the id"),
+    ({}, dict(stop=["a"]), "needs decode"),
+    ({}, dict(stop="ab", decode=decode), "list of strings"),
+    ({}, dict(stop=["a", ""], decode=decode), "none empty"),
+    (dict(mixer="mamba"), dict(prefix=True), "reads from left to right"),
+    (dict(n_layer=3, shorten=2), {}, "shorten 2"),
+])
+def test_arguments_that_cannot_be(settings, how, said):
+    model = build_model(TransformerConfig(**{**SMALL, **settings})).eval()
+    with pytest.raises(ValueError, match=said):
+        converse(model, **{**dict(prompts=[[1, 2]], max_new_tokens=4, end=END), **how})
+
+
+def test_trees_that_do_not_go():
+    model = build()
+    with pytest.raises(ValueError, match="does not go with prefix"):
+        converse(model, [[1, 2]], 4, END, tree=DialogTree(model, None), prefix=True)
+    tree = DialogTree(model, None, window=4)
+    with pytest.raises(ValueError, match="without window"):
+        converse(model, [[1, 2]], 4, END, tree=tree)
+    tree.reset()  # and nothing stays locked
+
+
+def test_a_tool_that_fails_is_heard():
+    model = scripted(build(), {1: CALL})
+    tree = DialogTree(model, None)
+    with pytest.raises(KeyError, match="lost"):
+        converse(model, [[0]], 4, END, call=CALL, tool=lambda ids: {}["lost"], tree=tree)
+    tree.reset()  # nothing stays locked
