@@ -24,12 +24,20 @@ fit into the baseline's seconds: so it is compared per step and per second.
       layer norm: {axis: norm, set: {norm: layer}}
       own heads: {axis: losses, set: {layer_heads: own}, against: shared heads}     # compared with another row
 
+In place of rows, `cross` runs every combination of some settings with every seed; plot.py draws what depends on what:
+
+    cross:
+      n_embd: [8, 16, 32, 64]                                        # an axis: values of a setting of that name,
+      task: {weights: {task: in_weight, batch_size: 256}, tool: {task: in_tool}}     # or options with all they set
+    seeded: [seed, data_seed]          # the settings that a seed sets; without it, seed alone
+
 A run is known by its settings: a row that is renamed does not run again, one that is changed is another run, and what
 the yaml no longer wants stays where it is. Several grid.py may share a folder. A run that fails does not stop the
 others; it is told at the end and left alone until --retry. One that was killed goes on with the next command.
 """
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -58,7 +66,7 @@ threads = 1              # [>= 1] CPU threads of each
 checkpoints = False      # keep the checkpoints of finished runs
 
 SHAPE = {"script": str, "out_dir": str, "metric": str, "show": list, "base": dict, "seeds": list, "tune": dict,
-         "speed": dict, "rows": dict}
+         "speed": dict, "rows": dict, "cross": dict, "seeded": list}
 ROW_SHAPE = {"axis": str, "set": dict, "against": str}
 BASELINE = "baseline"
 SLOWER = 0.1             # a row is as fast as the baseline up to this share: timings of equal work differ by 8 %
@@ -72,6 +80,7 @@ class Row:
     axis: str
     changes: dict
     against: str         # the row that it is compared with
+    at: dict = None      # of a cross: {axis: option}
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,11 @@ class Grid:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is no yaml: {' '.join(str(error).split())}") from None
-        check_shape(plan, SHAPE, {"script", "out_dir", "metric", "base", "seeds", "rows"}, str(path))
+        check_shape(plan, SHAPE, {"script", "out_dir", "metric", "base", "seeds"}, str(path))
+        if bool(plan.get("rows")) == bool(plan.get("cross")):
+            raise UserError(f"{path}: it needs either rows or cross")
+        if "cross" in plan and (extra := {"tune", "speed"} & plan.keys()):
+            raise UserError(f"{path}: {', '.join(sorted(extra))} goes with rows, not with cross")
         self.script = Path(__file__).resolve().parent / plan["script"]
         if not self.script.is_file():
             raise UserError(f"{path}: there is no script {plan['script']}")
@@ -138,21 +151,33 @@ class Grid:
         self.scaled, self.factors = tune.get("settings", []), tune.get("factors", [1])
         if not self.factors or not all(type(f) in (int, float) and f > 0 for f in self.factors):
             raise UserError(f"{path}: tune: factors must be numbers above 0, not {self.factors}")
+        self.seeded = plan.get("seeded", ["seed"])
         self.base = self.check(plan["base"], "base")
+        self.check({name: self.seeds[0] for name in self.seeded if name != "seed"}, "seeded")
         self.speed = self.check(plan.get("speed", {}), "speed")
         for name in self.scaled:
             if type(self.base.get(name)) not in (int, float):
                 raise UserError(f"{path}: tune: {name} must be a number in base")
         if self.speed and not self.base.get("max_steps"):
             raise UserError(f"{path}: speed needs max_steps in base")
-        self.rows = [Row(BASELINE, "", {}, None)]
-        for name, row in plan["rows"].items():
+        self.cross = {str(axis): self.options(str(axis), given) for axis, given in plan.get("cross", {}).items()}
+        self.rows = [] if self.cross else [Row(BASELINE, "", {}, None)]
+        for chosen in itertools.product(*self.cross.values()) if self.cross else ():
+            at = dict(zip(self.cross, chosen))
+            changes = [(axis, name, value) for axis, option in at.items()
+                       for name, value in self.cross[axis][option].items()]
+            names = [name for _, name, _ in changes]
+            if twice := {name for name in names if names.count(name) > 1}:
+                raise UserError(f"{path}: cross: {', '.join(sorted(twice))} is set by several axes")
+            row = ", ".join(f"{axis} {option}" for axis, option in at.items())
+            self.rows.append(Row(row, "", {name: value for _, name, value in changes}, None, at))
+        for name, row in plan.get("rows", {}).items():
             row = {} if row is None else row
             check_shape(row, ROW_SHAPE, {"set"}, f"{path}: row {name!r}")
             self.rows.append(Row(str(name), row.get("axis", ""), self.check(row["set"], f"row {name!r}"),
                                  row.get("against", BASELINE)))
         names = [row.name for row in self.rows]
-        for row in self.rows[1:]:
+        for row in self.rows[1:] if not self.cross else ():
             if names.count(row.name) > 1 or row.name == row.against or row.against not in names:
                 raise UserError(f"{path}: row {row.name!r}: its name must be its own, and `against` another row's")
         self.names, self.known, self.failed = {}, {}, {}        # by hash; by run
@@ -167,15 +192,23 @@ class Grid:
         except UserError as error:
             raise UserError(f"{self.path}: {place}: {error}") from None
 
+    def options(self, axis, given):
+        """{option: {name: value}} of an axis of `cross`: a list of one setting's values, or options by name."""
+        if isinstance(given, list):
+            given = {as_typed(value): {axis: value} for value in given}
+        if not isinstance(given, dict) or not given or not all(isinstance(option, dict) for option in given.values()):
+            raise UserError(f"{self.path}: cross: {axis} must be a list of values, or options with what each sets")
+        return {str(name): self.check(option, f"cross: {axis} {name}") for name, option in given.items()}
+
     def cell(self, row, factor, seed, word="", **other):
         """The Cell of a row. other: settings that win over the row's; word: what its name says about them."""
-        settings = {**self.base, **row.changes, "seed": seed}
+        settings = {**self.base, **row.changes, **dict.fromkeys(self.seeded, seed)}
         settings.update({name: float(f"{settings[name] * factor:.12g}") for name in self.scaled})
         settings.update(other)
         words = json.dumps(settings, sort_keys=True)
         key = hashlib.sha256(f"{self.script.name} {words}".encode()).hexdigest()[:10]
         if key not in self.names:                       # else another row, or this one under an older name, has it
-            name = re.sub(r"[^A-Za-z0-9]+", "_", row.name).strip("_")[:40] or "row"
+            name = re.sub(r"[^A-Za-z0-9]+", "_", row.name).strip("_")[:60 if self.cross else 40] or "row"
             found = next(self.home.glob(f"*-{key}"), None)
             self.names[key] = found.name if found else f"{name}-x{factor:g}-s{seed}{word}-{key}"
         return Cell(row.name, seed, factor, words, self.names[key])
@@ -219,6 +252,8 @@ class Grid:
         found = {}
         for row in self.rows:
             found[row.name] = self.walk(row)
+        if self.cross:
+            return found
         base = found[BASELINE]
         if len(base.values) < 2:
             return found
@@ -265,7 +300,7 @@ class Grid:
             mine.error = results[0].error
             return mine
         mine.factor = min(done, key=lambda pair: pair[0])[1].factor
-        for seed in self.seeds if row.name == BASELINE else self.seeds[:2]:
+        for seed in self.seeds if row.name == BASELINE or self.cross else self.seeds[:2]:
             self.add_seed(row, mine, seed)
         timing = [self.cell(row, mine.factor, seed, "-speed", **self.speed) for seed in self.seeds[:2] if self.speed]
         timed = [self.result(cell) for cell in timing]
@@ -305,12 +340,13 @@ class Grid:
                  "factor": mine.factor, "tuned": [[factor, value] for factor, value in mine.tuned.items()],
                  "runs": [run(cell) for cell in mine.cells], "step_seconds": mine.step_seconds,
                  "parameters": mine.parameters, "error": mine.error, "open": len(mine.wanted),
-                 "equal_seconds": run(mine.equal) if mine.equal and self.result(mine.equal).state == "done" else None}
+                 "equal_seconds": run(mine.equal) if mine.equal and self.result(mine.equal).state == "done" else None,
+                 **({"at": row.at} if self.cross else {})}
                 for row in self.rows for mine in [found[row.name]]]
         write_json(self.folder / "grid.json", {
             "grid": self.path.name, "script": self.script.name, "metric": self.metric, "base": self.base,
             "seeds": self.seeds, "tuned_settings": self.scaled, "factors": self.factors, "slower": SLOWER,
-            "rows": rows})
+            **({"cross": self.cross} if self.cross else {}), "rows": rows})
 
 
 def step_times(path):
@@ -425,6 +461,8 @@ def main():
             plan.write_index(found)
         # ---- what can start ----
         todo = dict.fromkeys(cell for mine in found.values() for cell in mine.wanted if cell.run not in given_up)
+        if plan.cross:                                       # a whole table of the first seed before the second begins
+            todo = dict.fromkeys(sorted(todo, key=lambda cell: plan.seeds.index(cell.seed)))
         taken = {cell.run for cell, _ in running.values()}
         waiting = False
         for cell in todo if not stop else ():

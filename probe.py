@@ -1,5 +1,12 @@
 """What a layer knows: activations and gradients of any place in a model, and linear probes on them.
 
+    python probe.py runs/train_facts/NAME --attribute birth_date         # which layer knows the day of the birthday?
+    python probe.py runs/train_facts/NAME --attribute birth_place --asked occupation    # though asked for another thing
+
+The command reads the stream at the last token of a question. A linear map learns the attribute's value from four in
+five people, and is asked about the rest; beside it the same on people that the model was never trained on, and the
+share of the most frequent value.
+
     with record(model, ["embed", "blocks.1", "blocks.1.mixer"], gradients=True) as probes:
         objective, nats = model(x, targets=y)
         objective.backward()
@@ -18,6 +25,22 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from data import facts, tokens
+from experiment import UserError, command, find_checkpoint, load_checkpoint, override, resolve_device
+from model import from_checkpoint
+
+# --- What ---
+checkpoint = None        # run directory or checkpoint file of train_facts.py (may also be typed as a bare word)
+weights = "raw"          # [raw, ema] which weights
+attribute = "birth_place"  # what the linear map has to say
+part = "day"             # [day, month, year] which part of a date
+asked = None             # the attribute that the question names; none: the same
+# --- How ---
+l2 = 1e-2                # [>= 0.0] penalty on the linear map's weights
+steps = 100              # [>= 1] steps of L-BFGS at most
+seed = 0                 # which people are held out from the linear map
+device = "auto"          # auto, cpu, cuda, cuda:1, ...
 
 
 class Probe:
@@ -245,3 +268,52 @@ def last_states(model, prompts, places, batch_size=64):
     finally:
         model.train(training)
     return {place: torch.cat(states) for place, states in found.items()}
+
+
+def value_classes(people, attribute, part="day"):
+    """(N,) int64, a class for each person's value, without gaps: a part of a date, else the whole value."""
+    texts = people.values[attribute]
+    if attribute in ("birth_date", "birthday"):
+        texts = [text.replace("/", " ").split()[("day", "month", "year").index(part)] for text in texts]
+    return torch.tensor([sorted(set(texts)).index(text) for text in texts])
+
+
+@command
+def main():
+    override(globals(), positional="checkpoint")
+    if checkpoint is None:
+        raise UserError("which run? python probe.py runs/train_facts/NAME")
+    where, _ = resolve_device(device, "float32")
+    path = find_checkpoint(checkpoint)
+    loaded = load_checkpoint(path)
+    if loaded.get("script") != "train_facts" or loaded["settings"]["task"] not in facts.MODES:
+        raise UserError(f"{path} is no model of people: train_facts.py trains them")
+    try:
+        model = from_checkpoint(loaded, weights).for_inference().to(where)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}")
+    people, vocabulary, _ = facts.open_facts(loaded["settings"])
+    tokens.check(vocabulary, loaded["tokenizer"])
+    for name in (attribute, asked):
+        if name is not None and name not in people.attributes:
+            raise UserError(f"there is no attribute {name!r}: these people have {', '.join(people.attributes)}")
+    classes, form = value_classes(people, attribute, part), loaded["settings"]["form"]
+    found = {}
+    for kind, numbers in (("trained", range(people.n)), ("unseen", range(people.n, len(people)))):
+        labels = classes[list(numbers)]
+        known = labels.bincount() >= 2                           # a value of one person alone cannot be held out
+        numbers = [i for i, label in zip(numbers, labels.tolist()) if known[label]]
+        if not numbers:
+            continue
+        labels = classes[numbers].unique(return_inverse=True)[1]
+        prompts = [vocabulary.encode(facts.question(people[i], asked or attribute, form)) for i in numbers]
+        found[kind] = layers_that_know(model, prompts, labels, l2=l2, steps=steps, seed=seed)
+        print(f"{kind} people: {len(numbers):,}, {len(labels.unique())} values of {attribute}")
+    print(f"{'place':<10}" + "".join(f"{f'{kind}: held out':>20}{'learned from':>14}{'majority':>10}" for kind in found))
+    for place in next(iter(found.values())):
+        print(f"{place:<10}" + "".join(f"{one[place].held_out:>20.3f}{one[place].training:>14.3f}"
+                                       f"{one[place].majority:>10.3f}" for one in found.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -818,6 +818,8 @@ class Vocabulary:
                 raise _unknown("vocabulary", tokenizer, ("closed", "bytes"))
             tokenizer = Closed() if tokenizer == "closed" else Bytes()
         self.tokenizer, self.exact = tokenizer, isinstance(tokenizer, (Closed, Bytes))
+        self.name = getattr(tokenizer, "name", type(tokenizer).__name__.lower())
+        self.fingerprint = getattr(tokenizer, "fingerprint", self.name)
         size = next(getattr(tokenizer, name) for name in ("size", "n_vocab", "vocab_size") if hasattr(tokenizer, name))
         self.n_text = size() if callable(size) else size
         self.specials = {name: self.n_text + i for i, name in enumerate(SPECIALS)}
@@ -852,10 +854,11 @@ def _ends(dialog, specials):
             raise ValueError(f"a segment's role is {segment.role!r}, not user, assistant or tool")
 
 
-def rows(dialogs, vocabulary, length=None, pad=None):
+def rows(dialogs, vocabulary, length=None, pad=None, everything=False):
     """Dialogs as tokens: (tokens (N, T) int64, mask (N, T) bool); the rest of a row is padding.
 
-    mask: True where tokens[:, t], as a target, belongs to a trained segment of the assistant or is its END or CALL.
+    mask: True where tokens[:, t], as a target, belongs to a trained segment of the assistant or is its END or CALL;
+    everything: also where the user speaks, as in plain pretraining, but never where the tool does.
     What it is predicted from is tokens[:, :t]: a model that reads tokens[:, :-1] has the loss on tokens[:, 1:] where
     mask[:, 1:]. length: T, None: of the longest; pad: the id of padding, None: PAD.
     Raises UserError where a dialog is longer than length or the vocabulary has no token for a text.
@@ -866,7 +869,8 @@ def rows(dialogs, vocabulary, length=None, pad=None):
         for segment, end in zip(dialog, _ends(dialog, vocabulary.specials)):
             before = len(flat)
             flat.extend(vocabulary.encode(segment.text) + end)
-            said.append(segment.trained and segment.role == "assistant")
+            trained = segment.trained and segment.role == "assistant"
+            said.append(trained or everything and segment.role == "user")
             counts.append(len(flat) - before)
         lengths.append(len(flat) - start)
         if length is not None and lengths[-1] > length:
@@ -877,6 +881,28 @@ def rows(dialogs, vocabulary, length=None, pad=None):
     mask = np.zeros(place.shape, bool)
     tokens[place], mask[place] = flat, np.repeat(np.array(said, bool), np.array(counts, np.int64))
     return torch.from_numpy(tokens), torch.from_numpy(mask)
+
+
+def open_facts(settings):
+    """(People, Vocabulary, Database) that a dict of train_facts.py's settings names.
+
+    A tokenizer "bpe:SIZE" or "sentencepiece:SIZE" is trained on the dialogs about the people to train on. Raises
+    UserError: as people, Vocabulary, Database and data/tokens.py do; a database without the people's attributes.
+    """
+    made = people(settings["n_people"], settings["data_seed"], settings["kind"], settings["alpha"],
+                  settings["n_unseen"], settings["names"])
+    word = settings["tokenizer"]
+    if word not in ("closed", "bytes"):
+        from data import tokens
+        mode = settings["task"] if settings["task"] in MODES else "in_weight"
+        turns = dialogs(made, mode, settings["form"], settings["data_seed"], settings["tool_share"])
+        word = tokens.open_or_train(word, lambda: "\n".join(segment.text for turn in turns for segment in turn))
+    database = Database(settings["database"] or made)
+    missing = set(made.attributes) - set(database.questions)
+    if missing:
+        raise UserError(f"{settings['database']} knows nothing of {', '.join(sorted(missing))}: it was made for other "
+                        "people")
+    return made, Vocabulary(word), database
 
 
 # --- Accounting ---

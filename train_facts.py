@@ -1,0 +1,603 @@
+"""Facts in the weights or behind a tool: a small language model learns made-up people by heart, or to look them up.
+
+    python train_facts.py --preset cpu                      # 512 people behind a tool: a minute on two cores
+    python train_facts.py --preset cpu --task in_weight     # the same people in the weights
+    python train_facts.py --preset cpu --n_people 64        # so few that the calls are learned by heart, not the rule
+    python train_facts.py --preset mqar                     # associative recall: attention, a short convolution
+    python train_facts.py --preset zoology                  # the same at 256 tokens, as published: plain attention
+    python train_facts.py --preset shakespeare_bpe          # text: byte pairs that are trained here
+    python train_facts.py --preset cpu --resume             # goes on exactly where the newest run stopped
+    python evaluate.py --watch runs/train_facts/NAME        # beside the training: every checkpoint by real generation
+    torchrun --nproc_per_node=2 train_facts.py --preset cpu --tp 2     # the matrices divided over two processes
+    python train_facts.py -h                                # every setting
+
+A question, and what the assistant says to it, in both tasks; the loss is taken where a star stands:
+
+      user       birth_date NAME ?                        user       birth_date NAME ?
+    * assistant  13/2/1987 <END>                        * assistant  FIND birth_date FOR NAME <CALL>
+                                                          tool       13/2/1987 <ANSWER>
+                                                        * assistant  13/2/1987 <END>
+
+Evaluation generates: greedily, with the database in the loop (protocol tool) or with calls forbidden (no_tool), on
+people that were trained on and on people that were not. A model without memory of single people is right in 3.94 % of
+the notes' questions. What this code measured, and with which command, stands in the README.
+"""
+import math
+import time
+
+import torch
+
+import optim
+from data import facts, mqar, tokens
+from data.tokenized import open_text
+from evaluate import LN2, answered, bits_of, recall, score
+from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
+                        load_checkpoint, measure_peak_flops, override, resolve_device, restore_generators,
+                        seed_everything)
+from model import TransformerConfig, build_model, fused_rows, parameter_roles
+
+# --- Run ---
+preset = None              # a named set of settings (below); flags win over it
+run_name = None            # name of the run's directory; none: date and time
+out_dir = "runs"           # the run's directory is out_dir/train_facts/run_name
+tag = None                 # a word by which `python experiment.py clean --tag` finds the run
+resume = False             # [path] go on with run_name (none: the newest run); --resume PATH: from that checkpoint
+seed = 1337                # initialisation and dropout
+data_seed = 1337           # people, rows and the order of batches
+device = "auto"            # auto, cpu, cuda, cuda:1, ...
+dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
+compile = False            # torch.compile
+deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
+debug = False              # tiny and short, no wandb, no tensorboard
+
+# --- Task ---
+task = "in_tool"           # [in_weight, in_tool, both, mqar, text] both: each fact by one of the two ways
+loss_on = "assistant"      # [assistant, all] whose tokens are learned; all: plain pretraining, the tool's answers apart
+tokenizer = "closed"       # closed (facts), bytes, tiktoken:NAME, a file, or bpe:SIZE, sentencepiece:SIZE: trained here
+
+# --- Facts: people ---
+n_people = 512             # [>= 1] people to train on, with four questions each (notes) or seven (bios)
+n_unseen = 256             # [>= 0] people that only the database knows
+kind = "notes"             # [notes, bios] 31.25 or 47.59 bits a person
+names = "syllables"        # [syllables, plain] notes: four of 64 syllables, or first and last names
+form = "short"             # [short, natural] questions: "birth_date NAME ?", or sentences
+alpha = 1.0                # [>= 0.0, <= 1.0] 1: attributes are independent; 0: a hidden type says all
+prefix = False             # facts: a question's tokens see one another, what follows stays causal
+tool_share = 0.5           # [>= 0.0, <= 1.0] task both: share of the facts behind the tool
+database = None            # a file that data/facts.py wrote, for the tool; none: the people, in memory
+
+# --- Rows of multi-query associative recall; block_size tokens each ---
+n_rows = 100_000           # [>= 1] to train on
+n_test_rows = 1000         # [>= 1] held out
+pairs = 4                  # [>= 1] keys with a value
+mqar_vocab = 8192          # [>= 4] tokens that there are
+mqar_alpha = 0.01          # [> 0.0, <= 10.0] of the power law by which queries follow
+random_non_queries = False # random tokens between the queries
+
+# --- Text ---
+dataset = "shakespeare"    # shakespeare, stdlib, enwik8, smollm:SUBSET, or a path (.txt, .parquet, .jsonl)
+max_bytes = None           # [none, >= 1] only the first so many bytes, before splitting; not of shards
+batching = "random"        # [random, epochs] of text that fits into memory
+
+# --- Batches ---
+batch_size = 128           # [>= 1] rows per forward pass
+grad_accum = 1             # [>= 1] forward passes per optimiser step
+
+# --- Model ---
+n_layer = 2                # [>= 1] transformer blocks
+n_head = 2                 # [>= 1] attention heads
+n_kv_head = None           # [none, >= 1] key and value heads; none: n_head
+head_dim = None            # [none, >= 1] width of a head; none: n_embd / n_head
+n_embd = 32                # [>= 1] width
+block_size = None          # [none, >= 1] tokens of a row; none: of the longest dialog, mqar 64, text 128
+dropout = 0.0              # [>= 0.0, < 1.0] probability: embedding, attention, branches
+norm = "rms"               # [layer, rms] normalisation, before each branch
+norm_gain = True           # learned gain in the norms
+bias = False               # biases in linear layers and LayerNorm
+positions = "rope"         # [learned, learned_per_layer, rope, alibi, relative, none] where a token stands
+rope_base = 10000.0        # [> 1.0] longest wavelength of rope over 2 pi
+residual_scale = 1.0       # [> 0.0, depth, rezero, layerscale] factor on every branch; depth: 1 / sqrt(2 n_layer)
+init = "zero"              # [gpt2, normal, xavier, tfixup, truncated, zero] zero: output projections start at zero
+qk_norm = False            # RMSNorm on queries and keys
+qk_scale = False           # with qk_norm: a learned scale of the scores
+attention = "auto"         # [auto, sdpa, manual] auto: written out when training in bfloat16 on a CPU, else PyTorch's
+checkpoint_activations = False  # compute layers again in the backward pass: less memory, more time
+
+# --- Mixers: one word, or several with commas, repeated over the layers ---
+mixer = "full"             # full, window, strided, fixed, diff, mla, xl, compressive, mamba, mingru
+short_conv = 0             # [>= 0] width of a causal convolution before every mixer; 0: none
+window = 16                # [>= 2] window: positions that a token sees
+sparse_stride = 16         # [>= 1] strided, fixed: one head sees so many neighbours, the other every so many
+sparse_summary = 4         # [>= 1] fixed: places at the end of a block that all later ones see
+kv_rank = None             # [none, >= 1] mla: width of the latent for keys and values; none: 2 head_dim
+q_rank = None              # [none, >= 1] mla: queries through so many dimensions; none: directly
+rope_dim = None            # [none, >= 2] mla: width of the shared key that turns; none: head_dim / 2
+memory_length = None       # [none, >= 1] xl, compressive: positions before the segment; none: block_size
+compressed_length = None   # [none, >= 1] compressive: compressed states; none: block_size / compression_rate
+compression_rate = 4       # [>= 1] compressive: positions in one compressed state
+compression = "conv"       # [conv, mean, max] compressive: how
+compression_weight = 1.0   # [>= 0.0] compressive: of the attention-reconstruction loss
+state_dim = 16             # [>= 1] mamba: states per feature
+conv_width = 4             # [>= 1] mamba: tokens that the convolution sees
+expand = 2.0               # [> 0.0] mamba, mingru: inner width over n_embd
+
+# --- Feed-forwards: one word, or several with commas, repeated over the layers ---
+ff = "mlp"                 # mlp, low_rank, moe, none
+ff_mult = 6.0              # [> 0.0] width of the feed-forward over n_embd (gated: 2/3 of it, equal parameters)
+activation = "swiglu"      # [gelu, relu, relu2, silu, solu, glu, bilinear, reglu, geglu, swiglu]
+ff_rank = None             # [none, >= 1] low_rank: none: n_embd / 4
+n_expert = 8               # [>= 1] moe: experts, which share the width
+n_shared_expert = 0        # [>= 0] moe: of those, how many serve every token
+expert_top_k = 2           # [>= 1] moe: of the others, how many a token chooses
+expert_balance = "loss"    # [loss, bias, none] moe: load-balance loss, or biases moved after every step
+balance_weight = 0.01      # [>= 0.0] moe: of the load-balance loss
+balance_rate = 0.001       # [>= 0.0] moe: step of the biases
+
+# --- Classifier ---
+tie_weights = False        # the classifier is the embedding
+head_bias = False          # bias of the classifier
+output = "softmax"         # [softmax, stablemax] what makes probabilities of the logits
+
+# --- Optimisation ---
+max_steps = 800            # [none, >= 0] optimiser steps in all, resumes included; none: until stopped
+exposures = None           # [none, > 0.0] facts: how often each is seen; sets max_steps
+optimizer = "muon"         # [sgd, adam, adamw, muon, schedule_free, ivon] muon: hidden matrices, the rest by adamw
+orthograd = False          # gradients made orthogonal to their weights first
+lr = 2e-2                  # [> 0.0] peak learning rate
+muon_lr = 0.02             # [> 0.0] peak learning rate of the matrices under muon
+schedule = "wsd"           # [constant, noam, cosine, wsd] all start with a linear warm-up
+warmup_steps = 50          # [>= 0] steps
+decay_fraction = 0.5       # [> 0.0, <= 1.0] wsd: share of max_steps in which the rate falls linearly
+min_lr_scale = 0.02        # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
+betas = (0.9, 0.98)        # adam, adamw, schedule_free, ivon (0.9,0.99999 there)
+eps = 1e-8                 # [>= 0.0] adam, adamw, schedule_free
+momentum = 0.99            # [>= 0.0, < 1.0] sgd
+muon_momentum = 0.95       # [>= 0.0, < 1.0] muon
+ess = None                 # [none, > 0.0] ivon: effective sample size; none: rows to train on
+hess_init = 1.0            # [> 0.0] ivon: curvature at first
+clip_radius = None         # [none, > 0.0] ivon: largest step of a weight before the rate; none: no bound
+weight_decay = 0.1         # [>= 0.0] on matrices only
+grad_clip = None           # [none, > 0.0] largest norm of the whole gradient
+ema_decay = 0.0            # [>= 0.0, < 1.0] running average of the weights, evaluated beside them; 0: none
+
+# --- Evaluation and logging ---
+eval_interval = 100        # [none, >= 1] steps between evaluations on part of the prompts; none: not even a last one
+eval_prompts = 256         # [>= 1] facts, mqar: how many prompts (rows), evenly spread; text: windows
+final_prompts = 4096       # [>= 1] facts: at the end, of each kind of people
+eval_batch_size = 512      # [>= 1] rows at once; changes the speed, not the result
+save_interval = 200        # [>= 1] steps between checkpoints
+keep_last = 0              # [>= 0] numbered checkpoints to keep beside last.pt and best.pt
+log_interval = 10          # [>= 1] steps between lines of metrics
+wandb = "disabled"         # [disabled, offline, online]
+tensorboard = False        # curves for TensorBoard in the run's directory
+
+presets = {
+    # No download, a minute on two cores: the rule of the tool, at width 16.
+    "cpu": dict(n_embd=16),
+    # The short convolution of our own trials, not Zoology's model.
+    "mqar": dict(
+        task="mqar", tokenizer="bytes", block_size=64, batch_size=64, n_head=1, n_embd=64, positions="none",
+        short_conv=2, qk_norm=True, qk_scale=True, ff="none", tie_weights=True, init="gpt2", optimizer="adamw", lr=1e-2,
+        betas=(0.9, 0.95), max_steps=400, eval_interval=50, eval_prompts=1000),
+    # Arora et al. 2023, appendix: attention, learned positions, no feed-forward, AdamW. At 256 tokens, not 8,192.
+    "zoology": dict(
+        task="mqar", tokenizer="bytes", mqar_vocab=256, block_size=64, batch_size=64, n_head=1, n_embd=64,
+        positions="learned", ff="none", tie_weights=True, init="gpt2", optimizer="adamw", lr=3e-3, betas=(0.9, 0.95),
+        schedule="constant", max_steps=3000, eval_interval=100, eval_prompts=1000, save_interval=500),
+    # Bytes and byte pairs of tinyshakespeare, two cores.
+    "shakespeare_bytes": dict(
+        task="text", dataset="shakespeare", tokenizer="bytes", block_size=256, batch_size=16, n_layer=4, n_head=4,
+        n_embd=128, norm_gain=False, qk_norm=True, ff_mult=4.0, activation="relu2", lr=0.03, muon_lr=0.04,
+        muon_momentum=0.9, betas=(0.8, 0.95), weight_decay=0.0, decay_fraction=1.0, warmup_steps=0, min_lr_scale=0.0,
+        dtype="bfloat16", max_steps=500, eval_prompts=32, eval_batch_size=32),
+    "shakespeare_bpe": dict(
+        task="text", dataset="shakespeare", tokenizer="bpe:1024", block_size=128, batch_size=16, n_layer=4, n_head=4,
+        n_embd=128, norm_gain=False, qk_norm=True, ff_mult=4.0, activation="relu2", lr=0.03, muon_lr=0.04,
+        muon_momentum=0.9, betas=(0.8, 0.95), weight_decay=0.0, decay_fraction=1.0, warmup_steps=0, min_lr_scale=0.0,
+        dtype="bfloat16", max_steps=500, eval_prompts=32, eval_batch_size=32),
+    # The SmolLM corpus with GPT-2's tokenizer, for one GPU: downloads shards.
+    "smollm": dict(
+        task="text", dataset="smollm:cosmopedia-v2", tokenizer="tiktoken:gpt2", block_size=1024, batch_size=32,
+        n_layer=12, n_head=12, n_embd=768, norm_gain=False, qk_norm=True, ff_mult=4.0, activation="relu2", lr=0.004,
+        muon_lr=0.02, betas=(0.8, 0.95), weight_decay=0.0, grad_clip=1.0, max_steps=20_000, eval_interval=500,
+        eval_prompts=64, eval_batch_size=16, save_interval=1000),
+}
+
+# What --debug sets, unless a flag says otherwise.
+debug_settings = dict(n_people=16, n_unseen=8, n_rows=500, n_test_rows=50, mqar_vocab=64, n_embd=16, batch_size=16,
+                      max_steps=20, warmup_steps=2, eval_interval=10, eval_prompts=16, final_prompts=32,
+                      save_interval=10, log_interval=1)
+
+# These make the shape of the weights and of the state beside them: on resume they come from the checkpoint.
+architecture = (
+    "data_seed", "task", "loss_on", "tokenizer", "n_people", "kind", "names", "form", "prefix", "alpha", "tool_share",
+    "n_rows", "pairs", "mqar_vocab", "mqar_alpha", "random_non_queries", "dataset", "batching",
+    "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "block_size", "norm", "norm_gain", "bias", "positions",
+    "rope_base", "residual_scale", "qk_norm", "qk_scale", "mixer", "short_conv", "window", "sparse_stride",
+    "sparse_summary", "kv_rank", "q_rank", "rope_dim", "memory_length", "compressed_length", "compression_rate",
+    "compression", "state_dim", "conv_width", "expand", "ff", "ff_mult", "activation", "ff_rank", "n_expert",
+    "n_shared_expert", "expert_top_k", "expert_balance", "tie_weights", "head_bias", "output", "optimizer")
+
+FACTS = ("in_weight", "in_tool", "both")
+
+
+def check(settings):
+    """Settings that cannot go together: UserError with one sentence."""
+    try:
+        optim.schedule(schedule, 0, warmup_steps, max_steps, min_lr_scale, decay_fraction)
+    except ValueError as error:
+        raise UserError(error)
+    if optimizer == "ivon" and dtype == "float16":
+        raise UserError("optimizer ivon learns the curvature from gradients, which float16 scales: choose bfloat16")
+    if task not in FACTS:
+        for name in ("database", "exposures"):
+            if settings[name] is not None:
+                raise UserError(f"--{name} is for facts, not for task {task}")
+    if prefix and (task not in FACTS or loss_on == "all"):
+        raise UserError("--prefix is for facts, with the loss on the assistant's tokens: a question that sees itself "
+                        "whole cannot also be predicted")
+    if task == "text" and tokenizer == "closed":
+        raise UserError("tokenizer closed has only the words of the notes: text needs bytes, bpe:SIZE, a file, ...")
+    if task in FACTS and tokenizer == "closed" and (kind, form, names) != ("notes", "short", "syllables"):
+        raise UserError(f"tokenizer closed has only the words of notes with names of syllables in the short form: kind "
+                        f"{kind}, names {names}, form {form} need bytes or a tokenizer that is trained here")
+
+
+# --- Data ---
+
+class Rows:
+    """Endless batches out of rows of equal length, shuffled anew for every pass; a batch may span two passes.
+
+    x (N, T) int64 and y (N, T) int64, -1 where no loss is taken. seed: of the generator, which draws nothing else.
+    """
+
+    def __init__(self, x, y, batch_size, seed, device):
+        self.x, self.y, self.batch_size = x.to(device), y.to(device), batch_size
+        self.generator = torch.Generator().manual_seed(seed)
+        self.passes, self.position = 0, 0
+        self._shuffle()
+
+    def _shuffle(self):
+        self.before = self.generator.get_state()
+        self.order = torch.randperm(len(self.x), generator=self.generator)
+
+    @property
+    def epoch(self):
+        """float: passes over the rows so far."""
+        return self.passes + self.position / len(self.x)
+
+    def next(self):
+        """-> x (B, T), y (B, T)."""
+        parts, missing = [], self.batch_size
+        while missing:
+            if self.position == len(self.order):
+                self.passes, self.position = self.passes + 1, 0
+                self._shuffle()
+            parts.append(self.order[self.position:self.position + missing])
+            self.position += len(parts[-1])
+            missing -= len(parts[-1])
+        chosen = torch.cat(parts).to(self.x.device)
+        return self.x[chosen], self.y[chosen]
+
+    def state_dict(self):
+        """Plain numbers and the generator's state before this pass, from which load_state_dict goes on exactly."""
+        return {"rows": len(self.x), "passes": self.passes, "position": self.position, "generator": self.before.clone()}
+
+    def load_state_dict(self, state):
+        """Goes on where state was taken. Raises UserError where there are other rows."""
+        if state["rows"] != len(self.x):
+            raise UserError(f"the checkpoint was trained on {state['rows']:,} rows, here are {len(self.x):,}")
+        self.generator.set_state(state["generator"])
+        self._shuffle()
+        self.passes, self.position = state["passes"], state["position"]
+
+
+class Facts:
+    """Dialogs about people: `batches`, `vocab_size`, `block_size`, and what evaluation needs."""
+
+    def __init__(self, settings, where):
+        self.people, self.vocabulary, self.database = facts.open_facts(settings)
+        dialogs = facts.dialogs(self.people, task, form, data_seed, tool_share)
+        ids, mask = facts.rows(dialogs, self.vocabulary, everything=loss_on == "all")
+        self.batches = Rows(ids[:, :-1], ids.masked_fill(~mask, -1)[:, 1:], batch_size, data_seed, where)
+        self.n_rows, self.vocab_size, self.fingerprint = len(ids), self.vocabulary.size, self.vocabulary.fingerprint
+        self.block_size = block_size or ids.size(1) + 8          # generation may say a little more than was trained
+        if ids.size(1) > self.block_size:
+            raise UserError(f"block_size is {block_size}, but the longest dialog has {ids.size(1)} tokens")
+        self.shown = f"{self.people.describe()}; {self.vocab_size} tokens, {ids.size(1)} in a row at most"
+        self.example = facts.show(dialogs[0])
+
+    def evaluate(self, model, prompts):
+        """Yields lines of metrics: every way to answer that the task trains, and the tool model without its tool."""
+        for protocol in ("no_tool",) if task == "in_weight" else ("tool", "no_tool"):
+            for unseen in (False, True):
+                if unseen and not n_unseen:
+                    continue
+                found = recall(model, self.people, self.vocabulary, self.database if protocol == "tool" else None,
+                               unseen, form, prompts, eval_batch_size, prefix)
+                yield found.line()
+
+    def last(self, model):
+        """What the summary says beyond the evaluation: the bits about people that the weights hold."""
+        if task != "in_weight":
+            return {}
+        stored = bits_of(model, self.people, self.vocabulary, form, eval_batch_size, prefix)
+        return {"bits": stored, "bits_per_parameter": stored / model.n_params(),
+                "bits_of_all": self.people.n * self.people.bits}
+
+
+class Recall:
+    """Rows of multi-query associative recall: `batches`, `vocab_size`, `block_size`."""
+
+    def __init__(self, settings, where):
+        self.block_size, self.vocab_size, self.n_rows, self.fingerprint = block_size or 64, mqar_vocab, n_rows, None
+        (x, y), (self.x, self.y) = mqar.split(n_rows, n_test_rows, self.block_size, pairs, mqar_vocab, data_seed,
+                                              random_non_queries, mqar_alpha)
+        self.batches = Rows(x, y, batch_size, data_seed, where)
+        self.x, self.y = self.x.to(where), self.y.to(where)
+        self.shown = (f"mqar: {n_rows:,} rows of {self.block_size} tokens with {pairs} pairs, {n_test_rows:,} held "
+                      f"out, {mqar_vocab:,} tokens; values are within {window} tokens of "
+                      f"{mqar.reachable(self.y.cpu(), self.x.cpu(), window):.1%} of the queries")
+        self.example = "  " + mqar.example(self.x[0].cpu(), self.y[0].cpu())
+
+    def evaluate(self, model, prompts):
+        """Yields one line of metrics: accuracy at the queries of held-out rows."""
+        yield answered(model, self.x[:prompts], self.y[:prompts], eval_batch_size)
+
+    def last(self, model):
+        """The reachable share, beside which a window's accuracy means something."""
+        return {"reachable": mqar.reachable(self.y.cpu(), self.x.cpu(), window)}
+
+
+class Text:
+    """Tokens of a text or of a corpus in shards: `batches`, `vocab_size`, `block_size`."""
+
+    def __init__(self, settings, where):
+        self.block_size = block_size or 128
+        opened = open_text(settings)
+        self.batches = opened.batches(batch_size, self.block_size, batching, data_seed, where)
+        self.tokenizer, self.val, self.sizes = opened.tokenizer, opened.val.to(where), opened.sizes.to(where)
+        self.vocab_size, self.n_rows, self.shown = opened.vocab_size, opened.rows, opened.source
+        self.fingerprint = self.tokenizer.fingerprint
+        self.example = f"  {self.tokenizer.decode(self.val[:40].tolist())!r}"
+
+    def evaluate(self, model, prompts):
+        """Yields one line of metrics: nats per token and bits per byte under the block protocol."""
+        found = score(model, self.val, "block", eval_batch_size, None if prompts == final_prompts else prompts,
+                      self.sizes)
+        yield dict(protocol=found.protocol, loss=found.loss, bpb=found.bpb, bytes=found.bytes)
+
+    def last(self, model):
+        """Nothing beyond the evaluation."""
+        return {}
+
+
+def better(line):
+    """Of a line of evaluation, what a better model has less of."""
+    return line["bpb"] if task == "text" else 1 - line["accuracy"]
+
+
+def say(line):
+    """A line of evaluation in words."""
+    if task == "text":
+        return (f"{line['bpb']:.4f} bits/byte = {line['loss']:.4f} nats/token ({line['protocol']}, {line['bytes']:,} "
+                "bytes)")
+    if task == "mqar":
+        return f"accuracy {line['accuracy']:.4f} of {line['prompts']:,} queries, loss {line['loss']:.4f}"
+    called = f", {line['calls']:.0%} called" if line["protocol"] == "tool" else ""
+    return (f"{line['people']} people {line['accuracy']:.4f} of {line['prompts']:,} answers right "
+            f"(protocol {line['protocol']}{called})")
+
+
+@command
+def main():
+    # ---- settings: flags, preset, and on resume the checkpoint's ----
+    settings = override(globals())
+    if debug:
+        quiet = {name: value for name, value in debug_settings.items() if name not in settings.explicit}
+        globals().update(quiet)
+        settings.update(quiet)
+    checkpoint_path = find_resume(settings, __file__)
+    checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
+    if checkpoint:
+        settings = adopt(globals(), settings, checkpoint["settings"], architecture)
+    check(settings)
+    where, precision = resolve_device(device, dtype)
+
+    # ---- data ----
+    work = (Facts if task in FACTS else Recall if task == "mqar" else Text)(settings, where)
+    settings["block_size"] = globals()["block_size"] = work.block_size
+    if exposures is not None and not checkpoint:
+        settings["max_steps"] = globals()["max_steps"] = math.ceil(exposures * work.n_rows / (batch_size * grad_accum))
+        check(settings)
+    batches = work.batches
+
+    # ---- model ----
+    seed_everything(seed, deterministic)
+    try:
+        config = TransformerConfig.from_settings({**settings, "vocab_size": work.vocab_size})
+    except ValueError as error:
+        raise UserError(error)
+    model = build_model(config).to(where)
+    net = torch.compile(model) if compile else model
+    autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
+
+    # ---- optimiser ----
+    opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, weight_decay=weight_decay,
+                      betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr, muon_momentum=muon_momentum,
+                      orthograd=orthograd, fused_rows=fused_rows(model), ess=ess or work.n_rows, hess_init=hess_init,
+                      clip_radius=clip_radius or math.inf)
+    scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
+
+    # ---- resume ----
+    if checkpoint and checkpoint["tokenizer"] != work.fingerprint:
+        raise UserError(f"tokenizer {tokenizer} does not match the checkpoint: its fingerprint is "
+                        f"{str(work.fingerprint)[:12]}, the checkpoint's {str(checkpoint['tokenizer'])[:12]}")
+    loop = dict(step=0, evaluated=-1, best=math.inf, best_step=0, rows=0, seconds=0.0, pending=[], logged_seconds=0.0)
+    if checkpoint:
+        try:
+            model.load_state_dict(checkpoint["model"])
+        except RuntimeError as error:
+            raise UserError(f"{checkpoint_path} does not fit the model: {str(error).splitlines()[1].strip()}")
+        optim.load_state(opt, checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        batches.load_state_dict(checkpoint["data"])
+        restore_generators(checkpoint["generators"])
+        loop = dict(checkpoint["loop"])
+    ema = optim.EMA(model, ema_decay) if ema_decay else None
+    if ema and checkpoint and checkpoint["ema"]:
+        ema.load_state_dict(checkpoint["ema"])
+
+    def save(run, name, keep=0):
+        """The state into the run's file `name`, and with `keep` into a numbered one, of which so many stay."""
+        with opt.averaged():                             # what others read is what was evaluated
+            now = state()
+            run.save(name, now)
+            if keep:
+                run.keep(now, loop["step"], keep)
+
+    def state():
+        """Everything that the rest of the run depends on."""
+        return dict(format="nanolab-1", script="train_facts", step=loop["step"], vocab_size=work.vocab_size,
+                    tokenizer=work.fingerprint, settings=dict(settings), model=model.state_dict(),
+                    ema=ema.state_dict() if ema else None, optimizer=opt.state_dict(), scaler=scaler.state_dict(),
+                    generators=generator_states(), data=batches.state_dict(), loop=dict(loop),
+                    posterior=optim.posterior(opt, model.named_parameters()))
+
+    def evaluate(prompts):
+        """Yields (name of the weights, line of metrics): of the raw weights, and when there is an ema, of that."""
+        for weights, place in [("raw", opt.averaged())] + ([("ema", ema.swapped())] if ema else []):
+            with place, autocast:
+                for line in work.evaluate(model, prompts):
+                    yield weights, line
+
+    recent = []                          # (loss, gradient norm) of the last steps, still on the device
+
+    def settle():
+        """Moves `recent` into the loop's state as numbers; stops the run at the first step that was not finite."""
+        values = torch.stack(recent).tolist() if recent else []
+        for i, (loss, norm) in enumerate(values):
+            if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):   # the scaler skips these
+                raise NonFinite(loop["step"] - len(values) + i + 1)
+        loop["pending"] += values
+        recent.clear()
+
+    with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
+        print(f"{work.shown}\n{work.example}\n{work.n_rows:,} rows; {model.n_params():,} parameters; {where.type} "
+              f"{str(precision).removeprefix('torch.')}")
+        peak_flops = measure_peak_flops(where, precision)
+        first = loop["step"]
+        saved = first if checkpoint else -1              # a new run is saved at once: a full disk shows at the start
+        bar, clock, seen = run.bar(max_steps, first), Stopwatch(where), 0    # tokens since the last line of metrics
+
+        while not run.stop:
+            # ---- evaluate and save: before the step, so that a run that stops here does on resume what was due ----
+            step = loop["step"]
+            over = max_steps is not None and step >= max_steps
+            if eval_interval and step % eval_interval == 0 and loop["evaluated"] < step and not over:
+                settle()
+                loop["evaluated"], found = step, math.inf
+                clock.start()
+                for weights, line in evaluate(eval_prompts):
+                    run.log(step=step, split="val", weights=weights, **line)
+                    bar.note(f"step {step}: {say(line)}{'; ema weights' if weights == 'ema' else ''}")
+                    found = better(line) if found == math.inf else found     # the first line: what the task is about
+                clock.lap("evaluation")
+                if found < loop["best"]:
+                    loop.update(best=found, best_step=step)
+                    save(run, "best.pt")
+            if step % save_interval == 0 and saved < step:
+                settle()
+                save(run, "last.pt", keep=keep_last)
+                saved = step
+            if over:
+                break
+
+            # ---- one optimiser step ----
+            began = time.perf_counter()
+            scale = optim.schedule(schedule, step, warmup_steps, max_steps, min_lr_scale, decay_fraction)
+            for group in opt.param_groups:
+                group["lr"] = group["base_lr"] * scale
+            clock.start()
+            parts = [batches.next() for _ in range(grad_accum)]
+            targets = sum(int((y >= 0).sum()) for _, y in parts)         # the loss is the mean over all of the step's
+            loss = 0.0
+            for x, y in parts:
+                counted = (y.flatten() >= 0).nonzero()[:, 0]
+                clock.lap("data")
+                with opt.sampled():                      # ivon: one draw of the weights for each pass
+                    with autocast:
+                        objective, nats = net(x, targets=y.view(*x.shape, 1), counted=counted,
+                                              prefix=(y >= 0).byte().argmax(1) + 1 if prefix else None)
+                    clock.lap("forward")
+                    share = len(counted) / max(targets, 1)
+                    scaler.scale(objective * share).backward()
+                    clock.lap("backward")
+                loss, seen = loss + nats[-1, 0] * share, seen + x.numel()
+            scaler.unscale_(opt)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad(set_to_none=True)
+            model.balance_experts()
+            if ema:
+                ema.update()
+            clock.lap("optimiser")
+            recent.append(torch.stack([loss, grad_norm]))
+            step = loop["step"] = step + 1
+            loop["rows"] += batch_size * grad_accum
+
+            # ---- log ----
+            due = step % log_interval == 0
+            if due:
+                settle()                                         # waits for the device: part of the step's time
+            loop["seconds"] += time.perf_counter() - began
+            if due:
+                losses = [loss for loss, _ in loop["pending"]]
+                speed = seen / max(loop["seconds"] - loop["logged_seconds"], 1e-9)
+                mean = sum(losses) / len(losses)
+                run.log(step=step, split="train", loss=mean, lr=lr * scale, grad_norm=loop["pending"][-1][1],
+                        tokens_per_s=speed, mfu=speed * model.flops_per_token(x.size(1)) / peak_flops,
+                        seconds=loop["seconds"], epoch=batches.epoch)
+                loop.update(pending=[], logged_seconds=loop["seconds"])
+                seen = 0
+                bar.update(step, f"loss {mean:.4f}, {speed:,.0f} tokens/s")
+
+        # ---- the end ----
+        step = loop["step"]
+        bar.close()
+        settle()
+        if eval_interval and not run.stop:
+            found, firsts = math.inf, {}
+            clock.start()
+            for weights, line in evaluate(final_prompts):
+                run.log(step=step, split="val", weights=weights, final=True, **line)
+                words = [line.get("people"), line["protocol"] if task in FACTS else None, weights]
+                name = "_".join(word for word in words if word)
+                given = {key: line[key] for key in ("accuracy", "loss", "bpb", "calls") if key in line}
+                run.summary(**{f"{key}_{name}": value for key, value in given.items()})
+                print(f"{say(line)} ({weights} weights) after {step:,} steps, {loop['seconds']:.0f} s of training")
+                found = better(line) if found == math.inf else found
+                kinds = "accuracy" if task == "mqar" else "bpb" if task == "text" else f"accuracy_{line['people']}"
+                firsts.setdefault(kinds, line.get("accuracy", line.get("bpb")))      # by the way that the task trains
+            run.summary(**firsts)
+            clock.lap("evaluation")
+            if found < loop["best"]:
+                loop.update(best=found, best_step=step)
+                save(run, "best.pt")
+            with opt.averaged():
+                more = work.last(model)
+            run.summary(**more)
+            if "bits" in more:
+                print(f"{more['bits']:,.0f} of {more['bits_of_all']:,.0f} bits about people in the weights, "
+                      f"{more['bits_per_parameter']:.3f} a parameter")
+        if saved < step:
+            save(run, "last.pt")
+        run.summary(step=step, best=loop["best"], best_step=loop["best_step"], seconds=loop["seconds"],
+                    rows=loop["rows"], epoch=batches.epoch, parameters=model.n_params())
+        run.spent(clock)
+        print(f"{'stopped' if run.stop else 'done'} at step {step:,}: {run.dir}")
+
+
+if __name__ == "__main__":
+    main()
