@@ -31,6 +31,7 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
 from data.multiplication import pair_hash
+from data.tokens import Bytes, open_or_train
 from experiment import Parser, UserError, command
 
 TYPES = 16  # hidden types that attributes depend on where alpha is below 1
@@ -788,20 +789,6 @@ class Closed:
         return "".join(self.texts[i] for i in ids)
 
 
-class Bytes:
-    """256 tokens: UTF-8. Bytes that are no UTF-8 are decoded as U+FFFD."""
-    size = 256
-
-    def encode(self, text):
-        try:
-            return list(text.encode())
-        except UnicodeEncodeError as error:
-            raise UserError(f"{text[error.start]!r} is half a character and has no UTF-8") from error
-
-    def decode(self, ids):
-        return bytes(ids).decode(errors="replace")
-
-
 class Vocabulary:
     """A tokenizer's ids, and after them the special tokens PAD, END, CALL and ANSWER.
 
@@ -893,10 +880,9 @@ def open_facts(settings):
                   settings["n_unseen"], settings["names"])
     word = settings["tokenizer"]
     if word not in ("closed", "bytes"):
-        from data import tokens
         mode = settings["task"] if settings["task"] in MODES else "in_weight"
         turns = dialogs(made, mode, settings["form"], settings["data_seed"], settings["tool_share"])
-        word = tokens.open_or_train(word, lambda: "\n".join(segment.text for turn in turns for segment in turn))
+        word = open_or_train(word, lambda: "\n".join(segment.text for turn in turns for segment in turn))
     database = Database(settings["database"] or made)
     missing = set(made.attributes) - set(database.questions)
     if missing:

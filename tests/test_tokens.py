@@ -1,5 +1,6 @@
 """data/tokens.py: exact round trips, byte pairs against the slow definition, cuts, files, errors."""
 import base64
+import copy
 import random
 import re
 import subprocess
@@ -208,17 +209,29 @@ def test_training_prints_nothing(capfd):
 
 # --- Whole corpora ---
 
+EDGES = (TEXT + "\n".join(AWKWARD) + "x\n\nY\nz!\nA \nB\n\tC\nd\r\nE. \n  F\nx\n \n  y.\n\n a\n\nb!\n\n" + TEXT)
+
+
 def test_cuts_change_no_token(tokenizer, monkeypatch):
-    text = TEXT + "\n".join(AWKWARD) + "x\n\nY\nz!\nA \nB\n\tC\nd\r\nE. \n  F\nx\n \n  y.\n\n a\n\nb!\n\n" + TEXT
-    whole = tokenizer.encode(text)
+    whole = tokenizer.encode(EDGES)
     monkeypatch.setattr(tokens, "CHUNK", 1)
     encoded = []
     real = tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda part: encoded.append(part) or real(part))
-    found = tokens.encode_corpus(tokenizer, text)
+    found = tokens.encode_corpus(tokenizer, EDGES)
     assert found.dtype == torch.int32 and found.tolist() == whole
     assert len(encoded) > 200 or tokenizer.name == "bytes"
-    assert tokenizer.decode_bytes(found) == text.encode()
+    assert tokenizer.decode_bytes(found) == EDGES.encode()
+
+
+def test_cuts_change_no_token_of_gpt2s_pattern(named, monkeypatch):
+    tokenizer = copy.copy(named[0])
+    tokenizer.encoding = tiktoken.Encoding(
+        "gpt2's", pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        mergeable_ranks={piece: i for i, piece in enumerate(named[0].pieces[:370])}, special_tokens={})
+    whole = tokenizer.encode(EDGES)
+    monkeypatch.setattr(tokens, "CHUNK", 1)
+    assert tokens.encode_corpus(tokenizer, EDGES).tolist() == whole
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", b"caf\xe9 \xe9t\xe9\nna\xefve\n" * 9, "日本".encode()[1:-1],
