@@ -6,6 +6,7 @@
     python bench.py                                              # ours alone
     python bench.py --what mixers --threads 1                    # generation with and without cache, cost by context
     python bench.py --what worlds --threads 1                    # frames of a world with and without cache
+    python bench.py --what dialogs --threads 1                   # forked dialogs with a DialogTree and without
 
 Single timings on a shared machine mean little: each round times both sides right after one another; the table gives
 each side's median over the rounds, and the median and quartiles of the rounds' ratios. nanoGPT's model.py is imported
@@ -20,14 +21,15 @@ from pathlib import Path
 import torch
 
 import optim
+from cache import DialogTree
 from experiment import UserError, command, override
 from model import Transformer, TransformerConfig, build_model, parameter_roles
-from sample import generate
+from sample import converse, generate
 from worldmodel import CausalDynamics, Dynamics
 
 # --- What ---
 peer = None              # nanoGPT's folder; none: ours alone
-what = "train,sample"    # train, sample, mixers, worlds; several with commas
+what = "train,sample"    # train, sample, mixers, worlds, dialogs; several with commas
 threads = 0              # [>= 0] CPU threads; 0: as many as PyTorch takes
 rounds = 15              # [>= 1] each side is timed once a round
 steps = 20               # [>= 1] training steps a round
@@ -47,6 +49,10 @@ contexts = (512, 2048, 8192)  # bytes before and with the one whose cost is meas
 # --- Worlds: frames of 8 x 8 tokens by train_worldmodel.py's dynamics, 2 layers, 4 heads, 64 wide ---
 frames = 16              # [>= 2] of a world, the first of them given
 decode_steps = 25        # [>= 1] rounds of MaskGIT for a frame
+# --- Dialogs: one beginning, 8 branches, 8 leaves each; 2 layers, 4 heads, 128 wide ---
+dialog_tokens = (200, 20, 10)  # of the beginning, of a branch, of a leaf
+reply_tokens = (1, 8, 32)  # drawn in each dialog; 1 comes out of the prompt's own pass
+tree_budgets = (8_000_000, 2_000_000)  # bytes; all that the 64 dialogs hold is 2 to 6 million
 
 
 def load_peer(folder):
@@ -228,12 +234,80 @@ def compare_worlds():
                   f"{same:>9} {model.new_cache(batch, frames).bytes / 1000:>9,.0f}", flush=True)
 
 
+class WatchedTree(DialogTree):
+    """A DialogTree that looks at its bytes after every operation: `most`, the largest number."""
+    most = 0
+
+    def _look(self, result):
+        self.most = max(self.most, self.device_bytes)
+        return result
+
+    def lock(self, tokens):
+        """As DialogTree.lock."""
+        return self._look(super().lock(tokens))
+
+    def unlock(self, prefix):
+        """As DialogTree.unlock."""
+        return self._look(super().unlock(prefix))
+
+    def take(self, prefixes, max_length):
+        """As DialogTree.take."""
+        return self._look(super().take(prefixes, max_length))
+
+    def put(self, tokens, cache, row=0):
+        """As DialogTree.put."""
+        return self._look(super().put(tokens, cache, row))
+
+
+def compare_dialogs():
+    """Prints for each budget and length of reply: tokens per second of `converse` with a tree that is empty at first,
+    and without, the median ratio of the rounds and its quartiles, the tree's largest number of bytes, and whether all
+    replies are the same. Raises RuntimeError where a tree exceeded its budget.
+
+    Tokens are the same on both sides: all that the 64 prompts have, whether read or found, and all that is drawn. Both
+    sides are one batch of 64 rows; beginnings and branches, which only the tree's side has, are batches of 1 and 8.
+    """
+    torch.manual_seed(seed)
+    model = Transformer(TransformerConfig(
+        n_layer=2, n_head=4, n_embd=128, block_size=sum(dialog_tokens), positions="rope", norm="rms", norm_gain=False,
+        bias=False, activation="relu2", init="xavier")).eval()
+    base, branches, leaves = (torch.randint(256, (*shape, n)) for shape, n in zip(((), (8,), (8, 8)), dialog_tokens))
+    prompts = [[*base.tolist(), *branches[i].tolist(), *leaves[i, j].tolist()] for i in range(8) for j in range(8)]
+    print(f"64 dialogs, {' + '.join(map(str, dialog_tokens))} tokens, in 1, 8 and 64 kinds; 2 layers, 4 heads, 128 "
+          f"wide, greedy, float32, random weights; {rounds} rounds\n"
+          f"{'budget':>10} {'reply':>6} {'tree tok/s':>11} {'without':>9} {'ratio':>8}   {'(quartiles)':<18} "
+          f"{'most bytes':>11} {'replies':>9}")
+    for budget in tree_budgets:
+        for n in reply_tokens:
+            replies, most, times = {}, 0, {"tree": [], "without": []}
+            for i in range(-1, rounds):                          # one to warm up
+                for side in ("tree", "without") if i % 2 == 0 else ("without", "tree"):
+                    began = time.perf_counter()
+                    tree = WatchedTree(model, budget, host_budget=0) if side == "tree" else None
+                    replies[side] = converse(model, prompts, n, None, tree=tree)
+                    taken = time.perf_counter() - began
+                    if tree is not None:
+                        most = max(most, tree.most)
+                    if i >= 0:
+                        times[side].append(taken)
+            if most > budget:
+                raise RuntimeError(f"the tree held {most} bytes with a budget of {budget}")
+            tokens = 64 * (sum(dialog_tokens) + n)
+            rate = {side: tokens / statistics.median(taken) for side, taken in times.items()}
+            ratios = [b / a for a, b in zip(times["tree"], times["without"])]
+            quartiles = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
+            same = [reply.tokens for reply in replies["tree"]] == [reply.tokens for reply in replies["without"]]
+            print(f"{budget:>10,} {n:>6} {rate['tree']:>11,.0f} {rate['without']:>9,.0f} "
+                  f"{statistics.median(ratios):>7.2f}x   {f'({quartiles[0]:.2f} .. {quartiles[2]:.2f})':<18} "
+                  f"{most:>11,} {'identical' if same else 'DIFFER':>9}", flush=True)
+
+
 @command
 def main():
     override(globals())
     kinds = what.split(",")
-    if not set(kinds) <= {"train", "sample", "mixers", "worlds"}:
-        raise UserError(f"--what {what}: train, sample, mixers, worlds, or several with commas")
+    if not set(kinds) <= {"train", "sample", "mixers", "worlds", "dialogs"}:
+        raise UserError(f"--what {what}: train, sample, mixers, worlds, dialogs, or several with commas")
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
@@ -241,6 +315,8 @@ def main():
         compare_mixers()
     if "worlds" in kinds:
         compare_worlds()
+    if "dialogs" in kinds:
+        compare_dialogs()
     if not set(kinds) & {"train", "sample"}:
         return
     module = load_peer(peer) if peer else None

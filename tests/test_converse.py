@@ -138,6 +138,13 @@ def test_settings(settings):
     compare(model, texts(8), tree=DialogTree(model, None), **USE)
 
 
+@pytest.mark.parametrize("mixer", ["full", "window", "mla", "mamba", "mingru", "xl", "compressive", "mamba,full"])
+def test_a_short_convolution(mixer):
+    model = build(mixer, short_conv=3)
+    compare(model, texts(12), **USE)
+    compare(model, texts(12), tree=DialogTree(model, None), **USE)
+
+
 @pytest.mark.parametrize("mixer", ["full", "window", "strided", "fixed", "diff", "mla", "window,full"])
 def test_a_prompt_that_sees_itself(mixer):
     model, prompts = build(mixer), texts(10)
