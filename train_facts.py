@@ -301,7 +301,7 @@ class Facts:
         ids, mask = facts.rows(dialogs, self.vocabulary, everything=loss_on == "all")
         self.batches = Rows(ids[:, :-1], ids.masked_fill(~mask, -1)[:, 1:], batch_size, data_seed, where)
         self.n_rows, self.vocab_size, self.fingerprint = len(ids), self.vocabulary.size, self.vocabulary.fingerprint
-        self.block_size = block_size or ids.size(1) + 8          # generation may say a little more than was trained
+        self.block_size = block_size or 16 * (1 + (ids.size(1) + 7) // 16)   # generation may say 8 tokens more
         if ids.size(1) > self.block_size:
             raise UserError(f"block_size is {block_size}, but the longest dialog has {ids.size(1)} tokens")
         self.shown = f"{self.people.describe()}; {self.vocab_size} tokens, {ids.size(1)} in a row at most"
@@ -418,6 +418,8 @@ def main():
         config = TransformerConfig.from_settings({**settings, "vocab_size": work.vocab_size})
     except ValueError as error:
         raise UserError(error)
+    if prefix and config.carries:
+        raise UserError(f"--prefix: mixer {mixer} reads from left to right, so a question's tokens cannot see one another")
     model = build_model(config).to(where)
     net = torch.compile(model) if compile else model
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)

@@ -1,4 +1,5 @@
-"""plot.py: curves by step, seconds and tokens, means over seeds, and runs that are broken, empty or half-written."""
+"""plot.py: curves by step, seconds and tokens, means over seeds, and runs that are broken, empty or half-written;
+contours, capacity, and the tables of grids."""
 import json
 import sys
 import warnings
@@ -157,3 +158,228 @@ def test_other_numbers_beside_the_metric():
     assert ", exact 0.6000, 2 seeds" in lines[0] and "seconds" not in lines[2] and lines[2].endswith(" seeds | exact |")
     assert lines[4].endswith(" | 2 | 0.2500 |") and lines[5].endswith(" | 2 |  |") and "same" not in lines[4]
     assert {line.count("|") for line in lines[2:]} == {lines[2].count("|")}
+
+
+CURVES = {"in_weight": [("no_tool", "trained")], "in_tool": [("tool", "trained"), ("tool", "unseen")]}
+
+
+def make_facts(folder, people, width, task, seed, accuracy=0.5, bits=None, **settings):
+    """A finished run of train_facts.py: two evaluations; "unseen" is right half as often. 100 width parameters."""
+    batch = {"in_weight": 256, "in_tool": 128}[task]
+    settings = {"task": task, "n_people": people, "n_embd": width, "batch_size": batch, "data_seed": seed,
+                "max_steps": 400 * people // batch, "mixer": "full"} | settings
+    run = make(folder, (), seed=seed, **settings)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(
+        {"step": step, "split": "val", "weights": "raw", "protocol": protocol, "people": kind,
+         "accuracy": accuracy * (step > 0) / (1 + (kind == "unseen"))}) + "\n"
+        for step in (0, 50) for protocol, kind in CURVES[task]))
+    more = {"bits": bits, "bits_of_all": 31.25 * people, "accuracy_trained_no_tool_raw": accuracy} if bits else {}
+    (run / "summary.json").write_text(json.dumps({"parameters": 100 * width, "epoch": 100.0, **more}))
+    return run
+
+
+def grid_of_facts(folder):
+    """Widths 8 and 16, people 32, 128 and 512, both tasks, seeds 1 and 2; in_weight: 800 bits for each of the width."""
+    return [make_facts(folder / f"{width}_{people}_{task}_{seed}", people, width, task, seed,
+                       round(min(1, 0.1 * width * 16 / people) - seed / 100, 6),
+                       min(31.25 * people, 800 * width / 4) + seed if task == "in_weight" else None)
+            for width in (8, 16) for people in (32, 128, 512) for task in CURVES for seed in (1, 2)]
+
+
+def read(runs, metric="accuracy", parameters=False):
+    found = [(run, *plot.read_run(run, "step", "val", metric)) for run in runs]
+    return [(run, {**settings, "parameters": plot.parameters_of(run)} if parameters else settings, curves)
+            for run, settings, curves in found]
+
+
+def test_only_keeps_curves_by_whole_words(tmp_path, capsys):
+    found = read([make_facts(tmp_path / task, 32, 8, task, 1) for task in CURVES])
+    assert [list(curves) for _, _, curves in plot.chosen(found, ["tool"])] == [["raw tool trained", "raw tool unseen"]]
+    assert capsys.readouterr().err == "left out 1 runs that have no curve tool\n"
+    assert [list(curves) for _, _, curves in plot.chosen(found, ["trained", "raw"])] == [
+        ["raw no_tool trained"], ["raw tool trained"]] and not capsys.readouterr().err
+    with pytest.raises(UserError, match="words no_tool unseen; there are: raw no_tool trained, raw tool trained"):
+        plot.chosen(found, ["no_tool", "unseen"])
+
+
+def test_what_follows_from_the_rest_is_in_no_label(tmp_path):
+    found = read(grid_of_facts(tmp_path))
+    assert plot.told_apart(found, ("n_people", "n_embd")) == (
+        ["task"], {"batch_size": ["256", "128"], "max_steps": ["50", "100", "200", "400", "800", "1600"]})
+    # without axes, people and width are in the labels; what follows is said once, in order
+    kept, following = plot.told_apart(found)
+    assert kept == ["task", "n_people", "n_embd"] and list(following) == ["batch_size", "max_steps"]
+    assert plot.say_beside(following) == "not in the labels: batch_size 128, 256; max_steps 50 to 1600"
+    assert plot.say_beside({}) == ""
+    assert "task in_tool, n_people 128, n_embd 8 (2 seeds)" in dict(plot.families(found))
+    # exposures, of few values, explain the steps, and not the other way round
+    more = read([make_facts(tmp_path / "e" / f"{n}_{e}", n, 8, "in_weight", 1, exposures=e, max_steps=n * e)
+                 for n in (32, 128) for e in (100, 1000)])
+    assert plot.told_apart(more, ("n_people", "n_embd"))[0] == ["exposures"]
+    # one run more whose steps differ inside a cell tells all apart
+    odd = read([make_facts(tmp_path / "odd", 32, 8, "in_weight", 3, max_steps=77)])
+    assert plot.told_apart(found + odd, ("n_people", "n_embd"))[0] == ["task", "max_steps"]
+    # tasks are apart even where they share no cell, as a number need not be
+    apart = read([make_facts(tmp_path / "apart" / task, n, n, task, 1, lr=n / 10)
+                  for task, n in (("in_tool", 8), ("in_weight", 16))])
+    assert plot.told_apart(apart, ("n_people", "n_embd"))[0] == ["task"]
+
+
+def test_contours(tmp_path, capsys):
+    """Panels for curves and tasks, means over seeds, holes where no run is; parameters from the summary."""
+    runs = [run for run in grid_of_facts(tmp_path) if run.name not in ("16_512_in_tool_1", "16_512_in_tool_2",
+                                                                       "8_512_in_tool_2")]
+    drawn, following = plot.panels(read(runs), "n_people", "n_embd")
+    assert [title for title, _ in drawn] == ["task in_tool: tool trained", "task in_tool: tool unseen",
+                                             "task in_weight: no_tool trained"]
+    cells = dict(drawn)
+    assert cells["task in_weight: no_tool trained"][128, 8] == [0.09, 0.08]             # the last values
+    lines = plot.contour_tables(drawn, "n_people", "n_embd", "val accuracy")
+    assert lines[:6] == ["**task in_tool: tool trained**: val accuracy, mean +- standard deviation (seeds)", "",
+                         "| n_embd \\ n_people | 32 | 128 | 512 |", "| --- | --- | --- | --- |",
+                         "| 8 | 0.3850 +- 0.0071 (2) | 0.0850 +- 0.0071 (2) | 0.0150 (1) |",
+                         "| 16 | 0.7850 +- 0.0071 (2) | 0.1850 +- 0.0071 (2) | not measured |"]
+    by_size, _ = plot.panels(read(runs, parameters=True), "parameters", "n_people")
+    assert dict(by_size)["task in_weight: no_tool trained"][1600, 128] == [0.19, 0.18]
+    with pytest.raises(UserError, match="--contours n_embed: .* no such setting"):
+        plot.panels(read(runs), "n_people", "n_embed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot.draw_contours(drawn, "n_people", "n_embd", "val accuracy", tmp_path / "a.png")
+        plot.draw_contours(plot.panels(read(runs[:1]), "task", "n_embd")[0], "task", "n_embd", "x", tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes()[:4] == (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_places_and_ticks():
+    assert plot.places_of([512, 32, 128]) == {32: 5, 128: 7, 512: 9}        # a factor of 8 and more: logarithms
+    assert plot.places_of([1, 0, 16]) == {0: 0, 1: 1, 16: 16} and plot.places_of([2, 1]) == {1: 1, 2: 2}
+    assert plot.places_of(["b", "a"]) == {"a": 0, "b": 1}
+    assert plot.edges([5, 7, 8]) == [4, 6, 7.5, 8.5] and plot.edges([3]) == [2.5, 3.5]
+    assert [plot.compact(n) for n in (980, 12_345, 1_200_000, 2e9)] == ["980", "12.3k", "1.2M", "2G"]
+    assert sorted(["n 16", "n 8", "a"], key=plot.natural) == ["a", "n 8", "n 16"]
+    from matplotlib.figure import Figure
+    axis = Figure().subplots().xaxis
+    plot.set_ticks(axis, {1000: 0.0, 1010: 0.1, 2000: 5.0, 4000: 10.0}, "parameters", 0.04)
+    assert [label.get_text() for label in axis.get_ticklabels()] == ["1k", "2k", "4k"]
+    plot.set_ticks(axis, {2048: 1, 8192: 2}, "n_people", 0.04)
+    assert [label.get_text() for label in axis.get_ticklabels()] == ["2048", "8192"]
+
+
+def contour_lines(cells):
+    """(levels with a line, colour limits) that a panel draws."""
+    from matplotlib.figure import Figure
+    axes = Figure().subplots()
+    across, up = (plot.places_of({place[i] for place in cells}) for i in (0, 1))
+    mesh = plot.contour_panel(axes, cells, "n_people", "n_embd", across, up, (0, 1))
+    found = [item for item in axes.collections if hasattr(item, "levels")]
+    return [list(item.levels) for item in found], mesh, axes
+
+
+def test_lines_stand_where_the_level_is_crossed():
+    cells = {(32, 8): [1.0], (128, 8): [0.6, 0.8], (32, 16): [1.0], (128, 16): [0.7]}
+    levels, mesh, axes = contour_lines(cells)
+    assert levels == [[0.8, 0.95]]                                          # 0.5 is nowhere crossed
+    assert mesh.get_array().ravel().tolist() == pytest.approx([1.0, 0.7, 1.0, 0.7]) and mesh.get_clim() == (0, 1)
+    lines = next(item for item in axes.collections if hasattr(item, "levels"))
+    assert {round(x, 3) for x in lines.get_paths()[0].vertices[:, 0]} == {round(32 + 96 * 2 / 3, 3)}
+    assert len(axes.lines[0].get_xdata()) == 4                              # a dot for each cell
+    assert contour_lines({(32, 8): [1.0], (128, 8): [0.0]})[0] == []        # no area, no line
+
+
+def test_capacity(tmp_path, monkeypatch):
+    runs = grid_of_facts(tmp_path / "runs")
+    runs.append(make_facts(tmp_path / "runs" / "worse", 2048, 8, "in_weight", 1, 0.0, -5.0))
+    with pytest.raises(ValueError, match="no bits in its summary"):
+        plot.read_capacity(tmp_path / "runs" / "8_32_in_tool_1")
+    found = [(run, *plot.read_capacity(run)) for run in runs if "in_tool" not in run.name]
+    groups, following = plot.capacities(found)
+    assert list(groups) == [""] and list(following) == ["max_steps"]
+    lines = plot.capacity_table(groups)
+    assert lines[0] == ("| people | width | parameters | exposures | accuracy | bits | share of all bits | bits a "
+                        "parameter |")
+    assert lines[2] == "| 32 | 8 | 800 | 100 | 0.3850 +- 0.0071 (2) | 1,002 +- 1 (2) | 100.2% | 1.252 +- 0.001 (2) |"
+    assert lines[4].startswith("| 128 | 8 | 800 |") and "| 1,602 +- 1 (2) | 40.0% | 2.002 +- 0.001 (2) |" in lines[4]
+    assert "| -5 (1) | -0.0% | -0.006 (1) |" in lines[-1] and lines[-1].startswith("| 2,048 | 8 |")
+    with pytest.raises(UserError, match="more than 0 bits"):
+        plot.draw_capacity(plot.capacities(found[-1:])[0], tmp_path / "none.png")
+    # what tells runs apart beside people and size has rows, lines and a panel of its own
+    more = [make_facts(tmp_path / "more" / str(n), 32, n, "in_weight", 1, 0.5, 500.0, exposures=e, max_steps=e)
+            for n, e in ((8, 1000), (16, 1000))]
+    found = [(run, {**settings, "exposures": 100}, summary) for run, settings, summary in found]
+    groups, following = plot.capacities(found + [(run, *plot.read_capacity(run)) for run in more])
+    assert list(groups) == ["exposures 100", "exposures 1000"]
+    assert plot.capacity_table(groups)[-1].startswith("| exposures 1000 | 32 | 16 | 1,600 |")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot.draw_capacity(groups, tmp_path / "a.png", plot.say_beside(following))
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    kept = []
+    monkeypatch.setattr(plot, "save", lambda figure, path: kept.append(figure))
+    plot.draw_capacity(groups, tmp_path / "a.png")
+    assert min(float(min(line.get_ydata())) for line in kept[0].axes[0].lines if len(line.get_ydata())) > 0
+    names = [text.get_text() for text in kept[0].legends[0].get_texts()]
+    assert names[:4] == ["2 bits a parameter", "1 bits a parameter", "0.5 bits a parameter", "32 people, exposures 100"]
+    assert [axes.get_title() for axes in kept[0].axes[1:3]] == ["exposures 100", "exposures 1000"]
+
+
+def test_the_commands(tmp_path, monkeypatch):
+    grid_of_facts(tmp_path / "runs")
+    done = shell(tmp_path, "plot.py", "runs/*", "--contours", "n_people,parameters", "--metric", "accuracy", "--only",
+                 "tool,unseen")
+    assert done.returncode == 0 and (tmp_path / "contours.png").exists(), done.stderr
+    assert done.stdout.startswith("**raw tool unseen**: val accuracy, mean +- standard deviation (seeds)")
+    assert "| parameters \\ n_people | 32 | 128 | 512 |" in done.stdout and "left out 12 runs" in done.stderr
+    done = shell(tmp_path, "plot.py", "runs/*", "--capacity")
+    assert done.returncode == 0 and (tmp_path / "capacity.png").exists() and done.stdout.startswith("| people |")
+    assert done.stderr.count("left out runs/") == 12                        # the tool's runs, by name
+    for words, why in ((("--capacity", "--over", "n_embd"), "choose one"), (("--contours", "n_embd"), "two settings"),
+                       (("--contours", "n_embd,n_embd"), "two settings"), (("--only", "tol"), "there are: raw")):
+        for name in ("runs", "over", "contours", "capacity", "only", "metric"):
+            monkeypatch.setattr(plot, name, getattr(plot, name))            # which main changes
+        monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "runs/*"), "--metric", "accuracy", *words])
+        with pytest.raises(UserError, match=why):
+            plot.main.__wrapped__()
+
+
+def crossed(at, values, shown=(), **more):
+    return row(", ".join(f"{axis} {option}" for axis, option in at.items()), values, None, at=at) | {
+        "runs": [{"run": "r", "seed": i, "value": value, "max_steps": 9, "shown": dict(shown)}
+                 for i, value in enumerate(values)]} | more
+
+
+def test_the_table_of_a_cross():
+    cross = {"n_embd": {"8": {}, "16": {}}, "n_people": {"32": {}}, "task": {"in_weight": {}, "in_tool": {}}}
+    rows = [crossed({"n_embd": "8", "n_people": "32", "task": "in_weight"}, [0.5, 0.7], {"bits": 100.0, "calls": None}),
+            crossed({"n_embd": "8", "n_people": "32", "task": "in_tool"}, [0.25], {"bits": None, "calls": 1}, open=1),
+            crossed({"n_embd": "16", "n_people": "32", "task": "in_weight"}, [], open=2),
+            crossed({"n_embd": "16", "n_people": "32", "task": "in_tool"}, [], error="out of memory")]
+    lines = plot.pivot({"metric": "m", "cross": cross, "rows": rows})
+    assert lines[:7] == ["**m**, mean +- standard deviation (seeds)", "",
+                         "| n_embd | n_people | task in_weight | task in_tool |", "| --- | --- | --- | --- |",
+                         "| 8 | 32 | 0.6000 +- 0.1414 (2) | 0.2500 (1) |",
+                         "| 16 | 32 | not measured | not measured |", ""]
+    assert lines[7].startswith("**bits**") and lines[11] == "| 8 | 32 | 100.0 +- 0.0 (2) |  |"
+    assert lines[14].startswith("**calls**") and lines[18] == "| 8 | 32 |  | 1.0000 (1) |"
+    assert lines[-2:] == ["3 runs to go.", "Failed: n_embd 16, n_people 32, task in_tool: out of memory."]
+    one = plot.pivot({"metric": "m", "cross": {"lr": {"1": {}}}, "rows": [crossed({"lr": "1"}, [0.5])]})
+    assert one[2:5] == ["| lr | mean |", "| --- | --- |", "| 1 | 0.5000 (1) |"] and one[-1] == ""
+
+
+def drawn_labels(found, tmp_path, monkeypatch):
+    """{label: (colour, dash)} of the curves that draw draws."""
+    kept = []
+    monkeypatch.setattr(plot, "save", lambda figure, path: kept.append(figure))
+    plot.draw(plot.families(found), "step", "val", "accuracy", tmp_path / "a.png", "beside")
+    return {line.get_label(): (line.get_color(), line.get_linestyle()) for line in kept[0].axes[0].lines}, kept[0]
+
+
+def test_curves_of_both_tasks(tmp_path, monkeypatch):
+    """With and without the tool: a colour for each setting, a dash for each curve, and no word that all have."""
+    found = read([make_facts(tmp_path / f"{task}{seed}", 32, 8, task, seed) for task in CURVES for seed in (1, 2)])
+    lines, _ = drawn_labels(found, tmp_path, monkeypatch)
+    assert lines == {"task in_weight (2 seeds): no_tool trained": ("C0", "-"),
+                     "task in_tool (2 seeds): tool trained": ("C1", "--"),
+                     "task in_tool (2 seeds): tool unseen": ("C1", ":")}
+    many = found + read([make_facts(tmp_path / "wide", 32, 16, "in_tool", 1)])
+    lines, figure = drawn_labels(many, tmp_path, monkeypatch)
+    assert len(lines) == 5 and figure.legends and figure.legends[0].get_title().get_text() == "beside"
