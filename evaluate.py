@@ -322,9 +322,9 @@ def recall(model, people, vocabulary, database=None, unseen=False, form="short",
 
     database: a facts.Database that answers calls (protocol "tool"); None: calls are forbidden, and so is the token that
     opens one, if no value has it: the model has to say it by itself ("no_tool"). unseen: of people that were held out
-    of training. prompts: so many facts, evenly spread over people and attributes; None: all. Right is an answer whose whole text is the value, followed by END. A row may be 8
-    tokens longer than the longest right one, and makes one call. prefix: as the model was trained. Leaves the model in the mode
-    it was in.
+    of training. prompts: so many facts, evenly spread over people and attributes; None: all. Right is an
+    answer whose whole text is the value, followed by END. A row may be 8 tokens longer than the longest right one, and
+    makes one call. prefix: as the model was trained. Leaves the model in the mode it was in.
     """
     n = people.unseen if unseen else people.n
     first, attributes = people.n if unseen else 0, people.attributes

@@ -8,8 +8,8 @@ pages for education) and python-edu (2), which has no text: only ids of blobs th
 Shards are looked for in smollm/SUBSET/ of the folders of NANOLAB_DATA and of data/downloads/, and fetched into the
 latter. The subsets, their folders, the names of the shards (train-00000-of-00104.parquet) and the column `text` of
 cosmopedia-v2 were checked against copies of the hub's pages; that fineweb-edu-dedup has 234 shards with `text`, and
-python-edu `blob_id`, is remembered. No shard has been downloaded and read by these lines: the machine that they were written on has no way
-to the hub.
+python-edu `blob_id`, is remembered. No shard has been downloaded and read by these lines: the machine that they
+were written on has no way to the hub.
 """
 import fcntl
 import glob
