@@ -309,7 +309,8 @@ def main():
         prompts = [vocabulary.encode(facts.question(people[i], asked or attribute, form)) for i in numbers]
         found[kind] = layers_that_know(model, prompts, labels, l2=l2, steps=steps, seed=seed)
         print(f"{kind} people: {len(numbers):,}, {len(labels.unique())} values of {attribute}")
-    print(f"{'place':<10}" + "".join(f"{f'{kind}: held out':>20}{'learned from':>14}{'majority':>10}" for kind in found))
+    print(f"{'place':<10}" + "".join(f"{f'{kind}: held out':>20}{'learned from':>14}{'majority':>10}"
+                                     for kind in found))
     for place in next(iter(found.values())):
         print(f"{place:<10}" + "".join(f"{one[place].held_out:>20.3f}{one[place].training:>14.3f}"
                                        f"{one[place].majority:>10.3f}" for one in found.values()))

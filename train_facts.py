@@ -419,7 +419,7 @@ def main():
     except ValueError as error:
         raise UserError(error)
     if prefix and config.carries:
-        raise UserError(f"--prefix: mixer {mixer} reads from left to right, so a question's tokens cannot see one another")
+        raise UserError(f"--prefix: mixer {mixer} reads from left to right: a question's tokens cannot see one another")
     model = build_model(config).to(where)
     net = torch.compile(model) if compile else model
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
