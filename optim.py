@@ -34,6 +34,11 @@ RULES = {
 RUN = 2 ** 17  # elements
 
 
+def local(tensor):
+    """The tensor; of a DTensor, whose parts lie in several processes, this process's part: the same storage."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def _buffers(states, params, name):
     """The state tensor `name` of every parameter, zeros at first."""
     for state, p in zip(states, params):
@@ -79,16 +84,23 @@ def _adam(group, params, grads, states):
         torch._foreach_addcdiv_(some_params, some_means, some_roots, -lr * correction / (1 - beta1 ** step))
 
 
-def _muon(group, params, grads, states):
-    """Jordan 2024: momentum, then about the nearest semi-orthogonal matrix in place of the matrix; decay decoupled."""
+def _muon(group, params, grads, states, mesh=None, owners=()):
+    """Jordan 2024: momentum, then about the nearest semi-orthogonal matrix in place of the matrix; decay decoupled.
+
+    params of a mesh are parts of their owners: updates are gathered, and of each step this process's part is taken.
+    """
     lr, momentum = group["lr"], group["momentum"]
     buffers = _buffers(states, params, "momentum")
     torch._foreach_lerp_(buffers, grads, 1 - momentum)
     updates = torch._foreach_lerp(grads, buffers, momentum) if group["nesterov"] else buffers
     if group["weight_decay"]:
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+    targets = params
+    if mesh:
+        updates = [mesh.whole(owner, update) for owner, update in zip(owners, updates)]
+        targets = [torch.zeros_like(update) for update in updates]
     stacks = {}  # matrices of one shape, up to transposition, go through one batched iteration
-    for p, update in zip(params, updates):
+    for p, update in zip(targets, updates):
         for part in zip(p.split(group["rows"]), update.split(group["rows"])) if "rows" in group else [(p, update)]:
             stacks.setdefault((min(part[0].shape), max(part[0].shape)), []).append(part)
     for (_, longer), pairs in stacks.items():
@@ -97,6 +109,8 @@ def _muon(group, params, grads, states):
             rows, columns = p.shape
             scale = max(1, rows / columns) ** 0.5 if group["adjust_lr"] == "original" else 0.2 * longer ** 0.5
             p.add_(update if columns == longer else update.mT, alpha=-lr * scale)
+    if mesh:
+        torch._foreach_add_(params, [mesh.part(owner, step) for owner, step in zip(owners, targets)])
 
 
 def _schedule_free(group, params, grads, states):
@@ -218,7 +232,7 @@ class _Optimizer(torch.optim.Optimizer):
         unknown = settings.keys() - RULES[self.rule].keys()
         if unknown:
             raise TypeError(f"{type(self).__name__} has no setting {', '.join(sorted(unknown))}")
-        self.settings = settings
+        self.settings, self.mesh = settings, None
         super().__init__(params, {})  # the defaults differ from rule to rule: add_param_group sets them
 
     def add_param_group(self, param_group):
@@ -251,8 +265,8 @@ class _Optimizer(torch.optim.Optimizer):
                 group["averaged"] = averaged
                 for p in group["params"]:
                     if "x" in self.state[p]:
-                        held = p.detach().clone()
-                        p.copy_(self.state[p]["x"])
+                        held = local(p).detach().clone()
+                        local(p).copy_(self.state[p]["x"])
                         self.state[p]["x"].copy_(held)
 
     @contextmanager
@@ -291,7 +305,7 @@ class _Optimizer(torch.optim.Optimizer):
         """Steps every parameter that has a gradient.
 
         closure: may recompute the loss, which is then returned. transform(params, grads) -> the gradients to step by
-        instead (lists of tensors of one device and dtype). p.grad is never written.
+        instead (lists of whole tensors of one device and dtype). p.grad is never written.
         """
         loss = None
         if closure is not None:
@@ -299,10 +313,15 @@ class _Optimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             whole = group["rule"] == "muon"  # which wants to see all matrices of one shape
-            for params in _runs([p for p in group["params"] if p.grad is not None], math.inf if whole else RUN):
-                grads = [p.grad for p in params]
-                grads = transform(params, grads) if transform else grads
-                STEPS[group["rule"]](group, params, grads, [self.state[p] for p in params])
+            for owners in _runs([p for p in group["params"] if p.grad is not None], math.inf if whole else RUN):
+                params, grads = [local(p) for p in owners], [local(p.grad) for p in owners]
+                if transform and self.mesh:
+                    complete = ([self.mesh.whole(p, t) for p, t in zip(owners, parts)] for parts in (params, grads))
+                    grads = [self.mesh.part(p, g) for p, g in zip(owners, transform(*complete))]
+                elif transform:
+                    grads = transform(params, grads)
+                more = (self.mesh, owners) if whole else ()
+                STEPS[group["rule"]](group, params, grads, [self.state[p] for p in owners], *more)
         return loss
 
 
@@ -475,12 +494,15 @@ def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None):
 
 
 def build(name, named_parameters, roles, lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, momentum=0.9, muon_lr=0.02,
-          muon_momentum=0.95, orthograd=False, fused_rows=None, ess=1e6, hess_init=1.0, clip_radius=math.inf):
+          muon_momentum=0.95, orthograd=False, fused_rows=None, ess=1e6, hess_init=1.0, clip_radius=math.inf,
+          mesh=None):
     """The optimiser `name` (one of RULES) of a whole model; a schedule multiplies each group's base_lr.
 
     sgd reads momentum; adam, adamw and schedule_free betas and eps; muon steps matrix and residual with muon_lr and
     muon_momentum, the rest by AdamW with lr, betas, eps; ivon reads betas, ess, hess_init, clip_radius. orthograd wraps
-    it in OrthoGrad. For the rest, and what it raises, see groups.
+    it in OrthoGrad. mesh: a parallel.Mesh over whose processes the parameters are divided, and then the state with
+    them; Muon and OrthoGrad, which look at whole matrices, gather them for the time of a step. ValueError for ivon on
+    several processes. For the rest, and what it raises, see groups.
     """
     if name not in RULES:
         raise ValueError(f"optimizer {name!r}: it must be one of {', '.join(RULES)}")
@@ -492,6 +514,10 @@ def build(name, named_parameters, roles, lr, weight_decay=0.0, betas=(0.9, 0.999
         group["base_lr"] = group["lr"]
     kind = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "muon": Muon, "schedule_free": ScheduleFree, "ivon": IVON}[name]
     optimizer = kind(wanted)
+    if mesh and mesh.size > 1:
+        if name == "ivon":
+            raise ValueError("ivon draws the weights anew in every pass, which several processes cannot agree on here")
+        optimizer.mesh = mesh
     return OrthoGrad(optimizer) if orthograd else optimizer
 
 
@@ -543,30 +569,33 @@ class EMA:
             raise ValueError(f"ema_decay {decay}: it must be at least 0 and below 1")
         self.decay, self.updates = decay, 0
         self.parameters = dict(model.named_parameters())
-        self.weights = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.weights = {name: local(p).detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def update(self):
         """Once after each optimiser step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.weights.values()), list(self.parameters.values()), 1 - decay)
+        torch._foreach_lerp_(list(self.weights.values()), self._parts(), 1 - decay)
         self.updates += 1
 
     @torch.no_grad()
     def copy_to_model(self):
         """The averages into the model's own tensors, in place: a compiled module and an optimiser keep theirs."""
-        torch._foreach_copy_(list(self.parameters.values()), list(self.weights.values()))
+        torch._foreach_copy_(self._parts(), list(self.weights.values()))
 
     @contextmanager
     def swapped(self):
         """with ema.swapped(): the model has the averaged weights; afterwards, come what may, the raw ones."""
-        raw = [p.detach().clone() for p in self.parameters.values()]
+        raw = [local(p).detach().clone() for p in self.parameters.values()]
         try:
             self.copy_to_model()
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(list(self.parameters.values()), raw)
+                torch._foreach_copy_(self._parts(), raw)
+
+    def _parts(self):
+        return [local(p) for p in self.parameters.values()]
 
     def state_dict(self):
         """{"updates": int, "weights": {name: tensor}}; decay is a setting."""

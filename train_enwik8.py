@@ -15,15 +15,15 @@ test split under stride:1. What this code measured, and with which command, stan
 import math
 import os
 import time
-from contextlib import nullcontext
 
 import torch
 
 import optim
+import parallel
 from data import text
 from evaluate import LN2, score
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
-                        load_checkpoint, measure_peak_flops, override, resolve_device, restore_generators,
+                        load_checkpoint, measure_peak_flops, override, resolve_device,
                         seed_everything)
 from model import TransformerConfig, active_layers, build_model, equal_ff_mult, fused_rows, parameter_roles
 from sample import generate
@@ -39,6 +39,8 @@ data_seed = 1337           # batches
 device = "auto"            # auto, cpu, cuda, cuda:1, ...
 dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
 compile = False            # torch.compile
+dp = 1                     # [>= 1] processes over which a batch's rows are divided, under torchrun
+tp = 1                     # [>= 1] processes over which each layer's matrices are divided, under torchrun
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
 debug = False              # tiny and short, no wandb, no tensorboard
 profile = False            # torch profiler over a few steps: trace.json in the run's directory
@@ -257,11 +259,11 @@ def extend(settings):
     return True
 
 
-def evaluate(model, opt, ema, data, windows, autocast):
+def evaluate(model, opt, ema, data, windows, autocast, mesh):
     """Yields (name, Score) under the block protocol: of the raw weights (the average that a schedule-free optimiser
     keeps, the mean of ivon's posterior) and, when there is an ema, of that."""
     for weights, place in [("raw", opt.averaged())] + ([("ema", ema.swapped())] if ema else []):
-        with place, autocast:
+        with place, autocast, mesh.gathered(model):
             yield weights, score(model, data, "block", eval_batch_size, windows)
 
 
@@ -287,6 +289,7 @@ def main():
         quiet = {name: value for name, value in debug_settings.items() if name not in settings.explicit}
         globals().update(quiet)
         settings.update(quiet)
+    mesh = parallel.start(dp, tp, device)                # from here on only rank 0 prints
     checkpoint_path = find_resume(settings, __file__)
     checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
     if checkpoint:
@@ -301,7 +304,8 @@ def main():
         except ValueError as error:
             raise UserError(error)
         config = check(settings)
-    where, precision = resolve_device(device, dtype)
+    where, precision = resolve_device(mesh.device, dtype)
+    mesh.check(config, batch_size, optimizer, precision, carry_memory and batching == "streams" and config.carries)
 
     # ---- data ----
     corpus = text.load(dataset, max_bytes, where)
@@ -309,7 +313,7 @@ def main():
 
     # ---- model ----
     seed_everything(seed, deterministic)
-    model = build_model(config).to(where)
+    model = mesh.parallelise(build_model(config).to(where))
     if compile:
         torch._dynamo.config.recompile_limit = max(8, 2 * n_layer)   # every ended intermediate loss is one more graph
     net = torch.compile(model) if compile else model
@@ -321,24 +325,24 @@ def main():
     opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, weight_decay=weight_decay,
                       betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr, muon_momentum=muon_momentum,
                       orthograd=orthograd, fused_rows=fused_rows(model), ess=ess or len(corpus.train),
-                      hess_init=hess_init, clip_radius=clip_radius or math.inf)
+                      hess_init=hess_init, clip_radius=clip_radius or math.inf, mesh=mesh)
     scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
 
     # ---- resume ----
     loop = dict(step=0, evaluated=0, best=math.inf, best_step=0, bytes=0, seconds=0.0, pending=[], logged_seconds=0.0)
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        optim.load_state(opt, checkpoint["optimizer"])
+        mesh.load_model(model, checkpoint["model"])
+        mesh.load_optimizer(opt, checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         if not extended:                                 # longer windows are another division of the data
             batches.load_state_dict(checkpoint["data"])
             if memory and checkpoint["memory"]:
                 memory.load_state_dict(checkpoint["memory"])
-        restore_generators(checkpoint["generators"])
+        mesh.restore_generators(checkpoint["generators"])
         loop = dict(checkpoint["loop"])
     ema = optim.EMA(model, ema_decay) if ema_decay else None
     if ema and checkpoint and checkpoint["ema"]:
-        ema.load_state_dict(checkpoint["ema"])
+        mesh.load_ema(ema, checkpoint["ema"])
 
     def save(run, name, keep=0):
         """The state into the run's file `name`, and with `keep` into a numbered one, of which so many stay."""
@@ -351,8 +355,9 @@ def main():
     def state():
         """Everything that the rest of the run depends on."""
         return dict(format="nanolab-1", script="train_enwik8", step=loop["step"], settings=dict(settings),
-                    model=model.state_dict(), ema=ema.state_dict() if ema else None, optimizer=opt.state_dict(),
-                    scaler=scaler.state_dict(), generators=generator_states(), data=batches.state_dict(),
+                    model=mesh.full_state_dict(model), ema=mesh.full_ema(ema) if ema else None,
+                    optimizer=mesh.full_optimizer_state(opt), scaler=scaler.state_dict(),
+                    generators=mesh.generator_states(generator_states()), data=batches.state_dict(),
                     memory=memory.state_dict() if memory else None, loop=dict(loop),
                     posterior=optim.posterior(opt, model.named_parameters()))
 
@@ -367,18 +372,18 @@ def main():
         loop["pending"] += values
         recent.clear()
 
-    with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
+    with mesh.run(lambda: Run(settings, __file__, checkpoint, checkpoint_path, debug=debug)) as run:
         active_params = f" ({model.n_active_params():,} active)" if "moe" in config.ffs else ""
         print(f"{corpus.source}; {model.n_params():,} parameters{active_params}; {where.type} "
               f"{str(precision).removeprefix('torch.')}")
-        peak_flops = measure_peak_flops(where, precision)
+        peak_flops = measure_peak_flops(where, precision) * mesh.size
         bytes_per_step = batch_size * grad_accum * block_size
         first = loop["step"]
         saved = first if checkpoint else -1              # a new run is saved at once: a full disk shows at the start
         hinted, profiler = where.type != "cpu" or max_steps is None, None
         bar, clock = run.bar(max_steps, first), Stopwatch(where)
 
-        while not run.stop:
+        while not mesh.stop(run):
             # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
             step = loop["step"]
             if eval_interval and step % eval_interval == 0 and loop["evaluated"] < step:
@@ -387,7 +392,7 @@ def main():
                 everything = full_eval_interval and step % full_eval_interval == 0
                 clock.start()
                 for windows in (None, eval_windows) if everything else (eval_windows,):
-                    for which, found in evaluate(model, opt, ema, corpus.val, windows, autocast):
+                    for which, found in evaluate(model, opt, ema, corpus.val, windows, autocast, mesh):
                         run.log(step=step, split="val", loss=found.loss, bpb=found.bpb, protocol=found.protocol,
                                 bytes=found.bytes, weights=which)
                         bar.note(f"step {step}: val {found.bpb:.4f} bits/byte ({found.protocol}; {which} weights)")
@@ -415,7 +420,7 @@ def main():
             loss = 0.0
             clock.start()
             for _ in range(grad_accum):
-                x, y = batches.next()
+                x, y = mesh.rows(*batches.next())                # each process draws the whole batch and takes its rows
                 if memory and batches.fresh:
                     memory.reset()
                 clock.lap("data")
@@ -427,15 +432,16 @@ def main():
                     clock.lap("backward")
                 loss = loss + nats[-1, 0] / grad_accum           # last layer, next byte: what the published figures are
             scaler.unscale_(opt)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+            grad_norm = mesh.clip_grad_norm(model.parameters(), grad_clip or math.inf)
             scaler.step(opt)
             scaler.update()
             opt.zero_grad(set_to_none=True)
+            mesh.sum_usage(model)
             model.balance_experts()
             if ema:
                 ema.update()
             clock.lap("optimiser")
-            recent.append(torch.stack([loss, grad_norm]))
+            recent.append(torch.stack([mesh.mean(loss), grad_norm]))
             step = loop["step"] = step + 1
             loop["bytes"] += bytes_per_step
             if profiler and step == first + 5:
@@ -468,6 +474,7 @@ def main():
                              "--preset cpu takes minutes")
 
         # ---- the end ----
+        stopped = mesh.stop(run)                         # of all processes: what follows, they do together
         step = loop["step"]
         bar.close()
         settle()
@@ -475,9 +482,9 @@ def main():
             save(run, "last.pt")
         run.summary(step=step, best_bpb=loop["best"], best_step=loop["best_step"], seconds=loop["seconds"],
                     bytes=loop["bytes"], parameters=model.n_params())
-        if eval_interval and not run.stop:
+        if eval_interval and not stopped:
             clock.start()
-            for which, found in evaluate(model, opt, ema, corpus.val, None, autocast):
+            for which, found in evaluate(model, opt, ema, corpus.val, None, autocast, mesh):
                 run.log(step=step, split="val", loss=found.loss, bpb=found.bpb, protocol=found.protocol,
                         bytes=found.bytes, weights=which, final=True)
                 run.summary(**{f"val_bpb_{which}": found.bpb, f"val_loss_{which}": found.loss})
@@ -485,14 +492,15 @@ def main():
                       f"{found.bytes:,} bytes, {which} weights) after {step:,} steps, "
                       f"{loop['seconds']:.0f} s of training")
             clock.lap("evaluation")
-        if sample_length and not run.stop:
-            with opt.averaged():
+        if sample_length and not stopped:
+            with opt.averaged(), mesh.gathered(model):
                 written = write_sample(model)
+            if mesh.main:
                 (run.dir / "samples").mkdir(exist_ok=True)
                 (run.dir / "samples" / f"step_{step:08d}.txt").write_text(written)
                 print(f"--- sample ---{written}\n--------------")
         run.spent(clock)
-        print(f"{'stopped' if run.stop else 'done'} at step {step:,}: {run.dir}")
+        print(f"{'stopped' if stopped else 'done'} at step {step:,}: {run.dir}")
 
 
 if __name__ == "__main__":

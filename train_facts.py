@@ -28,12 +28,12 @@ import time
 import torch
 
 import optim
-from data import facts, mqar, tokens
+import parallel
+from data import facts, mqar
 from data.tokenized import open_text
-from evaluate import LN2, answered, bits_of, recall, score
+from evaluate import answered, bits_of, recall, score
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
-                        load_checkpoint, measure_peak_flops, override, resolve_device, restore_generators,
-                        seed_everything)
+                        load_checkpoint, measure_peak_flops, override, resolve_device, seed_everything)
 from model import TransformerConfig, build_model, fused_rows, parameter_roles
 
 # --- Run ---
@@ -44,6 +44,8 @@ tag = None                 # a word by which `python experiment.py clean --tag` 
 resume = False             # [path] go on with run_name (none: the newest run); --resume PATH: from that checkpoint
 seed = 1337                # initialisation and dropout
 data_seed = 1337           # people, rows and the order of batches
+dp = 1                     # [>= 1] processes over which a batch's rows are divided, under torchrun
+tp = 1                     # [>= 1] processes over which each layer's matrices are divided, under torchrun
 device = "auto"            # auto, cpu, cuda, cuda:1, ...
 dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
 compile = False            # torch.compile
@@ -393,6 +395,7 @@ def say(line):
 def main():
     # ---- settings: flags, preset, and on resume the checkpoint's ----
     settings = override(globals())
+    mesh = parallel.start(dp, tp, device)                # from here on only rank 0 prints
     if debug:
         quiet = {name: value for name, value in debug_settings.items() if name not in settings.explicit}
         globals().update(quiet)
@@ -402,7 +405,7 @@ def main():
     if checkpoint:
         settings = adopt(globals(), settings, checkpoint["settings"], architecture)
     check(settings)
-    where, precision = resolve_device(device, dtype)
+    where, precision = resolve_device(mesh.device, dtype)
 
     # ---- data ----
     work = (Facts if task in FACTS else Recall if task == "mqar" else Text)(settings, where)
@@ -420,7 +423,8 @@ def main():
         raise UserError(error)
     if prefix and config.carries:
         raise UserError(f"--prefix: mixer {mixer} reads from left to right: a question's tokens cannot see one another")
-    model = build_model(config).to(where)
+    mesh.check(config, batch_size, optimizer, precision)
+    model = mesh.parallelise(build_model(config).to(where))
     net = torch.compile(model) if compile else model
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
 
@@ -428,7 +432,7 @@ def main():
     opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, weight_decay=weight_decay,
                       betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr, muon_momentum=muon_momentum,
                       orthograd=orthograd, fused_rows=fused_rows(model), ess=ess or work.n_rows, hess_init=hess_init,
-                      clip_radius=clip_radius or math.inf)
+                      clip_radius=clip_radius or math.inf, mesh=mesh)
     scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
 
     # ---- resume ----
@@ -438,17 +442,17 @@ def main():
     loop = dict(step=0, evaluated=-1, best=math.inf, best_step=0, rows=0, seconds=0.0, pending=[], logged_seconds=0.0)
     if checkpoint:
         try:
-            model.load_state_dict(checkpoint["model"])
+            mesh.load_model(model, checkpoint["model"])
         except RuntimeError as error:
             raise UserError(f"{checkpoint_path} does not fit the model: {str(error).splitlines()[1].strip()}")
-        optim.load_state(opt, checkpoint["optimizer"])
+        mesh.load_optimizer(opt, checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         batches.load_state_dict(checkpoint["data"])
-        restore_generators(checkpoint["generators"])
+        mesh.restore_generators(checkpoint["generators"])
         loop = dict(checkpoint["loop"])
     ema = optim.EMA(model, ema_decay) if ema_decay else None
     if ema and checkpoint and checkpoint["ema"]:
-        ema.load_state_dict(checkpoint["ema"])
+        mesh.load_ema(ema, checkpoint["ema"])
 
     def save(run, name, keep=0):
         """The state into the run's file `name`, and with `keep` into a numbered one, of which so many stay."""
@@ -461,15 +465,16 @@ def main():
     def state():
         """Everything that the rest of the run depends on."""
         return dict(format="nanolab-1", script="train_facts", step=loop["step"], vocab_size=work.vocab_size,
-                    tokenizer=work.fingerprint, settings=dict(settings), model=model.state_dict(),
-                    ema=ema.state_dict() if ema else None, optimizer=opt.state_dict(), scaler=scaler.state_dict(),
-                    generators=generator_states(), data=batches.state_dict(), loop=dict(loop),
+                    tokenizer=work.fingerprint, settings=dict(settings), model=mesh.full_state_dict(model),
+                    ema=mesh.full_ema(ema) if ema else None, optimizer=mesh.full_optimizer_state(opt),
+                    scaler=scaler.state_dict(), generators=mesh.generator_states(generator_states()),
+                    data=batches.state_dict(), loop=dict(loop),
                     posterior=optim.posterior(opt, model.named_parameters()))
 
     def evaluate(prompts):
         """Yields (name of the weights, line of metrics): of the raw weights, and when there is an ema, of that."""
         for weights, place in [("raw", opt.averaged())] + ([("ema", ema.swapped())] if ema else []):
-            with place, autocast:
+            with place, autocast, mesh.gathered(model):
                 for line in work.evaluate(model, prompts):
                     yield weights, line
 
@@ -484,15 +489,15 @@ def main():
         loop["pending"] += values
         recent.clear()
 
-    with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
+    with mesh.run(lambda: Run(settings, __file__, checkpoint, checkpoint_path, debug=debug)) as run:
         print(f"{work.shown}\n{work.example}\n{work.n_rows:,} rows; {model.n_params():,} parameters; {where.type} "
               f"{str(precision).removeprefix('torch.')}")
-        peak_flops = measure_peak_flops(where, precision)
+        peak_flops = measure_peak_flops(where, precision) * mesh.size
         first = loop["step"]
         saved = first if checkpoint else -1              # a new run is saved at once: a full disk shows at the start
         bar, clock, seen = run.bar(max_steps, first), Stopwatch(where), 0    # tokens since the last line of metrics
 
-        while not run.stop:
+        while not mesh.stop(run):
             # ---- evaluate and save: before the step, so that a run that stops here does on resume what was due ----
             step = loop["step"]
             over = max_steps is not None and step >= max_steps
@@ -525,6 +530,8 @@ def main():
             targets = sum(int((y >= 0).sum()) for _, y in parts)         # the loss is the mean over all of the step's
             loss = 0.0
             for x, y in parts:
+                share = int((y >= 0).sum()) / max(targets, 1) * mesh.weight(y)
+                x, y = mesh.rows(x, y)                       # each process draws the whole batch and takes its rows
                 counted = (y.flatten() >= 0).nonzero()[:, 0]
                 clock.lap("data")
                 with opt.sampled():                      # ivon: one draw of the weights for each pass
@@ -532,20 +539,20 @@ def main():
                         objective, nats = net(x, targets=y.view(*x.shape, 1), counted=counted,
                                               prefix=(y >= 0).byte().argmax(1) + 1 if prefix else None)
                     clock.lap("forward")
-                    share = len(counted) / max(targets, 1)
                     scaler.scale(objective * share).backward()
                     clock.lap("backward")
-                loss, seen = loss + nats[-1, 0] * share, seen + x.numel()
+                loss, seen = loss + nats[-1, 0] * share, seen + x.numel() * mesh.dp
             scaler.unscale_(opt)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+            grad_norm = mesh.clip_grad_norm(model.parameters(), grad_clip or math.inf)
             scaler.step(opt)
             scaler.update()
             opt.zero_grad(set_to_none=True)
+            mesh.sum_usage(model)
             model.balance_experts()
             if ema:
                 ema.update()
             clock.lap("optimiser")
-            recent.append(torch.stack([loss, grad_norm]))
+            recent.append(torch.stack([mesh.mean(loss), grad_norm]))
             step = loop["step"] = step + 1
             loop["rows"] += batch_size * grad_accum
 
@@ -569,7 +576,8 @@ def main():
         step = loop["step"]
         bar.close()
         settle()
-        if eval_interval and not run.stop:
+        stopped = mesh.stop(run)                         # of all processes: what follows, they do together
+        if eval_interval and not stopped:
             found, firsts = math.inf, {}
             clock.start()
             for weights, line in evaluate(final_prompts):
@@ -587,7 +595,7 @@ def main():
             if found < loop["best"]:
                 loop.update(best=found, best_step=step)
                 save(run, "best.pt")
-            with opt.averaged():
+            with opt.averaged(), mesh.gathered(model):
                 more = work.last(model)
             run.summary(**more)
             if "bits" in more:
@@ -598,7 +606,7 @@ def main():
         run.summary(step=step, best=loop["best"], best_step=loop["best_step"], seconds=loop["seconds"],
                     rows=loop["rows"], epoch=batches.epoch, parameters=model.n_params())
         run.spent(clock)
-        print(f"{'stopped' if run.stop else 'done'} at step {step:,}: {run.dir}")
+        print(f"{'stopped' if stopped else 'done'} at step {step:,}: {run.dir}")
 
 
 if __name__ == "__main__":

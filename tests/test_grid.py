@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import experiment  # noqa: E402
 import grid as grid_module  # noqa: E402
 import plot  # noqa: E402
 from experiment import UserError, compare, noise_floor  # noqa: E402
@@ -27,6 +28,7 @@ out_dir = "runs"      # where
 run_name = None       # name
 resume = False        # [path] go on
 seed = 0              # of the figure's noise
+data_seed = 0         # of nothing
 lr = 1.0              # [> 0.0] best at 1
 max_steps = 100       # [>= 1] steps
 kind = "plain"        # [plain, better, worse, doubtful, slow, sleepy, broken, silent] what the change does
@@ -255,6 +257,154 @@ def test_mistakes_in_the_yaml_are_one_line(plan, replace, words):
     with pytest.raises(UserError) as error:
         grid_module.Grid(path)
     assert words in str(error.value) and str(path) in str(error.value)
+
+
+CROSS = """
+script: {script}
+out_dir: {out}
+metric: figure
+show: [step]
+base: {{max_steps: 100}}
+seeds: [1, 2]
+seeded: [seed, data_seed]
+cross:
+  lr: [0.5, 1, 2]
+  way: {{plain: {{}}, much better: {{kind: better, max_steps: 120}}}}
+"""
+
+
+@pytest.fixture
+def crossed(plan, tmp_path):
+    """A function that writes the grid CROSS, with replacements, and returns its path."""
+    path = plan()
+
+    def write(*replace):
+        text = CROSS.format(script=tmp_path / "fake.py", out=tmp_path / "out")
+        for old, new in replace:
+            assert old in text
+            text = text.replace(old, new)
+        path.write_text(text)
+        return path
+    return write
+
+
+def test_a_cross_runs_every_combination_with_every_seed(crossed):
+    path = crossed()
+    assert len(run(path, "--print").out.splitlines()) == 6            # the first seeds; the others follow
+    child = run(path)
+    assert child.returncode == 0, child.err
+    done = calls(path)
+    assert len(done) == len(set(done)) == 3 * 2 * 2
+    index = json.loads((path.parent / "out" / "grid.json").read_text())
+    assert index["cross"] == {"lr": {"0.5": {"lr": 0.5}, "1": {"lr": 1.0}, "2": {"lr": 2.0}},
+                              "way": {"plain": {}, "much better": {"kind": "better", "max_steps": 120}}}
+    assert [row["at"] for row in index["rows"]] == [{"lr": lr, "way": way} for lr in ("0.5", "1", "2")
+                                                    for way in ("plain", "much better")]
+    for row in index["rows"]:
+        lr, better = float(row["at"]["lr"]), row["at"]["way"] == "much better"
+        assert row["name"] == f"lr {row['at']['lr']}, way {row['at']['way']}" and row["open"] == 0
+        assert row["set"] == {"lr": lr, **({"kind": "better", "max_steps": 120} if better else {})}
+        expected = 2 + 0.1 * (lr - 1) ** 2 - (0.52 if better else 0)
+        assert [entry["value"] for entry in row["runs"]] == pytest.approx([expected + 0.01 * noise for noise in (0, 1)])
+        assert [(entry["seed"], entry["shown"]) for entry in row["runs"]] == [
+            (seed, {"step": 120 if better else 100}) for seed in (1, 2)]
+        for entry in row["runs"]:
+            typed = json.loads((path.parent / "out" / "fake" / entry["run"] / "params.json").read_text())["settings"]
+            assert typed["seed"] == typed["data_seed"] == str(entry["seed"]) and float(typed["lr"]) == lr
+            assert typed.get("kind", "plain") == ("better" if better else "plain")
+    assert run(path).returncode == 0 and calls(path) == done
+    crossed(("[0.5, 1, 2]", "[0.5, 1, 4]"))
+    assert run(path).returncode == 0
+    new = calls(path)[len(done):]
+    assert len(new) == 4 and all(name.startswith("lr_4_") for name in new)
+
+
+def test_a_cross_without_seeded_sets_the_seed_alone(crossed):
+    path = crossed(("seeded: [seed, data_seed]", ""), ("[0.5, 1, 2]", "[1]"))
+    assert run(path).returncode == 0
+    typed = [json.loads(file.read_text())["settings"] for file in (path.parent / "out" / "fake").glob("*/params.json")]
+    assert sorted(words["seed"] for words in typed) == ["1", "1", "2", "2"]
+    assert not any("data_seed" in words for words in typed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_cross_that_is_stopped_goes_on(crossed, number):
+    """What had finished is left alone; --status and --print start nothing; what failed is told, the rest goes on."""
+    path = crossed(("kind: better", "kind: sleepy"), ("[0.5, 1, 2]", "[1, 2]"))
+    nap = path.parent / "out" / "nap"
+    nap.write_text("2" if number == signal.SIGKILL else "60")
+    child = start(path, "--jobs", "1")
+    wait(lambda: any("much_better" in name for name in calls(path)))
+    done = len(calls(path))
+    child.send_signal(number)
+    child.wait(timeout=30)
+    child.communicate()
+    status = run(path, "--status").out.splitlines()
+    assert len(status) == 4 and status[0].startswith("lr 1, way plain") and "to run" in status[0]
+    assert len(calls(path)) == done
+    nap.write_text("0")
+    assert run(path, "--jobs", "1").returncode == 0
+    started = calls(path)
+    assert len({name.split()[0] for name in started}) == 2 * 2 * 2
+    again = [name for name in started if " again" in name]
+    assert len(again) == (0 if number == signal.SIGKILL else 1) and len(started) == 8 + len(again)
+    assert [line.split("|")[0].split()[-3] for line in run(path, "--status").out.splitlines()] == ["0"] * 4
+    assert run(path, "--print").out == ""
+
+
+def test_a_part_of_a_cross_that_fails(crossed):
+    path = crossed(("kind: better", "kind: broken"), ("[0.5, 1, 2]", "[1]"))
+    child = run(path)
+    assert child.returncode == 2 and "way much better: error: it cannot work" in child.err.splitlines()[-1]
+    assert "Traceback" not in child.err
+    index = json.loads((path.parent / "out" / "grid.json").read_text())
+    assert [len(row["runs"]) for row in index["rows"]] == [2, 0] and "cannot work" in index["rows"][1]["error"]
+    assert len(calls(path)) == 3 and run(path).returncode == 2 and len(calls(path)) == 3
+
+
+@pytest.mark.parametrize("replace, words", [
+    ([("  lr:", "  lrr:")], "no setting 'lrr'; did you mean lr"),
+    ([("kind: better", "knd: better")], "cross: way much better: fake.py has no setting 'knd'; did you mean kind"),
+    ([("kind: better", "kind: bettr")], "did you mean better"),
+    ([("[0.5, 1, 2]", "[0.5, 1, no]")], "cross: lr false: lr false: must be a number"),
+    ([("[0.5, 1, 2]", "[0.5, 1, 0]")], "cross: lr 0"),
+    ([("[0.5, 1, 2]", "3")], "cross: lr must be a list of values, or options"),
+    ([("[0.5, 1, 2]", "[]")], "cross: lr must be a list of values, or options"),
+    ([("[0.5, 1, 2]", "{a: 3}")], "cross: lr must be a list of values, or options"),
+    ([("kind: better", "lr: 3")], "cross: lr is set by several axes"),
+    ([("kind: better", "seed: 3")], "seed cannot stand in a grid"),
+    ([("kind: better", "run_name: x")], "run_name cannot stand in a grid"),
+    ([("cross:", "rows: {one: {set: {lr: 2.0}}}\ncross:")], "either rows or cross"),
+    ([("cross:", "tune: {settings: [], factors: [1]}\ncross:")], "tune goes with rows, not with cross"),
+    ([("cross:", "speed: {max_steps: 60}\ncross:")], "speed goes with rows, not with cross"),
+    ([("cross:", "crosses:")], "unknown key 'crosses'"),
+    ([("seeded: [seed, data_seed]", "seeded: [seed, dta_seed]")], "seeded: fake.py has no setting 'dta_seed'"),
+    ([("seeded: [seed, data_seed]", "seeded: data_seed")], "seeded must be a list"),
+    ([("seeded: [seed, data_seed]", "seeded: [seed, out_dir]")], "out_dir cannot stand in a grid"),
+    ([("seeds: [1, 2]", "seeds: [1]")], "at least 2 different"),
+    ([("cross:", "cross: [1]\nspeed:")], "cross must be a dict, not [1]"),
+])
+def test_mistakes_in_a_cross_are_one_line(crossed, replace, words):
+    path = crossed(*replace)
+    with pytest.raises(UserError) as error:
+        grid_module.Grid(path)
+    assert words in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, runs", [("facts_steps", 32), ("mqar", 12)])
+def test_the_shipped_crosses_read(name, runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = grid_module.Grid(ROOT / "grids" / f"{name}.yaml")
+    assert len(found.rows) == runs and len({row.name for row in found.rows}) == runs and len(found.seeds) == 3
+    assert found.seeded == ["seed", "data_seed"]
+    cells = [found.cell(row, 1, seed) for row in found.rows for seed in found.seeds]
+    assert len({cell.run for cell in cells}) == 3 * runs
+    for cell in (cells[0], cells[-1]):
+        settings = json.loads(cell.settings)
+        g = fresh("train_facts.py")
+        assert settings["seed"] == settings["data_seed"] == cell.seed
+        words = [word for key, value in settings.items() for word in (f"--{key}", experiment.as_typed(value))]
+        g["check"](experiment.override(g, words))
 
 
 def test_a_yaml_that_is_not_there(tmp_path):

@@ -1,0 +1,477 @@
+"""One model on several processes: a mesh of dp x tp of them on PyTorch's own engine, and what a script needs for it.
+
+    torchrun --nproc_per_node=2 train_facts.py --preset cpu --dp 1 --tp 2      # the matrices divided over two
+    torchrun --nproc_per_node=8 train_enwik8.py --dp 4 --tp 2                  # rows over four pairs, matrices in pairs
+
+Rows of a batch are divided over dp (FSDP2: weights, gradients and optimiser state too), matrices of a layer over tp
+(DTensor). Processes speak gloo on CPUs, which is what is tested, and NCCL on GPUs, which is written but not measured.
+A script without torchrun has a Mesh too, of one process: every method then gives back what it was given.
+
+What each weight is cut along, over tp:
+
+    weight                               dimension   why
+    qkv.weight (H D + 2 G D, C), .bias   0, rows     a process holds H / tp whole heads and the G / tp keys and values
+                                                     that they read: no process needs another's queries, keys, values
+    out.weight (C, H D)                  1, columns  it multiplies what these heads give; the parts of the sum are
+                                                     added over tp: one all-reduce a layer
+    up.weight (W or 2 W, C), .bias       0, rows     W / tp features, of a gated one both halves of each
+    down.weight (C, W), join.weight      1, columns  as out: the second all-reduce of a layer
+    out.bias, down.bias                  whole       added once, after the sum
+    embedding, classifiers, positions    whole       a vocabulary of bytes is small, and the loss reads its classifier
+                                                     whole; a large one is divided by dp
+    norms, gains, the rest of a layer    whole       small; each process computes the same
+
+and over dp, every one of them (what a process of tp has of it) along dimension 0, however uneven; a layer is whole for
+the time of its own forward and backward pass. The fused matrices qkv and up lie in another order than in one process:
+their rows are permuted, so that process 0's heads (or features) come first and a contiguous cut is the right one. So
+are the heads of "strided" and "fixed", of which each process has half of either pattern. Files never see it: a
+checkpoint is that of one process, and any mesh loads it.
+"""
+import atexit
+import os
+import signal
+import sys
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+import experiment
+import optim
+from experiment import NonFinite, UserError
+from feedforward import FeedForward, LowRank
+from mixers import Attention, Sparse
+
+SPLIT = ("full", "window", "strided", "fixed", "diff")  # mixers whose heads can be divided over tp
+SPLIT_FF = ("mlp", "low_rank", "none")
+
+
+def fail(text):
+    """Raises UserError on rank 0; elsewhere ends the process with the same status, without a word."""
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(1)  # torchrun ends the others when one has ended: rank 0 speaks first
+        sys.exit(2)
+    raise UserError(text)
+
+
+def start(dp=1, tp=1, device="auto"):
+    """The Mesh of dp * tp processes that torchrun started, which it joins; ranks above 0 print nothing from now on.
+
+    device: the setting; "auto" and "cuda" give each process of a machine the GPU of its LOCAL_RANK. UserError: dp * tp
+    is not the number of processes, or a process has no GPU of its own.
+    """
+    world, rank, local = (int(os.environ.get(name, at)) for name, at in
+                          (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    if dp * tp != world:
+        script = os.path.basename(sys.argv[0]) or "script.py"
+        if "WORLD_SIZE" in os.environ:
+            fail(f"dp {dp} times tp {tp} is {dp * tp}, but torchrun started {world} processes: the two must agree")
+        fail(f"dp {dp} times tp {tp} needs {dp * tp} processes: "
+             f"torchrun --nproc_per_node={dp * tp} {script} --dp {dp} --tp {tp}")
+    if world == 1:
+        return Mesh(device=device)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        fail(f"--device {device}: with {world} processes it must be auto, cpu, or cuda, each its own GPU")
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            fail(f"--device cuda: a process for each of {torch.cuda.device_count()} GPUs, not {local + 1} on one "
+                 "machine; --device cpu needs none")
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    atexit.register(_leave)
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    mesh = dist.device_mesh.init_device_mesh(device, (dp, tp), mesh_dim_names=("dp", "tp"))
+    return Mesh(dp, tp, rank, f"cuda:{local}" if device == "cuda" else device, mesh)
+
+
+def _leave():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Mesh:
+    """dp * tp processes, of which this is number `rank`, `dp_rank` * tp + `tp_rank`; made by `start`.
+
+    main: whether it is rank 0, which alone prints and writes. device: for resolve_device.
+    """
+
+    def __init__(self, dp=1, tp=1, rank=0, device="auto", mesh=None):
+        self.dp, self.tp, self.size, self.rank, self.device, self.mesh = dp, tp, dp * tp, rank, device, mesh
+        self.main, (self.dp_rank, self.tp_rank) = rank == 0, divmod(rank, tp)
+        self.cuts = {}  # parameter that is divided over tp: (dimension, order of that dimension)
+        self.partial = set()  # parameters whose gradient each process of tp has a part of
+
+    # --- Before the run ---
+
+    def check(self, config, batch_size=0, optimizer="adamw", precision=torch.float32, carry=False):
+        """UserError where a model of this TransformerConfig, trained so, cannot be divided. carry: with a memory."""
+        c, dp, tp = config, self.dp, self.tp
+        if batch_size % dp:
+            fail(f"batch_size {batch_size} must be divisible by dp {dp}: every process takes as many rows")
+        if self.size > 1 and optimizer == "ivon":
+            fail("optimizer ivon draws the weights anew in every pass, one draw for all processes: it needs dp 1, tp 1")
+        if self.size > 1 and precision == torch.float16:
+            fail("dtype float16 scales the loss by what one process finds: with dp or tp choose bfloat16")
+        if dp > 1 and carry:
+            fail("a memory carried from segment to segment stays with its rows: with dp choose --no-carry_memory")
+        if dp > 1 and "moe" in c.ffs and c.expert_balance == "loss":
+            fail("expert_balance loss is no mean over rows: with dp choose bias or none")
+        if tp == 1:
+            return
+        for name in ("n_head", "n_kv_head"):
+            if getattr(c, name) % tp:
+                fail(f"tp {tp} must divide {name} {getattr(c, name)}: every process takes whole heads")
+        for kind in c.mixers:
+            if kind not in SPLIT:
+                fail(f"mixer {kind!r} cannot be divided over tp {tp}: {', '.join(SPLIT)} can")
+        for kind in c.ffs:
+            if kind not in SPLIT_FF:
+                fail(f"ff {kind!r} cannot be divided over tp {tp}: {', '.join(SPLIT_FF)} can")
+        if set(c.ffs) != {"none"} and c.ff_width % tp:
+            fail(f"tp {tp} must divide the feed-forward's width {c.ff_width}: choose another ff_mult")
+        if set(c.ffs) != {"none"} and c.activation == "solu":
+            fail(f"activation 'solu' normalises the feed-forward's whole width: it cannot be divided over tp {tp}")
+        try:
+            self._local(c)
+        except ValueError as error:
+            fail(f"of each of tp {tp} processes: {error}")
+
+    def _local(self, config):
+        """The config of this process's part of a mixer."""
+        return replace(config, n_head=config.n_head // self.tp, n_kv_head=config.n_kv_head // self.tp)
+
+    @torch.no_grad()
+    def parallelise(self, model):
+        """Divides the model, on its device and equal in all processes, in place; returns it. Before the optimiser.
+
+        Dropout then draws from another seed in every process of dp.
+        """
+        if self.size == 1:
+            return model
+        self.check(model.config)
+        cuts, partial = self._split(model) if self.tp > 1 else ({}, ())
+        if self.dp > 1:
+            from torch.distributed.fsdp import fully_shard
+            torch.manual_seed(torch.initial_seed() + self.dp_rank)
+            for part in (*model.blocks, model):
+                fully_shard(part, mesh=self.mesh["dp"], reshard_after_forward=True)
+            # The first pass must be through the whole model, and makes room for layers, which must not be of
+            # inference_mode: here it is.
+            model.eval()(torch.zeros(1, 1, dtype=torch.int64, device=model.embed.device))
+            model.train()
+        parameters = dict(model.named_parameters())  # FSDP has made new ones
+        self.cuts |= {parameters[name]: cut for name, cut in cuts.items()}
+        self.partial |= {parameters[name] for name in partial}
+        return model
+
+    def _split(self, model):
+        """Divides mixers and feed-forwards over tp. Returns what goes into `cuts` and `partial`, by name."""
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+        plan, cuts, partial = {}, {}, set()
+
+        def cut(name, linear, dim, parts):
+            """Puts the dimension into this mesh's order: of each of its parts, process by process, its share."""
+            pieces = [piece.chunk(self.tp) for piece in torch.arange(sum(parts)).split(parts)]
+            order = torch.cat([piece[r] for r in range(self.tp) for piece in pieces])
+            for kind, p in linear.named_parameters():
+                if dim < p.dim() and not (dim and kind == "bias"):
+                    p.copy_(p.index_select(dim, order.to(p.device)))
+                    cuts[f"{name}.{kind}"] = dim, order
+            plan[name] = RowwiseParallel() if dim else ColwiseParallel()
+
+        for name, module in model.named_modules():
+            if isinstance(module, Attention):
+                halves = 2 if isinstance(module, Sparse) else 1
+
+                def heads(rows):
+                    return [n // halves for n in rows for _ in range(halves)]
+                cut(f"{name}.qkv", module.qkv, 0, heads(module.fused["qkv"]))
+                cut(f"{name}.out", module.out, 1, heads(module.fused["qkv"][:1]))
+                self._shrink(module, halves)
+                partial |= {f"{name}.{own}" for own in module.own}
+            elif isinstance(module, FeedForward):
+                cut(f"{name}.up", module.up, 0, module.fused.get("up", (module.up.out_features,)))
+                last = "join" if isinstance(module, LowRank) else "down"
+                cut(f"{name}.{last}", getattr(module, last), 1, (getattr(module, last).in_features,))
+        parallelize_module(model, self.mesh["tp"], plan)
+        return cuts, partial
+
+    def _shrink(self, mixer, halves):
+        """A mixer that believes in this process's heads alone."""
+        n_head, flops = mixer.config.n_head, mixer.flops
+        mixer.config = self._local(mixer.config)
+        mixer.flops = lambda T: self.tp * flops(T)  # counted as the whole layer's
+        if mixer.slopes is not None:
+            own = [half.chunk(self.tp)[self.tp_rank] for half in torch.arange(n_head).chunk(halves)]
+            mixer.slopes = mixer.slopes[torch.cat(own)]
+
+    # --- Whole tensors and this process's parts ---
+
+    def whole(self, p, part):
+        """`part`, of the shape of this process's part of parameter p, of all processes: the tensor of one process.
+        All processes call it."""
+        dim, order = self.cuts.get(p, (None, None))
+        if self.dp > 1:
+            part = self._join(part, "dp", 0, len(p) // self.tp if dim == 0 else len(p))
+        if dim is not None:
+            part = self._join(part, "tp", dim, p.size(dim)).index_select(dim, order.argsort().to(part.device))
+        return part
+
+    def _join(self, part, axis, dim, n):
+        """The parts that `chunk` made along dim, of all processes of an axis of the mesh: n in that dimension."""
+        size, shape = -(-n // getattr(self, axis)), list(part.shape)
+        shape[dim] = size
+        padded = part.new_zeros(shape)
+        padded.narrow(dim, 0, part.size(dim)).copy_(part)
+        found = [torch.empty_like(padded) for _ in range(getattr(self, axis))]
+        dist.all_gather(found, padded, group=self.mesh[axis].get_group())
+        return torch.cat(found, dim).narrow(dim, 0, n)
+
+    def part(self, p, whole):
+        """This process's part of a tensor of the shape that parameter p has in one process."""
+        dim, order = self.cuts.get(p, (None, None))
+        if dim is not None:
+            whole = whole.index_select(dim, order.chunk(self.tp)[self.tp_rank].to(whole.device))
+        if self.dp > 1:
+            chunks = whole.chunk(self.dp)
+            whole = chunks[self.dp_rank] if self.dp_rank < len(chunks) else whole[:0]
+        return whole
+
+    @contextmanager
+    def gathered(self, model):
+        """with mesh.gathered(model): every process of dp holds whole layers, as they are now, to evaluate or generate:
+        nothing is sent for them, and parts of the model other than its forward may be called. No training inside."""
+        parts = [*model.blocks, model] if self.dp > 1 else []  # as parallelise
+        for part in parts:
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.set_reshard_after_forward(True, recurse=False)
+                part.reshard()
+
+    # --- A step ---
+
+    def rows(self, *tensors):
+        """Of each tensor (B, ...), the whole batch, this process's rows (B / dp, ...); one alone, or a tuple."""
+        found = tuple(t if self.dp == 1 else t.chunk(self.dp)[self.dp_rank] for t in tensors)
+        return found[0] if len(found) == 1 else found
+
+    def weight(self, targets):
+        """What this process's loss is multiplied by where targets that are -1 do not count: dp n / sum of all n, n the
+        targets that count in its rows. The mean over dp is then the mean over all targets that count.
+
+        targets: (B, T) or (B, T, K) int64, of the whole batch. Returns 1.0, or a scalar tensor. Raises ValueError where
+        the K targets of a position are not counted in equal shares: one factor would not be right for all.
+        """
+        if self.dp == 1:
+            return 1.0
+        counts = (targets >= 0).reshape(self.dp, -1, targets.size(2) if targets.dim() == 3 else 1).sum(1)  # (dp, K)
+        shares = self.dp * counts[self.dp_rank] / counts.sum(0).clamp(min=1)  # (K,)
+        if len(shares) > 1 and not torch.equal(shares, shares[:1].expand_as(shares)):
+            raise ValueError("the targets of a position count in unequal shares: with dp, predict one")
+        return shares[0]
+
+    def mean(self, value):
+        """The mean over dp of a scalar tensor: of a loss times `weight`, the loss of one process."""
+        if self.dp > 1:
+            value = value.detach().clone()
+            dist.all_reduce(value, group=self.mesh["dp"].get_group())
+            value = value / self.dp
+        return value
+
+    @torch.no_grad()
+    def clip_grad_norm(self, parameters, max_norm):
+        """Once before each optimiser step: makes gradients whole and clips them; returns their norm before, a scalar.
+
+        As torch.nn.utils.clip_grad_norm_, over all processes' parts, each counted once.
+        """
+        parameters = [p for p in parameters if p.grad is not None]
+        if self.size == 1:
+            return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        grads, counted = [optim.local(p.grad) for p in parameters], []
+        for p, grad in zip(parameters, grads):
+            if p in self.partial:  # each process knows what its own heads say
+                dist.all_reduce(grad, group=self.mesh["tp"].get_group())
+            if p in self.cuts or self.tp_rank == 0:
+                counted.append(grad)
+        square = torch.zeros((), device=grads[0].device)
+        if counted:
+            square += torch.stack(torch._foreach_norm(counted)).square().sum()
+        dist.all_reduce(square)
+        norm = square.sqrt()
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def sum_usage(self, model):
+        """After a pass: what each expert was given, over all rows of the batch, into model.usage."""
+        if self.dp > 1:
+            for loads in model.usage.values():
+                dist.all_reduce(loads, group=self.mesh["dp"].get_group())
+
+    # --- Checkpoints: those of one process ---
+
+    @torch.no_grad()
+    def _gather(self, p, part):
+        """What `whole` gives, on rank 0's CPU; elsewhere None."""
+        whole = self.whole(p, part)
+        return whole.detach().cpu() if self.main else None
+
+    @torch.no_grad()
+    def full_state_dict(self, model):
+        """model.state_dict() as of one process, on rank 0's CPU; elsewhere without tensors. All processes call it."""
+        if self.size == 1:
+            return model.state_dict()
+        parameters, found = dict(model.named_parameters()), model.state_dict()
+        for name, value in found.items():
+            p = parameters.get(name)
+            found[name] = value.cpu() if p is None else self._gather(p, optim.local(p))
+        return found
+
+    @torch.no_grad()
+    def load_model(self, model, state):
+        """model.load_state_dict(state), of a state of one process that every process has.
+
+        Raises RuntimeError where names or shapes do not fit, as that does.
+        """
+        if self.size == 1:
+            model.load_state_dict(state)
+            return
+        parameters, held = dict(model.named_parameters()), model.state_dict()
+        if held.keys() != state.keys():
+            raise RuntimeError(f"the state does not fit the model: {', '.join(sorted(held.keys() ^ state.keys()))}")
+        for name, value in state.items():
+            if value.shape != held[name].shape:
+                raise RuntimeError(f"{name} is {tuple(value.shape)}, but the model's {tuple(held[name].shape)}")
+            p = parameters.get(name)
+            (held[name] if p is None else optim.local(p)).copy_(value if p is None else self.part(p, value))
+
+    def full_optimizer_state(self, optimizer):
+        """optimizer.state_dict() as of one process, on rank 0's CPU; elsewhere without tensors. All processes call
+        it."""
+        state = optimizer.state_dict()
+        return state if self.size == 1 else self._each_tensor(optimizer, state, self._gather)
+
+    def load_optimizer(self, optimizer, state):
+        """optim.load_state(optimizer, state), of a state of one process that every process has."""
+        optim.load_state(optimizer, state if self.size == 1 else self._each_tensor(optimizer, state, self.part))
+
+    @staticmethod
+    def _each_tensor(optimizer, state, change):
+        """A copy of an optimiser's state with change(parameter, tensor) in place of each tensor."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        return {**state, "state": {
+            i: {name: change(parameters[i], value) if torch.is_tensor(value) else value for name, value in own.items()}
+            for i, own in state["state"].items()}}
+
+    def full_ema(self, ema):
+        """ema.state_dict() as of one process, on rank 0's CPU; elsewhere without tensors. All processes call it."""
+        state = ema.state_dict()
+        if self.size > 1:
+            state["weights"] = {name: self._gather(ema.parameters[name], t) for name, t in state["weights"].items()}
+        return state
+
+    def load_ema(self, ema, state):
+        """ema.load_state_dict(state), of a state of one process that every process has."""
+        if self.size > 1:
+            state = {**state, "weights": {name: self.part(ema.parameters[name], t) if name in ema.parameters else t
+                                          for name, t in state["weights"].items()}}
+        ema.load_state_dict(state)
+
+    def generator_states(self, states):
+        """Those of experiment.generator_states of rank 0 and, with dp, under "ranks" those of every process of dp.
+        All processes call it."""
+        if self.dp == 1:
+            return states
+        ranks = [None] * self.dp
+        dist.all_gather_object(ranks, states, group=self.mesh["dp"].get_group())
+        return {**ranks[0], "ranks": ranks}
+
+    def restore_generators(self, states):
+        """experiment.restore_generators of this process's states; where another dp saved them, dropout goes on from
+        rank 0's seed plus dp_rank."""
+        ranks = states.get("ranks", [])
+        known = self.dp > 1 and len(ranks) == self.dp
+        experiment.restore_generators(ranks[self.dp_rank] if known else states)
+        if not known and self.dp_rank:
+            torch.manual_seed(torch.initial_seed() + self.dp_rank)
+
+    # --- The run ---
+
+    @contextmanager
+    def run(self, make):
+        """with mesh.run(lambda: Run(...)) as run: make() on rank 0, elsewhere a Silent.
+
+        Where rank 0 cannot enter its run, or all meet a UserError or NonFinite, only rank 0 says so; the others end
+        quietly with the same status.
+        """
+        with ExitStack() as stack:
+            try:
+                run = stack.enter_context(make() if self.main else Silent())
+            except BaseException:
+                self._most(1)
+                raise
+            if self._most(0):
+                sys.exit(2)
+            try:
+                yield run
+            except (UserError, NonFinite) as error:
+                if self.main:
+                    raise
+                sys.exit(2 if isinstance(error, UserError) else 3)
+
+    def _most(self, number):
+        """The largest of all processes' numbers."""
+        if self.size == 1:
+            return number
+        found = torch.tensor(number)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def stop(self, run):
+        """run.stop, the same in all processes: once before every step and once after the loop, by all."""
+        if self.size == 1:
+            return run.stop
+        asked = self._most(run.stop or 0) or None
+        for _ in range(20):  # torchrun's signal to this process is on its way: after ours it would count as a second
+            if asked and run.stop is None:
+                time.sleep(0.05)
+        run.stop = run.stop or asked
+        return asked
+
+
+class Silent:
+    """What a Run is on ranks above 0: it notes SIGINT and SIGTERM in `stop`, and writes nothing."""
+
+    def __init__(self):
+        self.stop, self.dir, self._handlers = None, None, {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def _on_signal(self, number, frame):
+        self.stop = number
+
+    def __exit__(self, kind, error, trace):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if error is None and self.stop:
+            sys.exit(128 + self.stop)
+
+    def nothing(self, *args, **values):
+        """Takes anything and does nothing."""
+
+    log = save = keep = summary = spent = update = note = close = nothing
+
+    def bar(self, total, initial=0):
+        """Itself: a bar that shows nothing."""
+        return self

@@ -1,0 +1,592 @@
+"""train_facts.py in this process: whose tokens are learned, the batches, what generation counts, bits, eight people
+learned for real. About 20 s on one core."""
+import itertools
+import math
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import evaluate  # noqa: E402
+import optim  # noqa: E402
+import sample  # noqa: E402
+from data import facts, mqar  # noqa: E402
+from data.facts import NO_ATTRIBUTE, NO_CALL, NO_RESULT, Database, Vocabulary, people  # noqa: E402
+from evaluate import answered, bits_of, recall, score  # noqa: E402
+from experiment import UserError, override  # noqa: E402
+from model import TransformerConfig, build_model, fused_rows, parameter_roles  # noqa: E402
+from test_scripts import fresh  # noqa: E402
+from train_facts import Rows  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CLOSED = Vocabulary("closed")
+PAD, END, CALL, ANSWER = (CLOSED.specials[name] for name in ("PAD", "END", "CALL", "ANSWER"))
+
+
+def build(seed=0, **settings):
+    """A small model of the closed vocabulary."""
+    torch.manual_seed(seed)
+    return build_model(TransformerConfig(**{**dict(
+        vocab_size=CLOSED.size, n_layer=2, n_head=2, n_embd=32, block_size=32, norm="rms", bias=False, positions="rope",
+        activation="swiglu", ff_mult=6.0, init="zero"), **settings}))
+
+
+def opened(words):
+    """(the script's globals, its data) with these words typed."""
+    g = fresh("train_facts.py")
+    settings = override(g, ["--device", "cpu", "--n_people", "6", "--n_unseen", "3", *words.split()])
+    g["check"](settings)
+    kind = "Facts" if g["task"] in g["FACTS"] else "Recall" if g["task"] == "mqar" else "Text"
+    return g, g[kind](settings, torch.device("cpu"))
+
+
+# ------------------------------------------------------------------------------------------------- whose tokens count
+
+@pytest.mark.parametrize("words", ["--task in_tool", "--task in_weight", "--task both", "--task in_tool --loss_on all",
+                                   "--task both --tokenizer bytes --kind bios --form natural --loss_on all",
+                                   "--task in_tool --tokenizer bytes"])
+def test_what_is_learned(words):
+    """Turn by turn: all that the assistant says and its END or CALL, with loss_on all the user too; never the tool."""
+    g, data = opened(words)
+    x, y, vocabulary = data.batches.x, data.batches.y, data.vocabulary
+    dialogs = facts.dialogs(data.people, g["task"], g["form"], g["data_seed"], g["tool_share"])
+    assert len(dialogs) == len(x) == len(y) == data.n_rows == 6 * len(data.people.attributes)
+    assert g["task"] != "both" or {len(dialog) for dialog in dialogs} == {2, 4}
+    for dialog, row, target in zip(dialogs, x.tolist(), y.tolist()):
+        ids, learned = [], []
+        for number, (role, text, _) in enumerate(dialog):
+            calls = role == "assistant" and len(dialog) > number + 2
+            after = {"user": [], "tool": ["ANSWER"], "assistant": ["CALL"] if calls else ["END"]}[role]
+            turn = vocabulary.encode(text) + [vocabulary.specials[name] for name in after]
+            ids += turn
+            learned += [role == "assistant" or role == "user" and g["loss_on"] == "all"] * len(turn)
+        expected = [i if yes else -1 for i, yes in zip(ids, learned)][1:]
+        assert row == (ids + [vocabulary.specials["PAD"]] * len(row))[:len(row)] and len(row) >= len(ids) - 1
+        assert target == expected + [-1] * (len(target) - len(expected))
+
+
+def test_block_size_leaves_room_for_a_little_more():
+    _, data = opened("--task in_tool")
+    longest = data.batches.x.size(1) + 1
+    assert data.block_size == 16 * math.ceil((longest + 8) / 16) == 32
+    assert opened("--task in_tool --block_size 22")[1].block_size == 22
+    with pytest.raises(UserError, match="block_size is 21, but the longest dialog has 22 tokens"):
+        opened("--task in_tool --block_size 21")
+
+
+VARIANTS = {"plain": {}, "tied": dict(tie_weights=True), "bias": dict(head_bias=True), "four layers": dict(n_layer=4),
+            "every layer": dict(intermediate_losses=True),
+            "own heads": dict(intermediate_losses=True, layer_heads="own"),
+            "two ahead": dict(n_targets=2), "stablemax": dict(output="stablemax"),
+            "moe": dict(ff="moe"), "conv": dict(short_conv=2, qk_norm=True, qk_scale=True, ff="none")}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_counted_is_the_whole_computation(variant):
+    """Logits only where a target is: the same objective, nats and gradients."""
+    model = build(**{"init": "gpt2", **VARIANTS[variant]})
+    K = model.config.n_labels
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randint(CLOSED.size, (2, 5, 12), generator=generator)
+    y = y[..., None].repeat(1, 1, K)
+    y[torch.rand(5, 12, generator=generator) < 0.7] = -1
+    found = []
+    for counted in (None, (y[..., 0].flatten() >= 0).nonzero()[:, 0]):
+        model.zero_grad()
+        objective, nats = model(x, targets=y, counted=counted)
+        objective.backward()
+        found.append((objective.detach(), nats, {name: p.grad for name, p in model.named_parameters()}))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+    assert found[0][0] > 1 and max(g.abs().max() for g in found[0][2].values() if g is not None) > 1e-3
+
+
+# --------------------------------------------------------------------------------------------------------------- rows
+
+def rows_of(n, batch_size, seed=1):
+    x = torch.arange(n * 3).view(n, 3)
+    return Rows(x, x + 1000, batch_size, seed, "cpu")
+
+
+def test_rows_come_once_a_pass():
+    batches = rows_of(10, 4)
+    x, y = map(torch.cat, zip(*(batches.next() for _ in range(10))))                 # four passes of ten, in fours
+    assert torch.equal(y, x + 1000) and x.dtype == torch.int64
+    passes = (x[:, 0] // 3).view(4, 10)
+    assert torch.equal(passes.sort(1).values, torch.arange(10).expand(4, 10))
+    assert len({tuple(order) for order in passes.tolist()}) == 4                     # shuffled anew
+    assert batches.epoch == 4.0
+    assert batches.next()[0].shape == (4, 3) and batches.epoch == pytest.approx(4.4)
+    wide = rows_of(3, 8).next()[0][:, 0] // 3                                        # a batch of more than two passes
+    assert Counter(wide[:3].tolist()) == Counter(wide[3:6].tolist()) == Counter(range(3)) and len(wide) == 8
+
+
+def test_the_seed_orders_rows_and_nothing_else_is_drawn():
+    def first(seed, batch_size=5):
+        batches = rows_of(50, batch_size, seed)
+        return torch.cat([batches.next()[0] for _ in range(100 // batch_size)])
+    before = torch.get_rng_state()
+    assert torch.equal(first(1), first(1)) and torch.equal(first(1), first(1, 20))
+    assert not torch.equal(first(1), first(2))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("done", [0, 1, 2, 3, 5, 6, 9])                              # 5: at the end of a pass
+def test_rows_go_on_in_mid_pass(done):
+    batches, other = rows_of(10, 4), rows_of(10, 4, seed=7)
+    for _ in range(done):
+        batches.next()
+    state = batches.state_dict()
+    rest, epoch = [batches.next() for _ in range(8)], batches.epoch                  # the state is no view of them
+    other.next()
+    other.load_state_dict(state)
+    for (x, y), (again, labels) in zip(rest, [other.next() for _ in range(8)]):
+        assert torch.equal(x, again) and torch.equal(y, labels)
+    assert other.epoch == epoch
+    with pytest.raises(UserError, match="trained on 10 rows, here are 11"):
+        rows_of(11, 4).load_state_dict(state)
+
+
+# ----------------------------------------------------------------------------------- a model that says what is scripted
+
+class Columns:
+    """Stands for a cache: the ids that each row has read."""
+
+    def __init__(self, rows):
+        self.rows, self.prefix, self.layers = rows, None, []
+
+    @property
+    def length(self):
+        return max(map(len, self.rows))
+
+
+class Scripted(torch.nn.Module):
+    """A model for `converse` of which wanted(question, reply so far, ids) gives the next ids, the dearest first."""
+    ordered = False
+
+    def __init__(self, wanted, size=CLOSED.size):
+        super().__init__()
+        self.wanted, self.size, self.config = wanted, size, TransformerConfig(vocab_size=size, positions="rope")
+        self.embed = torch.nn.Parameter(torch.zeros(1))
+        self.ends = {size - len(facts.SPECIALS) + i: name for i, name in enumerate(facts.SPECIALS)}
+
+    def new_cache(self, n, room):
+        return Columns([[] for _ in range(n)])
+
+    def place(self, x, positions=None, cache=None, prefix=None):
+        return positions
+
+    def stream(self, x, positions, cache):
+        assert not self.training, "asked in training mode"
+        for b, row in enumerate(x.tolist()):
+            keep = [True] * len(row) if positions is None else (positions[b] >= 0).tolist()
+            cache.rows[b] += [i for i, yes in zip(row, keep) if yes]
+        logits = torch.zeros(len(x), 1, self.size)
+        for b, row in enumerate(cache.rows):
+            for rank, token in enumerate(self.wanted(row)):
+                logits[b, 0, token] = 100.0 - rank
+        return logits, None
+
+    def predict(self, h):
+        return h
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Makes `converse` move rows of Columns."""
+    monkeypatch.setattr(sample, "_gather", lambda model, rows, room: Columns(
+        [list(cache.rows[b]) for cache, b, _ in rows]))
+
+
+@pytest.fixture(scope="module")
+def few():
+    return people(10, 3, unseen=4)
+
+
+class Listening(Database):
+    """A database that keeps what it was asked and what it said."""
+
+    def __init__(self, source):
+        super().__init__(source)
+        self.heard = []
+
+    def answer(self, text):
+        self.heard.append((text, super().answer(text)))
+        return self.heard[-1][1]
+
+
+def turns(*given):
+    """A model that says the first of `given` of a question, then the next after each answer; each a function of
+    (attribute, name, answer) to ids; past its end it says the last of its ids for ever."""
+    asked = CLOSED.tokenizer.ids[" ?"]
+
+    def wanted(row):
+        at = row.index(asked) + 1
+        attribute, name = CLOSED.decode(row[:at - 1]).split()
+        reply, answer, number = row[at:], None, 0
+        while ANSWER in reply:
+            end, call = reply.index(ANSWER), reply.index(CALL)
+            answer, reply, number = CLOSED.decode(reply[call + 1:end]), reply[end + 1:], number + 1
+        ids = given[min(number, len(given) - 1)](attribute, name, answer)
+        return [ids[min(len(reply), len(ids) - 1)]]
+    return Scripted(wanted)
+
+
+def test_every_way_to_answer_is_counted(few, scripted):
+    """Each question is answered in one of eleven ways; what is found is what these ways are, for any batch size."""
+    truth = {(name, attribute): few.values[attribute][i] for i, name in enumerate(few.names) for attribute in
+             few.attributes}
+    other = {attribute: [next(v for v in facts.tables("notes")[attribute] if v != value) for value in values]
+             for attribute, values in few.values.items()}
+    number = {pair: i for i, pair in enumerate((name, attribute) for name in few.names for attribute in few.attributes)}
+
+    def wrong(attribute, name):
+        return other[attribute][few.names.index(name)]
+
+    def ask(attribute, name):
+        return CLOSED.encode(facts.call(attribute, name)) + [CALL]
+
+    def say(text):
+        return CLOSED.encode(text) + [END]
+
+    ways = [   # (the first turn, the turn after the answer), then right, called, right_calls, endless
+        (ask, lambda a, n, told: say(told), 1, 1, 1, 0),
+        (ask, lambda a, n, told: say(wrong(a, n)), 0, 1, 1, 0),
+        (lambda a, n: ask(a, few.names[0] if n != few.names[0] else few.names[1]),
+         lambda a, n, told: say(truth[n, a]), 1, 1, 0, 0),                           # the wrong call, the right answer
+        (lambda a, n: say(truth[n, a]), None, 1, 0, 0, 0),
+        (lambda a, n: say(wrong(a, n)), None, 0, 0, 0, 0),
+        (lambda a, n: CLOSED.encode(truth[n, a]), None, 0, 0, 0, 1),                 # never ends
+        (lambda a, n: CLOSED.encode("FIND "), None, 0, 0, 0, 1),                     # a call that never ends
+        (ask, lambda a, n, told: ask(a, n), 0, 1, 1, 1),                             # a second call
+        (lambda a, n: CLOSED.encode("FOR FIND ") + [CALL], lambda a, n, told: say(told), 0, 1, 0, 0),    # malformed
+        (ask, lambda a, n, told: CLOSED.encode(told) + say("Asia"), 0, 1, 1, 0),     # and something more
+        (lambda a, n: [END], None, 0, 0, 0, 0),
+    ]
+
+    def first(a, n, _):
+        return ways[number[n, a] % len(ways)][0](a, n)
+
+    def second(a, n, told):
+        return ways[number[n, a] % len(ways)][1](a, n, told)
+
+    for unseen, start, size in ((False, 0, 40), (True, 40, 16)):
+        used = [ways[i % len(ways)] for i in range(start, start + size)]
+        for batch_size in (1, 7, 512):
+            database = Listening(few)
+            model = turns(first, second).train(batch_size == 7)
+            found = recall(model, few, CLOSED, database, unseen, batch_size=batch_size)
+            assert (found.right, found.called, found.right_calls, found.endless) == tuple(
+                sum(way[2 + k] for way in used) for k in range(4))
+            assert (found.protocol, found.people, found.prompts) == ("tool", "unseen" if unseen else "trained", size)
+            assert model.training is (batch_size == 7)
+            asked = {name for (name, _), i in number.items() if start <= i < start + size}
+            assert asked == set(few.names[10:] if unseen else few.names[:10])
+            for k, attribute in enumerate(few.attributes):
+                mine = [way[2] for way in used[k::4]]
+                assert found.by_attribute[attribute] == pytest.approx(sum(mine) / len(mine))
+            line = found.line()
+            assert (line["accuracy"], line["calls"], line["right_calls"], line["endless"]) == (
+                found.right / size, found.called / size, found.right_calls / size, found.endless / size)
+            assert len(database.heard) == found.called and line["accuracy_address"] == found.by_attribute["address"]
+
+
+def test_the_oracle_is_always_right_and_says_what_the_database_says(few, scripted, tmp_path):
+    oracle = turns(lambda a, n, _: CLOSED.encode(facts.call(a, n)) + [CALL],
+                   lambda a, n, told: CLOSED.encode(told) + [END])
+    for unseen in (False, True):
+        found = recall(oracle, few, CLOSED, Database(few), unseen)
+        assert found.accuracy == 1 and found.right_calls == found.called == found.prompts
+    values = {name: list(map(name_values.__getitem__, range(-1, 13))) for name, name_values in few.values.items()}
+    altered = replace(few, values=values)                                            # everyone has another's values
+    Database(altered).save(tmp_path / "altered.db")
+    database = Database(tmp_path / "altered.db")
+    assert recall(oracle, altered, CLOSED, database).accuracy == 1
+    same = sum(a == b for name in few.attributes for a, b in zip(few.values[name][:10], values[name][:10]))
+    assert recall(oracle, few, CLOSED, database).right == same < 10
+
+
+CALLS = {"": NO_CALL, "FIND address FOR ": NO_CALL, "FIND occupation": NO_CALL, " ?": NO_CALL, "Asia": NO_CALL,
+         "FIND FIND address FOR tani": NO_CALL, "FIND  FOR tani": NO_CALL,
+         "FIND rowid FOR 1": NO_ATTRIBUTE, "FIND name FOR x": NO_ATTRIBUTE, "find address FOR x": NO_CALL,
+         "FIND address FOR nobody": NO_RESULT, "FIND address FOR ' OR '1'='1": NO_RESULT,
+         "FIND address FOR x'; DROP TABLE people; --": NO_RESULT, "FIND address\" FOR x": NO_ATTRIBUTE,
+         "FIND address, name FROM people; -- FOR x": NO_CALL, "FIND address FOR x\nFIND address FOR y": NO_CALL,
+         "FIND address FOR \0": NO_RESULT, "FIND address FOR %": NO_RESULT, "FIND address FOR *": NO_RESULT,
+         "FIND sqlite_version() FOR x": NO_ATTRIBUTE, "FIND address FOR x UNION SELECT name FROM people": NO_RESULT}
+
+
+def test_calls_that_attack(few, scripted):
+    """What a model may write between the user's turn and CALL: the tool answers, the table stays, nothing raises."""
+    bytes_ = Vocabulary("bytes")
+    call, answer, end = (bytes_.specials[name] for name in ("CALL", "ANSWER", "END"))
+    for text, told in CALLS.items():
+        ids = bytes_.encode(text) + [call]
+        expected = bytes_.encode(told) + [end]
+        said = []
+
+        def wanted(row):
+            reply = row[row.index(ord("?")) + 1:]
+            if answer in reply:
+                said.append(bytes_.decode(reply[reply.index(call) + 1:reply.index(answer)]))
+                reply = reply[reply.index(answer) + 1:]
+                return [expected[len(reply)]]
+            return [ids[len(reply)]]
+        # As many ids as the longest call may have, for all of these
+        named = replace(few, names=["n" * 80 + str(i) for i in range(14)])
+        database = Listening(named)
+        found = recall(Scripted(wanted, bytes_.size), named, bytes_, database, prompts=2)
+        assert (found.right, found.called, found.right_calls, found.endless) == (0, 2, 0, 0), text
+        assert database.heard == [(text, told)] * 2 and set(said) == {told}
+        assert database.connection.execute("SELECT count(*) FROM people").fetchone() == (14,)
+
+
+def test_bytes_that_are_no_text_in_a_call(few, scripted):
+    bytes_ = Vocabulary("bytes")
+    call, answer, end = (bytes_.specials[name] for name in ("CALL", "ANSWER", "END"))
+    ids = [*b"FIND address FOR \xff\xc3", call]
+
+    def wanted(row):
+        reply = row[row.index(ord("?")) + 1:]
+        return [end if answer in reply else ids[len(reply)]]
+    database = Listening(few)
+    found = recall(Scripted(wanted, bytes_.size), few, bytes_, database, prompts=1)
+    assert found.called == 1 and database.heard == [("FIND address FOR \ufffd\ufffd", NO_RESULT)]
+
+
+def test_without_the_tool_it_has_to_say_it_itself(few, scripted):
+    """It would rather pad, answer as the tool, call, or begin a call; none of these may be drawn."""
+    def wanted(row):
+        at = row.index(CLOSED.tokenizer.ids[" ?"]) + 1
+        attribute, name = CLOSED.decode(row[:at - 1]).split()
+        value = CLOSED.encode(few.values[attribute][few.names.index(name)]) + [END]
+        return [PAD, ANSWER, CALL, CLOSED.tokenizer.ids["FIND "], (value + [END] * 99)[len(row) - at]]
+    found = recall(Scripted(wanted), few, CLOSED)
+    assert (found.protocol, found.accuracy, found.called, found.right_calls) == ("no_tool", 1.0, 0, 0)
+    assert "calls" not in found.line() and "right_calls" not in found.line()
+    with_tool = recall(Scripted(wanted), few, CLOSED, Database(few))                 # here it may call: at once, empty
+    assert with_tool.called == 40 and with_tool.right_calls == 0
+
+
+def test_what_is_banned(few, monkeypatch):
+    """The token that opens a call is one that a value may need: with bytes an F, where somebody lives in a Fort."""
+    given = []
+    monkeypatch.setattr(evaluate, "converse", lambda model, prompts, n, end, **more: given.append((n, more)) or [
+        sample.Reply([end], [False], "end", [], [0.0], None)] * len(prompts))
+    model, bytes_ = torch.nn.Linear(1, 1), Vocabulary("bytes")
+    specials = {bytes_.specials[name] for name in ("PAD", "ANSWER")}
+    forts = replace(few, values={**few.values, "address": ["Fort Amber"] * 14})
+    ports = replace(few, values={**few.values, "address": ["Port Amber"] * 14})
+    for made, vocabulary, database, ban in (
+            (forts, bytes_, None, specials | {bytes_.specials["CALL"]}),
+            (ports, bytes_, None, specials | {bytes_.specials["CALL"], ord("F")}),
+            (ports, bytes_, Database(ports), specials),
+            (few, CLOSED, None, {PAD, ANSWER, CALL, CLOSED.tokenizer.ids["FIND "]}),
+            (few, CLOSED, Database(few), {PAD, ANSWER})):
+        recall(model, made, vocabulary, database, prefix=True)
+        n, more = given[-1]
+        assert set(more["ban"]) == ban and more["prefix"] is True
+        call = vocabulary.specials["CALL"] if database else None
+        assert (more["tool"] is None, more["call"]) == (database is None, call)
+    longest = max(len(CLOSED.encode(value)) for values in few.values.values() for value in values)
+    recall(model, few, CLOSED)
+    assert given[-1][0] == longest + 2 + 8                        # a value of `longest`, END, and 8 to spare at least
+    recall(model, few, CLOSED, Database(few))
+    assert given[-1][0] >= longest + len(CLOSED.encode(facts.call("address", few.names[0]))) + 2 + 8
+
+
+def test_which_prompts(few, monkeypatch):
+    """So many, evenly over people and attributes, each once; unseen ones are the held-out people."""
+    asked = []
+    monkeypatch.setattr(evaluate, "converse", lambda model, prompts, n, end, **more: asked.extend(
+        map(CLOSED.decode, prompts)) or [sample.Reply([end], [False], "end", [], [0.0], None)] * len(prompts))
+    model = torch.nn.Linear(1, 1)
+    for unseen, mine in ((False, few.names[:10]), (True, few.names[10:])):
+        every = {f"{attribute} {name} ?" for name in mine for attribute in few.attributes}
+        for prompts, number in ((None, len(every)), (99, len(every)), (len(every), len(every)), (1, 1), (5, 5), (8, 8)):
+            asked.clear()
+            found = recall(model, few, CLOSED, None, unseen, prompts=prompts, batch_size=3)
+            assert len(asked) == len(set(asked)) == found.prompts == number and set(asked) <= every
+            attributes, names, _ = zip(*(question.split() for question in asked))
+            assert sorted(map(mine.index, names)) == [i * len(mine) // number for i in range(number)]
+            counts = Counter(attributes)
+            assert number < 4 or len(counts) == 4 and max(counts.values()) - min(counts.values()) <= 1
+            assert found.by_attribute == dict.fromkeys(counts, 0.0)
+
+
+def test_the_mode_comes_back_also_from_an_error(few, scripted):
+    for training in (True, False):
+        model = Scripted(lambda row: 1 / 0).train(training)
+        with pytest.raises(ZeroDivisionError):
+            recall(model, few, CLOSED)
+        assert model.training is training
+
+
+# --------------------------------------------------------------------------------------------------------------- bits
+
+class Table(torch.nn.Module):
+    """Sure of every token of the right dialogs, but for what doubt(attribute, ids of the dialog, place) divides."""
+
+    def __init__(self, made, vocabulary, doubt=lambda *_: 1, form="short"):
+        super().__init__()
+        self.p = torch.nn.Parameter(torch.zeros(1))
+        self.V, self.known = vocabulary.size, {}
+        for i in range(made.n):
+            for attribute in made.attributes:
+                dialog = facts.in_weight(made[i], attribute, form, i)
+                question, value = (vocabulary.encode(segment.text) for segment in dialog)
+                ids = question + value + [vocabulary.specials["END"]]
+                self.known[tuple(question)] = ids, [doubt(attribute, ids, at) for at in range(len(ids))]
+
+    def forward(self, x, prefix=None):
+        assert not self.training
+        logits = torch.zeros(*x.shape, self.V)
+        for b, row in enumerate(x.tolist()):
+            question = next(key for key in (tuple(row[:n]) for n in range(len(row), 0, -1)) if key in self.known)
+            for at, (token, choices) in enumerate(zip(*self.known[question])):
+                if at and at <= x.size(1):
+                    logits[b, at - 1] = -1e4                      # evenly among this one and `choices` - 1 others
+                    logits[b, at - 1, [(token + k) % self.V for k in range(choices)]] = 0.0
+        return logits
+
+
+@pytest.mark.parametrize("kind, tokenizer, bits", [("notes", "closed", 31.25), ("bios", "bytes", 47.59)])
+def test_bits_of_what_is_known_by_heart(kind, tokenizer, bits):
+    made, vocabulary = people(12, 1, kind), Vocabulary(tokenizer)
+    model = Table(made, vocabulary).eval()
+    assert bits_of(model, made, vocabulary) == pytest.approx(12 * made.bits, abs=1e-6)
+    assert bits_of(model, made, vocabulary) / 12 == pytest.approx(bits, abs=0.005)
+    for doubt, lost in (
+            (lambda attribute, ids, at: 4 if at == len(ids) - 1 else 1, 0),          # END is no part of a value
+            (lambda attribute, ids, at: 4 if attribute == "work_city" else 1, 0),    # follows from the employer
+            (lambda attribute, ids, at: 1 if at else 4, 0),
+            (lambda attribute, ids, at: 4 if at == len(ids) - 2 and attribute == made.attributes[1] else 1, 12 * 2),
+            (lambda attribute, ids, at: 8 if at == len(ids) - 2 and attribute != "work_city" else 1,
+             12 * 3 * (4 if kind == "notes" else 6))):
+        for batch_size in (5, 512):
+            model = Table(made, vocabulary, doubt).train(batch_size == 5)
+            found = bits_of(model, made, vocabulary, batch_size=batch_size)
+            assert found == pytest.approx(12 * made.bits - lost, abs=1e-5)
+            assert model.training is (batch_size == 5)
+
+
+def test_bits_of_a_uniform_model():
+    made = people(9, 2)
+    model = build()
+    with torch.no_grad():
+        model.heads[0].zero_()
+    tokens = sum(len(CLOSED.encode(value)) for values in made.values.values() for value in values)
+    assert bits_of(model, made, CLOSED) == pytest.approx(9 * made.bits - tokens * math.log2(CLOSED.size), rel=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------------- mqar
+
+def test_answers_at_the_queries():
+    _, (x, y) = mqar.split(10, 60, 32, 4, 64, 0, True, 0.5)
+    model = build(vocab_size=64, init="gpt2").train()
+    with torch.no_grad():
+        model.heads[0].mul_(20)
+    found = answered(model, x, y, 7)
+    assert model.training and found == pytest.approx(answered(model.eval(), x, y, 512)) and not model.training
+    with torch.no_grad():
+        logits = model(x)[y >= 0]
+    wanted = y[y >= 0]
+    assert found["prompts"] == len(wanted) == 240 and found["protocol"] == "mqar"
+    assert found["loss"] == pytest.approx(F.cross_entropy(logits, wanted).item(), rel=1e-5)
+    assert found["accuracy"] == int((logits.argmax(-1) == wanted).sum()) / 240
+    best = torch.full_like(y, -1)
+    with torch.no_grad():
+        best[:, 3:] = model(x).argmax(-1)[:, 3:]
+    assert answered(model, x, best, 13)["accuracy"] == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+@pytest.mark.parametrize("protocol", ["block", "stride:3", "cache"])
+def test_a_uniform_model_costs_lg_v_a_token(protocol):
+    """Whatever the tokens: bits per byte are bits per token, times tokens over bytes."""
+    model = build(vocab_size=300, block_size=8)
+    with torch.no_grad():
+        model.heads[0].zero_()
+    data = torch.randint(300, (203,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    sizes = torch.randint(1, 7, (300,), generator=torch.Generator().manual_seed(1))
+    n_bytes = sum(int(sizes[i]) for i in data)
+    found = score(model, data, protocol, sizes=sizes)
+    assert found.bytes == n_bytes and found.loss == pytest.approx(math.log(300))
+    assert found.bpb == pytest.approx(203 * math.log2(300) / n_bytes)
+    assert found.interval(50, 20) == pytest.approx((found.bpb, found.bpb))
+    assert torch.equal(found.bits, torch.full((203,), math.log2(300), dtype=torch.float64)) or protocol != "block"
+    assert score(model, data, protocol).bytes == 203
+
+
+def test_windows_count_their_share_of_the_bytes():
+    model = build(vocab_size=300, block_size=8)
+    data, sizes = torch.arange(161, dtype=torch.int32) % 300, torch.full((300,), 3)
+    found = score(model, data, "block", windows=5, sizes=sizes)
+    assert found.bits.numel() == 40 and found.bytes == 120
+    assert found.bpb == pytest.approx(found.loss / math.log(2) * 40 / 120)
+
+
+# ------------------------------------------------------------------------------------------- eight people, for real
+
+def trained(dialogs, steps, batch_size=32):
+    """A model of width 32 after so many steps on dialogs."""
+    ids, mask = facts.rows(dialogs, CLOSED)
+    batches, model = Rows(ids[:, :-1], ids.masked_fill(~mask, -1)[:, 1:], batch_size, 1, "cpu"), build()
+    opt = optim.build("muon", model.named_parameters(), parameter_roles(model), lr=2e-2, weight_decay=0.1,
+                      betas=(0.9, 0.98), muon_lr=0.02, muon_momentum=0.95, fused_rows=fused_rows(model))
+    for step in range(steps):
+        for group in opt.param_groups:
+            group["lr"] = group["base_lr"] * optim.schedule("wsd", step, 10, steps, 0.02, 0.5)
+        x, y = batches.next()
+        objective, _ = model(x, targets=y[..., None], counted=(y.flatten() >= 0).nonzero()[:, 0])
+        objective.backward()
+        opt.step()
+        opt.zero_grad()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def eight():
+    return people(8, 1, unseen=40)
+
+
+def test_thirty_two_facts_in_the_weights(eight):
+    """All of them are learned, with all their bits, and nothing of people that were not there."""
+    model = trained(facts.dialogs(eight, "in_weight"), 60)
+    found = recall(model, eight, CLOSED)
+    assert found.accuracy == 1 and found.prompts == 32 and set(found.by_attribute.values()) == {1.0}
+    unseen = recall(model, eight, CLOSED, unseen=True)
+    assert unseen.prompts == 160 and unseen.accuracy < 0.15                           # 3.94 % by the law alone
+    assert unseen == replace(recall(model, eight, CLOSED, unseen=True, batch_size=3), seconds=unseen.seconds)
+    assert 245 < bits_of(model, eight, CLOSED) <= 8 * eight.bits
+    assert eight.bits * 8 == pytest.approx(250, abs=0.1)
+
+
+def test_thirty_two_facts_by_the_tool(eight):
+    """Every call word for word; without the tool it knows nothing; forbidden to call, it is not right by a trick."""
+    model = trained(facts.dialogs(eight, "in_tool"), 80)
+    found = recall(model, eight, CLOSED, Database(eight))
+    assert (found.accuracy, found.called, found.right_calls, found.endless) == (1.0, 32, 32, 0)
+    assert recall(model, eight, CLOSED).accuracy < 0.3
+    assert replace(recall(model, eight, CLOSED, Database(eight), batch_size=5), seconds=found.seconds) == found
+
+
+def test_it_says_what_the_tool_says(eight, tmp_path):
+    """Trained with sixteen sets of values for the same names, it can only read them: it says those of a file that it
+    was never trained with, most of the time, and another file's when it is given that."""
+    sets = [replace(eight, values={name: values[:48] for name, values in people(48, seed).values.items()})
+            for seed in range(100, 118)]
+    model = trained(list(itertools.chain(*(facts.dialogs(made, "in_tool") for made in sets[:16]))), 100, 64)
+    for number, made in enumerate(sets[16:]):
+        path = tmp_path / f"{number}.db"
+        Database(made).save(path)
+        found = recall(model, made, CLOSED, Database(path))
+        assert found.right_calls == 32 and found.accuracy > 0.3
+        assert found.by_attribute["birth_place"] > 0.7                                # 1 in 7 by chance
+        assert recall(model, sets[17 - number], CLOSED, Database(path)).accuracy < 0.2

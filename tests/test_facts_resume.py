@@ -1,0 +1,427 @@
+"""train_facts.py as it is typed: its first step against arithmetic, killed, stopped and resumed, watched and evaluated,
+and what it refuses. About 40 s on one core."""
+import json
+import math
+import re
+import shlex
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from data import facts, mqar, tokens  # noqa: E402
+from data.facts import Database, Vocabulary, people  # noqa: E402
+from experiment import load_checkpoint  # noqa: E402
+from model import from_checkpoint  # noqa: E402
+from test_resume import (Forks, assert_done, assert_equal, assert_error, kill_again_and_again,  # noqa: E402
+                         snapshot, summary, wait_for)
+import test_resume  # noqa: E402
+from test_scripts import noting  # noqa: E402
+
+TINY = dict(n_people=6, n_unseen=4, n_rows=90, n_test_rows=20, mqar_vocab=32, n_layer=2, n_embd=16, batch_size=8,
+            max_steps=12, warmup_steps=2, eval_interval=5, eval_prompts=6, final_prompts=8, save_interval=1,
+            log_interval=1, device="cpu", dtype="float32", run_name="run", tag="test")
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    server = Forks(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """2,500 lines that a tokenizer of pairs can be trained on."""
+    path = tmp_path_factory.mktemp("text") / "lines.txt"
+    path.write_text("\n".join(f"line {i % 17} of the {word} has a {word[::-1]}" for i in range(500) for word in
+                              "river mountain valley forest lake".split()))
+    return path
+
+
+def train(out_dir, *more, **settings):
+    """The words of a command line; settings on top of TINY."""
+    words = ["train_facts.py", "--out_dir", out_dir]
+    for name, value in (TINY | settings).items():
+        words += [f"--{name}" if value is True else f"--no-{name}" if value is False else f"--{name}={value}"]
+    return words + list(more)
+
+
+def at(out_dir, name="run"):
+    return Path(out_dir) / "train_facts" / name
+
+
+def records(run):
+    """The lines of metrics.jsonl without what the clock says."""
+    return [{key: value for key, value in line.items() if key != "evaluation_seconds"} for line in
+            test_resume.records(run)]
+
+
+def steps_of(run):
+    return [line["step"] for line in records(run) if line["split"] == "train"]
+
+
+def losses(run):
+    return [line["loss"] for line in records(run) if line["split"] == "train"]
+
+
+# ---------------------------------------------------------------------------------------------------- the first step
+
+STEPS = {"tool": dict(task="in_tool"), "both": dict(task="both", grad_accum=2, data_seed=2),
+         "all": dict(task="both", loss_on="all", grad_accum=3), "prefix": dict(task="in_weight", prefix=True),
+         "bytes": dict(task="in_tool", tokenizer="bytes", kind="bios", form="natural", tie_weights=True),
+         "mqar": dict(task="mqar", block_size=32, grad_accum=2, random_non_queries=True)}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_one_step_is_what_arithmetic_says(forks, tmp_path, case):
+    """Of plain SGD: the logged loss is the mean over all targets of the step's passes together, and the weights move by
+    the rate times its gradient. Rows, masks and order are made here again."""
+    settings = TINY | dict(optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=0.5, schedule="constant", warmup_steps=0,
+                           max_steps=1, keep_last=2, eval_interval="none", init="gpt2") | STEPS[case]
+    assert_done(forks.run(train(tmp_path, **settings), tmp_path))
+    old, new = (load_checkpoint(at(tmp_path) / f"step_0000000{i}.pt") for i in (0, 1))
+    s = old["settings"]
+    if s["task"] == "mqar":
+        (x, y), _ = mqar.split(90, 20, 32, 4, 32, s["data_seed"], True, s["mqar_alpha"])
+    else:
+        made = people(6, s["data_seed"], s["kind"], 1.0, 4)
+        ids, mask = facts.rows(facts.dialogs(made, s["task"], s["form"], s["data_seed"]), Vocabulary(s["tokenizer"]),
+                               everything=s["loss_on"] == "all")
+        x, y = ids[:, :-1], ids.masked_fill(~mask, -1)[:, 1:]
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(s["data_seed"]))
+    n = 8 * s["grad_accum"]
+    x, y = x[order[:n]], y[order[:n]]
+    parts = (y >= 0).view(s["grad_accum"], -1).sum(1)
+    assert s["grad_accum"] == 1 or s["task"] == "mqar" or len(set(parts.tolist())) > 1, "the passes should differ"
+    model = from_checkpoint(old)
+    logits = model(x, prefix=(y >= 0).byte().argmax(1) + 1 if s["prefix"] else None)
+    loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1)
+    loss.backward()
+    assert losses(at(tmp_path)) == [pytest.approx(loss.item(), rel=1e-6)] and loss > 1
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(new["model"][name], (p - 0.5 * p.grad).detach(), rtol=1e-5, atol=1e-6)
+    assert max(p.grad.abs().max() for p in model.parameters()) > 1e-2
+
+
+# --------------------------------------------------------------------------------------------------------- exact resume
+
+CASES = {"in_tool": dict(task="in_tool", tokenizer="bytes", ema_decay=0.9, grad_accum=2, dropout=0.2, keep_last=2,
+                         seed=3),
+         "both": dict(task="both", optimizer="adamw", save_interval=3, log_interval=2, seed=4, prefix=True),
+         "mqar": dict(task="mqar", block_size=32, short_conv=2, qk_norm=True, qk_scale=True, ff="none",
+                      tie_weights=True, init="gpt2", optimizer="adamw", grad_accum=2, save_interval=2, seed=5),
+         "text": dict(task="text", tokenizer="bpe:270", block_size=16, ema_decay=0.9, dropout=0.1, batching="epochs",
+                      save_interval=2, seed=6)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_at_random_moments(forks, text, tmp_path, case):
+    """SIGKILL while it steps, starts and saves: the metrics, last.pt and best.pt of a run that was never stopped."""
+    settings = dict(max_steps=20, eval_prompts=4, dataset=text) | CASES[case]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    with ThreadPoolExecutor(2) as pool:
+        kills = pool.submit(kill_again_and_again, forks, train(killed, **settings), tmp_path, at(killed),
+                            settings["seed"])
+        assert_done(pool.submit(forks.run, train(whole, **settings), tmp_path).result())
+        assert kills.result() >= 2
+    assert records(at(killed)) == records(at(whole))
+    every = settings.get("log_interval", 1)
+    assert steps_of(at(killed)) == list(range(every, 21, every)) and len(set(losses(at(killed)))) > 5
+    for name in ("last.pt", "best.pt"):
+        assert_equal(load_checkpoint(at(killed) / name), load_checkpoint(at(whole) / name), name)
+    last = load_checkpoint(at(killed) / "last.pt")
+    assert last["step"] == 20 and last["loop"]["rows"] == 20 * 8 * settings.get("grad_accum", 1)
+    assert not settings.get("ema_decay") or last["ema"]["updates"] == 20
+    assert summary(at(killed))["status"] == "done"
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_without_an_end(forks, tmp_path, number, code):
+    endless, run = dict(max_steps="none", schedule="constant", save_interval=1000, ema_decay=0.9), at(tmp_path / "runs")
+    child = forks.start(train(tmp_path / "runs", **endless), tmp_path)
+    wait_for(lambda: child.over() or (run / "metrics.jsonl").exists()
+             and (run / "metrics.jsonl").read_bytes().count(b"\n") > 12)
+    child.kill(number)
+    assert child.wait().code == code and "Traceback" not in child.err
+    stopped = load_checkpoint(run / "last.pt")["step"]
+    assert summary(run)["status"] == "interrupted" and summary(run)["step"] == stopped > 3
+    goal = endless | dict(max_steps=stopped + 3)
+    assert_done(forks.run(train(tmp_path / "runs", "--resume", **goal), tmp_path))
+    assert_done(forks.run(train(tmp_path / "whole", **goal), tmp_path))
+    assert records(run) == records(at(tmp_path / "whole")) and steps_of(run) == list(range(1, stopped + 4))
+    for key in ("model", "ema", "optimizer", "data", "generators"):
+        assert_equal(*(load_checkpoint(at(tmp_path / name) / "last.pt")[key] for name in ("runs", "whole")), key)
+
+
+def test_evaluation_changes_no_batch(forks, tmp_path):
+    """How often, on how many and whether at all: the same losses and weights."""
+    ends = []
+    for name, how in (("a", {}), ("b", dict(eval_interval=1, eval_prompts=3)), ("c", dict(eval_interval="none"))):
+        assert_done(forks.run(train(tmp_path / name, dropout=0.2, **how), tmp_path))
+        ends.append((losses(at(tmp_path / name)), load_checkpoint(at(tmp_path / name) / "last.pt")["model"]))
+    assert ends[0][0] == ends[1][0] == ends[2][0] and len(ends[0][0]) == 12
+    assert_equal(ends[0][1], ends[1][1])
+    assert_equal(ends[0][1], ends[2][1])
+    assert {line["split"] for line in records(at(tmp_path / "c"))} == {"train"}
+    assert sum("final" not in line and line["split"] == "val" for line in records(at(tmp_path / "b"))) == 4 * 12
+
+
+def test_exposures(forks, tmp_path):
+    """Each of the 24 facts so often: 24 E / (8 x 2), rounded up; a resume keeps it, whatever it is typed with."""
+    settings = dict(grad_accum=2, exposures=5)
+    assert_done(forks.run(train(tmp_path, **settings), tmp_path))
+    last = load_checkpoint(at(tmp_path) / "last.pt")
+    assert last["step"] == 8 == math.ceil(24 * 5 / 16) and last["settings"]["max_steps"] == 8
+    params = json.loads((at(tmp_path) / "params.json").read_text())["settings"]
+    assert (params["max_steps"], params["exposures"]) == (8, 5)
+    assert params["block_size"] == last["settings"]["block_size"]
+    killed = train(tmp_path / "killed", **settings)
+    child, run = forks.start(killed, tmp_path), at(tmp_path / "killed")
+    wait_for(lambda: child.over() or (run / "last.pt").exists())
+    child.kill()
+    child.wait()
+    bare = ["train_facts.py", "--out_dir", tmp_path / "killed", "--run_name", "run", "--resume"]
+    assert_done(forks.run(bare, tmp_path))
+    assert records(run) == records(at(tmp_path))
+    assert_equal(load_checkpoint(run / "last.pt")["model"], last["model"])
+    longer = train(tmp_path / "killed", "--resume", max_steps=10)        # said plainly, it may go on
+    assert_done(forks.run(longer, tmp_path))
+    assert load_checkpoint(run / "last.pt")["step"] == 10
+
+
+def test_data_come_from_the_checkpoint(forks, tmp_path):
+    """Other people, another task or mask on resume: overruled, in one line; what is made of the run stays the same."""
+    assert_done(forks.run(train(tmp_path / "whole"), tmp_path))
+    assert_done(forks.run(train(tmp_path / "half", max_steps=6), tmp_path))
+    child = forks.run(train(tmp_path / "half", "--resume", n_people=7, task="in_weight", loss_on="all", n_embd=32,
+                            data_seed=3, tokenizer="bytes"), tmp_path)
+    assert_done(child)
+    said = [line for line in child.out.splitlines() if "overruled" in line]
+    assert len(said) == 1
+    for phrase in ("n_people 6 comes", "--task in_weight is", "loss_on assistant", "n_embd 16", "--data_seed 3",
+                   "closed"):
+        assert phrase in said[0]
+    states = [load_checkpoint(at(tmp_path / name) / "last.pt") for name in ("half", "whole")]
+    assert [state["step"] for state in states] == [12, 12]
+    assert_equal(states[0]["data"], states[1]["data"])
+
+
+def test_not_finite(forks, tmp_path):
+    child = forks.run(train(tmp_path, optimizer="sgd", lr=1e30, schedule="constant", warmup_steps=0, max_steps=50),
+                      tmp_path)
+    assert child.code == 3 and re.fullmatch(r"error: loss is not finite at step \d+; the last good checkpoint is "
+                                            r"\S+last.pt\n", child.err), child.err
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluate.py
+
+@pytest.fixture(scope="module")
+def runs(forks, text, tmp_path_factory):
+    """A folder with runs of every kind; in_tool and in_weight have learned their eight people by heart."""
+    folder = tmp_path_factory.mktemp("runs")
+    learn = dict(n_people=8, n_unseen=24, n_embd=32, batch_size=32, warmup_steps=10, eval_interval=30,
+                 save_interval=100, max_steps=80, log_interval=10, final_prompts=4096, eval_prompts=8)
+    commands = [train(folder, run_name="tool", **learn, task="in_tool"),
+                train(folder, run_name="weight", **learn | dict(max_steps=50), task="in_weight"),
+                train(folder, run_name="mqar", task="mqar", block_size=32, n_test_rows=50, ema_decay=0.5,
+                      final_prompts=50),
+                train(folder, run_name="text", task="text", dataset=text, tokenizer="bpe:270", block_size=16),
+                train(folder, run_name="uniform", task="text", dataset=text, tokenizer="bpe:270", block_size=16,
+                      max_steps=0)]
+    with ThreadPoolExecutor(2) as pool:
+        for child in pool.map(lambda words: forks.run(words, folder), commands):
+            assert_done(child)
+    return folder
+
+
+def table(child):
+    """The rows under the header, as lists of words."""
+    assert_done(child)
+    return [line.split() for line in child.out.splitlines()[2:]]
+
+
+def test_what_was_learned(runs):
+    """32 facts each way, all right; of others almost nothing; the summary says so, with the bits of the weights."""
+    tool, weight = (summary(at(runs, name)) for name in ("tool", "weight"))
+    assert tool["accuracy_trained_tool_raw"] == tool["accuracy_trained"] == 1 == tool["calls_trained_tool_raw"]
+    assert tool["accuracy_trained_no_tool_raw"] < 0.3 and tool["accuracy_unseen"] < 0.3
+    assert weight["accuracy_trained_no_tool_raw"] == weight["accuracy_trained"] == 1 and weight["accuracy_unseen"] < 0.2
+    assert 240 < weight["bits"] <= 250.1 and weight["bits_per_parameter"] == weight["bits"] / weight["parameters"]
+    assert weight["bits_of_all"] == pytest.approx(8 * 31.25, abs=0.1)
+    assert (tool["best"], weight["best"]) == (0, 0) and tool["rows"] == 80 * 32 and tool["status"] == "done"
+    last = [line for line in records(at(runs, "tool")) if line.get("final")]
+    assert [(line["people"], line["protocol"]) for line in last] == [
+        ("trained", "tool"), ("unseen", "tool"), ("trained", "no_tool"), ("unseen", "no_tool")]
+
+
+def test_evaluate_people(forks, runs, tmp_path):
+    """The table's figures are the trainer's; --prompts asks fewer; another database is believed where it is read."""
+    with ThreadPoolExecutor(2) as pool:
+        tool, weight, some = pool.map(lambda words: forks.run(["evaluate.py", *words], runs), (
+            [at(runs, "tool")], [at(runs, "weight"), "--batch_size", 3],
+            [at(runs, "tool"), "--prompts", 6, "--protocols", "no_tool,tool"]))
+    said = summary(at(runs, "tool"))
+    assert [row[:2] for row in table(tool)] == [["trained", "tool"], ["unseen", "tool"], ["trained", "no_tool"],
+                                               ["unseen", "no_tool"]]
+    for row in table(tool):
+        assert row[2] == f"{said[f'accuracy_{row[0]}_{row[1]}_raw']:.4f}"
+        assert row[-2] == ("32" if row[0] == "trained" else "96")
+    assert table(tool)[0][3:6] == ["1.0000", "1.0000", "0.0000"]          # called, with the right call, and to an end
+    assert [row[:3] for row in table(weight)][0] == ["trained", "no_tool", "1.0000"] and len(table(weight)) == 2
+    assert [(row[1], row[-2]) for row in table(some)] == [("no_tool", "6")] * 2 + [("tool", "6")] * 2
+    made = people(8, 1337, unseen=24)
+    Database(made).save(tmp_path / "same.db")
+    altered = {name: values[1:] + values[:1] for name, values in made.values.items()}
+    Database(type(made)(**{**vars(made), "values": altered})).save(tmp_path / "altered.db")
+    asked = ["evaluate.py", at(runs, "tool"), "--protocols", "tool", "--database"]
+    rows = [table(forks.run([*asked, tmp_path / name], runs)) for name in ("same.db", "altered.db")]
+    assert rows[0][0][:6] == table(tool)[0][:6]
+    assert float(rows[1][0][2]) < 0.9 and rows[1][0][3:5] == ["1.0000", "1.0000"]
+
+
+def test_evaluate_recall(forks, runs):
+    rows = [table(forks.run(["evaluate.py", at(runs, "mqar"), "--weights", weights, *more], runs))
+            for weights, more in (("raw", []), ("ema", ["--batch_size", 7]), ("raw", ["--prompts", 5]))]
+    said = summary(at(runs, "mqar"))
+    for row, weights in zip(rows, ("raw", "ema")):
+        assert row == [["mqar", f"{said[f'accuracy_{weights}']:.4f}", f"{said[f'loss_{weights}']:.4f}", "200"]]
+    assert rows[2][0][-1] == "20"
+    assert said["accuracy"] == said["accuracy_raw"] and 0 < said["reachable"] <= 1
+
+
+def test_evaluate_text(forks, runs, text):
+    """Bits per byte of a tokenizer's ids; a model that was never trained has a zero classifier's: lg V a token."""
+    tokenizer, content = tokens.train("bpe", text.read_bytes()[:int(0.9 * text.stat().st_size)], 270), text.read_bytes()
+    found = {}
+    for name in ("text", "uniform"):
+        child = forks.run(["evaluate.py", at(runs, name), "--protocols", "block,cache,stride:4", "--batch_size", 9],
+                          runs)
+        for split, protocol, bpb, *_, nats, n_bytes, _ in table(child):
+            found[name, protocol] = float(bpb), float(nats), int(n_bytes.replace(",", ""))
+            assert split == "val"
+    sizes = {n for *_, n in found.values()}
+    assert len(found) == 6 and len(sizes) == 1
+    n_bytes, = sizes
+    assert 0.04 * len(content) < n_bytes < 0.11 * len(content) and len(tokenizer.pieces) == 270
+    said = summary(at(runs, "text"))
+    assert found["text", "block"][0] == pytest.approx(said["bpb_raw"], abs=1e-4)
+    assert found["text", "block"][0] < found["uniform", "block"][0] - 0.3
+    ratios = [bpb / nats for bpb, nats, _ in found.values()]              # of all: tokens over bytes, in bits
+    assert ratios == pytest.approx([ratios[0]] * 6, rel=1e-3) and 0.2 < ratios[0] * math.log(2) < 0.9
+
+
+def test_watched_beside_the_training(forks, tmp_path):
+    """The trainer evaluates nothing: the watcher asks of every checkpoint both kinds of people, and keeps the best."""
+    quiet = dict(eval_interval="none", n_people=8, n_embd=32, batch_size=32, max_steps=60, save_interval=15,
+                 keep_last=9, log_interval=10, warmup_steps=10)
+    watcher = forks.start(["evaluate.py", "--watch", at(tmp_path), "--patience", 60], tmp_path)
+    assert_done(forks.run(train(tmp_path, **quiet), tmp_path))
+    assert_done(watcher.wait())
+    lines = [json.loads(line) for line in (at(tmp_path) / "evaluation.jsonl").read_text().splitlines()]
+    steps = sorted({line["step"] for line in lines})
+    assert set(steps) >= {0, 15, 30, 45, 60}
+    for step in steps:
+        assert sorted((line["protocol"], line["people"]) for line in lines if line["step"] == step) == [
+            (protocol, kind) for protocol in ("no_tool", "tool") for kind in ("trained", "unseen")]
+    found = {line["step"]: line["accuracy"] for line in lines
+             if (line["protocol"], line["people"]) == ("tool", "trained")}
+    best = load_checkpoint(at(tmp_path) / "best.pt")["step"]
+    assert found[best] == max(found.values()) > found[0] and best == min(s for s in found if found[s] == found[best])
+    assert watcher.out.count("unseen people") == watcher.out.count("trained people") == 2 * len(steps)
+    assert "best" not in str(sorted(path.name for path in at(tmp_path).glob(".watch*")))
+    assert {line["split"] for line in records(at(tmp_path))} == {"train"}
+    again = forks.run(["evaluate.py", "--watch", at(tmp_path), "--patience", 1], tmp_path)
+    assert_done(again)
+    assert len((at(tmp_path) / "evaluation.jsonl").read_text().splitlines()) == len(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+
+MISTAKES = {
+    "train_facts.py --n_embd 30 --n_head 4": ["30", "4", "n_head"],
+    "train_facts.py --task text": ["closed", "text"],
+    "train_facts.py --kind bios": ["closed", "bios"],
+    "train_facts.py --form natural": ["closed", "natural"],
+    "train_facts.py --names plain": ["closed", "plain"],
+    "train_facts.py --task mqar --tokenizer bytes --exposures 3": ["exposures", "mqar"],
+    "train_facts.py --task text --tokenizer bytes --database x": ["database", "text"],
+    "train_facts.py --prefix --loss_on all": ["prefix"],
+    "train_facts.py --prefix --task mqar": ["prefix"],
+    "train_facts.py --prefix --mixer mamba --max_steps 1": ["prefix", "mamba"],
+    "train_facts.py --block_size 21": ["block_size is 21", "22 tokens"],
+    "train_facts.py --task in_tol": ["in_tol", "in_tool"],
+    "train_facts.py --n_people 0": ["n_people"],
+    "train_facts.py --n_people 20000000": ["16,777,216"],
+    "train_facts.py --exposures 0": ["exposures"],
+    "train_facts.py --database none/there.db": ["none/there.db"],
+    "train_facts.py --database FOREIGN": ["FOREIGN", "not a database of people"],
+    "train_facts.py --database OTHERS": ["OTHERS", "other people"],
+    "train_facts.py --tokenizer clsed": ["clsed"],
+    "train_facts.py --tokenizer none/there.tok": ["none/there.tok"],
+    "train_facts.py --tokenizer TRUNCATED": ["TRUNCATED", "truncated"],
+    "train_facts.py --tokenizer bpe:100": ["100", "256"],
+    "train_facts.py --task mqar --tokenizer bytes --pairs 20": ["20 pairs", "80"],
+    "train_facts.py --task mqar --tokenizer bytes --mqar_vocab 7": ["vocab", "7"],
+    "train_facts.py --optimizer ivon --dtype float16": ["ivon", "float16"],
+    "train_facts.py --schedule wsd --max_steps none": ["wsd", "max_steps"],
+    "evaluate.py TOOL --protocols block": ["block", "tool and no_tool"],
+    "evaluate.py WEIGHT --protocols tool": ["tool", "in_weight", "no_tool"],
+    "evaluate.py MQAR --protocols tool": ["tool", "mqar"],
+    "evaluate.py TEXT --protocols no_tool": ["no_tool", "block, cache"],
+    "evaluate.py TOOL --weights ema": ["ema"],
+    "evaluate.py TOOL --database FOREIGN": ["FOREIGN", "not a database of people"],
+    "evaluate.py TOOL --database none/there.db": ["none/there.db"],
+    "evaluate.py TOOL --prompts 0": ["prompts"],
+}
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_mistakes(forks, runs, text, tmp_path_factory, tmp_path, part):
+    """One line that says what is wrong, status 2, nothing written."""
+    files = tmp_path_factory.mktemp("files")
+    (files / "FOREIGN").write_bytes(b"SQLite format 3\0 but not really" * 50)
+    Database(people(5, 1, "bios")).save(files / "OTHERS")
+    tokens.train("bpe", text.read_bytes(), 270).save(files / "whole")
+    (files / "TRUNCATED").write_bytes((files / "whole").read_bytes()[:-40])
+    names = {name: files / name for name in ("FOREIGN", "OTHERS", "TRUNCATED")} | {
+        name.upper(): at(runs, name) for name in ("tool", "weight", "mqar", "text")}
+    before, mine = snapshot(runs), list(MISTAKES.items())[part::2]
+    for line, said in mine:
+        tiny = [] if not line.startswith("train") else ["--device", "cpu"] + (
+            ["--n_people", "8"] if "n_people" not in line else [])
+        child = forks.run([names.get(word, word) for word in shlex.split(line)] + tiny, tmp_path)
+        with noting(line):
+            assert_error(child, *said)
+    assert snapshot(tmp_path) == {} and snapshot(runs) == before
+
+
+@pytest.mark.parametrize("task", ["in_tool", "text"])
+def test_another_tokenizer_in_its_place(forks, text, tmp_path, task):
+    """A file that was replaced between training and resume or evaluation: not quietly other ids."""
+    file, settings = tmp_path / "words.tok", dict(task=task, dataset=text, block_size=96, max_steps=2)
+    tokens.train("bpe", text.read_bytes(), 270).save(file)
+    assert_done(forks.run(train(tmp_path / "runs", tokenizer=file, **settings), tmp_path))
+    content = file.read_bytes()
+    few = ["--prompts", 2] if task == "in_tool" else []
+    assert_done(forks.run(["evaluate.py", at(tmp_path / "runs"), *few], tmp_path))
+    resume = train(tmp_path / "runs", "--resume", tokenizer=file, **settings | dict(max_steps=3))
+    before = snapshot(tmp_path / "runs")
+    for size, from_ in ((270, text.read_bytes()[::-1]), (275, text.read_bytes())):   # as large, and larger
+        file.unlink()
+        tokens.train("bpe", from_, size).save(file)
+        for command in (resume, ["evaluate.py", at(tmp_path / "runs")]):
+            assert_error(forks.run(command, tmp_path), "does not match the checkpoint")
+    file.unlink()
+    for command in (resume, ["evaluate.py", at(tmp_path / "runs")]):
+        assert_error(forks.run(command, tmp_path), file)
+    assert snapshot(tmp_path / "runs") == before
+    file.write_bytes(content)
+    assert_done(forks.run(resume, tmp_path))
+    assert load_checkpoint(at(tmp_path / "runs") / "last.pt")["step"] == 3

@@ -1,0 +1,433 @@
+"""Models on several processes: every mesh gives what one process gives, and checkpoints pass from mesh to mesh.
+
+Each mesh is started once, by torchrun with this very file as its script; rank 0 leaves what it found in a file.
+"""
+import io
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+import optim  # noqa: E402
+import parallel  # noqa: E402
+from experiment import NonFinite, UserError, generator_states  # noqa: E402
+from model import TransformerConfig, build_model, fused_rows, parameter_roles  # noqa: E402
+from sample import generate  # noqa: E402
+
+V, B, T = 17, 4, 16
+SMALL = dict(vocab_size=V, n_layer=2, n_head=4, n_kv_head=2, n_embd=24, head_dim=8, block_size=32, positions="rope",
+             norm="rms", activation="swiglu", bias=False, init="normal")
+MESHES = ["1x2", "2x1", "2x2"]
+CASES = {  # name: (what differs from SMALL, optimiser, steps)
+    "adamw": (dict(), "adamw", 20),
+    "muon": (dict(), "muon", 20),
+    "schedule_free": (dict(n_kv_head=4, ff="none,mlp", residual_scale="rezero"), "schedule_free", 8),
+    "sgd": (dict(bias=True, norm="layer", activation="gelu", positions="learned_per_layer", head_bias=True,
+                 n_layer=1, tie_weights=True), "sgd", 3),
+    "adam": (dict(mixer="window,full", window=5, positions="alibi", ff="low_rank", mtp_depth=1, bias=True), "adam", 3),
+    "orthograd": (dict(mixer="strided,fixed", sparse_stride=4, sparse_summary=2, positions="alibi", n_kv_head=4),
+                  "muon", 3),
+    "diff": (dict(mixer="diff", n_kv_head=4, qk_norm=True, qk_scale=True, short_conv=3, checkpoint_activations=True),
+             "adamw", 3),
+    "layers": (dict(intermediate_losses=True, n_targets=2, shorten=1, activation="relu2"), "muon", 3),
+    "pyramid": (dict(n_layer=3, shorten=2), "muon", 2),
+}
+FEW = ("adamw", "muon", "schedule_free")  # on four processes
+PASSED = ("muon", "schedule_free")  # checkpoints of step 4 that each mesh hands to the next
+WHOLE = {"layers", "adam"}  # cases whose targets all count
+
+
+BOTH = [(mesh, case) for mesh in MESHES for case in (FEW if mesh == "2x2" else CASES)]
+
+
+def config_of(case):
+    return TransformerConfig(**{**SMALL, **CASES[case][0]})
+
+
+def built(case, mesh):
+    """Model, optimiser and average of a case."""
+    torch.manual_seed(0)
+    model = mesh.parallelise(build_model(config_of(case)))
+    opt = optim.build(CASES[case][1], model.named_parameters(), parameter_roles(model), lr=0.01, weight_decay=0.1,
+                      fused_rows=fused_rows(model), orthograd=case == "orthograd", mesh=mesh)
+    return model, opt, optim.EMA(model, 0.9)
+
+
+def batch(case, step):
+    """The whole batch of a step; half of the rows count few targets, one none."""
+    generator = torch.Generator().manual_seed(step)
+    x, y = torch.randint(V, (B, T), generator=generator), torch.randint(V, (B, T, config_of(case).n_labels),
+                                                                        generator=generator)
+    if case not in WHOLE:
+        y[0, :10] = y[1, 3:] = y[2] = -1
+    return x, y
+
+
+def train(case, mesh, parts, steps):
+    """Losses and norms of these steps, and the first one's whole gradients."""
+    model, opt, ema = parts
+    found, grads = [], {}
+    for step in steps:
+        x, y = batch(case, step)
+        objective, nats = model(mesh.rows(x), targets=mesh.rows(y))
+        weight = mesh.weight(y)
+        (objective * weight).backward()
+        norm = mesh.clip_grad_norm(model.parameters(), 0.5)
+        if step == steps[0]:
+            grads = {name: mesh.whole(p, optim.local(p.grad)) for name, p in model.named_parameters()
+                     if p.grad is not None}
+        opt.step()
+        opt.zero_grad()
+        ema.update()
+        found.append([mesh.mean(nats[-1, 0] * weight).item(), norm.item()])
+    return found, grads
+
+
+def written(state):
+    """The state as a file gives it back."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def state(mesh, parts):
+    model, opt, ema = parts
+    with opt.averaged():
+        return written(dict(model=mesh.full_state_dict(model), optimizer=mesh.full_optimizer_state(opt),
+                            ema=mesh.full_ema(ema)))
+
+
+def load(mesh, parts, state):
+    model, opt, ema = parts
+    mesh.load_model(model, state["model"])
+    mesh.load_optimizer(opt, state["optimizer"])
+    mesh.load_ema(ema, state["ema"])
+
+
+@torch.inference_mode()
+def heard(model, apart):
+    """Logits of one row (apart: by the parts of forward), and of ragged rows with a prefix through a cache in two
+    chunks; greedy bytes; the cache's size."""
+    model.eval()
+    first = torch.arange(5)[None]
+    whole = model.predict(model.stream(first, model.place(first, None))[0]) if apart else model(first)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randint(V, (2, 12), generator=generator)
+    places = torch.stack((torch.arange(12), torch.arange(12) - 4)).clamp(min=-1)
+    cache = model.new_cache(2, 16)
+    chunks = [model(x[:, :8], positions=places[:, :8], cache=cache, prefix=torch.tensor([3, 2])),
+              model(x[:, 8:], positions=places[:, 8:], cache=cache)]
+    greedy = list(generate(model, [b"\1\2\3", b"\4"], 10, temperature=0.0))
+    found = dict(logits=torch.cat((*chunks, whole.repeat(2, 1, 1)), 1), bytes=torch.stack(greedy), cache=cache.bytes)
+    model.train()
+    return found
+
+
+def work(mesh, folder):
+    """All that the tests look at, of one mesh."""
+    found = {}
+    for case, (_, _, steps) in CASES.items():
+        if mesh.size == 4 and case not in FEW:
+            continue
+        parts = built(case, mesh)
+        found[case] = {}
+        if case in ("adamw", "diff"):  # before training: inference must leave nothing behind
+            with mesh.gathered(parts[0]) if case == "diff" else nullcontext():
+                found[case]["heard"] = heard(parts[0], case == "diff")
+        first = min(steps, 4)
+        losses, found[case]["grads"] = train(case, mesh, parts, range(first))
+        if case in PASSED:
+            found[case]["early"] = state(mesh, parts)
+        found[case]["losses"] = losses + (train(case, mesh, parts, range(first, steps))[0] if steps > first else [])
+        found[case].update(state(mesh, parts), flops=parts[0].flops_per_token(T), parameters=parts[0].n_params())
+        held = sum(t.numel() for own in parts[1].state.values() for t in own.values() if torch.is_tensor(t))
+        found[case]["held"] = held
+        if case == "muon":
+            with parts[2].swapped():
+                found[case]["averaged"] = written(mesh.full_state_dict(parts[0]))
+        if case == "diff":  # the next step uses the present weights, whatever was gathered before
+            with parts[2].swapped(), mesh.gathered(parts[0]):
+                heard(parts[0], True)
+            found[case]["after"], _ = train(case, mesh, parts, range(steps, steps + 1))
+    for case in PASSED:
+        if (folder / f"{case}.pt").exists():
+            parts = built(case, mesh)
+            load(mesh, parts, torch.load(folder / f"{case}.pt", weights_only=True))
+            found[case]["resumed"], _ = train(case, mesh, parts, range(4, 8))
+    return found
+
+
+def only_here(mesh, folder):
+    """What one process has no like of."""
+    found = {}
+    ranks = mesh.generator_states(generator_states())
+    drawn = torch.rand(3)
+    mesh.restore_generators(ranks)
+    found["again"] = torch.equal(drawn, torch.rand(3))
+    mesh.restore_generators({name: value for name, value in ranks.items() if name != "ranks"})
+    gathered = [None] * mesh.size
+    torch.distributed.all_gather_object(gathered, (drawn.tolist(), torch.rand(3).tolist()))
+    found["drawn"] = gathered
+
+    class Fake:
+        stop = None
+
+        def log(self, **values):
+            found["logged"] = values
+
+    class Broken:
+        def __enter__(self):
+            raise UserError("no place")
+
+        def __exit__(self, *error):
+            """Never entered."""
+
+    with parallel.Silent() as silent:
+        silent.bar(10, initial=2).update(3, "x")
+        silent.save("last.pt", {}), silent.keep({}, 1, 2), silent.summary(step=1)
+        silent.bar(None).note("y"), silent.close()
+
+    @contextmanager
+    def entered():
+        yield Fake()
+    with mesh.run(entered) as run:
+        run.log(step=mesh.rank)
+        found["stops"] = [mesh.stop(run)]
+        if mesh.rank == mesh.size - 1:  # one process alone is asked
+            os.kill(os.getpid(), signal.SIGTERM)
+        found["stops"] += [mesh.stop(run), run.stop]
+        run.stop = None
+    ends = []
+    for make, error in ((Broken, None), (entered, UserError("x")), (entered, NonFinite(3))):
+        try:
+            with mesh.run(make):
+                raise error
+        except (UserError, NonFinite, SystemExit) as met:
+            ends.append((type(met).__name__, getattr(met, "code", None)))
+    gathered = [None] * mesh.size
+    torch.distributed.all_gather_object(gathered, ends)
+    return {**found, "ends": gathered}
+
+
+def torchrun(n, *words, **how):
+    """torchrun with n processes of this file."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--standalone",
+                           __file__, *map(str, words)], capture_output=True, text=True, timeout=300, env=environment,
+                          **how)
+
+
+@pytest.fixture(scope="module")
+def meshes(tmp_path_factory):
+    """{mesh: what `work` found}; each mesh goes on from what the one before left: 1x1, 1x2, 2x1, 2x2, 1x1."""
+    torch.set_num_threads(1)
+    folder, found, one = tmp_path_factory.mktemp("meshes"), {}, parallel.Mesh()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim, "_iteration_dtype", lambda device: torch.float32)
+
+        def pass_on(found):
+            for case in PASSED:
+                torch.save(found[case]["early"], folder / f"{case}.pt")
+
+        found["1x1"] = work(one, folder)
+        pass_on(found["1x1"])
+        for mesh in MESHES:
+            out = folder / f"{mesh}.out"
+            done = torchrun(int(mesh[0]) * int(mesh[2]), mesh, folder, out)
+            assert done.returncode == 0, done.stderr[-4000:]
+            found[mesh] = torch.load(out, weights_only=True)
+            found[mesh]["output"] = done.stdout, done.stderr
+            pass_on(found[mesh])
+        for case in PASSED:
+            parts = built(case, one)
+            load(one, parts, torch.load(folder / f"{case}.pt", weights_only=True))
+            found["1x1"][case]["last"], _ = train(case, one, parts, range(4, 8))
+    return found
+
+
+def close(a, b, atol=1e-5):
+    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-4, atol=atol)
+
+
+@pytest.mark.parametrize("mesh, case", BOTH)
+def test_a_mesh_trains_as_one_process_does(meshes, mesh, case):
+    one, many = meshes["1x1"][case], meshes[mesh][case]
+    assert one["grads"].keys() == many["grads"].keys()
+    for name, grad in one["grads"].items():
+        close(many["grads"][name], grad, 1e-6), (mesh, case, name)
+    close(many["losses"], one["losses"])
+    assert list(one["model"]) == list(many["model"])
+    for kind in ("model", "ema"):
+        held = (one[kind], many[kind]) if kind == "model" else (one[kind]["weights"], many[kind]["weights"])
+        for name, weight in held[0].items():
+            close(held[1][name], weight, 2e-4)
+    assert many["flops"] == one["flops"] and many["parameters"] == one["parameters"]
+
+
+@pytest.mark.parametrize("mesh, case", BOTH)
+def test_the_consolidated_optimiser_is_that_of_one_process(meshes, mesh, case):
+    one, many = meshes["1x1"][case]["optimizer"], meshes[mesh][case]["optimizer"]
+    assert many["param_groups"] == one["param_groups"] and list(many["state"]) == list(one["state"])
+    for i, own in one["state"].items():
+        assert list(many["state"][i]) == list(own)
+        for name, value in own.items():
+            assert type(many["state"][i][name]) is type(value)
+            close(many["state"][i][name], value, 2e-4)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_weights_and_state_are_divided(meshes, mesh):
+    one, many = meshes["1x1"]["adamw"]["held"], meshes[mesh]["adamw"]["held"]
+    assert many < {"1x2": 0.65, "2x1": 0.55, "2x2": 0.35}[mesh] * one
+    places = 2 * 2 * 16 * 8  # bytes of every row's positions in both layers
+    one, many = (meshes[m]["adamw"]["heard"]["cache"] - places for m in ("1x1", mesh))
+    assert many == one // int(mesh[2])
+
+
+@pytest.mark.parametrize("mesh, case", [both for both in BOTH if both[1] in ("adamw", "diff")])
+def test_generation_from_a_mesh_is_that_of_one_process(meshes, mesh, case):
+    one, many = meshes["1x1"][case]["heard"], meshes[mesh][case]["heard"]
+    torch.testing.assert_close(many["logits"], one["logits"], rtol=0, atol=1e-5)
+    assert torch.equal(many["bytes"], one["bytes"])
+
+
+@pytest.mark.parametrize("mesh", MESHES[:2])
+def test_training_goes_on_after_an_evaluation_of_gathered_layers(meshes, mesh):
+    close(meshes[mesh]["diff"]["after"], meshes["1x1"]["diff"]["after"])
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_averaged_weights_can_be_swapped_in(meshes, mesh):
+    averaged, ema = meshes[mesh]["muon"]["averaged"], meshes[mesh]["muon"]["ema"]["weights"]
+    assert list(averaged) == list(ema) and all(torch.equal(averaged[name], ema[name]) for name in ema)
+    assert not torch.equal(averaged["embed"], meshes[mesh]["muon"]["model"]["embed"])
+
+
+@pytest.mark.parametrize("case", PASSED)
+def test_a_checkpoint_goes_on_under_any_mesh(meshes, case):
+    never_stopped = meshes["1x1"][case]["losses"][4:8]
+    for mesh in MESHES:
+        close(meshes[mesh][case]["resumed"], never_stopped)
+    close(meshes["1x1"][case]["last"], never_stopped)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_dropout_differs_over_dp_and_not_over_tp_and_goes_on(meshes, mesh):
+    here, (dp, tp) = meshes[mesh]["here"], map(int, mesh.split("x"))
+    assert here["again"]
+    for when in range(2):  # as drawn, and after a restart from the state of rank 0 alone
+        drawn = [str(rank[when]) for rank in here["drawn"]]
+        assert len(set(drawn)) == dp and all(len(set(drawn[r * tp:(r + 1) * tp])) == 1 for r in range(dp))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_only_rank_0_writes_and_speaks_and_all_stop_together(meshes, mesh):
+    here = meshes[mesh]["here"]
+    assert here["logged"] == {"step": 0}
+    assert here["stops"] == [None, 15, 15]
+    assert here["ends"][0] == [("UserError", None), ("UserError", None), ("NonFinite", None)]
+    assert set(map(tuple, here["ends"][1:])) == {(("SystemExit", 2), ("SystemExit", 2), ("SystemExit", 3))}
+    assert meshes[mesh]["output"][0] == "rank 0\n"
+
+
+def test_another_number_of_processes_than_torchrun_started(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match="dp 1 times tp 3 is 3, but torchrun started 2 processes"):
+        parallel.start(1, 3)
+
+
+@pytest.mark.parametrize("dp, tp", [(1, 2), (2, 1)])
+def test_a_mesh_without_torchrun_says_how_to_start(monkeypatch, dp, tp):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train_facts.py"])
+    with pytest.raises(UserError, match=rf"torchrun --nproc_per_node=2 train_facts.py --dp {dp} --tp {tp}$"):
+        parallel.start(dp, tp)
+
+
+@pytest.mark.parametrize("device, said", [("mps", "must be auto, cpu, or cuda"), ("cuda:1", "must be auto"),
+                                          ("cuda", "a process for each of 0 GPUs")])
+def test_a_device_that_processes_cannot_share(monkeypatch, device, said):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match=said):
+        parallel.start(1, 2, device)
+
+
+@pytest.mark.parametrize("shape, changes, how, said", [
+    ((1, 3), {}, {}, "tp 3 must divide n_head 4"),
+    ((1, 4), {}, {}, "tp 4 must divide n_kv_head 2"),
+    ((3, 1), {}, dict(batch_size=4), "batch_size 4 must be divisible by dp 3"),
+    ((1, 2), dict(mixer="full,mla", n_kv_head=4), {}, "mixer 'mla' cannot be divided over tp 2: full, window, strided"),
+    ((1, 2), dict(mixer="mamba"), {}, "mixer 'mamba' cannot"),
+    ((1, 2), dict(mixer="diff", n_kv_head=2), {}, "n_kv_head 1 must be even"),
+    ((1, 2), dict(mixer="strided", n_kv_head=2), {}, "n_kv_head 1 must be even"),
+    ((1, 2), dict(ff="mlp,moe"), {}, "ff 'moe' cannot be divided"),
+    ((1, 2), dict(activation="solu"), {}, "'solu' normalises"),
+    ((1, 2), dict(activation="gelu", ff_mult=27 / 24), {}, "feed-forward's width 27"),
+    ((2, 1), dict(ff="moe"), {}, "expert_balance loss is no mean"),
+    ((2, 1), {}, dict(optimizer="ivon"), "ivon"),
+    ((1, 2), {}, dict(precision=torch.float16), "float16"),
+    ((2, 1), dict(mixer="mamba"), dict(carry=True), "--no-carry_memory"),
+])
+def test_what_cannot_be_divided_is_one_line(monkeypatch, shape, changes, how, said):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match=said):
+        parallel.Mesh(*shape).check(TransformerConfig(**{**SMALL, **changes}), **how)
+
+
+@pytest.mark.parametrize("shape, changes, how", [
+    ((1, 1), dict(mixer="mla", n_kv_head=4, ff="moe"), dict(optimizer="ivon", precision=torch.float16, carry=True)),
+    ((2, 1), dict(mixer="mamba", ff="moe", expert_balance="bias"), dict(batch_size=4)),
+    ((1, 2), dict(ff="none", activation="solu"), dict(batch_size=3)),
+    ((2, 2), dict(ff="low_rank"), dict(optimizer="muon", precision=torch.bfloat16)),
+])
+def test_what_can_be_divided_passes(shape, changes, how):
+    parallel.Mesh(*shape).check(TransformerConfig(**{**SMALL, **changes}), **how)
+
+
+def test_an_error_of_another_rank_is_silent(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(parallel.time, "sleep", lambda seconds: None)
+    with pytest.raises(SystemExit) as met:
+        parallel.Mesh(2).check(TransformerConfig(**SMALL), batch_size=3)
+    assert met.value.code == 2
+
+
+def test_targets_that_count_in_unequal_shares_are_refused():
+    y = torch.zeros(2, 4, 2, dtype=torch.int64)
+    assert parallel.Mesh(2).weight(y) == 1 and parallel.Mesh().weight(y) == 1.0
+    y[0, 0] = -1
+    assert parallel.Mesh(2, rank=1).weight(y) == pytest.approx(8 / 7)
+    y[0, 1, 1] = -1
+    with pytest.raises(ValueError, match="unequal shares"):
+        parallel.Mesh(2).weight(y)
+
+
+def test_ivon_on_several_processes_is_refused():
+    with pytest.raises(ValueError, match="ivon"):
+        optim.build("ivon", [("a", torch.nn.Parameter(torch.zeros(2)))], {"a": "gain"}, 0.1, mesh=parallel.Mesh(2))
+
+
+def main(mesh, folder, out):
+    """The script that torchrun starts."""
+    torch.set_num_threads(1)
+    optim._iteration_dtype = lambda device: torch.float32
+    mesh = parallel.start(*map(int, mesh.split("x")), device="cpu")
+    print("rank", mesh.rank)
+    found = work(mesh, Path(folder))
+    found["here"] = only_here(mesh, folder)
+    if mesh.main:
+        torch.save(found, out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
