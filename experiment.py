@@ -75,10 +75,12 @@ def command(main):
     """Decorator for a script's main(): what went wrong becomes one line `error: ...` on stderr and an exit status.
 
     2: UserError, no space left, out of memory. 3: NonFinite. 130: Ctrl-C outside the loop. A reader that closed our
-    standard output (`| head`) is no error. Everything else is a bug and keeps its traceback.
+    standard output (`| head`) is no error. Everything else is a bug and keeps its traceback. Of several processes under
+    torchrun, which meet most errors together, the first speaks; out of memory is said by each.
     """
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
+        speaks = os.environ.get("RANK", "0") == "0"
         try:
             result = main(*args, **kwargs)
             sys.stdout.flush()
@@ -100,8 +102,9 @@ def command(main):
                 text = f"cannot write {error.filename or 'a file'}: {error.strerror}"
             else:
                 raise
-            status = 2
-        print("error:", " ".join(text.split("\n")), file=sys.stderr, flush=True)
+            status, speaks = 2, True
+        if speaks:
+            print("error:", " ".join(text.split("\n")), file=sys.stderr, flush=True)
         sys.exit(status)
     return wrapper
 
@@ -327,12 +330,13 @@ def adopt(g, settings, checkpoint_settings, architecture):
     """The settings of a resumed run, also written to the script's globals `g`: the checkpoint's, except what was typed.
 
     architecture: names that always come from the checkpoint; a flag that says otherwise is overruled in one line.
-    resume, out_dir and run_name stay those of this command; what the checkpoint does not know keeps the script's value.
+    resume, out_dir, run_name, dp and tp stay those of this command; what the checkpoint does not know keeps the
+    script's value.
     Returns Settings. Raises UserError where the checkpoint holds a value that the script does not allow.
     """
     specs, adopted, moved, overruled = _read_settings(g["__file__"]), Settings(settings), [], []
     adopted.explicit, adopted.command = settings.explicit, settings.command
-    kept = {"resume", "out_dir", "run_name"}
+    kept = {"resume", "out_dir", "run_name", "dp", "tp"}
     for name in [name for name in settings if name in checkpoint_settings and name not in kept]:
         try:
             old, new = specs[name].read(checkpoint_settings[name]), settings[name]

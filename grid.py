@@ -151,6 +151,8 @@ class Grid:
         if not self.factors or not all(type(f) in (int, float) and f > 0 for f in self.factors):
             raise UserError(f"{path}: tune: factors must be numbers above 0, not {self.factors}")
         self.seeded = plan.get("seeded", ["seed"])
+        if not self.seeded or not all(type(name) is str for name in self.seeded):
+            raise UserError(f"{path}: seeded must be names of settings, not {self.seeded}")
         self.base = self.check(plan["base"], "base")
         self.check({name: self.seeds[0] for name in self.seeded if name != "seed"}, "seeded")
         self.speed = self.check(plan.get("speed", {}), "speed")
@@ -175,6 +177,9 @@ class Grid:
             check_shape(row, ROW_SHAPE, {"set"}, f"{path}: row {name!r}")
             self.rows.append(Row(str(name), row.get("axis", ""), self.check(row["set"], f"row {name!r}"),
                                  row.get("against", BASELINE)))
+        set_by_rows = [name for values in (self.base, *(row.changes for row in self.rows)) for name in values]
+        if twice := set(self.seeded) & set(set_by_rows):
+            raise UserError(f"{path}: {', '.join(sorted(twice))} is set by the seeds (seeded), it cannot be set again")
         names = [row.name for row in self.rows]
         for row in self.rows[1:] if not self.cross else ():
             if names.count(row.name) > 1 or row.name == row.against or row.against not in names:

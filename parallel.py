@@ -108,7 +108,7 @@ class Mesh:
 
     # --- Before the run ---
 
-    def check(self, config, batch_size=0, optimizer="adamw", precision=torch.float32, carry=False):
+    def check(self, config, batch_size=0, optimizer="adamw", precision=torch.float32, carry=False, compiled=False):
         """UserError where a model of this TransformerConfig, trained so, cannot be divided. carry: with a memory."""
         c, dp, tp = config, self.dp, self.tp
         if batch_size % dp:
@@ -117,6 +117,8 @@ class Mesh:
             fail("optimizer ivon draws the weights anew in every pass, one draw for all processes: it needs dp 1, tp 1")
         if self.size > 1 and precision == torch.float16:
             fail("dtype float16 scales the loss by what one process finds: with dp or tp choose bfloat16")
+        if self.size > 1 and compiled:
+            fail("--compile is for one process: with dp or tp choose --no-compile")
         if dp > 1 and carry:
             fail("a memory carried from segment to segment stays with its rows: with dp choose --no-carry_memory")
         if dp > 1 and "moe" in c.ffs and c.expert_balance == "loss":

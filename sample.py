@@ -1,4 +1,4 @@
-"""Text from any checkpoint of train_enwik8.py.
+"""Text from any checkpoint of train_enwik8.py, or of train_facts.py's task text.
 
     python sample.py runs/train_enwik8/my_run
     python sample.py runs/train_enwik8/my_run/best.pt --prompt "The history of " --length 99 --temperature 1 --top_p 0.9
@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import torch
 
+from data.tokenized import tokenizer_of
+from data.tokens import check, encode_corpus
 from experiment import UserError, command, find_checkpoint, load_checkpoint, override, resolve_device
 from model import from_checkpoint
 
@@ -26,7 +28,7 @@ from model import from_checkpoint
 checkpoint = None        # run directory or checkpoint file (may also be typed as a bare word)
 weights = "raw"          # [raw, ema] which weights
 prompt = "\n"            # what the text begins with
-length = 500             # [>= 0] bytes to generate
+length = 500             # [>= 0] bytes to generate, or ids of a tokenizer
 n_samples = 1            # [>= 1] samples, generated as one batch
 seed = 1337              # same seed, same text
 # --- How the next byte is drawn ---
@@ -409,11 +411,22 @@ def main():
         sys.stdout.reconfigure(errors="replace")                 # a terminal may not know every character
     where, precision = resolve_device(device, dtype)
     path = find_checkpoint(checkpoint)
+    loaded = load_checkpoint(path)
     try:
-        model = from_checkpoint(load_checkpoint(path), weights).for_inference().eval().to(where)
+        model = from_checkpoint(loaded, weights).for_inference().eval().to(where)
     except ValueError as error:
         raise UserError(f"{path}: {error}")
-    start = prompt.encode(errors="surrogateescape")              # bytes that the shell passed on as they were
+    start = typed = prompt.encode(errors="surrogateescape")      # bytes that the shell passed on as they were
+    written = bytes                                              # of ids
+    if loaded["script"] == "train_facts":
+        if loaded["settings"]["task"] != "text":
+            raise UserError(f"{path} was trained on {loaded['settings']['task']}, not on text: ask it with evaluate.py")
+        tokenizer = tokenizer_of(loaded["settings"])
+        check(tokenizer, loaded["tokenizer"])
+        start = encode_corpus(tokenizer, typed).tolist()
+
+        def written(ids):
+            return b"".join(tokenizer.decode_bytes([i]) if i < tokenizer.size else b"\n\n" for i in ids)
     generator = torch.Generator().manual_seed(seed)
     how = dict(temperature=0.0 if greedy else temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                typical_p=typical_p)
@@ -422,15 +435,15 @@ def main():
         stream = generate(model, [start] * n_samples, length, generator, cache, report, **how)
         if n_samples == 1:
             decoder = codecs.getincrementaldecoder("utf-8")("replace")                   # a character may take 4 bytes
-            sys.stdout.write(decoder.decode(start))
+            sys.stdout.write(decoder.decode(typed))
             for token in stream:
-                sys.stdout.write(decoder.decode(bytes(token.tolist())))
+                sys.stdout.write(decoder.decode(written(token.tolist())))
                 sys.stdout.flush()
             sys.stdout.write(decoder.decode(b"", final=True) + "\n")
         else:
             columns = torch.stack(list(stream), 1).tolist() if length else [[]] * n_samples
             for number, row in enumerate(columns, 1):
-                print(f"--- sample {number} of {n_samples} ---\n{(start + bytes(row)).decode(errors='replace')}")
+                print(f"--- sample {number} of {n_samples} ---\n{(typed + written(row)).decode(errors='replace')}")
 
 
 if __name__ == "__main__":

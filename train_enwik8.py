@@ -305,7 +305,8 @@ def main():
             raise UserError(error)
         config = check(settings)
     where, precision = resolve_device(mesh.device, dtype)
-    mesh.check(config, batch_size, optimizer, precision, carry_memory and batching == "streams" and config.carries)
+    mesh.check(config, batch_size, optimizer, precision, carry_memory and batching == "streams" and config.carries,
+               compile)
 
     # ---- data ----
     corpus = text.load(dataset, max_bytes, where)

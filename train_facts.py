@@ -423,7 +423,7 @@ def main():
         raise UserError(error)
     if prefix and config.carries:
         raise UserError(f"--prefix: mixer {mixer} reads from left to right: a question's tokens cannot see one another")
-    mesh.check(config, batch_size, optimizer, precision)
+    mesh.check(config, batch_size, optimizer, precision, compiled=compile)
     model = mesh.parallelise(build_model(config).to(where))
     net = torch.compile(model) if compile else model
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)

@@ -47,27 +47,21 @@ class Tokenized:
         return text.Batches(self.train, batch_size, block_size, 1, batching, seed, device)
 
 
-def open_text(settings):
-    """The Tokenized that settings name: `dataset` (as text.load takes it, "smollm:SUBSET", or a path, folder or glob of
-    .parquet, .jsonl, .jsonl.gz), `tokenizer` (as tokens.open_or_train takes it), `max_bytes` (not of shards).
+def of_shards(dataset):
+    """Whether a setting `dataset` means shards, which are streamed."""
+    return dataset.startswith("smollm:") or dataset.endswith(smollm.ENDINGS) or Path(dataset).is_dir()
 
-    Raises UserError as these do; max_bytes with shards.
-    """
-    dataset, word, limit = settings["dataset"], settings["tokenizer"], settings["max_bytes"]
-    of_shards = dataset.startswith("smollm:") or dataset.endswith(smollm.ENDINGS) or Path(dataset).is_dir()
-    if not of_shards:
-        corpus = text.load(dataset, limit)
-        tokenizer = tokens.open_or_train(word, lambda: corpus.train)
-        ids = [None if part is None else tokens.encode_corpus(tokenizer, part)
-               for part in (corpus.train, corpus.val, corpus.test)]
-        return Tokenized(tokenizer, *ids, [], tokens.token_bytes(tokenizer), f"{corpus.source}; {_words(tokenizer)}")
-    if limit is not None:
-        raise UserError("--max_bytes is for texts that fit into memory: name fewer shards instead")
-    files = smollm.find(dataset.removeprefix("smollm:"))
+
+def tokenizer_of(settings):
+    """The tokenizer alone that open_text would use; one that is trained reads the training text, or the beginning of
+    the shards."""
+    dataset = settings["dataset"]
 
     def sample():
+        if not of_shards(dataset):
+            return text.load(dataset, settings["max_bytes"]).train
         there, have = [], 0
-        for document, _ in smollm.documents(files):
+        for document, _ in smollm.documents(smollm.find(dataset.removeprefix("smollm:"))):
             if have >= TRAINED_ON:
                 break
             if not smollm.is_held_out(document):
@@ -75,7 +69,25 @@ def open_text(settings):
                 have += len(document)
         return "\n".join(there)
 
-    tokenizer = tokens.open_or_train(word, sample)
+    return tokens.open_or_train(settings["tokenizer"], sample)
+
+
+def open_text(settings):
+    """The Tokenized that settings name: `dataset` (as text.load takes it, "smollm:SUBSET", or a path, folder or glob of
+    .parquet, .jsonl, .jsonl.gz), `tokenizer` (as tokens.open_or_train takes it), `max_bytes` (not of shards).
+
+    Raises UserError as these do; max_bytes with shards.
+    """
+    dataset, limit = settings["dataset"], settings["max_bytes"]
+    if not of_shards(dataset):
+        corpus = text.load(dataset, limit)
+        tokenizer = tokenizer_of(settings)
+        ids = [None if part is None else tokens.encode_corpus(tokenizer, part)
+               for part in (corpus.train, corpus.val, corpus.test)]
+        return Tokenized(tokenizer, *ids, [], tokens.token_bytes(tokenizer), f"{corpus.source}; {_words(tokenizer)}")
+    if limit is not None:
+        raise UserError("--max_bytes is for texts that fit into memory: name fewer shards instead")
+    files, tokenizer = smollm.find(dataset.removeprefix("smollm:")), tokenizer_of(settings)
     val, _ = smollm.validation(files, tokenizer, VALIDATED)
     sizes = torch.cat([tokens.token_bytes(tokenizer), torch.zeros(1, dtype=torch.int64)])
     named = ", ".join(file.name for file in itertools.islice(files, 3)) + ", ..." * (len(files) > 3)

@@ -19,6 +19,7 @@ from data import facts, mqar, tokens  # noqa: E402
 from data.facts import Database, Vocabulary, people  # noqa: E402
 from experiment import load_checkpoint  # noqa: E402
 from model import from_checkpoint  # noqa: E402
+from sample import generate  # noqa: E402
 from test_resume import (Forks, assert_done, assert_equal, assert_error, kill_again_and_again,  # noqa: E402
                          snapshot, summary, wait_for)
 import test_resume  # noqa: E402
@@ -315,6 +316,40 @@ def test_evaluate_text(forks, runs, text):
     assert found["text", "block"][0] < found["uniform", "block"][0] - 0.3
     ratios = [bpb / nats for bpb, nats, _ in found.values()]              # of all: tokens over bytes, in bits
     assert ratios == pytest.approx([ratios[0]] * 6, rel=1e-3) and 0.2 < ratios[0] * math.log(2) < 0.9
+
+
+def test_text_from_the_tokenizers_ids(forks, runs, text):
+    """sample.py writes what the ids stand for, with the prompt as it was typed; other tasks have no text."""
+    with ThreadPoolExecutor(2) as pool:
+        one, two, again, tool = pool.map(lambda words: forks.run(["sample.py", *words], runs), (
+            [at(runs, "text"), "--prompt", "line 3 of the river", "--length", 40, "--greedy"],
+            [at(runs, "text"), "--prompt", "line 3 of the river", "--length", 40, "--greedy", "--n_samples", 2],
+            [at(runs, "uniform"), "--prompt", "é \n", "--length", 60, "--temperature", 1], [at(runs, "tool")]))
+    for child in (one, two, again):
+        assert_done(child)
+    written = one.out.removesuffix("\n")
+    assert written.startswith("line 3 of the river") and two.out.count(written) == 2
+    tokenizer = tokens.train("bpe", text.read_bytes()[:int(0.9 * text.stat().st_size)], 270)
+    model = from_checkpoint(load_checkpoint(at(runs, "uniform") / "last.pt")).for_inference().eval()
+    ids = [int(token) for token in generate(model, [tokenizer.encode("é \n")], 60,
+                                            torch.Generator().manual_seed(1337), temperature=1)]
+    assert max(ids) >= 256 and again.out == f"é \n{tokenizer.decode(ids)}\n"
+    assert_error(tool, "was trained on in_tool, not on text")
+
+
+def test_which_layer_knows(forks, runs):
+    """A model that has learned eight people cannot be probed for rare values; birth places of many it tells apart."""
+    with ThreadPoolExecutor(2) as pool:
+        weight, day, wrong, text_run = pool.map(lambda words: forks.run(["probe.py", *words], runs), (
+            [at(runs, "weight"), "--attribute", "birth_place"], [at(runs, "weight"), "--asked", "ocupation"],
+            [at(runs, "weight"), "--attribute", "birth"], [at(runs, "text")]))
+    assert_done(weight)
+    lines = weight.out.splitlines()
+    assert re.match(r"trained people: [2-8], \d values of birth_place", lines[0])
+    assert [line.split()[0] for line in lines[-4:]] == ["place", "embed", "blocks.0", "blocks.1"]
+    for child, said in ((day, "no attribute 'ocupation'"), (wrong, "no attribute 'birth'"),
+                        (text_run, "no model of people")):
+        assert_error(child, said)
 
 
 def test_watched_beside_the_training(forks, tmp_path):

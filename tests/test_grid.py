@@ -380,6 +380,8 @@ def test_a_part_of_a_cross_that_fails(crossed):
     ([("cross:", "crosses:")], "unknown key 'crosses'"),
     ([("seeded: [seed, data_seed]", "seeded: [seed, dta_seed]")], "seeded: fake.py has no setting 'dta_seed'"),
     ([("seeded: [seed, data_seed]", "seeded: data_seed")], "seeded must be a list"),
+    ([("seeded: [seed, data_seed]", "seeded: [[1]]")], "seeded must be names of settings"),
+    ([("seeded: [seed, data_seed]", "seeded: [seed, lr]")], "lr is set by the seeds"),
     ([("seeded: [seed, data_seed]", "seeded: [seed, out_dir]")], "out_dir cannot stand in a grid"),
     ([("seeds: [1, 2]", "seeds: [1]")], "at least 2 different"),
     ([("cross:", "cross: [1]\nspeed:")], "cross must be a dict, not [1]"),

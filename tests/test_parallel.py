@@ -79,7 +79,7 @@ def train(case, mesh, parts, steps):
         objective, nats = model(mesh.rows(x), targets=mesh.rows(y))
         weight = mesh.weight(y)
         (objective * weight).backward()
-        norm = mesh.clip_grad_norm(model.parameters(), 0.5)
+        norm = mesh.clip_grad_norm(model.parameters(), 0.5 if step % 2 else 100.0)  # clips, and leaves alone
         if step == steps[0]:
             grads = {name: mesh.whole(p, optim.local(p.grad)) for name, p in model.named_parameters()
                      if p.grad is not None}
@@ -171,10 +171,10 @@ def only_here(mesh, folder):
     ranks = mesh.generator_states(generator_states())
     drawn = torch.rand(3)
     mesh.restore_generators(ranks)
-    found["again"] = torch.equal(drawn, torch.rand(3))
+    again = torch.rand(3)
     mesh.restore_generators({name: value for name, value in ranks.items() if name != "ranks"})
     gathered = [None] * mesh.size
-    torch.distributed.all_gather_object(gathered, (drawn.tolist(), torch.rand(3).tolist()))
+    torch.distributed.all_gather_object(gathered, (drawn.tolist(), again.tolist(), torch.rand(3).tolist()))
     found["drawn"] = gathered
 
     class Fake:
@@ -322,8 +322,8 @@ def test_a_checkpoint_goes_on_under_any_mesh(meshes, case):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_dropout_differs_over_dp_and_not_over_tp_and_goes_on(meshes, mesh):
     here, (dp, tp) = meshes[mesh]["here"], map(int, mesh.split("x"))
-    assert here["again"]
-    for when in range(2):  # as drawn, and after a restart from the state of rank 0 alone
+    assert all(first == again for first, again, _ in here["drawn"])
+    for when in (0, 2):  # as drawn, and after a restart from the state of rank 0 alone
         drawn = [str(rank[when]) for rank in here["drawn"]]
         assert len(set(drawn)) == dp and all(len(set(drawn[r * tp:(r + 1) * tp])) == 1 for r in range(dp))
 

@@ -23,8 +23,8 @@ from experiment import load_checkpoint, override  # noqa: E402
 from model import Transformer, from_checkpoint  # noqa: E402
 from test_resume import Forks, assert_done, assert_error, snapshot, wait_for  # noqa: E402
 
-SCRIPTS = ("train_enwik8.py", "train_mult.py", "train_dvae.py", "train_worldmodel.py", "evaluate.py", "sample.py",
-           "bench.py", "grid.py", "plot.py")
+SCRIPTS = ("train_enwik8.py", "train_mult.py", "train_dvae.py", "train_worldmodel.py", "train_facts.py",
+           "evaluate.py", "sample.py", "bench.py", "grid.py", "plot.py", "probe.py")
 SMALL = ("--n_layer 2 --n_head=2 --n-embd 32 --block_size 32 --batch_size 4 --max_bytes 100000 --max_steps 30 "
          "--eval_interval 10 --eval_windows 8 --save_interval 10 --sample_length 60 --ema_decay 0.9 "
          "--device cpu").split()
@@ -349,7 +349,8 @@ def test_readme_commands(tmp_path):
         assert re.match(r"#|[a-z]+\s*[<>=]", package), package
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "data/text.py", "data/arc.py"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "data/text.py", "data/arc.py", "data/tokens.py", "data/smollm.py",
+                                    "data/facts.py", "data/mqar.py"])
 def test_commands_in_docstrings(script, tmp_path):
     found = list(python_commands(fresh(script)["__doc__"].splitlines()))
     assert found
