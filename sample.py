@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import torch
 
+from data import tokens as tokenizers
 from data.tokenized import tokenizer_of
-from data.tokens import check, encode_corpus
 from experiment import UserError, command, find_checkpoint, load_checkpoint, override, resolve_device
 from model import from_checkpoint
 
@@ -422,8 +422,8 @@ def main():
         if loaded["settings"]["task"] != "text":
             raise UserError(f"{path} was trained on {loaded['settings']['task']}, not on text: ask it with evaluate.py")
         tokenizer = tokenizer_of(loaded["settings"])
-        check(tokenizer, loaded["tokenizer"])
-        start = encode_corpus(tokenizer, typed).tolist()
+        tokenizers.check(tokenizer, loaded["tokenizer"])
+        start = tokenizers.encode_corpus(tokenizer, typed).tolist()
 
         def written(ids):
             return b"".join(tokenizer.decode_bytes([i]) if i < tokenizer.size else b"\n\n" for i in ids)
