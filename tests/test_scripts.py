@@ -346,7 +346,7 @@ def test_readme_commands(tmp_path):
             except Exception as error:
                 raise AssertionError(f"{type(error).__name__}: {error}") from error
     for package in (ROOT / "requirements.txt").read_text().splitlines():
-        assert re.match(r"#|[a-z]+\s*[<>=]", package), package
+        assert re.match(r"#|[a-z-]+\s*[<>=]", package), package
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "data/text.py", "data/arc.py", "data/tokens.py", "data/smollm.py",
