@@ -22,8 +22,8 @@ and of the people of train_facts.py, those that were trained on and those that w
     mqar       of task mqar: the answers at the queries of held-out rows
 
 A figure means nothing without its protocol and its byte count, so both are always printed. The first byte of a split
-has no context and is charged 8 bits. The result does not depend on batch_size, but for the rounding of matrix products
-(relative 1e-6 in float32).
+has no context and is charged 8 bits (of a tokenizer's ids: the logarithm of how many there are). The result does not
+depend on batch_size, but for the rounding of matrix products (relative 1e-6 in float32).
 
 --watch evaluates beside a training that goes on: each checkpoint that it finds new, in this process, into the run's
 evaluation.jsonl, which the trainer never writes. Where the trainer does not evaluate (--eval_interval none), the best
@@ -46,7 +46,7 @@ import torch
 import torch.nn.functional as F
 
 from data import facts, mqar, text, tokens
-from data.tokenized import open_text
+from data.tokenized import open_text, tokenizer_of
 from experiment import (UserError, command, draw_curves, find_checkpoint, is_running, load_checkpoint, override,
                         read_json, read_metrics, replacing, resolve_device)
 from model import from_checkpoint
@@ -60,13 +60,13 @@ weights = "raw"          # [raw, ema] which weights
 samples = 0              # [>= 0] ivon: mean probabilities of so many draws of its posterior; 0: the mean's weights
 seed = 0                 # of these draws
 split = "val"            # [train, val, test] which part of the data
-protocols = None         # block, stride:S, cache, memory; tool, no_tool; mqar; several with commas; none: the first
+protocols = None         # block, stride:S, cache, memory; tool, no_tool; mqar; several with commas; none: the task's
 dataset = None           # [none] none: as in training; otherwise as train_enwik8.py --dataset
 max_bytes = None         # [none, >= 1] none: as in training
 database = None          # [path] facts: the tool's database; none: as in training
 prompts = None           # [none, >= 1] facts, mqar: how many, evenly spread; none: all
 # --- How ---
-batch_size = 32          # [>= 1] windows at once; changes the speed, not the result
+batch_size = 32          # [>= 1] windows, dialogs or rows at once; changes the speed, not the result
 device = "auto"          # auto, cpu, cuda, cuda:1, ...
 dtype = "float32"        # [auto, float32, bfloat16, float16] autocast
 resamples = 1000         # [>= 2] bootstrap resamples for the 95 % interval
@@ -324,7 +324,8 @@ def recall(model, people, vocabulary, database=None, unseen=False, form="short",
     opens one, if no value has it: the model has to say it by itself ("no_tool"). unseen: of people that were held out
     of training. prompts: so many facts, evenly spread over people and attributes; None: all. Right is an
     answer whose whole text is the value, followed by END. A row may be 8 tokens longer than the longest right one, and
-    makes one call. prefix: as the model was trained. Leaves the model in the mode it was in.
+    makes one call; with learned positions no longer than the table lets any row become. prefix: as the model was
+    trained. Leaves the model in the mode it was in.
     """
     n = people.unseen if unseen else people.n
     first, attributes = people.n if unseen else 0, people.attributes
@@ -336,6 +337,14 @@ def recall(model, people, vocabulary, database=None, unseen=False, form="short",
     rows = [[vocabulary.encode(segment.text) for segment in dialog] for dialog in dialogs]
     special = vocabulary.specials
     longest = max(len(row[3]) + (len(row[1]) if database else 0) for row in rows) + 2 + 8
+
+    if model.config.learned_positions:
+        told = max(len(vocabulary.encode(text)) for text in (
+            facts.NO_RESULT, facts.NO_ATTRIBUTE, facts.NO_CALL, *(person.values[name] for person, name in asked)))
+        room = model.config.block_size - max(len(row[0]) for row in rows)
+        longest = min(longest, room - (told + 1 if database else 0))
+        if longest < 1:
+            raise UserError(f"block_size {model.config.block_size} leaves no room for an answer with learned positions")
 
     def tool(ids):
         return vocabulary.encode(database.answer(vocabulary.decode(ids))) + [special["ANSWER"]]
@@ -386,12 +395,14 @@ def bits_of(model, people, vocabulary, form="short", batch_size=512, prefix=Fals
     mask &= ids < vocabulary.n_text                                                      # without END
     device, nats, was_training = next(model.parameters()).device, [], model.training
     model.eval()
-    for x, wanted, n in zip(ids.split(batch_size), mask.split(batch_size), asked.split(batch_size)):
-        x, wanted = x.to(device), wanted[:, 1:].to(device)
-        logits = model(x[:, :-1], prefix=n.to(device) if prefix else None)
-        cost = target_bits(logits, x[:, 1:]) * LN2                                       # (B, T - 1)
-        nats.append(cost.masked_fill(~wanted, 0).sum(1).cpu())
-    model.train(was_training)
+    try:
+        for x, wanted, n in zip(ids.split(batch_size), mask.split(batch_size), asked.split(batch_size)):
+            x, wanted = x.to(device), wanted[:, 1:].to(device)
+            logits = model(x[:, :-1], prefix=n.to(device) if prefix else None)
+            cost = target_bits(logits, x[:, 1:]) * LN2                                   # (B, T - 1)
+            nats.append(cost.masked_fill(~wanted, 0).sum(1).cpu())
+    finally:
+        model.train(was_training)
     return facts.bits_stored(torch.cat(nats).view(people.n, -1).sum(1), people.bits)
 
 
@@ -401,13 +412,15 @@ def answered(model, x, y, batch_size=512):
     metrics. Leaves the model in the mode it was in."""
     right, nats, was_training = 0, 0.0, model.training
     model.eval()
-    for a, b in zip(x.split(batch_size), y.split(batch_size)):
-        here = b >= 0
-        h, _ = model.stream(a, model.place(a, None))                                     # (B, T, C)
-        logits = model.predict(h[here][None])[0]                                         # (labels, V)
-        right += int((logits.argmax(-1) == b[here]).sum())
-        nats += F.cross_entropy(logits.float(), b[here], reduction="sum").item()
-    model.train(was_training)
+    try:
+        for a, b in zip(x.split(batch_size), y.split(batch_size)):
+            here = b >= 0
+            h, _ = model.stream(a, model.place(a, None))                                 # (B, T, C)
+            logits = model.predict(h[here][None])[0]                                     # (labels, V)
+            right += int((logits.argmax(-1) == b[here]).sum())
+            nats += F.cross_entropy(logits.float(), b[here], reduction="sum").item()
+    finally:
+        model.train(was_training)
     prompts = int((y >= 0).sum())
     return dict(protocol="mqar", accuracy=right / prompts, loss=nats / prompts, prompts=prompts)
 
@@ -465,8 +478,9 @@ class OfText:
             trained.update(max_bytes=max_bytes)
         self.sizes = None
         if loaded["script"] == "train_facts":
-            opened = open_text(trained)
-            tokens.check(opened.tokenizer, loaded["tokenizer"])
+            tokenizer = tokenizer_of(loaded["settings"])         # also where another text is scored
+            tokens.check(tokenizer, loaded["tokenizer"])
+            opened = open_text(trained, tokenizer)
             self.data, self.source = getattr(opened, split), opened.source
             self.sizes = opened.sizes.to(where)
         else:
@@ -517,7 +531,7 @@ class OfFacts:
         """As OfText.measure: one each for people that were trained on and for unseen ones."""
         for unseen in (False, True) if self.people.unseen else (False,):
             found = recall(model, self.people, self.vocabulary, self.database if name == "tool" else None, unseen,
-                           self.settings["form"], prompts, max(batch_size, 256), self.settings["prefix"])
+                           self.settings["form"], prompts, batch_size, self.settings["prefix"])
             line = found.line()
             rates = [f"{line[key]:.4f}" if key in line else "" for key in ("calls", "right_calls")]
             yield (line, f"{found.people:<8} {name:<9} {found.accuracy:>9.4f} {rates[0]:>7} {rates[1]:>12} "

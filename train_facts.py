@@ -164,8 +164,8 @@ ema_decay = 0.0            # [>= 0.0, < 1.0] running average of the weights, eva
 
 # --- Evaluation and logging ---
 eval_interval = 100        # [none, >= 1] steps between evaluations on part of the prompts; none: not even a last one
-eval_prompts = 256         # [>= 1] facts, mqar: how many prompts (rows), evenly spread; text: windows
-final_prompts = 4096       # [>= 1] facts: at the end, of each kind of people
+eval_prompts = 256         # [>= 1] facts: so many questions, evenly spread; mqar: rows; text: windows
+final_prompts = 4096       # [>= 1] facts: at the end, of each kind of people; of other tasks everything
 eval_batch_size = 512      # [>= 1] rows at once; changes the speed, not the result
 save_interval = 200        # [>= 1] steps between checkpoints
 keep_last = 0              # [>= 0] numbered checkpoints to keep beside last.pt and best.pt
@@ -178,12 +178,12 @@ presets = {
     "cpu": dict(n_embd=16),
     # The short convolution of our own trials, not Zoology's model.
     "mqar": dict(
-        task="mqar", tokenizer="bytes", block_size=64, batch_size=64, n_head=1, n_embd=64, positions="none",
+        task="mqar", block_size=64, batch_size=64, n_head=1, n_embd=64, positions="none",
         short_conv=2, qk_norm=True, qk_scale=True, ff="none", tie_weights=True, init="gpt2", optimizer="adamw", lr=1e-2,
         betas=(0.9, 0.95), max_steps=400, eval_interval=50, eval_prompts=1000),
     # Arora et al. 2023, appendix: attention, learned positions, no feed-forward, AdamW. At 256 tokens, not 8,192.
     "zoology": dict(
-        task="mqar", tokenizer="bytes", mqar_vocab=256, block_size=64, batch_size=64, n_head=1, n_embd=64,
+        task="mqar", mqar_vocab=256, block_size=64, batch_size=64, n_head=1, n_embd=64,
         positions="learned", ff="none", tie_weights=True, init="xavier", optimizer="adamw", lr=3e-3, betas=(0.9, 0.95),
         schedule="constant", max_steps=3000, eval_interval=100, eval_prompts=1000, save_interval=500),
     # Bytes and byte pairs of tinyshakespeare, two cores.
@@ -213,7 +213,7 @@ debug_settings = dict(n_people=16, n_unseen=8, n_rows=500, n_test_rows=50, mqar_
 # These make the shape of the weights and of the state beside them: on resume they come from the checkpoint.
 architecture = (
     "data_seed", "task", "loss_on", "tokenizer", "n_people", "kind", "names", "form", "prefix", "alpha", "tool_share",
-    "n_rows", "pairs", "mqar_vocab", "mqar_alpha", "random_non_queries", "dataset", "batching",
+    "exposures", "n_rows", "pairs", "mqar_vocab", "mqar_alpha", "random_non_queries", "dataset", "batching",
     "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "block_size", "norm", "norm_gain", "bias", "positions",
     "rope_base", "residual_scale", "qk_norm", "qk_scale", "mixer", "short_conv", "window", "sparse_stride",
     "sparse_summary", "kv_rank", "q_rank", "rope_dim", "memory_length", "compressed_length", "compression_rate",
@@ -303,14 +303,15 @@ class Facts:
         ids, mask = facts.rows(dialogs, self.vocabulary, everything=loss_on == "all")
         self.batches = Rows(ids[:, :-1], ids.masked_fill(~mask, -1)[:, 1:], batch_size, data_seed, where)
         self.n_rows, self.vocab_size, self.fingerprint = len(ids), self.vocabulary.size, self.vocabulary.fingerprint
-        self.block_size = block_size or 16 * (1 + (ids.size(1) + 7) // 16)   # generation may say 8 tokens more
+        self.block_size = block_size or 16 * -(-2 * ids.size(1) // 16)       # wrong replies may be longer
         if ids.size(1) > self.block_size:
             raise UserError(f"block_size is {block_size}, but the longest dialog has {ids.size(1)} tokens")
         self.shown = f"{self.people.describe()}; {self.vocab_size} tokens, {ids.size(1)} in a row at most"
         self.example = facts.show(dialogs[0])
 
-    def evaluate(self, model, prompts):
+    def evaluate(self, model, last):
         """Yields lines of metrics: every way to answer that the task trains, and the tool model without its tool."""
+        prompts = final_prompts if last else eval_prompts
         for protocol in ("no_tool",) if task == "in_weight" else ("tool", "no_tool"):
             for unseen in (False, True):
                 if unseen and not n_unseen:
@@ -342,9 +343,10 @@ class Recall:
                       f"{mqar.reachable(self.y.cpu(), self.x.cpu(), window):.1%} of the queries")
         self.example = "  " + mqar.example(self.x[0].cpu(), self.y[0].cpu())
 
-    def evaluate(self, model, prompts):
-        """Yields one line of metrics: accuracy at the queries of held-out rows."""
-        yield answered(model, self.x[:prompts], self.y[:prompts], eval_batch_size)
+    def evaluate(self, model, last):
+        """Yields one line of metrics: accuracy at the queries of held-out rows, of the last evaluation all."""
+        rows = len(self.x) if last else eval_prompts
+        yield answered(model, self.x[:rows], self.y[:rows], eval_batch_size)
 
     def last(self, model):
         """The reachable share, beside which a window's accuracy means something."""
@@ -363,10 +365,9 @@ class Text:
         self.fingerprint = self.tokenizer.fingerprint
         self.example = f"  {self.tokenizer.decode(self.val[:40].tolist())!r}"
 
-    def evaluate(self, model, prompts):
+    def evaluate(self, model, last):
         """Yields one line of metrics: nats per token and bits per byte under the block protocol."""
-        found = score(model, self.val, "block", eval_batch_size, None if prompts == final_prompts else prompts,
-                      self.sizes)
+        found = score(model, self.val, "block", eval_batch_size, None if last else eval_prompts, self.sizes)
         yield dict(protocol=found.protocol, loss=found.loss, bpb=found.bpb, bytes=found.bytes)
 
     def last(self, model):
@@ -471,11 +472,11 @@ def main():
                     data=batches.state_dict(), loop=dict(loop),
                     posterior=optim.posterior(opt, model.named_parameters()))
 
-    def evaluate(prompts):
+    def evaluate(last=False):
         """Yields (name of the weights, line of metrics): of the raw weights, and when there is an ema, of that."""
         for weights, place in [("raw", opt.averaged())] + ([("ema", ema.swapped())] if ema else []):
             with place, autocast, mesh.gathered(model):
-                for line in work.evaluate(model, prompts):
+                for line in work.evaluate(model, last):
                     yield weights, line
 
     recent = []                          # (loss, gradient norm) of the last steps, still on the device
@@ -500,12 +501,15 @@ def main():
         while not mesh.stop(run):
             # ---- evaluate and save: before the step, so that a run that stops here does on resume what was due ----
             step = loop["step"]
+            scale = optim.schedule(schedule, step, warmup_steps, max_steps, min_lr_scale, decay_fraction)
+            for group in opt.param_groups:               # first, so that what is saved does not ask who stepped before
+                group["lr"] = group["base_lr"] * scale
             over = max_steps is not None and step >= max_steps
             if eval_interval and step % eval_interval == 0 and loop["evaluated"] < step and not over:
                 settle()
                 loop["evaluated"], found = step, math.inf
                 clock.start()
-                for weights, line in evaluate(eval_prompts):
+                for weights, line in evaluate():
                     run.log(step=step, split="val", weights=weights, **line)
                     bar.note(f"step {step}: {say(line)}{'; ema weights' if weights == 'ema' else ''}")
                     found = better(line) if found == math.inf else found     # the first line: what the task is about
@@ -522,9 +526,6 @@ def main():
 
             # ---- one optimiser step ----
             began = time.perf_counter()
-            scale = optim.schedule(schedule, step, warmup_steps, max_steps, min_lr_scale, decay_fraction)
-            for group in opt.param_groups:
-                group["lr"] = group["base_lr"] * scale
             clock.start()
             parts = [batches.next() for _ in range(grad_accum)]
             targets = sum(int((y >= 0).sum()) for _, y in parts)         # the loss is the mean over all of the step's
@@ -577,10 +578,12 @@ def main():
         bar.close()
         settle()
         stopped = mesh.stop(run)                         # of all processes: what follows, they do together
+        if saved < step:
+            save(run, "last.pt")
         if eval_interval and not stopped:
             found, firsts = math.inf, {}
             clock.start()
-            for weights, line in evaluate(final_prompts):
+            for weights, line in evaluate(last=True):
                 run.log(step=step, split="val", weights=weights, final=True, **line)
                 words = [line.get("people"), line["protocol"] if task in FACTS else None, weights]
                 name = "_".join(word for word in words if word)
@@ -601,8 +604,6 @@ def main():
             if "bits" in more:
                 print(f"{more['bits']:,.0f} of {more['bits_of_all']:,.0f} bits about people in the weights, "
                       f"{more['bits_per_parameter']:.3f} a parameter")
-        if saved < step:
-            save(run, "last.pt")
         run.summary(step=step, best=loop["best"], best_step=loop["best_step"], seconds=loop["seconds"],
                     rows=loop["rows"], epoch=batches.epoch, parameters=model.n_params())
         run.spent(clock)

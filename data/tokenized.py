@@ -72,22 +72,22 @@ def tokenizer_of(settings):
     return tokens.open_or_train(settings["tokenizer"], sample)
 
 
-def open_text(settings):
+def open_text(settings, tokenizer=None):
     """The Tokenized that settings name: `dataset` (as text.load takes it, "smollm:SUBSET", or a path, folder or glob of
     .parquet, .jsonl, .jsonl.gz), `tokenizer` (as tokens.open_or_train takes it), `max_bytes` (not of shards).
 
-    Raises UserError as these do; max_bytes with shards.
+    tokenizer: in place of theirs, as where a model scores another text than it was trained on. Raises UserError as these do; max_bytes with shards.
     """
     dataset, limit = settings["dataset"], settings["max_bytes"]
     if not of_shards(dataset):
         corpus = text.load(dataset, limit)
-        tokenizer = tokenizer_of(settings)
+        tokenizer = tokenizer or tokenizer_of(settings)
         ids = [None if part is None else tokens.encode_corpus(tokenizer, part)
                for part in (corpus.train, corpus.val, corpus.test)]
         return Tokenized(tokenizer, *ids, [], tokens.token_bytes(tokenizer), f"{corpus.source}; {_words(tokenizer)}")
     if limit is not None:
         raise UserError("--max_bytes is for texts that fit into memory: name fewer shards instead")
-    files, tokenizer = smollm.find(dataset.removeprefix("smollm:")), tokenizer_of(settings)
+    files, tokenizer = smollm.find(dataset.removeprefix("smollm:")), tokenizer or tokenizer_of(settings)
     val, _ = smollm.validation(files, tokenizer, VALIDATED)
     sizes = torch.cat([tokens.token_bytes(tokenizer), torch.zeros(1, dtype=torch.int64)])
     named = ", ".join(file.name for file in itertools.islice(files, 3)) + ", ..." * (len(files) > 3)

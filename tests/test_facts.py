@@ -74,7 +74,7 @@ def test_what_is_learned(words):
 def test_block_size_leaves_room_for_a_little_more():
     _, data = opened("--task in_tool")
     longest = data.batches.x.size(1) + 1
-    assert data.block_size == 16 * math.ceil((longest + 8) / 16) == 32
+    assert data.block_size == 16 * math.ceil(2 * longest / 16) == 48
     assert opened("--task in_tool --block_size 22")[1].block_size == 22
     with pytest.raises(UserError, match="block_size is 21, but the longest dialog has 22 tokens"):
         opened("--task in_tool --block_size 21")
@@ -379,6 +379,7 @@ def test_what_is_banned(few, monkeypatch):
     monkeypatch.setattr(evaluate, "converse", lambda model, prompts, n, end, **more: given.append((n, more)) or [
         sample.Reply([end], [False], "end", [], [0.0], None)] * len(prompts))
     model, bytes_ = torch.nn.Linear(1, 1), Vocabulary("bytes")
+    model.config = TransformerConfig(positions="rope")
     specials = {bytes_.specials[name] for name in ("PAD", "ANSWER")}
     forts = replace(few, values={**few.values, "address": ["Fort Amber"] * 14})
     ports = replace(few, values={**few.values, "address": ["Port Amber"] * 14})
@@ -406,6 +407,7 @@ def test_which_prompts(few, monkeypatch):
     monkeypatch.setattr(evaluate, "converse", lambda model, prompts, n, end, **more: asked.extend(
         map(CLOSED.decode, prompts)) or [sample.Reply([end], [False], "end", [], [0.0], None)] * len(prompts))
     model = torch.nn.Linear(1, 1)
+    model.config = TransformerConfig(positions="rope")
     for unseen, mine in ((False, few.names[:10]), (True, few.names[10:])):
         every = {f"{attribute} {name} ?" for name in mine for attribute in few.attributes}
         for prompts, number in ((None, len(every)), (99, len(every)), (len(every), len(every)), (1, 1), (5, 5), (8, 8)):

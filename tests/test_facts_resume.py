@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data import facts, mqar, tokens  # noqa: E402
 from data.facts import Database, Vocabulary, people  # noqa: E402
+from evaluate import score  # noqa: E402
 from experiment import load_checkpoint  # noqa: E402
 from model import from_checkpoint  # noqa: E402
 from sample import generate  # noqa: E402
@@ -83,8 +84,8 @@ STEPS = {"tool": dict(task="in_tool"), "both": dict(task="both", grad_accum=2, d
 @pytest.mark.parametrize("case", STEPS)
 def test_one_step_is_what_arithmetic_says(forks, tmp_path, case):
     """Of plain SGD: the logged loss is the mean over all targets of the step's passes together, and the weights move by
-    the rate times its gradient. Rows, masks and order are made here again."""
-    settings = TINY | dict(optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=0.5, schedule="constant", warmup_steps=0,
+    the rate, half of its peak in the first of two steps of warm-up, times its gradient. Rows, masks and order are made here again."""
+    settings = TINY | dict(optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=1.0, schedule="constant", warmup_steps=2,
                            max_steps=1, keep_last=2, eval_interval="none", init="gpt2") | STEPS[case]
     assert_done(forks.run(train(tmp_path, **settings), tmp_path))
     old, new = (load_checkpoint(at(tmp_path) / f"step_0000000{i}.pt") for i in (0, 1))
@@ -192,6 +193,9 @@ def test_exposures(forks, tmp_path):
     assert_done(forks.run(bare, tmp_path))
     assert records(run) == records(at(tmp_path))
     assert_equal(load_checkpoint(run / "last.pt")["model"], last["model"])
+    more = forks.run([*bare, "--exposures", "9"], tmp_path)               # they have made max_steps what it is
+    assert_done(more)
+    assert "exposures 5.0 comes from the checkpoint: --exposures 9.0 is overruled" in more.out
     longer = train(tmp_path / "killed", "--resume", max_steps=10)        # said plainly, it may go on
     assert_done(forks.run(longer, tmp_path))
     assert load_checkpoint(run / "last.pt")["step"] == 10
@@ -316,6 +320,31 @@ def test_evaluate_text(forks, runs, text):
     assert found["text", "block"][0] < found["uniform", "block"][0] - 0.3
     ratios = [bpb / nats for bpb, nats, _ in found.values()]              # of all: tokens over bytes, in bits
     assert ratios == pytest.approx([ratios[0]] * 6, rel=1e-3) and 0.2 < ratios[0] * math.log(2) < 0.9
+
+
+def test_another_text_is_scored_by_the_tokenizer_of_training(forks, runs, text, tmp_path):
+    """A tokenizer that was trained on the training text is not trained anew on what is scored."""
+    (tmp_path / "other.txt").write_text("the forest has a tserof, line 3 of the lake has none\n" * 200)
+    rows = table(forks.run(["evaluate.py", at(runs, "text"), "--dataset", tmp_path / "other.txt", "--split", "train"],
+                           runs))
+    assert int(rows[0][-2].replace(",", "")) == int(0.9 * (tmp_path / "other.txt").stat().st_size)
+    assert rows[0][:2] == ["train", "block"]
+    tokenizer = tokens.train("bpe", text.read_bytes()[:int(0.9 * text.stat().st_size)], 270)
+    ids = tokens.encode_corpus(tokenizer, (tmp_path / "other.txt").read_bytes()[:int(rows[0][-2].replace(",", ""))])
+    model = from_checkpoint(load_checkpoint(at(runs, "text") / "last.pt")).eval()
+    found = score(model, ids, sizes=tokens.token_bytes(tokenizer))
+    assert float(rows[0][2]) == pytest.approx(found.bpb, abs=1e-4)
+
+
+def test_learned_positions_end(forks, tmp_path):
+    """No row of the evaluation passes the table, however tight."""
+    tight = dict(positions="learned", tokenizer="bytes", names="plain", n_unseen=30, max_steps=4, eval_interval=2)
+    for task in ("in_weight", "in_tool"):
+        child = forks.run(train(tmp_path, task=task, run_name=f"roomy_{task}", **tight), tmp_path)
+        assert_done(child)
+        longest = int(re.search(r"(\d+) in a row at most", child.out)[1])
+        assert_done(forks.run(train(tmp_path, task=task, run_name=f"tight_{task}", **tight, block_size=longest),
+                              tmp_path))
 
 
 def test_text_from_the_tokenizers_ids(forks, runs, text):
