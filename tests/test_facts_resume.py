@@ -84,7 +84,8 @@ STEPS = {"tool": dict(task="in_tool"), "both": dict(task="both", grad_accum=2, d
 @pytest.mark.parametrize("case", STEPS)
 def test_one_step_is_what_arithmetic_says(forks, tmp_path, case):
     """Of plain SGD: the logged loss is the mean over all targets of the step's passes together, and the weights move by
-    the rate, half of its peak in the first of two steps of warm-up, times its gradient. Rows, masks and order are made here again."""
+    the rate, half of its peak in the first of two steps of warm-up, times its gradient. Rows, masks and order are made
+    here again."""
     settings = TINY | dict(optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=1.0, schedule="constant", warmup_steps=2,
                            max_steps=1, keep_last=2, eval_interval="none", init="gpt2") | STEPS[case]
     assert_done(forks.run(train(tmp_path, **settings), tmp_path))
