@@ -84,6 +84,8 @@ def command(main):
         try:
             result = main(*args, **kwargs)
             sys.stdout.flush()
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                end_process()
             return result
         except UserError as error:
             status, text = 2, str(error)
@@ -107,6 +109,17 @@ def command(main):
             print("error:", " ".join(text.split("\n")), file=sys.stderr, flush=True)
         sys.exit(status)
     return wrapper
+
+
+def end_process():
+    """Ends one of several processes that did its work, with status 0, without the interpreter's own end.
+
+    gloo's threads may still hold a tensor then; letting go of it takes the interpreter's lock, and who comes for that
+    during the interpreter's end aborts the process (pytorch/pytorch#179291): a run that went well would have failed.
+    """
+    torch.distributed.destroy_process_group()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 # --- Settings ---

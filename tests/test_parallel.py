@@ -2,6 +2,7 @@
 
 Each mesh is started once, by torchrun with this very file as its script; rank 0 leaves what it found in a file.
 """
+import atexit
 import io
 import os
 import signal
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 import optim  # noqa: E402
 import parallel  # noqa: E402
-from experiment import NonFinite, UserError, generator_states  # noqa: E402
+from experiment import NonFinite, UserError, command, generator_states  # noqa: E402
 from model import TransformerConfig, build_model, fused_rows, parameter_roles  # noqa: E402
 from sample import generate  # noqa: E402
 
@@ -417,8 +418,10 @@ def test_ivon_on_several_processes_is_refused():
         optim.build("ivon", [("a", torch.nn.Parameter(torch.zeros(2)))], {"a": "gain"}, 0.1, mesh=parallel.Mesh(2))
 
 
+@command
 def main(mesh, folder, out):
     """The script that torchrun starts."""
+    atexit.register(os.abort)  # gloo's threads may abort a process that comes as far as the interpreter's end
     torch.set_num_threads(1)
     optim._iteration_dtype = lambda device: torch.float32
     mesh = parallel.start(*map(int, mesh.split("x")), device="cpu")
