@@ -365,12 +365,16 @@ def attend_by_hand(q, k, v, mask, dropout=0.0, scale=None):
         k, v = (t.repeat_interleave(H // t.size(1), 1) for t in (k, v))  # (B, H, S, D)
     if isinstance(mask, str):
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+    scale = D ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):  # softmax of bfloat16 already works in float32 inside
-        scores = (q * (D ** -0.5 if scale is None else scale)) @ k.transpose(2, 3)  # (B, H, T, S)
-        if mask is not None and mask.dtype == torch.bool:
-            scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
-        elif mask is not None:
-            scores = scores + mask.to(q.dtype)
+        if mask is not None and mask.dim() == 2:  # one operation in place of three
+            scores = torch.baddbmm(mask.to(q.dtype), q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
+            scores = scores.view(B, H, T, S)
+        else:
+            scores = (q * scale) @ k.mT  # (B, H, T, S)
+            scores = scores if mask is None else scores + mask.to(q.dtype)
         p = torch.softmax(scores, -1)
         if dropout:
             p = F.dropout(p, dropout)

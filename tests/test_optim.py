@@ -49,6 +49,20 @@ def test_adam_and_adamw_are_torchs(name, betas, weight_decay):
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_memory_in_another_order_changes_nothing(name):
+    """torch's fused operation reads weights, gradients and state as if they lay in memory alike."""
+    plain, turned = tensors(SHAPES[:1]), tensors(SHAPES[:1])
+    ours = [getattr(optim, name)(params, lr=3e-3, weight_decay=0.1) for params in (plain, turned)]
+    for step in range(4):
+        set_grads(plain, step), set_grads(turned, step)
+        if step % 2:
+            turned[0].grad = turned[0].grad.t().contiguous().t()
+        for optimizer in ours:
+            optimizer.step()
+    assert difference(plain, turned) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
 def test_adam_in_float64_large_eps_and_skipped_gradients(name):
     """A parameter without a gradient is left alone, and later corrected for the steps that it did take."""
     a, b = tensors(SHAPES, dtype=torch.float64), tensors(SHAPES, dtype=torch.float64)
