@@ -31,6 +31,10 @@ one under the first protocol becomes best.pt; else that file is the trainer's. I
 trainer has been there for `patience` seconds. A checkpoint that is replaced before its turn is not evaluated:
 --keep_last keeps more of them.
 """
+import flags
+
+flags.answer_help(__name__, __file__, "checkpoint")  # before the seconds that the next lines take
+
 import copy
 import fcntl
 import json

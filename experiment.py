@@ -2,7 +2,7 @@
 
     @command
     def main():
-        settings = override(globals())                       # --name value, --preset NAME, -h
+        settings = override(globals())                       # flags.py: --name value, --preset NAME, -h
         path = find_resume(settings, __file__)               # None: from the start
         checkpoint = load_checkpoint(path) if path else None
         if checkpoint:
@@ -19,18 +19,14 @@ Also a command, about the runs that are there:
     python experiment.py clean --tag test --older_than 7d    # says what it would remove; with --yes it does
 """
 import argparse
-import ast
 import contextlib
-import difflib
 import errno
 import fcntl
 import functools
 import importlib.metadata
-import io
 import itertools
 import json
 import math
-import operator
 import os
 import pickle
 import platform
@@ -40,27 +36,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
-import tokenize
 from collections import deque
 from pathlib import Path
 
 import torch
+
+from flags import Settings, UserError, adopt, as_typed, check_settings, override  # noqa: F401
 
 FORMAT = "nanolab-1"
 PACKAGES = "torch numpy triton wandb tensorboard tiktoken sentencepiece matplotlib tqdm pyyaml".split()
 CLOCK = "%Y-%m-%dT%H:%M:%S%z"
 PARTS = "data forward backward optimiser evaluation other".split()  # of a loop's time, for a Stopwatch
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LIMITS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
-NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-
-
-class UserError(Exception):
-    """A person's mistake, said in one line; `command` prints it and exits with status 2."""
 
 
 class NonFinite(Exception):
@@ -120,255 +109,6 @@ def end_process():
     torch.distributed.destroy_process_group()
     sys.stderr.flush()
     os._exit(0)
-
-
-# --- Settings ---
-
-class Settings(dict):
-    """Every setting by name. `.explicit`: names set by a flag or the preset; `.command`: the words as typed."""
-
-    explicit, command = frozenset(), ()
-
-
-class _Setting:
-    """One `name = default  # [what is allowed] comment` of a script."""
-
-    def __init__(self, name, default, comment, group):
-        self.name, self.default, self.comment, self.group = name, default, comment, group
-        bracket = re.match(r"\[(.*?)\]", comment)
-        items = [item.strip() for item in bracket[1].split(",")] if bracket else []
-        self.bounds = [re.match(r"([<>]=?)\s*(.*)", item).groups() for item in items if item[:1] in ("<", ">")]
-        kinds = {type(value) for value in (default if isinstance(default, tuple) else (default,))}
-        self.kind = float if kinds == {int, float} else kinds.pop()
-        if default is None:
-            self.kind = float if any("." in bound for _, bound in self.bounds) else int if self.bounds else str
-        # 'none' is a word like any other among the choices of a text, and stands for None everywhere else.
-        self.none = default is None or ("none" in items and self.kind is not str)
-        self.path = "path" in items                          # --resume alone, or --resume PATH
-        self.words = [item for item in items if item[:1] not in ("<", ">") and item != "path"
-                      and not (self.none and item == "none")]
-        self.default = self.read(default)
-
-    def wants(self, noun=True):
-        """What would be right, as the end of an error message."""
-        also = self.words + ["a path"] * self.path + ["none"] * self.none
-        if self.kind is str and self.words:
-            return "must be one of " + ", ".join(also)
-        limits = " and ".join(f"{sign} {bound}" for sign, bound in self.bounds)
-        if noun:
-            limits = f"{NOUNS[self.kind]} {limits}"
-        if isinstance(self.default, tuple):
-            limits = f"{len(self.default)} values with commas between them, each {limits}"
-        return "must be " + ", or ".join([limits.strip(), *also])
-
-    def read(self, value, typed=False):
-        """`value` as this setting holds it; typed: a word of the command line. ValueError: what would be right."""
-        if not isinstance(self.default, tuple):
-            return self.read_one(value, typed)
-        parts = value.strip("()").split(",") if typed else value
-        if not isinstance(parts, (tuple, list)) or len(parts) != len(self.default):
-            raise ValueError(self.wants())
-        return tuple(self.read_one(part, typed) for part in parts)
-
-    def read_one(self, value, typed):
-        """`read` for one value that is no tuple."""
-        if self.none and (value is None or typed and value.lower() == "none"):
-            return None
-        if typed and self.kind is bool and value.lower() in SWITCH and not (self.path and value in "01"):
-            return SWITCH[value.lower()]
-        if isinstance(value, str) and (self.path or value in self.words):
-            return value
-        if typed and self.kind in (int, float) or self.kind is float and type(value) is int:
-            try:
-                value = self.kind(value)
-            except (ValueError, OverflowError):
-                raise ValueError(self.wants()) from None
-        endless = type(value) is float and not math.isfinite(value)
-        if type(value) is not self.kind or endless or (self.kind is str and self.words):
-            raise ValueError(self.wants() + (_nearest(value, self.words) if isinstance(value, str) else ""))
-        if not all(LIMITS[sign](value, float(bound)) for sign, bound in self.bounds):
-            raise ValueError(self.wants(noun=False))
-        return value
-
-
-def _nearest(word, names, prefix=""):
-    found = difflib.get_close_matches(word, list(names), 1)
-    return f"; did you mean {prefix}{found[0]}?" if found else ""
-
-
-def _read_settings(path):
-    """The settings of a script in the order of its source: {name: _Setting}. Nothing is run.
-
-    Settings are the literals before `presets` and before the first function or class; CAPITALS and _names are not.
-    """
-    with tokenize.open(path) as file:
-        source = file.read()
-    comments = {token.start[0]: token for token in tokenize.generate_tokens(io.StringIO(source).readline)
-                if token.type == tokenize.COMMENT}
-    found, group = {}, "Settings"
-    titles = {line: re.fullmatch(r"# -+ (.*?) -+\s*", token.line) for line, token in comments.items()}
-    for node in ast.parse(source).body:
-        name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) and len(node.targets) == 1 else ""
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or name == "presets":
-            break
-        if not name.isidentifier() or name.startswith("_") or name.isupper():
-            continue
-        try:
-            default = ast.literal_eval(node.value)
-        except (ValueError, TypeError):
-            continue                                         # computed, so no setting
-        if isinstance(default, (bool, int, float, str, tuple, type(None))) and default != ():
-            group = next((titles[line][1] for line in range(node.lineno, 0, -1) if titles.get(line)), group)
-            comment = comments[node.end_lineno].string.lstrip("# ") if node.end_lineno in comments else ""
-            found[name] = _Setting(name, default, comment, group)
-    return found
-
-
-def override(g, argv=None, positional=None):
-    """Sets the globals `g` of a script from the command line, and returns all its settings.
-
-    Defaults, types, limits and groups are read from the script's own source, g["__file__"]: a comment may begin with
-    what is allowed, `[>= 1]`, `[layer, rms]`, `[none, > 0.0]`, `[path]`. `g["presets"]` maps names to sets of settings,
-    `g["aliases"]` other names of settings to their own.
-    argv: the words after the script's name (None: this process's). positional: the setting that one bare word sets.
-    Returns Settings. Raises UserError for a person's mistake, ValueError for a mistake in the script; exits for -h.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    specs, presets, typed, rest = _read_settings(g["__file__"]), g.get("presets", {}), {}, list(argv)
-    aliases = g.get("aliases", {})
-    if {"-h", "--help"} & set(argv):
-        print(_help(g, specs, presets, positional))
-        sys.exit(0)
-    for preset, name, value in [(p, name, value) for p, values in presets.items() for name, value in values.items()]:
-        try:
-            specs[name].read(value)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"preset {preset}: {name} = {value!r}: {error}") from None
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        name = aliases.get(name, name)
-        if positional and positional not in typed and not word.startswith("-"):
-            name, equals, value = positional, "=", word
-        elif not word.startswith("--") or not name:
-            hint = f"; did you mean --preset {word}?" if word in presets else _nearest(word.strip("-"), specs, "--")
-            raise UserError(f"unexpected word {word!r}{hint or ': settings are written --name value'}")
-        off = name.removeprefix("no_")
-        if name not in specs and off in specs:
-            if specs[off].kind is not bool or equals:
-                raise UserError(f"{word}: --no-name is for settings that are true or false, and takes no value")
-            name, equals, value = off, "=", "false"
-        if name not in specs:
-            near = _nearest(name, [*specs, *aliases], "--")
-            raise UserError(f"unknown setting --{name}{near or '; -h lists them all'}")
-        spec, coming = specs[name], rest[0] if rest and not rest[0].startswith("--") else None
-        alone = spec.kind is bool and not (coming and (spec.path or coming.lower() in {*SWITCH, *spec.words}))
-        if not equals and coming is None and not alone:
-            raise UserError(f"--{name}: a value is missing; it {spec.wants()}")
-        if not equals:
-            value = "true" if alone else rest.pop(0)
-        try:
-            typed[name] = spec.read(value, typed=True)
-        except ValueError as error:
-            raise UserError(f"--{name} {value}: {error}") from None
-    chosen = typed.get("preset")
-    if chosen is not None and chosen not in presets:
-        raise UserError(f"--preset {chosen}: must be one of {', '.join(presets)}{_nearest(chosen, presets)}")
-    typed = {name: specs[name].read(value) for name, value in presets.get(chosen, {}).items()} | typed
-    settings = Settings({name: typed.get(name, spec.default) for name, spec in specs.items()})
-    settings.explicit, settings.command = frozenset(typed), argv
-    g.update(settings)
-    return settings
-
-
-def _help(g, specs, presets, positional, width=100):
-    """The text of -h, at most 100 columns wide."""
-    def entry(left, right, column):
-        if len(left) >= column:
-            return [left, *entry("", right, column)] if right else [left]
-        return textwrap.wrap(right, width, initial_indent=left.ljust(column), subsequent_indent=" " * column) or [left]
-
-    out = []
-    for paragraph in (g.get("__doc__") or "").strip().split("\n\n"):
-        if paragraph.startswith(" "):                        # commands, with comments beside them
-            rows = [re.split(r" +(?=# )", line + " # ", maxsplit=1) for line in paragraph.split("\n")]
-            for left, right in rows:
-                out += entry(left, right.removesuffix(" # ").removesuffix("# "), max(len(row[0]) for row in rows) + 2)
-        else:
-            out += textwrap.wrap(paragraph, width)
-        out.append("")
-    word = f" [{positional}]" if positional else ""
-    out += [f"usage: python {Path(g['__file__']).name}{word} [--name value] [--switch] [--no-switch]", ""]
-    if presets:
-        out.append("Presets: --preset NAME; flags win over it")
-        for name, values in presets.items():
-            out += entry(f"  {name}", ", ".join(f"{key}={as_typed(value)}" for key, value in values.items()), 20)
-        out.append("")
-    for group, members in itertools.groupby(specs.values(), lambda spec: spec.group):
-        out.append(group)
-        for spec in members:
-            also = "".join(f"; also --{alias}" for alias, name in g.get("aliases", {}).items() if name == spec.name)
-            out += entry(f"  --{spec.name} {as_typed(spec.default)}", spec.comment + also, 34)
-        out.append("")
-    return "\n".join(out).rstrip()
-
-
-def as_typed(value):
-    """A value as one would type it."""
-    if isinstance(value, (tuple, list)):
-        return ",".join(map(as_typed, value))
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return str(value) if str(value).isprintable() and value != "" else json.dumps(value)
-
-
-def check_settings(script, values):
-    """`values` {name: value}, as a file gives them, in the types of the script's settings. Nothing is run.
-
-    UserError: a name that the script has not, or a value that it does not allow.
-    """
-    specs, found = _read_settings(script), {}
-    for name, value in values.items():
-        if name not in specs:
-            raise UserError(f"{Path(script).name} has no setting {name!r}{_nearest(str(name), specs)}")
-        try:
-            found[name] = specs[name].read(as_typed(value), typed=True)
-        except ValueError as error:
-            raise UserError(f"{name} {as_typed(value)}: {error}") from None
-    return found
-
-
-def adopt(g, settings, checkpoint_settings, architecture):
-    """The settings of a resumed run, also written to the script's globals `g`: the checkpoint's, except what was typed.
-
-    architecture: names that always come from the checkpoint; a flag that says otherwise is overruled in one line.
-    resume, out_dir, run_name, dp and tp stay those of this command; what the checkpoint does not know keeps the
-    script's value.
-    Returns Settings. Raises UserError where the checkpoint holds a value that the script does not allow.
-    """
-    specs, adopted, moved, overruled = _read_settings(g["__file__"]), Settings(settings), [], []
-    adopted.explicit, adopted.command = settings.explicit, settings.command
-    kept = {"resume", "out_dir", "run_name", "dp", "tp"}
-    for name in [name for name in settings if name in checkpoint_settings and name not in kept]:
-        try:
-            old, new = specs[name].read(checkpoint_settings[name]), settings[name]
-        except ValueError as error:
-            value = checkpoint_settings[name]
-            raise UserError(f"the checkpoint's {name} {value!r} is not allowed here: {error}") from None
-        if old == new or name in settings.explicit and name not in architecture:
-            continue
-        adopted[name] = old
-        if name in settings.explicit:
-            overruled.append(f"{name} {as_typed(old)} comes from the checkpoint: --{name} {as_typed(new)} is overruled")
-        else:
-            moved.append(f"{name} {as_typed(old)} (not {as_typed(new)})")
-    if overruled:
-        print("; ".join(overruled))
-    if moved:
-        print("from the checkpoint:", ", ".join(moved))
-    g.update(adopted)
-    return adopted
 
 
 # --- Did it matter? ---

@@ -35,6 +35,10 @@ A run is known by its settings: a row that is renamed does not run again, one th
 the yaml no longer wants stays where it is. Several grid.py may share a folder. A run that fails does not stop the
 others; it is told at the end and left alone until --retry. One that was killed goes on with the next command.
 """
+import flags
+
+flags.answer_help(__name__, __file__, "grid")  # before the seconds that the next lines take
+
 import fcntl
 import hashlib
 import itertools

@@ -20,6 +20,10 @@ The rule of a table of rows: sigma is the standard deviation of the baseline ove
 counts where it is at least 3 sigma sqrt(1/n1 + 1/n2), with n1 and n2 seeds on the two sides; otherwise no difference
 was measured. Less is better. A table of a cross has means and deviations, and no verdicts.
 """
+import flags
+
+flags.answer_help(__name__, __file__, "runs")  # before the seconds that the next lines take
+
 import glob
 import itertools
 import math

@@ -17,6 +17,10 @@ share of the most frequent value.
 
 A model gives the same bits with a probe and without, losses and gradients alike.
 """
+import flags
+
+flags.answer_help(__name__, __file__, "checkpoint")  # before the seconds that the next lines take
+
 import contextlib
 import difflib
 from collections import deque

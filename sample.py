@@ -10,6 +10,10 @@ One sample is written byte by byte as it comes; several are computed as one batc
 seed, same text. Positions rope and none roll on past block_size with a sliding cache; learned absolute positions
 cannot, so there the model starts again from the last half of its window.
 """
+import flags
+
+flags.answer_help(__name__, __file__, "checkpoint")  # before the seconds that the next lines take
+
 import codecs
 import math
 import sys
@@ -57,10 +61,14 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, t
     """
     logits = logits.float() / max(temperature, 1e-30)            # a smaller one would overflow, and change nothing
     if top_k is not None and top_p is None:                      # what the sort below would say, without sorting
-        kth = logits.topk(min(top_k, logits.size(-1)), sorted=False).values.amin(-1, keepdim=True)             # (B, 1)
-        above, tie = logits > kth, logits == kth
-        room = top_k - above.sum(-1, keepdim=True)
-        logits = logits.masked_fill(~(above | (tie & (tie.cumsum(-1) <= room))), -torch.inf)
+        k = min(top_k, logits.size(-1))
+        kth = logits.topk(k, sorted=False).values.amin(-1, keepdim=True)                 # (B, 1)
+        drop = logits < kth
+        if drop.device.type != "cpu" or int(drop.sum()) != drop.numel() - k * len(drop):                # ties
+            tie = logits == kth
+            room = k - (logits > kth).sum(-1, keepdim=True)
+            drop |= tie & (tie.cumsum(-1) > room)
+        logits = logits.masked_fill(drop, -torch.inf)
     elif top_p is not None:
         values, order = logits.sort(dim=-1, descending=True, stable=True)                # (B, V)
         if top_k is not None:

@@ -12,6 +12,10 @@ The defaults are wired like T12: 12 layers of width 512, an own position table i
 first half of training; 44.17M parameters in training, 41.16M at inference. Published: 1.11 bits per byte on enwik8's
 test split under stride:1. What this code measured, and with which command, stands in the README.
 """
+import flags
+
+flags.answer_help(__name__, __file__)  # before the seconds that the next lines take
+
 import math
 import os
 import time

@@ -22,6 +22,10 @@ Evaluation generates: greedily, with the database in the loop (protocol tool) or
 people that were trained on and on people that were not. A model without memory of single people is right in 3.94 % of
 the notes' questions. What this code measured, and with which command, stands in the README.
 """
+import flags
+
+flags.answer_help(__name__, __file__)  # before the seconds that the next lines take
+
 import math
 import time
 

@@ -15,6 +15,10 @@ By default numbers stand least significant digit first and the answer comes with
 train a head on the running sums of long multiplication, which is never asked for an answer. Pairs are held out
 unordered: where 12 x 34 is, 34 x 12 is too. To expect of three_digits: exact match 0.999 on these (bfloat16, a CPU).
 """
+import flags
+
+flags.answer_help(__name__, __file__)  # before the seconds that the next lines take
+
 import copy
 import math
 import re

@@ -12,6 +12,10 @@
 A small Genie (Bruce et al. 2024, 2402.15391): a tokenizer (VQ-VAE over patches), a latent action model, and MaskGIT
 over the next frame's tokens. The own world knows which action happened, so every score has its ceiling and its floors.
 """
+import flags
+
+flags.answer_help(__name__, __file__)  # before the seconds that the next lines take
+
 import copy
 import itertools
 import math
