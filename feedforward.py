@@ -51,8 +51,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x, positions=None):
         """x (B, T, C) to (B, T, C)."""
-        x = activate(self.activation, self.up(x))
-        return self.down(x if self.norm is None else self.norm(x))
+        parts = self._modules  # past nn.Module's look-up
+        x = activate(self.activation, parts["up"](x))
+        return parts["down"](x if self.norm is None else self.norm(x))
 
 
 class LowRank(FeedForward):

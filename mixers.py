@@ -247,16 +247,17 @@ class Norm(nn.Module):
 
     def forward(self, x):
         """x (..., width) to the same shape and type."""
+        own = self._parameters  # past nn.Module's look-up, which a decoded byte feels
         if self.kind == "rms":
-            return rms_norm(x, self.gain)
-        return F.layer_norm(x, (self.width,), self.gain, self.bias)
+            return rms_norm(x, own.get("gain"))
+        return torch.layer_norm(x, (self.width,), own.get("gain"), own.get("bias"))
 
 
 class Linear(nn.Linear):
     """nn.Linear that leaves its parameters to `initialise`, which claims each of them."""
 
     def forward(self, x):
-        """x (..., in) to (..., out). Reads its parameters past nn.Module's look-up, which a decoded byte feels."""
+        """x (..., in) to (..., out)."""
         return F.linear(x, self._parameters["weight"], self._parameters["bias"])
 
     def reset_parameters(self):
@@ -412,9 +413,11 @@ class Attention(nn.Module):
         """x (B, T, C), positions a Positions, cache a KVCache or None. Returns (B, T, C)."""
         c, (B, T, _) = self.config, x.shape
         H, G = c.n_head, c.n_kv_head
-        qkv = self.qkv(x).view(B, T, H + 2 * G, c.head_dim)  # (B, T, H + 2 G, D)
+        into, out = self._modules["qkv"], self._modules["out"]
+        qkv = into(x).view(B, T, H + 2 * G, c.head_dim)  # (B, T, H + 2 G, D)
         if not c.qk_norm and not positions.tables:
-            q, k, v = qkv.transpose(1, 2).split((H, G, G), 1)  # (B, H, T, D), (B, G, T, D) twice
+            heads = qkv.transpose(1, 2)  # (B, H + 2 G, T, D)
+            q, k, v = torch.split_with_sizes(heads, (H, G, G), 1)  # (B, H, T, D), (B, G, T, D) twice
         else:
             qk, v = qkv.split((H + G, G), 2)
             if c.qk_norm:
@@ -428,7 +431,8 @@ class Attention(nn.Module):
             k, v, seen = cache.update(k, v, positions.index)
             q = q.to(k.dtype)
         y = self.attend(q, k, v, positions, seen, self.span(positions, cache))
-        return self.out(y.transpose(1, 2).reshape(B, T, H * c.head_dim).to(x.dtype))  # (B, T, C)
+        y = y.transpose(1, 2) if T > 1 else y
+        return out(y.reshape(B, T, H * c.head_dim).to(x.dtype))  # (B, T, C)
 
     def span(self, positions, cache=None):
         """Who sees whom in this layer."""

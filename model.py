@@ -381,13 +381,14 @@ class Block(nn.Module):
         """x (B, T, C) to (B, T, C); cache: the mixer's, inputs: the convolution's."""
         if self.position is not None:
             x = x + positions.look_up(self.position)
-        h = self.norm1(x)
+        parts = self._modules  # past nn.Module's look-up, which a decoded byte feels
+        h = parts["norm1"](x)
         if self.conv is not None:
             h = self.conv(h, positions, inputs)
-        x = self.add(x, self.mixer(h, positions, cache), 1)
-        if self.ff is None:
+        x = self.add(x, parts["mixer"](h, positions, cache), 1)
+        if "ff" not in parts:
             return x
-        return self.add(x, self.ff(self.norm2(x), positions), 2)
+        return self.add(x, parts["ff"](parts["norm2"](x), positions), 2)
 
     def add(self, x, branch, number=1):
         """The stream and the output of a branch (1: mixer, 2: ff), both (B, T, C): x + scale * dropout(branch)."""
