@@ -43,6 +43,7 @@ over = None              # a setting: the last value of each run over it, not a 
 contours = None          # two settings, X,Y, or `parameters` for one: the last values over both, with tables
 levels = (0.5, 0.8, 0.95)  # where contours and capacity draw a line
 capacity = False         # runs of task in_weight: bits that the weights hold over parameters, with a table
+same = None              # settings with commas that do not tell runs apart, as those of older runs that lack them
 only = None              # words with commas: curves whose names have them all, as "tool,unseen"
 by = "step"              # [step, seconds, tokens] over what; seconds of training, evaluation apart
 split = "val"            # [train, val, test] which part of the data
@@ -71,8 +72,9 @@ def read_run(directory, by, split, metric):
             found.setdefault(name, {})[line["step"]] = line[metric]              # the latest line of a step counts
     if not found:
         raise ValueError(f"no {metric} of {split} in its metrics")
-    return settings, {name: [(place(step, by, settings, clock), y) for step, y in sorted(points.items())]
-                      for name, points in found.items()}
+    kept = {name: value for name, value in settings.items() if name not in (same or "").split(",")}
+    return kept, {name: [(place(step, by, settings, clock), y) for step, y in sorted(points.items())]
+                  for name, points in found.items()}
 
 
 def place(step, by, settings, clock):

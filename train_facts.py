@@ -188,7 +188,7 @@ presets = {
     # Arora et al. 2023, appendix: attention, learned positions, no feed-forward, AdamW. At 256 tokens, not 8,192.
     "zoology": dict(
         task="mqar", mqar_vocab=256, block_size=64, batch_size=64, n_head=1, n_embd=64,
-        positions="learned", ff="none", tie_weights=True, init="xavier", optimizer="adamw", lr=3e-3, betas=(0.9, 0.95),
+        positions="learned", ff="none", init="xavier", optimizer="adamw", lr=3e-3, betas=(0.9, 0.95),
         schedule="constant", max_steps=3000, eval_interval=100, eval_prompts=1000, save_interval=500),
     # Bytes and byte pairs of tinyshakespeare, two cores.
     "shakespeare_bytes": dict(

@@ -56,6 +56,14 @@ def test_seeds_are_one_curve_and_labels_say_what_differs(tmp_path):
     assert plot.average([[(1, 1.0), (2, 2.0)], [(1, 3.0)]])[:2] == ([1], [2.0])
 
 
+def test_settings_said_to_be_the_same_tell_no_runs_apart(tmp_path, monkeypatch):
+    runs = [make(tmp_path / "a", seed=1), make(tmp_path / "b", seed=2, block_size=16, dp=1)]
+    monkeypatch.setattr(plot, "same", "block_size,dp")
+    found = [(run, *plot.read_run(run, "tokens", "val", "bpb")) for run in runs]
+    assert [len(members) for _, members in plot.families(found)] == [2]
+    assert [found[i][2]["block"][0] for i in (0, 1)] == [(640, 3.0), (1280, 3.0)]  # counted by each run's own
+
+
 def test_what_cannot_be_drawn_is_named(tmp_path):
     make(tmp_path / "runs" / "good")
     half = make(tmp_path / "runs" / "half")
