@@ -10,7 +10,7 @@ that adds a tensor's chunks in order: no atomics, the same bits at every run, an
 import torch
 from torch.autograd.graph import increment_version
 
-from kernels import by_triton, jit, tl, triton
+from kernels import by_triton, jit, tl
 
 BLOCK, WARPS = 1024, 4  # elements at a time
 FLOATS = (torch.float32, torch.bfloat16)  # of parameters and gradients, in this order; state is float32

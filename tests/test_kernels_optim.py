@@ -116,7 +116,7 @@ def test_lists_that_do_not_fit():
 def test_twenty_steps(in_interpreter):
     """One table for all steps; the gradients are written into the same tensors."""
     ours, theirs = pair([(7, 5), (1,), (130,)])
-    tables, grads = Tables(), tensors([(7, 5), (1,), (130,)])
+    tables, grads, rows = Tables(), tensors([(7, 5), (1,), (130,)]), None
     for step in range(20):
         for g, new in zip(grads, tensors([g.shape for g in grads], 100 + step, scale=10.0 ** (step % 3 - 1))):
             g.copy_(new)
