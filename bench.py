@@ -1,40 +1,71 @@
-"""Speed beside nanoGPT: the same architecture and batch, in turns, in one process; and the mixers beside one another.
+"""What everything costs, beside peers and beside the machine's own limit: one table, by turns in one sitting.
 
-    git clone https://github.com/karpathy/nanoGPT ../nanoGPT
-    python bench.py --peer ../nanoGPT                            # training and sampling, both cores
-    python bench.py --peer ../nanoGPT --threads 1 --what sample
-    python bench.py                                              # ours alone
-    python bench.py --what mixers --threads 1                    # generation with and without cache, cost by context
-    python bench.py --what worlds --threads 1                    # frames of a world with and without cache
-    python bench.py --what dialogs --threads 1                   # forked dialogs with a DialogTree and without
+    python bench.py                                               # ours alone: a few minutes
+    python bench.py --preset big --threads 1 --clock cpu          # 6 layers, 384 wide; a busy neighbour does not count
+    git clone https://github.com/karpathy/nanoGPT ../nanoGPT && pip install x-transformers
+    python bench.py --peer nanogpt=../nanoGPT,x-transformers --json table.json
+    python bench.py --what kernels                                # each operation against its eager and compiled twin
+    python bench.py --what growth                                 # context, batch, width, experts, frames
+    python bench.py --what startup                                # every script's -h and first optimiser step
+    python bench.py --what loss --peer nanogpt=../nanoGPT         # seconds to 1.88 nats on tinyshakespeare
+    python bench.py --what mixers --threads 1                     # generation with and without cache, cost by context
+    python bench.py --what worlds --threads 1                     # frames of a world with and without cache
+    python bench.py --what dialogs --threads 1                    # forked dialogs with a DialogTree and without
 
-Single timings on a shared machine mean little: each round times both sides right after one another; the table gives
-each side's median over the rounds, and the median and quartiles of the rounds' ratios. nanoGPT's model.py is imported
-as it is, its loop is what its train.py does on a CPU (float32, fused attention, AdamW, clipping at 1). Ours is the loop
-of train_enwik8.py with the preset nanogpt_cpu (bfloat16 autocast). Random bytes: speed does not depend on the text.
+Single timings on a shared machine mean little: each round times all sides right after one another, in an order that
+turns; a row gives each side's median over the rounds with quartiles, and the median and quartiles of the rounds'
+ratios. On a GPU times are those of CUDA events after a warm-up. nanoGPT's model.py is imported as it is, its loop is
+what its train.py does on a CPU (float32, fused attention, AdamW, clipping at 1); x-transformers is its Decoder of the
+same depth, width and heads with learned positions, with the same loop. Ours is the loop of train_enwik8.py with the
+preset nanogpt_cpu (bfloat16 autocast). Random bytes: speed does not depend on the text.
+
+What is new in a row is measured, what cannot be measured here says so. Shares: `of peak` is against the best square
+matrix product of this device and type just before; `of bandwidth` against the best copy of a large tensor.
 """
+import flags
+
+flags.answer_help(__name__, __file__)  # before the seconds that the next lines take
+
 import importlib.util
+import multiprocessing
+import os
+import re
+import signal
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections import namedtuple
+from json import dump
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import optim
 from cache import DialogTree
-from experiment import UserError, command, override
+from data import text
+from evaluate import score
+from experiment import UserError, command, measure_peak_flops, override, peak_memory, resolve_device
 from model import Transformer, TransformerConfig, build_model, parameter_roles
 from sample import converse, generate
 from worldmodel import CausalDynamics, Dynamics
 
 # --- What ---
-peer = None              # nanoGPT's folder; none: ours alone
-what = "train,sample"    # train, sample, mixers, worlds, dialogs; several with commas
+preset = None            # a named set of settings (below); flags win over it
+peer = None              # nanogpt=FOLDER, x-transformers, or both with a comma; none: ours alone
+what = "train,memory,generate,evaluate,optimiser"  # also kernels, growth, startup, loss, mixers, worlds, dialogs
+json = None              # [path] the rows are written there too
+device = "auto"          # auto, cpu, cuda, cuda:1, ...
+dtype = "bfloat16"       # [float32, bfloat16] autocast of our training side
+compile = False          # our training side through torch.compile, a row more
+kernels = "torch"        # [torch, triton] of our side
 threads = 0              # [>= 0] CPU threads; 0: as many as PyTorch takes
+clock = "wall"           # [wall, cpu] cpu: this process's CPU time, for one thread beside a busy neighbour
 rounds = 15              # [>= 1] each side is timed once a round
 steps = 20               # [>= 1] training steps a round
 seed = 0                 # weights and bytes
-dtype = "bfloat16"       # [float32, bfloat16] autocast of our training side
 # --- Size: nanoGPT's own CPU command ---
 n_layer = 4              # [>= 1] transformer blocks
 n_head = 4               # [>= 1] attention heads
@@ -42,6 +73,9 @@ n_embd = 128             # [>= 1] width
 block_size = 64          # [>= 1] context
 batch_size = 12          # [>= 1] windows per step
 vocab_size = 65          # [>= 2] nanoGPT's distinct characters; ours has always 256 bytes
+eval_block_size = 512    # [>= 2] context of the evaluated model, which has rope
+# --- Loss: tinyshakespeare, the whole validation split ---
+loss_target = 1.88       # nats a byte
 # --- Mixers: the shape of train_enwik8.py's preset variants_cpu, in float32 ---
 mixers = ("full full/n_kv_head=1 full/shorten=2 window strided fixed diff mla xl compressive mamba mingru "
           "mamba,mamba,full")  # with spaces; /n_kv_head=N and /shorten=N change that one
@@ -54,45 +88,171 @@ dialog_tokens = (200, 20, 10)  # of the beginning, of a branch, of a leaf
 reply_tokens = (1, 8, 32)  # drawn in each dialog; 1 comes out of the prompt's own pass
 tree_budgets = (8_000_000, 2_000_000)  # bytes; all that the 64 dialogs hold is 2 to 6 million
 
+presets = {
+    # nanoGPT's config for the same text on a GPU, with a smaller batch.
+    "big": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=16, steps=2, rounds=7),
+}
 
-def load_peer(folder):
+KINDS = ("train", "memory", "generate", "evaluate", "optimiser", "kernels", "growth", "startup", "loss", "mixers",
+         "worlds", "dialogs")
+SCRIPTS = ("train_enwik8.py", "train_mult.py", "train_dvae.py", "train_worldmodel.py", "train_facts.py")
+HERE = Path(__file__).resolve().parent
+where = torch.device("cpu")  # what `device` resolves to
+found = []                # the rows so far, as JSON has them
+
+
+# --- Timing, and the table ---
+
+def seconds(run):
+    """Seconds of one run: CUDA events on a GPU, else the chosen clock."""
+    if where.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize(where)
+        return start.elapsed_time(end) / 1000
+    now = time.process_time if clock == "cpu" else time.perf_counter
+    began = now()
+    run()
+    return now() - began
+
+
+def in_turns(sides, n=None):
+    """{side: function} -> {side: seconds of each round}. One run each before counts for nothing."""
+    for run in sides.values():
+        run()  # allocation, thread pools, kernels
+    taken, names = {side: [] for side in sides}, list(sides)
+    for i in range(rounds if n is None else n):
+        for side in names[i % len(names):] + names[:i % len(names)]:
+            taken[side].append(seconds(sides[side]))
+    return taken
+
+
+def spread(values):
+    """(median, lower quartile, upper quartile)."""
+    values = sorted(values)
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return statistics.median(values), low, high
+
+
+def number(x):
+    """A figure with three or four digits that mean something."""
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
+
+
+def heading(title):
+    """The line above some rows."""
+    print(f"\n{title}\n{'':<34} {'ours':>12} {'(quartiles)':<21} {'unit':<9} {'beside':<16} {'theirs':>10} {'ratio':>7}"
+          "   (quartiles)", flush=True)
+
+
+def row(kind, name, unit, amount, taken, note="", lower=False):
+    """Prints and notes one line for each other side: rates amount / seconds, or with `lower` seconds * amount, where
+    less is better; a ratio above 1 always says that ours is better. taken: of `in_turns`, with the side "ours"."""
+    def figures(side):
+        return spread([t * amount if lower else amount / t for t in taken[side]])
+    ours, low, high = figures("ours")
+    line = f"{name:<34} {number(ours):>12} {f'({number(low)} .. {number(high)})':<21} {unit:<9}"
+    noted = dict(kind=kind, name=name, unit=unit, ours=ours, quartiles=(low, high), note=note, beside={})
+    lines = []
+    for side in taken:
+        if side != "ours":
+            theirs = figures(side)[0]
+            ratio = spread([b / a for a, b in zip(taken["ours"], taken[side])])
+            noted["beside"][side] = dict(theirs=theirs, ratio=ratio[0], quartiles=ratio[1:])
+            lines.append(f"{line if not lines else ' ' * len(line)} {side:<16} {number(theirs):>10} {ratio[0]:>6.2f}x   "
+                         f"({ratio[1]:.2f} .. {ratio[2]:.2f})")
+    lines = lines or [line]
+    lines[0] += f"   {note}" if note else ""
+    print("\n".join(lines), flush=True)
+    found.append(noted)
+
+
+def missing(kind, name, why):
+    """Prints and notes a line of what was not measured."""
+    print(f"{name:<34} {'not measured':>12} {why}", flush=True)
+    found.append(dict(kind=kind, name=name, ours=None, note=f"not measured: {why}", beside={}))
+
+
+# --- Sides ---
+
+Side = namedtuple("Side", "model training sampling")  # functions: () -> model, model -> run, (model, rows) -> run
+
+
+def load_peers(words):
+    """{name: Side} of --peer. UserError for one that is not known or not there."""
+    sides = {}
+    for word in (words or "").split(",") if words else ():
+        name, _, folder = word.partition("=")
+        if name == "nanogpt" and folder:
+            module = load_nanogpt(folder)
+            sides["nanoGPT"] = Side(lambda: nanogpt_model(module), nanogpt_training, nanogpt_sampling)
+        elif word == "x-transformers":
+            try:
+                import x_transformers
+            except ImportError as error:
+                raise UserError(f"--peer x-transformers: {error}; pip install x-transformers") from None
+            sides["x-transformers"] = Side(lambda: xt_model(x_transformers), xt_training, xt_sampling)
+        else:
+            raise UserError(f"--peer {word}: nanogpt=FOLDER, x-transformers, or both with a comma")
+    return sides
+
+
+def load_nanogpt(folder):
     """nanoGPT's model.py as a module, from its checkout. UserError when it is not there."""
     path = Path(folder) / "model.py"
     if not path.is_file():
-        raise UserError(f"--peer {folder}: no model.py there; git clone https://github.com/karpathy/nanoGPT")
+        raise UserError(f"--peer nanogpt={folder}: no model.py there; git clone https://github.com/karpathy/nanoGPT")
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def our_model():
+def our_model(**other):
     """Our side of nanoGPT's architecture: learned positions, LayerNorm with gain, GELU, tied classifier, no biases."""
-    return Transformer(TransformerConfig(
-        n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, dropout=0.0, positions="learned",
-        norm="layer", norm_gain=True, bias=False, activation="gelu", tie_weights=True, n_targets=1,
-        intermediate_losses=False))
+    how = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, dropout=0.0, positions="learned",
+               norm="layer", norm_gain=True, bias=False, activation="gelu", tie_weights=True, n_targets=1,
+               intermediate_losses=False, kernels=kernels)
+    return build_model(TransformerConfig(**{**how, **other})).to(where)
 
 
-def their_model(module):
+def nanogpt_model(module):
     """nanoGPT's GPT of the same size."""
-    return module.GPT(module.GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
-                                       n_embd=n_embd, dropout=0.0, bias=False))
+    with open(os.devnull, "w") as nowhere:
+        print_to, sys.stdout = sys.stdout, nowhere
+        try:
+            return module.GPT(module.GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer,
+                                               n_head=n_head, n_embd=n_embd, dropout=0.0, bias=False)).to(where)
+        finally:
+            sys.stdout = print_to
 
 
-def our_training(model):
-    """A function that does `steps` optimiser steps the way train_enwik8.py does."""
+def xt_model(package):
+    """x-transformers' Decoder of the same size under its AutoregressiveWrapper: fused attention, no biases."""
+    return package.AutoregressiveWrapper(package.TransformerWrapper(
+        num_tokens=vocab_size, max_seq_len=block_size, tie_embedding=True, attn_layers=package.Decoder(
+            dim=n_embd, depth=n_layer, heads=n_head, attn_dim_head=n_embd // n_head, attn_flash=True,
+            ff_no_bias=True))).to(where)
+
+
+def our_training(model, T=None, rows=None, n=None):
+    """A function that does n (None: `steps`) optimiser steps the way train_enwik8.py does."""
+    T, rows, n = T or block_size, rows or batch_size, n or steps
     opt = optim.build("adamw", model.named_parameters(), parameter_roles(model), lr=1e-3, weight_decay=0.1,
                       betas=(0.9, 0.99))
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
-    data = torch.randint(256, (200_000,), dtype=torch.uint8)
+    autocast = torch.autocast(where.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    data = torch.randint(256, (200_000,), dtype=torch.uint8, device=where)
+    part = torch.arange(T + 1, device=where)
+    forward = torch.compile(model) if compile else model
 
     def run():
-        for _ in range(steps):
-            starts = torch.randint(len(data) - block_size - 1, (batch_size,))
-            window = data[starts[:, None] + torch.arange(block_size + 1)].long()         # (B, T + 1)
+        for _ in range(n):
+            starts = torch.randint(len(data) - T - 1, (rows,), device=where)
+            window = data[starts[:, None] + part].long()  # (B, T + 1)
             with autocast:
-                objective, _ = model(window[:, :-1], targets=window[:, 1:, None])
+                objective, _ = forward(window[:, :-1], targets=window[:, 1:, None])
             objective.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             opt.step()
@@ -100,17 +260,35 @@ def our_training(model):
     return run
 
 
-def their_training(model):
-    """A function that does `steps` optimiser steps the way nanoGPT's train.py does on a CPU."""
-    opt = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+def nanogpt_training(model):
+    """A function that does `steps` optimiser steps the way nanoGPT's train.py does on a CPU, on a GPU in bfloat16."""
+    with open(os.devnull, "w") as nowhere:
+        print_to, sys.stdout = sys.stdout, nowhere
+        try:
+            opt = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), where.type)
+        finally:
+            sys.stdout = print_to
+    return their_loop(lambda x, y: model(x, y)[1], model, opt)
+
+
+def xt_training(model):
+    """The same of x-transformers, with torch's AdamW."""
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    return their_loop(lambda x, y: F.cross_entropy(model.net(x).flatten(0, 1), y.flatten()), model, opt)
+
+
+def their_loop(loss_of, model, opt):
+    """`steps` steps: batches drawn window by window as nanoGPT does, clipping at 1."""
     data = torch.randint(vocab_size, (200_000,))
+    autocast = torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda")
 
     def run():
         for _ in range(steps):
             starts = torch.randint(len(data) - block_size, (batch_size,))
-            x = torch.stack([data[i:i + block_size] for i in starts])
-            y = torch.stack([data[i + 1:i + 1 + block_size] for i in starts])
-            _, loss = model(x, y)
+            x = torch.stack([data[i:i + block_size] for i in starts]).to(where)
+            y = torch.stack([data[i + 1:i + 1 + block_size] for i in starts]).to(where)
+            with autocast:
+                loss = loss_of(x, y)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             opt.step()
@@ -118,57 +296,381 @@ def their_training(model):
     return run
 
 
-def our_sampling(model, n):
-    """A function that draws n rows from one byte up to block_size bytes, with the KV cache."""
+def our_sampling(model, n, use_cache=True):
+    """A function that draws n rows from one byte up to block_size bytes."""
     model.eval()
 
     def run():
         generator = torch.Generator().manual_seed(seed)
-        for _ in generate(model, [b"\n"] * n, block_size - 1, generator, temperature=0.8, top_k=50):
+        for _ in generate(model, [b"\n"] * n, block_size - 1, generator, use_cache, temperature=0.8, top_k=50):
             pass
     return run
 
 
-def their_sampling(model, n):
-    """The same by nanoGPT's generate()."""
+def nanogpt_sampling(model, n):
+    """The same by nanoGPT's generate(), which has no cache."""
     model.eval()
-
-    def run():
-        model.generate(torch.zeros((n, 1), dtype=torch.long), block_size - 1, temperature=0.8, top_k=50)
-    return run
+    first = torch.zeros((n, 1), dtype=torch.long, device=where)
+    return lambda: model.generate(first, block_size - 1, temperature=0.8, top_k=50)
 
 
-def compare(name, tokens, ours, theirs):
-    """Times both in turns and prints tokens per second (medians) and the median ratio with its quartiles."""
-    for run in filter(None, (ours, theirs)):
-        run()                                                    # warm-up: allocation, thread pools
-    times = []
-    for i in range(rounds):
-        order = (ours, theirs) if i % 2 == 0 else (theirs, ours)
-        taken = {}
-        for run in filter(None, order):
-            began = time.perf_counter()
-            run()
-            taken[run] = time.perf_counter() - began
-        times.append((taken[ours], taken.get(theirs)))
-    mine = tokens / statistics.median(a for a, _ in times)
-    if theirs is None:
-        print(f"{name:<22} {mine:>12,.0f} {'':>12} {'':>8}")
+def xt_sampling(model, n):
+    """The same by x-transformers, with its cache of keys and values."""
+    from x_transformers.autoregressive_wrapper import top_k
+    model.eval()
+    first = torch.zeros((n, 1), dtype=torch.long, device=where)
+    how = dict(temperature=0.8, filter_logits_fn=top_k, filter_kwargs=dict(k=50), cache_kv=True)
+    return lambda: model.generate(first, block_size - 1, **how)
+
+
+# --- Training, generation, evaluation, optimisers ---
+
+def compare_training(peers):
+    """Tokens per second of training, and its share of the machine's best matrix product."""
+    global compile
+    tokens, wanted = steps * batch_size * block_size, compile
+    heading(f"training, batch {batch_size}, {n_layer} layers, {n_embd} wide, block {block_size}")
+    precision = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    peak = measure_peak_flops(where, precision)
+    for compile in (False, True)[:1 + wanted]:
+        model = our_model()
+        sides = {"ours": our_training(model), **{name: side.training(side.model()) for name, side in peers.items()}}
+        began = time.perf_counter()
+        sides["ours"]()
+        first = time.perf_counter() - began
+        taken = in_turns(sides)
+        flops = model.flops_per_token(block_size) * tokens / statistics.median(taken["ours"])
+        note = f"{flops / 1e9:,.0f} GFLOP/s, {flops / peak:.1%} of peak {peak / 1e9:,.0f}"
+        row("train", "training, compiled" if compile else "training", "tokens/s", tokens, taken,
+            note + (f"; first {steps} steps {first:.0f} s" if compile else ""))
+
+
+def _peak(queue, side, values):
+    """In a process of its own: the peak of bytes of training, on a CPU of the whole process."""
+    globals().update(values)
+    if threads:
+        torch.set_num_threads(threads)
+    sides = load_peers(peer)
+    if side == "ours":
+        our_training(our_model())()
+    else:
+        sides[side].training(sides[side].model())()
+    queue.put(peak_memory(where))
+
+
+def compare_memory(peers):
+    """Peak bytes of training, each side in a process of its own."""
+    heading("peak memory of training" + (", imports included" if where.type == "cpu" else ""))
+    context = multiprocessing.get_context("spawn")
+    names = ("peer", "device", "dtype", "kernels", "threads", "steps", "n_layer", "n_head", "n_embd", "block_size", "batch_size",
+             "vocab_size", "where")
+    taken = {}
+    for side in ("ours", *peers):
+        queue = context.Queue()
+        child = context.Process(target=_peak, args=(queue, side, {name: globals()[name] for name in names}))
+        child.start()
+        taken[side] = [queue.get()]
+        child.join()
+    row("memory", "training", "MB", 1e-6, taken, lower=True)
+
+
+def compare_generation(peers):
+    """Tokens per second of drawing a whole block from one token, with the cache and without."""
+    heading(f"generation, block {block_size}, from one token to a full block")
+    for n in (1, 16):
+        model = our_model().for_inference()
+        sides = {"ours": our_sampling(model, n),
+                 **{name: side.sampling(side.model(), n) for name, side in peers.items()}}
+        row("generate", f"batch {n}, cache", "tokens/s", n * (block_size - 1), in_turns(sides))
+        sides = {"ours": our_sampling(model, n), "without": our_sampling(model, n, use_cache=False)}
+        row("generate", f"batch {n}, our cache or none", "tokens/s", n * (block_size - 1), in_turns(sides, 5))
+
+
+@torch.no_grad()
+def compare_protocols():
+    """Bytes per second of evaluation under each protocol, each beside `stride:1`."""
+    T = eval_block_size
+    heading(f"evaluation, {n_layer} layers, {n_embd} wide, block {T}, rope; bytes of a whole split")
+    torch.manual_seed(seed)
+    model = our_model(block_size=T, positions="rope", tie_weights=False).eval()
+    data = torch.randint(256, (64 * T,), dtype=torch.uint8)
+    sizes = {"block": 64 * T, "cache": 64 * T, f"stride:{T // 8}": 16 * T, "stride:1": 3 * T}
+    slow = None
+    taken = {name: [] for name in sizes}
+    for _ in range(min(rounds, 3)):
+        for name, n in sizes.items():
+            taken[name].append(seconds(lambda: score(model, data[:n], name)) / n)  # of one byte
+    slow = taken["stride:1"]
+    for name in sizes:
+        beside = {} if name == "stride:1" else {"stride:1": slow}
+        row("evaluate", name, "bytes/s", 1, {"ours": taken[name], **beside}, f"{sizes[name]:,} bytes")
+
+
+def compare_optimisers():
+    """Milliseconds of one step over the model's weights, beside torch's own optimisers."""
+    heading(f"optimiser step over the {n_layer}-layer, {n_embd}-wide model's weights, float32")
+
+    def fresh():
+        torch.manual_seed(seed)
+        model = our_model(tie_weights=False)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p) * 0.01
+        return model
+
+    def ours(name, **how):
+        model = fresh()
+        return optim.build(name, model.named_parameters(), parameter_roles(model), lr=1e-3, weight_decay=0.1, **how).step
+
+    def torchs(**how):
+        return torch.optim.AdamW(fresh().parameters(), lr=1e-3, weight_decay=0.1, **how).step
+    model = fresh()
+    hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
+    many = {"adamw": {"torch": torchs(), "torch, fused": torchs(fused=True)}, "sgd": {}, "schedule_free": {}, "muon": {}}
+    for name, beside in many.items():
+        row("optimiser", name, "ms", 1e3, in_turns({"ours": ours(name), **beside}), lower=True)
+    row("optimiser", "adamw, orthograd", "ms", 1e3, in_turns({"ours": ours("adamw", orthograd=True)}), lower=True)
+    if hasattr(torch.optim, "Muon"):
+        mine = optim.Muon([torch.nn.Parameter(p.detach().clone()) for p in hidden])
+        for p, q in zip(mine.param_groups[0]["params"], hidden):
+            p.grad = q.grad
+        row("optimiser", "muon, hidden matrices alone", "ms", 1e3,
+            in_turns({"ours": mine.step, "torch": torch.optim.Muon(hidden).step}), lower=True)
+
+
+# --- What grows ---
+
+def compare_growth():
+    """Tokens per second of training, and memory of nothing else, as one size grows and the others stay."""
+    heading(f"growth: training, {n_layer} layers, {n_embd} wide unless said, 8,192 tokens a step unless said")
+
+    def cost(name, T=256, rows=32, **other):
+        torch.manual_seed(seed)
+        model = our_model(**{"block_size": T, "positions": "rope", "tie_weights": False, **other})
+        row("growth", name, "tokens/s", T * rows, in_turns({"ours": our_training(model, T, rows, 1)}, min(rounds, 5)))
+    for T in (128, 512, 2048, 8192):
+        cost(f"context {T}", T, 8192 // T)
+    for n in (1, 4, 16, 64):
+        cost(f"batch {n}, context 256", 256, n)
+    for width in (64, 128, 256, 512):
+        cost(f"width {width}", n_embd=width, n_head=width // 32)
+    cost("feed-forward, dense")
+    for n in (4, 8, 16, 32):
+        cost(f"{n} experts, 2 chosen", ff="moe", n_expert=n)
+    for n in (4, 8, 16, 32):
+        torch.manual_seed(seed)
+        model = Dynamics((8, 8), 8, 5, block_size=n).to(where)
+        opt = torch.optim.SGD(model.parameters(), lr=0.0)
+        tokens, actions = torch.randint(8, (8, n, 64), device=where), torch.randint(5, (8, n), device=where)
+
+        def step():
+            F.cross_entropy(model(tokens, actions).flatten(0, 2), tokens.flatten()).backward()
+            opt.zero_grad()
+        row("growth", f"{n} frames of 64 tokens, batch 8", "frames/s", 8 * n, in_turns({"ours": step}, min(rounds, 5)),
+            "dynamics, forward and backward")
+
+
+# --- Start-up ---
+
+def until(line, *words):
+    """Seconds from the start of `python words...` to a line of its output that matches; then it is killed.
+
+    Raises RuntimeError where it ends without.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        child = subprocess.Popen([sys.executable, *words, "--out_dir", folder], cwd=HERE, text=True, errors="replace",
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                                 env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        try:
+            for said in child.stdout:
+                if re.match(line, said):
+                    return time.perf_counter() - began
+        finally:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    raise RuntimeError(f"{' '.join(words)}: no line {line!r}")
+
+
+def compare_startup():
+    """Wall seconds of -h, and to the first optimiser step (its line of the log), of every training script."""
+    heading("start-up, wall seconds")
+
+    def helped(script):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, script, "-h"], cwd=HERE, capture_output=True, check=True)
+        return time.perf_counter() - began
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    first = time.perf_counter() - began
+    row("startup", "python -c 'import torch'", "s", 1, {"ours": [first]}, lower=True)
+    for script in SCRIPTS:
+        helped(script)  # into the disk's cache
+        row("startup", f"{script} -h", "s", 1, {"ours": [helped(script) for _ in range(5)]}, lower=True)
+    for script in SCRIPTS:
+        words = (script, "--preset", "cpu", "--log_interval", "1")
+        until("step 1/", *words)
+        row("startup", f"{script}, first step", "s", 1, {"ours": [until("step 1/", *words) for _ in range(5)]},
+            "--preset cpu", lower=True)
+
+
+# --- Time to a loss ---
+
+NANOGPT_COMMAND = ("train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 "
+                   "--log_interval=1000 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 "
+                   "--max_iters=2000 --lr_decay_iters=2000 --dropout=0.0")
+
+
+def prepare_nanogpt(folder):
+    """tinyshakespeare as nanoGPT's train.py wants it, where it is not there yet; by our reader, which checks it."""
+    place = Path(folder) / "data" / "shakespeare_char"
+    if (place / "train.bin").is_file() and (place / "meta.pkl").is_file():
         return
-    ratios = sorted(b / a for a, b in times)
-    quartiles = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
-    print(f"{name:<22} {mine:>12,.0f} {tokens / statistics.median(b for _, b in times):>12,.0f} "
-          f"{statistics.median(ratios):>7.2f}x   ({quartiles[0]:.2f} .. {quartiles[2]:.2f})")
+    import pickle
+    corpus = text.load("shakespeare")
+    whole = torch.cat((corpus.train, corpus.val)).numpy().tobytes().decode()
+    letters = sorted(set(whole))
+    ids = {letter: i for i, letter in enumerate(letters)}
+    cut = len(corpus.train)
+    for name, part in (("train", whole[:cut]), ("val", whole[cut:])):
+        torch.tensor([ids[letter] for letter in part], dtype=torch.int16).numpy().tofile(place / f"{name}.bin")
+    with open(place / "meta.pkl", "wb") as file:
+        pickle.dump(dict(vocab_size=len(letters), itos=dict(enumerate(letters)), stoi=ids), file)
+
+
+def compare_loss():
+    """Wall seconds, start of the process to its end, of our preset and of nanoGPT's CPU command, and what both reach.
+
+    Ours scores the whole validation split under `block`; nanoGPT's is its own estimate over 20 random batches.
+    """
+    heading(f"to {loss_target} nats on tinyshakespeare, from the start of the process to its end")
+    folder = dict(word.partition("=")[::2] for word in (peer or "").split(",")).get("nanogpt")
+    if folder:
+        prepare_nanogpt(folder)
+
+    def timed(words, cwd, pattern):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, errors="replace")
+        taken = time.perf_counter() - began
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(words)}: {done.stderr[-500:]}")
+        return taken, float(re.findall(pattern, done.stdout)[-1])
+    taken, losses = {"ours": []}, {"ours": []}
+    for i in range(rounds):
+        with tempfile.TemporaryDirectory() as out:
+            words = ("train_enwik8.py", "--preset", "shakespeare_fast", "--seed", str(seed + i), "--data_seed",
+                     str(seed + i), "--out_dir", out)
+            sides = [("ours", words, HERE, r"= ([0-9.]+) nats/byte \(protocol block, 111,540")]
+            if folder:
+                words = (*NANOGPT_COMMAND.split(), f"--out_dir={out}/nanogpt")
+                sides.append(("nanoGPT", words, folder, r"val loss ([0-9.]+)"))
+            for side, *how in sides if i % 2 == 0 else sides[::-1]:
+                second, loss = timed(*how)
+                taken.setdefault(side, []).append(second)
+                losses.setdefault(side, []).append(loss)
+    said = "; ".join(f"{side} " + ", ".join(f"{loss:.4f}" for loss in values) for side, values in losses.items())
+    row("loss", "shakespeare_fast", "s", 1, taken, f"nats: {said}", lower=True)
 
 
 def best_of(run, n):
     """Seconds of the fastest of n runs: a neighbour on the machine only ever adds."""
-    taken = []
-    for _ in range(n):
-        began = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - began)
-    return min(taken)
+    return min(seconds(run) for _ in range(n))
+
+
+# --- Kernels ---
+
+Case = namedtuple("Case", "name op twin inputs flops bytes")  # inputs: tensors; those of a float type want gradients
+
+
+def kernel_cases():
+    """What is timed, at the sizes of a 12-layer, 512-wide model on a GPU, smaller on a CPU."""
+    import kernels as rows
+    import kernels_attention
+    import kernels_codes
+    import kernels_scan
+    big = where.type == "cuda"
+    half = torch.bfloat16 if big else torch.float32
+    B, T, C, V, H = (16, 1024, 512, 50304, 8) if big else (4, 256, 256, 8192, 4)
+    N, D, W, E, K = B * T, C // H, 4 * C, 8, 1024
+    e = half.itemsize
+
+    def random(*shape, type=half):
+        return torch.randn(*shape, device=where).to(type)
+    x, wide, gain = random(N, C), random(N, 2 * W), random(C)
+    labels = torch.randint(V, (N,), device=where)
+    angle = torch.rand(1, T, 1, D, device=where) * 6
+    q, k, v = (random(B, H, T, D) for _ in range(3))
+    space = [random(B, T // 64, 64, H, D) for _ in range(3)]
+    ends = torch.linspace(0, N, E + 1, device=where).long()
+    gate, state = random(B, T, C), 16
+    yield Case("rms_norm with residual", lambda x, r, g: sum(rows.rms_norm(x, g, residual=r)),
+               lambda x, r, g: sum(rows.rms_norm_reference(x, g, residual=r)), (x, random(N, C), gain), 0,
+               9 * N * C * e)
+    yield Case("layer_norm", rows.layer_norm, rows.layer_norm_reference, (x, gain, random(C)), 0, 5 * N * C * e)
+    yield Case("rotary", rows.rotary, rows.rotary_reference,
+               (random(B, T, H, D), torch.cos(angle), torch.sin(angle)), 0, 4 * N * C * e)
+    yield Case("swiglu", lambda x: rows.gated("swiglu", x), lambda x: rows.gated_reference("swiglu", x), (wide,),
+               0, 8 * N * W * e)
+    yield Case("gelu", rows.gelu, rows.gelu_reference, (wide,), 0, 10 * N * W * e)
+    yield Case(f"cross_entropy, {V:,} ids", rows.cross_entropy, rows.cross_entropy_reference,
+               (random(N, V), labels), 0, 3 * N * V * e)
+    yield Case(f"linear_cross_entropy, {V:,} ids", rows.linear_cross_entropy,
+               rows.linear_cross_entropy_reference, (x, random(V, C) * C ** -0.5, labels), 6 * N * C * V, 0)
+    yield Case("attend, causal", kernels_attention.attend,
+               lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v),
+               7 * B * H * T * T * D, 0)
+    yield Case("attend, window 128", lambda *x: kernels_attention.attend(*x, window=128),
+               lambda *x: kernels_attention.attend_reference(*x, window=128), (q, k, v), 14 * B * H * T * 128 * D, 0)
+    yield Case("attend_time", kernels_attention.attend_time, kernels_attention.attend_time_reference, space, 0,
+               12 * N * C * e)
+    yield Case("grouped_linear, 8 experts", kernels_scan.grouped_linear, kernels_scan.grouped_linear_reference,
+               (x, random(E, W // E, C), ends), 6 * N * C * W // E, 0)
+    yield Case("min_gru", kernels_scan.min_gru, kernels_scan.min_gru_reference,
+               (gate, random(B, T, C), random(B, C, type=torch.float32)), 0, 10 * N * C * e)
+    yield Case("selective_scan", lambda *a: kernels_scan.selective_scan(*a)[0],
+               lambda *a: kernels_scan.selective_scan_reference(*a)[0],
+               (gate.float(), torch.rand(B, T, C, device=where) * 0.1, -torch.rand(C, state, device=where),
+                random(B, T, state).float(), random(B, T, state).float(), random(C).float(),
+                torch.zeros(B, C, state, device=where)), 0, 8 * N * C * 4)
+    yield Case(f"nearest_code, {K:,} codes", lambda x, c: kernels_codes.nearest_code(x.detach(), c.detach())[1],
+               lambda x, c: kernels_codes.nearest_code_reference(x.detach(), c.detach())[1], (x, random(K, C)),
+               2 * N * K * C, 0)
+
+
+def copy_bandwidth():
+    """Bytes per second, read and written, of the best copy of a large tensor."""
+    source = torch.zeros(2 ** 28 if where.type == "cuda" else 2 ** 25, device=where)
+    target = torch.empty_like(source)
+    best = min(seconds(lambda: target.copy_(source)) for _ in range(10))
+    return 2 * source.numel() * 4 / best
+
+
+def compare_kernels():
+    """Milliseconds, forward and backward, of each operation beside its twin, eager and by torch.compile; its share of
+    the copy's bandwidth (bytes that must be read and written) or of the matrix product's peak."""
+    heading("operations, forward and backward" + ("" if where.type == "cuda" else
+                                                  "; on a CPU an operation is its twin, but for linear_cross_entropy"))
+    bandwidth, peaks = copy_bandwidth(), {}
+    for case in kernel_cases():
+        inputs = [t.detach().clone().requires_grad_() if t.is_floating_point() else t for t in case.inputs]
+
+        def both(op):
+            def run():
+                out = op(*inputs)
+                if out.requires_grad:
+                    out.sum().backward()
+            return run
+        sides = {"ours": both(case.op), "eager": both(case.twin)}
+        torch._dynamo.reset()
+        sides["compiled"] = both(torch.compile(case.twin))
+        taken = in_turns(sides, min(rounds, 7))
+        best = statistics.median(taken["ours"])
+        if case.flops:
+            kind = case.inputs[0].dtype
+            peaks[kind] = peaks.get(kind) or measure_peak_flops(where, kind)
+            note = f"{case.flops / best / peaks[kind]:.0%} of peak"
+        else:
+            note = f"{case.bytes / best / bandwidth:.0%} of bandwidth"
+        row("kernels", case.name, "ms", 1e3, taken, note, lower=True)
 
 
 @torch.inference_mode()
@@ -304,32 +806,32 @@ def compare_dialogs():
 
 @command
 def main():
+    global where
     override(globals())
     kinds = what.split(",")
-    if not set(kinds) <= {"train", "sample", "mixers", "worlds", "dialogs"}:
-        raise UserError(f"--what {what}: train, sample, mixers, worlds, dialogs, or several with commas")
+    if not set(kinds) <= set(KINDS):
+        raise UserError(f"--what {what}: {', '.join(KINDS)}, or several with commas")
+    if clock == "cpu" and threads != 1:
+        raise UserError("--clock cpu counts the time of all threads: it needs --threads 1")
     if threads:
         torch.set_num_threads(threads)
+    where, _ = resolve_device(device, "float32")
     torch.manual_seed(seed)
-    if "mixers" in kinds:
-        compare_mixers()
-    if "worlds" in kinds:
-        compare_worlds()
-    if "dialogs" in kinds:
-        compare_dialogs()
-    if not set(kinds) & {"train", "sample"}:
-        return
-    module = load_peer(peer) if peer else None
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {n_layer} layers, {n_head} heads, "
-          f"{n_embd} wide, block {block_size}; {rounds} rounds")
-    print(f"{'':<22} {'ours tok/s':>12} {'nanoGPT':>12} {'ratio':>8}   (quartiles)")
-    if "train" in kinds:
-        compare(f"train, batch {batch_size}", steps * batch_size * block_size, our_training(our_model()),
-                their_training(their_model(module)) if module else None)
-    if "sample" in kinds:
-        for n in (1, 16):
-            compare(f"sample, batch {n}", n * (block_size - 1), our_sampling(our_model().for_inference(), n),
-                    their_sampling(their_model(module), n) if module else None)
+    peers = load_peers(peer)
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}, Python {sys.version.split()[0]}; {clock} time, {rounds} rounds")
+    does = dict(train=lambda: compare_training(peers), memory=lambda: compare_memory(peers),
+                generate=lambda: compare_generation(peers), evaluate=compare_protocols, optimiser=compare_optimisers,
+                kernels=compare_kernels, growth=compare_growth, startup=compare_startup, loss=compare_loss,
+                mixers=compare_mixers, worlds=compare_worlds, dialogs=compare_dialogs)
+    for kind in KINDS:
+        if kind in kinds:
+            does[kind]()
+    if json:
+        with open(json, "w") as file:
+            dump(dict(device=name, torch=torch.__version__, python=sys.version.split()[0], clock=clock, rounds=rounds,
+                      rows=found), file, indent=1)
+            file.write("\n")
 
 
 if __name__ == "__main__":

@@ -73,8 +73,9 @@ class Positions:
     index: (B, T) int64 where rows are ragged; -1 marks padding. window: the last positions that a layer of full
     attention sees; None: all before it. prefix: int or (B,) int64, the positions below it see one another.
     bidirectional: every position sees every other. tables: RoPE's, {D: (cos, sin)} at these places, each
-    (1 or B, T, 1, D) float32; ropes: the modules that make them, {str(D): Rope}. memory: what the segment before left
-    to each layer, which stands for the `remembered` positions before this one.
+    (1 or B, T, 1, D) float32; ropes: the modules that make them, {str(D): Rope}; triton: whether kernels.py turns by
+    them. memory: what the segment before left to each layer, which stands for the `remembered` positions before this
+    one.
 
     Layers write into: `losses`, {name: [weighted scalars]}; `usage`, [(layer, counts)] of experts; `memory_out`,
     {layer: tensors} for the next segment.
@@ -85,7 +86,7 @@ class Positions:
     def __init__(self, start, T, index=None, window=None, prefix=None, bidirectional=False,
                  memory=None, remembered=0):
         self.start, self.T, self.index, self.window = start, T, index, window
-        self.ropes, self.tables = None, {}
+        self.ropes, self.tables, self.triton = None, {}, False
         self.prefix, self.bidirectional = prefix, bidirectional
         self.memory, self.remembered = memory, remembered
         self.losses, self.usage, self.memory_out = {}, [], {}
@@ -105,6 +106,9 @@ class Positions:
         """x (B, T, H, D) turned by RoPE's tables, in its own type; x itself where there are none."""
         if not self.tables:
             return x
+        if self.triton:
+            from kernels import rotary  # only here: it imports Triton
+            return rotary(x, *self.tables[x.size(-1)])
         return turn(x, *self.tables[x.size(-1)]).to(x.dtype)
 
     def look_up(self, table):
@@ -170,12 +174,12 @@ class Rope(nn.Module):
     and keys grow by 0.1 ln(factor) + 1 each in the square root (`magnitude`).
 
     Angles are computed in float64 and kept as float32 tables that grow with the positions asked for; not saved.
-    One Rope serves all layers.
+    One Rope serves all layers. kernels "triton": Positions turn by kernels.py.
     """
 
-    def __init__(self, head_dim, base, n, scaling="none", factor=1.0, original=None):
+    def __init__(self, head_dim, base, n, scaling="none", factor=1.0, original=None, kernels="torch"):
         super().__init__()
-        self.head_dim, self.base = head_dim, base
+        self.head_dim, self.base, self.triton = head_dim, base, kernels == "triton"
         self.frequencies, self.magnitude = rope_frequencies(head_dim, base, scaling, factor, original or n)
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
@@ -237,17 +241,23 @@ def rms_norm(x, gain=None, eps=1e-6):
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last dimension, with a learned gain and bias or without."""
+    """LayerNorm or RMSNorm over the last dimension, with a learned gain and bias or without; kernels "triton": by
+    kernels.py."""
 
-    def __init__(self, kind, width, gain, bias):
+    def __init__(self, kind, width, gain, bias, kernels="torch"):
         super().__init__()
-        self.kind, self.width = kind, width
+        self.kind, self.width, self.triton = kind, width, kernels == "triton"
         self.gain = nn.Parameter(torch.empty(width)) if gain else None
         self.bias = nn.Parameter(torch.empty(width)) if gain and bias and kind == "layer" else None
 
     def forward(self, x):
         """x (..., width) to the same shape and type."""
         own = self._parameters  # past nn.Module's look-up, which a decoded byte feels
+        if self.triton:
+            import kernels
+            if self.kind == "rms":
+                return kernels.rms_norm(x, own.get("gain"))
+            return kernels.layer_norm(x, own.get("gain"), own.get("bias"))
         if self.kind == "rms":
             return rms_norm(x, own.get("gain"))
         return torch.layer_norm(x, (self.width,), own.get("gain"), own.get("bias"))
@@ -451,6 +461,10 @@ class Attention(nn.Module):
         query reaches only a few of many keys, the work is cut into blocks of queries, each beside the keys that it
         reaches: time and memory grow with T times the reach, not with T S.
         """
+        if bias is None and self.by_kernel(q, v, positions, seen, span):
+            from kernels_attention import attend
+            with torch.autocast(q.device.type, enabled=False):  # the twin works in float32
+                return attend(q.to(v.dtype), k.to(v.dtype), v, window=span.window, prefix=positions.prefix, scale=scale)
         slopes = self.slopes if slopes is None else slopes
         T, S, reach = q.size(2), k.size(2), span.reach
         if reach is not None and seen is None:
@@ -473,6 +487,22 @@ class Attention(nn.Module):
         if bias is not None:
             mask = add_masks(mask, bias, T, S)
         return self.softmax(q, k, v, mask, scale)
+
+    def by_kernel(self, q, v, positions, seen, span):
+        """Whether kernels_attention.py computes what these queries see; arguments as `attend` takes them.
+
+        With kernels "triton" and attention "auto": where rows stand alike and a query sees what is before it, a window
+        of it, or a prefix, in training and other passes of many places. Not with dropout nor ALiBi.
+        """
+        c = self.config
+        if c.kernels != "triton" or c.attention != "auto" or self.slopes is not None or (self.training and c.dropout):
+            return False
+        if q.size(2) == 1 or seen is not None or type(span) is not Causal or not positions.in_order:
+            return False
+        if positions.prefix is not None and positions.start:  # there it counts from the first key
+            return False
+        from kernels_attention import WIDEST
+        return max(q.size(3), v.size(3)) <= WIDEST
 
     def softmax(self, q, k, v, mask, scale=None):
         """q (B, H, T, D), k (B, G, S, D), v (B, G, S, D'), mask None, "causal", bool or float: (B, H, T, D')."""
@@ -688,12 +718,19 @@ class Differential(Attention):
         B, H, T, D = q.shape
         G, S = k.size(1) // 2, k.size(2)
         v = v.reshape(B, G, 2, S, D).transpose(2, 3).reshape(B, G, S, 2 * D)
-        slopes = None if self.slopes is None else self.slopes[1::2]
-        one, two = (super(Differential, self).attend(q[:, i::2], k[:, i::2], v, positions, seen, span, slopes=slopes)
-                    for i in range(2))  # (B, H/2, T, 2 D)
         strength = (torch.exp((self.lambda_q1 * self.lambda_k1).sum())
                     - torch.exp((self.lambda_q2 * self.lambda_k2).sum()) + self.lambda_init)
-        y = rms_norm(one - strength.to(one.dtype) * two) * (1 - self.lambda_init)
+        if self.by_kernel(q, v, positions, seen, span):
+            from kernels_attention import attend_differential
+            with torch.autocast(q.device.type, enabled=False):
+                y = attend_differential(q.to(v.dtype), k.to(v.dtype), v, strength, window=span.window,
+                                        prefix=positions.prefix)  # (B, H/2, T, 2 D)
+        else:
+            slopes = None if self.slopes is None else self.slopes[1::2]
+            one, two = (super(Differential, self).attend(q[:, i::2], k[:, i::2], v, positions, seen, span,
+                                                         slopes=slopes) for i in range(2))  # (B, H/2, T, 2 D)
+            y = one - strength.to(one.dtype) * two
+        y = rms_norm(y) * (1 - self.lambda_init)
         return y.view(B, H // 2, T, 2, D).transpose(2, 3).reshape(B, H, T, D)
 
     def flops(self, T):
@@ -724,10 +761,11 @@ class Latent(Attention):
         H, D = c.n_head, c.head_dim
         self.into = self.q_norm = None
         if c.q_rank is not None:
-            self.into, self.q_norm = Linear(c.n_embd, c.q_rank, bias=False), Norm("rms", c.q_rank, c.norm_gain, False)
+            self.into = Linear(c.n_embd, c.q_rank, bias=False)
+            self.q_norm = Norm("rms", c.q_rank, c.norm_gain, False, c.kernels)
         self.q = Linear(c.n_embd if c.q_rank is None else c.q_rank, H * (D + self.turning), bias=False)
         self.kv = Linear(c.n_embd, self.rank + self.turning, bias=False)
-        self.kv_norm = Norm("rms", self.rank, c.norm_gain, False)
+        self.kv_norm = Norm("rms", self.rank, c.norm_gain, False, c.kernels)
         self.up = Linear(self.rank, 2 * H * D, bias=False)
         self.out = Linear(H * D, c.n_embd, bias=c.bias)
         self.fused = {"up": (H * D, H * D)}

@@ -44,6 +44,7 @@ CHOICES = {
     "target_heads": ("own", "shared"),
     "layer_heads": ("own", "shared"),
     "attention": ("auto", "sdpa", "manual"),
+    "kernels": ("torch", "triton"),
     "compression": ("conv", "mean", "max"),
     "expert_balance": ("loss", "bias", "none"),
     "output": ("softmax", "stablemax"),
@@ -125,6 +126,9 @@ class TransformerConfig:
     mtp_weight: float = 0.3  # of the mean of their losses
     # How it is computed
     attention: str = "auto"  # "auto": SDPA, but by hand when training on a CPU in bfloat16
+    # "triton": norms, gates, rotary positions, recurrences, experts, losses, and attention under "auto", by kernels.py
+    # and its siblings; off a GPU by their twins. Not compared with torch.compile on a GPU yet.
+    kernels: str = "torch"
     checkpoint_activations: bool = False  # layers are computed again in the backward pass: less memory, more time
 
     @classmethod
@@ -353,12 +357,12 @@ class Block(nn.Module):
         c = config
         own = c.positions == "learned_per_layer"
         self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if own else None
-        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
         self.conv = ShortConv(c, layer) if c.short_conv else None
         self.mixer = MIXERS[c.mixers[layer % c.n_layer]](c, layer)
         self.norm2 = self.ff = None
         if (kind := c.ffs[layer % c.n_layer]) != "none":
-            self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+            self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
             self.ff = FEED_FORWARDS[kind](c, layer)
         self.dropout, self.n_layer = c.dropout, c.n_layer
         self.scale, self.own = c.residual_scale, {}
@@ -407,8 +411,8 @@ class MultiTokenPrediction(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         c = config
-        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
-        self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
+        self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
         self.join = Linear(2 * c.n_embd, c.n_embd, bias=False)
         self.block = Block(c, layer)
 
@@ -434,7 +438,7 @@ class Transformer(nn.Module):
         self.ropes = make_ropes(c)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.mtp = nn.ModuleList(MultiTokenPrediction(c, c.n_layer - 1) for _ in range(c.mtp_depth))
-        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
         self.extras, self.usage = {}, {}
 
         def table(n, *shape):
@@ -596,7 +600,8 @@ class Transformer(nn.Module):
     def losses(self, states, targets, active, counted=None):
         """All active layers' and targets' losses by one matrix product and one cross-entropy; as `forward` returns.
 
-        states: A hidden states (B, T, C), targets (B, T, K). counted: as `forward` takes it.
+        states: A hidden states (B, T, C), targets (B, T, K). counted: as `forward` takes it. With kernels "triton" both
+        are done piece by piece: there are never all logits at once.
         """
         c = self.config
         A, K, N = len(states), c.n_targets, targets.size(0) * targets.size(1)
@@ -612,11 +617,19 @@ class Transformer(nn.Module):
             h = torch.cat((h.to(far.dtype), far), -1).view(A, N * K, c.n_embd)  # (A, N K, C)
         per_group = c.n_classifiers // c.n_head_groups
         used = [g * per_group + i for g in groups for i in range(per_group)]
+        weights = [self.classifier(i) for i in used]
         biases = [self.head_biases[i] for i in used] if c.head_bias else None
-        logits = batched_linear(h, [self.classifier(i) for i in used], len(groups), biases)  # (A, N, K V), (A, N K, V)
-        labels = targets.reshape(1, N * K).expand(A, N * K).reshape(A * N * K)
-        logits = self.logits(logits.view(A * N * K, c.vocab_size))
-        loss = F.cross_entropy(logits, labels, reduction="none", ignore_index=-1)
+        if c.kernels == "triton" and c.output == "softmax":
+            from kernels import batched_linear_cross_entropy  # only here: it imports Triton
+
+            def sets(parts):
+                return None if parts is None else [parts[i:i + per_group] for i in range(0, len(parts), per_group)]
+            loss = batched_linear_cross_entropy(h, sets(weights), targets.reshape(-1, per_group), sets(biases))
+        else:
+            logits = batched_linear(h, weights, len(groups), biases)  # (A, N, K V), (A, N K, V)
+            labels = targets.reshape(1, N * K).expand(A, N * K).reshape(A * N * K)
+            logits = self.logits(logits.view(A * N * K, c.vocab_size))
+            loss = F.cross_entropy(logits, labels, reduction="none", ignore_index=-1)
         counted = (targets.reshape(N, K) >= 0).sum(0).clamp(min=1)  # (K,)
         nats = loss.float().view(A, N, K).sum(1) / counted  # (A, K)
         objective = nats.sum() if K == 1 else sum(0.5 ** k * nats[:, k].sum() for k in range(K))
@@ -875,13 +888,14 @@ def make_ropes(config):
     if c.positions == "rope":
         widths = {c.rope_dim if kind == "mla" else c.head_dim for kind in c.mixers if kind not in RECURRENT}
     return nn.ModuleDict({str(width): Rope(width, c.rope_base, c.block_size, c.rope_scaling, c.rope_factor,
-                                           c.rope_original) for width in sorted(widths)})
+                                           c.rope_original, c.kernels) for width in sorted(widths)})
 
 
 def look_up_ropes(places, ropes, n):
     """Gives places the tables of each width at its positions, all below n: `tables`, and cos and sin of the heads."""
     places.ropes = ropes
     for width, rope in ropes.items():
+        places.triton = rope.triton
         found = tuple(places.look_up(t).view(-1, places.T, 1, int(width)) for t in rope(n))  # (1 or B, T, 1, D)
         places.tables[int(width)] = found
 

@@ -119,6 +119,8 @@ class Mesh:
             fail("dtype float16 scales the loss by what one process finds: with dp or tp choose bfloat16")
         if self.size > 1 and compiled:
             fail("--compile is for one process: with dp or tp choose --no-compile")
+        if self.size > 1 and c.kernels != "torch":
+            fail(f"kernels {c.kernels} are tested in one process only: with dp or tp choose --kernels torch")
         if dp > 1 and carry:
             fail("a memory carried from segment to segment stays with its rows: with dp choose --no-carry_memory")
         if dp > 1 and "moe" in c.ffs and c.expert_balance == "loss":

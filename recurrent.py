@@ -131,13 +131,20 @@ class MinGRU(Recurrent):
     def __init__(self, config, layer=0):
         super().__init__()
         c, self.layer = config, layer
-        self.inner = round(c.expand * c.n_embd)
+        self.inner, self.triton = round(c.expand * c.n_embd), c.kernels == "triton"
         self.into = Linear(c.n_embd, 2 * self.inner, bias=c.bias)
         self.out = Linear(self.inner, c.n_embd, bias=c.bias)
         self.fused, self.shapes = {"into": (self.inner, self.inner)}, [(self.inner,)]
 
     def run(self, x, states, real=None):
         """x (B, T, C), states (h (B, I),), real (B, T) or None. Returns y (B, T, C) and the states after."""
+        if self.triton and x.size(1) > 1:
+            from kernels_scan import min_gru  # only here: it imports this file
+            z, v = self.into(x).chunk(2, -1)  # (B, T, I)
+            if real is not None:
+                z = z.masked_fill(~real.unsqueeze(2), -math.inf)
+            h = min_gru(z, v, states[0])
+            return self.out(h.to(x.dtype)), (h[:, -1],)
         z, v = self.into(x).float().chunk(2, -1)  # (B, T, I)
         z, v = torch.sigmoid(z), torch.where(v >= 0, v + 0.5, torch.sigmoid(v))
         if real is not None:
@@ -164,7 +171,7 @@ class Mamba(Recurrent):
         super().__init__()
         c, self.layer = config, layer
         self.inner, self.n_state, self.width = round(c.expand * c.n_embd), c.state_dim, c.conv_width
-        self.rank = -(-c.n_embd // 16)
+        self.rank, self.triton = -(-c.n_embd // 16), c.kernels == "triton"
         self.into = Linear(c.n_embd, 2 * self.inner, bias=False)
         self.join = Linear(self.inner, self.rank + 2 * self.n_state, bias=False)
         self.dt = nn.Parameter(torch.empty(self.inner, self.rank))
@@ -212,12 +219,16 @@ class Mamba(Recurrent):
             if real is not None:
                 dt = dt * real.unsqueeze(2)  # exp(0) h + 0: the state stays
             a = -torch.exp(self.a_log.float())  # (I, N)
-            if T == 1:
+            skip = self.skip.float()
+            if self.triton and T > 1:
+                import kernels_scan  # only here: it imports this file
+                y, h = kernels_scan.selective_scan(u, dt, a, b, c, skip, h)
+            elif T == 1:
                 h = torch.exp(dt[:, 0, :, None] * a) * h + (dt * u)[:, 0, :, None] * b[:, 0, None, :]  # (B, I, N)
-                y = (h @ c[:, 0, :, None])[..., 0].unsqueeze(1)  # (B, 1, I)
+                y = torch.addcmul((h @ c[:, 0, :, None])[..., 0].unsqueeze(1), u, skip)  # (B, 1, I)
             else:
                 y, h = selective_scan(dt, u, b, c, a, h)
-            y = torch.addcmul(y, u, self.skip.float())
+                y = torch.addcmul(y, u, skip)
         return self.out((y * F.silu(gate.float())).to(x.dtype)), (recent, h)
 
     def flops(self, T):

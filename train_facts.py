@@ -107,6 +107,7 @@ init = "zero"              # [gpt2, normal, xavier, tfixup, truncated, zero] zer
 qk_norm = False            # RMSNorm on queries and keys
 qk_scale = False           # with qk_norm: a learned scale of the scores
 attention = "auto"         # [auto, sdpa, manual] auto: written out when training in bfloat16 on a CPU, else PyTorch's
+kernels = "torch"          # [torch, triton] triton: fused operations of kernels.py; not compared with --compile yet
 checkpoint_activations = False  # compute layers again in the backward pass: less memory, more time
 
 # --- Mixers: one word, or several with commas, repeated over the layers ---

@@ -1,0 +1,406 @@
+"""The model with kernels "triton" against kernels "torch": losses, gradients, logits, caches; and who calls what when.
+
+On a CPU kernels are their twins, and in Triton's interpreter themselves. About 30 s on one core.
+"""
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels
+import kernels_attention
+import kernels_scan
+import parallel
+import train_enwik8
+import train_facts
+from experiment import UserError
+from feedforward import MixtureOfExperts
+from mixers import EVERYTHING, Causal, Norm, Positions
+from model import TransformerConfig, build_model
+from networks import Encoder, TwoStreams
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = dict(vocab_size=31, n_layer=2, n_head=4, n_embd=24, block_size=16, init="xavier", positions="rope")
+OPERATIONS = {kernels: ("rms_norm", "layer_norm", "rotary", "gated", "gelu", "relu2", "cross_entropy",
+                        "linear_cross_entropy", "batched_linear_cross_entropy"),
+              kernels_attention: ("attend", "attend_differential", "attend_space", "attend_time", "attend_one",
+                                  "attend_latent"),
+              kernels_scan: ("scan", "min_gru", "selective_scan", "grouped_linear")}
+LOSS, NORM = "batched_linear_cross_entropy", "layer_norm"
+PLAIN = {LOSS, NORM, "rotary", "gelu", "attend"}  # what SMALL calls
+RAGGED = torch.tensor([[-1, -1, -1, *range(13)], [*range(16)]])
+SPREAD = torch.tensor([[*range(8), *[-1] * 5, *range(8, 11)], [*range(16)]])  # padding within a row
+FAR = dict(n_targets=3, head_bias=True, intermediate_losses=True)
+COUNTED = dict(counted=torch.tensor([0, 5, 6, 17, 31]))
+
+CASES = {  # name: (settings, what forward is given more, operations called)
+    "plain": ({}, {}, PLAIN),
+    "rms": (dict(norm="rms", norm_gain=False), {}, PLAIN - {NORM} | {"rms_norm"}),
+    "layer without gain": (dict(norm_gain=False), {}, PLAIN),
+    **{kind: (dict(activation=kind), {}, PLAIN - {"gelu"} | {"gated"})
+       for kind in ("glu", "bilinear", "reglu", "geglu", "swiglu")},
+    "relu2": (dict(activation="relu2"), {}, PLAIN - {"gelu"} | {"relu2"}),
+    "relu": (dict(activation="relu"), {}, PLAIN - {"gelu"}),
+    "solu": (dict(activation="solu"), {}, PLAIN - {"gelu"}),
+    "low rank": (dict(ff="low_rank", activation="swiglu"), {}, PLAIN - {"gelu"} | {"gated"}),
+    "learned": (dict(positions="learned"), {}, PLAIN - {"rotary"}),
+    "yarn": (dict(rope_scaling="yarn", rope_factor=2.0), {}, PLAIN),
+    "grouped heads": (dict(n_kv_head=2, qk_norm=True, qk_scale=True), {}, PLAIN),
+    "own heads": (FAR, {}, PLAIN),
+    "own heads, layers share": (dict(FAR, layer_heads="shared"), {}, PLAIN),
+    "shared heads": (dict(FAR, target_heads="shared"), COUNTED, PLAIN),
+    "all shared": (dict(FAR, target_heads="shared", layer_heads="shared"), {}, PLAIN),
+    "last layer only": (FAR, dict(active=(1,)), PLAIN),
+    "counted": (dict(n_targets=2), COUNTED, PLAIN),
+    "tied": (dict(tie_weights=True, head_bias=True), {}, PLAIN),
+    "stablemax": (dict(output="stablemax"), {}, PLAIN - {LOSS}),
+    "two bytes ahead": (dict(mtp_depth=1), {}, PLAIN),
+    "recomputed": (dict(checkpoint_activations=True), {}, PLAIN),
+    "ragged": (dict(n_targets=2), dict(positions=RAGGED), PLAIN - {"attend"}),
+    "alibi": (dict(positions="alibi"), {}, PLAIN - {"rotary", "attend"}),
+    "by hand": (dict(attention="manual"), {}, PLAIN - {"attend"}),
+    "sdpa": (dict(attention="sdpa"), {}, PLAIN - {"attend"}),
+    "wide heads": (dict(n_head=1, head_dim=258), {}, PLAIN - {"attend"}),
+    "later": ({}, dict(positions=torch.arange(4, 20)), PLAIN),
+    "limited": ({}, dict(window=5), PLAIN),
+    "window": (dict(mixer="window", window=5), {}, PLAIN),
+    "prefix": ({}, dict(prefix=6), PLAIN),
+    "prefixes": (dict(mixer="full,window", window=4), dict(prefix=torch.tensor([3, 9])), PLAIN),
+    "prefix later": ({}, dict(prefix=10, positions=torch.arange(4, 20)), PLAIN - {"attend"}),
+    "strided": (dict(mixer="strided", sparse_stride=4), {}, PLAIN),
+    "diff": (dict(mixer="diff", n_kv_head=2), {}, PLAIN - {"attend"} | {"attend_differential"}),
+    "diff, prefix": (dict(mixer="diff"), dict(prefix=6, window=7), PLAIN - {"attend"} | {"attend_differential"}),
+    "diff, alibi": (dict(mixer="diff", positions="alibi"), {}, PLAIN - {"attend", "rotary"}),
+    "diff, wide heads": (dict(mixer="diff", n_head=2, head_dim=130), {}, PLAIN - {"attend"}),
+    "mla": (dict(mixer="mla", q_rank=8), {}, PLAIN | {"rms_norm"}),
+    "mla, few queries": (dict(mixer="mla", kv_rank=2, rope_dim=2), {}, PLAIN | {"rms_norm"}),
+    "xl": (dict(mixer="xl", memory_length=8), {}, PLAIN - {"attend"}),
+    "mingru": (dict(mixer="mingru"), {}, {LOSS, NORM, "gelu", "min_gru"}),
+    "mingru, padding": (dict(mixer="mingru"), dict(positions=SPREAD), {LOSS, NORM, "gelu", "min_gru"}),
+    "mamba": (dict(mixer="mamba"), {}, {LOSS, NORM, "gelu", "selective_scan"}),
+    "mamba, padding": (dict(mixer="mamba,full"), dict(positions=SPREAD), PLAIN - {"attend"} | {"selective_scan"}),
+    "moe": (dict(ff="moe", activation="swiglu", n_shared_expert=1), {}, PLAIN - {"gelu"} | {"gated", "grouped_linear"}),
+    "moe, biases": (dict(ff="moe", expert_balance="bias", n_expert=16), {}, PLAIN | {"grouped_linear"}),
+    "pyramid": (dict(n_layer=4, shorten=2), {}, PLAIN),
+}
+
+
+def pair(**settings):
+    """The same model twice, kernels "torch" and "triton"."""
+    torch.manual_seed(0)
+    one = build_model(TransformerConfig(**{**SMALL, **settings}))
+    two = build_model(TransformerConfig(**{**SMALL, **settings, "kernels": "triton"}))
+    with torch.no_grad():
+        for p in one.parameters():  # gains and biases too
+            p.add_(torch.randn_like(p), alpha=0.1)
+    two.load_state_dict(one.state_dict())
+    return one, two
+
+
+def text(*shape, seed=1):
+    return torch.randint(SMALL["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+def labels(model, B=2, T=16):
+    """Targets, some of which do not count."""
+    targets = text(B, T, model.config.n_labels, seed=2)
+    targets[0, 3:6, 0] = targets[1, -2:] = -1
+    return targets
+
+
+def learn(model, **how):
+    """(objective, nats, {name: gradient or None}, balance and other extras)."""
+    objective, nats = model(text(2, 16), labels(model), **how)
+    objective.backward()
+    return objective.detach(), nats, {name: p.grad for name, p in model.named_parameters()}, model.extras
+
+
+def close(got, want, atol=1e-5):
+    torch.testing.assert_close(got, want, atol=atol, rtol=1e-5)
+
+
+@contextmanager
+def watched():
+    """Collects the names of operations that are called."""
+    called = set()
+    with pytest.MonkeyPatch.context() as patch:
+        for module, names in OPERATIONS.items():
+            for name in names:
+                def spy(*given, name=name, operation=getattr(module, name), **how):
+                    called.add(name)
+                    return operation(*given, **how)
+                patch.setattr(module, name, spy)
+        yield called
+
+
+# --- Twins ---
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_losses_and_gradients(case):
+    settings, how, _ = CASES[case]
+    (objective, nats, gradients, extras), found = (learn(model, **how) for model in pair(**settings))
+    assert nats.abs().min() > 0.1 and sum(g is not None and g.abs().max() > 1e-3 for g in gradients.values()) > 3
+    close(found[0], objective)
+    close(found[1], nats)
+    assert found[1].dtype == torch.float32
+    for name, gradient in gradients.items():
+        close(found[2][name], gradient)
+    assert found[3].keys() == extras.keys()
+    for name in extras:
+        close(found[3][name], extras[name])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_calls_these_operations(case):
+    """A pass for training calls those of the table; with kernels "torch" the same pass calls none, and decodes so."""
+    settings, how, expected = CASES[case]
+    for model, wanted in zip(pair(**settings), (set(), expected)):
+        with watched() as called:
+            learn(model, **how)
+        assert called == wanted
+        assert all(module.triton == bool(wanted) for module in model.modules() if isinstance(module, Norm))
+    with watched() as called, torch.no_grad():
+        model = pair(**settings)[0].eval()
+        cache = model.new_cache(2, 16)
+        model(text(2, 5), cache=cache)
+        model(text(2, 1), cache=cache)
+    assert called == set()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("prefix later", "later")])
+@torch.no_grad()
+def test_same_logits_with_and_without_cache(case):
+    settings, how, _ = CASES[case]
+    one, two = (model.eval() for model in pair(**settings))
+    how, x = {name: how[name] for name in ("positions", "prefix", "window") if name in how}, text(2, 16)
+    if "positions" in how:
+        how["positions"] = RAGGED  # a cache of states takes rows padded on the left only
+    whole = one(x, **how)
+    assert whole.std() > 0.1
+    close(two(x, **how), whole)
+    cache, parts = two.new_cache(2, 16, how.pop("window", None)), []
+    for first, end in ((0, 9), (9, 10), (10, 11), (11, 16)):
+        given = {name: value[:, first:end] if name == "positions" else value for name, value in how.items()}
+        parts.append(two(x[:, first:end], cache=cache, **given))
+        how.pop("prefix", None)
+    real = how.get("positions", torch.arange(16).expand(2, 16)) >= 0
+    close(torch.cat(parts, 1)[real], whole[real])
+
+
+@pytest.mark.parametrize("mixer, positions", [("mingru", "rope"), ("mamba", "rope"), ("xl", "rope"),
+                                              ("xl", "relative"), ("compressive", "rope")])
+def test_same_over_segments(mixer, positions):
+    """Two segments of a stream; the second goes on from the memory of the first."""
+    found = []
+    for model in pair(mixer=mixer, positions=positions, memory_length=8, block_size=8, compressed_length=4,
+                      compression_rate=2):
+        memory = model.new_memory(2)
+        with watched() as called:
+            parts = [model(text(2, 8, seed=i), text(2, 8, 1, seed=9), memory=memory)[0] for i in range(3)]
+        sum(parts).backward()
+        found.append((parts, [p.grad for p in model.parameters()]))
+    for part, other in zip(*(parts for parts, _ in found)):
+        close(other, part)
+    for gradient, other in zip(*(gradients for _, gradients in found)):
+        close(other, gradient)
+    assert ("attend" in called) == ((mixer, positions) == ("xl", "rope"))  # keys of old are plain causal ones
+
+
+def test_dropout_is_drawn_as_before():
+    """Attention with dropout is PyTorch's, so both draw the same; in evaluation it is the kernel's again."""
+    found = []
+    for model in pair(dropout=0.3):
+        torch.manual_seed(5)
+        with watched() as called:
+            found.append(learn(model)[1])
+        assert "attend" not in called
+    close(*found)
+    with watched() as called:
+        model.eval()(text(2, 16))
+    assert "attend" in called
+
+
+def test_one_byte_and_what_does_not_go_by_kernel():
+    """by_kernel by itself, for arguments that a whole model does not come to."""
+    mixer = pair()[1].blocks[0].mixer
+    q, one, plain, causal = torch.zeros(1, 4, 8, 6), torch.zeros(1, 4, 1, 6), Positions(0, 8), Causal()
+    assert mixer.by_kernel(q, q, plain, None, causal) and mixer.by_kernel(q, q, plain, None, Causal(3))
+    assert not mixer.by_kernel(one, q, Positions(7, 1), None, causal)
+    assert not mixer.by_kernel(q, q, plain, None, EVERYTHING)
+    assert not mixer.by_kernel(q, q, TwoStreams((), 8, 5, 3), None, causal)
+    assert mixer.by_kernel(q, torch.zeros(1, 4, 8, 256), plain, None, causal)
+    assert not mixer.by_kernel(q, torch.zeros(1, 4, 8, 257), plain, None, causal)
+
+
+@pytest.mark.parametrize("mixer, expected", [("mingru", set()), ("mamba", set()), ("full", {"rotary"}),
+                                             ("diff", {"rotary"})])
+@torch.no_grad()
+def test_one_byte_passes_mixers_as_ever(mixer, expected):
+    model = pair(mixer=mixer)[1].eval()
+    cache = model.new_cache(2, 16)
+    model(text(2, 5), cache=cache)
+    with watched() as called:
+        model(text(2, 1), cache=cache)
+    assert called == {NORM, "gelu"} | expected
+
+
+def test_an_encoder_sees_everything():
+    config = TransformerConfig(**SMALL, kernels="triton")
+    torch.manual_seed(0)
+    two = Encoder(config).eval()
+    torch.manual_seed(0)
+    one = Encoder(TransformerConfig(**SMALL)).eval()
+    close(two(text(2, 16)), one(text(2, 16)))
+
+
+@pytest.mark.parametrize("settings", [dict(norm="rms", qk_norm=True, activation="swiglu", n_targets=2),
+                                      dict(mixer="mla", ff="moe"), dict(mixer="diff,mingru,mamba", n_layer=3)], ids=str)
+def test_autocast(settings):
+    """Under bfloat16 the types fit: both are a rounding away from float32."""
+    found = []
+    for model in pair(**settings):
+        with torch.autocast("cpu", torch.bfloat16):
+            objective, nats = model(text(2, 16), labels(model))
+            logits = model(text(2, 16))
+        objective.backward()
+        assert logits.dtype == nats.dtype == torch.float32
+        found.append((nats, model.embed.grad))
+    close(found[1][0], found[0][0], atol=0.05)
+    assert torch.nn.functional.cosine_similarity(*(g.flatten() for _, g in found), 0) > 0.98
+
+
+class Sizes(TorchDispatchMode):
+    """Notes the most elements of any result."""
+    most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            self.most = max(self.most, t.numel() if torch.is_tensor(t) else 0)
+        return out
+
+
+@pytest.mark.parametrize("heads", ["own", "shared"])
+def test_never_all_logits(heads):
+    for model, all_of_them in zip(pair(vocab_size=256, n_targets=2, target_heads=heads, ff="none"), (True, False)):
+        x, targets = text(16, 16), text(16, 16, 2, seed=2)
+        with Sizes() as sizes:
+            model(x, targets)[0].backward()
+        assert (sizes.most >= 256 * 2 * 256) == all_of_them and (all_of_them or sizes.most <= 256 * 2 * 256 // 4)
+
+
+def test_experts_do_not_wait_for_the_device(monkeypatch):
+    """On tensors without numbers, where reading one is an error; without the product: its twin reads the offsets."""
+    seen = []
+
+    def product(x, weight, offsets):
+        seen.append((x.shape, weight.shape, offsets.shape, offsets.dtype))
+        return x.new_empty(len(x), weight.size(1))
+    monkeypatch.setattr(kernels_scan, "grouped_linear", product)
+    monkeypatch.setattr(kernels, "gated", lambda kind, x, gated=kernels.gated: seen.append(x.shape) or gated(kind, x))
+    with FakeTensorMode():
+        ff = MixtureOfExperts(TransformerConfig(**SMALL, kernels="triton", ff="moe", activation="swiglu", n_expert=9,
+                                                n_shared_expert=1))
+        places = Positions(0, 5)
+        assert ff(torch.empty(3, 5, 24), places).shape == (3, 5, 24)
+        with pytest.raises(DynamicOutputShapeException):
+            torch.bincount(torch.zeros(3, dtype=torch.int64))
+    assert len(places.losses["balance"]) == 1 and places.usage[0][1].shape == (8,)
+    W = ff.width
+    assert seen == [((30, 24), (8, 2 * W, 24), (9,), torch.int64), (30, 2 * W),
+                    ((30, W), (8, 24, W), (9,), torch.int64), (15, 2 * W)]  # the last is the shared expert's
+
+
+def test_experts_report_the_same_loads():
+    loads = []
+    for model in pair(ff="moe", n_expert=16):
+        learn(model)
+        loads.append(model.usage)
+    assert loads[0].keys() == loads[1].keys() == {0, 1}
+    for layer in loads[0]:
+        assert torch.equal(loads[0][layer], loads[1][layer]) and loads[0][layer].sum() == 2 * 16 * 2
+
+
+# --- Kernels ---
+
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("settings", [
+    dict(activation="swiglu", n_targets=2, n_kv_head=1), dict(norm="rms", mixer="window", window=3, activation="relu2"),
+    dict(mixer="diff", target_heads="shared", n_targets=2, head_bias=True), dict(mixer="mingru", intermediate_losses=1),
+    dict(mixer="mamba", state_dim=4), dict(ff="moe", n_expert=4),
+], ids=str)
+def test_one_step_in_the_interpreter(settings, monkeypatch):
+    """Kernels against twins: weights after a step. While kernels run, no twin can."""
+    tiny = dict(vocab_size=17, n_layer=1 + ("intermediate_losses" in settings), n_head=2, n_embd=16, block_size=8,
+                init="xavier", positions="rope", kernels="triton", **settings)
+    x, padded = torch.randint(17, (2, 8)), torch.tensor([[-1, -1, *range(6)], [*range(8)]])
+    how = dict(positions=padded) if settings.get("mixer") in ("mingru", "mamba") else {}
+    found = []
+    for interpreted in (False, True):
+        torch.manual_seed(3)
+        model = build_model(TransformerConfig(**tiny))
+        targets = torch.randint(17, (2, 8, model.config.n_labels))
+        targets[1, 2] = -1
+        optimiser = torch.optim.SGD(model.parameters(), 0.5)
+        if interpreted:
+            monkeypatch.setattr(kernels, "exactly", None)  # all twins of kernels.py begin with it
+            monkeypatch.setattr(kernels_scan, "exactly", None)
+            monkeypatch.setattr(kernels_scan, "grouped_linear_reference", None)
+            monkeypatch.setattr(kernels_attention, "softmax_over", None)
+            with kernels.interpreted():
+                objective, nats = model(x, targets, **how)
+                objective.backward()
+        else:
+            objective, nats = model(x, targets, **how)
+            objective.backward()
+        optimiser.step()
+        found.append((nats, model.state_dict()))
+    close(found[1][0], found[0][0])
+    for name, p in found[0][1].items():
+        close(found[1][1][name], p)
+
+
+# --- The setting ---
+
+def test_default_path_does_not_import_triton():
+    """Nor kernels.py: they would be felt in every start."""
+    code = ("import sys, torch, model\n"
+            "m = model.build_model(model.TransformerConfig(n_layer=4, n_embd=32, n_head=2, block_size=8, ff='mlp,moe',"
+            " mixer='full,mingru,mamba,diff', positions='rope'))\n"
+            "m(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, 1, dtype=torch.int64))[0].backward()\n"
+            "sys.exit(any(name.startswith('kernels') for name in sys.modules))")
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+def test_words():
+    assert TransformerConfig().kernels == "torch"
+    with pytest.raises(ValueError, match="kernels is 'cuda', but can be torch, triton"):
+        TransformerConfig(kernels="cuda")
+
+
+@pytest.mark.parametrize("script", [train_enwik8, train_facts])
+def test_scripts_have_it_as_no_part_of_the_architecture(script):
+    assert script.kernels == "torch" and "kernels" not in script.architecture
+
+
+def test_one_process_only():
+    config = TransformerConfig(**SMALL, kernels="triton")
+    for shape in ((2, 1), (1, 2)):
+        with pytest.raises(UserError, match="kernels triton are tested in one process only: .*--kernels torch"):
+            parallel.Mesh(*shape).check(config)
+        parallel.Mesh(*shape).check(TransformerConfig(**SMALL))
+    parallel.Mesh(1, 1).check(config)
+
+
+def test_checkpoints_do_not_change():
+    one, two = pair(mixer="full,mamba", ff="moe,mlp", n_targets=2)
+    assert one.state_dict().keys() == two.state_dict().keys()
+    torch.manual_seed(7)
+    first = build_model(one.config)
+    torch.manual_seed(7)
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), build_model(two.config).parameters()))
