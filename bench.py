@@ -161,7 +161,8 @@ def row(kind, name, unit, amount, taken, note="", lower=False):
             theirs = figures(side)[0]
             ratio = spread([b / a for a, b in zip(taken["ours"], taken[side])])
             noted["beside"][side] = dict(theirs=theirs, ratio=ratio[0], quartiles=ratio[1:])
-            lines.append(f"{line if not lines else ' ' * len(line)} {side:<16} {number(theirs):>10} {ratio[0]:>6.2f}x   "
+            left = line if not lines else " " * len(line)
+            lines.append(f"{left} {side:<16} {number(theirs):>10} {ratio[0]:>6.2f}x   "
                          f"({ratio[1]:.2f} .. {ratio[2]:.2f})")
     lines = lines or [line]
     lines[0] += f"   {note}" if note else ""
@@ -355,15 +356,19 @@ def _peak(queue, side, values):
         our_training(our_model())()
     else:
         sides[side].training(sides[side].model())()
-    queue.put(peak_memory(where))
+    try:  # getrusage begins with what the parent held
+        status = Path("/proc/self/status").read_text() if where.type == "cpu" else ""
+    except OSError:
+        status = ""
+    queue.put(1024 * int(mine[1]) if (mine := re.search(r"VmHWM:\s+(\d+)", status)) else peak_memory(where))
 
 
 def compare_memory(peers):
     """Peak bytes of training, each side in a process of its own."""
     heading("peak memory of training" + (", imports included" if where.type == "cpu" else ""))
     context = multiprocessing.get_context("spawn")
-    names = ("peer", "device", "dtype", "kernels", "threads", "steps", "n_layer", "n_head", "n_embd", "block_size", "batch_size",
-             "vocab_size", "where")
+    names = ("peer", "device", "dtype", "kernels", "threads", "steps", "n_layer", "n_head", "n_embd", "block_size",
+             "batch_size", "vocab_size", "where")
     taken = {}
     for side in ("ours", *peers):
         queue = context.Queue()
@@ -419,13 +424,15 @@ def compare_optimisers():
 
     def ours(name, **how):
         model = fresh()
-        return optim.build(name, model.named_parameters(), parameter_roles(model), lr=1e-3, weight_decay=0.1, **how).step
+        return optim.build(name, model.named_parameters(), parameter_roles(model), lr=1e-3, weight_decay=0.1,
+                           **how).step
 
     def torchs(**how):
         return torch.optim.AdamW(fresh().parameters(), lr=1e-3, weight_decay=0.1, **how).step
     model = fresh()
     hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
-    many = {"adamw": {"torch": torchs(), "torch, fused": torchs(fused=True)}, "sgd": {}, "schedule_free": {}, "muon": {}}
+    many = {"adamw": {"torch": torchs(), "torch, fused": torchs(fused=True)}, "sgd": {}, "schedule_free": {},
+            "muon": {}}
     for name, beside in many.items():
         row("optimiser", name, "ms", 1e3, in_turns({"ours": ours(name), **beside}), lower=True)
     row("optimiser", "adamw, orthograd", "ms", 1e3, in_turns({"ours": ours("adamw", orthograd=True)}), lower=True)

@@ -441,8 +441,8 @@ class Attention(nn.Module):
             k, v, seen = cache.update(k, v, positions.index)
             q = q.to(k.dtype)
         y = self.attend(q, k, v, positions, seen, self.span(positions, cache))
-        y = y.transpose(1, 2) if T > 1 else y
-        return out(y.reshape(B, T, H * c.head_dim).to(x.dtype))  # (B, T, C)
+        y = (y.transpose(1, 2) if T > 1 else y).reshape(B, T, H * c.head_dim)
+        return out(y if cache is None else y.to(x.dtype))  # (B, T, C); a cache may be of another type
 
     def span(self, positions, cache=None):
         """Who sees whom in this layer."""
