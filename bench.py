@@ -73,6 +73,7 @@ n_embd = 128             # [>= 1] width
 block_size = 64          # [>= 1] context
 batch_size = 12          # [>= 1] windows per step
 vocab_size = 65          # [>= 2] nanoGPT's distinct characters; ours has always 256 bytes
+draws = "1,16"           # rows generated at once, several with commas
 eval_block_size = 512    # [>= 2] context of the evaluated model, which has rope
 # --- Loss: tinyshakespeare, the whole validation split ---
 loss_target = 1.88       # nats a byte
@@ -382,7 +383,7 @@ def compare_memory(peers):
 def compare_generation(peers):
     """Tokens per second of drawing a whole block from one token, with the cache and without."""
     heading(f"generation, block {block_size}, from one token to a full block")
-    for n in (1, 16):
+    for n in map(int, draws.split(",")):
         model = our_model().for_inference()
         sides = {"ours": our_sampling(model, n),
                  **{name: side.sampling(side.model(), n) for name, side in peers.items()}}
@@ -638,6 +639,21 @@ def kernel_cases():
                (gate.float(), torch.rand(B, T, C, device=where) * 0.1, -torch.rand(C, state, device=where),
                 random(B, T, state).float(), random(B, T, state).float(), random(C).float(),
                 torch.zeros(B, C, state, device=where)), 0, 8 * N * C * 4)
+    yield Case("attend_space", kernels_attention.attend_space, kernels_attention.attend_space_reference, space,
+               14 * N * 64 * C, 0)
+    key = random(B, 1, 8 * T, D)
+    yield Case(f"attend_one, {8 * T:,} keys", lambda q, k: kernels_attention.attend_one(*map(torch.detach, (q, k, k))),
+               lambda q, k: kernels_attention.attend_one_reference(*map(torch.detach, (q, k, k))),
+               (random(B, H, 1, D), key), 0, 2 * key.numel() * e)
+    yield Case(f"attend_latent, {8 * T:,} keys",
+               lambda q, k: kernels_attention.attend_latent(q.detach(), k.detach(), D // 2, 1.0),
+               lambda q, k: kernels_attention.attend_latent_reference(q.detach(), k.detach(), D // 2, 1.0),
+               (random(B, H, 1, D), key), 0, key.numel() * e)
+    logits, noise = random(N, K), random(N, K)
+    yield Case("gumbel_softmax", lambda x: kernels_codes.gumbel_softmax(x, noise, 1.0, True)[0],
+               lambda x: kernels_codes.gumbel_softmax_reference(x, noise, 1.0, True)[0], (logits,), 0, 7 * N * K * e)
+    yield Case("reinmax", lambda x: kernels_codes.reinmax(x, noise)[0],
+               lambda x: kernels_codes.reinmax_reference(x, noise)[0], (logits,), 0, 6 * N * K * e)
     yield Case(f"nearest_code, {K:,} codes", lambda x, c: kernels_codes.nearest_code(x.detach(), c.detach())[1],
                lambda x, c: kernels_codes.nearest_code_reference(x.detach(), c.detach())[1], (x, random(K, C)),
                2 * N * K * C, 0)
@@ -664,7 +680,7 @@ def compare_kernels():
             def run():
                 out = op(*inputs)
                 if out.requires_grad:
-                    out.sum().backward()
+                    (out * out).sum().backward()  # not a sum: a softmax's gradient would be zeros
             return run
         sides = {"ours": both(case.op), "eager": both(case.twin)}
         torch._dynamo.reset()
@@ -678,6 +694,19 @@ def compare_kernels():
         else:
             note = f"{case.bytes / best / bandwidth:.0%} of bandwidth"
         row("kernels", case.name, "ms", 1e3, taken, note, lower=True)
+    from kernels_optim import Tables, adamw_step, adamw_step_reference
+    how = dict(lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+
+    def stepping(step, **more):
+        tensors = [torch.randn_like(p) for p in our_model().parameters()]
+        state = (tensors, [t * 0.01 for t in tensors], *([torch.zeros_like(t) for t in tensors] for _ in range(2)))
+        return lambda: step(*state, 1, **how, **more)
+    sides = {"ours": stepping(adamw_step, tables=Tables()), "eager": stepping(adamw_step_reference)}
+    params = [torch.nn.Parameter(torch.randn_like(p)) for p in our_model().parameters()]
+    for p in params:
+        p.grad = p.detach() * 0.01
+    sides["torch, fused"] = torch.optim.AdamW(params, lr=1e-3, fused=True).step
+    row("kernels", "adamw_step", "ms", 1e3, in_turns(sides, min(rounds, 7)), lower=True)
 
 
 @torch.inference_mode()
@@ -818,6 +847,8 @@ def main():
     kinds = what.split(",")
     if not set(kinds) <= set(KINDS):
         raise UserError(f"--what {what}: {', '.join(KINDS)}, or several with commas")
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", draws):
+        raise UserError(f"--draws {draws}: numbers of rows from 1 on, with commas")
     if clock == "cpu" and threads != 1:
         raise UserError("--clock cpu counts the time of all threads: it needs --threads 1")
     if threads:

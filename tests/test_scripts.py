@@ -238,6 +238,9 @@ MISTAKES = {
     "sample.py FIRST --top_p 1.5": ["top_p"],
     "bench.py --what nothing": ["what"],
     "bench.py --peer nowhere": ["nowhere"],
+    "bench.py --peer nanogpt=no/where": ["no/where", "model.py"],
+    "bench.py --clock cpu": ["threads"],
+    "bench.py --draws 1,x": ["1,x"],
 }
 
 
