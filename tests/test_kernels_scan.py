@@ -164,7 +164,7 @@ def test_padding_changes_no_state_of_min_gru(device):
 
 
 def test_min_gru_is_the_mixers():
-    mixer = recurrent.MinGRU(SimpleNamespace(expand=2, n_embd=6, bias=True)).double()
+    mixer = recurrent.MinGRU(SimpleNamespace(expand=2, n_embd=6, bias=True, kernels="torch")).double()
     for p in mixer.parameters():
         torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(p.numel()))
     x, h = draw((2, 7, 6), (2, 12), dtype=torch.float64)
