@@ -195,7 +195,7 @@ def answer_help(name, path, positional=None):
         return
     with tokenize.open(path) as file:
         tree = ast.parse(file.read())
-    g = {"__doc__": ast.get_docstring(tree), "__file__": path}
+    g = {"__doc__": ast.get_docstring(tree, clean=False), "__file__": path}
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("presets", "aliases"):
             try:

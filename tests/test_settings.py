@@ -1,4 +1,5 @@
 """Settings: every accepted and every refused form of the command line, presets, -h, and what a resume adopts."""
+import os
 import runpy
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import flags
 from experiment import Settings, UserError, adopt, override
 
 SOURCE = '''"""A script for tests.
@@ -260,6 +262,34 @@ def test_help(g, capsys):
                  "--dropout 0.1", "[>= 0, < 1] probability", "--betas 0.9,0.95", "--resume false"):
         assert text in out
     assert out.index("\nRun\n") < out.index("--compile") < out.index("\nModel\n") < out.index("--n_layer")
+
+
+def test_help_before_anything_is_imported(g, capsys, monkeypatch):
+    """From the source alone, word for word what override says; presets that are computed are left to override."""
+    path = g["__file__"]
+    monkeypatch.setattr(sys, "argv", [path, "--lr", "1", "--help"])
+    with pytest.raises(SystemExit):
+        override(g, ["-h"])
+    said = capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        flags.answer_help("__main__", path)
+    assert caught.value.code == 0 and capsys.readouterr().out == said
+    flags.answer_help("script", path)  # imported, not run
+    monkeypatch.setattr(sys, "argv", [path, "--lr", "1"])
+    flags.answer_help("__main__", path)  # not asked
+    monkeypatch.setattr(sys, "argv", [path, "-h"])
+    Path(path).write_text(Path(path).read_text().replace("n_layer=48", "n_layer=16 * LIMIT"))
+    flags.answer_help("__main__", path)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("script", ["train_enwik8", "train_mult", "train_dvae", "train_worldmodel", "train_facts"])
+def test_help_of_the_scripts_needs_no_torch(tmp_path, script):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')\n")
+    root = Path(flags.__file__).parent
+    done = subprocess.run([sys.executable, root / f"{script}.py", "-h"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
+    assert done.returncode == 0 and "--preset" in done.stdout and not done.stderr
 
 
 def as_typed(g, line):
