@@ -1,0 +1,129 @@
+"""bench.py: what a row says, the order of turns, peers that are there, missing or wrong, and a table as JSON."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import bench  # noqa: E402
+from experiment import UserError  # noqa: E402
+from test_scripts import fresh, shell  # noqa: E402
+
+PEER = '''
+import torch
+from dataclasses import dataclass
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        print("number of parameters")  # as nanoGPT does: it must not get into the table
+        self.table = torch.nn.Embedding(config.vocab_size, config.vocab_size)
+
+    def configure_optimizers(self, weight_decay, lr, betas, device):
+        print("fused")
+        return torch.optim.SGD(self.parameters(), lr)
+
+    def forward(self, x, y):
+        logits = self.table(x)
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+    def generate(self, x, n, temperature, top_k):
+        for _ in range(n):
+            x = torch.cat((x, self.table(x[:, -1]).argmax(-1, keepdim=True)), 1)
+'''
+
+
+@pytest.fixture
+def peer(tmp_path):
+    (tmp_path / "model.py").write_text(PEER)
+    return tmp_path
+
+
+def test_a_ratio_above_1_says_that_ours_is_better(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "found", [])
+    taken = {"ours": [1.0, 2.0, 4.0], "theirs": [3.0, 4.0, 4.0]}
+    bench.row("x", "rate", "tokens/s", 100, taken)
+    bench.row("x", "cost", "ms", 1e3, taken, lower=True)
+    rate, cost = bench.found
+    assert rate["ours"] == 50 and rate["beside"]["theirs"]["theirs"] == 25
+    assert cost["ours"] == 2000 and cost["beside"]["theirs"]["theirs"] == 4000
+    for noted in bench.found:  # of the rounds' ratios 3, 2, 1: not of the medians
+        assert noted["beside"]["theirs"]["ratio"] == 2 and noted["beside"]["theirs"]["quartiles"] == (1, 3)
+    assert rate["quartiles"] == (25, 100) and capsys.readouterr().out.count("2.00x   (1.00 .. 3.00)") == 2
+
+
+def test_sides_take_turns_and_the_first_run_does_not_count(monkeypatch):
+    order = []
+    sides = {name: lambda name=name: order.append(name) for name in "abc"}
+    monkeypatch.setattr(bench, "rounds", 4)
+    taken = bench.in_turns(sides)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"
+    assert {name: len(values) for name, values in taken.items()} == dict.fromkeys("abc", 4)
+    assert [len(values) for values in bench.in_turns(sides, 2).values()] == [2, 2, 2]
+
+
+def test_one_value_has_no_spread():
+    assert bench.spread([3.0]) == (3.0, 3.0, 3.0)
+
+
+def test_peers(peer, monkeypatch):
+    assert list(bench.load_peers(f"nanogpt={peer}")) == ["nanoGPT"] and bench.load_peers(None) == {}
+    for words in ("nanogpt", "gpt=x", f"nanogpt={peer}/no", f"nanogpt={peer},other"):
+        with pytest.raises(UserError, match="--peer"):
+            bench.load_peers(words)
+    monkeypatch.setitem(sys.modules, "x_transformers", None)
+    with pytest.raises(UserError, match="pip install x-transformers"):
+        bench.load_peers("x-transformers")
+
+
+def test_our_sides_train_and_generate():
+    torch.manual_seed(0)
+    g = fresh("bench.py")
+    g.update(n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=2, steps=3)
+    model = g["our_model"]()
+    before = [p.detach().clone() for p in model.parameters()]
+    g["our_training"](model)()
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before))
+    g["our_sampling"](model.for_inference(), 2)()
+
+
+def test_every_operation_of_a_case_is_its_twin():
+    """What is timed beside one another computes the same."""
+    torch.manual_seed(0)
+    names = []
+    for case in bench.kernel_cases():
+        if case.name == "selective_scan":  # a second long; its own tests compare it
+            continue
+        names.append(case.name)
+        with torch.no_grad():
+            torch.testing.assert_close(case.op(*case.inputs), case.twin(*case.inputs), rtol=1e-3, atol=1e-3)
+        assert (case.flops > 0) != (case.bytes > 0)
+    assert len(names) == len(set(names)) >= 18
+
+
+def test_the_table_as_json(peer, tmp_path):
+    size = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 8 --batch_size 2 --steps 2 --eval_block_size 16".split()
+    done = shell(tmp_path, "bench.py", "--peer", f"nanogpt={peer}", "--rounds", 2, "--threads", 1, "--draws", "1,2",
+                 "--json", "table.json", *size)
+    assert done.returncode == 0, done.stderr
+    table = json.loads((tmp_path / "table.json").read_text())
+    rows = {(row["kind"], row["name"]): row for row in table["rows"]}
+    assert {kind for kind, _ in rows} == {"train", "memory", "generate", "evaluate", "optimiser"}
+    assert rows["train", "training"]["beside"]["nanoGPT"]["ratio"] > 0
+    assert rows["generate", "batch 2, cache"]["ours"] > 0 and "of peak" in rows["train", "training"]["note"]
+    assert rows["evaluate", "cache"]["beside"]["stride:1"]["ratio"] > 0
+    assert 50 < rows["memory", "training"]["ours"] < 5000  # megabytes
+    assert "number of parameters" not in done.stdout and done.stdout.count("nanoGPT") == 4
