@@ -5,7 +5,8 @@ the kernel is tested against; the Triton kernels; an autograd.Function around th
 way for CUDA tensors and the twin for all others. Attention is in kernels_attention.py, recurrences and experts in
 kernels_scan.py, codes in kernels_codes.py, optimiser steps in kernels_optim.py.
 
-No kernel here has been timed on a GPU yet, so none is in a model's default path: see "Kernels" in the README.
+No kernel here has been timed on a GPU yet, so none is in a model's default path: TransformerConfig.kernels "triton"
+takes them. See "Kernels" in the README.
 Without Triton (macOS, Windows) every operation is its twin. Under TRITON_INTERPRET=1 kernels run in Triton's
 interpreter on CPU tensors, inside `interpreted()`: that is how tests/ compare them with their twins.
 """

@@ -402,7 +402,7 @@ class SpatioTemporal(nn.Module):
         of which sees itself and the true frames before it (TwoStreams): what generation with a cache sees, for many
         frames at once.
         """
-        c, (B, T, N, C) = self.config, x.shape
+        c, (T, N, C) = self.config, x.shape[1:]
         start = 0 if cache is None else cache.length
         if (N, C) != tuple(self.place_position.shape):
             raise ValueError(f"frames are {(N, C)}, but the model's (N, C) is {tuple(self.place_position.shape)}")

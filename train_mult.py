@@ -485,7 +485,7 @@ def report(found, notation, title):
               f"{'':12}{share:7.1%}")
     if not failed.any():
         return
-    print(f"  wrong answers by how many digits are wrong: " + ", ".join(
+    print("  wrong answers by how many digits are wrong: " + ", ".join(
         f"{n}: {count:,}" for n, count in enumerate(wrong[failed].sum(1).bincount().tolist()) if count))
     pairs = found["targets"][wrong & (places >= 0)], found["predicted"][wrong & (places >= 0)]
     table = (pairs[0] * len(SYMBOLS) + pairs[1]).bincount(minlength=10 * len(SYMBOLS)).view(10, -1)

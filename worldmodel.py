@@ -464,7 +464,7 @@ class CausalDynamics(nn.Module):
 
     def new_cache(self, batch_size, max_length, window=None):
         """An empty cache of max_length frames, or of a sliding window of them."""
-        c, n, p = self.config, self.n_tokens + 1, self.embed
+        n, p = self.n_tokens + 1, self.embed
         window = None if window is None else window * n
         return Cache((block.mixer.new_cache(batch_size, max_length * n, window, p.device, p.dtype)
                       for block in self.blocks), window)

@@ -76,7 +76,8 @@ def open_text(settings, tokenizer=None):
     """The Tokenized that settings name: `dataset` (as text.load takes it, "smollm:SUBSET", or a path, folder or glob of
     .parquet, .jsonl, .jsonl.gz), `tokenizer` (as tokens.open_or_train takes it), `max_bytes` (not of shards).
 
-    tokenizer: in place of theirs, as where a model scores another text than it was trained on. Raises UserError as these do; max_bytes with shards.
+    tokenizer: in place of theirs, as where a model scores another text than it was trained on. Raises UserError as
+    these do, and for max_bytes with shards.
     """
     dataset, limit = settings["dataset"], settings["max_bytes"]
     if not of_shards(dataset):

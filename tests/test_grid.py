@@ -3,7 +3,6 @@
 Most grids here run a script of a few lines that makes up its figures, in processes of their own as always.
 """
 import json
-import os
 import signal
 import statistics
 import subprocess

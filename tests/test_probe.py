@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import Transformer, TransformerConfig, build_model
+from model import TransformerConfig, build_model
 from probe import Probe, draw_training, last_states, layers_that_know, linear_probe, record
 
 PLACES = ["embed", "blocks.0", "blocks.0.mixer", "blocks.1.ff", "blocks.1", "norm"]
