@@ -36,9 +36,10 @@ def softmax_over(q, k, v, seen, scale):
     """
     exact = torch.promote_types(q.dtype, torch.float32)
     k, v = (t.to(exact).repeat_interleave(q.size(-3) // t.size(-3), -3) for t in (k, v))  # (..., H, S, D)
-    scores = q.to(exact) @ k.transpose(-1, -2) * scale  # (..., H, T, S)
-    p = scores.masked_fill(~seen, torch.finfo(exact).min).softmax(-1) * seen  # not -inf: a row of it would be NaN
-    return (p @ v).to(q.dtype)
+    with torch.autocast(q.device.type, enabled=False):  # it would round the products
+        scores = q.to(exact) @ k.transpose(-1, -2) * scale  # (..., H, T, S)
+        p = scores.masked_fill(~seen, torch.finfo(exact).min).softmax(-1) * seen  # not -inf: a row of it would be NaN
+        return (p @ v).to(q.dtype)
 
 
 def who_sees_whom(T, S, causal=True, window=None, prefix=None, lengths=None, places=None, device=None):

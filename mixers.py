@@ -463,8 +463,7 @@ class Attention(nn.Module):
         """
         if bias is None and self.by_kernel(q, v, positions, seen, span):
             from kernels_attention import attend
-            with torch.autocast(q.device.type, enabled=False):  # the twin works in float32
-                return attend(q.to(v.dtype), k.to(v.dtype), v, window=span.window, prefix=positions.prefix, scale=scale)
+            return attend(q.to(v.dtype), k.to(v.dtype), v, window=span.window, prefix=positions.prefix, scale=scale)
         slopes = self.slopes if slopes is None else slopes
         T, S, reach = q.size(2), k.size(2), span.reach
         if reach is not None and seen is None:
@@ -722,9 +721,8 @@ class Differential(Attention):
                     - torch.exp((self.lambda_q2 * self.lambda_k2).sum()) + self.lambda_init)
         if self.by_kernel(q, v, positions, seen, span):
             from kernels_attention import attend_differential
-            with torch.autocast(q.device.type, enabled=False):
-                y = attend_differential(q.to(v.dtype), k.to(v.dtype), v, strength, window=span.window,
-                                        prefix=positions.prefix)  # (B, H/2, T, 2 D)
+            y = attend_differential(q.to(v.dtype), k.to(v.dtype), v, strength, window=span.window,
+                                    prefix=positions.prefix)  # (B, H/2, T, 2 D)
         else:
             slopes = None if self.slopes is None else self.slopes[1::2]
             one, two = (super(Differential, self).attend(q[:, i::2], k[:, i::2], v, positions, seen, span,

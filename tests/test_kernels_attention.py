@@ -526,3 +526,11 @@ def test_the_others_on_a_gpu():
     for found, want in pairs:
         for mine, other in zip(found, want, strict=True):
             torch.testing.assert_close(mine, other, rtol=0, atol=2e-5 * max(1.0, float(other.abs().max())))
+
+
+def test_the_twin_under_autocast_is_exact():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        under = ka.attend_reference(q, k, v)
+    assert torch.equal(under, ka.attend_reference(q, k, v)) and under.dtype == torch.float32
