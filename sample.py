@@ -99,8 +99,18 @@ def draw(logits, generator, temperature=1.0, top_k=None, top_p=None, min_p=None,
     p = filter_logits(logits, temperature, top_k, top_p, min_p, typical_p).softmax(-1)
     u = torch.rand(p.size(0), 1, generator=generator, device=generator.device if generator else None).to(p.device)
     reached = p.cumsum(-1)
-    # p > 0: a GPU's cumulated sums may fall by a rounding error where nothing is added.
-    return ((reached > u * reached[:, -1:]) & (p > 0)).byte().argmax(-1)                 # the first one
+    level = u * reached[:, -1:]
+    if p.device.type != "cpu":
+        return first_past(reached, level, p)
+    return torch.searchsorted(reached, level, right=True)[:, 0].clamp_(max=p.size(1) - 1)
+
+
+def first_past(reached, level, p):
+    """The first byte (B,) int64 that can be drawn, of p (B, V) above 0, and whose sum (B, V) is past the level (B, 1).
+
+    What searchsorted says on a CPU. A GPU's sums may move by a rounding error where nothing is added.
+    """
+    return ((reached > level) & (p > 0)).byte().argmax(-1)
 
 
 @torch.inference_mode()

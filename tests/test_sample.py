@@ -8,7 +8,7 @@ import torch
 
 import sample
 from model import Attention, Transformer, TransformerConfig
-from sample import draw, filter_logits, generate
+from sample import draw, filter_logits, first_past, generate
 
 T = 8
 SCHEMES = ("learned", "learned_per_layer", "rope", "none")
@@ -169,11 +169,19 @@ def test_extreme_uniform_numbers_draw_bytes_that_may_be_drawn(monkeypatch):
         assert draw(logits, None).item() == byte
 
 
-def test_a_sum_that_falls_by_rounding_draws_no_filtered_byte(monkeypatch):
-    """Cumulated sums on a GPU need not be monotone."""
-    monkeypatch.setattr(torch.Tensor, "cumsum", lambda *_: torch.tensor([[0.5, 0.51, 1.0]]))
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([[0.505]]))
-    assert draw(torch.tensor([[0.0, -math.inf, 0.0]]), None).item() == 2
+def test_a_sum_that_moves_by_rounding_draws_no_filtered_byte():
+    """Cumulated sums on a GPU need not stay where nothing is added."""
+    level, p = torch.tensor([[0.505]]), torch.tensor([[0.5, 0.0, 0.5]])
+    assert first_past(torch.tensor([[0.5, 0.51, 1.0]]), level, p).item() == 2
+
+
+def test_a_cpu_finds_the_same_byte_as_a_gpu_would(monkeypatch):
+    logits, u = torch.randn(4000, 50, generator=torch.Generator().manual_seed(1)) * 4, torch.rand(4000, 1)
+    u[:3] = torch.tensor([[0.0], [1 - 2.0 ** -24], [0.5]])
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: u)
+    p = filter_logits(logits, top_k=7).softmax(-1)
+    sums = p.cumsum(-1)
+    assert torch.equal(draw(logits, None, top_k=7), first_past(sums, u * sums[:, -1:], p))
 
 
 def test_a_sum_short_of_one_still_draws_the_last_byte(monkeypatch):
