@@ -19,7 +19,7 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels import by_triton, dot, jit, tl, triton
+from kernels import by_triton, dot, jit, power_of_2, tl, triton
 
 LOG2_E = math.log2(math.e)
 WIDEST, WIDEST_RANK = 256, 512  # head sizes, and the latent's
@@ -121,7 +121,7 @@ def limit_of(x):
 
 def padded(n):
     """The power of two that a tile takes for n columns; a product needs 16 at least."""
-    return max(16, 1 << (n - 1).bit_length())
+    return max(16, power_of_2(n))
 
 
 def blocks(kind, D, Dv, itemsize, limit):

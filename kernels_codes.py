@@ -10,19 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels import by_triton, dot, jit, tl, triton
+from kernels import by_triton, dot, exactly, jit, power_of_2, tl, triton
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what kernels read; float64 is left to the twins
-
-
-def _wide(x):
-    """x in the precision of statistics: float64 where it is that, else float32."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _power(n):
-    """The least power of two that is not below n >= 1."""
-    return 1 << (n - 1).bit_length()
 
 
 # --- The nearest code ---
@@ -64,7 +54,7 @@ def _nearest(x, codes, squares, index, distance, N, K, C: tl.constexpr, MIXED: t
 
 def _tile(C, dtype):
     """(ROWS, CODES, WIDTH), num_warps: 16-bit products fill tensor cores, float32 ones are unrolled over WIDTH."""
-    width = max(16, _power(max(1, C)))
+    width = max(16, power_of_2(max(1, C)))
     return ((64, 64, min(width, 32)), 8) if dtype == torch.float32 else ((64, 64, min(width, 64)), 4)
 
 
@@ -72,7 +62,7 @@ def _tile(C, dtype):
 def nearest_code_reference(x, codes):
     """The twin of `nearest_code`; it makes the (N, K) table of distances. float64 stays float64."""
     _check_codes(x, codes)
-    x, codes = _wide(x), _wide(codes)
+    x, codes = exactly(x), exactly(codes)
     score = codes.square().sum(1) - 2 * (x @ codes.T)  # (N, K)
     index = score.argmin(1)
     least = score.gather(1, index[:, None])[:, 0]
@@ -157,7 +147,7 @@ def _one_hot(k, code, top, total):
 
 def _rows(K):
     """(ROWS, BLOCK), num_warps: tiles of 1024 values, several rows where these are short; longer ones in several."""
-    block = min(max(16, _power(K)), 1024)
+    block = min(max(16, power_of_2(K)), 1024)
     return (1024 // block, block), 4
 
 
@@ -259,7 +249,7 @@ class _GumbelSoftmax(torch.autograd.Function):
 def gumbel_softmax_reference(logits, noise, temperature, hard):
     """The twin of `gumbel_softmax`."""
     _check_choice(logits, noise)
-    noisy = _wide(logits) if noise is None else _wide(logits) + _wide(noise.detach())
+    noisy = exactly(logits) if noise is None else exactly(logits) + exactly(noise.detach())
     codes = noisy.argmax(-1)
     y = torch.softmax(noisy / temperature, -1)
     if hard:
@@ -377,8 +367,8 @@ class _ReinMax(torch.autograd.Function):
 def reinmax_reference(logits, noise, temperature=1.0):
     """The twin of `reinmax`."""
     _check_choice(logits, noise)
-    wide = _wide(logits)
-    codes = (wide if noise is None else wide + _wide(noise.detach())).argmax(-1)
+    wide = exactly(logits)
+    codes = (wide if noise is None else wide + exactly(noise.detach())).argmax(-1)
     one_hot = F.one_hot(codes, wide.shape[-1]).to(wide.dtype)
     p0 = torch.softmax(wide, -1)
     p1 = (one_hot + torch.softmax(wide / temperature, -1)) / 2
