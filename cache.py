@@ -98,14 +98,14 @@ class KVCache:
                 return self._update_long(k, v, positions, keep)
             self._retain(keep)
         start, end = self._filled, self._filled + T
-        self.k[:, :, start:end] = k
-        self.v[:, :, start:end] = v
+        self.k.narrow(2, start, T).copy_(k)
+        self.v.narrow(2, start, T).copy_(v)
         if positions is not None:
             self.positions[:, start:end] = positions
         self._filled = end
         first = 0 if self.window is None else max(0, end - (self.window - 1 + T))
         seen = None if self.positions is None else self.positions[:, first:end]
-        return self.k[:, :, first:end], self.v[:, :, first:end], seen
+        return self.k.narrow(2, first, end - first), self.v.narrow(2, first, end - first), seen
 
     def reset(self):
         """Forgets everything; the storage stays."""

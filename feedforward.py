@@ -14,10 +14,15 @@ GLU = ("glu", "bilinear", "reglu", "geglu", "swiglu")  # act(a) b of two halves 
 
 def gelu(x):
     """x Phi(x), exact (Hendrycks & Gimpel 2016)."""
-    if x.requires_grad or x.device.type != "cpu" or x.numel() > 65536:
+    small = x.device.type == "cpu" and x.numel() <= 16384 and not x.requires_grad
+    if not small or torch.compiler.is_compiling():
         return F.gelu(x)
-    h = 0.5 * x  # one decoded byte: the call into oneDNN costs more than these four small ones
-    return torch.addcmul(h, h, torch.erf(x * 0.5 ** 0.5))
+    usual = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False  # for one decoded byte the way into oneDNN takes six times as long
+    try:
+        return F.gelu(x)
+    finally:
+        torch.backends.mkldnn.enabled = usual
 
 
 GATES = {"glu": torch.sigmoid, "bilinear": lambda a: a, "reglu": F.relu, "geglu": gelu, "swiglu": F.silu}

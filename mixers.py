@@ -439,10 +439,11 @@ class Attention(nn.Module):
         seen = positions.index
         if cache is not None:
             k, v, seen = cache.update(k, v, positions.index)
-            q = q.to(k.dtype)
+            if q.dtype != k.dtype:
+                q = q.to(k.dtype)
         y = self.attend(q, k, v, positions, seen, self.span(positions, cache))
         y = (y.transpose(1, 2) if T > 1 else y).reshape(B, T, H * c.head_dim)
-        return out(y if cache is None else y.to(x.dtype))  # (B, T, C); a cache may be of another type
+        return out(y if cache is None or y.dtype == x.dtype else y.to(x.dtype))  # (B, T, C); a cache may be of another type
 
     def span(self, positions, cache=None):
         """Who sees whom in this layer."""

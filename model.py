@@ -7,6 +7,7 @@ A setting that cannot be is a ValueError with one sentence.
 import math
 import re
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 import torch.nn as nn
@@ -557,7 +558,7 @@ class Transformer(nn.Module):
             look_up_ropes(places, self.ropes, max(end, 1))
         return places
 
-    @property
+    @cached_property
     def ordered(self):
         """Whether some layer needs each row's positions in order: a window, a memory or a state forgets by age."""
         return any(kind in CARRY or kind == "window" for kind in self.config.mixers)

@@ -17,8 +17,9 @@ flags.answer_help(__name__, __file__, "checkpoint")  # before the seconds that t
 import codecs
 import math
 import sys
+from bisect import bisect_right
 from contextlib import ExitStack
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import NamedTuple
 
 import torch
@@ -96,13 +97,40 @@ def draw(logits, generator, temperature=1.0, top_k=None, top_p=None, min_p=None,
     """
     if temperature == 0:
         return logits.argmax(-1)
+    u = torch.rand(logits.size(0), 1, generator=generator, device=generator.device if generator else None)
+    if logits.size(0) == 1 and logits.device.type == "cpu" and not (top_p or min_p or typical_p):
+        token = draw_of_few(logits[0], u.item(), temperature, top_k)
+        if token is not None:
+            return torch.tensor([token])
     p = filter_logits(logits, temperature, top_k, top_p, min_p, typical_p).softmax(-1)
-    u = torch.rand(p.size(0), 1, generator=generator, device=generator.device if generator else None).to(p.device)
     reached = p.cumsum(-1)
-    level = u * reached[:, -1:]
+    level = u.to(p.device) * reached[:, -1:]
     if p.device.type != "cpu":
         return first_past(reached, level, p)
     return torch.searchsorted(reached, level, right=True)[:, 0].clamp_(max=p.size(1) - 1)
+
+
+def draw_of_few(logits, u, temperature, top_k, few=256):
+    """The byte that `draw` takes at the uniform number u, an int, from logits (V,) on the CPU; None where more than
+    `few` may be drawn, or equal ones stand at the edge of top_k.
+
+    Python's own numbers: a dozen operations on a tensor of 256 cost a lone row more than this loop.
+    """
+    V = logits.numel()
+    k = V if top_k is None else min(top_k, V)
+    if k > few:
+        return None
+    if k == V:
+        kept = list(enumerate(logits.tolist()))                  # (byte, logit), in the order of bytes
+        best = max(logit for _, logit in kept)
+    else:
+        values, order = (t.tolist() for t in logits.topk(k + 1))
+        if values[k - 1] == values[k]:
+            return None
+        best, kept = values[0], sorted(zip(order[:k], values))
+    scale = 1 / max(temperature, 1e-30)
+    reached = list(accumulate(math.exp((logit - best) * scale) for _, logit in kept))
+    return kept[min(bisect_right(reached, u * reached[-1]), k - 1)][0]
 
 
 def first_past(reached, level, p):

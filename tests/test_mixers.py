@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import optim
+from feedforward import gelu
 from mixers import Positions, turn
 from model import (FEED_FORWARDS, GLU, Transformer, TransformerConfig, equal_ff_mult, fused_rows,
                    parameter_roles)
@@ -140,6 +141,17 @@ def test_low_rank():
     ff, x = feed_forward("low_rank", ff_rank=5), draw(2, 3, 32)
     torch.testing.assert_close(ff(x), ff.down(ff.join(F.gelu(ff.up(ff.into(x))))))
     assert sum(p.numel() for name, p in ff.named_parameters() if "weight" in name) == 2 * 5 * (32 + 128)
+
+
+@pytest.mark.parametrize("n", [1, 512, 16384, 16385])
+@pytest.mark.parametrize("usual", [True, False])
+def test_gelu_of_any_size_leaves_onednn_as_it_was(n, usual, monkeypatch):
+    x = draw(n, 1)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", usual)
+    torch.testing.assert_close(gelu(x), x * 0.5 * (1 + torch.erf(x / 2 ** 0.5)))
+    with pytest.raises(RuntimeError):
+        gelu(x.long())
+    assert torch.backends.mkldnn.enabled == usual
 
 
 @pytest.mark.parametrize("shared", [0, 2])

@@ -8,7 +8,7 @@ import torch
 
 import sample
 from model import Attention, Transformer, TransformerConfig
-from sample import draw, filter_logits, first_past, generate
+from sample import draw, draw_of_few, filter_logits, first_past, generate
 
 T = 8
 SCHEMES = ("learned", "learned_per_layer", "rope", "none")
@@ -185,9 +185,35 @@ def test_a_cpu_finds_the_same_byte_as_a_gpu_would(monkeypatch):
 
 
 def test_a_sum_short_of_one_still_draws_the_last_byte(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "cumsum", lambda *_: torch.tensor([[0.4, 0.6, 0.99]]))
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([[0.995]]))
-    assert draw(torch.zeros(1, 3), None).item() == 2
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda *_: torch.tensor([[0.4, 0.6, 0.99]] * 2))
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([[0.995]] * 2))
+    assert draw(torch.zeros(2, 3), None).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("how", [{}, dict(temperature=0.7), dict(top_k=1), dict(top_k=7, temperature=1.5),
+                                 dict(top_k=49), dict(top_k=50), dict(top_k=51)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_lone_row_draws_what_it_draws_among_others(how, ties, monkeypatch):
+    logits = torch.randn(600, 50, generator=torch.Generator().manual_seed(1)) * 4
+    logits[:, ::9] = -math.inf
+    if ties:
+        logits = logits.round()
+    u = torch.rand(600, 1, generator=torch.Generator().manual_seed(2))
+    u[0] = 0
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: u)
+    together = draw(logits, None, **how).tolist()
+    alone = []
+    for row, number in zip(logits, u):
+        monkeypatch.setattr(torch, "rand", lambda *_, number=number, **__: number[None])
+        alone.append(draw(row[None], None, **how).item())
+    assert alone == together
+
+
+def test_a_lone_row_of_many_or_with_ties_at_the_edge_is_left_to_tensors():
+    logits = torch.tensor([3.0, 1.0, 2.0, 2.0])
+    assert draw_of_few(logits, 0.99, 1.0, 2) is None and draw_of_few(logits, 0.99, 1.0, 3) == 3
+    assert draw_of_few(logits, 0.0, 1.0, None, few=3) is None and draw_of_few(logits, 0.0, 1.0, 3, few=3) == 0
+    assert draw_of_few(logits, 1.0, 1.0, None) == 3  # past the sum by rounding
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-40, 1e-320])
