@@ -338,7 +338,7 @@ def main():
     opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, weight_decay=weight_decay,
                       betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr, muon_momentum=muon_momentum,
                       orthograd=orthograd, fused_rows=fused_rows(model), ess=ess or len(corpus.train),
-                      hess_init=hess_init, clip_radius=clip_radius or math.inf, mesh=mesh)
+                      hess_init=hess_init, clip_radius=clip_radius or math.inf, mesh=mesh, kernels=kernels)
     scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
 
     # ---- resume ----
