@@ -482,6 +482,9 @@ class Attention(nn.Module):
                     mask = positions.mask(span, S, None, q.device, slopes, (i, j, low, high))
                     parts.append(self.softmax(q[:, :, i:j], k[:, :, low:high], v[:, :, low:high], mask, scale))
                 return torch.cat(parts, 2)
+        if bias is None and self.by_lone_kernel(q, k, v, positions, seen, span):
+            from kernels_attention import attend_one
+            return attend_one(q.to(v.dtype), k.to(v.dtype), v, scale=scale)
         lone = T == 1 and seen is None and reach is not None and positions.prefix is None and slopes is None
         mask = None if lone else positions.mask(span, S, seen, q.device, slopes)
         if bias is not None:
@@ -500,6 +503,21 @@ class Attention(nn.Module):
         if q.size(2) == 1 or seen is not None or type(span) is not Causal or not positions.in_order:
             return False
         if positions.prefix is not None and positions.start:  # there it counts from the first key
+            return False
+        from kernels_attention import WIDEST
+        return max(q.size(3), v.size(3)) <= WIDEST
+
+    def by_lone_kernel(self, q, k, v, positions, seen, span):
+        """Whether kernels_attention.py computes what a lone query over a cache sees, which is all of k.
+
+        With kernels "triton" and attention "auto", for inference, where rows stand alike. Not with ALiBi nor a prefix.
+        """
+        c = self.config
+        if c.kernels != "triton" or c.attention != "auto" or self.slopes is not None or q.size(2) > 1:
+            return False
+        if seen is not None or positions.prefix is not None or type(span) is not Causal or not positions.in_order:
+            return False
+        if k.size(2) > (span.reach or k.size(2)) or torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
             return False
         from kernels_attention import WIDEST
         return max(q.size(3), v.size(3)) <= WIDEST
@@ -790,7 +808,7 @@ class Latent(Attention):
         if T * (self.rank + R) * 2 < S * D:  # few queries, many latents
             keys, values = self.up.weight.view(2, H, D, self.rank).to(held.dtype)  # (H, D, rank)
             q = torch.cat((q[..., :D] @ keys, q[..., D:]), -1)  # (B, H, T, rank + R)
-            y = self.attend(q, held, held[..., :self.rank], positions, seen, span, scale=scale)  # (B, H, T, rank)
+            y = self.attend_latents(q, held, positions, seen, span, scale)  # (B, H, T, rank)
             y = y @ values.transpose(1, 2)  # (B, H, T, D)
         else:
             k, v = self.up(held[:, 0, :, :self.rank]).view(B, S, 2, H, D).permute(2, 0, 3, 1, 4)  # (B, H, S, D)
@@ -798,6 +816,14 @@ class Latent(Attention):
                 k = torch.cat((k, held[..., self.rank:].to(k.dtype).expand(B, H, S, R)), -1)
             y = self.attend(q.to(k.dtype), k, v, positions, seen, span, scale=scale)
         return self.out(y.transpose(1, 2).reshape(B, T, H * D).to(x.dtype))
+
+    def attend_latents(self, q, held, positions, seen, span, scale):
+        """q (B, H, T, rank + R) over a cache held (B, 1, S, rank + R), whose first columns are values: (B, H, T, rank)."""
+        if self.by_lone_kernel(q[..., self.rank:], held, q[..., :0], positions, seen, span):
+            from kernels_attention import WIDEST_RANK, attend_latent
+            if self.rank <= WIDEST_RANK:
+                return attend_latent(q, held, self.rank, scale)
+        return self.attend(q, held, held[..., :self.rank], positions, seen, span, scale=scale)
 
     def new_cache(self, batch_size, max_length, window, device, dtype):
         """A KVCache of one head with keys (latent and turned key) and no values."""

@@ -237,16 +237,53 @@ def test_one_byte_and_what_does_not_go_by_kernel():
     assert not mixer.by_kernel(q, torch.zeros(1, 4, 8, 257), plain, None, causal)
 
 
-@pytest.mark.parametrize("mixer, expected", [("mingru", set()), ("mamba", set()), ("full", {"rotary"}),
-                                             ("diff", {"rotary"})])
+LONE = {"rotary", "attend_one"}
+
+
+@pytest.mark.parametrize("settings, expected", [
+    (dict(mixer="mingru"), set()), (dict(mixer="mamba"), set()), ({}, LONE), (dict(mixer="diff"), LONE),
+    (dict(mixer="window", window=4), LONE), (dict(mixer="xl"), {"rotary"}), (dict(mixer="strided"), LONE),
+    (dict(n_kv_head=2), LONE), (dict(mixer="mla", norm="rms"), {"rms_norm", "rotary", "attend_latent"}),
+    (dict(positions="alibi"), set()), (dict(attention="sdpa"), {"rotary"}), (dict(positions="learned"), {"attend_one"}),
+], ids=str)
 @torch.no_grad()
-def test_one_byte_passes_mixers_as_ever(mixer, expected):
-    model = pair(mixer=mixer)[1].eval()
+def test_what_one_byte_over_a_cache_calls(settings, expected):
+    model = pair(**settings)[1].eval()
     cache = model.new_cache(2, 16)
-    model(text(2, 5), cache=cache)
+    model(text(2, 12), cache=cache)
     with watched() as called:
         model(text(2, 1), cache=cache)
-    assert called == {NORM, "gelu"} | expected
+    assert called == {NORM, "gelu"} - ({NORM} if "norm" in settings else set()) | expected
+
+
+def test_who_goes_alone_by_kernel():
+    """by_lone_kernel by itself, for arguments that a whole model does not come to."""
+    mixer = pair()[1].blocks[0].mixer
+    q, k, last, causal = torch.zeros(1, 4, 1, 6), torch.zeros(1, 4, 8, 6), Positions(7, 1), Causal()
+    assert mixer.by_lone_kernel(q, k, k, last, None, causal) and mixer.by_lone_kernel(q, k, k, last, None, Causal(8))
+    assert not mixer.by_lone_kernel(q, k, k, last, None, Causal(7))
+    assert not mixer.by_lone_kernel(k, k, k, Positions(0, 8), None, causal)
+    assert not mixer.by_lone_kernel(q, k, k, last, torch.arange(8)[None], causal)
+    assert not mixer.by_lone_kernel(q, k, k, Positions(7, 1, prefix=3), None, causal)
+    assert not mixer.by_lone_kernel(q, k, k, last, None, EVERYTHING)
+    assert not mixer.by_lone_kernel(q, k, k, TwoStreams((), 1, 1, 3), None, causal)
+    asking = q.clone().requires_grad_()
+    assert not mixer.by_lone_kernel(asking, k, k, last, None, causal)
+    with torch.no_grad():
+        assert mixer.by_lone_kernel(asking, k, k, last, None, causal)
+    wide = torch.zeros(1, 4, 8, 257)
+    assert not mixer.by_lone_kernel(q, k, wide, last, None, causal)
+    assert mixer.by_lone_kernel(q, k, wide[..., 1:], last, None, causal)
+
+
+def test_a_latent_too_wide_for_its_kernel_goes_as_ever():
+    q, held = torch.randn(1, 2, 1, 514), torch.randn(1, 1, 5, 514)
+    for rank, expected in ((512, {"attend_latent"}), (513, set())):
+        mixer = pair(mixer="mla", n_layer=1, n_head=2, kv_rank=rank, rope_dim=2)[1].blocks[0].mixer
+        with watched() as called:
+            y = mixer.attend_latents(q, held, Positions(4, 1), None, Causal(), 0.1)
+        close(y, (q @ held.mT * 0.1).softmax(-1) @ held[..., :rank])
+        assert called == expected
 
 
 def test_an_encoder_sees_everything():
@@ -363,6 +400,22 @@ def test_one_step_in_the_interpreter(settings, monkeypatch):
     close(found[1][0], found[0][0])
     for name, p in found[0][1].items():
         close(found[1][1][name], p)
+
+
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("settings", [dict(n_kv_head=1), dict(mixer="window", window=4), dict(mixer="diff"),
+                                      dict(mixer="mla", kv_rank=8, rope_dim=4)], ids=str)
+@torch.no_grad()
+def test_generation_in_the_interpreter(settings, monkeypatch):
+    """Bytes one by one over a cache, by kernels, against one pass by PyTorch."""
+    one, two = (model.eval() for model in pair(n_layer=1, n_head=2, n_embd=16, **settings))
+    x = text(2, 10)
+    whole = one(x)
+    monkeypatch.setattr(kernels_attention, "softmax_over", None)  # no twin can run
+    cache = two.new_cache(2, 16)
+    with kernels.interpreted():
+        parts = [two(part, cache=cache) for part in x.split((7, 1, 1, 1), 1)]
+    close(torch.cat(parts, 1), whole)
 
 
 # --- The setting ---
