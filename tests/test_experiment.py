@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import platform
 import random
 import re
 import resource
@@ -762,6 +763,32 @@ def test_peaks():
     before = peak_memory("cpu")
     held = torch.ones(30_000_000)
     assert peak_memory("cpu") >= before and peak_memory("cpu") > held.numel() * 4
+
+
+FAULTS = """
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        held = [torch.zeros(5_000_000) for _ in range(4)]
+        del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+@command
+def main():
+    faults()
+    print(faults())
+
+before = faults()
+main()
+print(before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_a_command_keeps_the_memory_that_tensors_free(tmp_path):
+    out, _ = child(tmp_path, FAULTS).communicate(timeout=60)
+    inside, before = map(int, out.split())
+    assert inside <= before / 10
 
 
 @pytest.fixture
