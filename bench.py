@@ -20,13 +20,16 @@ same depth, width and heads with learned positions, with the same loop. Ours is 
 preset nanogpt_cpu (bfloat16 autocast). Random bytes: speed does not depend on the text.
 
 Shares: `of peak` is against the best square matrix product of this device and type just before; `of bandwidth` against
-the best copy of a large tensor.
+the best copy of a large tensor; the ratio beside `its products` against the step's own matrix products and nothing
+else, which is all that any training of these shapes could reach here.
 """
 import flags
 
 flags.answer_help(__name__, __file__)  # before the seconds that the next lines take
 
+import ctypes
 import functools
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -48,7 +51,7 @@ import optim
 from cache import DialogTree
 from data import text
 from evaluate import score
-from experiment import UserError, command, measure_peak_flops, override, peak_memory, resolve_device
+from experiment import UserError, command, keep_freed_memory, measure_peak_flops, override, peak_memory, resolve_device
 from model import Transformer, TransformerConfig, build_model, parameter_roles
 from sample import converse, generate
 from worldmodel import CausalDynamics, Dynamics
@@ -262,6 +265,30 @@ def our_training(model, T=None, rows=None, n=None):
     return run
 
 
+def bare_products(model):
+    """A function that does the matrix products of `steps` training steps and nothing else: what these shapes allow.
+
+    Of every linear layer and the classifier the output, the input's gradient and the weight's; of attention scores and
+    sums, and the two gradients of each, uncut by the causal mask.
+    """
+    def made(*shape):
+        return torch.randn(shape, device=where).to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    weights.append(model.classifier(model.first_head))
+    tokens = batch_size * block_size
+    linears = [(made(tokens, w.size(1)), made(*w.shape), made(tokens, w.size(0))) for w in weights]
+    heads = [(made(batch_size * n_head, block_size, n_embd // n_head), made(batch_size * n_head, block_size, block_size))
+             for _ in range(n_layer)]
+
+    def run():
+        for _ in range(steps):
+            for x, w, y in linears:
+                x @ w.mT, y @ w, y.mT @ x
+            for q, p in heads:  # q stands for k, v and their gradients too
+                q @ q.mT, p @ q, q @ q.mT, p.mT @ q, p @ q, p.mT @ q
+    return run
+
+
 def nanogpt_training(model):
     """A function that does `steps` optimiser steps the way nanoGPT's train.py does on a CPU, on a GPU in bfloat16."""
     with open(os.devnull, "w") as nowhere:
@@ -328,7 +355,7 @@ def xt_sampling(model, n):
 # --- Training, generation, evaluation, optimisers ---
 
 def compare_training(peers):
-    """Tokens per second of training, and its share of the machine's best matrix product."""
+    """Tokens per second of training, its share of the machine's best matrix product, and of its own products alone."""
     global compile
     tokens, wanted = steps * batch_size * block_size, compile
     heading(f"training, batch {batch_size}, {n_layer} layers, {n_embd} wide, block {block_size}")
@@ -336,7 +363,8 @@ def compare_training(peers):
     peak = measure_peak_flops(where, precision)
     for compile in (False, True)[:1 + wanted]:
         model = our_model()
-        sides = {"ours": our_training(model), **{name: side.training(side.model()) for name, side in peers.items()}}
+        sides = {"ours": our_training(model), **{name: side.training(side.model()) for name, side in peers.items()},
+                 "its products": bare_products(model)}
         began = time.perf_counter()
         sides["ours"]()
         first = time.perf_counter() - began
@@ -350,6 +378,7 @@ def compare_training(peers):
 def _peak(queue, side, values):
     """In a process of its own: the peak of bytes of training, on a CPU of the whole process."""
     globals().update(values)
+    keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
     sides = load_peers(peer)
@@ -357,11 +386,31 @@ def _peak(queue, side, values):
         our_training(our_model())()
     else:
         sides[side].training(sides[side].model())()
+    queue.put(peak_so_far())
+
+
+def peak_so_far():
+    """Bytes: the most that a GPU held, on a CPU the most that this process held."""
     try:  # getrusage begins with what the parent held
         status = Path("/proc/self/status").read_text() if where.type == "cpu" else ""
     except OSError:
         status = ""
-    queue.put(1024 * int(mine[1]) if (mine := re.search(r"VmHWM:\s+(\d+)", status)) else peak_memory(where))
+    return 1024 * int(mine[1]) if (mine := re.search(r"VmHWM:\s+(\d+)", status)) else peak_memory(where)
+
+
+def peak_of(run):
+    """Bytes held at the peak of run(), on a CPU imports included; None where the system cannot count anew."""
+    gc.collect()
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+    else:
+        try:
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not this run's
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM from here on (man 5 proc)
+        except (AttributeError, OSError, TypeError):
+            return None
+    run()
+    return peak_so_far()
 
 
 def compare_memory(peers):
@@ -447,13 +496,18 @@ def compare_optimisers():
 # --- What grows ---
 
 def compare_growth():
-    """Tokens per second of training as one size grows and the others stay."""
+    """Tokens per second of training, and its peak of memory, as one size grows and the others stay."""
     heading(f"growth: training, {n_layer} layers, {n_embd} wide unless said, 8,192 tokens a step unless said")
 
     def cost(name, T=256, rows=32, **other):
         torch.manual_seed(seed)
         model = our_model(**{"block_size": T, "positions": "rope", "tie_weights": False, **other})
-        row("growth", name, "tokens/s", T * rows, in_turns({"ours": our_training(model, T, rows, 1)}, min(rounds, 5)))
+        grown(name, "tokens/s", T * rows, our_training(model, T, rows, 1))
+
+    def grown(name, unit, amount, run, note=""):
+        peak = peak_of(run)
+        said = note if peak is None else f"{peak / 1e6:,.0f} MB{', ' if note else ''}{note}"
+        row("growth", name, unit, amount, in_turns({"ours": run}, min(rounds, 5)), said)
     for T in (128, 512, 2048, 8192):
         cost(f"context {T}", T, 8192 // T)
     for n in (1, 4, 16, 64):
@@ -472,8 +526,7 @@ def compare_growth():
         def step():
             F.cross_entropy(model(tokens, actions).flatten(0, 2), tokens.flatten()).backward()
             opt.zero_grad()
-        row("growth", f"{n} frames of 64 tokens, batch 8", "frames/s", 8 * n, in_turns({"ours": step}, min(rounds, 5)),
-            "dynamics, forward and backward")
+        grown(f"{n} frames of 64 tokens, batch 8", "frames/s", 8 * n, step, "dynamics, forward and backward")
 
 
 # --- Start-up ---

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -100,6 +101,23 @@ def test_our_sides_train_and_generate():
     g["our_sampling"](model.for_inference(), 2)()
 
 
+def test_the_products_alone_are_all_of_the_models_work():
+    g = fresh("bench.py")
+    g.update(n_layer=2, n_head=2, n_embd=16, block_size=8, batch_size=3, steps=2)
+    model = g["our_model"]()
+    with FlopCounterMode(display=False) as counter:
+        g["bare_products"](model)()
+    assert counter.get_total_flops() == 2 * 3 * 8 * model.flops_per_token(8)
+
+
+def test_a_peak_is_that_of_its_own_run():
+    big = bench.peak_of(lambda: torch.ones(50_000_000).sum())
+    if big is None:
+        pytest.skip("the system cannot count a peak anew")
+    small = bench.peak_of(lambda: torch.ones(1_000_000).sum())
+    assert 150e6 < big - small < 250e6
+
+
 def test_every_operation_of_a_case_is_its_twin():
     """What is timed beside one another computes the same."""
     torch.manual_seed(0)
@@ -126,4 +144,5 @@ def test_the_table_as_json(peer, tmp_path):
     assert rows["generate", "batch 2, cache"]["ours"] > 0 and "of peak" in rows["train", "training"]["note"]
     assert rows["evaluate", "cache"]["beside"]["stride:1"]["ratio"] > 0
     assert 50 < rows["memory", "training"]["ours"] < 5000  # megabytes
+    assert rows["train", "training"]["beside"]["its products"]["ratio"] > 0
     assert "number of parameters" not in done.stdout and done.stdout.count("nanoGPT") == 4
