@@ -65,6 +65,7 @@ device = "auto"          # auto, cpu, cuda, cuda:1, ...
 dtype = "bfloat16"       # [float32, bfloat16] autocast of our training side
 compile = False          # our training side through torch.compile, a row more
 kernels = "torch"        # [torch, triton] of our side
+attention = "auto"       # [auto, sdpa, manual] of our side
 threads = 0              # [>= 0] CPU threads; 0: as many as PyTorch takes
 clock = "wall"           # [wall, cpu] cpu: this process's CPU time, for one thread beside a busy neighbour
 rounds = 15              # [>= 1] each side is timed once a round
@@ -219,7 +220,7 @@ def our_model(**other):
     """Our side of nanoGPT's architecture: learned positions, LayerNorm with gain, GELU, tied classifier, no biases."""
     how = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, dropout=0.0, positions="learned",
                norm="layer", norm_gain=True, bias=False, activation="gelu", tie_weights=True, n_targets=1,
-               intermediate_losses=False, kernels=kernels)
+               intermediate_losses=False, kernels=kernels, attention=attention)
     return build_model(TransformerConfig(**{**how, **other})).to(where)
 
 
@@ -246,7 +247,7 @@ def our_training(model, T=None, rows=None, n=None):
     """A function that does n (None: `steps`) optimiser steps the way train_enwik8.py does."""
     T, rows, n = T or block_size, rows or batch_size, n or steps
     opt = optim.build("adamw", model.named_parameters(), parameter_roles(model), lr=1e-3, weight_decay=0.1,
-                      betas=(0.9, 0.99))
+                      betas=(0.9, 0.99), kernels=kernels)
     autocast = torch.autocast(where.type, torch.bfloat16, enabled=dtype == "bfloat16")
     data = torch.randint(256, (200_000,), dtype=torch.uint8, device=where)
     part = torch.arange(T + 1, device=where)
@@ -277,8 +278,8 @@ def bare_products(model):
     weights.append(model.classifier(model.first_head))
     tokens = batch_size * block_size
     linears = [(made(tokens, w.size(1)), made(*w.shape), made(tokens, w.size(0))) for w in weights]
-    heads = [(made(batch_size * n_head, block_size, n_embd // n_head), made(batch_size * n_head, block_size, block_size))
-             for _ in range(n_layer)]
+    rows = batch_size * n_head
+    heads = [(made(rows, block_size, n_embd // n_head), made(rows, block_size, block_size)) for _ in range(n_layer)]
 
     def run():
         for _ in range(steps):
@@ -417,8 +418,8 @@ def compare_memory(peers):
     """Peak bytes of training, each side in a process of its own."""
     heading("peak memory of training" + (", imports included" if where.type == "cpu" else ""))
     context = multiprocessing.get_context("spawn")
-    names = ("peer", "device", "dtype", "kernels", "threads", "steps", "n_layer", "n_head", "n_embd", "block_size",
-             "batch_size", "vocab_size", "where")
+    names = ("peer", "device", "dtype", "kernels", "attention", "threads", "steps", "n_layer", "n_head", "n_embd",
+             "block_size", "batch_size", "vocab_size", "where")
     taken = {}
     for side in ("ours", *peers):
         queue = context.Queue()

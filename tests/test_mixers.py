@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import mixers
 import optim
 from feedforward import gelu
 from mixers import Positions, turn
@@ -141,6 +142,22 @@ def test_low_rank():
     ff, x = feed_forward("low_rank", ff_rank=5), draw(2, 3, 32)
     torch.testing.assert_close(ff(x), ff.down(ff.join(F.gelu(ff.up(ff.into(x))))))
     assert sum(p.numel() for name, p in ff.named_parameters() if "weight" in name) == 2 * 5 * (32 + 128)
+
+
+@pytest.mark.parametrize("S, mask, dropout, expected", [
+    (15, "causal", 0.0, True), (16, "causal", 0.0, False), (16, "causal", 0.1, True), (63, None, 0.0, True),
+    (64, None, 0.0, False), (64, None, 0.1, True)])
+def test_training_on_a_cpu_attends_by_hand_while_that_is_faster(S, mask, dropout, expected, monkeypatch):
+    called, attend = [], mixers.attend_by_hand
+    monkeypatch.setattr(mixers, "LONG", 16)
+    monkeypatch.setattr(mixers, "attend_by_hand", lambda *given: called.append(1) or attend(*given))
+    layer = build(dropout=dropout).blocks[0].mixer.train()
+    q = draw(1, 4, S, 8).bfloat16().requires_grad_()
+    layer.softmax(q, q, q, mask)
+    assert bool(called) == expected
+    called.clear()
+    layer.softmax(q.float(), q.float(), q.float(), mask), layer.softmax(q.detach(), q.detach(), q.detach(), mask)
+    assert not called
 
 
 @pytest.mark.parametrize("n", [1, 512, 16384, 16385])
