@@ -28,6 +28,7 @@ def gelu(x):
 GATES = {"glu": torch.sigmoid, "bilinear": lambda a: a, "reglu": F.relu, "geglu": gelu, "swiglu": F.silu}
 PLAIN = {"gelu": gelu, "relu": F.relu, "relu2": lambda x: F.relu(x).square(), "silu": F.silu,
          "solu": lambda x: x * torch.softmax(x, -1, dtype=torch.float32).to(x.dtype)}
+EVEN = 64  # rows
 KERNELS = ("gelu", "relu2", *GLU)  # those that kernels.py has
 
 
@@ -151,7 +152,8 @@ class MixtureOfExperts(nn.Module):
             out = grouped_linear(activate(c.activation, grouped_linear(given, up, offsets), c.kernels), down, offsets)
         else:
             loads = torch.bincount(chosen.flatten(), minlength=E)
-            out = torch.cat([F.linear(activate(c.activation, F.linear(part, up[e])), down[e])
+            half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled(x.device.type)
+            out = torch.cat([self.expert(part, up[e], down[e], half and x.device.type == "cpu")
                              for e, part in enumerate(given.split(loads.tolist())) if len(part)])
         out = out * weights.flatten()[order].unsqueeze(1).to(out.dtype)  # (N k, C)
         y = torch.zeros(x.shape, dtype=out.dtype, device=x.device).index_add(0, rows, out)
@@ -160,6 +162,14 @@ class MixtureOfExperts(nn.Module):
         if self.training and positions is not None:
             self.report(positions, chosen, scores, loads)
         return y.view(shape)
+
+    def expert(self, x, up, down, rounded):
+        """One expert's x (n, C) to (n, C). rounded: zeros are added up to the next multiple of EVEN rows: loads differ
+        from step to step, and for every new number of rows oneDNN compiles its bfloat16 products anew."""
+        n = len(x)
+        if rounded and n > EVEN:
+            x = F.pad(x, (0, 0, 0, -n % EVEN))
+        return F.linear(activate(self.config.activation, F.linear(x, up)), down)[:n]
 
     def report(self, positions, chosen, scores, loads):
         """Loads and the balance loss into the pass's Positions; padding does not count."""

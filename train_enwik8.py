@@ -76,7 +76,7 @@ residual_scale = 1.0       # [> 0.0, depth, rezero, layerscale] factor on every 
 init = "gpt2"              # [gpt2, normal, xavier, tfixup, truncated, zero] zero: output projections start at zero
 qk_norm = False            # RMSNorm on queries and keys
 qk_scale = False           # with qk_norm: learned scale of each layer's scores in place of head_dim^-0.5
-attention = "auto"         # [auto, sdpa, manual] auto: written out when training in bfloat16 on a CPU, else PyTorch's
+attention = "auto"         # [auto, sdpa, manual] auto: written out to train in bfloat16 on a CPU, up to 1,023 bytes
 kernels = "torch"          # [torch, triton] triton: fused operations of kernels.py; not compared with --compile yet
 checkpoint_activations = False  # compute layers again in the backward pass: less memory, more time
 

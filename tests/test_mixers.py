@@ -171,6 +171,34 @@ def test_gelu_of_any_size_leaves_onednn_as_it_was(n, usual, monkeypatch):
     assert torch.backends.mkldnn.enabled == usual
 
 
+@pytest.mark.parametrize("n", [1, 64, 65, 128, 150])
+def test_rows_added_to_an_expert_change_nothing(n, monkeypatch):
+    """And there are a multiple of 64 in the products, once there are more than 64."""
+    ff, found, seen, linear = feed_forward("moe", activation="swiglu"), [], [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w: seen.append(len(x)) or linear(x, w))
+    for rounded in (False, True):
+        x, up, down = (draw(*shape, seed=i).requires_grad_() for i, shape in enumerate([(n, 8), (12, 8), (8, 6)]))
+        y = ff.expert(x, up, down, rounded)
+        y.backward(draw(n, 8, seed=4))
+        found.append((y, x.grad, up.grad, down.grad))
+    for one, two in zip(*found):
+        torch.testing.assert_close(one, two)
+    assert seen == [n, n] + [n if n <= 64 else -(-n // 64) * 64] * 2
+
+
+def test_experts_add_rows_in_bfloat16_on_a_cpu(monkeypatch):
+    asked, expert = [], FEED_FORWARDS["moe"].expert
+    monkeypatch.setattr(FEED_FORWARDS["moe"], "expert", lambda *given: asked.append(given[-1]) or expert(*given))
+    ff, x = feed_forward("moe").float(), draw(2, 3, 32).float()
+    ff(x)
+    assert set(asked) == {False}
+    asked.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        ff(x)
+    ff.bfloat16()(x.bfloat16())
+    assert set(asked) == {True}
+
+
 @pytest.mark.parametrize("shared", [0, 2])
 @pytest.mark.parametrize("balance", ["loss", "bias", "none"])
 @pytest.mark.parametrize("activation", ["relu2", "swiglu"])
