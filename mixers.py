@@ -447,7 +447,9 @@ class Attention(nn.Module):
                 q = q.to(k.dtype)
         y = self.attend(q, k, v, positions, seen, self.span(positions, cache))
         y = (y.transpose(1, 2) if T > 1 else y).reshape(B, T, H * c.head_dim)
-        return out(y if cache is None or y.dtype == x.dtype else y.to(x.dtype))  # (B, T, C); a cache may be of another type
+        if cache is not None and y.dtype != x.dtype:  # a cache may be of another type
+            y = y.to(x.dtype)
+        return out(y)  # (B, T, C)
 
     def span(self, positions, cache=None):
         """Who sees whom in this layer."""
@@ -823,7 +825,7 @@ class Latent(Attention):
         return self.out(y.transpose(1, 2).reshape(B, T, H * D).to(x.dtype))
 
     def attend_latents(self, q, held, positions, seen, span, scale):
-        """q (B, H, T, rank + R) over a cache held (B, 1, S, rank + R), whose first columns are values: (B, H, T, rank)."""
+        """q (B, H, T, rank + R) over held (B, 1, S, rank + R), whose first columns are values: (B, H, T, rank)."""
         if self.by_lone_kernel(q[..., self.rank:], held, q[..., :0], positions, seen, span):
             from kernels_attention import WIDEST_RANK, attend_latent
             if self.rank <= WIDEST_RANK:
