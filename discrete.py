@@ -48,7 +48,7 @@ def reinmax(logits, one_hot, tau=1.0):
     return straight_through(one_hot, 2 * p1 - p0 / 2)
 
 
-def choose(logits, estimator, tau=1.0, noise=1.0, hardness=1.0, generator=None):
+def choose(logits, estimator, tau=1.0, noise=1.0, hardness=1.0, generator=None, kernels="torch"):
     """logits (..., K) float -> y (..., K), what stands for the one-hot code, and the codes drawn (...) int64.
 
     The codes are the argmax of l + noise g, g Gumbel: with noise 1 a sample of softmax(l), with noise 0 its mode.
@@ -58,11 +58,19 @@ def choose(logits, estimator, tau=1.0, noise=1.0, hardness=1.0, generator=None):
     straight_through  one-hot going forward, softmax(l / tau) going backward (Bengio et al. 2013)
     reinmax           see `reinmax`
     hardness < 1: y is mixed with the soft vector that has no chance in it (of gumbel_hard: with its own soft one).
-    ValueError: no such estimator.
+    kernels "triton": Gumbel's and ReinMax by kernels_codes.py, from the same draws, unless they are mixed.
+    ValueError: no such estimator; reinmax with tau < 1.
     """
     if estimator not in SAMPLED:
         raise ValueError(f"estimator {estimator!r}: it must be one of {', '.join(SAMPLED)}")
-    noisy = logits + noise * gumbel_like(logits, generator) if noise else logits
+    gumbel = noise * gumbel_like(logits, generator) if noise else None
+    if kernels == "triton":
+        import kernels_codes  # only here: it imports Triton
+        if estimator == "reinmax" and hardness >= 1:
+            return kernels_codes.reinmax(logits, gumbel, tau)
+        if estimator == "gumbel_soft" or estimator == "gumbel_hard" and not 0 < hardness < 1:
+            return kernels_codes.gumbel_softmax(logits, gumbel, tau, estimator == "gumbel_hard" and hardness >= 1)
+    noisy = logits if gumbel is None else logits + gumbel
     codes = noisy.argmax(-1)
     if estimator == "gumbel_soft":
         return torch.softmax(noisy / tau, -1), codes
@@ -120,11 +128,12 @@ class Codebook(nn.Module):
 
     Cosine: s = exp(log_scale), at first 20, at most `cap`; what the decoder reads are codes of length 1. init:
     "normal", "uniform" (within +-sqrt(3): the same variance), "kmeans" (normal until `fit` has seen encoder outputs).
+    kernels: of `choose`.
     """
 
-    def __init__(self, size, width, similarity="cosine", init="normal", scale=20.0, cap=50.0):
+    def __init__(self, size, width, similarity="cosine", init="normal", scale=20.0, cap=50.0, kernels="torch"):
         super().__init__()
-        self.similarity, self.init, self.scale, self.cap = similarity, init, scale, cap
+        self.similarity, self.init, self.scale, self.cap, self.kernels = similarity, init, scale, cap, kernels
         self.codes = nn.Parameter(torch.empty(size, width))
         self.own = {"codes": "embedding"}
         if similarity == "cosine":
@@ -160,7 +169,7 @@ class Codebook(nn.Module):
             if estimator is None:
                 codes = logits.argmax(-1)
                 return Quantised(self.look_up(codes), codes, logits, None, z)
-            y, codes = choose(logits, estimator, tau, noise, hardness, generator)
+            y, codes = choose(logits, estimator, tau, noise, hardness, generator, self.kernels)
             return Quantised(y @ self.table(), codes, logits, y, z)
 
     def look_up(self, codes):
@@ -212,12 +221,14 @@ class Codebook(nn.Module):
 
 class VQ(Codebook):
     """Vector quantisation (van den Oord et al. 2017): the nearest code, gradient copied past it, codes as running means
-    of what chose them (their appendix A.1), commitment loss; "cosine" compares and keeps unit vectors.
+    of what chose them (their appendix A.1), commitment loss; "cosine" compares and keeps unit vectors. kernels
+    "triton": the search by kernels_codes.py, which makes no table of distances.
     """
 
-    def __init__(self, size, width, similarity="cosine", init="normal", decay=0.95, commitment=0.25):
+    def __init__(self, size, width, similarity="cosine", init="normal", decay=0.95, commitment=0.25, kernels="torch"):
         nn.Module.__init__(self)
         self.similarity, self.init, self.decay, self.commitment = similarity, init, decay, commitment
+        self.kernels = kernels
         self.register_buffer("codes", torch.randn(size, width) * width ** -0.5)
         self.register_buffer("counts", torch.ones(size))
         self.register_buffer("sums", self.codes.clone())
@@ -229,7 +240,11 @@ class VQ(Codebook):
         with torch.autocast(z.device.type, enabled=False):
             x = unit(z) if self.similarity == "cosine" else z.float()
             flat = x.flatten(0, -2)
-            codes = (flat @ self.table().T - (self.table().square().sum(1) / 2)).argmax(1)  # the least |x - e|
+            if self.kernels == "triton":
+                from kernels_codes import nearest_code  # only here: it imports Triton
+                codes, _ = nearest_code(flat, self.table())
+            else:
+                codes = (flat @ self.table().T - (self.table().square().sum(1) / 2)).argmax(1)  # the least |x - e|
             e = self.look_up(codes).view(x.shape)
             if estimator is None:
                 return Quantised(e, codes.view(x.shape[:-1]), z=z)

@@ -4,13 +4,14 @@ All are built of the layers of model.py and take a TransformerConfig; each param
 Shapes: B batch, T time or positions, S source positions, M latents, N tokens of a frame, C width, V vocabulary.
 """
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from cache import Cache
-from mixers import Attention, Linear, Norm, Positions
+from mixers import EVERYTHING, Attention, Linear, Norm, Positions, rms_norm
 from model import CARRY, FEED_FORWARDS, Block, Transformer, initialise, look_up_ropes, make_ropes
 
 
@@ -41,6 +42,66 @@ def own_layers(config):
                          "neither")
 
 
+def as_mask(padding, S):
+    """Padding (B, S) bool as it is; the lengths (B,) of rows that it only ends as that mask; None as None."""
+    if padding is None or padding.dim() == 2:
+        return padding
+    return torch.arange(S, device=padding.device) >= padding[:, None]
+
+
+def cross_entropy(logits, targets, kernels="torch", reduction="none"):
+    """-ln softmax(logits)[target], nats: logits (N, V), targets (N,) int64, -1 where they do not count -> (N,), 0 where
+    they do not; or with reduction "mean" the mean of those that do. kernels "triton": by kernels.py."""
+    if kernels != "triton":
+        return F.cross_entropy(logits, targets, ignore_index=-1, reduction=reduction)
+    from kernels import cross_entropy as fused  # only here: it imports Triton
+    losses = fused(logits, targets)
+    return losses if reduction == "none" else losses.sum() / (targets >= 0).sum()
+
+
+class WideAttention(Attention):
+    """Attention of layers that see ahead, or frames. By kernels_attention.py, where config.kernels "triton" and what is
+    seen is of its kinds; else Attention's own. Not with dropout, nor ALiBi, as there."""
+
+    def takes_kernel(self):
+        """Whether it goes by kernel, if only who sees whom fits."""
+        c = self.config
+        if c.kernels != "triton" or c.attention != "auto" or self.slopes is not None or (self.training and c.dropout):
+            return False
+        from kernels_attention import WIDEST  # only here: it imports Triton
+        return c.head_dim <= WIDEST
+
+    def attend(self, q, k, v, positions, seen, span, bias=None, scale=None, slopes=None):
+        """As Attention.attend; but by kernel padded places, whose outputs nobody reads, see nothing and get 0."""
+        if span is EVERYTHING and bias is None and q.size(2) > 1 and self.takes_kernel():
+            from kernels_attention import attend
+            return attend(q.to(v.dtype), k.to(v.dtype), v, causal=False, places=seen, scale=scale)
+        return super().attend(q, k, v, positions, seen, span, bias, scale, slopes)
+
+    def of_frames(self, x, places, rows, attend):
+        """`attend` of kernels_attention.py over frames x (B, T, N, C), which are read where they lie: (B, T, N, C).
+
+        places: Positions whose tables turn x as rows = (a, b), a b = B T N, of which b have places of their own.
+        """
+        c, H, G = self.config, self.config.n_head, self.config.n_kv_head
+        qk, v = self.qkv(x).unflatten(3, (H + 2 * G, c.head_dim)).split((H + G, G), 3)
+        if c.qk_norm:
+            qk = rms_norm(qk)
+        q, k = places.turn(qk.reshape(*rows, H + G, c.head_dim)).view(qk.shape).split((H, G), 3)  # (B, T, N, H, D), ...
+        if c.qk_scale:
+            q = q * (self.qk_scale / c.head_dim ** 0.5)
+        return self.out(attend(q.to(v.dtype), k.to(v.dtype), v).flatten(3))
+
+
+def see_ahead(blocks, config):
+    """Gives the Blocks of a bidirectional model, which are without weights yet, their WideAttention. Other mixers than
+    plain attention stay as they are."""
+    for layer, block in enumerate(blocks):
+        if type(block.mixer) is Attention:
+            block.mixer = WideAttention(config, layer, block.mixer.kind)
+    return blocks
+
+
 class Encoder(nn.Module):
     """Bidirectional transformer over tokens: (B, T) int64 to (B, T, C), with a padding mask.
 
@@ -54,13 +115,15 @@ class Encoder(nn.Module):
         self.embed = nn.Parameter(torch.empty(c.vocab_size, c.n_embd))
         self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if c.positions == "learned" else None
         self.ropes = make_ropes(c)
-        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
-        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.blocks = see_ahead(nn.ModuleList(Block(c, layer) for layer in range(c.n_layer)), c)
+        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
         initialise(self)
 
     def forward(self, x, padding=None):
-        """x (B, T) int64, padding (B, T) bool or None, True where there is no token. Returns (B, T, C)."""
+        """x (B, T) int64, padding (B, T) bool or None, True where there is no token, or (B,) int64: how many tokens a
+        row has, with padding after them only. Returns (B, T, C)."""
         c, T = self.config, x.size(1)
+        padding = as_mask(padding, T)
         if c.learned_positions and T > c.block_size:
             raise ValueError(f"{T} tokens are more than block_size {c.block_size}, where positions {c.positions!r} end")
         index = None if padding is None else running_positions(padding)
@@ -77,7 +140,7 @@ class Encoder(nn.Module):
         raise ValueError("an encoder sees its whole input at once: there is nothing that a cache could keep")
 
 
-class CrossAttention(Attention):
+class CrossAttention(WideAttention):
     """Queries from x, keys and values from a context of another length; no positions, no causal mask."""
 
     def __init__(self, config, layer=0):
@@ -95,11 +158,19 @@ class CrossAttention(Attention):
         return self.kv(context).view(*context.shape[:2], 2, c.n_kv_head, c.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, x, held, padding=None):
-        """x (B, T, C); held: keys and values from `keys`; padding (B, S) bool, True where not to look. -> (B, T, C)."""
+        """x (B, T, C); held: keys and values from `keys`; padding (B, S) bool, True where not to look, or (B,) int64:
+        how many keys to look at, from the first on; only these go by kernel. -> (B, T, C)."""
         c, (B, T, _) = self.config, x.shape
         q = self.q(x).view(B, T, c.n_head, c.head_dim).transpose(1, 2)  # (B, H, T, D)
-        mask = None if padding is None else ~padding[:, None, None, :].expand(B, 1, T, -1)
-        return self.out(self.softmax(q, *held, mask).transpose(1, 2).reshape(B, T, -1))
+        if T > 1 and (padding is None or padding.dim() == 1) and self.takes_kernel():
+            from kernels_attention import attend  # only here: it imports Triton
+            k, v = held
+            y = attend(q.to(v.dtype), k.to(v.dtype), v, causal=False, lengths=padding)
+        else:
+            padding = as_mask(padding, held[0].size(2))
+            mask = None if padding is None else ~padding[:, None, None, :].expand(B, 1, T, -1)
+            y = self.softmax(q, *held, mask)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
     def flops(self, T):
         """Depends on the context, which is not known here: 0."""
@@ -113,16 +184,16 @@ class CrossBlock(nn.Module):
         super().__init__()
         own_layers(config)
         c = config
-        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias) if itself else None
-        self.mixer = Attention(c, layer) if itself else None
-        self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels) if itself else None
+        self.mixer = WideAttention(c, layer) if itself else None
+        self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
         self.cross = CrossAttention(c, layer)
-        self.norm3 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.norm3 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
         self.ff = FEED_FORWARDS[c.ffs[layer % c.n_layer]](c, layer)
         self.dropout = c.dropout
 
     def forward(self, x, held, places=None, cache=None, padding=None):
-        """x (B, T, C), held the context's keys and values. Returns (B, T, C)."""
+        """x (B, T, C), held the context's keys and values; padding as CrossAttention takes it. Returns (B, T, C)."""
         def drop(branch):
             return F.dropout(branch, self.dropout) if self.dropout and self.training else branch
         if self.mixer is not None:
@@ -134,7 +205,9 @@ class CrossBlock(nn.Module):
 class EncoderDecoder(nn.Module):
     """Encoder and decoder (Vaswani et al. 2017): the decoder, causal over its own tokens, reads the source's states.
 
-    config.n_layer layers in each; positions of both begin at 0.
+    config.n_layer layers in each; positions of both begin at 0. padding, everywhere: (B, S) bool, True where the source
+    has no token, or (B,) int64, the tokens that a row has before its padding: with kernels "triton" only lengths let
+    cross-attention go by kernel.
     """
 
     def __init__(self, config):
@@ -146,7 +219,7 @@ class EncoderDecoder(nn.Module):
         self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if c.positions == "learned" else None
         self.ropes = make_ropes(replace(c, mixer="full"))
         self.blocks = nn.ModuleList(CrossBlock(c, i) for i in range(c.n_layer))
-        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
         self.heads = nn.ParameterList([nn.Parameter(torch.empty(c.vocab_size, c.n_embd))])
         initialise(self)
 
@@ -154,7 +227,7 @@ class EncoderDecoder(nn.Module):
         """Builds what stands between encoder and decoder: nothing."""
 
     def encode(self, source, padding=None):
-        """source (B, S) int64, padding (B, S) bool or None, True where there is no token -> context (B, S, C)."""
+        """source (B, S) int64 with its padding or None -> context (B, S, C)."""
         return self.encoder(source, padding)
 
     def states(self, x, context, padding=None, cache=None):
@@ -194,7 +267,7 @@ class EncoderDecoder(nn.Module):
         logits = self.decode(x, self.encode(source, padding), padding=padding)
         if targets is None:
             return logits
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), self.config.kernels, "mean")
         return loss, loss.detach().view(1, 1)
 
     def new_cache(self, batch_size, max_length, window=None, device=None, dtype=None):
@@ -219,14 +292,14 @@ class LatentTransformer(EncoderDecoder):
         self.latents = nn.Parameter(torch.empty(self.n_latent, c.n_embd))
         self.own = {"latents": "embedding"}
         self.readers = nn.ModuleList(CrossBlock(c, i, itself=False) for i in range(self.n_read))
-        self.latent_norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.latent_norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
 
     def fill(self):
         """Latents N(0, 1): alike ones would read alike."""
         self.latents.normal_()
 
     def encode(self, source, padding=None):
-        """source (B, S) int64, padding (B, S) bool or None -> latents (B, M, C)."""
+        """source (B, S) int64 with its padding or None -> latents (B, M, C)."""
         states = self.encoder(source, padding)
         x = self.latents.expand(source.size(0), -1, -1)
         for block in self.readers:
@@ -277,8 +350,8 @@ class SpatialTransformer(nn.Module):
         for name, table in zip(("cos", "sin"), turns or (None, None)):
             self.register_buffer(name, table, persistent=False)
         self.position = nn.Parameter(torch.empty(n_tokens, c.n_embd))
-        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
-        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.blocks = see_ahead(nn.ModuleList(Block(c, layer) for layer in range(c.n_layer)), c)
+        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
         self.heads = nn.ParameterList([nn.Parameter(torch.empty(c.vocab_size, c.n_embd))] if classify else [])
         initialise(self)
 
@@ -288,9 +361,7 @@ class SpatialTransformer(nn.Module):
             raise ValueError(f"a frame has {self.position.size(0)} tokens, not {x.size(1)}")
         index = None if padding is None else torch.arange(x.size(1), device=x.device).masked_fill(padding, -1)
         h = (F.embedding(x, self.embed) if x.dim() == 2 else x) + self.position
-        places = Positions(0, x.size(1), index, bidirectional=True)
-        if self.cos is not None:
-            places.tables[self.config.head_dim] = self.cos, self.sin
+        places = frame_places(self, x.size(1), index)
         for block in self.blocks:
             h = block(h, places)
         h = self.norm(h)
@@ -305,8 +376,9 @@ class SpatioTemporalBlock(nn.Module):
         super().__init__()
         own_layers(config)
         c = config
-        self.norm1, self.norm2, self.norm3 = (Norm(c.norm, c.n_embd, c.norm_gain, c.bias) for _ in range(3))
-        self.space, self.time = Attention(replace(c, positions="none", rope_scaling="none"), layer), Attention(c, layer)
+        self.norm1, self.norm2, self.norm3 = (Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels) for _ in range(3))
+        self.space = WideAttention(replace(c, positions="none", rope_scaling="none"), layer)
+        self.time = WideAttention(c, layer)
         self.ff = FEED_FORWARDS[c.ffs[layer]](c, layer)
         self.dropout = c.dropout
 
@@ -316,10 +388,40 @@ class SpatioTemporalBlock(nn.Module):
 
         def drop(branch):
             return F.dropout(branch, self.dropout) if self.dropout and self.training else branch
-        x = x + drop(self.space(self.norm1(x).view(B * T, N, C), space).view(B, T, N, C))
-        over = self.norm2(x).transpose(1, 2).reshape(B * N, T, C)
-        x = x + drop(self.time(over, time, cache).view(B, N, T, C).transpose(1, 2))
+        h = self.norm1(x)
+        if self.space.takes_kernel():
+            from kernels_attention import attend_space  # only here: it imports Triton
+            x = x + drop(self.space.of_frames(h, space, (B * T, N), attend_space))
+        else:
+            x = x + drop(self.space(h.view(B * T, N, C), space).view(B, T, N, C))
+        h = self.norm2(x)
+        if cache is None and time.in_order and self.time.takes_kernel():
+            from kernels_attention import attend_time
+            x = x + drop(self.time.of_frames(h, of_every_place(time, N), (B, T * N),
+                                             partial(attend_time, window=time.window)))
+        else:
+            over = h.transpose(1, 2).reshape(B * N, T, C)
+            x = x + drop(self.time(over, time, cache).view(B, N, T, C).transpose(1, 2))
         return x + drop(self.ff(self.norm3(x).reshape(B * T, N, C)).view(B, T, N, C))
+
+
+def frame_places(model, N, index=None):
+    """The Positions of a frame's N tokens, (B, N) or at index (B, N), which see one another; a model's buffers cos and
+    sin (`axial_tables`), if they are not None, turn them."""
+    places = Positions(0, N, index, bidirectional=True)
+    if model.cos is not None:
+        places.tables[model.config.head_dim], places.triton = (model.cos, model.sin), model.config.kernels == "triton"
+    return places
+
+
+def of_every_place(time, N):
+    """The Positions of frames, `time`, as those of all their tokens in a row, frame by frame: each of RoPE's tables'
+    rows N times. Made once for all layers."""
+    if "every place" not in time._made:
+        places = time._made["every place"] = Positions(time.start, time.T * N)
+        places.tables = {D: tuple(t.repeat_interleave(N, 1) for t in pair) for D, pair in time.tables.items()}
+        places.triton = time.triton
+    return time._made["every place"]
 
 
 def axial_tables(height, width, head_dim, base=100.0, extra=0):
@@ -388,7 +490,7 @@ class SpatioTemporal(nn.Module):
         for name, table in zip(("cos", "sin"), turns or (None, None)):
             self.register_buffer(name, table, persistent=False)
         self.blocks = nn.ModuleList(SpatioTemporalBlock(c, layer) for layer in range(c.n_layer))
-        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
         initialise(self)
 
     def fill(self):
@@ -414,9 +516,7 @@ class SpatioTemporal(nn.Module):
             time = TwoStreams(self.ropes, T, *streams, window)
         else:
             time = places_of(self.ropes, T, start=start, window=window)
-        space = Positions(0, N, bidirectional=True)
-        if self.cos is not None:
-            space.tables[c.head_dim] = self.cos, self.sin
+        space = frame_places(self, N)
         x = x + self.place_position
         if self.position is not None:
             x = x + time.look_up(self.position).unsqueeze(1)
@@ -461,12 +561,12 @@ class PrefixDecoder(Transformer):
         return source
 
     def states(self, x, context, padding=None, cache=None):
-        """x (B, T) int64 after source `context` (B, S) with padding (B, S) bool, or after what the cache holds ->
+        """x (B, T) int64 after source `context` (B, S) with its padding, or after what the cache holds ->
         states (B, T, C). With a cache the first pass takes the source in."""
         if cache is not None and cache.length:
             return self.norm(self.stream(x, self.place(x, None, cache), cache)[0])
         S, positions = context.size(1), None
-        prefix = S
+        prefix, padding = S, as_mask(padding, S)
         if padding is not None:
             positions, prefix = running_positions(F.pad(padding, (0, x.size(1)))), S - padding.sum(1)
         x = torch.cat([context, x], 1)

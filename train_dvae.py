@@ -94,6 +94,7 @@ dropout = 0.0              # [>= 0.0, < 1.0] probability, of branches
 distance_bias = True       # attention knows distances from the start; False: it has to learn where things are
 resample = True            # a path past attention, by distance alone, into the pooler and into the decoder
 output_positions = False   # positions once more on the encoder's output
+kernels = "torch"          # [torch, triton] triton: fused operations of kernels.py; not compared with --compile yet
 
 # --- Codes ---
 estimator = "gumbel_soft"  # [gumbel_soft, gumbel_hard, straight_through, reinmax, vq, fsq]
@@ -581,7 +582,7 @@ def main():
         ema.load_state_dict(checkpoint["ema"])
     opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, weight_decay=weight_decay,
                       betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr, muon_momentum=muon_momentum,
-                      orthograd=orthograd, fused_rows=fused_rows(model))
+                      orthograd=orthograd, fused_rows=fused_rows(model), kernels=kernels)
     if checkpoint:
         optim.load_state(opt, checkpoint["optimizer"])
 

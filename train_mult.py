@@ -35,7 +35,7 @@ from data.multiplication import EQUALS, SYMBOLS, Notation, Problems, Stream, hel
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
                         load_checkpoint, override, resolve_device, restore_generators, seed_everything)
 from model import TransformerConfig, fused_rows, parameter_roles
-from networks import EncoderDecoder, LatentTransformer, PrefixDecoder
+from networks import EncoderDecoder, LatentTransformer, PrefixDecoder, cross_entropy
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
@@ -81,6 +81,7 @@ positions = "learned"      # [learned, rope, alibi, none] where a token stands
 activation = "gelu"        # [gelu, relu, relu2, silu, swiglu, geglu]
 init = "gpt2"              # [gpt2, normal, xavier, truncated, zero] gpt2: embeddings and positions of one size
 qk_norm = True             # RMSNorm on queries and keys
+kernels = "torch"          # [torch, triton] triton: fused operations of kernels.py; not compared with --compile yet
 
 # --- Losses ---
 sequence_weight = 0.0      # [>= 0.0] a wrong answer weighs 1 + this, a right one 1
@@ -202,7 +203,11 @@ class Solver(nn.Module):
             self.own = {"sum_head": "head"}
 
     def forward(self, source, x, padding=None):
-        """source (B, S), x (B, T) int64 -> logits (B, T, V) and the head's output (B, T, n_sums) or None, float32."""
+        """source (B, S), x (B, T) int64 -> logits (B, T, V) and the head's output (B, T, n_sums) or None, float32.
+
+        padding (B, S) bool, True after a source's end, or None where no row has any."""
+        if kernels == "triton" and padding is not None:
+            padding = (~padding).sum(1)      # by which cross-attention has a kernel
         states = self.body.states(x, self.body.encode(source, padding), padding)
         sums = None if self.sum_head is None else F.linear(states, self.sum_head).float()
         return self.body.classify(states), sums
@@ -235,7 +240,7 @@ class SequenceAccuracyLoss(nn.Module):
             mask = torch.ones_like(targets, dtype=torch.bool)
         logits = torch.where(mask.unsqueeze(-1), logits, 0.0)
         targets = targets.masked_fill(~mask, 0)
-        ce = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)  # (B, T)
+        ce = cross_entropy(logits.flatten(0, 1), targets.flatten(), kernels).view(targets.shape)  # (B, T)
         with torch.no_grad():
             correct = ((logits.argmax(-1) == targets) | ~mask).all(1).to(ce.dtype)  # (B,)
             present = mask.any(1).to(ce.dtype)
@@ -253,7 +258,7 @@ def sum_loss(sums, truth, mask, n_classes):
     a tenth of the largest sum (Bai et al. 2025 regress).
     """
     if sums.size(2) > 1:
-        error = F.cross_entropy(sums.flatten(0, 1), truth.flatten(), reduction="none").view(truth.shape)
+        error = cross_entropy(sums.flatten(0, 1), truth.flatten(), kernels).view(truth.shape)
     else:
         error = (sums.squeeze(2) - truth * (10 / n_classes)).square()
     return (error * mask).sum() / mask.sum().clamp(min=1)
@@ -333,7 +338,8 @@ class Learner:
         self.net = torch.compile(self.model) if compile else self.model
         self.opt = optim.build(optimizer, self.model.named_parameters(), parameter_roles(self.model), lr=lr,
                                weight_decay=weight_decay, betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr,
-                               muon_momentum=muon_momentum, orthograd=orthograd, fused_rows=fused_rows(self.model))
+                               muon_momentum=muon_momentum, orthograd=orthograd, fused_rows=fused_rows(self.model),
+                               kernels=kernels)
         self.scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
         self.ema = optim.EMA(self.model, ema_decay) if ema_decay else None
         self.forcing = Forcing(forcing, forcing_start, forcing_k, forcing_slope, forcing_min, stability_window,

@@ -33,6 +33,7 @@ from discrete import code_statistics, fsq_levels, mutual_information
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
                         load_checkpoint, override, replacing, resolve_device, restore_generators, seed_everything)
 from model import fused_rows, parameter_roles
+from networks import cross_entropy
 from play import View, parse_actions, save_gif, save_strip, serve
 from worldmodel import ActionModel, CausalDynamics, Dynamics, FirstFrame, Tokenizer, Writer, as_characters, to_patches
 
@@ -53,6 +54,7 @@ data_seed = 1337           # which clips a batch holds
 device = "auto"            # auto, cpu, cuda, cuda:1, ...
 dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
 compile = False            # torch.compile of the pass that training makes
+kernels = "torch"          # [torch, triton] triton: fused operations of kernels.py; not compared with --compile yet
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
 debug = False              # tiny and short, no wandb, no tensorboard
 
@@ -251,20 +253,22 @@ def build(name, video):
     try:
         if name == "tokenizer":
             return Tokenizer(video.height, video.width, patch, colours, codebook_size, code_dim, tokenizer_layers,
-                             n_head, tokenizer_embd, tokenizer, quantiser, tokenizer_frames)
+                             n_head, tokenizer_embd, tokenizer, quantiser, tokenizer_frames, kernels=kernels)
         if name == "actions":
             return ActionModel(video.height, video.width, patch, colours, history, n_codes, action_embd, action_layers,
-                               action_model, action_quantiser, n_head, difference=difference)
+                               action_model, action_quantiser, n_head, difference=difference, kernels=kernels)
         if name == "text":
-            return Writer(caption_length(side), text_layers, n_head, text_embd)
+            return Writer(caption_length(side), text_layers, n_head, text_embd, kernels=kernels)
         grid = (side, side) if tokens == "cells" else (video.height // patch, video.width // patch)
         size = 4 if tokens == "cells" else codebook_size
         if name == "frame":
-            return FirstFrame(grid, size, frame_layers, n_head, frame_embd, caption_length(side))
+            return FirstFrame(grid, size, frame_layers, n_head, frame_embd, caption_length(side), kernels=kernels)
         n_actions = n_codes if action_source == "latent" else video.n_actions
         if dynamics == "causal":
-            return CausalDynamics(grid, size, n_actions, dynamics_layers, n_head, dynamics_embd, max(16, context))
-        return Dynamics(grid, size, n_actions, dynamics_layers, n_head, dynamics_embd, action_input, max(16, context))
+            return CausalDynamics(grid, size, n_actions, dynamics_layers, n_head, dynamics_embd, max(16, context),
+                                  kernels=kernels)
+        return Dynamics(grid, size, n_actions, dynamics_layers, n_head, dynamics_embd, action_input, max(16, context),
+                        kernels=kernels)
     except ValueError as error:
         raise UserError(error)
 
@@ -275,7 +279,7 @@ def pixel_loss(written, frames, indices, weight=None):
     written (..., H, W, P or 3); frames (..., H, W, 3) float; indices (..., H, W) int64 or None; weight (..., H, W).
     """
     if indices is not None:
-        loss = F.cross_entropy(written.flatten(0, -2).float(), indices.flatten(), reduction="none")
+        loss = cross_entropy(written.flatten(0, -2).float(), indices.flatten(), kernels)
     else:
         loss = (written.float() - frames).square().mean(-1).flatten()
     return loss.mean() if weight is None else (loss * weight.flatten()).sum() / weight.sum()
@@ -397,7 +401,7 @@ def weighted_nats(logits, truth, hidden, first, step):
     first. logits (B, T - first, N, K); truth and hidden (B, T, N)."""
     extra = falling(step, steps_of("dynamics"), dynamics_change, dynamics_change_fraction)
     weight = (1 + extra * (truth[:, first:] != truth[:, first - 1:-1])) * hidden[:, first:]
-    nats = F.cross_entropy(logits.flatten(0, 2), truth[:, first:].flatten(), reduction="none")
+    nats = cross_entropy(logits.flatten(0, 2), truth[:, first:].flatten(), kernels)
     loss = (nats * weight.flatten()).sum() / weight.sum().clamp(min=1)
     return loss, dict(loss=loss.detach())
 
@@ -413,7 +417,7 @@ def frame_loss(model, models, material, index, noise):
     hidden = hide(truth, noise)
     hidden[:, 0] |= ~hidden.any(1)                            # a row with nothing to name would have no mean
     logits = model(truth.masked_fill(hidden, model.codebook_size), model.read(captions(material, index)))
-    loss = F.cross_entropy(logits[hidden], truth[hidden])
+    loss = cross_entropy(logits[hidden], truth[hidden], kernels, "mean")
     return loss, dict(loss=loss.detach())
 
 
@@ -1097,7 +1101,7 @@ def main():
             ema = optim.EMA(model, ema_decay) if ema_decay else None
             opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, betas=betas, eps=eps,
                               weight_decay=weight_decay, muon_lr=muon_lr, muon_momentum=muon_momentum,
-                              fused_rows=fused_rows(model))
+                              fused_rows=fused_rows(model), kernels=kernels)
             scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
             loop = dict(step=0, evaluated=-1, best=-math.inf, best_step=0, best_model=None, waited=0, pending=[],
                         seconds=0.0, logged_seconds=0.0, clips=0, start=total,

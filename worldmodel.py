@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 from cache import Cache
 from discrete import FSQ, VQ, Quantised, straight_through
-from mixers import Linear, Norm, Positions
+from mixers import Linear, Norm
 from model import Block, TransformerConfig, initialise, make_ropes
-from networks import CrossBlock, Encoder, SpatialTransformer, SpatioTemporal, TextTransformer, axial_tables, places_of
+from networks import (CrossBlock, Encoder, SpatialTransformer, SpatioTemporal, TextTransformer, axial_tables,
+                      frame_places, places_of)
 
 
 def to_patches(x, p):
@@ -109,9 +110,9 @@ class Signs(nn.Module):
 class Nearest(nn.Module):
     """n_codes vectors of width D, the nearest chosen, codes as running means (VQ): what `Signs` is compared with."""
 
-    def __init__(self, n_codes, width=8):
+    def __init__(self, n_codes, width=8, kernels="torch"):
         super().__init__()
-        self.width, self.vq = width, VQ(n_codes, width, "dot")
+        self.width, self.vq = width, VQ(n_codes, width, "dot", kernels=kernels)
 
     def forward(self, u, soft=False):
         """As Signs.forward; the Quantised has a commitment loss."""
@@ -136,15 +137,15 @@ class ActionModel(nn.Module):
     """
 
     def __init__(self, height, width, patch, colours, history=2, n_codes=8, n_embd=32, n_layer=3, kind="conv",
-                 quantiser="signs", n_head=4, init="xavier", difference=True):
+                 quantiser="signs", n_head=4, init="xavier", difference=True, kernels="torch"):
         super().__init__()
         self.height, self.width, self.patch, self.colours = height, width, patch, colours
         self.history, self.n_codes, self.kind, self.difference = history, n_codes, kind, difference
-        self.quantiser = Signs(n_codes) if quantiser == "signs" else Nearest(n_codes)
+        self.quantiser = Signs(n_codes) if quantiser == "signs" else Nearest(n_codes, kernels=kernels)
         D, n_out = self.quantiser.width, patch * patch * (colours or 3)
         self.config = TransformerConfig(vocab_size=1, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
                                         block_size=max(2, history + 1), norm="rms", positions="rope", ff_mult=2.0,
-                                        activation="gelu", bias=False, init=init, qk_norm=True)
+                                        activation="gelu", bias=False, init=init, qk_norm=True, kernels=kernels)
         self.to_hidden, self.to_code = Affine(n_embd, n_embd), Affine(n_embd, D)
         if kind == "conv":
             self.look = Conv(3 * (history + 1), n_embd, patch, patch)
@@ -233,7 +234,7 @@ class Tokenizer(nn.Module):
     """
 
     def __init__(self, height, width, patch, colours, codebook_size=64, code_dim=8, n_layer=2, n_head=4, n_embd=64,
-                 kind="spatial", quantiser="vq", window=None, block_size=16, init="xavier"):
+                 kind="spatial", quantiser="vq", window=None, block_size=16, init="xavier", kernels="torch"):
         super().__init__()
         if height % patch or width % patch:
             raise ValueError(f"patch {patch} does not divide frames of {height} x {width}")
@@ -243,8 +244,9 @@ class Tokenizer(nn.Module):
         self.n_tokens, self.grid, self.codebook_size = grid[0] * grid[1], grid, codebook_size
         self.config = TransformerConfig(vocab_size=1, n_layer=n_layer, n_head=n_head, n_embd=n_embd, norm="rms",
                                         block_size=block_size, positions="rope", ff_mult=2.0, bias=False, init=init,
-                                        qk_norm=True)
-        self.codebook = FSQ(codebook_size) if quantiser == "fsq" else VQ(codebook_size, code_dim, "cosine")
+                                        qk_norm=True, kernels=kernels)
+        self.codebook = FSQ(codebook_size) if quantiser == "fsq" else VQ(codebook_size, code_dim, "cosine",
+                                                                         kernels=kernels)
         width_of_code = len(self.codebook.levels) if quantiser == "fsq" else code_dim
 
         def trunk():
@@ -334,14 +336,14 @@ class Dynamics(nn.Module):
     """
 
     def __init__(self, grid, codebook_size, n_actions, n_layer=2, n_head=4, n_embd=64, action_input="add",
-                 block_size=16, init="xavier", ff_mult=2.0):
+                 block_size=16, init="xavier", ff_mult=2.0, kernels="torch"):
         super().__init__()
         self.grid, self.n_tokens = tuple(grid), grid[0] * grid[1]
         self.codebook_size, self.n_actions = codebook_size, n_actions
         self.extra = int(action_input == "prepend")
         self.config = TransformerConfig(vocab_size=codebook_size + 1, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
                                         block_size=block_size, norm="rms", positions="rope", ff_mult=ff_mult,
-                                        bias=False, init=init, qk_norm=True)
+                                        bias=False, init=init, qk_norm=True, kernels=kernels)
         self.embed = nn.Parameter(torch.empty(codebook_size + 1, n_embd))
         self.acts = nn.Parameter(torch.empty(n_actions + 1, n_embd))
         self.own = {"acts": "embedding"}
@@ -423,20 +425,20 @@ class CausalDynamics(nn.Module):
     """
 
     def __init__(self, grid, codebook_size, n_actions, n_layer=2, n_head=4, n_embd=64, block_size=16, init="xavier",
-                 ff_mult=2.0):
+                 ff_mult=2.0, kernels="torch"):
         super().__init__()
         self.grid, self.n_tokens = tuple(grid), grid[0] * grid[1]
         self.codebook_size, self.n_actions = codebook_size, n_actions
         c = self.config = TransformerConfig(vocab_size=codebook_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
                                             block_size=block_size * (self.n_tokens + 1), norm="rms", positions="rope",
-                                            ff_mult=ff_mult, bias=False, init=init, qk_norm=True)
+                                            ff_mult=ff_mult, bias=False, init=init, qk_norm=True, kernels=kernels)
         self.embed = nn.Parameter(torch.empty(codebook_size, n_embd))
         self.acts = nn.Parameter(torch.empty(n_actions + 1, n_embd))
         self.place_position = nn.Parameter(torch.empty(self.n_tokens, n_embd))
         self.own = {"acts": "embedding", "place_position": "position"}
         self.ropes = make_ropes(c)
         self.blocks = nn.ModuleList(Block(c, i) for i in range(n_layer))
-        self.norm = Norm(c.norm, n_embd, c.norm_gain, c.bias)
+        self.norm = Norm(c.norm, n_embd, c.norm_gain, c.bias, c.kernels)
         self.heads = nn.ParameterList([nn.Parameter(torch.empty(codebook_size, n_embd))])
         initialise(self)
 
@@ -519,10 +521,10 @@ def as_characters(texts, length=None):
 class Writer(TextTransformer):
     """A causal language model over the characters of captions, with its own generation loop."""
 
-    def __init__(self, block_size, n_layer=2, n_head=4, n_embd=64, init="xavier"):
+    def __init__(self, block_size, n_layer=2, n_head=4, n_embd=64, init="xavier", kernels="torch"):
         super().__init__(TransformerConfig(vocab_size=N_CHARACTERS, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
                                            block_size=block_size + 1, norm="rms", positions="rope", bias=False,
-                                           init=init, qk_norm=True))
+                                           init=init, qk_norm=True, kernels=kernels))
 
     def nats(self, text):
         """text (B, S) int64, 0 after its end -> mean loss in nats per character, the end's 0 counted once."""
@@ -557,18 +559,19 @@ class FirstFrame(nn.Module):
     in the tokens of a frame, by MaskGIT. What the caption's keys and values are is computed once, for all rounds.
     """
 
-    def __init__(self, grid, codebook_size, n_layer=2, n_head=4, n_embd=64, block_size=160, init="xavier"):
+    def __init__(self, grid, codebook_size, n_layer=2, n_head=4, n_embd=64, block_size=160, init="xavier",
+                 kernels="torch"):
         super().__init__()
         self.grid, self.n_tokens, self.codebook_size = tuple(grid), grid[0] * grid[1], codebook_size
         c = self.config = TransformerConfig(vocab_size=N_CHARACTERS, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
                                             block_size=block_size, norm="rms", positions="rope", ff_mult=2.0,
-                                            bias=False, init=init, qk_norm=True)
+                                            bias=False, init=init, qk_norm=True, kernels=kernels)
         self.encoder = Encoder(c)
         self.tokens = nn.Parameter(torch.empty(codebook_size + 1, n_embd))
         self.places = nn.Parameter(torch.empty(self.n_tokens, n_embd))
         self.own = {"tokens": "embedding", "places": "position"}
         self.blocks = nn.ModuleList(CrossBlock(c, i) for i in range(n_layer))
-        self.norm = Norm(c.norm, n_embd, c.norm_gain, c.bias)
+        self.norm = Norm(c.norm, n_embd, c.norm_gain, c.bias, c.kernels)
         self.heads = nn.ParameterList([nn.Parameter(torch.empty(codebook_size, n_embd))])
         for name, table in zip(("cos", "sin"), axial_tables(*self.grid, c.head_dim)):
             self.register_buffer(name, table, persistent=False)
@@ -583,13 +586,14 @@ class FirstFrame(nn.Module):
         """text (B, S) int64, 0 where it has ended -> what `forward` takes: keys and values of each layer, padding."""
         padding = text == 0
         states = self.encoder(text, padding)
+        if self.config.kernels == "triton":
+            padding = (~padding).sum(1)                                          # by which cross-attention has a kernel
         return [block.cross.keys(states) for block in self.blocks], padding
 
     def forward(self, tokens, held):
         """tokens (B, N) int64, codebook_size where hidden; held of `read` -> logits (B, N, K) float32."""
         keys, padding = held
-        places = Positions(0, self.n_tokens, bidirectional=True)
-        places.tables[self.config.head_dim] = self.cos, self.sin
+        places = frame_places(self, self.n_tokens)
         x = F.embedding(tokens, self.tokens) + self.places
         for block, pair in zip(self.blocks, keys):
             x = block(x, pair, places, padding=padding)

@@ -1,0 +1,688 @@
+"""kernels "triton" against "torch" in networks.py, discrete.py, dvae.py, worldmodel.py and their three scripts.
+
+On a CPU kernels are their twins, and in Triton's interpreter themselves. About 30 s on one core.
+"""
+import json
+import subprocess
+import sys
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import kernels  # noqa: E402
+import kernels_attention  # noqa: E402
+import kernels_codes  # noqa: E402
+import kernels_optim  # noqa: E402
+import networks  # noqa: E402
+import train_dvae  # noqa: E402
+import train_enwik8  # noqa: E402
+import train_mult  # noqa: E402
+import train_worldmodel  # noqa: E402
+from data.arc import Canvas  # noqa: E402
+from data.multiplication import Notation  # noqa: E402
+from discrete import VQ, choose  # noqa: E402
+from dvae import DVAE, Config  # noqa: E402
+from mixers import Norm  # noqa: E402
+from model import TransformerConfig  # noqa: E402
+from networks import (CrossAttention, Encoder, EncoderDecoder, LatentTransformer, PrefixDecoder,  # noqa: E402
+                      SpatialTransformer, SpatioTemporal, as_mask, cross_entropy)
+from test_scripts import fresh  # noqa: E402
+from worldmodel import ActionModel, CausalDynamics, Dynamics, FirstFrame, Tokenizer, Writer  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+OPERATIONS = {kernels: ("rms_norm", "layer_norm", "rotary", "gated", "gelu", "relu2", "cross_entropy",
+                        "linear_cross_entropy", "batched_linear_cross_entropy"),
+              kernels_attention: ("attend", "attend_space", "attend_time"),
+              kernels_codes: ("nearest_code", "gumbel_softmax", "reinmax"), kernels_optim: ("adamw_step",)}
+SMALL = dict(vocab_size=13, n_layer=2, n_head=4, n_embd=32, block_size=12, init="xavier", positions="rope", norm="rms",
+             activation="swiglu")
+PLAIN = {"rms_norm", "gated"}  # what every layer of SMALL calls
+SPACE, TIME = {"attend_space"}, {"attend_time"}
+SCRIPTS = [train_mult, train_dvae, train_worldmodel]
+
+
+def some(*shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def whole(high, *shape, seed=1):
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(got, want, atol=2e-5):
+    torch.testing.assert_close(got, want, atol=atol, rtol=2e-5)
+
+
+def close_gradients(got, want):
+    """To float32's rounding of the largest of a tensor."""
+    for name, gradient in want.items():
+        close(got[name], gradient, atol=2e-5 * max(1.0, gradient.abs().max().item()))
+
+
+@contextmanager
+def watched():
+    """Counts the calls of each operation: {name: [arguments of a call, ...]}."""
+    calls = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for module, names in OPERATIONS.items():
+            for name in names:
+                def spy(*given, name=name, operation=getattr(module, name), **how):
+                    calls.setdefault(name, []).append((given, how))
+                    return operation(*given, **how)
+                patch.setattr(module, name, spy)
+        yield calls
+
+
+def pair(build, same=True):
+    """build(kernels) twice, with one set of weights, none of them 0 or 1."""
+    models = []
+    for how in ("torch", "triton"):
+        torch.manual_seed(0)
+        models.append(build(how))
+    one, two = models
+    assert one.state_dict().keys() == two.state_dict().keys()  # and so for checkpoints
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters()))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in one.parameters():
+            p.add_(torch.randn_like(p), alpha=0.05)
+    two.load_state_dict(one.state_dict())
+    return one, two
+
+
+def learn(model, run):
+    """(what run(model) gives, every parameter's gradient of its sum with random weights)."""
+    model.zero_grad()
+    out = run(model)
+    (out * some(*out.shape, seed=9)).sum().backward()
+    return out.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def same(build, run, expected, how=nullcontext):
+    """Both kernels: the same outputs and gradients; "torch" calls no operation, "triton" those `expected`."""
+    found = []
+    for model, wanted in zip(pair(build), (set(), expected)):
+        with watched() as calls, how():
+            found.append(learn(model, run))
+        assert calls.keys() == wanted
+        assert all(module.triton == bool(wanted) for module in model.modules() if isinstance(module, Norm))
+    (out, gradients), (other, theirs) = found
+    assert out.abs().mean() > 0.01 and sum(g is not None and g.abs().max() > 1e-3 for g in gradients.values()) > 3
+    close(other, out)
+    close_gradients(theirs, gradients)
+    return calls
+
+
+def configured(**settings):
+    return TransformerConfig(**{**SMALL, **settings})
+
+
+# --- Encoders ---
+
+PADDED = torch.tensor([[0] * 12, [0] * 7 + [1] * 5, [0] + [1] * 11]).bool()  # at the end
+PADDINGS = {"none": None, "end": PADDED, "begin": PADDED.flip(1), "within": PADDED.roll(4, 1),
+            "lengths": torch.tensor([12, 7, 1])}
+ENCODERS = {  # settings, operations beside PLAIN
+    "full": ({}, {"rotary", "attend"}),
+    "layer": (dict(norm="layer", bias=True, activation="gelu", positions="learned"), {"attend"}),
+    "grouped": (dict(n_kv_head=2, qk_norm=True, qk_scale=True, mixer="full,window", window=3), {"rotary", "attend"}),
+    "alibi": (dict(positions="alibi"), set()),
+    "sdpa": (dict(attention="sdpa"), {"rotary"}),
+    "diff": (dict(mixer="diff"), {"rotary"}),
+    "wide": (dict(n_head=1, n_embd=258, activation="relu"), {"rotary"}),
+}
+
+
+def layers(settings):
+    """What the layers of a config call, attention aside."""
+    found = {"layer_norm" if settings.get("norm") == "layer" else "rms_norm"}
+    kind = settings.get("activation", "swiglu")
+    return found | ({"gated"} if kind == "swiglu" else {kind} & {"gelu"})
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("case", ENCODERS)
+def test_encoder(case, padding):
+    settings, expected = ENCODERS[case]
+    padding = PADDINGS[padding]
+    real = ~as_mask(padding, 12) if padding is not None else torch.ones(3, 12, dtype=torch.bool)
+    calls = same(lambda how: Encoder(configured(**settings, kernels=how)),
+                 lambda model: model(whole(13, 3, 12), padding)[real], layers(settings) | expected)
+    if "attend" in expected:
+        assert len(calls["attend"]) == 2  # one of a layer
+        assert all(how["causal"] is False and (how["places"] is None) == (padding is None)
+                   for _, how in calls["attend"])
+
+
+def test_lengths_are_padding_at_the_end():
+    assert torch.equal(as_mask(PADDINGS["lengths"], 12), PADDED) and as_mask(None, 12) is None
+    assert as_mask(PADDED, 12) is PADDED
+    for kind in (EncoderDecoder, PrefixDecoder, partial(LatentTransformer, n_latent=2)):
+        torch.manual_seed(0)
+        model, source, x = kind(configured(block_size=24)), whole(13, 3, 12), whole(13, 3, 5)
+        assert torch.equal(model(source, x, padding=PADDED), model(source, x, padding=PADDINGS["lengths"]))
+
+
+# --- Encoder, decoder, what is between ---
+
+@pytest.mark.parametrize("padding, cross", [("none", True), ("lengths", True), ("end", False), ("within", False)])
+@pytest.mark.parametrize("kind", ["simple", "latent", "prefix"])
+def test_encoder_and_decoder(kind, padding, cross):
+    """The mean loss; cross-attention goes by kernel where padding is None or lengths, and then only."""
+    build = {"simple": EncoderDecoder, "prefix": PrefixDecoder, "latent": partial(LatentTransformer, n_latent=3)}[kind]
+    targets = whole(13, 3, 8, seed=3)
+    targets[0, 5:] = targets[1, 2] = -1
+    padding = PADDINGS[padding]
+    ragged = kind == "prefix" and padding is not None
+    expected = PLAIN | {"rotary", "cross_entropy"} | (set() if ragged else {"attend"})
+    calls = same(lambda how: build(configured(block_size=20, n_kv_head=2, kernels=how)),
+                 lambda model: model(whole(13, 3, 12), whole(13, 3, 8, seed=2), targets, padding)[0], expected)
+    if kind == "prefix":
+        return
+    across = [how["lengths"] for _, how in calls["attend"] if "lengths" in how]
+    reading = {"simple": 2, "latent": 1}[kind] * cross  # layers that read the source; latents have no padding
+    assert len(across) == reading + {"simple": 0, "latent": 2}[kind]
+    assert sum(lengths is not None for lengths in across) == (reading if padding is not None else 0)
+
+
+@torch.no_grad()
+def test_decoding_is_as_ever():
+    """One token at a time no attention goes by kernel, and the logits are those of the whole pass."""
+    one, two = (model.eval() for model in pair(lambda how: EncoderDecoder(configured(kernels=how))))
+    source, x, lengths = whole(13, 3, 12), whole(13, 3, 8, seed=2), PADDINGS["lengths"]
+    want = one(source, x, padding=PADDED)
+    context, cache = two.encode(source, lengths), two.new_cache(3, 8)
+    with watched() as calls:
+        parts = [two.decode(x[:, t:t + 1], context, cache, lengths) for t in range(8)]
+    assert "attend" not in calls and "rms_norm" in calls
+    close(torch.cat(parts, 1), want)
+
+
+@pytest.mark.parametrize("settings", [dict(dropout=0.3), dict(attention="manual"), dict(n_head=1, n_embd=258)], ids=str)
+def test_cross_attention_falls_back(settings):
+    config = configured(**settings, kernels="triton")
+    torch.manual_seed(0)
+    layer = CrossAttention(config).train()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_(0, 0.2)
+    x, context = some(3, 5, config.n_embd), some(3, 12, config.n_embd, seed=2)
+    with watched() as calls:
+        layer(x, layer.keys(context), PADDINGS["lengths"])
+    assert not calls
+    if "dropout" in settings:
+        with watched() as calls:
+            out = layer.eval()(x, layer.keys(context), PADDINGS["lengths"])
+        assert calls.keys() == {"attend"}
+        layer.config = replace(config, kernels="torch")
+        close(out, layer(x, layer.keys(context), PADDED))
+
+
+# --- Frames ---
+
+@pytest.mark.parametrize("padding", [None, PADDED])
+@pytest.mark.parametrize("grid", [None, (3, 4), (2, 5)])
+def test_spatial(grid, padding):
+    real = torch.ones(3, 12, dtype=torch.bool) if padding is None else ~padding
+    same(lambda how: SpatialTransformer(configured(kernels=how), 12, classify=True, grid=grid),
+         lambda model: model(whole(13, 3, 12), padding)[real], PLAIN | {"attend"} | ({"rotary"} if grid else set()))
+
+
+FRAMES = {  # settings, how forward is called, operations of attention and positions
+    "plain": ({}, {}, SPACE | TIME | {"rotary"}),
+    "window": ({}, dict(window=2), SPACE | TIME | {"rotary"}),
+    "wider than the clip": ({}, dict(window=9), SPACE | TIME | {"rotary"}),
+    "none": (dict(positions="none", grid=None), {}, SPACE | TIME),
+    "learned": (dict(positions="learned"), {}, SPACE | TIME | {"rotary"}),
+    "no grid": (dict(grid=None), {}, SPACE | TIME | {"rotary"}),
+    "one more token": (dict(n_tokens=7), {}, SPACE | TIME | {"rotary"}),
+    "grouped": (dict(n_kv_head=2, qk_norm=True, qk_scale=True), dict(window=3), SPACE | TIME | {"rotary"}),
+    "layer": (dict(norm="layer", bias=True, activation="gelu"), {}, SPACE | TIME | {"rotary"}),
+    "alibi": (dict(positions="alibi"), {}, SPACE | {"rotary"}),
+    "sdpa": (dict(attention="sdpa"), {}, {"rotary"}),
+    "two streams": ({}, dict(window=3, streams=(3, 2)), SPACE | {"rotary"}),
+    "wide": (dict(n_head=1, n_embd=260, activation="relu"), {}, {"rotary"}),
+}
+
+
+@pytest.mark.parametrize("case", FRAMES)
+def test_frames(case):
+    settings, call, expected = FRAMES[case]
+    settings = dict(settings)
+    grid, n_tokens = settings.pop("grid", (2, 3)), settings.pop("n_tokens", 6)
+    config = configured(**settings)
+    calls = same(lambda how: SpatioTemporal(replace(config, kernels=how), n_tokens, grid),
+                 lambda model: model(some(2, 5, n_tokens, config.n_embd), **call), layers(settings) | expected)
+    rotations = {"two streams": 4, "alibi": 2, "learned": 2, "none": 0}.get(case, 2 if grid is None else 4)
+    assert len(calls.get("rotary", ())) == rotations
+    for name in expected & (SPACE | TIME):
+        assert len(calls[name]) == 2
+        width = (config.n_head + 2 * config.n_kv_head) * config.head_dim
+        for (q, k, v), how in calls[name]:
+            assert v.shape == (2, 5, n_tokens, config.n_kv_head, config.head_dim) and q.size(3) == config.n_head
+            assert v.stride() == (5 * n_tokens * width, n_tokens * width, width, config.head_dim, 1)  # where it lies
+            assert how.get("window") == (call.get("window") if name == "attend_time" else None)
+
+
+@torch.no_grad()
+def test_frames_with_a_cache():
+    """Over time a cache takes the path of all attention; within a frame it changes nothing."""
+    one, two = (model.eval() for model in pair(lambda how: SpatioTemporal(configured(kernels=how), 6, (2, 3))))
+    x = some(2, 5, 6, 32)
+    want, cache = one(x, window=3), two.new_cache(2, 5, 3)
+    with watched() as calls:
+        parts = [two(x[:, a:b], cache) for a, b in ((0, 2), (2, 3), (3, 5))]
+    assert calls.keys() == PLAIN | {"rotary", "attend_space", "attend"}
+    assert len(calls["attend"]) == 4 and len(calls["attend_space"]) == 6  # two layers, of chunks of several frames; all
+    close(torch.cat(parts, 1), want)
+    with watched() as calls:
+        close(two(x, window=3), want)
+    assert TIME < calls.keys()
+
+
+def test_frames_with_dropout():
+    """In training the same is dropped, by torch; in evaluation it goes by kernel."""
+    found = []
+    for model in pair(lambda how: SpatioTemporal(configured(dropout=0.3, kernels=how), 6, (2, 3))):
+        torch.manual_seed(5)
+        with watched() as calls:
+            found.append(learn(model, lambda model: model(some(2, 5, 6, 32)))[0])
+        assert not calls.keys() & (SPACE | TIME)
+    close(found[1], found[0])
+    with watched() as calls:
+        model.eval()(some(2, 5, 6, 32))
+    assert SPACE | TIME < calls.keys()
+
+
+@pytest.mark.parametrize("model", ["frames", "cross"])
+def test_autocast(model):
+    """Under bfloat16 the types fit: both are a rounding away from float32."""
+    found = []
+    build = {"frames": lambda how: SpatioTemporal(configured(kernels=how, qk_norm=True), 6, (2, 3)),
+             "cross": lambda how: EncoderDecoder(configured(kernels=how))}[model]
+    for network in pair(build):
+        with torch.autocast("cpu", torch.bfloat16), watched() as calls:
+            out = (network(some(2, 5, 6, 32)) if model == "frames" else
+                   network(whole(13, 3, 12), whole(13, 3, 8, seed=2), padding=PADDINGS["lengths"]))
+        out.float().square().mean().backward()
+        found.append((out.detach().flatten(), torch.cat([p.grad.flatten() for p in network.parameters()])))
+    assert len(calls.get("attend_time", ())) == 2 or len(calls["attend"]) == 6
+    close(found[1][0].float(), found[0][0].float(), atol=0.1)
+    assert all(F.cosine_similarity(found[0][i].float(), found[1][i].float(), 0) > 0.995 for i in range(2))
+
+
+@torch.no_grad()
+def test_autocast_that_widens_a_norm(monkeypatch):
+    """As it does on a GPU: queries and keys are then of another type than values."""
+    plain = networks.rms_norm
+    _, model = pair(lambda how: SpatioTemporal(configured(kernels=how, qk_norm=True), 6, (2, 3)))
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model(some(2, 5, 6, 32))
+        monkeypatch.setattr(networks, "rms_norm", lambda x: plain(x).float())
+        with watched() as calls:
+            close(model(some(2, 5, 6, 32)).float(), want.float(), atol=0.1)
+    assert [t.dtype for name in ("attend_space", "attend_time") for t in calls[name][0][0]] == 6 * [torch.bfloat16]
+
+
+# --- The world model's networks ---
+
+VIDEO = some(2, 4, 16, 16, 3).sigmoid()
+DRAWN, LED = whole(9, 2, 5, 6), whole(4, 2, 5)
+TEXT = torch.tensor([[97, 98, 99, 32, 97, 98], [98, 97, 0, 0, 0, 0]])
+WORLD = {  # build(kernels), run(model), operations
+    "action transformer": (lambda how: ActionModel(16, 16, 8, 3, 2, 4, 16, 1, "transformer", "vq", 2, kernels=how),
+                           lambda m: m.every(VIDEO[:, :3])[0],
+                           {"rms_norm", "gelu", "rotary", "nearest_code"} | SPACE | TIME),
+    "action conv": (lambda how: ActionModel(16, 16, 8, 3, 2, 4, 16, 1, "conv", "vq", kernels=how),
+                    lambda m: m(VIDEO[:, :3])[0], {"nearest_code"}),
+    "tokenizer": (lambda how: Tokenizer(16, 16, 8, 3, 8, 4, 1, 2, 16, kernels=how), lambda m: m(VIDEO)[0],
+                  {"rms_norm", "gelu", "rotary", "attend", "nearest_code"}),
+    "tokenizer over time": (lambda how: Tokenizer(16, 16, 8, None, 8, 4, 1, 2, 16, "spatiotemporal", "fsq", 2,
+                                                  kernels=how), lambda m: m(VIDEO)[0],
+                            {"rms_norm", "gelu", "rotary"} | SPACE | TIME),
+    "dynamics": (lambda how: Dynamics((2, 3), 9, 4, 1, 2, 16, kernels=how), lambda m: m(DRAWN, LED, window=3),
+                 {"rms_norm", "gelu", "rotary"} | SPACE | TIME),
+    "dynamics, streams": (lambda how: Dynamics((2, 3), 9, 4, 1, 2, 16, "prepend", kernels=how),
+                          lambda m: m(DRAWN, LED, window=3, streams=(3, 2)), {"rms_norm", "gelu", "rotary"} | SPACE),
+    "causal": (lambda how: CausalDynamics((2, 3), 9, 4, 1, 2, 16, kernels=how), lambda m: m(DRAWN, LED, window=3),
+               {"rms_norm", "gelu", "rotary", "attend"}),
+    "writer": (lambda how: Writer(8, 1, 2, 16, kernels=how), lambda m: m.nats(TEXT),
+               {"rms_norm", "gelu", "rotary", "attend", "batched_linear_cross_entropy"}),
+    "first frame": (lambda how: FirstFrame((2, 3), 9, 2, 2, 16, 8, kernels=how),
+                    lambda m: m(DRAWN[:, 0], m.read(TEXT)), {"rms_norm", "gelu", "rotary", "attend"}),
+}
+
+
+@pytest.mark.parametrize("case", WORLD)
+def test_world(case):
+    build, run, expected = WORLD[case]
+    if case == "action conv":  # without a norm that could say so
+        (one, out), (two, other) = ((model, learn(model, run)) for model in pair(build))
+        close(other[0], out[0])
+        with watched() as calls:
+            run(one)
+            assert not calls
+            run(two)
+        assert calls.keys() == expected
+        return
+    calls = same(build, run, expected)
+    if case == "first frame":  # 2 layers: of the encoder, over the frame, and from it to the caption
+        lengths = [how["lengths"] for _, how in calls["attend"] if "lengths" in how]
+        assert len(calls["attend"]) == 6 and [x.tolist() for x in lengths] == 2 * [[6, 2]]
+        assert len(calls["rotary"]) == 4
+
+
+def test_a_row_of_words_does_not_matter_past_its_end():
+    """FirstFrame by kernel: the shorter caption alone, without padding."""
+    _, model = pair(WORLD["first frame"][0])
+    with torch.no_grad():
+        both, alone = model(DRAWN[:, 0], model.read(TEXT)), model(DRAWN[1:, 0], model.read(TEXT[1:, :2]))
+    close(both[1:], alone)
+
+
+# --- Codes ---
+
+GUMBEL, REINMAX = {"gumbel_softmax"}, {"reinmax"}
+CHOICES = {  # estimator, tau, noise, hardness: operations
+    ("gumbel_soft", 1.0, 1.0, 1.0): GUMBEL, ("gumbel_soft", 0.25, 0.5, 0.0): GUMBEL,
+    ("gumbel_soft", 1.0, 0.0, 0.5): GUMBEL, ("gumbel_hard", 0.5, 1.0, 1.0): GUMBEL,
+    ("gumbel_hard", 0.5, 0.7, 0.0): GUMBEL, ("gumbel_hard", 0.5, 0.7, -1.0): GUMBEL,
+    ("gumbel_hard", 0.5, 0.0, 2.0): GUMBEL, ("gumbel_hard", 0.5, 1.0, 0.4): set(),
+    ("reinmax", 1.0, 1.0, 1.0): REINMAX, ("reinmax", 1.5, 0.3, 1.0): REINMAX, ("reinmax", 1.0, 0.0, 1.0): REINMAX,
+    ("reinmax", 1.3, 1.0, 0.0): set(), ("reinmax", 1.0, 1.0, 0.5): set(),
+    ("straight_through", 1.0, 1.0, 1.0): set(), ("straight_through", 0.7, 0.5, 0.0): set(),
+}
+
+
+def chosen(how, estimator, tau, noise, hardness, interpreted=False):
+    """(y, codes, gradient of the logits, where the generator stands) of 300 choices out of 17."""
+    logits = (3 * some(3, 100, 17)).requires_grad_()
+    generator = torch.Generator().manual_seed(4)
+    with kernels.interpreted() if interpreted else nullcontext():
+        y, codes = choose(logits, estimator, tau, noise, hardness, generator, how)
+        (y * some(3, 100, 17, seed=2)).sum().backward()
+    return y.detach(), codes, logits.grad, torch.rand(1, generator=generator)
+
+
+@pytest.mark.parametrize("case", CHOICES, ids=str)
+def test_choose(case):
+    """The same draws, codes and numbers, to the bit for codes and to float32's rounding else."""
+    want = chosen("torch", *case)
+    with watched() as calls:
+        found = chosen("triton", *case)
+    assert calls.keys() == CHOICES[case]
+    assert torch.equal(found[1], want[1]) and torch.equal(found[3], want[3]) and len(want[1].unique()) > 9
+    close(found[0], want[0], atol=1e-6)
+    close(found[2], want[2], atol=1e-5)
+    assert want[2].abs().max() > 0.01
+    untouched = torch.equal(found[3], torch.rand(1, generator=torch.Generator().manual_seed(4)))
+    assert untouched == (case[2] == 0)  # without noise nothing is drawn
+    if not CHOICES[case]:
+        assert torch.equal(found[0], want[0]) and torch.equal(found[2], want[2])
+    if case[0] in ("gumbel_hard", "reinmax") and case[3] >= 1:
+        assert torch.equal(found[0].argmax(-1), found[1]) and (found[0].max(-1).values - 1).abs().max() < 1e-6
+
+
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("case", [case for case in CHOICES if CHOICES[case]], ids=str)
+def test_choose_in_the_interpreter(case, monkeypatch):
+    want = chosen("torch", *case)
+    monkeypatch.setattr(kernels_codes, "exactly", None)  # no twin can run
+    found = chosen("triton", *case, interpreted=True)
+    assert torch.equal(found[1], want[1]) and torch.equal(found[3], want[3])
+    close(found[0], want[0], atol=1e-6)
+    close(found[2], want[2], atol=1e-5)
+
+
+def test_choose_refuses():
+    for how in ("torch", "triton"):
+        with pytest.raises(ValueError, match="reinmax"):
+            choose(some(2, 5), "reinmax", 0.5, kernels=how)
+        with pytest.raises(ValueError, match="estimator 'none'"):
+            choose(some(2, 5), "none", kernels=how)
+
+
+@pytest.mark.parametrize("interpreted", [False, pytest.param(True, marks=pytest.mark.skipif(
+    not kernels.INTERPRETED, reason="needs Triton's interpreter"))])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_nearest(similarity, interpreted):
+    """VQ: the same codes, of equal ones the first, in training and evaluation; the codes follow alike."""
+    found = []
+    for how in ("torch", "triton"):
+        torch.manual_seed(0)
+        book = VQ(37, 6, similarity, kernels=how)
+        book.codes[20:30] = book.codes[5]  # equally near
+        book.put(torch.zeros(37, dtype=torch.bool), book.codes[:0])
+        z = (some(40, 9, 6, seed=3) * 0.4).requires_grad_()
+        with torch.no_grad():
+            z[0, :3] = book.codes[5]
+        with kernels.interpreted() if interpreted else nullcontext(), watched() as calls:
+            first = book(z.detach())
+            out = book(z, "vq", tau=1.0)
+        assert {name: len(given) for name, given in calls.items()} == {"nearest_code": 2} if how == "triton" else (
+            not calls)
+        (out.e * some(40, 9, 6, seed=4)).sum().add(out.loss).backward()
+        found.append((first.codes, out.codes, out.e.detach(), z.grad, book.codes, book.counts))
+    assert torch.equal(found[0][0], found[0][1]) and (found[0][0][0, :3] == 5).all() and len(found[0][0].unique()) > 20
+    for one, two in zip(*found):
+        if one.dtype == torch.int64:
+            assert torch.equal(two, one)
+        close(two, one)
+
+
+# --- The discrete VAE ---
+
+def dvae(how, quantiser="categorical", side=5, **settings):
+    sizes = dict(n_codes=6, codebook_size=16, code_dim=8, patch_height=2, patch_width=1, encoder_layers=1,
+                 latent_layers=1, decoder_layers=1, n_head=2, n_embd=16, cell_dim=8, ff_mult=2.0)
+    words = dict(layout="grid", activation="gelu", norm="layer", norm_gain=True, bias=True, init="xavier", dropout=0.0,
+                 distance_bias=True, resample=True, output_positions=False, similarity="cosine", codebook_init="normal")
+    return DVAE(Config(canvas=Canvas(side, 10), quantiser=quantiser, **{**sizes, **words, **settings}, kernels=how))
+
+
+@pytest.mark.parametrize("quantiser, estimator, settings, expected", [
+    ("categorical", "gumbel_soft", {}, {"layer_norm", "gelu", "gumbel_softmax"}),
+    ("categorical", "reinmax", dict(norm="rms", activation="swiglu", layout="canvas"),
+     {"rms_norm", "gated", "reinmax"}),
+    ("categorical", "straight_through", dict(activation="silu"), {"layer_norm"}),
+    ("vq", "vq", dict(activation="relu2"), {"layer_norm", "relu2", "nearest_code"}),
+    ("fsq", "fsq", dict(code_dim=2), {"layer_norm", "gelu"})], ids=str)
+def test_dvae(quantiser, estimator, settings, expected):
+    shapes = torch.tensor([[5, 5], [3, 4], [1, 2]])
+    place = torch.arange(5)
+    inside = (place[:, None] < shapes[:, 0, None, None]) & (place < shapes[:, 1, None, None])
+    tokens = Canvas(5, 10).tokens(torch.where(inside, whole(10, 3, 5, 5), 255).to(torch.uint8))
+
+    def nats(model):
+        found = model.codebook(model.encode(tokens, shapes), estimator, generator=torch.Generator().manual_seed(1))
+        return model.nats(found.e, tokens, shapes)[0] + found.loss
+    same(lambda how: dvae(how, quantiser, **settings), nats, expected | {"cross_entropy"})
+
+
+# --- Losses ---
+
+def test_cross_entropy():
+    logits, targets = some(20, 7), whole(7, 20)
+    want = F.cross_entropy(logits, targets, reduction="none")
+    half = torch.where(torch.arange(20) < 10, targets, -1)
+    for how in ("torch", "triton"):
+        with watched() as calls:
+            close(cross_entropy(logits, targets, how), want)
+            close(cross_entropy(logits, targets, how, "mean"), want.mean())
+            close(cross_entropy(logits, half, how), want * (half >= 0))
+            close(cross_entropy(logits, half, how, "mean"), want[:10].mean())
+        assert len(calls.get("cross_entropy", ())) == (4 if how == "triton" else 0)
+
+
+class Says(torch.nn.Module):
+    """What frame_loss asks of a FirstFrame: logits that do not depend on what it sees."""
+    codebook_size = 11
+
+    def read(self, text):
+        return text
+
+    def forward(self, tokens, held):
+        return some(3, 8, 11)
+
+
+def test_losses_of_the_scripts(monkeypatch):
+    mask = torch.arange(8) < torch.tensor([[8], [3], [0]])
+    logits, truth, sums = some(3, 8, 11), whole(11, 3, 8, seed=2), some(3, 8, 21, seed=3)
+    logits[1, 4:] = float("nan")  # where nothing counts
+    monkeypatch.setattr(train_worldmodel, "tokens_of", lambda *_: truth[:, None])
+    monkeypatch.setattr(train_worldmodel, "captions", lambda *_: None)
+    found = []
+    for how in ("torch", "triton"):
+        for script in (train_mult, train_worldmodel):
+            monkeypatch.setattr(script, "kernels", how)
+        logits = logits.detach().requires_grad_()
+        with watched() as calls:
+            loss, accuracy = train_mult.SequenceAccuracyLoss(2.0)(logits, truth, mask)
+            loss.backward()
+            found.append([loss.detach(), accuracy, logits.grad, train_mult.sum_loss(sums, truth, mask, 21),
+                          train_worldmodel.pixel_loss(sums, None, truth),
+                          train_worldmodel.weighted_nats(sums[:, 1:, None], truth[:, :, None], mask[:, :, None], 1,
+                                                         0)[0],
+                          train_worldmodel.frame_loss(Says(), None, None, None, torch.Generator().manual_seed(0))[0]])
+        assert len(calls.get("cross_entropy", ())) == (5 if how == "triton" else 0)
+    for one, two in zip(*found):
+        assert one.isfinite().all()
+        close(two, one)
+
+
+def test_solver_takes_lengths(monkeypatch):
+    """train_mult's models read padded problems by kernel, and answer as before."""
+    notation = Notation("reversed", 3)
+    a, b = torch.tensor([123, 4, 56]), torch.tensor([7, 89, 999])
+    source, padding = notation.sources(a, b)
+    x = notation.inputs(notation.answers(a, b)[0])
+    assert padding.any()
+    config = configured(vocab_size=32, block_size=max(notation.source_length, notation.answer_length))
+    for kind, n in (("simple", 6), ("latent", 7), ("prefix", 0)):
+        found = []
+        for how in ("torch", "triton"):
+            monkeypatch.setattr(train_mult, "kernels", how)
+            torch.manual_seed(0)
+            model = train_mult.Solver(kind, replace(config, kernels=how), 1)
+            with watched() as calls, torch.no_grad():
+                found.append((*model(source, x, padding), train_mult.solve(model, notation, a, b)))
+        assert sum("lengths" in how and how["lengths"] is not None for _, how in calls.get("attend", ())) == {
+            "simple": 2, "latent": 1, "prefix": 0}[kind]
+        assert len(calls.get("attend", ())) >= n
+        for one, two in zip(*found):
+            close(two, one)
+
+
+# --- Kernels ---
+
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("case", ["frames", "streams", "encoder", "first frame", "dvae"])
+def test_one_step_in_the_interpreter(case, monkeypatch):
+    """Kernels against torch: outputs and gradients. While kernels run, no twin can."""
+    shapes, tokens = torch.tensor([[2, 2], [2, 1]]), torch.tensor([[[1, 2], [3, 4]], [[1, 10], [3, 10]]])
+
+    def nats(model):
+        found = model.codebook(model.encode(tokens, shapes), "gumbel_soft", generator=torch.Generator().manual_seed(1))
+        return model.nats(found.e, tokens, shapes)[0]
+    tiny = dict(vocab_size=13, n_layer=1, n_head=2, n_embd=16, block_size=12, init="xavier", positions="rope",
+                activation="swiglu")
+    build, run = {
+        "frames": (lambda how: SpatioTemporal(TransformerConfig(**tiny, n_kv_head=1, qk_norm=True, kernels=how), 4,
+                                              (2, 2)), lambda m: m(some(2, 3, 4, 16), window=2)),
+        "streams": (lambda how: Dynamics((2, 2), 9, 4, 1, 2, 16, kernels=how),
+                    lambda m: m(whole(9, 1, 4, 4), LED[:1, :4], window=3, streams=(2, 1))),
+        "encoder": (lambda how: EncoderDecoder(TransformerConfig(**tiny, kernels=how)),
+                    lambda m: m(whole(13, 3, 12), whole(13, 3, 4), whole(13, 3, 4), PADDINGS["lengths"])[0]),
+        "first frame": (lambda how: FirstFrame((2, 3), 9, 1, 2, 16, 8, kernels=how), WORLD["first frame"][1]),
+        "dvae": (lambda how: dvae(how, side=2, activation="geglu", n_codes=3, codebook_size=8), nats)}[case]
+    one, two = pair(build)
+    out, gradients = learn(one, run)
+    for module in (kernels, kernels_codes):
+        monkeypatch.setattr(module, "exactly", None)  # all twins begin with it
+    monkeypatch.setattr(kernels_attention, "softmax_over", None)
+    with kernels.interpreted():
+        found, theirs = learn(two, run)
+    close(found, out)
+    close_gradients(theirs, gradients)
+
+
+# --- The setting ---
+
+RUNS = [  # script, words, operations that a run calls
+    (train_mult, "--models simple,latent,prefix --format reversed --short_share 0.3 --sum_head classes --max_steps 6 "
+     "--eval_interval 3 --positions rope", {"rms_norm", "gelu", "rotary", "attend", "cross_entropy"}),
+    (train_dvae, "--max_steps 8 --norm rms", {"rms_norm", "gelu", "gumbel_softmax", "cross_entropy"}),
+    (train_dvae, "--max_steps 5 --estimator vq --activation swiglu",
+     {"layer_norm", "gated", "nearest_code", "cross_entropy"}),
+    (train_dvae, "--max_steps 5 --estimator reinmax --hard_at 0.4", {"layer_norm", "gelu", "reinmax", "cross_entropy"}),
+    (train_worldmodel, "--side 4 --cell_px 4 --patch 4 --n_head 2 --max_steps 3 --n_train 8 --n_val 4 --eval_clips 8 "
+     "--eval_interval 2 --context 3 --length 7 --rollout_clips 4 --tokenizer spatiotemporal --action_model transformer "
+     "--no-streams --action_quantiser vq",
+     {"rms_norm", "gelu", "rotary", "attend", "attend_space", "attend_time", "nearest_code", "cross_entropy",
+      "batched_linear_cross_entropy"})]
+
+
+@pytest.mark.parametrize("script, words, expected", RUNS, ids=[f"{script.__name__} {words[:30]}" for script, words, _ in
+                                                               RUNS])
+def test_a_debug_run(script, words, expected, tmp_path, monkeypatch):
+    """Trains, evaluates and saves; every loss is near that with torch. By AdamW: Muon makes much of a last bit."""
+    found = []
+    for how in ("torch", "triton"):
+        monkeypatch.setattr(sys, "argv", [script.__file__, "--debug", "--device", "cpu", "--out_dir", str(tmp_path),
+                                          "--run_name", how, "--kernels", how, "--optimizer", "adamw", *words.split()])
+        with watched() as calls:
+            fresh(Path(script.__file__).name)["main"]()
+        assert calls.keys() == (expected | {"adamw_step"} if how == "triton" else set())
+        run = tmp_path / script.__name__ / how
+        assert json.loads((run / "params.json").read_text())["settings"]["kernels"] == how
+        found.append([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
+    assert len(found[0]) == len(found[1]) > 5 and sum("loss" in line for line in found[0]) > 5
+    for one, two in zip(*found):
+        assert (one["step"], one.keys()) == (two["step"], two.keys())
+        if "loss" in one:
+            assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_have_the_setting(script):
+    """The same name, choices and comment everywhere; no part of the architecture; another word is refused."""
+    def line(module):
+        return [text for text in Path(module.__file__).read_text().splitlines() if text.startswith("kernels = ")]
+    assert line(script) == line(train_enwik8) and len(line(script)) == 1 and script.kernels == "torch"
+    assert "kernels" not in str(script.architecture)
+    done = subprocess.run([sys.executable, script.__file__, "--kernels", "cuda"], capture_output=True, text=True)
+    assert done.returncode == 2 and "kernels" in done.stderr and "torch, triton" in done.stderr
+
+
+@pytest.mark.parametrize("stage", [*train_worldmodel.STAGES, "causal"])
+def test_every_stage_is_given_it(stage, monkeypatch):
+    from data.video import load
+    video = load("gridworld", 2, 2, 7, 8, 8, 0.15, True, 0)
+    for name, value in dict(kernels="triton", dynamics="causal" if stage == "causal" else "maskgit",
+                            action_quantiser="vq").items():
+        monkeypatch.setattr(train_worldmodel, name, value)
+    model = train_worldmodel.build("dynamics" if stage == "causal" else stage, video)
+    assert model.config.kernels == "triton"
+    assert all(module.triton for module in model.modules() if isinstance(module, Norm))
+    assert all(module.kernels == "triton" for module in model.modules() if isinstance(module, VQ))
+
+
+def test_default_path_does_not_import_triton():
+    code = ("import sys, torch, discrete, worldmodel as w, networks as n, dvae\n"
+            "from model import TransformerConfig\n"
+            "t = torch.zeros(1, 2, 4, dtype=torch.int64)\n"
+            "w.Dynamics((2, 2), 9, 4, 1, 2, 16)(t, t[..., 0]).sum().backward()\n"
+            "w.Tokenizer(8, 8, 4, 3, 8, 4, 1, 2, 16)(torch.rand(1, 2, 8, 8, 3))\n"
+            "m = w.FirstFrame((2, 2), 9, 1, 2, 16)\n"
+            "m(t[:, 0], m.read(t[:, 0] + 65))\n"
+            "n.EncoderDecoder(TransformerConfig(n_layer=1, n_head=2, n_embd=16))(t[0], t[0], t[0])\n"
+            "[discrete.choose(torch.rand(3, 4), name) for name in discrete.SAMPLED]\n"
+            "sys.exit(any(name.startswith(('kernels', 'triton')) for name in sys.modules))")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
