@@ -370,8 +370,9 @@ def load_checkpoint(path):
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path} is refused: it holds more than plain data, which could run code{hint}") from None
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError):
-        raise UserError(f"{path} is truncated or damaged{hint}") from None
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        raise UserError(f"{path} is truncated or damaged ({what}){hint}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is not a nanolab checkpoint{hint}")
     return checkpoint
@@ -453,6 +454,8 @@ def _output(*words):
 
 
 def _version(package):
+    if package == "torch":
+        return torch.__version__  # with what it was built for, which some of its packages' names leave out
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
     return None

@@ -58,7 +58,8 @@ def _along(totals, tensor, tensors, scale):
 def _chunk_sums(w_at, g_at, w_half, g_half, start, left, along, scale, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
                 KIND: tl.constexpr, WHOLE: tl.constexpr):
     """The sums of a chunk that KIND asks for: see `_sums`."""
-    (w32, w16), (g32, g16) = _pointers(w_at, WHOLE), _pointers(g_at, WHOLE)
+    w32, w16 = _pointers(w_at, WHOLE)
+    g32, g16 = _pointers(g_at, WHOLE)
     # of a block's shape, as a comparison of one number makes the interpreter's masks integers
     w_wide, g_wide = w_half + tl.zeros((BLOCK,), tl.int64) == 0, g_half + tl.zeros((BLOCK,), tl.int64) == 0
     first_sum = tl.zeros((BLOCK,), tl.float32)
@@ -126,8 +127,10 @@ def _chunk_update(w_at, g_at, mean_at, square_at, w_half, g_half, start, left, k
                   scale, along, stretch, CHUNK: tl.constexpr, BLOCK: tl.constexpr, ORTHOGRAD: tl.constexpr,
                   WHOLE: tl.constexpr):
     """AdamW on a chunk."""
-    (w32, w16), (g32, g16) = _pointers(w_at, WHOLE), _pointers(g_at, WHOLE)
-    (means, _), (squares, _) = _pointers(mean_at, WHOLE), _pointers(square_at, WHOLE)
+    w32, w16 = _pointers(w_at, WHOLE)
+    g32, g16 = _pointers(g_at, WHOLE)
+    means, _ = _pointers(mean_at, WHOLE)
+    squares, _ = _pointers(square_at, WHOLE)
     w_wide, g_wide = w_half + tl.zeros((BLOCK,), tl.int64) == 0, g_half + tl.zeros((BLOCK,), tl.int64) == 0
     for first in range(0, tl.minimum(left, CHUNK).to(tl.int32), BLOCK):
         inside = first + tl.arange(0, BLOCK) < (CHUNK if WHOLE else left)

@@ -424,7 +424,7 @@ def main():
             began = time.perf_counter()
             if profile and step == first + 2 and step + 3 <= (max_steps or math.inf):
                 os.environ.setdefault("KINETO_LOG_LEVEL", "6")   # else its library writes to stderr
-                profiler = torch.profiler.profile()
+                profiler = torch.profiler.profile(acc_events=True)  # of one cycle: 2.11 warns where that is not said
                 profiler.start()
             scale = optim.schedule(schedule, step, warmup_steps, max_steps, min_lr_scale, decay_fraction)
             for group in opt.param_groups:

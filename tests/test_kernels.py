@@ -1,6 +1,8 @@
 """The row-wise kernels against their twins: in Triton's interpreter, by compiling ahead of time, and on a GPU."""
+import ast
 import contextlib
 import math
+from pathlib import Path
 
 import aot
 import pytest
@@ -486,6 +488,19 @@ def test_twins_are_what_the_models_compute():
     for kind in ("gelu", "relu2"):
         torch.testing.assert_close(getattr(kernels, f"{kind}_reference")(x), feedforward.activate(kind, x))
     assert set(kernels.GATED) == set(feedforward.GLU)
+
+
+def test_no_kernel_takes_tuples_apart_within_a_tuple():
+    """Triton 3.6 cannot read `(a, b), c = ...` in a kernel; 3.9 can, so the compiler would not say it everywhere."""
+    def is_kernel(node):
+        return isinstance(node, ast.FunctionDef) and "jit" in map(ast.unparse, node.decorator_list)
+    files = sorted(Path(kernels.__file__).parent.glob("kernels*.py"))
+    found = [node for file in files for node in ast.walk(ast.parse(file.read_text())) if is_kernel(node)]
+    assert len(found) > 30
+    for kernel in found:
+        for node in ast.walk(kernel):
+            for target in node.targets if isinstance(node, ast.Assign) else ():
+                assert not any(isinstance(part, ast.Tuple) for part in getattr(target, "elts", ())), ast.unparse(node)
 
 
 def test_turning_back():
