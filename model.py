@@ -596,7 +596,7 @@ class Transformer(nn.Module):
 
     def classifier(self, i):
         """The i-th classifier's weight (V, C)."""
-        return self.embed if self.config.tie_weights else self.heads[i]
+        return self.embed if self.config.tie_weights else self.heads._parameters[str(i)]  # past ParameterList's look-up
 
     def losses(self, states, targets, active, counted=None):
         """All active layers' and targets' losses by one matrix product and one cross-entropy; as `forward` returns.

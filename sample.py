@@ -101,7 +101,7 @@ def draw(logits, generator, temperature=1.0, top_k=None, top_p=None, min_p=None,
     if logits.size(0) == 1 and logits.device.type == "cpu" and not (top_p or min_p or typical_p):
         token = draw_of_few(logits[0], u.item(), temperature, top_k)
         if token is not None:
-            return torch.tensor([token])
+            return torch.full((1,), token)
     p = filter_logits(logits, temperature, top_k, top_p, min_p, typical_p).softmax(-1)
     reached = p.cumsum(-1)
     level = u.to(p.device) * reached[:, -1:]
