@@ -58,7 +58,7 @@ from worldmodel import CausalDynamics, Dynamics
 
 # --- What ---
 preset = None            # a named set of settings (below); flags win over it
-peer = None              # nanogpt=FOLDER, x-transformers, or both with a comma; none: ours alone
+peer = None              # nanogpt=FOLDER, x-transformers, liger (operations, on a GPU), several with commas; none: ours
 what = "train,memory,generate,evaluate,optimiser"  # also kernels, growth, startup, loss, mixers, worlds, dialogs
 json = None              # [path] the rows are written there too
 device = "auto"          # auto, cpu, cuda, cuda:1, ...
@@ -200,8 +200,15 @@ def load_peers(words):
             except ImportError as error:
                 raise UserError(f"--peer x-transformers: {error}; pip install x-transformers") from None
             sides["x-transformers"] = Side(lambda: xt_model(x_transformers), xt_training, xt_sampling)
+        elif word == "liger":  # no model: of single operations, see liger_operations
+            if where.type != "cuda":
+                raise UserError("--peer liger: its kernels need a GPU")
+            try:
+                import liger_kernel  # noqa: F401
+            except ImportError as error:
+                raise UserError(f"--peer liger: {error}; pip install --no-deps liger-kernel") from None
         else:
-            raise UserError(f"--peer {word}: nanogpt=FOLDER, x-transformers, or both with a comma")
+            raise UserError(f"--peer {word}: nanogpt=FOLDER, x-transformers, liger, or several with commas")
     return sides
 
 
@@ -708,6 +715,25 @@ def kernel_cases():
                2 * N * K * C, 0)
 
 
+def liger_operations():
+    """{operation: function of the inputs of its case}: what Liger-Kernel has of ours (0.8.5). Its cross-entropies are
+    means, which ask less of the backward pass, and the first overwrites its logits."""
+    from liger_kernel.transformers import functional as liger
+
+    def rotary(x, cos, sin):  # turns queries and keys at once: here the halves of our heads
+        q, k = x.transpose(1, 2).chunk(2, 1)
+        return torch.cat(liger.liger_rope(q, k, cos[:, :, 0], sin[:, :, 0]), 1)
+
+    def residual(x, r, gain):
+        return sum(liger.liger_fused_add_rms_norm(x, r, gain, 1e-6, in_place=False))
+    return {"rms_norm with residual": residual,
+            "layer_norm": lambda x, g, b: liger.liger_layer_norm(x, g, b, 1e-5),
+            "rotary": rotary,
+            "swiglu": lambda x: liger.liger_swiglu(*x.chunk(2, -1)),
+            "cross_entropy": liger.liger_cross_entropy,
+            "linear_cross_entropy": liger.liger_fused_linear_cross_entropy}
+
+
 def copy_bandwidth():
     """Bytes per second, read and written, of the best copy of a large tensor."""
     source = torch.zeros(2 ** 28 if where.type == "cuda" else 2 ** 25, device=where)
@@ -722,6 +748,7 @@ def compare_kernels():
     heading("operations, forward and backward" + ("" if where.type == "cuda" else
                                                   "; on a CPU an operation is its twin, but for linear_cross_entropy"))
     bandwidth, peaks = copy_bandwidth(), {}
+    liger = liger_operations() if "liger" in (peer or "").split(",") else {}
     for case in kernel_cases():
         inputs = [t.detach().clone().requires_grad_() if t.is_floating_point() else t for t in case.inputs]
 
@@ -734,6 +761,8 @@ def compare_kernels():
         sides = {"ours": both(case.op), "eager": both(case.twin)}
         torch._dynamo.reset()
         sides["compiled"] = both(torch.compile(case.twin))
+        if (theirs := liger.get(case.name.partition(",")[0])) is not None:
+            sides["Liger-Kernel"] = both(theirs)
         taken = in_turns(sides, min(rounds, 7))
         best = statistics.median(taken["ours"])
         if case.flops:

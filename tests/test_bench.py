@@ -85,6 +85,12 @@ def test_peers(peer, monkeypatch):
     for words in ("nanogpt", "gpt=x", f"nanogpt={peer}/no", f"nanogpt={peer},other"):
         with pytest.raises(UserError, match="--peer"):
             bench.load_peers(words)
+    with pytest.raises(UserError, match="liger: its kernels need a GPU"):
+        bench.load_peers("liger")
+    monkeypatch.setattr(bench, "where", torch.device("cuda"))
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    with pytest.raises(UserError, match="pip install --no-deps liger-kernel"):
+        bench.load_peers("liger")
     monkeypatch.setitem(sys.modules, "x_transformers", None)
     with pytest.raises(UserError, match="pip install x-transformers"):
         bench.load_peers("x-transformers")
