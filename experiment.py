@@ -106,8 +106,8 @@ def command(main):
 def keep_freed_memory():
     """Where the C library is glibc: what a tensor frees stays with the process for the next one.
 
-    By itself glibc gives pieces of some megabytes back to the system, which sends each page anew, zeroed, by a fault:
-    a tenth of the time of a training step whose activations have 12 MB.
+    By itself glibc gives pieces of some megabytes back to the system, which hands every page out anew, zeroed, by a
+    fault (what that costs: README, Speed).
     """
     allocator = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if allocator is not None:

@@ -18,7 +18,7 @@ def gelu(x):
     if not small or torch.compiler.is_compiling():
         return F.gelu(x)
     usual = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False  # for one decoded byte the way into oneDNN takes six times as long
+    torch.backends.mkldnn.enabled = False  # for one decoded byte the way into oneDNN costs more than GELU
     try:
         return F.gelu(x)
     finally:
