@@ -417,9 +417,9 @@ class Attention(nn.Module):
             self.own["qk_scale"] = "gain"
         slopes = alibi_slopes(c.n_head) if c.positions == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
-        # One query over keys that it all sees is then PyTorch's attention of them.
-        self.plain = (type(self) is Attention and kind == "full" and slopes is None and c.n_kv_head == c.n_head
-                      and c.kernels == "torch" and c.attention != "manual")
+        # One query, to which a cache shows just what it sees, is then PyTorch's attention.
+        self.plain = (type(self) is Attention and slopes is None and c.n_kv_head == c.n_head and c.kernels == "torch"
+                      and c.attention != "manual")
 
     def fill(self):
         """Scores start as without qk_scale."""
@@ -448,11 +448,10 @@ class Attention(nn.Module):
             k, v, seen = cache.update(k, v, positions.index)
             if q.dtype != k.dtype:
                 q = q.to(k.dtype)
-        span = self.span(positions, cache)
-        if T == 1 and self.plain and span is CAUSAL and seen is None and positions.prefix is None and not self.training:
+        if T == 1 and self.plain and seen is None and not self.training:
             y = F.scaled_dot_product_attention(q, k, v)  # what attend comes to, without its questions
         else:
-            y = self.attend(q, k, v, positions, seen, span)
+            y = self.attend(q, k, v, positions, seen, self.span(positions, cache))
         y = (y.transpose(1, 2) if T > 1 else y).reshape(B, T, H * c.head_dim)
         if cache is not None and y.dtype != x.dtype:  # a cache may be of another type
             y = y.to(x.dtype)

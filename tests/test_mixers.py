@@ -160,6 +160,18 @@ def test_training_on_a_cpu_attends_by_hand_while_that_is_faster(S, mask, dropout
     assert not called
 
 
+@torch.no_grad()
+def test_a_lone_query_is_dropped_out_in_training_only():
+    layer, x = build(dropout=0.5).blocks[0].mixer, draw(1, 1, 32)
+    cache = layer.new_cache(1, 8, None, "cpu", torch.float64)
+    cache.update(draw(1, 4, 6, 8), draw(1, 4, 6, 8, seed=2))
+
+    def found(training):
+        layer.train(training)
+        return layer(x, Positions(6, 1), cache.fork())
+    assert torch.equal(found(False), found(False)) and not torch.equal(found(True), found(True))
+
+
 @pytest.mark.parametrize("n", [1, 512, 16384, 16385])
 @pytest.mark.parametrize("usual", [True, False])
 def test_gelu_of_any_size_leaves_onednn_as_it_was(n, usual, monkeypatch):
