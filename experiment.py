@@ -4,7 +4,7 @@
     def main():
         settings = override(globals())                       # flags.py: --name value, --preset NAME, -h
         path = find_resume(settings, __file__)               # None: from the start
-        checkpoint = load_checkpoint(path) if path else None
+        checkpoint = load_checkpoint(path, __file__) if path else None
         if checkpoint:
             settings = adopt(globals(), settings, checkpoint["settings"], architecture)
         with Run(settings, __file__, checkpoint, path, debug) as run:
@@ -354,10 +354,12 @@ def find_checkpoint(path):
     return path / "last.pt" if path.is_dir() else path
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, script=None):
     """The dict that `Run.save` wrote to `path`, tensors on the CPU. Runs no code from the file (weights_only=True).
 
-    UserError, naming the file: missing, truncated, damaged, foreign, or holding objects that could run code.
+    script: the script (a file's path, or its name without .py) that must have written it.
+    UserError, naming the file: missing, truncated, damaged, foreign, another script's, or holding objects that could
+    run code.
     """
     path = Path(path)
     hint = "".join(f"; there is also {other}" for other in _others(path)[-1:])
@@ -375,6 +377,8 @@ def load_checkpoint(path):
         raise UserError(f"{path} is truncated or damaged ({what}){hint}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is not a nanolab checkpoint{hint}")
+    if script is not None and checkpoint.get("script") != Path(script).stem:
+        raise UserError(f"{path} is a checkpoint of {checkpoint.get('script')}, not of {Path(script).stem}")
     return checkpoint
 
 
@@ -480,8 +484,6 @@ class Run:
         self._first, self._steps = self.step, checkpoint.get("steps", {}) if checkpoint else {}
         self.dir = self.stop = self._lock = self._metrics = self._bar = self._wandb = None
         self._handlers, self._summary, self._boards = {}, {}, {}
-        if checkpoint and checkpoint["script"] != self.script.stem:
-            raise UserError(f"{checkpoint_path} is a checkpoint of {checkpoint['script']}, not of {self.script.stem}")
 
     def __enter__(self):
         home = _newest(self.settings, self.script)

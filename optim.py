@@ -491,6 +491,12 @@ def load_state(optimizer, state_dict):
         group.update(kept)
 
 
+def load_scaler(scaler, state):
+    """A checkpoint's state of a GradScaler; a run that goes on in float16 where it had none before starts afresh."""
+    if state:
+        scaler.load_state_dict(state)
+
+
 def posterior(optimizer, named_parameters):
     """{name: standard deviations} of the Gaussian around the parameters that "ivon" steps; {} under other rules."""
     names = {p: name for name, p in named_parameters}

@@ -558,10 +558,8 @@ def main():
     if only_read and resume is False:
         raise UserError("--eval_only, --encode and --decode go with --resume, or --resume PATH: which model?")
     checkpoint_path = find_resume(settings, __file__, needed=only_read)
-    checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
+    checkpoint = load_checkpoint(checkpoint_path, __file__) if checkpoint_path else None
     if checkpoint:
-        if checkpoint.get("script") != "train_dvae":
-            raise UserError(f"{checkpoint_path} is a checkpoint of {checkpoint.get('script')}, not of train_dvae")
         settings = adopt(globals(), settings, {name: value for name, value in checkpoint["settings"].items()
                                                if name not in ("eval_only", "encode", "decode")}, architecture)
     config = check(settings)
@@ -613,7 +611,7 @@ def main():
     scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
     if checkpoint:
         loop |= checkpoint["loop"]
-        scaler.load_state_dict(checkpoint["scaler"])
+        optim.load_scaler(scaler, checkpoint["scaler"])
         restore_generators(checkpoint["generators"], noise=noise, revival=revival)
     loop["chosen"] = loop["chosen"].to(where)
     if compile:                                              # what costs; the choice between them stays as it is

@@ -303,7 +303,7 @@ def main():
         settings.update(quiet)
     mesh = parallel.start(dp, tp, device)                # from here on only rank 0 prints
     checkpoint_path = find_resume(settings, __file__)
-    checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
+    checkpoint = load_checkpoint(checkpoint_path, __file__) if checkpoint_path else None
     if checkpoint:
         settings = adopt(globals(), settings, checkpoint["settings"], architecture)
         extended = extend(settings)
@@ -346,7 +346,7 @@ def main():
     if checkpoint:
         mesh.load_model(model, checkpoint["model"])
         mesh.load_optimizer(opt, checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        optim.load_scaler(scaler, checkpoint["scaler"])
         if not extended:                                 # longer windows are another division of the data
             batches.load_state_dict(checkpoint["data"])
             if memory and checkpoint["memory"]:
@@ -367,7 +367,7 @@ def main():
 
     def state():
         """Everything that the rest of the run depends on."""
-        return dict(format="nanolab-1", script="train_enwik8", step=loop["step"], settings=dict(settings),
+        return dict(step=loop["step"], settings=dict(settings),
                     model=mesh.full_state_dict(model), ema=mesh.full_ema(ema) if ema else None,
                     optimizer=mesh.full_optimizer_state(opt), scaler=scaler.state_dict(),
                     generators=mesh.generator_states(generator_states()), data=batches.state_dict(),

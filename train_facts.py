@@ -407,7 +407,7 @@ def main():
         globals().update(quiet)
         settings.update(quiet)
     checkpoint_path = find_resume(settings, __file__)
-    checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
+    checkpoint = load_checkpoint(checkpoint_path, __file__) if checkpoint_path else None
     if checkpoint:
         settings = adopt(globals(), settings, checkpoint["settings"], architecture)
     check(settings)
@@ -452,7 +452,7 @@ def main():
         except RuntimeError as error:
             raise UserError(f"{checkpoint_path} does not fit the model: {str(error).splitlines()[1].strip()}")
         mesh.load_optimizer(opt, checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        optim.load_scaler(scaler, checkpoint["scaler"])
         batches.load_state_dict(checkpoint["data"])
         mesh.restore_generators(checkpoint["generators"])
         loop = dict(checkpoint["loop"])
@@ -470,7 +470,7 @@ def main():
 
     def state():
         """Everything that the rest of the run depends on."""
-        return dict(format="nanolab-1", script="train_facts", step=loop["step"], vocab_size=work.vocab_size,
+        return dict(step=loop["step"], vocab_size=work.vocab_size,
                     tokenizer=work.fingerprint, settings=dict(settings), model=mesh.full_state_dict(model),
                     ema=mesh.full_ema(ema) if ema else None, optimizer=mesh.full_optimizer_state(opt),
                     scaler=scaler.state_dict(), generators=mesh.generator_states(generator_states()),

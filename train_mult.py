@@ -403,7 +403,7 @@ class Learner:
         """Goes on where state was taken."""
         self.model.load_state_dict(state["model"])
         optim.load_state(self.opt, state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        optim.load_scaler(self.scaler, state["scaler"])
         if self.ema:
             self.ema = optim.EMA(self.model, ema_decay)
             if state["ema"]:
@@ -533,10 +533,8 @@ def main():
     if only_read and resume is False:
         raise UserError(f"--{'eval_only' if eval_only else 'ask'} goes with --resume, or --resume PATH: which model?")
     checkpoint_path = find_resume(settings, __file__, needed=only_read)
-    checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
+    checkpoint = load_checkpoint(checkpoint_path, __file__) if checkpoint_path else None
     if checkpoint:
-        if checkpoint.get("script") != "train_mult":
-            raise UserError(f"{checkpoint_path} is a checkpoint of {checkpoint.get('script')}, not of train_mult")
         settings = adopt(globals(), settings, {name: value for name, value in checkpoint["settings"].items()
                                                if name not in ("eval_only", "ask")}, architecture)
     names, notation, config = check(settings)

@@ -1004,10 +1004,8 @@ def main():
         raise UserError("--eval_only goes with --resume, or --resume PATH: which model?")
     only_read = eval_only or shown is not None
     checkpoint_path = find_resume(settings, __file__, needed=only_read)
-    checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
+    checkpoint = load_checkpoint(checkpoint_path, __file__) if checkpoint_path else None
     if checkpoint:
-        if checkpoint.get("script") != "train_worldmodel":
-            raise UserError(f"{checkpoint_path} is a checkpoint of {checkpoint.get('script')}, not of train_worldmodel")
         begun = {"all", checkpoint["stage"], *checkpoint["done"]}
         fixed = [name for part in begun for name in architecture[part]]
         of_this_call = ("eval_only", "play", "port", "rollout", "actions", "prompt")
@@ -1111,7 +1109,7 @@ def main():
                 if ema and checkpoint["ema"]:
                     ema.load_state_dict(checkpoint["ema"])
                 optim.load_state(opt, checkpoint["optimizer"])
-                scaler.load_state_dict(checkpoint["scaler"])
+                optim.load_scaler(scaler, checkpoint["scaler"])
                 restore_generators(checkpoint["generators"], noise=noise, revival=revival)
                 loop |= checkpoint["loop"]
             trained = compiled(model, name) if compile else model

@@ -426,7 +426,7 @@ def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(tmp_path, script):
         assert run.dir.parent == tmp_path / "runs" / "toy"
     assert [p.name for p in (tmp_path / "downloads").iterdir()] == ["model.pt"]
     with pytest.raises(UserError, match="is a checkpoint of toy, not of other"):
-        Run(settings_for(tmp_path), tmp_path / "other.py", load_checkpoint(path), path)
+        load_checkpoint(path, tmp_path / "other.py")
 
 
 # --- Checkpoints ---
