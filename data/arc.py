@@ -7,22 +7,25 @@ Sets: `synthetic`, or one or several (joined by +) of `arc1-training` (short: ar
 (short: arc2) and `arc2-evaluation`. Their files, such as arc-agi-1-training.json.gz, are looked for in the folders of
 NANOLAB_DATA, then in data/downloads/, then made from a download of the ARC repositories on GitHub.
 """
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
+import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
+
 import difflib
 import fcntl
 import gzip
 import hashlib
 import json
-import sys
 import zipfile
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
 from data import text
 from data.synthetic import KINDS, synthetic
 from experiment import Parser, UserError, command, replacing

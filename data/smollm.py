@@ -11,6 +11,13 @@ cosmopedia-v2 were checked against copies of the hub's pages; that fineweb-edu-d
 python-edu `blob_id`, is remembered. No shard has been downloaded and read by these lines: the machine that they
 were written on has no way to the hub.
 """
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
+import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
+
 import fcntl
 import glob
 import gzip
@@ -18,15 +25,11 @@ import hashlib
 import itertools
 import json
 import os
-import sys
 import zlib
-from pathlib import Path
 
 import numpy as np
 import torch
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
 from data import text as texts
 from data.tokens import needed, token_bytes
 from experiment import Parser, UserError, command

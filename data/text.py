@@ -6,6 +6,13 @@ Named sets: `enwik8` (the first 10^8 bytes of a dump of the English Wikipedia of
 and `stdlib` (the source of this machine's Python standard library: no download). Any other name is a file, raw or .gz
 .xz .bz2 .zip. They are looked for in the folders of NANOLAB_DATA, then in data/downloads/, then downloaded.
 """
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
+import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
+
 import bz2
 import difflib
 import fcntl
@@ -15,21 +22,17 @@ import http.client
 import lzma
 import os
 import re
-import sys
 import sysconfig
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
 from experiment import Parser, UserError, command
 
 
