@@ -15,7 +15,6 @@ if __name__ == "__main__":
 import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
 
 import difflib
-import fcntl
 import gzip
 import hashlib
 import json
@@ -28,7 +27,7 @@ import torch
 
 from data import text
 from data.synthetic import KINDS, synthetic
-from experiment import Parser, UserError, command, replacing
+from experiment import Parser, UserError, command, lock_file, replacing
 
 COLOURS = 10
 LARGEST = 30  # rows and columns of ARC's largest grids
@@ -311,7 +310,7 @@ def _download(name):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(archive.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of two runs that start together the second waits and finds the file
+            lock_file(lock, wait=True)  # of two runs that start together the second waits and finds the file
             if wanted.exists():
                 return wanted
             text._fetch(url, archive)

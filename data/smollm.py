@@ -18,7 +18,6 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
 import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
 
-import fcntl
 import glob
 import gzip
 import hashlib
@@ -32,7 +31,7 @@ import torch
 
 from data import text as texts
 from data.tokens import needed, token_bytes
-from experiment import Parser, UserError, command
+from experiment import Parser, UserError, command, lock_file
 
 SUBSETS = {"cosmopedia-v2": 104, "fineweb-edu-dedup": 234, "python-edu": 2}  # shards
 URL = "https://huggingface.co/datasets/HuggingFaceTB/smollm-corpus/resolve/main/{}/{}"
@@ -83,7 +82,7 @@ def _shard(subset, name):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_name(name + ".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of two runs that start together the second waits and finds the file
+            lock_file(lock, wait=True)  # of two runs that start together the second waits and finds the file
             if not path.is_file():
                 part = path.with_name(name + ".part")
                 texts._fetch(URL.format(subset, name), part)

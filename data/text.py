@@ -15,7 +15,6 @@ import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seco
 
 import bz2
 import difflib
-import fcntl
 import gzip
 import hashlib
 import http.client
@@ -33,7 +32,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from experiment import Parser, UserError, command
+from experiment import Parser, UserError, command, lock_file
 
 
 @dataclass
@@ -220,7 +219,7 @@ def _verified(path, file, size, blob_id):
     if size > 2 ** 24:
         try:
             DOWNLOADS.mkdir(exist_ok=True)
-            marker.write_text(stamp)
+            marker.write_text(stamp, encoding="utf-8")
         except OSError:
             pass  # a read-only installation: the next start hashes again
     return path
@@ -238,7 +237,7 @@ def download(url, path, size, blob_id):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(lock_path, "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of two runs that start together the second waits and finds the file
+            lock_file(lock, wait=True)  # of two runs that start together the second waits and finds the file
             if path.exists():
                 return path
             _fetch(url, part)
