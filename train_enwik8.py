@@ -392,7 +392,7 @@ def main():
         peak_flops = measure_peak_flops(where, precision) * mesh.size
         bytes_per_step = batch_size * grad_accum * block_size
         first = loop["step"]
-        # a new run is saved at once: a full disk shows at the start; with keep_last again: its numbered one may be missing
+        # a new run at once: a full disk shows at the start; with keep_last again: the numbered one may be missing
         saved = first if checkpoint and not keep_last else -1
         hinted, profiler = where.type != "cpu" or max_steps is None, None
         bar, clock = run.bar(max_steps, first), Stopwatch(where)

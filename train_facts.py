@@ -500,7 +500,7 @@ def main():
               f"{str(precision).removeprefix('torch.')}")
         peak_flops = measure_peak_flops(where, precision) * mesh.size
         first = loop["step"]
-        # a new run is saved at once: a full disk shows at the start; with keep_last again: its numbered one may be missing
+        # a new run at once: a full disk shows at the start; with keep_last again: the numbered one may be missing
         saved = first if checkpoint and not keep_last else -1
         bar, clock, seen = run.bar(max_steps, first), Stopwatch(where), 0    # tokens since the last line of metrics
 
