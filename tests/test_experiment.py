@@ -319,6 +319,16 @@ def test_wandb_goes_on_with_its_id_offline(tmp_path, script, capfd):
             run.log(step=1 + resume, loss=1.0)
             run.save("last.pt", state(1 + resume))
     ident = (run.dir / "wandb_id").read_text()
+    wait_for(lambda: experiment.wandb_lines(run.dir) == {0, 1, 2})       # its own process writes them
+    for path in (run.dir / "wandb").glob("*/*.wandb"):       # as a kill may leave both
+        path.write_bytes(path.read_bytes()[:300])
+    (run.dir / "wandb_id").write_text("")
+    assert experiment.wandb_lines(run.dir) <= {0}
+    path = find_resume(settings, script)
+    with Run(settings, script, load_checkpoint(path), path) as run:
+        run.log(step=3, loss=5.0)
+    wait_for(lambda: experiment.wandb_lines(run.dir) == {0, 1, 2, 3})    # sent again
+    assert (run.dir / "wandb_id").read_text() == ident, "the folders know it"
     kept = sorted(path.name for path in (run.dir / "wandb").glob("offline-run-*"))
     assert kept and all(ident in name for name in kept)  # two within a second: wandb adds -1
     assert "wandb:" not in "".join(capfd.readouterr()), "no stray lines"
@@ -878,7 +888,8 @@ def test_a_reader_that_closes_early_is_no_error(tmp_path):
 SURROUNDED = """
 @command
 def main():
-    for name, out in (("closed", sys.stdout), ("full", open("/dev/full", "w")), ("ascii", open("out", "w", encoding="ascii"))):
+    for name, out in (("closed", sys.stdout), ("full", open("/dev/full", "w")),
+                      ("ascii", open("out", "w", encoding="ascii"))):
         sys.stdout = out
         flags.surroundings()
         with Run(Settings(out_dir="runs", run_name=name, resume=False), __file__) as run:
@@ -977,8 +988,8 @@ def test_ctrl_c_while_the_imports_run(tmp_path):
     hang.write_text("import time\nprint('imports', flush=True)\ntime.sleep(60)\n")
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": ""}
     for path in (ROOT / "data" / "mqar.py", ROOT / "experiment.py"):
-        code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(path.parent)!r}]; sys.argv = [{str(path)!r}]\n" \
-               f"import runpy; sys.modules['__main__'].__file__ = {str(path)!r}; runpy.run_path({str(path)!r}, {{}}, '__main__')"
+        code = f"import runpy, sys\nsys.path[:0] = [{str(tmp_path)!r}, {str(path.parent)!r}]\n" \
+               f"sys.modules['__main__'].__file__ = path = {str(path)!r}\nrunpy.run_path(path, {{}}, '__main__')"
         process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "imports\n"
