@@ -89,6 +89,12 @@ def check_finite(step, split, values):
             raise NonFinite(step, f"{name} of the validation")
 
 
+def check_weights(step, model):
+    """NonFinite where a weight of `model` is no finite number; for a validation that asks for words and has no loss."""
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        raise NonFinite(step, "a weight")
+
+
 def command(main):
     """Decorator for a script's main(): what went wrong becomes one line `error: ...` on stderr and an exit status.
 

@@ -36,8 +36,9 @@ import parallel
 from data import facts, mqar
 from data.tokenized import open_text
 from evaluate import answered, bits_of, recall, score
-from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
-                        load_checkpoint, measure_peak_flops, override, resolve_device, seed_everything)
+from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, check_weights, command, find_resume,
+                        generator_states, load_checkpoint, measure_peak_flops, override, resolve_device,
+                        seed_everything)
 from model import TransformerConfig, build_model, fused_rows, parameter_roles
 
 # --- Run ---
@@ -481,6 +482,7 @@ def main():
         """Yields (name of the weights, line of metrics): of the raw weights, and when there is an ema, of that."""
         for weights, place in [("raw", opt.averaged())] + ([("ema", ema.swapped())] if ema else []):
             with place, autocast, mesh.gathered(model):
+                check_weights(loop["step"], model)           # right or wrong answers would not tell
                 for line in work.evaluate(model, last):
                     yield weights, line
 

@@ -417,6 +417,10 @@ def test_no_steps_at_all(forks, text, tmp_path):
     assert_done(forks.run(train(text, tmp_path, max_steps=0), tmp_path))
     assert load_checkpoint(at(tmp_path) / "last.pt")["step"] == 0 == summary(at(tmp_path))["step"]
     assert steps_of(at(tmp_path)) == []
+    (at(tmp_path) / "samples").write_text("mine")            # a sample that cannot be written costs a line
+    child = forks.run(train(text, tmp_path, "--resume", max_steps=0, sample_length=9), tmp_path)
+    assert_done(child)
+    assert "the sample's file is left out: FileExistsError" in child.out
 
 
 def test_stop_by_signal(forks, text, tmp_path):
