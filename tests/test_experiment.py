@@ -1,5 +1,6 @@
 """What a run is: its directory, metrics, checkpoints, resume, signals, errors; also in processes that get killed."""
 import ast
+import errno
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import pytest
 import torch
 
 import experiment
+import parallel
 from experiment import (NonFinite, Run, Settings, Stopwatch, UserError, command, draw_curves, find_checkpoint,
                         find_resume, generator_states, load_checkpoint, measure_peak_flops, peak_memory, resolve_device,
                         restore_generators, seed_everything)
@@ -744,9 +746,15 @@ def test_who_loses_the_race_for_a_name_leaves_the_winner_alone(tmp_path, script,
 
 def test_list_and_clean_while_a_run_saves(tmp_path, script, monkeypatch, capsys, undrawn):
     """Files that are there when the folder is read, and not any more when they are looked at."""
-    path, walk = saved(tmp_path, script), os.walk
-    monkeypatch.setattr(os, "walk", lambda top: ((place, folders, [*files, ".last.pt.tmp-1"])
-                                                 for place, folders, files in walk(top)))
+    path, look = saved(tmp_path, script), os.stat
+    (path.parent / ".last.pt.tmp-1").write_text("")
+
+    def gone(name, follow_symlinks=False, **more):
+        if str(name).endswith(".tmp-1") and not follow_symlinks:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(name))
+        return look(name, follow_symlinks=follow_symlinks, **more)
+    monkeypatch.setattr(os, "lstat", gone)
+    monkeypatch.setattr(os, "stat", lambda name, follow_symlinks=True, **more: gone(name, follow_symlinks, **more))
     experiment.main(["list", "--out_dir", str(tmp_path / "runs")])
     experiment.main(["clean", "--out_dir", str(tmp_path / "runs"), "--yes", str(path.parent)])
     assert "1 runs removed" in capsys.readouterr().out and not path.parent.exists()
@@ -956,6 +964,18 @@ def test_a_validation_that_is_not_finite_fails(tmp_path, script, capsys, name, u
         f"error: {name} of the validation is not finite at step 2; the last checkpoint is {directory / 'last.pt'}\n")
     assert json.loads((directory / "summary.json").read_text())["status"] == "failed"
     assert not (directory / "best.pt").exists() and read_lines(directory / "metrics.jsonl")[-1][name] is None
+
+
+def test_not_finite_in_other_places():
+    """Weights, where a validation asks for words and has no loss; and processes that write nothing, which end too."""
+    model = torch.nn.Linear(2, 2)
+    experiment.check_weights(3, model)
+    model.weight.data[1, 1] = math.inf
+    with pytest.raises(NonFinite, match="a weight is not finite at step 3"):
+        experiment.check_weights(3, model)
+    parallel.Silent().log(step=1, loss=math.nan)             # of training: the loop itself looks at those
+    with pytest.raises(NonFinite, match="loss of the validation is not finite at step 1"):
+        parallel.Silent().log(step=1, split="val", loss=math.nan)
 
 
 @pytest.mark.parametrize("action, said", [

@@ -49,6 +49,8 @@ def test_every_checkpoint_is_scored_as_it_would_be_alone_and_the_best_is_kept(fo
     assert f"{found[40, 'block']:.4f}" in alone.out and f"{found[40, 'stride:16']:.4f}" in alone.out
     assert {line["split"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())} == {"train"}
     assert [line["step"] for line in run_metrics(run)] == sorted(line["step"] for line in run_metrics(run))
+    with open(run / "evaluation.jsonl", "a") as file:
+        file.write('{"step": 40, "bp')                       # as a kill or a full disk may leave it
     again = watch(forks, tmp_path, "--protocols", "block,stride:16").wait()
     assert_done(again)
     assert len(lines(tmp_path)) == len(found), "a second watcher evaluated something again"
