@@ -274,15 +274,12 @@ def extend(settings):
     return True
 
 
-def evaluate(model, opt, ema, data, windows, autocast, mesh, step):
+def evaluate(model, opt, ema, data, windows, autocast, mesh):
     """Yields (name, Score) under the block protocol: of the raw weights (the average that a schedule-free optimiser
-    keeps, the mean of ivon's posterior) and, when there is an ema, of that. NonFinite: where a loss is not."""
+    keeps, the mean of ivon's posterior) and, when there is an ema, of that."""
     for weights, place in [("raw", opt.averaged())] + ([("ema", ema.swapped())] if ema else []):
         with place, autocast, mesh.gathered(model):
-            found = score(model, data, "block", eval_batch_size, windows)
-            if not math.isfinite(found.loss):
-                raise NonFinite(step)
-            yield weights, found
+            yield weights, score(model, data, "block", eval_batch_size, windows)
 
 
 def usage(model):
@@ -420,7 +417,7 @@ def main():
                 everything = full_eval_interval and not unplanned and step % full_eval_interval == 0
                 clock.start()
                 for windows in (None, eval_windows) if everything else (eval_windows,):
-                    for which, found in evaluate(model, opt, ema, corpus.val, windows, autocast, mesh, step):
+                    for which, found in evaluate(model, opt, ema, corpus.val, windows, autocast, mesh):
                         run.log(step=step, split="val", loss=found.loss, bpb=found.bpb, protocol=found.protocol,
                                 bytes=found.bytes, weights=which)
                         bar.note(f"step {step}: val {found.bpb:.4f} bits/byte ({found.protocol}; {which} weights)")
@@ -514,7 +511,7 @@ def main():
                     bytes=loop["bytes"], parameters=model.n_params())
         if eval_interval and not stopped:
             clock.start()
-            for which, found in evaluate(model, opt, ema, corpus.val, None, autocast, mesh, step):
+            for which, found in evaluate(model, opt, ema, corpus.val, None, autocast, mesh):
                 run.log(step=step, split="val", loss=found.loss, bpb=found.bpb, protocol=found.protocol,
                         bytes=found.bytes, weights=which, final=True)
                 run.summary(**{f"val_bpb_{which}": found.bpb, f"val_loss_{which}": found.loss})

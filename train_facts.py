@@ -483,13 +483,10 @@ def main():
                     posterior=optim.posterior(opt, model.named_parameters()))
 
     def evaluate(last=False):
-        """Yields (name of the weights, line of metrics): of the raw weights, and when there is an ema, of that.
-        NonFinite: where a loss is not."""
+        """Yields (name of the weights, line of metrics): of the raw weights, and when there is an ema, of that."""
         for weights, place in [("raw", opt.averaged())] + ([("ema", ema.swapped())] if ema else []):
             with place, autocast, mesh.gathered(model):
                 for line in work.evaluate(model, last):
-                    if not math.isfinite(line.get("loss", 0.0)):
-                        raise NonFinite(loop["step"])
                     yield weights, line
 
     recent = []                          # (loss, gradient norm) of the last steps, still on the device
@@ -618,8 +615,6 @@ def main():
                 save(run, "best.pt")
             with opt.averaged(), mesh.gathered(model):
                 more = work.last(model)
-            if not math.isfinite(more.get("bits", 0.0)):
-                raise NonFinite(step)
             run.summary(**more)
             if "bits" in more:
                 print(f"{more['bits']:,.0f} of {more['bits_of_all']:,.0f} bits about people in the weights, "

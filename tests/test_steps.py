@@ -1,5 +1,6 @@
 """A step is a step: N passes over B rows are one pass over N B rows, for every task of train_facts.py and every kind of
-train_enwik8.py; and the preset that says it is nanoGPT's is. About 12 s on one core."""
+train_enwik8.py; what is saved first, and what of the last step; and the preset that says it is nanoGPT's is. About 15 s
+on one core."""
 import json
 import math
 import runpy
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import text as texts  # noqa: E402
-from experiment import load_checkpoint  # noqa: E402
+from experiment import Run, load_checkpoint  # noqa: E402
 from model import from_checkpoint  # noqa: E402
 
 
@@ -82,6 +83,28 @@ def test_what_is_not_linear_in_the_batch_is_said(trained, text, capsys):
     trained("train_enwik8.py", "run", **BYTES | MOE | dict(dataset=text, batch_size=2, grad_accum=2, max_steps=0,
                                                            expert_balance="loss"))
     assert "grad_accum 2: expert_balance loss is not linear in the batch" in capsys.readouterr().out
+
+
+def test_last_pt_is_first_and_the_last_step_may_be_the_best(trained, text, monkeypatch):
+    """A run that is killed once best.pt is there has a last.pt to go on from; the last step counts where eval_interval
+    does not divide it, too, and leaves last.pt, from which a longer run goes on, as it would be there."""
+    saves, save = [], Run.save
+    monkeypatch.setattr(Run, "save", lambda self, name, state: (saves.append((name, state["step"])),
+                                                                save(self, name, state)))
+    better = dict(lr=0.3, eval_interval=2, max_steps=3, batch_size=4)
+    run = trained("train_enwik8.py", "run", **BYTES | better | dict(dataset=text, eval_windows=2))
+    assert saves == [("last.pt", 0), ("best.pt", 2), ("last.pt", 3), ("best.pt", 3)]
+    summary = json.loads((run / "summary.json").read_text())
+    lines = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+             if line["split"] == "val"]
+    assert [(line["step"], line.get("final", False)) for line in lines] == [(2, False), (3, False), (3, True)]
+    assert summary["best_step"] == 3 and summary["best_bpb"] == lines[1]["bpb"] < lines[0]["bpb"]
+    assert load_checkpoint(run / "last.pt")["loop"]["evaluated"] == 2
+    assert load_checkpoint(run / "best.pt")["loop"]["best"] == lines[1]["bpb"]
+    saves.clear()
+    trained("train_facts.py", "run", **TINY | better | dict(task="mqar", block_size=32, n_rows=90, n_test_rows=20,
+                                                            mqar_vocab=32))
+    assert saves[:2] == [("last.pt", 0), ("best.pt", 0)]
 
 
 # ------------------------------------------------------------------------------------------------------- nanogpt_cpu
