@@ -282,6 +282,11 @@ def evaluate(model, opt, ema, data, windows, autocast, mesh):
             yield weights, score(model, data, "block", eval_batch_size, windows)
 
 
+def told_of(weights, found):
+    """A Score of these weights, for the metrics."""
+    return dict(loss=found.loss, bpb=found.bpb, protocol=found.protocol, bytes=found.bytes, weights=weights)
+
+
 def usage(model):
     """How the last step spread over the experts of each layer, for the metrics: shares, and the largest over even."""
     shares = {layer: (n.float() / n.sum()).tolist() for layer, n in model.usage.items()}
@@ -405,21 +410,14 @@ def main():
         while not mesh.stop(run):
             # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
             step = loop["step"]
-            over = max_steps is not None and step >= max_steps
-            unplanned = over and eval_interval and step % eval_interval > 0      # the last step too may be the best
-            if unplanned and saved < step:               # first: a run that goes on from here was not evaluated here
-                settle()
-                save(run, "last.pt", keep=0 if step % save_interval else keep_last)
-                saved = step
-            if eval_interval and (unplanned or step % eval_interval == 0) and loop["evaluated"] < step:
+            if eval_interval and step % eval_interval == 0 and loop["evaluated"] < step:
                 settle()
                 loop["evaluated"] = step
-                everything = full_eval_interval and not unplanned and step % full_eval_interval == 0
+                everything = full_eval_interval and step % full_eval_interval == 0
                 clock.start()
                 for windows in (None, eval_windows) if everything else (eval_windows,):
                     for which, found in evaluate(model, opt, ema, corpus.val, windows, autocast, mesh):
-                        run.log(step=step, split="val", loss=found.loss, bpb=found.bpb, protocol=found.protocol,
-                                bytes=found.bytes, weights=which)
+                        run.log(step=step, split="val", **told_of(which, found))
                         bar.note(f"step {step}: val {found.bpb:.4f} bits/byte ({found.protocol}; {which} weights)")
                 clock.lap("evaluation")
                 if found.bpb < loop["best"]:             # the fixed windows; of the average when there is one
@@ -429,7 +427,7 @@ def main():
                 settle()
                 save(run, "last.pt", keep=keep_last)
                 saved = step
-            if over:
+            if max_steps is not None and step >= max_steps:
                 break
 
             # ---- one optimiser step ----
@@ -507,13 +505,22 @@ def main():
         settle()
         if saved < step:
             save(run, "last.pt")
+        if eval_interval and not stopped and loop["evaluated"] < step:
+            clock.start()
+            lines = list(evaluate(model, opt, ema, corpus.val, eval_windows, autocast, mesh))
+            if lines[-1][1].bpb < loop["best"]:          # the last step may be the best, too
+                loop.update(best=lines[-1][1].bpb, best_step=step)
+                save(run, "best.pt")
+                save(run, "last.pt")
+            for which, found in lines:                   # after these: a run that goes on from here has no line of it
+                run.log(step=step, split="val", **told_of(which, found))
+            clock.lap("evaluation")
         run.summary(step=step, best_bpb=loop["best"], best_step=loop["best_step"], seconds=loop["seconds"],
                     bytes=loop["bytes"], parameters=model.n_params())
         if eval_interval and not stopped:
             clock.start()
             for which, found in evaluate(model, opt, ema, corpus.val, None, autocast, mesh):
-                run.log(step=step, split="val", loss=found.loss, bpb=found.bpb, protocol=found.protocol,
-                        bytes=found.bytes, weights=which, final=True)
+                run.log(step=step, split="val", **told_of(which, found), final=True)
                 run.summary(**{f"val_bpb_{which}": found.bpb, f"val_loss_{which}": found.loss})
                 print(f"val {found.bpb:.4f} bits/byte = {found.loss:.4f} nats/byte (protocol {found.protocol}, "
                       f"{found.bytes:,} bytes, {which} weights) after {step:,} steps, "

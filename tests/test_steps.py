@@ -86,21 +86,22 @@ def test_what_is_not_linear_in_the_batch_is_said(trained, text, capsys):
 
 
 def test_last_pt_is_first_and_the_last_step_may_be_the_best(trained, text, monkeypatch):
-    """A run that is killed once best.pt is there has a last.pt to go on from; the last step counts where eval_interval
-    does not divide it, too, and leaves last.pt, from which a longer run goes on, as it would be there."""
+    """A run that is killed once best.pt is there has a last.pt to go on from. The last step counts where eval_interval
+    does not divide it, too; last.pt knows of it what best.pt knows, but no line, from which a longer run goes on."""
     saves, save = [], Run.save
     monkeypatch.setattr(Run, "save", lambda self, name, state: (saves.append((name, state["step"])),
                                                                 save(self, name, state)))
     better = dict(lr=0.3, eval_interval=2, max_steps=3, batch_size=4)
     run = trained("train_enwik8.py", "run", **BYTES | better | dict(dataset=text, eval_windows=2))
-    assert saves == [("last.pt", 0), ("best.pt", 2), ("last.pt", 3), ("best.pt", 3)]
+    assert saves == [("last.pt", 0), ("best.pt", 2), *[(name, 3) for name in ("last.pt", "best.pt", "last.pt")]]
     summary = json.loads((run / "summary.json").read_text())
     lines = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
              if line["split"] == "val"]
     assert [(line["step"], line.get("final", False)) for line in lines] == [(2, False), (3, False), (3, True)]
     assert summary["best_step"] == 3 and summary["best_bpb"] == lines[1]["bpb"] < lines[0]["bpb"]
-    assert load_checkpoint(run / "last.pt")["loop"]["evaluated"] == 2
-    assert load_checkpoint(run / "best.pt")["loop"]["best"] == lines[1]["bpb"]
+    last, best = (load_checkpoint(run / name) for name in ("last.pt", "best.pt"))
+    assert last["loop"] == best["loop"] and last["loop"]["best"] == lines[1]["bpb"] and last["loop"]["evaluated"] == 2
+    assert last["metrics_lines"] == best["metrics_lines"] == 4
     saves.clear()
     trained("train_facts.py", "run", **TINY | better | dict(task="mqar", block_size=32, n_rows=90, n_test_rows=20,
                                                             mqar_vocab=32))
