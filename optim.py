@@ -18,6 +18,7 @@ import torch
 ROLES = ("embedding", "position", "matrix", "residual", "head", "gain", "bias")
 DECAYED = ("matrix", "residual", "head")  # what multiplies activations; not look-up tables, gains and biases
 HIDDEN = ("matrix", "residual")  # the 2-D weights inside the network, which Muon steps
+DECAY = ("matrices", "2d")  # which tensors decay: those roles; or, as in nanoGPT, all of two or more dimensions
 SCHEDULES = ("constant", "noam", "cosine", "wsd")
 
 # What each rule reads from its group, with the value that stands where nothing is said.
@@ -530,15 +531,18 @@ def posterior(optimizer, named_parameters):
             for p in group["params"] if "hess" in optimizer.state[p]}
 
 
-def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None):
+def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None, decay_params="matrices"):
     """Parameter groups: decay for matrix, residual and head, none for embedding, position, gain and bias. Which there
     are does not depend on weight_decay: a checkpoint goes over to another value, 0 too.
 
+    decay_params "2d": decay for every tensor of two or more dimensions instead, embeddings and position tables too.
     named_parameters: pairs (name, tensor). roles: name -> one of ROLES. A tensor under two names is claimed once, by
     the first that has a role. muon=True puts matrix and residual under rule "muon", the rest under "adamw".
     fused_rows: name -> rows of the parts of a fused matrix, which Muon takes apart.
     Raises ValueError naming a parameter that no role claims, whose name comes twice, or whose role is unknown.
     """
+    if decay_params not in DECAY:
+        raise ValueError(f"decay_params {decay_params!r}: it must be one of {', '.join(DECAY)}")
     named, claimed, found = {}, {}, {}
     for name, p in named_parameters:
         if named.setdefault(name, p) is not p:
@@ -551,7 +555,7 @@ def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None):
         if p not in claimed:
             raise ValueError(f"parameter {name}: unclaimed, it has no role")
     for p, name in claimed.items():
-        decayed = roles[name] in DECAYED
+        decayed = roles[name] in DECAYED if decay_params == "matrices" else p.ndim >= 2
         settings = {"weight_decay": weight_decay if decayed else 0.0}
         if muon:
             settings["rule"] = "muon" if roles[name] in HIDDEN else "adamw"
@@ -565,7 +569,7 @@ def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None):
 
 def build(name, named_parameters, roles, lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, momentum=0.9, muon_lr=0.02,
           muon_momentum=0.95, orthograd=False, fused_rows=None, ess=1e6, hess_init=1.0, clip_radius=math.inf,
-          mesh=None, kernels="torch"):
+          mesh=None, kernels="torch", decay_params="matrices"):
     """The optimiser `name` (one of RULES) of a whole model; a schedule multiplies each group's base_lr.
 
     sgd reads momentum; adam, adamw and schedule_free betas and eps; muon steps matrix and residual with muon_lr and
@@ -581,7 +585,7 @@ def build(name, named_parameters, roles, lr, weight_decay=0.0, betas=(0.9, 0.999
     if kernels not in ("torch", "triton"):
         raise ValueError(f"kernels {kernels!r}: it must be torch or triton")
     pairs = list(named_parameters)
-    wanted = groups(pairs, roles, weight_decay, name == "muon", fused_rows)
+    wanted = groups(pairs, roles, weight_decay, name == "muon", fused_rows, decay_params)
     own = {"sgd": dict(lr=lr, momentum=momentum), "muon": dict(lr=muon_lr, momentum=muon_momentum),
            "ivon": dict(lr=lr, betas=tuple(betas), ess=ess, hess_init=hess_init, clip_radius=clip_radius)}
     for group in wanted:
@@ -598,8 +602,9 @@ def build(name, named_parameters, roles, lr, weight_decay=0.0, betas=(0.9, 0.999
     return OrthoGrad(optimizer) if orthograd else optimizer
 
 
-def schedule(name, step, warmup_steps, max_steps, min_scale=0.0, decay_fraction=0.2):
-    """The factor on base_lr of the step that follows `step` finished ones. After a linear warm-up to 1 it is, for name
+def schedule(name, step, warmup_steps, max_steps, min_scale=0.0, decay_fraction=0.2, warmup_peak="last"):
+    """The factor on base_lr of the step that follows `step` finished ones. After a linear warm-up, which reaches 1 in
+    its last step, or with warmup_peak "next" (nanoGPT's) would in the step after it, it is, for name
 
     constant  1
     noam      (warmup_steps / (step + 1))^0.5 (Vaswani et al. 2017, eq. 3, divided by its peak)
@@ -616,7 +621,7 @@ def schedule(name, step, warmup_steps, max_steps, min_scale=0.0, decay_fraction=
         if step >= max_steps:
             return min_scale
     if step < warmup_steps:
-        return (step + 1) / warmup_steps
+        return (step + 1) / (warmup_steps + (warmup_peak == "next"))
     if name == "noam":
         return math.sqrt(max(warmup_steps, 1) / (step + 1))
     if name == "cosine":

@@ -418,6 +418,20 @@ def test_ivon_on_several_processes_is_refused():
         optim.build("ivon", [("a", torch.nn.Parameter(torch.zeros(2)))], {"a": "gain"}, 0.1, mesh=parallel.Mesh(2))
 
 
+def test_a_state_of_older_groups_is_divided_by_its_own_parameters():
+    """With a weight_decay of 0 what decays and what does not was one group, in the model's order."""
+    pairs = [(name, torch.nn.Parameter(torch.full((4, 2), float(i)))) for i, name in enumerate("abc", 1)]
+    old = optim.SGD([p for _, p in pairs], momentum=0.9)
+    for i, (_, p) in enumerate(pairs):
+        p.grad = torch.arange(8.0).view(4, 2) + 10 * i
+    old.step()
+    new = optim.build("sgd", pairs, dict(a="gain", b="matrix", c="bias"), lr=0.1, weight_decay=0.1)
+    parallel.Mesh(2).load_optimizer(new, written(old.state_dict()))
+    assert [len(group["params"]) for group in new.param_groups] == [2, 1]
+    for _, p in pairs:
+        assert torch.equal(new.state[p]["momentum"], p.grad[:2])
+
+
 @command
 def main(mesh, folder, out):
     """The script that torchrun starts."""
