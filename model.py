@@ -905,7 +905,8 @@ def stablemax(x):
     """x (..., V) to sign(x) ln(1 + |x|), float64: its softmax is StableMax, s(x) / sum s with s(x) = x + 1 for x >= 0
     and 1 / (1 - x) below (Prieto et al. 2025), whose gradient does not vanish where x grows."""
     x = x.double()
-    return torch.log1p(F.relu(x)) - torch.log1p((-x).clamp(min=0))  # relu's gradient at 0 is 0, clamp's 1: together 1
+    below = x < 0  # not by relu and clamp, whose gradients at 0 differ between versions of torch: here it is 1
+    return torch.log1p(x.masked_fill(below, 0)) - torch.log1p((-x).masked_fill(~below, 0))
 
 
 def batched_linear(h, weights, groups, biases=None):
@@ -976,8 +977,9 @@ def initialise(model):
     the stream starts at the scale at which the branches come to write. Target maps start as the identity. Hidden
     matrices: "gpt2" N(0, 0.02), those that write into the stream divided by sqrt(2 n_layer) (Radford et al. 2019);
     "normal" N(0, 0.02); "xavier" uniform within sqrt(6 / (fan_in + fan_out)) (Glorot & Bengio 2010), each part of a
-    fused matrix by itself; "tfixup" as xavier, with values, outputs and feed-forwards, and embeddings N(0, C^-0.5),
-    times 0.67 n_layer^-0.25 (Huang et al. 2020, the rule for layers without cross-attention); "truncated"
+    fused matrix by itself; "tfixup" as xavier, with values, outputs and feed-forwards times 0.67 n_layer^-0.25, and
+    embeddings N(0, C^-0.5) times (9 n_layer)^-0.25 (Huang et al. 2020: of their two rules for layers the encoder's, as
+    these have no cross-attention either; of embeddings there is one; what is drawn is multiplied); "truncated"
     N(0, C^-0.5) cut at two standard deviations; "zero" N(0, fan_in^-0.5), those that write into the stream zero.
     N(0, s): of standard deviation s. Parameters that their modules claim are filled by these.
     """
@@ -1011,7 +1013,7 @@ def initialise(model):
         "zero": (lambda p, name: p.normal_(0, p.size(1) ** -0.5), lambda p, name: p.zero_()),
     }
     embedding = {"zero": normal if c.tie_weights else lambda p, name: p.normal_(),
-                 "tfixup": lambda p, name: p.normal_(0, c.n_embd ** -0.5).mul_(small)}
+                 "tfixup": lambda p, name: p.normal_(0, c.n_embd ** -0.5).mul_((9 * c.n_layer) ** -0.25)}
     rules = {
         "embedding": embedding.get(init, normal), "position": normal, "head": normal,
         "matrix": hidden[init][0], "residual": hidden[init][1],
