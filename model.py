@@ -41,6 +41,7 @@ CHOICES = {
     "activation": ("gelu", "relu", "relu2", "silu", "solu", *GLU),
     "positions": ("learned", "learned_per_layer", "rope", "alibi", "relative", "none"),
     "rope_scaling": ("none", "linear", "ntk", "yarn"),
+    "rope_ramp": ("turns", "index"),
     "init": ("gpt2", "normal", "xavier", "tfixup", "truncated", "zero"),
     "target_heads": ("own", "shared"),
     "layer_heads": ("own", "shared"),
@@ -110,6 +111,9 @@ class TransformerConfig:
     rope_base: float = 10000.0
     rope_scaling: str = "none"  # how rope reaches rope_factor times as far as it was trained for
     rope_factor: float = 1.0
+    rope_ramp: str = "turns"  # "yarn": what the ramp between pairs goes by; "index": as in published code and weights
+    rope_mscale: float = 1.0  # of "yarn": queries and keys grow by 0.1 rope_mscale ln(rope_factor) + 1
+    rope_mscale_all_dim: float = 1.0  # the same for what does not turn under mixer "mla"; 0: it does not grow
     # Residual stream, initialisation
     residual_scale: float | str = 1.0  # times every branch; "depth": 1 / sqrt(2 n_layer); "rezero", "layerscale"
     init: str = "gpt2"
@@ -204,10 +208,16 @@ class TransformerConfig:
             raise ValueError(f"positions 'rope' turns pairs of features: head_dim {self.head_dim} must be even")
         if self.rope_base <= 0:
             raise ValueError(f"rope_base is {self.rope_base}, but must be above 0")
+        if self.rope_ramp == "index" and self.rope_base <= 1:
+            raise ValueError(f"rope_ramp 'index' places pairs by the logarithm of rope_base, which must be above 1, not "
+                             f"{self.rope_base}")
         if self.rope_factor < 1:
             raise ValueError(f"rope_factor is {self.rope_factor}, but must be at least 1: contexts are stretched")
         if self.rope_scaling != "none" and self.positions != "rope":
             raise ValueError(f"rope_scaling {self.rope_scaling!r} needs positions 'rope', not {self.positions!r}")
+        for name in ("rope_mscale", "rope_mscale_all_dim"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 0")
         attending = [kind for kind in self.mixers if kind not in RECURRENT]
         for kind in attending:
             if self.positions == "relative" and kind not in ("xl", "compressive"):
@@ -240,6 +250,9 @@ class TransformerConfig:
             raise ValueError(f"mixer 'diff' subtracts pairs of heads: n_head {self.n_head} and n_kv_head "
                              f"{self.n_kv_head} must be even")
         if "mla" in kinds:
+            if self.qk_norm:
+                raise ValueError("qk_norm normalises keys, which mixer 'mla' never forms in generation: the latent has "
+                                 "a norm of its own")
             if self.n_kv_head != self.n_head:
                 raise ValueError(f"mixer 'mla' has one latent for all heads: n_kv_head {self.n_kv_head} does not apply")
             if self.kv_rank < 1 or (self.q_rank is not None and self.q_rank < 1):
@@ -361,6 +374,7 @@ class Block(nn.Module):
         self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
         self.conv = ShortConv(c, layer) if c.short_conv else None
         self.mixer = MIXERS[c.mixers[layer % c.n_layer]](c, layer)
+        self.keeps_hidden = isinstance(self.mixer, TransformerXL)
         self.norm2 = self.ff = None
         if (kind := c.ffs[layer % c.n_layer]) != "none":
             self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
@@ -389,8 +403,9 @@ class Block(nn.Module):
         parts = self._modules  # past nn.Module's look-up, which a decoded byte feels
         h = parts["norm1"](x)
         if self.conv is not None:
-            h = self.conv(h, positions, inputs)
-        x = self.add(x, parts["mixer"](h, positions, cache), 1)
+            h = self.conv(h, positions, inputs, x, parts["norm1"])
+        made = (x, parts["norm1"], self.conv) if self.keeps_hidden else ()
+        x = self.add(x, parts["mixer"](h, positions, cache, *made), 1)
         if "ff" not in parts:
             return x
         return self.add(x, parts["ff"](parts["norm2"](x), positions), 2)
@@ -668,7 +683,9 @@ class Transformer(nn.Module):
             raise ValueError(f"mixer {self.config.mixer!r} carries nothing from one segment to the next: only "
                              f"{', '.join(CARRY)} do")
         parts = [block.mixer for block in self.blocks] + [block.conv for block in self.blocks if block.conv is not None]
-        return Memory(part.new_memory(batch_size, self.embed.device, self.embed.dtype) for part in parts)
+        hidden = any(block.keeps_hidden or block.conv is not None for block in self.blocks)
+        return Memory((part.new_memory(batch_size, self.embed.device, self.embed.dtype) for part in parts),
+                      "hidden states" if hidden else "states")
 
     def balance_experts(self):
         """After an optimiser step: moves the biases of experts that were given too much or too little."""
@@ -837,8 +854,8 @@ class Pyramid(Transformer):
                         for i in inner), None, snapshots)
         outer = Cache((layer for i, layer in enumerate(whole.layers) if i not in inner), None, snapshots)
         with torch.inference_mode(False):
-            stream, lifted = (torch.zeros(batch_size, n, c.n_embd, device=whole.layers[0].k.device)
-                              for n in (max_length, max_length + k))
+            stream, lifted = (torch.zeros(batch_size, n, c.n_embd, device=whole.layers[0].k.device,
+                                          dtype=self.embed.dtype) for n in (max_length, max_length + k))
         return PyramidCache(outer, middle, stream, lifted, k)
 
     def flops_per_token(self, T, active=None):
@@ -889,7 +906,8 @@ def make_ropes(config):
     if c.positions == "rope":
         widths = {c.rope_dim if kind == "mla" else c.head_dim for kind in c.mixers if kind not in RECURRENT}
     return nn.ModuleDict({str(width): Rope(width, c.rope_base, c.block_size, c.rope_scaling, c.rope_factor,
-                                           c.rope_original, c.kernels) for width in sorted(widths)})
+                                           c.rope_original, c.kernels, c.rope_ramp, c.rope_mscale)
+                          for width in sorted(widths)})
 
 
 def look_up_ropes(places, ropes, n):
