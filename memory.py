@@ -176,7 +176,7 @@ class Compressive(TransformerXL):
     stands where its last position stood (in the paper slots count one step each), which makes any division of a text
     into passes give the same. The network's loss does not reach the compression, nor the other way: the convolution
     learns from the attention-reconstruction loss alone (algorithm 2), the mean square between what this segment reads,
-    by content, from the states that leave and from their slots.
+    by content, from the states that leave and from their slots; so only where a memory is carried on.
     """
 
     def __init__(self, config, layer=0):

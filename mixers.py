@@ -424,7 +424,8 @@ class Attention(nn.Module):
 
     kind "window" sees the last config.window positions only. With qk_norm, queries and keys pass an RMSNorm without
     parameters before they turn; RoPE keeps lengths, so after would be the same. They then have length sqrt(D); with
-    qk_scale the score is s q.k / D, s learned, one of a layer, and sqrt(D) at first.
+    qk_scale the score is s q.k / D, s learned, one of a layer, and sqrt(D) at first. A bias of keys that do not turn
+    (nor are normed) moves all scores of a query alike, so no loss reaches it.
     """
 
     def __init__(self, config, layer=0, kind="full"):

@@ -72,7 +72,7 @@ class TransformerConfig:
     n_kv_head: int = None  # None: n_head; fewer share keys and values among groups of heads (Ainslie et al. 2023)
     head_dim: int = None  # None: n_embd / n_head; otherwise free
     n_embd: int = 512
-    block_size: int = 512
+    block_size: int = 512  # at 1 queries and keys have nothing to choose from
     dropout: float = 0.0  # of embeddings, attention probabilities and branch outputs
     norm: str = "layer"
     norm_gain: bool = True  # False: norms without parameters
@@ -89,7 +89,7 @@ class TransformerConfig:
     compressed_length: int = None  # mixer "compressive": compressed states before the memory; None: block_size / rate
     compression_rate: int = 4  # positions that become one compressed state
     compression: str = "conv"
-    compression_weight: float = 1.0  # of the attention-reconstruction loss
+    compression_weight: float = 1.0  # of the attention-reconstruction loss, the only one that "conv" learns from
     state_dim: int = 16  # mixer "mamba"
     conv_width: int = 4  # mixer "mamba"
     expand: float = 2.0  # mixers "mamba" and "mingru": inner width over n_embd
@@ -99,7 +99,7 @@ class TransformerConfig:
     ff_mult: float = 4.0  # feed-forward width / n_embd; gated ones take 2/3 of it (a multiple of 8): equal parameters
     activation: str = "gelu"
     ff_rank: int = None  # ff "low_rank": of both matrices; None: n_embd / 4
-    n_expert: int = 8  # ff "moe": experts that share the feed-forward's width
+    n_expert: int = 8  # ff "moe": experts that share the feed-forward's width; one to choose from needs no router
     n_shared_expert: int = 0  # of those, how many serve every position
     expert_top_k: int = 2  # of the others, how many a position chooses
     expert_balance: str = "loss"
@@ -171,6 +171,9 @@ class TransformerConfig:
         self._check_feed_forwards()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, but must be at least 0 and below 1")
+        if self.residual_scale == 0:
+            raise ValueError("residual_scale is 0, but no gradient would reach a branch: it must be another number")
+        self._check_norms()
         if isinstance(self.residual_scale, str) and self.residual_scale not in ("depth", "rezero", "layerscale"):
             raise ValueError(f"residual_scale is {self.residual_scale!r}, but can be a number, 'depth', 'rezero' or "
                              "'layerscale'")
@@ -191,6 +194,19 @@ class TransformerConfig:
         if self.mtp_depth and set(self.mixers) & set(CARRY):
             raise ValueError(f"mtp_depth {self.mtp_depth} goes with layers that attend, not with mixer {self.mixer!r}")
 
+    def _check_norms(self):
+        normed = [("n_embd", self.n_embd, self.norm)]
+        if "mla" in self.mixers:
+            normed += [("kv_rank", self.kv_rank, "rms"), ("q_rank", self.q_rank or math.inf, "rms")]
+        if self.qk_norm:
+            normed.append(("head_dim", self.head_dim, "rms"))
+        if self.activation == "solu":
+            normed.append(("the feed-forward's width", self.ff_width, "layer"))
+        for name, width, kind in normed:
+            if width < (3 if kind == "layer" else 2):
+                raise ValueError(f"{name} is {width}: a norm over so few features leaves signs, which let no gradient "
+                                 f"pass; it must be at least {3 if kind == 'layer' else 2}")
+
     def _check_pyramid(self):
         said = f"shorten {self.shorten} makes a pyramid, which"
         if self.n_layer < 3:
@@ -209,8 +225,8 @@ class TransformerConfig:
         if self.rope_base <= 0:
             raise ValueError(f"rope_base is {self.rope_base}, but must be above 0")
         if self.rope_ramp == "index" and self.rope_base <= 1:
-            raise ValueError(f"rope_ramp 'index' places pairs by the logarithm of rope_base, which must be above 1, not "
-                             f"{self.rope_base}")
+            raise ValueError("rope_ramp 'index' places pairs by the logarithm of rope_base, which must be above 1, "
+                             f"not {self.rope_base}")
         if self.rope_factor < 1:
             raise ValueError(f"rope_factor is {self.rope_factor}, but must be at least 1: contexts are stretched")
         if self.rope_scaling != "none" and self.positions != "rope":
@@ -240,6 +256,9 @@ class TransformerConfig:
                 raise ValueError(f"qk_scale is for mixers without segment memory, not for mixer {kind!r}")
         if "window" in kinds and self.window < 2:
             raise ValueError(f"window is {self.window}, but mixer 'window' needs at least 2 positions")
+        if kinds & {"strided", "fixed"} and self.sparse_stride < 2:
+            raise ValueError(f"sparse_stride is {self.sparse_stride}, but mixers 'strided' and 'fixed' need at least 2 "
+                             "places: a head that sees its own alone has nothing to learn")
         if "fixed" in kinds and not 1 <= self.sparse_summary <= self.sparse_stride:
             raise ValueError(f"sparse_summary is {self.sparse_summary}, but must be from 1 to sparse_stride "
                              f"{self.sparse_stride}")

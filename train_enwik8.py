@@ -86,16 +86,16 @@ checkpoint_activations = False  # compute layers again in the backward pass: les
 # --- Mixers: one word, or several with commas, repeated over the layers ---
 mixer = "full"             # full, window, strided, fixed, diff, mla, xl, compressive, mamba, mingru
 window = 128               # [>= 2] window: positions that a byte sees
-sparse_stride = 16         # [>= 1] strided, fixed: one head sees so many neighbours, the other every so many
+sparse_stride = 16         # [>= 2] strided, fixed: one head sees so many neighbours, the other every so many
 sparse_summary = 4         # [>= 1] fixed: places at the end of a block that all later ones see
-kv_rank = None             # [none, >= 1] mla: width of the latent for keys and values; none: 2 head_dim
-q_rank = None              # [none, >= 1] mla: queries through so many dimensions; none: directly
+kv_rank = None             # [none, >= 2] mla: width of the latent for keys and values; none: 2 head_dim
+q_rank = None              # [none, >= 2] mla: queries through so many dimensions; none: directly
 rope_dim = None            # [none, >= 2] mla: width of the shared key that turns; none: head_dim / 2
 memory_length = None       # [none, >= 1] xl, compressive: positions before the segment; none: block_size
 compressed_length = None   # [none, >= 1] compressive: compressed states; none: block_size / compression_rate
 compression_rate = 4       # [>= 1] compressive: positions in one compressed state
 compression = "conv"       # [conv, mean, max] compressive: how
-compression_weight = 1.0   # [>= 0.0] compressive: of the attention-reconstruction loss
+compression_weight = 1.0   # [>= 0.0] compressive: of the attention-reconstruction loss, which conv learns from alone
 state_dim = 16             # [>= 1] mamba: states per feature
 conv_width = 4             # [>= 1] mamba: bytes that the convolution sees
 expand = 2.0               # [> 0.0] mamba, mingru: inner width over n_embd
@@ -109,7 +109,7 @@ ff_mult = 4.0              # [> 0.0] width of the feed-forward over n_embd (gate
 equal_params = False       # choose ff_mult such that there are as many parameters as with mixer full and ff mlp
 activation = "relu"        # [gelu, relu, relu2, silu, solu, glu, bilinear, reglu, geglu, swiglu]
 ff_rank = None             # [none, >= 1] low_rank: none: n_embd / 4
-n_expert = 8               # [>= 1] moe: experts, which share the width
+n_expert = 8               # [>= 1] moe: experts, which share the width; one to choose from needs no router
 n_shared_expert = 0        # [>= 0] moe: of those, how many serve every byte
 expert_top_k = 2           # [>= 1] moe: of the others, how many a byte chooses
 expert_balance = "loss"    # [loss, bias, none] moe: load-balance loss, or biases moved after every step
