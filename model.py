@@ -195,17 +195,17 @@ class TransformerConfig:
             raise ValueError(f"mtp_depth {self.mtp_depth} goes with layers that attend, not with mixer {self.mixer!r}")
 
     def _check_norms(self):
-        normed = [("n_embd", self.n_embd, self.norm)]
+        normed = {"n_embd": self.n_embd}
         if "mla" in self.mixers:
-            normed += [("kv_rank", self.kv_rank, "rms"), ("q_rank", self.q_rank or math.inf, "rms")]
+            normed.update(kv_rank=self.kv_rank, q_rank=self.q_rank)
         if self.qk_norm:
-            normed.append(("head_dim", self.head_dim, "rms"))
+            normed["head_dim"] = self.head_dim
         if self.activation == "solu":
-            normed.append(("the feed-forward's width", self.ff_width, "layer"))
-        for name, width, kind in normed:
-            if width < (3 if kind == "layer" else 2):
-                raise ValueError(f"{name} is {width}: a norm over so few features leaves signs, which let no gradient "
-                                 f"pass; it must be at least {3 if kind == 'layer' else 2}")
+            normed["the feed-forward's width"] = self.ff_width
+        for name, width in normed.items():
+            if width == 1:
+                raise ValueError(f"{name} is 1, but a norm over one feature leaves a sign at most, which lets no "
+                                 "gradient pass: it must be at least 2")
 
     def _check_pyramid(self):
         said = f"shorten {self.shorten} makes a pyramid, which"
