@@ -146,11 +146,12 @@ class Grid:
         if not self.script.is_file():
             raise UserError(f"{path}: there is no script {plan['script']}")
         self.folder, self.metric, self.seeds = Path(plan["out_dir"]), plan["metric"], plan["seeds"]
-        self.show, self.sigma_data = plan.get("show", []), plan.get("sigma_data", 0.0)
-        if not 0 <= self.sigma_data < float("inf"):
-            raise UserError(f"{path}: sigma_data must be a number from 0 on, not {self.sigma_data}")
+        self.show = plan.get("show", [])
         if len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds) or not all(type(s) is int for s in self.seeds):
             raise UserError(f"{path}: seeds must be at least 2 different whole numbers, not {self.seeds}")
+        self.sigma_data = plan.get("sigma_data", 0.0)
+        if not 0 <= self.sigma_data < float("inf"):
+            raise UserError(f"{path}: sigma_data must be a number from 0 on, not {self.sigma_data}")
         tune = plan.get("tune", {})
         check_shape(tune, {"settings": list, "factors": list}, set(), f"{path}: tune")
         self.scaled, self.factors = tune.get("settings", []), tune.get("factors", [1])

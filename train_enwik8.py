@@ -95,7 +95,7 @@ memory_length = None       # [none, >= 1] xl, compressive: positions before the 
 compressed_length = None   # [none, >= 1] compressive: compressed states; none: block_size / compression_rate
 compression_rate = 4       # [>= 1] compressive: positions in one compressed state
 compression = "conv"       # [conv, mean, max] compressive: how
-compression_weight = 1.0   # [>= 0.0] compressive: of the attention-reconstruction loss, which conv learns from alone
+compression_weight = 1.0   # [>= 0.0] compressive: of the attention-reconstruction loss
 state_dim = 16             # [>= 1] mamba: states per feature
 conv_width = 4             # [>= 1] mamba: bytes that the convolution sees
 expand = 2.0               # [> 0.0] mamba, mingru: inner width over n_embd

@@ -219,6 +219,20 @@ def test_every_parameter_is_claimed_and_filled(mixer, ff, init):
     assert all("compress" in name or "ff." in name for name in silent), silent
 
 
+def test_tfixup_by_its_numbers():
+    """Huang et al. 2020, section 3.2: embeddings N(0, d^-1/2) times (9 L)^-1/4; values, outputs and feed-forwards
+    Xavier's times 0.67 L^-1/4 (the encoder's rule); queries and keys Xavier's."""
+    L, C = 4, 64
+    model = build(init="tfixup", n_layer=L, n_embd=C)
+    assert model.embed.std().item() == pytest.approx(C ** -0.5 * (9 * L) ** -0.25, rel=0.03)
+    block, small = model.blocks[1], 0.67 * L ** -0.25
+    q, k, v = block.mixer.qkv.weight.chunk(3)
+    for weight, factor in ((q, 1), (k, 1), (v, small), (block.mixer.out.weight, small), (block.ff.up.weight, small),
+                           (block.ff.down.weight, small)):
+        bound = factor * (6 / sum(weight.shape)) ** 0.5
+        assert 0.98 * bound < weight.abs().max().item() <= bound * (1 + 1e-6)
+
+
 @pytest.mark.parametrize("settings", [
     dict(residual_scale="rezero"), dict(residual_scale="layerscale"), dict(residual_scale="depth"), dict(ff="moe"),
     dict(mtp_depth=2), dict(dropout=0.2), dict(mixer="mamba"), dict(mixer="xl"), dict(mixer="compressive"),
