@@ -1000,10 +1000,10 @@ class Memory:
 
     `model.new_memory` makes it empty; `model.forward(..., memory=memory)` reads it and leaves the new one. `length`
     counts the positions since the streams began; tensors of empty memory are zeros that a layer masks by it. `kind`
-    says what the tensors are: another kind of the same shapes is not gone on from.
+    says what the tensors are, where they are not states alone: another kind of the same shapes is not gone on from.
     """
 
-    def __init__(self, layers, kind="states"):
+    def __init__(self, layers, kind=None):
         self.layers, self.length, self.kind = [None if held is None else tuple(held) for held in layers], 0, kind
 
     @property
@@ -1025,14 +1025,14 @@ class Memory:
 
     def state_dict(self):
         """Tensors and numbers from which load_state_dict goes on exactly."""
-        return {"length": self.length, "kind": self.kind,
-                "layers": [None if held is None else list(held) for held in self.layers]}
+        return {"length": self.length, "layers": [None if held is None else list(held) for held in self.layers],
+                **({"kind": self.kind} if self.kind else {})}
 
     def load_state_dict(self, state):
         """Goes on where state was taken; begins empty, and says so, where that is of another kind (checkpoints from
         when memories kept the inputs of mixers do not name theirs). Raises ValueError where its shapes are others."""
-        if state.get("kind", "states") != self.kind:
-            print(f"the saved memory does not hold {self.kind}, as this version keeps them: it begins empty")
+        if state.get("kind") != self.kind:
+            print(f"the saved memory does not hold {self.kind or 'states'}, as this version does: it begins empty")
             return self.reset()
         shapes = [[[] if held is None else [t.shape for t in held] for held in layers]
                   for layers in (self.layers, state["layers"])]

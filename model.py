@@ -704,7 +704,7 @@ class Transformer(nn.Module):
         parts = [block.mixer for block in self.blocks] + [block.conv for block in self.blocks if block.conv is not None]
         hidden = any(block.keeps_hidden or block.conv is not None for block in self.blocks)
         return Memory((part.new_memory(batch_size, self.embed.device, self.embed.dtype) for part in parts),
-                      "hidden states" if hidden else "states")
+                      "hidden states" if hidden else None)
 
     def balance_experts(self):
         """After an optimiser step: moves the biases of experts that were given too much or too little."""
