@@ -999,11 +999,12 @@ class Memory:
     """What one segment of training leaves to the next: per layer a tuple of detached tensors, or None.
 
     `model.new_memory` makes it empty; `model.forward(..., memory=memory)` reads it and leaves the new one. `length`
-    counts the positions since the streams began; tensors of empty memory are zeros that a layer masks by it.
+    counts the positions since the streams began; tensors of empty memory are zeros that a layer masks by it. `kind`
+    says what the tensors are, where they are not states alone: another kind of the same shapes is not gone on from.
     """
 
-    def __init__(self, layers):
-        self.layers, self.length = [None if held is None else tuple(held) for held in layers], 0
+    def __init__(self, layers, kind=None):
+        self.layers, self.length, self.kind = [None if held is None else tuple(held) for held in layers], 0, kind
 
     @property
     def bytes(self):
@@ -1024,10 +1025,15 @@ class Memory:
 
     def state_dict(self):
         """Tensors and numbers from which load_state_dict goes on exactly."""
-        return {"length": self.length, "layers": [None if held is None else list(held) for held in self.layers]}
+        return {"length": self.length, "layers": [None if held is None else list(held) for held in self.layers],
+                **({"kind": self.kind} if self.kind else {})}
 
     def load_state_dict(self, state):
-        """Goes on where state was taken. Raises ValueError where its shapes are others."""
+        """Goes on where state was taken; begins empty, and says so, where that is of another kind (checkpoints from
+        when memories kept the inputs of mixers do not name theirs). Raises ValueError where its shapes are others."""
+        if state.get("kind") != self.kind:
+            print(f"the saved memory does not hold {self.kind or 'states'}, as this version does: it begins empty")
+            return self.reset()
         shapes = [[[] if held is None else [t.shape for t in held] for held in layers]
                   for layers in (self.layers, state["layers"])]
         if shapes[0] != shapes[1]:

@@ -20,6 +20,7 @@ fit into the baseline's seconds: so it is compared per step and per second.
     seeds: [1, 2, 3, 4, 5]
     tune: {settings: [lr], factors: [0.5, 1, 2]}
     speed: {max_steps: 60, eval_interval: none, log_interval: 5}      # what the timing runs change; none: no timing
+    sigma_data: 0.0142                 # what another draw of the data does to a difference, where all runs read one
     rows:
       layer norm: {axis: norm, set: {norm: layer}}
       own heads: {axis: losses, set: {layer_heads: own}, against: shared heads}     # compared with another row
@@ -68,7 +69,7 @@ threads = 1              # [>= 1] CPU threads of each
 checkpoints = False      # keep the checkpoints of finished runs
 
 SHAPE = {"script": str, "out_dir": str, "metric": str, "show": list, "base": dict, "seeds": list, "tune": dict,
-         "speed": dict, "rows": dict, "cross": dict, "seeded": list}
+         "speed": dict, "sigma_data": float, "rows": dict, "cross": dict, "seeded": list}
 ROW_SHAPE = {"axis": str, "set": dict, "against": str}
 BASELINE = "baseline"
 SLOWER = 0.1             # a row is as fast as the baseline up to this share: timings of equal work differ by 8 %
@@ -139,7 +140,7 @@ class Grid:
         check_shape(plan, SHAPE, {"script", "out_dir", "metric", "base", "seeds"}, str(path))
         if bool(plan.get("rows")) == bool(plan.get("cross")):
             raise UserError(f"{path}: it needs either rows or cross")
-        if "cross" in plan and (extra := {"tune", "speed"} & plan.keys()):
+        if "cross" in plan and (extra := {"tune", "speed", "sigma_data"} & plan.keys()):
             raise UserError(f"{path}: {', '.join(sorted(extra))} goes with rows, not with cross")
         self.script = Path(__file__).resolve().parent / plan["script"]
         if not self.script.is_file():
@@ -148,6 +149,9 @@ class Grid:
         self.show = plan.get("show", [])
         if len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds) or not all(type(s) is int for s in self.seeds):
             raise UserError(f"{path}: seeds must be at least 2 different whole numbers, not {self.seeds}")
+        self.sigma_data = plan.get("sigma_data", 0.0)
+        if not 0 <= self.sigma_data < float("inf"):
+            raise UserError(f"{path}: sigma_data must be a number from 0 on, not {self.sigma_data}")
         tune = plan.get("tune", {})
         check_shape(tune, {"settings": list, "factors": list}, set(), f"{path}: tune")
         self.scaled, self.factors = tune.get("settings", []), tune.get("factors", [1])
@@ -353,6 +357,7 @@ class Grid:
         write_json(self.folder / "grid.json", {
             "grid": self.path.name, "script": self.script.name, "metric": self.metric, "base": self.base,
             "seeds": self.seeds, "tuned_settings": self.scaled, "factors": self.factors, "slower": SLOWER,
+            **({"sigma_data": self.sigma_data} if self.sigma_data else {}),
             **({"cross": self.cross} if self.cross else {}), "rows": rows})
 
 

@@ -6,8 +6,10 @@ M = memory_length, the segment of a query at q begins at s = (q // T) T.
     xl            keys s - M ... q
     compressive   these, and the compressed_length blocks of compression_rate positions that end before s - M
 
-In training a segment is one pass, and its memory is what the pass before left: inputs of the mixer, without gradient,
-whose keys and values are computed again with the weights of today (Dai et al. 2019).
+In training a segment is one pass, and its memory is what the pass before left: hidden states, as they entered the
+layer, without gradient, which are normed (and convolved, with short_conv) and projected again with the weights of today
+(Dai et al. 2019). So forward takes, beside its inputs x, the states `hidden` that they were made of, and the modules
+`norm` and `conv` (or None) that made them; without these, x itself is what is kept.
 """
 from dataclasses import dataclass
 
@@ -105,16 +107,26 @@ class TransformerXL(Attention):
             raise ValueError(f"the memory stands for {positions.remembered} positions, no whole number of segments of "
                              f"{self.config.block_size}")
 
-    def forward(self, x, positions, cache=None):
+    def old_inputs(self, kept, remembered, x, norm, conv):
+        """Of kept states (B, M or, with a convolution, M + w - 1, C), whose last `remembered` are real, what today's
+        norm and convolution make of the last M: (B, n <= M, C), in the type of x."""
+        old = kept[:, kept.size(1) - min(remembered, kept.size(1)):]
+        old = old.to(x.dtype) if norm is None else norm(old)
+        old = old if conv is None else conv.over(old)
+        return old[:, max(0, old.size(1) - self.config.memory_length):].to(x.dtype)
+
+    def forward(self, x, positions, cache=None, hidden=None, norm=None, conv=None):
         """x (B, T, C), positions a Positions, cache from new_cache or None. Returns (B, T, C)."""
         self.check(positions)
         c, (B, T, _) = self.config, x.shape
         if positions.memory is not None:
-            (memory,), M = positions.memory[self.layer], c.memory_length
-            positions.memory_out[self.layer] = (torch.cat((memory, x), 1)[:, -M:],)
-            known = min(positions.remembered, M)
+            kept, = positions.memory[self.layer]
+            positions.memory_out[self.layer] = (torch.cat((kept, x if hidden is None else hidden), 1)
+                                                [:, -kept.size(1):],)
+            old = self.old_inputs(kept, positions.remembered, x, norm, conv)
+            known = old.size(1)
             q, k, v = self.project(x)
-            old_k, old_v = self.project_keys(memory[:, M - known:].to(x.dtype))
+            old_k, old_v = self.project_keys(old)
             k, v = torch.cat((old_k, k), 1), torch.cat((old_v, v), 1)
             places = torch.arange(known + T, device=x.device)
             q, k, seen, span = self.at(q, positions, places[known:]), self.at(k, positions, places), None, causal()
@@ -146,8 +158,9 @@ class TransformerXL(Attention):
         return cache
 
     def new_memory(self, batch_size, device, dtype):
-        """The inputs of the last M positions: ((B, M, C),)."""
-        return (torch.zeros(batch_size, self.config.memory_length, self.config.n_embd, device=device, dtype=dtype),)
+        """The hidden states of the last M positions, and of those before that a convolution needs: ((B, n, C),)."""
+        n = self.config.memory_length + max(0, self.config.short_conv - 1)
+        return (torch.zeros(batch_size, n, self.config.n_embd, device=device, dtype=dtype),)
 
     def flops(self, T):
         """Scores and sums of one token, forward, memory and segment uncut by the causal mask."""
@@ -158,11 +171,12 @@ class TransformerXL(Attention):
 class Compressive(TransformerXL):
     """Transformer-XL that compresses what leaves its memory (Rae et al. 2019, section 3).
 
-    Inputs of the mixer, compression_rate neighbours at a time, become one: by a convolution of that width and stride,
-    by their mean or their maximum. Such a slot stands where its last position stood (in the paper slots count one step
-    each), which makes any division of a text into passes give the same. The network's loss does not reach the
-    compression, nor the other way: the convolution learns from the attention-reconstruction loss alone (algorithm 2),
-    the mean square between what this segment reads, by content, from the states that leave and from their slots.
+    Hidden states, compression_rate neighbours at a time, become one: by a convolution of that width and stride, by
+    their mean or their maximum. Such a slot is normed like them, but passes no short_conv, as it has no neighbours. It
+    stands where its last position stood (in the paper slots count one step each), which makes any division of a text
+    into passes give the same. The network's loss does not reach the compression, nor the other way: the convolution
+    learns from the attention-reconstruction loss alone (algorithm 2), the mean square between what this segment reads,
+    by content, from the states that leave and from their slots; so only where a memory is carried on.
     """
 
     def __init__(self, config, layer=0):
@@ -191,26 +205,27 @@ class Compressive(TransformerXL):
         weight = self.compress_weight if learn else self.compress_weight.detach()
         return F.linear(blocks.flatten(2), weight)
 
-    def forward(self, x, positions, cache=None):
+    def forward(self, x, positions, cache=None, hidden=None, norm=None, conv=None):
         """x (B, T, C), positions a Positions, cache a CompressedCache or None. Returns (B, T, C)."""
         self.check(positions)
+        hidden = x if hidden is None else hidden
         if positions.memory is not None:
-            return self.segment(x, positions)
+            return self.segment(x, positions, hidden, norm, conv)
         if positions.index is None and (cache is None or not cache.ragged):
-            y = self.run(x, positions, positions.start, None if cache is None else cache.rows[0])
+            y = self.run(x, hidden, norm, positions, positions.start, None if cache is None else cache.rows[0])
         else:  # rows reach the ends of blocks and segments at times of their own: one after another
             real, y = positions.index >= 0, torch.zeros_like(x)
             rows = [None] * x.size(0) if cache is None else cache.each_row()
             for b, row in enumerate(rows):
                 if bool(real[b].any()):
                     start = int(positions.index[b][real[b]][0])
-                    found = self.run(x[b:b + 1, real[b]], positions, start, row)
+                    found = self.run(x[b:b + 1, real[b]], hidden[b:b + 1, real[b]], norm, positions, start, row)
                     y = y.index_put((torch.tensor(b, device=x.device), real[b].nonzero()[:, 0]), found[0].to(y.dtype))
         if cache is not None:
             cache.advance(positions)
         return y
 
-    def run(self, x, positions, start, held=None):
+    def run(self, x, hidden, norm, positions, start, held=None):
         """Rows that stand alike: x (B, T, C) from position `start` on, `held` what a cache knows of what is before."""
         c, (B, T, _) = self.config, x.shape
         L, M, rate = c.block_size, c.memory_length, c.compression_rate
@@ -222,13 +237,15 @@ class Compressive(TransformerXL):
         if held is not None:
             k, v, _ = held["raw"].update(k, v)
             q = q.to(k.dtype)
-        inputs = x if held is None or held["inputs"] is None else torch.cat((held["inputs"].to(x.dtype), x), 1)
-        n = inputs.size(1) // rate
+        if held is not None and held["inputs"] is not None:
+            hidden = torch.cat((held["inputs"].to(hidden.dtype), hidden), 1)
+        n = hidden.size(1) // rate
         first = 0 if held is None else held["first"]  # index of the first block whose slot is kept
         known = 0 if held is None else held["known"]  # and of the first that is not known yet
         if n and (held is not None or start + T - 1 >= L + M):
             ends = torch.arange(known + 1, known + n + 1, device=x.device) * rate - 1
-            slot_k, slot_v = self.project_keys(self.compress(inputs[:, :n * rate]).to(x.dtype))
+            slot = self.compress(hidden[:, :n * rate])
+            slot_k, slot_v = self.project_keys((slot if norm is None else norm(slot)).to(x.dtype))
             slots = [t.transpose(1, 2).to(k.dtype) for t in (self.at(slot_k, positions, ends), slot_v)]  # (B, G, n, D)
         if held is not None and held["slots"] is not None:
             slots = held["slots"] if slots is None else [torch.cat(pair, 2) for pair in zip(held["slots"], slots)]
@@ -253,7 +270,7 @@ class Compressive(TransformerXL):
             kept = -(-(2 * L + M) // rate) + c.compressed_length
             known += n
             drop = 0 if slots is None else max(0, slots[0].size(2) - kept)
-            held.update(inputs=inputs[:, n * rate:].detach().clone(), known=known, first=first + drop,
+            held.update(inputs=hidden[:, n * rate:].detach().clone(), known=known, first=first + drop,
                         slots=None if slots is None else [t[:, :, drop:].detach() for t in slots])
         y = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
         return self.out(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
@@ -269,8 +286,8 @@ class Compressive(TransformerXL):
             mask = bias.masked_fill(~mask, float("-inf"))
         return self.softmax(q, k, v, None if q.size(2) == 1 and mask.dtype == torch.bool else mask)
 
-    def segment(self, x, positions):
-        """One segment of training: x (B, T, C) after positions.memory[layer] = (raw (B, M, C), slots (B, Mc, C))."""
+    def segment(self, x, positions, hidden, norm, conv):
+        """One segment of training: x (B, T, C) after positions.memory[layer], as new_memory makes it."""
         c, (B, T, _) = self.config, x.shape
         M, Mc, rate, before = c.memory_length, c.compressed_length, c.compression_rate, positions.remembered
         raw, slots = positions.memory[self.layer]
@@ -280,24 +297,27 @@ class Compressive(TransformerXL):
         k_place = torch.cat((origin - M - 1 - rate * torch.arange(n_slots - 1, -1, -1, device=x.device),
                              torch.arange(origin - n_raw, origin + T, device=x.device)))
         q, k, v = self.project(x)
-        old_k, old_v = self.project_keys(torch.cat((slots[:, Mc - n_slots:], raw[:, M - n_raw:]), 1).to(x.dtype))
+        used = slots[:, Mc - n_slots:]
+        used = used if norm is None else norm(used)
+        old_k, old_v = self.project_keys(torch.cat((used.to(x.dtype), self.old_inputs(raw, before, x, norm, conv)), 1))
         k, v = torch.cat((old_k, k), 1), torch.cat((old_v, v), 1)
         q, k, v = (t.transpose(1, 2) for t in (self.at(q, positions, q_place), self.at(k, positions, k_place), v))
         y = self.read(q, k, v, q_place, k_place)
-        line = torch.cat((raw[:, M - n_raw:].to(x.dtype), x), 1)
+        line = torch.cat((raw[:, raw.size(1) - n_raw:].to(hidden.dtype), hidden), 1)
         leaving = line[:, :max(0, n_raw + T - M) // rate * rate].detach()
         if leaving.size(1):
             learn = self.training and torch.is_grad_enabled()
             new = self.compress(leaving, learn)
             if learn and c.compression == "conv":
                 positions.losses.setdefault("compression", []).append(
-                    c.compression_weight * self.reconstruction(x.detach(), leaving, new))
+                    c.compression_weight * self.reconstruction(x.detach(), leaving, new, norm))
             slots = torch.cat((slots, new.detach().to(slots.dtype)), 1)[:, -Mc:]
-        positions.memory_out[self.layer] = (torch.cat((raw.to(x.dtype), x), 1)[:, -M:], slots)
+        positions.memory_out[self.layer] = (torch.cat((raw, hidden), 1)[:, -raw.size(1):], slots)
         return self.out(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
 
-    def reconstruction(self, h, old, new):
-        """Mean square between what h (B, T, C) reads from old (B, n c, C) and from new (B, n, C); projections fixed."""
+    def reconstruction(self, h, old, new, norm):
+        """Mean square between what h (B, T, C) reads from old (B, n c, C) and from new (B, n, C), normed; projections
+        and norm fixed."""
         c = self.config
         weight = self.qkv.weight.detach()
         bias = None if self.qkv.bias is None else self.qkv.bias.detach()
@@ -306,10 +326,13 @@ class Compressive(TransformerXL):
             parts = F.linear(t, weight, bias).view(*t.shape[:2], -1, c.head_dim).transpose(1, 2)
             q, k, v = parts.split((c.n_head, c.n_kv_head, c.n_kv_head), 1)
             return (rms_norm(q), rms_norm(k), v) if c.qk_norm else (q, k, v)
+
+        def normed(t):
+            return (t if norm is None else norm(t, learn=False)).to(h.dtype)
         q = split(h)[0]
         with torch.no_grad():
-            wanted = self.softmax(q, *split(old)[1:], None)
-        return F.mse_loss(self.softmax(q, *split(new.to(h.dtype))[1:], None).float(), wanted.float())
+            wanted = self.softmax(q, *split(normed(old))[1:], None)
+        return F.mse_loss(self.softmax(q, *split(normed(new))[1:], None).float(), wanted.float())
 
     def new_cache(self, batch_size, max_length, window, device, dtype):
         """A CompressedCache, of constant size whatever max_length and window say."""
@@ -321,7 +344,7 @@ class Compressive(TransformerXL):
         return CompressedCache(batch_size, row)
 
     def new_memory(self, batch_size, device, dtype):
-        """The inputs of the last M positions and the compressed ones before: ((B, M, C), (B, Mc, C))."""
+        """The hidden states that an `xl` keeps and the compressed ones before: ((B, n, C), (B, Mc, C))."""
         slots = torch.zeros(batch_size, self.config.compressed_length, self.config.n_embd, device=device, dtype=dtype)
         return (*super().new_memory(batch_size, device, dtype), slots)
 

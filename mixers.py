@@ -171,16 +171,20 @@ class Rope(nn.Module):
     interpolation, Chen et al. 2023); "ntk", a base of base * factor^(D / (D - 2)), which leaves the fastest pair as it
     is and slows the slowest by factor (bloc97 2023); or "yarn" (Peng et al. 2023, section 3): pairs that turn more than
     32 times in the original context stay, those that turn less than once are interpolated, a ramp between, and queries
-    and keys grow by 0.1 ln(factor) + 1 each in the square root (`magnitude`).
+    and keys grow by yarn_mscale(factor, mscale) each (`magnitude`). The `ramp` goes by "turns" as in the paper, or by
+    "index" as in published code and so in published weights: by the number of the pair, between those that turn 32
+    times and once, rounded outwards.
 
     Angles are computed in float64 and kept as float32 tables that grow with the positions asked for; not saved.
     One Rope serves all layers. kernels "triton": Positions turn by kernels.py.
     """
 
-    def __init__(self, head_dim, base, n, scaling="none", factor=1.0, original=None, kernels="torch"):
+    def __init__(self, head_dim, base, n, scaling="none", factor=1.0, original=None, kernels="torch", ramp="turns",
+                 mscale=1.0):
         super().__init__()
         self.head_dim, self.base, self.triton = head_dim, base, kernels == "triton"
-        self.frequencies, self.magnitude = rope_frequencies(head_dim, base, scaling, factor, original or n)
+        self.frequencies, self.magnitude = rope_frequencies(head_dim, base, scaling, factor, original or n, ramp,
+                                                            mscale)
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
         self._build(n, "cpu")
@@ -199,7 +203,12 @@ class Rope(nn.Module):
         return self.cos, self.sin
 
 
-def rope_frequencies(head_dim, base, scaling="none", factor=1.0, original=512):
+def yarn_mscale(factor, mscale):
+    """0.1 mscale ln(factor) + 1: YaRN's growth of a query or key (Peng et al. 2023, section 3.4; DeepSeek's mscale)."""
+    return 0.1 * mscale * math.log(max(factor, 1.0)) + 1
+
+
+def rope_frequencies(head_dim, base, scaling="none", factor=1.0, original=512, ramp="turns", mscale=1.0):
     """(angles per position (D/2,) float64 on the CPU, magnitude of the tables); Rope says what the words mean."""
     pair = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim  # (D/2,)
     if scaling == "ntk":
@@ -208,9 +217,15 @@ def rope_frequencies(head_dim, base, scaling="none", factor=1.0, original=512):
     if scaling == "linear":
         return plain / factor, 1.0
     if scaling == "yarn":
-        turns = original * plain / (2 * math.pi)  # of each pair over the original context
-        keep = ((turns - 1) / (32 - 1)).clamp(0, 1)  # 0: interpolate, 1: leave
-        return plain / factor * (1 - keep) + plain * keep, 0.1 * math.log(max(factor, 1.0)) + 1
+        if ramp == "index":
+            low, high = (head_dim * math.log(original / (n * 2 * math.pi)) / (2 * math.log(base)) for n in (32, 1))
+            low, high = max(math.floor(low), 0), min(math.ceil(high), head_dim - 1)
+            keep = 1 - ((torch.arange(len(plain), dtype=torch.float64, device="cpu") - low)
+                        / (high - low or 0.001)).clamp(0, 1)
+        else:
+            turns = original * plain / (2 * math.pi)  # of each pair over the original context
+            keep = ((turns - 1) / (32 - 1)).clamp(0, 1)  # 0: interpolate, 1: leave
+        return plain / factor * (1 - keep) + plain * keep, yarn_mscale(factor, mscale)
     return plain, 1.0
 
 
@@ -250,9 +265,11 @@ class Norm(nn.Module):
         self.gain = nn.Parameter(torch.empty(width)) if gain else None
         self.bias = nn.Parameter(torch.empty(width)) if gain and bias and kind == "layer" else None
 
-    def forward(self, x):
-        """x (..., width) to the same shape and type."""
+    def forward(self, x, learn=True):
+        """x (..., width) to the same shape and type. Only with `learn` does a gradient reach gain and bias."""
         own = self._parameters  # past nn.Module's look-up, which a decoded byte feels
+        if not learn:
+            own = {name: p.detach() for name, p in own.items() if p is not None}
         if self.triton:
             import kernels
             if self.kind == "rms":
@@ -290,8 +307,8 @@ class ShortConv(nn.Module):
 
     Before a row's first input stand zeros. Padding is left out, wherever it stands: a row's inputs follow one another
     in the order in which they come. It never looks ahead, inside a prefix either. One segment of training goes on from
-    the last w - 1 inputs of the one before, in layers of full attention too. Cache: the inputs of old, as a layer of
-    attention over w positions would keep keys.
+    the last w - 1 hidden states of the one before, normed anew, in layers of full attention too. Cache: the inputs of
+    old, as a layer of attention over w positions would keep keys.
     """
 
     def __init__(self, config, layer=0):
@@ -305,9 +322,15 @@ class ShortConv(nn.Module):
         """U(-1, 1) / sqrt(w)."""
         self.kernel.uniform_(-self.width ** -0.5, self.width ** -0.5)
 
-    def forward(self, x, positions, cache=None):
+    def over(self, x):
+        """x (B, T, C) to (B, T, C), with nothing before."""
+        return convolve(F.pad(x, (0, 0, self.width - 1, 0)), self.kernel.flip(0).to(x.dtype), x.size(1),
+                        x.new_zeros(()))
+
+    def forward(self, x, positions, cache=None, hidden=None, norm=None):
         """x (B, T, C) to (B, T, C), going on from the cache, or the memory, or nothing; cache from new_cache.
 
+        hidden (B, T, C), norm: the states that x was made of, and by which norm; a memory keeps these states.
         Raises ValueError where every position sees every other.
         """
         if positions.bidirectional:
@@ -319,9 +342,9 @@ class ShortConv(nn.Module):
             held, _, seen = cache.update(x.unsqueeze(1), x[:, None, :, :0], positions.index)
             before = held[:, 0, :held.size(2) - T].to(x.dtype)
         elif positions.memory is not None:
-            before, = positions.memory[self.slot]
-            before = before.to(x.dtype)
-            positions.memory_out[self.slot] = (torch.cat((before, x), 1)[:, -n:],)
+            kept, = positions.memory[self.slot]
+            positions.memory_out[self.slot] = (torch.cat((kept, hidden), 1)[:, -n:],)
+            before = norm(kept[:, n - min(n, positions.remembered):].to(hidden.dtype)).to(x.dtype)
         order = None
         if positions.index is not None:
             order, back, _ = positions.real_first()
@@ -346,7 +369,7 @@ class ShortConv(nn.Module):
         return cache
 
     def new_memory(self, batch_size, device, dtype):
-        """The inputs of the last w - 1 positions: ((B, w - 1, C),)."""
+        """The hidden states of the last w - 1 positions: ((B, w - 1, C),)."""
         return (torch.zeros(batch_size, self.width - 1, self.kernel.size(1), device=device, dtype=dtype),)
 
     def flops(self, T):
@@ -401,7 +424,8 @@ class Attention(nn.Module):
 
     kind "window" sees the last config.window positions only. With qk_norm, queries and keys pass an RMSNorm without
     parameters before they turn; RoPE keeps lengths, so after would be the same. They then have length sqrt(D); with
-    qk_scale the score is s q.k / D, s learned, one of a layer, and sqrt(D) at first.
+    qk_scale the score is s q.k / D, s learned, one of a layer, and sqrt(D) at first. A bias of keys that do not turn
+    (nor are normed) moves all scores of a query alike, so no loss reaches it.
     """
 
     def __init__(self, config, layer=0, kind="full"):
@@ -778,6 +802,9 @@ class Latent(Attention):
     A pass of many queries expands the latents to keys and values. A few queries over a cache are taken to the latents
     instead: q W_k . c = q . (W_k c), so that the cache is read as it is, as one key-value head (section 2.1.2's
     absorption).
+
+    Under YaRN the part of a score that turns grows by yarn_mscale(factor, rope_mscale)^2 in RoPE's tables, and the
+    other by yarn_mscale(factor, rope_mscale_all_dim)^2 here: DeepSeek's softmax scale and tables, multiplied out.
     """
 
     def __init__(self, config, layer=0):
@@ -785,9 +812,7 @@ class Latent(Attention):
         c = self.config = config
         self.layer, self.kind, self.rank = layer, "full", c.kv_rank
         self.turning = c.rope_dim if c.positions == "rope" else 0
-        if c.qk_norm:
-            raise ValueError("qk_norm normalises keys, which mixer 'mla' never forms in generation: the latent has a "
-                             "norm of its own")
+        self.growth = yarn_mscale(c.rope_factor, c.rope_mscale_all_dim) ** 2 if c.rope_scaling == "yarn" else 1.0
         H, D = c.n_head, c.head_dim
         self.into = self.q_norm = None
         if c.q_rank is not None:
@@ -811,7 +836,8 @@ class Latent(Attention):
         latent, key = self.kv(x).split((self.rank, R), -1)
         latent = self.kv_norm(latent).to(x.dtype if not torch.is_autocast_enabled(x.device.type) else q.dtype)
         if R:
-            q = torch.cat((q[..., :D], positions.turn(q[..., D:])), -1)
+            still = q[..., :D] if self.growth == 1 else q[..., :D] * self.growth
+            q = torch.cat((still, positions.turn(q[..., D:])), -1)
             latent = torch.cat((latent, positions.turn(key.unsqueeze(2)).squeeze(2).to(latent.dtype)), -1)
         q, held, seen = q.transpose(1, 2), latent.unsqueeze(1), positions.index  # (B, H, T, D + R), (B, 1, T, rank + R)
         if cache is not None:

@@ -41,6 +41,7 @@ CHOICES = {
     "activation": ("gelu", "relu", "relu2", "silu", "solu", *GLU),
     "positions": ("learned", "learned_per_layer", "rope", "alibi", "relative", "none"),
     "rope_scaling": ("none", "linear", "ntk", "yarn"),
+    "rope_ramp": ("turns", "index"),
     "init": ("gpt2", "normal", "xavier", "tfixup", "truncated", "zero"),
     "target_heads": ("own", "shared"),
     "layer_heads": ("own", "shared"),
@@ -71,7 +72,7 @@ class TransformerConfig:
     n_kv_head: int = None  # None: n_head; fewer share keys and values among groups of heads (Ainslie et al. 2023)
     head_dim: int = None  # None: n_embd / n_head; otherwise free
     n_embd: int = 512
-    block_size: int = 512
+    block_size: int = 512  # at 1 queries and keys have nothing to choose from
     dropout: float = 0.0  # of embeddings, attention probabilities and branch outputs
     norm: str = "layer"
     norm_gain: bool = True  # False: norms without parameters
@@ -88,7 +89,7 @@ class TransformerConfig:
     compressed_length: int = None  # mixer "compressive": compressed states before the memory; None: block_size / rate
     compression_rate: int = 4  # positions that become one compressed state
     compression: str = "conv"
-    compression_weight: float = 1.0  # of the attention-reconstruction loss
+    compression_weight: float = 1.0  # of the attention-reconstruction loss, the only one that "conv" learns from
     state_dim: int = 16  # mixer "mamba"
     conv_width: int = 4  # mixer "mamba"
     expand: float = 2.0  # mixers "mamba" and "mingru": inner width over n_embd
@@ -98,7 +99,7 @@ class TransformerConfig:
     ff_mult: float = 4.0  # feed-forward width / n_embd; gated ones take 2/3 of it (a multiple of 8): equal parameters
     activation: str = "gelu"
     ff_rank: int = None  # ff "low_rank": of both matrices; None: n_embd / 4
-    n_expert: int = 8  # ff "moe": experts that share the feed-forward's width
+    n_expert: int = 8  # ff "moe": experts that share the feed-forward's width; one to choose from needs no router
     n_shared_expert: int = 0  # of those, how many serve every position
     expert_top_k: int = 2  # of the others, how many a position chooses
     expert_balance: str = "loss"
@@ -110,6 +111,9 @@ class TransformerConfig:
     rope_base: float = 10000.0
     rope_scaling: str = "none"  # how rope reaches rope_factor times as far as it was trained for
     rope_factor: float = 1.0
+    rope_ramp: str = "turns"  # "yarn": what the ramp between pairs goes by; "index": as in published code and weights
+    rope_mscale: float = 1.0  # of "yarn": queries and keys grow by 0.1 rope_mscale ln(rope_factor) + 1
+    rope_mscale_all_dim: float = 1.0  # the same for what does not turn under mixer "mla"; 0: it does not grow
     # Residual stream, initialisation
     residual_scale: float | str = 1.0  # times every branch; "depth": 1 / sqrt(2 n_layer); "rezero", "layerscale"
     init: str = "gpt2"
@@ -167,6 +171,9 @@ class TransformerConfig:
         self._check_feed_forwards()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, but must be at least 0 and below 1")
+        if self.residual_scale == 0:
+            raise ValueError("residual_scale is 0, but no gradient would reach a branch: it must be another number")
+        self._check_norms()
         if isinstance(self.residual_scale, str) and self.residual_scale not in ("depth", "rezero", "layerscale"):
             raise ValueError(f"residual_scale is {self.residual_scale!r}, but can be a number, 'depth', 'rezero' or "
                              "'layerscale'")
@@ -187,6 +194,19 @@ class TransformerConfig:
         if self.mtp_depth and set(self.mixers) & set(CARRY):
             raise ValueError(f"mtp_depth {self.mtp_depth} goes with layers that attend, not with mixer {self.mixer!r}")
 
+    def _check_norms(self):
+        normed = {"n_embd": self.n_embd}
+        if "mla" in self.mixers:
+            normed.update(kv_rank=self.kv_rank, q_rank=self.q_rank)
+        if self.qk_norm:
+            normed["head_dim"] = self.head_dim
+        if self.activation == "solu":
+            normed["the feed-forward's width"] = self.ff_width
+        for name, width in normed.items():
+            if width == 1:
+                raise ValueError(f"{name} is 1, but a norm over one feature leaves a sign at most, which lets no "
+                                 "gradient pass: it must be at least 2")
+
     def _check_pyramid(self):
         said = f"shorten {self.shorten} makes a pyramid, which"
         if self.n_layer < 3:
@@ -204,10 +224,16 @@ class TransformerConfig:
             raise ValueError(f"positions 'rope' turns pairs of features: head_dim {self.head_dim} must be even")
         if self.rope_base <= 0:
             raise ValueError(f"rope_base is {self.rope_base}, but must be above 0")
+        if self.rope_ramp == "index" and self.rope_base <= 1:
+            raise ValueError("rope_ramp 'index' places pairs by the logarithm of rope_base, which must be above 1, "
+                             f"not {self.rope_base}")
         if self.rope_factor < 1:
             raise ValueError(f"rope_factor is {self.rope_factor}, but must be at least 1: contexts are stretched")
         if self.rope_scaling != "none" and self.positions != "rope":
             raise ValueError(f"rope_scaling {self.rope_scaling!r} needs positions 'rope', not {self.positions!r}")
+        for name in ("rope_mscale", "rope_mscale_all_dim"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 0")
         attending = [kind for kind in self.mixers if kind not in RECURRENT]
         for kind in attending:
             if self.positions == "relative" and kind not in ("xl", "compressive"):
@@ -230,6 +256,9 @@ class TransformerConfig:
                 raise ValueError(f"qk_scale is for mixers without segment memory, not for mixer {kind!r}")
         if "window" in kinds and self.window < 2:
             raise ValueError(f"window is {self.window}, but mixer 'window' needs at least 2 positions")
+        if kinds & {"strided", "fixed"} and self.sparse_stride < 2:
+            raise ValueError(f"sparse_stride is {self.sparse_stride}, but mixers 'strided' and 'fixed' need at least 2 "
+                             "places: a head that sees its own alone has nothing to learn")
         if "fixed" in kinds and not 1 <= self.sparse_summary <= self.sparse_stride:
             raise ValueError(f"sparse_summary is {self.sparse_summary}, but must be from 1 to sparse_stride "
                              f"{self.sparse_stride}")
@@ -240,6 +269,9 @@ class TransformerConfig:
             raise ValueError(f"mixer 'diff' subtracts pairs of heads: n_head {self.n_head} and n_kv_head "
                              f"{self.n_kv_head} must be even")
         if "mla" in kinds:
+            if self.qk_norm:
+                raise ValueError("qk_norm normalises keys, which mixer 'mla' never forms in generation: the latent has "
+                                 "a norm of its own")
             if self.n_kv_head != self.n_head:
                 raise ValueError(f"mixer 'mla' has one latent for all heads: n_kv_head {self.n_kv_head} does not apply")
             if self.kv_rank < 1 or (self.q_rank is not None and self.q_rank < 1):
@@ -361,6 +393,7 @@ class Block(nn.Module):
         self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
         self.conv = ShortConv(c, layer) if c.short_conv else None
         self.mixer = MIXERS[c.mixers[layer % c.n_layer]](c, layer)
+        self.keeps_hidden = isinstance(self.mixer, TransformerXL)
         self.norm2 = self.ff = None
         if (kind := c.ffs[layer % c.n_layer]) != "none":
             self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
@@ -389,8 +422,9 @@ class Block(nn.Module):
         parts = self._modules  # past nn.Module's look-up, which a decoded byte feels
         h = parts["norm1"](x)
         if self.conv is not None:
-            h = self.conv(h, positions, inputs)
-        x = self.add(x, parts["mixer"](h, positions, cache), 1)
+            h = self.conv(h, positions, inputs, x, parts["norm1"])
+        made = (x, parts["norm1"], self.conv) if self.keeps_hidden else ()
+        x = self.add(x, parts["mixer"](h, positions, cache, *made), 1)
         if "ff" not in parts:
             return x
         return self.add(x, parts["ff"](parts["norm2"](x), positions), 2)
@@ -668,7 +702,9 @@ class Transformer(nn.Module):
             raise ValueError(f"mixer {self.config.mixer!r} carries nothing from one segment to the next: only "
                              f"{', '.join(CARRY)} do")
         parts = [block.mixer for block in self.blocks] + [block.conv for block in self.blocks if block.conv is not None]
-        return Memory(part.new_memory(batch_size, self.embed.device, self.embed.dtype) for part in parts)
+        hidden = any(block.keeps_hidden or block.conv is not None for block in self.blocks)
+        return Memory((part.new_memory(batch_size, self.embed.device, self.embed.dtype) for part in parts),
+                      "hidden states" if hidden else None)
 
     def balance_experts(self):
         """After an optimiser step: moves the biases of experts that were given too much or too little."""
@@ -837,8 +873,8 @@ class Pyramid(Transformer):
                         for i in inner), None, snapshots)
         outer = Cache((layer for i, layer in enumerate(whole.layers) if i not in inner), None, snapshots)
         with torch.inference_mode(False):
-            stream, lifted = (torch.zeros(batch_size, n, c.n_embd, device=whole.layers[0].k.device)
-                              for n in (max_length, max_length + k))
+            stream, lifted = (torch.zeros(batch_size, n, c.n_embd, device=whole.layers[0].k.device,
+                                          dtype=self.embed.dtype) for n in (max_length, max_length + k))
         return PyramidCache(outer, middle, stream, lifted, k)
 
     def flops_per_token(self, T, active=None):
@@ -889,7 +925,8 @@ def make_ropes(config):
     if c.positions == "rope":
         widths = {c.rope_dim if kind == "mla" else c.head_dim for kind in c.mixers if kind not in RECURRENT}
     return nn.ModuleDict({str(width): Rope(width, c.rope_base, c.block_size, c.rope_scaling, c.rope_factor,
-                                           c.rope_original, c.kernels) for width in sorted(widths)})
+                                           c.rope_original, c.kernels, c.rope_ramp, c.rope_mscale)
+                          for width in sorted(widths)})
 
 
 def look_up_ropes(places, ropes, n):
@@ -905,7 +942,8 @@ def stablemax(x):
     """x (..., V) to sign(x) ln(1 + |x|), float64: its softmax is StableMax, s(x) / sum s with s(x) = x + 1 for x >= 0
     and 1 / (1 - x) below (Prieto et al. 2025), whose gradient does not vanish where x grows."""
     x = x.double()
-    return torch.log1p(F.relu(x)) - torch.log1p((-x).clamp(min=0))  # relu's gradient at 0 is 0, clamp's 1: together 1
+    below = x < 0  # not by relu and clamp, whose gradients at 0 differ between versions of torch: here it is 1
+    return torch.log1p(x.masked_fill(below, 0)) - torch.log1p((-x).masked_fill(~below, 0))
 
 
 def batched_linear(h, weights, groups, biases=None):
@@ -976,8 +1014,9 @@ def initialise(model):
     the stream starts at the scale at which the branches come to write. Target maps start as the identity. Hidden
     matrices: "gpt2" N(0, 0.02), those that write into the stream divided by sqrt(2 n_layer) (Radford et al. 2019);
     "normal" N(0, 0.02); "xavier" uniform within sqrt(6 / (fan_in + fan_out)) (Glorot & Bengio 2010), each part of a
-    fused matrix by itself; "tfixup" as xavier, with values, outputs and feed-forwards, and embeddings N(0, C^-0.5),
-    times 0.67 n_layer^-0.25 (Huang et al. 2020, the rule for layers without cross-attention); "truncated"
+    fused matrix by itself; "tfixup" as xavier, with values, outputs and feed-forwards times 0.67 n_layer^-0.25, and
+    embeddings N(0, C^-0.5) times (9 n_layer)^-0.25 (Huang et al. 2020: of their two rules for layers the encoder's, as
+    these have no cross-attention either; of embeddings there is one; what is drawn is multiplied); "truncated"
     N(0, C^-0.5) cut at two standard deviations; "zero" N(0, fan_in^-0.5), those that write into the stream zero.
     N(0, s): of standard deviation s. Parameters that their modules claim are filled by these.
     """
@@ -1011,7 +1050,7 @@ def initialise(model):
         "zero": (lambda p, name: p.normal_(0, p.size(1) ** -0.5), lambda p, name: p.zero_()),
     }
     embedding = {"zero": normal if c.tie_weights else lambda p, name: p.normal_(),
-                 "tfixup": lambda p, name: p.normal_(0, c.n_embd ** -0.5).mul_(small)}
+                 "tfixup": lambda p, name: p.normal_(0, c.n_embd ** -0.5).mul_((9 * c.n_layer) ** -0.25)}
     rules = {
         "embedding": embedding.get(init, normal), "position": normal, "head": normal,
         "matrix": hidden[init][0], "residual": hidden[init][1],

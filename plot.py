@@ -18,7 +18,9 @@ is that of Physics of Language Models 3.3 (Allen-Zhu and Li 2024, arXiv 2404.054
 
 The rule of a table of rows: sigma is the standard deviation of the baseline over its seeds, and a row's difference
 counts where it is at least 3 sigma sqrt(1/n1 + 1/n2), with n1 and n2 seeds on the two sides; otherwise no difference
-was measured. Less is better. A table of a cross has means and deviations, and no verdicts.
+was measured. Less is better. Where all runs read one draw of the data, and the grid knows the deviation `sigma_data`
+that another draw gives to a difference, a row that counts by sigma is undecided up to 3 sqrt(sigma^2 (1/n1 + 1/n2) +
+sigma_data^2). A table of a cross has means and deviations, and no verdicts.
 """
 import flags
 
@@ -537,23 +539,35 @@ def judge(index):
     baseline = values[first["name"]]
     if len(baseline) < 2:
         raise UserError(f"the baseline has {len(baseline)} finished seeds: a noise floor needs at least 2")
-    sigma, judged = noise_floor(baseline), []
+    sigma, judged, data = noise_floor(baseline), [], index.get("sigma_data", 0.0)
     for row in index["rows"][1:]:
         found, other = {"row": row, "values": values[row["name"]]}, values[row["against"]]
         if found["values"] and other:
             against = rows[row["against"]]
-            found["difference"], found["verdict"] = compare(found["values"], other, sigma)
+            found["difference"], found["verdict"] = decide(found["values"], other, sigma, data)
             if row["step_seconds"] and against["step_seconds"]:
                 found["time"] = row["step_seconds"] / against["step_seconds"]
             if row["parameters"] and against["parameters"]:
                 found["size"] = row["parameters"] / against["parameters"]
             if row["equal_seconds"]:
-                found["equal"] = compare([row["equal_seconds"]["value"]], other, sigma)
+                found["equal"] = decide([row["equal_seconds"]["value"]], other, sigma, data)
         judged.append(found)
     return sigma, baseline, judged
 
 
-WORDS = {-1: "**better**", 0: "no difference measured", 1: "**worse**"}
+def least(n1, n2, sigma, data=0.0):
+    """The difference of means of n1 and n2 seeds from which on it counts."""
+    return NOISE * math.hypot(sigma * math.sqrt(1 / n1 + 1 / n2), data)
+
+
+def decide(values, other, sigma, data):
+    """As `compare`, with the verdict None where only another draw of the data could have made the difference."""
+    difference, verdict = compare(values, other, sigma)
+    undecided = verdict and data and abs(difference) < least(len(values), len(other), sigma, data)
+    return difference, None if undecided else verdict
+
+
+WORDS = {-1: "**better**", 0: "no difference measured", 1: "**worse**", None: "undecided (one order of the data)"}
 
 
 def markdown(index):
@@ -563,10 +577,14 @@ def markdown(index):
     names = list(index["rows"][0]["runs"][0].get("shown", {}))
     beside = "".join(f", {name} {shown_of(index['rows'][0], name)}" for name in names)
     timed = ["seconds a step", "at equal seconds"] if any("time" in found for found in judged) else []
+    data = index.get("sigma_data", 0.0)
     columns = ["axis", "change", "mean", "difference", "at equal steps", *timed, "parameters", "rate", "seeds", *names]
     lines = [f"Baseline: {mean:.4f} ({index['metric']}){beside}, {len(baseline)} seeds, sigma {sigma:.4f}; a row of "
-             f"two seeds counts from {NOISE * sigma * math.sqrt(1 / 2 + 1 / len(baseline)):.4f} on, of three from "
-             f"{NOISE * sigma * math.sqrt(1 / 3 + 1 / len(baseline)):.4f}.", "",
+             f"two seeds counts from {least(2, len(baseline), sigma):.4f} on, of three from "
+             f"{least(3, len(baseline), sigma):.4f}."
+             + (f" With another draw of the data a difference moves by {data:.4f}: below "
+                f"{least(2, len(baseline), sigma, data):.4f}, of three {least(3, len(baseline), sigma, data):.4f}, "
+                "such a row is undecided." if data else ""), "",
              f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
     edges = (min(index["factors"]), max(index["factors"])) if len(index["factors"]) > 1 else ()
     for found in judged:
@@ -641,9 +659,12 @@ def draw_table(index, path):
         raise UserError("no row has finished yet: nothing to draw")
     figure = Figure(figsize=(width, 1.2 + 0.2 * len(shown)), layout="constrained", dpi=120)
     axes = figure.subplots()
-    limit = NOISE * sigma * math.sqrt(1 / 2 + 1 / len(baseline))
+    limit, data = least(2, len(baseline), sigma), index.get("sigma_data", 0.0)
+    if data:
+        wide = least(2, len(baseline), sigma, data)
+        axes.axvspan(-wide, wide, color="0.93", label="undecided, two seeds (one order of the data)")
     axes.axvspan(-limit, limit, color="0.85", label="no difference measured (two seeds)")
-    colours = {-1: "tab:green", 0: "0.35", 1: "tab:red"}
+    colours = {-1: "tab:green", 0: "0.35", 1: "tab:red", None: "tab:orange"}
     for y, found in enumerate(shown):
         base = statistics.mean(rows[found["row"]["against"]])
         axes.plot([value - base for value in found["values"]], [y] * len(found["values"]), "o", markersize=4,

@@ -99,7 +99,7 @@ class Recurrent(nn.Module):
         elif positions.memory is not None:
             before = positions.memory[self.layer]
         else:
-            before = self.new_memory(x.size(0), x.device, torch.float32)
+            before = self.new_memory(x.size(0), x.device, x.dtype)
         if positions.index is None:
             y, after = self.run(x, before)
         else:
@@ -113,12 +113,13 @@ class Recurrent(nn.Module):
         return y
 
     def new_cache(self, batch_size, max_length, window, device, dtype):
-        """A RecurrentCache: the states alone, of constant size, float32."""
+        """A RecurrentCache: the states alone, of constant size, float32, in a float64 model float64."""
         return RecurrentCache(self.new_memory(batch_size, device, dtype))
 
     def new_memory(self, batch_size, device, dtype):
-        """States of nothing: zeros (B, *shape) float32."""
-        return tuple(torch.zeros(batch_size, *shape, device=device) for shape in self.shapes)
+        """States of nothing: zeros (B, *shape) float32, or float64 where dtype is."""
+        exact = torch.promote_types(dtype, torch.float32)
+        return tuple(torch.zeros(batch_size, *shape, device=device, dtype=exact) for shape in self.shapes)
 
 
 class MinGRU(Recurrent):
@@ -145,7 +146,7 @@ class MinGRU(Recurrent):
                 z = z.masked_fill(~real.unsqueeze(2), -math.inf)
             h = min_gru(z, v, states[0])
             return self.out(h.to(x.dtype)), (h[:, -1],)
-        z, v = self.into(x).float().chunk(2, -1)  # (B, T, I)
+        z, v = self.into(x).to(states[0].dtype).chunk(2, -1)  # (B, T, I)
         z, v = torch.sigmoid(z), torch.where(v >= 0, v + 0.5, torch.sigmoid(v))
         if real is not None:
             z = z * real.unsqueeze(2)
@@ -203,23 +204,23 @@ class Mamba(Recurrent):
         Returns y (B, T, C) and the states after.
         """
         B, T, _ = x.shape
-        (recent, h), K = states, self.width
+        (recent, h), K, exact = states, self.width, states[0].dtype
         u, gate = self.into(x).chunk(2, -1)  # (B, T, I)
-        u = u.float()
+        u = u.to(exact)
         line = torch.cat((recent, u), 1)  # (B, K - 1 + T, I)
         if real is None:
             recent = line[:, T:]
         else:  # the last K - 1 real ones of each row
             place = real.sum(1, keepdim=True) + torch.arange(K - 1, device=x.device)  # (B, K - 1)
             recent = line.take_along_dim(place.unsqueeze(2), 1)
-        u = F.silu(convolve(line, self.conv.float(), T, self.conv_bias.float()))  # (B, T, I)
-        dt, b, c = self.join(u.to(x.dtype)).float().split((self.rank, self.n_state, self.n_state), -1)
+        u = F.silu(convolve(line, self.conv.to(exact), T, self.conv_bias.to(exact)))  # (B, T, I)
+        dt, b, c = self.join(u.to(x.dtype)).to(exact).split((self.rank, self.n_state, self.n_state), -1)
         with torch.autocast(x.device.type, enabled=False):
-            dt = F.softplus(F.linear(dt, self.dt.float(), self.dt_bias.float()))  # (B, T, I)
+            dt = F.softplus(F.linear(dt, self.dt.to(exact), self.dt_bias.to(exact)))  # (B, T, I)
             if real is not None:
                 dt = dt * real.unsqueeze(2)  # exp(0) h + 0: the state stays
-            a = -torch.exp(self.a_log.float())  # (I, N)
-            skip = self.skip.float()
+            a = -torch.exp(self.a_log.to(exact))  # (I, N)
+            skip = self.skip.to(exact)
             if self.triton and T > 1:
                 import kernels_scan  # only here: it imports this file
                 y, h = kernels_scan.selective_scan(u, dt, a, b, c, skip, h)
@@ -229,7 +230,7 @@ class Mamba(Recurrent):
             else:
                 y, h = selective_scan(dt, u, b, c, a, h)
                 y = torch.addcmul(y, u, skip)
-        return self.out((y * F.silu(gate.float())).to(x.dtype)), (recent, h)
+        return self.out((y * F.silu(gate.to(exact))).to(x.dtype)), (recent, h)
 
     def flops(self, T):
         """Forward, of one token, beside the matrices: the convolution, dt, the state's update and its reading."""

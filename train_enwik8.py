@@ -72,6 +72,9 @@ positions = "learned_per_layer"  # [learned, learned_per_layer, rope, alibi, rel
 rope_base = 10000.0        # [> 1.0] longest wavelength of rope over 2 pi
 rope_scaling = "none"      # [none, linear, ntk, yarn] how rope is stretched to rope_factor times its context
 rope_factor = 1.0          # [>= 1.0] extend_block_size multiplies it
+rope_ramp = "turns"        # [turns, index] yarn: the ramp between pairs goes by turns (paper) or index (published code)
+rope_mscale = 1.0          # [>= 0.0] yarn: queries and keys grow by 0.1 rope_mscale ln(rope_factor) + 1
+rope_mscale_all_dim = 1.0  # [>= 0.0] yarn with mla: the same for what does not turn; 0: it does not grow
 residual_scale = 1.0       # [> 0.0, depth, rezero, layerscale] factor on every branch; depth: 1 / sqrt(2 n_layer)
 init = "gpt2"              # [gpt2, normal, xavier, tfixup, truncated, zero] zero: output projections start at zero
 qk_norm = False            # RMSNorm on queries and keys
@@ -83,10 +86,10 @@ checkpoint_activations = False  # compute layers again in the backward pass: les
 # --- Mixers: one word, or several with commas, repeated over the layers ---
 mixer = "full"             # full, window, strided, fixed, diff, mla, xl, compressive, mamba, mingru
 window = 128               # [>= 2] window: positions that a byte sees
-sparse_stride = 16         # [>= 1] strided, fixed: one head sees so many neighbours, the other every so many
+sparse_stride = 16         # [>= 2] strided, fixed: one head sees so many neighbours, the other every so many
 sparse_summary = 4         # [>= 1] fixed: places at the end of a block that all later ones see
-kv_rank = None             # [none, >= 1] mla: width of the latent for keys and values; none: 2 head_dim
-q_rank = None              # [none, >= 1] mla: queries through so many dimensions; none: directly
+kv_rank = None             # [none, >= 2] mla: width of the latent for keys and values; none: 2 head_dim
+q_rank = None              # [none, >= 2] mla: queries through so many dimensions; none: directly
 rope_dim = None            # [none, >= 2] mla: width of the shared key that turns; none: head_dim / 2
 memory_length = None       # [none, >= 1] xl, compressive: positions before the segment; none: block_size
 compressed_length = None   # [none, >= 1] compressive: compressed states; none: block_size / compression_rate
@@ -106,7 +109,7 @@ ff_mult = 4.0              # [> 0.0] width of the feed-forward over n_embd (gate
 equal_params = False       # choose ff_mult such that there are as many parameters as with mixer full and ff mlp
 activation = "relu"        # [gelu, relu, relu2, silu, solu, glu, bilinear, reglu, geglu, swiglu]
 ff_rank = None             # [none, >= 1] low_rank: none: n_embd / 4
-n_expert = 8               # [>= 1] moe: experts, which share the width
+n_expert = 8               # [>= 1] moe: experts, which share the width; one to choose from needs no router
 n_shared_expert = 0        # [>= 0] moe: of those, how many serve every byte
 expert_top_k = 2           # [>= 1] moe: of the others, how many a byte chooses
 expert_balance = "loss"    # [loss, bias, none] moe: load-balance loss, or biases moved after every step
@@ -235,10 +238,11 @@ debug_settings = dict(dataset="stdlib", max_bytes=200_000, n_layer=2, n_head=2, 
 # These make the shape of the weights and of the state beside them: on resume they come from the checkpoint.
 architecture = (
     "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "block_size", "norm", "norm_gain", "bias", "positions",
-    "rope_base", "rope_scaling", "rope_factor", "residual_scale", "qk_norm", "qk_scale", "mixer", "window",
-    "sparse_stride", "sparse_summary", "kv_rank", "q_rank", "rope_dim", "memory_length", "compressed_length",
-    "compression_rate", "compression", "state_dim", "conv_width", "expand", "short_conv", "shorten", "ff",
-    "ff_mult", "activation", "ff_rank", "n_expert", "n_shared_expert", "expert_top_k", "expert_balance",
+    "rope_base", "rope_scaling", "rope_factor", "rope_ramp", "rope_mscale", "rope_mscale_all_dim", "residual_scale",
+    "qk_norm", "qk_scale", "mixer", "window", "sparse_stride", "sparse_summary", "kv_rank", "q_rank", "rope_dim",
+    "memory_length", "compressed_length", "compression_rate", "compression", "state_dim", "conv_width", "expand",
+    "short_conv", "shorten", "ff", "ff_mult", "activation", "ff_rank", "n_expert", "n_shared_expert", "expert_top_k",
+    "expert_balance",
     "tie_weights", "n_targets", "target_heads", "layer_heads", "head_bias", "output", "intermediate_losses",
     "mtp_depth", "optimizer", "decay_params", "batching")
 

@@ -115,10 +115,10 @@ checkpoint_activations = False  # compute layers again in the backward pass: les
 mixer = "full"             # full, window, strided, fixed, diff, mla, xl, compressive, mamba, mingru
 short_conv = 0             # [>= 0] width of a causal convolution before every mixer; 0: none
 window = 16                # [>= 2] window: positions that a token sees
-sparse_stride = 16         # [>= 1] strided, fixed: one head sees so many neighbours, the other every so many
+sparse_stride = 16         # [>= 2] strided, fixed: one head sees so many neighbours, the other every so many
 sparse_summary = 4         # [>= 1] fixed: places at the end of a block that all later ones see
-kv_rank = None             # [none, >= 1] mla: width of the latent for keys and values; none: 2 head_dim
-q_rank = None              # [none, >= 1] mla: queries through so many dimensions; none: directly
+kv_rank = None             # [none, >= 2] mla: width of the latent for keys and values; none: 2 head_dim
+q_rank = None              # [none, >= 2] mla: queries through so many dimensions; none: directly
 rope_dim = None            # [none, >= 2] mla: width of the shared key that turns; none: head_dim / 2
 memory_length = None       # [none, >= 1] xl, compressive: positions before the segment; none: block_size
 compressed_length = None   # [none, >= 1] compressive: compressed states; none: block_size / compression_rate

@@ -156,9 +156,10 @@ def test_a_whole_grid(plan):
 def test_what_a_table_shows_beside(plan):
     path = plan("better: {set: {kind: better}}", replace=[
         ("seeds: [1, 2, 3, 4, 5]", "seeds: [1, 2]\nshow: [step, lost]"), ("[0.5, 1, 2]", "[1]"),
-        ("speed: {max_steps: 60}", "")])
+        ("speed: {max_steps: 60}", "sigma_data: 0.5")])
     assert run(path).returncode == 0
     index = json.loads((path.parent / "out" / "grid.json").read_text())
+    assert index["sigma_data"] == 0.5
     assert all(entry["shown"] == {"step": 100, "lost": None} for row in index["rows"] for entry in row["runs"])
 
 

@@ -154,6 +154,31 @@ def test_the_table():
         plot.markdown({"metric": "m", "factors": [1], "rows": [row("baseline", [2.0], None)]})
 
 
+def test_a_row_that_only_another_draw_of_the_data_could_have_made():
+    """Between 3 sigma sqrt(1/n1 + 1/n2) and 3 sqrt(that^2 / 9 + sigma_data^2) it is undecided, in every column."""
+    rows = [row(name, [2.0 + d] * 2, equal_seconds={"value": 2.0 + d}, step_seconds=0.2)
+            for name, d in (("none", 0.039), ("near", 0.06), ("far", -0.08), ("nearer", -0.071))]
+    plain, lines = plot.markdown(index(*rows)), plot.markdown(index(*rows) | {"sigma_data": 0.02})
+    assert "undecided" not in "".join(plain) and "0.0719, of three 0.0693" in lines[0]  # hypot(0.0397, 0.06)
+    text = {line.split(" | ")[1]: line for line in lines if line.startswith("| a |")}
+    assert [text[name].count("undecided (one order of the data)") for name in ("none", "near", "far", "nearer")] == [
+        0, 2, 0, 2] and "-0.0800 | **better**" in text["far"]
+
+
+def test_the_readme_has_the_table_of_the_reference_runs():
+    """Row by row, and with the counts of verdicts that its text names."""
+    found = json.loads((ROOT / "runs" / "reference" / "one_change" / "grid.json").read_text())
+    readme, lines = (ROOT / "README.md").read_text(), plot.markdown(found)
+    for line in lines[2:]:
+        assert line in readme, line
+    readme = " ".join(readme.split())
+    verdicts = [item["verdict"] for item in plot.judge(found)[2]]
+    counted = [verdicts.count(word) for word in (0, None, 1, -1)]
+    assert "That leaves {} rows without a difference, {} undecided, {} worse, {} better.".format(*counted) in readme
+    plan = (ROOT / "grids" / "one_change.yaml").read_text()
+    assert f"sigma_data: {found['sigma_data']}\n" in plan and f" = {found['sigma_data']}, is what another" in readme
+
+
 def test_other_numbers_beside_the_metric():
     """Means of the runs of a row; nothing where one has none; without timing runs there are no columns for time."""
     def given(values):

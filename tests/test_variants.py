@@ -219,6 +219,20 @@ def test_every_parameter_is_claimed_and_filled(mixer, ff, init):
     assert all("compress" in name or "ff." in name for name in silent), silent
 
 
+def test_tfixup_by_its_numbers():
+    """Huang et al. 2020, section 3.2: embeddings N(0, d^-1/2) times (9 L)^-1/4; values, outputs and feed-forwards
+    Xavier's times 0.67 L^-1/4 (the encoder's rule); queries and keys Xavier's."""
+    L, C = 4, 64
+    model = build(init="tfixup", n_layer=L, n_embd=C)
+    assert model.embed.std().item() == pytest.approx(C ** -0.5 * (9 * L) ** -0.25, rel=0.03)
+    block, small = model.blocks[1], 0.67 * L ** -0.25
+    q, k, v = block.mixer.qkv.weight.chunk(3)
+    for weight, factor in ((q, 1), (k, 1), (v, small), (block.mixer.out.weight, small), (block.ff.up.weight, small),
+                           (block.ff.down.weight, small)):
+        bound = factor * (6 / sum(weight.shape)) ** 0.5
+        assert 0.98 * bound < weight.abs().max().item() <= bound * (1 + 1e-6)
+
+
 @pytest.mark.parametrize("settings", [
     dict(residual_scale="rezero"), dict(residual_scale="layerscale"), dict(residual_scale="depth"), dict(ff="moe"),
     dict(mtp_depth=2), dict(dropout=0.2), dict(mixer="mamba"), dict(mixer="xl"), dict(mixer="compressive"),
@@ -298,6 +312,43 @@ def test_rope_scalings():
         torch.testing.assert_close(mixers.rope_frequencies(64, 1e4, scaling, factor)[0], plain)
 
 
+def test_yarn_by_index_is_the_published_formula():
+    """Written out for the numbers of DeepSeek-V3 (64 dimensions, 4,096 positions times 40): pairs 0 to 10 stay, those
+    from 23 on are divided by 40, a line by index between; by turns, the paper's ramp, other pairs lie between."""
+    plain, _ = mixers.rope_frequencies(64, 1e4)
+    found, magnitude = mixers.rope_frequencies(64, 1e4, "yarn", 40.0, 4096, "index", 0.707)
+    for i in range(32):
+        stretched = min(1.0, max(0.0, (i - 10) / (23 - 10)))
+        assert found[i].item() == pytest.approx((stretched / 40 + 1 - stretched) * plain[i].item(), rel=1e-12)
+    assert magnitude == pytest.approx(0.0707 * math.log(40) + 1)
+    assert (mixers.rope_frequencies(64, 1e4, "yarn", 40.0, 4096)[0] / found - 1).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("mscale, all_dim", [(1.0, 1.0), (0.707, 0.707), (1.0, 0.0), (1.0, 0.5)])
+def test_yarn_in_mla_is_deepseeks(mscale, all_dim):
+    """Theirs: tables times m(mscale) / m(all_dim), the whole score times m(all_dim)^2, m(s) = 0.1 s ln(factor) + 1."""
+    model = build("mla", n_layer=1, rope_scaling="yarn", rope_factor=4.0, rope_mscale=mscale,
+                  rope_mscale_all_dim=all_dim).double()
+    mixer, x, (H, D, R, rank) = model.blocks[0].mixer, text(1, 20), (4, 8, 4, 16)
+    h = torch.randn(1, 20, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    places, grown = model.place(x, None), [0.1 * s * math.log(4) + 1 for s in (mscale, all_dim)]
+    cos, sin = (t.double() / grown[0] * (grown[0] / grown[1]) for t in places.tables[R])
+    with torch.no_grad():
+        found = mixer(h, places)
+        q = mixer.q(h).view(1, 20, H, D + R)
+        latent, key = mixer.kv(h).split((rank, R), -1)
+        k, v = mixer.up(mixer.kv_norm(latent)).view(1, 20, 2, H, D).unbind(2)
+
+        def turned(t):
+            return t * cos + torch.cat(t.chunk(2, -1)[::-1], -1) * sin
+        scores = torch.einsum("bthd,bshd->bhts", q[..., :D], k)
+        scores += torch.einsum("bthd,bsd->bhts", turned(q[..., D:]), turned(key.unsqueeze(2))[:, :, 0])
+        scores *= (D + R) ** -0.5 * grown[1] ** 2
+        scores.masked_fill_(~torch.ones(20, 20, dtype=torch.bool).tril(), -math.inf)
+        wanted = mixer.out(torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("scaling", ["linear", "ntk", "yarn"])
 @pytest.mark.parametrize("mixer", ["full", "mla", "window", "xl"])
 def test_scaled_rope_keeps_the_cache(mixer, scaling):
@@ -330,6 +381,7 @@ def test_equal_parameters(settings):
     (dict(mixer="compressive", compression_rate=3), "divide"),
     (dict(ff="moe", expert_top_k=9), "expert_top_k"), (dict(ff="moe", n_shared_expert=8), "n_shared_expert"),
     (dict(ff="moe", activation="solu"), "solu"), (dict(init="tfixup", mixer="mamba"), "tfixup"),
+    (dict(rope_ramp="index", rope_base=1.0), "rope_base"), (dict(rope_mscale_all_dim=-1.0), "rope_mscale_all_dim"),
     (dict(rope_scaling="yarn", positions="none"), "needs positions 'rope'"), (dict(rope_factor=0.5), "rope_factor"),
     (dict(residual_scale="learned"), "layerscale"), (dict(mtp_depth=1, mixer="xl"), "mtp_depth"),
     (dict(mixer="window", window=1), "at least 2"), (dict(mixer="mla", qk_norm=True), "qk_norm"),
@@ -365,6 +417,43 @@ def test_segments_equal_one_long_pass(mixer, positions, sizes):
             assert memory.length == 8 * (i + 1)
         shown = in_chunks(model, x, [3, 20, 1, 1, 31], model.new_cache(2, 1))
     torch.testing.assert_close(shown, full, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("mixer, short_conv", [("xl", 0), ("xl", 3), ("compressive", 0), ("compressive", 3), ("mamba", 3)])
+def test_memory_is_hidden_states_under_the_weights_of_today(mixer, short_conv, norm):
+    """Dai et al. 2019: what is remembered is projected anew. In a first layer hidden states are embeddings: once the
+    weights between these and the memory have changed, a segment sees what one long pass with the new ones sees."""
+    model, x = build(mixer, n_layer=1, short_conv=short_conv, norm=norm), text(2, 8 * 5)
+    block, memory = model.blocks[0], model.new_memory(2)
+    changed = [*block.norm1.parameters()] + ([block.mixer.qkv.weight] if mixer != "mamba" else [])
+    changed += [block.conv.kernel] if short_conv and mixer != "mamba" else []
+    with torch.no_grad():
+        for i, part in enumerate(x.split(8, 1)):
+            if mixer == "mamba":  # the state as one long pass has it, the convolution's memory as it was kept
+                fresh = model.new_memory(2)
+                for before in x.split(8, 1)[:i]:
+                    model(before, memory=fresh)
+                memory.layers[0] = fresh.layers[0]
+            torch.testing.assert_close(model(part, memory=memory), model(x[:, :8 * i + 8])[:, 8 * i:], atol=1e-5,
+                                       rtol=1e-5)
+            for p in changed:
+                p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+
+
+def test_memory_of_the_old_kind_is_not_gone_on_from(capsys):
+    """Checkpoints of mixers' inputs have the same shapes: one line, and an empty memory; states are states as ever."""
+    for mixer, said in (("xl", True), ("mamba", False), ("mamba,xl", True)):
+        model, x = build(mixer), text(2, 8)
+        memory, other = model.new_memory(2), model.new_memory(2)
+        with torch.no_grad():
+            model(x, memory=memory)
+        other.load_state_dict({name: value for name, value in memory.state_dict().items() if name != "kind"})
+        assert (other.length == 0) == said == (capsys.readouterr().out.count("\n") == 1)
+        if said:
+            assert all(not t.any() for held in other.layers for t in held)
+        other.load_state_dict(memory.state_dict())
+        assert other.length == 8 and not capsys.readouterr().out
 
 
 def by_definition(model, x):

@@ -1,0 +1,149 @@
+"""No value of a setting cuts a parameter off from the loss: a walk over all variants. And caches in every type.
+
+A parameter that starts at zero, or behind one that does, has no gradient at first: so three steps are taken, and then
+each parameter, and each part of a fused matrix, must have a gradient that is not rounding.
+"""
+import pytest
+import torch
+
+from model import CARRY, CHOICES, FEED_FORWARDS, MIXERS, TransformerConfig, build_model, fused_rows
+
+SMALL = dict(vocab_size=13, n_layer=2, n_head=4, n_embd=16, block_size=8, init="xavier", positions="rope", window=3,
+             sparse_stride=2, sparse_summary=1, memory_length=8, compressed_length=4, compression_rate=2, n_expert=3)
+ROUNDING = 1e-8
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def small(**settings):
+    torch.manual_seed(0)
+    return build_model(TransformerConfig(**{**SMALL, **settings}))
+
+
+def cut_off(**settings):
+    """Names of the parameters, and numbers of their parts, that the loss does not move."""
+    model = small(**settings).double().train()
+    c, draw = model.config, torch.Generator().manual_seed(1)
+    T, segments = c.block_size, 4 if c.carries else 1
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for step in range(4):
+        x, memory = torch.randint(13, (6, T * segments + c.n_labels), generator=draw), None
+        memory = model.new_memory(6) if c.carries else None
+        optimizer.zero_grad()
+        for i in range(0, T * segments, T):
+            y = torch.stack([x[:, i + k:i + k + T] for k in range(1, c.n_labels + 1)], -1)
+            model(x[:, i:i + T], y, memory=memory)[0].backward()
+        if step < 3:
+            optimizer.step()
+    fused, found = fused_rows(model), []
+    for name, p in model.named_parameters():
+        rows = fused.get(name.removesuffix(".bias") + ".weight" if name.endswith("bias") else name, (len(p),))
+        if ".ff." in name and "moe" in c.ff:
+            rows = (len(p),)                              # an expert whom nobody chose may wait
+        parts = [torch.zeros(1)] if p.grad is None else p.grad.split(rows)
+        found += [(name, i) for i, part in enumerate(parts) if part.abs().max() < ROUNDING]
+    return found
+
+
+@pytest.mark.parametrize("settings, word", [
+    (dict(n_embd=1, head_dim=2), "n_embd is 1"), (dict(n_embd=1, head_dim=2, norm="rms"), "n_embd is 1"),
+    (dict(mixer="mla", q_rank=1), "q_rank is 1"), (dict(mixer="full,mla", kv_rank=1), "kv_rank is 1"),
+    (dict(head_dim=1, qk_norm=True, positions="none"), "head_dim is 1"),
+    (dict(activation="solu", ff_mult=0.07), "width"), (dict(mixer="strided", sparse_stride=1), "sparse_stride"),
+    (dict(mixer="full,fixed", sparse_stride=1), "sparse_stride"), (dict(residual_scale=0.0), "residual_scale"),
+    (dict(residual_scale="rezero", init="zero"), "no gradient")], ids=str)
+def test_what_would_cut_a_parameter_off_is_refused(settings, word):
+    with pytest.raises(ValueError, match=word):
+        small(**settings)
+
+
+def bias_of_keys(name, part):
+    """It moves all scores of a query alike where keys do not turn."""
+    return name.endswith("qkv.bias") and part == 1
+
+
+WALK = {
+    "mixers": [*(dict(mixer=kind) for kind in MIXERS), *(dict(mixer=kind, positions=place)
+                                                         for place, kind in (("none", "full,diff"), ("none", "mla,xl"),
+                                                                             ("alibi", "window,compressive")))],
+    "positions": [dict(positions="learned"), dict(positions="learned_per_layer"),
+                  *(dict(mixer=kind, positions="relative") for kind in ("xl", "compressive"))],
+    "rope": [dict(mixer="full,mla", rope_scaling=kind, rope_factor=4.0) for kind in CHOICES["rope_scaling"]]
+    + [dict(mixer="full,mla", rope_scaling="yarn", rope_factor=4.0, rope_ramp="index", rope_mscale_all_dim=0.0)],
+    "sizes": [dict(mixer="mla", q_rank=2, kv_rank=2), dict(mixer="mamba", state_dim=1, conv_width=1),
+              dict(mixer="mamba,mingru", expand=1 / 16), dict(ff="low_rank", ff_rank=1), dict(ff_mult=1 / 16),
+              dict(mixer="strided", n_kv_head=2), dict(mixer="fixed"), dict(mixer="diff", n_kv_head=2),
+              dict(n_kv_head=1), dict(n_head=1, head_dim=2, qk_norm=True), dict(activation="solu", ff_mult=3 / 16)],
+    "attention": [dict(qk_norm=True), dict(qk_norm=True, qk_scale=True, mixer="full,diff"),
+                  *(dict(attention=word) for word in CHOICES["attention"]),
+                  *(dict(mixer="compressive", compression=word) for word in CHOICES["compression"])],
+    "short convolution": [dict(short_conv=2, mixer=kind) for kind in ("full,diff", "xl,mingru", "compressive")],
+    "feed-forwards": [*(dict(ff=kind) for kind in (*FEED_FORWARDS, "none")), dict(ff="low_rank", activation="swiglu"),
+                      *(dict(activation=word) for word in CHOICES["activation"])],
+    "experts": [dict(ff="moe", expert_balance=word, n_shared_expert=shared, expert_top_k=k)
+                for word in CHOICES["expert_balance"] for shared in (0, 1) for k in (1, 2)],
+    "residual and init": [dict(residual_scale=scale, init=init) for scale in ("depth", "rezero", "layerscale", 0.1)
+                          for init in CHOICES["init"] if (scale, init) != ("rezero", "zero")],
+    "norms": [dict(norm=word, norm_gain=gain, bias=gain) for word in CHOICES["norm"] for gain in (True, False)],
+    "heads": [dict(n_targets=2, target_heads=t, layer_heads=l, intermediate_losses=i, head_bias=True)
+              for t in CHOICES["target_heads"] for l in CHOICES["layer_heads"] for i in (True, False)],
+    "classifiers": [dict(tie_weights=True), dict(tie_weights=True, init="zero"), dict(mtp_depth=2),
+                    dict(mtp_depth=1, output="stablemax"), dict(output="stablemax")],
+    "pyramid": [dict(shorten=2, n_layer=3), dict(shorten=3, n_layer=3, positions="learned")],
+    "kernels": [dict(kernels=word, mixer="mamba,mingru", ff="mlp,moe") for word in CHOICES["kernels"]],
+}
+
+
+@pytest.mark.parametrize("what", WALK)
+def test_every_parameter_learns(what):
+    for settings in WALK[what]:
+        found = cut_off(**settings)
+        if SMALL["positions"] != settings.get("positions", "rope"):
+            found = [place for place in found if not bias_of_keys(*place)]
+        assert not found, (settings, found)
+
+
+def test_the_walk_knows_every_choice():
+    """A new word of a setting is walked, or this fails."""
+    walked = [settings for part in WALK.values() for settings in part] + [SMALL]
+    for name, words in CHOICES.items():
+        assert {settings.get(name, getattr(TransformerConfig, name)) for settings in walked} >= set(words), name
+
+
+@pytest.mark.parametrize("dtype, near", [(torch.bfloat16, 0.1), (torch.float64, 1e-5)])
+@pytest.mark.parametrize("settings", [*(dict(mixer=kind) for kind in MIXERS), dict(mixer="xl", positions="relative"),
+                                      dict(mixer="full,diff", positions="alibi"), dict(ff="moe"), dict(qk_norm=True),
+                                      dict(positions="learned", block_size=30),
+                                      dict(positions="learned_per_layer", block_size=30),
+                                      dict(mixer="full,mamba,compressive", short_conv=3), dict(n_kv_head=2),
+                                      dict(shorten=2), dict(shorten=3, mixer="window,mla", positions="none"),
+                                      dict(output="stablemax")], ids=str)
+def test_caches_take_the_type_of_the_model(settings, dtype, near):
+    """model.bfloat16() and model.double(): in chunks, after fork and crop, by segments; states are float32 at least."""
+    model = small(**{"n_layer": 4, **settings}).eval().to(dtype)
+    x = torch.randint(13, (2, 30), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        full, cache = model(x), model.new_cache(2, 30, snapshots=2)
+        found = []
+        for part in x.split([11, 1, 1, 9, 8], 1):
+            twin = cache.fork()
+            found.append(model(part, cache=cache))
+        torch.testing.assert_close(torch.cat(found, 1).double(), full.double(), atol=near, rtol=near)
+        cache.crop(22)
+        for again in (cache, twin):
+            torch.testing.assert_close(model(x[:, 22:], cache=again), found[-1], atol=near, rtol=near)
+        if set(model.config.mixers) <= set(CARRY):
+            memory = model.new_memory(2)
+            found = torch.cat([model(part, memory=memory) for part in x.split(8, 1)], 1)
+            torch.testing.assert_close(found.double(), full.double(), atol=near, rtol=near)
+    kept = {torch.promote_types(dtype, torch.float32) if layer.kind == "state" else dtype for layer in cache.layers}
+    assert {t.dtype for layer in cache.layers for t in tensors(layer)} == kept
+
+
+def tensors(held):
+    """All floating tensors that a layer's cache holds."""
+    if torch.is_tensor(held):
+        return [held] if held.is_floating_point() else []
+    parts = held if isinstance(held, (list, tuple)) else held.values() if isinstance(held, dict) else \
+        vars(held).values() if hasattr(held, "__dict__") and not callable(held) else ()
+    return [t for part in parts for t in tensors(part)]
