@@ -701,7 +701,7 @@ def main():
             scale = optim.schedule(schedule, step, warmup_steps, max_steps, min_lr_scale, decay_fraction)
             for param_group in opt.param_groups:
                 param_group["lr"] = param_group["base_lr"] * scale
-            row, outputs = {}, []
+            row, outputs, chosen = {}, [], []
             clock.start()
             all_cells, all_shapes = stream.at(step)
             for cells, shapes in zip(all_cells.split(batch_size), all_shapes.split(batch_size)):
@@ -724,6 +724,7 @@ def main():
                 loop["tokens"] += int(shapes.prod(1).sum())
                 loop["chosen"] += found.codes.flatten().bincount(minlength=codebook_size)
                 outputs.append(found.z.detach().flatten(0, 1))
+                chosen.append(found.codes.flatten())
             scaler.unscale_(opt)
             row["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
             scaler.step(opt)
@@ -731,6 +732,8 @@ def main():
             opt.zero_grad(set_to_none=True)
             if ema:
                 ema.update()
+            if estimator == "vq":
+                model.codebook.follow(torch.cat(outputs), torch.cat(chosen))
             clock.lap("optimiser")
             if kl_target is not None:                        # 1 % a step at most; the same tensor also goes to the log
                 over = float(row["kl"]) / (kl_target * math.log(2)) - 1
