@@ -341,7 +341,8 @@ def decompose(logits, y, positive=False):
     after Chen et al. 2018 (arXiv 1802.04942), with q(z) the mixture over this batch. KL, code_mi and DWKL are
     exact sums over K; MI is the mean over one draw y (B, N, K) per input of ln q(z|x) - ln mean_j q(z|x_j): at most
     ln B, since a draw's own input is in the mixture. positive: negative values of MI and TC, which only the draws'
-    chance can make, become 0.
+    chance can make, become 0. All but KL compare the inputs of a batch: the mean over passes is not that of one pass
+    over all of their inputs.
 
     What is often written instead is not TC. (1) KL - MI - DWKL with MI and DWKL from the same marginals: identically
     0, its sign is rounding. (2) Minibatch-weighted sampling without its -ln(N M), for every factor of the product too:
@@ -364,7 +365,8 @@ def decompose(logits, y, positive=False):
 
 def usage_kl(logits):
     """KL of the mean posterior over batch and positions to uniform, nats: 0 where all codes of the one codebook serve
-    alike; it asks nothing of any single posterior, and so costs no information."""
+    alike; it asks nothing of any single posterior, and so costs no information. Not linear in the batch: the mean over
+    passes is at least that of one pass over all of their inputs."""
     return math.log(logits.size(-1)) - entropy(torch.softmax(logits.float(), -1).flatten(0, -2).mean(0))
 
 

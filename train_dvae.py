@@ -246,21 +246,24 @@ def scheduled(step):
 
 # --- Losses ---
 
-def objective(model, found, tokens, shapes, now):
+def objective(model, found, tokens, shapes, now, mean_cells=None):
     """The loss of a batch, and its parts for the log: (scalar with gradient, {name: tensor}), nats per grid.
 
-    found: what the codebook made of the grids; now: what `scheduled` says of this step. The reconstruction is float32
-    whatever autocast does. In nats per grid the loss is the reconstruction's and the sum of weight times part, the
-    usage term counted once for each learned code; loss_scale "token" divides it by the cells per grid, as DALL-E's is
-    divided by the 256 x 256 x 3 values of an image; with "even" every grid weighs the same, not every cell. DALL-E's KL
-    weight of 6.6 does not transfer: there 13 bits stand for 64 pixels of 24 bits each, here a code could cost more than
-    all that it can tell.
+    found: what the codebook made of the grids; now: what `scheduled` says of this step. mean_cells: cells per grid of
+    the whole step, where this batch is one pass of several (None: it is the step); the mean over passes is then that of
+    one pass over all of their grids, but for terms that compare the grids of a batch: usage, MI, TC and DWKL. The
+    reconstruction is float32 whatever autocast does. In nats per grid the loss is the reconstruction's and the sum of
+    weight times part, the usage term counted once for each learned code; loss_scale "token" divides it by the cells per
+    grid, as DALL-E's is divided by the 256 x 256 x 3 values of an image; with "even" every grid weighs the same, not
+    every cell. DALL-E's KL weight of 6.6 does not transfer: there 13 bits stand for 64 pixels of 24 bits each, here a
+    code could cost more than all that it can tell.
     """
     nats, right = model.nats(found.e, tokens, shapes)
     cells = shapes.prod(1).float()
+    mean_cells = cells.mean() if mean_cells is None else mean_cells
     total, parts = nats.mean(), {"nats": nats.mean().detach(), "exact": right.float().mean()}
     if loss_scale == "even":
-        total = (nats / cells).mean() * cells.mean()
+        total = (nats / cells).mean() * mean_cells
     if found.logits is not None:
         weights = {name: now[f"{name}_weight"] for name in ("kl", "mi", "tc", "dwkl")}
         terms = {"kl": kl_uniform(found.logits).sum(1).mean()}
@@ -277,7 +280,7 @@ def objective(model, found, tokens, shapes, now):
     if not isinstance(found.loss, float):
         total = total + len(model.queries) * found.loss
         parts["commitment"] = found.loss.detach()
-    return total if loss_scale == "grid" else total / cells.mean(), {**parts, "loss": parts["nats"] / cells.mean()}
+    return total if loss_scale == "grid" else total / mean_cells, {**parts, "loss": parts["nats"] / mean_cells}
 
 
 def masked(tokens, canvas, rate, generator):
@@ -654,6 +657,10 @@ def main():
         print(f"pictures: {folder / 'samples'}")
         return
 
+    nonlinear = [name for name in ("usage_weight", "mi_weight", "tc_weight", "dwkl_weight") if max(globals()[name])]
+    if grad_accum > 1 and nonlinear and estimator in SAMPLED:
+        print(f"grad_accum {grad_accum}: what {', '.join(nonlinear)} weighs is not linear in the batch: each pass of "
+              f"{batch_size} grids has its own, and a step takes their mean")
     with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
         bar = run.bar(max_steps, loop["step"])
         saved = loop["step"] if checkpoint else None
@@ -673,7 +680,8 @@ def main():
             step = loop["step"]
             if run.stop:
                 break
-            if step % eval_interval == 0 and loop["evaluated"] < step:
+            last = max_steps is not None and step >= max_steps
+            if (step % eval_interval == 0 or last) and loop["evaluated"] < step:
                 settle()
                 loop["evaluated"] = step
                 numbers = validate(run.dir, eval_grids)
@@ -690,7 +698,7 @@ def main():
                     if keep_last:
                         run.keep(now, step, keep_last)
                 saved = step
-            if max_steps is not None and step >= max_steps:
+            if last:
                 break
 
             # ---- one optimiser step ----
@@ -703,19 +711,20 @@ def main():
                 param_group["lr"] = param_group["base_lr"] * scale
             row, outputs, chosen = {}, [], []
             clock.start()
-            all_cells, all_shapes = stream.at(step)
-            for cells, shapes in zip(all_cells.split(batch_size), all_shapes.split(batch_size)):
-                tokens, shapes = canvas.tokens(cells).to(where), shapes.to(where)
+            cells, all_shapes = stream.at(step)
+            all_tokens, all_shapes = canvas.tokens(cells).to(where), all_shapes.to(where)
+            mean_cells, n_tokens = all_shapes.prod(1).float().mean(), (all_tokens != canvas.pad).sum()
+            for tokens, shapes in zip(all_tokens.split(batch_size), all_shapes.split(batch_size)):
                 seen = tokens
                 if canvas.mask is not None:
                     seen, share = masked(tokens, canvas, now["mask_rate"], noise)
-                    row["masked"] = row.get("masked", 0.0) + share / grad_accum
+                    row["masked"] = row.get("masked", 0.0) + share * ((tokens != canvas.pad).sum() / n_tokens)
                 clock.lap("data")
                 with autocast:
                     z = model.encode(seen, shapes)
                     how = {name: now[name] for name in ("tau", "noise", "hardness") if name in now}
                     found = model.codebook(z, estimator, generator=noise, **how)
-                    loss, parts = objective(model, found, tokens, shapes, now)
+                    loss, parts = objective(model, found, tokens, shapes, now, mean_cells)
                 clock.lap("forward")
                 scaler.scale(loss / grad_accum).backward()
                 clock.lap("backward")
