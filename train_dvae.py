@@ -663,7 +663,7 @@ def main():
               f"{batch_size} grids has its own, and a step takes their mean")
     with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
         bar = run.bar(max_steps, loop["step"])
-        saved = loop["step"] if checkpoint else None
+        saved = None                                         # on resume too: a stop comes before what is due
         if not checkpoint:
             if codebook_init == "kmeans" and estimator != "fsq":
                 with torch.no_grad(), autocast:
@@ -692,7 +692,7 @@ def main():
                     loop.update(best=score, best_step=step)
                     with state() as now:
                         run.save("best.pt", now)
-            if saved is None or saved != step and step % save_interval == 0:
+            if saved != step and step % save_interval == 0:
                 with state() as now:
                     run.save("last.pt", now)
                     if keep_last:
