@@ -188,6 +188,9 @@ def check(settings):
     """Settings that cannot go together: UserError with one sentence. Returns the model's configuration."""
     if n_embd % n_head:
         raise UserError(f"n_head {n_head} does not divide n_embd {n_embd}")
+    if code_dim == 1 and similarity == "cosine" and estimator != "fsq" and resume is False:
+        raise UserError("code_dim 1: on a line cosine knows two directions and has no gradient, so the encoder would "
+                        "learn nothing: take code_dim 2, or --similarity dot")
     if estimator == "reinmax" and min(own("tau_start"), own("tau_end")) < 1:
         raise UserError(f"tau {own('tau_start')} to {own('tau_end')}: reinmax needs at least 1, unlike gumbel")
     if estimator not in SAMPLED and any(map(max, (kl_weight, mi_weight, tc_weight, dwkl_weight))) or (
@@ -763,8 +766,9 @@ def main():
                 settle()                                     # waits for the device: part of the step's time
             loop["seconds"] += time.perf_counter() - began
             if due:
-                rows, names = loop["pending"], loop["pending"][-1]
-                means = {name: sum(line[name] for line in rows) / len(rows) for name in names}
+                rows = loop["pending"]                       # not all alike: a weight of 0 leaves its part out
+                values = {name: [line[name] for line in rows if name in line] for line in rows[::-1] for name in line}
+                means = {name: sum(some) / len(some) for name, some in values.items()}
                 elapsed = loop["seconds"] - loop["logged_seconds"]
                 run.log(step=step, split="train", **means, lr=lr * scale, **now, tokens_per_s=loop["tokens"] / elapsed,
                         grids_per_s=len(rows) * batch_size * grad_accum / elapsed, seconds=loop["seconds"],

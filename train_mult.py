@@ -189,7 +189,10 @@ def problems_asked():
 # --- Models and losses ---
 
 class Solver(nn.Module):
-    """One of the models; n_sums: rows of a head on its decoder's last states, for the running sums (0: no head)."""
+    """One of the models; n_sums: rows of a head on its decoder's last states, for the running sums (0: no head).
+
+    What has no gradient: that head with sum_weight 0; with n_latent 1 the decoder's queries for one vector to look at.
+    """
 
     def __init__(self, kind, config, n_sums=0):
         super().__init__()

@@ -123,6 +123,14 @@ def test_what_is_not_linear_is_said(monkeypatch, capsys, settings, said):
     assert [said in line and line.startswith("grad_accum 2: ") for line in lines] == [True] * bool(said)
 
 
+def test_what_a_step_lacks_is_left_out_of_its_mean(monkeypatch):
+    """A part that begins to weigh between two lines of the log: the mean of the steps that have it."""
+    settings = SGD | DVAE | dict(batch_size=4, tc_weight="0,0.1", max_steps=2)
+    told, each = (run("train_dvae.py", monkeypatch, settings | dict(log_interval=n)) for n in (2, 1))
+    line, (one, two) = told.lines[1], each.lines[1:3]
+    assert "tc" not in one and line["tc"] == two["tc"] and line["kl"] == (one["kl"] + two["kl"]) / 2
+
+
 # --- After the last step, and on a stop ---
 
 ENDS = {"train_mult.py": SGD | MULT | dict(models="simple,latent", batch_size=4),
@@ -154,7 +162,7 @@ def test_the_last_step_counts_for_best(script, monkeypatch):
     for file in (name, "last.pt"):
         assert_equal(resumed.last(file), told.last(file), file)
     if suffix:
-        more = dict(max_steps=4, schedule="constant", forcing="linear", stability_window=2, stability_eps=10, patience=9)
+        more = dict(max_steps=4, schedule="constant", forcing="linear", stability_window=2, stability_eps=10)
         whole = run(script, monkeypatch, settings | more)
         parts = run(script, monkeypatch, settings | more, run(script, monkeypatch, settings | more | dict(
             max_steps=3)).last())
