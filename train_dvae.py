@@ -665,8 +665,8 @@ def main():
         saved = None                                         # on resume too: a stop comes before what is due
         nonlinear = [name for name in ("usage_weight", "mi_weight", "tc_weight", "dwkl_weight") if max(globals()[name])]
         if grad_accum > 1 and nonlinear and estimator in SAMPLED:
-            print(f"grad_accum {grad_accum}: what {', '.join(nonlinear)} weighs is not linear in the batch: each pass of "
-                  f"{batch_size} grids has its own, and a step takes their mean")
+            print(f"grad_accum {grad_accum}: what {', '.join(nonlinear)} weighs is not linear in the batch: each pass "
+                  f"of {batch_size} grids has its own, and a step takes their mean")
         if not checkpoint:
             if codebook_init == "kmeans" and estimator != "fsq":
                 with torch.no_grad(), autocast:
