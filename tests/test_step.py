@@ -56,13 +56,11 @@ class Told:
     def summary(self, **values):
         self.end |= values
 
-    def nothing(self, *_, **__):
-        pass
-
-    keep = spent = update = note = close = nothing
-
     def bar(self, *_):
         return self
+
+    def __getattr__(self, name):
+        return lambda *_, **__: None                         # keep, spent, note, close, ...
 
     def last(self, name="last.pt"):
         """The state that a file has at the end."""
