@@ -663,10 +663,6 @@ def main():
     with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
         bar = run.bar(max_steps, loop["step"])
         saved = None                                         # on resume too: a stop comes before what is due
-        nonlinear = [name for name in ("usage_weight", "mi_weight", "tc_weight", "dwkl_weight") if max(globals()[name])]
-        if grad_accum > 1 and nonlinear and estimator in SAMPLED:
-            print(f"grad_accum {grad_accum}: what {', '.join(nonlinear)} weighs is not linear in the batch: each pass "
-                  f"of {batch_size} grids has its own, and a step takes their mean")
         if not checkpoint:
             if codebook_init == "kmeans" and estimator != "fsq":
                 with torch.no_grad(), autocast:
@@ -677,6 +673,10 @@ def main():
                     ema = optim.EMA(model, ema_decay)
             with state() as now:                             # at once: a full disk shows, a kill leaves what to resume
                 run.save("last.pt", now)
+        nonlinear = [name for name in ("usage_weight", "mi_weight", "tc_weight", "dwkl_weight") if max(globals()[name])]
+        if grad_accum > 1 and nonlinear and estimator in SAMPLED:
+            print(f"grad_accum {grad_accum}: what {', '.join(nonlinear)} weighs is not linear in the batch: each pass "
+                  f"of {batch_size} grids has its own, and a step takes their mean")
 
         while True:
             # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
