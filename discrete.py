@@ -223,8 +223,9 @@ class Codebook(nn.Module):
 
 class VQ(Codebook):
     """Vector quantisation (van den Oord et al. 2017): the nearest code, gradient copied past it, codes as running means
-    of what chose them (their appendix A.1), commitment loss; "cosine" compares and keeps unit vectors. kernels
-    "triton": the search by kernels_codes.py, which makes no table of distances.
+    of what chose them (their appendix A.1), commitment loss; "cosine" compares and keeps unit vectors. A pass changes
+    nothing here: a training step calls `follow` once, with what all its passes chose. kernels "triton": the search by
+    kernels_codes.py, which makes no table of distances.
     """
 
     def __init__(self, size, width, similarity="cosine", init="normal", decay=0.95, commitment=0.25, kernels="torch"):
@@ -238,7 +239,7 @@ class VQ(Codebook):
             self.put(torch.ones(size, dtype=torch.bool), (torch.rand(size, width) - 0.5) * (12 / width) ** 0.5)
 
     def forward(self, z, estimator=None, generator=None, **schedules):
-        """z (B, N, D) -> Quantised. estimator None: as it is; else the codes follow z, and there is a loss."""
+        """z (B, N, D) -> Quantised. estimator None: as it is; else there is a loss, and a gradient past the choice."""
         with torch.autocast(z.device.type, enabled=False):
             x = unit(z) if self.similarity == "cosine" else z.float()
             flat = x.flatten(0, -2)
@@ -250,14 +251,15 @@ class VQ(Codebook):
             e = self.look_up(codes).view(x.shape)
             if estimator is None:
                 return Quantised(e, codes.view(x.shape[:-1]), z=z)
-            if self.training:
-                self.follow(flat.detach(), codes)
             loss = self.commitment * (x - e.detach()).square().sum(-1).mean()
             return Quantised(straight_through(e, x), codes.view(x.shape[:-1]), z=z, loss=loss)
 
     @torch.no_grad()
-    def follow(self, x, codes):
-        """One update of the running means by x (M, D) and what it chose; a code long unused stays where it is."""
+    def follow(self, z, codes):
+        """One update of the running means, once a step: z (..., D) of all its passes as `forward` took it, and what
+        they chose (...). A code long unused stays where it is."""
+        x, codes = z.flatten(0, -2), codes.flatten()
+        x = unit(x) if self.similarity == "cosine" else x.float()
         counts = codes.bincount(minlength=len(self.codes)).float()
         sums = torch.zeros_like(self.sums).index_add_(0, codes, x)
         self.counts.lerp_(counts, 1 - self.decay)
@@ -341,7 +343,8 @@ def decompose(logits, y, positive=False):
     after Chen et al. 2018 (arXiv 1802.04942), with q(z) the mixture over this batch. KL, code_mi and DWKL are
     exact sums over K; MI is the mean over one draw y (B, N, K) per input of ln q(z|x) - ln mean_j q(z|x_j): at most
     ln B, since a draw's own input is in the mixture. positive: negative values of MI and TC, which only the draws'
-    chance can make, become 0.
+    chance can make, become 0. All but KL compare the inputs of a batch: the mean over passes is not that of one pass
+    over all of their inputs.
 
     What is often written instead is not TC. (1) KL - MI - DWKL with MI and DWKL from the same marginals: identically
     0, its sign is rounding. (2) Minibatch-weighted sampling without its -ln(N M), for every factor of the product too:
@@ -364,7 +367,8 @@ def decompose(logits, y, positive=False):
 
 def usage_kl(logits):
     """KL of the mean posterior over batch and positions to uniform, nats: 0 where all codes of the one codebook serve
-    alike; it asks nothing of any single posterior, and so costs no information."""
+    alike; it asks nothing of any single posterior, and so costs no information. Not linear in the batch: the mean over
+    passes is at least that of one pass over all of their inputs."""
     return math.log(logits.size(-1)) - entropy(torch.softmax(logits.float(), -1).flatten(0, -2).mean(0))
 
 

@@ -202,7 +202,9 @@ class Layer(nn.Module):
 
 
 class DVAE(nn.Module):
-    """Grids to codes and back. See the top of the file; shapes: B grids, P patches, N latents, S side of the canvas."""
+    """Grids to codes and back. See the top of the file; shapes: B grids, P patches, N latents, S side of the canvas.
+
+    With one latent attention to it has nothing to choose: its queries, and what they know of places, learn nothing."""
 
     def __init__(self, config):
         super().__init__()

@@ -189,6 +189,9 @@ def check(settings):
     """Settings that cannot go together: UserError with one sentence. Returns the model's configuration."""
     if n_embd % n_head:
         raise UserError(f"n_head {n_head} does not divide n_embd {n_embd}")
+    if code_dim == 1 and similarity == "cosine" and estimator != "fsq" and resume is False:
+        raise UserError("code_dim 1: on a line cosine knows two directions and has no gradient, so the encoder would "
+                        "learn nothing: take code_dim 2, or --similarity dot")
     if estimator == "reinmax" and min(own("tau_start"), own("tau_end")) < 1:
         raise UserError(f"tau {own('tau_start')} to {own('tau_end')}: reinmax needs at least 1, unlike gumbel")
     if estimator not in SAMPLED and any(map(max, (kl_weight, mi_weight, tc_weight, dwkl_weight))) or (
@@ -247,21 +250,24 @@ def scheduled(step):
 
 # --- Losses ---
 
-def objective(model, found, tokens, shapes, now):
+def objective(model, found, tokens, shapes, now, mean_cells=None):
     """The loss of a batch, and its parts for the log: (scalar with gradient, {name: tensor}), nats per grid.
 
-    found: what the codebook made of the grids; now: what `scheduled` says of this step. The reconstruction is float32
-    whatever autocast does. In nats per grid the loss is the reconstruction's and the sum of weight times part, the
-    usage term counted once for each learned code; loss_scale "token" divides it by the cells per grid, as DALL-E's is
-    divided by the 256 x 256 x 3 values of an image; with "even" every grid weighs the same, not every cell. DALL-E's KL
-    weight of 6.6 does not transfer: there 13 bits stand for 64 pixels of 24 bits each, here a code could cost more than
-    all that it can tell.
+    found: what the codebook made of the grids; now: what `scheduled` says of this step. mean_cells: cells per grid of
+    the whole step, where this batch is one pass of several (None: it is the step); the mean over passes is then that of
+    one pass over all of their grids, but for terms that compare the grids of a batch: usage, MI, TC and DWKL. The
+    reconstruction is float32 whatever autocast does. In nats per grid the loss is the reconstruction's and the sum of
+    weight times part, the usage term counted once for each learned code; loss_scale "token" divides it by the cells per
+    grid, as DALL-E's is divided by the 256 x 256 x 3 values of an image; with "even" every grid weighs the same, not
+    every cell. DALL-E's KL weight of 6.6 does not transfer: there 13 bits stand for 64 pixels of 24 bits each, here a
+    code could cost more than all that it can tell.
     """
     nats, right = model.nats(found.e, tokens, shapes)
     cells = shapes.prod(1).float()
+    mean_cells = cells.mean() if mean_cells is None else mean_cells
     total, parts = nats.mean(), {"nats": nats.mean().detach(), "exact": right.float().mean()}
     if loss_scale == "even":
-        total = (nats / cells).mean() * cells.mean()
+        total = (nats / cells).mean() * mean_cells
     if found.logits is not None:
         weights = {name: now[f"{name}_weight"] for name in ("kl", "mi", "tc", "dwkl")}
         terms = {"kl": kl_uniform(found.logits).sum(1).mean()}
@@ -278,7 +284,7 @@ def objective(model, found, tokens, shapes, now):
     if not isinstance(found.loss, float):
         total = total + len(model.queries) * found.loss
         parts["commitment"] = found.loss.detach()
-    return total if loss_scale == "grid" else total / cells.mean(), {**parts, "loss": parts["nats"] / cells.mean()}
+    return total if loss_scale == "grid" else total / mean_cells, {**parts, "loss": parts["nats"] / mean_cells}
 
 
 def masked(tokens, canvas, rate, generator):
@@ -670,13 +676,18 @@ def main():
                     ema = optim.EMA(model, ema_decay)
             with state() as now:                             # at once: a full disk shows, a kill leaves what to resume
                 run.save("last.pt", now)
+        nonlinear = [name for name in ("usage_weight", "mi_weight", "tc_weight", "dwkl_weight") if max(globals()[name])]
+        if grad_accum > 1 and nonlinear and estimator in SAMPLED:
+            print(f"grad_accum {grad_accum}: what {', '.join(nonlinear)} weighs is not linear in the batch: each pass "
+                  f"of {batch_size} grids has its own, and a step takes their mean")
 
         while True:
             # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
             step = loop["step"]
             if run.stop:
                 break
-            if step % eval_interval == 0 and loop["evaluated"] < step:
+            last = max_steps is not None and step >= max_steps
+            if (step % eval_interval == 0 or last) and loop["evaluated"] < step:
                 settle()
                 loop["evaluated"] = step
                 numbers = validate(run.dir, eval_grids)
@@ -693,7 +704,7 @@ def main():
                     if keep_last:
                         run.keep(now, step, keep_last)
                 saved = step
-            if max_steps is not None and step >= max_steps:
+            if last:
                 break
 
             # ---- one optimiser step ----
@@ -704,21 +715,22 @@ def main():
             scale = optim.schedule(schedule, step, warmup_steps, max_steps, min_lr_scale, decay_fraction)
             for param_group in opt.param_groups:
                 param_group["lr"] = param_group["base_lr"] * scale
-            row, outputs = {}, []
+            row, outputs, chosen = {}, [], []
             clock.start()
-            all_cells, all_shapes = stream.at(step)
-            for cells, shapes in zip(all_cells.split(batch_size), all_shapes.split(batch_size)):
-                tokens, shapes = canvas.tokens(cells).to(where), shapes.to(where)
+            cells, all_shapes = stream.at(step)
+            all_tokens, all_shapes = canvas.tokens(cells).to(where), all_shapes.to(where)
+            mean_cells, n_tokens = all_shapes.prod(1).float().mean(), (all_tokens != canvas.pad).sum()
+            for tokens, shapes in zip(all_tokens.split(batch_size), all_shapes.split(batch_size)):
                 seen = tokens
                 if canvas.mask is not None:
                     seen, share = masked(tokens, canvas, now["mask_rate"], noise)
-                    row["masked"] = row.get("masked", 0.0) + share / grad_accum
+                    row["masked"] = row.get("masked", 0.0) + share * ((tokens != canvas.pad).sum() / n_tokens)
                 clock.lap("data")
                 with autocast:
                     z = model.encode(seen, shapes)
                     how = {name: now[name] for name in ("tau", "noise", "hardness") if name in now}
                     found = model.codebook(z, estimator, generator=noise, **how)
-                    loss, parts = objective(model, found, tokens, shapes, now)
+                    loss, parts = objective(model, found, tokens, shapes, now, mean_cells)
                 clock.lap("forward")
                 scaler.scale(loss / grad_accum).backward()
                 clock.lap("backward")
@@ -727,6 +739,7 @@ def main():
                 loop["tokens"] += int(shapes.prod(1).sum())
                 loop["chosen"] += found.codes.flatten().bincount(minlength=codebook_size)
                 outputs.append(found.z.detach().flatten(0, 1))
+                chosen.append(found.codes.flatten())
             scaler.unscale_(opt)
             row["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
             scaler.step(opt)
@@ -734,6 +747,8 @@ def main():
             opt.zero_grad(set_to_none=True)
             if ema:
                 ema.update()
+            if estimator == "vq":
+                model.codebook.follow(torch.cat(outputs), torch.cat(chosen))
             clock.lap("optimiser")
             if kl_target is not None:                        # 1 % a step at most; the same tensor also goes to the log
                 over = float(row["kl"]) / (kl_target * math.log(2)) - 1
@@ -754,8 +769,9 @@ def main():
                 settle()                                     # waits for the device: part of the step's time
             loop["seconds"] += time.perf_counter() - began
             if due:
-                rows, names = loop["pending"], loop["pending"][-1]
-                means = {name: sum(line[name] for line in rows) / len(rows) for name in names}
+                rows = loop["pending"]                       # not all alike: a weight of 0 leaves its part out
+                values = {name: [line[name] for line in rows if name in line] for line in rows[::-1] for name in line}
+                means = {name: sum(some) / len(some) for name, some in values.items()}
                 elapsed = loop["seconds"] - loop["logged_seconds"]
                 run.log(step=step, split="train", **means, lr=lr * scale, **now, tokens_per_s=loop["tokens"] / elapsed,
                         grids_per_s=len(rows) * batch_size * grad_accum / elapsed, seconds=loop["seconds"],

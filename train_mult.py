@@ -189,7 +189,10 @@ def problems_asked():
 # --- Models and losses ---
 
 class Solver(nn.Module):
-    """One of the models; n_sums: rows of a head on its decoder's last states, for the running sums (0: no head)."""
+    """One of the models; n_sums: rows of a head on its decoder's last states, for the running sums (0: no head).
+
+    What has no gradient: that head with sum_weight 0; with n_latent 1 the decoder's queries for one vector to look at.
+    """
 
     def __init__(self, kind, config, n_sums=0):
         super().__init__()
@@ -221,7 +224,8 @@ class SequenceAccuracyLoss(nn.Module):
     """Cross-entropy in which a sequence with a wrong argmax anywhere weighs 1 + weight, a right one 1.
 
     c_b = 1 where every unmasked argmax is the target, w_b = 1 + weight (1 - c_b), divided by its mean over the
-    sequences that have an unmasked token, without gradient; loss = sum of w_b m_bt ce_bt over sum of m_bt, nats.
+    sequences that have an unmasked token, without gradient; loss = sum of w_b m_bt ce_bt over sum of m_bt, nats. Of a
+    step in several passes that mean is known when all have been answered: they are answered once more before.
     """
 
     def __init__(self, weight=0.0):
@@ -230,8 +234,9 @@ class SequenceAccuracyLoss(nn.Module):
             raise ValueError(f"weight is {weight}, but must be at least 0")
         self.weight = weight
 
-    def forward(self, logits, targets, mask=None):
-        """logits (B, T, V), targets (B, T) int64, mask (B, T) bool, False on padding (None: all count).
+    def forward(self, logits, targets, mask=None, mean=None):
+        """logits (B, T, V), targets (B, T) int64, mask (B, T) bool, False on padding (None: all count). mean: that of
+        w_b over all sequences of the step, where these are a part of them (None: they are all).
 
         Returns (loss, accuracy), scalars, accuracy the mean of c_b over sequences with an unmasked token; both 0 where
         there is none. What stands at masked places, NaN too, changes nothing.
@@ -246,7 +251,7 @@ class SequenceAccuracyLoss(nn.Module):
             present = mask.any(1).to(ce.dtype)
             n = present.sum().clamp(min=1)
             w = 1 + self.weight * (1 - correct)
-            w = w * n / (w * present).sum().clamp(min=1)
+            w = w * n / (w * present).sum().clamp(min=1) if mean is None else w / mean
         loss = (w.unsqueeze(1) * ce * mask).sum() / mask.sum().clamp(min=1)
         return loss, (correct * present).sum() / n
 
@@ -380,6 +385,16 @@ class Learner:
         yield
         self.generators = generator_states()
         restore_generators(others)
+
+    def inputs(self, notation, source, padding, targets, autocast):
+        """What the decoder reads in a training pass, (B, T): the true tokens, or, by the schedule, its own predictions
+        among them (in two passes: Mihaylova & Martins 2019)."""
+        x = notation.inputs(targets)
+        if self.forcing.probability() < 1:
+            with self.own_randomness(), autocast, torch.no_grad():
+                predicted = self.net(source, x, padding)[0].argmax(-1)
+            x = notation.inputs(self.forcing.mix(targets, predicted))
+        return x
 
     def settle(self):
         """Moves `recent` into the loop's state as numbers; stops the run at the first step that was not finite."""
@@ -588,7 +603,8 @@ def main():
             # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
             for learner in learners:
                 loop, step = learner.loop, learner.step
-                if step % eval_interval or loop["evaluated"] >= step:
+                planned = step % eval_interval == 0      # else it is the last step: its validation moves best, no more
+                if loop["evaluated"] >= step or not (planned or max_steps is not None and step >= max_steps):
                     continue
                 learner.settle()
                 loop["evaluated"] = step
@@ -597,7 +613,8 @@ def main():
                     found = evaluate(learner.model, notation, val[:eval_examples], autocast)
                     trained = evaluate(learner.model, notation, seen, autocast)
                 clock.lap("evaluation")
-                learner.forcing.validated(found["loss"])
+                if planned:
+                    learner.forcing.validated(found["loss"])
                 loop["history"] = [*loop["history"], [step, found["loss"], found["accuracy"]]]
                 run.log(step=step, model=learner.name, split="val", **numbers_of(found),
                         train_accuracy=trained["accuracy"], train_loss=trained["loss"])
@@ -605,7 +622,7 @@ def main():
                 bar.note(f"step {step}: {learner.name:<7}exact {found['accuracy']:.4f} held-out, "
                          f"{trained['accuracy']:.4f} training; loss {found['loss']:.4f}; digits from 10^0: {digits}")
                 better = [found["accuracy"], -found["loss"]] > loop["best"]
-                loop["without_better"] = 0 if better else loop["without_better"] + 1
+                loop["without_better"] = 0 if better else loop["without_better"] + planned
                 if better:
                     loop.update(best=[found["accuracy"], -found["loss"]], best_step=step)
                     run.save(f"best_{learner.name}.pt", state())
@@ -627,28 +644,35 @@ def main():
                     group["lr"] = group["base_lr"] * scale
                 probability, total, exact = learner.forcing.probability(), 0.0, 0.0
                 clock.start()
-                for _ in range(grad_accum):
-                    a, b = stream.at(loop["position"], batch_size).unbind(1)
-                    loop["position"] += batch_size
-                    source, padding = notation.sources(a, b)
-                    targets, places = notation.answers(a, b)
-                    x = notation.inputs(targets)
-                    clock.lap("data")
+                problems_now = stream.at(loop["position"], batch_size * grad_accum)
+                loop["position"] += len(problems_now)
+                passes = [(a, b, *notation.sources(a, b), *notation.answers(a, b)) for a, b in (
+                    some.unbind(1) for some in problems_now.split(batch_size))]
+                n_tokens, n_digits = (sum((places > least).sum() for *_, places in passes) for least in (-2, -1))
+                clock.lap("data")
+                read = (learner.inputs(notation, *some[2:5], autocast) for some in passes)
+                mean = None
+                if sequence_weight and grad_accum > 1:
+                    read = list(read)
+                    with learner.own_randomness(), autocast, torch.no_grad():
+                        right = [plain_loss(learner.net(some[2], x, some[3])[0], some[4], some[5] > -2)[1]
+                                 for some, x in zip(passes, read)]
+                    mean = 1 + sequence_weight * (1 - sum(right) / grad_accum)
+                for (a, b, source, padding, targets, places), x in zip(passes, read):
                     with learner.own_randomness(), autocast:
-                        if probability < 1:              # two passes (Mihaylova & Martins 2019): read own predictions
-                            with torch.no_grad():
-                                predicted = learner.net(source, x, padding)[0].argmax(-1)
-                            x = notation.inputs(learner.forcing.mix(targets, predicted))
                         logits, sums = learner.net(source, x, padding)
-                    objective, accuracy = loss_function(logits, targets, places > -2)
+                    objective, accuracy = loss_function(logits, targets, places > -2, mean)
                     nats = plain_loss(logits.detach(), targets, places > -2)[0] if sequence_weight else objective
+                    share = (places > -2).sum() / n_tokens   # of the step's: means over all of them, not of means
+                    objective = objective * share
                     if sums is not None:
                         truth = notation.running_sums(a, b).gather(1, places.clamp(min=0))
-                        objective = objective + sum_weight * sum_loss(sums, truth, places >= 0, notation.n_sums)
+                        named = sum_loss(sums, truth, places >= 0, notation.n_sums)
+                        objective = objective + sum_weight * named * ((places >= 0).sum() / n_digits)
                     clock.lap("forward")
-                    learner.scaler.scale(objective / grad_accum).backward()
+                    learner.scaler.scale(objective).backward()
                     clock.lap("backward")
-                    total, exact = total + nats.detach() / grad_accum, exact + accuracy / grad_accum
+                    total, exact = total + nats.detach() * share, exact + accuracy / grad_accum
                 learner.scaler.unscale_(learner.opt)
                 norm_found = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), grad_clip or math.inf)
                 learner.scaler.step(learner.opt)

@@ -312,7 +312,7 @@ def as_frames(written, palette):
 
 
 def tokenizer_loss(model, material, index, step):
-    """(loss, parts) of reconstructing clips; the codes follow what chose them."""
+    """(loss, parts) of reconstructing clips; parts has what the codebook chose, and of what."""
     frames, indices = material.pictures(index, tokenizer_frames)
     written, found = model(frames)
     moving = (frames != frames[:, :1]).any(-1).any(1, keepdim=True).expand(frames.shape[:-1])
@@ -340,7 +340,7 @@ def actions_loss(model, material, index, step):
     changed = (frames[:, first:] != frames[:, first - 1:-1]).any(-1)
     target = None if indices is None else indices[:, first:]
     loss = pixel_loss(written, frames[:, first:], target, 1 + extra * changed)
-    return loss + found.loss, dict(loss=loss.detach())
+    return loss + found.loss, dict(loss=loss.detach(), codes=found.codes, z=found.z.detach())
 
 
 @torch.no_grad()
@@ -1186,15 +1186,14 @@ def main():
                 scale = optim.schedule(schedule, step, warmup_steps, limit, min_lr_scale, decay_fraction)
                 for group in opt.param_groups:
                     group["lr"] = group["base_lr"] * scale
-                row, outputs = {}, []
+                row, outputs, chosen = {}, [], []
                 clock.start()
                 for index in clips.at(step).split(clip_batch[name]):
                     clock.lap("data")                         # which clips; what is made of them belongs to the pass
                     with autocast:
                         if name == "tokenizer":
                             loss, parts = tokenizer_loss(trained, train, index, step)
-                            loop["chosen"] += parts.pop("codes").bincount(minlength=codebook_size).cpu()
-                            outputs.append(parts.pop("z").flatten(0, 1))
+                            loop["chosen"] += parts["codes"].bincount(minlength=codebook_size).cpu()
                         elif name == "actions":
                             loss, parts = actions_loss(trained, train, index, step)
                         elif name == "text":
@@ -1207,6 +1206,9 @@ def main():
                     clock.lap("forward")
                     scaler.scale(loss / grad_accum).backward()
                     clock.lap("backward")
+                    if "codes" in parts:
+                        outputs.append(parts.pop("z").flatten(0, -2))
+                        chosen.append(parts.pop("codes"))
                     for key, value in parts.items():
                         row[key] = row.get(key, 0.0) + value / grad_accum
                     loop["clips"] += len(index)
@@ -1217,6 +1219,9 @@ def main():
                 opt.zero_grad(set_to_none=True)
                 if ema:
                     ema.update()
+                if name == "tokenizer" and quantiser == "vq" or name == "actions" and action_quantiser == "vq":
+                    (model.codebook if name == "tokenizer" else model.quantiser).follow(
+                        torch.cat(outputs), torch.cat(chosen))
                 clock.lap("optimiser")
                 recent.append(row)
                 step = loop["step"] = step + 1

@@ -120,6 +120,10 @@ class Nearest(nn.Module):
         e = u if soft else found.e[:, 0]
         return Quantised(e, found.codes[:, 0], z=u, loss=found.loss)
 
+    def follow(self, u, codes):
+        """As VQ.follow."""
+        self.vq.follow(u, codes)
+
     def look_up(self, codes):
         """codes (...) int64 -> (..., D)."""
         return self.vq.look_up(codes)

@@ -117,7 +117,8 @@ def test_schedules_are_functions_of_the_step_alone():
 
 
 @pytest.mark.parametrize("settings, said", [
-    (dict(n_head=3), "n_head 3 does not divide n_embd 16"),
+    (dict(n_head=3), "n_head 3 does not divide n_embd 16"), (dict(code_dim=1), "code_dim 1: .* has no gradient"),
+    (dict(code_dim=1, estimator="vq"), "learn nothing"),
     (dict(estimator="reinmax", tau_end=0.5), "reinmax needs at least 1"),
     (dict(estimator="reinmax", tau_start=0.9), "reinmax needs at least 1"),
     (dict(estimator="vq", kl_weight="0,0.1"), "vq has no posterior"),
@@ -407,18 +408,31 @@ def one_batch(g, config, model, grids, **now):
     return found, tokens, grids.shapes, now
 
 
-@pytest.mark.parametrize("words", [[], ["--no-resample"], ["--output_positions", "--no-distance_bias"],
-                                   ["--activation", "swiglu", "--norm", "rms"], ["--no-bias", "--similarity", "dot"]])
-@pytest.mark.parametrize("estimator", ["gumbel_soft", "reinmax", "vq", "fsq"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+ESTIMATORS = (*SAMPLED, "vq", "fsq")
+VARIANTS = ["", "--no-resample", "--output_positions --no-distance_bias", "--no-bias", "--similarity dot",
+            "--norm rms --no-norm_gain", "--codebook_init uniform", "--patch_height 1", "--code_dim 2", "--code_dim 1 "
+            "--similarity dot", "--codebook_size 2 --n_codes 8", "--encoder_layers 2 --latent_layers 2", "--n_head 16",
+            "--decoder_layers 2 --mask_rate 0.5,0.5", *(f"--activation {kind}" for kind in (
+                "relu", "relu2", "silu", "swiglu", "geglu")),
+            *(f"--init {kind}" for kind in ("gpt2", "normal", "truncated", "zero"))]
+
+
+@pytest.mark.parametrize("layout, estimator, words", [
+    *((layout, estimator, "") for layout in LAYOUTS for estimator in ESTIMATORS),
+    *((LAYOUTS[i % 2], ESTIMATORS[i % 6], words) for i, words in enumerate(VARIANTS) if words)])
 def test_every_parameter_has_a_role_and_a_gradient(layout, estimator, words):
+    """One that is not rounding: 1e-7 of the longest at least, where the least that was found is 4e-6 and rounding is
+    1e-9. From weights that are not 0, as `init zero` has them."""
     drawn = [*EVERYTHING, *typed(codebook_bound=0.1)] if estimator in SAMPLED else []
-    g, config, model = built(*words, *typed(layout=layout, estimator=estimator), *drawn)
+    g, config, model = built(*words.split(), *typed(layout=layout, estimator=estimator), *drawn)
     assert parameter_roles(model).keys() == dict(model.named_parameters()).keys()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape))
     loss, _ = g["objective"](model, *one_batch(g, config, model, of_shapes(all_shapes(5), 5)))
     loss.backward()
-    without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
-    assert without == set() and all(p.grad.isfinite().all() for p in model.parameters())
+    lengths = {name: p.grad.norm().item() for name, p in model.named_parameters()}
+    assert {name for name, length in lengths.items() if not length > 1e-7 * max(lengths.values())} == set()
 
 
 def test_the_loss_is_a_sum_of_weights_times_parts():

@@ -466,6 +466,7 @@ def test_nearest(similarity, interpreted):
         with kernels.interpreted() if interpreted else nullcontext(), watched() as calls:
             first = book(z.detach())
             out = book(z, "vq", tau=1.0)
+        book.follow(out.z.detach(), out.codes)
         assert {name: len(given) for name, given in calls.items()} == {"nearest_code": 2} if how == "triton" else (
             not calls)
         (out.e * some(40, 9, 6, seed=4)).sum().add(out.loss).backward()
