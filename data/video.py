@@ -201,6 +201,12 @@ def caption_length(side):
     return head + (2 + side * side // 2) * (2 + len(str(side)))
 
 
+def caption_words():
+    """The words and signs of captions, squares aside, in the order of PHRASES."""
+    text = " ".join("".join(phrase) for phrase in PHRASES) + " none all but"
+    return list(dict.fromkeys(re.findall(r"\w+|[^\w\s]", re.sub("{.*?}", "", text))))
+
+
 def caption(cells):
     """One picture, cells (side, side) uint8, in words such as "agent at c4, ball at f2, walls a1 b3 c7.".
 
