@@ -1178,13 +1178,16 @@ def main():
     if checkpoint and not only_read:
         longer = [name for name in wanted if name in done and name in ended and not is_over(name, ended[name]["loop"])]
         anew = [name for name in STAGES if name in (*done, checkpoint["stage"]) and set(needs(name)) & set(longer)]
+        longer = [name for name in longer if name not in anew]
         for name in anew:
+            read = " and ".join(other for other in needs(name) if other in longer)
             if name not in wanted:
-                raise UserError(f"stage {name} has learned from stage {longer[0]} as it is: with more steps of that it "
-                                f"begins anew, by --stage all; or leave {longer[0]} its steps")
-            print(f"stage {name} begins anew: what it has learned from goes on: {', '.join(longer)}")
+                raise UserError(f"stage {name} has learned from stage {read} as it is, which would go on: --stage all "
+                                f"begins {name} anew, or leave {read} its steps")
+            print(f"stage {name} begins anew: it has learned from stage {read}, which goes on")
         for name in wanted:
-            if name in done and name not in ended and steps_of(name) > steps_of(name, checkpoint["settings"]):
+            if name in done and name not in ended and steps_of(name) > steps_of(
+                    name, globals() | checkpoint["settings"]):
                 print(f"stage {name} stays as it is: {checkpoint_path} holds its best weights only, from which no more "
                       "steps follow")
     left = [name for name in wanted if name not in done or name in (*longer, *anew)]
@@ -1254,7 +1257,11 @@ def main():
     with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
         for name in [name for name in told if name not in left]:
             run.summary(**told[name], **{f"{name}_seconds": ended[name]["loop"]["seconds"]})
-        bar, clock = run.bar(total + sum(map(steps_of, left)), total), Stopwatch(where)
+        begun = {name: ended[name]["loop"]["step"] for name in longer}
+        if checkpoint and checkpoint["stage"] in left and checkpoint["stage"] not in (*longer, *anew):
+            begun[checkpoint["stage"]] = checkpoint["loop"]["step"]
+        bar = run.bar(total + sum(steps_of(name) - begun.get(name, 0) for name in left), total)
+        clock = Stopwatch(where)
         for name in left:
             # ---- model, optimiser and the loop's own state of this stage ----
             seed_everything(seed, deterministic)
