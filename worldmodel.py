@@ -146,6 +146,7 @@ class ActionModel(nn.Module):
     kind "transformer": the same with spatio-temporal transformers, axial positions, causal in time; it learns from
     every frame of its history (`every`), and the decoder also sees the codes that led to the frames before.
     colours: P of the palette, or None: then x_t plus a residual is written.
+    With signs the bias of `to_code` has no gradient: their normalisation takes it away.
     """
 
     def __init__(self, height, width, patch, colours, history=2, n_codes=8, n_embd=32, n_layer=3, kind="conv",

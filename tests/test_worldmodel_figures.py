@@ -824,6 +824,70 @@ def test_rollouts_that_copy(put, video):
         assert found[f"exact_{t}"] == near((a == b).all((1, 2)).mean())
 
 
+# --- Figures over nothing ---
+
+def cut(video, episodes, length):
+    """Material of the first episodes of val, each of so many frames: one clip in each of so many."""
+    clips = Clips(video.val.stored_cells[:episodes, :length], None, video.val.stored_actions[:episodes, :length - 1],
+                  video.val.stored_effective[:episodes, :length - 1], PX)
+    return w.Material(clips, video.palette, torch.device("cpu"))
+
+
+def test_frames_have_a_psnr_each(video):
+    """Beside that of the pooled error: the mean over frames, by a loop."""
+    cells = video.val.cells(w.spread(video.val, 3, 70), 3).numpy()
+    found = w.evaluate_tokenizer(Painter(lambda cells: cells[:, [0, 0, 1]]), material(video), video.palette)
+    each = [decibels(picture_error(clip[t], clip[max(t - 1, 0)])) for clip in cells for t in range(3)]
+    assert found["frame_psnr"] == near(np.mean(each)) and found["frame_psnr"] > found["psnr"] + 1
+
+
+def test_a_clip_alone_is_no_control(put, still):
+    """One of one clip has none; one that is the 65th is left out of the control and of what that is compared with."""
+    put(eval_clips=70, rollout_clips=70, context=CONTEXT, window=3, n_codes=8)
+    found = w.evaluate_actions(Actor(write=simulate), cut(still, 1, HISTORY + 4), still.palette, 5)
+    for key in ("dpsnr_1", "dpsnr_4", "majority", "majority_200"):
+        assert math.isnan(found[key]), key
+    assert found["psnr_1"] == found["frame_psnr_1"] == 100 and found["dpsnr_random_4"] > 0
+    many = load("gridworld", 12, 65, 20, SIDE, PX, ball=False)
+
+    def write(cells, codes):                                  # the clip alone is written wrongly, whatever its code
+        return simulate(cells, codes) if len(cells) > 1 else np.where(cells == AGENT, FLOOR, cells)
+    figures = [w.evaluate_actions(Actor(write=write), cut(many, n, HISTORY + 4), many.palette, 5) for n in (64, 65)]
+    assert figures[0]["dpsnr_4"] == figures[1]["dpsnr_4"] and figures[0]["psnr_4"] > figures[1]["psnr_4"]
+    T = CONTEXT + 3
+    roll = [w.evaluate_rollouts(Dreamer(write, (3, 3, w.temperature)), {}, cut(many, n, T)) for n in (1, 64, 65)]
+    assert math.isnan(roll[0]["permuted_4"]) and math.isnan(roll[0]["dpsnr_permuted_4"]) and roll[0]["random_1"] < 100
+    for key in ("permuted_1", "permuted_4", "dpsnr_permuted_4"):
+        assert roll[1][key] == roll[2][key], key
+    assert roll[1]["psnr_4"] == 100 > roll[2]["psnr_4"] and not {key for key in roll[2] if "paired" in key}
+
+
+def test_what_is_over_nothing_is_not_a_number(put, still):
+    """Nothing moves: no changed tokens, no information, no direction; one action: no control. Said in words, not 0."""
+    clips = Clips(still.val.stored_cells[:, :1].expand(-1, 9, -1, -1), None, torch.zeros(24, 8, dtype=torch.uint8),
+                  torch.zeros(24, 8, dtype=torch.uint8), PX)
+    shown = w.Material(clips, still.palette, torch.device("cpu"))
+    found = w.evaluate_actions(Actor(), shown, still.palette, 5)
+    for key in ("information", "moved_information", "ceiling_information", "consistency"):
+        assert math.isnan(found[key]), key
+    assert found["majority"] == 1 and found["copy_4"] == 100
+    truth = clips.cells(w.spread(clips, CONTEXT, 70), CONTEXT).flatten(2).long()
+    found = w.evaluate_dynamics(Namer(clips, truth[:, -1]), {}, shown)
+    assert math.isnan(found["changed"]) and found["tokens"] == 1 and not {"agent", "ball"} & found.keys()
+    assert "changed nan (nothing changes)" in w.in_words("dynamics", found)
+    found = w.evaluate_tokenizer(Painter(lambda cells: cells), shown, still.palette)
+    assert math.isnan(found["changed_psnr"]) and math.isnan(found["changed_floor"]) and found["psnr"] == 100
+    put(temperature=0.0)
+    one = Dreamer(copy_, (3, 3, 0.0))
+    one.n_actions = 1
+    one.generate = lambda tokens, acts, plan, **how: tokens[:, -1:].expand(-1, plan.size(1), -1)
+    found = w.evaluate_rollouts(one, {}, shown)
+    for key in ("permuted_4", "random_4", "dpsnr_4", "dpsnr_permuted_4"):
+        assert math.isnan(found[key]), key
+    assert found["psnr_4"] == found["copy_4"] == 100
+    assert math.isnan(probed(np.zeros((700, 2), np.int64), [])["probe_information"])
+
+
 # --- Words ---
 
 def test_first_frames_that_are_known(put, video):
@@ -1167,6 +1231,30 @@ def test_a_tokenizer_that_sees_time_draws_a_played_world_as_a_rollout(put, video
         assert not torch.equal(torch.stack(seen), alone)      # the frames before do count
         again = played.draw(whole[:, 3:4])
     assert torch.equal(again, alone[0]) and not torch.equal(again, seen[0])  # a new world forgets the last
+
+
+@pytest.mark.parametrize("source", ["true", "latent"])
+def test_clips_of_two_frames_can_be_played(put, video, source):
+    """A world of context 2 begins at one frame, to which no action led."""
+    put(tokens="tokenizer", action_source=source, tokenizer_embd=16, dynamics_embd=16, action_embd=16, context=2)
+    models = {name: w.build(name, video).eval() for name in ("tokenizer", "actions", "dynamics")}
+    meanings = torch.arange(8) % 5 if source == "latent" else None
+    played = w.Played(models["dynamics"], models, material(video), video, meanings)
+    assert played.reset().frame.shape == (20, 20, 3) and played.step(1).cache.startswith("2 frames")
+
+
+def test_a_prompt_of_words_that_no_caption_has(put, video):
+    """One line; captions, and what they are made of in another order, are taken."""
+    put(tokens="cells", action_source="true", dynamics_embd=16, frame_embd=16, temperature=0.0)
+    models = {name: w.build(name, video).eval() for name in ("dynamics", "frame")}
+    played = w.Played(models["dynamics"], models, material(video), video)
+    for prompt in ("agent at a1, ball at c2, walls b2.", "walls: all but c3; the agent is there"):
+        assert prompt in played.reset(prompt).note
+    for prompt, said in (("a red house", "'a' is in no caption"), ("agent at f1", "'f1' is in no caption"),
+                         ("agent at a1!", "'!' is in no caption"), ("", "at least one word"), (" ", "at least one word"),
+                         ("write", "stage text"), ("agent " * 99, "at most"), ("caf\u00e9", "plain ASCII")):
+        with pytest.raises(ValueError, match=said):
+            played.reset(prompt)
 
 
 def test_a_stage_that_cannot_improve_ends_at_its_second_validation(forks, tmp_path):
