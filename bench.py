@@ -254,7 +254,7 @@ def our_training(model, T=None, rows=None, n=None):
     """A function that does n (None: `steps`) optimiser steps the way train_enwik8.py does."""
     T, rows, n = T or block_size, rows or batch_size, n or steps
     opt = optim.build("adamw", model.named_parameters(), parameter_roles(model), lr=1e-3, weight_decay=0.1,
-                      betas=(0.9, 0.99), kernels=kernels)
+                      betas=(0.9, 0.99), kernels=kernels, decay_params="2d")
     autocast = torch.autocast(where.type, torch.bfloat16, enabled=dtype == "bfloat16")
     data = torch.randint(256, (200_000,), dtype=torch.uint8, device=where)
     part = torch.arange(T + 1, device=where)

@@ -88,11 +88,13 @@ class MixtureOfExperts(nn.Module):
     """`n_expert` experts share the feed-forward's width; a position uses its expert_top_k best and the shared.
 
     The shared ones are one dense feed-forward. The others are chosen by a router without bias, whose scores are
-    float32: softmax, or under expert_balance "bias" a sigmoid of each; the chosen ones' scores, made to sum to 1,
-    weigh their outputs. No expert has a limit, so no position is dropped, and none depends on the rest of its batch.
+    float32: softmax, or under expert_balance "bias" a sigmoid of each; the chosen ones' scores, from two on made to
+    sum to 1, weigh their outputs (of a single one a sum of 1 would leave the router without a gradient: Switch, Fedus
+    et al. 2021). No expert has a limit, so no position is dropped, and none depends on the rest of its batch.
     Balance: "loss" adds balance_weight * E sum_e f_e p_e, with f the shares of choices and p the mean scores (Fedus et
-    al. 2021, equation 4; 1 where even). "bias" adds a number per expert to the scores for the choice only, which moves
-    by balance_rate against the last batch's load (Wang et al. 2024; DeepSeek-V3). "none": neither.
+    al. 2021, equation 4; 1 where even): a product of means over a pass, so a step of several passes, which takes the
+    mean of theirs, is not that of one pass over all rows. "bias" adds a number per expert to the scores for the choice
+    only, which moves by balance_rate against the last step's load (Wang et al. 2024; DeepSeek-V3). "none": neither.
     Experts lie one below the other in two matrices: up (E W, C), with gates (E 2 W, C), and down (E C, W).
     """
 
@@ -133,7 +135,9 @@ class MixtureOfExperts(nn.Module):
         ranked = scores if self.correction is None else scores + self.correction
         chosen = ranked.topk(self.config.expert_top_k, -1).indices
         weights = scores.gather(1, chosen)
-        return chosen, weights / weights.sum(1, keepdim=True).clamp(min=1e-20), scores
+        if self.config.expert_top_k > 1:
+            weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-20)
+        return chosen, weights, scores
 
     def forward(self, x, positions=None):
         """x (B, T, C) to (B, T, C)."""

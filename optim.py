@@ -18,6 +18,7 @@ import torch
 ROLES = ("embedding", "position", "matrix", "residual", "head", "gain", "bias")
 DECAYED = ("matrix", "residual", "head")  # what multiplies activations; not look-up tables, gains and biases
 HIDDEN = ("matrix", "residual")  # the 2-D weights inside the network, which Muon steps
+DECAY = ("matrices", "2d")  # which tensors decay: those roles; or, as in nanoGPT, all of two or more dimensions
 SCHEDULES = ("constant", "noam", "cosine", "wsd")
 
 # What each rule reads from its group, with the value that stands where nothing is said.
@@ -246,6 +247,7 @@ class _Optimizer(torch.optim.Optimizer):
             raise TypeError(f"{type(self).__name__} has no setting {', '.join(sorted(unknown))}")
         self.settings, self.mesh = settings, None
         super().__init__(params, {})  # the defaults differ from rule to rule: add_param_group sets them
+        self.order = [p for group in self.param_groups for p in group["params"]]  # the model's, for `fitted`
 
     def add_param_group(self, param_group):
         rule = param_group.get("rule", self.rule)
@@ -475,13 +477,37 @@ def _project(params, grads):
     return [g if g.numel() == 1 else new for g, new in zip(grads, projected)]
 
 
+def fitted(optimizer, state_dict):
+    """A checkpoint's state in the groups of `optimizer`, which `build` made.
+
+    Checkpoints from when groups were formed by the decay's value have, of a weight_decay of 0, one group for what
+    decays and what does not, its parameters in the model's order. Others are given back as they are.
+    """
+    groups, saved, whole = optimizer.param_groups, state_dict["param_groups"], {}
+    for group in groups:
+        whole.setdefault((group["rule"], group.get("rows")), []).extend(group["params"])
+    if len(saved) == len(groups) or [len(g["params"]) for g in saved] != [len(found) for found in whole.values()]:
+        return state_dict
+    place = {p: i for i, p in enumerate(optimizer.order)}
+    old = {p: i for group, found in zip(saved, whole.values())
+           for p, i in zip(sorted(found, key=place.get), group["params"])}
+    kept = dict(zip(whole, saved))
+    new = {p: i for i, p in enumerate(p for group in groups for p in group["params"])}
+    return {"state": {new[p]: state_dict["state"][i] for p, i in old.items() if i in state_dict["state"]},
+            "param_groups": [{**kept[group["rule"], group.get("rows")], "params": [new[p] for p in group["params"]]}
+                             for group in groups]}
+
+
 def load_state(optimizer, state_dict):
     """A checkpoint's moments and counts, with the hyperparameters that `optimizer` was built with.
 
-    load_state_dict alone would bring the checkpoint's lr, base_lr and weight_decay back and so overrule, silently, a
-    flag that was given on resume. Raises ValueError where the groups do not fit.
+    load_state_dict alone would bring the checkpoint's base_lr and weight_decay back and so overrule, silently, a flag
+    that was given on resume. `lr`, which the schedule sets before every step, stays the checkpoint's: what is saved
+    before the next step is what a run that never stopped saves. Raises ValueError where the groups do not fit.
     """
-    built = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    built = [{name: value for name, value in group.items() if name not in ("params", "lr")}
+             for group in optimizer.param_groups]
+    state_dict = fitted(optimizer, state_dict)
     saved = state_dict["param_groups"]
     if [group.get("rule") for group in saved] != [group["rule"] for group in built]:
         raise ValueError(f"the checkpoint's optimizer steps by {', '.join(str(g.get('rule')) for g in saved)}, "
@@ -505,14 +531,18 @@ def posterior(optimizer, named_parameters):
             for p in group["params"] if "hess" in optimizer.state[p]}
 
 
-def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None):
-    """Parameter groups: decay for matrix, residual and head, none for embedding, position, gain and bias.
+def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None, decay_params="matrices"):
+    """Parameter groups: decay for matrix, residual and head, none for embedding, position, gain and bias. Which there
+    are does not depend on weight_decay: a checkpoint goes over to another value, 0 too.
 
+    decay_params "2d": decay for every tensor of two or more dimensions instead, embeddings and position tables too.
     named_parameters: pairs (name, tensor). roles: name -> one of ROLES. A tensor under two names is claimed once, by
     the first that has a role. muon=True puts matrix and residual under rule "muon", the rest under "adamw".
     fused_rows: name -> rows of the parts of a fused matrix, which Muon takes apart.
     Raises ValueError naming a parameter that no role claims, whose name comes twice, or whose role is unknown.
     """
+    if decay_params not in DECAY:
+        raise ValueError(f"decay_params {decay_params!r}: it must be one of {', '.join(DECAY)}")
     named, claimed, found = {}, {}, {}
     for name, p in named_parameters:
         if named.setdefault(name, p) is not p:
@@ -525,20 +555,21 @@ def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None):
         if p not in claimed:
             raise ValueError(f"parameter {name}: unclaimed, it has no role")
     for p, name in claimed.items():
-        settings = {"weight_decay": weight_decay if roles[name] in DECAYED else 0.0}
+        decayed = roles[name] in DECAYED if decay_params == "matrices" else p.ndim >= 2
+        settings = {"weight_decay": weight_decay if decayed else 0.0}
         if muon:
             settings["rule"] = "muon" if roles[name] in HIDDEN else "adamw"
             if settings["rule"] == "muon" and p.ndim != 2:
                 raise ValueError(f"parameter {name}: Muon steps 2-D weights, its shape is {tuple(p.shape)}")
             if settings["rule"] == "muon" and name in (fused_rows or {}):
                 settings["rows"] = tuple(fused_rows[name])
-        found.setdefault(tuple(settings.items()), {**settings, "params": []})["params"].append(p)
+        found.setdefault((decayed, *settings.items()), {**settings, "params": []})["params"].append(p)
     return list(found.values())
 
 
 def build(name, named_parameters, roles, lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, momentum=0.9, muon_lr=0.02,
           muon_momentum=0.95, orthograd=False, fused_rows=None, ess=1e6, hess_init=1.0, clip_radius=math.inf,
-          mesh=None, kernels="torch"):
+          mesh=None, kernels="torch", decay_params="matrices"):
     """The optimiser `name` (one of RULES) of a whole model; a schedule multiplies each group's base_lr.
 
     sgd reads momentum; adam, adamw and schedule_free betas and eps; muon steps matrix and residual with muon_lr and
@@ -553,7 +584,8 @@ def build(name, named_parameters, roles, lr, weight_decay=0.0, betas=(0.9, 0.999
         raise ValueError(f"optimizer {name!r}: it must be one of {', '.join(RULES)}")
     if kernels not in ("torch", "triton"):
         raise ValueError(f"kernels {kernels!r}: it must be torch or triton")
-    wanted = groups(named_parameters, roles, weight_decay, name == "muon", fused_rows)
+    pairs = list(named_parameters)
+    wanted = groups(pairs, roles, weight_decay, name == "muon", fused_rows, decay_params)
     own = {"sgd": dict(lr=lr, momentum=momentum), "muon": dict(lr=muon_lr, momentum=muon_momentum),
            "ivon": dict(lr=lr, betas=tuple(betas), ess=ess, hess_init=hess_init, clip_radius=clip_radius)}
     for group in wanted:
@@ -561,6 +593,7 @@ def build(name, named_parameters, roles, lr, weight_decay=0.0, betas=(0.9, 0.999
         group["base_lr"] = group["lr"]
     kind = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "muon": Muon, "schedule_free": ScheduleFree, "ivon": IVON}[name]
     optimizer = kind(wanted)
+    optimizer.order = list(dict.fromkeys(p for n, p in pairs if n in roles))
     if mesh and mesh.size > 1:
         if name == "ivon":
             raise ValueError("ivon draws the weights anew in every pass, which several processes cannot agree on here")
@@ -569,8 +602,9 @@ def build(name, named_parameters, roles, lr, weight_decay=0.0, betas=(0.9, 0.999
     return OrthoGrad(optimizer) if orthograd else optimizer
 
 
-def schedule(name, step, warmup_steps, max_steps, min_scale=0.0, decay_fraction=0.2):
-    """The factor on base_lr of the step that follows `step` finished ones. After a linear warm-up to 1 it is, for name
+def schedule(name, step, warmup_steps, max_steps, min_scale=0.0, decay_fraction=0.2, warmup_peak="last"):
+    """The factor on base_lr of the step that follows `step` finished ones. After a linear warm-up, which reaches 1 in
+    its last step, or with warmup_peak "next" (nanoGPT's) would in the step after it, it is, for name
 
     constant  1
     noam      (warmup_steps / (step + 1))^0.5 (Vaswani et al. 2017, eq. 3, divided by its peak)
@@ -587,7 +621,7 @@ def schedule(name, step, warmup_steps, max_steps, min_scale=0.0, decay_fraction=
         if step >= max_steps:
             return min_scale
     if step < warmup_steps:
-        return (step + 1) / warmup_steps
+        return (step + 1) / (warmup_steps + (warmup_peak == "next"))
     if name == "noam":
         return math.sqrt(max(warmup_steps, 1) / (step + 1))
     if name == "cosine":

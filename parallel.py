@@ -89,6 +89,13 @@ def start(dp=1, tp=1, device="auto"):
     return Mesh(dp, tp, rank, f"cuda:{local}" if device == "cuda" else device, mesh)
 
 
+def warn_of_passes(config, grad_accum):
+    """One line where a step of several passes is not that of one pass over all of their rows."""
+    if grad_accum > 1 and "moe" in config.ffs and config.expert_balance == "loss" and config.balance_weight:
+        print(f"grad_accum {grad_accum}: expert_balance loss is not linear in the batch: each pass has its own, and a "
+              "step takes their mean")
+
+
 def _leave():
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -314,8 +321,16 @@ class Mesh:
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def sum_usage(self, model):
-        """After a pass: what each expert was given, over all rows of the batch, into model.usage."""
+    def gather(self, model, told):
+        """After a step's passes: what each expert was given, over all rows of the step, into model.usage, and the mean
+        over the passes of what layers added to the objective into model.extras (of this process's rows: see `mean`).
+
+        told: of each pass, (model.usage, model.extras).
+        """
+        usages, extras = zip(*told)
+        model.usage = {layer: sum(usage[layer] for usage in usages) for layer in usages[0]}
+        names = dict.fromkeys(name for extra in extras for name in extra)    # compressive: not of every pass
+        model.extras = {name: sum(extra.get(name, 0.0) for extra in extras) / len(told) for name in names}
         if self.dp > 1:
             for loads in model.usage.values():
                 dist.all_reduce(loads, group=self.mesh["dp"].get_group())
@@ -365,7 +380,9 @@ class Mesh:
 
     def load_optimizer(self, optimizer, state):
         """optim.load_state(optimizer, state), of a state of one process that every process has."""
-        optim.load_state(optimizer, state if self.size == 1 else self._each_tensor(optimizer, state, self.part))
+        if self.size > 1:
+            state = self._each_tensor(optimizer, optim.fitted(optimizer, state), self.part)
+        optim.load_state(optimizer, state)
 
     @staticmethod
     def _each_tensor(optimizer, state, change):

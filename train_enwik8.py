@@ -132,6 +132,7 @@ lr = 7e-4                  # [> 0.0] peak learning rate
 muon_lr = 0.02             # [> 0.0] peak learning rate of the matrices under muon
 schedule = "noam"          # [constant, noam, cosine, wsd] all start with a linear warm-up
 warmup_steps = 4000        # [>= 0] steps
+warmup_peak = "last"       # [last, next] the step that first has the peak rate: of the warm-up, or after it
 decay_fraction = 0.2       # [> 0.0, <= 1.0] wsd: share of max_steps in which the rate falls linearly
 min_lr_scale = 0.0         # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
 betas = (0.9, 0.99)        # adam, adamw, schedule_free, ivon (0.9,0.99999 there)
@@ -141,7 +142,8 @@ muon_momentum = 0.95       # [>= 0.0, < 1.0] muon
 ess = None                 # [none, > 0.0] ivon: effective sample size; none: bytes of the training split
 hess_init = 1.0            # [> 0.0] ivon: curvature at first
 clip_radius = None         # [none, > 0.0] ivon: largest step of a weight before the rate; none: no bound
-weight_decay = 0.01        # [>= 0.0] on matrices only
+weight_decay = 0.01        # [>= 0.0] on what decay_params names
+decay_params = "matrices"  # [matrices, 2d] 2d: all of two or more dimensions, embeddings and position tables too
 grad_clip = 1.0            # [none, > 0.0] largest norm of the whole gradient
 ema_decay = 0.0            # [>= 0.0, < 1.0] running average of the weights, evaluated beside them; 0: none
 
@@ -178,12 +180,13 @@ presets = {
         qk_norm=True, optimizer="muon", lr=0.03, muon_lr=0.1, muon_momentum=0.8, betas=(0.8, 0.95), weight_decay=0.0,
         schedule="wsd", decay_fraction=1.0, warmup_steps=0, dtype="bfloat16", max_steps=125, eval_interval=125,
         save_interval=125),
-    # nanoGPT's CPU command: the same architecture, batch, optimiser and schedule, on bytes.
+    # nanoGPT's CPU command: the same architecture, batch, optimiser and schedule, on bytes, in bfloat16.
     "nanogpt_cpu": dict(
         dataset="shakespeare", n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0, n_targets=1,
         intermediate_losses=False, positions="learned", norm="layer", norm_gain=True, activation="gelu", init="gpt2",
         tie_weights=True, optimizer="adamw", lr=1e-3, schedule="cosine", min_lr_scale=0.1, warmup_steps=100,
-        weight_decay=0.1, dtype="bfloat16", max_steps=2000, eval_interval=250, save_interval=500),
+        warmup_peak="next", weight_decay=0.1, decay_params="2d", dtype="bfloat16", max_steps=2000, eval_interval=250,
+        save_interval=500),
     # The first 4,150,000 bytes of enwik8 on two cores.
     "enwik8_cpu": dict(
         dataset="enwik8", max_bytes=4_150_000, batching="epochs", n_layer=4, n_head=4, n_embd=256, block_size=256,
@@ -237,14 +240,14 @@ architecture = (
     "compression_rate", "compression", "state_dim", "conv_width", "expand", "short_conv", "shorten", "ff",
     "ff_mult", "activation", "ff_rank", "n_expert", "n_shared_expert", "expert_top_k", "expert_balance",
     "tie_weights", "n_targets", "target_heads", "layer_heads", "head_bias", "output", "intermediate_losses",
-    "mtp_depth", "optimizer", "batching")
+    "mtp_depth", "optimizer", "decay_params", "batching")
 
 
 def check(settings):
     """Settings that cannot go together: UserError with one sentence. Returns the model's configuration."""
     try:
         config = TransformerConfig.from_settings(settings)
-        optim.schedule(schedule, 0, warmup_steps, max_steps, min_lr_scale, decay_fraction)
+        optim.schedule(schedule, 0, warmup_steps, max_steps, min_lr_scale, decay_fraction, warmup_peak)
     except ValueError as error:
         raise UserError(error)
     if optimizer == "ivon" and dtype == "float16":
@@ -280,7 +283,7 @@ def evaluate(model, opt, ema, data, windows, autocast, mesh):
 
 
 def usage(model):
-    """How the last batch spread over the experts of each layer, for the metrics: shares, and the largest over even."""
+    """How the last step spread over the experts of each layer, for the metrics: shares, and the largest over even."""
     shares = {layer: (n.float() / n.sum()).tolist() for layer, n in model.usage.items()}
     return {**{f"experts_{layer}": [round(share, 4) for share in found] for layer, found in shares.items()},
             **{f"imbalance_{layer}": len(found) * max(found) for layer, found in shares.items()}}
@@ -305,7 +308,7 @@ def main():
     checkpoint_path = find_resume(settings, __file__)
     checkpoint = load_checkpoint(checkpoint_path, __file__) if checkpoint_path else None
     if checkpoint:
-        settings = adopt(globals(), settings, checkpoint["settings"], architecture)
+        settings = adopt(globals(), settings, {"decay_params": "matrices"} | checkpoint["settings"], architecture)
         extended = extend(settings)
     elif extend_block_size is not None:
         raise UserError("--extend_block_size goes with --resume: a new run takes --block_size")
@@ -319,6 +322,7 @@ def main():
     where, precision = resolve_device(mesh.device, dtype)
     mesh.check(config, batch_size, optimizer, precision, carry_memory and batching == "streams" and config.carries,
                compile)
+    parallel.warn_of_passes(config, grad_accum)
 
     # ---- data ----
     corpus = text.load(dataset, max_bytes, where)
@@ -338,7 +342,8 @@ def main():
     opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, weight_decay=weight_decay,
                       betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr, muon_momentum=muon_momentum,
                       orthograd=orthograd, fused_rows=fused_rows(model), ess=ess or len(corpus.train),
-                      hess_init=hess_init, clip_radius=clip_radius or math.inf, mesh=mesh, kernels=kernels)
+                      hess_init=hess_init, clip_radius=clip_radius or math.inf, mesh=mesh, kernels=kernels,
+                      decay_params=decay_params)
     scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
 
     # ---- resume ----
@@ -400,10 +405,16 @@ def main():
         while not mesh.stop(run):
             # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
             step = loop["step"]
-            if eval_interval and step % eval_interval == 0 and loop["evaluated"] < step:
+            over = max_steps is not None and step >= max_steps
+            unplanned = over and eval_interval and step % eval_interval > 0      # the last step too may be the best
+            if unplanned and saved < step:               # first: a run that goes on from here was not evaluated here
+                settle()
+                save(run, "last.pt", keep=0 if step % save_interval else keep_last)
+                saved = step
+            if eval_interval and (unplanned or step % eval_interval == 0) and loop["evaluated"] < step:
                 settle()
                 loop["evaluated"] = step
-                everything = full_eval_interval and step % full_eval_interval == 0
+                everything = full_eval_interval and not unplanned and step % full_eval_interval == 0
                 clock.start()
                 for windows in (None, eval_windows) if everything else (eval_windows,):
                     for which, found in evaluate(model, opt, ema, corpus.val, windows, autocast, mesh):
@@ -418,7 +429,7 @@ def main():
                 settle()
                 save(run, "last.pt", keep=keep_last)
                 saved = step
-            if max_steps is not None and step >= max_steps:
+            if over:
                 break
 
             # ---- one optimiser step ----
@@ -427,11 +438,11 @@ def main():
                 os.environ.setdefault("KINETO_LOG_LEVEL", "6")   # else its library writes to stderr
                 profiler = torch.profiler.profile(acc_events=True)  # of one cycle: 2.11 warns where that is not said
                 profiler.start()
-            scale = optim.schedule(schedule, step, warmup_steps, max_steps, min_lr_scale, decay_fraction)
+            scale = optim.schedule(schedule, step, warmup_steps, max_steps, min_lr_scale, decay_fraction, warmup_peak)
             for group in opt.param_groups:
                 group["lr"] = group["base_lr"] * scale
             active = active_layers(step, max_steps, n_layer) if intermediate_losses else None
-            loss = 0.0
+            loss, told = 0.0, []
             clock.start()
             for _ in range(grad_accum):
                 x, y = mesh.rows(*batches.next())                # each process draws the whole batch and takes its rows
@@ -445,12 +456,13 @@ def main():
                     scaler.scale(objective / grad_accum).backward()
                     clock.lap("backward")
                 loss = loss + nats[-1, 0] / grad_accum           # last layer, next byte: what the published figures are
+                told.append((model.usage, model.extras))
             scaler.unscale_(opt)
             grad_norm = mesh.clip_grad_norm(model.parameters(), grad_clip or math.inf)
             scaler.step(opt)
             scaler.update()
             opt.zero_grad(set_to_none=True)
-            mesh.sum_usage(model)
+            mesh.gather(model, told)
             model.balance_experts()
             if ema:
                 ema.update()
@@ -477,7 +489,8 @@ def main():
                         grad_norm=loop["pending"][-1][1], tokens_per_s=speed,
                         mfu=speed * model.flops_per_token(block_size, active) / peak_flops,
                         seconds=loop["seconds"], epoch=batches.epoch,
-                        **{f"loss_{name}": value.item() for name, value in model.extras.items()}, **usage(model))
+                        **{f"loss_{name}": mesh.mean(value).item() for name, value in model.extras.items()},
+                        **usage(model))
                 loop.update(pending=[], logged_seconds=loop["seconds"])
                 bar.update(step, f"loss {mean:.4f}, {speed:,.0f} bytes/s")
             if not hinted and loop["seconds"] > 2:

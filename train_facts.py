@@ -154,6 +154,7 @@ lr = 2e-2                  # [> 0.0] peak learning rate
 muon_lr = 0.02             # [> 0.0] peak learning rate of the matrices under muon
 schedule = "wsd"           # [constant, noam, cosine, wsd] all start with a linear warm-up
 warmup_steps = 50          # [>= 0] steps
+warmup_peak = "last"       # [last, next] the step that first has the peak rate: of the warm-up, or after it
 decay_fraction = 0.5       # [> 0.0, <= 1.0] wsd: share of max_steps in which the rate falls linearly
 min_lr_scale = 0.02        # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
 betas = (0.9, 0.98)        # adam, adamw, schedule_free, ivon (0.9,0.99999 there)
@@ -163,7 +164,8 @@ muon_momentum = 0.95       # [>= 0.0, < 1.0] muon
 ess = None                 # [none, > 0.0] ivon: effective sample size; none: rows to train on
 hess_init = 1.0            # [> 0.0] ivon: curvature at first
 clip_radius = None         # [none, > 0.0] ivon: largest step of a weight before the rate; none: no bound
-weight_decay = 0.1         # [>= 0.0] on matrices only
+weight_decay = 0.1         # [>= 0.0] on what decay_params names
+decay_params = "matrices"  # [matrices, 2d] 2d: all of two or more dimensions, embeddings and position tables too
 grad_clip = None           # [none, > 0.0] largest norm of the whole gradient
 ema_decay = 0.0            # [>= 0.0, < 1.0] running average of the weights, evaluated beside them; 0: none
 
@@ -223,7 +225,8 @@ architecture = (
     "rope_base", "residual_scale", "qk_norm", "qk_scale", "mixer", "short_conv", "window", "sparse_stride",
     "sparse_summary", "kv_rank", "q_rank", "rope_dim", "memory_length", "compressed_length", "compression_rate",
     "compression", "state_dim", "conv_width", "expand", "ff", "ff_mult", "activation", "ff_rank", "n_expert",
-    "n_shared_expert", "expert_top_k", "expert_balance", "tie_weights", "head_bias", "output", "optimizer")
+    "n_shared_expert", "expert_top_k", "expert_balance", "tie_weights", "head_bias", "output", "optimizer",
+    "decay_params")
 
 FACTS = ("in_weight", "in_tool", "both")
 
@@ -231,7 +234,7 @@ FACTS = ("in_weight", "in_tool", "both")
 def check(settings):
     """Settings that cannot go together: UserError with one sentence."""
     try:
-        optim.schedule(schedule, 0, warmup_steps, max_steps, min_lr_scale, decay_fraction)
+        optim.schedule(schedule, 0, warmup_steps, max_steps, min_lr_scale, decay_fraction, warmup_peak)
     except ValueError as error:
         raise UserError(error)
     if optimizer == "ivon" and dtype == "float16":
@@ -409,7 +412,7 @@ def main():
     checkpoint_path = find_resume(settings, __file__)
     checkpoint = load_checkpoint(checkpoint_path, __file__) if checkpoint_path else None
     if checkpoint:
-        settings = adopt(globals(), settings, checkpoint["settings"], architecture)
+        settings = adopt(globals(), settings, {"decay_params": "matrices"} | checkpoint["settings"], architecture)
     check(settings)
     where, precision = resolve_device(mesh.device, dtype)
 
@@ -430,6 +433,7 @@ def main():
     if prefix and config.carries:
         raise UserError(f"--prefix: mixer {mixer} reads from left to right: a question's tokens cannot see one another")
     mesh.check(config, batch_size, optimizer, precision, compiled=compile)
+    parallel.warn_of_passes(config, grad_accum)
     model = mesh.parallelise(build_model(config).to(where))
     net = torch.compile(model) if compile else model
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
@@ -438,7 +442,8 @@ def main():
     opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, weight_decay=weight_decay,
                       betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr, muon_momentum=muon_momentum,
                       orthograd=orthograd, fused_rows=fused_rows(model), ess=ess or work.n_rows, hess_init=hess_init,
-                      clip_radius=clip_radius or math.inf, mesh=mesh, kernels=kernels)
+                      clip_radius=clip_radius or math.inf, mesh=mesh, kernels=kernels,
+                      decay_params=decay_params)
     scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
 
     # ---- resume ----
@@ -507,10 +512,13 @@ def main():
         while not mesh.stop(run):
             # ---- evaluate and save: before the step, so that a run that stops here does on resume what was due ----
             step = loop["step"]
-            scale = optim.schedule(schedule, step, warmup_steps, max_steps, min_lr_scale, decay_fraction)
+            scale = optim.schedule(schedule, step, warmup_steps, max_steps, min_lr_scale, decay_fraction, warmup_peak)
             for group in opt.param_groups:               # first, so that what is saved does not ask who stepped before
                 group["lr"] = group["base_lr"] * scale
             over = max_steps is not None and step >= max_steps
+            if saved < 0:                                # before the first evaluation, which writes best.pt
+                save(run, "last.pt", keep=keep_last)
+                saved = step
             if eval_interval and step % eval_interval == 0 and loop["evaluated"] < step and not over:
                 settle()
                 loop["evaluated"], found = step, math.inf
@@ -535,7 +543,7 @@ def main():
             clock.start()
             parts = [batches.next() for _ in range(grad_accum)]
             targets = sum(int((y >= 0).sum()) for _, y in parts)         # the loss is the mean over all of the step's
-            loss = 0.0
+            loss, told = 0.0, []
             for x, y in parts:
                 share = int((y >= 0).sum()) / max(targets, 1) * mesh.weight(y)
                 x, y = mesh.rows(x, y)                       # each process draws the whole batch and takes its rows
@@ -549,12 +557,13 @@ def main():
                     scaler.scale(objective * share).backward()
                     clock.lap("backward")
                 loss, seen = loss + nats[-1, 0] * share, seen + x.numel() * mesh.dp
+                told.append((model.usage, model.extras))
             scaler.unscale_(opt)
             grad_norm = mesh.clip_grad_norm(model.parameters(), grad_clip or math.inf)
             scaler.step(opt)
             scaler.update()
             opt.zero_grad(set_to_none=True)
-            mesh.sum_usage(model)
+            mesh.gather(model, told)
             model.balance_experts()
             if ema:
                 ema.update()

@@ -248,6 +248,16 @@ def test_experts_token_by_token(activation, balance, shared):
         assert not places.losses
 
 
+@pytest.mark.parametrize("balance", ["none", "loss", "bias"])
+def test_one_expert_is_weighed_by_its_score(balance):
+    """Divided by itself it would be 1, and the router would not learn from what the experts say."""
+    ff, x = feed_forward("moe", expert_top_k=1, expert_balance=balance, balance_weight=0.0).train(), draw(1, 6, 32)
+    chosen, weights, scores = ff.route(x[0])
+    assert torch.equal(weights, scores.gather(1, chosen)) and weights.max() < 1
+    ff(x, Positions(0, 6)).square().sum().backward()
+    assert ff.router.weight.grad.norm() > 1e-3 * ff.up.weight.grad.norm()
+
+
 def test_balance_loss_is_one_where_even_and_grows():
     ff = feed_forward("moe", balance_weight=1.0).train()
     for bias, low, high in ((0.0, 0.99, 1.01), (9.0, 3.5, 4.1)):
