@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from data import facts, mqar, text, tokens
 from data.tokenized import open_text, tokenizer_of
 from experiment import (UserError, command, draw_curves, find_checkpoint, is_running, load_checkpoint, lock_file,
-                        override, read_json, read_metrics, replacing, resolve_device)
+                        optional, override, read_json, read_metrics, replacing, resolve_device)
 from model import from_checkpoint
 from sample import converse
 
@@ -640,7 +640,8 @@ def follow(run, where, precision):
                         note = ", best.pt"
                     for _, _, said in results:
                         print(f"step {step}: {said}, {weights} weights{note})", flush=True)
-                    draw_curves(run, run / "curves.png")
+                    with optional("curves.png is"):
+                        draw_curves(run, run / "curves.png")
                 alive = time.monotonic()
                 continue
             if is_running(run):

@@ -659,7 +659,7 @@ def main():
 
     with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
         bar = run.bar(max_steps, loop["step"])
-        saved = loop["step"] if checkpoint and not keep_last else None   # its numbered one may be missing
+        saved = None                                         # on resume too: a stop comes before what is due
         if not checkpoint:
             if codebook_init == "kmeans" and estimator != "fsq":
                 with torch.no_grad(), autocast:

@@ -194,8 +194,9 @@ def test_exposures(forks, tmp_path):
     more = forks.run([*bare, "--exposures", "9"], tmp_path)               # they have made max_steps what it is
     assert_done(more)
     assert "exposures 5.0 comes from the checkpoint: --exposures 9.0 is overruled" in more.out
-    longer = train(tmp_path / "killed", "--resume", max_steps=10)        # said plainly, it may go on
-    assert_done(forks.run(longer, tmp_path))
+    longer = train(tmp_path / "killed", "--resume", max_steps=10, save_interval=4, keep_last=3)
+    assert_done(forks.run(longer, tmp_path))                             # said plainly, it may go on
+    assert [path.name for path in run.glob("step_*.pt")] == ["step_00000008.pt"], "the stop fell on its step"
     assert load_checkpoint(run / "last.pt")["step"] == 10
 
 

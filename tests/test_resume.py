@@ -394,9 +394,11 @@ def test_exactly_max_steps(forks, base, copy, text, tmp_path):
     assert adam_steps == {12} and steps_of(base) == list(range(1, 13))
     assert steps_of(base, "val") == [5, 5, 10, 10, 10, 10]   # raw and averaged; at 10 also over the whole split
     same = train(text, tmp_path / "runs", **KEEP)
+    (copy / "step_00000012.pt").unlink()                     # stopped or killed at this step, before it was written
     again = forks.run(same + ["--resume"], tmp_path)
     assert_done(again)
     assert_same_end(copy, base)
+    assert (copy / "step_00000012.pt").exists()
     one = forks.run(same + ["--resume", copy / "step_00000011.pt"], tmp_path)
     assert_done(one)
     assert_same_end(copy, base)
