@@ -227,10 +227,10 @@ def check(settings, video=None):
 
 
 def steps_of(name, settings=None):
-    """Optimiser steps of a stage, by other `settings` than the script's if they are given."""
+    """Optimiser steps of a stage, by these settings or those of now."""
     settings = settings or globals()
-    own = settings["action_steps" if name == "actions" else f"{name}_steps"]
-    return own if settings["max_steps"] is None else settings["max_steps"]
+    own = "action_steps" if name == "actions" else f"{name}_steps"
+    return settings[own] if settings["max_steps"] is None else settings["max_steps"]
 
 
 def is_over(name, loop):
@@ -387,8 +387,8 @@ def latent_actions(model, frames):
     as often as the model's history asks."""
     frames = torch.cat((frames[:, :1].expand(-1, model.history - 1, -1, -1, -1), frames), 1)
     windows = [frames[:, t:t + model.history + 1] for t in range(frames.size(1) - model.history)]
-    codes = [model.quantiser(model.encode(window)).codes for window in windows]
-    return torch.stack(codes, 1) if codes else torch.zeros(len(frames), 0, dtype=torch.int64, device=frames.device)
+    found = [model.quantiser(model.encode(window)).codes for window in windows]
+    return torch.stack(found, 1) if found else torch.empty(len(frames), 0, dtype=torch.int64, device=frames.device)
 
 
 def hide(truth, noise):

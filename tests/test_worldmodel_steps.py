@@ -1,15 +1,23 @@
-"""A step of the world model is a step however many passes it has; a finished stage goes on; nothing is cut off: 15 s."""
+"""A step of the world model is a step however many passes it has; a finished stage goes on; nothing is cut off: 15 s.
+
+Runs are started in this process, without the curves and the copy of the code that each leaves.
+"""
 import itertools
 import math
+import os
 import shutil
+import signal
+import sys
 
 import pytest
 import torch
 
+import experiment
+import flags
 import train_worldmodel as w
 from data.video import load
 from experiment import load_checkpoint
-from test_resume import Forks, assert_done, assert_equal, assert_error, records, summary
+from test_resume import assert_equal, records, summary
 from test_worldmodel_resume import STAGES, TINY, at, train
 from worldmodel import Signs
 
@@ -17,11 +25,37 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BATCHES = ("tokenizer_batch", "batch_size", "dynamics_batch", "text_batch", "frame_batch")
 
 
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    server = Forks(tmp_path_factory.mktemp("forks"))
-    yield server
-    server.close()
+@pytest.fixture
+def launch(monkeypatch, capsys):
+    """launch(out_dir, more words, settings on top of TINY) -> (exit status, what was printed, and to standard error)."""
+    defaults = {name: spec.default for name, spec in flags._read_settings(w.__file__).items()}
+    for name in defaults:
+        monkeypatch.setattr(w, name, getattr(w, name))        # as it was, in the end
+    monkeypatch.setattr(experiment, "draw_curves", lambda *paths: None)
+    monkeypatch.setattr(experiment, "_output", lambda *words: None)
+    monkeypatch.setattr(experiment.Run, "_copy_code", lambda run: None)
+
+    def launch(out_dir, *more, **settings):
+        vars(w).update(defaults)
+        monkeypatch.setattr(sys, "argv", list(map(str, train(out_dir, *more, **settings))))
+        code = 0
+        try:
+            w.main()
+        except SystemExit as error:
+            code = error.code
+        return code, *capsys.readouterr()
+    yield launch
+    torch.set_deterministic_debug_mode("default")
+
+
+def done(told):
+    assert told[0] == 0, told
+    return told[1]
+
+
+def error(told, text):
+    """One line, status 2."""
+    assert told[0] == 2 and told[2].startswith("error: ") and told[2].count("\n") == 1 and text in told[2], told
 
 
 @pytest.fixture
@@ -73,14 +107,14 @@ STEPS = {
 
 
 @pytest.mark.parametrize("case", STEPS)
-def test_passes_are_one_pass(forks, tmp_path, put, video, case):
+def test_passes_are_one_pass(launch, tmp_path, put, case):
     """Three passes over B clips, whose weights differ, are one over 3 B: loss, norm, weights and codes, as a run."""
     how = dict(STEPS[case], max_steps=1, eval_clips=2, rollout_clips=2, n_codes=4, save_interval=100, warmup_steps=1,
                optimizer="adamw", eps=1e-3)                   # so large that a step goes with the gradient
     runs = {}
     for passes in (3, 1):
         sizes = {name: 6 // passes for name in BATCHES}
-        assert_done(forks.run(train(tmp_path / str(passes), **how, **sizes, grad_accum=passes), tmp_path))
+        done(launch(tmp_path / str(passes), **how, **sizes, grad_accum=passes))
         run = at(tmp_path / str(passes))
         runs[passes] = [line for line in records(run) if line["split"] == "train"], load_checkpoint(run / "last.pt")
     for many, one in zip(*(runs[passes][0] for passes in (3, 1)), strict=True):
@@ -90,10 +124,9 @@ def test_passes_are_one_pass(forks, tmp_path, put, video, case):
     assert many.keys() == one.keys()
     if how.get("stage") in ("tokenizer", "actions"):          # no choice is compared that rounding could turn
         put(**{name: value for name, value in how.items() if name != "streams"})
-        w.seed_everything(TINY.get("seed", 1337), False)
-        model, stage = w.build(how["stage"], load("gridworld", 12, 4, 7, 4, 4)), how["stage"]
-        T = w.tokenizer_frames if stage == "tokenizer" else w.history + 1
-        data = load("gridworld", 12, 4, 7, 4, 4)
+        torch.manual_seed(1337)
+        data, stage = load("gridworld", 12, 4, 7, 4, 4), how["stage"]
+        model, T = w.build(stage, data), w.tokenizer_frames if stage == "tokenizer" else w.history + 1
         index = w.Stream(data.train, T, 6, 1337).at(0)
         assert margin(model, material(data).frames(index, T), "fsq" if how.get("quantiser") == "fsq" else stage) > 1e-5
     for stage in one:
@@ -101,7 +134,7 @@ def test_passes_are_one_pass(forks, tmp_path, put, video, case):
             torch.testing.assert_close(many[stage][name], value, rtol=1e-5, atol=1e-5, msg=f"{stage} {name}")
 
 
-def test_signs_follow_a_step_not_a_pass(put, video, capsys):
+def test_signs_follow_a_step_not_a_pass():
     """Running statistics of all passes at once, as VQ's means; a pass alone changes none."""
     u = torch.randn(24, 2, generator=torch.Generator().manual_seed(0)) * 3 + 1
     many, one = Signs(4).train(), Signs(4).train()
@@ -129,19 +162,19 @@ def test_shares_count_what_is_hidden_and_what_changes(put, video):
 
 # --- A finished stage that is asked for more ---
 
-def test_a_longer_run_goes_on_where_the_shorter_ended(forks, tmp_path):
+def test_a_longer_run_goes_on_where_the_shorter_ended(launch, tmp_path):
     """Under a constant rate the weights of a run that was asked for all steps at once; what has read them is anew."""
-    how = dict(action_source="true", schedule="constant", dynamics_change=0.0, reset_fraction=1.0, ema_decay=0.5)
+    how = dict(action_source="true", schedule="constant", dynamics_change=0.0, reset_fraction=1.0, ema_decay=0.5,
+               eval_clips=2, rollout_clips=2, decode_steps=1)
     short = at(tmp_path / "short")
-    assert_done(forks.run(train(tmp_path / "whole", **how, max_steps=6), tmp_path))
-    assert_done(forks.run(train(tmp_path / "short", **how, max_steps=3), tmp_path))
+    done(launch(tmp_path / "whole", **how, max_steps=6))
+    done(launch(tmp_path / "short", **how, max_steps=3))
     old = shutil.copytree(short, at(tmp_path / "old"))
-    assert_error(forks.run(train(tmp_path / "short", "--resume", stage="tokenizer", max_steps=6), tmp_path),
-                 "stage dynamics has learned from stage tokenizer as it is")
-    child = forks.run(train(tmp_path / "short", "--resume", max_steps=6), tmp_path)
-    assert_done(child)
-    assert "stage text goes on from step 3" in child.out
-    assert "stage dynamics begins anew: it has learned from stage tokenizer, which goes on" in child.out
+    error(launch(tmp_path / "short", "--resume", stage="tokenizer", max_steps=6),
+          "stage dynamics has learned from stage tokenizer as it is")
+    said = done(launch(tmp_path / "short", "--resume", max_steps=6))
+    assert "stage text goes on from step 3" in said
+    assert "stage dynamics begins anew: it has learned from stage tokenizer, which goes on" in said
     one, two = (load_checkpoint(at(tmp_path / name) / "last.pt") for name in ("whole", "short"))
     for stage in one["done"]:
         assert_equal(two["done"][stage], one["done"][stage], stage)
@@ -153,9 +186,7 @@ def test_a_longer_run_goes_on_where_the_shorter_ended(forks, tmp_path):
     assert {"tokenizer_psnr", "tokenizer_seconds", "dynamics_loss", "rollout_copy_4", "text_best_step"} <= before.keys()
     shutil.rmtree(short / "samples")
     (short / "samples").write_text("no folder")
-    child = forks.run(train(tmp_path / "short", "--resume", stage="text", max_steps=7), tmp_path)
-    assert_done(child)
-    assert "samples are left out" in child.out
+    assert "samples are left out" in done(launch(tmp_path / "short", "--resume", stage="text", max_steps=7))
     after = summary(short)
     assert after["status"] == "done" and all(after[key] == value for key, value in before.items()
                                              if not key.startswith("text"))
@@ -164,9 +195,27 @@ def test_a_longer_run_goes_on_where_the_shorter_ended(forks, tmp_path):
     for key in ("ended", "figures"):
         del checkpoint[key]
     torch.save(checkpoint, old / "last.pt")
-    child = forks.run(train(tmp_path / "old", "--resume", max_steps=6), tmp_path)
-    assert_done(child)
-    assert "stage tokenizer stays as it is" in child.out
+    assert "stage tokenizer stays as it is" in done(launch(tmp_path / "old", "--resume", max_steps=6))
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_stopped_where_an_evaluation_is_due(launch, tmp_path, monkeypatch, stop):
+    """A signal before a validation, or at a stage's end: last.pt and best.pt of a run that was not stopped, bit for bit;
+    the rate in them is that of the step."""
+    how = dict(WORDS, stage="dynamics", eval_interval=2, save_interval=3, max_steps=4, eval_clips=2, rollout_clips=2)
+    done(launch(tmp_path / "whole", **how))
+    passes = w.passes_of
+
+    def interrupted(name, models, material, parts, step, noise):
+        if (name, step) == ("dynamics", stop - 1):
+            os.kill(os.getpid(), signal.SIGINT)
+        return passes(name, models, material, parts, step, noise)
+    with monkeypatch.context() as patched:
+        patched.setattr(w, "passes_of", interrupted)
+        assert launch(tmp_path / "stopped", **how)[0] == 130
+    done(launch(tmp_path / "stopped", "--resume", **how))
+    for name in ("last.pt", "best.pt"):
+        assert_equal(*(load_checkpoint(at(tmp_path / run) / name) for run in ("stopped", "whole")), name)
 
 
 # --- Parameters that are cut off ---
@@ -184,7 +233,7 @@ def variants():
     yield "frame", {}
 
 
-@pytest.mark.parametrize("stage, case", variants(), ids=str)
+@pytest.mark.parametrize("stage, case", list(variants()), ids=str)
 def test_every_parameter_has_a_gradient(put, video, stage, case):
     """One that is not rounding; but for the bias before signs, which their normalisation takes away."""
     put(**{**TINY, "tokens": "cells", "action_source": "true", "text_embd": 16, **case})
@@ -211,6 +260,7 @@ def test_every_parameter_has_a_gradient(put, video, stage, case):
 @pytest.mark.parametrize("words, said", [
     ("--code_dim=1", "without a gradient"), ("--batch_size=2 --stage=actions", "signs are normalised"),
     ("--mask_rate=0,0 --tokens=cells --action_source=true", "hides no token")])
-def test_settings_that_cut_the_loss_off(forks, tmp_path, words, said):
-    assert_error(forks.run(train(tmp_path / "out", *words.split()), tmp_path), said)
+def test_settings_that_cut_the_loss_off(launch, tmp_path, words, said):
+    """One line, nothing written."""
+    error(launch(tmp_path / "out", *words.split()), said)
     assert not (tmp_path / "out").exists()
