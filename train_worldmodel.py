@@ -758,8 +758,8 @@ def evaluate_dynamics(model, models, material):
     dynamics one token after another, likeliest each (its loss is given the true ones before).
 
     tokens, changed: share of all tokens and of those that differ from the frame before (not a number where none does);
-    copy: of all, by copying it; agent, ball: share of the clips in which it moved to another cell and stands there; frame: whole frames. Rollouts
-    are what `evaluate_rollouts` is for.
+    copy: of all, by copying it; agent, ball: share of the clips in which it moved to another cell and stands there
+    (left out where none moved); frame: whole frames. Rollouts are what `evaluate_rollouts` is for.
     """
     training = model.training
     model.eval()
@@ -876,7 +876,8 @@ def evaluate_rollouts(model, models, material):
                     error = square.flatten(1).mean(1)
                     found = {name: error.sum().item()}
                     if name == "psnr":
-                        found |= dict(exact=(error < 1e-9).sum().item(), frame_psnr=frame_psnrs(square), paired=found[name])
+                        found |= dict(exact=(error < 1e-9).sum().item(), frame_psnr=frame_psnrs(square),
+                                      paired=found[name])
                     for key, value in found.items():
                         sums[key, t] = sums.get((key, t), 0.0) + value * (len(index) > 1 or key not in (
                             "permuted", "paired"))
@@ -1054,7 +1055,8 @@ class Played:
 
 
 def check_words(prompt):
-    """ValueError, in one line: a sentence that is empty, or has a word or a sign that no caption of these worlds has."""
+    """ValueError, in one line: a sentence without words, or with a word or a sign that no caption of these worlds has.
+    """
     as_characters([prompt], caption_length(side))
     words, squares = caption_words(), {f"{chr(97 + column)}{row + 1}" for row in range(side) for column in range(side)}
     found = re.findall(r"\w+|[^\w\s]", prompt)
@@ -1167,7 +1169,7 @@ def main():
 
     # ---- what is trained already, and what is next ----
     done = dict(checkpoint["done"]) if checkpoint else {}     # stage: weights, the best on validation
-    ended = dict(checkpoint.get("ended", {})) if checkpoint else {}   # stage: what it goes on from, asked for more steps
+    ended = dict(checkpoint.get("ended", {})) if checkpoint else {}   # stage: what it goes on from, if asked for more
     told = dict(checkpoint.get("figures", {})) if checkpoint else {}  # stage: what the summary says of it
     wanted = [name for name in STAGES if stage in ("all", name)]
     if stage == "all":                                       # what the dynamics read, and words where there are any
@@ -1202,7 +1204,7 @@ def main():
     if checkpoint and checkpoint["stage"] not in done and checkpoint["stage"] not in left:
         raise UserError(f"this run is in the middle of stage {checkpoint['stage']}: --resume --stage "
                         f"{checkpoint['stage']} ends it first")
-    for name in left:
+    for name in left if not only_read else ():
         rows = batch_size * (1 if action_model == "conv" else history)
         if name == "actions" and action_quantiser == "signs" and rows < 3:
             raise UserError(f"batch_size {batch_size}: signs are normalised over a pass's codes, of which there must "

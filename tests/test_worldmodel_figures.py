@@ -1251,8 +1251,9 @@ def test_a_prompt_of_words_that_no_caption_has(put, video):
     for prompt in ("agent at a1, ball at c2, walls b2.", "walls: all but c3; the agent is there"):
         assert prompt in played.reset(prompt).note
     for prompt, said in (("a red house", "'a' is in no caption"), ("agent at f1", "'f1' is in no caption"),
-                         ("agent at a1!", "'!' is in no caption"), ("", "at least one word"), (" ", "at least one word"),
-                         ("write", "stage text"), ("agent " * 99, "at most"), ("caf\u00e9", "plain ASCII")):
+                         ("agent at a1!", "'!' is in no caption"), ("", "at least one word"),
+                         (" ", "at least one word"), ("write", "stage text"), ("agent " * 99, "at most"),
+                         ("caf\u00e9", "plain ASCII")):
         with pytest.raises(ValueError, match=said):
             played.reset(prompt)
 

@@ -27,7 +27,7 @@ BATCHES = ("tokenizer_batch", "batch_size", "dynamics_batch", "text_batch", "fra
 
 @pytest.fixture
 def launch(monkeypatch, capsys):
-    """launch(out_dir, more words, settings on top of TINY) -> (exit status, what was printed, and to standard error)."""
+    """launch(out_dir, more words, settings on top of TINY) -> (exit status, standard output and error)."""
     defaults = {name: spec.default for name, spec in flags._read_settings(w.__file__).items()}
     for name in defaults:
         monkeypatch.setattr(w, name, getattr(w, name))        # as it was, in the end
@@ -200,8 +200,8 @@ def test_a_longer_run_goes_on_where_the_shorter_ended(launch, tmp_path):
 
 @pytest.mark.parametrize("stop", [2, 4])
 def test_stopped_where_an_evaluation_is_due(launch, tmp_path, monkeypatch, stop):
-    """A signal before a validation, or at a stage's end: last.pt and best.pt of a run that was not stopped, bit for bit;
-    the rate in them is that of the step."""
+    """A signal before a validation, or at a stage's end: last.pt and best.pt of a run that was not stopped, bit for
+    bit; the rate in them is that of the step."""
     how = dict(WORDS, stage="dynamics", eval_interval=2, save_interval=3, max_steps=4, eval_clips=2, rollout_clips=2)
     done(launch(tmp_path / "whole", **how))
     passes = w.passes_of
