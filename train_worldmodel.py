@@ -1366,7 +1366,7 @@ def main():
                         loop.update(best=numbers["score"], best_step=step, best_model=weights, waited=0)
                         with state() as now:
                             run.save("best.pt", {**now, "done": {**done, name: weights}})
-                if saved is None or saved != step and step % save_interval == 0:
+                if saved is None or saved != step and (step % save_interval == 0 or is_over(name, loop)):
                     with state() as now:
                         run.save("last.pt", now)
                     saved = step

@@ -165,7 +165,7 @@ def test_shares_count_what_is_hidden_and_what_changes(put, video):
 def test_a_longer_run_goes_on_where_the_shorter_ended(launch, tmp_path):
     """Under a constant rate the weights of a run that was asked for all steps at once; what has read them is anew."""
     how = dict(action_source="true", schedule="constant", dynamics_change=0.0, reset_fraction=1.0, ema_decay=0.5,
-               eval_clips=2, rollout_clips=2, decode_steps=1)
+               eval_clips=2, rollout_clips=2, decode_steps=1, save_interval=100)
     short = at(tmp_path / "short")
     done(launch(tmp_path / "whole", **how, max_steps=6))
     done(launch(tmp_path / "short", **how, max_steps=3))
