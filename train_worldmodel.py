@@ -1012,6 +1012,8 @@ class Played:
             if "text" not in self.models:
                 raise ValueError("write needs the stage text: --resume --stage text trains it")
             prompt = self.models["text"].write(1, generator=self.generator)[0]
+            if not prompt:
+                raise ValueError("the text model wrote an empty sentence: ask again, or with another seed")
         else:
             check_words(prompt)
         text = as_characters([prompt], caption_length(side)).to(self.material.where)

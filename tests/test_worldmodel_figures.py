@@ -1256,6 +1256,9 @@ def test_a_prompt_of_words_that_no_caption_has(put, video):
                          ("caf\u00e9", "plain ASCII")):
         with pytest.raises(ValueError, match=said):
             played.reset(prompt)
+    models["text"] = SimpleNamespace(write=lambda n, generator: [""])
+    with pytest.raises(ValueError, match="empty sentence"):
+        played.reset("write")
 
 
 def test_a_stage_that_cannot_improve_ends_at_its_second_validation(forks, tmp_path):
