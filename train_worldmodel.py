@@ -19,7 +19,6 @@ flags.answer_help(__name__, __file__)  # before the seconds that the next lines 
 import copy
 import itertools
 import math
-import re
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,8 +27,8 @@ import torch
 import torch.nn.functional as F
 
 import optim
-from data.video import (ACTIONS, AGENT, BALL, Stream, World, caption, caption_length, caption_words, load, paint,
-                        read_caption, read_cells)
+from data.video import (ACTIONS, AGENT, BALL, Stream, World, caption, caption_length, load, paint, read_caption,
+                        read_cells, unknown_words)
 from discrete import code_statistics, fsq_levels, mutual_information
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
                         load_checkpoint, optional, override, replacing, resolve_device, restore_generators,
@@ -1014,9 +1013,15 @@ class Played:
             prompt = self.models["text"].write(1, generator=self.generator)[0]
             if not prompt:
                 raise ValueError("the text model wrote an empty sentence: ask again, or with another seed")
+            strange = []
         else:
-            check_words(prompt)
+            strange = unknown_words(prompt, side)
+            if not prompt.strip(" ,.;:"):
+                raise ValueError("a sentence of at least one word is needed")
         text = as_characters([prompt], caption_length(side)).to(self.material.where)
+        if strange:
+            raise ValueError(f"no caption has the word {strange[0]!r}, so no stage has seen it; captions are such as "
+                             "'agent at c4, ball at f2, walls a1 b3 c7.'")
         written = self.models["frame"].draw(text[:, :len(prompt)], steps=decode_steps, temperature=temperature,
                                             generator=self.generator)[:, None]
         frame = self.draw(written)
@@ -1054,20 +1059,6 @@ class Played:
         truth = None if self.world is None else paint(self.world.cells(), cell_px)[0]
         size = f"{self.cache.length} frames seen, {self.cache.bytes / 1e6:.2f} MB"
         return View((frame * 255).round().byte().cpu().numpy(), truth, size, time.perf_counter() - began, note)
-
-
-def check_words(prompt):
-    """ValueError, in one line: a sentence without words, or with a word or a sign that no caption of these worlds has.
-    """
-    as_characters([prompt], caption_length(side))
-    words, squares = caption_words(), {f"{chr(97 + column)}{row + 1}" for row in range(side) for column in range(side)}
-    found = re.findall(r"\w+|[^\w\s]", prompt)
-    for word in found:
-        if word not in words and word not in squares:
-            raise ValueError(f"{word!r} is in no caption that this world learned from: they have {' '.join(words)} and "
-                             f"squares from a1 to {chr(96 + side)}{side}")
-    if not found:
-        raise ValueError("a sentence of at least one word is needed")
 
 
 def meanings_of(models, material, n_actions):

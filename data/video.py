@@ -204,12 +204,6 @@ def caption_length(side):
     return head + (2 + side * side // 2) * (2 + len(str(side)))
 
 
-def caption_words():
-    """The words and signs of captions, squares aside, in the order of PHRASES."""
-    text = " ".join("".join(phrase) for phrase in PHRASES) + " none all but"
-    return list(dict.fromkeys(re.findall(r"\w+|[^\w\s]", re.sub("{.*?}", "", text))))
-
-
 def caption(cells):
     """One picture, cells (side, side) uint8, in words such as "agent at c4, ball at f2, walls a1 b3 c7.".
 
@@ -227,6 +221,13 @@ def caption(cells):
     start, middle, end = PHRASES[hashlib.sha256(cells.tobytes()).digest()[0] % len(PHRASES)]
     text = start + middle * len(squares[BALL]) + end
     return text.format(agent=squares[AGENT][0], ball="".join(squares[BALL]), walls=walls)
+
+
+def unknown_words(text, side):
+    """The words of a text that no caption of a side x side picture has, a list."""
+    words = re.sub("[{][a-z]+[}]", " ", " ".join(map("".join, PHRASES))) + " none all but"
+    known = {*re.findall("[a-z]+", words), *(_square(*divmod(i, side)) for i in range(side * side))}
+    return [word for word in re.findall(r"[^\s,.;:]+", text) if word not in known]
 
 
 @functools.lru_cache
