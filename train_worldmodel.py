@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 import optim
 from data.video import (ACTIONS, AGENT, BALL, Stream, World, caption, caption_length, load, paint, read_caption,
-                        read_cells)
+                        read_cells, unknown_words)
 from discrete import code_statistics, fsq_levels, mutual_information
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
                         load_checkpoint, optional, override, replacing, resolve_device, restore_generators,
@@ -225,11 +225,16 @@ def check(settings, video=None):
         raise UserError(error)
 
 
-def steps_of(name):
-    """Optimiser steps of a stage."""
-    own = {"tokenizer": tokenizer_steps, "actions": action_steps, "dynamics": dynamics_steps, "text": text_steps,
-           "frame": frame_steps}
-    return own[name] if max_steps is None else max_steps
+def steps_of(name, settings=None):
+    """Optimiser steps of a stage, by these settings or those of now."""
+    settings = settings or globals()
+    own = "action_steps" if name == "actions" else f"{name}_steps"
+    return settings[own] if settings["max_steps"] is None else settings["max_steps"]
+
+
+def is_over(name, loop):
+    """Whether a stage whose training stands at `loop` ends there: it has its steps, or patience is at an end."""
+    return loop["step"] >= steps_of(name) or patience is not None and loop["waited"] >= patience
 
 
 def needs(name):
@@ -311,36 +316,52 @@ def as_frames(written, palette):
     return (palette.to(written.device).float() / 255)[written.argmax(-1)]
 
 
-def tokenizer_loss(model, material, index, step):
-    """(loss, parts) of reconstructing clips; parts has what the codebook chose, and of what."""
+def tokenizer_weight(frames, step):
+    """What each pixel of clips (B, T, H, W, 3) weighs in `tokenizer_loss`, (B, T, H, W)."""
+    moving = (frames != frames[:, :1]).any(-1).any(1, keepdim=True).expand(frames.shape[:-1])
+    return 1 + tokenizer_change * moving
+
+
+def tokenizer_loss(model, material, index, step, share=1.0):
+    """(loss, parts) of reconstructing clips; parts has what the codebook chose, and of what. share: of the step's
+    weights, those of this one of its `grad_accum` passes (`passes_of`); the losses of all add up to the step's."""
     frames, indices = material.pictures(index, tokenizer_frames)
     written, found = model(frames)
-    moving = (frames != frames[:, :1]).any(-1).any(1, keepdim=True).expand(frames.shape[:-1])
-    loss = pixel_loss(written, frames, indices, 1 + tokenizer_change * moving)
-    return loss + 0.25 * found.loss, dict(loss=loss.detach(), codes=found.codes.flatten(), z=found.z.detach())
+    loss = pixel_loss(written, frames, indices, tokenizer_weight(frames, step)) * share
+    return loss + 0.25 * found.loss / grad_accum, dict(loss=loss.detach(), codes=found.codes.flatten(),
+                                                       z=found.z.detach())
 
 
-def actions_loss(model, material, index, step):
+def actions_first():
+    """The first frame of a clip that `actions_loss` has as a target."""
+    return min(2, history) if action_model == "transformer" else history
+
+
+def actions_weight(frames, step):
+    """What each pixel of the frames from `actions_first` on weighs in `actions_loss`, (B, T - first, H, W)."""
+    extra, first = falling(step, steps_of("actions"), action_change, action_change_fraction), actions_first()
+    return 1 + extra * (frames[:, first:] != frames[:, first - 1:-1]).any(-1)
+
+
+def actions_loss(model, material, index, step, share=1.0):
     """(loss, parts) of writing the last frame of each clip from those before and a code; the transformer writes every
-    frame from the third on.
+    frame from the third on. share: as in `tokenizer_loss`.
 
     Pixels that change weigh more at first, since a model that copies is otherwise nearly right; but no longer at the
     end, since a weight that stays moves the likeliest colour and paints movers where there are none.
+    Not linear in the batch with action_quantiser signs: what they are normalised by are the clips of one pass.
     """
     frames, indices = material.pictures(index, history + 1)
-    soft, first = step < soft_fraction * steps_of("actions"), history
+    soft, first = step < soft_fraction * steps_of("actions"), actions_first()
     if action_model == "transformer":
-        first = min(2, history)
         written, found = model.every(frames, soft=soft)
         written = written[:, first - 1:]
     else:
         written, found = model(frames, soft=soft)
         written = written[:, None]
-    extra = falling(step, steps_of("actions"), action_change, action_change_fraction)
-    changed = (frames[:, first:] != frames[:, first - 1:-1]).any(-1)
     target = None if indices is None else indices[:, first:]
-    loss = pixel_loss(written, frames[:, first:], target, 1 + extra * changed)
-    return loss + found.loss, dict(loss=loss.detach(), codes=found.codes, z=found.z.detach())
+    loss = pixel_loss(written, frames[:, first:], target, actions_weight(frames, step)) * share
+    return loss + found.loss / grad_accum, dict(loss=loss.detach(), codes=found.codes, z=found.z.detach())
 
 
 @torch.no_grad()
@@ -365,7 +386,8 @@ def latent_actions(model, frames):
     as often as the model's history asks."""
     frames = torch.cat((frames[:, :1].expand(-1, model.history - 1, -1, -1, -1), frames), 1)
     windows = [frames[:, t:t + model.history + 1] for t in range(frames.size(1) - model.history)]
-    return torch.stack([model.quantiser(model.encode(window)).codes for window in windows], 1)
+    found = [model.quantiser(model.encode(window)).codes for window in windows]
+    return torch.stack(found, 1) if found else torch.empty(len(frames), 0, dtype=torch.int64, device=frames.device)
 
 
 def hide(truth, noise):
@@ -375,35 +397,51 @@ def hide(truth, noise):
     return torch.rand(truth.shape, generator=noise, device=truth.device) < rate
 
 
-def dynamics_loss(model, models, material, index, step, noise):
+def dynamics_first():
+    """The first frame of a clip of the dynamics that is a target."""
+    return min(2, context - 1) if streams or dynamics == "causal" else context - 1
+
+
+def dynamics_hidden(truth, noise):
+    """(B, T, N) bool: the tokens of truth (B, T, N) that `dynamics_loss` asks for; causal: all from the first target
+    on."""
+    hidden = torch.ones_like(truth, dtype=torch.bool) if dynamics == "causal" else hide(truth, noise)
+    hidden[:, :dynamics_first()] = False
+    return hidden
+
+
+def dynamics_loss(model, models, material, index, step, noise, share=1.0, read=None):
     """(loss, parts) of naming the hidden tokens of frames, given those before them and the actions.
 
-    With `streams` all frames but the first two are targets, each seeing the true frames before it; else the last."""
-    truth, acts = tokens_and_actions(models, material, index, context)
+    With `streams` all frames but the first two are targets, each seeing the true frames before it; else the last.
+    share: as in `tokenizer_loss`. read: (tokens, actions, hidden) of the clips, where `passes_of` has them already."""
+    truth, acts, hidden = read or (*tokens_and_actions(models, material, index, context), None)
+    hidden = dynamics_hidden(truth, noise) if hidden is None else hidden
     acts = acts.masked_fill(acts < 0, model.n_actions)
-    T = truth.size(1)
+    T, first = truth.size(1), dynamics_first()
     if dynamics == "causal":
-        first, hidden = min(2, T - 1), torch.ones_like(truth, dtype=torch.bool)
-        return weighted_nats(model(truth, acts, window=window)[:, first:], truth, hidden, first, step)
-    hidden = hide(truth, noise)
-    first = min(2, T - 1) if streams else T - 1
-    hidden[:, :first] = False
+        return weighted_nats(model(truth, acts, window=window)[:, first:], truth, hidden, first, step, share)
     corrupted = truth.masked_fill(hidden, model.mask)
     if streams:
         both = torch.cat((truth[:, :-1], corrupted[:, first:]), 1), torch.cat((acts[:, :-1], acts[:, first:]), 1)
         logits = model(*both, window=window, streams=(T - 1, first))[:, T - 1:]
     else:
         logits = model(corrupted, acts, window=window)[:, first:]
-    return weighted_nats(logits, truth, hidden, first, step)
+    return weighted_nats(logits, truth, hidden, first, step, share)
 
 
-def weighted_nats(logits, truth, hidden, first, step):
-    """(loss, parts): mean nats of the `hidden` tokens of frames from `first` on, those that change weighing more at
-    first. logits (B, T - first, N, K); truth and hidden (B, T, N)."""
+def dynamics_weight(truth, hidden, first, step):
+    """What each token of the frames from `first` on weighs in `dynamics_loss`, (B, T - first, N)."""
     extra = falling(step, steps_of("dynamics"), dynamics_change, dynamics_change_fraction)
-    weight = (1 + extra * (truth[:, first:] != truth[:, first - 1:-1])) * hidden[:, first:]
+    return (1 + extra * (truth[:, first:] != truth[:, first - 1:-1])) * hidden[:, first:]
+
+
+def weighted_nats(logits, truth, hidden, first, step, share=1.0):
+    """(loss, parts): mean nats of the `hidden` tokens of frames from `first` on, those that change weighing more at
+    first. logits (B, T - first, N, K); truth and hidden (B, T, N). share: as in `tokenizer_loss`."""
+    weight = dynamics_weight(truth, hidden, first, step)
     nats = cross_entropy(logits.flatten(0, 2), truth[:, first:].flatten(), kernels)
-    loss = (nats * weight.flatten()).sum() / weight.sum().clamp(min=1)
+    loss = (nats * weight.flatten()).sum() / weight.sum().clamp(min=1) * share
     return loss, dict(loss=loss.detach())
 
 
@@ -412,14 +450,56 @@ def captions(material, index):
     return as_characters([caption(cells) for cells in material.clips.cells(index, 1)[:, 0].numpy()]).to(material.where)
 
 
-def frame_loss(model, models, material, index, noise):
-    """(loss, parts) of naming the hidden tokens of a frame that a caption describes."""
-    truth = tokens_of(models, material, index, 1)[:, 0]
+def frame_hidden(truth, noise):
+    """(B, N) bool: the tokens of truth (B, N) that `frame_loss` asks for."""
     hidden = hide(truth, noise)
     hidden[:, 0] |= ~hidden.any(1)                            # a row with nothing to name would have no mean
+    return hidden
+
+
+def frame_loss(model, models, material, index, noise, share=1.0, read=None):
+    """(loss, parts) of naming the hidden tokens of a frame that a caption describes. share, and read (tokens, hidden):
+    as in `dynamics_loss`."""
+    truth, hidden = read or (tokens_of(models, material, index, 1)[:, 0], None)
+    hidden = frame_hidden(truth, noise) if hidden is None else hidden
     logits = model(truth.masked_fill(hidden, model.codebook_size), model.read(captions(material, index)))
-    loss = cross_entropy(logits[hidden], truth[hidden], kernels, "mean")
+    loss = cross_entropy(logits[hidden], truth[hidden], kernels, "mean") * share
     return loss, dict(loss=loss.detach())
+
+
+@torch.no_grad()
+def passes_of(name, models, material, parts, step, noise):
+    """One step's passes over the clips of `parts`, a list of (B,): [(what the pass's loss reads already or None, its
+    share of the step's weights)]. A step's loss is a sum over its passes over a sum of their weights, so that it does
+    not depend on how they divide it: so are masks, which are drawn for all clips at once, as one pass draws them."""
+    if len(parts) == 1:
+        return [(None, 1.0)]
+    reads, sizes = [None] * len(parts), list(map(len, parts))
+    if name == "tokenizer":
+        weights = [tokenizer_weight(material.frames(index, tokenizer_frames), step).sum() for index in parts]
+    elif name == "actions":
+        weights = [actions_weight(material.frames(index, history + 1), step).sum() for index in parts]
+    elif name == "text":                                      # characters, and the end of each caption
+        weights = [(captions(material, index) != 0).sum() + len(index) for index in parts]
+    elif name == "frame":
+        truth = [tokens_of(models, material, index, 1)[:, 0] for index in parts]
+        reads = list(zip(truth, frame_hidden(torch.cat(truth), noise).split(sizes)))
+        weights = [hidden.sum() for _, hidden in reads]
+    else:
+        truth, acts = zip(*(tokens_and_actions(models, material, index, context) for index in parts))
+        reads = list(zip(truth, acts, dynamics_hidden(torch.cat(truth), noise).split(sizes)))
+        weights = [dynamics_weight(tokens, hidden, dynamics_first(), step).sum() for tokens, _, hidden in reads]
+    total = sum(weights).clamp(min=1)
+    return [(read, weight / total) for read, weight in zip(reads, weights)]
+
+
+def on_cpu(value):
+    """A copy of nested dicts and lists of tensors and plain values, on the CPU."""
+    if isinstance(value, dict):
+        return {key: on_cpu(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(on_cpu, value))
+    return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
 
 
 def compiled(model, name):
@@ -433,9 +513,20 @@ def compiled(model, name):
 
 # --- Evaluation ---
 
+def over(a, b):
+    """a / b; not a number where b is 0: a mean over nothing, or a share of nothing, is no figure."""
+    return a / b if b else math.nan
+
+
 def psnr(error):
-    """Decibels of a mean squared error of values in 0..1."""
-    return -10 * math.log10(max(error, 1e-10))
+    """Decibels of a mean squared error of values in 0..1: of many frames that of their pooled error. 100 at most; not a
+    number of one that is none."""
+    return math.nan if math.isnan(error) else -10 * math.log10(max(error, 1e-10))
+
+
+def frame_psnrs(square):
+    """The sum of the frames' own PSNRs: square (..., H, W, 3), squared errors."""
+    return (-10 * square.flatten(-3).mean(-1).double().clamp(min=1e-10).log10()).sum().item()
 
 
 def ssim(a, b, size=11, sigma=1.5):
@@ -463,10 +554,11 @@ def spread(clips, T, count):
 
 @torch.no_grad()
 def evaluate_tokenizer(model, material, palette):
-    """Figures of held-out clips. psnr, ssim: of whole frames; changed_psnr: of patches that differ from the frame
-    before, changed_floor: of copying that frame there; usage, perplexity: of the codebook over all clips."""
+    """Figures of held-out clips. psnr, ssim: of whole frames; frame_psnr: mean over frames of each one's; changed_psnr:
+    of patches that differ from the frame before, changed_floor: of copying that frame there, both not a number where
+    none does; usage, perplexity: of the codebook over all clips."""
     T = max(2, tokenizer_frames)
-    error = changed = floor = count = losses = likeness = n = 0.0
+    error = changed = floor = count = losses = likeness = each = n = 0.0
     codes = []
     for index in spread(material.clips, T, eval_clips).split(64):
         frames, indices = material.pictures(index, T)
@@ -475,6 +567,7 @@ def evaluate_tokenizer(model, material, palette):
         seen = as_frames(written, palette)
         square = (seen - frames).square()
         error += square.mean().item() * len(index)
+        each += frame_psnrs(square)
         likeness += ssim(seen.flatten(0, 1), frames.flatten(0, 1)) * len(index)
         truth, copied = to_patches(frames, patch)[:, 1:], to_patches(frames, patch)[:, :-1]
         moved = (truth != copied).any(-1)                                        # (B, T - 1, N)
@@ -484,9 +577,9 @@ def evaluate_tokenizer(model, material, palette):
         codes.append(found.codes.cpu())
         n += len(index)
     used = code_statistics(torch.cat(codes).view(-1, 1), codebook_size)
-    return dict(loss=losses / n, psnr=psnr(error / n), ssim=likeness / n, changed_psnr=psnr(changed / max(count, 1)),
-                changed_floor=psnr(floor / max(count, 1)), usage=used["usage"], perplexity=used["perplexity"],
-                score=-losses / n)
+    return dict(loss=losses / n, psnr=psnr(error / n), frame_psnr=each / (n * T), ssim=likeness / n,
+                changed_psnr=psnr(over(changed, count)), changed_floor=psnr(over(floor, count)), usage=used["usage"],
+                perplexity=used["perplexity"], score=-losses / n)
 
 
 def majority_map(codes, labels, n_codes, n_labels):
@@ -501,14 +594,16 @@ def evaluate_actions(model, material, palette, n_actions):
     information: I(code; effective action) / H(effective action); majority: accuracy of naming the effective action by
     a map from codes that was counted on one half of the clips, on the other; majority_200: counted on 200 steps;
     moved_information: what "moved or not" alone would score. psnr_1, psnr_4: of 1 and 4 frames written after each other
-    from the codes inferred; copy_1, copy_4: of the last true frame instead; dpsnr_1, dpsnr_4: psnr less that of codes
-    inferred in other clips, dpsnr_random_4: less that of uniform codes. ceiling_*: what n_codes codes could reach.
-    consistency, lost: see `consistency_of`.
+    from the codes inferred; frame_psnr_1, frame_psnr_4: means over frames of each one's; copy_1, copy_4: of the last
+    true frame instead; dpsnr_1, dpsnr_4: psnr less that of codes inferred in other clips (of the same 64; a clip alone
+    has no other and is left out), dpsnr_random_4: less that of uniform codes. ceiling_*: what n_codes codes could
+    reach. consistency, lost: see `consistency_of`. What is over nothing is not a number: majority of one clip,
+    information where all actions are the same.
     """
     training = model.training
     model.eval()
     T, generator = model.history + 4, torch.Generator().manual_seed(0)
-    sums, codes, labels, losses, n = {}, [], [], 0.0, 0
+    sums, codes, labels, losses, n, paired = {}, [], [], 0.0, 0, 0
     for index in spread(material.clips, T, eval_clips).split(64):
         frames, indices = material.pictures(index, T)
         windows = [frames[:, t:t + model.history + 1] for t in range(4)]
@@ -523,23 +618,30 @@ def evaluate_actions(model, material, palette, n_actions):
             for t in range(4):
                 out = as_frames(model.predict(past, model.quantiser.look_up(plan[:, t])), palette)
                 past = torch.cat((past[:, 1:], out[:, None]), 1)
-                error = (out - frames[:, model.history + t]).square().mean().item()
-                sums[name, t] = sums.get((name, t), 0.0) + error * len(index)
+                square = (out - frames[:, model.history + t]).square()
+                error = square.mean().item() * len(index)
                 copied = (frames[:, model.history - 1] - frames[:, model.history + t]).square().mean().item()
+                found_here = {name: error}
                 if name == "inferred":
-                    sums["copy", t] = sums.get(("copy", t), 0.0) + copied * len(index)
+                    found_here |= dict(copy=copied * len(index), each=frame_psnrs(square), paired=error)
+                for key, value in found_here.items():
+                    if len(index) > 1 or key not in ("permuted", "paired"):
+                        sums[key, t] = sums.get((key, t), 0.0) + value
         codes.append(found.cpu())
         effective = material.clips.effective(index, T)
         if effective is not None:
             labels.append(effective[:, model.history - 1:])
-        n += len(index)
+        n, paired = n + len(index), paired + len(index) * (len(index) > 1)
     codes = torch.cat(codes)
     used = code_statistics(codes.view(-1, 1), n_codes)
-    value = {key: psnr(total / n) for key, total in sums.items()}
-    numbers = dict(loss=losses / n, psnr_1=value["inferred", 0], psnr_4=value["inferred", 3], copy_1=value["copy", 0],
-                   copy_4=value["copy", 3], dpsnr_1=value["inferred", 0] - value["permuted", 0],
-                   dpsnr_4=value["inferred", 3] - value["permuted", 3],
-                   dpsnr_random_4=value["inferred", 3] - value["random", 3], usage=used["usage"],
+
+    def value(key, t):
+        return psnr(over(sums.get((key, t), 0.0), paired if key in ("permuted", "paired") else n))
+    numbers = dict(loss=losses / n, psnr_1=value("inferred", 0), psnr_4=value("inferred", 3),
+                   frame_psnr_1=sums["each", 0] / n, frame_psnr_4=sums["each", 3] / n, copy_1=value("copy", 0),
+                   copy_4=value("copy", 3), dpsnr_1=value("paired", 0) - value("permuted", 0),
+                   dpsnr_4=value("paired", 3) - value("permuted", 3),
+                   dpsnr_random_4=value("inferred", 3) - value("random", 3), usage=used["usage"],
                    perplexity=used["perplexity"], score=-losses / n)
     if labels:
         truth = torch.cat(labels)
@@ -550,9 +652,9 @@ def evaluate_actions(model, material, palette, n_actions):
         moved, _, _ = mutual_information((truth.flatten() > 0).long(), truth.flatten(), 2, n_actions)
         whole = majority_map(fit, fit_labels, n_codes, n_actions)
         small = majority_map(fit[:few], fit_labels[:few], n_codes, n_actions)
-        numbers |= dict(information=shared / max(entropy, 1e-9), moved_information=moved / max(entropy, 1e-9),
-                        majority=(whole[test] == test_labels).double().mean().item(),
-                        majority_200=(small[test] == test_labels).double().mean().item(),
+        numbers |= dict(information=over(shared, entropy), moved_information=over(moved, entropy),
+                        majority=over((whole[test] == test_labels).double().mean().item(), half and 1),
+                        majority_200=over((small[test] == test_labels).double().mean().item(), half and 1),
                         majority_floor=test_labels.bincount().max().item() / len(test_labels))
         numbers |= ceilings(truth.flatten().bincount(minlength=n_actions), n_codes)
     if material.clips.cell_px:
@@ -577,7 +679,7 @@ def ceilings(counts, n_codes):
         maps = itertools.product(range(n_codes), repeat=len(shares))
         most = max(nats([sum(p for p, code in zip(shares, codes) if code == k) for k in range(n_codes)])
                    for codes in maps)
-    return dict(ceiling_information=most / max(nats(shares), 1e-9), ceiling_majority=best)
+    return dict(ceiling_information=over(most, nats(shares)), ceiling_majority=best)
 
 
 @torch.no_grad()
@@ -587,7 +689,8 @@ def consistency_of(model, material, palette, shares):
     is inferred, its share (n_codes,).
 
     consistency: mean cosine of two such directions under one code (0: no code has a direction, 1: each has one, in all
-    worlds); lost: share of the written frames without exactly one agent.
+    worlds; a code that moved the agent once has no two and is left out; not a number: all have); lost: share of the
+    written frames without exactly one agent.
     """
     sums, moved, lost, n = torch.zeros(model.n_codes, 2), torch.zeros(model.n_codes), torch.zeros(model.n_codes), 0
     for index in spread(material.clips, model.history, eval_clips).split(64):
@@ -606,8 +709,8 @@ def consistency_of(model, material, palette, shares):
             moved[code] += went.sum()
             lost[code] += (~one).sum()
     cosine = (sums.square().sum(1) - moved) / (moved * (moved - 1)).clamp(min=1)  # without a step with itself
-    weight = shares * moved
-    return dict(consistency=((cosine * weight).sum() / weight.sum().clamp(min=1e-9)).item(),
+    weight = shares * moved * (moved > 1)
+    return dict(consistency=((cosine * weight).sum() / weight.sum()).item(),      # of no pairs 0 / 0
                 lost=(lost * shares).sum().item() / n)
 
 
@@ -621,7 +724,8 @@ def untrained_floor(video, train, val):
     clips = Stream(video.train, history + 1, batch_size, data_seed)
     with torch.no_grad():
         for step in range(8):
-            model(train.frames(clips.at(step), history + 1))
+            found = model(train.frames(clips.at(step), history + 1))[1]
+            model.quantiser.follow(found.z, found.codes)
     numbers = evaluate_actions(model, val, video.palette, video.n_actions)
     return {f"untrained_{key}": numbers[key] for key in ("information", "majority") if key in numbers}
 
@@ -643,7 +747,7 @@ def linear_probe(train, val, n_actions, clips=4096, penalty=1.0):
     map = torch.linalg.solve(x.T @ x + penalty * torch.eye(x.size(1), dtype=torch.float64), x.T @ target)
     said = (test @ map).argmax(1)
     shared, _, entropy = mutual_information(said, truth, n_actions, n_actions)
-    return dict(probe_information=shared / max(entropy, 1e-9), probe_majority=(said == truth).double().mean().item(),
+    return dict(probe_information=over(shared, entropy), probe_majority=(said == truth).double().mean().item(),
                 probe_floor=truth.bincount().max().item() / len(truth))
 
 
@@ -652,9 +756,9 @@ def evaluate_dynamics(model, models, material):
     """Figures of held-out clips whose last frame is wholly hidden, named in one pass, likeliest tokens; by causal
     dynamics one token after another, likeliest each (its loss is given the true ones before).
 
-    tokens, changed: share of all tokens and of those that differ from the frame before; copy: of all, by copying it;
-    agent, ball: share of the clips in which it moved to another cell and stands there; frame: whole frames. Rollouts
-    are what `evaluate_rollouts` is for.
+    tokens, changed: share of all tokens and of those that differ from the frame before (not a number where none does);
+    copy: of all, by copying it; agent, ball: share of the clips in which it moved to another cell and stands there
+    (left out where none moved); frame: whole frames. Rollouts are what `evaluate_rollouts` is for.
     """
     training = model.training
     model.eval()
@@ -692,7 +796,7 @@ def evaluate_dynamics(model, models, material):
                 count[0] += ((written == kind) & appears).sum().item()
                 count[1] += appears.sum().item()
     model.train(training)
-    numbers = dict(loss=losses / n, tokens=right / n, changed=changed / max(moved, 1), copy=copied / n,
+    numbers = dict(loss=losses / n, tokens=right / n, changed=over(changed, moved), copy=copied / n,
                    frame=whole * truth.size(2) / n, perplexity=math.exp(min(losses / n, 50)), score=-losses / n)
     for kind, name in ((AGENT, "agent"), (BALL, "ball")):
         if seen[kind][1]:
@@ -747,10 +851,12 @@ def as_seen(models, written, material, cache=None):
 @torch.no_grad()
 def evaluate_rollouts(model, models, material):
     """PSNR of frames 1, 4 and 16 after `context` - 1 true ones, each generated from those before: with the actions that
-    led there (psnr_n), with those of another clip (permuted_n) or even draws (random_n); copy_n: the last true frame
-    stays; dpsnr_4 = psnr_4 - random_4 (Genie's), dpsnr_permuted_4. exact_n: share of frames n that are wholly right."""
+    led there (psnr_n; frame_psnr_n is the mean over frames of each one's), with those of another clip (permuted_n; of
+    the same 64, a clip alone is left out) or even draws (random_n); copy_n: the last true frame stays; dpsnr_4 = psnr_4
+    - random_4 (Genie's), dpsnr_permuted_4. exact_n: share of frames n that are wholly right. Where there is but one
+    action, permuted and random ones are the same again: not a number."""
     ahead = min(16, material.clips.length - context + 1)
-    T, sums, n, generator = context - 1 + ahead, {}, 0, torch.Generator().manual_seed(0)
+    T, sums, n, paired, generator = context - 1 + ahead, {}, 0, 0, torch.Generator().manual_seed(0)
     for index in spread(material.clips, T, rollout_clips).split(64):
         truth, acts = tokens_and_actions(models, material, index, T)
         acts = acts.masked_fill(acts < 0, model.n_actions)
@@ -765,16 +871,25 @@ def evaluate_rollouts(model, models, material):
         for name, seen in written.items():
             for t in (1, 4, 16):
                 if t <= ahead:
-                    error = (seen[:, t - 1] - frames[:, held + t - 1]).square().flatten(1).mean(1)
-                    sums[name, t] = sums.get((name, t), 0.0) + error.sum().item()
+                    square = (seen[:, t - 1] - frames[:, held + t - 1]).square()
+                    error = square.flatten(1).mean(1)
+                    found = {name: error.sum().item()}
                     if name == "psnr":
-                        sums["exact", t] = sums.get(("exact", t), 0.0) + (error < 1e-9).sum().item()
-        n += len(index)
-    numbers = {f"{name}_{t}": total / n if name == "exact" else psnr(total / n) for (name, t), total in sums.items()}
+                        found |= dict(exact=(error < 1e-9).sum().item(), frame_psnr=frame_psnrs(square),
+                                      paired=found[name])
+                    for key, value in found.items():
+                        sums[key, t] = sums.get((key, t), 0.0) + value * (len(index) > 1 or key not in (
+                            "permuted", "paired"))
+        n, paired = n + len(index), paired + len(index) * (len(index) > 1)
+    controls = dict(permuted=paired, paired=paired) | (dict(permuted=0, random=0) if model.n_actions == 1 else {})
+    numbers = {}
+    for (name, t), total in sums.items():
+        mean = over(total, controls.get(name, n))
+        numbers[f"{name}_{t}"] = mean if name in ("exact", "frame_psnr") else psnr(mean)
     if "psnr_4" in numbers:
         numbers |= dict(dpsnr_4=numbers["psnr_4"] - numbers["random_4"],
-                        dpsnr_permuted_4=numbers["psnr_4"] - numbers["permuted_4"])
-    return numbers
+                        dpsnr_permuted_4=numbers["paired_4"] - numbers["permuted_4"])
+    return {name: value for name, value in numbers.items() if not name.startswith("paired")}
 
 
 # --- Pictures ---
@@ -782,6 +897,7 @@ def evaluate_rollouts(model, models, material):
 @torch.no_grad()
 def draw_samples(name, model, models, material, path, ahead=8):
     """What a stage's model makes of held-out clips, for the eye: `path`.png, of the text stage `path`.txt."""
+    path.parent.mkdir(exist_ok=True)
     if name == "text":
         texts = model.write(8, generator=torch.Generator().manual_seed(0))
         with replacing(path.with_suffix(".txt")) as file:
@@ -891,9 +1007,21 @@ class Played:
     @torch.no_grad()
     def reset_by(self, prompt, began):
         """A world whose first frame is drawn from words; how its ball flies only the next frames show."""
-        if prompt == "write" and "text" in self.models:
+        if prompt == "write":
+            if "text" not in self.models:
+                raise ValueError("write needs the stage text: --resume --stage text trains it")
             prompt = self.models["text"].write(1, generator=self.generator)[0]
+            if not prompt:
+                raise ValueError("the text model wrote an empty sentence: ask again, or with another seed")
+            strange = []
+        else:
+            strange = unknown_words(prompt, side)
+            if not prompt.strip(" ,.;:"):
+                raise ValueError("a sentence of at least one word is needed")
         text = as_characters([prompt], caption_length(side)).to(self.material.where)
+        if strange:
+            raise ValueError(f"no caption has the word {strange[0]!r}, so no stage has seen it; captions are such as "
+                             "'agent at c4, ball at f2, walls a1 b3 c7.'")
         written = self.models["frame"].draw(text[:, :len(prompt)], steps=decode_steps, temperature=temperature,
                                             generator=self.generator)[:, None]
         frame = self.draw(written)
@@ -973,16 +1101,21 @@ def rollout_words(numbers):
     return "rollouts: " + in_line(numbers)
 
 
+NOTHING = {"changed": "nothing changes", "information": "all actions are the same", "majority": "one clip only",
+           "consistency": "no code moves the agent twice", "": "no other clip or action to compare with"}
+
+
 def in_line(numbers):
-    """name value, name value, ..."""
-    return ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+    """name value, name value, ...; and why where one is not a number."""
+    return ", ".join(f"{key} {value:.4g}" + (f" ({next(why for word, why in NOTHING.items() if word in key)})" if
+                                             math.isnan(value) else "") for key, value in numbers.items())
 
 
 def in_words(name, numbers):
     """The line of a validation."""
-    shown = {"tokenizer": ("psnr", "ssim", "changed_psnr", "usage", "perplexity"),
-             "actions": ("information", "majority", "usage", "psnr_1", "copy_1", "dpsnr_1", "dpsnr_4",
-                         "consistency"),
+    shown = {"tokenizer": ("psnr", "frame_psnr", "ssim", "changed_psnr", "usage", "perplexity"),
+             "actions": ("information", "majority", "usage", "psnr_1", "frame_psnr_1", "copy_1", "dpsnr_1",
+                         "dpsnr_4", "consistency"),
              "dynamics": ("dynamics", "tokens", "changed", "agent", "ball", "frame", "copy"),
              "text": ("perplexity", "valid", "different"), "frame": ("tokens", "frame", "drawn", "floor")}[name]
     return in_line({key: numbers[key] for key in ("loss", *shown) if key in numbers})
@@ -1029,13 +1162,33 @@ def main():
 
     # ---- what is trained already, and what is next ----
     done = dict(checkpoint["done"]) if checkpoint else {}     # stage: weights, the best on validation
+    ended = dict(checkpoint.get("ended", {})) if checkpoint else {}   # stage: what it goes on from, if asked for more
+    told = dict(checkpoint.get("figures", {})) if checkpoint else {}  # stage: what the summary says of it
     wanted = [name for name in STAGES if stage in ("all", name)]
     if stage == "all":                                       # what the dynamics read, and words where there are any
         wanted = [name for name in STAGES if name == "dynamics" or name in needs("dynamics") or
                   name in ("text", "frame") and video.cell_px]
     elif stage in ("text", "frame") and not video.cell_px:
         raise UserError(f"stage {stage} learns captions of grid worlds: {dataset} has none")
-    left = [name for name in wanted if name not in done]
+    longer, anew = [], []                                     # finished stages that go on; those that read them
+    if checkpoint and not only_read:
+        longer = [name for name in wanted if name in done and name in ended and not is_over(name, ended[name]["loop"])]
+        anew = [name for name in STAGES if name in (*done, checkpoint["stage"]) and set(needs(name)) & set(longer)]
+        longer = [name for name in longer if name not in anew]
+        for name in anew:
+            read = " and ".join(other for other in needs(name) if other in longer)
+            if name not in wanted:
+                raise UserError(f"stage {name} has learned from stage {read} as it is, which would go on: --stage all "
+                                f"begins {name} anew, or leave {read} its steps")
+            print(f"stage {name} begins anew: it has learned from stage {read}, which goes on")
+        for name in wanted:
+            if name in done and name not in ended and steps_of(name) > steps_of(
+                    name, globals() | checkpoint["settings"]):
+                print(f"stage {name} stays as it is: {checkpoint_path} holds its best weights only, from which no more "
+                      "steps follow")
+    left = [name for name in wanted if name not in done or name in (*longer, *anew)]
+    if checkpoint and checkpoint["stage"] not in (*longer, *anew):
+        left.sort(key=lambda name: name != checkpoint["stage"])                       # what was begun is ended first
     for name in wanted:
         missing = [other for other in needs(name) if other not in done and other not in wanted]
         if missing and name in left:
@@ -1044,6 +1197,16 @@ def main():
     if checkpoint and checkpoint["stage"] not in done and checkpoint["stage"] not in left:
         raise UserError(f"this run is in the middle of stage {checkpoint['stage']}: --resume --stage "
                         f"{checkpoint['stage']} ends it first")
+    for name in left if not only_read else ():
+        rows = batch_size * (1 if action_model == "conv" else history)
+        if name == "actions" and action_quantiser == "signs" and rows < 3:
+            raise UserError(f"batch_size {batch_size}: signs are normalised over a pass's codes, of which there must "
+                            "be 3: of two each is 1 or -1 whatever was seen; --action_quantiser vq takes any")
+        if name == "tokenizer" and quantiser == "vq" and code_dim == 1:
+            raise UserError("code_dim 1: vq compares unit vectors, and of one number they are 1 and -1, without a "
+                            "gradient: 2 or more, or --quantiser fsq")
+        if name == "dynamics" and dynamics == "maskgit" and not mask_rate[1]:
+            raise UserError("mask_rate 0,0 hides no token: the dynamics would have nothing to learn")
     seed_everything(seed, deterministic)
     models = {}
     for name in done:
@@ -1088,17 +1251,34 @@ def main():
 
     total = checkpoint["step"] if checkpoint else 0           # optimiser steps of all stages
     with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
-        with optional("samples are"):
-            (run.dir / "samples").mkdir(exist_ok=True)
-        bar, clock = run.bar(total + sum(map(steps_of, left)), total), Stopwatch(where)
+        for name in [name for name in told if name not in left]:
+            run.summary(**told[name], **{f"{name}_seconds": ended[name]["loop"]["seconds"]})
+        begun = {name: ended[name]["loop"]["step"] for name in longer}
+        if checkpoint and checkpoint["stage"] in left and checkpoint["stage"] not in (*longer, *anew):
+            begun[checkpoint["stage"]] = checkpoint["loop"]["step"]
+        bar = run.bar(total + sum(steps_of(name) - begun.get(name, 0) for name in left), total)
+        clock = Stopwatch(where)
         for name in left:
             # ---- model, optimiser and the loop's own state of this stage ----
             seed_everything(seed, deterministic)
             model = build(name, video).to(where)
             noise = torch.Generator(where).manual_seed(seed)  # masks
             revival = torch.Generator().manual_seed(seed)     # which encoder outputs dead codes become
-            going_on = checkpoint is not None and checkpoint["stage"] == name
-            ema = optim.EMA(model, ema_decay) if ema_decay else None
+            was = None                                        # what the stage goes on from
+            if name in longer:
+                was = ended[name]
+                was["loop"] |= dict(best_model=done[name], start=total - was["loop"]["step"])
+                print(f"stage {name} goes on from step {was['loop']['step']}; what is a share of its steps is one of "
+                      f"{steps_of(name)}")
+                stale = [other for other in anew if name in needs(other)]
+                for kept in (done, ended, told, models):
+                    for other in (name, *stale):
+                        kept.pop(other, None)
+            elif checkpoint is not None and checkpoint["stage"] == name and name not in anew:
+                was = checkpoint
+            if grad_accum > 1 and name == "actions" and action_quantiser == "signs":
+                print(f"signs are normalised over the {batch_size} clips of each pass: grad_accum {grad_accum} is not "
+                      f"one pass over {batch_size * grad_accum}")
             opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, betas=betas, eps=eps,
                               weight_decay=weight_decay, muon_lr=muon_lr, muon_momentum=muon_momentum,
                               fused_rows=fused_rows(model), kernels=kernels)
@@ -1106,14 +1286,15 @@ def main():
             loop = dict(step=0, evaluated=-1, best=-math.inf, best_step=0, best_model=None, waited=0, pending=[],
                         seconds=0.0, logged_seconds=0.0, clips=0, start=total,
                         chosen=torch.zeros(codebook_size, dtype=torch.int64))
-            if going_on:
-                model.load_state_dict(checkpoint["model"])
-                if ema and checkpoint["ema"]:
-                    ema.load_state_dict(checkpoint["ema"])
-                optim.load_state(opt, checkpoint["optimizer"])
-                optim.load_scaler(scaler, checkpoint["scaler"])
-                restore_generators(checkpoint["generators"], noise=noise, revival=revival)
-                loop |= checkpoint["loop"]
+            if was:
+                model.load_state_dict(was["model"])
+                optim.load_state(opt, was["optimizer"])
+                optim.load_scaler(scaler, was["scaler"])
+                restore_generators(was["generators"], noise=noise, revival=revival)
+                loop |= was["loop"]
+            ema = optim.EMA(model, ema_decay) if ema_decay else None                  # of the weights as they are now
+            if ema and was and was["ema"]:
+                ema.load_state_dict(was["ema"])
             trained = compiled(model, name) if compile else model
             clips = Stream(video.train, clip_frames[name], clip_batch[name] * grad_accum, data_seed)
             limit, recent = steps_of(name), []
@@ -1128,15 +1309,19 @@ def main():
                     loop["pending"].append(row)
                 recent.clear()
 
+            def training():
+                """What the rest of this stage depends on."""
+                settle()
+                return dict(model=model.state_dict(), optimizer=opt.state_dict(),
+                            ema=ema.state_dict() if ema else None, scaler=scaler.state_dict(),
+                            generators=generator_states(noise=noise, revival=revival),
+                            loop={**loop, "chosen": loop["chosen"].cpu(), "pending": list(loop["pending"])})
+
             @contextmanager
             def state():
                 """Everything that the rest of the run depends on."""
-                settle()
-                yield dict(step=loop["start"] + loop["step"], stage=name, done=done, settings=dict(settings),
-                           model=model.state_dict(), optimizer=opt.state_dict(),
-                           ema=ema.state_dict() if ema else None, scaler=scaler.state_dict(),
-                           generators=generator_states(noise=noise, revival=revival),
-                           loop={**loop, "chosen": loop["chosen"].cpu(), "pending": list(loop["pending"])})
+                yield dict(step=loop["start"] + loop["step"], stage=name, done=done, ended=ended, figures=told,
+                           settings=dict(settings), **training())
 
             @contextmanager
             def evaluated():
@@ -1146,8 +1331,8 @@ def main():
                 else:
                     with ema.swapped():
                         yield
-            saved = loop["step"] if going_on else None
-            if not going_on:
+            saved = loop["step"] if was is checkpoint is not None else None
+            if saved is None:
                 with state() as now:
                     run.save("last.pt", now)
 
@@ -1174,11 +1359,11 @@ def main():
                         loop.update(best=numbers["score"], best_step=step, best_model=weights, waited=0)
                         with state() as now:
                             run.save("best.pt", {**now, "done": {**done, name: weights}})
-                if saved is None or saved != step and step % save_interval == 0:
+                if saved is None or saved != step and (step % save_interval == 0 or is_over(name, loop)):
                     with state() as now:
                         run.save("last.pt", now)
                     saved = step
-                if step >= limit or patience is not None and loop["waited"] >= patience:
+                if is_over(name, loop):
                     break
 
                 # ---- one optimiser step ----
@@ -1188,29 +1373,32 @@ def main():
                     group["lr"] = group["base_lr"] * scale
                 row, outputs, chosen = {}, [], []
                 clock.start()
-                for index in clips.at(step).split(clip_batch[name]):
+                indices = clips.at(step).split(clip_batch[name])
+                with autocast:
+                    passes = passes_of(name, models, train, indices, step, noise)
+                for index, (read, share) in zip(indices, passes):
                     clock.lap("data")                         # which clips; what is made of them belongs to the pass
                     with autocast:
                         if name == "tokenizer":
-                            loss, parts = tokenizer_loss(trained, train, index, step)
+                            loss, parts = tokenizer_loss(trained, train, index, step, share)
                             loop["chosen"] += parts["codes"].bincount(minlength=codebook_size).cpu()
                         elif name == "actions":
-                            loss, parts = actions_loss(trained, train, index, step)
+                            loss, parts = actions_loss(trained, train, index, step, share)
                         elif name == "text":
-                            loss = trained.nats(captions(train, index))
+                            loss = trained.nats(captions(train, index)) * share
                             parts = dict(loss=loss.detach())
                         elif name == "frame":
-                            loss, parts = frame_loss(trained, models, train, index, noise)
+                            loss, parts = frame_loss(trained, models, train, index, noise, share, read)
                         else:
-                            loss, parts = dynamics_loss(trained, models, train, index, step, noise)
+                            loss, parts = dynamics_loss(trained, models, train, index, step, noise, share, read)
                     clock.lap("forward")
-                    scaler.scale(loss / grad_accum).backward()
+                    scaler.scale(loss).backward()
                     clock.lap("backward")
                     if "codes" in parts:
                         outputs.append(parts.pop("z").flatten(0, -2))
                         chosen.append(parts.pop("codes"))
                     for key, value in parts.items():
-                        row[key] = row.get(key, 0.0) + value / grad_accum
+                        row[key] = row.get(key, 0.0) + value
                     loop["clips"] += len(index)
                 scaler.unscale_(opt)
                 row["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
@@ -1219,7 +1407,7 @@ def main():
                 opt.zero_grad(set_to_none=True)
                 if ema:
                     ema.update()
-                if name == "tokenizer" and quantiser == "vq" or name == "actions" and action_quantiser == "vq":
+                if name == "actions" or name == "tokenizer" and quantiser == "vq":   # once a step, by all of its passes
                     (model.codebook if name == "tokenizer" else model.quantiser).follow(
                         torch.cat(outputs), torch.cat(chosen))
                 clock.lap("optimiser")
@@ -1253,28 +1441,32 @@ def main():
                     with state() as now:
                         run.save("last.pt", now)
                 break
+            ended[name] = on_cpu(training())
+            del ended[name]["loop"]["best_model"]             # which is done[name]
             model.load_state_dict(loop["best_model"])
             done[name] = loop["best_model"]
             models[name] = model.eval().requires_grad_(False)
             total = loop["start"] + loop["step"]
-            with state() as now:
-                run.save("last.pt", now)
             clock.start()
             numbers = figures(name, model)
-            clock.lap("evaluation")
-            run.summary(**{f"{name}_{key}": value for key, value in numbers.items()},
-                        **{f"{name}_seconds": loop["seconds"], f"{name}_best_step": loop["best_step"]})
+            found = {f"{name}_{key}": value for key, value in numbers.items()} | {f"{name}_best_step":
+                                                                                  loop["best_step"]}
             print(f"{name}: best at step {loop['best_step']}: {in_words(name, numbers)}; {loop['seconds']:.0f} s")
             if name == "actions" and "information" in numbers:
-                floors = untrained_floor(video, train, val) | linear_probe(train, val, video.n_actions)
-                clock.lap("evaluation")
-                run.summary(**{f"actions_{key}": value for key, value in floors.items()})
+                with torch.random.fork_rng(devices=[]):
+                    floors = untrained_floor(video, train, val)
+                floors |= linear_probe(train, val, video.n_actions)
+                found |= {f"actions_{key}": value for key, value in floors.items()}
                 print(f"floors: moved or not {numbers['moved_information']:.3f}, " + in_line(floors))
             if name == "dynamics":
                 numbers = evaluate_rollouts(model, models, val)
-                clock.lap("evaluation")
-                run.summary(**{f"rollout_{key}": value for key, value in numbers.items()})
+                found |= {f"rollout_{key}": value for key, value in numbers.items()}
                 print(rollout_words(numbers))
+            clock.lap("evaluation")
+            told[name] = {key: None if math.isnan(value) else value for key, value in found.items()}
+            run.summary(**told[name], **{f"{name}_seconds": loop["seconds"]})
+            with state() as now:                              # with its figures, which are not counted again
+                run.save("last.pt", now)
 
         # ---- the end ----
         bar.close()

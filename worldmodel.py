@@ -84,6 +84,8 @@ class Residual(nn.Module):
 class Signs(nn.Module):
     """n_codes = 2^D codes, the signs of D numbers, each normalised over the batch first (BatchNorm without parameters,
     running statistics in evaluation): no code can win them all. FSQ (Mentzer et al. 2024) with two levels a channel.
+    As in `VQ`, a pass changes nothing: a training step calls `follow` once. The batch is that of one pass: not linear
+    in its rows.
 
     Raises ValueError where n_codes is no power of two from 2 on.
     """
@@ -98,9 +100,15 @@ class Signs(nn.Module):
 
     def forward(self, u, soft=False):
         """u (B, D) -> Quantised with e (B, D), codes (B,); soft: e = tanh of the normalised u, not its signs."""
-        t = torch.tanh(self.norm(u.float()))
+        x = u.float()
+        t = torch.tanh(F.batch_norm(x, None, None, training=True, eps=self.norm.eps) if self.training else self.norm(x))
         signs = torch.where(t > 0, 1.0, -1.0)
         return Quantised(t if soft else straight_through(signs, t), ((t > 0) * self.bits).sum(-1), z=u)
+
+    @torch.no_grad()
+    def follow(self, u, codes=None):
+        """One update of the running statistics by u (M, D) of all passes of a step, in training."""
+        self.norm(u.float())
 
     def look_up(self, codes):
         """codes (...) int64 -> (..., D)."""
@@ -138,6 +146,7 @@ class ActionModel(nn.Module):
     kind "transformer": the same with spatio-temporal transformers, axial positions, causal in time; it learns from
     every frame of its history (`every`), and the decoder also sees the codes that led to the frames before.
     colours: P of the palette, or None: then x_t plus a residual is written.
+    With signs the bias of `to_code` has no gradient: their normalisation takes it away.
     """
 
     def __init__(self, height, width, patch, colours, history=2, n_codes=8, n_embd=32, n_layer=3, kind="conv",

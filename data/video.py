@@ -223,6 +223,13 @@ def caption(cells):
     return text.format(agent=squares[AGENT][0], ball="".join(squares[BALL]), walls=walls)
 
 
+def unknown_words(text, side):
+    """The words of a text that no caption of a side x side picture has, a list."""
+    words = re.sub("[{][a-z]+[}]", " ", " ".join(map("".join, PHRASES))) + " none all but"
+    known = {*re.findall("[a-z]+", words), *(_square(*divmod(i, side)) for i in range(side * side))}
+    return [word for word in re.findall(r"[^\s,.;:]+", text) if word not in known]
+
+
 @functools.lru_cache
 def _patterns():
     square = "[a-z][1-9][0-9]?"

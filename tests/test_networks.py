@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from model import Transformer, TransformerConfig, parameter_rules
+from kernels_attention import attend_space, attend_time, attend_time_reference
 from networks import (Encoder, EncoderDecoder, LatentTransformer, PrefixDecoder, SpatialTransformer, SpatioTemporal,
                       TextTransformer)
 
@@ -211,3 +212,13 @@ def test_text(left):
             close(logits[row, ~hidden], alone[0])
             total += torch.nn.functional.cross_entropy(alone[0], y[row, ~hidden], reduction="sum")
         close(nats[0, 0], total / lengths.sum())
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0, 2, 8), (0, 3, 4, 2, 8), (2, 0, 4, 2, 8)])
+@pytest.mark.parametrize("attend", [attend_time, attend_time_reference, attend_space])
+def test_frames_without_places(attend, shape):
+    """No places, no rows or no frames: nothing, of the shape that was asked for, with a gradient."""
+    x = torch.zeros(shape, requires_grad=True)
+    y = attend(x, x, x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == shape

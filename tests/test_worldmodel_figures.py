@@ -257,8 +257,8 @@ def test_a_tokenizer_of_pixels_without_a_palette(put):
         return w.evaluate_tokenizer(lambda frames, estimator: (frames + by, Quantised(None, whole(8, 5, 8))), shown,
                                     None)
     found = brighter(0.1)
-    assert found["psnr"] == near(20) and found["loss"] == near(0.01) and found["changed_floor"] == 100
-    assert found["changed_psnr"] == 100                       # of no patches
+    assert found["psnr"] == near(20) == near(found["frame_psnr"]) and found["loss"] == near(0.01)
+    assert math.isnan(found["changed_floor"]) and math.isnan(found["changed_psnr"])           # of no patches
     assert brighter(3)["psnr"] == near(decibels(0.8 ** 2)) and brighter(3)["loss"] == near(9)
 
 
@@ -451,6 +451,7 @@ def test_without_actions_there_is_nothing_to_name(put):
     clips = Clips(None, torch.full((1, 9, 8, 8, 3), 51, dtype=torch.uint8))
     found = w.evaluate_actions(Blind(), w.Material(clips, None, torch.device("cpu")), None, 0)
     assert found["psnr_1"] == near(20) and found["psnr_4"] == near(decibels(0.4 ** 2)) and found["copy_4"] == 100
+    assert found["frame_psnr_1"] == near(20)
     assert found["loss"] == near(0.01) and not {"information", "majority", "consistency"} & found.keys()
 
 
@@ -489,7 +490,8 @@ def test_codes_that_mean_nothing_are_not(put, video):
     rng = np.random.default_rng(0)
     found = consistency(video, lambda cells, codes: shifted(cells, MOVES[rng.integers(1, 5, len(cells))]))
     assert abs(found["consistency"]) < 0.01 and found["lost"] == 0
-    assert consistency(video, copy_) == dict(consistency=0, lost=0)
+    found = consistency(video, copy_)                         # nobody moves: no direction, which is not one of 0
+    assert math.isnan(found["consistency"]) and found["lost"] == 0
 
 
 def test_an_agent_that_is_gone_or_there_twice_is_lost(video):
@@ -502,7 +504,8 @@ def test_an_agent_that_is_gone_or_there_twice_is_lost(video):
             picture[tuple(np.argwhere(picture != AGENT)[0])] = AGENT
         return out
     for write in (erased, doubled):
-        assert consistency(video, write) == dict(consistency=0, lost=near(1))
+        found = consistency(video, write)
+        assert math.isnan(found["consistency"]) and found["lost"] == near(1)
     shares = torch.tensor([0.5, 0.3, 0.2, 0, 0, 0, 0, 0])
     found = consistency(video, lambda cells, codes: erased(cells, codes) if codes[0] == 1 else direction(cells, codes),
                         shares)
@@ -821,6 +824,70 @@ def test_rollouts_that_copy(put, video):
         assert found[f"exact_{t}"] == near((a == b).all((1, 2)).mean())
 
 
+# --- Figures over nothing ---
+
+def cut(video, episodes, length):
+    """Material of the first episodes of val, each of so many frames: one clip in each of so many."""
+    clips = Clips(video.val.stored_cells[:episodes, :length], None, video.val.stored_actions[:episodes, :length - 1],
+                  video.val.stored_effective[:episodes, :length - 1], PX)
+    return w.Material(clips, video.palette, torch.device("cpu"))
+
+
+def test_frames_have_a_psnr_each(video):
+    """Beside that of the pooled error: the mean over frames, by a loop."""
+    cells = video.val.cells(w.spread(video.val, 3, 70), 3).numpy()
+    found = w.evaluate_tokenizer(Painter(lambda cells: cells[:, [0, 0, 1]]), material(video), video.palette)
+    each = [decibels(picture_error(clip[t], clip[max(t - 1, 0)])) for clip in cells for t in range(3)]
+    assert found["frame_psnr"] == near(np.mean(each)) and found["frame_psnr"] > found["psnr"] + 1
+
+
+def test_a_clip_alone_is_no_control(put, still):
+    """One of one clip has none; one that is the 65th is left out of the control and of what that is compared with."""
+    put(eval_clips=70, rollout_clips=70, context=CONTEXT, window=3, n_codes=8)
+    found = w.evaluate_actions(Actor(write=simulate), cut(still, 1, HISTORY + 4), still.palette, 5)
+    for key in ("dpsnr_1", "dpsnr_4", "majority", "majority_200"):
+        assert math.isnan(found[key]), key
+    assert found["psnr_1"] == found["frame_psnr_1"] == 100 and found["dpsnr_random_4"] > 0
+    many = load("gridworld", 12, 65, 20, SIDE, PX, ball=False)
+
+    def write(cells, codes):                                  # the clip alone is written wrongly, whatever its code
+        return simulate(cells, codes) if len(cells) > 1 else np.where(cells == AGENT, FLOOR, cells)
+    figures = [w.evaluate_actions(Actor(write=write), cut(many, n, HISTORY + 4), many.palette, 5) for n in (64, 65)]
+    assert figures[0]["dpsnr_4"] == figures[1]["dpsnr_4"] and figures[0]["psnr_4"] > figures[1]["psnr_4"]
+    T = CONTEXT + 3
+    roll = [w.evaluate_rollouts(Dreamer(write, (3, 3, w.temperature)), {}, cut(many, n, T)) for n in (1, 64, 65)]
+    assert math.isnan(roll[0]["permuted_4"]) and math.isnan(roll[0]["dpsnr_permuted_4"]) and roll[0]["random_1"] < 100
+    for key in ("permuted_1", "permuted_4", "dpsnr_permuted_4"):
+        assert roll[1][key] == roll[2][key], key
+    assert roll[1]["psnr_4"] == 100 > roll[2]["psnr_4"] and not {key for key in roll[2] if "paired" in key}
+
+
+def test_what_is_over_nothing_is_not_a_number(put, still):
+    """Nothing moves: no changed tokens, no information, no direction; one action: no control. Said in words, not 0."""
+    clips = Clips(still.val.stored_cells[:, :1].expand(-1, 9, -1, -1), None, torch.zeros(24, 8, dtype=torch.uint8),
+                  torch.zeros(24, 8, dtype=torch.uint8), PX)
+    shown = w.Material(clips, still.palette, torch.device("cpu"))
+    found = w.evaluate_actions(Actor(), shown, still.palette, 5)
+    for key in ("information", "moved_information", "ceiling_information", "consistency"):
+        assert math.isnan(found[key]), key
+    assert found["majority"] == 1 and found["copy_4"] == 100
+    truth = clips.cells(w.spread(clips, CONTEXT, 70), CONTEXT).flatten(2).long()
+    found = w.evaluate_dynamics(Namer(clips, truth[:, -1]), {}, shown)
+    assert math.isnan(found["changed"]) and found["tokens"] == 1 and not {"agent", "ball"} & found.keys()
+    assert "changed nan (nothing changes)" in w.in_words("dynamics", found)
+    found = w.evaluate_tokenizer(Painter(lambda cells: cells), shown, still.palette)
+    assert math.isnan(found["changed_psnr"]) and math.isnan(found["changed_floor"]) and found["psnr"] == 100
+    put(temperature=0.0)
+    one = Dreamer(copy_, (3, 3, 0.0))
+    one.n_actions = 1
+    one.generate = lambda tokens, acts, plan, **how: tokens[:, -1:].expand(-1, plan.size(1), -1)
+    found = w.evaluate_rollouts(one, {}, shown)
+    for key in ("permuted_4", "random_4", "dpsnr_4", "dpsnr_permuted_4"):
+        assert math.isnan(found[key]), key
+    assert found["psnr_4"] == found["copy_4"] == 100
+    assert math.isnan(probed(np.zeros((700, 2), np.int64), [])["probe_information"])
+
+
 # --- Words ---
 
 def test_first_frames_that_are_known(put, video):
@@ -958,7 +1025,8 @@ def test_no_gradient_leaves_the_dynamics(put, video):
     with torch.no_grad():                                     # large enough that codes and tokens differ
         for p in itertools.chain(*(model.parameters() for model in models.values())):
             p.normal_(0, 0.4)
-        models["actions"].train()(material(video, "train").frames(torch.arange(64), 3))
+        found = models["actions"].train()(material(video, "train").frames(torch.arange(64), 3))[1]
+        models["actions"].quantiser.follow(found.z)
         models["actions"].eval().quantiser.norm.running_mean *= 10              # one batch counts a tenth
     before = {name: {key: value.clone() for key, value in model.state_dict().items()}
               for name, model in models.items()}
@@ -1163,6 +1231,34 @@ def test_a_tokenizer_that_sees_time_draws_a_played_world_as_a_rollout(put, video
         assert not torch.equal(torch.stack(seen), alone)      # the frames before do count
         again = played.draw(whole[:, 3:4])
     assert torch.equal(again, alone[0]) and not torch.equal(again, seen[0])  # a new world forgets the last
+
+
+@pytest.mark.parametrize("source", ["true", "latent"])
+def test_clips_of_two_frames_can_be_played(put, video, source):
+    """A world of context 2 begins at one frame, to which no action led."""
+    put(tokens="tokenizer", action_source=source, tokenizer_embd=16, dynamics_embd=16, action_embd=16, context=2)
+    models = {name: w.build(name, video).eval() for name in ("tokenizer", "actions", "dynamics")}
+    meanings = torch.arange(8) % 5 if source == "latent" else None
+    played = w.Played(models["dynamics"], models, material(video), video, meanings)
+    assert played.reset().frame.shape == (20, 20, 3) and played.step(1).cache.startswith("2 frames")
+
+
+def test_a_prompt_of_words_that_no_caption_has(put, video):
+    """One line; captions, and what they are made of in another order, are taken."""
+    put(tokens="cells", action_source="true", dynamics_embd=16, frame_embd=16, temperature=0.0)
+    models = {name: w.build(name, video).eval() for name in ("dynamics", "frame")}
+    played = w.Played(models["dynamics"], models, material(video), video)
+    for prompt in ("agent at a1, ball at c2, walls b2.", "walls: all but c3; the agent is there"):
+        assert prompt in played.reset(prompt).note
+    for prompt, said in (("a red house", "no caption has the word 'a'"), ("agent at f1", "the word 'f1'"),
+                         ("agent at a1!", "the word 'a1!'"), ("", "at least one word"),
+                         (" ", "at least one word"), ("write", "stage text"), ("agent " * 99, "at most"),
+                         ("caf\u00e9", "plain ASCII")):
+        with pytest.raises(ValueError, match=said):
+            played.reset(prompt)
+    models["text"] = SimpleNamespace(write=lambda n, generator: [""])
+    with pytest.raises(ValueError, match="empty sentence"):
+        played.reset("write")
 
 
 def test_a_stage_that_cannot_improve_ends_at_its_second_validation(forks, tmp_path):
