@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from experiment import _as_size as as_size
 from flags import UserError
 
+SIZES = "overflow|[Tt]oo large|negative dimension|larger than|must be tuple of ints"  # what torch says of them
+
 
 def memory(device):
     """Bytes that a device has in all; of the CPU what the container may take, where that is less. inf: not known."""
@@ -48,8 +50,10 @@ class _Undrawn(TorchFunctionMode):
     """Numbers that no one will read are not made: for these torch imports its compiler first, more than a second."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.normal_:
+        if function in (torch.Tensor.normal_, torch.Tensor.__rpow__):
             return args[0]
+        if function is torch.randn:
+            return torch.empty(*args)
         if function is torch.arange and len(args) > 1:
             return torch.empty(len(range(*args)), **(kwargs or {}))
         return function(*args, **(kwargs or {}))
@@ -72,12 +76,12 @@ def weigh(build, device="cpu"):
     try:
         with torch.device("meta"), _Undrawn():
             return build()
-    except ValueError as error:
-        raise UserError(error) from None
-    except (OverflowError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("overflow|[Tt]oo large|negative dimension", str(error)):
+    except (OverflowError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, (OverflowError, MemoryError)) or re.search(SIZES, str(error)):
+            raise UserError("a model of these sizes cannot be held: there are more numbers than can be counted") from None
+        if not isinstance(error, ValueError):
             raise
-        raise UserError("a model of these sizes cannot be held: they are more than can be counted") from None
+        raise UserError(error) from None
     finally:
         hook.remove()
         torch.set_rng_state(drawn)
