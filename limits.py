@@ -111,3 +111,29 @@ def notes(settings, steps, before=None):
         if schedule in ("cosine", "wsd") and was != limit and limit is not None:
             print(f"{name} {limit} was {was}: the rate of schedule {schedule} is computed anew for the new length, from "
                   "the step where this goes on")
+
+
+def first_step(model, rows, T, passes, peak_flops, half=False):
+    """(bytes, seconds) that a training step of a Transformer takes on a CPU, an estimate from its sizes.
+
+    rows of T positions a pass; peak_flops: of the best matrix product there; half: whether autocast halves what is
+    kept. Bytes: parameters with gradient and two moments; of every position and layer twelve vectors of the width, the
+    hidden layer twice, with dropout the scores three times; the logits three times. Seconds: twice what the products
+    alone would take (see README, Speed).
+    """
+    c, size = model.config, 2 if half else 4
+    layer = 12 * c.n_embd + (2 * c.ff_width if set(c.ffs) != {"none"} else 0)
+    scores = 3 * c.n_head * T if c.dropout or half or c.attention == "manual" else 0
+    heads = 3 * c.vocab_size * (c.n_targets * (c.n_layer if c.intermediate_losses else 1) + c.mtp_depth)
+    kept = rows * T * (size * c.n_layer * (layer + scores) + 4 * heads)
+    if c.checkpoint_activations:
+        kept = rows * T * (size * (c.n_layer * c.n_embd + layer + scores) + 4 * heads)
+    return 16 * model.n_params() + kept, 2 * passes * rows * T * model.flops_per_token(T) / peak_flops
+
+
+def hint(model, rows, T, passes, peak_flops, half=False):
+    """On a CPU, before the first step: one line where that takes long or much, with the smaller preset."""
+    n_bytes, seconds = first_step(model, rows, T, passes, peak_flops, half)
+    if seconds > 5 or n_bytes > min(4e9, memory("cpu") / 2):
+        print(f"without a GPU a step will take about {seconds:,.0f} s and {as_size(n_bytes)} of memory, of "
+              f"{as_size(memory('cpu'))} that there are; --preset cpu takes minutes", flush=True)

@@ -396,6 +396,8 @@ def main():
         print(f"{corpus.source}; {model.n_params():,} parameters{active_params}; {where.type} "
               f"{str(precision).removeprefix('torch.')}")
         peak_flops = measure_peak_flops(where, precision) * mesh.size
+        if where.type == "cpu":
+            limits.hint(model, batch_size // dp, block_size, grad_accum, peak_flops, precision != torch.float32)
         bytes_per_step = batch_size * grad_accum * block_size
         first = loop["step"]
         saved = first if checkpoint else -1              # a new run is saved at once: a full disk shows at the start

@@ -514,6 +514,8 @@ def main():
         print(f"{work.shown}\n{work.example}\n{work.n_rows:,} rows; {model.n_params():,} parameters; {where.type} "
               f"{str(precision).removeprefix('torch.')}")
         peak_flops = measure_peak_flops(where, precision) * mesh.size
+        if where.type == "cpu":
+            limits.hint(model, batch_size // dp, work.block_size, grad_accum, peak_flops, precision != torch.float32)
         first = loop["step"]
         saved = first if checkpoint else -1              # a new run is saved at once: a full disk shows at the start
         bar, clock, seen = run.bar(max_steps, first), Stopwatch(where), 0    # tokens since the last line of metrics

@@ -93,3 +93,85 @@ def test_every_setting_is_taken_or_refused_in_a_line(script, monkeypatch, capsys
             assert "\n" not in said and len(said) < 1000, (name, value)
             taken += not said
     assert taken > len(specs), "and most settings have another value than their own"
+
+
+@pytest.mark.parametrize("script, line, says", [
+    ("train_enwik8", "--n_layer 1000000", "must be >= 1 and <= 1000"),
+    ("train_enwik8", "--n_layer 1000 --n_embd 8192", "parameters and more cannot be held"),
+    ("train_enwik8", f"--batch_size {10 ** 12}", "windows of 32 bytes cannot be held"),
+    ("train_enwik8", f"--n_embd {10 ** 25}", "whole numbers have 64 bits"),
+    ("train_enwik8", "--positions rope --mixer mamba --expand 1e308", "as float32 holds them"),
+    ("train_enwik8", "--positions rope --mixer mamba --expand 1e30", "cannot be held"),
+    ("train_enwik8", "--mixer mla --positions rope --qk_norm", "qk_norm normalises keys, which mixer 'mla' never forms"),
+    ("train_facts", "--mixer mla --qk_norm", "qk_norm normalises keys, which mixer 'mla' never forms"),
+    ("train_facts", f"--task mqar --n_rows {10 ** 12}", "cannot be held"),
+    ("train_mult", f"--n_embd {2 ** 40}", "cannot be held"),
+    ("train_mult", f"--n_examples {10 ** 12}", "cannot be held"),
+    ("train_dvae", f"--codebook_size {2 ** 60}", "cannot be held"),
+    ("train_dvae", f"--batch_size {10 ** 12}", "grids cannot be held"),
+    ("train_dvae", "--estimator fsq --codebook_size 11", "no product of levels"),
+    ("train_worldmodel", f"--dynamics_embd {2 ** 40}", "cannot be held"),
+    ("train_worldmodel", f"--tokenizer_batch {10 ** 12}", "clips cannot be held"),
+    *[(script, f"--{name} {value}", "must be") for script in TRAINERS for name, value in (
+        ("betas", "0.9,1.0"), ("betas", "1,1"), ("eps", "0"), ("seed", "-1"), ("data_seed", "-1"), ("seed", 2 ** 63))]])
+def test_refused_before_anything_is_made(script, line, says):
+    assert says in tried(script, line.split())
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_what_is_allowed(script):
+    assert tried(script, ["--muon_momentum", "0", "--optimizer", "muon"]) == ""
+    assert tried(script, ["--seed", str(2 ** 63 - 1)]) == ""
+
+
+def test_weighing_draws_nothing_and_knows_its_own_errors():
+    before = torch.get_rng_state()
+    made = limits.weigh(lambda: torch.nn.Linear(3, 4))
+    assert made.weight.is_meta and torch.equal(before, torch.get_rng_state())
+    with pytest.raises(TypeError, match="positional"):       # a bug stays one
+        limits.weigh(lambda: torch.nn.Linear())
+    assert not limits.register_module_parameter_registration_hook.__globals__["_global_parameter_registration_hooks"]
+
+
+def test_checks_do_not_import_the_compiler():
+    """Which takes longer than all else before the first step."""
+    code = ("import sys; sys.path.insert(0, 'tests'); import test_limits as t\n"
+            "for script in t.TRAINERS: assert t.tried(script, []) == '', script\n"
+            "assert not {'sympy', 'torch._dynamo'} & sys.modules.keys()")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+
+
+def test_notes(capsys):
+    settings = dict(schedule="cosine", warmup_steps=10)
+    limits.notes(settings, {"max_steps": 20}, {"max_steps": 20})
+    limits.notes(settings | dict(schedule="noam"), {"max_steps": 20}, {"max_steps": 10})
+    limits.notes(settings, {"max_steps": None})
+    assert capsys.readouterr().out == ""
+    limits.notes(settings, {"max_steps": 20}, {"max_steps": 12})
+    assert capsys.readouterr().out.startswith("max_steps 20 was 12: the rate of schedule cosine is computed anew")
+    limits.notes(settings, {"max_steps": 5})
+    assert capsys.readouterr().out == ("warmup_steps 10 of max_steps 5: the rate rises to the end and never reaches its "
+                                       "peak\n")
+
+
+@pytest.mark.parametrize("columns", ["20", "80", "300"])
+@pytest.mark.parametrize("script", [*TRAINERS, *TOOLS])
+def test_help_fits(script, columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(sys, "argv", ["x", "-h"])
+    with pytest.raises(SystemExit):
+        flags.answer_help("__main__", str(ROOT / f"{script}.py"))
+    lines = capsys.readouterr().out.splitlines()
+    assert 60 < max(map(len, lines)) <= min(120, max(80, int(columns)))
+    assert sum(len(line.strip()) == 1 for line in lines) < 4, "no column of single letters"
+
+
+@pytest.mark.parametrize("words", [["sample.py"], ["experiment.py"], ["experiment.py", "list"], ["data/mqar.py"]])
+def test_help_into_a_closed_pipe(words):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, *words, "-h"], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.stderr == "" and done.returncode in (0, 141)
