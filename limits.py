@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from experiment import _as_size as as_size
 from flags import UserError
 
-SIZES = "(?i)overflow|too large|negative dimension|must be tuple of ints"  # what torch says of sizes that are none
+SIZES = "(?i)overflow|too large|negative dimension|must be tuple of ints|can't allocate"  # torch, of sizes that are none
 
 
 def memory(device):

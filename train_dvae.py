@@ -563,6 +563,8 @@ def main():
         globals().update(quiet)
         settings.update(quiet)
     only_read = eval_only or encode is not None or decode is not None
+    if (eval_only, encode is not None, decode is not None).count(True) > 1:
+        raise UserError("--eval_only, --encode and --decode: one of them")
     if only_read and resume is False:
         raise UserError("--eval_only, --encode and --decode go with --resume, or --resume PATH: which model?")
     checkpoint_path = find_resume(settings, __file__, needed=only_read)

@@ -542,6 +542,8 @@ def main():
         globals().update(quiet)
         settings.update(quiet)
     only_read = eval_only or ask is not None
+    if eval_only and ask is not None:
+        raise UserError("--eval_only and --ask: one of them")
     if only_read and resume is False:
         raise UserError(f"--{'eval_only' if eval_only else 'ask'} goes with --resume, or --resume PATH: which model?")
     checkpoint_path = find_resume(settings, __file__, needed=only_read)
