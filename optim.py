@@ -586,7 +586,8 @@ def build(name, named_parameters, roles, lr, weight_decay=0.0, betas=(0.9, 0.999
         raise ValueError(f"kernels {kernels!r}: it must be torch or triton")
     pairs = list(named_parameters)
     wanted = groups(pairs, roles, weight_decay, name == "muon", fused_rows, decay_params)
-    own = {"sgd": dict(lr=lr, momentum=momentum), "muon": dict(lr=muon_lr, momentum=muon_momentum),
+    own = {"sgd": dict(lr=lr, momentum=momentum),
+           "muon": dict(lr=muon_lr, momentum=muon_momentum, nesterov=muon_momentum > 0),
            "ivon": dict(lr=lr, betas=tuple(betas), ess=ess, hess_init=hess_init, clip_radius=clip_radius)}
     for group in wanted:
         group.update(own.get(group.setdefault("rule", name), dict(lr=lr, betas=tuple(betas), eps=eps)))

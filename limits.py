@@ -1,0 +1,139 @@
+"""What a run asks of the machine, by its settings and before it starts: memory that there is not, and what to know.
+
+    config = limits.weigh(lambda: build_model(config), device)   # refused: a model that cannot be held
+    limits.fits(batch_size * block_size * 8, f"batch_size {batch_size}", device)
+    limits.notes(settings, {"max_steps": max_steps}, before)     # a warm-up longer than the run, a longer schedule
+"""
+import math
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
+
+from experiment import _as_size as as_size
+from flags import UserError
+
+SIZES = "(?i)overflow|too large|negative dimension|must be tuple of ints|can't allocate"  # torch, of sizes that are none
+
+
+def memory(device):
+    """Bytes that a device has in all; of the CPU what the container may take, where that is less. inf: not known."""
+    if device != "cpu" and device != "mps" and torch.cuda.is_available():
+        return max(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+    found = math.inf
+    with suppress(AttributeError, ValueError, OSError):      # no such call on Windows
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(ValueError, OSError):                  # the first may say "max"
+            found = min(found, int(Path(path).read_text()))
+    return found
+
+
+def fits(n_bytes, what, device="cpu"):
+    """UserError where `what` needs `n_bytes`, the least that it can do with, and the device has less in all."""
+    if n_bytes > memory(device):
+        raise UserError(f"{what} cannot be held: {as_size(float(n_bytes))} at the least, and there are "
+                        f"{as_size(memory(device))} of memory")
+
+
+def kept(rows, T, width, layers):
+    """Bytes that a training pass over rows of T positions keeps at the least: tokens and targets in 64 bits, and the
+    input of every layer in 16 bits a feature."""
+    return rows * T * (16 + 2 * width * layers)
+
+
+# Of a tensor and plain numbers these make a tensor of the same shape.
+SAME = {torch.Tensor.normal_, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.Tensor.div,
+        torch.Tensor.__truediv__, torch.Tensor.__rpow__, torch.Tensor.neg, torch.Tensor.__neg__,
+        torch.Tensor.cumprod, torch.Tensor.__rfloordiv__}
+
+
+class _Undrawn(TorchFunctionMode):
+    """Numbers that no one will read are not made: for these torch imports its compiler first, more than a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in SAME and not any(isinstance(other, torch.Tensor) for other in args[1:]):
+            return args[0]
+        if function is torch.randn:
+            return torch.empty(*args)
+        if function is torch.arange:
+            return torch.empty(len(range(*args)), **(kwargs or {}))
+        if function is torch.eye and "out" in (kwargs or {}):
+            return kwargs["out"]
+        return function(*args, **(kwargs or {}))
+
+
+def weigh(build, device="cpu"):
+    """The model that `build` makes, on torch's meta device: shapes only, nothing is drawn, nothing allocated.
+
+    UserError: what building it says of settings that cannot go together; weights and gradients, 8 bytes a parameter,
+    that the device cannot hold. That is found while it grows: a model of a million layers is not waited for.
+    """
+    count, limit = 0, memory(device)
+
+    def add(module, name, parameter):
+        nonlocal count
+        count += 0 if parameter is None else parameter.numel()
+        if 8 * count > limit:
+            fits(8 * count, f"a model of {count:,} parameters and more", device)
+    drawn, hook = torch.get_rng_state(), register_module_parameter_registration_hook(add)
+    try:
+        with torch.device("meta"), _Undrawn():
+            return build()
+    except (OverflowError, MemoryError, RuntimeError, TypeError, ValueError) as error:      # of every kind for a size
+        if isinstance(error, (OverflowError, MemoryError)) or re.search(SIZES, str(error)):
+            raise UserError("a model of these sizes cannot be held: there are more numbers than can be counted") from None
+        if not isinstance(error, ValueError):
+            raise
+        raise UserError(error) from None
+    finally:
+        hook.remove()
+        torch.set_rng_state(drawn)
+
+
+def notes(settings, steps, before=None):
+    """Prints what a person should know before step 1, a line each: a warm-up that the run does not outlast; on resume a
+    schedule whose length is another one now.
+
+    steps, before: {setting: steps of what is trained}, now and by the checkpoint; a value None has no end.
+    """
+    schedule, warmup_steps = settings["schedule"], settings["warmup_steps"]
+    for name, limit in steps.items():
+        if limit and warmup_steps >= limit:
+            print(f"warmup_steps {warmup_steps} of {name} {limit}: the rate rises to the end and never reaches its peak"
+                  if warmup_steps > limit else f"warmup_steps {warmup_steps} are all of {name} {limit}: the rate rises "
+                  "to the end")
+        was = (before or {}).get(name, limit)
+        if schedule in ("cosine", "wsd") and was != limit and limit is not None:
+            print(f"{name} {limit} was {was}: the rate of schedule {schedule} is computed anew for the new length, from "
+                  "the step where this goes on")
+
+
+def first_step(model, rows, T, passes, peak_flops, half=False):
+    """(bytes, seconds) that a training step of a Transformer takes on a CPU, an estimate from its sizes.
+
+    rows of T positions a pass; peak_flops: of the best matrix product there; half: whether autocast halves what is
+    kept. Bytes: parameters with gradient and two moments; of every position and layer twelve vectors of the width, the
+    hidden layer twice, with dropout the scores three times; the logits three times. Seconds: twice what the products
+    alone would take (see README, Speed).
+    """
+    c, size = model.config, 2 if half else 4
+    layer = 12 * c.n_embd + (2 * c.ff_width if set(c.ffs) != {"none"} else 0)
+    scores = 3 * c.n_head * T if c.dropout or half or c.attention == "manual" else 0
+    heads = 3 * c.vocab_size * (c.n_targets * (c.n_layer if c.intermediate_losses else 1) + c.mtp_depth)
+    kept = rows * T * (size * c.n_layer * (layer + scores) + 4 * heads)
+    if c.checkpoint_activations:
+        kept = rows * T * (size * (c.n_layer * c.n_embd + layer + scores) + 4 * heads)
+    return 16 * model.n_params() + kept, 2 * passes * rows * T * model.flops_per_token(T) / peak_flops
+
+
+def hint(model, rows, T, passes, peak_flops, half=False):
+    """On a CPU, before the first step: one line where that takes long or much, with the smaller preset."""
+    n_bytes, seconds = first_step(model, rows, T, passes, peak_flops, half)
+    if seconds > 5 or n_bytes > min(4e9, memory("cpu") / 2):
+        print(f"without a GPU a step will take about {seconds:,.0f} s and {as_size(n_bytes)} of memory, of "
+              f"{as_size(memory('cpu'))} that there are; --preset cpu takes minutes", flush=True)
