@@ -247,12 +247,13 @@ def as_typed(value):
     return str(value) if str(value).isprintable() and value != "" else json.dumps(value)
 
 
-def check_settings(script, values):
+def check_settings(script, values, specs=None):
     """`values` {name: value}, as a file gives them, in the types of the script's settings. Nothing is run.
 
-    UserError: a name that the script has not, or a value that it does not allow.
+    specs: what `_read_settings` found in the script, for many calls. UserError: a name that the script has not, or a
+    value that it does not allow.
     """
-    specs, found = _read_settings(script), {}
+    specs, found = specs or _read_settings(script), {}
     for name, value in values.items():
         if name not in specs:
             raise UserError(f"{Path(script).name} has no setting {name!r}{_nearest(str(name), specs)}")
