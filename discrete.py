@@ -6,6 +6,8 @@
 Shapes: B batch, N codes of one input, K size of the codebook, D width of a code. q(z|x) is a product of N categorical
 distributions softmax(logits); the prior is uniform over all K^N; nats everywhere unless a name says bits.
 """
+import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
+
 import math
 import sys
 from dataclasses import dataclass

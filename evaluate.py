@@ -36,7 +36,6 @@ import flags
 flags.answer_help(__name__, __file__, "checkpoint")  # before the seconds that the next lines take
 
 import copy
-import fcntl
 import json
 import math
 import os
@@ -51,8 +50,8 @@ import torch.nn.functional as F
 
 from data import facts, mqar, text, tokens
 from data.tokenized import open_text, tokenizer_of
-from experiment import (UserError, command, draw_curves, find_checkpoint, is_running, load_checkpoint, override,
-                        read_json, read_metrics, replacing, resolve_device)
+from experiment import (UserError, command, draw_curves, find_checkpoint, is_running, load_checkpoint, lock_file,
+                        override, read_json, read_metrics, replacing, resolve_device)
 from model import from_checkpoint
 from sample import converse
 
@@ -581,7 +580,7 @@ def follow(run, where, precision):
         time.sleep(0.2)
     lock = open(run / "watch.lock", "w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(lock)
     except OSError:
         raise UserError(f"another process is watching {run}") from None
     for leftover in run.glob(".watch-*.pt"):                     # of killed processes
@@ -593,6 +592,9 @@ def follow(run, where, precision):
         with open(log, mode) as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
+    if log.exists():                                             # without what a kill has cut off
+        with replacing(log) as whole:
+            whole.writelines((json.dumps(line) + "\n").encode() for line in done)
     print(f"watching {run}", flush=True)
     try:
         while True:

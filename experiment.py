@@ -18,11 +18,13 @@ Also a command, about the runs that are there:
     python experiment.py list                                # status, step, best, size and age of every run under runs/
     python experiment.py clean --tag test --older_than 7d    # says what it would remove; with --yes it does
 """
+import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
+
 import argparse
 import contextlib
+import copy
 import ctypes
 import errno
-import fcntl
 import functools
 import importlib.metadata
 import itertools
@@ -32,17 +34,28 @@ import os
 import pickle
 import platform
 import re
-import resource
 import shutil
 import signal
+import stat
+import struct
 import subprocess
 import sys
 import threading
 import time
-from collections import deque
+import traceback
+import zipfile
+import zlib
+from collections import OrderedDict, deque
 from pathlib import Path
 
 import torch
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows
+    import msvcrt
+    fcntl = resource = None
 
 from flags import Settings, UserError, adopt, as_typed, check_settings, override  # noqa: F401
 
@@ -51,26 +64,44 @@ PACKAGES = "torch numpy triton wandb tensorboard tiktoken sentencepiece matplotl
 CLOCK = "%Y-%m-%dT%H:%M:%S%z"
 PARTS = "data forward backward optimiser evaluation other".split()  # of a loop's time, for a Stopwatch
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of mallopt (malloc.h)
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
+NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EROFS)
+OPTIONAL = dict(matplotlib="matplotlib", wandb="wandb", tensorboard="tensorboard", yaml="pyyaml", PIL="pillow")
+READERS = {"adopt", "from_checkpoint", "load_state_dict", "load_state", "load_model", "load_optimizer", "load_ema",
+           "load_scaler", "restore_generators"}  # functions that put back what a checkpoint holds
+HELD = dict(step=int, steps=dict, settings=dict, model=dict, models=dict, done=dict, optimizer=dict, scaler=dict,
+            generators=dict, data=dict, loop=dict, metrics_lines=int, script=str)  # by a checkpoint, where it has them
 
 
 class NonFinite(Exception):
-    """The loss was not finite at `step`; `command` prints it with the last good checkpoint and exits with status 3."""
+    """The loss, or `what`, was not finite at `step`; `command` prints it with the last checkpoint, exits with status 3.
+    """
 
-    def __init__(self, step):
-        super().__init__(f"loss is not finite at step {step}")
-        self.checkpoint = None
+    def __init__(self, step, what="loss"):
+        super().__init__(f"{what} is not finite at step {step}")
+        self.checkpoint, self.good = None, "good " if what == "loss" else ""     # the last one may be of this step
+
+
+def check_finite(step, split, values):
+    """NonFinite where a measure of a validation, by which a model may be the best, is not a finite number."""
+    for name in ("loss", "nats", "bpb", "score") if split != "train" else ():
+        if not math.isfinite(values.get(name) or 0.0):
+            raise NonFinite(step, f"{name} of the validation")
 
 
 def command(main):
     """Decorator for a script's main(): what went wrong becomes one line `error: ...` on stderr and an exit status.
 
-    2: UserError, no space left, out of memory. 3: NonFinite. 130: Ctrl-C outside the loop. A reader that closed our
-    standard output (`| head`) is no error. Everything else is a bug and keeps its traceback. Of several processes under
-    torchrun, which meet most errors together, the first speaks; out of memory is said by each.
+    2: UserError, no space left, out of memory, a checkpoint that does not fit. 3: NonFinite. 130: Ctrl-C outside the
+    loop. A reader that closed our standard output (`| head`) is no error. Everything else is a bug and keeps its
+    traceback. Of several processes under torchrun, which meet most errors together, the first speaks; out of memory is
+    said by each.
     """
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
+        if signal.getsignal(signal.SIGINT) is flags.interrupted:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        flags.surroundings()
         keep_freed_memory()
         speaks = os.environ.get("RANK", "0") == "0"
         try:
@@ -82,25 +113,80 @@ def command(main):
         except UserError as error:
             status, text = 2, str(error)
         except NonFinite as error:
-            status, text = 3, f"{error}; the last good checkpoint is {error.checkpoint or 'not written yet'}"
+            status = 3
+            text = f"{error}; the last {error.good}checkpoint is {error.checkpoint or 'not written yet'}"
         except KeyboardInterrupt:
             status, text = 130, "interrupted"
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)     # nobody reads on: let the flush at exit go nowhere
-            sys.exit(128 + signal.SIGPIPE)
-        except (OSError, MemoryError, RuntimeError) as error:
-            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(
-                    "can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED", str(error)):
-                text = "out of memory: try a smaller batch_size (and more grad_accum), block_size or model"
-            elif getattr(error, "errno", None) in NO_SPACE:
-                text = f"cannot write {error.filename or 'a file'}: {error.strerror}"
-            else:
+            sys.exit(141)                                    # 128 + SIGPIPE
+        except Exception as error:
+            status, speaks, text = 2, True, _explained(error)
+            if text is None:
                 raise
-            status, speaks = 2, True
         if speaks:
             print("error:", " ".join(text.split("\n")), file=sys.stderr, flush=True)
         sys.exit(status)
     return wrapper
+
+
+def _explained(error):
+    """What an error says of the machine, a path or a checkpoint rather than of a bug; None: it is a bug."""
+    number, text = getattr(error, "errno", None), str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, (OSError, RuntimeError)) and (
+            re.search("can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED", text)):
+        return "out of memory: try a smaller batch_size (and more grad_accum), block_size or model"
+    if number in NO_SPACE:
+        return f"cannot write {error.filename or 'a file'}: {error.strerror}"
+    if number in NO_PATH and error.filename:
+        return f"{str(error.filename)[:100]}: {error.strerror}"
+    if isinstance(error, RuntimeError) and "home directory" in text:     # of pathlib, for ~nobody
+        return f"a path begins with ~ and a name that this machine does not know: {text}"
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in OPTIONAL:
+        package = OPTIONAL[error.name.partition(".")[0]]
+        return f"this needs {package}: pip install {package}"
+    if READERS & {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}:
+        lines = [line.strip() for line in text.splitlines()]
+        said = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])     # the first of what differs
+        return f"{load_checkpoint.last} does not fit or is damaged: {type(error).__name__}: {said[:300]}"
+    return None
+
+
+def _in_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+@contextlib.contextmanager
+def optional(what):
+    """What a run can do without, a picture or a sample: where the block fails, one line says so."""
+    try:
+        yield
+    except Exception as error:
+        print(f"{what} left out: {_in_line(error)}", flush=True)
+
+
+class Output:
+    """A run's standard output: what cannot be printed any more is lost, and standard error says so, once."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        return self._try(self.stream.write, text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, do, *words):
+        try:
+            return do(*words)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())      # what follows goes nowhere
+                print(f"cannot print ({error.strerror}): the run goes on in silence", file=sys.stderr, flush=True)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def keep_freed_memory():
@@ -191,15 +277,22 @@ def generator_states(**generators):
 
 
 def restore_generators(states, **generators):
-    """Puts back what `generator_states` returned. UserError: a named generator that the checkpoint does not know."""
+    """Puts back what `generator_states` returned, but the state of a generator of another kind of device: one line says
+    that its noise goes on from the seed. UserError: a named generator that the checkpoint does not know."""
     missing = sorted(set(generators) - set(states["named"]))
     if missing:
         raise UserError(f"the checkpoint has no state of the generator {', '.join(missing)}")
     torch.set_rng_state(states["cpu"])
     for i, state in enumerate(states["cuda"][:torch.cuda.device_count()]):
         torch.cuda.set_rng_state(state, i)
+    foreign = [] if bool(states["cuda"]) == torch.cuda.is_available() else ["dropout"]
     for name, generator in generators.items():
-        generator.set_state(states["named"][name])
+        if states["named"][name].numel() == generator.get_state().numel():
+            generator.set_state(states["named"][name])
+        else:
+            foreign.append(name)
+    if foreign:
+        print(f"the checkpoint is of another device: the noise of {', '.join(foreign)} goes on from the seed")
 
 
 def measure_peak_flops(device, dtype):
@@ -218,9 +311,11 @@ def measure_peak_flops(device, dtype):
 
 
 def peak_memory(device):
-    """Bytes: the most that torch held on a CUDA `device`, else the most that this process held."""
+    """Bytes: the most that torch held on a CUDA `device`, else the most that this process held (Windows: NaN)."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -285,6 +380,28 @@ class Stopwatch:
 
 # --- Files ---
 
+def lock_file(file, shared=False, wait=False):
+    """Locks an open file, or descriptor, until it is closed. OSError with EAGAIN or EACCES: another process has it.
+
+    shared: beside others who share it. wait: until it is free. On Windows (msvcrt) no lock is shared.
+    """
+    if fcntl is not None:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        return
+    descriptor = file if isinstance(file, int) else file.fileno()
+    while True:
+        os.lseek(descriptor, 2 ** 30, os.SEEK_SET)           # a byte that is not there: a locked one cannot be read
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            break
+        except OSError:
+            if not wait:
+                raise
+        finally:
+            os.lseek(descriptor, 0, os.SEEK_SET)
+        time.sleep(0.2)
+
+
 def _newest(settings, script):
     """The directory that a bare --resume means: that of run_name, or the run that started last; None: no run yet."""
     parent, name = Path(settings["out_dir"]) / Path(script).stem, settings["run_name"]
@@ -307,7 +424,7 @@ def is_running(directory):
     """Whether a process is writing to the run in this directory."""
     try:
         with open(directory / "lock") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            lock_file(file, shared=True)
     except OSError as error:
         return error.errno in (errno.EAGAIN, errno.EACCES)
     return False
@@ -343,6 +460,17 @@ def find_resume(settings, script, needed=False):
     return path
 
 
+def _is_alive(process):
+    """Whether the process of this number, a text, runs on this machine and is another than this one."""
+    if os.name == "nt":                                          # there os.kill would end it; an open file stays anyway
+        return False
+    with contextlib.suppress(ValueError, OSError):
+        if int(process) != os.getpid():
+            os.kill(int(process), 0)
+            return True
+    return False
+
+
 def find_checkpoint(path):
     """Path of the checkpoint that a person means: a file, or the last.pt of a run's directory. UserError: not there."""
     path = Path(path)
@@ -358,28 +486,75 @@ def load_checkpoint(path, script=None):
     """The dict that `Run.save` wrote to `path`, tensors on the CPU. Runs no code from the file (weights_only=True).
 
     script: the script (a file's path, or its name without .py) that must have written it.
+    A key that it lacks, also deeper inside, is a UserError when it is asked for. The file's check sums are compared
+    first, which torch.load does not do: about 0.2 s for 100 MB, half of what the loading itself takes.
     UserError, naming the file: missing, truncated, damaged, foreign, another script's, or holding objects that could
     run code.
     """
-    path = Path(path)
+    path = load_checkpoint.last = Path(path)
     hint = "".join(f"; there is also {other}" for other in _others(path)[-1:])
     try:
         with open(path, "rb") as file:
             if file.read(4) != b"PK\x03\x04":
                 raise UserError(f"{path} is truncated or not a nanolab checkpoint{hint}")
+            with zipfile.ZipFile(file) as archive:
+                if member := archive.testzip():
+                    raise zipfile.BadZipFile(f"the check sum of {member} is another")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path} is refused: it holds more than plain data, which could run code{hint}") from None
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
+            zipfile.BadZipFile, zlib.error, struct.error) as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         raise UserError(f"{path} is truncated or damaged ({what}){hint}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is not a nanolab checkpoint{hint}")
     if script is not None and checkpoint.get("script") != Path(script).stem:
         raise UserError(f"{path} is a checkpoint of {checkpoint.get('script')}, not of {Path(script).stem}")
-    return checkpoint
+    wrong = [name for name, kind in HELD.items() if not isinstance(checkpoint.get(name, kind()), kind)]
+    steps = checkpoint.get("steps", {}) if not wrong else {}
+    if wrong or not all(_is_name(name) and isinstance(step, int) for name, step in steps.items()):
+        raise UserError(f"{path} is damaged: {wrong[0] if wrong else 'steps'} is not what a run saves there{hint}")
+    return _loaded(checkpoint, path)
+
+
+def _is_name(name):
+    """Whether it can name a folder inside a run's directory."""
+    return isinstance(name, str) and re.fullmatch(r"[\w-]{1,100}", name) is not None
+
+
+class Loaded(dict):
+    """A dict of a checkpoint: asking for a key that it lacks is a UserError. Pickled, it is a dict that may be loaded
+    with weights_only=True."""
+
+    def __init__(self, values, place):
+        super().__init__(values)
+        self._place = place
+
+    def __missing__(self, key):
+        raise UserError(f"{self._place} lacks {key!r}: it is not whole, or of another version")
+
+    def __deepcopy__(self, memo):
+        return {key: copy.deepcopy(value, memo) for key, value in self.items()}
+
+    def __reduce_ex__(self, protocol):
+        return OrderedDict, (), None, None, iter(self.items())
+
+
+def _loaded(value, place):
+    """`value` with every dict in it as Loaded."""
+    if type(value) is dict:
+        return Loaded({key: _loaded(item, f"{place}: {key}") for key, item in value.items()}, place)
+    return type(value)(_loaded(item, place) for item in value) if type(value) in (list, tuple) else value
+
+
+def _unloaded(value):
+    """`value` with every dict in it as it was before `_loaded`."""
+    if type(value) in (dict, Loaded):
+        return {key: _unloaded(item) for key, item in value.items()}
+    return type(value)(map(_unloaded, value)) if type(value) in (list, tuple) else value
 
 
 @contextlib.contextmanager
@@ -426,17 +601,17 @@ def write_json(path, value):
 
 def read_json(path):
     """The object in a JSON file; {} where there is none."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         value = json.loads(path.read_text())
         return value if isinstance(value, dict) else {}
     return {}
 
 
-def read_metrics(path):
-    """The lines of a metrics.jsonl; one that a kill or a full disk has cut off is left out."""
+def read_metrics(path, limit=None):
+    """The first `limit` lines of a metrics.jsonl; one that a kill or a full disk has cut off is left out."""
     entries = []
-    for line in path.read_bytes().splitlines():
-        with contextlib.suppress(ValueError):
+    for line in path.read_bytes().splitlines()[:limit]:
+        with contextlib.suppress(ValueError, RecursionError):
             entry = json.loads(line)
             if isinstance(entry, dict) and isinstance(entry.get("step"), int):
                 entries.append(entry)
@@ -446,7 +621,10 @@ def read_metrics(path):
 def run_metrics(directory):
     """All lines of a run, in the order of their steps: the trainer's, and those of an evaluation beside it."""
     files = [directory / name for name in ("metrics.jsonl", "evaluation.jsonl")]
-    lines = [line for file in files if file.exists() for line in read_metrics(file)]
+    lines = []
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):
+            lines += read_metrics(file)
     return sorted(lines, key=lambda line: line["step"])
 
 
@@ -482,36 +660,53 @@ class Run:
         self.checkpoint, self.source = checkpoint, checkpoint_path and Path(checkpoint_path)
         self.step, self._began = checkpoint["step"] if checkpoint else 0, time.monotonic()
         self._first, self._steps = self.step, checkpoint.get("steps", {}) if checkpoint else {}
-        self.dir = self.stop = self._lock = self._metrics = self._bar = self._wandb = None
-        self._handlers, self._summary, self._boards = {}, {}, {}
+        self.dir = self.stop = self._lock = self._metrics = self._bar = self._wandb = self._output = None
+        self._handlers, self._summary, self._boards, self._draws = {}, {}, {}, True
 
     def __enter__(self):
+        self._check_packages()
         home = _newest(self.settings, self.script)
         if self.source and _is_run(self.source.parent) and (
                 self.settings["run_name"] is None or self.source.parent.resolve() == home.resolve()):
             self.dir = self.source.parent
         elif self.settings["resume"] is True and not self.source and home and home.exists():
             self.dir = home                                  # killed before its first save
-        self.resumed = self.dir is not None
+        self.resumed, self._fails = self.dir is not None, True
         try:
             self._open()
         except BaseException as error:
             self.__exit__(type(error), error, None)
-            if not self.resumed and self.dir:
-                shutil.rmtree(self.dir, ignore_errors=True)  # it was made a moment ago and holds nothing
             raise
+        self._fails = False
         return self
+
+    def _check_packages(self):
+        """UserError where a package that was asked for is not installed; without matplotlib no curves are drawn."""
+        asked = {"wandb": self.settings.get("wandb", "disabled") != "disabled", "torch.utils.tensorboard":
+                 bool(self.settings.get("tensorboard"))}
+        for module in [module for module, wanted in asked.items() if wanted and not self.debug]:
+            try:
+                importlib.import_module(module)
+            except ImportError:
+                package = module.rpartition(".")[2]
+                raise UserError(f"--{package} needs the package {package}: pip install {package}") from None
+        try:
+            importlib.import_module("matplotlib")
+        except Exception as error:                           # not installed, or broken
+            self._draws = False
+            print(f"curves.png will not be drawn, as matplotlib cannot be imported: {_in_line(error)}")
 
     def _open(self):
         place = self.dir or Path(self.settings["out_dir"])
         try:
             if not self.resumed:
                 self.dir = place = self._create(place / self.script.stem, self.settings["run_name"])
-            elif not _is_run(place) and any(place.iterdir()):
+            elif any(place.iterdir()) and not _is_run(place):
                 raise UserError(f"{place} is not the directory of a run: choose another --run_name")
             self._lock = self._take_lock()
-            for leftover in place.glob(".*.tmp-*"):          # of killed processes
-                leftover.unlink()
+            for leftover in itertools.chain(place.glob(".*.tmp-*"), place.glob("samples/.*.tmp-*")):
+                if not _is_alive(leftover.name.rpartition("-")[2]):      # one who watches the run writes there too
+                    leftover.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to {place}: {error.strerror}") from None
         if self.source and self.source.resolve() != (place / "last.pt").resolve():
@@ -520,7 +715,8 @@ class Run:
         self._write_summary("running")
         self._write_params()
         self._copy_code()
-        last = self._open_metrics()
+        known = self._open_metrics()
+        last = [entry for entry in known if entry["step"] == self._reached(entry)]
         if self.settings.get("wandb", "disabled") != "disabled" and not self.debug:
             self._wandb = self._open_wandb()
         if self.settings.get("tensorboard") and not self.debug:
@@ -531,6 +727,7 @@ class Run:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._on_signal)
+        self._output = sys.stdout = Output(sys.stdout)
 
     def _create(self, parent, name):
         parent.mkdir(parents=True, exist_ok=True)
@@ -546,7 +743,7 @@ class Run:
         lock = os.open(self.dir / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         for trial in range(5):
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_file(lock)
                 break
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
@@ -555,19 +752,23 @@ class Run:
                     os.close(lock)
                     raise UserError(f"another process is writing to {self.dir}") from None
             time.sleep(0.05)                                 # `is_running` holds it for a moment
-        os.pwrite(lock, FORMAT.encode(), 0)                  # the file's time says which run started last
+        os.write(lock, FORMAT.encode())                      # the file's time says which run started last
         return lock
 
     def _open_metrics(self):
-        """Drops the metrics that the checkpoint does not know of; returns the lines of every model's last step."""
+        """Drops the metrics that the checkpoint does not know of; returns the lines that are left."""
         path, entries = self.dir / "metrics.jsonl", []
-        if self.checkpoint and path.exists():
-            entries = [entry for entry in read_metrics(path)[:self.checkpoint.get("metrics_lines")]
-                       if entry["step"] <= self._reached(entry) and not entry.get("final")]
+        if self.checkpoint and self.resumed:
+            known = self.checkpoint.get("metrics_lines")
+            entries = read_metrics(path, known) if path.exists() else []
+            if len(entries) < (known or 0):
+                print(f"{path} has lost {known - len(entries)} of the {known} lines that the checkpoint knows of: "
+                      "the curves have a gap")
+            entries = [entry for entry in entries if entry["step"] <= self._reached(entry) and not entry.get("final")]
         with replacing(path) as file:
             file.writelines((json.dumps(entry) + "\n").encode() for entry in entries)
         self._lines, self._metrics = len(entries), open(path, "ab", buffering=0)
-        return [entry for entry in entries if entry["step"] == self._reached(entry)]
+        return entries
 
     def _reached(self, entry):
         """The step of the checkpoint, of the line's model where the checkpoint has `steps` of several."""
@@ -628,12 +829,14 @@ class Run:
             os.kill(os.getpid(), number)
         self.stop = number
         text = f"\n{signal.Signals(number).name}: stopping after this step, then saving; once more stops at once\n"
-        os.write(2, text.encode())                           # print could be what the signal interrupted
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())                       # print could be what the signal interrupted
 
     def log(self, *, step, split="train", **values):
         """Appends a line to metrics.jsonl: `step` optimiser steps done, `split`, `values`; a number not finite is null.
 
-        Texts among the values (model, stage, protocol, ...) name the curve that the numbers belong to.
+        Texts among the values (model, stage, protocol, ...) name the curve that the numbers belong to. NonFinite: a
+        validation's measure was none (`check_finite`), once the line is written.
         """
         entry = {"step": step, "split": split, **_plain(values)}
         try:
@@ -642,6 +845,7 @@ class Run:
             raise UserError(f"cannot write {self.dir / 'metrics.jsonl'}: {error.strerror}") from error
         self._lines, self.step = self._lines + 1, max(self.step, step)
         self._mirror(entry)
+        check_finite(step, split, values)
 
     def _mirror(self, entry):
         """One line of metrics to TensorBoard and wandb."""
@@ -659,6 +863,8 @@ class Run:
             board.add_scalar(f"{curve}/{key}", value, entry["step"])
 
     def _open_board(self, model):
+        if model and not _is_name(model):                    # a damaged file must not lead out of the directory
+            raise UserError(f"{self.dir / 'metrics.jsonl'} is damaged: {model[:50]!r} is no name of a model")
         from torch.utils.tensorboard import SummaryWriter
         purge = self._reached({"model": model}) if self.resumed else None
         self._boards[model] = SummaryWriter(str(self.dir / "tensorboard" / model), purge_step=purge)
@@ -669,7 +875,7 @@ class Run:
 
         A kill at any moment leaves the old file or the new one, whole. UserError: no space; the old file stays.
         """
-        state = {**state, "format": FORMAT, "script": self.script.stem, "metrics_lines": self._lines}
+        state = _unloaded({**state, "format": FORMAT, "script": self.script.stem, "metrics_lines": self._lines})
         os.fsync(self._metrics.fileno())                     # first: what a checkpoint knows of is on the disk
         for board in self._boards.values():
             board.flush()
@@ -677,11 +883,15 @@ class Run:
             torch.save(state, file)
 
     def keep(self, state, step, keep_last):
-        """Saves the numbered checkpoint step_00001000.pt and removes older ones, so that `keep_last` are left."""
-        self.save(f"step_{step:08d}.pt", state)
+        """Saves the numbered checkpoint step_00001000.pt and removes older ones, so that `keep_last` are left.
+
+        Again for the same step: the same. Killed in between, the new one is missing, and a resumed run saves it.
+        """
         numbers = [int(path.stem.removeprefix("step_")) for path in self.dir.glob("step_*.pt")]
-        for old in sorted(number for number in numbers if number <= step)[:-keep_last]:
+        older = sorted(number for number in numbers if number < step)
+        for old in older[:max(0, len(older) - keep_last + 1)]:
             (self.dir / f"step_{old:08d}.pt").unlink()
+        self.save(f"step_{step:08d}.pt", state)
 
     def bar(self, total, initial=0):
         """A `Bar` towards `total` steps (None: no end known)."""
@@ -698,7 +908,7 @@ class Run:
         shares, memory = clock.shares(), peak_memory(clock.device)
         self.summary(time=shares, peak_memory=memory)
         print("time: " + ", ".join(f"{part} {100 * share:.0f} %" for part, share in shares.items()) +
-              f"; peak memory {_as_size(memory)}")
+              ("" if math.isnan(memory) else f"; peak memory {_as_size(memory)}"))
 
     def _write_summary(self, status, **more):
         memory = peak_memory("cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu")
@@ -716,8 +926,17 @@ class Run:
         with contextlib.ExitStack() as stack:
             for number, handler in self._handlers.items():
                 stack.callback(signal.signal, number, handler)
+            if self._output is not None and sys.stdout is self._output:
+                stack.callback(setattr, sys, "stdout", self._output.stream)
+                stack.callback(self._output.flush)
             if self._lock is not None:
                 stack.callback(os.close, self._lock)
+            if self._fails and not self.resumed and self.dir:
+                if self._lock is not None:                   # ours, made a moment ago, and it holds nothing
+                    stack.callback(shutil.rmtree, self.dir, ignore_errors=True)
+                else:                                        # unless another took it in that moment, and wrote
+                    stack.enter_context(contextlib.suppress(OSError))
+                    stack.callback(os.rmdir, self.dir)
             for writer in filter(None, (self._metrics, *self._boards.values(), self._bar)):
                 stack.callback(writer.close)
             if self._wandb:
@@ -725,8 +944,9 @@ class Run:
             try:
                 if self._lock is not None:
                     self._write_summary(status, **({} if good else {"error": f"{kind.__name__}: {error}"}))
-                if self._metrics:
-                    draw_curves(self.dir, self.dir / "curves.png")
+                if self._metrics and self._draws:
+                    with optional("curves.png is"):
+                        draw_curves(self.dir, self.dir / "curves.png")
             except UserError:
                 if good:
                     raise                                    # else what went wrong first is what to tell
@@ -832,8 +1052,13 @@ def describe_run(directory):
     status: that of summary.json, or "running" while a process writes to it and "killed" where none does any more.
     """
     summary, settings = read_json(directory / "summary.json"), read_json(directory / "params.json").get("settings", {})
-    files = [path for path in directory.rglob("*") if path.is_file() and not path.is_symlink()]
-    written = max((path.lstat().st_mtime for path in files), default=directory.stat().st_mtime)
+    files = []                                                   # what lstat says of them
+    for place, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(OSError):                   # a run that is being written replaces its files
+                files.append(os.lstat(os.path.join(place, name)))
+    files = [file for file in files if stat.S_ISREG(file.st_mode)]
+    written = max((file.st_mtime for file in files), default=time.time())
     status = "running" if is_running(directory) else summary.get("status", "killed")
     if status == "running":                                      # the summary is written when a run ends
         status = "running" if is_running(directory) else "killed"
@@ -841,7 +1066,7 @@ def describe_run(directory):
     best = [f"{name.removeprefix('best_')} {value:.4f}" for name, value in summary.items()
             if name.startswith("best_") and isinstance(value, float)]
     return dict(name=str(directory), status=status, step=summary.get("step", 0), best=", ".join(best),
-                bytes=sum(path.lstat().st_size for path in files), age=max(0.0, time.time() - written),
+                bytes=sum(file.st_size for file in files), age=max(0.0, time.time() - written),
                 tag=settings.get("tag") or "")
 
 
@@ -851,11 +1076,14 @@ def remove_run(directory):
         raise UserError(f"{directory} is not the directory of a run: it is left alone")
     with open(directory / "lock") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)     # held until it is gone: nobody can start to write
+            lock_file(lock)                                      # held until it is gone: nobody can start to write
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise UserError(f"another process is writing to {directory}: it is left alone") from None
-        shutil.rmtree(directory)                                 # links inside are removed, not followed
+        try:
+            shutil.rmtree(directory)                             # links inside are removed, not followed
+        except OSError as error:
+            raise UserError(f"{directory} is not wholly removed: {error.strerror}") from None
 
 
 def _as_size(n):

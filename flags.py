@@ -5,6 +5,37 @@
 
     settings = flags.override(globals())                     # in main(): --name value, --preset NAME, -h
 """
+import os
+import signal
+import sys
+from pathlib import Path
+
+
+def interrupted(number, frame):
+    """Ctrl-C while the imports run; `command` puts Python's own handler back."""
+    os.write(2, b"error: interrupted\n")
+    os._exit(130)
+
+
+def surroundings():
+    """What a command must not depend on: closed standard streams, their encoding, the picture backend of a notebook."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:    # else the next file that is opened gets a closed one's
+        pass
+    os.close(descriptor)
+    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    os.environ["MPLBACKEND"] = "agg"                         # matplotlib's import fails where the named one is missing
+
+
+ROOT = Path(__file__).resolve().parent
+_main = getattr(sys.modules["__main__"], "__file__", None)
+if _main and Path(_main).resolve().parent in (ROOT, ROOT / "data"):  # a command of ours, not a test or a notebook
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupted)
+    surroundings()
+
 import ast
 import difflib
 import io
@@ -13,10 +44,8 @@ import json
 import math
 import operator
 import re
-import sys
 import textwrap
 import tokenize
-from pathlib import Path
 
 LIMITS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}

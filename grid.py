@@ -40,7 +40,6 @@ import flags
 flags.answer_help(__name__, __file__, "grid")  # before the seconds that the next lines take
 
 import ast
-import fcntl
 import hashlib
 import importlib.util
 import itertools
@@ -58,8 +57,8 @@ from builtins import print as say
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiment import (UserError, as_typed, check_settings, command, compare, noise_floor, override, read_json,
-                        read_metrics, write_json)
+from experiment import (UserError, as_typed, check_settings, command, compare, lock_file, noise_floor, override,
+                        read_json, read_metrics, write_json)
 
 # --- What ---
 grid = None              # the yaml file (may also be typed as a bare word)
@@ -76,7 +75,7 @@ SHAPE = {"script": str, "out_dir": str, "metric": str, "show": list, "base": dic
 ROW_SHAPE = {"axis": str, "set": dict, "against": str}
 BASELINE = "baseline"
 SLOWER = 0.1             # a row is as fast as the baseline up to this share: timings of equal work differ by 8 %
-KILLED = (130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+KILLED = (130, 143, -9, -15, -2, -1)  # the last four by SIGKILL, SIGTERM, SIGINT, SIGHUP
 LARGEST = 100_000        # values in a yaml, those that aliases repeat counted each time
 
 
@@ -545,7 +544,7 @@ def claim(folder, cell):
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     file = open(folder / "logs" / f"{cell.run}.lock", "w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(file)
         return file
     except OSError:
         file.close()

@@ -471,10 +471,14 @@ class Silent:
         if error is None and self.stop:
             sys.exit(128 + self.stop)
 
+    def log(self, *, step, split="train", **values):
+        """NonFinite as in Run.log, so that all processes end together."""
+        experiment.check_finite(step, split, values)
+
     def nothing(self, *args, **values):
         """Takes anything and does nothing."""
 
-    log = save = keep = summary = spent = update = note = close = nothing
+    save = keep = summary = spent = update = note = close = nothing
 
     def bar(self, total, initial=0):
         """Itself: a bar that shows nothing."""

@@ -36,7 +36,8 @@ from discrete import (SAMPLED, choose, code_statistics, decompose, fsq_levels, i
                       usage_kl)
 from dvae import DVAE, Config
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
-                        load_checkpoint, override, resolve_device, replacing, restore_generators, seed_everything)
+                        load_checkpoint, optional, override, resolve_device, replacing, restore_generators,
+                        seed_everything)
 from model import fused_rows, parameter_roles
 
 # --- Run ---
@@ -645,7 +646,9 @@ def main():
             numbers, found = evaluate(model, canvas, arc.val, autocast, scheduled(loop["step"]), count, thorough)
             clock.lap("evaluation")
             if pictures:
-                draw_all(model, canvas, arc.val, found, folder, loop["step"], autocast)
+                with optional("pictures are"):
+                    draw_all(model, canvas, arc.val, found, folder, loop["step"], autocast)
+                model.train()
         return numbers
 
     if eval_only:
@@ -656,7 +659,7 @@ def main():
 
     with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
         bar = run.bar(max_steps, loop["step"])
-        saved = loop["step"] if checkpoint else None
+        saved = loop["step"] if checkpoint and not keep_last else None   # its numbered one may be missing
         if not checkpoint:
             if codebook_init == "kmeans" and estimator != "fsq":
                 with torch.no_grad(), autocast:
@@ -684,7 +687,7 @@ def main():
                     loop.update(best=score, best_step=step)
                     with state() as now:
                         run.save("best.pt", now)
-            if saved is None or saved != step and step % save_interval == 0:
+            if saved != step and step % save_interval == 0:
                 with state() as now:
                     run.save("last.pt", now)
                     if keep_last:

@@ -27,7 +27,7 @@ import parallel
 from data import text
 from evaluate import LN2, score
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
-                        load_checkpoint, measure_peak_flops, override, resolve_device,
+                        load_checkpoint, measure_peak_flops, optional, override, resolve_device,
                         seed_everything)
 from model import TransformerConfig, active_layers, build_model, equal_ff_mult, fused_rows, parameter_roles
 from sample import generate
@@ -352,7 +352,7 @@ def main():
             if memory and checkpoint["memory"]:
                 memory.load_state_dict(checkpoint["memory"])
         mesh.restore_generators(checkpoint["generators"])
-        loop = dict(checkpoint["loop"])
+        loop = {name: checkpoint["loop"][name] for name in loop}
     ema = optim.EMA(model, ema_decay) if ema_decay else None
     if ema and checkpoint and checkpoint["ema"]:
         mesh.load_ema(ema, checkpoint["ema"])
@@ -392,7 +392,8 @@ def main():
         peak_flops = measure_peak_flops(where, precision) * mesh.size
         bytes_per_step = batch_size * grad_accum * block_size
         first = loop["step"]
-        saved = first if checkpoint else -1              # a new run is saved at once: a full disk shows at the start
+        # a new run at once: a full disk shows at the start; with keep_last again: the numbered one may be missing
+        saved = first if checkpoint and not keep_last else -1
         hinted, profiler = where.type != "cpu" or max_steps is None, None
         bar, clock = run.bar(max_steps, first), Stopwatch(where)
 
@@ -509,9 +510,10 @@ def main():
             with opt.averaged(), mesh.gathered(model):
                 written = write_sample(model)
             if mesh.main:
-                (run.dir / "samples").mkdir(exist_ok=True)
-                (run.dir / "samples" / f"step_{step:08d}.txt").write_text(written)
                 print(f"--- sample ---{written}\n--------------")
+                with optional("the sample's file is"):
+                    (run.dir / "samples").mkdir(exist_ok=True)
+                    (run.dir / "samples" / f"step_{step:08d}.txt").write_text(written, encoding="utf-8")
         run.spent(clock)
         print(f"{'stopped' if stopped else 'done'} at step {step:,}: {run.dir}")
 

@@ -455,7 +455,7 @@ def main():
         optim.load_scaler(scaler, checkpoint["scaler"])
         batches.load_state_dict(checkpoint["data"])
         mesh.restore_generators(checkpoint["generators"])
-        loop = dict(checkpoint["loop"])
+        loop = {name: checkpoint["loop"][name] for name in loop}
     ema = optim.EMA(model, ema_decay) if ema_decay else None
     if ema and checkpoint and checkpoint["ema"]:
         mesh.load_ema(ema, checkpoint["ema"])
@@ -500,7 +500,8 @@ def main():
               f"{str(precision).removeprefix('torch.')}")
         peak_flops = measure_peak_flops(where, precision) * mesh.size
         first = loop["step"]
-        saved = first if checkpoint else -1              # a new run is saved at once: a full disk shows at the start
+        # a new run at once: a full disk shows at the start; with keep_last again: the numbered one may be missing
+        saved = first if checkpoint and not keep_last else -1
         bar, clock, seen = run.bar(max_steps, first), Stopwatch(where), 0    # tokens since the last line of metrics
 
         while not mesh.stop(run):

@@ -580,7 +580,9 @@ def main():
     loss_function, plain_loss = SequenceAccuracyLoss(sequence_weight), SequenceAccuracyLoss()
     with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
         bar, clock = run.bar(max_steps, min(learner.step for learner in learners)), Stopwatch(where)
-        saved = [learner.step for learner in learners] if checkpoint else None
+        saved = None                                     # with keep_last: the step's numbered one may be missing
+        if checkpoint and not keep_last:
+            saved = [learner.step for learner in learners]
         if not checkpoint:
             run.save("last.pt", state())                 # at once: a full disk shows, and a kill leaves what to resume
 
@@ -610,7 +612,7 @@ def main():
                     loop.update(best=[found["accuracy"], -found["loss"]], best_step=step)
                     run.save(f"best_{learner.name}.pt", state())
             steps = [learner.step for learner in learners]
-            if saved is None or saved != steps and any(step % save_interval == 0 for step in steps):
+            if saved != steps and any(step % save_interval == 0 for step in steps):
                 now, saved = state(), steps
                 run.save("last.pt", now)
                 if keep_last:

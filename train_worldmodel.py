@@ -31,7 +31,8 @@ from data.video import (ACTIONS, AGENT, BALL, Stream, World, caption, caption_le
                         read_cells)
 from discrete import code_statistics, fsq_levels, mutual_information
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
-                        load_checkpoint, override, replacing, resolve_device, restore_generators, seed_everything)
+                        load_checkpoint, optional, override, replacing, resolve_device, restore_generators,
+                        seed_everything)
 from model import fused_rows, parameter_roles
 from networks import cross_entropy
 from play import View, parse_actions, save_gif, save_strip, serve
@@ -1162,8 +1163,9 @@ def main():
                         numbers = figures(name, model)
                         clock.lap("evaluation")
                         weights = copy.deepcopy(model.state_dict())
-                        with autocast:
+                        with autocast, optional("samples are"):
                             draw_samples(name, model, models, val, run.dir / "samples" / f"{name}_{step:06d}")
+                        model.train()
                     run.log(step=loop["start"] + step, split="val", stage=name, stage_step=step, **numbers)
                     bar.note(f"{name} {step}: {in_words(name, numbers)}")
                     loop["waited"] += 1

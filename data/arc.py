@@ -7,25 +7,27 @@ Sets: `synthetic`, or one or several (joined by +) of `arc1-training` (short: ar
 (short: arc2) and `arc2-evaluation`. Their files, such as arc-agi-1-training.json.gz, are looked for in the folders of
 NANOLAB_DATA, then in data/downloads/, then made from a download of the ARC repositories on GitHub.
 """
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
+import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
+
 import difflib
-import fcntl
 import gzip
 import hashlib
 import json
-import sys
 import zipfile
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
 from data import text
 from data.synthetic import KINDS, synthetic
-from experiment import Parser, UserError, command, replacing
+from experiment import Parser, UserError, command, lock_file, replacing
 
 COLOURS = 10
 LARGEST = 30  # rows and columns of ARC's largest grids
@@ -308,7 +310,7 @@ def _download(name):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(archive.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of two runs that start together the second waits and finds the file
+            lock_file(lock, wait=True)  # of two runs that start together the second waits and finds the file
             if wanted.exists():
                 return wanted
             text._fetch(url, archive)

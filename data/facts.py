@@ -10,6 +10,13 @@ by the tool       user: birth_date NAME ?   assistant: FIND birth_date FOR NAME 
 Trained on is what the assistant says, never what the tool says. Nothing here draws from a random generator but
 `biography`: people, what is held out and which question is asked come from one hash, the same on every machine.
 """
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
+import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
+
 import contextlib
 import difflib
 import functools
@@ -18,18 +25,14 @@ import math
 import random
 import re
 import sqlite3
-import sys
 from array import array
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
 from data.multiplication import pair_hash
 from data.tokens import Bytes, open_or_train
 from experiment import Parser, UserError, command

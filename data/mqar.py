@@ -8,17 +8,20 @@ A row names `pairs` keys, each followed by its value, then shows every key once 
     tokens    5 141   2 190   9 133   0   0   2   0   0   0   5   0   9   0
     labels    .   .   .   .   .   .   .   . 190   .   .   . 141   . 133   .        . is -1: no loss
 """
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
+import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
+
 import argparse
 import hashlib
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
 from experiment import Parser, UserError, command
 
 CHUNK = 1024  # rows that are drawn together, by a generator of their own: fewer rows are the first ones of more

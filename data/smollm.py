@@ -11,25 +11,27 @@ cosmopedia-v2 were checked against copies of the hub's pages; that fineweb-edu-d
 python-edu `blob_id`, is remembered. No shard has been downloaded and read by these lines: the machine that they
 were written on has no way to the hub.
 """
-import fcntl
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
+import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
+
 import glob
 import gzip
 import hashlib
 import itertools
 import json
 import os
-import sys
 import zlib
-from pathlib import Path
 
 import numpy as np
 import torch
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
 from data import text as texts
 from data.tokens import needed, token_bytes
-from experiment import Parser, UserError, command
+from experiment import Parser, UserError, command, lock_file
 
 SUBSETS = {"cosmopedia-v2": 104, "fineweb-edu-dedup": 234, "python-edu": 2}  # shards
 URL = "https://huggingface.co/datasets/HuggingFaceTB/smollm-corpus/resolve/main/{}/{}"
@@ -80,7 +82,7 @@ def _shard(subset, name):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_name(name + ".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of two runs that start together the second waits and finds the file
+            lock_file(lock, wait=True)  # of two runs that start together the second waits and finds the file
             if not path.is_file():
                 part = path.with_name(name + ".part")
                 texts._fetch(URL.format(subset, name), part)

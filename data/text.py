@@ -6,31 +6,33 @@ Named sets: `enwik8` (the first 10^8 bytes of a dump of the English Wikipedia of
 and `stdlib` (the source of this machine's Python standard library: no download). Any other name is a file, raw or .gz
 .xz .bz2 .zip. They are looked for in the folders of NANOLAB_DATA, then in data/downloads/, then downloaded.
 """
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
+import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
+
 import bz2
 import difflib
-import fcntl
 import gzip
 import hashlib
 import http.client
 import lzma
 import os
 import re
-import sys
 import sysconfig
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
-from experiment import Parser, UserError, command
+from experiment import Parser, UserError, command, lock_file
 
 
 @dataclass
@@ -217,7 +219,7 @@ def _verified(path, file, size, blob_id):
     if size > 2 ** 24:
         try:
             DOWNLOADS.mkdir(exist_ok=True)
-            marker.write_text(stamp)
+            marker.write_text(stamp, encoding="utf-8")
         except OSError:
             pass  # a read-only installation: the next start hashes again
     return path
@@ -235,7 +237,7 @@ def download(url, path, size, blob_id):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(lock_path, "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of two runs that start together the second waits and finds the file
+            lock_file(lock, wait=True)  # of two runs that start together the second waits and finds the file
             if path.exists():
                 return path
             _fetch(url, part)

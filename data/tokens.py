@@ -8,6 +8,13 @@
 A tokenizer has `.name`, `.size` (ids), `.encode(text)`, `.decode(ids)`, `.pieces` (the bytes of each id), `.save(path)`
 and `.fingerprint`, a digest of all that it does, so that a checkpoint can tell whether a file is the one it knows.
 """
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
+import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
+
 import base64
 import binascii
 import difflib
@@ -16,16 +23,12 @@ import heapq
 import importlib
 import io
 import re
-import sys
 import time
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import numpy as np
 import torch
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
 from data import text as texts
 from experiment import Parser, UserError, command, replacing
 

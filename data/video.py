@@ -10,6 +10,13 @@ any, `actions` (N,), whole numbers from 0 or floats, or `angle` (N,) floats: ent
 frame k + 1. Floats become 5 buckets. A gridworld's frame says all of its world but the ball's direction and what the
 ball hides.
 """
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
+import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
+
 import argparse
 import difflib
 import functools
@@ -17,17 +24,13 @@ import hashlib
 import math
 import os
 import re
-import sys
 import zipfile
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
 from experiment import Parser, UserError, command
 
 ACTIONS = ("stay", "up", "down", "left", "right")

@@ -99,14 +99,14 @@ def test_a_run_leaves_what_the_plan_says(tmp_path, script, capsys):
         assert run.dir == tmp_path / "runs" / "toy" / "a"
         assert json.loads((run.dir / "summary.json").read_text())["status"] == "running"
         run.log(step=1, loss=2.5, lr=0.1)
-        run.log(step=2, split="val", loss=float("nan"), bpb=torch.tensor(3.5), accuracy=float("inf"), note=(1, 2))
+        run.log(step=2, split="val", psnr=float("nan"), bpb=torch.tensor(3.5), accuracy=float("inf"), note=(1, 2))
         assert len(read_lines(run.dir / "metrics.jsonl")) == 2, "lines are on the disk at once"
         run.save("last.pt", state(2))
         run.summary(step=2, best_bpb=3.5, seconds=12.0)
     strict = {"parse_constant": lambda text: pytest.fail(f"{text} is no JSON")}
     assert read_lines(run.dir / "metrics.jsonl") == [
         {"step": 1, "split": "train", "loss": 2.5, "lr": 0.1},
-        {"step": 2, "split": "val", "loss": None, "bpb": 3.5, "accuracy": None, "note": [1, 2]}]
+        {"step": 2, "split": "val", "psnr": None, "bpb": 3.5, "accuracy": None, "note": [1, 2]}]
     params = json.loads((run.dir / "params.json").read_text(), **strict)
     assert params["settings"] == {"out_dir": str(tmp_path / "runs"), "run_name": "a", "resume": False,
                                   "betas": [0.9, 0.95], "lr": None, "where": "x"}
