@@ -57,7 +57,7 @@ except ImportError:  # Windows
     import msvcrt
     fcntl = resource = None
 
-from flags import Settings, UserError, adopt, as_typed, check_settings, override  # noqa: F401
+from flags import Settings, UserError, adopt, as_typed, check_settings, columns, override  # noqa: F401
 
 FORMAT = "nanolab-1"
 PACKAGES = "torch numpy triton wandb tensorboard tiktoken sentencepiece matplotlib tqdm pyyaml".split()
@@ -1104,8 +1104,15 @@ def _as_age(seconds):
 class Parser(argparse.ArgumentParser):
     """The command line of a module that is not a script; what is typed wrongly is a UserError."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs, formatter_class=lambda prog: argparse.HelpFormatter(prog, width=columns()))
+
     def error(self, message):
         raise UserError(message)
+
+    def exit(self, status=0, message=None):
+        sys.stdout.flush()                                       # here, where `command` sees that nobody reads on
+        super().exit(status, message)
 
 
 def _seconds(text):

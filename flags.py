@@ -44,11 +44,14 @@ import json
 import math
 import operator
 import re
+import shutil
 import textwrap
 import tokenize
 
 LIMITS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+WHOLE = 2 ** 63                                              # whole numbers are kept in 64 bits, with a sign
+SMALLEST, LARGEST = 2.0 ** -126, 2.0 ** 128                  # numbers as float32, without those that lose digits
 SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -120,6 +123,10 @@ class _Setting:
             raise ValueError(self.wants() + (_nearest(value, self.words) if isinstance(value, str) else ""))
         if not all(LIMITS[sign](value, float(bound)) for sign, bound in self.bounds):
             raise ValueError(self.wants(noun=False))
+        if self.kind is int and not -WHOLE <= value < WHOLE:
+            raise ValueError(f"{self.wants()}; whole numbers have 64 bits here")
+        if self.kind is float and value and not SMALLEST <= abs(value) < LARGEST:
+            raise ValueError(f"{self.wants()}; numbers are 0 or from 1.2e-38 to 3.4e38 in size, as float32 holds them")
         return value
 
 
@@ -169,8 +176,7 @@ def override(g, argv=None, positional=None):
     specs, presets, typed, rest = _read_settings(g["__file__"]), g.get("presets", {}), {}, list(argv)
     aliases = g.get("aliases", {})
     if {"-h", "--help"} & set(argv):
-        print(_help(g, specs, presets, positional))
-        sys.exit(0)
+        _answer(_help(g, specs, presets, positional))
     for preset, name, value in [(p, name, value) for p, values in presets.items() for name, value in values.items()]:
         try:
             specs[name].read(value)
@@ -185,7 +191,7 @@ def override(g, argv=None, positional=None):
             name, equals, value = positional, "=", word
         elif not word.startswith("--") or not name:
             hint = f"; did you mean --preset {word}?" if word in presets else _nearest(word.strip("-"), specs, "--")
-            raise UserError(f"unexpected word {word!r}{hint or ': settings are written --name value'}")
+            raise UserError(f"unexpected word {shown(word)!r}{hint or ': settings are written --name value'}")
         off = name.removeprefix("no_")
         if name not in specs and off in specs:
             if specs[off].kind is not bool or equals:
@@ -193,7 +199,7 @@ def override(g, argv=None, positional=None):
             name, equals, value = off, "=", "false"
         if name not in specs:
             near = _nearest(name, [*specs, *aliases], "--")
-            raise UserError(f"unknown setting --{name}{near or '; -h lists them all'}")
+            raise UserError(f"unknown setting --{shown(name)}{near or '; -h lists them all'}")
         spec, coming = specs[name], rest[0] if rest and not rest[0].startswith("--") else None
         alone = spec.kind is bool and not (coming and (spec.path or coming.lower() in {*SWITCH, *spec.words}))
         if not equals and coming is None and not alone:
@@ -203,10 +209,10 @@ def override(g, argv=None, positional=None):
         try:
             typed[name] = spec.read(value, typed=True)
         except ValueError as error:
-            raise UserError(f"--{name} {value}: {error}") from None
+            raise UserError(f"--{name} {shown(value)}: {error}") from None
     chosen = typed.get("preset")
     if chosen is not None and chosen not in presets:
-        raise UserError(f"--preset {chosen}: must be one of {', '.join(presets)}{_nearest(chosen, presets)}")
+        raise UserError(f"--preset {shown(chosen)}: must be one of {', '.join(presets)}{_nearest(chosen, presets)}")
     typed = {name: specs[name].read(value) for name, value in presets.get(chosen, {}).items()} | typed
     settings = Settings({name: typed.get(name, spec.default) for name, spec in specs.items()})
     settings.explicit, settings.command = frozenset(typed), argv
@@ -231,15 +237,33 @@ def answer_help(name, path, positional=None):
                 exec(compile(ast.Module([node], []), path, "exec"), {"__builtins__": {"dict": dict}}, g)
             except NameError:
                 return
-    print(_help(g, _read_settings(path), g.get("presets", {}), positional))
+    _answer(_help(g, _read_settings(path), g.get("presets", {}), positional))
+
+
+def _answer(text):
+    """Prints what -h says, and exits; a reader that has closed our standard output (`| head`) has seen enough."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)         # else the flush at exit would meet it again
     sys.exit(0)
 
 
-def _help(g, specs, presets, positional, width=100):
-    """The text of -h, at most 100 columns wide."""
+def columns():
+    """The width of what is printed: the terminal's, but no less than 80 and no more than 120 columns."""
+    return min(120, max(80, shutil.get_terminal_size().columns))
+
+
+def _help(g, specs, presets, positional):
+    """The text of -h, `columns` wide."""
+    width = columns()
+
     def entry(left, right, column):
+        column = min(column, width // 2)                     # what stands on the right has half of the width at least
         if len(left) >= column:
-            return [left, *entry("", right, column)] if right else [left]
+            indent = " " * (len(left) - len(left.lstrip()) + 4)
+            lines = textwrap.wrap(left, width, subsequent_indent=indent, break_on_hyphens=False) or [left]
+            return lines + (entry("", right, column) if right else [])
         return textwrap.wrap(right, width, initial_indent=left.ljust(column), subsequent_indent=" " * column) or [left]
 
     out = []
@@ -259,7 +283,7 @@ def _help(g, specs, presets, positional, width=100):
             out += entry(f"  {name}", ", ".join(f"{key}={as_typed(value)}" for key, value in values.items()), 20)
         out.append("")
     for group, members in itertools.groupby(specs.values(), lambda spec: spec.group):
-        out.append(group)
+        out += textwrap.wrap(group, width)
         for spec in members:
             also = "".join(f"; also --{alias}" for alias, name in g.get("aliases", {}).items() if name == spec.name)
             out += entry(f"  --{spec.name} {as_typed(spec.default)}", spec.comment + also, 34)
@@ -276,6 +300,12 @@ def as_typed(value):
     return str(value) if str(value).isprintable() and value != "" else json.dumps(value)
 
 
+def shown(value):
+    """What was typed, for an error message: on one line, and not longer than one."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(value))
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
+
+
 def check_settings(script, values, specs=None):
     """`values` {name: value}, as a file gives them, in the types of the script's settings. Nothing is run.
 
@@ -289,7 +319,7 @@ def check_settings(script, values, specs=None):
         try:
             found[name] = specs[name].read(as_typed(value), typed=True)
         except ValueError as error:
-            raise UserError(f"{name} {as_typed(value)}: {error}") from None
+            raise UserError(f"{name} {shown(as_typed(value))}: {error}") from None
     return found
 
 

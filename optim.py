@@ -554,7 +554,7 @@ def build(name, named_parameters, roles, lr, weight_decay=0.0, betas=(0.9, 0.999
     if kernels not in ("torch", "triton"):
         raise ValueError(f"kernels {kernels!r}: it must be torch or triton")
     wanted = groups(named_parameters, roles, weight_decay, name == "muon", fused_rows)
-    own = {"sgd": dict(lr=lr, momentum=momentum), "muon": dict(lr=muon_lr, momentum=muon_momentum),
+    own = {"sgd": dict(lr=lr, momentum=momentum), "muon": dict(lr=muon_lr, momentum=muon_momentum, nesterov=muon_momentum > 0),
            "ivon": dict(lr=lr, betas=tuple(betas), ess=ess, hess_init=hess_init, clip_radius=clip_radius)}
     for group in wanted:
         group.update(own.get(group.setdefault("rule", name), dict(lr=lr, betas=tuple(betas), eps=eps)))

@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import limits
 import optim
 from data.arc import OUTSIDE, PALETTE, Canvas, Stream, load
 from discrete import (SAMPLED, choose, code_statistics, decompose, fsq_levels, information_gaps, kl_uniform, nmi_matrix,
@@ -49,8 +50,8 @@ resume = False             # [path] go on with run_name (none: the newest run); 
 eval_only = False          # with resume: evaluate, draw, train nothing
 encode = None              # with resume: a JSON file with grids (a task, a list of grids, one grid); prints their codes
 decode = None              # with resume: codes with commas between, or a JSON file with lists of codes; prints grids
-seed = 1337                # initialisation, dropout, noise of the codes, masks
-data_seed = 1337           # order and augmentation of the grids
+seed = 1337                # [>= 0] initialisation, dropout, noise of the codes, masks
+data_seed = 1337           # [>= 0] order and augmentation of the grids
 device = "auto"            # auto, cpu, cuda, cuda:1, ...
 dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
 compile = False            # torch.compile
@@ -79,9 +80,9 @@ code_dim = 32              # [>= 1] width of a code; fsq: as many channels as it
 layout = "grid"            # [grid, canvas] codes spread over the grid, whose shape the first are; or over the canvas
 patch_height = 2           # [>= 1] cells of a patch
 patch_width = 1            # [>= 1] cells of a patch
-encoder_layers = 1         # [>= 1] self-attention over patches
-latent_layers = 1          # [>= 1] in the pooler, and again between codes and decoder
-decoder_layers = 1         # [>= 1] layers of the decoder that read the latents
+encoder_layers = 1         # [>= 1, <= 1000] self-attention over patches
+latent_layers = 1          # [>= 1, <= 1000] in the pooler, and again between codes and decoder
+decoder_layers = 1         # [>= 1, <= 1000] layers of the decoder that read the latents
 n_head = 4                 # [>= 1] attention heads
 n_embd = 64                # [>= 1] width
 cell_dim = 16              # [>= 1] width of a cell's embedding
@@ -135,8 +136,8 @@ schedule = "cosine"        # [constant, noam, cosine, wsd] all start with a line
 warmup_steps = 50          # [>= 0] steps
 decay_fraction = 0.5       # [> 0.0, <= 1.0] wsd: share of max_steps in which the rate falls linearly
 min_lr_scale = 0.02        # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
-betas = (0.9, 0.98)        # adam, adamw, schedule_free
-eps = 1e-8                 # [>= 0.0] adam, adamw, schedule_free
+betas = (0.9, 0.98)        # [>= 0.0, < 1.0] adam, adamw, schedule_free
+eps = 1e-8                 # [> 0.0] adam, adamw, schedule_free
 momentum = 0.9             # [>= 0.0, < 1.0] sgd
 muon_momentum = 0.95       # [>= 0.0, < 1.0] muon
 weight_decay = 0.01        # [>= 0.0] on matrices only
@@ -201,15 +202,22 @@ def check(settings):
         raise UserError("the schedules are shares of max_steps: with max_steps none give schedule_steps")
     try:
         optim.schedule(schedule, 0, warmup_steps, max_steps, min_lr_scale, decay_fraction)
-        levels = len(fsq_levels(codebook_size)) if estimator == "fsq" else None
+        levels = fsq_levels(codebook_size) if estimator == "fsq" else None
     except ValueError as error:
         raise UserError(error)
     canvas = Canvas(max_side, n_colours, masked=max(mask_rate) > 0)
     known = {field.name: settings[field.name] for field in fields(Config) if field.name in settings}
-    config = Config(**{**known, "canvas": canvas, "code_dim": levels or code_dim, "quantiser": estimator
-                     if estimator in ("vq", "fsq") else "categorical"})
+    config = Config(**{**known, "canvas": canvas, "code_dim": len(levels) if levels else code_dim,
+                       "quantiser": estimator if estimator in ("vq", "fsq") else "categorical"})
     if config.n_latents < 1:
         raise UserError(f"n_codes {n_codes}: {config.n_shape_codes} of them name the shape, none is left for the cells")
+    limits.weigh(lambda: DVAE(config), device)
+    limits.fits(8 * codebook_size, f"codebook_size {codebook_size}")     # how often each was chosen
+    each = max_side ** 2 * 2 * cell_dim + n_codes * (2 * n_embd + (0 if levels else 2 * codebook_size))
+    limits.fits(batch_size * each, f"a batch_size of {batch_size} grids", device)
+    limits.fits(max(8 * group, max_side ** 2) * batch_size * grad_accum, f"{grad_accum} times {batch_size} grids")
+    if dataset == "synthetic":
+        limits.fits((n_train + n_val) * max_side ** 2, f"{n_train + n_val:,} grids")
     return config
 
 
@@ -657,6 +665,7 @@ def main():
         print(f"pictures: {folder / 'samples'}")
         return
 
+    limits.notes(settings, {"max_steps": max_steps}, checkpoint and checkpoint["settings"])
     with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
         bar = run.bar(max_steps, loop["step"])
         saved = loop["step"] if checkpoint and not keep_last else None   # its numbered one may be missing

@@ -22,6 +22,7 @@ import time
 
 import torch
 
+import limits
 import optim
 import parallel
 from data import text
@@ -38,8 +39,8 @@ run_name = None            # name of the run's directory; none: date and time
 out_dir = "runs"           # the run's directory is out_dir/train_enwik8/run_name
 tag = None                 # a word by which `python experiment.py clean --tag` finds the run
 resume = False             # [path] go on with run_name (none: the newest run); --resume PATH: from that checkpoint
-seed = 1337                # initialisation and dropout
-data_seed = 1337           # batches
+seed = 1337                # [>= 0] initialisation and dropout
+data_seed = 1337           # [>= 0] batches
 device = "auto"            # auto, cpu, cuda, cuda:1, ...
 dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
 compile = False            # torch.compile
@@ -57,7 +58,7 @@ batch_size = 16            # [>= 1] windows per forward pass
 grad_accum = 1             # [>= 1] forward passes per optimiser step
 
 # --- Model ---
-n_layer = 12               # [>= 1] transformer blocks
+n_layer = 12               # [>= 1, <= 1000] transformer blocks
 n_head = 8                 # [>= 1] attention heads
 n_kv_head = None           # [none, >= 1] key and value heads; none: n_head
 head_dim = None            # [none, >= 1] width of a head; none: n_embd / n_head
@@ -93,10 +94,10 @@ compressed_length = None   # [none, >= 1] compressive: compressed states; none: 
 compression_rate = 4       # [>= 1] compressive: positions in one compressed state
 compression = "conv"       # [conv, mean, max] compressive: how
 compression_weight = 1.0   # [>= 0.0] compressive: of the attention-reconstruction loss
-state_dim = 16             # [>= 1] mamba: states per feature
-conv_width = 4             # [>= 1] mamba: bytes that the convolution sees
+state_dim = 16             # [>= 1, <= 4096] mamba: states per feature
+conv_width = 4             # [>= 1, <= 1024] mamba: bytes that the convolution sees
 expand = 2.0               # [> 0.0] mamba, mingru: inner width over n_embd
-short_conv = 0             # [>= 0] bytes that a causal convolution before every mixer sees; 0: none
+short_conv = 0             # [>= 0, <= 1024] bytes that a causal convolution before every mixer sees; 0: none
 shorten = 1                # [>= 1] above 1 a pyramid: the middle layers see one vector for so many bytes
 carry_memory = True        # xl, compressive, mamba, mingru with batching streams: go on from the segment before
 
@@ -115,13 +116,13 @@ balance_rate = 0.001       # [>= 0.0] moe: step of the biases
 
 # --- Classifiers, losses ---
 tie_weights = False        # the last classifier is the byte embedding
-n_targets = 2              # [>= 1] bytes predicted ahead, weights 1, 1/2, 1/4, ...
+n_targets = 2              # [>= 1, <= 256] bytes predicted ahead, weights 1, 1/2, 1/4, ...
 target_heads = "own"       # [own, shared] classifiers of the targets
 layer_heads = "own"        # [own, shared] classifiers of the layers, with intermediate_losses
 head_bias = False          # bias of the classifiers
 output = "softmax"         # [softmax, stablemax] what makes probabilities of the logits
 intermediate_losses = True # layer l of n also predicts, until the fraction l / (2n) of max_steps
-mtp_depth = 0              # [>= 0] modules of multi-token prediction, each with a layer of its own
+mtp_depth = 0              # [>= 0, <= 64] modules of multi-token prediction, each with a layer of its own
 mtp_weight = 0.3           # [>= 0.0] of the mean of their losses
 
 # --- Optimisation ---
@@ -134,8 +135,8 @@ schedule = "noam"          # [constant, noam, cosine, wsd] all start with a line
 warmup_steps = 4000        # [>= 0] steps
 decay_fraction = 0.2       # [> 0.0, <= 1.0] wsd: share of max_steps in which the rate falls linearly
 min_lr_scale = 0.0         # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
-betas = (0.9, 0.99)        # adam, adamw, schedule_free, ivon (0.9,0.99999 there)
-eps = 1e-8                 # [>= 0.0] adam, adamw, schedule_free
+betas = (0.9, 0.99)        # [>= 0.0, < 1.0] adam, adamw, schedule_free, ivon (0.9,0.99999 there)
+eps = 1e-8                 # [> 0.0] adam, adamw, schedule_free
 momentum = 0.99            # [>= 0.0, < 1.0] sgd
 muon_momentum = 0.95       # [>= 0.0, < 1.0] muon
 ess = None                 # [none, > 0.0] ivon: effective sample size; none: bytes of the training split
@@ -153,7 +154,7 @@ full_eval_interval = 10_000  # [none, >= 1] steps between validations on the who
 save_interval = 1000       # [>= 1] steps between checkpoints
 keep_last = 0              # [>= 0] numbered checkpoints to keep beside last.pt and best.pt
 log_interval = 10          # [>= 1] steps between lines of metrics
-sample_length = 400        # [>= 0] bytes of text written at the end
+sample_length = 400        # [>= 0, <= 1000000] bytes of text written at the end
 wandb = "disabled"         # [disabled, offline, online]
 tensorboard = False        # curves for TensorBoard in the run's directory
 
@@ -252,6 +253,10 @@ def check(settings):
     if intermediate_losses and max_steps is None:
         raise UserError("intermediate_losses end at fractions of max_steps: give --max_steps N, or "
                         "--no-intermediate_losses")
+    limits.weigh(lambda: build_model(config), device)
+    before = config.memory_length + config.compressed_length if {"xl", "compressive"} & set(config.mixers) else 0
+    limits.fits(limits.kept(batch_size / dp, block_size + before, n_embd, n_layer if shorten == 1 else 2),
+                f"a batch_size of {batch_size} windows of {block_size} bytes", device)
     return config
 
 
@@ -316,6 +321,7 @@ def main():
         except ValueError as error:
             raise UserError(error)
         config = check(settings)
+    limits.notes(settings, {"max_steps": max_steps}, checkpoint and checkpoint["settings"])
     where, precision = resolve_device(mesh.device, dtype)
     mesh.check(config, batch_size, optimizer, precision, carry_memory and batching == "streams" and config.carries,
                compile)

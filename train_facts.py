@@ -31,6 +31,7 @@ import time
 
 import torch
 
+import limits
 import optim
 import parallel
 from data import facts, mqar
@@ -46,8 +47,8 @@ run_name = None            # name of the run's directory; none: date and time
 out_dir = "runs"           # the run's directory is out_dir/train_facts/run_name
 tag = None                 # a word by which `python experiment.py clean --tag` finds the run
 resume = False             # [path] go on with run_name (none: the newest run); --resume PATH: from that checkpoint
-seed = 1337                # initialisation and dropout
-data_seed = 1337           # people, rows and the order of batches
+seed = 1337                # [>= 0] initialisation and dropout
+data_seed = 1337           # [>= 0] people, rows and the order of batches
 dp = 1                     # [>= 1] processes over which a batch's rows are divided, under torchrun
 tp = 1                     # [>= 1] processes over which each layer's matrices are divided, under torchrun
 device = "auto"            # auto, cpu, cuda, cuda:1, ...
@@ -90,7 +91,7 @@ batch_size = 128           # [>= 1] rows per forward pass
 grad_accum = 1             # [>= 1] forward passes per optimiser step
 
 # --- Model ---
-n_layer = 2                # [>= 1] transformer blocks
+n_layer = 2                # [>= 1, <= 1000] transformer blocks
 n_head = 2                 # [>= 1] attention heads
 n_kv_head = None           # [none, >= 1] key and value heads; none: n_head
 head_dim = None            # [none, >= 1] width of a head; none: n_embd / n_head
@@ -112,7 +113,7 @@ checkpoint_activations = False  # compute layers again in the backward pass: les
 
 # --- Mixers: one word, or several with commas, repeated over the layers ---
 mixer = "full"             # full, window, strided, fixed, diff, mla, xl, compressive, mamba, mingru
-short_conv = 0             # [>= 0] width of a causal convolution before every mixer; 0: none
+short_conv = 0             # [>= 0, <= 1024] width of a causal convolution before every mixer; 0: none
 window = 16                # [>= 2] window: positions that a token sees
 sparse_stride = 16         # [>= 1] strided, fixed: one head sees so many neighbours, the other every so many
 sparse_summary = 4         # [>= 1] fixed: places at the end of a block that all later ones see
@@ -124,8 +125,8 @@ compressed_length = None   # [none, >= 1] compressive: compressed states; none: 
 compression_rate = 4       # [>= 1] compressive: positions in one compressed state
 compression = "conv"       # [conv, mean, max] compressive: how
 compression_weight = 1.0   # [>= 0.0] compressive: of the attention-reconstruction loss
-state_dim = 16             # [>= 1] mamba: states per feature
-conv_width = 4             # [>= 1] mamba: tokens that the convolution sees
+state_dim = 16             # [>= 1, <= 4096] mamba: states per feature
+conv_width = 4             # [>= 1, <= 1024] mamba: tokens that the convolution sees
 expand = 2.0               # [> 0.0] mamba, mingru: inner width over n_embd
 
 # --- Feed-forwards: one word, or several with commas, repeated over the layers ---
@@ -156,8 +157,8 @@ schedule = "wsd"           # [constant, noam, cosine, wsd] all start with a line
 warmup_steps = 50          # [>= 0] steps
 decay_fraction = 0.5       # [> 0.0, <= 1.0] wsd: share of max_steps in which the rate falls linearly
 min_lr_scale = 0.02        # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
-betas = (0.9, 0.98)        # adam, adamw, schedule_free, ivon (0.9,0.99999 there)
-eps = 1e-8                 # [>= 0.0] adam, adamw, schedule_free
+betas = (0.9, 0.98)        # [>= 0.0, < 1.0] adam, adamw, schedule_free, ivon (0.9,0.99999 there)
+eps = 1e-8                 # [> 0.0] adam, adamw, schedule_free
 momentum = 0.99            # [>= 0.0, < 1.0] sgd
 muon_momentum = 0.95       # [>= 0.0, < 1.0] muon
 ess = None                 # [none, > 0.0] ivon: effective sample size; none: rows to train on
@@ -248,6 +249,22 @@ def check(settings):
     if task in FACTS and tokenizer == "closed" and (kind, form, names) != ("notes", "short", "syllables"):
         raise UserError(f"tokenizer closed has only the words of notes with names of syllables in the short form: kind "
                         f"{kind}, names {names}, form {form} need bytes or a tokenizer that is trained here")
+    configure(settings, mqar_vocab if task == "mqar" else 256)           # of the rest the data says how many there are
+    T = block_size or (64 if task == "mqar" else 16)
+    limits.fits(limits.kept(batch_size / dp, T, n_embd, n_layer) + 16 * batch_size * T * (grad_accum - 1),
+                f"a batch_size of {batch_size} rows, {grad_accum} times a step,", device)
+    rows = n_rows + n_test_rows if task == "mqar" else 4 * (n_people + n_unseen) if task in FACTS else 0
+    limits.fits(16 * rows * T, f"data of {rows:,} rows")
+
+
+def configure(settings, vocab_size):
+    """The model's configuration. UserError: settings that cannot go together, a model that cannot be held."""
+    try:
+        config = TransformerConfig.from_settings({**settings, "vocab_size": vocab_size, "block_size": block_size or 16})
+    except ValueError as error:
+        raise UserError(error)
+    limits.weigh(lambda: build_model(config), device)
+    return config
 
 
 # --- Data ---
@@ -419,14 +436,12 @@ def main():
     if exposures is not None and not checkpoint:
         settings["max_steps"] = globals()["max_steps"] = math.ceil(exposures * work.n_rows / (batch_size * grad_accum))
         check(settings)
+    limits.notes(settings, {"max_steps": max_steps}, checkpoint and checkpoint["settings"])
     batches = work.batches
 
     # ---- model ----
     seed_everything(seed, deterministic)
-    try:
-        config = TransformerConfig.from_settings({**settings, "vocab_size": work.vocab_size})
-    except ValueError as error:
-        raise UserError(error)
+    config = configure(settings, work.vocab_size)
     if prefix and config.carries:
         raise UserError(f"--prefix: mixer {mixer} reads from left to right: a question's tokens cannot see one another")
     mesh.check(config, batch_size, optimizer, precision, compiled=compile)

@@ -30,6 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import limits
 import optim
 from data.multiplication import EQUALS, SYMBOLS, Notation, Problems, Stream, held_out, numbers, of_length
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
@@ -45,8 +46,8 @@ tag = None                 # a word by which `python experiment.py clean --tag` 
 resume = False             # [path] go on with run_name (none: the newest run); --resume PATH: from that checkpoint
 eval_only = False          # with resume: evaluate on all held-out examples, train nothing, write nothing
 ask = None                 # with resume: problems to solve, as "12*34", several with commas
-seed = 1337                # initialisation, dropout and coins of teacher forcing
-data_seed = 1337           # the order of the examples
+seed = 1337                # [>= 0] initialisation, dropout and coins of teacher forcing
+data_seed = 1337           # [>= 0] the order of the examples
 device = "auto"            # auto, cpu, cuda, cuda:1, ...
 dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
 compile = False            # torch.compile
@@ -68,8 +69,8 @@ grad_accum = 1             # [>= 1] forward passes per optimiser step
 # --- Models ---
 models = "simple,latent"   # which to train, with commas: simple, latent, prefix
 n_latent = 8               # [>= 1] latent: vectors between encoder and decoder
-n_read = 1                 # [>= 1] latent: layers in which they read the encoder's states
-n_layer = 2                # [>= 1] layers of the encoder, and of the decoder; prefix: half of its layers
+n_read = 1                 # [>= 1, <= 1000] latent: layers in which they read the encoder's states
+n_layer = 2                # [>= 1, <= 1000] layers of the encoder, and of the decoder; prefix: half of its layers
 n_head = 4                 # [>= 1] attention heads
 n_embd = 128               # [>= 1] width
 ff_mult = 4.0              # [> 0.0] width of the feed-forward over n_embd
@@ -106,8 +107,8 @@ schedule = "wsd"           # [constant, noam, cosine, wsd] all start with a line
 warmup_steps = 50          # [>= 0] steps
 decay_fraction = 0.5       # [> 0.0, <= 1.0] wsd: share of max_steps in which the rate falls linearly
 min_lr_scale = 0.02        # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
-betas = (0.9, 0.98)        # adam, adamw, schedule_free
-eps = 1e-8                 # [>= 0.0] adam, adamw, schedule_free
+betas = (0.9, 0.98)        # [>= 0.0, < 1.0] adam, adamw, schedule_free
+eps = 1e-8                 # [> 0.0] adam, adamw, schedule_free
 momentum = 0.9             # [>= 0.0, < 1.0] sgd
 muon_momentum = 0.95       # [>= 0.0, < 1.0] muon
 weight_decay = 0.1         # [>= 0.0] on matrices only
@@ -175,7 +176,18 @@ def check(settings):
         optim.schedule(schedule, 0, warmup_steps, max_steps, min_lr_scale, decay_fraction)
     except ValueError as error:
         raise UserError(error)
+    limits.weigh(lambda: [Solver(name, config, sums_named(notation)) for name in names], device)
+    limits.fits(limits.kept(batch_size, notation.answer_length, n_embd, n_layer),
+                f"a batch_size of {batch_size} problems", device)
+    limits.fits(32 * n_examples, f"n_examples {n_examples}")
+    if max_digits > 3:                                       # of fewer digits there are not more pairs than can be kept
+        limits.fits(32 * val_examples, f"val_examples {val_examples}")
     return names, notation, config
+
+
+def sums_named(notation):
+    """Rows of the head for running sums; 0: no head."""
+    return {"none": 0, "value": 1, "classes": notation.n_sums}[sum_head]
 
 
 def problems_asked():
@@ -333,8 +345,7 @@ class Learner:
     def __init__(self, name, config, where, precision):
         seed_everything(seed, deterministic)
         self.name, self.where = name, where
-        n_sums = {"none": 0, "value": 1, "classes": Notation(format, max_digits).n_sums}[sum_head]
-        self.model = Solver(name, config, n_sums).to(where)
+        self.model = Solver(name, config, sums_named(Notation(format, max_digits))).to(where)
         self.net = torch.compile(self.model) if compile else self.model
         self.opt = optim.build(optimizer, self.model.named_parameters(), parameter_roles(self.model), lr=lr,
                                weight_decay=weight_decay, betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr,
@@ -561,6 +572,8 @@ def main():
     print("; ".join(f"{learner.name} {learner.model.n_params():,} parameters" for learner in learners) +
           f"; {where.type} {str(precision).removeprefix('torch.')}")
 
+    if not only_read:
+        limits.notes(settings, {"max_steps": max_steps}, checkpoint and checkpoint["settings"])
     if only_read:
         if ask is not None:
             answer_questions(learners, notation, settings)

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import limits
 import optim
 from data.video import (ACTIONS, AGENT, BALL, Stream, World, caption, caption_length, load, paint, read_caption,
                         read_cells)
@@ -50,8 +51,8 @@ play = None                # a run's directory: its world in the browser, keys c
 port = 0                   # [>= 0, <= 65535] of that page on 127.0.0.1; 0: a free one
 rollout = None             # a run's directory: one world after `actions`, as samples/rollout.png and .gif there
 actions = "0,3,3,1,4,2"    # of that rollout, numbers with commas between
-seed = 1337                # initialisation, masks, draws
-data_seed = 1337           # which clips a batch holds
+seed = 1337                # [>= 0] initialisation, masks, draws
+data_seed = 1337           # [>= 0] which clips a batch holds
 device = "auto"            # auto, cpu, cuda, cuda:1, ...
 dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
 compile = False            # torch.compile of the pass that training makes
@@ -79,7 +80,7 @@ n_head = 4                 # [>= 1] attention heads of all transformers
 codebook_size = 8          # [>= 2] codes to choose from
 code_dim = 8               # [>= 1] width of a code
 quantiser = "vq"           # [vq, fsq] codes as running means, or fixed levels
-tokenizer_layers = 1       # [>= 1] in encoder and decoder each
+tokenizer_layers = 1       # [>= 1, <= 1000] in encoder and decoder each
 tokenizer_embd = 64        # [>= 1] width
 tokenizer_batch = 16       # [>= 1] clips
 tokenizer_frames = 2       # [>= 2] frames of a clip, and those that a frame sees if spatiotemporal
@@ -95,7 +96,7 @@ n_codes = 8                # [>= 2] latent actions
 history = 2                # [>= 1] frames that explain the next one; with 1 what moves by itself hides the action
 action_quantiser = "signs" # [signs, vq] signs of normalised numbers, or the nearest of n_codes vectors
 difference = True          # conv: the encoder sees x_t+1 - x_t; False: x_t+1
-action_layers = 3          # [>= 1] in encoder and decoder each
+action_layers = 3          # [>= 1, <= 1000] in encoder and decoder each
 action_embd = 32           # [>= 1] width
 action_steps = 1600        # [>= 0] optimiser steps
 soft_fraction = 0.3        # [>= 0.0, <= 1.0] share of the steps with continuous codes
@@ -111,7 +112,7 @@ streams = True             # true and corrupted frames side by side, all frames 
 mask_rate = (0.5, 1.0)     # [>= 0.0, <= 1.0] share of a frame's tokens that are hidden: uniform between these
 context = 6                # [>= 2] frames of a clip
 window = 4                 # [none, >= 2] frames that a frame sees, its own too, trained and generated; none: all
-dynamics_layers = 2        # [>= 1] layers
+dynamics_layers = 2        # [>= 1, <= 1000] layers
 dynamics_embd = 64         # [>= 1] width
 dynamics_batch = 16        # [>= 1] clips
 dynamics_steps = 1000      # [>= 0] optimiser steps
@@ -119,11 +120,11 @@ dynamics_change = 10.0     # [>= 0.0] extra weight of tokens that change, at fir
 dynamics_change_fraction = 0.67  # [> 0.0, <= 1.0] share of the steps in which that falls to none, a line
 
 # --- Words: text writes captions of worlds, frame draws what a caption says ---
-text_layers = 2            # [>= 1] of the language model
+text_layers = 2            # [>= 1, <= 1000] of the language model
 text_embd = 64             # [>= 1] its width
 text_batch = 32            # [>= 1] captions
 text_steps = 600           # [>= 0] optimiser steps
-frame_layers = 2           # [>= 1] of the encoder of captions, and of the transformer over the frame
+frame_layers = 2           # [>= 1, <= 1000] of the encoder of captions, and of the transformer over the frame
 frame_embd = 64            # [>= 1] their width
 frame_batch = 32           # [>= 1] captions
 frame_steps = 1500         # [>= 0] optimiser steps
@@ -144,8 +145,8 @@ schedule = "cosine"        # [constant, noam, cosine, wsd] all start with a line
 warmup_steps = 50          # [>= 0] steps
 decay_fraction = 0.5       # [> 0.0, <= 1.0] wsd: share of the steps in which the rate falls linearly
 min_lr_scale = 0.05        # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
-betas = (0.9, 0.99)        # adam, adamw
-eps = 1e-8                 # [>= 0.0] adam, adamw
+betas = (0.9, 0.99)        # [>= 0.0, < 1.0] adam, adamw
+eps = 1e-8                 # [> 0.0] adam, adamw
 muon_momentum = 0.95       # [>= 0.0, < 1.0] muon
 weight_decay = 1e-4        # [>= 0.0] on matrices only
 grad_clip = 1.0            # [none, > 0.0] largest norm of the whole gradient
@@ -212,6 +213,13 @@ def check(settings, video=None):
             raise UserError(f"patch {patch} does not divide frames of {video.height} x {video.width}")
         if action_source == "true" and not video.n_actions:
             raise UserError(f"action_source true: {dataset} has no actions")
+        pixels = 12 * video.height * video.width             # of a frame, float32
+        for name, frames in (("batch_size", history + 1), ("dynamics_batch", context), ("frame_batch", 1),
+                             ("tokenizer_batch", tokenizer_frames), ("text_batch", 1)):
+            clips = settings[name]
+            limits.fits(clips * max(pixels * frames, 8 * grad_accum), f"a {name} of {clips} clips", device)
+        for name in STAGES if stage == "all" and video.cell_px else STAGES[:3] if stage == "all" else (stage,):
+            limits.weigh(lambda: build(name, video), device)
         longest, held = max(context, history + 4, tokenizer_frames), min(video.train.length, video.val.length)
         if longest > held:
             raise UserError(f"clips of {longest} frames do not fit into episodes of {held}: take a smaller context, "
@@ -223,13 +231,15 @@ def check(settings, video=None):
             optim.schedule(schedule, 0, warmup_steps, steps_of(name), min_lr_scale, decay_fraction)
     except ValueError as error:
         raise UserError(error)
+    if dataset == "gridworld":
+        limits.fits((n_train + n_val) * length * side ** 2, f"{n_train + n_val:,} episodes of {length} frames")
 
 
-def steps_of(name):
-    """Optimiser steps of a stage."""
-    own = {"tokenizer": tokenizer_steps, "actions": action_steps, "dynamics": dynamics_steps, "text": text_steps,
-           "frame": frame_steps}
-    return own[name] if max_steps is None else max_steps
+def steps_of(name, settings=None):
+    """Optimiser steps of a stage, by these settings or those of now."""
+    settings = settings or globals()
+    own = "action_steps" if name == "actions" else f"{name}_steps"
+    return settings[own] if settings["max_steps"] is None else settings["max_steps"]
 
 
 def needs(name):
@@ -365,7 +375,8 @@ def latent_actions(model, frames):
     as often as the model's history asks."""
     frames = torch.cat((frames[:, :1].expand(-1, model.history - 1, -1, -1, -1), frames), 1)
     windows = [frames[:, t:t + model.history + 1] for t in range(frames.size(1) - model.history)]
-    return torch.stack([model.quantiser(model.encode(window)).codes for window in windows], 1)
+    found = [model.quantiser(model.encode(window)).codes for window in windows]
+    return torch.stack(found, 1) if found else torch.empty(len(frames), 0, dtype=torch.int64, device=frames.device)
 
 
 def hide(truth, noise):
@@ -1086,6 +1097,8 @@ def main():
             print(rollout_words(evaluate_rollouts(models["dynamics"], models, val)))
         return
 
+    limits.notes(settings, {f"{name} steps": steps_of(name) for name in left},
+                 checkpoint and {f"{checkpoint['stage']} steps": steps_of(checkpoint["stage"], checkpoint["settings"])})
     total = checkpoint["step"] if checkpoint else 0           # optimiser steps of all stages
     with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
         (run.dir / "samples").mkdir(exist_ok=True)

@@ -1,0 +1,101 @@
+"""What a run asks of the machine, by its settings and before it starts: memory that there is not, and what to know.
+
+    config = limits.weigh(lambda: build_model(config), device)   # refused: a model that cannot be held
+    limits.fits(batch_size * block_size * 8, f"batch_size {batch_size}", device)
+    limits.notes(settings, {"max_steps": max_steps}, before)     # a warm-up longer than the run, a longer schedule
+"""
+import math
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
+
+from experiment import _as_size as as_size
+from flags import UserError
+
+
+def memory(device):
+    """Bytes that a device has in all; of the CPU what the container may take, where that is less. inf: not known."""
+    if device != "cpu" and device != "mps" and torch.cuda.is_available():
+        return max(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+    found = math.inf
+    with suppress(AttributeError, ValueError, OSError):      # no such call on Windows
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(ValueError, OSError):                  # the first may say "max"
+            found = min(found, int(Path(path).read_text()))
+    return found
+
+
+def fits(n_bytes, what, device="cpu"):
+    """UserError where `what` needs `n_bytes`, the least that it can do with, and the device has less in all."""
+    if n_bytes > memory(device):
+        raise UserError(f"{what} cannot be held: {as_size(float(n_bytes))} at the least, and there are "
+                        f"{as_size(memory(device))} of memory")
+
+
+def kept(rows, T, width, layers):
+    """Bytes that a training pass over rows of T positions keeps at the least: tokens and targets in 64 bits, and the
+    input of every layer in 16 bits a feature."""
+    return rows * T * (16 + 2 * width * layers)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Numbers that no one will read are not made: for these torch imports its compiler first, more than a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.normal_:
+            return args[0]
+        if function is torch.arange and len(args) > 1:
+            return torch.empty(len(range(*args)), **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def weigh(build, device="cpu"):
+    """The model that `build` makes, on torch's meta device: shapes only, nothing is drawn, nothing allocated.
+
+    UserError: what building it says of settings that cannot go together; weights and gradients, 8 bytes a parameter,
+    that the device cannot hold. That is found while it grows: a model of a million layers is not waited for.
+    """
+    count, limit = 0, memory(device)
+
+    def add(module, name, parameter):
+        nonlocal count
+        count += 0 if parameter is None else parameter.numel()
+        if 8 * count > limit:
+            fits(8 * count, f"a model of {count:,} parameters and more", device)
+    drawn, hook = torch.get_rng_state(), register_module_parameter_registration_hook(add)
+    try:
+        with torch.device("meta"), _Undrawn():
+            return build()
+    except ValueError as error:
+        raise UserError(error) from None
+    except (OverflowError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("overflow|[Tt]oo large|negative dimension", str(error)):
+            raise
+        raise UserError("a model of these sizes cannot be held: they are more than can be counted") from None
+    finally:
+        hook.remove()
+        torch.set_rng_state(drawn)
+
+
+def notes(settings, steps, before=None):
+    """Prints what a person should know before step 1, a line each: a warm-up that the run does not outlast; on resume a
+    schedule whose length is another one now.
+
+    steps, before: {setting: steps of what is trained}, now and by the checkpoint; a value None has no end.
+    """
+    schedule, warmup_steps = settings["schedule"], settings["warmup_steps"]
+    for name, limit in steps.items():
+        if limit and warmup_steps >= limit:
+            print(f"warmup_steps {warmup_steps} of {name} {limit}: the rate rises to the end and never reaches its peak"
+                  if warmup_steps > limit else f"warmup_steps {warmup_steps} are all of {name} {limit}: the rate rises "
+                  "to the end")
+        was = (before or {}).get(name, limit)
+        if schedule in ("cosine", "wsd") and was != limit and limit is not None:
+            print(f"{name} {limit} was {was}: the rate of schedule {schedule} is computed anew for the new length, from "
+                  "the step where this goes on")
