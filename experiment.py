@@ -1115,6 +1115,17 @@ class Parser(argparse.ArgumentParser):
         super().exit(status, message)
 
 
+def bounded(kind, low, high=2 ** 62):
+    """What argparse may read: an int or a float from `low` to `high`."""
+    def read(text):
+        with contextlib.suppress(ValueError, OverflowError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        limits = f"from {low} to {high}" if high < 2 ** 62 else f"at least {low}, of 64 bits"
+        raise argparse.ArgumentTypeError(f"{flags.shown(text)!r} must be a {'whole ' if kind is int else ''}number {limits}")
+    return read
+
+
 def _seconds(text):
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
     if not found:
