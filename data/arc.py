@@ -578,11 +578,16 @@ def main(argv=None):
     parser = Parser(prog="data/arc.py", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", nargs="?", default="synthetic", help=f"synthetic, {', '.join(SETS)}; joined by +")
     parser.add_argument("--val_dataset", "--val-dataset", help="likewise, for validation; else the usual partner")
-    parser.add_argument("--max_side", "--max-side", type=bounded(int, 1, LARGEST), default=8, help="only grids that are no larger")
-    parser.add_argument("--n_colours", "--n-colours", type=bounded(int, 1, COLOURS), default=10, help="only grids with lower colours")
-    parser.add_argument("--n_train", "--n-train", type=bounded(int, 1, 10 ** 7), default=20_000, help="synthetic training grids")
-    parser.add_argument("--n_val", "--n-val", type=bounded(int, 1, 10 ** 7), default=1_000, help="synthetic validation grids")
-    parser.add_argument("--crops", type=bounded(int, 0, 10 ** 4), default=4, help="random pieces of each larger training grid")
+    parser.add_argument("--max_side", "--max-side", type=bounded(int, 1, LARGEST), default=8,
+                        help="only grids that are no larger")
+    parser.add_argument("--n_colours", "--n-colours", type=bounded(int, 1, COLOURS), default=10,
+                        help="only grids with lower colours")
+    parser.add_argument("--n_train", "--n-train", type=bounded(int, 1, 10 ** 7), default=20_000,
+                        help="synthetic training grids")
+    parser.add_argument("--n_val", "--n-val", type=bounded(int, 1, 10 ** 7), default=1_000,
+                        help="synthetic validation grids")
+    parser.add_argument("--crops", type=bounded(int, 0, 10 ** 4), default=4,
+                        help="random pieces of each larger training grid")
     parser.add_argument("--seed", type=bounded(int, -2 ** 62), default=0, help="of crops and synthetic grids")
     parser.add_argument("--stats", action="store_true", help="count, and write arc_<dataset>.png (training grids)")
     parser.add_argument("--out", type=Path, default=Path("."), help="the folder of the picture")

@@ -971,10 +971,12 @@ def main(argv=None):
     """The command line: makes people, shows dialogs about one of them and counts tokens."""
     parser = Parser(prog="data/facts.py", description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=bounded(int, 1, 10 ** 8), default=1000, help="people to train on")
-    parser.add_argument("--unseen", type=bounded(int, 0, 10 ** 8), default=256, help="people that are held out, in the database only")
+    parser.add_argument("--unseen", type=bounded(int, 0, 10 ** 8), default=256,
+                        help="people that are held out, in the database only")
     parser.add_argument("--kind", default="notes", help="notes (four attributes) or bios (six and a city of work)")
     parser.add_argument("--names", default="syllables", help="of notes: syllables or plain")
-    parser.add_argument("--alpha", type=bounded(float, 0, 1), default=1.0, help="1: attributes are independent, 0: one type says all")
+    parser.add_argument("--alpha", type=bounded(float, 0, 1), default=1.0,
+                        help="1: attributes are independent, 0: one type says all")
     parser.add_argument("--seed", type=bounded(int, -2 ** 62), default=0, help="of all that is drawn")
     parser.add_argument("--stats", action="store_true", help="show dialogs, count bits and tokens")
     args = vars(parser.parse_args(argv))

@@ -365,7 +365,8 @@ def main(argv=None):
     """The command line: finds or fetches files, and counts."""
     parser = Parser(prog="data/smollm.py", description=__doc__.splitlines()[0])
     parser.add_argument("source", help=f"{', '.join(SUBSETS)}, a file, a folder or a glob")
-    parser.add_argument("--shards", type=bounded(int, 1, 1000), help="of a subset: the first so many, fetched where they are not here")
+    parser.add_argument("--shards", type=bounded(int, 1, 1000),
+                        help="of a subset: the first so many, fetched where they are not here")
     parser.add_argument("--documents", type=bounded(int, 1), default=10_000, help="how many to read for the figures")
     args = parser.parse_args(argv)
     files = find(args.source, args.shards)

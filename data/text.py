@@ -97,7 +97,8 @@ def check_split(data, block_size, unit="bytes"):
         raise UserError(f"the validation split has {n} {unit}: too few to be scored; take more data, or "
                         "--eval_interval none")
     if n <= block_size:
-        print(f"the validation split has {n} {unit}, less than one window of {block_size}: its figures will mean little")
+        print(f"the validation split has {n} {unit}, less than one window of {block_size}: its figures will mean "
+              "little")
 
 
 def _check_max_bytes(max_bytes, size, dataset):
@@ -485,7 +486,8 @@ def main(argv=None):
     """The command line: finds, checks and describes one data set."""
     parser = Parser(prog="data/text.py", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", help=f"{', '.join(NAMES)}, or a file (raw, {' '.join(OPENERS)})")
-    parser.add_argument("--max_bytes", "--max-bytes", type=bounded(int, 1), help="only the first so many bytes, before splitting")
+    parser.add_argument("--max_bytes", "--max-bytes", type=bounded(int, 1),
+                        help="only the first so many bytes, before splitting")
     parser.add_argument("--stats", action="store_true", help="count, and write byte_distribution.png")
     parser.add_argument("--out", type=Path, default=Path("."), help="the folder of byte_distribution.png")
     args = parser.parse_args(argv)

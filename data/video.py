@@ -663,16 +663,22 @@ def main(argv=None):
     parser = Parser(prog="data/video.py", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", nargs="?", default="gridworld",
                         help="gridworld, donkeycar, atari:<game>, or the path of an .npz file")
-    parser.add_argument("--n_train", "--n-train", type=bounded(int, 1, 10 ** 7), default=4096, help="training episodes (gridworld, atari)")
-    parser.add_argument("--n_val", "--n-val", type=bounded(int, 1, 10 ** 7), default=512, help="validation episodes (gridworld, atari)")
-    parser.add_argument("--length", type=bounded(int, 2, 10 ** 6), default=16, help="frames of an episode (gridworld, atari)")
+    parser.add_argument("--n_train", "--n-train", type=bounded(int, 1, 10 ** 7), default=4096,
+                        help="training episodes (gridworld, atari)")
+    parser.add_argument("--n_val", "--n-val", type=bounded(int, 1, 10 ** 7), default=512,
+                        help="validation episodes (gridworld, atari)")
+    parser.add_argument("--length", type=bounded(int, 2, 10 ** 6), default=16,
+                        help="frames of an episode (gridworld, atari)")
     parser.add_argument("--side", type=bounded(int, 2, LARGEST), default=8, help="cells of a gridworld's row")
     parser.add_argument("--cell_px", "--cell-px", type=bounded(int, 1, 256), default=8, help="pixels of a cell")
     parser.add_argument("--walls", type=bounded(float, 0, 1), default=0.15, help="share of cells with a wall")
     parser.add_argument("--ball", action=argparse.BooleanOptionalAction, default=True, help="whether there is a ball")
-    parser.add_argument("--split_seed", "--split-seed", type=bounded(int, -2 ** 62), default=0, help="of all that is drawn")
-    parser.add_argument("--val_share", "--val-share", type=bounded(float, 0, 1), default=0.2, help="for validation (.npz)")
-    parser.add_argument("--frame_skip", "--frame-skip", type=bounded(int, 1, 10 ** 4), default=4, help="frames for an action (atari)")
+    parser.add_argument("--split_seed", "--split-seed", type=bounded(int, -2 ** 62), default=0,
+                        help="of all that is drawn")
+    parser.add_argument("--val_share", "--val-share", type=bounded(float, 0, 1), default=0.2,
+                        help="for validation (.npz)")
+    parser.add_argument("--frame_skip", "--frame-skip", type=bounded(int, 1, 10 ** 4), default=4,
+                        help="frames for an action (atari)")
     parser.add_argument("--stats", action="store_true", help="count, and write video_<dataset>.png (training clips)")
     parser.add_argument("--out", type=Path, default=Path("."), help="the folder of the picture")
     args = vars(parser.parse_args(argv))
