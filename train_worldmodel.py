@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import limits
 import optim
 from data.video import (ACTIONS, AGENT, BALL, Stream, World, caption, caption_length, load, paint, read_caption,
-                        read_cells)
+                        read_cells, unknown_words)
 from discrete import code_statistics, fsq_levels, mutual_information
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
                         load_checkpoint, optional, override, replacing, resolve_device, restore_generators,
@@ -904,6 +904,9 @@ class Played:
         """A world whose first frame is drawn from words; how its ball flies only the next frames show."""
         if prompt == "write" and "text" in self.models:
             prompt = self.models["text"].write(1, generator=self.generator)[0]
+        elif strange := unknown_words(prompt, side):
+            raise ValueError(f"no caption has the word {strange[0]!r}, so no stage has seen it; captions are such as "
+                             "'agent at c4, ball at f2, walls a1 b3 c7.'")
         text = as_characters([prompt], caption_length(side)).to(self.material.where)
         written = self.models["frame"].draw(text[:, :len(prompt)], steps=decode_steps, temperature=temperature,
                                             generator=self.generator)[:, None]
