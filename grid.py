@@ -40,8 +40,10 @@ import flags
 flags.answer_help(__name__, __file__, "grid")  # before the seconds that the next lines take
 
 import ast
+import contextlib
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -233,9 +235,9 @@ class Grid:
 
     def check_cells(self):
         """UserError where the script would refuse a run, as far as its settings say, or never writes a number that the
-        table needs. A script with a function `check` is imported for that, which runs nothing."""
-        functions = {node.name for node in self.tree.body if isinstance(node, ast.FunctionDef)}
-        if {"check", "main"} <= functions:
+        table needs. A script with functions `check` and `main` is imported for that, which runs nothing."""
+        checks = {"check", "main"} <= {node.name for node in self.tree.body if isinstance(node, ast.FunctionDef)}
+        if checks:
             for name in never_made(self.script, [self.metric, *self.show]):
                 raise UserError(f"{self.path}: {self.script.name} writes no number {name!r} into its summary.json")
         module, seen = None, set()
@@ -252,11 +254,14 @@ class Grid:
                     raise UserError(f"{place}: max_steps none: a run of a grid must end")
                 try:
                     values = check_settings(self.script, values, self.specs)
-                    if {"check", "main"} <= functions:
+                    if checks and factor == self.factors[0]:  # a rate's bounds are the parser's
                         module = module or imported(self.script)
-                        whole = flags.Settings({name: spec.default for name, spec in self.specs.items()} | values)
+                        quiet = getattr(module, "debug_settings", {}) if values.get("debug") else {}
+                        defaults = {name: spec.default for name, spec in self.specs.items()}
+                        whole = flags.Settings(defaults | quiet | values)
                         vars(module).update(whole)
-                        module.check(whole)
+                        with contextlib.redirect_stdout(io.StringIO()):      # what it says, each run will say
+                            module.check(whole)
                 except UserError as error:
                     raise UserError(f"{place}: {error}") from None
 
