@@ -159,9 +159,9 @@ class Grid:
         if not self.factors or not all(type(f) in (int, float) and 0 < f < math.inf for f in self.factors):
             raise UserError(f"{path}: tune: factors must be numbers above 0, none endless, not {self.factors}")
         self.seeded = plan.get("seeded", ["seed"])
-        for key, names in (("seeded", self.seeded), ("show", self.show), ("tune: settings", self.scaled)):
+        for key, names in (("seeded", self.seeded), ("tune: settings", self.scaled), ("show", self.show)):
             if not all(type(name) is str for name in names) or key == "seeded" and not names:
-                raise UserError(f"{path}: {key} must be names, not {names}")
+                raise UserError(f"{path}: {key} must be names{' of settings' * (key != 'show')}, not {names}")
         self.base = self.check(self.expand(plan["base"]), "base")
         self.check({name: self.seeds[0] for name in self.seeded if name != "seed"}, "seeded")
         speed = plan.get("speed", {})
@@ -226,7 +226,7 @@ class Grid:
         if "preset" not in base:
             return base
         node = next((node.value for node in self.tree.body if isinstance(node, ast.Assign)
-                     and ast.unparse(node.targets[0]) == "presets"), ast.Dict([], []))
+                     and ast.unparse(node.targets[0]) == "presets"), ast.parse("{}").body[0].value)
         presets = eval(compile(ast.Expression(node), str(self.script), "eval"), {"__builtins__": {"dict": dict}})
         if base["preset"] not in list(presets):              # a list: what is no name may have no hash
             raise UserError(f"{self.path}: base: preset {as_typed(base['preset'])}: must be one of "
@@ -536,7 +536,8 @@ def check_shape(value, shape, needed, place):
         if key not in shape:
             raise UserError(f"{place}: unknown key {key!r}; there are {', '.join(shape)}")
         if not isinstance(item, shape[key]):
-            raise UserError(f"{place}: {key} must be a {shape[key].__name__}, not {item!r}")
+            kind = shape[key][0] if isinstance(shape[key], tuple) else shape[key]
+            raise UserError(f"{place}: {key} must be a {kind.__name__}, not {item!r}")
     if missing := [key for key in shape if key in needed and key not in value]:
         raise UserError(f"{place}: {', '.join(missing)} is missing")
 

@@ -41,7 +41,7 @@ table = None             # a grid's out_dir: its table instead
 # --- How ---
 over = None              # a setting: the last value of each run over it, not a curve; with a table in Markdown
 contours = None          # two settings, X,Y, or `parameters` for one: the last values over both, with tables
-levels = (0.5, 0.8, 0.95)  # where contours and capacity draw a line
+levels = (0.5, 0.8, 0.95)  # [>= -1e9, <= 1e9] where contours and capacity draw a line
 capacity = False         # runs of task in_weight: bits that the weights hold over parameters, with a table
 same = None              # settings with commas that do not tell runs apart, as those of older runs that lack them
 only = None              # words with commas: curves whose names have them all, as "tool,unseen"

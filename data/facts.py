@@ -970,7 +970,7 @@ def show(dialog):
 def main(argv=None):
     """The command line: makes people, shows dialogs about one of them and counts tokens."""
     parser = Parser(prog="data/facts.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--n", type=bounded(int, 1, 10 ** 8), default=1000, help="people to train on")
+    parser.add_argument("--n", type=bounded(int, 0, 10 ** 8), default=1000, help="people to train on")
     parser.add_argument("--unseen", type=bounded(int, 0, 10 ** 8), default=256,
                         help="people that are held out, in the database only")
     parser.add_argument("--kind", default="notes", help="notes (four attributes) or bios (six and a city of work)")
