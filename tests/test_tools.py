@@ -188,8 +188,8 @@ def clips(path, seed):
 
 
 @pytest.mark.parametrize("script, words, change", [
-    ("train_worldmodel.py", ["--stage", "tokenizer", "--dataset", "a.npz"], lambda: clips("a.npz", 2)),
-    ("train_facts.py", ["--task", "in_tool", "--n_people", 16, "--database", "a.db"],
+    ("train_worldmodel.py", ["--stage", "tokenizer", "--dataset", "a.npz", "--max_steps", 1], lambda: clips("a.npz", 2)),
+    ("train_facts.py", ["--task", "in_tool", "--n_people", 16, "--max_steps", 1, "--database", "a.db"],
      lambda: (os.unlink("a.db"), facts.Database(facts.people(17, 0, unseen=300)).save("a.db"))),
 ])
 def test_a_resumed_run_notices_data_that_changed(script, words, change, tmp_path, monkeypatch, capsys):
@@ -197,7 +197,7 @@ def test_a_resumed_run_notices_data_that_changed(script, words, change, tmp_path
     clips("a.npz", 1)
     facts.Database(facts.people(16, 0, unseen=300)).save("a.db")
     words = [script, "--debug", "--device", "cpu", "--run_name", "a", *map(str, words)]
-    monkeypatch.setattr(sys, "argv", words + ["--max_steps", "1"] * (script == "train_facts.py"))
+    monkeypatch.setattr(sys, "argv", words)
     fresh(script)["main"]()
     kept = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
     change()
@@ -300,7 +300,8 @@ GRID = {"metric": "m", "factors": [1], "slower": 0.1, "rows": [
 @pytest.mark.parametrize("change", [
     lambda g: g.pop("metric"), lambda g: g.update(rows=3), lambda g: g.update(rows=[[]]),
     lambda g: g.update(factors=[]), lambda g: g.update(factors=["x"]), lambda g: g.update(slower=None),
-    lambda g: g.update(cross=[1]), lambda g: g.update(cross={"x": {"y": {}}}), lambda g: g["rows"][1].update(against="b"),
+    lambda g: g.update(cross=[1]), lambda g: g.update(cross={"x": {"y": {}}}),
+    lambda g: g["rows"][1].update(against="b"),
     lambda g: g["rows"][1].update(against=None), lambda g: g["rows"][1].update(factor=None),
     lambda g: g["rows"][1].update(runs=[{"value": "1"}]), lambda g: g["rows"][1].update(equal_seconds={"value": []}),
     lambda g: g["rows"][1].pop("name"), lambda g: g["rows"][1].update(open="1"), lambda g: g.clear(),
