@@ -581,6 +581,8 @@ def open_task(loaded, where):
 def follow(run, where, precision):
     """Evaluates the checkpoints of a run's directory (Path) as they land, until it is over."""
     began = time.monotonic()
+    if run.exists() and not run.is_dir():
+        raise UserError(f"--watch {run}: the directory of a run is needed, and this is a file")
     while not (run / "lock").exists():
         if time.monotonic() - began > patience:
             raise UserError(f"--watch {run}: no run is there, and none has begun in {patience:g} seconds")

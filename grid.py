@@ -141,6 +141,8 @@ class Grid:
             raise UserError(f"{path}: it needs either rows or cross")
         if "cross" in plan and (extra := {"tune", "speed"} & plan.keys()):
             raise UserError(f"{path}: {', '.join(sorted(extra))} goes with rows, not with cross")
+        if not plan["out_dir"].isprintable():
+            raise UserError(f"{path}: out_dir {plan['out_dir']!r} is no name of a folder")
         self.script = Path(__file__).resolve().parent / plan["script"]
         if not self.script.is_file():
             raise UserError(f"{path}: there is no script {plan['script']}")
@@ -240,6 +242,11 @@ class Grid:
         if checks:
             for name in never_made(self.script, [self.metric, *self.show]):
                 raise UserError(f"{self.path}: {self.script.name} writes no number {name!r} into its summary.json")
+        for seed in self.seeds:
+            try:
+                check_settings(self.script, dict.fromkeys(self.seeded, seed), self.specs)
+            except UserError as error:
+                raise UserError(f"{self.path}: seeds: {error}") from None
         module, seen = None, set()
         for row in self.rows:
             for factor, other in [*((factor, {}) for factor in self.factors), (self.factors[0], self.speed)]:
@@ -576,9 +583,12 @@ def show(plan, found):
 
 @command
 def main():
-    override(globals(), positional="grid")
+    settings = override(globals(), positional="grid")
     if grid is None:
         raise UserError("which grid? python grid.py grids/one_change.yaml")
+    if print or status:
+        settings.refuse_idle(("jobs", "threads", "checkpoints", *("print",) * status),
+                             f"with --{'status' if status else 'print'}, which runs nothing")
     plan = Grid(grid)
     plan.read_journal()
     if retry:

@@ -52,6 +52,8 @@ def find(source, shards=None):
     Raises UserError: nothing there, python-edu, no connection, more shards than there are.
     """
     if source not in SUBSETS:
+        if shards is not None:
+            raise UserError(f"shards has no effect on {source!r}: it says how many of a subset's are fetched")
         path = Path(source).expanduser()
         found = sorted(path.iterdir()) if path.is_dir() else [Path(name) for name in sorted(glob.glob(str(path)))]
         if path.is_file():  # whatever its name, also one with [ ] in it

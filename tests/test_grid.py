@@ -272,6 +272,8 @@ def test_print_lists_what_could_start_and_starts_nothing(plan):
      "`against` goes in a circle: better against b against better"),
     ([("base: {", "base: {preset: cpu, ")], "base: preset cpu: must be one of none: fake.py has no presets"),
     ([("script: ", "show: 2000-02-31\nscript: ")], "is no yaml"),
+    ([("[1, 2, 3, 4, 5]", "[1, 100000000000000000000000]")], "seeds: seed 1000"),
+    ([("out_dir: ", 'out_dir: "a\\0" #')], "no name of a folder"),
 ])
 def test_mistakes_in_the_yaml_are_one_line(plan, replace, words):
     path = plan("better: {set: {kind: better}}", replace=replace)

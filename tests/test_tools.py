@@ -159,6 +159,13 @@ def test_a_view_that_never_ends_is_broken_off(tmp_path, monkeypatch):
     assert facts.Database(path).find("trade", "Ada") == "7" and facts.Database(path).fingerprint != there.fingerprint
 
 
+def test_words_that_no_caption_has():
+    cells = np.zeros((8, 8), np.uint8)
+    cells[1, 2], cells[3, 4], cells[5:, 5] = video.AGENT, video.BALL, video.WALL
+    assert video.unknown_words(video.caption(cells), 8) == []
+    assert video.unknown_words("agent at c4, fish at z9, walls none.", 8) == ["fish", "z9"]
+
+
 # --- Data that changed, or is too small ---
 
 def test_data_that_changed_under_the_same_name_is_noticed(tmp_path):
@@ -188,7 +195,8 @@ def clips(path, seed):
 
 
 @pytest.mark.parametrize("script, words, change", [
-    ("train_worldmodel.py", ["--stage", "tokenizer", "--dataset", "a.npz", "--max_steps", 1], lambda: clips("a.npz", 2)),
+    ("train_worldmodel.py", ["--stage", "tokenizer", "--dataset", "a.npz", "--max_steps", 1],
+     lambda: clips("a.npz", 2)),
     ("train_facts.py", ["--task", "in_tool", "--n_people", 16, "--max_steps", 1, "--database", "a.db"],
      lambda: (os.unlink("a.db"), facts.Database(facts.people(17, 0, unseen=300)).save("a.db"))),
 ])
@@ -281,6 +289,8 @@ def models(tmp_path_factory):
     (plot, ["--table", "RUN", "--by", "step"], "--by has no effect with --table"),
     *((plot, ["--table", path], said) for path, said in (
         ("x" * 300, "missing or no grid"), ("RUN", "missing or no grid"))),
+    (grid, ["plan.yaml", "--print", "--jobs", 3], "--jobs has no effect with --print"),
+    (evaluate, ["--watch", "text.pt"], "the directory of a run is needed"),
     *((tool, ["x" * 300], "name too long") for tool in (sample, evaluate, probe, grid)),
 ])
 def test_mistakes_are_one_line(tool, words, said, models, monkeypatch, capsys, tmp_path):
