@@ -902,12 +902,13 @@ class Played:
     @torch.no_grad()
     def reset_by(self, prompt, began):
         """A world whose first frame is drawn from words; how its ball flies only the next frames show."""
+        asked = prompt
         if prompt == "write" and "text" in self.models:
             prompt = self.models["text"].write(1, generator=self.generator)[0]
-        elif strange := unknown_words(prompt, side):
+        text = as_characters([prompt], caption_length(side)).to(self.material.where)
+        if prompt is asked and (strange := unknown_words(prompt, side)):
             raise ValueError(f"no caption has the word {strange[0]!r}, so no stage has seen it; captions are such as "
                              "'agent at c4, ball at f2, walls a1 b3 c7.'")
-        text = as_characters([prompt], caption_length(side)).to(self.material.where)
         written = self.models["frame"].draw(text[:, :len(prompt)], steps=decode_steps, temperature=temperature,
                                             generator=self.generator)[:, None]
         frame = self.draw(written)
