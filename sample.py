@@ -459,7 +459,7 @@ def main():
     if checkpoint is None:
         raise UserError("which run? python sample.py runs/train_enwik8/NAME")
     if greedy or temperature == 0:
-        settings.refuse_idle(("temperature",) * greedy + ("top_k", "top_p", "typical_p", "min_p", "seed"),
+        settings.refuse_idle(("temperature",) * greedy + ("top_k", "top_p", "typical_p", "min_p"),
                              "where the most probable byte is taken")
     if not prompt:
         raise UserError('--prompt "": must have at least one byte')
