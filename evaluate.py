@@ -516,7 +516,7 @@ class OfFacts:
 
     UserError: as facts.open_facts; another tokenizer than the checkpoint's.
     """
-    idle = ("split", "dataset", "max_bytes", "resamples", "chunk")
+    idle = ("split", "dataset", "max_bytes")
     header = (f"{'people':<8} {'protocol':<9} {'accuracy':>9} {'called':>7} {'right calls':>12} {'no end':>7} "
               f"{'prompts':>8} {'seconds':>8}")
 
@@ -688,8 +688,8 @@ def main():
     chosen = override(globals(), positional="checkpoint")
     if (checkpoint is None) == (watch is None):
         raise UserError("which run? python evaluate.py runs/train_enwik8/NAME, or --watch runs/train_enwik8/NAME")
-    chosen.refuse_idle(("patience",) if watch is None else ("resamples", "chunk"),
-                       "without --watch" if watch is None else "with --watch, which prints no interval")
+    if watch is None:
+        chosen.refuse_idle(("patience",), "without --watch")
     if not samples:
         chosen.refuse_idle(("seed",), "without --samples")
     where, precision = resolve_device(device, dtype)
