@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from experiment import _as_size as as_size
 from flags import UserError
 
+SIZES = "(?i)overflow|too large|negative dimension|must be tuple of ints"  # what torch says of sizes that are none
+
 
 def memory(device):
     """Bytes that a device has in all; of the CPU what the container may take, where that is less. inf: not known."""
@@ -44,14 +46,24 @@ def kept(rows, T, width, layers):
     return rows * T * (16 + 2 * width * layers)
 
 
+# Of a tensor and plain numbers these make a tensor of the same shape.
+SAME = {torch.Tensor.normal_, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.Tensor.div,
+        torch.Tensor.__truediv__, torch.Tensor.__rpow__, torch.Tensor.neg, torch.Tensor.__neg__,
+        torch.Tensor.cumprod, torch.Tensor.__rfloordiv__}
+
+
 class _Undrawn(TorchFunctionMode):
     """Numbers that no one will read are not made: for these torch imports its compiler first, more than a second."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.normal_:
+        if function in SAME and not any(isinstance(other, torch.Tensor) for other in args[1:]):
             return args[0]
-        if function is torch.arange and len(args) > 1:
+        if function is torch.randn:
+            return torch.empty(*args)
+        if function is torch.arange:
             return torch.empty(len(range(*args)), **(kwargs or {}))
+        if function is torch.eye and "out" in (kwargs or {}):
+            return kwargs["out"]
         return function(*args, **(kwargs or {}))
 
 
@@ -72,12 +84,12 @@ def weigh(build, device="cpu"):
     try:
         with torch.device("meta"), _Undrawn():
             return build()
-    except ValueError as error:
-        raise UserError(error) from None
-    except (OverflowError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("overflow|[Tt]oo large|negative dimension", str(error)):
+    except (OverflowError, MemoryError, RuntimeError, TypeError, ValueError) as error:      # of every kind for a size
+        if isinstance(error, (OverflowError, MemoryError)) or re.search(SIZES, str(error)):
+            raise UserError("a model of these sizes cannot be held: there are more numbers than can be counted") from None
+        if not isinstance(error, ValueError):
             raise
-        raise UserError("a model of these sizes cannot be held: they are more than can be counted") from None
+        raise UserError(error) from None
     finally:
         hook.remove()
         torch.set_rng_state(drawn)

@@ -35,6 +35,7 @@ import optim
 from data.multiplication import EQUALS, SYMBOLS, Notation, Problems, Stream, held_out, numbers, of_length
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
                         load_checkpoint, override, resolve_device, restore_generators, seed_everything)
+from flags import shown
 from model import TransformerConfig, fused_rows, parameter_roles
 from networks import EncoderDecoder, LatentTransformer, PrefixDecoder, cross_entropy
 
@@ -159,7 +160,7 @@ def check(settings):
     names = [name.strip() for name in models.split(",")]
     for name in names:
         if name not in KINDS or names.count(name) > 1:
-            raise UserError(f"--models {models}: must be of {', '.join(KINDS)}, each once, with commas between")
+            raise UserError(f"--models {shown(models)}: must be of {', '.join(KINDS)}, each once, with commas between")
     if n_embd % n_head:
         raise UserError(f"n_head {n_head} does not divide n_embd {n_embd}")
     if min_digits > max_digits:
@@ -194,7 +195,7 @@ def problems_asked():
     """The setting `ask` as [(a, b)]. UserError: not written as 12*34."""
     found = [re.fullmatch(r"\s*(\d+)\s*[*x]\s*(\d+)\s*", word) for word in ask.split(",")]
     if None in found:
-        raise UserError(f"--ask {ask}: must be two numbers with a * between them, as 12*34, or several with commas")
+        raise UserError(f"--ask {shown(ask)}: must be two numbers with a * between them, as 12*34, or several with commas")
     return [tuple(map(int, match.groups())) for match in found]
 
 

@@ -218,8 +218,11 @@ def check(settings, video=None):
                              ("tokenizer_batch", tokenizer_frames), ("text_batch", 1)):
             clips = settings[name]
             limits.fits(clips * max(pixels * frames, 8 * grad_accum), f"a {name} of {clips} clips", device)
-        for name in STAGES if stage == "all" and video.cell_px else STAGES[:3] if stage == "all" else (stage,):
-            limits.weigh(lambda: build(name, video), device)
+        widest, deepest = (max(settings[name] for name in settings if name.endswith(end)) for end in (
+            "_embd", "_layers"))
+        if widest * max(widest * deepest, patch ** 2 * history, codebook_size, n_codes) > 1e7 or codebook_size > 1e7:
+            for name in STAGES if stage == "all" and video.cell_px else STAGES[:3] if stage == "all" else (stage,):
+                limits.weigh(lambda: build(name, video), device)    # which takes a second
         longest, held = max(context, history + 4, tokenizer_frames), min(video.train.length, video.val.length)
         if longest > held:
             raise UserError(f"clips of {longest} frames do not fit into episodes of {held}: take a smaller context, "

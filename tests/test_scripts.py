@@ -297,8 +297,8 @@ def test_first_preset_needs_no_download():
 
 # ------------------------------------------------------------------------------------------------------------- README
 
-TEST_COMMAND = "pip install -r requirements.txt && pytest tests/"
-FIRST_COMMAND = "pip install -r requirements.txt && python train_enwik8.py --preset cpu"
+TEST_COMMAND = "pip install -r requirements.txt -c constraints.txt && pytest tests/"
+FIRST_COMMAND = "pip install -r requirements.txt -c constraints.txt && python train_enwik8.py --preset cpu"
 
 
 def python_commands(lines):
@@ -348,8 +348,10 @@ def test_readme_commands(tmp_path):
                 assert_typable(words, tmp_path)
             except Exception as error:
                 raise AssertionError(f"{type(error).__name__}: {error}") from error
-    for package in (ROOT / "requirements.txt").read_text().splitlines():
-        assert re.match(r"#|[a-z-]+\s*[<>=]", package), package
+    wanted, held = ((ROOT / f"{name}.txt").read_text().splitlines()[1:] for name in ("requirements", "constraints"))
+    for package, version in zip(wanted, held, strict=True):   # lower bounds, and for each what was tested
+        assert re.match(r"[a-z-]+>=[0-9.]+(; .*)?$", package), package
+        assert re.match(re.match(r"[a-z-]+", package)[0] + r"==[0-9.]+(; .*)?$", version), version
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "data/text.py", "data/arc.py", "data/tokens.py", "data/smollm.py",
