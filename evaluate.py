@@ -50,7 +50,7 @@ import torch.nn.functional as F
 
 from data import facts, mqar, text, tokens
 from data.tokenized import open_text, tokenizer_of
-from experiment import (Settings, UserError, command, draw_curves, find_checkpoint, is_running, lock_file,
+from experiment import (Settings, UserError, command, draw_curves, find_checkpoint, is_running, lock_file, optional,
                         override, read_json, read_metrics, replacing, resolve_device)
 from model import from_checkpoint
 from sample import converse, load_text_checkpoint
@@ -649,7 +649,8 @@ def follow(run, where, precision):
                         note = ", best.pt"
                     for _, _, said in results:
                         print(f"step {step}: {said}, {weights} weights{note})", flush=True)
-                    draw_curves(run, run / "curves.png")
+                    with optional("curves.png is"):
+                        draw_curves(run, run / "curves.png")
                 alive = time.monotonic()
                 continue
             if is_running(run):

@@ -719,6 +719,10 @@ class Run:
         last = [entry for entry in known if entry["step"] == self._reached(entry)]
         if self.settings.get("wandb", "disabled") != "disabled" and not self.debug:
             self._wandb = self._open_wandb()
+            there = wandb_lines(self.dir) if known else ()
+            for number, entry in enumerate(known, 1):        # what a killed process did not bring there any more
+                if number >= self._wandb.step and number not in there:
+                    self._send(entry, number)
         if self.settings.get("tensorboard") and not self.debug:
             for model in (self._steps or [""]) if self.resumed else ():
                 self._open_board(model)
@@ -810,8 +814,10 @@ class Run:
     def _open_wandb(self):
         import wandb
         ident, mode = self.dir / "wandb_id", self.settings["wandb"]
-        if not ident.exists():
-            ident.write_text(os.urandom(4).hex())
+        if not (ident.exists() and ident.read_text().isalnum()):     # else of what wandb wrote here under it
+            found = [re.search(r"run-\d+_\d+-(\w+)", path.name) for path in self.dir.glob("wandb/*run-*")]
+            with replacing(ident) as file:
+                file.write(next((match[1] for match in found if match), os.urandom(4).hex()).encode())
         try:
             if mode == "online" and not wandb.login(prompt=False):
                 raise UserError("wandb has no API key: type `wandb login` once, or choose --wandb offline")
@@ -852,8 +858,12 @@ class Run:
         if self.settings.get("tensorboard") and not self.debug:
             self._mirror_to_board(entry)
         if self._wandb and self._lines >= self._wandb.step:  # what wandb has, a resumed run only repeats
-            numbers = {f"{_curve(entry)}/{key}": value for key, value in _numbers(entry).items()}
-            self._wandb.log({**numbers, "step": entry["step"]}, step=self._lines)
+            self._send(entry, self._lines)
+
+    def _send(self, entry, number):
+        """Line `number` of the metrics to wandb."""
+        numbers = {f"{_curve(entry)}/{key}": value for key, value in _numbers(entry).items()}
+        self._wandb.log({**numbers, "step": entry["step"]}, step=number)
 
     def _mirror_to_board(self, entry):
         """A model's curves lie in a folder of its own: TensorBoard shows them as a run, and its steps count alone."""
@@ -954,6 +964,29 @@ class Run:
                     raise                                    # else what went wrong first is what to tell
         if good and self.stop:
             sys.exit(128 + self.stop)
+
+
+def wandb_lines(directory):
+    """The numbers of the lines of metrics in the files that wandb keeps in a run's directory: a set.
+
+    Their format is LevelDB's log: blocks of 32,768 bytes, of records (check sum, size, kind) that may be in parts.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+    found = set()
+    for path in directory.glob("wandb/*run-*/*.wandb"):
+        data, at, record = path.read_bytes(), 7, b""         # after the file's own header
+        with contextlib.suppress(Exception):                 # what a kill has cut off
+            while at + 7 <= len(data):
+                left = 32768 - at % 32768
+                if left < 7:                                 # no record begins in the rest of a block
+                    at += left
+                    continue
+                size, kind = struct.unpack_from("<HB", data, at + 4)
+                record, at = record + data[at + 7:at + 7 + size], at + 7 + size
+                if kind in (1, 4):                           # whole, or the last part
+                    found.add(Record.FromString(record).history.step.num)    # 0: a record of something else
+                    record = b""
+    return found
 
 
 class Bar:

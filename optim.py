@@ -246,6 +246,7 @@ class _Optimizer(torch.optim.Optimizer):
             raise TypeError(f"{type(self).__name__} has no setting {', '.join(sorted(unknown))}")
         self.settings, self.mesh = settings, None
         super().__init__(params, {})  # the defaults differ from rule to rule: add_param_group sets them
+        self.order = [p for group in self.param_groups for p in group["params"]]  # the model's, for `fitted`
 
     def add_param_group(self, param_group):
         rule = param_group.get("rule", self.rule)
@@ -475,13 +476,37 @@ def _project(params, grads):
     return [g if g.numel() == 1 else new for g, new in zip(grads, projected)]
 
 
+def fitted(optimizer, state_dict):
+    """A checkpoint's state in the groups of `optimizer`, which `build` made.
+
+    Checkpoints from when groups were formed by the decay's value have, of a weight_decay of 0, one group for what
+    decays and what does not, its parameters in the model's order. Others are given back as they are.
+    """
+    groups, saved, whole = optimizer.param_groups, state_dict["param_groups"], {}
+    for group in groups:
+        whole.setdefault((group["rule"], group.get("rows")), []).extend(group["params"])
+    if len(saved) == len(groups) or [len(g["params"]) for g in saved] != [len(found) for found in whole.values()]:
+        return state_dict
+    place = {p: i for i, p in enumerate(optimizer.order)}
+    old = {p: i for group, found in zip(saved, whole.values())
+           for p, i in zip(sorted(found, key=place.get), group["params"])}
+    kept = dict(zip(whole, saved))
+    new = {p: i for i, p in enumerate(p for group in groups for p in group["params"])}
+    return {"state": {new[p]: state_dict["state"][i] for p, i in old.items() if i in state_dict["state"]},
+            "param_groups": [{**kept[group["rule"], group.get("rows")], "params": [new[p] for p in group["params"]]}
+                             for group in groups]}
+
+
 def load_state(optimizer, state_dict):
     """A checkpoint's moments and counts, with the hyperparameters that `optimizer` was built with.
 
-    load_state_dict alone would bring the checkpoint's lr, base_lr and weight_decay back and so overrule, silently, a
-    flag that was given on resume. Raises ValueError where the groups do not fit.
+    load_state_dict alone would bring the checkpoint's base_lr and weight_decay back and so overrule, silently, a flag
+    that was given on resume. `lr`, which the schedule sets before every step, stays the checkpoint's: what is saved
+    before the next step is what a run that never stopped saves. Raises ValueError where the groups do not fit.
     """
-    built = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    built = [{name: value for name, value in group.items() if name not in ("params", "lr")}
+             for group in optimizer.param_groups]
+    state_dict = fitted(optimizer, state_dict)
     saved = state_dict["param_groups"]
     if [group.get("rule") for group in saved] != [group["rule"] for group in built]:
         raise ValueError(f"the checkpoint's optimizer steps by {', '.join(str(g.get('rule')) for g in saved)}, "
@@ -506,7 +531,8 @@ def posterior(optimizer, named_parameters):
 
 
 def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None):
-    """Parameter groups: decay for matrix, residual and head, none for embedding, position, gain and bias.
+    """Parameter groups: decay for matrix, residual and head, none for embedding, position, gain and bias. Which there
+    are does not depend on weight_decay: a checkpoint goes over to another value, 0 too.
 
     named_parameters: pairs (name, tensor). roles: name -> one of ROLES. A tensor under two names is claimed once, by
     the first that has a role. muon=True puts matrix and residual under rule "muon", the rest under "adamw".
@@ -525,14 +551,15 @@ def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None):
         if p not in claimed:
             raise ValueError(f"parameter {name}: unclaimed, it has no role")
     for p, name in claimed.items():
-        settings = {"weight_decay": weight_decay if roles[name] in DECAYED else 0.0}
+        decayed = roles[name] in DECAYED
+        settings = {"weight_decay": weight_decay if decayed else 0.0}
         if muon:
             settings["rule"] = "muon" if roles[name] in HIDDEN else "adamw"
             if settings["rule"] == "muon" and p.ndim != 2:
                 raise ValueError(f"parameter {name}: Muon steps 2-D weights, its shape is {tuple(p.shape)}")
             if settings["rule"] == "muon" and name in (fused_rows or {}):
                 settings["rows"] = tuple(fused_rows[name])
-        found.setdefault(tuple(settings.items()), {**settings, "params": []})["params"].append(p)
+        found.setdefault((decayed, *settings.items()), {**settings, "params": []})["params"].append(p)
     return list(found.values())
 
 
@@ -553,14 +580,17 @@ def build(name, named_parameters, roles, lr, weight_decay=0.0, betas=(0.9, 0.999
         raise ValueError(f"optimizer {name!r}: it must be one of {', '.join(RULES)}")
     if kernels not in ("torch", "triton"):
         raise ValueError(f"kernels {kernels!r}: it must be torch or triton")
-    wanted = groups(named_parameters, roles, weight_decay, name == "muon", fused_rows)
-    own = {"sgd": dict(lr=lr, momentum=momentum), "muon": dict(lr=muon_lr, momentum=muon_momentum, nesterov=muon_momentum > 0),
+    pairs = list(named_parameters)
+    wanted = groups(pairs, roles, weight_decay, name == "muon", fused_rows)
+    own = {"sgd": dict(lr=lr, momentum=momentum),
+           "muon": dict(lr=muon_lr, momentum=muon_momentum, nesterov=muon_momentum > 0),
            "ivon": dict(lr=lr, betas=tuple(betas), ess=ess, hess_init=hess_init, clip_radius=clip_radius)}
     for group in wanted:
         group.update(own.get(group.setdefault("rule", name), dict(lr=lr, betas=tuple(betas), eps=eps)))
         group["base_lr"] = group["lr"]
     kind = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "muon": Muon, "schedule_free": ScheduleFree, "ivon": IVON}[name]
     optimizer = kind(wanted)
+    optimizer.order = list(dict.fromkeys(p for n, p in pairs if n in roles))
     if mesh and mesh.size > 1:
         if name == "ivon":
             raise ValueError("ivon draws the weights anew in every pass, which several processes cannot agree on here")

@@ -365,7 +365,9 @@ class Mesh:
 
     def load_optimizer(self, optimizer, state):
         """optim.load_state(optimizer, state), of a state of one process that every process has."""
-        optim.load_state(optimizer, state if self.size == 1 else self._each_tensor(optimizer, state, self.part))
+        if self.size > 1:
+            state = self._each_tensor(optimizer, optim.fitted(optimizer, state), self.part)
+        optim.load_state(optimizer, state)
 
     @staticmethod
     def _each_tensor(optimizer, state, change):

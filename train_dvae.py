@@ -671,7 +671,7 @@ def main():
     limits.notes(settings, {"max_steps": max_steps}, checkpoint and checkpoint["settings"])
     with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
         bar = run.bar(max_steps, loop["step"])
-        saved = loop["step"] if checkpoint and not keep_last else None   # its numbered one may be missing
+        saved = None                                         # on resume too: a stop comes before what is due
         if not checkpoint:
             if codebook_init == "kmeans" and estimator != "fsq":
                 with torch.no_grad(), autocast:

@@ -594,9 +594,7 @@ def main():
     loss_function, plain_loss = SequenceAccuracyLoss(sequence_weight), SequenceAccuracyLoss()
     with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
         bar, clock = run.bar(max_steps, min(learner.step for learner in learners)), Stopwatch(where)
-        saved = None                                     # with keep_last: the step's numbered one may be missing
-        if checkpoint and not keep_last:
-            saved = [learner.step for learner in learners]
+        saved = None                                     # on resume too: a stop comes before what is due at its step
         if not checkpoint:
             run.save("last.pt", state())                 # at once: a full disk shows, and a kill leaves what to resume
 

@@ -1110,7 +1110,8 @@ def main():
                  checkpoint and {f"{checkpoint['stage']} steps": steps_of(checkpoint["stage"], checkpoint["settings"])})
     total = checkpoint["step"] if checkpoint else 0           # optimiser steps of all stages
     with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
-        (run.dir / "samples").mkdir(exist_ok=True)
+        with optional("samples are"):
+            (run.dir / "samples").mkdir(exist_ok=True)
         bar, clock = run.bar(total + sum(map(steps_of, left)), total), Stopwatch(where)
         for name in left:
             # ---- model, optimiser and the loop's own state of this stage ----

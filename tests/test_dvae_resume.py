@@ -196,9 +196,11 @@ def test_weight_that_holds_the_kl(base):
 def test_exactly_max_steps(forks, base, copy, tmp_path):
     """Also in two parts, from an older checkpoint, or none at all; numbered checkpoints are pruned."""
     same = train(tmp_path / "runs", **KEEP)
+    (copy / "step_00000012.pt").unlink()                     # stopped or killed at this step, before it was written
     for source in ("last.pt", "step_00000005.pt"):
         assert_done(forks.run([*same, "--resume", copy / source], tmp_path))
         assert_same_end(copy, base)
+        assert (copy / "step_00000012.pt").exists()
     more = KEEP | dict(max_steps=14, schedule_steps=12, schedule="constant", keep_last=2, n_val=1, eval_interval=20)
     assert_done(forks.run(train(tmp_path / "parts", **more | dict(max_steps=7)), tmp_path))
     assert_done(forks.run(train(tmp_path / "parts", "--resume", **more), tmp_path))

@@ -1,5 +1,7 @@
 """What a run is: its directory, metrics, checkpoints, resume, signals, errors; also in processes that get killed."""
+import ast
 import json
+import math
 import os
 import pickle
 import platform
@@ -317,6 +319,16 @@ def test_wandb_goes_on_with_its_id_offline(tmp_path, script, capfd):
             run.log(step=1 + resume, loss=1.0)
             run.save("last.pt", state(1 + resume))
     ident = (run.dir / "wandb_id").read_text()
+    wait_for(lambda: experiment.wandb_lines(run.dir) == {0, 1, 2})       # its own process writes them
+    for path in (run.dir / "wandb").glob("*/*.wandb"):       # as a kill may leave both
+        path.write_bytes(path.read_bytes()[:300])
+    (run.dir / "wandb_id").write_text("")
+    assert experiment.wandb_lines(run.dir) <= {0}
+    path = find_resume(settings, script)
+    with Run(settings, script, load_checkpoint(path), path) as run:
+        run.log(step=3, loss=5.0)
+    wait_for(lambda: experiment.wandb_lines(run.dir) == {0, 1, 2, 3})    # sent again
+    assert (run.dir / "wandb_id").read_text() == ident, "the folders know it"
     kept = sorted(path.name for path in (run.dir / "wandb").glob("offline-run-*"))
     assert kept and all(ident in name for name in kept)  # two within a second: wandb adds -1
     assert "wandb:" not in "".join(capfd.readouterr()), "no stray lines"
@@ -589,6 +601,172 @@ def test_a_full_disk(tmp_path, script):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Runs without curves: drawing them takes longer than all the rest."""
+    monkeypatch.setattr(experiment, "draw_curves", lambda *words: None)
+
+
+def saved(tmp_path, script, **more):
+    """The last.pt of a finished run at step 8 with metrics."""
+    with Run(settings_for(tmp_path, **more), script) as run:
+        for step in range(1, 9):
+            run.log(step=step, loss=1.0)
+        run.save("last.pt", state(8, 2.0, loop={"best": 1.0, "pending": [{"a": (1, 2)}]}))
+    return run.dir / "last.pt"
+
+
+def test_a_flipped_bit_is_noticed(tmp_path, script, undrawn):
+    path = saved(tmp_path, script)
+    whole, good, noticed = path.read_bytes(), load_checkpoint(path), 0
+    places = random.Random(0)
+    for _ in range(100):
+        damaged = bytearray(whole)
+        damaged[places.randrange(len(whole))] ^= 1 << places.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            found = load_checkpoint(path)                    # where torch pads its file nothing depends on it
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            noticed += 1
+            continue
+        assert torch.equal(found.pop("model")["w"], good["model"]["w"])
+        assert found == {key: value for key, value in good.items() if key != "model"}
+    assert noticed > 20
+    at = whole.index(torch.full((8,), 2.0).numpy().tobytes()) + 5
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+    with pytest.raises(UserError, match="last.pt is truncated or damaged .*check sum"):
+        load_checkpoint(path)
+
+
+def test_a_key_that_is_missing_is_named_with_its_file(tmp_path, script, undrawn):
+    path = saved(tmp_path, script)
+    found = load_checkpoint(path)
+    for missing, place in [(lambda: found["optimizer"], "last.pt lacks 'optimizer'"),
+                           (lambda: found["loop"]["bytes"], "last.pt: loop lacks 'bytes'"),
+                           (lambda: found["loop"]["pending"][0]["b"], "last.pt: loop: pending lacks 'b'")]:
+        with pytest.raises(UserError, match=place):
+            missing()
+    assert found.get("optimizer") is None and "ema" not in found["loop"] and found["loop"]["pending"] == [{"a": (1, 2)}]
+    torch.save(found, tmp_path / "again.pt")                 # as a dict of plain ones, wherever it is written
+    assert load_checkpoint(tmp_path / "again.pt")["loop"] == found["loop"]
+    with Run(settings_for(tmp_path, run_name="b"), script) as run:
+        run.save("last.pt", found | {"copied": experiment.copy.deepcopy(found["loop"])})
+    plain = torch.load(run.dir / "last.pt", weights_only=True)
+    assert {type(value) for value in (plain, plain["loop"], plain["copied"], plain["loop"]["pending"][0])} == {dict}
+
+
+@pytest.mark.parametrize("name, value", [("settings", []), ("step", "8"), ("steps", [1]), ("steps", {"../../x": 1}),
+                                         ("steps", {"/x": 1}), ("steps", {"a": "1"}), ("loop", 3), ("model", [1]),
+                                         ("generators", None), ("metrics_lines", "8"), ("script", 3)], ids=repr)
+def test_a_checkpoint_that_holds_something_else(tmp_path, name, value):
+    torch.save({"format": "nanolab-1", "script": "toy", **state(8), name: value}, tmp_path / "last.pt")
+    with pytest.raises(UserError, match=f"last.pt is damaged: {name} is not what a run saves there"):
+        load_checkpoint(tmp_path / "last.pt")
+
+
+def test_what_does_not_fit_the_model_is_one_line(tmp_path, script, capsys, undrawn):
+    path = saved(tmp_path, script)
+
+    def resume(load):
+        @command
+        def main():
+            load(load_checkpoint(path))
+        with pytest.raises(SystemExit) as caught:
+            main()
+        out = capsys.readouterr()
+        assert caught.value.code == 2 and out.err.startswith(f"error: {path} ") and out.err.count("\n") == 1, out
+        return out.err
+
+    assert "size mismatch" in resume(lambda found: torch.nn.Linear(2, 2).load_state_dict({"weight": torch.ones(8),
+                                                                                         "bias": torch.ones(2)}))
+
+    def load_state(found):
+        return found["loop"]["pending"]["state"]
+    assert "does not fit or is damaged: TypeError: list indices" in resume(load_state)
+    assert "lacks 'state'" in resume(lambda found: found["state"])
+    with pytest.raises(KeyError):                            # a mistake of ours keeps its traceback
+        command(lambda: {}["x"])()
+
+
+def test_metrics_that_were_lost_are_told_in_one_line(tmp_path, script, capsys, undrawn):
+    path = saved(tmp_path, script)
+    metrics = path.parent / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for lost, content in [(0, whole), (0, whole + b'{"step": 9, "lo'), (8, None), (1, b"".join(lines[:7]) + bytes(40)),
+                          (1, b"".join([*lines[:3], b"x" + lines[3], *lines[4:]])),
+                          (2, b"".join([*lines[:3], b"\0" * 30, *lines[4:]])), (3, b"".join(lines[:5]))]:
+        metrics.write_bytes(content) if content is not None else metrics.unlink()
+        settings = settings_for(tmp_path, resume=True)
+        with Run(settings, script, load_checkpoint(path), path):
+            pass
+        said = [line for line in capsys.readouterr().out.splitlines() if "lost" in line]
+        assert said == ([f"{metrics} has lost {lost} of the 8 lines that the checkpoint knows of: the curves have a "
+                         "gap"] if lost else [])
+        assert len(read_lines(metrics)) == 8 - lost
+
+
+def test_only_files_of_dead_processes_are_removed(tmp_path, script, undrawn):
+    path = saved(tmp_path, script)
+    (path.parent / "samples").mkdir()
+    dead, living = subprocess.Popen(["true"]), subprocess.Popen(["sleep", "60"])
+    dead.wait()
+    names = [f"{folder}.x.png.tmp-{process.pid}" for process in (dead, living) for folder in ("", "samples/")]
+    for name in [*names, f".own.tmp-{os.getpid()}"]:
+        (path.parent / name).write_text("")
+    with Run(settings_for(tmp_path, resume=True), script, load_checkpoint(path), path):
+        pass
+    living.kill()
+    living.wait()
+    assert sorted(str(file.relative_to(path.parent)) for file in path.parent.rglob(".*")) == sorted(names[2:])
+
+
+def test_who_loses_the_race_for_a_name_leaves_the_winner_alone(tmp_path, script, monkeypatch, undrawn):
+    """One makes the directory, another resumes into it before the first has its lock."""
+    create, winners = Run._create, []
+
+    def slowly(run, parent, name):
+        made = create(run, parent, name)
+        winners.append(Run(settings_for(tmp_path, resume=True), script).__enter__())
+        return made
+
+    monkeypatch.setattr(Run, "_create", slowly)
+    with pytest.raises(UserError, match="another process is writing to"):
+        Run(settings_for(tmp_path, resume=True), script).__enter__()
+    with pytest.raises(UserError, match="another process is writing to"):
+        Run(settings_for(tmp_path, resume=True), script).__enter__()
+    winners[0].log(step=1, loss=1.0)
+    winners[0].save("last.pt", state(1))
+    winners[0].__exit__(None, None, None)
+    assert json.loads((winners[0].dir / "summary.json").read_text())["status"] == "done"
+
+
+def test_list_and_clean_while_a_run_saves(tmp_path, script, monkeypatch, capsys, undrawn):
+    """Files that are there when the folder is read, and not any more when they are looked at."""
+    path, walk = saved(tmp_path, script), os.walk
+    monkeypatch.setattr(os, "walk", lambda top: ((place, folders, [*files, ".last.pt.tmp-1"])
+                                                 for place, folders, files in walk(top)))
+    experiment.main(["list", "--out_dir", str(tmp_path / "runs")])
+    experiment.main(["clean", "--out_dir", str(tmp_path / "runs"), "--yes", str(path.parent)])
+    assert "1 runs removed" in capsys.readouterr().out and not path.parent.exists()
+
+
+def test_a_pruning_that_was_broken_off_is_made_up_for(tmp_path, script, monkeypatch, undrawn):
+    with Run(settings_for(tmp_path), script) as run:
+        def names():
+            return sorted(int(path.stem[5:]) for path in run.dir.glob("step_*.pt"))
+        for step in (10, 20, 30):
+            run.keep(state(step), step, 2)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Run, "save", lambda *words: raising(KeyboardInterrupt).__wrapped__())
+            run.keep(state(40), 40, 2)
+        assert names() == [30]
+        for _ in range(2):                                   # as a resumed run does, once or again
+            run.keep(state(40), 40, 2)
+            assert names() == [30, 40]
+
+
 # --- The end of a run ---
 
 def signalled(tmp_path, script, pause, numbers):
@@ -707,6 +885,159 @@ def test_a_reader_that_closes_early_is_no_error(tmp_path):
     process.stderr.close()
 
 
+SURROUNDED = """
+@command
+def main():
+    for name, out in (("closed", sys.stdout), ("full", open("/dev/full", "w")),
+                      ("ascii", open("out", "w", encoding="ascii"))):
+        sys.stdout = out
+        flags.surroundings()
+        with Run(Settings(out_dir="runs", run_name=name, resume=False), __file__) as run:
+            run.bar(1).update(1, "é → ü")
+            run.log(step=1, loss=1.0)
+        print("ß")
+main()
+"""
+
+
+def test_a_finished_run_is_done_whatever_surrounds_it(tmp_path):
+    """A notebook's backend that is not there; a standard output that is closed, full, or a terminal of ASCII."""
+    (tmp_path / "toy.py").write_text(HEAD + SURROUNDED)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
+           "MPLBACKEND": "module://nowhere.backend_inline", "PYTHONIOENCODING": "ascii"}
+    found = subprocess.run(["bash", "-c", f"{sys.executable} toy.py >&-"], cwd=tmp_path, env=env,
+                           stderr=subprocess.PIPE, text=True)
+    assert (found.returncode, found.stderr) == (
+        0, "cannot print (No space left on device): the run goes on in silence\n")
+    for name in ("closed", "full", "ascii"):
+        directory = tmp_path / "runs" / "toy" / name
+        assert json.loads((directory / "summary.json").read_text())["status"] == "done"
+        assert (directory / "curves.png").read_bytes().startswith(b"\x89PNG")
+        assert read_lines(directory / "metrics.jsonl") == [{"step": 1, "split": "train", "loss": 1.0}]
+    assert (tmp_path / "out").read_text().startswith("step 1/1: ? ? ?,")
+
+
+def test_pictures_that_cannot_be_drawn_cost_a_line(tmp_path, script, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        with Run(settings_for(tmp_path), script) as run:
+            assert "curves.png will not be drawn" in capsys.readouterr().out, "before step 1"
+    assert capsys.readouterr().out == "" and not (run.dir / "curves.png").exists()
+    monkeypatch.setattr(experiment, "draw_curves", lambda *words: 1 / 0)
+    with Run(settings_for(tmp_path, run_name="b"), script) as other:
+        other.log(step=1, loss=1.0)
+    assert capsys.readouterr().out == "curves.png is left out: ZeroDivisionError: division by zero\n"
+    for directory in (run.dir, other.dir):
+        assert json.loads((directory / "summary.json").read_text())["status"] == "done"
+
+
+@pytest.mark.parametrize("package, setting", [("wandb", "offline"), ("tensorboard", True)])
+def test_packages_that_are_asked_for_and_not_there(tmp_path, script, monkeypatch, package, setting):
+    monkeypatch.setitem(sys.modules, "wandb" if package == "wandb" else "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=f"--{package} needs the package {package}: pip install {package}"):
+        Run(settings_for(tmp_path, **{package: setting}), script).__enter__()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["loss", "nats", "bpb", "score"])
+def test_a_validation_that_is_not_finite_fails(tmp_path, script, capsys, name, undrawn):
+    @command
+    def main():
+        with Run(settings_for(tmp_path), script) as run:
+            run.log(step=1, split="val", **{name: torch.tensor(2.0)})
+            run.save("last.pt", state(2))
+            run.log(step=2, split="val", **{name: -math.inf})
+            run.save("best.pt", state(2))
+
+    with pytest.raises(SystemExit) as caught:
+        main()
+    directory = tmp_path / "runs" / "toy" / "a"
+    assert caught.value.code == 3 and capsys.readouterr().err == (
+        f"error: {name} of the validation is not finite at step 2; the last checkpoint is {directory / 'last.pt'}\n")
+    assert json.loads((directory / "summary.json").read_text())["status"] == "failed"
+    assert not (directory / "best.pt").exists() and read_lines(directory / "metrics.jsonl")[-1][name] is None
+
+
+@pytest.mark.parametrize("action, said", [
+    (lambda: Path("~nobody-here/x").expanduser(), "a path begins with ~ and a name that this machine does not know"),
+    (lambda: open("x" * 300), "File name too long"), (lambda: open(f"{__file__}/x"), "Not a directory"),
+    (lambda: __import__("yaml"), "this needs pyyaml: pip install pyyaml")])
+def test_paths_and_packages_that_are_not_there(capsys, monkeypatch, action, said):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(SystemExit) as caught:
+        command(action)()
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and said in err and err.count("\n") == 1 and len(err) < 250
+
+
+def commands():
+    """Every file that is run as a command."""
+    files = [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]
+    return sorted(file for file in files if 'if __name__ == "__main__":\n    main()' in file.read_text())
+
+
+def test_ctrl_c_while_the_imports_run(tmp_path):
+    """Status 130 and one line: `flags`, which minds it, comes before all that takes long."""
+    assert len(commands()) > 15
+    for path in commands():
+        tree = ast.parse(path.read_text())
+        names = [node.names[0].name if isinstance(node, ast.Import) else node.module
+                 for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        assert set(names[:names.index("flags")]) <= {"sys", "pathlib"}, path
+    hang = tmp_path / "torch.py"                             # the import that takes long
+    hang.write_text("import time\nprint('imports', flush=True)\ntime.sleep(60)\n")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": ""}
+    for path in (ROOT / "data" / "mqar.py", ROOT / "experiment.py"):
+        code = f"import runpy, sys\nsys.path[:0] = [{str(tmp_path)!r}, {str(path.parent)!r}]\n" \
+               f"sys.modules['__main__'].__file__ = path = {str(path)!r}\nrunpy.run_path(path, {{}}, '__main__')"
+        process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "imports\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (130, "error: interrupted\n")
+
+
+WINDOWS = """
+import subprocess, sys, types                                # subprocess goes by msvcrt
+sys.modules.update(fcntl=None, resource=None)
+held = set()
+def locking(descriptor, how, n):
+    import os
+    key = os.fstat(descriptor).st_ino
+    if key in held:
+        raise PermissionError(13, "locked")
+    held.add(key)
+sys.modules["msvcrt"] = types.SimpleNamespace(locking=locking, LK_NBLCK=2)
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import importlib
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+import experiment
+from experiment import Run, Settings, UserError, find_resume, is_running, load_checkpoint
+with Run(Settings(out_dir="runs", run_name="a", resume=False), "toy.py") as run:
+    run.log(step=1, loss=1.0)
+    run.save("last.pt", {"step": 1, "settings": {}})
+    assert is_running(run.dir)
+    try:
+        Run(Settings(out_dir="runs", run_name="a", resume=True), "toy.py", load_checkpoint(run.dir / "last.pt"),
+            run.dir / "last.pt").__enter__()
+    except UserError as error:
+        print(error)
+print((run.dir / "lock").read_text())
+"""
+
+
+def test_where_the_modules_of_unix_are_missing(tmp_path):
+    """Every script is imported and a run locks its directory by msvcrt; what else differs on Windows is not tried."""
+    (tmp_path / "toy.py").write_text("")
+    names = [str(path.relative_to(ROOT)).removesuffix(".py").replace("/", ".") for path in commands()]
+    found = subprocess.run([sys.executable, "-c", WINDOWS, str(ROOT), *names], cwd=tmp_path, capture_output=True,
+                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"})
+    assert found.stdout == "another process is writing to runs/toy/a\nnanolab-1\n", found.stderr
+
+
 # --- Device, randomness, pictures ---
 
 def test_resolve_device(monkeypatch):
@@ -740,6 +1071,21 @@ def test_generators_go_on_where_they_were(tmp_path):
     assert torch.equal(torch.rand(5), expected[0]) and torch.equal(torch.rand(5, generator=other), expected[1])
     with pytest.raises(UserError, match="no state of the generator eval"):
         restore_generators(states, eval=other)
+
+
+def test_generators_of_another_device_go_on_from_the_seed(capsys):
+    """A generator of CUDA has 16 bytes of state, one of the CPU 5,056."""
+    noise, seeded, other = (torch.Generator().manual_seed(seed) for seed in (3, 3, 9))
+    states = generator_states(noise=noise, other=other)
+    states["named"]["noise"] = torch.zeros(16, dtype=torch.uint8)
+    torch.rand(7, generator=other)
+    restore_generators(states, noise=noise, other=other)
+    assert capsys.readouterr().out == ("the checkpoint is of another device: the noise of noise goes on from the "
+                                       "seed\n")
+    assert torch.equal(torch.rand(5, generator=noise), torch.rand(5, generator=seeded))
+    assert torch.equal(torch.rand(5, generator=other), torch.rand(5, generator=torch.Generator().manual_seed(9)))
+    restore_generators(generator_states(noise=noise), noise=noise)
+    assert capsys.readouterr().out == ""
 
 
 def test_seed_everything():

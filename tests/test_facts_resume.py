@@ -147,20 +147,17 @@ def test_killed_at_random_moments(forks, text, tmp_path, case):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_without_an_end(forks, tmp_path, number, code):
-    endless, run = dict(max_steps="none", schedule="constant", save_interval=1000, ema_decay=0.9), at(tmp_path / "runs")
-    child = forks.start(train(tmp_path / "runs", **endless), tmp_path)
-    wait_for(lambda: child.over() or (run / "metrics.jsonl").exists()
-             and (run / "metrics.jsonl").read_bytes().count(b"\n") > 12)
-    child.kill(number)
-    assert child.wait().code == code and "Traceback" not in child.err
-    stopped = load_checkpoint(run / "last.pt")["step"]
-    assert summary(run)["status"] == "interrupted" and summary(run)["step"] == stopped > 3
+    endless, run = dict(max_steps="none", schedule="noam", save_interval=1000, ema_decay=0.9), at(tmp_path / "runs")
+    child = forks.start(train(tmp_path / "runs", **endless), tmp_path, stop_at=(number, 5)).wait()
+    assert child.code == code and "Traceback" not in child.err
+    stopped = load_checkpoint(run / "last.pt")["step"]           # an evaluation is due, and not done yet
+    assert summary(run)["status"] == "interrupted" and summary(run)["step"] == stopped == 5
     goal = endless | dict(max_steps=stopped + 3)
     assert_done(forks.run(train(tmp_path / "runs", "--resume", **goal), tmp_path))
     assert_done(forks.run(train(tmp_path / "whole", **goal), tmp_path))
     assert records(run) == records(at(tmp_path / "whole")) and steps_of(run) == list(range(1, stopped + 4))
-    for key in ("model", "ema", "optimizer", "data", "generators"):
-        assert_equal(*(load_checkpoint(at(tmp_path / name) / "last.pt")[key] for name in ("runs", "whole")), key)
+    for file in ("last.pt", "best.pt"):
+        assert_equal(*(load_checkpoint(at(tmp_path / name) / file) for name in ("runs", "whole")), file)
 
 
 def test_evaluation_changes_no_batch(forks, tmp_path):
@@ -197,8 +194,9 @@ def test_exposures(forks, tmp_path):
     more = forks.run([*bare, "--exposures", "9"], tmp_path)               # they have made max_steps what it is
     assert_done(more)
     assert "exposures 5.0 comes from the checkpoint: --exposures 9.0 is overruled" in more.out
-    longer = train(tmp_path / "killed", "--resume", max_steps=10)        # said plainly, it may go on
-    assert_done(forks.run(longer, tmp_path))
+    longer = train(tmp_path / "killed", "--resume", max_steps=10, save_interval=4, keep_last=3)
+    assert_done(forks.run(longer, tmp_path))                             # said plainly, it may go on
+    assert [path.name for path in run.glob("step_*.pt")] == ["step_00000008.pt"], "the stop fell on its step"
     assert load_checkpoint(run / "last.pt")["step"] == 10
 
 

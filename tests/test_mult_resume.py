@@ -141,9 +141,11 @@ def test_exactly_max_steps(forks, base, copy, tmp_path):
     for model in load_checkpoint(base / "last.pt")["models"].values():
         assert {state["step"] for state in model["optimizer"]["state"].values() if "step" in state} == {12}
     same = train(tmp_path / "runs", **KEEP)
+    (copy / "step_00000012.pt").unlink()                     # stopped or killed at this step, before it was written
     for source in ("last.pt", "step_00000011.pt", "step_00000005.pt"):
         assert_done(forks.run([*same, "--resume", copy / source], tmp_path))
         assert_same_end(copy, base)
+        assert (copy / "step_00000012.pt").exists()
     more, whole = train(tmp_path / "runs", "--resume", **KEEP | dict(max_steps=14)), train(
         tmp_path / "whole", **KEEP | dict(max_steps=14))
     assert_done(forks.run(more, tmp_path))

@@ -271,6 +271,43 @@ def test_load_state_keeps_what_the_command_asked_for():
         optim.load_state(build(model, "muon"), saved.state_dict())
 
 
+@pytest.mark.parametrize("orthograd", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_another_decay_takes_a_checkpoint_over(name, orthograd):
+    """From 0 and to 0; and from a weight_decay of 0 as it was once saved, where what decays and what does not was one
+    group. The state goes to its own parameter, the rate of the last step stays, what was typed counts."""
+    def by_value(model):
+        made, merged = build(model, name, weight_decay=0.0, fused_rows={"up.weight": (8, 16)}), {}
+        for p in model.parameters():
+            group = next(g for g in made.param_groups if any(p is q for q in g["params"]))
+            key = group["rule"], group.get("rows")
+            merged.setdefault(key, {**group, "params": []})["params"].append(p)
+        return type(made)(list(merged.values()))
+
+    def by_name(model, optimizer):
+        return {n: optimizer.state[p] for n, p in model.named_parameters()}
+
+    for make, decay in ((by_value, 0.0), (by_value, 0.1), *((lambda m, d=d: build(
+            m, name, weight_decay=d, fused_rows={"up.weight": (8, 16)}), 0.1 - d) for d in (0.0, 0.1))):
+        old, new = Tiny(), Tiny()
+        source = make(old)
+        train(old, source, 5)
+        new.load_state_dict(old.state_dict())
+        target = build(new, name, weight_decay=decay, orthograd=orthograd, fused_rows={"up.weight": (8, 16)})
+        optim.load_state(target, copy.deepcopy(source.state_dict()))
+        found, wanted = by_name(new, target), by_name(old, source)
+        assert wanted["up.weight"] and all(found[n].keys() == wanted[n].keys() for n in wanted)
+        assert all(torch.equal(torch.as_tensor(found[n][key]), torch.as_tensor(wanted[n][key]))
+                   for n in wanted for key in wanted[n])
+        assert {g["weight_decay"] for g in target.param_groups} == {0.0, decay}
+        assert {g["lr"] for g in target.param_groups} == {g["lr"] for g in source.param_groups}
+        assert all(g["lr"] < g["base_lr"] for g in target.param_groups)
+        train(new, target, 2, first=5)
+        if decay == 0 and make is by_value and name != "ivon" and not orthograd:     # ivon draws group by group
+            train(old, source, 2, first=5)
+            assert all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters()))
+
+
 def test_groups_decay_only_where_it_belongs():
     model = Tiny()
     found = optim.groups(model.named_parameters(), ROLES, 0.1)

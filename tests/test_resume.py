@@ -29,6 +29,7 @@ SERVER = """
 import atexit, gc, io, itertools, json, os, resource, runpy, signal, socket, sys
 sys.path.insert(0, sys.argv[1])
 import torch._inductor, torch.utils.tensorboard, matplotlib.figure, bench, evaluate, sample       # what takes time
+import optim
 matplotlib.figure.Figure(layout="constrained").savefig(io.BytesIO(), format="png")                # reads the fonts
 gc.freeze()                                                              # forks share the memory of all that
 listener = socket.socket(socket.AF_UNIX)
@@ -77,6 +78,13 @@ def dying(call):
     return wrapper
 for name in ("replace", "fsync", "unlink") if request["die_at"] else ():
     setattr(os, name, dying(getattr(os, name)))
+if request["stop_at"]:
+    (number, at), optimise = request["stop_at"], optim._Optimizer.step
+    def stopping(*words, **more):
+        if next(calls) == at:
+            os.kill(os.getpid(), number)
+        return optimise(*words, **more)
+    optim._Optimizer.step = stopping
 sys.argv, code = request["argv"], 0
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -112,9 +120,10 @@ class Forks:
         wait_for(lambda: os.path.exists(self.address) or self.server.poll() is not None)
         assert self.server.poll() is None
 
-    def start(self, argv, folder, limit=None, die_at=None):
+    def start(self, argv, folder, limit=None, die_at=None, stop_at=None):
         """A Child that runs `python argv...` in `folder`. limit: largest file in bytes. die_at: dies by SIGKILL just
-        before that call of os.replace, os.fsync or os.unlink."""
+        before that call of os.replace, os.fsync or os.unlink. stop_at: (a signal that it gets, in which of its own
+        optimiser steps)."""
         self.count += 1
         out, err = (self.folder / f"{self.count}.{end}" for end in ("out", "err"))
         for path in (out, err):
@@ -123,7 +132,7 @@ class Forks:
         connection.settimeout(60)
         connection.connect(self.address)
         request = dict(argv=[str(ROOT / argv[0]), *map(str, argv[1:])], folder=str(folder), limit=limit, die_at=die_at,
-                       stdout=str(out), stderr=str(err))
+                       stop_at=stop_at, stdout=str(out), stderr=str(err))
         connection.sendall((json.dumps(request) + "\n").encode())
         return Child(connection, out, err)
 
@@ -385,9 +394,11 @@ def test_exactly_max_steps(forks, base, copy, text, tmp_path):
     assert adam_steps == {12} and steps_of(base) == list(range(1, 13))
     assert steps_of(base, "val") == [5, 5, 10, 10, 10, 10]   # raw and averaged; at 10 also over the whole split
     same = train(text, tmp_path / "runs", **KEEP)
+    (copy / "step_00000012.pt").unlink()                     # stopped or killed at this step, before it was written
     again = forks.run(same + ["--resume"], tmp_path)
     assert_done(again)
     assert_same_end(copy, base)
+    assert (copy / "step_00000012.pt").exists()
     one = forks.run(same + ["--resume", copy / "step_00000011.pt"], tmp_path)
     assert_done(one)
     assert_same_end(copy, base)
@@ -409,34 +420,25 @@ def test_no_steps_at_all(forks, text, tmp_path):
 
 
 def test_stop_by_signal(forks, text, tmp_path):
-    """Without an end, stopped by SIGINT, then by SIGTERM, then given an end."""
-    run, settings, reached = at(tmp_path / "stopped"), dict(max_steps="none", save_interval=100, log_interval=3), 0
-    more = []
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        child = forks.start(train(text, tmp_path / "stopped", *more, **settings), tmp_path)
-        wait_for(lambda: child.over() or (run / "metrics.jsonl").exists() and steps_of_unfinished(run) >= reached + 6)
-        child.kill(number)
-        child.wait()
+    """Without an end, stopped by SIGINT where an evaluation is due, then by SIGTERM where one of everything is, then
+    given an end: what best.pt holds is what it holds where nobody stopped, the rate of the last step too."""
+    run, settings, more = at(tmp_path / "stopped"), dict(max_steps="none", save_interval=100), []
+    for number, code, reached in ((signal.SIGINT, 130, 5), (signal.SIGTERM, 143, 10)):
+        child = forks.start(train(text, tmp_path / "stopped", *more, **settings), tmp_path, stop_at=(number, 5)).wait()
         assert child.code == code and "Traceback" not in child.err and number.name in child.err
         last, end = load_checkpoint(run / "last.pt"), summary(run)
-        assert end["status"] == "interrupted" and end["step"] == last["step"] > reached
-        assert steps_of(run) == list(range(3, last["step"] + 1, 3))
+        assert end["status"] == "interrupted" and end["step"] == last["step"] == reached
+        assert steps_of(run) == list(range(1, reached + 1)) and steps_of(run, "val") == [5] * (reached // 10 * 2)
         assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
-        reached, more = last["step"], ["--resume"]
-    settings["max_steps"] = reached + 4
+        more = ["--resume"]
+    settings["max_steps"] = 12
     with ThreadPoolExecutor(2) as pool:
         stopped, whole = (pool.submit(forks.run, words, tmp_path) for words in (
             train(text, tmp_path / "stopped", "--resume", **settings), train(text, tmp_path / "whole", **settings)))
     assert_done(stopped.result())
     assert_done(whole.result())
-    assert_same_end(run, at(tmp_path / "whole"), log_interval=3)
-    assert load_checkpoint(run / "last.pt")["step"] == reached + 4
-
-
-def steps_of_unfinished(run):
-    """The last step of a metrics.jsonl that is being written."""
-    lines = (run / "metrics.jsonl").read_text().split("\n")[:-1]
-    return json.loads(lines[-1])["step"] if lines else 0
+    assert_same_end(run, at(tmp_path / "whole"))
+    assert load_checkpoint(run / "last.pt")["step"] == 12
 
 
 def test_intervals_change_nothing(forks, base, text, tmp_path):
