@@ -41,7 +41,7 @@ import sys
 import tempfile
 import time
 from collections import namedtuple
-from json import dump
+from json import dumps
 from pathlib import Path
 
 import torch
@@ -51,7 +51,8 @@ import optim
 from cache import DialogTree
 from data import text
 from evaluate import score
-from experiment import UserError, command, keep_freed_memory, measure_peak_flops, override, peak_memory, resolve_device
+from experiment import (UserError, command, keep_freed_memory, measure_peak_flops, override, peak_memory, replacing,
+                        resolve_device)
 from model import Transformer, TransformerConfig, build_model, parameter_roles
 from sample import converse, generate
 from worldmodel import CausalDynamics, Dynamics
@@ -66,33 +67,33 @@ dtype = "bfloat16"       # [float32, bfloat16] autocast of our training side
 compile = False          # our training side through torch.compile, a row more
 kernels = "torch"        # [torch, triton] of our side
 attention = "auto"       # [auto, sdpa, manual] of our side
-threads = 0              # [>= 0] CPU threads; 0: as many as PyTorch takes
+threads = 0              # [>= 0, <= 1024] CPU threads; 0: as many as PyTorch takes
 clock = "wall"           # [wall, cpu] cpu: this process's CPU time, for one thread beside a busy neighbour
-rounds = 15              # [>= 1] each side is timed once a round
-steps = 20               # [>= 1] training steps a round
-seed = 0                 # weights and bytes
+rounds = 15              # [>= 1, <= 100_000] each side is timed once a round
+steps = 20               # [>= 1, <= 1e6] training steps a round
+seed = 0                 # [>= 0] weights and bytes
 # --- Size: nanoGPT's own CPU command ---
-n_layer = 4              # [>= 1] transformer blocks
-n_head = 4               # [>= 1] attention heads
-n_embd = 128             # [>= 1] width
-block_size = 64          # [>= 1] context
-batch_size = 12          # [>= 1] windows per step
-vocab_size = 65          # [>= 2] nanoGPT's distinct characters; ours has always 256 bytes
+n_layer = 4              # [>= 1, <= 1000] transformer blocks
+n_head = 4               # [>= 1, <= 1000] attention heads
+n_embd = 128             # [>= 1, <= 65_536] width
+block_size = 64          # [>= 1, <= 1e6] context
+batch_size = 12          # [>= 1, <= 1e6] windows per step
+vocab_size = 65          # [>= 2, <= 1e7] nanoGPT's distinct characters; ours has always 256 bytes
 draws = "1,16"           # rows generated at once, several with commas
-eval_block_size = 512    # [>= 2] context of the evaluated model, which has rope
+eval_block_size = 512    # [>= 2, <= 1e6] context of the evaluated model, which has rope
 # --- Loss: tinyshakespeare, the whole validation split ---
-loss_target = 1.88       # [> 0.0] nats a byte: how many of our runs reach it is counted
+loss_target = 1.88       # [> 0.0, < 100.0] nats a byte: how many of our runs reach it is counted
 # --- Mixers: the shape of train_enwik8.py's preset variants_cpu, in float32 ---
 mixers = ("full full/n_kv_head=1 full/shorten=2 window strided fixed diff mla xl compressive mamba mingru "
           "mamba,mamba,full")  # with spaces; /n_kv_head=N and /shorten=N change that one
-contexts = (512, 2048, 8192)  # bytes before and with the one whose cost is measured
+contexts = (512, 2048, 8192)  # [>= 2, <= 1e6] bytes before and with the one whose cost is measured
 # --- Worlds: frames of 8 x 8 tokens by train_worldmodel.py's dynamics, 2 layers, 4 heads, 64 wide ---
-frames = 16              # [>= 2] of a world, the first of them given
-decode_steps = 25        # [>= 1] rounds of MaskGIT for a frame
+frames = 16              # [>= 2, <= 10_000] of a world, the first of them given
+decode_steps = 25        # [>= 1, <= 10_000] rounds of MaskGIT for a frame
 # --- Dialogs: one beginning, 8 branches, 8 leaves each; 2 layers, 4 heads, 128 wide ---
-dialog_tokens = (200, 20, 10)  # of the beginning, of a branch, of a leaf
-reply_tokens = (1, 8, 32)  # drawn in each dialog; 1 comes out of the prompt's own pass
-tree_budgets = (8_000_000, 2_000_000)  # bytes; all that the 64 dialogs hold is 2 to 6 million
+dialog_tokens = (200, 20, 10)  # [>= 1, <= 1e6] of the beginning, of a branch, of a leaf
+reply_tokens = (1, 8, 32)  # [>= 1, <= 1e6] drawn in each dialog; 1 comes out of the prompt's own pass
+tree_budgets = (8_000_000, 2_000_000)  # [>= 0] bytes; all that the 64 dialogs hold is 2 to 6 million
 
 presets = {
     # nanoGPT's config for the same text on a GPU, with a smaller batch.
@@ -101,6 +102,8 @@ presets = {
 
 KINDS = ("train", "memory", "generate", "evaluate", "optimiser", "kernels", "growth", "startup", "loss", "mixers",
          "worlds", "dialogs")
+USES = dict(generate=["draws"], evaluate=["eval_block_size"], loss=["loss_target"], mixers=["mixers", "contexts"],
+            worlds=["frames", "decode_steps"], dialogs=["dialog_tokens", "reply_tokens", "tree_budgets"])
 SCRIPTS = ("train_enwik8.py", "train_mult.py", "train_dvae.py", "train_worldmodel.py", "train_facts.py")
 HERE = Path(__file__).resolve().parent
 where = torch.device("cpu")  # what `device` resolves to
@@ -223,12 +226,17 @@ def load_nanogpt(folder):
     return module
 
 
-def our_model(**other):
+def our_config(**other):
     """Our side of nanoGPT's architecture: learned positions, LayerNorm with gain, GELU, tied classifier, no biases."""
     how = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, dropout=0.0, positions="learned",
                norm="layer", norm_gain=True, bias=False, activation="gelu", tie_weights=True, n_targets=1,
                intermediate_losses=False, kernels=kernels, attention=attention)
-    return build_model(TransformerConfig(**{**how, **other})).to(where)
+    return TransformerConfig(**{**how, **other})
+
+
+def our_model(**other):
+    """The model of `our_config`."""
+    return build_model(our_config(**other)).to(where)
 
 
 def nanogpt_model(module):
@@ -921,14 +929,29 @@ def compare_dialogs():
 @command
 def main():
     global where
-    override(globals())
+    settings = override(globals())
     kinds = what.split(",")
     if not set(kinds) <= set(KINDS):
         raise UserError(f"--what {what}: {', '.join(KINDS)}, or several with commas")
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", draws):
-        raise UserError(f"--draws {draws}: numbers of rows from 1 on, with commas")
+    if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", draws):
+        raise UserError(f"--draws {draws}: numbers of rows from 1 to 999,999, with commas")
     if clock == "cpu" and threads != 1:
         raise UserError("--clock cpu counts the time of all threads: it needs --threads 1")
+    needs = {name for kind in kinds for name in USES.get(kind, ())}
+    settings.refuse_idle([name for names in USES.values() for name in names if name not in needs],
+                         f"with --what {what}")
+    if {"train", "memory", "generate", "optimiser"} & set(kinds):
+        try:
+            our_config()
+        except ValueError as error:
+            raise UserError(error) from None
+    if json:                                                 # now, not after minutes
+        try:
+            tempfile.TemporaryFile(dir=Path(json).parent).close()
+            if Path(json).is_dir():
+                raise IsADirectoryError(0, "it is a folder")
+        except OSError as error:
+            raise UserError(f"--json {json[:100]}: cannot be written there: {error.strerror}") from None
     if threads:
         torch.set_num_threads(threads)
     where, _ = resolve_device(device, "float32")
@@ -944,10 +967,10 @@ def main():
         if kind in kinds:
             does[kind]()
     if json:
-        with open(json, "w") as file:
-            dump(dict(device=name, torch=torch.__version__, python=sys.version.split()[0], clock=clock, rounds=rounds,
-                      rows=found), file, indent=1)
-            file.write("\n")
+        with replacing(Path(json)) as file:
+            words = dict(device=name, torch=torch.__version__, python=sys.version.split()[0], clock=clock,
+                         rounds=rounds, rows=found)
+            file.write((dumps(words, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

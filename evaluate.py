@@ -50,18 +50,18 @@ import torch.nn.functional as F
 
 from data import facts, mqar, text, tokens
 from data.tokenized import open_text, tokenizer_of
-from experiment import (UserError, command, draw_curves, find_checkpoint, is_running, load_checkpoint, lock_file,
-                        optional, override, read_json, read_metrics, replacing, resolve_device)
+from experiment import (Settings, UserError, command, draw_curves, find_checkpoint, is_running, lock_file, optional,
+                        override, read_json, read_metrics, replacing, resolve_device)
 from model import from_checkpoint
-from sample import converse
+from sample import converse, load_text_checkpoint
 
 # --- What ---
 checkpoint = None        # run directory or checkpoint file (may also be typed as a bare word)
 watch = None             # a run's directory: evaluate each new checkpoint as it lands
-patience = 60.0          # [>= 0.0] watch: seconds without a trainer before it ends
+patience = 60.0          # [>= 0.0, <= 1e8] watch: seconds without a trainer before it ends
 weights = "raw"          # [raw, ema] which weights
-samples = 0              # [>= 0] ivon: mean probabilities of so many draws of its posterior; 0: the mean's weights
-seed = 0                 # of these draws
+samples = 0              # [>= 0, <= 10_000] ivon: mean probabilities of so many draws of its posterior; 0: of the mean
+seed = 0                 # [>= 0] of these draws
 split = "val"            # [train, val, test] which part of the data
 protocols = None         # block, stride:S, cache, memory; tool, no_tool; mqar; several with commas; none: the task's
 dataset = None           # [none] none: as in training; otherwise as train_enwik8.py --dataset
@@ -69,13 +69,14 @@ max_bytes = None         # [none, >= 1] none: as in training
 database = None          # [path] facts: the tool's database; none: as in training
 prompts = None           # [none, >= 1] facts, mqar: how many, evenly spread; none: all
 # --- How ---
-batch_size = 32          # [>= 1] windows, dialogs or rows at once; changes the speed, not the result
+batch_size = 32          # [>= 1, <= 1e6] windows, dialogs or rows at once; changes the speed, not the result
 device = "auto"          # auto, cpu, cuda, cuda:1, ...
 dtype = "float32"        # [auto, float32, bfloat16, float16] autocast
-resamples = 1000         # [>= 2] bootstrap resamples for the 95 % interval
-chunk = 4096             # [>= 1] bytes that the bootstrap draws together
+resamples = 1000         # [>= 2, <= 1e6] bootstrap resamples for the 95 % interval
+chunk = 4096             # [>= 1, <= 1e12] bytes that the bootstrap draws together
 
 LN2 = math.log(2)
+chosen = Settings()      # what was typed
 
 
 @dataclass
@@ -447,7 +448,7 @@ class Ensemble(torch.nn.Module):
 def open_model(path, where):
     """(the checkpoint's dict, its model for inference on `where`): of the weights that were asked for, or an Ensemble
     of draws around them. UserError: no such weights, no posterior."""
-    loaded = load_checkpoint(path)
+    loaded = load_text_checkpoint(path)
     try:
         model = from_checkpoint(loaded, weights)
     except ValueError as error:
@@ -470,11 +471,12 @@ class OfText:
 
     UserError: there is no such split; another tokenizer than the checkpoint's.
     """
+    idle = ("database", "prompts")
     header = (f"{'split':<6} {'protocol':<12} {'bits/byte':>10} {'95 % interval':>19} {'nats/target':>11} "
               f"{'bytes scored':>13} {'seconds':>8}")
 
     def __init__(self, loaded, where):
-        trained = {**loaded["settings"]}
+        trained = {**loaded["settings"], **{name: loaded["settings"][name] for name in ("dataset", "max_bytes")}}
         if dataset:
             trained.update(dataset=dataset, max_bytes=None)
         if max_bytes:
@@ -514,11 +516,13 @@ class OfFacts:
 
     UserError: as facts.open_facts; another tokenizer than the checkpoint's.
     """
+    idle = ("split", "dataset", "max_bytes")
     header = (f"{'people':<8} {'protocol':<9} {'accuracy':>9} {'called':>7} {'right calls':>12} {'no end':>7} "
               f"{'prompts':>8} {'seconds':>8}")
 
     def __init__(self, loaded, where):
-        self.settings = {**loaded["settings"], "database": database or loaded["settings"]["database"]}
+        self.settings = loaded["settings"]
+        self.settings["database"] = database or self.settings["database"]
         self.people, self.vocabulary, self.database = facts.open_facts(self.settings)
         tokens.check(self.vocabulary, loaded["tokenizer"])
         self.source = self.people.describe()
@@ -544,6 +548,7 @@ class OfFacts:
 
 class OfRecall:
     """What can be asked of a model of associative recall."""
+    idle = (*OfFacts.idle, "database")
     header = f"{'protocol':<9} {'accuracy':>9} {'nats/query':>11} {'queries':>8}"
 
     def __init__(self, loaded, where):
@@ -568,12 +573,16 @@ class OfRecall:
 def open_task(loaded, where):
     """What the checkpoint's model can be asked, and the data for it: one of the three above."""
     task = loaded["settings"].get("task", "text") if loaded["script"] == "train_facts" else "text"
-    return {"text": OfText, "mqar": OfRecall}.get(task, OfFacts)(loaded, where)
+    kind = {"text": OfText, "mqar": OfRecall}.get(task, OfFacts)
+    chosen.refuse_idle(kind.idle, f"on a model of task {task}")
+    return kind(loaded, where)
 
 
 def follow(run, where, precision):
     """Evaluates the checkpoints of a run's directory (Path) as they land, until it is over."""
     began = time.monotonic()
+    if run.exists() and not run.is_dir():
+        raise UserError(f"--watch {run}: the directory of a run is needed, and this is a file")
     while not (run / "lock").exists():
         if time.monotonic() - began > patience:
             raise UserError(f"--watch {run}: no run is there, and none has begun in {patience:g} seconds")
@@ -676,9 +685,14 @@ def keeps_best(run):
 
 @command
 def main():
-    override(globals(), positional="checkpoint")
+    global chosen
+    chosen = override(globals(), positional="checkpoint")
     if (checkpoint is None) == (watch is None):
         raise UserError("which run? python evaluate.py runs/train_enwik8/NAME, or --watch runs/train_enwik8/NAME")
+    if watch is None:
+        chosen.refuse_idle(("patience",), "without --watch")
+    if not samples:
+        chosen.refuse_idle(("seed",), "without --samples")
     where, precision = resolve_device(device, dtype)
     if samples and not all(name == "block" or name.startswith("stride:") for name in (protocols or "block").split(",")):
         raise UserError("--samples goes with the protocols block and stride:S: each draw would need a cache of its own")

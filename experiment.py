@@ -892,6 +892,8 @@ class Run:
         A kill at any moment leaves the old file or the new one, whole. UserError: no space; the old file stays.
         """
         state = _unloaded({**state, "format": FORMAT, "script": self.script.stem, "metrics_lines": self._lines})
+        if getattr(self.settings, "fingerprint", None) is not None:
+            state["fingerprint"] = self.settings.fingerprint
         os.fsync(self._metrics.fileno())                     # first: what a checkpoint knows of is on the disk
         for board in self._boards.values():
             board.flush()
@@ -1152,6 +1154,18 @@ class Parser(argparse.ArgumentParser):
     def exit(self, status=0, message=None):
         sys.stdout.flush()                                       # here, where `command` sees that nobody reads on
         super().exit(status, message)
+
+
+def bounded(kind, low, high=2 ** 62):
+    """What argparse may read: an int or a float from `low` to `high`."""
+    def read(text):
+        with contextlib.suppress(ValueError, OverflowError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        limits = f"from {low} to {high}" if high < 2 ** 62 else f"at least {low}, of 64 bits"
+        noun = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{flags.shown(text)!r} must be {noun} {limits}")
+    return read
 
 
 def _seconds(text):

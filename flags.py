@@ -60,9 +60,29 @@ class UserError(Exception):
 
 
 class Settings(dict):
-    """Every setting by name. `.explicit`: names set by a flag or the preset; `.command`: the words as typed."""
+    """Every setting by name. `.explicit`: names set by a flag or the preset; `.command`: the words as typed.
+    `.fingerprint`: of the data in files, see `check_data`; None where there are none.
+    """
 
-    explicit, command = frozenset(), ()
+    explicit, command, fingerprint = frozenset(), (), None
+
+    def check_data(self, checkpoint, names, fingerprint):
+        """Keeps the fingerprint (a text or a number) of the run's data for its checkpoints.
+
+        names: the settings that say which data. UserError where they are those of `checkpoint` (None: a new run) and
+        its fingerprint is another: the data changed under the same name.
+        """
+        self.fingerprint = fingerprint
+        same = checkpoint and all(checkpoint["settings"].get(name) == self[name] for name in names)
+        if same and checkpoint.get("fingerprint", fingerprint) != fingerprint:
+            raise UserError(f"the data of {names[0]} {as_typed(self[names[0]])} changed since the checkpoint: its "
+                            f"fingerprint was {checkpoint['fingerprint']}, now it is {fingerprint}; resume with the "
+                            "data of the saved run")
+
+    def refuse_idle(self, names, where):
+        """UserError where one of the settings `names` was typed, none of which has an effect `where`."""
+        if idle := [name for name in names if name in self.explicit]:
+            raise UserError(f"--{idle[0]} has no effect {where}: leave it out")
 
 
 class _Setting:
@@ -306,12 +326,13 @@ def shown(value):
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
 
 
-def check_settings(script, values):
+def check_settings(script, values, specs=None):
     """`values` {name: value}, as a file gives them, in the types of the script's settings. Nothing is run.
 
-    UserError: a name that the script has not, or a value that it does not allow.
+    specs: what `_read_settings` found in the script, for many calls. UserError: a name that the script has not, or a
+    value that it does not allow.
     """
-    specs, found = _read_settings(script), {}
+    specs, found = specs or _read_settings(script), {}
     for name, value in values.items():
         if name not in specs:
             raise UserError(f"{Path(script).name} has no setting {name!r}{_nearest(str(name), specs)}")

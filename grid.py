@@ -16,7 +16,7 @@ fit into the baseline's seconds: so it is compared per step and per second.
     out_dir: runs/one_change
     metric: val_bpb_raw                # of summary.json; less is better
     show: [val_accuracy]               # other numbers of summary.json that the table prints beside it
-    base: {n_layer: 4, lr: 0.004}      # settings of every run
+    base: {preset: cpu, lr: 0.004}     # settings of every run; of a preset, what it sets today is what is recorded
     seeds: [1, 2, 3, 4, 5]
     tune: {settings: [lr], factors: [0.5, 1, 2]}
     speed: {max_steps: 60, eval_interval: none, log_interval: 5}      # what the timing runs change; none: no timing
@@ -40,9 +40,14 @@ import flags
 
 flags.answer_help(__name__, __file__, "grid")  # before the seconds that the next lines take
 
+import ast
+import contextlib
 import hashlib
+import importlib.util
+import io
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -69,11 +74,12 @@ threads = 1              # [>= 1] CPU threads of each
 checkpoints = False      # keep the checkpoints of finished runs
 
 SHAPE = {"script": str, "out_dir": str, "metric": str, "show": list, "base": dict, "seeds": list, "tune": dict,
-         "speed": dict, "sigma_data": float, "rows": dict, "cross": dict, "seeded": list}
+         "speed": (dict, str, type(None)), "sigma_data": float, "rows": dict, "cross": dict, "seeded": list}
 ROW_SHAPE = {"axis": str, "set": dict, "against": str}
 BASELINE = "baseline"
 SLOWER = 0.1             # a row is as fast as the baseline up to this share: timings of equal work differ by 8 %
 KILLED = (130, 143, -9, -15, -2, -1)  # the last four by SIGKILL, SIGTERM, SIGINT, SIGHUP
+LARGEST = 100_000        # values in a yaml, those that aliases repeat counted each time
 
 
 @dataclass
@@ -129,25 +135,26 @@ class Grid:
     """
 
     def __init__(self, path):
-        import yaml
         self.path = Path(path)
-        try:
-            plan = yaml.safe_load(self.path.read_text())
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is no yaml: {' '.join(str(error).split())}") from None
+        plan = read_yaml(self.path)
         check_shape(plan, SHAPE, {"script", "out_dir", "metric", "base", "seeds"}, str(path))
         if bool(plan.get("rows")) == bool(plan.get("cross")):
             raise UserError(f"{path}: it needs either rows or cross")
         if "cross" in plan and (extra := {"tune", "speed", "sigma_data"} & plan.keys()):
             raise UserError(f"{path}: {', '.join(sorted(extra))} goes with rows, not with cross")
+        if not plan["out_dir"].isprintable():
+            raise UserError(f"{path}: out_dir {plan['out_dir']!r} is no name of a folder")
         self.script = Path(__file__).resolve().parent / plan["script"]
         if not self.script.is_file():
             raise UserError(f"{path}: there is no script {plan['script']}")
+        try:
+            self.tree = ast.parse(self.script.read_bytes())
+        except (SyntaxError, ValueError) as error:
+            raise UserError(f"{path}: script {plan['script']} is no Python: {error}") from None
+        self.specs = flags._read_settings(self.script)
         self.folder, self.metric, self.seeds = Path(plan["out_dir"]), plan["metric"], plan["seeds"]
         self.show = plan.get("show", [])
-        if len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds) or not all(type(s) is int for s in self.seeds):
+        if not all(type(s) is int for s in self.seeds) or not 2 <= len(self.seeds) == len(set(self.seeds)):
             raise UserError(f"{path}: seeds must be at least 2 different whole numbers, not {self.seeds}")
         self.sigma_data = plan.get("sigma_data", 0.0)
         if not 0 <= self.sigma_data < float("inf"):
@@ -155,14 +162,18 @@ class Grid:
         tune = plan.get("tune", {})
         check_shape(tune, {"settings": list, "factors": list}, set(), f"{path}: tune")
         self.scaled, self.factors = tune.get("settings", []), tune.get("factors", [1])
-        if not self.factors or not all(type(f) in (int, float) and f > 0 for f in self.factors):
-            raise UserError(f"{path}: tune: factors must be numbers above 0, not {self.factors}")
+        if not self.factors or not all(type(f) in (int, float) and 0 < f < math.inf for f in self.factors):
+            raise UserError(f"{path}: tune: factors must be numbers above 0, none endless, not {self.factors}")
         self.seeded = plan.get("seeded", ["seed"])
-        if not self.seeded or not all(type(name) is str for name in self.seeded):
-            raise UserError(f"{path}: seeded must be names of settings, not {self.seeded}")
-        self.base = self.check(plan["base"], "base")
+        for key, names in (("seeded", self.seeded), ("tune: settings", self.scaled), ("show", self.show)):
+            if not all(type(name) is str for name in names) or key == "seeded" and not names:
+                raise UserError(f"{path}: {key} must be names{' of settings' * (key != 'show')}, not {names}")
+        self.base = self.check(self.expand(plan["base"]), "base")
         self.check({name: self.seeds[0] for name in self.seeded if name != "seed"}, "seeded")
-        self.speed = self.check(plan.get("speed", {}), "speed")
+        speed = plan.get("speed", {})
+        if isinstance(speed, str) and speed != "none":
+            raise UserError(f"{path}: speed must be settings, or none, not {speed!r}")
+        self.speed = self.check(speed if isinstance(speed, dict) else {}, "speed")
         for name in self.scaled:
             if type(self.base.get(name)) not in (int, float):
                 raise UserError(f"{path}: tune: {name} must be a number in base")
@@ -191,32 +202,103 @@ class Grid:
         for row in self.rows[1:] if not self.cross else ():
             if names.count(row.name) > 1 or row.name == row.against or row.against not in names:
                 raise UserError(f"{path}: row {row.name!r}: its name must be its own, and `against` another row's")
+        against = {row.name: row.against for row in self.rows}
+        for name in names if not self.cross else ():
+            chain = [name]
+            while against[chain[-1]] is not None and against[chain[-1]] not in chain:
+                chain.append(against[chain[-1]])
+            if chain[-1] != BASELINE:
+                raise UserError(f"{path}: `against` goes in a circle: {' against '.join([*chain, against[chain[-1]]])}")
         self.names, self.known, self.failed = {}, {}, {}        # by hash; by run
+        self.check_cells()
 
     def check(self, values, place):
         """Settings of the yaml in the script's types; UserError with the place."""
         try:
-            if kept := {"seed", "out_dir", "run_name", "resume", "preset"} & values.keys():
-                raise UserError(f"{', '.join(sorted(kept))} cannot stand in a grid: it sets them itself, and a preset "
-                                "may change tomorrow")
-            return check_settings(self.script, values)
+            if kept := {"seed", "out_dir", "run_name", "resume"} & values.keys():
+                raise UserError(f"{', '.join(sorted(kept))} cannot stand in a grid: it sets them itself")
+            if "preset" in values:
+                raise UserError("preset can stand in base only")
+            for before, name in zip([None, *values], values):
+                if not isinstance(name, str):
+                    raise UserError(f"{name!r} is no name of a setting: several values of one stand in brackets, as "
+                                    f"{before or 'betas'}: [{as_typed(values.get(before, 0.9))}, {name}]")
+            return check_settings(self.script, values, self.specs)
         except UserError as error:
             raise UserError(f"{self.path}: {place}: {error}") from None
+
+    def expand(self, base):
+        """`base` with the settings of the preset that it names, over which its own win."""
+        if "preset" not in base:
+            return base
+        node = next((node.value for node in self.tree.body if isinstance(node, ast.Assign)
+                     and ast.unparse(node.targets[0]) == "presets"), ast.parse("{}").body[0].value)
+        presets = eval(compile(ast.Expression(node), str(self.script), "eval"), {"__builtins__": {"dict": dict}})
+        if base["preset"] not in list(presets):              # a list: what is no name may have no hash
+            raise UserError(f"{self.path}: base: preset {as_typed(base['preset'])}: must be one of "
+                            f"{', '.join(presets) or 'none: ' + self.script.name + ' has no presets'}")
+        return presets[base["preset"]] | {name: value for name, value in base.items() if name != "preset"}
+
+    def check_cells(self):
+        """UserError where the script would refuse a run, as far as its settings say, or never writes a number that the
+        table needs. A script with functions `check` and `main` is imported for that, which runs nothing."""
+        checks = {"check", "main"} <= {node.name for node in self.tree.body if isinstance(node, ast.FunctionDef)}
+        if checks:
+            for name in never_made(self.script, [self.metric, *self.show]):
+                raise UserError(f"{self.path}: {self.script.name} writes no number {name!r} into its summary.json")
+        for seed in self.seeds:
+            try:
+                check_settings(self.script, dict.fromkeys(self.seeded, seed), self.specs)
+            except UserError as error:
+                raise UserError(f"{self.path}: seeds: {error}") from None
+        module, seen = None, set()
+        for row in self.rows:
+            for factor, other in [*((factor, {}) for factor in self.factors), (self.factors[0], self.speed)]:
+                values = self.settings(row, factor, self.seeds[0], **other)
+                words = json.dumps(values, sort_keys=True)
+                if words in seen:
+                    continue
+                seen.add(words)
+                place = f"{self.path}: " + (f"row {row.name!r}" if row.name != BASELINE else "base")
+                place += f" times {factor:g}" if factor != 1 and self.scaled else ""
+                if values.get("max_steps", 0) is None:
+                    raise UserError(f"{place}: max_steps none: a run of a grid must end")
+                try:
+                    values = check_settings(self.script, values, self.specs)
+                    if checks and factor == self.factors[0]:  # a rate's bounds are the parser's
+                        module = module or imported(self.script)
+                        quiet = getattr(module, "debug_settings", {}) if values.get("debug") else {}
+                        defaults = {name: spec.default for name, spec in self.specs.items()}
+                        whole = flags.Settings(defaults | quiet | values)
+                        vars(module).update(whole)
+                        with contextlib.redirect_stdout(io.StringIO()):      # what it says, each run will say
+                            module.check(whole)
+                except UserError as error:
+                    raise UserError(f"{place}: {error}") from None
 
     def options(self, axis, given):
         """{option: {name: value}} of an axis of `cross`: a list of one setting's values, or options by name."""
         if isinstance(given, list):
+            if twice := [word for word in map(as_typed, given) if list(map(as_typed, given)).count(word) > 1]:
+                raise UserError(f"{self.path}: cross: {axis} has {twice[0]} twice")
             given = {as_typed(value): {axis: value} for value in given}
         if not isinstance(given, dict) or not given or not all(isinstance(option, dict) for option in given.values()):
             raise UserError(f"{self.path}: cross: {axis} must be a list of values, or options with what each sets")
         return {str(name): self.check(option, f"cross: {axis} {name}") for name, option in given.items()}
 
-    def cell(self, row, factor, seed, word="", **other):
-        """The Cell of a row. other: settings that win over the row's; word: what its name says about them."""
+    def settings(self, row, factor, seed, **other):
+        """{name: value} of a run of a row. other: settings that win over the row's."""
         settings = {**self.base, **row.changes, **dict.fromkeys(self.seeded, seed)}
-        settings.update({name: float(f"{settings[name] * factor:.12g}") for name in self.scaled})
-        settings.update(other)
-        words = json.dumps(settings, sort_keys=True)
+        for name in self.scaled:
+            if type(settings[name]) not in (int, float):
+                raise UserError(f"{self.path}: row {row.name!r}: {name} is tuned and must be a number, not "
+                                f"{as_typed(settings[name])}")
+            settings[name] = float(f"{settings[name] * factor:.12g}")
+        return settings | other
+
+    def cell(self, row, factor, seed, word="", **other):
+        """The Cell of a row. other: as of `settings`; word: what its name says about them."""
+        words = json.dumps(self.settings(row, factor, seed, **other), sort_keys=True)
         key = hashlib.sha256(f"{self.script.name} {words}".encode()).hexdigest()[:10]
         if key not in self.names:                       # else another row, or this one under an older name, has it
             name = re.sub(r"[^A-Za-z0-9]+", "_", row.name).strip("_")[:60 if self.cross else 40] or "row"
@@ -252,11 +334,12 @@ class Grid:
         for line in journal.read_bytes().splitlines() if journal.exists() else ():
             try:
                 entry = json.loads(line)
-            except ValueError:
+                run, code, error = str(entry["run"]), entry["code"], str(entry["error"])
+            except (ValueError, LookupError, TypeError, RecursionError):
                 continue                                                     # cut off by a kill
-            self.failed.pop(entry["run"], None)
-            if entry["code"] not in (0, *KILLED):
-                self.failed[entry["run"]] = entry["error"]
+            self.failed.pop(run, None)
+            if code not in (0, *KILLED):
+                self.failed[run] = error
 
     def progress(self):
         """{row's name: Progress}, from what is on the disk."""
@@ -361,6 +444,93 @@ class Grid:
             **({"cross": self.cross} if self.cross else {}), "rows": rows})
 
 
+def read_yaml(path):
+    """What a yaml file holds. UserError: not there, no yaml, a key twice, a name that yaml reads as something else, an
+    alias within itself, too deep, too large."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Everything is made depth first, so that what holds itself is an error of yaml's."""
+
+        def construct_object(self, node, deep=False):
+            return super().construct_object(node, deep=True)
+
+        def construct_mapping(self, node, deep=False):
+            seen = set()
+            for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    name = self.construct_object(key)
+                    if str(name) != key.value:
+                        raise UserError(f"{path}: line {key.start_mark.line + 1}: yaml reads the name {key.value} as "
+                                        f"{name}: write it in quotes")
+                    if str(name) in seen:
+                        raise UserError(f"{path}: line {key.start_mark.line + 1}: {name} is there twice")
+                    seen.add(str(name))
+            return super().construct_mapping(node, deep=True)
+
+    try:
+        plan = yaml.load(path.read_bytes(), Loader)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except RecursionError:
+        raise UserError(f"{path} is no grid: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:             # also dates that there are not
+        raise UserError(f"{path} is no yaml: {' '.join(str(error).split())}") from None
+    left, count = [(plan, 0)], 0
+    while left:
+        value, depth = left.pop()
+        count += 1
+        if depth > 50 or count > LARGEST:
+            raise UserError(f"{path} is no grid: " + ("it is nested too deeply" if depth > 50 else
+                                                      f"it has more than {LARGEST:,} values"))
+        if isinstance(value, (dict, list)):
+            left += [(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value)]
+    return plan
+
+
+def imported(script):
+    """The module of a training script, under a name of its own."""
+    spec = importlib.util.spec_from_file_location(f"of_grid_{script.stem}", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def never_made(script, names):
+    """Of `names` those that cannot be made of the texts in a script or in the modules beside it that it imports.
+
+    By their sources alone: a text or a keyword that stands there, or an f-string whose gaps are such texts or numbers.
+    So a name that is misspelt is found before the first run, though no source lists what a summary.json has.
+    """
+    words, patterns, left, read = set(), set(), [script], set()
+
+    def made(name):
+        return name in words or name.isdecimal() or any(
+            all(map(made, found.groups())) for found in (re.fullmatch(pattern, name) for pattern in patterns) if found)
+
+    while left and names:
+        path = left.pop(0)
+        if path in read or not path.is_file():
+            continue
+        read.add(path)
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                words.update(node.value.split())             # a text may list several
+            elif isinstance(node, ast.keyword) and node.arg:
+                words.add(node.arg)
+            elif isinstance(node, ast.JoinedStr):
+                fixed = [part.value if isinstance(part, ast.Constant) else None for part in node.values]
+                if None in fixed and re.fullmatch(r"\w*_\w*", "".join(filter(None, fixed))):
+                    patterns.add("".join("(.+)" if part is None else part for part in fixed))
+            elif isinstance(node, ast.Import):
+                left += [script.parent / f"{alias.name}.py" for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                left += [script.parent / f"{node.module.replace('.', '/')}{'/' + alias.name if at else ''}.py"
+                         for alias in node.names for at in (0, 1)]
+        names = [name for name in names if not made(name)]
+    return names
+
+
 def step_times(path):
     """Seconds per optimiser step in each stretch between two training lines of a metrics.jsonl; [] where none is."""
     if not path.exists():
@@ -378,7 +548,8 @@ def check_shape(value, shape, needed, place):
         if key not in shape:
             raise UserError(f"{place}: unknown key {key!r}; there are {', '.join(shape)}")
         if not isinstance(item, shape[key]):
-            raise UserError(f"{place}: {key} must be a {shape[key].__name__}, not {item!r}")
+            kind = shape[key][0] if isinstance(shape[key], tuple) else shape[key]
+            raise UserError(f"{place}: {key} must be a {kind.__name__}, not {item!r}")
     if missing := [key for key in shape if key in needed and key not in value]:
         raise UserError(f"{place}: {', '.join(missing)} is missing")
 
@@ -417,9 +588,12 @@ def show(plan, found):
 
 @command
 def main():
-    override(globals(), positional="grid")
+    settings = override(globals(), positional="grid")
     if grid is None:
         raise UserError("which grid? python grid.py grids/one_change.yaml")
+    if print or status:
+        settings.refuse_idle(("jobs", "threads", "checkpoints", *("print",) * status),
+                             f"with --{'status' if status else 'print'}, which runs nothing")
     plan = Grid(grid)
     plan.read_journal()
     if retry:
@@ -432,18 +606,28 @@ def main():
             say(shlex.join(plan.words(cell)))
         return
     plan.folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    running, given_up, stop = {}, set(), []
-
-    def on_signal(number, frame):
-        stop.append(number)
+    running = {}
+    try:
+        work_off(plan, found, running)
+    finally:
+        for child in running:                                # an error came: nothing goes on behind a person's back
+            child.send_signal(signal.SIGTERM)
         for child in running:
-            child.send_signal(signal.SIGTERM)                                # it saves; a second one ends it at once
+            child.wait()
 
+
+def work_off(plan, found, running):
+    """Runs what the Grid wants until nothing is left. found: its progress; running: {child: (cell, its claim)}."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    given_up, stop, told = set(), [], {}
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+        signal.signal(number, lambda number, frame: stop.append(number))
     began, finished = time.monotonic(), 0
     while True:
+        for child in running:                                # here, as a signal may come while one is being started
+            if told.get(child, 0) < len(stop):
+                child.send_signal(signal.SIGTERM)                            # it saves; a second one ends it at once
+                told[child] = told.get(child, 0) + 1
         # ---- what has ended ----
         ended = [child for child in running if child.poll() is not None]
         for child in ended:
@@ -477,8 +661,8 @@ def main():
             todo = dict.fromkeys(sorted(todo, key=lambda cell: plan.seeds.index(cell.seed)))
         taken = {cell.run for cell, _ in running.values()}
         waiting = False
-        for cell in todo if not stop else ():
-            if len(running) >= jobs:
+        for cell in todo:
+            if len(running) >= jobs or stop:
                 break
             if cell.run in taken:
                 continue

@@ -1080,6 +1080,6 @@ def from_checkpoint(checkpoint, weights="raw"):
         if weights == "ema":
             model.load_state_dict({**checkpoint["model"], **checkpoint["ema"]["weights"]})
     except (KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(map(str.strip, str(error).splitlines()[:2]))       # the first tensor that does not fit
         raise ValueError(f"the checkpoint does not hold a Transformer of this version: {reason}") from error
     return model

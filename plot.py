@@ -43,16 +43,17 @@ table = None             # a grid's out_dir: its table instead
 # --- How ---
 over = None              # a setting: the last value of each run over it, not a curve; with a table in Markdown
 contours = None          # two settings, X,Y, or `parameters` for one: the last values over both, with tables
-levels = (0.5, 0.8, 0.95)  # where contours and capacity draw a line
+levels = (0.5, 0.8, 0.95)  # [>= -1e9, <= 1e9] where contours and capacity draw a line
 capacity = False         # runs of task in_weight: bits that the weights hold over parameters, with a table
 same = None              # settings with commas that do not tell runs apart, as those of older runs that lack them
 only = None              # words with commas: curves whose names have them all, as "tool,unseen"
 by = "step"              # [step, seconds, tokens] over what; seconds of training, evaluation apart
 split = "val"            # [train, val, test] which part of the data
 metric = "bpb"           # a key of metrics.jsonl
-out = None               # the picture; none: curves.png, and for a table table.png in its folder
-width = 8.0              # [> 0.0] inches
+out = None               # the picture, .png .pdf or .svg; none: curves.png, and for a table table.png in its folder
+width = 8.0              # [>= 1.0, <= 50.0] inches
 
+PICTURES = (".png", ".pdf", ".svg")
 SEEDS = {"seed", "data_seed", "run_name", "out_dir", "resume", "preset", "tag",
          "models"}       # each has a curve of its own, and learns the same alone as beside another
 
@@ -62,14 +63,12 @@ def read_run(directory, by, split, metric):
 
     Raises ValueError, saying why, where there is nothing to draw.
     """
-    settings = read_json(directory / "params.json").get("settings")
-    if not settings:
-        raise ValueError("no params.json")
+    settings = settings_of(directory)
     lines = run_metrics(directory)
-    clock = sorted((line["step"], line["seconds"]) for line in lines if isinstance(line.get("seconds"), (int, float)))
+    clock = sorted((line["step"], line["seconds"]) for line in lines if is_number(line.get("seconds")))
     found = {}
     for line in lines:
-        if line.get("split") == split and isinstance(line.get(metric), (int, float)):
+        if line.get("split") == split and is_number(line.get(metric)):
             name = " ".join(value for key, value in line.items() if isinstance(value, str) and key != "split")
             found.setdefault(name, {})[line["step"]] = line[metric]              # the latest line of a step counts
     if not found:
@@ -79,13 +78,21 @@ def read_run(directory, by, split, metric):
                   for name, points in found.items()}
 
 
+def settings_of(directory):
+    """The settings of a run. ValueError where there are none."""
+    settings = read_json(directory / "params.json").get("settings")
+    if not settings or not isinstance(settings, dict):
+        raise ValueError("no params.json")
+    return settings
+
+
 def place(step, by, settings, clock):
     """Where a step stands on the axis: itself, tokens seen, or seconds of training, between two lines of the clock."""
     if by == "step":
         return step
     if by == "tokens":
         sizes = [settings.get(name) for name in ("batch_size", "block_size", "grad_accum")]
-        if None in sizes:
+        if not all(map(is_number, sizes)):
             raise ValueError("its settings do not say how many tokens a step has")
         return step * math.prod(sizes)
     if not clock:
@@ -425,9 +432,7 @@ CAPACITY = ("parameters", "bits", "bits_of_all", "epoch", "accuracy_trained_no_t
 
 def read_capacity(directory):
     """(settings, with its parameters, and what CAPACITY names) of a run. ValueError, saying why, where one lacks."""
-    settings, summary = read_json(directory / "params.json").get("settings"), read_json(directory / "summary.json")
-    if not settings:
-        raise ValueError("no params.json")
+    settings, summary = settings_of(directory), read_json(directory / "summary.json")
     if missing := [name for name in CAPACITY if not is_number(summary.get(name))]:
         raise ValueError(f"no {missing[0]} in its summary.json: finished runs of task in_weight have it")
     return {**settings, "parameters": summary["parameters"]}, {name: summary[name] for name in CAPACITY}
@@ -520,12 +525,46 @@ def draw_capacity(groups, path, beside=""):
 
 
 def save(figure, path):
-    """A figure as a PNG file; UserError where it cannot be written."""
+    """A figure as a file of the kind that its name says; UserError where it cannot be written."""
     try:
-        figure.savefig(path, format="png")
+        figure.savefig(path, format=path.suffix.lower()[1:] or "png")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     print(f"wrote {path}", file=sys.stderr)
+
+
+def read_index(path):
+    """The grid.json at `path`. UserError where it is not there, or not as grid.py writes it."""
+    index = read_json(path)
+    number = (int, float)
+    run = {"value": number, "shown": dict}
+    row = {"name": str, "axis": str, "against": (str, type(None)), "factor": (*number, type(None)), "runs": [run],
+           "step_seconds": (*number, type(None)), "parameters": (*number, type(None)), "error": (str, type(None)),
+           "open": int, "equal_seconds": (dict, type(None)), "at": (dict, type(None))}
+    late = {"shown", "at"}                                   # which only some grids have
+
+    def fits(value, shape):
+        if isinstance(shape, list):
+            return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+        if isinstance(shape, dict):
+            return isinstance(value, dict) and all(name in value or name in late for name in shape) and all(
+                fits(value[name], kind) for name, kind in shape.items() if name in value)
+        return isinstance(value, shape) and not isinstance(value, bool)
+
+    right = index.get("rows") and fits(index, {"metric": str, "rows": [row]})
+    names = {row["name"] for row in index["rows"]} if right else set()
+    for row in index["rows"] if right else ():
+        right = right and row["against"] in (None, *names) and fits(row["equal_seconds"] or {"value": 0}, run)
+    if right and (cross := index.get("cross")):
+        right = isinstance(cross, dict) and all(isinstance(given, dict) for given in cross.values()) and all(
+            row.get("at") and row["at"].keys() == cross.keys() for row in index["rows"])
+    elif right:
+        right = fits(index, {"factors": [number], "slower": number}) and bool(index["factors"]) and all(
+            (row["against"] is None) == (row is index["rows"][0]) and (not row["runs"] or row["factor"] is not None)
+            for row in index["rows"])
+    if not right:
+        raise UserError(f"{path} is missing or no grid: python grid.py writes it")
+    return index
 
 
 def judge(index):
@@ -614,7 +653,7 @@ def markdown(index):
 def shown_of(row, name):
     """What a table prints beside a row's metric: the mean of another number of its runs, '' where one has none."""
     values = [run["shown"].get(name) for run in row["runs"]]
-    return f"{statistics.mean(values):.4f}" if values and None not in values else ""
+    return f"{statistics.mean(values):.4f}" if values and all(map(is_number, values)) else ""
 
 
 def pivot(index):
@@ -683,18 +722,29 @@ def draw_table(index, path):
 
 @command
 def main():
-    override(globals(), positional="runs")
+    settings = override(globals(), positional="runs")
     if (runs is None) == (table is None):
         raise UserError('what to draw? python plot.py "runs/train_enwik8/*", or --table runs/one_change')
     if sum((over is not None, contours is not None, capacity)) > 1:
         raise UserError("--over, --contours and --capacity are pictures of their own: choose one")
     two = [] if contours is None else [word.strip() for word in contours.split(",")]
+    if out is not None and Path(out).suffix.lower() not in ("", *PICTURES):
+        raise UserError(f"--out {out}: a picture ends in {', '.join(PICTURES)}")
+    drawn_by = ("over", "contours", "capacity", "levels", "same", "only", "by", "split", "metric")
+    if table is not None:
+        settings.refuse_idle(drawn_by, "with --table")
+    elif capacity:
+        settings.refuse_idle(("same", "only", "by", "split", "metric"), "with --capacity")
+    elif two or over is not None:
+        settings.refuse_idle(("by",), "with --contours or --over, which draw the last values")
+    if not two and not capacity:
+        settings.refuse_idle(("levels",), "without --contours or --capacity")
     if two and (len(set(two)) != 2 or len(two) != 2 or "" in two):
         raise UserError(f"--contours {contours}: must be two settings, as n_people,n_embd")
     if table is not None:
-        index = read_json(Path(table) / "grid.json")
-        if not index.get("rows"):
-            raise UserError(f"{Path(table) / 'grid.json'} is missing or no grid: python grid.py writes it")
+        index = read_index(Path(table) / "grid.json")
+        if index.get("cross"):
+            settings.refuse_idle(("out", "width"), f"with --table {table}: a cross has no picture of its own")
         lines = pivot(index) if index.get("cross") else markdown(index)
         print("\n".join(lines))
         if index.get("cross"):
@@ -702,7 +752,7 @@ def main():
         return draw_table(index, Path(out or Path(table) / "table.png"))
     places = [Path(place) for word in runs.split(",")
               for place in sorted(glob.glob(word.strip()), key=natural) or [word.strip()]]
-    found = []
+    found, left_out = [], []
     for directory in places:
         try:
             if capacity:
@@ -713,10 +763,12 @@ def main():
                 settings = {**settings, "parameters": parameters_of(directory)}
             found.append((directory, settings, curves))
         except ValueError as error:
-            print(f"left out {directory}: {error}", file=sys.stderr)
+            left_out.append(f"{directory}: {error}")
     if not found:
-        raise UserError(f"nothing to draw: {'none of the ' + str(len(places)) + ' runs' if len(places) > 1 else runs} "
-                        f"has {'bits' if capacity else f'{metric} of {split}'}")
+        more = f"; and so on, {len(left_out)} in all" if len(left_out) > 3 else ""
+        raise UserError(f"nothing to draw: {'; '.join(left_out[:3])}{more}")
+    for line in left_out:
+        print("left out", line, file=sys.stderr)
     what = f"{split} {'bits per byte' if metric == 'bpb' else metric}"
     if capacity:
         groups, following = capacities(found)

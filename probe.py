@@ -41,10 +41,13 @@ attribute = "birth_place"  # what the linear map has to say
 part = "day"             # [day, month, year] which part of a date
 asked = None             # the attribute that the question names; none: the same
 # --- How ---
-l2 = 1e-2                # [>= 0.0] penalty on the linear map's weights
-steps = 100              # [>= 1] steps of L-BFGS at most
-seed = 0                 # which people are held out from the linear map
+l2 = 1e-2                # [>= 0.0, <= 1e6] penalty on the linear map's weights
+steps = 100              # [>= 1, <= 100_000] steps of L-BFGS at most
+seed = 0                 # [>= 0] which people are held out from the linear map
 device = "auto"          # auto, cpu, cuda, cuda:1, ...
+
+
+DATES = ("birth_date", "birthday")
 
 
 class Probe:
@@ -277,20 +280,22 @@ def last_states(model, prompts, places, batch_size=64):
 def value_classes(people, attribute, part="day"):
     """(N,) int64, a class for each person's value, without gaps: a part of a date, else the whole value."""
     texts = people.values[attribute]
-    if attribute in ("birth_date", "birthday"):
+    if attribute in DATES:
         texts = [text.replace("/", " ").split()[("day", "month", "year").index(part)] for text in texts]
     return torch.tensor([sorted(set(texts)).index(text) for text in texts])
 
 
 @command
 def main():
-    override(globals(), positional="checkpoint")
+    settings = override(globals(), positional="checkpoint")
     if checkpoint is None:
         raise UserError("which run? python probe.py runs/train_facts/NAME")
+    if attribute not in DATES:
+        settings.refuse_idle(("part",), f"with --attribute {attribute}, which is no date")
     where, _ = resolve_device(device, "float32")
     path = find_checkpoint(checkpoint)
-    loaded = load_checkpoint(path)
-    if loaded.get("script") != "train_facts" or loaded["settings"]["task"] not in facts.MODES:
+    loaded = load_checkpoint(path, "train_facts")
+    if loaded["settings"]["task"] not in facts.MODES:
         raise UserError(f"{path} is no model of people: train_facts.py trains them")
     try:
         model = from_checkpoint(loaded, weights).for_inference().to(where)
@@ -307,12 +312,18 @@ def main():
         labels = classes[list(numbers)]
         known = labels.bincount() >= 2                           # a value of one person alone cannot be held out
         numbers = [i for i, label in zip(numbers, labels.tolist()) if known[label]]
-        if not numbers:
+        if sum(known.tolist()) < 2:
+            print(f"{kind} people left out: among {len(labels):,} fewer than 2 values of {attribute} occur twice")
             continue
         labels = classes[numbers].unique(return_inverse=True)[1]
         prompts = [vocabulary.encode(facts.question(people[i], asked or attribute, form)) for i in numbers]
+        if (longest := max(map(len, prompts))) > model.config.block_size:
+            raise UserError(f"a question about {asked or attribute} has {longest} tokens, more than block_size "
+                            f"{model.config.block_size}")
         found[kind] = layers_that_know(model, prompts, labels, l2=l2, steps=steps, seed=seed)
         print(f"{kind} people: {len(numbers):,}, {len(labels.unique())} values of {attribute}")
+    if not found:
+        raise UserError(f"nothing to learn from: a value of {attribute} must occur twice, and two values must")
     print(f"{'place':<10}" + "".join(f"{f'{kind}: held out':>20}{'learned from':>14}{'majority':>10}"
                                      for kind in found))
     for place in next(iter(found.values())):

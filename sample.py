@@ -33,11 +33,11 @@ from model import from_checkpoint
 checkpoint = None        # run directory or checkpoint file (may also be typed as a bare word)
 weights = "raw"          # [raw, ema] which weights
 prompt = "\n"            # what the text begins with
-length = 500             # [>= 0] bytes to generate, or ids of a tokenizer
-n_samples = 1            # [>= 1] samples, generated as one batch
-seed = 1337              # same seed, same text
+length = 500             # [>= 0, <= 1e9] bytes to generate, or ids of a tokenizer
+n_samples = 1            # [>= 1, <= 100_000] samples, generated as one batch
+seed = 1337              # [>= 0] same seed, same text
 # --- How the next byte is drawn ---
-temperature = 0.8        # [>= 0.0] below 1 sharpens, above 1 flattens; 0 is greedy
+temperature = 0.8        # [>= 0.0, <= 1e6] below 1 sharpens, above 1 flattens; 0 is greedy
 top_k = None             # [none, >= 1] only the k most probable bytes
 top_p = None             # [none, > 0.0, <= 1.0] only the most probable bytes that together reach this probability
 typical_p = None         # [none, > 0.0, <= 1.0] only the bytes nearest to the expected surprise that reach this
@@ -444,11 +444,23 @@ def _read_with(model, tree, texts, room):
     return caches[0] if len(groups) == 1 else _gather(model, rows, room)
 
 
+def load_text_checkpoint(path):
+    """load_checkpoint of a script that trains a Transformer over text or tokens. UserError: another script's."""
+    loaded = load_checkpoint(path)
+    if loaded["script"] not in ("train_enwik8", "train_facts"):
+        raise UserError(f"{path} is a checkpoint of {loaded['script']}.py: here one of train_enwik8.py or "
+                        "train_facts.py is needed")
+    return loaded
+
+
 @command
 def main():
-    override(globals(), positional="checkpoint")
+    settings = override(globals(), positional="checkpoint")
     if checkpoint is None:
         raise UserError("which run? python sample.py runs/train_enwik8/NAME")
+    if greedy or temperature == 0:
+        settings.refuse_idle(("temperature",) * greedy + ("top_k", "top_p", "typical_p", "min_p"),
+                             "where the most probable byte is taken")
     if not prompt:
         raise UserError('--prompt "": must have at least one byte')
     if log_cache and not cache:
@@ -457,7 +469,7 @@ def main():
         sys.stdout.reconfigure(errors="replace")                 # a terminal may not know every character
     where, precision = resolve_device(device, dtype)
     path = find_checkpoint(checkpoint)
-    loaded = load_checkpoint(path)
+    loaded = load_text_checkpoint(path)
     try:
         model = from_checkpoint(loaded, weights).for_inference().eval().to(where)
     except ValueError as error:

@@ -618,6 +618,9 @@ def main():
     # ---- data ----
     arc = load(dataset, val_dataset, max_side, n_colours, n_train, n_val, crops, split_seed)
     stream = Stream(arc.train, batch_size * grad_accum, data_seed, colours, symmetry, group, n_colours)
+    if not only_read:
+        settings.check_data(checkpoint, ("dataset", "val_dataset", "max_side", "n_colours", "n_train", "n_val", "crops",
+                                         "split_seed"), arc.hash)
     print(arc.source)
     rate = f"{n_codes} codes of {codebook_size}, {n_codes * math.log2(codebook_size):.0f} bits a grid"
     print(f"{model.n_params():,} parameters; {rate}; {where.type} {str(precision).removeprefix('torch.')}")

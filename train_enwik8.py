@@ -341,6 +341,8 @@ def main():
 
     # ---- data ----
     corpus = text.load(dataset, max_bytes, where)
+    if eval_interval:
+        text.check_split(corpus.val, block_size)
     batches = text.Batches(corpus.train, batch_size, block_size, config.n_labels, batching, data_seed, where)
 
     # ---- model ----

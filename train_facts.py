@@ -35,6 +35,7 @@ import limits
 import optim
 import parallel
 from data import facts, mqar
+from data.text import check_split
 from data.tokenized import open_text
 from evaluate import answered, bits_of, recall, score
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, check_weights, command, find_resume,
@@ -389,6 +390,8 @@ class Text:
         self.tokenizer, self.val, self.sizes = opened.tokenizer, opened.val.to(where), opened.sizes.to(where)
         self.vocab_size, self.n_rows, self.shown = opened.vocab_size, opened.rows, opened.source
         self.fingerprint = self.tokenizer.fingerprint
+        if eval_interval:
+            check_split(self.val, self.block_size, "tokens")
         self.example = f"  {self.tokenizer.decode(self.val[:40].tolist())!r}"
 
     def evaluate(self, model, last):
@@ -437,6 +440,8 @@ def main():
     # ---- data ----
     work = (Facts if task in FACTS else Recall if task == "mqar" else Text)(settings, where)
     settings["block_size"] = globals()["block_size"] = work.block_size
+    if task in FACTS:
+        settings.check_data(checkpoint, ("database",), work.database.fingerprint)
     if exposures is not None and not checkpoint:
         settings["max_steps"] = globals()["max_steps"] = math.ceil(exposures * work.n_rows / (batch_size * grad_accum))
         check(settings)

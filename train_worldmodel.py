@@ -1165,6 +1165,8 @@ def main():
     check(settings)
     video = load(dataset, n_train, n_val, length, side, cell_px, walls, ball, split_seed)
     check(settings, video)
+    if not only_read:
+        settings.check_data(checkpoint, architecture["all"][:9], video.hash)
     print(video.source)
     train, val = (Material(clips, video.palette, where) for clips in (video.train, video.val))
     clip_frames = dict(tokenizer=tokenizer_frames, actions=history + 1, dynamics=context, text=1, frame=1)

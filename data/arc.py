@@ -27,7 +27,7 @@ import torch
 
 from data import text
 from data.synthetic import KINDS, synthetic
-from experiment import Parser, UserError, command, lock_file, replacing
+from experiment import Parser, UserError, bounded, command, lock_file, replacing
 
 COLOURS = 10
 LARGEST = 30  # rows and columns of ARC's largest grids
@@ -332,8 +332,11 @@ def _download(name):
 def _packed_folder(archive, part):
     """The tasks in a folder of a repository's zip as one .json file: bytes."""
     with zipfile.ZipFile(archive) as packed:
-        found = {name: packed.read(name) for name in packed.namelist()
-                 if name.partition("/")[2].startswith(part) and name.endswith(".json")}
+        names = [name for name in packed.namelist()
+                 if name.partition("/")[2].startswith(part) and name.endswith(".json")]
+        if sum(packed.getinfo(name).file_size for name in names) > text.most_unpacked(archive):
+            raise ValueError(f"it unpacks to more than {text.most_unpacked(archive):,} bytes")
+        found = {name: packed.read(name) for name in names}
     return json.dumps({Path(name).stem: json.loads(content) for name, content in found.items()}).encode()
 
 
@@ -575,12 +578,17 @@ def main(argv=None):
     parser = Parser(prog="data/arc.py", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", nargs="?", default="synthetic", help=f"synthetic, {', '.join(SETS)}; joined by +")
     parser.add_argument("--val_dataset", "--val-dataset", help="likewise, for validation; else the usual partner")
-    parser.add_argument("--max_side", "--max-side", type=int, default=8, help="only grids that are no larger")
-    parser.add_argument("--n_colours", "--n-colours", type=int, default=10, help="only grids with lower colours")
-    parser.add_argument("--n_train", "--n-train", type=int, default=20_000, help="synthetic training grids")
-    parser.add_argument("--n_val", "--n-val", type=int, default=1_000, help="synthetic validation grids")
-    parser.add_argument("--crops", type=int, default=4, help="random pieces of each larger training grid")
-    parser.add_argument("--seed", type=int, default=0, help="of crops and synthetic grids")
+    parser.add_argument("--max_side", "--max-side", type=bounded(int, 1, LARGEST), default=8,
+                        help="only grids that are no larger")
+    parser.add_argument("--n_colours", "--n-colours", type=bounded(int, 1, COLOURS), default=10,
+                        help="only grids with lower colours")
+    parser.add_argument("--n_train", "--n-train", type=bounded(int, 1, 10 ** 7), default=20_000,
+                        help="synthetic training grids")
+    parser.add_argument("--n_val", "--n-val", type=bounded(int, 1, 10 ** 7), default=1_000,
+                        help="synthetic validation grids")
+    parser.add_argument("--crops", type=bounded(int, 0, 10 ** 4), default=4,
+                        help="random pieces of each larger training grid")
+    parser.add_argument("--seed", type=bounded(int, -2 ** 62), default=0, help="of crops and synthetic grids")
     parser.add_argument("--stats", action="store_true", help="count, and write arc_<dataset>.png (training grids)")
     parser.add_argument("--out", type=Path, default=Path("."), help="the folder of the picture")
     args = parser.parse_args(argv)

@@ -25,6 +25,8 @@ import math
 import random
 import re
 import sqlite3
+import time
+import zlib
 from array import array
 from collections import Counter
 from dataclasses import dataclass
@@ -35,7 +37,7 @@ import torch
 
 from data.multiplication import pair_hash
 from data.tokens import Bytes, open_or_train
-from experiment import Parser, UserError, command
+from experiment import Parser, UserError, bounded, command
 
 TYPES = 16  # hidden types that attributes depend on where alpha is below 1
 
@@ -695,10 +697,15 @@ class Database:
 
     source: People, all of them, the held-out ones too; or the path of a file. Only the names of attributes that were
     there when it was opened get into an SQL statement; what is asked for chooses among these statements or is a
-    parameter, so no text of a model or a person is ever read as SQL. Raises UserError: no such file, or another one.
+    parameter, so no text of a model or a person is ever read as SQL. Raises UserError: no such file, or another one; a
+    question whose answer takes SQLite more than STEPS steps or SECONDS seconds, as of a view that never ends.
+    fingerprint: a check sum of the file; None in memory.
     """
 
+    STEPS, SECONDS = 20_000_000, 10  # enough to read a table of millions of people from end to end
+
     def __init__(self, source):
+        self.path, self.fingerprint = None if isinstance(source, People) else source, None
         if isinstance(source, People):
             self.connection = sqlite3.connect(":memory:")
             columns = source.attributes
@@ -716,8 +723,12 @@ class Database:
                 columns = [row[1] for row in self.connection.execute("PRAGMA table_info(people)")][1:]
                 if not columns or not all(re.fullmatch("[a-z_]+", column) for column in columns):
                     raise sqlite3.DatabaseError
-                self.connection.execute(f"SELECT name, {', '.join(columns)} FROM people LIMIT 1").fetchone()
-            except sqlite3.Error as error:
+                self._ask(f"SELECT name, {', '.join(columns)} FROM people LIMIT 1")
+                with open(path, "rb") as file:
+                    self.fingerprint = 0
+                    while piece := file.read(2 ** 20):
+                        self.fingerprint = zlib.crc32(piece, self.fingerprint)
+            except (OSError, sqlite3.Error) as error:
                 raise UserError(f"{path} is not a database of people") from error
         self.connection.execute("PRAGMA query_only = 1")
         self.questions = {column: f"SELECT {column} FROM people WHERE name = ?" for column in columns}
@@ -738,10 +749,21 @@ class Database:
         if attribute not in self.questions:
             return NO_ATTRIBUTE
         try:
-            found = self.connection.execute(self.questions[attribute], (name,)).fetchone()
+            found = self._ask(self.questions[attribute], (name,))
         except (UnicodeEncodeError, sqlite3.DataError):  # half a surrogate pair, or above a gigabyte: nobody's name
             found = None
-        return found[0] if found else NO_RESULT
+        except sqlite3.Error as error:
+            raise UserError(f"the database {self.path} does not say {attribute}: {error}") from error
+        return str(found[0]) if found else NO_RESULT
+
+    def _ask(self, question, words=()):
+        """The first row of an answer, or None; it is broken off after STEPS steps or SECONDS seconds."""
+        ticks, end = iter(range(self.STEPS // 10_000)), time.monotonic() + self.SECONDS
+        self.connection.set_progress_handler(lambda: next(ticks, None) is None or time.monotonic() > end, 10_000)
+        try:
+            return self.connection.execute(question, words).fetchone()
+        finally:
+            self.connection.set_progress_handler(None, 0)
 
     def answer(self, text):
         """What the tool answers to an assistant's call, whatever that is: a text, NO_CALL where it is malformed."""
@@ -948,12 +970,14 @@ def show(dialog):
 def main(argv=None):
     """The command line: makes people, shows dialogs about one of them and counts tokens."""
     parser = Parser(prog="data/facts.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--n", type=int, default=1000, help="people to train on")
-    parser.add_argument("--unseen", type=int, default=256, help="people that are held out, in the database only")
+    parser.add_argument("--n", type=bounded(int, 0, 10 ** 8), default=1000, help="people to train on")
+    parser.add_argument("--unseen", type=bounded(int, 0, 10 ** 8), default=256,
+                        help="people that are held out, in the database only")
     parser.add_argument("--kind", default="notes", help="notes (four attributes) or bios (six and a city of work)")
     parser.add_argument("--names", default="syllables", help="of notes: syllables or plain")
-    parser.add_argument("--alpha", type=float, default=1.0, help="1: attributes are independent, 0: one type says all")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
+    parser.add_argument("--alpha", type=bounded(float, 0, 1), default=1.0,
+                        help="1: attributes are independent, 0: one type says all")
+    parser.add_argument("--seed", type=bounded(int, -2 ** 62), default=0, help="of all that is drawn")
     parser.add_argument("--stats", action="store_true", help="show dialogs, count bits and tokens")
     args = vars(parser.parse_args(argv))
     stats = args.pop("stats")

@@ -22,7 +22,7 @@ import time
 import numpy as np
 import torch
 
-from experiment import Parser, UserError, command
+from experiment import Parser, UserError, bounded, command
 
 CHUNK = 1024  # rows that are drawn together, by a generator of their own: fewer rows are the first ones of more
 
@@ -168,15 +168,19 @@ def example(tokens, labels, most=8):
 def main(argv=None):
     """The command line: draws rows, shows one and says how far back the answers are."""
     parser = Parser(prog="data/mqar.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--n_train", "--n-train", type=int, default=100_000, help="training rows")
-    parser.add_argument("--n_test", "--n-test", type=int, default=3000, help="test rows, none of them in training")
-    parser.add_argument("--T", type=int, default=64, help="tokens of a row")
-    parser.add_argument("--pairs", type=int, default=4, help="keys with a value, all of them asked for")
-    parser.add_argument("--vocab_size", "--vocab-size", type=int, default=8192, help="tokens that there are; even")
-    parser.add_argument("--alpha", type=float, default=0.01, help="of the power law; 1: queries evenly far away")
+    parser.add_argument("--n_train", "--n-train", type=bounded(int, 1, 10 ** 7), default=100_000, help="training rows")
+    parser.add_argument("--n_test", "--n-test", type=bounded(int, 1, 10 ** 7), default=3000,
+                        help="test rows, none of them in training")
+    parser.add_argument("--T", type=bounded(int, 1, 10 ** 6), default=64, help="tokens of a row")
+    parser.add_argument("--pairs", type=bounded(int, 1, 10 ** 6), default=4,
+                        help="keys with a value, all of them asked for")
+    parser.add_argument("--vocab_size", "--vocab-size", type=bounded(int, 1, 10 ** 7), default=8192,
+                        help="tokens that there are; even")
+    parser.add_argument("--alpha", type=bounded(float, 0, 1000), default=0.01,
+                        help="of the power law; 1: queries evenly far away")
     parser.add_argument("--random_non_queries", "--random-non-queries", action=argparse.BooleanOptionalAction,
                         default=False, help="random tokens instead of 0 between the queries")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
+    parser.add_argument("--seed", type=bounded(int, -2 ** 62), default=0, help="of all that is drawn")
     parser.add_argument("--stats", action="store_true", help="show a row and the shares within sliding windows")
     args = vars(parser.parse_args(argv))
     stats, start = args.pop("stats"), time.perf_counter()

@@ -31,13 +31,14 @@ import torch
 
 from data import text as texts
 from data.tokens import needed, token_bytes
-from experiment import Parser, UserError, command, lock_file
+from experiment import Parser, UserError, bounded, command, lock_file
 
 SUBSETS = {"cosmopedia-v2": 104, "fineweb-edu-dedup": 234, "python-edu": 2}  # shards
 URL = "https://huggingface.co/datasets/HuggingFaceTB/smollm-corpus/resolve/main/{}/{}"
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
 ROWS = 256  # documents of a parquet file that are in memory together
 HELD_OUT = 200  # one document in so many is never trained on
+LINE = 2 ** 26  # bytes that a line of .jsonl may have, packed or not
 
 
 # --- Files ---
@@ -51,6 +52,8 @@ def find(source, shards=None):
     Raises UserError: nothing there, python-edu, no connection, more shards than there are.
     """
     if source not in SUBSETS:
+        if shards is not None:
+            raise UserError(f"shards has no effect on {source!r}: it says how many of a subset's are fetched")
         path = Path(source).expanduser()
         found = sorted(path.iterdir()) if path.is_dir() else [Path(name) for name in sorted(glob.glob(str(path)))]
         if path.is_file():  # whatever its name, also one with [ ] in it
@@ -125,8 +128,35 @@ def _line(error):
     return " ".join(str(error).split())[:120]
 
 
-def _open_lines(path):
-    return gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb")
+def _lines(path):
+    """Yields the lines of a .jsonl or .jsonl.gz. Raises UserError: one above LINE bytes, unreadable."""
+    try:
+        with gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as file:
+            for row in itertools.count(1):
+                line = file.readline(LINE + 1)
+                if len(line) > LINE:
+                    raise UserError(f"line {row:,} of {path} has more than {LINE:,} bytes, which is refused")
+                if not line:
+                    return
+                yield line
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {_line(error)}") from error
+
+
+def fingerprint(files):
+    """A check sum of files, by their sizes and 64 pieces of 4,096 bytes of each, as text.Batches has of a text."""
+    found = 0
+    for path in files:
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                found = zlib.crc32(str(size).encode(), found)
+                for place in sorted({i * max(0, size - 4096) // 63 for i in range(64)}):
+                    file.seek(place)
+                    found = zlib.crc32(file.read(4096), found)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {_line(error)}") from error
+    return found
 
 
 def n_rows(path):
@@ -134,11 +164,7 @@ def n_rows(path):
     if path.name.endswith(".parquet"):
         with _parquet(path) as file:
             return file.metadata.num_rows
-    try:
-        with _open_lines(path) as file:
-            return sum(1 for _ in file)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {_line(error)}") from error
+    return sum(1 for _ in _lines(path))
 
 
 # --- Documents ---
@@ -185,21 +211,17 @@ def _parquet_rows(path, start):
 
 def _json_rows(path, start):
     """Yields (text, the next line) from line `start` on, counted from 0; empty lines are none."""
-    try:
-        with _open_lines(path) as file:
-            for row, line in enumerate(file):
-                if row < start or not line.strip():
-                    continue
-                try:
-                    text = json.loads(line)["text"]
-                    text = "" if text is None else text
-                    text.encode()
-                except (ValueError, TypeError, KeyError, AttributeError) as error:
-                    raise UserError(f"line {row + 1:,} of {path} is no JSON object with a text in UTF-8 "
-                                    f"({type(error).__name__}: {_line(error)})") from error
-                yield text, row + 1
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {_line(error)}") from error
+    for row, line in enumerate(_lines(path)):
+        if row < start or not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+            text = "" if text is None else text
+            text.encode()
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise UserError(f"line {row + 1:,} of {path} is no JSON object with a text in UTF-8 "
+                            f"({type(error).__name__}: {_line(error)})") from error
+        yield text, row + 1
 
 
 def is_held_out(text, one_in=HELD_OUT):
@@ -235,6 +257,7 @@ class Batches:
         self.rows = [n_rows(file) for file in self.files]
         if not sum(self.rows):
             raise UserError(f"{', '.join(map(str, files)) or 'a list of no files'}: there are no documents")
+        self._fingerprint = fingerprint(self.files)
         self.passes, self._rest = 0, np.empty(0, np.int32)  # whole passes; tokens that were made and not yet given
         self._seek((0, 0))
         self._read_block()
@@ -293,7 +316,8 @@ class Batches:
     def _kind(self):
         """What a saved state must share with these batches for its position to mean the same."""
         return {"files": " ".join(file.name for file in self.files), "documents": sum(self.rows),
-                "tokenizer": self.tokenizer.fingerprint, "end": self.end, "buffer": self.buffer, "one_in": self.one_in}
+                "tokenizer": self.tokenizer.fingerprint, "end": self.end, "buffer": self.buffer, "one_in": self.one_in,
+                "fingerprint of the data": self._fingerprint}
 
     def state_dict(self):
         """Plain strings, ints and two tensors, from which load_state_dict goes on exactly, also within a file."""
@@ -303,7 +327,7 @@ class Batches:
     def load_state_dict(self, state):
         """Goes on where state was taken; reads one block again. Raises UserError where files or settings differ."""
         for key, here in self._kind().items():
-            if state.get(key) != here:
+            if state.get(key) != here and (key in state or "fingerprint" not in key):    # which older ones have not
                 raise UserError(f"the saved batches have {key} {state.get(key)}, these have {here}: resume with the "
                                 "data, tokenizer and batch settings of the saved run")
         self.generator.set_state(state["generator"].cpu())
@@ -343,8 +367,9 @@ def main(argv=None):
     """The command line: finds or fetches files, and counts."""
     parser = Parser(prog="data/smollm.py", description=__doc__.splitlines()[0])
     parser.add_argument("source", help=f"{', '.join(SUBSETS)}, a file, a folder or a glob")
-    parser.add_argument("--shards", type=int, help="of a subset: the first so many, fetched where they are not here")
-    parser.add_argument("--documents", type=int, default=10_000, help="how many to read for the figures")
+    parser.add_argument("--shards", type=bounded(int, 1, 1000),
+                        help="of a subset: the first so many, fetched where they are not here")
+    parser.add_argument("--documents", type=bounded(int, 1), default=10_000, help="how many to read for the figures")
     args = parser.parse_args(argv)
     files = find(args.source, args.shards)
     for file in files:

@@ -4,7 +4,9 @@
 
 Named sets: `enwik8` (the first 10^8 bytes of a dump of the English Wikipedia of 2006), `shakespeare` (tinyshakespeare)
 and `stdlib` (the source of this machine's Python standard library: no download). Any other name is a file, raw or .gz
-.xz .bz2 .zip. They are looked for in the folders of NANOLAB_DATA, then in data/downloads/, then downloaded.
+.xz .bz2 .zip. They are looked for in the folders of NANOLAB_DATA, then in data/downloads/, then downloaded. An archive
+that unpacks to more than 4 GiB, or to more than 256 MiB and 300 times its size, is refused (--max_bytes reads its
+beginning).
 """
 import sys
 from pathlib import Path
@@ -32,7 +34,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from experiment import Parser, UserError, command, lock_file
+from experiment import Parser, UserError, bounded, command, lock_file
 
 
 @dataclass
@@ -55,6 +57,7 @@ SETS = {  # name: file, bytes, what `git hash-object` prints of it, where it can
 PIECE = ("enwik8-first-4150000.txt", 4_150_000, "a3c217a85591b141d0960991ef2a9628692aed13")
 NAMES = [*SETS, "stdlib"]
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zip": zipfile.ZipFile}
+UNPACKED, FEW, RATIO = 2 ** 32, 2 ** 28, 300  # bytes that an archive may unpack to; above FEW, for each packed one
 
 
 # --- Finding and reading ---
@@ -84,6 +87,18 @@ def load(dataset, max_bytes=None, device="cpu"):
     n_val = n - n_train if dataset == "shakespeare" else (n - n_train) // 2
     train, val, test = data.split([n_train, n_val, n - n_train - n_val])
     return Corpus(name, train, val, None if dataset == "shakespeare" else test, source)
+
+
+def check_split(data, block_size, unit="bytes"):
+    """Before the first step: UserError where a validation split (N,) has nothing to score; where it is no whole window,
+    one line says how little its figures mean."""
+    n = data.numel()
+    if n < 2:
+        raise UserError(f"the validation split has {n} {unit}: too few to be scored; take more data, or "
+                        "--eval_interval none")
+    if n <= block_size:
+        print(f"the validation split has {n} {unit}, less than one window of {block_size}: its figures will mean "
+              "little")
 
 
 def _check_max_bytes(max_bytes, size, dataset):
@@ -155,21 +170,39 @@ def _read(path, max_bytes=None):
 
 def _unpack(path, max_bytes=None, suffix=None):
     """The (first max_bytes) bytes in a .gz, .xz, .bz2 or .zip file."""
-    limit = -1 if max_bytes is None else max_bytes
     try:
         with OPENERS[suffix or path.suffix.lower()](path) as archive:
             if not isinstance(archive, zipfile.ZipFile):
-                return archive.read(limit)
-            members = [name for name in archive.namelist() if not name.endswith("/")]
+                return read_bounded(archive, path, max_bytes)
+            members = [name for name in archive.namelist() if not name.endswith("/")
+                       and not name.startswith("__MACOSX/")]     # what macOS knows of the files
             if len(members) != 1:
                 listed = ", ".join(members[:8]) + (", ..." if len(members) > 8 else "")
                 raise UserError(f"{path} has {len(members)} members ({listed}): unpack it and name one file")
             with archive.open(members[0]) as file:
-                return file.read(limit)
+                return read_bounded(file, path, max_bytes)
     except PermissionError:
         raise
     except (OSError, EOFError, RuntimeError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged or not what its name says ({error}): fetch it again") from error
+
+
+def most_unpacked(path):
+    """How many bytes the archive at `path` may unpack to."""
+    return min(UNPACKED, max(FEW, RATIO * path.stat().st_size))
+
+
+def read_bounded(file, path, max_bytes=None):
+    """The (first max_bytes) bytes of an open member of the archive at `path`, read piece by piece.
+
+    Raises UserError where there are more than `most_unpacked`."""
+    content, most = bytearray(), most_unpacked(path)
+    while piece := file.read(min(2 ** 20, most + 1 if max_bytes is None else max_bytes - len(content))):
+        content += piece
+        if len(content) > most:
+            raise UserError(f"{path} unpacks to more than {most:,} bytes, which is refused: unpack it, or take its "
+                            "beginning by --max_bytes")
+    return content
 
 
 def _stdlib():
@@ -453,7 +486,8 @@ def main(argv=None):
     """The command line: finds, checks and describes one data set."""
     parser = Parser(prog="data/text.py", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", help=f"{', '.join(NAMES)}, or a file (raw, {' '.join(OPENERS)})")
-    parser.add_argument("--max_bytes", "--max-bytes", type=int, help="only the first so many bytes, before splitting")
+    parser.add_argument("--max_bytes", "--max-bytes", type=bounded(int, 1),
+                        help="only the first so many bytes, before splitting")
     parser.add_argument("--stats", action="store_true", help="count, and write byte_distribution.png")
     parser.add_argument("--out", type=Path, default=Path("."), help="the folder of byte_distribution.png")
     args = parser.parse_args(argv)

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from data import text as texts
-from experiment import Parser, UserError, command, replacing
+from experiment import Parser, UserError, bounded, command, replacing
 
 KINDS = ("bpe", "sentencepiece")
 MODEL_TYPES = ("unigram", "bpe")
@@ -429,8 +429,8 @@ def main(argv=None):
     part.add_argument("--kind", default="bpe", help="bpe or sentencepiece")
     part.add_argument("--model_type", default="unigram", help="of sentencepiece: unigram or bpe")
     part.add_argument("--dataset", default="shakespeare", help="as in data/text.py: a name or a file")
-    part.add_argument("--max_bytes", type=int, help="only the first so many bytes of it")
-    part.add_argument("--vocab_size", type=int, default=1024, help="ids")
+    part.add_argument("--max_bytes", type=bounded(int, 1), help="only the first so many bytes of it")
+    part.add_argument("--vocab_size", type=bounded(int, 1, 10 ** 7), default=1024, help="ids")
     part.add_argument("--out", required=True, help="the file to write")
     part = parts.add_parser("show", help="ids and pieces of a text, bytes a token", description="shows what one does")
     part.add_argument("--tokenizer", required=True, help="bytes, tiktoken:NAME, or a file that train wrote")

@@ -31,7 +31,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from experiment import Parser, UserError, command
+from data import text as texts
+from experiment import Parser, UserError, bounded, command
 
 ACTIONS = ("stay", "up", "down", "left", "right")
 MOVES = np.array([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])  # rows and columns of each action
@@ -454,15 +455,20 @@ def _find_donkeycar():
 
 
 def _read_npz(path):
-    """(name, array) of what is needed from an .npz file."""
+    """(name, array) of what is needed from an .npz file, which may unpack to no more than data/text.py says."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
         with zipfile.ZipFile(path):  # numpy would take a single array or a pickle for something else
             pass
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in ("frames", "actions", "angle") if name in file.files}
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError) as error:
+            names = [name for name in ("frames", "actions", "angle") if name in file.files]
+            size, most = sum(file.zip.getinfo(f"{name}.npy").file_size for name in names), texts.most_unpacked(path)
+            if size > most:
+                raise UserError(f"{path} unpacks to {size:,} bytes: more than {most:,} are refused")
+            return {name: file[name] for name in names}
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, LookupError, MemoryError,
+            NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is no .npz file of plain arrays, or is damaged: {reason}") from error
 
@@ -657,16 +663,22 @@ def main(argv=None):
     parser = Parser(prog="data/video.py", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", nargs="?", default="gridworld",
                         help="gridworld, donkeycar, atari:<game>, or the path of an .npz file")
-    parser.add_argument("--n_train", "--n-train", type=int, default=4096, help="training episodes (gridworld, atari)")
-    parser.add_argument("--n_val", "--n-val", type=int, default=512, help="validation episodes (gridworld, atari)")
-    parser.add_argument("--length", type=int, default=16, help="frames of an episode (gridworld, atari)")
-    parser.add_argument("--side", type=int, default=8, help="cells of a gridworld's row")
-    parser.add_argument("--cell_px", "--cell-px", type=int, default=8, help="pixels of a cell")
-    parser.add_argument("--walls", type=float, default=0.15, help="share of cells with a wall")
+    parser.add_argument("--n_train", "--n-train", type=bounded(int, 1, 10 ** 7), default=4096,
+                        help="training episodes (gridworld, atari)")
+    parser.add_argument("--n_val", "--n-val", type=bounded(int, 1, 10 ** 7), default=512,
+                        help="validation episodes (gridworld, atari)")
+    parser.add_argument("--length", type=bounded(int, 2, 10 ** 6), default=16,
+                        help="frames of an episode (gridworld, atari)")
+    parser.add_argument("--side", type=bounded(int, 2, LARGEST), default=8, help="cells of a gridworld's row")
+    parser.add_argument("--cell_px", "--cell-px", type=bounded(int, 1, 256), default=8, help="pixels of a cell")
+    parser.add_argument("--walls", type=bounded(float, 0, 1), default=0.15, help="share of cells with a wall")
     parser.add_argument("--ball", action=argparse.BooleanOptionalAction, default=True, help="whether there is a ball")
-    parser.add_argument("--split_seed", "--split-seed", type=int, default=0, help="of all that is drawn")
-    parser.add_argument("--val_share", "--val-share", type=float, default=0.2, help="for validation (.npz)")
-    parser.add_argument("--frame_skip", "--frame-skip", type=int, default=4, help="frames for an action (atari)")
+    parser.add_argument("--split_seed", "--split-seed", type=bounded(int, -2 ** 62), default=0,
+                        help="of all that is drawn")
+    parser.add_argument("--val_share", "--val-share", type=bounded(float, 0, 1), default=0.2,
+                        help="for validation (.npz)")
+    parser.add_argument("--frame_skip", "--frame-skip", type=bounded(int, 1, 10 ** 4), default=4,
+                        help="frames for an action (atari)")
     parser.add_argument("--stats", action="store_true", help="count, and write video_<dataset>.png (training clips)")
     parser.add_argument("--out", type=Path, default=Path("."), help="the folder of the picture")
     args = vars(parser.parse_args(argv))

@@ -156,7 +156,7 @@ def test_a_whole_grid(plan):
 def test_what_a_table_shows_beside(plan):
     path = plan("better: {set: {kind: better}}", replace=[
         ("seeds: [1, 2, 3, 4, 5]", "seeds: [1, 2]\nshow: [step, lost]"), ("[0.5, 1, 2]", "[1]"),
-        ("speed: {max_steps: 60}", "sigma_data: 0.5")])
+        ("speed: {max_steps: 60}", "speed: none\nsigma_data: 0.5")])
     assert run(path).returncode == 0
     index = json.loads((path.parent / "out" / "grid.json").read_text())
     assert index["sigma_data"] == 0.5
@@ -251,6 +251,30 @@ def test_print_lists_what_could_start_and_starts_nothing(plan):
     ([("speed: {", "speed: 3 #{")], "speed must be a dict"),
     ([("speed: {max_steps: 60", "speed: {min_steps: 60")], "speed: fake.py has no setting 'min_steps'"),
     ([("rows:", "rows: [")], "is no yaml"),
+    ([("rows:", "rows:\n  better: {set: {}}")], "better is there twice"),
+    ([("seeds:", "metric: other\nseeds:")], "metric is there twice"),
+    ([("better:", "no:")], "yaml reads the name no as False: write it in quotes"),
+    ([("better:", "1_000:")], "yaml reads the name 1_000 as 1000"),
+    ([("better:", "[1, 2]:")], "is no yaml"),
+    ([("better:", "? {a: 1}\n  :")], "is no yaml"),
+    ([("base: {", "base: &a {x: *a, ")], "is no yaml"),
+    ([("base: {", "base: &a {x: [*a], ")], "is no yaml"),
+    ([("base: {lr: 1.0", "base: {lr: " + "[" * 2000 + "]" * 2000)], "nested too deeply"),
+    ([("base: {lr: 1.0", "base: {lr: " + "[" * 70 + "]" * 70)], "nested too deeply"),
+    ([("base: {lr: 1.0", "base: {lr: [&a [1, 1], &b [" + "*a, " * 400 + "1], " + "*b, " * 400 + "1]")], "values"),
+    ([("script: ", "show: [[1]]\nscript: ")], "show must be names"),
+    ([("settings: [lr]", "settings: [[lr]]")], "tune: settings must be names"),
+    ([("[1, 2, 3, 4, 5]", "[[1], [2]]")], "seeds must be at least 2 different"),
+    ([("[0.5, 1, 2]", "[0.5, .inf]")], "factors must be numbers"),
+    ([("[0.5, 1, 2]", "[0.5, .nan]")], "factors must be numbers"),
+    ([("[0.5, 1, 2]", "[1, 1.0e+308]")], "times 1e+308: lr"),
+    ([("speed: {max_steps: 60}", "speed: sometimes")], "speed must be settings, or none"),
+    ([("{set: {kind: better}}", "{set: {kind: better}, against: b}\n  b: {set: {lr: 2}, against: better}")],
+     "`against` goes in a circle: better against b against better"),
+    ([("base: {", "base: {preset: cpu, ")], "base: preset cpu: must be one of none: fake.py has no presets"),
+    ([("script: ", "show: 2000-02-31\nscript: ")], "is no yaml"),
+    ([("[1, 2, 3, 4, 5]", "[1, 100000000000000000000000]")], "seeds: seed 1000"),
+    ([("out_dir: ", 'out_dir: "a\\0" #')], "no name of a folder"),
 ])
 def test_mistakes_in_the_yaml_are_one_line(plan, replace, words):
     path = plan("better: {set: {kind: better}}", replace=replace)

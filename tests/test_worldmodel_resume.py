@@ -165,6 +165,8 @@ def test_rollout(forks, tmp_path, copy):
     assert_done(child)
     assert_error(forks.run(["train_worldmodel.py", "--rollout", copy, "--actions", "0", "--prompt", "caf\u00e9"],
                            tmp_path), "plain ASCII")
+    assert_error(forks.run(["train_worldmodel.py", "--rollout", copy, "--actions", "0", "--prompt",
+                            "agent at a1, fish"], tmp_path), "'fish'")
     assert_error(forks.run(["train_worldmodel.py", "--rollout", tmp_path / "none"], tmp_path), "no such file")
 
 

@@ -1,0 +1,430 @@
+"""What tools are given: numbers, paths, archives, checkpoints, flags without an effect; each mistake is one line."""
+import argparse
+import bz2
+import gzip
+import importlib
+import json
+import lzma
+import os
+import signal
+import sqlite3
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import bench  # noqa: E402
+import evaluate  # noqa: E402
+import experiment  # noqa: E402
+import flags  # noqa: E402
+import grid  # noqa: E402
+import plot  # noqa: E402
+import probe  # noqa: E402
+import sample  # noqa: E402
+from data import facts, smollm, text, tokens, video  # noqa: E402
+from experiment import Settings, UserError  # noqa: E402
+from model import TransformerConfig, build_model  # noqa: E402
+from test_scripts import fresh  # noqa: E402
+
+BAD = ("nan", "inf", "-inf", "1e400", "-1e400", "1" + "0" * 30, "9" * 5000, "one", "")
+
+
+def refused(monkeypatch, capsys, module, *words):
+    """The one line that a command says, in this process, with status 2."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, words)])
+        before = dict(vars(module))
+        try:
+            with pytest.raises(SystemExit) as ended:
+                module.main()
+        finally:
+            vars(module).update(before)
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(said) == 1 and said[0].startswith("error: "), (words, said)
+    return said[0]
+
+
+@pytest.mark.parametrize("tool", [sample, evaluate, plot, grid, bench, probe], ids=lambda tool: tool.__name__)
+def test_every_number_of_a_tool_has_bounds(tool):
+    found = 0
+    for name, spec in flags._read_settings(tool.__file__).items():
+        if spec.kind not in (int, float):
+            continue
+        found += 1
+        pair = isinstance(spec.default, tuple)
+        assert spec.bounds, f"{name} has no bounds"
+        for value in BAD:
+            with pytest.raises(ValueError) as error:
+                spec.read(",".join([value] * len(spec.default)) if pair else value, typed=True)
+            assert len(str(error.value).splitlines()) == 1
+        least = next((float(bound) for sign, bound in spec.bounds if sign in (">", ">=")), None)
+        if least is not None and least >= 0:
+            with pytest.raises(ValueError):
+                spec.read(",".join(["-3"] * len(spec.default)) if pair else "-3", typed=True)
+    assert found
+
+
+@pytest.mark.parametrize("name, words", [("text", ["x"]), ("arc", []), ("video", []), ("facts", []), ("mqar", []),
+                                         ("smollm", ["x"]), ("tokens", ["train", "--out", "x"])])
+def test_every_number_of_a_data_command_has_bounds(name, words, monkeypatch):
+    module, parsers = importlib.import_module(f"data.{name}"), []
+
+    def caught(parser, argv=None):
+        parsers.append(parser)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(experiment.Parser, "parse_args", caught)
+    with pytest.raises(SystemExit):
+        module.main(words)
+    for parser in parsers:
+        for action in list(parser._actions):
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+            if action.type is None or action.type is Path:
+                continue
+            for value in BAD:
+                with pytest.raises((argparse.ArgumentError, ValueError)) as error:
+                    parser._get_value(action, value)
+                assert len(str(error.value)) < 200, (action.dest, value[:9])
+            if action.default is not None:
+                assert action.type(str(action.default)) == action.default
+
+
+# --- Archives, lines, databases ---
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2", ".zip"])
+def test_an_archive_that_goes_on_is_refused(suffix, tmp_path, monkeypatch):
+    """No more than the bound is ever in memory; a beginning may be taken; what macOS adds is no second member."""
+    path, content = tmp_path / f"a.txt{suffix}", bytes(3_000_000)
+    if suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("a.txt", content)
+            file.writestr("__MACOSX/._a.txt", b"of the desktop")
+    else:
+        path.write_bytes({".gz": gzip, ".xz": lzma, ".bz2": bz2}[suffix].compress(content))
+    assert len(text._read(path)) == len(content)
+    monkeypatch.setattr(text, "FEW", 1_000_000)
+    monkeypatch.setattr(text, "UNPACKED", 2_000_000)
+    with pytest.raises(UserError, match="unpacks to more than"):
+        text._read(path)
+    assert len(text._read(path, 1000)) == 1000
+    monkeypatch.setattr(text, "UNPACKED", 4_000_000)
+    monkeypatch.setattr(text, "RATIO", 10 ** 6)
+    assert len(text._read(path)) == len(content)
+
+
+def test_frames_that_go_on_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, frames=np.zeros((100, 8, 8, 3), np.uint8))
+    assert len(video.load(str(path)).train) == 1
+    monkeypatch.setattr(text, "FEW", 10_000)
+    monkeypatch.setattr(text, "RATIO", 2)
+    with pytest.raises(UserError, match="more than 10,000 are refused"):
+        video.load(str(path))
+    with zipfile.ZipFile(path, "w") as file:                 # a head that promises 2^60 bytes
+        head = b"{'descr': '|u1', 'fortran_order': False, 'shape': (%d, 1024, 1024, 3), }" % 2 ** 39
+        file.writestr("frames.npy", b"\x93NUMPY\x01\x00" + (len(head) + 1).to_bytes(2, "little") + head + b"\n")
+    with pytest.raises(UserError, match="damaged"):
+        video.load(str(path))
+
+
+def test_lines_that_go_on_or_nest_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": ' + "[" * 3000 + "]" * 3000 + "}\n")
+    with pytest.raises(UserError, match="line 1 of .* is no JSON object"):
+        list(smollm.documents([path]))
+    monkeypatch.setattr(smollm, "LINE", 1000)
+    with pytest.raises(UserError, match="line 1 of .* has more than 1,000 bytes"):
+        smollm.n_rows(path)
+
+
+def test_a_view_that_never_ends_is_broken_off(tmp_path, monkeypatch):
+    path = tmp_path / "a.db"
+    with sqlite3.connect(path) as file:
+        file.execute("CREATE VIEW people AS WITH RECURSIVE n(name, trade) AS "
+                     "(SELECT 'Ada', 7 UNION ALL SELECT name || 'x', 8 FROM n) SELECT * FROM n")
+    monkeypatch.setattr(facts.Database, "STEPS", 100_000)
+    there = facts.Database(path)
+    assert there.fingerprint is not None
+    with pytest.raises(UserError, match="does not say trade: interrupted"):
+        there.find("trade", "Bob")
+    with sqlite3.connect(path) as file:
+        file.executescript("DROP VIEW people; CREATE TABLE people (name TEXT, trade INTEGER); "
+                           "INSERT INTO people VALUES ('Ada', 7)")
+    assert facts.Database(path).find("trade", "Ada") == "7" and facts.Database(path).fingerprint != there.fingerprint
+
+
+def test_words_that_no_caption_has():
+    cells = np.zeros((8, 8), np.uint8)
+    cells[1, 2], cells[3, 4], cells[5:, 5] = video.AGENT, video.BALL, video.WALL
+    assert video.unknown_words(video.caption(cells), 8) == []
+    assert video.unknown_words("agent at c4, fish at z9, walls none.", 8) == ["fish", "z9"]
+
+
+# --- Data that changed, or is too small ---
+
+def test_data_that_changed_under_the_same_name_is_noticed(tmp_path):
+    first, second = Settings(dataset="a.npz", n_train=3), Settings(dataset="a.npz", n_train=4)
+    first.check_data(None, ("dataset", "n_train"), "abc")
+    saved = {"settings": dict(first), "fingerprint": first.fingerprint}
+    first.check_data(saved, ("dataset", "n_train"), "abc")
+    with pytest.raises(UserError, match="dataset a.npz changed since the checkpoint: its fingerprint was abc"):
+        first.check_data(saved, ("dataset", "n_train"), "abd")
+    second.check_data(saved, ("dataset", "n_train"), "abd")  # other data were asked for
+    first.check_data({"settings": dict(first)}, ("dataset", "n_train"), "abd")     # an older checkpoint knows of none
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": f"document {i:05} of many"}) for i in range(400)]
+    path.write_text("\n".join(lines))
+    batches = smollm.Batches([path], tokens.Bytes(), 2, 50)
+    state = batches.state_dict()
+    path.write_text("\n".join(lines).replace("00123 of", "00123 if"))
+    other = smollm.Batches([path], tokens.Bytes(), 2, 50)
+    with pytest.raises(UserError, match="fingerprint of the data"):
+        other.load_state_dict(state)
+    other.load_state_dict({key: value for key, value in state.items() if key != "fingerprint of the data"})
+
+
+def clips(path, seed):
+    rng = np.random.default_rng(seed)
+    np.savez(path, frames=rng.integers(0, 255, (60, 16, 16, 3), dtype=np.uint8), actions=rng.integers(0, 3, 60))
+
+
+@pytest.mark.parametrize("script, words, change", [
+    ("train_worldmodel.py", ["--stage", "tokenizer", "--dataset", "a.npz", "--max_steps", 1],
+     lambda: clips("a.npz", 2)),
+    ("train_facts.py", ["--task", "in_tool", "--n_people", 16, "--max_steps", 1, "--database", "a.db"],
+     lambda: (os.unlink("a.db"), facts.Database(facts.people(17, 0, unseen=300)).save("a.db"))),
+])
+def test_a_resumed_run_notices_data_that_changed(script, words, change, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    clips("a.npz", 1)
+    facts.Database(facts.people(16, 0, unseen=300)).save("a.db")
+    words = [script, "--debug", "--device", "cpu", "--run_name", "a", *map(str, words)]
+    monkeypatch.setattr(sys, "argv", words)
+    fresh(script)["main"]()
+    kept = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    change()
+    monkeypatch.setattr(sys, "argv", words + ["--resume"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        fresh(script)["main"]()
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(said) == 1 and "changed since the checkpoint" in said[0], said
+    assert kept == {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("script, words", [("train_enwik8.py", []),
+                                           ("train_facts.py", ["--task", "text", "--tokenizer", "bytes"])])
+@pytest.mark.parametrize("n, said", [(20, "too few to be scored"), (200, "will mean little")])
+def test_a_validation_that_is_too_small(script, words, n, said, tmp_path, monkeypatch, capsys):
+    """Refused before the first step where there is nothing to score; ten bytes are said to mean little."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_bytes(bytes(range(97, 117)) * (n // 20))
+    monkeypatch.setattr(sys, "argv", [script, "--debug", "--device", "cpu", "--dataset", "a.txt", "--max_bytes", "none",
+                                      "--block_size", "16", "--max_steps", "1", "--run_name", "a", *words])
+    if n == 20:
+        with pytest.raises(SystemExit) as ended:
+            fresh(script)["main"]()
+        lines = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 2 and len(lines) == 1 and said in lines[0] and not Path("runs").exists(), lines
+    else:
+        fresh(script)["main"]()
+        assert said in capsys.readouterr().out
+
+
+# --- Checkpoints, and flags without an effect ---
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with checkpoints: of text, of people, of another script, and of text by halves."""
+    home = tmp_path_factory.mktemp("models")
+    (home / "a.txt").write_bytes(bytes(range(256)) * 20)
+    small = dict(n_layer=1, n_head=1, n_embd=8, block_size=64, dropout=0.0)
+    settings = {name: spec.default for name, spec in flags._read_settings(ROOT / "train_enwik8.py").items()}
+    settings |= small | dict(dataset=str(home / "a.txt"), n_targets=1, intermediate_losses=False)
+    model = build_model(TransformerConfig.from_settings({**settings, "vocab_size": 256}))
+    whole = {"format": experiment.FORMAT, "script": "train_enwik8", "step": 1, "settings": settings, "ema": None,
+             "model": model.state_dict()}
+    torch.save(whole, home / "text.pt")
+    torch.save({**whole, "script": "train_dvae"}, home / "dvae.pt")
+    torch.save({key: value for key, value in whole.items() if key != "settings"}, home / "bare.pt")
+    torch.save({**whole, "model": dict(list(model.state_dict().items())[1:])}, home / "half.pt")
+    torch.save({**whole, "settings": {**settings, "n_embd": 16}}, home / "wide.pt")
+    settings = {name: spec.default for name, spec in flags._read_settings(ROOT / "train_facts.py").items()}
+    settings |= small | dict(n_people=6, n_unseen=3)
+    _, vocabulary, _ = facts.open_facts(settings)
+    model = build_model(TransformerConfig.from_settings({**settings, "vocab_size": vocabulary.size}))
+    torch.save({**whole, "script": "train_facts", "settings": settings, "model": model.state_dict(),
+                "vocab_size": vocabulary.size, "tokenizer": vocabulary.fingerprint}, home / "facts.pt")
+    return home
+
+
+@pytest.mark.parametrize("tool, words, said", [
+    *((tool, [name], said) for tool in (sample, evaluate) for name, said in (
+        ("dvae.pt", "is a checkpoint of train_dvae"), ("bare.pt", "settings"), ("half.pt", "Missing key"),
+        ("wide.pt", "size mismatch"))),
+    (probe, ["text.pt"], "is a checkpoint of train_enwik8, not of train_facts"),
+    (sample, ["text.pt", "--greedy", "--top_k", 3], "--top_k has no effect"),
+    (sample, ["text.pt", "--greedy", "--temperature", 1], "--temperature has no effect"),
+    (evaluate, ["text.pt", "--database", "x"], "--database has no effect on a model of task text"),
+    (evaluate, ["text.pt", "--prompts", 3], "--prompts has no effect on a model of task text"),
+    (evaluate, ["text.pt", "--seed", 3], "--seed has no effect without --samples"),
+    (evaluate, ["text.pt", "--patience", 3], "--patience has no effect without --watch"),
+    (evaluate, ["facts.pt", "--dataset", "x"], "--dataset has no effect on a model of task in_"),
+    (evaluate, ["facts.pt", "--split", "val"], "--split has no effect on a model of task in_"),
+    (probe, ["facts.pt", "--attribute", "birth_place", "--part", "month"], "--part has no effect"),
+    (bench, ["--what", "worlds", "--draws", "3"], "--draws has no effect with --what worlds"),
+    (bench, ["--n_embd", "10", "--n_head", "3"], "n_embd"),
+    (bench, ["--json", "no/where.json"], "--json no/where.json: cannot be written there"),
+    (bench, ["--json", "."], "--json .: cannot be written there: it is a folder"),
+    (plot, ["RUN", "--levels", "0.1,0.2,0.3"], "--levels has no effect without --contours or --capacity"),
+    (plot, ["RUN", "--out", "a.jpg"], "--out a.jpg: a picture ends in .png, .pdf, .svg"),
+    (plot, ["RUN", "--width", "1e9"], "--width 1e9: must be >= 1.0 and <= 50.0"),
+    (plot, ["RUN"], "nothing to draw: RUN: no params.json"),
+    (plot, ["--table", "RUN", "--by", "step"], "--by has no effect with --table"),
+    *((plot, ["--table", path], said) for path, said in (
+        ("x" * 300, "missing or no grid"), ("RUN", "missing or no grid"))),
+    (grid, ["plan.yaml", "--print", "--jobs", 3], "--jobs has no effect with --print"),
+    (evaluate, ["--watch", "text.pt"], "the directory of a run is needed"),
+    *((tool, ["x" * 300], "name too long") for tool in (sample, evaluate, probe, grid)),
+])
+def test_mistakes_are_one_line(tool, words, said, models, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "compare_training", lambda peers: pytest.fail("it began to measure"))
+    words = [models / word if str(word).endswith(".pt") else word for word in words]
+    assert said.lower() in refused(monkeypatch, capsys, tool, *words).lower()
+    assert not list(tmp_path.iterdir())
+
+
+GRID = {"metric": "m", "factors": [1], "slower": 0.1, "rows": [
+    {"name": name, "axis": "", "against": against, "factor": 1, "runs": [{"value": 1.0}, {"value": 2.0}], "open": 0,
+     "step_seconds": None, "parameters": None, "error": "", "equal_seconds": None}
+    for name, against in (("baseline", None), ("a", "baseline"))]}
+
+
+@pytest.mark.parametrize("change", [
+    lambda g: g.pop("metric"), lambda g: g.update(rows=3), lambda g: g.update(rows=[[]]),
+    lambda g: g.update(factors=[]), lambda g: g.update(factors=["x"]), lambda g: g.update(slower=None),
+    lambda g: g.update(cross=[1]), lambda g: g.update(cross={"x": {"y": {}}}),
+    lambda g: g["rows"][1].update(against="b"),
+    lambda g: g["rows"][1].update(against=None), lambda g: g["rows"][1].update(factor=None),
+    lambda g: g["rows"][1].update(runs=[{"value": "1"}]), lambda g: g["rows"][1].update(equal_seconds={"value": []}),
+    lambda g: g["rows"][1].pop("name"), lambda g: g["rows"][1].update(open="1"), lambda g: g.clear(),
+    lambda g: g["rows"][1]["runs"][0].update(shown=3),
+])
+def test_a_grid_json_of_other_types(change, tmp_path):
+    (tmp_path / "grid.json").write_text(json.dumps(GRID))
+    assert len(plot.markdown(plot.read_index(tmp_path / "grid.json"))) == 5
+    wrong = json.loads(json.dumps(GRID))
+    change(wrong)
+    (tmp_path / "grid.json").write_text(json.dumps(wrong))
+    with pytest.raises(UserError, match="missing or no grid"):
+        plot.read_index(tmp_path / "grid.json")
+    (tmp_path / "grid.json").write_text("[" * 3000 + "]" * 3000)
+    with pytest.raises(UserError, match="missing or no grid"):
+        plot.read_index(tmp_path / "grid.json")
+
+
+def test_pictures_are_what_their_names_say(tmp_path):
+    from matplotlib.figure import Figure
+    for name, begin in (("a.png", b"\x89PNG"), ("a", b"\x89PNG"), ("a.pdf", b"%PDF"), ("a.svg", b"<?xml")):
+        plot.save(Figure(figsize=(1, 1)), tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(begin)
+
+
+def test_few_people(models, tmp_path, monkeypatch, capsys):
+    """Values that one person alone has cannot be held out, and one value is no choice: a line says so."""
+    loaded = torch.load(models / "facts.pt", weights_only=True)
+    seen = set()
+    for n, unseen in ((6, 3), (1, 0), (40, 4)):
+        loaded["settings"].update(n_people=n, n_unseen=unseen)
+        torch.save(loaded, tmp_path / "few.pt")
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["probe.py", str(tmp_path / "few.pt"), "--steps", "2", "--device", "cpu"])
+            before = dict(vars(probe))
+            try:
+                probe.main()
+                seen.add(0)
+            except SystemExit as error:
+                seen.add(error.code)
+                assert "nothing to learn from" in capsys.readouterr().err
+            finally:
+                vars(probe).update(before)
+    assert seen == {0, 2}
+
+
+# --- Grids ---
+
+def test_a_signal_while_a_run_is_being_started(tmp_path, monkeypatch):
+    """It reaches the run that was on its way, and no other is started; an error ends what was started too."""
+    (tmp_path / "plan.yaml").write_text(
+        f"script: {tmp_path}/nap.py\nout_dir: {tmp_path}/out\nmetric: figure\nbase: {{}}\nseeds: [1, 2]\n"
+        "seeded: [seed]\ncross: {length: [20, 21, 22]}\n")
+    (tmp_path / "nap.py").write_text("import time\nseed = 0  # seed\nlength = 20  # seconds\ntime.sleep(20)\n")
+    started, popen, kill = [], grid.subprocess.Popen, os.kill
+
+    number = signal.SIGINT
+
+    def starting(*args, **kwargs):
+        started.append(popen(*args, **kwargs))
+        if len(started) == 2:
+            raise OSError("no more processes")
+        kill(os.getpid(), number)
+        return started[-1]
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(grid.subprocess, "Popen", starting)
+    monkeypatch.setattr(grid, "grid", str(tmp_path / "plan.yaml"))
+    monkeypatch.setattr(sys, "argv", ["grid.py", str(tmp_path / "plan.yaml")])
+    before, began = dict(vars(grid)), time.monotonic()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            grid.main()
+        assert ended.value.code == 130 and len(started) == 1 and started[0].returncode == -signal.SIGTERM
+        number = 0                                           # none
+        started.clear()
+        with pytest.raises(OSError, match="no more"):
+            grid.main()
+        assert started[0].returncode == -signal.SIGTERM
+    finally:
+        vars(grid).update(before)
+        for child in started:
+            child.kill()
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+            signal.signal(number, handler)
+    assert time.monotonic() - began < 15
+
+
+REAL = "script: {script}\nout_dir: out\nmetric: val_bpb_raw\nbase: {base}\nseeds: [1, 2]\nrows:\n  a: {row}\n"
+
+
+@pytest.mark.parametrize("how, said", [
+    (dict(row="{set: {mixer: fulll}}"), "row 'a': mixer has 'fulll'"),
+    (dict(row="{set: {n_head: 3}}"), "row 'a': "),
+    (dict(row="{set: {mixer: mla, qk_norm: true}}"), "row 'a': "),
+    (dict(row="{set: {max_steps: none}}"), "a run of a grid must end"),
+    (dict(row="{set: {preset: cpu}}"), "preset can stand in base only"),
+    (dict(row="{set: {betas: 0.8, 0.95}}"), "stand in brackets, as betas: [0.8, 0.95]"),
+    (dict(metric="val_bbp_raw"), "writes no number 'val_bbp_raw'"),
+    (dict(base="{preset: cpuu}"), "preset cpuu: must be one of cpu, "),
+    (dict(base="{preset: [1]}"), "preset 1: must be one of cpu, "),
+])
+def test_what_a_script_will_refuse_is_refused_by_its_grid(how, said, tmp_path):
+    plan = REAL.format(**{"script": "train_enwik8.py", "base": "{preset: cpu}", "row": "{set: {n_layer: 2}}", **how})
+    plan = plan.replace("val_bpb_raw", how.get("metric", "val_bpb_raw"))
+    (tmp_path / "plan.yaml").write_text(plan)
+    with pytest.raises(UserError) as error:
+        grid.Grid(tmp_path / "plan.yaml")
+    assert said in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_a_grid_records_what_its_preset_sets(tmp_path):
+    (tmp_path / "plan.yaml").write_text(REAL.format(script="train_mult.py", base="{preset: cpu, n_layer: 1}",
+                                                    row="{set: {n_head: 2}}").replace("val_bpb_raw", "val_loss_latent"))
+    found, presets = grid.Grid(tmp_path / "plan.yaml"), fresh("train_mult.py")["presets"]
+    assert found.base == experiment.check_settings(found.script, {**presets["cpu"], "n_layer": 1})
+    assert "preset" not in json.loads(found.cell(found.rows[0], 1, 1).settings)
