@@ -541,7 +541,7 @@ def read_index(path):
     row = {"name": str, "axis": str, "against": (str, type(None)), "factor": (*number, type(None)), "runs": [run],
            "step_seconds": (*number, type(None)), "parameters": (*number, type(None)), "error": (str, type(None)),
            "open": int, "equal_seconds": (dict, type(None)), "at": (dict, type(None))}
-    late = {"shown", "at"}                                   # which only some grids have
+    late = {"shown", "at", "sigma_data"}                               # which only some grids have
 
     def fits(value, shape):
         if isinstance(shape, list):
@@ -551,7 +551,7 @@ def read_index(path):
                 fits(value[name], kind) for name, kind in shape.items() if name in value)
         return isinstance(value, shape) and not isinstance(value, bool)
 
-    right = index.get("rows") and fits(index, {"metric": str, "rows": [row]})
+    right = index.get("rows") and fits(index, {"metric": str, "rows": [row], "sigma_data": number})
     names = {row["name"] for row in index["rows"]} if right else set()
     for row in index["rows"] if right else ():
         right = right and row["against"] in (None, *names) and fits(row["equal_seconds"] or {"value": 0}, run)
