@@ -6,6 +6,7 @@ import atexit
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
@@ -27,8 +28,8 @@ SMALL = dict(vocab_size=V, n_layer=2, n_head=4, n_kv_head=2, n_embd=24, head_dim
              norm="rms", activation="swiglu", bias=False, init="normal")
 MESHES = ["1x2", "2x1", "2x2"]
 CASES = {  # name: (what differs from SMALL, optimiser, steps)
-    "adamw": (dict(), "adamw", 20),
-    "muon": (dict(), "muon", 20),
+    "adamw": (dict(), "adamw", 8),
+    "muon": (dict(), "muon", 8),
     "schedule_free": (dict(n_kv_head=4, ff="none,mlp", residual_scale="rezero"), "schedule_free", 8),
     "sgd": (dict(bias=True, norm="layer", activation="gelu", positions="learned_per_layer", head_bias=True,
                  n_layer=1, tie_weights=True), "sgd", 3),
@@ -218,12 +219,27 @@ def only_here(mesh, folder):
     return {**found, "ends": gathered}
 
 
-def torchrun(n, *words, **how):
-    """torchrun with n processes of this file."""
+def torchrun(mesh, *words):
+    """This file on every rank of a mesh: by torchrun; of all but the first by forks, which import nothing again."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--standalone",
-                           __file__, *map(str, words)], capture_output=True, text=True, timeout=300, env=environment,
-                          **how)
+    run = ["-m", "torch.distributed.run", f"--nproc_per_node={int(mesh[0]) * int(mesh[2])}", "--standalone"]
+    return subprocess.run([sys.executable, *(run if mesh == MESHES[0] else ()), __file__, mesh, *map(str, words)],
+                          capture_output=True, text=True, timeout=900, env=environment)
+
+
+def become_ranks(n):
+    """What torchrun does: this process waits for n forks of it, and ends; they go on with a rank each."""
+    from torch.distributed import fsdp, tensor  # noqa: F401 (once for all)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(n))
+    children = []
+    for rank in range(n):
+        if not (child := os.fork()):
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            return
+        children.append(child)
+    os._exit(any([os.waitpid(child, 0)[1] for child in children]))
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +258,7 @@ def meshes(tmp_path_factory):
         pass_on(found["1x1"])
         for mesh in MESHES:
             out = folder / f"{mesh}.out"
-            done = torchrun(int(mesh[0]) * int(mesh[2]), mesh, folder, out)
+            done = torchrun(mesh, folder, out)
             assert done.returncode == 0, done.stderr[-4000:]
             found[mesh] = torch.load(out, weights_only=True)
             found[mesh]["output"] = done.stdout, done.stderr
@@ -421,6 +437,8 @@ def test_ivon_on_several_processes_is_refused():
 @command
 def main(mesh, folder, out):
     """The script that torchrun starts."""
+    if "RANK" not in os.environ:
+        become_ranks(int(mesh[0]) * int(mesh[2]))
     atexit.register(os.abort)  # gloo's threads may abort a process that comes as far as the interpreter's end
     torch.set_num_threads(1)
     optim._iteration_dtype = lambda device: torch.float32
