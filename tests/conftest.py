@@ -23,3 +23,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """The server of test_resume.py that starts scripts as forks: one for all files, as its imports take seconds."""
+    from test_resume import Forks
+    server = Forks(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()

@@ -229,7 +229,8 @@ def torchrun(mesh, *words):
 
 def become_ranks(n):
     """What torchrun does: this process waits for n forks of it, and ends; they go on with a rank each."""
-    from torch.distributed import fsdp, tensor  # noqa: F401 (once for all)
+    import torch._dynamo  # noqa: F401 (it and what it brings takes seconds: once for all)
+    from torch.distributed import fsdp, tensor  # noqa: F401
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(n))
