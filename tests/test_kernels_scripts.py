@@ -666,14 +666,14 @@ def test_a_debug_run(script, words, expected, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_scripts_have_the_setting(script):
+def test_scripts_have_the_setting(script, forks, tmp_path):
     """The same name, choices and comment everywhere; no part of the architecture; another word is refused."""
     def line(module):
         return [text for text in Path(module.__file__).read_text().splitlines() if text.startswith("kernels = ")]
     assert line(script) == line(train_enwik8) and len(line(script)) == 1 and script.kernels == "torch"
     assert "kernels" not in str(script.architecture)
-    done = subprocess.run([sys.executable, script.__file__, "--kernels", "cuda"], capture_output=True, text=True)
-    assert done.returncode == 2 and "kernels" in done.stderr and "torch, triton" in done.stderr
+    done = forks.run([Path(script.__file__).name, "--kernels", "cuda"], tmp_path)
+    assert done.code == 2 and "kernels" in done.err and "torch, triton" in done.err
 
 
 @pytest.mark.parametrize("stage", [*train_worldmodel.STAGES, "causal"])
