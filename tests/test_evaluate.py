@@ -1,7 +1,6 @@
 """The evaluation protocols against byte-by-byte references. About 10 s on one core."""
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
