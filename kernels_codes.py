@@ -262,8 +262,9 @@ def gumbel_softmax_reference(logits, noise, temperature, hard):
 def gumbel_softmax(logits, noise, temperature, hard):
     """logits (..., K), noise alike or None -> y (..., K) in place of a one-hot code, and the codes (...) int64.
 
-    As discrete.choose: the code is the argmax of the float32 sums l + g, the first of equal ones; y = softmax((l + g) / temperature)
-    (Jang et al. 2017, Maddison et al. 2017), or, where hard, one-hot going forward and that softmax going backward.
+    As discrete.choose: the code is the argmax of the float32 sums l + g, the first of equal ones;
+    y = softmax((l + g) / temperature) (Jang et al. 2017, Maddison et al. 2017), or, where hard, one-hot going forward
+    and that softmax going backward.
     noise: Gumbel noise g (discrete.gumbel_like), times its weight; None: none, the mode. It gets no gradient. y is of
     the logits' dtype, computed in float32. A row of -inf alone is NaN, as in torch.softmax.
     Going backward the kernel computes the softmax again: it keeps logits and noise, and 8 bytes a row.
@@ -385,8 +386,8 @@ def reinmax_reference(logits, noise, temperature=1.0):
 def reinmax(logits, noise, temperature=1.0):
     """logits (..., K), noise alike or None -> one-hot y (..., K) with ReinMax's gradient, and the codes (...) int64.
 
-    As discrete.choose: the code is the argmax of the float32 sums l + g, the first of equal ones. Going backward (Liu et al. 2023,
-    algorithm 2) g -> 2 J(p1) g - J(p0) g / 2 with J(p) = diag(p) - p p^T, p0 = softmax(l) and
+    As discrete.choose: the code is the argmax of the float32 sums l + g, the first of equal ones. Going backward
+    (Liu et al. 2023, algorithm 2) g -> 2 J(p1) g - J(p0) g / 2 with J(p) = diag(p) - p p^T, p0 = softmax(l) and
     p1 = (one-hot + softmax(l / temperature)) / 2. noise: see `gumbel_softmax`. A logit of -inf has no gradient
     (discrete.reinmax gives NaN there); a row of -inf alone is NaN.
     Going backward the kernel computes both softmaxes again: it keeps logits and codes, and 12 bytes a row.
