@@ -1,8 +1,9 @@
 """Compiles kernels ahead of time for GPUs that are not there: python tests/aot.py test_kernels
 
 Reads BUILDS of the named test module, {name: (kernel, argument types, constants, options)}, compiles each for sm_80 and
-sm_90 (where the module has CHOSEN: only for its pairs of name and capability), and prints JSON: {name: {"80": {"shared":
-bytes of shared memory, "ptx": ..., "cubin": bytes of each}, ...}}, or {"error": ...} where it failed. A process of its own, because TRITON_INTERPRET, which other tests need, must be off.
+sm_90 (where the module has CHOSEN: only for its pairs of name and capability), and prints JSON: {name: {"80":
+{"shared": bytes of shared memory, "ptx": ..., "cubin": bytes of each}, ...}}, or {"error": ...} where it failed. A
+process of its own, because TRITON_INTERPRET, which other tests need, must be off.
 
 argument types: what is not constant, in order: "*bf16" (a pointer), "i32", "fp32". constants: {name: value}. options:
 num_warps, num_stages.
