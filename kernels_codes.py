@@ -74,8 +74,10 @@ def nearest_code(x, codes):
     """x (N, C), codes (K, C) -> the nearest code's number (N,) int64, and its squared distance (N,) float32.
 
     |x|^2 - 2 x.c + |c|^2 (van den Oord et al. 2017 take its argmin), x.c summed in float32, float32 not rounded to
-    TF32. Of equally near codes the first counts. The distance is cut at 0, below which rounding may bring it; it loses
-    digits where it is small beside |x|^2. Neither result has a gradient: a commitment loss takes x - codes[index].
+    TF32. Of equally near codes the first counts where these sums are exact, as of small integers; otherwise rounding
+    decides, which may differ from place to place even among equal codes (a BLAS sums its last columns in another
+    order). The distance is cut at 0, below which rounding may bring it; it loses digits where it is small beside
+    |x|^2. Neither result has a gradient: a commitment loss takes x - codes[index].
     x and codes: float32 or 16-bit, not necessarily the same; no NaN among the codes. Beside the results the kernel
     needs 4 K bytes, never a table (N, K). ValueError: other shapes than these, no codes.
     """
@@ -260,8 +262,9 @@ def gumbel_softmax_reference(logits, noise, temperature, hard):
 def gumbel_softmax(logits, noise, temperature, hard):
     """logits (..., K), noise alike or None -> y (..., K) in place of a one-hot code, and the codes (...) int64.
 
-    As discrete.choose: the code is the argmax of l + g, the first of equal ones; y = softmax((l + g) / temperature)
-    (Jang et al. 2017, Maddison et al. 2017), or, where hard, one-hot going forward and that softmax going backward.
+    As discrete.choose: the code is the argmax of the float32 sums l + g, the first of equal ones;
+    y = softmax((l + g) / temperature) (Jang et al. 2017, Maddison et al. 2017), or, where hard, one-hot going forward
+    and that softmax going backward.
     noise: Gumbel noise g (discrete.gumbel_like), times its weight; None: none, the mode. It gets no gradient. y is of
     the logits' dtype, computed in float32. A row of -inf alone is NaN, as in torch.softmax.
     Going backward the kernel computes the softmax again: it keeps logits and noise, and 8 bytes a row.
@@ -383,8 +386,8 @@ def reinmax_reference(logits, noise, temperature=1.0):
 def reinmax(logits, noise, temperature=1.0):
     """logits (..., K), noise alike or None -> one-hot y (..., K) with ReinMax's gradient, and the codes (...) int64.
 
-    As discrete.choose: the code is the argmax of l + g, the first of equal ones. Going backward (Liu et al. 2023,
-    algorithm 2) g -> 2 J(p1) g - J(p0) g / 2 with J(p) = diag(p) - p p^T, p0 = softmax(l) and
+    As discrete.choose: the code is the argmax of the float32 sums l + g, the first of equal ones. Going backward
+    (Liu et al. 2023, algorithm 2) g -> 2 J(p1) g - J(p0) g / 2 with J(p) = diag(p) - p p^T, p0 = softmax(l) and
     p1 = (one-hot + softmax(l / temperature)) / 2. noise: see `gumbel_softmax`. A logit of -inf has no gradient
     (discrete.reinmax gives NaN there); a row of -inf alone is NaN.
     Going backward the kernel computes both softmaxes again: it keeps logits and codes, and 12 bytes a row.

@@ -1,8 +1,9 @@
 """Compiles kernels ahead of time for GPUs that are not there: python tests/aot.py test_kernels
 
 Reads BUILDS of the named test module, {name: (kernel, argument types, constants, options)}, compiles each for sm_80 and
-sm_90, and prints JSON: {name: {"80": {"shared": bytes of shared memory, "ptx": ..., "cubin": bytes of each}, ...}}, or
-{"error": ...} where it failed. A process of its own, because TRITON_INTERPRET, which other tests need, must be off.
+sm_90 (where the module has CHOSEN: only for its pairs of name and capability), and prints JSON: {name: {"80":
+{"shared": bytes of shared memory, "ptx": ..., "cubin": bytes of each}, ...}}, or {"error": ...} where it failed. A
+process of its own, because TRITON_INTERPRET, which other tests need, must be off.
 
 argument types: what is not constant, in order: "*bf16" (a pointer), "i32", "fp32". constants: {name: value}. options:
 num_warps, num_stages.
@@ -37,10 +38,13 @@ def build(kernel, types, constants, options, capability):
 
 def main(module):
     """Prints what became of every build of the test module."""
-    found = {}
-    for name, (kernel, types, constants, options) in importlib.import_module(module).BUILDS.items():
+    module, found = importlib.import_module(module), {}
+    chosen = getattr(module, "CHOSEN", None)
+    for name, (kernel, types, constants, options) in module.BUILDS.items():
         found[name] = {}
         for capability in CAPABILITIES:
+            if chosen is not None and (name, capability) not in chosen:
+                continue
             try:
                 found[name][capability] = build(kernel, types, constants, options, capability)
             except Exception as error:  # any failure of the compiler is what the test asks for

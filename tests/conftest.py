@@ -8,8 +8,20 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any test imports kernels.py: they run on CPU tensors
 
 
+# Files that take longest, longest first: with two processes none should be alone at the end.
+LONG = ("facts_resume", "resume", "dvae", "kernels_attention", "parallel", "variants", "kernels_scripts", "mult",
+        "dvae_resume", "worldmodel_resume", "mult_resume", "scripts", "kernels_model", "kernels_step", "grid")
+
+
+def pytest_configure(config):
+    """pytest-xdist starts files in the order of LONG, not those with the most tests first."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items):
-    """Tests marked gpu are skipped on a machine without one; `pytest -m gpu` runs only them."""
+    """Long files first. Tests marked gpu are skipped on a machine without one; `pytest -m gpu` runs only them."""
+    rank = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONG)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -23,3 +35,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """The server of test_resume.py that starts scripts as forks: one for all files, as its imports take seconds."""
+    from test_resume import Forks
+    server = Forks(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()

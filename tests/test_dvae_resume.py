@@ -15,19 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data.arc import load  # noqa: E402
 from experiment import load_checkpoint  # noqa: E402
-from test_resume import (Forks, assert_done, assert_equal, assert_error, kill_again_and_again, records,  # noqa: E402
+from test_resume import (assert_done, assert_equal, assert_error, kill_again_and_again, records,  # noqa: E402
                          snapshot, summary, wait_for)
 
 TINY = dict(max_side=5, n_train=60, n_val=1, n_codes=6, codebook_size=16, code_dim=8, n_head=2, n_embd=16, cell_dim=8,
             batch_size=8, max_steps=12, warmup_steps=2, eval_interval=9, save_interval=1, log_interval=1, device="cpu",
             dtype="float32", run_name="run", tag="test")
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    server = Forks(tmp_path_factory.mktemp("forks"))
-    yield server
-    server.close()
 
 
 def train(out_dir, *more, **settings):

@@ -1,8 +1,6 @@
 """The evaluation protocols against byte-by-byte references. About 10 s on one core."""
 import math
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from evaluate import Score, parse_protocol, score, target_bits
 from experiment import UserError
 from model import Attention, Transformer, TransformerConfig
 
-ROOT = Path(__file__).resolve().parent.parent
 T = 8
 PROTOCOLS = ("block", "stride:1", "stride:3", "stride:5", "stride:8")
 SIZES = (2, 3, T - 1, T, T + 1, T + 2, 2 * T, 2 * T + 1, 27, 40, 41)
@@ -362,8 +359,7 @@ def test_main_complains_before_the_first_pass(run_directory, monkeypatch, capsys
     assert status == 2 and out == "" and "positions learned" in err
 
 
-def test_command_line(run_directory):
-    done = subprocess.run([sys.executable, ROOT / "evaluate.py", run_directory, "--device", "cpu"], capture_output=True,
-                          text=True, timeout=120)
-    assert done.returncode == 0 and done.stderr == ""
-    assert table(done.stdout)["block"][2] == 200
+def test_command_line(run_directory, forks, tmp_path):
+    done = forks.run(["evaluate.py", run_directory, "--device", "cpu"], tmp_path)
+    assert done.code == 0 and done.err == ""
+    assert table(done.out)["block"][2] == 200

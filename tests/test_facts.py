@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import choices  # noqa: E402
 import evaluate  # noqa: E402
 import optim  # noqa: E402
 import sample  # noqa: E402
@@ -493,17 +494,19 @@ def test_answers_at_the_queries():
     model = build(vocab_size=64, init="gpt2").train()
     with torch.no_grad():
         model.heads[0].mul_(20)
-    found = answered(model, x, y, 7)
+        y[choices.margin(model.eval()(x)) < 1e-4] = -1  # where batches of another size may choose another
+    found = answered(model.train(), x, y, 7)
     assert model.training and found == pytest.approx(answered(model.eval(), x, y, 512)) and not model.training
     with torch.no_grad():
         logits = model(x)[y >= 0]
     wanted = y[y >= 0]
-    assert found["prompts"] == len(wanted) == 240 and found["protocol"] == "mqar"
+    assert found["prompts"] == len(wanted) > 230 and found["protocol"] == "mqar"
     assert found["loss"] == pytest.approx(F.cross_entropy(logits, wanted).item(), rel=1e-5)
-    assert found["accuracy"] == int((logits.argmax(-1) == wanted).sum()) / 240
+    assert found["accuracy"] == int((logits.argmax(-1) == wanted).sum()) / len(wanted)
     best = torch.full_like(y, -1)
     with torch.no_grad():
-        best[:, 3:] = model(x).argmax(-1)[:, 3:]
+        said = model(x)
+    best[:, 3:] = torch.where(choices.margin(said) < 1e-4, -1, said.argmax(-1))[:, 3:]
     assert answered(model, x, best, 13)["accuracy"] == 1
 
 

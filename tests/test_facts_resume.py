@@ -21,7 +21,7 @@ from evaluate import score  # noqa: E402
 from experiment import load_checkpoint  # noqa: E402
 from model import from_checkpoint  # noqa: E402
 from sample import generate  # noqa: E402
-from test_resume import (Forks, assert_done, assert_equal, assert_error, kill_again_and_again,  # noqa: E402
+from test_resume import (assert_done, assert_equal, assert_error, kill_again_and_again,  # noqa: E402
                          snapshot, summary, wait_for)
 import test_resume  # noqa: E402
 from test_scripts import noting  # noqa: E402
@@ -29,13 +29,6 @@ from test_scripts import noting  # noqa: E402
 TINY = dict(n_people=6, n_unseen=4, n_rows=90, n_test_rows=20, mqar_vocab=32, n_layer=2, n_embd=16, batch_size=8,
             max_steps=12, warmup_steps=2, eval_interval=5, eval_prompts=6, final_prompts=8, save_interval=1,
             log_interval=1, device="cpu", dtype="float32", run_name="run", tag="test")
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    server = Forks(tmp_path_factory.mktemp("forks"))
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

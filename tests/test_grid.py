@@ -199,7 +199,7 @@ def test_a_grid_that_is_stopped_goes_on(plan, number):
     wait(lambda: any(name.startswith("sleepy") for name in calls(path)))
     done = len(calls(path))
     child.send_signal(number)
-    code = child.wait(timeout=30)
+    code = child.wait(timeout=100)
     child.communicate()
     assert code == (-number if number == signal.SIGKILL else 128 + number)
     nap.write_text("0")
@@ -361,7 +361,7 @@ def test_a_cross_that_is_stopped_goes_on(crossed, number):
     wait(lambda: any("much_better" in name for name in calls(path)))
     done = len(calls(path))
     child.send_signal(number)
-    child.wait(timeout=30)
+    child.wait(timeout=100)
     child.communicate()
     status = run(path, "--status").out.splitlines()
     assert len(status) == 4 and status[0].startswith("lr 1, way plain") and "to run" in status[0]

@@ -461,7 +461,7 @@ def wanted():
                    dict(DV=512, BP=32, BDV=512, T=1))
 
 
-BUILDS, CHOSEN = {}, []  # CHOSEN: which of them a GPU of which capability takes
+BUILDS, CHOSEN = {}, []  # CHOSEN: which of them a GPU of which capability takes; no other is compiled
 for name, (kernel, dtype, choose, constants) in wanted() if kernels.triton else ():
     for capability, limit in aot.CAPABILITIES.items():
         made = entry(kernel, dtype, choose(limit), **constants)

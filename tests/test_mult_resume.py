@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data.multiplication import Problems  # noqa: E402
 from experiment import load_checkpoint, override  # noqa: E402
-from test_resume import (Forks, assert_done, assert_equal, assert_error, kill_again_and_again, records,  # noqa: E402
+from test_resume import (assert_done, assert_equal, assert_error, kill_again_and_again, records,  # noqa: E402
                          snapshot, summary, wait_for)
 from test_scripts import fresh  # noqa: E402
 
@@ -23,13 +23,6 @@ TINY = dict(min_digits=1, max_digits=2, n_examples=500, val_fraction=0.2, val_ex
             log_interval=1, device="cpu", dtype="float32", run_name="run", tag="test")
 FORCED = dict(dropout=0.2, forcing="linear", forcing_start=4, forcing_slope=0.05, stability_window=2, stability_eps=0.5,
               eval_interval=2, sequence_weight=1.0, sum_head="classes", ema_decay=0.9, grad_accum=2)
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    server = Forks(tmp_path_factory.mktemp("forks"))
-    yield server
-    server.close()
 
 
 def train(out_dir, *more, **settings):

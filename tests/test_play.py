@@ -99,7 +99,7 @@ def request(url, data=None, **headers):
     method = headers.pop("method", None)
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data, headers, method=method), timeout=20) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers, method=method), timeout=60) as answer:
             return answer.status, answer.headers, answer.read()
     except urllib.error.HTTPError as error:
         with error:
@@ -289,7 +289,7 @@ def test_steps_at_once_are_serialised(game):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     assert sorted(steps) == [1, 2, 3, 4, 5, 6]
     assert not session.overlap and len(session.threads) == 1
 
@@ -379,7 +379,7 @@ def test_ctrl_c_ends_cleanly(tmp_path):
                 time.sleep(0.5)
             process.send_signal(signal.SIGINT)
             assert process.stdout.readline() == "over\n"
-        out, err = process.communicate(timeout=10)
+        out, err = process.communicate(timeout=60)
         line.close()
         assert (process.returncode, out, err) == (0, "", "")
     finally:
@@ -438,7 +438,7 @@ class Browser:
         data = json.dumps(message | ({"sessionId": self.page} if self.page else {})).encode() + b"\0"
         while data:
             data = data[os.write(self.write, data):]
-        until = time.monotonic() + 30
+        until = time.monotonic() + 60
         while True:
             answer = self.receive(until)
             if answer.get("id") == self.id:
@@ -460,7 +460,7 @@ class Browser:
 
     def wait(self, code):
         """Until `code` is true in the page."""
-        until = time.monotonic() + 15
+        until = time.monotonic() + 60
         while not self.js(code):
             assert time.monotonic() < until, f"never true: {code}; the page says: {self.js('document.body.innerText')}"
             time.sleep(0.02)

@@ -64,7 +64,7 @@ def test_settings_said_to_be_the_same_tell_no_runs_apart(tmp_path, monkeypatch):
     assert [found[i][2]["block"][0] for i in (0, 1)] == [(640, 3.0), (1280, 3.0)]  # counted by each run's own
 
 
-def test_what_cannot_be_drawn_is_named(tmp_path):
+def test_what_cannot_be_drawn_is_named(tmp_path, forks):
     make(tmp_path / "runs" / "good")
     half = make(tmp_path / "runs" / "half")
     (half / "metrics.jsonl").write_bytes((half / "metrics.jsonl").read_bytes()[:-20] + b'\n[1]\n"text"\n{"loss": 1}\n')
@@ -80,12 +80,13 @@ def test_what_cannot_be_drawn_is_named(tmp_path):
     left_out = [line.split(": ")[0].removeprefix("left out runs/") for line in done.stderr.splitlines()
                 if line.startswith("left out")]
     assert left_out == ["cut", "empty", "file.txt", "no_lines", "null", "other"]
-    alone = shell(tmp_path, "plot.py", "runs/empty")
-    assert alone.returncode == 2 and alone.stderr.splitlines()[-1].startswith("error: nothing to draw")
-    nothing = shell(tmp_path, "plot.py", "--table", "runs")
-    assert nothing.returncode == 2 and "grid.json" in nothing.stderr and len(nothing.stderr.splitlines()) == 1
-    assert shell(tmp_path, "plot.py").returncode == 2
-    assert shell(tmp_path, "plot.py", "runs/good", "--out", "nowhere/a.png").stderr.startswith("error: cannot write")
+    alone = forks.run(["plot.py", "runs/empty"], tmp_path)
+    assert alone.code == 2 and alone.err.splitlines()[-1].startswith("error: nothing to draw")
+    nothing = forks.run(["plot.py", "--table", "runs"], tmp_path)
+    assert nothing.code == 2 and "grid.json" in nothing.err and len(nothing.err.splitlines()) == 1
+    assert forks.run(["plot.py"], tmp_path).code == 2
+    unwritten = forks.run(["plot.py", "runs/good", "--out", "nowhere/a.png"], tmp_path)
+    assert unwritten.err.startswith("error: cannot write")
 
 
 def test_drawing_gives_no_warnings(tmp_path):
@@ -355,16 +356,16 @@ def test_capacity(tmp_path, monkeypatch):
     assert [axes.get_title() for axes in kept[0].axes[1:3]] == ["exposures 100", "exposures 1000"]
 
 
-def test_the_commands(tmp_path, monkeypatch):
+def test_the_commands(tmp_path, monkeypatch, forks):
     grid_of_facts(tmp_path / "runs")
-    done = shell(tmp_path, "plot.py", "runs/*", "--contours", "n_people,parameters", "--metric", "accuracy", "--only",
-                 "tool,unseen")
-    assert done.returncode == 0 and (tmp_path / "contours.png").exists(), done.stderr
-    assert done.stdout.startswith("**raw tool unseen**: val accuracy, mean +- standard deviation (seeds)")
-    assert "| parameters \\ n_people | 32 | 128 | 512 |" in done.stdout and "left out 12 runs" in done.stderr
-    done = shell(tmp_path, "plot.py", "runs/*", "--capacity")
-    assert done.returncode == 0 and (tmp_path / "capacity.png").exists() and done.stdout.startswith("| people |")
-    assert done.stderr.count("left out runs/") == 12                        # the tool's runs, by name
+    done = forks.run(["plot.py", "runs/*", "--contours", "n_people,parameters", "--metric", "accuracy", "--only",
+                      "tool,unseen"], tmp_path)
+    assert done.code == 0 and (tmp_path / "contours.png").exists(), done.err
+    assert done.out.startswith("**raw tool unseen**: val accuracy, mean +- standard deviation (seeds)")
+    assert "| parameters \\ n_people | 32 | 128 | 512 |" in done.out and "left out 12 runs" in done.err
+    done = forks.run(["plot.py", "runs/*", "--capacity"], tmp_path)
+    assert done.code == 0 and (tmp_path / "capacity.png").exists() and done.out.startswith("| people |")
+    assert done.err.count("left out runs/") == 12                        # the tool's runs, by name
     for words, why in ((("--capacity", "--over", "n_embd"), "choose one"), (("--contours", "n_embd"), "two settings"),
                        (("--contours", "n_embd,n_embd"), "two settings"), (("--only", "tol"), "there are: raw")):
         for name in ("runs", "over", "contours", "capacity", "only", "metric"):

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import choices
 import sample
 from model import Attention, Transformer, TransformerConfig
 from sample import draw, draw_of_few, filter_logits, first_past, generate
@@ -247,18 +248,31 @@ def banded(self, q, k, v, positions, seen, span):
 
 
 @torch.no_grad()
-def recomputed(model, prompts, n):
-    """Greedy bytes without a cache: each byte from a whole new pass, over what the rules say may be seen."""
-    contexts, written = [list(prompt[-T:]) for prompt in prompts], [[] for _ in prompts]
+def recomputed(model, prompts, written):
+    """Logits without a cache: after each of the bytes written, (B, n) lists, a whole new pass over what the rules say
+    may be seen."""
+    contexts, found = [list(prompt[-T:]) for prompt in prompts], []
     columns = max(map(len, contexts))
-    for _ in range(n):
+    for step in range(len(written[0])):
         if model.config.positions.startswith("learned") and columns > T:
             contexts, columns = [context[-(T // 2):] for context in contexts], T // 2
-        for context, out in zip(contexts, written):
-            out.append(model(torch.tensor([context]))[0, -1].argmax().item())
-            context.append(out[-1])
+        found.append(torch.stack([model(torch.tensor([context]))[0, -1] for context in contexts]))
+        for context, row in zip(contexts, written):
+            context.append(row[step])
         columns += 1
-    return written
+    return torch.stack(found)
+
+
+def generated(model, prompts, n):
+    """(n greedy bytes of each row, as lists; the logits (n, B, V) after which they stand, from the cache)."""
+    written = tokens(model, prompts, n)
+    logits = choices.followed(torch.tensor(written).T, model, prompts)
+    assert logits.argmax(-1).T.tolist() == written
+    return written, logits
+
+
+def near(a, b):
+    torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-5)  # of logits up to about 60
 
 
 @pytest.mark.parametrize("prompt", [b"a", b"abc", b"abcdefgh"])
@@ -266,8 +280,8 @@ def recomputed(model, prompts, n):
 @pytest.mark.parametrize("positions", SCHEMES)
 def test_cache_equals_recomputing_the_whole_prefix(positions, n_kv_head, prompt):
     model = build(positions, n_kv_head=n_kv_head)
-    n = T - len(prompt) + 1
-    assert tokens(model, [prompt], n) == recomputed(model, [prompt], n)
+    written, logits = generated(model, [prompt], T - len(prompt) + 1)
+    near(logits, recomputed(model, [prompt], written))
 
 
 @pytest.mark.parametrize("prompts", [[b"a"], [b"abcdefgh"], [b"a prompt that is longer than T"],
@@ -275,9 +289,9 @@ def test_cache_equals_recomputing_the_whole_prefix(positions, n_kv_head, prompt)
 @pytest.mark.parametrize("positions", ["rope", "none"])
 def test_past_block_size_a_window_slides(positions, prompts, monkeypatch):
     model = build(positions)
-    found = tokens(model, prompts, 40)
+    written, logits = generated(model, prompts, 40)
     monkeypatch.setattr(Attention, "attend", banded)
-    assert found == recomputed(model, prompts, 40)
+    near(logits, recomputed(model, prompts, written))
 
 
 @pytest.mark.parametrize("prompts", [[b"a"], [b"abcdefgh"], [b"a prompt that is longer than T"],
@@ -285,24 +299,24 @@ def test_past_block_size_a_window_slides(positions, prompts, monkeypatch):
 @pytest.mark.parametrize("positions", ["learned", "learned_per_layer"])
 def test_past_block_size_learned_positions_start_again(positions, prompts):
     model = build(positions)
-    assert tokens(model, prompts, 40) == recomputed(model, prompts, 40)
+    written, logits = generated(model, prompts, 40)
+    near(logits, recomputed(model, prompts, written))
 
 
 @pytest.mark.parametrize("positions", SCHEMES)
 def test_ragged_rows_equal_single_prompts(positions):
     prompts, n = [b"abcd", b"z", b"hello"], 4 if positions.startswith("learned") else 30
     model = build(positions)
-    assert tokens(model, prompts, n) == [tokens(model, [prompt], n)[0] for prompt in prompts]
+    written, logits = generated(model, prompts, n)
+    for i, prompt in enumerate(prompts):
+        near(logits[:, i:i + 1], choices.followed(torch.tensor(written[i])[:, None], model, [prompt]))
 
 
 @pytest.mark.parametrize("positions", ["rope", "learned"])
 def test_block_size_one(positions):
     model = build(positions, block_size=1)
-    byte, expected = torch.tensor([[7]]), []
-    for _ in range(5):
-        byte = model(byte)[:, -1:].argmax(-1)
-        expected.append(byte.item())
-    assert tokens(model, [bytes([3, 7])], 5) == [expected]
+    written, logits = generated(model, [bytes([3, 7])], 5)
+    near(logits[:, 0], model(torch.tensor([7, *written[0][:-1]])[:, None])[:, 0])
 
 
 @pytest.mark.parametrize("positions", SCHEMES)

@@ -21,7 +21,7 @@ from evaluate import score  # noqa: E402
 import experiment  # noqa: E402
 from experiment import load_checkpoint, override  # noqa: E402
 from model import Transformer, from_checkpoint  # noqa: E402
-from test_resume import Forks, assert_done, assert_error, snapshot, wait_for  # noqa: E402
+from test_resume import assert_done, assert_error, snapshot, wait_for  # noqa: E402
 
 SCRIPTS = ("train_enwik8.py", "train_mult.py", "train_dvae.py", "train_worldmodel.py", "train_facts.py",
            "evaluate.py", "sample.py", "bench.py", "grid.py", "plot.py", "probe.py")
@@ -43,13 +43,6 @@ def fresh(script):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return vars(module)
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    server = Forks(tmp_path_factory.mktemp("forks"))
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

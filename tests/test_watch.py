@@ -12,17 +12,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 from experiment import load_checkpoint, run_metrics  # noqa: E402
-from test_resume import Forks, assert_done, assert_error, wait_for  # noqa: E402
+from test_resume import assert_done, assert_error, wait_for  # noqa: E402
 
 TRAIN = ("train_enwik8.py --debug --device cpu --eval_interval none --save_interval 10 --sample_length 0 "
          "--run_name w").split()
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    server = Forks(tmp_path_factory.mktemp("forks"))
-    yield server
-    server.close()
 
 
 def lines(folder):

@@ -17,7 +17,7 @@ import train_worldmodel as w  # noqa: E402
 from data.video import AGENT, BALL, FLOOR, MOVES, Clips, Stream, World, load, paint, read_cells, render  # noqa: E402
 from discrete import Quantised  # noqa: E402
 from experiment import load_checkpoint  # noqa: E402
-from test_resume import Forks, assert_done, assert_equal, records, summary  # noqa: E402
+from test_resume import assert_done, assert_equal, records, summary  # noqa: E402
 from test_worldmodel_resume import at, train  # noqa: E402
 from worldmodel import ActionModel, Dynamics, Tokenizer, as_characters  # noqa: E402
 
@@ -1150,13 +1150,6 @@ def test_the_loss_of_first_frames_by_a_loop(put, video):
 
 
 # --- Patience ---
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    server = Forks(tmp_path_factory.mktemp("forks"))
-    yield server
-    server.close()
-
 
 HOW = dict(tokens="cells", action_source="true", schedule="constant", optimizer="adam", eval_interval=2, eval_clips=16,
            save_interval=3, dynamics_change=0)

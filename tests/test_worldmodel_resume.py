@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data.video import load  # noqa: E402
 from experiment import load_checkpoint  # noqa: E402
 from test_play import pixels, post, request  # noqa: E402
-from test_resume import (Forks, assert_done, assert_equal, assert_error, kill_again_and_again, records,  # noqa: E402
+from test_resume import (assert_done, assert_equal, assert_error, kill_again_and_again, records,  # noqa: E402
                          snapshot, summary, wait_for)
 from test_scripts import fresh  # noqa: E402
 
@@ -27,13 +27,6 @@ TINY = dict(n_train=12, n_val=4, length=7, side=4, cell_px=4, patch=4, codebook_
             frame_batch=2, max_steps=4, warmup_steps=2, eval_interval=3, save_interval=1, log_interval=1, eval_clips=8,
             decode_steps=2, rollout_clips=4, reset_interval=2, device="cpu", dtype="float32", run_name="run")
 STAGES = ("tokenizer", "actions", "dynamics", "text", "frame")
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    server = Forks(tmp_path_factory.mktemp("forks"))
-    yield server
-    server.close()
 
 
 def train(out_dir, *more, **settings):

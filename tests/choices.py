@@ -1,0 +1,65 @@
+"""Choices among rounded numbers: two paths that compute the same may choose differently where two are nearly equal.
+
+What comes out of a choice is compared only where the runner-up is further away than the rounding of both.
+"""
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import sample
+
+BOUND = 1e-5  # of scores of about 1 in float32
+
+
+def best(choices, scores, bound=BOUND):
+    """Asserts that choices (...) are the places of the largest of scores (..., K), or of one that is as large but for
+    `bound`."""
+    lost = scores.amax(-1) - scores.gather(-1, choices[..., None])[..., 0]
+    assert (lost <= bound).all(), f"{(lost > bound).sum()} of {lost.numel()} are not the best, by up to {lost.max()}"
+
+
+def margin(scores):
+    """(..., K) -> (...): how far the largest is from the second."""
+    if scores.size(-1) == 1:
+        return torch.full_like(scores[..., 0], torch.inf)
+    first, second = scores.topk(2).values.unbind(-1)
+    return first - second
+
+
+@contextmanager
+def clear(bound=BOUND):
+    """Within it argmax, argmin and round fail where another rounding might choose another: what follows them may then
+    be compared with what another path gives."""
+    real = {name: getattr(torch.Tensor, name) for name in ("argmax", "argmin", "round")}
+
+    def watched(name):
+        def choose(x, *given, **how):
+            if x.is_floating_point():
+                if name == "round":
+                    away = 0.5 - (x - real["round"](x)).abs()
+                else:
+                    dim = given[0] if given else how["dim"]
+                    away = margin((x if name == "argmax" else -x).movedim(dim, -1))
+                assert (away > bound).all(), f"{name}: a runner-up is only {away.min()} away; take another seed"
+            return real[name](x, *given, **how)
+        return choose
+    with pytest.MonkeyPatch.context() as patch:
+        for name in real:
+            patch.setattr(torch.Tensor, name, watched(name))
+        yield
+
+
+def followed(tokens, model, prompts, **how):
+    """The logits (n, B, V) from which `sample.generate` would draw, one step after another, if what it drew were
+    tokens (n, B)."""
+    seen, left = [], iter(tokens)
+
+    def draw(logits, *_, **__):
+        seen.append(logits)
+        return next(left)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(sample, "draw", draw)
+        for _ in sample.generate(model, prompts, len(tokens), **how):
+            pass
+    return torch.stack(seen)
