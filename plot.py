@@ -541,7 +541,7 @@ def read_index(path):
     row = {"name": str, "axis": str, "against": (str, type(None)), "factor": (*number, type(None)), "runs": [run],
            "step_seconds": (*number, type(None)), "parameters": (*number, type(None)), "error": (str, type(None)),
            "open": int, "equal_seconds": (dict, type(None)), "at": (dict, type(None))}
-    late = {"shown", "at", "sigma_data"}                               # which only some grids have
+    late = {"shown", "at", "sigma_data"}                     # which only some grids have
 
     def fits(value, shape):
         if isinstance(shape, list):
