@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from experiment import _as_size as as_size
 from flags import UserError
 
-SIZES = "(?i)overflow|too large|negative dimension|must be tuple of ints|can't allocate"  # torch, of sizes that are none
+SIZES = "(?i)overflow|too large|negative dimension|must be tuple of ints|can't allocate"  # torch, of such sizes
 
 
 def memory(device):
@@ -86,7 +86,7 @@ def weigh(build, device="cpu"):
             return build()
     except (OverflowError, MemoryError, RuntimeError, TypeError, ValueError) as error:      # of every kind for a size
         if isinstance(error, (OverflowError, MemoryError)) or re.search(SIZES, str(error)):
-            raise UserError("a model of these sizes cannot be held: there are more numbers than can be counted") from None
+            raise UserError("a model of these sizes cannot be held: it has more numbers than can be counted") from None
         if not isinstance(error, ValueError):
             raise
         raise UserError(error) from None
@@ -109,8 +109,8 @@ def notes(settings, steps, before=None):
                   "to the end")
         was = (before or {}).get(name, limit)
         if schedule in ("cosine", "wsd") and was != limit and limit is not None:
-            print(f"{name} {limit} was {was}: the rate of schedule {schedule} is computed anew for the new length, from "
-                  "the step where this goes on")
+            print(f"{name} {limit} was {was}: the rate of schedule {schedule} is computed anew for the new length, "
+                  "from the step where this goes on")
 
 
 def first_step(model, rows, T, passes, peak_flops, half=False):

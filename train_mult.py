@@ -195,7 +195,8 @@ def problems_asked():
     """The setting `ask` as [(a, b)]. UserError: not written as 12*34."""
     found = [re.fullmatch(r"\s*(\d+)\s*[*x]\s*(\d+)\s*", word) for word in ask.split(",")]
     if None in found:
-        raise UserError(f"--ask {shown(ask)}: must be two numbers with a * between them, as 12*34, or several with commas")
+        raise UserError(f"--ask {shown(ask)}: must be two numbers with a * between them, as 12*34, or several with "
+                        "commas")
     return [tuple(map(int, match.groups())) for match in found]
 
 

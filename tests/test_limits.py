@@ -1,4 +1,4 @@
-"""Limits: every setting of every script at, beyond and far beyond its bounds; models and batches that cannot be held."""
+"""Every setting of every script at, beyond and far beyond its bounds; models and batches that cannot be held."""
 import functools
 import math
 import os
@@ -18,8 +18,8 @@ from experiment import UserError, override
 ROOT = Path(flags.__file__).parent
 TRAINERS = ("train_enwik8", "train_mult", "train_dvae", "train_worldmodel", "train_facts")
 TOOLS = ("sample", "evaluate", "grid", "plot", "bench", "probe")
-ODD = ["", " ", "x", "-", ",", "1,2", "nan", "inf", "-inf", "1e308", "-1e308", "1e-320", "1e38", "1e-37", "0", "-1", "1.5",
-       "12", "1000000", str(10 ** 12), str(2 ** 63 - 1), str(2 ** 63), str(-2 ** 63 - 1), str(10 ** 25), "9" * 5000,
+ODD = ["", " ", "x", "-", ",", "1,2", "nan", "inf", "-inf", "1e308", "-1e308", "1e-320", "1e38", "1e-37", "0", "-1",
+       "1.5", "12", "1000000", str(10 ** 12), str(2 ** 63 - 1), str(2 ** 63), str(-2 ** 63 - 1), str(10 ** 25), "9" * 5000,
        "none", "true", "\N{FOX FACE}", "\N{ARABIC-INDIC DIGIT THREE}", "a\nb", "x" * 300]
 
 
@@ -102,7 +102,7 @@ def test_every_setting_is_taken_or_refused_in_a_line(script, monkeypatch, capsys
     ("train_enwik8", f"--n_embd {10 ** 25}", "whole numbers have 64 bits"),
     ("train_enwik8", "--positions rope --mixer mamba --expand 1e308", "as float32 holds them"),
     ("train_enwik8", "--positions rope --mixer mamba --expand 1e30", "cannot be held"),
-    ("train_enwik8", "--mixer mla --positions rope --qk_norm", "qk_norm normalises keys, which mixer 'mla' never forms"),
+    ("train_enwik8", "--mixer mla --positions rope --qk_norm", "qk_norm normalises keys, which mixer 'mla' never"),
     ("train_facts", "--mixer mla --qk_norm", "qk_norm normalises keys, which mixer 'mla' never forms"),
     ("train_facts", f"--task mqar --n_rows {10 ** 12}", "cannot be held"),
     ("train_mult", f"--n_embd {2 ** 40}", "cannot be held"),
@@ -152,8 +152,8 @@ def test_notes(capsys):
     limits.notes(settings, {"max_steps": 20}, {"max_steps": 12})
     assert capsys.readouterr().out.startswith("max_steps 20 was 12: the rate of schedule cosine is computed anew")
     limits.notes(settings, {"max_steps": 5})
-    assert capsys.readouterr().out == ("warmup_steps 10 of max_steps 5: the rate rises to the end and never reaches its "
-                                       "peak\n")
+    assert capsys.readouterr().out == ("warmup_steps 10 of max_steps 5: the rate rises to the end and never reaches "
+                                       "its peak\n")
 
 
 @pytest.mark.parametrize("columns", ["20", "80", "300"])

@@ -19,14 +19,15 @@ BASE = {
     "train_facts": "--n_people 8 --n_unseen 2 --n_embd 8 --batch_size 4 --eval_prompts 2 --final_prompts 2",
     "train_mult": "--n_examples 50 --val_examples 20 --eval_examples 10 --batch_size 4 --n_embd 16",
     "train_dvae": "--n_train 40 --n_val 8 --batch_size 4",
-    "train_worldmodel": "--stage dynamics --tokens cells --action_source true --n_train 8 --n_val 4 --side 4 --cell_px 4 "
-                        "--patch 4 --context 3 --batch_size 2 --dynamics_batch 2 --eval_clips 2 --rollout_clips 2",
+    "train_worldmodel": "--stage dynamics --tokens cells --action_source true --n_train 8 --n_val 4 --side 4 "
+                        "--cell_px 4 --patch 4 --context 3 --batch_size 2 --dynamics_batch 2 --eval_clips 2 --rollout_clips 2",
 }
 LEFT = {"resume", "out_dir", "run_name", "max_steps",         # typed in every run here
         "compile", "play", "profile", "debug"}                # minutes; a server; a table; the runs here are debug runs
 TYPED = {"dataset": {"train_dvae": "arc1", "train_worldmodel": "donkeycar"}, "models": "latent", "mixer": "mamba",
          "ff": "moe", "device": "cpu", "tag": "b", "tokenizer": {"train_facts": "bytes"}, "ask": "1*2",
-         "actions": "1,0", "rollout": "nowhere", "encode": "nowhere", "decode": "1,2,3,4,5,6", "val_dataset": "synthetic",
+         "actions": "1,0", "rollout": "nowhere", "encode": "nowhere", "decode": "1,2,3,4,5,6",
+         "val_dataset": "synthetic",
          "database": "nowhere", "prompt": "a", "preset": "cpu"}
 
 
@@ -39,6 +40,10 @@ def others(script, name, spec, now):
         return [str(not now).lower()]
     found = [word for word in spec.words if word != now] + ["none"] * (spec.none and now is not None)
     if spec.kind in (int, float):
+        try:                                                   # what 0 switches off
+            found += ["0"] * (not isinstance(now, tuple) and spec.read("0", typed=True) != now)
+        except ValueError:
+            pass
         first = now[0] if isinstance(now, tuple) else 1 if now in (None, *spec.words) else now
         for number in (first + 1, first / 2, first - 1, first + 2) if spec.kind is int else (
                 first / 2, first + 0.25, first * 2):
@@ -126,4 +131,3 @@ def test_every_setting_typed_on_resume(script, tmp_path, monkeypatch, capsys):
             for i in range(0, len(some), size or 1):
                 wrong += runs.walk(dict(some[i:i + size]), capsys)
     assert not wrong, "\n".join(map(" ".join, wrong))
-    print(script, runs.count, "runs")

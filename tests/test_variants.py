@@ -418,7 +418,8 @@ def test_segments_equal_one_long_pass(mixer, positions, sizes):
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
-@pytest.mark.parametrize("mixer, short_conv", [("xl", 0), ("xl", 3), ("compressive", 0), ("compressive", 3), ("mamba", 3)])
+@pytest.mark.parametrize("mixer, short_conv", [
+    ("xl", 0), ("xl", 3), ("compressive", 0), ("compressive", 3), ("mamba", 3)])
 def test_memory_is_hidden_states_under_the_weights_of_today(mixer, short_conv, norm):
     """Dai et al. 2019: what is remembered is projected anew. In a first layer hidden states are embeddings: once the
     weights between these and the memory have changed, a segment sees what one long pass with the new ones sees."""
