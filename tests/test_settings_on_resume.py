@@ -20,7 +20,8 @@ BASE = {
     "train_mult": "--n_examples 50 --val_examples 20 --eval_examples 10 --batch_size 4 --n_embd 16",
     "train_dvae": "--n_train 40 --n_val 8 --batch_size 4",
     "train_worldmodel": "--stage dynamics --tokens cells --action_source true --n_train 8 --n_val 4 --side 4 "
-                        "--cell_px 4 --patch 4 --context 3 --batch_size 2 --dynamics_batch 2 --eval_clips 2 --rollout_clips 2",
+                        "--cell_px 4 --patch 4 --context 3 --batch_size 2 --dynamics_batch 2 "
+                        "--eval_clips 2 --rollout_clips 2",
 }
 LEFT = {"resume", "out_dir", "run_name", "max_steps",         # typed in every run here
         "compile", "play", "profile", "debug"}                # minutes; a server; a table; the runs here are debug runs
