@@ -215,7 +215,7 @@ def test_no_steps_at_all(forks, tmp_path):
     assert_done(forks.run(train(tmp_path, max_steps=0, codebook_init="kmeans"), tmp_path))
     last = load_checkpoint(at(tmp_path) / "last.pt")
     assert last["step"] == 0 and curve(at(tmp_path)) == []
-    assert_equal(last["ema"]["weights"], {name: last["model"][name] for name in last["ema"]["weights"]})
+    assert_equal(dict(last["ema"]["weights"]), {name: last["model"][name] for name in last["ema"]["weights"]})
 
 
 def test_intervals_change_nothing(forks, base, tmp_path):

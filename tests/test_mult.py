@@ -342,7 +342,7 @@ def test_every_parameter_has_a_gradient():
     """One that is not rounding: 1e-7 of the longest at least, where the least that was found is 3e-6 and rounding is
     1e-9. What has none is as the docstring of Solver says."""
     variants = ["", "--format plain", "--format padded", "--format trace", "--sum_head value", "--sum_head classes",
-                "--norm layer --norm_gain --bias", "--no-qk_norm --bias", "--n_read 2", "--n_layer 2", "--n_head 16",
+                "--norm layer --norm_gain --bias", "--no-qk_norm --bias", "--n_read 2", "--n_layer 2", "--n_head 8",
                 "--sequence_weight 2", "--sum_head classes --sum_weight 0", "--n_latent 1", *(
                     f"--positions {kind}" for kind in ("rope", "alibi", "none")), *(f"--activation {kind}" for kind in (
                         "relu", "relu2", "silu", "swiglu", "geglu")), *(f"--init {kind}" for kind in (
