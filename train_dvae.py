@@ -190,6 +190,8 @@ def check(settings):
     """Settings that cannot go together: UserError with one sentence. Returns the model's configuration."""
     if n_embd % n_head:
         raise UserError(f"n_head {n_head} does not divide n_embd {n_embd}")
+    if round(ff_mult * n_embd) < 1:
+        raise UserError(f"ff_mult {ff_mult} leaves no feed-forward width at n_embd {n_embd}")
     if code_dim == 1 and similarity == "cosine" and estimator != "fsq" and resume is False:
         raise UserError("code_dim 1: on a line cosine knows two directions and has no gradient, so the encoder would "
                         "learn nothing: take code_dim 2, or --similarity dot")

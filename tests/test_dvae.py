@@ -117,8 +117,8 @@ def test_schedules_are_functions_of_the_step_alone():
 
 
 @pytest.mark.parametrize("settings, said", [
-    (dict(n_head=3), "n_head 3 does not divide n_embd 16"), (dict(code_dim=1), "code_dim 1: .* has no gradient"),
-    (dict(code_dim=1, estimator="vq"), "learn nothing"),
+    (dict(n_head=3), "n_head 3 does not divide n_embd 16"), (dict(ff_mult=0.001), "no feed-forward width"),
+    (dict(code_dim=1), "code_dim 1: .* has no gradient"), (dict(code_dim=1, estimator="vq"), "learn nothing"),
     (dict(estimator="reinmax", tau_end=0.5), "reinmax needs at least 1"),
     (dict(estimator="reinmax", tau_start=0.9), "reinmax needs at least 1"),
     (dict(estimator="vq", kl_weight="0,0.1"), "vq has no posterior"),
