@@ -68,7 +68,7 @@ NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EROFS)
 OPTIONAL = dict(matplotlib="matplotlib", wandb="wandb", tensorboard="tensorboard", yaml="pyyaml", PIL="pillow")
 READERS = {"adopt", "from_checkpoint", "load_state_dict", "load_state", "load_model", "load_optimizer", "load_ema",
-           "load_scaler", "restore_generators"}  # functions that put back what a checkpoint holds
+           "load_scaler", "load_loop", "restore_generators"}  # functions that put back what a checkpoint holds
 HELD = dict(step=int, steps=dict, settings=dict, model=dict, models=dict, done=dict, optimizer=dict, scaler=dict,
             generators=dict, data=dict, loop=dict, metrics_lines=int, script=str)  # by a checkpoint, where it has them
 
@@ -524,6 +524,18 @@ def load_checkpoint(path, script=None):
     if wrong or not all(_is_name(name) and isinstance(step, int) for name, step in steps.items()):
         raise UserError(f"{path} is damaged: {wrong[0] if wrong else 'steps'} is not what a run saves there{hint}")
     return _loaded(checkpoint, path)
+
+
+def load_loop(loop, saved):
+    """What a checkpoint has `saved` of a training loop that begins with the values of `loop`.
+
+    Raises ValueError where one of them is of another kind.
+    """
+    for name, value in loop.items():
+        kind = (int, float) if isinstance(value, (int, float)) else type(value)
+        if value is not None and not isinstance(saved.get(name, value), kind):
+            raise ValueError(f"{name} of its loop is {str(saved[name])[:50]!r}")
+    return saved
 
 
 def _is_name(name):

@@ -37,7 +37,7 @@ from discrete import (SAMPLED, choose, code_statistics, decompose, fsq_levels, i
                       usage_kl)
 from dvae import DVAE, Config
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
-                        load_checkpoint, optional, override, resolve_device, replacing, restore_generators,
+                        load_checkpoint, load_loop, optional, override, resolve_device, replacing, restore_generators,
                         seed_everything)
 from model import fused_rows, parameter_roles
 
@@ -632,7 +632,7 @@ def main():
                 tokens=0, kl_weight=0.0, chosen=torch.zeros(codebook_size, dtype=torch.int64))
     scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
     if checkpoint:
-        loop |= checkpoint["loop"]
+        loop |= load_loop(loop, checkpoint["loop"])
         optim.load_scaler(scaler, checkpoint["scaler"])
         restore_generators(checkpoint["generators"], noise=noise, revival=revival)
     loop["chosen"] = loop["chosen"].to(where)

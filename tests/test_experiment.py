@@ -23,8 +23,8 @@ import torch
 import experiment
 import parallel
 from experiment import (NonFinite, Run, Settings, Stopwatch, UserError, command, draw_curves, find_checkpoint,
-                        find_resume, generator_states, load_checkpoint, measure_peak_flops, peak_memory, resolve_device,
-                        restore_generators, seed_everything)
+                        find_resume, generator_states, load_checkpoint, load_loop, measure_peak_flops, peak_memory,
+                        resolve_device, restore_generators, seed_everything)
 
 ROOT = Path(__file__).parent.parent
 HEAD = "import sys\nfrom experiment import *\n"
@@ -463,6 +463,23 @@ def test_numbered_checkpoints_are_pruned(tmp_path, script):
         assert sorted(p.name for p in run.dir.glob("*.pt")) == ["best.pt", "step_00001000.pt", "step_00001100.pt"]
         run.keep(state(1000), 1000, 1)                       # back to step 1000: what lies ahead is no older one
         assert sorted(p.name for p in run.dir.glob("*.pt")) == ["best.pt", "step_00001000.pt", "step_00001100.pt"]
+
+
+@pytest.mark.parametrize("name, value", [("step", "x"), ("best", None), ("pending", 3), ("chosen", [1])])
+def test_a_loop_of_other_kinds_is_one_line(tmp_path, script, name, value, capsys):
+    path = train(tmp_path, script, 8) / "last.pt"
+    loop = dict(step=0, best=math.inf, pending=[], best_model=None, chosen=torch.zeros(2))
+    whole = dict(loop, step=3, best=2, best_model={})
+    assert load_loop(loop, whole) is whole
+
+    @command
+    def main():
+        load_checkpoint(path)
+        load_loop(loop, {**loop, name: value})
+    with pytest.raises(SystemExit) as caught:
+        main()
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and f"last.pt does not fit or is damaged: ValueError: {name} of its loop" in said
 
 
 def test_truncated_at_any_length_is_one_line_and_left_alone(tmp_path, script):
