@@ -70,7 +70,8 @@ OPTIONAL = dict(matplotlib="matplotlib", wandb="wandb", tensorboard="tensorboard
 READERS = {"adopt", "from_checkpoint", "load_state_dict", "load_state", "load_model", "load_optimizer", "load_ema",
            "load_scaler", "load_loop", "restore_generators"}  # functions that put back what a checkpoint holds
 HELD = dict(step=int, steps=dict, settings=dict, model=dict, models=dict, done=dict, optimizer=dict, scaler=dict,
-            generators=dict, data=dict, loop=dict, metrics_lines=int, script=str)  # by a checkpoint, where it has them
+            generators=dict, data=dict, loop=dict, metrics_lines=int, script=str,
+            ema=(dict, type(None)))  # by a checkpoint, where it has them
 
 
 class NonFinite(Exception):
@@ -519,7 +520,7 @@ def load_checkpoint(path, script=None):
         raise UserError(f"{path} is not a nanolab checkpoint{hint}")
     if script is not None and checkpoint.get("script") != Path(script).stem:
         raise UserError(f"{path} is a checkpoint of {checkpoint.get('script')}, not of {Path(script).stem}")
-    wrong = [name for name, kind in HELD.items() if not isinstance(checkpoint.get(name, kind()), kind)]
+    wrong = [name for name, kind in HELD.items() if name in checkpoint and not isinstance(checkpoint[name], kind)]
     steps = checkpoint.get("steps", {}) if not wrong else {}
     if wrong or not all(_is_name(name) and isinstance(step, int) for name, step in steps.items()):
         raise UserError(f"{path} is damaged: {wrong[0] if wrong else 'steps'} is not what a run saves there{hint}")
@@ -531,9 +532,12 @@ def load_loop(loop, saved):
 
     Raises ValueError where one of them is of another kind.
     """
+    def alike(value, other):
+        if isinstance(value, list) and value and isinstance(other, list):    # what is gathered begins empty
+            return len(value) == len(other) and all(map(alike, value, other))
+        return value is None or isinstance(other, (int, float) if isinstance(value, (int, float)) else type(value))
     for name, value in loop.items():
-        kind = (int, float) if isinstance(value, (int, float)) else type(value)
-        if value is not None and not isinstance(saved.get(name, value), kind):
+        if name in saved and not alike(value, saved[name]):
             raise ValueError(f"{name} of its loop is {str(saved[name])[:50]!r}")
     return saved
 

@@ -1310,7 +1310,7 @@ def main():
                 restore_generators(was["generators"], noise=noise, revival=revival)
                 loop |= load_loop(loop, was["loop"])
             ema = optim.EMA(model, ema_decay) if ema_decay else None                  # of the weights as they are now
-            if ema and was and was["ema"]:
+            if ema and was and was["ema"] is not None:
                 ema.load_state_dict(was["ema"])
             trained = compiled(model, name) if compile else model
             clips = Stream(video.train, clip_frames[name], clip_batch[name] * grad_accum, data_seed)

@@ -465,11 +465,12 @@ def test_numbered_checkpoints_are_pruned(tmp_path, script):
         assert sorted(p.name for p in run.dir.glob("*.pt")) == ["best.pt", "step_00001000.pt", "step_00001100.pt"]
 
 
-@pytest.mark.parametrize("name, value", [("step", "x"), ("best", None), ("pending", 3), ("chosen", [1])])
+@pytest.mark.parametrize("name, value", [("step", "x"), ("best", None), ("pending", 3), ("chosen", [1]),
+                                         ("score", [1.0, "x"]), ("score", [1.0])])
 def test_a_loop_of_other_kinds_is_one_line(tmp_path, script, name, value, capsys):
     path = train(tmp_path, script, 8) / "last.pt"
-    loop = dict(step=0, best=math.inf, pending=[], best_model=None, chosen=torch.zeros(2))
-    whole = dict(loop, step=3, best=2, best_model={})
+    loop = dict(step=0, best=math.inf, pending=[], best_model=None, chosen=torch.zeros(2), score=[-1, -math.inf])
+    whole = dict(loop, step=3, best=2, best_model={}, pending=[[1, 2]], score=[0.5, -2.0])
     assert load_loop(loop, whole) is whole
 
     @command
@@ -677,7 +678,7 @@ def test_a_key_that_is_missing_is_named_with_its_file(tmp_path, script, undrawn)
 
 @pytest.mark.parametrize("name, value", [("settings", []), ("step", "8"), ("steps", [1]), ("steps", {"../../x": 1}),
                                          ("steps", {"/x": 1}), ("steps", {"a": "1"}), ("loop", 3), ("model", [1]),
-                                         ("generators", None), ("metrics_lines", "8"), ("script", 3)], ids=repr)
+                                         ("generators", None), ("metrics_lines", "8"), ("script", 3), ("ema", [1])], ids=repr)
 def test_a_checkpoint_that_holds_something_else(tmp_path, name, value):
     torch.save({"format": "nanolab-1", "script": "toy", **state(8), name: value}, tmp_path / "last.pt")
     with pytest.raises(UserError, match=f"last.pt is damaged: {name} is not what a run saves there"):
