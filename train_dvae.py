@@ -39,6 +39,7 @@ from dvae import DVAE, Config
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
                         load_checkpoint, load_loop, optional, override, resolve_device, replacing, restore_generators,
                         seed_everything)
+from flags import shown
 from model import fused_rows, parameter_roles
 
 # --- Run ---
@@ -484,24 +485,31 @@ def draw_all(model, canvas, grids, found, run_dir, step, autocast):
 
 # --- Grids to codes, codes to grids ---
 
-def grids_of(value, name="grid"):
+def grids_of(value, name="grid", depth=0):
     """[(name, rows of colours)] of what a JSON file holds: one grid, a list of grids, a task, or several by name."""
+    if depth > 20:
+        raise UserError(f"{shown(name)}: nested too deeply: a grid is a list of rows, each a list of colours")
     if isinstance(value, list) and value and all(isinstance(row, list) and row and all(
             type(cell) is int for cell in row) for row in value):
         return [(name, value)]
     if isinstance(value, dict):
-        return [found for key, item in value.items() for found in grids_of(item, f"{name} {key}")]
+        return [found for key, item in value.items() for found in grids_of(item, f"{name} {key}", depth + 1)]
     if isinstance(value, list):
-        return [found for i, item in enumerate(value) for found in grids_of(item, f"{name} {i}")]
-    raise UserError(f"{name}: {json.dumps(value)[:40]} is no grid: a grid is a list of rows, each a list of colours")
+        return [found for i, item in enumerate(value) for found in grids_of(item, f"{name} {i}", depth + 1)]
+    raise UserError(f"{shown(name)}: {json.dumps(value)[:40]} is no grid: a grid is a list of rows, each a list of "
+                    "colours")
 
 
 def read_file(path):
     """The JSON in a file. UserError: not there, not JSON."""
     try:
-        return json.loads(Path(path).read_text())
+        if Path(path).is_char_device():
+            raise UserError(f"{path} is a device, no JSON")      # it may have no end
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
 
