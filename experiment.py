@@ -70,7 +70,7 @@ OPTIONAL = dict(matplotlib="matplotlib", wandb="wandb", tensorboard="tensorboard
 READERS = {"adopt", "from_checkpoint", "load_state_dict", "load_state", "load_model", "load_optimizer", "load_ema",
            "load_scaler", "load_loop", "restore_generators"}  # functions that put back what a checkpoint holds
 HELD = dict(step=int, steps=dict, settings=dict, model=dict, models=dict, done=dict, optimizer=dict, scaler=dict,
-            generators=dict, data=dict, loop=dict, metrics_lines=int, script=str,
+            generators=dict, data=dict, loop=dict, metrics_lines=int, script=str, ended=dict, figures=dict,
             ema=(dict, type(None)))  # by a checkpoint, where it has them
 
 

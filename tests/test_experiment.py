@@ -678,7 +678,8 @@ def test_a_key_that_is_missing_is_named_with_its_file(tmp_path, script, undrawn)
 
 @pytest.mark.parametrize("name, value", [("settings", []), ("step", "8"), ("steps", [1]), ("steps", {"../../x": 1}),
                                          ("steps", {"/x": 1}), ("steps", {"a": "1"}), ("loop", 3), ("model", [1]),
-                                         ("generators", None), ("metrics_lines", "8"), ("script", 3), ("ema", [1])], ids=repr)
+                                         ("generators", None), ("metrics_lines", "8"), ("script", 3), ("ema", [1]),
+                                         ("ended", None), ("figures", [])], ids=repr)
 def test_a_checkpoint_that_holds_something_else(tmp_path, name, value):
     torch.save({"format": "nanolab-1", "script": "toy", **state(8), name: value}, tmp_path / "last.pt")
     with pytest.raises(UserError, match=f"last.pt is damaged: {name} is not what a run saves there"):
