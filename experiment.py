@@ -582,6 +582,8 @@ def _unloaded(value):
 @contextlib.contextmanager
 def replacing(path):
     """A binary file that becomes `path`, on the disk, when the block ends; after any failure `path` is what it was."""
+    if not path.name:                                        # / and .
+        raise UserError(f"cannot write {path}: it is a folder")
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
