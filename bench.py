@@ -47,6 +47,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import limits
 import optim
 from cache import DialogTree
 from data import text
@@ -942,9 +943,11 @@ def main():
                          f"with --what {what}")
     if {"train", "memory", "generate", "optimiser"} & set(kinds):
         try:
-            our_config()
+            config = our_config()
         except ValueError as error:
             raise UserError(error) from None
+        limits.weigh(lambda: Transformer(config), device)
+        limits.fits(limits.kept(batch_size, block_size, n_embd, n_layer), f"batch_size {batch_size}", device)
     if json:                                                 # now, not after minutes
         try:
             tempfile.TemporaryFile(dir=Path(json).parent).close()

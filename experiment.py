@@ -68,9 +68,10 @@ NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EROFS)
 OPTIONAL = dict(matplotlib="matplotlib", wandb="wandb", tensorboard="tensorboard", yaml="pyyaml", PIL="pillow")
 READERS = {"adopt", "from_checkpoint", "load_state_dict", "load_state", "load_model", "load_optimizer", "load_ema",
-           "load_scaler", "restore_generators"}  # functions that put back what a checkpoint holds
+           "load_scaler", "load_loop", "restore_generators"}  # functions that put back what a checkpoint holds
 HELD = dict(step=int, steps=dict, settings=dict, model=dict, models=dict, done=dict, optimizer=dict, scaler=dict,
-            generators=dict, data=dict, loop=dict, metrics_lines=int, script=str)  # by a checkpoint, where it has them
+            generators=dict, data=dict, loop=dict, metrics_lines=int, script=str, ended=dict, figures=dict,
+            ema=(dict, type(None)))  # by a checkpoint, where it has them
 
 
 class NonFinite(Exception):
@@ -519,11 +520,26 @@ def load_checkpoint(path, script=None):
         raise UserError(f"{path} is not a nanolab checkpoint{hint}")
     if script is not None and checkpoint.get("script") != Path(script).stem:
         raise UserError(f"{path} is a checkpoint of {checkpoint.get('script')}, not of {Path(script).stem}")
-    wrong = [name for name, kind in HELD.items() if not isinstance(checkpoint.get(name, kind()), kind)]
+    wrong = [name for name, kind in HELD.items() if name in checkpoint and not isinstance(checkpoint[name], kind)]
     steps = checkpoint.get("steps", {}) if not wrong else {}
     if wrong or not all(_is_name(name) and isinstance(step, int) for name, step in steps.items()):
         raise UserError(f"{path} is damaged: {wrong[0] if wrong else 'steps'} is not what a run saves there{hint}")
     return _loaded(checkpoint, path)
+
+
+def load_loop(loop, saved):
+    """What a checkpoint has `saved` of a training loop that begins with the values of `loop`.
+
+    Raises ValueError where one of them is of another kind.
+    """
+    def alike(value, other):
+        if isinstance(value, list) and value and isinstance(other, list):    # what is gathered begins empty
+            return len(value) == len(other) and all(map(alike, value, other))
+        return value is None or isinstance(other, (int, float) if isinstance(value, (int, float)) else type(value))
+    for name, value in loop.items():
+        if name in saved and not alike(value, saved[name]):
+            raise ValueError(f"{name} of its loop is {str(saved[name])[:50]!r}")
+    return saved
 
 
 def _is_name(name):
@@ -566,6 +582,8 @@ def _unloaded(value):
 @contextlib.contextmanager
 def replacing(path):
     """A binary file that becomes `path`, on the disk, when the block ends; after any failure `path` is what it was."""
+    if not path.name:                                        # / and .
+        raise UserError(f"cannot write {path}: it is a folder")
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:

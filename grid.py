@@ -469,6 +469,8 @@ def read_yaml(path):
             return super().construct_mapping(node, deep=True)
 
     try:
+        if path.is_char_device():
+            raise UserError(f"{path} is a device, no yaml")  # it may have no end
         plan = yaml.load(path.read_bytes(), Loader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -440,16 +440,18 @@ class Block(nn.Module):
 
 class MultiTokenPrediction(nn.Module):
     """One module of DeepSeek-V3's multi-token prediction (DeepSeek-AI 2024, section 2.2): the stream of the module
-    before and the embedding of the byte one further ahead, each normalised, are joined by a matrix and pass a layer.
-    Embedding and classifier are the model's."""
+    before and the embedding of the byte one further ahead, each normalised, are joined by a matrix and pass a layer
+    of the last one's kind. Embedding and classifier are the model's. depth: 1 for the first module."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config, depth):
         super().__init__()
         c = config
         self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
         self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
         self.join = Linear(2 * c.n_embd, c.n_embd, bias=False)
-        self.block = Block(c, layer)
+        self.block = Block(c, c.n_layer - 1)
+        if isinstance(self.block.ff, MixtureOfExperts):
+            self.block.ff.layer += depth  # its experts' loads are not those of the last layer
 
     def forward(self, h, embedded, positions):
         """h and embedded (B, T, C) to (B, T, C)."""
@@ -462,7 +464,7 @@ class Transformer(nn.Module):
     With intermediate_losses, every layer predicts every target (Al-Rfou et al. 2018); one final norm serves all layers.
     Target k (bytes k + 1 ahead) weighs 0.5^k. Initialisation draws from the global CPU generator. After a forward pass
     with targets, `extras` holds what layers added to the objective, {name: weighted sum, detached}, and `usage` the
-    positions that each expert was given, {layer: (E,)}.
+    positions that each expert was given, {layer: (E,)}; modules of multi-token prediction count on from n_layer.
     """
 
     def __init__(self, config):
@@ -472,7 +474,7 @@ class Transformer(nn.Module):
         self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if c.positions == "learned" else None
         self.ropes = make_ropes(c)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
-        self.mtp = nn.ModuleList(MultiTokenPrediction(c, c.n_layer - 1) for _ in range(c.mtp_depth))
+        self.mtp = nn.ModuleList(MultiTokenPrediction(c, d + 1) for d in range(c.mtp_depth))
         self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
         self.extras, self.usage = {}, {}
 

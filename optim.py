@@ -503,7 +503,8 @@ def load_state(optimizer, state_dict):
 
     load_state_dict alone would bring the checkpoint's base_lr and weight_decay back and so overrule, silently, a flag
     that was given on resume. `lr`, which the schedule sets before every step, stays the checkpoint's: what is saved
-    before the next step is what a run that never stopped saves. Raises ValueError where the groups do not fit.
+    before the next step is what a run that never stopped saves. Raises ValueError where the groups do not fit, or the
+    moments of a parameter.
     """
     built = [{name: value for name, value in group.items() if name not in ("params", "lr")}
              for group in optimizer.param_groups]
@@ -513,6 +514,11 @@ def load_state(optimizer, state_dict):
         raise ValueError(f"the checkpoint's optimizer steps by {', '.join(str(g.get('rule')) for g in saved)}, "
                          f"this one by {', '.join(g['rule'] for g in built)}")
     optimizer.load_state_dict(state_dict)
+    for p, state in optimizer.state.items():             # torch compares none of this
+        moments = state.values() if isinstance(state, dict) else [None]
+        if not all(isinstance(x, (int, float)) or torch.is_tensor(x) and (x.shape, x.layout) == (p.shape, p.layout)
+                   for x in moments):
+            raise ValueError(f"the optimizer's state of a parameter {tuple(p.shape)} is not one of that shape")
     for group, kept in zip(optimizer.param_groups, built):
         group.update(kept)
 

@@ -37,8 +37,9 @@ from discrete import (SAMPLED, choose, code_statistics, decompose, fsq_levels, i
                       usage_kl)
 from dvae import DVAE, Config
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
-                        load_checkpoint, optional, override, resolve_device, replacing, restore_generators,
+                        load_checkpoint, load_loop, optional, override, resolve_device, replacing, restore_generators,
                         seed_everything)
+from flags import shown
 from model import fused_rows, parameter_roles
 
 # --- Run ---
@@ -190,6 +191,8 @@ def check(settings):
     """Settings that cannot go together: UserError with one sentence. Returns the model's configuration."""
     if n_embd % n_head:
         raise UserError(f"n_head {n_head} does not divide n_embd {n_embd}")
+    if round(ff_mult * n_embd) < 1:
+        raise UserError(f"ff_mult {ff_mult} leaves no feed-forward width at n_embd {n_embd}")
     if code_dim == 1 and similarity == "cosine" and estimator != "fsq" and resume is False:
         raise UserError("code_dim 1: on a line cosine knows two directions and has no gradient, so the encoder would "
                         "learn nothing: take code_dim 2, or --similarity dot")
@@ -482,24 +485,31 @@ def draw_all(model, canvas, grids, found, run_dir, step, autocast):
 
 # --- Grids to codes, codes to grids ---
 
-def grids_of(value, name="grid"):
+def grids_of(value, name="grid", depth=0):
     """[(name, rows of colours)] of what a JSON file holds: one grid, a list of grids, a task, or several by name."""
+    if depth > 20:
+        raise UserError(f"{shown(name)}: nested too deeply: a grid is a list of rows, each a list of colours")
     if isinstance(value, list) and value and all(isinstance(row, list) and row and all(
             type(cell) is int for cell in row) for row in value):
         return [(name, value)]
     if isinstance(value, dict):
-        return [found for key, item in value.items() for found in grids_of(item, f"{name} {key}")]
+        return [found for key, item in value.items() for found in grids_of(item, f"{name} {key}", depth + 1)]
     if isinstance(value, list):
-        return [found for i, item in enumerate(value) for found in grids_of(item, f"{name} {i}")]
-    raise UserError(f"{name}: {json.dumps(value)[:40]} is no grid: a grid is a list of rows, each a list of colours")
+        return [found for i, item in enumerate(value) for found in grids_of(item, f"{name} {i}", depth + 1)]
+    raise UserError(f"{shown(name)}: {json.dumps(value)[:40]} is no grid: a grid is a list of rows, each a list of "
+                    "colours")
 
 
 def read_file(path):
     """The JSON in a file. UserError: not there, not JSON."""
     try:
-        return json.loads(Path(path).read_text())
+        if Path(path).is_char_device():
+            raise UserError(f"{path} is a device, no JSON")      # it may have no end
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
 
@@ -630,7 +640,7 @@ def main():
                 tokens=0, kl_weight=0.0, chosen=torch.zeros(codebook_size, dtype=torch.int64))
     scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
     if checkpoint:
-        loop |= checkpoint["loop"]
+        loop |= load_loop(loop, checkpoint["loop"])
         optim.load_scaler(scaler, checkpoint["scaler"])
         restore_generators(checkpoint["generators"], noise=noise, revival=revival)
     loop["chosen"] = loop["chosen"].to(where)

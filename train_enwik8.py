@@ -28,7 +28,7 @@ import parallel
 from data import text
 from evaluate import LN2, score
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
-                        load_checkpoint, measure_peak_flops, optional, override, resolve_device,
+                        load_checkpoint, load_loop, measure_peak_flops, optional, override, resolve_device,
                         seed_everything)
 from model import TransformerConfig, active_layers, build_model, equal_ff_mult, fused_rows, parameter_roles
 from sample import generate
@@ -374,7 +374,8 @@ def main():
             if memory and checkpoint["memory"]:
                 memory.load_state_dict(checkpoint["memory"])
         mesh.restore_generators(checkpoint["generators"])
-        loop = {name: checkpoint["loop"][name] for name in loop}
+        was = load_loop(loop, checkpoint["loop"])
+        loop = {name: was[name] for name in loop}
     ema = optim.EMA(model, ema_decay) if ema_decay else None
     if ema and checkpoint and checkpoint["ema"]:
         mesh.load_ema(ema, checkpoint["ema"])

@@ -39,7 +39,7 @@ from data.text import check_split
 from data.tokenized import open_text
 from evaluate import answered, bits_of, recall, score
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, check_weights, command, find_resume,
-                        generator_states, load_checkpoint, measure_peak_flops, override, resolve_device,
+                        generator_states, load_checkpoint, load_loop, measure_peak_flops, override, resolve_device,
                         seed_everything)
 from model import TransformerConfig, build_model, fused_rows, parameter_roles
 
@@ -481,7 +481,8 @@ def main():
         optim.load_scaler(scaler, checkpoint["scaler"])
         batches.load_state_dict(checkpoint["data"])
         mesh.restore_generators(checkpoint["generators"])
-        loop = {name: checkpoint["loop"][name] for name in loop}
+        was = load_loop(loop, checkpoint["loop"])
+        loop = {name: was[name] for name in loop}
     ema = optim.EMA(model, ema_decay) if ema_decay else None
     if ema and checkpoint and checkpoint["ema"]:
         mesh.load_ema(ema, checkpoint["ema"])

@@ -34,7 +34,7 @@ import limits
 import optim
 from data.multiplication import EQUALS, SYMBOLS, Notation, Problems, Stream, held_out, numbers, of_length
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
-                        load_checkpoint, override, resolve_device, restore_generators, seed_everything)
+                        load_checkpoint, load_loop, override, resolve_device, restore_generators, seed_everything)
 from flags import shown
 from model import TransformerConfig, fused_rows, parameter_roles
 from networks import EncoderDecoder, LatentTransformer, PrefixDecoder, cross_entropy
@@ -438,7 +438,7 @@ class Learner:
                 self.ema.load_state_dict(state["ema"])
         self.generators = state["generators"]
         self.forcing.load_state_dict(state["forcing"])
-        self.loop = {**self.loop, **state["loop"]}
+        self.loop = {**self.loop, **load_loop(self.loop, state["loop"])}
 
 
 # --- Evaluation ---

@@ -32,7 +32,7 @@ from data.video import (ACTIONS, AGENT, BALL, Stream, World, caption, caption_le
                         read_cells, unknown_words)
 from discrete import code_statistics, fsq_levels, mutual_information
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
-                        load_checkpoint, optional, override, replacing, resolve_device, restore_generators,
+                        load_checkpoint, load_loop, optional, override, replacing, resolve_device, restore_generators,
                         seed_everything)
 from model import fused_rows, parameter_roles
 from networks import cross_entropy
@@ -1308,9 +1308,9 @@ def main():
                 optim.load_state(opt, was["optimizer"])
                 optim.load_scaler(scaler, was["scaler"])
                 restore_generators(was["generators"], noise=noise, revival=revival)
-                loop |= was["loop"]
+                loop |= load_loop(loop, was["loop"])
             ema = optim.EMA(model, ema_decay) if ema_decay else None                  # of the weights as they are now
-            if ema and was and was["ema"]:
+            if ema and was and was["ema"] is not None:
                 ema.load_state_dict(was["ema"])
             trained = compiled(model, name) if compile else model
             clips = Stream(video.train, clip_frames[name], clip_batch[name] * grad_accum, data_seed)

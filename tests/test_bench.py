@@ -152,3 +152,12 @@ def test_the_table_as_json(peer, tmp_path):
     assert 50 < rows["memory", "training"]["ours"] < 5000  # megabytes
     assert rows["train", "training"]["beside"]["its products"]["ratio"] > 0
     assert "number of parameters" not in done.stdout and done.stdout.count("nanoGPT") == 4
+
+
+@pytest.mark.parametrize("words", [["--n_layer", "1000", "--n_embd", "65536"],
+                                   ["--block_size", "1000000", "--batch_size", "1000000"]])
+def test_what_cannot_be_held_is_refused_before_it_is_built(words, monkeypatch):
+    g = fresh("bench.py")
+    monkeypatch.setattr(sys, "argv", ["bench.py", *words])
+    with pytest.raises(UserError, match="cannot be held"):
+        g["main"].__wrapped__()

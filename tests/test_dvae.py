@@ -117,8 +117,8 @@ def test_schedules_are_functions_of_the_step_alone():
 
 
 @pytest.mark.parametrize("settings, said", [
-    (dict(n_head=3), "n_head 3 does not divide n_embd 16"), (dict(code_dim=1), "code_dim 1: .* has no gradient"),
-    (dict(code_dim=1, estimator="vq"), "learn nothing"),
+    (dict(n_head=3), "n_head 3 does not divide n_embd 16"), (dict(ff_mult=0.001), "no feed-forward width"),
+    (dict(code_dim=1), "code_dim 1: .* has no gradient"), (dict(code_dim=1, estimator="vq"), "learn nothing"),
     (dict(estimator="reinmax", tau_end=0.5), "reinmax needs at least 1"),
     (dict(estimator="reinmax", tau_start=0.9), "reinmax needs at least 1"),
     (dict(estimator="vq", kl_weight="0,0.1"), "vq has no posterior"),
@@ -680,9 +680,10 @@ def test_a_picture_has_the_colours_of_arc():
 
 # --- Grids and codes of files ---
 
-def test_grids_of_a_file():
+def test_grids_of_a_file(tmp_path):
     """A grid, a list of grids, a task, tasks by name; each grid with where it stands."""
-    grids_of, one, two = fresh("train_dvae.py")["grids_of"], [[1, 2]], [[0], [3]]
+    g, one, two = fresh("train_dvae.py"), [[1, 2]], [[0], [3]]
+    grids_of, read_file = g["grids_of"], g["read_file"]
     assert grids_of(one, "f") == [("f", one)]
     assert grids_of([one, two], "f") == [("f 0", one), ("f 1", two)]
     task = {"train": [{"input": one, "output": two}], "test": [{"input": two, "output": one}]}
@@ -692,3 +693,9 @@ def test_grids_of_a_file():
     for value in (5, "grid", None, [[1, "2"]], [[1.5]], [[True]], [one, 3], {"a": None}):
         with pytest.raises(UserError, match="is no grid"):
             grids_of(value)
+    for depth in (50, 600, 3000):                            # the last is too deep for json itself
+        (tmp_path / "deep.json").write_text("[" * depth + "]" * depth)
+        with pytest.raises(UserError, match="nested too deeply"):
+            grids_of(read_file(tmp_path / "deep.json"))
+    with pytest.raises(UserError, match="is a device"):
+        read_file("/dev/zero")

@@ -23,8 +23,8 @@ import torch
 import experiment
 import parallel
 from experiment import (NonFinite, Run, Settings, Stopwatch, UserError, command, draw_curves, find_checkpoint,
-                        find_resume, generator_states, load_checkpoint, measure_peak_flops, peak_memory, resolve_device,
-                        restore_generators, seed_everything)
+                        find_resume, generator_states, load_checkpoint, load_loop, measure_peak_flops, peak_memory,
+                        resolve_device, restore_generators, seed_everything)
 
 ROOT = Path(__file__).parent.parent
 HEAD = "import sys\nfrom experiment import *\n"
@@ -465,6 +465,24 @@ def test_numbered_checkpoints_are_pruned(tmp_path, script):
         assert sorted(p.name for p in run.dir.glob("*.pt")) == ["best.pt", "step_00001000.pt", "step_00001100.pt"]
 
 
+@pytest.mark.parametrize("name, value", [("step", "x"), ("best", None), ("pending", 3), ("chosen", [1]),
+                                         ("score", [1.0, "x"]), ("score", [1.0])])
+def test_a_loop_of_other_kinds_is_one_line(tmp_path, script, name, value, capsys):
+    path = train(tmp_path, script, 8) / "last.pt"
+    loop = dict(step=0, best=math.inf, pending=[], best_model=None, chosen=torch.zeros(2), score=[-1, -math.inf])
+    whole = dict(loop, step=3, best=2, best_model={}, pending=[[1, 2]], score=[0.5, -2.0])
+    assert load_loop(loop, whole) is whole
+
+    @command
+    def main():
+        load_checkpoint(path)
+        load_loop(loop, {**loop, name: value})
+    with pytest.raises(SystemExit) as caught:
+        main()
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and f"last.pt does not fit or is damaged: ValueError: {name} of its loop" in said
+
+
 def test_truncated_at_any_length_is_one_line_and_left_alone(tmp_path, script):
     path = train(tmp_path, script, 8) / "last.pt"
     whole = path.read_bytes()
@@ -660,7 +678,8 @@ def test_a_key_that_is_missing_is_named_with_its_file(tmp_path, script, undrawn)
 
 @pytest.mark.parametrize("name, value", [("settings", []), ("step", "8"), ("steps", [1]), ("steps", {"../../x": 1}),
                                          ("steps", {"/x": 1}), ("steps", {"a": "1"}), ("loop", 3), ("model", [1]),
-                                         ("generators", None), ("metrics_lines", "8"), ("script", 3)], ids=repr)
+                                         ("generators", None), ("metrics_lines", "8"), ("script", 3), ("ema", [1]),
+                                         ("ended", None), ("figures", [])], ids=repr)
 def test_a_checkpoint_that_holds_something_else(tmp_path, name, value):
     torch.save({"format": "nanolab-1", "script": "toy", **state(8), name: value}, tmp_path / "last.pt")
     with pytest.raises(UserError, match=f"last.pt is damaged: {name} is not what a run saves there"):

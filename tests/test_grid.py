@@ -436,6 +436,8 @@ def test_the_shipped_crosses_read(name, runs, tmp_path, monkeypatch):
 def test_a_yaml_that_is_not_there(tmp_path):
     child = run(tmp_path / "none.yaml")
     assert child.returncode == 2 and child.err.startswith("error: cannot read") and len(child.err.splitlines()) == 1
+    child = run(Path("/dev/zero"))                           # which has no end
+    assert (child.returncode, child.err) == (2, "error: /dev/zero is a device, no yaml\n")
 
 
 def test_the_rule():

@@ -271,6 +271,19 @@ def test_load_state_keeps_what_the_command_asked_for():
         optim.load_state(build(model, "muon"), saved.state_dict())
 
 
+@pytest.mark.parametrize("moments", [torch.zeros(3), 3, {"step": 2, "exp_avg": None}, {"exp_avg": torch.zeros(())},
+                                     {"exp_avg": torch.eye(6).to_sparse()}], ids=str)
+def test_load_state_refuses_what_is_no_state_of_the_parameter(moments):
+    """torch compares none of it: the next step would end in a traceback, or write past a tensor's end."""
+    model = Tiny()
+    saved = build(model, "adamw")
+    train(model, saved, 2)
+    state = saved.state_dict()
+    state["state"][0] = moments
+    with pytest.raises(ValueError, match="not one of that shape"):
+        optim.load_state(build(model, "adamw"), state)
+
+
 @pytest.mark.parametrize("orthograd", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_another_decay_takes_a_checkpoint_over(name, orthograd):

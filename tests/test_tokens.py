@@ -309,6 +309,8 @@ def test_files_that_are_none(tmp_path):
         tokens.open_tokenizer(tmp_path)
     with raises_one_line("cannot write", "missing"):
         tokens.open_tokenizer("bytes").save(tmp_path / "missing" / "tok")
+    with raises_one_line("cannot write /", "folder"):
+        tokens.open_tokenizer("bytes").save("/")
 
 
 def test_open_or_train(tmp_path):

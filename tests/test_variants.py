@@ -274,6 +274,21 @@ def test_multi_token_prediction():
     assert torch.equal(small(x), plain) and not small.mtp and small.config.n_labels == 1
 
 
+def test_experts_of_multi_token_prediction_have_loads_of_their_own():
+    """By the last layer's number they moved that layer's biases, and its loads were nowhere."""
+    model = build(n_layer=2, mtp_depth=2, ff="mlp,moe", n_expert=4, expert_balance="bias").train()
+    experts = [model.blocks[1].ff, *(module.block.ff for module in model.mtp)]
+    seen = [[] for _ in experts]
+    for ff, found in zip(experts, seen):
+        ff.register_forward_pre_hook(lambda m, given, found=found: found.append(given[0].flatten(0, 1)))
+    model(text(2, 8), text(2, 10, seed=2).unfold(1, 3, 1))
+    wanted = [torch.bincount(ff.route(x)[0].flatten(), minlength=4) for ff, (x,) in zip(experts, seen)]
+    torch.testing.assert_close(model.usage, dict(enumerate(wanted, 1)))
+    model.usage = {1: torch.tensor([9, 1, 1, 1])}
+    model.balance_experts()
+    assert experts[0].correction.any() and not any(ff.correction.any() for ff in experts[1:])
+
+
 def test_targets_of_minus_one_do_not_count():
     model, x, y = build(), text(2, 8), text(2, 8, seed=2).unsqueeze(-1)
     some = y.clone()
