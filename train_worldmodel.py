@@ -1269,7 +1269,7 @@ def main():
     total = checkpoint["step"] if checkpoint else 0           # optimiser steps of all stages
     with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
         for name in [name for name in told if name not in left]:
-            run.summary(**told[name], **{f"{name}_seconds": ended[name]["loop"]["seconds"]})
+            run.summary(**told[name], **({f"{name}_seconds": ended[name]["loop"]["seconds"]} if name in ended else {}))
         begun = {name: ended[name]["loop"]["step"] for name in longer}
         if checkpoint and checkpoint["stage"] in left and checkpoint["stage"] not in (*longer, *anew):
             begun[checkpoint["stage"]] = checkpoint["loop"]["step"]

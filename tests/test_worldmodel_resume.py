@@ -117,6 +117,17 @@ def test_a_stage_that_lacks_another(forks, tmp_path, copy):
                  "in the middle of stage tokenizer")
 
 
+def test_a_checkpoint_that_lacks_what_its_stages_ended_with(forks, tmp_path):
+    """Resumed it says the finished stages' figures, but for their seconds."""
+    assert_done(forks.run(train(tmp_path, stage="tokenizer"), tmp_path))
+    last, before = at(tmp_path) / "last.pt", summary(at(tmp_path))
+    checkpoint = torch.load(last, weights_only=True)
+    del checkpoint["ended"]
+    torch.save(checkpoint, last)
+    assert_done(forks.run(train(tmp_path, "--resume", stage="tokenizer"), tmp_path))
+    assert summary(at(tmp_path))["tokenizer_psnr"] == before["tokenizer_psnr"]
+
+
 def test_architecture_comes_from_the_checkpoint(forks, tmp_path, copy):
     child = forks.run(train(copy.parents[1], "--resume", n_codes=8, max_steps=4), tmp_path)
     assert_done(child)
