@@ -445,6 +445,7 @@ def main():
     if exposures is not None and not checkpoint:
         settings["max_steps"] = globals()["max_steps"] = math.ceil(exposures * work.n_rows / (batch_size * grad_accum))
         check(settings)
+        print(f"{exposures:g} exposures: max_steps {max_steps:,}")
     limits.notes(settings, {"max_steps": max_steps}, checkpoint and checkpoint["settings"])
     batches = work.batches
 

@@ -172,9 +172,10 @@ presets = {
 aliases = {"d_model": "dynamics_embd", "n_actions": "n_codes", "learning_rate": "lr", "save_every": "save_interval",
            "eval_every": "eval_interval"}
 
-debug_settings = dict(n_train=32, n_val=8, length=8, eval_clips=16, max_steps=8, warmup_steps=2, eval_interval=4,
-                      save_interval=4, log_interval=1, batch_size=8, tokenizer_batch=4, dynamics_batch=4,
-                      tokenizer_embd=16, action_embd=8, dynamics_embd=16, text_embd=16, frame_embd=16)
+debug_settings = dict(n_train=32, n_val=8, length=8, eval_clips=16, tokenizer_steps=8, action_steps=8,
+                      dynamics_steps=8, text_steps=8, frame_steps=8, warmup_steps=2, eval_interval=4, save_interval=4,
+                      log_interval=1, batch_size=8, tokenizer_batch=4, dynamics_batch=4, tokenizer_embd=16,
+                      action_embd=8, dynamics_embd=16, text_embd=16, frame_embd=16)
 
 STAGES = ("tokenizer", "actions", "dynamics", "text", "frame")
 
@@ -234,8 +235,6 @@ def check(settings, video=None):
             optim.schedule(schedule, 0, warmup_steps, steps_of(name), min_lr_scale, decay_fraction)
     except ValueError as error:
         raise UserError(error)
-    if dataset == "gridworld":
-        limits.fits((n_train + n_val) * length * side ** 2, f"{n_train + n_val:,} episodes of {length} frames")
 
 
 def steps_of(name, settings=None):

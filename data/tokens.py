@@ -335,6 +335,8 @@ def open_tokenizer(source):
         return Tiktoken(str(source).removeprefix("tiktoken:"))
     path = Path(source).expanduser()
     try:
+        if path.is_char_device():
+            raise UserError(f"{path} is a device, no tokenizer")     # it may have no end
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"tokenizer {str(source)!r} is neither bytes, tiktoken:NAME nor a file") from error
