@@ -152,7 +152,7 @@ def _explained(error):
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in OPTIONAL:
         package = OPTIONAL[error.name.partition(".")[0]]
         return f"this needs {package}: pip install {package}"
-    if READERS & {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}:
+    if load_checkpoint.last and READERS & {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}:
         lines = [line.strip() for line in text.splitlines()]
         said = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])     # the first of what differs
         return f"{load_checkpoint.last} does not fit or is damaged: {type(error).__name__}: {said[:300]}"
@@ -577,6 +577,9 @@ def _unloaded(value):
     if type(value) in (dict, Loaded):
         return {key: _unloaded(item) for key, item in value.items()}
     return type(value)(map(_unloaded, value)) if type(value) in (list, tuple) else value
+
+
+load_checkpoint.last = None  # the path of what was read last, for `_explained`
 
 
 @contextlib.contextmanager

@@ -516,8 +516,8 @@ def load_state(optimizer, state_dict):
     optimizer.load_state_dict(state_dict)
     for p, state in optimizer.state.items():             # torch compares none of this
         moments = state.values() if isinstance(state, dict) else [None]
-        if not all(isinstance(x, (int, float)) or torch.is_tensor(x) and (x.shape, x.layout) == (p.shape, p.layout)
-                   for x in moments):
+        if not all(isinstance(x, (int, float)) or torch.is_tensor(x) and (
+                local(x).shape, x.layout) == (local(p).shape, p.layout) for x in moments):
             raise ValueError(f"the optimizer's state of a parameter {tuple(p.shape)} is not one of that shape")
     for group, kept in zip(optimizer.param_groups, built):
         group.update(kept)
