@@ -1,5 +1,9 @@
 """What all tests share."""
 import os
+import signal
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes at once: with more threads each waits for the other's
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, and so would what is started
 
 import pytest
 import torch
