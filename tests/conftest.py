@@ -3,7 +3,7 @@ import os
 import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes at once: with more threads each waits for the other's
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, and so would what is started
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell, and by its children
 
 import pytest
 import torch
