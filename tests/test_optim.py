@@ -753,5 +753,6 @@ def test_orthograd_generalises_without_weight_decay(seed):
 
 
 def test_adamw_without_weight_decay_memorises():
-    _, train, test = grok(0, 1000, orthograd=False)
+    """In more steps than OrthoGrad needs."""
+    _, train, test = grok(0, 300, orthograd=False)
     assert train == 1.0 and test <= 0.05
