@@ -147,7 +147,7 @@ def test_low_rank():
 @pytest.mark.parametrize("S, mask, dropout, expected", [
     (15, "causal", 0.0, True), (16, "causal", 0.0, False), (16, "causal", 0.1, True), (63, None, 0.0, True),
     (64, None, 0.0, False), (64, None, 0.1, True)])
-def test_training_on_a_cpu_attends_by_hand_while_that_is_faster(S, mask, dropout, expected, monkeypatch):
+def test_training_on_a_cpu_attends_by_hand_while_that_is_faster(S, mask, dropout, expected, monkeypatch, bfloat16_sdpa):
     called, attend = [], mixers.attend_by_hand
     monkeypatch.setattr(mixers, "LONG", 16)
     monkeypatch.setattr(mixers, "attend_by_hand", lambda *given: called.append(1) or attend(*given))

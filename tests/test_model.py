@@ -253,7 +253,7 @@ def test_attention_by_hand_equals_sdpa(kind, kv):
         torch.testing.assert_close(a, b)
 
 
-def test_attention_by_hand_in_bfloat16():
+def test_attention_by_hand_in_bfloat16(bfloat16_sdpa):
     """Autocast on: the softmax must keep float32's accuracy, so the result is as near to float32 as SDPA's is."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 64, 32)
