@@ -34,7 +34,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def bfloat16_sdpa():
-    """Skips where torch refuses its own attention in bfloat16: on a processor with AMX that is told to be an AVX2 one."""
+    """Skips where torch refuses its own attention in bfloat16: on a processor with AMX that is told to be one of AVX2.
+    """
     try:
         torch.nn.functional.scaled_dot_product_attention(*torch.zeros(3, 1, 4, 64, 32, dtype=torch.bfloat16))
     except RuntimeError as error:
