@@ -403,7 +403,8 @@ def test_teacher_forced_exact_is_greedy_exact(format, name):
     assert found["accuracy"] == pytest.approx(exact.double().mean().item()) and 0 < exact.sum() < len(pairs)
     if format != "trace":                                    # whose carries may be wrong where the number is right
         answers = torch.tensor([found == truth for found, truth in zip(notation.numbers(written), (a * b).tolist())])
-        assert torch.equal(answers[sure], exact[sure])
+        assert answers[sure & exact].all()                   # the other way round: a zero too many, first of a number
+        assert format != "padded" or torch.equal(answers[sure], exact[sure])
     torch.testing.assert_close(found["loss"], sum(found["digit_loss"][k] * (found["places"] == k).sum().item()
                                for k in found["digit_loss"]) / (found["places"] > -2).sum().item()) \
         if format == "padded" else None
