@@ -6,6 +6,9 @@
     python plot.py --table runs/one_change                       # Markdown, and a picture beside it
     python plot.py --table runs/facts                            # means only, of a grid with `cross`
 
+    python plot.py runs/facts.jsonl                              # an archive of runs that grid.py has made
+    python plot.py "runs/facts.jsonl/*in_weight*" --capacity     # some of its runs
+
     python plot.py "runs/facts/*/*" --contours n_people,n_embd --metric accuracy   # two settings
     python plot.py "runs/facts/*/*" --contours n_people,parameters --metric accuracy
     python plot.py "runs/facts/*/*" --metric accuracy --only tool,unseen           # some curves
@@ -26,20 +29,20 @@ import flags
 
 flags.answer_help(__name__, __file__, "runs")  # before the seconds that the next lines take
 
-import glob
 import itertools
 import math
-import re
 import statistics
 import sys
 import textwrap
 from pathlib import Path
 
-from experiment import NOISE, UserError, as_typed, command, compare, noise_floor, override, read_json, run_metrics
+from experiment import NOISE, UserError, as_typed, command, compare, noise_floor, override
+from nanolab import archive
+from nanolab.archive import natural
 
 # --- What ---
-runs = None              # directories of runs, with commas and wildcards (may also be typed as a bare word)
-table = None             # a grid's out_dir: its table instead
+runs = None              # directories and archives, with commas and wildcards (may also be typed as a bare word)
+table = None             # a grid's out_dir, or an archive of it: its table instead
 # --- How ---
 over = None              # a setting: the last value of each run over it, not a curve; with a table in Markdown
 contours = None          # two settings, X,Y, or `parameters` for one: the last values over both, with tables
@@ -58,16 +61,15 @@ SEEDS = {"seed", "data_seed", "run_name", "out_dir", "resume", "preset", "tag",
          "models"}       # each has a curve of its own, and learns the same alone as beside another
 
 
-def read_run(directory, by, split, metric):
-    """(settings, {name of the curve: [(x, y)]}) of a run; several curves where its lines name models or protocols.
+def read_run(run, by, split, metric):
+    """(settings, {name of the curve: [(x, y)]}) of a Run; several curves where its lines name models or protocols.
 
     Raises ValueError, saying why, where there is nothing to draw.
     """
-    settings = settings_of(directory)
-    lines = run_metrics(directory)
-    clock = sorted((line["step"], line["seconds"]) for line in lines if is_number(line.get("seconds")))
+    settings = settings_of(run)
+    clock = sorted((line["step"], line["seconds"]) for line in run.lines if is_number(line.get("seconds")))
     found = {}
-    for line in lines:
+    for line in run.lines:
         if line.get("split") == split and is_number(line.get(metric)):
             name = " ".join(value for key, value in line.items() if isinstance(value, str) and key != "split")
             found.setdefault(name, {})[line["step"]] = line[metric]              # the latest line of a step counts
@@ -78,12 +80,11 @@ def read_run(directory, by, split, metric):
                   for name, points in found.items()}
 
 
-def settings_of(directory):
-    """The settings of a run. ValueError where there are none."""
-    settings = read_json(directory / "params.json").get("settings")
-    if not settings or not isinstance(settings, dict):
+def settings_of(run):
+    """The settings of a Run. ValueError where there are none."""
+    if not run.settings:
         raise ValueError("no params.json")
-    return settings
+    return run.settings
 
 
 def place(step, by, settings, clock):
@@ -105,12 +106,12 @@ def place(step, by, settings, clock):
 
 
 def chosen(found, words):
-    """Of (directory, settings, curves) the curves whose names have all of `words`, and the runs that have any.
+    """Of (run, settings, curves) the curves whose names have all of `words`, and the runs that have any.
 
     UserError, naming the curves that there are, where none is left.
     """
-    left = [(directory, settings, {name: curve for name, curve in curves.items() if set(words) <= set(name.split())})
-            for directory, settings, curves in found]
+    left = [(run, settings, {name: curve for name, curve in curves.items() if set(words) <= set(name.split())})
+            for run, settings, curves in found]
     left = [run for run in left if run[2]]
     if not left:
         names = dict.fromkeys(name for _, _, curves in found for name in curves)
@@ -118,11 +119,6 @@ def chosen(found, words):
     if len(left) < len(found):
         print(f"left out {len(found) - len(left)} runs that have no curve {' '.join(words)}", file=sys.stderr)
     return left
-
-
-def natural(words):
-    """A key that puts n_embd 8 before n_embd 16."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", words)]
 
 
 def short_names(names):
@@ -136,7 +132,7 @@ def is_number(value):
 
 
 def told_apart(found, axes=()):
-    """([settings that tell runs apart], {setting that follows from those: its values}) of (directory, settings, ...).
+    """([settings that tell runs apart], {setting that follows from those: its values}) of (run, settings, ...).
 
     A setting follows if it has one value wherever those before it, and numbers wherever also the `axes` of a picture,
     have one: the batch with the task, the steps with the people. Words come before numbers, as they say more, and few
@@ -175,17 +171,17 @@ def seeds_of(members):
 
 
 def families(found):
-    """[(label, [curves of one setting])] from [(directory, settings, curves)]; a label says what differs, without what
+    """[(label, [curves of one setting])] from [(run, settings, curves)]; a label says what differs, without what
     follows from the rest of it (see `told_apart`)."""
     groups = {}
-    for directory, settings, curves in found:
+    for run, settings, curves in found:
         key = as_typed(tuple(f"{name}={value}" for name, value in sorted(settings.items()) if name not in SEEDS))
-        groups.setdefault(key, []).append((directory, settings, curves))
+        groups.setdefault(key, []).append((run, settings, curves))
     names, labels = told_apart(found)[0], []
     for members in groups.values():
-        directory, settings, _ = members[0]
+        run, settings, _ = members[0]
         label = ", ".join(f"{name} {as_typed(settings.get(name))}" for name in names) if len(groups) > 1 else ""
-        label = label or directory.name
+        label = label or run.name
         curves = [curves for _, _, curves in members]
         labels.append((label + seeds_of(curves), curves))
     return labels
@@ -233,10 +229,10 @@ def last_values(found, over):
     UserError: a run that has no such setting.
     """
     bare, kept = [], told_apart(found, (over,))[0]
-    for directory, settings, curves in found:
-        x = on_axis(settings, over, "--over", directory)
+    for run, settings, curves in found:
+        x = on_axis(settings, over, "--over", run)
         ends = {name: [(x, curve[-1][1])] for name, curve in curves.items()}
-        bare.append((directory, {name: settings.get(name) for name in kept}, ends))
+        bare.append((run, {name: settings.get(name) for name in kept}, ends))
     rows = []
     for label, members in families(bare):
         by_name = {}
@@ -302,10 +298,10 @@ def set_ticks(axis, places, name, share):
                    [compact(value) if name == "parameters" else as_typed(value) for value in shown])
 
 
-def on_axis(settings, name, option, directory):
-    """A setting's value as a place on an axis: a number, or a word. UserError where a run has no such setting."""
+def on_axis(settings, name, option, run):
+    """A setting's value as a place on an axis: a number, or a word. UserError where a Run has no such setting."""
     if name not in settings:
-        raise UserError(f"{option} {name}: {directory} has no such setting")
+        raise UserError(f"{option} {name}: {run.place} has no such setting")
     return settings[name] if is_number(settings[name]) else as_typed(settings[name])
 
 
@@ -318,9 +314,9 @@ def panels(found, x, y):
     kept, following = told_apart(found, (x, y))
     short = short_names([name for _, _, curves in found for name in curves])
     cells = {}
-    for directory, settings, curves in found:
+    for run, settings, curves in found:
         label = ", ".join(f"{name} {as_typed(settings.get(name))}" for name in kept)
-        place = tuple(on_axis(settings, name, "--contours", directory) for name in (x, y))
+        place = tuple(on_axis(settings, name, "--contours", run) for name in (x, y))
         for name, curve in curves.items():
             title = ": ".join(part for part in (label, short[name]) if part)
             cells.setdefault(title, {}).setdefault(place, []).append(curve[-1][1])
@@ -419,9 +415,9 @@ def draw_contours(drawn, x, y, what, path, beside=""):
     save(figure, path)
 
 
-def parameters_of(directory):
-    """How many parameters a run's summary.json says. ValueError where it does not, as before a run has ended."""
-    found = read_json(directory / "summary.json").get("parameters")
+def parameters_of(run):
+    """How many parameters a Run's summary says. ValueError where it does not, as before a run has ended."""
+    found = run.summary.get("parameters")
     if not is_number(found):
         raise ValueError("no parameters in its summary.json")
     return found
@@ -430,9 +426,9 @@ def parameters_of(directory):
 CAPACITY = ("parameters", "bits", "bits_of_all", "epoch", "accuracy_trained_no_tool_raw")     # of summary.json
 
 
-def read_capacity(directory):
-    """(settings, with its parameters, and what CAPACITY names) of a run. ValueError, saying why, where one lacks."""
-    settings, summary = settings_of(directory), read_json(directory / "summary.json")
+def read_capacity(run):
+    """(settings, with its parameters, and what CAPACITY names) of a Run. ValueError, saying why, where one lacks."""
+    settings, summary = settings_of(run), run.summary
     if missing := [name for name in CAPACITY if not is_number(summary.get(name))]:
         raise ValueError(f"no {missing[0]} in its summary.json: finished runs of task in_weight have it")
     return {**settings, "parameters": summary["parameters"]}, {name: summary[name] for name in CAPACITY}
@@ -443,9 +439,9 @@ def capacities(found):
     kept, following = told_apart(found, ("n_people", "parameters"))
     following.pop("n_embd", None)                            # the table has it
     groups = {}
-    for directory, settings, summary in found:
+    for run, settings, summary in found:
         label = ", ".join(f"{name} {as_typed(settings.get(name))}" for name in kept)
-        place = on_axis(settings, "n_people", "--capacity", directory), settings["parameters"]
+        place = on_axis(settings, "n_people", "--capacity", run), settings["parameters"]
         groups.setdefault(label, {}).setdefault(place, []).append((settings, summary))
     return dict(sorted(groups.items(), key=lambda group: natural(group[0]))), following
 
@@ -534,8 +530,8 @@ def save(figure, path):
 
 
 def read_index(path):
-    """The grid.json at `path`. UserError where it is not there, or not as grid.py writes it."""
-    index = read_json(path)
+    """The grid.json at `path`, or that in an archive. UserError where it is not there, or not as grid.py writes it."""
+    index = archive.read_grid(path)
     number = (int, float)
     run = {"value": number, "shown": dict}
     row = {"name": str, "axis": str, "against": (str, type(None)), "factor": (*number, type(None)), "runs": [run],
@@ -742,28 +738,27 @@ def main():
     if two and (len(set(two)) != 2 or len(two) != 2 or "" in two):
         raise UserError(f"--contours {contours}: must be two settings, as n_people,n_embd")
     if table is not None:
-        index = read_index(Path(table) / "grid.json")
+        index = read_index(Path(table) if table.endswith(".jsonl") else Path(table) / "grid.json")
         if index.get("cross"):
             settings.refuse_idle(("out", "width"), f"with --table {table}: a cross has no picture of its own")
         lines = pivot(index) if index.get("cross") else markdown(index)
         print("\n".join(lines))
         if index.get("cross"):
             return
-        return draw_table(index, Path(out or Path(table) / "table.png"))
-    places = [Path(place) for word in runs.split(",")
-              for place in sorted(glob.glob(word.strip()), key=natural) or [word.strip()]]
-    found, left_out = [], []
-    for directory in places:
+        folder = Path(table.removesuffix(".jsonl"))
+        return draw_table(index, Path(out or (folder / "table.png" if folder.is_dir() else f"{folder}.png")))
+    (there, left_out), found = archive.find(runs), []
+    for run in there:
         try:
             if capacity:
-                found.append((directory, *read_capacity(directory)))
+                found.append((run, *read_capacity(run)))
                 continue
-            settings, curves = read_run(directory, by, split, metric)
+            settings, curves = read_run(run, by, split, metric)
             if "parameters" in two:
-                settings = {**settings, "parameters": parameters_of(directory)}
-            found.append((directory, settings, curves))
+                settings = {**settings, "parameters": parameters_of(run)}
+            found.append((run, settings, curves))
         except ValueError as error:
-            left_out.append(f"{directory}: {error}")
+            left_out.append(f"{run.place}: {error}")
     if not found:
         more = f"; and so on, {len(left_out)} in all" if len(left_out) > 3 else ""
         raise UserError(f"nothing to draw: {'; '.join(left_out[:3])}{more}")

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import plot  # noqa: E402
 from experiment import UserError  # noqa: E402
+from nanolab.archive import of_folder  # noqa: E402
 from test_scripts import shell  # noqa: E402
 
 SETTINGS = {"batch_size": 4, "block_size": 8, "grad_accum": 2, "lr": 0.1, "seed": 1, "run_name": "a"}
@@ -30,24 +31,24 @@ def make(folder, values=(3.0, 2.5, 2.0), lines=(), **settings):
 
 def test_axes(tmp_path):
     run = make(tmp_path / "a")
-    assert plot.read_run(run, "step", "val", "bpb")[1] == {"block": [(10, 3.0), (20, 2.5), (30, 2.0)]}
-    assert plot.read_run(run, "tokens", "val", "bpb")[1]["block"] == [(640, 3.0), (1280, 2.5), (1920, 2.0)]
-    by_seconds = plot.read_run(run, "seconds", "val", "bpb")[1]["block"]
+    assert plot.read_run(of_folder(run), "step", "val", "bpb")[1] == {"block": [(10, 3.0), (20, 2.5), (30, 2.0)]}
+    assert plot.read_run(of_folder(run), "tokens", "val", "bpb")[1]["block"] == [(640, 3.0), (1280, 2.5), (1920, 2.0)]
+    by_seconds = plot.read_run(of_folder(run), "seconds", "val", "bpb")[1]["block"]
     assert by_seconds == [(5.0, 3.0), (10.0, 2.5), (12.5, 2.0)]           # past the last clock: where it stopped
-    assert plot.read_run(run, "seconds", "train", "loss")[1][""] == [(2.5, 3.0), (7.5, 2.5), (12.5, 2.0)]
+    assert plot.read_run(of_folder(run), "seconds", "train", "loss")[1][""] == [(2.5, 3.0), (7.5, 2.5), (12.5, 2.0)]
 
 
 def test_the_evaluation_beside_training_is_drawn_and_the_latest_line_of_a_step_counts(tmp_path):
     run = make(tmp_path / "a")
     (run / "evaluation.jsonl").write_text("".join(
         json.dumps({"step": 20, "split": "val", "bpb": bpb, "protocol": "cache"}) + "\n" for bpb in (9.0, 1.5)))
-    assert plot.read_run(run, "step", "val", "bpb")[1]["cache"] == [(20, 1.5)]
+    assert plot.read_run(of_folder(run), "step", "val", "bpb")[1]["cache"] == [(20, 1.5)]
 
 
 def test_seeds_are_one_curve_and_labels_say_what_differs(tmp_path):
     runs = [make(tmp_path / "a", (3.0, 2.0), seed=1), make(tmp_path / "b", (4.0, 3.0), seed=2),
             make(tmp_path / "c", (5.0, 5.0), lr=0.2)]
-    found = [(run, *plot.read_run(run, "step", "val", "bpb")) for run in runs]
+    found = [(of_folder(run), *plot.read_run(of_folder(run), "step", "val", "bpb")) for run in runs]
     families = plot.families(found)
     assert [label for label, _ in families] == ["lr 0.1 (2 seeds)", "lr 0.2"]
     xs, means, spread = plot.average([curves["block"] for curves in families[0][1]])
@@ -59,7 +60,7 @@ def test_seeds_are_one_curve_and_labels_say_what_differs(tmp_path):
 def test_settings_said_to_be_the_same_tell_no_runs_apart(tmp_path, monkeypatch):
     runs = [make(tmp_path / "a", seed=1), make(tmp_path / "b", seed=2, block_size=16, dp=1)]
     monkeypatch.setattr(plot, "same", "block_size,dp")
-    found = [(run, *plot.read_run(run, "tokens", "val", "bpb")) for run in runs]
+    found = [(of_folder(run), *plot.read_run(of_folder(run), "tokens", "val", "bpb")) for run in runs]
     assert [len(members) for _, members in plot.families(found)] == [2]
     assert [found[i][2]["block"][0] for i in (0, 1)] == [(640, 3.0), (1280, 3.0)]  # counted by each run's own
 
@@ -91,7 +92,7 @@ def test_what_cannot_be_drawn_is_named(tmp_path, forks):
 
 def test_drawing_gives_no_warnings(tmp_path):
     runs = [make(tmp_path / name, (3.0, 2.0), seed=i) for i, name in enumerate("ab")] + [make(tmp_path / "c", (1.0,))]
-    found = [(run, *plot.read_run(run, "step", "val", "bpb")) for run in runs]
+    found = [(of_folder(run), *plot.read_run(of_folder(run), "step", "val", "bpb")) for run in runs]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plot.draw(plot.families(found), "step", "val", "bpb", tmp_path / "a.png")
@@ -102,7 +103,7 @@ def test_last_values_over_a_setting(tmp_path, capsys):
     """Seeds are one row, other settings another; the last value counts; the table holds what the picture shows."""
     runs = [make(tmp_path / str(i), values, n_layer=n, seed=i, dropout=p) for i, (n, p, values) in enumerate((
         (2, 0.0, (3.0, 2.0)), (2, 0.0, (3.0, 2.5)), (4, 0.0, (3.0, 1.0)), (4, 0.1, (3.0, 0.5))))]
-    found = [(run, *plot.read_run(run, "step", "val", "bpb")) for run in runs]
+    found = [(of_folder(run), *plot.read_run(of_folder(run), "step", "val", "bpb")) for run in runs]
     rows = dict(plot.last_values(found, "n_layer"))
     assert {label: list(by_name.values()) for label, by_name in rows.items()} == {
         "dropout 0.0": [{2: [2.0, 2.5], 4: [1.0]}], "dropout 0.1": [{4: [0.5]}]}
@@ -118,10 +119,10 @@ def test_a_model_trained_alone_joins_those_trained_beside_others(tmp_path):
     both = [{"step": 30, "split": "val", "model": name, "accuracy": value} for name, value in (("a", 0.5), ("b", 0.75))]
     runs = [make(tmp_path / "0", (3.0,), both, models="a,b", n=8),
             make(tmp_path / "1", (3.0,), both[1:], models="b", n=4)]
-    found = [(run, *plot.read_run(run, "step", "val", "accuracy")) for run in runs]
+    found = [(of_folder(run), *plot.read_run(of_folder(run), "step", "val", "accuracy")) for run in runs]
     assert plot.last_values(found, "n") == [("0", {"a": {8: [0.5]}, "b": {8: [0.75], 4: [0.75]}})]
     apart = [make(tmp_path / name, (3.0,), [line], models=name) for name, line in zip("ab", both)]
-    found = [(run, *plot.read_run(run, "step", "val", "accuracy")) for run in apart]
+    found = [(of_folder(run), *plot.read_run(of_folder(run), "step", "val", "accuracy")) for run in apart]
     assert [label for label, _ in plot.families(found)] == ["a"]    # two models, one seed of each
 
 
@@ -166,20 +167,6 @@ def test_a_row_that_only_another_draw_of_the_data_could_have_made():
         0, 2, 0, 2] and "-0.0800 | **better**" in text["far"]
 
 
-def test_the_readme_has_the_table_of_the_reference_runs():
-    """Row by row, and with the counts of verdicts that its text names."""
-    found = json.loads((ROOT / "runs" / "reference" / "one_change" / "grid.json").read_text())
-    readme, lines = (ROOT / "README.md").read_text(), plot.markdown(found)
-    for line in lines[2:]:
-        assert line in readme, line
-    readme = " ".join(readme.split())
-    verdicts = [item["verdict"] for item in plot.judge(found)[2]]
-    counted = [verdicts.count(word) for word in (0, None, 1, -1)]
-    assert "That leaves {} rows without a difference, {} undecided, {} worse, {} better.".format(*counted) in readme
-    plan = (ROOT / "grids" / "one_change.yaml").read_text()
-    assert f"sigma_data: {found['sigma_data']}\n" in plan and f" = {found['sigma_data']}, is what another" in readme
-
-
 def test_other_numbers_beside_the_metric():
     """Means of the runs of a row; nothing where one has none; without timing runs there are no columns for time."""
     def given(values):
@@ -221,7 +208,7 @@ def grid_of_facts(folder):
 
 
 def read(runs, metric="accuracy", parameters=False):
-    found = [(run, *plot.read_run(run, "step", "val", metric)) for run in runs]
+    found = [(of_folder(run), *plot.read_run(of_folder(run), "step", "val", metric)) for run in runs]
     return [(run, {**settings, "parameters": plot.parameters_of(run)} if parameters else settings, curves)
             for run, settings, curves in found]
 
@@ -324,8 +311,8 @@ def test_capacity(tmp_path, monkeypatch):
     runs = grid_of_facts(tmp_path / "runs")
     runs.append(make_facts(tmp_path / "runs" / "worse", 2048, 8, "in_weight", 1, 0.0, -5.0))
     with pytest.raises(ValueError, match="no bits in its summary"):
-        plot.read_capacity(tmp_path / "runs" / "8_32_in_tool_1")
-    found = [(run, *plot.read_capacity(run)) for run in runs if "in_tool" not in run.name]
+        plot.read_capacity(of_folder(tmp_path / "runs" / "8_32_in_tool_1"))
+    found = [(of_folder(run), *plot.read_capacity(of_folder(run))) for run in runs if "in_tool" not in run.name]
     groups, following = plot.capacities(found)
     assert list(groups) == [""] and list(following) == ["max_steps"]
     lines = plot.capacity_table(groups)
@@ -340,7 +327,7 @@ def test_capacity(tmp_path, monkeypatch):
     more = [make_facts(tmp_path / "more" / str(n), 32, n, "in_weight", 1, 0.5, 500.0, exposures=e, max_steps=e)
             for n, e in ((8, 1000), (16, 1000))]
     found = [(run, {**settings, "exposures": 100}, summary) for run, settings, summary in found]
-    groups, following = plot.capacities(found + [(run, *plot.read_capacity(run)) for run in more])
+    groups, following = plot.capacities(found + [(run, *plot.read_capacity(run)) for run in map(of_folder, more)])
     assert list(groups) == ["exposures 100", "exposures 1000"]
     assert plot.capacity_table(groups)[-1].startswith("| exposures 1000 | 32 | 16 | 1,600 |")
     with warnings.catch_warnings():
