@@ -387,6 +387,13 @@ def test_links_of_pages(page):
             f"docs/{other.name}" for other in PAGES if other.parent == ROOT / "docs"}
 
 
+def test_runs_that_pages_name_are_there():
+    """`runs/reference/NAME.jsonl`, `NAME.jsonl/RUNS`, a picture; with wildcards."""
+    for page in PAGES:
+        for name in re.findall(r"runs/reference/[\w./*-]*\w", page.read_text()):
+            assert list(ROOT.glob(re.sub(r"\.jsonl/.*", ".jsonl", name))), f"{page.name}: {name}"
+
+
 def test_the_readme_says_what_the_pages_say():
     """The rows of its table of changes are rows of the whole table; it fits a screen or two."""
     readme, table = (ROOT.joinpath(name).read_text().splitlines() for name in ("README.md", "docs/one-change.md"))
