@@ -166,18 +166,18 @@ def test_a_row_that_only_another_draw_of_the_data_could_have_made():
         0, 2, 0, 2] and "-0.0800 | **better**" in text["far"]
 
 
-def test_docs_have_the_table_of_the_reference_runs():
+def test_the_readme_has_the_table_of_the_reference_runs():
     """Row by row, and with the counts of verdicts that its text names."""
     found = json.loads((ROOT / "runs" / "reference" / "one_change" / "grid.json").read_text())
-    page, lines = (ROOT / "docs" / "one-change.md").read_text(), plot.markdown(found)
+    readme, lines = (ROOT / "README.md").read_text(), plot.markdown(found)
     for line in lines[2:]:
-        assert line in page, line
-    page = " ".join(page.split())
+        assert line in readme, line
+    readme = " ".join(readme.split())
     verdicts = [item["verdict"] for item in plot.judge(found)[2]]
     counted = [verdicts.count(word) for word in (0, None, 1, -1)]
-    assert "That leaves {} rows without a difference, {} undecided, {} worse, {} better.".format(*counted) in page
+    assert "That leaves {} rows without a difference, {} undecided, {} worse, {} better.".format(*counted) in readme
     plan = (ROOT / "grids" / "one_change.yaml").read_text()
-    assert f"sigma_data: {found['sigma_data']}\n" in plan and f" = {found['sigma_data']}, is what another" in page
+    assert f"sigma_data: {found['sigma_data']}\n" in plan and f" = {found['sigma_data']}, is what another" in readme
 
 
 def test_other_numbers_beside_the_metric():
