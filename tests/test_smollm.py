@@ -13,8 +13,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-pyarrow = pytest.importorskip("pyarrow")
-pytest.importorskip("pyarrow.parquet")
+pytest.importorskip("pyarrow")
+import pyarrow.parquet  # noqa: E402
 from data import smollm, tokens  # noqa: E402
 from data import text as texts  # noqa: E402
 from data.smollm import Batches, documents, find, is_held_out, validation  # noqa: E402
