@@ -10,8 +10,7 @@
 The defaults are wired like T12: 12 layers of width 512, an own position table in every layer, two bytes predicted ahead
 (the second at half weight), an own classifier per layer and target, intermediate losses that end layer by layer in the
 first half of training; 44.17M parameters in training, 41.16M at inference. Published: 1.11 bits per byte on enwik8's
-test split under stride:1. What this code measured, and with which command, stands in
-docs/language-model.md.
+test split under stride:1. What this code measured, and with which command: docs/language-model.md.
 """
 import flags
 
@@ -206,7 +205,7 @@ presets = {
         activation="relu2", init="zero", equal_params=True, optimizer="muon", lr=0.02, muon_lr=0.02, betas=(0.8, 0.95),
         schedule="wsd", decay_fraction=0.8, warmup_steps=10, dtype="bfloat16", max_steps=200, eval_interval=100,
         save_interval=100, sample_length=0),
-    # The baseline of grids/one_change.yaml; with --max_steps 10000 the reference curve of docs/one-change.md.
+    # The baseline of grids/one_change.yaml; with --max_steps 10000 the reference curve of the README.
     "one_change": dict(
         dataset="enwik8", max_bytes=4_150_000, batching="streams", carry_memory=False, data_seed=1, batch_size=8,
         block_size=128, n_layer=4, n_head=4, n_embd=96, equal_params=True, dropout=0.0, norm="rms", norm_gain=False,
