@@ -21,7 +21,7 @@ preset nanogpt_cpu (bfloat16 autocast). Random bytes: speed does not depend on t
 
 Shares: `of peak` is against the best square matrix product of this device and type just before; `of bandwidth` against
 the best copy of a large tensor; the ratio beside `its products` against the step's own matrix products and nothing
-else, which is all that any training of these shapes could reach here.
+else, which is all that any training of these shapes could reach here. What it measured: docs/speed.md.
 """
 import flags
 

@@ -29,7 +29,7 @@ depend on batch_size, but for the rounding of matrix products (relative 1e-6 in 
 evaluation.jsonl, which the trainer never writes. Where the trainer does not evaluate (--eval_interval none), the best
 one under the first protocol becomes best.pt; else that file is the trainer's. It ends when the run is done, or when no
 trainer has been there for `patience` seconds. A checkpoint that is replaced before its turn is not evaluated:
---keep_last keeps more of them.
+--keep_last keeps more of them. More: docs/runs.md.
 """
 import flags
 

@@ -200,7 +200,7 @@ def keep_freed_memory():
     """Where the C library is glibc: what a tensor frees stays with the process for the next one.
 
     By itself glibc gives pieces of some megabytes back to the system, which hands every page out anew, zeroed, by a
-    fault (what that costs: README, Speed).
+    fault (what that costs: docs/speed.md).
     """
     allocator = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if allocator is not None:

@@ -36,6 +36,7 @@ In place of rows, `cross` runs every combination of some settings with every see
 A run is known by its settings: a row that is renamed does not run again, one that is changed is another run, and what
 the yaml no longer wants stays where it is. Several grid.py may share a folder. A run that fails does not stop the
 others; it is told at the end and left alone until --retry. One that was killed goes on with the next command.
+What a grid measured, and each key of its yaml: docs/one-change.md.
 """
 import flags
 

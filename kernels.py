@@ -6,7 +6,7 @@ way for CUDA tensors and the twin for all others. Attention is in kernels_attent
 kernels_scan.py, codes in kernels_codes.py, optimiser steps in kernels_optim.py.
 
 No kernel here has been timed on a GPU yet, so none is in a model's default path: TransformerConfig.kernels "triton"
-takes them. See "Kernels" in the README.
+takes them. See docs/kernels.md.
 Without Triton (macOS, Windows) every operation is its twin. Under TRITON_INTERPRET=1 kernels run in Triton's
 interpreter on CPU tensors, inside `interpreted()`: that is how tests/ compare them with their twins.
 """

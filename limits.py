@@ -119,7 +119,7 @@ def first_step(model, rows, T, passes, peak_flops, half=False):
     rows of T positions a pass; peak_flops: of the best matrix product there; half: whether autocast halves what is
     kept. Bytes: parameters with gradient and two moments; of every position and layer twelve vectors of the width, the
     hidden layer twice, with dropout the scores three times; the logits three times. Seconds: twice what the products
-    alone would take (see README, Speed).
+    alone would take (see docs/speed.md).
     """
     c, size = model.config, 2 if half else 4
     layer = 12 * c.n_embd + (2 * c.ff_width if set(c.ffs) != {"none"} else 0)

@@ -21,7 +21,7 @@ The rule of a table of rows: sigma is the standard deviation of the baseline ove
 counts where it is at least 3 sigma sqrt(1/n1 + 1/n2), with n1 and n2 seeds on the two sides; otherwise no difference
 was measured. Less is better. Where all runs read one draw of the data, and the grid knows the deviation `sigma_data`
 that another draw gives to a difference, a row that counts by sigma is undecided up to 3 sqrt(sigma^2 (1/n1 + 1/n2) +
-sigma_data^2). A table of a cross has means and deviations, and no verdicts.
+sigma_data^2). A table of a cross has means and deviations, and no verdicts. See docs/one-change.md.
 """
 import flags
 

@@ -8,7 +8,7 @@
 
 One sample is written byte by byte as it comes; several are computed as one batch and written when they are done. Same
 seed, same text. Positions rope and none roll on past block_size with a sliding cache; learned absolute positions
-cannot, so there the model starts again from the last half of its window.
+cannot, so there the model starts again from the last half of its window. More: docs/runs.md.
 """
 import flags
 

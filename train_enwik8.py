@@ -10,7 +10,7 @@
 The defaults are wired like T12: 12 layers of width 512, an own position table in every layer, two bytes predicted ahead
 (the second at half weight), an own classifier per layer and target, intermediate losses that end layer by layer in the
 first half of training; 44.17M parameters in training, 41.16M at inference. Published: 1.11 bits per byte on enwik8's
-test split under stride:1. What this code measured, and with which command, stands in the README.
+test split under stride:1. What this code measured, and with which command: docs/language-model.md.
 """
 import flags
 

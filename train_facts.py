@@ -20,7 +20,7 @@ A question, and what the assistant says to it, in both tasks; the loss is taken 
 
 Evaluation generates: greedily, with the database in the loop (protocol tool) or with calls forbidden (no_tool), on
 people that were trained on and on people that were not. A model without memory of single people is right in 3.94 % of
-the notes' questions. What this code measured, and with which command, stands in the README.
+the notes' questions. What this code measured, and with which command, stands in docs/facts.md.
 """
 import flags
 

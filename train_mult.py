@@ -14,6 +14,7 @@ read the encoder's states, and the decoder sees the problem through them only (a
 By default numbers stand least significant digit first and the answer comes without any step between; the presets also
 train a head on the running sums of long multiplication, which is never asked for an answer. Pairs are held out
 unordered: where 12 x 34 is, 34 x 12 is too. To expect of three_digits: exact match 0.999 on these (bfloat16, a CPU).
+Figures: docs/multiplication.md.
 """
 import flags
 

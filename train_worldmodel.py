@@ -11,6 +11,7 @@
 
 A small Genie (Bruce et al. 2024, 2402.15391): a tokenizer (VQ-VAE over patches), a latent action model, and MaskGIT
 over the next frame's tokens. The own world knows which action happened, so every score has its ceiling and its floors.
+Figures, and what failed: docs/worldmodel.md.
 """
 import flags
 

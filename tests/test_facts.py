@@ -451,10 +451,10 @@ class Table(torch.nn.Module):
         logits = torch.zeros(*x.shape, self.V)
         for b, row in enumerate(x.tolist()):
             question = next(key for key in (tuple(row[:n]) for n in range(len(row), 0, -1)) if key in self.known)
-            for at, (token, choices) in enumerate(zip(*self.known[question])):
+            for at, (token, n) in enumerate(zip(*self.known[question])):
                 if at and at <= x.size(1):
-                    logits[b, at - 1] = -1e4                      # evenly among this one and `choices` - 1 others
-                    logits[b, at - 1, [(token + k) % self.V for k in range(choices)]] = 0.0
+                    logits[b, at - 1] = -1e4                      # evenly among this one and n - 1 others
+                    logits[b, at - 1, [(token + k) % self.V for k in range(n)]] = 0.0
         return logits
 
 

@@ -195,7 +195,9 @@ def test_selective_scan_of_which_one_result_is_used(used, device, monkeypatch):
     monkeypatch.setattr(ks, "CHUNK", 3)
     inputs = selective_inputs(2, 5, 3, 2)
     if used == (1,):  # C and D have no part in the last state
-        last = lambda op: lambda u, dt, A, Bm, h: op(u, dt, A, Bm, *(t.to(u) for t in (inputs[4], inputs[5])), h)[1]
+        def last(op):
+            return lambda u, dt, A, Bm, h: op(u, dt, A, Bm, *(t.to(u) for t in (inputs[4], inputs[5])), h)[1]
+
         compare(last(selective_scan), last(ks.selective_scan_reference), (*inputs[:4], inputs[6]), device)
     else:
         compare(selective_scan, ks.selective_scan_reference, inputs, device, used)
