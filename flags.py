@@ -155,6 +155,12 @@ def _nearest(word, names, prefix=""):
     return f"; did you mean {prefix}{found[0]}?" if found else ""
 
 
+def unknown(what, given, known, also=()):
+    """The UserError of a name that is not among the `known` ones (nor among `also`), with the nearest of all."""
+    listed = f": choose {', '.join(known)}" * (len(known) < 20)
+    return UserError(f"unknown {what} {shown(given)!r}{listed}{_nearest(str(given), [*known, *also])}")
+
+
 def _read_settings(path):
     """The settings of a script in the order of its source: {name: _Setting}. Nothing is run.
 
