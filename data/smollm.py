@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 from data.files import fetched, folders
+from data.text import inputs_and_targets
 from data.tokens import needed, token_bytes
 from experiment import command
 from flags import UserError
@@ -193,16 +194,15 @@ def _parquet_rows(path, start):
             batches = file.iter_batches(ROWS, row_groups=[group], columns=["text"], use_threads=False)
             while True:
                 try:
-                    batch = next(batches, None)
-                    if batch is None:
-                        break
-                    column = batch.column(0).slice(max(0, start - row)).to_pylist()
+                    column = next(batches).column(0).to_pylist()
+                except StopIteration:
+                    break
                 except (OSError, ValueError) as error:  # also bytes that are no UTF-8
                     raise UserError(f"{path} cannot be read from row {row:,} on ({_line(error)})") from error
-                row = max(row, min(start, row + len(batch)))
                 for text in column:
                     row += 1
-                    yield text or "", row
+                    if row > start:
+                        yield text or "", row
 
 
 def _json_rows(path, start):
@@ -301,13 +301,7 @@ class Batches:
             self._given += 1
         stream = np.concatenate(parts)
         self._rest = stream[B * T:].copy()
-        windows = torch.from_numpy(stream[:B * T + K]).unfold(0, T + K, T).long()  # (B, T + K)
-        onto_gpu = self.device.type == "cuda"
-        if onto_gpu:
-            windows = windows.pin_memory()
-        windows = windows.to(self.device, non_blocking=onto_gpu)
-        ahead = windows[:, 1:].unfold(1, K, 1)  # (B, T, K)
-        return windows[:, :T].contiguous(), ahead.contiguous()
+        return inputs_and_targets(torch.from_numpy(stream[:B * T + K]).unfold(0, T + K, T), K, self.device)
 
     def _kind(self):
         """What a saved state must share with these batches for its position to mean the same."""

@@ -159,6 +159,17 @@ def _stdlib():
 
 # --- Batches ---
 
+def inputs_and_targets(windows, K, device):
+    """windows (B, T + K) of ids, of any integer type -> x (B, T), y (B, T, K), int64 on device: y[b, t, k] is the id
+    k + 1 places after x[b, t]."""
+    onto_gpu = device.type == "cuda"
+    if onto_gpu and not windows.is_cuda:
+        windows = windows.pin_memory()
+    windows = windows.to(device, non_blocking=onto_gpu)
+    ahead = windows[:, 1:].unfold(1, K, 1)  # (B, T, K)
+    return windows[:, :-K].long(), ahead.to(torch.long, memory_format=torch.contiguous_format)
+
+
 class Batches:
     """Endless batches of windows out of one part of a corpus.
 
@@ -224,13 +235,7 @@ class Batches:
         places = self._places()
         if self.data.is_cuda:
             places = places.pin_memory().to(self.data.device, non_blocking=True)
-        windows = self.data.unfold(0, T + K, 1).index_select(0, places)  # (B, T + K), still uint8
-        onto_gpu = self.device.type == "cuda"
-        if onto_gpu and not windows.is_cuda:
-            windows = windows.pin_memory()
-        windows = windows.to(self.device, non_blocking=onto_gpu)
-        ahead = windows[:, 1:].unfold(1, K, 1)  # (B, T, K)
-        return windows[:, :T].long(), ahead.to(torch.long, memory_format=torch.contiguous_format)
+        return inputs_and_targets(self.data.unfold(0, T + K, 1).index_select(0, places), K, self.device)
 
     def _places(self):
         """Where the next batch's windows start: (B,) int64 on the CPU."""
