@@ -61,6 +61,7 @@ from flags import Settings, UserError, adopt, as_typed, check_settings, columns,
 from nanolab.serve import Parser
 
 FORMAT = "nanolab-1"
+ROOMS = ("nanolab", "models", "fused", "data")  # folders of modules beside the scripts
 PACKAGES = "torch numpy triton wandb tensorboard tiktoken sentencepiece matplotlib tqdm pyyaml".split()
 CLOCK = "%Y-%m-%dT%H:%M:%S%z"
 PARTS = "data forward backward optimiser evaluation other".split()  # of a loop's time, for a Stopwatch
@@ -825,10 +826,9 @@ class Run:
         """The script and the modules of this folder, to code/; what has changed since the run began goes beside it."""
         root, code = Path(__file__).resolve().parent, self.dir / "code"
         loaded = [Path(getattr(module, "__dict__", {}).get("__file__") or "") for module in list(sys.modules.values())]
-        ours = [path for path in loaded
-                if path.suffix == ".py" and path.parent in (root, root / "data", root / "nanolab")]
-        ours += (root / "data").glob("*.txt")                    # words that data are made of
-        files = {path.relative_to(root): path for path in ours}
+        ours = [path for path in loaded if path.suffix == ".py" and path.parent in (root, *map(root.joinpath, ROOMS))]
+        data = [file for path in ours for file in path.parent.glob(path.stem + "*") if file.suffix in (".html", ".txt")]
+        files = {path.relative_to(root): path for path in ours + data}
         files[Path(self.script.name)] = self.script
         if self.resumed and self.checkpoint and code.exists():
             files = {name: path for name, path in files.items()
