@@ -155,12 +155,6 @@ def _nearest(word, names, prefix=""):
     return f"; did you mean {prefix}{found[0]}?" if found else ""
 
 
-def unknown(what, given, known, also=()):
-    """The UserError of a name that is not among the `known` ones (nor among `also`), with the nearest of all."""
-    listed = f": choose {', '.join(known)}" * (len(known) < 20)
-    return UserError(f"unknown {what} {shown(given)!r}{listed}{_nearest(str(given), [*known, *also])}")
-
-
 def _read_settings(path):
     """The settings of a script in the order of its source: {name: _Setting}. Nothing is run.
 
@@ -330,6 +324,12 @@ def shown(value):
     """What was typed, for an error message: on one line, and not longer than one."""
     text = "".join(letter if letter.isprintable() else " " for letter in str(value))
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
+
+
+def unknown(what, given, known, also=()):
+    """The UserError of a name that is not among the `known` ones (nor among `also`), with the nearest of all."""
+    listed = f": choose {', '.join(known)}" * (len(known) < 20)
+    return UserError(f"unknown {what} {shown(given)!r}{listed}{_nearest(str(given), [*known, *also])}")
 
 
 def check_settings(script, values, specs=None):
