@@ -880,7 +880,7 @@ COMPARISONS = dict(train=compare_training, memory=compare_memory, generate=compa
                    worlds=compare_worlds, dialogs=compare_dialogs)
 
 
-def check():
+def check(settings):
     """UserError for settings that do not fit together, or cannot be held or written."""
     kinds = what.split(",")
     if not set(kinds) <= set(COMPARISONS):
@@ -911,7 +911,7 @@ def check():
 def main():
     global settings, where, peers, kind
     settings = override(globals())
-    check()
+    check(settings)
     if threads:
         torch.set_num_threads(threads)
     where, _ = resolve_device(device, "float32")

@@ -51,9 +51,11 @@ def serve(*steps, defaults=None, **commands):
     with what the one before returned and with its own options; an option of the same name is said to all.
 
     defaults: {argument: value} in place of the functions' own. commands: {word: steps} of which the first word typed
-    chooses one, in place of `steps`. main raises UserError for what is typed wrongly.
+    chooses one, in place of `steps`. main raises UserError for what is typed wrongly; main.read(words), which calls no
+    step, too.
     """
-    def main(argv=None):
+    def read(words):
+        """(the steps, {option: value}) that the words ask for."""
         g = (steps or next(iter(commands.values())))[0].__globals__
         path = Path(g["__file__"])
         parser = Parser(prog=f"{path.parent.name}/{path.name}", description=g["__doc__"].splitlines()[0])
@@ -61,16 +63,20 @@ def serve(*steps, defaults=None, **commands):
             parts = parser.add_subparsers(dest="command", required=True, metavar="|".join(commands),
                                           parser_class=Parser)
             for word, chain in commands.items():
-                words = inspect.getdoc(chain[0]).splitlines()[0]
-                _add_options(parts.add_parser(word, help=words, description=words), chain, {})
+                said = inspect.getdoc(chain[0]).splitlines()[0]
+                _add_options(parts.add_parser(word, help=said, description=said), chain, {})
         else:
             _add_options(parser, steps, defaults or {})
-        words = [re.sub("^--(no-)?[^=]+", _underscored, word) for word in (sys.argv[1:] if argv is None else argv)]
-        typed = vars(parser.parse_args(words))
+        typed = vars(parser.parse_args([re.sub("^--(no-)?[^=]+", _underscored, word) for word in words]))
+        return steps or commands[typed["command"]], typed
+
+    def main(argv=None):
+        chain, typed = read(sys.argv[1:] if argv is None else argv)
         found = []                                               # what the step before returned
-        for step in steps or commands[typed["command"]]:
+        for step in chain:
             options = list(inspect.signature(step).parameters)[len(found):]
             found = [step(*found, **{name: typed[name] for name in options if name in typed})]
+    main.read = read
     return main
 
 
