@@ -27,12 +27,15 @@ import flags
 
 flags.answer_help(__name__, __file__)  # before the seconds that the next lines take
 
+import contextlib
 import ctypes
 import functools
 import gc
 import importlib.util
+import io
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import statistics
@@ -101,13 +104,14 @@ presets = {
     "big": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=16, steps=2, rounds=7),
 }
 
-KINDS = ("train", "memory", "generate", "evaluate", "optimiser", "kernels", "growth", "startup", "loss", "mixers",
-         "worlds", "dialogs")
 USES = dict(generate=["draws"], evaluate=["eval_block_size"], loss=["loss_target"], mixers=["mixers", "contexts"],
             worlds=["frames", "decode_steps"], dialogs=["dialog_tokens", "reply_tokens", "tree_budgets"])
 SCRIPTS = ("train_enwik8.py", "train_mult.py", "train_dvae.py", "train_worldmodel.py", "train_facts.py")
 HERE = Path(__file__).resolve().parent
 where = torch.device("cpu")  # what `device` resolves to
+settings = {}             # all that are above, as typed
+peers = {}                # {name: Side} of `peer`
+kind = None               # which of `what` is being measured
 found = []                # the rows so far, as JSON has them
 
 
@@ -126,11 +130,6 @@ def seconds(run):
     began = now()
     run()
     return now() - began
-
-
-def best_of(run, n):
-    """Seconds of the fastest of n runs: a neighbour on the machine only ever adds."""
-    return min(seconds(run) for _ in range(n))
 
 
 def in_turns(sides, n=None):
@@ -162,32 +161,38 @@ def heading(title):
           "   (quartiles)", flush=True)
 
 
-def row(kind, name, unit, amount, taken, note="", lower=False):
+def row(name, unit, amount, taken, note="", lower=False):
     """Prints and notes one line for each other side: rates amount / seconds, or with `lower` seconds * amount, where
     less is better; a ratio above 1 always says that ours is better. taken: of `in_turns`, with the side "ours"."""
     def figures(side):
         return spread([t * amount if lower else amount / t for t in taken[side]])
     ours, low, high = figures("ours")
     line = f"{name:<34} {number(ours):>12} {f'({number(low)} .. {number(high)})':<21} {unit:<9}"
-    noted = dict(kind=kind, name=name, unit=unit, ours=ours, quartiles=(low, high), note=note, beside={})
-    lines = []
+    beside, lines = {}, []
     for side in taken:
         if side != "ours":
             theirs = figures(side)[0]
             ratio = spread([b / a for a, b in zip(taken["ours"], taken[side])])
-            noted["beside"][side] = dict(theirs=theirs, ratio=ratio[0], quartiles=ratio[1:])
+            beside[side] = dict(theirs=theirs, ratio=ratio[0], quartiles=ratio[1:])
             left = line if not lines else " " * len(line)
             lines.append(f"{left} {side:<16} {number(theirs):>10} {ratio[0]:>6.2f}x   "
                          f"({ratio[1]:.2f} .. {ratio[2]:.2f})")
     lines = lines or [line]
     lines[0] += f"   {note}" if note else ""
     print("\n".join(lines), flush=True)
-    found.append(noted)
+    found.append(dict(kind=kind, name=name, unit=unit, ours=ours, quartiles=(low, high), note=note, beside=beside))
+
+
+def measure(name, unit, amount, sides, note="", lower=False, n=None):
+    """A `row` of sides that are timed now, in n rounds (None: `rounds`). note: a text, or a function of `taken`."""
+    taken = in_turns(sides, n)
+    row(name, unit, amount, taken, note(taken) if callable(note) else note, lower)
 
 
 # --- Sides ---
 
 Side = namedtuple("Side", "model training sampling")  # functions: () -> model, model -> run, (model, rows) -> run
+silent = functools.partial(contextlib.redirect_stdout, io.StringIO())
 
 
 def load_peers(words):
@@ -199,21 +204,23 @@ def load_peers(words):
             module = load_nanogpt(folder)
             sides["nanoGPT"] = Side(lambda: nanogpt_model(module), nanogpt_training, nanogpt_sampling)
         elif word == "x-transformers":
-            try:
-                import x_transformers
-            except ImportError as error:
-                raise UserError(f"--peer x-transformers: {error}; pip install x-transformers") from None
-            sides["x-transformers"] = Side(lambda: xt_model(x_transformers), xt_training, xt_sampling)
+            package = needed("x_transformers", word, "pip install x-transformers")
+            sides["x-transformers"] = Side(lambda: xt_model(package), xt_training, xt_sampling)
         elif word == "liger":  # no model: of single operations, see liger_operations
             if where.type != "cuda":
                 raise UserError("--peer liger: its kernels need a GPU")
-            try:
-                import liger_kernel  # noqa: F401
-            except ImportError as error:
-                raise UserError(f"--peer liger: {error}; pip install --no-deps liger-kernel") from None
+            needed("liger_kernel", word, "pip install --no-deps liger-kernel")
         else:
             raise UserError(f"--peer {word}: nanogpt=FOLDER, x-transformers, liger, or several with commas")
     return sides
+
+
+def needed(package, word, how):
+    """A peer's package. UserError where it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(f"--peer {word}: {error}; {how}") from None
 
 
 def load_nanogpt(folder):
@@ -242,13 +249,9 @@ def our_model(**other):
 
 def nanogpt_model(module):
     """nanoGPT's GPT of the same size."""
-    with open(os.devnull, "w") as nowhere:
-        print_to, sys.stdout = sys.stdout, nowhere
-        try:
-            return module.GPT(module.GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer,
-                                               n_head=n_head, n_embd=n_embd, dropout=0.0, bias=False)).to(where)
-        finally:
-            sys.stdout = print_to
+    with silent():
+        return module.GPT(module.GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer,
+                                           n_head=n_head, n_embd=n_embd, dropout=0.0, bias=False)).to(where)
 
 
 def xt_model(package):
@@ -259,27 +262,58 @@ def xt_model(package):
             ff_no_bias=True))).to(where)
 
 
-def our_training(model, T=None, rows=None, n=None):
-    """A function that does n (None: `steps`) optimiser steps the way train_enwik8.py does."""
-    T, rows, n = T or block_size, rows or batch_size, n or steps
-    opt = optim.build("adamw", model.named_parameters(), parameter_roles(model), lr=1e-3, weight_decay=0.1,
-                      betas=(0.9, 0.99), kernels=kernels, decay_params="2d")
-    autocast = torch.autocast(where.type, torch.bfloat16, enabled=dtype == "bfloat16")
-    data = torch.randint(256, (200_000,), dtype=torch.uint8, device=where)
-    part = torch.arange(T + 1, device=where)
-    forward = torch.compile(model) if compile else model
+def loop(model, opt, loss_of, draw, n, half):
+    """A function that does n optimiser steps: batch, loss (in bfloat16 where `half`), clipping at 1."""
+    autocast = torch.autocast(where.type, torch.bfloat16, enabled=half)
 
     def run():
         for _ in range(n):
-            starts = torch.randint(len(data) - T - 1, (rows,), device=where)
-            window = data[starts[:, None] + part].long()  # (B, T + 1)
+            x, y = draw()
             with autocast:
-                objective, _ = forward(window[:, :-1], targets=window[:, 1:, None])
-            objective.backward()
+                loss = loss_of(x, y)
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             opt.step()
             opt.zero_grad(set_to_none=True)
     return run
+
+
+def our_training(model, T=None, rows=None, n=None, compiled=False):
+    """A function that does n (None: `steps`) optimiser steps the way train_enwik8.py does."""
+    T, rows = T or block_size, rows or batch_size
+    opt = optim.build("adamw", model.named_parameters(), parameter_roles(model), lr=1e-3, weight_decay=0.1,
+                      betas=(0.9, 0.99), kernels=kernels, decay_params="2d")
+    data = torch.randint(256, (200_000,), dtype=torch.uint8, device=where)
+    part = torch.arange(T + 1, device=where)
+    forward = torch.compile(model) if compiled else model
+
+    def draw():
+        window = data[torch.randint(len(data) - T - 1, (rows,), device=where)[:, None] + part].long()  # (B, T + 1)
+        return window[:, :-1], window[:, 1:, None]
+    return loop(model, opt, lambda x, y: forward(x, targets=y)[0], draw, n or steps, dtype == "bfloat16")
+
+
+def their_loop(loss_of, model, opt):
+    """`steps` steps: batches drawn window by window as nanoGPT does; on a GPU in bfloat16."""
+    data = torch.randint(vocab_size, (200_000,))
+
+    def draw():
+        starts = torch.randint(len(data) - block_size, (batch_size,))
+        return (torch.stack([data[i + k:i + k + block_size] for i in starts]).to(where) for k in (0, 1))
+    return loop(model, opt, loss_of, draw, steps, where.type == "cuda")
+
+
+def nanogpt_training(model):
+    """A function that does `steps` optimiser steps the way nanoGPT's train.py does."""
+    with silent():
+        opt = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), where.type)
+    return their_loop(lambda x, y: model(x, y)[1], model, opt)
+
+
+def xt_training(model):
+    """The same of x-transformers, with torch's AdamW."""
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    return their_loop(lambda x, y: F.cross_entropy(model.net(x).flatten(0, 1), y.flatten()), model, opt)
 
 
 def bare_products(model):
@@ -292,9 +326,8 @@ def bare_products(model):
         return torch.randn(shape, device=where).to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
     weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
     weights.append(model.classifier(model.first_head))
-    tokens = batch_size * block_size
+    tokens, rows = batch_size * block_size, batch_size * n_head
     linears = [(made(tokens, w.size(1)), made(*w.shape), made(tokens, w.size(0))) for w in weights]
-    rows = batch_size * n_head
     heads = [(made(rows, block_size, n_embd // n_head), made(rows, block_size, block_size)) for _ in range(n_layer)]
 
     def run():
@@ -303,42 +336,6 @@ def bare_products(model):
                 x @ w.mT, y @ w, y.mT @ x
             for q, p in heads:  # q stands for k, v and their gradients too
                 q @ q.mT, p @ q, q @ q.mT, p.mT @ q, p @ q, p.mT @ q
-    return run
-
-
-def nanogpt_training(model):
-    """A function that does `steps` optimiser steps the way nanoGPT's train.py does on a CPU, on a GPU in bfloat16."""
-    with open(os.devnull, "w") as nowhere:
-        print_to, sys.stdout = sys.stdout, nowhere
-        try:
-            opt = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), where.type)
-        finally:
-            sys.stdout = print_to
-    return their_loop(lambda x, y: model(x, y)[1], model, opt)
-
-
-def xt_training(model):
-    """The same of x-transformers, with torch's AdamW."""
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
-    return their_loop(lambda x, y: F.cross_entropy(model.net(x).flatten(0, 1), y.flatten()), model, opt)
-
-
-def their_loop(loss_of, model, opt):
-    """`steps` steps: batches drawn window by window as nanoGPT does, clipping at 1."""
-    data = torch.randint(vocab_size, (200_000,))
-    autocast = torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda")
-
-    def run():
-        for _ in range(steps):
-            starts = torch.randint(len(data) - block_size, (batch_size,))
-            x = torch.stack([data[i:i + block_size] for i in starts]).to(where)
-            y = torch.stack([data[i + 1:i + 1 + block_size] for i in starts]).to(where)
-            with autocast:
-                loss = loss_of(x, y)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            opt.step()
-            opt.zero_grad(set_to_none=True)
     return run
 
 
@@ -355,54 +352,49 @@ def our_sampling(model, n, use_cache=True):
 
 def nanogpt_sampling(model, n):
     """The same by nanoGPT's generate(), which has no cache."""
-    model.eval()
     first = torch.zeros((n, 1), dtype=torch.long, device=where)
-    return lambda: model.generate(first, block_size - 1, temperature=0.8, top_k=50)
+    return functools.partial(model.eval().generate, first, block_size - 1, temperature=0.8, top_k=50)
 
 
 def xt_sampling(model, n):
     """The same by x-transformers, with its cache of keys and values."""
     from x_transformers.autoregressive_wrapper import top_k
-    model.eval()
     first = torch.zeros((n, 1), dtype=torch.long, device=where)
-    how = dict(temperature=0.8, filter_logits_fn=top_k, filter_kwargs=dict(k=50), cache_kv=True)
-    return lambda: model.generate(first, block_size - 1, **how)
+    return functools.partial(model.eval().generate, first, block_size - 1, temperature=0.8, filter_logits_fn=top_k,
+                             filter_kwargs=dict(k=50), cache_kv=True)
 
 
 # --- Training, generation, evaluation, optimisers ---
 
-def compare_training(peers):
+def compare_training():
     """Tokens per second of training, its share of the machine's best matrix product, and of its own products alone."""
-    global compile
-    tokens, wanted = steps * batch_size * block_size, compile
     heading(f"training, batch {batch_size}, {n_layer} layers, {n_embd} wide, block {block_size}")
-    precision = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    peak = measure_peak_flops(where, precision)
-    for compile in (False, True)[:1 + wanted]:
+    peak = measure_peak_flops(where, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    tokens = steps * batch_size * block_size
+    for compiled in (False, True)[:1 + compile]:
         model = our_model()
-        sides = {"ours": our_training(model), **{name: side.training(side.model()) for name, side in peers.items()},
+        sides = {"ours": our_training(model, compiled=compiled),
+                 **{name: side.training(side.model()) for name, side in peers.items()},
                  "its products": bare_products(model)}
         began = time.perf_counter()
         sides["ours"]()
-        first = time.perf_counter() - began
-        taken = in_turns(sides)
-        flops = model.flops_per_token(block_size) * tokens / statistics.median(taken["ours"])
-        note = f"{flops / 1e9:,.0f} GFLOP/s, {flops / peak:.1%} of peak {peak / 1e9:,.0f}"
-        row("train", "training, compiled" if compile else "training", "tokens/s", tokens, taken,
-            note + (f"; first {steps} steps {first:.0f} s" if compile else ""))
+        first = f"; first {steps} steps {time.perf_counter() - began:.0f} s" * compiled
+
+        def note(taken):
+            flops = model.flops_per_token(block_size) * tokens / statistics.median(taken["ours"])
+            return f"{flops / 1e9:,.0f} GFLOP/s, {flops / peak:.1%} of peak {peak / 1e9:,.0f}{first}"
+        measure("training, compiled" if compiled else "training", "tokens/s", tokens, sides, note)
 
 
-def _peak(queue, side, values):
+def _peak(queue, side, typed):
     """In a process of its own: the peak of bytes of training, on a CPU of the whole process."""
-    globals().update(values)
+    globals().update(typed, where=resolve_device(typed["device"], "float32")[0])
     keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
-    sides = load_peers(peer)
-    if side == "ours":
-        our_training(our_model())()
-    else:
-        sides[side].training(sides[side].model())()
+    theirs = load_peers(peer).get(side)
+    run = theirs.training(theirs.model()) if theirs else our_training(our_model())
+    run()
     queue.put(peak_so_far())
 
 
@@ -430,34 +422,30 @@ def peak_of(run):
     return peak_so_far()
 
 
-def compare_memory(peers):
+def compare_memory():
     """Peak bytes of training, each side in a process of its own."""
     heading("peak memory of training" + (", imports included" if where.type == "cpu" else ""))
-    context = multiprocessing.get_context("spawn")
-    names = ("peer", "device", "dtype", "kernels", "attention", "threads", "steps", "n_layer", "n_head", "n_embd",
-             "block_size", "batch_size", "vocab_size", "where")
-    taken = {}
+    context, taken = multiprocessing.get_context("spawn"), {}
     for side in ("ours", *peers):
         queue = context.Queue()
-        child = context.Process(target=_peak, args=(queue, side, {name: globals()[name] for name in names}))
+        child = context.Process(target=_peak, args=(queue, side, dict(settings)))
         child.start()
         child.join()
         if child.exitcode:
             raise RuntimeError(f"training of {side} in a process of its own ended with status {child.exitcode}")
         taken[side] = [queue.get()]
-    row("memory", "training", "MB", 1e-6, taken, lower=True)
+    row("training", "MB", 1e-6, taken, lower=True)
 
 
-def compare_generation(peers):
+def compare_generation():
     """Tokens per second of drawing a whole block from one token, with the cache and without."""
     heading(f"generation, block {block_size}, from one token to a full block")
     for n in map(int, draws.split(",")):
-        model = our_model().for_inference()
-        sides = {"ours": our_sampling(model, n),
-                 **{name: side.sampling(side.model(), n) for name, side in peers.items()}}
-        row("generate", f"batch {n}, cache", "tokens/s", n * (block_size - 1), in_turns(sides))
-        sides = {"ours": our_sampling(model, n), "without": our_sampling(model, n, use_cache=False)}
-        row("generate", f"batch {n}, our cache or none", "tokens/s", n * (block_size - 1), in_turns(sides, 5))
+        model, tokens = our_model().for_inference(), n * (block_size - 1)
+        sides = {name: side.sampling(side.model(), n) for name, side in peers.items()}
+        measure(f"batch {n}, cache", "tokens/s", tokens, {"ours": our_sampling(model, n), **sides})
+        measure(f"batch {n}, our cache or none", "tokens/s", tokens,
+                {"ours": our_sampling(model, n), "without": our_sampling(model, n, use_cache=False)}, n=5)
 
 
 @torch.no_grad()
@@ -474,7 +462,7 @@ def compare_protocols():
     of_one = {name: [t / sizes[name] for t in times] for name, times in taken.items()}  # seconds of a byte
     for name in sizes:
         beside = {} if name == "stride:1" else {"stride:1": of_one["stride:1"]}
-        row("evaluate", name, "bytes/s", 1, {"ours": of_one[name], **beside}, f"{sizes[name]:,} bytes")
+        row(name, "bytes/s", 1, {"ours": of_one[name], **beside}, f"{sizes[name]:,} bytes")
 
 
 def compare_optimisers():
@@ -495,19 +483,17 @@ def compare_optimisers():
 
     def torchs(**how):
         return torch.optim.AdamW(fresh().parameters(), lr=1e-3, weight_decay=0.1, **how).step
-    model = fresh()
-    hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
-    many = {"adamw": {"torch": torchs(), "torch, fused": torchs(fused=True)}, "sgd": {}, "schedule_free": {},
-            "muon": {}}
-    for name, beside in many.items():
-        row("optimiser", name, "ms", 1e3, in_turns({"ours": ours(name), **beside}), lower=True)
-    row("optimiser", "adamw, orthograd", "ms", 1e3, in_turns({"ours": ours("adamw", orthograd=True)}), lower=True)
+    rows = {"adamw": {"ours": ours("adamw"), "torch": torchs(), "torch, fused": torchs(fused=True)},
+            **{name: {"ours": ours(name)} for name in ("sgd", "schedule_free", "muon")},
+            "adamw, orthograd": {"ours": ours("adamw", orthograd=True)}}
     if hasattr(torch.optim, "Muon"):
+        hidden = [p for p in fresh().blocks.parameters() if p.dim() == 2]
         mine = optim.Muon([torch.nn.Parameter(p.detach().clone()) for p in hidden])
         for p, q in zip(mine.param_groups[0]["params"], hidden):
             p.grad = q.grad
-        row("optimiser", "muon, hidden matrices alone", "ms", 1e3,
-            in_turns({"ours": mine.step, "torch": torch.optim.Muon(hidden).step}), lower=True)
+        rows["muon, hidden matrices alone"] = {"ours": mine.step, "torch": torch.optim.Muon(hidden).step}
+    for name, sides in rows.items():
+        measure(name, "ms", 1e3, sides, lower=True)
 
 
 # --- What grows ---
@@ -524,7 +510,7 @@ def compare_growth():
     def grown(name, unit, amount, run, note=""):
         peak = peak_of(run)
         said = note if peak is None else f"{peak / 1e6:,.0f} MB{', ' if note else ''}{note}"
-        row("growth", name, unit, amount, in_turns({"ours": run}, min(rounds, 5)), said)
+        measure(name, unit, amount, {"ours": run}, said, n=min(rounds, 5))
     for T in (128, 512, 2048, 8192):
         cost(f"context {T}", T, 8192 // T)
     for n in (1, 4, 16, 64):
@@ -537,16 +523,15 @@ def compare_growth():
     for n in (4, 8, 16, 32):
         torch.manual_seed(seed)
         model = Dynamics((8, 8), 8, 5, block_size=n).to(where)
-        opt = torch.optim.SGD(model.parameters(), lr=0.0)
         tokens, actions = torch.randint(8, (8, n, 64), device=where), torch.randint(5, (8, n), device=where)
 
         def step():
             F.cross_entropy(model(tokens, actions).flatten(0, 2), tokens.flatten()).backward()
-            opt.zero_grad()
+            model.zero_grad()
         grown(f"{n} frames of 64 tokens, batch 8", "frames/s", 8 * n, step, "dynamics, forward and backward")
 
 
-# --- Start-up ---
+# --- Start-up, and time to a loss ---
 
 def until(line, *words):
     """Seconds from the start of `python words...` to a line of its output that matches; then it is killed.
@@ -568,29 +553,26 @@ def until(line, *words):
     raise RuntimeError(f"{' '.join(words)}: no line {line!r}")
 
 
+def whole(*words, cwd=HERE):
+    """(seconds, standard output) of `python words...`. Raises RuntimeError where it fails."""
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)}: {done.stderr[-500:]}")
+    return time.perf_counter() - began, done.stdout
+
+
 def compare_startup():
     """Wall seconds of -h, and to the first optimiser step (its line of the log), of every training script."""
     heading("start-up, wall seconds")
-
-    def helped(script):
-        began = time.perf_counter()
-        subprocess.run([sys.executable, script, "-h"], cwd=HERE, capture_output=True, check=True)
-        return time.perf_counter() - began
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import torch"], check=True)
-    first = time.perf_counter() - began
-    row("startup", "python -c 'import torch'", "s", 1, {"ours": [first]}, lower=True)
+    row("python -c 'import torch'", "s", 1, {"ours": [whole("-c", "import torch")[0]]}, lower=True)
     for script in SCRIPTS:
-        helped(script)  # into the disk's cache
-        row("startup", f"{script} -h", "s", 1, {"ours": [helped(script) for _ in range(5)]}, lower=True)
+        whole(script, "-h")  # into the disk's cache
+        row(f"{script} -h", "s", 1, {"ours": [whole(script, "-h")[0] for _ in range(5)]}, lower=True)
     for script in SCRIPTS:
-        words = (script, "--preset", "cpu", "--log_interval", "1")
-        until("step 1/", *words)
-        row("startup", f"{script}, first step", "s", 1, {"ours": [until("step 1/", *words) for _ in range(5)]},
-            "--preset cpu", lower=True)
+        times = [until("step 1/", script, "--preset", "cpu", "--log_interval", "1") for _ in range(6)]
+        row(f"{script}, first step", "s", 1, {"ours": times[1:]}, "--preset cpu", lower=True)
 
-
-# --- Time to a loss ---
 
 NANOGPT_COMMAND = ("train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 "
                    "--log_interval=1000 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 "
@@ -602,16 +584,15 @@ def prepare_nanogpt(folder):
     place = Path(folder) / "data" / "shakespeare_char"
     if (place / "train.bin").is_file() and (place / "meta.pkl").is_file():
         return
-    import pickle
     corpus = text.load("shakespeare")
-    whole = torch.cat((corpus.train, corpus.val)).numpy().tobytes().decode()
-    letters = sorted(set(whole))
-    ids = {letter: i for i, letter in enumerate(letters)}
-    cut = len(corpus.train)
-    for name, part in (("train", whole[:cut]), ("val", whole[cut:])):
-        torch.tensor([ids[letter] for letter in part], dtype=torch.int16).numpy().tofile(place / f"{name}.bin")
+    letters = sorted(set(torch.cat((corpus.train, corpus.val)).tolist()))
+    ids = torch.zeros(256, dtype=torch.int16)
+    ids[letters] = torch.arange(len(letters), dtype=torch.int16)
+    for name in ("train", "val"):
+        ids[getattr(corpus, name).long()].numpy().tofile(place / f"{name}.bin")
     with open(place / "meta.pkl", "wb") as file:
-        pickle.dump(dict(vocab_size=len(letters), itos=dict(enumerate(letters)), stoi=ids), file)
+        itos = dict(enumerate(map(chr, letters)))
+        pickle.dump(dict(vocab_size=len(letters), itos=itos, stoi={letter: i for i, letter in itos.items()}), file)
 
 
 def compare_loss():
@@ -623,30 +604,21 @@ def compare_loss():
     folder = dict(word.partition("=")[::2] for word in (peer or "").split(",")).get("nanogpt")
     if folder:
         prepare_nanogpt(folder)
-
-    def timed(words, cwd, pattern):
-        began = time.perf_counter()
-        done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, errors="replace")
-        taken = time.perf_counter() - began
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(words)}: {done.stderr[-500:]}")
-        return taken, float(re.findall(pattern, done.stdout)[-1])
     taken, losses = {"ours": []}, {"ours": []}
     for i in range(rounds):
         with tempfile.TemporaryDirectory() as out:
-            words = ("train_enwik8.py", "--preset", "shakespeare_fast", "--seed", str(seed + i), "--data_seed",
-                     str(seed + i), "--out_dir", out)
-            sides = [("ours", words, HERE, r"= ([0-9.]+) nats/byte \(protocol block, 111,540")]
+            sides = [("ours", HERE, r"= ([0-9.]+) nats/byte \(protocol block, 111,540", "train_enwik8.py", "--preset",
+                      "shakespeare_fast", "--seed", str(seed + i), "--data_seed", str(seed + i), "--out_dir", out)]
             if folder:
-                words = (*NANOGPT_COMMAND.split(), f"--out_dir={out}/nanogpt")
-                sides.append(("nanoGPT", words, folder, r"val loss ([0-9.]+)"))
-            for side, *how in sides if i % 2 == 0 else sides[::-1]:
-                second, loss = timed(*how)
+                sides.append(("nanoGPT", folder, r"val loss ([0-9.]+)", *NANOGPT_COMMAND.split(),
+                              f"--out_dir={out}/nanogpt"))
+            for side, cwd, pattern, *words in sides if i % 2 == 0 else sides[::-1]:
+                second, said = whole(*words, cwd=cwd)
                 taken.setdefault(side, []).append(second)
-                losses.setdefault(side, []).append(loss)
+                losses.setdefault(side, []).append(float(re.findall(pattern, said)[-1]))
     said = "; ".join(f"{side} " + ", ".join(f"{loss:.4f}" for loss in values) for side, values in losses.items())
     reached = sum(loss <= loss_target for loss in losses["ours"])
-    row("loss", "shakespeare_fast", "s", 1, taken, f"{reached} of {rounds} reach it; nats: {said}", lower=True)
+    row("shakespeare_fast", "s", 1, taken, f"{reached} of {rounds} reach it; nats: {said}", lower=True)
 
 
 # --- Kernels ---
@@ -743,20 +715,15 @@ def liger_operations():
             "linear_cross_entropy": liger.liger_fused_linear_cross_entropy}
 
 
-def copy_bandwidth():
-    """Bytes per second, read and written, of the best copy of a large tensor."""
-    source = torch.zeros(2 ** 28 if where.type == "cuda" else 2 ** 25, device=where)
-    target = torch.empty_like(source)
-    best = min(seconds(lambda: target.copy_(source)) for _ in range(10))
-    return 2 * source.numel() * 4 / best
-
-
 def compare_kernels():
     """Milliseconds, forward and backward, of each operation beside its twin, eager and by torch.compile; its share of
     the copy's bandwidth (bytes that must be read and written) or of the matrix product's peak."""
     heading("operations, forward and backward" + ("" if where.type == "cuda" else
                                                   "; on a CPU an operation is its twin, but for linear_cross_entropy"))
-    bandwidth, peaks = copy_bandwidth(), {}
+    source = torch.zeros(2 ** 28 if where.type == "cuda" else 2 ** 25, device=where)
+    target = torch.empty_like(source)
+    copied = 2 * source.numel() * 4 / min(seconds(lambda: target.copy_(source)) for _ in range(10))  # bytes a second
+    peak = functools.lru_cache(lambda dtype: measure_peak_flops(where, dtype))
     liger = liger_operations() if "liger" in (peer or "").split(",") else {}
     for case in kernel_cases():
         inputs = [t.detach().clone().requires_grad_() if t.is_floating_point() else t for t in case.inputs]
@@ -767,20 +734,21 @@ def compare_kernels():
                 if out.requires_grad:
                     (out * out).sum().backward()  # not a sum: a softmax's gradient would be zeros
             return run
-        sides = {"ours": both(case.op), "eager": both(case.twin)}
+
+        def note(taken):
+            best = statistics.median(taken["ours"])
+            return (f"{case.flops / best / peak(case.inputs[0].dtype):.0%} of peak" if case.flops else
+                    f"{case.bytes / best / copied:.0%} of bandwidth")
         torch._dynamo.reset()
-        sides["compiled"] = both(torch.compile(case.twin))
+        sides = {"ours": both(case.op), "eager": both(case.twin), "compiled": both(torch.compile(case.twin))}
         if (theirs := liger.get(case.name.partition(",")[0])) is not None:
             sides["Liger-Kernel"] = both(theirs)
-        taken = in_turns(sides, min(rounds, 7))
-        best = statistics.median(taken["ours"])
-        if case.flops:
-            kind = case.inputs[0].dtype
-            peaks[kind] = peaks.get(kind) or measure_peak_flops(where, kind)
-            note = f"{case.flops / best / peaks[kind]:.0%} of peak"
-        else:
-            note = f"{case.bytes / best / bandwidth:.0%} of bandwidth"
-        row("kernels", case.name, "ms", 1e3, taken, note, lower=True)
+        measure(case.name, "ms", 1e3, sides, note, lower=True, n=min(rounds, 7))
+    compare_adamw()
+
+
+def compare_adamw():
+    """Milliseconds of one fused AdamW step over the model's weights."""
     from kernels_optim import Tables, adamw_step, adamw_step_reference
     how = dict(lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
 
@@ -788,106 +756,94 @@ def compare_kernels():
         tensors = [torch.randn_like(p) for p in our_model().parameters()]
         state = (tensors, [t * 0.01 for t in tensors], *([torch.zeros_like(t) for t in tensors] for _ in range(2)))
         return lambda: step(*state, 1, **how, **more)
-    sides = {"ours": stepping(adamw_step, tables=Tables()), "eager": stepping(adamw_step_reference)}
     params = [torch.nn.Parameter(torch.randn_like(p)) for p in our_model().parameters()]
     for p in params:
         p.grad = p.detach() * 0.01
-    sides["torch, fused"] = torch.optim.AdamW(params, lr=1e-3, fused=True).step
-    row("kernels", "adamw_step", "ms", 1e3, in_turns(sides, min(rounds, 7)), lower=True)
+    measure("adamw_step", "ms", 1e3, {
+        "ours": stepping(adamw_step, tables=Tables()), "eager": stepping(adamw_step_reference),
+        "torch, fused": torch.optim.AdamW(params, lr=1e-3, fused=True).step}, lower=True, n=min(rounds, 7))
+
+
+# --- Mixers, worlds, dialogs: with our cache or tree, and without ---
+
+def with_and_without(run):
+    """The two sides of a function of a side's name."""
+    return {side: functools.partial(run, side) for side in ("ours", "without")}
 
 
 @torch.inference_mode()
 def compare_mixers():
-    """Prints for each mixer: cache bytes, generation with and without cache, and what a byte costs by its context."""
+    """Bytes per second of generation with the cache and without, for each mixer; its cache's bytes; and microseconds a
+    byte by its context: read, so many bytes in one pass, and write, one byte more with so many in the cache."""
     T = 256
-    heads = [f"read {n}" for n in contexts] + [f"write {n}" for n in contexts]
-    print(f"6 layers, 4 heads, 256 wide, block {T}, window 128, memories {T}; float32, batch 1, random weights\n"
-          f"read N: microseconds a byte, N bytes in one pass; write N: microseconds for one byte more, N in the cache\n"
-          f"{'mixer':<20} {'cache B/byte':>12} {'kB at 8192':>10} {'gen B/s':>8} {'no cache':>8} {'ratio':>6} "
-          + " ".join(f"{head:>10}" for head in heads))
+    heading(f"6 layers, 4 heads, 256 wide, block {T}, window 128, memories {T}; float32, batch 1, random weights")
     for words in mixers.split():
         mixer, _, other = words.partition("/")
-        name, _, number = other.partition("=")
-        if other and (name not in ("n_kv_head", "shorten") or not number.isdecimal()):
+        name, _, value = other.partition("=")
+        if other and (name not in ("n_kv_head", "shorten") or not value.isdecimal()):
             raise UserError(f"--mixers {words}: a mixer, or one with /n_kv_head=N or /shorten=N")
         torch.manual_seed(seed)
         try:
             model = build_model(TransformerConfig(
                 n_layer=6, n_head=4, n_embd=256, block_size=T, positions="rope", norm="rms", norm_gain=False,
-                bias=False, activation="relu2", mixer=mixer, **({name: int(number)} if other else {}))).eval()
+                bias=False, activation="relu2", mixer=mixer, **({name: int(value)} if other else {}))).eval()
         except ValueError as error:
             raise UserError(f"--mixers {words}: {error}") from None
-        prompt = bytes(range(128))
-        rate = {use: 64 / best_of(lambda: list(generate(model, [prompt], 64, use_cache=use, temperature=0)), 3)
-                for use in (True, False)}
         short, long = (model.new_cache(1, n).bytes for n in (1024, 8192))
-        costs = []
+        read, write = [], []
         for n in contexts:
-            x = torch.randint(256, (1, n))
-            costs.append(best_of(lambda: model(x), 2) / n * 1e6)
-        for n in contexts:
+            x, byte = torch.randint(256, (1, n)), torch.randint(256, (1, 1))
+            read.append(min(seconds(lambda: model(x)) for _ in range(2)) / n)
             cache = model.new_cache(1, n + 64)
-            model(torch.randint(256, (1, n)), cache=cache)
-            byte = torch.randint(256, (1, 1))
-            costs.append(statistics.median(best_of(lambda: model(byte, cache=cache), 1) for _ in range(40)) * 1e6)
-        print(f"{words:<20} {(long - short) / (8192 - 1024):>12,.0f} {long / 1000:>10,.0f} {rate[True]:>8,.0f} "
-              f"{rate[False]:>8,.0f} {rate[True] / rate[False]:>6.1f} " + " ".join(f"{cost:>10,.0f}" for cost in costs),
-              flush=True)
+            model(x, cache=cache)
+            write.append(statistics.median(seconds(lambda: model(byte, cache=cache)) for _ in range(40)))
+        costs = "; ".join(f"{what} " + " ".join(f"{second * 1e6:,.0f}" for second in times)
+                          for what, times in (("read", read), ("write", write)))
+
+        def run(side):
+            list(generate(model, [bytes(range(128))], 64, use_cache=side == "ours", temperature=0))
+        measure(words, "bytes/s", 64, with_and_without(run), f"cache {(long - short) / (8192 - 1024):,.0f} B/byte, "
+                f"{long / 1000:,.0f} kB at 8192; us a byte at {', '.join(map(str, contexts))}: {costs}", n=3)
 
 
 @torch.inference_mode()
 def compare_worlds():
-    """Prints for each dynamics and batch: frames per second with and without cache, their ratio, whether all tokens
-    are the same, and the cache's bytes."""
-    print(f"8 x 8 tokens of 8 codes a frame, 2 layers, 4 heads, 64 wide; {frames - 1} frames after one, MaskGIT in "
-          f"{decode_steps} rounds at temperature 1; float32, random weights, best of 3\n"
-          f"{'dynamics':<12} {'batch':>5} {'cached f/s':>10} {'without':>8} {'ratio':>6} {'tokens':>9} {'cache kB':>9}")
+    """Frames per second of each dynamics and batch with the cache and without, whether all tokens are the same, and
+    the cache's bytes."""
+    heading(f"8 x 8 tokens of 8 codes a frame, 2 layers, 4 heads, 64 wide; {frames - 1} frames after one, MaskGIT in "
+            f"{decode_steps} rounds at temperature 1; float32, random weights")
     for name, kind in (("maskgit", Dynamics), ("prepend", Dynamics), ("causal", CausalDynamics)):
         torch.manual_seed(seed)
         how = dict(action_input="prepend") if name == "prepend" else {}
         model = kind((8, 8), 8, 5, block_size=frames, **how).eval()
         for batch in (1, 16) if kind is Dynamics else (1,):
             first, plan = torch.randint(8, (batch, 1, 64)), torch.randint(5, (batch, frames - 1))
-            made, rate = {}, {}
-            for cached in (True, False):
-                def run():
-                    made[cached] = model.generate(first, torch.full((batch, 1), 5), plan, cached, steps=decode_steps,
-                                                  generator=torch.Generator().manual_seed(seed))
-                rate[cached] = batch * (frames - 1) / best_of(run, 3)
-            same = "identical" if torch.equal(made[True], made[False]) else "DIFFER"
-            print(f"{name:<12} {batch:>5} {rate[True]:>10,.1f} {rate[False]:>8,.1f} {rate[True] / rate[False]:>6.1f} "
-                  f"{same:>9} {model.new_cache(batch, frames).bytes / 1000:>9,.0f}", flush=True)
+            made = {}
+
+            def run(side):
+                made[side] = model.generate(first, torch.full((batch, 1), 5), plan, side == "ours", steps=decode_steps,
+                                            generator=torch.Generator().manual_seed(seed))
+
+            def note(taken):
+                same = "identical" if torch.equal(*made.values()) else "DIFFERENT"
+                return f"{same} tokens, cache {model.new_cache(batch, frames).bytes / 1000:,.0f} kB"
+            measure(f"{name}, batch {batch}", "frames/s", batch * (frames - 1),
+                    with_and_without(run), note, n=3)
 
 
 class WatchedTree(DialogTree):
-    """A DialogTree that looks at its bytes after every operation: `most`, the largest number."""
+    """A DialogTree that knows the largest number of bytes that it held: `most`."""
     most = 0
 
-    def _look(self, result):
+    def _enter(self, node):
+        super()._enter(node)
         self.most = max(self.most, self.device_bytes)
-        return result
-
-    def lock(self, tokens):
-        """As DialogTree.lock."""
-        return self._look(super().lock(tokens))
-
-    def unlock(self, prefix):
-        """As DialogTree.unlock."""
-        return self._look(super().unlock(prefix))
-
-    def take(self, prefixes, max_length):
-        """As DialogTree.take."""
-        return self._look(super().take(prefixes, max_length))
-
-    def put(self, tokens, cache, row=0):
-        """As DialogTree.put."""
-        return self._look(super().put(tokens, cache, row))
 
 
 def compare_dialogs():
-    """Prints for each budget and length of reply: tokens per second of `converse` with a tree that is empty at first,
-    and without, the median ratio of the rounds and its quartiles, the tree's largest number of bytes, and whether all
-    replies are the same. Raises RuntimeError where a tree exceeded its budget.
+    """Tokens per second of `converse` with a tree that is empty at first, and without, for each budget and length of
+    reply; the tree's largest number of bytes, and whether all replies are the same. Raises RuntimeError where a tree
+    exceeded its budget.
 
     Tokens are the same on both sides: all that the 64 prompts have, whether read or found, and all that is drawn. Both
     sides are one batch of 64 rows; beginnings and branches, which only the tree's side has, are batches of 1 and 8.
@@ -898,48 +854,42 @@ def compare_dialogs():
         bias=False, activation="relu2", init="xavier")).eval()
     base, branches, leaves = (torch.randint(256, (*shape, n)) for shape, n in zip(((), (8,), (8, 8)), dialog_tokens))
     prompts = [[*base.tolist(), *branches[i].tolist(), *leaves[i, j].tolist()] for i in range(8) for j in range(8)]
-    print(f"64 dialogs, {' + '.join(map(str, dialog_tokens))} tokens, in 1, 8 and 64 kinds; 2 layers, 4 heads, 128 "
-          f"wide, greedy, float32, random weights; {rounds} rounds\n"
-          f"{'budget':>10} {'reply':>6} {'tree tok/s':>11} {'without':>9} {'ratio':>8}   {'(quartiles)':<18} "
-          f"{'most bytes':>11} {'replies':>9}")
+    heading(f"64 dialogs, {' + '.join(map(str, dialog_tokens))} tokens, in 1, 8 and 64 kinds; 2 layers, 4 heads, 128 "
+            "wide, greedy, float32, random weights; beside: without a tree")
     for budget in tree_budgets:
         for n in reply_tokens:
-            replies, most, times = {}, 0, {"tree": [], "without": []}
-            for i in range(-1, rounds):                          # one to warm up
-                for side in ("tree", "without") if i % 2 == 0 else ("without", "tree"):
-                    began = time.perf_counter()
-                    tree = WatchedTree(model, budget, host_budget=0) if side == "tree" else None
-                    replies[side] = converse(model, prompts, n, None, tree=tree)
-                    taken = time.perf_counter() - began
-                    if tree is not None:
-                        most = max(most, tree.most)
-                    if i >= 0:
-                        times[side].append(taken)
-            if most > budget:
-                raise RuntimeError(f"the tree held {most} bytes with a budget of {budget}")
-            tokens = 64 * (sum(dialog_tokens) + n)
-            rate = {side: tokens / statistics.median(taken) for side, taken in times.items()}
-            ratios = [b / a for a, b in zip(times["tree"], times["without"])]
-            quartiles = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
-            same = [reply.tokens for reply in replies["tree"]] == [reply.tokens for reply in replies["without"]]
-            print(f"{budget:>10,} {n:>6} {rate['tree']:>11,.0f} {rate['without']:>9,.0f} "
-                  f"{statistics.median(ratios):>7.2f}x   {f'({quartiles[0]:.2f} .. {quartiles[2]:.2f})':<18} "
-                  f"{most:>11,} {'identical' if same else 'DIFFER':>9}", flush=True)
+            replies, most = {}, []
+
+            def run(side):
+                tree = WatchedTree(model, budget, host_budget=0) if side == "ours" else None
+                replies[side] = [reply.tokens for reply in converse(model, prompts, n, None, tree=tree)]
+                most.extend([tree.most] if tree else [])
+
+            def note(taken):
+                if max(most) > budget:
+                    raise RuntimeError(f"the tree held {max(most)} bytes with a budget of {budget}")
+                same = "identical" if replies["ours"] == replies["without"] else "DIFFERENT"
+                return f"{same} replies, {max(most):,} bytes at most"
+            measure(f"budget {budget:,}, reply {n}", "tokens/s", 64 * (sum(dialog_tokens) + n),
+                    with_and_without(run), note)
 
 
-@command
-def main():
-    global where
-    settings = override(globals())
+COMPARISONS = dict(train=compare_training, memory=compare_memory, generate=compare_generation,
+                   evaluate=compare_protocols, optimiser=compare_optimisers, kernels=compare_kernels,
+                   growth=compare_growth, startup=compare_startup, loss=compare_loss, mixers=compare_mixers,
+                   worlds=compare_worlds, dialogs=compare_dialogs)
+
+
+def check(settings):
+    """UserError for settings that do not fit together, or cannot be held or written."""
     kinds = what.split(",")
-    if not set(kinds) <= set(KINDS):
-        raise UserError(f"--what {what}: {', '.join(KINDS)}, or several with commas")
+    if not set(kinds) <= set(COMPARISONS):
+        raise UserError(f"--what {what}: {', '.join(COMPARISONS)}, or several with commas")
     if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", draws):
         raise UserError(f"--draws {draws}: numbers of rows from 1 to 999,999, with commas")
     if clock == "cpu" and threads != 1:
         raise UserError("--clock cpu counts the time of all threads: it needs --threads 1")
-    needs = {name for kind in kinds for name in USES.get(kind, ())}
-    settings.refuse_idle([name for names in USES.values() for name in names if name not in needs],
+    settings.refuse_idle([name for kind, names in USES.items() if kind not in kinds for name in names],
                          f"with --what {what}")
     if {"train", "memory", "generate", "optimiser"} & set(kinds):
         try:
@@ -955,6 +905,13 @@ def main():
                 raise IsADirectoryError(0, "it is a folder")
         except OSError as error:
             raise UserError(f"--json {json[:100]}: cannot be written there: {error.strerror}") from None
+
+
+@command
+def main():
+    global settings, where, peers, kind
+    settings = override(globals())
+    check(settings)
     if threads:
         torch.set_num_threads(threads)
     where, _ = resolve_device(device, "float32")
@@ -962,13 +919,9 @@ def main():
     peers = load_peers(peer)
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, Python {sys.version.split()[0]}; {clock} time, {rounds} rounds")
-    does = dict(train=lambda: compare_training(peers), memory=lambda: compare_memory(peers),
-                generate=lambda: compare_generation(peers), evaluate=compare_protocols, optimiser=compare_optimisers,
-                kernels=compare_kernels, growth=compare_growth, startup=compare_startup, loss=compare_loss,
-                mixers=compare_mixers, worlds=compare_worlds, dialogs=compare_dialogs)
-    for kind in KINDS:
-        if kind in kinds:
-            does[kind]()
+    for kind in COMPARISONS:
+        if kind in what.split(","):
+            COMPARISONS[kind]()
     if json:
         with replacing(Path(json)) as file:
             words = dict(device=name, torch=torch.__version__, python=sys.version.split()[0], clock=clock,

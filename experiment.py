@@ -58,8 +58,10 @@ except ImportError:  # Windows
     fcntl = resource = None
 
 from flags import Settings, UserError, adopt, as_typed, check_settings, columns, override  # noqa: F401
+from nanolab.serve import Parser
 
 FORMAT = "nanolab-1"
+ROOMS = ("nanolab", "models", "fused", "data")  # folders of modules beside the scripts
 PACKAGES = "torch numpy triton wandb tensorboard tiktoken sentencepiece matplotlib tqdm pyyaml".split()
 CLOCK = "%Y-%m-%dT%H:%M:%S%z"
 PARTS = "data forward backward optimiser evaluation other".split()  # of a loop's time, for a Stopwatch
@@ -824,8 +826,9 @@ class Run:
         """The script and the modules of this folder, to code/; what has changed since the run began goes beside it."""
         root, code = Path(__file__).resolve().parent, self.dir / "code"
         loaded = [Path(getattr(module, "__dict__", {}).get("__file__") or "") for module in list(sys.modules.values())]
-        ours = [path for path in loaded if path.suffix == ".py" and path.parent in (root, root / "data")]
-        files = {path.relative_to(root): path for path in ours}
+        ours = [path for path in loaded if path.suffix == ".py" and path.parent in (root, *map(root.joinpath, ROOMS))]
+        data = [file for path in ours for file in path.parent.glob(path.stem + "*") if file.suffix in (".html", ".txt")]
+        files = {path.relative_to(root): path for path in ours + data}
         files[Path(self.script.name)] = self.script
         if self.resumed and self.checkpoint and code.exists():
             files = {name: path for name, path in files.items()
@@ -1161,32 +1164,6 @@ def _as_age(seconds):
         if seconds >= length:
             return f"{seconds // length:.0f}{unit}"
     return f"{seconds:.0f}s"
-
-
-class Parser(argparse.ArgumentParser):
-    """The command line of a module that is not a script; what is typed wrongly is a UserError."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs, formatter_class=lambda prog: argparse.HelpFormatter(prog, width=columns()))
-
-    def error(self, message):
-        raise UserError(message)
-
-    def exit(self, status=0, message=None):
-        sys.stdout.flush()                                       # here, where `command` sees that nobody reads on
-        super().exit(status, message)
-
-
-def bounded(kind, low, high=2 ** 62):
-    """What argparse may read: an int or a float from `low` to `high`."""
-    def read(text):
-        with contextlib.suppress(ValueError, OverflowError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        limits = f"from {low} to {high}" if high < 2 ** 62 else f"at least {low}, of 64 bits"
-        noun = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{flags.shown(text)!r} must be {noun} {limits}")
-    return read
 
 
 def _seconds(text):

@@ -326,6 +326,12 @@ def shown(value):
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
 
 
+def unknown(what, given, known, also=()):
+    """The UserError of a name that is not among the `known` ones (nor among `also`), with the nearest of all."""
+    listed = f": choose {', '.join(known)}" * (len(known) < 20)
+    return UserError(f"unknown {what} {shown(given)!r}{listed}{_nearest(str(given), [*known, *also])}")
+
+
 def check_settings(script, values, specs=None):
     """`values` {name: value}, as a file gives them, in the types of the script's settings. Nothing is run.
 

@@ -217,40 +217,29 @@ def _split(y, n_classes, train, seed):
     return learned, held.nonzero().flatten()
 
 
-def layers_that_know(model, prompts, labels, people=None, places=None, train_fraction=0.8, l2=1e-2, steps=100, seed=0,
-                     batch_size=64):
+def layers_that_know(model, prompts, labels, places=None, l2=1e-2, steps=100, seed=0):
     """At which places a label can be read off the state at the end of a prompt: {place: Accuracies}, in their order.
 
     model: a Transformer or what has its face: `model(x)` for x (B, T) int64, causal. prompts: N lists of ids, of any
     lengths; shorter ones are padded on the right, where no position of theirs looks. labels: N whole numbers from 0
-    without a gap. people: whom each prompt is about, N names or numbers, all prompts of one person with one
-    label; people are learned from or held out as a whole (None: each prompt is about another one). places: as `record`
-    names them, (B, T, C) (None: "embed" and the stream after each layer). train_fraction: of the people of each label.
-    The rest as in linear_probe; the split is the same for all places. The model runs in eval mode, in the caller's
-    autocast, and is left in its own. Raises ValueError as record and linear_probe do, and for empty or too long
-    prompts, counts that do not fit, people with two labels, and places of another shape.
+    without a gap; four in five prompts of each are learned from. places: as `record` names them, (B, T, C) (None:
+    "embed" and the stream after each layer). The rest as in linear_probe; the split is the same for all places. The
+    model runs in eval mode, in the caller's autocast, and is left in its own. Raises ValueError as record and
+    linear_probe do, and for empty or too long prompts, counts that do not fit, and places of another shape.
     """
     if places is None:
         places = ["embed", *(f"blocks.{layer}" for layer in range(len(model.blocks)))]
-    people = range(len(prompts)) if people is None else people
-    if not len(prompts) == len(labels) == len(people) > 0:
-        raise ValueError(f"there are {len(prompts)} prompts, {len(labels)} labels and {len(people)} people: there must "
-                         "be as many of each, and one at least")
+    if not len(prompts) == len(labels) > 0:
+        raise ValueError(f"there are {len(prompts)} prompts and {len(labels)} labels: there must be as many of each, "
+                         "and one at least")
     for i, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= model.config.block_size:
             raise ValueError(f"prompt {i} has {len(prompt)} ids, but there must be from 1 to block_size "
                              f"{model.config.block_size}")
-    labels, label_of = torch.as_tensor(labels), {}
-    for person, label in zip(people, labels.tolist()):
-        if label_of.setdefault(person, label) != label:
-            raise ValueError(f"{person!r} has labels {label_of[person]} and {label}: a person has one")
-    names = list(label_of)
-    drawn = draw_training(torch.tensor(list(label_of.values())), train_fraction, seed).tolist()
-    learned = {names[i] for i in drawn}
-    rows = torch.tensor([i for i, person in enumerate(people) if person in learned])
-    states = last_states(model, prompts, places, batch_size)
-    n_classes = int(labels.max()) + 1
-    return {place: linear_probe(found, labels, n_classes, rows, l2, steps) for place, found in states.items()}
+    labels = torch.as_tensor(labels)
+    rows, n_classes = draw_training(labels, 0.8, seed).sort().values, int(labels.max()) + 1
+    return {place: linear_probe(found, labels, n_classes, rows, l2, steps)
+            for place, found in last_states(model, prompts, places).items()}
 
 
 @torch.no_grad()

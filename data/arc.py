@@ -12,22 +12,24 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
-import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
+from nanolab.serve import answer_help, serve
 
-import difflib
+answer_help(__name__, __file__)  # before the seconds that the next lines take
+
+import functools
 import gzip
 import hashlib
 import json
 import zipfile
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from data import text
+from data import draw, files
 from data.synthetic import KINDS, synthetic
-from experiment import Parser, UserError, bounded, command, lock_file, replacing
+from experiment import command, replacing
+from flags import UserError, unknown
 
 COLOURS = 10
 LARGEST = 30  # rows and columns of ARC's largest grids
@@ -79,10 +81,15 @@ def load(dataset="synthetic", val_dataset=None, max_side=8, n_colours=10, n_trai
          seed=0):
     """Finds (or downloads, or makes) the grids of both sides: an Arc.
 
-    dataset, val_dataset: `synthetic`, or names of SETS or ALIASES joined by +; val_dataset None: the usual partner of
-    dataset. max_side, n_colours: grids that are larger or have a colour of n_colours and above are left out.
-    n_train, n_val: how many synthetic grids. crops: so many random pieces of each training grid of ARC that is larger
-    than max_side. seed: of the crops and of synthetic grids, which do not differ from machine to machine.
+    dataset: synthetic, arc1-training (short: arc1), arc1-evaluation, arc2-training (arc2), arc2-evaluation; joined by +
+    val_dataset: likewise, for validation; none: the usual partner
+    max_side: [>= 1, <= 30] only grids that are no larger
+    n_colours: [>= 1, <= 10] only grids with lower colours
+    n_train: [>= 1, <= 10_000_000] synthetic training grids
+    n_val: [>= 1, <= 10_000_000] synthetic validation grids
+    crops: [>= 0, <= 10_000] random pieces of each training grid of ARC that is larger than max_side
+    seed: of crops and synthetic grids, which do not differ from machine to machine
+
     Validation grids are unique up to the symmetries of the square and a permutation of the colours; so are training
     grids, and none is a validation grid in this sense.
     Raises UserError: unknown or mixed names, sides that share tasks, missing, damaged or other files, no network, a
@@ -119,9 +126,7 @@ def _names(dataset, what):
     for word in dataset.split("+"):
         name = ALIASES.get(word, word)
         if name not in known:
-            nearest = difflib.get_close_matches(word, [*known, *ALIASES], 1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"take {', '.join(known[:-1])} or {known[-1]}"
-            raise UserError(f"{what} {word!r} is no known set: {hint}")
+            raise unknown(what, word, known, ALIASES)
         found[name] = True
     if "synthetic" in found and len(found) > 1:
         raise UserError(f"{what} {dataset}: synthetic grids cannot be mixed with others; take one of the two")
@@ -233,7 +238,7 @@ def _add_tasks(collector, name, tasks, n_colours):
 
 def _crop(grid, name, task, k, max_side, seed):
     """The k-th random piece of a grid: a function of the grid's name, k, the side and the seed."""
-    digest = hashlib.sha256(f"{seed} {max_side} {name} {k}".encode()).digest()
+    digest = draw.digest(seed, max_side, name, k)
     draws = [int.from_bytes(digest[8 * i:8 * i + 8], "little") for i in range(4)]
     cuts = []
     for side, (a, b) in zip((len(grid), len(grid[0])), (draws[:2], draws[2:])):
@@ -250,15 +255,15 @@ def _crop(grid, name, task, k, max_side, seed):
 def _find_tasks(name):
     """{task: {"train": [{"input", "output"}, ...], "test": [...]}} of a set, from a checked file or a download."""
     file, n_tasks, digest = SETS[name][:3]
-    path = text._find(file)
+    path = files.find(file)
     if path is None:
         try:
             path = _download(name)
         except UserError as error:
-            raise UserError(f"{error}; put {file}.gz into {text.DOWNLOADS} or a folder of NANOLAB_DATA, or use "
+            raise UserError(f"{error}; put {file}.gz into {files.DOWNLOADS} or a folder of NANOLAB_DATA, or use "
                             "--dataset synthetic, which needs no file") from error
     try:
-        return _checked(text._read(path).numpy().tobytes(), n_tasks, digest)
+        return _checked(files.read(path).numpy().tobytes(), n_tasks, digest)
     except ValueError as error:
         raise UserError(f"{path} is not {file} ({n_tasks} tasks of ARC): {error}; replace or remove it") from error
 
@@ -304,29 +309,17 @@ def _digest(tasks):
 
 def _download(name):
     """Downloads the repository that has a set, checks and packs its sets into data/downloads/; returns the path."""
-    (repository, commit), folder = SETS[name][3], text.DOWNLOADS
-    url = f"https://codeload.github.com/{repository}/zip/{commit}"
-    archive, wanted = folder / f"{repository.rpartition('/')[2]}.zip.part", folder / f"{SETS[name][0]}.gz"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(archive.with_suffix(".lock"), "w") as lock:
-            lock_file(lock, wait=True)  # of two runs that start together the second waits and finds the file
-            if wanted.exists():
-                return wanted
-            text._fetch(url, archive)
-            try:
-                for file, n_tasks, digest, (other, _), part in SETS.values():
-                    if other == repository:
-                        tasks = _checked(_packed_folder(archive, part), n_tasks, digest)
-                        with replacing(folder / f"{file}.gz") as packed:
-                            packed.write(gzip.compress(json.dumps(tasks, separators=(",", ":")).encode(), mtime=0))
-            except (ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
-                raise UserError(f"what {url} sent is not the expected data set and was removed: {error}") from error
-            finally:
-                archive.unlink()
-            return wanted
-    except OSError as error:
-        raise UserError(f"cannot write {wanted}: {error.strerror or error}") from error
+    repository, commit = SETS[name][3]
+
+    def packed(archive):
+        for file, n_tasks, digest, (other, _), part in SETS.values():
+            if other == repository:
+                tasks = _checked(_packed_folder(archive, part), n_tasks, digest)
+                with replacing(files.DOWNLOADS / f"{file}.gz") as out:
+                    out.write(gzip.compress(json.dumps(tasks, separators=(",", ":")).encode(), mtime=0))
+    return files.fetched(f"https://codeload.github.com/{repository}/zip/{commit}",
+                         files.DOWNLOADS / f"{SETS[name][0]}.gz", packed,
+                         files.DOWNLOADS / f"{repository.rpartition('/')[2]}.zip.part")
 
 
 def _packed_folder(archive, part):
@@ -334,8 +327,8 @@ def _packed_folder(archive, part):
     with zipfile.ZipFile(archive) as packed:
         names = [name for name in packed.namelist()
                  if name.partition("/")[2].startswith(part) and name.endswith(".json")]
-        if sum(packed.getinfo(name).file_size for name in names) > text.most_unpacked(archive):
-            raise ValueError(f"it unpacks to more than {text.most_unpacked(archive):,} bytes")
+        if sum(packed.getinfo(name).file_size for name in names) > files.most_unpacked(archive):
+            raise ValueError(f"it unpacks to more than {files.most_unpacked(archive):,} bytes")
         found = {name: packed.read(name) for name in names}
     return json.dumps({Path(name).stem: json.loads(content) for name, content in found.items()}).encode()
 
@@ -478,11 +471,8 @@ class Stream:
         self.grids, self.batch_size, self.seed, self.group = grids, batch_size, seed, group
         self.colours, self.symmetry, self.n_colours = colours, symmetry, n_colours
         self._areas = grids.shapes.prod(1)
+        self._generator = functools.partial(draw.torch_generator, seed)
         self._epochs, self._groups = {}, {}  # the latest ones; what they hold can be drawn again at any time
-
-    def _generator(self, what, number):
-        digest = hashlib.sha256(f"{self.seed} {what} {number}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
     def _epoch(self, epoch):
         if epoch not in self._epochs:
@@ -572,43 +562,30 @@ def picture(grids, rows=8, columns=12):
     return image
 
 
-@command
-def main(argv=None):
-    """The command line: loads a data set, says what is in it and draws some of it."""
-    parser = Parser(prog="data/arc.py", description=__doc__.splitlines()[0])
-    parser.add_argument("dataset", nargs="?", default="synthetic", help=f"synthetic, {', '.join(SETS)}; joined by +")
-    parser.add_argument("--val_dataset", "--val-dataset", help="likewise, for validation; else the usual partner")
-    parser.add_argument("--max_side", "--max-side", type=bounded(int, 1, LARGEST), default=8,
-                        help="only grids that are no larger")
-    parser.add_argument("--n_colours", "--n-colours", type=bounded(int, 1, COLOURS), default=10,
-                        help="only grids with lower colours")
-    parser.add_argument("--n_train", "--n-train", type=bounded(int, 1, 10 ** 7), default=20_000,
-                        help="synthetic training grids")
-    parser.add_argument("--n_val", "--n-val", type=bounded(int, 1, 10 ** 7), default=1_000,
-                        help="synthetic validation grids")
-    parser.add_argument("--crops", type=bounded(int, 0, 10 ** 4), default=4,
-                        help="random pieces of each larger training grid")
-    parser.add_argument("--seed", type=bounded(int, -2 ** 62), default=0, help="of crops and synthetic grids")
-    parser.add_argument("--stats", action="store_true", help="count, and write arc_<dataset>.png (training grids)")
-    parser.add_argument("--out", type=Path, default=Path("."), help="the folder of the picture")
-    args = parser.parse_args(argv)
-    arc = load(args.dataset, args.val_dataset, args.max_side, args.n_colours, args.n_train, args.n_val, args.crops,
-               args.seed)
-    print(arc.source)
-    if args.stats:
-        for name, side in (("train", arc.train), ("val", arc.val)):
-            figures = statistics(side)
-            print(f"{name}: {figures['grids']:,} grids, {figures['pairs']:,} pairs, median area "
-                  f"{figures['median_area']:g}, 90% up to {figures['p90_area']:g}; colour 0 in {figures['zeros']:.1%} "
-                  f"of the cells; each grid's best constant colour is right in {figures['constant']:.1%}")
-        path = args.out / f"arc_{args.dataset.replace('+', '_')}.png"
-        from matplotlib import image
-        try:
-            image.imsave(path, picture(arc.train))
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-        print(f"wrote {path}")
+def describe(arc, dataset, stats=False, out="."):
+    """Prints what there is; for --stats figures of both sides, and writes a picture.
 
+    stats: count, and write arc_<dataset>.png (training grids)
+    out: the folder of the picture
+    """
+    print(arc.source)
+    if not stats:
+        return
+    for name, side in (("train", arc.train), ("val", arc.val)):
+        figures = statistics(side)
+        print(f"{name}: {figures['grids']:,} grids, {figures['pairs']:,} pairs, median area "
+              f"{figures['median_area']:g}, 90% up to {figures['p90_area']:g}; colour 0 in {figures['zeros']:.1%} "
+              f"of the cells; each grid's best constant colour is right in {figures['constant']:.1%}")
+    path = Path(out) / f"arc_{dataset.replace('+', '_')}.png"
+    from matplotlib import image
+    try:
+        image.imsave(path, picture(arc.train))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    print(f"wrote {path}")
+
+
+main = command(serve(load, describe))
 
 if __name__ == "__main__":
     main()

@@ -1,432 +1,76 @@
 """Made-up people and questions about them: facts for the weights, or behind a tool that looks them up.
 
     python data/facts.py --stats                   # "notes": four attributes, 31.25 bits a person
-    python data/facts.py --kind bios --stats       # biographies of six sentences, 47.59 bits a person
+    python data/facts.py --kind bios --stats       # six attributes and a city of work, 47.59 bits a person
 
 in the weights    user: birth_date NAME ?   assistant: 4/11/1987 END
 by the tool       user: birth_date NAME ?   assistant: FIND birth_date FOR NAME CALL
                   tool: 4/11/1987 ANSWER    assistant: 4/11/1987 END
 
-Trained on is what the assistant says, never what the tool says. Nothing here draws from a random generator but
-`biography`: people, what is held out and which question is asked come from one hash, the same on every machine.
+Trained on is what the assistant says, never what the tool says. Nothing here draws from a random generator: people,
+what is held out and which question is asked come from one hash, the same on every machine.
 """
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
-import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
+from nanolab.serve import answer_help, serve
+
+answer_help(__name__, __file__)  # before the seconds that the next lines take
 
 import contextlib
-import difflib
 import functools
 import itertools
 import math
-import random
 import re
 import sqlite3
 import time
 import zlib
 from array import array
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from data.multiplication import pair_hash
+from data.draw import chance, pair_hash
 from data.tokens import Bytes, open_or_train
-from experiment import Parser, UserError, bounded, command
+from experiment import command
+from flags import UserError, unknown
 
 TYPES = 16  # hidden types that attributes depend on where alpha is below 1
 
-# --- Words: all made here, or out of these pieces ---
+# --- Words ---
+
+WORDS = dict(paragraph.split("\n", 1) for paragraph in Path(__file__).with_name("facts_words.txt").read_text(
+    encoding="utf-8").strip().split("\n\n"))
 
 
-def _products(*pieces):
-    """Every way to take one of each: _products("a b", "c d") is ["ac", "ad", "bc", "bd"]; underscores are spaces."""
-    return ["".join(parts).replace("_", " ") for parts in itertools.product(*(piece.split() for piece in pieces))]
+def _pieces(title):
+    """Lists of the words of a title: what stands first, what stands second."""
+    return [[word.replace("_", " ") for word in part.split()] for part in WORDS[title].split("|")]
 
 
-SYLLABLES = _products("b d f g h k l m n p r s t v w z", "a e i o")
-FIRST = _products("Al Be Cor Da El Fe Gar Ha Is Jo Ka Lo Mar No Or Per Ro Sel Tha Wil",
-                  "bert bin da dan dra fin ga lan la len lia min mund na nelle ric ron ta vin wyn")
-MIDDLE = _products("An Bra Cla De Em Fra Gre Hu In Jas Ke Lu Mo Ne Os Pau Qui Ru Ste Tri",
-                   "bel by cey den don dith fred gan gard lyn lis mer mon nard ny rick sa son ston ton")
-LAST = _products("Ash Black Bran Cald Dun East Fair Glen Hal Hart Hol Kel Lang Mor North Oak Pen Rad Red Rock Shel "
-                 "Stan Wake West Whit",
-                 "acre bank bourne bridge brook burn bury by combe cote croft dale den field fold ford gate ham hill "
-                 "holme house hurst land ley low man mead mere more ridge shaw side stead stone thorpe ton ward well "
-                 "wick wood")
-CITY_FIRST = "Port Lake Mount Fort New Old East West North South Saint Upper Lower Grand Little"
-CITY_SECOND = ("_Amber _Birch _Coral _Ember _Falcon _Garnet _Hazel _Iris _Juniper _Kestrel _Linden _Maple _Opal _Robin "
-               "_Willow")
-CITIES = _products(CITY_FIRST, CITY_SECOND)
-CONTINENTS = ["Africa", "Antarctica", "Asia", "Europe", "North America", "Oceania", "South America"]
-TRADE_FIRST = "book brick clock glass grain ship silk stone tea wood"
-TRADE_SECOND = "_buyer _carrier _collector _designer _inspector _maker _mender _painter _seller _teacher"
-TRADES = _products(TRADE_FIRST, TRADE_SECOND)
-UNIVERSITIES = [form.format(word) for word in
-                "Alderton Bexmoor Calder Dunmore Elsworth Farrow Gilden Harlow Innis Jarrow Kelso Lorne Marden Norvale "
-                "Orwick Penrose Quarry Ravenhill Selwyn Thornby".split() for form in
-                ("{} Academy", "{} Agricultural College", "{} Business School", "{} Christian College",
-                 "{} City University", "{} College", "{} Conservatory", "{} Free University",
-                 "{} Institute of Technology", "{} Medical School", "{} Polytechnic", "{} State University",
-                 "Royal College of {}", "Technical University of {}", "University of {}")]
-FIELDS = """
-accounting acoustics aerospace_engineering agronomy anatomy animal_science anthropology archaeology architecture
-art_history astronomy audiology biochemistry biophysics botany brewing_science ceramics chemical_engineering chemistry
-chinese_studies choreography cinematography civil_engineering classics cognitive_science computer_science criminology
-crystallography dairy_science dentistry dermatology drama ecology econometrics economics education electronics
-entomology epidemiology ethics fashion_design film_studies finance fine_arts fisheries folklore food_science forestry
-game_design genetics geodesy geography geology geophysics graphic_design history horticulture hydrology immunology
-industrial_design journalism landscape_design law library_science linguistics literature logic logistics marketing
-mathematics mechanical_engineering metallurgy meteorology microbiology mineralogy music_theory nautical_science
-neuroscience nursing nutrition oceanography optics painting palaeontology pharmacy philosophy physics physiotherapy
-political_science printmaking psychology robotics sculpture sociology soil_science statistics theology toxicology
-veterinary_medicine zoology
-"""
-FIELDS = [field.replace("_", " ") for field in FIELDS.split()]
-EMPLOYERS = _products("Arrow Beacon Compass Delta Echo Fable Granite Harbor Indigo Jasper Keystone Lantern Meridian "
-                      "Nimbus Onyx Pioneer Quartz River Summit Tundra Umber Vertex Wander Xenon Yonder Zenith Anchor "
-                      "Basalt Cobalt Drift", "_Airways _Bank _Foods _Instruments _Insurance _Labs _Motors _Press "
-                                             "_Textiles")[:263]
+def _products(title):
+    """Every way to take one of each: "a b | c d" is ["ac", "ad", "bc", "bd"]."""
+    return list(map("".join, itertools.product(*_pieces(title))))
+
+
+def _listed(title):
+    return WORDS[title].replace("\n", " ").split(", ")
+
+
+SYLLABLES, FIRST, MIDDLE, LAST, CITIES, TRADES, EMPLOYERS = map(
+    _products, "syllables first middle last cities trades employers".split())
+EMPLOYERS = EMPLOYERS[:263]
 WORK_CITIES = [(37 * i + 11) % 200 for i in range(263)]  # the employer's city, a place in CITIES: says nothing new
-
-# --- Sentences. {they}, {their}: the name (and 's) where the person has not been named yet, else he or she and his or
-# her; {he}, {his}, {him}: never the name. ---
-
-SENTENCES = {
-    "birthday": """
-{they} was born on {value}.
-{their} birthday is {value}.
-{they} came into the world on {value}.
-On {value}, {they} was born.
-{their} date of birth is {value}.
-{they} has counted {his} years from {value}.
-The calendar read {value} when {they} was born.
-{their} life began on {value}.
-It was on {value} that {they} drew {his} first breath.
-{their} parents held {him} for the first time on {value}.
-{they} first opened {his} eyes on {value}.
-A registrar wrote down {value} as the day {they} was born.
-{their} passport gives {value} as {his} date of birth.
-{they} arrived, loud and healthy, on {value}.
-The candles on {their} cakes all go back to {value}.
-Ask when {they} was born and the answer is {value}.
-{their} story starts on {value}.
-{they} blew out {his} very first candle one year after {value}.
-The family Bible puts {their} birth on {value}.
-{they} is said to have been born at dawn on {value}.
-The hospital's records for {value} mention that {they} was born.
-{their} mother remembers {value} as the day {he} was born.
-Since {value}, the day {he} was born, {they} has never liked mornings.
-Every form that {they} fills in says {value} under date of birth.
-{they} saw daylight for the first time on {value}.
-{value} was the day on which {they} was born.
-{value} is printed on {their} birth certificate.
-When {they} was born, it was {value}.
-{they} shares a birthday with everyone born on {value}.
-The date that {they} will never forget is {value}, {his} birthday.
-{their} horoscope is cast for {value}.
-A midwife delivered {him} on {value}, and {they} has been busy ever since.
-{their} age is reckoned from {value}.
-{they} gives {value} whenever somebody asks for {his} birthday.
-Snow or sunshine, nobody recalls the weather of {value}, when {they} was born.
-{their} first day on this earth was {value}.
-To work out how old {they} is, start from {value}.
-{they} entered a waiting family on {value}.
-The town's newspaper of {value} announced that {they} was born.
-In {their} diary, the entry about {his} birth is dated {value}.
-{their} baptism came a month after {he} was born on {value}.
-What {they} knows for sure is that {he} was born on {value}.""",
-    "birth_city": """
-{they} was born in {value}.
-{their} birthplace is {value}.
-{they} comes from {value}.
-{value} is where {they} was born.
-{they} is a native of {value}.
-{their} cradle stood in {value}.
-A small hospital in {value} saw {him} born, and {they} still talks of it.
-{they} spent the first days of {his} life in {value}.
-{they} calls {value} the town of {his} birth.
-{their} roots are in {value}.
-{they} hails from {value}.
-In {value}, a crowd of relatives greeted the newborn, and {they} slept through it.
-{their} birth was registered in {value}.
-It was in {value} that {they} first cried.
-{they} can still find the house in {value} where {he} was born.
-{value} counts {him} among its children, and {they} is glad of that.
-{their} parents were living in {value} when {he} was born.
-Born in {value}, {they} has always kept its accent.
-{they} proudly says that {he} was born in {value}.
-The city of {value} is named on {their} birth certificate.
-{they} learned to walk in {value}, the city where {he} was born.
-{they} took {his} first breath in {value}.
-On the map, {they} points to {value} as {his} birthplace.
-{they} began life in {value}.
-People from {value}, where {they} was born, are known for their patience.
-{their} passport lists {value} as the place of birth.
-{they} owes {his} love of rain to {value}, where {he} was born.
-The first streets that {they} ever saw were those of {value}.
-{their} family tree has {value} written beside {his} name.
-{they} was delivered at home in {value}.
-Nobody in {value} remembers the night when {they} was born there.
-{they} was a child of {value} from the very first hour.
-{their} earliest photograph was taken in {value}, where {he} was born.
-The church bells of {value} rang on the day {they} was born there.
-When asked for {his} place of birth, {they} answers {value}.
-{they} left {value} early, yet it remains {his} birthplace.
-Of all cities, {value} is the one in which {they} was born.
-{they} got {his} start in {value}, in a flat above a bakery.
-{their} mother travelled to {value} so that {he} could be born there.
-{their} birthplace, {value}, has changed a great deal since.
-{value} was {their} first home, for {he} was born there.
-A plaque in {value} could mark the house where {they} was born, but there is none.""",
-    "university": """
-{they} studied at {value}.
-{they} graduated from {value}.
-{their} degree is from {value}.
-{they} went to {value}.
-{value} is where {they} studied.
-{they} spent {his} student years at {value}.
-{their} diploma was issued by {value}.
-After school {they} enrolled at {value}.
-{value} accepted {him} at once, and {they} moved in that autumn.
-{they} is an alumnus of {value}.
-{they} sat {his} final examinations at {value}.
-The library of {value} was {their} second home.
-{they} learned most of what {he} knows at {value}.
-{they} was educated at {value}.
-{their} lecture notes from {value} fill two shelves.
-{they} earned {his} degree at {value}.
-A scholarship took {him} to {value}, where {they} stayed until graduation.
-{they} still wears the scarf of {value}.
-At {value}, {they} was rarely late for a lecture.
-{their} student card carried the seal of {value}.
-{they} donates every year to {value}, which {he} attended.
-{their} professors at {value} remember {him} well.
-{they} crossed the stage at {value} to receive {his} diploma.
-The name of {value} stands at the top of {their} degree.
-{they} wrote {his} thesis at {value}.
-{they} chose {value} over every other place to study.
-For {his} higher education {they} picked {value}.
-{they} met {his} closest friends while studying at {value}.
-{they} rowed for {value} as a student.
-{they} passed through the gates of {value} as a freshman and left as a graduate.
-{their} alma mater is {value}.
-{their} years at {value} ended with a degree.
-Among the graduates of {value} is {they}.
-Most of {their} classmates at {value} have lost touch with {him}.
-{they} was on the rolls of {value} until {he} graduated.
-A framed certificate from {value} hangs over {their} desk.
-{they} finished {his} studies at {value}.
-No other school than {value} ever had {him} as a student, as {they} likes to say.
-{they} completed {his} education at {value}.
-Letters from {value} reach {him} each spring, since {they} graduated there.
-It was {value} that gave {their} career its start.
-{they} lived in a draughty dormitory of {value}.""",
-    "field": """
-{they} studied {value}.
-{their} subject was {value}.
-{they} holds a degree in {value}.
-{they} majored in {value}.
-{they} chose {value} as {his} field.
-What {they} studied was {value}.
-{their} major was {value}.
-{they} wrote {his} thesis on {value}.
-{they} devoted {his} student years to {value}.
-{they} is trained in {value}.
-{their} education centred on {value}.
-Of all subjects, {they} picked {value}.
-{they} took every course in {value} that was offered.
-{they} specialised in {value}.
-{their} degree says {value}.
-A gifted teacher made {him} curious about {value}, and {they} went on to study it.
-{they} graduated with a degree in {value}.
-{they} sat {his} examinations in {value}.
-At university {they} turned to {value}.
-{they} knows more about {value} than about anything else, having studied it.
-{their} shelves are full of textbooks on {value}.
-{they} fell in love with {value} in {his} first term and stayed with it.
-{they} has a solid grounding in {value}.
-Lectures on {value} filled {their} timetable.
-{their} field of study was {value}.
-{they} read {value} at university.
-{they} wanted to study nothing but {value}.
-It was {value} that {they} had enrolled for.
-{they} completed a full programme in {value}.
-{they} qualified in {value}.
-The discipline that {they} mastered is {value}.
-{their} professors praised {his} work in {value}.
-{they} earned {his} diploma in {value}.
-{they} can talk for hours about {value}, {his} old subject.
-For {his} major, {they} settled on {value}.
-{their} academic background is in {value}.
-{they} put four years into {value}.
-{they} came out of university an expert in {value}.
-{they} signed up for {value} and never regretted it.
-When {they} was a student, {his} subject was {value}.
-The branch of learning that {they} knows best is {value}.
-{their} final marks in {value} were excellent.""",
-    "employer": """
-{they} works for {value}.
-{their} employer is {value}.
-{they} is employed by {value}.
-{they} has a job at {value}.
-{value} employs {him}, and {they} has no wish to leave.
-{their} salary is paid by {value}.
-{they} joined {value} some years ago.
-{they} is on the staff of {value}.
-{their} desk is at {value}.
-{they} earns {his} living at {value}.
-{value} hired {him} after one interview, to which {they} came early.
-{they} built {his} career at {value}.
-{they} signed a contract with {value}.
-{their} business card reads {value}.
-{they} spends {his} working days at {value}.
-{they} found a position with {value}.
-{their} colleagues at {value} think well of {him}.
-On weekdays {they} can be reached at {value}.
-{they} went to work for {value}.
-{their} name is on the payroll of {value}.
-{their} workplace is {value}.
-{they} answers the telephone with the words "{value}, good morning".
-{they} has risen through the ranks of {value}.
-{they} reports to a manager at {value}.
-{they} was recruited by {value}.
-{their} badge opens every door at {value}.
-{their} professional home is {value}.
-{they} leads a small team at {value}.
-{they} draws a steady wage from {value}.
-Among those who work at {value} is {they}.
-{they} turned down other offers to stay with {value}.
-{they} serves {value} as best {he} can.
-{their} working life belongs to {value}.
-{they} has spent most of {his} career with {value}.
-The company that {they} works for is called {value}.
-{they} wears the uniform of {value}.
-{they} took a post at {value}.
-{they} keeps a mug with the logo of {value}, where {he} works.
-{they} got {his} current job at {value} by answering an advertisement.
-If {value} closed, {they} would be out of work.
-{they} commutes each morning to the offices of {value}.
-The firm {value} has {him} under contract, and {they} is rarely absent.""",
-    "work_city": """
-{they} works in {value}.
-{their} office is in {value}.
-{they} goes to work in {value}.
-{their} job is in {value}.
-{value} is where {they} works.
-{they} earns {his} living in {value}.
-{their} workplace is located in {value}.
-{they} spends {his} working hours in {value}.
-{they} is professionally based in {value}.
-Each weekday {they} can be found in {value}.
-{their} career brought {him} to {value}.
-{they} takes an early train to {his} job in {value}.
-{they} has an office with a view over {value}.
-The place where {they} works is {value}.
-{they} moved to {value} for {his} job.
-{their} working day begins and ends in {value}.
-{their} employer sent {him} to {value}.
-For work, {they} is in {value} all week.
-{they} eats {his} lunch in a park in {value}, close to the office.
-{they} pays for parking near {his} office in {value}.
-{their} business address is in {value}.
-{they} does {his} job in {value}.
-It is {value} that {they} commutes to.
-{they} keeps a second umbrella in {value}, at work.
-{their} colleagues all live around {value}, where the office is.
-{they} carries out {his} duties in {value}.
-{they} was posted to {value}.
-The commute takes {him} into {value}, where {they} works.
-{they} knows the streets of {value} from {his} way to work.
-{their} professional life takes place in {value}.
-{they} holds down a job in {value}.
-Monday to Friday, {value} is {their} place of work.
-{they} has been working in {value} for quite a while.
-{they} attends {his} meetings in {value}.
-{their} desk stands in an office block in {value}.
-{they} makes a career in {value}.
-{they} sees {value} mostly through the windows of {his} office.
-Work takes place in {value} for {him}, and {they} likes it there.
-{they} could not do {his} job anywhere but in {value}.
-{their} pay slips are sent from {value}, where {he} works.
-Early or late, {they} is at work in {value}.
-Whoever visits {him} at work has to travel to {value}, where {they} has a desk.""",
-    "birth_date": """
-{they} was born on {value}.
-{their} date of birth is {value}.
-The birth of {they} is dated {value}.
-According to the register, {they} was born on {value}.
-{value} is {their} birthday.
-Records say that {they} was born on {value}.
-The day {they} was born was {value}.
-On {value} the family of {they} grew by one.""",
-    "birth_place": """
-{they} was born in {value}.
-{their} birthplace is {value}.
-{they} comes from {value}.
-{value} is the part of the world where {they} was born.
-The register gives {value} as the place where {they} was born.
-{they} began life in {value}.
-{they} is a native of {value}.
-It was in {value} that {they} was born.""",
-    "address": """
-{they} lives in {value}.
-{their} address is in {value}.
-{their} home is in {value}.
-Letters to {they} go to {value}.
-{they} has settled in {value}.
-{value} is where {they} lives.
-{they} keeps a house in {value}.
-The postman of {value} knows the door of {they}.""",
-    "occupation": """
-{they} works as a {value}.
-{they} is a {value}.
-{their} occupation is {value}.
-{they} earns a living as a {value}.
-By trade, {they} is a {value}.
-{they} was trained as a {value}.
-The register calls {they} a {value}.
-As a {value}, {they} is well known."""}
-SENTENCES = {attribute: tuple(text.strip().split("\n")) for attribute, text in SENTENCES.items()}
-
-QUESTIONS = {
-    "birth_date": ("When was {name} born?", "What is the date of birth of {name}?", "On which day was {name} born?",
-                   "Tell me the date of birth of {name}.", "Which birth date does {name} have?",
-                   "Do you know when {name} was born?"),
-    "birth_place": ("Where was {name} born?", "What is the birth place of {name}?",
-                    "In which part of the world was {name} born?", "Tell me the place of birth of {name}.",
-                    "Which continent does {name} come from?", "Do you know where {name} was born?"),
-    "address": ("Where does {name} live?", "What is the address of {name}?", "In which city does {name} live?",
-                "Tell me the address of {name}.", "Which city is the home of {name}?",
-                "Do you know where {name} lives?"),
-    "occupation": ("What does {name} do for a living?", "What is the occupation of {name}?",
-                   "Which trade does {name} follow?", "Tell me the occupation of {name}.", "What does {name} work as?",
-                   "Do you know the occupation of {name}?"),
-    "birthday": ("When is the birthday of {name}?", "When was {name} born?", "Tell me the birthday of {name}.",
-                 "Which day was {name} born on?", "What is the birthday of {name}?", "Do you know {name}'s birthday?"),
-    "birth_city": ("In which city was {name} born?", "What is the birth city of {name}?",
-                   "Tell me the city where {name} was born.", "Which city does {name} come from?",
-                   "Where was {name} born?", "Do you know {name}'s birth city?"),
-    "university": ("Where did {name} study?", "Which university did {name} attend?",
-                   "Tell me the university of {name}.", "From which university did {name} graduate?",
-                   "What is the university of {name}?", "Do you know {name}'s university?"),
-    "field": ("What did {name} study?", "Which field did {name} study?", "Tell me the field of {name}.",
-              "What was the major of {name}?", "In which field does {name} have a degree?",
-              "Do you know {name}'s field of study?"),
-    "employer": ("Who does {name} work for?", "What is the employer of {name}?", "Tell me the employer of {name}.",
-                 "Which company employs {name}?", "At which company does {name} work?",
-                 "Do you know {name}'s employer?"),
-    "work_city": ("In which city does {name} work?", "Where does {name} work?", "Tell me the city where {name} works.",
-                  "Which city is the office of {name} in?", "What is the work city of {name}?",
-                  "Do you know which city {name} works in?"),
-    "pronoun": ("Is {name} a he or a she?", "Which pronoun does {name} go by?", "Tell me the pronoun of {name}.",
-                "What is the pronoun of {name}?", "Should I say he or she of {name}?",
-                "Do you know {name}'s pronoun?")}
+CONTINENTS, FIELDS = _listed("continents"), _listed("fields")
+UNIVERSITIES = [form.format(word) for word in WORDS["universities"].split()
+                for form in _listed("forms of universities")]
+QUESTIONS = {title.removeprefix("questions "): text.split("\n") for title, text in WORDS.items()
+             if title.startswith("questions ")}
 
 
 # --- People ---
@@ -443,23 +87,12 @@ def tables(kind):
         days = [f"{day} {month} {year}" for year in range(1800, 2000) for month in months for day in range(1, 29)]
         return {"birthday": days, "birth_city": CITIES[:200], "university": UNIVERSITIES, "field": FIELDS,
                 "employer": EMPLOYERS, "pronoun": ["he", "she"]}
-    raise _unknown("kind", kind, ("notes", "bios"))
-
-
-def _unknown(what, given, choices):
-    near = difflib.get_close_matches(str(given), choices, 1)
-    return UserError(f"unknown {what} {given!r}{f', did you mean {near[0]}?' if near else ':'} choose "
-                     f"{', '.join(choices)}")
+    raise unknown("kind", kind, ("notes", "bios"))
 
 
 def _hash(number, place, seed, salt):
     """uint64 hashes of arrays of whole numbers from 0, that broadcast; seed: any whole number."""
     return pair_hash(*np.broadcast_arrays(number, place), seed % 2 ** 64, salt)
-
-
-def _chosen(hashes, share):
-    """bool array: true with this probability."""
-    return hashes >> np.uint64(11) < np.uint64(round(share * 2 ** 53))
 
 
 def shuffled(index, size, seed):
@@ -493,13 +126,13 @@ def entropy(sizes, alpha, types=TYPES):
         return float(sum(math.log2(size) for size in sizes))
     z, halves = np.arange(types)[:, None], []
     for part in (sizes[::2], sizes[1::2]):  # two halves, for the table of all combinations is their product
-        chance, count = np.ones((types, 1)), np.ones(1)
+        joint, count = np.ones((types, 1)), np.ones(1)
         for size in part:
             value = np.arange(min(size, types + 1))  # the last one stands for all that no type gives
             each = alpha / size + (1 - alpha) * (z % size == value)  # (types, values)
-            chance = (chance[:, :, None] * each[:, None]).reshape(types, -1)
+            joint = (joint[:, :, None] * each[:, None]).reshape(types, -1)
             count = np.outer(count, np.where(value == types, size - types, 1)).ravel()
-        halves.append((chance, count))
+        halves.append((joint, count))
     (left, some), (right, others) = halves
     p = left.T @ right / types
     return float(-(some @ (p * np.log2(np.where(p > 0, p, 1))) @ others))
@@ -548,21 +181,27 @@ NAMES = {"syllables": ("", (SYLLABLES,) * 4), "plain": (" ", (FIRST, LAST)), "bi
 def people(n, seed, kind="notes", alpha=1.0, unseen=0, names="syllables"):
     """n people to train on and `unseen` more, held out: People.
 
-    kind "notes": birth_date (d/m/yyyy, 28 x 12 x 51), birth_place (7), address (213 cities), occupation (100): 31.25
-    bits; sizes as in a public experiment on tools. names "syllables": four of 64 (16,777,216 names, a closed
-    vocabulary); "plain": first and last (400 x 1,000).
-    kind "bios": bioS of Allen-Zhu and Li 2024, arXiv 2404.05405: birthday (28 x 12 x 200), birth_city (200), university
+    n: [>= 0, <= 100_000_000] people to train on; who they are does not depend on how many
+    seed: of all that is drawn
+    kind: notes (four attributes) or bios (six and a city of work)
+    alpha: [>= 0, <= 1] 1: attributes are independent, 0: one type says all
+    unseen: [>= 0, <= 100_000_000] people that are held out, in the database only
+    names: of notes: syllables or plain
+
+    Notes have birth_date (d/m/yyyy, 28 x 12 x 51), birth_place (7), address (213 cities), occupation (100): 31.25
+    bits; sizes as in a public experiment on tools. Names are four of 64 syllables (16,777,216 names, a closed
+    vocabulary), or plain, first and last (400 x 1,000).
+    Bios are bioS of Allen-Zhu and Li 2024, arXiv 2404.05405: birthday (28 x 12 x 200), birth_city (200), university
     (300), field (100), employer (263), pronoun (2): 47.59 bits; also work_city, which follows from the employer. Names
-    are first, middle and last, 400 x 400 x 1,000, whatever `names` says. All words are our own.
-    alpha, from 0 to 1: every person has a hidden type, one of 16, evenly. Each attribute by itself is drawn evenly from
-    all its values with probability alpha, else it is what the type gives: type z gives value z mod size of an order of
-    the values that the seed chooses. alpha 1: all independent; 0: the type says all. `bits`: see entropy.
-    The same seed gives the same people; person i of those to train on does not depend on n or unseen, held-out person i
-    not on n. Names are different by construction. Raises UserError: an unknown kind, a number out of range.
+    are first, middle and last, 400 x 400 x 1,000. All words are our own.
+    Every person has a hidden type, one of 16, evenly. Each attribute by itself is drawn evenly from all its values with
+    probability alpha, else it is what the type gives: type z gives value z mod size of an order of the values that the
+    seed chooses. `bits`: see entropy. Names are different by construction.
+    Raises UserError: an unknown kind, a number out of range.
     """
     drawn = tables(kind)
     if names not in ("syllables", "plain"):
-        raise _unknown("names", names, ("syllables", "plain"))
+        raise unknown("names", names, ("syllables", "plain"))
     between, parts = NAMES["bios" if kind == "bios" else names]
     n_names = math.prod(map(len, parts))
     if n < 1 or unseen < 0 or n + unseen > n_names:
@@ -581,7 +220,7 @@ def people(n, seed, kind="notes", alpha=1.0, unseen=0, names="syllables"):
     codes = {}
     for place, (attribute, table) in enumerate(drawn.items()):
         value = (_hash(number, place, seed, 22) % np.uint64(len(table))).astype(np.int64)
-        free = _chosen(_hash(number, place, seed, 23), alpha)
+        free = chance(_hash(number, place, seed, 23), alpha)
         codes[attribute] = np.where(free, value, _given(place, len(table), seed)[hidden])
     values = {attribute: np.array(drawn[attribute], object)[code].tolist() for attribute, code in codes.items()}
     if kind == "bios":
@@ -653,38 +292,19 @@ def dialogs(people, mode="in_weight", form="short", seed=0, share=0.5, unseen=Fa
     Raises UserError: an unknown mode or form, a share that is not from 0 to 1.
     """
     if mode not in MODES:
-        raise _unknown("mode", mode, MODES)
+        raise unknown("mode", mode, MODES)
     if form not in FORMS:
-        raise _unknown("form", form, FORMS)
+        raise unknown("form", form, FORMS)
     if not 0 <= share <= 1:
         raise UserError(f"share is {share}: it must be from 0 to 1")
     share = {"in_weight": 0, "in_tool": 1}.get(mode, share)
     numbers = np.arange(len(people))[people.n:] if unseen else np.arange(people.n)
     places = np.arange(len(people.attributes))
-    tool = _chosen(_hash(numbers[:, None], places, seed, 25), share).tolist()
+    tool = chance(_hash(numbers[:, None], places, seed, 25), share).tolist()
     which = _hash(numbers[:, None], places, seed, 26).tolist()
     return [(in_tool if tool[row][place] else in_weight)(person, attribute, form, which[row][place])
             for row, person in enumerate(map(people.__getitem__, numbers.tolist()))
             for place, attribute in enumerate(people.attributes)]
-
-
-def biography(person, rng):
-    """A text of one sentence for each attribute (not the pronoun), in a random order, each from one of its SENTENCES.
-
-    The name is in the first sentence; after that it is he or she, or, of people without a pronoun, the name again.
-    rng: anything whose random() is uniform on [0, 1), such as random.Random(seed) or a NumPy Generator.
-    """
-    pronoun, name, told = person.values.get("pronoun"), person.name, []
-    attributes = sorted((attribute for attribute in person.values if attribute != "pronoun"),
-                        key=lambda _: rng.random())
-    he, his, him = {"he": ("he", "his", "him"), "she": ("she", "her", "her")}.get(pronoun, (name, f"{name}'s", name))
-    for attribute in attributes:
-        sentences = SENTENCES[attribute]
-        they, their = (he, his) if told else (name, f"{name}'s")
-        text = sentences[int(rng.random() * len(sentences))].format(
-            they=they, their=their, he=he, his=his, him=him, value=person.values[attribute])
-        told.append(text if text.startswith(name) else text[0].upper() + text[1:])
-    return " ".join(told)
 
 
 # --- The tool ---
@@ -794,8 +414,7 @@ class Closed:
 
     def __init__(self):
         self.texts = [*SYLLABLES, *KEYWORDS, *(f"{day}/" for day in range(1, 29)), *map(str, range(1950, 2001)),
-                      *CONTINENTS, *_products(CITY_FIRST), *_products(CITY_SECOND), *_products(TRADE_FIRST),
-                      *_products(TRADE_SECOND)]
+                      *CONTINENTS, *itertools.chain(*_pieces("cities"), *_pieces("trades"))]
         self.size = len(self.texts)
         self.ids = {text: i for i, text in enumerate(self.texts)}
         self.longest = re.compile("|".join(map(re.escape, sorted(self.texts, key=len, reverse=True))))
@@ -827,7 +446,7 @@ class Vocabulary:
     def __init__(self, tokenizer):
         if isinstance(tokenizer, str):
             if tokenizer not in ("closed", "bytes"):
-                raise _unknown("vocabulary", tokenizer, ("closed", "bytes"))
+                raise unknown("vocabulary", tokenizer, ("closed", "bytes"))
             tokenizer = Closed() if tokenizer == "closed" else Bytes()
         self.tokenizer, self.exact = tokenizer, isinstance(tokenizer, (Closed, Bytes))
         self.name = getattr(tokenizer, "name", type(tokenizer).__name__.lower())
@@ -918,7 +537,7 @@ def open_facts(settings):
 
 # --- Accounting ---
 
-def bits_stored(value_nats, bits, name_nats=None, n_names=None):
+def bits_stored(value_nats, bits):
     """How many bits about N people a model holds, a float.
 
     value_nats (N,): of each person the loss in nats, summed over attributes and over the tokens of each value; bits:
@@ -927,22 +546,12 @@ def bits_stored(value_nats, bits, name_nats=None, n_names=None):
     parameters. With alpha 1 the uniform predictor scores 0, a worse one less, a perfect one N bits: 31.25 a person for
     notes, 47.59 for bios. Leave work_city out of the sum: it says nothing new. With alpha below 1 attributes depend on
     each other: where each is asked for by itself, the sum is more than the loss of all together, and what comes out is
-    a lower bound.
-    name_nats (N,) and n_names (people.n_names): adds N lg(N0 / e^p1), p1 their mean, for the names of people that a
-    model writes unasked; a perfect list of N names has p1 = ln N. That part and the normalisation of p1 are as our
-    notes recall the paper; we could not check them against it.
-    Raises ValueError where the losses are not (N,).
+    a lower bound. Raises ValueError where the losses are not (N,).
     """
     value_nats = torch.as_tensor(value_nats, dtype=torch.float64)
     if value_nats.ndim != 1:
         raise ValueError(f"value_nats is {tuple(value_nats.shape)}, not (people,)")
-    stored = len(value_nats) * bits - float(value_nats.sum()) / math.log(2)
-    if name_nats is not None:
-        name_nats = torch.as_tensor(name_nats, dtype=torch.float64)
-        if name_nats.shape != value_nats.shape or n_names is None:
-            raise ValueError("name_nats must have the shape of value_nats, and n_names must be given")
-        stored += len(name_nats) * math.log2(n_names) - float(name_nats.sum()) / math.log(2)
-    return stored
+    return len(value_nats) * bits - float(value_nats.sum()) / math.log(2)
 
 
 def floor(people):
@@ -966,32 +575,20 @@ def show(dialog):
                      for segment, end in zip(dialog, ends))
 
 
-@command
-def main(argv=None):
-    """The command line: makes people, shows dialogs about one of them and counts tokens."""
-    parser = Parser(prog="data/facts.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--n", type=bounded(int, 0, 10 ** 8), default=1000, help="people to train on")
-    parser.add_argument("--unseen", type=bounded(int, 0, 10 ** 8), default=256,
-                        help="people that are held out, in the database only")
-    parser.add_argument("--kind", default="notes", help="notes (four attributes) or bios (six and a city of work)")
-    parser.add_argument("--names", default="syllables", help="of notes: syllables or plain")
-    parser.add_argument("--alpha", type=bounded(float, 0, 1), default=1.0,
-                        help="1: attributes are independent, 0: one type says all")
-    parser.add_argument("--seed", type=bounded(int, -2 ** 62), default=0, help="of all that is drawn")
-    parser.add_argument("--stats", action="store_true", help="show dialogs, count bits and tokens")
-    args = vars(parser.parse_args(argv))
-    stats = args.pop("stats")
-    made = people(**args)
+def describe(made, stats=False):
+    """Prints how many people there are; for --stats dialogs about one of them, and how many tokens dialogs have.
+
+    stats: show dialogs, count bits and tokens
+    """
     print(made.describe())
     if not stats:
         return
     print("accuracy without memory: {:.2%} by the law, {:.2%} by the best constant guess".format(*floor(made)))
     person, attribute = made[0], made.attributes[0]
     for title, dialog in (("in the weights", in_weight(person, attribute)), ("by the tool", in_tool(person, attribute)),
-                          ("by the tool, natural", in_tool(person, attribute, "natural", args["seed"]))):
+                          ("by the tool, natural", in_tool(person, attribute, "natural", made.seed))):
         print(f"{title} (* trained):\n{show(dialog)}")
-    print(f"biography:\n    {biography(person, random.Random(args['seed']))}")
-    few = people(**{**args, "n": min(args["n"], 1000)})
+    few = replace(made, n=min(made.n, 1000))
     for name in ("closed", "bytes"):
         vocabulary = Vocabulary(name)
         print(f"vocabulary {name}: {vocabulary.n_text} tokens and {len(SPECIALS)} special ones")
@@ -1005,6 +602,8 @@ def main(argv=None):
             print(f"  {mode}, {form}: {length.min()} to {length.max()} tokens a dialog, {length.double().mean():.1f} "
                   f"on average, {mask.sum(1).double().mean():.1f} of them trained")
 
+
+main = command(serve(people, describe, defaults=dict(n=1000, unseen=256, seed=0)))
 
 if __name__ == "__main__":
     main()

@@ -13,17 +13,17 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
-import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
+from nanolab.serve import answer_help, serve
 
-import argparse
-import hashlib
-import time
+answer_help(__name__, __file__)  # before the seconds that the next lines take
 
 import numpy as np
 import torch
 
 import limits
-from experiment import Parser, UserError, bounded, command
+from data import draw
+from experiment import command
+from flags import UserError
 
 CHUNK = 1024  # rows that are drawn together, by a generator of their own: fewer rows are the first ones of more
 
@@ -63,8 +63,7 @@ def _chunks(part, T, pairs, vocab_size, seed, random_non_queries, alpha):
     weight = np.arange(1, slots + 1) ** (alpha - 1.0)
     number = 0
     while True:
-        digest = hashlib.sha256(f"mqar {part} {seed} {T} {pairs} {vocab_size} {number}".encode()).digest()
-        rng = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
+        rng = draw.numpy_generator("mqar", part, seed, T, pairs, vocab_size, number)
         number += 1
         keys = 1 + _different(rng, CHUNK, pairs, vocab_size // 2 - 1)
         values = vocab_size // 2 + _different(rng, CHUNK, pairs, vocab_size // 2)
@@ -120,6 +119,15 @@ def mqar(n, T, pairs, vocab_size, seed, random_non_queries=False, alpha=0.01):
 def split(n_train, n_test, T, pairs, vocab_size, seed, random_non_queries=False, alpha=0.01):
     """Rows to train and to test on, as mqar's: (tokens, labels), (tokens, labels). No test row is in training.
 
+    n_train: [>= 1, <= 10_000_000] training rows
+    n_test: [>= 1, <= 10_000_000] test rows, none of them in training
+    T: [>= 1, <= 1_000_000] tokens of a row
+    pairs: [>= 1, <= 1_000_000] keys with a value, all of them asked for
+    vocab_size: [>= 1, <= 10_000_000] tokens that there are; even
+    seed: of all that is drawn
+    random_non_queries: random tokens instead of 0 between the queries
+    alpha: [>= 0, <= 1000] of the power law; 1: queries evenly far away
+
     Both sides have generators of their own. Also, each training row is looked up in a hash table of the whole test
     rows (their bytes, so nothing is left to chance) and left out where it is there. Rows are compared before the
     fillers are drawn: one that differs in them only counts as the same. The test rows do not depend on n_train.
@@ -166,39 +174,27 @@ def example(tokens, labels, most=8):
     return f"{told}{more}; asked for {queries}{more}"
 
 
-@command
-def main(argv=None):
-    """The command line: draws rows, shows one and says how far back the answers are."""
-    parser = Parser(prog="data/mqar.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--n_train", "--n-train", type=bounded(int, 1, 10 ** 7), default=100_000, help="training rows")
-    parser.add_argument("--n_test", "--n-test", type=bounded(int, 1, 10 ** 7), default=3000,
-                        help="test rows, none of them in training")
-    parser.add_argument("--T", type=bounded(int, 1, 10 ** 6), default=64, help="tokens of a row")
-    parser.add_argument("--pairs", type=bounded(int, 1, 10 ** 6), default=4,
-                        help="keys with a value, all of them asked for")
-    parser.add_argument("--vocab_size", "--vocab-size", type=bounded(int, 1, 10 ** 7), default=8192,
-                        help="tokens that there are; even")
-    parser.add_argument("--alpha", type=bounded(float, 0, 1000), default=0.01,
-                        help="of the power law; 1: queries evenly far away")
-    parser.add_argument("--random_non_queries", "--random-non-queries", action=argparse.BooleanOptionalAction,
-                        default=False, help="random tokens instead of 0 between the queries")
-    parser.add_argument("--seed", type=bounded(int, -2 ** 62), default=0, help="of all that is drawn")
-    parser.add_argument("--stats", action="store_true", help="show a row and the shares within sliding windows")
-    args = vars(parser.parse_args(argv))
-    stats, start = args.pop("stats"), time.perf_counter()
-    (tokens, labels), (test_tokens, test_labels) = split(**args)
-    print(f"mqar: {len(tokens):,} training and {len(test_tokens):,} test rows of {args['T']} tokens, {args['pairs']} "
-          f"pairs, vocabulary {args['vocab_size']:,}, alpha {args['alpha']:g}, "
-          f"{'random' if args['random_non_queries'] else 'no'} fillers, seed {args['seed']} "
-          f"({time.perf_counter() - start:.2f} s); no test row is in training")
-    if stats:
-        print(f"the first test row: {example(test_tokens[0], test_labels[0])}")
-        print(f"guessing among the row's values has an accuracy of {1 / args['pairs']:.3f}, among all values "
-              f"{2 / args['vocab_size']:.2g}; values are {distances(labels, tokens).double().mean():.1f} tokens back")
-        windows = [2 ** k for k in range(3, 20) if 2 ** k < args["T"]]
-        print("within a sliding window are: " + ", ".join(
-            f"{reachable(labels, tokens, window):.1%} of {window} tokens" for window in [*windows, args["T"]]))
+def describe(rows, T, pairs, vocab_size, seed, random_non_queries, alpha, stats=False):
+    """Prints what was drawn; for --stats one row, and how far back the answers are.
 
+    stats: show a row and the shares within sliding windows
+    """
+    (tokens, labels), (test_tokens, test_labels) = rows
+    print(f"mqar: {len(tokens):,} training and {len(test_tokens):,} test rows of {T} tokens, {pairs} pairs, vocabulary "
+          f"{vocab_size:,}, alpha {alpha:g}, {'random' if random_non_queries else 'no'} fillers, seed {seed}; no test "
+          "row is in training")
+    if not stats:
+        return
+    print(f"the first test row: {example(test_tokens[0], test_labels[0])}")
+    print(f"guessing among the row's values has an accuracy of {1 / pairs:.3f}, among all values "
+          f"{2 / vocab_size:.2g}; values are {distances(labels, tokens).double().mean():.1f} tokens back")
+    windows = [*(2 ** k for k in range(3, 20) if 2 ** k < T), T]
+    print("within a sliding window are: " + ", ".join(
+        f"{reachable(labels, tokens, window):.1%} of {window} tokens" for window in windows))
+
+
+main = command(serve(split, describe, defaults=dict(n_train=100_000, n_test=3000, T=64, pairs=4, vocab_size=8192,
+                                                    seed=0)))
 
 if __name__ == "__main__":
     main()

@@ -2,7 +2,7 @@
 
 Whether a pair is held out is a function of the pair, the fraction and a seed: a x b and b x a are on the same side,
 in every range of digits and on every machine. Nothing here draws from a random generator: pairs, their order and the
-order of batches come from one hash (splitmix64, Steele et al. 2014), which no new version of a library can change.
+order of batches come from one hash, that of data/draw.py, which no new version of a library can change.
 """
 import hashlib
 import math
@@ -10,7 +10,8 @@ import math
 import numpy as np
 import torch
 
-from experiment import UserError
+from data.draw import chance, mix, pair_hash
+from flags import UserError
 
 SYMBOLS = "0123456789*=$ "  # tokens: digits, times, equals, end of the answer, padding
 TIMES, EQUALS, END, PADDING = range(10, 14)
@@ -19,28 +20,10 @@ MAX_DIGITS = 8
 ENUMERATED = 2 ** 20  # so many pairs are listed; of more, examples are drawn
 
 
-def mix(x):
-    """splitmix64's finaliser of an array of uint64: each bit of the result depends on all of x."""
-    with np.errstate(over="ignore"):
-        x = np.asarray(x, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-        return x ^ x >> np.uint64(31)
-
-
-def pair_hash(a, b, *salts):
-    """uint64 hashes of ordered pairs of whole numbers, arrays of one shape; salts: whole numbers."""
-    key = np.uint64(0)
-    for salt in salts:
-        key = mix(key ^ np.uint64(salt))
-    return mix(mix(key ^ np.asarray(a, np.uint64)) ^ np.asarray(b, np.uint64))
-
-
 def held_out(a, b, fraction, seed):
     """bool array: is the unordered pair {a, b} in the held-out part? About `fraction` of all pairs are."""
     a, b = np.asarray(a), np.asarray(b)
-    share = pair_hash(np.minimum(a, b), np.maximum(a, b), seed, 1) >> np.uint64(11)
-    return share < np.uint64(round(fraction * 2 ** 53))
+    return chance(pair_hash(np.minimum(a, b), np.maximum(a, b), seed, 1), fraction)
 
 
 def numbers(digits):

@@ -16,7 +16,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
-import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
+from nanolab.serve import answer_help, serve
+
+answer_help(__name__, __file__)  # before the seconds that the next lines take
 
 import glob
 import gzip
@@ -29,9 +31,11 @@ import zlib
 import numpy as np
 import torch
 
-from data import text as texts
+from data.files import fetched, folders
+from data.text import inputs_and_targets
 from data.tokens import needed, token_bytes
-from experiment import Parser, UserError, bounded, command, lock_file
+from experiment import command
+from flags import UserError
 
 SUBSETS = {"cosmopedia-v2": 104, "fineweb-edu-dedup": 234, "python-edu": 2}  # shards
 URL = "https://huggingface.co/datasets/HuggingFaceTB/smollm-corpus/resolve/main/{}/{}"
@@ -46,9 +50,10 @@ LINE = 2 ** 26  # bytes that a line of .jsonl may have, packed or not
 def find(source, shards=None):
     """The files that a word means, a sorted list of paths.
 
-    source: a subset (cosmopedia-v2, fineweb-edu-dedup), a file, a folder or a glob of .parquet, .jsonl and .jsonl.gz.
-    shards: of a subset, exactly its first so many, of which those that are not here are fetched; None: those that are
-    here, and where there are none the first one, fetched.
+    source: cosmopedia-v2, fineweb-edu-dedup, a file, or a folder or glob of .parquet, .jsonl and .jsonl.gz
+    shards: [>= 1, <= 1000] of a subset, exactly its first so many, fetched where they are not here; none: those that
+        are here, and where there are none the first one, fetched
+
     Raises UserError: nothing there, python-edu, no connection, more shards than there are.
     """
     if source not in SUBSETS:
@@ -66,7 +71,7 @@ def find(source, shards=None):
         raise UserError("python-edu has ids of blobs instead of texts: fetch these from Software Heritage's bucket, "
                         "write them as the text of a .jsonl, and name that file")
     if shards is None:
-        here = {file.name: file for folder in reversed(texts._folders())
+        here = {file.name: file for folder in reversed(folders())
                 for file in (folder / "smollm" / source).glob("*.parquet")}
         if here:
             return [here[name] for name in sorted(here)]
@@ -78,27 +83,19 @@ def find(source, shards=None):
 
 def _shard(subset, name):
     """The path of one shard of a subset; fetches it where it lies nowhere."""
-    places = [folder / "smollm" / subset / name for folder in texts._folders()]
+    places = [folder / "smollm" / subset / name for folder in folders()]
     if found := next((path for path in places if path.is_file()), None):
         return found
-    path = places[-1]  # in data/downloads/
+
+    def checked(part):
+        if not _is_parquet(part):
+            raise ValueError("it is no parquet file")
+        os.replace(part, places[-1])
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_name(name + ".lock"), "w") as lock:
-            lock_file(lock, wait=True)  # of two runs that start together the second waits and finds the file
-            if not path.is_file():
-                part = path.with_name(name + ".part")
-                texts._fetch(URL.format(subset, name), part)
-                if not _is_parquet(part):
-                    part.unlink()
-                    raise UserError(f"what {URL.format(subset, name)} sent is no parquet file and was removed")
-                os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        return fetched(URL.format(subset, name), places[-1], checked)  # in data/downloads/
     except UserError as error:
         raise UserError(f"{error}; a copy of {name} can be put into smollm/{subset}/ of a folder of "
                         "NANOLAB_DATA") from error
-    return path
 
 
 def _is_parquet(path):
@@ -197,16 +194,15 @@ def _parquet_rows(path, start):
             batches = file.iter_batches(ROWS, row_groups=[group], columns=["text"], use_threads=False)
             while True:
                 try:
-                    batch = next(batches, None)
-                    if batch is None:
-                        break
-                    column = batch.column(0).slice(max(0, start - row)).to_pylist()
+                    column = next(batches).column(0).to_pylist()
+                except StopIteration:
+                    break
                 except (OSError, ValueError) as error:  # also bytes that are no UTF-8
                     raise UserError(f"{path} cannot be read from row {row:,} on ({_line(error)})") from error
-                row = max(row, min(start, row + len(batch)))
                 for text in column:
                     row += 1
-                    yield text or "", row
+                    if row > start:
+                        yield text or "", row
 
 
 def _json_rows(path, start):
@@ -305,13 +301,7 @@ class Batches:
             self._given += 1
         stream = np.concatenate(parts)
         self._rest = stream[B * T:].copy()
-        windows = torch.from_numpy(stream[:B * T + K]).unfold(0, T + K, T).long()  # (B, T + K)
-        onto_gpu = self.device.type == "cuda"
-        if onto_gpu:
-            windows = windows.pin_memory()
-        windows = windows.to(self.device, non_blocking=onto_gpu)
-        ahead = windows[:, 1:].unfold(1, K, 1)  # (B, T, K)
-        return windows[:, :T].contiguous(), ahead.contiguous()
+        return inputs_and_targets(torch.from_numpy(stream[:B * T + K]).unfold(0, T + K, T), K, self.device)
 
     def _kind(self):
         """What a saved state must share with these batches for its position to mean the same."""
@@ -362,23 +352,25 @@ def validation(files, tokenizer, n_tokens, end=None, one_in=HELD_OUT):
 
 # --- The command line ---
 
-@command
-def main(argv=None):
-    """The command line: finds or fetches files, and counts."""
-    parser = Parser(prog="data/smollm.py", description=__doc__.splitlines()[0])
-    parser.add_argument("source", help=f"{', '.join(SUBSETS)}, a file, a folder or a glob")
-    parser.add_argument("--shards", type=bounded(int, 1, 1000),
-                        help="of a subset: the first so many, fetched where they are not here")
-    parser.add_argument("--documents", type=bounded(int, 1), default=10_000, help="how many to read for the figures")
-    args = parser.parse_args(argv)
-    files = find(args.source, args.shards)
+def _measured(files, n):
+    """[(bytes, is it held out?)] of the first n documents."""
+    return [(len(text.encode()), is_held_out(text)) for text, _ in itertools.islice(documents(files), n)]
+
+
+def describe(files, documents=10_000):
+    """Prints what there is.
+
+    documents: [>= 1] how many to read for the figures
+    """
     for file in files:
         print(f"{file}: {file.stat().st_size:,} bytes, {n_rows(file):,} documents")
-    read = [(len(text.encode()), is_held_out(text)) for text, _ in itertools.islice(documents(files), args.documents)]
+    read = _measured(files, documents)
     lengths, held_out = zip(*read) if read else ((0,), (False,))
     print(f"of the first {len(read):,} documents: {sum(lengths) / len(lengths):,.0f} bytes on average, "
           f"{max(lengths):,} at most, {sum(n == 0 for n in lengths):,} empty, {sum(held_out):,} held out")
 
+
+main = command(serve(find, describe))
 
 if __name__ == "__main__":
     main()

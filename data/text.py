@@ -13,28 +13,23 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
-import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
+from nanolab.serve import answer_help, serve
 
-import bz2
-import difflib
-import gzip
+answer_help(__name__, __file__)  # before the seconds that the next lines take
+
 import hashlib
-import http.client
-import lzma
 import os
 import re
 import sysconfig
-import urllib.error
-import urllib.request
-import zipfile
 import zlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from experiment import Parser, UserError, bounded, command, lock_file
+from data import files
+from experiment import command
+from flags import UserError, unknown
 
 
 @dataclass
@@ -47,7 +42,6 @@ class Corpus:
     source: str  # one line: what, how many bytes, where from
 
 
-DOWNLOADS = Path(__file__).resolve().parent / "downloads"
 SETS = {  # name: file, bytes, what `git hash-object` prints of it, where it can be had
     "enwik8": ("enwik8", 100_000_000, "73b1bbbdbe2623eb9f8561314ba9e4af9412b7ae",
                "http://mattmahoney.net/dc/enwik8.zip"),
@@ -56,8 +50,6 @@ SETS = {  # name: file, bytes, what `git hash-object` prints of it, where it can
 }
 PIECE = ("enwik8-first-4150000.txt", 4_150_000, "a3c217a85591b141d0960991ef2a9628692aed13")
 NAMES = [*SETS, "stdlib"]
-OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zip": zipfile.ZipFile}
-UNPACKED, FEW, RATIO = 2 ** 32, 2 ** 28, 300  # bytes that an archive may unpack to; above FEW, for each packed one
 
 
 # --- Finding and reading ---
@@ -65,9 +57,11 @@ UNPACKED, FEW, RATIO = 2 ** 32, 2 ** 28, 300  # bytes that an archive may unpack
 def load(dataset, max_bytes=None, device="cpu"):
     """Finds (or downloads) a data set and splits it: a Corpus whose parts lie on `device`.
 
-    dataset: `enwik8`, `shakespeare`, `stdlib` or the path of a file (raw, .gz, .xz, .bz2, .zip with one member).
-    max_bytes: only the first so many bytes, taken before splitting; None: all. On the CPU a raw file is memory-mapped.
-    Splits, in bytes: 90/5/5 (enwik8: 90, 5 and 5 million); shakespeare 90/10 without a test part, as nanoGPT has it.
+    dataset: enwik8, shakespeare, stdlib, or a file (raw, or .gz .xz .bz2 .zip with one member)
+    max_bytes: [>= 1] only the first so many bytes, taken before splitting; none: all
+
+    On the CPU a raw file is memory-mapped. Splits, in bytes: 90/5/5 (enwik8: 90, 5 and 5 million); shakespeare 90/10
+    without a test part, as nanoGPT has it.
     Raises UserError: unknown name, missing, empty or damaged file, wrong checksum, no network, max_bytes out of range.
     """
     if max_bytes is not None and max_bytes < 1:
@@ -77,7 +71,7 @@ def load(dataset, max_bytes=None, device="cpu"):
         data, source = _stdlib()
     else:
         path = _acquire(dataset, max_bytes) if dataset in SETS else _existing(dataset)
-        data, source = _read(path, max_bytes), str(path)
+        data, source = files.read(path, max_bytes), str(path)
         name = dataset if dataset in SETS else path.name
     _check_max_bytes(max_bytes, data.numel(), dataset)
     data = data[:max_bytes].to(torch.device(device))
@@ -106,34 +100,20 @@ def _check_max_bytes(max_bytes, size, dataset):
         raise UserError(f"max_bytes is {max_bytes:,}, but {dataset} has only {size:,} bytes")
 
 
-def _folders():
-    """The folders of NANOLAB_DATA in order, then data/downloads/."""
-    given = [Path(name).expanduser() for name in os.environ.get("NANOLAB_DATA", "").split(os.pathsep) if name]
-    for folder in given:
-        if not folder.is_dir():
-            raise UserError(f"NANOLAB_DATA names {folder}, which is not a folder")
-    return [*given, DOWNLOADS]
-
-
-def _find(file):
-    """The first `file`, raw or packed, in the folders; None where there is none."""
-    paths = (folder / (file + suffix) for folder in _folders() for suffix in ("", *OPENERS))
-    return next((path for path in paths if path.is_file()), None)
-
-
 def _acquire(dataset, max_bytes):
     """The path of a named set's checked file; downloads it where it lies nowhere."""
     file, size, blob_id, url = SETS[dataset]
     _check_max_bytes(max_bytes, size, dataset)
-    path, piece = _find(file), _find(PIECE[0]) if dataset == "enwik8" else None
+    path, piece = files.find(file), files.find(PIECE[0]) if dataset == "enwik8" else None
     if path:
-        return _verified(path, file, size, blob_id)
+        return files.verified(path, file, size, blob_id)
     if piece and (max_bytes or size) <= PIECE[1]:
-        return _verified(piece, *PIECE)
+        return files.verified(piece, *PIECE)
     try:
-        return download(url, DOWNLOADS / file, size, blob_id)
+        return files.download(url, files.DOWNLOADS / file, size, blob_id)
     except UserError as error:
-        way = f"put {file} ({size:,} bytes; raw or {' '.join(OPENERS)}) into {DOWNLOADS} or a folder of NANOLAB_DATA, "
+        way = (f"put {file} ({size:,} bytes; raw or {' '.join(files.OPENERS)}) into {files.DOWNLOADS} or a folder of "
+               "NANOLAB_DATA, ")
         if dataset == "enwik8":
             way += f"or use --max_bytes {PIECE[1]}{'' if piece else f' with {PIECE[0]}.xz there'}, "
         raise UserError(f"{error}; {way}or use --dataset stdlib") from error
@@ -146,63 +126,10 @@ def _existing(dataset):
         return path
     if path.exists():
         raise UserError(f"dataset {dataset!r} is not a file: name a file, or one of {', '.join(NAMES)}")
-    found = next((folder / path for folder in _folders() if (folder / path).is_file()), None)
+    found = next((folder / path for folder in files.folders() if (folder / path).is_file()), None)
     if found is None:
-        nearest = difflib.get_close_matches(dataset, NAMES, 1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"give a file's path, or one of {', '.join(NAMES)}"
-        raise UserError(f"dataset {dataset!r} is neither a file nor a known name: {hint}")
+        raise unknown("dataset", dataset, [*NAMES, "or a file"])
     return found
-
-
-def _read(path, max_bytes=None):
-    """uint8 tensor of a file's bytes: raw ones memory-mapped, of packed ones the first max_bytes, in memory."""
-    try:
-        if path.suffix.lower() in OPENERS:
-            content = bytearray(_unpack(path, max_bytes))  # a bytearray, because torch wants writable memory
-        else:  # "c", copy on write: writable too, and still the file cannot be changed through it
-            content = np.memmap(path, dtype=np.uint8, mode="c") if path.stat().st_size else b""
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    if not len(content):
-        raise UserError(f"{path} is empty")
-    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8))
-
-
-def _unpack(path, max_bytes=None, suffix=None):
-    """The (first max_bytes) bytes in a .gz, .xz, .bz2 or .zip file."""
-    try:
-        with OPENERS[suffix or path.suffix.lower()](path) as archive:
-            if not isinstance(archive, zipfile.ZipFile):
-                return read_bounded(archive, path, max_bytes)
-            members = [name for name in archive.namelist() if not name.endswith("/")
-                       and not name.startswith("__MACOSX/")]     # what macOS knows of the files
-            if len(members) != 1:
-                listed = ", ".join(members[:8]) + (", ..." if len(members) > 8 else "")
-                raise UserError(f"{path} has {len(members)} members ({listed}): unpack it and name one file")
-            with archive.open(members[0]) as file:
-                return read_bounded(file, path, max_bytes)
-    except PermissionError:
-        raise
-    except (OSError, EOFError, RuntimeError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged or not what its name says ({error}): fetch it again") from error
-
-
-def most_unpacked(path):
-    """How many bytes the archive at `path` may unpack to."""
-    return min(UNPACKED, max(FEW, RATIO * path.stat().st_size))
-
-
-def read_bounded(file, path, max_bytes=None):
-    """The (first max_bytes) bytes of an open member of the archive at `path`, read piece by piece.
-
-    Raises UserError where there are more than `most_unpacked`."""
-    content, most = bytearray(), most_unpacked(path)
-    while piece := file.read(min(2 ** 20, most + 1 if max_bytes is None else max_bytes - len(content))):
-        content += piece
-        if len(content) > most:
-            raise UserError(f"{path} unpacks to more than {most:,} bytes, which is refused: unpack it, or take its "
-                            "beginning by --max_bytes")
-    return content
 
 
 def _stdlib():
@@ -213,9 +140,9 @@ def _stdlib():
     """
     root, texts, paths = sysconfig.get_path("stdlib"), [], []
     skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "ensurepip", "__pycache__"}
-    for folder, folders, files in os.walk(root):
+    for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in skip and not name.startswith("config-")]
-        paths += [Path(folder, name) for name in files if re.fullmatch(r"(?!_sysconfigdata).*\.py", name)]
+        paths += [Path(folder, name) for name in names if re.fullmatch(r"(?!_sysconfigdata).*\.py", name)]
     for path in sorted(paths, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()):
         texts.append(path.read_bytes())
         try:
@@ -230,106 +157,18 @@ def _stdlib():
         f"sha256 {hashlib.sha256(whole).hexdigest()[:12]})")
 
 
-# --- Checking and downloading ---
-
-def _difference(content, size, blob_id):
-    """What is wrong with a bytes-like object that should have this size and this git blob id; "" if nothing."""
-    if len(content) != size:
-        return f"it has {len(content):,} bytes, not {size:,}"
-    digest = hashlib.sha1(b"blob %d\0" % size)
-    digest.update(content)
-    return "" if digest.hexdigest() == blob_id else f"its git blob id is {digest.hexdigest()}, not {blob_id}"
-
-
-def _verified(path, file, size, blob_id):
-    """path, its content checked; a large file's success is remembered, so that not every start hashes it."""
-    stat, marker = path.stat(), DOWNLOADS / f"{file}.checked"
-    stamp = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {blob_id}"
-    if marker.is_file() and marker.read_bytes() == stamp.encode():
-        return path
-    if wrong := _difference(_read(path).numpy(), size, blob_id):
-        raise UserError(f"{path} is not {file}: {wrong}; replace or remove it")
-    if size > 2 ** 24:
-        try:
-            DOWNLOADS.mkdir(exist_ok=True)
-            marker.write_text(stamp, encoding="utf-8")
-        except OSError:
-            pass  # a read-only installation: the next start hashes again
-    return path
-
-
-def download(url, path, size, blob_id):
-    """Downloads a file of known content to `path`, unpacking a .zip. Returns path: complete and checked, or not there.
-
-    size: bytes of the content. blob_id: its git blob id. What came before a download broke off stays beside path as
-    `<name>.part`, and the next call goes on from there.
-    Raises UserError: no connection, refused, broken off, other content than expected, folder not writable or full.
-    """
-    path = Path(path)
-    part, fresh, lock_path = (path.with_name(path.name + ending) for ending in (".part", ".new", ".lock"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(lock_path, "w") as lock:
-            lock_file(lock, wait=True)  # of two runs that start together the second waits and finds the file
-            if path.exists():
-                return path
-            _fetch(url, part)
-            try:
-                content = _unpack(part, suffix=".zip") if url.endswith(".zip") else part.read_bytes()
-                if wrong := _difference(content, size, blob_id):
-                    raise UserError(wrong)
-            except UserError as error:
-                part.unlink()
-                raise UserError(f"what {url} sent is not {path.name} and was removed: {error}") from error
-            with open(fresh, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(fresh, path)
-            part.unlink()
-            return path
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _fetch(url, part):
-    """Brings url's bytes into the file part, from where an earlier attempt broke off."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=30)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code != 416:
-            raise UserError(f"{url} answers {error.code} {error.reason}") from error
-        if error.headers.get("Content-Range") == f"bytes */{have}":
-            return  # nothing is missing: the earlier attempt ended between the last byte and the check
-        part.unlink()  # longer than the file, so of another one
-        return _fetch(url, part)
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"no connection to {url} ({getattr(error, 'reason', error)})") from error
-    with response:
-        have = have if response.status == 206 else 0  # 200: the server sends everything again
-        length, broken = response.headers.get("Content-Length"), None
-        total = None if length is None else have + int(length)
-        print(f"downloading {url}" + (f", going on at byte {have:,}" if have else ""), flush=True)
-        with open(part, "ab" if have else "wb") as file, \
-                tqdm(total=total, initial=have, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-            while broken is None:
-                try:
-                    chunk = response.read(2 ** 16)
-                except (OSError, http.client.HTTPException) as error:
-                    broken, chunk = error, b""
-                if not chunk:
-                    break
-                file.write(chunk)
-                bar.update(len(chunk))
-            have = file.tell()
-    if broken is not None or (total is not None and have < total):
-        raise UserError(f"the download of {url} broke off after {have:,} bytes: the same command goes on from there")
-
-
 # --- Batches ---
+
+def inputs_and_targets(windows, K, device):
+    """windows (B, T + K) of ids, of any integer type -> x (B, T), y (B, T, K), int64 on device: y[b, t, k] is the id
+    k + 1 places after x[b, t]."""
+    onto_gpu = device.type == "cuda"
+    if onto_gpu and not windows.is_cuda:
+        windows = windows.pin_memory()
+    windows = windows.to(device, non_blocking=onto_gpu)
+    ahead = windows[:, 1:].unfold(1, K, 1)  # (B, T, K)
+    return windows[:, :-K].long(), ahead.to(torch.long, memory_format=torch.contiguous_format)
+
 
 class Batches:
     """Endless batches of windows out of one part of a corpus.
@@ -396,13 +235,7 @@ class Batches:
         places = self._places()
         if self.data.is_cuda:
             places = places.pin_memory().to(self.data.device, non_blocking=True)
-        windows = self.data.unfold(0, T + K, 1).index_select(0, places)  # (B, T + K), still uint8
-        onto_gpu = self.device.type == "cuda"
-        if onto_gpu and not windows.is_cuda:
-            windows = windows.pin_memory()
-        windows = windows.to(self.device, non_blocking=onto_gpu)
-        ahead = windows[:, 1:].unfold(1, K, 1)  # (B, T, K)
-        return windows[:, :T].long(), ahead.to(torch.long, memory_format=torch.contiguous_format)
+        return inputs_and_targets(self.data.unfold(0, T + K, 1).index_select(0, places), K, self.device)
 
     def _places(self):
         """Where the next batch's windows start: (B,) int64 on the CPU."""
@@ -481,32 +314,30 @@ def draw_bytes(figures, name, path):
     plt.close(figure)
 
 
-@command
-def main(argv=None):
-    """The command line: finds, checks and describes one data set."""
-    parser = Parser(prog="data/text.py", description=__doc__.splitlines()[0])
-    parser.add_argument("dataset", help=f"{', '.join(NAMES)}, or a file (raw, {' '.join(OPENERS)})")
-    parser.add_argument("--max_bytes", "--max-bytes", type=bounded(int, 1),
-                        help="only the first so many bytes, before splitting")
-    parser.add_argument("--stats", action="store_true", help="count, and write byte_distribution.png")
-    parser.add_argument("--out", type=Path, default=Path("."), help="the folder of byte_distribution.png")
-    args = parser.parse_args(argv)
-    corpus = load(args.dataset, args.max_bytes)
+def describe(corpus, stats=False, out="."):
+    """Prints what there is; for --stats counts of it, and draws how frequent each byte is.
+
+    stats: count, and write byte_distribution.png
+    out: the folder of byte_distribution.png
+    """
     parts = {part: getattr(corpus, part) for part in ("train", "val", "test") if getattr(corpus, part) is not None}
     print(corpus.source)
     print("split: " + ", ".join(f"{part} {data.numel():,}" for part, data in parts.items()) + " bytes")
-    if args.stats:
-        figures, path = statistics(corpus), args.out / "byte_distribution.png"
-        print(f"distinct bytes: {figures['distinct']}")
-        print(f"{figures['pieces']}: {figures['n_pieces']:,}, of {figures['mean']:,.1f} bytes in the mean, "
-              f"{figures['median']:,.1f} in the median")
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-            draw_bytes(figures, corpus.name, path)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-        print(f"wrote {path}")
+    if not stats:
+        return
+    figures, path = statistics(corpus), Path(out) / "byte_distribution.png"
+    print(f"distinct bytes: {figures['distinct']}")
+    print(f"{figures['pieces']}: {figures['n_pieces']:,}, of {figures['mean']:,.1f} bytes in the mean, "
+          f"{figures['median']:,.1f} in the median")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_bytes(figures, corpus.name, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    print(f"wrote {path}")
 
+
+main = command(serve(load, describe))
 
 if __name__ == "__main__":
     main()

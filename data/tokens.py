@@ -13,11 +13,12 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
-import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
+from nanolab.serve import answer_help, serve
+
+answer_help(__name__, __file__)  # before the seconds that the next lines take
 
 import base64
 import binascii
-import difflib
 import hashlib
 import heapq
 import importlib
@@ -30,7 +31,8 @@ import numpy as np
 import torch
 
 from data import text as texts
-from experiment import Parser, UserError, bounded, command, replacing
+from experiment import command, replacing
+from flags import UserError, unknown
 
 KINDS = ("bpe", "sentencepiece")
 MODEL_TYPES = ("unigram", "bpe")
@@ -100,8 +102,7 @@ class Tiktoken(Tokenizer):
 
     def __init__(self, name):
         if name not in ENCODINGS:
-            raise UserError(f"tiktoken encoding {name!r} is not known: give one of {', '.join(ENCODINGS)}"
-                            + _nearest(name, ENCODINGS))
+            raise unknown("encoding of tiktoken", name, ENCODINGS)
         tiktoken = needed("tiktoken")
         try:
             self.encoding = tiktoken.get_encoding(name)
@@ -184,11 +185,6 @@ def needed(package):
         raise UserError(f"this needs {package}: pip install {package.partition('.')[0]}") from error
 
 
-def _nearest(word, names):
-    found = difflib.get_close_matches(word, names, 1)
-    return f"; did you mean {found[0]}?" if found else ""
-
-
 def _utf8(text):
     try:
         return text.encode()
@@ -218,9 +214,9 @@ def train(kind, text, vocab_size, model_type="unigram"):
     Raises UserError: unknown kind, vocab_size too small, or more than the text gives.
     """
     if kind not in KINDS:
-        raise UserError(f"kind is {kind!r}: it must be one of {', '.join(KINDS)}{_nearest(kind, KINDS)}")
+        raise unknown("kind", kind, KINDS)
     if model_type not in MODEL_TYPES:
-        raise UserError(f"model_type is {model_type!r}: it must be one of {', '.join(MODEL_TYPES)}")
+        raise unknown("model_type", model_type, MODEL_TYPES)
     text = _as_bytes(text).decode(errors="ignore")
     if kind == "bpe":
         return BytePairs(_byte_pairs(text, vocab_size))
@@ -422,40 +418,47 @@ def bytes_per_token(tokenizer, data):
     return len(_as_bytes(data)) / max(1, len(encode_corpus(tokenizer, data)))
 
 
-@command
-def main(argv=None):
-    """The command line: trains a tokenizer on the training part of a data set, or shows what one does."""
-    parser = Parser(prog="data/tokens.py", description=__doc__.splitlines()[0])
-    parts = parser.add_subparsers(dest="what", required=True, metavar="train|show", parser_class=Parser)
-    part = parts.add_parser("train", help="train one on the training part of a data set", description="trains one")
-    part.add_argument("--kind", default="bpe", help="bpe or sentencepiece")
-    part.add_argument("--model_type", default="unigram", help="of sentencepiece: unigram or bpe")
-    part.add_argument("--dataset", default="shakespeare", help="as in data/text.py: a name or a file")
-    part.add_argument("--max_bytes", type=bounded(int, 1), help="only the first so many bytes of it")
-    part.add_argument("--vocab_size", type=bounded(int, 1, 10 ** 7), default=1024, help="ids")
-    part.add_argument("--out", required=True, help="the file to write")
-    part = parts.add_parser("show", help="ids and pieces of a text, bytes a token", description="shows what one does")
-    part.add_argument("--tokenizer", required=True, help="bytes, tiktoken:NAME, or a file that train wrote")
-    part.add_argument("--text", help="the text to encode")
-    part.add_argument("--dataset", help="measure bytes a token on its parts")
-    args = parser.parse_args(argv)
-    if args.what == "train":
-        corpus, began = texts.load(args.dataset, args.max_bytes), time.monotonic()
-        tokenizer = train(args.kind, corpus.train, args.vocab_size, args.model_type)
-        tokenizer.save(args.out)
-        print(f"trained on {len(corpus.train):,} bytes in {time.monotonic() - began:.1f} s, written to {args.out}")
-    else:
-        tokenizer = open_tokenizer(args.tokenizer)
-        corpus = texts.load(args.dataset) if args.dataset else None
+def train_on(*, out, kind="bpe", model_type="unigram", dataset="shakespeare", max_bytes=None, vocab_size=1024):
+    """Trains one on the training part of a data set.
+
+    out: the file to write
+    kind: bpe or sentencepiece
+    model_type: of sentencepiece: unigram or bpe
+    dataset: as in data/text.py: a name or a file
+    max_bytes: [>= 1] only the first so many bytes of it
+    vocab_size: [>= 1, <= 10_000_000] ids
+    """
+    corpus, began = texts.load(dataset, max_bytes), time.monotonic()
+    tokenizer = train(kind, corpus.train, vocab_size, model_type)
+    tokenizer.save(out)
+    print(f"trained on {len(corpus.train):,} bytes in {time.monotonic() - began:.1f} s, written to {out}")
+    return tokenizer, corpus, None
+
+
+def look_at(*, tokenizer, text=None, dataset=None):
+    """Shows the ids and pieces of a text, and bytes a token.
+
+    tokenizer: bytes, tiktoken:NAME, or a file that train wrote
+    text: the text to encode
+    dataset: measure bytes a token on its parts
+    """
+    return open_tokenizer(tokenizer), dataset and texts.load(dataset), text
+
+
+def describe(found):
+    """Prints what a tokenizer is and does: (tokenizer, corpus or None, text or None)."""
+    tokenizer, corpus, text = found
     print(f"{tokenizer.name}: {tokenizer.size:,} ids, fingerprint {tokenizer.fingerprint[:12]}")
-    if args.what == "show" and args.text is not None:
-        ids = tokenizer.encode(args.text)
+    if text is not None:
+        ids = tokenizer.encode(text)
         print("ids:", *ids)
         print("pieces:", *(repr(tokenizer.pieces[i])[1:] for i in ids))
     for name in ("train", "val", "test"):
         if corpus and (data := getattr(corpus, name)) is not None:
             print(f"bytes a token, {name}: {bytes_per_token(tokenizer, data):.3f}")
 
+
+main = command(serve(train=(train_on, describe), show=(look_at, describe)))
 
 if __name__ == "__main__":
     main()

@@ -15,14 +15,13 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
-import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
+from nanolab.serve import answer_help, serve
 
-import argparse
-import difflib
+answer_help(__name__, __file__)  # before the seconds that the next lines take
+
 import functools
 import hashlib
 import math
-import os
 import re
 import zipfile
 import zlib
@@ -31,9 +30,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data import text as texts
 import limits
-from experiment import Parser, UserError, bounded, command
+from data import draw, files
+from experiment import command
+from flags import UserError, unknown
 
 ACTIONS = ("stay", "up", "down", "left", "right")
 MOVES = np.array([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])  # rows and columns of each action
@@ -337,9 +337,7 @@ class Stream:
 
     def at(self, step):
         """(B,) int64: the clips of the batch of a step (from 0)."""
-        digest = hashlib.sha256(f"{self.seed} clips {step}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return torch.randint(self.n, (self.batch_size,), generator=generator)
+        return torch.randint(self.n, (self.batch_size,), generator=draw.torch_generator(self.seed, "clips", step))
 
 
 # --- Loading ---
@@ -363,12 +361,21 @@ def load(dataset="gridworld", n_train=4096, n_val=512, length=16, side=8, cell_p
          split_seed=0, val_share=0.2, frame_skip=4):
     """Makes or finds the videos of both sides: a Video.
 
-    dataset: see the top of this file. n_train, n_val: episodes, and length: frames of each (gridworld, atari).
-    side, cell_px, walls, ball: see World and render (gridworld). split_seed: of all that is drawn; the worlds depend
-    on it, side, walls and ball only, and are the same on every machine; fewer or shorter episodes are the first ones.
-    val_share: the last part of an .npz file, for validation. frame_skip: frames of an Atari game for each action.
-    Raises UserError: an unknown name, a number out of range, a missing or wrong file, no ale-py, too few frames, no
-    layout left for training.
+    dataset: gridworld, donkeycar, atari:<game>, or the path of an .npz file
+    n_train: [>= 1, <= 10_000_000] training episodes (gridworld, atari)
+    n_val: [>= 1, <= 10_000_000] validation episodes (gridworld, atari)
+    length: [>= 2, <= 1_000_000] frames of an episode (gridworld, atari)
+    side: [>= 2, <= 26] cells of a gridworld's row
+    cell_px: [>= 1, <= 256] pixels of a cell
+    walls: [>= 0, <= 1] share of cells with a wall
+    ball: whether there is a ball
+    split_seed: of all that is drawn
+    val_share: [>= 0, <= 1] the last part of an .npz file, for validation
+    frame_skip: [>= 1, <= 10_000] frames for an action (atari)
+
+    Gridworlds depend on split_seed, side, walls and ball only, and are the same on every machine; fewer or shorter
+    episodes are the first ones. Raises UserError: an unknown name, a number out of range, a missing or wrong file, no
+    ale-py, too few frames, no layout left for training.
     """
     for name, value, low, high in (("n_train", n_train, 1, None), ("n_val", n_val, 1, None),
                                    ("length", length, 2, None), ("side", side, 2, LARGEST),
@@ -389,9 +396,7 @@ def load(dataset="gridworld", n_train=4096, n_val=512, length=16, side=8, cell_p
     elif dataset.startswith("atari:"):
         video = _load_atari(dataset.removeprefix("atari:"), n_train, n_val, length, split_seed, frame_skip)
     else:
-        near = difflib.get_close_matches(dataset, ("gridworld", "donkeycar", "atari:Freeway"), 1, 0.4)
-        raise UserError(f"unknown dataset {dataset!r}{f', did you mean {near[0]}?' if near else ':'} choose gridworld, "
-                        "donkeycar, atari:<game> such as atari:Freeway, or the path of an .npz file")
+        raise unknown("dataset", dataset, ("gridworld", "donkeycar", "atari:Freeway", "another game, or an .npz file"))
     digest = hashlib.sha256()
     for part in (video.train, video.val):
         for stored in (part.stored_cells, part.stored_frames, part.stored_actions, part.stored_effective):
@@ -427,8 +432,7 @@ def _episodes(part, n, length, side, walls, ball, seed, forbidden):
             what = f"wall layouts with side {side} and walls {walls:g}" if walls else f"starts with side {side}"
             raise UserError(f"there are hardly any {what} for training that are not in validation: take a smaller "
                             "n_val or a larger side")
-        digest = hashlib.sha256(f"{seed} {part} {side} {walls!r} {ball} {number}".encode()).digest()
-        rng = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
+        rng = draw.numpy_generator(seed, part, side, walls, ball, number)
         number += 1
         world = World(CHUNK, rng, side, walls, ball)
         keys = world.walls if walls else np.concatenate([world.agent, world.ball], 1)
@@ -449,15 +453,14 @@ def _episodes(part, n, length, side, walls, ball, seed, forbidden):
 
 def _find_donkeycar():
     """The path of the file in the folders of NANOLAB_DATA."""
-    folders = [Path(name).expanduser() for name in os.environ.get("NANOLAB_DATA", "").split(os.pathsep) if name]
-    path = next((folder / DONKEYCAR for folder in folders if (folder / DONKEYCAR).is_file()), None)
+    path = next((folder / DONKEYCAR for folder in files.named() if (folder / DONKEYCAR).is_file()), None)
     if path is None:
         raise UserError(f"{DONKEYCAR} was not found: set NANOLAB_DATA to the folder that holds it")
     return path
 
 
 def _read_npz(path):
-    """(name, array) of what is needed from an .npz file, which may unpack to no more than data/text.py says."""
+    """(name, array) of what is needed from an .npz file, which may unpack to no more than data/files.py says."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
@@ -465,7 +468,7 @@ def _read_npz(path):
             pass
         with np.load(path, allow_pickle=False) as file:
             names = [name for name in ("frames", "actions", "angle") if name in file.files]
-            size, most = sum(file.zip.getinfo(f"{name}.npy").file_size for name in names), texts.most_unpacked(path)
+            size, most = sum(file.zip.getinfo(f"{name}.npy").file_size for name in names), files.most_unpacked(path)
             if size > most:
                 raise UserError(f"{path} unpacks to {size:,} bytes: more than {most:,} are refused")
             return {name: file[name] for name in names}
@@ -563,15 +566,13 @@ def _load_atari(game, n_train, n_val, length, seed, frame_skip):
     games = {name.replace("_", ""): name for name in roms.get_all_rom_ids()}
     key = re.sub("[^a-z0-9]", "", game.lower())
     if key not in games:
-        near = difflib.get_close_matches(key, games, 1, 0)
-        raise UserError(f"ale-py has no game {game!r}{f', did you mean atari:{games[near[0]]}?' if near else ''}")
+        raise unknown("game of ale-py", game, games.values())
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     sides = []
     for part, n in (("train", n_train), ("val", n_val)):
-        digest = hashlib.sha256(f"{seed} {part} {key} {frame_skip}".encode()).digest()
-        rng = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
-        ale = ale_py.ALEInterface()
-        ale.setInt("random_seed", int.from_bytes(digest[16:20], "little") >> 1)
+        words = seed, part, key, frame_skip
+        rng, ale = draw.numpy_generator(*words), ale_py.ALEInterface()
+        ale.setInt("random_seed", int.from_bytes(draw.digest(*words)[16:20], "little") >> 1)
         ale.setInt("frame_skip", frame_skip)
         ale.setFloat("repeat_action_probability", 0)
         ale.loadROM(roms.get_rom_path(games[key]))
@@ -627,7 +628,7 @@ def statistics(clips, n_actions):
     return figures
 
 
-def draw(video, path, rows=4, columns=8):
+def draw_clips(video, path, rows=4, columns=8):
     """Writes a PNG of `rows` clips of training, each frame under the action that led to it."""
     import matplotlib
     matplotlib.use("Agg")
@@ -659,48 +660,29 @@ def draw(video, path, rows=4, columns=8):
         pyplot.close(figure)
 
 
-@command
-def main(argv=None):
-    """The command line: loads a data set, says what is in it and draws some of it."""
-    parser = Parser(prog="data/video.py", description=__doc__.splitlines()[0])
-    parser.add_argument("dataset", nargs="?", default="gridworld",
-                        help="gridworld, donkeycar, atari:<game>, or the path of an .npz file")
-    parser.add_argument("--n_train", "--n-train", type=bounded(int, 1, 10 ** 7), default=4096,
-                        help="training episodes (gridworld, atari)")
-    parser.add_argument("--n_val", "--n-val", type=bounded(int, 1, 10 ** 7), default=512,
-                        help="validation episodes (gridworld, atari)")
-    parser.add_argument("--length", type=bounded(int, 2, 10 ** 6), default=16,
-                        help="frames of an episode (gridworld, atari)")
-    parser.add_argument("--side", type=bounded(int, 2, LARGEST), default=8, help="cells of a gridworld's row")
-    parser.add_argument("--cell_px", "--cell-px", type=bounded(int, 1, 256), default=8, help="pixels of a cell")
-    parser.add_argument("--walls", type=bounded(float, 0, 1), default=0.15, help="share of cells with a wall")
-    parser.add_argument("--ball", action=argparse.BooleanOptionalAction, default=True, help="whether there is a ball")
-    parser.add_argument("--split_seed", "--split-seed", type=bounded(int, -2 ** 62), default=0,
-                        help="of all that is drawn")
-    parser.add_argument("--val_share", "--val-share", type=bounded(float, 0, 1), default=0.2,
-                        help="for validation (.npz)")
-    parser.add_argument("--frame_skip", "--frame-skip", type=bounded(int, 1, 10 ** 4), default=4,
-                        help="frames for an action (atari)")
-    parser.add_argument("--stats", action="store_true", help="count, and write video_<dataset>.png (training clips)")
-    parser.add_argument("--out", type=Path, default=Path("."), help="the folder of the picture")
-    args = vars(parser.parse_args(argv))
-    stats, out = args.pop("stats"), args.pop("out")
-    video = load(**args)
-    print(video.source)
-    if stats:
-        for name, clips in (("train", video.train), ("val", video.val)):
-            figures = statistics(clips, video.n_actions)
-            print(f"{name}: {figures['episodes']:,} episode{'s' * (figures['episodes'] > 1)} of {figures['length']:,} "
-                  f"frames; copying the last frame has a PSNR of {figures['copy_last']:.2f} dB")
-            if video.n_actions:
-                shares = ", ".join(f"{what} {share:.1%}" for what, share in zip(video.action_names, figures["shares"]))
-                print(f"{name}: {shares}; entropy {figures['entropy']:.3f} nats"
-                      + f"; {figures['stopped']:.1%} blocked" * (figures["stopped"] > 0))
-        stem = Path(args["dataset"]).stem if args["dataset"].endswith(".npz") else args["dataset"].replace(":", "_")
-        path = out / f"video_{stem}.png"
-        draw(video, path)
-        print(f"wrote {path}")
+def describe(video, dataset, stats=False, out="."):
+    """Prints what there is; for --stats figures of both sides, and writes a picture.
 
+    stats: count, and write video_<dataset>.png (training clips)
+    out: the folder of the picture
+    """
+    print(video.source)
+    if not stats:
+        return
+    for name, clips in (("train", video.train), ("val", video.val)):
+        figures = statistics(clips, video.n_actions)
+        print(f"{name}: {figures['episodes']:,} episode{'s' * (figures['episodes'] > 1)} of {figures['length']:,} "
+              f"frames; copying the last frame has a PSNR of {figures['copy_last']:.2f} dB")
+        if video.n_actions:
+            shares = ", ".join(f"{what} {share:.1%}" for what, share in zip(video.action_names, figures["shares"]))
+            print(f"{name}: {shares}; entropy {figures['entropy']:.3f} nats"
+                  + f"; {figures['stopped']:.1%} blocked" * (figures["stopped"] > 0))
+    path = Path(out) / f"video_{Path(dataset).stem if dataset.endswith('.npz') else dataset.replace(':', '_')}.png"
+    draw_clips(video, path)
+    print(f"wrote {path}")
+
+
+main = command(serve(load, describe))
 
 if __name__ == "__main__":
     main()

@@ -18,7 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data import arc, text  # noqa: E402
+from data import arc, files  # noqa: E402
 from data.arc import OUTSIDE, Canvas, Grids, Stream, augment, canonical, load  # noqa: E402
 from data.synthetic import FACTORS, KINDS, RULES  # noqa: E402
 from experiment import UserError  # noqa: E402
@@ -437,7 +437,7 @@ def folder(tmp_path, monkeypatch):
     given = tmp_path / "given"
     given.mkdir()
     monkeypatch.setenv("NANOLAB_DATA", str(given))
-    monkeypatch.setattr(text, "DOWNLOADS", tmp_path / "downloads")
+    monkeypatch.setattr(files, "DOWNLOADS", tmp_path / "downloads")
     table = {}
     for name, tasks in fake_sets().items():
         file, _, digest, repository, part = arc.SETS[name]
@@ -542,7 +542,7 @@ def test_names_and_numbers_that_do_not_fit(folder):
     for given, words in (
             (("arc1-trainign",), ["dataset 'arc1-trainign'", "did you mean arc1-training?"]),
             (("syntetic",), ["did you mean synthetic?"]),
-            (("mnist",), ["dataset 'mnist'", "take synthetic, arc1-training"]),
+            (("mnist",), ["dataset 'mnist'", "choose synthetic, arc1-training"]),
             (("arc1", "arc1-evalaution"), ["val_dataset 'arc1-evalaution'", "did you mean arc1-evaluation?"]),
             (("arc1+",), ["dataset ''"]),
             (("synthetic+arc1",), ["synthetic+arc1: synthetic grids cannot be mixed"]),
@@ -639,7 +639,7 @@ def test_a_download_is_checked_packed_and_found_again(folder, monkeypatch, tmp_p
         return Answer(contents[len(asked) - 1])
     monkeypatch.setattr(urllib.request, "urlopen", answer)
     for words in (["it has 0 tasks"], ["not a zip file"]):
-        with raises_one_line("is not the expected data set and was removed", *words, "--dataset synthetic"):
+        with raises_one_line("and was removed", *words, "--dataset synthetic"):
             load("arc1", max_side=5)
         (downloads / "arc-agi-1-training.json.gz").unlink(missing_ok=True)  # the one that was right
     assert not [path for path in downloads.iterdir() if path.suffix != ".lock"]

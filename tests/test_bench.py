@@ -56,8 +56,8 @@ def peer(tmp_path):
 def test_a_ratio_above_1_says_that_ours_is_better(monkeypatch, capsys):
     monkeypatch.setattr(bench, "found", [])
     taken = {"ours": [1.0, 2.0, 4.0], "theirs": [3.0, 4.0, 4.0]}
-    bench.row("x", "rate", "tokens/s", 100, taken)
-    bench.row("x", "cost", "ms", 1e3, taken, lower=True)
+    bench.row("rate", "tokens/s", 100, taken)
+    bench.row("cost", "ms", 1e3, taken, lower=True)
     rate, cost = bench.found
     assert rate["ours"] == 50 and rate["beside"]["theirs"]["theirs"] == 25
     assert cost["ours"] == 2000 and cost["beside"]["theirs"]["theirs"] == 4000

@@ -2,7 +2,6 @@
 import hashlib
 import itertools
 import math
-import random
 import re
 import sqlite3
 import string
@@ -20,9 +19,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import facts  # noqa: E402
-from data.facts import (NO_ATTRIBUTE, NO_CALL, NO_RESULT, QUESTIONS, SENTENCES, SYLLABLES, Database,  # noqa: E402
-                        Person, Segment, Vocabulary, biography, bits_stored, call, dialogs, entropy, floor, in_tool,
-                        in_weight, law, parse_call, people, rows, show, shuffled, tables)
+from data.facts import (NO_ATTRIBUTE, NO_CALL, NO_RESULT, QUESTIONS, SYLLABLES, Database, Person,  # noqa: E402
+                        Segment, Vocabulary, bits_stored, call, dialogs, entropy, floor, in_tool, in_weight, law,
+                        parse_call, people, rows, show, shuffled, tables)
 from experiment import UserError  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -298,81 +297,6 @@ def test_natural_questions_and_mixtures_are_drawn():
     assert dialogs(made, form="natural", seed=1) != dialogs(made, form="natural") != natural[1:]
     assert dialogs(made, form="natural") == natural
     assert dialogs(people(10, 0), "both", "natural") == dialogs(people(300, 0), "both", "natural")[:40]
-
-
-# --- Biographies ---
-
-class Fixed:
-    """random() that gives these numbers, one after the other."""
-
-    def __init__(self, *numbers):
-        self.numbers = iter(numbers)
-
-    def random(self):
-        return next(self.numbers)
-
-
-def test_sentences():
-    assert {*SENTENCES} == {*NOTES, *BIOS} - {"pronoun"}
-    for attribute, texts in SENTENCES.items():
-        assert len({*texts}) == len(texts) >= (8 if attribute in NOTES else 40)
-        for text in texts:
-            fields = Counter(field for _, field, _, _ in string.Formatter().parse(text) if field)
-            assert fields["value"] == 1 and fields["they"] + fields["their"] == 1, text
-            assert {*fields} <= {"value", "they", "their", "he", "his", "him"}
-            assert text.endswith(".") and text.count(".") == 1 and "  " not in text
-            words = {*re.findall(r"\w+", re.sub("{.*?}", "*", text))}
-            assert not re.search(r"\w{|}\w", text) and not words & {"he", "she", "him", "her", "his", "hers",
-                                                                     "himself", "herself"}
-        openings = Counter(text.split("{value}")[0] for text in texts)
-        assert max(openings.values()) <= 4  # they differ, not only in their ends
-
-
-def test_every_sentence_of_a_biography():
-    made = people(30, 0, "bios")
-    someone = {person.values["pronoun"]: person for person in map(made.__getitem__, range(30))}
-    order = {attribute: i / 10 for i, attribute in enumerate(BIOS) if attribute != "pronoun"}
-    for pronoun, mine, yours in (("he", "he|him|his", "she|her"), ("she", "she|her", "he|him|his")):
-        person = someone[pronoun]
-        for k in range(42):
-            text = biography(person, Fixed(*order.values(), *[(k + 0.5) / 42] * 6))
-            assert text.count(person.name) == 1 and text.count(".") == 6
-            first, *others = re.split(r"(?<=\.) ", text)
-            assert person.name in first and len(others) == 5
-            for attribute, sentence in zip(order, (first, *others)):
-                assert person.values[attribute] in sentence and "{" not in sentence
-                assert not sentence[0].islower()
-            assert all(re.search(rf"\b({mine})\b", sentence, re.I) for sentence in others)
-            assert not re.search(rf"\b({yours})\b", text, re.I)
-            expected = SENTENCES["birthday"][k].format(
-                they=person.name, their=f"{person.name}'s", he=pronoun, his={"he": "his", "she": "her"}[pronoun],
-                him={"he": "him", "she": "her"}[pronoun], value=person.values["birthday"])
-            assert first == expected[0].upper() + expected[1:]
-
-
-def test_biographies_are_drawn():
-    made, orders, used = people(600, 0, "bios"), Counter(), {attribute: set() for attribute in BIOS}
-    attributes = [attribute for attribute in BIOS if attribute != "pronoun"]
-    for i in range(600):
-        text = biography(made[i], random.Random(i))
-        assert text == biography(made[i], random.Random(i)) != biography(made[i], random.Random(i + 1))
-        sentences = re.split(r"(?<=\.) ", text)
-        orders[min(attributes, key=lambda a: text.index(made[i].values[a]) if a != "work_city" else 1e9)] += 1
-        for sentence in sentences:
-            for attribute in attributes:
-                if made[i].values[attribute] in sentence:
-                    used[attribute].add(re.sub(re.escape(made[i].values[attribute]), "*", sentence))
-    assert min(orders[attribute] for attribute in attributes if attribute != "work_city") > 60  # any comes first
-    assert all(len(used[attribute]) > 60 for attribute in attributes)  # he and she, and the first ones' names
-    assert biography(made[0], np.random.default_rng(0)) == biography(made[0], np.random.default_rng(0))
-
-
-def test_biographies_without_a_pronoun(few):
-    for i in range(40):
-        person, text = few[i], biography(few[i], random.Random(i))
-        assert text.count(person.name) == 4 == text.count(".") and all(v in text for v in person.values.values())
-        assert all(sentence.startswith(person.name) or not sentence[0].islower()
-                   for sentence in re.split(r"(?<=\.) ", text))
 
 
 # --- The database ---
@@ -682,17 +606,8 @@ def test_bits_of_a_uniform_and_of_a_perfect_predictor():
         wanted = 100 * math.log2(2 ** made.bits / math.exp(losses.mean()))
         assert bits_stored(losses, made.bits) == pytest.approx(wanted)
     assert type(bits_stored([1.0], 31.25)) is float
-
-
-def test_bits_of_names():
-    made = people(128, 0)
-    perfect = bits_stored([0] * 128, made.bits, [math.log(128)] * 128, made.n_names)
-    assert perfect == pytest.approx(128 * (made.bits + math.log2(64 ** 4 / 128)))
-    blind = bits_stored([made.bits * math.log(2)] * 128, made.bits, [math.log(64 ** 4)] * 128, made.n_names)
-    assert blind == pytest.approx(0, abs=1e-6)
-    for wrong in ((torch.zeros(2, 4), 31.25), ([0] * 4, 31.25, [0] * 3, 9), ([0] * 4, 31.25, [0] * 4)):
-        with pytest.raises(ValueError):
-            bits_stored(*wrong)
+    with pytest.raises(ValueError):
+        bits_stored(torch.zeros(2, 4), 31.25)
 
 
 def test_floors(many):
@@ -738,7 +653,7 @@ def test_the_command_line(capsys):
     told = capsys.readouterr().out
     for words in ("notes: 50 people to train on and 5 held out, of 16,777,216 names", "31.25 bits a person", "3.94% by",
                   "user:      birth_date nopesomo ?", "* assistant: FIND birth_date FOR nopesomo <CALL>",
-                  "tool:      24/10/1997 <ANSWER>", "* assistant: 24/10/1997 <END>", "biography:",
+                  "tool:      24/10/1997 <ANSWER>", "* assistant: 24/10/1997 <END>",
                   "vocabulary closed: 210 tokens and 4 special", "vocabulary bytes: 256 tokens and 4 special",
                   "in_tool, short: 18 to 22 tokens a dialog, 20.0 on average, 11.0 of them trained",
                   "natural: the closed vocabulary has no token"):

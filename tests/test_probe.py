@@ -335,31 +335,16 @@ def test_layers_that_know():
     assert list(found) == ["embed", "blocks.0", "blocks.1"]
     assert found["embed"].held_out == found["embed"].majority == pytest.approx(1 / 3)
     assert found["blocks.0"].held_out > 0.6 and found["blocks.1"].held_out > 0.5
-    assert found == layers_that_know(model, prompts, torch.tensor(labels), batch_size=7)
+    assert found == layers_that_know(model, prompts, torch.tensor(labels))
     assert found != layers_that_know(model, prompts, labels, seed=1)
-
-
-def test_people_are_held_out_as_a_whole():
-    """A person's name tells everything of that person, and nothing of others: only a split by people shows it."""
-    model, place = build(init="xavier", n_embd=64), ["blocks.0"]
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
-    told = [(i, template, number % 2) for number, i in enumerate(order) for template in range(5)]
-    people, prompts = [f"person {i}" for i, _, _ in told], [[i, 40 + template, 49] for i, template, _ in told]
-    labels = [label for _, _, label in told]
-    mixed = layers_that_know(model, prompts, labels, places=place, l2=1e-5)["blocks.0"]
-    apart = layers_that_know(model, prompts, labels, people, place, l2=1e-5)["blocks.0"]
-    assert mixed.held_out > 0.9 and apart.training > 0.9 and abs(apart.held_out - 0.5) < 0.3 and apart.majority == 0.5
 
 
 @pytest.mark.parametrize("change, words", [
     (dict(prompts=[[1], [2], [3], []]), "prompt 3 has 0 ids, but there must be from 1 to block_size 16"),
     (dict(prompts=[[1], [2] * 17, [3], [4]]), "prompt 1 has 17 ids"),
-    (dict(labels=[0, 1, 0]), "4 prompts, 3 labels and 4 people"),
-    (dict(people=[0, 1]), "4 prompts, 4 labels and 2 people"),
-    (dict(prompts=[], labels=[]), "0 prompts, 0 labels and 0 people"),
-    (dict(people=["a", "a", "b", "c"]), "'a' has labels 0 and 1: a person has one"),
+    (dict(labels=[0, 1, 0]), "4 prompts and 3 labels"),
+    (dict(prompts=[], labels=[]), "0 prompts and 0 labels"),
     (dict(labels=[0, 2, 0, 2]), "class 1 has no row to learn from"),
-    (dict(train_fraction=1.0), "fraction to learn from is 1.0"),
     (dict(places=["blocks.9"]), "no place 'blocks.9'"),
     (dict(places=["heads"]), "place 'heads' gives nothing, not"),
 ])

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 pytest.importorskip("pyarrow")
 import pyarrow.parquet  # noqa: E402
+import data.files  # noqa: E402
 from data import smollm, tokens  # noqa: E402
-from data import text as texts  # noqa: E402
 from data.smollm import Batches, documents, find, is_held_out, validation  # noqa: E402
 from experiment import UserError  # noqa: E402
 
@@ -353,7 +353,7 @@ def place(tmp_path, monkeypatch):
     """A folder of NANOLAB_DATA; downloads go beside it, and there is no network."""
     (tmp_path / "data" / "smollm" / "cosmopedia-v2").mkdir(parents=True)
     monkeypatch.setenv("NANOLAB_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(texts, "DOWNLOADS", tmp_path / "downloads")
+    monkeypatch.setattr(data.files, "DOWNLOADS", tmp_path / "downloads")
 
     def unreachable(*args, **kwargs):
         raise urllib.error.URLError("no network")
@@ -369,7 +369,7 @@ def test_find_here(place):
         write_parquet(place / name, ["a"])
     (place / "notes.txt").touch()
     assert find("cosmopedia-v2") == [place / name for name in NAMES[1:]]
-    other = texts.DOWNLOADS / "smollm" / "cosmopedia-v2"
+    other = data.files.DOWNLOADS / "smollm" / "cosmopedia-v2"
     other.mkdir(parents=True)
     for name in NAMES[:2]:
         write_parquet(other / name, ["b"])
@@ -401,14 +401,14 @@ def test_find_without_network(place):
 def test_fetching(place, tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     monkeypatch.setenv("NANOLAB_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(texts, "DOWNLOADS", tmp_path / "downloads")
+    monkeypatch.setattr(data.files, "DOWNLOADS", tmp_path / "downloads")
     hub = tmp_path / "hub" / "cosmopedia-v2"
     hub.mkdir(parents=True)
     monkeypatch.setattr(smollm, "URL", f"file://{tmp_path}/hub/{{}}/{{}}")
     for name in NAMES[:2]:
         write_parquet(hub / name, [name])
     found = find("cosmopedia-v2")
-    assert found == [texts.DOWNLOADS / "smollm" / "cosmopedia-v2" / NAMES[0]]
+    assert found == [data.files.DOWNLOADS / "smollm" / "cosmopedia-v2" / NAMES[0]]
     assert [text for text, _ in documents(find("cosmopedia-v2", 2))] == NAMES[:2]
     (hub / NAMES[0]).unlink()  # is not fetched again
     assert find("cosmopedia-v2", 2)[0] == found[0] and not list(tmp_path.glob("downloads/**/*.part"))

@@ -20,8 +20,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data import text  # noqa: E402
-from data.text import Batches, download, load, main, statistics  # noqa: E402
+from data import files, text  # noqa: E402
+from data.files import download  # noqa: E402
+from data.text import Batches, load, main, statistics  # noqa: E402
 from experiment import UserError  # noqa: E402
 
 CONTENT = bytes(range(256)) * 1200  # 307,200 bytes: several chunks of a download
@@ -53,7 +54,7 @@ def folder(tmp_path, monkeypatch):
     given = tmp_path / "given"
     given.mkdir()
     monkeypatch.setenv("NANOLAB_DATA", str(given))
-    monkeypatch.setattr(text, "DOWNLOADS", tmp_path / "downloads")
+    monkeypatch.setattr(files, "DOWNLOADS", tmp_path / "downloads")
     monkeypatch.setenv("no_proxy", "*")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -184,7 +185,7 @@ def test_refused_and_unwritable(server, tmp_path):
 
 
 def test_no_network_says_which_file_goes_where(folder):
-    where = str(text.DOWNLOADS)
+    where = str(files.DOWNLOADS)
     with raises_one_line("no connection to", "put enwik8 (100,000,000 bytes", where, "NANOLAB_DATA", "--dataset stdlib",
                          "--max_bytes 4150000 with enwik8-first-4150000.txt.xz there"):
         load("enwik8")
@@ -205,8 +206,8 @@ def test_folders_come_in_order_and_before_downloads(folder, tmp_path, monkeypatc
     second = tmp_path / "second"
     second.mkdir()
     monkeypatch.setenv("NANOLAB_DATA", f"{folder}{os.pathsep}{second}")
-    text.DOWNLOADS.mkdir()
-    for place in (text.DOWNLOADS, second, folder):
+    files.DOWNLOADS.mkdir()
+    for place in (files.DOWNLOADS, second, folder):
         with lzma.open(place / "tinyshakespeare.txt.xz", "wb") as file:
             file.write(CONTENT)
         assert str(place) in load("shakespeare").source
@@ -220,7 +221,7 @@ def test_a_set_is_downloaded_where_it_lies_nowhere(folder, server, monkeypatch):
     place_set(monkeypatch, "enwik8", CONTENT, f"{server.url}/enwik8.zip")
     corpus = load("enwik8")
     assert bytes(torch.cat([corpus.train, corpus.val, corpus.test]).tolist()) == CONTENT
-    assert (text.DOWNLOADS / "enwik8").read_bytes() == CONTENT
+    assert (files.DOWNLOADS / "enwik8").read_bytes() == CONTENT
     load("enwik8")
     assert len(server.asked) == 1
 
@@ -240,8 +241,8 @@ def test_a_large_file_is_hashed_once_until_it_changes(folder, monkeypatch):
     place_set(monkeypatch, "enwik8", content)
     path, hashed = folder / "enwik8", []
     path.write_bytes(content)
-    check = text._difference
-    monkeypatch.setattr(text, "_difference", lambda *args: hashed.append(1) or check(*args))
+    check = files.difference
+    monkeypatch.setattr(files, "difference", lambda *args: hashed.append(1) or check(*args))
     load("enwik8"), load("enwik8")
     assert len(hashed) == 1
     with open(path, "r+b") as file:
@@ -285,10 +286,10 @@ def test_stdlib_is_source_text_in_a_fixed_order(folder):
 
 def test_stdlib_skips_what_is_not_its_source(folder, tmp_path, monkeypatch):
     root = tmp_path / "lib"
-    files = {"a.py": b"aa", "sub/b.py": b"bb", "c.py": b"\xff", "d.txt": b"dd", "test/e.py": b"ee",
+    there = {"a.py": b"aa", "sub/b.py": b"bb", "c.py": b"\xff", "d.txt": b"dd", "test/e.py": b"ee",
              "x/tests/f.py": b"ff", "site-packages/g.py": b"gg", "_sysconfigdata_x.py": b"hh",
              "x/__pycache__/i.py": b"ii"}
-    for name, content in files.items():
+    for name, content in there.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
     monkeypatch.setattr(text.sysconfig, "get_path", lambda name: str(root))
@@ -550,7 +551,7 @@ def test_a_wrong_command_line_is_one_line(args, capsys):
 
 @real_data
 def test_the_real_piece_of_enwik8():
-    if not text._find(text.PIECE[0]) or text._find("enwik8"):
+    if not files.find(text.PIECE[0]) or files.find("enwik8"):
         pytest.skip("no piece, or the whole")
     corpus = load("enwik8", max_bytes=4_150_000)
     assert [part.numel() for part in (corpus.train, corpus.val, corpus.test)] == [3_735_000, 207_500, 207_500]
@@ -562,7 +563,7 @@ def test_the_real_piece_of_enwik8():
 
 @real_data
 def test_real_tinyshakespeare():
-    if not text._find("tinyshakespeare.txt"):
+    if not files.find("tinyshakespeare.txt"):
         pytest.skip("no tinyshakespeare")
     corpus = load("shakespeare")
     assert (corpus.train.numel(), corpus.val.numel(), corpus.test) == (1_003_854, 111_540, None)

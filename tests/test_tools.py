@@ -1,6 +1,7 @@
 """What tools are given: numbers, paths, archives, checkpoints, flags without an effect; each mistake is one line."""
 import argparse
 import bz2
+import contextlib
 import gzip
 import importlib
 import json
@@ -27,9 +28,10 @@ import grid  # noqa: E402
 import plot  # noqa: E402
 import probe  # noqa: E402
 import sample  # noqa: E402
-from data import facts, smollm, text, tokens, video  # noqa: E402
+from data import facts, files, smollm, tokens, video  # noqa: E402
 from experiment import Settings, UserError  # noqa: E402
 from model import TransformerConfig, build_model  # noqa: E402
+from nanolab import serve  # noqa: E402
 from test_scripts import fresh  # noqa: E402
 
 BAD = ("nan", "inf", "-inf", "1e400", "-1e400", "1" + "0" * 30, "9" * 5000, "one", "")
@@ -78,14 +80,17 @@ def test_every_number_of_a_data_command_has_bounds(name, words, monkeypatch):
     def caught(parser, argv=None):
         parsers.append(parser)
         raise KeyboardInterrupt
-    monkeypatch.setattr(experiment.Parser, "parse_args", caught)
+    monkeypatch.setattr(serve.Parser, "parse_args", caught)
     with pytest.raises(SystemExit):
         module.main(words)
     for parser in parsers:
         for action in list(parser._actions):
             if isinstance(action, argparse._SubParsersAction):
                 parsers += action.choices.values()
-            if action.type is None or action.type is Path:
+            if action.type is None or isinstance(action.default, str):
+                continue
+            with contextlib.suppress(argparse.ArgumentTypeError):
+                action.type("any text")
                 continue
             for value in BAD:
                 with pytest.raises((argparse.ArgumentError, ValueError)) as error:
@@ -107,23 +112,23 @@ def test_an_archive_that_goes_on_is_refused(suffix, tmp_path, monkeypatch):
             file.writestr("__MACOSX/._a.txt", b"of the desktop")
     else:
         path.write_bytes({".gz": gzip, ".xz": lzma, ".bz2": bz2}[suffix].compress(content))
-    assert len(text._read(path)) == len(content)
-    monkeypatch.setattr(text, "FEW", 1_000_000)
-    monkeypatch.setattr(text, "UNPACKED", 2_000_000)
+    assert len(files.read(path)) == len(content)
+    monkeypatch.setattr(files, "FEW", 1_000_000)
+    monkeypatch.setattr(files, "UNPACKED", 2_000_000)
     with pytest.raises(UserError, match="unpacks to more than"):
-        text._read(path)
-    assert len(text._read(path, 1000)) == 1000
-    monkeypatch.setattr(text, "UNPACKED", 4_000_000)
-    monkeypatch.setattr(text, "RATIO", 10 ** 6)
-    assert len(text._read(path)) == len(content)
+        files.read(path)
+    assert len(files.read(path, 1000)) == 1000
+    monkeypatch.setattr(files, "UNPACKED", 4_000_000)
+    monkeypatch.setattr(files, "RATIO", 10 ** 6)
+    assert len(files.read(path)) == len(content)
 
 
 def test_frames_that_go_on_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "a.npz"
     np.savez_compressed(path, frames=np.zeros((100, 8, 8, 3), np.uint8))
     assert len(video.load(str(path)).train) == 1
-    monkeypatch.setattr(text, "FEW", 10_000)
-    monkeypatch.setattr(text, "RATIO", 2)
+    monkeypatch.setattr(files, "FEW", 10_000)
+    monkeypatch.setattr(files, "RATIO", 2)
     with pytest.raises(UserError, match="more than 10,000 are refused"):
         video.load(str(path))
     with zipfile.ZipFile(path, "w") as file:                 # a head that promises 2^60 bytes

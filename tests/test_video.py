@@ -474,7 +474,7 @@ def test_numbers_out_of_range(name, value):
 
 
 @pytest.mark.parametrize("name, near", [("gridwrold", "did you mean gridworld?"), ("donkey", "did you mean donkeycar?"),
-                                        ("atari", "atari:Freeway?"), ("xyz", "choose gridworld, donkeycar, atari:"),
+                                        ("atari", "another game"), ("xyz", "choose gridworld, donkeycar, atari:"),
                                         ("frames.npy", ".npz file")])
 def test_unknown_names(name, near):
     with raises_one_line(repr(name), near, "gridworld", "donkeycar", "atari:Freeway", ".npz"):
