@@ -68,12 +68,12 @@ def watched():
     calls = {}
     with pytest.MonkeyPatch.context() as patch:
         for name in OPERATIONS:
-            def spy(*given, name=name, operation=getattr(kernels, name), **how):
+            def spy(*given, name=name, operation=(real := getattr(kernels, name)), **how):
                 if kernels.on():
                     calls.setdefault(name, []).append((given, how))
                 return operation(*given, **how)
             for module in (kernels, sys.modules["dvae"], train_mult, train_worldmodel):
-                if getattr(module, name, None) is getattr(kernels, name):
+                if getattr(module, name, None) is real:
                     patch.setattr(module, name, spy)
             if name in kernels.PLAIN:
                 patch.setitem(kernels.PLAIN, name, spy)

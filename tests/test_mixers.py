@@ -7,8 +7,7 @@ import torch.nn.functional as F
 
 import mixers
 import optim
-from feedforward import gelu
-from kernels import plain_rotary
+from kernels import gelu, plain_rotary
 from mixers import Positions
 from model import (FEED_FORWARDS, GLU, Transformer, TransformerConfig, equal_ff_mult, fused_rows,
                    parameter_roles)
