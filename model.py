@@ -14,8 +14,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
+import kernels
 from cache import Cache, Memory
-from feedforward import GLU, FeedForward, LowRank, MixtureOfExperts
+from feedforward import FeedForward, LowRank, MixtureOfExperts
+from kernels import GLU
 from memory import Compressive, TransformerXL
 from mixers import Attention, Differential, Latent, Linear, Norm, Positions, Rope, ShortConv, Sparse
 from recurrent import Mamba, MinGRU
@@ -46,7 +48,7 @@ CHOICES = {
     "target_heads": ("own", "shared"),
     "layer_heads": ("own", "shared"),
     "attention": ("auto", "sdpa", "manual"),
-    "kernels": ("torch", "triton"),
+    "kernels": kernels.WAYS,
     "compression": ("conv", "mean", "max"),
     "expert_balance": ("loss", "bias", "none"),
     "output": ("softmax", "stablemax"),
@@ -131,9 +133,7 @@ class TransformerConfig:
     mtp_weight: float = 0.3  # of the mean of their losses
     # How it is computed
     attention: str = "auto"  # "auto": SDPA, but by hand when training on a CPU in bfloat16
-    # "triton": norms, gates, rotary positions, recurrences, experts, losses, and attention under "auto", by kernels.py
-    # and its siblings; off a GPU by their twins. Not compared with torch.compile on a GPU yet.
-    kernels: str = "torch"
+    kernels: str = "torch"  # what whoever runs the model has told kernels.use; the model itself does not look here
     checkpoint_activations: bool = False  # layers are computed again in the backward pass: less memory, more time
 
     @classmethod
@@ -390,13 +390,13 @@ class Block(nn.Module):
         c = config
         own = c.positions == "learned_per_layer"
         self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if own else None
-        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
+        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
         self.conv = ShortConv(c, layer) if c.short_conv else None
         self.mixer = MIXERS[c.mixers[layer % c.n_layer]](c, layer)
         self.keeps_hidden = isinstance(self.mixer, TransformerXL)
         self.norm2 = self.ff = None
         if (kind := c.ffs[layer % c.n_layer]) != "none":
-            self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
+            self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
             self.ff = FEED_FORWARDS[kind](c, layer)
         self.dropout, self.n_layer = c.dropout, c.n_layer
         self.scale, self.own = c.residual_scale, {}
@@ -446,8 +446,8 @@ class MultiTokenPrediction(nn.Module):
     def __init__(self, config, depth):
         super().__init__()
         c = config
-        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
-        self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
+        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
         self.join = Linear(2 * c.n_embd, c.n_embd, bias=False)
         self.block = Block(c, c.n_layer - 1)
         if isinstance(self.block.ff, MixtureOfExperts):
@@ -475,7 +475,7 @@ class Transformer(nn.Module):
         self.ropes = make_ropes(c)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.mtp = nn.ModuleList(MultiTokenPrediction(c, d + 1) for d in range(c.mtp_depth))
-        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
+        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
         self.extras, self.usage = {}, {}
 
         def table(n, *shape):
@@ -637,8 +637,8 @@ class Transformer(nn.Module):
     def losses(self, states, targets, active, counted=None):
         """All active layers' and targets' losses by one matrix product and one cross-entropy; as `forward` returns.
 
-        states: A hidden states (B, T, C), targets (B, T, K). counted: as `forward` takes it. With kernels "triton" both
-        are done piece by piece: there are never all logits at once.
+        states: A hidden states (B, T, C), targets (B, T, K). counted: as `forward` takes it. By kernel both are done
+        piece by piece: there are never all logits at once.
         """
         c = self.config
         A, K, N = len(states), c.n_targets, targets.size(0) * targets.size(1)
@@ -656,12 +656,10 @@ class Transformer(nn.Module):
         used = [g * per_group + i for g in groups for i in range(per_group)]
         weights = [self.classifier(i) for i in used]
         biases = [self.head_biases[i] for i in used] if c.head_bias else None
-        if c.kernels == "triton" and c.output == "softmax":
-            from kernels import batched_linear_cross_entropy  # only here: it imports Triton
-
+        if kernels.on() and c.output == "softmax":
             def sets(parts):
                 return None if parts is None else [parts[i:i + per_group] for i in range(0, len(parts), per_group)]
-            loss = batched_linear_cross_entropy(h, sets(weights), targets.reshape(-1, per_group), sets(biases))
+            loss = kernels.batched_linear_cross_entropy(h, sets(weights), targets.reshape(-1, per_group), sets(biases))
         else:
             logits = batched_linear(h, weights, len(groups), biases)  # (A, N, K V), (A, N K, V)
             labels = targets.reshape(1, N * K).expand(A, N * K).reshape(A * N * K)
@@ -927,7 +925,7 @@ def make_ropes(config):
     if c.positions == "rope":
         widths = {c.rope_dim if kind == "mla" else c.head_dim for kind in c.mixers if kind not in RECURRENT}
     return nn.ModuleDict({str(width): Rope(width, c.rope_base, c.block_size, c.rope_scaling, c.rope_factor,
-                                           c.rope_original, c.kernels, c.rope_ramp, c.rope_mscale)
+                                           c.rope_original, c.rope_ramp, c.rope_mscale)
                           for width in sorted(widths)})
 
 
@@ -935,7 +933,6 @@ def look_up_ropes(places, ropes, n):
     """Gives places the tables of each width at its positions, all below n: `tables`, and cos and sin of the heads."""
     places.ropes = ropes
     for width, rope in ropes.items():
-        places.triton = rope.triton
         found = tuple(places.look_up(t).view(-1, places.T, 1, int(width)) for t in rope(n))  # (1 or B, T, 1, D)
         places.tables[int(width)] = found
 
@@ -1069,7 +1066,8 @@ def initialise(model):
 
 
 def from_checkpoint(checkpoint, weights="raw"):
-    """The Transformer of a checkpoint (from experiment.load_checkpoint), on the CPU, with its raw or its "ema" weights.
+    """The Transformer of a checkpoint (from experiment.load_checkpoint), on the CPU, with its raw or its "ema" weights;
+    from here on this process goes by the kernels that it was trained with.
 
     Raises ValueError where the checkpoint holds no such weights, or not those of a Transformer of this version.
     """
@@ -1078,6 +1076,7 @@ def from_checkpoint(checkpoint, weights="raw"):
     try:
         model = build_model(TransformerConfig.from_settings(
             {**checkpoint["settings"], "vocab_size": checkpoint.get("vocab_size", 256)}))
+        kernels.use(model.config.kernels)
         model.load_state_dict(checkpoint["model"])
         if weights == "ema":
             model.load_state_dict({**checkpoint["model"], **checkpoint["ema"]["weights"]})

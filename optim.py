@@ -15,6 +15,8 @@ from contextlib import contextmanager
 
 import torch
 
+import kernels
+
 ROLES = ("embedding", "position", "matrix", "residual", "head", "gain", "bias")
 DECAYED = ("matrix", "residual", "head")  # what multiplies activations; not look-up tables, gains and biases
 HIDDEN = ("matrix", "residual")  # the 2-D weights inside the network, which Muon steps
@@ -232,7 +234,7 @@ def _eager(method):
 class _Optimizer(torch.optim.Optimizer):
     """Steps each group by the group's own rule; a group that names none follows the class's. settings: see RULES."""
 
-    tables = None  # with kernels "triton" a list: what each launch of a step keeps for the next step's
+    tables = ()  # by kernel: what each launch of a step keeps for the next step's
     zero_grad = _eager(torch.optim.Optimizer.zero_grad)
     state_dict = _eager(torch.optim.Optimizer.state_dict)
 
@@ -325,7 +327,7 @@ class _Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        by_kernel = self.tables is not None and not self.mesh and transform in (None, _project)
+        by_kernel = kernels.on() and not self.mesh and transform in (None, _project)
         done = self._launch(transform is _project) if by_kernel else ()
         for group in self.param_groups:
             whole = group["rule"] == "muon"  # which wants to see all matrices of one shape
@@ -342,9 +344,8 @@ class _Optimizer(torch.optim.Optimizer):
         return loss
 
     def _launch(self, orthograd):
-        """kernels_optim.adamw_step of the dense float32 tensors under AdamW, one launch for all that agree in device,
-        step, lr, betas and eps. Returns their set. State is that of `_adam`."""
-        from kernels_optim import Tables, adamw_step  # only here: it imports Triton
+        """kernels.adamw_step of the dense float32 tensors under AdamW, one launch for all that agree in device, step,
+        lr, betas and eps. Returns their set. State is that of `_adam`."""
         launches = {}  # what its tensors agree in -> parameters, each with its decay
         for group in self.param_groups:
             for p in group["params"] if group["rule"] == "adamw" else ():
@@ -354,13 +355,13 @@ class _Optimizer(torch.optim.Optimizer):
                     state["step"] = state.get("step", 0) + 1
                     shared = p.device, state["step"], group["lr"], tuple(group["betas"]), group["eps"]
                     launches.setdefault(shared, {})[p] = group["weight_decay"]
-        self.tables += [Tables() for _ in range(len(self.tables), len(launches))]
+        self.tables = [*self.tables, *({} for _ in range(len(self.tables), len(launches)))]
         for ((_, *shared), decays), tables in zip(launches.items(), self.tables):
             params = list(decays)
             states = [self.state[p] for p in params]
-            adamw_step(params, [p.grad for p in params], _buffers(states, params, "exp_avg"),
-                       _buffers(states, params, "exp_avg_sq"), *shared, list(decays.values()), orthograd=orthograd,
-                       tables=tables)
+            kernels.adamw_step(params, [p.grad for p in params], _buffers(states, params, "exp_avg"),
+                               _buffers(states, params, "exp_avg_sq"), *shared, list(decays.values()),
+                               orthograd=orthograd, tables=tables)
         return set().union(*launches.values())
 
 
@@ -575,21 +576,19 @@ def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None, d
 
 def build(name, named_parameters, roles, lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, momentum=0.9, muon_lr=0.02,
           muon_momentum=0.95, orthograd=False, fused_rows=None, ess=1e6, hess_init=1.0, clip_radius=math.inf,
-          mesh=None, kernels="torch", decay_params="matrices"):
+          mesh=None, decay_params="matrices"):
     """The optimiser `name` (one of RULES) of a whole model; a schedule multiplies each group's base_lr.
 
     sgd reads momentum; adam, adamw and schedule_free betas and eps; muon steps matrix and residual with muon_lr and
     muon_momentum, the rest by AdamW with lr, betas, eps; ivon reads betas, ess, hess_init, clip_radius. orthograd wraps
     it in OrthoGrad. mesh: a parallel.Mesh over whose processes the parameters are divided, and then the state with
     them; Muon and OrthoGrad, which look at whole matrices, gather them for the time of a step. ValueError for ivon on
-    several processes. kernels: "triton" steps what is under AdamW, muon's part too, by kernels_optim.adamw_step, with
-    OrthoGrad inside; the state is the same, so a checkpoint goes over. Tensors that are not dense float32, and those of
-    several processes, go by "torch" as ever. For the rest, and what it raises, see groups.
+    several processes. Where kernels are on, they step what is under AdamW, muon's part too, with OrthoGrad inside; the
+    state is the same, so a checkpoint goes over. Tensors that are not dense float32, and those of several processes, go
+    without as ever. For the rest, and what it raises, see groups.
     """
     if name not in RULES:
         raise ValueError(f"optimizer {name!r}: it must be one of {', '.join(RULES)}")
-    if kernels not in ("torch", "triton"):
-        raise ValueError(f"kernels {kernels!r}: it must be torch or triton")
     pairs = list(named_parameters)
     wanted = groups(pairs, roles, weight_decay, name == "muon", fused_rows, decay_params)
     own = {"sgd": dict(lr=lr, momentum=momentum),
@@ -605,7 +604,6 @@ def build(name, named_parameters, roles, lr, weight_decay=0.0, betas=(0.9, 0.999
         if name == "ivon":
             raise ValueError("ivon draws the weights anew in every pass, which several processes cannot agree on here")
         optimizer.mesh = mesh
-    optimizer.tables = [] if kernels == "triton" else None
     return OrthoGrad(optimizer) if orthograd else optimizer
 
 

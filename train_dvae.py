@@ -40,6 +40,7 @@ from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, fi
                         load_checkpoint, load_loop, optional, override, resolve_device, replacing, restore_generators,
                         seed_everything)
 from flags import shown
+from kernels import use as use_kernels
 from model import fused_rows, parameter_roles
 
 # --- Run ---
@@ -592,6 +593,7 @@ def main():
     config = check(settings)
     canvas = config.canvas
     where, precision = resolve_device(device, dtype)
+    use_kernels(kernels)
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
 
     # ---- model, and what a person asks of a trained one ----
@@ -607,7 +609,7 @@ def main():
         ema.load_state_dict(checkpoint["ema"])
     opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, weight_decay=weight_decay,
                       betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr, muon_momentum=muon_momentum,
-                      orthograd=orthograd, fused_rows=fused_rows(model), kernels=kernels)
+                      orthograd=orthograd, fused_rows=fused_rows(model))
     if checkpoint:
         optim.load_state(opt, checkpoint["optimizer"])
 

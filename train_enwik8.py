@@ -30,6 +30,7 @@ from evaluate import LN2, score
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
                         load_checkpoint, load_loop, measure_peak_flops, optional, override, resolve_device,
                         seed_everything)
+from kernels import use as use_kernels
 from model import TransformerConfig, active_layers, build_model, equal_ff_mult, fused_rows, parameter_roles
 from sample import generate
 
@@ -335,6 +336,7 @@ def main():
         config = check(settings)
     limits.notes(settings, {"max_steps": max_steps}, checkpoint and checkpoint["settings"])
     where, precision = resolve_device(mesh.device, dtype)
+    use_kernels(kernels)
     mesh.check(config, batch_size, optimizer, precision, carry_memory and batching == "streams" and config.carries,
                compile)
     parallel.warn_of_passes(config, grad_accum)
@@ -359,7 +361,7 @@ def main():
     opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, weight_decay=weight_decay,
                       betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr, muon_momentum=muon_momentum,
                       orthograd=orthograd, fused_rows=fused_rows(model), ess=ess or len(corpus.train),
-                      hess_init=hess_init, clip_radius=clip_radius or math.inf, mesh=mesh, kernels=kernels,
+                      hess_init=hess_init, clip_radius=clip_radius or math.inf, mesh=mesh,
                       decay_params=decay_params)
     scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
 

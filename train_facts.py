@@ -41,6 +41,7 @@ from evaluate import answered, bits_of, recall, score
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, check_weights, command, find_resume,
                         generator_states, load_checkpoint, load_loop, measure_peak_flops, override, resolve_device,
                         seed_everything)
+from kernels import use as use_kernels
 from model import TransformerConfig, build_model, fused_rows, parameter_roles
 
 # --- Run ---
@@ -436,6 +437,7 @@ def main():
         settings = adopt(globals(), settings, {"decay_params": "matrices"} | checkpoint["settings"], architecture)
     check(settings)
     where, precision = resolve_device(mesh.device, dtype)
+    use_kernels(kernels)
 
     # ---- data ----
     work = (Facts if task in FACTS else Recall if task == "mqar" else Text)(settings, where)
@@ -464,7 +466,7 @@ def main():
     opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, weight_decay=weight_decay,
                       betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr, muon_momentum=muon_momentum,
                       orthograd=orthograd, fused_rows=fused_rows(model), ess=ess or work.n_rows, hess_init=hess_init,
-                      clip_radius=clip_radius or math.inf, mesh=mesh, kernels=kernels,
+                      clip_radius=clip_radius or math.inf, mesh=mesh,
                       decay_params=decay_params)
     scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
 

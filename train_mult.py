@@ -37,8 +37,9 @@ from data.multiplication import EQUALS, SYMBOLS, Notation, Problems, Stream, hel
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
                         load_checkpoint, load_loop, override, resolve_device, restore_generators, seed_everything)
 from flags import shown
+from kernels import cross_entropy, use as use_kernels
 from model import TransformerConfig, fused_rows, parameter_roles
-from networks import EncoderDecoder, LatentTransformer, PrefixDecoder, cross_entropy
+from networks import EncoderDecoder, LatentTransformer, PrefixDecoder
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
@@ -224,8 +225,8 @@ class Solver(nn.Module):
         """source (B, S), x (B, T) int64 -> logits (B, T, V) and the head's output (B, T, n_sums) or None, float32.
 
         padding (B, S) bool, True after a source's end, or None where no row has any."""
-        if kernels == "triton" and padding is not None:
-            padding = (~padding).sum(1)      # by which cross-attention has a kernel
+        if padding is not None:
+            padding = (~padding).sum(1)      # lengths, by which cross-attention has a kernel
         states = self.body.states(x, self.body.encode(source, padding), padding)
         sums = None if self.sum_head is None else F.linear(states, self.sum_head).float()
         return self.body.classify(states), sums
@@ -260,7 +261,7 @@ class SequenceAccuracyLoss(nn.Module):
             mask = torch.ones_like(targets, dtype=torch.bool)
         logits = torch.where(mask.unsqueeze(-1), logits, 0.0)
         targets = targets.masked_fill(~mask, 0)
-        ce = cross_entropy(logits.flatten(0, 1), targets.flatten(), kernels).view(targets.shape)  # (B, T)
+        ce = cross_entropy(logits.flatten(0, 1), targets.flatten()).view(targets.shape)  # (B, T)
         with torch.no_grad():
             correct = ((logits.argmax(-1) == targets) | ~mask).all(1).to(ce.dtype)  # (B,)
             present = mask.any(1).to(ce.dtype)
@@ -278,7 +279,7 @@ def sum_loss(sums, truth, mask, n_classes):
     a tenth of the largest sum (Bai et al. 2025 regress).
     """
     if sums.size(2) > 1:
-        error = cross_entropy(sums.flatten(0, 1), truth.flatten(), kernels).view(truth.shape)
+        error = cross_entropy(sums.flatten(0, 1), truth.flatten()).view(truth.shape)
     else:
         error = (sums.squeeze(2) - truth * (10 / n_classes)).square()
     return (error * mask).sum() / mask.sum().clamp(min=1)
@@ -357,8 +358,7 @@ class Learner:
         self.net = torch.compile(self.model) if compile else self.model
         self.opt = optim.build(optimizer, self.model.named_parameters(), parameter_roles(self.model), lr=lr,
                                weight_decay=weight_decay, betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr,
-                               muon_momentum=muon_momentum, orthograd=orthograd, fused_rows=fused_rows(self.model),
-                               kernels=kernels)
+                               muon_momentum=muon_momentum, orthograd=orthograd, fused_rows=fused_rows(self.model))
         self.scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
         self.ema = optim.EMA(self.model, ema_decay) if ema_decay else None
         self.forcing = Forcing(forcing, forcing_start, forcing_k, forcing_slope, forcing_min, stability_window,
@@ -570,6 +570,7 @@ def main():
                                                if name not in ("eval_only", "ask")}, architecture)
     names, notation, config = check(settings)
     where, precision = resolve_device(device, dtype)
+    use_kernels(kernels)
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
 
     # ---- data ----

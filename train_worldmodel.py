@@ -35,8 +35,8 @@ from discrete import code_statistics, fsq_levels, mutual_information
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
                         load_checkpoint, load_loop, optional, override, replacing, resolve_device, restore_generators,
                         seed_everything)
+from kernels import cross_entropy, use as use_kernels
 from model import fused_rows, parameter_roles
-from networks import cross_entropy
 from play import View, parse_actions, save_gif, save_strip, serve
 from worldmodel import ActionModel, CausalDynamics, Dynamics, FirstFrame, Tokenizer, Writer, as_characters, to_patches
 
@@ -272,22 +272,20 @@ def build(name, video):
     try:
         if name == "tokenizer":
             return Tokenizer(video.height, video.width, patch, colours, codebook_size, code_dim, tokenizer_layers,
-                             n_head, tokenizer_embd, tokenizer, quantiser, tokenizer_frames, kernels=kernels)
+                             n_head, tokenizer_embd, tokenizer, quantiser, tokenizer_frames)
         if name == "actions":
             return ActionModel(video.height, video.width, patch, colours, history, n_codes, action_embd, action_layers,
-                               action_model, action_quantiser, n_head, difference=difference, kernels=kernels)
+                               action_model, action_quantiser, n_head, difference=difference)
         if name == "text":
-            return Writer(caption_length(side), text_layers, n_head, text_embd, kernels=kernels)
+            return Writer(caption_length(side), text_layers, n_head, text_embd)
         grid = (side, side) if tokens == "cells" else (video.height // patch, video.width // patch)
         size = 4 if tokens == "cells" else codebook_size
         if name == "frame":
-            return FirstFrame(grid, size, frame_layers, n_head, frame_embd, caption_length(side), kernels=kernels)
+            return FirstFrame(grid, size, frame_layers, n_head, frame_embd, caption_length(side))
         n_actions = n_codes if action_source == "latent" else video.n_actions
         if dynamics == "causal":
-            return CausalDynamics(grid, size, n_actions, dynamics_layers, n_head, dynamics_embd, max(16, context),
-                                  kernels=kernels)
-        return Dynamics(grid, size, n_actions, dynamics_layers, n_head, dynamics_embd, action_input, max(16, context),
-                        kernels=kernels)
+            return CausalDynamics(grid, size, n_actions, dynamics_layers, n_head, dynamics_embd, max(16, context))
+        return Dynamics(grid, size, n_actions, dynamics_layers, n_head, dynamics_embd, action_input, max(16, context))
     except ValueError as error:
         raise UserError(error)
 
@@ -298,7 +296,7 @@ def pixel_loss(written, frames, indices, weight=None):
     written (..., H, W, P or 3); frames (..., H, W, 3) float; indices (..., H, W) int64 or None; weight (..., H, W).
     """
     if indices is not None:
-        loss = cross_entropy(written.flatten(0, -2).float(), indices.flatten(), kernels)
+        loss = cross_entropy(written.flatten(0, -2).float(), indices.flatten())
     else:
         loss = (written.float() - frames).square().mean(-1).flatten()
     return loss.mean() if weight is None else (loss * weight.flatten()).sum() / weight.sum()
@@ -453,7 +451,7 @@ def weighted_nats(logits, truth, hidden, first, step, share=1.0):
     """(loss, parts): mean nats of the `hidden` tokens of frames from `first` on, those that change weighing more at
     first. logits (B, T - first, N, K); truth and hidden (B, T, N). share: as in `tokenizer_loss`."""
     weight = dynamics_weight(truth, hidden, first, step)
-    nats = cross_entropy(logits.flatten(0, 2), truth[:, first:].flatten(), kernels)
+    nats = cross_entropy(logits.flatten(0, 2), truth[:, first:].flatten())
     loss = (nats * weight.flatten()).sum() / weight.sum().clamp(min=1) * share
     return loss, dict(loss=loss.detach())
 
@@ -476,7 +474,7 @@ def frame_loss(model, models, material, index, noise, share=1.0, read=None):
     truth, hidden = read or (tokens_of(models, material, index, 1)[:, 0], None)
     hidden = frame_hidden(truth, noise) if hidden is None else hidden
     logits = model(truth.masked_fill(hidden, model.codebook_size), model.read(captions(material, index)))
-    loss = cross_entropy(logits[hidden], truth[hidden], kernels, "mean") * share
+    loss = cross_entropy(logits[hidden], truth[hidden], reduction="mean") * share
     return loss, dict(loss=loss.detach())
 
 
@@ -1159,6 +1157,7 @@ def main():
         settings = adopt(globals(), settings, {name: value for name, value in checkpoint["settings"].items()
                                                if name not in of_this_call}, fixed)
     where, precision = resolve_device(device, dtype)
+    use_kernels(kernels)
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
 
     # ---- data ----
@@ -1298,7 +1297,7 @@ def main():
                       f"one pass over {batch_size * grad_accum}")
             opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, betas=betas, eps=eps,
                               weight_decay=weight_decay, muon_lr=muon_lr, muon_momentum=muon_momentum,
-                              fused_rows=fused_rows(model), kernels=kernels)
+                              fused_rows=fused_rows(model))
             scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
             loop = dict(step=0, evaluated=-1, best=-math.inf, best_step=0, best_model=None, waited=0, pending=[],
                         seconds=0.0, logged_seconds=0.0, clips=0, start=total,

@@ -118,9 +118,9 @@ class Signs(nn.Module):
 class Nearest(nn.Module):
     """n_codes vectors of width D, the nearest chosen, codes as running means (VQ): what `Signs` is compared with."""
 
-    def __init__(self, n_codes, width=8, kernels="torch"):
+    def __init__(self, n_codes, width=8):
         super().__init__()
-        self.width, self.vq = width, VQ(n_codes, width, "dot", kernels=kernels)
+        self.width, self.vq = width, VQ(n_codes, width, "dot")
 
     def forward(self, u, soft=False):
         """As Signs.forward; the Quantised has a commitment loss."""
@@ -150,15 +150,15 @@ class ActionModel(nn.Module):
     """
 
     def __init__(self, height, width, patch, colours, history=2, n_codes=8, n_embd=32, n_layer=3, kind="conv",
-                 quantiser="signs", n_head=4, init="xavier", difference=True, kernels="torch"):
+                 quantiser="signs", n_head=4, init="xavier", difference=True):
         super().__init__()
         self.height, self.width, self.patch, self.colours = height, width, patch, colours
         self.history, self.n_codes, self.kind, self.difference = history, n_codes, kind, difference
-        self.quantiser = Signs(n_codes) if quantiser == "signs" else Nearest(n_codes, kernels=kernels)
+        self.quantiser = Signs(n_codes) if quantiser == "signs" else Nearest(n_codes)
         D, n_out = self.quantiser.width, patch * patch * (colours or 3)
         self.config = TransformerConfig(vocab_size=1, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
                                         block_size=max(2, history + 1), norm="rms", positions="rope", ff_mult=2.0,
-                                        activation="gelu", bias=False, init=init, qk_norm=True, kernels=kernels)
+                                        activation="gelu", bias=False, init=init, qk_norm=True)
         self.to_hidden, self.to_code = Affine(n_embd, n_embd), Affine(n_embd, D)
         if kind == "conv":
             self.look = Conv(3 * (history + 1), n_embd, patch, patch)
@@ -247,7 +247,7 @@ class Tokenizer(nn.Module):
     """
 
     def __init__(self, height, width, patch, colours, codebook_size=64, code_dim=8, n_layer=2, n_head=4, n_embd=64,
-                 kind="spatial", quantiser="vq", window=None, block_size=16, init="xavier", kernels="torch"):
+                 kind="spatial", quantiser="vq", window=None, block_size=16, init="xavier"):
         super().__init__()
         if height % patch or width % patch:
             raise ValueError(f"patch {patch} does not divide frames of {height} x {width}")
@@ -257,9 +257,8 @@ class Tokenizer(nn.Module):
         self.n_tokens, self.grid, self.codebook_size = grid[0] * grid[1], grid, codebook_size
         self.config = TransformerConfig(vocab_size=1, n_layer=n_layer, n_head=n_head, n_embd=n_embd, norm="rms",
                                         block_size=block_size, positions="rope", ff_mult=2.0, bias=False, init=init,
-                                        qk_norm=True, kernels=kernels)
-        self.codebook = FSQ(codebook_size) if quantiser == "fsq" else VQ(codebook_size, code_dim, "cosine",
-                                                                         kernels=kernels)
+                                        qk_norm=True)
+        self.codebook = FSQ(codebook_size) if quantiser == "fsq" else VQ(codebook_size, code_dim, "cosine")
         width_of_code = len(self.codebook.levels) if quantiser == "fsq" else code_dim
 
         def trunk():
@@ -349,14 +348,14 @@ class Dynamics(nn.Module):
     """
 
     def __init__(self, grid, codebook_size, n_actions, n_layer=2, n_head=4, n_embd=64, action_input="add",
-                 block_size=16, init="xavier", ff_mult=2.0, kernels="torch"):
+                 block_size=16, init="xavier", ff_mult=2.0):
         super().__init__()
         self.grid, self.n_tokens = tuple(grid), grid[0] * grid[1]
         self.codebook_size, self.n_actions = codebook_size, n_actions
         self.extra = int(action_input == "prepend")
         self.config = TransformerConfig(vocab_size=codebook_size + 1, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
                                         block_size=block_size, norm="rms", positions="rope", ff_mult=ff_mult,
-                                        bias=False, init=init, qk_norm=True, kernels=kernels)
+                                        bias=False, init=init, qk_norm=True)
         self.embed = nn.Parameter(torch.empty(codebook_size + 1, n_embd))
         self.acts = nn.Parameter(torch.empty(n_actions + 1, n_embd))
         self.own = {"acts": "embedding"}
@@ -438,20 +437,20 @@ class CausalDynamics(nn.Module):
     """
 
     def __init__(self, grid, codebook_size, n_actions, n_layer=2, n_head=4, n_embd=64, block_size=16, init="xavier",
-                 ff_mult=2.0, kernels="torch"):
+                 ff_mult=2.0):
         super().__init__()
         self.grid, self.n_tokens = tuple(grid), grid[0] * grid[1]
         self.codebook_size, self.n_actions = codebook_size, n_actions
         c = self.config = TransformerConfig(vocab_size=codebook_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
                                             block_size=block_size * (self.n_tokens + 1), norm="rms", positions="rope",
-                                            ff_mult=ff_mult, bias=False, init=init, qk_norm=True, kernels=kernels)
+                                            ff_mult=ff_mult, bias=False, init=init, qk_norm=True)
         self.embed = nn.Parameter(torch.empty(codebook_size, n_embd))
         self.acts = nn.Parameter(torch.empty(n_actions + 1, n_embd))
         self.place_position = nn.Parameter(torch.empty(self.n_tokens, n_embd))
         self.own = {"acts": "embedding", "place_position": "position"}
         self.ropes = make_ropes(c)
         self.blocks = nn.ModuleList(Block(c, i) for i in range(n_layer))
-        self.norm = Norm(c.norm, n_embd, c.norm_gain, c.bias, c.kernels)
+        self.norm = Norm(c.norm, n_embd, c.norm_gain, c.bias)
         self.heads = nn.ParameterList([nn.Parameter(torch.empty(codebook_size, n_embd))])
         initialise(self)
 
@@ -534,10 +533,10 @@ def as_characters(texts, length=None):
 class Writer(TextTransformer):
     """A causal language model over the characters of captions, with its own generation loop."""
 
-    def __init__(self, block_size, n_layer=2, n_head=4, n_embd=64, init="xavier", kernels="torch"):
+    def __init__(self, block_size, n_layer=2, n_head=4, n_embd=64, init="xavier"):
         super().__init__(TransformerConfig(vocab_size=N_CHARACTERS, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
                                            block_size=block_size + 1, norm="rms", positions="rope", bias=False,
-                                           init=init, qk_norm=True, kernels=kernels))
+                                           init=init, qk_norm=True))
 
     def nats(self, text):
         """text (B, S) int64, 0 after its end -> mean loss in nats per character, the end's 0 counted once."""
@@ -572,19 +571,18 @@ class FirstFrame(nn.Module):
     in the tokens of a frame, by MaskGIT. What the caption's keys and values are is computed once, for all rounds.
     """
 
-    def __init__(self, grid, codebook_size, n_layer=2, n_head=4, n_embd=64, block_size=160, init="xavier",
-                 kernels="torch"):
+    def __init__(self, grid, codebook_size, n_layer=2, n_head=4, n_embd=64, block_size=160, init="xavier"):
         super().__init__()
         self.grid, self.n_tokens, self.codebook_size = tuple(grid), grid[0] * grid[1], codebook_size
         c = self.config = TransformerConfig(vocab_size=N_CHARACTERS, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
                                             block_size=block_size, norm="rms", positions="rope", ff_mult=2.0,
-                                            bias=False, init=init, qk_norm=True, kernels=kernels)
+                                            bias=False, init=init, qk_norm=True)
         self.encoder = Encoder(c)
         self.tokens = nn.Parameter(torch.empty(codebook_size + 1, n_embd))
         self.places = nn.Parameter(torch.empty(self.n_tokens, n_embd))
         self.own = {"tokens": "embedding", "places": "position"}
         self.blocks = nn.ModuleList(CrossBlock(c, i) for i in range(n_layer))
-        self.norm = Norm(c.norm, n_embd, c.norm_gain, c.bias, c.kernels)
+        self.norm = Norm(c.norm, n_embd, c.norm_gain, c.bias)
         self.heads = nn.ParameterList([nn.Parameter(torch.empty(codebook_size, n_embd))])
         for name, table in zip(("cos", "sin"), axial_tables(*self.grid, c.head_dim)):
             self.register_buffer(name, table, persistent=False)
@@ -596,20 +594,18 @@ class FirstFrame(nn.Module):
         self.places.normal_()
 
     def read(self, text):
-        """text (B, S) int64, 0 where it has ended -> what `forward` takes: keys and values of each layer, padding."""
-        padding = text == 0
-        states = self.encoder(text, padding)
-        if self.config.kernels == "triton":
-            padding = (~padding).sum(1)                                          # by which cross-attention has a kernel
-        return [block.cross.keys(states) for block in self.blocks], padding
+        """text (B, S) int64, 0 where it has ended -> what `forward` takes: keys and values of each layer, lengths."""
+        lengths = (text != 0).sum(1)
+        states = self.encoder(text, lengths)
+        return [block.cross.keys(states) for block in self.blocks], lengths
 
     def forward(self, tokens, held):
         """tokens (B, N) int64, codebook_size where hidden; held of `read` -> logits (B, N, K) float32."""
-        keys, padding = held
+        keys, lengths = held
         places = frame_places(self, self.n_tokens)
         x = F.embedding(tokens, self.tokens) + self.places
         for block, pair in zip(self.blocks, keys):
-            x = block(x, pair, places, padding=padding)
+            x = block(x, pair, places, padding=lengths)
         return F.linear(self.norm(x), self.heads[0]).float()
 
     @torch.no_grad()

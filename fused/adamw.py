@@ -1,16 +1,14 @@
-"""Optimiser steps over many tensors at once, beside their PyTorch twin: AdamW, global clipping, OrthoGrad.
+"""AdamW, global clipping and OrthoGrad over many tensors at once. kernels.adamw_step has their formulas.
 
 One program works on one chunk of one tensor. Where the tensors lie is read from a table of addresses, so one launch
-updates all of them, whatever their number. Formulas and order of operations are optim.py's. See kernels.py for what an
-operation is; no kernel here has been timed on a GPU yet.
-
-Sums (norms, and OrthoGrad's dot products) take a launch of their own, one partial sum a chunk, and a small second one
-that adds a tensor's chunks in order: no atomics, the same bits at every run, and nothing waits for the host.
+updates all of them, whatever their number. Sums (norms, and OrthoGrad's dot products) take a launch of their own, one
+partial sum a chunk, and a small second one that adds a tensor's chunks in order: no atomics, the same bits at every
+run, and nothing waits for the host.
 """
 import torch
 from torch.autograd.graph import increment_version
 
-from kernels import by_triton, jit, tl
+from fused.ground import jit, tl
 
 BLOCK, WARPS = 1024, 4  # elements at a time
 FLOATS = (torch.float32, torch.bfloat16)  # of parameters and gradients, in this order; state is float32
@@ -184,36 +182,30 @@ def _update(table, chunks, decays, totals, norm, most, tensors, lr, size, new1, 
 
 # --- From Python ---
 
-class Tables:
-    """The device tables of one list of tensors: kept from step to step, built anew where something has moved.
+def _fit(tables, wanted):
+    """Brings the device tables of one list of tensors into the dict `tables`, anew where something has moved.
 
-    rows (T, COLUMNS) int64, decays (T,) float32, chunks (as many, 2) int32: the tensor's number, and which of its
-    chunks. They hold addresses, no tensors: those must live until the step is done.
+    wanted: (parameter, gradient, first and second moment, decay) of each tensor; none of them empty. rows (T, COLUMNS)
+    int64, decays (T,) float32, chunks (as many, 2) int32: the tensor's number, and which of its chunks. They hold
+    addresses, no tensors: those must live until the step is done.
     """
-
-    def __init__(self):
-        self.known = None
-
-    def fit(self, wanted):
-        """wanted: (parameter, gradient, first and second moment, decay) of each tensor; none of them empty."""
-        known = [(p.device, *(t.data_ptr() for t in (p, g, mean, square)), p.numel(), p.dtype, g.dtype, decay)
-                 for p, g, mean, square, decay in wanted]
-        if known == self.known:
-            return
-        sizes = torch.tensor([p.numel() for p, *_ in wanted])
-        self.chunk = _chunk(int(sizes.sum()))
-        counts = (sizes + self.chunk - 1) // self.chunk
-        firsts = counts.cumsum(0) - counts
-        rows = [[*(t.data_ptr() for t in (p, g, mean, square)), p.numel(),
-                 FLOATS.index(p.dtype) + 2 * FLOATS.index(g.dtype), first]
-                for (p, g, mean, square, _), first in zip(wanted, firsts.tolist())]
-        owners = torch.arange(len(wanted)).repeat_interleave(counts)
-        parts = torch.arange(len(owners)) - firsts.repeat_interleave(counts)
-        device = wanted[0][0].device
-        self.rows = _upload(torch.tensor(rows, dtype=torch.int64), device)
-        self.chunks = _upload(torch.stack([owners, parts], 1).int(), device)
-        self.decays = _upload(torch.tensor([decay for *_, decay in wanted], dtype=torch.float32), device)
-        self.known = known
+    known = [(p.device, *(t.data_ptr() for t in (p, g, mean, square)), p.numel(), p.dtype, g.dtype, decay)
+             for p, g, mean, square, decay in wanted]
+    if known == tables.get("known"):
+        return
+    sizes = torch.tensor([p.numel() for p, *_ in wanted])
+    chunk = _chunk(int(sizes.sum()))
+    counts = (sizes + chunk - 1) // chunk
+    firsts = counts.cumsum(0) - counts
+    rows = [[*(t.data_ptr() for t in (p, g, mean, square)), p.numel(),
+             FLOATS.index(p.dtype) + 2 * FLOATS.index(g.dtype), first]
+            for (p, g, mean, square, _), first in zip(wanted, firsts.tolist())]
+    owners = torch.arange(len(wanted)).repeat_interleave(counts)
+    parts = torch.arange(len(owners)) - firsts.repeat_interleave(counts)
+    decays = torch.tensor([decay for *_, decay in wanted], dtype=torch.float32)
+    tables.update(known=known, chunk=chunk, **{name: _upload(table, wanted[0][0].device) for name, table in (
+        ("rows", torch.tensor(rows, dtype=torch.int64)), ("chunks", torch.stack([owners, parts], 1).int()),
+        ("decays", decays))})
 
 
 def _upload(tensor, device):
@@ -221,122 +213,29 @@ def _upload(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def _wanted(params, grads, exp_avgs, exp_avg_sqs, weight_decay):
-    """(parameter, gradient, first and second moment, decay) of each tensor that has a gradient and elements.
-
-    ValueError where the lists do not fit.
-    """
-    decays = [weight_decay] * len(params) if isinstance(weight_decay, (int, float)) else list(weight_decay)
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "weight_decay": decays}
-    for name, found in lists.items():
-        if len(found) != len(params):
-            raise ValueError(f"{len(params)} params, but {len(found)} {name}")
-    wanted = []
-    for p, g, mean, square, decay in zip(params, *lists.values()):
-        if g is None:
-            continue
-        state = torch.float64 if p.dtype == torch.float64 else torch.float32
-        if not p.shape == g.shape == mean.shape == square.shape or mean.dtype != state or square.dtype != state:
-            raise ValueError(f"a parameter {tuple(p.shape)} of {p.dtype} needs a gradient of its shape and moments of "
-                             f"its shape and {state}")
-        if len({t.device for t in (params[0], p, g, mean, square)}) > 1:
-            raise ValueError("the tensors of one step must lie on one device")
-        if p.numel():
-            wanted.append((p, g, mean, square, float(decay)))
-    return wanted
-
-
-def _scalars(step, lr, betas, eps):
-    """(step size with its sign, eps) with both bias corrections moved into them, as in optim.py."""
-    correction = (1 - betas[1] ** step) ** 0.5
-    return -lr * correction / (1 - betas[0] ** step), eps * correction
-
-
-@torch.no_grad()
-def adamw_step_reference(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weight_decay, clip=None,
-                         orthograd=False):
-    """The twin of `adamw_step`: a loop over tensors. float64 parameters have float64 moments."""
-    wanted = _wanted(params, grads, exp_avgs, exp_avg_sqs, weight_decay)
-    size, eps = _scalars(step, lr, betas, eps)
-    norm = None
-    if clip is not None:
-        norms = [torch.linalg.vector_norm(g.to(mean.dtype)) for _, g, mean, *_ in wanted]
-        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else _no_norm(params)
-    for p, g, mean, square, decay in wanted:
-        w, g = p.to(mean.dtype), g.to(mean.dtype)
-        if clip is not None:
-            g = g * (clip / (norm + 1e-6)).clamp(max=1.0)
-        if orthograd and g.numel() > 1:
-            g = _orthogonal(w, g)
-        w = w * (1 - lr * decay)
-        mean.lerp_(g, 1 - betas[0])
-        square.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-        p.copy_(w.addcdiv_(mean, square.sqrt().add_(eps), value=size))
-    return norm
-
-
-def _orthogonal(w, g):
-    """g without its part along w, made as long as it was (Prieto et al. 2025); 0 where only rounding is left."""
-    along = -(w * g).sum() / (w.square().sum() + 1e-30)
-    projected = along * w + g
-    length, left = torch.linalg.vector_norm(g), torch.linalg.vector_norm(projected)
-    rounding = 16 * torch.finfo(left.dtype).eps * length
-    return projected * torch.where(left > rounding, length / (left + 1e-30), 0.0)
-
-
-def _no_norm(params):
-    """The norm of no gradients."""
-    return torch.zeros((), device=params[0].device if params else None)
-
-
-@torch.no_grad()
-def adamw_step(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weight_decay, clip=None, orthograd=False,
-               tables=None):
-    """One step of AdamW in place, by one launch for all tensors; returns the gradients' norm before clipping, or None.
-
-    As optim.AdamW (Loshchilov & Hutter 2019): w *= 1 - lr weight_decay, m += (1 - beta1) (g - m),
-    v = beta2 v + (1 - beta2) g^2, w -= lr m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps).
-
-    params: float32 or bfloat16, each with its gradient (either dtype; None: the tensor is passed over), exp_avgs and
-    exp_avg_sqs, float32. A bfloat16 parameter is rounded once, at the end. Gradients are only read.
-    step: 1 at the first, one for all. weight_decay: a number, or one for each tensor.
-    clip: the norm over all gradients, float32 (), is returned, and they count min(clip / (norm + 1e-6), 1) times, as
-    in torch.nn.utils.clip_grad_norm_; math.inf: the norm alone. It costs two launches more, and no wait for the host.
-    orthograd: after clipping each gradient is taken orthogonal to its tensor, at its old length: optim.OrthoGrad. It
-    costs four launches more, which read weights and gradients twice.
-    tables: a `Tables` that the caller keeps for this list, else they are built and sent to the device at each step.
-    Tensors that are not contiguous are copied there and back. Memory: up to 76 bytes a tensor and 20 a chunk, which has
-    thousands of elements. ValueError: lists that do not fit, or tensors of several devices.
-    """
-    wanted = _wanted(params, grads, exp_avgs, exp_avg_sqs, weight_decay)
-    fits = all(t.dtype in FLOATS for tensors in wanted for t in tensors[:2])
-    if not (wanted and by_triton(params[0]) and fits):
-        return adamw_step_reference(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weight_decay, clip,
-                                    orthograd)
+def adamw_step(wanted, lr, size, betas, eps, clip, orthograd, tables):
+    """As kernels.adamw_step. wanted: as `_fit` takes them; size, eps: with both bias corrections moved into them."""
     solid = [(*(t.contiguous() for t in tensors[:4]), tensors[4]) for tensors in wanted]
-    tables = Tables() if tables is None else tables
-    tables.fit(solid)
-    device = params[0].device
-    tensors, chunks = len(solid), len(tables.chunks)
+    _fit(tables, solid)
+    table, chunks, chunk = tables["rows"], tables["chunks"], tables["chunk"]
+    tensors, n_chunks, device = len(solid), len(chunks), table.device
     norm = totals = torch.empty(4 if orthograd else 1, tensors, dtype=torch.float32, device=device)
     most = 1.0 if clip is None else float(clip)
-    shape = dict(COLUMNS=COLUMNS, CHUNK=tables.chunk, BLOCK=BLOCK, num_warps=WARPS)
+    shape = dict(COLUMNS=COLUMNS, CHUNK=chunk, BLOCK=BLOCK, num_warps=WARPS)
     if clip is not None or orthograd:
-        partials = torch.empty(3 if orthograd else 1, chunks, dtype=torch.float32, device=device)
+        partials = torch.empty(3 if orthograd else 1, n_chunks, dtype=torch.float32, device=device)
 
         def add(kind, into, clipped):
-            _sums[(chunks,)](tables.rows, tables.chunks, partials, totals, norm, most, tensors, CLIP=clipped, KIND=kind,
-                             **shape)
-            _finish[(tensors, 3 if kind == 1 else 1)](tables.rows, partials, into, chunks, tensors, **shape)
+            _sums[(n_chunks,)](table, chunks, partials, totals, norm, most, tensors, CLIP=clipped, KIND=kind, **shape)
+            _finish[(tensors, 3 if kind == 1 else 1)](table, partials, into, n_chunks, tensors, **shape)
         add(int(orthograd), totals, False)
         if clip is not None:
             norm = totals[0].sum().sqrt()
         if orthograd:
             add(2, totals[3], clip is not None)
-    size, eps = _scalars(step, lr, betas, eps)
-    _update[(chunks,)](tables.rows, tables.chunks, tables.decays, totals, norm, most, tensors, float(lr), float(size),
-                       float(1 - betas[0]), float(betas[1]), float(1 - betas[1]), float(eps), CLIP=clip is not None,
-                       ORTHOGRAD=orthograd, **shape)
+    _update[(n_chunks,)](table, chunks, tables["decays"], totals, norm, most, tensors, float(lr), float(size),
+                         float(1 - betas[0]), float(betas[1]), float(1 - betas[1]), float(eps), CLIP=clip is not None,
+                         ORTHOGRAD=orthograd, **shape)
     for (p, _, mean, square, _), made in zip(wanted, solid):
         for tensor, new in ((p, made[0]), (mean, made[2]), (square, made[3])):
             if new is not tensor:

@@ -1,10 +1,4 @@
-"""Attention as Triton kernels, each beside its PyTorch twin; kernels.py says what that means.
-
-attend                 softmax attention, forward and backward: grouped heads, masks, padding, any strides
-attend_differential    two maps of paired heads over shared values, one minus lambda times the other
-attend_space, _time    attention within frames and over time of (B, T, N, H, D), read where it lies
-attend_one             a few queries over a long cache, split over its keys; inference only
-attend_latent          the same over a latent cache, whose keys hold their values
+"""Attention as kernels: forward, backward, and over a cache. kernels.py has the formulas, and what callers are told.
 
 Every mask but padding's is an interval: a query sees the keys whose places lie in [low, high). What the kernels keep
 of the scores is one number of a query, the base-2 log-sum-exp; the backward pass computes them again, block by block,
@@ -18,91 +12,12 @@ import math
 
 import torch
 from torch.autograd.function import once_differentiable
+from triton import cdiv, next_power_of_2
 
-from kernels import by_triton, dot, jit, power_of_2, tl, triton
+from fused.ground import dot, jit, tl
 
 LOG2_E = math.log2(math.e)
-WIDEST, WIDEST_RANK = 256, 512  # head sizes, and the latent's
 MANY = 2 ** 31 - 1
-
-# --- Twins ---
-
-
-def softmax_over(q, k, v, seen, scale):
-    """softmax(scale q k^T) v where `seen` (bool, broadcast to (..., H, T, S)), in float32 or wider: (..., H, T, Dv).
-
-    q (..., H, T, D), k (..., G, S, D), v (..., G, S, Dv). A query that sees nothing gets zeros, and leaves none but
-    zeros to the gradients.
-    """
-    exact = torch.promote_types(q.dtype, torch.float32)
-    k, v = (t.to(exact).repeat_interleave(q.size(-3) // t.size(-3), -3) for t in (k, v))  # (..., H, S, D)
-    with torch.autocast(q.device.type, enabled=False):  # it would round the products
-        scores = q.to(exact) @ k.transpose(-1, -2) * scale  # (..., H, T, S)
-        p = scores.masked_fill(~seen, torch.finfo(exact).min).softmax(-1) * seen  # not -inf: a row of it would be NaN
-        return (p @ v).to(q.dtype)
-
-
-def who_sees_whom(T, S, causal=True, window=None, prefix=None, lengths=None, places=None, device=None):
-    """The mask of `attend` made explicitly: bool, (1 or B, 1, T, S), True where query t sees key s."""
-    if places is None:
-        q, k = torch.arange(S - T, S, device=device).view(1, T, 1), torch.arange(S, device=device).view(1, 1, S)
-    else:
-        q, k = places[:, S - T:, None], places[:, None, :]
-    seen = (k == k) & (q == q)  # (1 or B, T, S)
-    if causal:
-        end = q
-        if prefix is not None:
-            end = torch.clamp(q, min=(prefix.view(-1, 1, 1) if torch.is_tensor(prefix) else prefix) - 1)
-        seen = seen & (k <= end)
-    if window is not None:
-        seen = seen & (k > q - window)
-    if places is not None:
-        seen = seen & (k >= 0) & (q >= 0)
-    if lengths is not None:
-        seen = seen & (torch.arange(S, device=device) < lengths.view(-1, 1, 1))
-    return seen.unsqueeze(1)
-
-
-def attend_reference(q, k, v, causal=True, window=None, prefix=None, lengths=None, places=None, scale=None):
-    """The twin of `attend`: the whole matrix of scores, and a mask of its size."""
-    seen = who_sees_whom(q.size(2), k.size(2), causal, window, prefix, lengths, places, q.device)
-    return softmax_over(q, k, v, seen, q.size(3) ** -0.5 if scale is None else scale)
-
-
-def attend_differential_reference(q, k, v, lam, causal=True, window=None, prefix=None, lengths=None, places=None,
-                                  scale=None):
-    """The twin of `attend_differential`: two calls over every other head."""
-    one, two = (attend_reference(q[:, i::2], k[:, i::2], v, causal, window, prefix, lengths, places, scale)
-                for i in range(2))  # (B, H/2, T, Dv)
-    return one - lam.to(one.dtype).view(-1, 1, 1) * two
-
-
-def attend_space_reference(q, k, v, scale=None):
-    """The twin of `attend_space`: frames as rows of a batch."""
-    (B, T), order = q.shape[:2], (0, 2, 1, 3)
-    y = attend_reference(*(t.flatten(0, 1).permute(order) for t in (q, k, v)), causal=False, scale=scale)
-    return y.permute(order).unflatten(0, (B, T))  # (B, T, N, H, Dv)
-
-
-def attend_time_reference(q, k, v, window=None, scale=None):
-    """The twin of `attend_time`: places of a frame as rows of a batch."""
-    B, N = q.size(0), q.size(2)
-    y = attend_reference(*(t.permute(0, 2, 3, 1, 4).flatten(0, 1) for t in (q, k, v)), window=window, scale=scale)
-    return y.unflatten(0, (B, N)).permute(0, 3, 1, 2, 4)  # (B, T, N, H, Dv)
-
-
-def attend_one_reference(q, k, v, lengths=None, scale=None):
-    """The twin of `attend_one`."""
-    T, S = q.size(2), k.size(2)
-    ends = torch.full((1,), S, device=q.device) if lengths is None else lengths.clamp(max=S)
-    last = ends.view(-1, 1, 1) - T + torch.arange(T, device=q.device)[:, None]  # (1 or B, T, 1)
-    seen = (torch.arange(S, device=q.device) <= last).unsqueeze(1)  # (1 or B, 1, T, S)
-    return softmax_over(q, k, v, seen, q.size(3) ** -0.5 if scale is None else scale)
-
-
-def attend_latent_reference(q, held, rank, scale, lengths=None):
-    """The twin of `attend_latent`: the latent is sliced out as values."""
-    return attend_one_reference(q, held, held[..., :rank], lengths, scale)
 
 
 # --- Block sizes ---
@@ -121,7 +36,7 @@ def limit_of(x):
 
 def padded(n):
     """The power of two that a tile takes for n columns; a product needs 16 at least."""
-    return max(16, power_of_2(n))
+    return max(16, next_power_of_2(n))
 
 
 def blocks(kind, D, Dv, itemsize, limit):
@@ -462,7 +377,7 @@ def join_kernel(part, lse, o, H, T, splits, o_b, o_h, o_t, o_d, DV: tl.constexpr
     tl.store(o + b * o_b + h * o_h + t * o_t + dv.to(tl.int64) * o_d, y.to(o.dtype.element_ty), mask=dv < DV)
 
 
-# --- Attention ---
+# --- From Python ---
 
 def empty_beside(x, *shape):
     """Empty (*shape) in the type of x, dense, its dimensions in memory in the order of x's, features innermost."""
@@ -488,7 +403,7 @@ class Attend(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, o, lse, *rows)
         sizes = blocks("forward", D, Dv, q.element_size(), limit_of(q))
         with torch.cuda.device_of(q):
-            forward_kernel[(triton.cdiv(T, sizes["BT"]) * A * N * H,)](
+            forward_kernel[(cdiv(T, sizes["BT"]) * A * N * H,)](
                 q, k, v, o, lse, *rows, scale * LOG2_E, window or 0, N, H, H // k.size(2), T, S,
                 *q.stride(), *k.stride(), *v.stride(), *o.stride(), **flags, **sizes)
         return o
@@ -504,52 +419,17 @@ class Attend(torch.autograd.Function):
         ends = scale * LOG2_E, scale, window, N
         sizes = blocks("dq", D, Dv, q.element_size(), limit_of(q))
         with torch.cuda.device_of(q):
-            dq_kernel[(triton.cdiv(T, sizes["BT"]) * A * N * H,)](
+            dq_kernel[(cdiv(T, sizes["BT"]) * A * N * H,)](
                 q, k, v, o, do, dq, lse, delta, *rows, *ends, H, H // G, T, S, *q.stride(), *k.stride(), *v.stride(),
                 *o.stride(), *do.stride(), *dq.stride(), **flags, **sizes)
             sizes = blocks("dkv", D, Dv, q.element_size(), limit_of(q))
-            dkv_kernel[(triton.cdiv(S, sizes["BS"]) * A * N * G,)](
+            dkv_kernel[(cdiv(S, sizes["BS"]) * A * N * G,)](
                 q, k, v, do, dk, dv, lse, delta, *rows, *ends, G, H // G, T, S, *q.stride(), *k.stride(), *v.stride(),
                 *do.stride(), *dk.stride(), *dv.stride(), **flags, **sizes)
         return dq, dk, dv, None, None, None, None, None, None
 
 
-def check(q, k, v, dims=4, widest=WIDEST):
-    """Raises ValueError where heads, sizes or types do not go together; batches, heads, places, features in order."""
-    if not q.dim() == k.dim() == v.dim() == dims:
-        raise ValueError(f"queries, keys and values have {dims} dimensions, not {q.dim()}, {k.dim()} and {v.dim()}")
-    batches = [t.shape[:-3] for t in (q, k, v)]
-    if len(set(batches)) > 1 or k.shape[-3:-1] != v.shape[-3:-1] or q.size(-1) != k.size(-1):
-        raise ValueError(f"queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)} do not go "
-                         "together")
-    if not k.size(-3) or q.size(-3) % k.size(-3):
-        raise ValueError(f"{k.size(-3)} key-value heads do not divide {q.size(-3)} heads")
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"queries, keys and values are of one floating type, not {q.dtype}, {k.dtype} and {v.dtype}")
-    if not 1 <= q.size(-1) <= widest or not 1 <= v.size(-1) <= widest:
-        raise ValueError(f"heads have 1 to {widest} features, not {q.size(-1)} and {v.size(-1)}")
-
-
-def check_rule(q, k, causal, window, prefix, lengths, places):
-    """Raises ValueError for a mask that `attend` does not know; q and k of 4 dimensions."""
-    if not causal and (window is not None or prefix is not None):
-        raise ValueError("a window or a prefix goes with causal attention only")
-    if window is not None and window < 1:
-        raise ValueError(f"a window has at least 1 place: its own; not {window}")
-    for name, t, shape in (("prefix", prefix, q.shape[:1]), ("lengths", lengths, q.shape[:1]),
-                           ("places", places, (q.size(0), k.size(2)))):
-        if torch.is_tensor(t) and t.shape != torch.Size(shape):
-            raise ValueError(f"{name} has the shape {tuple(t.shape)}, not {tuple(shape)}")
-    if places is not None and q.size(2) > k.size(2):
-        raise ValueError(f"{q.size(2)} queries stand at the last of the places of {k.size(2)} keys: that is too few")
-
-
-def takes_kernel(*tensors):
-    """Whether these take the kernels: not float64, and none is empty."""
-    return by_triton(tensors[0]) and tensors[0].dtype != torch.float64 and all(t.numel() for t in tensors)
-
-
-def as_rows(t, B, device):
+def per_row(t, B, device):
     """An int or (B,) as (B,) int32; a tensor of places as int32; None as None."""
     if t is None:
         return None
@@ -558,95 +438,12 @@ def as_rows(t, B, device):
     return torch.full((B,), t, dtype=torch.int32, device=device)
 
 
-def attend(q, k, v, causal=True, window=None, prefix=None, lengths=None, places=None, scale=None):
-    """softmax(scale q k^T) v where a query sees a key (Dao et al. 2022, 2023), differentiable in q, k and v.
-
-    q (B, H, T, D), k (B, G, S, D), v (B, G, S, Dv), all float32, float16 or bfloat16 (float64: the twin), of any
-    strides; D and Dv up to 256. Returns (B, H, T, Dv) in their type, in memory as q. Head h reads key-value head
-    h // (H / G). scale None: D^-0.5. Scores and sums are float32.
-
-    Key s stands at place s and query t at S - T + t, as a chunk after a cache does. places (B, S) int: they stand where
-    this says instead, the queries at its last T columns; -1 marks padding, as in Positions. Then
-    causal: a query at q sees a key at k where k <= q; False: every query sees every key.
-    window: and where k > q - window; with causal only.
-    prefix: int or (B,) int; with causal only: k <= max(q, prefix - 1) instead of k <= q, so that the places below it
-    see one another, as far as the window goes back.
-    lengths (B,) int: keys from lengths[b] on, in the order of memory, are padding, and may be any garbage.
-    Padding is seen by nobody. A query that sees nothing, as padding does, gets zeros, and gives zero gradients.
-
-    Blocks of keys that a block of queries cannot see are left out, except with `places`. Raises ValueError where
-    shapes, types or masks do not go together. Not differentiable twice.
-    """
-    check(q, k, v)
-    check_rule(q, k, causal, window, prefix, lengths, places)
-    if not takes_kernel(q, k, v):
-        return attend_reference(q, k, v, causal, window, prefix, lengths, places, scale)
-    q, k, v = (t.unsqueeze(1) for t in (q, k, v))  # (B, 1, H, T, D), ...
-    return attend_rows(q, k, v, causal, window, prefix, lengths, places, scale).squeeze(1)
-
-
 def attend_rows(q, k, v, causal=True, window=None, prefix=None, lengths=None, places=None, scale=None):
     """`attend`'s kernels on two batch dimensions, the first of which masks belong to."""
     B, device = q.size(0), q.device
-    return Attend.apply(q, k, v, causal, window, as_rows(prefix, B, device), as_rows(lengths, B, device),
-                        as_rows(places, B, device), q.size(-1) ** -0.5 if scale is None else scale)
+    return Attend.apply(q, k, v, causal, window, *(per_row(t, B, device) for t in (prefix, lengths, places)),
+                        q.size(-1) ** -0.5 if scale is None else scale)
 
-
-def attend_differential(q, k, v, lam, causal=True, window=None, prefix=None, lengths=None, places=None, scale=None):
-    """(softmax(q1 k1) - lam softmax(q2 k2)) v of neighbouring heads (Ye et al. 2024, equations 1 to 3).
-
-    q (B, H, T, D) and k (B, G, S, D), neighbours a pair; v (B, G/2, S, Dv), a pair's shared values: two heads' values
-    side by side where Dv = 2D. lam: a tensor of one number, or (H/2,). Returns (B, H/2, T, Dv), before the norm; masks
-    and strides as `attend`. Differentiable in q, k, v and lam.
-
-    Both maps go through the kernels at once, over v as it lies; its gradient is two tensors of its size, then summed.
-    Raises ValueError as `attend` does, and for heads that are no pairs.
-    """
-    if q.dim() != 4 or k.dim() != 4 or q.size(1) % 2 or k.size(1) % 2:
-        raise ValueError("differential attention needs (B, H, T, D) and (B, G, S, D) of an even number of heads")
-    q1, k1 = q[:, ::2], k[:, ::2]
-    check(q1, k1, v)
-    check_rule(q, k, causal, window, prefix, lengths, places)
-    if lam.numel() not in (1, q1.size(1)):
-        raise ValueError(f"lam is one number, or one of each of {q1.size(1)} pairs, not {tuple(lam.shape)}")
-    if not takes_kernel(q, k, v):
-        return attend_differential_reference(q, k, v, lam, causal, window, prefix, lengths, places, scale)
-    q, k = (t.unflatten(1, (-1, 2)).transpose(1, 2) for t in (q, k))  # (B, 2, H/2, T, D), (B, 2, G/2, S, D)
-    v = v.unsqueeze(1).expand(-1, 2, -1, -1, -1)  # (B, 2, G/2, S, Dv), the second without memory of its own
-    one, two = attend_rows(q, k, v, causal, window, prefix, lengths, places, scale).unbind(1)  # (B, H/2, T, Dv)
-    return one - lam.to(one.dtype).view(-1, 1, 1) * two
-
-
-def attend_space(q, k, v, scale=None):
-    """Within each frame, every token sees every other: q (B, T, N, H, D), k (B, T, N, G, D), v (B, T, N, G, Dv).
-
-    Of any strides, read and written where they lie: nothing is permuted in memory. Returns (B, T, N, H, Dv). Types,
-    sizes, gradients and errors as `attend`.
-    """
-    rows = [t.transpose(-3, -2) for t in (q, k, v)]  # (B, T, H, N, D)
-    check(*rows, dims=5)
-    if not takes_kernel(q, k, v):
-        return attend_space_reference(q, k, v, scale)
-    return attend_rows(*rows, causal=False, scale=scale).transpose(2, 3)
-
-
-def attend_time(q, k, v, window=None, scale=None):
-    """Each place of a frame sees itself in this frame and those before, `window` of them at most, its own included.
-
-    q (B, T, N, H, D), k (B, S, N, G, D), v (B, S, N, G, Dv), query t in frame S - T + t. As attend_space otherwise:
-    returns (B, T, N, H, Dv).
-    """
-    if any(t.dim() != 5 for t in (q, k, v)):
-        raise ValueError(f"queries, keys and values have 5 dimensions, not {q.dim()}, {k.dim()} and {v.dim()}")
-    rows = [t.permute(0, 2, 3, 1, 4) for t in (q, k, v)]  # (B, N, H, T, D)
-    check(*rows, dims=5)
-    check_rule(*(t[..., 0, :].transpose(1, 2) for t in (q, k)), True, window, None, None, None)  # a frame may be empty
-    if not takes_kernel(q, k, v):
-        return attend_time_reference(q, k, v, window, scale)
-    return attend_rows(*rows, window=window, scale=scale).permute(0, 3, 1, 2, 4)
-
-
-# --- Generation ---
 
 def n_splits(programs, S, device):
     """Splits of S keys so that about two programs come on each multiprocessor, 256 keys at least and 128 at most."""
@@ -654,58 +451,20 @@ def n_splits(programs, S, device):
     return max(1, min(-(-S // 256), 2 * units // programs, 128))
 
 
-def attend_one(q, k, v, lengths=None, splits=None, scale=None):
-    """A few queries over a long cache (Dao et al. 2023, Flash-Decoding): all queries of a key head read its keys once.
-
-    q (B, H, T, D), meant for T of 1 to 8; k (B, G, S, D), v (B, G, S, Dv), of any strides, types and sizes as `attend`.
-    The queries are the last T of the row's keys: query t sees the keys below lengths[b] - T + t + 1. lengths (B,) int;
-    None: S. One that sees nothing gets zeros. Returns (B, H, T, Dv) in memory as q.
-
-    splits: programs that share a row's keys; None: as many as fill the GPU. Memory: splits (Dv + 1) float32 numbers of
-    each query. Inference only: raises ValueError where a gradient is asked for, or as `attend` does.
-    """
-    check(q, k, v)
-    return over_cache(q, k, v, lengths, splits, q.size(3) ** -0.5 if scale is None else scale, q.size(3), False)
-
-
-def attend_latent(q, held, rank, scale, lengths=None, splits=None):
-    """attend_one over a latent cache (DeepSeek-V2 2024, section 2.1.2): one key head, whose first columns are values.
-
-    q (B, H, T, rank + R), queries taken to the latents and their turned part; held (B, 1, S, rank + R), latents and the
-    turned keys. Returns (B, H, T, rank), the softmax over the keys of the latents: a key tile is read once, for scores
-    and values. scale: that of the heads as they were, (D + R)^-0.5. rank up to 512, R from 0 up to 256; otherwise as
-    attend_one.
-    """
-    if not 1 <= rank <= WIDEST_RANK or not 0 <= q.size(-1) - rank <= WIDEST:
-        raise ValueError(f"a latent has 1 to {WIDEST_RANK} columns and its keys up to {WIDEST} more, not {rank} and "
-                         f"{q.size(-1) - rank}")
-    check(q, held, held, widest=WIDEST_RANK + WIDEST)
-    if held.size(1) != 1:
-        raise ValueError(f"a latent cache has one head, not {held.size(1)}")
-    return over_cache(q, held, held[..., :rank], lengths, splits, scale, rank, True)
-
-
 def over_cache(q, k, v, lengths, splits, scale, D, shared):
-    """attend_one and attend_latent after their checks; keys are D columns and the rest."""
+    """attend_one and attend_latent. Keys are D columns and the rest; shared: their first D are the values too."""
     (B, H, T, width), G, S, Dv = q.shape, k.size(1), k.size(2), v.size(3)
-    check_rule(q, k, True, None, None, lengths, None)
-    if splits is not None and splits < 1:
-        raise ValueError(f"keys are split into at least 1 part, not {splits}")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
-        raise ValueError("attention over a cache is for inference: it has no gradient")
-    if not takes_kernel(q, k, v):
-        return attend_one_reference(q, k, v, lengths, scale)
     sizes = blocks_one(H // G * T, D, width - D, Dv, q.element_size(), limit_of(q), shared)
-    programs = triton.cdiv(H // G * T, sizes["BR"]) * B * G
+    programs = cdiv(H // G * T, sizes["BR"]) * B * G
     splits = n_splits(programs, S, q.device) if splits is None else splits
     part = torch.empty(B * H * T, splits, Dv, dtype=torch.float32, device=q.device)
     lse = torch.empty(B * H * T, splits, dtype=torch.float32, device=q.device)
     o = empty_beside(q, B, H, T, Dv)
     with torch.cuda.device_of(q):
         split_kernel[(splits * programs,)](
-            q, k, v, part, lse, q if lengths is None else as_rows(lengths, B, q.device), scale * LOG2_E, G, H // G, T,
+            q, k, v, part, lse, q if lengths is None else per_row(lengths, B, q.device), scale * LOG2_E, G, H // G, T,
             S, splits, *q.stride(), *k.stride(), *v.stride(), PADDED=lengths is not None, SHARED=shared, D=D,
             EXTRA=width - D, DV=Dv, **sizes)
-        join_kernel[(B * H * T,)](part, lse, o, H, T, splits, *o.stride(), DV=Dv, BP=1 << (splits - 1).bit_length(),
+        join_kernel[(B * H * T,)](part, lse, o, H, T, splits, *o.stride(), DV=Dv, BP=next_power_of_2(splits),
                                   BDV=padded(Dv), num_warps=1)
     return o
