@@ -479,8 +479,8 @@ def compare_optimisers():
 
     def ours(name, **how):
         model = fresh()
-        return optim.build(name, model.named_parameters(), parameter_roles(model), lr=1e-3, weight_decay=0.1,
-                           **how).step
+        return optim.build(dict(optimizer=name, lr=1e-3, weight_decay=0.1, **how), model.named_parameters(),
+                           parameter_roles(model)).step
 
     def torchs(**how):
         return torch.optim.AdamW(fresh().parameters(), lr=1e-3, weight_decay=0.1, **how).step
@@ -753,10 +753,6 @@ def compare_adamw():
     """Milliseconds of one fused AdamW step over the model's weights."""
     from kernels import adamw_step, using
     how = dict(lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
-
-    def eager(*given, **how):
-        with using("torch"):
-            adamw_step(*given, **how)
 
     def eager(*given, **how):
         with using("torch"):

@@ -39,8 +39,9 @@ class Setup:
         generator, self.way = torch.Generator().manual_seed(0), way
         self.params = {name: torch.nn.Parameter((0.3 * torch.randn(shape, generator=generator)).to(device, dtype))
                        for name, (shape, _) in ROLES.items()}
-        self.opt = optim.build(name, self.params.items(), {name: role for name, (_, role) in ROLES.items()},
-                               **{**dict(lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99), muon_lr=0.05), **more})
+        self.opt = optim.build({**dict(optimizer=name, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99), muon_lr=0.05),
+                                **more}, self.params.items(), {name: role for name, (_, role) in ROLES.items()},
+                               mesh=more.get("mesh"))
 
     def train(self, steps, missing=lambda step: ()):
         """steps: their numbers. The schedule multiplies the rate."""
@@ -254,7 +255,8 @@ def test_several_processes_and_their_parts(launches):
         mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
         plain, divided = torch.nn.Parameter(torch.ones(3, 4)), torch.nn.Parameter(torch.ones(3, 4))
         divided = torch.nn.Parameter(distribute_tensor(divided.detach(), mesh))
-        opt = optim.build("adamw", [("a", plain), ("b", divided)], dict(a="matrix", b="matrix"), lr=0.1)
+        opt = optim.build(dict(optimizer="adamw", lr=0.1), [("a", plain), ("b", divided)],
+                          dict(a="matrix", b="matrix"))
         for p in (plain, divided):
             (p * p).sum().backward()
         with going("triton"):
@@ -271,7 +273,8 @@ def test_a_sparse_gradient_gets_the_answer_of_torch(launches):
     said = []
     for which in ("torch", "triton"):
         embed = torch.nn.Embedding(5, 3, sparse=True)
-        opt = optim.build("adamw", embed.named_parameters(), {"weight": "embedding"}, lr=0.1)
+        opt = optim.build(dict(optimizer="adamw", lr=0.1), embed.named_parameters(),
+                          {"weight": "embedding"})
         embed(torch.tensor([1])).sum().backward()
         with pytest.raises(RuntimeError) as error, going(which):
             opt.step()
@@ -298,7 +301,8 @@ def test_by_default_nothing_changes(launches):
     other.params, other.opt = copied
     equal(other.train([1]), setup.train([1]))
     roles = {name: role for name, (_, role) in ROLES.items()}
-    for opt in (optim.AdamW(setup.params.values()), optim.build("adamw", setup.params.items(), roles, lr=0.1)):
+    for opt in (optim.AdamW(setup.params.values()), optim.build(dict(optimizer="adamw", lr=0.1),
+                                                                     setup.params.items(), roles)):
         opt.step()
         assert opt.state
     assert not launches
