@@ -49,13 +49,14 @@ import torch.nn.functional as F
 
 import limits
 import optim
-from cache import DialogTree
 from data import text
-from evaluate import score
 from experiment import (UserError, command, keep_freed_memory, measure_peak_flops, override, peak_memory, replacing,
                         resolve_device)
 from model import Transformer, TransformerConfig, build_model, parameter_roles
-from sample import converse, generate
+from nanolab.dialog_tree import DialogTree
+from nanolab.dialogs import converse
+from nanolab.generate import generate
+from nanolab.score import score
 from worldmodel import CausalDynamics, Dynamics
 
 # --- What ---
@@ -908,10 +909,10 @@ def compare_dialogs():
             for i in range(-1, rounds):                          # one to warm up
                 for side in ("tree", "without") if i % 2 == 0 else ("without", "tree"):
                     began = time.perf_counter()
-                    tree = WatchedTree(model, budget, host_budget=0) if side == "tree" else None
+                    tree = WatchedTree(model, budget, host_budget=0) if side == "tree" else False
                     replies[side] = converse(model, prompts, n, None, tree=tree)
                     taken = time.perf_counter() - began
-                    if tree is not None:
+                    if tree:
                         most = max(most, tree.most)
                     if i >= 0:
                         times[side].append(taken)

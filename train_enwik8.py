@@ -26,12 +26,12 @@ import limits
 import optim
 import parallel
 from data import text
-from evaluate import LN2, score
 from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
                         load_checkpoint, load_loop, measure_peak_flops, optional, override, resolve_device,
                         seed_everything)
 from model import TransformerConfig, active_layers, build_model, equal_ff_mult, fused_rows, parameter_roles
-from sample import generate
+from nanolab.generate import generate
+from nanolab.score import LN2, score
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it

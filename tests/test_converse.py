@@ -6,10 +6,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-import sample
-from cache import DialogTree
 from model import MIXERS, Transformer, TransformerConfig, build_model
-from sample import Reply, converse, draw
+from nanolab import dialogs
+from nanolab.dialog_tree import DialogTree
+from nanolab.dialogs import Reply, converse
+from nanolab.generate import draw
 
 V, END, CALL = 8, 3, 6
 SMALL = dict(vocab_size=V, n_layer=2, n_head=2, n_embd=16, block_size=8, init="xavier", positions="rope", window=5,
@@ -104,14 +105,14 @@ def compare(model, prompts, n=14, tree=None, **how):
 @contextmanager
 def passes(monkeypatch):
     """The passes of the model: [(columns, cells of padding, rows)]."""
-    seen, read = [], sample._read
+    seen, read = [], dialogs._read
 
     def watched(model, cache, chunks, *rest):
         T = max(map(len, chunks))
         seen.append((T, sum(T - len(chunk) for chunk in chunks), len(chunks)))
         return read(model, cache, chunks, *rest)
     with monkeypatch.context() as patch:
-        patch.setattr(sample, "_read", watched)
+        patch.setattr(dialogs, "_read", watched)
         yield seen
 
 
@@ -317,10 +318,10 @@ def test_gathered_windows_hold_no_padding():
     model, ids = build("window"), texts(1, 9)[1]
     caches = [model.new_cache(1, 20) for _ in range(2)]
     with torch.inference_mode():
-        sample._read(model, caches[0], [ids], [0])
+        dialogs._read(model, caches[0], [ids], [0])
         for i, token in enumerate(ids):
-            sample._read(model, caches[1], [[token]], [i])
-        gathered = sample._gather(model, [(cache, 0, 9) for cache in caches], 20)
+            dialogs._read(model, caches[1], [[token]], [i])
+        gathered = dialogs._gather(model, [(cache, 0, 9) for cache in caches], 20)
     assert gathered.length == 9 and not gathered.ragged
     for layer, *old in zip(gathered.layers, *(cache.layers for cache in caches)):
         for b in range(2):
