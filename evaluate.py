@@ -101,6 +101,8 @@ def open_task(loaded, where):
     if task != "text":
         if database:
             settings["database"] = database
+        if prompts and task == "mqar":
+            settings["n_test_rows"] = min(prompts, settings["n_test_rows"])              # the first ones
         found = kind(settings, where)
         if loaded["tokenizer"] is not None:
             tokens.check(found.vocabulary, loaded["tokenizer"])
@@ -273,7 +275,7 @@ def main():
     wanted = asked_for(task, model.config)                       # complain before the first long pass, not after it
     of = f"{samples} draws of the posterior" if samples else f"{weights} weights"
     print(f"{path}: step {loaded['step']}, {of}, {sum(p.numel() for p in model.parameters()):,} parameters; "
-          f"{task.describe(prompts)}\n{task.header}")
+          f"{task.source}\n{task.header}")
     for name in wanted:
         with torch.autocast(where.type, precision, enabled=precision != torch.float32):
             for line, found in task.measure(model, name, batch_size, prompts):

@@ -68,26 +68,22 @@ class DialogTree:
             logits = model(x[:, prefix.length:], cache=cache)  # only the rest is computed
             tree.put(tokens, cache)                            # and only the rest is stored
 
-    Tokens are those of a dialog from its very beginning: integers, bytes, or an integer tensor (n,).
-
-    A node is a span of tokens. Of a layer that attends it holds the keys and values of its positions, so that dialogs
-    branch off anywhere: the node is cut in two. Under a sliding window it holds those that the cache still had when
-    they were put, and a beginning is found where all that the window shows at its end is held. A state (Mamba, minGRU,
-    a compressed memory) cannot be cut: with such a layer only those lengths are found that were put. So put a dialog
-    wherever others may branch off, for one at the end of a common prompt.
+    Tokens are those of a dialog from its very beginning: integers, bytes, or an integer tensor (n,). A node is a span
+    of tokens. Of a layer that attends it holds the keys and values of its positions, so that dialogs branch off
+    anywhere: the node is cut in two. Under a sliding window it holds those that the cache still had when they were put,
+    and a beginning is found where all that the window shows at its end is held. A state (Mamba, minGRU, a compressed
+    memory) cannot be cut: only those lengths are found that were put, so put a dialog wherever others may branch off.
 
     budget: bytes of keys, values and states on the model's device, never exceeded: room is made before anything is
     stored; `peak_bytes` is the most there were. Nodes leave in the order of their last use (lock, put), children before
     parents, locked ones never. They go to the CPU's memory while host_budget bytes suffice there, bit for bit, and come
     back when they are locked, or put again with something new; of those there, what came first is dropped for good.
-    None: no limit. No node is farther away than its children. Tokens and the tree itself are not counted, nor the
-    second copy of one layer's part while a node is cut. What finds no room beside locked nodes is no error: `put`
-    leaves it out, and then evicts nothing for it, and `lock` keeps the longest beginning that fits.
+    None: no limit. Not counted: tokens, and the second copy of one layer's part while a node is cut. What finds no room
+    beside locked nodes is no error: `put` leaves it out, and evicts nothing for it, `lock` keeps what fits.
 
-    model: anything whose `new_cache(batch_size, max_length, window=, device=, dtype=)` returns a Cache; window, device
-    and dtype are passed on to it. Its weights must stay as they are: else `reset`. Raises ValueError for a negative
-    budget, and where a dialog is more than one row of every layer: a Pyramid has units beside, an EncoderDecoder a
-    context, a model of video a row for each place.
+    model: anything whose `new_cache(batch_size, max_length, window=, device=, dtype=)` returns a Cache; the last three
+    are passed on to it. Its weights must stay as they are: else `reset`. Raises ValueError for a negative budget, and
+    where a dialog is more than one row of every layer (a Pyramid, an EncoderDecoder, a model of video).
 
     Ideas: the tree, its locks and its order of eviction are RadixAttention's (Zheng et al. 2024, SGLang), the second
     tier HiCache's (SGLang).
@@ -169,9 +165,9 @@ class DialogTree:
     def take(self, prefixes, max_length):
         """A Cache that has read a LockedPrefix, or one row for each of a list of them; the same one may come often.
 
-        It is a copy, to be written, cropped and forked at will. max_length: positions that it has room for in all.
-        Rows of different lengths are ragged, padded on the left: `model(x, cache=cache)` goes on after each row's own
-        last position. Raises ValueError for a prefix that is not locked, and where max_length is too short.
+        It is a copy, with room for max_length positions in all. Rows of different lengths are ragged, padded on the
+        left: `model(x, cache=cache)` goes on after each row's own last position. Raises ValueError for a prefix that is
+        not locked, and where max_length is too short.
         """
         prefixes = [prefixes] if isinstance(prefixes, LockedPrefix) else list(prefixes)
         if not prefixes:
@@ -179,9 +175,9 @@ class DialogTree:
         for prefix in prefixes:
             self._check_locked(prefix)
         lengths = [prefix.length for prefix in prefixes]
-        longest = max(lengths)
-        if any(cuts and reach is None for cuts, reach in zip(self._divisible, self._reach)) and max_length < longest:
-            raise ValueError(f"the prefix has {longest} positions, which exceed max_length {max_length}")
+        unbounded = any(cuts and reach is None for cuts, reach in zip(self._divisible, self._reach))
+        if unbounded and max_length < max(lengths):
+            raise ValueError(f"the prefix has {max(lengths)} positions, which exceed max_length {max_length}")
         cache = self._model.new_cache(len(prefixes), max_length, window=self._window, device=self._devices["device"],
                                       dtype=self._dtype)
         paths = [prefix.node.path for prefix in prefixes]

@@ -222,18 +222,50 @@ def answered(model, x, y, batch_size=512):
 
 # --- Tasks ---
 
-class Text:
+class Task:
+    """What all tasks have: settings (a dict), `where` their tensors are, and how a trainer evaluates.
+
+    Of each: `protocols`; `source`, where its data came from; `unused`, the settings of evaluate.py that say nothing
+    about it; `header`, over the `row`s of its table.
+    """
+
+    def __init__(self, settings, where):
+        self.settings, self.where = settings, where
+
+    def check(self, protocol, config):
+        """UserError where a model of this config cannot be asked so."""
+        if protocol not in self.protocols:
+            raise UserError(f"protocol {protocol!r}: a model of task {self.settings['task']} can be asked by "
+                            f"{' and '.join(self.protocols)}")
+
+    def few(self, last):
+        """How much a trainer's evaluation asks: of the last one everything."""
+        return None if last else self.settings["eval_prompts"]
+
+    def evaluate(self, model, last):
+        """Yields a trainer's lines of metrics, those of what the task is about first."""
+        for protocol in self.protocols:
+            for line, _ in self.measure(model, protocol, self.settings["eval_batch_size"], self.few(last)):
+                yield line
+
+    def last(self, model):
+        """What a summary says beyond the evaluation: nothing."""
+        return {}
+
+
+class Text(Task):
     """Next-token prediction: bytes, or where the settings name a tokenizer its ids, of one `split` of a text.
 
     tokenizer: in place of the settings'. UserError: as text.load and open_text, or there is no such split.
     """
-    unused = ("database", "prompts")                             # settings of evaluate.py that say nothing here
+    unused = ("database", "prompts")
     protocols = ("block",)
     header = (f"{'split':<6} {'protocol':<12} {'bits/byte':>10} {'95 % interval':>19} {'nats/target':>11} "
               f"{'bytes scored':>13} {'seconds':>8}")
 
     def __init__(self, settings, where, split="val", tokenizer=None):
-        self.settings, self.where, self.split, self.sizes = settings, where, split, None
+        super().__init__(settings, where)
+        self.split, self.sizes = split, None
         if tokenizer or "tokenizer" in settings:
             self.opened = open_text(settings, tokenizer)
             self.sizes = self.opened.sizes.to(where)
@@ -241,14 +273,10 @@ class Text:
             self.opened = text.load(settings["dataset"], settings["max_bytes"], where)
         if getattr(self.opened, split) is None:
             raise UserError(f"{settings['dataset']} has no {split} split")
-        self.data = getattr(self.opened, split).to(where)
-
-    def describe(self, few=None):
-        """Where the text came from."""
-        return self.opened.source
+        self.data, self.source = getattr(self.opened, split).to(where), self.opened.source
 
     def check(self, protocol, config):
-        """UserError where a model of this config cannot be asked so."""
+        """As Task.check."""
         parse_protocol(protocol, config, self.data.numel())
 
     def measure(self, model, protocol, batch_size, few=None):
@@ -257,7 +285,7 @@ class Text:
         yield dict(protocol=found.protocol, loss=found.loss, bpb=found.bpb, bytes=found.bytes), found
 
     def row(self, line, found, resamples, chunk):
-        """A row of the table under `header`, with the bootstrap interval of so many resamples."""
+        """A row of the table, with the bootstrap interval of so many resamples."""
         low, high = found.interval(resamples, chunk)
         interval = "too few bytes" if math.isnan(low) else f"{low:.4f} .. {high:.4f}"
         return (f"{self.split:<6} {found.protocol:<12} {found.bpb:>10.4f} {interval:>19} {found.loss:>11.4f} "
@@ -268,52 +296,39 @@ class Text:
         s, opened = self.settings, self.opened
         self.block_size = s["block_size"] or 128
         self.batches = opened.batches(s["batch_size"], self.block_size, s["batching"], s["data_seed"], self.where)
-        self.vocab_size, self.n_rows, self.shown = opened.vocab_size, opened.rows, opened.source
+        self.vocab_size, self.n_rows, self.shown = opened.vocab_size, opened.rows, self.source
         self.fingerprint = opened.tokenizer.fingerprint
         if s["eval_interval"]:
             text.check_split(self.data, self.block_size, "tokens")
         self.example = f"  {opened.tokenizer.decode(self.data[:40].tolist())!r}"
 
-    def evaluate(self, model, last):
-        """Yields one line of metrics: nats per token and bits per byte under the block protocol."""
-        few = None if last else self.settings["eval_prompts"]
-        yield from (line for line, _ in self.measure(model, "block", self.settings["eval_batch_size"], few))
 
-    def last(self, model):
-        """What the summary says beyond the evaluation: nothing."""
-        return {}
-
-
-class Facts:
+class Facts(Task):
     """Dialogs about people, asked by real generation. UserError: as facts.open_facts."""
     unused = ("split", "dataset", "max_bytes")
     header = (f"{'people':<8} {'protocol':<9} {'accuracy':>9} {'called':>7} {'right calls':>12} {'no end':>7} "
               f"{'prompts':>8} {'seconds':>8}")
 
     def __init__(self, settings, where):
-        self.settings, self.where = settings, where
+        super().__init__(settings, where)
         self.people, self.vocabulary, self.database = facts.open_facts(settings)
         self.protocols = ("no_tool",) if settings["task"] == "in_weight" else ("tool", "no_tool")
+        self.source = self.people.describe()
 
-    def describe(self, few=None):
-        """Of which people."""
-        return self.people.describe()
-
-    def check(self, protocol, config):
-        """UserError where a model of this task cannot be asked so."""
-        _check_protocol(self, protocol)
+    def few(self, last):
+        """Questions of each kind of people."""
+        return self.settings["final_prompts" if last else "eval_prompts"]
 
     def measure(self, model, protocol, batch_size, few=None):
         """Yields (line of metrics, Recalled) of people that were trained on, and of unseen ones. few: so many of each
         kind's questions."""
-        s = self.settings
         for unseen in (False, True) if self.people.unseen else (False,):
             found = recall(model, self.people, self.vocabulary, self.database if protocol == "tool" else None, unseen,
-                           s["form"], few, batch_size, s["prefix"])
+                           self.settings["form"], few, batch_size, self.settings["prefix"])
             yield found.line(), found
 
     def row(self, line, found, *_):
-        """A row of the table under `header`."""
+        """A row of the table."""
         rates = [f"{line[key]:.4f}" if key in line else "" for key in ("calls", "right_calls")]
         return (f"{found.people:<8} {found.protocol:<9} {found.accuracy:>9.4f} {rates[0]:>7} {rates[1]:>12} "
                 f"{line['endless']:>7.4f} {found.prompts:>8,} {found.seconds:>8.1f}")
@@ -328,17 +343,11 @@ class Facts:
         self.block_size = s["block_size"] or 16 * -(-2 * ids.size(1) // 16)              # wrong replies may be longer
         if ids.size(1) > self.block_size:
             raise UserError(f"block_size is {s['block_size']}, but the longest dialog has {ids.size(1)} tokens")
-        self.shown = f"{self.people.describe()}; {self.vocab_size} tokens, {ids.size(1)} in a row at most"
+        self.shown = f"{self.source}; {self.vocab_size} tokens, {ids.size(1)} in a row at most"
         self.example = facts.show(dialogs[0])
 
-    def evaluate(self, model, last):
-        """Yields lines of metrics: every way to answer that the task trains, and the tool model without its tool."""
-        few = self.settings["final_prompts" if last else "eval_prompts"]
-        for protocol in self.protocols:
-            yield from (line for line, _ in self.measure(model, protocol, self.settings["eval_batch_size"], few))
-
     def last(self, model):
-        """What the summary says beyond the evaluation: the bits about people that the weights hold."""
+        """The bits about people that the weights hold."""
         s = self.settings
         if s["task"] != "in_weight":
             return {}
@@ -347,15 +356,18 @@ class Facts:
                 "bits_of_all": self.people.n * self.people.bits}
 
 
-class Recall:
+class Recall(Task):
     """Rows of multi-query associative recall."""
     unused = ("split", "dataset", "max_bytes", "database")
     protocols = ("mqar",)
     header = f"{'protocol':<9} {'accuracy':>9} {'nats/query':>11} {'queries':>8}"
 
     def __init__(self, settings, where):
-        self.settings, self.where, self.block_size = settings, where, settings["block_size"] or 64
+        super().__init__(settings, where)
+        self.block_size = settings["block_size"] or 64
         self.x, self.y = (part.to(where) for part in self._split(1)[1])
+        self.source = (f"mqar: {len(self.x):,} held-out rows of {self.block_size} tokens with {settings['pairs']} "
+                       "pairs")
 
     def _split(self, n_rows):
         """((x, y) to train on, (x, y) held out), each (N, T) int64; the second does not depend on n_rows."""
@@ -363,21 +375,12 @@ class Recall:
         return mqar.split(n_rows, s["n_test_rows"], self.block_size, s["pairs"], s["mqar_vocab"], s["data_seed"],
                           s["random_non_queries"], s["mqar_alpha"])
 
-    def describe(self, few=None):
-        """How many rows, and of what."""
-        return (f"mqar: {len(self.x[:few]):,} held-out rows of {self.block_size} tokens with {self.settings['pairs']} "
-                "pairs")
-
-    def check(self, protocol, config):
-        """UserError where a model of this task cannot be asked so."""
-        _check_protocol(self, protocol)
-
     def measure(self, model, protocol, batch_size, few=None):
         """Yields (line of metrics, None). few: so many rows."""
         yield answered(model, self.x[:few], self.y[:few], batch_size), None
 
     def row(self, line, *_):
-        """A row of the table under `header`."""
+        """A row of the table."""
         return f"{line['protocol']:<9} {line['accuracy']:>9.4f} {line['loss']:>11.4f} {line['prompts']:>8,}"
 
     def prepare(self):
@@ -387,26 +390,12 @@ class Recall:
         self.batches = Rows(*self._split(self.n_rows)[0], s["batch_size"], s["data_seed"], self.where)
         self.shown = (f"mqar: {self.n_rows:,} rows of {self.block_size} tokens with {s['pairs']} pairs, "
                       f"{s['n_test_rows']:,} held out, {self.vocab_size:,} tokens; values are within {s['window']} "
-                      f"tokens of {self._reachable():.1%} of the queries")
+                      f"tokens of {self.last(None)['reachable']:.1%} of the queries")
         self.example = "  " + mqar.example(self.x[0].cpu(), self.y[0].cpu())
-
-    def _reachable(self):
-        return mqar.reachable(self.y.cpu(), self.x.cpu(), self.settings["window"])
-
-    def evaluate(self, model, last):
-        """Yields one line of metrics: accuracy at the queries of held-out rows, of the last evaluation all."""
-        few = None if last else self.settings["eval_prompts"]
-        yield from (line for line, _ in self.measure(model, "mqar", self.settings["eval_batch_size"], few))
 
     def last(self, model):
         """The reachable share, beside which a window's accuracy means something."""
-        return {"reachable": self._reachable()}
-
-
-def _check_protocol(task, protocol):
-    if protocol not in task.protocols:
-        raise UserError(f"protocol {protocol!r}: a model of task {task.settings['task']} can be asked by "
-                        f"{' and '.join(task.protocols)}")
+        return {"reachable": mqar.reachable(self.y.cpu(), self.x.cpu(), self.settings["window"])}
 
 
 def kind_of(settings):

@@ -370,6 +370,23 @@ def test_what_prompts_have_in_common_is_read_once(monkeypatch):
     assert sum(columns * rows - padding for columns, padding, rows in seen) == 9 * 3
 
 
+def test_without_a_tree_of_its_own_a_call_makes_one_where_that_pays(monkeypatch):
+    """A long beginning of many prompts is read once; with tree=False by each; a short one, or of few, or a chain by
+    each as well. The replies are those of the naive one."""
+    model = build()
+
+    def read(prompts, **how):
+        with passes(monkeypatch) as seen:
+            found = converse(model, prompts, 4, END, ban=[END], **how)
+        same(found, [naive(model, prompt, 4, END, ban=[END]) for prompt in prompts])
+        return sum(columns * rows - padding for columns, padding, rows in seen)
+    long, short = ([[1] * n + [leaf, 5, leaf] for leaf in range(V)] for n in (40, 4))
+    assert read(long) == 40 + V * 2 + V * 4 and read(long, tree=False) == V * 43 + V * 3
+    assert read(short) == V * 7 + V * 3 and read(long[:2]) == 2 * 43 + 2 * 3
+    chain = [[1] * n for n in range(40, 48)]
+    assert read(chain) == sum(map(len, chain)) + 8 * 3
+
+
 @pytest.mark.parametrize("mixer", ["full", "window,full", "mamba", "compressive", "mla"])
 def test_a_tree_serves_the_next_turn(mixer):
     model, prompts = build(mixer), texts(8)
