@@ -79,8 +79,8 @@ def main():
     how = dict(temperature=0.0 if greedy else temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                typical_p=typical_p)
     with torch.autocast(where.type, precision, enabled=precision != torch.float32):
-        report = (lambda held: print(*held.log(), sep="\n", file=sys.stderr)) if log_cache else None
-        stream = generate(model, [start] * n_samples, length, generator, cache, report, **how)
+        log = sys.stderr if log_cache else None
+        stream = generate(model, [start] * n_samples, length, generator, cache, log, **how)
         if n_samples == 1:
             decoder = codecs.getincrementaldecoder("utf-8")("replace")                   # a character may take 4 bytes
             sys.stdout.write(decoder.decode(typed))

@@ -98,15 +98,15 @@ def first_past(reached, level, p):
 
 
 @torch.inference_mode()
-def generate(model, prompts, length, generator=None, use_cache=True, report=None, **how):
+def generate(model, prompts, length, generator=None, use_cache=True, log=None, **how):
     """Yields `length` times the next bytes (B,) int64 of all rows, from a cache; the same ones without.
 
     prompts: list of B byte strings, none empty, of any lengths (shorter ones are padded on the left, masked). Longer
     than block_size: only the last block_size bytes are read. how: temperature, top_k, top_p, min_p, typical_p. The
     model should be in eval mode. Learned positions: all rows start again at once, when the longest has filled the
     window. Other positions roll on; without a cache the whole text is read again for each byte, full attention limited
-    to the last block_size positions. report: called with the cache at the end. Raises ValueError, when the first byte
-    is asked for, if a prompt is empty.
+    to the last block_size positions. log: an open file, to which goes at the end what each layer's cache held. Raises
+    ValueError, when the first byte is asked for, if a prompt is empty.
     """
     T = model.config.block_size
     where = next(model.parameters()).device
@@ -141,8 +141,8 @@ def generate(model, prompts, length, generator=None, use_cache=True, report=None
         if not (rolls and use_cache):
             recent.append(x)
             held += 1
-    if report and use_cache:
-        report(cache)
+    if log is not None and use_cache:
+        print(*cache.log(), sep="\n", file=log)
 
 
 def _left_padded(n_bytes, columns, device):
