@@ -20,7 +20,6 @@ import copy
 import itertools
 import math
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,9 +30,8 @@ import optim
 from data.video import (ACTIONS, AGENT, BALL, Stream, World, caption, caption_length, load, paint, read_caption,
                         read_cells, unknown_words)
 from discrete import code_statistics, fsq_levels, mutual_information
-from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
-                        load_checkpoint, load_loop, optional, override, replacing, resolve_device, restore_generators,
-                        seed_everything)
+from experiment import (Generators, Loop, Run, Stopwatch, UserError, begin, command, optional, replacing,
+                        resolve_device, resumed, seed_everything)
 from model import fused_rows, parameter_roles
 from networks import cross_entropy
 from play import View, parse_actions, save_gif, save_strip, serve
@@ -232,7 +230,7 @@ def check(settings, video=None):
         if quantiser == "fsq":
             fsq_levels(codebook_size)
         for name in STAGES:
-            optim.schedule(schedule, 0, warmup_steps, steps_of(name), min_lr_scale, decay_fraction)
+            optim.factor(settings | {"max_steps": steps_of(name)}, 0)
     except ValueError as error:
         raise UserError(error)
 
@@ -1136,27 +1134,18 @@ def in_words(name, numbers):
 @command
 def main():
     # ---- settings: flags, preset, and on resume the checkpoint's ----
-    settings = override(globals())
-    if debug:
-        quiet = {name: value for name, value in debug_settings.items() if name not in settings.explicit}
-        globals().update(quiet)
-        settings.update(quiet)
+    settings = begin(globals())
     if play is not None and rollout is not None:
         raise UserError("--play and --rollout: one of them")
     if (shown := play or rollout) is not None:               # RUN: its directory, or its name
         named = Path(out_dir, "train_worldmodel", shown)
-        settings["resume"] = globals()["resume"] = str(named if named.exists() and not Path(shown).exists() else shown)
+        settings.put(resume=str(named if named.exists() and not Path(shown).exists() else shown))
     if eval_only and resume is False:
         raise UserError("--eval_only goes with --resume, or --resume PATH: which model?")
     only_read = eval_only or shown is not None
-    checkpoint_path = find_resume(settings, __file__, needed=only_read)
-    checkpoint = load_checkpoint(checkpoint_path, __file__) if checkpoint_path else None
-    if checkpoint:
-        begun = {"all", checkpoint["stage"], *checkpoint["done"]}
-        fixed = [name for part in begun for name in architecture[part]]
-        of_this_call = ("eval_only", "play", "port", "rollout", "actions", "prompt")
-        settings = adopt(globals(), settings, {name: value for name, value in checkpoint["settings"].items()
-                                               if name not in of_this_call}, fixed)
+    checkpoint = resumed(settings, architecture, ("eval_only", "play", "port", "rollout", "actions", "prompt"),
+                         needed=only_read)
+    checkpoint_path = checkpoint.path if checkpoint else None
     where, precision = resolve_device(device, dtype)
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
 
@@ -1266,7 +1255,7 @@ def main():
     limits.notes(settings, {f"{name} steps": steps_of(name) for name in left},
                  checkpoint and {f"{checkpoint['stage']} steps": steps_of(checkpoint["stage"], checkpoint["settings"])})
     total = checkpoint["step"] if checkpoint else 0           # optimiser steps of all stages
-    with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
+    with Run(settings, checkpoint, done=done, ended=ended, figures=told) as run:
         for name in [name for name in told if name not in left]:
             run.summary(**told[name], **({f"{name}_seconds": ended[name]["loop"]["seconds"]} if name in ended else {}))
         begun = {name: ended[name]["loop"]["step"] for name in longer}
@@ -1295,62 +1284,22 @@ def main():
             if grad_accum > 1 and name == "actions" and action_quantiser == "signs":
                 print(f"signs are normalised over the {batch_size} clips of each pass: grad_accum {grad_accum} is not "
                       f"one pass over {batch_size * grad_accum}")
-            opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, betas=betas, eps=eps,
-                              weight_decay=weight_decay, muon_lr=muon_lr, muon_momentum=muon_momentum,
-                              fused_rows=fused_rows(model), kernels=kernels)
+            opt = optim.build(settings, model.named_parameters(), parameter_roles(model), fused_rows(model))
             scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
-            loop = dict(step=0, evaluated=-1, best=-math.inf, best_step=0, best_model=None, waited=0, pending=[],
-                        seconds=0.0, logged_seconds=0.0, clips=0, start=total,
-                        chosen=torch.zeros(codebook_size, dtype=torch.int64))
-            if was:
-                model.load_state_dict(was["model"])
-                optim.load_state(opt, was["optimizer"])
-                optim.load_scaler(scaler, was["scaler"])
-                restore_generators(was["generators"], noise=noise, revival=revival)
-                loop |= load_loop(loop, was["loop"])
-            ema = optim.EMA(model, ema_decay) if ema_decay else None                  # of the weights as they are now
-            if ema and was and was["ema"] is not None:
-                ema.load_state_dict(was["ema"])
+            ema = optim.EMA(model, ema_decay) if ema_decay else None
+            loop = Loop(dict(step=0, evaluated=-1, best=-math.inf, best_step=0, best_model=None, waited=0, pending=[],
+                             seconds=0.0, logged_seconds=0.0, clips=0, start=total,
+                             chosen=torch.zeros(codebook_size, dtype=torch.int64)), scaler)
+            run.track(was, stage=name, model=model, optimizer=opt, ema=ema, scaler=scaler,
+                      generators=Generators(noise=noise, revival=revival), loop=loop)
             trained = compiled(model, name) if compile else model
             clips = Stream(video.train, clip_frames[name], clip_batch[name] * grad_accum, data_seed)
-            limit, recent = steps_of(name), []
+            limit = steps_of(name)
             print(f"stage {name}: {sum(p.numel() for p in model.parameters()):,} parameters, {limit} steps")
 
-            def settle():
-                """Moves `recent` into the loop's state as numbers; stops the run at the first that was not finite."""
-                for i, row in enumerate(recent):
-                    row = {key: float(value) for key, value in row.items()}
-                    if not (math.isfinite(row["loss"]) and (math.isfinite(row["grad_norm"]) or scaler.is_enabled())):
-                        raise NonFinite(loop["start"] + loop["step"] - len(recent) + i + 1)
-                    loop["pending"].append(row)
-                recent.clear()
-
-            def training():
-                """What the rest of this stage depends on."""
-                settle()
-                return dict(model=model.state_dict(), optimizer=opt.state_dict(),
-                            ema=ema.state_dict() if ema else None, scaler=scaler.state_dict(),
-                            generators=generator_states(noise=noise, revival=revival),
-                            loop={**loop, "chosen": loop["chosen"].cpu(), "pending": list(loop["pending"])})
-
-            @contextmanager
-            def state():
-                """Everything that the rest of the run depends on."""
-                yield dict(step=loop["start"] + loop["step"], stage=name, done=done, ended=ended, figures=told,
-                           settings=dict(settings), **training())
-
-            @contextmanager
-            def evaluated():
-                """The weights to evaluate are in place: an average where there is one."""
-                if ema is None:
-                    yield
-                else:
-                    with ema.swapped():
-                        yield
             saved = loop["step"] if was is checkpoint is not None else None
             if saved is None:
-                with state() as now:
-                    run.save("last.pt", now)
+                run.save("last.pt", loop["start"] + loop["step"])
 
             while True:
                 # ---- validate and save: before the step, so that a run that stops here does on resume what was due --
@@ -1358,10 +1307,10 @@ def main():
                 if run.stop:
                     break
                 if (step % eval_interval == 0 or step == limit) and loop["evaluated"] < step:
-                    settle()
+                    loop.flush()
                     loop["evaluated"] = step
                     clock.start()
-                    with evaluated():
+                    with optim.evaluated(opt, ema):
                         numbers = figures(name, model)
                         clock.lap("evaluation")
                         weights = copy.deepcopy(model.state_dict())
@@ -1373,20 +1322,16 @@ def main():
                     loop["waited"] += 1
                     if numbers["score"] > loop["best"] or loop["best_model"] is None:
                         loop.update(best=numbers["score"], best_step=step, best_model=weights, waited=0)
-                        with state() as now:
-                            run.save("best.pt", {**now, "done": {**done, name: weights}})
+                        run.save("best.pt", loop["start"] + step, done={**done, name: weights})
                 if saved is None or saved != step and (step % save_interval == 0 or is_over(name, loop)):
-                    with state() as now:
-                        run.save("last.pt", now)
+                    run.save("last.pt", loop["start"] + step)
                     saved = step
                 if is_over(name, loop):
                     break
 
                 # ---- one optimiser step ----
                 began = time.perf_counter()
-                scale = optim.schedule(schedule, step, warmup_steps, limit, min_lr_scale, decay_fraction)
-                for group in opt.param_groups:
-                    group["lr"] = group["base_lr"] * scale
+                rate = optim.set_rate(opt, settings | {"max_steps": limit}, step)
                 row, outputs, chosen = {}, [], []
                 clock.start()
                 indices = clips.at(step).split(clip_batch[name])
@@ -1427,7 +1372,7 @@ def main():
                     (model.codebook if name == "tokenizer" else model.quantiser).follow(
                         torch.cat(outputs), torch.cat(chosen))
                 clock.lap("optimiser")
-                recent.append(row)
+                loop.add(row)
                 step = loop["step"] = step + 1
                 if name == "tokenizer" and quantiser == "vq" and reset_interval and step % reset_interval == 0:
                     if step <= reset_fraction * limit:
@@ -1438,7 +1383,7 @@ def main():
                 # ---- log ----
                 due = step % log_interval == 0
                 if due:
-                    settle()                                  # waits for the device: part of the step's time
+                    loop.flush()                              # waits for the device: part of the step's time
                 loop["seconds"] += time.perf_counter() - began
                 if due:
                     rows = loop["pending"]
@@ -1446,7 +1391,7 @@ def main():
                     elapsed = loop["seconds"] - loop["logged_seconds"]
                     speed = loop["clips"] / elapsed
                     run.log(step=loop["start"] + step, split="train", stage=name, stage_step=step, **means,
-                            lr=lr * scale, clips_per_s=speed, tokens_per_s=speed * clip_tokens[name],
+                            lr=rate, clips_per_s=speed, tokens_per_s=speed * clip_tokens[name],
                             seconds=loop["seconds"])
                     loop.update(pending=[], logged_seconds=loop["seconds"], clips=0)
                     bar.update(loop["start"] + step, f"{name} loss {means['loss']:.4f}")
@@ -1454,10 +1399,9 @@ def main():
             # ---- the stage's end: its best weights serve the later stages ----
             if run.stop:
                 if saved != loop["step"]:
-                    with state() as now:
-                        run.save("last.pt", now)
+                    run.save("last.pt", loop["start"] + loop["step"])
                 break
-            ended[name] = on_cpu(training())
+            ended[name] = on_cpu(run.states("model", "optimizer", "ema", "scaler", "generators", "loop"))
             del ended[name]["loop"]["best_model"]             # which is done[name]
             model.load_state_dict(loop["best_model"])
             done[name] = loop["best_model"]
@@ -1481,8 +1425,7 @@ def main():
             clock.lap("evaluation")
             told[name] = {key: None if math.isnan(value) else value for key, value in found.items()}
             run.summary(**told[name], **{f"{name}_seconds": loop["seconds"]})
-            with state() as now:                              # with its figures, which are not counted again
-                run.save("last.pt", now)
+            run.save("last.pt", total)                        # with its figures, which are not counted again
 
         # ---- the end ----
         bar.close()
