@@ -52,14 +52,15 @@ import torch.nn.functional as F
 
 import limits
 import optim
-from cache import DialogTree
 from data import text
-from evaluate import score
 from experiment import (UserError, command, keep_freed_memory, measure_peak_flops, override, peak_memory, replacing,
                         resolve_device)
 from kernels import use as use_kernels
 from model import Transformer, TransformerConfig, build_model, parameter_roles
-from sample import converse, generate
+from nanolab.dialog_tree import DialogTree
+from nanolab.dialogs import converse
+from nanolab.generate import generate
+from nanolab.score import score
 from worldmodel import CausalDynamics, Dynamics
 
 # --- What ---
@@ -867,7 +868,7 @@ def compare_dialogs():
             replies, most = {}, []
 
             def run(side):
-                tree = WatchedTree(model, budget, host_budget=0) if side == "ours" else None
+                tree = WatchedTree(model, budget, host_budget=0) if side == "ours" else False
                 replies[side] = [reply.tokens for reply in converse(model, prompts, n, None, tree=tree)]
                 most.extend([tree.most] if tree else [])
 

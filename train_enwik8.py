@@ -26,12 +26,12 @@ import limits
 import optim
 import parallel
 from data import text
-from evaluate import LN2, score
 from experiment import (Generators, Loop, Run, Stopwatch, UserError, begin, command, measure_peak_flops, optional,
                         resolve_device, resumed, seed_everything)
 from kernels import use as use_kernels
 from model import TransformerConfig, active_layers, build_model, equal_ff_mult, fused_rows, parameter_roles
-from sample import generate
+from nanolab.generate import generate
+from nanolab.score import LN2, score
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it

@@ -34,14 +34,12 @@ import torch
 import limits
 import optim
 import parallel
-from data import facts, mqar
-from data.text import check_split
-from data.tokenized import open_text
-from evaluate import answered, bits_of, recall, score
+from data.facts import MODES as FACTS
 from experiment import (Generators, Loop, Run, Stopwatch, UserError, begin, check_weights, command, measure_peak_flops,
                         resolve_device, resumed, seed_everything)
 from kernels import use as use_kernels
 from model import TransformerConfig, build_model, fused_rows, parameter_roles
+from nanolab.tasks import cost, kind_of, say
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
@@ -185,8 +183,6 @@ architecture = (
     "prefix", "alpha", "tool_share", "exposures", "n_rows", "pairs", "mqar_vocab", "mqar_alpha", "random_non_queries",
     "dataset", "batching", "optimizer", "decay_params")
 
-FACTS = ("in_weight", "in_tool", "both")
-
 
 def check(settings):
     """Settings that cannot go together: UserError with one sentence."""
@@ -226,155 +222,6 @@ def configure(settings, vocab_size):
     return config
 
 
-# --- Data ---
-
-class Rows:
-    """Endless batches out of rows of equal length, shuffled anew for every pass; a batch may span two passes.
-
-    x (N, T) int64 and y (N, T) int64, -1 where no loss is taken. seed: of the generator, which draws nothing else.
-    """
-
-    def __init__(self, x, y, batch_size, seed, device):
-        self.x, self.y, self.batch_size = x.to(device), y.to(device), batch_size
-        self.generator = torch.Generator().manual_seed(seed)
-        self.passes, self.position = 0, 0
-        self._shuffle()
-
-    def _shuffle(self):
-        self.before = self.generator.get_state()
-        self.order = torch.randperm(len(self.x), generator=self.generator)
-
-    @property
-    def epoch(self):
-        """float: passes over the rows so far."""
-        return self.passes + self.position / len(self.x)
-
-    def next(self):
-        """-> x (B, T), y (B, T)."""
-        parts, missing = [], self.batch_size
-        while missing:
-            if self.position == len(self.order):
-                self.passes, self.position = self.passes + 1, 0
-                self._shuffle()
-            parts.append(self.order[self.position:self.position + missing])
-            self.position += len(parts[-1])
-            missing -= len(parts[-1])
-        chosen = torch.cat(parts).to(self.x.device)
-        return self.x[chosen], self.y[chosen]
-
-    def state_dict(self):
-        """Plain numbers and the generator's state before this pass, from which load_state_dict goes on exactly."""
-        return {"rows": len(self.x), "passes": self.passes, "position": self.position, "generator": self.before.clone()}
-
-    def load_state_dict(self, state):
-        """Goes on where state was taken. Raises UserError where there are other rows."""
-        if state["rows"] != len(self.x):
-            raise UserError(f"the checkpoint was trained on {state['rows']:,} rows, here are {len(self.x):,}")
-        self.generator.set_state(state["generator"])
-        self._shuffle()
-        self.passes, self.position = state["passes"], state["position"]
-
-
-class Facts:
-    """Dialogs about people: `batches`, `vocab_size`, `block_size`, and what evaluation needs."""
-
-    def __init__(self, settings, where):
-        self.people, self.vocabulary, self.database = facts.open_facts(settings)
-        dialogs = facts.dialogs(self.people, task, form, data_seed, tool_share)
-        ids, mask = facts.rows(dialogs, self.vocabulary, everything=loss_on == "all")
-        self.batches = Rows(ids[:, :-1], ids.masked_fill(~mask, -1)[:, 1:], batch_size, data_seed, where)
-        self.n_rows, self.vocab_size, self.fingerprint = len(ids), self.vocabulary.size, self.vocabulary.fingerprint
-        self.block_size = block_size or 16 * -(-2 * ids.size(1) // 16)       # wrong replies may be longer
-        if ids.size(1) > self.block_size:
-            raise UserError(f"block_size is {block_size}, but the longest dialog has {ids.size(1)} tokens")
-        self.shown = f"{self.people.describe()}; {self.vocab_size} tokens, {ids.size(1)} in a row at most"
-        self.example = facts.show(dialogs[0])
-
-    def evaluate(self, model, last):
-        """Yields lines of metrics: every way to answer that the task trains, and the tool model without its tool."""
-        prompts = final_prompts if last else eval_prompts
-        for protocol in ("no_tool",) if task == "in_weight" else ("tool", "no_tool"):
-            for unseen in (False, True):
-                if unseen and not n_unseen:
-                    continue
-                found = recall(model, self.people, self.vocabulary, self.database if protocol == "tool" else None,
-                               unseen, form, prompts, eval_batch_size, prefix)
-                yield found.line()
-
-    def last(self, model):
-        """What the summary says beyond the evaluation: the bits about people that the weights hold."""
-        if task != "in_weight":
-            return {}
-        stored = bits_of(model, self.people, self.vocabulary, form, eval_batch_size, prefix)
-        return {"bits": stored, "bits_per_parameter": stored / model.n_params(),
-                "bits_of_all": self.people.n * self.people.bits}
-
-
-class Recall:
-    """Rows of multi-query associative recall: `batches`, `vocab_size`, `block_size`."""
-
-    def __init__(self, settings, where):
-        self.block_size, self.vocab_size, self.n_rows, self.fingerprint = block_size or 64, mqar_vocab, n_rows, None
-        (x, y), (self.x, self.y) = mqar.split(n_rows, n_test_rows, self.block_size, pairs, mqar_vocab, data_seed,
-                                              random_non_queries, mqar_alpha)
-        self.batches = Rows(x, y, batch_size, data_seed, where)
-        self.x, self.y = self.x.to(where), self.y.to(where)
-        self.shown = (f"mqar: {n_rows:,} rows of {self.block_size} tokens with {pairs} pairs, {n_test_rows:,} held "
-                      f"out, {mqar_vocab:,} tokens; values are within {window} tokens of "
-                      f"{mqar.reachable(self.y.cpu(), self.x.cpu(), window):.1%} of the queries")
-        self.example = "  " + mqar.example(self.x[0].cpu(), self.y[0].cpu())
-
-    def evaluate(self, model, last):
-        """Yields one line of metrics: accuracy at the queries of held-out rows, of the last evaluation all."""
-        rows = len(self.x) if last else eval_prompts
-        yield answered(model, self.x[:rows], self.y[:rows], eval_batch_size)
-
-    def last(self, model):
-        """The reachable share, beside which a window's accuracy means something."""
-        return {"reachable": mqar.reachable(self.y.cpu(), self.x.cpu(), window)}
-
-
-class Text:
-    """Tokens of a text or of a corpus in shards: `batches`, `vocab_size`, `block_size`."""
-
-    def __init__(self, settings, where):
-        self.block_size = block_size or 128
-        opened = open_text(settings)
-        self.batches = opened.batches(batch_size, self.block_size, batching, data_seed, where)
-        self.tokenizer, self.val, self.sizes = opened.tokenizer, opened.val.to(where), opened.sizes.to(where)
-        self.vocab_size, self.n_rows, self.shown = opened.vocab_size, opened.rows, opened.source
-        self.fingerprint = self.tokenizer.fingerprint
-        if eval_interval:
-            check_split(self.val, self.block_size, "tokens")
-        self.example = f"  {self.tokenizer.decode(self.val[:40].tolist())!r}"
-
-    def evaluate(self, model, last):
-        """Yields one line of metrics: nats per token and bits per byte under the block protocol."""
-        found = score(model, self.val, "block", eval_batch_size, None if last else eval_prompts, self.sizes)
-        yield dict(protocol=found.protocol, loss=found.loss, bpb=found.bpb, bytes=found.bytes)
-
-    def last(self, model):
-        """Nothing beyond the evaluation."""
-        return {}
-
-
-def better(line):
-    """Of a line of evaluation, what a better model has less of."""
-    return line["bpb"] if task == "text" else 1 - line["accuracy"]
-
-
-def say(line):
-    """A line of evaluation in words."""
-    if task == "text":
-        return (f"{line['bpb']:.4f} bits/byte = {line['loss']:.4f} nats/token ({line['protocol']}, {line['bytes']:,} "
-                "bytes)")
-    if task == "mqar":
-        return f"accuracy {line['accuracy']:.4f} of {line['prompts']:,} queries, loss {line['loss']:.4f}"
-    called = f", {line['calls']:.0%} called" if line["protocol"] == "tool" else ""
-    return (f"{line['people']} people {line['accuracy']:.4f} of {line['prompts']:,} answers right "
-            f"(protocol {line['protocol']}{called})")
-
-
 def last_words(run, step, lines, seconds):
     """The last evaluation, (name of the weights, line) after another, to the metrics, the summary and in print. Returns
     what a better model has less of."""
@@ -386,7 +233,7 @@ def last_words(run, step, lines, seconds):
         given = {key: line[key] for key in ("accuracy", "loss", "bpb", "calls") if key in line}
         run.summary(**{f"{key}_{name}": value for key, value in given.items()})
         print(f"{say(line)} ({weights} weights) after {step:,} steps, {seconds:.0f} s of training")
-        found = better(line) if found == math.inf else found
+        found = cost(line) if found == math.inf else found
         kinds = "accuracy" if task == "mqar" else "bpb" if task == "text" else f"accuracy_{line['people']}"
         firsts.setdefault(kinds, line.get("accuracy", line.get("bpb")))      # by the way that the task trains
     run.summary(**firsts)
@@ -404,7 +251,8 @@ def main():
     use_kernels(settings["kernels"])
 
     # ---- data ----
-    work = (Facts if task in FACTS else Recall if task == "mqar" else Text)(settings, where)
+    work = kind_of(settings)(settings, where)
+    work.prepare()
     settings.put(block_size=work.block_size)
     if task in FACTS:
         settings.check_data(checkpoint, ("database",), work.database.fingerprint)
@@ -473,7 +321,7 @@ def main():
                 for weights, line in evaluate():
                     run.log(step=step, split="val", weights=weights, **line)
                     bar.note(f"step {step}: {say(line)}{'; ema weights' if weights == 'ema' else ''}")
-                    found = better(line) if found == math.inf else found     # the first line: what the task is about
+                    found = cost(line) if found == math.inf else found     # the first line: what the task is about
                 clock.lap("evaluation")
                 if found < loop["best"]:
                     loop.update(best=found, best_step=step)

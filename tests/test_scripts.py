@@ -17,10 +17,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data import text  # noqa: E402
-from evaluate import score  # noqa: E402
 import experiment  # noqa: E402
 from experiment import load_checkpoint, override  # noqa: E402
 from model import Transformer, from_checkpoint  # noqa: E402
+from nanolab.score import score  # noqa: E402
 from test_resume import assert_done, assert_error, snapshot, wait_for  # noqa: E402
 
 SCRIPTS = ("train_enwik8.py", "train_mult.py", "train_dvae.py", "train_worldmodel.py", "train_facts.py",
