@@ -257,30 +257,12 @@ def falling(step, steps, first, fraction):
     return first * max(0.0, 1 - step / (fraction * steps)) if steps else 0.0
 
 
-# --- The stages: how each is built, what a pass reads of clips index (B,), and its loss ---
+# --- Losses: what a pass reads of clips index (B,), and what it makes of that ---
 #
-# `read_` returns a batch, whose last entry is what each target weighs. `_loss` returns (what is minimised, the loss
-# itself, what the codebook chose: a Quantised, or None). A step's loss is a sum over its grad_accum passes over a sum
-# of their weights, so that it does not depend on how they divide it: share is a pass's share of these. So are the masks
+# A `read_` returns a batch, whose last entry is what each target weighs. A `_loss` returns (what is minimised, the loss
+# itself, what a codebook chose: a Quantised, or None). A step's loss is a sum over its grad_accum passes over a sum of
+# their weights, so that it does not depend on how they divide it: share is a pass's share of these. So are the masks
 # `hidden`, which are drawn for all clips of a step at once.
-
-def build(name, video):
-    """The untrained model of a stage. UserError: its sizes do not go together."""
-    try:
-        return STAGES[name].build(video)
-    except ValueError as error:
-        raise UserError(error)
-
-
-def n_colours(video):
-    """Colours of the palette; None where frames are not drawn from one."""
-    return None if video.palette is None else len(video.palette)
-
-
-def build_tokenizer(video):
-    return Tokenizer(video.height, video.width, patch, n_colours(video), codebook_size, code_dim, tokenizer_layers,
-                     n_head, tokenizer_embd, tokenizer, quantiser, tokenizer_frames, kernels=kernels)
-
 
 def read_tokenizer(reader, index, step, hidden=None):
     """(frames, palette indices, weight (B, T, H, W)): pixels that differ between frames of a clip weigh more."""
@@ -295,11 +277,6 @@ def tokenizer_loss(model, batch, share=1.0):
     written, found = model(frames)
     loss = pixel_loss(written, frames, indices, weight, kernels) * share
     return loss + 0.25 * found.loss / grad_accum, loss.detach(), found
-
-
-def build_actions(video):
-    return ActionModel(video.height, video.width, patch, n_colours(video), history, n_codes, action_embd, action_layers,
-                       action_model, action_quantiser, n_head, difference=difference, kernels=kernels)
 
 
 def read_actions(reader, index, step, hidden=None):
@@ -327,19 +304,6 @@ def actions_loss(model, batch, share=1.0):
         written = written[:, None]
     loss = pixel_loss(written, frames[:, -weight.size(1):], targets, weight, kernels) * share
     return loss + found.loss / grad_accum, loss.detach(), found
-
-
-def grid_and_size(video):
-    """Rows and columns of a frame's tokens, and how many tokens there are to choose from."""
-    return ((side, side), 4) if tokens == "cells" else ((video.height // patch, video.width // patch), codebook_size)
-
-
-def build_dynamics(video):
-    n_actions = n_codes if action_source == "latent" else video.n_actions
-    sizes = *grid_and_size(video), n_actions, dynamics_layers, n_head, dynamics_embd
-    if dynamics == "causal":
-        return CausalDynamics(*sizes, max(16, context), kernels=kernels)
-    return Dynamics(*sizes, action_input, max(16, context), kernels=kernels)
 
 
 def first_target():
@@ -387,10 +351,6 @@ def dynamics_loss(model, batch, share=1.0):
     return loss, loss.detach(), None
 
 
-def build_text(video):
-    return Writer(caption_length(side), text_layers, n_head, text_embd, kernels=kernels)
-
-
 def read_text(reader, index, step, hidden=None):
     """(characters (B, S), weight): as many as there are, and the end of each caption."""
     text = reader.captions(index)
@@ -401,10 +361,6 @@ def text_loss(model, batch, share=1.0):
     """Of writing captions, in nats a character."""
     loss = model.nats(batch[0]) * share
     return loss, loss.detach(), None
-
-
-def build_frame(video):
-    return FirstFrame(*grid_and_size(video), frame_layers, n_head, frame_embd, caption_length(side), kernels=kernels)
 
 
 def hide_in_frames(n, n_tokens, noise):
@@ -427,7 +383,7 @@ def frame_loss(model, batch, share=1.0):
     return loss, loss.detach(), None
 
 
-# --- The table of stages ---
+# --- The stages ---
 
 @dataclass
 class Stage:
@@ -440,16 +396,35 @@ class Stage:
     steps: str                              # the settings that say how many optimiser steps,
     batch: str                              # and how many clips a pass
     frames: Callable                        # () -> frames of a clip
-    shown: tuple                            # figures in the line of a validation, beside the loss
+    shown: str                              # figures in the line of a validation, beside the loss
     hide: Callable | None = None            # (clips, tokens of a frame, noise) -> the mask `hidden` of a step
     needs: Callable = lambda: ()            # () -> the stages that it reads
     method: Callable = lambda: "forward"    # () -> the name of the model's pass in training
     codebook: Callable = lambda model: None  # (model) -> what follows the codes of each step, if anything does
 
 
-def reads():
-    """The stages that the dynamics read."""
-    return ("tokenizer",) * (tokens == "tokenizer") + ("actions",) * (action_source == "latent")
+def sizes(video):
+    """Height, width, pixels of a patch's side, colours of the palette (None: RGB)."""
+    return video.height, video.width, patch, None if video.palette is None else len(video.palette)
+
+
+def token_sizes(video):
+    """Rows and columns of a frame's tokens, and how many tokens there are to choose from."""
+    return ((side, side), 4) if tokens == "cells" else ((video.height // patch, video.width // patch), codebook_size)
+
+
+def build_dynamics(video):
+    """Untrained dynamics of either kind."""
+    n_actions = n_codes if action_source == "latent" else video.n_actions
+    how = *token_sizes(video), n_actions, dynamics_layers, n_head, dynamics_embd
+    if dynamics == "causal":
+        return CausalDynamics(*how, max(16, context), kernels=kernels)
+    return Dynamics(*how, action_input, max(16, context), kernels=kernels)
+
+
+def reads_tokens():
+    """The stage by which frames become tokens, if there is one."""
+    return ("tokenizer",) * (tokens == "tokenizer")
 
 
 def generation():
@@ -459,35 +434,50 @@ def generation():
 
 STAGES = {
     "tokenizer": Stage(
-        build_tokenizer, read_tokenizer, tokenizer_loss,
+        lambda video: Tokenizer(*sizes(video), codebook_size, code_dim, tokenizer_layers, n_head, tokenizer_embd,
+                                tokenizer, quantiser, tokenizer_frames, kernels=kernels),
+        read_tokenizer, tokenizer_loss,
         lambda model, val: measures.evaluate_tokenizer(model, val, tokenizer_frames, eval_clips, kernels),
         lambda model, val: worlds.draw_tokenizer(model, val, tokenizer_frames),
         "tokenizer_steps", "tokenizer_batch", lambda: tokenizer_frames,
-        ("psnr", "frame_psnr", "ssim", "changed_psnr", "usage", "perplexity"),
+        "psnr frame_psnr ssim changed_psnr usage perplexity",
         codebook=lambda model: model.codebook if quantiser == "vq" else None),
     "actions": Stage(
-        build_actions, read_actions, actions_loss,
-        lambda model, val: measures.evaluate_actions(model, val, eval_clips, kernels),
-        worlds.draw_actions, "action_steps", "batch_size", lambda: history + 1,
-        ("information", "majority", "usage", "psnr_1", "frame_psnr_1", "copy_1", "dpsnr_1", "dpsnr_4", "consistency"),
+        lambda video: ActionModel(*sizes(video), history, n_codes, action_embd, action_layers, action_model,
+                                  action_quantiser, n_head, difference=difference, kernels=kernels),
+        read_actions, actions_loss,
+        lambda model, val: measures.evaluate_actions(model, val, eval_clips, kernels), worlds.draw_actions,
+        "action_steps", "batch_size", lambda: history + 1,
+        "information majority usage psnr_1 frame_psnr_1 copy_1 dpsnr_1 dpsnr_4 consistency",
         method=lambda: "every" if action_model == "transformer" else "forward", codebook=lambda model: model.quantiser),
     "dynamics": Stage(
         build_dynamics, read_dynamics, dynamics_loss,
         lambda model, val: measures.evaluate_dynamics(model, val, context, eval_clips, window, dynamics == "causal"),
         lambda model, val: worlds.draw_dynamics(model, val, context, temperature=0.0, **generation()),
-        "dynamics_steps", "dynamics_batch", lambda: context,
-        ("tokens", "changed", "agent", "ball", "frame", "copy"), hide_in_clips, reads),
+        "dynamics_steps", "dynamics_batch", lambda: context, "tokens changed agent ball frame copy",
+        hide_in_clips, lambda: reads_tokens() + ("actions",) * (action_source == "latent")),
     "text": Stage(
-        build_text, read_text, text_loss, lambda model, val: measures.evaluate_text(model, val, eval_clips),
+        lambda video: Writer(caption_length(side), text_layers, n_head, text_embd, kernels=kernels),
+        read_text, text_loss,
+        lambda model, val: measures.evaluate_text(model, val, eval_clips),
         lambda model, val: model.write(8, generator=torch.Generator().manual_seed(0)),
-        "text_steps", "text_batch", lambda: 1, ("perplexity", "valid", "different"), method=lambda: "nats"),
+        "text_steps", "text_batch", lambda: 1, "perplexity valid different", method=lambda: "nats"),
     "frame": Stage(
-        build_frame, read_frame, frame_loss,
+        lambda video: FirstFrame(*token_sizes(video), frame_layers, n_head, frame_embd, caption_length(side),
+                                 kernels=kernels),
+        read_frame, frame_loss,
         lambda model, val: measures.evaluate_frame(model, val, eval_clips, decode_steps),
-        lambda model, val: worlds.draw_frame(model, val, decode_steps), "frame_steps", "frame_batch", lambda: 1,
-        ("tokens", "frame", "drawn", "floor"), hide_in_frames,
-        lambda: ("tokenizer",) * (tokens == "tokenizer")),
+        lambda model, val: worlds.draw_frame(model, val, decode_steps),
+        "frame_steps", "frame_batch", lambda: 1, "tokens frame drawn floor", hide_in_frames, reads_tokens),
 }
+
+
+def build(name, video):
+    """The untrained model of a stage. UserError: its sizes do not go together."""
+    try:
+        return STAGES[name].build(video)
+    except ValueError as error:
+        raise UserError(error)
 
 
 # --- Training a stage ---
@@ -723,17 +713,22 @@ def last_figures(name, world, loop):
     found = {f"{name}_{key}": value for key, value in numbers.items()} | {f"{name}_best_step": loop["best_step"]}
     print(f"{name}: best at step {loop['best_step']}: {in_words(name, numbers)}; {loop['seconds']:.0f} s")
     if name == "actions" and "information" in numbers:
-        with torch.random.fork_rng(devices=[]):
-            seed_everything(seed, deterministic)
-            clips = Stream(train.clips, history + 1, batch_size, data_seed)
-            floors = measures.untrained_floor(build("actions", world.video).to(train.device), train, val,
-                                              [clips.at(step) for step in range(8)], eval_clips)
-        floors |= measures.linear_probe(train, val, history + 1, eval_clips)
-        found |= {f"actions_{key}": value for key, value in floors.items()}
-        print(f"floors: moved or not {numbers['moved_information']:.3f}, " + in_line(floors))
+        beside = floors(world.video, train, val)
+        found |= {f"actions_{key}": value for key, value in beside.items()}
+        print(f"floors: moved or not {numbers['moved_information']:.3f}, " + in_line(beside))
     if name == "dynamics":
         found |= {f"rollout_{key}": value for key, value in tell_rollouts(world).items()}
     return {key: None if math.isnan(value) else value for key, value in found.items()}
+
+
+def floors(video, train, val):
+    """What the figures of actions are seen beside: those of the untrained model, and of a linear map."""
+    with torch.random.fork_rng(devices=[]):
+        seed_everything(seed, deterministic)
+        clips = Stream(train.clips, history + 1, batch_size, data_seed)
+        found = measures.untrained_floor(build("actions", video).to(train.device), train, val,
+                                         [clips.at(step) for step in range(8)], eval_clips)
+    return found | measures.linear_probe(train, val, history + 1, eval_clips)
 
 
 def tell_rollouts(world):
@@ -758,7 +753,7 @@ def in_line(numbers):
 
 def in_words(name, numbers):
     """The line of a validation."""
-    return in_line({key: numbers[key] for key in ("loss", *STAGES[name].shown) if key in numbers})
+    return in_line({key: numbers[key] for key in ("loss", *STAGES[name].shown.split()) if key in numbers})
 
 
 def plan(checkpoint, done, ended, video, only_read):
@@ -767,7 +762,7 @@ def plan(checkpoint, done, ended, video, only_read):
     done, ended: of the checkpoint, see `World`. A stage that has learned from one that goes on begins anew.
     """
     if stage == "all":                                       # what the dynamics read, and words where there are any
-        wanted = [name for name in STAGES if name == "dynamics" or name in reads() or
+        wanted = [name for name in STAGES if name in ("dynamics", *STAGES["dynamics"].needs()) or
                   name in ("text", "frame") and video.cell_px]
     else:
         wanted = [stage]

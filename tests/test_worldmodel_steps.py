@@ -17,6 +17,7 @@ import flags
 import train_worldmodel as w
 from data.video import load
 from experiment import load_checkpoint
+from nanolab.world import Reader
 from test_resume import assert_equal, records, summary
 from test_worldmodel_resume import STAGES, TINY, at, train
 from worldmodel import Signs
@@ -73,7 +74,7 @@ def video():
 
 
 def material(video):
-    return w.Material(video.train, video.palette, torch.device("cpu"))
+    return Reader(video.train, video.palette, "cpu", {}, w.tokens, w.action_source, video.n_actions, w.n_codes)
 
 
 def margin(model, frames, kind):
@@ -150,14 +151,14 @@ def test_shares_count_what_is_hidden_and_what_changes(put, video):
     """Shares of a step's passes: sums over sums, written out for one stage with masks."""
     put(**{**WORDS, "mask_rate": (0.3, 0.9)}, grad_accum=2, dynamics_change=10.0, dynamics_steps=8, max_steps=8)
     index = torch.arange(6)
-    (_, _, hidden), share = w.passes_of("dynamics", {}, material(video), [index[:2], index[2:]], 0,
-                                        torch.Generator().manual_seed(0))[0]
+    drawn = w.hide_in_clips(6, 16, torch.Generator().manual_seed(0))
+    shares = w.shares_of("dynamics", material(video), list(zip(index.split(2), drawn.split(2))), 0)
     truth = video.train.cells(index, w.context).long().flatten(2)
-    drawn = w.dynamics_hidden(truth, torch.Generator().manual_seed(0))
-    assert torch.equal(hidden, drawn[:2])
     weights = [sum(1 + 10 * bool(truth[i, t, n] != truth[i, t - 1, n]) for i in rows for t in range(2, w.context)
-                   for n in range(16) if drawn[i, t, n]) for rows in (range(2), range(2, 6))]
-    assert share.item() == pytest.approx(weights[0] / sum(weights)) and 0.1 < share.item() < 0.5
+                   for n in range(16) if drawn[i, t, n]) for rows in (range(2), range(2, 4), range(4, 6))]
+    assert [share.item() for share in shares] == pytest.approx([weight / sum(weights) for weight in weights])
+    assert 0.1 < min(shares) and len({share.item() for share in shares}) > 1
+    assert w.shares_of("dynamics", material(video), [(index, drawn)], 0) == [1.0]
 
 
 # --- A finished stage that is asked for more ---
@@ -204,14 +205,14 @@ def test_stopped_where_an_evaluation_is_due(launch, tmp_path, monkeypatch, stop)
     bit; the rate in them is that of the step."""
     how = dict(WORDS, stage="dynamics", eval_interval=2, save_interval=3, max_steps=4, eval_clips=2, rollout_clips=2)
     done(launch(tmp_path / "whole", **how))
-    passes = w.passes_of
+    shares = w.shares_of
 
-    def interrupted(name, models, material, parts, step, noise):
+    def interrupted(name, reader, passes, step):
         if (name, step) == ("dynamics", stop - 1):
             os.kill(os.getpid(), signal.SIGINT)
-        return passes(name, models, material, parts, step, noise)
+        return shares(name, reader, passes, step)
     with monkeypatch.context() as patched:
-        patched.setattr(w, "passes_of", interrupted)
+        patched.setattr(w, "shares_of", interrupted)
         assert launch(tmp_path / "stopped", **how)[0] == 130
     done(launch(tmp_path / "stopped", "--resume", **how))
     for name in ("last.pt", "best.pt"):
@@ -243,14 +244,10 @@ def test_every_parameter_has_a_gradient(put, video, stage, case):
         for p in model.parameters():                          # what begins at 0 hides what is behind it
             if not p.any():
                 p.normal_(0, 0.02)
-    T = dict(tokenizer=w.tokenizer_frames, actions=w.history + 1, dynamics=w.context, text=1, frame=1)[stage]
-    index = torch.randint(video.train.count(T), (12,), generator=torch.Generator().manual_seed(1))
-    shown, noise = material(video), torch.Generator().manual_seed(0)
-    loss = {"tokenizer": lambda: w.tokenizer_loss(model, shown, index, 1)[0],
-            "actions": lambda: w.actions_loss(model, shown, index, 1)[0],
-            "dynamics": lambda: w.dynamics_loss(model, {}, shown, index, 1, noise)[0],
-            "text": lambda: model.nats(w.captions(shown, index)),
-            "frame": lambda: w.frame_loss(model, {}, shown, index, noise)[0]}[stage]()
+    how, noise = w.STAGES[stage], torch.Generator().manual_seed(0)
+    index = torch.randint(video.train.count(how.frames()), (12,), generator=torch.Generator().manual_seed(1))
+    hidden = how.hide(12, model.n_tokens, noise) if how.hide else None
+    loss = how.loss(model, how.read(material(video), index, 1, hidden))[0]
     loss.backward()
     sizes = {name: p.grad.norm().item() / math.sqrt(p.numel()) for name, p in model.named_parameters()
              if not (name == "to_code.bias" and w.action_quantiser == "signs")}
