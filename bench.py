@@ -262,8 +262,8 @@ def xt_model(package):
 def our_training(model, T=None, rows=None, n=None):
     """A function that does n (None: `steps`) optimiser steps the way train_enwik8.py does."""
     T, rows, n = T or block_size, rows or batch_size, n or steps
-    opt = optim.build("adamw", model.named_parameters(), parameter_roles(model), lr=1e-3, weight_decay=0.1,
-                      betas=(0.9, 0.99), kernels=kernels, decay_params="2d")
+    opt = optim.build(dict(optimizer="adamw", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.99), kernels=kernels,
+                           decay_params="2d"), model.named_parameters(), parameter_roles(model))
     autocast = torch.autocast(where.type, torch.bfloat16, enabled=dtype == "bfloat16")
     data = torch.randint(256, (200_000,), dtype=torch.uint8, device=where)
     part = torch.arange(T + 1, device=where)
@@ -490,8 +490,8 @@ def compare_optimisers():
 
     def ours(name, **how):
         model = fresh()
-        return optim.build(name, model.named_parameters(), parameter_roles(model), lr=1e-3, weight_decay=0.1,
-                           **how).step
+        return optim.build(dict(optimizer=name, lr=1e-3, weight_decay=0.1, **how), model.named_parameters(),
+                           parameter_roles(model)).step
 
     def torchs(**how):
         return torch.optim.AdamW(fresh().parameters(), lr=1e-3, weight_decay=0.1, **how).step

@@ -27,9 +27,8 @@ import optim
 import parallel
 from data import text
 from evaluate import LN2, score
-from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
-                        load_checkpoint, load_loop, measure_peak_flops, optional, override, resolve_device,
-                        seed_everything)
+from experiment import (Generators, Loop, Run, Stopwatch, UserError, begin, command, measure_peak_flops, optional,
+                        resolve_device, resumed, seed_everything)
 from model import TransformerConfig, active_layers, build_model, equal_ff_mult, fused_rows, parameter_roles
 from sample import generate
 
@@ -60,8 +59,6 @@ grad_accum = 1             # [>= 1] forward passes per optimiser step
 # --- Model ---
 n_layer = 12               # [>= 1, <= 1000] transformer blocks
 n_head = 8                 # [>= 1] attention heads
-n_kv_head = None           # [none, >= 1] key and value heads; none: n_head
-head_dim = None            # [none, >= 1] width of a head; none: n_embd / n_head
 n_embd = 512               # [>= 1] width
 block_size = 512           # [>= 1] bytes of context
 extend_block_size = None   # [none, >= 1] on resume: a larger block_size, for positions that have no table
@@ -70,36 +67,12 @@ norm = "layer"             # [layer, rms] normalisation, before each branch
 norm_gain = False          # learned gain in the norms
 bias = False               # biases in linear layers and LayerNorm
 positions = "learned_per_layer"  # [learned, learned_per_layer, rope, alibi, relative, none] where a byte stands
-rope_base = 10000.0        # [> 1.0] longest wavelength of rope over 2 pi
-rope_scaling = "none"      # [none, linear, ntk, yarn] how rope is stretched to rope_factor times its context
-rope_factor = 1.0          # [>= 1.0] extend_block_size multiplies it
-rope_ramp = "turns"        # [turns, index] yarn: the ramp between pairs goes by turns (paper) or index (published code)
-rope_mscale = 1.0          # [>= 0.0] yarn: queries and keys grow by 0.1 rope_mscale ln(rope_factor) + 1
-rope_mscale_all_dim = 1.0  # [>= 0.0] yarn with mla: the same for what does not turn; 0: it does not grow
-residual_scale = 1.0       # [> 0.0, depth, rezero, layerscale] factor on every branch; depth: 1 / sqrt(2 n_layer)
 init = "gpt2"              # [gpt2, normal, xavier, tfixup, truncated, zero] zero: output projections start at zero
 qk_norm = False            # RMSNorm on queries and keys
-qk_scale = False           # with qk_norm: learned scale of each layer's scores in place of head_dim^-0.5
-attention = "auto"         # [auto, sdpa, manual] auto: written out to train in bfloat16 on a CPU, up to 1,023 bytes
-kernels = "torch"          # [torch, triton] triton: fused operations of kernels.py; not compared with --compile yet
-checkpoint_activations = False  # compute layers again in the backward pass: less memory, more time
 
 # --- Mixers: one word, or several with commas, repeated over the layers ---
 mixer = "full"             # full, window, strided, fixed, diff, mla, xl, compressive, mamba, mingru
 window = 128               # [>= 2] window: positions that a byte sees
-sparse_stride = 16         # [>= 2] strided, fixed: one head sees so many neighbours, the other every so many
-sparse_summary = 4         # [>= 1] fixed: places at the end of a block that all later ones see
-kv_rank = None             # [none, >= 2] mla: width of the latent for keys and values; none: 2 head_dim
-q_rank = None              # [none, >= 2] mla: queries through so many dimensions; none: directly
-rope_dim = None            # [none, >= 2] mla: width of the shared key that turns; none: head_dim / 2
-memory_length = None       # [none, >= 1] xl, compressive: positions before the segment; none: block_size
-compressed_length = None   # [none, >= 1] compressive: compressed states; none: block_size / compression_rate
-compression_rate = 4       # [>= 1] compressive: positions in one compressed state
-compression = "conv"       # [conv, mean, max] compressive: how
-compression_weight = 1.0   # [>= 0.0] compressive: of the attention-reconstruction loss
-state_dim = 16             # [>= 1, <= 4096] mamba: states per feature
-conv_width = 4             # [>= 1, <= 1024] mamba: bytes that the convolution sees
-expand = 2.0               # [> 0.0] mamba, mingru: inner width over n_embd
 short_conv = 0             # [>= 0, <= 1024] bytes that a causal convolution before every mixer sees; 0: none
 shorten = 1                # [>= 1] above 1 a pyramid: the middle layers see one vector for so many bytes
 carry_memory = True        # xl, compressive, mamba, mingru with batching streams: go on from the segment before
@@ -109,24 +82,11 @@ ff = "mlp"                 # mlp, low_rank, moe, none
 ff_mult = 4.0              # [> 0.0] width of the feed-forward over n_embd (gated: 2/3 of it, equal parameters)
 equal_params = False       # choose ff_mult such that there are as many parameters as with mixer full and ff mlp
 activation = "relu"        # [gelu, relu, relu2, silu, solu, glu, bilinear, reglu, geglu, swiglu]
-ff_rank = None             # [none, >= 1] low_rank: none: n_embd / 4
-n_expert = 8               # [>= 1] moe: experts, which share the width; one to choose from needs no router
-n_shared_expert = 0        # [>= 0] moe: of those, how many serve every byte
-expert_top_k = 2           # [>= 1] moe: of the others, how many a byte chooses
-expert_balance = "loss"    # [loss, bias, none] moe: load-balance loss, or biases moved after every step
-balance_weight = 0.01      # [>= 0.0] moe: of the load-balance loss
-balance_rate = 0.001       # [>= 0.0] moe: step of the biases
 
 # --- Classifiers, losses ---
 tie_weights = False        # the last classifier is the byte embedding
 n_targets = 2              # [>= 1, <= 256] bytes predicted ahead, weights 1, 1/2, 1/4, ...
-target_heads = "own"       # [own, shared] classifiers of the targets
-layer_heads = "own"        # [own, shared] classifiers of the layers, with intermediate_losses
-head_bias = False          # bias of the classifiers
-output = "softmax"         # [softmax, stablemax] what makes probabilities of the logits
 intermediate_losses = True # layer l of n also predicts, until the fraction l / (2n) of max_steps
-mtp_depth = 0              # [>= 0, <= 64] modules of multi-token prediction, each with a layer of its own
-mtp_weight = 0.3           # [>= 0.0] of the mean of their losses
 
 # --- Optimisation ---
 max_steps = 200_000        # [none, >= 0] optimiser steps in all, resumes included; none: until stopped
@@ -162,6 +122,9 @@ log_interval = 10          # [>= 1] steps between lines of metrics
 sample_length = 400        # [>= 0, <= 1000000] bytes of text written at the end
 wandb = "disabled"         # [disabled, offline, online]
 tensorboard = False        # curves for TensorBoard in the run's directory
+
+# What else the model can do, a flag all the same: the commented fields of its configuration.
+FURTHER = {"model.py:TransformerConfig": ""}
 
 presets = {
     # No download, some minutes on two cores.
@@ -237,22 +200,14 @@ debug_settings = dict(dataset="stdlib", max_bytes=200_000, n_layer=2, n_head=2, 
                       sample_length=40, deterministic=True)
 
 # These make the shape of the weights and of the state beside them: on resume they come from the checkpoint.
-architecture = (
-    "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "block_size", "norm", "norm_gain", "bias", "positions",
-    "rope_base", "rope_scaling", "rope_factor", "rope_ramp", "rope_mscale", "rope_mscale_all_dim", "residual_scale",
-    "qk_norm", "qk_scale", "mixer", "window", "sparse_stride", "sparse_summary", "kv_rank", "q_rank", "rope_dim",
-    "memory_length", "compressed_length", "compression_rate", "compression", "state_dim", "conv_width", "expand",
-    "short_conv", "shorten", "ff", "ff_mult", "activation", "ff_rank", "n_expert", "n_shared_expert", "expert_top_k",
-    "expert_balance",
-    "tie_weights", "n_targets", "target_heads", "layer_heads", "head_bias", "output", "intermediate_losses",
-    "mtp_depth", "optimizer", "decay_params", "batching")
+architecture = (*TransformerConfig.shape(), "optimizer", "decay_params", "batching")
 
 
 def check(settings):
     """Settings that cannot go together: UserError with one sentence. Returns the model's configuration."""
     try:
         config = TransformerConfig.from_settings(settings)
-        optim.schedule(schedule, 0, warmup_steps, max_steps, min_lr_scale, decay_fraction, warmup_peak)
+        optim.factor(settings, 0)
     except ValueError as error:
         raise UserError(error)
     if optimizer == "ivon" and dtype == "float16":
@@ -267,26 +222,25 @@ def check(settings):
     return config
 
 
-def extend(settings):
-    """On resume: the model's context grows to extend_block_size, rope's factor with it. Returns whether it did."""
-    global block_size, rope_factor
+def extend(settings, checkpoint):
+    """On resume: the model's context grows to extend_block_size, rope's factor with it."""
     if extend_block_size is None or extend_block_size == block_size:
-        return False
+        return
     if extend_block_size < block_size:
         raise UserError(f"--extend_block_size {extend_block_size} is less than the model's block_size {block_size}")
     if positions.startswith("learned"):
         raise UserError(f"--extend_block_size: positions {positions} end at block_size {block_size}; rope, alibi, "
                         "relative and none go further")
-    rope_factor = rope_factor * extend_block_size / block_size if rope_scaling != "none" else rope_factor
-    block_size = extend_block_size
-    settings.update(block_size=block_size, rope_factor=rope_factor)
-    return True
+    factor = settings["rope_factor"]
+    grown = factor * extend_block_size / block_size if settings["rope_scaling"] != "none" else factor
+    settings.put(block_size=extend_block_size, rope_factor=grown)
+    checkpoint.update(data=None, memory=None)            # longer windows are another division of the data
 
 
 def evaluate(model, opt, ema, data, windows, autocast, mesh):
     """Yields (name, Score) under the block protocol: of the raw weights (the average that a schedule-free optimiser
     keeps, the mean of ivon's posterior) and, when there is an ema, of that."""
-    for weights, place in [("raw", opt.averaged())] + ([("ema", ema.swapped())] if ema else []):
+    for weights, place in optim.both(opt, ema):
         with place, autocast, mesh.gathered(model):
             yield weights, score(model, data, "block", eval_batch_size, windows)
 
@@ -313,23 +267,17 @@ def write_sample(model, prompt=b"\n"):
 @command
 def main():
     # ---- settings: flags, preset, and on resume the checkpoint's ----
-    settings = override(globals())
-    if debug:
-        quiet = {name: value for name, value in debug_settings.items() if name not in settings.explicit}
-        globals().update(quiet)
-        settings.update(quiet)
+    settings = begin(globals())
     mesh = parallel.start(dp, tp, device)                # from here on only rank 0 prints
-    checkpoint_path = find_resume(settings, __file__)
-    checkpoint = load_checkpoint(checkpoint_path, __file__) if checkpoint_path else None
+    checkpoint = resumed(settings, architecture)
     if checkpoint:
-        settings = adopt(globals(), settings, {"decay_params": "matrices"} | checkpoint["settings"], architecture)
-        extended = extend(settings)
+        extend(settings, checkpoint)
     elif extend_block_size is not None:
         raise UserError("--extend_block_size goes with --resume: a new run takes --block_size")
     config = check(settings)
     if equal_params and not checkpoint:
         try:
-            globals()["ff_mult"] = settings["ff_mult"] = equal_ff_mult(config)
+            settings.put(ff_mult=equal_ff_mult(config))
         except ValueError as error:
             raise UserError(error)
         config = check(settings)
@@ -345,70 +293,24 @@ def main():
         text.check_split(corpus.val, block_size)
     batches = text.Batches(corpus.train, batch_size, block_size, config.n_labels, batching, data_seed, where)
 
-    # ---- model ----
+    # ---- model, optimiser ----
     seed_everything(seed, deterministic)
     model = mesh.parallelise(build_model(config).to(where))
     if compile:
         torch._dynamo.config.recompile_limit = max(8, 2 * n_layer)   # every ended intermediate loss is one more graph
     net = torch.compile(model) if compile else model
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
-
     memory = model.new_memory(batch_size) if carry_memory and batching == "streams" and config.carries else None
-
-    # ---- optimiser ----
-    opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, weight_decay=weight_decay,
-                      betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr, muon_momentum=muon_momentum,
-                      orthograd=orthograd, fused_rows=fused_rows(model), ess=ess or len(corpus.train),
-                      hess_init=hess_init, clip_radius=clip_radius or math.inf, mesh=mesh, kernels=kernels,
-                      decay_params=decay_params)
+    opt = optim.build(settings, model.named_parameters(), parameter_roles(model), fused_rows(model), mesh,
+                      n_examples=len(corpus.train))
     scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
-
-    # ---- resume ----
-    loop = dict(step=0, evaluated=0, best=math.inf, best_step=0, bytes=0, seconds=0.0, pending=[], logged_seconds=0.0)
-    if checkpoint:
-        mesh.load_model(model, checkpoint["model"])
-        mesh.load_optimizer(opt, checkpoint["optimizer"])
-        optim.load_scaler(scaler, checkpoint["scaler"])
-        if not extended:                                 # longer windows are another division of the data
-            batches.load_state_dict(checkpoint["data"])
-            if memory and checkpoint["memory"]:
-                memory.load_state_dict(checkpoint["memory"])
-        mesh.restore_generators(checkpoint["generators"])
-        was = load_loop(loop, checkpoint["loop"])
-        loop = {name: was[name] for name in loop}
     ema = optim.EMA(model, ema_decay) if ema_decay else None
-    if ema and checkpoint and checkpoint["ema"]:
-        mesh.load_ema(ema, checkpoint["ema"])
 
-    def save(run, name, keep=0):
-        """The state into the run's file `name`, and with `keep` into a numbered one, of which so many stay."""
-        with opt.averaged():                             # what others read is what was evaluated
-            now = state()
-            run.save(name, now)
-            if keep:
-                run.keep(now, loop["step"], keep)
-
-    def state():
-        """Everything that the rest of the run depends on."""
-        return dict(step=loop["step"], settings=dict(settings),
-                    model=mesh.full_state_dict(model), ema=mesh.full_ema(ema) if ema else None,
-                    optimizer=mesh.full_optimizer_state(opt), scaler=scaler.state_dict(),
-                    generators=mesh.generator_states(generator_states()), data=batches.state_dict(),
-                    memory=memory.state_dict() if memory else None, loop=dict(loop),
-                    posterior=optim.posterior(opt, model.named_parameters()))
-
-    recent = []                          # (loss, gradient norm) of the last steps, still on the device
-
-    def settle():
-        """Moves `recent` into the loop's state as numbers; stops the run at the first step that was not finite."""
-        values = torch.stack(recent).tolist() if recent else []
-        for i, (loss, norm) in enumerate(values):
-            if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):   # the scaler skips these
-                raise NonFinite(loop["step"] - len(values) + i + 1)
-        loop["pending"] += values
-        recent.clear()
-
-    with mesh.run(lambda: Run(settings, __file__, checkpoint, checkpoint_path, debug=debug)) as run:
+    # ---- the run: on resume, what it is handed goes on where the checkpoint was saved ----
+    loop = Loop(dict(step=0, evaluated=0, best=math.inf, best_step=0, bytes=0, seconds=0.0, pending=[],
+                     logged_seconds=0.0), scaler)
+    with Run(settings, checkpoint, mesh, model=model, ema=ema, optimizer=opt, scaler=scaler, generators=Generators(),
+             data=batches, memory=memory, loop=loop, posterior=optim.Posterior(opt, model.named_parameters())) as run:
         active_params = f" ({model.n_active_params():,} active)" if "moe" in config.ffs else ""
         print(f"{corpus.source}; {model.n_params():,} parameters{active_params}; {where.type} "
               f"{str(precision).removeprefix('torch.')}")
@@ -426,7 +328,7 @@ def main():
             # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
             step = loop["step"]
             if eval_interval and step % eval_interval == 0 and loop["evaluated"] < step:
-                settle()
+                loop.flush()
                 loop["evaluated"] = step
                 everything = full_eval_interval and step % full_eval_interval == 0
                 clock.start()
@@ -437,10 +339,9 @@ def main():
                 clock.lap("evaluation")
                 if found.bpb < loop["best"]:             # the fixed windows; of the average when there is one
                     loop.update(best=found.bpb, best_step=step)
-                    save(run, "best.pt")
+                    run.save("best.pt", step)
             if step % save_interval == 0 and saved < step:
-                settle()
-                save(run, "last.pt", keep=keep_last)
+                run.save("last.pt", step, keep=keep_last)
                 saved = step
             if max_steps is not None and step >= max_steps:
                 break
@@ -451,9 +352,7 @@ def main():
                 os.environ.setdefault("KINETO_LOG_LEVEL", "6")   # else its library writes to stderr
                 profiler = torch.profiler.profile(acc_events=True)  # of one cycle: 2.11 warns where that is not said
                 profiler.start()
-            scale = optim.schedule(schedule, step, warmup_steps, max_steps, min_lr_scale, decay_fraction, warmup_peak)
-            for group in opt.param_groups:
-                group["lr"] = group["base_lr"] * scale
+            rate = optim.set_rate(opt, settings, step)
             active = active_layers(step, max_steps, n_layer) if intermediate_losses else None
             loss, told = 0.0, []
             clock.start()
@@ -480,7 +379,7 @@ def main():
             if ema:
                 ema.update()
             clock.lap("optimiser")
-            recent.append(torch.stack([mesh.mean(loss), grad_norm]))
+            loop.add(torch.stack([mesh.mean(loss), grad_norm]))
             step = loop["step"] = step + 1
             loop["bytes"] += bytes_per_step
             if profiler and step == first + 5:
@@ -492,13 +391,13 @@ def main():
             # ---- log ----
             due = step % log_interval == 0
             if due:
-                settle()                                         # waits for the device: part of the step's time
+                loop.flush()                                     # waits for the device: part of the step's time
             loop["seconds"] += time.perf_counter() - began
             if due:
                 losses = [loss for loss, _ in loop["pending"]]
                 speed = len(losses) * bytes_per_step / (loop["seconds"] - loop["logged_seconds"])
                 mean = sum(losses) / len(losses)
-                run.log(step=step, split="train", loss=mean, bpb=mean / LN2, lr=lr * scale,
+                run.log(step=step, split="train", loss=mean, bpb=mean / LN2, lr=rate,
                         grad_norm=loop["pending"][-1][1], tokens_per_s=speed,
                         mfu=speed * model.flops_per_token(block_size, active) / peak_flops,
                         seconds=loop["seconds"], epoch=batches.epoch,
@@ -517,16 +416,16 @@ def main():
         stopped = mesh.stop(run)                         # of all processes: what follows, they do together
         step = loop["step"]
         bar.close()
-        settle()
+        loop.flush()
         if saved < step:
-            save(run, "last.pt")
+            run.save("last.pt", step)
         if eval_interval and not stopped and loop["evaluated"] < step:
             clock.start()
             lines = list(evaluate(model, opt, ema, corpus.val, eval_windows, autocast, mesh))
             if lines[-1][1].bpb < loop["best"]:          # the last step may be the best, too
                 loop.update(best=lines[-1][1].bpb, best_step=step)
-                save(run, "best.pt")
-                save(run, "last.pt")
+                run.save("best.pt", step)
+                run.save("last.pt", step)
             for which, found in lines:                   # after these: a run that goes on from here has no line of it
                 run.log(step=step, split="val", **told_of(which, found))
             clock.lap("evaluation")

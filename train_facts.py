@@ -38,9 +38,8 @@ from data import facts, mqar
 from data.text import check_split
 from data.tokenized import open_text
 from evaluate import answered, bits_of, recall, score
-from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, check_weights, command, find_resume,
-                        generator_states, load_checkpoint, load_loop, measure_peak_flops, override, resolve_device,
-                        seed_everything)
+from experiment import (Generators, Loop, Run, Stopwatch, UserError, begin, check_weights, command, measure_peak_flops,
+                        resolve_device, resumed, seed_everything)
 from model import TransformerConfig, build_model, fused_rows, parameter_roles
 
 # --- Run ---
@@ -95,8 +94,6 @@ grad_accum = 1             # [>= 1] forward passes per optimiser step
 # --- Model ---
 n_layer = 2                # [>= 1, <= 1000] transformer blocks
 n_head = 2                 # [>= 1] attention heads
-n_kv_head = None           # [none, >= 1] key and value heads; none: n_head
-head_dim = None            # [none, >= 1] width of a head; none: n_embd / n_head
 n_embd = 32                # [>= 1] width
 block_size = None          # [none, >= 1] tokens of a row; none: of the longest dialog, mqar 64, text 128
 dropout = 0.0              # [>= 0.0, < 1.0] probability: embedding, attention, branches
@@ -104,49 +101,21 @@ norm = "rms"               # [layer, rms] normalisation, before each branch
 norm_gain = True           # learned gain in the norms
 bias = False               # biases in linear layers and LayerNorm
 positions = "rope"         # [learned, learned_per_layer, rope, alibi, relative, none] where a token stands
-rope_base = 10000.0        # [> 1.0] longest wavelength of rope over 2 pi
-residual_scale = 1.0       # [> 0.0, depth, rezero, layerscale] factor on every branch; depth: 1 / sqrt(2 n_layer)
 init = "zero"              # [gpt2, normal, xavier, tfixup, truncated, zero] zero: output projections start at zero
 qk_norm = False            # RMSNorm on queries and keys
-qk_scale = False           # with qk_norm: a learned scale of the scores
-attention = "auto"         # [auto, sdpa, manual] auto: written out to train in bfloat16 on a CPU, up to 1,023 bytes
-kernels = "torch"          # [torch, triton] triton: fused operations of kernels.py; not compared with --compile yet
-checkpoint_activations = False  # compute layers again in the backward pass: less memory, more time
 
 # --- Mixers: one word, or several with commas, repeated over the layers ---
 mixer = "full"             # full, window, strided, fixed, diff, mla, xl, compressive, mamba, mingru
 short_conv = 0             # [>= 0, <= 1024] width of a causal convolution before every mixer; 0: none
 window = 16                # [>= 2] window: positions that a token sees
-sparse_stride = 16         # [>= 2] strided, fixed: one head sees so many neighbours, the other every so many
-sparse_summary = 4         # [>= 1] fixed: places at the end of a block that all later ones see
-kv_rank = None             # [none, >= 2] mla: width of the latent for keys and values; none: 2 head_dim
-q_rank = None              # [none, >= 2] mla: queries through so many dimensions; none: directly
-rope_dim = None            # [none, >= 2] mla: width of the shared key that turns; none: head_dim / 2
-memory_length = None       # [none, >= 1] xl, compressive: positions before the segment; none: block_size
-compressed_length = None   # [none, >= 1] compressive: compressed states; none: block_size / compression_rate
-compression_rate = 4       # [>= 1] compressive: positions in one compressed state
-compression = "conv"       # [conv, mean, max] compressive: how
-compression_weight = 1.0   # [>= 0.0] compressive: of the attention-reconstruction loss
-state_dim = 16             # [>= 1, <= 4096] mamba: states per feature
-conv_width = 4             # [>= 1, <= 1024] mamba: tokens that the convolution sees
-expand = 2.0               # [> 0.0] mamba, mingru: inner width over n_embd
 
 # --- Feed-forwards: one word, or several with commas, repeated over the layers ---
 ff = "mlp"                 # mlp, low_rank, moe, none
 ff_mult = 6.0              # [> 0.0] width of the feed-forward over n_embd (gated: 2/3 of it, equal parameters)
 activation = "swiglu"      # [gelu, relu, relu2, silu, solu, glu, bilinear, reglu, geglu, swiglu]
-ff_rank = None             # [none, >= 1] low_rank: none: n_embd / 4
-n_expert = 8               # [>= 1] moe: experts, which share the width
-n_shared_expert = 0        # [>= 0] moe: of those, how many serve every token
-expert_top_k = 2           # [>= 1] moe: of the others, how many a token chooses
-expert_balance = "loss"    # [loss, bias, none] moe: load-balance loss, or biases moved after every step
-balance_weight = 0.01      # [>= 0.0] moe: of the load-balance loss
-balance_rate = 0.001       # [>= 0.0] moe: step of the biases
 
 # --- Classifier ---
 tie_weights = False        # the classifier is the embedding
-head_bias = False          # bias of the classifier
-output = "softmax"         # [softmax, stablemax] what makes probabilities of the logits
 
 # --- Optimisation ---
 max_steps = 800            # [none, >= 0] optimiser steps in all, resumes included; none: until stopped
@@ -182,6 +151,11 @@ keep_last = 0              # [>= 0] numbered checkpoints to keep beside last.pt 
 log_interval = 10          # [>= 1] steps between lines of metrics
 wandb = "disabled"         # [disabled, offline, online]
 tensorboard = False        # curves for TensorBoard in the run's directory
+
+# What else the model can do, a flag all the same: the commented fields of its configuration, but these.
+FURTHER = {"model.py:TransformerConfig":
+    "shorten rope_scaling rope_factor rope_ramp rope_mscale rope_mscale_all_dim n_targets target_heads layer_heads "
+    "intermediate_losses mtp_depth mtp_weight"}
 
 presets = {
     # No download, a minute on two cores: the rule of the tool, at width 16.
@@ -222,14 +196,9 @@ debug_settings = dict(n_people=16, n_unseen=8, n_rows=500, n_test_rows=50, mqar_
 
 # These make the shape of the weights and of the state beside them: on resume they come from the checkpoint.
 architecture = (
-    "data_seed", "task", "loss_on", "tokenizer", "n_people", "kind", "names", "form", "prefix", "alpha", "tool_share",
-    "exposures", "n_rows", "pairs", "mqar_vocab", "mqar_alpha", "random_non_queries", "dataset", "batching",
-    "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "block_size", "norm", "norm_gain", "bias", "positions",
-    "rope_base", "residual_scale", "qk_norm", "qk_scale", "mixer", "short_conv", "window", "sparse_stride",
-    "sparse_summary", "kv_rank", "q_rank", "rope_dim", "memory_length", "compressed_length", "compression_rate",
-    "compression", "state_dim", "conv_width", "expand", "ff", "ff_mult", "activation", "ff_rank", "n_expert",
-    "n_shared_expert", "expert_top_k", "expert_balance", "tie_weights", "head_bias", "output", "optimizer",
-    "decay_params")
+    *TransformerConfig.shape(), "data_seed", "task", "loss_on", "tokenizer", "n_people", "kind", "names", "form", "prefix",
+    "alpha", "tool_share", "exposures", "n_rows", "pairs", "mqar_vocab", "mqar_alpha", "random_non_queries", "dataset",
+    "batching", "optimizer", "decay_params")
 
 FACTS = ("in_weight", "in_tool", "both")
 
@@ -237,7 +206,7 @@ FACTS = ("in_weight", "in_tool", "both")
 def check(settings):
     """Settings that cannot go together: UserError with one sentence."""
     try:
-        optim.schedule(schedule, 0, warmup_steps, max_steps, min_lr_scale, decay_fraction, warmup_peak)
+        optim.factor(settings, 0)
     except ValueError as error:
         raise UserError(error)
     if optimizer == "ivon" and dtype == "float16":
@@ -424,32 +393,25 @@ def say(line):
 @command
 def main():
     # ---- settings: flags, preset, and on resume the checkpoint's ----
-    settings = override(globals())
+    settings = begin(globals())
     mesh = parallel.start(dp, tp, device)                # from here on only rank 0 prints
-    if debug:
-        quiet = {name: value for name, value in debug_settings.items() if name not in settings.explicit}
-        globals().update(quiet)
-        settings.update(quiet)
-    checkpoint_path = find_resume(settings, __file__)
-    checkpoint = load_checkpoint(checkpoint_path, __file__) if checkpoint_path else None
-    if checkpoint:
-        settings = adopt(globals(), settings, {"decay_params": "matrices"} | checkpoint["settings"], architecture)
+    checkpoint = resumed(settings, architecture)
     check(settings)
     where, precision = resolve_device(mesh.device, dtype)
 
     # ---- data ----
     work = (Facts if task in FACTS else Recall if task == "mqar" else Text)(settings, where)
-    settings["block_size"] = globals()["block_size"] = work.block_size
+    settings.put(block_size=work.block_size)
     if task in FACTS:
         settings.check_data(checkpoint, ("database",), work.database.fingerprint)
     if exposures is not None and not checkpoint:
-        settings["max_steps"] = globals()["max_steps"] = math.ceil(exposures * work.n_rows / (batch_size * grad_accum))
+        settings.put(max_steps=math.ceil(exposures * work.n_rows / (batch_size * grad_accum)))
         check(settings)
         print(f"{exposures:g} exposures: max_steps {max_steps:,}")
     limits.notes(settings, {"max_steps": max_steps}, checkpoint and checkpoint["settings"])
     batches = work.batches
 
-    # ---- model ----
+    # ---- model, optimiser ----
     seed_everything(seed, deterministic)
     config = configure(settings, work.vocab_size)
     if prefix and config.carries:
@@ -460,71 +422,28 @@ def main():
     net = torch.compile(model) if compile else model
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
 
-    # ---- optimiser ----
-    opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, weight_decay=weight_decay,
-                      betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr, muon_momentum=muon_momentum,
-                      orthograd=orthograd, fused_rows=fused_rows(model), ess=ess or work.n_rows, hess_init=hess_init,
-                      clip_radius=clip_radius or math.inf, mesh=mesh, kernels=kernels,
-                      decay_params=decay_params)
+    opt = optim.build(settings, model.named_parameters(), parameter_roles(model), fused_rows(model), mesh,
+                      n_examples=work.n_rows)
     scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
-
-    # ---- resume ----
+    ema = optim.EMA(model, ema_decay) if ema_decay else None
     if checkpoint and checkpoint["tokenizer"] != work.fingerprint:
         raise UserError(f"tokenizer {tokenizer} does not match the checkpoint: its fingerprint is "
                         f"{str(work.fingerprint)[:12]}, the checkpoint's {str(checkpoint['tokenizer'])[:12]}")
-    loop = dict(step=0, evaluated=-1, best=math.inf, best_step=0, rows=0, seconds=0.0, pending=[], logged_seconds=0.0)
-    if checkpoint:
-        try:
-            mesh.load_model(model, checkpoint["model"])
-        except RuntimeError as error:
-            raise UserError(f"{checkpoint_path} does not fit the model: {str(error).splitlines()[1].strip()}")
-        mesh.load_optimizer(opt, checkpoint["optimizer"])
-        optim.load_scaler(scaler, checkpoint["scaler"])
-        batches.load_state_dict(checkpoint["data"])
-        mesh.restore_generators(checkpoint["generators"])
-        was = load_loop(loop, checkpoint["loop"])
-        loop = {name: was[name] for name in loop}
-    ema = optim.EMA(model, ema_decay) if ema_decay else None
-    if ema and checkpoint and checkpoint["ema"]:
-        mesh.load_ema(ema, checkpoint["ema"])
-
-    def save(run, name, keep=0):
-        """The state into the run's file `name`, and with `keep` into a numbered one, of which so many stay."""
-        with opt.averaged():                             # what others read is what was evaluated
-            now = state()
-            run.save(name, now)
-            if keep:
-                run.keep(now, loop["step"], keep)
-
-    def state():
-        """Everything that the rest of the run depends on."""
-        return dict(step=loop["step"], vocab_size=work.vocab_size,
-                    tokenizer=work.fingerprint, settings=dict(settings), model=mesh.full_state_dict(model),
-                    ema=mesh.full_ema(ema) if ema else None, optimizer=mesh.full_optimizer_state(opt),
-                    scaler=scaler.state_dict(), generators=mesh.generator_states(generator_states()),
-                    data=batches.state_dict(), loop=dict(loop),
-                    posterior=optim.posterior(opt, model.named_parameters()))
 
     def evaluate(last=False):
         """Yields (name of the weights, line of metrics): of the raw weights, and when there is an ema, of that."""
-        for weights, place in [("raw", opt.averaged())] + ([("ema", ema.swapped())] if ema else []):
+        for weights, place in optim.both(opt, ema):
             with place, autocast, mesh.gathered(model):
                 check_weights(loop["step"], model)           # right or wrong answers would not tell
                 for line in work.evaluate(model, last):
                     yield weights, line
 
-    recent = []                          # (loss, gradient norm) of the last steps, still on the device
-
-    def settle():
-        """Moves `recent` into the loop's state as numbers; stops the run at the first step that was not finite."""
-        values = torch.stack(recent).tolist() if recent else []
-        for i, (loss, norm) in enumerate(values):
-            if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):   # the scaler skips these
-                raise NonFinite(loop["step"] - len(values) + i + 1)
-        loop["pending"] += values
-        recent.clear()
-
-    with mesh.run(lambda: Run(settings, __file__, checkpoint, checkpoint_path, debug=debug)) as run:
+    # ---- the run: on resume, what it is handed goes on where the checkpoint was saved ----
+    loop = Loop(dict(step=0, evaluated=-1, best=math.inf, best_step=0, rows=0, seconds=0.0, pending=[],
+                     logged_seconds=0.0), scaler)
+    with Run(settings, checkpoint, mesh, vocab_size=work.vocab_size, tokenizer=work.fingerprint, model=model, ema=ema,
+             optimizer=opt, scaler=scaler, generators=Generators(), data=batches, loop=loop,
+             posterior=optim.Posterior(opt, model.named_parameters())) as run:
         print(f"{work.shown}\n{work.example}\n{work.n_rows:,} rows; {model.n_params():,} parameters; {where.type} "
               f"{str(precision).removeprefix('torch.')}")
         peak_flops = measure_peak_flops(where, precision) * mesh.size
@@ -538,15 +457,13 @@ def main():
         while not mesh.stop(run):
             # ---- evaluate and save: before the step, so that a run that stops here does on resume what was due ----
             step = loop["step"]
-            scale = optim.schedule(schedule, step, warmup_steps, max_steps, min_lr_scale, decay_fraction, warmup_peak)
-            for group in opt.param_groups:               # first, so that what is saved does not ask who stepped before
-                group["lr"] = group["base_lr"] * scale
+            rate = optim.set_rate(opt, settings, step)   # first, so that what is saved does not ask who stepped before
             over = max_steps is not None and step >= max_steps
             if saved < 0:                                # before the first evaluation, which writes best.pt
-                save(run, "last.pt", keep=keep_last)
+                run.save("last.pt", step, keep=keep_last)
                 saved = step
             if eval_interval and step % eval_interval == 0 and loop["evaluated"] < step and not over:
-                settle()
+                loop.flush()
                 loop["evaluated"], found = step, math.inf
                 clock.start()
                 for weights, line in evaluate():
@@ -556,10 +473,9 @@ def main():
                 clock.lap("evaluation")
                 if found < loop["best"]:
                     loop.update(best=found, best_step=step)
-                    save(run, "best.pt")
+                    run.save("best.pt", step)
             if step % save_interval == 0 and saved < step:
-                settle()
-                save(run, "last.pt", keep=keep_last)
+                run.save("last.pt", step, keep=keep_last)
                 saved = step
             if over:
                 break
@@ -594,20 +510,20 @@ def main():
             if ema:
                 ema.update()
             clock.lap("optimiser")
-            recent.append(torch.stack([mesh.mean(loss), grad_norm]))
+            loop.add(torch.stack([mesh.mean(loss), grad_norm]))
             step = loop["step"] = step + 1
             loop["rows"] += batch_size * grad_accum
 
             # ---- log ----
             due = step % log_interval == 0
             if due:
-                settle()                                         # waits for the device: part of the step's time
+                loop.flush()                                     # waits for the device: part of the step's time
             loop["seconds"] += time.perf_counter() - began
             if due:
                 losses = [loss for loss, _ in loop["pending"]]
                 speed = seen / max(loop["seconds"] - loop["logged_seconds"], 1e-9)
                 mean = sum(losses) / len(losses)
-                run.log(step=step, split="train", loss=mean, lr=lr * scale, grad_norm=loop["pending"][-1][1],
+                run.log(step=step, split="train", loss=mean, lr=rate, grad_norm=loop["pending"][-1][1],
                         tokens_per_s=speed, mfu=speed * model.flops_per_token(x.size(1)) / peak_flops,
                         seconds=loop["seconds"], epoch=batches.epoch)
                 loop.update(pending=[], logged_seconds=loop["seconds"])
@@ -617,10 +533,10 @@ def main():
         # ---- the end ----
         step = loop["step"]
         bar.close()
-        settle()
+        loop.flush()
         stopped = mesh.stop(run)                         # of all processes: what follows, they do together
         if saved < step:
-            save(run, "last.pt")
+            run.save("last.pt", step)
         if eval_interval and not stopped:
             found, firsts = math.inf, {}
             clock.start()
@@ -638,7 +554,7 @@ def main():
             clock.lap("evaluation")
             if found < loop["best"]:
                 loop.update(best=found, best_step=step)
-                save(run, "best.pt")
+                run.save("best.pt", step)
             with opt.averaged(), mesh.gathered(model):
                 more = work.last(model)
             run.summary(**more)

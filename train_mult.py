@@ -33,8 +33,8 @@ import torch.nn.functional as F
 import limits
 import optim
 from data.multiplication import EQUALS, SYMBOLS, Notation, Problems, Stream, held_out, numbers, of_length
-from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
-                        load_checkpoint, load_loop, override, resolve_device, restore_generators, seed_everything)
+from experiment import (Loop, Run, Stopwatch, UserError, begin, command, generator_states, put_back,
+                        resolve_device, restore_generators, restoring, resumed, seed_everything)
 from flags import shown
 from model import TransformerConfig, fused_rows, parameter_roles
 from networks import EncoderDecoder, LatentTransformer, PrefixDecoder, cross_entropy
@@ -174,7 +174,7 @@ def check(settings):
     try:
         config = TransformerConfig.from_settings({
             **settings, "vocab_size": len(SYMBOLS), "block_size": max(notation.source_length, notation.answer_length)})
-        optim.schedule(schedule, 0, warmup_steps, max_steps, min_lr_scale, decay_fraction)
+        optim.factor(settings, 0)
     except ValueError as error:
         raise UserError(error)
     limits.weigh(lambda: [Solver(name, config, sums_named(notation)) for name in names], device)
@@ -343,29 +343,55 @@ class Forcing:
         self.generator.set_state(state["generator"])
 
 
+class Randomness:
+    """The state of the global generators that a model has for itself; only dropout asks them."""
+
+    def __init__(self):
+        self.states = generator_states()
+
+    @contextmanager
+    def own(self):
+        """with randomness.own(): the global generators are this model's."""
+        if not dropout:
+            yield
+            return
+        others = generator_states()
+        restore_generators(self.states)
+        yield
+        self.states = generator_states()
+        restore_generators(others)
+
+    def state_dict(self):
+        """See generator_states."""
+        return self.states
+
+    def load_state_dict(self, states):
+        """Goes on where states was taken."""
+        self.states = states
+
+
 class Learner:
     """One of the models, with all that is its own: optimiser, step, position in the stream, forcing, best, counts.
 
     Each has the state of the global generators for itself: trained alone or beside another, it learns the same.
     """
 
-    def __init__(self, name, config, where, precision):
+    def __init__(self, name, config, where, precision, settings):
         seed_everything(seed, deterministic)
         self.name, self.where = name, where
         self.model = Solver(name, config, sums_named(Notation(format, max_digits))).to(where)
         self.net = torch.compile(self.model) if compile else self.model
-        self.opt = optim.build(optimizer, self.model.named_parameters(), parameter_roles(self.model), lr=lr,
-                               weight_decay=weight_decay, betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr,
-                               muon_momentum=muon_momentum, orthograd=orthograd, fused_rows=fused_rows(self.model),
-                               kernels=kernels)
+        self.opt = optim.build(settings, self.model.named_parameters(), parameter_roles(self.model),
+                               fused_rows(self.model))
         self.scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
         self.ema = optim.EMA(self.model, ema_decay) if ema_decay else None
         self.forcing = Forcing(forcing, forcing_start, forcing_k, forcing_slope, forcing_min, stability_window,
                                stability_eps, seed)
-        self.generators = generator_states()
-        self.loop = dict(step=0, evaluated=-1, position=0, best=[-1.0, -math.inf], best_step=0, without_better=0,
-                         history=[], pending=[], seconds=0.0, logged_seconds=0.0)
-        self.recent = []                 # (loss, accuracy, gradient norm) of the last steps, still on the device
+        self.randomness = Randomness()
+        self.loop = Loop(dict(step=0, evaluated=-1, position=0, best=[-1.0, -math.inf], best_step=0, without_better=0,
+                              history=[], pending=[], seconds=0.0, logged_seconds=0.0), self.scaler, name)
+        self.parts = dict(model=self.model, ema=self.ema, optimizer=self.opt, scaler=self.scaler,
+                          generators=self.randomness, forcing=self.forcing, loop=self.loop)    # whatever has a state
 
     @property
     def step(self):
@@ -377,68 +403,25 @@ class Learner:
         tired = patience is not None and self.loop["without_better"] >= patience
         return tired or max_steps is not None and self.step >= max_steps
 
-    @contextmanager
-    def evaluated(self):
-        """The weights to evaluate and save are in place: an average where there is one."""
-        with self.opt.averaged():
-            if self.ema is None:
-                yield
-            else:
-                with self.ema.swapped():
-                    yield
-
-    @contextmanager
-    def own_randomness(self):
-        """The global generators are this model's; only dropout asks them."""
-        if not dropout:
-            yield
-            return
-        others = generator_states()
-        restore_generators(self.generators)
-        yield
-        self.generators = generator_states()
-        restore_generators(others)
-
     def inputs(self, notation, source, padding, targets, autocast):
         """What the decoder reads in a training pass, (B, T): the true tokens, or, by the schedule, its own predictions
         among them (in two passes: Mihaylova & Martins 2019)."""
         x = notation.inputs(targets)
         if self.forcing.probability() < 1:
-            with self.own_randomness(), autocast, torch.no_grad():
+            with self.randomness.own(), autocast, torch.no_grad():
                 predicted = self.net(source, x, padding)[0].argmax(-1)
             x = notation.inputs(self.forcing.mix(targets, predicted))
         return x
 
-    def settle(self):
-        """Moves `recent` into the loop's state as numbers; stops the run at the first step that was not finite."""
-        values = torch.stack(self.recent).tolist() if self.recent else []
-        for i, (loss, _, norm) in enumerate(values):
-            if not (math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())):
-                raise NonFinite(f"{self.step - len(values) + i + 1} of {self.name}")
-        self.loop["pending"] += values
-        self.recent.clear()
-
     def state_dict(self):
         """Everything that the rest of its training depends on."""
-        self.settle()
         with self.opt.averaged():        # what others read is what was evaluated; a copy, as it ends with this block
-            return copy.deepcopy({
-                "model": self.model.state_dict(), "ema": self.ema.state_dict() if self.ema else None,
-                "optimizer": self.opt.state_dict(), "scaler": self.scaler.state_dict(), "generators": self.generators,
-                "forcing": self.forcing.state_dict(), "loop": self.loop})
+            return copy.deepcopy({name: None if thing is None else thing.state_dict()
+                                  for name, thing in self.parts.items()})
 
     def load_state_dict(self, state):
         """Goes on where state was taken."""
-        self.model.load_state_dict(state["model"])
-        optim.load_state(self.opt, state["optimizer"])
-        optim.load_scaler(self.scaler, state["scaler"])
-        if self.ema:
-            self.ema = optim.EMA(self.model, ema_decay)
-            if state["ema"]:
-                self.ema.load_state_dict(state["ema"])
-        self.generators = state["generators"]
-        self.forcing.load_state_dict(state["forcing"])
-        self.loop = {**self.loop, **load_loop(self.loop, state["loop"])}
+        put_back(state, self.parts)
 
 
 # --- Evaluation ---
@@ -542,7 +525,7 @@ def answer_questions(learners, notation, settings):
         print(f"{a} x {b} = {a * b} ({side}{seen})")
         for learner in learners:
             x, y = (torch.tensor([n], device=learner.where) for n in (a, b))
-            with learner.evaluated():
+            with optim.evaluated(learner.opt, learner.ema):
                 tokens = solve(learner.model, notation, x, y)
             answer = notation.numbers(tokens)[0]
             print(f"  {learner.name:<8}{'no number' if answer is None else answer} "
@@ -552,21 +535,13 @@ def answer_questions(learners, notation, settings):
 @command
 def main():
     # ---- settings: flags, preset, and on resume the checkpoint's ----
-    settings = override(globals())
-    if debug:
-        quiet = {name: value for name, value in debug_settings.items() if name not in settings.explicit}
-        globals().update(quiet)
-        settings.update(quiet)
+    settings = begin(globals())
     only_read = eval_only or ask is not None
     if eval_only and ask is not None:
         raise UserError("--eval_only and --ask: one of them")
     if only_read and resume is False:
         raise UserError(f"--{'eval_only' if eval_only else 'ask'} goes with --resume, or --resume PATH: which model?")
-    checkpoint_path = find_resume(settings, __file__, needed=only_read)
-    checkpoint = load_checkpoint(checkpoint_path, __file__) if checkpoint_path else None
-    if checkpoint:
-        settings = adopt(globals(), settings, {name: value for name, value in checkpoint["settings"].items()
-                                               if name not in ("eval_only", "ask")}, architecture)
+    checkpoint = resumed(settings, architecture, ("eval_only", "ask"), needed=only_read)
     names, notation, config = check(settings)
     where, precision = resolve_device(device, dtype)
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
@@ -580,14 +555,12 @@ def main():
     print(notation.example(*stream.at(0, 1)[0].tolist()))
 
     # ---- models, optimisers, resume ----
-    learners = [Learner(name, config, where, precision) for name in names]
-    others = {}                                          # models of the checkpoint that are not trained now
+    learners = [Learner(name, config, where, precision, settings) for name in names]
+    known = checkpoint["models"] if checkpoint else {}
+    others = {name: state for name, state in known.items() if name not in names}     # which are not trained now
     if checkpoint:
-        known = checkpoint["models"]
-        others = {name: state for name, state in known.items() if name not in names}
-        for learner in learners:
-            if learner.name in known:
-                learner.load_state_dict(known[learner.name])
+        with restoring(checkpoint.path):
+            put_back(known, {learner.name: learner for learner in learners if learner.name in known})
     print("; ".join(f"{learner.name} {learner.model.n_params():,} parameters" for learner in learners) +
           f"; {where.type} {str(precision).removeprefix('torch.')}")
 
@@ -597,24 +570,25 @@ def main():
         if ask is not None:
             answer_questions(learners, notation, settings)
         for learner in learners if eval_only else ():
-            with learner.evaluated():
+            with optim.evaluated(learner.opt, learner.ema):
                 for title, pairs in (("training", seen), ("held-out", val)):
                     found = evaluate(learner.model, notation, pairs, autocast)
                     report(found, notation, f"{learner.name}, step {learner.step:,}, {title} pairs")
         return
 
-    def state():
-        """Everything that the rest of the run depends on."""
+    def save(name, keep=0):
+        """A checkpoint of all models; its step is that of the furthest."""
         steps = {**{name: kept["loop"]["step"] for name, kept in others.items()}, **{m.name: m.step for m in learners}}
-        return dict(step=max(steps.values()), steps=steps, settings=dict(settings),
-                    models={**others, **{learner.name: learner.state_dict() for learner in learners}})
+        run.save(name, max(steps.values()), keep, steps=steps)
 
     loss_function, plain_loss = SequenceAccuracyLoss(sequence_weight), SequenceAccuracyLoss()
-    with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
+    run = Run(settings, checkpoint)
+    run.track(models={**others, **{learner.name: learner for learner in learners}})
+    with run:
         bar, clock = run.bar(max_steps, min(learner.step for learner in learners)), Stopwatch(where)
         saved = None                                     # on resume too: a stop comes before what is due at its step
         if not checkpoint:
-            run.save("last.pt", state())                 # at once: a full disk shows, and a kill leaves what to resume
+            save("last.pt")                              # at once: a full disk shows, and a kill leaves what to resume
 
         while not run.stop:
             # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
@@ -623,10 +597,10 @@ def main():
                 planned = step % eval_interval == 0      # else it is the last step: its validation moves best, no more
                 if loop["evaluated"] >= step or not (planned or max_steps is not None and step >= max_steps):
                     continue
-                learner.settle()
+                loop.flush()
                 loop["evaluated"] = step
                 clock.start()
-                with learner.evaluated():
+                with optim.evaluated(learner.opt, learner.ema):
                     found = evaluate(learner.model, notation, val[:eval_examples], autocast)
                     trained = evaluate(learner.model, notation, seen, autocast)
                 clock.lap("evaluation")
@@ -642,13 +616,11 @@ def main():
                 loop["without_better"] = 0 if better else loop["without_better"] + planned
                 if better:
                     loop.update(best=[found["accuracy"], -found["loss"]], best_step=step)
-                    run.save(f"best_{learner.name}.pt", state())
+                    save(f"best_{learner.name}.pt")
             steps = [learner.step for learner in learners]
             if saved != steps and any(step % save_interval == 0 for step in steps):
-                now, saved = state(), steps
-                run.save("last.pt", now)
-                if keep_last:
-                    run.keep(now, now["step"], keep_last)
+                save("last.pt", keep=keep_last)
+                saved = steps
             active = [learner for learner in learners if not learner.rests()]
             if not active:
                 break
@@ -656,9 +628,7 @@ def main():
             # ---- one optimiser step of each model that does not rest ----
             for learner in active:
                 loop, began = learner.loop, time.perf_counter()
-                scale = optim.schedule(schedule, learner.step, warmup_steps, max_steps, min_lr_scale, decay_fraction)
-                for group in learner.opt.param_groups:
-                    group["lr"] = group["base_lr"] * scale
+                rate = optim.set_rate(learner.opt, settings, learner.step)
                 probability, total, exact = learner.forcing.probability(), 0.0, 0.0
                 clock.start()
                 problems_now = stream.at(loop["position"], batch_size * grad_accum)
@@ -671,12 +641,12 @@ def main():
                 mean = None
                 if sequence_weight and grad_accum > 1:
                     read = list(read)
-                    with learner.own_randomness(), autocast, torch.no_grad():
+                    with learner.randomness.own(), autocast, torch.no_grad():
                         right = [plain_loss(learner.net(some[2], x, some[3])[0], some[4], some[5] > -2)[1]
                                  for some, x in zip(passes, read)]
                     mean = 1 + sequence_weight * (1 - sum(right) / grad_accum)
                 for (a, b, source, padding, targets, places), x in zip(passes, read):
-                    with learner.own_randomness(), autocast:
+                    with learner.randomness.own(), autocast:
                         logits, sums = learner.net(source, x, padding)
                     objective, accuracy = loss_function(logits, targets, places > -2, mean)
                     nats = plain_loss(logits.detach(), targets, places > -2)[0] if sequence_weight else objective
@@ -698,20 +668,20 @@ def main():
                 if learner.ema:
                     learner.ema.update()
                 clock.lap("optimiser")
-                learner.recent.append(torch.stack([total, exact, norm_found]))
+                loop.add(torch.stack([total, exact, norm_found]))
                 step = loop["step"] = loop["step"] + 1
                 learner.forcing.stepped(step)
 
                 # ---- log ----
                 due = step % log_interval == 0
                 if due:
-                    learner.settle()                     # waits for the device: part of the step's time
+                    loop.flush()                         # waits for the device: part of the step's time
                 loop["seconds"] += time.perf_counter() - began
                 if due:
                     n = len(loop["pending"])
                     mean = sum(loss for loss, _, _ in loop["pending"]) / n
                     speed = n * batch_size * grad_accum / (loop["seconds"] - loop["logged_seconds"])
-                    run.log(step=step, model=learner.name, split="train", loss=mean, lr=lr * scale,
+                    run.log(step=step, model=learner.name, split="train", loss=mean, lr=rate,
                             accuracy=sum(value for _, value, _ in loop["pending"]) / n, forcing=probability,
                             grad_norm=loop["pending"][-1][2], examples_per_s=speed,
                             tokens_per_s=speed * notation.answer_length, seconds=loop["seconds"],
@@ -726,7 +696,7 @@ def main():
         # ---- the end ----
         bar.close()
         if saved != [learner.step for learner in learners]:
-            run.save("last.pt", state())
+            save("last.pt")
         run.summary(step=max(learner.step for learner in learners), hash=problems.hash,
                     parameters=sum(learner.model.n_params() for learner in learners))
         for learner in learners:
@@ -737,7 +707,7 @@ def main():
             if run.stop:
                 continue
             clock.start()
-            with learner.evaluated():
+            with optim.evaluated(learner.opt, learner.ema):
                 found, trained = (evaluate(learner.model, notation, pairs, autocast) for pairs in (val, seen))
             clock.lap("evaluation")
             run.log(step=learner.step, model=name, split="val", final=True, **numbers_of(found))

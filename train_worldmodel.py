@@ -19,10 +19,10 @@ flags.answer_help(__name__, __file__)  # before the seconds that the next lines 
 import copy
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import torch
 
@@ -30,9 +30,8 @@ import limits
 import optim
 from data.video import Stream, caption_length, load
 from discrete import fsq_levels
-from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
-                        load_checkpoint, load_loop, optional, override, replacing, resolve_device, restore_generators,
-                        seed_everything)
+from experiment import (Generators, Loop, Run, Stopwatch, UserError, begin, command, optional, replacing,
+                        resolve_device, restoring, resumed, seed_everything)
 from model import fused_rows, parameter_roles
 from models import world_measures as measures
 from models.world_measures import pixel_loss
@@ -206,7 +205,8 @@ def check(settings, video=None):
     if action_model == "transformer" and not difference:
         raise UserError("no-difference goes with action_model conv: the transformer sees frames beside differences")
     axial = ["tokenizer_embd", "dynamics_embd", "frame_embd"] + ["action_embd"] * (action_model == "transformer")
-    for name, unit, how in [(name, 4 * n_head, " by row and column") for name in axial] + [("text_embd", 2 * n_head, "")]:
+    for name in (*axial, "text_embd"):
+        unit, how = (2 * n_head, "") if name == "text_embd" else (4 * n_head, " by row and column")
         if settings[name] % unit:
             raise UserError(f"{name} {settings[name]}: {n_head} heads that turn{how} need a multiple of {unit}")
     if video is not None:
@@ -215,7 +215,7 @@ def check(settings, video=None):
         if quantiser == "fsq":
             fsq_levels(codebook_size)
         for name in STAGES:
-            optim.schedule(schedule, 0, warmup_steps, steps_of(name), min_lr_scale, decay_fraction)
+            optim.factor({**settings, "max_steps": steps_of(name)}, 0)
     except ValueError as error:
         raise UserError(error)
 
@@ -227,9 +227,9 @@ def check_sizes(settings, video):
     if action_source == "true" and not video.n_actions:
         raise UserError(f"action_source true: {dataset} has no actions")
     pixels = 12 * video.height * video.width                 # of a frame, float32
-    for stage_ in STAGES.values():
-        clips = settings[stage_.batch]
-        limits.fits(clips * max(pixels * stage_.frames(), 8 * grad_accum), f"a {stage_.batch} of {clips} clips", device)
+    for batch, frames in ((part.batch, part.frames()) for part in STAGES.values()):
+        clips = settings[batch]
+        limits.fits(clips * max(pixels * frames, 8 * grad_accum), f"a {batch} of {clips} clips", device)
     widest, deepest = (max(settings[name] for name in settings if name.endswith(end)) for end in ("_embd", "_layers"))
     if widest * max(widest * deepest, patch ** 2 * history, codebook_size, n_codes) > 1e7 or codebook_size > 1e7:
         for name in STAGES if stage == "all" else (stage,):
@@ -557,55 +557,31 @@ def train_stage(name, world, run, bar, clock, was=None, saved=None):
     model = build(name, world.video).to(where)
     noise = torch.Generator(where).manual_seed(seed)          # masks
     revival = torch.Generator().manual_seed(seed)             # which encoder outputs dead codes become
-    opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, betas=betas, eps=eps,
-                      weight_decay=weight_decay, muon_lr=muon_lr, muon_momentum=muon_momentum,
-                      fused_rows=fused_rows(model), kernels=kernels)
+    opt = optim.build(run.settings, model.named_parameters(), parameter_roles(model), fused_rows(model))
+    ema = optim.EMA(model, ema_decay) if ema_decay else None
     scaler = torch.amp.GradScaler(where.type, enabled=world.precision == torch.float16)
-    loop = dict(step=0, evaluated=-1, best=-math.inf, best_step=0, best_model=None, waited=0, pending=[], seconds=0.0,
-                logged_seconds=0.0, clips=0, start=world.total, chosen=torch.zeros(codebook_size, dtype=torch.int64))
-    if was:
-        model.load_state_dict(was["model"])
-        optim.load_state(opt, was["optimizer"])
-        optim.load_scaler(scaler, was["scaler"])
-        restore_generators(was["generators"], noise=noise, revival=revival)
-        loop |= load_loop(loop, was["loop"])
-    ema = optim.EMA(model, ema_decay) if ema_decay else None                  # of the weights as they are now
-    if ema and was and was["ema"] is not None:
-        ema.load_state_dict(was["ema"])
+    loop = Loop(dict(step=0, evaluated=-1, best=-math.inf, best_step=0, best_model=None, waited=0, pending=[],
+                     seconds=0.0, logged_seconds=0.0, clips=0, start=world.total,
+                     chosen=torch.zeros(codebook_size, dtype=torch.int64)), scaler)
+    run.track(was, stage=name, model=model, optimizer=opt, ema=ema, scaler=scaler,
+              generators=Generators(noise=noise, revival=revival), loop=loop)
     trained = compiled(model, name) if compile else model
-    codebook, limit, recent, size = stage.codebook(model), steps_of(name), [], globals()[stage.batch]
+    codebook, limit, size = stage.codebook(model), steps_of(name), globals()[stage.batch]
     clips = Stream(world.video.train, stage.frames(), size * grad_accum, data_seed)
-    per_clip = stage.frames() * (world.video.height // patch) * (world.video.width // patch)
-    per_clip = caption_length(side) if name == "text" else per_clip           # tokens of a clip
+    clip_tokens = stage.frames() * (world.video.height // patch) * (world.video.width // patch)
+    clip_tokens = caption_length(side) if name == "text" else clip_tokens
     print(f"stage {name}: {sum(p.numel() for p in model.parameters()):,} parameters, {limit} steps")
-
-    def settle():
-        for i, row in enumerate(recent):
-            row = {key: float(value) for key, value in row.items()}
-            if not (math.isfinite(row["loss"]) and (math.isfinite(row["grad_norm"]) or scaler.is_enabled())):
-                raise NonFinite(loop["start"] + loop["step"] - len(recent) + i + 1)
-            loop["pending"].append(row)
-        recent.clear()
-
-    def training():
-        settle()
-        return dict(model=model.state_dict(), optimizer=opt.state_dict(), ema=ema.state_dict() if ema else None,
-                    scaler=scaler.state_dict(), generators=generator_states(noise=noise, revival=revival),
-                    loop={**loop, "chosen": loop["chosen"].cpu(), "pending": list(loop["pending"])})
-
-    def save(path, done):
-        run.save(path, dict(step=loop["start"] + loop["step"], stage=name, done=done, ended=world.ended,
-                            figures=world.told, settings=dict(run.settings), **training()))
     if saved is None:
-        save("last.pt", world.done)
+        run.save("last.pt", loop["start"] + loop["step"])
+
     while not run.stop:
         # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
         step = loop["step"]
         if (step % eval_interval == 0 or step == limit) and loop["evaluated"] < step:
-            settle()
+            loop.flush()
             loop["evaluated"] = step
             clock.start()
-            with ema.swapped() if ema else nullcontext():
+            with optim.evaluated(opt, ema):
                 with world.autocast:
                     numbers = stage.evaluate(model, world.val)
                 clock.lap("evaluation")
@@ -618,18 +594,16 @@ def train_stage(name, world, run, bar, clock, was=None, saved=None):
             loop["waited"] += 1
             if numbers["score"] > loop["best"] or loop["best_model"] is None:
                 loop.update(best=numbers["score"], best_step=step, best_model=weights, waited=0)
-                save("best.pt", {**world.done, name: weights})
+                run.save("best.pt", loop["start"] + step, done={**world.done, name: weights})
         if saved is None or saved != step and (step % save_interval == 0 or is_over(name, loop)):
-            save("last.pt", world.done)
+            run.save("last.pt", loop["start"] + step)
             saved = step
         if is_over(name, loop):
             break
 
         # ---- one optimiser step ----
         began = time.perf_counter()
-        scale = optim.schedule(schedule, step, warmup_steps, limit, min_lr_scale, decay_fraction)
-        for group in opt.param_groups:
-            group["lr"] = group["base_lr"] * scale
+        rate = optim.set_rate(opt, {**run.settings, "max_steps": limit}, step)
         row, outputs, chosen = dict(loss=0.0), [], []
         clock.start()
         index = clips.at(step)
@@ -658,7 +632,7 @@ def train_stage(name, world, run, bar, clock, was=None, saved=None):
         if codebook is not None:                              # once a step, by all of its passes
             codebook.follow(torch.cat(outputs), torch.cat(chosen))
         clock.lap("optimiser")
-        recent.append(row)
+        loop.add(row)
         step = loop["step"] = step + 1
         loop["clips"] += len(index)
         if name == "tokenizer":
@@ -667,23 +641,23 @@ def train_stage(name, world, run, bar, clock, was=None, saved=None):
         # ---- log ----
         due = step % log_interval == 0
         if due:
-            settle()                                          # waits for the device: part of the step's time
+            loop.flush()                                      # waits for the device: part of the step's time
         loop["seconds"] += time.perf_counter() - began
         if due:
             rows = loop["pending"]
             means = {key: sum(line[key] for line in rows) / len(rows) for key in rows[-1]}
             speed = loop["clips"] / (loop["seconds"] - loop["logged_seconds"])
-            run.log(step=loop["start"] + step, split="train", stage=name, stage_step=step, **means, lr=lr * scale,
-                    clips_per_s=speed, tokens_per_s=speed * per_clip, seconds=loop["seconds"])
+            run.log(step=loop["start"] + step, split="train", stage=name, stage_step=step, **means, lr=rate,
+                    clips_per_s=speed, tokens_per_s=speed * clip_tokens, seconds=loop["seconds"])
             loop.update(pending=[], logged_seconds=loop["seconds"], clips=0)
             bar.update(loop["start"] + step, f"{name} loss {means['loss']:.4f}")
 
     # ---- the end: the stage's best weights serve the later ones ----
     if run.stop:
         if saved != loop["step"]:
-            save("last.pt", world.done)
+            run.save("last.pt", loop["start"] + loop["step"])
         return
-    world.ended[name] = on_cpu(training())
+    world.ended[name] = on_cpu(run.states("model", "optimizer", "ema", "scaler", "generators", "loop"))
     del world.ended[name]["loop"]["best_model"]               # which is done[name]
     model.load_state_dict(loop["best_model"])
     world.done[name], world.models[name] = loop["best_model"], model.eval().requires_grad_(False)
@@ -692,7 +666,7 @@ def train_stage(name, world, run, bar, clock, was=None, saved=None):
     world.told[name] = last_figures(name, world, loop)
     clock.lap("evaluation")
     run.summary(**world.told[name], **{f"{name}_seconds": loop["seconds"]})
-    save("last.pt", world.done)                               # with its figures, which are not counted again
+    run.save("last.pt", world.total)                          # with its figures, which are not counted again
 
 
 def revive(codebook, loop, outputs, chosen, generator):
@@ -757,7 +731,7 @@ def in_words(name, numbers):
 
 
 def plan(checkpoint, done, ended, video, only_read):
-    """(stages to train now, in order; those of them that go on from their end; that begin anew). UserError: they cannot.
+    """(stages to train now, in order; those of them that go on from their end; that begin anew), or UserError.
 
     done, ended: of the checkpoint, see `World`. A stage that has learned from one that goes on begins anew.
     """
@@ -804,8 +778,8 @@ def check_left(left):
         raise UserError(f"batch_size {batch_size}: signs are normalised over a pass's codes, of which there must be 3: "
                         "of two each is 1 or -1 whatever was seen; --action_quantiser vq takes any")
     if "tokenizer" in left and quantiser == "vq" and code_dim == 1:
-        raise UserError("code_dim 1: vq compares unit vectors, and of one number they are 1 and -1, without a gradient: "
-                        "2 or more, or --quantiser fsq")
+        raise UserError("code_dim 1: vq compares unit vectors, and of one number they are 1 and -1, without a "
+                        "gradient: 2 or more, or --quantiser fsq")
     if "dynamics" in left and dynamics == "maskgit" and not mask_rate[1]:
         raise UserError("mask_rate 0,0 hides no token: the dynamics would have nothing to learn")
     if grad_accum > 1 and "actions" in left and action_quantiser == "signs":
@@ -816,28 +790,17 @@ def check_left(left):
 @command
 def main():
     # ---- settings: flags, preset, and on resume the checkpoint's ----
-    settings = override(globals())
-    if debug:
-        quiet = {name: value for name, value in debug_settings.items() if name not in settings.explicit}
-        globals().update(quiet)
-        settings.update(quiet)
+    settings = begin(globals())
     if play is not None and rollout is not None:
         raise UserError("--play and --rollout: one of them")
     if (shown := play or rollout) is not None:               # RUN: its directory, or its name
         named = Path(out_dir, "train_worldmodel", shown)
-        settings["resume"] = globals()["resume"] = str(named if named.exists() and not Path(shown).exists() else shown)
+        settings.put(resume=str(named if named.exists() and not Path(shown).exists() else shown))
     if eval_only and resume is False:
         raise UserError("--eval_only goes with --resume, or --resume PATH: which model?")
     only_read = eval_only or shown is not None
-    checkpoint_path = find_resume(settings, __file__, needed=only_read)
-    checkpoint = load_checkpoint(checkpoint_path, __file__) if checkpoint_path else None
-    if checkpoint:
-        checkpoint.path = checkpoint_path
-        begun = {"all", checkpoint["stage"], *checkpoint["done"]}
-        fixed = [name for part in begun for name in architecture[part]]
-        of_this_call = ("eval_only", "play", "port", "rollout", "actions", "prompt")
-        settings = adopt(globals(), settings, {name: value for name, value in checkpoint["settings"].items()
-                                               if name not in of_this_call}, fixed)
+    checkpoint = resumed(settings, architecture, ("eval_only", "play", "port", "rollout", "actions", "prompt"),
+                         needed=only_read)
     where, precision = resolve_device(device, dtype)
 
     # ---- data ----
@@ -850,14 +813,15 @@ def main():
 
     # ---- what is trained already, and what is next ----
     done, ended, told = (dict(checkpoint.get(key, {})) if checkpoint else {} for key in ("done", "ended", "figures"))
-    left, longer, anew = plan(checkpoint, done, ended, video, only_read)
-    if not only_read:
-        check_left(left)
-    seed_everything(seed, deterministic)
-    models = {name: build(name, video).to(where) for name in done}
-    for name, model in models.items():
-        model.load_state_dict(done[name])
-        model.eval().requires_grad_(False)
+    with restoring(checkpoint.path) if checkpoint else nullcontext():
+        left, longer, anew = plan(checkpoint, done, ended, video, only_read)
+        if not only_read:
+            check_left(left)
+        seed_everything(seed, deterministic)
+        models = {name: build(name, video).to(where) for name in done}
+        for name, model in models.items():
+            model.load_state_dict(done[name])
+            model.eval().requires_grad_(False)
     train, val = (worlds.Reader(clips, video.palette, where, models, tokens, action_source, video.n_actions, n_codes)
                   for clips in (video.train, video.val))
     world = World(video, train, val, models, done, ended, told, checkpoint["step"] if checkpoint else 0, precision,
@@ -866,7 +830,7 @@ def main():
     # ---- a world that is there: played, written down, or measured ----
     if shown is not None:
         if "dynamics" not in models:
-            raise UserError(f"{checkpoint_path} has no dynamics yet, only {', '.join(done) or 'nothing finished'}: "
+            raise UserError(f"{checkpoint.path} has no dynamics yet, only {', '.join(done) or 'nothing finished'}: "
                             "--resume --stage dynamics trains them")
         meanings = measures.meanings_of(models["actions"], train, eval_clips) if action_source == "latent" else None
         played = Played(val, video, settings, meanings)
@@ -874,7 +838,7 @@ def main():
             serve(played, port)
         else:
             chosen = parse_actions(actions, len(played.actions))
-            paths = write_rollout(played, chosen, prompt, Path(checkpoint_path).parent)
+            paths = write_rollout(played, chosen, prompt, checkpoint.path.parent)
             print("wrote " + " and ".join(map(str, paths)))
             if log_cache:
                 print("\n".join(played.cache.log()))
@@ -890,7 +854,7 @@ def main():
     # ---- the stages, one after the other ----
     limits.notes(settings, {f"{name} steps": steps_of(name) for name in left},
                  checkpoint and {f"{checkpoint['stage']} steps": steps_of(checkpoint["stage"], checkpoint["settings"])})
-    with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
+    with Run(settings, checkpoint, done=done, ended=ended, figures=told) as run:
         for name in [name for name in told if name not in left]:
             run.summary(**told[name], **({f"{name}_seconds": ended[name]["loop"]["seconds"]} if name in ended else {}))
         begun = {name: ended[name]["loop"]["step"] for name in longer}

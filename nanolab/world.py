@@ -1,4 +1,4 @@
-"""Clips of a world as its models read and write them: frames, tokens, actions, captions; and pictures of what they make.
+"""Clips of a world as its models read and write them: frames, tokens, actions, captions; pictures of what they make.
 
 Shapes: B clips, T frames, H x W pixels, P colours of a palette, N tokens of a frame. Frames are float32 in 0..1.
 """

@@ -549,7 +549,7 @@ def test_losses_of_the_scripts(monkeypatch):
     mask = torch.arange(8) < torch.tensor([[8], [3], [0]])
     logits, truth, sums = some(3, 8, 11), whole(11, 3, 8, seed=2), some(3, 8, 21, seed=3)
     logits[1, 4:] = float("nan")  # where nothing counts
-    hidden, two = some(3, 8) < 0.5, torch.stack((truth, truth), 1)
+    hidden, two, weight = some(3, 8) < 0.5, torch.stack((truth, truth), 1), mask[:, None].float()
     monkeypatch.setattr(train_worldmodel, "context", 2)
     found = []
     for how in ("torch", "triton"):
@@ -561,7 +561,7 @@ def test_losses_of_the_scripts(monkeypatch):
             loss.backward()
             found.append([loss.detach(), accuracy, logits.grad, train_mult.sum_loss(sums, truth, mask, 21),
                           train_worldmodel.pixel_loss(sums, None, truth, kernels=how),
-                          train_worldmodel.dynamics_loss(Names(), (two, two[..., 0], two > 5, mask[:, None].float()))[0],
+                          train_worldmodel.dynamics_loss(Names(), (two, two[..., 0], two > 5, weight))[0],
                           train_worldmodel.frame_loss(Says(), (truth, None, hidden))[0]])
         assert len(calls.get("cross_entropy", ())) == (5 if how == "triton" else 0)
     for one, two in zip(*found):

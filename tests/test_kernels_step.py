@@ -1,4 +1,4 @@
-"""optim.build(kernels="triton"), AdamW by kernels_optim.adamw_step, against "torch": weights, state, checkpoints.
+"""optim.build with kernels="triton", AdamW by kernels_optim.adamw_step, against "torch": weights, state, checkpoints.
 
 On a CPU adamw_step is its twin, and in Triton's interpreter the kernel. About 25 s on one core.
 """
@@ -34,9 +34,9 @@ class Setup:
         generator = torch.Generator().manual_seed(0)
         self.params = {name: torch.nn.Parameter((0.3 * torch.randn(shape, generator=generator)).to(device, dtype))
                        for name, (shape, _) in ROLES.items()}
-        self.opt = optim.build(name, self.params.items(), {name: role for name, (_, role) in ROLES.items()},
-                               **{**dict(lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99), muon_lr=0.05, kernels=way),
-                                  **more})
+        self.opt = optim.build({**dict(optimizer=name, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99), muon_lr=0.05,
+                                       kernels=way), **more}, self.params.items(),
+                               {name: role for name, (_, role) in ROLES.items()}, mesh=more.get("mesh"))
 
     def train(self, steps, missing=lambda step: ()):
         """steps: their numbers. The schedule multiplies the rate."""
@@ -244,8 +244,8 @@ def test_several_processes_and_their_parts(launches):
         mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
         plain, divided = torch.nn.Parameter(torch.ones(3, 4)), torch.nn.Parameter(torch.ones(3, 4))
         divided = torch.nn.Parameter(distribute_tensor(divided.detach(), mesh))
-        opt = optim.build("adamw", [("a", plain), ("b", divided)], dict(a="matrix", b="matrix"), lr=0.1,
-                          kernels="triton")
+        opt = optim.build(dict(optimizer="adamw", lr=0.1, kernels="triton"), [("a", plain), ("b", divided)],
+                          dict(a="matrix", b="matrix"))
         for p in (plain, divided):
             (p * p).sum().backward()
         opt.step()
@@ -261,7 +261,8 @@ def test_a_sparse_gradient_gets_the_answer_of_torch(launches):
     said = []
     for which in ("torch", "triton"):
         embed = torch.nn.Embedding(5, 3, sparse=True)
-        opt = optim.build("adamw", embed.named_parameters(), {"weight": "embedding"}, lr=0.1, kernels=which)
+        opt = optim.build(dict(optimizer="adamw", lr=0.1, kernels=which), embed.named_parameters(),
+                          {"weight": "embedding"})
         embed(torch.tensor([1])).sum().backward()
         with pytest.raises(RuntimeError) as error:
             opt.step()
@@ -288,7 +289,8 @@ def test_by_default_nothing_changes(launches):
     other.params, other.opt = copied
     equal(other.train([1]), setup.train([1]))
     roles = {name: role for name, (_, role) in ROLES.items()}
-    for opt in (optim.AdamW(setup.params.values()), optim.build("adamw", setup.params.items(), roles, lr=0.1)):
+    for opt in (optim.AdamW(setup.params.values()), optim.build(dict(optimizer="adamw", lr=0.1),
+                                                                     setup.params.items(), roles)):
         opt.step()
         assert opt.state
     assert not launches

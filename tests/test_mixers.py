@@ -319,8 +319,8 @@ def test_learns(settings, optimizer):
     model = build(**settings, init="gpt2", n_layer=2).float().train()
     fused = fused_rows(model)
     assert all(sum(fused[name]) == p.size(0) for name, p in model.named_parameters() if name in fused)
-    built = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=5e-3, muon_lr=0.02,
-                        fused_rows=fused)
+    built = optim.build(dict(optimizer=optimizer, lr=5e-3, muon_lr=0.02), model.named_parameters(),
+                        parameter_roles(model), fused)
     x = torch.randint(256, (4, 16), generator=torch.Generator().manual_seed(0))
     y = x.roll(-1, 1)
     targets = torch.stack([y.roll(-k, 1) for k in range(model.config.n_labels)], 2)

@@ -316,7 +316,7 @@ def trained(words, steps, name="simple", pairs=None, sums=0.0):
     """A Learner after some steps of plain teacher forcing on `pairs`, or on the script's own stream; sums: weight of a
     head's loss."""
     g, _, notation, config = script(*words)
-    learner = g["Learner"](name, config, torch.device("cpu"), torch.float32)
+    learner = g["Learner"](name, config, torch.device("cpu"), torch.float32, g)
     if pairs is None:
         pairs = Problems(g["min_digits"], g["max_digits"], g["n_examples"], g["val_fraction"]).train
     stream, loss_function = Stream(pairs, 1), SequenceAccuracyLoss()
@@ -409,7 +409,7 @@ def test_teacher_forced_exact_is_greedy_exact(format, name):
 
 def test_evaluation_does_not_depend_on_the_batch():
     g, _, notation, config = script(*SMALL)
-    learner = g["Learner"]("simple", config, torch.device("cpu"), torch.float32)
+    learner = g["Learner"]("simple", config, torch.device("cpu"), torch.float32, g)
     pairs = Problems(3, 3, 100).train
     found = []
     for size in (7, 100):
@@ -422,7 +422,7 @@ def test_evaluation_does_not_depend_on_the_batch():
 def test_latents_are_the_only_path():
     """Where the readers' weights let nothing through, no gradient reaches the encoder; otherwise it does."""
     g, _, notation, config = script(*SMALL, "--n_latent", "3", "--init", "xavier")
-    body = g["Learner"]("latent", config, torch.device("cpu"), torch.float32).model.body
+    body = g["Learner"]("latent", config, torch.device("cpu"), torch.float32, g).model.body
     a, b = torch.tensor([123, 456]), torch.tensor([789, 12])
     source, padding = notation.sources(a, b)
     x = notation.inputs(notation.answers(a, b)[0])
@@ -452,7 +452,7 @@ def test_padding_does_not_matter():
     targets, places = notation.answers(a, b)
     assert padding[0].sum() == 3
     for name in train_mult.KINDS:
-        model = g["Learner"](name, config, torch.device("cpu"), torch.float32).model.eval()
+        model = g["Learner"](name, config, torch.device("cpu"), torch.float32, g).model.eval()
         with torch.no_grad():
             beside = model(source, notation.inputs(targets), padding)[0][0]
             alone = model(source[:1, :4], notation.inputs(targets[:1]), None)[0][0]
@@ -494,7 +494,7 @@ def test_sum_head_learns_running_sums_and_leaves_the_rest(head, rows):
     models = []
     for choice in ("none", head):
         g, _, notation, config = script(*words, "--sum_head", choice)
-        models.append(g["Learner"]("simple", config, torch.device("cpu"), torch.float32).model)
+        models.append(g["Learner"]("simple", config, torch.device("cpu"), torch.float32, g).model)
     assert models[0].sum_head is None and models[1].n_params() == models[0].n_params() + 32 * rows
     a, b = Problems(1, 1, 64).train.long().unbind(1)
     source, padding = notation.sources(a, b)
@@ -511,8 +511,8 @@ def test_sum_head_learns_running_sums_and_leaves_the_rest(head, rows):
 def test_a_model_alone_learns_what_it_learns_beside_another():
     g, names, _, config = script(*SMALL, "--dropout", "0.2")
     where = torch.device("cpu")
-    alone = g["Learner"]("latent", config, where, torch.float32)
-    both = [g["Learner"](name, config, where, torch.float32) for name in names]
+    alone = g["Learner"]("latent", config, where, torch.float32, g)
+    both = [g["Learner"](name, config, where, torch.float32, g) for name in names]
     for one, two in zip(alone.model.parameters(), both[1].model.parameters()):
         assert torch.equal(one, two)
     with alone.own_randomness():
