@@ -439,36 +439,39 @@ STAGES = {
         read_tokenizer, tokenizer_loss,
         lambda model, val: measures.evaluate_tokenizer(model, val, tokenizer_frames, eval_clips, kernels),
         lambda model, val: worlds.draw_tokenizer(model, val, tokenizer_frames),
-        "tokenizer_steps", "tokenizer_batch", lambda: tokenizer_frames,
-        "psnr frame_psnr ssim changed_psnr usage perplexity",
+        steps="tokenizer_steps", batch="tokenizer_batch", frames=lambda: tokenizer_frames,
+        shown="psnr frame_psnr ssim changed_psnr usage perplexity",
         codebook=lambda model: model.codebook if quantiser == "vq" else None),
     "actions": Stage(
         lambda video: ActionModel(*sizes(video), history, n_codes, action_embd, action_layers, action_model,
                                   action_quantiser, n_head, difference=difference, kernels=kernels),
         read_actions, actions_loss,
         lambda model, val: measures.evaluate_actions(model, val, eval_clips, kernels), worlds.draw_actions,
-        "action_steps", "batch_size", lambda: history + 1,
-        "information majority usage psnr_1 frame_psnr_1 copy_1 dpsnr_1 dpsnr_4 consistency",
+        steps="action_steps", batch="batch_size", frames=lambda: history + 1,
+        shown="information majority usage psnr_1 frame_psnr_1 copy_1 dpsnr_1 dpsnr_4 consistency",
         method=lambda: "every" if action_model == "transformer" else "forward", codebook=lambda model: model.quantiser),
     "dynamics": Stage(
         build_dynamics, read_dynamics, dynamics_loss,
         lambda model, val: measures.evaluate_dynamics(model, val, context, eval_clips, window, dynamics == "causal"),
         lambda model, val: worlds.draw_dynamics(model, val, context, temperature=0.0, **generation()),
-        "dynamics_steps", "dynamics_batch", lambda: context, "tokens changed agent ball frame copy",
-        hide_in_clips, lambda: reads_tokens() + ("actions",) * (action_source == "latent")),
+        steps="dynamics_steps", batch="dynamics_batch", frames=lambda: context,
+        shown="tokens changed agent ball frame copy", hide=hide_in_clips,
+        needs=lambda: reads_tokens() + ("actions",) * (action_source == "latent")),
     "text": Stage(
         lambda video: Writer(caption_length(side), text_layers, n_head, text_embd, kernels=kernels),
         read_text, text_loss,
         lambda model, val: measures.evaluate_text(model, val, eval_clips),
         lambda model, val: model.write(8, generator=torch.Generator().manual_seed(0)),
-        "text_steps", "text_batch", lambda: 1, "perplexity valid different", method=lambda: "nats"),
+        steps="text_steps", batch="text_batch", frames=lambda: 1, shown="perplexity valid different",
+        method=lambda: "nats"),
     "frame": Stage(
         lambda video: FirstFrame(*token_sizes(video), frame_layers, n_head, frame_embd, caption_length(side),
                                  kernels=kernels),
         read_frame, frame_loss,
         lambda model, val: measures.evaluate_frame(model, val, eval_clips, decode_steps),
         lambda model, val: worlds.draw_frame(model, val, decode_steps),
-        "frame_steps", "frame_batch", lambda: 1, "tokens frame drawn floor", hide_in_frames, reads_tokens),
+        steps="frame_steps", batch="frame_batch", frames=lambda: 1, shown="tokens frame drawn floor",
+        hide=hide_in_frames, needs=reads_tokens),
 }
 
 
@@ -521,13 +524,16 @@ def compiled(model, name):
 
 
 @torch.no_grad()
-def shares_of(name, reader, passes, step):
-    """What share of a step's weights each of its passes (index, hidden) has."""
+def passes_of(name, model, reader, index, step, noise):
+    """A step's passes over clips index (M,): [(clips (B,), their mask, their share of the step's weights)]."""
+    how, size = STAGES[name], globals()[STAGES[name].batch]
+    hidden = how.hide(len(index), model.n_tokens, noise).split(size) if how.hide else [None] * grad_accum
+    passes = list(zip(index.split(size), hidden))
     if len(passes) == 1:
-        return [1.0]
-    weights = [STAGES[name].read(reader, index, step, hidden)[-1].sum() for index, hidden in passes]
+        return [(*passes[0], 1.0)]
+    weights = [how.read(reader, part, step, mask)[-1].sum() for part, mask in passes]
     total = sum(weights).clamp(min=1)
-    return [weight / total for weight in weights]
+    return [(*part, weight / total) for part, weight in zip(passes, weights)]
 
 
 @torch.no_grad()
@@ -545,12 +551,9 @@ def save_samples(name, model, val, path):
                                               for row in rows.values()], list(rows))
 
 
-def train_stage(name, world, run, bar, clock, was=None, saved=None):
-    """Trains a stage to its end, after which it is one of world's, or until the run is to stop.
-
-    was: what it goes on from, the run's checkpoint or what the stage had ended with; saved: the step of which there is
-    a checkpoint already.
-    """
+def train_stage(name, world, run, bar, clock, was=None):
+    """Trains a stage to its end, after which it is one of world's, or until the run is to stop. was: what it goes on
+    from, the run's checkpoint or what the stage had ended with."""
     stage, where = STAGES[name], world.train.device
     # ---- model, optimiser and the loop's own state ----
     seed_everything(seed, deterministic)
@@ -566,13 +569,15 @@ def train_stage(name, world, run, bar, clock, was=None, saved=None):
     run.track(was, stage=name, model=model, optimizer=opt, ema=ema, scaler=scaler,
               generators=Generators(noise=noise, revival=revival), loop=loop)
     trained = compiled(model, name) if compile else model
-    codebook, limit, size = stage.codebook(model), steps_of(name), globals()[stage.batch]
-    clips = Stream(world.video.train, stage.frames(), size * grad_accum, data_seed)
+    codebook, limit = stage.codebook(model), steps_of(name)
+    clips = Stream(world.video.train, stage.frames(), globals()[stage.batch] * grad_accum, data_seed)
     clip_tokens = stage.frames() * (world.video.height // patch) * (world.video.width // patch)
     clip_tokens = caption_length(side) if name == "text" else clip_tokens
     print(f"stage {name}: {sum(p.numel() for p in model.parameters()):,} parameters, {limit} steps")
+    first = loop["start"]                                     # steps of the stages before
+    saved = loop["step"] if was and was is run.checkpoint else None
     if saved is None:
-        run.save("last.pt", loop["start"] + loop["step"])
+        run.save("last.pt", first + loop["step"])
 
     while not run.stop:
         # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
@@ -589,14 +594,14 @@ def train_stage(name, world, run, bar, clock, was=None, saved=None):
                 with world.autocast, optional("samples are"):
                     save_samples(name, model, world.val, run.dir / "samples" / f"{name}_{step:06d}")
             model.train()
-            run.log(step=loop["start"] + step, split="val", stage=name, stage_step=step, **numbers)
+            run.log(step=first + step, split="val", stage=name, stage_step=step, **numbers)
             bar.note(f"{name} {step}: {in_words(name, numbers)}")
             loop["waited"] += 1
             if numbers["score"] > loop["best"] or loop["best_model"] is None:
                 loop.update(best=numbers["score"], best_step=step, best_model=weights, waited=0)
-                run.save("best.pt", loop["start"] + step, done={**world.done, name: weights})
+                run.save("best.pt", first + step, done={**world.done, name: weights})
         if saved is None or saved != step and (step % save_interval == 0 or is_over(name, loop)):
-            run.save("last.pt", loop["start"] + step)
+            run.save("last.pt", first + step)
             saved = step
         if is_over(name, loop):
             break
@@ -606,15 +611,12 @@ def train_stage(name, world, run, bar, clock, was=None, saved=None):
         rate = optim.set_rate(opt, {**run.settings, "max_steps": limit}, step)
         row, outputs, chosen = dict(loss=0.0), [], []
         clock.start()
-        index = clips.at(step)
-        hidden = stage.hide(len(index), model.n_tokens, noise).split(size) if stage.hide else [None] * grad_accum
-        passes = list(zip(index.split(size), hidden))
         with world.autocast:
-            shares = shares_of(name, world.train, passes, step)
-        for (part, mask), share in zip(passes, shares):
+            passes = passes_of(name, model, world.train, clips.at(step), step, noise)
+        for index, hidden, share in passes:
             clock.lap("data")                                 # which clips; what is made of them belongs to the pass
             with world.autocast:
-                objective, loss, found = stage.loss(trained, stage.read(world.train, part, step, mask), share)
+                objective, loss, found = stage.loss(trained, stage.read(world.train, index, step, hidden), share)
             clock.lap("forward")
             scaler.scale(objective).backward()
             clock.lap("backward")
@@ -634,7 +636,7 @@ def train_stage(name, world, run, bar, clock, was=None, saved=None):
         clock.lap("optimiser")
         loop.add(row)
         step = loop["step"] = step + 1
-        loop["clips"] += len(index)
+        loop["clips"] += clips.batch_size
         if name == "tokenizer":
             revive(codebook, loop, torch.cat(outputs), torch.cat(chosen), revival)
 
@@ -647,21 +649,21 @@ def train_stage(name, world, run, bar, clock, was=None, saved=None):
             rows = loop["pending"]
             means = {key: sum(line[key] for line in rows) / len(rows) for key in rows[-1]}
             speed = loop["clips"] / (loop["seconds"] - loop["logged_seconds"])
-            run.log(step=loop["start"] + step, split="train", stage=name, stage_step=step, **means, lr=rate,
+            run.log(step=first + step, split="train", stage=name, stage_step=step, **means, lr=rate,
                     clips_per_s=speed, tokens_per_s=speed * clip_tokens, seconds=loop["seconds"])
             loop.update(pending=[], logged_seconds=loop["seconds"], clips=0)
-            bar.update(loop["start"] + step, f"{name} loss {means['loss']:.4f}")
+            bar.update(first + step, f"{name} loss {means['loss']:.4f}")
 
     # ---- the end: the stage's best weights serve the later ones ----
     if run.stop:
         if saved != loop["step"]:
-            run.save("last.pt", loop["start"] + loop["step"])
+            run.save("last.pt", first + loop["step"])
         return
     world.ended[name] = on_cpu(run.states("model", "optimizer", "ema", "scaler", "generators", "loop"))
     del world.ended[name]["loop"]["best_model"]               # which is done[name]
     model.load_state_dict(loop["best_model"])
     world.done[name], world.models[name] = loop["best_model"], model.eval().requires_grad_(False)
-    world.total = loop["start"] + loop["step"]
+    world.total = first + loop["step"]
     clock.start()
     world.told[name] = last_figures(name, world, loop)
     clock.lap("evaluation")
@@ -689,7 +691,7 @@ def last_figures(name, world, loop):
     if name == "actions" and "information" in numbers:
         beside = floors(world.video, train, val)
         found |= {f"actions_{key}": value for key, value in beside.items()}
-        print(f"floors: moved or not {numbers['moved_information']:.3f}, " + in_line(beside))
+        print(f"floors: moved or not {numbers['moved_information']:.3f}, " + measures.in_line(beside))
     if name == "dynamics":
         found |= {f"rollout_{key}": value for key, value in tell_rollouts(world).items()}
     return {key: None if math.isnan(value) else value for key, value in found.items()}
@@ -709,25 +711,15 @@ def tell_rollouts(world):
     """The figures of the dynamics' rollouts, in print and returned."""
     numbers = measures.evaluate_rollouts(world.models["dynamics"], world.val, context, rollout_clips,
                                          temperature=temperature, **generation())
-    print("rollouts: " + in_line(numbers))
+    print("rollouts: " + measures.in_line(numbers))
     return numbers
 
 
 # --- The run ---
 
-NOTHING = {"changed": "nothing changes", "information": "all actions are the same", "majority": "one clip only",
-           "consistency": "no code moves the agent twice", "": "no other clip or action to compare with"}
-
-
-def in_line(numbers):
-    """name value, name value, ...; and why where one is not a number."""
-    return ", ".join(f"{key} {value:.4g}" + (f" ({next(why for word, why in NOTHING.items() if word in key)})" if
-                                             math.isnan(value) else "") for key, value in numbers.items())
-
-
 def in_words(name, numbers):
     """The line of a validation."""
-    return in_line({key: numbers[key] for key in ("loss", *STAGES[name].shown.split()) if key in numbers})
+    return measures.in_line({key: numbers[key] for key in ("loss", *STAGES[name].shown.split()) if key in numbers})
 
 
 def plan(checkpoint, done, ended, video, only_read):
@@ -857,22 +849,18 @@ def main():
     with Run(settings, checkpoint, done=done, ended=ended, figures=told) as run:
         for name in [name for name in told if name not in left]:
             run.summary(**told[name], **({f"{name}_seconds": ended[name]["loop"]["seconds"]} if name in ended else {}))
-        begun = {name: ended[name]["loop"]["step"] for name in longer}
+        was = {name: ended[name] for name in longer}          # what a stage goes on from
         if checkpoint and checkpoint["stage"] in left and checkpoint["stage"] not in (*longer, *anew):
-            begun[checkpoint["stage"]] = checkpoint["loop"]["step"]
-        bar = run.bar(world.total + sum(steps_of(name) - begun.get(name, 0) for name in left), world.total)
-        clock = Stopwatch(where)
+            was[checkpoint["stage"]] = checkpoint
+        to_do = sum(steps_of(name) - (was[name]["loop"]["step"] if name in was else 0) for name in left)
+        bar, clock = run.bar(world.total + to_do, world.total), Stopwatch(where)
         for name in left:
-            was, saved = None, None
             if name in longer:
-                was = ended[name]
-                was["loop"] |= dict(best_model=done[name], start=world.total - was["loop"]["step"])
-                print(f"stage {name} goes on from step {was['loop']['step']}; what is a share of its steps is one of "
-                      f"{steps_of(name)}")
+                was[name]["loop"] |= dict(best_model=done[name], start=world.total - was[name]["loop"]["step"])
+                print(f"stage {name} goes on from step {was[name]['loop']['step']}; what is a share of its steps is "
+                      f"one of {steps_of(name)}")
                 world.forget([name, *(other for other in anew if name in STAGES[other].needs())])
-            elif checkpoint and checkpoint["stage"] == name and name not in anew:
-                was, saved = checkpoint, checkpoint["loop"]["step"]
-            train_stage(name, world, run, bar, clock, was, saved)
+            train_stage(name, world, run, bar, clock, was.get(name))
             if run.stop:
                 break
         bar.close()

@@ -17,6 +17,16 @@ from networks import cross_entropy
 from worldmodel import to_patches
 
 
+NOTHING = {"changed": "nothing changes", "information": "all actions are the same", "majority": "one clip only",
+           "consistency": "no code moves the agent twice", "": "no other clip or action to compare with"}
+
+
+def in_line(numbers):
+    """name value, name value, ...; and why where one is not a number."""
+    return ", ".join(f"{key} {value:.4g}" + (f" ({next(why for word, why in NOTHING.items() if word in key)})" if
+                                             math.isnan(value) else "") for key, value in numbers.items())
+
+
 # --- Frames ---
 
 def pixel_loss(written, frames, indices, weight=None, kernels="torch"):

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,16 +150,18 @@ def test_signs_follow_a_step_not_a_pass():
 
 def test_shares_count_what_is_hidden_and_what_changes(put, video):
     """Shares of a step's passes: sums over sums, written out for one stage with masks."""
-    put(**{**WORDS, "mask_rate": (0.3, 0.9)}, grad_accum=2, dynamics_change=10.0, dynamics_steps=8, max_steps=8)
+    put(**{**WORDS, "mask_rate": (0.3, 0.9)}, grad_accum=3, dynamics_change=10.0, dynamics_steps=8, max_steps=8)
     index = torch.arange(6)
     drawn = w.hide_in_clips(6, 16, torch.Generator().manual_seed(0))
-    shares = w.shares_of("dynamics", material(video), list(zip(index.split(2), drawn.split(2))), 0)
+    found = w.passes_of("dynamics", SimpleNamespace(n_tokens=16), material(video), index, 0,
+                        torch.Generator().manual_seed(0))
+    parts, hidden, shares = zip(*found)
+    assert torch.equal(torch.cat(parts), index) and torch.equal(torch.cat(hidden), drawn)
     truth = video.train.cells(index, w.context).long().flatten(2)
     weights = [sum(1 + 10 * bool(truth[i, t, n] != truth[i, t - 1, n]) for i in rows for t in range(2, w.context)
                    for n in range(16) if drawn[i, t, n]) for rows in (range(2), range(2, 4), range(4, 6))]
     assert [share.item() for share in shares] == pytest.approx([weight / sum(weights) for weight in weights])
     assert 0.1 < min(shares) and len({share.item() for share in shares}) > 1
-    assert w.shares_of("dynamics", material(video), [(index, drawn)], 0) == [1.0]
 
 
 # --- A finished stage that is asked for more ---
@@ -205,14 +208,14 @@ def test_stopped_where_an_evaluation_is_due(launch, tmp_path, monkeypatch, stop)
     bit; the rate in them is that of the step."""
     how = dict(WORDS, stage="dynamics", eval_interval=2, save_interval=3, max_steps=4, eval_clips=2, rollout_clips=2)
     done(launch(tmp_path / "whole", **how))
-    shares = w.shares_of
+    passes = w.passes_of
 
-    def interrupted(name, reader, passes, step):
+    def interrupted(name, model, reader, index, step, noise):
         if (name, step) == ("dynamics", stop - 1):
             os.kill(os.getpid(), signal.SIGINT)
-        return shares(name, reader, passes, step)
+        return passes(name, model, reader, index, step, noise)
     with monkeypatch.context() as patched:
-        patched.setattr(w, "shares_of", interrupted)
+        patched.setattr(w, "passes_of", interrupted)
         assert launch(tmp_path / "stopped", **how)[0] == 130
     done(launch(tmp_path / "stopped", "--resume", **how))
     for name in ("last.pt", "best.pt"):
