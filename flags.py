@@ -92,6 +92,17 @@ class Settings(dict):
             raise UserError(f"--{idle[0]} has no effect {where}: leave it out")
 
 
+class Common:
+    """The settings that all scripts that train have alike."""
+    run_name: str = None           # name of the run's directory, out_dir/script/run_name; none: date and time
+    out_dir: str = "runs"          # where the runs lie
+    tag: str = None                # a word by which `python experiment.py clean --tag` finds the run
+    resume: bool = False           # [path] go on with run_name (none: the newest run); --resume PATH: from that one
+    debug: bool = False            # tiny and short, no wandb, no tensorboard
+    wandb: str = "disabled"        # [disabled, offline, online]
+    tensorboard: bool = False      # curves for TensorBoard in the run's directory
+
+
 class _Setting:
     """One `name = default  # [what is allowed] comment` of a script."""
 
@@ -171,8 +182,8 @@ def _comments(source, first=1):
 def _read_settings(path):
     """The settings of a script in the order of its source: {name: _Setting}. Nothing is run.
 
-    Settings are the literals before `presets` and before the first function or class; CAPITALS and _names are not. And
-    where there is FURTHER = {"file.py:Class": "names"} the commented fields of that class, but those of these names.
+    Settings are the literals before `presets` and before the first function or class; CAPITALS and _names are not; and
+    with FURTHER = {"the model": "model.py:Config but a b"} the commented fields of that class, but a and b.
     """
     with tokenize.open(path) as file:
         source = file.read()
@@ -194,21 +205,21 @@ def _read_settings(path):
             group = next((titles[line][1] for line in range(node.lineno, 0, -1) if titles.get(line)), group)
             comment = comments[node.end_lineno].string.lstrip("# ") if node.end_lineno in comments else ""
             found[name] = _Setting(name, default, comment, group)
-    for place, left_out in further.items():
-        file, _, kind = place.partition(":")
-        fields = _read_fields(Path(path).parent / file, kind)
-        found |= {name: spec for name, spec in fields.items() if name not in found and name not in left_out.split()}
+    for group, place in further.items():
+        file, kind, *left_out = re.split(r":| but | ", place)
+        fields = _read_fields(Path(path).parent / file, kind, f"Further, of {group}")
+        found |= {name: spec for name, spec in fields.items() if name not in found and name not in left_out}
     return found
 
 
-def _read_fields(path, kind):
+def _read_fields(path, kind, group=""):
     """{name: _Setting} of those fields of the config class `kind` in a file that have a comment and a default."""
     with tokenize.open(path) as file:
         source = file.read()
     node = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == kind)
     comments = _comments(textwrap.dedent("\n".join(source.splitlines()[node.lineno:node.end_lineno])), node.lineno + 1)
     return {field.target.id: _Setting(field.target.id, ast.literal_eval(field.value),
-                                      comments[field.end_lineno].string.lstrip("# "), "Further, of the model")
+                                      comments[field.end_lineno].string.lstrip("# "), group)
             for field in node.body if isinstance(field, ast.AnnAssign) and field.value and field.end_lineno in comments}
 
 
@@ -303,7 +314,8 @@ def answer_help(name, path, positional=None):
         tree = ast.parse(file.read())
     g = {"__doc__": ast.get_docstring(tree, clean=False), "__file__": path}
     for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("presets", "aliases"):
+        if isinstance(node, ast.Assign) and (ast.unparse(node.targets[0]) in ("presets", "aliases") or isinstance(
+                node.value, ast.Call) and ast.unparse(node.value.func) == "dict"):   # or what presets build upon
             try:
                 exec(compile(ast.Module([node], []), path, "exec"), {"__builtins__": {"dict": dict}}, g)
             except NameError:

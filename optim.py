@@ -29,9 +29,26 @@ RULES = {
     "schedule_free": dict(lr=2.5e-3, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, power=2.0, averaged=False),
     "ivon": dict(lr=0.1, weight_decay=1e-4, betas=(0.9, 0.99999), ess=1e6, hess_init=1.0, clip_radius=math.inf),
 }
-# What `build` reads of a script's settings beside optimizer and lr, and what stands where they have it not.
-SETTINGS = dict(weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, momentum=0.9, muon_lr=0.02, muon_momentum=0.95,
-                orthograd=False, ess=None, hess_init=1.0, clip_radius=None, kernels="torch", decay_params="matrices")
+
+
+class Settings:
+    """What `build` and `set_rate` read of a script's settings by name, and what stands where it has them not; the
+    commented ones all scripts have alike."""
+    weight_decay: float = 0.0
+    betas: tuple = (0.9, 0.999)
+    momentum: float = 0.9
+    muon_lr: float = 0.02
+    kernels: str = "torch"
+    orthograd: bool = False        # gradients made orthogonal to their weights first
+    warmup_peak: str = "last"      # [last, next] the step that first has the peak rate: of the warm-up, or after it
+    eps: float = 1e-8              # [> 0.0] adam, adamw, schedule_free
+    muon_momentum: float = 0.95    # [>= 0.0, < 1.0] muon
+    ess: float = None              # [none, > 0.0] ivon: effective sample size; none: bytes, or rows, to train on
+    hess_init: float = 1.0         # [> 0.0] ivon: curvature at first
+    clip_radius: float = None      # [none, > 0.0] ivon: largest step of a weight before the rate; none: no bound
+    decay_params: str = "matrices" # [matrices, 2d] 2d: all of two or more dimensions, embeddings and positions too
+
+
 # On a CPU a rule takes a few tensors at a time, so that its next operation still finds them in the cache.
 RUN = 2 ** 17  # elements
 
@@ -590,7 +607,7 @@ def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None, d
 def build(settings, named_parameters, roles, fused_rows=None, mesh=None, n_examples=1e6):
     """The optimiser of a whole model by its name among `settings`; `set_rate` multiplies each group's base_lr.
 
-    settings: optimizer, one of RULES, lr, and what else it reads, or its default in SETTINGS. sgd reads momentum; adam,
+    settings: optimizer, one of RULES, lr, and what else it reads, or its default in Settings. sgd reads momentum; adam,
     adamw and schedule_free betas and eps; muon steps matrix and residual with muon_lr and muon_momentum, the rest by
     AdamW with lr, betas, eps; ivon reads betas, ess (None: n_examples), hess_init, clip_radius (None: no bound).
     orthograd wraps it in OrthoGrad. kernels: "triton" steps what is under AdamW, muon's part too, by
@@ -600,7 +617,7 @@ def build(settings, named_parameters, roles, fused_rows=None, mesh=None, n_examp
     OrthoGrad, which look at whole matrices, gather them for the time of a step. ValueError for ivon on several
     processes. For the rest, and what it raises, see groups.
     """
-    s = {**SETTINGS, **{name: settings[name] for name in SETTINGS if name in settings}}
+    s = {name: settings.get(name, getattr(Settings, name)) for name in Settings.__annotations__}
     name, kernels, lr, betas = settings["optimizer"], s["kernels"], settings["lr"], tuple(s["betas"])
     if name not in RULES:
         raise ValueError(f"optimizer {name!r}: it must be one of {', '.join(RULES)}")

@@ -42,10 +42,6 @@ from model import fused_rows, parameter_roles
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
-run_name = None            # name of the run's directory; none: date and time
-out_dir = "runs"           # the run's directory is out_dir/train_dvae/run_name
-tag = None                 # a word by which `python experiment.py clean --tag` finds the run
-resume = False             # [path] go on with run_name (none: the newest run); --resume PATH: from that checkpoint
 eval_only = False          # with resume: evaluate, draw, train nothing
 encode = None              # with resume: a JSON file with grids (a task, a list of grids, one grid); prints their codes
 decode = None              # with resume: codes with commas between, or a JSON file with lists of codes; prints grids
@@ -55,7 +51,6 @@ device = "auto"            # auto, cpu, cuda, cuda:1, ...
 dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
 compile = False            # torch.compile
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
-debug = False              # tiny and short, no wandb, no tensorboard
 
 # --- Data ---
 dataset = "synthetic"      # synthetic, or of ARC arc1, arc2, or arc1-training, arc1-evaluation, ... with + between
@@ -128,7 +123,6 @@ kl_target = None           # [none, > 0.0] bits per grid: the KL's weight moves 
 # --- Optimisation ---
 max_steps = 1000           # [none, >= 0] optimiser steps in all, resumes included; none: until stopped
 optimizer = "muon"         # [sgd, adam, adamw, muon, schedule_free] muon: hidden matrices, the rest by adamw
-orthograd = False          # gradients made orthogonal to their weights first
 lr = 5e-3                  # [> 0.0] peak learning rate
 muon_lr = 0.01             # [> 0.0] peak learning rate of the matrices under muon
 schedule = "cosine"        # [constant, noam, cosine, wsd] all start with a linear warm-up
@@ -136,9 +130,7 @@ warmup_steps = 50          # [>= 0] steps
 decay_fraction = 0.5       # [> 0.0, <= 1.0] wsd: share of max_steps in which the rate falls linearly
 min_lr_scale = 0.02        # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
 betas = (0.9, 0.98)        # [>= 0.0, < 1.0] adam, adamw, schedule_free
-eps = 1e-8                 # [> 0.0] adam, adamw, schedule_free
 momentum = 0.9             # [>= 0.0, < 1.0] sgd
-muon_momentum = 0.95       # [>= 0.0, < 1.0] muon
 weight_decay = 0.01        # [>= 0.0] on matrices only
 grad_clip = 1.0            # [none, > 0.0] largest norm of the whole gradient
 ema_decay = 0.99           # [>= 0.0, < 1.0] running average of the weights, evaluated in their place; 0: none
@@ -150,8 +142,10 @@ eval_batch_size = 256      # [>= 1] grids at once; changes the speed, not the re
 save_interval = 250        # [>= 1] steps between checkpoints
 keep_last = 0              # [>= 0] numbered checkpoints to keep beside last.pt and best.pt
 log_interval = 10          # [>= 1] steps between lines of metrics
-wandb = "disabled"         # [disabled, offline, online]
-tensorboard = False        # curves for TensorBoard in the run's directory
+
+# Flags all the same: the commented fields of these classes.
+FURTHER = {"the optimiser": "optim.py:Settings but warmup_peak ess hess_init clip_radius decay_params",
+           "the run": "flags.py:Common"}
 
 presets = {
     "cpu": dict(max_steps=1000),
@@ -191,7 +185,7 @@ def check(settings):
         raise UserError(f"n_head {n_head} does not divide n_embd {n_embd}")
     if round(ff_mult * n_embd) < 1:
         raise UserError(f"ff_mult {ff_mult} leaves no feed-forward width at n_embd {n_embd}")
-    if code_dim == 1 and similarity == "cosine" and estimator != "fsq" and resume is False:
+    if code_dim == 1 and similarity == "cosine" and estimator != "fsq" and settings["resume"] is False:
         raise UserError("code_dim 1: on a line cosine knows two directions and has no gradient, so the encoder would "
                         "learn nothing: take code_dim 2, or --similarity dot")
     if estimator == "reinmax" and min(own("tau_start"), own("tau_end")) < 1:
@@ -576,7 +570,7 @@ def main():
     only_read = eval_only or encode is not None or decode is not None
     if (eval_only, encode is not None, decode is not None).count(True) > 1:
         raise UserError("--eval_only, --encode and --decode: one of them")
-    if only_read and resume is False:
+    if only_read and settings["resume"] is False:
         raise UserError("--eval_only, --encode and --decode go with --resume, or --resume PATH: which model?")
     checkpoint = resumed(settings, architecture, ("eval_only", "encode", "decode"), needed=only_read)
     config = check(settings)

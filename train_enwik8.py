@@ -34,10 +34,6 @@ from sample import generate
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
-run_name = None            # name of the run's directory; none: date and time
-out_dir = "runs"           # the run's directory is out_dir/train_enwik8/run_name
-tag = None                 # a word by which `python experiment.py clean --tag` finds the run
-resume = False             # [path] go on with run_name (none: the newest run); --resume PATH: from that checkpoint
 seed = 1337                # [>= 0] initialisation and dropout
 data_seed = 1337           # [>= 0] batches
 device = "auto"            # auto, cpu, cuda, cuda:1, ...
@@ -46,7 +42,6 @@ compile = False            # torch.compile
 dp = 1                     # [>= 1] processes over which a batch's rows are divided, under torchrun
 tp = 1                     # [>= 1] processes over which each layer's matrices are divided, under torchrun
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
-debug = False              # tiny and short, no wandb, no tensorboard
 profile = False            # torch profiler over a few steps: trace.json in the run's directory
 
 # --- Data ---
@@ -91,23 +86,15 @@ intermediate_losses = True # layer l of n also predicts, until the fraction l / 
 # --- Optimisation ---
 max_steps = 200_000        # [none, >= 0] optimiser steps in all, resumes included; none: until stopped
 optimizer = "adamw"        # [sgd, adam, adamw, muon, schedule_free, ivon] muon: hidden matrices, the rest by adamw
-orthograd = False          # gradients made orthogonal to their weights first
 lr = 7e-4                  # [> 0.0] peak learning rate
 muon_lr = 0.02             # [> 0.0] peak learning rate of the matrices under muon
 schedule = "noam"          # [constant, noam, cosine, wsd] all start with a linear warm-up
 warmup_steps = 4000        # [>= 0] steps
-warmup_peak = "last"       # [last, next] the step that first has the peak rate: of the warm-up, or after it
 decay_fraction = 0.2       # [> 0.0, <= 1.0] wsd: share of max_steps in which the rate falls linearly
 min_lr_scale = 0.0         # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
 betas = (0.9, 0.99)        # [>= 0.0, < 1.0] adam, adamw, schedule_free, ivon (0.9,0.99999 there)
-eps = 1e-8                 # [> 0.0] adam, adamw, schedule_free
 momentum = 0.99            # [>= 0.0, < 1.0] sgd
-muon_momentum = 0.95       # [>= 0.0, < 1.0] muon
-ess = None                 # [none, > 0.0] ivon: effective sample size; none: bytes of the training split
-hess_init = 1.0            # [> 0.0] ivon: curvature at first
-clip_radius = None         # [none, > 0.0] ivon: largest step of a weight before the rate; none: no bound
 weight_decay = 0.01        # [>= 0.0] on what decay_params names
-decay_params = "matrices"  # [matrices, 2d] 2d: all of two or more dimensions, embeddings and position tables too
 grad_clip = 1.0            # [none, > 0.0] largest norm of the whole gradient
 ema_decay = 0.0            # [>= 0.0, < 1.0] running average of the weights, evaluated beside them; 0: none
 
@@ -120,33 +107,36 @@ save_interval = 1000       # [>= 1] steps between checkpoints
 keep_last = 0              # [>= 0] numbered checkpoints to keep beside last.pt and best.pt
 log_interval = 10          # [>= 1] steps between lines of metrics
 sample_length = 400        # [>= 0, <= 1000000] bytes of text written at the end
-wandb = "disabled"         # [disabled, offline, online]
-tensorboard = False        # curves for TensorBoard in the run's directory
 
-# What else the model can do, a flag all the same: the commented fields of its configuration.
-FURTHER = {"model.py:TransformerConfig": ""}
+# Flags all the same: the commented fields of these classes.
+FURTHER = {"the model": "model.py:TransformerConfig",
+           "the optimiser": "optim.py:Settings",
+           "the run": "flags.py:Common"}
+
+# What several presets share: a plain model as one would build it now, the part of enwik8 that two cores read in minutes.
+modern = dict(dropout=0.0, n_targets=1, intermediate_losses=False, positions="rope", norm="rms", activation="relu2",
+              init="zero", optimizer="muon", betas=(0.8, 0.95), schedule="wsd")
+some_enwik8 = dict(modern, dataset="enwik8", max_bytes=4_150_000, n_embd=256, block_size=256, batch_size=16, lr=0.02,
+                   muon_lr=0.02, decay_fraction=0.8, dtype="bfloat16", eval_interval=100, save_interval=100)
+variants = dict(some_enwik8, batching="streams", n_layer=6, n_head=4, warmup_steps=10, max_steps=200)
+shakespeare = dict(modern, dataset="shakespeare", n_head=2, n_embd=128, block_size=64, qk_norm=True, lr=0.03,
+                   weight_decay=0.0, decay_fraction=1.0, warmup_steps=0, dtype="bfloat16")
+al_rfou = dict(optimizer="sgd", lr=3e-3, schedule="constant", warmup_steps=0, weight_decay=0.0, max_steps=4_000_000)
 
 presets = {
     # No download, some minutes on two cores.
     "cpu": dict(
-        dataset="stdlib", n_layer=4, n_head=2, n_embd=128, block_size=128, batch_size=16, dropout=0.0, n_targets=1,
-        intermediate_losses=False, positions="rope", norm="rms", activation="relu2", init="zero", qk_norm=True,
-        optimizer="muon", lr=0.03, muon_lr=0.04, muon_momentum=0.9, betas=(0.8, 0.95), weight_decay=0.0, schedule="wsd",
-        decay_fraction=1.0, warmup_steps=0, max_steps=1000, eval_interval=100, save_interval=200),
+        modern, dataset="stdlib", n_layer=4, n_head=2, n_embd=128, block_size=128, batch_size=16, qk_norm=True, lr=0.03,
+        muon_lr=0.04, muon_momentum=0.9, weight_decay=0.0, decay_fraction=1.0, warmup_steps=0, max_steps=1000,
+        eval_interval=100, save_interval=200),
     # tinyshakespeare with the batch of nanoGPT's CPU command, about its size, and what is known since.
     "shakespeare_cpu": dict(
-        dataset="shakespeare", n_layer=4, n_head=2, n_embd=128, block_size=64, batch_size=12, dropout=0.0, n_targets=1,
-        intermediate_losses=False, positions="rope", norm="rms", activation="relu2", init="zero", qk_norm=True,
-        optimizer="muon", lr=0.03, muon_lr=0.05, muon_momentum=0.85, betas=(0.8, 0.95), weight_decay=0.0,
-        schedule="wsd", decay_fraction=1.0, warmup_steps=0, dtype="bfloat16", max_steps=250, eval_interval=50,
+        shakespeare, n_layer=4, batch_size=12, muon_lr=0.05, muon_momentum=0.85, max_steps=250, eval_interval=50,
         save_interval=250),
     # The same text to 1.88 nats in the least time: one layer, whose convolution knows the bytes just before.
     "shakespeare_fast": dict(
-        dataset="shakespeare", n_layer=1, n_head=2, n_embd=128, block_size=64, batch_size=32, dropout=0.0, n_targets=1,
-        intermediate_losses=False, short_conv=4, positions="rope", norm="rms", activation="relu2", init="zero",
-        qk_norm=True, optimizer="muon", lr=0.03, muon_lr=0.1, muon_momentum=0.8, betas=(0.8, 0.95), weight_decay=0.0,
-        schedule="wsd", decay_fraction=1.0, warmup_steps=0, dtype="bfloat16", max_steps=125, eval_interval=125,
-        save_interval=125),
+        shakespeare, n_layer=1, batch_size=32, short_conv=4, muon_lr=0.1, muon_momentum=0.8, max_steps=125,
+        eval_interval=125, save_interval=125),
     # nanoGPT's CPU command: the same architecture, batch, optimiser and schedule, on bytes, in bfloat16.
     "nanogpt_cpu": dict(
         dataset="shakespeare", n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0, n_targets=1,
@@ -156,42 +146,23 @@ presets = {
         save_interval=500),
     # The first 4,150,000 bytes of enwik8 on two cores.
     "enwik8_cpu": dict(
-        dataset="enwik8", max_bytes=4_150_000, batching="epochs", n_layer=4, n_head=4, n_embd=256, block_size=256,
-        batch_size=16, dropout=0.0, n_targets=1, intermediate_losses=False, positions="rope", norm="rms",
-        activation="relu2", init="zero", qk_norm=True, optimizer="muon", lr=0.02, muon_lr=0.02, betas=(0.8, 0.95),
-        schedule="wsd", decay_fraction=0.8, warmup_steps=20, dtype="bfloat16", max_steps=2000, eval_interval=100,
-        save_interval=100),
-    # One recipe for every mixer at equal parameters: T12's shape in small, on the first 4,150,000 bytes of enwik8.
-    "variants_cpu": dict(
-        dataset="enwik8", max_bytes=4_150_000, batching="streams", n_layer=6, n_head=4, n_embd=256, block_size=256,
-        batch_size=16, dropout=0.0, n_targets=1, intermediate_losses=False, positions="rope", norm="rms",
-        activation="relu2", init="zero", equal_params=True, optimizer="muon", lr=0.02, muon_lr=0.02, betas=(0.8, 0.95),
-        schedule="wsd", decay_fraction=0.8, warmup_steps=10, dtype="bfloat16", max_steps=200, eval_interval=100,
-        save_interval=100, sample_length=0),
+        some_enwik8, batching="epochs", n_layer=4, n_head=4, qk_norm=True, warmup_steps=20, max_steps=2000),
+    # One recipe for every mixer at equal parameters: T12's shape in small.
+    "variants_cpu": dict(variants, equal_params=True, sample_length=0),
     # The baseline of grids/one_change.yaml; with --max_steps 10000 the reference curve of the README.
     "one_change": dict(
-        dataset="enwik8", max_bytes=4_150_000, batching="streams", carry_memory=False, data_seed=1, batch_size=8,
-        block_size=128, n_layer=4, n_head=4, n_embd=96, equal_params=True, dropout=0.0, norm="rms", norm_gain=False,
-        bias=False, positions="rope", activation="gelu", init="zero", mixer="full", ff="mlp", n_targets=1,
-        intermediate_losses=False, optimizer="muon", lr=0.02, muon_lr=0.02, momentum=0.9, betas=(0.8, 0.95),
-        weight_decay=0.0, grad_clip=1.0, schedule="wsd", decay_fraction=0.8, warmup_steps=10, dtype="bfloat16",
-        max_steps=500, eval_interval=100, eval_windows=32, save_interval=250, log_interval=10, sample_length=0),
+        modern, dataset="enwik8", max_bytes=4_150_000, batching="streams", carry_memory=False, data_seed=1,
+        batch_size=8, block_size=128, n_layer=4, n_head=4, n_embd=96, equal_params=True, norm_gain=False, bias=False,
+        activation="gelu", mixer="full", ff="mlp", lr=0.02, muon_lr=0.02, momentum=0.9, weight_decay=0.0, grad_clip=1.0,
+        decay_fraction=0.8, warmup_steps=10, dtype="bfloat16", max_steps=500, eval_interval=100, eval_windows=32,
+        save_interval=250, log_interval=10, sample_length=0),
     # DeepSeek-V2 and V3 in small: latent attention, experts after a dense layer, two bytes ahead.
     "deepseek_cpu": dict(
-        dataset="enwik8", max_bytes=4_150_000, batching="streams", n_layer=6, n_head=4, n_embd=256, block_size=256,
-        batch_size=16, dropout=0.0, n_targets=1, intermediate_losses=False, positions="rope", norm="rms",
-        norm_gain=True, mixer="mla", ff="mlp,moe,moe,moe,moe,moe", activation="swiglu", n_expert=9,
-        n_shared_expert=1, expert_top_k=2, expert_balance="bias",
-        mtp_depth=1, init="zero", optimizer="muon", lr=0.02, muon_lr=0.02, betas=(0.8, 0.95),
-        schedule="wsd", decay_fraction=0.8, warmup_steps=10, dtype="bfloat16", max_steps=200, eval_interval=100,
-        save_interval=100),
+        variants, norm_gain=True, mixer="mla", ff="mlp,moe,moe,moe,moe,moe", activation="swiglu", n_expert=9,
+        n_shared_expert=1, expert_top_k=2, expert_balance="bias", mtp_depth=1),
     # Al-Rfou et al.: batch 16, momentum 0.99, fixed rate 0.003. Dropout and length of T12 are not in the text: ours.
-    "t12": dict(
-        optimizer="sgd", lr=3e-3, schedule="constant", warmup_steps=0, weight_decay=0.0, dropout=0.2,
-        max_steps=4_000_000),
-    "t64": dict(
-        n_layer=64, optimizer="sgd", lr=3e-3, schedule="constant", warmup_steps=0, weight_decay=0.0, dropout=0.55,
-        max_steps=4_000_000),
+    "t12": dict(al_rfou, dropout=0.2),
+    "t64": dict(al_rfou, n_layer=64, dropout=0.55),
 }
 
 # What --debug sets, unless a flag says otherwise.

@@ -44,10 +44,6 @@ from model import TransformerConfig, build_model, fused_rows, parameter_roles
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
-run_name = None            # name of the run's directory; none: date and time
-out_dir = "runs"           # the run's directory is out_dir/train_facts/run_name
-tag = None                 # a word by which `python experiment.py clean --tag` finds the run
-resume = False             # [path] go on with run_name (none: the newest run); --resume PATH: from that checkpoint
 seed = 1337                # [>= 0] initialisation and dropout
 data_seed = 1337           # [>= 0] people, rows and the order of batches
 dp = 1                     # [>= 1] processes over which a batch's rows are divided, under torchrun
@@ -56,7 +52,6 @@ device = "auto"            # auto, cpu, cuda, cuda:1, ...
 dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
 compile = False            # torch.compile
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
-debug = False              # tiny and short, no wandb, no tensorboard
 
 # --- Task ---
 task = "in_tool"           # [in_weight, in_tool, both, mqar, text] both: each fact by one of the two ways
@@ -121,23 +116,15 @@ tie_weights = False        # the classifier is the embedding
 max_steps = 800            # [none, >= 0] optimiser steps in all, resumes included; none: until stopped
 exposures = None           # [none, > 0.0] facts: how often each is seen; sets max_steps
 optimizer = "muon"         # [sgd, adam, adamw, muon, schedule_free, ivon] muon: hidden matrices, the rest by adamw
-orthograd = False          # gradients made orthogonal to their weights first
 lr = 2e-2                  # [> 0.0] peak learning rate
 muon_lr = 0.02             # [> 0.0] peak learning rate of the matrices under muon
 schedule = "wsd"           # [constant, noam, cosine, wsd] all start with a linear warm-up
 warmup_steps = 50          # [>= 0] steps
-warmup_peak = "last"       # [last, next] the step that first has the peak rate: of the warm-up, or after it
 decay_fraction = 0.5       # [> 0.0, <= 1.0] wsd: share of max_steps in which the rate falls linearly
 min_lr_scale = 0.02        # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
 betas = (0.9, 0.98)        # [>= 0.0, < 1.0] adam, adamw, schedule_free, ivon (0.9,0.99999 there)
-eps = 1e-8                 # [> 0.0] adam, adamw, schedule_free
 momentum = 0.99            # [>= 0.0, < 1.0] sgd
-muon_momentum = 0.95       # [>= 0.0, < 1.0] muon
-ess = None                 # [none, > 0.0] ivon: effective sample size; none: rows to train on
-hess_init = 1.0            # [> 0.0] ivon: curvature at first
-clip_radius = None         # [none, > 0.0] ivon: largest step of a weight before the rate; none: no bound
 weight_decay = 0.1         # [>= 0.0] on what decay_params names
-decay_params = "matrices"  # [matrices, 2d] 2d: all of two or more dimensions, embeddings and position tables too
 grad_clip = None           # [none, > 0.0] largest norm of the whole gradient
 ema_decay = 0.0            # [>= 0.0, < 1.0] running average of the weights, evaluated beside them; 0: none
 
@@ -149,13 +136,18 @@ eval_batch_size = 512      # [>= 1] rows at once; changes the speed, not the res
 save_interval = 200        # [>= 1] steps between checkpoints
 keep_last = 0              # [>= 0] numbered checkpoints to keep beside last.pt and best.pt
 log_interval = 10          # [>= 1] steps between lines of metrics
-wandb = "disabled"         # [disabled, offline, online]
-tensorboard = False        # curves for TensorBoard in the run's directory
 
-# What else the model can do, a flag all the same: the commented fields of its configuration, but these.
-FURTHER = {"model.py:TransformerConfig":
-    "shorten rope_scaling rope_factor rope_ramp rope_mscale rope_mscale_all_dim n_targets target_heads layer_heads "
-    "intermediate_losses mtp_depth mtp_weight"}
+# Flags all the same: the commented fields of these classes.
+FURTHER = {"the model": "model.py:TransformerConfig but shorten rope_scaling rope_factor rope_ramp rope_mscale "
+                        "rope_mscale_all_dim n_targets target_heads layer_heads intermediate_losses mtp_depth "
+                        "mtp_weight",
+           "the optimiser": "optim.py:Settings",
+           "the run": "flags.py:Common"}
+
+shakespeare = dict(task="text", dataset="shakespeare", batch_size=16, n_layer=4, n_head=4, n_embd=128, norm_gain=False,
+                   qk_norm=True, ff_mult=4.0, activation="relu2", lr=0.03, muon_lr=0.04, muon_momentum=0.9,
+                   betas=(0.8, 0.95), weight_decay=0.0, decay_fraction=1.0, warmup_steps=0, min_lr_scale=0.0,
+                   dtype="bfloat16", max_steps=500, eval_prompts=32, eval_batch_size=32)
 
 presets = {
     # No download, a minute on two cores: the rule of the tool, at width 16.
@@ -171,16 +163,8 @@ presets = {
         positions="learned", ff="none", init="xavier", optimizer="adamw", lr=3e-3, betas=(0.9, 0.95),
         schedule="constant", max_steps=3000, eval_interval=100, eval_prompts=1000, save_interval=500),
     # Bytes and byte pairs of tinyshakespeare, two cores.
-    "shakespeare_bytes": dict(
-        task="text", dataset="shakespeare", tokenizer="bytes", block_size=256, batch_size=16, n_layer=4, n_head=4,
-        n_embd=128, norm_gain=False, qk_norm=True, ff_mult=4.0, activation="relu2", lr=0.03, muon_lr=0.04,
-        muon_momentum=0.9, betas=(0.8, 0.95), weight_decay=0.0, decay_fraction=1.0, warmup_steps=0, min_lr_scale=0.0,
-        dtype="bfloat16", max_steps=500, eval_prompts=32, eval_batch_size=32),
-    "shakespeare_bpe": dict(
-        task="text", dataset="shakespeare", tokenizer="bpe:1024", block_size=128, batch_size=16, n_layer=4, n_head=4,
-        n_embd=128, norm_gain=False, qk_norm=True, ff_mult=4.0, activation="relu2", lr=0.03, muon_lr=0.04,
-        muon_momentum=0.9, betas=(0.8, 0.95), weight_decay=0.0, decay_fraction=1.0, warmup_steps=0, min_lr_scale=0.0,
-        dtype="bfloat16", max_steps=500, eval_prompts=32, eval_batch_size=32),
+    "shakespeare_bytes": dict(shakespeare, tokenizer="bytes", block_size=256),
+    "shakespeare_bpe": dict(shakespeare, tokenizer="bpe:1024", block_size=128),
     # The SmolLM corpus with GPT-2's tokenizer, for one GPU: downloads shards.
     "smollm": dict(
         task="text", dataset="smollm:cosmopedia-v2", tokenizer="tiktoken:gpt2", block_size=1024, batch_size=32,
@@ -196,9 +180,9 @@ debug_settings = dict(n_people=16, n_unseen=8, n_rows=500, n_test_rows=50, mqar_
 
 # These make the shape of the weights and of the state beside them: on resume they come from the checkpoint.
 architecture = (
-    *TransformerConfig.shape(), "data_seed", "task", "loss_on", "tokenizer", "n_people", "kind", "names", "form", "prefix",
-    "alpha", "tool_share", "exposures", "n_rows", "pairs", "mqar_vocab", "mqar_alpha", "random_non_queries", "dataset",
-    "batching", "optimizer", "decay_params")
+    *TransformerConfig.shape(), "data_seed", "task", "loss_on", "tokenizer", "n_people", "kind", "names", "form",
+    "prefix", "alpha", "tool_share", "exposures", "n_rows", "pairs", "mqar_vocab", "mqar_alpha", "random_non_queries",
+    "dataset", "batching", "optimizer", "decay_params")
 
 FACTS = ("in_weight", "in_tool", "both")
 

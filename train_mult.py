@@ -41,10 +41,6 @@ from networks import EncoderDecoder, LatentTransformer, PrefixDecoder, cross_ent
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
-run_name = None            # name of the run's directory; none: date and time
-out_dir = "runs"           # the run's directory is out_dir/train_mult/run_name
-tag = None                 # a word by which `python experiment.py clean --tag` finds the run
-resume = False             # [path] go on with run_name (none: the newest run); --resume PATH: from that checkpoint
 eval_only = False          # with resume: evaluate on all held-out examples, train nothing, write nothing
 ask = None                 # with resume: problems to solve, as "12*34", several with commas
 seed = 1337                # [>= 0] initialisation, dropout and coins of teacher forcing
@@ -53,7 +49,6 @@ device = "auto"            # auto, cpu, cuda, cuda:1, ...
 dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
 compile = False            # torch.compile
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
-debug = False              # tiny and short, no wandb, no tensorboard
 
 # --- Data ---
 min_digits = 3             # [>= 1, <= 8] of the operands
@@ -101,7 +96,6 @@ stability_eps = 0.02       # [> 0.0] nats: so closely
 max_steps = 20_000         # [none, >= 0] optimiser steps of each model in all, resumes included; none: until stopped
 patience = None            # [none, >= 1] a model rests after so many validations without a better one
 optimizer = "muon"         # [sgd, adam, adamw, muon, schedule_free] muon: hidden matrices, the rest by adamw
-orthograd = False          # gradients made orthogonal to their weights first
 lr = 2e-3                  # [> 0.0] peak learning rate
 muon_lr = 0.02             # [> 0.0] peak learning rate of the matrices under muon
 schedule = "wsd"           # [constant, noam, cosine, wsd] all start with a linear warm-up
@@ -109,9 +103,7 @@ warmup_steps = 50          # [>= 0] steps
 decay_fraction = 0.5       # [> 0.0, <= 1.0] wsd: share of max_steps in which the rate falls linearly
 min_lr_scale = 0.02        # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
 betas = (0.9, 0.98)        # [>= 0.0, < 1.0] adam, adamw, schedule_free
-eps = 1e-8                 # [> 0.0] adam, adamw, schedule_free
 momentum = 0.9             # [>= 0.0, < 1.0] sgd
-muon_momentum = 0.95       # [>= 0.0, < 1.0] muon
 weight_decay = 0.1         # [>= 0.0] on matrices only
 grad_clip = 1.0            # [none, > 0.0] largest norm of the whole gradient
 ema_decay = 0.0            # [>= 0.0, < 1.0] running average of the weights, evaluated in their place; 0: none
@@ -123,8 +115,10 @@ eval_batch_size = 1000     # [>= 1] examples at once; changes the speed, not the
 save_interval = 500        # [>= 1] steps between checkpoints
 keep_last = 0              # [>= 0] numbered checkpoints to keep beside last.pt and best_MODEL.pt
 log_interval = 10          # [>= 1] steps between lines of metrics
-wandb = "disabled"         # [disabled, offline, online]
-tensorboard = False        # curves for TensorBoard in the run's directory
+
+# Flags all the same: the commented fields of these classes.
+FURTHER = {"the optimiser": "optim.py:Settings but warmup_peak ess hess_init clip_radius decay_params",
+           "the run": "flags.py:Common"}
 
 presets = {
     "cpu": dict(min_digits=2, max_digits=2, val_fraction=0.1, max_steps=1000, format="padded", activation="swiglu",
@@ -539,7 +533,7 @@ def main():
     only_read = eval_only or ask is not None
     if eval_only and ask is not None:
         raise UserError("--eval_only and --ask: one of them")
-    if only_read and resume is False:
+    if only_read and settings["resume"] is False:
         raise UserError(f"--{'eval_only' if eval_only else 'ask'} goes with --resume, or --resume PATH: which model?")
     checkpoint = resumed(settings, architecture, ("eval_only", "ask"), needed=only_read)
     names, notation, config = check(settings)
