@@ -42,11 +42,7 @@ from worldmodel import ActionModel, CausalDynamics, Dynamics, FirstFrame, Tokeni
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
-run_name = None            # name of the run's directory; none: date and time
-out_dir = "runs"           # the run's directory is out_dir/train_worldmodel/run_name
-tag = None                 # a word by which `python experiment.py clean --tag` finds the run
 stage = "all"              # [all, tokenizer, actions, dynamics, text, frame] what to train; all: one after the other
-resume = False             # [path] go on with run_name (none: the newest run); --resume PATH: from that checkpoint
 eval_only = False          # with resume: figures of all stages that are trained, rollouts too; trains nothing
 play = None                # a run's directory: its world in the browser, keys choose actions
 port = 0                   # [>= 0, <= 65535] of that page on 127.0.0.1; 0: a free one
@@ -59,7 +55,6 @@ dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: 
 compile = False            # torch.compile of the pass that training makes
 kernels = "torch"          # [torch, triton] triton: fused operations of kernels.py; not compared with --compile yet
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
-debug = False              # tiny and short, no wandb, no tensorboard
 
 # --- Data ---
 dataset = "gridworld"      # gridworld, donkeycar, atari:Freeway (needs ale-py), or a file: frames (N, H, W, 3), actions
@@ -147,8 +142,6 @@ warmup_steps = 50          # [>= 0] steps
 decay_fraction = 0.5       # [> 0.0, <= 1.0] wsd: share of the steps in which the rate falls linearly
 min_lr_scale = 0.05        # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
 betas = (0.9, 0.99)        # [>= 0.0, < 1.0] adam, adamw
-eps = 1e-8                 # [> 0.0] adam, adamw
-muon_momentum = 0.95       # [>= 0.0, < 1.0] muon
 weight_decay = 1e-4        # [>= 0.0] on matrices only
 grad_clip = 1.0            # [none, > 0.0] largest norm of the whole gradient
 ema_decay = 0.0            # [>= 0.0, < 1.0] running average of the weights, evaluated in their place; 0: none
@@ -159,8 +152,10 @@ eval_clips = 512           # [>= 1] of them, spread over the validation worlds
 patience = None            # [none, >= 1] validations without a better one after which a stage ends; none: never
 save_interval = 200        # [>= 1] steps between checkpoints
 log_interval = 10          # [>= 1] steps between lines of metrics
-wandb = "disabled"         # [disabled, offline, online]
-tensorboard = False        # curves for TensorBoard in the run's directory
+
+# Flags all the same: the commented fields of these classes.
+FURTHER = {"the optimiser": "optim.py:Settings but orthograd warmup_peak ess hess_init clip_radius decay_params",
+           "the run": "flags.py:Common"}
 
 presets = {
     "cpu": dict(stage="all", action_steps=1000, dynamics_steps=400, text_steps=100, frame_steps=250),
@@ -786,9 +781,9 @@ def main():
     if play is not None and rollout is not None:
         raise UserError("--play and --rollout: one of them")
     if (shown := play or rollout) is not None:               # RUN: its directory, or its name
-        named = Path(out_dir, "train_worldmodel", shown)
+        named = Path(settings["out_dir"], "train_worldmodel", shown)
         settings.put(resume=str(named if named.exists() and not Path(shown).exists() else shown))
-    if eval_only and resume is False:
+    if eval_only and settings["resume"] is False:
         raise UserError("--eval_only goes with --resume, or --resume PATH: which model?")
     only_read = eval_only or shown is not None
     checkpoint = resumed(settings, architecture, ("eval_only", "play", "port", "rollout", "actions", "prompt"),

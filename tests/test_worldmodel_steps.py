@@ -32,7 +32,7 @@ def launch(monkeypatch, capsys):
     """launch(out_dir, more words, settings on top of TINY) -> (exit status, standard output and error)."""
     defaults = {name: spec.default for name, spec in flags._read_settings(w.__file__).items()}
     for name in defaults:
-        monkeypatch.setattr(w, name, getattr(w, name))        # as it was, in the end
+        monkeypatch.setattr(w, name, getattr(w, name, None), raising=False)      # as it was, in the end
     monkeypatch.setattr(experiment, "draw_curves", lambda *paths: None)
     monkeypatch.setattr(experiment, "_output", lambda *words: None)
     monkeypatch.setattr(experiment.Run, "_copy_code", lambda run: None)
@@ -65,7 +65,7 @@ def put(monkeypatch):
     """Sets settings of the script for one test, on top of TINY."""
     def put(**settings):
         for name, value in (TINY | settings).items():
-            monkeypatch.setattr(w, name, None if value == "none" else value)
+            monkeypatch.setattr(w, name, None if value == "none" else value, raising=False)
     return put
 
 
