@@ -136,6 +136,15 @@ def test_passes_are_one_pass(launch, tmp_path, put, case):
             torch.testing.assert_close(many[stage][name], value, rtol=1e-5, atol=1e-5, msg=f"{stage} {name}")
 
 
+def test_rows_of_the_table_name_settings_that_there_are():
+    """Steps, clips of a pass and what makes a stage's shape; a stage reads stages above it."""
+    known = flags._read_settings(w.__file__)
+    assert set(w.architecture) == {"all", *w.STAGES}
+    for i, (name, stage) in enumerate(w.STAGES.items()):
+        assert {stage.steps, stage.batch, *w.architecture[name]} <= known.keys()
+        assert set(stage.needs()) <= {*list(w.STAGES)[:i]}
+
+
 def test_signs_follow_a_step_not_a_pass():
     """Running statistics of all passes at once, as VQ's means; a pass alone changes none."""
     u = torch.randn(24, 2, generator=torch.Generator().manual_seed(0)) * 3 + 1
