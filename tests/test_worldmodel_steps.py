@@ -207,7 +207,7 @@ def test_a_longer_run_goes_on_where_the_shorter_ended(launch, tmp_path):
     checkpoint = load_checkpoint(old / "last.pt")
     for key in ("ended", "figures"):
         del checkpoint[key]
-    torch.save(checkpoint, old / "last.pt")
+    torch.save(dict(checkpoint), old / "last.pt")
     assert "stage tokenizer stays as it is" in done(launch(tmp_path / "old", "--resume", max_steps=6))
 
 
