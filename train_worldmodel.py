@@ -30,13 +30,13 @@ import limits
 import optim
 from data.video import Stream, caption_length, load
 from discrete import fsq_levels
-from experiment import (Generators, Loop, Run, Stopwatch, UserError, begin, command, optional, replacing,
-                        resolve_device, restoring, resumed, seed_everything)
+from experiment import (Generators, Loop, Run, Stopwatch, UserError, begin, command, optional, resolve_device,
+                        restoring, resumed, seed_everything)
 from model import fused_rows, parameter_roles
 from models import world_measures as measures
 from models.world_measures import pixel_loss
 from nanolab import world as worlds
-from nanolab.play import Played, parse_actions, save_strip, serve, write_rollout
+from nanolab.play import Played, parse_actions, save_samples, serve, write_rollout
 from networks import cross_entropy
 from worldmodel import ActionModel, CausalDynamics, Dynamics, FirstFrame, Tokenizer, Writer
 
@@ -254,10 +254,9 @@ def falling(step, steps, first, fraction):
 
 # --- Losses: what a pass reads of clips index (B,), and what it makes of that ---
 #
-# A `read_` returns a batch, whose last entry is what each target weighs. A `_loss` returns (what is minimised, the loss
-# itself, what a codebook chose: a Quantised, or None). A step's loss is a sum over its grad_accum passes over a sum of
-# their weights, so that it does not depend on how they divide it: share is a pass's share of these. So are the masks
-# `hidden`, which are drawn for all clips of a step at once.
+# A `read_` returns a batch, whose last entry is what each target weighs, and a `_loss` (the mean by these weights, what
+# a codebook chose: a Quantised, or None). A step does not depend on how its grad_accum passes divide it: its loss is a
+# sum over all of them over the sum of their weights, and the masks `hidden` are drawn for all its clips at once.
 
 def read_tokenizer(reader, index, step, hidden=None):
     """(frames, palette indices, weight (B, T, H, W)): pixels that differ between frames of a clip weigh more."""
@@ -266,12 +265,11 @@ def read_tokenizer(reader, index, step, hidden=None):
     return frames, indices, 1 + tokenizer_change * moving
 
 
-def tokenizer_loss(model, batch, share=1.0):
+def tokenizer_loss(model, batch):
     """Of reconstructing clips."""
     frames, indices, weight = batch
     written, found = model(frames)
-    loss = pixel_loss(written, frames, indices, weight, kernels) * share
-    return loss + 0.25 * found.loss / grad_accum, loss.detach(), found
+    return pixel_loss(written, frames, indices, weight, kernels), found
 
 
 def read_actions(reader, index, step, hidden=None):
@@ -287,7 +285,7 @@ def read_actions(reader, index, step, hidden=None):
     return frames, None if indices is None else indices[:, first:], step < soft_fraction * steps_of("actions"), weight
 
 
-def actions_loss(model, batch, share=1.0):
+def actions_loss(model, batch):
     """Of writing the last frame of each clip from those before and a code; the transformer writes every frame from the
     third on. Not linear in the batch with action_quantiser signs: they are normalised by the clips of one pass."""
     frames, targets, soft, weight = batch
@@ -297,8 +295,7 @@ def actions_loss(model, batch, share=1.0):
     else:
         written, found = model(frames, soft=soft)
         written = written[:, None]
-    loss = pixel_loss(written, frames[:, -weight.size(1):], targets, weight, kernels) * share
-    return loss + found.loss / grad_accum, loss.detach(), found
+    return pixel_loss(written, frames[:, -weight.size(1):], targets, weight, kernels), found
 
 
 def first_target():
@@ -328,7 +325,7 @@ def read_dynamics(reader, index, step, hidden):
     return truth, acts, hidden, (1 + extra * (truth[:, first:] != truth[:, first - 1:-1])) * hidden[:, first:]
 
 
-def dynamics_loss(model, batch, share=1.0):
+def dynamics_loss(model, batch):
     """Of naming the hidden tokens of frames, given those before them and the actions: mean nats. With `streams` all
     frames but the first two are targets, each seeing the true frames before it; else the last."""
     truth, acts, hidden, weight = batch
@@ -342,8 +339,7 @@ def dynamics_loss(model, batch, share=1.0):
     else:
         logits = model(truth.masked_fill(hidden, model.mask), acts, window=window)[:, first:]
     nats = cross_entropy(logits.flatten(0, 2), truth[:, first:].flatten(), kernels)
-    loss = (nats * weight.flatten()).sum() / weight.sum().clamp(min=1) * share
-    return loss, loss.detach(), None
+    return (nats * weight.flatten()).sum() / weight.sum().clamp(min=1), None
 
 
 def read_text(reader, index, step, hidden=None):
@@ -352,10 +348,9 @@ def read_text(reader, index, step, hidden=None):
     return text, (text != 0).sum() + len(text)
 
 
-def text_loss(model, batch, share=1.0):
+def text_loss(model, batch):
     """Of writing captions, in nats a character."""
-    loss = model.nats(batch[0]) * share
-    return loss, loss.detach(), None
+    return model.nats(batch[0]), None
 
 
 def hide_in_frames(n, n_tokens, noise):
@@ -370,12 +365,11 @@ def read_frame(reader, index, step, hidden):
     return reader.tokens(index, 1)[:, 0], reader.captions(index), hidden
 
 
-def frame_loss(model, batch, share=1.0):
+def frame_loss(model, batch):
     """Of naming the hidden tokens of a frame that a caption describes."""
     truth, text, hidden = batch
     logits = model(truth.masked_fill(hidden, model.codebook_size), model.read(text))
-    loss = cross_entropy(logits[hidden], truth[hidden], kernels, "mean") * share
-    return loss, loss.detach(), None
+    return cross_entropy(logits[hidden], truth[hidden], kernels, "mean"), None
 
 
 # --- The stages ---
@@ -385,7 +379,7 @@ class Stage:
     """One of the models of a world, and what tells it from the others."""
     build: Callable                         # (video) -> its untrained model
     read: Callable                          # (reader, index (B,), step, hidden) -> a batch
-    loss: Callable                          # (model, batch, share) -> (objective, loss, Quantised or None)
+    loss: Callable                          # (model, batch) -> (loss, Quantised or None)
     evaluate: Callable                      # (model, reader) -> {name: figure}, score among them
     draw: Callable                          # (model, reader) -> {title: frames}, or texts
     steps: str                              # the settings that say how many optimiser steps,
@@ -396,6 +390,7 @@ class Stage:
     needs: Callable = lambda: ()            # () -> the stages that it reads
     method: Callable = lambda: "forward"    # () -> the name of the model's pass in training
     codebook: Callable = lambda model: None  # (model) -> what follows the codes of each step, if anything does
+    commitment: float = 1.0                 # weight of the loss that the Quantised has itself
 
 
 def sizes(video):
@@ -436,7 +431,7 @@ STAGES = {
         lambda model, val: worlds.draw_tokenizer(model, val, tokenizer_frames),
         steps="tokenizer_steps", batch="tokenizer_batch", frames=lambda: tokenizer_frames,
         shown="psnr frame_psnr ssim changed_psnr usage perplexity",
-        codebook=lambda model: model.codebook if quantiser == "vq" else None),
+        codebook=lambda model: model.codebook if quantiser == "vq" else None, commitment=0.25),
     "actions": Stage(
         lambda video: ActionModel(*sizes(video), history, n_codes, action_embd, action_layers, action_model,
                                   action_quantiser, n_head, difference=difference, kernels=kernels),
@@ -531,21 +526,6 @@ def passes_of(name, model, reader, index, step, noise):
     return [(*part, weight / total) for part, weight in zip(passes, weights)]
 
 
-@torch.no_grad()
-def save_samples(name, model, val, path):
-    """What a stage's model makes of held-out clips, for the eye: `path`.png, of the text stage `path`.txt."""
-    path.parent.mkdir(exist_ok=True)
-    training = model.training
-    rows = STAGES[name].draw(model.eval(), val)
-    model.train(training)
-    if name == "text":
-        with replacing(path.with_suffix(".txt")) as file:
-            file.write("".join(text + "\n" for text in rows).encode())
-    else:
-        save_strip(path.with_suffix(".png"), [[worlds.as_bytes(frame).numpy() for frame in row]
-                                              for row in rows.values()], list(rows))
-
-
 def train_stage(name, world, run, bar, clock, was=None):
     """Trains a stage to its end, after which it is one of world's, or until the run is to stop. was: what it goes on
     from, the run's checkpoint or what the stage had ended with."""
@@ -586,8 +566,8 @@ def train_stage(name, world, run, bar, clock, was=None):
                     numbers = stage.evaluate(model, world.val)
                 clock.lap("evaluation")
                 weights = copy.deepcopy(model.state_dict())
-                with world.autocast, optional("samples are"):
-                    save_samples(name, model, world.val, run.dir / "samples" / f"{name}_{step:06d}")
+                with torch.no_grad(), world.autocast, optional("samples are"):
+                    save_samples(run.dir / "samples" / f"{name}_{step:06d}", stage.draw(model.eval(), world.val))
             model.train()
             run.log(step=first + step, split="val", stage=name, stage_step=step, **numbers)
             bar.note(f"{name} {step}: {in_words(name, numbers)}")
@@ -611,11 +591,13 @@ def train_stage(name, world, run, bar, clock, was=None):
         for index, hidden, share in passes:
             clock.lap("data")                                 # which clips; what is made of them belongs to the pass
             with world.autocast:
-                objective, loss, found = stage.loss(trained, stage.read(world.train, index, step, hidden), share)
+                loss, found = stage.loss(trained, stage.read(world.train, index, step, hidden))
+                loss = loss * share
+                objective = loss if found is None else loss + stage.commitment * found.loss / grad_accum
             clock.lap("forward")
             scaler.scale(objective).backward()
             clock.lap("backward")
-            row["loss"] = row["loss"] + loss
+            row["loss"] = row["loss"] + loss.detach()
             if found is not None:
                 outputs.append(found.z.detach().flatten(0, -2))
                 chosen.append(found.codes.flatten())
@@ -802,6 +784,10 @@ def main():
     done, ended, told = (dict(checkpoint.get(key, {})) if checkpoint else {} for key in ("done", "ended", "figures"))
     with restoring(checkpoint.path) if checkpoint else nullcontext():
         left, longer, anew = plan(checkpoint, done, ended, video, only_read)
+        was = {name: ended[name] for name in longer}          # what a stage goes on from
+        if checkpoint and checkpoint["stage"] in left and checkpoint["stage"] not in (*longer, *anew):
+            was[checkpoint["stage"]] = checkpoint
+        to_do = sum(steps_of(name) - (was[name]["loop"]["step"] if name in was else 0) for name in left)
         if not only_read:
             check_left(left)
         seed_everything(seed, deterministic)
@@ -844,10 +830,6 @@ def main():
     with Run(settings, checkpoint, done=done, ended=ended, figures=told) as run:
         for name in [name for name in told if name not in left]:
             run.summary(**told[name], **({f"{name}_seconds": ended[name]["loop"]["seconds"]} if name in ended else {}))
-        was = {name: ended[name] for name in longer}          # what a stage goes on from
-        if checkpoint and checkpoint["stage"] in left and checkpoint["stage"] not in (*longer, *anew):
-            was[checkpoint["stage"]] = checkpoint
-        to_do = sum(steps_of(name) - (was[name]["loop"]["step"] if name in was else 0) for name in left)
         bar, clock = run.bar(world.total + to_do, world.total), Stopwatch(where)
         for name in left:
             if name in longer:

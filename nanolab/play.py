@@ -469,6 +469,16 @@ def save_strip(path, rows, titles=None, scale=3):
         strip.save(file, "PNG")
 
 
+def save_samples(path, made):
+    """What a model made of held-out clips: {title: frames in 0..1} as `path`.png, a list of texts as `path`.txt."""
+    path.parent.mkdir(exist_ok=True)
+    if isinstance(made, dict):
+        save_strip(path.with_suffix(".png"), [as_bytes(frames).numpy() for frames in made.values()], list(made))
+    else:
+        with replacing(path.with_suffix(".txt")) as file:
+            file.write("".join(text + "\n" for text in made).encode())
+
+
 def save_gif(path, frames, fps=4, scale=4):
     """An endless GIF of `frames`. Colours are exact up to 256 a frame."""
     if not len(frames):

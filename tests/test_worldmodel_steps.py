@@ -259,7 +259,8 @@ def test_every_parameter_has_a_gradient(put, video, stage, case):
     how, noise = w.STAGES[stage], torch.Generator().manual_seed(0)
     index = torch.randint(video.train.count(how.frames()), (12,), generator=torch.Generator().manual_seed(1))
     hidden = how.hide(12, model.n_tokens, noise) if how.hide else None
-    loss = how.loss(model, how.read(material(video), index, 1, hidden))[0]
+    loss, found = how.loss(model, how.read(material(video), index, 1, hidden))
+    loss = loss if found is None else loss + how.commitment * found.loss
     loss.backward()
     sizes = {name: p.grad.norm().item() / math.sqrt(p.numel()) for name, p in model.named_parameters()
              if not (name == "to_code.bias" and w.action_quantiser == "signs")}
