@@ -137,3 +137,10 @@ def hint(model, rows, T, passes, peak_flops, half=False):
     if seconds > 5 or n_bytes > min(4e9, memory("cpu") / 2):
         print(f"without a GPU a step will take about {seconds:,.0f} s and {as_size(n_bytes)} of memory, of "
               f"{as_size(memory('cpu'))} that there are; --preset cpu takes minutes", flush=True)
+
+
+def hint_hours(step, max_steps, seconds, say):
+    """On a CPU, after a few steps: one line to `say` where the steps that are left take more than an hour."""
+    left = (max_steps - step) * seconds / step / 3600
+    if left > 1:
+        say(f"without a GPU these {max_steps:,} steps will take about {left:,.0f} hours; --preset cpu takes minutes")

@@ -296,6 +296,26 @@ def masked(tokens, canvas, rate, generator):
     return tokens.masked_fill(hidden, canvas.mask), hidden.sum() / (tokens != canvas.pad).sum()
 
 
+def warn_of_passes():
+    """One line where a step of several passes is not that of one pass over all of their grids."""
+    nonlinear = [name for name in ("usage_weight", "mi_weight", "tc_weight", "dwkl_weight") if max(globals()[name])]
+    if grad_accum > 1 and nonlinear and estimator in SAMPLED:
+        print(f"grad_accum {grad_accum}: what {', '.join(nonlinear)} weighs is not linear in the batch: each pass of "
+              f"{batch_size} grids has its own, and a step takes their mean")
+
+
+@torch.no_grad()
+def fit_codebook(model, ema, canvas, stream, autocast, generator):
+    """Codes become k-means of what the encoder makes of the first four batches; the average begins with them."""
+    where = model.queries.device
+    with autocast:
+        outputs = [model.encode(canvas.tokens(cells).to(where), shapes.to(where)).flatten(0, 1)
+                   for cells, shapes in map(stream.at, range(4))]
+    model.codebook.fit(torch.cat(outputs), generator)
+    if ema:
+        ema.reset()
+
+
 # --- Evaluation ---
 
 @torch.no_grad()
@@ -639,23 +659,13 @@ def main():
         saved = None                                         # on resume too: a stop comes before what is due
         if not checkpoint:
             if codebook_init == "kmeans" and estimator != "fsq":
-                with torch.no_grad(), autocast:
-                    outputs = [model.encode(canvas.tokens(cells).to(where), shapes.to(where)).flatten(0, 1)
-                               for cells, shapes in map(stream.at, range(4))]
-                model.codebook.fit(torch.cat(outputs), revival)
-                if ema:
-                    ema.reset()
+                fit_codebook(model, ema, canvas, stream, autocast, revival)
             run.save("last.pt", loop["step"])                # at once: a full disk shows, a kill leaves what to resume
-        nonlinear = [name for name in ("usage_weight", "mi_weight", "tc_weight", "dwkl_weight") if max(globals()[name])]
-        if grad_accum > 1 and nonlinear and estimator in SAMPLED:
-            print(f"grad_accum {grad_accum}: what {', '.join(nonlinear)} weighs is not linear in the batch: each pass "
-                  f"of {batch_size} grids has its own, and a step takes their mean")
+        warn_of_passes()
 
-        while True:
+        while not run.stop:
             # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
             step = loop["step"]
-            if run.stop:
-                break
             last = max_steps is not None and step >= max_steps
             if (step % eval_interval == 0 or last) and loop["evaluated"] < step:
                 loop.flush()

@@ -113,7 +113,7 @@ FURTHER = {"the model": "model.py:TransformerConfig",
            "the optimiser": "optim.py:Settings",
            "the run": "flags.py:Common"}
 
-# What several presets share: a plain model as one would build it now, the part of enwik8 that two cores read in minutes.
+# What several presets share: a plain model as one builds it now; the part of enwik8 that two cores read in minutes.
 modern = dict(dropout=0.0, n_targets=1, intermediate_losses=False, positions="rope", norm="rms", activation="relu2",
               init="zero", optimizer="muon", betas=(0.8, 0.95), schedule="wsd")
 some_enwik8 = dict(modern, dataset="enwik8", max_bytes=4_150_000, n_embd=256, block_size=256, batch_size=16, lr=0.02,
@@ -208,6 +208,15 @@ def extend(settings, checkpoint):
     checkpoint.update(data=None, memory=None)            # longer windows are another division of the data
 
 
+def equalise(settings, config):
+    """Sets ff_mult such that there are as many parameters as with mixer full and ff mlp; returns the configuration."""
+    try:
+        settings.put(ff_mult=equal_ff_mult(config))
+    except ValueError as error:
+        raise UserError(error)
+    return check(settings)
+
+
 def evaluate(model, opt, ema, data, windows, autocast, mesh):
     """Yields (name, Score) under the block protocol: of the raw weights (the average that a schedule-free optimiser
     keeps, the mean of ivon's posterior) and, when there is an ema, of that."""
@@ -216,9 +225,15 @@ def evaluate(model, opt, ema, data, windows, autocast, mesh):
             yield weights, score(model, data, "block", eval_batch_size, windows)
 
 
-def told_of(weights, found):
-    """A Score of these weights, for the metrics."""
-    return dict(loss=found.loss, bpb=found.bpb, protocol=found.protocol, bytes=found.bytes, weights=weights)
+def log_scores(run, step, scores, say=None, **more):
+    """Scores, as `evaluate` yields them, to the metrics, and in words to `say`. Returns the last: of the average of the
+    weights when there is one."""
+    for weights, found in scores:
+        run.log(step=step, split="val", loss=found.loss, bpb=found.bpb, protocol=found.protocol, bytes=found.bytes,
+                weights=weights, **more)
+        if say:
+            say(f"step {step}: val {found.bpb:.4f} bits/byte ({found.protocol}; {weights} weights)")
+    return found
 
 
 def usage(model):
@@ -228,11 +243,39 @@ def usage(model):
             **{f"imbalance_{layer}": len(found) * max(found) for layer, found in shares.items()}}
 
 
-def write_sample(model, prompt=b"\n"):
-    """`sample_length` bytes from the model at temperature 0.8, as text. Its generator is its own."""
+class Profile:
+    """torch's profiler over this command's third to fifth step: a table, and trace.json in the run's folder."""
+
+    def __init__(self, run, first):
+        self.run, self.first, self.profiler = run, first + 2, None
+
+    def before(self, step):
+        """Begins, if it is time and three steps are left."""
+        if profile and step == self.first and step + 3 <= (max_steps or math.inf):
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")       # else its library writes to stderr
+            self.profiler = torch.profiler.profile(acc_events=True)  # of one cycle: 2.11 warns where that is not said
+            self.profiler.start()
+
+    def after(self, step):
+        """Ends, if it is time."""
+        if self.profiler and step == self.first + 3:
+            self.profiler.stop()
+            self.profiler.export_chrome_trace(str(self.run.dir / "trace.json"))
+            print(self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
+            self.profiler = None
+
+
+def write_sample(model, run, step, prompt=b"\n"):
+    """`sample_length` bytes from the model at temperature 0.8: printed, and as text into the run's samples/. Its
+    generator is its own."""
     model.eval()
     tokens = generate(model, [prompt], sample_length, torch.Generator().manual_seed(seed), temperature=0.8)
-    return (prompt + b"".join(bytes(token.tolist()) for token in tokens)).decode(errors="replace")
+    written = (prompt + b"".join(bytes(token.tolist()) for token in tokens)).decode(errors="replace")
+    if run.main:
+        print(f"--- sample ---{written}\n--------------")
+        with optional("the sample's file is"):
+            (run.dir / "samples").mkdir(exist_ok=True)
+            (run.dir / "samples" / f"step_{step:08d}.txt").write_text(written, encoding="utf-8")
 
 
 @command
@@ -247,11 +290,7 @@ def main():
         raise UserError("--extend_block_size goes with --resume: a new run takes --block_size")
     config = check(settings)
     if equal_params and not checkpoint:
-        try:
-            settings.put(ff_mult=equal_ff_mult(config))
-        except ValueError as error:
-            raise UserError(error)
-        config = check(settings)
+        config = equalise(settings, config)
     limits.notes(settings, {"max_steps": max_steps}, checkpoint and checkpoint["settings"])
     where, precision = resolve_device(mesh.device, dtype)
     mesh.check(config, batch_size, optimizer, precision, carry_memory and batching == "streams" and config.carries,
@@ -292,8 +331,8 @@ def main():
         first = loop["step"]
         # a new run at once: a full disk shows at the start; with keep_last again: the numbered one may be missing
         saved = first if checkpoint and not keep_last else -1
-        hinted, profiler = where.type != "cpu" or max_steps is None, None
-        bar, clock = run.bar(max_steps, first), Stopwatch(where)
+        hinted = where.type != "cpu" or max_steps is None
+        bar, clock, profiler = run.bar(max_steps, first), Stopwatch(where), Profile(run, first)
 
         while not mesh.stop(run):
             # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
@@ -304,9 +343,8 @@ def main():
                 everything = full_eval_interval and step % full_eval_interval == 0
                 clock.start()
                 for windows in (None, eval_windows) if everything else (eval_windows,):
-                    for which, found in evaluate(model, opt, ema, corpus.val, windows, autocast, mesh):
-                        run.log(step=step, split="val", **told_of(which, found))
-                        bar.note(f"step {step}: val {found.bpb:.4f} bits/byte ({found.protocol}; {which} weights)")
+                    scores = evaluate(model, opt, ema, corpus.val, windows, autocast, mesh)
+                    found = log_scores(run, step, scores, bar.note)
                 clock.lap("evaluation")
                 if found.bpb < loop["best"]:             # the fixed windows; of the average when there is one
                     loop.update(best=found.bpb, best_step=step)
@@ -319,10 +357,7 @@ def main():
 
             # ---- one optimiser step ----
             began = time.perf_counter()
-            if profile and step == first + 2 and step + 3 <= (max_steps or math.inf):
-                os.environ.setdefault("KINETO_LOG_LEVEL", "6")   # else its library writes to stderr
-                profiler = torch.profiler.profile(acc_events=True)  # of one cycle: 2.11 warns where that is not said
-                profiler.start()
+            profiler.before(step)
             rate = optim.set_rate(opt, settings, step)
             active = active_layers(step, max_steps, n_layer) if intermediate_losses else None
             loss, told = 0.0, []
@@ -353,11 +388,7 @@ def main():
             loop.add(torch.stack([mesh.mean(loss), grad_norm]))
             step = loop["step"] = step + 1
             loop["bytes"] += bytes_per_step
-            if profiler and step == first + 5:
-                profiler.stop()
-                profiler.export_chrome_trace(str(run.dir / "trace.json"))
-                print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
-                profiler = None
+            profiler.after(step)
 
             # ---- log ----
             due = step % log_interval == 0
@@ -378,10 +409,7 @@ def main():
                 bar.update(step, f"loss {mean:.4f}, {speed:,.0f} bytes/s")
             if not hinted and loop["seconds"] > 2:
                 hinted = True
-                left = (max_steps - step) * loop["seconds"] / step / 3600
-                if left > 1:
-                    bar.note(f"without a GPU these {max_steps:,} steps will take about {left:,.0f} hours; "
-                             "--preset cpu takes minutes")
+                limits.hint_hours(step, max_steps, loop["seconds"], bar.note)
 
         # ---- the end ----
         stopped = mesh.stop(run)                         # of all processes: what follows, they do together
@@ -397,15 +425,14 @@ def main():
                 loop.update(best=lines[-1][1].bpb, best_step=step)
                 run.save("best.pt", step)
                 run.save("last.pt", step)
-            for which, found in lines:                   # after these: a run that goes on from here has no line of it
-                run.log(step=step, split="val", **told_of(which, found))
+            log_scores(run, step, lines)                 # after these: a run that goes on from here has no line of it
             clock.lap("evaluation")
         run.summary(step=step, best_bpb=loop["best"], best_step=loop["best_step"], seconds=loop["seconds"],
                     bytes=loop["bytes"], parameters=model.n_params())
         if eval_interval and not stopped:
             clock.start()
             for which, found in evaluate(model, opt, ema, corpus.val, None, autocast, mesh):
-                run.log(step=step, split="val", **told_of(which, found), final=True)
+                log_scores(run, step, [(which, found)], final=True)
                 run.summary(**{f"val_bpb_{which}": found.bpb, f"val_loss_{which}": found.loss})
                 print(f"val {found.bpb:.4f} bits/byte = {found.loss:.4f} nats/byte (protocol {found.protocol}, "
                       f"{found.bytes:,} bytes, {which} weights) after {step:,} steps, "
@@ -413,12 +440,7 @@ def main():
             clock.lap("evaluation")
         if sample_length and not stopped:
             with opt.averaged(), mesh.gathered(model):
-                written = write_sample(model)
-            if mesh.main:
-                print(f"--- sample ---{written}\n--------------")
-                with optional("the sample's file is"):
-                    (run.dir / "samples").mkdir(exist_ok=True)
-                    (run.dir / "samples" / f"step_{step:08d}.txt").write_text(written, encoding="utf-8")
+                write_sample(model, run, step)
         run.spent(clock)
         print(f"{'stopped' if stopped else 'done'} at step {step:,}: {run.dir}")
 

@@ -374,6 +374,24 @@ def say(line):
             f"(protocol {line['protocol']}{called})")
 
 
+def last_words(run, step, lines, seconds):
+    """The last evaluation, (name of the weights, line) after another, to the metrics, the summary and in print. Returns
+    what a better model has less of."""
+    found, firsts = math.inf, {}
+    for weights, line in lines:
+        run.log(step=step, split="val", weights=weights, final=True, **line)
+        words = [line.get("people"), line["protocol"] if task in FACTS else None, weights]
+        name = "_".join(word for word in words if word)
+        given = {key: line[key] for key in ("accuracy", "loss", "bpb", "calls") if key in line}
+        run.summary(**{f"{key}_{name}": value for key, value in given.items()})
+        print(f"{say(line)} ({weights} weights) after {step:,} steps, {seconds:.0f} s of training")
+        found = better(line) if found == math.inf else found
+        kinds = "accuracy" if task == "mqar" else "bpb" if task == "text" else f"accuracy_{line['people']}"
+        firsts.setdefault(kinds, line.get("accuracy", line.get("bpb")))      # by the way that the task trains
+    run.summary(**firsts)
+    return found
+
+
 @command
 def main():
     # ---- settings: flags, preset, and on resume the checkpoint's ----
@@ -522,19 +540,8 @@ def main():
         if saved < step:
             run.save("last.pt", step)
         if eval_interval and not stopped:
-            found, firsts = math.inf, {}
             clock.start()
-            for weights, line in evaluate(last=True):
-                run.log(step=step, split="val", weights=weights, final=True, **line)
-                words = [line.get("people"), line["protocol"] if task in FACTS else None, weights]
-                name = "_".join(word for word in words if word)
-                given = {key: line[key] for key in ("accuracy", "loss", "bpb", "calls") if key in line}
-                run.summary(**{f"{key}_{name}": value for key, value in given.items()})
-                print(f"{say(line)} ({weights} weights) after {step:,} steps, {loop['seconds']:.0f} s of training")
-                found = better(line) if found == math.inf else found
-                kinds = "accuracy" if task == "mqar" else "bpb" if task == "text" else f"accuracy_{line['people']}"
-                firsts.setdefault(kinds, line.get("accuracy", line.get("bpb")))      # by the way that the task trains
-            run.summary(**firsts)
+            found = last_words(run, step, evaluate(last=True), loop["seconds"])
             clock.lap("evaluation")
             if found < loop["best"]:
                 loop.update(best=found, best_step=step)

@@ -337,33 +337,6 @@ class Forcing:
         self.generator.set_state(state["generator"])
 
 
-class Randomness:
-    """The state of the global generators that a model has for itself; only dropout asks them."""
-
-    def __init__(self):
-        self.states = generator_states()
-
-    @contextmanager
-    def own(self):
-        """with randomness.own(): the global generators are this model's."""
-        if not dropout:
-            yield
-            return
-        others = generator_states()
-        restore_generators(self.states)
-        yield
-        self.states = generator_states()
-        restore_generators(others)
-
-    def state_dict(self):
-        """See generator_states."""
-        return self.states
-
-    def load_state_dict(self, states):
-        """Goes on where states was taken."""
-        self.states = states
-
-
 class Learner:
     """One of the models, with all that is its own: optimiser, step, position in the stream, forcing, best, counts.
 
@@ -381,11 +354,11 @@ class Learner:
         self.ema = optim.EMA(self.model, ema_decay) if ema_decay else None
         self.forcing = Forcing(forcing, forcing_start, forcing_k, forcing_slope, forcing_min, stability_window,
                                stability_eps, seed)
-        self.randomness = Randomness()
+        self.generators = generator_states()
         self.loop = Loop(dict(step=0, evaluated=-1, position=0, best=[-1.0, -math.inf], best_step=0, without_better=0,
                               history=[], pending=[], seconds=0.0, logged_seconds=0.0), self.scaler, name)
-        self.parts = dict(model=self.model, ema=self.ema, optimizer=self.opt, scaler=self.scaler,
-                          generators=self.randomness, forcing=self.forcing, loop=self.loop)    # whatever has a state
+        self.parts = dict(model=self.model, ema=self.ema, optimizer=self.opt, scaler=self.scaler, generators=None,
+                          forcing=self.forcing, loop=self.loop)
 
     @property
     def step(self):
@@ -397,12 +370,24 @@ class Learner:
         tired = patience is not None and self.loop["without_better"] >= patience
         return tired or max_steps is not None and self.step >= max_steps
 
+    @contextmanager
+    def own_randomness(self):
+        """The global generators are this model's; only dropout asks them."""
+        if not dropout:
+            yield
+            return
+        others = generator_states()
+        restore_generators(self.generators)
+        yield
+        self.generators = generator_states()
+        restore_generators(others)
+
     def inputs(self, notation, source, padding, targets, autocast):
         """What the decoder reads in a training pass, (B, T): the true tokens, or, by the schedule, its own predictions
         among them (in two passes: Mihaylova & Martins 2019)."""
         x = notation.inputs(targets)
         if self.forcing.probability() < 1:
-            with self.randomness.own(), autocast, torch.no_grad():
+            with self.own_randomness(), autocast, torch.no_grad():
                 predicted = self.net(source, x, padding)[0].argmax(-1)
             x = notation.inputs(self.forcing.mix(targets, predicted))
         return x
@@ -410,12 +395,38 @@ class Learner:
     def state_dict(self):
         """Everything that the rest of its training depends on."""
         with self.opt.averaged():        # what others read is what was evaluated; a copy, as it ends with this block
-            return copy.deepcopy({name: None if thing is None else thing.state_dict()
-                                  for name, thing in self.parts.items()})
+            states = {name: thing and thing.state_dict() for name, thing in self.parts.items()}
+            return copy.deepcopy({**states, "generators": self.generators})
 
     def load_state_dict(self, state):
         """Goes on where state was taken."""
         put_back(state, self.parts)
+        self.generators = state["generators"]
+
+    def mean_weight(self, passes, read, autocast):
+        """The mean over a step's sequences of what they weigh, by answering them all; None where one pass is a step."""
+        if not sequence_weight or grad_accum == 1:
+            return None
+        with self.own_randomness(), autocast, torch.no_grad():
+            right = [SequenceAccuracyLoss()(self.net(some[2], x, some[3])[0], some[4], some[5] > -2)[1]
+                     for some, x in zip(passes, read)]
+        return 1 + sequence_weight * (1 - sum(right) / grad_accum)
+
+    def losses(self, notation, some, x, n_tokens, n_digits, mean, autocast):
+        """(objective, nats a token, accuracy) of a pass `some`, (a, b, source, padding, targets, places), of which the
+        decoder reads x: the losses are its shares of the means over the step's n_tokens and n_digits."""
+        a, b, source, padding, targets, places = some
+        with self.own_randomness(), autocast:
+            logits, sums = self.net(source, x, padding)
+        objective, accuracy = SequenceAccuracyLoss(sequence_weight)(logits, targets, places > -2, mean)
+        nats = SequenceAccuracyLoss()(logits.detach(), targets, places > -2)[0] if sequence_weight else objective
+        share = (places > -2).sum() / n_tokens           # of the step's: means over all of them, not of means
+        objective = objective * share
+        if sums is not None:
+            truth = notation.running_sums(a, b).gather(1, places.clamp(min=0))
+            named = sum_loss(sums, truth, places >= 0, notation.n_sums)
+            objective = objective + sum_weight * named * ((places >= 0).sum() / n_digits)
+        return objective, nats.detach() * share, accuracy
 
 
 # --- Evaluation ---
@@ -526,6 +537,17 @@ def answer_questions(learners, notation, settings):
                   f"{'right' if answer == a * b else 'wrong'} (wrote {notation.text(tokens[0])}, step {learner.step})")
 
 
+def last_words(run, learner, found, trained):
+    """What `evaluate` found at the end, to the metrics, the summary and in print."""
+    name, digits = learner.name, " ".join(f"{value:.3f}" for value in found["digit_accuracy"].values())
+    run.log(step=learner.step, model=name, split="val", final=True, **numbers_of(found))
+    run.summary(**{f"val_accuracy_{name}": found["accuracy"], f"val_loss_{name}": found["loss"],
+                   f"train_accuracy_{name}": trained["accuracy"]})
+    print(f"{name}: exact match {found['accuracy']:.4f} on {found['examples']:,} held-out examples, digits from 10^0: "
+          f"{digits}; {trained['accuracy']:.4f} on training ones; {learner.step:,} steps, "
+          f"{learner.loop['seconds']:.0f} s of training")
+
+
 @command
 def main():
     # ---- settings: flags, preset, and on resume the checkpoint's ----
@@ -558,8 +580,6 @@ def main():
     print("; ".join(f"{learner.name} {learner.model.n_params():,} parameters" for learner in learners) +
           f"; {where.type} {str(precision).removeprefix('torch.')}")
 
-    if not only_read:
-        limits.notes(settings, {"max_steps": max_steps}, checkpoint and checkpoint["settings"])
     if only_read:
         if ask is not None:
             answer_questions(learners, notation, settings)
@@ -569,16 +589,14 @@ def main():
                     found = evaluate(learner.model, notation, pairs, autocast)
                     report(found, notation, f"{learner.name}, step {learner.step:,}, {title} pairs")
         return
+    limits.notes(settings, {"max_steps": max_steps}, checkpoint and checkpoint["settings"])
 
     def save(name, keep=0):
         """A checkpoint of all models; its step is that of the furthest."""
         steps = {**{name: kept["loop"]["step"] for name, kept in others.items()}, **{m.name: m.step for m in learners}}
         run.save(name, max(steps.values()), keep, steps=steps)
 
-    loss_function, plain_loss = SequenceAccuracyLoss(sequence_weight), SequenceAccuracyLoss()
-    run = Run(settings, checkpoint)
-    run.track(models={**others, **{learner.name: learner for learner in learners}})
-    with run:
+    with Run(settings, checkpoint, models={**others, **{learner.name: learner for learner in learners}}) as run:
         bar, clock = run.bar(max_steps, min(learner.step for learner in learners)), Stopwatch(where)
         saved = None                                     # on resume too: a stop comes before what is due at its step
         if not checkpoint:
@@ -632,28 +650,15 @@ def main():
                 n_tokens, n_digits = (sum((places > least).sum() for *_, places in passes) for least in (-2, -1))
                 clock.lap("data")
                 read = (learner.inputs(notation, *some[2:5], autocast) for some in passes)
-                mean = None
                 if sequence_weight and grad_accum > 1:
                     read = list(read)
-                    with learner.randomness.own(), autocast, torch.no_grad():
-                        right = [plain_loss(learner.net(some[2], x, some[3])[0], some[4], some[5] > -2)[1]
-                                 for some, x in zip(passes, read)]
-                    mean = 1 + sequence_weight * (1 - sum(right) / grad_accum)
-                for (a, b, source, padding, targets, places), x in zip(passes, read):
-                    with learner.randomness.own(), autocast:
-                        logits, sums = learner.net(source, x, padding)
-                    objective, accuracy = loss_function(logits, targets, places > -2, mean)
-                    nats = plain_loss(logits.detach(), targets, places > -2)[0] if sequence_weight else objective
-                    share = (places > -2).sum() / n_tokens   # of the step's: means over all of them, not of means
-                    objective = objective * share
-                    if sums is not None:
-                        truth = notation.running_sums(a, b).gather(1, places.clamp(min=0))
-                        named = sum_loss(sums, truth, places >= 0, notation.n_sums)
-                        objective = objective + sum_weight * named * ((places >= 0).sum() / n_digits)
+                mean = learner.mean_weight(passes, read, autocast)
+                for some, x in zip(passes, read):
+                    objective, nats, accuracy = learner.losses(notation, some, x, n_tokens, n_digits, mean, autocast)
                     clock.lap("forward")
                     learner.scaler.scale(objective).backward()
                     clock.lap("backward")
-                    total, exact = total + nats.detach() * share, exact + accuracy / grad_accum
+                    total, exact = total + nats, exact + accuracy / grad_accum
                 learner.scaler.unscale_(learner.opt)
                 norm_found = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), grad_clip or math.inf)
                 learner.scaler.step(learner.opt)
@@ -698,19 +703,12 @@ def main():
             run.summary(**{f"step_{name}": learner.step, f"best_accuracy_{name}": loop["best"][0],
                            f"best_step_{name}": loop["best_step"], f"seconds_{name}": loop["seconds"],
                            f"parameters_{name}": learner.model.n_params()})
-            if run.stop:
-                continue
-            clock.start()
-            with optim.evaluated(learner.opt, learner.ema):
-                found, trained = (evaluate(learner.model, notation, pairs, autocast) for pairs in (val, seen))
-            clock.lap("evaluation")
-            run.log(step=learner.step, model=name, split="val", final=True, **numbers_of(found))
-            run.summary(**{f"val_accuracy_{name}": found["accuracy"], f"val_loss_{name}": found["loss"],
-                           f"train_accuracy_{name}": trained["accuracy"]})
-            digits = " ".join(f"{value:.3f}" for value in found["digit_accuracy"].values())
-            print(f"{name}: exact match {found['accuracy']:.4f} on {found['examples']:,} held-out examples, digits "
-                  f"from 10^0: {digits}; {trained['accuracy']:.4f} on training ones; {learner.step:,} steps, "
-                  f"{loop['seconds']:.0f} s of training")
+            if not run.stop:
+                clock.start()
+                with optim.evaluated(learner.opt, learner.ema):
+                    found, trained = (evaluate(learner.model, notation, pairs, autocast) for pairs in (val, seen))
+                clock.lap("evaluation")
+                last_words(run, learner, found, trained)
         run.spent(clock)
         print(f"{'stopped' if run.stop else 'done'}: {run.dir}")
 
