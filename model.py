@@ -149,8 +149,9 @@ class TransformerConfig:
             self.head_dim = self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
-        derived = dict(memory_length=self.block_size, compressed_length=self.block_size // self.compression_rate,
-                       kv_rank=2 * self.head_dim, rope_dim=2 * (self.head_dim // 4), ff_rank=max(1, self.n_embd // 4))
+        derived = dict(memory_length=self.block_size, kv_rank=2 * self.head_dim, ff_rank=max(1, self.n_embd // 4),
+                       compressed_length=max(1, self.block_size // self.compression_rate),
+                       rope_dim=max(2, 2 * (self.head_dim // 4)))
         for name, value in derived.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)

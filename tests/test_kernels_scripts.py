@@ -545,12 +545,20 @@ class Says(torch.nn.Module):
         return some(3, 8, 11)
 
 
+class Names:
+    """What dynamics_loss asks of Dynamics, of two frames, likewise."""
+    mask = 21
+
+    def __call__(self, tokens, actions, window, streams):
+        return some(3, 2, 8, 21, seed=3)
+
+
 def test_losses_of_the_scripts(monkeypatch):
     mask = torch.arange(8) < torch.tensor([[8], [3], [0]])
     logits, truth, sums = some(3, 8, 11), whole(11, 3, 8, seed=2), some(3, 8, 21, seed=3)
     logits[1, 4:] = float("nan")  # where nothing counts
-    monkeypatch.setattr(train_worldmodel, "tokens_of", lambda *_: truth[:, None])
-    monkeypatch.setattr(train_worldmodel, "captions", lambda *_: None)
+    hidden, two, weight = some(3, 8) < 0.5, torch.stack((truth, truth), 1), mask[:, None].float()
+    monkeypatch.setattr(train_worldmodel, "context", 2)
     found = []
     for how in ("torch", "triton"):
         logits = logits.detach().requires_grad_()
@@ -558,10 +566,9 @@ def test_losses_of_the_scripts(monkeypatch):
             loss, accuracy = train_mult.SequenceAccuracyLoss(2.0)(logits, truth, mask)
             loss.backward()
             found.append([loss.detach(), accuracy, logits.grad, train_mult.sum_loss(sums, truth, mask, 21),
-                          train_worldmodel.pixel_loss(sums, None, truth),
-                          train_worldmodel.weighted_nats(sums[:, 1:, None], truth[:, :, None], mask[:, :, None], 1,
-                                                         0)[0],
-                          train_worldmodel.frame_loss(Says(), None, None, None, torch.Generator().manual_seed(0))[0]])
+                          train_worldmodel.pixel_loss(sums, None, truth, kernels=how),
+                          train_worldmodel.dynamics_loss(Names(), (two, two[..., 0], two > 5, weight))[0],
+                          train_worldmodel.frame_loss(Says(), (truth, None, hidden))[0]])
         assert len(calls.get("cross_entropy", ())) == (5 if how == "triton" else 0)
     for one, two in zip(*found):
         assert one.isfinite().all()

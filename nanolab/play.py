@@ -1,7 +1,7 @@
-"""A page in the browser on which a person plays a learned world model, and the pictures that a run leaves behind.
+"""A learned world that a person plays, the page in the browser on which they do, and pictures of it.
 
-`train_worldmodel.py --play RUN` hands `serve` a Session; nothing here knows of models. The server is the standard
-library's and listens on 127.0.0.1 only. It answers three requests and reads no file:
+`train_worldmodel.py --play RUN` hands `serve` a `Played`; the server knows of no model. It is the standard library's
+and listens on 127.0.0.1 only. It answers three requests and reads no file but its page, play.html:
 
     GET  /                          the page, complete in itself
     POST /reset {"prompt": null}    a new world, or the one that a sentence asks for
@@ -20,18 +20,22 @@ import re
 import secrets
 import sys
 import threading
+import time
 import traceback
-import webbrowser
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
+from data.video import ACTIONS, World, caption_length, paint, unknown_words
 from experiment import UserError, replacing
+from nanolab.world import as_bytes, latent_actions
+from worldmodel import as_characters
 
 BODY_LIMIT = 64 * 1024      # bytes of a request's body that are read as JSON
 DRAIN_LIMIT = 1024 * 1024   # bytes of a body that is too large that are read and dropped
@@ -39,11 +43,12 @@ ENDED = "the program has ended"
 FPS_WINDOW = 32             # frames in the running mean
 GAP = 4                     # pixels around the frames of a strip
 TITLE_HEIGHT = 16           # pixels of the line of text above a strip's row
+PAGE = Path(__file__).with_name("play.html")
 
 
 @dataclass
 class View:
-    """What a session shows after a reset or a step."""
+    """What a player is shown after a reset or a step."""
     frame: np.ndarray               # (H, W, 3) uint8, generated
     truth: np.ndarray | None        # the true world beside it, where it exists
     cache: str                      # one line about the cache, e.g. "16 frames, 1.2 MB"
@@ -51,18 +56,139 @@ class View:
     note: str = ""                  # e.g. "code 3, in the true world: left"
 
 
-class Session(Protocol):
-    """What `serve` plays. All its methods run one after the other, in the thread that called `serve`."""
-    title: str                      # shown on the page
-    actions: tuple[str, ...]        # names of the actions
-    keys: dict[str, int]            # KeyboardEvent.key -> action, e.g. {"ArrowUp": 1, " ": 0}
-    prompts: bool = False           # True: the page offers a field for a sentence; may be left out
+class Played:
+    """One world: frames generated after the actions that a person chooses, the true world beside it where there is one.
 
-    def reset(self, prompt=None) -> View:
-        """A new world, from a sentence or None; ValueError says in one line what is wrong with the sentence."""
+    The grid world begins at a random state with `context` - 1 true frames after "stay"; other data at a clip that was
+    never trained on. Latent actions are shown with the true action that most often goes with them.
 
-    def step(self, action: int) -> View:
+    reader: a nanolab.world.Reader of held-out clips, whose models have "dynamics". video: their data.video.Video.
+    settings: those of train_worldmodel.py. meanings (n_codes,): the true action of each code, or None.
+    """
+
+    def __init__(self, reader, video, settings, meanings=None):
+        self.reader, self.models, self.model = reader, reader.models, reader.models["dynamics"]
+        self.video, self.settings, self.meanings = video, settings, meanings
+        self.ours = video.action_names == ACTIONS             # a world that goes on by itself
+        self.prompts = "frame" in self.models and self.ours
+        names, true = tuple(video.action_names), reader.source == "true"
+        known = list(range(len(names))) if true else [] if meanings is None else meanings.tolist()
+        self.actions = names if true else tuple(
+            f"code {k}" + (f" ({names[known[k]]})" if known else "") for k in range(self.model.n_actions))
+        self.keys = {str(i): i for i in range(min(10, len(self.actions)))}
+        if self.ours:
+            arrows = dict(zip(ACTIONS, (" ", "ArrowUp", "ArrowDown", "ArrowLeft", "ArrowRight")))
+            self.keys |= {arrows[ACTIONS[m]]: k for k, m in reversed(list(enumerate(known)))}
+        self.title = f"{settings['dataset']}, {reader.source} actions"
+        self.how = dict(steps=settings["decode_steps"], temperature=settings["temperature"])
+        self.began, self.generator = 0, torch.Generator().manual_seed(settings["seed"])
+
+    @torch.no_grad()
+    def reset(self, prompt=None):
+        """A new world, or one that begins with the frame that a sentence describes ("write": a sentence of the text
+        model). ValueError: no sentence of this model's."""
+        began = time.perf_counter()
+        if prompt is not None:
+            prompt, tokens = self.first_frame(prompt)
+            frame = self.draw(tokens)
+            try:                                              # the true world begins as it was drawn, if that is one
+                self.world = World.from_cells(self.reader.cells(frame)[None].numpy(),
+                                              np.random.default_rng(self.settings["seed"]))
+            except ValueError:
+                self.world = None
+            return self.begin(tokens, torch.empty(1, 0, dtype=torch.int64), frame, began, prompt)
+        T = self.settings["context"] - 1
+        index = torch.tensor([self.began * 7919 % self.reader.clips.count(T)])
+        self.began, self.world = self.began + 1, None
+        if self.ours:
+            rng = np.random.default_rng(self.settings["seed"] + self.began)
+            self.world = World(1, rng, *(self.settings[name] for name in ("side", "walls", "ball")))
+            seen = [self.world.cells()]
+            for _ in range(T - 1):
+                self.world.step(np.zeros(1, np.int64))
+                seen.append(self.world.cells())
+            cells, actions = torch.from_numpy(np.stack(seen, 1)), torch.zeros(1, T - 1, dtype=torch.int64)
+            frames = torch.from_numpy(paint(cells, self.video.cell_px)).to(self.reader.device).float() / 255
+        else:
+            frames, actions = self.reader.frames(index, T), self.reader.clips.actions(index, T)
+        if self.reader.source == "latent":
+            actions = latent_actions(self.models["actions"], frames)
+        if self.reader.kind == "cells":
+            tokens = cells.long().flatten(2).to(self.reader.device)
+        else:
+            tokens = self.models["tokenizer"].tokens(frames)
+        self.draw(tokens)
+        return self.begin(tokens, actions, frames[0, -1], began)
+
+    def begin(self, tokens, actions, frame, began, note=""):
+        """The model reads the world's first frames, tokens (1, T, N), and the actions (1, T - 1) between them."""
+        self.cache = self.model.new_cache(1, max(1024, tokens.size(1)), self.settings["window"] or 64)
+        self.model(tokens, F.pad(actions.to(tokens.device), (1, 0), value=self.model.n_actions), self.cache)
+        return self.view(frame, began, note)
+
+    def first_frame(self, prompt):
+        """(sentence, tokens (1, 1, N) of the frame drawn from it); how its ball flies only the next frames show."""
+        written = prompt == "write"
+        if written:
+            if "text" not in self.models:
+                raise ValueError("write needs the stage text: --resume --stage text trains it")
+            prompt = self.models["text"].write(1, generator=self.generator)[0]
+            if not prompt:
+                raise ValueError("the text model wrote an empty sentence: ask again, or with another seed")
+        elif not prompt.strip(" ,.;:"):
+            raise ValueError("a sentence of at least one word is needed")
+        text = as_characters([prompt], caption_length(self.reader.side)).to(self.reader.device)
+        if not written and (strange := unknown_words(prompt, self.reader.side)):
+            raise ValueError(f"no caption has the word {strange[0]!r}, so no stage has seen it; captions are such as "
+                             "'agent at c4, ball at f2, walls a1 b3 c7.'")
+        return prompt, self.models["frame"].draw(text[:, :len(prompt)], generator=self.generator, **self.how)[:, None]
+
+    @torch.no_grad()
+    def step(self, action):
         """The frame after `action`."""
+        began = time.perf_counter()
+        tokens = self.model.next_frame(torch.tensor([action], device=self.reader.device), self.cache,
+                                       generator=self.generator, **self.how)
+        frame, note = self.draw(tokens[:, None], first=False), self.actions[action]
+        if self.world is not None:
+            true = action if self.reader.source == "true" else self.meanings[action].item()
+            happened = int(self.world.step([true])[0])
+            note = f"{note}; in the true world: {ACTIONS[happened]}" + " (blocked)" * (happened != true)
+        return self.view(frame, began, note)
+
+    def draw(self, tokens, first=True):
+        """Tokens (1, T, N) -> the last frame's pixels (H, W, 3). first: of a new world, else after those drawn."""
+        if first:
+            self.drawn = self.models["tokenizer"].new_cache(1, 1024) if self.reader.kind == "tokenizer" else None
+        return self.reader.paint(tokens, self.drawn)[0, -1]
+
+    def view(self, frame, began, note=""):
+        """What the page shows."""
+        truth = None if self.world is None else paint(self.world.cells(), self.video.cell_px)[0]
+        size = f"{self.cache.length} frames seen, {self.cache.bytes / 1e6:.2f} MB"
+        return View(as_bytes(frame).numpy(), truth, size, time.perf_counter() - began, note)
+
+
+def write_rollout(played, plan, prompt, folder):
+    """One world after the actions `plan` as samples/rollout.png in `folder`, a row of generated and a row of true
+    frames, and rollout.gif. Returns their paths. UserError: no sentence of this model's, or no model of sentences."""
+    if prompt is not None and not played.prompts:
+        raise UserError("--prompt needs a run with the stage frame: --resume --stage frame trains it")
+    try:
+        views = [played.reset(prompt)]
+    except ValueError as error:
+        raise UserError(f"--prompt: {error}") from None
+    if prompt is not None:
+        print(views[0].note)
+    views += [played.step(action) for action in plan]
+    rows, titles = [[view.frame for view in views]], ["generated after " + ", ".join(played.actions[a] for a in plan)]
+    if views[0].truth is not None:
+        rows, titles = [*rows, [view.truth for view in views]], [*titles, "the true world"]
+    (folder / "samples").mkdir(exist_ok=True)
+    paths = folder / "samples" / "rollout.png", folder / "samples" / "rollout.gif"
+    save_strip(paths[0], rows, titles)
+    save_gif(paths[1], rows[0])
+    return paths
 
 
 # ---- the server
@@ -257,8 +383,13 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, address)
 
 
-def serve(session, port=0, ready=None, open_browser=False):
-    """Play `session` on http://127.0.0.1:port/ (0: a free port) until Ctrl-C. `ready(address)` once it listens."""
+def serve(session, port=0, ready=None):
+    """Play `session` on http://127.0.0.1:port/ (0: a free port) until Ctrl-C. `ready(address)` once it listens.
+
+    session, as `Played` is one: title (str), actions (their names), keys {KeyboardEvent.key: action}, prompts (whether
+    the page offers a field for a sentence; may be left out), reset(prompt=None) and step(action) -> View. ValueError of
+    reset says in one line what is wrong with the sentence. All run one after the other, in the caller's thread.
+    """
     try:
         server = Server(session, port)
     except OverflowError:
@@ -271,8 +402,6 @@ def serve(session, port=0, ready=None, open_browser=False):
         print(f"play at {address}  (Ctrl-C ends it)", flush=True)
         if ready:
             ready(address)
-        if open_browser:                                     # a browser inside the terminal returns only when closed
-            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         server.run()
 
 
@@ -340,6 +469,16 @@ def save_strip(path, rows, titles=None, scale=3):
         strip.save(file, "PNG")
 
 
+def save_samples(path, made):
+    """What a model made of held-out clips: {title: frames in 0..1} as `path`.png, a list of texts as `path`.txt."""
+    path.parent.mkdir(exist_ok=True)
+    if isinstance(made, dict):
+        save_strip(path.with_suffix(".png"), [as_bytes(frames).numpy() for frames in made.values()], list(made))
+    else:
+        with replacing(path.with_suffix(".txt")) as file:
+            file.write("".join(text + "\n" for text in made).encode())
+
+
 def save_gif(path, frames, fps=4, scale=4):
     """An endless GIF of `frames`. Colours are exact up to 256 a frame."""
     if not len(frames):
@@ -360,153 +499,4 @@ def page(session, nonce):
     parts = {"@TITLE@": html.escape(session.title), "@FIELD@": field, "@START@": "start" if prompts else "new world",
              "@GAME@": json.dumps(game).replace("<", "\\u003c"),       # no </script> from a name
              "@NONCE@": nonce}
-    return re.sub("@[A-Z]+@", lambda place: parts[place[0]], PAGE)
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>@TITLE@</title>
-<link rel="icon" href="data:,">
-<style nonce="@NONCE@">
-:root { color-scheme: light dark; --back: #f6f6f3; --card: #fff; --ink: #1d1f21; --soft: #666b70; --line: #d9dad5;
-        --accent: #2c6bb3; --bad: #b3261e }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #17191b; --card: #222528; --ink: #e8e8e4; --soft: #a0a5aa; --line: #3a3e42;
-          --accent: #7db3ee; --bad: #ff8a80 }
-}
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 1rem; max-width: 60rem; background: var(--back); color: var(--ink);
-       font: 1rem/1.45 system-ui, sans-serif }
-h1 { margin: 0 0 .8rem; font-size: 1.2rem; font-weight: 600; text-align: center; overflow-wrap: anywhere }
-[hidden] { display: none !important }
-.worlds { display: flex; justify-content: center; gap: 1rem }
-figure { margin: 0; flex: 0 1 min(28rem, 60vh); min-width: 0 }
-figcaption { color: var(--soft); font-size: .85rem; text-align: center; margin-top: .25rem }
-figure img { display: block; width: 100%; min-height: 4rem; image-rendering: pixelated; background: var(--card);
-             box-shadow: 0 0 0 1px var(--line); border-radius: 3px; transition: opacity .2s }
-.busy figure img { opacity: .6; transition-delay: .4s }
-#note, #error { min-height: 1.45em; margin: .4rem 0 0; text-align: center; overflow-wrap: anywhere }
-#error { color: var(--bad) }
-#actions { display: flex; flex-wrap: wrap; justify-content: center; gap: .5rem; margin: .5rem 0 }
-button, input { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line);
-                border-radius: 6px; padding: .5rem .8rem; min-height: 2.75rem }
-button { cursor: pointer; touch-action: manipulation }
-button:hover, button.last { border-color: var(--accent) }
-button:active { background: var(--line) }
-button.last { box-shadow: inset 0 0 0 1px var(--accent) }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
-kbd { margin-left: .45rem; padding: .05rem .35rem; border: 1px solid var(--line); border-radius: 4px;
-      color: var(--soft); font: .8rem ui-monospace, monospace }
-form { display: flex; justify-content: center; gap: .5rem; margin: .8rem auto 0; max-width: 36rem }
-form input { flex: 1; min-width: 0 }
-dl { display: flex; flex-wrap: wrap; justify-content: center; gap: .2rem 1.5rem; margin: .8rem 0 0;
-     font-size: .9rem; font-variant-numeric: tabular-nums }
-dl div { display: flex; gap: .4rem }
-dt { color: var(--soft) }
-dd { margin: 0 }
-@media (max-width: 40rem) { body { padding: .6rem } .worlds { gap: .5rem } }
-</style>
-<h1>@TITLE@</h1>
-<main>
-<div class="worlds">
-<figure><img id="frame" alt="the frame that the model made"><figcaption>as the model sees it</figcaption></figure>
-<figure hidden><img id="truth" alt="the true world"><figcaption>the true world</figcaption></figure>
-</div>
-<p id="note"></p>
-<div id="actions"></div>
-<p id="error" role="alert"></p>
-<form id="form">@FIELD@<button id="start">@START@</button></form>
-<dl>
-<div><dt>step</dt><dd id="step">0</dd></div>
-<div><dt>frames/s</dt><dd id="fps">–</dd></div>
-<div><dt>cache</dt><dd id="cache">–</dd></div>
-</dl>
-</main>
-<script nonce="@NONCE@">
-"use strict";
-const GAME = @GAME@;
-const get = id => document.getElementById(id);
-const keys = new Map(Object.entries(GAME.keys));
-const names = {" ": "space", ArrowUp: "↑", ArrowDown: "↓", ArrowLeft: "←", ArrowRight: "→", Enter: "⏎"};
-let busy = false, waiting = null;       // one request under way, and at most one press remembered behind it
-
-async function send(path, body) {
-  busy = true;
-  document.body.classList.add("busy");
-  try {
-    const answer = await fetch(path, {method: "POST", headers: {"Content-Type": "application/json"},
-                                      body: JSON.stringify(body)});
-    const view = await answer.json();
-    get("error").textContent = answer.ok ? "" : view.error;
-    if (answer.ok) show(view, path === "/step" ? body.action : null);
-  } catch (error) {
-    get("error").textContent = "no answer: is the program in the terminal still running?";
-  }
-  busy = false;
-  document.body.classList.remove("busy");
-  if (waiting) {
-    const next = waiting;
-    waiting = null;
-    send(...next);
-  }
-}
-
-function ask(path, body, repeat = false) {
-  if (!busy) send(path, body);
-  else if (!repeat && waiting?.[0] !== "/reset") waiting = [path, body];     // a held key fills no queue
-}
-
-function show(view, action) {
-  get("frame").src = "data:image/png;base64," + view.frame;
-  get("truth").parentElement.hidden = view.truth === null;
-  if (view.truth !== null) get("truth").src = "data:image/png;base64," + view.truth;
-  get("step").textContent = view.step;
-  get("fps").textContent = view.fps === null ? "–" : view.fps.toFixed(view.fps < 10 ? 2 : 1);
-  get("cache").textContent = view.cache;
-  get("note").textContent = view.note;
-  [...get("actions").children].forEach((button, i) => button.classList.toggle("last", i === action));
-  if (action === null) get("prompt")?.blur();                                // from here on the keys play
-}
-
-GAME.actions.forEach((name, action) => {
-  const button = document.createElement("button");
-  button.textContent = name;
-  for (const [key, value] of keys) {
-    if (value !== action) continue;
-    const hint = document.createElement("kbd");
-    hint.textContent = names[key] ?? key;
-    button.append(hint);
-  }
-  button.addEventListener("click", event => {
-    if (event.detail) button.blur();    // after a click of the mouse the space bar is the game's again
-    ask("/step", {action});
-  });
-  get("actions").append(button);
-});
-
-document.addEventListener("keydown", event => {
-  const on = event.target.tagName;
-  if (event.ctrlKey || event.altKey || event.metaKey || event.isComposing) return;
-  if (on === "INPUT") {
-    if (event.key === "Escape") event.target.blur();
-    return;
-  }
-  if (on === "BUTTON" && (event.key === " " || event.key === "Enter")) return;   // presses that button
-  const action = keys.get(event.key) ?? keys.get(event.key.toLowerCase());
-  if (action === undefined) return;
-  event.preventDefault();               // no scrolling
-  ask("/step", {action}, event.repeat);
-});
-
-get("form").addEventListener("submit", event => {
-  event.preventDefault();
-  get("start").blur();
-  ask("/reset", {prompt: get("prompt")?.value.trim() || null});
-});
-
-send("/reset", {prompt: null});
-</script>
-</html>
-"""
+    return re.sub("@[A-Z]+@", lambda place: parts[place[0]], PAGE.read_text(encoding="utf-8"))
