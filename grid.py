@@ -58,6 +58,7 @@ import subprocess
 import sys
 import time
 from builtins import print as say
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -140,79 +141,81 @@ class Grid:
         self.path = Path(path)
         plan = read_yaml(self.path)
         check_shape(plan, SHAPE, {"script", "out_dir", "metric", "base", "seeds"}, str(path))
-        if bool(plan.get("rows")) == bool(plan.get("cross")):
-            raise UserError(f"{path}: it needs either rows or cross")
-        if "cross" in plan and (extra := {"tune", "speed", "sigma_data"} & plan.keys()):
-            raise UserError(f"{path}: {', '.join(sorted(extra))} goes with rows, not with cross")
-        if not plan["out_dir"].isprintable():
-            raise UserError(f"{path}: out_dir {plan['out_dir']!r} is no name of a folder")
+        self.need(bool(plan.get("rows")) != bool(plan.get("cross")), "it needs either rows or cross")
+        extra = {"tune", "speed", "sigma_data"} & plan.keys() if "cross" in plan else ()
+        self.need(not extra, f"{', '.join(sorted(extra))} goes with rows, not with cross")
+        self.need(plan["out_dir"].isprintable(), f"out_dir {plan['out_dir']!r} is no name of a folder")
         self.script = Path(__file__).resolve().parent / plan["script"]
-        if not self.script.is_file():
-            raise UserError(f"{path}: there is no script {plan['script']}")
+        self.need(self.script.is_file(), f"there is no script {plan['script']}")
         try:
             self.tree = ast.parse(self.script.read_bytes())
         except (SyntaxError, ValueError) as error:
             raise UserError(f"{path}: script {plan['script']} is no Python: {error}") from None
         self.specs = flags._read_settings(self.script)
         self.folder, self.metric, self.seeds = Path(plan["out_dir"]), plan["metric"], plan["seeds"]
-        self.show = plan.get("show", [])
-        if not all(type(s) is int for s in self.seeds) or not 2 <= len(self.seeds) == len(set(self.seeds)):
-            raise UserError(f"{path}: seeds must be at least 2 different whole numbers, not {self.seeds}")
+        self.need(all(type(seed) is int for seed in self.seeds) and 2 <= len(self.seeds) == len(set(self.seeds)),
+                  f"seeds must be at least 2 different whole numbers, not {self.seeds}")
         self.sigma_data = plan.get("sigma_data", 0.0)
-        if not 0 <= self.sigma_data < float("inf"):
-            raise UserError(f"{path}: sigma_data must be a number from 0 on, not {self.sigma_data}")
-        tune = plan.get("tune", {})
+        self.need(0 <= self.sigma_data < math.inf, f"sigma_data must be a number from 0 on, not {self.sigma_data}")
+        tune, speed = plan.get("tune", {}), plan.get("speed", {})
         check_shape(tune, {"settings": list, "factors": list}, set(), f"{path}: tune")
         self.scaled, self.factors = tune.get("settings", []), tune.get("factors", [1])
-        if not self.factors or not all(type(f) in (int, float) and 0 < f < math.inf for f in self.factors):
-            raise UserError(f"{path}: tune: factors must be numbers above 0, none endless, not {self.factors}")
-        self.seeded = plan.get("seeded", ["seed"])
+        self.need(self.factors and all(type(f) in (int, float) and 0 < f < math.inf for f in self.factors),
+                  f"tune: factors must be numbers above 0, none endless, not {self.factors}")
+        self.seeded, self.show = plan.get("seeded", ["seed"]), plan.get("show", [])
         for key, names in (("seeded", self.seeded), ("tune: settings", self.scaled), ("show", self.show)):
-            if not all(type(name) is str for name in names) or key == "seeded" and not names:
-                raise UserError(f"{path}: {key} must be names{' of settings' * (key != 'show')}, not {names}")
+            self.need(all(type(name) is str for name in names) and (names or key != "seeded"),
+                      f"{key} must be names{' of settings' * (key != 'show')}, not {names}")
         self.base = self.check(self.expand(plan["base"]), "base")
         self.check({name: self.seeds[0] for name in self.seeded if name != "seed"}, "seeded")
-        speed = plan.get("speed", {})
-        if isinstance(speed, str) and speed != "none":
-            raise UserError(f"{path}: speed must be settings, or none, not {speed!r}")
+        self.need(speed == "none" or not isinstance(speed, str), f"speed must be settings, or none, not {speed!r}")
         self.speed = self.check(speed if isinstance(speed, dict) else {}, "speed")
         for name in self.scaled:
-            if type(self.base.get(name)) not in (int, float):
-                raise UserError(f"{path}: tune: {name} must be a number in base")
-        if self.speed and not self.base.get("max_steps"):
-            raise UserError(f"{path}: speed needs max_steps in base")
+            self.need(type(self.base.get(name)) in (int, float), f"tune: {name} must be a number in base")
+        self.need(not self.speed or self.base.get("max_steps"), "speed needs max_steps in base")
         self.cross = {str(axis): self.options(str(axis), given) for axis, given in plan.get("cross", {}).items()}
-        self.rows = [] if self.cross else [Row(BASELINE, "", {}, None)]
-        for chosen in itertools.product(*self.cross.values()) if self.cross else ():
+        self.rows = self.crossed() if self.cross else self.listed(plan["rows"])
+        twice = set(self.seeded) & {*self.base, *(name for row in self.rows for name in row.changes)}
+        self.need(not twice, f"{', '.join(sorted(twice))} is set by the seeds (seeded), it cannot be set again")
+        self.names, self.known, self.failed = {}, {}, {}        # by hash; by run
+        self.check_cells()
+
+    def need(self, right, words):
+        """UserError with the yaml's path where something in it is not right."""
+        if not right:
+            raise UserError(f"{self.path}: {words}")
+
+    def crossed(self):
+        """The rows of a cross: one for every combination of its options."""
+        rows = []
+        for chosen in itertools.product(*self.cross.values()):
             at = dict(zip(self.cross, chosen))
-            changes = [(axis, name, value) for axis, option in at.items()
-                       for name, value in self.cross[axis][option].items()]
-            names = [name for _, name, _ in changes]
-            if twice := {name for name in names if names.count(name) > 1}:
-                raise UserError(f"{path}: cross: {', '.join(sorted(twice))} is set by several axes")
-            row = ", ".join(f"{axis} {option}" for axis, option in at.items())
-            self.rows.append(Row(row, "", {name: value for _, name, value in changes}, None, at))
-        for name, row in plan.get("rows", {}).items():
+            settings = [self.cross[axis][option] for axis, option in at.items()]
+            twice = {name for name, count in Counter(itertools.chain(*settings)).items() if count > 1}
+            self.need(not twice, f"cross: {', '.join(sorted(twice))} is set by several axes")
+            changes = {name: value for option in settings for name, value in option.items()}
+            rows.append(Row(", ".join(f"{axis} {option}" for axis, option in at.items()), "", changes, None, at))
+        return rows
+
+    def listed(self, given):
+        """The rows of `rows`, the baseline before them; each leads to it over what it is compared with."""
+        rows = [Row(BASELINE, "", {}, None)]
+        for name, row in given.items():
             row = {} if row is None else row
-            check_shape(row, ROW_SHAPE, {"set"}, f"{path}: row {name!r}")
-            self.rows.append(Row(str(name), row.get("axis", ""), self.check(row["set"], f"row {name!r}"),
-                                 row.get("against", BASELINE)))
-        set_by_rows = [name for values in (self.base, *(row.changes for row in self.rows)) for name in values]
-        if twice := set(self.seeded) & set(set_by_rows):
-            raise UserError(f"{path}: {', '.join(sorted(twice))} is set by the seeds (seeded), it cannot be set again")
-        names = [row.name for row in self.rows]
-        for row in self.rows[1:] if not self.cross else ():
-            if names.count(row.name) > 1 or row.name == row.against or row.against not in names:
-                raise UserError(f"{path}: row {row.name!r}: its name must be its own, and `against` another row's")
-        against = {row.name: row.against for row in self.rows}
-        for name in names if not self.cross else ():
+            check_shape(row, ROW_SHAPE, {"set"}, f"{self.path}: row {name!r}")
+            rows.append(Row(str(name), row.get("axis", ""), self.check(row["set"], f"row {name!r}"),
+                            row.get("against", BASELINE)))
+        against, count = {row.name: row.against for row in rows}, Counter(row.name for row in rows)
+        for row in rows[1:]:
+            self.need(count[row.name] == 1 and row.name != row.against and row.against in against,
+                      f"row {row.name!r}: its name must be its own, and `against` another row's")
+        for name in against:
             chain = [name]
             while against[chain[-1]] is not None and against[chain[-1]] not in chain:
                 chain.append(against[chain[-1]])
-            if chain[-1] != BASELINE:
-                raise UserError(f"{path}: `against` goes in a circle: {' against '.join([*chain, against[chain[-1]]])}")
-        self.names, self.known, self.failed = {}, {}, {}        # by hash; by run
-        self.check_cells()
+            self.need(chain[-1] == BASELINE,
+                      f"`against` goes in a circle: {' against '.join(map(str, [*chain, against[chain[-1]]]))}")
+        return rows
 
     def check(self, values, place):
         """Settings of the yaml in the script's types; UserError with the place."""
@@ -236,9 +239,9 @@ class Grid:
         node = next((node.value for node in self.tree.body if isinstance(node, ast.Assign)
                      and ast.unparse(node.targets[0]) == "presets"), ast.parse("{}").body[0].value)
         presets = eval(compile(ast.Expression(node), str(self.script), "eval"), {"__builtins__": {"dict": dict}})
-        if base["preset"] not in list(presets):              # a list: what is no name may have no hash
-            raise UserError(f"{self.path}: base: preset {as_typed(base['preset'])}: must be one of "
-                            f"{', '.join(presets) or 'none: ' + self.script.name + ' has no presets'}")
+        known = ", ".join(presets) or f"none: {self.script.name} has no presets"
+        self.need(base["preset"] in list(presets),           # a list: what is no name may have no hash
+                  f"base: preset {as_typed(base['preset'])}: must be one of {known}")
         return presets[base["preset"]] | {name: value for name, value in base.items() if name != "preset"}
 
     def check_cells(self):
@@ -247,7 +250,7 @@ class Grid:
         checks = {"check", "main"} <= {node.name for node in self.tree.body if isinstance(node, ast.FunctionDef)}
         if checks:
             for name in never_made(self.script, [self.metric, *self.show]):
-                raise UserError(f"{self.path}: {self.script.name} writes no number {name!r} into its summary.json")
+                self.need(False, f"{self.script.name} writes no number {name!r} into its summary.json")
         for seed in self.seeds:
             try:
                 check_settings(self.script, dict.fromkeys(self.seeded, seed), self.specs)
@@ -263,9 +266,9 @@ class Grid:
                 seen.add(words)
                 place = f"{self.path}: " + (f"row {row.name!r}" if row.name != BASELINE else "base")
                 place += f" times {factor:g}" if factor != 1 and self.scaled else ""
-                if values.get("max_steps", 0) is None:
-                    raise UserError(f"{place}: max_steps none: a run of a grid must end")
                 try:
+                    if values.get("max_steps", 0) is None:
+                        raise UserError("max_steps none: a run of a grid must end")
                     values = check_settings(self.script, values, self.specs)
                     if checks and factor == self.factors[0]:  # a rate's bounds are the parser's
                         module = module or imported(self.script)
@@ -281,20 +284,19 @@ class Grid:
     def options(self, axis, given):
         """{option: {name: value}} of an axis of `cross`: a list of one setting's values, or options by name."""
         if isinstance(given, list):
-            if twice := [word for word in map(as_typed, given) if list(map(as_typed, given)).count(word) > 1]:
-                raise UserError(f"{self.path}: cross: {axis} has {twice[0]} twice")
+            word, count = Counter(map(as_typed, given)).most_common(1)[0] if given else ("", 0)
+            self.need(count < 2, f"cross: {axis} has {word} twice")
             given = {as_typed(value): {axis: value} for value in given}
-        if not isinstance(given, dict) or not given or not all(isinstance(option, dict) for option in given.values()):
-            raise UserError(f"{self.path}: cross: {axis} must be a list of values, or options with what each sets")
+        self.need(isinstance(given, dict) and given and all(isinstance(option, dict) for option in given.values()),
+                  f"cross: {axis} must be a list of values, or options with what each sets")
         return {str(name): self.check(option, f"cross: {axis} {name}") for name, option in given.items()}
 
     def settings(self, row, factor, seed, **other):
         """{name: value} of a run of a row. other: settings that win over the row's."""
         settings = {**self.base, **row.changes, **dict.fromkeys(self.seeded, seed)}
         for name in self.scaled:
-            if type(settings[name]) not in (int, float):
-                raise UserError(f"{self.path}: row {row.name!r}: {name} is tuned and must be a number, not "
-                                f"{as_typed(settings[name])}")
+            self.need(type(settings[name]) in (int, float), f"row {row.name!r}: {name} is tuned and must be a number, "
+                                                            f"not {as_typed(settings[name])}")
             settings[name] = float(f"{settings[name] * factor:.12g}")
         return settings | other
 
@@ -627,38 +629,22 @@ def main():
 
 def work_off(plan, found, running):
     """Runs what the Grid wants until nothing is left. found: its progress; running: {child: (cell, its claim)}."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    given_up, stop, told = set(), [], {}
+    given_up, stop, told = set(), [], Counter()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stop.append(number))
     began, finished = time.monotonic(), 0
     while True:
         for child in running:                                # here, as a signal may come while one is being started
-            if told.get(child, 0) < len(stop):
+            if told[child] < len(stop):
                 child.send_signal(signal.SIGTERM)                            # it saves; a second one ends it at once
-                told[child] = told.get(child, 0) + 1
+                told[child] += 1
         # ---- what has ended ----
         ended = [child for child in running if child.poll() is not None]
         for child in ended:
             cell, held = running.pop(child)
-            log, code = plan.folder / "logs" / f"{cell.run}.log", child.returncode
-            error = "" if code == 0 else last_line(log)
-            with open(plan.folder / "grid.jsonl", "ab", buffering=0) as journal:
-                entry = {"run": cell.run, "row": cell.row, "code": code, "error": error, "time": time.time()}
-                journal.write((json.dumps(entry) + "\n").encode())
+            what = record(plan, cell, child.returncode, given_up)
             held.close()
-            if code:
-                given_up.add(cell.run)
-                if code not in KILLED:
-                    plan.failed[cell.run] = error
-            result = plan.result(cell)
-            if result.state == "done" and not checkpoints:
-                for path in (plan.home / cell.run).glob("*.pt"):
-                    path.unlink()
             finished += 1
-            what = f"exit {code}: {error}"
-            if result.state == "done":
-                what = "timed" if result.value is None else f"{result.value:.4f}"
             say(f"{finished:>4} runs, {(time.monotonic() - began) / 60:.1f} min: {cell.run.rpartition('-')[0]}: {what}",
                 flush=True)
         if ended or not running:
@@ -668,8 +654,7 @@ def work_off(plan, found, running):
         todo = dict.fromkeys(cell for mine in found.values() for cell in mine.wanted if cell.run not in given_up)
         if plan.cross:                                       # a whole table of the first seed before the second begins
             todo = dict.fromkeys(sorted(todo, key=lambda cell: plan.seeds.index(cell.seed)))
-        taken = {cell.run for cell, _ in running.values()}
-        waiting = False
+        taken, waiting = {cell.run for cell, _ in running.values()}, False
         for cell in todo:
             if len(running) >= jobs or stop:
                 break
@@ -678,25 +663,53 @@ def work_off(plan, found, running):
             held = claim(plan.folder, cell)
             if held is None:
                 waiting = True                                               # another grid.py has it
-                continue
-            if plan.result(cell).state == "done":                            # it had, a moment ago
+            elif plan.result(cell).state == "done":                          # it had, a moment ago
                 held.close()
-                continue
-            with open(plan.folder / "logs" / f"{cell.run}.log", "ab") as log:
-                child = subprocess.Popen(plan.words(cell), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                         env=environment, pass_fds=[held.fileno()], start_new_session=True)
-            running[child] = cell, held
-            taken.add(cell.run)
+            else:
+                running[start(plan, cell, held)] = cell, held
+                taken.add(cell.run)
         if not running and (stop or not waiting and not any(plan.result(cell).state == "open" for cell in todo)):
             break
         time.sleep(0.2 if running else 2)
     if stop:
         say("stopped: the same command goes on")
         sys.exit(128 + stop[0])
-    troubles = {row.name: found[row.name].error for row in plan.rows if found[row.name].error}
-    broken = {run: error for run, error in plan.failed.items() if run in given_up}
+    tell_the_end(plan, found, given_up)
+
+
+def start(plan, cell, held):
+    """A process that runs a cell, and keeps its claim `held` for as long as it lives."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    with open(plan.folder / "logs" / f"{cell.run}.log", "ab") as log:
+        return subprocess.Popen(plan.words(cell), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+                                pass_fds=[held.fileno()], start_new_session=True)
+
+
+def record(plan, cell, code, given_up):
+    """Writes down how the run of a cell has ended, and says it in words; given_up: runs that this command leaves."""
+    error = "" if code == 0 else last_line(plan.folder / "logs" / f"{cell.run}.log")
+    with open(plan.folder / "grid.jsonl", "ab", buffering=0) as journal:
+        entry = {"run": cell.run, "row": cell.row, "code": code, "error": error, "time": time.time()}
+        journal.write((json.dumps(entry) + "\n").encode())
+    if code:
+        given_up.add(cell.run)
+        if code not in KILLED:
+            plan.failed[cell.run] = error
+    result = plan.result(cell)
+    if result.state != "done":
+        return f"exit {code}: {error}"
+    if not checkpoints:
+        for path in (plan.home / cell.run).glob("*.pt"):
+            path.unlink()
+    return "timed" if result.value is None else f"{result.value:.4f}"
+
+
+def tell_the_end(plan, found, given_up):
+    """The last line of a grid that nothing stopped; UserError, with all of them, where some have failed."""
     say(f"done: {sum(len(mine.values) > 0 for mine in found.values())} of {len(plan.rows)} rows; "
         f"{plan.folder / 'grid.json'}")
+    troubles = {name: mine.error for name, mine in found.items() if mine.error}
+    broken = {run: error for run, error in plan.failed.items() if run in given_up}
     if troubles or given_up:
         told = "; ".join(f"{name}: {error}" for name, error in (troubles or broken).items()) or ", ".join(given_up)
         raise UserError(f"{max(len(given_up), len(troubles))} failed (--retry runs them again): {told}")
