@@ -62,9 +62,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiment import (UserError, as_typed, check_settings, command, compare, lock_file, noise_floor, override,
-                        read_json, read_metrics, write_json)
+from experiment import (UserError, as_typed, check_settings, command, lock_file, override, read_json, read_metrics,
+                        write_json)
 from nanolab import archive
+from nanolab.verdict import compare, noise_floor
 
 # --- What ---
 grid = None              # the yaml file (may also be typed as a bare word)

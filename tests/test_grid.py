@@ -17,7 +17,8 @@ sys.path.insert(0, str(ROOT))
 import experiment  # noqa: E402
 import grid as grid_module  # noqa: E402
 import plot  # noqa: E402
-from experiment import UserError, compare, noise_floor  # noqa: E402
+from experiment import UserError  # noqa: E402
+from nanolab.verdict import compare, noise_floor  # noqa: E402
 from test_scripts import fresh  # noqa: E402
 
 FAKE = '''"""A script that makes up its figures."""
