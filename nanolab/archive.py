@@ -154,6 +154,7 @@ def run_line(place, params, first):
 
 
 def as_line(value):
+    """A value as a line of JSON, in bytes."""
     return (json.dumps(value, separators=(",", ":")) + "\n").encode()
 
 
