@@ -220,26 +220,27 @@ class Grid:
 
     def check(self, values, place):
         """Settings of the yaml in the script's types; UserError with the place."""
-        try:
-            if kept := {"seed", "out_dir", "run_name", "resume"} & values.keys():
-                raise UserError(f"{', '.join(sorted(kept))} cannot stand in a grid: it sets them itself")
-            if "preset" in values:
-                raise UserError("preset can stand in base only")
-            for before, name in zip([None, *values], values):
-                if not isinstance(name, str):
-                    raise UserError(f"{name!r} is no name of a setting: several values of one stand in brackets, as "
-                                    f"{before or 'betas'}: [{as_typed(values.get(before, 0.9))}, {name}]")
+        kept = {"seed", "out_dir", "run_name", "resume"} & values.keys()
+        self.need(not kept, f"{place}: {', '.join(map(str, sorted(kept)))} cannot stand in a grid: it sets them itself")
+        self.need("preset" not in values, f"{place}: preset can stand in base only")
+        for before, name in zip([None, *values], values):
+            example = f"{before or 'betas'}: [{as_typed(values.get(before, 0.9))}, {name}]"
+            self.need(isinstance(name, str), f"{place}: {name!r} is no name of a setting: several values of one stand "
+                                             f"in brackets, as {example}")
+        with said_at(f"{self.path}: {place}"):
             return check_settings(self.script, values, self.specs)
-        except UserError as error:
-            raise UserError(f"{self.path}: {place}: {error}") from None
 
     def expand(self, base):
         """`base` with the settings of the preset that it names, over which its own win."""
         if "preset" not in base:
             return base
-        node = next((node.value for node in self.tree.body if isinstance(node, ast.Assign)
-                     and ast.unparse(node.targets[0]) == "presets"), ast.parse("{}").body[0].value)
-        presets = eval(compile(ast.Expression(node), str(self.script), "eval"), {"__builtins__": {"dict": dict}})
+        g = {"__builtins__": {"dict": dict}, "presets": {}}  # which may build upon a dict(...) above them
+        for node in self.tree.body:
+            if isinstance(node, ast.Assign) and (ast.unparse(node.targets[0]) == "presets" or isinstance(
+                    node.value, ast.Call) and ast.unparse(node.value.func) == "dict"):
+                with contextlib.suppress(NameError):         # of a dict(...) that is no preset
+                    exec(compile(ast.Module([node], []), str(self.script), "exec"), g)
+        presets = g["presets"]
         known = ", ".join(presets) or f"none: {self.script.name} has no presets"
         self.need(base["preset"] in list(presets),           # a list: what is no name may have no hash
                   f"base: preset {as_typed(base['preset'])}: must be one of {known}")
@@ -253,10 +254,8 @@ class Grid:
             for name in never_made(self.script, [self.metric, *self.show]):
                 self.need(False, f"{self.script.name} writes no number {name!r} into its summary.json")
         for seed in self.seeds:
-            try:
+            with said_at(f"{self.path}: seeds"):
                 check_settings(self.script, dict.fromkeys(self.seeded, seed), self.specs)
-            except UserError as error:
-                raise UserError(f"{self.path}: seeds: {error}") from None
         module, seen = None, set()
         for row in self.rows:
             for factor, other in [*((factor, {}) for factor in self.factors), (self.factors[0], self.speed)]:
@@ -267,7 +266,7 @@ class Grid:
                 seen.add(words)
                 place = f"{self.path}: " + (f"row {row.name!r}" if row.name != BASELINE else "base")
                 place += f" times {factor:g}" if factor != 1 and self.scaled else ""
-                try:
+                with said_at(place):
                     if values.get("max_steps", 0) is None:
                         raise UserError("max_steps none: a run of a grid must end")
                     values = check_settings(self.script, values, self.specs)
@@ -279,8 +278,6 @@ class Grid:
                         vars(module).update(whole)
                         with contextlib.redirect_stdout(io.StringIO()):      # what it says, each run will say
                             module.check(whole)
-                except UserError as error:
-                    raise UserError(f"{place}: {error}") from None
 
     def options(self, axis, given):
         """{option: {name: value}} of an axis of `cross`: a list of one setting's values, or options by name."""
@@ -453,46 +450,46 @@ def read_yaml(path):
     """What a yaml file holds. UserError: not there, no yaml, a key twice, a name that yaml reads as something else, an
     alias within itself, too deep, too large."""
     import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Everything is made depth first, so that what holds itself is an error of yaml's."""
-
-        def construct_object(self, node, deep=False):
-            return super().construct_object(node, deep=True)
-
-        def construct_mapping(self, node, deep=False):
-            seen = set()
-            for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                    name = self.construct_object(key)
-                    if str(name) != key.value:
-                        raise UserError(f"{path}: line {key.start_mark.line + 1}: yaml reads the name {key.value} as "
-                                        f"{name}: write it in quotes")
-                    if str(name) in seen:
-                        raise UserError(f"{path}: line {key.start_mark.line + 1}: {name} is there twice")
-                    seen.add(str(name))
-            return super().construct_mapping(node, deep=True)
-
     try:
         if path.is_char_device():
             raise UserError(f"{path} is a device, no yaml")  # it may have no end
-        plan = yaml.load(path.read_bytes(), Loader)
+        text = path.read_bytes()
+        left, count, made = [(yaml.compose(text, yaml.SafeLoader), ())], 0, yaml.SafeLoader("").construct_object
+        while left:
+            node, above = left.pop()
+            inside, count, names = (*above, node), count + 1, set()
+            if node in above:
+                raise UserError(f"{path} is no yaml: line {node.start_mark.line + 1}: an alias within itself")
+            if len(above) > 50 or count > LARGEST:
+                raise UserError(f"{path} is no grid: " + ("it is nested too deeply" if len(above) > 50 else
+                                                          f"it has more than {LARGEST:,} values"))
+            if isinstance(node, yaml.SequenceNode):
+                left += [(item, inside) for item in node.value]
+            for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+                left.append((value, inside))
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    name, line = str(made(key)), f"{path}: line {key.start_mark.line + 1}:"
+                    if name != key.value:
+                        raise UserError(f"{line} yaml reads the name {key.value} as {name}: write it in quotes")
+                    if name in names:
+                        raise UserError(f"{line} {name} is there twice")
+                    names.add(name)
+        return yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except RecursionError:
         raise UserError(f"{path} is no grid: it is nested too deeply") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:             # also dates that there are not
         raise UserError(f"{path} is no yaml: {' '.join(str(error).split())}") from None
-    left, count = [(plan, 0)], 0
-    while left:
-        value, depth = left.pop()
-        count += 1
-        if depth > 50 or count > LARGEST:
-            raise UserError(f"{path} is no grid: " + ("it is nested too deeply" if depth > 50 else
-                                                      f"it has more than {LARGEST:,} values"))
-        if isinstance(value, (dict, list)):
-            left += [(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value)]
-    return plan
+
+
+@contextlib.contextmanager
+def said_at(place):
+    """A UserError of the block begins with the place."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
 
 
 def imported(script):
@@ -512,8 +509,8 @@ def never_made(script, names):
     words, patterns, left, read = set(), set(), [script], set()
 
     def made(name):
-        return name in words or name.isdecimal() or any(
-            all(map(made, found.groups())) for found in (re.fullmatch(pattern, name) for pattern in patterns) if found)
+        found = (re.fullmatch(pattern, name) for pattern in patterns)
+        return name in words or name.isdecimal() or any(all(map(made, match.groups())) for match in found if match)
 
     while left and names:
         path = left.pop(0)
@@ -532,8 +529,8 @@ def never_made(script, names):
             elif isinstance(node, ast.Import):
                 left += [script.parent / f"{alias.name}.py" for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.module:
-                left += [script.parent / f"{node.module.replace('.', '/')}{'/' + alias.name if at else ''}.py"
-                         for alias in node.names for at in (0, 1)]
+                place = script.parent / node.module.replace(".", "/")
+                left += [place.with_suffix(".py"), *(place / f"{alias.name}.py" for alias in node.names)]
         names = [name for name in names if not made(name)]
     return names
 

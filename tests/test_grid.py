@@ -284,6 +284,15 @@ def test_mistakes_in_the_yaml_are_one_line(plan, replace, words):
     assert words in str(error.value) and str(path) in str(error.value)
 
 
+def test_a_preset_that_builds_upon_another(plan, tmp_path):
+    path = plan("better: {set: {kind: better}}", replace=[("{lr: 1.0, max_steps: 100}", "{preset: b, lr: 3}")])
+    (tmp_path / "fake.py").write_text(FAKE.replace("\ngiven =", """
+shared = dict(lr=2.0, max_steps=50)
+presets = {"a": dict(lr=1.0), "b": dict(shared, max_steps=70)}
+given =""", 1))
+    assert grid_module.Grid(path).base == {"lr": 3.0, "max_steps": 70}
+
+
 CROSS = """
 script: {script}
 out_dir: {out}
