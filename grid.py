@@ -154,6 +154,7 @@ class Grid:
             raise UserError(f"{path}: script {plan['script']} is no Python: {error}") from None
         self.specs = flags._read_settings(self.script)
         self.folder, self.metric, self.seeds = Path(plan["out_dir"]), plan["metric"], plan["seeds"]
+        self.home = self.folder / self.script.stem           # of the runs
         self.need(all(type(seed) is int for seed in self.seeds) and 2 <= len(self.seeds) == len(set(self.seeds)),
                   f"seeds must be at least 2 different whole numbers, not {self.seeds}")
         self.sigma_data = plan.get("sigma_data", 0.0)
@@ -307,11 +308,6 @@ class Grid:
             found = next(self.home.glob(f"*-{key}"), None)
             self.names[key] = found.name if found else f"{name}-x{factor:g}-s{seed}{word}-{key}"
         return Cell(row.name, seed, factor, words, self.names[key])
-
-    @property
-    def home(self):
-        """The folder of the runs."""
-        return self.folder / self.script.stem
 
     def result(self, cell):
         """What the disk says about a cell."""
@@ -573,12 +569,6 @@ def claim(folder, cell):
         return None
 
 
-def last_line(path):
-    """The last line of a log that says something: the error."""
-    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "no output"
-
-
 def show(plan, found):
     """One line per row."""
     for row in plan.rows:
@@ -685,7 +675,8 @@ def start(plan, cell, held):
 
 def record(plan, cell, code, given_up):
     """Writes down how the run of a cell has ended, and says it in words; given_up: runs that this command leaves."""
-    error = "" if code == 0 else last_line(plan.folder / "logs" / f"{cell.run}.log")
+    log = (plan.folder / "logs" / f"{cell.run}.log").read_text(errors="replace").strip() if code else ""
+    error = log.splitlines()[-1][:200] if log else "no output" * (code != 0)
     with open(plan.folder / "grid.jsonl", "ab", buffering=0) as journal:
         entry = {"run": cell.run, "row": cell.row, "code": code, "error": error, "time": time.time()}
         journal.write((json.dumps(entry) + "\n").encode())
