@@ -213,30 +213,6 @@ def end_process():
     os._exit(0)
 
 
-# --- Did it matter? ---
-
-NOISE = 3.0  # a difference counts from so many standard errors on
-
-
-def noise_floor(values):
-    """The standard deviation of one figure over seeds, n - 1 in the denominator. ValueError for fewer than 2 values."""
-    if len(values) < 2:
-        raise ValueError(f"a noise floor needs at least 2 seeds, not {len(values)}")
-    mean = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
-
-
-def compare(values, baseline, sigma):
-    """(difference of the means, verdict) of a changed model's figures and the baseline's, one per seed.
-
-    The rule: |difference| / (sigma sqrt(1/n1 + 1/n2)) >= NOISE, or it was not measured: verdict 0; else its sign. sigma
-    is the baseline's noise_floor: two or three seeds of a change are too few for one of its own.
-    """
-    difference = math.fsum(values) / len(values) - math.fsum(baseline) / len(baseline)
-    error = sigma * math.sqrt(1 / len(values) + 1 / len(baseline))
-    return difference, 0 if abs(difference) < NOISE * error or not difference else math.copysign(1, difference)
-
-
 # --- Device and randomness ---
 
 def resolve_device(device, dtype):

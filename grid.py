@@ -59,12 +59,14 @@ import subprocess
 import sys
 import time
 from builtins import print as say
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiment import (UserError, as_typed, check_settings, command, compare, lock_file, noise_floor, override,
-                        read_json, read_metrics, write_json)
+from experiment import (UserError, as_typed, check_settings, command, lock_file, override, read_json, read_metrics,
+                        write_json)
 from nanolab import archive
+from nanolab.verdict import compare, noise_floor
 
 # --- What ---
 grid = None              # the yaml file (may also be typed as a bare word)
@@ -141,105 +143,109 @@ class Grid:
         self.path = Path(path)
         plan = read_yaml(self.path)
         check_shape(plan, SHAPE, {"script", "out_dir", "metric", "base", "seeds"}, str(path))
-        if bool(plan.get("rows")) == bool(plan.get("cross")):
-            raise UserError(f"{path}: it needs either rows or cross")
-        if "cross" in plan and (extra := {"tune", "speed", "sigma_data"} & plan.keys()):
-            raise UserError(f"{path}: {', '.join(sorted(extra))} goes with rows, not with cross")
-        if not plan["out_dir"].isprintable():
-            raise UserError(f"{path}: out_dir {plan['out_dir']!r} is no name of a folder")
+        self.need(bool(plan.get("rows")) != bool(plan.get("cross")), "it needs either rows or cross")
+        extra = {"tune", "speed", "sigma_data"} & plan.keys() if "cross" in plan else ()
+        self.need(not extra, f"{', '.join(sorted(extra))} goes with rows, not with cross")
+        self.need(plan["out_dir"].isprintable(), f"out_dir {plan['out_dir']!r} is no name of a folder")
         self.script = Path(__file__).resolve().parent / plan["script"]
-        if not self.script.is_file():
-            raise UserError(f"{path}: there is no script {plan['script']}")
+        self.need(self.script.is_file(), f"there is no script {plan['script']}")
         try:
             self.tree = ast.parse(self.script.read_bytes())
         except (SyntaxError, ValueError) as error:
             raise UserError(f"{path}: script {plan['script']} is no Python: {error}") from None
         self.specs = flags._read_settings(self.script)
         self.folder, self.metric, self.seeds = Path(plan["out_dir"]), plan["metric"], plan["seeds"]
-        self.show = plan.get("show", [])
-        if not all(type(s) is int for s in self.seeds) or not 2 <= len(self.seeds) == len(set(self.seeds)):
-            raise UserError(f"{path}: seeds must be at least 2 different whole numbers, not {self.seeds}")
+        self.home = self.folder / self.script.stem           # of the runs
+        self.need(all(type(seed) is int for seed in self.seeds) and 2 <= len(self.seeds) == len(set(self.seeds)),
+                  f"seeds must be at least 2 different whole numbers, not {self.seeds}")
         self.sigma_data = plan.get("sigma_data", 0.0)
-        if not 0 <= self.sigma_data < float("inf"):
-            raise UserError(f"{path}: sigma_data must be a number from 0 on, not {self.sigma_data}")
-        tune = plan.get("tune", {})
+        self.need(0 <= self.sigma_data < math.inf, f"sigma_data must be a number from 0 on, not {self.sigma_data}")
+        tune, speed = plan.get("tune", {}), plan.get("speed", {})
         check_shape(tune, {"settings": list, "factors": list}, set(), f"{path}: tune")
         self.scaled, self.factors = tune.get("settings", []), tune.get("factors", [1])
-        if not self.factors or not all(type(f) in (int, float) and 0 < f < math.inf for f in self.factors):
-            raise UserError(f"{path}: tune: factors must be numbers above 0, none endless, not {self.factors}")
-        self.seeded = plan.get("seeded", ["seed"])
+        self.need(self.factors and all(type(f) in (int, float) and 0 < f < math.inf for f in self.factors),
+                  f"tune: factors must be numbers above 0, none endless, not {self.factors}")
+        self.seeded, self.show = plan.get("seeded", ["seed"]), plan.get("show", [])
         for key, names in (("seeded", self.seeded), ("tune: settings", self.scaled), ("show", self.show)):
-            if not all(type(name) is str for name in names) or key == "seeded" and not names:
-                raise UserError(f"{path}: {key} must be names{' of settings' * (key != 'show')}, not {names}")
+            self.need(all(type(name) is str for name in names) and (names or key != "seeded"),
+                      f"{key} must be names{' of settings' * (key != 'show')}, not {names}")
         self.base = self.check(self.expand(plan["base"]), "base")
         self.check({name: self.seeds[0] for name in self.seeded if name != "seed"}, "seeded")
-        speed = plan.get("speed", {})
-        if isinstance(speed, str) and speed != "none":
-            raise UserError(f"{path}: speed must be settings, or none, not {speed!r}")
+        self.need(speed == "none" or not isinstance(speed, str), f"speed must be settings, or none, not {speed!r}")
         self.speed = self.check(speed if isinstance(speed, dict) else {}, "speed")
         for name in self.scaled:
-            if type(self.base.get(name)) not in (int, float):
-                raise UserError(f"{path}: tune: {name} must be a number in base")
-        if self.speed and not self.base.get("max_steps"):
-            raise UserError(f"{path}: speed needs max_steps in base")
+            self.need(type(self.base.get(name)) in (int, float), f"tune: {name} must be a number in base")
+        self.need(not self.speed or self.base.get("max_steps"), "speed needs max_steps in base")
         self.cross = {str(axis): self.options(str(axis), given) for axis, given in plan.get("cross", {}).items()}
-        self.rows = [] if self.cross else [Row(BASELINE, "", {}, None)]
-        for chosen in itertools.product(*self.cross.values()) if self.cross else ():
-            at = dict(zip(self.cross, chosen))
-            changes = [(axis, name, value) for axis, option in at.items()
-                       for name, value in self.cross[axis][option].items()]
-            names = [name for _, name, _ in changes]
-            if twice := {name for name in names if names.count(name) > 1}:
-                raise UserError(f"{path}: cross: {', '.join(sorted(twice))} is set by several axes")
-            row = ", ".join(f"{axis} {option}" for axis, option in at.items())
-            self.rows.append(Row(row, "", {name: value for _, name, value in changes}, None, at))
-        for name, row in plan.get("rows", {}).items():
-            row = {} if row is None else row
-            check_shape(row, ROW_SHAPE, {"set"}, f"{path}: row {name!r}")
-            self.rows.append(Row(str(name), row.get("axis", ""), self.check(row["set"], f"row {name!r}"),
-                                 row.get("against", BASELINE)))
-        set_by_rows = [name for values in (self.base, *(row.changes for row in self.rows)) for name in values]
-        if twice := set(self.seeded) & set(set_by_rows):
-            raise UserError(f"{path}: {', '.join(sorted(twice))} is set by the seeds (seeded), it cannot be set again")
-        names = [row.name for row in self.rows]
-        for row in self.rows[1:] if not self.cross else ():
-            if names.count(row.name) > 1 or row.name == row.against or row.against not in names:
-                raise UserError(f"{path}: row {row.name!r}: its name must be its own, and `against` another row's")
-        against = {row.name: row.against for row in self.rows}
-        for name in names if not self.cross else ():
-            chain = [name]
-            while against[chain[-1]] is not None and against[chain[-1]] not in chain:
-                chain.append(against[chain[-1]])
-            if chain[-1] != BASELINE:
-                raise UserError(f"{path}: `against` goes in a circle: {' against '.join([*chain, against[chain[-1]]])}")
+        self.rows = self.crossed() if self.cross else self.listed(plan["rows"])
+        twice = set(self.seeded) & {*self.base, *(name for row in self.rows for name in row.changes)}
+        self.need(not twice, f"{', '.join(sorted(twice))} is set by the seeds (seeded), it cannot be set again")
         self.names, self.known, self.failed = {}, {}, {}        # by hash; by run
         self.check_cells()
 
+    def need(self, right, words):
+        """UserError with the yaml's path where something in it is not right."""
+        if not right:
+            raise UserError(f"{self.path}: {words}")
+
+    def crossed(self):
+        """The rows of a cross: one for every combination of its options."""
+        rows = []
+        for chosen in itertools.product(*self.cross.values()):
+            at = dict(zip(self.cross, chosen))
+            settings = [self.cross[axis][option] for axis, option in at.items()]
+            twice = {name for name, count in Counter(itertools.chain(*settings)).items() if count > 1}
+            self.need(not twice, f"cross: {', '.join(sorted(twice))} is set by several axes")
+            changes = {name: value for option in settings for name, value in option.items()}
+            rows.append(Row(", ".join(f"{axis} {option}" for axis, option in at.items()), "", changes, None, at))
+        return rows
+
+    def listed(self, given):
+        """The rows of `rows`, the baseline before them; each leads to it over what it is compared with."""
+        rows = [Row(BASELINE, "", {}, None)]
+        for name, row in given.items():
+            row = {} if row is None else row
+            check_shape(row, ROW_SHAPE, {"set"}, f"{self.path}: row {name!r}")
+            rows.append(Row(str(name), row.get("axis", ""), self.check(row["set"], f"row {name!r}"),
+                            row.get("against", BASELINE)))
+        against, count = {row.name: row.against for row in rows}, Counter(row.name for row in rows)
+        for row in rows[1:]:
+            self.need(count[row.name] == 1 and row.name != row.against and row.against in against,
+                      f"row {row.name!r}: its name must be its own, and `against` another row's")
+        for name in against:
+            chain = [name]
+            while against[chain[-1]] is not None and against[chain[-1]] not in chain:
+                chain.append(against[chain[-1]])
+            self.need(chain[-1] == BASELINE,
+                      f"`against` goes in a circle: {' against '.join(map(str, [*chain, against[chain[-1]]]))}")
+        return rows
+
     def check(self, values, place):
         """Settings of the yaml in the script's types; UserError with the place."""
-        try:
-            if kept := {"seed", "out_dir", "run_name", "resume"} & values.keys():
-                raise UserError(f"{', '.join(sorted(kept))} cannot stand in a grid: it sets them itself")
-            if "preset" in values:
-                raise UserError("preset can stand in base only")
-            for before, name in zip([None, *values], values):
-                if not isinstance(name, str):
-                    raise UserError(f"{name!r} is no name of a setting: several values of one stand in brackets, as "
-                                    f"{before or 'betas'}: [{as_typed(values.get(before, 0.9))}, {name}]")
+        kept = {"seed", "out_dir", "run_name", "resume"} & values.keys()
+        self.need(not kept, f"{place}: {', '.join(map(str, sorted(kept)))} cannot stand in a grid: it sets them itself")
+        self.need("preset" not in values, f"{place}: preset can stand in base only")
+        for before, name in zip([None, *values], values):
+            example = f"{before or 'betas'}: [{as_typed(values.get(before, 0.9))}, {name}]"
+            self.need(isinstance(name, str), f"{place}: {name!r} is no name of a setting: several values of one stand "
+                                             f"in brackets, as {example}")
+        with said_at(f"{self.path}: {place}"):
             return check_settings(self.script, values, self.specs)
-        except UserError as error:
-            raise UserError(f"{self.path}: {place}: {error}") from None
 
     def expand(self, base):
         """`base` with the settings of the preset that it names, over which its own win."""
         if "preset" not in base:
             return base
-        node = next((node.value for node in self.tree.body if isinstance(node, ast.Assign)
-                     and ast.unparse(node.targets[0]) == "presets"), ast.parse("{}").body[0].value)
-        presets = eval(compile(ast.Expression(node), str(self.script), "eval"), {"__builtins__": {"dict": dict}})
-        if base["preset"] not in list(presets):              # a list: what is no name may have no hash
-            raise UserError(f"{self.path}: base: preset {as_typed(base['preset'])}: must be one of "
-                            f"{', '.join(presets) or 'none: ' + self.script.name + ' has no presets'}")
+        g = {"__builtins__": {"dict": dict}, "presets": {}}  # which may build upon a dict(...) above them
+        for node in self.tree.body:
+            if isinstance(node, ast.Assign) and (ast.unparse(node.targets[0]) == "presets" or isinstance(
+                    node.value, ast.Call) and ast.unparse(node.value.func) == "dict"):
+                with contextlib.suppress(NameError):         # of a dict(...) that is no preset
+                    exec(compile(ast.Module([node], []), str(self.script), "exec"), g)
+        presets = g["presets"]
+        known = ", ".join(presets) or f"none: {self.script.name} has no presets"
+        self.need(base["preset"] in list(presets),           # a list: what is no name may have no hash
+                  f"base: preset {as_typed(base['preset'])}: must be one of {known}")
         return presets[base["preset"]] | {name: value for name, value in base.items() if name != "preset"}
 
     def check_cells(self):
@@ -248,12 +254,10 @@ class Grid:
         checks = {"check", "main"} <= {node.name for node in self.tree.body if isinstance(node, ast.FunctionDef)}
         if checks:
             for name in never_made(self.script, [self.metric, *self.show]):
-                raise UserError(f"{self.path}: {self.script.name} writes no number {name!r} into its summary.json")
+                self.need(False, f"{self.script.name} writes no number {name!r} into its summary.json")
         for seed in self.seeds:
-            try:
+            with said_at(f"{self.path}: seeds"):
                 check_settings(self.script, dict.fromkeys(self.seeded, seed), self.specs)
-            except UserError as error:
-                raise UserError(f"{self.path}: seeds: {error}") from None
         module, seen = None, set()
         for row in self.rows:
             for factor, other in [*((factor, {}) for factor in self.factors), (self.factors[0], self.speed)]:
@@ -264,9 +268,9 @@ class Grid:
                 seen.add(words)
                 place = f"{self.path}: " + (f"row {row.name!r}" if row.name != BASELINE else "base")
                 place += f" times {factor:g}" if factor != 1 and self.scaled else ""
-                if values.get("max_steps", 0) is None:
-                    raise UserError(f"{place}: max_steps none: a run of a grid must end")
-                try:
+                with said_at(place):
+                    if values.get("max_steps", 0) is None:
+                        raise UserError("max_steps none: a run of a grid must end")
                     values = check_settings(self.script, values, self.specs)
                     if checks and factor == self.factors[0]:  # a rate's bounds are the parser's
                         module = module or imported(self.script)
@@ -276,26 +280,23 @@ class Grid:
                         vars(module).update(whole)
                         with contextlib.redirect_stdout(io.StringIO()):      # what it says, each run will say
                             module.check(whole)
-                except UserError as error:
-                    raise UserError(f"{place}: {error}") from None
 
     def options(self, axis, given):
         """{option: {name: value}} of an axis of `cross`: a list of one setting's values, or options by name."""
         if isinstance(given, list):
-            if twice := [word for word in map(as_typed, given) if list(map(as_typed, given)).count(word) > 1]:
-                raise UserError(f"{self.path}: cross: {axis} has {twice[0]} twice")
+            word, count = Counter(map(as_typed, given)).most_common(1)[0] if given else ("", 0)
+            self.need(count < 2, f"cross: {axis} has {word} twice")
             given = {as_typed(value): {axis: value} for value in given}
-        if not isinstance(given, dict) or not given or not all(isinstance(option, dict) for option in given.values()):
-            raise UserError(f"{self.path}: cross: {axis} must be a list of values, or options with what each sets")
+        self.need(isinstance(given, dict) and given and all(isinstance(option, dict) for option in given.values()),
+                  f"cross: {axis} must be a list of values, or options with what each sets")
         return {str(name): self.check(option, f"cross: {axis} {name}") for name, option in given.items()}
 
     def settings(self, row, factor, seed, **other):
         """{name: value} of a run of a row. other: settings that win over the row's."""
         settings = {**self.base, **row.changes, **dict.fromkeys(self.seeded, seed)}
         for name in self.scaled:
-            if type(settings[name]) not in (int, float):
-                raise UserError(f"{self.path}: row {row.name!r}: {name} is tuned and must be a number, not "
-                                f"{as_typed(settings[name])}")
+            self.need(type(settings[name]) in (int, float), f"row {row.name!r}: {name} is tuned and must be a number, "
+                                                            f"not {as_typed(settings[name])}")
             settings[name] = float(f"{settings[name] * factor:.12g}")
         return settings | other
 
@@ -308,11 +309,6 @@ class Grid:
             found = next(self.home.glob(f"*-{key}"), None)
             self.names[key] = found.name if found else f"{name}-x{factor:g}-s{seed}{word}-{key}"
         return Cell(row.name, seed, factor, words, self.names[key])
-
-    @property
-    def home(self):
-        """The folder of the runs."""
-        return self.folder / self.script.stem
 
     def result(self, cell):
         """What the disk says about a cell."""
@@ -451,46 +447,46 @@ def read_yaml(path):
     """What a yaml file holds. UserError: not there, no yaml, a key twice, a name that yaml reads as something else, an
     alias within itself, too deep, too large."""
     import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Everything is made depth first, so that what holds itself is an error of yaml's."""
-
-        def construct_object(self, node, deep=False):
-            return super().construct_object(node, deep=True)
-
-        def construct_mapping(self, node, deep=False):
-            seen = set()
-            for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                    name = self.construct_object(key)
-                    if str(name) != key.value:
-                        raise UserError(f"{path}: line {key.start_mark.line + 1}: yaml reads the name {key.value} as "
-                                        f"{name}: write it in quotes")
-                    if str(name) in seen:
-                        raise UserError(f"{path}: line {key.start_mark.line + 1}: {name} is there twice")
-                    seen.add(str(name))
-            return super().construct_mapping(node, deep=True)
-
     try:
         if path.is_char_device():
             raise UserError(f"{path} is a device, no yaml")  # it may have no end
-        plan = yaml.load(path.read_bytes(), Loader)
+        text = path.read_bytes()
+        left, count, made = [(yaml.compose(text, yaml.SafeLoader), ())], 0, yaml.SafeLoader("").construct_object
+        while left:
+            node, above = left.pop()
+            inside, count, names = (*above, node), count + 1, set()
+            if node in above:
+                raise UserError(f"{path} is no yaml: line {node.start_mark.line + 1}: an alias within itself")
+            if len(above) > 50 or count > LARGEST:
+                raise UserError(f"{path} is no grid: " + ("it is nested too deeply" if len(above) > 50 else
+                                                          f"it has more than {LARGEST:,} values"))
+            if isinstance(node, yaml.SequenceNode):
+                left += [(item, inside) for item in node.value]
+            for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+                left.append((value, inside))
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    name, line = str(made(key)), f"{path}: line {key.start_mark.line + 1}:"
+                    if name != key.value:
+                        raise UserError(f"{line} yaml reads the name {key.value} as {name}: write it in quotes")
+                    if name in names:
+                        raise UserError(f"{line} {name} is there twice")
+                    names.add(name)
+        return yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except RecursionError:
         raise UserError(f"{path} is no grid: it is nested too deeply") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:             # also dates that there are not
         raise UserError(f"{path} is no yaml: {' '.join(str(error).split())}") from None
-    left, count = [(plan, 0)], 0
-    while left:
-        value, depth = left.pop()
-        count += 1
-        if depth > 50 or count > LARGEST:
-            raise UserError(f"{path} is no grid: " + ("it is nested too deeply" if depth > 50 else
-                                                      f"it has more than {LARGEST:,} values"))
-        if isinstance(value, (dict, list)):
-            left += [(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value)]
-    return plan
+
+
+@contextlib.contextmanager
+def said_at(place):
+    """A UserError of the block begins with the place."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
 
 
 def imported(script):
@@ -510,8 +506,8 @@ def never_made(script, names):
     words, patterns, left, read = set(), set(), [script], set()
 
     def made(name):
-        return name in words or name.isdecimal() or any(
-            all(map(made, found.groups())) for found in (re.fullmatch(pattern, name) for pattern in patterns) if found)
+        found = (re.fullmatch(pattern, name) for pattern in patterns)
+        return name in words or name.isdecimal() or any(all(map(made, match.groups())) for match in found if match)
 
     while left and names:
         path = left.pop(0)
@@ -530,8 +526,8 @@ def never_made(script, names):
             elif isinstance(node, ast.Import):
                 left += [script.parent / f"{alias.name}.py" for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.module:
-                left += [script.parent / f"{node.module.replace('.', '/')}{'/' + alias.name if at else ''}.py"
-                         for alias in node.names for at in (0, 1)]
+                place = script.parent / node.module.replace(".", "/")
+                left += [place.with_suffix(".py"), *(place / f"{alias.name}.py" for alias in node.names)]
         names = [name for name in names if not made(name)]
     return names
 
@@ -572,12 +568,6 @@ def claim(folder, cell):
     except OSError:
         file.close()
         return None
-
-
-def last_line(path):
-    """The last line of a log that says something: the error."""
-    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "no output"
 
 
 def show(plan, found):
@@ -628,38 +618,22 @@ def main():
 
 def work_off(plan, found, running):
     """Runs what the Grid wants until nothing is left. found: its progress; running: {child: (cell, its claim)}."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    given_up, stop, told = set(), [], {}
+    given_up, stop, told = set(), [], Counter()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stop.append(number))
     began, finished = time.monotonic(), 0
     while True:
         for child in running:                                # here, as a signal may come while one is being started
-            if told.get(child, 0) < len(stop):
+            if told[child] < len(stop):
                 child.send_signal(signal.SIGTERM)                            # it saves; a second one ends it at once
-                told[child] = told.get(child, 0) + 1
+                told[child] += 1
         # ---- what has ended ----
         ended = [child for child in running if child.poll() is not None]
         for child in ended:
             cell, held = running.pop(child)
-            log, code = plan.folder / "logs" / f"{cell.run}.log", child.returncode
-            error = "" if code == 0 else last_line(log)
-            with open(plan.folder / "grid.jsonl", "ab", buffering=0) as journal:
-                entry = {"run": cell.run, "row": cell.row, "code": code, "error": error, "time": time.time()}
-                journal.write((json.dumps(entry) + "\n").encode())
+            what = record(plan, cell, child.returncode, given_up)
             held.close()
-            if code:
-                given_up.add(cell.run)
-                if code not in KILLED:
-                    plan.failed[cell.run] = error
-            result = plan.result(cell)
-            if result.state == "done" and not checkpoints:
-                for path in (plan.home / cell.run).glob("*.pt"):
-                    path.unlink()
             finished += 1
-            what = f"exit {code}: {error}"
-            if result.state == "done":
-                what = "timed" if result.value is None else f"{result.value:.4f}"
             say(f"{finished:>4} runs, {(time.monotonic() - began) / 60:.1f} min: {cell.run.rpartition('-')[0]}: {what}",
                 flush=True)
         if ended or not running:
@@ -669,8 +643,7 @@ def work_off(plan, found, running):
         todo = dict.fromkeys(cell for mine in found.values() for cell in mine.wanted if cell.run not in given_up)
         if plan.cross:                                       # a whole table of the first seed before the second begins
             todo = dict.fromkeys(sorted(todo, key=lambda cell: plan.seeds.index(cell.seed)))
-        taken = {cell.run for cell, _ in running.values()}
-        waiting = False
+        taken, waiting = {cell.run for cell, _ in running.values()}, False
         for cell in todo:
             if len(running) >= jobs or stop:
                 break
@@ -679,25 +652,54 @@ def work_off(plan, found, running):
             held = claim(plan.folder, cell)
             if held is None:
                 waiting = True                                               # another grid.py has it
-                continue
-            if plan.result(cell).state == "done":                            # it had, a moment ago
+            elif plan.result(cell).state == "done":                          # it had, a moment ago
                 held.close()
-                continue
-            with open(plan.folder / "logs" / f"{cell.run}.log", "ab") as log:
-                child = subprocess.Popen(plan.words(cell), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                         env=environment, pass_fds=[held.fileno()], start_new_session=True)
-            running[child] = cell, held
-            taken.add(cell.run)
+            else:
+                running[start(plan, cell, held)] = cell, held
+                taken.add(cell.run)
         if not running and (stop or not waiting and not any(plan.result(cell).state == "open" for cell in todo)):
             break
         time.sleep(0.2 if running else 2)
     if stop:
         say("stopped: the same command goes on")
         sys.exit(128 + stop[0])
-    troubles = {row.name: found[row.name].error for row in plan.rows if found[row.name].error}
-    broken = {run: error for run, error in plan.failed.items() if run in given_up}
+    tell_the_end(plan, found, given_up)
+
+
+def start(plan, cell, held):
+    """A process that runs a cell, and keeps its claim `held` for as long as it lives."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    with open(plan.folder / "logs" / f"{cell.run}.log", "ab") as log:
+        return subprocess.Popen(plan.words(cell), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+                                pass_fds=[held.fileno()], start_new_session=True)
+
+
+def record(plan, cell, code, given_up):
+    """Writes down how the run of a cell has ended, and says it in words; given_up: runs that this command leaves."""
+    log = (plan.folder / "logs" / f"{cell.run}.log").read_text(errors="replace").strip() if code else ""
+    error = log.splitlines()[-1][:200] if log else "no output" * (code != 0)
+    with open(plan.folder / "grid.jsonl", "ab", buffering=0) as journal:
+        entry = {"run": cell.run, "row": cell.row, "code": code, "error": error, "time": time.time()}
+        journal.write((json.dumps(entry) + "\n").encode())
+    if code:
+        given_up.add(cell.run)
+        if code not in KILLED:
+            plan.failed[cell.run] = error
+    result = plan.result(cell)
+    if result.state != "done":
+        return f"exit {code}: {error}"
+    if not checkpoints:
+        for path in (plan.home / cell.run).glob("*.pt"):
+            path.unlink()
+    return "timed" if result.value is None else f"{result.value:.4f}"
+
+
+def tell_the_end(plan, found, given_up):
+    """The last line of a grid that nothing stopped; UserError, with all of them, where some have failed."""
     say(f"done: {sum(len(mine.values) > 0 for mine in found.values())} of {len(plan.rows)} rows; "
         f"{plan.folder / 'grid.json'}")
+    troubles = {name: mine.error for name, mine in found.items() if mine.error}
+    broken = {run: error for run, error in plan.failed.items() if run in given_up}
     if troubles or given_up:
         told = "; ".join(f"{name}: {error}" for name, error in (troubles or broken).items()) or ", ".join(given_up)
         raise UserError(f"{max(len(given_up), len(troubles))} failed (--retry runs them again): {told}")

@@ -37,9 +37,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from experiment import NOISE, UserError, as_typed, command, compare, noise_floor, override
+from experiment import UserError, as_typed, command, override
 from nanolab import archive
 from nanolab.archive import natural
+from nanolab.verdict import judge, least, read_index
 
 # --- What ---
 runs = None              # directories and archives, with commas and wildcards (may also be typed as a bare word)
@@ -491,79 +492,6 @@ def draw_capacity(rows, path, note=""):
 
 # --- The table of a grid ---
 
-NUMBER, LATE = (int, float), {"shown", "at", "sigma_data"}   # LATE: what only some grids have
-RUN = {"value": NUMBER, "shown": dict}
-ROW = {"name": str, "axis": str, "against": (str, type(None)), "factor": (*NUMBER, type(None)), "runs": [RUN],
-       "step_seconds": (*NUMBER, type(None)), "parameters": (*NUMBER, type(None)), "error": (str, type(None)),
-       "open": int, "equal_seconds": (dict, type(None)), "at": (dict, type(None))}
-
-
-def fits(value, shape):
-    """Whether a JSON value has the shape: a type or several, [the shape of all its items], {key: shape}."""
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
-    if isinstance(shape, dict):
-        return isinstance(value, dict) and all(
-            fits(value[name], kind) if name in value else name in LATE for name, kind in shape.items())
-    return isinstance(value, shape) and not isinstance(value, bool)
-
-
-def read_index(path):
-    """The grid.json at `path`, or that in an archive. UserError where it is not there, or not as grid.py writes it."""
-    index = archive.read_grid(path)
-    right = index.get("rows") and fits(index, {"metric": str, "rows": [ROW], "sigma_data": NUMBER})
-    rows = index["rows"] if right else []
-    names, cross = {row["name"] for row in rows}, index.get("cross")
-    right = right and all(row["against"] in (None, *names) and fits(row["equal_seconds"] or {"value": 0}, RUN)
-                          for row in rows)
-    if right and cross:
-        right = fits(cross, dict) and all(fits(given, dict) for given in cross.values()) and all(
-            row.get("at") and row["at"].keys() == cross.keys() for row in rows)
-    elif right:
-        right = fits(index, {"factors": [NUMBER], "slower": NUMBER}) and index["factors"] and all(
-            (row["against"] is None) == (row is rows[0]) and (not row["runs"] or row["factor"] is not None)
-            for row in rows)
-    if not right:
-        raise UserError(f"{path} is missing or no grid: python grid.py writes it")
-    return index
-
-
-def judge(index):
-    """Of a grid.json: (sigma, baseline's values, [row with its difference, verdict and what else the table says]).
-
-    UserError where the baseline has not two seeds yet.
-    """
-    rows = {row["name"]: row for row in index["rows"]}
-    values = {name: [run["value"] for run in row["runs"]] for name, row in rows.items()}
-    baseline, *others = rows.values()
-    baseline, judged, data = values[baseline["name"]], [], index.get("sigma_data", 0.0)
-    if len(baseline) < 2:
-        raise UserError(f"the baseline has {len(baseline)} finished seeds: a noise floor needs at least 2")
-    sigma = noise_floor(baseline)
-    for row in others:
-        against, found = rows[row["against"]], {"row": row, "values": values[row["name"]]}
-        if found["values"] and (other := values[row["against"]]):
-            found["difference"], found["verdict"] = decide(found["values"], other, sigma, data)
-            found |= {name: row[key] / against[key] for name, key in (("time", "step_seconds"), ("size", "parameters"))
-                      if row[key] and against[key]}
-            if row["equal_seconds"]:
-                found["equal"] = decide([row["equal_seconds"]["value"]], other, sigma, data)
-        judged.append(found)
-    return sigma, baseline, judged
-
-
-def least(n1, n2, sigma, data=0.0):
-    """The difference of means of n1 and n2 seeds from which on it counts."""
-    return NOISE * math.hypot(sigma * math.sqrt(1 / n1 + 1 / n2), data)
-
-
-def decide(values, other, sigma, data):
-    """As `compare`, with the verdict None where only another draw of the data could have made the difference."""
-    difference, verdict = compare(values, other, sigma)
-    undecided = verdict and data and abs(difference) < least(len(values), len(other), sigma, data)
-    return difference, None if undecided else verdict
-
-
 WORDS = {-1: "**better**", 0: "no difference measured", 1: "**worse**", None: "undecided (one order of the data)"}
 
 
@@ -581,7 +509,7 @@ def markdown(index):
     if data:
         line += (f" With another draw of the data a difference moves by {data:.4f}: below {limits[2]}, of three "
                  f"{limits[3]}, such a row is undecided.")
-    edges = (min(index["factors"]), max(index["factors"])) if len(index["factors"]) > 1 else ()
+    outer = (min(index["factors"]), max(index["factors"])) if len(index["factors"]) > 1 else ()
     lines = []
     for found in judged:
         row = found["row"]
@@ -600,10 +528,10 @@ def markdown(index):
             size = f"{found['size'] - 1:+.1%}" if abs(found["size"] - 1) > 0.0101 else "same"
         lines.append([row["axis"], name, f"{statistics.mean(found['values']):.4f}", f"{found['difference']:+.4f}",
                       WORDS[found["verdict"]], *([seconds, equal] if timed else []), size,
-                      f"x{row['factor']:g}{'*' if row['factor'] in edges else ''}", len(found["values"]),
+                      f"x{row['factor']:g}{'*' if row['factor'] in outer else ''}", len(found["values"]),
                       *(shown_of(row, name) for name in names)])
     star = "\\* the best of the tried rates is the smallest or the largest: a better one may lie beyond."
-    return [line, "", *as_markdown(columns, lines), *(["", star] if edges else [])]
+    return [line, "", *as_markdown(columns, lines), *(["", star] if outer else [])]
 
 
 def shown_of(row, name):
@@ -618,15 +546,15 @@ def pivot(index):
     The last axis stands in the columns, the others before the rows; of a single axis, the rows.
     """
     options, rows = {axis: list(given) for axis, given in index["cross"].items()}, index["rows"]
-    *down, last = options if len(options) > 1 else (*options, None)
-    at = {tuple(row["at"][axis] for axis in options): row for row in rows}
-    lines = []
+    *down, across = options if len(options) > 1 else (*options, None)
+    titles = [f"{across} {option}" for option in options[across]] if across else ["mean"]
+    places = list(itertools.product(*(options[axis] for axis in down)))
+    more = [(option,) for option in options[across]] if across else [()]
+    at, lines = {tuple(row["at"][axis] for axis in options): row for row in rows}, []
     for name in (None, *dict.fromkeys(name for row in rows for run in row["runs"] for name in run.get("shown", {}))):
-        lines += [f"**{index['metric'] if name is None else name}**, {MEAN}", "", *as_markdown(
-            [*down, *([f"{last} {option}" for option in options[last]] if last else ["mean"])],
-            [[*place, *(crossed(at.get((*place, *more)), name)
-                        for more in ([(option,) for option in options[last]] if last else [()]))]
-             for place in itertools.product(*(options[axis] for axis in down))]), ""]
+        cells = [[*place, *(crossed(at.get((*place, *option)), name) for option in more)] for place in places]
+        title = f"**{index['metric'] if name is None else name}**, {MEAN}"
+        lines += [title, "", *as_markdown([*down, *titles], cells), ""]
     failed = [f"{row['name']}: {row['error']}" for row in rows if row["error"]]
     waiting = sum(row["open"] for row in rows)
     return lines + [f"{waiting} runs to go."] * (waiting > 0) + [f"Failed: {'; '.join(failed)}."] * (failed != [])

@@ -71,7 +71,7 @@ def read(path):
     """The Runs of an archive, in its order. ValueError where it is none."""
     first, runs = read_first(path), []
     try:
-        for number, text in enumerate(path.read_text().splitlines()[1:], 2):
+        for number, text in enumerate(path.read_bytes().splitlines()[1:], 2):
             line = json.loads(text)
             told = line.get("settings")
             settings = {} if told is None else {name: value for name, value in (first["settings"] | told).items()
@@ -85,7 +85,7 @@ def read(path):
 def read_first(path):
     """The first line of an archive: what its runs share. ValueError where there is none."""
     try:
-        with open(path) as file:
+        with open(path, "rb") as file:
             first = json.loads(file.readline())
         if isinstance(first["settings"], dict) and isinstance(first["grid"], (dict, type(None))):
             return first
@@ -118,14 +118,14 @@ def write(folder):
     if path.exists():
         raise UserError(f"{path} is there already")
     params = {place: read_json(place / "params.json") for place in places}
-    first = {"experiment": path.stem, **first_line([mine for mine in params.values() if mine]),
-             "grid": read_json(folder / "grid.json") or None}
-    short = Counter(place.name for place in places)
+    params = {place: mine if isinstance(mine.get("settings"), dict) else {} for place, mine in params.items()}
+    first, names = first_line([mine for mine in params.values() if mine]), Counter(place.name for place in places)
+    lines = [{"experiment": path.stem, **first, "grid": read_json(folder / "grid.json") or None}]
+    for place, mine in params.items():
+        name = place.name if names[place.name] == 1 else place.relative_to(folder).as_posix()
+        lines.append({"run": name, **run_line(place, mine, first)})
     with replacing(path) as file:
-        file.write(as_line(first))
-        for place, mine in params.items():
-            name = place.name if short[place.name] == 1 else place.relative_to(folder).as_posix()
-            file.write(as_line({"run": name, **run_line(place, mine, first)}))
+        file.writelines(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in lines)
     return path, len(places)
 
 
@@ -151,10 +151,6 @@ def run_line(place, params, first):
         line["history"] = params.get("history", [])[1:] and params["history"]
     line = {key: value for key, value in line.items() if value or key not in ("lacks", "history")}
     return line | {"summary": read_json(place / "summary.json"), "metrics": pack(run_metrics(place))}
-
-
-def as_line(value):
-    return (json.dumps(value, separators=(",", ":")) + "\n").encode()
 
 
 def typed(params):

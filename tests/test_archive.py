@@ -41,7 +41,7 @@ def folder_of_runs(folder):
     del params["settings"]["grad_accum"]
     (older / "params.json").write_text(json.dumps(params | {"history": [{"step": 0}, {"step": 9, "changed": {}}]}))
     bare = make(folder / "train_enwik8" / "bare")
-    (bare / "params.json").unlink()
+    (bare / "params.json").write_text('{"of": "another"}')
     return folder
 
 
@@ -92,8 +92,8 @@ def test_what_is_no_archive_is_left_out_by_name(text, tmp_path):
     found, unread = archive.find(f"{tmp_path}/*.jsonl")
     assert len(found) == 5 and unread == [f"{other}: no archive: python grid.py archive writes one"]
     lines = path.read_text().splitlines()
-    for wrong in ('{"run": "a"}', "[1]", lines[2][:-40], lines[2].replace('"line":[', '"line":[7,')):
-        other.write_text("\n".join([*lines[:2], wrong]))
+    for wrong in ('{"run": "a"}', "[1]", "\xff", lines[2][:-40], lines[2].replace('"line":[', '"line":[7,')):
+        other.write_bytes("\n".join([*lines[:2], wrong]).encode("latin-1"))
         with pytest.raises(ValueError, match="line 3 is no run"):
             archive.read(other)
     assert archive.find(str(tmp_path / "c.jsonl"))[1] and archive.find(f"{path}/x*")[1] == [f"{path}: no run x*"]

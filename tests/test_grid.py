@@ -17,7 +17,8 @@ sys.path.insert(0, str(ROOT))
 import experiment  # noqa: E402
 import grid as grid_module  # noqa: E402
 import plot  # noqa: E402
-from experiment import UserError, compare, noise_floor  # noqa: E402
+from experiment import UserError  # noqa: E402
+from nanolab.verdict import compare, noise_floor  # noqa: E402
 from test_scripts import fresh  # noqa: E402
 
 FAKE = '''"""A script that makes up its figures."""
@@ -281,6 +282,15 @@ def test_mistakes_in_the_yaml_are_one_line(plan, replace, words):
     with pytest.raises(UserError) as error:
         grid_module.Grid(path)
     assert words in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_preset_that_builds_upon_another(plan, tmp_path):
+    path = plan("better: {set: {kind: better}}", replace=[("{lr: 1.0, max_steps: 100}", "{preset: b, lr: 3}")])
+    (tmp_path / "fake.py").write_text(FAKE.replace("\ngiven =", """
+shared = dict(lr=2.0, max_steps=50)
+presets = {"a": dict(lr=1.0), "b": dict(shared, max_steps=70)}
+given =""", 1))
+    assert grid_module.Grid(path).base == {"lr": 3.0, "max_steps": 70}
 
 
 CROSS = """
