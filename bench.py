@@ -21,7 +21,7 @@ preset nanogpt_cpu (bfloat16 autocast). Random bytes: speed does not depend on t
 
 Shares: `of peak` is against the best square matrix product of this device and type just before; `of bandwidth` against
 the best copy of a large tensor; the ratio beside `its products` against the step's own matrix products and nothing
-else, which is all that any training of these shapes could reach here.
+else, which is all that any training of these shapes could reach here. What it measured: docs/speed.md.
 """
 import flags
 
@@ -52,13 +52,15 @@ import torch.nn.functional as F
 
 import limits
 import optim
-from cache import DialogTree
 from data import text
-from evaluate import score
 from experiment import (UserError, command, keep_freed_memory, measure_peak_flops, override, peak_memory, replacing,
                         resolve_device)
+from kernels import use as use_kernels
 from model import Transformer, TransformerConfig, build_model, parameter_roles
-from sample import converse, generate
+from nanolab.dialog_tree import DialogTree
+from nanolab.dialogs import converse
+from nanolab.generate import generate
+from nanolab.score import score
 from worldmodel import CausalDynamics, Dynamics
 
 # --- What ---
@@ -238,7 +240,7 @@ def our_config(**other):
     """Our side of nanoGPT's architecture: learned positions, LayerNorm with gain, GELU, tied classifier, no biases."""
     how = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, dropout=0.0, positions="learned",
                norm="layer", norm_gain=True, bias=False, activation="gelu", tie_weights=True, n_targets=1,
-               intermediate_losses=False, kernels=kernels, attention=attention)
+               intermediate_losses=False, attention=attention)
     return TransformerConfig(**{**how, **other})
 
 
@@ -282,7 +284,7 @@ def our_training(model, T=None, rows=None, n=None, compiled=False):
     """A function that does n (None: `steps`) optimiser steps the way train_enwik8.py does."""
     T, rows = T or block_size, rows or batch_size
     opt = optim.build("adamw", model.named_parameters(), parameter_roles(model), lr=1e-3, weight_decay=0.1,
-                      betas=(0.9, 0.99), kernels=kernels, decay_params="2d")
+                      betas=(0.9, 0.99), decay_params="2d")
     data = torch.randint(256, (200_000,), dtype=torch.uint8, device=where)
     part = torch.arange(T + 1, device=where)
     forward = torch.compile(model) if compiled else model
@@ -478,8 +480,8 @@ def compare_optimisers():
 
     def ours(name, **how):
         model = fresh()
-        return optim.build(name, model.named_parameters(), parameter_roles(model), lr=1e-3, weight_decay=0.1,
-                           **how).step
+        return optim.build(dict(optimizer=name, lr=1e-3, weight_decay=0.1, **how), model.named_parameters(),
+                           parameter_roles(model)).step
 
     def torchs(**how):
         return torch.optim.AdamW(fresh().parameters(), lr=1e-3, weight_decay=0.1, **how).step
@@ -628,10 +630,7 @@ Case = namedtuple("Case", "name op twin inputs flops bytes")  # inputs: tensors;
 
 def kernel_cases():
     """What is timed, at the sizes of a 12-layer, 512-wide model on a GPU, smaller on a CPU."""
-    import kernels as rows
-    import kernels_attention
-    import kernels_codes
-    import kernels_scan
+    import kernels as ours
     big = where.type == "cuda"
     half = torch.bfloat16 if big else torch.float32
     B, T, C, V, H = (16, 1024, 512, 50304, 8) if big else (4, 256, 256, 8192, 4)
@@ -647,52 +646,54 @@ def kernel_cases():
     space = [random(B, T // 64, 64, H, D) for _ in range(3)]
     ends = torch.linspace(0, N, E + 1, device=where).long()
     gate, state = random(B, T, C), 16
-    yield Case("rms_norm with residual", lambda x, r, g: sum(rows.rms_norm(x, g, residual=r)),
-               lambda x, r, g: sum(rows.rms_norm_reference(x, g, residual=r)), (x, random(N, C), gain), 0,
+    yield Case("rms_norm with residual", lambda x, r, g: sum(ours.rms_norm(x, g, residual=r)),
+               lambda x, r, g: sum(ours.rms_norm_reference(x, g, residual=r)), (x, random(N, C), gain), 0,
                9 * N * C * e)
-    yield Case("layer_norm", rows.layer_norm, rows.layer_norm_reference, (x, gain, random(C)), 0, 5 * N * C * e)
-    yield Case("rotary", rows.rotary, rows.rotary_reference,
+    yield Case("layer_norm", ours.layer_norm, ours.layer_norm_reference, (x, gain, random(C)), 0, 5 * N * C * e)
+    yield Case("rotary", ours.rotary, ours.rotary_reference,
                (random(B, T, H, D), torch.cos(angle), torch.sin(angle)), 0, 4 * N * C * e)
-    yield Case("swiglu", lambda x: rows.gated("swiglu", x), lambda x: rows.gated_reference("swiglu", x), (wide,),
+    yield Case("swiglu", lambda x: ours.gated("swiglu", x), lambda x: ours.gated_reference("swiglu", x), (wide,),
                0, 8 * N * W * e)
-    yield Case("gelu", rows.gelu, rows.gelu_reference, (wide,), 0, 10 * N * W * e)
-    yield Case(f"cross_entropy, {V:,} ids", rows.cross_entropy, rows.cross_entropy_reference,
+    yield Case("gelu", ours.gelu, ours.gelu_reference, (wide,), 0, 10 * N * W * e)
+    yield Case(f"cross_entropy, {V:,} ids", ours.cross_entropy, ours.cross_entropy_reference,
                (random(N, V), labels), 0, 3 * N * V * e)
-    yield Case(f"linear_cross_entropy, {V:,} ids", rows.linear_cross_entropy,
-               rows.linear_cross_entropy_reference, (x, random(V, C) * C ** -0.5, labels), 6 * N * C * V, 0)
-    yield Case("attend, causal", kernels_attention.attend,
+    yield Case(f"linear_cross_entropy, {V:,} ids",
+               lambda x, w, t: ours.batched_linear_cross_entropy(x[None], w[None, None], t[:, None]),
+               lambda x, w, t: ours.cross_entropy_reference(F.linear(x, w), t), (x, random(V, C) * C ** -0.5, labels),
+               6 * N * C * V, 0)
+    yield Case("attend, causal", ours.attend,
                lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v),
                7 * B * H * T * T * D, 0)
-    yield Case("attend, window 128", lambda *x: kernels_attention.attend(*x, window=128),
-               lambda *x: kernels_attention.attend_reference(*x, window=128), (q, k, v), 14 * B * H * T * 128 * D, 0)
-    yield Case("attend_time", kernels_attention.attend_time, kernels_attention.attend_time_reference, space, 0,
+    yield Case("attend, window 128", lambda *x: ours.attend(*x, window=128),
+               lambda *x: ours.attend_reference(*x, window=128), (q, k, v), 14 * B * H * T * 128 * D, 0)
+    yield Case("attend_time", ours.attend_time, ours.attend_time_reference, space, 0,
                12 * N * C * e)
-    yield Case("grouped_linear, 8 experts", kernels_scan.grouped_linear, kernels_scan.grouped_linear_reference,
+    yield Case("grouped_linear, 8 experts", ours.grouped_linear, ours.grouped_linear_reference,
                (x, random(E, W // E, C), ends), 6 * N * C * W // E, 0)
-    yield Case("min_gru", kernels_scan.min_gru, kernels_scan.min_gru_reference,
+    yield Case("min_gru", ours.min_gru, ours.min_gru_reference,
                (gate, random(B, T, C), random(B, C, type=torch.float32)), 0, 10 * N * C * e)
-    yield Case("selective_scan", lambda *a: kernels_scan.selective_scan(*a)[0],
-               lambda *a: kernels_scan.selective_scan_reference(*a)[0],
+    yield Case("selective_scan", lambda *a: ours.selective_scan(*a)[0],
+               lambda *a: ours.selective_scan_reference(*a)[0],
                (gate.float(), torch.rand(B, T, C, device=where) * 0.1, -torch.rand(C, state, device=where),
                 random(B, T, state).float(), random(B, T, state).float(), random(C).float(),
                 torch.zeros(B, C, state, device=where)), 0, 8 * N * C * 4)
-    yield Case("attend_space", kernels_attention.attend_space, kernels_attention.attend_space_reference, space,
+    yield Case("attend_space", ours.attend_space, ours.attend_space_reference, space,
                14 * N * 64 * C, 0)
     key = random(B, 1, 8 * T, D)
-    yield Case(f"attend_one, {8 * T:,} keys", lambda q, k: kernels_attention.attend_one(*map(torch.detach, (q, k, k))),
-               lambda q, k: kernels_attention.attend_one_reference(*map(torch.detach, (q, k, k))),
+    yield Case(f"attend_one, {8 * T:,} keys", lambda q, k: ours.attend_one(*map(torch.detach, (q, k, k))),
+               lambda q, k: ours.attend_one_reference(*map(torch.detach, (q, k, k))),
                (random(B, H, 1, D), key), 0, 2 * key.numel() * e)
     yield Case(f"attend_latent, {8 * T:,} keys",
-               lambda q, k: kernels_attention.attend_latent(q.detach(), k.detach(), D // 2, 1.0),
-               lambda q, k: kernels_attention.attend_latent_reference(q.detach(), k.detach(), D // 2, 1.0),
+               lambda q, k: ours.attend_latent(q.detach(), k.detach(), D // 2, 1.0),
+               lambda q, k: ours.attend_latent_reference(q.detach(), k.detach(), D // 2, 1.0),
                (random(B, H, 1, D), key), 0, key.numel() * e)
     logits, noise = random(N, K), random(N, K)
-    yield Case("gumbel_softmax", lambda x: kernels_codes.gumbel_softmax(x, noise, 1.0, True)[0],
-               lambda x: kernels_codes.gumbel_softmax_reference(x, noise, 1.0, True)[0], (logits,), 0, 7 * N * K * e)
-    yield Case("reinmax", lambda x: kernels_codes.reinmax(x, noise)[0],
-               lambda x: kernels_codes.reinmax_reference(x, noise)[0], (logits,), 0, 6 * N * K * e)
-    yield Case(f"nearest_code, {K:,} codes", lambda x, c: kernels_codes.nearest_code(x.detach(), c.detach())[1],
-               lambda x, c: kernels_codes.nearest_code_reference(x.detach(), c.detach())[1], (x, random(K, C)),
+    yield Case("gumbel_softmax", lambda x: ours.gumbel_softmax(x, noise, 1.0, True)[0],
+               lambda x: ours.gumbel_softmax_reference(x, noise, 1.0, True)[0], (logits,), 0, 7 * N * K * e)
+    yield Case("reinmax", lambda x: ours.reinmax(x, noise)[0],
+               lambda x: ours.reinmax_reference(x, noise)[0], (logits,), 0, 6 * N * K * e)
+    yield Case(f"nearest_code, {K:,} codes", lambda x, c: ours.nearest_code(x.detach(), c.detach()),
+               lambda x, c: (x @ c.T - c.square().sum(1) / 2).argmax(1), (x, random(K, C)),
                2 * N * K * C, 0)
 
 
@@ -720,6 +721,7 @@ def compare_kernels():
     the copy's bandwidth (bytes that must be read and written) or of the matrix product's peak."""
     heading("operations, forward and backward" + ("" if where.type == "cuda" else
                                                   "; on a CPU an operation is its twin, but for linear_cross_entropy"))
+    use_kernels("triton")  # each twin is plain PyTorch all the same
     source = torch.zeros(2 ** 28 if where.type == "cuda" else 2 ** 25, device=where)
     target = torch.empty_like(source)
     copied = 2 * source.numel() * 4 / min(seconds(lambda: target.copy_(source)) for _ in range(10))  # bytes a second
@@ -745,12 +747,17 @@ def compare_kernels():
             sides["Liger-Kernel"] = both(theirs)
         measure(case.name, "ms", 1e3, sides, note, lower=True, n=min(rounds, 7))
     compare_adamw()
+    use_kernels(kernels)
 
 
 def compare_adamw():
     """Milliseconds of one fused AdamW step over the model's weights."""
-    from kernels_optim import Tables, adamw_step, adamw_step_reference
+    from kernels import adamw_step, using
     how = dict(lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+
+    def eager(*given, **how):
+        with using("torch"):
+            adamw_step(*given, **how)
 
     def stepping(step, **more):
         tensors = [torch.randn_like(p) for p in our_model().parameters()]
@@ -760,7 +767,7 @@ def compare_adamw():
     for p in params:
         p.grad = p.detach() * 0.01
     measure("adamw_step", "ms", 1e3, {
-        "ours": stepping(adamw_step, tables=Tables()), "eager": stepping(adamw_step_reference),
+        "ours": stepping(adamw_step, tables={}), "eager": stepping(eager),
         "torch, fused": torch.optim.AdamW(params, lr=1e-3, fused=True).step}, lower=True, n=min(rounds, 7))
 
 
@@ -861,7 +868,7 @@ def compare_dialogs():
             replies, most = {}, []
 
             def run(side):
-                tree = WatchedTree(model, budget, host_budget=0) if side == "ours" else None
+                tree = WatchedTree(model, budget, host_budget=0) if side == "ours" else False
                 replies[side] = [reply.tokens for reply in converse(model, prompts, n, None, tree=tree)]
                 most.extend([tree.most] if tree else [])
 
@@ -915,6 +922,7 @@ def main():
     if threads:
         torch.set_num_threads(threads)
     where, _ = resolve_device(device, "float32")
+    use_kernels(kernels)
     torch.manual_seed(seed)
     peers = load_peers(peer)
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import kernels
 from experiment import UserError, command
 
 SAMPLED = ("gumbel_soft", "gumbel_hard", "straight_through", "reinmax")  # a posterior, of which codes are drawn
@@ -50,7 +51,7 @@ def reinmax(logits, one_hot, tau=1.0):
     return straight_through(one_hot, 2 * p1 - p0 / 2)
 
 
-def choose(logits, estimator, tau=1.0, noise=1.0, hardness=1.0, generator=None, kernels="torch"):
+def choose(logits, estimator, tau=1.0, noise=1.0, hardness=1.0, generator=None):
     """logits (..., K) float -> y (..., K), what stands for the one-hot code, and the codes drawn (...) int64.
 
     The codes are the argmax of l + noise g, g Gumbel: with noise 1 a sample of softmax(l), with noise 0 its mode.
@@ -60,22 +61,17 @@ def choose(logits, estimator, tau=1.0, noise=1.0, hardness=1.0, generator=None, 
     straight_through  one-hot going forward, softmax(l / tau) going backward (Bengio et al. 2013)
     reinmax           see `reinmax`
     hardness < 1: y is mixed with the soft vector that has no chance in it (of gumbel_hard: with its own soft one).
-    kernels "triton": Gumbel's and ReinMax by kernels_codes.py, from the same draws, unless they are mixed.
     ValueError: no such estimator; reinmax with tau < 1.
     """
     if estimator not in SAMPLED:
         raise ValueError(f"estimator {estimator!r}: it must be one of {', '.join(SAMPLED)}")
     gumbel = noise * gumbel_like(logits, generator) if noise else None
-    if kernels == "triton":
-        import kernels_codes  # only here: it imports Triton
-        if estimator == "reinmax" and hardness >= 1:
-            return kernels_codes.reinmax(logits, gumbel, tau)
-        if estimator == "gumbel_soft" or estimator == "gumbel_hard" and not 0 < hardness < 1:
-            return kernels_codes.gumbel_softmax(logits, gumbel, tau, estimator == "gumbel_hard" and hardness >= 1)
+    if estimator == "gumbel_soft" or estimator == "gumbel_hard" and not 0 < hardness < 1:
+        return kernels.gumbel_softmax(logits, gumbel, tau, estimator == "gumbel_hard" and hardness >= 1)
+    if estimator == "reinmax" and hardness >= 1 and kernels.on():
+        return kernels.reinmax(logits, gumbel, tau)
     noisy = logits if gumbel is None else logits + gumbel
     codes = noisy.argmax(-1)
-    if estimator == "gumbel_soft":
-        return torch.softmax(noisy / tau, -1), codes
     soft = torch.softmax(noisy / tau, -1) if estimator == "gumbel_hard" else torch.softmax(logits / tau, -1)
     if hardness <= 0:
         return soft, codes
@@ -130,12 +126,11 @@ class Codebook(nn.Module):
 
     Cosine: s = exp(log_scale), at first 20, at most `cap`; what the decoder reads are codes of length 1. init:
     "normal", "uniform" (within +-sqrt(3): the same variance), "kmeans" (normal until `fit` has seen encoder outputs).
-    kernels: of `choose`.
     """
 
-    def __init__(self, size, width, similarity="cosine", init="normal", scale=20.0, cap=50.0, kernels="torch"):
+    def __init__(self, size, width, similarity="cosine", init="normal", scale=20.0, cap=50.0):
         super().__init__()
-        self.similarity, self.init, self.scale, self.cap, self.kernels = similarity, init, scale, cap, kernels
+        self.similarity, self.init, self.scale, self.cap = similarity, init, scale, cap
         self.codes = nn.Parameter(torch.empty(size, width))
         self.own = {"codes": "embedding"}
         if similarity == "cosine":
@@ -171,7 +166,7 @@ class Codebook(nn.Module):
             if estimator is None:
                 codes = logits.argmax(-1)
                 return Quantised(self.look_up(codes), codes, logits, None, z)
-            y, codes = choose(logits, estimator, tau, noise, hardness, generator, self.kernels)
+            y, codes = choose(logits, estimator, tau, noise, hardness, generator)
             return Quantised(y @ self.table(), codes, logits, y, z)
 
     def look_up(self, codes):
@@ -224,14 +219,12 @@ class Codebook(nn.Module):
 class VQ(Codebook):
     """Vector quantisation (van den Oord et al. 2017): the nearest code, gradient copied past it, codes as running means
     of what chose them (their appendix A.1), commitment loss; "cosine" compares and keeps unit vectors. A pass changes
-    nothing here: a training step calls `follow` once, with what all its passes chose. kernels "triton": the search by
-    kernels_codes.py, which makes no table of distances.
+    nothing here: a training step calls `follow` once, with what all its passes chose.
     """
 
-    def __init__(self, size, width, similarity="cosine", init="normal", decay=0.95, commitment=0.25, kernels="torch"):
+    def __init__(self, size, width, similarity="cosine", init="normal", decay=0.95, commitment=0.25):
         nn.Module.__init__(self)
         self.similarity, self.init, self.decay, self.commitment = similarity, init, decay, commitment
-        self.kernels = kernels
         self.register_buffer("codes", torch.randn(size, width) * width ** -0.5)
         self.register_buffer("counts", torch.ones(size))
         self.register_buffer("sums", self.codes.clone())
@@ -243,11 +236,7 @@ class VQ(Codebook):
         with torch.autocast(z.device.type, enabled=False):
             x = unit(z) if self.similarity == "cosine" else z.float()
             flat = x.flatten(0, -2)
-            if self.kernels == "triton":
-                from kernels_codes import nearest_code  # only here: it imports Triton
-                codes, _ = nearest_code(flat, self.table())
-            else:
-                codes = (flat @ self.table().T - (self.table().square().sum(1) / 2)).argmax(1)  # the least |x - e|
+            codes = kernels.nearest_code(flat, self.table())
             e = self.look_up(codes).view(x.shape)
             if estimator is None:
                 return Quantised(e, codes.view(x.shape[:-1]), z=z)

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 
 from data.arc import OUTSIDE, Canvas
 from discrete import FSQ, VQ, Codebook
-from feedforward import activate
+from kernels import activate, cross_entropy
 from mixers import Linear, Norm
 from model import initialise
-from networks import cross_entropy
 
 
 @dataclass
@@ -51,7 +50,6 @@ class Config:
     similarity: str
     codebook_init: str
     tie_weights: bool = False
-    kernels: str = "torch"  # "triton": norms, activations, losses and codes by kernels.py and kernels_codes.py
 
     @property
     def n_shape_codes(self):
@@ -171,14 +169,14 @@ class FeedForward(nn.Module):
     def __init__(self, c):
         super().__init__()
         gated, width = c.activation in ("swiglu", "geglu"), round(c.n_embd * c.ff_mult)
-        self.activation, self.kernels = c.activation, c.kernels
+        self.activation = c.activation
         self.up = Linear(c.n_embd, 2 * width if gated else width, bias=c.bias)
         self.down = Linear(width, c.n_embd, bias=c.bias)
         self.fused = {"up": (width, width)} if gated else {}
 
     def forward(self, x):
         """x (..., C) to the same shape."""
-        return self.down(activate(self.activation, self.up(x), self.kernels))
+        return self.down(activate(self.activation, self.up(x)))
 
 
 class Layer(nn.Module):
@@ -186,7 +184,7 @@ class Layer(nn.Module):
 
     def __init__(self, c, cross=False):
         super().__init__()
-        self.norm1, self.norm2, self.norm3 = (Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels) if wanted else None
+        self.norm1, self.norm2, self.norm3 = (Norm(c.norm, c.n_embd, c.norm_gain, c.bias) if wanted else None
                                               for wanted in (cross, True, True))
         self.read = Attention(c, cross=True) if cross else None
         self.mix, self.ff, self.dropout = Attention(c), FeedForward(c), c.dropout
@@ -223,11 +221,11 @@ class DVAE(nn.Module):
         self.pool = Resample(c) if c.resample else None
         self.value = Linear(c.cell_dim, C, bias=False) if c.resample else None
         self.pooler = nn.ModuleList(Layer(c, cross=True) for _ in range(c.latent_layers))
-        self.code_norm = Norm(c.norm, C, c.norm_gain, c.bias, c.kernels)
+        self.code_norm = Norm(c.norm, C, c.norm_gain, c.bias)
         self.to_code = Linear(C, c.code_dim, bias=c.bias)
         # codes
-        sizes, same = (c.codebook_size, c.code_dim, c.similarity, c.codebook_init), dict(kernels=c.kernels)
-        self.codebook = {"categorical": lambda: Codebook(*sizes, **same), "vq": lambda: VQ(*sizes, **same),
+        sizes = c.codebook_size, c.code_dim, c.similarity, c.codebook_init
+        self.codebook = {"categorical": lambda: Codebook(*sizes), "vq": lambda: VQ(*sizes),
                          "fsq": lambda: FSQ(c.codebook_size)}[c.quantiser]()
         # decoder
         self.from_code = Linear(c.code_dim, C, bias=c.bias)
@@ -236,7 +234,7 @@ class DVAE(nn.Module):
         self.spread = Resample(c) if c.resample else None
         self.join = Linear(cells * C, C, bias=c.bias) if c.resample else None
         self.decoder = nn.ModuleList(Layer(c, cross=True) for _ in range(c.decoder_layers))
-        self.head_norm = Norm(c.norm, C, c.norm_gain, c.bias, c.kernels)
+        self.head_norm = Norm(c.norm, C, c.norm_gain, c.bias)
         said = c.canvas.n_colours if c.layout == "grid" else c.canvas.n_outputs
         self.heads = nn.ParameterList([nn.Parameter(torch.empty(cells * said, C))])
         self.own = {"cell": "embedding", "queries": "position", "slots": "position", "to_code.weight": "head",
@@ -388,7 +386,7 @@ class DVAE(nn.Module):
         if c.layout == "grid":
             counted = counted & (targets < c.canvas.n_colours)
         targets = targets.masked_fill(~counted, 0)
-        ce = cross_entropy(logits.flatten(0, 2), targets.flatten(), c.kernels).view(targets.shape)
+        ce = cross_entropy(logits.flatten(0, 2), targets.flatten()).view(targets.shape)
         right = ((logits.argmax(-1) == targets) | ~counted).all(2).all(1)
         return (ce * counted).sum((1, 2)), right
 

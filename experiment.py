@@ -2,16 +2,15 @@
 
     @command
     def main():
-        settings = override(globals())                       # flags.py: --name value, --preset NAME, -h
-        path = find_resume(settings, __file__)               # None: from the start
-        checkpoint = load_checkpoint(path, __file__) if path else None
-        if checkpoint:
-            settings = adopt(globals(), settings, checkpoint["settings"], architecture)
-        with Run(settings, __file__, checkpoint, path, debug) as run:
-            while not run.stop and step != max_steps:        # run.stop: SIGINT or SIGTERM came
+        settings = begin(globals())                          # flags.py: --name value, --preset NAME, --debug, -h
+        checkpoint = resumed(settings, architecture)         # None: from the start; else its settings hold
+        ...
+        loop = Loop(dict(step=0, best=math.inf, pending=[]), scaler)
+        with Run(settings, checkpoint, model=model, optimizer=opt, scaler=scaler, loop=loop) as run:
+            while not run.stop and loop["step"] != max_steps:    # run.stop: SIGINT or SIGTERM came
                 ...
                 run.log(step=step, loss=loss)
-                run.save("last.pt", dict(step=step, settings=dict(settings), model=model.state_dict(), ...))
+                run.save("last.pt", step)
 
 Also a command, about the runs that are there:
 
@@ -22,7 +21,6 @@ import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seco
 
 import argparse
 import contextlib
-import copy
 import ctypes
 import errno
 import functools
@@ -42,10 +40,9 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 import zipfile
 import zlib
-from collections import OrderedDict, deque
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -57,7 +54,8 @@ except ImportError:  # Windows
     import msvcrt
     fcntl = resource = None
 
-from flags import Settings, UserError, adopt, as_typed, check_settings, columns, override  # noqa: F401
+import optim
+from flags import Settings, UserError, adopt, as_typed, begin, check_settings, columns, override  # noqa: F401
 from nanolab.serve import Parser
 
 FORMAT = "nanolab-1"
@@ -69,8 +67,6 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of mallopt (malloc
 NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EROFS)
 OPTIONAL = dict(matplotlib="matplotlib", wandb="wandb", tensorboard="tensorboard", yaml="pyyaml", PIL="pillow")
-READERS = {"adopt", "from_checkpoint", "load_state_dict", "load_state", "load_model", "load_optimizer", "load_ema",
-           "load_scaler", "load_loop", "restore_generators"}  # functions that put back what a checkpoint holds
 HELD = dict(step=int, steps=dict, settings=dict, model=dict, models=dict, done=dict, optimizer=dict, scaler=dict,
             generators=dict, data=dict, loop=dict, metrics_lines=int, script=str, ended=dict, figures=dict,
             ema=(dict, type(None)))  # by a checkpoint, where it has them
@@ -140,7 +136,7 @@ def command(main):
 
 
 def _explained(error):
-    """What an error says of the machine, a path or a checkpoint rather than of a bug; None: it is a bug."""
+    """What an error says of the machine or of a path rather than of a bug; None: it is a bug."""
     number, text = getattr(error, "errno", None), str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, (OSError, RuntimeError)) and (
             re.search("can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED", text)):
@@ -154,10 +150,6 @@ def _explained(error):
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in OPTIONAL:
         package = OPTIONAL[error.name.partition(".")[0]]
         return f"this needs {package}: pip install {package}"
-    if load_checkpoint.last and READERS & {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}:
-        lines = [line.strip() for line in text.splitlines()]
-        said = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])     # the first of what differs
-        return f"{load_checkpoint.last} does not fit or is damaged: {type(error).__name__}: {said[:300]}"
     return None
 
 
@@ -202,7 +194,7 @@ def keep_freed_memory():
     """Where the C library is glibc: what a tensor frees stays with the process for the next one.
 
     By itself glibc gives pieces of some megabytes back to the system, which hands every page out anew, zeroed, by a
-    fault (what that costs: README, Speed).
+    fault (what that costs: docs/speed.md).
     """
     allocator = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if allocator is not None:
@@ -302,6 +294,21 @@ def restore_generators(states, **generators):
             foreign.append(name)
     if foreign:
         print(f"the checkpoint is of another device: the noise of {', '.join(foreign)} goes on from the seed")
+
+
+class Generators:
+    """torch's global generators and the named ones, for a checkpoint."""
+
+    def __init__(self, **named):
+        self.named = named
+
+    def state_dict(self):
+        """See generator_states."""
+        return generator_states(**self.named)
+
+    def load_state_dict(self, states):
+        """See restore_generators."""
+        restore_generators(states, **self.named)
 
 
 def measure_peak_flops(device, dtype):
@@ -411,9 +418,9 @@ def lock_file(file, shared=False, wait=False):
         time.sleep(0.2)
 
 
-def _newest(settings, script):
+def _newest(settings):
     """The directory that a bare --resume means: that of run_name, or the run that started last; None: no run yet."""
-    parent, name = Path(settings["out_dir"]) / Path(script).stem, settings["run_name"]
+    parent, name = Path(settings["out_dir"]) / Path(settings.script).stem, settings["run_name"]
     if name is not None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,99}", name):
             raise UserError(f"--run_name {name}: only letters a-z, digits and . _ = + - may be in it, no sign first")
@@ -443,7 +450,7 @@ def _others(path):
     return sorted(other for other in path.parent.glob("[!.]*.pt") if other.name != path.name)
 
 
-def find_resume(settings, script, needed=False):
+def find_resume(settings, needed=False):
     """Path of the checkpoint that the setting `resume` means, or None: start at step 0. Only reads; says which.
 
     A run that was killed before its first save starts anew. UserError: a path that is not there, a run that has lost
@@ -452,14 +459,14 @@ def find_resume(settings, script, needed=False):
     wanted = settings["resume"]
     if wanted is False:
         return None
-    directory = _newest(settings, script) if wanted is True else Path(wanted)
+    directory = _newest(settings) if wanted is True else Path(wanted)
     fresh = wanted is True and (directory is None or not any(directory.glob("*.pt")))
     reached = read_json(directory / "summary.json").get("step") if fresh and directory else None
     if reached:
         raise UserError(f"{directory} has no checkpoint, although its summary.json says step {reached}: "
                         "start again under another --run_name")
     if fresh:
-        place = directory or Path(settings["out_dir"], Path(script).stem)
+        place = directory or Path(settings["out_dir"], Path(settings.script).stem)
         if needed:
             raise UserError(f"no checkpoint yet in {place}: train first")
         print(f"no checkpoint yet in {place}: starting at step 0")
@@ -494,13 +501,13 @@ def find_checkpoint(path):
 def load_checkpoint(path, script=None):
     """The dict that `Run.save` wrote to `path`, tensors on the CPU. Runs no code from the file (weights_only=True).
 
-    script: the script (a file's path, or its name without .py) that must have written it.
-    A key that it lacks, also deeper inside, is a UserError when it is asked for. The file's check sums are compared
-    first, which torch.load does not do: about 0.2 s for 100 MB, half of what the loading itself takes.
+    script: the script (a file's path, or its name without .py) that must have written it. The dict's `.path` is the
+    file's. The file's check sums are compared first, which torch.load does not do: about 0.2 s for 100 MB, half of what
+    the loading itself takes.
     UserError, naming the file: missing, truncated, damaged, foreign, another script's, or holding objects that could
     run code.
     """
-    path = load_checkpoint.last = Path(path)
+    path = Path(path)
     hint = "".join(f"; there is also {other}" for other in _others(path)[-1:])
     try:
         with open(path, "rb") as file:
@@ -526,62 +533,122 @@ def load_checkpoint(path, script=None):
     steps = checkpoint.get("steps", {}) if not wrong else {}
     if wrong or not all(_is_name(name) and isinstance(step, int) for name, step in steps.items()):
         raise UserError(f"{path} is damaged: {wrong[0] if wrong else 'steps'} is not what a run saves there{hint}")
-    return _loaded(checkpoint, path)
+    checkpoint = Checkpoint(checkpoint)
+    checkpoint.path = path
+    return checkpoint
 
 
-def load_loop(loop, saved):
-    """What a checkpoint has `saved` of a training loop that begins with the values of `loop`.
+class Checkpoint(dict):
+    """What a checkpoint's file holds; `.path`: which file."""
 
-    Raises ValueError where one of them is of another kind.
+
+@contextlib.contextmanager
+def restoring(path):
+    """Where the block puts back what the checkpoint `path` holds: what does not fit is a UserError that names it."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error}: it is not whole, or of another version") from error
+    except Exception as error:
+        if isinstance(error, UserError) or _explained(error):
+            raise
+        lines = [line.strip() for line in str(error).splitlines()]
+        said = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])     # the first of what differs
+        raise UserError(f"{path} does not fit or is damaged: {type(error).__name__}: {said[:300]}") from error
+
+
+def resumed(settings, architecture=(), of_this_command=(), needed=False):
+    """The checkpoint that the setting `resume` means, whose settings then hold (see flags.adopt); None: a new run.
+
+    architecture: names, or {part: names}: of "all" and of the stages that the checkpoint has begun. needed: without a
+    checkpoint there is nothing to do.
     """
-    def alike(value, other):
-        if isinstance(value, list) and value and isinstance(other, list):    # what is gathered begins empty
-            return len(value) == len(other) and all(map(alike, value, other))
-        return value is None or isinstance(other, (int, float) if isinstance(value, (int, float)) else type(value))
-    for name, value in loop.items():
-        if name in saved and not alike(value, saved[name]):
-            raise ValueError(f"{name} of its loop is {str(saved[name])[:50]!r}")
-    return saved
+    path = find_resume(settings, needed)
+    if path is None:
+        return None
+    checkpoint = load_checkpoint(path, settings.script)
+    with restoring(path):
+        if isinstance(architecture, dict):
+            begun = {"all", checkpoint["stage"], *checkpoint["done"]}
+            architecture = [name for part in begun for name in architecture[part]]
+        saved = {"decay_params": "matrices"} | checkpoint["settings"]    # of a time when there was no choice
+        adopt(settings, saved, architecture, of_this_command)
+    return checkpoint
+
+
+def put_back(saved, things, mesh=None):
+    """What `saved`, a checkpoint or a part of one, holds goes into those of the `things` that have a load_state_dict.
+
+    An optimiser keeps the hyperparameters that it was built with. Where None or nothing was saved of a thing, it stays
+    as it is; a moving average then begins with the weights that there are. What does not fit raises whatever it raises.
+    """
+    things = {name: thing for name, thing in things.items() if hasattr(thing, "load_state_dict")}
+    for name, thing in things.items():
+        if not saved[name]:
+            continue
+        if mesh is not None and mesh.size > 1:
+            mesh.load_into(thing, saved[name])
+        elif isinstance(thing, torch.optim.Optimizer):
+            optim.load_state(thing, saved[name])
+        else:
+            thing.load_state_dict(saved[name])
+    for name, thing in things.items():
+        if isinstance(thing, optim.EMA) and not saved[name]:
+            thing.reset()
+
+
+class Loop(dict):
+    """What a training loop counts, for its checkpoints, and the losses of the last steps, which wait on the device.
+
+        loop = Loop(dict(step=0, best=math.inf, pending=[]), scaler)
+        loop.add(torch.stack([loss, grad_norm]))             # or a dict with loss and grad_norm; waits for nothing
+        loop["step"] += 1
+        loop.flush()                                         # to loop["pending"], as numbers
+
+    scaler: its GradScaler, which skips a step whose gradients are not finite. whose: of which of several models.
+    """
+
+    def __init__(self, values, scaler, whose=""):
+        super().__init__(values)
+        self.scaler, self.whose, self._waiting = scaler, whose, []
+
+    def add(self, row):
+        """The numbers of a step, `loss` first and the gradient's norm last, as a tensor or by name in a dict."""
+        self._waiting.append(row)
+
+    def flush(self):
+        """Waits for the numbers of all steps so far. NonFinite: the first step that was not finite."""
+        first = self.get("start", 0) + self["step"] - len(self._waiting)
+        for step, row in enumerate(self._waiting, first + 1):
+            row = {name: float(value) for name, value in row.items()} if isinstance(row, dict) else row.tolist()
+            loss, norm = (row["loss"], row["grad_norm"]) if isinstance(row, dict) else (row[0], row[-1])
+            if not (math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())):
+                raise NonFinite(f"{step} of {self.whose}" if self.whose else step)
+            self["pending"].append(row)
+        self._waiting.clear()
+
+    def state_dict(self):
+        """A plain dict, tensors on the CPU."""
+        self.flush()
+        return {name: value.cpu() if torch.is_tensor(value) else list(value) if isinstance(value, list) else value
+                for name, value in self.items()}
+
+    def load_state_dict(self, saved):
+        """Goes on from what `state_dict` gave. ValueError where a value is of another kind than the loop's own."""
+        def alike(value, other):
+            if isinstance(value, list) and value and isinstance(other, list):    # what is gathered begins empty
+                return len(value) == len(other) and all(map(alike, value, other))
+            return value is None or isinstance(other, (int, float) if isinstance(value, (int, float)) else type(value))
+        for name, value in self.items():
+            if name in saved and not alike(value, saved[name]):
+                raise ValueError(f"{name} of its loop is {str(saved[name])[:50]!r}")
+        self.update({name: value.to(self[name].device) if torch.is_tensor(self.get(name)) else value
+                     for name, value in saved.items()})
 
 
 def _is_name(name):
     """Whether it can name a folder inside a run's directory."""
     return isinstance(name, str) and re.fullmatch(r"[\w-]{1,100}", name) is not None
-
-
-class Loaded(dict):
-    """A dict of a checkpoint: asking for a key that it lacks is a UserError. Pickled, it is a dict that may be loaded
-    with weights_only=True."""
-
-    def __init__(self, values, place):
-        super().__init__(values)
-        self._place = place
-
-    def __missing__(self, key):
-        raise UserError(f"{self._place} lacks {key!r}: it is not whole, or of another version")
-
-    def __deepcopy__(self, memo):
-        return {key: copy.deepcopy(value, memo) for key, value in self.items()}
-
-    def __reduce_ex__(self, protocol):
-        return OrderedDict, (), None, None, iter(self.items())
-
-
-def _loaded(value, place):
-    """`value` with every dict in it as Loaded."""
-    if type(value) is dict:
-        return Loaded({key: _loaded(item, f"{place}: {key}") for key, item in value.items()}, place)
-    return type(value)(_loaded(item, place) for item in value) if type(value) in (list, tuple) else value
-
-
-def _unloaded(value):
-    """`value` with every dict in it as it was before `_loaded`."""
-    if type(value) in (dict, Loaded):
-        return {key: _unloaded(item) for key, item in value.items()}
-    return type(value)(map(_unloaded, value)) if type(value) in (list, tuple) else value
-
-
-load_checkpoint.last = None  # the path of what was read last, for `_explained`
 
 
 @contextlib.contextmanager
@@ -677,37 +744,76 @@ def _version(package):
 class Run:
     """A run on disk, out_dir/script/run_name/, for the time of a `with` block.
 
-    settings: Settings of this command. script: its file. checkpoint, checkpoint_path: what the run resumes from.
-    debug: no wandb, no TensorBoard.
-    .dir: the directory (Path). .stop: None, or the number of the signal that asked to stop: leave the loop, save, and
-    let the block end, which then exits with 128 + signal. A second signal ends the process at once.
+    settings: Settings of this command. checkpoint: what the run resumes from (load_checkpoint). mesh: a parallel.Mesh;
+    of its processes rank 0 alone writes. things: see `track`.
+    .dir: the directory (Path; None on other ranks). .stop: None, or the number of the signal that asked to stop: leave
+    the loop, save, and let the block end, which then exits with 128 + signal. A second signal ends the process at once.
     UserError: the directory is there already, is not ours, cannot be written, or another process writes to it.
     """
 
-    def __init__(self, settings, script, checkpoint=None, checkpoint_path=None, debug=False):
-        self.settings, self.script, self.debug = settings, Path(script), debug
-        self.checkpoint, self.source = checkpoint, checkpoint_path and Path(checkpoint_path)
+    def __init__(self, settings, checkpoint=None, mesh=None, **things):
+        self.settings, self.script, self.debug = settings, Path(settings.script), settings.get("debug", False)
+        self.checkpoint, self.source = checkpoint, checkpoint.path if checkpoint else None
         self.step, self._began = checkpoint["step"] if checkpoint else 0, time.monotonic()
         self._first, self._steps = self.step, checkpoint.get("steps", {}) if checkpoint else {}
         self.dir = self.stop = self._lock = self._metrics = self._bar = self._wandb = self._output = None
         self._handlers, self._summary, self._boards, self._draws = {}, {}, {}, True
+        self.mesh, self.main, self.resumed, self._fails = mesh, mesh is None or mesh.main, False, True
+        self._things = {}
+        self.track(checkpoint, **things)
+
+    def track(self, saved=None, **things):
+        """From now on checkpoints hold the `things` under their names: of what has a state_dict its state, also in
+        dicts, and else the value itself. In place of others of these names, as when a stage of a run begins anew.
+
+        saved: the checkpoint, or a dict like one, whose states they take up first (see `put_back`).
+        """
+        self._things |= things
+        if saved is not None:
+            with restoring(self.source):
+                put_back(saved, things, self.mesh)
+
+    def states(self, *names):
+        """{name: what a checkpoint holds} of the things of these names (none: of all). Of several processes all call
+        it; only rank 0 has the tensors."""
+        def state_of(thing):
+            if type(thing) is dict:
+                return {name: state_of(value) for name, value in thing.items()}
+            if not hasattr(thing, "state_dict"):
+                return thing
+            return self.mesh.state_of(thing) if self.mesh and self.mesh.size > 1 else thing.state_dict()
+        return {name: state_of(self._things[name]) for name in names or self._things}
 
     def __enter__(self):
+        try:
+            if self.main:
+                self._enter()
+            if threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    self._handlers[number] = signal.signal(number, self._on_signal)
+        except BaseException as error:
+            self._most(1)
+            self.__exit__(type(error), error, None)
+            raise
+        if self._most(0):                                    # rank 0 could not, and says why
+            sys.exit(2)
+        self._fails = False
+        return self
+
+    def _most(self, number):
+        """The largest of all processes' numbers."""
+        return self.mesh.most(number) if self.mesh else number
+
+    def _enter(self):
         self._check_packages()
-        home = _newest(self.settings, self.script)
+        home = _newest(self.settings)
         if self.source and _is_run(self.source.parent) and (
                 self.settings["run_name"] is None or self.source.parent.resolve() == home.resolve()):
             self.dir = self.source.parent
         elif self.settings["resume"] is True and not self.source and home and home.exists():
             self.dir = home                                  # killed before its first save
-        self.resumed, self._fails = self.dir is not None, True
-        try:
-            self._open()
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
-            raise
-        self._fails = False
-        return self
+        self.resumed = self.dir is not None
+        self._open()
 
     def _check_packages(self):
         """UserError where a package that was asked for is not installed; without matplotlib no curves are drawn."""
@@ -757,9 +863,6 @@ class Run:
                 self._open_board(model)
             for entry in last:                               # purge_step hides these, but the checkpoint knows of them
                 self._mirror_to_board(entry)
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._on_signal)
         self._output = sys.stdout = Output(sys.stdout)
 
     def _create(self, parent, name):
@@ -860,6 +963,9 @@ class Run:
             raise UserError(f"wandb did not start: {error}; --wandb offline needs no network") from None
 
     def _on_signal(self, number, frame):
+        if not self.main:                                    # rank 0 speaks, and ends them all
+            self.stop = number
+            return
         if self.stop is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -874,6 +980,8 @@ class Run:
         Texts among the values (model, stage, protocol, ...) name the curve that the numbers belong to. NonFinite: a
         validation's measure was none (`check_finite`), once the line is written.
         """
+        if not self.main:
+            return check_finite(step, split, values)         # so that all processes end together
         entry = {"step": step, "split": split, **_plain(values)}
         try:
             self._metrics.write((json.dumps(entry, allow_nan=False) + "\n").encode())
@@ -910,30 +1018,36 @@ class Run:
         self._boards[model] = SummaryWriter(str(self.dir / "tensorboard" / model), purge_step=purge)
         return self._boards[model]
 
-    def save(self, name, state):
-        """Writes the checkpoint `state` (a dict of tensors and plain Python values) to the run's file `name`.
+    def save(self, name, step, keep=0, **more):
+        """Writes a checkpoint to the run's file `name`: step, settings, the states of all that is tracked, and `more`.
 
-        A kill at any moment leaves the old file or the new one, whole. UserError: no space; the old file stays.
+        Where an optimiser keeps an average, the weights are that. A kill at any moment leaves the old file or the new
+        one, whole. keep: also the numbered step_00001000.pt, and removes older ones, so that so many are left; killed
+        in between, the new one is missing, and a resumed run saves it. UserError: no space; the old file stays.
         """
-        state = _unloaded({**state, "format": FORMAT, "script": self.script.stem, "metrics_lines": self._lines})
-        if getattr(self.settings, "fingerprint", None) is not None:
+        with contextlib.ExitStack() as stack:
+            for thing in self._things.values():
+                if hasattr(thing, "averaged"):
+                    stack.enter_context(thing.averaged())
+            state = {"step": step, "settings": dict(self.settings), **self.states(), **more}
+            if self.main:
+                self._write(name, state)
+            if self.main and keep:
+                numbers = [int(path.stem.removeprefix("step_")) for path in self.dir.glob("step_*.pt")]
+                older = sorted(number for number in numbers if number < step)
+                for old in older[:max(0, len(older) - keep + 1)]:
+                    (self.dir / f"step_{old:08d}.pt").unlink()
+                self._write(f"step_{step:08d}.pt", state)
+
+    def _write(self, name, state):
+        state = {**state, "format": FORMAT, "script": self.script.stem, "metrics_lines": self._lines}
+        if self.settings.fingerprint is not None:
             state["fingerprint"] = self.settings.fingerprint
         os.fsync(self._metrics.fileno())                     # first: what a checkpoint knows of is on the disk
         for board in self._boards.values():
             board.flush()
         with replacing(self.dir / name) as file:
             torch.save(state, file)
-
-    def keep(self, state, step, keep_last):
-        """Saves the numbered checkpoint step_00001000.pt and removes older ones, so that `keep_last` are left.
-
-        Again for the same step: the same. Killed in between, the new one is missing, and a resumed run saves it.
-        """
-        numbers = [int(path.stem.removeprefix("step_")) for path in self.dir.glob("step_*.pt")]
-        older = sorted(number for number in numbers if number < step)
-        for old in older[:max(0, len(older) - keep_last + 1)]:
-            (self.dir / f"step_{old:08d}.pt").unlink()
-        self.save(f"step_{step:08d}.pt", state)
 
     def bar(self, total, initial=0):
         """A `Bar` towards `total` steps (None: no end known)."""
@@ -963,7 +1077,7 @@ class Run:
         status = "done" if good else "failed"
         if good and self.stop or isinstance(error, KeyboardInterrupt):
             status = "interrupted"
-        if isinstance(error, NonFinite) and (self.dir / "last.pt").exists():
+        if isinstance(error, NonFinite) and self.main and (self.dir / "last.pt").exists():
             error.checkpoint = self.dir / "last.pt"
         with contextlib.ExitStack() as stack:
             for number, handler in self._handlers.items():
@@ -994,6 +1108,8 @@ class Run:
                     raise                                    # else what went wrong first is what to tell
         if good and self.stop:
             sys.exit(128 + self.stop)
+        if not self.main and isinstance(error, (UserError, NonFinite)):
+            sys.exit(2 if isinstance(error, UserError) else 3)   # rank 0 says what it was
 
 
 def wandb_lines(directory):

@@ -7,44 +7,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import kernels
+from kernels import GLU, activate
 from mixers import Linear, Norm
 
-GLU = ("glu", "bilinear", "reglu", "geglu", "swiglu")  # act(a) b of two halves (Shazeer 2020)
-
-
-def gelu(x):
-    """x Phi(x), exact (Hendrycks & Gimpel 2016)."""
-    small = x.device.type == "cpu" and x.numel() <= 16384 and not x.requires_grad
-    if not small or torch.compiler.is_compiling():
-        return F.gelu(x)
-    usual = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False  # for one decoded byte the way into oneDNN costs more than GELU
-    try:
-        return F.gelu(x)
-    finally:
-        torch.backends.mkldnn.enabled = usual
-
-
-GATES = {"glu": torch.sigmoid, "bilinear": lambda a: a, "reglu": F.relu, "geglu": gelu, "swiglu": F.silu}
-PLAIN = {"gelu": gelu, "relu": F.relu, "relu2": lambda x: F.relu(x).square(), "silu": F.silu,
-         "solu": lambda x: x * torch.softmax(x, -1, dtype=torch.float32).to(x.dtype)}
 EVEN = 64  # rows
-KERNELS = ("gelu", "relu2", *GLU)  # those that kernels.py has
-
-
-def activate(kind, x, kernels="torch"):
-    """x (..., W) to (..., W); a gated kind takes (..., 2 W), gates the second half by the first, gives (..., W).
-
-    relu2: relu(x)^2 (So et al. 2021). solu: x softmax(x) over the width (Elhage et al. 2022; a LayerNorm follows).
-    kernels "triton": by kernels.py, where it has the kind.
-    """
-    if kernels == "triton" and kind in KERNELS:
-        from kernels import gated, gelu, relu2  # only here: it imports Triton
-        return gated(kind, x) if kind in GLU else gelu(x) if kind == "gelu" else relu2(x)
-    if kind in PLAIN:
-        return PLAIN[kind](x)
-    a, b = x.chunk(2, -1)
-    return GATES[kind](a) * b
 
 
 class FeedForward(nn.Module):
@@ -53,17 +20,17 @@ class FeedForward(nn.Module):
     def __init__(self, config, layer=0):
         super().__init__()
         c, width = config, config.ff_width
-        self.activation, self.kernels = c.activation, c.kernels
+        self.activation = c.activation
         gated = c.activation in GLU
         self.up = Linear(c.n_embd, 2 * width if gated else width, bias=c.bias)
         self.down = Linear(width, c.n_embd, bias=c.bias)
-        self.norm = Norm("layer", width, c.norm_gain, c.bias, c.kernels) if c.activation == "solu" else None
+        self.norm = Norm("layer", width, c.norm_gain, c.bias) if c.activation == "solu" else None
         self.fused = {"up": (width, width)} if gated else {}
 
     def forward(self, x, positions=None):
         """x (B, T, C) to (B, T, C)."""
         parts = self._modules  # past nn.Module's look-up
-        x = activate(self.activation, parts["up"](x), self.kernels)
+        x = activate(self.activation, parts["up"](x))
         return parts["down"](x if self.norm is None else self.norm(x))
 
 
@@ -80,7 +47,7 @@ class LowRank(FeedForward):
 
     def forward(self, x, positions=None):
         """x (B, T, C) to (B, T, C)."""
-        x = activate(self.activation, self.up(self.into(x)), self.kernels)
+        x = activate(self.activation, self.up(self.into(x)))
         return self.down(self.join(x if self.norm is None else self.norm(x)))
 
 
@@ -149,11 +116,11 @@ class MixtureOfExperts(nn.Module):
         rows = order // k
         up, down = self.up.weight.view(E, self.rows, c.n_embd), self.down.weight.view(E, c.n_embd, self.width)
         given = x.index_select(0, rows)  # (N k, C)
-        if c.kernels == "triton":  # nothing here waits for the device, as bincount would
-            from kernels_scan import grouped_linear
+        if kernels.on():  # nothing here waits for the device, as bincount would
             offsets = torch.searchsorted(chosen.flatten()[order], torch.arange(E + 1, device=x.device))  # (E + 1,)
             loads = offsets.diff()
-            out = grouped_linear(activate(c.activation, grouped_linear(given, up, offsets), c.kernels), down, offsets)
+            out = activate(c.activation, kernels.grouped_linear(given, up, offsets))
+            out = kernels.grouped_linear(out, down, offsets)
         else:
             loads = torch.bincount(chosen.flatten(), minlength=E)
             half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled(x.device.type)
@@ -162,7 +129,7 @@ class MixtureOfExperts(nn.Module):
         out = out * weights.flatten()[order].unsqueeze(1).to(out.dtype)  # (N k, C)
         y = torch.zeros(x.shape, dtype=out.dtype, device=x.device).index_add(0, rows, out)
         if self.shared is not None:
-            y = y + self.shared["down"](activate(c.activation, self.shared["up"](x), c.kernels))
+            y = y + self.shared["down"](activate(c.activation, self.shared["up"](x)))
         if self.training and positions is not None:
             self.report(positions, chosen, scores, loads)
         return y.view(shape)

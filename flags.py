@@ -38,6 +38,8 @@ if _main and Path(_main).resolve().parent in (ROOT, ROOT / "data"):  # a command
 
 import ast
 import difflib
+import functools
+import inspect
 import io
 import itertools
 import json
@@ -60,11 +62,16 @@ class UserError(Exception):
 
 
 class Settings(dict):
-    """Every setting by name. `.explicit`: names set by a flag or the preset; `.command`: the words as typed.
-    `.fingerprint`: of the data in files, see `check_data`; None where there are none.
+    """Every setting by name. `.explicit`: names set by a flag or the preset; `.command`: the words as typed;
+    `.script`: the script's path. `.fingerprint`: of the data in files, see `check_data`; None where there are none.
     """
 
-    explicit, command, fingerprint = frozenset(), (), None
+    explicit, command, fingerprint, script, _globals = frozenset(), (), None, None, None
+
+    def put(self, **values):
+        """Sets some of them, and the script's globals with them."""
+        self.update(values)
+        self._globals.update(values)
 
     def check_data(self, checkpoint, names, fingerprint):
         """Keeps the fingerprint (a text or a number) of the run's data for its checkpoints.
@@ -83,6 +90,17 @@ class Settings(dict):
         """UserError where one of the settings `names` was typed, none of which has an effect `where`."""
         if idle := [name for name in names if name in self.explicit]:
             raise UserError(f"--{idle[0]} has no effect {where}: leave it out")
+
+
+class Common:
+    """The settings that all scripts that train have alike."""
+    run_name: str = None           # name of the run's directory, out_dir/script/run_name; none: date and time
+    out_dir: str = "runs"          # where the runs lie
+    tag: str = None                # a word by which `python experiment.py clean --tag` finds the run
+    resume: bool = False           # [path] go on with run_name (none: the newest run); --resume PATH: from that one
+    debug: bool = False            # tiny and short, no wandb, no tensorboard
+    wandb: str = "disabled"        # [disabled, offline, online]
+    tensorboard: bool = False      # curves for TensorBoard in the run's directory
 
 
 class _Setting:
@@ -155,21 +173,28 @@ def _nearest(word, names, prefix=""):
     return f"; did you mean {prefix}{found[0]}?" if found else ""
 
 
+def _comments(source, first=1):
+    """{line: its comment's token} of a source whose first line is of this number."""
+    return {token.start[0] + first - 1: token for token in tokenize.generate_tokens(io.StringIO(source).readline)
+            if token.type == tokenize.COMMENT}
+
+
 def _read_settings(path):
     """The settings of a script in the order of its source: {name: _Setting}. Nothing is run.
 
-    Settings are the literals before `presets` and before the first function or class; CAPITALS and _names are not.
+    Settings are the literals before `presets` and before the first function or class; CAPITALS and _names are not; and
+    with FURTHER = {"the model": "model.py:Config but a b"} the commented fields of that class, but a and b.
     """
     with tokenize.open(path) as file:
         source = file.read()
-    comments = {token.start[0]: token for token in tokenize.generate_tokens(io.StringIO(source).readline)
-                if token.type == tokenize.COMMENT}
-    found, group = {}, "Settings"
+    comments, found, further, group = _comments(source), {}, {}, "Settings"
     titles = {line: re.fullmatch(r"# -+ (.*?) -+\s*", token.line) for line, token in comments.items()}
     for node in ast.parse(source).body:
         name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) and len(node.targets) == 1 else ""
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or name == "presets":
             break
+        if name == "FURTHER":
+            further = ast.literal_eval(node.value)
         if not name.isidentifier() or name.startswith("_") or name.isupper():
             continue
         try:
@@ -180,15 +205,44 @@ def _read_settings(path):
             group = next((titles[line][1] for line in range(node.lineno, 0, -1) if titles.get(line)), group)
             comment = comments[node.end_lineno].string.lstrip("# ") if node.end_lineno in comments else ""
             found[name] = _Setting(name, default, comment, group)
+    for group, place in further.items():
+        file, kind, *left_out = re.split(r":| but | ", place)
+        fields = _read_fields(Path(path).parent / file, kind, f"Further, of {group}")
+        found |= {name: spec for name, spec in fields.items() if name not in found and name not in left_out}
     return found
+
+
+def _read_fields(path, kind, group=""):
+    """{name: _Setting} of those fields of the config class `kind` in a file that have a comment and a default."""
+    with tokenize.open(path) as file:
+        source = file.read()
+    node = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == kind)
+    comments = _comments(textwrap.dedent("\n".join(source.splitlines()[node.lineno:node.end_lineno])), node.lineno + 1)
+    return {field.target.id: _Setting(field.target.id, ast.literal_eval(field.value),
+                                      comments[field.end_lineno].string.lstrip("# "), group)
+            for field in node.body if isinstance(field, ast.AnnAssign) and field.value and field.end_lineno in comments}
+
+
+@functools.cache
+def _fields_of(kind):
+    return _read_fields(inspect.getsourcefile(kind), kind.__name__)
+
+
+def check_fields(config):
+    """ValueError, one sentence, where a field of a config has a value that the comment beside it does not allow."""
+    for name, spec in _fields_of(type(config)).items():
+        try:
+            spec.read(getattr(config, name))
+        except ValueError as error:
+            raise ValueError(f"{name} is {getattr(config, name)!r}, but {error}") from None
 
 
 def override(g, argv=None, positional=None):
     """Sets the globals `g` of a script from the command line, and returns all its settings.
 
-    Defaults, types, limits and groups are read from the script's own source, g["__file__"]: a comment may begin with
-    what is allowed, `[>= 1]`, `[layer, rms]`, `[none, > 0.0]`, `[path]`. `g["presets"]` maps names to sets of settings,
-    `g["aliases"]` other names of settings to their own.
+    Defaults, types, limits and groups are read from the script's own source, g["__file__"], and from that of the config
+    classes that its FURTHER names: a comment may begin with what is allowed, `[>= 1]`, `[layer, rms]`, `[none, > 0.0]`,
+    `[path]`. `g["presets"]` maps names to sets of settings, `g["aliases"]` other names of settings to their own.
     argv: the words after the script's name (None: this process's). positional: the setting that one bare word sets.
     Returns Settings. Raises UserError for a person's mistake, ValueError for a mistake in the script; exits for -h.
     """
@@ -235,8 +289,16 @@ def override(g, argv=None, positional=None):
         raise UserError(f"--preset {shown(chosen)}: must be one of {', '.join(presets)}{_nearest(chosen, presets)}")
     typed = {name: specs[name].read(value) for name, value in presets.get(chosen, {}).items()} | typed
     settings = Settings({name: typed.get(name, spec.default) for name, spec in specs.items()})
-    settings.explicit, settings.command = frozenset(typed), argv
+    settings.explicit, settings.command, settings.script, settings._globals = frozenset(typed), argv, g["__file__"], g
     g.update(settings)
+    return settings
+
+
+def begin(g, argv=None):
+    """`override` for a script that trains: with --debug also what g["debug_settings"] says and no flag does."""
+    settings = override(g, argv)
+    if settings["debug"]:
+        settings.put(**{name: value for name, value in g["debug_settings"].items() if name not in settings.explicit})
     return settings
 
 
@@ -252,7 +314,8 @@ def answer_help(name, path, positional=None):
         tree = ast.parse(file.read())
     g = {"__doc__": ast.get_docstring(tree, clean=False), "__file__": path}
     for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("presets", "aliases"):
+        if isinstance(node, ast.Assign) and (ast.unparse(node.targets[0]) in ("presets", "aliases") or isinstance(
+                node.value, ast.Call) and ast.unparse(node.value.func) == "dict"):   # or what presets build upon
             try:
                 exec(compile(ast.Module([node], []), path, "exec"), {"__builtins__": {"dict": dict}}, g)
             except NameError:
@@ -349,23 +412,20 @@ def check_settings(script, values, specs=None):
     return found
 
 
-def adopt(g, settings, checkpoint_settings, architecture):
-    """The settings of a resumed run, also written to the script's globals `g`: the checkpoint's, except what was typed.
+def adopt(settings, saved, architecture=(), of_this_command=()):
+    """Makes `settings`, and the script's globals, those of a resumed run: `saved`, except what was typed.
 
     architecture: names that always come from the checkpoint; a flag that says otherwise is overruled in one line.
-    resume, out_dir, run_name, dp and tp stay those of this command; what the checkpoint does not know keeps the
-    script's value.
-    Returns Settings. Raises UserError where the checkpoint holds a value that the script does not allow.
+    of_this_command: names that stay as they are, beside resume, out_dir, run_name, dp and tp. What the checkpoint does
+    not know keeps the script's value. UserError: the checkpoint holds a value that the script does not allow.
     """
-    specs, adopted, moved, overruled = _read_settings(g["__file__"]), Settings(settings), [], []
-    adopted.explicit, adopted.command = settings.explicit, settings.command
-    kept = {"resume", "out_dir", "run_name", "dp", "tp"}
-    for name in [name for name in settings if name in checkpoint_settings and name not in kept]:
+    specs, adopted, moved, overruled = _read_settings(settings.script), {}, [], []
+    kept = {"resume", "out_dir", "run_name", "dp", "tp", *of_this_command}
+    for name in [name for name in settings if name in saved and name not in kept]:
         try:
-            old, new = specs[name].read(checkpoint_settings[name]), settings[name]
+            old, new = specs[name].read(saved[name]), settings[name]
         except ValueError as error:
-            value = checkpoint_settings[name]
-            raise UserError(f"the checkpoint's {name} {value!r} is not allowed here: {error}") from None
+            raise UserError(f"the checkpoint's {name} {saved[name]!r} is not allowed here: {error}") from None
         if old == new or name in settings.explicit and name not in architecture:
             continue
         adopted[name] = old
@@ -377,5 +437,4 @@ def adopt(g, settings, checkpoint_settings, architecture):
         print("; ".join(overruled))
     if moved:
         print("from the checkpoint:", ", ".join(moved))
-    g.update(adopted)
-    return adopted
+    settings.put(**adopted)

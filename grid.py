@@ -5,6 +5,7 @@
     python grid.py grids/one_change.yaml --print           # what could start now, for a cluster's own scheduler
     python grid.py grids/one_change.yaml --status          # how far each row is
     python plot.py --table runs/one_change                 # the table
+    python grid.py archive runs/one_change                 # all of its runs as one text file, runs/one_change.jsonl
 
 What the baseline and every row go through: their rates times each factor of `tune`, with the first seed; the best
 factor with the other seeds (the baseline all of them, a row the second). A row whose two seeds disagree about what the
@@ -35,6 +36,7 @@ In place of rows, `cross` runs every combination of some settings with every see
 A run is known by its settings: a row that is renamed does not run again, one that is changed is another run, and what
 the yaml no longer wants stays where it is. Several grid.py may share a folder. A run that fails does not stop the
 others; it is told at the end and left alone until --retry. One that was killed goes on with the next command.
+What a grid measured, and each key of its yaml: docs/one-change.md.
 """
 import flags
 
@@ -62,6 +64,7 @@ from pathlib import Path
 
 from experiment import (UserError, as_typed, check_settings, command, compare, lock_file, noise_floor, override,
                         read_json, read_metrics, write_json)
+from nanolab import archive
 
 # --- What ---
 grid = None              # the yaml file (may also be typed as a bare word)
@@ -590,6 +593,11 @@ def show(plan, found):
 
 @command
 def main():
+    if sys.argv[1:2] == ["archive"]:
+        if len(sys.argv) != 3 or not Path(sys.argv[2]).is_dir():
+            raise UserError("archive which folder of runs? python grid.py archive runs/one_change")
+        path, count = archive.write(Path(sys.argv[2]))
+        return say(f"wrote {path}: {count} runs, {path.stat().st_size / 1e6:.2f} MB")
     settings = override(globals(), positional="grid")
     if grid is None:
         raise UserError("which grid? python grid.py grids/one_change.yaml")

@@ -1,91 +1,73 @@
-"""Fused Triton operations, each beside its PyTorch twin. This file: the ground they share, and the row-wise ones.
+"""Every fused operation: its formula in PyTorch, and the one switch that hands it to the Triton kernels of fused/.
 
-An operation `op` is four things: `op_reference`, plain PyTorch in the twin's own words, which runs anywhere and is what
-the kernel is tested against; the Triton kernels; an autograd.Function around them; and `op`, which takes the Triton
-way for CUDA tensors and the twin for all others. Attention is in kernels_attention.py, recurrences and experts in
-kernels_scan.py, codes in kernels_codes.py, optimiser steps in kernels_optim.py.
+    kernels.use("triton")      from here on; "torch", PyTorch alone, is where every process begins
 
-No kernel here has been timed on a GPU yet, so none is in a model's default path: TransformerConfig.kernels "triton"
-takes them. See "Kernels" in the README.
-Without Triton (macOS, Windows) every operation is its twin. Under TRITON_INTERPRET=1 kernels run in Triton's
-interpreter on CPU tensors, inside `interpreted()`: that is how tests/ compare them with their twins.
+Models call the operations below whichever way is on, and ask `on()` only where the two differ in more than the
+operation. By "triton" a tensor on a GPU goes to fused/; any other, one of float64, and an empty one, to the operation's
+`_reference`: what its kernel computes and is tested against, in plain PyTorch, in float32 and rounded once.
+
+No kernel has been timed on a GPU yet, so none is anybody's default; see docs/kernels.md. Without Triton (macOS,
+Windows) every operation is its reference. Shapes are said at each operation.
 """
-import os
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-try:
-    import triton
-    import triton.language as tl
-    jit = triton.jit
-except ImportError:  # every operation is its twin
-    triton = None
+WAYS = ("torch", "triton")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what kernels read
+WIDEST_ROW = 8192  # features of a row that one program normalises
+WIDEST_HEAD, WIDEST_RANK = 256, 512  # features of a head that attention's kernels take, and of a latent
+fused = None  # the kernels, once somebody has asked for them and Triton is there
+_triton = _interpreted = False
 
-    class tl:  # so that signatures below can be read
-        """What stands for triton.language where there is none."""
-        constexpr = None
 
-    def jit(function):
-        """The function itself: nothing calls it."""
-        return function
-
-# --- The ground ---
-
-INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
-UPCAST = tl.constexpr(INTERPRETED) if triton else False  # the interpreter multiplies bfloat16 bits as if integers
-_here = [False]
+def use(way):
+    """Goes by "torch" or by "triton" from here on, in this process. Raises ValueError for another word."""
+    global fused, _triton
+    if way not in WAYS:
+        raise ValueError(f"kernels {way!r}: it must be torch or triton")
+    _triton = way == "triton"
+    if _triton and fused is None:
+        try:  # here only: the default path shall not pay for Triton
+            import fused.adamw
+            import fused.attention
+            import fused.codes
+            import fused.experts
+            import fused.recurrence
+            import fused.rows
+        except ModuleNotFoundError as error:
+            if error.name != "triton":
+                raise
 
 
 @contextmanager
-def interpreted():
-    """Within it, operations on CPU tensors take their kernels, in Triton's interpreter.
-
-    Raises RuntimeError where TRITON_INTERPRET=1 was not set before kernels.py was imported.
-    """
-    if not INTERPRETED:
-        raise RuntimeError("kernels run on CPU tensors only where TRITON_INTERPRET=1 was set before kernels.py")
-    _here[0] = True
+def using(way, interpreted=False):
+    """Within it another way, for comparisons. interpreted: tensors on the CPU take kernels too, for which the
+    environment must have said TRITON_INTERPRET=1 before any kernel was imported, else RuntimeError."""
+    global _interpreted
+    before = WAYS[_triton], _interpreted
     try:
+        use(way)
+        if interpreted and not (fused and fused.ground.INTERPRETED):
+            raise RuntimeError("kernels run on CPU tensors only where TRITON_INTERPRET=1 was set before their import")
+        _interpreted = interpreted
         yield
     finally:
-        _here[0] = False
+        use(before[0])
+        _interpreted = before[1]
 
 
-def by_triton(x):
-    """Whether an operation on tensor x takes its kernel: on a GPU, or inside `interpreted()`."""
-    return triton is not None and (x.is_cuda or _here[0])
+def on():
+    """Whether operations go by "triton"."""
+    return _triton
 
 
-@jit
-def dot(a, b):
-    """a (M, K) @ b (K, N) summed in float32, whatever a and b are; float32 is not rounded to TF32."""
-    if UPCAST:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
-
-
-def power_of_2(n):
-    """The smallest power of 2 that is at least n (an int from 1)."""
-    return 1 << (n - 1).bit_length()
-
-
-def ceil_div(a, b):
-    """a / b, rounded up."""
-    return -(-a // b)
-
-
-def fits(x):
-    """Whether an operation on x takes its kernel: not where x is empty, nor in float64, which kernels would round."""
-    return by_triton(x) and x.numel() > 0 and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-
-
-def as_rows(x):
-    """x (..., C) as (rows, C), features side by side; a copy only where strides leave no other way."""
-    x = x.reshape(-1, x.size(-1))
-    return x if x.stride(1) == 1 else x.contiguous()
+def fits(*tensors):
+    """Whether an operation on these goes to its kernel: on a GPU (or interpreted), none empty, none of float64."""
+    return (_triton and fused is not None and (tensors[0].is_cuda or _interpreted)
+            and all(t.numel() and t.dtype in FLOATS for t in tensors))
 
 
 def exactly(x):
@@ -93,148 +75,16 @@ def exactly(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def expect(ok, message):
+    """Raises ValueError(message) if not ok."""
+    if not ok:
+        raise ValueError(message)
+
+
 # --- Norms ---
 
-WIDEST = 8192  # features of a row that one program holds
-PROGRAMS = 256  # of a norm's backward pass at most: each keeps partial sums for gain and bias
-
-
-def norm_blocks(C):
-    """(rows of a tile, its columns, warps) for rows of C features: one row of many, several of few."""
-    columns = power_of_2(C)
-    rows = max(1, 2048 // columns)
-    return rows, columns, 4 if rows * columns <= 2048 else 8 if columns <= 4096 else 16
-
-
-@jit
-def norm_forward(x, residual, gain, bias, y, s, means, scales, n, C, x_stride, residual_stride, eps,
-                 CENTRED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile of rows: s = x + residual if there is one, y = norm(s). Keeps 1 / deviation, and if CENTRED the mean."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
-    inside = (row < n)[:, None] & (column < C)[None, :]
-    value = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    if residual is not None:
-        value += tl.load(residual + row[:, None] * residual_stride + column[None, :], mask=inside,
-                         other=0.0).to(tl.float32)
-        rounded = value.to(s.dtype.element_ty)  # the norm is of what is kept: the backward pass sees no other
-        tl.store(s + row[:, None] * C + column[None, :], rounded, mask=inside)
-        value = rounded.to(tl.float32)
-    if CENTRED:
-        mean = tl.sum(value, 1) / C
-        tl.store(means + row, mean, mask=row < n)
-        value = tl.where(inside, value - mean[:, None], 0.0)
-    scale = 1 / tl.sqrt(tl.sum(value * value, 1) / C + eps)
-    tl.store(scales + row, scale, mask=row < n)
-    out = value * scale[:, None]
-    if gain is not None:
-        out *= tl.load(gain + column, mask=column < C, other=0.0).to(tl.float32)[None, :]
-    if bias is not None:
-        out += tl.load(bias + column, mask=column < C, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + row[:, None] * C + column[None, :], out.to(y.dtype.element_ty), mask=inside)
-
-
-@jit
-def norm_backward(s, gain, bias, means, scales, dy, ds, dx, gain_sums, bias_sums, n, C, s_stride, dy_stride, ds_stride,
-                  CENTRED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """dx of every so manieth tile of rows, and this program's sums for gain and bias (one row of C each).
-
-    With z = (s - mean) scale and w = gain dy: dx = scale (w - z mean(w z) - mean(w)) + ds, the last mean if CENTRED.
-    """
-    column = tl.arange(0, COLUMNS)
-    there = column < C
-    if gain is not None:
-        factor = tl.load(gain + column, mask=there, other=0.0).to(tl.float32)
-    gain_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    bias_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(tl.program_id(0) * ROWS, n, tl.num_programs(0) * ROWS):
-        row = (first + tl.arange(0, ROWS)).to(tl.int64)
-        inside = (row < n)[:, None] & there[None, :]
-        z = tl.load(s + row[:, None] * s_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        if CENTRED:
-            z -= tl.load(means + row, mask=row < n, other=0.0)[:, None]
-        scale = tl.load(scales + row, mask=row < n, other=0.0)[:, None]
-        z *= scale
-        w = tl.load(dy + row[:, None] * dy_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        if bias is not None:
-            bias_sum += w
-        if gain is not None:
-            gain_sum += w * z
-            w *= factor[None, :]
-        out = w - z * (tl.sum(w * z, 1) / C)[:, None]
-        if CENTRED:
-            out -= (tl.sum(w, 1) / C)[:, None]
-        out *= scale
-        if ds is not None:
-            out += tl.load(ds + row[:, None] * ds_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx + row[:, None] * C + column[None, :], out.to(dx.dtype.element_ty), mask=inside)
-    place = tl.program_id(0) * C + column
-    if gain is not None:
-        tl.store(gain_sums + place, tl.sum(gain_sum, 0), mask=there)
-    if bias is not None:
-        tl.store(bias_sums + place, tl.sum(bias_sum, 0), mask=there)
-
-
-class NormRows(torch.autograd.Function):
-    """The kernels of both norms. Keeps s, and one or two float32 numbers per row."""
-
-    @staticmethod
-    def forward(ctx, x, residual, gain, bias, eps, centred):
-        """x (..., C): y, or (y, s) with a residual."""
-        C, shape, dtype = x.size(-1), x.shape, x.dtype
-        x = as_rows(x)
-        rows, columns, warps = norm_blocks(C)
-        s, gain, bias = x, *(None if p is None else p.contiguous() for p in (gain, bias))
-        if residual is not None:
-            dtype = torch.promote_types(dtype, residual.dtype)
-            ctx.types = x.dtype, residual.dtype
-            residual = as_rows(residual)
-            s = torch.empty(x.shape, dtype=dtype, device=x.device)
-        y = torch.empty(x.shape, dtype=dtype, device=x.device)
-        scales = torch.empty(len(x), device=x.device)
-        means = torch.empty(len(x), device=x.device) if centred else None
-        norm_forward[(ceil_div(len(x), rows),)](
-            x, residual, gain, bias, y, None if residual is None else s, means, scales, len(x), C, x.stride(0),
-            0 if residual is None else residual.stride(0), eps, CENTRED=centred, ROWS=rows, COLUMNS=columns,
-            num_warps=warps)
-        ctx.save_for_backward(s, gain, bias, means, scales)
-        ctx.centred, ctx.added, ctx.shape = centred, residual is not None, shape
-        ctx.set_materialize_grads(False)
-        return (y.view(shape), s.view(shape)) if ctx.added else y.view(shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, ds=None):
-        """Gradients of x, residual, gain and bias."""
-        s, gain, bias, means, scales = ctx.saved_tensors
-        dx, sums = ds, (None, None)
-        if dy is not None:
-            dy, ds = as_rows(dy), None if ds is None else as_rows(ds)
-            (n, C), (rows, columns, warps) = s.shape, norm_blocks(s.size(1))
-            programs = min(PROGRAMS, ceil_div(n, rows))
-            sums = [None if p is None else torch.empty(programs, C, device=s.device) for p in (gain, bias)]
-            dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
-            norm_backward[(programs,)](
-                s, gain, bias, means, scales, dy, ds, dx, *sums, n, C, s.stride(0), dy.stride(0),
-                0 if ds is None else ds.stride(0), CENTRED=ctx.centred, ROWS=rows, COLUMNS=columns, num_warps=warps)
-            dx = dx.view(ctx.shape)
-        dgain, dbias = (None if part is None else part.sum(0).to(p.dtype) for part, p in zip(sums, (gain, bias)))
-        if not ctx.added or dx is None:
-            return dx, None, dgain, dbias, None, None
-        return *(dx.to(dtype) for dtype in ctx.types), dgain, dbias, None, None
-
-
-def check_norm(x, residual, gain, bias):
-    """Raises ValueError where shapes do not go together."""
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"residual {tuple(residual.shape)} must have the shape of x {tuple(x.shape)}")
-    for name, p in (("gain", gain), ("bias", bias)):
-        if p is not None and p.shape != x.shape[-1:]:
-            raise ValueError(f"{name} {tuple(p.shape)} must have one number for each of x's {x.size(-1)} features")
-
-
 def rms_norm_reference(x, gain=None, eps=1e-6, residual=None):
-    """The twin of rms_norm."""
+    """rms_norm as its kernel computes it."""
     s = x if residual is None else x + residual
     wide = exactly(s)
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -242,23 +92,37 @@ def rms_norm_reference(x, gain=None, eps=1e-6, residual=None):
     return y if residual is None else (y, s)
 
 
+def plain_rms_norm(x, gain=None, eps=1e-6):
+    """rms_norm without a kernel, whichever way is on: of queries and keys, say."""
+    if x.requires_grad and x.device.type == "cpu":  # F.rms_norm has no fused backward there: 2.4 times slower
+        exact = torch.promote_types(x.dtype, torch.float32)
+        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact).square() / x.size(-1)
+        x = x * torch.rsqrt(mean + eps).to(x.dtype)
+        return x if gain is None else x * gain
+    if gain is not None and gain.dtype != x.dtype:  # autocast: else neither fused nor quiet
+        gain = gain.to(x.dtype)
+    return F.rms_norm(x, (x.size(-1),), gain, eps)
+
+
 def rms_norm(x, gain=None, eps=1e-6, residual=None):
     """s / sqrt(mean(s^2) + eps) over the last dimension, times gain (Zhang & Sennrich 2019), with s = x + residual.
 
     x (..., C) of any float type; residual of x's shape, or None, which is 0; gain (C,). Returns y (..., C), and with a
-    residual (y, s): both carry gradients, and both have the type to which x and residual promote. Sums are float32,
-    rounded once; s is rounded before it is normalised. The backward pass needs one tensor of x's size, and C float32
-    sums per program of at most PROGRAMS, added in a fixed order. Rows wider than WIDEST take the twin.
+    residual (y, s): both carry gradients, and both have the type to which x and residual promote. By kernel sums are
+    float32, rounded once; s is rounded before it is normalised. The backward pass needs one tensor of x's size, and C
+    float32 sums of each of its programs, added in a fixed order. Rows wider than WIDEST_ROW take no kernel.
     Raises ValueError for shapes that do not go together.
     """
+    if not _triton and residual is None:
+        return plain_rms_norm(x, gain, eps)
     check_norm(x, residual, gain, None)
-    if fits(x) and x.size(-1) <= WIDEST:
-        return NormRows.apply(x, residual, gain, None, eps, False)
+    if fits(x) and x.size(-1) <= WIDEST_ROW:
+        return fused.rows.NormRows.apply(x, residual, gain, None, eps, False)
     return rms_norm_reference(x, gain, eps, residual)
 
 
 def layer_norm_reference(x, gain=None, bias=None, eps=1e-5, residual=None):
-    """The twin of layer_norm."""
+    """layer_norm as its kernel computes it."""
     s = x if residual is None else x + residual
     wide = exactly(s)
     wide = wide - wide.mean(-1, keepdim=True)
@@ -271,80 +135,37 @@ def layer_norm_reference(x, gain=None, bias=None, eps=1e-5, residual=None):
 def layer_norm(x, gain=None, bias=None, eps=1e-5, residual=None):
     """(s - mean(s)) / sqrt(var(s) + eps) over the last dimension, times gain (C,), plus bias (C,) (Ba et al. 2016), the
     variance over C. All else as rms_norm; eps as in torch.nn.functional.layer_norm."""
+    if not _triton and residual is None:
+        return torch.layer_norm(x, (x.size(-1),), gain, bias, eps)
     check_norm(x, residual, gain, bias)
-    if fits(x) and x.size(-1) <= WIDEST:
-        return NormRows.apply(x, residual, gain, bias, eps, True)
+    if fits(x) and x.size(-1) <= WIDEST_ROW:
+        return fused.rows.NormRows.apply(x, residual, gain, bias, eps, True)
     return layer_norm_reference(x, gain, bias, eps, residual)
+
+
+def check_norm(x, residual, gain, bias):
+    """Raises ValueError where shapes do not go together."""
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual {tuple(residual.shape)} must have the shape of x {tuple(x.shape)}")
+    for name, p in (("gain", gain), ("bias", bias)):
+        if p is not None and p.shape != x.shape[-1:]:
+            raise ValueError(f"{name} {tuple(p.shape)} must have one number for each of x's {x.size(-1)} features")
 
 
 # --- Rotary positions ---
 
-def rotary_blocks(D):
-    """(heads of a tile, its pairs of features, warps) for heads of D features."""
-    pairs = power_of_2(D // 2)
-    return max(1, 1024 // pairs), pairs, 4
-
-
-@jit
-def turn_rows(x, cos, sin, y, n, T, H, half, x_batch, x_time, x_head, table_batch, BACK: tl.constexpr,
-              ROWS: tl.constexpr, PAIRS: tl.constexpr):
-    """A tile of n = B T H heads turned. BACK: by the transposed turn, which exchanges the halves of sin."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    batch, time, head = (row // H // T).to(tl.int64), (row // H % T).to(tl.int64), (row % H).to(tl.int64)
-    pair = tl.arange(0, PAIRS)[None, :]
-    inside = (row < n)[:, None] & (pair < half)
-    x += (batch * x_batch + time * x_time + head * x_head)[:, None] + pair
-    a = tl.load(x, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(x + half, mask=inside, other=0.0).to(tl.float32)
-    table = (batch * table_batch + time * (2 * half))[:, None] + pair
-    cos_a = tl.load(cos + table, mask=inside, other=0.0)
-    cos_b = tl.load(cos + table + half, mask=inside, other=0.0)
-    sin_a = tl.load(sin + table, mask=inside, other=0.0)
-    sin_b = tl.load(sin + table + half, mask=inside, other=0.0)
-    y += row.to(tl.int64)[:, None] * (2 * half) + pair
-    if BACK:
-        tl.store(y, (a * cos_a + b * sin_b).to(y.dtype.element_ty), mask=inside)
-        tl.store(y + half, (b * cos_b + a * sin_a).to(y.dtype.element_ty), mask=inside)
-    else:
-        tl.store(y, (a * cos_a + b * sin_a).to(y.dtype.element_ty), mask=inside)
-        tl.store(y + half, (b * cos_b + a * sin_b).to(y.dtype.element_ty), mask=inside)
-
-
-def turned(x, cos, sin, back):
-    """x (B, T, H, D) by `turn_rows`, contiguous; cos and sin contiguous."""
-    if x.stride(3) != 1:
-        x = x.contiguous()
-    B, T, H, D = x.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, pairs, warps = rotary_blocks(D)
-    turn_rows[(ceil_div(B * T * H, rows),)](
-        x, cos, sin, y, B * T * H, T, H, D // 2, *x.stride()[:3], 0 if cos.size(0) == 1 else T * D, BACK=back,
-        ROWS=rows, PAIRS=pairs, num_warps=warps)
-    return y
-
-
-class Rotary(torch.autograd.Function):
-    """The kernel of rotary, both ways. Keeps the tables only."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        """x (B, T, H, D) turned."""
-        cos, sin = cos.contiguous(), sin.contiguous()
-        ctx.save_for_backward(cos, sin)
-        return turned(x, cos, sin, False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        """The gradient of x: dy turned back."""
-        return turned(dy, *ctx.saved_tensors, True), None, None
-
-
 def rotary_reference(x, cos, sin):
-    """The twin of rotary."""
+    """rotary as its kernel computes it."""
     wide = exactly(x)
     a, b = wide.chunk(2, -1)
     return (wide * cos + torch.cat((b, a), -1) * sin).to(x.dtype)
+
+
+def plain_rotary(x, cos, sin):
+    """rotary without a kernel, whichever way is on."""
+    wide = x.float()
+    a, b = wide.chunk(2, -1)
+    return torch.addcmul(wide * cos, torch.cat((b, a), -1), sin).to(x.dtype)  # (B, T, H, D)
 
 
 def rotary(x, cos, sin):
@@ -354,302 +175,109 @@ def rotary(x, cos, sin):
     mixers.Positions.tables; constants, to which no gradient goes. Computed in float32; the result has x's type.
     Backward is the turn by the negative angle. Raises ValueError for an odd D and for tables of another shape.
     """
+    if not _triton:
+        return plain_rotary(x, cos, sin)
     B, T, _, D = x.shape
-    if D % 2:
-        raise ValueError(f"rotary turns pairs of features: {D} must be even")
+    expect(D % 2 == 0, f"rotary turns pairs of features: {D} must be even")
     if cos.shape != sin.shape or cos.shape not in ((1, T, 1, D), (B, T, 1, D)):
         raise ValueError(f"tables {tuple(cos.shape)} and {tuple(sin.shape)} must be ({B} or 1, {T}, 1, {D})")
-    return (Rotary.apply if fits(x) else rotary_reference)(x, cos, sin)
+    return (fused.rows.Rotary.apply if fits(x) else rotary_reference)(x, cos, sin)
 
 
 # --- Activations ---
 
-GATED = ("glu", "bilinear", "reglu", "geglu", "swiglu")
+def gelu(x):
+    """x Phi(x), exact (Hendrycks & Gimpel 2016): x of any shape and float type, to the same. By kernel keeps x only."""
+    if _triton:
+        return fused.rows.Plain.apply("gelu", x) if fits(x) else gelu_reference(x)
+    small = x.device.type == "cpu" and x.numel() <= 16384 and not x.requires_grad
+    if not small or torch.compiler.is_compiling():
+        return F.gelu(x)
+    usual = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False  # for one decoded byte the way into oneDNN costs more than GELU
+    try:
+        return F.gelu(x)
+    finally:
+        torch.backends.mkldnn.enabled = usual
 
 
-def gate_blocks(W):
-    """(rows of a tile, its columns, warps) for rows of W outputs."""
-    columns = min(1024, power_of_2(W))
-    return 1024 // columns, columns, 4
+def gelu_reference(x):
+    """gelu as its kernel computes it."""
+    return F.gelu(exactly(x)).to(x.dtype)
 
 
-@jit
-def value_of(a, KIND: tl.constexpr):
-    """The activation of a gate or of a plain kind, at a float32."""
-    if KIND == "swiglu":
-        y = a * tl.sigmoid(a)
-    elif KIND == "glu":
-        y = tl.sigmoid(a)
-    elif KIND == "reglu":
-        y = tl.where(a <= 0, 0.0, a)
-    elif KIND == "relu2":
-        y = tl.where(a <= 0, 0.0, a) * a
-    elif KIND == "bilinear":
-        y = a
-    else:
-        y = 0.5 * a * (1 + tl.erf(a * 0.7071067811865476))
-    return y
+def relu2_reference(x):
+    """relu2 as its kernel computes it."""
+    return F.relu(exactly(x)).square().to(x.dtype)
 
 
-@jit
-def slope_of(a, KIND: tl.constexpr):
-    """The derivative of value_of; of relu at 0 it is 0."""
-    if KIND == "swiglu":
-        gate = tl.sigmoid(a)
-        y = gate * (1 + a * (1 - gate))
-    elif KIND == "glu":
-        gate = tl.sigmoid(a)
-        y = gate * (1 - gate)
-    elif KIND == "reglu":
-        y = tl.where(a <= 0, 0.0, 1.0)
-    elif KIND == "relu2":
-        y = tl.where(a <= 0, 0.0, 2 * a)
-    elif KIND == "bilinear":
-        y = tl.full(a.shape, 1.0, tl.float32)
-    else:  # Phi(a) + a phi(a)
-        y = 0.5 * (1 + tl.erf(a * 0.7071067811865476)) + a * 0.3989422804014327 * tl.exp(-0.5 * a * a)
-    return y
+def relu2(x):
+    """relu(x)^2 (So et al. 2021): x of any shape and float type, to the same. By kernel keeps x only."""
+    if _triton:
+        return fused.rows.Plain.apply("relu2", x) if fits(x) else relu2_reference(x)
+    return F.relu(x).square()
 
 
-@jit
-def gate_forward(x, y, n, W, x_stride, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile of y (n, W) = act(a) b, where x (n, 2 W) is a beside b."""
-    blocks = tl.cdiv(W, COLUMNS)
-    row = ((tl.program_id(0) // blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column = ((tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    inside = (row < n) & (column < W)
-    x += row * x_stride + column
-    a = tl.load(x, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(x + W, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + row * W + column, (value_of(a, KIND) * b).to(y.dtype.element_ty), mask=inside)
-
-
-@jit
-def gate_backward(x, dy, dx, n, W, x_stride, dy_stride, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile of dx (n, 2 W), act(a) computed again."""
-    blocks = tl.cdiv(W, COLUMNS)
-    row = ((tl.program_id(0) // blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column = ((tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    inside = (row < n) & (column < W)
-    x += row * x_stride + column
-    a = tl.load(x, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(x + W, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(dy + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
-    dx += row * (2 * W) + column
-    tl.store(dx, (g * b * slope_of(a, KIND)).to(dx.dtype.element_ty), mask=inside)
-    tl.store(dx + W, (g * value_of(a, KIND)).to(dx.dtype.element_ty), mask=inside)
-
-
-class GateRows(torch.autograd.Function):
-    """The kernels of gated. Keeps x only."""
-
-    @staticmethod
-    def forward(ctx, kind, x):
-        """x (..., 2 W) to (..., W)."""
-        shape, x = x.shape, as_rows(x)
-        n, W = len(x), x.size(1) // 2
-        rows, columns, warps = gate_blocks(W)
-        y = torch.empty(n, W, dtype=x.dtype, device=x.device)
-        gate_forward[(ceil_div(n, rows) * ceil_div(W, columns),)](
-            x, y, n, W, x.stride(0), KIND=kind, ROWS=rows, COLUMNS=columns, num_warps=warps)
-        ctx.save_for_backward(x)
-        ctx.kind, ctx.shape = kind, shape
-        return y.view(*shape[:-1], W)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        """The gradient of x."""
-        (x,), dy = ctx.saved_tensors, as_rows(dy)
-        n, W = dy.shape
-        rows, columns, warps = gate_blocks(W)
-        dx = torch.empty(n, 2 * W, dtype=x.dtype, device=x.device)
-        gate_backward[(ceil_div(n, rows) * ceil_div(W, columns),)](
-            x, dy, dx, n, W, x.stride(0), dy.stride(0), KIND=ctx.kind, ROWS=rows, COLUMNS=columns, num_warps=warps)
-        return None, dx.view(ctx.shape)
+GATES = {"glu": torch.sigmoid, "bilinear": lambda a: a, "reglu": F.relu, "geglu": gelu, "swiglu": F.silu}
+GLU = tuple(GATES)  # act(a) b of two halves (Shazeer 2020)
+PLAIN = {"gelu": gelu, "relu": F.relu, "relu2": relu2, "silu": F.silu,
+         "solu": lambda x: x * torch.softmax(x, -1, dtype=torch.float32).to(x.dtype)}
 
 
 def gated_reference(kind, x):
-    """The twin of gated."""
+    """gated as its kernel computes it."""
     a, b = exactly(x).chunk(2, -1)
-    gate = {"glu": torch.sigmoid, "bilinear": torch.clone, "reglu": F.relu, "geglu": F.gelu, "swiglu": F.silu}[kind]
-    return (gate(a) * b).to(x.dtype)
+    return ((F.gelu if kind == "geglu" else GATES[kind])(a) * b).to(x.dtype)
 
 
 def gated(kind, x):
     """act(a) b of the halves a and b of x (..., 2 W): (..., W) in x's type (Shazeer 2020).
 
-    kind, of GATED: act is the sigmoid ("glu"), nothing ("bilinear"), relu ("reglu"), the exact gelu ("geglu") or silu
-    ("swiglu"). Computed in float32 and rounded once, where feedforward.activate rounds act(a) first. Only x is kept:
-    the backward pass computes act(a) again. Raises ValueError for another kind and an odd width.
+    kind, of GLU: act is the sigmoid ("glu"), nothing ("bilinear"), relu ("reglu"), the exact gelu ("geglu") or silu
+    ("swiglu"). By kernel it is computed in float32 and rounded once, where PyTorch rounds act(a) first, and only x is
+    kept: the backward pass computes act(a) again. Raises ValueError for another kind and an odd width.
     """
-    if kind not in GATED:
-        raise ValueError(f"kind is {kind!r}, but can be {', '.join(GATED)}")
+    if kind not in GATES:
+        raise ValueError(f"kind is {kind!r}, but can be {', '.join(GLU)}")
     if x.size(-1) % 2:
         raise ValueError(f"gated takes two halves: {x.size(-1)} features must be even")
-    return (GateRows.apply if fits(x) else gated_reference)(kind, x)
+    if _triton:
+        return (fused.rows.GateRows.apply if fits(x) else gated_reference)(kind, x)
+    a, b = x.chunk(2, -1)
+    return GATES[kind](a) * b
 
 
-FLAT = 1024  # elements of a program of gelu and relu2, by 4 warps
+def activate(kind, x):
+    """x (..., W) to (..., W); a gated kind takes (..., 2 W), gates the second half by the first, gives (..., W).
 
-
-@jit
-def plain_forward(x, y, n, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """y = act(x), n elements."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    a = tl.load(x + place, mask=place < n, other=0.0).to(tl.float32)
-    tl.store(y + place, value_of(a, KIND).to(y.dtype.element_ty), mask=place < n)
-
-
-@jit
-def plain_backward(x, dy, dx, n, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """dx = act'(x) dy, n elements."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    a = tl.load(x + place, mask=place < n, other=0.0).to(tl.float32)
-    g = tl.load(dy + place, mask=place < n, other=0.0).to(tl.float32)
-    tl.store(dx + place, (g * slope_of(a, KIND)).to(dx.dtype.element_ty), mask=place < n)
-
-
-class Plain(torch.autograd.Function):
-    """The kernels of gelu and relu2. Keeps x only."""
-
-    @staticmethod
-    def forward(ctx, kind, x):
-        """x, any shape, to the same shape."""
-        x = x.contiguous()
-        y = torch.empty_like(x)
-        plain_forward[(ceil_div(x.numel(), FLAT),)](x, y, x.numel(), KIND=kind, BLOCK=FLAT, num_warps=4)
-        ctx.save_for_backward(x)
-        ctx.kind = kind
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        """The gradient of x."""
-        (x,), dy = ctx.saved_tensors, dy.contiguous()
-        dx = torch.empty_like(x)
-        plain_backward[(ceil_div(x.numel(), FLAT),)](x, dy, dx, x.numel(), KIND=ctx.kind, BLOCK=FLAT, num_warps=4)
-        return None, dx
-
-
-def gelu_reference(x):
-    """The twin of gelu."""
-    return F.gelu(exactly(x)).to(x.dtype)
-
-
-def gelu(x):
-    """x Phi(x), exact (Hendrycks & Gimpel 2016): x of any shape and float type, to the same. Keeps x only."""
-    return Plain.apply("gelu", x) if fits(x) else gelu_reference(x)
-
-
-def relu2_reference(x):
-    """The twin of relu2."""
-    return F.relu(exactly(x)).square().to(x.dtype)
-
-
-def relu2(x):
-    """relu(x)^2 (So et al. 2021): x of any shape and float type, to the same. Keeps x only."""
-    return Plain.apply("relu2", x) if fits(x) else relu2_reference(x)
+    solu: x softmax(x) over the width (Elhage et al. 2022; a LayerNorm follows).
+    """
+    return gated(kind, x) if kind in GATES else PLAIN[kind](x)
 
 
 # --- Cross-entropy ---
 
-def entropy_blocks(V):
-    """(columns of a block, warps) for rows of V logits."""
-    columns = min(4096, power_of_2(V))
-    return columns, 4 if columns <= 1024 else 8
-
-
-@jit
-def entropy_forward(logits, targets, losses, sums, V, stride, ignore_index, BLOCK: tl.constexpr):
-    """One row's loss and log-sum-exp, in one reading: the sum so far is rescaled where the maximum grows."""
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets + row)
-    logits += row * stride
-    top, total = float("-inf"), 0.0
-    for first in range(0, tl.where(target == ignore_index, 0, V), BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        x = tl.load(logits + column, mask=column < V, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(top, tl.max(x, 0))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing but -inf so far
-        total = total * tl.exp(top - base) + tl.sum(tl.exp(x - base), 0)
-        top = higher
-    whole = top + tl.log(total)
-    known = (target >= 0) & (target < V)
-    chosen = tl.load(logits + target, mask=known, other=float("nan")).to(tl.float32)
-    tl.store(sums + row, whole)
-    tl.store(losses + row, tl.where(target == ignore_index, 0.0, whole - chosen))
-
-
-@jit
-def entropy_backward(logits, targets, sums, dloss, out, V, stride, ignore_index, BLOCK: tl.constexpr):
-    """A block of one row of (softmax - one hot) dloss; `out` (rows, V) may be the logits."""
-    blocks = tl.cdiv(V, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    target = tl.load(targets + row)
-    x = tl.load(logits + row * stride + column, mask=column < V, other=0.0).to(tl.float32)
-    share = tl.exp(x - tl.load(sums + row)) - tl.where(column == target, 1.0, 0.0)
-    share = tl.where(target == ignore_index, 0.0, share * tl.load(dloss + row).to(tl.float32))
-    tl.store(out + row * V + column, share.to(out.dtype.element_ty), mask=column < V)
-
-
-def entropies(logits, targets, ignore_index):
-    """(losses, log-sum-exps), (N,) each, of logits (N, V): by the kernel, or in plain PyTorch."""
-    if not fits(logits):
-        wide, ignored = exactly(logits), targets == ignore_index
-        sums = wide.logsumexp(-1)
-        chosen = wide.gather(1, targets.masked_fill(ignored, 0).unsqueeze(1)).squeeze(1)
-        return (sums - chosen).masked_fill_(ignored, 0), sums
-    logits, targets = as_rows(logits), targets.contiguous()
-    (N, V), (block, warps) = logits.shape, entropy_blocks(logits.size(1))
-    losses, sums = (torch.empty(N, device=logits.device) for _ in range(2))
-    entropy_forward[(N,)](logits, targets, losses, sums, V, logits.stride(0), ignore_index, BLOCK=block,
-                          num_warps=warps)
-    return losses, sums
-
-
-def entropy_gradient(logits, targets, sums, dloss, ignore_index, out):
-    """Writes (softmax - one hot) dloss into out (N, V), contiguous, which may be the logits; returns it."""
-    if not fits(logits):
-        ignored = targets == ignore_index
-        wide = exactly(logits)  # the logits themselves, if they are float32: then this is in place
-        wide = torch.sub(wide, sums.unsqueeze(1), out=out if out.dtype == wide.dtype else None).exp_()
-        wide.scatter_add_(1, targets.masked_fill(ignored, 0).unsqueeze(1), -torch.ones_like(sums).unsqueeze(1))
-        wide.mul_(dloss.unsqueeze(1)).masked_fill_(ignored.unsqueeze(1), 0)
-        return wide if wide is out else out.copy_(wide)
-    logits, V = as_rows(logits), logits.size(1)
-    block, warps = entropy_blocks(V)
-    entropy_backward[(len(logits) * ceil_div(V, block),)](
-        logits, targets.contiguous(), sums.contiguous(), dloss.contiguous(), out, V, logits.stride(0), ignore_index,
-        BLOCK=block, num_warps=warps)
-    return out
-
-
-class CrossEntropy(torch.autograd.Function):
-    """The kernels of cross_entropy. Keeps the logits, as they are, and one float32 number per row."""
-
-    @staticmethod
-    def forward(ctx, logits, targets, ignore_index):
-        """Losses (N,)."""
-        losses, sums = entropies(logits, targets, ignore_index)
-        ctx.save_for_backward(logits, targets, sums)
-        ctx.ignore_index = ignore_index
-        return losses
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss):
-        """The gradient of the logits."""
-        logits, targets, sums = ctx.saved_tensors
-        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        return entropy_gradient(logits, targets, sums, dloss, ctx.ignore_index, out), None, None
-
-
 def cross_entropy_reference(logits, targets, ignore_index=-1):
-    """The twin of cross_entropy."""
+    """cross_entropy as its kernel computes it."""
     return F.cross_entropy(exactly(logits), targets, ignore_index=ignore_index, reduction="none")
+
+
+def cross_entropy(logits, targets, ignore_index=-1, reduction="none"):
+    """-ln softmax(logits)[target], nats: logits (N, V) of any float type, targets (N,) int64, to losses (N,), by
+    "triton" float32 (float64 for float64); or with reduction "mean" to the mean of those that count.
+
+    A row whose target is ignore_index has loss 0 and gradient 0; its logits need be finite only without a kernel. That
+    takes one reading of the logits forward (online softmax, Milakov & Gimelshein 2018); one reading and one writing
+    backward, which needs one tensor of the logits' size and type. A row of nothing but -inf has loss nan. A target out
+    of range is not looked for, as that would wait for the GPU: its loss is nan there; on the CPU it is an IndexError.
+    By "triton" raises ValueError for targets of another shape or type.
+    """
+    if not _triton:
+        return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
+    check_targets(targets, logits.shape[:1])
+    way = fused.rows.CrossEntropy.apply if fits(logits) else cross_entropy_reference
+    losses = way(logits, targets, ignore_index)
+    return losses if reduction == "none" else losses.sum() / (targets != ignore_index).sum()
 
 
 def check_targets(targets, shape):
@@ -658,21 +286,29 @@ def check_targets(targets, shape):
         raise ValueError(f"targets are {targets.dtype} {tuple(targets.shape)}, but must be int64 {tuple(shape)}")
 
 
-def cross_entropy(logits, targets, ignore_index=-1):
-    """log sum exp of a row less its target's logit: logits (N, V) of any float type, targets (N,) int64, to losses
-    (N,) float32 (float64 for float64).
-
-    A row whose target is ignore_index has loss 0 and gradient 0; its logits must be finite only for the twin. One
-    reading of the logits forward (online softmax, Milakov & Gimelshein 2018); one reading and one writing backward,
-    which needs one tensor of the logits' size and type. A row of nothing but -inf has loss nan. A target out of range
-    is not looked for, as that would wait for the GPU: its loss is nan there; the twin raises IndexError on the CPU.
-    Raises ValueError for targets of another shape or type.
-    """
-    check_targets(targets, logits.shape[:1])
-    return (CrossEntropy.apply if fits(logits) else cross_entropy_reference)(logits, targets, ignore_index)
-
-
 # --- Cross-entropy of a linear layer, without all logits ---
+
+def entropies(logits, targets, ignore_index):
+    """(losses, log-sum-exps), (N,) each, of logits (N, V)."""
+    if fits(logits):
+        return fused.rows.entropies(logits, targets, ignore_index)
+    wide, ignored = exactly(logits), targets == ignore_index
+    sums = wide.logsumexp(-1)
+    chosen = wide.gather(1, targets.masked_fill(ignored, 0).unsqueeze(1)).squeeze(1)
+    return (sums - chosen).masked_fill_(ignored, 0), sums
+
+
+def entropy_gradient(logits, targets, sums, dloss, ignore_index, out):
+    """Writes (softmax - one hot) dloss into out (N, V), contiguous, which may be the logits; returns it."""
+    if fits(logits):
+        return fused.rows.entropy_gradient(logits, targets, sums, dloss, ignore_index, out)
+    ignored = targets == ignore_index
+    wide = exactly(logits)  # the logits themselves, if they are float32: then this is in place
+    wide = torch.sub(wide, sums.unsqueeze(1), out=out if out.dtype == wide.dtype else None).exp_()
+    wide.scatter_add_(1, targets.masked_fill(ignored, 0).unsqueeze(1), -torch.ones_like(sums).unsqueeze(1))
+    wide.mul_(dloss.unsqueeze(1)).masked_fill_(ignored.unsqueeze(1), 0)
+    return wide if wide is out else out.copy_(wide)
+
 
 def chunk_rows(N, C, O):
     """Rows of h (N, C) whose O logits are computed at once: as many as make no more numbers than h or the classifiers
@@ -750,49 +386,12 @@ def product_type(h, weight):
     return h.dtype
 
 
-def linear_cross_entropy_reference(h, weight, targets, bias=None, ignore_index=-1):
-    """The twin of linear_cross_entropy: with all logits."""
-    logits = F.linear(h, weight, bias).flatten(0, -2)
-    return cross_entropy_reference(logits, targets.flatten(), ignore_index).view(targets.shape)
-
-
-def linear_cross_entropy(h, weight, targets, bias=None, ignore_index=-1, chunk=None):
-    """cross_entropy(h @ weight.T + bias, targets) without ever holding all logits, on any device.
-
-    h (..., C), weight (V, C), bias (V,), targets (...) int64: losses (...) float32 (float64 for float64). chunk: rows
-    at once, by default chunk_rows(N, C, V), whose logits are no more numbers than the larger of h and weight. The
-    backward pass computes the logits of every chunk again, one matrix product more, and so is right for any gradient
-    that comes in. Beside the gradients it needs one chunk of logits, which half precision without a kernel holds in
-    float32 too, and in half precision a float32 sum of weight's gradient and one product of its size. Products are in
-    autocast's type where it is on; weight is cast to it once per pass. Ignored rows as in cross_entropy; targets out of
-    range too, but they raise RuntimeError where there is no kernel. Raises ValueError for shapes or types that do not
-    go together, and for a chunk below 1.
-    """
-    if weight.dim() != 2 or h.size(-1) != weight.size(1) or (bias is not None and bias.shape != weight.shape[:1]):
-        raise ValueError(f"h {tuple(h.shape)}, weight {tuple(weight.shape)} and bias do not go together")
-    check_targets(targets, h.shape[:-1])
-    biases = None if bias is None else bias[None, None]
-    losses = batched_linear_cross_entropy(h.reshape(1, -1, h.size(-1)), weight[None, None], targets.reshape(1, -1, 1),
-                                          biases, ignore_index, chunk)
-    return losses.view(targets.shape)
-
-
 def stacked(parts):
     """Tensors in lists, of any depth, as one tensor; a tensor as it is, and one alone without a copy."""
     if torch.is_tensor(parts):
         return parts
     parts = [stacked(part) for part in parts]
     return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
-
-
-def batched_linear_cross_entropy_reference(h, weights, targets, biases=None, ignore_index=-1):
-    """The twin of batched_linear_cross_entropy: with all logits."""
-    weights = stacked(weights)
-    logits = torch.einsum("gnc,gkvc->gnkv", h, weights.expand(len(h), -1, -1, -1))
-    if biases is not None:
-        logits = logits + stacked(biases).unsqueeze(1)
-    targets = targets.expand(logits.shape[:3])
-    return cross_entropy_reference(logits.flatten(0, 2), targets.flatten(), ignore_index).view(targets.shape)
 
 
 def batched_linear_cross_entropy(h, weights, targets, biases=None, ignore_index=-1, chunk=None):
@@ -821,3 +420,476 @@ def batched_linear_cross_entropy(h, weights, targets, biases=None, ignore_index=
         None if biases is None else biases.reshape(groups, K * V), targets.reshape(groups, -1, K), ignore_index,
         chunk, dtype)
     return losses.view(G, N, K)
+
+
+# --- Attention: B batch, H heads, G key-value heads (G divides H), T queries, S keys, D head size, Dv values' size ---
+
+def softmax_over(q, k, v, seen, scale):
+    """softmax(scale q k^T) v where `seen` (bool, broadcast to (..., H, T, S)), in float32 or wider: (..., H, T, Dv).
+
+    q (..., H, T, D), k (..., G, S, D), v (..., G, S, Dv). A query that sees nothing gets zeros, and leaves none but
+    zeros to the gradients.
+    """
+    exact = torch.promote_types(q.dtype, torch.float32)
+    k, v = (t.to(exact).repeat_interleave(q.size(-3) // t.size(-3), -3) for t in (k, v))  # (..., H, S, D)
+    with torch.autocast(q.device.type, enabled=False):  # it would round the products
+        scores = q.to(exact) @ k.transpose(-1, -2) * scale  # (..., H, T, S)
+        p = scores.masked_fill(~seen, torch.finfo(exact).min).softmax(-1) * seen  # not -inf: a row of it would be NaN
+        return (p @ v).to(q.dtype)
+
+
+def who_sees_whom(T, S, causal=True, window=None, prefix=None, lengths=None, places=None, device=None):
+    """The mask of `attend` made explicitly: bool, (1 or B, 1, T, S), True where query t sees key s."""
+    if places is None:
+        q, k = torch.arange(S - T, S, device=device).view(1, T, 1), torch.arange(S, device=device).view(1, 1, S)
+    else:
+        q, k = places[:, S - T:, None], places[:, None, :]
+    seen = (k == k) & (q == q)  # (1 or B, T, S)
+    if causal:
+        end = q
+        if prefix is not None:
+            end = torch.clamp(q, min=(prefix.view(-1, 1, 1) if torch.is_tensor(prefix) else prefix) - 1)
+        seen = seen & (k <= end)
+    if window is not None:
+        seen = seen & (k > q - window)
+    if places is not None:
+        seen = seen & (k >= 0) & (q >= 0)
+    if lengths is not None:
+        seen = seen & (torch.arange(S, device=device) < lengths.view(-1, 1, 1))
+    return seen.unsqueeze(1)
+
+
+def attend_reference(q, k, v, causal=True, window=None, prefix=None, lengths=None, places=None, scale=None):
+    """attend as its kernels compute it, with the whole matrix of scores, and a mask of its size."""
+    seen = who_sees_whom(q.size(2), k.size(2), causal, window, prefix, lengths, places, q.device)
+    return softmax_over(q, k, v, seen, q.size(3) ** -0.5 if scale is None else scale)
+
+
+def attend(q, k, v, causal=True, window=None, prefix=None, lengths=None, places=None, scale=None):
+    """softmax(scale q k^T) v where a query sees a key (Dao et al. 2022, 2023), differentiable in q, k and v.
+
+    q (B, H, T, D), k (B, G, S, D), v (B, G, S, Dv), all float32, float16 or bfloat16, of any strides; D and Dv up to
+    WIDEST_HEAD. Returns (B, H, T, Dv) in their type, in memory as q. Head h reads key-value head h // (H / G). scale
+    None: D^-0.5. Scores and sums are float32.
+
+    Key s stands at place s and query t at S - T + t, as a chunk after a cache does. places (B, S) int: they stand where
+    this says instead, the queries at its last T columns; -1 marks padding, as in Positions. Then
+    causal: a query at q sees a key at k where k <= q; False: every query sees every key.
+    window: and where k > q - window; with causal only.
+    prefix: int or (B,) int; with causal only: k <= max(q, prefix - 1) instead of k <= q, so that the places below it
+    see one another, as far as the window goes back.
+    lengths (B,) int: keys from lengths[b] on, in the order of memory, are padding, and may be any garbage.
+    Padding is seen by nobody. A query that sees nothing, as padding does, gets zeros, and gives zero gradients.
+
+    Blocks of keys that a block of queries cannot see are left out, except with `places`. Raises ValueError where
+    shapes, types or masks do not go together. Not differentiable twice.
+    """
+    check_heads(q, k, v)
+    check_mask(q, k, causal, window, prefix, lengths, places)
+    if not fits(q, k, v):
+        return attend_reference(q, k, v, causal, window, prefix, lengths, places, scale)
+    q, k, v = (t.unsqueeze(1) for t in (q, k, v))  # (B, 1, H, T, D), ...
+    return fused.attention.attend_rows(q, k, v, causal, window, prefix, lengths, places, scale).squeeze(1)
+
+
+def attend_differential_reference(q, k, v, lam, window=None, prefix=None):
+    """attend_differential as its kernels compute it: two calls over every other head."""
+    one, two = (attend_reference(q[:, i::2], k[:, i::2], v, True, window, prefix) for i in range(2))  # (B, H/2, T, Dv)
+    return one - lam.to(one.dtype).view(-1, 1, 1) * two
+
+
+def attend_differential(q, k, v, lam, window=None, prefix=None):
+    """(softmax(q1 k1) - lam softmax(q2 k2)) v of neighbouring heads (Ye et al. 2024, equations 1 to 3).
+
+    q (B, H, T, D) and k (B, G, S, D), neighbours a pair; v (B, G/2, S, Dv), a pair's shared values: two heads' values
+    side by side where Dv = 2D. lam: a tensor of one number, or (H/2,). Returns (B, H/2, T, Dv), before the norm;
+    causal, with masks and strides as `attend`. Differentiable in q, k, v and lam.
+
+    Both maps go through the kernels at once, over v as it lies; its gradient is two tensors of its size, then summed.
+    Raises ValueError as `attend` does, and for heads that are no pairs.
+    """
+    expect(q.dim() == k.dim() == 4 and not q.size(1) % 2 and not k.size(1) % 2,
+           "differential attention needs (B, H, T, D) and (B, G, S, D) of an even number of heads")
+    check_heads(q[:, ::2], k[:, ::2], v)
+    check_mask(q, k, True, window, prefix)
+    pairs = q.size(1) // 2
+    expect(lam.numel() in (1, pairs), f"lam is one number, or one of each of {pairs} pairs, not {tuple(lam.shape)}")
+    if not fits(q, k, v):
+        return attend_differential_reference(q, k, v, lam, window, prefix)
+    q, k = (t.unflatten(1, (-1, 2)).transpose(1, 2) for t in (q, k))  # (B, 2, H/2, T, D), (B, 2, G/2, S, D)
+    v = v.unsqueeze(1).expand(-1, 2, -1, -1, -1)  # (B, 2, G/2, S, Dv), the second without memory of its own
+    one, two = fused.attention.attend_rows(q, k, v, True, window, prefix).unbind(1)  # (B, H/2, T, Dv)
+    return one - lam.to(one.dtype).view(-1, 1, 1) * two
+
+
+def attend_space_reference(q, k, v, scale=None):
+    """attend_space as its kernels compute it: frames as rows of a batch."""
+    (B, T), order = q.shape[:2], (0, 2, 1, 3)
+    y = attend_reference(*(t.flatten(0, 1).permute(order) for t in (q, k, v)), causal=False, scale=scale)
+    return y.permute(order).unflatten(0, (B, T))  # (B, T, N, H, Dv)
+
+
+def attend_space(q, k, v, scale=None):
+    """Within each frame, every token sees every other: q (B, T, N, H, D), k (B, T, N, G, D), v (B, T, N, G, Dv).
+
+    Of any strides, read and written where they lie: nothing is permuted in memory. Returns (B, T, N, H, Dv). Types,
+    sizes, gradients and errors as `attend`.
+    """
+    rows = [t.transpose(-3, -2) for t in (q, k, v)]  # (B, T, H, N, D)
+    check_heads(*rows, dims=5)
+    if not fits(q, k, v):
+        return attend_space_reference(q, k, v, scale)
+    return fused.attention.attend_rows(*rows, causal=False, scale=scale).transpose(2, 3)
+
+
+def attend_time_reference(q, k, v, window=None, scale=None):
+    """attend_time as its kernels compute it: places of a frame as rows of a batch."""
+    B, N = q.size(0), q.size(2)
+    y = attend_reference(*(t.permute(0, 2, 3, 1, 4).flatten(0, 1) for t in (q, k, v)), window=window, scale=scale)
+    return y.unflatten(0, (B, N)).permute(0, 3, 1, 2, 4)  # (B, T, N, H, Dv)
+
+
+def attend_time(q, k, v, window=None, scale=None):
+    """Each place of a frame sees itself in this frame and those before, `window` of them at most, its own included.
+
+    q (B, T, N, H, D), k (B, S, N, G, D), v (B, S, N, G, Dv), query t in frame S - T + t. As attend_space otherwise:
+    returns (B, T, N, H, Dv).
+    """
+    if any(t.dim() != 5 for t in (q, k, v)):
+        raise ValueError(f"queries, keys and values have 5 dimensions, not {q.dim()}, {k.dim()} and {v.dim()}")
+    rows = [t.permute(0, 2, 3, 1, 4) for t in (q, k, v)]  # (B, N, H, T, D)
+    check_heads(*rows, dims=5)
+    check_mask(*(t[..., 0, :].transpose(1, 2) for t in (q, k)), True, window)  # a frame may be empty
+    if not fits(q, k, v):
+        return attend_time_reference(q, k, v, window, scale)
+    return fused.attention.attend_rows(*rows, window=window, scale=scale).permute(0, 3, 1, 2, 4)
+
+
+def attend_one_reference(q, k, v, lengths=None, scale=None):
+    """attend_one as its kernels compute it."""
+    T, S = q.size(2), k.size(2)
+    ends = torch.full((1,), S, device=q.device) if lengths is None else lengths.clamp(max=S)
+    last = ends.view(-1, 1, 1) - T + torch.arange(T, device=q.device)[:, None]  # (1 or B, T, 1)
+    seen = (torch.arange(S, device=q.device) <= last).unsqueeze(1)  # (1 or B, 1, T, S)
+    return softmax_over(q, k, v, seen, q.size(3) ** -0.5 if scale is None else scale)
+
+
+def attend_one(q, k, v, lengths=None, splits=None, scale=None):
+    """A few queries over a long cache (Dao et al. 2023, Flash-Decoding): all queries of a key head read its keys once.
+
+    q (B, H, T, D), meant for T of 1 to 8; k (B, G, S, D), v (B, G, S, Dv), of any strides, types and sizes as `attend`.
+    The queries are the last T of the row's keys: query t sees the keys below lengths[b] - T + t + 1. lengths (B,) int;
+    None: S. One that sees nothing gets zeros. Returns (B, H, T, Dv) in memory as q.
+
+    splits: programs that share a row's keys; None: as many as fill the GPU. Memory: splits (Dv + 1) float32 numbers of
+    each query. Inference only: raises ValueError where a gradient is asked for, or as `attend` does.
+    """
+    check_heads(q, k, v)
+    check_cache(q, k, v, lengths, splits)
+    if not fits(q, k, v):
+        return attend_one_reference(q, k, v, lengths, scale)
+    D = q.size(3)
+    return fused.attention.over_cache(q, k, v, lengths, splits, D ** -0.5 if scale is None else scale, D, False)
+
+
+def attend_latent_reference(q, held, rank, scale, lengths=None):
+    """attend_latent as its kernels compute it: the latent is sliced out as values."""
+    return attend_one_reference(q, held, held[..., :rank], lengths, scale)
+
+
+def attend_latent(q, held, rank, scale, lengths=None, splits=None):
+    """attend_one over a latent cache (DeepSeek-V2 2024, section 2.1.2): one key head, whose first columns are values.
+
+    q (B, H, T, rank + R), queries taken to the latents and their turned part; held (B, 1, S, rank + R), latents and the
+    turned keys. Returns (B, H, T, rank), the softmax over the keys of the latents: a key tile is read once, for scores
+    and values. scale: that of the heads as they were, (D + R)^-0.5. rank up to WIDEST_RANK, R from 0 up to WIDEST_HEAD;
+    otherwise as attend_one.
+    """
+    more = q.size(-1) - rank
+    expect(1 <= rank <= WIDEST_RANK and 0 <= more <= WIDEST_HEAD, f"a latent has 1 to {WIDEST_RANK} columns and its "
+           f"keys up to {WIDEST_HEAD} more, not {rank} and {more}")
+    check_heads(q, held, held, widest=WIDEST_RANK + WIDEST_HEAD)
+    expect(held.size(1) == 1, f"a latent cache has one head, not {held.size(1)}")
+    check_cache(q, held, held, lengths, splits)
+    if not fits(q, held):
+        return attend_latent_reference(q, held, rank, scale, lengths)
+    return fused.attention.over_cache(q, held, held[..., :rank], lengths, splits, scale, rank, True)
+
+
+def check_heads(q, k, v, dims=4, widest=WIDEST_HEAD):
+    """Raises ValueError where heads, sizes or types do not go together; batches, heads, places, features in order."""
+    expect(q.dim() == k.dim() == v.dim() == dims,
+           f"queries, keys and values have {dims} dimensions, not {q.dim()}, {k.dim()} and {v.dim()}")
+    together = len({t.shape[:-3] for t in (q, k, v)}) == 1 and k.shape[-3:-1] == v.shape[-3:-1]
+    expect(together and q.size(-1) == k.size(-1), f"queries {tuple(q.shape)}, keys {tuple(k.shape)} and values "
+           f"{tuple(v.shape)} do not go together")
+    expect(k.size(-3) and not q.size(-3) % k.size(-3), f"{k.size(-3)} key-value heads do not divide {q.size(-3)} heads")
+    expect(q.dtype == k.dtype == v.dtype and q.is_floating_point(),
+           f"queries, keys and values are of one floating type, not {q.dtype}, {k.dtype} and {v.dtype}")
+    expect(1 <= q.size(-1) <= widest and 1 <= v.size(-1) <= widest,
+           f"heads have 1 to {widest} features, not {q.size(-1)} and {v.size(-1)}")
+
+
+def check_mask(q, k, causal, window=None, prefix=None, lengths=None, places=None):
+    """Raises ValueError for a mask that `attend` does not know; q and k of 4 dimensions."""
+    expect(causal or window is None and prefix is None, "a window or a prefix goes with causal attention only")
+    expect(window is None or window >= 1, f"a window has at least 1 place: its own; not {window}")
+    for name, t, shape in (("prefix", prefix, q.shape[:1]), ("lengths", lengths, q.shape[:1]),
+                           ("places", places, (q.size(0), k.size(2)))):
+        if torch.is_tensor(t) and t.shape != torch.Size(shape):
+            raise ValueError(f"{name} has the shape {tuple(t.shape)}, not {tuple(shape)}")
+    expect(places is None or q.size(2) <= k.size(2),
+           f"{q.size(2)} queries stand at the last of the places of {k.size(2)} keys: that is too few")
+
+
+def check_cache(q, k, v, lengths, splits):
+    """Raises ValueError for what attention over a cache does not know."""
+    check_mask(q, k, True, lengths=lengths)
+    expect(splits is None or splits >= 1, f"keys are split into at least 1 part, not {splits}")
+    expect(not torch.is_grad_enabled() or not any(t.requires_grad for t in (q, k, v)),
+           "attention over a cache is for inference: it has no gradient")
+
+
+# --- Recurrences and experts: B batch, T time, I inner width, N states per feature ---
+
+def scan_reference(a, b, h):
+    """h_t = a_t h_(t-1) + b_t in a loop over dimension 1: a, b (B, T, ...), h (B, ...) to all states (B, T, ...)."""
+    states = []
+    for t in range(a.size(1)):
+        h = a[:, t] * h + b[:, t]
+        states.append(h)
+    return torch.stack(states, 1) if states else a * b
+
+
+def min_gru_reference(z, v, h):
+    """min_gru as its kernel computes it."""
+    z, v = torch.sigmoid(exactly(z)), exactly(v)
+    return scan_reference(1 - z, z * torch.where(v >= 0, v + 0.5, torch.sigmoid(v)), exactly(h))
+
+
+def min_gru(z, v, h=None):
+    """The recurrence of minGRU (Feng et al. 2024, see recurrent.MinGRU) from its raw projections to its states.
+
+        h_t = (1 - s_t) h_(t-1) + s_t g(v_t),   s = sigmoid(z),   g(v) = v + 0.5 where v >= 0, else sigmoid(v)
+
+    z, v (B, T, I) of any float types, h (B, I) the state before, None: zeros. Returns the states (B, T, I), float32
+    (float64 where z is). A position with z = -inf and finite v changes no state: so padding enters. Raises ValueError
+    for other shapes.
+    """
+    expect(z.dim() == 3 and z.shape == v.shape, "min_gru needs z and v (B, T, I) of one shape")
+    h = z.new_zeros(z.size(0), z.size(2), dtype=torch.float32) if h is None else h
+    expect(h.shape == (z.size(0), z.size(2)), "min_gru needs h (B, I)")
+    return (fused.recurrence.MinGru.apply if fits(z) else min_gru_reference)(z, v, h)
+
+
+def selective_scan_reference(u, dt, A, Bm, Cm, D, h):
+    """selective_scan as its kernel computes it, but that (B, T, I, N) is held whole."""
+    u, dt, A, Bm, Cm, D, h = (exactly(t) for t in (u, dt, A, Bm, Cm, D, h))
+    decay = torch.exp(dt.unsqueeze(3) * A)  # (B, T, I, N)
+    states = scan_reference(decay, (dt * u).unsqueeze(3) * Bm.unsqueeze(2), h)  # (B, T, I, N)
+    y = (states * Cm.unsqueeze(2)).sum(3) + D * u
+    return y, torch.cat((h.unsqueeze(1), states), 1)[:, -1]
+
+
+def selective_scan(u, dt, A, Bm, Cm, D, h=None):
+    """Mamba's recurrence (Gu & Dao 2023, section 3), as recurrent.Mamba runs it, skip included:
+
+        h_t = exp(dt_t A) h_(t-1) + dt_t B_t u_t,   y_t = C_t h_t + D u_t
+
+    u, dt (B, T, I), A (I, N), Bm, Cm (B, T, N), D (I,), of any float types; h (B, I, N) the state before, None: zeros.
+    dt comes after its softplus, and is 0 at padding, where the state then stays; A is negative, -exp(a_log). Returns y
+    (B, T, I) and the last state (B, I, N), both float32 (float64 where u is); either may be differentiated. Raises
+    ValueError for other shapes.
+    Memory of the kernels' backward pass beside the gradients, in float32 numbers: T / 64 states are kept, B I N each;
+    64 B I N of scratch; N / 16 times B T I for each of the partial gradients of Bm and Cm.
+    """
+    expect(u.dim() == 3 and u.shape == dt.shape, "selective_scan needs u and dt (B, T, I) of one shape")
+    (B, T, I), N = u.shape, A.size(-1)
+    expect(A.shape == (I, N) and D.shape == (I,), "selective_scan needs A (I, N) and D (I,)")
+    expect(Bm.shape == Cm.shape == (B, T, N), "selective_scan needs Bm and Cm (B, T, N)")
+    h = torch.zeros(B, I, N, device=u.device) if h is None else h
+    expect(h.shape == (B, I, N), "selective_scan needs h (B, I, N)")
+    given = u, dt, A, Bm, Cm, D, h
+    return (fused.recurrence.selective_scan if fits(u) else selective_scan_reference)(*given)
+
+
+def grouped_linear_reference(x, weight, offsets):
+    """Expert after expert, F.linear of its rows."""
+    ends = offsets.tolist()
+    return torch.cat([F.linear(x[i:j], weight[e]) for e, (i, j) in enumerate(zip(ends, ends[1:]))])
+
+
+def grouped_linear(x, weight, offsets):
+    """Rows sorted by expert, each times the matrix of its expert: y_i = weight[e] x_i.
+
+    x (N, C) of any float type, weight (E, W, C) of the same (under autocast both are cast, as F.linear does), offsets
+    (E + 1,) int64 on the device of x: expert e has the rows offsets[e] ... offsets[e + 1] - 1, none if they are equal;
+    they rise from 0 to N, which is not checked, because that would wait for the device.
+    Returns (N, W) of the type of x; sums are float32. Raises ValueError for other shapes and types.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        kind = torch.get_autocast_dtype(device)
+        x, weight = x.to(kind), weight.to(kind)
+    expect(x.dim() == 2 and weight.dim() == 3 and x.size(1) == weight.size(2) and x.dtype == weight.dtype,
+           "grouped_linear needs x (N, C) and weight (E, W, C) of one type")
+    expect(offsets.shape == (weight.size(0) + 1,) and len(weight) and offsets.dtype == torch.int64,
+           "grouped_linear needs offsets (E + 1,) int64 for one expert or more")
+    return (fused.experts.GroupedLinear.apply if fits(x) else grouped_linear_reference)(x, weight, offsets)
+
+
+# --- Discrete codes: N rows, K codes or classes, C width of a code ---
+
+@torch.no_grad()
+def nearest_code(x, codes):
+    """x (N, C), codes (K, C) -> the number of each row's nearest code, (N,) int64, without a gradient.
+
+    The least |c|^2 - 2 x.c (van den Oord et al. 2017), summed in float32, float32 not rounded to TF32. Of equally near
+    codes the first counts where these sums are exact, as of small integers; otherwise rounding decides, which may
+    differ from place to place even among equal codes (a BLAS sums its last columns in another order).
+    x and codes: any float types, not necessarily the same; no NaN among the codes. Beside the result the kernel needs
+    4 K bytes, never a table (N, K). ValueError: other shapes than these, no codes.
+    """
+    expect(x.ndim == codes.ndim == 2 and x.shape[1] == codes.shape[1] and len(codes),
+           f"nearest_code takes x (N, C) and codes (K, C) with K > 0, not {tuple(x.shape)} and {tuple(codes.shape)}")
+    if fits(x, codes):
+        return fused.codes.nearest_code(x, codes)
+    x, codes = exactly(x), exactly(codes)
+    return (x @ codes.T - codes.square().sum(1) / 2).argmax(1)
+
+
+def gumbel_softmax_reference(logits, noise, temperature, hard):
+    """gumbel_softmax without its kernel."""
+    noisy = exactly(logits) if noise is None else exactly(logits) + exactly(noise.detach())
+    codes = noisy.argmax(-1)
+    y = torch.softmax(noisy / temperature, -1)
+    if hard:
+        y = F.one_hot(codes, y.shape[-1]).to(y.dtype) + (y - y.detach())
+    return y.to(logits.dtype), codes
+
+
+def gumbel_softmax(logits, noise, temperature, hard):
+    """logits (..., K), noise alike or None -> y (..., K) in place of a one-hot code, and the codes (...) int64.
+
+    The code is the argmax of the float32 sums l + g, the first of equal ones; y = softmax((l + g) / temperature) (Jang
+    et al. 2017, Maddison et al. 2017), or, where hard, one-hot going forward and that softmax going backward.
+    noise: Gumbel noise g (discrete.gumbel_like), times its weight; None: none, the mode. It gets no gradient. y is of
+    the logits' dtype, computed in float32. A row of -inf alone is NaN, as in torch.softmax.
+    Going backward the kernel computes the softmax again: it keeps logits and noise, and 8 bytes a row.
+    temperature: a number > 0, else ValueError, as for shapes that do not fit. No second derivative by kernel.
+    """
+    check_choice(logits, noise)
+    expect(temperature > 0, f"gumbel_softmax needs a temperature above 0, not {temperature}")
+    if fits(logits, *(() if noise is None else (noise,))):
+        return fused.codes.GumbelSoftmax.apply(logits, noise, float(temperature), bool(hard))
+    return gumbel_softmax_reference(logits, noise, temperature, hard)
+
+
+def reinmax_reference(logits, noise, temperature=1.0):
+    """reinmax as its kernel computes it."""
+    wide = exactly(logits)
+    codes = (wide if noise is None else wide + exactly(noise.detach())).argmax(-1)
+    one_hot = F.one_hot(codes, wide.shape[-1]).to(wide.dtype)
+    p0 = torch.softmax(wide, -1)
+    p1 = (one_hot + torch.softmax(wide / temperature, -1)) / 2
+    # a function of the logits with the value p1 and the Jacobian of a softmax there; -inf is cut, as it has no change
+    change = wide.clamp(min=torch.finfo(wide.dtype).min)
+    change = change - change.detach()
+    p1 = torch.softmax(p1.detach().clamp(min=torch.finfo(p1.dtype).tiny).log() + change, -1)
+    surrogate = 2 * p1 - p0 / 2
+    return (one_hot + (surrogate - surrogate.detach())).to(logits.dtype), codes
+
+
+def reinmax(logits, noise, temperature=1.0):
+    """logits (..., K), noise alike or None -> one-hot y (..., K) with ReinMax's gradient, and the codes (...) int64.
+
+    The code is the argmax of the float32 sums l + g, the first of equal ones. Going backward
+    (Liu et al. 2023, algorithm 2) g -> 2 J(p1) g - J(p0) g / 2 with J(p) = diag(p) - p p^T, p0 = softmax(l) and
+    p1 = (one-hot + softmax(l / temperature)) / 2. noise: see `gumbel_softmax`. A logit of -inf has no gradient
+    (discrete.reinmax gives NaN there); a row of -inf alone is NaN.
+    Going backward the kernel computes both softmaxes again: it keeps logits and codes, and 12 bytes a row.
+    ValueError: temperature below 1, of which the paper warns; shapes that do not fit. No second derivative.
+    """
+    check_choice(logits, noise)
+    expect(temperature >= 1, f"reinmax needs a temperature of at least 1, not {temperature}")
+    if fits(logits, *(() if noise is None else (noise,))):
+        return fused.codes.ReinMax.apply(logits, noise, float(temperature))
+    return reinmax_reference(logits, noise, temperature)
+
+
+def check_choice(logits, noise):
+    """Raises ValueError where shapes do not go together."""
+    expect(logits.ndim and logits.shape[-1] and (noise is None or noise.shape == logits.shape),
+           f"logits (..., K) with K > 0 and noise of the same shape are wanted, not {tuple(logits.shape)} and "
+           f"{None if noise is None else tuple(noise.shape)}")
+
+
+# --- An optimiser's step ---
+
+def orthogonal(w, g):
+    """g without its part along w, made as long as it was (Prieto et al. 2025); 0 where only rounding is left."""
+    along = -(w * g).sum() / (w.square().sum() + 1e-30)
+    projected = along * w + g
+    length, left = torch.linalg.vector_norm(g), torch.linalg.vector_norm(projected)
+    rounding = 16 * torch.finfo(left.dtype).eps * length
+    return projected * torch.where(left > rounding, length / (left + 1e-30), 0.0)
+
+
+def adamw_step_reference(wanted, lr, size, betas, eps, clip, orthograd, tables=None):
+    """adamw_step as its kernels compute it: a loop over tensors. float64 parameters have float64 moments."""
+    norm = None
+    if clip is not None:
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.to(mean.dtype))
+                                                     for _, g, mean, *_ in wanted]))
+    for p, g, mean, square, decay in wanted:
+        w, g = p.to(mean.dtype), g.to(mean.dtype)
+        if clip is not None:
+            g = g * (clip / (norm + 1e-6)).clamp(max=1.0)
+        if orthograd and g.numel() > 1:
+            g = orthogonal(w, g)
+        w = w * (1 - lr * decay)
+        mean.lerp_(g, 1 - betas[0])
+        square.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+        p.copy_(w.addcdiv_(mean, square.sqrt().add_(eps), value=size))
+    return norm
+
+
+@torch.no_grad()
+def adamw_step(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weight_decay, clip=None, orthograd=False,
+               tables=None):
+    """One step of AdamW in place, by one launch for all tensors; returns the gradients' norm before clipping, or None.
+
+    As optim.AdamW (Loshchilov & Hutter 2019): w *= 1 - lr weight_decay, m += (1 - beta1) (g - m),
+    v = beta2 v + (1 - beta2) g^2, w -= lr m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps).
+
+    params: float32 or bfloat16, each with its gradient (either dtype; None: the tensor is passed over), exp_avgs and
+    exp_avg_sqs, float32. A bfloat16 parameter is rounded once, at the end. Gradients are only read.
+    step: 1 at the first, one for all. weight_decay: a number, or one for each tensor.
+    clip: the norm over all gradients, float32 (), is returned, and they count min(clip / (norm + 1e-6), 1) times, as
+    in torch.nn.utils.clip_grad_norm_; math.inf: the norm alone. It costs two launches more, and no wait for the host.
+    orthograd: after clipping each gradient is taken orthogonal to its tensor, at its old length: optim.OrthoGrad. It
+    costs four launches more, which read weights and gradients twice.
+    tables: a dict that the caller keeps for this list: where its tensors lie is then sent to the device only once.
+    Tensors that are not contiguous are copied there and back. Memory: up to 76 bytes a tensor and 20 a chunk, which has
+    thousands of elements. ValueError: lists that do not fit, or tensors of several devices.
+    """
+    decays = [weight_decay] * len(params) if isinstance(weight_decay, (int, float)) else weight_decay
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "weight_decay": decays}
+    for name, found in lists.items():
+        expect(len(found) == len(params), f"{len(params)} params, but {len(found)} {name}")
+    wanted = [one for one in zip(params, *lists.values()) if one[1] is not None and one[0].numel()]
+    for p, g, mean, square, _ in wanted:
+        state = torch.float64 if p.dtype == torch.float64 else torch.float32
+        expect(p.shape == g.shape == mean.shape == square.shape and mean.dtype == square.dtype == state,
+               f"a parameter {tuple(p.shape)} of {p.dtype} needs a gradient of its shape and moments of its shape and "
+               f"{state}")
+        expect(len({t.device for t in (params[0], p, g, mean, square)}) == 1,
+               "the tensors of one step must lie on one device")
+    if not wanted:
+        return None if clip is None else torch.zeros((), device=params[0].device if params else None)
+    # both bias corrections are moved into two plain numbers, as in optim.py
+    correction = (1 - betas[1] ** step) ** 0.5
+    size, eps = -lr * correction / (1 - betas[0] ** step), eps * correction
+    ours = fits(wanted[0][0]) and all(t.dtype in FLOATS[:2] for tensors in wanted for t in tensors[:2])
+    way = fused.adamw.adamw_step if ours else adamw_step_reference
+    return way(wanted, lr, size, betas, eps, clip, orthograd, {} if tables is None else tables)

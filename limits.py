@@ -119,7 +119,7 @@ def first_step(model, rows, T, passes, peak_flops, half=False):
     rows of T positions a pass; peak_flops: of the best matrix product there; half: whether autocast halves what is
     kept. Bytes: parameters with gradient and two moments; of every position and layer twelve vectors of the width, the
     hidden layer twice, with dropout the scores three times; the logits three times. Seconds: twice what the products
-    alone would take (see README, Speed).
+    alone would take (see docs/speed.md).
     """
     c, size = model.config, 2 if half else 4
     layer = 12 * c.n_embd + (2 * c.ff_width if set(c.ffs) != {"none"} else 0)
@@ -137,3 +137,10 @@ def hint(model, rows, T, passes, peak_flops, half=False):
     if seconds > 5 or n_bytes > min(4e9, memory("cpu") / 2):
         print(f"without a GPU a step will take about {seconds:,.0f} s and {as_size(n_bytes)} of memory, of "
               f"{as_size(memory('cpu'))} that there are; --preset cpu takes minutes", flush=True)
+
+
+def hint_hours(step, max_steps, seconds, say):
+    """On a CPU, after a few steps: one line to `say` where the steps that are left take more than an hour."""
+    left = (max_steps - step) * seconds / step / 3600
+    if left > 1:
+        say(f"without a GPU these {max_steps:,} steps will take about {left:,.0f} hours; --preset cpu takes minutes")

@@ -18,7 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cache import CompressedCache, KVCache
-from mixers import Attention, Linear, causal, rms_norm, turn
+from kernels import plain_rms_norm, plain_rotary
+from mixers import Attention, Linear, causal
 
 
 @dataclass(frozen=True)
@@ -69,21 +70,21 @@ class TransformerXL(Attention):
         c = self.config
         q, k, v = self.qkv(x).view(*x.shape[:2], c.n_head + 2 * c.n_kv_head, c.head_dim).split(
             (c.n_head, c.n_kv_head, c.n_kv_head), 2)
-        return (rms_norm(q), rms_norm(k), v) if c.qk_norm else (q, k, v)
+        return (plain_rms_norm(q), plain_rms_norm(k), v) if c.qk_norm else (q, k, v)
 
     def project_keys(self, x):
         """The keys and values of `project` alone."""
         c, rows = self.config, self.config.n_head * self.config.head_dim
         bias = None if self.qkv.bias is None else self.qkv.bias[rows:]
         k, v = F.linear(x, self.qkv.weight[rows:], bias).view(*x.shape[:2], 2, c.n_kv_head, c.head_dim).unbind(2)
-        return (rms_norm(k) if c.qk_norm else k), v
+        return (plain_rms_norm(k) if c.qk_norm else k), v
 
     def at(self, t, positions, places):
         """t (B, n, H, D) turned as at places (n,) int64, where positions are "rope"; else itself."""
         if self.config.positions != "rope" or not t.size(1):
             return t
         tables = positions.ropes[str(t.size(3))](int(places[-1]) + 1)
-        return turn(t, *(table[places].view(1, -1, 1, t.size(3)) for table in tables)).to(t.dtype)
+        return plain_rotary(t, *(table[places].view(1, -1, 1, t.size(3)) for table in tables))
 
     def relative(self, q, distance):
         """(q + u, bias): queries q (B, H, T, D) for the keys, and (q + v) W_R R_d / sqrt(D) as (B, H, T, S).
@@ -325,7 +326,7 @@ class Compressive(TransformerXL):
         def split(t):
             parts = F.linear(t, weight, bias).view(*t.shape[:2], -1, c.head_dim).transpose(1, 2)
             q, k, v = parts.split((c.n_head, c.n_kv_head, c.n_kv_head), 1)
-            return (rms_norm(q), rms_norm(k), v) if c.qk_norm else (q, k, v)
+            return (plain_rms_norm(q), plain_rms_norm(k), v) if c.qk_norm else (q, k, v)
 
         def normed(t):
             return (t if norm is None else norm(t, learn=False)).to(h.dtype)

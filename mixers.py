@@ -20,7 +20,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import kernels
 from cache import KVCache
+from kernels import plain_rms_norm
 
 
 # --- Who sees whom ---
@@ -73,9 +75,8 @@ class Positions:
     index: (B, T) int64 where rows are ragged; -1 marks padding. window: the last positions that a layer of full
     attention sees; None: all before it. prefix: int or (B,) int64, the positions below it see one another.
     bidirectional: every position sees every other. tables: RoPE's, {D: (cos, sin)} at these places, each
-    (1 or B, T, 1, D) float32; ropes: the modules that make them, {str(D): Rope}; triton: whether kernels.py turns by
-    them. memory: what the segment before left to each layer, which stands for the `remembered` positions before this
-    one.
+    (1 or B, T, 1, D) float32; ropes: the modules that make them, {str(D): Rope}. memory: what the segment before left
+    to each layer, which stands for the `remembered` positions before this one.
 
     Layers write into: `losses`, {name: [weighted scalars]}; `usage`, [(layer, counts)] of experts; `memory_out`,
     {layer: tensors} for the next segment.
@@ -86,7 +87,7 @@ class Positions:
     def __init__(self, start, T, index=None, window=None, prefix=None, bidirectional=False,
                  memory=None, remembered=0):
         self.start, self.T, self.index, self.window = start, T, index, window
-        self.ropes, self.tables, self.triton = None, {}, False
+        self.ropes, self.tables = None, {}
         self.prefix, self.bidirectional = prefix, bidirectional
         self.memory, self.remembered = memory, remembered
         self.losses, self.usage, self.memory_out = {}, [], {}
@@ -104,12 +105,7 @@ class Positions:
 
     def turn(self, x):
         """x (B, T, H, D) turned by RoPE's tables, in its own type; x itself where there are none."""
-        if not self.tables:
-            return x
-        if self.triton:
-            from kernels import rotary  # only here: it imports Triton
-            return rotary(x, *self.tables[x.size(-1)])
-        return turn(x, *self.tables[x.size(-1)]).to(x.dtype)
+        return kernels.rotary(x, *self.tables[x.size(-1)]) if self.tables else x
 
     def look_up(self, table):
         """Rows of a learned table (P, C) at these places: (T, C), or (B, T, C) where ragged; padding takes row 0."""
@@ -176,13 +172,12 @@ class Rope(nn.Module):
     times and once, rounded outwards.
 
     Angles are computed in float64 and kept as float32 tables that grow with the positions asked for; not saved.
-    One Rope serves all layers. kernels "triton": Positions turn by kernels.py.
+    One Rope serves all layers.
     """
 
-    def __init__(self, head_dim, base, n, scaling="none", factor=1.0, original=None, kernels="torch", ramp="turns",
-                 mscale=1.0):
+    def __init__(self, head_dim, base, n, scaling="none", factor=1.0, original=None, ramp="turns", mscale=1.0):
         super().__init__()
-        self.head_dim, self.base, self.triton = head_dim, base, kernels == "triton"
+        self.head_dim, self.base = head_dim, base
         self.frequencies, self.magnitude = rope_frequencies(head_dim, base, scaling, factor, original or n, ramp,
                                                             mscale)
         self.register_buffer("cos", None, persistent=False)
@@ -194,7 +189,7 @@ class Rope(nn.Module):
             angle = torch.outer(torch.arange(n, dtype=torch.float64, device="cpu"), self.frequencies)  # (n, D/2)
             cos, sin = angle.cos() * self.magnitude, angle.sin() * self.magnitude
             self.cos = torch.cat((cos, cos), 1).float().to(device)  # (n, D)
-            self.sin = torch.cat((-sin, sin), 1).float().to(device)  # (n, D), signed for `turn`
+            self.sin = torch.cat((-sin, sin), 1).float().to(device)  # (n, D), signed for kernels.rotary
 
     def forward(self, n):
         """The tables (>= n, D), for positions 0 to n - 1 at least."""
@@ -234,34 +229,14 @@ def alibi_slopes(n_head):
     return 2.0 ** (-8.0 * torch.arange(1, n_head + 1) / n_head)
 
 
-def turn(x, cos, sin):
-    """Rotates x (B, T, H, D) by the tables of Positions, in float32; returns float32."""
-    x = x.float()
-    a, b = x.chunk(2, -1)
-    return torch.addcmul(x * cos, torch.cat((b, a), -1), sin)  # (B, T, H, D)
-
-
 # --- Norms and linear layers ---
 
-def rms_norm(x, gain=None, eps=1e-6):
-    """x / sqrt(mean(x^2) + eps) over the last dimension, times gain (Zhang & Sennrich 2019)."""
-    if x.requires_grad and x.device.type == "cpu":  # F.rms_norm has no fused backward there: 2.4 times slower
-        exact = torch.promote_types(x.dtype, torch.float32)
-        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact).square() / x.size(-1)
-        x = x * torch.rsqrt(mean + eps).to(x.dtype)
-        return x if gain is None else x * gain
-    if gain is not None and gain.dtype != x.dtype:  # autocast: else neither fused nor quiet
-        gain = gain.to(x.dtype)
-    return F.rms_norm(x, (x.size(-1),), gain, eps)
-
-
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last dimension, with a learned gain and bias or without; kernels "triton": by
-    kernels.py."""
+    """LayerNorm or RMSNorm over the last dimension, with a learned gain and bias or without."""
 
-    def __init__(self, kind, width, gain, bias, kernels="torch"):
+    def __init__(self, kind, width, gain, bias):
         super().__init__()
-        self.kind, self.width, self.triton = kind, width, kernels == "triton"
+        self.kind, self.width = kind, width
         self.gain = nn.Parameter(torch.empty(width)) if gain else None
         self.bias = nn.Parameter(torch.empty(width)) if gain and bias and kind == "layer" else None
 
@@ -270,14 +245,9 @@ class Norm(nn.Module):
         own = self._parameters  # past nn.Module's look-up, which a decoded byte feels
         if not learn:
             own = {name: p.detach() for name, p in own.items() if p is not None}
-        if self.triton:
-            import kernels
-            if self.kind == "rms":
-                return kernels.rms_norm(x, own.get("gain"))
-            return kernels.layer_norm(x, own.get("gain"), own.get("bias"))
         if self.kind == "rms":
-            return rms_norm(x, own.get("gain"))
-        return torch.layer_norm(x, (self.width,), own.get("gain"), own.get("bias"))
+            return kernels.rms_norm(x, own.get("gain"))
+        return kernels.layer_norm(x, own.get("gain"), own.get("bias"))
 
 
 class Linear(nn.Linear):
@@ -442,7 +412,7 @@ class Attention(nn.Module):
         slopes = alibi_slopes(c.n_head) if c.positions == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
         # One query, to which a cache shows just what it sees, is then PyTorch's attention.
-        self.plain = (type(self) is Attention and slopes is None and c.n_kv_head == c.n_head and c.kernels == "torch"
+        self.plain = (type(self) is Attention and slopes is None and c.n_kv_head == c.n_head
                       and c.attention != "manual")
 
     def fill(self):
@@ -462,7 +432,7 @@ class Attention(nn.Module):
         else:
             qk, v = qkv.split((H + G, G), 2)
             if c.qk_norm:
-                qk = rms_norm(qk)
+                qk = plain_rms_norm(qk)
             q, k = positions.turn(qk).transpose(1, 2).split((H, G), 1)  # (B, H, T, D), (B, G, T, D)
             v = v.transpose(1, 2)  # (B, G, T, D)
             if c.qk_scale:  # D^-0.5 of it is in every softmax
@@ -472,7 +442,7 @@ class Attention(nn.Module):
             k, v, seen = cache.update(k, v, positions.index)
             if q.dtype != k.dtype:
                 q = q.to(k.dtype)
-        if T == 1 and self.plain and seen is None and not self.training:
+        if T == 1 and self.plain and seen is None and not self.training and not kernels.on():
             y = F.scaled_dot_product_attention(q, k, v)  # what attend comes to, without its questions
         else:
             y = self.attend(q, k, v, positions, seen, self.span(positions, cache))
@@ -499,8 +469,8 @@ class Attention(nn.Module):
         reaches: time and memory grow with T times the reach, not with T S.
         """
         if bias is None and self.by_kernel(q, v, positions, seen, span):
-            from kernels_attention import attend
-            return attend(q.to(v.dtype), k.to(v.dtype), v, window=span.window, prefix=positions.prefix, scale=scale)
+            return kernels.attend(q.to(v.dtype), k.to(v.dtype), v, window=span.window, prefix=positions.prefix,
+                                  scale=scale)
         slopes = self.slopes if slopes is None else slopes
         T, S, reach = q.size(2), k.size(2), span.reach
         if reach is not None and seen is None:
@@ -519,44 +489,36 @@ class Attention(nn.Module):
                     parts.append(self.softmax(q[:, :, i:j], k[:, :, low:high], v[:, :, low:high], mask, scale))
                 return torch.cat(parts, 2)
         if bias is None and self.by_lone_kernel(q, k, v, positions, seen, span):
-            from kernels_attention import attend_one
-            return attend_one(q.to(v.dtype), k.to(v.dtype), v, scale=scale)
+            return kernels.attend_one(q.to(v.dtype), k.to(v.dtype), v, scale=scale)
         lone = T == 1 and seen is None and reach is not None and positions.prefix is None and slopes is None
         mask = None if lone else positions.mask(span, S, seen, q.device, slopes)
         if bias is not None:
             mask = add_masks(mask, bias, T, S)
         return self.softmax(q, k, v, mask, scale)
 
-    def by_kernel(self, q, v, positions, seen, span):
-        """Whether kernels_attention.py computes what these queries see; arguments as `attend` takes them.
-
-        With kernels "triton" and attention "auto": where rows stand alike and a query sees what is before it, a window
-        of it, or a prefix, in training and other passes of many places. Not with dropout nor ALiBi.
-        """
+    def fusible(self, *widths):
+        """Whether kernels are on and know this layer's scores and heads of these widths: attention "auto", no ALiBi, no
+        dropout in training."""
         c = self.config
-        if c.kernels != "triton" or c.attention != "auto" or self.slopes is not None or (self.training and c.dropout):
-            return False
-        if q.size(2) == 1 or seen is not None or type(span) is not Causal or not positions.in_order:
-            return False
-        if positions.prefix is not None and positions.start:  # there it counts from the first key
-            return False
-        from kernels_attention import WIDEST
-        return max(q.size(3), v.size(3)) <= WIDEST
+        return (kernels.on() and c.attention == "auto" and self.slopes is None and not (self.training and c.dropout)
+                and max(widths) <= kernels.WIDEST_HEAD)
+
+    def by_kernel(self, q, v, positions, seen, span):
+        """Whether kernels.attend computes what these queries see; arguments as `attend` takes them.
+
+        Where rows stand alike and a query sees what is before it, a window of it, or a prefix that counts from the
+        first key; in training and other passes of many places.
+        """
+        return (q.size(2) > 1 and seen is None and type(span) is Causal and positions.in_order
+                and (positions.prefix is None or not positions.start) and self.fusible(q.size(3), v.size(3)))
 
     def by_lone_kernel(self, q, k, v, positions, seen, span):
-        """Whether kernels_attention.py computes what a lone query over a cache sees, which is all of k.
-
-        With kernels "triton" and attention "auto", for inference, where rows stand alike. Not with ALiBi nor a prefix.
-        """
-        c = self.config
-        if c.kernels != "triton" or c.attention != "auto" or self.slopes is not None or q.size(2) > 1:
-            return False
-        if seen is not None or positions.prefix is not None or type(span) is not Causal or not positions.in_order:
-            return False
-        if k.size(2) > (span.reach or k.size(2)) or torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-            return False
-        from kernels_attention import WIDEST
-        return max(q.size(3), v.size(3)) <= WIDEST
+        """Whether kernels.attend_one computes what a lone query over a cache sees, which is all of k: for inference,
+        where rows stand alike, without a prefix."""
+        return (q.size(2) == 1 and seen is None and type(span) is Causal and positions.in_order
+                and positions.prefix is None and k.size(2) <= (span.reach or k.size(2))
+                and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
+                and self.fusible(q.size(3), v.size(3)))
 
     def softmax(self, q, k, v, mask, scale=None):
         """q (B, H, T, D), k (B, G, S, D), v (B, G, S, D'), mask None, "causal", bool or float: (B, H, T, D')."""
@@ -776,15 +738,14 @@ class Differential(Attention):
         strength = (torch.exp((self.lambda_q1 * self.lambda_k1).sum())
                     - torch.exp((self.lambda_q2 * self.lambda_k2).sum()) + self.lambda_init)
         if self.by_kernel(q, v, positions, seen, span):
-            from kernels_attention import attend_differential
-            y = attend_differential(q.to(v.dtype), k.to(v.dtype), v, strength, window=span.window,
-                                    prefix=positions.prefix)  # (B, H/2, T, 2 D)
+            y = kernels.attend_differential(q.to(v.dtype), k.to(v.dtype), v, strength, span.window,
+                                            positions.prefix)  # (B, H/2, T, 2 D)
         else:
             slopes = None if self.slopes is None else self.slopes[1::2]
             one, two = (super(Differential, self).attend(q[:, i::2], k[:, i::2], v, positions, seen, span,
                                                          slopes=slopes) for i in range(2))  # (B, H/2, T, 2 D)
             y = one - strength.to(one.dtype) * two
-        y = rms_norm(y) * (1 - self.lambda_init)
+        y = plain_rms_norm(y) * (1 - self.lambda_init)
         return y.view(B, H // 2, T, 2, D).transpose(2, 3).reshape(B, H, T, D)
 
     def flops(self, T):
@@ -817,10 +778,10 @@ class Latent(Attention):
         self.into = self.q_norm = None
         if c.q_rank is not None:
             self.into = Linear(c.n_embd, c.q_rank, bias=False)
-            self.q_norm = Norm("rms", c.q_rank, c.norm_gain, False, c.kernels)
+            self.q_norm = Norm("rms", c.q_rank, c.norm_gain, False)
         self.q = Linear(c.n_embd if c.q_rank is None else c.q_rank, H * (D + self.turning), bias=False)
         self.kv = Linear(c.n_embd, self.rank + self.turning, bias=False)
-        self.kv_norm = Norm("rms", self.rank, c.norm_gain, False, c.kernels)
+        self.kv_norm = Norm("rms", self.rank, c.norm_gain, False)
         self.up = Linear(self.rank, 2 * H * D, bias=False)
         self.out = Linear(H * D, c.n_embd, bias=c.bias)
         self.fused = {"up": (H * D, H * D)}
@@ -858,10 +819,9 @@ class Latent(Attention):
 
     def attend_latents(self, q, held, positions, seen, span, scale):
         """q (B, H, T, rank + R) over held (B, 1, S, rank + R), whose first columns are values: (B, H, T, rank)."""
-        if self.by_lone_kernel(q[..., self.rank:], held, q[..., :0], positions, seen, span):
-            from kernels_attention import WIDEST_RANK, attend_latent
-            if self.rank <= WIDEST_RANK:
-                return attend_latent(q, held, self.rank, scale)
+        lone = self.by_lone_kernel(q[..., self.rank:], held, q[..., :0], positions, seen, span)
+        if lone and self.rank <= kernels.WIDEST_RANK:
+            return kernels.attend_latent(q, held, self.rank, scale)
         return self.attend(q, held, held[..., :self.rank], positions, seen, span, scale=scale)
 
     def new_cache(self, batch_size, max_length, window, device, dtype):

@@ -14,8 +14,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
+import kernels
 from cache import Cache, Memory
-from feedforward import GLU, FeedForward, LowRank, MixtureOfExperts
+from feedforward import FeedForward, LowRank, MixtureOfExperts
+from flags import check_fields
+from kernels import GLU
 from memory import Compressive, TransformerXL
 from mixers import Attention, Differential, Latent, Linear, Norm, Positions, Rope, ShortConv, Sparse
 from recurrent import Mamba, MinGRU
@@ -36,23 +39,6 @@ FEED_FORWARDS = {"mlp": FeedForward, "low_rank": LowRank, "moe": MixtureOfExpert
 RECURRENT = ("mamba", "mingru")  # they know order by themselves, and have no keys
 CARRY = ("xl", "compressive", *RECURRENT)  # one segment leaves something to the next
 
-CHOICES = {
-    "norm": ("layer", "rms"),
-    "activation": ("gelu", "relu", "relu2", "silu", "solu", *GLU),
-    "positions": ("learned", "learned_per_layer", "rope", "alibi", "relative", "none"),
-    "rope_scaling": ("none", "linear", "ntk", "yarn"),
-    "rope_ramp": ("turns", "index"),
-    "init": ("gpt2", "normal", "xavier", "tfixup", "truncated", "zero"),
-    "target_heads": ("own", "shared"),
-    "layer_heads": ("own", "shared"),
-    "attention": ("auto", "sdpa", "manual"),
-    "kernels": ("torch", "triton"),
-    "compression": ("conv", "mean", "max"),
-    "expert_balance": ("loss", "bias", "none"),
-    "output": ("softmax", "stablemax"),
-}
-
-
 def pattern(words, n_layer, allowed, name):
     """'a,b,b' repeated over the layers: a tuple of n_layer words. Raises ValueError for a word that is not allowed."""
     kinds = [word.strip() for word in words.split(",")]
@@ -64,77 +50,87 @@ def pattern(words, n_layer, allowed, name):
 
 @dataclass
 class TransformerConfig:
-    """Every setting of a Transformer. Raises ValueError with one sentence where settings cannot go together."""
+    """Every setting of a Transformer. Raises ValueError with one sentence where settings cannot go together.
+
+    A comment may begin with what is allowed, as in a script; the scripts that name this class have these settings too.
+    """
 
     vocab_size: int = 256
-    n_layer: int = 12
-    n_head: int = 8
-    n_kv_head: int = None  # None: n_head; fewer share keys and values among groups of heads (Ainslie et al. 2023)
-    head_dim: int = None  # None: n_embd / n_head; otherwise free
-    n_embd: int = 512
-    block_size: int = 512  # at 1 queries and keys have nothing to choose from
-    dropout: float = 0.0  # of embeddings, attention probabilities and branch outputs
-    norm: str = "layer"
-    norm_gain: bool = True  # False: norms without parameters
-    bias: bool = True  # of linear layers and LayerNorm; RMSNorm has none
+    n_layer: int = 12              # [>= 1] transformer blocks
+    n_head: int = 8                # [>= 1] attention heads
+    n_kv_head: int = None          # [none, >= 1] key and value heads, each for a group of heads (GQA); none: n_head
+    head_dim: int = None           # [none, >= 1] width of a head; none: n_embd / n_head
+    n_embd: int = 512              # [>= 1] width
+    block_size: int = 512          # [>= 1] context; at 1 queries and keys have nothing to choose from
+    dropout: float = 0.0           # [>= 0.0, < 1.0] of embeddings, attention probabilities and branch outputs
+    norm: str = "layer"            # [layer, rms] normalisation, before each branch
+    norm_gain: bool = True         # learned gain in the norms
+    bias: bool = True              # of linear layers and LayerNorm; RMSNorm has none
     # Mixers
-    mixer: str = "full"  # words of MIXERS, repeated over the layers: "mamba,mamba,full"
-    window: int = 128  # positions that a layer of mixer "window" sees
-    sparse_stride: int = 16  # mixers "strided" and "fixed"
-    sparse_summary: int = 4  # mixer "fixed": the last so many places of every block are seen by all later ones
-    kv_rank: int = None  # mixer "mla": width of the latent that stands for keys and values; None: 2 head_dim
-    q_rank: int = None  # mixer "mla": queries through so many dimensions; None: directly
-    rope_dim: int = None  # mixer "mla": width of the key that turns, shared by all heads; None: head_dim / 2
-    memory_length: int = None  # mixers "xl", "compressive": positions before the segment; None: block_size
-    compressed_length: int = None  # mixer "compressive": compressed states before the memory; None: block_size / rate
-    compression_rate: int = 4  # positions that become one compressed state
-    compression: str = "conv"
-    compression_weight: float = 1.0  # of the attention-reconstruction loss, the only one that "conv" learns from
-    state_dim: int = 16  # mixer "mamba"
-    conv_width: int = 4  # mixer "mamba"
-    expand: float = 2.0  # mixers "mamba" and "mingru": inner width over n_embd
-    short_conv: int = 0  # width of a causal depthwise convolution over the inputs of every mixer; 0: none
+    mixer: str = "full"            # words of MIXERS, repeated over the layers: "mamba,mamba,full"
+    window: int = 128              # [>= 1] window: positions that a layer sees
+    sparse_stride: int = 16        # [>= 2] strided, fixed: one head sees so many neighbours, the other every so many
+    sparse_summary: int = 4        # [>= 1] fixed: places at the end of a block that all later ones see
+    kv_rank: int = None            # [none, >= 2] mla: width of the latent for keys and values; none: 2 head_dim
+    q_rank: int = None             # [none, >= 2] mla: queries through so many dimensions; none: directly
+    rope_dim: int = None           # [none, >= 2] mla: width of the shared key that turns; none: head_dim / 2
+    memory_length: int = None      # [none, >= 1] xl, compressive: positions before the segment; none: block_size
+    compressed_length: int = None  # [none, >= 1] compressive: compressed states; none: block_size / compression_rate
+    compression_rate: int = 4      # [>= 1] compressive: positions in one compressed state
+    compression: str = "conv"      # [conv, mean, max] compressive: how
+    compression_weight: float = 1.0  # [>= 0.0] compressive: of attention reconstruction, all that "conv" learns from
+    state_dim: int = 16            # [>= 1, <= 4096] mamba: states per feature
+    conv_width: int = 4            # [>= 1, <= 1024] mamba: positions that the convolution sees
+    expand: float = 2.0            # [> 0.0] mamba, mingru: inner width over n_embd
+    short_conv: int = 0            # [>= 0, <= 1024] width of a causal convolution before every mixer; 0: none
     # Feed-forwards
-    ff: str = "mlp"  # words of FEED_FORWARDS, or "none", repeated over the layers
-    ff_mult: float = 4.0  # feed-forward width / n_embd; gated ones take 2/3 of it (a multiple of 8): equal parameters
-    activation: str = "gelu"
-    ff_rank: int = None  # ff "low_rank": of both matrices; None: n_embd / 4
-    n_expert: int = 8  # ff "moe": experts that share the feed-forward's width; one to choose from needs no router
-    n_shared_expert: int = 0  # of those, how many serve every position
-    expert_top_k: int = 2  # of the others, how many a position chooses
-    expert_balance: str = "loss"
-    balance_weight: float = 0.01  # of the load-balance loss
-    balance_rate: float = 0.001  # step of the biases under expert_balance "bias"
-    shorten: int = 1  # above 1: a Pyramid, whose middle layers see one vector for so many positions
+    ff: str = "mlp"                # words of FEED_FORWARDS, or "none", repeated over the layers
+    ff_mult: float = 4.0           # [> 0.0] width over n_embd; gated: 2/3 of it (a multiple of 8): equal parameters
+    activation: str = "gelu"       # [gelu, relu, relu2, silu, solu, glu, bilinear, reglu, geglu, swiglu]
+    ff_rank: int = None            # [none, >= 1] low_rank: of both matrices; none: n_embd / 4
+    n_expert: int = 8              # [>= 1] moe: experts, which share the width; one to choose from needs no router
+    n_shared_expert: int = 0       # [>= 0] moe: of those, how many serve every position
+    expert_top_k: int = 2          # [>= 1] moe: of the others, how many a position chooses
+    expert_balance: str = "loss"   # [loss, bias, none] moe: load-balance loss, or biases moved after every step
+    balance_weight: float = 0.01   # [>= 0.0] moe: of the load-balance loss
+    balance_rate: float = 0.001    # [>= 0.0] moe: step of the biases
+    shorten: int = 1               # [>= 1] above 1 a Pyramid: the middle layers see one vector for so many positions
     # Positions
-    positions: str = "learned"
-    rope_base: float = 10000.0
-    rope_scaling: str = "none"  # how rope reaches rope_factor times as far as it was trained for
-    rope_factor: float = 1.0
-    rope_ramp: str = "turns"  # "yarn": what the ramp between pairs goes by; "index": as in published code and weights
-    rope_mscale: float = 1.0  # of "yarn": queries and keys grow by 0.1 rope_mscale ln(rope_factor) + 1
-    rope_mscale_all_dim: float = 1.0  # the same for what does not turn under mixer "mla"; 0: it does not grow
+    positions: str = "learned"     # [learned, learned_per_layer, rope, alibi, relative, none] where a position stands
+    rope_base: float = 10000.0     # [> 1.0] longest wavelength of rope over 2 pi
+    rope_scaling: str = "none"     # [none, linear, ntk, yarn] how rope is stretched to rope_factor times its context
+    rope_factor: float = 1.0       # [>= 1.0] extend_block_size multiplies it
+    rope_ramp: str = "turns"       # [turns, index] yarn: ramp between pairs by turns (paper) or index (published code)
+    rope_mscale: float = 1.0       # [>= 0.0] yarn: queries and keys grow by 0.1 rope_mscale ln(rope_factor) + 1
+    rope_mscale_all_dim: float = 1.0  # [>= 0.0] yarn with mla: the same for what does not turn; 0: it does not grow
     # Residual stream, initialisation
-    residual_scale: float | str = 1.0  # times every branch; "depth": 1 / sqrt(2 n_layer); "rezero", "layerscale"
-    init: str = "gpt2"
-    qk_norm: bool = False  # RMSNorm without parameters on queries and keys, per head
-    qk_scale: bool = False  # with qk_norm: a learned scale of each layer's scores in place of head_dim^-0.5
+    residual_scale: float | str = 1.0  # [> 0.0, depth, rezero, layerscale] of every branch; depth: 1 / sqrt(2 n_layer)
+    init: str = "gpt2"             # [gpt2, normal, xavier, tfixup, truncated, zero] see `initialise`
+    qk_norm: bool = False          # RMSNorm without parameters on queries and keys, per head
+    qk_scale: bool = False         # with qk_norm: learned scale of each layer's scores in place of head_dim^-0.5
     # Classifiers, losses
-    tie_weights: bool = False  # the classifier is the embedding
-    n_targets: int = 1  # bytes predicted ahead
-    target_heads: str = "own"  # "shared": one classifier, later targets read through an own C x C matrix
-    layer_heads: str = "own"  # "own": every layer whose loss is used has own classifiers; "shared": the last layer's
-    head_bias: bool = False
-    output: str = "softmax"  # "stablemax" (Prieto et al. 2025): logits pass `stablemax` before every softmax
-    intermediate_losses: bool = False
-    mtp_depth: int = 0  # modules of multi-token prediction (DeepSeek-V3), each one byte further ahead
-    mtp_weight: float = 0.3  # of the mean of their losses
+    tie_weights: bool = False      # the classifier is the embedding
+    n_targets: int = 1             # [>= 1, <= 256] bytes predicted ahead, weights 1, 1/2, 1/4, ...
+    target_heads: str = "own"      # [own, shared] shared: one classifier, later targets through an own C x C matrix
+    layer_heads: str = "own"       # [own, shared] classifiers of every layer whose loss counts, or the last layer's
+    head_bias: bool = False        # bias of the classifiers
+    output: str = "softmax"        # [softmax, stablemax] stablemax (Prieto et al. 2025) before every softmax
+    intermediate_losses: bool = False  # layers predict too, until a fraction of training (see active_layers)
+    mtp_depth: int = 0             # [>= 0, <= 64] modules of multi-token prediction (DeepSeek-V3), a layer each
+    mtp_weight: float = 0.3        # [>= 0.0] of the mean of their losses
     # How it is computed
-    attention: str = "auto"  # "auto": SDPA, but by hand when training on a CPU in bfloat16
-    # "triton": norms, gates, rotary positions, recurrences, experts, losses, and attention under "auto", by kernels.py
-    # and its siblings; off a GPU by their twins. Not compared with torch.compile on a GPU yet.
-    kernels: str = "torch"
-    checkpoint_activations: bool = False  # layers are computed again in the backward pass: less memory, more time
+    attention: str = "auto"        # [auto, sdpa, manual] auto: by hand to train in bfloat16 on a CPU, up to 1,023 bytes
+    kernels: str = "torch"         # [torch, triton] what was told to kernels.use; the model does not look here
+    checkpoint_activations: bool = False  # compute layers again in the backward pass: less memory, more time
+
+    # Fields that may be others on resume: they make no shape, of the weights or of the state beside them.
+    FREE = ("dropout", "compression_weight", "balance_weight", "balance_rate", "init", "mtp_weight", "attention",
+            "kernels", "checkpoint_activations")
+
+    @classmethod
+    def shape(cls):
+        """Names of the fields that make a shape: on resume the checkpoint's hold."""
+        return tuple(f.name for f in fields(cls) if f.name not in cls.FREE)
 
     @classmethod
     def from_settings(cls, settings):
@@ -142,26 +138,20 @@ class TransformerConfig:
         return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
 
     def __post_init__(self):
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, but can be {', '.join(allowed)}")
+        check_fields(self)
+        if self.vocab_size < 1:
+            raise ValueError(f"vocab_size is {self.vocab_size}, but must be at least 1")
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
-        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "n_targets", "window",
-                     "sparse_stride", "compression_rate", "state_dim", "conv_width", "n_expert", "expert_top_k",
-                     "shorten"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
         if self.head_dim is None:
             if self.n_embd % self.n_head:
                 raise ValueError(f"n_head {self.n_head} does not divide n_embd {self.n_embd}: set head_dim too")
             self.head_dim = self.n_embd // self.n_head
-        if self.head_dim < 1:
-            raise ValueError(f"head_dim is {self.head_dim}, but must be at least 1")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
-        derived = dict(memory_length=self.block_size, compressed_length=self.block_size // self.compression_rate,
-                       kv_rank=2 * self.head_dim, rope_dim=2 * (self.head_dim // 4), ff_rank=max(1, self.n_embd // 4))
+        derived = dict(memory_length=self.block_size, kv_rank=2 * self.head_dim, ff_rank=max(1, self.n_embd // 4),
+                       compressed_length=max(1, self.block_size // self.compression_rate),
+                       rope_dim=max(2, 2 * (self.head_dim // 4)))
         for name, value in derived.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -169,14 +159,7 @@ class TransformerConfig:
         self._check_positions()
         self._check_mixers()
         self._check_feed_forwards()
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}, but must be at least 0 and below 1")
-        if self.residual_scale == 0:
-            raise ValueError("residual_scale is 0, but no gradient would reach a branch: it must be another number")
         self._check_norms()
-        if isinstance(self.residual_scale, str) and self.residual_scale not in ("depth", "rezero", "layerscale"):
-            raise ValueError(f"residual_scale is {self.residual_scale!r}, but can be a number, 'depth', 'rezero' or "
-                             "'layerscale'")
         if self.residual_scale == "rezero" and self.init == "zero":
             raise ValueError("residual_scale 'rezero' starts every branch at zero, and init 'zero' its output too: no "
                              "gradient would ever reach either; choose another init")
@@ -189,8 +172,6 @@ class TransformerConfig:
                              "layer_heads to 'shared', or n_targets to 1 and intermediate_losses off")
         if self.shorten > 1:
             self._check_pyramid()
-        if self.mtp_depth < 0:
-            raise ValueError(f"mtp_depth is {self.mtp_depth}, but must be at least 0")
         if self.mtp_depth and set(self.mixers) & set(CARRY):
             raise ValueError(f"mtp_depth {self.mtp_depth} goes with layers that attend, not with mixer {self.mixer!r}")
 
@@ -222,18 +203,8 @@ class TransformerConfig:
     def _check_positions(self):
         if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(f"positions 'rope' turns pairs of features: head_dim {self.head_dim} must be even")
-        if self.rope_base <= 0:
-            raise ValueError(f"rope_base is {self.rope_base}, but must be above 0")
-        if self.rope_ramp == "index" and self.rope_base <= 1:
-            raise ValueError("rope_ramp 'index' places pairs by the logarithm of rope_base, which must be above 1, "
-                             f"not {self.rope_base}")
-        if self.rope_factor < 1:
-            raise ValueError(f"rope_factor is {self.rope_factor}, but must be at least 1: contexts are stretched")
         if self.rope_scaling != "none" and self.positions != "rope":
             raise ValueError(f"rope_scaling {self.rope_scaling!r} needs positions 'rope', not {self.positions!r}")
-        for name in ("rope_mscale", "rope_mscale_all_dim"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 0")
         attending = [kind for kind in self.mixers if kind not in RECURRENT]
         for kind in attending:
             if self.positions == "relative" and kind not in ("xl", "compressive"):
@@ -247,7 +218,7 @@ class TransformerConfig:
 
     def _check_mixers(self):
         kinds = set(self.mixers)
-        if self.short_conv < 0 or self.short_conv == 1:
+        if self.short_conv == 1:
             raise ValueError(f"short_conv is {self.short_conv}, but must be 0, which is none, or at least 2")
         if self.qk_scale and not self.qk_norm:
             raise ValueError("qk_scale scales scores of queries and keys of one length: it needs qk_norm")
@@ -256,10 +227,7 @@ class TransformerConfig:
                 raise ValueError(f"qk_scale is for mixers without segment memory, not for mixer {kind!r}")
         if "window" in kinds and self.window < 2:
             raise ValueError(f"window is {self.window}, but mixer 'window' needs at least 2 positions")
-        if kinds & {"strided", "fixed"} and self.sparse_stride < 2:
-            raise ValueError(f"sparse_stride is {self.sparse_stride}, but mixers 'strided' and 'fixed' need at least 2 "
-                             "places: a head that sees its own alone has nothing to learn")
-        if "fixed" in kinds and not 1 <= self.sparse_summary <= self.sparse_stride:
+        if "fixed" in kinds and self.sparse_summary > self.sparse_stride:
             raise ValueError(f"sparse_summary is {self.sparse_summary}, but must be from 1 to sparse_stride "
                              f"{self.sparse_stride}")
         if kinds & {"strided", "fixed"} and (self.n_head % 2 or self.n_kv_head % 2):
@@ -274,12 +242,8 @@ class TransformerConfig:
                                  "a norm of its own")
             if self.n_kv_head != self.n_head:
                 raise ValueError(f"mixer 'mla' has one latent for all heads: n_kv_head {self.n_kv_head} does not apply")
-            if self.kv_rank < 1 or (self.q_rank is not None and self.q_rank < 1):
-                raise ValueError(f"kv_rank {self.kv_rank} and q_rank {self.q_rank} must be at least 1")
             if self.positions == "rope" and (self.rope_dim < 2 or self.rope_dim % 2):
                 raise ValueError(f"rope_dim is {self.rope_dim}, but must be even and at least 2")
-        if kinds & {"xl", "compressive"} and self.memory_length < 1:
-            raise ValueError(f"memory_length is {self.memory_length}, but must be at least 1")
         if "compressive" in kinds:
             rate = self.compression_rate
             if self.compressed_length < 1:
@@ -293,8 +257,6 @@ class TransformerConfig:
     def _check_feed_forwards(self):
         if self.ff_width < 1:
             raise ValueError(f"ff_mult {self.ff_mult} leaves no feed-forward width at n_embd {self.n_embd}")
-        if "low_rank" in self.ffs and self.ff_rank < 1:
-            raise ValueError(f"ff_rank is {self.ff_rank}, but must be at least 1")
         if "moe" in self.ffs:
             routed = self.n_expert - self.n_shared_expert
             if not 0 <= self.n_shared_expert < self.n_expert:
@@ -390,13 +352,13 @@ class Block(nn.Module):
         c = config
         own = c.positions == "learned_per_layer"
         self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if own else None
-        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
+        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
         self.conv = ShortConv(c, layer) if c.short_conv else None
         self.mixer = MIXERS[c.mixers[layer % c.n_layer]](c, layer)
         self.keeps_hidden = isinstance(self.mixer, TransformerXL)
         self.norm2 = self.ff = None
         if (kind := c.ffs[layer % c.n_layer]) != "none":
-            self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
+            self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
             self.ff = FEED_FORWARDS[kind](c, layer)
         self.dropout, self.n_layer = c.dropout, c.n_layer
         self.scale, self.own = c.residual_scale, {}
@@ -446,8 +408,8 @@ class MultiTokenPrediction(nn.Module):
     def __init__(self, config, depth):
         super().__init__()
         c = config
-        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
-        self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
+        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
         self.join = Linear(2 * c.n_embd, c.n_embd, bias=False)
         self.block = Block(c, c.n_layer - 1)
         if isinstance(self.block.ff, MixtureOfExperts):
@@ -475,7 +437,7 @@ class Transformer(nn.Module):
         self.ropes = make_ropes(c)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.mtp = nn.ModuleList(MultiTokenPrediction(c, d + 1) for d in range(c.mtp_depth))
-        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
+        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
         self.extras, self.usage = {}, {}
 
         def table(n, *shape):
@@ -637,8 +599,8 @@ class Transformer(nn.Module):
     def losses(self, states, targets, active, counted=None):
         """All active layers' and targets' losses by one matrix product and one cross-entropy; as `forward` returns.
 
-        states: A hidden states (B, T, C), targets (B, T, K). counted: as `forward` takes it. With kernels "triton" both
-        are done piece by piece: there are never all logits at once.
+        states: A hidden states (B, T, C), targets (B, T, K). counted: as `forward` takes it. By kernel both are done
+        piece by piece: there are never all logits at once.
         """
         c = self.config
         A, K, N = len(states), c.n_targets, targets.size(0) * targets.size(1)
@@ -656,12 +618,10 @@ class Transformer(nn.Module):
         used = [g * per_group + i for g in groups for i in range(per_group)]
         weights = [self.classifier(i) for i in used]
         biases = [self.head_biases[i] for i in used] if c.head_bias else None
-        if c.kernels == "triton" and c.output == "softmax":
-            from kernels import batched_linear_cross_entropy  # only here: it imports Triton
-
+        if kernels.on() and c.output == "softmax":
             def sets(parts):
                 return None if parts is None else [parts[i:i + per_group] for i in range(0, len(parts), per_group)]
-            loss = batched_linear_cross_entropy(h, sets(weights), targets.reshape(-1, per_group), sets(biases))
+            loss = kernels.batched_linear_cross_entropy(h, sets(weights), targets.reshape(-1, per_group), sets(biases))
         else:
             logits = batched_linear(h, weights, len(groups), biases)  # (A, N, K V), (A, N K, V)
             labels = targets.reshape(1, N * K).expand(A, N * K).reshape(A * N * K)
@@ -927,7 +887,7 @@ def make_ropes(config):
     if c.positions == "rope":
         widths = {c.rope_dim if kind == "mla" else c.head_dim for kind in c.mixers if kind not in RECURRENT}
     return nn.ModuleDict({str(width): Rope(width, c.rope_base, c.block_size, c.rope_scaling, c.rope_factor,
-                                           c.rope_original, c.kernels, c.rope_ramp, c.rope_mscale)
+                                           c.rope_original, c.rope_ramp, c.rope_mscale)
                           for width in sorted(widths)})
 
 
@@ -935,7 +895,6 @@ def look_up_ropes(places, ropes, n):
     """Gives places the tables of each width at its positions, all below n: `tables`, and cos and sin of the heads."""
     places.ropes = ropes
     for width, rope in ropes.items():
-        places.triton = rope.triton
         found = tuple(places.look_up(t).view(-1, places.T, 1, int(width)) for t in rope(n))  # (1 or B, T, 1, D)
         places.tables[int(width)] = found
 
@@ -1069,7 +1028,8 @@ def initialise(model):
 
 
 def from_checkpoint(checkpoint, weights="raw"):
-    """The Transformer of a checkpoint (from experiment.load_checkpoint), on the CPU, with its raw or its "ema" weights.
+    """The Transformer of a checkpoint (from experiment.load_checkpoint), on the CPU, with its raw or its "ema" weights;
+    from here on this process goes by the kernels that it was trained with.
 
     Raises ValueError where the checkpoint holds no such weights, or not those of a Transformer of this version.
     """
@@ -1078,6 +1038,7 @@ def from_checkpoint(checkpoint, weights="raw"):
     try:
         model = build_model(TransformerConfig.from_settings(
             {**checkpoint["settings"], "vocab_size": checkpoint.get("vocab_size", 256)}))
+        kernels.use(model.config.kernels)
         model.load_state_dict(checkpoint["model"])
         if weights == "ema":
             model.load_state_dict({**checkpoint["model"], **checkpoint["ema"]["weights"]})

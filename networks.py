@@ -10,8 +10,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import kernels
 from cache import Cache
-from mixers import EVERYTHING, Attention, Linear, Norm, Positions, rms_norm
+from kernels import plain_rms_norm
+from mixers import EVERYTHING, Attention, Linear, Norm, Positions
 from model import CARRY, FEED_FORWARDS, Block, Transformer, initialise, look_up_ropes, make_ropes
 
 
@@ -49,44 +51,24 @@ def as_mask(padding, S):
     return torch.arange(S, device=padding.device) >= padding[:, None]
 
 
-def cross_entropy(logits, targets, kernels="torch", reduction="none"):
-    """-ln softmax(logits)[target], nats: logits (N, V), targets (N,) int64, -1 where they do not count -> (N,), 0 where
-    they do not; or with reduction "mean" the mean of those that do. kernels "triton": by kernels.py."""
-    if kernels != "triton":
-        return F.cross_entropy(logits, targets, ignore_index=-1, reduction=reduction)
-    from kernels import cross_entropy as fused  # only here: it imports Triton
-    losses = fused(logits, targets)
-    return losses if reduction == "none" else losses.sum() / (targets >= 0).sum()
-
-
 class WideAttention(Attention):
-    """Attention of layers that see ahead, or frames. By kernels_attention.py, where config.kernels "triton" and what is
-    seen is of its kinds; else Attention's own. Not with dropout, nor ALiBi, as there."""
-
-    def takes_kernel(self):
-        """Whether it goes by kernel, if only who sees whom fits."""
-        c = self.config
-        if c.kernels != "triton" or c.attention != "auto" or self.slopes is not None or (self.training and c.dropout):
-            return False
-        from kernels_attention import WIDEST  # only here: it imports Triton
-        return c.head_dim <= WIDEST
+    """Attention of layers that see ahead, or frames: by kernel where it is on and what is seen is of its kinds."""
 
     def attend(self, q, k, v, positions, seen, span, bias=None, scale=None, slopes=None):
         """As Attention.attend; but by kernel padded places, whose outputs nobody reads, see nothing and get 0."""
-        if span is EVERYTHING and bias is None and q.size(2) > 1 and self.takes_kernel():
-            from kernels_attention import attend
-            return attend(q.to(v.dtype), k.to(v.dtype), v, causal=False, places=seen, scale=scale)
+        if span is EVERYTHING and bias is None and q.size(2) > 1 and self.fusible(q.size(3)):
+            return kernels.attend(q.to(v.dtype), k.to(v.dtype), v, causal=False, places=seen, scale=scale)
         return super().attend(q, k, v, positions, seen, span, bias, scale, slopes)
 
     def of_frames(self, x, places, rows, attend):
-        """`attend` of kernels_attention.py over frames x (B, T, N, C), which are read where they lie: (B, T, N, C).
+        """`attend` of kernels.py over frames x (B, T, N, C), which are read where they lie: (B, T, N, C).
 
         places: Positions whose tables turn x as rows = (a, b), a b = B T N, of which b have places of their own.
         """
         c, H, G = self.config, self.config.n_head, self.config.n_kv_head
         qk, v = self.qkv(x).unflatten(3, (H + 2 * G, c.head_dim)).split((H + G, G), 3)
         if c.qk_norm:
-            qk = rms_norm(qk)
+            qk = plain_rms_norm(qk)
         q, k = places.turn(qk.reshape(*rows, H + G, c.head_dim)).view(qk.shape).split((H, G), 3)  # (B, T, N, H, D), ...
         if c.qk_scale:
             q = q * (self.qk_scale / c.head_dim ** 0.5)
@@ -116,7 +98,7 @@ class Encoder(nn.Module):
         self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if c.positions == "learned" else None
         self.ropes = make_ropes(c)
         self.blocks = see_ahead(nn.ModuleList(Block(c, layer) for layer in range(c.n_layer)), c)
-        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
+        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
         initialise(self)
 
     def forward(self, x, padding=None):
@@ -162,10 +144,9 @@ class CrossAttention(WideAttention):
         how many keys to look at, from the first on; only these go by kernel. -> (B, T, C)."""
         c, (B, T, _) = self.config, x.shape
         q = self.q(x).view(B, T, c.n_head, c.head_dim).transpose(1, 2)  # (B, H, T, D)
-        if T > 1 and (padding is None or padding.dim() == 1) and self.takes_kernel():
-            from kernels_attention import attend  # only here: it imports Triton
+        if T > 1 and (padding is None or padding.dim() == 1) and self.fusible(c.head_dim):
             k, v = held
-            y = attend(q.to(v.dtype), k.to(v.dtype), v, causal=False, lengths=padding)
+            y = kernels.attend(q.to(v.dtype), k.to(v.dtype), v, causal=False, lengths=padding)
         else:
             padding = as_mask(padding, held[0].size(2))
             mask = None if padding is None else ~padding[:, None, None, :].expand(B, 1, T, -1)
@@ -184,11 +165,11 @@ class CrossBlock(nn.Module):
         super().__init__()
         own_layers(config)
         c = config
-        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels) if itself else None
+        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias) if itself else None
         self.mixer = WideAttention(c, layer) if itself else None
-        self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
+        self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
         self.cross = CrossAttention(c, layer)
-        self.norm3 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
+        self.norm3 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
         self.ff = FEED_FORWARDS[c.ffs[layer % c.n_layer]](c, layer)
         self.dropout = c.dropout
 
@@ -206,8 +187,8 @@ class EncoderDecoder(nn.Module):
     """Encoder and decoder (Vaswani et al. 2017): the decoder, causal over its own tokens, reads the source's states.
 
     config.n_layer layers in each; positions of both begin at 0. padding, everywhere: (B, S) bool, True where the source
-    has no token, or (B,) int64, the tokens that a row has before its padding: with kernels "triton" only lengths let
-    cross-attention go by kernel.
+    has no token, or (B,) int64, the tokens that a row has before its padding: only with lengths does cross-attention go
+    by kernel.
     """
 
     def __init__(self, config):
@@ -219,7 +200,7 @@ class EncoderDecoder(nn.Module):
         self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if c.positions == "learned" else None
         self.ropes = make_ropes(replace(c, mixer="full"))
         self.blocks = nn.ModuleList(CrossBlock(c, i) for i in range(c.n_layer))
-        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
+        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
         self.heads = nn.ParameterList([nn.Parameter(torch.empty(c.vocab_size, c.n_embd))])
         initialise(self)
 
@@ -267,7 +248,7 @@ class EncoderDecoder(nn.Module):
         logits = self.decode(x, self.encode(source, padding), padding=padding)
         if targets is None:
             return logits
-        loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), self.config.kernels, "mean")
+        loss = kernels.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="mean")
         return loss, loss.detach().view(1, 1)
 
     def new_cache(self, batch_size, max_length, window=None, device=None, dtype=None):
@@ -292,7 +273,7 @@ class LatentTransformer(EncoderDecoder):
         self.latents = nn.Parameter(torch.empty(self.n_latent, c.n_embd))
         self.own = {"latents": "embedding"}
         self.readers = nn.ModuleList(CrossBlock(c, i, itself=False) for i in range(self.n_read))
-        self.latent_norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
+        self.latent_norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
 
     def fill(self):
         """Latents N(0, 1): alike ones would read alike."""
@@ -351,7 +332,7 @@ class SpatialTransformer(nn.Module):
             self.register_buffer(name, table, persistent=False)
         self.position = nn.Parameter(torch.empty(n_tokens, c.n_embd))
         self.blocks = see_ahead(nn.ModuleList(Block(c, layer) for layer in range(c.n_layer)), c)
-        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
+        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
         self.heads = nn.ParameterList([nn.Parameter(torch.empty(c.vocab_size, c.n_embd))] if classify else [])
         initialise(self)
 
@@ -376,7 +357,7 @@ class SpatioTemporalBlock(nn.Module):
         super().__init__()
         own_layers(config)
         c = config
-        self.norm1, self.norm2, self.norm3 = (Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (Norm(c.norm, c.n_embd, c.norm_gain, c.bias) for _ in range(3))
         self.space = WideAttention(replace(c, positions="none", rope_scaling="none"), layer)
         self.time = WideAttention(c, layer)
         self.ff = FEED_FORWARDS[c.ffs[layer]](c, layer)
@@ -389,16 +370,14 @@ class SpatioTemporalBlock(nn.Module):
         def drop(branch):
             return F.dropout(branch, self.dropout) if self.dropout and self.training else branch
         h = self.norm1(x)
-        if self.space.takes_kernel():
-            from kernels_attention import attend_space  # only here: it imports Triton
-            x = x + drop(self.space.of_frames(h, space, (B * T, N), attend_space))
+        if self.space.fusible(self.space.config.head_dim):
+            x = x + drop(self.space.of_frames(h, space, (B * T, N), kernels.attend_space))
         else:
             x = x + drop(self.space(h.view(B * T, N, C), space).view(B, T, N, C))
         h = self.norm2(x)
-        if cache is None and time.in_order and self.time.takes_kernel():
-            from kernels_attention import attend_time
+        if cache is None and time.in_order and self.time.fusible(self.time.config.head_dim):
             x = x + drop(self.time.of_frames(h, of_every_place(time, N), (B, T * N),
-                                             partial(attend_time, window=time.window)))
+                                             partial(kernels.attend_time, window=time.window)))
         else:
             over = h.transpose(1, 2).reshape(B * N, T, C)
             x = x + drop(self.time(over, time, cache).view(B, N, T, C).transpose(1, 2))
@@ -410,7 +389,7 @@ def frame_places(model, N, index=None):
     sin (`axial_tables`), if they are not None, turn them."""
     places = Positions(0, N, index, bidirectional=True)
     if model.cos is not None:
-        places.tables[model.config.head_dim], places.triton = (model.cos, model.sin), model.config.kernels == "triton"
+        places.tables[model.config.head_dim] = model.cos, model.sin
     return places
 
 
@@ -420,7 +399,6 @@ def of_every_place(time, N):
     if "every place" not in time._made:
         places = time._made["every place"] = Positions(time.start, time.T * N)
         places.tables = {D: tuple(t.repeat_interleave(N, 1) for t in pair) for D, pair in time.tables.items()}
-        places.triton = time.triton
     return time._made["every place"]
 
 
@@ -490,7 +468,7 @@ class SpatioTemporal(nn.Module):
         for name, table in zip(("cos", "sin"), turns or (None, None)):
             self.register_buffer(name, table, persistent=False)
         self.blocks = nn.ModuleList(SpatioTemporalBlock(c, layer) for layer in range(c.n_layer))
-        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.kernels)
+        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
         initialise(self)
 
     def fill(self):

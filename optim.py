@@ -3,17 +3,18 @@
 One optimiser object serves a whole model. Its param_groups say by which `rule` they are stepped, with what `lr`, and
 which `base_lr` the schedule multiplies, so that the loop of every script reads the same:
 
-    optimizer = optim.build("muon", model.named_parameters(), roles, lr=3e-3, weight_decay=0.1)
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * optim.schedule("wsd", step, warmup_steps, max_steps)
+    optimizer = optim.build(settings, model.named_parameters(), roles)      # optimizer, lr, weight_decay, ... by name
+    rate = optim.set_rate(optimizer, settings, step)
     optimizer.step()
 
 State is tensors and plain numbers: torch.load(weights_only=True) reads it back and the run goes on bit for bit.
 """
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
+
+import kernels
 
 ROLES = ("embedding", "position", "matrix", "residual", "head", "gain", "bias")
 DECAYED = ("matrix", "residual", "head")  # what multiplies activations; not look-up tables, gains and biases
@@ -30,6 +31,25 @@ RULES = {
     "schedule_free": dict(lr=2.5e-3, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, power=2.0, averaged=False),
     "ivon": dict(lr=0.1, weight_decay=1e-4, betas=(0.9, 0.99999), ess=1e6, hess_init=1.0, clip_radius=math.inf),
 }
+
+
+class Settings:
+    """What `build` and `set_rate` read of a script's settings by name, and what stands where it has them not; the
+    commented ones all scripts have alike."""
+    weight_decay: float = 0.0
+    betas: tuple = (0.9, 0.999)
+    momentum: float = 0.9
+    muon_lr: float = 0.02
+    orthograd: bool = False        # gradients made orthogonal to their weights first
+    warmup_peak: str = "last"      # [last, next] the step that first has the peak rate: of the warm-up, or after it
+    eps: float = 1e-8              # [> 0.0] adam, adamw, schedule_free
+    muon_momentum: float = 0.95    # [>= 0.0, < 1.0] muon
+    ess: float = None              # [none, > 0.0] ivon: effective sample size; none: bytes, or rows, to train on
+    hess_init: float = 1.0         # [> 0.0] ivon: curvature at first
+    clip_radius: float = None      # [none, > 0.0] ivon: largest step of a weight before the rate; none: no bound
+    decay_params: str = "matrices" # [matrices, 2d] 2d: all of two or more dimensions, embeddings and positions too
+
+
 # On a CPU a rule takes a few tensors at a time, so that its next operation still finds them in the cache.
 RUN = 2 ** 17  # elements
 
@@ -232,7 +252,7 @@ def _eager(method):
 class _Optimizer(torch.optim.Optimizer):
     """Steps each group by the group's own rule; a group that names none follows the class's. settings: see RULES."""
 
-    tables = None  # with kernels "triton" a list: what each launch of a step keeps for the next step's
+    tables = ()  # by kernel: what each launch of a step keeps for the next step's
     zero_grad = _eager(torch.optim.Optimizer.zero_grad)
     state_dict = _eager(torch.optim.Optimizer.state_dict)
 
@@ -325,7 +345,7 @@ class _Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        by_kernel = self.tables is not None and not self.mesh and transform in (None, _project)
+        by_kernel = kernels.on() and not self.mesh and transform in (None, _project)
         done = self._launch(transform is _project) if by_kernel else ()
         for group in self.param_groups:
             whole = group["rule"] == "muon"  # which wants to see all matrices of one shape
@@ -342,9 +362,8 @@ class _Optimizer(torch.optim.Optimizer):
         return loss
 
     def _launch(self, orthograd):
-        """kernels_optim.adamw_step of the dense float32 tensors under AdamW, one launch for all that agree in device,
-        step, lr, betas and eps. Returns their set. State is that of `_adam`."""
-        from kernels_optim import Tables, adamw_step  # only here: it imports Triton
+        """kernels.adamw_step of the dense float32 tensors under AdamW, one launch for all that agree in device, step,
+        lr, betas and eps. Returns their set. State is that of `_adam`."""
         launches = {}  # what its tensors agree in -> parameters, each with its decay
         for group in self.param_groups:
             for p in group["params"] if group["rule"] == "adamw" else ():
@@ -354,13 +373,13 @@ class _Optimizer(torch.optim.Optimizer):
                     state["step"] = state.get("step", 0) + 1
                     shared = p.device, state["step"], group["lr"], tuple(group["betas"]), group["eps"]
                     launches.setdefault(shared, {})[p] = group["weight_decay"]
-        self.tables += [Tables() for _ in range(len(self.tables), len(launches))]
+        self.tables = [*self.tables, *({} for _ in range(len(self.tables), len(launches)))]
         for ((_, *shared), decays), tables in zip(launches.items(), self.tables):
             params = list(decays)
             states = [self.state[p] for p in params]
-            adamw_step(params, [p.grad for p in params], _buffers(states, params, "exp_avg"),
-                       _buffers(states, params, "exp_avg_sq"), *shared, list(decays.values()), orthograd=orthograd,
-                       tables=tables)
+            kernels.adamw_step(params, [p.grad for p in params], _buffers(states, params, "exp_avg"),
+                               _buffers(states, params, "exp_avg_sq"), *shared, list(decays.values()),
+                               orthograd=orthograd, tables=tables)
         return set().union(*launches.values())
 
 
@@ -523,18 +542,30 @@ def load_state(optimizer, state_dict):
         group.update(kept)
 
 
-def load_scaler(scaler, state):
-    """A checkpoint's state of a GradScaler; a run that goes on in float16 where it had none before starts afresh."""
-    if state:
-        scaler.load_state_dict(state)
+class Posterior:
+    """The Gaussian around the parameters that "ivon" steps, for a checkpoint; from which nothing is put back."""
+
+    def __init__(self, optimizer, named_parameters):
+        self.optimizer, self.names = optimizer, {p: name for name, p in named_parameters}
+
+    def state_dict(self):
+        """{name: standard deviations}; {} under other rules."""
+        return {self.names[p]: (group["ess"] * (self.optimizer.state[p]["hess"] + group["weight_decay"])).rsqrt()
+                for group in self.optimizer.param_groups if group["rule"] == "ivon"
+                for p in group["params"] if "hess" in self.optimizer.state[p]}
 
 
-def posterior(optimizer, named_parameters):
-    """{name: standard deviations} of the Gaussian around the parameters that "ivon" steps; {} under other rules."""
-    names = {p: name for name, p in named_parameters}
-    return {names[p]: (group["ess"] * (optimizer.state[p]["hess"] + group["weight_decay"])).rsqrt()
-            for group in optimizer.param_groups if group["rule"] == "ivon"
-            for p in group["params"] if "hess" in optimizer.state[p]}
+@contextmanager
+def evaluated(optimizer, ema=None):
+    """with optim.evaluated(optimizer, ema): the weights to evaluate and save are in place: the average that the
+    optimiser keeps, if it does, or `ema` where there is one."""
+    with optimizer.averaged(), ema.swapped() if ema else nullcontext():
+        yield
+
+
+def both(optimizer, ema=None):
+    """[(name, context manager)] of the weights to evaluate beside one another: "raw" and, where there is one, "ema"."""
+    return [("raw", optimizer.averaged())] + ([("ema", ema.swapped())] if ema else [])
 
 
 def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None, decay_params="matrices"):
@@ -573,30 +604,31 @@ def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None, d
     return list(found.values())
 
 
-def build(name, named_parameters, roles, lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, momentum=0.9, muon_lr=0.02,
-          muon_momentum=0.95, orthograd=False, fused_rows=None, ess=1e6, hess_init=1.0, clip_radius=math.inf,
-          mesh=None, kernels="torch", decay_params="matrices"):
-    """The optimiser `name` (one of RULES) of a whole model; a schedule multiplies each group's base_lr.
+def build(settings, named_parameters, roles, fused_rows=None, mesh=None, n_examples=1e6):
+    """The optimiser of a whole model by its name among `settings`; `set_rate` multiplies each group's base_lr.
 
-    sgd reads momentum; adam, adamw and schedule_free betas and eps; muon steps matrix and residual with muon_lr and
-    muon_momentum, the rest by AdamW with lr, betas, eps; ivon reads betas, ess, hess_init, clip_radius. orthograd wraps
-    it in OrthoGrad. mesh: a parallel.Mesh over whose processes the parameters are divided, and then the state with
-    them; Muon and OrthoGrad, which look at whole matrices, gather them for the time of a step. ValueError for ivon on
-    several processes. kernels: "triton" steps what is under AdamW, muon's part too, by kernels_optim.adamw_step, with
+    settings: optimizer, one of RULES, lr, and what else it reads, or its default in Settings. sgd reads momentum; adam,
+    adamw and schedule_free betas and eps; muon steps matrix and residual with muon_lr and muon_momentum, the rest by
+    AdamW with lr, betas, eps; ivon reads betas, ess (None: n_examples), hess_init, clip_radius (None: no bound).
+    orthograd wraps it in OrthoGrad. Where kernels are on, they step what is under AdamW, muon's part too, with
     OrthoGrad inside; the state is the same, so a checkpoint goes over. Tensors that are not dense float32, and those of
-    several processes, go by "torch" as ever. For the rest, and what it raises, see groups.
+    several processes, go without as ever.
+    mesh: a parallel.Mesh over whose processes the parameters are divided, and then the state with them; Muon and
+    OrthoGrad, which look at whole matrices, gather them for the time of a step. ValueError for ivon on several
+    processes. For the rest, and what it raises, see groups.
     """
+    s = {name: settings.get(name, getattr(Settings, name)) for name in Settings.__annotations__}
+    name, lr, betas = settings["optimizer"], settings["lr"], tuple(s["betas"])
     if name not in RULES:
         raise ValueError(f"optimizer {name!r}: it must be one of {', '.join(RULES)}")
-    if kernels not in ("torch", "triton"):
-        raise ValueError(f"kernels {kernels!r}: it must be torch or triton")
     pairs = list(named_parameters)
-    wanted = groups(pairs, roles, weight_decay, name == "muon", fused_rows, decay_params)
-    own = {"sgd": dict(lr=lr, momentum=momentum),
-           "muon": dict(lr=muon_lr, momentum=muon_momentum, nesterov=muon_momentum > 0),
-           "ivon": dict(lr=lr, betas=tuple(betas), ess=ess, hess_init=hess_init, clip_radius=clip_radius)}
+    wanted = groups(pairs, roles, s["weight_decay"], name == "muon", fused_rows, s["decay_params"])
+    own = {"sgd": dict(lr=lr, momentum=s["momentum"]),
+           "muon": dict(lr=s["muon_lr"], momentum=s["muon_momentum"], nesterov=s["muon_momentum"] > 0),
+           "ivon": dict(lr=lr, betas=betas, ess=s["ess"] or n_examples, hess_init=s["hess_init"],
+                        clip_radius=s["clip_radius"] or math.inf)}
     for group in wanted:
-        group.update(own.get(group.setdefault("rule", name), dict(lr=lr, betas=tuple(betas), eps=eps)))
+        group.update(own.get(group.setdefault("rule", name), dict(lr=lr, betas=betas, eps=s["eps"])))
         group["base_lr"] = group["lr"]
     kind = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "muon": Muon, "schedule_free": ScheduleFree, "ivon": IVON}[name]
     optimizer = kind(wanted)
@@ -605,8 +637,7 @@ def build(name, named_parameters, roles, lr, weight_decay=0.0, betas=(0.9, 0.999
         if name == "ivon":
             raise ValueError("ivon draws the weights anew in every pass, which several processes cannot agree on here")
         optimizer.mesh = mesh
-    optimizer.tables = [] if kernels == "triton" else None
-    return OrthoGrad(optimizer) if orthograd else optimizer
+    return OrthoGrad(optimizer) if s["orthograd"] else optimizer
 
 
 def schedule(name, step, warmup_steps, max_steps, min_scale=0.0, decay_fraction=0.2, warmup_peak="last"):
@@ -641,9 +672,18 @@ def schedule(name, step, warmup_steps, max_steps, min_scale=0.0, decay_fraction=
     return 1.0
 
 
-def noam_peak(n_embd, warmup_steps, factor=1.0):
-    """The largest learning rate of Noam's schedule, factor (n_embd warmup_steps)^-0.5, reached at step warmup_steps."""
-    return factor * (n_embd * warmup_steps) ** -0.5
+def factor(settings, step):
+    """`schedule` by a script's settings."""
+    return schedule(settings["schedule"], step, settings["warmup_steps"], settings["max_steps"],
+                    settings["min_lr_scale"], settings["decay_fraction"], settings.get("warmup_peak", "last"))
+
+
+def set_rate(optimizer, settings, step):
+    """Gives every group the rate of the step that follows `step` finished ones. Returns that of what has rate lr."""
+    scale = factor(settings, step)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * scale
+    return settings["lr"] * scale
 
 
 class EMA:
@@ -666,6 +706,11 @@ class EMA:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(list(self.weights.values()), self._parts(), 1 - decay)
         self.updates += 1
+
+    def reset(self):
+        """Begins anew with the weights as they are."""
+        self.updates = 0
+        torch._foreach_copy_(list(self.weights.values()), [p.detach() for p in self._parts()])
 
     @torch.no_grad()
     def copy_to_model(self):

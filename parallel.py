@@ -29,10 +29,9 @@ checkpoint is that of one process, and any mesh loads it.
 """
 import atexit
 import os
-import signal
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -40,7 +39,7 @@ import torch.distributed as dist
 
 import experiment
 import optim
-from experiment import NonFinite, UserError
+from flags import UserError
 from feedforward import FeedForward, LowRank
 from mixers import Attention, Sparse
 
@@ -424,31 +423,34 @@ class Mesh:
         if not known and self.dp_rank:
             torch.manual_seed(torch.initial_seed() + self.dp_rank)
 
+    def state_of(self, thing):
+        """What a checkpoint holds of a model, optimiser, average, generators, or of anything that all processes have
+        alike: as of one process, on rank 0's CPU. All processes call it."""
+        if isinstance(thing, torch.nn.Module):
+            return self.full_state_dict(thing)
+        if isinstance(thing, torch.optim.Optimizer):
+            return self.full_optimizer_state(thing)
+        if isinstance(thing, optim.EMA):
+            return self.full_ema(thing)
+        return self.generator_states(thing.state_dict()) if isinstance(thing, experiment.Generators) \
+            else thing.state_dict()
+
+    def load_into(self, thing, state):
+        """The reverse of `state_of`, with a state that every process has."""
+        if isinstance(thing, torch.nn.Module):
+            self.load_model(thing, state)
+        elif isinstance(thing, torch.optim.Optimizer):
+            self.load_optimizer(thing, state)
+        elif isinstance(thing, optim.EMA):
+            self.load_ema(thing, state)
+        elif isinstance(thing, experiment.Generators):
+            self.restore_generators(state)
+        else:
+            thing.load_state_dict(state)
+
     # --- The run ---
 
-    @contextmanager
-    def run(self, make):
-        """with mesh.run(lambda: Run(...)) as run: make() on rank 0, elsewhere a Silent.
-
-        Where rank 0 cannot enter its run, or all meet a UserError or NonFinite, only rank 0 says so; the others end
-        quietly with the same status.
-        """
-        with ExitStack() as stack:
-            try:
-                run = stack.enter_context(make() if self.main else Silent())
-            except BaseException:
-                self._most(1)
-                raise
-            if self._most(0):
-                sys.exit(2)
-            try:
-                yield run
-            except (UserError, NonFinite) as error:
-                if self.main:
-                    raise
-                sys.exit(2 if isinstance(error, UserError) else 3)
-
-    def _most(self, number):
+    def most(self, number):
         """The largest of all processes' numbers."""
         if self.size == 1:
             return number
@@ -460,43 +462,9 @@ class Mesh:
         """run.stop, the same in all processes: once before every step and once after the loop, by all."""
         if self.size == 1:
             return run.stop
-        asked = self._most(run.stop or 0) or None
+        asked = self.most(run.stop or 0) or None
         for _ in range(20):  # torchrun's signal to this process is on its way: after ours it would count as a second
             if asked and run.stop is None:
                 time.sleep(0.05)
         run.stop = run.stop or asked
         return asked
-
-
-class Silent:
-    """What a Run is on ranks above 0: it notes SIGINT and SIGTERM in `stop`, and writes nothing."""
-
-    def __init__(self):
-        self.stop, self.dir, self._handlers = None, None, {}
-
-    def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def _on_signal(self, number, frame):
-        self.stop = number
-
-    def __exit__(self, kind, error, trace):
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        if error is None and self.stop:
-            sys.exit(128 + self.stop)
-
-    def log(self, *, step, split="train", **values):
-        """NonFinite as in Run.log, so that all processes end together."""
-        experiment.check_finite(step, split, values)
-
-    def nothing(self, *args, **values):
-        """Takes anything and does nothing."""
-
-    save = keep = summary = spent = update = note = close = nothing
-
-    def bar(self, total, initial=0):
-        """Itself: a bar that shows nothing."""
-        return self

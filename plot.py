@@ -5,11 +5,12 @@
     python plot.py "runs/train_mult/*" --over n_latent --metric accuracy   # last values over a setting, and a table
     python plot.py --table runs/one_change                       # Markdown, and a picture beside it
     python plot.py --table runs/facts                            # means only, of a grid with `cross`
+    python plot.py runs/facts.jsonl                              # an archive of runs that grid.py has made
+    python plot.py "runs/facts.jsonl/*in_weight*" --capacity     # some of its runs; bits stored
 
     python plot.py "runs/facts/*/*" --contours n_people,n_embd --metric accuracy   # two settings
     python plot.py "runs/facts/*/*" --contours n_people,parameters --metric accuracy
     python plot.py "runs/facts/*/*" --metric accuracy --only tool,unseen           # some curves
-    python plot.py "runs/facts/*/*" --capacity                                     # bits stored
 
 Runs whose settings differ in nothing but seeds and names are one curve: their mean, and a band of one standard
 deviation. A run without metrics is left out and named. Contours have a panel for each curve and for whatever else
@@ -20,26 +21,29 @@ The rule of a table of rows: sigma is the standard deviation of the baseline ove
 counts where it is at least 3 sigma sqrt(1/n1 + 1/n2), with n1 and n2 seeds on the two sides; otherwise no difference
 was measured. Less is better. Where all runs read one draw of the data, and the grid knows the deviation `sigma_data`
 that another draw gives to a difference, a row that counts by sigma is undecided up to 3 sqrt(sigma^2 (1/n1 + 1/n2) +
-sigma_data^2). A table of a cross has means and deviations, and no verdicts.
+sigma_data^2). A table of a cross has means and deviations, and no verdicts. See docs/one-change.md.
 """
 import flags
 
 flags.answer_help(__name__, __file__, "runs")  # before the seconds that the next lines take
 
-import glob
 import itertools
 import math
-import re
 import statistics
 import sys
 import textwrap
 from pathlib import Path
 
-from experiment import NOISE, UserError, as_typed, command, compare, noise_floor, override, read_json, run_metrics
+import numpy as np
+import pandas as pd
+
+from experiment import NOISE, UserError, as_typed, command, compare, noise_floor, override
+from nanolab import archive
+from nanolab.archive import natural
 
 # --- What ---
-runs = None              # directories of runs, with commas and wildcards (may also be typed as a bare word)
-table = None             # a grid's out_dir: its table instead
+runs = None              # directories and archives, with commas and wildcards (may also be typed as a bare word)
+table = None             # a grid's out_dir, or an archive of it: its table instead
 # --- How ---
 over = None              # a setting: the last value of each run over it, not a curve; with a table in Markdown
 contours = None          # two settings, X,Y, or `parameters` for one: the last values over both, with tables
@@ -56,62 +60,58 @@ width = 8.0              # [>= 1.0, <= 50.0] inches
 PICTURES = (".png", ".pdf", ".svg")
 SEEDS = {"seed", "data_seed", "run_name", "out_dir", "resume", "preset", "tag",
          "models"}       # each has a curve of its own, and learns the same alone as beside another
+ACCURACY = "accuracy_trained_no_tool_raw"
+CAPACITY = ("parameters", "bits", "bits_of_all", "epoch", ACCURACY)                           # of summary.json
+MEAN = "mean +- standard deviation (seeds)"
 
 
-def read_run(directory, by, split, metric):
-    """(settings, {name of the curve: [(x, y)]}) of a run; several curves where its lines name models or protocols.
+# --- What the runs have ---
 
-    Raises ValueError, saying why, where there is nothing to draw.
+def read_run(run, by, split, metric, sized=False):
+    """(settings, {name of the curve: [(x, y)]}) of a Run; several curves where its lines name models or protocols.
+
+    sized: its parameters are a setting too. ValueError, saying why, where there is nothing to draw.
     """
-    settings = settings_of(directory)
-    lines = run_metrics(directory)
-    clock = sorted((line["step"], line["seconds"]) for line in lines if is_number(line.get("seconds")))
+    clock = sorted((line["step"], line["seconds"]) for line in run.lines if is_number(line.get("seconds")))
     found = {}
-    for line in lines:
+    for line in run.lines:
         if line.get("split") == split and is_number(line.get(metric)):
             name = " ".join(value for key, value in line.items() if isinstance(value, str) and key != "split")
             found.setdefault(name, {})[line["step"]] = line[metric]              # the latest line of a step counts
     if not found:
         raise ValueError(f"no {metric} of {split} in its metrics")
-    kept = {name: value for name, value in settings.items() if name not in (same or "").split(",")}
-    return kept, {name: [(place(step, by, settings, clock), y) for step, y in sorted(points.items())]
-                  for name, points in found.items()}
-
-
-def settings_of(directory):
-    """The settings of a run. ValueError where there are none."""
-    settings = read_json(directory / "params.json").get("settings")
-    if not settings or not isinstance(settings, dict):
-        raise ValueError("no params.json")
-    return settings
+    settings = {name: value for name, value in run.settings.items() if name not in (same or "").split(",")}
+    settings |= {"parameters": number_of(run, "parameters")} if sized else {}
+    return settings, {name: [(place(step, by, run.settings, clock), y) for step, y in sorted(points.items())]
+                      for name, points in found.items()}
 
 
 def place(step, by, settings, clock):
     """Where a step stands on the axis: itself, tokens seen, or seconds of training, between two lines of the clock."""
-    if by == "step":
-        return step
     if by == "tokens":
         sizes = [settings.get(name) for name in ("batch_size", "block_size", "grad_accum")]
         if not all(map(is_number, sizes)):
             raise ValueError("its settings do not say how many tokens a step has")
         return step * math.prod(sizes)
-    if not clock:
-        raise ValueError("its metrics have no seconds")
-    clock = [(0, 0.0), *clock]
-    for (a, before), (b, after) in zip(clock, clock[1:]):
-        if a <= step <= b:
-            return after if a == b else before + (after - before) * (step - a) / (b - a)
-    return clock[-1][1]
+    if by == "seconds":
+        if not clock:
+            raise ValueError("its metrics have no seconds")
+        return float(np.interp(step, *zip((0, 0.0), *clock)))
+    return step
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def chosen(found, words):
-    """Of (directory, settings, curves) the curves whose names have all of `words`, and the runs that have any.
+    """Of (run, settings, curves) the curves whose names have all of `words`, and the runs that have any.
 
     UserError, naming the curves that there are, where none is left.
     """
-    left = [(directory, settings, {name: curve for name, curve in curves.items() if set(words) <= set(name.split())})
-            for directory, settings, curves in found]
-    left = [run for run in left if run[2]]
+    left = [(run, settings, {name: curve for name, curve in curves.items() if set(words) <= set(name.split())})
+            for run, settings, curves in found]
+    left = [entry for entry in left if entry[2]]
     if not left:
         names = dict.fromkeys(name for _, _, curves in found for name in curves)
         raise UserError(f"no curve has the words {' '.join(words)}; there are: {', '.join(names)}")
@@ -120,10 +120,88 @@ def chosen(found, words):
     return left
 
 
-def natural(words):
-    """A key that puts n_embd 8 before n_embd 16."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", words)]
+def distinguishing(found, axes=()):
+    """([settings that tell runs apart], {setting that follows from those: its values}) of (run, settings, ...).
 
+    A setting follows if it has one value wherever those before it, and numbers wherever also the `axes` of a picture,
+    have one: the batch with the task, the steps with the people. Words come before numbers, as they say more, and few
+    values before many.
+    """
+    every = [settings for _, settings, _ in found]
+    words = pd.DataFrame([{name: as_typed(value) for name, value in settings.items()} for settings in every])
+    words = words.fillna("none")
+    numbers = {name: all(settings.get(name) is None or is_number(settings[name]) for settings in every)
+               for name in words}
+    differ = [name for name in words if words[name].nunique() > 1 and name not in SEEDS and name not in axes]
+    kept = []
+    for name in sorted(differ, key=lambda name: (numbers[name], words[name].nunique())):
+        given = kept + [axis for axis in axes if axis in words and (numbers[name] or not numbers[axis])]
+        if not given or words.groupby(given)[name].nunique().max() > 1:
+            kept.append(name)
+    return [name for name in words if name in kept], {
+        name: list(words[name].unique()) for name in differ if name not in kept}
+
+
+def labelled(found, axes=(), option=None):
+    """(a row for each of `found`: name, label, its places `across` and `up` on the axes; the settings that follow).
+
+    A label says what tells runs apart, see `distinguishing`; it is empty where that is nothing. UserError: a run has no
+    such setting.
+    """
+    kept, following = distinguishing(found, axes)
+    rows = [{"name": run.name, "label": ", ".join(f"{name} {as_typed(settings.get(name))}" for name in kept)} |
+            {at: on_axis(settings, axis, option, run) for at, axis in zip(("across", "up"), axes)}
+            for run, settings, _ in found]
+    return pd.DataFrame(rows, dtype=object), following
+
+
+def points_of(found, axes=(), option=None):
+    """`labelled` of (run, settings, {curve: [(x, y)]}) with a row for each point: also run, curve, x, y."""
+    rows, following = labelled(found, axes, option)
+    points = [(number, curve, x, y) for number, (_, _, curves) in enumerate(found)
+              for curve, points in curves.items() for x, y in points]
+    return pd.DataFrame(points, columns=["run", "curve", "x", "y"]).join(rows, on="run"), following
+
+
+def last(points):
+    """Of `points_of` the last point of every curve of every run."""
+    return points.groupby(["run", "curve"]).tail(1)
+
+
+def on_axis(settings, name, option, run):
+    """A setting's value as a place on an axis: a number, or a word. UserError where a Run has no such setting."""
+    if name not in settings:
+        raise UserError(f"{option} {name}: {run.place} has no such setting")
+    return settings[name] if is_number(settings[name]) else as_typed(settings[name])
+
+
+def deviation(values):
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def mean_of(values, digits=None):
+    """Values of seeds in a table: mean, standard deviation and how many. digits: behind the point; none: 4, or 1 from
+    10 on."""
+    digits = (4 if abs(statistics.mean(values)) < 10 else 1) if digits is None else digits
+    spread = f" +- {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):,.{digits}f}{spread} ({len(values)})"
+
+
+def average(curve):
+    """Of the points of one curve x, y and its spread over runs, at the places that all runs have."""
+    mean = statistics.mean
+    at = curve.groupby(curve.groupby("run").cumcount()).agg(
+        x=("x", mean), y=("y", mean), spread=("y", deviation), runs=("y", "size"))
+    return at[at["runs"] == curve["run"].nunique()]
+
+
+def tabled(cells, function):
+    """Cells as a table, a row for each `up` and a column for each `across`, of a function of the y there."""
+    values = cells.groupby(["up", "across"], sort=False)["y"].agg(function).unstack("across")
+    return values.reindex(index=list(places_of(values.index)), columns=list(places_of(values.columns)))
+
+
+# --- Words ---
 
 def short_names(names):
     """{name of a curve: the name without the words that all have}; one that is left with none stays as it is."""
@@ -131,36 +209,7 @@ def short_names(names):
     return {name: " ".join(word for word in name.split() if word not in common) or name for name in names}
 
 
-def is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def told_apart(found, axes=()):
-    """([settings that tell runs apart], {setting that follows from those: its values}) of (directory, settings, ...).
-
-    A setting follows if it has one value wherever those before it, and numbers wherever also the `axes` of a picture,
-    have one: the batch with the task, the steps with the people. Words come before numbers, as they say more, and few
-    values before many.
-    """
-    every = [settings for _, settings, _ in found]
-    values = {name: list(dict.fromkeys(as_typed(settings.get(name)) for settings in every))
-              for name in dict.fromkeys(name for settings in every for name in settings)}
-    differ = [name for name in values if len(values[name]) > 1 and name not in SEEDS and name not in axes]
-    numbers = {name: all(settings.get(name) is None or is_number(settings[name]) for settings in every)
-               for name in [*differ, *axes]}
-    kept = []
-    for name in sorted(differ, key=lambda name: (numbers[name], len(values[name]))):
-        given = kept + [axis for axis in axes if numbers[name] or not numbers[axis]]
-        cells = {}
-        for settings in every:
-            cells.setdefault(tuple(as_typed(settings.get(other)) for other in given), set()).add(
-                as_typed(settings.get(name)))
-        if any(len(cell) > 1 for cell in cells.values()):
-            kept.append(name)
-    return [name for name in values if name in kept], {name: values[name] for name in differ if name not in kept}
-
-
-def say_beside(following):
+def footnote(following):
     """In words, what settings differ that no label says; "" for none."""
     words = {name: sorted(values, key=natural) for name, values in following.items()}
     return "" if not words else "not in the labels: " + "; ".join(
@@ -168,107 +217,80 @@ def say_beside(following):
         for name, values in words.items())
 
 
-def seeds_of(members):
-    """What a label says of how many runs [{name of the curve: ...}] share a curve: " (3 seeds)", or "" for one."""
-    most = max(sum(name in curves for curves in members) for name in {name for curves in members for name in curves})
-    return f" ({most} seeds)" if most > 1 else ""
+def as_markdown(columns, rows):
+    """A table as lines of Markdown."""
+    return ["|" + " --- |" * len(columns) if row is None else f"| {' | '.join(map(str, row))} |"
+            for row in (columns, None, *rows)]
 
 
-def families(found):
-    """[(label, [curves of one setting])] from [(directory, settings, curves)]; a label says what differs, without what
-    follows from the rest of it (see `told_apart`)."""
-    groups = {}
-    for directory, settings, curves in found:
-        key = as_typed(tuple(f"{name}={value}" for name, value in sorted(settings.items()) if name not in SEEDS))
-        groups.setdefault(key, []).append((directory, settings, curves))
-    names, labels = told_apart(found)[0], []
-    for members in groups.values():
-        directory, settings, _ = members[0]
-        label = ", ".join(f"{name} {as_typed(settings.get(name))}" for name in names) if len(groups) > 1 else ""
-        label = label or directory.name
-        curves = [curves for _, _, curves in members]
-        labels.append((label + seeds_of(curves), curves))
-    return labels
+# --- Pictures ---
 
-
-def average(curves):
-    """Mean and standard deviation of curves [(x, y)] at the places that all have: (xs, means, deviations)."""
-    common = sorted(set.intersection(*({i for i in range(len(curve))} for curve in curves)))
-    xs = [statistics.mean(curve[i][0] for curve in curves) for i in common]
-    ys = [[curve[i][1] for curve in curves] for i in common]
-    return xs, [statistics.mean(y) for y in ys], [statistics.stdev(y) if len(y) > 1 else 0.0 for y in ys]
-
-
-def draw(labels, by, split, metric, path, beside=""):
-    """The picture of `families`, as a PNG file. beside: words for the legend's foot."""
+def canvas(wide, high, rows=1, columns=1, **shared):
+    """(a figure of so many inches, its axes in a list)."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, 0.6 * width), layout="constrained", dpi=120)
-    axes = figure.subplots()
-    short = short_names([name for _, members in labels for curves in members for name in curves])
-    for i, (label, members) in enumerate(labels):
-        for name in dict.fromkeys(name for curves in members for name in curves):
-            xs, means, spread = average([curves[name] for curves in members if name in curves])
-            style = {}
-            if len(labels) > 1 and len(short) > 1:           # a colour for each setting, and a dash for each curve
+    figure = Figure(figsize=(wide, high), layout="constrained", dpi=120)
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
+
+
+def save(figure, path):
+    """A figure as a file of the kind that its name says; UserError where it cannot be written."""
+    try:
+        figure.savefig(path, format=path.suffix.lower()[1:] or "png")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    print(f"wrote {path}", file=sys.stderr)
+
+
+def legend_title(note, columns):
+    """What a legend has to say beside its lines, as its keyword arguments."""
+    return {"title": textwrap.fill(note, columns), "title_fontsize": 7} if note else {}
+
+
+def draw(points, xlabel, ylabel, path, note=""):
+    """The picture of `points_of`: means over the runs of a label, a band of their spread. note: the legend's title."""
+    figure, (axes,) = canvas(width, 0.6 * width)
+    short = short_names(points["curve"].unique())
+    for i, (label, mine) in enumerate(points.groupby("label", sort=False)):
+        seeds = mine.groupby("curve")["run"].nunique().max()
+        title = (label or mine["name"].iloc[0]) + (f" ({seeds} seeds)" if seeds > 1 else "")
+        for name, curve in mine.groupby("curve", sort=False):
+            mean, style = average(curve), {}
+            if label and len(short) > 1:                     # a colour for each setting, and a dash for each curve
                 style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[list(short).index(name) % 4]}
-            line, = axes.plot(xs, means, label=f"{label}: {short[name]}" if len(short) > 1 else label, linewidth=1.3,
-                              marker="o" if len(xs) < 30 else None, markersize=3, **style)
-            if any(spread):
-                axes.fill_between(xs, [m - s for m, s in zip(means, spread)], [m + s for m, s in zip(means, spread)],
+            line, = axes.plot(mean["x"], mean["y"], label=f"{title}: {short[name]}" if len(short) > 1 else title,
+                              linewidth=1.3, marker="o" if len(mean) < 30 else None, markersize=3, **style)
+            if mean["spread"].any():
+                axes.fill_between(mean["x"], mean["y"] - mean["spread"], mean["y"] + mean["spread"],
                                   color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.set(xlabel={"step": "step", "seconds": "seconds of training", "tokens": "tokens seen"}[by],
-             ylabel=f"{split} {'bits per byte' if metric == 'bpb' else metric}")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
-    title = {"title": textwrap.fill(beside, 90), "title_fontsize": 7} if beside else {}
     if len(axes.lines) > 4:                                  # no room among the lines
-        figure.legend(loc="outside lower center", ncols=2, fontsize=8, **title)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8, **legend_title(note, 90))
     else:
-        axes.legend(fontsize=8, **title)
+        axes.legend(fontsize=8, **legend_title(note, 90))
     save(figure, path)
 
 
-def last_values(found, over):
-    """[(label, {name of the curve: {value of the setting: [last y of each seed]}})] from `found` as for families.
-
-    UserError: a run that has no such setting.
-    """
-    bare, kept = [], told_apart(found, (over,))[0]
-    for directory, settings, curves in found:
-        x = on_axis(settings, over, "--over", directory)
-        ends = {name: [(x, curve[-1][1])] for name, curve in curves.items()}
-        bare.append((directory, {name: settings.get(name) for name in kept}, ends))
-    rows = []
-    for label, members in families(bare):
-        by_name = {}
-        for name, x, y in [(name, *curve[0]) for curves in members for name, curve in curves.items()]:
-            by_name.setdefault(name, {}).setdefault(x, []).append(y)
-        rows.append((label.removesuffix(seeds_of(members)), by_name))
-    return rows
-
-
-def draw_over(rows, over, split, metric, path):
-    """The picture of `last_values`, as a PNG file: a dot per seed and a line through the means; prints the table."""
-    from matplotlib.figure import Figure
-    places = places_of({x for _, by_name in rows for values in by_name.values() for x in values})
-    short = short_names([name for _, by_name in rows for name in by_name])
-    figure = Figure(figsize=(width, 0.6 * width), layout="constrained", dpi=120)
-    axes = figure.subplots()
-    print(f"| {over} | curve | {split} {metric}, mean | standard deviation | seeds | values |")
-    print("| " + " | ".join(["---"] * 6) + " |")
-    for label, by_name in rows:
-        for name, values in by_name.items():
-            several, xs = len(rows) > 1 and name not in label, sorted(values, key=places.get)
-            title = f"{label}: {short[name]}" if several and name else short[name] or label
-            means = [statistics.mean(values[x]) for x in xs]
-            line, = axes.plot([places[x] for x in xs], means, label=title, linewidth=1.3)
-            axes.plot([places[x] for x in xs for _ in values[x]], [y for x in xs for y in values[x]], "o", markersize=4,
-                      color=line.get_color())
-            for x, mean in zip(xs, means):
-                spread = f"{statistics.stdev(values[x]):.4f}" if len(values[x]) > 1 else ""
-                print(f"| {as_typed(x)} | {title} | {mean:.4f} | {spread} | {len(values[x])} | "
-                      f"{', '.join(f'{y:.4f}' for y in values[x])} |")
+def draw_over(ends, over, what, ylabel, path):
+    """The picture of the `last` points over one axis, a dot per seed and a line through the means; prints the table."""
+    figure, (axes,) = canvas(width, 0.6 * width)
+    places, short, rows = places_of(ends["across"].unique()), short_names(ends["curve"].unique()), []
+    for label, mine in ends.groupby("label", sort=False):
+        for name, curve in mine.groupby("curve", sort=False):
+            title = short[name] or label or mine["name"].iloc[0]
+            if label and name and name not in label:
+                title = f"{label}: {short[name]}"
+            values = curve.groupby("across", sort=False)["y"].agg(list)
+            values = values.loc[sorted(values.index, key=places.get)]
+            line, = axes.plot([places[x] for x in values.index], values.map(statistics.mean), label=title,
+                              linewidth=1.3)
+            axes.plot([places[x] for x, ys in values.items() for _ in ys], [y for ys in values for y in ys], "o",
+                      markersize=4, color=line.get_color())
+            rows += [[as_typed(x), title, f"{statistics.mean(ys):.4f}", f"{deviation(ys):.4f}" if len(ys) > 1 else "",
+                      len(ys), ", ".join(f"{y:.4f}" for y in ys)] for x, ys in values.items()]
+    print("\n".join(as_markdown([over, "curve", f"{what}, mean", "standard deviation", "seeds", "values"], rows)))
     set_ticks(axes.xaxis, places, over, 0.04)
-    axes.set(xlabel=over, ylabel=f"{split} {'bits per byte' if metric == 'bpb' else metric}, last")
+    axes.set(xlabel=over, ylabel=f"{ylabel}, last")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     save(figure, path)
@@ -302,83 +324,48 @@ def set_ticks(axis, places, name, share):
                    [compact(value) if name == "parameters" else as_typed(value) for value in shown])
 
 
-def on_axis(settings, name, option, directory):
-    """A setting's value as a place on an axis: a number, or a word. UserError where a run has no such setting."""
-    if name not in settings:
-        raise UserError(f"{option} {name}: {directory} has no such setting")
-    return settings[name] if is_number(settings[name]) else as_typed(settings[name])
+def edges(places):
+    """Where cells about sorted places begin and end: half-way between two, as far beyond the first and the last."""
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(places)]
+    if not middles:
+        return [places[0] - 0.5, places[0] + 0.5]
+    return [2 * places[0] - middles[0], *middles, 2 * places[-1] - middles[-1]]
 
 
-def panels(found, x, y):
-    """[(title, {(value of x, value of y): [last value of each seed]})] from `found` as for families, and what follows.
+def panels(ends, x, y):
+    """[(title, its cells)] of the `last` points over two axes, by title.
 
-    A panel is a curve under one choice of the settings that tell runs apart beside x and y; see `told_apart`.
-    UserError: a run that has no such setting.
+    A panel is a curve under one choice of the settings that tell runs apart beside x and y; see `distinguishing`.
     """
-    kept, following = told_apart(found, (x, y))
-    short = short_names([name for _, _, curves in found for name in curves])
-    cells = {}
-    for directory, settings, curves in found:
-        label = ", ".join(f"{name} {as_typed(settings.get(name))}" for name in kept)
-        place = tuple(on_axis(settings, name, "--contours", directory) for name in (x, y))
-        for name, curve in curves.items():
-            title = ": ".join(part for part in (label, short[name]) if part)
-            cells.setdefault(title, {}).setdefault(place, []).append(curve[-1][1])
-    return sorted(cells.items(), key=lambda panel: natural(panel[0])), following
-
-
-def mean_of(values, digits=None):
-    """Values of seeds in a table: mean, standard deviation and how many. digits: behind the point; none: 4, or 1 from
-    10 on."""
-    digits = (4 if abs(statistics.mean(values)) < 10 else 1) if digits is None else digits
-    spread = f" +- {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):,.{digits}f}{spread} ({len(values)})"
-
-
-def head(columns):
-    """The first two lines of a Markdown table."""
-    return [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+    short = short_names(ends["curve"].unique())
+    titles = [": ".join(filter(None, (label, short[name]))) for label, name in zip(ends["label"], ends["curve"])]
+    return sorted(ends.assign(title=titles).groupby("title"), key=lambda panel: natural(panel[0]))
 
 
 def contour_tables(drawn, x, y, what):
     """The tables of `panels` as lines of Markdown: a row for each value of y, a column for each of x."""
     lines = []
     for title, cells in drawn:
-        xs, ys = (list(places_of({place[i] for place in cells})) for i in (0, 1))
-        lines += [f"**{title}**: {what}, mean +- standard deviation (seeds)" if title else
-                  f"{what}, mean +- standard deviation (seeds)", "",
-                  *head([f"{y} \\ {x}", *map(as_typed, xs)])]
-        for b in ys:
-            row = [mean_of(cells[a, b]) if (a, b) in cells else "not measured" for a in xs]
-            lines.append(f"| {as_typed(b)} | {' | '.join(row)} |")
-        lines.append("")
+        found = tabled(cells, mean_of).fillna("not measured")
+        lines += [f"**{title}**: {what}, {MEAN}" if title else f"{what}, {MEAN}", "", *as_markdown(
+            [f"{y} \\ {x}", *map(as_typed, found.columns)],
+            [[as_typed(value), *row] for value, row in zip(found.index, found.values)]), ""]
     return lines
 
 
-def edges(places):
-    """Where cells about sorted places begin and end: half-way between two, as far beyond the first and the last."""
-    middles = [(a + b) / 2 for a, b in zip(places, places[1:])]
-    if not middles:
-        return [places[0] - 0.5, places[0] + 0.5]
-    return [2 * places[0] - middles[0], *middles, 2 * places[-1] - middles[-1]]
-
-
-def contour_panel(axes, cells, x, y, across, up, limits):
-    """Cells {(x, y): [values]} in colour, lines at `levels`, a dot where runs are; returns what a colour bar is of.
+def contour_panel(axes, means, x, y, across, up, limits):
+    """Means as of `tabled` in colour, lines at `levels`, a dot where runs are; returns what a colour bar is of.
 
     across, up: `places_of` all values that the axes show. Places of x and y are those of this panel alone.
     """
-    xs = [value for value in across if any(value == a for a, _ in cells)]
-    ys = [value for value in up if any(value == b for _, b in cells)]
-    at_x, at_y = [across[value] for value in xs], [up[value] for value in ys]
-    means = [[statistics.mean(cells[a, b]) if (a, b) in cells else math.nan for a in xs] for b in ys]
+    at_x, at_y = [across[value] for value in means.columns], [up[value] for value in means.index]
     mesh = axes.pcolormesh(edges(at_x), edges(at_y), means, vmin=limits[0], vmax=limits[1], cmap="viridis", alpha=0.85,
                            linewidth=0, rasterized=True)
-    axes.plot([across[a] for a, _ in cells], [up[b] for _, b in cells], "o", markersize=2.5, color="white",
+    there = means.stack().dropna()
+    axes.plot([across[a] for _, a in there.index], [up[b] for b, _ in there.index], "o", markersize=2.5, color="white",
               markeredgecolor="0.3", markeredgewidth=0.4)
-    known = [mean for row in means for mean in row if not math.isnan(mean)]
-    inside = [level for level in sorted(set(levels)) if min(known) < level < max(known)]
-    if inside and len(xs) > 1 and len(ys) > 1:
+    inside = [level for level in sorted(set(levels)) if there.min() < level < there.max()]
+    if inside and min(means.shape) > 1:
         lines = axes.contour(at_x, at_y, means, levels=inside, colors="black", linewidths=1.1)
         axes.clabel(lines, fmt="%g", fontsize=8)
     set_ticks(axes.xaxis, across, x, 0.13)
@@ -391,117 +378,96 @@ def contour_panel(axes, cells, x, y, across, up, limits):
 
 def colour_bar(figure, mesh, panels, what):
     """One bar beside all panels."""
-    bar = figure.colorbar(mesh, ax=list(panels), shrink=0.9)
+    bar = figure.colorbar(mesh, ax=panels, shrink=0.9)
     bar.set_label(what, fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
 
-def draw_contours(drawn, x, y, what, path, beside=""):
+def draw_contours(drawn, x, y, what, path, note=""):
     """The picture of `panels`, as a PNG file; all panels have the same axes and the same colours."""
-    from matplotlib.figure import Figure
-    across, up = (places_of({place[i] for _, cells in drawn for place in cells}) for i in (0, 1))
-    means = [statistics.mean(values) for _, cells in drawn for values in cells.values()]
-    limits = (0, 1) if 0 <= min(means) and max(means) <= 1 else (min(means), max(means))
+    means = [tabled(cells, statistics.mean) for _, cells in drawn]
+    across, up = (places_of({value for mean in means for value in mean.axes[i]}) for i in (1, 0))
+    limits = min(mean.min(axis=None) for mean in means), max(mean.max(axis=None) for mean in means)
+    limits = (0, 1) if 0 <= limits[0] and limits[1] <= 1 else limits
     columns = min(3, len(drawn))
     rows = math.ceil(len(drawn) / columns)
-    figure = Figure(figsize=(width, (0.1 + 0.75 / columns * rows) * width if columns > 1 else 0.7 * width),
-                    layout="constrained", dpi=120)
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for axes, (title, cells) in zip(grid.flat, drawn):
-        mesh = contour_panel(axes, cells, x, y, across, up, limits)
+    figure, grid = canvas(width, (0.1 + 0.75 / columns * rows) * width if columns > 1 else 0.7 * width, rows, columns,
+                          sharex=True, sharey=True)
+    for axes, mean, (title, _) in zip(grid, means, drawn):
+        mesh = contour_panel(axes, mean, x, y, across, up, limits)
         axes.set_title(textwrap.fill(title, {1: 80, 2: 50, 3: 32}[columns]), fontsize=8)
         axes.label_outer()
-    for axes in grid.flat[len(drawn):]:
+    for axes in grid[len(drawn):]:
         axes.remove()
-    colour_bar(figure, mesh, grid.flat[:len(drawn)], what)
-    if beside:
-        figure.supxlabel(textwrap.fill(beside, 110), fontsize=7)
+    colour_bar(figure, mesh, grid[:len(drawn)], what)
+    if note:
+        figure.supxlabel(textwrap.fill(note, 110), fontsize=7)
     save(figure, path)
 
 
-def parameters_of(directory):
-    """How many parameters a run's summary.json says. ValueError where it does not, as before a run has ended."""
-    found = read_json(directory / "summary.json").get("parameters")
-    if not is_number(found):
-        raise ValueError("no parameters in its summary.json")
-    return found
+# --- Capacity: bits in the weights ---
+
+def number_of(run, name, why=""):
+    """A number of a Run's summary. ValueError where it has none, as before a run has ended."""
+    if not is_number(run.summary.get(name)):
+        raise ValueError(f"no {name} in its summary.json{why}")
+    return run.summary[name]
 
 
-CAPACITY = ("parameters", "bits", "bits_of_all", "epoch", "accuracy_trained_no_tool_raw")     # of summary.json
-
-
-def read_capacity(directory):
-    """(settings, with its parameters, and what CAPACITY names) of a run. ValueError, saying why, where one lacks."""
-    settings, summary = settings_of(directory), read_json(directory / "summary.json")
-    if missing := [name for name in CAPACITY if not is_number(summary.get(name))]:
-        raise ValueError(f"no {missing[0]} in its summary.json: finished runs of task in_weight have it")
-    return {**settings, "parameters": summary["parameters"]}, {name: summary[name] for name in CAPACITY}
+def read_capacity(run):
+    """(settings, with its parameters, and what CAPACITY names) of a Run. ValueError, saying why, where one lacks."""
+    summary = {name: number_of(run, name, ": finished runs of task in_weight have it") for name in CAPACITY}
+    return {**run.settings, "parameters": summary["parameters"]}, summary
 
 
 def capacities(found):
-    """({label: {(people, parameters): [(settings, summary) of each seed]}}, what follows) from read_capacity's runs."""
-    kept, following = told_apart(found, ("n_people", "parameters"))
+    """(`labelled` of read_capacity's runs over people and parameters, by label, with width and CAPACITY; what follows).
+    """
+    rows, following = labelled(found, ("n_people", "parameters"), "--capacity")
     following.pop("n_embd", None)                            # the table has it
-    groups = {}
-    for directory, settings, summary in found:
-        label = ", ".join(f"{name} {as_typed(settings.get(name))}" for name in kept)
-        place = on_axis(settings, "n_people", "--capacity", directory), settings["parameters"]
-        groups.setdefault(label, {}).setdefault(place, []).append((settings, summary))
-    return dict(sorted(groups.items(), key=lambda group: natural(group[0]))), following
+    rows["width"] = [as_typed(settings.get("n_embd")) for _, settings, _ in found]
+    rows = rows.join(pd.DataFrame([summary for _, _, summary in found]))
+    return rows.sort_values("label", key=lambda labels: labels.map(natural), kind="stable"), following
 
 
-def capacity_table(groups):
+def capacity_table(rows):
     """The runs of `capacities` as lines of Markdown."""
-    several = len(groups) > 1
-    lines = head([*["settings"] * several, "people", "width", "parameters", "exposures", "accuracy", "bits",
-                  "share of all bits", "bits a parameter"])
-    for label, cells in groups.items():
-        for (people, parameters), runs in sorted(cells.items()):
-            columns = {name: [summary[name] for _, summary in runs] for name in CAPACITY}
-            widths = ", ".join(dict.fromkeys(as_typed(settings.get("n_embd")) for settings, _ in runs))
-            share = statistics.mean(columns["bits"]) / statistics.mean(columns["bits_of_all"])
-            lines.append("| " + " | ".join([
-                *[label] * several, f"{people:,}", widths, f"{parameters:,}",
-                f"{statistics.mean(columns['epoch']):.4g}",
-                mean_of(columns["accuracy_trained_no_tool_raw"]), mean_of(columns["bits"], 0), f"{share:.1%}",
-                mean_of([bits / parameters for bits in columns["bits"]], 3)]) + " |")
-    return lines
+    several, lines = rows["label"].nunique() > 1, []
+    for label, group in rows.groupby("label", sort=False):
+        for (people, parameters), cell in group.groupby(["across", "up"]):
+            mean = cell[list(CAPACITY)].map(float).agg(statistics.mean)
+            lines.append([*[label] * several, f"{people:,}", ", ".join(cell["width"].unique()), f"{parameters:,}",
+                          f"{mean['epoch']:.4g}", mean_of(cell[ACCURACY]), mean_of(cell["bits"], 0),
+                          f"{mean['bits'] / mean['bits_of_all']:.1%}", mean_of(cell["bits"] / parameters, 3)])
+    return as_markdown([*["settings"] * several, "people", "width", "parameters", "exposures", "accuracy", "bits",
+                        "share of all bits", "bits a parameter"], lines)
 
 
-def draw_capacity(groups, path, beside=""):
+def draw_capacity(rows, path, note=""):
     """The picture of `capacities`, as a PNG file: bits over parameters, and accuracy over people and parameters."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-    every = [(people, size, runs) for cells in groups.values() for (people, size), runs in cells.items()]
-    counts, sizes = sorted({people for people, _, _ in every}), sorted({size for _, size, _ in every})
-    above = [summary["bits"] for _, _, runs in every for _, summary in runs if summary["bits"] > 0]
-    if not above:
+    if not (rows["bits"] > 0).any():
         raise UserError("no run holds more than 0 bits: nothing to draw")
+    groups = list(rows.groupby("label", sort=False))
     columns = min(3, 1 + len(groups))
-    rows = math.ceil((1 + len(groups)) / columns)
-    figure = Figure(figsize=((0.4 + 0.42 * columns) * width, (0.15 + 0.45 * rows) * width), layout="constrained",
-                    dpi=120)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    axes = grid.flat[0]
-    left, right = 0.8 * sizes[0], 1.25 * sizes[-1]
-    all_bits = {people: runs[0][1]["bits_of_all"] for people, _, runs in every}
-    bottom, top = 0.6 * min(above), 1.6 * max(all_bits.values())
+    high = math.ceil((1 + len(groups)) / columns)
+    figure, grid = canvas((0.4 + 0.42 * columns) * width, (0.15 + 0.45 * high) * width, high, columns)
+    axes, left, right = grid[0], 0.8 * rows["up"].min(), 1.25 * rows["up"].max()
     for ratio, style in ((2, "-"), (1, "--"), (0.5, ":")):
         axes.plot([left, right], [ratio * left, ratio * right], style, color="0.6", linewidth=1,
                   label=f"{ratio:g} bits a parameter", zorder=1)
-    for i, people in enumerate(counts):
-        colour = f"C{i % 10}"
-        axes.axhline(all_bits[people], color=colour, linestyle=(0, (6, 4)), linewidth=0.8, zorder=1)
-        for marker, (label, cells) in zip("osD^v*" * len(groups), groups.items()):
-            mine = {size: [summary["bits"] for _, summary in cells[people, size]] for size in sizes
-                    if (people, size) in cells}
-            mine = {size: bits for size, bits in mine.items() if statistics.mean(bits) > 0}      # a log has no place
-            spread = [statistics.stdev(bits) if len(bits) > 1 else 0 for bits in mine.values()]
-            if mine:
-                axes.errorbar(list(mine), [statistics.mean(bits) for bits in mine.values()], spread, color=colour,
-                              marker=marker, markersize=4, linewidth=1.3, capsize=3,
+    markers = dict(zip(rows["label"].unique(), itertools.cycle("osD^v*")))
+    for i, (people, alike) in enumerate(rows.groupby("across")):
+        axes.axhline(alike["bits_of_all"].iloc[0], color=f"C{i % 10}", linestyle=(0, (6, 4)), linewidth=0.8, zorder=1)
+        for label, group in alike.groupby("label", sort=False):
+            bits = group.groupby("up")["bits"].agg([statistics.mean, deviation])
+            bits = bits[bits["mean"] > 0]                    # a log has no place for others
+            if len(bits):
+                axes.errorbar(bits.index, bits["mean"], bits["deviation"], color=f"C{i % 10}", marker=markers[label],
+                              markersize=4, linewidth=1.3, capsize=3,
                               label=f"{people:,} people" + (f", {label}" if label else ""))
-    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, top))
+    axes.set(xscale="log", yscale="log", xlim=(left, right),
+             ylim=(0.6 * rows["bits"][rows["bits"] > 0].min(), 1.6 * rows["bits_of_all"].max()))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_minor_locator(NullLocator())
@@ -510,58 +476,53 @@ def draw_capacity(groups, path, beside=""):
     axes.set_xlabel("parameters", fontsize=8)
     axes.set_ylabel("bits about people in the weights (dashes: all that there are)", fontsize=8)
     axes.grid(alpha=0.2)
-    across, up = places_of(counts), places_of(sizes)
-    for panel, (label, cells) in zip(grid.flat[1:], groups.items()):
-        means = {place: [summary["accuracy_trained_no_tool_raw"] for _, summary in runs]
-                 for place, runs in cells.items()}
+    across, up = places_of(rows["across"].unique()), places_of(rows["up"].unique())
+    for panel, (label, group) in zip(grid[1:], groups):
+        means = tabled(group.assign(y=group[ACCURACY]), statistics.mean)
         mesh = contour_panel(panel, means, "n_people", "parameters", across, up, (0, 1))
         panel.set_title(textwrap.fill(label, 50), fontsize=8)
-    for panel in grid.flat[1 + len(groups):]:
+    for panel in grid[1 + len(groups):]:
         panel.remove()
-    colour_bar(figure, mesh, grid.flat[:1 + len(groups)], "accuracy, people that were trained on")
+    colour_bar(figure, mesh, grid[:1 + len(groups)], "accuracy, people that were trained on")
     figure.legend(loc="outside lower center", ncols=4 if len(groups) == 1 else 3 + len(groups), fontsize=7,
-                  **({"title": textwrap.fill(beside, 130), "title_fontsize": 7} if beside else {}))
+                  **legend_title(note, 130))
     save(figure, path)
 
 
-def save(figure, path):
-    """A figure as a file of the kind that its name says; UserError where it cannot be written."""
-    try:
-        figure.savefig(path, format=path.suffix.lower()[1:] or "png")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-    print(f"wrote {path}", file=sys.stderr)
+# --- The table of a grid ---
+
+NUMBER, LATE = (int, float), {"shown", "at", "sigma_data"}   # LATE: what only some grids have
+RUN = {"value": NUMBER, "shown": dict}
+ROW = {"name": str, "axis": str, "against": (str, type(None)), "factor": (*NUMBER, type(None)), "runs": [RUN],
+       "step_seconds": (*NUMBER, type(None)), "parameters": (*NUMBER, type(None)), "error": (str, type(None)),
+       "open": int, "equal_seconds": (dict, type(None)), "at": (dict, type(None))}
+
+
+def fits(value, shape):
+    """Whether a JSON value has the shape: a type or several, [the shape of all its items], {key: shape}."""
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(
+            fits(value[name], kind) if name in value else name in LATE for name, kind in shape.items())
+    return isinstance(value, shape) and not isinstance(value, bool)
 
 
 def read_index(path):
-    """The grid.json at `path`. UserError where it is not there, or not as grid.py writes it."""
-    index = read_json(path)
-    number = (int, float)
-    run = {"value": number, "shown": dict}
-    row = {"name": str, "axis": str, "against": (str, type(None)), "factor": (*number, type(None)), "runs": [run],
-           "step_seconds": (*number, type(None)), "parameters": (*number, type(None)), "error": (str, type(None)),
-           "open": int, "equal_seconds": (dict, type(None)), "at": (dict, type(None))}
-    late = {"shown", "at", "sigma_data"}                     # which only some grids have
-
-    def fits(value, shape):
-        if isinstance(shape, list):
-            return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
-        if isinstance(shape, dict):
-            return isinstance(value, dict) and all(name in value or name in late for name in shape) and all(
-                fits(value[name], kind) for name, kind in shape.items() if name in value)
-        return isinstance(value, shape) and not isinstance(value, bool)
-
-    right = index.get("rows") and fits(index, {"metric": str, "rows": [row], "sigma_data": number})
-    names = {row["name"] for row in index["rows"]} if right else set()
-    for row in index["rows"] if right else ():
-        right = right and row["against"] in (None, *names) and fits(row["equal_seconds"] or {"value": 0}, run)
-    if right and (cross := index.get("cross")):
-        right = isinstance(cross, dict) and all(isinstance(given, dict) for given in cross.values()) and all(
-            row.get("at") and row["at"].keys() == cross.keys() for row in index["rows"])
+    """The grid.json at `path`, or that in an archive. UserError where it is not there, or not as grid.py writes it."""
+    index = archive.read_grid(path)
+    right = index.get("rows") and fits(index, {"metric": str, "rows": [ROW], "sigma_data": NUMBER})
+    rows = index["rows"] if right else []
+    names, cross = {row["name"] for row in rows}, index.get("cross")
+    right = right and all(row["against"] in (None, *names) and fits(row["equal_seconds"] or {"value": 0}, RUN)
+                          for row in rows)
+    if right and cross:
+        right = fits(cross, dict) and all(fits(given, dict) for given in cross.values()) and all(
+            row.get("at") and row["at"].keys() == cross.keys() for row in rows)
     elif right:
-        right = fits(index, {"factors": [number], "slower": number}) and bool(index["factors"]) and all(
-            (row["against"] is None) == (row is index["rows"][0]) and (not row["runs"] or row["factor"] is not None)
-            for row in index["rows"])
+        right = fits(index, {"factors": [NUMBER], "slower": NUMBER}) and index["factors"] and all(
+            (row["against"] is None) == (row is rows[0]) and (not row["runs"] or row["factor"] is not None)
+            for row in rows)
     if not right:
         raise UserError(f"{path} is missing or no grid: python grid.py writes it")
     return index
@@ -574,20 +535,17 @@ def judge(index):
     """
     rows = {row["name"]: row for row in index["rows"]}
     values = {name: [run["value"] for run in row["runs"]] for name, row in rows.items()}
-    first = index["rows"][0]
-    baseline = values[first["name"]]
+    baseline, *others = rows.values()
+    baseline, judged, data = values[baseline["name"]], [], index.get("sigma_data", 0.0)
     if len(baseline) < 2:
         raise UserError(f"the baseline has {len(baseline)} finished seeds: a noise floor needs at least 2")
-    sigma, judged, data = noise_floor(baseline), [], index.get("sigma_data", 0.0)
-    for row in index["rows"][1:]:
-        found, other = {"row": row, "values": values[row["name"]]}, values[row["against"]]
-        if found["values"] and other:
-            against = rows[row["against"]]
+    sigma = noise_floor(baseline)
+    for row in others:
+        against, found = rows[row["against"]], {"row": row, "values": values[row["name"]]}
+        if found["values"] and (other := values[row["against"]]):
             found["difference"], found["verdict"] = decide(found["values"], other, sigma, data)
-            if row["step_seconds"] and against["step_seconds"]:
-                found["time"] = row["step_seconds"] / against["step_seconds"]
-            if row["parameters"] and against["parameters"]:
-                found["size"] = row["parameters"] / against["parameters"]
+            found |= {name: row[key] / against[key] for name, key in (("time", "step_seconds"), ("size", "parameters"))
+                      if row[key] and against[key]}
             if row["equal_seconds"]:
                 found["equal"] = decide([row["equal_seconds"]["value"]], other, sigma, data)
         judged.append(found)
@@ -612,42 +570,40 @@ WORDS = {-1: "**better**", 0: "no difference measured", 1: "**worse**", None: "u
 def markdown(index):
     """The table of a grid.json as lines of Markdown."""
     sigma, baseline, judged = judge(index)
-    mean = statistics.mean(baseline)
-    names = list(index["rows"][0]["runs"][0].get("shown", {}))
-    beside = "".join(f", {name} {shown_of(index['rows'][0], name)}" for name in names)
+    first, data = index["rows"][0], index.get("sigma_data", 0.0)
+    names = list(first["runs"][0].get("shown", {}))
+    beside = "".join(f", {name} {shown_of(first, name)}" for name in names)
     timed = ["seconds a step", "at equal seconds"] if any("time" in found for found in judged) else []
-    data = index.get("sigma_data", 0.0)
     columns = ["axis", "change", "mean", "difference", "at equal steps", *timed, "parameters", "rate", "seeds", *names]
-    lines = [f"Baseline: {mean:.4f} ({index['metric']}){beside}, {len(baseline)} seeds, sigma {sigma:.4f}; a row of "
-             f"two seeds counts from {least(2, len(baseline), sigma):.4f} on, of three from "
-             f"{least(3, len(baseline), sigma):.4f}."
-             + (f" With another draw of the data a difference moves by {data:.4f}: below "
-                f"{least(2, len(baseline), sigma, data):.4f}, of three {least(3, len(baseline), sigma, data):.4f}, "
-                "such a row is undecided." if data else ""), "",
-             f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+    limits = [f"{least(seeds, len(baseline), sigma, deviation):.4f}" for deviation in (0.0, data) for seeds in (2, 3)]
+    line = (f"Baseline: {statistics.mean(baseline):.4f} ({index['metric']}){beside}, {len(baseline)} seeds, sigma "
+            f"{sigma:.4f}; a row of two seeds counts from {limits[0]} on, of three from {limits[1]}.")
+    if data:
+        line += (f" With another draw of the data a difference moves by {data:.4f}: below {limits[2]}, of three "
+                 f"{limits[3]}, such a row is undecided.")
     edges = (min(index["factors"]), max(index["factors"])) if len(index["factors"]) > 1 else ()
+    lines = []
     for found in judged:
         row = found["row"]
-        name = row["name"] + (f" (against {row['against']})" if row["against"] != index["rows"][0]["name"] else "")
+        name = row["name"] + (f" (against {row['against']})" if row["against"] != first["name"] else "")
         if "verdict" not in found:
             why = row["error"] or (f"{row['open']} runs to go" if row["open"] else "not measured")
-            lines.append(f"| {row['axis']} | {name} | {why} |" + " |" * (len(columns) - 3))
+            lines.append([row["axis"], name, why + " |" * (len(columns) - 3)])
             continue
-        seconds = f"{found['time']:.2f}" if "time" in found else ""
-        equal = ""
+        seconds = equal = size = ""
         if "time" in found:
+            seconds = f"{found['time']:.2f}"
             equal = "as at equal steps" if abs(found["time"] - 1) <= index["slower"] else "not measured"
         if "equal" in found:
             equal = f"{found['equal'][0]:+.4f}: {WORDS[found['equal'][1]]}"
-        size = f"{found['size'] - 1:+.1%}" if "size" in found and abs(found["size"] - 1) > 0.0101 else "same"
-        mean, star = statistics.mean(found["values"]), "*" if row["factor"] in edges else ""
-        cells = [row["axis"], name, f"{mean:.4f}", f"{found['difference']:+.4f}", WORDS[found["verdict"]],
-                 *([seconds, equal] if timed else []), size if "size" in found else "", f"x{row['factor']:g}{star}",
-                 len(found["values"]), *(shown_of(row, name) for name in names)]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    if edges:
-        lines += ["", "\\* the best of the tried rates is the smallest or the largest: a better one may lie beyond."]
-    return lines
+        if "size" in found:
+            size = f"{found['size'] - 1:+.1%}" if abs(found["size"] - 1) > 0.0101 else "same"
+        lines.append([row["axis"], name, f"{statistics.mean(found['values']):.4f}", f"{found['difference']:+.4f}",
+                      WORDS[found["verdict"]], *([seconds, equal] if timed else []), size,
+                      f"x{row['factor']:g}{'*' if row['factor'] in edges else ''}", len(found["values"]),
+                      *(shown_of(row, name) for name in names)])
+    star = "\\* the best of the tried rates is the smallest or the largest: a better one may lie beyond."
+    return [line, "", *as_markdown(columns, lines), *(["", star] if edges else [])]
 
 
 def shown_of(row, name):
@@ -661,23 +617,19 @@ def pivot(index):
 
     The last axis stands in the columns, the others before the rows; of a single axis, the rows.
     """
-    options = {axis: list(given) for axis, given in index["cross"].items()}
-    down = list(options)[:-1] or list(options)
-    last = list(options)[-1] if len(options) > 1 else None
-    rows = {tuple(row["at"][axis] for axis in options): row for row in index["rows"]}
-    shown = dict.fromkeys(name for row in rows.values() for run in row["runs"] for name in run.get("shown", {}))
+    options, rows = {axis: list(given) for axis, given in index["cross"].items()}, index["rows"]
+    *down, last = options if len(options) > 1 else (*options, None)
+    at = {tuple(row["at"][axis] for axis in options): row for row in rows}
     lines = []
-    for name in (None, *shown):
-        lines += [f"**{index['metric'] if name is None else name}**, mean +- standard deviation (seeds)", "",
-                  *head([*down, *([f"{last} {option}" for option in options[last]] if last else ["mean"])])]
-        for place in itertools.product(*(options[axis] for axis in down)):
-            cells = [crossed(rows.get((*place, *more)), name)
-                     for more in ([(option,) for option in options[last]] if last else [()])]
-            lines.append(f"| {' | '.join([*place, *cells])} |")
-        lines.append("")
-    failed = [f"{row['name']}: {row['error']}" for row in index["rows"] if row["error"]]
-    lines += [f"{waiting} runs to go."] if (waiting := sum(row["open"] for row in index["rows"])) else []
-    return lines + ([f"Failed: {'; '.join(failed)}."] if failed else [])
+    for name in (None, *dict.fromkeys(name for row in rows for run in row["runs"] for name in run.get("shown", {}))):
+        lines += [f"**{index['metric'] if name is None else name}**, {MEAN}", "", *as_markdown(
+            [*down, *([f"{last} {option}" for option in options[last]] if last else ["mean"])],
+            [[*place, *(crossed(at.get((*place, *more)), name)
+                        for more in ([(option,) for option in options[last]] if last else [()]))]
+             for place in itertools.product(*(options[axis] for axis in down))]), ""]
+    failed = [f"{row['name']}: {row['error']}" for row in rows if row["error"]]
+    waiting = sum(row["open"] for row in rows)
+    return lines + [f"{waiting} runs to go."] * (waiting > 0) + [f"Failed: {'; '.join(failed)}."] * (failed != [])
 
 
 def crossed(row, name):
@@ -690,14 +642,12 @@ def crossed(row, name):
 
 def draw_table(index, path):
     """A picture of the differences: a dot per seed, a band for what counts as none."""
-    from matplotlib.figure import Figure
     sigma, baseline, judged = judge(index)
-    rows = {row["name"]: [run["value"] for run in row["runs"]] for row in index["rows"]}
+    means = {row["name"]: statistics.mean(run["value"] for run in row["runs"]) for row in index["rows"] if row["runs"]}
     shown = [found for found in judged if "verdict" in found]
     if not shown:
         raise UserError("no row has finished yet: nothing to draw")
-    figure = Figure(figsize=(width, 1.2 + 0.2 * len(shown)), layout="constrained", dpi=120)
-    axes = figure.subplots()
+    figure, (axes,) = canvas(width, 1.2 + 0.2 * len(shown))
     limit, data = least(2, len(baseline), sigma), index.get("sigma_data", 0.0)
     if data:
         wide = least(2, len(baseline), sigma, data)
@@ -705,19 +655,48 @@ def draw_table(index, path):
     axes.axvspan(-limit, limit, color="0.85", label="no difference measured (two seeds)")
     colours = {-1: "tab:green", 0: "0.35", 1: "tab:red", None: "tab:orange"}
     for y, found in enumerate(shown):
-        base = statistics.mean(rows[found["row"]["against"]])
-        axes.plot([value - base for value in found["values"]], [y] * len(found["values"]), "o", markersize=4,
-                  color=colours[found["verdict"]])
-    against = index["rows"][0]["name"]
-    names = [f"{row['axis']}: {row['name']}{'' if row['against'] == against else ' †'}"
-             for row in (found["row"] for found in shown)]
-    axes.set_yticks(range(len(shown)), names, fontsize=7)
-    axes.set_ylim(len(shown) - 0.4, -0.6)
+        axes.plot([value - means[found["row"]["against"]] for value in found["values"]], [y] * len(found["values"]),
+                  "o", markersize=4, color=colours[found["verdict"]])
+    rows, against = [found["row"] for found in shown], index["rows"][0]["name"]
+    axes.set_yticks(range(len(rows)), [f"{row['axis']}: {row['name']}{'' if row['against'] == against else ' †'}"
+                                       for row in rows], fontsize=7)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xscale("symlog", linthresh=max(2 * limit, 1e-6))
     axes.set_xlabel("difference to the baseline (left is better; † to another row)")
     axes.grid(alpha=0.3, axis="x")
     axes.legend(fontsize=7, loc="lower right")
     save(figure, path)
+
+
+# --- The command ---
+
+def show_table(settings):
+    """The table of a grid, and where it has verdicts a picture beside it."""
+    index = read_index(Path(table) if table.endswith(".jsonl") else Path(table) / "grid.json")
+    if index.get("cross"):
+        settings.refuse_idle(("out", "width"), f"with --table {table}: a cross has no picture of its own")
+        return print("\n".join(pivot(index)))
+    print("\n".join(markdown(index)))
+    folder = Path(table.removesuffix(".jsonl"))
+    draw_table(index, Path(out or (folder / "table.png" if folder.is_dir() else f"{folder}.png")))
+
+
+def read_all(read):
+    """[(run, *read(run))] of all `runs`; what cannot be read is named. UserError where nothing can."""
+    (there, left_out), found = archive.find(runs), []
+    for run in there:
+        try:
+            if not run.settings:
+                raise ValueError("no params.json")
+            found.append((run, *read(run)))
+        except ValueError as error:
+            left_out.append(f"{run.place}: {error}")
+    if not found:
+        more = f"; and so on, {len(left_out)} in all" if len(left_out) > 3 else ""
+        raise UserError(f"nothing to draw: {'; '.join(left_out[:3])}{more}")
+    for line in left_out:
+        print("left out", line, file=sys.stderr)
+    return found
 
 
 @command
@@ -730,9 +709,9 @@ def main():
     two = [] if contours is None else [word.strip() for word in contours.split(",")]
     if out is not None and Path(out).suffix.lower() not in ("", *PICTURES):
         raise UserError(f"--out {out}: a picture ends in {', '.join(PICTURES)}")
-    drawn_by = ("over", "contours", "capacity", "levels", "same", "only", "by", "split", "metric")
     if table is not None:
-        settings.refuse_idle(drawn_by, "with --table")
+        settings.refuse_idle(("over", "contours", "capacity", "levels", "same", "only", "by", "split", "metric"),
+                             "with --table")
     elif capacity:
         settings.refuse_idle(("same", "only", "by", "split", "metric"), "with --capacity")
     elif two or over is not None:
@@ -742,47 +721,26 @@ def main():
     if two and (len(set(two)) != 2 or len(two) != 2 or "" in two):
         raise UserError(f"--contours {contours}: must be two settings, as n_people,n_embd")
     if table is not None:
-        index = read_index(Path(table) / "grid.json")
-        if index.get("cross"):
-            settings.refuse_idle(("out", "width"), f"with --table {table}: a cross has no picture of its own")
-        lines = pivot(index) if index.get("cross") else markdown(index)
-        print("\n".join(lines))
-        if index.get("cross"):
-            return
-        return draw_table(index, Path(out or Path(table) / "table.png"))
-    places = [Path(place) for word in runs.split(",")
-              for place in sorted(glob.glob(word.strip()), key=natural) or [word.strip()]]
-    found, left_out = [], []
-    for directory in places:
-        try:
-            if capacity:
-                found.append((directory, *read_capacity(directory)))
-                continue
-            settings, curves = read_run(directory, by, split, metric)
-            if "parameters" in two:
-                settings = {**settings, "parameters": parameters_of(directory)}
-            found.append((directory, settings, curves))
-        except ValueError as error:
-            left_out.append(f"{directory}: {error}")
-    if not found:
-        more = f"; and so on, {len(left_out)} in all" if len(left_out) > 3 else ""
-        raise UserError(f"nothing to draw: {'; '.join(left_out[:3])}{more}")
-    for line in left_out:
-        print("left out", line, file=sys.stderr)
-    what = f"{split} {'bits per byte' if metric == 'bpb' else metric}"
+        return show_table(settings)
     if capacity:
-        groups, following = capacities(found)
-        print("\n".join(capacity_table(groups)))
-        return draw_capacity(groups, Path(out or "capacity.png"), say_beside(following))
+        rows, following = capacities(read_all(read_capacity))
+        print("\n".join(capacity_table(rows)))
+        return draw_capacity(rows, Path(out or "capacity.png"), footnote(following))
+    found = read_all(lambda run: read_run(run, by, split, metric, "parameters" in two))
     if only is not None:
         found = chosen(found, only.replace(",", " ").split())
+    ylabel = f"{split} {'bits per byte' if metric == 'bpb' else metric}"
+    axes, option = (two, "--contours") if two else ([over], "--over") if over is not None else ([], None)
+    points, following = points_of(found, axes, option)
     if two:
-        drawn, following = panels(found, *two)
-        print("\n".join(contour_tables(drawn, *two, what)))
-        return draw_contours(drawn, *two, what, Path(out or "contours.png"), say_beside(following))
-    if over is not None:
-        return draw_over(last_values(found, over), over, split, metric, Path(out or f"{over}.png"))
-    draw(families(found), by, split, metric, Path(out or "curves.png"), say_beside(told_apart(found)[1]))
+        drawn = panels(last(points), *two)
+        print("\n".join(contour_tables(drawn, *two, ylabel)))
+        draw_contours(drawn, *two, ylabel, Path(out or "contours.png"), footnote(following))
+    elif over is not None:
+        draw_over(last(points), over, f"{split} {metric}", ylabel, Path(out or f"{over}.png"))
+    else:
+        xlabel = {"step": "step", "seconds": "seconds of training", "tokens": "tokens seen"}[by]
+        draw(points, xlabel, ylabel, Path(out or "curves.png"), footnote(following))
 
 
 if __name__ == "__main__":

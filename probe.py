@@ -15,7 +15,7 @@ share of the most frequent value.
     linear_probe(features, labels, n_classes)                # can a linear map read the labels off the features?
     layers_that_know(model, prompts, labels)                 # so at the end of each prompt, layer by layer
 
-A model gives the same bits with a probe and without, losses and gradients alike.
+A model gives the same bits with a probe and without, losses and gradients alike. Figures: docs/facts.md.
 """
 import flags
 

@@ -9,23 +9,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
+import kernels
 from cache import RecurrentCache
 from mixers import Linear, convolve
 
 
 # --- The scan ---
 
-def scan_reference(a, b, h):
-    """h_t = a_t h_(t-1) + b_t in a loop over dimension 1: a, b (B, T, ...), h (B, ...) to all states (B, T, ...)."""
-    states = []
-    for t in range(a.size(1)):
-        h = a[:, t] * h + b[:, t]
-        states.append(h)
-    return torch.stack(states, 1)
-
-
 def _scan(a, b, h):
-    """scan_reference in about 2 sqrt(T) steps: inside all pieces of sqrt(T) at once, then over the pieces.
+    """kernels.scan_reference in about 2 sqrt(T) steps: inside all pieces of sqrt(T) at once, then over the pieces.
 
     A piece's states are its own scan from zero, plus the running products of a times the state before the piece.
     """
@@ -132,19 +124,18 @@ class MinGRU(Recurrent):
     def __init__(self, config, layer=0):
         super().__init__()
         c, self.layer = config, layer
-        self.inner, self.triton = round(c.expand * c.n_embd), c.kernels == "triton"
+        self.inner = round(c.expand * c.n_embd)
         self.into = Linear(c.n_embd, 2 * self.inner, bias=c.bias)
         self.out = Linear(self.inner, c.n_embd, bias=c.bias)
         self.fused, self.shapes = {"into": (self.inner, self.inner)}, [(self.inner,)]
 
     def run(self, x, states, real=None):
         """x (B, T, C), states (h (B, I),), real (B, T) or None. Returns y (B, T, C) and the states after."""
-        if self.triton and x.size(1) > 1:
-            from kernels_scan import min_gru  # only here: it imports this file
+        if kernels.on() and x.size(1) > 1:
             z, v = self.into(x).chunk(2, -1)  # (B, T, I)
             if real is not None:
                 z = z.masked_fill(~real.unsqueeze(2), -math.inf)
-            h = min_gru(z, v, states[0])
+            h = kernels.min_gru(z, v, states[0])
             return self.out(h.to(x.dtype)), (h[:, -1],)
         z, v = self.into(x).to(states[0].dtype).chunk(2, -1)  # (B, T, I)
         z, v = torch.sigmoid(z), torch.where(v >= 0, v + 0.5, torch.sigmoid(v))
@@ -172,7 +163,7 @@ class Mamba(Recurrent):
         super().__init__()
         c, self.layer = config, layer
         self.inner, self.n_state, self.width = round(c.expand * c.n_embd), c.state_dim, c.conv_width
-        self.rank, self.triton = -(-c.n_embd // 16), c.kernels == "triton"
+        self.rank = -(-c.n_embd // 16)
         self.into = Linear(c.n_embd, 2 * self.inner, bias=False)
         self.join = Linear(self.inner, self.rank + 2 * self.n_state, bias=False)
         self.dt = nn.Parameter(torch.empty(self.inner, self.rank))
@@ -221,9 +212,8 @@ class Mamba(Recurrent):
                 dt = dt * real.unsqueeze(2)  # exp(0) h + 0: the state stays
             a = -torch.exp(self.a_log.to(exact))  # (I, N)
             skip = self.skip.to(exact)
-            if self.triton and T > 1:
-                import kernels_scan  # only here: it imports this file
-                y, h = kernels_scan.selective_scan(u, dt, a, b, c, skip, h)
+            if kernels.on() and T > 1:
+                y, h = kernels.selective_scan(u, dt, a, b, c, skip, h)
             elif T == 1:
                 h = torch.exp(dt[:, 0, :, None] * a) * h + (dt * u)[:, 0, :, None] * b[:, 0, None, :]  # (B, I, N)
                 y = torch.addcmul((h @ c[:, 0, :, None])[..., 0].unsqueeze(1), u, skip)  # (B, 1, I)

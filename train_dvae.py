@@ -13,7 +13,7 @@ Encoder -> query pooler -> n_codes choices out of one codebook -> decoder, in th
 2021, 2102.12092), with the choice relaxed by Gumbel noise (Jang et al. 2017), copied straight through, by ReinMax (Liu
 et al. 2023), or replaced by VQ or FSQ. The first code or two are
 the grid's height and width; the others stand on tiles of it. To expect of the preset cpu: exact match 0.92 on 1,000
-grids never seen, after two minutes of one core.
+grids never seen, after two minutes of one core. Figures: docs/dvae.md.
 """
 import flags
 
@@ -23,7 +23,6 @@ import json
 import math
 import os
 import time
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -36,18 +35,14 @@ from data.arc import OUTSIDE, PALETTE, Canvas, Stream, load
 from discrete import (SAMPLED, choose, code_statistics, decompose, fsq_levels, information_gaps, kl_uniform, nmi_matrix,
                       usage_kl)
 from dvae import DVAE, Config
-from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
-                        load_checkpoint, load_loop, optional, override, resolve_device, replacing, restore_generators,
-                        seed_everything)
+from experiment import (Generators, Loop, Run, Stopwatch, UserError, begin, command, optional, put_back, replacing,
+                        resolve_device, restoring, resumed, seed_everything)
 from flags import shown
+from kernels import use as use_kernels
 from model import fused_rows, parameter_roles
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
-run_name = None            # name of the run's directory; none: date and time
-out_dir = "runs"           # the run's directory is out_dir/train_dvae/run_name
-tag = None                 # a word by which `python experiment.py clean --tag` finds the run
-resume = False             # [path] go on with run_name (none: the newest run); --resume PATH: from that checkpoint
 eval_only = False          # with resume: evaluate, draw, train nothing
 encode = None              # with resume: a JSON file with grids (a task, a list of grids, one grid); prints their codes
 decode = None              # with resume: codes with commas between, or a JSON file with lists of codes; prints grids
@@ -57,7 +52,6 @@ device = "auto"            # auto, cpu, cuda, cuda:1, ...
 dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
 compile = False            # torch.compile
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
-debug = False              # tiny and short, no wandb, no tensorboard
 
 # --- Data ---
 dataset = "synthetic"      # synthetic, or of ARC arc1, arc2, or arc1-training, arc1-evaluation, ... with + between
@@ -130,7 +124,6 @@ kl_target = None           # [none, > 0.0] bits per grid: the KL's weight moves 
 # --- Optimisation ---
 max_steps = 1000           # [none, >= 0] optimiser steps in all, resumes included; none: until stopped
 optimizer = "muon"         # [sgd, adam, adamw, muon, schedule_free] muon: hidden matrices, the rest by adamw
-orthograd = False          # gradients made orthogonal to their weights first
 lr = 5e-3                  # [> 0.0] peak learning rate
 muon_lr = 0.01             # [> 0.0] peak learning rate of the matrices under muon
 schedule = "cosine"        # [constant, noam, cosine, wsd] all start with a linear warm-up
@@ -138,9 +131,7 @@ warmup_steps = 50          # [>= 0] steps
 decay_fraction = 0.5       # [> 0.0, <= 1.0] wsd: share of max_steps in which the rate falls linearly
 min_lr_scale = 0.02        # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
 betas = (0.9, 0.98)        # [>= 0.0, < 1.0] adam, adamw, schedule_free
-eps = 1e-8                 # [> 0.0] adam, adamw, schedule_free
 momentum = 0.9             # [>= 0.0, < 1.0] sgd
-muon_momentum = 0.95       # [>= 0.0, < 1.0] muon
 weight_decay = 0.01        # [>= 0.0] on matrices only
 grad_clip = 1.0            # [none, > 0.0] largest norm of the whole gradient
 ema_decay = 0.99           # [>= 0.0, < 1.0] running average of the weights, evaluated in their place; 0: none
@@ -152,8 +143,10 @@ eval_batch_size = 256      # [>= 1] grids at once; changes the speed, not the re
 save_interval = 250        # [>= 1] steps between checkpoints
 keep_last = 0              # [>= 0] numbered checkpoints to keep beside last.pt and best.pt
 log_interval = 10          # [>= 1] steps between lines of metrics
-wandb = "disabled"         # [disabled, offline, online]
-tensorboard = False        # curves for TensorBoard in the run's directory
+
+# Flags all the same: the commented fields of these classes.
+FURTHER = {"the optimiser": "optim.py:Settings but warmup_peak ess hess_init clip_radius decay_params",
+           "the run": "flags.py:Common"}
 
 presets = {
     "cpu": dict(max_steps=1000),
@@ -193,7 +186,7 @@ def check(settings):
         raise UserError(f"n_head {n_head} does not divide n_embd {n_embd}")
     if round(ff_mult * n_embd) < 1:
         raise UserError(f"ff_mult {ff_mult} leaves no feed-forward width at n_embd {n_embd}")
-    if code_dim == 1 and similarity == "cosine" and estimator != "fsq" and resume is False:
+    if code_dim == 1 and similarity == "cosine" and estimator != "fsq" and settings["resume"] is False:
         raise UserError("code_dim 1: on a line cosine knows two directions and has no gradient, so the encoder would "
                         "learn nothing: take code_dim 2, or --similarity dot")
     if estimator == "reinmax" and min(own("tau_start"), own("tau_end")) < 1:
@@ -207,7 +200,7 @@ def check(settings):
     if schedule_steps is None and max_steps is None:
         raise UserError("the schedules are shares of max_steps: with max_steps none give schedule_steps")
     try:
-        optim.schedule(schedule, 0, warmup_steps, max_steps, min_lr_scale, decay_fraction)
+        optim.factor(settings, 0)
         levels = fsq_levels(codebook_size) if estimator == "fsq" else None
     except ValueError as error:
         raise UserError(error)
@@ -304,6 +297,26 @@ def masked(tokens, canvas, rate, generator):
     return tokens.masked_fill(hidden, canvas.mask), hidden.sum() / (tokens != canvas.pad).sum()
 
 
+def warn_of_passes():
+    """One line where a step of several passes is not that of one pass over all of their grids."""
+    nonlinear = [name for name in ("usage_weight", "mi_weight", "tc_weight", "dwkl_weight") if max(globals()[name])]
+    if grad_accum > 1 and nonlinear and estimator in SAMPLED:
+        print(f"grad_accum {grad_accum}: what {', '.join(nonlinear)} weighs is not linear in the batch: each pass of "
+              f"{batch_size} grids has its own, and a step takes their mean")
+
+
+@torch.no_grad()
+def fit_codebook(model, ema, canvas, stream, autocast, generator):
+    """Codes become k-means of what the encoder makes of the first four batches; the average begins with them."""
+    where = model.queries.device
+    with autocast:
+        outputs = [model.encode(canvas.tokens(cells).to(where), shapes.to(where)).flatten(0, 1)
+                   for cells, shapes in map(stream.at, range(4))]
+    model.codebook.fit(torch.cat(outputs), generator)
+    if ema:
+        ema.reset()
+
+
 # --- Evaluation ---
 
 @torch.no_grad()
@@ -322,9 +335,9 @@ def evaluate(model, canvas, grids, autocast, now, count=None, thorough=False):
     cells, shapes = grids.cells[:count], grids.shapes[:count]
     where, parts = model.queries.device, {}
     generator = torch.Generator(where).manual_seed(0)        # its own: an evaluation changes nothing in training
-    for begin in range(0, len(cells), eval_batch_size):
-        tokens = canvas.tokens(cells[begin:begin + eval_batch_size]).to(where)
-        some = shapes[begin:begin + eval_batch_size].to(where)
+    for first in range(0, len(cells), eval_batch_size):
+        tokens = canvas.tokens(cells[first:first + eval_batch_size]).to(where)
+        some = shapes[first:first + eval_batch_size].to(where)
         with autocast:
             z = model.encode(tokens, some)
             found = model.codebook(z)
@@ -335,8 +348,8 @@ def evaluate(model, canvas, grids, autocast, now, count=None, thorough=False):
                 row |= dict(kl=kl_uniform(found.logits).sum(1))
                 schedules = {name: now[name] for name in ("tau", "noise", "hardness")}
                 row["drawn"] = model.write(model.codebook(z, estimator, generator=generator, **schedules).e, some)
-                if thorough and begin < 1000:                # the mixture of `decompose` compares all with all
-                    row["logits"] = found.logits[:1000 - begin]
+                if thorough and first < 1000:                # the mixture of `decompose` compares all with all
+                    row["logits"] = found.logits[:1000 - first]
         for name, value in row.items():
             parts.setdefault(name, []).append(value.cpu())
     model.train()
@@ -574,24 +587,17 @@ def fits(model, state):
 @command
 def main():
     # ---- settings: flags, preset, and on resume the checkpoint's ----
-    settings = override(globals())
-    if debug:
-        quiet = {name: value for name, value in debug_settings.items() if name not in settings.explicit}
-        globals().update(quiet)
-        settings.update(quiet)
+    settings = begin(globals())
     only_read = eval_only or encode is not None or decode is not None
     if (eval_only, encode is not None, decode is not None).count(True) > 1:
         raise UserError("--eval_only, --encode and --decode: one of them")
-    if only_read and resume is False:
+    if only_read and settings["resume"] is False:
         raise UserError("--eval_only, --encode and --decode go with --resume, or --resume PATH: which model?")
-    checkpoint_path = find_resume(settings, __file__, needed=only_read)
-    checkpoint = load_checkpoint(checkpoint_path, __file__) if checkpoint_path else None
-    if checkpoint:
-        settings = adopt(globals(), settings, {name: value for name, value in checkpoint["settings"].items()
-                                               if name not in ("eval_only", "encode", "decode")}, architecture)
+    checkpoint = resumed(settings, architecture, ("eval_only", "encode", "decode"), needed=only_read)
     config = check(settings)
     canvas = config.canvas
     where, precision = resolve_device(device, dtype)
+    use_kernels(kernels)
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
 
     # ---- model, and what a person asks of a trained one ----
@@ -599,29 +605,14 @@ def main():
     model = DVAE(config).to(where)
     noise = torch.Generator(where).manual_seed(seed)         # of codes and masks
     revival = torch.Generator().manual_seed(seed)            # which encoder outputs dead codes become
+    ema = optim.EMA(model, ema_decay) if ema_decay else None
+    opt = optim.build(settings, model.named_parameters(), parameter_roles(model), fused_rows(model))
     if checkpoint:
         fits(model, checkpoint["model"])
-        model.load_state_dict(checkpoint["model"])
-    ema = optim.EMA(model, ema_decay) if ema_decay else None
-    if checkpoint and ema and checkpoint["ema"]:
-        ema.load_state_dict(checkpoint["ema"])
-    opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, weight_decay=weight_decay,
-                      betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr, muon_momentum=muon_momentum,
-                      orthograd=orthograd, fused_rows=fused_rows(model), kernels=kernels)
-    if checkpoint:
-        optim.load_state(opt, checkpoint["optimizer"])
-
-    @contextmanager
-    def evaluated():
-        """The weights to evaluate and save are in place: an average where there is one."""
-        with opt.averaged():
-            if ema is None:
-                yield
-            else:
-                with ema.swapped():
-                    yield
     if encode is not None or decode is not None:
-        with evaluated():
+        with restoring(checkpoint.path):
+            put_back(checkpoint, dict(model=model, ema=ema, optimizer=opt))
+        with optim.evaluated(opt, ema):
             print_codes(model, canvas, autocast) if encode is not None else print_grids(model, canvas, autocast)
         return
 
@@ -635,43 +626,21 @@ def main():
     rate = f"{n_codes} codes of {codebook_size}, {n_codes * math.log2(codebook_size):.0f} bits a grid"
     print(f"{model.n_params():,} parameters; {rate}; {where.type} {str(precision).removeprefix('torch.')}")
 
-    # ---- the loop's own state ----
-    loop = dict(step=0, evaluated=-1, best=[-1.0, -math.inf], best_step=0, pending=[], seconds=0.0, logged_seconds=0.0,
-                tokens=0, kl_weight=0.0, chosen=torch.zeros(codebook_size, dtype=torch.int64))
+    # ---- the run: on resume, what it is handed goes on where the checkpoint was saved ----
     scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
-    if checkpoint:
-        loop |= load_loop(loop, checkpoint["loop"])
-        optim.load_scaler(scaler, checkpoint["scaler"])
-        restore_generators(checkpoint["generators"], noise=noise, revival=revival)
-    loop["chosen"] = loop["chosen"].to(where)
+    loop = Loop(dict(step=0, evaluated=-1, best=[-1.0, -math.inf], best_step=0, pending=[], seconds=0.0,
+                     logged_seconds=0.0, tokens=0, kl_weight=0.0,
+                     chosen=torch.zeros(codebook_size, dtype=torch.int64, device=where)), scaler)
+    run = Run(settings, checkpoint, model=model, optimizer=opt, ema=ema, scaler=scaler,
+              generators=Generators(noise=noise, revival=revival), loop=loop)
     if compile:                                              # what costs; the choice between them stays as it is
         model.encode, model.decode = torch.compile(model.encode), torch.compile(model.decode)
-    recent = []                                              # numbers of the last steps, still on the device
     clock = Stopwatch(where)
-
-    def settle():
-        """Moves `recent` into the loop's state as numbers; stops the run at the first step that was not finite."""
-        for i, row in enumerate(recent):
-            row = {name: float(value) for name, value in row.items()}
-            if not (math.isfinite(row["loss"]) and (math.isfinite(row["grad_norm"]) or scaler.is_enabled())):
-                raise NonFinite(loop["step"] - len(recent) + i + 1)
-            loop["pending"].append(row)
-        recent.clear()
-
-    @contextmanager
-    def state():
-        """Everything that the rest of the run depends on; with what others are to read in the place of the weights."""
-        settle()
-        with opt.averaged():
-            yield dict(step=loop["step"], settings=dict(settings), model=model.state_dict(), optimizer=opt.state_dict(),
-                       ema=ema.state_dict() if ema else None, scaler=scaler.state_dict(),
-                       generators=generator_states(noise=noise, revival=revival),
-                       loop={**loop, "chosen": loop["chosen"].cpu(), "pending": list(loop["pending"])})
 
     def validate(folder, count=None, thorough=False, pictures=True):
         """Figures and pictures of the weights to evaluate, as `evaluate` gives them."""
         clock.start()
-        with evaluated():
+        with optim.evaluated(opt, ema):
             numbers, found = evaluate(model, canvas, arc.val, autocast, scheduled(loop["step"]), count, thorough)
             clock.lap("evaluation")
             if pictures:
@@ -681,38 +650,27 @@ def main():
         return numbers
 
     if eval_only:
-        folder = Path(checkpoint_path).parent
+        folder = checkpoint.path.parent
         report(validate(folder, thorough=True))
         print(f"pictures: {folder / 'samples'}")
         return
 
     limits.notes(settings, {"max_steps": max_steps}, checkpoint and checkpoint["settings"])
-    with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
+    with run:
         bar = run.bar(max_steps, loop["step"])
         saved = None                                         # on resume too: a stop comes before what is due
         if not checkpoint:
             if codebook_init == "kmeans" and estimator != "fsq":
-                with torch.no_grad(), autocast:
-                    outputs = [model.encode(canvas.tokens(cells).to(where), shapes.to(where)).flatten(0, 1)
-                               for cells, shapes in map(stream.at, range(4))]
-                model.codebook.fit(torch.cat(outputs), revival)
-                if ema:
-                    ema = optim.EMA(model, ema_decay)
-            with state() as now:                             # at once: a full disk shows, a kill leaves what to resume
-                run.save("last.pt", now)
-        nonlinear = [name for name in ("usage_weight", "mi_weight", "tc_weight", "dwkl_weight") if max(globals()[name])]
-        if grad_accum > 1 and nonlinear and estimator in SAMPLED:
-            print(f"grad_accum {grad_accum}: what {', '.join(nonlinear)} weighs is not linear in the batch: each pass "
-                  f"of {batch_size} grids has its own, and a step takes their mean")
+                fit_codebook(model, ema, canvas, stream, autocast, revival)
+            run.save("last.pt", loop["step"])                # at once: a full disk shows, a kill leaves what to resume
+        warn_of_passes()
 
-        while True:
+        while not run.stop:
             # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
             step = loop["step"]
-            if run.stop:
-                break
             last = max_steps is not None and step >= max_steps
             if (step % eval_interval == 0 or last) and loop["evaluated"] < step:
-                settle()
+                loop.flush()
                 loop["evaluated"] = step
                 numbers = validate(run.dir, eval_grids)
                 run.log(step=step, split="val", **numbers)
@@ -720,13 +678,9 @@ def main():
                 score = [numbers["exact"], -numbers["nats"]]
                 if score > loop["best"]:
                     loop.update(best=score, best_step=step)
-                    with state() as now:
-                        run.save("best.pt", now)
+                    run.save("best.pt", step)
             if saved != step and step % save_interval == 0:
-                with state() as now:
-                    run.save("last.pt", now)
-                    if keep_last:
-                        run.keep(now, step, keep_last)
+                run.save("last.pt", step, keep=keep_last)
                 saved = step
             if last:
                 break
@@ -736,9 +690,7 @@ def main():
             now = scheduled(step)
             if kl_target is not None:                        # a weight that rises while the KL is above its target
                 now["kl_weight"] = loop["kl_weight"]
-            scale = optim.schedule(schedule, step, warmup_steps, max_steps, min_lr_scale, decay_fraction)
-            for param_group in opt.param_groups:
-                param_group["lr"] = param_group["base_lr"] * scale
+            rate = optim.set_rate(opt, settings, step)
             row, outputs, chosen = {}, [], []
             clock.start()
             cells, all_shapes = stream.at(step)
@@ -777,7 +729,7 @@ def main():
             if kl_target is not None:                        # 1 % a step at most; the same tensor also goes to the log
                 over = float(row["kl"]) / (kl_target * math.log(2)) - 1
                 loop["kl_weight"] = min(10.0, max(1e-4, loop["kl_weight"]) * math.exp(0.01 * max(-1.0, min(1.0, over))))
-            recent.append(row)
+            loop.add(row)
             step = loop["step"] = step + 1
             steps = schedule_steps or max_steps
             if reset_interval and estimator != "fsq" and step % reset_interval == 0:
@@ -790,14 +742,14 @@ def main():
             # ---- log ----
             due = step % log_interval == 0
             if due:
-                settle()                                     # waits for the device: part of the step's time
+                loop.flush()                                 # waits for the device: part of the step's time
             loop["seconds"] += time.perf_counter() - began
             if due:
                 rows = loop["pending"]                       # not all alike: a weight of 0 leaves its part out
                 values = {name: [line[name] for line in rows if name in line] for line in rows[::-1] for name in line}
                 means = {name: sum(some) / len(some) for name, some in values.items()}
                 elapsed = loop["seconds"] - loop["logged_seconds"]
-                run.log(step=step, split="train", **means, lr=lr * scale, **now, tokens_per_s=loop["tokens"] / elapsed,
+                run.log(step=step, split="train", **means, lr=rate, **now, tokens_per_s=loop["tokens"] / elapsed,
                         grids_per_s=len(rows) * batch_size * grad_accum / elapsed, seconds=loop["seconds"],
                         **({"revived": loop.get("revived", 0)} if reset_interval else {}))
                 loop.update(pending=[], logged_seconds=loop["seconds"], tokens=0)
@@ -806,8 +758,7 @@ def main():
         # ---- the end ----
         bar.close()
         if saved != loop["step"]:
-            with state() as now:
-                run.save("last.pt", now)
+            run.save("last.pt", loop["step"])
         run.summary(step=loop["step"], hash=arc.hash, parameters=model.n_params(), best_exact=loop["best"][0],
                     best_step=loop["best_step"], seconds_training=loop["seconds"])
         if not run.stop:

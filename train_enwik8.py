@@ -10,7 +10,7 @@
 The defaults are wired like T12: 12 layers of width 512, an own position table in every layer, two bytes predicted ahead
 (the second at half weight), an own classifier per layer and target, intermediate losses that end layer by layer in the
 first half of training; 44.17M parameters in training, 41.16M at inference. Published: 1.11 bits per byte on enwik8's
-test split under stride:1. What this code measured, and with which command, stands in the README.
+test split under stride:1. What this code measured, and with which command: docs/language-model.md.
 """
 import flags
 
@@ -26,19 +26,15 @@ import limits
 import optim
 import parallel
 from data import text
-from evaluate import LN2, score
-from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
-                        load_checkpoint, load_loop, measure_peak_flops, optional, override, resolve_device,
-                        seed_everything)
+from experiment import (Generators, Loop, Run, Stopwatch, UserError, begin, command, measure_peak_flops, optional,
+                        resolve_device, resumed, seed_everything)
+from kernels import use as use_kernels
 from model import TransformerConfig, active_layers, build_model, equal_ff_mult, fused_rows, parameter_roles
-from sample import generate
+from nanolab.generate import generate
+from nanolab.score import LN2, score
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
-run_name = None            # name of the run's directory; none: date and time
-out_dir = "runs"           # the run's directory is out_dir/train_enwik8/run_name
-tag = None                 # a word by which `python experiment.py clean --tag` finds the run
-resume = False             # [path] go on with run_name (none: the newest run); --resume PATH: from that checkpoint
 seed = 1337                # [>= 0] initialisation and dropout
 data_seed = 1337           # [>= 0] batches
 device = "auto"            # auto, cpu, cuda, cuda:1, ...
@@ -47,7 +43,6 @@ compile = False            # torch.compile
 dp = 1                     # [>= 1] processes over which a batch's rows are divided, under torchrun
 tp = 1                     # [>= 1] processes over which each layer's matrices are divided, under torchrun
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
-debug = False              # tiny and short, no wandb, no tensorboard
 profile = False            # torch profiler over a few steps: trace.json in the run's directory
 
 # --- Data ---
@@ -60,8 +55,6 @@ grad_accum = 1             # [>= 1] forward passes per optimiser step
 # --- Model ---
 n_layer = 12               # [>= 1, <= 1000] transformer blocks
 n_head = 8                 # [>= 1] attention heads
-n_kv_head = None           # [none, >= 1] key and value heads; none: n_head
-head_dim = None            # [none, >= 1] width of a head; none: n_embd / n_head
 n_embd = 512               # [>= 1] width
 block_size = 512           # [>= 1] bytes of context
 extend_block_size = None   # [none, >= 1] on resume: a larger block_size, for positions that have no table
@@ -70,36 +63,12 @@ norm = "layer"             # [layer, rms] normalisation, before each branch
 norm_gain = False          # learned gain in the norms
 bias = False               # biases in linear layers and LayerNorm
 positions = "learned_per_layer"  # [learned, learned_per_layer, rope, alibi, relative, none] where a byte stands
-rope_base = 10000.0        # [> 1.0] longest wavelength of rope over 2 pi
-rope_scaling = "none"      # [none, linear, ntk, yarn] how rope is stretched to rope_factor times its context
-rope_factor = 1.0          # [>= 1.0] extend_block_size multiplies it
-rope_ramp = "turns"        # [turns, index] yarn: the ramp between pairs goes by turns (paper) or index (published code)
-rope_mscale = 1.0          # [>= 0.0] yarn: queries and keys grow by 0.1 rope_mscale ln(rope_factor) + 1
-rope_mscale_all_dim = 1.0  # [>= 0.0] yarn with mla: the same for what does not turn; 0: it does not grow
-residual_scale = 1.0       # [> 0.0, depth, rezero, layerscale] factor on every branch; depth: 1 / sqrt(2 n_layer)
 init = "gpt2"              # [gpt2, normal, xavier, tfixup, truncated, zero] zero: output projections start at zero
 qk_norm = False            # RMSNorm on queries and keys
-qk_scale = False           # with qk_norm: learned scale of each layer's scores in place of head_dim^-0.5
-attention = "auto"         # [auto, sdpa, manual] auto: written out to train in bfloat16 on a CPU, up to 1,023 bytes
-kernels = "torch"          # [torch, triton] triton: fused operations of kernels.py; not compared with --compile yet
-checkpoint_activations = False  # compute layers again in the backward pass: less memory, more time
 
 # --- Mixers: one word, or several with commas, repeated over the layers ---
 mixer = "full"             # full, window, strided, fixed, diff, mla, xl, compressive, mamba, mingru
 window = 128               # [>= 2] window: positions that a byte sees
-sparse_stride = 16         # [>= 2] strided, fixed: one head sees so many neighbours, the other every so many
-sparse_summary = 4         # [>= 1] fixed: places at the end of a block that all later ones see
-kv_rank = None             # [none, >= 2] mla: width of the latent for keys and values; none: 2 head_dim
-q_rank = None              # [none, >= 2] mla: queries through so many dimensions; none: directly
-rope_dim = None            # [none, >= 2] mla: width of the shared key that turns; none: head_dim / 2
-memory_length = None       # [none, >= 1] xl, compressive: positions before the segment; none: block_size
-compressed_length = None   # [none, >= 1] compressive: compressed states; none: block_size / compression_rate
-compression_rate = 4       # [>= 1] compressive: positions in one compressed state
-compression = "conv"       # [conv, mean, max] compressive: how
-compression_weight = 1.0   # [>= 0.0] compressive: of the attention-reconstruction loss
-state_dim = 16             # [>= 1, <= 4096] mamba: states per feature
-conv_width = 4             # [>= 1, <= 1024] mamba: bytes that the convolution sees
-expand = 2.0               # [> 0.0] mamba, mingru: inner width over n_embd
 short_conv = 0             # [>= 0, <= 1024] bytes that a causal convolution before every mixer sees; 0: none
 shorten = 1                # [>= 1] above 1 a pyramid: the middle layers see one vector for so many bytes
 carry_memory = True        # xl, compressive, mamba, mingru with batching streams: go on from the segment before
@@ -109,45 +78,24 @@ ff = "mlp"                 # mlp, low_rank, moe, none
 ff_mult = 4.0              # [> 0.0] width of the feed-forward over n_embd (gated: 2/3 of it, equal parameters)
 equal_params = False       # choose ff_mult such that there are as many parameters as with mixer full and ff mlp
 activation = "relu"        # [gelu, relu, relu2, silu, solu, glu, bilinear, reglu, geglu, swiglu]
-ff_rank = None             # [none, >= 1] low_rank: none: n_embd / 4
-n_expert = 8               # [>= 1] moe: experts, which share the width; one to choose from needs no router
-n_shared_expert = 0        # [>= 0] moe: of those, how many serve every byte
-expert_top_k = 2           # [>= 1] moe: of the others, how many a byte chooses
-expert_balance = "loss"    # [loss, bias, none] moe: load-balance loss, or biases moved after every step
-balance_weight = 0.01      # [>= 0.0] moe: of the load-balance loss
-balance_rate = 0.001       # [>= 0.0] moe: step of the biases
 
 # --- Classifiers, losses ---
 tie_weights = False        # the last classifier is the byte embedding
 n_targets = 2              # [>= 1, <= 256] bytes predicted ahead, weights 1, 1/2, 1/4, ...
-target_heads = "own"       # [own, shared] classifiers of the targets
-layer_heads = "own"        # [own, shared] classifiers of the layers, with intermediate_losses
-head_bias = False          # bias of the classifiers
-output = "softmax"         # [softmax, stablemax] what makes probabilities of the logits
 intermediate_losses = True # layer l of n also predicts, until the fraction l / (2n) of max_steps
-mtp_depth = 0              # [>= 0, <= 64] modules of multi-token prediction, each with a layer of its own
-mtp_weight = 0.3           # [>= 0.0] of the mean of their losses
 
 # --- Optimisation ---
 max_steps = 200_000        # [none, >= 0] optimiser steps in all, resumes included; none: until stopped
 optimizer = "adamw"        # [sgd, adam, adamw, muon, schedule_free, ivon] muon: hidden matrices, the rest by adamw
-orthograd = False          # gradients made orthogonal to their weights first
 lr = 7e-4                  # [> 0.0] peak learning rate
 muon_lr = 0.02             # [> 0.0] peak learning rate of the matrices under muon
 schedule = "noam"          # [constant, noam, cosine, wsd] all start with a linear warm-up
 warmup_steps = 4000        # [>= 0] steps
-warmup_peak = "last"       # [last, next] the step that first has the peak rate: of the warm-up, or after it
 decay_fraction = 0.2       # [> 0.0, <= 1.0] wsd: share of max_steps in which the rate falls linearly
 min_lr_scale = 0.0         # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
 betas = (0.9, 0.99)        # [>= 0.0, < 1.0] adam, adamw, schedule_free, ivon (0.9,0.99999 there)
-eps = 1e-8                 # [> 0.0] adam, adamw, schedule_free
 momentum = 0.99            # [>= 0.0, < 1.0] sgd
-muon_momentum = 0.95       # [>= 0.0, < 1.0] muon
-ess = None                 # [none, > 0.0] ivon: effective sample size; none: bytes of the training split
-hess_init = 1.0            # [> 0.0] ivon: curvature at first
-clip_radius = None         # [none, > 0.0] ivon: largest step of a weight before the rate; none: no bound
 weight_decay = 0.01        # [>= 0.0] on what decay_params names
-decay_params = "matrices"  # [matrices, 2d] 2d: all of two or more dimensions, embeddings and position tables too
 grad_clip = 1.0            # [none, > 0.0] largest norm of the whole gradient
 ema_decay = 0.0            # [>= 0.0, < 1.0] running average of the weights, evaluated beside them; 0: none
 
@@ -160,30 +108,36 @@ save_interval = 1000       # [>= 1] steps between checkpoints
 keep_last = 0              # [>= 0] numbered checkpoints to keep beside last.pt and best.pt
 log_interval = 10          # [>= 1] steps between lines of metrics
 sample_length = 400        # [>= 0, <= 1000000] bytes of text written at the end
-wandb = "disabled"         # [disabled, offline, online]
-tensorboard = False        # curves for TensorBoard in the run's directory
+
+# Flags all the same: the commented fields of these classes.
+FURTHER = {"the model": "model.py:TransformerConfig",
+           "the optimiser": "optim.py:Settings",
+           "the run": "flags.py:Common"}
+
+# What several presets share: a plain model as one builds it now; the part of enwik8 that two cores read in minutes.
+modern = dict(dropout=0.0, n_targets=1, intermediate_losses=False, positions="rope", norm="rms", activation="relu2",
+              init="zero", optimizer="muon", betas=(0.8, 0.95), schedule="wsd")
+some_enwik8 = dict(modern, dataset="enwik8", max_bytes=4_150_000, n_embd=256, block_size=256, batch_size=16, lr=0.02,
+                   muon_lr=0.02, decay_fraction=0.8, dtype="bfloat16", eval_interval=100, save_interval=100)
+variants = dict(some_enwik8, batching="streams", n_layer=6, n_head=4, warmup_steps=10, max_steps=200)
+shakespeare = dict(modern, dataset="shakespeare", n_head=2, n_embd=128, block_size=64, qk_norm=True, lr=0.03,
+                   weight_decay=0.0, decay_fraction=1.0, warmup_steps=0, dtype="bfloat16")
+al_rfou = dict(optimizer="sgd", lr=3e-3, schedule="constant", warmup_steps=0, weight_decay=0.0, max_steps=4_000_000)
 
 presets = {
     # No download, some minutes on two cores.
     "cpu": dict(
-        dataset="stdlib", n_layer=4, n_head=2, n_embd=128, block_size=128, batch_size=16, dropout=0.0, n_targets=1,
-        intermediate_losses=False, positions="rope", norm="rms", activation="relu2", init="zero", qk_norm=True,
-        optimizer="muon", lr=0.03, muon_lr=0.04, muon_momentum=0.9, betas=(0.8, 0.95), weight_decay=0.0, schedule="wsd",
-        decay_fraction=1.0, warmup_steps=0, max_steps=1000, eval_interval=100, save_interval=200),
+        modern, dataset="stdlib", n_layer=4, n_head=2, n_embd=128, block_size=128, batch_size=16, qk_norm=True, lr=0.03,
+        muon_lr=0.04, muon_momentum=0.9, weight_decay=0.0, decay_fraction=1.0, warmup_steps=0, max_steps=1000,
+        eval_interval=100, save_interval=200),
     # tinyshakespeare with the batch of nanoGPT's CPU command, about its size, and what is known since.
     "shakespeare_cpu": dict(
-        dataset="shakespeare", n_layer=4, n_head=2, n_embd=128, block_size=64, batch_size=12, dropout=0.0, n_targets=1,
-        intermediate_losses=False, positions="rope", norm="rms", activation="relu2", init="zero", qk_norm=True,
-        optimizer="muon", lr=0.03, muon_lr=0.05, muon_momentum=0.85, betas=(0.8, 0.95), weight_decay=0.0,
-        schedule="wsd", decay_fraction=1.0, warmup_steps=0, dtype="bfloat16", max_steps=250, eval_interval=50,
+        shakespeare, n_layer=4, batch_size=12, muon_lr=0.05, muon_momentum=0.85, max_steps=250, eval_interval=50,
         save_interval=250),
     # The same text to 1.88 nats in the least time: one layer, whose convolution knows the bytes just before.
     "shakespeare_fast": dict(
-        dataset="shakespeare", n_layer=1, n_head=2, n_embd=128, block_size=64, batch_size=32, dropout=0.0, n_targets=1,
-        intermediate_losses=False, short_conv=4, positions="rope", norm="rms", activation="relu2", init="zero",
-        qk_norm=True, optimizer="muon", lr=0.03, muon_lr=0.1, muon_momentum=0.8, betas=(0.8, 0.95), weight_decay=0.0,
-        schedule="wsd", decay_fraction=1.0, warmup_steps=0, dtype="bfloat16", max_steps=125, eval_interval=125,
-        save_interval=125),
+        shakespeare, n_layer=1, batch_size=32, short_conv=4, muon_lr=0.1, muon_momentum=0.8, max_steps=125,
+        eval_interval=125, save_interval=125),
     # nanoGPT's CPU command: the same architecture, batch, optimiser and schedule, on bytes, in bfloat16.
     "nanogpt_cpu": dict(
         dataset="shakespeare", n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0, n_targets=1,
@@ -193,42 +147,23 @@ presets = {
         save_interval=500),
     # The first 4,150,000 bytes of enwik8 on two cores.
     "enwik8_cpu": dict(
-        dataset="enwik8", max_bytes=4_150_000, batching="epochs", n_layer=4, n_head=4, n_embd=256, block_size=256,
-        batch_size=16, dropout=0.0, n_targets=1, intermediate_losses=False, positions="rope", norm="rms",
-        activation="relu2", init="zero", qk_norm=True, optimizer="muon", lr=0.02, muon_lr=0.02, betas=(0.8, 0.95),
-        schedule="wsd", decay_fraction=0.8, warmup_steps=20, dtype="bfloat16", max_steps=2000, eval_interval=100,
-        save_interval=100),
-    # One recipe for every mixer at equal parameters: T12's shape in small, on the first 4,150,000 bytes of enwik8.
-    "variants_cpu": dict(
-        dataset="enwik8", max_bytes=4_150_000, batching="streams", n_layer=6, n_head=4, n_embd=256, block_size=256,
-        batch_size=16, dropout=0.0, n_targets=1, intermediate_losses=False, positions="rope", norm="rms",
-        activation="relu2", init="zero", equal_params=True, optimizer="muon", lr=0.02, muon_lr=0.02, betas=(0.8, 0.95),
-        schedule="wsd", decay_fraction=0.8, warmup_steps=10, dtype="bfloat16", max_steps=200, eval_interval=100,
-        save_interval=100, sample_length=0),
+        some_enwik8, batching="epochs", n_layer=4, n_head=4, qk_norm=True, warmup_steps=20, max_steps=2000),
+    # One recipe for every mixer at equal parameters: T12's shape in small.
+    "variants_cpu": dict(variants, equal_params=True, sample_length=0),
     # The baseline of grids/one_change.yaml; with --max_steps 10000 the reference curve of the README.
     "one_change": dict(
-        dataset="enwik8", max_bytes=4_150_000, batching="streams", carry_memory=False, data_seed=1, batch_size=8,
-        block_size=128, n_layer=4, n_head=4, n_embd=96, equal_params=True, dropout=0.0, norm="rms", norm_gain=False,
-        bias=False, positions="rope", activation="gelu", init="zero", mixer="full", ff="mlp", n_targets=1,
-        intermediate_losses=False, optimizer="muon", lr=0.02, muon_lr=0.02, momentum=0.9, betas=(0.8, 0.95),
-        weight_decay=0.0, grad_clip=1.0, schedule="wsd", decay_fraction=0.8, warmup_steps=10, dtype="bfloat16",
-        max_steps=500, eval_interval=100, eval_windows=32, save_interval=250, log_interval=10, sample_length=0),
+        modern, dataset="enwik8", max_bytes=4_150_000, batching="streams", carry_memory=False, data_seed=1,
+        batch_size=8, block_size=128, n_layer=4, n_head=4, n_embd=96, equal_params=True, norm_gain=False, bias=False,
+        activation="gelu", mixer="full", ff="mlp", lr=0.02, muon_lr=0.02, momentum=0.9, weight_decay=0.0, grad_clip=1.0,
+        decay_fraction=0.8, warmup_steps=10, dtype="bfloat16", max_steps=500, eval_interval=100, eval_windows=32,
+        save_interval=250, log_interval=10, sample_length=0),
     # DeepSeek-V2 and V3 in small: latent attention, experts after a dense layer, two bytes ahead.
     "deepseek_cpu": dict(
-        dataset="enwik8", max_bytes=4_150_000, batching="streams", n_layer=6, n_head=4, n_embd=256, block_size=256,
-        batch_size=16, dropout=0.0, n_targets=1, intermediate_losses=False, positions="rope", norm="rms",
-        norm_gain=True, mixer="mla", ff="mlp,moe,moe,moe,moe,moe", activation="swiglu", n_expert=9,
-        n_shared_expert=1, expert_top_k=2, expert_balance="bias",
-        mtp_depth=1, init="zero", optimizer="muon", lr=0.02, muon_lr=0.02, betas=(0.8, 0.95),
-        schedule="wsd", decay_fraction=0.8, warmup_steps=10, dtype="bfloat16", max_steps=200, eval_interval=100,
-        save_interval=100),
+        variants, norm_gain=True, mixer="mla", ff="mlp,moe,moe,moe,moe,moe", activation="swiglu", n_expert=9,
+        n_shared_expert=1, expert_top_k=2, expert_balance="bias", mtp_depth=1),
     # Al-Rfou et al.: batch 16, momentum 0.99, fixed rate 0.003. Dropout and length of T12 are not in the text: ours.
-    "t12": dict(
-        optimizer="sgd", lr=3e-3, schedule="constant", warmup_steps=0, weight_decay=0.0, dropout=0.2,
-        max_steps=4_000_000),
-    "t64": dict(
-        n_layer=64, optimizer="sgd", lr=3e-3, schedule="constant", warmup_steps=0, weight_decay=0.0, dropout=0.55,
-        max_steps=4_000_000),
+    "t12": dict(al_rfou, dropout=0.2),
+    "t64": dict(al_rfou, n_layer=64, dropout=0.55),
 }
 
 # What --debug sets, unless a flag says otherwise.
@@ -237,22 +172,14 @@ debug_settings = dict(dataset="stdlib", max_bytes=200_000, n_layer=2, n_head=2, 
                       sample_length=40, deterministic=True)
 
 # These make the shape of the weights and of the state beside them: on resume they come from the checkpoint.
-architecture = (
-    "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "block_size", "norm", "norm_gain", "bias", "positions",
-    "rope_base", "rope_scaling", "rope_factor", "rope_ramp", "rope_mscale", "rope_mscale_all_dim", "residual_scale",
-    "qk_norm", "qk_scale", "mixer", "window", "sparse_stride", "sparse_summary", "kv_rank", "q_rank", "rope_dim",
-    "memory_length", "compressed_length", "compression_rate", "compression", "state_dim", "conv_width", "expand",
-    "short_conv", "shorten", "ff", "ff_mult", "activation", "ff_rank", "n_expert", "n_shared_expert", "expert_top_k",
-    "expert_balance",
-    "tie_weights", "n_targets", "target_heads", "layer_heads", "head_bias", "output", "intermediate_losses",
-    "mtp_depth", "optimizer", "decay_params", "batching")
+architecture = (*TransformerConfig.shape(), "optimizer", "decay_params", "batching")
 
 
 def check(settings):
     """Settings that cannot go together: UserError with one sentence. Returns the model's configuration."""
     try:
         config = TransformerConfig.from_settings(settings)
-        optim.schedule(schedule, 0, warmup_steps, max_steps, min_lr_scale, decay_fraction, warmup_peak)
+        optim.factor(settings, 0)
     except ValueError as error:
         raise UserError(error)
     if optimizer == "ivon" and dtype == "float16":
@@ -267,33 +194,47 @@ def check(settings):
     return config
 
 
-def extend(settings):
-    """On resume: the model's context grows to extend_block_size, rope's factor with it. Returns whether it did."""
-    global block_size, rope_factor
+def extend(settings, checkpoint):
+    """On resume: the model's context grows to extend_block_size, rope's factor with it."""
     if extend_block_size is None or extend_block_size == block_size:
-        return False
+        return
     if extend_block_size < block_size:
         raise UserError(f"--extend_block_size {extend_block_size} is less than the model's block_size {block_size}")
     if positions.startswith("learned"):
         raise UserError(f"--extend_block_size: positions {positions} end at block_size {block_size}; rope, alibi, "
                         "relative and none go further")
-    rope_factor = rope_factor * extend_block_size / block_size if rope_scaling != "none" else rope_factor
-    block_size = extend_block_size
-    settings.update(block_size=block_size, rope_factor=rope_factor)
-    return True
+    factor = settings["rope_factor"]
+    grown = factor * extend_block_size / block_size if settings["rope_scaling"] != "none" else factor
+    settings.put(block_size=extend_block_size, rope_factor=grown)
+    checkpoint.update(data=None, memory=None)            # longer windows are another division of the data
+
+
+def equalise(settings, config):
+    """Sets ff_mult such that there are as many parameters as with mixer full and ff mlp; returns the configuration."""
+    try:
+        settings.put(ff_mult=equal_ff_mult(config))
+    except ValueError as error:
+        raise UserError(error)
+    return check(settings)
 
 
 def evaluate(model, opt, ema, data, windows, autocast, mesh):
     """Yields (name, Score) under the block protocol: of the raw weights (the average that a schedule-free optimiser
     keeps, the mean of ivon's posterior) and, when there is an ema, of that."""
-    for weights, place in [("raw", opt.averaged())] + ([("ema", ema.swapped())] if ema else []):
+    for weights, place in optim.both(opt, ema):
         with place, autocast, mesh.gathered(model):
             yield weights, score(model, data, "block", eval_batch_size, windows)
 
 
-def told_of(weights, found):
-    """A Score of these weights, for the metrics."""
-    return dict(loss=found.loss, bpb=found.bpb, protocol=found.protocol, bytes=found.bytes, weights=weights)
+def log_scores(run, step, scores, say=None, **more):
+    """Scores, as `evaluate` yields them, to the metrics, and in words to `say`. Returns the last: of the average of the
+    weights when there is one."""
+    for weights, found in scores:
+        run.log(step=step, split="val", loss=found.loss, bpb=found.bpb, protocol=found.protocol, bytes=found.bytes,
+                weights=weights, **more)
+        if say:
+            say(f"step {step}: val {found.bpb:.4f} bits/byte ({found.protocol}; {weights} weights)")
+    return found
 
 
 def usage(model):
@@ -303,38 +244,57 @@ def usage(model):
             **{f"imbalance_{layer}": len(found) * max(found) for layer, found in shares.items()}}
 
 
-def write_sample(model, prompt=b"\n"):
-    """`sample_length` bytes from the model at temperature 0.8, as text. Its generator is its own."""
+class Profile:
+    """torch's profiler over this command's third to fifth step: a table, and trace.json in the run's folder."""
+
+    def __init__(self, run, first):
+        self.run, self.first, self.profiler = run, first + 2, None
+
+    def before(self, step):
+        """Begins, if it is time and three steps are left."""
+        if profile and step == self.first and step + 3 <= (max_steps or math.inf):
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")       # else its library writes to stderr
+            self.profiler = torch.profiler.profile(acc_events=True)  # of one cycle: 2.11 warns where that is not said
+            self.profiler.start()
+
+    def after(self, step):
+        """Ends, if it is time."""
+        if self.profiler and step == self.first + 3:
+            self.profiler.stop()
+            self.profiler.export_chrome_trace(str(self.run.dir / "trace.json"))
+            print(self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
+            self.profiler = None
+
+
+def write_sample(model, run, step, prompt=b"\n"):
+    """`sample_length` bytes from the model at temperature 0.8: printed, and as text into the run's samples/. Its
+    generator is its own."""
     model.eval()
     tokens = generate(model, [prompt], sample_length, torch.Generator().manual_seed(seed), temperature=0.8)
-    return (prompt + b"".join(bytes(token.tolist()) for token in tokens)).decode(errors="replace")
+    written = (prompt + b"".join(bytes(token.tolist()) for token in tokens)).decode(errors="replace")
+    if run.main:
+        print(f"--- sample ---{written}\n--------------")
+        with optional("the sample's file is"):
+            (run.dir / "samples").mkdir(exist_ok=True)
+            (run.dir / "samples" / f"step_{step:08d}.txt").write_text(written, encoding="utf-8")
 
 
 @command
 def main():
     # ---- settings: flags, preset, and on resume the checkpoint's ----
-    settings = override(globals())
-    if debug:
-        quiet = {name: value for name, value in debug_settings.items() if name not in settings.explicit}
-        globals().update(quiet)
-        settings.update(quiet)
+    settings = begin(globals())
     mesh = parallel.start(dp, tp, device)                # from here on only rank 0 prints
-    checkpoint_path = find_resume(settings, __file__)
-    checkpoint = load_checkpoint(checkpoint_path, __file__) if checkpoint_path else None
+    checkpoint = resumed(settings, architecture)
     if checkpoint:
-        settings = adopt(globals(), settings, {"decay_params": "matrices"} | checkpoint["settings"], architecture)
-        extended = extend(settings)
+        extend(settings, checkpoint)
     elif extend_block_size is not None:
         raise UserError("--extend_block_size goes with --resume: a new run takes --block_size")
     config = check(settings)
     if equal_params and not checkpoint:
-        try:
-            globals()["ff_mult"] = settings["ff_mult"] = equal_ff_mult(config)
-        except ValueError as error:
-            raise UserError(error)
-        config = check(settings)
+        config = equalise(settings, config)
     limits.notes(settings, {"max_steps": max_steps}, checkpoint and checkpoint["settings"])
     where, precision = resolve_device(mesh.device, dtype)
+    use_kernels(config.kernels)
     mesh.check(config, batch_size, optimizer, precision, carry_memory and batching == "streams" and config.carries,
                compile)
     parallel.warn_of_passes(config, grad_accum)
@@ -345,70 +305,24 @@ def main():
         text.check_split(corpus.val, block_size)
     batches = text.Batches(corpus.train, batch_size, block_size, config.n_labels, batching, data_seed, where)
 
-    # ---- model ----
+    # ---- model, optimiser ----
     seed_everything(seed, deterministic)
     model = mesh.parallelise(build_model(config).to(where))
     if compile:
         torch._dynamo.config.recompile_limit = max(8, 2 * n_layer)   # every ended intermediate loss is one more graph
     net = torch.compile(model) if compile else model
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
-
     memory = model.new_memory(batch_size) if carry_memory and batching == "streams" and config.carries else None
-
-    # ---- optimiser ----
-    opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, weight_decay=weight_decay,
-                      betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr, muon_momentum=muon_momentum,
-                      orthograd=orthograd, fused_rows=fused_rows(model), ess=ess or len(corpus.train),
-                      hess_init=hess_init, clip_radius=clip_radius or math.inf, mesh=mesh, kernels=kernels,
-                      decay_params=decay_params)
+    opt = optim.build(settings, model.named_parameters(), parameter_roles(model), fused_rows(model), mesh,
+                      n_examples=len(corpus.train))
     scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
-
-    # ---- resume ----
-    loop = dict(step=0, evaluated=0, best=math.inf, best_step=0, bytes=0, seconds=0.0, pending=[], logged_seconds=0.0)
-    if checkpoint:
-        mesh.load_model(model, checkpoint["model"])
-        mesh.load_optimizer(opt, checkpoint["optimizer"])
-        optim.load_scaler(scaler, checkpoint["scaler"])
-        if not extended:                                 # longer windows are another division of the data
-            batches.load_state_dict(checkpoint["data"])
-            if memory and checkpoint["memory"]:
-                memory.load_state_dict(checkpoint["memory"])
-        mesh.restore_generators(checkpoint["generators"])
-        was = load_loop(loop, checkpoint["loop"])
-        loop = {name: was[name] for name in loop}
     ema = optim.EMA(model, ema_decay) if ema_decay else None
-    if ema and checkpoint and checkpoint["ema"]:
-        mesh.load_ema(ema, checkpoint["ema"])
 
-    def save(run, name, keep=0):
-        """The state into the run's file `name`, and with `keep` into a numbered one, of which so many stay."""
-        with opt.averaged():                             # what others read is what was evaluated
-            now = state()
-            run.save(name, now)
-            if keep:
-                run.keep(now, loop["step"], keep)
-
-    def state():
-        """Everything that the rest of the run depends on."""
-        return dict(step=loop["step"], settings=dict(settings),
-                    model=mesh.full_state_dict(model), ema=mesh.full_ema(ema) if ema else None,
-                    optimizer=mesh.full_optimizer_state(opt), scaler=scaler.state_dict(),
-                    generators=mesh.generator_states(generator_states()), data=batches.state_dict(),
-                    memory=memory.state_dict() if memory else None, loop=dict(loop),
-                    posterior=optim.posterior(opt, model.named_parameters()))
-
-    recent = []                          # (loss, gradient norm) of the last steps, still on the device
-
-    def settle():
-        """Moves `recent` into the loop's state as numbers; stops the run at the first step that was not finite."""
-        values = torch.stack(recent).tolist() if recent else []
-        for i, (loss, norm) in enumerate(values):
-            if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):   # the scaler skips these
-                raise NonFinite(loop["step"] - len(values) + i + 1)
-        loop["pending"] += values
-        recent.clear()
-
-    with mesh.run(lambda: Run(settings, __file__, checkpoint, checkpoint_path, debug=debug)) as run:
+    # ---- the run: on resume, what it is handed goes on where the checkpoint was saved ----
+    loop = Loop(dict(step=0, evaluated=0, best=math.inf, best_step=0, bytes=0, seconds=0.0, pending=[],
+                     logged_seconds=0.0), scaler)
+    with Run(settings, checkpoint, mesh, model=model, ema=ema, optimizer=opt, scaler=scaler, generators=Generators(),
+             data=batches, memory=memory, loop=loop, posterior=optim.Posterior(opt, model.named_parameters())) as run:
         active_params = f" ({model.n_active_params():,} active)" if "moe" in config.ffs else ""
         print(f"{corpus.source}; {model.n_params():,} parameters{active_params}; {where.type} "
               f"{str(precision).removeprefix('torch.')}")
@@ -419,41 +333,34 @@ def main():
         first = loop["step"]
         # a new run at once: a full disk shows at the start; with keep_last again: the numbered one may be missing
         saved = first if checkpoint and not keep_last else -1
-        hinted, profiler = where.type != "cpu" or max_steps is None, None
-        bar, clock = run.bar(max_steps, first), Stopwatch(where)
+        hinted = where.type != "cpu" or max_steps is None
+        bar, clock, profiler = run.bar(max_steps, first), Stopwatch(where), Profile(run, first)
 
         while not mesh.stop(run):
             # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
             step = loop["step"]
             if eval_interval and step % eval_interval == 0 and loop["evaluated"] < step:
-                settle()
+                loop.flush()
                 loop["evaluated"] = step
                 everything = full_eval_interval and step % full_eval_interval == 0
                 clock.start()
                 for windows in (None, eval_windows) if everything else (eval_windows,):
-                    for which, found in evaluate(model, opt, ema, corpus.val, windows, autocast, mesh):
-                        run.log(step=step, split="val", **told_of(which, found))
-                        bar.note(f"step {step}: val {found.bpb:.4f} bits/byte ({found.protocol}; {which} weights)")
+                    scores = evaluate(model, opt, ema, corpus.val, windows, autocast, mesh)
+                    found = log_scores(run, step, scores, bar.note)
                 clock.lap("evaluation")
                 if found.bpb < loop["best"]:             # the fixed windows; of the average when there is one
                     loop.update(best=found.bpb, best_step=step)
-                    save(run, "best.pt")
+                    run.save("best.pt", step)
             if step % save_interval == 0 and saved < step:
-                settle()
-                save(run, "last.pt", keep=keep_last)
+                run.save("last.pt", step, keep=keep_last)
                 saved = step
             if max_steps is not None and step >= max_steps:
                 break
 
             # ---- one optimiser step ----
             began = time.perf_counter()
-            if profile and step == first + 2 and step + 3 <= (max_steps or math.inf):
-                os.environ.setdefault("KINETO_LOG_LEVEL", "6")   # else its library writes to stderr
-                profiler = torch.profiler.profile(acc_events=True)  # of one cycle: 2.11 warns where that is not said
-                profiler.start()
-            scale = optim.schedule(schedule, step, warmup_steps, max_steps, min_lr_scale, decay_fraction, warmup_peak)
-            for group in opt.param_groups:
-                group["lr"] = group["base_lr"] * scale
+            profiler.before(step)
+            rate = optim.set_rate(opt, settings, step)
             active = active_layers(step, max_steps, n_layer) if intermediate_losses else None
             loss, told = 0.0, []
             clock.start()
@@ -480,25 +387,21 @@ def main():
             if ema:
                 ema.update()
             clock.lap("optimiser")
-            recent.append(torch.stack([mesh.mean(loss), grad_norm]))
+            loop.add(torch.stack([mesh.mean(loss), grad_norm]))
             step = loop["step"] = step + 1
             loop["bytes"] += bytes_per_step
-            if profiler and step == first + 5:
-                profiler.stop()
-                profiler.export_chrome_trace(str(run.dir / "trace.json"))
-                print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
-                profiler = None
+            profiler.after(step)
 
             # ---- log ----
             due = step % log_interval == 0
             if due:
-                settle()                                         # waits for the device: part of the step's time
+                loop.flush()                                     # waits for the device: part of the step's time
             loop["seconds"] += time.perf_counter() - began
             if due:
                 losses = [loss for loss, _ in loop["pending"]]
                 speed = len(losses) * bytes_per_step / (loop["seconds"] - loop["logged_seconds"])
                 mean = sum(losses) / len(losses)
-                run.log(step=step, split="train", loss=mean, bpb=mean / LN2, lr=lr * scale,
+                run.log(step=step, split="train", loss=mean, bpb=mean / LN2, lr=rate,
                         grad_norm=loop["pending"][-1][1], tokens_per_s=speed,
                         mfu=speed * model.flops_per_token(block_size, active) / peak_flops,
                         seconds=loop["seconds"], epoch=batches.epoch,
@@ -508,34 +411,30 @@ def main():
                 bar.update(step, f"loss {mean:.4f}, {speed:,.0f} bytes/s")
             if not hinted and loop["seconds"] > 2:
                 hinted = True
-                left = (max_steps - step) * loop["seconds"] / step / 3600
-                if left > 1:
-                    bar.note(f"without a GPU these {max_steps:,} steps will take about {left:,.0f} hours; "
-                             "--preset cpu takes minutes")
+                limits.hint_hours(step, max_steps, loop["seconds"], bar.note)
 
         # ---- the end ----
         stopped = mesh.stop(run)                         # of all processes: what follows, they do together
         step = loop["step"]
         bar.close()
-        settle()
+        loop.flush()
         if saved < step:
-            save(run, "last.pt")
+            run.save("last.pt", step)
         if eval_interval and not stopped and loop["evaluated"] < step:
             clock.start()
             lines = list(evaluate(model, opt, ema, corpus.val, eval_windows, autocast, mesh))
             if lines[-1][1].bpb < loop["best"]:          # the last step may be the best, too
                 loop.update(best=lines[-1][1].bpb, best_step=step)
-                save(run, "best.pt")
-                save(run, "last.pt")
-            for which, found in lines:                   # after these: a run that goes on from here has no line of it
-                run.log(step=step, split="val", **told_of(which, found))
+                run.save("best.pt", step)
+                run.save("last.pt", step)
+            log_scores(run, step, lines)                 # after these: a run that goes on from here has no line of it
             clock.lap("evaluation")
         run.summary(step=step, best_bpb=loop["best"], best_step=loop["best_step"], seconds=loop["seconds"],
                     bytes=loop["bytes"], parameters=model.n_params())
         if eval_interval and not stopped:
             clock.start()
             for which, found in evaluate(model, opt, ema, corpus.val, None, autocast, mesh):
-                run.log(step=step, split="val", **told_of(which, found), final=True)
+                log_scores(run, step, [(which, found)], final=True)
                 run.summary(**{f"val_bpb_{which}": found.bpb, f"val_loss_{which}": found.loss})
                 print(f"val {found.bpb:.4f} bits/byte = {found.loss:.4f} nats/byte (protocol {found.protocol}, "
                       f"{found.bytes:,} bytes, {which} weights) after {step:,} steps, "
@@ -543,12 +442,7 @@ def main():
             clock.lap("evaluation")
         if sample_length and not stopped:
             with opt.averaged(), mesh.gathered(model):
-                written = write_sample(model)
-            if mesh.main:
-                print(f"--- sample ---{written}\n--------------")
-                with optional("the sample's file is"):
-                    (run.dir / "samples").mkdir(exist_ok=True)
-                    (run.dir / "samples" / f"step_{step:08d}.txt").write_text(written, encoding="utf-8")
+                write_sample(model, run, step)
         run.spent(clock)
         print(f"{'stopped' if stopped else 'done'} at step {step:,}: {run.dir}")
 

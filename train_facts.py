@@ -20,7 +20,7 @@ A question, and what the assistant says to it, in both tasks; the loss is taken 
 
 Evaluation generates: greedily, with the database in the loop (protocol tool) or with calls forbidden (no_tool), on
 people that were trained on and on people that were not. A model without memory of single people is right in 3.94 % of
-the notes' questions. What this code measured, and with which command, stands in the README.
+the notes' questions. What this code measured, and with which command, stands in docs/facts.md.
 """
 import flags
 
@@ -34,21 +34,15 @@ import torch
 import limits
 import optim
 import parallel
-from data import facts, mqar
-from data.text import check_split
-from data.tokenized import open_text
-from evaluate import answered, bits_of, recall, score
-from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, check_weights, command, find_resume,
-                        generator_states, load_checkpoint, load_loop, measure_peak_flops, override, resolve_device,
-                        seed_everything)
+from data.facts import MODES as FACTS
+from experiment import (Generators, Loop, Run, Stopwatch, UserError, begin, check_weights, command, measure_peak_flops,
+                        resolve_device, resumed, seed_everything)
+from kernels import use as use_kernels
 from model import TransformerConfig, build_model, fused_rows, parameter_roles
+from nanolab.tasks import cost, kind_of, say
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
-run_name = None            # name of the run's directory; none: date and time
-out_dir = "runs"           # the run's directory is out_dir/train_facts/run_name
-tag = None                 # a word by which `python experiment.py clean --tag` finds the run
-resume = False             # [path] go on with run_name (none: the newest run); --resume PATH: from that checkpoint
 seed = 1337                # [>= 0] initialisation and dropout
 data_seed = 1337           # [>= 0] people, rows and the order of batches
 dp = 1                     # [>= 1] processes over which a batch's rows are divided, under torchrun
@@ -57,7 +51,6 @@ device = "auto"            # auto, cpu, cuda, cuda:1, ...
 dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
 compile = False            # torch.compile
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
-debug = False              # tiny and short, no wandb, no tensorboard
 
 # --- Task ---
 task = "in_tool"           # [in_weight, in_tool, both, mqar, text] both: each fact by one of the two ways
@@ -95,8 +88,6 @@ grad_accum = 1             # [>= 1] forward passes per optimiser step
 # --- Model ---
 n_layer = 2                # [>= 1, <= 1000] transformer blocks
 n_head = 2                 # [>= 1] attention heads
-n_kv_head = None           # [none, >= 1] key and value heads; none: n_head
-head_dim = None            # [none, >= 1] width of a head; none: n_embd / n_head
 n_embd = 32                # [>= 1] width
 block_size = None          # [none, >= 1] tokens of a row; none: of the longest dialog, mqar 64, text 128
 dropout = 0.0              # [>= 0.0, < 1.0] probability: embedding, attention, branches
@@ -104,71 +95,35 @@ norm = "rms"               # [layer, rms] normalisation, before each branch
 norm_gain = True           # learned gain in the norms
 bias = False               # biases in linear layers and LayerNorm
 positions = "rope"         # [learned, learned_per_layer, rope, alibi, relative, none] where a token stands
-rope_base = 10000.0        # [> 1.0] longest wavelength of rope over 2 pi
-residual_scale = 1.0       # [> 0.0, depth, rezero, layerscale] factor on every branch; depth: 1 / sqrt(2 n_layer)
 init = "zero"              # [gpt2, normal, xavier, tfixup, truncated, zero] zero: output projections start at zero
 qk_norm = False            # RMSNorm on queries and keys
-qk_scale = False           # with qk_norm: a learned scale of the scores
-attention = "auto"         # [auto, sdpa, manual] auto: written out to train in bfloat16 on a CPU, up to 1,023 bytes
-kernels = "torch"          # [torch, triton] triton: fused operations of kernels.py; not compared with --compile yet
-checkpoint_activations = False  # compute layers again in the backward pass: less memory, more time
 
 # --- Mixers: one word, or several with commas, repeated over the layers ---
 mixer = "full"             # full, window, strided, fixed, diff, mla, xl, compressive, mamba, mingru
 short_conv = 0             # [>= 0, <= 1024] width of a causal convolution before every mixer; 0: none
 window = 16                # [>= 2] window: positions that a token sees
-sparse_stride = 16         # [>= 2] strided, fixed: one head sees so many neighbours, the other every so many
-sparse_summary = 4         # [>= 1] fixed: places at the end of a block that all later ones see
-kv_rank = None             # [none, >= 2] mla: width of the latent for keys and values; none: 2 head_dim
-q_rank = None              # [none, >= 2] mla: queries through so many dimensions; none: directly
-rope_dim = None            # [none, >= 2] mla: width of the shared key that turns; none: head_dim / 2
-memory_length = None       # [none, >= 1] xl, compressive: positions before the segment; none: block_size
-compressed_length = None   # [none, >= 1] compressive: compressed states; none: block_size / compression_rate
-compression_rate = 4       # [>= 1] compressive: positions in one compressed state
-compression = "conv"       # [conv, mean, max] compressive: how
-compression_weight = 1.0   # [>= 0.0] compressive: of the attention-reconstruction loss
-state_dim = 16             # [>= 1, <= 4096] mamba: states per feature
-conv_width = 4             # [>= 1, <= 1024] mamba: tokens that the convolution sees
-expand = 2.0               # [> 0.0] mamba, mingru: inner width over n_embd
 
 # --- Feed-forwards: one word, or several with commas, repeated over the layers ---
 ff = "mlp"                 # mlp, low_rank, moe, none
 ff_mult = 6.0              # [> 0.0] width of the feed-forward over n_embd (gated: 2/3 of it, equal parameters)
 activation = "swiglu"      # [gelu, relu, relu2, silu, solu, glu, bilinear, reglu, geglu, swiglu]
-ff_rank = None             # [none, >= 1] low_rank: none: n_embd / 4
-n_expert = 8               # [>= 1] moe: experts, which share the width
-n_shared_expert = 0        # [>= 0] moe: of those, how many serve every token
-expert_top_k = 2           # [>= 1] moe: of the others, how many a token chooses
-expert_balance = "loss"    # [loss, bias, none] moe: load-balance loss, or biases moved after every step
-balance_weight = 0.01      # [>= 0.0] moe: of the load-balance loss
-balance_rate = 0.001       # [>= 0.0] moe: step of the biases
 
 # --- Classifier ---
 tie_weights = False        # the classifier is the embedding
-head_bias = False          # bias of the classifier
-output = "softmax"         # [softmax, stablemax] what makes probabilities of the logits
 
 # --- Optimisation ---
 max_steps = 800            # [none, >= 0] optimiser steps in all, resumes included; none: until stopped
 exposures = None           # [none, > 0.0] facts: how often each is seen; sets max_steps
 optimizer = "muon"         # [sgd, adam, adamw, muon, schedule_free, ivon] muon: hidden matrices, the rest by adamw
-orthograd = False          # gradients made orthogonal to their weights first
 lr = 2e-2                  # [> 0.0] peak learning rate
 muon_lr = 0.02             # [> 0.0] peak learning rate of the matrices under muon
 schedule = "wsd"           # [constant, noam, cosine, wsd] all start with a linear warm-up
 warmup_steps = 50          # [>= 0] steps
-warmup_peak = "last"       # [last, next] the step that first has the peak rate: of the warm-up, or after it
 decay_fraction = 0.5       # [> 0.0, <= 1.0] wsd: share of max_steps in which the rate falls linearly
 min_lr_scale = 0.02        # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
 betas = (0.9, 0.98)        # [>= 0.0, < 1.0] adam, adamw, schedule_free, ivon (0.9,0.99999 there)
-eps = 1e-8                 # [> 0.0] adam, adamw, schedule_free
 momentum = 0.99            # [>= 0.0, < 1.0] sgd
-muon_momentum = 0.95       # [>= 0.0, < 1.0] muon
-ess = None                 # [none, > 0.0] ivon: effective sample size; none: rows to train on
-hess_init = 1.0            # [> 0.0] ivon: curvature at first
-clip_radius = None         # [none, > 0.0] ivon: largest step of a weight before the rate; none: no bound
 weight_decay = 0.1         # [>= 0.0] on what decay_params names
-decay_params = "matrices"  # [matrices, 2d] 2d: all of two or more dimensions, embeddings and position tables too
 grad_clip = None           # [none, > 0.0] largest norm of the whole gradient
 ema_decay = 0.0            # [>= 0.0, < 1.0] running average of the weights, evaluated beside them; 0: none
 
@@ -180,8 +135,18 @@ eval_batch_size = 512      # [>= 1] rows at once; changes the speed, not the res
 save_interval = 200        # [>= 1] steps between checkpoints
 keep_last = 0              # [>= 0] numbered checkpoints to keep beside last.pt and best.pt
 log_interval = 10          # [>= 1] steps between lines of metrics
-wandb = "disabled"         # [disabled, offline, online]
-tensorboard = False        # curves for TensorBoard in the run's directory
+
+# Flags all the same: the commented fields of these classes.
+FURTHER = {"the model": "model.py:TransformerConfig but shorten rope_scaling rope_factor rope_ramp rope_mscale "
+                        "rope_mscale_all_dim n_targets target_heads layer_heads intermediate_losses mtp_depth "
+                        "mtp_weight",
+           "the optimiser": "optim.py:Settings",
+           "the run": "flags.py:Common"}
+
+shakespeare = dict(task="text", dataset="shakespeare", batch_size=16, n_layer=4, n_head=4, n_embd=128, norm_gain=False,
+                   qk_norm=True, ff_mult=4.0, activation="relu2", lr=0.03, muon_lr=0.04, muon_momentum=0.9,
+                   betas=(0.8, 0.95), weight_decay=0.0, decay_fraction=1.0, warmup_steps=0, min_lr_scale=0.0,
+                   dtype="bfloat16", max_steps=500, eval_prompts=32, eval_batch_size=32)
 
 presets = {
     # No download, a minute on two cores: the rule of the tool, at width 16.
@@ -197,16 +162,8 @@ presets = {
         positions="learned", ff="none", init="xavier", optimizer="adamw", lr=3e-3, betas=(0.9, 0.95),
         schedule="constant", max_steps=3000, eval_interval=100, eval_prompts=1000, save_interval=500),
     # Bytes and byte pairs of tinyshakespeare, two cores.
-    "shakespeare_bytes": dict(
-        task="text", dataset="shakespeare", tokenizer="bytes", block_size=256, batch_size=16, n_layer=4, n_head=4,
-        n_embd=128, norm_gain=False, qk_norm=True, ff_mult=4.0, activation="relu2", lr=0.03, muon_lr=0.04,
-        muon_momentum=0.9, betas=(0.8, 0.95), weight_decay=0.0, decay_fraction=1.0, warmup_steps=0, min_lr_scale=0.0,
-        dtype="bfloat16", max_steps=500, eval_prompts=32, eval_batch_size=32),
-    "shakespeare_bpe": dict(
-        task="text", dataset="shakespeare", tokenizer="bpe:1024", block_size=128, batch_size=16, n_layer=4, n_head=4,
-        n_embd=128, norm_gain=False, qk_norm=True, ff_mult=4.0, activation="relu2", lr=0.03, muon_lr=0.04,
-        muon_momentum=0.9, betas=(0.8, 0.95), weight_decay=0.0, decay_fraction=1.0, warmup_steps=0, min_lr_scale=0.0,
-        dtype="bfloat16", max_steps=500, eval_prompts=32, eval_batch_size=32),
+    "shakespeare_bytes": dict(shakespeare, tokenizer="bytes", block_size=256),
+    "shakespeare_bpe": dict(shakespeare, tokenizer="bpe:1024", block_size=128),
     # The SmolLM corpus with GPT-2's tokenizer, for one GPU: downloads shards.
     "smollm": dict(
         task="text", dataset="smollm:cosmopedia-v2", tokenizer="tiktoken:gpt2", block_size=1024, batch_size=32,
@@ -222,22 +179,15 @@ debug_settings = dict(n_people=16, n_unseen=8, n_rows=500, n_test_rows=50, mqar_
 
 # These make the shape of the weights and of the state beside them: on resume they come from the checkpoint.
 architecture = (
-    "data_seed", "task", "loss_on", "tokenizer", "n_people", "kind", "names", "form", "prefix", "alpha", "tool_share",
-    "exposures", "n_rows", "pairs", "mqar_vocab", "mqar_alpha", "random_non_queries", "dataset", "batching",
-    "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "block_size", "norm", "norm_gain", "bias", "positions",
-    "rope_base", "residual_scale", "qk_norm", "qk_scale", "mixer", "short_conv", "window", "sparse_stride",
-    "sparse_summary", "kv_rank", "q_rank", "rope_dim", "memory_length", "compressed_length", "compression_rate",
-    "compression", "state_dim", "conv_width", "expand", "ff", "ff_mult", "activation", "ff_rank", "n_expert",
-    "n_shared_expert", "expert_top_k", "expert_balance", "tie_weights", "head_bias", "output", "optimizer",
-    "decay_params")
-
-FACTS = ("in_weight", "in_tool", "both")
+    *TransformerConfig.shape(), "data_seed", "task", "loss_on", "tokenizer", "n_people", "kind", "names", "form",
+    "prefix", "alpha", "tool_share", "exposures", "n_rows", "pairs", "mqar_vocab", "mqar_alpha", "random_non_queries",
+    "dataset", "batching", "optimizer", "decay_params")
 
 
 def check(settings):
     """Settings that cannot go together: UserError with one sentence."""
     try:
-        optim.schedule(schedule, 0, warmup_steps, max_steps, min_lr_scale, decay_fraction, warmup_peak)
+        optim.factor(settings, 0)
     except ValueError as error:
         raise UserError(error)
     if optimizer == "ivon" and dtype == "float16":
@@ -272,184 +222,48 @@ def configure(settings, vocab_size):
     return config
 
 
-# --- Data ---
-
-class Rows:
-    """Endless batches out of rows of equal length, shuffled anew for every pass; a batch may span two passes.
-
-    x (N, T) int64 and y (N, T) int64, -1 where no loss is taken. seed: of the generator, which draws nothing else.
-    """
-
-    def __init__(self, x, y, batch_size, seed, device):
-        self.x, self.y, self.batch_size = x.to(device), y.to(device), batch_size
-        self.generator = torch.Generator().manual_seed(seed)
-        self.passes, self.position = 0, 0
-        self._shuffle()
-
-    def _shuffle(self):
-        self.before = self.generator.get_state()
-        self.order = torch.randperm(len(self.x), generator=self.generator)
-
-    @property
-    def epoch(self):
-        """float: passes over the rows so far."""
-        return self.passes + self.position / len(self.x)
-
-    def next(self):
-        """-> x (B, T), y (B, T)."""
-        parts, missing = [], self.batch_size
-        while missing:
-            if self.position == len(self.order):
-                self.passes, self.position = self.passes + 1, 0
-                self._shuffle()
-            parts.append(self.order[self.position:self.position + missing])
-            self.position += len(parts[-1])
-            missing -= len(parts[-1])
-        chosen = torch.cat(parts).to(self.x.device)
-        return self.x[chosen], self.y[chosen]
-
-    def state_dict(self):
-        """Plain numbers and the generator's state before this pass, from which load_state_dict goes on exactly."""
-        return {"rows": len(self.x), "passes": self.passes, "position": self.position, "generator": self.before.clone()}
-
-    def load_state_dict(self, state):
-        """Goes on where state was taken. Raises UserError where there are other rows."""
-        if state["rows"] != len(self.x):
-            raise UserError(f"the checkpoint was trained on {state['rows']:,} rows, here are {len(self.x):,}")
-        self.generator.set_state(state["generator"])
-        self._shuffle()
-        self.passes, self.position = state["passes"], state["position"]
-
-
-class Facts:
-    """Dialogs about people: `batches`, `vocab_size`, `block_size`, and what evaluation needs."""
-
-    def __init__(self, settings, where):
-        self.people, self.vocabulary, self.database = facts.open_facts(settings)
-        dialogs = facts.dialogs(self.people, task, form, data_seed, tool_share)
-        ids, mask = facts.rows(dialogs, self.vocabulary, everything=loss_on == "all")
-        self.batches = Rows(ids[:, :-1], ids.masked_fill(~mask, -1)[:, 1:], batch_size, data_seed, where)
-        self.n_rows, self.vocab_size, self.fingerprint = len(ids), self.vocabulary.size, self.vocabulary.fingerprint
-        self.block_size = block_size or 16 * -(-2 * ids.size(1) // 16)       # wrong replies may be longer
-        if ids.size(1) > self.block_size:
-            raise UserError(f"block_size is {block_size}, but the longest dialog has {ids.size(1)} tokens")
-        self.shown = f"{self.people.describe()}; {self.vocab_size} tokens, {ids.size(1)} in a row at most"
-        self.example = facts.show(dialogs[0])
-
-    def evaluate(self, model, last):
-        """Yields lines of metrics: every way to answer that the task trains, and the tool model without its tool."""
-        prompts = final_prompts if last else eval_prompts
-        for protocol in ("no_tool",) if task == "in_weight" else ("tool", "no_tool"):
-            for unseen in (False, True):
-                if unseen and not n_unseen:
-                    continue
-                found = recall(model, self.people, self.vocabulary, self.database if protocol == "tool" else None,
-                               unseen, form, prompts, eval_batch_size, prefix)
-                yield found.line()
-
-    def last(self, model):
-        """What the summary says beyond the evaluation: the bits about people that the weights hold."""
-        if task != "in_weight":
-            return {}
-        stored = bits_of(model, self.people, self.vocabulary, form, eval_batch_size, prefix)
-        return {"bits": stored, "bits_per_parameter": stored / model.n_params(),
-                "bits_of_all": self.people.n * self.people.bits}
-
-
-class Recall:
-    """Rows of multi-query associative recall: `batches`, `vocab_size`, `block_size`."""
-
-    def __init__(self, settings, where):
-        self.block_size, self.vocab_size, self.n_rows, self.fingerprint = block_size or 64, mqar_vocab, n_rows, None
-        (x, y), (self.x, self.y) = mqar.split(n_rows, n_test_rows, self.block_size, pairs, mqar_vocab, data_seed,
-                                              random_non_queries, mqar_alpha)
-        self.batches = Rows(x, y, batch_size, data_seed, where)
-        self.x, self.y = self.x.to(where), self.y.to(where)
-        self.shown = (f"mqar: {n_rows:,} rows of {self.block_size} tokens with {pairs} pairs, {n_test_rows:,} held "
-                      f"out, {mqar_vocab:,} tokens; values are within {window} tokens of "
-                      f"{mqar.reachable(self.y.cpu(), self.x.cpu(), window):.1%} of the queries")
-        self.example = "  " + mqar.example(self.x[0].cpu(), self.y[0].cpu())
-
-    def evaluate(self, model, last):
-        """Yields one line of metrics: accuracy at the queries of held-out rows, of the last evaluation all."""
-        rows = len(self.x) if last else eval_prompts
-        yield answered(model, self.x[:rows], self.y[:rows], eval_batch_size)
-
-    def last(self, model):
-        """The reachable share, beside which a window's accuracy means something."""
-        return {"reachable": mqar.reachable(self.y.cpu(), self.x.cpu(), window)}
-
-
-class Text:
-    """Tokens of a text or of a corpus in shards: `batches`, `vocab_size`, `block_size`."""
-
-    def __init__(self, settings, where):
-        self.block_size = block_size or 128
-        opened = open_text(settings)
-        self.batches = opened.batches(batch_size, self.block_size, batching, data_seed, where)
-        self.tokenizer, self.val, self.sizes = opened.tokenizer, opened.val.to(where), opened.sizes.to(where)
-        self.vocab_size, self.n_rows, self.shown = opened.vocab_size, opened.rows, opened.source
-        self.fingerprint = self.tokenizer.fingerprint
-        if eval_interval:
-            check_split(self.val, self.block_size, "tokens")
-        self.example = f"  {self.tokenizer.decode(self.val[:40].tolist())!r}"
-
-    def evaluate(self, model, last):
-        """Yields one line of metrics: nats per token and bits per byte under the block protocol."""
-        found = score(model, self.val, "block", eval_batch_size, None if last else eval_prompts, self.sizes)
-        yield dict(protocol=found.protocol, loss=found.loss, bpb=found.bpb, bytes=found.bytes)
-
-    def last(self, model):
-        """Nothing beyond the evaluation."""
-        return {}
-
-
-def better(line):
-    """Of a line of evaluation, what a better model has less of."""
-    return line["bpb"] if task == "text" else 1 - line["accuracy"]
-
-
-def say(line):
-    """A line of evaluation in words."""
-    if task == "text":
-        return (f"{line['bpb']:.4f} bits/byte = {line['loss']:.4f} nats/token ({line['protocol']}, {line['bytes']:,} "
-                "bytes)")
-    if task == "mqar":
-        return f"accuracy {line['accuracy']:.4f} of {line['prompts']:,} queries, loss {line['loss']:.4f}"
-    called = f", {line['calls']:.0%} called" if line["protocol"] == "tool" else ""
-    return (f"{line['people']} people {line['accuracy']:.4f} of {line['prompts']:,} answers right "
-            f"(protocol {line['protocol']}{called})")
+def last_words(run, step, lines, seconds):
+    """The last evaluation, (name of the weights, line) after another, to the metrics, the summary and in print. Returns
+    what a better model has less of."""
+    found, firsts = math.inf, {}
+    for weights, line in lines:
+        run.log(step=step, split="val", weights=weights, final=True, **line)
+        words = [line.get("people"), line["protocol"] if task in FACTS else None, weights]
+        name = "_".join(word for word in words if word)
+        given = {key: line[key] for key in ("accuracy", "loss", "bpb", "calls") if key in line}
+        run.summary(**{f"{key}_{name}": value for key, value in given.items()})
+        print(f"{say(line)} ({weights} weights) after {step:,} steps, {seconds:.0f} s of training")
+        found = cost(line) if found == math.inf else found
+        kinds = "accuracy" if task == "mqar" else "bpb" if task == "text" else f"accuracy_{line['people']}"
+        firsts.setdefault(kinds, line.get("accuracy", line.get("bpb")))      # by the way that the task trains
+    run.summary(**firsts)
+    return found
 
 
 @command
 def main():
     # ---- settings: flags, preset, and on resume the checkpoint's ----
-    settings = override(globals())
+    settings = begin(globals())
     mesh = parallel.start(dp, tp, device)                # from here on only rank 0 prints
-    if debug:
-        quiet = {name: value for name, value in debug_settings.items() if name not in settings.explicit}
-        globals().update(quiet)
-        settings.update(quiet)
-    checkpoint_path = find_resume(settings, __file__)
-    checkpoint = load_checkpoint(checkpoint_path, __file__) if checkpoint_path else None
-    if checkpoint:
-        settings = adopt(globals(), settings, {"decay_params": "matrices"} | checkpoint["settings"], architecture)
+    checkpoint = resumed(settings, architecture)
     check(settings)
     where, precision = resolve_device(mesh.device, dtype)
+    use_kernels(settings["kernels"])
 
     # ---- data ----
-    work = (Facts if task in FACTS else Recall if task == "mqar" else Text)(settings, where)
-    settings["block_size"] = globals()["block_size"] = work.block_size
+    work = kind_of(settings)(settings, where)
+    work.prepare()
+    settings.put(block_size=work.block_size)
     if task in FACTS:
         settings.check_data(checkpoint, ("database",), work.database.fingerprint)
     if exposures is not None and not checkpoint:
-        settings["max_steps"] = globals()["max_steps"] = math.ceil(exposures * work.n_rows / (batch_size * grad_accum))
+        settings.put(max_steps=math.ceil(exposures * work.n_rows / (batch_size * grad_accum)))
         check(settings)
         print(f"{exposures:g} exposures: max_steps {max_steps:,}")
     limits.notes(settings, {"max_steps": max_steps}, checkpoint and checkpoint["settings"])
     batches = work.batches
 
-    # ---- model ----
+    # ---- model, optimiser ----
     seed_everything(seed, deterministic)
     config = configure(settings, work.vocab_size)
     if prefix and config.carries:
@@ -460,71 +274,28 @@ def main():
     net = torch.compile(model) if compile else model
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
 
-    # ---- optimiser ----
-    opt = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=lr, weight_decay=weight_decay,
-                      betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr, muon_momentum=muon_momentum,
-                      orthograd=orthograd, fused_rows=fused_rows(model), ess=ess or work.n_rows, hess_init=hess_init,
-                      clip_radius=clip_radius or math.inf, mesh=mesh, kernels=kernels,
-                      decay_params=decay_params)
+    opt = optim.build(settings, model.named_parameters(), parameter_roles(model), fused_rows(model), mesh,
+                      n_examples=work.n_rows)
     scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
-
-    # ---- resume ----
+    ema = optim.EMA(model, ema_decay) if ema_decay else None
     if checkpoint and checkpoint["tokenizer"] != work.fingerprint:
         raise UserError(f"tokenizer {tokenizer} does not match the checkpoint: its fingerprint is "
                         f"{str(work.fingerprint)[:12]}, the checkpoint's {str(checkpoint['tokenizer'])[:12]}")
-    loop = dict(step=0, evaluated=-1, best=math.inf, best_step=0, rows=0, seconds=0.0, pending=[], logged_seconds=0.0)
-    if checkpoint:
-        try:
-            mesh.load_model(model, checkpoint["model"])
-        except RuntimeError as error:
-            raise UserError(f"{checkpoint_path} does not fit the model: {str(error).splitlines()[1].strip()}")
-        mesh.load_optimizer(opt, checkpoint["optimizer"])
-        optim.load_scaler(scaler, checkpoint["scaler"])
-        batches.load_state_dict(checkpoint["data"])
-        mesh.restore_generators(checkpoint["generators"])
-        was = load_loop(loop, checkpoint["loop"])
-        loop = {name: was[name] for name in loop}
-    ema = optim.EMA(model, ema_decay) if ema_decay else None
-    if ema and checkpoint and checkpoint["ema"]:
-        mesh.load_ema(ema, checkpoint["ema"])
-
-    def save(run, name, keep=0):
-        """The state into the run's file `name`, and with `keep` into a numbered one, of which so many stay."""
-        with opt.averaged():                             # what others read is what was evaluated
-            now = state()
-            run.save(name, now)
-            if keep:
-                run.keep(now, loop["step"], keep)
-
-    def state():
-        """Everything that the rest of the run depends on."""
-        return dict(step=loop["step"], vocab_size=work.vocab_size,
-                    tokenizer=work.fingerprint, settings=dict(settings), model=mesh.full_state_dict(model),
-                    ema=mesh.full_ema(ema) if ema else None, optimizer=mesh.full_optimizer_state(opt),
-                    scaler=scaler.state_dict(), generators=mesh.generator_states(generator_states()),
-                    data=batches.state_dict(), loop=dict(loop),
-                    posterior=optim.posterior(opt, model.named_parameters()))
 
     def evaluate(last=False):
         """Yields (name of the weights, line of metrics): of the raw weights, and when there is an ema, of that."""
-        for weights, place in [("raw", opt.averaged())] + ([("ema", ema.swapped())] if ema else []):
+        for weights, place in optim.both(opt, ema):
             with place, autocast, mesh.gathered(model):
                 check_weights(loop["step"], model)           # right or wrong answers would not tell
                 for line in work.evaluate(model, last):
                     yield weights, line
 
-    recent = []                          # (loss, gradient norm) of the last steps, still on the device
-
-    def settle():
-        """Moves `recent` into the loop's state as numbers; stops the run at the first step that was not finite."""
-        values = torch.stack(recent).tolist() if recent else []
-        for i, (loss, norm) in enumerate(values):
-            if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):   # the scaler skips these
-                raise NonFinite(loop["step"] - len(values) + i + 1)
-        loop["pending"] += values
-        recent.clear()
-
-    with mesh.run(lambda: Run(settings, __file__, checkpoint, checkpoint_path, debug=debug)) as run:
+    # ---- the run: on resume, what it is handed goes on where the checkpoint was saved ----
+    loop = Loop(dict(step=0, evaluated=-1, best=math.inf, best_step=0, rows=0, seconds=0.0, pending=[],
+                     logged_seconds=0.0), scaler)
+    with Run(settings, checkpoint, mesh, vocab_size=work.vocab_size, tokenizer=work.fingerprint, model=model, ema=ema,
+             optimizer=opt, scaler=scaler, generators=Generators(), data=batches, loop=loop,
+             posterior=optim.Posterior(opt, model.named_parameters())) as run:
         print(f"{work.shown}\n{work.example}\n{work.n_rows:,} rows; {model.n_params():,} parameters; {where.type} "
               f"{str(precision).removeprefix('torch.')}")
         peak_flops = measure_peak_flops(where, precision) * mesh.size
@@ -538,28 +309,25 @@ def main():
         while not mesh.stop(run):
             # ---- evaluate and save: before the step, so that a run that stops here does on resume what was due ----
             step = loop["step"]
-            scale = optim.schedule(schedule, step, warmup_steps, max_steps, min_lr_scale, decay_fraction, warmup_peak)
-            for group in opt.param_groups:               # first, so that what is saved does not ask who stepped before
-                group["lr"] = group["base_lr"] * scale
+            rate = optim.set_rate(opt, settings, step)   # first, so that what is saved does not ask who stepped before
             over = max_steps is not None and step >= max_steps
             if saved < 0:                                # before the first evaluation, which writes best.pt
-                save(run, "last.pt", keep=keep_last)
+                run.save("last.pt", step, keep=keep_last)
                 saved = step
             if eval_interval and step % eval_interval == 0 and loop["evaluated"] < step and not over:
-                settle()
+                loop.flush()
                 loop["evaluated"], found = step, math.inf
                 clock.start()
                 for weights, line in evaluate():
                     run.log(step=step, split="val", weights=weights, **line)
                     bar.note(f"step {step}: {say(line)}{'; ema weights' if weights == 'ema' else ''}")
-                    found = better(line) if found == math.inf else found     # the first line: what the task is about
+                    found = cost(line) if found == math.inf else found     # the first line: what the task is about
                 clock.lap("evaluation")
                 if found < loop["best"]:
                     loop.update(best=found, best_step=step)
-                    save(run, "best.pt")
+                    run.save("best.pt", step)
             if step % save_interval == 0 and saved < step:
-                settle()
-                save(run, "last.pt", keep=keep_last)
+                run.save("last.pt", step, keep=keep_last)
                 saved = step
             if over:
                 break
@@ -594,20 +362,20 @@ def main():
             if ema:
                 ema.update()
             clock.lap("optimiser")
-            recent.append(torch.stack([mesh.mean(loss), grad_norm]))
+            loop.add(torch.stack([mesh.mean(loss), grad_norm]))
             step = loop["step"] = step + 1
             loop["rows"] += batch_size * grad_accum
 
             # ---- log ----
             due = step % log_interval == 0
             if due:
-                settle()                                         # waits for the device: part of the step's time
+                loop.flush()                                     # waits for the device: part of the step's time
             loop["seconds"] += time.perf_counter() - began
             if due:
                 losses = [loss for loss, _ in loop["pending"]]
                 speed = seen / max(loop["seconds"] - loop["logged_seconds"], 1e-9)
                 mean = sum(losses) / len(losses)
-                run.log(step=step, split="train", loss=mean, lr=lr * scale, grad_norm=loop["pending"][-1][1],
+                run.log(step=step, split="train", loss=mean, lr=rate, grad_norm=loop["pending"][-1][1],
                         tokens_per_s=speed, mfu=speed * model.flops_per_token(x.size(1)) / peak_flops,
                         seconds=loop["seconds"], epoch=batches.epoch)
                 loop.update(pending=[], logged_seconds=loop["seconds"])
@@ -617,28 +385,17 @@ def main():
         # ---- the end ----
         step = loop["step"]
         bar.close()
-        settle()
+        loop.flush()
         stopped = mesh.stop(run)                         # of all processes: what follows, they do together
         if saved < step:
-            save(run, "last.pt")
+            run.save("last.pt", step)
         if eval_interval and not stopped:
-            found, firsts = math.inf, {}
             clock.start()
-            for weights, line in evaluate(last=True):
-                run.log(step=step, split="val", weights=weights, final=True, **line)
-                words = [line.get("people"), line["protocol"] if task in FACTS else None, weights]
-                name = "_".join(word for word in words if word)
-                given = {key: line[key] for key in ("accuracy", "loss", "bpb", "calls") if key in line}
-                run.summary(**{f"{key}_{name}": value for key, value in given.items()})
-                print(f"{say(line)} ({weights} weights) after {step:,} steps, {loop['seconds']:.0f} s of training")
-                found = better(line) if found == math.inf else found
-                kinds = "accuracy" if task == "mqar" else "bpb" if task == "text" else f"accuracy_{line['people']}"
-                firsts.setdefault(kinds, line.get("accuracy", line.get("bpb")))      # by the way that the task trains
-            run.summary(**firsts)
+            found = last_words(run, step, evaluate(last=True), loop["seconds"])
             clock.lap("evaluation")
             if found < loop["best"]:
                 loop.update(best=found, best_step=step)
-                save(run, "best.pt")
+                run.save("best.pt", step)
             with opt.averaged(), mesh.gathered(model):
                 more = work.last(model)
             run.summary(**more)

@@ -14,6 +14,7 @@ read the encoder's states, and the decoder sees the problem through them only (a
 By default numbers stand least significant digit first and the answer comes without any step between; the presets also
 train a head on the running sums of long multiplication, which is never asked for an answer. Pairs are held out
 unordered: where 12 x 34 is, 34 x 12 is too. To expect of three_digits: exact match 0.999 on these (bfloat16, a CPU).
+Figures: docs/multiplication.md.
 """
 import flags
 
@@ -33,18 +34,15 @@ import torch.nn.functional as F
 import limits
 import optim
 from data.multiplication import EQUALS, SYMBOLS, Notation, Problems, Stream, held_out, numbers, of_length
-from experiment import (NonFinite, Run, Stopwatch, UserError, adopt, command, find_resume, generator_states,
-                        load_checkpoint, load_loop, override, resolve_device, restore_generators, seed_everything)
+from experiment import (Loop, Run, Stopwatch, UserError, begin, command, generator_states, put_back,
+                        resolve_device, restore_generators, restoring, resumed, seed_everything)
 from flags import shown
+from kernels import cross_entropy, use as use_kernels
 from model import TransformerConfig, fused_rows, parameter_roles
-from networks import EncoderDecoder, LatentTransformer, PrefixDecoder, cross_entropy
+from networks import EncoderDecoder, LatentTransformer, PrefixDecoder
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
-run_name = None            # name of the run's directory; none: date and time
-out_dir = "runs"           # the run's directory is out_dir/train_mult/run_name
-tag = None                 # a word by which `python experiment.py clean --tag` finds the run
-resume = False             # [path] go on with run_name (none: the newest run); --resume PATH: from that checkpoint
 eval_only = False          # with resume: evaluate on all held-out examples, train nothing, write nothing
 ask = None                 # with resume: problems to solve, as "12*34", several with commas
 seed = 1337                # [>= 0] initialisation, dropout and coins of teacher forcing
@@ -53,7 +51,6 @@ device = "auto"            # auto, cpu, cuda, cuda:1, ...
 dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
 compile = False            # torch.compile
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
-debug = False              # tiny and short, no wandb, no tensorboard
 
 # --- Data ---
 min_digits = 3             # [>= 1, <= 8] of the operands
@@ -101,7 +98,6 @@ stability_eps = 0.02       # [> 0.0] nats: so closely
 max_steps = 20_000         # [none, >= 0] optimiser steps of each model in all, resumes included; none: until stopped
 patience = None            # [none, >= 1] a model rests after so many validations without a better one
 optimizer = "muon"         # [sgd, adam, adamw, muon, schedule_free] muon: hidden matrices, the rest by adamw
-orthograd = False          # gradients made orthogonal to their weights first
 lr = 2e-3                  # [> 0.0] peak learning rate
 muon_lr = 0.02             # [> 0.0] peak learning rate of the matrices under muon
 schedule = "wsd"           # [constant, noam, cosine, wsd] all start with a linear warm-up
@@ -109,9 +105,7 @@ warmup_steps = 50          # [>= 0] steps
 decay_fraction = 0.5       # [> 0.0, <= 1.0] wsd: share of max_steps in which the rate falls linearly
 min_lr_scale = 0.02        # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
 betas = (0.9, 0.98)        # [>= 0.0, < 1.0] adam, adamw, schedule_free
-eps = 1e-8                 # [> 0.0] adam, adamw, schedule_free
 momentum = 0.9             # [>= 0.0, < 1.0] sgd
-muon_momentum = 0.95       # [>= 0.0, < 1.0] muon
 weight_decay = 0.1         # [>= 0.0] on matrices only
 grad_clip = 1.0            # [none, > 0.0] largest norm of the whole gradient
 ema_decay = 0.0            # [>= 0.0, < 1.0] running average of the weights, evaluated in their place; 0: none
@@ -123,8 +117,10 @@ eval_batch_size = 1000     # [>= 1] examples at once; changes the speed, not the
 save_interval = 500        # [>= 1] steps between checkpoints
 keep_last = 0              # [>= 0] numbered checkpoints to keep beside last.pt and best_MODEL.pt
 log_interval = 10          # [>= 1] steps between lines of metrics
-wandb = "disabled"         # [disabled, offline, online]
-tensorboard = False        # curves for TensorBoard in the run's directory
+
+# Flags all the same: the commented fields of these classes.
+FURTHER = {"the optimiser": "optim.py:Settings but warmup_peak ess hess_init clip_radius decay_params",
+           "the run": "flags.py:Common"}
 
 presets = {
     "cpu": dict(min_digits=2, max_digits=2, val_fraction=0.1, max_steps=1000, format="padded", activation="swiglu",
@@ -174,7 +170,7 @@ def check(settings):
     try:
         config = TransformerConfig.from_settings({
             **settings, "vocab_size": len(SYMBOLS), "block_size": max(notation.source_length, notation.answer_length)})
-        optim.schedule(schedule, 0, warmup_steps, max_steps, min_lr_scale, decay_fraction)
+        optim.factor(settings, 0)
     except ValueError as error:
         raise UserError(error)
     limits.weigh(lambda: [Solver(name, config, sums_named(notation)) for name in names], device)
@@ -223,8 +219,8 @@ class Solver(nn.Module):
         """source (B, S), x (B, T) int64 -> logits (B, T, V) and the head's output (B, T, n_sums) or None, float32.
 
         padding (B, S) bool, True after a source's end, or None where no row has any."""
-        if kernels == "triton" and padding is not None:
-            padding = (~padding).sum(1)      # by which cross-attention has a kernel
+        if padding is not None:
+            padding = (~padding).sum(1)      # lengths, by which cross-attention has a kernel
         states = self.body.states(x, self.body.encode(source, padding), padding)
         sums = None if self.sum_head is None else F.linear(states, self.sum_head).float()
         return self.body.classify(states), sums
@@ -259,7 +255,7 @@ class SequenceAccuracyLoss(nn.Module):
             mask = torch.ones_like(targets, dtype=torch.bool)
         logits = torch.where(mask.unsqueeze(-1), logits, 0.0)
         targets = targets.masked_fill(~mask, 0)
-        ce = cross_entropy(logits.flatten(0, 1), targets.flatten(), kernels).view(targets.shape)  # (B, T)
+        ce = cross_entropy(logits.flatten(0, 1), targets.flatten()).view(targets.shape)  # (B, T)
         with torch.no_grad():
             correct = ((logits.argmax(-1) == targets) | ~mask).all(1).to(ce.dtype)  # (B,)
             present = mask.any(1).to(ce.dtype)
@@ -277,7 +273,7 @@ def sum_loss(sums, truth, mask, n_classes):
     a tenth of the largest sum (Bai et al. 2025 regress).
     """
     if sums.size(2) > 1:
-        error = cross_entropy(sums.flatten(0, 1), truth.flatten(), kernels).view(truth.shape)
+        error = cross_entropy(sums.flatten(0, 1), truth.flatten()).view(truth.shape)
     else:
         error = (sums.squeeze(2) - truth * (10 / n_classes)).square()
     return (error * mask).sum() / mask.sum().clamp(min=1)
@@ -349,23 +345,22 @@ class Learner:
     Each has the state of the global generators for itself: trained alone or beside another, it learns the same.
     """
 
-    def __init__(self, name, config, where, precision):
+    def __init__(self, name, config, where, precision, settings):
         seed_everything(seed, deterministic)
         self.name, self.where = name, where
         self.model = Solver(name, config, sums_named(Notation(format, max_digits))).to(where)
         self.net = torch.compile(self.model) if compile else self.model
-        self.opt = optim.build(optimizer, self.model.named_parameters(), parameter_roles(self.model), lr=lr,
-                               weight_decay=weight_decay, betas=betas, eps=eps, momentum=momentum, muon_lr=muon_lr,
-                               muon_momentum=muon_momentum, orthograd=orthograd, fused_rows=fused_rows(self.model),
-                               kernels=kernels)
+        self.opt = optim.build(settings, self.model.named_parameters(), parameter_roles(self.model),
+                               fused_rows(self.model))
         self.scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
         self.ema = optim.EMA(self.model, ema_decay) if ema_decay else None
         self.forcing = Forcing(forcing, forcing_start, forcing_k, forcing_slope, forcing_min, stability_window,
                                stability_eps, seed)
         self.generators = generator_states()
-        self.loop = dict(step=0, evaluated=-1, position=0, best=[-1.0, -math.inf], best_step=0, without_better=0,
-                         history=[], pending=[], seconds=0.0, logged_seconds=0.0)
-        self.recent = []                 # (loss, accuracy, gradient norm) of the last steps, still on the device
+        self.loop = Loop(dict(step=0, evaluated=-1, position=0, best=[-1.0, -math.inf], best_step=0, without_better=0,
+                              history=[], pending=[], seconds=0.0, logged_seconds=0.0), self.scaler, name)
+        self.parts = dict(model=self.model, ema=self.ema, optimizer=self.opt, scaler=self.scaler, generators=None,
+                          forcing=self.forcing, loop=self.loop)
 
     @property
     def step(self):
@@ -376,16 +371,6 @@ class Learner:
         """Whether it has done its steps, or was stopped early."""
         tired = patience is not None and self.loop["without_better"] >= patience
         return tired or max_steps is not None and self.step >= max_steps
-
-    @contextmanager
-    def evaluated(self):
-        """The weights to evaluate and save are in place: an average where there is one."""
-        with self.opt.averaged():
-            if self.ema is None:
-                yield
-            else:
-                with self.ema.swapped():
-                    yield
 
     @contextmanager
     def own_randomness(self):
@@ -409,36 +394,41 @@ class Learner:
             x = notation.inputs(self.forcing.mix(targets, predicted))
         return x
 
-    def settle(self):
-        """Moves `recent` into the loop's state as numbers; stops the run at the first step that was not finite."""
-        values = torch.stack(self.recent).tolist() if self.recent else []
-        for i, (loss, _, norm) in enumerate(values):
-            if not (math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())):
-                raise NonFinite(f"{self.step - len(values) + i + 1} of {self.name}")
-        self.loop["pending"] += values
-        self.recent.clear()
-
     def state_dict(self):
         """Everything that the rest of its training depends on."""
-        self.settle()
         with self.opt.averaged():        # what others read is what was evaluated; a copy, as it ends with this block
-            return copy.deepcopy({
-                "model": self.model.state_dict(), "ema": self.ema.state_dict() if self.ema else None,
-                "optimizer": self.opt.state_dict(), "scaler": self.scaler.state_dict(), "generators": self.generators,
-                "forcing": self.forcing.state_dict(), "loop": self.loop})
+            states = {name: thing and thing.state_dict() for name, thing in self.parts.items()}
+            return copy.deepcopy({**states, "generators": self.generators})
 
     def load_state_dict(self, state):
         """Goes on where state was taken."""
-        self.model.load_state_dict(state["model"])
-        optim.load_state(self.opt, state["optimizer"])
-        optim.load_scaler(self.scaler, state["scaler"])
-        if self.ema:
-            self.ema = optim.EMA(self.model, ema_decay)
-            if state["ema"]:
-                self.ema.load_state_dict(state["ema"])
+        put_back(state, self.parts)
         self.generators = state["generators"]
-        self.forcing.load_state_dict(state["forcing"])
-        self.loop = {**self.loop, **load_loop(self.loop, state["loop"])}
+
+    def mean_weight(self, passes, read, autocast):
+        """The mean over a step's sequences of what they weigh, by answering them all; None where one pass is a step."""
+        if not sequence_weight or grad_accum == 1:
+            return None
+        with self.own_randomness(), autocast, torch.no_grad():
+            right = [SequenceAccuracyLoss()(self.net(some[2], x, some[3])[0], some[4], some[5] > -2)[1]
+                     for some, x in zip(passes, read)]
+        return 1 + sequence_weight * (1 - sum(right) / grad_accum)
+
+    def losses(self, notation, some, x, n_tokens, n_digits, mean, autocast):
+        """(objective, nats a token, accuracy) of a pass `some`, (a, b, source, padding, targets, places), of which the
+        decoder reads x: the losses are its shares of the means over the step's n_tokens and n_digits."""
+        a, b, source, padding, targets, places = some
+        with self.own_randomness(), autocast:
+            logits, sums = self.net(source, x, padding)
+        objective, accuracy = SequenceAccuracyLoss(sequence_weight)(logits, targets, places > -2, mean)
+        nats = SequenceAccuracyLoss()(logits.detach(), targets, places > -2)[0] if sequence_weight else objective
+        share = (places > -2).sum() / n_tokens           # of the step's: means over all of them, not of means
+        objective = objective * share
+        if sums is not None:
+            truth = notation.running_sums(a, b).gather(1, places.clamp(min=0))
+            named = sum_loss(sums, truth, places >= 0, notation.n_sums)
+            objective = objective + sum_weight * named * ((places >= 0).sum() / n_digits)
+        return objective, nats.detach() * share, accuracy
 
 
 # --- Evaluation ---
@@ -542,33 +532,37 @@ def answer_questions(learners, notation, settings):
         print(f"{a} x {b} = {a * b} ({side}{seen})")
         for learner in learners:
             x, y = (torch.tensor([n], device=learner.where) for n in (a, b))
-            with learner.evaluated():
+            with optim.evaluated(learner.opt, learner.ema):
                 tokens = solve(learner.model, notation, x, y)
             answer = notation.numbers(tokens)[0]
             print(f"  {learner.name:<8}{'no number' if answer is None else answer} "
                   f"{'right' if answer == a * b else 'wrong'} (wrote {notation.text(tokens[0])}, step {learner.step})")
 
 
+def last_words(run, learner, found, trained):
+    """What `evaluate` found at the end, to the metrics, the summary and in print."""
+    name, digits = learner.name, " ".join(f"{value:.3f}" for value in found["digit_accuracy"].values())
+    run.log(step=learner.step, model=name, split="val", final=True, **numbers_of(found))
+    run.summary(**{f"val_accuracy_{name}": found["accuracy"], f"val_loss_{name}": found["loss"],
+                   f"train_accuracy_{name}": trained["accuracy"]})
+    print(f"{name}: exact match {found['accuracy']:.4f} on {found['examples']:,} held-out examples, digits from 10^0: "
+          f"{digits}; {trained['accuracy']:.4f} on training ones; {learner.step:,} steps, "
+          f"{learner.loop['seconds']:.0f} s of training")
+
+
 @command
 def main():
     # ---- settings: flags, preset, and on resume the checkpoint's ----
-    settings = override(globals())
-    if debug:
-        quiet = {name: value for name, value in debug_settings.items() if name not in settings.explicit}
-        globals().update(quiet)
-        settings.update(quiet)
+    settings = begin(globals())
     only_read = eval_only or ask is not None
     if eval_only and ask is not None:
         raise UserError("--eval_only and --ask: one of them")
-    if only_read and resume is False:
+    if only_read and settings["resume"] is False:
         raise UserError(f"--{'eval_only' if eval_only else 'ask'} goes with --resume, or --resume PATH: which model?")
-    checkpoint_path = find_resume(settings, __file__, needed=only_read)
-    checkpoint = load_checkpoint(checkpoint_path, __file__) if checkpoint_path else None
-    if checkpoint:
-        settings = adopt(globals(), settings, {name: value for name, value in checkpoint["settings"].items()
-                                               if name not in ("eval_only", "ask")}, architecture)
+    checkpoint = resumed(settings, architecture, ("eval_only", "ask"), needed=only_read)
     names, notation, config = check(settings)
     where, precision = resolve_device(device, dtype)
+    use_kernels(kernels)
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
 
     # ---- data ----
@@ -580,41 +574,36 @@ def main():
     print(notation.example(*stream.at(0, 1)[0].tolist()))
 
     # ---- models, optimisers, resume ----
-    learners = [Learner(name, config, where, precision) for name in names]
-    others = {}                                          # models of the checkpoint that are not trained now
+    learners = [Learner(name, config, where, precision, settings) for name in names]
+    known = checkpoint["models"] if checkpoint else {}
+    others = {name: state for name, state in known.items() if name not in names}     # which are not trained now
     if checkpoint:
-        known = checkpoint["models"]
-        others = {name: state for name, state in known.items() if name not in names}
-        for learner in learners:
-            if learner.name in known:
-                learner.load_state_dict(known[learner.name])
+        with restoring(checkpoint.path):
+            put_back(known, {learner.name: learner for learner in learners if learner.name in known})
     print("; ".join(f"{learner.name} {learner.model.n_params():,} parameters" for learner in learners) +
           f"; {where.type} {str(precision).removeprefix('torch.')}")
 
-    if not only_read:
-        limits.notes(settings, {"max_steps": max_steps}, checkpoint and checkpoint["settings"])
     if only_read:
         if ask is not None:
             answer_questions(learners, notation, settings)
         for learner in learners if eval_only else ():
-            with learner.evaluated():
+            with optim.evaluated(learner.opt, learner.ema):
                 for title, pairs in (("training", seen), ("held-out", val)):
                     found = evaluate(learner.model, notation, pairs, autocast)
                     report(found, notation, f"{learner.name}, step {learner.step:,}, {title} pairs")
         return
+    limits.notes(settings, {"max_steps": max_steps}, checkpoint and checkpoint["settings"])
 
-    def state():
-        """Everything that the rest of the run depends on."""
+    def save(name, keep=0):
+        """A checkpoint of all models; its step is that of the furthest."""
         steps = {**{name: kept["loop"]["step"] for name, kept in others.items()}, **{m.name: m.step for m in learners}}
-        return dict(step=max(steps.values()), steps=steps, settings=dict(settings),
-                    models={**others, **{learner.name: learner.state_dict() for learner in learners}})
+        run.save(name, max(steps.values()), keep, steps=steps)
 
-    loss_function, plain_loss = SequenceAccuracyLoss(sequence_weight), SequenceAccuracyLoss()
-    with Run(settings, __file__, checkpoint, checkpoint_path, debug=debug) as run:
+    with Run(settings, checkpoint, models={**others, **{learner.name: learner for learner in learners}}) as run:
         bar, clock = run.bar(max_steps, min(learner.step for learner in learners)), Stopwatch(where)
         saved = None                                     # on resume too: a stop comes before what is due at its step
         if not checkpoint:
-            run.save("last.pt", state())                 # at once: a full disk shows, and a kill leaves what to resume
+            save("last.pt")                              # at once: a full disk shows, and a kill leaves what to resume
 
         while not run.stop:
             # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
@@ -623,10 +612,10 @@ def main():
                 planned = step % eval_interval == 0      # else it is the last step: its validation moves best, no more
                 if loop["evaluated"] >= step or not (planned or max_steps is not None and step >= max_steps):
                     continue
-                learner.settle()
+                loop.flush()
                 loop["evaluated"] = step
                 clock.start()
-                with learner.evaluated():
+                with optim.evaluated(learner.opt, learner.ema):
                     found = evaluate(learner.model, notation, val[:eval_examples], autocast)
                     trained = evaluate(learner.model, notation, seen, autocast)
                 clock.lap("evaluation")
@@ -642,13 +631,11 @@ def main():
                 loop["without_better"] = 0 if better else loop["without_better"] + planned
                 if better:
                     loop.update(best=[found["accuracy"], -found["loss"]], best_step=step)
-                    run.save(f"best_{learner.name}.pt", state())
+                    save(f"best_{learner.name}.pt")
             steps = [learner.step for learner in learners]
             if saved != steps and any(step % save_interval == 0 for step in steps):
-                now, saved = state(), steps
-                run.save("last.pt", now)
-                if keep_last:
-                    run.keep(now, now["step"], keep_last)
+                save("last.pt", keep=keep_last)
+                saved = steps
             active = [learner for learner in learners if not learner.rests()]
             if not active:
                 break
@@ -656,9 +643,7 @@ def main():
             # ---- one optimiser step of each model that does not rest ----
             for learner in active:
                 loop, began = learner.loop, time.perf_counter()
-                scale = optim.schedule(schedule, learner.step, warmup_steps, max_steps, min_lr_scale, decay_fraction)
-                for group in learner.opt.param_groups:
-                    group["lr"] = group["base_lr"] * scale
+                rate = optim.set_rate(learner.opt, settings, learner.step)
                 probability, total, exact = learner.forcing.probability(), 0.0, 0.0
                 clock.start()
                 problems_now = stream.at(loop["position"], batch_size * grad_accum)
@@ -668,28 +653,15 @@ def main():
                 n_tokens, n_digits = (sum((places > least).sum() for *_, places in passes) for least in (-2, -1))
                 clock.lap("data")
                 read = (learner.inputs(notation, *some[2:5], autocast) for some in passes)
-                mean = None
                 if sequence_weight and grad_accum > 1:
                     read = list(read)
-                    with learner.own_randomness(), autocast, torch.no_grad():
-                        right = [plain_loss(learner.net(some[2], x, some[3])[0], some[4], some[5] > -2)[1]
-                                 for some, x in zip(passes, read)]
-                    mean = 1 + sequence_weight * (1 - sum(right) / grad_accum)
-                for (a, b, source, padding, targets, places), x in zip(passes, read):
-                    with learner.own_randomness(), autocast:
-                        logits, sums = learner.net(source, x, padding)
-                    objective, accuracy = loss_function(logits, targets, places > -2, mean)
-                    nats = plain_loss(logits.detach(), targets, places > -2)[0] if sequence_weight else objective
-                    share = (places > -2).sum() / n_tokens   # of the step's: means over all of them, not of means
-                    objective = objective * share
-                    if sums is not None:
-                        truth = notation.running_sums(a, b).gather(1, places.clamp(min=0))
-                        named = sum_loss(sums, truth, places >= 0, notation.n_sums)
-                        objective = objective + sum_weight * named * ((places >= 0).sum() / n_digits)
+                mean = learner.mean_weight(passes, read, autocast)
+                for some, x in zip(passes, read):
+                    objective, nats, accuracy = learner.losses(notation, some, x, n_tokens, n_digits, mean, autocast)
                     clock.lap("forward")
                     learner.scaler.scale(objective).backward()
                     clock.lap("backward")
-                    total, exact = total + nats.detach() * share, exact + accuracy / grad_accum
+                    total, exact = total + nats, exact + accuracy / grad_accum
                 learner.scaler.unscale_(learner.opt)
                 norm_found = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), grad_clip or math.inf)
                 learner.scaler.step(learner.opt)
@@ -698,20 +670,20 @@ def main():
                 if learner.ema:
                     learner.ema.update()
                 clock.lap("optimiser")
-                learner.recent.append(torch.stack([total, exact, norm_found]))
+                loop.add(torch.stack([total, exact, norm_found]))
                 step = loop["step"] = loop["step"] + 1
                 learner.forcing.stepped(step)
 
                 # ---- log ----
                 due = step % log_interval == 0
                 if due:
-                    learner.settle()                     # waits for the device: part of the step's time
+                    loop.flush()                         # waits for the device: part of the step's time
                 loop["seconds"] += time.perf_counter() - began
                 if due:
                     n = len(loop["pending"])
                     mean = sum(loss for loss, _, _ in loop["pending"]) / n
                     speed = n * batch_size * grad_accum / (loop["seconds"] - loop["logged_seconds"])
-                    run.log(step=step, model=learner.name, split="train", loss=mean, lr=lr * scale,
+                    run.log(step=step, model=learner.name, split="train", loss=mean, lr=rate,
                             accuracy=sum(value for _, value, _ in loop["pending"]) / n, forcing=probability,
                             grad_norm=loop["pending"][-1][2], examples_per_s=speed,
                             tokens_per_s=speed * notation.answer_length, seconds=loop["seconds"],
@@ -726,7 +698,7 @@ def main():
         # ---- the end ----
         bar.close()
         if saved != [learner.step for learner in learners]:
-            run.save("last.pt", state())
+            save("last.pt")
         run.summary(step=max(learner.step for learner in learners), hash=problems.hash,
                     parameters=sum(learner.model.n_params() for learner in learners))
         for learner in learners:
@@ -734,19 +706,12 @@ def main():
             run.summary(**{f"step_{name}": learner.step, f"best_accuracy_{name}": loop["best"][0],
                            f"best_step_{name}": loop["best_step"], f"seconds_{name}": loop["seconds"],
                            f"parameters_{name}": learner.model.n_params()})
-            if run.stop:
-                continue
-            clock.start()
-            with learner.evaluated():
-                found, trained = (evaluate(learner.model, notation, pairs, autocast) for pairs in (val, seen))
-            clock.lap("evaluation")
-            run.log(step=learner.step, model=name, split="val", final=True, **numbers_of(found))
-            run.summary(**{f"val_accuracy_{name}": found["accuracy"], f"val_loss_{name}": found["loss"],
-                           f"train_accuracy_{name}": trained["accuracy"]})
-            digits = " ".join(f"{value:.3f}" for value in found["digit_accuracy"].values())
-            print(f"{name}: exact match {found['accuracy']:.4f} on {found['examples']:,} held-out examples, digits "
-                  f"from 10^0: {digits}; {trained['accuracy']:.4f} on training ones; {learner.step:,} steps, "
-                  f"{loop['seconds']:.0f} s of training")
+            if not run.stop:
+                clock.start()
+                with optim.evaluated(learner.opt, learner.ema):
+                    found, trained = (evaluate(learner.model, notation, pairs, autocast) for pairs in (val, seen))
+                clock.lap("evaluation")
+                last_words(run, learner, found, trained)
         run.spent(clock)
         print(f"{'stopped' if run.stop else 'done'}: {run.dir}")
 

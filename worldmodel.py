@@ -30,8 +30,22 @@ def from_patches(x, p, height, width):
     return x.reshape(*batch, height, width, c // p ** 2)
 
 
+def config_of(n_layer, n_head, n_embd, block_size, vocab_size=1, ff_mult=2.0, **more):
+    """The TransformerConfig that all these models have in common."""
+    return TransformerConfig(vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, ff_mult=ff_mult,
+                             block_size=block_size, norm="rms", positions="rope", bias=False, init="xavier",
+                             qk_norm=True, **more)
+
+
+def fill_evenly(layer, scale=1.0):
+    """Weights U(-1, 1) / sqrt(fan_in) times `scale`, biases 0."""
+    bound = layer.weight[0].numel() ** -0.5
+    layer.weight.uniform_(-bound, bound).mul_(scale)
+    layer.bias.zero_()
+
+
 class Conv(nn.Conv2d):
-    """A convolution with zero padding; weights U(-1, 1) / sqrt(fan_in) times `scale`."""
+    """A convolution with zero padding, whose first weights are multiplied by `scale`."""
 
     def __init__(self, c_in, c_out, kernel, stride=1, scale=1.0):
         super().__init__(c_in, c_out, kernel, stride, padding=kernel // 2 if stride == 1 else 0)
@@ -42,24 +56,19 @@ class Conv(nn.Conv2d):
 
     def fill(self):
         """Called by `initialise`."""
-        bound = self.weight[0].numel() ** -0.5
-        self.weight.uniform_(-bound, bound).mul_(self.scale)
-        self.bias.zero_()
+        fill_evenly(self, self.scale)
 
 
 class Affine(Linear):
-    """A linear layer between two kinds of things (pixels, codes, actions) and the stream: U(-1, 1) / sqrt(fan_in)."""
+    """A linear layer between two kinds of things (pixels, codes, actions) and the stream."""
 
-    def __init__(self, n_in, n_out, bias=True):
-        super().__init__(n_in, n_out, bias=bias)
-        self.own = {"weight": "head"} | ({"bias": "bias"} if bias else {})
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out)
+        self.own = {"weight": "head", "bias": "bias"}
 
     def fill(self):
         """Called by `initialise`."""
-        bound = self.in_features ** -0.5
-        self.weight.uniform_(-bound, bound)
-        if self.bias is not None:
-            self.bias.zero_()
+        fill_evenly(self)
 
 
 class Residual(nn.Module):
@@ -118,9 +127,9 @@ class Signs(nn.Module):
 class Nearest(nn.Module):
     """n_codes vectors of width D, the nearest chosen, codes as running means (VQ): what `Signs` is compared with."""
 
-    def __init__(self, n_codes, width=8, kernels="torch"):
+    def __init__(self, n_codes, width=8):
         super().__init__()
-        self.width, self.vq = width, VQ(n_codes, width, "dot", kernels=kernels)
+        self.width, self.vq = width, VQ(n_codes, width, "dot")
 
     def forward(self, u, soft=False):
         """As Signs.forward; the Quantised has a commitment loss."""
@@ -150,15 +159,13 @@ class ActionModel(nn.Module):
     """
 
     def __init__(self, height, width, patch, colours, history=2, n_codes=8, n_embd=32, n_layer=3, kind="conv",
-                 quantiser="signs", n_head=4, init="xavier", difference=True, kernels="torch"):
+                 quantiser="signs", n_head=4, difference=True):
         super().__init__()
         self.height, self.width, self.patch, self.colours = height, width, patch, colours
         self.history, self.n_codes, self.kind, self.difference = history, n_codes, kind, difference
-        self.quantiser = Signs(n_codes) if quantiser == "signs" else Nearest(n_codes, kernels=kernels)
+        self.quantiser = Signs(n_codes) if quantiser == "signs" else Nearest(n_codes)
         D, n_out = self.quantiser.width, patch * patch * (colours or 3)
-        self.config = TransformerConfig(vocab_size=1, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
-                                        block_size=max(2, history + 1), norm="rms", positions="rope", ff_mult=2.0,
-                                        activation="gelu", bias=False, init=init, qk_norm=True, kernels=kernels)
+        self.config = config_of(n_layer, n_head, n_embd, max(2, history + 1))
         self.to_hidden, self.to_code = Affine(n_embd, n_embd), Affine(n_embd, D)
         if kind == "conv":
             self.look = Conv(3 * (history + 1), n_embd, patch, patch)
@@ -247,7 +254,7 @@ class Tokenizer(nn.Module):
     """
 
     def __init__(self, height, width, patch, colours, codebook_size=64, code_dim=8, n_layer=2, n_head=4, n_embd=64,
-                 kind="spatial", quantiser="vq", window=None, block_size=16, init="xavier", kernels="torch"):
+                 kind="spatial", quantiser="vq", window=None, block_size=16):
         super().__init__()
         if height % patch or width % patch:
             raise ValueError(f"patch {patch} does not divide frames of {height} x {width}")
@@ -255,11 +262,8 @@ class Tokenizer(nn.Module):
         self.window = window
         grid = height // patch, width // patch
         self.n_tokens, self.grid, self.codebook_size = grid[0] * grid[1], grid, codebook_size
-        self.config = TransformerConfig(vocab_size=1, n_layer=n_layer, n_head=n_head, n_embd=n_embd, norm="rms",
-                                        block_size=block_size, positions="rope", ff_mult=2.0, bias=False, init=init,
-                                        qk_norm=True, kernels=kernels)
-        self.codebook = FSQ(codebook_size) if quantiser == "fsq" else VQ(codebook_size, code_dim, "cosine",
-                                                                         kernels=kernels)
+        self.config = config_of(n_layer, n_head, n_embd, block_size)
+        self.codebook = FSQ(codebook_size) if quantiser == "fsq" else VQ(codebook_size, code_dim, "cosine")
         width_of_code = len(self.codebook.levels) if quantiser == "fsq" else code_dim
 
         def trunk():
@@ -307,7 +311,16 @@ class Tokenizer(nn.Module):
         return None if self.kind == "spatial" else self.decoder.new_cache(batch_size, max_length, self.window)
 
 
-# --- Filling in what is hidden ---
+# --- Drawing tokens ---
+
+def draw(logits, temperature=1.0, generator=None):
+    """A token (..., 1) of logits (..., K), by Gumbel's noise from `generator`, on the CPU whatever the device;
+    temperature 0: the likeliest."""
+    if temperature:
+        chance = torch.rand(logits.shape, generator=generator).clamp(1e-9, 1 - 1e-7).to(logits.device)
+        logits = logits.float() / temperature - torch.log(-torch.log(chance))
+    return logits.argmax(-1, keepdim=True)
+
 
 def fill_in(logits_of, B, N, K, device=None, steps=8, temperature=1.0, choice=4.5, generator=None):
     """Tokens (B, N) below K by MaskGIT (Chang et al. 2022, section 3.2): all are hidden (K) at first; in each of
@@ -349,14 +362,12 @@ class Dynamics(nn.Module):
     """
 
     def __init__(self, grid, codebook_size, n_actions, n_layer=2, n_head=4, n_embd=64, action_input="add",
-                 block_size=16, init="xavier", ff_mult=2.0, kernels="torch"):
+                 block_size=16):
         super().__init__()
         self.grid, self.n_tokens = tuple(grid), grid[0] * grid[1]
         self.codebook_size, self.n_actions = codebook_size, n_actions
         self.extra = int(action_input == "prepend")
-        self.config = TransformerConfig(vocab_size=codebook_size + 1, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
-                                        block_size=block_size, norm="rms", positions="rope", ff_mult=ff_mult,
-                                        bias=False, init=init, qk_norm=True, kernels=kernels)
+        self.config = config_of(n_layer, n_head, n_embd, block_size, codebook_size + 1)
         self.embed = nn.Parameter(torch.empty(codebook_size + 1, n_embd))
         self.acts = nn.Parameter(torch.empty(n_actions + 1, n_embd))
         self.own = {"acts": "embedding"}
@@ -437,21 +448,18 @@ class CausalDynamics(nn.Module):
     seeing all before it; N passes of one token for a frame. Its cache holds (N + 1) T keys a layer.
     """
 
-    def __init__(self, grid, codebook_size, n_actions, n_layer=2, n_head=4, n_embd=64, block_size=16, init="xavier",
-                 ff_mult=2.0, kernels="torch"):
+    def __init__(self, grid, codebook_size, n_actions, n_layer=2, n_head=4, n_embd=64, block_size=16):
         super().__init__()
         self.grid, self.n_tokens = tuple(grid), grid[0] * grid[1]
         self.codebook_size, self.n_actions = codebook_size, n_actions
-        c = self.config = TransformerConfig(vocab_size=codebook_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
-                                            block_size=block_size * (self.n_tokens + 1), norm="rms", positions="rope",
-                                            ff_mult=ff_mult, bias=False, init=init, qk_norm=True, kernels=kernels)
+        c = self.config = config_of(n_layer, n_head, n_embd, block_size * (self.n_tokens + 1), codebook_size)
         self.embed = nn.Parameter(torch.empty(codebook_size, n_embd))
         self.acts = nn.Parameter(torch.empty(n_actions + 1, n_embd))
         self.place_position = nn.Parameter(torch.empty(self.n_tokens, n_embd))
         self.own = {"acts": "embedding", "place_position": "position"}
         self.ropes = make_ropes(c)
         self.blocks = nn.ModuleList(Block(c, i) for i in range(n_layer))
-        self.norm = Norm(c.norm, n_embd, c.norm_gain, c.bias, c.kernels)
+        self.norm = Norm(c.norm, n_embd, c.norm_gain, c.bias)
         self.heads = nn.ParameterList([nn.Parameter(torch.empty(codebook_size, n_embd))])
         initialise(self)
 
@@ -489,8 +497,8 @@ class CausalDynamics(nn.Module):
                    window=None):
         """The tokens (B, N) of the frame that `actions` (B,) lead to, one after another. As Dynamics.next_frame, but
         steps and choice are MaskGIT's and mean nothing here."""
-        B, K, where = len(actions), self.codebook_size, self.embed.device
-        tokens = torch.zeros(B, 0, dtype=torch.int64, device=where)
+        B = len(actions)
+        tokens = torch.zeros(B, 0, dtype=torch.int64, device=self.embed.device)
         new = F.embedding(actions.view(B, 1), self.acts)
         for place in range(self.n_tokens):
             if cache is not None:
@@ -498,10 +506,7 @@ class CausalDynamics(nn.Module):
             else:
                 whole = torch.cat((past[0], F.pad(tokens, (0, self.n_tokens - place))[:, None]), 1)
                 logits = self(whole, torch.cat((past[1], actions.view(B, 1)), 1), window=window)[:, -1, place]
-            if temperature:
-                chance = torch.rand((B, K), generator=generator).clamp(1e-9, 1 - 1e-7).to(where)
-                logits = logits / temperature - torch.log(-torch.log(chance))
-            drawn = logits.argmax(-1, keepdim=True)
+            drawn = draw(logits, temperature, generator)
             tokens = torch.cat((tokens, drawn), 1)
             new = F.embedding(drawn, self.embed) + self.place_position[place]
         if cache is not None:
@@ -534,10 +539,8 @@ def as_characters(texts, length=None):
 class Writer(TextTransformer):
     """A causal language model over the characters of captions, with its own generation loop."""
 
-    def __init__(self, block_size, n_layer=2, n_head=4, n_embd=64, init="xavier", kernels="torch"):
-        super().__init__(TransformerConfig(vocab_size=N_CHARACTERS, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
-                                           block_size=block_size + 1, norm="rms", positions="rope", bias=False,
-                                           init=init, qk_norm=True, kernels=kernels))
+    def __init__(self, block_size, n_layer=2, n_head=4, n_embd=64):
+        super().__init__(config_of(n_layer, n_head, n_embd, block_size + 1, N_CHARACTERS, 4.0))
 
     def nats(self, text):
         """text (B, S) int64, 0 after its end -> mean loss in nats per character, the end's 0 counted once."""
@@ -547,23 +550,13 @@ class Writer(TextTransformer):
         return super().forward(seen, ended.masked_fill(later, -1))[0]
 
     @torch.no_grad()
-    def write(self, n, temperature=1.0, generator=None, cached=True, begin=""):
-        """n texts, each from `begin` to its end or block_size, drawn character by character."""
-        device, block = self.heads[0].device, self.config.block_size
-        text = as_characters([begin] * n).to(device) if begin else torch.zeros(n, 0, dtype=torch.int64, device=device)
-        text = F.pad(text, (1, 0))
-        cache, new = self.new_cache(n, block) if cached else None, text
-        while text.size(1) < block:
-            logits = self(new if cached else text, cache=cache)[:, -1]
-            if logits.dim() == 3:                                                # (n, targets, V)
-                logits = logits[:, 0]
-            if temperature:
-                chance = torch.rand(logits.shape, generator=generator).clamp(1e-9, 1 - 1e-7).to(device)
-                logits = logits.float() / temperature - torch.log(-torch.log(chance))
-            new = logits.argmax(-1, keepdim=True)
+    def write(self, n, temperature=1.0, generator=None):
+        """n texts, each to its end or block_size, drawn character by character."""
+        text = new = torch.zeros(n, 1, dtype=torch.int64, device=self.heads[0].device)       # 0 begins
+        cache = self.new_cache(n, self.config.block_size)
+        while text.size(1) < self.config.block_size and not (text[:, 1:] == 0).any(1).all():
+            new = draw(self(new, cache=cache)[:, -1], temperature, generator)
             text = torch.cat((text, new), 1)
-            if (text[:, 1:] == 0).any(1).all():
-                break
         return as_text(text[:, 1:])
 
 
@@ -572,19 +565,16 @@ class FirstFrame(nn.Module):
     in the tokens of a frame, by MaskGIT. What the caption's keys and values are is computed once, for all rounds.
     """
 
-    def __init__(self, grid, codebook_size, n_layer=2, n_head=4, n_embd=64, block_size=160, init="xavier",
-                 kernels="torch"):
+    def __init__(self, grid, codebook_size, n_layer=2, n_head=4, n_embd=64, block_size=160):
         super().__init__()
         self.grid, self.n_tokens, self.codebook_size = tuple(grid), grid[0] * grid[1], codebook_size
-        c = self.config = TransformerConfig(vocab_size=N_CHARACTERS, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
-                                            block_size=block_size, norm="rms", positions="rope", ff_mult=2.0,
-                                            bias=False, init=init, qk_norm=True, kernels=kernels)
+        c = self.config = config_of(n_layer, n_head, n_embd, block_size, N_CHARACTERS)
         self.encoder = Encoder(c)
         self.tokens = nn.Parameter(torch.empty(codebook_size + 1, n_embd))
         self.places = nn.Parameter(torch.empty(self.n_tokens, n_embd))
         self.own = {"tokens": "embedding", "places": "position"}
         self.blocks = nn.ModuleList(CrossBlock(c, i) for i in range(n_layer))
-        self.norm = Norm(c.norm, n_embd, c.norm_gain, c.bias, c.kernels)
+        self.norm = Norm(c.norm, n_embd, c.norm_gain, c.bias)
         self.heads = nn.ParameterList([nn.Parameter(torch.empty(codebook_size, n_embd))])
         for name, table in zip(("cos", "sin"), axial_tables(*self.grid, c.head_dim)):
             self.register_buffer(name, table, persistent=False)
@@ -596,26 +586,23 @@ class FirstFrame(nn.Module):
         self.places.normal_()
 
     def read(self, text):
-        """text (B, S) int64, 0 where it has ended -> what `forward` takes: keys and values of each layer, padding."""
-        padding = text == 0
-        states = self.encoder(text, padding)
-        if self.config.kernels == "triton":
-            padding = (~padding).sum(1)                                          # by which cross-attention has a kernel
-        return [block.cross.keys(states) for block in self.blocks], padding
+        """text (B, S) int64, 0 where it has ended -> what `forward` takes: keys and values of each layer, lengths."""
+        lengths = (text != 0).sum(1)
+        states = self.encoder(text, lengths)
+        return [block.cross.keys(states) for block in self.blocks], lengths
 
     def forward(self, tokens, held):
         """tokens (B, N) int64, codebook_size where hidden; held of `read` -> logits (B, N, K) float32."""
-        keys, padding = held
+        keys, lengths = held
         places = frame_places(self, self.n_tokens)
         x = F.embedding(tokens, self.tokens) + self.places
         for block, pair in zip(self.blocks, keys):
-            x = block(x, pair, places, padding=padding)
+            x = block(x, pair, places, padding=lengths)
         return F.linear(self.norm(x), self.heads[0]).float()
 
     @torch.no_grad()
-    def draw(self, text, cached=True, **how):
-        """The tokens (B, N) of frames that captions text (B, S) describe. cached False reads the captions again in
-        every round. `how`: of fill_in."""
-        held = self.read(text) if cached else None
-        return fill_in(lambda tokens: self(tokens, held or self.read(text)), len(text), self.n_tokens,
-                       self.codebook_size, text.device, **how)
+    def draw(self, text, **how):
+        """The tokens (B, N) of frames that captions text (B, S) describe. `how`: of fill_in."""
+        held = self.read(text)
+        return fill_in(lambda tokens: self(tokens, held), len(text), self.n_tokens, self.codebook_size, text.device,
+                       **how)

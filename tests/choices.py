@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-import sample
+from nanolab import generate as generation
 
 BOUND = 1e-5  # of scores of about 1 in float32
 
@@ -51,7 +51,7 @@ def clear(bound=BOUND):
 
 
 def followed(tokens, model, prompts, **how):
-    """The logits (n, B, V) from which `sample.generate` would draw, one step after another, if what it drew were
+    """The logits (n, B, V) from which `generate` would draw, one step after another, if what it drew were
     tokens (n, B)."""
     seen, left = [], iter(tokens)
 
@@ -59,7 +59,7 @@ def followed(tokens, model, prompts, **how):
         seen.append(logits)
         return next(left)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(sample, "draw", draw)
-        for _ in sample.generate(model, prompts, len(tokens), **how):
+        patch.setattr(generation, "draw", draw)
+        for _ in generation.generate(model, prompts, len(tokens), **how):
             pass
     return torch.stack(seen)

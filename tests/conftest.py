@@ -8,8 +8,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the backg
 import pytest
 import torch
 
+import kernels
+
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before any test imports kernels.py: they run on CPU tensors
+    os.environ["TRITON_INTERPRET"] = "1"  # before any test imports fused/: kernels run on CPU tensors
 
 
 # Files that take longest, longest first: with two processes none should be alone at the end.
@@ -40,6 +42,20 @@ def bfloat16_sdpa():
         torch.nn.functional.scaled_dot_product_attention(*torch.zeros(3, 1, 4, 64, 32, dtype=torch.bfloat16))
     except RuntimeError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True)
+def torch_again():
+    """After a test that went by "triton", a script's run say, the next begins as every process does."""
+    yield
+    kernels.use("torch")
+
+
+@pytest.fixture
+def by_triton():
+    """kernels "triton": on a CPU operations are their references, inside `interpreted()` the kernels themselves."""
+    with kernels.using("triton"):
+        yield
 
 
 @pytest.fixture

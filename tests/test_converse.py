@@ -6,10 +6,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-import sample
-from cache import DialogTree
 from model import MIXERS, Transformer, TransformerConfig, build_model
-from sample import Reply, converse, draw
+from nanolab import dialogs
+from nanolab.dialog_tree import DialogTree
+from nanolab.dialogs import Reply, converse
+from nanolab.generate import draw
 
 V, END, CALL = 8, 3, 6
 SMALL = dict(vocab_size=V, n_layer=2, n_head=2, n_embd=16, block_size=8, init="xavier", positions="rope", window=5,
@@ -104,14 +105,14 @@ def compare(model, prompts, n=14, tree=None, **how):
 @contextmanager
 def passes(monkeypatch):
     """The passes of the model: [(columns, cells of padding, rows)]."""
-    seen, read = [], sample._read
+    seen, read = [], dialogs._read
 
     def watched(model, cache, chunks, *rest):
         T = max(map(len, chunks))
         seen.append((T, sum(T - len(chunk) for chunk in chunks), len(chunks)))
         return read(model, cache, chunks, *rest)
     with monkeypatch.context() as patch:
-        patch.setattr(sample, "_read", watched)
+        patch.setattr(dialogs, "_read", watched)
         yield seen
 
 
@@ -317,10 +318,10 @@ def test_gathered_windows_hold_no_padding():
     model, ids = build("window"), texts(1, 9)[1]
     caches = [model.new_cache(1, 20) for _ in range(2)]
     with torch.inference_mode():
-        sample._read(model, caches[0], [ids], [0])
+        dialogs._read(model, caches[0], [ids], [0])
         for i, token in enumerate(ids):
-            sample._read(model, caches[1], [[token]], [i])
-        gathered = sample._gather(model, [(cache, 0, 9) for cache in caches], 20)
+            dialogs._read(model, caches[1], [[token]], [i])
+        gathered = dialogs._gather(model, [(cache, 0, 9) for cache in caches], 20)
     assert gathered.length == 9 and not gathered.ragged
     for layer, *old in zip(gathered.layers, *(cache.layers for cache in caches)):
         for b in range(2):
@@ -367,6 +368,23 @@ def test_what_prompts_have_in_common_is_read_once(monkeypatch):
     with passes(monkeypatch) as seen:
         compare(model, again, 1, tree=tree)
     assert sum(columns * rows - padding for columns, padding, rows in seen) == 9 * 3
+
+
+def test_without_a_tree_of_its_own_a_call_makes_one_where_that_pays(monkeypatch):
+    """A long beginning of many prompts is read once; with tree=False by each; a short one, or of few, or a chain by
+    each as well. The replies are those of the naive one."""
+    model = build()
+
+    def read(prompts, **how):
+        with passes(monkeypatch) as seen:
+            found = converse(model, prompts, 4, END, ban=[END], **how)
+        same(found, [naive(model, prompt, 4, END, ban=[END]) for prompt in prompts])
+        return sum(columns * rows - padding for columns, padding, rows in seen)
+    long, short = ([[1] * n + [leaf, 5, leaf] for leaf in range(V)] for n in (40, 4))
+    assert read(long) == 40 + V * 2 + V * 4 and read(long, tree=False) == V * 43 + V * 3
+    assert read(short) == V * 7 + V * 3 and read(long[:2]) == 2 * 43 + 2 * 3
+    chain = [[1] * n for n in range(40, 48)]
+    assert read(chain) == sum(map(len, chain)) + 8 * 3
 
 
 @pytest.mark.parametrize("mixer", ["full", "window,full", "mamba", "compressive", "mla"])

@@ -24,7 +24,8 @@ def test_generators_are_seeded_by_the_words_alone():
 def test_known_draws():
     assert draw.numpy_generator("mqar", "test", 0, 0).random() == 0.7858773239592972
     assert torch.randint(10 ** 9, (), generator=draw.torch_generator(0, "clips", 0)).item() == 907158413
-    assert [hex(h) for h in draw.pair_hash([0, 123], [1, 456], 7, 1).tolist()] == ["0xecf5970337fcf2a6", "0x428da3959fabf5b7"]
+    assert [hex(h) for h in draw.pair_hash([0, 123], [1, 456], 7, 1).tolist()] == [
+        "0xecf5970337fcf2a6", "0x428da3959fabf5b7"]
 
 
 def test_chance():

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import evaluate
-from evaluate import Score, parse_protocol, score, target_bits
 from experiment import UserError
 from model import Attention, Transformer, TransformerConfig
+from nanolab import tasks
+from nanolab.score import Score, parse_protocol, score, target_bits
 
 T = 8
 PROTOCOLS = ("block", "stride:1", "stride:3", "stride:5", "stride:8")
@@ -354,7 +355,7 @@ def test_main_complains_before_the_first_pass(run_directory, monkeypatch, capsys
     """Learned positions with cache: nothing is evaluated first, however long the list."""
     learned = build("learned")
     change(run_directory / "last.pt", settings={"positions": "learned"}, model=learned.state_dict())
-    monkeypatch.setattr(evaluate, "score", lambda *_: pytest.fail("a pass was begun"))
+    monkeypatch.setattr(tasks, "score", lambda *_: pytest.fail("a pass was begun"))
     status, out, err = run_main(monkeypatch, capsys, run_directory, "--protocols", "block,cache")
     assert status == 2 and out == "" and "positions learned" in err
 

@@ -21,17 +21,20 @@ import pytest
 import torch
 
 import experiment
+import optim
 import parallel
-from experiment import (NonFinite, Run, Settings, Stopwatch, UserError, command, draw_curves, find_checkpoint,
-                        find_resume, generator_states, load_checkpoint, load_loop, measure_peak_flops, peak_memory,
-                        resolve_device, restore_generators, seed_everything)
+from experiment import (Loop, NonFinite, Run, Settings, Stopwatch, UserError, command, draw_curves, find_checkpoint,
+                        find_resume, generator_states, load_checkpoint, measure_peak_flops, peak_memory,
+                        put_back, resolve_device, restore_generators, restoring, seed_everything)
 
 ROOT = Path(__file__).parent.parent
 HEAD = "import sys\nfrom experiment import *\n"
 
 
 def settings_for(tmp_path, **more):
-    return Settings({"out_dir": str(tmp_path / "runs"), "run_name": "a", "resume": False, **more})
+    settings = Settings({"out_dir": str(tmp_path / "runs"), "run_name": "a", "resume": False, **more})
+    settings.script = tmp_path / "toy.py"
+    return settings
 
 
 def state(step=0, fill=0.0, **more):
@@ -99,13 +102,13 @@ def status_of(pid):
 def test_a_run_leaves_what_the_plan_says(tmp_path, script, capsys):
     settings = settings_for(tmp_path, betas=(0.9, 0.95), lr=float("inf"), where=Path("x"))
     settings.command = ["--lr", "inf"]
-    with Run(settings, script) as run:
+    with Run(settings) as run:
         assert run.dir == tmp_path / "runs" / "toy" / "a"
         assert json.loads((run.dir / "summary.json").read_text())["status"] == "running"
         run.log(step=1, loss=2.5, lr=0.1)
         run.log(step=2, split="val", psnr=float("nan"), bpb=torch.tensor(3.5), accuracy=float("inf"), note=(1, 2))
         assert len(read_lines(run.dir / "metrics.jsonl")) == 2, "lines are on the disk at once"
-        run.save("last.pt", state(2))
+        run.save("last.pt", **state(2))
         run.summary(step=2, best_bpb=3.5, seconds=12.0)
     strict = {"parse_constant": lambda text: pytest.fail(f"{text} is no JSON")}
     assert read_lines(run.dir / "metrics.jsonl") == [
@@ -132,7 +135,7 @@ def test_a_name_is_made_from_the_clock_and_unique(tmp_path, script, monkeypatch)
     monkeypatch.setattr(experiment.time, "strftime", lambda form: "20261122-014312")
     names = []
     for _ in range(3):
-        with Run(settings_for(tmp_path, run_name=None), script) as run:
+        with Run(settings_for(tmp_path, run_name=None)) as run:
             names.append(run.dir.name)
     assert names == ["20261122-014312", "20261122-014312-2", "20261122-014312-3"]
 
@@ -140,17 +143,17 @@ def test_a_name_is_made_from_the_clock_and_unique(tmp_path, script, monkeypatch)
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "naïve", "a b", "-x", "a\n", "x" * 101])
 def test_names_that_are_no_names(tmp_path, script, name):
     with pytest.raises(UserError, match="--run_name"):
-        with Run(settings_for(tmp_path, run_name=name), script):
+        with Run(settings_for(tmp_path, run_name=name)):
             pass
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_directory_that_is_there_is_refused_and_untouched(tmp_path, script):
-    with Run(settings_for(tmp_path), script) as run:
+    with Run(settings_for(tmp_path)) as run:
         run.log(step=1, loss=1.0)
     before = {path: path.read_bytes() for path in run.dir.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="is there already: --resume --run_name a goes on with it"):
-        with Run(settings_for(tmp_path), script):
+        with Run(settings_for(tmp_path)):
             pass
     assert {path: path.read_bytes() for path in run.dir.rglob("*") if path.is_file()} == before
 
@@ -160,7 +163,7 @@ def test_a_directory_of_somebody_else_is_refused(tmp_path, script):
     other.mkdir(parents=True)
     (other / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="is not the directory of a run"):
-        with Run(settings_for(tmp_path, resume=True), script):
+        with Run(settings_for(tmp_path, resume=True)):
             pass
     assert [path.name for path in other.iterdir()] == ["thesis.txt"]
 
@@ -168,12 +171,12 @@ def test_a_directory_of_somebody_else_is_refused(tmp_path, script):
 def test_out_dir_below_a_file_and_through_a_link(tmp_path, script):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to .*file.*: Not a directory"):
-        with Run(settings_for(tmp_path, out_dir=str(tmp_path / "file")), script):
+        with Run(settings_for(tmp_path, out_dir=str(tmp_path / "file"))):
             pass
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    with Run(settings_for(tmp_path, out_dir=str(tmp_path / "link")), script) as run:
-        run.save("last.pt", state(1))
+    with Run(settings_for(tmp_path, out_dir=str(tmp_path / "link"))) as run:
+        run.save("last.pt", **state(1))
     assert (tmp_path / "real" / "toy" / "a" / "last.pt").exists()
 
 
@@ -181,17 +184,18 @@ def test_out_dir_below_a_file_and_through_a_link(tmp_path, script):
 def test_a_folder_without_permission(tmp_path, script):
     (tmp_path / "runs").mkdir(mode=0o500)
     with pytest.raises(UserError, match="cannot write to"):
-        with Run(settings_for(tmp_path), script):
+        with Run(settings_for(tmp_path)):
             pass
 
 
 def test_two_processes_in_one_directory(tmp_path, script):
-    with Run(settings_for(tmp_path), script) as run:
-        run.save("last.pt", state(1))
+    with Run(settings_for(tmp_path)) as run:
+        run.save("last.pt", **state(1))
         run.log(step=2, loss=1.0)
         before = (run.dir / "metrics.jsonl").read_bytes(), (run.dir / "summary.json").read_bytes()
         second = child(tmp_path, "@command\ndef main():\n    s = Settings(out_dir='runs', run_name='a', resume=True)\n"
-                                 "    p = find_resume(s, __file__)\n    with Run(s, __file__, load_checkpoint(p), p):\n"
+                                 "    s.script = __file__\n"
+                                 "    with Run(s, load_checkpoint(find_resume(s))):\n"
                                  "        pass\nmain()\n")
         out, err = second.communicate(timeout=60)
         assert (second.returncode, err) == (2, "error: another process is writing to runs/toy/a\n")
@@ -203,8 +207,8 @@ def test_a_file_system_without_locks_does_not_stop_the_run(tmp_path, script, mon
         raise OSError(experiment.errno.ENOLCK, "no locks available")
 
     monkeypatch.setattr(experiment.fcntl, "flock", flock)
-    with Run(settings_for(tmp_path), script) as run:
-        run.save("last.pt", state(1))
+    with Run(settings_for(tmp_path)) as run:
+        run.save("last.pt", **state(1))
     assert load_checkpoint(run.dir / "last.pt")["step"] == 1
 
 
@@ -214,10 +218,10 @@ def test_a_start_that_fails_leaves_no_directory(tmp_path, script, monkeypatch):
 
     monkeypatch.setattr(Run, "_open_wandb", fail)
     with pytest.raises(UserError, match="no network"):
-        with Run(settings_for(tmp_path, wandb="online"), script):
+        with Run(settings_for(tmp_path, wandb="online")):
             pass
     assert not (tmp_path / "runs" / "toy" / "a").exists()
-    with Run(settings_for(tmp_path, wandb="online"), script, debug=True) as run:
+    with Run(settings_for(tmp_path, wandb="online", debug=True)) as run:
         assert run.dir.exists(), "debug opens no wandb, and nobody holds the lock any more"
 
 
@@ -226,15 +230,14 @@ def test_a_start_that_fails_leaves_no_directory(tmp_path, script, monkeypatch):
 def train(tmp_path, script, until, die_at=None, save_every=4, **more):
     """A loop like the scripts': validates and saves before the step; a kill is an exception that nothing catches."""
     settings = settings_for(tmp_path, **more)
-    path = find_resume(settings, script)
+    path = find_resume(settings)
     checkpoint = load_checkpoint(path) if path else None
     done = step = checkpoint["step"] if checkpoint else 0
-    with Run(settings, script, checkpoint, path) as run:
+    with Run(settings, checkpoint) as run:
         while True:
             if step % save_every == 0 and step > done:
                 run.log(step=step, split="val", loss=200.0 + step)
-                run.save("last.pt", state(step))
-                run.keep(state(step), step, 2)
+                run.save("last.pt", keep=2, **state(step))
             if step == until:
                 break
             if step == die_at:
@@ -260,12 +263,12 @@ def test_metrics_after_a_resume_have_no_gap_and_no_double(tmp_path, script):
 
 
 def test_lines_of_the_resumed_step_that_came_after_its_save_are_dropped(tmp_path, script):
-    with Run(settings_for(tmp_path), script) as run:
+    with Run(settings_for(tmp_path)) as run:
         run.log(step=4, loss=1.0)
-        run.save("last.pt", state(4))
+        run.save("last.pt", **state(4))
         run.log(step=4, split="val", loss=2.0)
     path = run.dir / "last.pt"
-    with Run(settings_for(tmp_path, resume=True), script, load_checkpoint(path), path):
+    with Run(settings_for(tmp_path, resume=True), load_checkpoint(path)):
         assert read_lines(run.dir / "metrics.jsonl") == [{"step": 4, "split": "train", "loss": 1.0}]
 
 
@@ -275,7 +278,7 @@ def test_lines_past_the_step_and_final_ones_go_without_a_count_of_lines_too(tmp_
         file.write('{"step": 5, "split": "train", "loss": 1.0}\n')
     checkpoint = load_checkpoint(directory / "last.pt")
     del checkpoint["metrics_lines"]
-    with Run(settings_for(tmp_path, resume=True), script, checkpoint, directory / "last.pt"):
+    with Run(settings_for(tmp_path, resume=True), checkpoint):
         found = [(line["step"], line["split"]) for line in read_lines(directory / "metrics.jsonl")]
     assert found == [(1, "train"), (2, "train"), (3, "train"), (4, "train"), (4, "val")]
 
@@ -283,16 +286,16 @@ def test_lines_past_the_step_and_final_ones_go_without_a_count_of_lines_too(tmp_
 def test_tensorboard_after_a_kill_and_resume_is_one_curve(tmp_path, script):
     def loop():
         settings = settings_for(tmp_path, tensorboard=True, resume=(tmp_path / "runs").exists())
-        path = find_resume(settings, script)
+        path = find_resume(settings)
         checkpoint = load_checkpoint(path) if path else None
         step = checkpoint["step"] if checkpoint else 0
-        with Run(settings, script, checkpoint, path) as run:
+        with Run(settings, checkpoint) as run:
             while step < 30:
                 step += 1
                 run.log(step=step, loss=100.0 + step, model="toy")
                 if step % 10 == 0:
                     run.log(step=step, split="val", loss=200.0 + step)
-                    run.save("last.pt", state(step))
+                    run.save("last.pt", **state(step))
                     run.log(step=step, split="val", loss=300.0 + step, protocol="block")
                 if step == 17 and not checkpoint:
                     [board.flush() for board in run._boards.values()]
@@ -316,18 +319,18 @@ def test_tensorboard_after_a_kill_and_resume_is_one_curve(tmp_path, script):
 def test_wandb_goes_on_with_its_id_offline(tmp_path, script, capfd):
     for resume in (False, True):
         settings = settings_for(tmp_path, wandb="offline", resume=resume)
-        path = find_resume(settings, script)
-        with Run(settings, script, load_checkpoint(path) if path else None, path) as run:
+        path = find_resume(settings)
+        with Run(settings, load_checkpoint(path) if path else None) as run:
             run.log(step=1 + resume, loss=1.0)
-            run.save("last.pt", state(1 + resume))
+            run.save("last.pt", **state(1 + resume))
     ident = (run.dir / "wandb_id").read_text()
     wait_for(lambda: experiment.wandb_lines(run.dir) == {0, 1, 2})       # its own process writes them
     for path in (run.dir / "wandb").glob("*/*.wandb"):       # as a kill may leave both
         path.write_bytes(path.read_bytes()[:300])
     (run.dir / "wandb_id").write_text("")
     assert experiment.wandb_lines(run.dir) <= {0}
-    path = find_resume(settings, script)
-    with Run(settings, script, load_checkpoint(path), path) as run:
+    path = find_resume(settings)
+    with Run(settings, load_checkpoint(path)) as run:
         run.log(step=3, loss=5.0)
     wait_for(lambda: experiment.wandb_lines(run.dir) == {0, 1, 2, 3})    # sent again
     assert (run.dir / "wandb_id").read_text() == ident, "the folders know it"
@@ -340,8 +343,8 @@ def test_history_of_resumes(tmp_path, script, capsys):
     train(tmp_path, script, 4)
     settings = settings_for(tmp_path, resume=True, lr=0.5)
     settings.command = ["--resume", "--lr", "0.5"]
-    path = find_resume(settings, script)
-    with Run(settings, script, load_checkpoint(path), path) as run:
+    path = find_resume(settings)
+    with Run(settings, load_checkpoint(path)) as run:
         pass
     history = json.loads((run.dir / "params.json").read_text())["history"]
     assert [entry["step"] for entry in history] == [0, 4]
@@ -370,18 +373,18 @@ def test_bare_resume_finds_the_run_that_started_last(tmp_path, script, capsys):
     os.utime(tmp_path / "runs" / "toy" / "z" / "lock", ns=(0, 0))
     capsys.readouterr()
     settings = settings_for(tmp_path, run_name=None, resume=True)
-    path = find_resume(settings, script)
+    path = find_resume(settings)
     assert path == tmp_path / "runs" / "toy" / "b" / "last.pt"
     assert capsys.readouterr().out == f"resuming from {path}\n"
-    with Run(settings, script, load_checkpoint(path), path) as run:
+    with Run(settings, load_checkpoint(path)) as run:
         assert run.dir == path.parent
 
 
 def test_nothing_to_resume_starts_at_step_0(tmp_path, script, capsys):
     for name in (None, "a"):
-        assert find_resume(settings_for(tmp_path, run_name=name, resume=True), script) is None
+        assert find_resume(settings_for(tmp_path, run_name=name, resume=True)) is None
         assert capsys.readouterr().out.endswith(": starting at step 0\n")
-    assert find_resume(settings_for(tmp_path), script) is None and capsys.readouterr().out == ""
+    assert find_resume(settings_for(tmp_path)) is None and capsys.readouterr().out == ""
     assert not (tmp_path / "runs").exists(), "it only reads"
     for name in (None, "a"):                                 # killed before the first save, then the same command
         with pytest.raises(KeyboardInterrupt):
@@ -400,13 +403,13 @@ def test_a_run_that_lost_its_last_checkpoint_says_so(tmp_path, script):
     (directory / "last.pt").unlink()
     settings = settings_for(tmp_path, resume=True)
     with pytest.raises(UserError, match="has no last.pt; there is .*step_00000008.pt, .*step_00000012.pt"):
-        find_resume(settings, script)
+        find_resume(settings)
     for path in directory.glob("*.pt"):
         path.unlink()
     with pytest.raises(UserError, match="no checkpoint, although its summary.json says step 12"):
-        find_resume(settings, script)
+        find_resume(settings)
     with pytest.raises(UserError, match="no such file or directory"):
-        find_resume(settings_for(tmp_path, resume=str(tmp_path / "nowhere.pt")), script)
+        find_resume(settings_for(tmp_path, resume=str(tmp_path / "nowhere.pt")))
     with pytest.raises(UserError, match="has no last.pt; there is no other checkpoint either"):
         find_checkpoint(directory)
 
@@ -416,15 +419,15 @@ def test_resume_from_a_path(tmp_path, script):
     whole = read_lines(directory / "metrics.jsonl")
     middle = directory / "step_00000008.pt"
     settings = settings_for(tmp_path, resume=str(middle), run_name="branch")
-    assert find_resume(settings, script) == middle
-    with Run(settings, script, load_checkpoint(middle), middle) as run:
+    assert find_resume(settings) == middle
+    with Run(settings, load_checkpoint(middle)) as run:
         assert run.dir.name == "branch" and read_lines(run.dir / "metrics.jsonl") == []
     assert load_checkpoint(run.dir / "last.pt")["step"] == 8, "a branch that is killed goes on with --resume"
     with pytest.raises(UserError, match="is there already"):
-        with Run(settings, script, load_checkpoint(middle), middle):
+        with Run(settings, load_checkpoint(middle)):
             pass
     settings = settings_for(tmp_path, resume=str(middle), run_name=None)
-    with Run(settings, script, load_checkpoint(middle), middle) as run:
+    with Run(settings, load_checkpoint(middle)) as run:
         assert run.dir == directory
         assert load_checkpoint(directory / "last.pt")["step"] == 8, "checkpoint and metrics go back together"
     train(tmp_path, script, 12, resume=True)
@@ -436,7 +439,7 @@ def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(tmp_path, script):
     (tmp_path / "downloads").mkdir()
     path = tmp_path / "downloads" / "model.pt"
     path.write_bytes(source.read_bytes())
-    with Run(settings_for(tmp_path, run_name=None, resume=str(path)), script, load_checkpoint(path), path) as run:
+    with Run(settings_for(tmp_path, run_name=None, resume=str(path)), load_checkpoint(path)) as run:
         assert run.dir.parent == tmp_path / "runs" / "toy"
     assert [p.name for p in (tmp_path / "downloads").iterdir()] == ["model.pt"]
     with pytest.raises(UserError, match="is a checkpoint of toy, not of other"):
@@ -446,9 +449,9 @@ def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(tmp_path, script):
 # --- Checkpoints ---
 
 def test_save_and_load(tmp_path, script):
-    with Run(settings_for(tmp_path), script) as run:
+    with Run(settings_for(tmp_path)) as run:
         run.log(step=3, loss=1.0)
-        run.save("last.pt", state(3, 2.0, ema=None, generators=generator_states(data=torch.Generator())))
+        run.save("last.pt", **state(3, 2.0, ema=None, generators=generator_states(data=torch.Generator())))
     found = load_checkpoint(run.dir / "last.pt")
     assert (found["format"], found["script"], found["step"], found["metrics_lines"]) == ("nanolab-1", "toy", 3, 1)
     assert found["settings"] == {"betas": (0.9, 0.95), "lr": 0.1} and found["ema"] is None
@@ -456,31 +459,78 @@ def test_save_and_load(tmp_path, script):
 
 
 def test_numbered_checkpoints_are_pruned(tmp_path, script):
-    with Run(settings_for(tmp_path), script) as run:
-        run.save("best.pt", state(1))
+    with Run(settings_for(tmp_path)) as run:
+        run.save("best.pt", **state(1))
         for step in (900, 1000, 1100):
-            run.keep(state(step), step, 2)
-        assert sorted(p.name for p in run.dir.glob("*.pt")) == ["best.pt", "step_00001000.pt", "step_00001100.pt"]
-        run.keep(state(1000), 1000, 1)                       # back to step 1000: what lies ahead is no older one
-        assert sorted(p.name for p in run.dir.glob("*.pt")) == ["best.pt", "step_00001000.pt", "step_00001100.pt"]
+            run.save("last.pt", keep=2, **state(step))
+        assert sorted(p.name for p in run.dir.glob("*0.pt")) == ["step_00001000.pt", "step_00001100.pt"]
+        run.save("last.pt", keep=1, **state(1000))           # back to step 1000: what lies ahead is no older one
+        assert sorted(p.name for p in run.dir.glob("*0.pt")) == ["step_00001000.pt", "step_00001100.pt"]
 
 
 @pytest.mark.parametrize("name, value", [("step", "x"), ("best", None), ("pending", 3), ("chosen", [1]),
                                          ("score", [1.0, "x"]), ("score", [1.0])])
 def test_a_loop_of_other_kinds_is_one_line(tmp_path, script, name, value, capsys):
     path = train(tmp_path, script, 8) / "last.pt"
-    loop = dict(step=0, best=math.inf, pending=[], best_model=None, chosen=torch.zeros(2), score=[-1, -math.inf])
-    whole = dict(loop, step=3, best=2, best_model={}, pending=[[1, 2]], score=[0.5, -2.0])
-    assert load_loop(loop, whole) is whole
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    loop = Loop(dict(step=0, best=math.inf, pending=[], best_model=None, chosen=torch.zeros(2), score=[-1, -math.inf]),
+                scaler)
+    whole = {**loop, "step": 3, "best": 2, "best_model": {}, "pending": [[1, 2]], "score": [0.5, -2.0]}
+    loop.load_state_dict(whole)
+    assert loop == whole and loop.state_dict() == whole
 
     @command
     def main():
-        load_checkpoint(path)
-        load_loop(loop, {**loop, name: value})
+        with restoring(path):
+            put_back({"loop": {**loop, name: value}}, {"loop": loop})
     with pytest.raises(SystemExit) as caught:
         main()
     said = capsys.readouterr().err
     assert caught.value.code == 2 and f"last.pt does not fit or is damaged: ValueError: {name} of its loop" in said
+
+
+def test_losses_wait_and_the_first_that_is_not_finite_ends_the_run():
+    loop = Loop(dict(step=0, pending=[]), torch.amp.GradScaler("cpu", enabled=False))
+    for loss in (1.0, 2.0):
+        loop.add(torch.tensor([loss, 0.5]))
+        loop["step"] += 1
+    assert loop["pending"] == [] and loop.state_dict()["pending"] == loop["pending"] == [[1.0, 0.5], [2.0, 0.5]]
+    for loss, norm in ((3.0, 1.0), (4.0, math.nan), (math.nan, 1.0)):
+        loop.add(dict(loss=torch.tensor(loss), grad_norm=torch.tensor(norm)))
+        loop["step"] += 1
+    with pytest.raises(NonFinite, match="loss is not finite at step 4"):
+        loop.flush()
+
+
+def test_what_a_run_is_handed_is_saved_and_goes_on(tmp_path, script, undrawn):
+    """Also where an average begins on resume: with the weights that were loaded."""
+    def parts(averaged):
+        model = torch.nn.Linear(2, 2)
+        opt = optim.build(dict(optimizer="schedule_free", lr=0.1), model.named_parameters(),
+                          dict(weight="matrix", bias="bias"))
+        return dict(model=model, ema=optim.EMA(model, 0.9) if averaged else None, optimizer=opt, other=None, plain=[1],
+                    nested={"opt": opt})
+
+    things = parts(False)
+    with Run(settings_for(tmp_path), **things) as run:
+        for _ in range(3):
+            things["model"](torch.ones(1, 2)).sum().backward()
+            things["optimizer"].step()
+        y = things["model"].weight.detach().clone()
+        run.save("last.pt", 1, plain=[2])
+    assert torch.equal(things["model"].weight, y)
+    checkpoint = load_checkpoint(run.dir / "last.pt")
+    assert list(checkpoint)[:8] == ["step", "settings", "model", "ema", "optimizer", "other", "plain", "nested"]
+    assert checkpoint["plain"] == [2] and checkpoint["ema"] is None and "state" in checkpoint["nested"]["opt"]
+    assert not torch.equal(checkpoint["model"]["weight"], y), "others read the average"
+    things = parts(True)
+    run = Run(settings_for(tmp_path, resume=True), checkpoint, **things)
+    assert torch.equal(things["model"].weight, y) and torch.equal(things["ema"].weights["weight"], y)
+    run.track(model=torch.nn.Linear(3, 1))
+    assert run.states("model")["model"]["weight"].shape == (1, 3)
+    del checkpoint["optimizer"]
+    with pytest.raises(UserError, match="last.pt lacks 'optimizer'"):
+        Run(settings_for(tmp_path, resume=True), checkpoint, **parts(True))
 
 
 def test_truncated_at_any_length_is_one_line_and_left_alone(tmp_path, script):
@@ -558,9 +608,9 @@ def check_last(directory):
 
 
 def test_killed_at_many_moments_of_a_save(tmp_path, script):
-    with Run(settings_for(tmp_path), script) as run:
+    with Run(settings_for(tmp_path)) as run:
         def save(i):
-            run.save("last.pt", {"step": i, "a": torch.full((20_000,), float(i)), "b": torch.full((7,), float(i))})
+            run.save("last.pt", i, a=torch.full((20_000,), float(i)), b=torch.full((7,), float(i)))
 
         save(0)
         chance, torn, moved, last = random.Random(3), 0, 0, 0
@@ -576,22 +626,22 @@ def test_killed_at_many_moments_of_a_save(tmp_path, script):
             if kills >= 40 and min(torn, moved) >= 5:
                 break
         assert torn >= 5 and moved >= 5, "kills have hit the middle of a save, and saves have got through"
-    with Run(settings_for(tmp_path, resume=True), script, load_checkpoint(run.dir / "last.pt"), run.dir / "last.pt"):
+    with Run(settings_for(tmp_path, resume=True), load_checkpoint(run.dir / "last.pt")):
         assert not list(run.dir.glob(".*.tmp-*")), "the next start removes what the kills have left"
 
 
 def check_full_disk(run, big):
     """Saves until the disk is full; then the old checkpoint is whole, and no temporary file takes the room."""
-    run.save("last.pt", state(1, 1.0))
+    run.save("last.pt", **state(1, 1.0))
     with pytest.raises(UserError, match="cannot write .*last.pt: (File too large|No space left)"):
-        run.save("last.pt", {"step": 2, "model": {"w": torch.randn(big)}, "more": torch.randn(1000)})
+        run.save("last.pt", 2, model={"w": torch.randn(big)}, more=torch.randn(1000))
     assert torch.equal(load_checkpoint(run.dir / "last.pt")["model"]["w"], torch.full((8,), 1.0))
     assert not list(run.dir.glob(".*.tmp-*"))
 
 
 @pytest.mark.parametrize("limit", [4_000, 5_000, 40_000, 399_000, 400_900, 401_500, 402_500])
 def test_a_file_size_limit_keeps_the_old_checkpoint(tmp_path, script, limit):
-    with Run(settings_for(tmp_path), script) as run:
+    with Run(settings_for(tmp_path)) as run:
         old = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
         try:
@@ -609,7 +659,7 @@ def test_a_full_disk(tmp_path, script):
         pytest.skip(f"no small disk here: {mount.stderr.strip()}")
     try:
         with pytest.raises(UserError, match="cannot write .*metrics.jsonl: No space left on device"):
-            with Run(settings_for(tmp_path, out_dir=str(disk)), script) as run:
+            with Run(settings_for(tmp_path, out_dir=str(disk))) as run:
                 check_full_disk(run, 1_000_000)
                 left = shutil.disk_usage(disk).free  # beside the code that ran
                 (disk / "rest").write_bytes(b"x" * max(0, left - 200_000))
@@ -629,10 +679,10 @@ def undrawn(monkeypatch):
 
 def saved(tmp_path, script, **more):
     """The last.pt of a finished run at step 8 with metrics."""
-    with Run(settings_for(tmp_path, **more), script) as run:
+    with Run(settings_for(tmp_path, **more)) as run:
         for step in range(1, 9):
             run.log(step=step, loss=1.0)
-        run.save("last.pt", state(8, 2.0, loop={"best": 1.0, "pending": [{"a": (1, 2)}]}))
+        run.save("last.pt", **state(8, 2.0, loop={"best": 1.0, "pending": [{"a": (1, 2)}]}))
     return run.dir / "last.pt"
 
 
@@ -659,23 +709,6 @@ def test_a_flipped_bit_is_noticed(tmp_path, script, undrawn):
         load_checkpoint(path)
 
 
-def test_a_key_that_is_missing_is_named_with_its_file(tmp_path, script, undrawn):
-    path = saved(tmp_path, script)
-    found = load_checkpoint(path)
-    for missing, place in [(lambda: found["optimizer"], "last.pt lacks 'optimizer'"),
-                           (lambda: found["loop"]["bytes"], "last.pt: loop lacks 'bytes'"),
-                           (lambda: found["loop"]["pending"][0]["b"], "last.pt: loop: pending lacks 'b'")]:
-        with pytest.raises(UserError, match=place):
-            missing()
-    assert found.get("optimizer") is None and "ema" not in found["loop"] and found["loop"]["pending"] == [{"a": (1, 2)}]
-    torch.save(found, tmp_path / "again.pt")                 # as a dict of plain ones, wherever it is written
-    assert load_checkpoint(tmp_path / "again.pt")["loop"] == found["loop"]
-    with Run(settings_for(tmp_path, run_name="b"), script) as run:
-        run.save("last.pt", found | {"copied": experiment.copy.deepcopy(found["loop"])})
-    plain = torch.load(run.dir / "last.pt", weights_only=True)
-    assert {type(value) for value in (plain, plain["loop"], plain["copied"], plain["loop"]["pending"][0])} == {dict}
-
-
 @pytest.mark.parametrize("name, value", [("settings", []), ("step", "8"), ("steps", [1]), ("steps", {"../../x": 1}),
                                          ("steps", {"/x": 1}), ("steps", {"a": "1"}), ("loop", 3), ("model", [1]),
                                          ("generators", None), ("metrics_lines", "8"), ("script", 3), ("ema", [1]),
@@ -692,7 +725,8 @@ def test_what_does_not_fit_the_model_is_one_line(tmp_path, script, capsys, undra
     def resume(load):
         @command
         def main():
-            load(load_checkpoint(path))
+            with restoring(path):
+                load(load_checkpoint(path))
         with pytest.raises(SystemExit) as caught:
             main()
         out = capsys.readouterr()
@@ -701,10 +735,7 @@ def test_what_does_not_fit_the_model_is_one_line(tmp_path, script, capsys, undra
 
     assert "size mismatch" in resume(lambda found: torch.nn.Linear(2, 2).load_state_dict({"weight": torch.ones(8),
                                                                                          "bias": torch.ones(2)}))
-
-    def load_state(found):
-        return found["loop"]["pending"]["state"]
-    assert "does not fit or is damaged: TypeError: list indices" in resume(load_state)
+    assert "does not fit or is damaged: TypeError: list indices" in resume(lambda found: found["loop"]["pending"]["x"])
     assert "lacks 'state'" in resume(lambda found: found["state"])
     with pytest.raises(KeyError):                            # a mistake of ours keeps its traceback
         command(lambda: {}["x"])()
@@ -720,7 +751,7 @@ def test_metrics_that_were_lost_are_told_in_one_line(tmp_path, script, capsys, u
                           (2, b"".join([*lines[:3], b"\0" * 30, *lines[4:]])), (3, b"".join(lines[:5]))]:
         metrics.write_bytes(content) if content is not None else metrics.unlink()
         settings = settings_for(tmp_path, resume=True)
-        with Run(settings, script, load_checkpoint(path), path):
+        with Run(settings, load_checkpoint(path)):
             pass
         said = [line for line in capsys.readouterr().out.splitlines() if "lost" in line]
         assert said == ([f"{metrics} has lost {lost} of the 8 lines that the checkpoint knows of: the curves have a "
@@ -736,7 +767,7 @@ def test_only_files_of_dead_processes_are_removed(tmp_path, script, undrawn):
     names = [f"{folder}.x.png.tmp-{process.pid}" for process in (dead, living) for folder in ("", "samples/")]
     for name in [*names, f".own.tmp-{os.getpid()}"]:
         (path.parent / name).write_text("")
-    with Run(settings_for(tmp_path, resume=True), script, load_checkpoint(path), path):
+    with Run(settings_for(tmp_path, resume=True), load_checkpoint(path)):
         pass
     living.kill()
     living.wait()
@@ -749,14 +780,14 @@ def test_who_loses_the_race_for_a_name_leaves_the_winner_alone(tmp_path, script,
 
     def slowly(run, parent, name):
         made = create(run, parent, name)
-        winners.append(Run(settings_for(tmp_path, resume=True), script).__enter__())
+        winners.append(Run(settings_for(tmp_path, resume=True)).__enter__())
         return made
 
     monkeypatch.setattr(Run, "_create", slowly)
     with pytest.raises(UserError, match="another process is writing to"):
-        Run(settings_for(tmp_path, resume=True), script).__enter__()
+        Run(settings_for(tmp_path, resume=True)).__enter__()
     with pytest.raises(UserError, match="another process is writing to"):
-        Run(settings_for(tmp_path, resume=True), script).__enter__()
+        Run(settings_for(tmp_path, resume=True)).__enter__()
     winners[0].log(step=1, loss=1.0)
     winners[0].save("last.pt", state(1))
     winners[0].__exit__(None, None, None)
@@ -780,17 +811,19 @@ def test_list_and_clean_while_a_run_saves(tmp_path, script, monkeypatch, capsys,
 
 
 def test_a_pruning_that_was_broken_off_is_made_up_for(tmp_path, script, monkeypatch, undrawn):
-    with Run(settings_for(tmp_path), script) as run:
+    with Run(settings_for(tmp_path)) as run:
         def names():
             return sorted(int(path.stem[5:]) for path in run.dir.glob("step_*.pt"))
         for step in (10, 20, 30):
-            run.keep(state(step), step, 2)
+            run.save("last.pt", keep=2, **state(step))
+        write = Run._write
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Run, "save", lambda *words: raising(KeyboardInterrupt).__wrapped__())
-            run.keep(state(40), 40, 2)
+            patch.setattr(Run, "_write", lambda run, name, state: raising(KeyboardInterrupt).__wrapped__()
+                          if name.startswith("step_") else write(run, name, state))
+            run.save("last.pt", keep=2, **state(40))
         assert names() == [30]
         for _ in range(2):                                   # as a resumed run does, once or again
-            run.keep(state(40), 40, 2)
+            run.save("last.pt", keep=2, **state(40))
             assert names() == [30, 40]
 
 
@@ -801,12 +834,12 @@ def signalled(tmp_path, script, pause, numbers):
     @command
     def main():
         step = 0
-        with Run(settings_for(tmp_path), script) as run:
+        with Run(settings_for(tmp_path)) as run:
             while not run.stop:
                 step += 1
                 run.log(step=step, loss=1.0)
                 time.sleep(pause)
-            run.save("last.pt", state(step))
+            run.save("last.pt", **state(step))
         print("never printed")
 
     out, err = tmp_path / "out", tmp_path / "out.err"
@@ -838,7 +871,7 @@ def test_a_second_signal_stops_at_once(tmp_path, script):
 def test_handlers_are_put_back(tmp_path, script):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(ZeroDivisionError):
-        with Run(settings_for(tmp_path), script) as run:
+        with Run(settings_for(tmp_path)) as run:
             assert signal.getsignal(signal.SIGINT) != before[0]
             run.log(step=5, loss=1.0)
             1 / 0
@@ -889,8 +922,8 @@ def test_bugs_keep_their_traceback(error):
 def test_a_loss_that_is_not_finite_names_the_last_checkpoint(tmp_path, script, capsys):
     @command
     def main():
-        with Run(settings_for(tmp_path), script) as run:
-            run.save("last.pt", state(4))
+        with Run(settings_for(tmp_path)) as run:
+            run.save("last.pt", **state(4))
             raise NonFinite(7)
 
     with pytest.raises(SystemExit) as caught:
@@ -918,7 +951,9 @@ def main():
                       ("ascii", open("out", "w", encoding="ascii"))):
         sys.stdout = out
         flags.surroundings()
-        with Run(Settings(out_dir="runs", run_name=name, resume=False), __file__) as run:
+        settings = Settings(out_dir="runs", run_name=name, resume=False)
+        settings.script = __file__
+        with Run(settings) as run:
             run.bar(1).update(1, "é → ü")
             run.log(step=1, loss=1.0)
         print("ß")
@@ -946,11 +981,11 @@ def test_a_finished_run_is_done_whatever_surrounds_it(tmp_path):
 def test_pictures_that_cannot_be_drawn_cost_a_line(tmp_path, script, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)
-        with Run(settings_for(tmp_path), script) as run:
+        with Run(settings_for(tmp_path)) as run:
             assert "curves.png will not be drawn" in capsys.readouterr().out, "before step 1"
     assert capsys.readouterr().out == "" and not (run.dir / "curves.png").exists()
     monkeypatch.setattr(experiment, "draw_curves", lambda *words: 1 / 0)
-    with Run(settings_for(tmp_path, run_name="b"), script) as other:
+    with Run(settings_for(tmp_path, run_name="b")) as other:
         other.log(step=1, loss=1.0)
     assert capsys.readouterr().out == "curves.png is left out: ZeroDivisionError: division by zero\n"
     for directory in (run.dir, other.dir):
@@ -961,7 +996,7 @@ def test_pictures_that_cannot_be_drawn_cost_a_line(tmp_path, script, monkeypatch
 def test_packages_that_are_asked_for_and_not_there(tmp_path, script, monkeypatch, package, setting):
     monkeypatch.setitem(sys.modules, "wandb" if package == "wandb" else "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=f"--{package} needs the package {package}: pip install {package}"):
-        Run(settings_for(tmp_path, **{package: setting}), script).__enter__()
+        Run(settings_for(tmp_path, **{package: setting})).__enter__()
     assert not (tmp_path / "runs").exists()
 
 
@@ -969,11 +1004,11 @@ def test_packages_that_are_asked_for_and_not_there(tmp_path, script, monkeypatch
 def test_a_validation_that_is_not_finite_fails(tmp_path, script, capsys, name, undrawn):
     @command
     def main():
-        with Run(settings_for(tmp_path), script) as run:
+        with Run(settings_for(tmp_path)) as run:
             run.log(step=1, split="val", **{name: torch.tensor(2.0)})
-            run.save("last.pt", state(2))
+            run.save("last.pt", **state(2))
             run.log(step=2, split="val", **{name: -math.inf})
-            run.save("best.pt", state(2))
+            run.save("best.pt", **state(2))
 
     with pytest.raises(SystemExit) as caught:
         main()
@@ -984,16 +1019,17 @@ def test_a_validation_that_is_not_finite_fails(tmp_path, script, capsys, name, u
     assert not (directory / "best.pt").exists() and read_lines(directory / "metrics.jsonl")[-1][name] is None
 
 
-def test_not_finite_in_other_places():
+def test_not_finite_in_other_places(tmp_path):
     """Weights, where a validation asks for words and has no loss; and processes that write nothing, which end too."""
     model = torch.nn.Linear(2, 2)
     experiment.check_weights(3, model)
     model.weight.data[1, 1] = math.inf
     with pytest.raises(NonFinite, match="a weight is not finite at step 3"):
         experiment.check_weights(3, model)
-    parallel.Silent().log(step=1, loss=math.nan)             # of training: the loop itself looks at those
+    silent = Run(settings_for(tmp_path), mesh=parallel.Mesh(rank=1))
+    silent.log(step=1, loss=math.nan)                        # of training: the loop itself looks at those
     with pytest.raises(NonFinite, match="loss of the validation is not finite at step 1"):
-        parallel.Silent().log(step=1, split="val", loss=math.nan)
+        silent.log(step=1, split="val", loss=math.nan)
 
 
 @pytest.mark.parametrize("action, said", [
@@ -1054,13 +1090,15 @@ for name in sys.argv[2:]:
     importlib.import_module(name)
 import experiment
 from experiment import Run, Settings, UserError, find_resume, is_running, load_checkpoint
-with Run(Settings(out_dir="runs", run_name="a", resume=False), "toy.py") as run:
+settings = Settings(out_dir="runs", run_name="a", resume=False)
+settings.script = "toy.py"
+with Run(settings) as run:
     run.log(step=1, loss=1.0)
-    run.save("last.pt", {"step": 1, "settings": {}})
+    run.save("last.pt", 1)
     assert is_running(run.dir)
     try:
-        Run(Settings(out_dir="runs", run_name="a", resume=True), "toy.py", load_checkpoint(run.dir / "last.pt"),
-            run.dir / "last.pt").__enter__()
+        settings["resume"] = True
+        Run(settings, load_checkpoint(run.dir / "last.pt")).__enter__()
     except UserError as error:
         print(error)
 print((run.dir / "lock").read_text())
@@ -1196,7 +1234,7 @@ def test_where_the_time_goes(hand, tmp_path, script, capsys):
     clock = Stopwatch("cpu")
     pass_time(clock, hand, *LAPS[:-1])
     hand[0] += LAPS[-1][1]                                   # not marked: since the last mark
-    with Run(settings_for(tmp_path), script) as run:
+    with Run(settings_for(tmp_path)) as run:
         assert "time" not in json.loads((run.dir / "summary.json").read_text())
         run.spent(clock)
     summary = json.loads((run.dir / "summary.json").read_text())
@@ -1290,7 +1328,7 @@ def test_curves_show_values_as_they_are(tmp_path, monkeypatch):
 
 
 def test_progress_without_a_terminal(tmp_path, script, capsys, monkeypatch):
-    with Run(settings_for(tmp_path), script) as run:
+    with Run(settings_for(tmp_path)) as run:
         bar = run.bar(100, 10)
         bar.update(11, "loss 2.5")
         bar.update(12, "loss 2.4")

@@ -14,16 +14,16 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import choices  # noqa: E402
-import evaluate  # noqa: E402
 import optim  # noqa: E402
-import sample  # noqa: E402
 from data import facts, mqar  # noqa: E402
 from data.facts import NO_ATTRIBUTE, NO_CALL, NO_RESULT, Database, Vocabulary, people  # noqa: E402
-from evaluate import answered, bits_of, recall, score  # noqa: E402
 from experiment import UserError, override  # noqa: E402
 from model import TransformerConfig, build_model, fused_rows, parameter_roles  # noqa: E402
+from nanolab import dialogs, tasks  # noqa: E402
+from nanolab.dialogs import Reply  # noqa: E402
+from nanolab.score import score  # noqa: E402
+from nanolab.tasks import Rows, answered, bits_of, recall  # noqa: E402
 from test_scripts import fresh  # noqa: E402
-from train_facts import Rows  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLOSED = Vocabulary("closed")
@@ -43,8 +43,9 @@ def opened(words):
     g = fresh("train_facts.py")
     settings = override(g, ["--device", "cpu", "--n_people", "6", "--n_unseen", "3", *words.split()])
     g["check"](settings)
-    kind = "Facts" if g["task"] in g["FACTS"] else "Recall" if g["task"] == "mqar" else "Text"
-    return g, g[kind](settings, torch.device("cpu"))
+    task = tasks.kind_of(settings)(settings, torch.device("cpu"))
+    task.prepare()
+    return g, task
 
 
 # ------------------------------------------------------------------------------------------------- whose tokens count
@@ -200,7 +201,7 @@ class Scripted(torch.nn.Module):
 @pytest.fixture
 def scripted(monkeypatch):
     """Makes `converse` move rows of Columns."""
-    monkeypatch.setattr(sample, "_gather", lambda model, rows, room: Columns(
+    monkeypatch.setattr(dialogs, "_gather", lambda model, rows, room: Columns(
         [list(cache.rows[b]) for cache, b, _ in rows]))
 
 
@@ -377,8 +378,8 @@ def test_without_the_tool_it_has_to_say_it_itself(few, scripted):
 def test_what_is_banned(few, monkeypatch):
     """The token that opens a call is one that a value may need: with bytes an F, where somebody lives in a Fort."""
     given = []
-    monkeypatch.setattr(evaluate, "converse", lambda model, prompts, n, end, **more: given.append((n, more)) or [
-        sample.Reply([end], [False], "end", [], [0.0], None)] * len(prompts))
+    monkeypatch.setattr(tasks, "converse", lambda model, prompts, n, end, **more: given.append((n, more)) or [
+        Reply([end], [False], "end", [], [0.0], None)] * len(prompts))
     model, bytes_ = torch.nn.Linear(1, 1), Vocabulary("bytes")
     model.config = TransformerConfig(positions="rope")
     specials = {bytes_.specials[name] for name in ("PAD", "ANSWER")}
@@ -405,8 +406,8 @@ def test_what_is_banned(few, monkeypatch):
 def test_which_prompts(few, monkeypatch):
     """So many, evenly over people and attributes, each once; unseen ones are the held-out people."""
     asked = []
-    monkeypatch.setattr(evaluate, "converse", lambda model, prompts, n, end, **more: asked.extend(
-        map(CLOSED.decode, prompts)) or [sample.Reply([end], [False], "end", [], [0.0], None)] * len(prompts))
+    monkeypatch.setattr(tasks, "converse", lambda model, prompts, n, end, **more: asked.extend(
+        map(CLOSED.decode, prompts)) or [Reply([end], [False], "end", [], [0.0], None)] * len(prompts))
     model = torch.nn.Linear(1, 1)
     model.config = TransformerConfig(positions="rope")
     for unseen, mine in ((False, few.names[:10]), (True, few.names[10:])):
@@ -451,10 +452,10 @@ class Table(torch.nn.Module):
         logits = torch.zeros(*x.shape, self.V)
         for b, row in enumerate(x.tolist()):
             question = next(key for key in (tuple(row[:n]) for n in range(len(row), 0, -1)) if key in self.known)
-            for at, (token, choices) in enumerate(zip(*self.known[question])):
+            for at, (token, n) in enumerate(zip(*self.known[question])):
                 if at and at <= x.size(1):
-                    logits[b, at - 1] = -1e4                      # evenly among this one and `choices` - 1 others
-                    logits[b, at - 1, [(token + k) % self.V for k in range(choices)]] = 0.0
+                    logits[b, at - 1] = -1e4                      # evenly among this one and n - 1 others
+                    logits[b, at - 1, [(token + k) % self.V for k in range(n)]] = 0.0
         return logits
 
 

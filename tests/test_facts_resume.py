@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data import facts, mqar, tokens  # noqa: E402
 from data.facts import Database, Vocabulary, people  # noqa: E402
-from evaluate import score  # noqa: E402
 from experiment import load_checkpoint  # noqa: E402
 from model import from_checkpoint  # noqa: E402
-from sample import generate  # noqa: E402
+from nanolab.generate import generate  # noqa: E402
+from nanolab.score import score  # noqa: E402
 from test_resume import (assert_done, assert_equal, assert_error, kill_again_and_again,  # noqa: E402
                          snapshot, summary, wait_for)
 import test_resume  # noqa: E402

@@ -1,5 +1,6 @@
 """Attention kernels against their twins in Triton's interpreter, compiled ahead of time, and the twins by gradcheck."""
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -7,16 +8,16 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import aot
-import kernels
-import kernels_attention as ka
-from kernels_attention import (attend, attend_differential, attend_differential_reference, attend_latent,
-                               attend_latent_reference, attend_one, attend_one_reference, attend_reference,
-                               attend_space, attend_space_reference, attend_time, attend_time_reference)
-from mixers import Positions, causal, rms_norm
+from interpreter import INTERPRETED, TRITON, interpreted, kernels_of
+from kernels import (attend, attend_differential, attend_differential_reference, attend_latent, attend_latent_reference,
+                     attend_one, attend_one_reference, attend_reference, attend_space, attend_space_reference,
+                     attend_time, attend_time_reference, rms_norm, using, who_sees_whom)
+from mixers import Positions, causal
 from model import Transformer, TransformerConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-interpreter = pytest.mark.skipif(not kernels.INTERPRETED, reason="needs triton and TRITON_INTERPRET=1")
+pytestmark = pytest.mark.usefixtures("one_thread", "by_triton")
+ka = kernels_of("attention")
+interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs triton and TRITON_INTERPRET=1")
 
 
 def draw(*shape, seed=0, dtype=torch.float32, device="cpu", size=1.0):
@@ -39,7 +40,7 @@ def results(op, tensors, *rest, **options):
 
 def compare(op, twin, tensors, *rest, near=1e-5, **options):
     """Kernel in the interpreter against twin: output and gradients, each to `near` of its largest number."""
-    with kernels.interpreted():
+    with interpreted():
         found = results(op, tensors, *rest, **options)
     for mine, other in zip(found, results(twin, tensors, *rest, **options), strict=True):
         assert mine.dtype == other.dtype
@@ -90,7 +91,7 @@ def test_attend_at_extreme_scores():
     q, k, v = inputs(1, 1, 1, 20, 40, 16, 16)
     q = (q.detach() * 1e4).requires_grad_()
     compare(attend, attend_reference, (q, k, v), near=1e-2)
-    with kernels.interpreted():
+    with interpreted():
         found = results(attend, (q, (k.detach() * 1e4).requires_grad_(), v))
     assert all(t.isfinite().all() for t in found)
 
@@ -100,7 +101,7 @@ def test_a_query_that_sees_nothing_gets_zeros_and_gives_none():
     tensors = inputs(2, 1, 1, 6, 6, 8, 8)
     for masks in ({"lengths": torch.tensor([0, 6])}, {"places": left_padded(6, 6, 0)}):
         for way in (attend_reference, attend):
-            with kernels.interpreted():
+            with interpreted():
                 found = results(way, tensors, **masks)
             assert all((t[0] == 0).all() and t[1].abs().max() > 0 for t in found)
 
@@ -117,7 +118,7 @@ def test_blocks_outside_the_mask_are_not_read():
         for t in (k, v):
             t[:, :, :T // 2 - sizes["BS"]] = math.nan
             t[:, :, seen.stop:] = math.nan
-    with kernels.interpreted():
+    with interpreted():
         y = attend(q, k, v, window=sizes["BS"])
         assert y[:, :, seen].isfinite().all()
         dy = torch.zeros_like(y)
@@ -138,7 +139,7 @@ def test_padded_keys_may_be_garbage():
     want = results(attend_reference, (q, k, v), lengths=lengths)
     with torch.no_grad():
         k[0, :, 13:], v[0, :, 13:] = math.nan, math.inf
-    with kernels.interpreted():
+    with interpreted():
         found = results(attend, (q, k, v), lengths=lengths)
         one = attend_one(q.detach(), k.detach(), v.detach(), lengths)
     for mine, other in zip(found, want):
@@ -150,7 +151,7 @@ def test_padded_keys_may_be_garbage():
 @pytest.mark.parametrize("shape", [(0, 2, 1, 3, 3, 8, 8), (1, 2, 1, 0, 3, 8, 8), (2, 2, 1, 3, 0, 8, 8)])
 def test_empty_tensors(shape):
     tensors = inputs(*shape)
-    with kernels.interpreted():
+    with interpreted():
         y, *grads = results(attend, tensors, causal=False)
         one = attend_one(*(t.detach() for t in tensors))
     assert y.shape == one.shape == (shape[0], shape[1], shape[3], shape[6])
@@ -183,7 +184,8 @@ def test_differential_is_the_mixers(way):
                                           positions="none")).blocks[0].mixer
     q, k, v = inputs(2, 4, 2, 12, 12, 8, 8)
     lambdas = [getattr(mixer, name) for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")]
-    want = mixer.attend(q, k, v, Positions(0, 12), None, causal())
+    with using("torch"):
+        want = mixer.attend(q, k, v, Positions(0, 12), None, causal())
 
     def op(q, k, v, *lambdas):
         a, b, c, d = lambdas
@@ -192,7 +194,7 @@ def test_differential_is_the_mixers(way):
         y = rms_norm(way(q, k, pairs, lam)) * (1 - mixer.lambda_init)
         return y.unflatten(3, (2, 8)).transpose(2, 3).flatten(1, 2)
     if way is attend_differential:
-        with kernels.interpreted():
+        with interpreted():
             found = results(op, (q, k, v, *lambdas))
     else:
         found = results(op, (q, k, v, *lambdas))
@@ -242,7 +244,7 @@ def test_space_and_time_equal_permuted_sdpa_and_copy_nothing(way):
     y = F.scaled_dot_product_attention(q, k, v, is_causal=way == "time")
     want = y.permute([order.index(i) for i in range(5)])
     want = want.detach(), *torch.autograd.grad(want, tensors, draw(*want.shape, seed=3))
-    with kernels.interpreted(), Copies() as copies:
+    with interpreted(), Copies() as copies:
         y = WAYS[way][0](*tensors)
         dy = torch.empty_like(y).copy_(draw(*y.shape, seed=3))
         grads = torch.autograd.grad(y, tensors, dy)
@@ -273,7 +275,7 @@ def test_one_equals_its_twin(case, dtype, near):
     shape, lengths, splits = ONE[case]
     lengths = None if lengths is None else torch.tensor(lengths)
     q, k, v = (t.detach() for t in inputs(*shape, dtype=dtype))
-    with kernels.interpreted():
+    with interpreted():
         y = attend_one(q, k, v, lengths, splits)
     assert y.dtype == dtype and y.transpose(1, 2).is_contiguous()
     torch.testing.assert_close(y, attend_one_reference(q, k, v, lengths), rtol=0, atol=near)
@@ -291,7 +293,7 @@ def test_one_is_attention_of_the_last_queries():
 def test_latent_equals_its_twin(rank, R, lengths):
     lengths = None if lengths is None else torch.tensor(lengths)
     q, held = draw(2, 3, 2, rank + R, seed=1, size=0.3), draw(2, 1, 40, rank + R, seed=2)
-    with kernels.interpreted():
+    with interpreted():
         y = attend_latent(q, held, rank, 0.25, lengths, 2)
     torch.testing.assert_close(y, attend_latent_reference(q, held, rank, 0.25, lengths), rtol=0, atol=1e-5)
 
@@ -303,7 +305,7 @@ def test_latent_is_the_mixers(way, monkeypatch):
     model = Transformer(TransformerConfig(n_layer=1, n_head=4, n_embd=32, block_size=32, mixer="mla", kv_rank=12,
                                           rope_dim=4, positions="rope")).eval()
     mixer, x = model.blocks[0].mixer, torch.randint(0, 256, (2, 21), generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
+    with torch.inference_mode(), using("torch"):
         cache = model.new_cache(2, 32)
         model(x[:, :20], cache=cache)
         fork = cache.fork()
@@ -312,13 +314,10 @@ def test_latent_is_the_mixers(way, monkeypatch):
 
         def attend(q, k, v, positions, seen, span, scale=None):
             asked.append(q.shape)
-            return way(q, k, v.size(3), scale)
+            with interpreted() if way is attend_latent else nullcontext():
+                return way(q, k, v.size(3), scale)
         monkeypatch.setattr(mixer, "attend", attend)
-        if way is attend_latent:
-            with kernels.interpreted():
-                found = model(x[:, 20:], cache=fork)
-        else:
-            found = model(x[:, 20:], cache=fork)
+        found = model(x[:, 20:], cache=fork)
     assert asked == [(2, 4, 1, 16)]
     torch.testing.assert_close(found, want, rtol=0, atol=1e-5)
 
@@ -405,12 +404,12 @@ def test_the_masks_are_those_of_positions(masks):
     positions = Positions(4, 5, prefix=masks.get("prefix"))
     span = causal(masks.get("window"))
     want = positions._make_mask(span, 9, None, "cpu", None, None)
-    found = ka.who_sees_whom(5, 9, **masks)
+    found = who_sees_whom(5, 9, **masks)
     assert (found == want).all()
     places = left_padded(9, 5, 0)
     want = Positions(4, 5, places[:, 4:], prefix=masks.get("prefix"))._make_mask(span, 9, places, "cpu", None, None)
     real = (places[:, None, 4:, None] >= 0) & (places[:, None, None, :] >= 0)
-    assert (ka.who_sees_whom(5, 9, places=places, **masks) == want & real).all()
+    assert (who_sees_whom(5, 9, places=places, **masks) == want & real).all()
 
 
 @pytest.mark.parametrize("op", [attend, attend_space, attend_time])
@@ -420,8 +419,8 @@ def test_float64_and_cpu_tensors_take_the_twin(op):
         tensors = frames(1, 3, 3, 2, 2, 1, 4, 4, dtype=torch.float64)
     twin = {attend: attend_reference, attend_space: attend_space_reference, attend_time: attend_time_reference}[op]
     assert torch.equal(op(*tensors), twin(*tensors))
-    if kernels.INTERPRETED:
-        with kernels.interpreted():
+    if INTERPRETED:
+        with interpreted():
             assert torch.equal(op(*tensors), twin(*tensors))
 
 
@@ -445,11 +444,11 @@ def entry(kernel, dtype, sizes, **constants):
 
 def wanted():
     """{name: (kernel, type, sizes by the limit of shared memory, constants)}."""
-    kernels_of = {"forward": ka.forward_kernel, "dq": ka.dq_kernel, "dkv": ka.dkv_kernel}
+    kernels = {"forward": ka.forward_kernel, "dq": ka.dq_kernel, "dkv": ka.dkv_kernel}
     flags = dict(CAUSAL=True, WINDOWED=True, PREFIXED=False, PADDED=False, PLACED=False, N=1, rep=1)
     every = dict(CAUSAL=True, WINDOWED=True, PREFIXED=True, PADDED=True, PLACED=True)
     for D, dtype, size in ((64, "bf16", 2), (128, "bf16", 2), (64, "fp32", 4)):
-        for kind, kernel in kernels_of.items():
+        for kind, kernel in kernels.items():
             constants = dict(every if (D, kind) == (128, "dkv") else flags, D=D, DV=D)
             yield f"{kind} {D} {dtype}", (kernel, dtype, lambda limit, kind=kind, D=D, size=size:
                                           ka.blocks(kind, D, D, size, limit), constants)
@@ -462,7 +461,7 @@ def wanted():
 
 
 BUILDS, CHOSEN = {}, []  # CHOSEN: which of them a GPU of which capability takes; no other is compiled
-for name, (kernel, dtype, choose, constants) in wanted() if kernels.triton else ():
+for name, (kernel, dtype, choose, constants) in wanted() if TRITON else ():
     for capability, limit in aot.CAPABILITIES.items():
         made = entry(kernel, dtype, choose(limit), **constants)
         key = name if BUILDS.setdefault(name, made) == made else f"{name}, sm_{capability}"
@@ -532,5 +531,5 @@ def test_the_twin_under_autocast_is_exact():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
     with torch.autocast("cpu", torch.bfloat16):
-        under = ka.attend_reference(q, k, v)
-    assert torch.equal(under, ka.attend_reference(q, k, v)) and under.dtype == torch.float32
+        under = attend_reference(q, k, v)
+    assert torch.equal(under, attend_reference(q, k, v)) and under.dtype == torch.float32

@@ -13,24 +13,21 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-import kernels_attention
-import kernels_scan
 import parallel
 import train_enwik8
 import train_facts
 from experiment import UserError
 from feedforward import MixtureOfExperts
-from mixers import EVERYTHING, Causal, Norm, Positions
+from interpreter import INTERPRETED, interpreted
+from mixers import EVERYTHING, Causal, Positions
 from model import TransformerConfig, build_model
 from networks import Encoder, TwoStreams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(vocab_size=31, n_layer=2, n_head=4, n_embd=24, block_size=16, init="xavier", positions="rope")
-OPERATIONS = {kernels: ("rms_norm", "layer_norm", "rotary", "gated", "gelu", "relu2", "cross_entropy",
-                        "linear_cross_entropy", "batched_linear_cross_entropy"),
-              kernels_attention: ("attend", "attend_differential", "attend_space", "attend_time", "attend_one",
-                                  "attend_latent"),
-              kernels_scan: ("scan", "min_gru", "selective_scan", "grouped_linear")}
+OPERATIONS = ("rms_norm", "layer_norm", "rotary", "gated", "gelu", "relu2", "cross_entropy",
+              "batched_linear_cross_entropy", "attend", "attend_differential", "attend_space", "attend_time",
+              "attend_one", "attend_latent", "min_gru", "selective_scan", "grouped_linear")
 LOSS, NORM = "batched_linear_cross_entropy", "layer_norm"
 PLAIN = {LOSS, NORM, "rotary", "gelu", "attend"}  # what SMALL calls
 RAGGED = torch.tensor([[-1, -1, -1, *range(13)], [*range(16)]])
@@ -91,15 +88,22 @@ CASES = {  # name: (settings, what forward is given more, operations called)
 
 
 def pair(**settings):
-    """The same model twice, kernels "torch" and "triton"."""
+    """The same model twice."""
     torch.manual_seed(0)
     one = build_model(TransformerConfig(**{**SMALL, **settings}))
-    two = build_model(TransformerConfig(**{**SMALL, **settings, "kernels": "triton"}))
+    two = build_model(TransformerConfig(**{**SMALL, **settings}))
     with torch.no_grad():
         for p in one.parameters():  # gains and biases too
             p.add_(torch.randn_like(p), alpha=0.1)
     two.load_state_dict(one.state_dict())
     return one, two
+
+
+def by_each(models):
+    """The first model, and while it is used kernels "torch"; then the second, with "triton"."""
+    for way, model in zip(kernels.WAYS, models):
+        with kernels.using(way):
+            yield model
 
 
 def text(*shape, seed=1):
@@ -126,15 +130,16 @@ def close(got, want, atol=1e-5):
 
 @contextmanager
 def watched():
-    """Collects the names of operations that are called."""
+    """Collects the names of operations that are called by "triton"."""
     called = set()
     with pytest.MonkeyPatch.context() as patch:
-        for module, names in OPERATIONS.items():
-            for name in names:
-                def spy(*given, name=name, operation=getattr(module, name), **how):
-                    called.add(name)
-                    return operation(*given, **how)
-                patch.setattr(module, name, spy)
+        for name in OPERATIONS:
+            def spy(*given, name=name, operation=getattr(kernels, name), **how):
+                called.update({name} if kernels.on() else ())
+                return operation(*given, **how)
+            patch.setattr(kernels, name, spy)
+            if name in kernels.PLAIN:
+                patch.setitem(kernels.PLAIN, name, spy)
         yield called
 
 
@@ -143,7 +148,7 @@ def watched():
 @pytest.mark.parametrize("case", CASES)
 def test_same_losses_and_gradients(case):
     settings, how, _ = CASES[case]
-    (objective, nats, gradients, extras), found = (learn(model, **how) for model in pair(**settings))
+    (objective, nats, gradients, extras), found = (learn(model, **how) for model in by_each(pair(**settings)))
     assert nats.abs().min() > 0.1 and sum(g is not None and g.abs().max() > 1e-3 for g in gradients.values()) > 3
     close(found[0], objective)
     close(found[1], nats)
@@ -159,11 +164,10 @@ def test_same_losses_and_gradients(case):
 def test_calls_these_operations(case):
     """A pass for training calls those of the table; with kernels "torch" the same pass calls none, and decodes so."""
     settings, how, expected = CASES[case]
-    for model, wanted in zip(pair(**settings), (set(), expected)):
+    for wanted, model in zip((set(), expected), by_each(pair(**settings))):
         with watched() as called:
             learn(model, **how)
         assert called == wanted
-        assert all(module.triton == bool(wanted) for module in model.modules() if isinstance(module, Norm))
     with watched() as called, torch.no_grad():
         model = pair(**settings)[0].eval()
         cache = model.new_cache(2, 16)
@@ -182,6 +186,7 @@ def test_same_logits_with_and_without_cache(case):
         how["positions"] = RAGGED  # a cache of states takes rows padded on the left only
     whole = one(x, **how)
     assert whole.std() > 0.1
+    kernels.use("triton")
     close(two(x, **how), whole)
     cache, parts = two.new_cache(2, 16, how.pop("window", None)), []
     for first, end in ((0, 9), (9, 10), (10, 11), (11, 16)):
@@ -197,8 +202,8 @@ def test_same_logits_with_and_without_cache(case):
 def test_same_over_segments(mixer, positions):
     """Two segments of a stream; the second goes on from the memory of the first."""
     found = []
-    for model in pair(mixer=mixer, positions=positions, memory_length=8, block_size=8, compressed_length=4,
-                      compression_rate=2):
+    for model in by_each(pair(mixer=mixer, positions=positions, memory_length=8, block_size=8, compressed_length=4,
+                              compression_rate=2)):
         memory = model.new_memory(2)
         with watched() as called:
             parts = [model(text(2, 8, seed=i), text(2, 8, 1, seed=9), memory=memory)[0] for i in range(3)]
@@ -214,18 +219,18 @@ def test_same_over_segments(mixer, positions):
 def test_dropout_is_drawn_as_before():
     """Attention with dropout is PyTorch's, so both draw the same; in evaluation it is the kernel's again."""
     found = []
-    for model in pair(dropout=0.3):
+    for model in by_each(pair(dropout=0.3)):
         torch.manual_seed(5)
         with watched() as called:
             found.append(learn(model)[1])
         assert "attend" not in called
     close(*found)
-    with watched() as called:
+    with watched() as called, kernels.using("triton"):
         model.eval()(text(2, 16))
     assert "attend" in called
 
 
-def test_one_byte_and_what_does_not_go_by_kernel():
+def test_one_byte_and_what_does_not_go_by_kernel(by_triton):
     """by_kernel by itself, for arguments that a whole model does not come to."""
     mixer = pair()[1].blocks[0].mixer
     q, one, plain, causal = torch.zeros(1, 4, 8, 6), torch.zeros(1, 4, 1, 6), Positions(0, 8), Causal()
@@ -247,7 +252,7 @@ LONE = {"rotary", "attend_one"}
     (dict(positions="alibi"), set()), (dict(attention="sdpa"), {"rotary"}), (dict(positions="learned"), {"attend_one"}),
 ], ids=lambda value: str(sorted(value) if isinstance(value, set) else value))  # one order in all processes
 @torch.no_grad()
-def test_what_one_byte_over_a_cache_calls(settings, expected):
+def test_what_one_byte_over_a_cache_calls(settings, expected, by_triton):
     model = pair(**settings)[1].eval()
     cache = model.new_cache(2, 16)
     model(text(2, 12), cache=cache)
@@ -256,7 +261,7 @@ def test_what_one_byte_over_a_cache_calls(settings, expected):
     assert called == {NORM, "gelu"} - ({NORM} if "norm" in settings else set()) | expected
 
 
-def test_who_goes_alone_by_kernel():
+def test_who_goes_alone_by_kernel(by_triton):
     """by_lone_kernel by itself, for arguments that a whole model does not come to."""
     mixer = pair()[1].blocks[0].mixer
     q, k, last, causal = torch.zeros(1, 4, 1, 6), torch.zeros(1, 4, 8, 6), Positions(7, 1), Causal()
@@ -276,7 +281,7 @@ def test_who_goes_alone_by_kernel():
     assert mixer.by_lone_kernel(q, k, wide[..., 1:], last, None, causal)
 
 
-def test_a_latent_too_wide_for_its_kernel_goes_as_ever():
+def test_a_latent_too_wide_for_its_kernel_goes_as_ever(by_triton):
     q, held = torch.randn(1, 2, 1, 514), torch.randn(1, 1, 5, 514)
     for rank, expected in ((512, {"attend_latent"}), (513, set())):
         mixer = pair(mixer="mla", n_layer=1, n_head=2, kv_rank=rank, rope_dim=2)[1].blocks[0].mixer
@@ -287,12 +292,9 @@ def test_a_latent_too_wide_for_its_kernel_goes_as_ever():
 
 
 def test_an_encoder_sees_everything():
-    config = TransformerConfig(**SMALL, kernels="triton")
     torch.manual_seed(0)
-    two = Encoder(config).eval()
-    torch.manual_seed(0)
-    one = Encoder(TransformerConfig(**SMALL)).eval()
-    close(two(text(2, 16)), one(text(2, 16)))
+    model = Encoder(TransformerConfig(**SMALL)).eval()
+    close(*(one(text(2, 16)) for one in by_each((model, model))))
 
 
 @pytest.mark.parametrize("settings", [dict(norm="rms", qk_norm=True, activation="swiglu", n_targets=2),
@@ -300,7 +302,7 @@ def test_an_encoder_sees_everything():
 def test_autocast(settings):
     """Under bfloat16 the types fit: both are a rounding away from float32."""
     found = []
-    for model in pair(**settings):
+    for model in by_each(pair(**settings)):
         with torch.autocast("cpu", torch.bfloat16):
             objective, nats = model(text(2, 16), labels(model))
             logits = model(text(2, 16))
@@ -324,25 +326,25 @@ class Sizes(TorchDispatchMode):
 
 @pytest.mark.parametrize("heads", ["own", "shared"])
 def test_never_all_logits(heads):
-    for model, all_of_them in zip(pair(vocab_size=256, n_targets=2, target_heads=heads, ff="none"), (True, False)):
+    models = by_each(pair(vocab_size=256, n_targets=2, target_heads=heads, ff="none"))
+    for all_of_them, model in zip((True, False), models):
         x, targets = text(16, 16), text(16, 16, 2, seed=2)
         with Sizes() as sizes:
             model(x, targets)[0].backward()
         assert (sizes.most >= 256 * 2 * 256) == all_of_them and (all_of_them or sizes.most <= 256 * 2 * 256 // 4)
 
 
-def test_experts_do_not_wait_for_the_device(monkeypatch):
+def test_experts_do_not_wait_for_the_device(monkeypatch, by_triton):
     """On tensors without numbers, where reading one is an error; without the product: its twin reads the offsets."""
     seen = []
 
     def product(x, weight, offsets):
         seen.append((x.shape, weight.shape, offsets.shape, offsets.dtype))
         return x.new_empty(len(x), weight.size(1))
-    monkeypatch.setattr(kernels_scan, "grouped_linear", product)
+    monkeypatch.setattr(kernels, "grouped_linear", product)
     monkeypatch.setattr(kernels, "gated", lambda kind, x, gated=kernels.gated: seen.append(x.shape) or gated(kind, x))
     with FakeTensorMode():
-        ff = MixtureOfExperts(TransformerConfig(**SMALL, kernels="triton", ff="moe", activation="swiglu", n_expert=9,
-                                                n_shared_expert=1))
+        ff = MixtureOfExperts(TransformerConfig(**SMALL, ff="moe", activation="swiglu", n_expert=9, n_shared_expert=1))
         places = Positions(0, 5)
         assert ff(torch.empty(3, 5, 24), places).shape == (3, 5, 24)
         with pytest.raises(DynamicOutputShapeException):
@@ -355,7 +357,7 @@ def test_experts_do_not_wait_for_the_device(monkeypatch):
 
 def test_experts_report_the_same_loads():
     loads = []
-    for model in pair(ff="moe", n_expert=16):
+    for model in by_each(pair(ff="moe", n_expert=16)):
         learn(model)
         loads.append(model.usage)
     assert loads[0].keys() == loads[1].keys() == {0, 1}
@@ -365,7 +367,7 @@ def test_experts_report_the_same_loads():
 
 # --- Kernels ---
 
-@pytest.mark.skipif(not kernels.INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 @pytest.mark.parametrize("settings", [
     dict(activation="swiglu", n_targets=2, n_kv_head=1), dict(norm="rms", mixer="window", window=3, activation="relu2"),
     dict(mixer="diff", target_heads="shared", n_targets=2, head_bias=True), dict(mixer="mingru", intermediate_losses=1),
@@ -374,22 +376,21 @@ def test_experts_report_the_same_loads():
 def test_one_step_in_the_interpreter(settings, monkeypatch):
     """Kernels against twins: weights after a step. While kernels run, no twin can."""
     tiny = dict(vocab_size=17, n_layer=1 + ("intermediate_losses" in settings), n_head=2, n_embd=16, block_size=8,
-                init="xavier", positions="rope", kernels="triton", **settings)
+                init="xavier", positions="rope", **settings)
     x, padded = torch.randint(17, (2, 8)), torch.tensor([[-1, -1, *range(6)], [*range(8)]])
     how = dict(positions=padded) if settings.get("mixer") in ("mingru", "mamba") else {}
     found = []
-    for interpreted in (False, True):
+    for by_kernel in (False, True):
         torch.manual_seed(3)
         model = build_model(TransformerConfig(**tiny))
         targets = torch.randint(17, (2, 8, model.config.n_labels))
         targets[1, 2] = -1
         optimiser = torch.optim.SGD(model.parameters(), 0.5)
-        if interpreted:
-            monkeypatch.setattr(kernels, "exactly", None)  # all twins of kernels.py begin with it
-            monkeypatch.setattr(kernels_scan, "exactly", None)
-            monkeypatch.setattr(kernels_scan, "grouped_linear_reference", None)
-            monkeypatch.setattr(kernels_attention, "softmax_over", None)
-            with kernels.interpreted():
+        if by_kernel:
+            monkeypatch.setattr(kernels, "exactly", None)  # nearly all references begin with it
+            monkeypatch.setattr(kernels, "grouped_linear_reference", None)
+            monkeypatch.setattr(kernels, "softmax_over", None)
+            with interpreted():
                 objective, nats = model(x, targets, **how)
                 objective.backward()
         else:
@@ -402,7 +403,7 @@ def test_one_step_in_the_interpreter(settings, monkeypatch):
         close(found[1][1][name], p)
 
 
-@pytest.mark.skipif(not kernels.INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 @pytest.mark.parametrize("settings", [dict(n_kv_head=1), dict(mixer="window", window=4), dict(mixer="diff"),
                                       dict(mixer="mla", kv_rank=8, rope_dim=4)], ids=str)
 @torch.no_grad()
@@ -411,9 +412,9 @@ def test_generation_in_the_interpreter(settings, monkeypatch):
     one, two = (model.eval() for model in pair(n_layer=1, n_head=2, n_embd=16, **settings))
     x = text(2, 10)
     whole = one(x)
-    monkeypatch.setattr(kernels_attention, "softmax_over", None)  # no twin can run
+    monkeypatch.setattr(kernels, "softmax_over", None)  # no reference can run
     cache = two.new_cache(2, 16)
-    with kernels.interpreted():
+    with interpreted():
         parts = [two(part, cache=cache) for part in x.split((7, 1, 1, 1), 1)]
     close(torch.cat(parts, 1), whole)
 
@@ -421,12 +422,12 @@ def test_generation_in_the_interpreter(settings, monkeypatch):
 # --- The setting ---
 
 def test_default_path_does_not_import_triton():
-    """Nor kernels.py: they would be felt in every start."""
+    """It would be felt in every start."""
     code = ("import sys, torch, model\n"
             "m = model.build_model(model.TransformerConfig(n_layer=4, n_embd=32, n_head=2, block_size=8, ff='mlp,moe',"
             " mixer='full,mingru,mamba,diff', positions='rope'))\n"
             "m(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, 1, dtype=torch.int64))[0].backward()\n"
-            "sys.exit(any(name.startswith('kernels') for name in sys.modules))")
+            "sys.exit(any(name.startswith(('fused', 'triton')) for name in sys.modules))")
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
 
 

@@ -1,4 +1,4 @@
-"""kernels_optim.py: the twin against optim.py, the kernels against the twin in Triton's interpreter, and compiled."""
+"""adamw_step: the twin against optim.py, the kernels against the twin in Triton's interpreter, and compiled."""
 import math
 
 import pytest
@@ -6,14 +6,21 @@ import torch
 
 import aot
 import kernels
-import kernels_optim
 import optim
-from kernels_optim import Tables, adamw_step, adamw_step_reference
+from interpreter import INTERPRETED, TRITON, interpreted, kernels_of
+from kernels import adamw_step
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
-needs_triton = pytest.mark.skipif(kernels.triton is None, reason="no triton")
+pytestmark = [pytest.mark.usefixtures("one_thread", "by_triton"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+adamw = kernels_of("adamw")
+needs_triton = pytest.mark.skipif(not TRITON, reason="no triton")
 CLOSE = dict(atol=1e-6, rtol=1e-5)
 SETTINGS = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+
+
+def twin(*given, **how):
+    """adamw_step without a kernel, wherever the tensors are."""
+    with kernels.using("torch"):
+        return adamw_step(*given, **how)
 
 
 def tensors(shapes, seed=0, dtype=torch.float32, scale=0.3, device="cpu"):
@@ -48,9 +55,9 @@ def same(ours, theirs, tolerance=CLOSE):
 
 def both(ours, theirs, grads, tolerance=CLOSE, tables=None, **more):
     """A step by the kernels and one by the twin; compares all, and the norms."""
-    with kernels.interpreted():
+    with interpreted():
         norm = ours.step(adamw_step, grads, tables=tables, **more)
-    expected = theirs.step(adamw_step_reference, grads, **more)
+    expected = theirs.step(twin, grads, **more)
     same(ours, theirs, tolerance)
     assert (norm is None) == (expected is None) == (more.get("clip") is None)
     if norm is not None:
@@ -61,7 +68,7 @@ def both(ours, theirs, grads, tolerance=CLOSE, tables=None, **more):
 
 @pytest.fixture
 def in_interpreter():
-    if not kernels.INTERPRETED:
+    if not INTERPRETED:
         pytest.skip("no triton, or a GPU that runs the kernels instead")
 
 
@@ -116,19 +123,19 @@ def test_lists_that_do_not_fit():
 def test_twenty_steps(in_interpreter):
     """One table for all steps; the gradients are written into the same tensors."""
     ours, theirs = pair([(7, 5), (1,), (130,)])
-    tables, grads, rows = Tables(), tensors([(7, 5), (1,), (130,)]), None
+    tables, grads, rows = {}, tensors([(7, 5), (1,), (130,)]), None
     for step in range(20):
         for g, new in zip(grads, tensors([g.shape for g in grads], 100 + step, scale=10.0 ** (step % 3 - 1))):
             g.copy_(new)
         both(ours, theirs, grads, tables=tables, clip=1.0 if step % 5 == 0 else None, orthograd=step == 10)
-        rows = tables.rows if step == 0 else rows
-        assert tables.rows is rows
+        rows = tables["rows"] if step == 0 else rows
+        assert tables["rows"] is rows
 
 
 @pytest.mark.parametrize("more", [{}, {"clip": 0.5}, {"orthograd": True}, {"clip": 0.5, "orthograd": True}])
 def test_every_size_dtype_and_gap(in_interpreter, more):
     """Several chunks, a whole one, odd, one and no elements; bfloat16 against float32 in any mixture; None."""
-    shapes = [(kernels_optim._chunk(0) + 37,), (3, 7), (1,), (0,), (6,), (5,), (20,)]
+    shapes = [(adamw._chunk(0) + 37,), (3, 7), (1,), (0,), (6,), (5,), (20,)]
     ours, theirs = pair(shapes)
     for setup in (ours, theirs):
         for i in (1, 2, 4):
@@ -158,7 +165,7 @@ def test_not_contiguous(in_interpreter):
 def test_tables_follow_what_moves(in_interpreter):
     """A new gradient, a gradient that is missing, another decay; and what autograd would miss is told it."""
     ours, theirs = pair([(4,), (9,)])
-    tables, version = Tables(), ours.params[0]._version
+    tables, version = {}, ours.params[0]._version
     for step, missing in enumerate((None, 1, 0, None)):
         grads = tensors([(4,), (9,)], step)
         if missing is not None:
@@ -179,9 +186,9 @@ def test_clipping_of_nothing_of_much_and_of_too_much(in_interpreter, scale, clip
     for p in ours.params + theirs.params:
         p.mul_(1e3)
     grads = tensors([(4,), (9,)], 1, scale=scale)
-    with kernels.interpreted():
+    with interpreted():
         norm = ours.step(adamw_step, grads, clip=clip, orthograd=True)
-    assert torch.equal(norm.isinf(), theirs.step(adamw_step_reference, grads, clip=clip, orthograd=True).isinf())
+    assert torch.equal(norm.isinf(), theirs.step(twin, grads, clip=clip, orthograd=True).isinf())
     tolerance = dict(atol=1e-6, rtol=2e-5, equal_nan=True)
     same(ours, theirs, tolerance)
     assert norm.isinf() == (scale == 1e37) and all(torch.equal(g, h) for g, h in zip(
@@ -192,7 +199,7 @@ def test_nan_gradients_are_not_hidden_by_clipping(in_interpreter):
     ours, theirs = pair([(4,), (9,)])
     grads = tensors([(4,), (9,)])
     grads[0][2] = torch.nan
-    with kernels.interpreted():
+    with interpreted():
         norm = ours.step(adamw_step, grads, clip=1.0)
     assert norm.isnan() and all(p.isnan().all() for p in ours.params)
 
@@ -219,7 +226,7 @@ def test_beta1_of_0_and_a_large_eps(in_interpreter):
 
 def test_nothing_to_do(in_interpreter):
     """No tensors, or none with a gradient: a norm of 0 where one was asked for."""
-    with kernels.interpreted():
+    with interpreted():
         assert adamw_step([], [], [], [], 1, **SETTINGS) is None
         assert adamw_step([], [], [], [], 1, clip=1.0, **SETTINGS) == 0
         assert Setup(tensors([(3,), (0,)])).step(adamw_step, [None, torch.zeros(0)], clip=1.0) == 0
@@ -229,15 +236,15 @@ def test_nothing_to_do(in_interpreter):
 
 def builds():
     """The kernels with all that they can do, at the chunks of a large model."""
-    if kernels.triton is None:
+    if not TRITON:
         return {}
-    shape = dict(COLUMNS=kernels_optim.COLUMNS, CHUNK=kernels_optim._chunk(2 ** 27), BLOCK=kernels_optim.BLOCK)
-    options, common = dict(num_warps=kernels_optim.WARPS), ["*i64", "*i32", "*fp32", "*fp32", "*fp32", "fp32", "i32"]
-    return {"norms": (kernels_optim._sums, common, dict(shape, CLIP=False, KIND=0), options),
-            "dots": (kernels_optim._sums, common, dict(shape, CLIP=False, KIND=1), options),
-            "rest": (kernels_optim._sums, common, dict(shape, CLIP=True, KIND=2), options),
-            "finish": (kernels_optim._finish, ["*i64", "*fp32", "*fp32", "i32", "i32"], shape, options),
-            "update": (kernels_optim._update, common + ["fp32"] * 6, dict(shape, CLIP=True, ORTHOGRAD=True), options)}
+    shape = dict(COLUMNS=adamw.COLUMNS, CHUNK=adamw._chunk(2 ** 27), BLOCK=adamw.BLOCK)
+    options, common = dict(num_warps=adamw.WARPS), ["*i64", "*i32", "*fp32", "*fp32", "*fp32", "fp32", "i32"]
+    return {"norms": (adamw._sums, common, dict(shape, CLIP=False, KIND=0), options),
+            "dots": (adamw._sums, common, dict(shape, CLIP=False, KIND=1), options),
+            "rest": (adamw._sums, common, dict(shape, CLIP=True, KIND=2), options),
+            "finish": (adamw._finish, ["*i64", "*fp32", "*fp32", "i32", "i32"], shape, options),
+            "update": (adamw._update, common + ["fp32"] * 6, dict(shape, CLIP=True, ORTHOGRAD=True), options)}
 
 
 BUILDS = builds()
@@ -266,15 +273,15 @@ def test_steps_on_a_gpu(dtype, more):
     ours, theirs = pair(shapes, dtype, "cuda")
     compiled = Setup(tensors(shapes[:20], dtype=dtype, device="cuda"))
     alone = Setup(tensors(shapes[:20], dtype=dtype, device="cuda"))
-    twin, tables = torch.compile(adamw_step_reference), Tables()
+    eager, tables = torch.compile(twin), {}
     tolerance = dict(atol=1e-5, rtol=1e-4) if dtype == torch.float32 else dict(atol=1e-5, rtol=2 ** -6)
     for step in range(5):
         grads = tensors(shapes, 100 + step, dtype, device="cuda")
         norm = ours.step(adamw_step, grads, tables=tables, **more)
-        expected = theirs.step(adamw_step_reference, grads, **more)
+        expected = theirs.step(twin, grads, **more)
         if norm is not None:
             torch.testing.assert_close(norm, expected, atol=0, rtol=1e-4)
         alone.step(adamw_step, grads[:20], **more)
-        compiled.step(twin, grads[:20], **more)
+        compiled.step(eager, grads[:20], **more)
     same(ours, theirs, tolerance)
     same(alone, compiled, tolerance)

@@ -1,4 +1,4 @@
-"""The recurrences and the grouped product of kernels_scan.py: kernels against twins, compiled, and twins' gradients.
+"""Recurrences and the grouped product of experts: kernels against twins, compiled, and twins' gradients.
 
 A kernel in Triton's interpreter or on a GPU is compared with its twin in float64 on the same numbers. Under a minute on
 one core, most of it the compiler's.
@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import kernels_scan as ks
+import kernels as ks
 import recurrent
-from kernels import INTERPRETED, interpreted, triton
-from kernels_scan import grouped_linear, min_gru, scan, selective_scan
+from interpreter import INTERPRETED, TRITON, interpreted, kernels_of
+from kernels import grouped_linear, min_gru, selective_scan
 
+pytestmark = pytest.mark.usefixtures("by_triton")
+experts, recurrence = kernels_of("experts"), kernels_of("recurrence")
 HALVES = [torch.float16, torch.bfloat16]
 # One unit in the last place of each type: a result is rounded once, or cut off, by the interpreter, for bfloat16.
 EPS = {torch.float32: 1e-5, torch.float16: 2 ** -10, torch.bfloat16: 2 ** -7, torch.float64: 1e-12}
@@ -73,42 +75,11 @@ def compare(op, twin, inputs, device, used=(0, 1)):
     return got
 
 
-# --- The scan ---
+# --- minGRU ---
 
-def scan_inputs(B, T, *shape, dtype=torch.float32, seed=0):
-    a, b, h = draw((B, T, *shape), (B, T, *shape), (B, *shape), seed=seed)
-    return a.sigmoid().to(dtype), b.to(dtype), h.to(dtype)
-
-
-@pytest.mark.parametrize("shape", [(2, 9, 67), (1, 1, 1), (3, 4, 5, 13), (2, 17)])
-def test_scan(shape, device):
-    compare(scan, ks.scan_reference, scan_inputs(*shape), device)
-
-
-def test_scan_of_float64(device):
-    (out,) = compare(scan, ks.scan_reference, scan_inputs(2, 7, 9, dtype=torch.float64), device)
-    assert out.dtype == torch.float64
-
-
-def test_scan_from_nothing_and_of_strided_inputs(device):
-    a, b, h = scan_inputs(2, 6, 5)
-    a, b = a.transpose(0, 1).contiguous().transpose(0, 1), b.flip(2).transpose(1, 2).contiguous().transpose(1, 2)
-    assert not a.is_contiguous() and not b.is_contiguous()
-    compare(scan, ks.scan_reference, (a, b, h[:1].expand(2, 5)), device)
-    x, y = a.to(device).requires_grad_(), b.to(device).requires_grad_()
-    out = scan(x, y)
-    close(out, ks.scan_reference(a, b, torch.zeros_like(h)))
-    out.sum().backward()  # its gradient is one number, expanded
-    later = a.new_ones(2, 5)
-    for t in range(4, -1, -1):
-        later = 1 + a[:, t + 1] * later
-    close(y.grad[:, 0], later)
-
-
-def test_scan_of_extreme_values(device):
-    a, b, h = scan_inputs(2, 8, 6)
-    a[0, 2], a[1, 3], b[0, 1], b[1, 7], h[0, 0] = 0, 1, 1e4, -1e4, 1e4
-    compare(scan, ks.scan_reference, (a, b, h), device)
+def gates(B, T, I, dtype=torch.float32):
+    z, v, h = draw((B, T, I), (B, T, I), (B, I))
+    return z.sigmoid().to(dtype), v.to(dtype), h.to(dtype)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
@@ -117,12 +88,11 @@ def test_recurrences_of_nothing(shape, device):
     for where in (device, "twin"):
         place = "cpu" if where == "twin" else where
         kind = torch.float64 if where == "twin" else torch.float32
-        a, b, h = (t.to(place).requires_grad_() for t in scan_inputs(B, T, I, dtype=kind))
-        for op in (scan, min_gru):
-            out = op(a, b, h)
-            assert out.shape == shape and op(a, b).shape == shape
-            out.sum().backward()
-            assert a.grad.shape == shape
+        a, b, h = (t.to(place).requires_grad_() for t in gates(B, T, I, kind))
+        out = min_gru(a, b, h)
+        assert out.shape == shape and min_gru(a, b).shape == shape
+        out.sum().backward()
+        assert a.grad.shape == shape
         A, Bm, Cm, D, state = draw((I, 3), (B, T, 3), (B, T, 3), (I,), (B, I, 3), dtype=kind)
         y, last = selective_scan(a, b, *(t.to(place) for t in (A, Bm, Cm, D, state)))
         assert y.shape == shape and last.shape == (B, I, 3)
@@ -130,8 +100,6 @@ def test_recurrences_of_nothing(shape, device):
             assert torch.equal(last.cpu(), state)
         (y.sum() + last.sum()).backward()
 
-
-# --- minGRU ---
 
 @pytest.mark.parametrize("shape", [(2, 9, 67), (1, 1, 1), (3, 2, 13)])
 def test_min_gru(shape, device):
@@ -164,14 +132,15 @@ def test_padding_changes_no_state_of_min_gru(device):
 
 
 def test_min_gru_is_the_mixers():
-    mixer = recurrent.MinGRU(SimpleNamespace(expand=2, n_embd=6, bias=True, kernels="torch")).double()
+    mixer = recurrent.MinGRU(SimpleNamespace(expand=2, n_embd=6, bias=True)).double()
     for p in mixer.parameters():
         torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(p.numel()))
     x, h = draw((2, 7, 6), (2, 12), dtype=torch.float64)
     real = torch.arange(7) < torch.tensor([[7], [4]])
     z, v = mixer.into(x).float().chunk(2, -1)  # as the mixer: float32
     states = min_gru(z.masked_fill(~real.unsqueeze(2), -torch.inf), v, h.float())
-    y, (last,) = mixer.run(x, (h.float(),), real)
+    with ks.using("torch"):
+        y, (last,) = mixer.run(x, (h.float(),), real)
     torch.testing.assert_close(mixer.out(states.double()), y, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(states[:, -1], last, rtol=1e-5, atol=1e-5)
 
@@ -186,16 +155,18 @@ def selective_inputs(B, T, I, N, dtype=torch.float32):
 @pytest.mark.parametrize("chunk,shape", [(4, (2, 9, 19, 3)), (4, (1, 8, 5, 16)), (64, (1, 1, 1, 1)),
                                          (64, (2, 10, 16, 5))])
 def test_selective_scan(chunk, shape, device, monkeypatch):
-    monkeypatch.setattr(ks, "CHUNK", chunk)
+    monkeypatch.setattr(recurrence, "CHUNK", chunk)
     compare(selective_scan, ks.selective_scan_reference, selective_inputs(*shape), device)
 
 
 @pytest.mark.parametrize("used", [(0,), (1,)])
 def test_selective_scan_of_which_one_result_is_used(used, device, monkeypatch):
-    monkeypatch.setattr(ks, "CHUNK", 3)
+    monkeypatch.setattr(recurrence, "CHUNK", 3)
     inputs = selective_inputs(2, 5, 3, 2)
     if used == (1,):  # C and D have no part in the last state
-        last = lambda op: lambda u, dt, A, Bm, h: op(u, dt, A, Bm, *(t.to(u) for t in (inputs[4], inputs[5])), h)[1]
+        def last(op):
+            return lambda u, dt, A, Bm, h: op(u, dt, A, Bm, *(t.to(u) for t in (inputs[4], inputs[5])), h)[1]
+
         compare(last(selective_scan), last(ks.selective_scan_reference), (*inputs[:4], inputs[6]), device)
     else:
         compare(selective_scan, ks.selective_scan_reference, inputs, device, used)
@@ -285,20 +256,19 @@ def test_twins_elsewhere():
     for op, twin, inputs in cases():
         want = twin(*inputs)
         torch.testing.assert_close(op(*inputs), want, rtol=0, atol=0)
-        if INTERPRETED and op is not scan:
+        if INTERPRETED:
             with interpreted():
                 torch.testing.assert_close(op(*inputs), want, rtol=0, atol=0)
 
 
 def cases():
     """(operation, twin, small float64 inputs) of each operation."""
-    gate = scan_inputs(2, 5, 3, dtype=torch.float64)
-    return [(scan, ks.scan_reference, gate), (min_gru, ks.min_gru_reference, gate),
+    return [(min_gru, ks.min_gru_reference, gates(2, 5, 3, torch.float64)),
             (selective_scan, ks.selective_scan_reference, [t.double() for t in selective_inputs(2, 5, 3, 2)]),
             (grouped_linear, ks.grouped_linear_reference, grouped_inputs([2, 0, 3], 4, 3, torch.float64))]
 
 
-@pytest.mark.parametrize("i", range(4))
+@pytest.mark.parametrize("i", range(3))
 def test_gradients_of_twins(i):
     _, twin, inputs = cases()[i]
     assert torch.autograd.gradcheck(twin, [t.clone().requires_grad_(t.is_floating_point()) for t in inputs])
@@ -308,9 +278,7 @@ def test_what_does_not_fit_is_refused():
     x = torch.zeros(2, 3, 4)
     A, D, side, h = torch.zeros(4, 5), torch.zeros(4), torch.zeros(2, 3, 5), torch.zeros(2, 4, 5)
     rows, weight, offsets = torch.zeros(6, 4), torch.zeros(2, 3, 4), torch.tensor([0, 1, 6])
-    for op, inputs in [(scan, (x, x[:, :2])), (scan, (x, x.double())), (scan, (x.half(), x.half())),
-                       (scan, (x, x, x[:, :1])), (scan, (x, x, x[:, 0].double())), (scan, (D, D)),
-                       (min_gru, (x, x[:, :2])), (min_gru, (x, x, x)), (min_gru, (A, A)),
+    for op, inputs in [(min_gru, (x, x[:, :2])), (min_gru, (x, x, x)), (min_gru, (A, A)),
                        (selective_scan, (x, x[:1], A, side, side, D)), (selective_scan, (x, x, A[:3], side, side, D)),
                        (selective_scan, (x, x, A, side, side, D[:3])), (selective_scan, (x, x, A, side, x, D)),
                        (selective_scan, (x, x, A, side[:, :2], side[:, :2], D)),
@@ -329,34 +297,32 @@ def _builds():
     """{name: (kernel, types, constants, options)}: a layer of 512, inner width 1024, 16 states, 8 experts of 1536; and
     what becomes of kernels whose sizes are 1, which Triton takes for constants."""
     full, half, size = "*fp32", "*bf16", "i32"
-    made = {"scan_forward": (ks.scan_forward, [full] * 4 + [size] * 2, ks.STEP_BLOCKS, ks.STEP_OPTIONS),
-            "scan_backward": (ks.scan_backward, [full] * 7 + [size] * 2, ks.STEP_BLOCKS, ks.STEP_OPTIONS),
-            "min_gru_forward": (ks.min_gru_forward, [half, half, full, full, size, size], ks.STEP_BLOCKS,
-                                ks.STEP_OPTIONS),
-            "min_gru_backward": (ks.min_gru_backward, [half, half, full, full, full, half, half, full, size, size],
-                                 ks.STEP_BLOCKS, ks.STEP_OPTIONS),
-            "scan_backward of one": (ks.scan_backward, [full] * 7, {**ks.STEP_BLOCKS, "T": 1, "features": 1},
-                                     ks.STEP_OPTIONS)}
+    blocks, options = recurrence.STEP_BLOCKS, recurrence.STEP_OPTIONS
+    made = {"min_gru_forward": (recurrence.min_gru_forward, [half, half, full, full, size, size], blocks, options),
+            "min_gru_backward": (recurrence.min_gru_backward, [half, half, full, full, full, half, half, full, size,
+                                                               size], blocks, options),
+            "min_gru_backward of one": (recurrence.min_gru_backward, [full] * 8, {**blocks, "T": 1, "features": 1},
+                                        options)}
     mixed = [half, full, full, half, half, full]  # u, dt, A, Bm, Cm, D
     grads = [half, full] + [full] * 5  # of u, dt, A, Bm, Cm, D, h
     for name, I, N, sizes in [("", 1024, 16, {}), (" of one", 1, 1, {"T": 1, "I": 1, "N": 1})]:
-        (blocks, options), rest = ks.selective_blocks(I, N), [] if sizes else [size] * 3
-        made["selective_forward" + name] = (ks.selective_forward, mixed + [full] * 4 + rest,
+        (blocks, options), rest = recurrence.selective_blocks(I, N), [] if sizes else [size] * 3
+        made["selective_forward" + name] = (recurrence.selective_forward, mixed + [full] * 4 + rest,
                                             {**blocks, **sizes, "KEEP": True}, options)
-        made["selective_backward" + name] = (ks.selective_backward, mixed + [full] * 4 + grads + rest,
+        made["selective_backward" + name] = (recurrence.selective_backward, mixed + [full] * 4 + grads + rest,
                                              {**blocks, **sizes}, options)
     for kind, pointer in [(torch.bfloat16, half), (torch.float32, full)]:
         types = [pointer, pointer, "*i64", pointer]
-        blocks, options = ks.grouped_blocks(16384, 8, 1536, 512, kind)
+        blocks, options = experts.grouped_blocks(16384, 8, 1536, 512, kind)
         for turned in (False, True) if pointer == half else (False,):
-            made[f"grouped_rows {pointer} {turned}"] = (ks.grouped_rows, types + [size] * 3,
+            made[f"grouped_rows {pointer} {turned}"] = (experts.grouped_rows, types + [size] * 3,
                                                         {**blocks, "TURNED": turned}, options)
-        blocks, options = ks.weight_blocks(1536, 512, kind)
-        made[f"grouped_weight {pointer}"] = (ks.grouped_weight, types + [size] * 2, blocks, options)
+        blocks, options = experts.weight_blocks(1536, 512, kind)
+        made[f"grouped_weight {pointer}"] = (experts.grouped_weight, types + [size] * 2, blocks, options)
     return made
 
 
-BUILDS = _builds() if triton else {}
+BUILDS = _builds() if TRITON else {}
 
 
 @pytest.fixture(scope="module")
@@ -365,7 +331,7 @@ def found():
     return aot.compiled(__name__.split(".")[-1])
 
 
-@pytest.mark.skipif(triton is None, reason="no Triton")
+@pytest.mark.skipif(not TRITON, reason="no Triton")
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("name", BUILDS)
 def test_kernels_compile(name, capability, found):
@@ -376,10 +342,10 @@ def test_kernels_compile(name, capability, found):
 # --- On a GPU ---
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("i", range(4))
+@pytest.mark.parametrize("i", range(3))
 def test_kernels_equal_compiled_twins(i):
     """At a layer's size, float32: more chunks, blocks and tiles than the interpreter has time for."""
-    inputs = [scan_inputs(4, 200, 500), scan_inputs(4, 200, 500), selective_inputs(4, 200, 500, 16),
+    inputs = [gates(4, 200, 500), selective_inputs(4, 200, 500, 16),
               grouped_inputs([700, 0, 33, 1300, 64], 300, 500)][i]
     op, twin, _ = cases()[i]
     ours = [t.cuda().requires_grad_(t.is_floating_point()) for t in inputs]

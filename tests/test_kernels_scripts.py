@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import choices  # noqa: E402
 import kernels  # noqa: E402
-import kernels_attention  # noqa: E402
-import kernels_codes  # noqa: E402
-import kernels_optim  # noqa: E402
 import networks  # noqa: E402
 import train_dvae  # noqa: E402
 import train_enwik8  # noqa: E402
@@ -30,18 +26,17 @@ from data.arc import Canvas  # noqa: E402
 from data.multiplication import Notation  # noqa: E402
 from discrete import VQ, choose  # noqa: E402
 from dvae import DVAE, Config  # noqa: E402
-from mixers import Norm  # noqa: E402
+from interpreter import INTERPRETED, interpreted  # noqa: E402
 from model import TransformerConfig  # noqa: E402
 from networks import (CrossAttention, Encoder, EncoderDecoder, LatentTransformer, PrefixDecoder,  # noqa: E402
-                      SpatialTransformer, SpatioTemporal, as_mask, cross_entropy)
+                      SpatialTransformer, SpatioTemporal, as_mask)
 from test_scripts import fresh  # noqa: E402
 from worldmodel import ActionModel, CausalDynamics, Dynamics, FirstFrame, Tokenizer, Writer  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-OPERATIONS = {kernels: ("rms_norm", "layer_norm", "rotary", "gated", "gelu", "relu2", "cross_entropy",
-                        "linear_cross_entropy", "batched_linear_cross_entropy"),
-              kernels_attention: ("attend", "attend_space", "attend_time"),
-              kernels_codes: ("nearest_code", "gumbel_softmax", "reinmax"), kernels_optim: ("adamw_step",)}
+OPERATIONS = ("rms_norm", "layer_norm", "rotary", "gated", "gelu", "relu2", "cross_entropy",
+              "batched_linear_cross_entropy", "attend", "attend_space", "attend_time", "nearest_code", "gumbel_softmax",
+              "reinmax", "adamw_step")
 SMALL = dict(vocab_size=13, n_layer=2, n_head=4, n_embd=32, block_size=12, init="xavier", positions="rope", norm="rms",
              activation="swiglu")
 PLAIN = {"rms_norm", "gated"}  # what every layer of SMALL calls
@@ -69,24 +64,28 @@ def close_gradients(got, want):
 
 @contextmanager
 def watched():
-    """Counts the calls of each operation: {name: [arguments of a call, ...]}."""
+    """Counts the calls of each operation by "triton": {name: [arguments of a call, ...]}."""
     calls = {}
     with pytest.MonkeyPatch.context() as patch:
-        for module, names in OPERATIONS.items():
-            for name in names:
-                def spy(*given, name=name, operation=getattr(module, name), **how):
+        for name in OPERATIONS:
+            def spy(*given, name=name, operation=(real := getattr(kernels, name)), **how):
+                if kernels.on():
                     calls.setdefault(name, []).append((given, how))
-                    return operation(*given, **how)
-                patch.setattr(module, name, spy)
+                return operation(*given, **how)
+            for module in (kernels, sys.modules["dvae"], train_mult, train_worldmodel):
+                if getattr(module, name, None) is real:
+                    patch.setattr(module, name, spy)
+            if name in kernels.PLAIN:
+                patch.setitem(kernels.PLAIN, name, spy)
         yield calls
 
 
-def pair(build, same=True):
-    """build(kernels) twice, with one set of weights, none of them 0 or 1."""
+def pair(build):
+    """build() twice, with one set of weights, none of them 0 or 1."""
     models = []
-    for how in ("torch", "triton"):
+    for _ in range(2):
         torch.manual_seed(0)
-        models.append(build(how))
+        models.append(build())
     one, two = models
     assert one.state_dict().keys() == two.state_dict().keys()  # and so for checkpoints
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters()))
@@ -96,6 +95,13 @@ def pair(build, same=True):
             p.add_(torch.randn_like(p), alpha=0.05)
     two.load_state_dict(one.state_dict())
     return one, two
+
+
+def by_each(models):
+    """The first model, and while it is used kernels "torch"; then the second, with "triton"."""
+    for way, model in zip(kernels.WAYS, models):
+        with kernels.using(way):
+            yield model
 
 
 def learn(model, run):
@@ -109,11 +115,10 @@ def learn(model, run):
 def same(build, run, expected, how=nullcontext):
     """Both kernels: the same outputs and gradients; "torch" calls no operation, "triton" those `expected`."""
     found = []
-    for model, wanted in zip(pair(build), (set(), expected)):
+    for wanted, model in zip((set(), expected), by_each(pair(build))):
         with watched() as calls, how(), choices.clear():
             found.append(learn(model, run))
         assert calls.keys() == wanted
-        assert all(module.triton == bool(wanted) for module in model.modules() if isinstance(module, Norm))
     (out, gradients), (other, theirs) = found
     assert out.abs().mean() > 0.01 and sum(g is not None and g.abs().max() > 1e-3 for g in gradients.values()) > 3
     close(other, out)
@@ -154,7 +159,7 @@ def test_encoder(case, padding):
     settings, expected = ENCODERS[case]
     padding = PADDINGS[padding]
     real = ~as_mask(padding, 12) if padding is not None else torch.ones(3, 12, dtype=torch.bool)
-    calls = same(lambda how: Encoder(configured(**settings, kernels=how)),
+    calls = same(lambda: Encoder(configured(**settings)),
                  lambda model: model(whole(13, 3, 12), padding)[real], layers(settings) | expected)
     if "attend" in expected:
         assert len(calls["attend"]) == 2  # one of a layer
@@ -183,7 +188,7 @@ def test_encoder_and_decoder(kind, padding, cross):
     padding = PADDINGS[padding]
     ragged = kind == "prefix" and padding is not None
     expected = PLAIN | {"rotary", "cross_entropy"} | (set() if ragged else {"attend"})
-    calls = same(lambda how: build(configured(block_size=20, n_kv_head=2, kernels=how)),
+    calls = same(lambda: build(configured(block_size=20, n_kv_head=2)),
                  lambda model: model(whole(13, 3, 12), whole(13, 3, 8, seed=2), targets, padding)[0], expected)
     if kind == "prefix":
         return
@@ -196,11 +201,11 @@ def test_encoder_and_decoder(kind, padding, cross):
 @torch.no_grad()
 def test_decoding_is_as_ever():
     """One token at a time no attention goes by kernel, and the logits are those of the whole pass."""
-    one, two = (model.eval() for model in pair(lambda how: EncoderDecoder(configured(kernels=how))))
+    one, two = (model.eval() for model in pair(lambda: EncoderDecoder(configured())))
     source, x, lengths = whole(13, 3, 12), whole(13, 3, 8, seed=2), PADDINGS["lengths"]
     want = one(source, x, padding=PADDED)
     context, cache = two.encode(source, lengths), two.new_cache(3, 8)
-    with watched() as calls:
+    with watched() as calls, kernels.using("triton"):
         parts = [two.decode(x[:, t:t + 1], context, cache, lengths) for t in range(8)]
     assert "attend" not in calls and "rms_norm" in calls
     close(torch.cat(parts, 1), want)
@@ -208,21 +213,20 @@ def test_decoding_is_as_ever():
 
 @pytest.mark.parametrize("settings", [dict(dropout=0.3), dict(attention="manual"), dict(n_head=1, n_embd=258)], ids=str)
 def test_cross_attention_falls_back(settings):
-    config = configured(**settings, kernels="triton")
+    config = configured(**settings)
     torch.manual_seed(0)
     layer = CrossAttention(config).train()
     with torch.no_grad():
         for p in layer.parameters():
             p.normal_(0, 0.2)
     x, context = some(3, 5, config.n_embd), some(3, 12, config.n_embd, seed=2)
-    with watched() as calls:
+    with watched() as calls, kernels.using("triton"):
         layer(x, layer.keys(context), PADDINGS["lengths"])
     assert not calls
     if "dropout" in settings:
-        with watched() as calls:
+        with watched() as calls, kernels.using("triton"):
             out = layer.eval()(x, layer.keys(context), PADDINGS["lengths"])
         assert calls.keys() == {"attend"}
-        layer.config = replace(config, kernels="torch")
         close(out, layer(x, layer.keys(context), PADDED))
 
 
@@ -232,7 +236,7 @@ def test_cross_attention_falls_back(settings):
 @pytest.mark.parametrize("grid", [None, (3, 4), (2, 5)])
 def test_spatial(grid, padding):
     real = torch.ones(3, 12, dtype=torch.bool) if padding is None else ~padding
-    same(lambda how: SpatialTransformer(configured(kernels=how), 12, classify=True, grid=grid),
+    same(lambda: SpatialTransformer(configured(), 12, classify=True, grid=grid),
          lambda model: model(whole(13, 3, 12), padding)[real], PLAIN | {"attend"} | ({"rotary"} if grid else set()))
 
 
@@ -259,7 +263,7 @@ def test_frames(case):
     settings = dict(settings)
     grid, n_tokens = settings.pop("grid", (2, 3)), settings.pop("n_tokens", 6)
     config = configured(**settings)
-    calls = same(lambda how: SpatioTemporal(replace(config, kernels=how), n_tokens, grid),
+    calls = same(lambda: SpatioTemporal(config, n_tokens, grid),
                  lambda model: model(some(2, 5, n_tokens, config.n_embd), **call), layers(settings) | expected)
     rotations = {"two streams": 4, "alibi": 2, "learned": 2, "none": 0}.get(case, 2 if grid is None else 4)
     assert len(calls.get("rotary", ())) == rotations
@@ -275,9 +279,10 @@ def test_frames(case):
 @torch.no_grad()
 def test_frames_with_a_cache():
     """Over time a cache takes the path of all attention; within a frame it changes nothing."""
-    one, two = (model.eval() for model in pair(lambda how: SpatioTemporal(configured(kernels=how), 6, (2, 3))))
+    one, two = (model.eval() for model in pair(lambda: SpatioTemporal(configured(), 6, (2, 3))))
     x = some(2, 5, 6, 32)
     want, cache = one(x, window=3), two.new_cache(2, 5, 3)
+    kernels.use("triton")
     with watched() as calls:
         parts = [two(x[:, a:b], cache) for a, b in ((0, 2), (2, 3), (3, 5))]
     assert calls.keys() == PLAIN | {"rotary", "attend_space", "attend"}
@@ -291,13 +296,13 @@ def test_frames_with_a_cache():
 def test_frames_with_dropout():
     """In training the same is dropped, by torch; in evaluation it goes by kernel."""
     found = []
-    for model in pair(lambda how: SpatioTemporal(configured(dropout=0.3, kernels=how), 6, (2, 3))):
+    for model in by_each(pair(lambda: SpatioTemporal(configured(dropout=0.3), 6, (2, 3)))):
         torch.manual_seed(5)
         with watched() as calls:
             found.append(learn(model, lambda model: model(some(2, 5, 6, 32)))[0])
         assert not calls.keys() & (SPACE | TIME)
     close(found[1], found[0])
-    with watched() as calls:
+    with watched() as calls, kernels.using("triton"):
         model.eval()(some(2, 5, 6, 32))
     assert SPACE | TIME < calls.keys()
 
@@ -306,9 +311,9 @@ def test_frames_with_dropout():
 def test_autocast(model):
     """Under bfloat16 the types fit: both are a rounding away from float32."""
     found = []
-    build = {"frames": lambda how: SpatioTemporal(configured(kernels=how, qk_norm=True), 6, (2, 3)),
-             "cross": lambda how: EncoderDecoder(configured(kernels=how))}[model]
-    for network in pair(build):
+    build = {"frames": lambda: SpatioTemporal(configured(qk_norm=True), 6, (2, 3)),
+             "cross": lambda: EncoderDecoder(configured())}[model]
+    for network in by_each(pair(build)):
         with torch.autocast("cpu", torch.bfloat16), watched() as calls:
             out = (network(some(2, 5, 6, 32)) if model == "frames" else
                    network(whole(13, 3, 12), whole(13, 3, 8, seed=2), padding=PADDINGS["lengths"]))
@@ -322,11 +327,12 @@ def test_autocast(model):
 @torch.no_grad()
 def test_autocast_that_widens_a_norm(monkeypatch):
     """As it does on a GPU: queries and keys are then of another type than values."""
-    plain = networks.rms_norm
-    _, model = pair(lambda how: SpatioTemporal(configured(kernels=how, qk_norm=True), 6, (2, 3)))
+    plain = networks.plain_rms_norm
+    kernels.use("triton")
+    _, model = pair(lambda: SpatioTemporal(configured(qk_norm=True), 6, (2, 3)))
     with torch.autocast("cpu", torch.bfloat16):
         want = model(some(2, 5, 6, 32))
-        monkeypatch.setattr(networks, "rms_norm", lambda x: plain(x).float())
+        monkeypatch.setattr(networks, "plain_rms_norm", lambda x: plain(x).float())
         with watched() as calls:
             close(model(some(2, 5, 6, 32)).float(), want.float(), atol=0.1)
     assert [t.dtype for name in ("attend_space", "attend_time") for t in calls[name][0][0]] == 6 * [torch.bfloat16]
@@ -338,25 +344,25 @@ VIDEO = some(2, 4, 16, 16, 3).sigmoid()
 DRAWN, LED = whole(9, 2, 5, 6), whole(4, 2, 5)
 TEXT = torch.tensor([[97, 98, 99, 32, 97, 98], [98, 97, 0, 0, 0, 0]])
 WORLD = {  # build(kernels), run(model), operations
-    "action transformer": (lambda how: ActionModel(16, 16, 8, 3, 2, 4, 16, 1, "transformer", "vq", 2, kernels=how),
+    "action transformer": (lambda: ActionModel(16, 16, 8, 3, 2, 4, 16, 1, "transformer", "vq", 2),
                            lambda m: m.every(VIDEO[:, :3])[0],
                            {"rms_norm", "gelu", "rotary", "nearest_code"} | SPACE | TIME),
-    "action conv": (lambda how: ActionModel(16, 16, 8, 3, 2, 4, 16, 1, "conv", "vq", kernels=how),
+    "action conv": (lambda: ActionModel(16, 16, 8, 3, 2, 4, 16, 1, "conv", "vq"),
                     lambda m: m(VIDEO[:, :3])[0], {"nearest_code"}),
-    "tokenizer": (lambda how: Tokenizer(16, 16, 8, 3, 8, 4, 1, 2, 16, kernels=how), lambda m: m(VIDEO)[0],
+    "tokenizer": (lambda: Tokenizer(16, 16, 8, 3, 8, 4, 1, 2, 16), lambda m: m(VIDEO)[0],
                   {"rms_norm", "gelu", "rotary", "attend", "nearest_code"}),
-    "tokenizer over time": (lambda how: Tokenizer(16, 16, 8, None, 8, 4, 1, 2, 16, "spatiotemporal", "fsq", 2,
-                                                  kernels=how), lambda m: m(VIDEO)[0],
+    "tokenizer over time": (lambda: Tokenizer(16, 16, 8, None, 8, 4, 1, 2, 16, "spatiotemporal", "fsq", 2),
+                            lambda m: m(VIDEO)[0],
                             {"rms_norm", "gelu", "rotary"} | SPACE | TIME),
-    "dynamics": (lambda how: Dynamics((2, 3), 9, 4, 1, 2, 16, kernels=how), lambda m: m(DRAWN, LED, window=3),
+    "dynamics": (lambda: Dynamics((2, 3), 9, 4, 1, 2, 16), lambda m: m(DRAWN, LED, window=3),
                  {"rms_norm", "gelu", "rotary"} | SPACE | TIME),
-    "dynamics, streams": (lambda how: Dynamics((2, 3), 9, 4, 1, 2, 16, "prepend", kernels=how),
+    "dynamics, streams": (lambda: Dynamics((2, 3), 9, 4, 1, 2, 16, "prepend"),
                           lambda m: m(DRAWN, LED, window=3, streams=(3, 2)), {"rms_norm", "gelu", "rotary"} | SPACE),
-    "causal": (lambda how: CausalDynamics((2, 3), 9, 4, 1, 2, 16, kernels=how), lambda m: m(DRAWN, LED, window=3),
+    "causal": (lambda: CausalDynamics((2, 3), 9, 4, 1, 2, 16), lambda m: m(DRAWN, LED, window=3),
                {"rms_norm", "gelu", "rotary", "attend"}),
-    "writer": (lambda how: Writer(8, 1, 2, 16, kernels=how), lambda m: m.nats(TEXT),
+    "writer": (lambda: Writer(8, 1, 2, 16), lambda m: m.nats(TEXT),
                {"rms_norm", "gelu", "rotary", "attend", "batched_linear_cross_entropy"}),
-    "first frame": (lambda how: FirstFrame((2, 3), 9, 2, 2, 16, 8, kernels=how),
+    "first frame": (lambda: FirstFrame((2, 3), 9, 2, 2, 16, 8),
                     lambda m: m(DRAWN[:, 0], m.read(TEXT)), {"rms_norm", "gelu", "rotary", "attend"}),
 }
 
@@ -366,12 +372,13 @@ def test_world(case):
     build, run, expected = WORLD[case]
     if case == "action conv":  # without a norm that could say so
         with choices.clear():
-            (one, out), (two, other) = ((model, learn(model, run)) for model in pair(build))
+            (one, out), (two, other) = ((model, learn(model, run)) for model in by_each(pair(build)))
         close(other[0], out[0])
         with watched() as calls:
             run(one)
             assert not calls
-            run(two)
+            with kernels.using("triton"):
+                run(two)
         assert calls.keys() == expected
         return
     calls = same(build, run, expected)
@@ -383,6 +390,7 @@ def test_world(case):
 
 def test_a_row_of_words_does_not_matter_past_its_end():
     """FirstFrame by kernel: the shorter caption alone, without padding."""
+    kernels.use("triton")
     _, model = pair(WORLD["first frame"][0])
     with torch.no_grad():
         both, alone = model(DRAWN[:, 0], model.read(TEXT)), model(DRAWN[1:, 0], model.read(TEXT[1:, :2]))
@@ -403,12 +411,12 @@ CHOICES = {  # estimator, tau, noise, hardness: operations
 }
 
 
-def chosen(how, estimator, tau, noise, hardness, interpreted=False):
+def chosen(way, estimator, tau, noise, hardness):
     """(y, codes, gradient of the logits, where the generator stands) of 300 choices out of 17."""
     logits = (3 * some(3, 100, 17)).requires_grad_()
     generator = torch.Generator().manual_seed(4)
-    with kernels.interpreted() if interpreted else nullcontext():
-        y, codes = choose(logits, estimator, tau, noise, hardness, generator, how)
+    with way():
+        y, codes = choose(logits, estimator, tau, noise, hardness, generator)
         (y * some(3, 100, 17, seed=2)).sum().backward()
     return y.detach(), codes, logits.grad, torch.rand(1, generator=generator)
 
@@ -416,9 +424,9 @@ def chosen(how, estimator, tau, noise, hardness, interpreted=False):
 @pytest.mark.parametrize("case", CHOICES, ids=str)
 def test_choose(case):
     """The same draws, codes and numbers, to the bit for codes and to float32's rounding else."""
-    want = chosen("torch", *case)
+    want = chosen(nullcontext, *case)
     with watched() as calls:
-        found = chosen("triton", *case)
+        found = chosen(partial(kernels.using, "triton"), *case)
     assert calls.keys() == CHOICES[case]
     assert torch.equal(found[1], want[1]) and torch.equal(found[3], want[3]) and len(want[1].unique()) > 9
     close(found[0], want[0], atol=1e-6)
@@ -432,36 +440,36 @@ def test_choose(case):
         assert torch.equal(found[0].argmax(-1), found[1]) and (found[0].max(-1).values - 1).abs().max() < 1e-6
 
 
-@pytest.mark.skipif(not kernels.INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 @pytest.mark.parametrize("case", [case for case in CHOICES if CHOICES[case]], ids=str)
 def test_choose_in_the_interpreter(case, monkeypatch):
-    want = chosen("torch", *case)
-    monkeypatch.setattr(kernels_codes, "exactly", None)  # no twin can run
-    found = chosen("triton", *case, interpreted=True)
+    want = chosen(nullcontext, *case)
+    monkeypatch.setattr(kernels, "exactly", None)  # no reference can run
+    found = chosen(interpreted, *case)
     assert torch.equal(found[1], want[1]) and torch.equal(found[3], want[3])
     close(found[0], want[0], atol=1e-6)
     close(found[2], want[2], atol=1e-5)
 
 
 def test_choose_refuses():
-    for how in ("torch", "triton"):
-        with pytest.raises(ValueError, match="reinmax"):
-            choose(some(2, 5), "reinmax", 0.5, kernels=how)
-        with pytest.raises(ValueError, match="estimator 'none'"):
-            choose(some(2, 5), "none", kernels=how)
+    for way in kernels.WAYS:
+        with pytest.raises(ValueError, match="reinmax"), kernels.using(way):
+            choose(some(2, 5), "reinmax", 0.5)
+        with pytest.raises(ValueError, match="estimator 'none'"), kernels.using(way):
+            choose(some(2, 5), "none")
 
 
-@pytest.mark.parametrize("interpreted", [False, pytest.param(True, marks=pytest.mark.skipif(
-    not kernels.INTERPRETED, reason="needs Triton's interpreter"))])
+@pytest.mark.parametrize("by_kernel", [False, pytest.param(True, marks=pytest.mark.skipif(
+    not INTERPRETED, reason="needs Triton's interpreter"))])
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-def test_nearest(similarity, interpreted):
+def test_nearest(similarity, by_kernel):
     """VQ: the same codes in training and evaluation; the codes follow alike."""
     found = []
     for how in ("torch", "triton"):
         torch.manual_seed(0)
-        book = VQ(37, 6, similarity, kernels=how)
+        book = VQ(37, 6, similarity)
         z = (some(40, 9, 6, seed=3) * 0.4).requires_grad_()
-        with (kernels.interpreted() if interpreted else nullcontext(), watched() as calls,
+        with (interpreted() if by_kernel and how == "triton" else kernels.using(how), watched() as calls,
               choices.clear() if how == "torch" else nullcontext()):
             first = book(z.detach())
             out = book(z, "vq", tau=1.0)
@@ -484,12 +492,12 @@ def in_words(value):
     return str(sorted(value) if isinstance(value, set) else value)
 
 
-def dvae(how, quantiser="categorical", side=5, **settings):
+def dvae(quantiser="categorical", side=5, **settings):
     sizes = dict(n_codes=6, codebook_size=16, code_dim=8, patch_height=2, patch_width=1, encoder_layers=1,
                  latent_layers=1, decoder_layers=1, n_head=2, n_embd=16, cell_dim=8, ff_mult=2.0)
     words = dict(layout="grid", activation="gelu", norm="layer", norm_gain=True, bias=True, init="xavier", dropout=0.0,
                  distance_bias=True, resample=True, output_positions=False, similarity="cosine", codebook_init="normal")
-    return DVAE(Config(canvas=Canvas(side, 10), quantiser=quantiser, **{**sizes, **words, **settings}, kernels=how))
+    return DVAE(Config(canvas=Canvas(side, 10), quantiser=quantiser, **{**sizes, **words, **settings}))
 
 
 @pytest.mark.parametrize("quantiser, estimator, settings, expected", [
@@ -508,7 +516,7 @@ def test_dvae(quantiser, estimator, settings, expected):
     def nats(model):
         found = model.codebook(model.encode(tokens, shapes), estimator, generator=torch.Generator().manual_seed(1))
         return model.nats(found.e, tokens, shapes)[0] + found.loss
-    same(lambda how: dvae(how, quantiser, **settings), nats, expected | {"cross_entropy"})
+    same(lambda: dvae(quantiser, **settings), nats, expected | {"cross_entropy"})
 
 
 # --- Losses ---
@@ -518,11 +526,11 @@ def test_cross_entropy():
     want = F.cross_entropy(logits, targets, reduction="none")
     half = torch.where(torch.arange(20) < 10, targets, -1)
     for how in ("torch", "triton"):
-        with watched() as calls:
-            close(cross_entropy(logits, targets, how), want)
-            close(cross_entropy(logits, targets, how, "mean"), want.mean())
-            close(cross_entropy(logits, half, how), want * (half >= 0))
-            close(cross_entropy(logits, half, how, "mean"), want[:10].mean())
+        with watched() as calls, kernels.using(how):
+            close(kernels.cross_entropy(logits, targets), want)
+            close(kernels.cross_entropy(logits, targets, reduction="mean"), want.mean())
+            close(kernels.cross_entropy(logits, half), want * (half >= 0))
+            close(kernels.cross_entropy(logits, half, reduction="mean"), want[:10].mean())
         assert len(calls.get("cross_entropy", ())) == (4 if how == "triton" else 0)
 
 
@@ -537,32 +545,37 @@ class Says(torch.nn.Module):
         return some(3, 8, 11)
 
 
+class Names:
+    """What dynamics_loss asks of Dynamics, of two frames, likewise."""
+    mask = 21
+
+    def __call__(self, tokens, actions, window, streams):
+        return some(3, 2, 8, 21, seed=3)
+
+
 def test_losses_of_the_scripts(monkeypatch):
     mask = torch.arange(8) < torch.tensor([[8], [3], [0]])
     logits, truth, sums = some(3, 8, 11), whole(11, 3, 8, seed=2), some(3, 8, 21, seed=3)
     logits[1, 4:] = float("nan")  # where nothing counts
-    monkeypatch.setattr(train_worldmodel, "tokens_of", lambda *_: truth[:, None])
-    monkeypatch.setattr(train_worldmodel, "captions", lambda *_: None)
+    hidden, two, weight = some(3, 8) < 0.5, torch.stack((truth, truth), 1), mask[:, None].float()
+    monkeypatch.setattr(train_worldmodel, "context", 2)
     found = []
     for how in ("torch", "triton"):
-        for script in (train_mult, train_worldmodel):
-            monkeypatch.setattr(script, "kernels", how)
         logits = logits.detach().requires_grad_()
-        with watched() as calls:
+        with watched() as calls, kernels.using(how):
             loss, accuracy = train_mult.SequenceAccuracyLoss(2.0)(logits, truth, mask)
             loss.backward()
             found.append([loss.detach(), accuracy, logits.grad, train_mult.sum_loss(sums, truth, mask, 21),
-                          train_worldmodel.pixel_loss(sums, None, truth),
-                          train_worldmodel.weighted_nats(sums[:, 1:, None], truth[:, :, None], mask[:, :, None], 1,
-                                                         0)[0],
-                          train_worldmodel.frame_loss(Says(), None, None, None, torch.Generator().manual_seed(0))[0]])
+                          train_worldmodel.pixel_loss(sums, None, truth, kernels=how),
+                          train_worldmodel.dynamics_loss(Names(), (two, two[..., 0], two > 5, weight))[0],
+                          train_worldmodel.frame_loss(Says(), (truth, None, hidden))[0]])
         assert len(calls.get("cross_entropy", ())) == (5 if how == "triton" else 0)
     for one, two in zip(*found):
         assert one.isfinite().all()
         close(two, one)
 
 
-def test_solver_takes_lengths(monkeypatch):
+def test_solver_takes_lengths():
     """train_mult's models read padded problems by kernel, and answer as before."""
     notation = Notation("reversed", 3)
     a, b = torch.tensor([123, 4, 56]), torch.tensor([7, 89, 999])
@@ -573,11 +586,11 @@ def test_solver_takes_lengths(monkeypatch):
     for kind, n in (("simple", 6), ("latent", 7), ("prefix", 0)):
         found = []
         for how in ("torch", "triton"):
-            monkeypatch.setattr(train_mult, "kernels", how)
             torch.manual_seed(0)
-            model = train_mult.Solver(kind, replace(config, kernels=how), 1)
-            plain = model if how == "torch" else plain
-            with watched() as calls, torch.no_grad():
+            model = train_mult.Solver(kind, config, 1)
+            if how == "torch":
+                plain = model
+            with watched() as calls, torch.no_grad(), kernels.using(how):
                 found.append(model(source, x, padding))
                 written = train_mult.solve(model, notation, a, b)
         assert sum("lengths" in how and how["lengths"] is not None for _, how in calls.get("attend", ())) == {
@@ -585,14 +598,13 @@ def test_solver_takes_lengths(monkeypatch):
         assert len(calls.get("attend", ())) >= n
         for one, two in zip(*found):
             close(two, one)
-        monkeypatch.setattr(train_mult, "kernels", "torch")
         with torch.no_grad():  # what it wrote by kernel, read without one
             choices.best(written, plain(source, notation.inputs(written), padding)[0])
 
 
 # --- Kernels ---
 
-@pytest.mark.skipif(not kernels.INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 @pytest.mark.parametrize("case", ["frames", "streams", "encoder", "first frame", "dvae"])
 def test_one_step_in_the_interpreter(case, monkeypatch):
     """Kernels against torch: outputs and gradients. While kernels run, no twin can."""
@@ -604,20 +616,19 @@ def test_one_step_in_the_interpreter(case, monkeypatch):
     tiny = dict(vocab_size=13, n_layer=1, n_head=2, n_embd=16, block_size=12, init="xavier", positions="rope",
                 activation="swiglu")
     build, run = {
-        "frames": (lambda how: SpatioTemporal(TransformerConfig(**tiny, n_kv_head=1, qk_norm=True, kernels=how), 4,
+        "frames": (lambda: SpatioTemporal(TransformerConfig(**tiny, n_kv_head=1, qk_norm=True), 4,
                                               (2, 2)), lambda m: m(some(2, 3, 4, 16), window=2)),
-        "streams": (lambda how: Dynamics((2, 2), 9, 4, 1, 2, 16, kernels=how),
+        "streams": (lambda: Dynamics((2, 2), 9, 4, 1, 2, 16),
                     lambda m: m(whole(9, 1, 4, 4), LED[:1, :4], window=3, streams=(2, 1))),
-        "encoder": (lambda how: EncoderDecoder(TransformerConfig(**tiny, kernels=how)),
+        "encoder": (lambda: EncoderDecoder(TransformerConfig(**tiny)),
                     lambda m: m(whole(13, 3, 12), whole(13, 3, 4), whole(13, 3, 4), PADDINGS["lengths"])[0]),
-        "first frame": (lambda how: FirstFrame((2, 3), 9, 1, 2, 16, 8, kernels=how), WORLD["first frame"][1]),
-        "dvae": (lambda how: dvae(how, side=2, activation="geglu", n_codes=3, codebook_size=8), nats)}[case]
+        "first frame": (lambda: FirstFrame((2, 3), 9, 1, 2, 16, 8), WORLD["first frame"][1]),
+        "dvae": (lambda: dvae(side=2, activation="geglu", n_codes=3, codebook_size=8), nats)}[case]
     one, two = pair(build)
     out, gradients = learn(one, run)
-    for module in (kernels, kernels_codes):
-        monkeypatch.setattr(module, "exactly", None)  # all twins begin with it
-    monkeypatch.setattr(kernels_attention, "softmax_over", None)
-    with kernels.interpreted():
+    monkeypatch.setattr(kernels, "exactly", None)  # all references begin with it
+    monkeypatch.setattr(kernels, "softmax_over", None)
+    with interpreted():
         found, theirs = learn(two, run)
     close(found, out)
     close_gradients(theirs, gradients)
@@ -677,19 +688,6 @@ def test_scripts_have_the_setting(script, forks, tmp_path):
     assert done.code == 2 and "kernels" in done.err and "torch, triton" in done.err
 
 
-@pytest.mark.parametrize("stage", [*train_worldmodel.STAGES, "causal"])
-def test_every_stage_is_given_it(stage, monkeypatch):
-    from data.video import load
-    video = load("gridworld", 2, 2, 7, 8, 8, 0.15, True, 0)
-    for name, value in dict(kernels="triton", dynamics="causal" if stage == "causal" else "maskgit",
-                            action_quantiser="vq").items():
-        monkeypatch.setattr(train_worldmodel, name, value)
-    model = train_worldmodel.build("dynamics" if stage == "causal" else stage, video)
-    assert model.config.kernels == "triton"
-    assert all(module.triton for module in model.modules() if isinstance(module, Norm))
-    assert all(module.kernels == "triton" for module in model.modules() if isinstance(module, VQ))
-
-
 def test_default_path_does_not_import_triton():
     code = ("import sys, torch, discrete, worldmodel as w, networks as n, dvae\n"
             "from model import TransformerConfig\n"
@@ -700,5 +698,5 @@ def test_default_path_does_not_import_triton():
             "m(t[:, 0], m.read(t[:, 0] + 65))\n"
             "n.EncoderDecoder(TransformerConfig(n_layer=1, n_head=2, n_embd=16))(t[0], t[0], t[0])\n"
             "[discrete.choose(torch.rand(3, 4), name) for name in discrete.SAMPLED]\n"
-            "sys.exit(any(name.startswith(('kernels', 'triton')) for name in sys.modules))")
+            "sys.exit(any(name.startswith(('fused', 'triton')) for name in sys.modules))")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,4 +1,4 @@
-"""optim.build(kernels="triton"), AdamW by kernels_optim.adamw_step, against "torch": weights, state, checkpoints.
+"""AdamW by kernels.adamw_step against "torch": weights, state, checkpoints.
 
 On a CPU adamw_step is its twin, and in Triton's interpreter the kernel. About 25 s on one core.
 """
@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import kernels
-import kernels_optim
 import optim
 import parallel
+from interpreter import INTERPRETED, interpreted
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,16 +27,21 @@ ROLES = {"embed": ((9, 6), "embedding"), "up": ((12, 6), "matrix"), "down": ((6,
 ADAMW, MUON = list(ROLES), [name for name in ROLES if name not in ("up", "down")]  # what goes by the kernel
 
 
+def going(way):
+    """Within it kernels go this way, "triton" in the interpreter if that is on."""
+    return nullcontext() if way == "triton" and kernels.on() else kernels.using(way)
+
+
 class Setup:
     """Named parameters and their optimiser; `train` steps them by gradients that are the same for a step."""
 
     def __init__(self, name="adamw", way="torch", dtype=torch.float32, device="cpu", **more):
-        generator = torch.Generator().manual_seed(0)
+        generator, self.way = torch.Generator().manual_seed(0), way
         self.params = {name: torch.nn.Parameter((0.3 * torch.randn(shape, generator=generator)).to(device, dtype))
                        for name, (shape, _) in ROLES.items()}
-        self.opt = optim.build(name, self.params.items(), {name: role for name, (_, role) in ROLES.items()},
-                               **{**dict(lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99), muon_lr=0.05, kernels=way),
-                                  **more})
+        self.opt = optim.build({**dict(optimizer=name, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99), muon_lr=0.05),
+                                **more}, self.params.items(), {name: role for name, (_, role) in ROLES.items()},
+                               mesh=more.get("mesh"))
 
     def train(self, steps, missing=lambda step: ()):
         """steps: their numbers. The schedule multiplies the rate."""
@@ -48,9 +53,14 @@ class Setup:
             for group in self.opt.param_groups:
                 group["lr"] = group["base_lr"] * optim.schedule("cosine", step, 3, 20)
             before = {name: p.grad.clone() for name, p in self.params.items() if p.grad is not None}
-            self.opt.step()
+            self.step()
             assert all(torch.equal(self.params[name].grad, grad) for name, grad in before.items())  # only read
         return self
+
+    def step(self, *given, **how):
+        """The optimiser's."""
+        with going(self.way):
+            return self.opt.step(*given, **how)
 
     def tensors(self):
         """{name of a parameter, and of its state: value}."""
@@ -76,12 +86,12 @@ def equal(ours, theirs):
 @pytest.fixture
 def launches(monkeypatch):
     """(sizes of the tensors, what was given by position after them, by name) of every call of adamw_step."""
-    found, real = [], kernels_optim.adamw_step
+    found, real = [], kernels.adamw_step
 
     def noting(params, grads, means, squares, *given, **how):
         found.append(([p.numel() for p in params], given, how))
         return real(params, grads, means, squares, *given, **how)
-    monkeypatch.setattr(kernels_optim, "adamw_step", noting)
+    monkeypatch.setattr(kernels, "adamw_step", noting)
     return found
 
 
@@ -89,10 +99,10 @@ def launches(monkeypatch):
 def way(request, monkeypatch):
     """Within it adamw_step is its twin, or the kernels themselves, and no twin can be called."""
     if request.param == "interpreter":
-        if not kernels.INTERPRETED:
+        if not INTERPRETED:
             pytest.skip("no triton, or a GPU that runs the kernels instead")
-        monkeypatch.setattr(kernels_optim, "adamw_step_reference", None)
-    with kernels.interpreted() if request.param == "interpreter" else nullcontext():
+        monkeypatch.setattr(kernels, "adamw_step_reference", None)
+    with interpreted() if request.param == "interpreter" else nullcontext():
         yield request.param
 
 
@@ -157,12 +167,12 @@ def test_tables_are_kept_while_nothing_moves(way):
     """And no part of the state."""
     ours = Setup(way="triton").train([0])
     kept = ours.opt.tables[0]
-    assert (kept.known is None) == (way == "twin")
+    assert (not kept) == (way == "twin")
     rows = None
     for step in range(3):
-        ours.opt.step()
-        rows = getattr(kept, "rows", None) if step == 0 else rows
-        assert len(ours.opt.tables) == 1 and ours.opt.tables[0] is kept and getattr(kept, "rows", None) is rows
+        ours.step()
+        rows = kept.get("rows") if step == 0 else rows
+        assert len(ours.opt.tables) == 1 and ours.opt.tables[0] is kept and kept.get("rows") is rows
     assert (rows is None) == (way == "twin")
     state = ours.opt.state_dict()
     theirs = Setup().train([0]).opt.state_dict()
@@ -179,7 +189,7 @@ def test_a_closure(way):
             loss = sum(p.square().sum() + p.sum() for p in params.values())
             loss.backward()
             return loss
-        losses = [setup.opt.step(closure).item() for _ in range(4)]
+        losses = [setup.step(closure).item() for _ in range(4)]
         assert losses == sorted(losses, reverse=True)
     same(*setups)
 
@@ -203,7 +213,8 @@ def test_a_scaler_skips_steps_that_overflow(way):
             scaler.scale(loss * (float("inf") if step == 2 else 1.0)).backward()
             scaler.unscale_(setup.opt)
             torch.nn.utils.clip_grad_norm_(setup.params.values(), 0.5)
-            scaler.step(setup.opt)
+            with going(setup.way):
+                scaler.step(setup.opt)
             scaler.update()
             setup.opt.zero_grad(set_to_none=True)
         assert setup.opt.state[setup.params["head"]]["step"] == 3
@@ -244,11 +255,12 @@ def test_several_processes_and_their_parts(launches):
         mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
         plain, divided = torch.nn.Parameter(torch.ones(3, 4)), torch.nn.Parameter(torch.ones(3, 4))
         divided = torch.nn.Parameter(distribute_tensor(divided.detach(), mesh))
-        opt = optim.build("adamw", [("a", plain), ("b", divided)], dict(a="matrix", b="matrix"), lr=0.1,
-                          kernels="triton")
+        opt = optim.build(dict(optimizer="adamw", lr=0.1), [("a", plain), ("b", divided)],
+                          dict(a="matrix", b="matrix"))
         for p in (plain, divided):
             (p * p).sum().backward()
-        opt.step()
+        with going("triton"):
+            opt.step()
         torch.testing.assert_close(divided.to_local(), plain, **CLOSE)
         assert not torch.equal(plain, torch.ones(3, 4))
     finally:
@@ -261,9 +273,10 @@ def test_a_sparse_gradient_gets_the_answer_of_torch(launches):
     said = []
     for which in ("torch", "triton"):
         embed = torch.nn.Embedding(5, 3, sparse=True)
-        opt = optim.build("adamw", embed.named_parameters(), {"weight": "embedding"}, lr=0.1, kernels=which)
+        opt = optim.build(dict(optimizer="adamw", lr=0.1), embed.named_parameters(),
+                          {"weight": "embedding"})
         embed(torch.tensor([1])).sum().backward()
-        with pytest.raises(RuntimeError) as error:
+        with pytest.raises(RuntimeError) as error, going(which):
             opt.step()
         said.append(str(error.value))
     assert said[0] == said[1] and not launches
@@ -274,7 +287,7 @@ def test_another_transform(launches):
     setups = [Setup(way=which) for which in ("torch", "triton")]
     for setup in setups:
         setup.train([0])
-        setup.opt.step(transform=lambda params, grads: [2 * g + 1 for g in grads])
+        setup.step(transform=lambda params, grads: [2 * g + 1 for g in grads])
     same(*setups)
     assert len(launches) == 1 and setups[1].opt.state[setups[1].params["up"]]["step"] == 2
 
@@ -282,13 +295,14 @@ def test_another_transform(launches):
 def test_by_default_nothing_changes(launches):
     """Also of a copy, and of an optimiser that is made without build."""
     setup = Setup().train([0])
-    assert setup.opt.tables is None
+    assert not setup.opt.tables
     copied = copy.deepcopy((setup.params, setup.opt))
     other = Setup()
     other.params, other.opt = copied
     equal(other.train([1]), setup.train([1]))
     roles = {name: role for name, (_, role) in ROLES.items()}
-    for opt in (optim.AdamW(setup.params.values()), optim.build("adamw", setup.params.items(), roles, lr=0.1)):
+    for opt in (optim.AdamW(setup.params.values()), optim.build(dict(optimizer="adamw", lr=0.1),
+                                                                     setup.params.items(), roles)):
         opt.step()
         assert opt.state
     assert not launches
@@ -296,7 +310,7 @@ def test_by_default_nothing_changes(launches):
 
 def test_words():
     with pytest.raises(ValueError, match="kernels 'cuda': it must be torch or triton"):
-        Setup(way="cuda")
+        kernels.use("cuda")
 
 
 # --- Checkpoints ---
@@ -318,7 +332,7 @@ def test_a_checkpoint_goes_over(first, then, name, orthograd, load, way, tmp_pat
         for key, p in two.params.items():
             p.copy_(saved["params"][key])
     load(two.opt, saved["opt"])
-    assert (two.opt.tables is None) == (then == "torch")
+    assert (not two.opt.tables) == (then == "torch")
     same(two.train(range(3, 6), missing), whole, dict(atol=0, rtol=0) if first == then else CLOSE)
 
 
@@ -335,13 +349,13 @@ def run(words):
         assert not end.code, end.code
 for words in given["torch"]:
     run(words)
-assert not any(name.startswith("kernels") for name in sys.modules), "the default path imports kernels"
-import kernels_optim
-step = kernels_optim.adamw_step
+assert not any(name.startswith(("fused", "triton")) for name in sys.modules), "the default path imports Triton"
+import kernels
+step = kernels.adamw_step
 def noting(*given, **how):
     calls.append((given[4], how["orthograd"]))
     return step(*given, **how)
-kernels_optim.adamw_step = noting
+kernels.adamw_step = noting
 for words in given["triton"]:
     run(words)
     print("calls", json.dumps(calls))

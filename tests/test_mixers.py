@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 import mixers
 import optim
-from feedforward import gelu
-from mixers import Positions, turn
+from kernels import gelu, plain_rotary
+from mixers import Positions
 from model import (FEED_FORWARDS, GLU, Transformer, TransformerConfig, equal_ff_mult, fused_rows,
                    parameter_roles)
 
@@ -103,7 +103,7 @@ def test_latent_by_definition(q_rank):
         return t / (t.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
     def turned(t, at):
-        return turn(t.view(1, 1, 1, 6), cos[at].view(1, 1, 1, 6), sin[at].view(1, 1, 1, 6)).flatten().double()
+        return plain_rotary(t.view(1, 1, 1, 6), cos[at].view(1, 1, 1, 6), sin[at].view(1, 1, 1, 6)).flatten().double()
     q = mixer.q(x[0] if q_rank is None else norm(mixer.into(x[0]))).view(T, 4, 14)
     latent, key = mixer.kv(x[0]).split((10, 6), 1)
     k, v = mixer.up(norm(latent)).view(T, 2, 4, 8).unbind(1)
@@ -319,8 +319,8 @@ def test_learns(settings, optimizer):
     model = build(**settings, init="gpt2", n_layer=2).float().train()
     fused = fused_rows(model)
     assert all(sum(fused[name]) == p.size(0) for name, p in model.named_parameters() if name in fused)
-    built = optim.build(optimizer, model.named_parameters(), parameter_roles(model), lr=5e-3, muon_lr=0.02,
-                        fused_rows=fused)
+    built = optim.build(dict(optimizer=optimizer, lr=5e-3, muon_lr=0.02), model.named_parameters(),
+                        parameter_roles(model), fused)
     x = torch.randint(256, (4, 16), generator=torch.Generator().manual_seed(0))
     y = x.roll(-1, 1)
     targets = torch.stack([y.roll(-k, 1) for k in range(model.config.n_labels)], 2)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 import mixers
 import model as room
-from mixers import Causal, Positions, attend_by_hand, rms_norm
+from kernels import rms_norm
+from mixers import Causal, Positions, attend_by_hand
 from model import Transformer, TransformerConfig, active_layers, fused_rows, parameter_roles
 
 T12 = dict(n_layer=12, n_head=8, n_embd=512, block_size=512, bias=False, norm_gain=False, head_bias=False,

@@ -1,4 +1,4 @@
-"""Multiplication: the split, how problems are written, the loss's identities, teacher forcing, the models: 90 s."""
+"""Multiplication: the split, how problems are written, the loss's identities, teacher forcing, the models."""
 import math
 import subprocess
 import sys
@@ -316,7 +316,7 @@ def trained(words, steps, name="simple", pairs=None, sums=0.0):
     """A Learner after some steps of plain teacher forcing on `pairs`, or on the script's own stream; sums: weight of a
     head's loss."""
     g, _, notation, config = script(*words)
-    learner = g["Learner"](name, config, torch.device("cpu"), torch.float32)
+    learner = g["Learner"](name, config, torch.device("cpu"), torch.float32, g)
     if pairs is None:
         pairs = Problems(g["min_digits"], g["max_digits"], g["n_examples"], g["val_fraction"]).train
     stream, loss_function = Stream(pairs, 1), SequenceAccuracyLoss()
@@ -372,19 +372,21 @@ def test_every_parameter_has_a_gradient():
 
 
 @pytest.mark.parametrize("name", train_mult.KINDS)
-def test_overfits_256_examples(name):
-    pairs = Problems(3, 3, 256).train
-    g, learner, notation = trained(["--n_embd", "64", "--batch_size", "256"], 180, name, pairs)
+def test_learns_64_problems_by_heart(name):
+    pairs = Problems(2, 2, 64).train
+    words = ["--n_embd", "64", "--n_head", "2", "--min_digits", "2", "--max_digits", "2", "--batch_size", "64"]
+    g, learner, notation = trained(words, 100, name, pairs)
     found = g["evaluate"](learner.model, notation, pairs, torch.autocast("cpu", enabled=False))
-    assert found["accuracy"] == 1.0 and found["examples"] == 256
+    assert found["accuracy"] == 1.0 and found["examples"] == 64
 
 
 @pytest.mark.parametrize("name", train_mult.KINDS)
 @pytest.mark.parametrize("format", FORMATS)
 def test_teacher_forced_exact_is_greedy_exact(format, name):
     """A half-trained model, right on some problems and wrong on others: both ways agree on every one."""
-    words = [*SMALL, "--min_digits", "1", "--max_digits", "2", "--format", format, "--n_examples", "20000"]
-    g, learner, notation = trained(words, 150, name)
+    words = [*SMALL, "--min_digits", "1", "--max_digits", "2", "--format", format, "--n_examples", "20000",
+             "--batch_size", "64"]
+    g, learner, notation = trained(words, 60, name)
     pairs = Problems(1, 2, 1, 0.3, 400).val
     found = g["evaluate"](learner.model, notation, pairs, torch.autocast("cpu", enabled=False))
     exact = ((found["predicted"] == found["targets"]) | (found["places"] == -2)).all(1)
@@ -401,7 +403,8 @@ def test_teacher_forced_exact_is_greedy_exact(format, name):
     assert found["accuracy"] == pytest.approx(exact.double().mean().item()) and 0 < exact.sum() < len(pairs)
     if format != "trace":                                    # whose carries may be wrong where the number is right
         answers = torch.tensor([found == truth for found, truth in zip(notation.numbers(written), (a * b).tolist())])
-        assert torch.equal(answers[sure], exact[sure])
+        assert answers[sure & exact].all()                   # the other way round: a zero too many, first of a number
+        assert format != "padded" or torch.equal(answers[sure], exact[sure])
     torch.testing.assert_close(found["loss"], sum(found["digit_loss"][k] * (found["places"] == k).sum().item()
                                for k in found["digit_loss"]) / (found["places"] > -2).sum().item()) \
         if format == "padded" else None
@@ -409,7 +412,7 @@ def test_teacher_forced_exact_is_greedy_exact(format, name):
 
 def test_evaluation_does_not_depend_on_the_batch():
     g, _, notation, config = script(*SMALL)
-    learner = g["Learner"]("simple", config, torch.device("cpu"), torch.float32)
+    learner = g["Learner"]("simple", config, torch.device("cpu"), torch.float32, g)
     pairs = Problems(3, 3, 100).train
     found = []
     for size in (7, 100):
@@ -422,7 +425,7 @@ def test_evaluation_does_not_depend_on_the_batch():
 def test_latents_are_the_only_path():
     """Where the readers' weights let nothing through, no gradient reaches the encoder; otherwise it does."""
     g, _, notation, config = script(*SMALL, "--n_latent", "3", "--init", "xavier")
-    body = g["Learner"]("latent", config, torch.device("cpu"), torch.float32).model.body
+    body = g["Learner"]("latent", config, torch.device("cpu"), torch.float32, g).model.body
     a, b = torch.tensor([123, 456]), torch.tensor([789, 12])
     source, padding = notation.sources(a, b)
     x = notation.inputs(notation.answers(a, b)[0])
@@ -452,7 +455,7 @@ def test_padding_does_not_matter():
     targets, places = notation.answers(a, b)
     assert padding[0].sum() == 3
     for name in train_mult.KINDS:
-        model = g["Learner"](name, config, torch.device("cpu"), torch.float32).model.eval()
+        model = g["Learner"](name, config, torch.device("cpu"), torch.float32, g).model.eval()
         with torch.no_grad():
             beside = model(source, notation.inputs(targets), padding)[0][0]
             alone = model(source[:1, :4], notation.inputs(targets[:1]), None)[0][0]
@@ -490,11 +493,12 @@ def test_running_sums_are_below_their_number():
 @pytest.mark.parametrize("head, rows", [("classes", 90), ("value", 1)])
 def test_sum_head_learns_running_sums_and_leaves_the_rest(head, rows):
     """Without, there are no such weights; with one, all else starts the same, and on training pairs it gets right."""
-    words = [*SMALL, "--min_digits", "1", "--max_digits", "1", "--format", "padded", "--n_examples", "2000"]
+    words = [*SMALL, "--min_digits", "1", "--max_digits", "1", "--format", "padded", "--n_examples", "2000",
+             "--n_layer", "1"]
     models = []
     for choice in ("none", head):
         g, _, notation, config = script(*words, "--sum_head", choice)
-        models.append(g["Learner"]("simple", config, torch.device("cpu"), torch.float32).model)
+        models.append(g["Learner"]("simple", config, torch.device("cpu"), torch.float32, g).model)
     assert models[0].sum_head is None and models[1].n_params() == models[0].n_params() + 32 * rows
     a, b = Problems(1, 1, 64).train.long().unbind(1)
     source, padding = notation.sources(a, b)
@@ -503,7 +507,8 @@ def test_sum_head_learns_running_sums_and_leaves_the_rest(head, rows):
     with torch.no_grad():
         (one, none), (two, sums) = models[0](source, x, padding), models[1](source, x, padding)
     assert none is None and torch.equal(one, two) and sums.shape == (*x.shape, rows)
-    g, learner, notation = trained([*words, "--sum_head", head], 300, sums=30.0 if head == "value" else 1.0)
+    words += ["--sum_head", head, "--batch_size", "64"]
+    g, learner, notation = trained(words, 300, sums=30.0 if head == "value" else 1.0)
     found = g["evaluate"](learner.model, notation, torch.stack([a, b], 1), torch.autocast("cpu", enabled=False))
     assert found["sum_accuracy"] > 0.95 and "sum_accuracy" in g["numbers_of"](found), found["sum_accuracy"]
 
@@ -511,8 +516,8 @@ def test_sum_head_learns_running_sums_and_leaves_the_rest(head, rows):
 def test_a_model_alone_learns_what_it_learns_beside_another():
     g, names, _, config = script(*SMALL, "--dropout", "0.2")
     where = torch.device("cpu")
-    alone = g["Learner"]("latent", config, where, torch.float32)
-    both = [g["Learner"](name, config, where, torch.float32) for name in names]
+    alone = g["Learner"]("latent", config, where, torch.float32, g)
+    both = [g["Learner"](name, config, where, torch.float32, g) for name in names]
     for one, two in zip(alone.model.parameters(), both[1].model.parameters()):
         assert torch.equal(one, two)
     with alone.own_randomness():
@@ -540,15 +545,6 @@ def test_report_says_where_errors_fall(capsys):
     table = {row[0]: row[1:] for row in rows[-10:]}
     assert table["0"][7] == "2" and table["9"][2] == "1"
     assert sum(int(n) for row in table.values() for n in row if n != ".") == 3
-
-
-def test_units_and_leading_digit_come_first():
-    """3 x 3 digits, answer only, 128 a batch: by step 800 both ends are there, and the middle is not."""
-    words = ["--n_embd", "64", "--batch_size", "128", "--format", "padded"]
-    g, learner, notation = trained(words, 800)
-    found = g["evaluate"](learner.model, notation, Problems().val[:4000], torch.autocast("cpu", enabled=False))
-    digits = found["digit_accuracy"]
-    assert digits[0] >= 0.99 and digits[5] >= 0.99 and digits[2] < 0.5 and digits[3] < 0.5, digits
 
 
 def test_imports_nothing_and_says_its_own_name():

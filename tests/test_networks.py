@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from model import Transformer, TransformerConfig, parameter_rules
-from kernels_attention import attend_space, attend_time, attend_time_reference
+from kernels import attend_space, attend_time, attend_time_reference
 from networks import (Encoder, EncoderDecoder, LatentTransformer, PrefixDecoder, SpatialTransformer, SpatioTemporal,
                       TextTransformer)
 

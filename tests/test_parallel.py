@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT)]
 import choices  # noqa: E402
 import optim  # noqa: E402
 import parallel  # noqa: E402
-from experiment import NonFinite, UserError, command, generator_states  # noqa: E402
+from experiment import NonFinite, Run, Settings, UserError, command, generator_states  # noqa: E402
 from model import TransformerConfig, build_model, fused_rows, parameter_roles  # noqa: E402
 
 V, B, T = 17, 4, 16
@@ -57,8 +57,8 @@ def built(case, mesh):
     """Model, optimiser and average of a case."""
     torch.manual_seed(0)
     model = mesh.parallelise(build_model(config_of(case)))
-    opt = optim.build(CASES[case][1], model.named_parameters(), parameter_roles(model), lr=0.01, weight_decay=0.1,
-                      fused_rows=fused_rows(model), orthograd=case == "orthograd", mesh=mesh)
+    settings = dict(optimizer=CASES[case][1], lr=0.01, weight_decay=0.1, orthograd=case == "orthograd")
+    opt = optim.build(settings, model.named_parameters(), parameter_roles(model), fused_rows(model), mesh)
     return model, opt, optim.EMA(model, 0.9)
 
 
@@ -179,38 +179,26 @@ def only_here(mesh, folder):
     torch.distributed.all_gather_object(gathered, (drawn.tolist(), again.tolist(), torch.rand(3).tolist()))
     found["drawn"] = gathered
 
-    class Fake:
-        stop = None
-
-        def log(self, **values):
-            found["logged"] = values
-
-    class Broken:
-        def __enter__(self):
+    class Broken(Run):
+        def _enter(self):
             raise UserError("no place")
 
-        def __exit__(self, *error):
-            """Never entered."""
-
-    with parallel.Silent() as silent:
-        silent.bar(10, initial=2).update(3, "x")
-        silent.save("last.pt", {}), silent.keep({}, 1, 2), silent.summary(step=1)
-        silent.bar(None).note("y"), silent.close()
-
-    @contextmanager
-    def entered():
-        yield Fake()
-    with mesh.run(entered) as run:
-        run.log(step=mesh.rank)
+    settings = Settings(out_dir=str(folder / f"runs{mesh.size}{mesh.dp}"), run_name=None, resume=False)
+    settings.script = __file__
+    with Run(settings, mesh=mesh, model=torch.nn.Linear(1, 1)) as run:
+        run.log(step=3, loss=1.0)
+        run.bar(10, initial=2).update(3, "x")
+        run.save("last.pt", 3, keep=1), run.summary(step=3)
+        found["written"] = len(list(run.dir.glob("*.pt"))) if mesh.main else run.dir
         found["stops"] = [mesh.stop(run)]
         if mesh.rank == mesh.size - 1:  # one process alone is asked
             os.kill(os.getpid(), signal.SIGTERM)
         found["stops"] += [mesh.stop(run), run.stop]
         run.stop = None
     ends = []
-    for make, error in ((Broken, None), (entered, UserError("x")), (entered, NonFinite(3))):
+    for kind, error in ((Broken, None), (Run, UserError("x")), (Run, NonFinite(3))):
         try:
-            with mesh.run(make):
+            with kind(settings, mesh=mesh):
                 raise error
         except (UserError, NonFinite, SystemExit) as met:
             ends.append((type(met).__name__, getattr(met, "code", None)))
@@ -349,7 +337,7 @@ def test_dropout_differs_over_dp_and_not_over_tp_and_goes_on(meshes, mesh):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_only_rank_0_writes_and_speaks_and_all_stop_together(meshes, mesh):
     here = meshes[mesh]["here"]
-    assert here["logged"] == {"step": 0}
+    assert here["written"] == 2
     assert here["stops"] == [None, 15, 15]
     assert here["ends"][0] == [("UserError", None), ("UserError", None), ("NonFinite", None)]
     assert set(map(tuple, here["ends"][1:])) == {(("SystemExit", 2), ("SystemExit", 2), ("SystemExit", 3))}
@@ -432,7 +420,8 @@ def test_targets_that_count_in_unequal_shares_are_refused():
 
 def test_ivon_on_several_processes_is_refused():
     with pytest.raises(ValueError, match="ivon"):
-        optim.build("ivon", [("a", torch.nn.Parameter(torch.zeros(2)))], {"a": "gain"}, 0.1, mesh=parallel.Mesh(2))
+        optim.build(dict(optimizer="ivon", lr=0.1), [("a", torch.nn.Parameter(torch.zeros(2)))], {"a": "gain"},
+                    mesh=parallel.Mesh(2))
 
 
 def test_a_state_of_older_groups_is_divided_by_its_own_parameters(monkeypatch):
@@ -443,7 +432,7 @@ def test_a_state_of_older_groups_is_divided_by_its_own_parameters(monkeypatch):
     for i, (_, p) in enumerate(pairs):
         p.grad = torch.arange(8.0).view(4, 2) + 10 * i
     old.step()
-    new = optim.build("sgd", pairs, dict(a="gain", b="matrix", c="bias"), lr=0.1, weight_decay=0.1)
+    new = optim.build(dict(optimizer="sgd", lr=0.1, weight_decay=0.1), pairs, dict(a="gain", b="matrix", c="bias"))
     parallel.Mesh(2).load_optimizer(new, written(old.state_dict()))
     assert [len(group["params"]) for group in new.param_groups] == [2, 1]
     for _, p in pairs:

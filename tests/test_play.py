@@ -1,4 +1,4 @@
-"""play.py: the page's requests, who may send them, the page in a real browser, and the pictures of a run."""
+"""nanolab/play.py: the page's requests, who may send them, the page in a real browser, and the pictures of a run."""
 import base64
 import contextlib
 import http.client
@@ -24,9 +24,9 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import play  # noqa: E402
 from experiment import UserError  # noqa: E402
-from play import View, parse_actions, save_gif, save_strip, serve  # noqa: E402
+from nanolab import play  # noqa: E402
+from nanolab.play import View, parse_actions, save_gif, save_strip, serve  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -332,19 +332,6 @@ def test_one_connection_serves_many(game, capfd):
 def test_address_is_printed(capsys):
     with served(Fake()) as address:
         assert address in capsys.readouterr().out
-
-
-def test_browser_is_opened(monkeypatch):
-    opened, done = [], threading.Event()
-    monkeypatch.setattr(play.webbrowser, "open", lambda address: (opened.append(address), done.set()))
-    session = Fake()
-
-    def ready(address):
-        opened.append(address)
-        threading.Thread(target=lambda: (done.wait(5), setattr(session, "ending", True),
-                                         post(address + "reset", {}))).start()
-    serve(session, ready=ready, open_browser=True)
-    assert len(opened) == 2 and opened[0] == opened[1]
 
 
 def test_port_taken():

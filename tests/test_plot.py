@@ -1,6 +1,7 @@
 """plot.py: curves by step, seconds and tokens, means over seeds, and runs that are broken, empty or half-written;
 contours, capacity, and the tables of grids."""
 import json
+import statistics
 import sys
 import warnings
 from pathlib import Path
@@ -11,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import plot  # noqa: E402
 from experiment import UserError  # noqa: E402
+from nanolab.archive import of_folder  # noqa: E402
 from test_scripts import shell  # noqa: E402
 
 SETTINGS = {"batch_size": 4, "block_size": 8, "grad_accum": 2, "lr": 0.1, "seed": 1, "run_name": "a"}
@@ -29,7 +31,7 @@ def make(folder, values=(3.0, 2.5, 2.0), lines=(), **settings):
 
 
 def test_axes(tmp_path):
-    run = make(tmp_path / "a")
+    run = of_folder(make(tmp_path / "a"))
     assert plot.read_run(run, "step", "val", "bpb")[1] == {"block": [(10, 3.0), (20, 2.5), (30, 2.0)]}
     assert plot.read_run(run, "tokens", "val", "bpb")[1]["block"] == [(640, 3.0), (1280, 2.5), (1920, 2.0)]
     by_seconds = plot.read_run(run, "seconds", "val", "bpb")[1]["block"]
@@ -41,26 +43,27 @@ def test_the_evaluation_beside_training_is_drawn_and_the_latest_line_of_a_step_c
     run = make(tmp_path / "a")
     (run / "evaluation.jsonl").write_text("".join(
         json.dumps({"step": 20, "split": "val", "bpb": bpb, "protocol": "cache"}) + "\n" for bpb in (9.0, 1.5)))
-    assert plot.read_run(run, "step", "val", "bpb")[1]["cache"] == [(20, 1.5)]
+    assert plot.read_run(of_folder(run), "step", "val", "bpb")[1]["cache"] == [(20, 1.5)]
 
 
 def test_seeds_are_one_curve_and_labels_say_what_differs(tmp_path):
     runs = [make(tmp_path / "a", (3.0, 2.0), seed=1), make(tmp_path / "b", (4.0, 3.0), seed=2),
             make(tmp_path / "c", (5.0, 5.0), lr=0.2)]
-    found = [(run, *plot.read_run(run, "step", "val", "bpb")) for run in runs]
-    families = plot.families(found)
-    assert [label for label, _ in families] == ["lr 0.1 (2 seeds)", "lr 0.2"]
-    xs, means, spread = plot.average([curves["block"] for curves in families[0][1]])
-    assert xs == [10, 20] and means == [3.5, 2.5] and spread == pytest.approx([0.5 ** 0.5] * 2)
+    points, _ = plot.points_of(read(runs, "bpb"))
+    assert list(points["label"].unique()) == ["lr 0.1", "lr 0.2"]
+    mean = plot.average(points[points["label"] == "lr 0.1"])
+    assert list(mean["x"]) == [10, 20] and list(mean["y"]) == [3.5, 2.5]
+    assert list(mean["spread"]) == pytest.approx([0.5 ** 0.5] * 2)
     # a seed that is shorter: only what all have
-    assert plot.average([[(1, 1.0), (2, 2.0)], [(1, 3.0)]])[:2] == ([1], [2.0])
+    mean = plot.average(plot.pd.DataFrame({"run": [0, 0, 1], "x": [1, 2, 1], "y": [1.0, 2.0, 3.0]}))
+    assert (list(mean["x"]), list(mean["y"])) == ([1], [2.0])
 
 
 def test_settings_said_to_be_the_same_tell_no_runs_apart(tmp_path, monkeypatch):
     runs = [make(tmp_path / "a", seed=1), make(tmp_path / "b", seed=2, block_size=16, dp=1)]
     monkeypatch.setattr(plot, "same", "block_size,dp")
-    found = [(run, *plot.read_run(run, "tokens", "val", "bpb")) for run in runs]
-    assert [len(members) for _, members in plot.families(found)] == [2]
+    found = read(runs, "bpb", "tokens")
+    assert list(plot.points_of(found)[0]["label"].unique()) == [""]
     assert [found[i][2]["block"][0] for i in (0, 1)] == [(640, 3.0), (1280, 3.0)]  # counted by each run's own
 
 
@@ -91,10 +94,9 @@ def test_what_cannot_be_drawn_is_named(tmp_path, forks):
 
 def test_drawing_gives_no_warnings(tmp_path):
     runs = [make(tmp_path / name, (3.0, 2.0), seed=i) for i, name in enumerate("ab")] + [make(tmp_path / "c", (1.0,))]
-    found = [(run, *plot.read_run(run, "step", "val", "bpb")) for run in runs]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plot.draw(plot.families(found), "step", "val", "bpb", tmp_path / "a.png")
+        plot.draw(plot.points_of(read(runs, "bpb"))[0], "step", "val bpb", tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -102,27 +104,33 @@ def test_last_values_over_a_setting(tmp_path, capsys):
     """Seeds are one row, other settings another; the last value counts; the table holds what the picture shows."""
     runs = [make(tmp_path / str(i), values, n_layer=n, seed=i, dropout=p) for i, (n, p, values) in enumerate((
         (2, 0.0, (3.0, 2.0)), (2, 0.0, (3.0, 2.5)), (4, 0.0, (3.0, 1.0)), (4, 0.1, (3.0, 0.5))))]
-    found = [(run, *plot.read_run(run, "step", "val", "bpb")) for run in runs]
-    rows = dict(plot.last_values(found, "n_layer"))
-    assert {label: list(by_name.values()) for label, by_name in rows.items()} == {
-        "dropout 0.0": [{2: [2.0, 2.5], 4: [1.0]}], "dropout 0.1": [{4: [0.5]}]}
-    plot.draw_over(list(rows.items()), "n_layer", "val", "bpb", tmp_path / "a.png")
+    found = read(runs, "bpb")
+    assert last_values(found, "n_layer") == {("dropout 0.0", "block"): {2: [2.0, 2.5], 4: [1.0]},
+                                             ("dropout 0.1", "block"): {4: [0.5]}}
+    ends = plot.last(plot.points_of(found, ("n_layer",))[0])
+    plot.draw_over(ends, "n_layer", "val bpb", "bits per byte", tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 ")]
     assert len(lines) == 1 and "| 2.2500 | 0.3536 | 2 | 2.0000, 2.5000 |" in lines[0]
-    with pytest.raises(UserError, match="no such setting"):
-        plot.last_values(found, "n_lair")
+    with pytest.raises(UserError, match="--over n_lair: .* no such setting"):
+        plot.points_of(found, ["n_lair"], "--over")
+
+
+def last_values(found, over):
+    """{(label, curve): {value of the setting: [last y of each seed]}}."""
+    rows = {}
+    for entry in plot.last(plot.points_of(found, (over,))[0]).itertuples():
+        rows.setdefault((entry.label, entry.curve), {}).setdefault(entry.across, []).append(entry.y)
+    return rows
 
 
 def test_a_model_trained_alone_joins_those_trained_beside_others(tmp_path):
     both = [{"step": 30, "split": "val", "model": name, "accuracy": value} for name, value in (("a", 0.5), ("b", 0.75))]
     runs = [make(tmp_path / "0", (3.0,), both, models="a,b", n=8),
             make(tmp_path / "1", (3.0,), both[1:], models="b", n=4)]
-    found = [(run, *plot.read_run(run, "step", "val", "accuracy")) for run in runs]
-    assert plot.last_values(found, "n") == [("0", {"a": {8: [0.5]}, "b": {8: [0.75], 4: [0.75]}})]
+    assert last_values(read(runs), "n") == {("", "a"): {8: [0.5]}, ("", "b"): {8: [0.75], 4: [0.75]}}
     apart = [make(tmp_path / name, (3.0,), [line], models=name) for name, line in zip("ab", both)]
-    found = [(run, *plot.read_run(run, "step", "val", "accuracy")) for run in apart]
-    assert [label for label, _ in plot.families(found)] == ["a"]    # two models, one seed of each
+    assert set(plot.points_of(read(apart))[0]["label"]) == {""}     # two models, one seed of each
 
 
 def row(name, values, against="baseline", **more):
@@ -166,20 +174,6 @@ def test_a_row_that_only_another_draw_of_the_data_could_have_made():
         0, 2, 0, 2] and "-0.0800 | **better**" in text["far"]
 
 
-def test_the_readme_has_the_table_of_the_reference_runs():
-    """Row by row, and with the counts of verdicts that its text names."""
-    found = json.loads((ROOT / "runs" / "reference" / "one_change" / "grid.json").read_text())
-    readme, lines = (ROOT / "README.md").read_text(), plot.markdown(found)
-    for line in lines[2:]:
-        assert line in readme, line
-    readme = " ".join(readme.split())
-    verdicts = [item["verdict"] for item in plot.judge(found)[2]]
-    counted = [verdicts.count(word) for word in (0, None, 1, -1)]
-    assert "That leaves {} rows without a difference, {} undecided, {} worse, {} better.".format(*counted) in readme
-    plan = (ROOT / "grids" / "one_change.yaml").read_text()
-    assert f"sigma_data: {found['sigma_data']}\n" in plan and f" = {found['sigma_data']}, is what another" in readme
-
-
 def test_other_numbers_beside_the_metric():
     """Means of the runs of a row; nothing where one has none; without timing runs there are no columns for time."""
     def given(values):
@@ -220,10 +214,8 @@ def grid_of_facts(folder):
             for width in (8, 16) for people in (32, 128, 512) for task in CURVES for seed in (1, 2)]
 
 
-def read(runs, metric="accuracy", parameters=False):
-    found = [(run, *plot.read_run(run, "step", "val", metric)) for run in runs]
-    return [(run, {**settings, "parameters": plot.parameters_of(run)} if parameters else settings, curves)
-            for run, settings, curves in found]
+def read(runs, metric="accuracy", by="step", parameters=False):
+    return [(run, *plot.read_run(run, by, "val", metric, parameters)) for run in map(of_folder, runs)]
 
 
 def test_only_keeps_curves_by_whole_words(tmp_path, capsys):
@@ -238,49 +230,51 @@ def test_only_keeps_curves_by_whole_words(tmp_path, capsys):
 
 def test_what_follows_from_the_rest_is_in_no_label(tmp_path):
     found = read(grid_of_facts(tmp_path))
-    assert plot.told_apart(found, ("n_people", "n_embd")) == (
+    assert plot.distinguishing(found, ("n_people", "n_embd")) == (
         ["task"], {"batch_size": ["256", "128"], "max_steps": ["50", "100", "200", "400", "800", "1600"]})
     # without axes, people and width are in the labels; what follows is said once, in order
-    kept, following = plot.told_apart(found)
+    kept, following = plot.distinguishing(found)
     assert kept == ["task", "n_people", "n_embd"] and list(following) == ["batch_size", "max_steps"]
-    assert plot.say_beside(following) == "not in the labels: batch_size 128, 256; max_steps 50 to 1600"
-    assert plot.say_beside({}) == ""
-    assert "task in_tool, n_people 128, n_embd 8 (2 seeds)" in dict(plot.families(found))
+    assert plot.footnote(following) == "not in the labels: batch_size 128, 256; max_steps 50 to 1600"
+    assert plot.footnote({}) == ""
+    assert "task in_tool, n_people 128, n_embd 8" in set(plot.points_of(found)[0]["label"])
     # exposures, of few values, explain the steps, and not the other way round
     more = read([make_facts(tmp_path / "e" / f"{n}_{e}", n, 8, "in_weight", 1, exposures=e, max_steps=n * e)
                  for n in (32, 128) for e in (100, 1000)])
-    assert plot.told_apart(more, ("n_people", "n_embd"))[0] == ["exposures"]
+    assert plot.distinguishing(more, ("n_people", "n_embd"))[0] == ["exposures"]
     # one run more whose steps differ inside a cell tells all apart
     odd = read([make_facts(tmp_path / "odd", 32, 8, "in_weight", 3, max_steps=77)])
-    assert plot.told_apart(found + odd, ("n_people", "n_embd"))[0] == ["task", "max_steps"]
+    assert plot.distinguishing(found + odd, ("n_people", "n_embd"))[0] == ["task", "max_steps"]
     # tasks are apart even where they share no cell, as a number need not be
     apart = read([make_facts(tmp_path / "apart" / task, n, n, task, 1, lr=n / 10)
                   for task, n in (("in_tool", 8), ("in_weight", 16))])
-    assert plot.told_apart(apart, ("n_people", "n_embd"))[0] == ["task"]
+    assert plot.distinguishing(apart, ("n_people", "n_embd"))[0] == ["task"]
 
 
 def test_contours(tmp_path, capsys):
     """Panels for curves and tasks, means over seeds, holes where no run is; parameters from the summary."""
     runs = [run for run in grid_of_facts(tmp_path) if run.name not in ("16_512_in_tool_1", "16_512_in_tool_2",
                                                                        "8_512_in_tool_2")]
-    drawn, following = plot.panels(read(runs), "n_people", "n_embd")
+    def panels(runs, x, y, **more):
+        return plot.panels(plot.last(plot.points_of(read(runs, **more), (x, y), "--contours")[0]), x, y)
+    drawn = panels(runs, "n_people", "n_embd")
     assert [title for title, _ in drawn] == ["task in_tool: tool trained", "task in_tool: tool unseen",
                                              "task in_weight: no_tool trained"]
-    cells = dict(drawn)
-    assert cells["task in_weight: no_tool trained"][128, 8] == [0.09, 0.08]             # the last values
+    cells = plot.tabled(dict(drawn)["task in_weight: no_tool trained"], list)
+    assert cells.loc[8, 128] == [0.09, 0.08]                                # the last values
     lines = plot.contour_tables(drawn, "n_people", "n_embd", "val accuracy")
     assert lines[:6] == ["**task in_tool: tool trained**: val accuracy, mean +- standard deviation (seeds)", "",
                          "| n_embd \\ n_people | 32 | 128 | 512 |", "| --- | --- | --- | --- |",
                          "| 8 | 0.3850 +- 0.0071 (2) | 0.0850 +- 0.0071 (2) | 0.0150 (1) |",
                          "| 16 | 0.7850 +- 0.0071 (2) | 0.1850 +- 0.0071 (2) | not measured |"]
-    by_size, _ = plot.panels(read(runs, parameters=True), "parameters", "n_people")
-    assert dict(by_size)["task in_weight: no_tool trained"][1600, 128] == [0.19, 0.18]
+    by_size = dict(panels(runs, "parameters", "n_people", parameters=True))
+    assert plot.tabled(by_size["task in_weight: no_tool trained"], list).loc[128, 1600] == [0.19, 0.18]
     with pytest.raises(UserError, match="--contours n_embed: .* no such setting"):
-        plot.panels(read(runs), "n_people", "n_embed")
+        panels(runs, "n_people", "n_embed")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plot.draw_contours(drawn, "n_people", "n_embd", "val accuracy", tmp_path / "a.png")
-        plot.draw_contours(plot.panels(read(runs[:1]), "task", "n_embd")[0], "task", "n_embd", "x", tmp_path / "b.png")
+        plot.draw_contours(panels(runs[:1], "task", "n_embd"), "task", "n_embd", "x", tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes()[:4] == (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -300,11 +294,13 @@ def test_places_and_ticks():
 
 
 def contour_lines(cells):
-    """(levels with a line, colour limits) that a panel draws."""
+    """(levels with a line, colour limits) that a panel draws of {(x, y): values}."""
     from matplotlib.figure import Figure
     axes = Figure().subplots()
+    rows = [(x, y, value) for (x, y), values in cells.items() for value in values]
+    means = plot.tabled(plot.pd.DataFrame(rows, columns=["across", "up", "y"]), statistics.mean)
     across, up = (plot.places_of({place[i] for place in cells}) for i in (0, 1))
-    mesh = plot.contour_panel(axes, cells, "n_people", "n_embd", across, up, (0, 1))
+    mesh = plot.contour_panel(axes, means, "n_people", "n_embd", across, up, (0, 1))
     found = [item for item in axes.collections if hasattr(item, "levels")]
     return [list(item.levels) for item in found], mesh, axes
 
@@ -324,10 +320,10 @@ def test_capacity(tmp_path, monkeypatch):
     runs = grid_of_facts(tmp_path / "runs")
     runs.append(make_facts(tmp_path / "runs" / "worse", 2048, 8, "in_weight", 1, 0.0, -5.0))
     with pytest.raises(ValueError, match="no bits in its summary"):
-        plot.read_capacity(tmp_path / "runs" / "8_32_in_tool_1")
-    found = [(run, *plot.read_capacity(run)) for run in runs if "in_tool" not in run.name]
+        plot.read_capacity(of_folder(tmp_path / "runs" / "8_32_in_tool_1"))
+    found = [(run, *plot.read_capacity(run)) for run in map(of_folder, runs) if "in_tool" not in run.name]
     groups, following = plot.capacities(found)
-    assert list(groups) == [""] and list(following) == ["max_steps"]
+    assert set(groups["label"]) == {""} and list(following) == ["max_steps"]
     lines = plot.capacity_table(groups)
     assert lines[0] == ("| people | width | parameters | exposures | accuracy | bits | share of all bits | bits a "
                         "parameter |")
@@ -340,12 +336,12 @@ def test_capacity(tmp_path, monkeypatch):
     more = [make_facts(tmp_path / "more" / str(n), 32, n, "in_weight", 1, 0.5, 500.0, exposures=e, max_steps=e)
             for n, e in ((8, 1000), (16, 1000))]
     found = [(run, {**settings, "exposures": 100}, summary) for run, settings, summary in found]
-    groups, following = plot.capacities(found + [(run, *plot.read_capacity(run)) for run in more])
-    assert list(groups) == ["exposures 100", "exposures 1000"]
+    groups, following = plot.capacities(found + [(run, *plot.read_capacity(run)) for run in map(of_folder, more)])
+    assert list(groups["label"].unique()) == ["exposures 100", "exposures 1000"]
     assert plot.capacity_table(groups)[-1].startswith("| exposures 1000 | 32 | 16 | 1,600 |")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plot.draw_capacity(groups, tmp_path / "a.png", plot.say_beside(following))
+        plot.draw_capacity(groups, tmp_path / "a.png", plot.footnote(following))
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     kept = []
     monkeypatch.setattr(plot, "save", lambda figure, path: kept.append(figure))
@@ -403,7 +399,7 @@ def drawn_labels(found, tmp_path, monkeypatch):
     """{label: (colour, dash)} of the curves that draw draws."""
     kept = []
     monkeypatch.setattr(plot, "save", lambda figure, path: kept.append(figure))
-    plot.draw(plot.families(found), "step", "val", "accuracy", tmp_path / "a.png", "beside")
+    plot.draw(plot.points_of(found)[0], "step", "val accuracy", tmp_path / "a.png", "beside")
     return {line.get_label(): (line.get_color(), line.get_linestyle()) for line in kept[0].axes[0].lines}, kept[0]
 
 

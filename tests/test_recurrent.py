@@ -8,7 +8,8 @@ import torch.nn.functional as F
 import recurrent
 from mixers import Positions
 from model import Transformer, TransformerConfig
-from recurrent import scan, scan_reference, selective_scan, stretch
+from kernels import scan_reference
+from recurrent import scan, selective_scan, stretch
 
 
 def build(mixer, **settings):

@@ -9,7 +9,7 @@ import torch
 import choices
 import sample
 from model import Attention, Transformer, TransformerConfig
-from sample import draw, draw_of_few, filter_logits, first_past, generate
+from nanolab.generate import draw, draw_of_few, filter_logits, first_past, generate
 
 T = 8
 SCHEMES = ("learned", "learned_per_layer", "rope", "none")

@@ -1,4 +1,4 @@
-"""The README's commands and a newcomer's mistakes, typed as a person types them."""
+"""The commands and links of the README and of docs, and a newcomer's mistakes, typed as a person types them."""
 import contextlib
 import importlib.util
 import json
@@ -17,10 +17,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data import text  # noqa: E402
-from evaluate import score  # noqa: E402
 import experiment  # noqa: E402
 from experiment import load_checkpoint, override  # noqa: E402
 from model import Transformer, from_checkpoint  # noqa: E402
+from nanolab.score import score  # noqa: E402
 from test_resume import assert_done, assert_error, snapshot, wait_for  # noqa: E402
 
 SCRIPTS = ("train_enwik8.py", "train_mult.py", "train_dvae.py", "train_worldmodel.py", "train_facts.py",
@@ -288,7 +288,7 @@ def test_first_preset_needs_no_download():
     assert override(g, ["--preset", "cpu"])["dataset"] == "stdlib" and g["wandb"] == "disabled"
 
 
-# ------------------------------------------------------------------------------------------------------------- README
+# ---------------------------------------------------------------------------------------------------- README and docs
 
 TEST_COMMAND = "pip install -r requirements.txt -c constraints.txt && pytest tests/"
 FIRST_COMMAND = "pip install -r requirements.txt -c constraints.txt && python train_enwik8.py --preset cpu"
@@ -298,6 +298,7 @@ def python_commands(lines):
     """The words after `python` of every command in these lines that starts a script."""
     for line in re.sub(r"\\\n\s*", " ", "\n".join(lines)).splitlines():
         line = line.strip().removeprefix("$ ").removeprefix("!")
+        line = re.sub(r"^(srun )?torchrun( --\S+)+ ", "python ", line)
         if not re.search(r"\bpython3? +\S+\.py\b", line):
             continue
         for part in re.split(r"&&|\|\|?|;", re.sub(r"\s#.*", "", line)):
@@ -326,31 +327,86 @@ def assert_typable(words, empty):
         assert all(f'"{word}"' in (ROOT / script).read_text() for word in words), words
 
 
-def test_readme_commands(tmp_path):
-    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCED = re.compile(r"^```[^\n]*\n(.*?)^```\n", re.M | re.S)
+
+
+def test_first_commands():
+    """The README opens with what this is, then the two commands; the workflow and .ci/run type the same ones."""
+    readme, ci, public = (ROOT.joinpath(name).read_text() for name in (
+        "README.md", ".ci/run", ".github/workflows/tests.yml"))
     assert TEST_COMMAND in ci.splitlines() and TEST_COMMAND in readme and FIRST_COMMAND in readme
-    assert readme.index(FIRST_COMMAND) < 3000, "the README opens with what this is, then the two commands"
-    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", readme, re.M | re.S)
-    found = [words for block in blocks for words in python_commands(block.splitlines())]
-    assert {words[0] for words in found} >= {"train_enwik8.py", "train_mult.py", "train_dvae.py",
-                                             "train_worldmodel.py", "evaluate.py",
-                                             "sample.py", "experiment.py"}
-    for words in found:
-        with noting(" ".join(words)):
-            try:
-                assert_typable(words, tmp_path)
-            except Exception as error:
-                raise AssertionError(f"{type(error).__name__}: {error}") from error
+    assert readme.index(FIRST_COMMAND) < 3000
+    assert f"run: {TEST_COMMAND}\n" in public and f"run: {FIRST_COMMAND}\n" in public
     wanted, held = ((ROOT / f"{name}.txt").read_text().splitlines()[1:] for name in ("requirements", "constraints"))
     for package, version in zip(wanted, held, strict=True):   # lower bounds, and for each what was tested
         assert re.match(r"[a-z-]+>=[0-9.]+(; .*)?$", package), package
         assert re.match(re.match(r"[a-z-]+", package)[0] + r"==[0-9.]+(; .*)?$", version), version
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_pages(page, tmp_path):
+    """Every command in a block; a page of docs opens with its own."""
+    source = page.read_text()
+    found = [words for block in FENCED.findall(source) for words in python_commands(block.splitlines())]
+    if page.parent == ROOT / "docs":
+        assert re.match(r"# [^\n]+\n\n```sh\n", source) and found
+    elif page.name == "README.md":
+        assert {words[0] for words in found} >= {"train_enwik8.py", "plot.py", "grid.py", "evaluate.py", "sample.py"}
+    for words in found:
+        with noting(" ".join(words)):
+            try:
+                assert_typable(words, tmp_path)
+            except Exception as error:
+                raise AssertionError(f"{type(error).__name__}: {error}") from error
+
+
+def anchors(page):
+    """The anchors of a page's headings, as its reader's browser knows them."""
+    found = []
+    for heading in re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text()), re.M):
+        name = re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading).strip().lower()).replace(" ", "-")
+        found.append(name if name not in found else f"{name}-{found.count(name)}")
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_pages(page):
+    """Every link within the repository: its file is there, and its heading; and the README leads to every page."""
+    source = FENCED.sub("", page.read_text())
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", source) if not link.startswith("https://")]
+    for link in links:
+        path, _, anchor = link.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.is_file() and there.is_relative_to(ROOT), link
+        assert not anchor or anchor in anchors(there), link
+    for name in re.findall(r"`(?:tests/)?(test_\w+\.py)", source):
+        assert (ROOT / "tests" / name).is_file(), name
+    if page.name == "README.md":
+        assert {link for link in links if link.startswith("docs/")} >= {
+            f"docs/{other.name}" for other in PAGES if other.parent == ROOT / "docs"}
+
+
+def test_runs_that_pages_name_are_there():
+    """`runs/reference/NAME.jsonl`, `NAME.jsonl/RUNS`, a picture; with wildcards."""
+    for page in PAGES:
+        for name in re.findall(r"runs/reference/[\w./*-]*\w", page.read_text()):
+            assert list(ROOT.glob(re.sub(r"\.jsonl/.*", ".jsonl", name))), f"{page.name}: {name}"
+
+
+def test_the_readme_says_what_the_pages_say():
+    """The rows of its table of changes are rows of the whole table; it fits a screen or two."""
+    readme, table = (ROOT.joinpath(name).read_text().splitlines() for name in ("README.md", "docs/one-change.md"))
+    start = readme.index("## Did it matter?")
+    rows = [line for line in readme[start:start + 30] if line.startswith("|")]
+    assert len(rows) == 12 and set(rows) <= set(table) and len(readme) <= 250
+
+
 @pytest.mark.parametrize("script", [*SCRIPTS, "data/text.py", "data/arc.py", "data/tokens.py", "data/smollm.py",
                                     "data/facts.py", "data/mqar.py"])
 def test_commands_in_docstrings(script, tmp_path):
-    found = list(python_commands(fresh(script)["__doc__"].splitlines()))
-    assert found
+    doc = fresh(script)["__doc__"]
+    found, page = list(python_commands(doc.splitlines())), re.search(r"docs/[\w-]+\.md", doc)
+    assert found and (page or "data" in script) and (not page or (ROOT / page[0]).is_file())
     for words in found:
         assert_typable(words, tmp_path)

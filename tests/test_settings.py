@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import flags
-from experiment import Settings, UserError, adopt, override
+from experiment import UserError, adopt, override
 
 SOURCE = '''"""A script for tests.
 
@@ -300,8 +300,9 @@ def test_adopt_takes_what_was_not_typed_from_the_checkpoint(g, capsys):
     checkpoint = {**override(g, []), "lr": 0.5, "betas": [0.1, 0.2], "n_layer": 6, "gone": 1, "out_dir": "elsewhere",
                   "run_name": "other", "resume": True}
     del checkpoint["scale"]
-    settings = adopt(g, as_typed(g, "--lr 0.25 --out_dir here --resume a.pt"), checkpoint, ("n_layer", "norm"))
-    assert isinstance(settings, Settings) and settings.explicit == {"lr", "out_dir", "resume"}
+    settings = as_typed(g, "--lr 0.25 --out_dir here --resume a.pt")
+    adopt(settings, checkpoint, ("n_layer", "norm"))
+    assert settings.explicit == {"lr", "out_dir", "resume"}
     assert (settings["lr"], settings["betas"], settings["n_layer"]) == (0.25, (0.1, 0.2), 6)
     assert (settings["out_dir"], settings["run_name"], settings["resume"]) == ("here", None, "a.pt")
     assert settings["scale"] is None and "gone" not in settings
@@ -311,19 +312,22 @@ def test_adopt_takes_what_was_not_typed_from_the_checkpoint(g, capsys):
 
 def test_adopt_overrules_architecture_in_one_line(g, capsys):
     checkpoint = {**override(g, []), "n_layer": 6}
-    settings = adopt(g, as_typed(g, "--n_layer 12 --norm layer"), checkpoint, ("n_layer", "norm"))
+    settings = as_typed(g, "--n_layer 12 --norm layer")
+    adopt(settings, checkpoint, ("n_layer", "norm"))
     assert settings["n_layer"] == g["n_layer"] == 6
     assert capsys.readouterr().out == "n_layer 6 comes from the checkpoint: --n_layer 12 is overruled\n"
 
 
 def test_adopt_says_nothing_when_nothing_differs(g, capsys):
-    assert adopt(g, as_typed(g, "--resume"), dict(override(g, [])), ("n_layer",)) == override(g, ["--resume"])
+    saved, settings = dict(override(g, [])), as_typed(g, "--resume")
+    adopt(settings, saved, ("n_layer",))
+    assert settings == override(g, ["--resume"])
     assert capsys.readouterr().out == ""
 
 
 def test_adopt_refuses_values_that_the_script_does_not_know(g):
     with pytest.raises(UserError, match="the checkpoint's norm 'batch' is not allowed here: must be one of layer, rms"):
-        adopt(g, as_typed(g, ""), {**override(g, []), "norm": "batch"}, ("norm",))
+        adopt(as_typed(g, ""), {**override(g, []), "norm": "batch"}, ("norm",))
 
 
 @pytest.mark.parametrize("words, status, error", [

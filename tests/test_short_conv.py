@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 
 import choices
-from cache import DialogTree
-from mixers import Positions, ShortConv, rms_norm
+from kernels import rms_norm
+from mixers import Positions, ShortConv
 from model import (MIXERS, Transformer, TransformerConfig, build_model, equal_ff_mult, initialise, parameter_roles,
                    parameter_rules)
+from nanolab.dialog_tree import DialogTree
 from networks import Encoder, PrefixDecoder
 
 T = 24

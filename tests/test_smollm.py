@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow")
 import pyarrow.parquet  # noqa: E402
 import data.files  # noqa: E402
 from data import smollm, tokens  # noqa: E402

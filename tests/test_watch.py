@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 from experiment import load_checkpoint, run_metrics  # noqa: E402
+from nanolab.score import Ensemble, score  # noqa: E402
 from test_resume import assert_done, assert_error, wait_for  # noqa: E402
 
 TRAIN = ("train_enwik8.py --debug --device cpu --eval_interval none --save_interval 10 --sample_length 0 "
@@ -120,7 +121,7 @@ def test_draws_of_the_posterior(forks, tmp_path, monkeypatch):
     where, data = torch.device("cpu"), torch.randint(97, 123, (3000,), dtype=torch.uint8)
     monkeypatch.setattr(evaluate, "samples", 4)
     _, mixture = evaluate.open_model(tmp_path / "runs/train_enwik8/ivon/last.pt", where)
-    draws = [evaluate.score(evaluate.Ensemble(mixture.model, [draw]), data).bpb for draw in mixture.weights]
-    assert len(set(draws)) == 4 and evaluate.score(mixture, data).bpb < sum(draws) / 4 - 0.01
+    draws = [score(Ensemble(mixture.model, [draw]), data).bpb for draw in mixture.weights]
+    assert len(set(draws)) == 4 and score(mixture, data).bpb < sum(draws) / 4 - 0.01
     assert_done(forks.run([*TRAIN, "--max_steps", "2"], tmp_path))
     assert_error(forks.run(["evaluate.py", "runs/train_enwik8/w", "--samples", "2"], tmp_path), "has no posterior")

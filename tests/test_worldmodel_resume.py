@@ -14,11 +14,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data.video import load  # noqa: E402
+from discrete import mutual_information  # noqa: E402
 from experiment import load_checkpoint  # noqa: E402
+from models.world_measures import ssim  # noqa: E402
+from nanolab.world import Reader  # noqa: E402
 from test_play import pixels, post, request  # noqa: E402
 from test_resume import (assert_done, assert_equal, assert_error, kill_again_and_again, records,  # noqa: E402
                          snapshot, summary, wait_for)
-from test_scripts import fresh  # noqa: E402
 
 TINY = dict(n_train=12, n_val=4, length=7, side=4, cell_px=4, patch=4, codebook_size=8, code_dim=4, tokenizer_embd=8,
             tokenizer_batch=2, action_embd=8, n_head=2, action_layers=1, n_codes=4, batch_size=4, context=3,
@@ -253,38 +255,20 @@ def test_files_of_ones_own(forks, tmp_path):
 
 # --- Figures, against what is known ---
 
-@pytest.fixture
-def g():
-    return fresh("train_worldmodel.py")
+def test_ssim_of_what_is_known():
+    x, other = (torch.rand(2, 16, 16, 3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert ssim(x, x) == pytest.approx(1, abs=1e-5) and ssim(x, other) < 0.3
 
 
-def test_ssim_and_psnr(g):
-    x = torch.rand(2, 16, 16, 3, generator=torch.Generator().manual_seed(0))
-    assert g["ssim"](x, x) == pytest.approx(1, abs=1e-5)
-    other = torch.rand(2, 16, 16, 3, generator=torch.Generator().manual_seed(1))
-    assert g["ssim"](x, other) < 0.3
-    # constant frames: (2 a b + c1) / (a^2 + b^2 + c1), the other factor is 1
-    a, b = 0.2, 0.6
-    flat = g["ssim"](torch.full((1, 16, 16, 3), a), torch.full((1, 16, 16, 3), b))
-    assert flat == pytest.approx((2 * a * b + 1e-4) / (a * a + b * b + 1e-4), abs=1e-3)
-    assert g["psnr"](0.01) == pytest.approx(20)
-
-
-def test_majority_map(g):
-    codes, labels = torch.tensor([0, 0, 0, 2, 2, 1]), torch.tensor([4, 4, 1, 3, 3, 0])
-    assert g["majority_map"](codes, labels, 4, 5).tolist() == [4, 0, 3, 0]
-
-
-def test_action_figures_of_known_codes(g):
+def test_action_figures_of_known_codes():
     """Codes that name the action score 1, codes that name "moved or not" score what the formula says, constants 0."""
     video = load("gridworld", 4, 64, 8, 6, 4)
-    index = g["spread"](video.val, 6, 200)
+    index = Reader(video.val, video.palette, "cpu").spread(6, 200)
     labels = video.val.effective(index, 6)[:, 1:].flatten()
     share = labels.bincount(minlength=5).double() / len(labels)
     entropy = -(share * share.log()).sum().item()
     still = share[0].item()
     binary = -(still * math.log(still) + (1 - still) * math.log(1 - still))
-    mutual = g["mutual_information"]
-    assert mutual(labels * 3 % 8, labels, 8, 5)[0] / entropy == pytest.approx(1)
-    assert mutual((labels > 0).long(), labels, 8, 5)[0] / entropy == pytest.approx(binary / entropy)
-    assert mutual(labels * 0, labels, 8, 5)[0] == pytest.approx(0, abs=1e-12)
+    assert mutual_information(labels * 3 % 8, labels, 8, 5)[0] / entropy == pytest.approx(1)
+    assert mutual_information((labels > 0).long(), labels, 8, 5)[0] / entropy == pytest.approx(binary / entropy)
+    assert mutual_information(labels * 0, labels, 8, 5)[0] == pytest.approx(0, abs=1e-12)

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import flags
 import train_worldmodel as w
 from data.video import load
 from experiment import load_checkpoint
+from nanolab.world import Reader
 from test_resume import assert_equal, records, summary
 from test_worldmodel_resume import STAGES, TINY, at, train
 from worldmodel import Signs
@@ -30,7 +32,7 @@ def launch(monkeypatch, capsys):
     """launch(out_dir, more words, settings on top of TINY) -> (exit status, standard output and error)."""
     defaults = {name: spec.default for name, spec in flags._read_settings(w.__file__).items()}
     for name in defaults:
-        monkeypatch.setattr(w, name, getattr(w, name))        # as it was, in the end
+        monkeypatch.setattr(w, name, getattr(w, name, None), raising=False)      # as it was, in the end
     monkeypatch.setattr(experiment, "draw_curves", lambda *paths: None)
     monkeypatch.setattr(experiment, "_output", lambda *words: None)
     monkeypatch.setattr(experiment.Run, "_copy_code", lambda run: None)
@@ -63,7 +65,7 @@ def put(monkeypatch):
     """Sets settings of the script for one test, on top of TINY."""
     def put(**settings):
         for name, value in (TINY | settings).items():
-            monkeypatch.setattr(w, name, None if value == "none" else value)
+            monkeypatch.setattr(w, name, None if value == "none" else value, raising=False)
     return put
 
 
@@ -73,7 +75,7 @@ def video():
 
 
 def material(video):
-    return w.Material(video.train, video.palette, torch.device("cpu"))
+    return Reader(video.train, video.palette, "cpu", {}, w.tokens, w.action_source, video.n_actions, w.n_codes)
 
 
 def margin(model, frames, kind):
@@ -134,6 +136,15 @@ def test_passes_are_one_pass(launch, tmp_path, put, case):
             torch.testing.assert_close(many[stage][name], value, rtol=1e-5, atol=1e-5, msg=f"{stage} {name}")
 
 
+def test_rows_of_the_table_name_settings_that_there_are():
+    """Steps, clips of a pass and what makes a stage's shape; a stage reads stages above it."""
+    known = flags._read_settings(w.__file__)
+    assert set(w.architecture) == {"all", *w.STAGES}
+    for i, (name, stage) in enumerate(w.STAGES.items()):
+        assert {stage.steps, stage.batch, *w.architecture[name]} <= known.keys()
+        assert set(stage.needs()) <= {*list(w.STAGES)[:i]}
+
+
 def test_signs_follow_a_step_not_a_pass():
     """Running statistics of all passes at once, as VQ's means; a pass alone changes none."""
     u = torch.randn(24, 2, generator=torch.Generator().manual_seed(0)) * 3 + 1
@@ -148,16 +159,18 @@ def test_signs_follow_a_step_not_a_pass():
 
 def test_shares_count_what_is_hidden_and_what_changes(put, video):
     """Shares of a step's passes: sums over sums, written out for one stage with masks."""
-    put(**{**WORDS, "mask_rate": (0.3, 0.9)}, grad_accum=2, dynamics_change=10.0, dynamics_steps=8, max_steps=8)
+    put(**{**WORDS, "mask_rate": (0.3, 0.9)}, grad_accum=3, dynamics_change=10.0, dynamics_steps=8, max_steps=8)
     index = torch.arange(6)
-    (_, _, hidden), share = w.passes_of("dynamics", {}, material(video), [index[:2], index[2:]], 0,
-                                        torch.Generator().manual_seed(0))[0]
+    drawn = w.hide_in_clips(6, 16, torch.Generator().manual_seed(0))
+    found = w.passes_of("dynamics", SimpleNamespace(n_tokens=16), material(video), index, 0,
+                        torch.Generator().manual_seed(0))
+    parts, hidden, shares = zip(*found)
+    assert torch.equal(torch.cat(parts), index) and torch.equal(torch.cat(hidden), drawn)
     truth = video.train.cells(index, w.context).long().flatten(2)
-    drawn = w.dynamics_hidden(truth, torch.Generator().manual_seed(0))
-    assert torch.equal(hidden, drawn[:2])
     weights = [sum(1 + 10 * bool(truth[i, t, n] != truth[i, t - 1, n]) for i in rows for t in range(2, w.context)
-                   for n in range(16) if drawn[i, t, n]) for rows in (range(2), range(2, 6))]
-    assert share.item() == pytest.approx(weights[0] / sum(weights)) and 0.1 < share.item() < 0.5
+                   for n in range(16) if drawn[i, t, n]) for rows in (range(2), range(2, 4), range(4, 6))]
+    assert [share.item() for share in shares] == pytest.approx([weight / sum(weights) for weight in weights])
+    assert 0.1 < min(shares) and len({share.item() for share in shares}) > 1
 
 
 # --- A finished stage that is asked for more ---
@@ -194,7 +207,7 @@ def test_a_longer_run_goes_on_where_the_shorter_ended(launch, tmp_path):
     checkpoint = load_checkpoint(old / "last.pt")
     for key in ("ended", "figures"):
         del checkpoint[key]
-    torch.save(checkpoint, old / "last.pt")
+    torch.save(dict(checkpoint), old / "last.pt")
     assert "stage tokenizer stays as it is" in done(launch(tmp_path / "old", "--resume", max_steps=6))
 
 
@@ -206,10 +219,10 @@ def test_stopped_where_an_evaluation_is_due(launch, tmp_path, monkeypatch, stop)
     done(launch(tmp_path / "whole", **how))
     passes = w.passes_of
 
-    def interrupted(name, models, material, parts, step, noise):
+    def interrupted(name, model, reader, index, step, noise):
         if (name, step) == ("dynamics", stop - 1):
             os.kill(os.getpid(), signal.SIGINT)
-        return passes(name, models, material, parts, step, noise)
+        return passes(name, model, reader, index, step, noise)
     with monkeypatch.context() as patched:
         patched.setattr(w, "passes_of", interrupted)
         assert launch(tmp_path / "stopped", **how)[0] == 130
@@ -243,14 +256,11 @@ def test_every_parameter_has_a_gradient(put, video, stage, case):
         for p in model.parameters():                          # what begins at 0 hides what is behind it
             if not p.any():
                 p.normal_(0, 0.02)
-    T = dict(tokenizer=w.tokenizer_frames, actions=w.history + 1, dynamics=w.context, text=1, frame=1)[stage]
-    index = torch.randint(video.train.count(T), (12,), generator=torch.Generator().manual_seed(1))
-    shown, noise = material(video), torch.Generator().manual_seed(0)
-    loss = {"tokenizer": lambda: w.tokenizer_loss(model, shown, index, 1)[0],
-            "actions": lambda: w.actions_loss(model, shown, index, 1)[0],
-            "dynamics": lambda: w.dynamics_loss(model, {}, shown, index, 1, noise)[0],
-            "text": lambda: model.nats(w.captions(shown, index)),
-            "frame": lambda: w.frame_loss(model, {}, shown, index, noise)[0]}[stage]()
+    how, noise = w.STAGES[stage], torch.Generator().manual_seed(0)
+    index = torch.randint(video.train.count(how.frames()), (12,), generator=torch.Generator().manual_seed(1))
+    hidden = how.hide(12, model.n_tokens, noise) if how.hide else None
+    loss, found = how.loss(model, how.read(material(video), index, 1, hidden))
+    loss = loss if found is None else loss + how.commitment * found.loss
     loss.backward()
     sizes = {name: p.grad.norm().item() / math.sqrt(p.numel()) for name, p in model.named_parameters()
              if not (name == "to_code.bias" and w.action_quantiser == "signs")}

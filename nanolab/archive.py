@@ -1,0 +1,194 @@
+"""An experiment as one text file: all that its runs were told and measured, without checkpoints, code, or pictures.
+
+The first line has what most of the runs share: experiment, format, script, versions, device, git, settings, the words
+of the command, and of a grid what grid.json says. Every other line is a run: its name, whatever of the first line it
+has otherwise (`lacks`: settings that it does not know, as it is older), its own words of the command, its history
+where it was resumed, its summary, and its metrics by columns:
+
+    {"line": [0, 1, 3], "step": [10, 20, 30], "split": "train", "loss": [3.32, 2.62, 2.44]}
+
+are the lines 0, 1 and 3 of its metrics.jsonl: a list has a value for each of them, anything else stands in all.
+"""
+import fnmatch
+import glob
+import json
+import re
+import shlex
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiment import UserError, is_running, read_json, replacing, run_metrics
+
+SHARED = ("format", "script", "versions", "device", "git")   # of params.json; beside settings and command
+
+
+@dataclass
+class Run:
+    """What a run left, wherever it lies. `place`: how messages call it."""
+    name: str
+    place: str
+    settings: dict       # {} where there is no params.json
+    summary: dict        # {} before it has ended
+    lines: list          # of its metrics, in the order of their steps
+
+
+def natural(words):
+    """A key that puts n_embd 8 before n_embd 16."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", words)]
+
+
+def of_folder(directory):
+    """The Run in a directory, as far as it is there."""
+    settings = read_json(directory / "params.json").get("settings")
+    return Run(directory.name, str(directory), settings if isinstance(settings, dict) else {},
+               read_json(directory / "summary.json"), run_metrics(directory) if directory.is_dir() else [])
+
+
+def find(words):
+    """(all Runs that are named, [why others cannot be read]): directories and archives with commas and wildcards.
+
+    `runs/a/*`, `runs/a.jsonl`, and `runs/a.jsonl/*_s1` for some runs of an archive.
+    """
+    found, unread = [], []
+    for word in words.split(","):
+        path, some, names = word.strip().partition(".jsonl/")
+        path += ".jsonl" if some else ""
+        for place in sorted(glob.glob(path), key=natural) or [path]:
+            if not place.endswith(".jsonl"):
+                found.append(of_folder(Path(place)))
+                continue
+            try:
+                runs = [run for run in read(Path(place)) if fnmatch.fnmatchcase(run.name, names or "*")]
+                found += runs
+                unread += [] if runs else [f"{place}: no run {names}"]
+            except ValueError as error:
+                unread.append(str(error))
+    return found, unread
+
+
+def read(path):
+    """The Runs of an archive, in its order. ValueError where it is none."""
+    first, runs = read_first(path), []
+    try:
+        for number, text in enumerate(path.read_text().splitlines()[1:], 2):
+            line = json.loads(text)
+            told = line.get("settings")
+            settings = {} if told is None else {name: value for name, value in (first["settings"] | told).items()
+                                                if name not in line.get("lacks", ())}
+            runs.append(Run(line["run"], f"{path}/{line['run']}", settings, line["summary"], unpack(line["metrics"])))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{path}: line {number} is no run of an archive") from None
+    return runs
+
+
+def read_first(path):
+    """The first line of an archive: what its runs share. ValueError where there is none."""
+    try:
+        with open(path) as file:
+            first = json.loads(file.readline())
+        if isinstance(first["settings"], dict) and isinstance(first["grid"], (dict, type(None))):
+            return first
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        pass
+    raise ValueError(f"{path}: no archive: python grid.py archive writes one")
+
+
+def read_grid(path):
+    """What a grid.json says, or an archive of its folder; {} where there is nothing."""
+    if path.suffix != ".jsonl":
+        return read_json(path)
+    try:
+        return read_first(path)["grid"] or {}
+    except ValueError:
+        return {}
+
+
+def write(folder):
+    """The archive of all runs under `folder`, beside it: (its path, how many runs).
+
+    UserError: no runs, one that is still being written, an archive that is there already.
+    """
+    path = Path(f"{folder.resolve() if folder.name in ('', '..') else folder}.jsonl")
+    places = sorted({file.parent for file in folder.rglob("metrics.jsonl")}, key=lambda place: natural(str(place)))
+    if not places:
+        raise UserError(f"{folder}: no runs")
+    if busy := [str(place) for place in places if is_running(place)]:
+        raise UserError(f"{', '.join(busy)}: still being written")
+    if path.exists():
+        raise UserError(f"{path} is there already")
+    params = {place: read_json(place / "params.json") for place in places}
+    first = {"experiment": path.stem, **first_line([mine for mine in params.values() if mine]),
+             "grid": read_json(folder / "grid.json") or None}
+    short = Counter(place.name for place in places)
+    with replacing(path) as file:
+        file.write(as_line(first))
+        for place, mine in params.items():
+            name = place.name if short[place.name] == 1 else place.relative_to(folder).as_posix()
+            file.write(as_line({"run": name, **run_line(place, mine, first)}))
+    return path, len(places)
+
+
+def first_line(params):
+    """Of params.json of several runs, what most of them have; of their commands the words that all have."""
+    names = dict.fromkeys(name for mine in params for name in mine["settings"])
+    words = list(map(typed, params))
+    return {**{key: usual([mine[key] for mine in params if key in mine]) for key in SHARED},
+            "settings": {name: usual([mine["settings"][name] for mine in params if name in mine["settings"]])
+                         for name in names},
+            "command": [word for word in words[0] if all(word in each for each in words)] if words else []}
+
+
+def run_line(place, params, first):
+    """What the line of a run in a directory has beside its name: of params.json what the first line has otherwise."""
+    line = {}
+    if params:
+        mine, shared = params["settings"], first["settings"]
+        line |= {key: params[key] for key in SHARED if key in params and differ(params[key], first[key])}
+        line["settings"] = {name: value for name, value in mine.items() if differ(value, shared[name])}
+        line["lacks"] = [name for name in shared if name not in mine]
+        line["command"] = [word for word in typed(params) if word not in first["command"]]
+        line["history"] = params.get("history", [])[1:] and params["history"]
+    line = {key: value for key, value in line.items() if value or key not in ("lacks", "history")}
+    return line | {"summary": read_json(place / "summary.json"), "metrics": pack(run_metrics(place))}
+
+
+def as_line(value):
+    return (json.dumps(value, separators=(",", ":")) + "\n").encode()
+
+
+def typed(params):
+    """The command of a run, a word for each setting with its value."""
+    return re.split(r" (?=--)", shlex.join(params.get("command", ())))
+
+
+def usual(values):
+    """Of JSON values the one that is there most often; None of none."""
+    counted = Counter(map(json.dumps, values))
+    return json.loads(max(counted, key=counted.get)) if counted else None
+
+
+def differ(one, other):
+    """Of JSON values: 1, 1.0 and true are three, as a file has them."""
+    return json.dumps(one) != json.dumps(other)
+
+
+def pack(lines):
+    """Lines of metrics by columns; lines with the same keys and words belong together."""
+    kinds = {}
+    for number, line in enumerate(lines):
+        fixed = {key: value for key, value in line.items() if isinstance(value, (str, bool))}
+        kinds.setdefault(json.dumps([list(line), fixed]), []).append((number, line))
+    return [{"line": [number for number, _ in mine]} |
+            {key: value if isinstance(value, (str, bool)) else [line[key] for _, line in mine]
+             for key, value in mine[0][1].items()} for mine in kinds.values()]
+
+
+def unpack(kinds):
+    """The lines of `pack`, in their order."""
+    lines = {}
+    for kind in kinds:
+        for i, number in enumerate(kind["line"]):
+            lines[number] = {key: value[i] if isinstance(value, list) else value for key, value in kind.items()
+                             if key != "line"}
+    return [lines[number] for number in sorted(lines)]

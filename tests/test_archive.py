@@ -1,0 +1,191 @@
+"""nanolab/archive.py: a folder of runs as one file loses nothing, and plot.py makes the same of either; the archives of
+runs/reference give the tables of the docs word for word, and their pictures byte for byte."""
+import fcntl
+import importlib.metadata
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import plot  # noqa: E402
+from experiment import UserError  # noqa: E402
+from nanolab import archive  # noqa: E402
+from test_grid import plan, run  # noqa: E402, F401
+from test_plot import make  # noqa: E402
+
+REFERENCE = ROOT / "runs" / "reference"
+WORDS = {"format": "nanolab-1", "script": "train_enwik8", "versions": {"torch": "2"}, "device": {}, "git": None}
+
+
+def folder_of_runs(folder):
+    """Runs of two seeds, of an older version, one that was resumed, one without settings; all kinds of metrics."""
+    for name, more in (("s1", {}), ("s2", {"seed": 2}), ("s10", {"seed": 10, "lr": 1, "new": None})):
+        place = make(folder / "train_enwik8" / name, **more)
+        settings = json.loads((place / "params.json").read_text())["settings"]
+        command = ["train_enwik8.py", "--lr", "0.1", "--seed", str(settings["seed"]), "--run_name", name]
+        (place / "params.json").write_text(json.dumps(WORDS | {"settings": settings, "command": command, "history": [
+            {"step": 0, "command": command}]}))
+        (place / "summary.json").write_text(json.dumps({"status": "done", "parameters": 100, "bpb": 2.0 / len(name)}))
+    with open(place / "metrics.jsonl", "a") as file:
+        for line in ({"step": 30, "split": "val", "bpb": None, "protocol": "block", "final": True},
+                     {"step": 40, "xs": [1, 2]}, {"step": 40, "xs": [3], "split": "train", "loss": 1},
+                     {"step": 50, "xs": []}):
+            file.write(json.dumps(line) + "\n")
+    (place / "evaluation.jsonl").write_text(json.dumps({"step": 20, "split": "val", "bpb": 1.5, "protocol": "cache"}))
+    older = make(folder / "train_enwik8" / "older", versions=3)
+    params = json.loads((older / "params.json").read_text())
+    del params["settings"]["grad_accum"]
+    (older / "params.json").write_text(json.dumps(params | {"history": [{"step": 0}, {"step": 9, "changed": {}}]}))
+    bare = make(folder / "train_enwik8" / "bare")
+    (bare / "params.json").unlink()
+    return folder
+
+
+def as_text(run):
+    return json.dumps([run.name, dict(sorted(run.settings.items())), run.summary, run.lines])
+
+
+def test_nothing_is_lost(tmp_path):
+    folder = folder_of_runs(tmp_path / "a")
+    path, count = archive.write(folder)
+    assert (path, count) == (tmp_path / "a.jsonl", 5)
+    kept, (there, unread) = archive.read(path), archive.find(str(folder / "*" / "*"))
+    assert list(map(as_text, kept)) == list(map(as_text, there)) and not unread
+    assert [run.name for run in kept] == ["bare", "older", "s1", "s2", "s10"] and kept[0].settings == {}
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines[0]["experiment"] == "a" and lines[0]["settings"]["lr"] == 0.1 and lines[0]["grid"] is None
+    assert {key: lines[0][key] for key in WORDS} == WORDS
+    assert lines[4]["settings"] == {"seed": 2, "run_name": "s2"}
+    assert lines[4]["command"] == ["train_enwik8.py", "--lr 0.1", "--seed 2", "--run_name s2"]
+    assert "grad_accum" in lines[2]["lacks"] and len(lines[2]["history"]) == 2 and "history" not in lines[3]
+
+
+def test_what_is_archived_and_what_is_not(tmp_path):
+    folder = folder_of_runs(tmp_path / "a")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no runs"):
+        archive.write(tmp_path / "empty")
+    busy = folder / "train_enwik8" / "s1" / "lock"
+    busy.write_text("")
+    with open(busy) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="s1: still being written"):
+            archive.write(folder)
+    make(folder / "another" / "s1")                          # a name twice: then with its folder
+    path, _ = archive.write(folder)
+    assert {"another/s1", "train_enwik8/s1", "s2"} <= {run.name for run in archive.read(path)}
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="there already"):
+        archive.write(folder)
+    assert path.read_bytes() == before and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("text", ["", "[1]\n", "{}\n", '{"settings": {}, "grid": 3}\n', "[" * 3000, "\x00"])
+def test_what_is_no_archive_is_left_out_by_name(text, tmp_path):
+    path, _ = archive.write(folder_of_runs(tmp_path / "a"))
+    other = tmp_path / "b.jsonl"
+    other.write_text(text)
+    found, unread = archive.find(f"{tmp_path}/*.jsonl")
+    assert len(found) == 5 and unread == [f"{other}: no archive: python grid.py archive writes one"]
+    lines = path.read_text().splitlines()
+    for wrong in ('{"run": "a"}', "[1]", lines[2][:-40], lines[2].replace('"line":[', '"line":[7,')):
+        other.write_text("\n".join([*lines[:2], wrong]))
+        with pytest.raises(ValueError, match="line 3 is no run"):
+            archive.read(other)
+    assert archive.find(str(tmp_path / "c.jsonl"))[1] and archive.find(f"{path}/x*")[1] == [f"{path}: no run x*"]
+
+
+def test_runs_of_an_archive_by_name(tmp_path):
+    path, _ = archive.write(folder_of_runs(tmp_path / "a"))
+    for words, names in ((f"{path}/s*", "s1 s2 s10"), (f"{path}/s2, {path}/bare", "s2 bare"),
+                         (f"{tmp_path}/a/*/older,{tmp_path}/*.jsonl/s10", "older s10")):
+        assert [run.name for run in archive.find(words)[0]] == names.split()
+
+
+def test_the_commands(plan, forks, tmp_path):  # noqa: F811
+    """A grid, its archive, and the same tables and pictures of both."""
+    path = plan("better: {set: {kind: better}}", replace=[("[0.5, 1, 2]", "[1]"), ("3, 4, 5]", "3]")])
+    assert run(path).returncode == 0
+    made = forks.run(["grid.py", "archive", "out"], tmp_path)
+    assert made.code == 0 and made.out.startswith("wrote out.jsonl: 9 runs"), made.err
+    for words in (["--table", "{}"], ["{}", "--metric", "loss", "--split", "train"],
+                  ["{}", "--metric", "loss", "--split", "train", "--over", "seed"]):
+        said = []
+        for place in ("out", "out.jsonl"):
+            place += "/fake/*" * (place == "out" and "--table" not in words)
+            done = forks.run(["plot.py", *(word.format(place) for word in words), "--out", "a.png"], tmp_path)
+            said.append((done.code, done.out, done.err, (tmp_path / "a.png").read_bytes()))
+        assert said[0] == said[1] and said[0][0] == 0
+    for words in (["archive"], ["archive", "nowhere"], ["archive", "out", "x"], ["archive", "out"]):
+        refused = forks.run(["grid.py", *words], tmp_path)
+        assert refused.code == 2 and refused.err.startswith("error: ") and len(refused.err.splitlines()) == 1
+
+
+# --- The archives of runs/reference ---
+
+PICTURES = {
+    "one_change/table.png": "--table runs/reference/one_change.jsonl",
+    "multiplication/table.png": "--table runs/reference/multiplication.jsonl",
+    "dvae_changes/table.png": "--table runs/reference/dvae_changes.jsonl",
+    "world_actions/table.png": "--table runs/reference/world_actions.jsonl",
+    "world_dynamics/table.png": "--table runs/reference/world_dynamics.jsonl",
+    "mult_latents/n_latent.png": "runs/reference/mult_latents.jsonl/*_s* --over n_latent --metric accuracy",
+    "dvae_arc/codebook_size.png": "runs/reference/dvae_arc.jsonl/arc_50* --over codebook_size --metric exact",
+    "facts_curves/curves.png": "runs/reference/facts_curves.jsonl --metric accuracy",
+    "facts_steps/contours.png": "runs/reference/facts_steps.jsonl --contours n_people,n_embd --metric accuracy",
+    "facts_exposures/capacity.png": "runs/reference/facts_exposures.jsonl/*in_weight* --capacity",
+    "facts_unseen/n_people.png": "runs/reference/facts_unseen.jsonl --over n_people --metric accuracy "
+                                 "--only tool,unseen --same dp,tp,block_size",
+    "mqar/n_embd.png": "runs/reference/mqar.jsonl --over n_embd --metric accuracy --same dp,tp,block_size",
+}
+
+
+def versions_are_pinned(*packages):
+    """Whether these packages are those of constraints.txt: pictures of others have other bytes."""
+    pinned = dict(re.findall(r"^(\w+)==([\w.]+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    return all(importlib.metadata.version(name) == pinned[name] for name in packages)
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+def test_the_pictures_of_the_reference_runs(picture, forks, tmp_path):
+    drawn = forks.run(["plot.py", *PICTURES[picture].split(), "--out", str(tmp_path / "a.png")], ROOT)
+    assert drawn.code == 0, drawn.err
+    if not versions_are_pinned("matplotlib", "pillow"):
+        pytest.skip("drawn by another matplotlib")
+    assert (tmp_path / "a.png").read_bytes() == (REFERENCE / picture).read_bytes()
+
+
+@pytest.mark.parametrize("name, without", [
+    ("one_change", ()), ("multiplication", ()), ("dvae_changes", ()),
+    ("world_dynamics", ("parameters", "rate")), ("world_actions", ("parameters", "rate"))])
+def test_the_pages_have_the_tables_of_the_reference_runs(name, without):
+    """Row by row, and for one_change also with the counts of verdicts that the text names."""
+    found = plot.read_index(REFERENCE / f"{name}.jsonl")
+    pages = "\n".join(page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
+    lines = [line.strip("| ").split(" | ") for line in plot.markdown(found)[2:] if line.startswith("|")]
+    for line in lines:
+        line = " | ".join(cell for column, cell in zip(lines[0], line) if column not in without)
+        assert line in pages, line
+    if name == "one_change":
+        words = " ".join(pages.split())
+        verdicts = [item["verdict"] for item in plot.judge(found)[2]]
+        counted = [verdicts.count(word) for word in (0, None, 1, -1)]
+        assert "That leaves {} rows without a difference, {} undecided, {} worse, {} better.".format(*counted) in words
+        grid = (ROOT / "grids" / "one_change.yaml").read_text()
+        assert f"sigma_data: {found['sigma_data']}\n" in grid
+        assert f" = {found['sigma_data']}, is what another" in words
+
+
+def test_the_archives_of_the_reference_runs():
+    """All can be read, and the runs that a grid's table is made of say what it says."""
+    count = 0
+    for path in REFERENCE.glob("*.jsonl"):
+        runs, index = {run.name: run for run in archive.read(path)}, archive.read_grid(path)
+        count += len(runs)
+        for entry in (entry for row in index.get("rows", ()) for entry in row["runs"]):
+            assert runs[entry["run"]].summary[index["metric"]] == pytest.approx(entry["value"], rel=1e-5)
+    assert count == 978
