@@ -50,12 +50,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import kernels as ops
 import limits
 import optim
 from data import text
 from experiment import (UserError, command, keep_freed_memory, measure_peak_flops, override, peak_memory, replacing,
                         resolve_device)
-from kernels import use as use_kernels
 from model import Transformer, TransformerConfig, build_model, parameter_roles
 from nanolab.dialog_tree import DialogTree
 from nanolab.dialogs import converse
@@ -283,8 +283,8 @@ def loop(model, opt, loss_of, draw, n, half):
 def our_training(model, T=None, rows=None, n=None, compiled=False):
     """A function that does n (None: `steps`) optimiser steps the way train_enwik8.py does."""
     T, rows = T or block_size, rows or batch_size
-    opt = optim.build("adamw", model.named_parameters(), parameter_roles(model), lr=1e-3, weight_decay=0.1,
-                      betas=(0.9, 0.99), decay_params="2d")
+    opt = optim.build(dict(optimizer="adamw", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.99), decay_params="2d"),
+                      model.named_parameters(), parameter_roles(model))
     data = torch.randint(256, (200_000,), dtype=torch.uint8, device=where)
     part = torch.arange(T + 1, device=where)
     forward = torch.compile(model) if compiled else model
@@ -392,6 +392,7 @@ def _peak(queue, side, typed):
     """In a process of its own: the peak of bytes of training, on a CPU of the whole process."""
     globals().update(typed, where=resolve_device(typed["device"], "float32")[0])
     keep_freed_memory()
+    ops.use(kernels)
     if threads:
         torch.set_num_threads(threads)
     theirs = load_peers(peer).get(side)
@@ -625,12 +626,12 @@ def compare_loss():
 
 # --- Kernels ---
 
-Case = namedtuple("Case", "name op twin inputs flops bytes")  # inputs: tensors; those of a float type want gradients
+Case = namedtuple("Case", "name op inputs flops bytes twin", defaults=[None])  # twin: None: op without its kernel
 
 
 def kernel_cases():
-    """What is timed, at the sizes of a 12-layer, 512-wide model on a GPU, smaller on a CPU."""
-    import kernels as ours
+    """What is timed, at the sizes of a 12-layer, 512-wide model on a GPU, smaller on a CPU. Inputs of a float type want
+    gradients."""
     big = where.type == "cuda"
     half = torch.bfloat16 if big else torch.float32
     B, T, C, V, H = (16, 1024, 512, 50304, 8) if big else (4, 256, 256, 8192, 4)
@@ -642,58 +643,40 @@ def kernel_cases():
     x, wide, gain = random(N, C), random(N, 2 * W), random(C)
     labels = torch.randint(V, (N,), device=where)
     angle = torch.rand(1, T, 1, D, device=where) * 6
-    q, k, v = (random(B, H, T, D) for _ in range(3))
+    heads, key = [random(B, H, T, D) for _ in range(3)], random(B, 1, 8 * T, D)
     space = [random(B, T // 64, 64, H, D) for _ in range(3)]
     ends = torch.linspace(0, N, E + 1, device=where).long()
     gate, state = random(B, T, C), 16
-    yield Case("rms_norm with residual", lambda x, r, g: sum(ours.rms_norm(x, g, residual=r)),
-               lambda x, r, g: sum(ours.rms_norm_reference(x, g, residual=r)), (x, random(N, C), gain), 0,
-               9 * N * C * e)
-    yield Case("layer_norm", ours.layer_norm, ours.layer_norm_reference, (x, gain, random(C)), 0, 5 * N * C * e)
-    yield Case("rotary", ours.rotary, ours.rotary_reference,
-               (random(B, T, H, D), torch.cos(angle), torch.sin(angle)), 0, 4 * N * C * e)
-    yield Case("swiglu", lambda x: ours.gated("swiglu", x), lambda x: ours.gated_reference("swiglu", x), (wide,),
-               0, 8 * N * W * e)
-    yield Case("gelu", ours.gelu, ours.gelu_reference, (wide,), 0, 10 * N * W * e)
-    yield Case(f"cross_entropy, {V:,} ids", ours.cross_entropy, ours.cross_entropy_reference,
-               (random(N, V), labels), 0, 3 * N * V * e)
+    logits, noise = random(N, K), random(N, K)
+    yield Case("rms_norm with residual", lambda x, r, g: sum(ops.rms_norm(x, g, residual=r)), (x, random(N, C), gain),
+               0, 9 * N * C * e)
+    yield Case("layer_norm", ops.layer_norm, (x, gain, random(C)), 0, 5 * N * C * e)
+    yield Case("rotary", ops.rotary, (random(B, T, H, D), torch.cos(angle), torch.sin(angle)), 0, 4 * N * C * e)
+    yield Case("swiglu", functools.partial(ops.gated, "swiglu"), (wide,), 0, 8 * N * W * e)
+    yield Case("gelu", ops.gelu, (wide,), 0, 10 * N * W * e)
+    yield Case(f"cross_entropy, {V:,} ids", ops.cross_entropy, (random(N, V), labels), 0, 3 * N * V * e)
     yield Case(f"linear_cross_entropy, {V:,} ids",
-               lambda x, w, t: ours.batched_linear_cross_entropy(x[None], w[None, None], t[:, None]),
-               lambda x, w, t: ours.cross_entropy_reference(F.linear(x, w), t), (x, random(V, C) * C ** -0.5, labels),
-               6 * N * C * V, 0)
-    yield Case("attend, causal", ours.attend,
-               lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v),
-               7 * B * H * T * T * D, 0)
-    yield Case("attend, window 128", lambda *x: ours.attend(*x, window=128),
-               lambda *x: ours.attend_reference(*x, window=128), (q, k, v), 14 * B * H * T * 128 * D, 0)
-    yield Case("attend_time", ours.attend_time, ours.attend_time_reference, space, 0,
-               12 * N * C * e)
-    yield Case("grouped_linear, 8 experts", ours.grouped_linear, ours.grouped_linear_reference,
-               (x, random(E, W // E, C), ends), 6 * N * C * W // E, 0)
-    yield Case("min_gru", ours.min_gru, ours.min_gru_reference,
-               (gate, random(B, T, C), random(B, C, type=torch.float32)), 0, 10 * N * C * e)
-    yield Case("selective_scan", lambda *a: ours.selective_scan(*a)[0],
-               lambda *a: ours.selective_scan_reference(*a)[0],
+               lambda x, w, t: ops.batched_linear_cross_entropy(x[None], w[None, None], t[:, None])[0, :, 0],
+               (x, random(V, C) * C ** -0.5, labels), 6 * N * C * V, 0,
+               lambda x, w, t: ops.cross_entropy_reference(F.linear(x, w), t))
+    yield Case("attend, causal", ops.attend, heads, 7 * B * H * T * T * D, 0,
+               functools.partial(F.scaled_dot_product_attention, is_causal=True))
+    yield Case("attend, window 128", functools.partial(ops.attend, window=128), heads, 14 * B * H * T * 128 * D, 0)
+    yield Case("attend_time", ops.attend_time, space, 0, 12 * N * C * e)
+    yield Case("grouped_linear, 8 experts", ops.grouped_linear, (x, random(E, W // E, C), ends), 6 * N * C * W // E, 0)
+    yield Case("min_gru", ops.min_gru, (gate, random(B, T, C), random(B, C, type=torch.float32)), 0, 10 * N * C * e)
+    yield Case("selective_scan", lambda *a: ops.selective_scan(*a)[0],
                (gate.float(), torch.rand(B, T, C, device=where) * 0.1, -torch.rand(C, state, device=where),
                 random(B, T, state).float(), random(B, T, state).float(), random(C).float(),
                 torch.zeros(B, C, state, device=where)), 0, 8 * N * C * 4)
-    yield Case("attend_space", ours.attend_space, ours.attend_space_reference, space,
-               14 * N * 64 * C, 0)
-    key = random(B, 1, 8 * T, D)
-    yield Case(f"attend_one, {8 * T:,} keys", lambda q, k: ours.attend_one(*map(torch.detach, (q, k, k))),
-               lambda q, k: ours.attend_one_reference(*map(torch.detach, (q, k, k))),
+    yield Case("attend_space", ops.attend_space, space, 14 * N * 64 * C, 0)
+    yield Case(f"attend_one, {8 * T:,} keys", lambda q, k: ops.attend_one(*map(torch.detach, (q, k, k))),
                (random(B, H, 1, D), key), 0, 2 * key.numel() * e)
-    yield Case(f"attend_latent, {8 * T:,} keys",
-               lambda q, k: ours.attend_latent(q.detach(), k.detach(), D // 2, 1.0),
-               lambda q, k: ours.attend_latent_reference(q.detach(), k.detach(), D // 2, 1.0),
+    yield Case(f"attend_latent, {8 * T:,} keys", lambda q, k: ops.attend_latent(q.detach(), k.detach(), D // 2, 1.0),
                (random(B, H, 1, D), key), 0, key.numel() * e)
-    logits, noise = random(N, K), random(N, K)
-    yield Case("gumbel_softmax", lambda x: ours.gumbel_softmax(x, noise, 1.0, True)[0],
-               lambda x: ours.gumbel_softmax_reference(x, noise, 1.0, True)[0], (logits,), 0, 7 * N * K * e)
-    yield Case("reinmax", lambda x: ours.reinmax(x, noise)[0],
-               lambda x: ours.reinmax_reference(x, noise)[0], (logits,), 0, 6 * N * K * e)
-    yield Case(f"nearest_code, {K:,} codes", lambda x, c: ours.nearest_code(x.detach(), c.detach()),
-               lambda x, c: (x @ c.T - c.square().sum(1) / 2).argmax(1), (x, random(K, C)),
+    yield Case("gumbel_softmax", lambda x: ops.gumbel_softmax(x, noise, 1.0, True)[0], (logits,), 0, 7 * N * K * e)
+    yield Case("reinmax", lambda x: ops.reinmax(x, noise)[0], (logits,), 0, 6 * N * K * e)
+    yield Case(f"nearest_code, {K:,} codes", lambda x, c: ops.nearest_code(x.detach(), c.detach()), (x, random(K, C)),
                2 * N * K * C, 0)
 
 
@@ -721,7 +704,6 @@ def compare_kernels():
     the copy's bandwidth (bytes that must be read and written) or of the matrix product's peak."""
     heading("operations, forward and backward" + ("" if where.type == "cuda" else
                                                   "; on a CPU an operation is its twin, but for linear_cross_entropy"))
-    use_kernels("triton")  # each twin is plain PyTorch all the same
     source = torch.zeros(2 ** 28 if where.type == "cuda" else 2 ** 25, device=where)
     target = torch.empty_like(source)
     copied = 2 * source.numel() * 4 / min(seconds(lambda: target.copy_(source)) for _ in range(10))  # bytes a second
@@ -730,11 +712,12 @@ def compare_kernels():
     for case in kernel_cases():
         inputs = [t.detach().clone().requires_grad_() if t.is_floating_point() else t for t in case.inputs]
 
-        def both(op):
+        def both(op, way="torch"):
             def run():
-                out = op(*inputs)
-                if out.requires_grad:
-                    (out * out).sum().backward()  # not a sum: a softmax's gradient would be zeros
+                with ops.using(way):
+                    out = op(*inputs)
+                    if out.requires_grad:
+                        (out * out).sum().backward()  # not a sum: a softmax's gradient would be zeros
             return run
 
         def note(taken):
@@ -742,32 +725,30 @@ def compare_kernels():
             return (f"{case.flops / best / peak(case.inputs[0].dtype):.0%} of peak" if case.flops else
                     f"{case.bytes / best / copied:.0%} of bandwidth")
         torch._dynamo.reset()
-        sides = {"ours": both(case.op), "eager": both(case.twin), "compiled": both(torch.compile(case.twin))}
+        twin = case.twin or case.op
+        sides = {"ours": both(case.op, "triton"), "eager": both(twin), "compiled": both(torch.compile(twin))}
         if (theirs := liger.get(case.name.partition(",")[0])) is not None:
             sides["Liger-Kernel"] = both(theirs)
         measure(case.name, "ms", 1e3, sides, note, lower=True, n=min(rounds, 7))
     compare_adamw()
-    use_kernels(kernels)
 
 
 def compare_adamw():
     """Milliseconds of one fused AdamW step over the model's weights."""
-    from kernels import adamw_step, using
-    how = dict(lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
-
-    def eager(*given, **how):
-        with using("torch"):
-            adamw_step(*given, **how)
-
-    def stepping(step, **more):
+    def stepping(way):
         tensors = [torch.randn_like(p) for p in our_model().parameters()]
         state = (tensors, [t * 0.01 for t in tensors], *([torch.zeros_like(t) for t in tensors] for _ in range(2)))
-        return lambda: step(*state, 1, **how, **more)
+        tables = {}
+
+        def run():
+            with ops.using(way):
+                ops.adamw_step(*state, 1, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, tables=tables)
+        return run
     params = [torch.nn.Parameter(torch.randn_like(p)) for p in our_model().parameters()]
     for p in params:
         p.grad = p.detach() * 0.01
     measure("adamw_step", "ms", 1e3, {
-        "ours": stepping(adamw_step, tables={}), "eager": stepping(eager),
+        "ours": stepping("triton"), "eager": stepping("torch"),
         "torch, fused": torch.optim.AdamW(params, lr=1e-3, fused=True).step}, lower=True, n=min(rounds, 7))
 
 
@@ -838,15 +819,6 @@ def compare_worlds():
                     with_and_without(run), note, n=3)
 
 
-class WatchedTree(DialogTree):
-    """A DialogTree that knows the largest number of bytes that it held: `most`."""
-    most = 0
-
-    def _enter(self, node):
-        super()._enter(node)
-        self.most = max(self.most, self.device_bytes)
-
-
 def compare_dialogs():
     """Tokens per second of `converse` with a tree that is empty at first, and without, for each budget and length of
     reply; the tree's largest number of bytes, and whether all replies are the same. Raises RuntimeError where a tree
@@ -868,9 +840,9 @@ def compare_dialogs():
             replies, most = {}, []
 
             def run(side):
-                tree = WatchedTree(model, budget, host_budget=0) if side == "ours" else False
+                tree = DialogTree(model, budget, host_budget=0) if side == "ours" else False
                 replies[side] = [reply.tokens for reply in converse(model, prompts, n, None, tree=tree)]
-                most.extend([tree.most] if tree else [])
+                most.extend([tree.peak_bytes] if tree else [])
 
             def note(taken):
                 if max(most) > budget:
@@ -922,7 +894,7 @@ def main():
     if threads:
         torch.set_num_threads(threads)
     where, _ = resolve_device(device, "float32")
-    use_kernels(kernels)
+    ops.use(kernels)
     torch.manual_seed(seed)
     peers = load_peers(peer)
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -76,6 +76,17 @@ def test_sides_take_turns_and_the_first_run_does_not_count(monkeypatch):
     assert [len(values) for values in bench.in_turns(sides, 2).values()] == [2, 2, 2]
 
 
+def test_what_is_measured_becomes_a_row_with_a_note_of_its_times(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "found", [])
+    monkeypatch.setattr(bench, "kind", "worlds")
+    made = {}
+    bench.measure("frames", "frames/s", 8, bench.with_and_without(lambda side: made.update({side: 1})),
+                  lambda taken: f"{len(taken['ours'])} rounds of {' and '.join(made)}", n=3)
+    (noted,) = bench.found
+    assert (noted["kind"], noted["note"]) == ("worlds", "3 rounds of ours and without") and "without" in noted["beside"]
+    assert capsys.readouterr().out.rstrip().endswith("3 rounds of ours and without")
+
+
 def test_one_value_has_no_spread():
     assert bench.spread([3.0]) == (3.0, 3.0, 3.0)
 
@@ -132,8 +143,11 @@ def test_every_operation_of_a_case_is_its_twin():
         if case.name == "selective_scan":  # a second long; its own tests compare it
             continue
         names.append(case.name)
-        with torch.no_grad():
-            torch.testing.assert_close(case.op(*case.inputs), case.twin(*case.inputs), rtol=1e-3, atol=1e-3)
+        with torch.no_grad(), bench.ops.using("triton"):
+            ours = case.op(*case.inputs)
+        with torch.no_grad(), bench.ops.using("torch"):
+            theirs = (case.twin or case.op)(*case.inputs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
         assert (case.flops > 0) != (case.bytes > 0)
     assert len(names) == len(set(names)) >= 18
 
