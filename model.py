@@ -136,7 +136,8 @@ class TransformerConfig:
         return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
 
     def __post_init__(self):
-        check_fields(self)
+        # What is derived below may be 0 in a small model, whose mixers do not ask for it; `replace` hands it on.
+        check_fields(self, but=[name for name in ("rope_dim", "compressed_length") if getattr(self, name) == 0])
         if self.vocab_size < 1:
             raise ValueError(f"vocab_size is {self.vocab_size}, but must be at least 1")
         if self.n_kv_head is None:

@@ -6,7 +6,11 @@ each parameter, and each part of a fused matrix, must have a gradient that is no
 import pytest
 import torch
 
-from model import CARRY, CHOICES, FEED_FORWARDS, MIXERS, TransformerConfig, build_model, fused_rows
+import flags
+from model import CARRY, FEED_FORWARDS, MIXERS, TransformerConfig, build_model, fused_rows
+
+CHOICES = {name: spec.words for name, spec in flags._fields_of(TransformerConfig).items() if spec.kind is str and
+           spec.words}
 
 SMALL = dict(vocab_size=13, n_layer=2, n_head=4, n_embd=16, block_size=8, init="xavier", positions="rope", window=3,
              sparse_stride=2, sparse_summary=1, memory_length=8, compressed_length=4, compression_rate=2, n_expert=3)

@@ -432,7 +432,7 @@ def test_default_path_does_not_import_triton():
 
 def test_words():
     assert TransformerConfig().kernels == "torch"
-    with pytest.raises(ValueError, match="kernels is 'cuda', but can be torch, triton"):
+    with pytest.raises(ValueError, match="kernels is 'cuda', but must be one of torch, triton"):
         TransformerConfig(kernels="cuda")
 
 

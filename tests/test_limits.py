@@ -78,7 +78,7 @@ def test_every_setting_is_taken_or_refused_in_a_line(script, monkeypatch, capsys
     shape = [name for part in shape.values() for name in part] if isinstance(shape, dict) else shape
 
     def weighed(build, device):                              # a model of the same shape is not weighed again
-        key = repr(([g[name] for name in shape], [cell.cell_contents for cell in build.__closure__ or ()]))
+        key = repr(([g.get(name) for name in shape], [cell.cell_contents for cell in build.__closure__ or ()]))
         if key not in known:
             known[key] = weigh(build, device) and None
     monkeypatch.setattr(limits, "weigh", weighed)

@@ -423,7 +423,7 @@ def test_initialisation(init, matrix, residual):
     (dict(norm="batch"), "layer, rms"), (dict(activation="elu"), "swiglu"), (dict(init="he"), "xavier"),
     (dict(positions="sines"), "learned_per_layer"), (dict(target_heads="both"), "own, shared"),
     (dict(layer_heads=""), "own, shared"),
-    (dict(attention="flash"), "auto, sdpa, manual"), (dict(residual_scale="deep"), "'depth'"),
+    (dict(attention="flash"), "auto, sdpa, manual"), (dict(residual_scale="deep"), "or depth, or rezero"),
     (dict(dropout=1.0), "dropout"), (dict(dropout=-0.1), "dropout"), (dict(rope_base=0), "rope_base"),
     (dict(ff_mult=0.01), "ff_mult"),
     *((dict([(name, 0)]), name) for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "n_targets")),

@@ -408,7 +408,7 @@ def test_trains_with_and_without_checkpoints(settings):
 
 
 @pytest.mark.parametrize("settings, word", [
-    (dict(short_conv=1), "at least 2"), (dict(short_conv=-2), "at least 2"), (dict(shorten=2), "pyramid"),
+    (dict(short_conv=1), "at least 2"), (dict(short_conv=-2), "must be >= 0"), (dict(shorten=2), "pyramid"),
     (dict(qk_scale=True), "needs qk_norm"), (dict(ff="none,dense"), "ff has 'dense'"),
     (dict(qk_scale=True, qk_norm=True, mixer="full,xl"), "mixer 'xl'"),
     (dict(qk_scale=True, qk_norm=True, mixer="compressive"), "mixer 'compressive'"),
