@@ -208,7 +208,8 @@ def _read_settings(path):
     for group, place in further.items():
         file, kind, *left_out = re.split(r":| but | ", place)
         fields = _read_fields(Path(path).parent / file, kind, f"Further, of {group}")
-        found |= {name: spec for name, spec in fields.items() if name not in found and name not in left_out}
+        new = {name: spec for name, spec in fields.items() if name not in found and name not in left_out}
+        found = new | found if group == "the run" else found | new       # which run, before what it does
     return found
 
 
@@ -366,7 +367,8 @@ def _help(g, specs, presets, positional):
         for name, values in presets.items():
             out += entry(f"  {name}", ", ".join(f"{key}={as_typed(value)}" for key, value in values.items()), 20)
         out.append("")
-    for group, members in itertools.groupby(specs.values(), lambda spec: spec.group):
+    further = sorted(specs.values(), key=lambda spec: spec.group.startswith("Further"))
+    for group, members in itertools.groupby(further, lambda spec: spec.group):
         out += textwrap.wrap(group, width)
         for spec in members:
             also = "".join(f"; also --{alias}" for alias, name in g.get("aliases", {}).items() if name == spec.name)

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -487,6 +488,20 @@ def test_a_loop_of_other_kinds_is_one_line(tmp_path, script, name, value, capsys
         main()
     said = capsys.readouterr().err
     assert caught.value.code == 2 and f"last.pt does not fit or is damaged: ValueError: {name} of its loop" in said
+
+
+def test_the_code_of_the_rooms_is_kept(tmp_path, script, undrawn, monkeypatch):
+    """Modules of the folders beside the scripts, and what they read there."""
+    root = tmp_path / "house"
+    for name in ("models/one.py", "models/one_words.txt", "models/other.txt", "elsewhere/two.py", "experiment.py"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("x = 1\n")
+    monkeypatch.setattr(experiment, "__file__", str(root / "experiment.py"))
+    for name in ("models/one.py", "elsewhere/two.py"):
+        monkeypatch.setitem(sys.modules, f"a_module_{name}", types.SimpleNamespace(__file__=str(root / name)))
+    with Run(settings_for(tmp_path)) as run:
+        copied = {str(path.relative_to(run.dir / "code")) for path in (run.dir / "code").rglob("*.*")}
+        assert copied == {"toy.py", "experiment.py", "models/one.py", "models/one_words.txt"}
 
 
 def test_losses_wait_and_the_first_that_is_not_finite_ends_the_run():

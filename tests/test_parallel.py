@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -183,11 +183,12 @@ def only_here(mesh, folder):
         def _enter(self):
             raise UserError("no place")
 
-    settings = Settings(out_dir=str(folder / f"runs{mesh.size}{mesh.dp}"), run_name=None, resume=False)
+    settings = Settings(out_dir=f"{folder}/runs_{mesh.dp}x{mesh.tp}", run_name=None, resume=False)
     settings.script = __file__
     with Run(settings, mesh=mesh, model=torch.nn.Linear(1, 1)) as run:
         run.log(step=3, loss=1.0)
-        run.bar(10, initial=2).update(3, "x")
+        with redirect_stdout(io.StringIO()):
+            run.bar(10, initial=2).update(3, "x")
         run.save("last.pt", 3, keep=1), run.summary(step=3)
         found["written"] = len(list(run.dir.glob("*.pt"))) if mesh.main else run.dir
         found["stops"] = [mesh.stop(run)]

@@ -342,3 +342,57 @@ def test_as_a_process(tmp_path, words, status, error):
                           env={"PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONDONTWRITEBYTECODE": "1"})
     assert (done.returncode, done.stderr) == (status, error)
     assert [path.name for path in tmp_path.iterdir()] == ["script.py"], "nothing is written"
+
+
+# --- Fields of config classes ---
+
+CONFIG = """
+from dataclasses import dataclass
+
+@dataclass
+class Shape:
+    \"\"\"A comment such as # this is no field's.\"\"\"
+    rows: int
+    width: int = 4  # [>= 2] of a row
+    kind: str = "a"  # [a, b] which
+    depth: int = None  # [none, >= 1] none: derived
+    inner: int = 3
+
+    def __post_init__(self):
+        flags.check_fields(self)
+"""
+
+
+def test_commented_fields_of_a_config_class_are_settings(tmp_path, capsys):
+    (tmp_path / "shapes.py").write_text("import flags\n" + CONFIG)
+    script = tmp_path / "train.py"
+    script.write_text('"""A script."""\npreset = None\nkind = "b"  # [a, b] its own default\nlr = 0.1  # [> 0.0] rate\n'
+                      'FURTHER = {"the model": "shapes.py:Shape but depth"}\npresets = {"wide": dict(width=8)}\n')
+    g = runpy.run_path(str(script))
+    settings = override(g, ["--preset", "wide"])
+    assert settings == {"preset": "wide", "kind": "b", "lr": 0.1, "width": 8} and g["width"] == 8
+    for line, error in (("--width 1", "must be >= 2"), ("--depth 2", "unknown setting --depth"),
+                        ("--inner 2", "unknown setting --inner"), ("--kind c", "must be one of a, b")):
+        with pytest.raises(UserError, match=error):
+            override(g, line.split())
+    with pytest.raises(SystemExit):
+        override(g, ["-h"])
+    assert "Further, of the model\n  --width 4" in capsys.readouterr().out
+    made = runpy.run_path(str(tmp_path / "shapes.py"))["Shape"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flags.inspect, "getsourcefile", lambda kind: str(tmp_path / "shapes.py"))
+        assert made(rows=1, width=2).width == 2
+        for wrong, error in ((dict(width=1), "width is 1, but must be >= 2"), (dict(depth=0), "depth is 0, but must"),
+                             (dict(kind="c"), "kind is 'c', but must be one of a, b")):
+            with pytest.raises(ValueError, match=error):
+                made(rows=1, **wrong)
+
+
+def test_begin_takes_what_debug_says_unless_a_flag_does(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("steps = 100  # [>= 1] steps\nrows = 5  # [>= 1] rows\ndebug = False  # tiny\n")
+    g = runpy.run_path(str(script)) | {"debug_settings": dict(steps=2, rows=1)}
+    assert flags.begin(g, ["--debug", "--rows", "3"]) == {"steps": 2, "rows": 3, "debug": True} and g["steps"] == 2
+    settings = flags.begin(g, [])
+    settings.put(rows=7)
+    assert settings["rows"] == g["rows"] == 7
