@@ -50,8 +50,9 @@ from data import tokens
 from data.tokenized import tokenizer_of
 from experiment import (Settings, UserError, command, draw_curves, find_checkpoint, is_running, lock_file, optional,
                         override, read_json, read_metrics, replacing, resolve_device)
+from nanolab.generate import load_model
 from nanolab.score import Ensemble
-from nanolab.tasks import cost, kind_of, load_model, result
+from nanolab.tasks import cost, kind_of, result
 
 # --- What ---
 checkpoint = None        # run directory or checkpoint file (may also be typed as a bare word)

@@ -22,8 +22,7 @@ import torch
 from data import tokens
 from data.tokenized import tokenizer_of
 from experiment import UserError, command, find_checkpoint, override, resolve_device
-from nanolab.generate import generate
-from nanolab.tasks import load_model
+from nanolab.generate import generate, load_model
 
 # --- What ---
 checkpoint = None        # run directory or checkpoint file (may also be typed as a bare word)

@@ -1,9 +1,28 @@
-"""The next byte or id: filters, drawing, and `generate`, which goes on with a batch of prompts from a cache."""
+"""A checkpoint's model and its next byte or id: filters, drawing, and `generate`, which goes on with a batch of prompts
+from a cache."""
 import math
 from bisect import bisect_right
 from itertools import accumulate
 
 import torch
+
+from experiment import UserError, load_checkpoint
+from model import from_checkpoint
+
+
+def load_model(path, weights):
+    """(checkpoint, its Transformer on the CPU) of a script that trains one over text or tokens.
+
+    UserError: another script's, weights that it has not, a model of another version.
+    """
+    loaded = load_checkpoint(path)
+    if loaded["script"] not in ("train_enwik8", "train_facts"):
+        raise UserError(f"{path} is a checkpoint of {loaded['script']}.py: here one of train_enwik8.py or "
+                        "train_facts.py is needed")
+    try:
+        return loaded, from_checkpoint(loaded, weights)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}")
 
 
 def filter_logits(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, typical_p=None):

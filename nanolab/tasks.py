@@ -14,25 +14,9 @@ import torch.nn.functional as F
 
 from data import facts, mqar, text
 from data.tokenized import open_text
-from experiment import UserError, load_checkpoint
-from model import from_checkpoint
+from experiment import UserError
 from nanolab.dialogs import converse
 from nanolab.score import LN2, evaluating, parse_protocol, score, target_bits
-
-
-def load_model(path, weights):
-    """(checkpoint, its Transformer on the CPU) of a script that trains one over text or tokens.
-
-    UserError: another script's, weights that it has not, a model of another version.
-    """
-    loaded = load_checkpoint(path)
-    if loaded["script"] not in ("train_enwik8", "train_facts"):
-        raise UserError(f"{path} is a checkpoint of {loaded['script']}.py: here one of train_enwik8.py or "
-                        "train_facts.py is needed")
-    try:
-        return loaded, from_checkpoint(loaded, weights)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}")
 
 
 class Rows:
@@ -228,6 +212,7 @@ class Task:
     Of each: `protocols`; `source`, where its data came from; `unused`, the settings of evaluate.py that say nothing
     about it; `header`, over the `row`s of its table.
     """
+    final = None                 # the setting that says how much the last evaluation asks; None: everything
 
     def __init__(self, settings, where):
         self.settings, self.where = settings, where
@@ -238,14 +223,11 @@ class Task:
             raise UserError(f"protocol {protocol!r}: a model of task {self.settings['task']} can be asked by "
                             f"{' and '.join(self.protocols)}")
 
-    def few(self, last):
-        """How much a trainer's evaluation asks: of the last one everything."""
-        return None if last else self.settings["eval_prompts"]
-
     def evaluate(self, model, last):
         """Yields a trainer's lines of metrics, those of what the task is about first."""
+        few = self.settings.get(self.final if last else "eval_prompts")
         for protocol in self.protocols:
-            for line, _ in self.measure(model, protocol, self.settings["eval_batch_size"], self.few(last)):
+            for line, _ in self.measure(model, protocol, self.settings["eval_batch_size"], few):
                 yield line
 
     def last(self, model):
@@ -305,6 +287,7 @@ class Text(Task):
 
 class Facts(Task):
     """Dialogs about people, asked by real generation. UserError: as facts.open_facts."""
+    final = "final_prompts"
     unused = ("split", "dataset", "max_bytes")
     header = (f"{'people':<8} {'protocol':<9} {'accuracy':>9} {'called':>7} {'right calls':>12} {'no end':>7} "
               f"{'prompts':>8} {'seconds':>8}")
@@ -314,10 +297,6 @@ class Facts(Task):
         self.people, self.vocabulary, self.database = facts.open_facts(settings)
         self.protocols = ("no_tool",) if settings["task"] == "in_weight" else ("tool", "no_tool")
         self.source = self.people.describe()
-
-    def few(self, last):
-        """Questions of each kind of people."""
-        return self.settings["final_prompts" if last else "eval_prompts"]
 
     def measure(self, model, protocol, batch_size, few=None):
         """Yields (line of metrics, Recalled) of people that were trained on, and of unseen ones. few: so many of each

@@ -544,8 +544,8 @@ def trained(dialogs, steps, batch_size=32):
     """A model of width 32 after so many steps on dialogs."""
     ids, mask = facts.rows(dialogs, CLOSED)
     batches, model = Rows(ids[:, :-1], ids.masked_fill(~mask, -1)[:, 1:], batch_size, 1, "cpu"), build()
-    opt = optim.build("muon", model.named_parameters(), parameter_roles(model), lr=2e-2, weight_decay=0.1,
-                      betas=(0.9, 0.98), muon_lr=0.02, muon_momentum=0.95, fused_rows=fused_rows(model))
+    how = dict(optimizer="muon", lr=2e-2, weight_decay=0.1, betas=(0.9, 0.98), muon_lr=0.02, muon_momentum=0.95)
+    opt = optim.build(how, model.named_parameters(), parameter_roles(model), fused_rows(model))
     for step in range(steps):
         for group in opt.param_groups:
             group["lr"] = group["base_lr"] * optim.schedule("wsd", step, 10, steps, 0.02, 0.5)
