@@ -658,6 +658,12 @@ Case = namedtuple("Case", "name op twin inputs flops bytes")  # inputs: tensors;
 def kernel_cases():
     """What is timed, at the sizes of a 12-layer, 512-wide model on a GPU, smaller on a CPU."""
     import kernels as ours
+
+    def plain(op):
+        def formula(*given, **how):
+            with ours.using("torch"):
+                return op(*given, **how)
+        return formula
     big = where.type == "cuda"
     half = torch.bfloat16 if big else torch.float32
     B, T, C, V, H = (16, 1024, 512, 50304, 8) if big else (4, 256, 256, 8192, 4)
@@ -692,33 +698,33 @@ def kernel_cases():
                lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v),
                7 * B * H * T * T * D, 0)
     yield Case("attend, window 128", lambda *x: ours.attend(*x, window=128),
-               lambda *x: ours.attend_reference(*x, window=128), (q, k, v), 14 * B * H * T * 128 * D, 0)
-    yield Case("attend_time", ours.attend_time, ours.attend_time_reference, space, 0,
+               lambda *x: plain(ours.attend)(*x, window=128), (q, k, v), 14 * B * H * T * 128 * D, 0)
+    yield Case("attend_time", ours.attend_time, plain(ours.attend_time), space, 0,
                12 * N * C * e)
-    yield Case("grouped_linear, 8 experts", ours.grouped_linear, ours.grouped_linear_reference,
+    yield Case("grouped_linear, 8 experts", ours.grouped_linear, plain(ours.grouped_linear),
                (x, random(E, W // E, C), ends), 6 * N * C * W // E, 0)
-    yield Case("min_gru", ours.min_gru, ours.min_gru_reference,
+    yield Case("min_gru", ours.min_gru, plain(ours.min_gru),
                (gate, random(B, T, C), random(B, C, type=torch.float32)), 0, 10 * N * C * e)
     yield Case("selective_scan", lambda *a: ours.selective_scan(*a)[0],
-               lambda *a: ours.selective_scan_reference(*a)[0],
+               lambda *a: plain(ours.selective_scan)(*a)[0],
                (gate.float(), torch.rand(B, T, C, device=where) * 0.1, -torch.rand(C, state, device=where),
                 random(B, T, state).float(), random(B, T, state).float(), random(C).float(),
                 torch.zeros(B, C, state, device=where)), 0, 8 * N * C * 4)
-    yield Case("attend_space", ours.attend_space, ours.attend_space_reference, space,
+    yield Case("attend_space", ours.attend_space, plain(ours.attend_space), space,
                14 * N * 64 * C, 0)
     key = random(B, 1, 8 * T, D)
     yield Case(f"attend_one, {8 * T:,} keys", lambda q, k: ours.attend_one(*map(torch.detach, (q, k, k))),
-               lambda q, k: ours.attend_one_reference(*map(torch.detach, (q, k, k))),
+               lambda q, k: plain(ours.attend_one)(*map(torch.detach, (q, k, k))),
                (random(B, H, 1, D), key), 0, 2 * key.numel() * e)
     yield Case(f"attend_latent, {8 * T:,} keys",
                lambda q, k: ours.attend_latent(q.detach(), k.detach(), D // 2, 1.0),
-               lambda q, k: ours.attend_latent_reference(q.detach(), k.detach(), D // 2, 1.0),
+               lambda q, k: plain(ours.attend_latent)(q.detach(), k.detach(), D // 2, 1.0),
                (random(B, H, 1, D), key), 0, key.numel() * e)
     logits, noise = random(N, K), random(N, K)
     yield Case("gumbel_softmax", lambda x: ours.gumbel_softmax(x, noise, 1.0, True)[0],
-               lambda x: ours.gumbel_softmax_reference(x, noise, 1.0, True)[0], (logits,), 0, 7 * N * K * e)
+               lambda x: plain(ours.gumbel_softmax)(x, noise, 1.0, True)[0], (logits,), 0, 7 * N * K * e)
     yield Case("reinmax", lambda x: ours.reinmax(x, noise)[0],
-               lambda x: ours.reinmax_reference(x, noise)[0], (logits,), 0, 6 * N * K * e)
+               lambda x: plain(ours.reinmax)(x, noise)[0], (logits,), 0, 6 * N * K * e)
     yield Case(f"nearest_code, {K:,} codes", lambda x, c: ours.nearest_code(x.detach(), c.detach()),
                lambda x, c: (x @ c.T - c.square().sum(1) / 2).argmax(1), (x, random(K, C)),
                2 * N * K * C, 0)
@@ -787,7 +793,7 @@ def compare_kernels():
 
     def eager(*given, **how):
         with using("torch"):
-            adamw_step(*given, **how)
+            return adamw_step(*given, **how)
 
     def stepping(step, **more):
         tensors = [torch.randn_like(p) for p in our_model().parameters()]

@@ -3,11 +3,10 @@
     kernels.use("triton")      from here on; "torch", PyTorch alone, is where every process begins
 
 Models call the operations below whichever way is on, and ask `on()` only where the two differ in more than the
-operation. By "triton" a tensor on a GPU goes to fused/; any other, one of float64, and an empty one, to the operation's
-`_reference`: what its kernel computes and is tested against, in plain PyTorch, in float32 and rounded once.
-
-No kernel has been timed on a GPU yet, so none is anybody's default; see docs/kernels.md. Without Triton (macOS,
-Windows) every operation is its reference. Shapes are said at each operation.
+operation. By "triton" a tensor on a GPU goes to fused/, unless it is empty or float64; any other, and without Triton
+(macOS, Windows) every one, takes the formula. Where PyTorch has a faster one than what a kernel computes, which is in
+float32 and rounded once, the kernel's is the operation's `_reference`. No kernel has been timed on a GPU yet, so none
+is anybody's default; see docs/kernels.md.
 """
 from contextlib import contextmanager
 
@@ -459,12 +458,6 @@ def who_sees_whom(T, S, causal=True, window=None, prefix=None, lengths=None, pla
     return seen.unsqueeze(1)
 
 
-def attend_reference(q, k, v, causal=True, window=None, prefix=None, lengths=None, places=None, scale=None):
-    """attend as its kernels compute it, with the whole matrix of scores, and a mask of its size."""
-    seen = who_sees_whom(q.size(2), k.size(2), causal, window, prefix, lengths, places, q.device)
-    return softmax_over(q, k, v, seen, q.size(3) ** -0.5 if scale is None else scale)
-
-
 def attend(q, k, v, causal=True, window=None, prefix=None, lengths=None, places=None, scale=None):
     """softmax(scale q k^T) v where a query sees a key (Dao et al. 2022, 2023), differentiable in q, k and v.
 
@@ -486,16 +479,12 @@ def attend(q, k, v, causal=True, window=None, prefix=None, lengths=None, places=
     """
     check_heads(q, k, v)
     check_mask(q, k, causal, window, prefix, lengths, places)
-    if not fits(q, k, v):
-        return attend_reference(q, k, v, causal, window, prefix, lengths, places, scale)
-    q, k, v = (t.unsqueeze(1) for t in (q, k, v))  # (B, 1, H, T, D), ...
-    return fused.attention.attend_rows(q, k, v, causal, window, prefix, lengths, places, scale).squeeze(1)
-
-
-def attend_differential_reference(q, k, v, lam, window=None, prefix=None):
-    """attend_differential as its kernels compute it: two calls over every other head."""
-    one, two = (attend_reference(q[:, i::2], k[:, i::2], v, True, window, prefix) for i in range(2))  # (B, H/2, T, Dv)
-    return one - lam.to(one.dtype).view(-1, 1, 1) * two
+    scale = q.size(3) ** -0.5 if scale is None else scale
+    if fits(q, k, v):
+        q, k, v = (t.unsqueeze(1) for t in (q, k, v))  # (B, 1, H, T, D), ...
+        return fused.attention.attend_rows(q, k, v, causal, window, prefix, lengths, places, scale).squeeze(1)
+    seen = who_sees_whom(q.size(2), k.size(2), causal, window, prefix, lengths, places, q.device)
+    return softmax_over(q, k, v, seen, scale)
 
 
 def attend_differential(q, k, v, lam, window=None, prefix=None):
@@ -514,19 +503,13 @@ def attend_differential(q, k, v, lam, window=None, prefix=None):
     check_mask(q, k, True, window, prefix)
     pairs = q.size(1) // 2
     expect(lam.numel() in (1, pairs), f"lam is one number, or one of each of {pairs} pairs, not {tuple(lam.shape)}")
-    if not fits(q, k, v):
-        return attend_differential_reference(q, k, v, lam, window, prefix)
-    q, k = (t.unflatten(1, (-1, 2)).transpose(1, 2) for t in (q, k))  # (B, 2, H/2, T, D), (B, 2, G/2, S, D)
-    v = v.unsqueeze(1).expand(-1, 2, -1, -1, -1)  # (B, 2, G/2, S, Dv), the second without memory of its own
-    one, two = fused.attention.attend_rows(q, k, v, True, window, prefix).unbind(1)  # (B, H/2, T, Dv)
+    if fits(q, k, v):
+        q, k = (t.unflatten(1, (-1, 2)).transpose(1, 2) for t in (q, k))  # (B, 2, H/2, T, D), (B, 2, G/2, S, D)
+        v = v.unsqueeze(1).expand(-1, 2, -1, -1, -1)  # (B, 2, G/2, S, Dv), the second without memory of its own
+        one, two = fused.attention.attend_rows(q, k, v, True, window, prefix).unbind(1)  # (B, H/2, T, Dv)
+    else:
+        one, two = (attend(q[:, i::2], k[:, i::2], v, True, window, prefix) for i in range(2))
     return one - lam.to(one.dtype).view(-1, 1, 1) * two
-
-
-def attend_space_reference(q, k, v, scale=None):
-    """attend_space as its kernels compute it: frames as rows of a batch."""
-    (B, T), order = q.shape[:2], (0, 2, 1, 3)
-    y = attend_reference(*(t.flatten(0, 1).permute(order) for t in (q, k, v)), causal=False, scale=scale)
-    return y.permute(order).unflatten(0, (B, T))  # (B, T, N, H, Dv)
 
 
 def attend_space(q, k, v, scale=None):
@@ -537,16 +520,10 @@ def attend_space(q, k, v, scale=None):
     """
     rows = [t.transpose(-3, -2) for t in (q, k, v)]  # (B, T, H, N, D)
     check_heads(*rows, dims=5)
-    if not fits(q, k, v):
-        return attend_space_reference(q, k, v, scale)
-    return fused.attention.attend_rows(*rows, causal=False, scale=scale).transpose(2, 3)
-
-
-def attend_time_reference(q, k, v, window=None, scale=None):
-    """attend_time as its kernels compute it: places of a frame as rows of a batch."""
-    B, N = q.size(0), q.size(2)
-    y = attend_reference(*(t.permute(0, 2, 3, 1, 4).flatten(0, 1) for t in (q, k, v)), window=window, scale=scale)
-    return y.unflatten(0, (B, N)).permute(0, 3, 1, 2, 4)  # (B, T, N, H, Dv)
+    if fits(q, k, v):
+        return fused.attention.attend_rows(*rows, causal=False, scale=scale).transpose(2, 3)
+    y = attend(*(t.flatten(0, 1) for t in rows), causal=False, scale=scale)  # (B T, H, N, Dv)
+    return y.unflatten(0, q.shape[:2]).transpose(2, 3)
 
 
 def attend_time(q, k, v, window=None, scale=None):
@@ -560,18 +537,10 @@ def attend_time(q, k, v, window=None, scale=None):
     rows = [t.permute(0, 2, 3, 1, 4) for t in (q, k, v)]  # (B, N, H, T, D)
     check_heads(*rows, dims=5)
     check_mask(*(t[..., 0, :].transpose(1, 2) for t in (q, k)), True, window)  # a frame may be empty
-    if not fits(q, k, v):
-        return attend_time_reference(q, k, v, window, scale)
-    return fused.attention.attend_rows(*rows, window=window, scale=scale).permute(0, 3, 1, 2, 4)
-
-
-def attend_one_reference(q, k, v, lengths=None, scale=None):
-    """attend_one as its kernels compute it."""
-    T, S = q.size(2), k.size(2)
-    ends = torch.full((1,), S, device=q.device) if lengths is None else lengths.clamp(max=S)
-    last = ends.view(-1, 1, 1) - T + torch.arange(T, device=q.device)[:, None]  # (1 or B, T, 1)
-    seen = (torch.arange(S, device=q.device) <= last).unsqueeze(1)  # (1 or B, 1, T, S)
-    return softmax_over(q, k, v, seen, q.size(3) ** -0.5 if scale is None else scale)
+    if fits(q, k, v):
+        return fused.attention.attend_rows(*rows, window=window, scale=scale).permute(0, 3, 1, 2, 4)
+    y = attend(*(t.flatten(0, 1) for t in rows), window=window, scale=scale)  # (B N, H, T, Dv)
+    return y.unflatten(0, (q.size(0), q.size(2))).permute(0, 3, 1, 2, 4)
 
 
 def attend_one(q, k, v, lengths=None, splits=None, scale=None):
@@ -585,16 +554,8 @@ def attend_one(q, k, v, lengths=None, splits=None, scale=None):
     each query. Inference only: raises ValueError where a gradient is asked for, or as `attend` does.
     """
     check_heads(q, k, v)
-    check_cache(q, k, v, lengths, splits)
-    if not fits(q, k, v):
-        return attend_one_reference(q, k, v, lengths, scale)
     D = q.size(3)
-    return fused.attention.over_cache(q, k, v, lengths, splits, D ** -0.5 if scale is None else scale, D, False)
-
-
-def attend_latent_reference(q, held, rank, scale, lengths=None):
-    """attend_latent as its kernels compute it: the latent is sliced out as values."""
-    return attend_one_reference(q, held, held[..., :rank], lengths, scale)
+    return over_cache(q, k, v, lengths, splits, D ** -0.5 if scale is None else scale, D, False)
 
 
 def attend_latent(q, held, rank, scale, lengths=None, splits=None):
@@ -610,10 +571,22 @@ def attend_latent(q, held, rank, scale, lengths=None, splits=None):
            f"keys up to {WIDEST_HEAD} more, not {rank} and {more}")
     check_heads(q, held, held, widest=WIDEST_RANK + WIDEST_HEAD)
     expect(held.size(1) == 1, f"a latent cache has one head, not {held.size(1)}")
-    check_cache(q, held, held, lengths, splits)
-    if not fits(q, held):
-        return attend_latent_reference(q, held, rank, scale, lengths)
-    return fused.attention.over_cache(q, held, held[..., :rank], lengths, splits, scale, rank, True)
+    return over_cache(q, held, held[..., :rank], lengths, splits, scale, rank, True)
+
+
+def over_cache(q, k, v, lengths, splits, scale, D, shared):
+    """attend_one, and attend_latent, whose keys are the D columns that are shared as values, and more."""
+    check_mask(q, k, True, lengths=lengths)
+    expect(splits is None or splits >= 1, f"keys are split into at least 1 part, not {splits}")
+    expect(not torch.is_grad_enabled() or not any(t.requires_grad for t in (q, k, v)),
+           "attention over a cache is for inference: it has no gradient")
+    if fits(q, k, v):
+        return fused.attention.over_cache(q, k, v, lengths, splits, scale, D, shared)
+    T, S = q.size(2), k.size(2)
+    ends = torch.full((1,), S, device=q.device) if lengths is None else lengths.clamp(max=S)
+    last = ends.view(-1, 1, 1) - T + torch.arange(T, device=q.device)[:, None]  # (1 or B, T, 1)
+    seen = (torch.arange(S, device=q.device) <= last).unsqueeze(1)  # (1 or B, 1, T, S)
+    return softmax_over(q, k, v, seen, scale)
 
 
 def check_heads(q, k, v, dims=4, widest=WIDEST_HEAD):
@@ -642,14 +615,6 @@ def check_mask(q, k, causal, window=None, prefix=None, lengths=None, places=None
            f"{q.size(2)} queries stand at the last of the places of {k.size(2)} keys: that is too few")
 
 
-def check_cache(q, k, v, lengths, splits):
-    """Raises ValueError for what attention over a cache does not know."""
-    check_mask(q, k, True, lengths=lengths)
-    expect(splits is None or splits >= 1, f"keys are split into at least 1 part, not {splits}")
-    expect(not torch.is_grad_enabled() or not any(t.requires_grad for t in (q, k, v)),
-           "attention over a cache is for inference: it has no gradient")
-
-
 # --- Recurrences and experts: B batch, T time, I inner width, N states per feature ---
 
 def scan_reference(a, b, h):
@@ -659,12 +624,6 @@ def scan_reference(a, b, h):
         h = a[:, t] * h + b[:, t]
         states.append(h)
     return torch.stack(states, 1) if states else a * b
-
-
-def min_gru_reference(z, v, h):
-    """min_gru as its kernel computes it."""
-    z, v = torch.sigmoid(exactly(z)), exactly(v)
-    return scan_reference(1 - z, z * torch.where(v >= 0, v + 0.5, torch.sigmoid(v)), exactly(h))
 
 
 def min_gru(z, v, h=None):
@@ -679,16 +638,10 @@ def min_gru(z, v, h=None):
     expect(z.dim() == 3 and z.shape == v.shape, "min_gru needs z and v (B, T, I) of one shape")
     h = z.new_zeros(z.size(0), z.size(2), dtype=torch.float32) if h is None else h
     expect(h.shape == (z.size(0), z.size(2)), "min_gru needs h (B, I)")
-    return (fused.recurrence.MinGru.apply if fits(z) else min_gru_reference)(z, v, h)
-
-
-def selective_scan_reference(u, dt, A, Bm, Cm, D, h):
-    """selective_scan as its kernel computes it, but that (B, T, I, N) is held whole."""
-    u, dt, A, Bm, Cm, D, h = (exactly(t) for t in (u, dt, A, Bm, Cm, D, h))
-    decay = torch.exp(dt.unsqueeze(3) * A)  # (B, T, I, N)
-    states = scan_reference(decay, (dt * u).unsqueeze(3) * Bm.unsqueeze(2), h)  # (B, T, I, N)
-    y = (states * Cm.unsqueeze(2)).sum(3) + D * u
-    return y, torch.cat((h.unsqueeze(1), states), 1)[:, -1]
+    if fits(z):
+        return fused.recurrence.MinGru.apply(z, v, h)
+    z, v = torch.sigmoid(exactly(z)), exactly(v)
+    return scan_reference(1 - z, z * torch.where(v >= 0, v + 0.5, torch.sigmoid(v)), exactly(h))
 
 
 def selective_scan(u, dt, A, Bm, Cm, D, h=None):
@@ -709,14 +662,13 @@ def selective_scan(u, dt, A, Bm, Cm, D, h=None):
     expect(Bm.shape == Cm.shape == (B, T, N), "selective_scan needs Bm and Cm (B, T, N)")
     h = torch.zeros(B, I, N, device=u.device) if h is None else h
     expect(h.shape == (B, I, N), "selective_scan needs h (B, I, N)")
-    given = u, dt, A, Bm, Cm, D, h
-    return (fused.recurrence.selective_scan if fits(u) else selective_scan_reference)(*given)
-
-
-def grouped_linear_reference(x, weight, offsets):
-    """Expert after expert, F.linear of its rows."""
-    ends = offsets.tolist()
-    return torch.cat([F.linear(x[i:j], weight[e]) for e, (i, j) in enumerate(zip(ends, ends[1:]))])
+    if fits(u):
+        return fused.recurrence.selective_scan(u, dt, A, Bm, Cm, D, h)
+    u, dt, A, Bm, Cm, D, h = (exactly(t) for t in (u, dt, A, Bm, Cm, D, h))
+    decay = torch.exp(dt.unsqueeze(3) * A)  # (B, T, I, N)
+    states = scan_reference(decay, (dt * u).unsqueeze(3) * Bm.unsqueeze(2), h)  # (B, T, I, N)
+    y = (states * Cm.unsqueeze(2)).sum(3) + D * u
+    return y, torch.cat((h.unsqueeze(1), states), 1)[:, -1]
 
 
 def grouped_linear(x, weight, offsets):
@@ -735,7 +687,10 @@ def grouped_linear(x, weight, offsets):
            "grouped_linear needs x (N, C) and weight (E, W, C) of one type")
     expect(offsets.shape == (weight.size(0) + 1,) and len(weight) and offsets.dtype == torch.int64,
            "grouped_linear needs offsets (E + 1,) int64 for one expert or more")
-    return (fused.experts.GroupedLinear.apply if fits(x) else grouped_linear_reference)(x, weight, offsets)
+    if fits(x):
+        return fused.experts.GroupedLinear.apply(x, weight, offsets)
+    ends = offsets.tolist()
+    return torch.cat([F.linear(x[i:j], weight[e]) for e, (i, j) in enumerate(zip(ends, ends[1:]))])
 
 
 # --- Discrete codes: N rows, K codes or classes, C width of a code ---
@@ -758,16 +713,6 @@ def nearest_code(x, codes):
     return (x @ codes.T - codes.square().sum(1) / 2).argmax(1)
 
 
-def gumbel_softmax_reference(logits, noise, temperature, hard):
-    """gumbel_softmax without its kernel."""
-    noisy = exactly(logits) if noise is None else exactly(logits) + exactly(noise.detach())
-    codes = noisy.argmax(-1)
-    y = torch.softmax(noisy / temperature, -1)
-    if hard:
-        y = F.one_hot(codes, y.shape[-1]).to(y.dtype) + (y - y.detach())
-    return y.to(logits.dtype), codes
-
-
 def gumbel_softmax(logits, noise, temperature, hard):
     """logits (..., K), noise alike or None -> y (..., K) in place of a one-hot code, and the codes (...) int64.
 
@@ -782,22 +727,12 @@ def gumbel_softmax(logits, noise, temperature, hard):
     expect(temperature > 0, f"gumbel_softmax needs a temperature above 0, not {temperature}")
     if fits(logits, *(() if noise is None else (noise,))):
         return fused.codes.GumbelSoftmax.apply(logits, noise, float(temperature), bool(hard))
-    return gumbel_softmax_reference(logits, noise, temperature, hard)
-
-
-def reinmax_reference(logits, noise, temperature=1.0):
-    """reinmax as its kernel computes it."""
-    wide = exactly(logits)
-    codes = (wide if noise is None else wide + exactly(noise.detach())).argmax(-1)
-    one_hot = F.one_hot(codes, wide.shape[-1]).to(wide.dtype)
-    p0 = torch.softmax(wide, -1)
-    p1 = (one_hot + torch.softmax(wide / temperature, -1)) / 2
-    # a function of the logits with the value p1 and the Jacobian of a softmax there; -inf is cut, as it has no change
-    change = wide.clamp(min=torch.finfo(wide.dtype).min)
-    change = change - change.detach()
-    p1 = torch.softmax(p1.detach().clamp(min=torch.finfo(p1.dtype).tiny).log() + change, -1)
-    surrogate = 2 * p1 - p0 / 2
-    return (one_hot + (surrogate - surrogate.detach())).to(logits.dtype), codes
+    noisy = exactly(logits) if noise is None else exactly(logits) + exactly(noise.detach())
+    codes = noisy.argmax(-1)
+    y = torch.softmax(noisy / temperature, -1)
+    if hard:
+        y = F.one_hot(codes, y.shape[-1]).to(y.dtype) + (y - y.detach())
+    return y.to(logits.dtype), codes
 
 
 def reinmax(logits, noise, temperature=1.0):
@@ -814,7 +749,17 @@ def reinmax(logits, noise, temperature=1.0):
     expect(temperature >= 1, f"reinmax needs a temperature of at least 1, not {temperature}")
     if fits(logits, *(() if noise is None else (noise,))):
         return fused.codes.ReinMax.apply(logits, noise, float(temperature))
-    return reinmax_reference(logits, noise, temperature)
+    wide = exactly(logits)
+    codes = (wide if noise is None else wide + exactly(noise.detach())).argmax(-1)
+    one_hot = F.one_hot(codes, wide.shape[-1]).to(wide.dtype)
+    p0 = torch.softmax(wide, -1)
+    p1 = (one_hot + torch.softmax(wide / temperature, -1)) / 2
+    # a function of the logits with the value p1 and the Jacobian of a softmax there; -inf is cut, as it has no change
+    change = wide.clamp(min=torch.finfo(wide.dtype).min)
+    change = change - change.detach()
+    p1 = torch.softmax(p1.detach().clamp(min=torch.finfo(p1.dtype).tiny).log() + change, -1)
+    surrogate = 2 * p1 - p0 / 2
+    return (one_hot + (surrogate - surrogate.detach())).to(logits.dtype), codes
 
 
 def check_choice(logits, noise):

@@ -387,8 +387,7 @@ def test_one_step_in_the_interpreter(settings, monkeypatch):
         targets[1, 2] = -1
         optimiser = torch.optim.SGD(model.parameters(), 0.5)
         if by_kernel:
-            monkeypatch.setattr(kernels, "exactly", None)  # nearly all references begin with it
-            monkeypatch.setattr(kernels, "grouped_linear_reference", None)
+            monkeypatch.setattr(kernels, "exactly", None)  # nearly all formulas begin with it
             monkeypatch.setattr(kernels, "softmax_over", None)
             with interpreted():
                 objective, nats = model(x, targets, **how)

@@ -577,11 +577,11 @@ def test_solver_takes_lengths():
     assert padding.any()
     config = configured(vocab_size=32, block_size=max(notation.source_length, notation.answer_length))
     for kind, n in (("simple", 6), ("latent", 7), ("prefix", 0)):
-        found = []
+        found, plain = [], None
         for how in ("torch", "triton"):
             torch.manual_seed(0)
             model = train_mult.Solver(kind, config, 1)
-            plain = model if how == "torch" else plain
+            plain = plain or model
             with watched() as calls, torch.no_grad(), kernels.using(how):
                 found.append(model(source, x, padding))
                 written = train_mult.solve(model, notation, a, b)

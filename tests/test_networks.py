@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from model import Transformer, TransformerConfig, parameter_rules
-from kernels import attend_space, attend_time, attend_time_reference
+from interpreter import formula
+from kernels import attend_space, attend_time
 from networks import (Encoder, EncoderDecoder, LatentTransformer, PrefixDecoder, SpatialTransformer, SpatioTemporal,
                       TextTransformer)
 
@@ -215,7 +216,7 @@ def test_text(left):
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 0, 2, 8), (0, 3, 4, 2, 8), (2, 0, 4, 2, 8)])
-@pytest.mark.parametrize("attend", [attend_time, attend_time_reference, attend_space])
+@pytest.mark.parametrize("attend", [attend_time, formula(attend_time), attend_space])
 def test_frames_without_places(attend, shape):
     """No places, no rows or no frames: nothing, of the shape that was asked for, with a gradient."""
     x = torch.zeros(shape, requires_grad=True)
