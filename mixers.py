@@ -94,9 +94,9 @@ class Positions:
     in_order = True  # a query's keys lie side by side: long passes may be cut into blocks
 
     def __init__(self, start, T, index=None, window=None, prefix=None, bidirectional=False,
-                 memory=None, remembered=0):
+                 memory=None, remembered=0, tables=None):
         self.start, self.T, self.index, self.window = start, T, index, window
-        self.ropes, self.tables = None, {}
+        self.ropes, self.tables = {}, tables or {}
         self.prefix, self.bidirectional = prefix, bidirectional
         self.memory, self.remembered = memory, remembered
         self.losses, self.usage, self.memory_out = {}, [], {}
@@ -115,6 +115,12 @@ class Positions:
     def turn(self, x):
         """x (B, T, H, D) turned by RoPE's tables, in its own type; x itself where there are none."""
         return kernels.rotary(x, *self.tables[x.size(-1)]) if self.tables else x
+
+    def look_up_ropes(self, ropes, n):
+        """Takes the tables of ropes, {str(D): Rope}, at these places, which are all below n."""
+        self.ropes = ropes
+        self.tables = {int(D): tuple(self.look_up(t).view(-1, self.T, 1, int(D)) for t in rope(n))  # (1 or B, T, 1, D)
+                       for D, rope in ropes.items()}
 
     def look_up(self, table):
         """Rows of a learned table (P, C) at these places: (T, C), or (B, T, C) where ragged; padding takes row 0."""
