@@ -144,8 +144,7 @@ def layer_norm(x, gain=None, bias=None, eps=1e-5, residual=None):
 
 def check_norm(x, residual, gain, bias):
     """Raises ValueError where shapes do not go together."""
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"residual {tuple(residual.shape)} must have the shape of x {tuple(x.shape)}")
+    expect(residual is None or residual.shape == x.shape, "residual must have the shape of x")
     for name, p in (("gain", gain), ("bias", bias)):
         if p is not None and p.shape != x.shape[-1:]:
             raise ValueError(f"{name} {tuple(p.shape)} must have one number for each of x's {x.size(-1)} features")
@@ -177,7 +176,8 @@ def rotary(x, cos, sin):
     if not _triton:
         return plain_rotary(x, cos, sin)
     B, T, _, D = x.shape
-    expect(D % 2 == 0, f"rotary turns pairs of features: {D} must be even")
+    if D % 2:
+        raise ValueError(f"rotary turns pairs of features: {D} must be even")
     if cos.shape != sin.shape or cos.shape not in ((1, T, 1, D), (B, T, 1, D)):
         raise ValueError(f"tables {tuple(cos.shape)} and {tuple(sin.shape)} must be ({B} or 1, {T}, 1, {D})")
     return (fused.rows.Rotary.apply if fits(x) else rotary_reference)(x, cos, sin)
@@ -502,7 +502,8 @@ def attend_differential(q, k, v, lam, window=None, prefix=None):
     check_heads(q[:, ::2], k[:, ::2], v)
     check_mask(q, k, True, window, prefix)
     pairs = q.size(1) // 2
-    expect(lam.numel() in (1, pairs), f"lam is one number, or one of each of {pairs} pairs, not {tuple(lam.shape)}")
+    if lam.numel() not in (1, pairs):
+        raise ValueError(f"lam is one number, or one of each of {pairs} pairs, not {tuple(lam.shape)}")
     if fits(q, k, v):
         q, k = (t.unflatten(1, (-1, 2)).transpose(1, 2) for t in (q, k))  # (B, 2, H/2, T, D), (B, 2, G/2, S, D)
         v = v.unsqueeze(1).expand(-1, 2, -1, -1, -1)  # (B, 2, G/2, S, Dv), the second without memory of its own
@@ -567,17 +568,18 @@ def attend_latent(q, held, rank, scale, lengths=None, splits=None):
     otherwise as attend_one.
     """
     more = q.size(-1) - rank
-    expect(1 <= rank <= WIDEST_RANK and 0 <= more <= WIDEST_HEAD, f"a latent has 1 to {WIDEST_RANK} columns and its "
-           f"keys up to {WIDEST_HEAD} more, not {rank} and {more}")
+    if not 1 <= rank <= WIDEST_RANK or not 0 <= more <= WIDEST_HEAD:
+        raise ValueError(f"a latent has 1 to {WIDEST_RANK} columns and its keys up to {WIDEST_HEAD} more, not {rank} "
+                         f"and {more}")
     check_heads(q, held, held, widest=WIDEST_RANK + WIDEST_HEAD)
-    expect(held.size(1) == 1, f"a latent cache has one head, not {held.size(1)}")
+    expect(held.size(1) == 1, "a latent cache has one head")
     return over_cache(q, held, held[..., :rank], lengths, splits, scale, rank, True)
 
 
 def over_cache(q, k, v, lengths, splits, scale, D, shared):
     """attend_one, and attend_latent, whose keys are the D columns that are shared as values, and more."""
     check_mask(q, k, True, lengths=lengths)
-    expect(splits is None or splits >= 1, f"keys are split into at least 1 part, not {splits}")
+    expect(splits is None or splits >= 1, "keys are split into at least 1 part")
     expect(not torch.is_grad_enabled() or not any(t.requires_grad for t in (q, k, v)),
            "attention over a cache is for inference: it has no gradient")
     if fits(q, k, v):
@@ -591,28 +593,29 @@ def over_cache(q, k, v, lengths, splits, scale, D, shared):
 
 def check_heads(q, k, v, dims=4, widest=WIDEST_HEAD):
     """Raises ValueError where heads, sizes or types do not go together; batches, heads, places, features in order."""
-    expect(q.dim() == k.dim() == v.dim() == dims,
-           f"queries, keys and values have {dims} dimensions, not {q.dim()}, {k.dim()} and {v.dim()}")
-    together = len({t.shape[:-3] for t in (q, k, v)}) == 1 and k.shape[-3:-1] == v.shape[-3:-1]
-    expect(together and q.size(-1) == k.size(-1), f"queries {tuple(q.shape)}, keys {tuple(k.shape)} and values "
-           f"{tuple(v.shape)} do not go together")
-    expect(k.size(-3) and not q.size(-3) % k.size(-3), f"{k.size(-3)} key-value heads do not divide {q.size(-3)} heads")
-    expect(q.dtype == k.dtype == v.dtype and q.is_floating_point(),
-           f"queries, keys and values are of one floating type, not {q.dtype}, {k.dtype} and {v.dtype}")
-    expect(1 <= q.size(-1) <= widest and 1 <= v.size(-1) <= widest,
-           f"heads have 1 to {widest} features, not {q.size(-1)} and {v.size(-1)}")
+    if not q.dim() == k.dim() == v.dim() == dims:
+        raise ValueError(f"queries, keys and values have {dims} dimensions, not {q.dim()}, {k.dim()} and {v.dim()}")
+    batches = {t.shape[:-3] for t in (q, k, v)}
+    if len(batches) > 1 or k.shape[-3:-1] != v.shape[-3:-1] or q.size(-1) != k.size(-1):
+        raise ValueError(f"queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)} do not go "
+                         "together")
+    if not k.size(-3) or q.size(-3) % k.size(-3):
+        raise ValueError(f"{k.size(-3)} key-value heads do not divide {q.size(-3)} heads")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"queries, keys and values are of one floating type, not {q.dtype}, {k.dtype} and {v.dtype}")
+    if not 1 <= q.size(-1) <= widest or not 1 <= v.size(-1) <= widest:
+        raise ValueError(f"heads have 1 to {widest} features, not {q.size(-1)} and {v.size(-1)}")
 
 
 def check_mask(q, k, causal, window=None, prefix=None, lengths=None, places=None):
     """Raises ValueError for a mask that `attend` does not know; q and k of 4 dimensions."""
     expect(causal or window is None and prefix is None, "a window or a prefix goes with causal attention only")
-    expect(window is None or window >= 1, f"a window has at least 1 place: its own; not {window}")
+    expect(window is None or window >= 1, "a window has at least 1 place: its own")
     for name, t, shape in (("prefix", prefix, q.shape[:1]), ("lengths", lengths, q.shape[:1]),
                            ("places", places, (q.size(0), k.size(2)))):
         if torch.is_tensor(t) and t.shape != torch.Size(shape):
             raise ValueError(f"{name} has the shape {tuple(t.shape)}, not {tuple(shape)}")
-    expect(places is None or q.size(2) <= k.size(2),
-           f"{q.size(2)} queries stand at the last of the places of {k.size(2)} keys: that is too few")
+    expect(places is None or q.size(2) <= k.size(2), "queries stand at the last of the keys' places: these are too few")
 
 
 # --- Recurrences and experts: B batch, T time, I inner width, N states per feature ---
@@ -706,7 +709,7 @@ def nearest_code(x, codes):
     4 K bytes, never a table (N, K). ValueError: other shapes than these, no codes.
     """
     expect(x.ndim == codes.ndim == 2 and x.shape[1] == codes.shape[1] and len(codes),
-           f"nearest_code takes x (N, C) and codes (K, C) with K > 0, not {tuple(x.shape)} and {tuple(codes.shape)}")
+           "nearest_code takes x (N, C) and codes (K, C) with K > 0")
     if fits(x, codes):
         return fused.codes.nearest_code(x, codes)
     x, codes = exactly(x), exactly(codes)
@@ -724,7 +727,7 @@ def gumbel_softmax(logits, noise, temperature, hard):
     temperature: a number > 0, else ValueError, as for shapes that do not fit. No second derivative by kernel.
     """
     check_choice(logits, noise)
-    expect(temperature > 0, f"gumbel_softmax needs a temperature above 0, not {temperature}")
+    expect(temperature > 0, "gumbel_softmax needs a temperature above 0")
     if fits(logits, *(() if noise is None else (noise,))):
         return fused.codes.GumbelSoftmax.apply(logits, noise, float(temperature), bool(hard))
     noisy = exactly(logits) if noise is None else exactly(logits) + exactly(noise.detach())
@@ -746,7 +749,7 @@ def reinmax(logits, noise, temperature=1.0):
     ValueError: temperature below 1, of which the paper warns; shapes that do not fit. No second derivative.
     """
     check_choice(logits, noise)
-    expect(temperature >= 1, f"reinmax needs a temperature of at least 1, not {temperature}")
+    expect(temperature >= 1, "reinmax needs a temperature of at least 1")
     if fits(logits, *(() if noise is None else (noise,))):
         return fused.codes.ReinMax.apply(logits, noise, float(temperature))
     wide = exactly(logits)
@@ -765,8 +768,7 @@ def reinmax(logits, noise, temperature=1.0):
 def check_choice(logits, noise):
     """Raises ValueError where shapes do not go together."""
     expect(logits.ndim and logits.shape[-1] and (noise is None or noise.shape == logits.shape),
-           f"logits (..., K) with K > 0 and noise of the same shape are wanted, not {tuple(logits.shape)} and "
-           f"{None if noise is None else tuple(noise.shape)}")
+           "logits (..., K) with K > 0 and noise of the same shape are wanted")
 
 
 # --- An optimiser's step ---
@@ -821,13 +823,14 @@ def adamw_step(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weigh
     decays = [weight_decay] * len(params) if isinstance(weight_decay, (int, float)) else weight_decay
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "weight_decay": decays}
     for name, found in lists.items():
-        expect(len(found) == len(params), f"{len(params)} params, but {len(found)} {name}")
+        if len(found) != len(params):
+            raise ValueError(f"{len(params)} params, but {len(found)} {name}")
     wanted = [one for one in zip(params, *lists.values()) if one[1] is not None and one[0].numel()]
     for p, g, mean, square, _ in wanted:
         state = torch.float64 if p.dtype == torch.float64 else torch.float32
-        expect(p.shape == g.shape == mean.shape == square.shape and mean.dtype == square.dtype == state,
-               f"a parameter {tuple(p.shape)} of {p.dtype} needs a gradient of its shape and moments of its shape and "
-               f"{state}")
+        if not p.shape == g.shape == mean.shape == square.shape or not mean.dtype == square.dtype == state:
+            raise ValueError(f"a parameter {tuple(p.shape)} of {p.dtype} needs a gradient of its shape and moments of "
+                             f"its shape and {state}")
         expect(len({t.device for t in (params[0], p, g, mean, square)}) == 1,
                "the tensors of one step must lie on one device")
     if not wanted:
