@@ -12,7 +12,50 @@ positions, else they are a state, whole or nothing; `layout` is equal where a pa
 import torch
 
 
-class KVCache:
+class LayerCache:
+    """What the caches of one layer share; a subclass has `tensors()`, all that it holds, and `reset`, `fork`, `fill`.
+
+    `length` counts the positions appended so far. Unless a subclass knows more, what is held is a state, whole or
+    nothing: it cannot go back to an earlier length, for the reason that `lost` gives.
+    """
+    divisible, window, lost = False, None, "what is held cannot go back"
+
+    @property
+    def bytes(self):
+        """Bytes of storage held, whether filled or not."""
+        return sum(t.nbytes for t in self.tensors())
+
+    @property
+    def dtype(self):
+        """Type of what is held."""
+        return self.tensors()[0].dtype
+
+    @property
+    def device(self):
+        """Where it is."""
+        return self.tensors()[0].device
+
+    def croppable(self, length):
+        """Whether crop(length) can be; of length 0: whether nothing is ever lost."""
+        return length == self.length > 0
+
+    def crop(self, length):
+        """Keeps the first `length` positions: all, or none. Raises ValueError for another number."""
+        if length == 0:
+            self.reset()
+        elif length != self.length:
+            raise ValueError(f"cannot crop to {length} positions: {self.lost.format(self.length)}")
+
+    def snapshot(self):
+        """A copy from which `restore` comes back to this moment."""
+        return self.fork()
+
+    def restore(self, snapshot):
+        """Back to when `snapshot` was taken; it may be restored again."""
+        self.__dict__.update(snapshot.fork().__dict__, hits=self.hits)
+
+
+class KVCache(LayerCache):
     """Keys and values of one attention layer, preallocated as two tensors (B, H, capacity, D).
 
     Without `window`, it holds at most `max_length` keys. With `window` = W, each query sees the last W positions, its
@@ -58,20 +101,9 @@ class KVCache:
         """Kind, window, heads and widths, type and device."""
         return self.kind, self.window, *self.k.shape[1::2], self.v.size(3), self.dtype, self.device
 
-    @property
-    def dtype(self):
-        """Type of keys and values."""
-        return self.k.dtype
-
-    @property
-    def device(self):
-        """Where they are."""
-        return self.k.device
-
-    @property
-    def bytes(self):
-        """Bytes of storage held, whether filled or not."""
-        return self.k.nbytes + self.v.nbytes + (0 if self.positions is None else self.positions.nbytes)
+    def tensors(self):
+        """Keys, values, and the positions of ragged rows."""
+        return [self.k, self.v] if self.positions is None else [self.k, self.v, self.positions]
 
     def update(self, k, v, positions=None):
         """Appends k and v, both (B, H, T, D), and returns (keys, values, key positions) of all that T queries may see.
@@ -166,16 +198,6 @@ class KVCache:
             return self.window is None
         return self.window is None or self._evicted <= max(0, length - (self.window - 1))
 
-    def snapshot(self):
-        """A copy from which `restore` comes back to this moment."""
-        return self.fork()
-
-    def restore(self, snapshot):
-        """Back to when `snapshot` was taken; it may be restored again."""
-        hits = self.hits
-        self.__dict__.update(snapshot.fork().__dict__)
-        self.hits = hits
-
     def fork(self, n=1):
         """An independent copy, each row repeated n times in a row: (n B, H, capacity, D)."""
         twin = object.__new__(KVCache)
@@ -214,13 +236,12 @@ class KVCache:
         return keys, values, seen
 
 
-class RecurrentCache:
+class RecurrentCache(LayerCache):
     """The state of one recurrent layer: a tuple of tensors (B, ...) of constant size, whatever the length.
 
     A state cannot go back: `crop` knows 0 and the present length; a Cache with snapshots knows more.
     """
-    kind = "state"
-    divisible, window = False, None
+    kind, lost = "state", "a state of {} cannot go back"
 
     def __init__(self, states):
         self.states, self.length, self.hits = tuple(states), 0, 0
@@ -235,15 +256,9 @@ class RecurrentCache:
         """Kind, and shape, type and device of each state."""
         return self.kind, *((t.shape[1:], t.dtype, t.device) for t in self.states)
 
-    @property
-    def device(self):
-        """Where the states are."""
-        return self.states[0].device
-
-    @property
-    def bytes(self):
-        """Bytes of the state."""
-        return sum(t.nbytes for t in self.states)
+    def tensors(self):
+        """The states."""
+        return self.states
 
     def update(self, states, T):
         """Takes the state after T more positions."""
@@ -266,17 +281,6 @@ class RecurrentCache:
                                              for _, parts in rows]) for i, old in enumerate(self.states))
         self.length = max(length for length, _ in rows)
 
-    def croppable(self, length):
-        """Whether crop(length) can be; of length 0: whether nothing is ever lost."""
-        return length == self.length > 0
-
-    def crop(self, length):
-        """Keeps the first `length` positions: all, or none. Raises ValueError for another number."""
-        if length == 0:
-            self.reset()
-        elif length != self.length:
-            raise ValueError(f"cannot crop to {length} positions: a state of {self.length} cannot go back")
-
     def fork(self, n=1):
         """An independent copy, each row repeated n times in a row."""
         twin = RecurrentCache(t.repeat_interleave(n, 0) for t in self.states)
@@ -292,7 +296,7 @@ class RecurrentCache:
         self.states, self.length = snapshot
 
 
-class CompressedCache:
+class CompressedCache(LayerCache):
     """Of one Compressive layer: keys and values of the memory, those of compressed blocks, and a block's
     unfinished inputs.
 
@@ -300,8 +304,7 @@ class CompressedCache:
     "slots": [keys, values] (B, H, n, D) or None, "first", "known": the block of the first slot and the first unknown
     one, "inputs": (B, < rate, C) or None}. Its size does not depend on the length. The mixer writes the states.
     """
-    kind = "compressed"
-    divisible, window = False, None
+    kind, lost = "compressed", "what left the memory was compressed"
 
     def __init__(self, batch_size, new_row):
         self.batch_size, self._new_row = batch_size, new_row
@@ -312,26 +315,15 @@ class CompressedCache:
         """True once rows stand at different places."""
         return len(self.rows) > 1
 
-    @property
-    def bytes(self):
-        """Bytes of storage held."""
-        tensors = [t for row in self.rows for t in (row["inputs"], *(row["slots"] or ())) if t is not None]
-        return sum(row["raw"].bytes for row in self.rows) + sum(t.nbytes for t in tensors)
+    def tensors(self):
+        """Those of the memory, unfinished inputs and slots, row after row."""
+        return [t for row in self.rows for t in (*row["raw"].tensors(), row["inputs"], *(row["slots"] or ()))
+                if t is not None]
 
     @property
     def layout(self):
         """Kind, and that of the memory."""
         return self.kind, self.rows[0]["raw"].layout
-
-    @property
-    def dtype(self):
-        """Type of keys and values."""
-        return self.rows[0]["raw"].dtype
-
-    @property
-    def device(self):
-        """Where all is."""
-        return self.rows[0]["raw"].device
 
     def row(self, b):
         """(blocks known, (keys and values of the memory, unfinished inputs, keys and values of the slots)) of row b,
@@ -377,17 +369,6 @@ class CompressedCache:
         """Forgets everything."""
         self.rows, self.length = [self._new_row(self.batch_size)], 0
 
-    def croppable(self, length):
-        """Whether crop(length) can be; of length 0: whether nothing is ever lost."""
-        return length == self.length > 0
-
-    def crop(self, length):
-        """Keeps the first `length` positions: all, or none. Raises ValueError for another number."""
-        if length == 0:
-            self.reset()
-        elif length != self.length:
-            raise ValueError(f"cannot crop to {length} positions: what left the memory was compressed")
-
     def fork(self, n=1):
         """An independent copy, each row repeated n times in a row."""
         twin = CompressedCache(self.batch_size * n, self._new_row)
@@ -397,14 +378,6 @@ class CompressedCache:
         else:
             twin.rows = [self._copy(self.rows[0], n=n)]
         return twin
-
-    def snapshot(self):
-        """A copy from which `restore` comes back to this moment."""
-        return self.fork()
-
-    def restore(self, snapshot):
-        """Back to when `snapshot` was taken; it may be restored again."""
-        self.rows, self.length = snapshot.fork().rows, snapshot.length
 
     @staticmethod
     def _copy(row, part=slice(None), n=1):

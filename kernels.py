@@ -3,11 +3,10 @@
     kernels.use("triton")      from here on; "torch", PyTorch alone, is where every process begins
 
 Models call the operations below whichever way is on, and ask `on()` only where the two differ in more than the
-operation. By "triton" a tensor on a GPU goes to fused/; any other, one of float64, and an empty one, to the operation's
-`_reference`: what its kernel computes and is tested against, in plain PyTorch, in float32 and rounded once.
-
-No kernel has been timed on a GPU yet, so none is anybody's default; see docs/kernels.md. Without Triton (macOS,
-Windows) every operation is its reference. Shapes are said at each operation.
+operation. By "triton" a tensor on a GPU goes to fused/, unless it is empty or float64; any other, and without Triton
+(macOS, Windows) every one, takes the formula. Where PyTorch has a faster one than what a kernel computes, which is in
+float32 and rounded once, the kernel's is the operation's `_reference`. No kernel has been timed on a GPU yet, so none
+is anybody's default; see docs/kernels.md.
 """
 from contextlib import contextmanager
 
@@ -145,8 +144,7 @@ def layer_norm(x, gain=None, bias=None, eps=1e-5, residual=None):
 
 def check_norm(x, residual, gain, bias):
     """Raises ValueError where shapes do not go together."""
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"residual {tuple(residual.shape)} must have the shape of x {tuple(x.shape)}")
+    expect(residual is None or residual.shape == x.shape, "residual must have the shape of x")
     for name, p in (("gain", gain), ("bias", bias)):
         if p is not None and p.shape != x.shape[-1:]:
             raise ValueError(f"{name} {tuple(p.shape)} must have one number for each of x's {x.size(-1)} features")
@@ -178,7 +176,8 @@ def rotary(x, cos, sin):
     if not _triton:
         return plain_rotary(x, cos, sin)
     B, T, _, D = x.shape
-    expect(D % 2 == 0, f"rotary turns pairs of features: {D} must be even")
+    if D % 2:
+        raise ValueError(f"rotary turns pairs of features: {D} must be even")
     if cos.shape != sin.shape or cos.shape not in ((1, T, 1, D), (B, T, 1, D)):
         raise ValueError(f"tables {tuple(cos.shape)} and {tuple(sin.shape)} must be ({B} or 1, {T}, 1, {D})")
     return (fused.rows.Rotary.apply if fits(x) else rotary_reference)(x, cos, sin)
@@ -459,12 +458,6 @@ def who_sees_whom(T, S, causal=True, window=None, prefix=None, lengths=None, pla
     return seen.unsqueeze(1)
 
 
-def attend_reference(q, k, v, causal=True, window=None, prefix=None, lengths=None, places=None, scale=None):
-    """attend as its kernels compute it, with the whole matrix of scores, and a mask of its size."""
-    seen = who_sees_whom(q.size(2), k.size(2), causal, window, prefix, lengths, places, q.device)
-    return softmax_over(q, k, v, seen, q.size(3) ** -0.5 if scale is None else scale)
-
-
 def attend(q, k, v, causal=True, window=None, prefix=None, lengths=None, places=None, scale=None):
     """softmax(scale q k^T) v where a query sees a key (Dao et al. 2022, 2023), differentiable in q, k and v.
 
@@ -486,16 +479,12 @@ def attend(q, k, v, causal=True, window=None, prefix=None, lengths=None, places=
     """
     check_heads(q, k, v)
     check_mask(q, k, causal, window, prefix, lengths, places)
-    if not fits(q, k, v):
-        return attend_reference(q, k, v, causal, window, prefix, lengths, places, scale)
-    q, k, v = (t.unsqueeze(1) for t in (q, k, v))  # (B, 1, H, T, D), ...
-    return fused.attention.attend_rows(q, k, v, causal, window, prefix, lengths, places, scale).squeeze(1)
-
-
-def attend_differential_reference(q, k, v, lam, window=None, prefix=None):
-    """attend_differential as its kernels compute it: two calls over every other head."""
-    one, two = (attend_reference(q[:, i::2], k[:, i::2], v, True, window, prefix) for i in range(2))  # (B, H/2, T, Dv)
-    return one - lam.to(one.dtype).view(-1, 1, 1) * two
+    scale = q.size(3) ** -0.5 if scale is None else scale
+    if fits(q, k, v):
+        q, k, v = (t.unsqueeze(1) for t in (q, k, v))  # (B, 1, H, T, D), ...
+        return fused.attention.attend_rows(q, k, v, causal, window, prefix, lengths, places, scale).squeeze(1)
+    seen = who_sees_whom(q.size(2), k.size(2), causal, window, prefix, lengths, places, q.device)
+    return softmax_over(q, k, v, seen, scale)
 
 
 def attend_differential(q, k, v, lam, window=None, prefix=None):
@@ -513,20 +502,15 @@ def attend_differential(q, k, v, lam, window=None, prefix=None):
     check_heads(q[:, ::2], k[:, ::2], v)
     check_mask(q, k, True, window, prefix)
     pairs = q.size(1) // 2
-    expect(lam.numel() in (1, pairs), f"lam is one number, or one of each of {pairs} pairs, not {tuple(lam.shape)}")
-    if not fits(q, k, v):
-        return attend_differential_reference(q, k, v, lam, window, prefix)
-    q, k = (t.unflatten(1, (-1, 2)).transpose(1, 2) for t in (q, k))  # (B, 2, H/2, T, D), (B, 2, G/2, S, D)
-    v = v.unsqueeze(1).expand(-1, 2, -1, -1, -1)  # (B, 2, G/2, S, Dv), the second without memory of its own
-    one, two = fused.attention.attend_rows(q, k, v, True, window, prefix).unbind(1)  # (B, H/2, T, Dv)
+    if lam.numel() not in (1, pairs):
+        raise ValueError(f"lam is one number, or one of each of {pairs} pairs, not {tuple(lam.shape)}")
+    if fits(q, k, v):
+        q, k = (t.unflatten(1, (-1, 2)).transpose(1, 2) for t in (q, k))  # (B, 2, H/2, T, D), (B, 2, G/2, S, D)
+        v = v.unsqueeze(1).expand(-1, 2, -1, -1, -1)  # (B, 2, G/2, S, Dv), the second without memory of its own
+        one, two = fused.attention.attend_rows(q, k, v, True, window, prefix).unbind(1)  # (B, H/2, T, Dv)
+    else:
+        one, two = (attend(q[:, i::2], k[:, i::2], v, True, window, prefix) for i in range(2))
     return one - lam.to(one.dtype).view(-1, 1, 1) * two
-
-
-def attend_space_reference(q, k, v, scale=None):
-    """attend_space as its kernels compute it: frames as rows of a batch."""
-    (B, T), order = q.shape[:2], (0, 2, 1, 3)
-    y = attend_reference(*(t.flatten(0, 1).permute(order) for t in (q, k, v)), causal=False, scale=scale)
-    return y.permute(order).unflatten(0, (B, T))  # (B, T, N, H, Dv)
 
 
 def attend_space(q, k, v, scale=None):
@@ -537,16 +521,10 @@ def attend_space(q, k, v, scale=None):
     """
     rows = [t.transpose(-3, -2) for t in (q, k, v)]  # (B, T, H, N, D)
     check_heads(*rows, dims=5)
-    if not fits(q, k, v):
-        return attend_space_reference(q, k, v, scale)
-    return fused.attention.attend_rows(*rows, causal=False, scale=scale).transpose(2, 3)
-
-
-def attend_time_reference(q, k, v, window=None, scale=None):
-    """attend_time as its kernels compute it: places of a frame as rows of a batch."""
-    B, N = q.size(0), q.size(2)
-    y = attend_reference(*(t.permute(0, 2, 3, 1, 4).flatten(0, 1) for t in (q, k, v)), window=window, scale=scale)
-    return y.unflatten(0, (B, N)).permute(0, 3, 1, 2, 4)  # (B, T, N, H, Dv)
+    if fits(q, k, v):
+        return fused.attention.attend_rows(*rows, causal=False, scale=scale).transpose(2, 3)
+    y = attend(*(t.flatten(0, 1) for t in rows), causal=False, scale=scale)  # (B T, H, N, Dv)
+    return y.unflatten(0, q.shape[:2]).transpose(2, 3)
 
 
 def attend_time(q, k, v, window=None, scale=None):
@@ -560,18 +538,10 @@ def attend_time(q, k, v, window=None, scale=None):
     rows = [t.permute(0, 2, 3, 1, 4) for t in (q, k, v)]  # (B, N, H, T, D)
     check_heads(*rows, dims=5)
     check_mask(*(t[..., 0, :].transpose(1, 2) for t in (q, k)), True, window)  # a frame may be empty
-    if not fits(q, k, v):
-        return attend_time_reference(q, k, v, window, scale)
-    return fused.attention.attend_rows(*rows, window=window, scale=scale).permute(0, 3, 1, 2, 4)
-
-
-def attend_one_reference(q, k, v, lengths=None, scale=None):
-    """attend_one as its kernels compute it."""
-    T, S = q.size(2), k.size(2)
-    ends = torch.full((1,), S, device=q.device) if lengths is None else lengths.clamp(max=S)
-    last = ends.view(-1, 1, 1) - T + torch.arange(T, device=q.device)[:, None]  # (1 or B, T, 1)
-    seen = (torch.arange(S, device=q.device) <= last).unsqueeze(1)  # (1 or B, 1, T, S)
-    return softmax_over(q, k, v, seen, q.size(3) ** -0.5 if scale is None else scale)
+    if fits(q, k, v):
+        return fused.attention.attend_rows(*rows, window=window, scale=scale).permute(0, 3, 1, 2, 4)
+    y = attend(*(t.flatten(0, 1) for t in rows), window=window, scale=scale)  # (B N, H, T, Dv)
+    return y.unflatten(0, (q.size(0), q.size(2))).permute(0, 3, 1, 2, 4)
 
 
 def attend_one(q, k, v, lengths=None, splits=None, scale=None):
@@ -585,16 +555,8 @@ def attend_one(q, k, v, lengths=None, splits=None, scale=None):
     each query. Inference only: raises ValueError where a gradient is asked for, or as `attend` does.
     """
     check_heads(q, k, v)
-    check_cache(q, k, v, lengths, splits)
-    if not fits(q, k, v):
-        return attend_one_reference(q, k, v, lengths, scale)
     D = q.size(3)
-    return fused.attention.over_cache(q, k, v, lengths, splits, D ** -0.5 if scale is None else scale, D, False)
-
-
-def attend_latent_reference(q, held, rank, scale, lengths=None):
-    """attend_latent as its kernels compute it: the latent is sliced out as values."""
-    return attend_one_reference(q, held, held[..., :rank], lengths, scale)
+    return over_cache(q, k, v, lengths, splits, D ** -0.5 if scale is None else scale, D, False)
 
 
 def attend_latent(q, held, rank, scale, lengths=None, splits=None):
@@ -606,48 +568,54 @@ def attend_latent(q, held, rank, scale, lengths=None, splits=None):
     otherwise as attend_one.
     """
     more = q.size(-1) - rank
-    expect(1 <= rank <= WIDEST_RANK and 0 <= more <= WIDEST_HEAD, f"a latent has 1 to {WIDEST_RANK} columns and its "
-           f"keys up to {WIDEST_HEAD} more, not {rank} and {more}")
+    if not 1 <= rank <= WIDEST_RANK or not 0 <= more <= WIDEST_HEAD:
+        raise ValueError(f"a latent has 1 to {WIDEST_RANK} columns and its keys up to {WIDEST_HEAD} more, not {rank} "
+                         f"and {more}")
     check_heads(q, held, held, widest=WIDEST_RANK + WIDEST_HEAD)
-    expect(held.size(1) == 1, f"a latent cache has one head, not {held.size(1)}")
-    check_cache(q, held, held, lengths, splits)
-    if not fits(q, held):
-        return attend_latent_reference(q, held, rank, scale, lengths)
-    return fused.attention.over_cache(q, held, held[..., :rank], lengths, splits, scale, rank, True)
+    expect(held.size(1) == 1, "a latent cache has one head")
+    return over_cache(q, held, held[..., :rank], lengths, splits, scale, rank, True)
+
+
+def over_cache(q, k, v, lengths, splits, scale, D, shared):
+    """attend_one, and attend_latent, whose keys are the D columns that are shared as values, and more."""
+    check_mask(q, k, True, lengths=lengths)
+    expect(splits is None or splits >= 1, "keys are split into at least 1 part")
+    expect(not torch.is_grad_enabled() or not any(t.requires_grad for t in (q, k, v)),
+           "attention over a cache is for inference: it has no gradient")
+    if fits(q, k, v):
+        return fused.attention.over_cache(q, k, v, lengths, splits, scale, D, shared)
+    T, S = q.size(2), k.size(2)
+    ends = torch.full((1,), S, device=q.device) if lengths is None else lengths.clamp(max=S)
+    last = ends.view(-1, 1, 1) - T + torch.arange(T, device=q.device)[:, None]  # (1 or B, T, 1)
+    seen = (torch.arange(S, device=q.device) <= last).unsqueeze(1)  # (1 or B, 1, T, S)
+    return softmax_over(q, k, v, seen, scale)
 
 
 def check_heads(q, k, v, dims=4, widest=WIDEST_HEAD):
     """Raises ValueError where heads, sizes or types do not go together; batches, heads, places, features in order."""
-    expect(q.dim() == k.dim() == v.dim() == dims,
-           f"queries, keys and values have {dims} dimensions, not {q.dim()}, {k.dim()} and {v.dim()}")
-    together = len({t.shape[:-3] for t in (q, k, v)}) == 1 and k.shape[-3:-1] == v.shape[-3:-1]
-    expect(together and q.size(-1) == k.size(-1), f"queries {tuple(q.shape)}, keys {tuple(k.shape)} and values "
-           f"{tuple(v.shape)} do not go together")
-    expect(k.size(-3) and not q.size(-3) % k.size(-3), f"{k.size(-3)} key-value heads do not divide {q.size(-3)} heads")
-    expect(q.dtype == k.dtype == v.dtype and q.is_floating_point(),
-           f"queries, keys and values are of one floating type, not {q.dtype}, {k.dtype} and {v.dtype}")
-    expect(1 <= q.size(-1) <= widest and 1 <= v.size(-1) <= widest,
-           f"heads have 1 to {widest} features, not {q.size(-1)} and {v.size(-1)}")
+    if not q.dim() == k.dim() == v.dim() == dims:
+        raise ValueError(f"queries, keys and values have {dims} dimensions, not {q.dim()}, {k.dim()} and {v.dim()}")
+    batches = {t.shape[:-3] for t in (q, k, v)}
+    if len(batches) > 1 or k.shape[-3:-1] != v.shape[-3:-1] or q.size(-1) != k.size(-1):
+        raise ValueError(f"queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)} do not go "
+                         "together")
+    if not k.size(-3) or q.size(-3) % k.size(-3):
+        raise ValueError(f"{k.size(-3)} key-value heads do not divide {q.size(-3)} heads")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"queries, keys and values are of one floating type, not {q.dtype}, {k.dtype} and {v.dtype}")
+    if not 1 <= q.size(-1) <= widest or not 1 <= v.size(-1) <= widest:
+        raise ValueError(f"heads have 1 to {widest} features, not {q.size(-1)} and {v.size(-1)}")
 
 
 def check_mask(q, k, causal, window=None, prefix=None, lengths=None, places=None):
     """Raises ValueError for a mask that `attend` does not know; q and k of 4 dimensions."""
     expect(causal or window is None and prefix is None, "a window or a prefix goes with causal attention only")
-    expect(window is None or window >= 1, f"a window has at least 1 place: its own; not {window}")
+    expect(window is None or window >= 1, "a window has at least 1 place: its own")
     for name, t, shape in (("prefix", prefix, q.shape[:1]), ("lengths", lengths, q.shape[:1]),
                            ("places", places, (q.size(0), k.size(2)))):
         if torch.is_tensor(t) and t.shape != torch.Size(shape):
             raise ValueError(f"{name} has the shape {tuple(t.shape)}, not {tuple(shape)}")
-    expect(places is None or q.size(2) <= k.size(2),
-           f"{q.size(2)} queries stand at the last of the places of {k.size(2)} keys: that is too few")
-
-
-def check_cache(q, k, v, lengths, splits):
-    """Raises ValueError for what attention over a cache does not know."""
-    check_mask(q, k, True, lengths=lengths)
-    expect(splits is None or splits >= 1, f"keys are split into at least 1 part, not {splits}")
-    expect(not torch.is_grad_enabled() or not any(t.requires_grad for t in (q, k, v)),
-           "attention over a cache is for inference: it has no gradient")
+    expect(places is None or q.size(2) <= k.size(2), "queries stand at the last of the keys' places: these are too few")
 
 
 # --- Recurrences and experts: B batch, T time, I inner width, N states per feature ---
@@ -659,12 +627,6 @@ def scan_reference(a, b, h):
         h = a[:, t] * h + b[:, t]
         states.append(h)
     return torch.stack(states, 1) if states else a * b
-
-
-def min_gru_reference(z, v, h):
-    """min_gru as its kernel computes it."""
-    z, v = torch.sigmoid(exactly(z)), exactly(v)
-    return scan_reference(1 - z, z * torch.where(v >= 0, v + 0.5, torch.sigmoid(v)), exactly(h))
 
 
 def min_gru(z, v, h=None):
@@ -679,16 +641,10 @@ def min_gru(z, v, h=None):
     expect(z.dim() == 3 and z.shape == v.shape, "min_gru needs z and v (B, T, I) of one shape")
     h = z.new_zeros(z.size(0), z.size(2), dtype=torch.float32) if h is None else h
     expect(h.shape == (z.size(0), z.size(2)), "min_gru needs h (B, I)")
-    return (fused.recurrence.MinGru.apply if fits(z) else min_gru_reference)(z, v, h)
-
-
-def selective_scan_reference(u, dt, A, Bm, Cm, D, h):
-    """selective_scan as its kernel computes it, but that (B, T, I, N) is held whole."""
-    u, dt, A, Bm, Cm, D, h = (exactly(t) for t in (u, dt, A, Bm, Cm, D, h))
-    decay = torch.exp(dt.unsqueeze(3) * A)  # (B, T, I, N)
-    states = scan_reference(decay, (dt * u).unsqueeze(3) * Bm.unsqueeze(2), h)  # (B, T, I, N)
-    y = (states * Cm.unsqueeze(2)).sum(3) + D * u
-    return y, torch.cat((h.unsqueeze(1), states), 1)[:, -1]
+    if fits(z):
+        return fused.recurrence.MinGru.apply(z, v, h)
+    z, v = torch.sigmoid(exactly(z)), exactly(v)
+    return scan_reference(1 - z, z * torch.where(v >= 0, v + 0.5, torch.sigmoid(v)), exactly(h))
 
 
 def selective_scan(u, dt, A, Bm, Cm, D, h=None):
@@ -709,14 +665,13 @@ def selective_scan(u, dt, A, Bm, Cm, D, h=None):
     expect(Bm.shape == Cm.shape == (B, T, N), "selective_scan needs Bm and Cm (B, T, N)")
     h = torch.zeros(B, I, N, device=u.device) if h is None else h
     expect(h.shape == (B, I, N), "selective_scan needs h (B, I, N)")
-    given = u, dt, A, Bm, Cm, D, h
-    return (fused.recurrence.selective_scan if fits(u) else selective_scan_reference)(*given)
-
-
-def grouped_linear_reference(x, weight, offsets):
-    """Expert after expert, F.linear of its rows."""
-    ends = offsets.tolist()
-    return torch.cat([F.linear(x[i:j], weight[e]) for e, (i, j) in enumerate(zip(ends, ends[1:]))])
+    if fits(u):
+        return fused.recurrence.selective_scan(u, dt, A, Bm, Cm, D, h)
+    u, dt, A, Bm, Cm, D, h = (exactly(t) for t in (u, dt, A, Bm, Cm, D, h))
+    decay = torch.exp(dt.unsqueeze(3) * A)  # (B, T, I, N)
+    states = scan_reference(decay, (dt * u).unsqueeze(3) * Bm.unsqueeze(2), h)  # (B, T, I, N)
+    y = (states * Cm.unsqueeze(2)).sum(3) + D * u
+    return y, torch.cat((h.unsqueeze(1), states), 1)[:, -1]
 
 
 def grouped_linear(x, weight, offsets):
@@ -735,7 +690,10 @@ def grouped_linear(x, weight, offsets):
            "grouped_linear needs x (N, C) and weight (E, W, C) of one type")
     expect(offsets.shape == (weight.size(0) + 1,) and len(weight) and offsets.dtype == torch.int64,
            "grouped_linear needs offsets (E + 1,) int64 for one expert or more")
-    return (fused.experts.GroupedLinear.apply if fits(x) else grouped_linear_reference)(x, weight, offsets)
+    if fits(x):
+        return fused.experts.GroupedLinear.apply(x, weight, offsets)
+    ends = offsets.tolist()
+    return torch.cat([F.linear(x[i:j], weight[e]) for e, (i, j) in enumerate(zip(ends, ends[1:]))])
 
 
 # --- Discrete codes: N rows, K codes or classes, C width of a code ---
@@ -751,21 +709,11 @@ def nearest_code(x, codes):
     4 K bytes, never a table (N, K). ValueError: other shapes than these, no codes.
     """
     expect(x.ndim == codes.ndim == 2 and x.shape[1] == codes.shape[1] and len(codes),
-           f"nearest_code takes x (N, C) and codes (K, C) with K > 0, not {tuple(x.shape)} and {tuple(codes.shape)}")
+           "nearest_code takes x (N, C) and codes (K, C) with K > 0")
     if fits(x, codes):
         return fused.codes.nearest_code(x, codes)
     x, codes = exactly(x), exactly(codes)
     return (x @ codes.T - codes.square().sum(1) / 2).argmax(1)
-
-
-def gumbel_softmax_reference(logits, noise, temperature, hard):
-    """gumbel_softmax without its kernel."""
-    noisy = exactly(logits) if noise is None else exactly(logits) + exactly(noise.detach())
-    codes = noisy.argmax(-1)
-    y = torch.softmax(noisy / temperature, -1)
-    if hard:
-        y = F.one_hot(codes, y.shape[-1]).to(y.dtype) + (y - y.detach())
-    return y.to(logits.dtype), codes
 
 
 def gumbel_softmax(logits, noise, temperature, hard):
@@ -779,25 +727,15 @@ def gumbel_softmax(logits, noise, temperature, hard):
     temperature: a number > 0, else ValueError, as for shapes that do not fit. No second derivative by kernel.
     """
     check_choice(logits, noise)
-    expect(temperature > 0, f"gumbel_softmax needs a temperature above 0, not {temperature}")
+    expect(temperature > 0, "gumbel_softmax needs a temperature above 0")
     if fits(logits, *(() if noise is None else (noise,))):
         return fused.codes.GumbelSoftmax.apply(logits, noise, float(temperature), bool(hard))
-    return gumbel_softmax_reference(logits, noise, temperature, hard)
-
-
-def reinmax_reference(logits, noise, temperature=1.0):
-    """reinmax as its kernel computes it."""
-    wide = exactly(logits)
-    codes = (wide if noise is None else wide + exactly(noise.detach())).argmax(-1)
-    one_hot = F.one_hot(codes, wide.shape[-1]).to(wide.dtype)
-    p0 = torch.softmax(wide, -1)
-    p1 = (one_hot + torch.softmax(wide / temperature, -1)) / 2
-    # a function of the logits with the value p1 and the Jacobian of a softmax there; -inf is cut, as it has no change
-    change = wide.clamp(min=torch.finfo(wide.dtype).min)
-    change = change - change.detach()
-    p1 = torch.softmax(p1.detach().clamp(min=torch.finfo(p1.dtype).tiny).log() + change, -1)
-    surrogate = 2 * p1 - p0 / 2
-    return (one_hot + (surrogate - surrogate.detach())).to(logits.dtype), codes
+    noisy = exactly(logits) if noise is None else exactly(logits) + exactly(noise.detach())
+    codes = noisy.argmax(-1)
+    y = torch.softmax(noisy / temperature, -1)
+    if hard:
+        y = F.one_hot(codes, y.shape[-1]).to(y.dtype) + (y - y.detach())
+    return y.to(logits.dtype), codes
 
 
 def reinmax(logits, noise, temperature=1.0):
@@ -811,17 +749,26 @@ def reinmax(logits, noise, temperature=1.0):
     ValueError: temperature below 1, of which the paper warns; shapes that do not fit. No second derivative.
     """
     check_choice(logits, noise)
-    expect(temperature >= 1, f"reinmax needs a temperature of at least 1, not {temperature}")
+    expect(temperature >= 1, "reinmax needs a temperature of at least 1")
     if fits(logits, *(() if noise is None else (noise,))):
         return fused.codes.ReinMax.apply(logits, noise, float(temperature))
-    return reinmax_reference(logits, noise, temperature)
+    wide = exactly(logits)
+    codes = (wide if noise is None else wide + exactly(noise.detach())).argmax(-1)
+    one_hot = F.one_hot(codes, wide.shape[-1]).to(wide.dtype)
+    p0 = torch.softmax(wide, -1)
+    p1 = (one_hot + torch.softmax(wide / temperature, -1)) / 2
+    # a function of the logits with the value p1 and the Jacobian of a softmax there; -inf is cut, as it has no change
+    change = wide.clamp(min=torch.finfo(wide.dtype).min)
+    change = change - change.detach()
+    p1 = torch.softmax(p1.detach().clamp(min=torch.finfo(p1.dtype).tiny).log() + change, -1)
+    surrogate = 2 * p1 - p0 / 2
+    return (one_hot + (surrogate - surrogate.detach())).to(logits.dtype), codes
 
 
 def check_choice(logits, noise):
     """Raises ValueError where shapes do not go together."""
     expect(logits.ndim and logits.shape[-1] and (noise is None or noise.shape == logits.shape),
-           f"logits (..., K) with K > 0 and noise of the same shape are wanted, not {tuple(logits.shape)} and "
-           f"{None if noise is None else tuple(noise.shape)}")
+           "logits (..., K) with K > 0 and noise of the same shape are wanted")
 
 
 # --- An optimiser's step ---
@@ -876,13 +823,14 @@ def adamw_step(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weigh
     decays = [weight_decay] * len(params) if isinstance(weight_decay, (int, float)) else weight_decay
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "weight_decay": decays}
     for name, found in lists.items():
-        expect(len(found) == len(params), f"{len(params)} params, but {len(found)} {name}")
+        if len(found) != len(params):
+            raise ValueError(f"{len(params)} params, but {len(found)} {name}")
     wanted = [one for one in zip(params, *lists.values()) if one[1] is not None and one[0].numel()]
     for p, g, mean, square, _ in wanted:
         state = torch.float64 if p.dtype == torch.float64 else torch.float32
-        expect(p.shape == g.shape == mean.shape == square.shape and mean.dtype == square.dtype == state,
-               f"a parameter {tuple(p.shape)} of {p.dtype} needs a gradient of its shape and moments of its shape and "
-               f"{state}")
+        if not p.shape == g.shape == mean.shape == square.shape or not mean.dtype == square.dtype == state:
+            raise ValueError(f"a parameter {tuple(p.shape)} of {p.dtype} needs a gradient of its shape and moments of "
+                             f"its shape and {state}")
         expect(len({t.device for t in (params[0], p, g, mean, square)}) == 1,
                "the tensors of one step must lie on one device")
     if not wanted:

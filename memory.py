@@ -19,28 +19,27 @@ import torch.nn.functional as F
 
 from cache import CompressedCache, KVCache
 from kernels import plain_rms_norm, plain_rotary
-from mixers import Attention, Linear, causal
+from mixers import Attention, Linear, Span, causal
 
 
 @dataclass(frozen=True)
-class Segments:
+class Segments(Span):
     """A query sees its own segment of `length` places, up to itself, and `memory` places before the segment."""
-    length: int
-    memory: int
+    length: int = 1
+    memory: int = 0
 
     @property
     def reach(self):
-        """The most keys that a query sees."""
+        """As Span.reach."""
         return self.length + self.memory
 
     def first(self, q):
-        """The first place that a query at place q sees."""
+        """As Span.first."""
         return max(0, q // self.length * self.length - self.memory)
 
-    def allowed(self, q, k, end):
-        """bool, broadcast: may a query at places q see keys at places k?"""
-        start = torch.div(q, self.length, rounding_mode="floor") * self.length
-        return (k <= end) & (k >= start - self.memory)
+    def sees(self, q, k):
+        """As Span.sees."""
+        return k >= torch.div(q, self.length, rounding_mode="floor") * self.length - self.memory
 
 
 class TransformerXL(Attention):
@@ -135,7 +134,7 @@ class TransformerXL(Attention):
         else:
             q, k, v = self.project(x)
             q, k, v = (t.transpose(1, 2) for t in (positions.turn(q), positions.turn(k), v))
-            seen, span = positions.index, Segments(c.block_size, c.memory_length)
+            seen, span = positions.index, Segments(None, c.block_size, c.memory_length)
             if cache is not None:
                 k, v, seen = cache.update(k, v, positions.index)
                 q = q.to(k.dtype)

@@ -28,35 +28,44 @@ from kernels import plain_rms_norm
 # --- Who sees whom ---
 
 @dataclass(frozen=True)
-class Causal:
-    """A query sees itself and what stands before it, with `window` only the last so many places, its own included."""
+class Span:
+    """A rule of who sees whom: a query sees itself and those before it that `sees` allows, with `window` only among the
+    last so many places, its own included."""
     window: int = None
 
     @property
     def reach(self):
         """The most keys that a query sees; None: any number."""
-        return self.window
+        return None
 
     def first(self, q):
         """The first place that a query at place q (int) sees."""
         return 0 if self.window is None else max(0, q - self.window + 1)
 
+    def sees(self, q, k):
+        """bool, broadcast: may a query at places q see keys at places k <= q, as far as the window goes back?"""
+        return k <= q
+
     def allowed(self, q, k, end):
         """bool, broadcast: may a query at places q see keys at places k? It looks ahead up to `end` (>= q)."""
-        return k <= end if self.window is None else (k <= end) & (k > q - self.window)
+        seen = self.sees(q, k) & (k <= q) | (k > q) & (k <= end)
+        return seen if self.window is None else seen & (k > q - self.window)
 
 
-@dataclass(frozen=True)
-class Everything:
+class Causal(Span):
+    """A query sees itself and what stands before it."""
+
+    @property
+    def reach(self):
+        """As Span.reach."""
+        return self.window
+
+
+class Everything(Span):
     """Every query sees every key."""
-    reach = None
-
-    def first(self, q):
-        """The first place that a query at place q sees."""
-        return 0
 
     def allowed(self, q, k, end):
-        """bool, broadcast: True."""
+        """As Span.allowed: True."""
         return (k == k) & (q == q)
 
 
@@ -85,9 +94,9 @@ class Positions:
     in_order = True  # a query's keys lie side by side: long passes may be cut into blocks
 
     def __init__(self, start, T, index=None, window=None, prefix=None, bidirectional=False,
-                 memory=None, remembered=0):
+                 memory=None, remembered=0, tables=None):
         self.start, self.T, self.index, self.window = start, T, index, window
-        self.ropes, self.tables = None, {}
+        self.ropes, self.tables = {}, tables or {}
         self.prefix, self.bidirectional = prefix, bidirectional
         self.memory, self.remembered = memory, remembered
         self.losses, self.usage, self.memory_out = {}, [], {}
@@ -106,6 +115,12 @@ class Positions:
     def turn(self, x):
         """x (B, T, H, D) turned by RoPE's tables, in its own type; x itself where there are none."""
         return kernels.rotary(x, *self.tables[x.size(-1)]) if self.tables else x
+
+    def look_up_ropes(self, ropes, n):
+        """Takes the tables of ropes, {str(D): Rope}, at these places, which are all below n."""
+        self.ropes = ropes
+        self.tables = {int(D): tuple(self.look_up(t).view(-1, self.T, 1, int(D)) for t in rope(n))  # (1 or B, T, 1, D)
+                       for D, rope in ropes.items()}
 
     def look_up(self, table):
         """Rows of a learned table (P, C) at these places: (T, C), or (B, T, C) where ragged; padding takes row 0."""
@@ -574,62 +589,43 @@ def add_masks(mask, bias, T, S):
 # --- Sparse attention ---
 
 @dataclass(frozen=True)
-class Strided:
-    """A query sees every stride-th place before it, counted from itself; with `window` only so far back."""
-    stride: int
-    window: int = None
-    reach = None
+class Strided(Span):
+    """A query sees every stride-th place before it, counted from itself."""
+    stride: int = 1
 
-    def first(self, q):
-        """The first place that a query at place q sees."""
-        return 0 if self.window is None else max(0, q - self.window + 1)
-
-    def allowed(self, q, k, end):
-        """bool, broadcast; places ahead of the query, up to end, are seen too."""
-        seen = ((q - k) % self.stride == 0) & (k <= q) | (k > q) & (k <= end)
-        return seen if self.window is None else seen & (k > q - self.window)
+    def sees(self, q, k):
+        """As Span.sees."""
+        return (q - k) % self.stride == 0
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class Neighbours(Span):
     """A query sees its own block of `stride` places, up to itself."""
-    stride: int
-    window: int = None
+    stride: int = 1
 
     @property
     def reach(self):
-        """The most keys that a query sees."""
+        """As Span.reach."""
         return self.stride if self.window is None else min(self.stride, self.window)
 
     def first(self, q):
-        """The first place that a query at place q sees."""
-        low = q // self.stride * self.stride
-        return low if self.window is None else max(low, q - self.window + 1)
+        """As Span.first."""
+        return max(q // self.stride * self.stride, super().first(q))
 
-    def allowed(self, q, k, end):
-        """bool, broadcast; places ahead of the query, up to end, are seen too."""
-        def block(place):
-            return torch.div(place, self.stride, rounding_mode="floor")
-        seen = (block(q) == block(k)) & (k <= q) | (k > q) & (k <= end)
-        return seen if self.window is None else seen & (k > q - self.window)
+    def sees(self, q, k):
+        """As Span.sees."""
+        return torch.div(q, self.stride, rounding_mode="floor") == torch.div(k, self.stride, rounding_mode="floor")
 
 
 @dataclass(frozen=True)
-class Summaries:
+class Summaries(Span):
     """A query sees itself and the last `summary` places of every block of `stride` before it or its own."""
-    stride: int
-    summary: int
-    window: int = None
-    reach = None
+    stride: int = 1
+    summary: int = 1
 
-    def first(self, q):
-        """The first place that a query at place q sees."""
-        return 0 if self.window is None else max(0, q - self.window + 1)
-
-    def allowed(self, q, k, end):
-        """bool, broadcast; places ahead of the query, up to end, are seen too."""
-        seen = ((k % self.stride >= self.stride - self.summary) & (k < q) | (k == q)) | (k > q) & (k <= end)
-        return seen if self.window is None else seen & (k > q - self.window)
+    def sees(self, q, k):
+        """As Span.sees."""
+        return (k % self.stride >= self.stride - self.summary) | (k == q)
 
 
 class Sparse(Attention):
@@ -646,10 +642,10 @@ class Sparse(Attention):
             return super().attend(q, k, v, positions, seen, span)
         c, H, G = self.config, q.size(1) // 2, k.size(1) // 2
         near = causal(c.sparse_stride if span.window is None else min(c.sparse_stride, span.window))
-        far = Strided(c.sparse_stride, span.window)
+        far = Strided(span.window, c.sparse_stride)
         if self.kind == "fixed":
-            near = Neighbours(c.sparse_stride, span.window)
-            far = Summaries(c.sparse_stride, c.sparse_summary, span.window)
+            near = Neighbours(span.window, c.sparse_stride)
+            far = Summaries(span.window, c.sparse_stride, c.sparse_summary)
         slopes = (None, None) if self.slopes is None else self.slopes.split(H)
         whole = seen is None and span.window is None and positions.prefix is None and self.slopes is None
         y = super().attend(q[:, :H], k[:, :G], v[:, :G], positions, seen, near, slopes=slopes[0])

@@ -553,8 +553,7 @@ class Transformer(nn.Module):
                              "has no row: use positions 'rope' or 'none', or a larger block_size")
         places = Positions(start, T, index, window, prefix=prefix, memory=None if memory is None else memory.layers,
                            remembered=0 if memory is None else memory.length)
-        if c.positions == "rope":
-            look_up_ropes(places, self.ropes, max(end, 1))
+        places.look_up_ropes(self.ropes, max(end, 1))
         return places
 
     @cached_property
@@ -793,8 +792,7 @@ class Pyramid(Transformer):
         if n:
             u = self.shortening["into"](stream[:, :n * k].reshape(B, n, k * c.n_embd))  # (B, n, C)
             units = Positions(first, n)
-            if c.positions == "rope":
-                look_up_ropes(units, self.ropes, last)
+            units.look_up_ropes(self.ropes, last)
             for block, held in zip(self.blocks[self.edge:c.n_layer - self.edge], middle):
                 u = self.layer(block, u, units, held)
             u = self.shortening["out"](u).view(B, n * k, c.n_embd)
@@ -890,14 +888,6 @@ def make_ropes(config):
     return nn.ModuleDict({str(width): Rope(width, c.rope_base, c.block_size, c.rope_scaling, c.rope_factor,
                                            c.rope_original, c.rope_ramp, c.rope_mscale)
                           for width in sorted(widths)})
-
-
-def look_up_ropes(places, ropes, n):
-    """Gives places the tables of each width at its positions, all below n: `tables`, and cos and sin of the heads."""
-    places.ropes = ropes
-    for width, rope in ropes.items():
-        found = tuple(places.look_up(t).view(-1, places.T, 1, int(width)) for t in rope(n))  # (1 or B, T, 1, D)
-        places.tables[int(width)] = found
 
 
 def stablemax(x):

@@ -14,7 +14,7 @@ import kernels
 from cache import Cache
 from kernels import plain_rms_norm
 from mixers import EVERYTHING, Attention, Linear, Norm, Positions
-from model import CARRY, FEED_FORWARDS, Block, Transformer, initialise, look_up_ropes, make_ropes
+from model import CARRY, FEED_FORWARDS, Block, Transformer, initialise, make_ropes
 
 
 def running_positions(padding):
@@ -26,7 +26,7 @@ def places_of(ropes, T, index=None, start=0, **kind):
     """The Positions of T inputs from `start`, or at index (B, T), with RoPE's tables where the model has ropes."""
     places = Positions(start, T, index, **kind)
     if len(ropes):
-        look_up_ropes(places, ropes, max(1, start + T if index is None else int(index.max()) + 1))
+        places.look_up_ropes(ropes, max(1, start + T if index is None else int(index.max()) + 1))
     return places
 
 
@@ -316,37 +316,29 @@ class ContextCache(Cache):
 
 
 class SpatialTransformer(nn.Module):
-    """Bidirectional transformer over the N tokens of one frame, each place with a learned position: (B, N) int64, or
-    (B, N, C) already embedded, to (B, N, C); or to logits (B, N, V) where `classify`.
-
-    grid = (rows, columns): attention also turns by row and column (`axial_tables`). embed False: no table of tokens.
+    """Bidirectional transformer over the N embedded tokens of one frame, (B, N, C) to (B, N, C), each place with a
+    learned position. grid = (rows, columns): attention also turns by row and column (`axial_tables`).
     """
 
-    def __init__(self, config, n_tokens, classify=False, grid=None, embed=True):
+    def __init__(self, config, n_tokens, grid=None):
         super().__init__()
         c = self.config = replace(config, positions="learned", block_size=n_tokens, rope_scaling="none")
         attends(c, "a spatial transformer")
-        self.embed = nn.Parameter(torch.empty(c.vocab_size, c.n_embd)) if embed else None
-        turns = () if grid is None else axial_tables(*grid, c.head_dim, extra=n_tokens - grid[0] * grid[1])
-        for name, table in zip(("cos", "sin"), turns or (None, None)):
-            self.register_buffer(name, table, persistent=False)
+        turn_by_place(self, grid, n_tokens)
         self.position = nn.Parameter(torch.empty(n_tokens, c.n_embd))
         self.blocks = see_ahead(nn.ModuleList(Block(c, layer) for layer in range(c.n_layer)), c)
         self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
-        self.heads = nn.ParameterList([nn.Parameter(torch.empty(c.vocab_size, c.n_embd))] if classify else [])
         initialise(self)
 
     def forward(self, x, padding=None):
-        """x (B, N) or (B, N, C), padding (B, N) bool or None. Raises ValueError for another number of tokens."""
+        """x (B, N, C), padding (B, N) bool or None. Raises ValueError for another number of tokens."""
         if x.size(1) != self.position.size(0):
             raise ValueError(f"a frame has {self.position.size(0)} tokens, not {x.size(1)}")
         index = None if padding is None else torch.arange(x.size(1), device=x.device).masked_fill(padding, -1)
-        h = (F.embedding(x, self.embed) if x.dim() == 2 else x) + self.position
-        places = frame_places(self, x.size(1), index)
+        x, places = x + self.position, frame_places(self, x.size(1), index)
         for block in self.blocks:
-            h = block(h, places)
-        h = self.norm(h)
-        return F.linear(h, self.heads[0]).float() if len(self.heads) else h
+            x = block(x, places)
+        return self.norm(x)
 
 
 class SpatioTemporalBlock(nn.Module):
@@ -384,21 +376,29 @@ class SpatioTemporalBlock(nn.Module):
         return x + drop(self.ff(self.norm3(x).reshape(B * T, N, C)).view(B, T, N, C))
 
 
+def turn_by_place(model, grid, n_tokens):
+    """Gives a model over frames of n_tokens its buffers cos and sin: `axial_tables` of grid = (rows, columns), before
+    which tokens do not turn; None where grid is."""
+    tables = None, None
+    if grid is not None:
+        tables = axial_tables(*grid, model.config.head_dim, extra=n_tokens - grid[0] * grid[1])
+    for name, table in zip(("cos", "sin"), tables):
+        model.register_buffer(name, table, persistent=False)
+
+
 def frame_places(model, N, index=None):
     """The Positions of a frame's N tokens, (B, N) or at index (B, N), which see one another; a model's buffers cos and
     sin (`axial_tables`), if they are not None, turn them."""
-    places = Positions(0, N, index, bidirectional=True)
-    if model.cos is not None:
-        places.tables[model.config.head_dim] = model.cos, model.sin
-    return places
+    tables = None if model.cos is None else {model.config.head_dim: (model.cos, model.sin)}
+    return Positions(0, N, index, bidirectional=True, tables=tables)
 
 
 def of_every_place(time, N):
     """The Positions of frames, `time`, as those of all their tokens in a row, frame by frame: each of RoPE's tables'
     rows N times. Made once for all layers."""
     if "every place" not in time._made:
-        places = time._made["every place"] = Positions(time.start, time.T * N)
-        places.tables = {D: tuple(t.repeat_interleave(N, 1) for t in pair) for D, pair in time.tables.items()}
+        tables = {D: tuple(t.repeat_interleave(N, 1) for t in pair) for D, pair in time.tables.items()}
+        time._made["every place"] = Positions(time.start, time.T * N, tables=tables)
     return time._made["every place"]
 
 
@@ -428,8 +428,7 @@ class TwoStreams(Positions):
     def __init__(self, ropes, T, true, first, window=None):
         super().__init__(0, T, window=window)
         self.true, self.places = true, torch.cat((torch.arange(true), torch.arange(first, first + T - true)))
-        if len(ropes):
-            look_up_ropes(self, ropes, max(true, first + T - true))
+        self.look_up_ropes(ropes, max(true, first + T - true))
 
     def look_up(self, table):
         """Rows (T, C) of a table (P, C) at these places."""
@@ -464,9 +463,7 @@ class SpatioTemporal(nn.Module):
         self.own = {"place_position": "position"}
         self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if c.positions == "learned" else None
         self.ropes = make_ropes(c)
-        turns = () if grid is None else axial_tables(*grid, c.head_dim, extra=n_tokens - grid[0] * grid[1])
-        for name, table in zip(("cos", "sin"), turns or (None, None)):
-            self.register_buffer(name, table, persistent=False)
+        turn_by_place(self, grid, n_tokens)
         self.blocks = nn.ModuleList(SpatioTemporalBlock(c, layer) for layer in range(c.n_layer))
         self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
         initialise(self)

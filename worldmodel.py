@@ -268,7 +268,7 @@ class Tokenizer(nn.Module):
 
         def trunk():
             if kind == "spatial":
-                return SpatialTransformer(self.config, self.n_tokens, grid=grid, embed=False)
+                return SpatialTransformer(self.config, self.n_tokens, grid)
             return SpatioTemporal(self.config, self.n_tokens, grid)
         self.look, self.encoder, self.to_code = Affine(3 * patch * patch, n_embd), trunk(), Affine(n_embd,
                                                                                                    width_of_code)

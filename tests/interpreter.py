@@ -14,3 +14,12 @@ interpreted = functools.partial(kernels.using, "triton", interpreted=True)  # wi
 def kernels_of(name):
     """The module of fused/ of this name; None where there is no Triton."""
     return importlib.import_module(f"fused.{name}") if TRITON else None
+
+
+def formula(operation):
+    """The operation without a kernel, wherever its tensors are."""
+    @functools.wraps(operation)
+    def plain(*given, **how):
+        with kernels.using("torch"):
+            return operation(*given, **how)
+    return plain

@@ -8,15 +8,17 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import aot
-from interpreter import INTERPRETED, TRITON, interpreted, kernels_of
-from kernels import (attend, attend_differential, attend_differential_reference, attend_latent, attend_latent_reference,
-                     attend_one, attend_one_reference, attend_reference, attend_space, attend_space_reference,
-                     attend_time, attend_time_reference, rms_norm, using, who_sees_whom)
+from interpreter import INTERPRETED, TRITON, formula, interpreted, kernels_of
+from kernels import (attend, attend_differential, attend_latent, attend_one, attend_space, attend_time, rms_norm, using,
+                     who_sees_whom)
 from mixers import Positions, causal
 from model import Transformer, TransformerConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread", "by_triton")
 ka = kernels_of("attention")
+attend_reference, attend_differential_reference, attend_latent_reference, attend_one_reference = map(
+    formula, (attend, attend_differential, attend_latent, attend_one))
+attend_space_reference, attend_time_reference = formula(attend_space), formula(attend_time)
 interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs triton and TRITON_INTERPRET=1")
 
 

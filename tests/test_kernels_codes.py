@@ -6,11 +6,12 @@ import aot
 import choices
 import discrete
 import kernels
-from interpreter import INTERPRETED, TRITON, interpreted, kernels_of
-from kernels import gumbel_softmax, gumbel_softmax_reference, nearest_code, reinmax, reinmax_reference
+from interpreter import INTERPRETED, TRITON, formula, interpreted, kernels_of
+from kernels import gumbel_softmax, nearest_code, reinmax
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "by_triton"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 kernels_codes = kernels_of("codes")
+gumbel_softmax_reference, reinmax_reference = formula(gumbel_softmax), formula(reinmax)
 needs_triton = pytest.mark.skipif(not TRITON, reason="no triton")
 EXACT = dict(atol=2e-6, rtol=2e-6)
 # one unit in the last place: the interpreter cuts bfloat16 off, and half rounds what float32 gives

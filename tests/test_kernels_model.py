@@ -130,13 +130,17 @@ def close(got, want, atol=1e-5):
 
 @contextmanager
 def watched():
-    """Collects the names of operations that are called by "triton"."""
-    called = set()
+    """Collects the names of operations that are called by "triton", and not by another."""
+    called, inside = set(), []
     with pytest.MonkeyPatch.context() as patch:
         for name in OPERATIONS:
             def spy(*given, name=name, operation=getattr(kernels, name), **how):
-                called.update({name} if kernels.on() else ())
-                return operation(*given, **how)
+                called.update({name} if kernels.on() and not inside else ())
+                inside.append(name)
+                try:
+                    return operation(*given, **how)
+                finally:
+                    inside.pop()
             patch.setattr(kernels, name, spy)
             if name in kernels.PLAIN:
                 patch.setitem(kernels.PLAIN, name, spy)
@@ -237,7 +241,7 @@ def test_one_byte_and_what_does_not_go_by_kernel(by_triton):
     assert mixer.by_kernel(q, q, plain, None, causal) and mixer.by_kernel(q, q, plain, None, Causal(3))
     assert not mixer.by_kernel(one, q, Positions(7, 1), None, causal)
     assert not mixer.by_kernel(q, q, plain, None, EVERYTHING)
-    assert not mixer.by_kernel(q, q, TwoStreams((), 8, 5, 3), None, causal)
+    assert not mixer.by_kernel(q, q, TwoStreams({}, 8, 5, 3), None, causal)
     assert mixer.by_kernel(q, torch.zeros(1, 4, 8, 256), plain, None, causal)
     assert not mixer.by_kernel(q, torch.zeros(1, 4, 8, 257), plain, None, causal)
 
@@ -271,7 +275,7 @@ def test_who_goes_alone_by_kernel(by_triton):
     assert not mixer.by_lone_kernel(q, k, k, last, torch.arange(8)[None], causal)
     assert not mixer.by_lone_kernel(q, k, k, Positions(7, 1, prefix=3), None, causal)
     assert not mixer.by_lone_kernel(q, k, k, last, None, EVERYTHING)
-    assert not mixer.by_lone_kernel(q, k, k, TwoStreams((), 1, 1, 3), None, causal)
+    assert not mixer.by_lone_kernel(q, k, k, TwoStreams({}, 1, 1, 3), None, causal)
     asking = q.clone().requires_grad_()
     assert not mixer.by_lone_kernel(asking, k, k, last, None, causal)
     with torch.no_grad():
@@ -387,8 +391,7 @@ def test_one_step_in_the_interpreter(settings, monkeypatch):
         targets[1, 2] = -1
         optimiser = torch.optim.SGD(model.parameters(), 0.5)
         if by_kernel:
-            monkeypatch.setattr(kernels, "exactly", None)  # nearly all references begin with it
-            monkeypatch.setattr(kernels, "grouped_linear_reference", None)
+            monkeypatch.setattr(kernels, "exactly", None)  # nearly all formulas begin with it
             monkeypatch.setattr(kernels, "softmax_over", None)
             with interpreted():
                 objective, nats = model(x, targets, **how)

@@ -5,22 +5,15 @@ import pytest
 import torch
 
 import aot
-import kernels
 import optim
-from interpreter import INTERPRETED, TRITON, interpreted, kernels_of
+from interpreter import INTERPRETED, TRITON, formula, interpreted, kernels_of
 from kernels import adamw_step
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "by_triton"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
-adamw = kernels_of("adamw")
+adamw, twin = kernels_of("adamw"), formula(adamw_step)
 needs_triton = pytest.mark.skipif(not TRITON, reason="no triton")
 CLOSE = dict(atol=1e-6, rtol=1e-5)
 SETTINGS = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
-
-
-def twin(*given, **how):
-    """adamw_step without a kernel, wherever the tensors are."""
-    with kernels.using("torch"):
-        return adamw_step(*given, **how)
 
 
 def tensors(shapes, seed=0, dtype=torch.float32, scale=0.3, device="cpu"):

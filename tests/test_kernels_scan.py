@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import kernels as ks
+import kernels
 import recurrent
-from interpreter import INTERPRETED, TRITON, interpreted, kernels_of
+from interpreter import INTERPRETED, TRITON, formula, interpreted, kernels_of
 from kernels import grouped_linear, min_gru, selective_scan
 
 pytestmark = pytest.mark.usefixtures("by_triton")
@@ -104,15 +104,15 @@ def test_recurrences_of_nothing(shape, device):
 @pytest.mark.parametrize("shape", [(2, 9, 67), (1, 1, 1), (3, 2, 13)])
 def test_min_gru(shape, device):
     z, v, h = draw(shape, shape, (shape[0], shape[2]))
-    compare(min_gru, ks.min_gru_reference, (z, v, h), device)
+    compare(min_gru, formula(min_gru), (z, v, h), device)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_min_gru_of_halves(dtype, device):
     z, v = draw((2, 7, 9), (2, 7, 9), dtype=dtype)
-    (states,) = compare(min_gru, ks.min_gru_reference, (z, v, *draw((2, 9), seed=3)), device)
+    (states,) = compare(min_gru, formula(min_gru), (z, v, *draw((2, 9), seed=3)), device)
     assert states.dtype == torch.float32
-    compare(min_gru, ks.min_gru_reference, (z, v, *draw((2, 9), seed=3, dtype=dtype)), device)
+    compare(min_gru, formula(min_gru), (z, v, *draw((2, 9), seed=3, dtype=dtype)), device)
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # exp(1e4), in the interpreter: numpy says so
@@ -120,14 +120,14 @@ def test_min_gru_of_extreme_and_strided_values(device):
     z, v, h = draw((2, 18, 5), (18, 2, 5), (2, 5))
     z, v = z[:, ::2], v.transpose(0, 1)[:, ::2]
     z[0, 0], z[0, 1], z[1, 2], v[0, 3], v[1, 4], v[0, 5], h[1, 2] = 1e4, -1e4, 80, 1e4, -1e4, 0, 1e4
-    compare(min_gru, ks.min_gru_reference, (z, v, h), device)
-    close(min_gru(z.to(device), v.to(device)), ks.min_gru_reference(z, v, torch.zeros(2, 5)))
+    compare(min_gru, formula(min_gru), (z, v, h), device)
+    close(min_gru(z.to(device), v.to(device)), formula(min_gru)(z, v, torch.zeros(2, 5)))
 
 
 def test_padding_changes_no_state_of_min_gru(device):
     z, v, h = draw((2, 6, 5), (2, 6, 5), (2, 5))
     z[:, 3:] = -torch.inf
-    (states,) = compare(min_gru, ks.min_gru_reference, (z, v, h), device)
+    (states,) = compare(min_gru, formula(min_gru), (z, v, h), device)
     assert torch.equal(states[:, 2:3].expand(2, 4, 5), states[:, 2:])
 
 
@@ -139,7 +139,7 @@ def test_min_gru_is_the_mixers():
     real = torch.arange(7) < torch.tensor([[7], [4]])
     z, v = mixer.into(x).float().chunk(2, -1)  # as the mixer: float32
     states = min_gru(z.masked_fill(~real.unsqueeze(2), -torch.inf), v, h.float())
-    with ks.using("torch"):
+    with kernels.using("torch"):
         y, (last,) = mixer.run(x, (h.float(),), real)
     torch.testing.assert_close(mixer.out(states.double()), y, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(states[:, -1], last, rtol=1e-5, atol=1e-5)
@@ -156,7 +156,7 @@ def selective_inputs(B, T, I, N, dtype=torch.float32):
                                          (64, (2, 10, 16, 5))])
 def test_selective_scan(chunk, shape, device, monkeypatch):
     monkeypatch.setattr(recurrence, "CHUNK", chunk)
-    compare(selective_scan, ks.selective_scan_reference, selective_inputs(*shape), device)
+    compare(selective_scan, formula(selective_scan), selective_inputs(*shape), device)
 
 
 @pytest.mark.parametrize("used", [(0,), (1,)])
@@ -167,17 +167,17 @@ def test_selective_scan_of_which_one_result_is_used(used, device, monkeypatch):
         def last(op):
             return lambda u, dt, A, Bm, h: op(u, dt, A, Bm, *(t.to(u) for t in (inputs[4], inputs[5])), h)[1]
 
-        compare(last(selective_scan), last(ks.selective_scan_reference), (*inputs[:4], inputs[6]), device)
+        compare(last(selective_scan), last(formula(selective_scan)), (*inputs[:4], inputs[6]), device)
     else:
-        compare(selective_scan, ks.selective_scan_reference, inputs, device, used)
+        compare(selective_scan, formula(selective_scan), inputs, device, used)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_selective_scan_of_halves(dtype, device):
-    y, last = compare(selective_scan, ks.selective_scan_reference, selective_inputs(2, 7, 5, 3, dtype), device)
+    y, last = compare(selective_scan, formula(selective_scan), selective_inputs(2, 7, 5, 3, dtype), device)
     assert y.dtype == last.dtype == torch.float32
     inputs = [t.to(dtype) for t in selective_inputs(1, 4, 3, 2)]
-    compare(selective_scan, ks.selective_scan_reference, inputs, device)
+    compare(selective_scan, formula(selective_scan), inputs, device)
 
 
 def test_selective_scan_of_extreme_and_strided_values(device):
@@ -185,13 +185,13 @@ def test_selective_scan_of_extreme_and_strided_values(device):
     dt[0, 1], dt[1, 2], dt[:, 6:], u[0, 3], h[1, 0], A[2] = 1e4, 0, 0, 1e4, 1e4, 0
     joined = torch.cat((Bm, Cm), 2)
     inputs = (u.transpose(1, 2).contiguous().transpose(1, 2), dt, A.t().contiguous().t(), *joined.split(3, 2), D, h)
-    compare(selective_scan, ks.selective_scan_reference, inputs, device)
+    compare(selective_scan, formula(selective_scan), inputs, device)
     with torch.no_grad():
         u, *rest = (t.to(device) for t in inputs)
         y, last = selective_scan(u, *rest)
         _, before = selective_scan(*(t[:, :6] if t.shape[:2] == (2, 9) else t for t in (u, *rest)))
         assert torch.equal(last, before)  # dt = 0: padding
-        close(selective_scan(u, *rest[:-1])[0], ks.selective_scan_reference(*inputs[:-1], torch.zeros_like(h))[0])
+        close(selective_scan(u, *rest[:-1])[0], formula(selective_scan)(*inputs[:-1], torch.zeros_like(h))[0])
     r = [t.clone().requires_grad_() for t in (u, *rest)]
     assert torch.equal(selective_scan(*r)[0], y)
 
@@ -212,19 +212,19 @@ def grouped_inputs(sizes, C, W, dtype=torch.float32):
 @pytest.mark.parametrize("sizes,C,W", [([5, 0, 70, 0, 15], 37, 67), ([1], 1, 1), ([0, 0, 17], 16, 33),
                                        ([16, 32, 0], 70, 5), ([0, 0], 3, 4), ([1, 1, 1, 1], 0, 3), ([2, 1], 3, 0)])
 def test_grouped_linear(sizes, C, W, device):
-    compare(grouped_linear, ks.grouped_linear_reference, grouped_inputs(sizes, C, W), device)
+    compare(grouped_linear, formula(grouped_linear), grouped_inputs(sizes, C, W), device)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_grouped_linear_of_halves(dtype, device):
-    (y,) = compare(grouped_linear, ks.grouped_linear_reference, grouped_inputs([3, 0, 90, 4], 71, 131, dtype), device)
+    (y,) = compare(grouped_linear, formula(grouped_linear), grouped_inputs([3, 0, 90, 4], 71, 131, dtype), device)
     assert y.dtype == dtype
 
 
 def test_grouped_linear_of_strided_inputs(device):
     x, weight, offsets = grouped_inputs([4, 3, 0], 6, 5)
     x, weight = x.t().contiguous().t(), weight.transpose(1, 2).contiguous().transpose(1, 2)
-    compare(grouped_linear, ks.grouped_linear_reference, (x, weight * 1e4, offsets.repeat_interleave(2)[::2]), device)
+    compare(grouped_linear, formula(grouped_linear), (x, weight * 1e4, offsets.repeat_interleave(2)[::2]), device)
     a = x.to(device).requires_grad_()
     grouped_linear(a, weight.to(device), offsets.to(device)).sum().backward()  # an expanded gradient; none of weight
     close(a.grad, torch.cat((weight[0].sum(0).expand(4, 6), weight[1].sum(0).expand(3, 6))))
@@ -232,10 +232,10 @@ def test_grouped_linear_of_strided_inputs(device):
 
 def test_grouped_linear_under_autocast(device):
     x, weight, offsets = (t.to(device) for t in grouped_inputs([4, 3, 0], 6, 5))
-    want = ks.grouped_linear_reference(x.bfloat16().double(), weight.bfloat16().double(), offsets)
+    want = formula(grouped_linear)(x.bfloat16().double(), weight.bfloat16().double(), offsets)
     with torch.autocast(device, torch.bfloat16):
         y = grouped_linear(x.requires_grad_(), weight, offsets)
-        twin = ks.grouped_linear_reference(x, weight, offsets)
+        twin = formula(grouped_linear)(x, weight, offsets)
     assert y.dtype == twin.dtype == torch.bfloat16
     close(y, want)
     y.sum().backward()
@@ -246,7 +246,7 @@ def test_tiles_find_their_experts(device):
     """As many experts as rows, most of them empty: the bound on the number of tiles holds."""
     sizes = [0, 1, 0, 0, 33, 0, 16, 0, 0, 2, 0]
     x, weight, offsets = grouped_inputs(sizes, 2, 3)
-    compare(grouped_linear, ks.grouped_linear_reference, (x, weight, offsets), device)
+    compare(grouped_linear, formula(grouped_linear), (x, weight, offsets), device)
 
 
 # --- What is chosen, and what is refused ---
@@ -263,9 +263,9 @@ def test_twins_elsewhere():
 
 def cases():
     """(operation, twin, small float64 inputs) of each operation."""
-    return [(min_gru, ks.min_gru_reference, gates(2, 5, 3, torch.float64)),
-            (selective_scan, ks.selective_scan_reference, [t.double() for t in selective_inputs(2, 5, 3, 2)]),
-            (grouped_linear, ks.grouped_linear_reference, grouped_inputs([2, 0, 3], 4, 3, torch.float64))]
+    return [(min_gru, formula(min_gru), gates(2, 5, 3, torch.float64)),
+            (selective_scan, formula(selective_scan), [t.double() for t in selective_inputs(2, 5, 3, 2)]),
+            (grouped_linear, formula(grouped_linear), grouped_inputs([2, 0, 3], 4, 3, torch.float64))]
 
 
 @pytest.mark.parametrize("i", range(3))

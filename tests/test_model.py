@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import mixers
 import model as room
-from kernels import rms_norm
+from kernels import plain_rotary, rms_norm
 from mixers import Causal, Positions, attend_by_hand
 from model import Transformer, TransformerConfig, active_layers, fused_rows, parameter_roles
 
@@ -311,7 +311,7 @@ def test_rope_turns_by_position():
     cos, sin = rope(50)
 
     def at(x, m):
-        return mixers.turn(x.view(1, 1, 1, 8), cos[m].view(1, 1, 1, 8), sin[m].view(1, 1, 1, 8)).flatten()
+        return plain_rotary(x.view(1, 1, 1, 8), cos[m].view(1, 1, 1, 8), sin[m].view(1, 1, 1, 8)).flatten()
     torch.testing.assert_close(at(q, 17) @ at(k, 11), at(q, 46) @ at(k, 40))
     assert abs(at(q, 17) @ at(k, 11) - at(q, 17) @ at(k, 12)) > 1e-3
     pair = torch.complex(q[1], q[5]) * torch.exp(torch.tensor(3j * 100.0 ** (-2 / 8)))
