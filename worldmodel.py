@@ -183,15 +183,13 @@ class ActionModel(nn.Module):
 
     def encode(self, frames):
         """frames (B, history + 1, H, W, 3), the last of them the one to explain -> u (B, D), before the quantiser."""
-        if self.kind == "conv":
-            last = frames[:, -1:] - frames[:, -2:-1] if self.difference else frames[:, -1:]
-            h = self.look(self._channels(torch.cat((frames[:, :-1], last), 1)))
-            for block in self.encoder:
-                h = block(h)
-            h = h.amax((2, 3))
-        else:
+        if self.kind == "transformer":
             return self.encode_every(frames)[:, -1]
-        return self.to_code(F.relu(self.to_hidden(h)))
+        last = frames[:, -1:] - frames[:, -2:-1] if self.difference else frames[:, -1:]
+        h = self.look(self._channels(torch.cat((frames[:, :-1], last), 1)))
+        for block in self.encoder:
+            h = block(h)
+        return self.to_code(F.relu(self.to_hidden(h.amax((2, 3)))))
 
     def encode_every(self, frames):
         """Transformer: frames (B, T + 1, H, W, 3) -> u (B, T, D), for each frame but the first what led to it."""
@@ -200,17 +198,16 @@ class ActionModel(nn.Module):
 
     def predict(self, frames, e):
         """frames (B, history, H, W, 3) and what the code stands for e (B, D) -> (B, H, W, P) logits, or (..., 3)."""
-        if self.kind == "conv":
-            h = self.see(self._channels(frames))
-            for block in self.decoder:
-                h = block(h, e)
-            pixels = self.write(h).permute(0, 2, 3, 1).flatten(1, 2)             # (B, N, p p P)
-        else:
+        if self.kind == "transformer":
             e = e[:, None]
             if frames.size(1) > 1:                           # what led to the frames before, as in training
                 u = self.encode_every(frames)
                 e = torch.cat((self.quantiser(u.flatten(0, 1)).e.view(u.shape).to(e.dtype), e), 1)
             return self.predict_every(frames, e)[:, -1]
+        h = self.see(self._channels(frames))
+        for block in self.decoder:
+            h = block(h, e)
+        pixels = self.write(h).permute(0, 2, 3, 1).flatten(1, 2)                 # (B, N, p p P)
         out = from_patches(pixels, self.patch, self.height, self.width)
         return out if self.colours else frames[:, -1] + out
 
@@ -282,10 +279,9 @@ class Tokenizer(nn.Module):
             return trunk(x.flatten(0, 1)).view(x.shape)
         return trunk(x, cache, self.window if cache is None else None)
 
-    def encode(self, frames, cache=None):
+    def encode(self, frames):
         """frames (B, T, H, W, 3) -> (B, T N, D), before the codebook."""
-        x = self.look(to_patches(frames, self.patch))
-        return self.to_code(self.through(self.encoder, x, cache)).flatten(1, 2)
+        return self.to_code(self.through(self.encoder, self.look(to_patches(frames, self.patch)))).flatten(1, 2)
 
     def decode(self, e, cache=None):
         """What the codes stand for, e (B, T N, D) -> (B, T, H, W, P) logits, or (..., 3)."""
@@ -298,16 +294,16 @@ class Tokenizer(nn.Module):
         found = self.codebook(self.encode(frames), estimator)
         return self.decode(found.e), found
 
-    def tokens(self, frames, cache=None):
+    def tokens(self, frames):
         """frames (B, T, H, W, 3) -> (B, T, N) int64."""
-        return self.codebook(self.encode(frames, cache)).codes.view(len(frames), -1, self.n_tokens)
+        return self.codebook(self.encode(frames)).codes.view(len(frames), -1, self.n_tokens)
 
     def pixels(self, tokens, cache=None):
         """tokens (B, T, N) -> what `decode` writes. With a cache the frames go after those that it holds."""
         return self.decode(self.codebook.look_up(tokens.flatten(1)), cache)
 
     def new_cache(self, batch_size, max_length):
-        """For `tokens` or `pixels` of frames one after another; None where frames are seen one by one anyway."""
+        """For `pixels` of frames one after another; None where frames are seen one by one anyway."""
         return None if self.kind == "spatial" else self.decoder.new_cache(batch_size, max_length, self.window)
 
 

@@ -19,7 +19,6 @@ import choices  # noqa: E402
 import kernels  # noqa: E402
 import networks  # noqa: E402
 import train_dvae  # noqa: E402
-import train_enwik8  # noqa: E402
 import train_mult  # noqa: E402
 import train_worldmodel  # noqa: E402
 from data.arc import Canvas  # noqa: E402
@@ -71,12 +70,8 @@ def watched():
             def spy(*given, name=name, operation=(real := getattr(kernels, name)), **how):
                 if kernels.on() and not inside:
                     calls.setdefault(name, []).append((given, how))
-                inside.append(name)
-                try:
-                    return operation(*given, **how)
-                finally:
-                    inside.pop()
-            for module in (kernels, sys.modules["dvae"], train_mult, train_worldmodel):
+                return operation(*given, **how)
+            for module in (kernels, sys.modules["dvae"], train_mult, train_worldmodel, train_worldmodel.measures):
                 if getattr(module, name, None) is real:
                     patch.setattr(module, name, spy)
             if name in kernels.PLAIN:
@@ -570,7 +565,7 @@ def test_losses_of_the_scripts(monkeypatch):
             loss, accuracy = train_mult.SequenceAccuracyLoss(2.0)(logits, truth, mask)
             loss.backward()
             found.append([loss.detach(), accuracy, logits.grad, train_mult.sum_loss(sums, truth, mask, 21),
-                          train_worldmodel.pixel_loss(sums, None, truth, kernels=how),
+                          train_worldmodel.pixel_loss(sums, None, truth),
                           train_worldmodel.dynamics_loss(Names(), (two, two[..., 0], two > 5, weight))[0],
                           train_worldmodel.frame_loss(Says(), (truth, None, hidden))[0]])
         assert len(calls.get("cross_entropy", ())) == (5 if how == "triton" else 0)
@@ -685,7 +680,7 @@ def test_scripts_have_the_setting(script, forks, tmp_path):
     """The same name, choices and comment everywhere; no part of the architecture; another word is refused."""
     def line(module):
         return [text for text in Path(module.__file__).read_text().splitlines() if text.startswith("kernels = ")]
-    assert line(script) == line(train_enwik8) and len(line(script)) == 1 and script.kernels == "torch"
+    assert line(script) == line(train_mult) and len(line(script)) == 1 and script.kernels == "torch"
     assert "kernels" not in str(script.architecture)
     done = forks.run([Path(script.__file__).name, "--kernels", "cuda"], tmp_path)
     assert done.code == 2 and "kernels" in done.err and "torch, triton" in done.err
