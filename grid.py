@@ -315,13 +315,13 @@ class Grid:
         if cell.run in self.known:
             return self.known[cell.run]
         summary = read_json(self.home / cell.run / "summary.json")
-        timing = "-speed-" in cell.run
-        if summary.get("status") == "done" and (timing or isinstance(summary.get(self.metric), (int, float))):
-            found = Result("done", summary.get(self.metric), step_times(self.home / cell.run / "metrics.jsonl"),
-                           summary.get("parameters"), shown={name: summary.get(name) for name in self.show})
-            self.known[cell.run] = found
-            return found
-        if summary.get("status") == "done":
+        done, value = summary.get("status") == "done", summary.get(self.metric)
+        if done and ("-speed-" in cell.run or isinstance(value, (int, float))):
+            shown = {name: summary.get(name) for name in self.show}
+            times = step_times(self.home / cell.run / "metrics.jsonl")
+            self.known[cell.run] = Result("done", value, times, summary.get("parameters"), shown=shown)
+            return self.known[cell.run]
+        if done:
             return Result("failed", error=f"its summary.json has no number {self.metric}")
         if cell.run in self.failed:
             return Result("failed", error=self.failed[cell.run])
@@ -342,15 +342,10 @@ class Grid:
 
     def progress(self):
         """{row's name: Progress}, from what is on the disk."""
-        found = {}
-        for row in self.rows:
-            found[row.name] = self.walk(row)
-        if self.cross:
+        found = {row.name: self.walk(row) for row in self.rows}
+        if self.cross or len(found[BASELINE].values) < 2:
             return found
-        base = found[BASELINE]
-        if len(base.values) < 2:
-            return found
-        sigma = noise_floor(base.values)
+        sigma = noise_floor(found[BASELINE].values)
         whole = {name: bool(mine.values) and not mine.wanted for name, mine in found.items()}
         for row in self.rows[1:]:
             mine, other = found[row.name], found[row.against]
@@ -534,9 +529,8 @@ def never_made(script, names):
 
 def step_times(path):
     """Seconds per optimiser step in each stretch between two training lines of a metrics.jsonl; [] where none is."""
-    if not path.exists():
-        return []
-    lines = [entry for entry in read_metrics(path) if entry["split"] == "train" and entry.get("seconds")]
+    lines = read_metrics(path) if path.exists() else []
+    lines = [entry for entry in lines if entry["split"] == "train" and entry.get("seconds")]
     return [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in zip(lines, lines[1:])
             if b["step"] > a["step"]]
 
@@ -699,9 +693,9 @@ def tell_the_end(plan, found, given_up):
     say(f"done: {sum(len(mine.values) > 0 for mine in found.values())} of {len(plan.rows)} rows; "
         f"{plan.folder / 'grid.json'}")
     troubles = {name: mine.error for name, mine in found.items() if mine.error}
-    broken = {run: error for run, error in plan.failed.items() if run in given_up}
     if troubles or given_up:
-        told = "; ".join(f"{name}: {error}" for name, error in (troubles or broken).items()) or ", ".join(given_up)
+        broken = troubles or {run: error for run, error in plan.failed.items() if run in given_up}
+        told = "; ".join(f"{name}: {error}" for name, error in broken.items()) or ", ".join(given_up)
         raise UserError(f"{max(len(given_up), len(troubles))} failed (--retry runs them again): {told}")
 
 
