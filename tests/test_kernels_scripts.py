@@ -70,7 +70,11 @@ def watched():
             def spy(*given, name=name, operation=(real := getattr(kernels, name)), **how):
                 if kernels.on() and not inside:
                     calls.setdefault(name, []).append((given, how))
-                return operation(*given, **how)
+                inside.append(name)
+                try:
+                    return operation(*given, **how)
+                finally:
+                    inside.pop()
             for module in (kernels, sys.modules["dvae"], train_mult, train_worldmodel, train_worldmodel.measures):
                 if getattr(module, name, None) is real:
                     patch.setattr(module, name, spy)
