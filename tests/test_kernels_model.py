@@ -20,7 +20,7 @@ from experiment import UserError
 from feedforward import MixtureOfExperts
 from interpreter import INTERPRETED, interpreted
 from mixers import EVERYTHING, Causal, Positions
-from model import TransformerConfig, build_model
+from model import TransformerConfig, build_model, from_checkpoint
 from networks import Encoder, TwoStreams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -438,6 +438,28 @@ def test_words():
     assert TransformerConfig().kernels == "torch"
     with pytest.raises(ValueError, match="kernels is 'cuda', but must be one of torch, triton"):
         TransformerConfig(kernels="cuda")
+
+
+def test_the_switch():
+    """One for the process; `using` puts back what was, come what may; another word changes nothing."""
+    assert not kernels.on()
+    with pytest.raises(ZeroDivisionError), kernels.using("triton"):
+        assert kernels.on() and not kernels.fits(torch.ones(2))  # on a CPU the formula
+        with kernels.using("torch"):
+            assert not kernels.on()
+        assert kernels.on() and 1 / 0
+    assert not kernels.on()
+    with pytest.raises(ValueError, match="kernels 'cuda': it must be torch or triton"):
+        kernels.use("cuda")
+    assert not kernels.on()
+
+
+def test_a_checkpoint_brings_its_kernels():
+    """Whoever samples or evaluates goes by what the run was trained with; checkpoints from before the setting too."""
+    model = build_model(TransformerConfig(**SMALL))
+    for setting, on in (({"kernels": "triton"}, True), ({"kernels": "torch"}, False), ({}, False)):
+        found = from_checkpoint(dict(settings={**SMALL, **setting}, vocab_size=31, model=model.state_dict()))
+        assert kernels.on() == on and found.state_dict().keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize("script", [train_enwik8, train_facts])
