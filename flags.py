@@ -209,7 +209,8 @@ def _read_settings(path):
         file, kind, *left_out = re.split(r":| but | ", place)
         fields = _read_fields(Path(path).parent / file, kind, f"Further, of {group}")
         new = {name: spec for name, spec in fields.items() if name not in found and name not in left_out}
-        found = new | found if group == "the run" else found | new       # which run, before what it does
+        first = {name: spec for name, spec in found.items() if spec.group == "Run"} if group == "the run" else found
+        found = first | new | found                          # a run's own beside those that the script shows
     return found
 
 

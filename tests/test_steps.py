@@ -89,8 +89,8 @@ def test_last_pt_is_first_and_the_last_step_may_be_the_best(trained, text, monke
     """A run that is killed once best.pt is there has a last.pt to go on from. The last step counts where eval_interval
     does not divide it, too; last.pt knows of it what best.pt knows, but no line, from which a longer run goes on."""
     saves, save = [], Run.save
-    monkeypatch.setattr(Run, "save", lambda self, name, state: (saves.append((name, state["step"])),
-                                                                save(self, name, state)))
+    monkeypatch.setattr(Run, "save", lambda self, name, step, **more: (saves.append((name, step)),
+                                                                       save(self, name, step, **more)))
     better = dict(lr=0.3, eval_interval=2, max_steps=3, batch_size=4)
     run = trained("train_enwik8.py", "run", **BYTES | better | dict(dataset=text, eval_windows=2))
     assert saves == [("last.pt", 0), ("best.pt", 2), *[(name, 3) for name in ("last.pt", "best.pt", "last.pt")]]
