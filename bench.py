@@ -23,9 +23,9 @@ Shares: `of peak` is against the best square matrix product of this device and t
 the best copy of a large tensor; the ratio beside `its products` against the step's own matrix products and nothing
 else, which is all that any training of these shapes could reach here. What it measured: docs/speed.md.
 """
-import flags
+from nanolab.settings import answer_help
 
-flags.answer_help(__name__, __file__)  # before the seconds that the next lines take
+answer_help(__name__, __file__)  # before the seconds that the next lines take
 
 import contextlib
 import ctypes
@@ -51,17 +51,16 @@ import torch
 import torch.nn.functional as F
 
 import kernels as ops
-import limits
-import optim
 from data import text
-from experiment import (UserError, command, keep_freed_memory, measure_peak_flops, override, peak_memory, replacing,
-                        resolve_device)
 from model import Transformer, TransformerConfig, build_model, parameter_roles
+from models.world_dynamics import CausalDynamics, Dynamics
+from nanolab import limits, optim
 from nanolab.dialog_tree import DialogTree
 from nanolab.dialogs import converse
 from nanolab.generate import generate
+from nanolab.run import (UserError, command, keep_freed_memory, measure_peak_flops, override, peak_memory, replacing,
+                         resolve_device)
 from nanolab.score import score
-from worldmodel import CausalDynamics, Dynamics
 
 # --- What ---
 preset = None            # a named set of settings (below); flags win over it

@@ -31,9 +31,9 @@ one under the first protocol becomes best.pt; else that file is the trainer's. I
 trainer has been there for `patience` seconds. A checkpoint that is replaced before its turn is not evaluated:
 --keep_last keeps more of them. More: docs/runs.md.
 """
-import flags
+from nanolab.settings import answer_help
 
-flags.answer_help(__name__, __file__, "checkpoint")  # before the seconds that the next lines take
+answer_help(__name__, __file__, "checkpoint")  # before the seconds that the next lines take
 
 import copy
 import json
@@ -48,9 +48,9 @@ import torch
 
 from data import tokens
 from data.tokenized import tokenizer_of
-from experiment import (Settings, UserError, command, draw_curves, find_checkpoint, is_running, lock_file, optional,
-                        override, read_json, read_metrics, replacing, resolve_device)
 from nanolab.generate import load_model
+from nanolab.run import (Settings, UserError, command, draw_curves, find_checkpoint, is_running, lock_file, optional,
+                         override, read_json, read_metrics, replacing, resolve_device)
 from nanolab.score import Ensemble
 from nanolab.tasks import cost, kind_of, result
 

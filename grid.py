@@ -38,9 +38,9 @@ the yaml no longer wants stays where it is. Several grid.py may share a folder. 
 others; it is told at the end and left alone until --retry. One that was killed goes on with the next command.
 What a grid measured, and each key of its yaml: docs/one-change.md.
 """
-import flags
+from nanolab.settings import Settings, _read_settings, answer_help
 
-flags.answer_help(__name__, __file__, "grid")  # before the seconds that the next lines take
+answer_help(__name__, __file__, "grid")  # before the seconds that the next lines take
 
 import ast
 import contextlib
@@ -63,9 +63,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiment import (UserError, as_typed, check_settings, command, lock_file, override, read_json, read_metrics,
-                        write_json)
 from nanolab import archive
+from nanolab.run import (UserError, as_typed, check_settings, command, lock_file, override, read_json, read_metrics,
+                         write_json)
 from nanolab.verdict import compare, noise_floor
 
 # --- What ---
@@ -153,7 +153,7 @@ class Grid:
             self.tree = ast.parse(self.script.read_bytes())
         except (SyntaxError, ValueError) as error:
             raise UserError(f"{path}: script {plan['script']} is no Python: {error}") from None
-        self.specs = flags._read_settings(self.script)
+        self.specs = _read_settings(self.script)
         self.folder, self.metric, self.seeds = Path(plan["out_dir"]), plan["metric"], plan["seeds"]
         self.home = self.folder / self.script.stem           # of the runs
         self.need(all(type(seed) is int for seed in self.seeds) and 2 <= len(self.seeds) == len(set(self.seeds)),
@@ -276,7 +276,7 @@ class Grid:
                         module = module or imported(self.script)
                         quiet = getattr(module, "debug_settings", {}) if values.get("debug") else {}
                         defaults = {name: spec.default for name, spec in self.specs.items()}
-                        whole = flags.Settings(defaults | quiet | values)
+                        whole = Settings(defaults | quiet | values)
                         vars(module).update(whole)
                         with contextlib.redirect_stdout(io.StringIO()):      # what it says, each run will say
                             module.check(whole)

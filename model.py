@@ -4,6 +4,7 @@ Shapes: B batch, T queries or time, S keys, C width, H heads, D head size, V voc
 whose loss counts, K targets per position. Queries, keys and values are (B, H, T, D) inside attention.
 A setting that cannot be is a ValueError with one sentence.
 """
+import importlib
 import math
 import re
 from dataclasses import dataclass, fields, replace
@@ -15,29 +16,35 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 import kernels
-from cache import Cache, Memory
-from feedforward import FeedForward, LowRank, MixtureOfExperts
-from flags import check_fields
-from kernels import GLU
-from memory import Compressive, TransformerXL
-from mixers import Attention, Differential, Latent, Linear, Norm, Positions, Rope, ShortConv, Sparse
-from recurrent import Mamba, MinGRU
+from kernels import GLU, activate, plain_rms_norm
+from nanolab.cache import Cache, KVCache, Memory
+from nanolab.settings import check_fields
 
-MIXERS = {  # what a word of `mixer` builds: function of (config, layer)
-    "full": Attention,
-    "window": lambda config, layer: Attention(config, layer, "window"),
-    "strided": lambda config, layer: Sparse(config, layer, "strided"),
-    "fixed": lambda config, layer: Sparse(config, layer, "fixed"),
-    "diff": Differential,
-    "mla": Latent,
-    "xl": TransformerXL,
-    "compressive": Compressive,
-    "mamba": Mamba,
-    "mingru": MinGRU,
+# What a word of `mixer` and of `ff` builds, a function of (config, layer), as "module:name": a variant of models/ is
+# imported when a setting asks for it.
+MIXERS = {
+    "full": "model:Attention",
+    "window": "model:windowed",
+    "strided": "models.sparse:strided",
+    "fixed": "models.sparse:fixed",
+    "diff": "models.differential:Differential",
+    "mla": "models.latent:Latent",
+    "xl": "models.memory:TransformerXL",
+    "compressive": "models.memory:Compressive",
+    "mamba": "models.recurrent:Mamba",
+    "mingru": "models.recurrent:MinGRU",
 }
-FEED_FORWARDS = {"mlp": FeedForward, "low_rank": LowRank, "moe": MixtureOfExperts}
+FEED_FORWARDS = {"mlp": "model:FeedForward", "low_rank": "models.low_rank:LowRank",
+                 "moe": "models.experts:MixtureOfExperts"}
 RECURRENT = ("mamba", "mingru")  # they know order by themselves, and have no keys
 CARRY = ("xl", "compressive", *RECURRENT)  # one segment leaves something to the next
+
+
+def variant(place):
+    """What a "file:name" of the tables above names."""
+    file, name = place.split(":")
+    return globals()[name] if file == "model" else getattr(importlib.import_module(file), name)
+
 
 def pattern(words, n_layer, allowed, name):
     """'a,b,b' repeated over the layers: a tuple of n_layer words. Raises ValueError for a word that is not allowed."""
@@ -342,6 +349,502 @@ def active_layers(step, max_steps, n_layer):
     return tuple(l - 1 for l in range(1, n_layer + 1) if l == n_layer or 2 * n_layer * step < l * max_steps)
 
 
+# --- Who sees whom ---
+
+@dataclass(frozen=True)
+class Span:
+    """A rule of who sees whom: a query sees itself and those before it that `sees` allows, with `window` only among the
+    last so many places, its own included."""
+    window: int = None
+
+    @property
+    def reach(self):
+        """The most keys that a query sees; None: any number."""
+        return None
+
+    def first(self, q):
+        """The first place that a query at place q (int) sees."""
+        return 0 if self.window is None else max(0, q - self.window + 1)
+
+    def sees(self, q, k):
+        """bool, broadcast: may a query at places q see keys at places k <= q, as far as the window goes back?"""
+        return k <= q
+
+    def allowed(self, q, k, end):
+        """bool, broadcast: may a query at places q see keys at places k? It looks ahead up to `end` (>= q)."""
+        seen = self.sees(q, k) & (k <= q) | (k > q) & (k <= end)
+        return seen if self.window is None else seen & (k > q - self.window)
+
+
+class Causal(Span):
+    """A query sees itself and what stands before it."""
+
+    @property
+    def reach(self):
+        """As Span.reach."""
+        return self.window
+
+
+class Everything(Span):
+    """Every query sees every key."""
+
+    def allowed(self, q, k, end):
+        """As Span.allowed: True."""
+        return (k == k) & (q == q)
+
+
+CAUSAL, EVERYTHING = Causal(), Everything()
+
+
+def causal(window=None):
+    """The Causal of this window."""
+    return CAUSAL if window is None else Causal(window)
+
+
+class Positions:
+    """What all layers of one forward pass share: where its T inputs stand, masks made once, and what layers report.
+
+    start: the position of the first input, where all rows stand alike and inputs are consecutive (index None).
+    index: (B, T) int64 where rows are ragged; -1 marks padding. window: the last positions that a layer of full
+    attention sees; None: all before it. prefix: int or (B,) int64, the positions below it see one another.
+    bidirectional: every position sees every other. tables: RoPE's, {D: (cos, sin)} at these places, each
+    (1 or B, T, 1, D) float32; ropes: the modules that make them, {str(D): Rope}. memory: what the segment before left
+    to each layer, which stands for the `remembered` positions before this one.
+
+    Layers write into: `losses`, {name: [weighted scalars]}; `usage`, [(layer, counts)] of experts; `memory_out`,
+    {layer: tensors} for the next segment.
+    """
+
+    in_order = True  # a query's keys lie side by side: long passes may be cut into blocks
+
+    def __init__(self, start, T, index=None, window=None, prefix=None, bidirectional=False,
+                 memory=None, remembered=0, tables=None):
+        self.start, self.T, self.index, self.window = start, T, index, window
+        self.ropes, self.tables = {}, tables or {}
+        self.prefix, self.bidirectional = prefix, bidirectional
+        self.memory, self.remembered = memory, remembered
+        self.losses, self.usage, self.memory_out = {}, [], {}
+        self._made = {}
+
+    def real_first(self):
+        """Of ragged rows, (order, back, real), each (B, T, 1): taken along dimension 1, `order` puts each row's real
+        inputs first, so that a padded one never stands between two of them, and `back` undoes it; real is bool, in that
+        order."""
+        if "real_first" not in self._made:
+            real = self.index.unsqueeze(2) >= 0
+            order = (~real).byte().argsort(dim=1, stable=True)
+            self._made["real_first"] = order, order.argsort(1), real.take_along_dim(order, 1)
+        return self._made["real_first"]
+
+    def turn(self, x):
+        """x (B, T, H, D) turned by RoPE's tables, in its own type; x itself where there are none."""
+        return kernels.rotary(x, *self.tables[x.size(-1)]) if self.tables else x
+
+    def look_up_ropes(self, ropes, n):
+        """Takes the tables of ropes, {str(D): Rope}, at these places, which are all below n."""
+        self.ropes = ropes
+        self.tables = {int(D): tuple(self.look_up(t).view(-1, self.T, 1, int(D)) for t in rope(n))  # (1 or B, T, 1, D)
+                       for D, rope in ropes.items()}
+
+    def look_up(self, table):
+        """Rows of a learned table (P, C) at these places: (T, C), or (B, T, C) where ragged; padding takes row 0."""
+        if self.index is None:
+            return table[self.start:self.start + self.T]
+        return F.embedding(self.index.clamp(min=0), table)
+
+    def mask(self, span, S, seen, device, slopes=None, rows=None):
+        """Which of S keys each query may see: None (all), "causal", or a mask ((B, 1,) T, S), True where allowed.
+
+        span: the rule (Causal, ...). seen: (B, S) int64, the keys' positions, or None where all rows stand alike and
+        the keys end at the last query. Padding sees padding and nothing else does. slopes: (H,) float32, ALiBi's;
+        then the mask is float32 ((B,) H, T, S) to be added to the scores. rows: (first, end) of some queries, their
+        first key and the end of their keys, (i, j, low, high): only that part of the mask. Made once for all layers.
+        """
+        if seen is None and slopes is None and rows is None and self.prefix is None:
+            if type(span) is Causal:
+                W = span.window
+                if self.T == 1 and (W is None or S <= W):
+                    return None
+                if S == self.T and (W is None or S <= W):
+                    return "causal"
+            elif type(span) is Everything:
+                return None
+        key = (span, S, None if slopes is None else (slopes.numel(), slopes.data_ptr()), rows)
+        if key not in self._made:
+            self._made[key] = self._make_mask(span, S, seen, device, slopes, rows)
+        return self._made[key]
+
+    def _make_mask(self, span, S, seen, device, slopes, rows):
+        T = self.T
+        if seen is None:
+            k = torch.arange(self.start + T - S, self.start + T, device=device)  # (S,)
+            q = k[S - T:, None]  # (T, 1)
+            if rows is not None:
+                q, k = q[rows[0]:rows[1]], k[rows[2]:rows[3]]
+        else:
+            k = seen[:, None, None, :]  # (B, 1, 1, S)
+            q = self.index[:, None, :, None]  # (B, 1, T, 1)
+        end = q
+        if self.prefix is not None:
+            prefix = self.prefix.view(-1, 1, 1, 1) if torch.is_tensor(self.prefix) else self.prefix
+            end = torch.clamp(q, min=prefix - 1)
+        allowed = span.allowed(q, k, end)
+        if seen is not None:
+            allowed = allowed & (k >= 0) & (q >= 0) | (k < 0) & (q < 0)  # (B, 1, T, S)
+        if slopes is None:
+            return allowed
+        bias = -(q - k).abs() * slopes.view(-1, 1, 1)  # ((B,) H, T, S)
+        return torch.where(allowed, bias, -math.inf)
+
+
+# --- Position schemes ---
+
+class Rope(nn.Module):
+    """Rotary positions (Su et al. 2021): feature pairs (i, i + D/2) turn by position * base^(-2i/D).
+
+    For a context of `factor` times the `original` one, `scaling` is "none"; "linear", positions over factor (position
+    interpolation, Chen et al. 2023); "ntk", a base of base * factor^(D / (D - 2)), which leaves the fastest pair as it
+    is and slows the slowest by factor (bloc97 2023); or "yarn" (Peng et al. 2023, section 3): pairs that turn more than
+    32 times in the original context stay, those that turn less than once are interpolated, a ramp between, and queries
+    and keys grow by yarn_mscale(factor, mscale) each (`magnitude`). The `ramp` goes by "turns" as in the paper, or by
+    "index" as in published code and so in published weights: by the number of the pair, between those that turn 32
+    times and once, rounded outwards.
+
+    Angles are computed in float64 and kept as float32 tables that grow with the positions asked for; not saved.
+    One Rope serves all layers.
+    """
+
+    def __init__(self, head_dim, base, n, scaling="none", factor=1.0, original=None, ramp="turns", mscale=1.0):
+        super().__init__()
+        self.head_dim, self.base = head_dim, base
+        self.frequencies, self.magnitude = rope_frequencies(head_dim, base, scaling, factor, original or n, ramp,
+                                                            mscale)
+        self.register_buffer("cos", None, persistent=False)
+        self.register_buffer("sin", None, persistent=False)
+        self._build(n, "cpu")
+
+    def _build(self, n, device):
+        with torch.inference_mode(False):  # these tables must serve training too, whoever asks for them first
+            angle = torch.outer(torch.arange(n, dtype=torch.float64, device="cpu"), self.frequencies)  # (n, D/2)
+            cos, sin = angle.cos() * self.magnitude, angle.sin() * self.magnitude
+            self.cos = torch.cat((cos, cos), 1).float().to(device)  # (n, D)
+            self.sin = torch.cat((-sin, sin), 1).float().to(device)  # (n, D), signed for kernels.rotary
+
+    def forward(self, n):
+        """The tables (>= n, D), for positions 0 to n - 1 at least."""
+        if n > self.cos.size(0) or self.cos.dtype != torch.float32:  # model.to(bfloat16) spoils the tables
+            self._build(max(n, 2 * self.cos.size(0)) if n > self.cos.size(0) else self.cos.size(0), self.cos.device)
+        return self.cos, self.sin
+
+
+def yarn_mscale(factor, mscale):
+    """0.1 mscale ln(factor) + 1: YaRN's growth of a query or key (Peng et al. 2023, section 3.4; DeepSeek's mscale)."""
+    return 0.1 * mscale * math.log(max(factor, 1.0)) + 1
+
+
+def rope_frequencies(head_dim, base, scaling="none", factor=1.0, original=512, ramp="turns", mscale=1.0):
+    """(angles per position (D/2,) float64 on the CPU, magnitude of the tables); Rope says what the words mean."""
+    pair = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim  # (D/2,)
+    if scaling == "ntk":
+        base = base * factor ** (head_dim / max(head_dim - 2, 1))
+    plain = base ** -pair
+    if scaling == "linear":
+        return plain / factor, 1.0
+    if scaling == "yarn":
+        if ramp == "index":
+            low, high = (head_dim * math.log(original / (n * 2 * math.pi)) / (2 * math.log(base)) for n in (32, 1))
+            low, high = max(math.floor(low), 0), min(math.ceil(high), head_dim - 1)
+            keep = 1 - ((torch.arange(len(plain), dtype=torch.float64, device="cpu") - low)
+                        / (high - low or 0.001)).clamp(0, 1)
+        else:
+            turns = original * plain / (2 * math.pi)  # of each pair over the original context
+            keep = ((turns - 1) / (32 - 1)).clamp(0, 1)  # 0: interpolate, 1: leave
+        return plain / factor * (1 - keep) + plain * keep, yarn_mscale(factor, mscale)
+    return plain, 1.0
+
+
+def alibi_slopes(n_head):
+    """(H,) float32: 2^(-8 h / H) for h = 1 ... H (Press et al. 2022; for H no power of 2 the same formula)."""
+    return 2.0 ** (-8.0 * torch.arange(1, n_head + 1) / n_head)
+
+
+# --- Norms and linear layers ---
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last dimension, with a learned gain and bias or without."""
+
+    def __init__(self, kind, width, gain, bias):
+        super().__init__()
+        self.kind, self.width = kind, width
+        self.gain = nn.Parameter(torch.empty(width)) if gain else None
+        self.bias = nn.Parameter(torch.empty(width)) if gain and bias and kind == "layer" else None
+
+    def forward(self, x, learn=True):
+        """x (..., width) to the same shape and type. Only with `learn` does a gradient reach gain and bias."""
+        own = self._parameters  # past nn.Module's look-up, which a decoded byte feels
+        if not learn:
+            own = {name: p.detach() for name, p in own.items() if p is not None}
+        if self.kind == "rms":
+            return kernels.rms_norm(x, own.get("gain"))
+        return kernels.layer_norm(x, own.get("gain"), own.get("bias"))
+
+
+class Linear(nn.Linear):
+    """nn.Linear that leaves its parameters to `initialise`, which claims each of them."""
+
+    def forward(self, x):
+        """x (..., in) to (..., out)."""
+        return F.linear(x, self._parameters["weight"], self._parameters["bias"])
+
+    def reset_parameters(self):
+        """Draws nothing."""
+
+
+# --- Attention ---
+
+LONG = 1024  # keys from which on SDPA's causal attention outruns attend_by_hand
+
+
+def attend_by_hand(q, k, v, mask, dropout=0.0, scale=None):
+    """softmax(scale q k^T) v with the softmax in float32; what SDPA computes, in steps.
+
+    q (B, H, T, D); k (B, H or fewer, S, D); v (B, as many, S, D'); mask as Positions.mask gives it; scale None:
+    D^-0.5. Returns (B, H, T, D'). Under bfloat16 on a CPU forward and backward outrun SDPA's up to some hundred keys;
+    over more SDPA gains, which skips what causal queries do not see (bench.py --what growth --attention sdpa, manual).
+    """
+    B, H, T, D = q.shape
+    S = k.size(2)
+    if k.size(1) != H:
+        k, v = (t.repeat_interleave(H // t.size(1), 1) for t in (k, v))  # (B, H, S, D)
+    if isinstance(mask, str):
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+    scale = D ** -0.5 if scale is None else scale
+    with torch.autocast(q.device.type, enabled=False):  # softmax of bfloat16 already works in float32 inside
+        if mask is not None and mask.dim() == 2:  # one operation in place of three
+            scores = torch.baddbmm(mask.to(q.dtype), q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
+            scores = scores.view(B, H, T, S)
+        else:
+            scores = (q * scale) @ k.mT  # (B, H, T, S)
+            scores = scores if mask is None else scores + mask.to(q.dtype)
+        p = torch.softmax(scores, -1)
+        if dropout:
+            p = F.dropout(p, dropout)
+        return p @ v
+
+
+class Attention(nn.Module):
+    """Self-attention with one fused projection and n_kv_head <= n_head groups of keys and values.
+
+    kind "window" sees the last config.window positions only. With qk_norm, queries and keys pass an RMSNorm without
+    parameters before they turn; RoPE keeps lengths, so after would be the same. They then have length sqrt(D); with
+    qk_scale the score is s q.k / D, s learned, one of a layer, and sqrt(D) at first. A bias of keys that do not turn
+    (nor are normed) moves all scores of a query alike, so no loss reaches it.
+    """
+
+    def __init__(self, config, layer=0, kind="full"):
+        super().__init__()
+        c = self.config = config
+        self.layer, self.kind = layer, kind
+        rows = tuple(n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head))
+        self.qkv = Linear(c.n_embd, sum(rows), bias=c.bias)
+        self.out = Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
+        self.fused, self.own = {"qkv": rows}, {}
+        if c.qk_scale:
+            self.qk_scale = nn.Parameter(torch.empty(1))
+            self.own["qk_scale"] = "gain"
+        slopes = alibi_slopes(c.n_head) if c.positions == "alibi" else None
+        self.register_buffer("slopes", slopes, persistent=False)
+        # One query, to which a cache shows just what it sees, is then PyTorch's attention.
+        self.plain = (type(self) is Attention and slopes is None and c.n_kv_head == c.n_head
+                      and c.attention != "manual")
+
+    def fill(self):
+        """Scores start as without qk_scale."""
+        if self.config.qk_scale:
+            self.qk_scale.fill_(self.config.head_dim ** 0.5)
+
+    def forward(self, x, positions, cache=None):
+        """x (B, T, C), positions a Positions, cache a KVCache or None. Returns (B, T, C)."""
+        c, (B, T, _) = self.config, x.shape
+        H, G = c.n_head, c.n_kv_head
+        into, out = self._modules["qkv"], self._modules["out"]
+        qkv = into(x).view(B, T, H + 2 * G, c.head_dim)  # (B, T, H + 2 G, D)
+        if not c.qk_norm and not positions.tables:
+            heads = qkv.transpose(1, 2)  # (B, H + 2 G, T, D)
+            q, k, v = torch.split_with_sizes(heads, (H, G, G), 1)  # (B, H, T, D), (B, G, T, D) twice
+        else:
+            qk, v = qkv.split((H + G, G), 2)
+            if c.qk_norm:
+                qk = plain_rms_norm(qk)
+            q, k = positions.turn(qk).transpose(1, 2).split((H, G), 1)  # (B, H, T, D), (B, G, T, D)
+            v = v.transpose(1, 2)  # (B, G, T, D)
+            if c.qk_scale:  # D^-0.5 of it is in every softmax
+                q = (q * (self.qk_scale / c.head_dim ** 0.5)).to(q.dtype)
+        seen = positions.index
+        if cache is not None:
+            k, v, seen = cache.update(k, v, positions.index)
+            if q.dtype != k.dtype:
+                q = q.to(k.dtype)
+        if T == 1 and self.plain and seen is None and not self.training and not kernels.on():
+            y = F.scaled_dot_product_attention(q, k, v)  # what attend comes to, without its questions
+        else:
+            y = self.attend(q, k, v, positions, seen, self.span(positions, cache))
+        y = (y.transpose(1, 2) if T > 1 else y).reshape(B, T, H * c.head_dim)
+        if cache is not None and y.dtype != x.dtype:  # a cache may be of another type
+            y = y.to(x.dtype)
+        return out(y)  # (B, T, C)
+
+    def span(self, positions, cache=None):
+        """Who sees whom in this layer."""
+        if positions.bidirectional:
+            return EVERYTHING
+        limit = positions.window if cache is None else cache.window
+        if self.kind == "window":
+            limit = self.config.window if limit is None else min(limit, self.config.window)
+        return causal(limit)
+
+    def attend(self, q, k, v, positions, seen, span, bias=None, scale=None, slopes=None):
+        """Queries (B, H, T, D) over keys (B, G, S, D) and values (B, G, S, D'), as `span` allows: (B, H, T, D').
+
+        seen: the keys' positions (B, S) where rows are ragged, else None. bias: (B or 1, H, T, S), added to the scores.
+        scale: of the scores; None: D^-0.5. slopes: ALiBi's of these heads; None: the layer's. Where a
+        query reaches only a few of many keys, the work is cut into blocks of queries, each beside the keys that it
+        reaches: time and memory grow with T times the reach, not with T S.
+        """
+        if bias is None and self.by_kernel(q, v, positions, seen, span):
+            return kernels.attend(q.to(v.dtype), k.to(v.dtype), v, window=span.window, prefix=positions.prefix,
+                                  scale=scale)
+        slopes = self.slopes if slopes is None else slopes
+        T, S, reach = q.size(2), k.size(2), span.reach
+        if reach is not None and seen is None:
+            if T == 1 and S > reach:  # a lone query: a view of what it sees needs no mask
+                k, v, S = k[:, :, -reach:], v[:, :, -reach:], reach
+                bias = None if bias is None else bias[..., -reach:]
+            if T == 1 and (n := positions.start - span.first(positions.start) + 1) < S:
+                k, v, S = k[:, :, -n:], v[:, :, -n:], n
+                bias = None if bias is None else bias[..., -n:]
+            elif T > 2 * reach and bias is None and positions.prefix is None and positions.in_order:
+                parts = []
+                for i in range(0, T, reach):
+                    j = min(T, i + reach)
+                    low, high = max(0, S - T + i - reach + 1), S - T + j
+                    mask = positions.mask(span, S, None, q.device, slopes, (i, j, low, high))
+                    parts.append(self.softmax(q[:, :, i:j], k[:, :, low:high], v[:, :, low:high], mask, scale))
+                return torch.cat(parts, 2)
+        if bias is None and self.by_lone_kernel(q, k, v, positions, seen, span):
+            return kernels.attend_one(q.to(v.dtype), k.to(v.dtype), v, scale=scale)
+        lone = T == 1 and seen is None and reach is not None and positions.prefix is None and slopes is None
+        mask = None if lone else positions.mask(span, S, seen, q.device, slopes)
+        if bias is not None:
+            mask = add_masks(mask, bias, T, S)
+        return self.softmax(q, k, v, mask, scale)
+
+    def fusible(self, *widths):
+        """Whether kernels are on and know this layer's scores and heads of these widths: attention "auto", no ALiBi, no
+        dropout in training."""
+        c = self.config
+        return (kernels.on() and c.attention == "auto" and self.slopes is None and not (self.training and c.dropout)
+                and max(widths) <= kernels.WIDEST_HEAD)
+
+    def by_kernel(self, q, v, positions, seen, span):
+        """Whether kernels.attend computes what these queries see; arguments as `attend` takes them.
+
+        Where rows stand alike and a query sees what is before it, a window of it, or a prefix that counts from the
+        first key; in training and other passes of many places.
+        """
+        return (q.size(2) > 1 and seen is None and type(span) is Causal and positions.in_order
+                and (positions.prefix is None or not positions.start) and self.fusible(q.size(3), v.size(3)))
+
+    def by_lone_kernel(self, q, k, v, positions, seen, span):
+        """Whether kernels.attend_one computes what a lone query over a cache sees, which is all of k: for inference,
+        where rows stand alike, without a prefix."""
+        return (q.size(2) == 1 and seen is None and type(span) is Causal and positions.in_order
+                and positions.prefix is None and k.size(2) <= (span.reach or k.size(2))
+                and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
+                and self.fusible(q.size(3), v.size(3)))
+
+    def softmax(self, q, k, v, mask, scale=None):
+        """q (B, H, T, D), k (B, G, S, D), v (B, G, S, D'), mask None, "causal", bool or float: (B, H, T, D')."""
+        c = self.config
+        dropout = c.dropout if self.training else 0.0
+        by_hand = q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16
+        by_hand = by_hand and (k.size(2) < (LONG if isinstance(mask, str) else 4 * LONG) or dropout > 0)
+        if c.attention == "manual" or c.attention == "auto" and by_hand:
+            return attend_by_hand(q, k, v, mask, dropout, scale)
+        H, G = q.size(1), k.size(1)
+        if mask is None and q.size(2) == 1 and G < H:  # one query: its group's heads act as queries
+            q = q.reshape(q.size(0), G, -1, q.size(3))  # (B, G, H/G, D)
+            y = F.scaled_dot_product_attention(q, k, v, None, dropout, scale=scale)
+            return y.reshape(q.size(0), H, 1, v.size(3))
+        width, D = v.size(3), q.size(3)
+        if D != width and q.size(2) > 1 and q.device.type == "cpu":  # there, fused attention takes one width only
+            scale = D ** -0.5 if scale is None else scale
+            q, k, v = (F.pad(t, (0, max(D, width) - t.size(3))) for t in (q, k, v))
+        is_causal = isinstance(mask, str)
+        if is_causal:
+            mask = None
+        elif mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale, enable_gqa=G < H)
+        return y if y.size(3) == width else y[..., :width]
+
+    def new_cache(self, batch_size, max_length, window, device, dtype):
+        """A KVCache; a layer of kind "window" never keeps more than its own window."""
+        c = self.config
+        if self.kind == "window":
+            window = c.window if window is None else min(window, c.window)
+        return KVCache(batch_size, c.n_kv_head, c.head_dim, max_length, window, device, dtype)
+
+    def new_memory(self, batch_size, device, dtype):
+        """Attention starts afresh with every segment: None."""
+        return None
+
+    def flops(self, T):
+        """Scores and sums of one token, forward, at T positions: 4 H D T, uncut by the causal mask; a window cuts T."""
+        c = self.config
+        return 4 * c.n_head * c.head_dim * (min(T, c.window) if self.kind == "window" else T)
+
+
+def add_masks(mask, bias, T, S):
+    """A float mask: bias (..., T, S) where mask (None, "causal", bool or float) allows."""
+    if mask is None:
+        return bias
+    if isinstance(mask, str):
+        mask = torch.ones(T, S, dtype=torch.bool, device=bias.device).tril()
+    return bias.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else bias + mask
+
+
+def windowed(config, layer=0):
+    """Attention of mixer "window"."""
+    return Attention(config, layer, "window")
+
+
+# --- Feed-forward ---
+
+class FeedForward(nn.Module):
+    """Two linear layers around an activation; a gated one has 2/3 of the width, and as many parameters."""
+
+    def __init__(self, config, layer=0):
+        super().__init__()
+        c, width = config, config.ff_width
+        self.activation = c.activation
+        gated = c.activation in GLU
+        self.up = Linear(c.n_embd, 2 * width if gated else width, bias=c.bias)
+        self.down = Linear(width, c.n_embd, bias=c.bias)
+        self.norm = Norm("layer", width, c.norm_gain, c.bias) if c.activation == "solu" else None
+        self.fused = {"up": (width, width)} if gated else {}
+
+    def forward(self, x, positions=None):
+        """x (B, T, C) to (B, T, C)."""
+        parts = self._modules  # past nn.Module's look-up
+        x = activate(self.activation, parts["up"](x))
+        return parts["down"](x if self.norm is None else self.norm(x))
+
+
+# --- Layers and the whole ---
+
 class Block(nn.Module):
     """One layer: x + mixer(norm(x)), then x + ff(norm(x)), each branch scaled, after its own position table if any.
 
@@ -354,13 +857,13 @@ class Block(nn.Module):
         own = c.positions == "learned_per_layer"
         self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if own else None
         self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
-        self.conv = ShortConv(c, layer) if c.short_conv else None
-        self.mixer = MIXERS[c.mixers[layer % c.n_layer]](c, layer)
-        self.keeps_hidden = isinstance(self.mixer, TransformerXL)
+        self.conv = variant("models.short_conv:ShortConv")(c, layer) if c.short_conv else None
+        self.mixer = variant(MIXERS[c.mixers[layer % c.n_layer]])(c, layer)
+        self.keeps_hidden = getattr(self.mixer, "keeps_hidden", False)
         self.norm2 = self.ff = None
         if (kind := c.ffs[layer % c.n_layer]) != "none":
             self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
-            self.ff = FEED_FORWARDS[kind](c, layer)
+            self.ff = variant(FEED_FORWARDS[kind])(c, layer)
         self.dropout, self.n_layer = c.dropout, c.n_layer
         self.scale, self.own = c.residual_scale, {}
         if c.residual_scale == "depth":
@@ -413,7 +916,7 @@ class MultiTokenPrediction(nn.Module):
         self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
         self.join = Linear(2 * c.n_embd, c.n_embd, bias=False)
         self.block = Block(c, c.n_layer - 1)
-        if isinstance(self.block.ff, MixtureOfExperts):
+        if hasattr(self.block.ff, "balance"):
             self.block.ff.layer += depth  # its experts' loads are not those of the last layer
 
     def forward(self, h, embedded, positions):
@@ -671,7 +1174,7 @@ class Transformer(nn.Module):
     def balance_experts(self):
         """After an optimiser step: moves the biases of experts that were given too much or too little."""
         for module in self.modules():
-            if isinstance(module, MixtureOfExperts):
+            if hasattr(module, "balance"):
                 module.balance(self.usage)
 
     def n_params(self):
@@ -680,7 +1183,7 @@ class Transformer(nn.Module):
 
     def n_active_params(self):
         """Parameters that one position uses: all but those of experts that it did not choose."""
-        return self.n_params() - sum(module.idle for module in self.modules() if isinstance(module, MixtureOfExperts))
+        return self.n_params() - sum(module.idle for module in self.modules() if hasattr(module, "balance"))
 
     def flops_per_token(self, T, active=None):
         """Floating-point operations of forward and backward per token, at T positions: 6 P + 3 sum of what mixers say.
@@ -697,162 +1200,9 @@ class Transformer(nn.Module):
         return 6 * (hidden + heads) + 3 * sum(m.flops(T) for m in self.modules() if hasattr(m, "flops"))
 
 
-class PyramidCache:
-    """Of a Pyramid: caches of its outer and of its middle layers, and the streams between them, by position.
-
-    The same methods as Cache, for rows that stand alike and at most max_length positions.
-    """
-    ragged, window = False, None
-
-    def __init__(self, outer, middle, stream, lifted, shorten):
-        self.outer, self.middle, self.stream, self.lifted, self.shorten = outer, middle, stream, lifted, shorten
-        self.length, self.prefix = 0, 0
-
-    @property
-    def layers(self):
-        """All layer caches: outer, then middle."""
-        return self.outer.layers + self.middle.layers
-
-    @property
-    def bytes(self):
-        """Bytes of storage held."""
-        return self.outer.bytes + self.middle.bytes + self.stream.nbytes + self.lifted.nbytes
-
-    def check(self, index, ordered):
-        """Raises ValueError for ragged rows: what is one unit would differ from row to row."""
-        if index is not None:
-            raise ValueError("a pyramid's rows must stand alike: rows with padding begin their units at other places")
-        self.outer.check(None, ordered)
-        self.middle.check(None, ordered)
-
-    def reset(self):
-        """Forgets everything; the storage stays."""
-        self.outer.reset(), self.middle.reset()
-        self.length = self.prefix = 0
-
-    def crop(self, length):
-        """Keeps the first `length` positions, and the units that end among them. Raises as Cache.crop does."""
-        self.outer.crop(length)
-        self.middle.crop(length // self.shorten)
-        self.length = length
-
-    def fork(self, n=1):
-        """An independent copy with each row repeated n times."""
-        twin = PyramidCache(self.outer.fork(n), self.middle.fork(n), self.stream.repeat_interleave(n, 0),
-                            self.lifted.repeat_interleave(n, 0), self.shorten)
-        twin.length, twin.prefix = self.length, self.prefix
-        return twin
-
-    def log(self):
-        """Lines of text, as Cache.log: the outer layers, then the middle ones."""
-        return self.outer.log() + self.middle.log()[1:]
-
-
-class Pyramid(Transformer):
-    """Hourglass (Nawrot et al. 2021), causal: outer layers see every position, middle layers one unit for `shorten`.
-
-    The first and the last quarter of the layers (at least one) are outer. `shorten` = k neighbouring states become a
-    unit by one matrix; a middle layer's output is lifted to k places by another and added to the stream, beginning with
-    the unit's last position, so that no position sees a unit with later bytes in it. Same face as Transformer, but rows
-    stand alike, and nothing slides.
-    """
-
-    @property
-    def edge(self):
-        """Outer layers before the middle ones, and after."""
-        return max(1, self.config.n_layer // 4)
-
-    def forward(self, x, targets=None, active=None, positions=None, cache=None, prefix=None, window=None, memory=None):
-        """As Transformer.forward. Raises ValueError for ragged positions, a prefix, a window and a memory."""
-        if (positions is not None and positions.dim() > 1) or prefix is not None or memory is not None or (
-                window is not None and window < x.size(1)):
-            raise ValueError("a pyramid takes rows that stand alike, without prefix, window or memory")
-        c, k = self.config, self.config.shorten
-        places = self.place(x, positions, cache)
-        if targets is not None:
-            active = self.check_losses(x, targets, active)
-        B, T = x.shape
-        start, first, last = places.start, places.start // k, (places.start + T) // k
-        if cache is None and start:
-            raise ValueError("a pyramid's pass without a cache begins at position 0: units are counted from there")
-        h = F.embedding(x, self.embed)  # (B, T, C)
-        if self.position is not None:
-            h = h + places.look_up(self.position)
-        if self.training and c.dropout:
-            h = F.dropout(h, c.dropout)
-        outer = [None] * (2 * self.edge) if cache is None else cache.outer.layers
-        middle = [None] * c.n_layer if cache is None else cache.middle.layers
-        for block, held in zip(self.blocks[:self.edge], outer):
-            h = self.layer(block, h, places, held)
-        stream = h
-        if cache is not None:
-            cache.stream[:, start:start + T] = h.detach()
-            stream = cache.stream[:, first * k:last * k]
-        n = last - first
-        if n:
-            u = self.shortening["into"](stream[:, :n * k].reshape(B, n, k * c.n_embd))  # (B, n, C)
-            units = Positions(first, n)
-            units.look_up_ropes(self.ropes, last)
-            for block, held in zip(self.blocks[self.edge:c.n_layer - self.edge], middle):
-                u = self.layer(block, u, units, held)
-            u = self.shortening["out"](u).view(B, n * k, c.n_embd)
-        else:
-            u = h[:, :0]
-        if cache is None:
-            lifted = F.pad(u, (0, 0, k - 1, 0))[:, :T]
-            lifted = F.pad(lifted, (0, 0, 0, T - lifted.size(1)))
-        else:
-            cache.lifted[:, first * k + k - 1:last * k + k - 1] = u.detach()
-            lifted = cache.lifted[:, start:start + T]
-            cache.outer.advance(places)
-            if n:
-                cache.middle.advance(units)
-            cache.length += T
-        h = h + lifted
-        for block, held in zip(self.blocks[c.n_layer - self.edge:], outer[self.edge:]):
-            h = self.layer(block, h, places, held)
-        if targets is not None:
-            objective, nats = self.losses([h], targets, active)
-            return objective + self.extra_losses(h, targets, places), nats
-        return self.predict(h)
-
-    def layer(self, block, x, places, held):
-        """One layer, with activation checkpointing if that is set."""
-        if self.config.checkpoint_activations and self.training and torch.is_grad_enabled():
-            return recompute(block, x, places, held, use_reentrant=False)
-        return block(x, places, held)
-
-    def new_cache(self, batch_size, max_length, window=None, device=None, dtype=None, snapshots=0):
-        """An empty PyramidCache. Raises ValueError for a window: units are counted from position 0."""
-        if window is not None:
-            raise ValueError("a pyramid does not slide: its units are counted from position 0")
-        c, k = self.config, self.config.shorten
-        whole = super().new_cache(batch_size, max_length, None, device, dtype, snapshots)
-        inner = range(self.edge, c.n_layer - self.edge)
-        middle = Cache((self.blocks[i].mixer.new_cache(batch_size, max(1, max_length // k), None, self.embed.device
-                                                       if device is None else device, whole.layers[0].k.dtype)
-                        for i in inner), None, snapshots)
-        outer = Cache((layer for i, layer in enumerate(whole.layers) if i not in inner), None, snapshots)
-        with torch.inference_mode(False):
-            stream, lifted = (torch.zeros(batch_size, n, c.n_embd, device=whole.layers[0].k.device,
-                                          dtype=self.embed.dtype) for n in (max_length, max_length + k))
-        return PyramidCache(outer, middle, stream, lifted, k)
-
-    def flops_per_token(self, T, active=None):
-        """As Transformer.flops_per_token; middle layers work once for `shorten` positions."""
-        inner = nn.ModuleList(self.blocks[self.edge:self.config.n_layer - self.edge])
-        k = self.config.shorten
-
-        def cost(module, length):
-            hidden = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
-            return 6 * hidden + 3 * sum(m.flops(length) for m in module.modules() if hasattr(m, "flops"))
-        return int(super().flops_per_token(T, active) - cost(inner, T) + cost(inner, T // k) / k
-                   - cost(self.shortening, T) * (1 - 1 / k))
-
-
 def build_model(config):
     """The model of a config: a Pyramid where shorten is above 1, else a Transformer."""
-    return Pyramid(config) if config.shorten > 1 else Transformer(config)
+    return variant("models.pyramid:Pyramid")(config) if config.shorten > 1 else Transformer(config)
 
 
 def equal_ff_mult(config):

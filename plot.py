@@ -23,9 +23,9 @@ was measured. Less is better. Where all runs read one draw of the data, and the 
 that another draw gives to a difference, a row that counts by sigma is undecided up to 3 sqrt(sigma^2 (1/n1 + 1/n2) +
 sigma_data^2). A table of a cross has means and deviations, and no verdicts. See docs/one-change.md.
 """
-import flags
+from nanolab.settings import answer_help
 
-flags.answer_help(__name__, __file__, "runs")  # before the seconds that the next lines take
+answer_help(__name__, __file__, "runs")  # before the seconds that the next lines take
 
 import itertools
 import math
@@ -37,9 +37,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from experiment import UserError, as_typed, command, override
 from nanolab import archive
 from nanolab.archive import natural
+from nanolab.run import UserError, as_typed, command, override
 from nanolab.verdict import judge, least, read_index
 
 # --- What ---

@@ -10,9 +10,9 @@ One sample is written byte by byte as it comes; several are computed as one batc
 seed, same text. Positions rope and none roll on past block_size with a sliding cache; learned absolute positions
 cannot, so there the model starts again from the last half of its window. More: docs/runs.md.
 """
-import flags
+from nanolab.settings import answer_help
 
-flags.answer_help(__name__, __file__, "checkpoint")  # before the seconds that the next lines take
+answer_help(__name__, __file__, "checkpoint")  # before the seconds that the next lines take
 
 import codecs
 import sys
@@ -21,8 +21,8 @@ import torch
 
 from data import tokens
 from data.tokenized import tokenizer_of
-from experiment import UserError, command, find_checkpoint, override, resolve_device
 from nanolab.generate import generate, load_model
+from nanolab.run import UserError, command, find_checkpoint, override, resolve_device
 
 # --- What ---
 checkpoint = None        # run directory or checkpoint file (may also be typed as a bare word)

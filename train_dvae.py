@@ -15,9 +15,9 @@ et al. 2023), or replaced by VQ or FSQ. The first code or two are
 the grid's height and width; the others stand on tiles of it. To expect of the preset cpu: exact match 0.92 on 1,000
 grids never seen, after two minutes of one core. Figures: docs/dvae.md.
 """
-import flags
+from nanolab.settings import answer_help
 
-flags.answer_help(__name__, __file__)  # before the seconds that the next lines take
+answer_help(__name__, __file__)  # before the seconds that the next lines take
 
 import json
 import math
@@ -29,17 +29,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import limits
-import optim
 from data.arc import OUTSIDE, PALETTE, Canvas, Stream, load
-from discrete import (SAMPLED, choose, code_statistics, decompose, fsq_levels, information_gaps, kl_uniform, nmi_matrix,
-                      usage_kl)
-from dvae import DVAE, Config
-from experiment import (Generators, Loop, Run, Stopwatch, UserError, begin, command, optional, put_back, replacing,
-                        resolve_device, restoring, resumed, seed_everything)
-from flags import shown
 from kernels import use as use_kernels
 from model import fused_rows, parameter_roles
+from models.discrete import (SAMPLED, choose, code_statistics, decompose, fsq_levels, information_gaps, kl_uniform,
+                             nmi_matrix, usage_kl)
+from models.dvae import DVAE, Config
+from nanolab import limits, optim
+from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, begin, command, optional, put_back, replacing,
+                         resolve_device, restoring, resumed, seed_everything)
+from nanolab.settings import shown
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
@@ -145,8 +144,8 @@ keep_last = 0              # [>= 0] numbered checkpoints to keep beside last.pt 
 log_interval = 10          # [>= 1] steps between lines of metrics
 
 # Flags all the same: the commented fields of these classes.
-FURTHER = {"the optimiser": "optim.py:Settings but warmup_peak ess hess_init clip_radius decay_params",
-           "the run": "flags.py:Common"}
+FURTHER = {"the optimiser": "nanolab/optim.py:Settings but warmup_peak ess hess_init clip_radius decay_params",
+           "the run": "nanolab/settings.py:Common"}
 
 presets = {
     "cpu": dict(max_steps=1000),

@@ -12,9 +12,9 @@ The defaults are wired like T12: 12 layers of width 512, an own position table i
 first half of training; 44.17M parameters in training, 41.16M at inference. Published: 1.11 bits per byte on enwik8's
 test split under stride:1. What this code measured, and with which command: docs/language-model.md.
 """
-import flags
+from nanolab.settings import answer_help
 
-flags.answer_help(__name__, __file__)  # before the seconds that the next lines take
+answer_help(__name__, __file__)  # before the seconds that the next lines take
 
 import math
 import os
@@ -22,15 +22,13 @@ import time
 
 import torch
 
-import limits
-import optim
-import parallel
 from data import text
-from experiment import (Generators, Loop, Run, Stopwatch, UserError, begin, command, measure_peak_flops, optional,
-                        resolve_device, resumed, seed_everything)
 from kernels import use as use_kernels
 from model import TransformerConfig, active_layers, build_model, equal_ff_mult, fused_rows, parameter_roles
+from nanolab import limits, optim, parallel
 from nanolab.generate import generate
+from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, begin, command, measure_peak_flops, optional,
+                         resolve_device, resumed, seed_everything)
 from nanolab.score import LN2, score
 
 # --- Run ---
@@ -111,8 +109,8 @@ sample_length = 400        # [>= 0, <= 1000000] bytes of text written at the end
 
 # Flags all the same: the commented fields of these classes.
 FURTHER = {"the model": "model.py:TransformerConfig",
-           "the optimiser": "optim.py:Settings",
-           "the run": "flags.py:Common"}
+           "the optimiser": "nanolab/optim.py:Settings",
+           "the run": "nanolab/settings.py:Common"}
 
 # What several presets share: a plain model as one builds it now; the part of enwik8 that two cores read in minutes.
 modern = dict(dropout=0.0, n_targets=1, intermediate_losses=False, positions="rope", norm="rms", activation="relu2",

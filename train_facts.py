@@ -22,23 +22,21 @@ Evaluation generates: greedily, with the database in the loop (protocol tool) or
 people that were trained on and on people that were not. A model without memory of single people is right in 3.94 % of
 the notes' questions. What this code measured, and with which command, stands in docs/facts.md.
 """
-import flags
+from nanolab.settings import answer_help
 
-flags.answer_help(__name__, __file__)  # before the seconds that the next lines take
+answer_help(__name__, __file__)  # before the seconds that the next lines take
 
 import math
 import time
 
 import torch
 
-import limits
-import optim
-import parallel
 from data.facts import MODES as FACTS
-from experiment import (Generators, Loop, Run, Stopwatch, UserError, begin, check_weights, command, measure_peak_flops,
-                        resolve_device, resumed, seed_everything)
 from kernels import use as use_kernels
 from model import TransformerConfig, build_model, fused_rows, parameter_roles
+from nanolab import limits, optim, parallel
+from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, begin, check_weights, command, measure_peak_flops,
+                         resolve_device, resumed, seed_everything)
 from nanolab.tasks import cost, kind_of, say
 
 # --- Run ---
@@ -140,8 +138,8 @@ log_interval = 10          # [>= 1] steps between lines of metrics
 FURTHER = {"the model": "model.py:TransformerConfig but shorten rope_scaling rope_factor rope_ramp rope_mscale "
                         "rope_mscale_all_dim n_targets target_heads layer_heads intermediate_losses mtp_depth "
                         "mtp_weight",
-           "the optimiser": "optim.py:Settings",
-           "the run": "flags.py:Common"}
+           "the optimiser": "nanolab/optim.py:Settings",
+           "the run": "nanolab/settings.py:Common"}
 
 shakespeare = dict(task="text", dataset="shakespeare", batch_size=16, n_layer=4, n_head=4, n_embd=128, norm_gain=False,
                    qk_norm=True, ff_mult=4.0, activation="relu2", lr=0.03, muon_lr=0.04, muon_momentum=0.9,

@@ -16,9 +16,9 @@ train a head on the running sums of long multiplication, which is never asked fo
 unordered: where 12 x 34 is, 34 x 12 is too. To expect of three_digits: exact match 0.999 on these (bfloat16, a CPU).
 Figures: docs/multiplication.md.
 """
-import flags
+from nanolab.settings import answer_help
 
-flags.answer_help(__name__, __file__)  # before the seconds that the next lines take
+answer_help(__name__, __file__)  # before the seconds that the next lines take
 
 import copy
 import math
@@ -31,15 +31,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import limits
-import optim
 from data.multiplication import EQUALS, SYMBOLS, Notation, Problems, Stream, held_out, numbers, of_length
-from experiment import (Loop, Run, Stopwatch, UserError, begin, command, generator_states, put_back,
-                        resolve_device, restore_generators, restoring, resumed, seed_everything)
-from flags import shown
 from kernels import cross_entropy, use as use_kernels
 from model import TransformerConfig, fused_rows, parameter_roles
-from networks import EncoderDecoder, LatentTransformer, PrefixDecoder
+from models.encoder_decoder import EncoderDecoder, LatentTransformer, PrefixDecoder
+from nanolab import limits, optim
+from nanolab.run import (Loop, Run, Stopwatch, UserError, begin, command, generator_states, put_back, resolve_device,
+                         restore_generators, restoring, resumed, seed_everything)
+from nanolab.settings import shown
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
@@ -119,8 +118,8 @@ keep_last = 0              # [>= 0] numbered checkpoints to keep beside last.pt 
 log_interval = 10          # [>= 1] steps between lines of metrics
 
 # Flags all the same: the commented fields of these classes.
-FURTHER = {"the optimiser": "optim.py:Settings but warmup_peak ess hess_init clip_radius decay_params",
-           "the run": "flags.py:Common"}
+FURTHER = {"the optimiser": "nanolab/optim.py:Settings but warmup_peak ess hess_init clip_radius decay_params",
+           "the run": "nanolab/settings.py:Common"}
 
 presets = {
     "cpu": dict(min_digits=2, max_digits=2, val_fraction=0.1, max_steps=1000, format="padded", activation="swiglu",

@@ -13,9 +13,9 @@ A small Genie (Bruce et al. 2024, 2402.15391): a tokenizer (VQ-VAE over patches)
 over the next frame's tokens. The own world knows which action happened, so every score has its ceiling and its floors.
 Figures, and what failed: docs/worldmodel.md.
 """
-import flags
+from nanolab.settings import answer_help
 
-flags.answer_help(__name__, __file__)  # before the seconds that the next lines take
+answer_help(__name__, __file__)  # before the seconds that the next lines take
 
 import copy
 import math
@@ -27,19 +27,20 @@ from pathlib import Path
 
 import torch
 
-import limits
-import optim
 from data.video import Stream, caption_length, load
-from discrete import fsq_levels
-from experiment import (Generators, Loop, Run, Stopwatch, UserError, begin, command, optional, resolve_device,
-                        restoring, resumed, seed_everything)
 from kernels import cross_entropy, use as use_kernels
 from model import fused_rows, parameter_roles
 from models import world_measures as measures
+from models.discrete import fsq_levels
+from models.world_actions import ActionModel
+from models.world_dynamics import CausalDynamics, Dynamics
 from models.world_measures import pixel_loss
-from nanolab import world as worlds
+from models.world_tokenizer import Tokenizer
+from models.world_words import FirstFrame, Writer
+from nanolab import limits, optim, world as worlds
 from nanolab.play import Played, parse_actions, save_samples, serve, write_rollout
-from worldmodel import ActionModel, CausalDynamics, Dynamics, FirstFrame, Tokenizer, Writer
+from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, begin, command, optional, resolve_device,
+                         restoring, resumed, seed_everything)
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
@@ -155,8 +156,9 @@ save_interval = 200        # [>= 1] steps between checkpoints
 log_interval = 10          # [>= 1] steps between lines of metrics
 
 # Flags all the same: the commented fields of these classes.
-FURTHER = {"the optimiser": "optim.py:Settings but orthograd warmup_peak ess hess_init clip_radius decay_params",
-           "the run": "flags.py:Common"}
+FURTHER = {"the optimiser": "nanolab/optim.py:Settings but orthograd warmup_peak ess hess_init clip_radius "
+                            "decay_params",
+           "the run": "nanolab/settings.py:Common"}
 
 presets = {
     "cpu": dict(stage="all", action_steps=1000, dynamics_steps=400, text_steps=100, frame_steps=250),

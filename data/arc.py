@@ -28,8 +28,8 @@ import torch
 
 from data import draw, files
 from data.synthetic import KINDS, synthetic
-from experiment import command, replacing
-from flags import UserError, unknown
+from nanolab.run import command, replacing
+from nanolab.settings import UserError, unknown
 
 COLOURS = 10
 LARGEST = 30  # rows and columns of ARC's largest grids

@@ -37,8 +37,8 @@ import torch
 
 from data.draw import chance, pair_hash
 from data.tokens import Bytes, open_or_train
-from experiment import command
-from flags import UserError, unknown
+from nanolab.run import command
+from nanolab.settings import UserError, unknown
 
 TYPES = 16  # hidden types that attributes depend on where alpha is below 1
 

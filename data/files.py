@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from experiment import lock_file, replacing
-from flags import UserError
+from nanolab.run import lock_file, replacing
+from nanolab.settings import UserError
 
 DOWNLOADS = Path(__file__).resolve().parent / "downloads"
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zip": zipfile.ZipFile}

@@ -20,10 +20,10 @@ answer_help(__name__, __file__)  # before the seconds that the next lines take
 import numpy as np
 import torch
 
-import limits
 from data import draw
-from experiment import command
-from flags import UserError
+from nanolab import limits
+from nanolab.run import command
+from nanolab.settings import UserError
 
 CHUNK = 1024  # rows that are drawn together, by a generator of their own: fewer rows are the first ones of more
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data.draw import chance, mix, pair_hash
-from flags import UserError
+from nanolab.settings import UserError
 
 SYMBOLS = "0123456789*=$ "  # tokens: digits, times, equals, end of the answer, padding
 TIMES, EQUALS, END, PADDING = range(10, 14)

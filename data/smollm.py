@@ -34,8 +34,8 @@ import torch
 from data.files import fetched, folders
 from data.text import inputs_and_targets
 from data.tokens import needed, token_bytes
-from experiment import command
-from flags import UserError
+from nanolab.run import command
+from nanolab.settings import UserError
 
 SUBSETS = {"cosmopedia-v2": 104, "fineweb-edu-dedup": 234, "python-edu": 2}  # shards
 URL = "https://huggingface.co/datasets/HuggingFaceTB/smollm-corpus/resolve/main/{}/{}"

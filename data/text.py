@@ -28,8 +28,8 @@ import numpy as np
 import torch
 
 from data import files
-from experiment import command
-from flags import UserError, unknown
+from nanolab.run import command
+from nanolab.settings import UserError, unknown
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from data import smollm, text, tokens
-from flags import UserError
+from nanolab.settings import UserError
 
 TRAINED_ON = 10_000_000  # characters of shards that a tokenizer is trained on
 VALIDATED = 200_000  # tokens of held-out documents that are scored

@@ -31,8 +31,8 @@ import numpy as np
 import torch
 
 from data import text as texts
-from experiment import command, replacing
-from flags import UserError, unknown
+from nanolab.run import command, replacing
+from nanolab.settings import UserError, unknown
 
 KINDS = ("bpe", "sentencepiece")
 MODEL_TYPES = ("unigram", "bpe")

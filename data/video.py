@@ -30,10 +30,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import limits
 from data import draw, files
-from experiment import command
-from flags import UserError, unknown
+from nanolab import limits
+from nanolab.run import command
+from nanolab.settings import UserError, unknown
 
 ACTIONS = ("stay", "up", "down", "left", "right")
 MOVES = np.array([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])  # rows and columns of each action

@@ -12,9 +12,9 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 
-from discrete import code_statistics, mutual_information
 from kernels import cross_entropy
-from worldmodel import to_patches
+from models.discrete import code_statistics, mutual_information
+from models.world_layers import to_patches
 
 
 NOTHING = {"changed": "nothing changes", "information": "all actions are the same", "majority": "one clip only",

@@ -18,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment import UserError, is_running, read_json, replacing, run_metrics
+from nanolab.run import UserError, is_running, read_json, replacing, run_metrics
 
 SHARED = ("format", "script", "versions", "device", "git")   # of params.json; beside settings and command
 

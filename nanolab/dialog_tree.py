@@ -4,7 +4,7 @@ from collections import OrderedDict
 
 import torch
 
-from cache import Cache
+from nanolab.cache import Cache
 
 
 class LockedPrefix:

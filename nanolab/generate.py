@@ -6,8 +6,8 @@ from itertools import accumulate
 
 import torch
 
-from experiment import UserError, load_checkpoint
 from model import from_checkpoint
+from nanolab.run import UserError, load_checkpoint
 
 
 def load_model(path, weights):

@@ -33,9 +33,9 @@ import torch
 import torch.nn.functional as F
 
 from data.video import ACTIONS, World, caption_length, paint, unknown_words
-from experiment import UserError, replacing
+from models.world_words import as_characters
+from nanolab.run import UserError, replacing
 from nanolab.world import as_bytes, latent_actions
-from worldmodel import as_characters
 
 BODY_LIMIT = 64 * 1024      # bytes of a request's body that are read as JSON
 DRAIN_LIMIT = 1024 * 1024   # bytes of a body that is too large that are read and dropped

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from experiment import UserError
+from nanolab.run import UserError
 
 LN2 = math.log(2)
 

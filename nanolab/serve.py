@@ -29,7 +29,7 @@ import sys
 import tokenize
 from pathlib import Path
 
-from flags import UserError, _answer, _Setting, columns, shown
+from nanolab.settings import UserError, _answer, _Setting, columns, shown
 
 
 class Parser(argparse.ArgumentParser):

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from data import facts, mqar, text
 from data.tokenized import open_text
-from experiment import UserError
 from nanolab.dialogs import converse
+from nanolab.run import UserError
 from nanolab.score import LN2, evaluating, parse_protocol, score, target_bits
 
 

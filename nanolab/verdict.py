@@ -1,8 +1,8 @@
 """Did it matter? The rule by which a change is told from noise, in words in plot.py, and the grid.json of its runs."""
 import math
 
-from experiment import UserError
 from nanolab import archive
+from nanolab.run import UserError
 
 NOISE = 3.0  # a difference counts from so many standard errors on
 

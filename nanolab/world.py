@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from data.video import AGENT, BALL, caption, paint, read_caption, read_cells
-from worldmodel import as_characters
+from models.world_words import as_characters
 
 
 def latent_actions(model, frames):

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from data import arc, files  # noqa: E402
 from data.arc import OUTSIDE, Canvas, Grids, Stream, augment, canonical, load  # noqa: E402
 from data.synthetic import FACTORS, KINDS, RULES  # noqa: E402
-from experiment import UserError  # noqa: E402
+from nanolab.run import UserError  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 real_data = pytest.mark.skipif(not Path(os.environ.get("NANOLAB_DATA") or "/nowhere").is_dir(),

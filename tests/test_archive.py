@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import plot  # noqa: E402
-from experiment import UserError  # noqa: E402
 from nanolab import archive  # noqa: E402
+from nanolab.run import UserError  # noqa: E402
 from test_grid import plan, run  # noqa: E402, F401
 from test_plot import make  # noqa: E402
 

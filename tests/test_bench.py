@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import bench  # noqa: E402
-from experiment import UserError  # noqa: E402
+from nanolab.run import UserError  # noqa: E402
 from test_scripts import fresh, shell  # noqa: E402
 
 PEER = '''

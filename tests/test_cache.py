@@ -2,9 +2,8 @@
 import pytest
 import torch
 
-from cache import KVCache
-from mixers import Causal, Positions
-from model import Transformer, TransformerConfig
+from model import Causal, Positions, Transformer, TransformerConfig
+from nanolab.cache import KVCache
 
 SCHEMES = ("learned", "learned_per_layer", "rope", "none")
 T = 24

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import choices
-from cache import Cache, KVCache, RecurrentCache
-from mixers import Positions
-from model import MIXERS, Transformer, TransformerConfig, build_model
+from model import MIXERS, Positions, Transformer, TransformerConfig, build_model
+from models.encoder_decoder import Encoder, EncoderDecoder, PrefixDecoder
+from models.video import SpatioTemporal
+from nanolab.cache import Cache, KVCache, RecurrentCache
 from nanolab.dialog_tree import DialogTree
-from networks import Encoder, EncoderDecoder, PrefixDecoder, SpatioTemporal
 
 PATTERNS = [*MIXERS, "mamba,mamba,full", "window,full", "xl,mingru", "mla,diff", "compressive,window"]
 SMALL = dict(n_layer=3, n_head=4, n_embd=32, block_size=8, init="xavier", positions="rope", window=6, sparse_stride=4,

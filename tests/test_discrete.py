@@ -15,11 +15,11 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import choices  # noqa: E402
-import discrete  # noqa: E402
-from discrete import (FSQ, SAMPLED, VQ, Codebook, choose, code_statistics, decompose, entropy, fsq_levels,  # noqa: E402
-                      gradient_error, gumbel_like, information_gaps, kl_uniform, kmeans, mutual_information,
-                      nmi_matrix, reinmax, straight_through, unit, usage_kl)
 from model import initialise, parameter_roles  # noqa: E402
+from models import discrete  # noqa: E402
+from models.discrete import (FSQ, SAMPLED, VQ, Codebook, choose, code_statistics, decompose, entropy,  # noqa: E402
+                             fsq_levels, gradient_error, gumbel_like, information_gaps, kl_uniform, kmeans,
+                             mutual_information, nmi_matrix, reinmax, straight_through, unit, usage_kl)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HARD = [name for name in SAMPLED if name != "gumbel_soft"]
@@ -1009,7 +1009,8 @@ def rows(text):
 
 def test_table_of_gradients():
     """Runs as a command; reinmax is without bias on the first two functions, straight-through on the first only."""
-    ran = subprocess.run([sys.executable, str(ROOT / "discrete.py"), "gradients"], capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-m", "models.discrete", "gradients"], capture_output=True, text=True,
+                         cwd=ROOT)
     assert ran.returncode == 0 and not ran.stderr
     table = {(row[0], row[1]): [float(cell.split(",")[0]) for cell in row[2:]] for row in rows(ran.stdout)[2:]}
     assert len(table) == 10 and len({len(row) for row in rows(ran.stdout)}) == 1
@@ -1032,8 +1033,8 @@ def test_table_of_the_decomposition(capsys):
 @pytest.mark.parametrize("words", [[], ["gradient"], ["gradients", "decomposition"]])
 def test_other_words_are_an_error_of_one_line(words, monkeypatch, capsys):
     """Status 2, the words that there are, and no traceback."""
-    monkeypatch.setattr(sys, "argv", ["discrete.py", *words])
+    monkeypatch.setattr(sys, "argv", ["models/discrete.py", *words])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "discrete.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "models/discrete.py"), run_name="__main__")
     assert end.value.code == 2
     assert capsys.readouterr() == ("", "error: which table? gradients or decomposition\n")

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data.arc import OUTSIDE, PALETTE, Arc, Canvas, Grids, load  # noqa: E402
-from discrete import SAMPLED, Quantised, decompose, kl_uniform, usage_kl  # noqa: E402
-from dvae import DVAE, Attention, position_features, relations, tiles  # noqa: E402
-from experiment import UserError, override  # noqa: E402
 from model import parameter_roles  # noqa: E402
+from models.discrete import SAMPLED, Quantised, decompose, kl_uniform, usage_kl  # noqa: E402
+from models.dvae import DVAE, Attention, position_features, relations, tiles  # noqa: E402
+from nanolab.run import UserError, override  # noqa: E402
 from test_scripts import fresh  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")

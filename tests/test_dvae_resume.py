@@ -14,9 +14,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data.arc import load  # noqa: E402
-from experiment import load_checkpoint  # noqa: E402
-from test_resume import (assert_done, assert_equal, assert_error, kill_again_and_again, records,  # noqa: E402
-                         snapshot, summary, wait_for)
+from nanolab.run import load_checkpoint  # noqa: E402
+from test_resume import (assert_done, assert_equal, assert_error, kill_again_and_again, records, snapshot,  # noqa: E402
+                         summary, wait_for)
 
 TINY = dict(max_side=5, n_train=60, n_val=1, n_codes=6, codebook_size=16, code_dim=8, n_head=2, n_embd=16, cell_dim=8,
             batch_size=8, max_steps=12, warmup_steps=2, eval_interval=9, save_interval=1, log_interval=1, device="cpu",
@@ -132,7 +132,7 @@ def test_what_a_run_leaves(base):
         base.parents[1] / "out.txt").read_text()
     pictures = {path.name for path in (base / "samples").iterdir()}
     assert pictures == {f"{name}_{step:08d}.png" for name in ("step", "usage", "traversal") for step in (0, 6, 12)}
-    assert (base / "curves.png").read_bytes()[:4] == b"\x89PNG" and (base / "code" / "dvae.py").exists()
+    assert (base / "curves.png").read_bytes()[:4] == b"\x89PNG" and (base / "code" / "models" / "dvae.py").exists()
     assert len(list((base / "tensorboard").iterdir())) == 1
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import evaluate
-from experiment import UserError
 from model import Attention, Transformer, TransformerConfig
 from nanolab import tasks
+from nanolab.run import UserError
 from nanolab.score import Score, parse_protocol, score, target_bits
 
 T = 8

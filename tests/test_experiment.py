@@ -21,12 +21,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import experiment
-import optim
-import parallel
-from experiment import (Loop, NonFinite, Run, Settings, Stopwatch, UserError, command, draw_curves, find_checkpoint,
-                        find_resume, generator_states, load_checkpoint, measure_peak_flops, peak_memory,
-                        put_back, resolve_device, restore_generators, restoring, seed_everything)
+from nanolab import optim, parallel, run as experiment
+from nanolab.run import (Loop, NonFinite, Run, Settings, Stopwatch, UserError, command, draw_curves, find_checkpoint,
+                         find_resume, generator_states, load_checkpoint, measure_peak_flops, peak_memory, put_back,
+                         resolve_device, restore_generators, restoring, seed_everything)
 
 ROOT = Path(__file__).parent.parent
 HEAD = "import sys\nfrom experiment import *\n"
@@ -124,7 +122,7 @@ def test_a_run_leaves_what_the_plan_says(tmp_path, script, capsys):
     assert (summary["status"], summary["step"], summary["best_bpb"], summary["seconds"]) == ("done", 2, 3.5, 12.0)
     assert summary["peak_memory"] > 1e7 and "error" not in summary
     assert (run.dir / "code" / "toy.py").read_text() == script.read_text()
-    assert (run.dir / "code" / "experiment.py").read_bytes() == Path(experiment.__file__).read_bytes()
+    assert (run.dir / "code" / "nanolab" / "run.py").read_bytes() == Path(experiment.__file__).read_bytes()
     assert not (run.dir / "code" / "test_experiment.py").exists()
     assert (run.dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list(run.dir.glob(".*"))
@@ -493,15 +491,15 @@ def test_a_loop_of_other_kinds_is_one_line(tmp_path, script, name, value, capsys
 def test_the_code_of_the_rooms_is_kept(tmp_path, script, undrawn, monkeypatch):
     """Modules of the folders beside the scripts, and what they read there."""
     root = tmp_path / "house"
-    for name in ("models/one.py", "models/one_words.txt", "models/other.txt", "elsewhere/two.py", "experiment.py"):
+    for name in ("models/one.py", "models/one_words.txt", "models/other.txt", "elsewhere/two.py", "nanolab/run.py"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("x = 1\n")
-    monkeypatch.setattr(experiment, "__file__", str(root / "experiment.py"))
+    monkeypatch.setattr(experiment, "__file__", str(root / "nanolab/run.py"))
     for name in ("models/one.py", "elsewhere/two.py"):
         monkeypatch.setitem(sys.modules, f"a_module_{name}", types.SimpleNamespace(__file__=str(root / name)))
     with Run(settings_for(tmp_path)) as run:
         copied = {str(path.relative_to(run.dir / "code")) for path in (run.dir / "code").rglob("*.*")}
-        assert copied == {"toy.py", "experiment.py", "models/one.py", "models/one_words.txt"}
+        assert copied == {"toy.py", "nanolab/run.py", "models/one.py", "models/one_words.txt"}
 
 
 def test_losses_wait_and_the_first_that_is_not_finite_ends_the_run():
@@ -1076,7 +1074,7 @@ def test_ctrl_c_while_the_imports_run(tmp_path):
     hang = tmp_path / "torch.py"                             # the import that takes long
     hang.write_text("import time\nprint('imports', flush=True)\ntime.sleep(60)\n")
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": ""}
-    for path in (ROOT / "data" / "mqar.py", ROOT / "experiment.py"):
+    for path in (ROOT / "data" / "mqar.py", ROOT / "nanolab" / "run.py"):
         code = f"import runpy, sys\nsys.path[:0] = [{str(tmp_path)!r}, {str(path.parent)!r}]\n" \
                f"sys.modules['__main__'].__file__ = path = {str(path)!r}\nrunpy.run_path(path, {{}}, '__main__')"
         process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE,

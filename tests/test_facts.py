@@ -14,13 +14,12 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import choices  # noqa: E402
-import optim  # noqa: E402
 from data import facts, mqar  # noqa: E402
 from data.facts import NO_ATTRIBUTE, NO_CALL, NO_RESULT, Database, Vocabulary, people  # noqa: E402
-from experiment import UserError, override  # noqa: E402
 from model import TransformerConfig, build_model, fused_rows, parameter_roles  # noqa: E402
-from nanolab import dialogs, tasks  # noqa: E402
+from nanolab import dialogs, optim, tasks  # noqa: E402
 from nanolab.dialogs import Reply  # noqa: E402
+from nanolab.run import UserError, override  # noqa: E402
 from nanolab.score import score  # noqa: E402
 from nanolab.tasks import Rows, answered, bits_of, recall  # noqa: E402
 from test_scripts import fresh  # noqa: E402

@@ -19,10 +19,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import facts  # noqa: E402
-from data.facts import (NO_ATTRIBUTE, NO_CALL, NO_RESULT, QUESTIONS, SYLLABLES, Database, Person,  # noqa: E402
-                        Segment, Vocabulary, bits_stored, call, dialogs, entropy, floor, in_tool, in_weight, law,
-                        parse_call, people, rows, show, shuffled, tables)
-from experiment import UserError  # noqa: E402
+from data.facts import (NO_ATTRIBUTE, NO_CALL, NO_RESULT, QUESTIONS, SYLLABLES, Database, Person, Segment,  # noqa: E402
+                        Vocabulary, bits_stored, call, dialogs, entropy, floor, in_tool, in_weight, law, parse_call,
+                        people, rows, show, shuffled, tables)
+from nanolab.run import UserError  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NOTES = ("birth_date", "birth_place", "address", "occupation")

@@ -15,15 +15,15 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import test_resume  # noqa: E402
 from data import facts, mqar, tokens  # noqa: E402
 from data.facts import Database, Vocabulary, people  # noqa: E402
-from experiment import load_checkpoint  # noqa: E402
 from model import from_checkpoint  # noqa: E402
 from nanolab.generate import generate  # noqa: E402
+from nanolab.run import load_checkpoint  # noqa: E402
 from nanolab.score import score  # noqa: E402
-from test_resume import (assert_done, assert_equal, assert_error, kill_again_and_again,  # noqa: E402
-                         snapshot, summary, wait_for)
-import test_resume  # noqa: E402
+from test_resume import (assert_done, assert_equal, assert_error, kill_again_and_again, snapshot, summary,  # noqa: E402
+                         wait_for)
 from test_scripts import noting  # noqa: E402
 
 TINY = dict(n_people=6, n_unseen=4, n_rows=90, n_test_rows=20, mqar_vocab=32, n_layer=2, n_embd=16, batch_size=8,
@@ -361,7 +361,7 @@ def test_text_from_the_tokenizers_ids(forks, runs, text):
 def test_which_layer_knows(forks, runs):
     """A model that has learned eight people cannot be probed for rare values; birth places of many it tells apart."""
     with ThreadPoolExecutor(2) as pool:
-        weight, day, wrong, text_run = pool.map(lambda words: forks.run(["probe.py", *words], runs), (
+        weight, day, wrong, text_run = pool.map(lambda words: forks.run(["nanolab/probe.py", *words], runs), (
             [at(runs, "weight"), "--attribute", "birth_place"], [at(runs, "weight"), "--asked", "ocupation"],
             [at(runs, "weight"), "--attribute", "birth"], [at(runs, "text")]))
     assert_done(weight)

@@ -6,8 +6,8 @@ each parameter, and each part of a fused matrix, must have a gradient that is no
 import pytest
 import torch
 
-import flags
 from model import CARRY, FEED_FORWARDS, MIXERS, TransformerConfig, build_model, fused_rows
+from nanolab import settings as flags
 
 CHOICES = {name: spec.words for name, spec in flags._fields_of(TransformerConfig).items() if spec.kind is str and
            spec.words}

@@ -14,10 +14,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import experiment  # noqa: E402
 import grid as grid_module  # noqa: E402
 import plot  # noqa: E402
-from experiment import UserError  # noqa: E402
+from nanolab import run as experiment  # noqa: E402
+from nanolab.run import UserError  # noqa: E402
 from nanolab.verdict import compare, noise_floor  # noqa: E402
 from test_scripts import fresh  # noqa: E402
 

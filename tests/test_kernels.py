@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-import mixers
 import model
+import model as mixers
 from interpreter import INTERPRETED, interpreted, kernels_of
 
 pytestmark = pytest.mark.usefixtures("one_thread", "by_triton")

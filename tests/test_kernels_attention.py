@@ -11,8 +11,7 @@ import aot
 from interpreter import INTERPRETED, TRITON, formula, interpreted, kernels_of
 from kernels import (attend, attend_differential, attend_latent, attend_one, attend_space, attend_time, rms_norm, using,
                      who_sees_whom)
-from mixers import Positions, causal
-from model import Transformer, TransformerConfig
+from model import Positions, Transformer, TransformerConfig, causal
 
 pytestmark = pytest.mark.usefixtures("one_thread", "by_triton")
 ka = kernels_of("attention")

@@ -4,10 +4,10 @@ import torch
 
 import aot
 import choices
-import discrete
 import kernels
 from interpreter import INTERPRETED, TRITON, formula, interpreted, kernels_of
 from kernels import gumbel_softmax, nearest_code, reinmax
+from models import discrete
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "by_triton"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 kernels_codes = kernels_of("codes")

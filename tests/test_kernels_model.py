@@ -13,15 +13,15 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-import parallel
 import train_enwik8
 import train_facts
-from experiment import UserError
-from feedforward import MixtureOfExperts
 from interpreter import INTERPRETED, interpreted
-from mixers import EVERYTHING, Causal, Positions
-from model import TransformerConfig, build_model, from_checkpoint
-from networks import Encoder, TwoStreams
+from model import EVERYTHING, Causal, Positions, TransformerConfig, build_model, from_checkpoint
+from models.encoder_decoder import Encoder
+from models.experts import MixtureOfExperts
+from models.video import TwoStreams
+from nanolab import parallel
+from nanolab.run import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(vocab_size=31, n_layer=2, n_head=4, n_embd=24, block_size=16, init="xavier", positions="rope")

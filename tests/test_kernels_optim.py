@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import aot
-import optim
 from interpreter import INTERPRETED, TRITON, formula, interpreted, kernels_of
 from kernels import adamw_step
+from nanolab import optim
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "by_triton"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 adamw, twin = kernels_of("adamw"), formula(adamw_step)

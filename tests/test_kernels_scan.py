@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-import recurrent
 from interpreter import INTERPRETED, TRITON, formula, interpreted, kernels_of
 from kernels import grouped_linear, min_gru, selective_scan
+from models import recurrent
 
 pytestmark = pytest.mark.usefixtures("by_triton")
 experts, recurrence = kernels_of("experts"), kernels_of("recurrence")

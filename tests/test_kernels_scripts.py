@@ -17,20 +17,24 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import choices  # noqa: E402
 import kernels  # noqa: E402
-import networks  # noqa: E402
 import train_dvae  # noqa: E402
 import train_mult  # noqa: E402
 import train_worldmodel  # noqa: E402
 from data.arc import Canvas  # noqa: E402
 from data.multiplication import Notation  # noqa: E402
-from discrete import VQ, choose  # noqa: E402
-from dvae import DVAE, Config  # noqa: E402
 from interpreter import INTERPRETED, interpreted  # noqa: E402
 from model import TransformerConfig  # noqa: E402
-from networks import (CrossAttention, Encoder, EncoderDecoder, LatentTransformer, PrefixDecoder,  # noqa: E402
-                      SpatialTransformer, SpatioTemporal, as_mask)
+from models import encoder_decoder as networks  # noqa: E402
+from models.discrete import VQ, choose  # noqa: E402
+from models.dvae import DVAE, Config  # noqa: E402
+from models.encoder_decoder import (CrossAttention, Encoder, EncoderDecoder, LatentTransformer,  # noqa: E402
+                                    PrefixDecoder, as_mask)
+from models.video import SpatialTransformer, SpatioTemporal  # noqa: E402
+from models.world_actions import ActionModel  # noqa: E402
+from models.world_dynamics import CausalDynamics, Dynamics  # noqa: E402
+from models.world_tokenizer import Tokenizer  # noqa: E402
+from models.world_words import FirstFrame, Writer  # noqa: E402
 from test_scripts import fresh  # noqa: E402
-from worldmodel import ActionModel, CausalDynamics, Dynamics, FirstFrame, Tokenizer, Writer  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPERATIONS = ("rms_norm", "layer_norm", "rotary", "gated", "gelu", "relu2", "cross_entropy",

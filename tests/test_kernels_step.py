@@ -14,9 +14,8 @@ import pytest
 import torch
 
 import kernels
-import optim
-import parallel
 from interpreter import INTERPRETED, interpreted
+from nanolab import optim, parallel
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,9 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import flags
-import limits
-from experiment import UserError, override
+from nanolab import limits, settings as flags
+from nanolab.run import UserError, override
 
 ROOT = Path(flags.__file__).parent
 TRAINERS = ("train_enwik8", "train_mult", "train_dvae", "train_worldmodel", "train_facts")
@@ -168,7 +167,7 @@ def test_help_fits(script, columns, monkeypatch, capsys):
     assert sum(len(line.strip()) == 1 for line in lines) < 4, "no column of single letters"
 
 
-@pytest.mark.parametrize("words", [["sample.py"], ["experiment.py"], ["experiment.py", "list"], ["data/mqar.py"]])
+@pytest.mark.parametrize("words", [["sample.py"], ["nanolab/run.py"], ["nanolab/run.py", "list"], ["data/mqar.py"]])
 def test_help_into_a_closed_pipe(words):
     read, write = os.pipe()
     os.close(read)

@@ -5,12 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import mixers
-import optim
-from kernels import gelu, plain_rotary
-from mixers import Positions
-from model import (FEED_FORWARDS, GLU, Transformer, TransformerConfig, equal_ff_mult, fused_rows,
-                   parameter_roles)
+import model as mixers
+from kernels import GLU, gelu, plain_rotary
+from model import (FEED_FORWARDS, Positions, Transformer, TransformerConfig, equal_ff_mult, fused_rows, parameter_roles,
+                   variant)
+from nanolab import optim
 
 T = 21
 
@@ -199,8 +198,9 @@ def test_rows_added_to_an_expert_change_nothing(n, monkeypatch):
 
 
 def test_experts_add_rows_in_bfloat16_on_a_cpu(monkeypatch):
-    asked, expert = [], FEED_FORWARDS["moe"].expert
-    monkeypatch.setattr(FEED_FORWARDS["moe"], "expert", lambda *given: asked.append(given[-1]) or expert(*given))
+    asked, kind = [], variant(FEED_FORWARDS["moe"])
+    expert = kind.expert
+    monkeypatch.setattr(kind, "expert", lambda *given: asked.append(given[-1]) or expert(*given))
     ff, x = feed_forward("moe").float(), draw(2, 3, 32).float()
     ff(x)
     assert set(asked) == {False}

@@ -7,11 +7,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import mixers
+import model as mixers
 import model as room
 from kernels import plain_rotary, rms_norm
-from mixers import Causal, Positions, attend_by_hand
-from model import Transformer, TransformerConfig, active_layers, fused_rows, parameter_roles
+from model import (Causal, Positions, Transformer, TransformerConfig, active_layers, attend_by_hand, fused_rows,
+                   parameter_roles)
 
 T12 = dict(n_layer=12, n_head=8, n_embd=512, block_size=512, bias=False, norm_gain=False, head_bias=False,
            positions="learned_per_layer", n_targets=2, target_heads="own", layer_heads="own", intermediate_losses=True,

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import mqar as module  # noqa: E402
 from data.mqar import distances, example, mqar, reachable, split  # noqa: E402
-from experiment import UserError  # noqa: E402
+from nanolab.run import UserError  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,7 @@ import choices  # noqa: E402
 import train_mult  # noqa: E402
 from data import multiplication  # noqa: E402
 from data.multiplication import END, FORMATS, PADDING, SYMBOLS, Notation, Problems, Stream, held_out  # noqa: E402
-from experiment import UserError, override  # noqa: E402
+from nanolab.run import UserError, override  # noqa: E402
 from test_scripts import fresh  # noqa: E402
 from train_mult import Forcing, SequenceAccuracyLoss, named_sums, sum_loss  # noqa: E402
 

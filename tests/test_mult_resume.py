@@ -13,9 +13,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data.multiplication import Problems  # noqa: E402
-from experiment import load_checkpoint, override  # noqa: E402
-from test_resume import (assert_done, assert_equal, assert_error, kill_again_and_again, records,  # noqa: E402
-                         snapshot, summary, wait_for)
+from nanolab.run import load_checkpoint, override  # noqa: E402
+from test_resume import (assert_done, assert_equal, assert_error, kill_again_and_again, records, snapshot,  # noqa: E402
+                         summary, wait_for)
 from test_scripts import fresh  # noqa: E402
 
 TINY = dict(min_digits=1, max_digits=2, n_examples=500, val_fraction=0.2, val_examples=60, n_layer=1, n_head=2,
@@ -328,7 +328,7 @@ def test_runs_of_tests_are_found_by_their_tag(forks, base, copy, tmp_path):
     """Each run here has the tag `test`; the command removes it, and nothing else."""
     other = train(tmp_path / "runs", run_name="mine", tag="none", max_steps=1)
     assert_done(forks.run(other, tmp_path))
-    command = ["experiment.py", "clean", "--tag", "test", "--out_dir", tmp_path / "runs"]
+    command = ["nanolab/run.py", "clean", "--tag", "test", "--out_dir", tmp_path / "runs"]
     child = forks.run(command, tmp_path)
     assert_done(child)
     assert str(copy) in child.out and "mine" not in child.out and copy.exists()

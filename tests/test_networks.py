@@ -2,11 +2,11 @@
 import pytest
 import torch
 
-from model import Transformer, TransformerConfig, parameter_rules
 from interpreter import formula
 from kernels import attend_space, attend_time
-from networks import (Encoder, EncoderDecoder, LatentTransformer, PrefixDecoder, SpatialTransformer, SpatioTemporal,
-                      TextTransformer)
+from model import Transformer, TransformerConfig, parameter_rules
+from models.encoder_decoder import Encoder, EncoderDecoder, LatentTransformer, PrefixDecoder, TextTransformer
+from models.video import SpatialTransformer, SpatioTemporal
 
 SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=20, init="xavier")
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-import optim
+from nanolab import optim
 
 SHAPES = [(12, 7), (5,), (3, 4, 5), (1,), (16, 16)]
 MATRICES = [(16, 16), (48, 16), (16, 64), (16, 64), (64, 16), (7, 33)]

@@ -18,10 +18,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 import choices  # noqa: E402
-import optim  # noqa: E402
-import parallel  # noqa: E402
-from experiment import NonFinite, Run, Settings, UserError, command, generator_states  # noqa: E402
 from model import TransformerConfig, build_model, fused_rows, parameter_roles  # noqa: E402
+from nanolab import optim, parallel  # noqa: E402
+from nanolab.run import NonFinite, Run, Settings, UserError, command, generator_states  # noqa: E402
 
 V, B, T = 17, 4, 16
 SMALL = dict(vocab_size=V, n_layer=2, n_head=4, n_kv_head=2, n_embd=24, head_dim=8, block_size=32, positions="rope",

@@ -24,9 +24,9 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from experiment import UserError  # noqa: E402
 from nanolab import play  # noqa: E402
 from nanolab.play import View, parse_actions, save_gif, save_strip, serve  # noqa: E402
+from nanolab.run import UserError  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from model import TransformerConfig, build_model
-from probe import Probe, draw_training, last_states, layers_that_know, linear_probe, record
+from nanolab.probe import Probe, draw_training, last_states, layers_that_know, linear_probe, record
 
 PLACES = ["embed", "blocks.0", "blocks.0.mixer", "blocks.1.ff", "blocks.1", "norm"]
 

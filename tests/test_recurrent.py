@@ -5,11 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import recurrent
-from mixers import Positions
-from model import Transformer, TransformerConfig
 from kernels import scan_reference
-from recurrent import scan, selective_scan, stretch
+from model import Positions, Transformer, TransformerConfig
+from models import recurrent
+from models.recurrent import scan, selective_scan, stretch
 
 
 def build(mixer, **settings):

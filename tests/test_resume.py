@@ -21,7 +21,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from experiment import load_checkpoint  # noqa: E402
+from nanolab.run import load_checkpoint  # noqa: E402
 
 # Takes requests on a socket ({"argv", "folder", "limit", "die_at", ...}), forks a script for each, and answers with its
 # pid, then its status.

@@ -1,4 +1,4 @@
-"""python experiment.py list and clean: what is said of runs, what is removed, and what never is."""
+"""python -m nanolab.run list and clean: what is said of runs, what is removed, and what never is."""
 import fcntl
 import json
 import os
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import experiment  # noqa: E402
-from experiment import FORMAT  # noqa: E402
+from nanolab import run as experiment  # noqa: E402
+from nanolab.run import FORMAT  # noqa: E402
 
 
 def make(folder, name, tag=None, age=0, status="done", step=7, marker=FORMAT, **more):

@@ -17,14 +17,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data import text  # noqa: E402
-import experiment  # noqa: E402
-from experiment import load_checkpoint, override  # noqa: E402
 from model import Transformer, from_checkpoint  # noqa: E402
+from nanolab import run as experiment  # noqa: E402
+from nanolab.run import load_checkpoint, override  # noqa: E402
 from nanolab.score import score  # noqa: E402
 from test_resume import assert_done, assert_error, snapshot, wait_for  # noqa: E402
 
 SCRIPTS = ("train_enwik8.py", "train_mult.py", "train_dvae.py", "train_worldmodel.py", "train_facts.py",
-           "evaluate.py", "sample.py", "bench.py", "grid.py", "plot.py", "probe.py")
+           "evaluate.py", "sample.py", "bench.py", "grid.py", "plot.py", "nanolab/probe.py")
 SMALL = ("--n_layer 2 --n_head=2 --n-embd 32 --block_size 32 --batch_size 4 --max_bytes 100000 --max_steps 30 "
          "--eval_interval 10 --eval_windows 8 --save_interval 10 --sample_length 60 --ema_decay 0.9 "
          "--device cpu").split()
@@ -86,7 +86,8 @@ def test_run_directory(run):
     assert sorted(path.name for path in run.iterdir()) == sorted([
         "params.json", "code", "metrics.jsonl", "last.pt", "best.pt", "summary.json", "curves.png", "samples", "lock"])
     code = {str(path.relative_to(run / "code")) for path in (run / "code").rglob("*.py")}
-    assert code >= {"train_enwik8.py", "model.py", "optim.py", "experiment.py", "cache.py", "data/text.py"}
+    assert code >= {"train_enwik8.py", "model.py", "nanolab/optim.py", "nanolab/run.py", "nanolab/cache.py",
+                    "data/text.py"}
     assert (run / "code" / "model.py").read_bytes() == (ROOT / "model.py").read_bytes()
     params = json.loads((run / "params.json").read_text(), parse_constant=pytest.fail)
     assert params["settings"]["n_layer"] == 2 and params["settings"]["norm"] == "rms"       # a flag; the preset
@@ -314,7 +315,7 @@ def assert_typable(words, empty):
     script, words = words[0], [word for word in words[1:] if word not in ("&", ">", "...", "-h", "--help")]
     assert (ROOT / script).is_file(), f"{script} is not there"
     g = fresh(script)
-    if script == "experiment.py":                            # words of its own: among no runs all do nothing
+    if script == "nanolab/run.py":                            # words of its own: among no runs all do nothing
         experiment.main([*words, "--out_dir", str(empty)])
     elif {"override", "begin"} & set(g):
         bare = next((name for name in ("checkpoint", "grid", "runs") if name in g), None)

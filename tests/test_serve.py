@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from flags import UserError  # noqa: E402
 from nanolab.serve import serve  # noqa: E402
+from nanolab.settings import UserError  # noqa: E402
 
 
 def load(dataset, max_bytes=None, share=0.5, ball=True, word="a", seed=7):

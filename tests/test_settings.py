@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import flags
-from experiment import UserError, adopt, override
+from nanolab import settings as flags
+from nanolab.run import UserError, adopt, override
 
 SOURCE = '''"""A script for tests.
 

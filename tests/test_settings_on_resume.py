@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import experiment
-import flags
+from nanolab import run as experiment, settings as flags
 
 ROOT = Path(flags.__file__).parent
 # Two tiny steps; what is drawn and measured beside the training stays away.

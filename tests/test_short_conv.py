@@ -7,11 +7,11 @@ import torch.nn.functional as F
 
 import choices
 from kernels import rms_norm
-from mixers import Positions, ShortConv
-from model import (MIXERS, Transformer, TransformerConfig, build_model, equal_ff_mult, initialise, parameter_roles,
-                   parameter_rules)
+from model import (MIXERS, Positions, Transformer, TransformerConfig, build_model, equal_ff_mult, initialise,
+                   parameter_roles, parameter_rules)
+from models.encoder_decoder import Encoder, PrefixDecoder
+from models.short_conv import ShortConv
 from nanolab.dialog_tree import DialogTree
-from networks import Encoder, PrefixDecoder
 
 T = 24
 STATES = ("mamba", "mingru", "compressive")

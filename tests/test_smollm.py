@@ -18,7 +18,7 @@ import pyarrow.parquet  # noqa: E402
 import data.files  # noqa: E402
 from data import smollm, tokens  # noqa: E402
 from data.smollm import Batches, documents, find, is_held_out, validation  # noqa: E402
-from experiment import UserError  # noqa: E402
+from nanolab.run import UserError  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BYTES = tokens.open_tokenizer("bytes")

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import text as texts  # noqa: E402
-from experiment import Run, load_checkpoint  # noqa: E402
 from model import from_checkpoint  # noqa: E402
+from nanolab.run import Run, load_checkpoint  # noqa: E402
 
 
 @pytest.fixture(scope="module")

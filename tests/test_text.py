@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from data import files, text  # noqa: E402
 from data.files import download  # noqa: E402
 from data.text import Batches, load, main, statistics  # noqa: E402
-from experiment import UserError  # noqa: E402
+from nanolab.run import UserError  # noqa: E402
 
 CONTENT = bytes(range(256)) * 1200  # 307,200 bytes: several chunks of a download
 real_data = pytest.mark.skipif(not Path(os.environ.get("NANOLAB_DATA") or "/nowhere").is_dir(),

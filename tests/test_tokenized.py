@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import smollm, text, tokens  # noqa: E402
 from data.tokenized import open_text  # noqa: E402
-from experiment import UserError  # noqa: E402
+from nanolab.run import UserError  # noqa: E402
 
 WORDS = "river mountain valley forest lake thou art hither café".split()
 

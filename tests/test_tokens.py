@@ -19,10 +19,9 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks, load_tiktoken_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data import text as texts  # noqa: E402
-from data import tokens  # noqa: E402
+from data import text as texts, tokens  # noqa: E402
 from data.facts import Vocabulary  # noqa: E402
-from experiment import UserError  # noqa: E402
+from nanolab.run import UserError  # noqa: E402
 
 WORDS = [a + b for a in "ho ri moun ca na lan fo ber 字 spri".split()
          for b in "use ver tain fé ïve dern rest ry".split()]

@@ -22,16 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import bench  # noqa: E402
 import evaluate  # noqa: E402
-import experiment  # noqa: E402
-import flags  # noqa: E402
 import grid  # noqa: E402
 import plot  # noqa: E402
-import probe  # noqa: E402
 import sample  # noqa: E402
 from data import facts, files, smollm, tokens, video  # noqa: E402
-from experiment import Settings, UserError  # noqa: E402
 from model import TransformerConfig, build_model  # noqa: E402
-from nanolab import serve  # noqa: E402
+from nanolab import probe, run as experiment, serve, settings as flags  # noqa: E402
+from nanolab.run import Settings, UserError  # noqa: E402
 from test_scripts import fresh  # noqa: E402
 
 BAD = ("nan", "inf", "-inf", "1e400", "-1e400", "1" + "0" * 30, "9" * 5000, "one", "")

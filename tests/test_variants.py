@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import choices
-import mixers
+import model as mixers
 from model import (CARRY, MIXERS, Transformer, TransformerConfig, build_model, equal_ff_mult, initialise,
                    parameter_roles, parameter_rules)
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from data import video  # noqa: E402
 from data.video import (ACTIONS, AGENT, BALL, FLOOR, PALETTE, WALL, Clips, Stream, World, caption,  # noqa: E402
                         caption_length, load, paint, read_caption, read_cells, render, sprites, statistics)
-from experiment import UserError  # noqa: E402
+from nanolab.run import UserError  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
-from experiment import load_checkpoint, run_metrics  # noqa: E402
+from nanolab.run import load_checkpoint, run_metrics  # noqa: E402
 from nanolab.score import Ensemble, score  # noqa: E402
 from test_resume import assert_done, assert_error, wait_for  # noqa: E402
 

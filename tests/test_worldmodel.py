@@ -7,8 +7,11 @@ import torch.nn.functional as F
 
 import choices
 from model import parameter_roles
-from networks import axial_tables
-from worldmodel import ActionModel, CausalDynamics, Dynamics, Nearest, Signs, Tokenizer, from_patches, to_patches
+from models.video import axial_tables
+from models.world_actions import ActionModel, Nearest, Signs
+from models.world_dynamics import CausalDynamics, Dynamics
+from models.world_layers import from_patches, to_patches
+from models.world_tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,15 +14,19 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import train_worldmodel as w  # noqa: E402
-from data.video import AGENT, BALL, FLOOR, MOVES, Clips, Stream, World, caption, load, paint, read_cells, render  # noqa: E402
-from discrete import Quantised  # noqa: E402
-from experiment import load_checkpoint  # noqa: E402
+from data.video import (AGENT, BALL, FLOOR, MOVES, Clips, Stream, World, caption, load, paint, read_cells,  # noqa: E402
+                        render)
 from models import world_measures as m  # noqa: E402
+from models.discrete import Quantised  # noqa: E402
+from models.world_actions import ActionModel  # noqa: E402
+from models.world_dynamics import Dynamics  # noqa: E402
+from models.world_tokenizer import Tokenizer  # noqa: E402
+from models.world_words import as_characters  # noqa: E402
 from nanolab.play import Played  # noqa: E402
+from nanolab.run import load_checkpoint  # noqa: E402
 from nanolab.world import Reader, latent_actions  # noqa: E402
 from test_resume import assert_done, assert_equal, records, summary  # noqa: E402
 from test_worldmodel_resume import at, train  # noqa: E402
-from worldmodel import ActionModel, Dynamics, Tokenizer, as_characters  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small")
 SIDE, PX, HISTORY, CONTEXT = 5, 4, 2, 4

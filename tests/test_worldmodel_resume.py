@@ -14,13 +14,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data.video import load  # noqa: E402
-from discrete import mutual_information  # noqa: E402
-from experiment import load_checkpoint  # noqa: E402
+from models.discrete import mutual_information  # noqa: E402
 from models.world_measures import ssim  # noqa: E402
+from nanolab.run import load_checkpoint  # noqa: E402
 from nanolab.world import Reader  # noqa: E402
 from test_play import pixels, post, request  # noqa: E402
-from test_resume import (assert_done, assert_equal, assert_error, kill_again_and_again, records,  # noqa: E402
-                         snapshot, summary, wait_for)
+from test_resume import (assert_done, assert_equal, assert_error, kill_again_and_again, records, snapshot,  # noqa: E402
+                         summary, wait_for)
 
 TINY = dict(n_train=12, n_val=4, length=7, side=4, cell_px=4, patch=4, codebook_size=8, code_dim=4, tokenizer_embd=8,
             tokenizer_batch=2, action_embd=8, n_head=2, action_layers=1, n_codes=4, batch_size=4, context=3,

@@ -13,15 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import experiment
-import flags
 import train_worldmodel as w
 from data.video import load
-from experiment import load_checkpoint
+from models.world_actions import Signs
+from nanolab import run as experiment, settings as flags
+from nanolab.run import load_checkpoint
 from nanolab.world import Reader
 from test_resume import assert_equal, records, summary
 from test_worldmodel_resume import STAGES, TINY, at, train
-from worldmodel import Signs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BATCHES = ("tokenizer_batch", "batch_size", "dynamics_batch", "text_batch", "frame_batch")

@@ -14,10 +14,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.arc import OUTSIDE, Canvas
-from discrete import FSQ, VQ, Codebook
 from kernels import activate, cross_entropy
-from mixers import Linear, Norm
-from model import initialise
+from model import Linear, Norm, initialise
+from models.discrete import FSQ, VQ, Codebook
 
 
 @dataclass

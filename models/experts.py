@@ -1,54 +1,14 @@
-"""Feed-forward layers: MLP with plain and gated activations, low-rank, mixture of experts.
-
-Each is one class with the same face: ff(x, positions) takes x (B, T, C) to (B, T, C); positions is the pass's
-Positions, into which a layer may write losses and usage.
-"""
+"""Mixture of experts: ff "moe"."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
 from kernels import GLU, activate
-from mixers import Linear, Norm
+from model import Linear
+
 
 EVEN = 64  # rows
-
-
-class FeedForward(nn.Module):
-    """Two linear layers around an activation; a gated one has 2/3 of the width, and as many parameters."""
-
-    def __init__(self, config, layer=0):
-        super().__init__()
-        c, width = config, config.ff_width
-        self.activation = c.activation
-        gated = c.activation in GLU
-        self.up = Linear(c.n_embd, 2 * width if gated else width, bias=c.bias)
-        self.down = Linear(width, c.n_embd, bias=c.bias)
-        self.norm = Norm("layer", width, c.norm_gain, c.bias) if c.activation == "solu" else None
-        self.fused = {"up": (width, width)} if gated else {}
-
-    def forward(self, x, positions=None):
-        """x (B, T, C) to (B, T, C)."""
-        parts = self._modules  # past nn.Module's look-up
-        x = activate(self.activation, parts["up"](x))
-        return parts["down"](x if self.norm is None else self.norm(x))
-
-
-class LowRank(FeedForward):
-    """The same with each matrix as a product through `ff_rank` dimensions: C r + r W and W r + r C parameters."""
-
-    def __init__(self, config, layer=0):
-        super().__init__(config, layer)
-        c, rank = config, config.ff_rank
-        self.into = Linear(c.n_embd, rank, bias=False)
-        self.up = Linear(rank, self.up.out_features, bias=c.bias)
-        self.join = Linear(self.down.in_features, rank, bias=False)
-        self.down = Linear(rank, c.n_embd, bias=c.bias)
-
-    def forward(self, x, positions=None):
-        """x (B, T, C) to (B, T, C)."""
-        x = activate(self.activation, self.up(self.into(x)))
-        return self.down(self.join(x if self.norm is None else self.norm(x)))
 
 
 class MixtureOfExperts(nn.Module):

@@ -37,11 +37,11 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-import experiment
-import optim
-from flags import UserError
-from feedforward import FeedForward, LowRank
-from mixers import Attention, Sparse
+from model import Attention, FeedForward
+from models.low_rank import LowRank
+from models.sparse import Sparse
+from nanolab import optim, run as experiment
+from nanolab.settings import UserError
 
 SPLIT = ("full", "window", "strided", "fixed", "diff")  # mixers whose heads can be divided over tp
 SPLIT_FF = ("mlp", "low_rank", "none")

@@ -17,9 +17,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from cache import CompressedCache, KVCache
 from kernels import plain_rms_norm, plain_rotary
-from mixers import Attention, Linear, Span, causal
+from model import Attention, Linear, Span, causal
+from nanolab.cache import CompressedCache, KVCache
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class TransformerXL(Attention):
     Positions "relative" are the paper's: score = ((q + u) k + (q + v) W_R R_(q-k)) / sqrt(D), R the sinusoid of the
     distance (section 3.3). "rope" and "alibi" see distances anyway; "none" sees none.
     """
+
+    keeps_hidden = True  # a layer hands it the hidden states, too
 
     def __init__(self, config, layer=0, kind="xl"):
         super().__init__(config, layer, kind)

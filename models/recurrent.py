@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 import kernels
-from cache import RecurrentCache
-from mixers import Linear, convolve
+from model import Linear
+from models.short_conv import convolve
+from nanolab.cache import RecurrentCache
 
 
 # --- The scan ---

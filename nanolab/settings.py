@@ -1,9 +1,8 @@
 """Settings of a script from its own source, its command line and its presets. Imports nothing that takes long.
 
-    import flags
-    flags.answer_help(__name__, __file__)                    # -h, before the seconds of importing torch
+    answer_help(__name__, __file__)                          # at the top: -h, before the seconds of importing torch
 
-    settings = flags.override(globals())                     # in main(): --name value, --preset NAME, -h
+    settings = override(globals())                           # in main(): --name value, --preset NAME, -h
 """
 import os
 import signal
@@ -29,9 +28,10 @@ def surroundings():
     os.environ["MPLBACKEND"] = "agg"                         # matplotlib's import fails where the named one is missing
 
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
+# A command of ours, not a test or a notebook.
 _main = getattr(sys.modules["__main__"], "__file__", None)
-if _main and Path(_main).resolve().parent in (ROOT, ROOT / "data"):  # a command of ours, not a test or a notebook
+if _main and Path(_main).resolve().parent in {ROOT / room for room in ("", "data", "nanolab", "models")}:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupted)
     surroundings()
@@ -96,7 +96,7 @@ class Common:
     """The settings that all scripts that train have alike."""
     run_name: str = None           # name of the run's directory, out_dir/script/run_name; none: date and time
     out_dir: str = "runs"          # where the runs lie
-    tag: str = None                # a word by which `python experiment.py clean --tag` finds the run
+    tag: str = None                # a word by which `python -m nanolab.run clean --tag` finds the run
     resume: bool = False           # [path] go on with run_name (none: the newest run); --resume PATH: from that one
     debug: bool = False            # tiny and short, no wandb, no tensorboard
     wandb: str = "disabled"        # [disabled, offline, online]

@@ -1,7 +1,7 @@
 """What a layer knows: activations and gradients of any place in a model, and linear probes on them.
 
-    python probe.py runs/train_facts/NAME --attribute birth_date         # which layer knows the day of the birthday?
-    python probe.py runs/train_facts/NAME --attribute birth_place --asked occupation    # though asked for another thing
+    python -m nanolab.probe runs/train_facts/NAME --attribute birth_date    # which layer knows the birthday?
+    python -m nanolab.probe runs/train_facts/NAME --attribute birth_place --asked occupation
 
 The command reads the stream at the last token of a question. A linear map learns the attribute's value from four in
 five people, and is asked about the rest; beside it the same on people that the model was never trained on, and the
@@ -17,9 +17,9 @@ share of the most frequent value.
 
 A model gives the same bits with a probe and without, losses and gradients alike. Figures: docs/facts.md.
 """
-import flags
+from nanolab.settings import answer_help
 
-flags.answer_help(__name__, __file__, "checkpoint")  # before the seconds that the next lines take
+answer_help(__name__, __file__, "checkpoint")  # before the seconds that the next lines take
 
 import contextlib
 import difflib
@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 
 from data import facts, tokens
-from experiment import UserError, command, find_checkpoint, load_checkpoint, override, resolve_device
 from model import from_checkpoint
+from nanolab.run import UserError, command, find_checkpoint, load_checkpoint, override, resolve_device
 
 # --- What ---
 checkpoint = None        # run directory or checkpoint file of train_facts.py (may also be typed as a bare word)
@@ -278,7 +278,7 @@ def value_classes(people, attribute, part="day"):
 def main():
     settings = override(globals(), positional="checkpoint")
     if checkpoint is None:
-        raise UserError("which run? python probe.py runs/train_facts/NAME")
+        raise UserError("which run? python -m nanolab.probe runs/train_facts/NAME")
     if attribute not in DATES:
         settings.refuse_idle(("part",), f"with --attribute {attribute}, which is no date")
     where, _ = resolve_device(device, "float32")

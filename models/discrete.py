@@ -1,12 +1,12 @@
 """Discrete codes: gradients through a categorical choice, codebooks, the parts of their KL, and what tells on collapse.
 
-    python discrete.py gradients         # bias and spread of every estimator on sums that can be enumerated: seconds
-    python discrete.py decomposition     # MI, TC and DWKL beside the estimators of TC that come out negative
+    python -m models.discrete gradients        # bias and spread of every estimator on sums that one can enumerate
+    python -m models.discrete decomposition    # MI, TC and DWKL beside the estimators of TC that come out negative
 
 Shapes: B batch, N codes of one input, K size of the codebook, D width of a code. q(z|x) is a product of N categorical
 distributions softmax(logits); the prior is uniform over all K^N; nats everywhere unless a name says bits.
 """
-import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
+import nanolab.settings  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
 
 import math
 import sys
@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
-from experiment import UserError, command
+from nanolab.run import UserError, command
 
 SAMPLED = ("gumbel_soft", "gumbel_hard", "straight_through", "reinmax")  # a posterior, of which codes are drawn
 
@@ -423,7 +423,7 @@ def information_gaps(codes, size, factors, generator=None):
     return found
 
 
-# --- What a person may look at: python discrete.py gradients, decomposition ---
+# --- What a person may look at: python -m models.discrete gradients, decomposition ---
 
 def gradient_error(estimator, function, logits, tau=1.0, draws=20_000, generator=None):
     """(bias, spread) of an estimator's gradient of E f(z), z ~ softmax(logits (K,)), both over the exact length.

@@ -2,7 +2,7 @@
 
     @command
     def main():
-        settings = begin(globals())                          # flags.py: --name value, --preset NAME, --debug, -h
+        settings = begin(globals())                          # settings.py: --name value, --preset NAME, --debug, -h
         checkpoint = resumed(settings, architecture)         # None: from the start; else its settings hold
         ...
         loop = Loop(dict(step=0, best=math.inf, pending=[]), scaler)
@@ -14,10 +14,10 @@
 
 Also a command, about the runs that are there:
 
-    python experiment.py list                                # status, step, best, size and age of every run under runs/
-    python experiment.py clean --tag test --older_than 7d    # says what it would remove; with --yes it does
+    python -m nanolab.run list                             # status, step, best, size and age of every run
+    python -m nanolab.run clean --tag test --older_than 7d # says what it would remove; with --yes it does
 """
-import flags  # noqa: F401  it minds Ctrl-C while the next lines take their seconds
+from nanolab.settings import interrupted, surroundings  # it minds Ctrl-C while the next lines take their seconds
 
 import argparse
 import contextlib
@@ -54,9 +54,10 @@ except ImportError:  # Windows
     import msvcrt
     fcntl = resource = None
 
-import optim
-from flags import Settings, UserError, adopt, as_typed, begin, check_settings, columns, override  # noqa: F401
+from nanolab import optim
 from nanolab.serve import Parser
+from nanolab.settings import (Settings, UserError, adopt, as_typed, begin, check_settings, columns,  # noqa: F401
+                              override)
 
 FORMAT = "nanolab-1"
 ROOMS = ("nanolab", "models", "fused", "data")  # folders of modules beside the scripts
@@ -104,9 +105,9 @@ def command(main):
     """
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
-        if signal.getsignal(signal.SIGINT) is flags.interrupted:
+        if signal.getsignal(signal.SIGINT) is interrupted:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        flags.surroundings()
+        surroundings()
         keep_freed_memory()
         speaks = os.environ.get("RANK", "0") == "0"
         try:
@@ -534,7 +535,7 @@ def restoring(path):
 
 
 def resumed(settings, architecture=(), of_this_command=(), needed=False):
-    """The checkpoint that the setting `resume` means, whose settings then hold (see flags.adopt); None: a new run.
+    """The checkpoint that the setting `resume` means, whose settings then hold (see adopt); None: a new run.
 
     architecture: names, or {part: names}: of "all" and of the stages that the checkpoint has begun. needed: without a
     checkpoint there is nothing to do.
@@ -903,7 +904,7 @@ class Run:
 
     def _copy_code(self):
         """The script and the modules of this folder, to code/; what has changed since the run began goes beside it."""
-        root, code = Path(__file__).resolve().parent, self.dir / "code"
+        root, code = Path(__file__).resolve().parents[1], self.dir / "code"
         loaded = [Path(getattr(module, "__dict__", {}).get("__file__") or "") for module in list(sys.modules.values())]
         ours = [path for path in loaded if path.suffix == ".py" and path.parent in (root, *map(root.joinpath, ROOMS))]
         data = [file for path in ours for file in path.parent.glob(path.stem + "*") if file.suffix in (".html", ".txt")]
@@ -1191,7 +1192,7 @@ def draw_curves(directory, picture):
         figure.savefig(file, format="png")
 
 
-# --- The runs that are there: python experiment.py list, clean ---
+# --- The runs that are there: python -m nanolab.run list, clean ---
 
 def find_runs(out_dir):
     """Directories of all runs under out_dir, sorted. No link is followed."""
@@ -1268,7 +1269,7 @@ def _seconds(text):
 @command
 def main(argv=None):
     """The command line."""
-    parser = Parser(prog="experiment.py", description="the runs that are there")
+    parser = Parser(prog="python -m nanolab.run", description="the runs that are there")
     parts = parser.add_subparsers(dest="what", required=True, metavar="list|clean", parser_class=Parser)
     for name, words in (("list", "status, step, best, size and age of every run"),
                         ("clean", "say which runs would be removed; with --yes remove them")):

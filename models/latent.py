@@ -1,0 +1,88 @@
+"""Multi-head latent attention: mixer "mla"."""
+import torch
+import torch.nn as nn
+
+import kernels
+from model import Attention, Linear, Norm, alibi_slopes, yarn_mscale
+from nanolab.cache import KVCache
+
+
+class Latent(Attention):
+    """Multi-head latent attention (DeepSeek-V2 2024, section 2.1): keys and values of all heads come out of one latent
+    of kv_rank dimensions, which is normalised and is all that the cache keeps, beside one key of rope_dim dimensions
+    that turns and that all heads share (with positions "rope" only). q_rank: queries pass a normalised bottleneck too.
+
+    A pass of many queries expands the latents to keys and values. A few queries over a cache are taken to the latents
+    instead: q W_k . c = q . (W_k c), so that the cache is read as it is, as one key-value head (section 2.1.2's
+    absorption).
+
+    Under YaRN the part of a score that turns grows by yarn_mscale(factor, rope_mscale)^2 in RoPE's tables, and the
+    other by yarn_mscale(factor, rope_mscale_all_dim)^2 here: DeepSeek's softmax scale and tables, multiplied out.
+    """
+
+    def __init__(self, config, layer=0):
+        nn.Module.__init__(self)
+        c = self.config = config
+        self.layer, self.kind, self.rank = layer, "full", c.kv_rank
+        self.turning = c.rope_dim if c.positions == "rope" else 0
+        self.growth = yarn_mscale(c.rope_factor, c.rope_mscale_all_dim) ** 2 if c.rope_scaling == "yarn" else 1.0
+        H, D = c.n_head, c.head_dim
+        self.into = self.q_norm = None
+        if c.q_rank is not None:
+            self.into = Linear(c.n_embd, c.q_rank, bias=False)
+            self.q_norm = Norm("rms", c.q_rank, c.norm_gain, False)
+        self.q = Linear(c.n_embd if c.q_rank is None else c.q_rank, H * (D + self.turning), bias=False)
+        self.kv = Linear(c.n_embd, self.rank + self.turning, bias=False)
+        self.kv_norm = Norm("rms", self.rank, c.norm_gain, False)
+        self.up = Linear(self.rank, 2 * H * D, bias=False)
+        self.out = Linear(H * D, c.n_embd, bias=c.bias)
+        self.fused = {"up": (H * D, H * D)}
+        if self.turning:
+            self.fused["kv"] = (self.rank, self.turning)
+        self.register_buffer("slopes", alibi_slopes(H) if c.positions == "alibi" else None, persistent=False)
+
+    def forward(self, x, positions, cache=None):
+        """x (B, T, C), positions a Positions, cache from new_cache or None. Returns (B, T, C)."""
+        c, (B, T, _) = self.config, x.shape
+        H, D, R = c.n_head, c.head_dim, self.turning
+        q = self.q(x if self.into is None else self.q_norm(self.into(x))).view(B, T, H, D + R)
+        latent, key = self.kv(x).split((self.rank, R), -1)
+        latent = self.kv_norm(latent).to(x.dtype if not torch.is_autocast_enabled(x.device.type) else q.dtype)
+        if R:
+            still = q[..., :D] if self.growth == 1 else q[..., :D] * self.growth
+            q = torch.cat((still, positions.turn(q[..., D:])), -1)
+            latent = torch.cat((latent, positions.turn(key.unsqueeze(2)).squeeze(2).to(latent.dtype)), -1)
+        q, held, seen = q.transpose(1, 2), latent.unsqueeze(1), positions.index  # (B, H, T, D + R), (B, 1, T, rank + R)
+        if cache is not None:
+            held, _, seen = cache.update(held, held[..., :0], positions.index)
+            q = q.to(held.dtype)
+        span, scale, S = self.span(positions, cache), (D + R) ** -0.5, held.size(2)
+        if T * (self.rank + R) * 2 < S * D:  # few queries, many latents
+            keys, values = self.up.weight.view(2, H, D, self.rank).to(held.dtype)  # (H, D, rank)
+            q = torch.cat((q[..., :D] @ keys, q[..., D:]), -1)  # (B, H, T, rank + R)
+            y = self.attend_latents(q, held, positions, seen, span, scale)  # (B, H, T, rank)
+            y = y @ values.transpose(1, 2)  # (B, H, T, D)
+        else:
+            k, v = self.up(held[:, 0, :, :self.rank]).view(B, S, 2, H, D).permute(2, 0, 3, 1, 4)  # (B, H, S, D)
+            if R:
+                k = torch.cat((k, held[..., self.rank:].to(k.dtype).expand(B, H, S, R)), -1)
+            y = self.attend(q.to(k.dtype), k, v, positions, seen, span, scale=scale)
+        return self.out(y.transpose(1, 2).reshape(B, T, H * D).to(x.dtype))
+
+    def attend_latents(self, q, held, positions, seen, span, scale):
+        """q (B, H, T, rank + R) over held (B, 1, S, rank + R), whose first columns are values: (B, H, T, rank)."""
+        lone = self.by_lone_kernel(q[..., self.rank:], held, q[..., :0], positions, seen, span)
+        if lone and self.rank <= kernels.WIDEST_RANK:
+            return kernels.attend_latent(q, held, self.rank, scale)
+        return self.attend(q, held, held[..., :self.rank], positions, seen, span, scale=scale)
+
+    def new_cache(self, batch_size, max_length, window, device, dtype):
+        """A KVCache of one head with keys (latent and turned key) and no values."""
+        cache = KVCache(batch_size, 1, self.rank + self.turning, max_length, window, device, dtype, value_dim=0)
+        cache.kind = "latent"
+        return cache
+
+    def flops(self, T):
+        """Scores and sums of one token, forward, keys and values expanded."""
+        c = self.config
+        return 2 * c.n_head * (2 * c.head_dim + self.turning) * T

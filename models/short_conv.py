@@ -1,0 +1,98 @@
+"""Causal depthwise convolutions over time."""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanolab.cache import KVCache
+
+
+def convolve(line, kernel, T, y):
+    """y plus the depthwise causal convolution of the last T of line (B, K - 1 + T, I) by kernel (K, I), whose last row
+    is for the position itself: (B, T, I)."""
+    for k in range(len(kernel)):
+        y = torch.addcmul(y, line[:, k:k + T], kernel[k])
+    return y
+
+
+class ShortConv(nn.Module):
+    """A depthwise causal convolution over the normed inputs of a layer's mixer, y_t = sum_(i < w) k_i x_(t-i), with
+    w = config.short_conv rows k_i of `kernel` (w, C) and no bias, as in Zoology (Arora et al. 2023).
+
+    Before a row's first input stand zeros. Padding is left out, wherever it stands: a row's inputs follow one another
+    in the order in which they come. It never looks ahead, inside a prefix either. One segment of training goes on from
+    the last w - 1 hidden states of the one before, normed anew, in layers of full attention too. Cache: the inputs of
+    old, as a layer of attention over w positions would keep keys.
+    """
+
+    def __init__(self, config, layer=0):
+        super().__init__()
+        self.width = config.short_conv
+        self.slot = config.n_layer + layer  # its place in a Memory: after those of all mixers
+        self.kernel = nn.Parameter(torch.empty(self.width, config.n_embd))
+        self.own = {"kernel": "gain"}
+
+    def fill(self):
+        """U(-1, 1) / sqrt(w)."""
+        self.kernel.uniform_(-self.width ** -0.5, self.width ** -0.5)
+
+    def over(self, x):
+        """x (B, T, C) to (B, T, C), with nothing before."""
+        return convolve(F.pad(x, (0, 0, self.width - 1, 0)), self.kernel.flip(0).to(x.dtype), x.size(1),
+                        x.new_zeros(()))
+
+    def forward(self, x, positions, cache=None, hidden=None, norm=None):
+        """x (B, T, C) to (B, T, C), going on from the cache, or the memory, or nothing; cache from new_cache.
+
+        hidden (B, T, C), norm: the states that x was made of, and by which norm; a memory keeps these states.
+        Raises ValueError where every position sees every other.
+        """
+        if positions.bidirectional:
+            raise ValueError("short_conv reads from left to right: it does not go with a model that sees everything at "
+                             "once")
+        T, n = positions.T, self.width - 1
+        before = seen = None  # (B, m, C), (B, m): what stands before x
+        if cache is not None:
+            held, _, seen = cache.update(x.unsqueeze(1), x[:, None, :, :0], positions.index)
+            before = held[:, 0, :held.size(2) - T].to(x.dtype)
+        elif positions.memory is not None:
+            kept, = positions.memory[self.slot]
+            positions.memory_out[self.slot] = (torch.cat((kept, hidden), 1)[:, -n:],)
+            before = norm(kept[:, n - min(n, positions.remembered):].to(hidden.dtype)).to(x.dtype)
+        order = None
+        if positions.index is not None:
+            order, back, _ = positions.real_first()
+            x = x.take_along_dim(order, 1)
+            if before is not None:
+                before = last_real(before, seen[:, :-T], n)
+        if before is None:
+            line = F.pad(x, (0, 0, n, 0))
+        else:
+            before = before[:, max(0, before.size(1) - n):]
+            line = torch.cat((F.pad(before, (0, 0, n - before.size(1), 0)), x), 1)  # (B, w - 1 + T, C)
+        y = convolve(line, self.kernel.flip(0).to(x.dtype), T, x.new_zeros(()))
+        return y if order is None else y.take_along_dim(back, 1)
+
+    def new_cache(self, batch_size, max_length, beside, device, dtype):
+        """A KVCache of one head with the inputs (as keys) and no values. They are kept as long as the keys of the
+        mixer's cache `beside`, so that it can be cropped to and forked from the same lengths; where that is a state,
+        only those that the convolution sees."""
+        window = self.width if not beside.divisible else beside.window and max(beside.window, self.width)
+        cache = KVCache(batch_size, 1, self.kernel.size(1), max_length, window, device, dtype, value_dim=0)
+        cache.kind = "inputs"
+        return cache
+
+    def new_memory(self, batch_size, device, dtype):
+        """The hidden states of the last w - 1 positions: ((B, w - 1, C),)."""
+        return (torch.zeros(batch_size, self.width - 1, self.kernel.size(1), device=device, dtype=dtype),)
+
+    def flops(self, T):
+        """Forward, of one token: 2 w C."""
+        return 2 * self.kernel.numel()
+
+
+def last_real(x, seen, n):
+    """The last n or fewer of x (B, S, C) in each row where seen (B, S) is no padding, which becomes zeros before."""
+    real = seen >= 0
+    order = real.byte().argsort(dim=1, stable=True)[:, -n:]  # padding first
+    real = real.take_along_dim(order, 1)
+    return x.take_along_dim(order.unsqueeze(2), 1).masked_fill(~real.unsqueeze(2), 0)

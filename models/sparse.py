@@ -1,0 +1,128 @@
+"""Sparse attention (Child et al. 2019): mixers "strided" and "fixed"."""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from model import Attention, Everything, Span, causal
+
+
+@dataclass(frozen=True)
+class Strided(Span):
+    """A query sees every stride-th place before it, counted from itself."""
+    stride: int = 1
+
+    def sees(self, q, k):
+        """As Span.sees."""
+        return (q - k) % self.stride == 0
+
+
+@dataclass(frozen=True)
+class Neighbours(Span):
+    """A query sees its own block of `stride` places, up to itself."""
+    stride: int = 1
+
+    @property
+    def reach(self):
+        """As Span.reach."""
+        return self.stride if self.window is None else min(self.stride, self.window)
+
+    def first(self, q):
+        """As Span.first."""
+        return max(q // self.stride * self.stride, super().first(q))
+
+    def sees(self, q, k):
+        """As Span.sees."""
+        return torch.div(q, self.stride, rounding_mode="floor") == torch.div(k, self.stride, rounding_mode="floor")
+
+
+@dataclass(frozen=True)
+class Summaries(Span):
+    """A query sees itself and the last `summary` places of every block of `stride` before it or its own."""
+    stride: int = 1
+    summary: int = 1
+
+    def sees(self, q, k):
+        """As Span.sees."""
+        return (k % self.stride >= self.stride - self.summary) | (k == q)
+
+
+class Sparse(Attention):
+    """Factorised attention (Child et al. 2019, section 4.3), one pattern for each half of the heads.
+
+    kind "strided": the last `sparse_stride` places, and every sparse_stride-th place. kind "fixed": the query's own
+    block of sparse_stride places, and the last `sparse_summary` places of all blocks. A whole pass over many places
+    computes only what is seen, in time T sqrt(T) where the stride is sqrt(T); the cache keeps all keys.
+    """
+
+    def attend(self, q, k, v, positions, seen, span, bias=None, scale=None):
+        """As Attention.attend; `span` says how far back a sliding cache goes, if it slides, or that all is seen."""
+        if isinstance(span, Everything):
+            return super().attend(q, k, v, positions, seen, span)
+        c, H, G = self.config, q.size(1) // 2, k.size(1) // 2
+        near = causal(c.sparse_stride if span.window is None else min(c.sparse_stride, span.window))
+        far = Strided(span.window, c.sparse_stride)
+        if self.kind == "fixed":
+            near = Neighbours(span.window, c.sparse_stride)
+            far = Summaries(span.window, c.sparse_stride, c.sparse_summary)
+        slopes = (None, None) if self.slopes is None else self.slopes.split(H)
+        whole = seen is None and span.window is None and positions.prefix is None and self.slopes is None
+        y = super().attend(q[:, :H], k[:, :G], v[:, :G], positions, seen, near, slopes=slopes[0])
+        q, k, v = q[:, H:], k[:, G:], v[:, G:]
+        if whole and positions.start == 0 and q.size(2) == k.size(2) > 4 * c.sparse_stride:
+            far_y = self.columns(q, k, v) if self.kind == "strided" else self.summaries(q, k, v)
+        elif whole and q.size(2) == 1 and self.kind == "strided":  # one query: its own residue class, a view
+            first = (k.size(2) - 1) % c.sparse_stride
+            far_y = self.softmax(q, k[:, :, first::c.sparse_stride], v[:, :, first::c.sparse_stride], None)
+        else:
+            far_y = super().attend(q, k, v, positions, seen, far, slopes=slopes[1])
+        return torch.cat((y, far_y), 1)
+
+    def columns(self, q, k, v):
+        """Every stride-th place by causal attention within each residue class: (B, H, T, D) all, start 0."""
+        stride, T = self.config.sparse_stride, q.size(2)
+
+        def fold(t):  # places past the end come last in their class: no real query sees them
+            B, H, _, D = t.shape
+            t = F.pad(t, (0, 0, 0, -T % stride)).view(B, H, -1, stride, D)  # (B, H, rows, stride, D)
+            return t.permute(0, 3, 1, 2, 4).reshape(B * stride, H, -1, D)
+        y = self.softmax(fold(q), fold(k), fold(v), "causal")  # (B stride, H, rows, D)
+        B, H, rows, D = q.size(0), q.size(1), y.size(2), q.size(3)
+        return y.view(B, stride, H, rows, D).permute(0, 2, 3, 1, 4).reshape(B, H, rows * stride, D)[:, :, :T]
+
+    def summaries(self, q, k, v):
+        """Itself and the summary places before it, all (B, H, T, D), start 0.
+
+        The softmax over a query's own key and the shared ones is one over [shared keys, own key]: the own key's score
+        is weighed against the others' sum, which a float32 log-sum-exp gives.
+        """
+        c, T = self.config, q.size(2)
+        place = torch.arange(T, device=q.device)
+        chosen = place[place % c.sparse_stride >= c.sparse_stride - c.sparse_summary]
+        some_k, some_v = (t.index_select(2, chosen).repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
+        k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
+        exact = torch.promote_types(q.dtype, torch.float32)
+        own = (q.to(exact) * k.to(exact)).sum(-1, keepdim=True) * c.head_dim ** -0.5  # (B, H, T, 1)
+        others = (q @ some_k.transpose(2, 3)).to(exact) * c.head_dim ** -0.5  # (B, H, T, some)
+        others = others.masked_fill(chosen >= place[:, None], -math.inf)
+        p = torch.softmax(torch.cat((others, own), -1), -1).to(v.dtype)
+        if c.dropout and self.training:
+            p = F.dropout(p, c.dropout)
+        return p[..., :-1] @ some_v + p[..., -1:] * v
+
+    def flops(self, T):
+        """Scores and sums of one token, forward: half of the heads see a stride, half T over it."""
+        c, stride = self.config, min(T, self.config.sparse_stride)
+        far = T / stride * (c.sparse_summary if self.kind == "fixed" else 1)
+        return int(2 * c.n_head * c.head_dim * (stride + far))
+
+
+def strided(config, layer=0):
+    """Sparse attention of mixer "strided"."""
+    return Sparse(config, layer, "strided")
+
+
+def fixed(config, layer=0):
+    """Sparse attention of mixer "fixed"."""
+    return Sparse(config, layer, "fixed")

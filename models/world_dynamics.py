@@ -1,0 +1,215 @@
+"""Dynamics over tokens of frames: MaskGIT, and token by token."""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import Block, Norm, initialise, make_ropes
+from models.encoder_decoder import places_of
+from models.video import SpatioTemporal
+from models.world_layers import config_of
+from nanolab.cache import Cache
+
+
+def draw(logits, temperature=1.0, generator=None):
+    """A token (..., 1) of logits (..., K), by Gumbel's noise from `generator`, on the CPU whatever the device;
+    temperature 0: the likeliest."""
+    if temperature:
+        chance = torch.rand(logits.shape, generator=generator).clamp(1e-9, 1 - 1e-7).to(logits.device)
+        logits = logits.float() / temperature - torch.log(-torch.log(chance))
+    return logits.argmax(-1, keepdim=True)
+
+
+def fill_in(logits_of, B, N, K, device=None, steps=8, temperature=1.0, choice=4.5, generator=None):
+    """Tokens (B, N) below K by MaskGIT (Chang et al. 2022, section 3.2): all are hidden (K) at first; in each of
+    `steps` rounds every hidden place draws a token from logits_of(tokens (B, N)) (B, N, K), and those most sure of
+    theirs keep it, so that half a cosine of the places stays hidden.
+
+    temperature 0: the likeliest token; choice: how much chance there is in who is sure, falling to none in the last
+    round. Draws come from `generator`, on the CPU whatever the device.
+    """
+    def gumbel(*shape):
+        return torch.empty(shape).exponential_(generator=generator).clamp_(min=1e-20).log_().neg_().to(device)
+    tokens, left = torch.full((B, N), K, dtype=torch.int64, device=device), N
+    for step in range(steps):
+        if not left:
+            break
+        hidden, logits = tokens == K, logits_of(tokens)
+        drawn = (logits / temperature + gumbel(B, N, K) if temperature else logits).argmax(-1)
+        sure = torch.log_softmax(logits, -1).gather(-1, drawn[..., None])[..., 0]
+        share = (step + 1) / steps
+        if choice and temperature and step + 1 < steps:
+            sure = sure + choice * (1 - share) * gumbel(B, N)
+        # one place at least is settled in a round, and all are after the last
+        left = min(int(N * math.cos(math.pi / 2 * share)), left - 1) if step + 1 < steps else 0
+        order = sure.masked_fill(~hidden, math.inf).argsort(dim=1, descending=True, stable=True)
+        settled = torch.zeros_like(hidden).scatter_(1, order[:, :N - left], True)
+        tokens = torch.where(hidden & settled, drawn, tokens)
+    return tokens
+
+
+# --- The next frame ---
+
+class Dynamics(nn.Module):
+    """MaskGIT over the tokens of a video (Chang et al. 2022; Genie's dynamics): where tokens of a frame are hidden, it
+    says what they are, from the others, the frames before, and the action that led to each frame.
+
+    action_input "add": the action's embedding is added to every token of its frame; "prepend": it is one more token.
+    Actions are 0 to n_actions - 1, and n_actions where there is none (the first frame); the token codebook_size is the
+    mask.
+    """
+
+    def __init__(self, grid, codebook_size, n_actions, n_layer=2, n_head=4, n_embd=64, action_input="add",
+                 block_size=16):
+        super().__init__()
+        self.grid, self.n_tokens = tuple(grid), grid[0] * grid[1]
+        self.codebook_size, self.n_actions = codebook_size, n_actions
+        self.extra = int(action_input == "prepend")
+        self.config = config_of(n_layer, n_head, n_embd, block_size, codebook_size + 1)
+        self.embed = nn.Parameter(torch.empty(codebook_size + 1, n_embd))
+        self.acts = nn.Parameter(torch.empty(n_actions + 1, n_embd))
+        self.own = {"acts": "embedding"}
+        self.trunk = SpatioTemporal(self.config, self.n_tokens + self.extra, self.grid)
+        self.heads = nn.ParameterList([nn.Parameter(torch.empty(codebook_size, n_embd))])
+        initialise(self)
+
+    def fill(self):
+        """Actions N(0, 0.02), as all embeddings."""
+        self.acts.normal_(0, 0.02)
+
+    @property
+    def mask(self):
+        """The token of a hidden place."""
+        return self.codebook_size
+
+    def forward(self, tokens, actions, cache=None, window=None, streams=None):
+        """tokens (B, T, N) int64, actions (B, T) int64, the one that led to each frame -> logits (B, T, N, K) float32.
+
+        streams = (true, first): some frames are as they are, the others corrupted (SpatioTemporal).
+        """
+        x, act = F.embedding(tokens, self.embed), F.embedding(actions, self.acts)[:, :, None]
+        x = torch.cat((act, x), 2) if self.extra else x + act
+        h = self.trunk(x, cache, window, streams)[:, :, self.extra:]
+        return F.linear(h, self.heads[0]).float()
+
+    def new_cache(self, batch_size, max_length, window=None):
+        """An empty cache of max_length frames, or of a sliding window of them."""
+        return self.trunk.new_cache(batch_size, max_length + 1, window)
+
+    @torch.no_grad()
+    def next_frame(self, actions, cache=None, steps=8, temperature=1.0, choice=4.5, generator=None, past=None,
+                   window=None):
+        """The tokens (B, N) of the frame that `actions` (B,) lead to, by `fill_in`.
+
+        With a cache, which holds the frames before, only the new frame runs in each round, and once more with its final
+        tokens, so that the cache then holds it too: exact, since frames see only the past. Without, past = (tokens
+        (B, T, N), actions (B, T)) are computed again in every round; `window` frames are seen (a sliding cache has its
+        own).
+        """
+        actions = actions.view(-1, 1)
+
+        def logits_of(tokens):
+            if cache is None:
+                frames = torch.cat((past[0], tokens[:, None]), 1), torch.cat((past[1], actions), 1)
+                return self(*frames, window=window)[:, -1]
+            held = cache.length
+            logits = self(tokens[:, None], actions, cache)[:, -1]
+            cache.crop(held)
+            return logits
+        tokens = fill_in(logits_of, len(actions), self.n_tokens, self.codebook_size, self.embed.device, steps,
+                         temperature, choice, generator)
+        if cache is not None:
+            self(tokens[:, None], actions, cache)                                # what is kept are the final tokens'
+        return tokens
+
+    @torch.no_grad()
+    def generate(self, tokens, actions, plan, cached=True, window=None, generator=None, **how):
+        """Goes on after frames tokens (B, T, N), led to by actions (B, T): the tokens (B, n, N) of the frames that plan
+        (B, n) leads to, one after another. cached False computes all frames again in every round of every frame.
+        `how`: of next_frame."""
+        cache, made = None, []
+        if cached:
+            cache = self.new_cache(len(tokens), tokens.size(1) + plan.size(1), window)
+            self(tokens, actions, cache)
+            how = dict(how, cache=cache)
+        for t in range(plan.size(1)):
+            if not cached:
+                how = dict(how, past=(tokens, actions), window=window)
+            frame = self.next_frame(plan[:, t], generator=generator, **how)
+            made.append(frame)
+            tokens, actions = torch.cat((tokens, frame[:, None]), 1), torch.cat((actions, plan[:, t:t + 1]), 1)
+        return torch.stack(made, 1)
+
+
+class CausalDynamics(nn.Module):
+    """The same by a causal transformer (as IRIS, Micheli et al. 2023): action, then the frame's tokens row by row, each
+    seeing all before it; N passes of one token for a frame. Its cache holds (N + 1) T keys a layer.
+    """
+
+    def __init__(self, grid, codebook_size, n_actions, n_layer=2, n_head=4, n_embd=64, block_size=16):
+        super().__init__()
+        self.grid, self.n_tokens = tuple(grid), grid[0] * grid[1]
+        self.codebook_size, self.n_actions = codebook_size, n_actions
+        c = self.config = config_of(n_layer, n_head, n_embd, block_size * (self.n_tokens + 1), codebook_size)
+        self.embed = nn.Parameter(torch.empty(codebook_size, n_embd))
+        self.acts = nn.Parameter(torch.empty(n_actions + 1, n_embd))
+        self.place_position = nn.Parameter(torch.empty(self.n_tokens, n_embd))
+        self.own = {"acts": "embedding", "place_position": "position"}
+        self.ropes = make_ropes(c)
+        self.blocks = nn.ModuleList(Block(c, i) for i in range(n_layer))
+        self.norm = Norm(c.norm, n_embd, c.norm_gain, c.bias)
+        self.heads = nn.ParameterList([nn.Parameter(torch.empty(codebook_size, n_embd))])
+        initialise(self)
+
+    def fill(self):
+        """N(0, 0.02), as embeddings and positions are."""
+        self.acts.normal_(0, 0.02)
+        self.place_position.normal_(0, 0.02)
+
+    def read(self, x, cache=None, window=None):
+        """x (B, S, C), what is read after what the cache holds -> logits (B, S, K) of the token after each."""
+        places = places_of(self.ropes, x.size(1), start=0 if cache is None else cache.length, window=window)
+        for i, block in enumerate(self.blocks):
+            x = block(x, places, None if cache is None else cache.layers[i])
+        if cache is not None:
+            cache.advance(places)
+        return F.linear(self.norm(x), self.heads[0]).float()
+
+    def forward(self, tokens, actions, cache=None, window=None):
+        """tokens (B, T, N) int64, actions (B, T) -> logits (B, T, N, K) of each token given all before it. A window
+        of frames is one of window (N + 1) places."""
+        x = torch.cat((F.embedding(actions, self.acts)[:, :, None],
+                       F.embedding(tokens, self.embed) + self.place_position), 2)           # (B, T, N + 1, C)
+        window = None if window is None else window * (self.n_tokens + 1)
+        return self.read(x.flatten(1, 2), cache, window).view(*x.shape[:3], -1)[:, :, :-1]
+
+    def new_cache(self, batch_size, max_length, window=None):
+        """An empty cache of max_length frames, or of a sliding window of them."""
+        n, p = self.n_tokens + 1, self.embed
+        window = None if window is None else window * n
+        return Cache((block.mixer.new_cache(batch_size, max_length * n, window, p.device, p.dtype)
+                      for block in self.blocks), window)
+
+    @torch.no_grad()
+    def next_frame(self, actions, cache=None, steps=None, temperature=1.0, choice=None, generator=None, past=None,
+                   window=None):
+        """The tokens (B, N) of the frame that `actions` (B,) lead to, one after another. As Dynamics.next_frame, but
+        steps and choice are MaskGIT's and mean nothing here."""
+        B = len(actions)
+        tokens = torch.zeros(B, 0, dtype=torch.int64, device=self.embed.device)
+        new = F.embedding(actions.view(B, 1), self.acts)
+        for place in range(self.n_tokens):
+            if cache is not None:
+                logits = self.read(new, cache)[:, -1]
+            else:
+                whole = torch.cat((past[0], F.pad(tokens, (0, self.n_tokens - place))[:, None]), 1)
+                logits = self(whole, torch.cat((past[1], actions.view(B, 1)), 1), window=window)[:, -1, place]
+            drawn = draw(logits, temperature, generator)
+            tokens = torch.cat((tokens, drawn), 1)
+            new = F.embedding(drawn, self.embed) + self.place_position[place]
+        if cache is not None:
+            self.read(new, cache)                                                # the frame's last token
+        return tokens
+
+    generate = Dynamics.generate

@@ -1,0 +1,72 @@
+"""The tokenizer of frames."""
+import torch.nn as nn
+
+from model import initialise
+from models.discrete import FSQ, VQ
+from models.video import SpatialTransformer, SpatioTemporal
+from models.world_layers import Affine, config_of, from_patches, to_patches
+
+
+class Tokenizer(nn.Module):
+    """A VQ-VAE over patches: frames to N tokens each, and back (van den Oord et al. 2017; Genie's ST-ViViT).
+
+    kind "spatial": each frame by itself; "spatiotemporal": causal in time as well, so that a token may also say what
+    moved; a frame sees the last `window` frames, as many as a training clip has. quantiser "vq" (codes as running
+    means) or "fsq". Raises ValueError where `patch` does not divide the sides.
+    """
+
+    def __init__(self, height, width, patch, colours, codebook_size=64, code_dim=8, n_layer=2, n_head=4, n_embd=64,
+                 kind="spatial", quantiser="vq", window=None, block_size=16):
+        super().__init__()
+        if height % patch or width % patch:
+            raise ValueError(f"patch {patch} does not divide frames of {height} x {width}")
+        self.height, self.width, self.patch, self.colours, self.kind = height, width, patch, colours, kind
+        self.window = window
+        grid = height // patch, width // patch
+        self.n_tokens, self.grid, self.codebook_size = grid[0] * grid[1], grid, codebook_size
+        self.config = config_of(n_layer, n_head, n_embd, block_size)
+        self.codebook = FSQ(codebook_size) if quantiser == "fsq" else VQ(codebook_size, code_dim, "cosine")
+        width_of_code = len(self.codebook.levels) if quantiser == "fsq" else code_dim
+
+        def trunk():
+            if kind == "spatial":
+                return SpatialTransformer(self.config, self.n_tokens, grid)
+            return SpatioTemporal(self.config, self.n_tokens, grid)
+        self.look, self.encoder, self.to_code = Affine(3 * patch * patch, n_embd), trunk(), Affine(n_embd,
+                                                                                                   width_of_code)
+        self.from_code, self.decoder = Affine(width_of_code, n_embd), trunk()
+        self.write = Affine(n_embd, patch * patch * (colours or 3))
+        initialise(self)
+
+    def through(self, trunk, x, cache=None):
+        """x (B, T, N, C) through a trunk of either kind."""
+        if self.kind == "spatial":
+            return trunk(x.flatten(0, 1)).view(x.shape)
+        return trunk(x, cache, self.window if cache is None else None)
+
+    def encode(self, frames):
+        """frames (B, T, H, W, 3) -> (B, T N, D), before the codebook."""
+        return self.to_code(self.through(self.encoder, self.look(to_patches(frames, self.patch)))).flatten(1, 2)
+
+    def decode(self, e, cache=None):
+        """What the codes stand for, e (B, T N, D) -> (B, T, H, W, P) logits, or (..., 3)."""
+        x = self.from_code(e.view(len(e), -1, self.n_tokens, e.size(-1)))
+        pixels = self.write(self.through(self.decoder, x, cache))
+        return from_patches(pixels, self.patch, self.height, self.width)
+
+    def forward(self, frames, estimator="vq"):
+        """frames (B, T, H, W, 3) -> (what `decode` writes, Quantised)."""
+        found = self.codebook(self.encode(frames), estimator)
+        return self.decode(found.e), found
+
+    def tokens(self, frames):
+        """frames (B, T, H, W, 3) -> (B, T, N) int64."""
+        return self.codebook(self.encode(frames)).codes.view(len(frames), -1, self.n_tokens)
+
+    def pixels(self, tokens, cache=None):
+        """tokens (B, T, N) -> what `decode` writes. With a cache the frames go after those that it holds."""
+        return self.decode(self.codebook.look_up(tokens.flatten(1)), cache)
+
+    def new_cache(self, batch_size, max_length):
+        """For `pixels` of frames one after another; None where frames are seen one by one anyway."""
+        return None if self.kind == "spatial" else self.decoder.new_cache(batch_size, max_length, self.window)
