@@ -27,7 +27,7 @@ from nanolab.run import (Loop, NonFinite, Run, Settings, Stopwatch, UserError, c
                          resolve_device, restore_generators, restoring, seed_everything)
 
 ROOT = Path(__file__).parent.parent
-HEAD = "import sys\nfrom experiment import *\n"
+HEAD = "import sys\nfrom nanolab.run import *\n"
 
 
 def settings_for(tmp_path, **more):
@@ -52,7 +52,7 @@ def script(tmp_path):
 
 
 def child(tmp_path, source, **how):
-    """A Python process that runs `source` in tmp_path with experiment.py importable."""
+    """A Python process that runs `source` in tmp_path with nanolab importable."""
     (tmp_path / "toy.py").write_text(HEAD + source)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-u", "toy.py"], cwd=tmp_path, env=env, stdout=subprocess.PIPE,

@@ -464,7 +464,7 @@ def test_a_checkpoint_brings_its_kernels():
 
 @pytest.mark.parametrize("script", [train_enwik8, train_facts])
 def test_scripts_have_it_as_no_part_of_the_architecture(script):
-    assert script.kernels == "torch" and "kernels" not in script.architecture
+    assert TransformerConfig.kernels == "torch" and "kernels" not in script.architecture
 
 
 def test_one_process_only():

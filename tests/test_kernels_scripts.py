@@ -79,7 +79,7 @@ def watched():
                     return operation(*given, **how)
                 finally:
                     inside.pop()
-            for module in (kernels, sys.modules["dvae"], train_mult, train_worldmodel, train_worldmodel.measures):
+            for module in (kernels, sys.modules["models.dvae"], train_mult, train_worldmodel, train_worldmodel.measures):
                 if getattr(module, name, None) is real:
                     patch.setattr(module, name, spy)
             if name in kernels.PLAIN:
@@ -695,14 +695,15 @@ def test_scripts_have_the_setting(script, forks, tmp_path):
 
 
 def test_default_path_does_not_import_triton():
-    code = ("import sys, torch, discrete, worldmodel as w, networks as n, dvae\n"
+    code = ("import sys, torch, models.dvae\n"
+            "from models import discrete, encoder_decoder, world_dynamics, world_tokenizer, world_words\n"
             "from model import TransformerConfig\n"
             "t = torch.zeros(1, 2, 4, dtype=torch.int64)\n"
-            "w.Dynamics((2, 2), 9, 4, 1, 2, 16)(t, t[..., 0]).sum().backward()\n"
-            "w.Tokenizer(8, 8, 4, 3, 8, 4, 1, 2, 16)(torch.rand(1, 2, 8, 8, 3))\n"
-            "m = w.FirstFrame((2, 2), 9, 1, 2, 16)\n"
+            "world_dynamics.Dynamics((2, 2), 9, 4, 1, 2, 16)(t, t[..., 0]).sum().backward()\n"
+            "world_tokenizer.Tokenizer(8, 8, 4, 3, 8, 4, 1, 2, 16)(torch.rand(1, 2, 8, 8, 3))\n"
+            "m = world_words.FirstFrame((2, 2), 9, 1, 2, 16)\n"
             "m(t[:, 0], m.read(t[:, 0] + 65))\n"
-            "n.EncoderDecoder(TransformerConfig(n_layer=1, n_head=2, n_embd=16))(t[0], t[0], t[0])\n"
+            "encoder_decoder.EncoderDecoder(TransformerConfig(n_layer=1, n_head=2, n_embd=16))(t[0], t[0], t[0])\n"
             "[discrete.choose(torch.rand(3, 4), name) for name in discrete.SAMPLED]\n"
             "sys.exit(any(name.startswith(('fused', 'triton')) for name in sys.modules))")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

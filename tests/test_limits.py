@@ -14,9 +14,9 @@ import torch
 from nanolab import limits, settings as flags
 from nanolab.run import UserError, override
 
-ROOT = Path(flags.__file__).parent
+ROOT = Path(flags.__file__).parents[1]
 TRAINERS = ("train_enwik8", "train_mult", "train_dvae", "train_worldmodel", "train_facts")
-TOOLS = ("sample", "evaluate", "grid", "plot", "bench", "probe")
+TOOLS = ("sample", "evaluate", "grid", "plot", "bench", "nanolab/probe")
 ODD = ["", " ", "x", "-", ",", "1,2", "nan", "inf", "-inf", "1e308", "-1e308", "1e-320", "1e38", "1e-37", "0", "-1",
        "1.5", "12", "1000000", str(10 ** 12), str(2 ** 63 - 1), str(2 ** 63), str(-2 ** 63 - 1), str(10 ** 25),
        "9" * 5000, "none", "true", "\N{FOX FACE}", "\N{ARABIC-INDIC DIGIT THREE}", "a\nb", "x" * 300]
@@ -167,10 +167,10 @@ def test_help_fits(script, columns, monkeypatch, capsys):
     assert sum(len(line.strip()) == 1 for line in lines) < 4, "no column of single letters"
 
 
-@pytest.mark.parametrize("words", [["sample.py"], ["nanolab/run.py"], ["nanolab/run.py", "list"], ["data/mqar.py"]])
+@pytest.mark.parametrize("words", ["sample.py", "-m nanolab.run", "-m nanolab.run list", "data/mqar.py"])
 def test_help_into_a_closed_pipe(words):
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, *words, "-h"], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, *words.split(), "-h"], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert done.stderr == "" and done.returncode in (0, 141)

@@ -150,7 +150,7 @@ def test_help(forks, tmp_path, script):
 
 
 def test_import_runs_nothing(tmp_path):
-    names = [Path(script).stem for script in SCRIPTS] + ["data.text"]
+    names = [script.removesuffix(".py").replace("/", ".") for script in SCRIPTS] + ["data.text"]
     heavy = ("wandb", "tensorboard", "matplotlib")
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(names)}\n"
             f"sys.exit(str([name for name in {heavy} if name in sys.modules] or '') or None)")

@@ -286,7 +286,7 @@ def test_help_before_anything_is_imported(g, capsys, monkeypatch):
 @pytest.mark.parametrize("script", ["train_enwik8", "train_mult", "train_dvae", "train_worldmodel", "train_facts"])
 def test_help_of_the_scripts_needs_no_torch(tmp_path, script):
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')\n")
-    root = Path(flags.__file__).parent
+    root = Path(flags.__file__).parents[1]
     done = subprocess.run([sys.executable, root / f"{script}.py", "-h"], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
     assert done.returncode == 0 and "--preset" in done.stdout and not done.stderr
@@ -336,7 +336,7 @@ def test_adopt_refuses_values_that_the_script_does_not_know(g):
     (["--n_layer", "3"], 0, ""),
 ])
 def test_as_a_process(tmp_path, words, status, error):
-    main = "from experiment import command, override\n@command\ndef main():\n    override(globals())\nmain()\n"
+    main = "from nanolab.run import command, override\n@command\ndef main():\n    override(globals())\nmain()\n"
     (tmp_path / "script.py").write_text(SOURCE.split("\ndef main")[0] + main)
     done = subprocess.run([sys.executable, "script.py", *words], cwd=tmp_path, capture_output=True, text=True,
                           env={"PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONDONTWRITEBYTECODE": "1"})
@@ -364,7 +364,7 @@ class Shape:
 
 
 def test_commented_fields_of_a_config_class_are_settings(tmp_path, capsys):
-    (tmp_path / "shapes.py").write_text("import flags\n" + CONFIG)
+    (tmp_path / "shapes.py").write_text("from nanolab import settings as flags\n" + CONFIG)
     script = tmp_path / "train.py"
     script.write_text('"""A script."""\npreset = None\nkind = "b"  # [a, b] its own default\nlr = 0.1  # [> 0.0] rate\n'
                       'FURTHER = {"the model": "shapes.py:Shape but depth"}\npresets = {"wide": dict(width=8)}\n')

@@ -15,7 +15,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import nanolab.run  # noqa: E402
 from data.arc import load  # noqa: E402
+from nanolab.run import Checkpoint, Run  # noqa: E402
 from test_resume import assert_equal  # noqa: E402
 from test_scripts import fresh  # noqa: E402
 
@@ -29,12 +31,13 @@ DVAE = dict(max_side=5, n_train=60, n_val=2, n_codes=6, codebook_size=16, code_d
             reset_interval="none", usage_weight="0,0", ema_decay=0.0)
 
 
-class Told:
-    """What a Run is told: lines of metrics without clocks, the summary, and every state saved: [(name, state)]. With
-    stop_at it is as if a signal came in that step."""
+class Told(Run):
+    """A Run without files, and what it is told: lines of metrics without clocks, the summary, and every state saved:
+    [(name, state)]. With stop_at it is as if a signal came in that step."""
 
-    def __init__(self, stop_at=None):
-        self.stop, self.dir, self.stop_at, self.lines, self.saved, self.end = None, None, stop_at, [], [], {}
+    def __init__(self, stop_at, *given, **things):
+        self.stop_at, self.lines, self.saved, self.end = stop_at, [], [], {}
+        super().__init__(*given, **things)
 
     def __enter__(self):
         return self
@@ -47,7 +50,7 @@ class Told:
         if line["split"] == "train" and line["step"] == self.stop_at:
             self.stop = 15
 
-    def save(self, name, state):
+    def _write(self, name, state):
         file = io.BytesIO()
         torch.save(state, file)
         file.seek(0)
@@ -59,8 +62,10 @@ class Told:
     def bar(self, *_):
         return self
 
-    def __getattr__(self, name):
-        return lambda *_, **__: None                         # keep, spent, note, close, ...
+    def nothing(self, *_, **__):
+        """Of a bar, and of the clock."""
+
+    spent = note = update = close = nothing
 
     def last(self, name="last.pt"):
         """The state that a file has at the end."""
@@ -69,18 +74,23 @@ class Told:
 
 def run(script, monkeypatch, settings, checkpoint=None, stop_at=None):
     """What a Run is told by main(), in this process, without files; on resume from the state `checkpoint`."""
-    g, told = fresh(script), Told(stop_at)
-    g.update(Run=lambda *_, **__: told, draw_all=lambda *_: None)
+    g, told = fresh(script), []
+    g.update(Run=lambda *given, **things: told.append(Told(stop_at, *given, **things)) or told[0],
+             draw_all=lambda *_: None)
     if script == "train_dvae.py":
         g["load"] = load                                     # the same grids, drawn once
-    if checkpoint:
-        g.update(find_resume=lambda *_, **__: "last.pt", load_checkpoint=lambda *_: checkpoint)
-    monkeypatch.setattr(sys, "argv", [script, *(f"--{name}={value}" for name, value in settings.items())])
     before = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
-    g["main"]()
+    with monkeypatch.context() as patch:
+        if checkpoint:
+            checkpoint = Checkpoint(checkpoint)
+            checkpoint.path = Path("last.pt")
+            patch.setattr(nanolab.run, "find_resume", lambda *_: checkpoint.path)
+            patch.setattr(nanolab.run, "load_checkpoint", lambda *_: checkpoint)
+        patch.setattr(sys, "argv", [script, *(f"--{name}={value}" for name, value in settings.items())])
+        g["main"]()
     torch.set_deterministic_debug_mode(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
-    return told
+    return told[0]
 
 
 def assert_same(three, one, states):
