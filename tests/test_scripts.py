@@ -300,6 +300,7 @@ def python_commands(lines):
     for line in re.sub(r"\\\n\s*", " ", "\n".join(lines)).splitlines():
         line = line.strip().removeprefix("$ ").removeprefix("!")
         line = re.sub(r"^(srun )?torchrun( --\S+)+ ", "python ", line)
+        line = re.sub(r"\bpython -m (nanolab|models)\.(\w+)", r"python \1/\2.py", line)
         if not re.search(r"\bpython3? +\S+\.py\b", line):
             continue
         for part in re.split(r"&&|\|\|?|;", re.sub(r"\s#.*", "", line)):
@@ -319,7 +320,7 @@ def assert_typable(words, empty):
         experiment.main([*words, "--out_dir", str(empty)])
     elif {"override", "begin"} & set(g):
         bare = next((name for name in ("checkpoint", "grid", "runs") if name in g), None)
-        settings = override(g, words, positional=bare)
+        settings = override(g, words[words[:1] == ["archive"]:], positional=bare)  # grid.py archive DIR
         if "check" in g:
             g["check"](settings)
     elif hasattr(g["main"], "read"):                         # of data/
