@@ -369,9 +369,13 @@ class Canvas:
         valid = torch.where(row & (column < 0), colour, tokens == rest).flatten(1).all(1) & (height > 0)
         return torch.stack([height, width], 1) * valid[:, None]
 
+    def cut(self, tokens, shapes):
+        """tokens (B, S, S) -> cells (B, S, S) uint8: what lies in shapes (B, 2), OUTSIDE elsewhere."""
+        return torch.where(_inside(shapes, self.max_side), tokens, OUTSIDE).to(torch.uint8)
+
     def cells(self, tokens):
         """tokens (B, S, S) -> (B, S, S) uint8; all OUTSIDE where they form no grid."""
-        return torch.where(_inside(self.shapes(tokens), self.max_side), tokens, OUTSIDE).to(torch.uint8)
+        return self.cut(tokens, self.shapes(tokens))
 
 
 def _inside(shapes, side):
@@ -578,10 +582,8 @@ def describe(arc, dataset, stats=False, out="."):
               f"of the cells; each grid's best constant colour is right in {figures['constant']:.1%}")
     path = Path(out) / f"arc_{dataset.replace('+', '_')}.png"
     from matplotlib import image
-    try:
-        image.imsave(path, picture(arc.train))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    with replacing(path) as file:
+        image.imsave(file, picture(arc.train), format="png")
     print(f"wrote {path}")
 
 
