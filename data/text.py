@@ -297,11 +297,9 @@ def statistics(corpus):
 
 def draw_bytes(figures, name, path):
     """Writes a picture of statistics(...): how frequent each byte value is, on a logarithmic scale."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    share = figures["counts"] / figures["bytes"]
-    figure, axes = plt.subplots(figsize=(13, 5), layout="constrained")
+    from matplotlib.figure import Figure
+    share, figure = figures["counts"] / figures["bytes"], Figure(figsize=(13, 5), layout="constrained")
+    axes = figure.subplots()
     for first, stop, kind in ((0, 33, "control, space"), (33, 128, "ASCII"), (128, 192, "UTF-8 continuation"),
                               (192, 256, "UTF-8 lead")):
         axes.bar(range(first, stop), share[first:stop], width=0.9, label=kind)
@@ -311,7 +309,6 @@ def draw_bytes(figures, name, path):
     axes.set_xticks(list(ticks), [f"{value}\n{text}" for value, text in ticks.items()])
     axes.legend(loc="upper right", ncols=4)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def describe(corpus, stats=False, out="."):

@@ -32,7 +32,7 @@ import torch
 
 from data import draw, files
 from nanolab import limits
-from nanolab.run import command
+from nanolab.run import command, replacing
 from nanolab.settings import UserError, unknown
 
 ACTIONS = ("stay", "up", "down", "left", "right")
@@ -143,33 +143,21 @@ def sprites(cell_px=8):
     return np.stack([floor, wall, agent, ball])
 
 
-@functools.lru_cache
-def _rows(cell_px, rgb):
-    """(4, cell_px) of bytes: each row of each sprite as one item, so that a lookup copies a whole row."""
-    table = sprites(cell_px)
-    table = PALETTE[table] if rgb else table
-    table = np.ascontiguousarray(table).reshape(4, cell_px, -1)
-    return table.view(np.dtype((np.void, table.shape[2])))[..., 0]
-
-
-def _draw(cells, cell_px, rgb):
-    cells = np.asarray(cells)
-    *lead, height, width = cells.shape
-    rows = _rows(cell_px, rgb)
-    out = np.empty((*lead, height, cell_px, width), rows.dtype)
-    for row in range(cell_px):
-        out[..., row, :] = rows[:, row].take(cells)
-    return out.view(np.uint8).reshape(*lead, height * cell_px, width * cell_px, *((3,) if rgb else ()))
+def _draw(cells, pictures):
+    """cells (..., h, w), pictures (4, px, px, ...) of the cell types -> (..., h px, w px, ...)."""
+    *lead, height, width = np.shape(cells)
+    px, drawn = pictures.shape[1], np.moveaxis(pictures[cells], len(lead) + 2, len(lead) + 1)
+    return drawn.reshape(*lead, height * px, width * px, *pictures.shape[3:])
 
 
 def render(cells, cell_px=8):
     """cells (..., side, side) uint8 numpy -> palette indices (..., side * cell_px, side * cell_px) uint8."""
-    return _draw(cells, cell_px, rgb=False)
+    return _draw(cells, sprites(cell_px))
 
 
 def paint(cells, cell_px=8):
     """PALETTE[render(cells, cell_px)], (..., side * cell_px, side * cell_px, 3) uint8, in one go."""
-    return _draw(cells, cell_px, rgb=True)
+    return _draw(cells, PALETTE[sprites(cell_px)])
 
 
 def read_cells(frames, cell_px=8):
@@ -628,19 +616,16 @@ def statistics(clips, n_actions):
     return figures
 
 
-def draw_clips(video, path, rows=4, columns=8):
-    """Writes a PNG of `rows` clips of training, each frame under the action that led to it."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    clips, T = video.train, min(columns, video.train.length)
+def draw_clips(video, path):
+    """Writes a PNG of four clips of training, up to 8 frames of each, every frame under the action that led to it."""
+    from matplotlib.figure import Figure
+    clips, T = video.train, min(8, video.train.length)
     n = clips.count(T)
-    index = torch.linspace(0, n - 1, min(rows, n), dtype=torch.float64).long()
+    index = torch.linspace(0, n - 1, min(4, n), dtype=torch.float64).long()
     frames, actions, done = clips.frames(index, T), clips.actions(index, T), clips.effective(index, T)
     cells = clips.cells(index, T)
-    figure, axes = pyplot.subplots(len(index), T, figsize=(1.5 * T, 1.95 * len(index)), squeeze=False,
-                                   layout="constrained")
-    for row, line in enumerate(axes):
+    figure = Figure(figsize=(1.5 * T, 1.95 * len(index)), layout="constrained")
+    for row, line in enumerate(figure.subplots(len(index), T, squeeze=False)):
         for k, axis in enumerate(line):
             axis.imshow(frames[row, k].numpy(), interpolation="nearest")
             axis.set_xticks([]), axis.set_yticks([])
@@ -652,12 +637,8 @@ def draw_clips(video, path, rows=4, columns=8):
         if cells is not None:
             words = line[0].text(0, -0.04, caption(cells[row, 0].numpy()), transform=line[0].transAxes, va="top")
             words.set_in_layout(False)  # or the first column would be as wide as its words
-    try:
-        figure.savefig(path, dpi=100)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        pyplot.close(figure)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=100)
 
 
 def describe(video, dataset, stats=False, out="."):
