@@ -462,9 +462,8 @@ def augment(cells, shapes, generator, colours="all", symmetry=True, n_colours=10
 class Stream:
     """Training batches as a pure function of the seed and the step: nothing to save, and a resumed run sees the same.
 
-    Each epoch is a permutation of all grids; a batch may go over from one to the next. `group` consecutive batches
-    are drawn together, sorted by area, so that a batch has grids of similar size, and come in a random order.
-    colours, symmetry, n_colours: see augment.
+    Each epoch is a permutation of all grids. `group` consecutive batches are drawn together, sorted by area, so that a
+    batch has grids of similar size, and come in a random order. colours, symmetry, n_colours: see augment.
     """
 
     def __init__(self, grids, batch_size, seed, colours="all", symmetry=True, group=8, n_colours=10):

@@ -295,14 +295,14 @@ def _ruled(dice, rule, grid, background, colours):
 
 
 def synthetic(seed, side, number, max_side, n_colours):
-    """What is drawn under this number: one item, or two (input and output), each (rows, name, task, factors).
+    """What is drawn under this number: one item, or two (input and output), each (rows, name, task, factors). `side`:
+    "train" or "val".
 
-    Depends on nothing but its arguments. `side`: "train" or "val". Factors, -1 where there is none:
-    kind (place in KINDS), height, width, n_colours (distinct), symmetry (see symmetry_of), background (where any of it
-    is left), colour (the most frequent other one, the lowest of several), count (of objects; fields: of fields), row,
-    column and size (of an only object: the top left corner of its box, and how many cells it has), period (the whole
-    grid repeats after so many rows, and after so many columns), rule (place in RULES; of both parts of a pair). An
-    output has neither count nor period.
+    Factors, -1 where there is none: kind (place in KINDS), height, width, n_colours (distinct), symmetry (see
+    symmetry_of), background (where any of it is left), colour (the most frequent other one, the lowest of several),
+    count (of objects; fields: of fields), row, column and size (of an only object: the corner of its box, and its
+    cells), period (of rows and of columns of the whole grid), rule (place in RULES; of both parts of a pair). An output
+    has neither count nor period.
     """
     dice = Dice(seed, side, number, max_side, n_colours)
     smallest = min(3, max_side) if max_side >= 3 else 1

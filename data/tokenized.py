@@ -74,11 +74,8 @@ def tokenizer_of(settings):
 
 def open_text(settings, tokenizer=None):
     """The Tokenized that settings name: `dataset` (as text.load takes it, "smollm:SUBSET", or a path, folder or glob of
-    .parquet, .jsonl, .jsonl.gz), `tokenizer` (as tokens.open_or_train takes it), `max_bytes` (not of shards).
-
-    tokenizer: in place of theirs, as where a model scores another text than it was trained on. Raises UserError as
-    these do, and for max_bytes with shards.
-    """
+    .parquet, .jsonl, .jsonl.gz), `tokenizer` (as tokens.open_or_train takes it; the argument stands in place of it),
+    `max_bytes` (not of shards). Raises UserError as these do, and for max_bytes with shards."""
     dataset, limit = settings["dataset"], settings["max_bytes"]
     if not of_shards(dataset):
         corpus = text.load(dataset, limit)

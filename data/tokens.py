@@ -95,10 +95,8 @@ class Bytes(Tokenizer):
 
 
 class Tiktoken(Tokenizer):
-    """One of tiktoken's named encodings. Special tokens such as <|endoftext|> have ids, but no text becomes one.
-
-    Its fingerprint is that of its name and pieces: the name stands for the pattern.
-    """
+    """One of tiktoken's named encodings. Special tokens such as <|endoftext|> have ids, but no text becomes one. Its
+    fingerprint is that of its name, which stands for the pattern, and pieces."""
 
     def __init__(self, name):
         if name not in ENCODINGS:
@@ -122,11 +120,9 @@ class Tiktoken(Tokenizer):
 
 
 class BytePairs(Tokenizer):
-    """Byte-pair ranks (Sennrich et al. 2016, arXiv 1508.07909, on bytes as in GPT-2), through tiktoken.Encoding.
-
-    pieces: id i is the pair that is merged i-th, the first 256 are the bytes. A file has tiktoken's lines, base64 of
-    the piece and its rank, and an empty line at its end, which tiktoken passes over: without it the file is truncated.
-    """
+    """Byte-pair ranks (Sennrich et al. 2016, arXiv 1508.07909, on bytes as in GPT-2), through tiktoken.Encoding: id i
+    is the pair that is merged i-th, the first 256 are the bytes. A file has tiktoken's lines, base64 of the piece and
+    its rank, and an empty line at its end, without which it is truncated."""
 
     def __init__(self, pieces):
         self.encoding = needed("tiktoken").Encoding(
@@ -141,12 +137,9 @@ class BytePairs(Tokenizer):
 
 
 class SentencePiece(Tokenizer):
-    """A sentencepiece model (Kudo and Richardson 2018, arXiv 1808.06226) of those that `train` makes.
-
-    model: its bytes. Characters without a piece are encoded as their bytes, also U+2581, which sentencepiece would turn
-    into a space. Lines are encoded one by one. A file is the model and, as a field that sentencepiece passes over, its
-    sha256.
-    """
+    """A sentencepiece model (Kudo and Richardson 2018, arXiv 1808.06226) of those that `train` makes, of its bytes.
+    Lines are encoded one by one, characters without a piece, and U+2581, as their bytes. A file is the model and, as a
+    field that sentencepiece passes over, its sha256."""
 
     def __init__(self, model):
         self.model = model
@@ -307,11 +300,8 @@ def _sentencepiece(text, vocab_size, model_type):
 # --- Opening and checking ---
 
 def open_or_train(source, text):
-    """A tokenizer by open_tokenizer's words and files, or trained on text where source is bpe:SIZE, sentencepiece:SIZE.
-
-    text: as train takes it, or a function that gives it, called only where one is trained. Trained alike, it has the
-    same fingerprint. Raises UserError as both of them do.
-    """
+    """A tokenizer by open_tokenizer's words and files, or trained on text (or what the function `text` gives) where
+    source is bpe:SIZE or sentencepiece:SIZE. Raises UserError as both of them do."""
     kind, colon, size = str(source).partition(":")
     if kind not in KINDS or not colon:
         return open_tokenizer(source)
@@ -371,19 +361,14 @@ def check(tokenizer, fingerprint):
 # --- Whole corpora ---
 
 def token_bytes(tokenizer):
-    """(size,) int64: the bytes of UTF-8 that each id stands for, so that nats a token become bits a byte:
-    token_bytes(tokenizer)[ids].sum() is exactly the number of bytes of the text."""
+    """(size,) int64: the bytes of UTF-8 that each id stands for, so that nats a token become bits a byte."""
     return torch.tensor([len(piece) for piece in tokenizer.pieces])
 
 
 def encode_corpus(tokenizer, data):
-    """A whole text as tokens: (N,) int32. tokenizer.decode_bytes(them) is data again, whatever it is.
-
-    data: str, bytes or 1-D uint8 tensor. Tokens are those of tokenizer.encode: the text is cut only where no token
-    changes, after a newline between a character and a letter. Bytes that are no UTF-8 (of another encoding, or of a
-    character that a split has cut in two) are encoded one by one, as the ids that all tokenizers have for bytes.
-    Raises UserError where a str has half a surrogate pair.
-    """
+    """A whole text, str, bytes or 1-D uint8 tensor, as the tokens of tokenizer.encode: (N,) int32; decode_bytes gives
+    it back, whatever it is. Bytes that are no UTF-8 are encoded one by one. Raises UserError where a str has half a
+    surrogate pair."""
     data = _as_bytes(data)
     if isinstance(tokenizer, Bytes):
         return torch.from_numpy(np.frombuffer(data, np.uint8).astype(np.int32))

@@ -49,15 +49,12 @@ DONKEYCAR = "donkeycar-1000-64x64.npz"
 # --- The world ---
 
 class World:
-    """n grid worlds side by side in NumPy.
+    """n grid worlds side by side in NumPy: a ball flies diagonally, over walls too, and is reflected by the edge; an
+    agent takes one step at a time and is stopped by walls and the edge.
 
-    A ball flies diagonally, over walls too, and is reflected by the edge; an agent takes one step at a time and is
-    stopped by walls and the edge, not by the ball.
-
-    n: worlds; rng: np.random.Generator, only its random() is used, so that a seed gives the same worlds on every
-    machine; side: rows and columns, from 2 to 26; walls: probability of a wall in each cell; ball: is there one?
-    walls (n, side, side) bool; agent (n, 2) int: row and column, never in a wall; ball (n, 2) int, -1 where there is
-    none; velocity (n, 2) int: +-1, 0 where there is no ball.
+    rng: np.random.Generator, only its random() is used; side: rows and columns, from 2 to 26; walls: probability of a
+    wall in each cell; ball: is there one? walls (n, side, side) bool; agent (n, 2) int: row and column, never in a
+    wall; ball (n, 2) int, -1 where there is none; velocity (n, 2) int: +-1, 0 where there is no ball.
     """
 
     def __init__(self, n, rng, side=8, walls=0.15, ball=True):
@@ -197,9 +194,9 @@ def caption_length(side):
 def caption(cells):
     """One picture, cells (side, side) uint8, in words such as "agent at c4, ball at f2, walls a1 b3 c7.".
 
-    Columns are letters, rows numbers from the top, walls in reading order. A hidden ball is left out. Where more than
-    half of the cells are walls the others are listed: "walls all but a1 c4." The picture's hash chooses one of
-    PHRASES. Raises ValueError where there is not exactly one agent, or several balls.
+    Columns are letters, rows numbers from the top. A hidden ball is left out. Where more than half of the cells are
+    walls the others are listed: "walls all but a1 c4." The picture's hash chooses one of PHRASES. Raises ValueError
+    where there is not exactly one agent, or several balls.
     """
     cells = np.ascontiguousarray(cells, np.uint8)
     squares = {kind: [_square(*place) for place in np.argwhere(cells == kind).tolist()] for kind in range(4)}
@@ -534,8 +531,8 @@ def _shares(size, to):
 
 
 def shrink(screen, height=64, width=64):
-    """A screen (H, W, 3) uint8 averaged by area: (height, width, 3) uint8. In whole numbers, so exact; and no matrix
-    product, whose threads would cost more than they bring."""
+    """A screen (H, W, 3) uint8 averaged by area, exactly: (height, width, 3) uint8. No matrix product, whose threads
+    would cost more than they bring."""
     area = screen.shape[0] * screen.shape[1]
     rows = sum(screen[place] * weight[:, None, None] for place, weight in zip(*_shares(screen.shape[0], height)))
     total = sum(rows[:, place] * weight[:, None] for place, weight in zip(*_shares(screen.shape[1], width)))
@@ -543,9 +540,9 @@ def shrink(screen, height=64, width=64):
 
 
 def _load_atari(game, n_train, n_val, length, seed, frame_skip):
-    """A Video of a game under uniformly random actions of its minimal set, each for frame_skip frames, none repeated
-    at random. One long play for each side: episodes follow each other after 1 to 8 steps of no action; a game that is
-    over is started anew, and the episode too."""
+    """A Video of a game under uniformly random actions of its minimal set, each for frame_skip frames. One long play
+    for each side: episodes follow each other after 1 to 8 steps of no action; a game that is over is started anew, and
+    the episode too."""
     try:
         import ale_py
         from ale_py import roms
@@ -596,9 +593,9 @@ def _play(ale, noop, legal, rng, frames, actions, game):
 # --- Statistics ---
 
 def statistics(clips, n_actions):
-    """Figures of one side: episodes, length, pairs of frames; shares: of what happened, a list, and its
-    entropy in nats; stopped: the share of actions that did not happen; copy_last: PSNR in dB of predicting that nothing
-    changes, -10 lg of the mean squared difference of consecutive frames on 0..1, over at most 4,096 pairs."""
+    """Figures of one side: episodes, length, pairs of frames; shares of what happened, and their entropy in nats;
+    stopped: the share of actions that did not happen; copy_last: PSNR in dB of predicting that nothing changes, over at
+    most 4,096 pairs."""
     n = clips.count(2)
     figures = {"episodes": len(clips), "length": clips.length, "pairs": n, "shares": [], "entropy": 0.0, "stopped": 0.0}
     if n_actions:
