@@ -19,6 +19,7 @@ answer_help(__name__, __file__)  # before the seconds that the next lines take
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import heapq
 import importlib
@@ -332,23 +333,15 @@ def open_tokenizer(source):
     if mark == MARK + hashlib.sha256(model).digest():
         return SentencePiece(model)
     if content.startswith(base64.b64encode(b"\0") + b" 0\n") and content.endswith(b"\n\n"):
-        if pieces := _read_ranks(content[:-2]):
-            return BytePairs(pieces)
+        lines = content[:-2].split(b"\n")
+        with contextlib.suppress(ValueError, binascii.Error):
+            pieces = [base64.b64decode(line.partition(b" ")[0], validate=True) for line in lines]
+            if (lines == [b"%s %d" % (base64.b64encode(piece), i) for i, piece in enumerate(pieces)]
+                    and pieces[:256] == [bytes([i]) for i in range(256)] and len({*pieces}) == len(pieces)):
+                return BytePairs(pieces)
     if content in [b"bytes\n", *(f"tiktoken:{name}\n".encode() for name in ENCODINGS)]:
         return open_tokenizer(content.decode().strip())
     raise UserError(f"{path} is truncated, or no tokenizer that was saved here")
-
-
-def _read_ranks(content):
-    """List of pieces out of the lines of a file of ranks, None where they are no such ranks."""
-    try:
-        lines = [line.split(b" ") for line in content.split(b"\n")]
-        pieces = [base64.b64decode(piece, validate=True) for piece, _ in lines]
-        ranks = [int(rank) for _, rank in lines]
-    except (ValueError, binascii.Error):
-        return None
-    right = ranks == list(range(len(pieces))) and pieces[:256] == [bytes([i]) for i in range(256)]
-    return pieces if right and len({*pieces}) == len(pieces) else None
 
 
 def check(tokenizer, fingerprint):
@@ -375,8 +368,8 @@ def encode_corpus(tokenizer, data):
     parts = [np.empty(0, np.int32)]
     for run in re.findall("[\udc80-\udcff]+|[^\udc80-\udcff]+", data.decode(errors="surrogateescape")):
         if "\udc80" <= run[0] <= "\udcff":
-            ids = _byte_ids(tokenizer)
-            parts.append(np.array([ids[ord(byte) - 0xDC00] for byte in run], np.int32))
+            ids = {piece: i for i, piece in reversed([*enumerate(tokenizer.pieces)])}  # of two, as of ASCII, the first
+            parts.append(np.array([ids[bytes([ord(byte) - 0xDC00])] for byte in run], np.int32))
             continue
         start = 0
         while start < len(run):
@@ -385,15 +378,6 @@ def encode_corpus(tokenizer, data):
             parts.append(np.array(tokenizer.encode(run[start:end]), np.int32))
             start = end
     return torch.from_numpy(np.concatenate(parts))
-
-
-def _byte_ids(tokenizer):
-    """The id of each single byte, a list of 256. Of two, as sentencepiece has for ASCII, it is the first."""
-    found = {}
-    for i, piece in enumerate(tokenizer.pieces):
-        if len(piece) == 1:
-            found.setdefault(piece[0], i)
-    return [found[byte] for byte in range(256)]
 
 
 # --- The command line ---

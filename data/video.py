@@ -88,14 +88,6 @@ class World:
         world.ball, world.velocity = np.where(seen, world.ball, -1), np.where(seen, world.velocity, 0)
         return world
 
-    def copy(self):
-        """A world that goes on by itself from here."""
-        world = object.__new__(World)
-        world.side = self.side
-        for name in ("walls", "agent", "ball", "velocity"):
-            setattr(world, name, getattr(self, name).copy())
-        return world
-
     def step(self, actions):
         """Moves all by one step. actions (n,) int, see ACTIONS; returns what happened, (n,) int: the action, or 0
         (stay) where a wall or the edge was in the way."""

@@ -255,9 +255,9 @@ class DVAE(nn.Module):
         """shapes (B, 2) -> places (B, N, 2) of the latents in cells, the tile (B, 1, 2) whose sides count as one from
         latent to cell, and features (B, N, 64) of the places.
 
-        Latents stand on tiles in the order of reading: of the smallest of 1 x 1, 2 x 1, 2 x 2, 3 x 2, ... cells of
-        which there are at most as many as latents (or one in twenty more: some go without). Several on one tile lie one
-        below the other in it: what two latents see alike they would say alike, and one of them would be wasted.
+        Latents stand in the order of reading on tiles, the smallest of 1 x 1, 2 x 1, 2 x 2, 3 x 2, ... cells of which
+        there are at most as many as latents (or one in twenty more: some go without). Several on one tile lie one below
+        the other: what two latents see alike they would say alike.
         """
         N, extent = self.config.n_latents, shapes.unsqueeze(1).float()
         part = (torch.arange(N, device=shapes.device) + 0.5) / N                 # (N,) of the way
@@ -327,11 +327,8 @@ class DVAE(nn.Module):
         return logits.view(*index.shape, c.patch_height * c.patch_width, -1), index, padding
 
     def nats(self, e, tokens, shapes):
-        """-ln p(grid | codes) per grid (B,), and right (B,) bool: is the likeliest canvas the true one?
-
-        e (B, N, code_dim), tokens (B, S, S) with their shapes (B, 2). "grid": cells, the rest follows from the shape,
-        which the first codes are. "canvas": every token.
-        """
+        """-ln p(grid | codes) per grid (B,), and right (B,) bool: is the likeliest canvas the true one? e (B, N,
+        code_dim), tokens (B, S, S) with their shapes (B, 2). "grid": cells only; "canvas": every token."""
         c = self.config
         logits, index, padding = self.decode(e, shapes)
         targets = self.as_patches(tokens, -1).gather(1, index[..., None].expand(-1, -1, logits.size(2)))
