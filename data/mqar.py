@@ -55,7 +55,7 @@ def _different(rng, n, k, size):
 
 
 def _chunks(part, T, pairs, vocab_size, seed, random_non_queries, alpha):
-    """Endlessly: CHUNK rows, tokens and labels (CHUNK, T) int64, and of each row the bytes without its fillers. Rows of
+    """Endlessly: of CHUNK rows the bytes without fillers, tokens and labels (CHUNK, T) int64. Rows of
     different parts (a word) come from different generators."""
     start, slots = 2 * pairs, (T - 2 * pairs) // 2
     weight = np.arange(1, slots + 1) ** (alpha - 1.0)
@@ -79,23 +79,7 @@ def _chunks(part, T, pairs, vocab_size, seed, random_non_queries, alpha):
             while n := int(spare.sum()):
                 tokens[spare] = rng.random(n) * vocab_size
                 spare &= (tokens[:, :, None] == keys[:, None]).any(2)  # a filler must not be one of the row's keys
-        yield tokens, labels, bare
-
-
-def _draw(n, chunks, what, forbidden=frozenset()):
-    """The first n rows whose bytes are not forbidden: (tokens, labels) (n, T) int64 tensors, and all their bytes."""
-    have, drawn, parts, seen = 0, 0, [], []
-    while have < n:
-        if drawn >= 4 * CHUNK and have < drawn // 25:
-            raise UserError(f"there are hardly any rows with {what} for training that are not in the test: take a "
-                            "smaller n_test or a larger vocab_size")
-        tokens, labels, bare = next(chunks)
-        drawn += CHUNK
-        keep = np.array([row not in forbidden for row in bare])
-        parts.append((tokens[keep], labels[keep]))
-        seen += bare
-        have += int(keep.sum())
-    return tuple(torch.from_numpy(np.concatenate(part)[:n]) for part in zip(*parts)), seen[:n]
+        yield bare, tokens, labels
 
 
 def mqar(n, T, pairs, vocab_size, seed, random_non_queries=False, alpha=0.01):
@@ -110,7 +94,8 @@ def mqar(n, T, pairs, vocab_size, seed, random_non_queries=False, alpha=0.01):
     UserError: 4 pairs > T, V odd or too small for so many keys, n or pairs below 1, alpha not in (0, 10].
     """
     _check(T, pairs, vocab_size, alpha, n=n)
-    return _draw(n, _chunks("rows", T, pairs, vocab_size, seed, random_non_queries, alpha), "")[0]
+    rows = draw.first(n, _chunks("rows", T, pairs, vocab_size, seed, random_non_queries, alpha), (), "")[0]
+    return tuple(map(torch.from_numpy, rows))
 
 
 def split(n_train, n_test, T, pairs, vocab_size, seed, random_non_queries=False, alpha=0.01):
@@ -132,10 +117,11 @@ def split(n_train, n_test, T, pairs, vocab_size, seed, random_non_queries=False,
     """
     _check(T, pairs, vocab_size, alpha, n_train=n_train, n_test=n_test)
     settings = T, pairs, vocab_size, seed, random_non_queries, alpha
-    what = f"T {T}, {pairs} pair{'s' * (pairs > 1)} and vocab_size {vocab_size}"
-    test, seen = _draw(n_test, _chunks("test", *settings), what)
-    train, _ = _draw(n_train, _chunks("train", *settings), what, frozenset(seen))
-    return train, test
+    hardly = (f"there are hardly any rows with T {T}, {pairs} pair{'s' * (pairs > 1)} and vocab_size {vocab_size} for "
+              "training that are not in the test: take a smaller n_test or a larger vocab_size")
+    test, seen, _ = draw.first(n_test, _chunks("test", *settings), (), hardly)
+    train = draw.first(n_train, _chunks("train", *settings), frozenset(seen), hardly)[0]
+    return tuple(map(torch.from_numpy, train)), tuple(map(torch.from_numpy, test))
 
 
 def distances(labels, tokens):

@@ -188,18 +188,14 @@ def _parquet_rows(path, start):
             if row + rows <= start:
                 row += rows
                 continue
-            batches = file.iter_batches(ROWS, row_groups=[group], columns=["text"], use_threads=False)
-            while True:
-                try:
-                    column = next(batches).column(0).to_pylist()
-                except StopIteration:
-                    break
-                except (OSError, ValueError) as error:  # also bytes that are no UTF-8
-                    raise UserError(f"{path} cannot be read from row {row:,} on ({_line(error)})") from error
-                for text in column:
-                    row += 1
-                    if row > start:
-                        yield text or "", row
+            try:
+                for batch in file.iter_batches(ROWS, row_groups=[group], columns=["text"], use_threads=False):
+                    for text in batch.column(0).to_pylist():
+                        row += 1
+                        if row > start:
+                            yield text or "", row
+            except (OSError, ValueError) as error:  # also bytes that are no UTF-8
+                raise UserError(f"{path} cannot be read from row {row:,} on ({_line(error)})") from error
 
 
 def _json_rows(path, start):

@@ -40,8 +40,8 @@ def _blank(height, width, colour):
 
 
 def _with_objects(dice, height, width, background, objects):
-    """(grid, how many found room): objects, lists of rows with None where they are hollow, put at random places so
-    that no two touch, not even at a corner; the first always fits."""
+    """(grid, {"count": how many found room}): objects, lists of rows with None where they are hollow, put at random
+    places so that no two touch, not even at a corner; the first always fits."""
     grid, count = _blank(height, width, background), 0
     for thing in objects:
         tall, wide = len(thing), len(thing[0])
@@ -55,7 +55,7 @@ def _with_objects(dice, height, width, background, objects):
                             row[column] = cell
                 count += 1
                 break
-    return grid, count
+    return grid, {"count": count}
 
 
 def _painted(dice, colours, n):
@@ -80,8 +80,7 @@ def rectangles(dice, height, width, background, colours):
     for colour in _painted(dice, colours, dice.between(1, 3)):
         tall, wide = (dice.between(min(2, size), size * 2 // 3) for size in (height, width))
         objects.append(_blank(tall, wide, colour))
-    grid, count = _with_objects(dice, height, width, background, objects)
-    return grid, {"count": count}
+    return _with_objects(dice, height, width, background, objects)
 
 
 def outlines(dice, height, width, background, colours):
@@ -94,8 +93,7 @@ def outlines(dice, height, width, background, colours):
         for row in thing[1:-1]:
             row[1:-1] = [inner] * (wide - 2)
         objects.append(thing)
-    grid, count = _with_objects(dice, height, width, background, objects)
-    return grid, {"count": count}
+    return _with_objects(dice, height, width, background, objects)
 
 
 def sprites(dice, height, width, background, colours):
@@ -116,8 +114,7 @@ def sprites(dice, height, width, background, colours):
         for i, j in cells:
             thing[i - top][j - left] = colour
         objects.append(thing)
-    grid, count = _with_objects(dice, height, width, background, objects)
-    return grid, {"count": count}
+    return _with_objects(dice, height, width, background, objects)
 
 
 def lines(dice, height, width, background, colours):
@@ -194,8 +191,7 @@ def crosses(dice, height, width, background, colours):
                  for i in range(-arm, arm + 1)]
         thing[arm][arm] = dice.pick((colour, *colours[:2]))
         objects.append(thing)
-    grid, count = _with_objects(dice, height, width, background, objects)
-    return grid, {"count": count}
+    return _with_objects(dice, height, width, background, objects)
 
 
 def frames(dice, height, width, background, colours):

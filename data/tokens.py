@@ -95,7 +95,16 @@ class Bytes(Tokenizer):
         return list(text.encode())
 
 
-class Tiktoken(Tokenizer):
+class Ranks(Tokenizer):
+    """What goes through a tiktoken.Encoding, `encoding`."""
+
+    def _encode(self, text):
+        if len(text) <= RUN:
+            return self.encoding.encode_ordinary(text)
+        return [i for part in re.split(rf"(\s{{{RUN}}})", text) for i in self.encoding.encode_ordinary(part)]
+
+
+class Tiktoken(Ranks):
     """One of tiktoken's named encodings. Special tokens such as <|endoftext|> have ids, but no text becomes one. Its
     fingerprint is that of its name, which stands for the pattern, and pieces."""
 
@@ -116,11 +125,8 @@ class Tiktoken(Tokenizer):
                 pieces.append(b"")
         super().__init__(f"tiktoken:{name}", pieces, b"\n".join([name.encode(), *map(base64.b64encode, pieces)]))
 
-    def _encode(self, text):
-        return _with_ranks(self.encoding, text)
 
-
-class BytePairs(Tokenizer):
+class BytePairs(Ranks):
     """Byte-pair ranks (Sennrich et al. 2016, arXiv 1508.07909, on bytes as in GPT-2), through tiktoken.Encoding: id i
     is the pair that is merged i-th, the first 256 are the bytes. A file has tiktoken's lines, base64 of the piece and
     its rank, and an empty line at its end, without which it is truncated."""
@@ -129,9 +135,6 @@ class BytePairs(Tokenizer):
         self.encoding = needed("tiktoken").Encoding(
             "bpe", pat_str=PATTERN, mergeable_ranks={piece: i for i, piece in enumerate(pieces)}, special_tokens={})
         super().__init__("bpe", pieces, b"\n".join([PATTERN.encode(), *map(base64.b64encode, pieces)]))
-
-    def _encode(self, text):
-        return _with_ranks(self.encoding, text)
 
     def _content(self):
         return b"".join(b"%s %d\n" % (base64.b64encode(piece), i) for i, piece in enumerate(self.pieces)) + b"\n"
@@ -162,13 +165,6 @@ class SentencePiece(Tokenizer):
 
     def _content(self):
         return self.model + MARK + hashlib.sha256(self.model).digest()
-
-
-def _with_ranks(encoding, text):
-    """encoding.encode_ordinary(text), also where more than RUN spaces in a row would make it panic."""
-    if len(text) <= RUN:
-        return encoding.encode_ordinary(text)
-    return [i for part in re.split(rf"(\s{{{RUN}}})", text) for i in encoding.encode_ordinary(part)]
 
 
 def needed(package):

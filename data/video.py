@@ -21,6 +21,7 @@ answer_help(__name__, __file__)  # before the seconds that the next lines take
 
 import functools
 import hashlib
+import itertools
 import math
 import re
 import zipfile
@@ -388,9 +389,12 @@ def load(dataset="gridworld", n_train=4096, n_val=512, length=16, side=8, cell_p
 # --- Grid worlds ---
 
 def _load_gridworld(n_train, n_val, length, side, cell_px, walls, ball, seed):
-    settings = side, walls, ball, seed
-    val, layouts, _ = _episodes("val", n_val, length, *settings, frozenset())
-    train, _, dropped = _episodes("train", n_train, length, *settings, layouts)
+    settings = length, side, walls, ball, seed
+    what = f"wall layouts with side {side} and walls {walls:g}" if walls else f"starts with side {side}"
+    hardly = (f"there are hardly any {what} for training that are not in validation: take a smaller n_val or a larger "
+              "side")
+    val, layouts, _ = draw.first(n_val, _chunks("val", *settings), (), hardly)
+    train, _, dropped = draw.first(n_train, _chunks("train", *settings), frozenset(layouts), hardly)
     clips = [Clips(torch.from_numpy(cells), None, torch.from_numpy(actions), torch.from_numpy(effective), cell_px)
              for cells, actions, effective in (train, val)]
     source = (f"gridworld: {n_train:,} training and {n_val:,} validation episodes of {length} frames, {side} x {side} "
@@ -400,30 +404,20 @@ def _load_gridworld(n_train, n_val, length, side, cell_px, walls, ball, seed):
                  side * cell_px, source, "")
 
 
-def _episodes(part, n, length, side, walls, ball, seed, forbidden):
-    """The first n episodes of random actions whose layout is not in forbidden: ((cells (n, length, side, side),
-    actions and what happened (n, length - 1)), all uint8, their layouts, how many were dropped)."""
-    kept, layouts, number, dropped = [], set(), 0, 0
-    while (have := number * CHUNK - dropped) < n:
-        if number >= 4 and have < number * CHUNK // 25:
-            what = f"wall layouts with side {side} and walls {walls:g}" if walls else f"starts with side {side}"
-            raise UserError(f"there are hardly any {what} for training that are not in validation: take a smaller "
-                            "n_val or a larger side")
+def _chunks(part, length, side, walls, ball, seed):
+    """Endlessly: of CHUNK episodes of random actions the layouts, cells (CHUNK, length, side, side), actions and what
+    happened (CHUNK, length - 1), all uint8."""
+    for number in itertools.count():
         rng = draw.numpy_generator(seed, part, side, walls, ball, number)
-        number += 1
         world = World(CHUNK, rng, side, walls, ball)
         keys = world.walls if walls else np.concatenate([world.agent, world.ball], 1)
         keys = [hashlib.sha256(np.ascontiguousarray(key, np.int8)).digest() for key in keys]
-        fresh = np.array([key not in forbidden for key in keys])
-        layouts.update(key for key in keys[:n - have] if key not in forbidden)
-        dropped += int((~fresh).sum())
         cells, actions, effective = [world.cells()], [], []
         for _ in range(length - 1):
             actions.append((rng.random(CHUNK) * len(ACTIONS)).astype(np.uint8))
             effective.append(world.step(actions[-1]).astype(np.uint8))
             cells.append(world.cells())
-        kept.append([np.stack(steps, 1)[fresh] for steps in (cells, actions, effective)])
-    return [np.concatenate(parts)[:n] for parts in zip(*kept)], layouts, dropped
+        yield keys, *(np.stack(steps, 1) for steps in (cells, actions, effective))
 
 
 # --- Files ---

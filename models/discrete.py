@@ -146,17 +146,21 @@ class Codebook(nn.Module):
         if self.similarity == "cosine":
             self.log_scale.fill_(math.log(self.scale))
 
+    def scaled(self, x):
+        """x (..., D) as it is compared, in float32: with cosine of length 1."""
+        return unit(x) if self.similarity == "cosine" else x.float()
+
     def table(self):
         """(K, D) float32: the codes as the decoder reads them."""
-        return unit(self.codes) if self.similarity == "cosine" else self.codes.float()
+        return self.scaled(self.codes)
 
     def logits(self, z):
         """z (B, N, D) -> (B, N, K) float32."""
         if self.similarity == "cosine":
             with torch.no_grad():                            # the parameter itself: past the cap it had no gradient
                 self.log_scale.clamp_(max=math.log(self.cap))
-            return self.log_scale.exp() * (unit(z) @ self.table().T)
-        return z.float() @ self.table().T
+        scores = self.scaled(z) @ self.table().T
+        return self.log_scale.exp() * scores if self.similarity == "cosine" else scores
 
     def forward(self, z, estimator=None, tau=1.0, noise=1.0, hardness=1.0, generator=None):
         """z (B, N, D) -> Quantised. estimator None: the mode, without chance."""
@@ -183,7 +187,7 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def put(self, where, points):
         """Codes `where` (K,) bool become points (as many, D) float."""
-        self.codes[where] = unit(points) if self.similarity == "cosine" else points.float()
+        self.codes[where] = self.scaled(points)
 
     @torch.no_grad()
     def revive(self, where, z, generator=None, least=None):
@@ -197,8 +201,7 @@ class Codebook(nn.Module):
         if least is None or n == len(where):
             rows = torch.randint(len(z), (n,), generator=generator)
         else:
-            points = unit(z) if self.similarity == "cosine" else z.float()
-            gaps = torch.cdist(points, self.table()[~where]).amin(1).square().cpu()
+            gaps = torch.cdist(self.scaled(z), self.table()[~where]).amin(1).square().cpu()
             gaps = gaps * (gaps >= max(least, 1e-12))
             n = min(n, int((gaps > 0).sum()))
             if not n:
@@ -211,8 +214,8 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def fit(self, z, generator=None):
         """All codes become the k-means centres of encoder outputs z (M, D)."""
-        points = (unit(z) if self.similarity == "cosine" else z.float()).cpu()
-        self.put(torch.ones(len(self.codes), dtype=torch.bool), kmeans(points, len(self.codes), generator).to(z.device))
+        centres = kmeans(self.scaled(z).cpu(), len(self.codes), generator)
+        self.put(torch.ones(len(self.codes), dtype=torch.bool), centres.to(z.device))
 
 
 class VQ(Codebook):
@@ -233,9 +236,8 @@ class VQ(Codebook):
     def forward(self, z, estimator=None, generator=None, **schedules):
         """z (B, N, D) -> Quantised. estimator None: as it is; else there is a loss, and a gradient past the choice."""
         with torch.autocast(z.device.type, enabled=False):
-            x = unit(z) if self.similarity == "cosine" else z.float()
-            flat = x.flatten(0, -2)
-            codes = kernels.nearest_code(flat, self.table())
+            x = self.scaled(z)
+            codes = kernels.nearest_code(x.flatten(0, -2), self.table())
             e = self.look_up(codes).view(x.shape)
             if estimator is None:
                 return Quantised(e, codes.view(x.shape[:-1]), z=z)
@@ -246,8 +248,7 @@ class VQ(Codebook):
     def follow(self, z, codes):
         """One update of the running means, once a step: z (..., D) of all its passes as `forward` took it, and what
         they chose (...). A code long unused stays where it is."""
-        x, codes = z.flatten(0, -2), codes.flatten()
-        x = unit(x) if self.similarity == "cosine" else x.float()
+        x, codes = self.scaled(z.flatten(0, -2)), codes.flatten()
         counts = codes.bincount(minlength=len(self.codes)).float()
         sums = torch.zeros_like(self.sums).index_add_(0, codes, x)
         self.counts.lerp_(counts, 1 - self.decay)

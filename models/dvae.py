@@ -6,6 +6,7 @@ Attention knows distances from the start, and a path past it resamples values by
 to find out where to look, the pooler is a blurred mean for long. Shapes: B grids, P patches, N latents, S side of the
 canvas, C width; places are (row, column) in cells.
 """
+import itertools
 import math
 from functools import partial
 from types import SimpleNamespace
@@ -27,12 +28,8 @@ class Config(SimpleNamespace):
     @property
     def n_shape_codes(self):
         """Codes that name the shape, one of max_side^2: with layout "grid" as many as that takes, else none."""
-        if self.layout == "canvas":
-            return 0
-        n, room = 0, 1
-        while room < self.canvas.max_side ** 2:
-            n, room = n + 1, room * self.codebook_size
-        return n
+        shapes = 1 if self.layout == "canvas" else self.canvas.max_side ** 2
+        return next(n for n in itertools.count() if self.codebook_size ** n >= shapes)
 
     @property
     def n_latents(self):

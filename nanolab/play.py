@@ -211,7 +211,7 @@ class Game:
             raise Refused(400, "this world takes no prompt")
         try:
             view = self.session.reset(prompt)
-        except (ValueError, UserError) as error:             # the old world, if any, stays on the page
+        except ValueError as error:                          # the old world, if any, stays on the page
             raise Refused(400, one_line(error)) from error
         self.steps, self.started = 0, True
         self.seconds.clear()                                 # a reset's own frame reads the prompt: another speed
@@ -223,10 +223,7 @@ class Game:
             raise Refused(400, f"action must be a whole number from 0 to {n - 1}")
         if not self.started:
             raise Refused(400, "there is no world yet: start one first")
-        try:
-            view = self.session.step(action)
-        except UserError as error:
-            raise Refused(400, one_line(error)) from error
+        view = self.session.step(action)
         self.steps += 1
         self.seconds.append(view.seconds)
         return self.answer(view)
@@ -363,6 +360,8 @@ class Server(ThreadingHTTPServer):
             future.set_result(getattr(self.game, name)(request))
         except Refused as refused:
             future.set_exception(refused)
+        except UserError as error:
+            future.set_exception(Refused(400, one_line(error)))
         except KeyboardInterrupt:                            # in the middle of a frame
             future.set_exception(Refused(503, ENDED))
             raise
