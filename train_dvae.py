@@ -23,7 +23,6 @@ import json
 import math
 import os
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -204,8 +203,7 @@ def check(settings):
     except ValueError as error:
         raise UserError(error)
     canvas = Canvas(max_side, n_colours, masked=max(mask_rate) > 0)
-    known = {field.name: settings[field.name] for field in fields(Config) if field.name in settings}
-    config = Config(**{**known, "canvas": canvas, "code_dim": len(levels) if levels else code_dim,
+    config = Config(**{**settings, "canvas": canvas, "code_dim": len(levels) if levels else code_dim,
                        "quantiser": estimator if estimator in ("vq", "fsq") else "categorical"})
     if config.n_latents < 1:
         raise UserError(f"n_codes {n_codes}: {config.n_shape_codes} of them name the shape, none is left for the cells")

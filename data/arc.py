@@ -141,11 +141,12 @@ class _Collector:
         self.rows, self.kept, self.pairs = {}, [], []  # canonical form: row; (cells, shape, name, task, factors)
         self.repeated = self.held_out = 0
 
-    def add(self, items, limit=None):
-        """Takes items (rows of a grid, name, task, factors) in order, up to `limit` grids in all; returns the row of
-        each: None where a grid was not kept and no kept one is exactly equal."""
+    def add(self, groups, limit=None):
+        """Takes groups of one or two items (rows of a grid, name, task, factors) in order, up to `limit` grids in all.
+        Two are a pair where both were kept, or others that are exactly equal; where there are factors, which those of
+        another number need not share, both themselves."""
+        items, rows = [item for group in groups for item in group], []
         cells, shapes = _canvases([item[0] for item in items], self.max_side)
-        places = []
         for key, canvas, shape, item in zip(canonical(cells, shapes), cells, shapes, items):
             row = self.rows.get(key)
             if key in self.forbidden:
@@ -156,8 +157,13 @@ class _Collector:
             elif limit is None or len(self.kept) < limit:
                 row = self.rows[key] = len(self.kept)
                 self.kept.append((canvas, shape, *item[1:]))
-            places.append(row)
-        return places
+            rows.append(row)
+        found = iter(rows)
+        for group in groups:
+            pair = tuple(next(found) for _ in group)
+            if len(pair) == 2 and all(row is not None and (not item[3] or self.kept[row][3] == item[2])
+                                      for row, item in zip(pair, group)):
+                self.pairs.append(pair)
 
     def grids(self):
         cells, shapes, names, tasks, factors = zip(*self.kept)
@@ -195,7 +201,7 @@ def _load_tasks(train_names, val_names, max_side, n_colours, crops, seed):
         n_train, large = n_train + n, large + larger
     n_crops = len(train.kept)
     pieces = [_crop(grid, name, task, k, max_side, seed) for grid, name, task in large for k in range(crops)]
-    train.add([piece for piece in pieces if max(map(max, piece[0])) < n_colours])
+    train.add([[piece] for piece in pieces if max(map(max, piece[0])) < n_colours])
     n_crops = len(train.kept) - n_crops
     lines = []
     for side, names, collector, total in (("train", train_names, train, n_train), ("val", val_names, val, n_val)):
@@ -215,24 +221,19 @@ def _load_tasks(train_names, val_names, max_side, n_colours, crops, seed):
 def _add_tasks(collector, name, tasks, n_colours):
     """Adds the grids that fit and their pairs; returns how many grids the tasks have, and (grid, name, task) of those
     that are larger than the canvas."""
-    n, items, pairs, larger = 0, [], [], []
+    n, groups, larger = 0, [], []
     for task, parts in tasks.items():
         for part in ("train", "test"):
             for k, pair in enumerate(parts[part]):
-                places = []
+                groups.append([])
                 for end in ("input", "output"):
                     grid, label = pair[end], f"{name} {task} {part} {k} {end}"
                     n += 1
                     if max(len(grid), len(grid[0])) > collector.max_side:
                         larger.append((grid, label, task))
                     elif max(map(max, grid)) < n_colours:
-                        places.append(len(items))
-                        items.append((grid, label, task, {}))
-                if len(places) == 2:
-                    pairs.append(places)
-    rows = collector.add(items)
-    pairs = [(rows[first], rows[second]) for first, second in pairs]
-    collector.pairs += [pair for pair in pairs if None not in pair]
+                        groups[-1].append((grid, label, task, {}))
+    collector.add(groups)
     return n, larger
 
 
@@ -369,9 +370,13 @@ class Canvas:
         valid = torch.where(row & (column < 0), colour, tokens == rest).flatten(1).all(1) & (height > 0)
         return torch.stack([height, width], 1) * valid[:, None]
 
+    def cut(self, tokens, shapes):
+        """tokens (B, S, S) -> cells (B, S, S) uint8: what lies in shapes (B, 2), OUTSIDE elsewhere."""
+        return torch.where(_inside(shapes, self.max_side), tokens, OUTSIDE).to(torch.uint8)
+
     def cells(self, tokens):
         """tokens (B, S, S) -> (B, S, S) uint8; all OUTSIDE where they form no grid."""
-        return torch.where(_inside(self.shapes(tokens), self.max_side), tokens, OUTSIDE).to(torch.uint8)
+        return self.cut(tokens, self.shapes(tokens))
 
 
 def _inside(shapes, side):
@@ -458,9 +463,8 @@ def augment(cells, shapes, generator, colours="all", symmetry=True, n_colours=10
 class Stream:
     """Training batches as a pure function of the seed and the step: nothing to save, and a resumed run sees the same.
 
-    Each epoch is a permutation of all grids; a batch may go over from one to the next. `group` consecutive batches
-    are drawn together, sorted by area, so that a batch has grids of similar size, and come in a random order.
-    colours, symmetry, n_colours: see augment.
+    Each epoch is a permutation of all grids. `group` consecutive batches are drawn together, sorted by area, so that a
+    batch has grids of similar size, and come in a random order. colours, symmetry, n_colours: see augment.
     """
 
     def __init__(self, grids, batch_size, seed, colours="all", symmetry=True, group=8, n_colours=10):
@@ -521,13 +525,8 @@ def _drawn(side, wanted, max_side, n_colours, seed, forbidden):
     collector, number = _Collector(max_side, forbidden), 0
     while (have := len(collector.kept)) < wanted:
         size = max(1000, (wanted - have) * 5 // 4)
-        drawn = [synthetic(seed, side, number + i, max_side, n_colours) for i in range(size)]
+        collector.add([synthetic(seed, side, number + i, max_side, n_colours) for i in range(size)], wanted)
         number += size
-        places = iter(collector.add([item for items in drawn for item in items], wanted))
-        for items in drawn:
-            rows = [next(places) for _ in items]
-            if len(rows) == 2 and all(row is not None and collector.kept[row][3] == items[0][2] for row in rows):
-                collector.pairs.append(tuple(rows))  # no grid of another number, whose factors say something else
         if len(collector.kept) < min(wanted, have + size // 25):  # hardly any is new
             raise UserError(f"there are hardly more than {len(collector.kept):,} different synthetic grids for {side} "
                             f"with max_side {max_side} and n_colours {n_colours}, and n_{side} is {wanted:,}: take a "
@@ -578,10 +577,8 @@ def describe(arc, dataset, stats=False, out="."):
               f"of the cells; each grid's best constant colour is right in {figures['constant']:.1%}")
     path = Path(out) / f"arc_{dataset.replace('+', '_')}.png"
     from matplotlib import image
-    try:
-        image.imsave(path, picture(arc.train))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    with replacing(path) as file:
+        image.imsave(file, picture(arc.train), format="png")
     print(f"wrote {path}")
 
 

@@ -11,6 +11,8 @@ import hashlib
 import numpy as np
 import torch
 
+from nanolab.settings import UserError
+
 
 def digest(*words):
     """32 bytes: the sha256 of the words."""
@@ -47,3 +49,18 @@ def pair_hash(a, b, *salts):
 def chance(hashes, share):
     """bool array of uint64 hashes: true with the probability `share`."""
     return hashes >> np.uint64(11) < np.uint64(round(share * 2 ** 53))
+
+
+def first(n, chunks, forbidden, hardly):
+    """The first n rows of endless chunks whose keys are not forbidden: (list of arrays, their keys, how many rows were
+    left out on the way). A chunk is (keys, array, ...), a row for each key. UserError(hardly): hardly any is new."""
+    parts, kept, drawn = [], [], 0
+    while len(kept) < n:
+        keys, *arrays = next(chunks)
+        if drawn >= 4 * len(keys) and len(kept) < drawn // 25:
+            raise UserError(hardly)
+        new = np.array([key not in forbidden for key in keys])
+        parts.append([array[new] for array in arrays])
+        kept += [key for key in keys if key not in forbidden]
+        drawn += len(keys)
+    return [np.concatenate(part)[:n] for part in zip(*parts)], kept[:n], drawn - len(kept)

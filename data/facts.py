@@ -96,10 +96,10 @@ def _hash(number, place, seed, salt):
 
 
 def shuffled(index, size, seed):
-    """A permutation of 0 .. size - 1 that the seed chooses, at the places index (N,): (N,) uint64.
+    """A permutation of 0 .. size - 1 that the seed chooses, at the places index (N,): (N,) uint64; no table is kept.
 
     A Feistel network of four rounds on an even number of bits; what falls outside goes through it again (Black and
-    Rogaway 2002, "cycle walking"). No table is kept, and place i does not depend on which others are asked for.
+    Rogaway 2002, "cycle walking").
     """
     half = np.uint64(((size - 1).bit_length() + 1) // 2)
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -118,9 +118,7 @@ def entropy(sizes, alpha, types=TYPES):
     """Bits in one person's attributes, which have so many values (sizes) and depend on a hidden type (see people).
 
     p(x) = 1 / types * sum over types z of the product over attributes a of (alpha / sizes_a + (1 - alpha) [x_a is what
-    z gives]), where z gives value number z mod sizes_a of an order of the values; minus the sum of p lg p over all
-    combinations x, of which those that differ only in values that no type gives are counted together: exact.
-    alpha 1: sum of lg sizes_a. alpha 0: lg types, where an attribute has at least so many values.
+    z gives]); combinations x that differ only in values that no type gives are counted together: exact.
     """
     if alpha == 1:
         return float(sum(math.log2(size) for size in sizes))
@@ -139,9 +137,9 @@ def entropy(sizes, alpha, types=TYPES):
 
 
 class Person(NamedTuple):
-    """One of People: a name, and {attribute: value}."""
+    """One of People."""
     name: str
-    values: dict
+    values: dict  # {attribute: value}
 
 
 @dataclass
@@ -169,7 +167,7 @@ class People:
         return Person(self.names[i], {attribute: values[i] for attribute, values in self.values.items()})
 
     def describe(self):
-        """One line: how many, which, and how much there is to know."""
+        """One line."""
         return (f"{self.kind}: {self.n:,} people to train on and {self.unseen:,} held out, of {self.n_names:,} names; "
                 f"{len(self.values)} attributes, alpha {self.alpha:g}, seed {self.seed}; {self.bits:.2f} bits a "
                 f"person, {self.n * self.bits:,.0f} to be learned")
@@ -188,15 +186,14 @@ def people(n, seed, kind="notes", alpha=1.0, unseen=0, names="syllables"):
     unseen: [>= 0, <= 100_000_000] people that are held out, in the database only
     names: of notes: syllables or plain
 
-    Notes have birth_date (d/m/yyyy, 28 x 12 x 51), birth_place (7), address (213 cities), occupation (100): 31.25
-    bits; sizes as in a public experiment on tools. Names are four of 64 syllables (16,777,216 names, a closed
-    vocabulary), or plain, first and last (400 x 1,000).
-    Bios are bioS of Allen-Zhu and Li 2024, arXiv 2404.05405: birthday (28 x 12 x 200), birth_city (200), university
-    (300), field (100), employer (263), pronoun (2): 47.59 bits; also work_city, which follows from the employer. Names
-    are first, middle and last, 400 x 400 x 1,000. All words are our own.
+    Notes have birth_date (28 x 12 x 51), birth_place (7), address (213 cities), occupation (100): 31.25 bits; sizes as
+    in a public experiment on tools. Names are four of 64 syllables, a closed vocabulary, or plain, first and last
+    (400 x 1,000). Bios are bioS of Allen-Zhu and Li 2024, arXiv 2404.05405: birthday (28 x 12 x 200), birth_city (200),
+    university (300), field (100), employer (263), pronoun (2): 47.59 bits; also work_city, which follows from the
+    employer. Names are first, middle and last, 400 x 400 x 1,000. All words are our own, all names different.
     Every person has a hidden type, one of 16, evenly. Each attribute by itself is drawn evenly from all its values with
     probability alpha, else it is what the type gives: type z gives value z mod size of an order of the values that the
-    seed chooses. `bits`: see entropy. Names are different by construction.
+    seed chooses.
     Raises UserError: an unknown kind, a number out of range.
     """
     drawn = tables(kind)
@@ -216,15 +213,15 @@ def people(n, seed, kind="notes", alpha=1.0, unseen=0, names="syllables"):
         code, letter = np.divmod(code, np.uint64(len(part)))
         columns.append(np.array(part, object)[letter.astype(np.int64)])
     given = [between.join(name) for name in zip(*reversed(columns))]
-    hidden = _hash(number, 0, seed, 21) % np.uint64(TYPES)
-    codes = {}
+    hidden, values = _hash(number, 0, seed, 21) % np.uint64(TYPES), {}
     for place, (attribute, table) in enumerate(drawn.items()):
         value = (_hash(number, place, seed, 22) % np.uint64(len(table))).astype(np.int64)
         free = chance(_hash(number, place, seed, 23), alpha)
-        codes[attribute] = np.where(free, value, _given(place, len(table), seed)[hidden])
-    values = {attribute: np.array(drawn[attribute], object)[code].tolist() for attribute, code in codes.items()}
+        code = np.where(free, value, _given(place, len(table), seed)[hidden])
+        values[attribute] = np.array(table, object)[code].tolist()
     if kind == "bios":
-        values["work_city"] = np.array(CITIES, object)[np.array(WORK_CITIES)[codes["employer"]]].tolist()
+        cities = {employer: CITIES[city] for employer, city in zip(EMPLOYERS, WORK_CITIES)}
+        values["work_city"] = [cities[employer] for employer in values["employer"]]
     return People(given, values, kind, n, unseen, entropy([len(table) for table in drawn.values()], alpha), n_names,
                   float(alpha), seed)
 
@@ -248,8 +245,8 @@ def law(people, attribute):
 # --- Dialogs ---
 
 class Segment(NamedTuple):
-    """One turn of a dialog. Its end is no text but a special token, which `rows` adds: an assistant's turn ends with
-    CALL where the tool speaks next, else with END, the tool's with ANSWER, a user's with nothing."""
+    """One turn of a dialog. Its end is a special token, which `rows` adds: an assistant's turn ends with CALL where the
+    tool speaks next, else with END, the tool's with ANSWER, a user's with nothing."""
     role: str  # user, assistant, tool
     text: str
     trained: bool  # is the loss taken here? Only ever where the assistant speaks
@@ -271,13 +268,12 @@ def call(attribute, name):
 
 
 def in_weight(person, attribute, form="short", which=0):
-    """The dialog in which the assistant knows: a list of two Segments."""
-    return [Segment("user", question(person, attribute, form, which), False),
-            Segment("assistant", person.values[attribute], True)]
+    """The dialog in which the assistant knows: a list of two Segments, the first and the last of `in_tool`."""
+    return in_tool(person, attribute, form, which)[::3]
 
 
 def in_tool(person, attribute, form="short", which=0):
-    """The dialog in which the assistant looks it up: a list of four Segments; the tool says what the database would."""
+    """The dialog in which the assistant looks it up: a list of four Segments."""
     return [Segment("user", question(person, attribute, form, which), False),
             Segment("assistant", call(attribute, person.name), True),
             Segment("tool", person.values[attribute], False),
@@ -287,9 +283,8 @@ def in_tool(person, attribute, form="short", which=0):
 def dialogs(people, mode="in_weight", form="short", seed=0, share=0.5, unseen=False):
     """A dialog for each attribute of each person to train on, or, unseen, of each that is held out: a list.
 
-    mode "both": a mixture, each fact in_tool with probability `share`, else in_weight; which, and which of the natural
-    questions is asked, is decided by the seed, the person and the attribute alone (another seed mixes anew).
-    Raises UserError: an unknown mode or form, a share that is not from 0 to 1.
+    mode "both": each fact in_tool with probability `share`, else in_weight; that, and which natural question is asked,
+    follows from seed, person and attribute. Raises UserError: an unknown mode or form, a share that is not from 0 to 1.
     """
     if mode not in MODES:
         raise unknown("mode", mode, MODES)
@@ -298,7 +293,7 @@ def dialogs(people, mode="in_weight", form="short", seed=0, share=0.5, unseen=Fa
     if not 0 <= share <= 1:
         raise UserError(f"share is {share}: it must be from 0 to 1")
     share = {"in_weight": 0, "in_tool": 1}.get(mode, share)
-    numbers = np.arange(len(people))[people.n:] if unseen else np.arange(people.n)
+    numbers = np.arange(people.n, len(people)) if unseen else np.arange(people.n)
     places = np.arange(len(people.attributes))
     tool = chance(_hash(numbers[:, None], places, seed, 25), share).tolist()
     which = _hash(numbers[:, None], places, seed, 26).tolist()
@@ -315,11 +310,10 @@ NO_RESULT, NO_ATTRIBUTE, NO_CALL = "No result found", "Unknown attribute", "Malf
 class Database:
     """What the tool looks up: an SQLite table of people, in memory; or a file that `save` wrote, opened to be read.
 
-    source: People, all of them, the held-out ones too; or the path of a file. Only the names of attributes that were
-    there when it was opened get into an SQL statement; what is asked for chooses among these statements or is a
-    parameter, so no text of a model or a person is ever read as SQL. Raises UserError: no such file, or another one; a
-    question whose answer takes SQLite more than STEPS steps or SECONDS seconds, as of a view that never ends.
-    fingerprint: a check sum of the file; None in memory.
+    source: People, the held-out ones too; or the path of a file. What is asked for chooses among SQL statements that
+    name the attributes there, or is a parameter: no text of a model or a person is ever read as SQL. fingerprint: a
+    check sum of the file; None in memory. Raises UserError: no such file, or another one; a question whose answer takes
+    SQLite more than STEPS steps or SECONDS seconds, as of a view that never ends.
     """
 
     STEPS, SECONDS = 20_000_000, 10  # enough to read a table of millions of people from end to end
@@ -327,10 +321,9 @@ class Database:
     def __init__(self, source):
         self.path, self.fingerprint = None if isinstance(source, People) else source, None
         if isinstance(source, People):
-            self.connection = sqlite3.connect(":memory:")
-            columns = source.attributes
-            self.connection.execute(f"CREATE TABLE people (name TEXT PRIMARY KEY, "
-                                    f"{', '.join(f'{column} TEXT' for column in columns)}) WITHOUT ROWID")
+            self.connection, columns = sqlite3.connect(":memory:"), source.attributes
+            self.connection.execute(f"CREATE TABLE people (name TEXT PRIMARY KEY, {' TEXT, '.join(columns)} TEXT) "
+                                    "WITHOUT ROWID")
             with self.connection:
                 self.connection.executemany(f"INSERT INTO people VALUES (?{', ?' * len(columns)})",
                                             zip(source.names, *source.values.values()))
@@ -405,12 +398,8 @@ KEYWORDS = [*(f"{attribute} " for attribute in tables("notes")), " ?", "FIND ", 
 
 
 class Closed:
-    """210 tokens for "notes" with names of syllables, in the short form: 64 syllables and 10 keywords (as many as our
-    first trials had) and 136 for the values, of 1 to 3 tokens each: 28 days or months such as "7/", 51 years,
-    7 continents, 15 + 15 halves of cities, 10 + 10 of trades.
-
-    Spaces are part of tokens, and the longest one is taken; text with anything else in it is a UserError.
-    """
+    """210 tokens for "notes" with names of syllables, in the short form: 64 syllables, 10 keywords and 136 for the
+    values, of 1 to 3 tokens each. The longest one is taken; text with anything else in it is a UserError."""
 
     def __init__(self):
         self.texts = [*SYLLABLES, *KEYWORDS, *(f"{day}/" for day in range(1, 29)), *map(str, range(1950, 2001)),
@@ -434,13 +423,12 @@ class Closed:
 
 
 class Vocabulary:
-    """A tokenizer's ids, and after them the special tokens PAD, END, CALL and ANSWER.
+    """A tokenizer's ids, and after them the special tokens PAD, END, CALL and ANSWER, as which no text is encoded.
 
     tokenizer: "closed" (214 tokens in all, see Closed), "bytes" (260), or any object with encode(text) -> ids,
     decode(ids) -> text and its number of ids as `size`, `n_vocab` (tiktoken) or `vocab_size` (sentencepiece; a number
-    or a function). size: of all; specials: {name: id}. No text is encoded as a special token.
-    Raises UserError: an unknown name; a text that cannot be encoded, or would come back as another one (sentencepiece
-    needs byte_fallback and the normalization rule "identity"): answers are compared as texts.
+    or a function). size: of all; specials: {name: id}. Raises UserError: an unknown name; a text that cannot be
+    encoded, or would come back as another one: answers are compared as texts.
     """
 
     def __init__(self, tokenizer):
@@ -465,7 +453,7 @@ class Vocabulary:
         return ids
 
     def decode(self, ids):
-        """The inverse of encode: ids, a list of int or a 1-D tensor -> str; a special token becomes <END>, <PAD> ..."""
+        """The inverse of encode, of a list or a 1-D tensor; a special token becomes <END>, <PAD> ..."""
         ids, names = torch.as_tensor(ids).tolist(), {i: f"<{name}>" for name, i in self.specials.items()}
         parts = itertools.groupby(ids, lambda i: i < self.n_text)  # runs of text, runs of specials
         return "".join(self.tokenizer.decode(list(run)) if text else "".join(names[i] for i in run)
@@ -489,20 +477,18 @@ def rows(dialogs, vocabulary, length=None, pad=None, everything=False):
     """Dialogs as tokens: (tokens (N, T) int64, mask (N, T) bool); the rest of a row is padding.
 
     mask: True where tokens[:, t], as a target, belongs to a trained segment of the assistant or is its END or CALL;
-    everything: also where the user speaks, as in plain pretraining, but never where the tool does.
-    What it is predicted from is tokens[:, :t]: a model that reads tokens[:, :-1] has the loss on tokens[:, 1:] where
-    mask[:, 1:]. length: T, None: of the longest; pad: the id of padding, None: PAD.
+    everything: also where the user speaks, as in plain pretraining, but never where the tool does. length: T, None: of
+    the longest; pad: the id of padding, None: PAD.
     Raises UserError where a dialog is longer than length or the vocabulary has no token for a text.
     """
     flat, said, counts, lengths = array("i"), [], [], []  # tokens; of segments: trained? how many; of dialogs: how many
     for number, dialog in enumerate(dialogs):
         start = len(flat)
         for segment, end in zip(dialog, _ends(dialog, vocabulary.specials)):
-            before = len(flat)
-            flat.extend(vocabulary.encode(segment.text) + end)
-            trained = segment.trained and segment.role == "assistant"
-            said.append(trained or everything and segment.role == "user")
-            counts.append(len(flat) - before)
+            ids = vocabulary.encode(segment.text) + end
+            flat.extend(ids)
+            counts.append(len(ids))
+            said.append(segment.role == "assistant" and segment.trained or everything and segment.role == "user")
         lengths.append(len(flat) - start)
         if length is not None and lengths[-1] > length:
             raise UserError(f"dialog {number} has {lengths[-1]} tokens, but length is {length}")
@@ -515,11 +501,9 @@ def rows(dialogs, vocabulary, length=None, pad=None, everything=False):
 
 
 def open_facts(settings):
-    """(People, Vocabulary, Database) that a dict of train_facts.py's settings names.
-
-    A tokenizer "bpe:SIZE" or "sentencepiece:SIZE" is trained on the dialogs about the people to train on. Raises
-    UserError: as people, Vocabulary, Database and data/tokens.py do; a database without the people's attributes.
-    """
+    """(People, Vocabulary, Database) that a dict of train_facts.py's settings names; a tokenizer "bpe:SIZE" or
+    "sentencepiece:SIZE" is trained on the dialogs about the people to train on. Raises UserError: as these do; a
+    database without the people's attributes."""
     made = people(settings["n_people"], settings["data_seed"], settings["kind"], settings["alpha"],
                   settings["n_unseen"], settings["names"])
     word = settings["tokenizer"]
@@ -538,15 +522,13 @@ def open_facts(settings):
 # --- Accounting ---
 
 def bits_stored(value_nats, bits):
-    """How many bits about N people a model holds, a float.
+    """How many bits about N people a model holds, a float: N bits - sum of value_nats / ln 2, as Allen-Zhu and Li 2024
+    (arXiv 2404.05405), whose R is this over the number of parameters.
 
-    value_nats (N,): of each person the loss in nats, summed over attributes and over the tokens of each value; bits:
-    of a person's values (people.bits). N bits - sum of value_nats / ln 2, that is N lg(S0 / e^p2) with S0 = 2^bits
-    and p2 the mean of value_nats: Allen-Zhu and Li 2024, arXiv 2404.05405, whose R is this over the number of
-    parameters. With alpha 1 the uniform predictor scores 0, a worse one less, a perfect one N bits: 31.25 a person for
-    notes, 47.59 for bios. Leave work_city out of the sum: it says nothing new. With alpha below 1 attributes depend on
-    each other: where each is asked for by itself, the sum is more than the loss of all together, and what comes out is
-    a lower bound. Raises ValueError where the losses are not (N,).
+    value_nats (N,): of each person the loss in nats, summed over attributes (but work_city, which says nothing new) and
+    over the tokens of each value; bits: of a person's values (people.bits). With alpha 1 the uniform predictor scores
+    0, a perfect one N bits. Below 1 attributes depend on each other: where each is asked for by itself, this is a lower
+    bound. Raises ValueError where the losses are not (N,).
     """
     value_nats = torch.as_tensor(value_nats, dtype=torch.float64)
     if value_nats.ndim != 1:
@@ -557,9 +539,8 @@ def bits_stored(value_nats, bits):
 def floor(people):
     """Accuracies, averaged over attributes, of two guessers without memory of single people: (law, constant).
 
-    law: who knows what people are drawn from and always names the most probable value; for notes with alpha 1
-    (1/17136 + 1/7 + 1/213 + 1/100) / 4 = 3.94 %. constant: who names the value that most of the n people to train on
-    have, measured on these: with few people it is above the other, so subtract the right one.
+    law: who always names the most probable value of what people are drawn from; for notes with alpha 1 3.94 %.
+    constant: who names the value that most of the n people to train on have, measured on these.
     """
     guess = [float(law(people, attribute).max()) for attribute in people.attributes]
     best = [Counter(values[:people.n]).most_common(1)[0][1] / people.n for values in people.values.values()]

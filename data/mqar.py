@@ -55,10 +55,8 @@ def _different(rng, n, k, size):
 
 
 def _chunks(part, T, pairs, vocab_size, seed, random_non_queries, alpha):
-    """Endlessly: CHUNK rows, tokens and labels (CHUNK, T) int64, and of each row the bytes without its fillers.
-
-    part: a word; rows of different parts come from different generators. Only random() of them is used.
-    """
+    """Endlessly: of CHUNK rows the bytes without fillers, tokens and labels (CHUNK, T) int64. Rows of
+    different parts (a word) come from different generators."""
     start, slots = 2 * pairs, (T - 2 * pairs) // 2
     weight = np.arange(1, slots + 1) ** (alpha - 1.0)
     number = 0
@@ -81,39 +79,23 @@ def _chunks(part, T, pairs, vocab_size, seed, random_non_queries, alpha):
             while n := int(spare.sum()):
                 tokens[spare] = rng.random(n) * vocab_size
                 spare &= (tokens[:, :, None] == keys[:, None]).any(2)  # a filler must not be one of the row's keys
-        yield tokens, labels, bare
-
-
-def _draw(n, chunks, what, forbidden=frozenset()):
-    """The first n rows whose bytes are not forbidden: (tokens, labels) (n, T) int64 tensors, and all their bytes."""
-    have, drawn, parts, seen = 0, 0, [], []
-    while have < n:
-        if drawn >= 4 * CHUNK and have < drawn // 25:
-            raise UserError(f"there are hardly any rows with {what} for training that are not in the test: take a "
-                            "smaller n_test or a larger vocab_size")
-        tokens, labels, bare = next(chunks)
-        drawn += CHUNK
-        keep = np.array([row not in forbidden for row in bare])
-        parts.append((tokens[keep], labels[keep]))
-        seen += bare
-        have += int(keep.sum())
-    return tuple(torch.from_numpy(np.concatenate(part)[:n]) for part in zip(*parts)), seen[:n]
+        yield bare, tokens, labels
 
 
 def mqar(n, T, pairs, vocab_size, seed, random_non_queries=False, alpha=0.01):
     """n rows of multi-query associative recall: tokens (n, T) and labels (n, T), int64 tensors; -1 where no loss.
 
     The first 2 pairs tokens are key, value, key, value ...; keys are from 1 to V/2 - 1, values from V/2 to V - 1, none
-    twice in a row (V: vocab_size, even). The rest is slots of two places; each key comes once more, at the first place
-    of a slot of its own, and the label there is its value (said at the query's own place: nothing is to be shifted).
-    The first key draws its slot first: slot g = 1, 2, ... with probability proportional to g^(alpha - 1), the next
-    keys likewise among those left (Zoology's power_a; alpha 1: evenly). All else is token 0, or, random_non_queries,
-    any of the V tokens that is not one of the row's keys, so that a key is seen exactly once before its query (Zoology
-    draws from all V). The same seed gives the same rows, fewer are the first ones, and fillers change nothing else.
-    Raises UserError: 4 pairs > T, V odd or too small for so many keys, n or pairs below 1, alpha not in (0, 10].
+    twice in a row. The rest is slots of two places; each key comes once more, at the first place of a slot of its own,
+    and the label there is its value (nothing is to be shifted). The first key takes slot g = 1, 2, ... with probability
+    proportional to g^(alpha - 1), the next keys likewise among those left (Zoology's power_a; alpha 1: evenly). All
+    else is token 0, or, random_non_queries, any of the V tokens that is not one of the row's keys (Zoology draws from
+    all V). The same seed gives the same rows, fewer are the first ones, and fillers change nothing else. Raises
+    UserError: 4 pairs > T, V odd or too small for so many keys, n or pairs below 1, alpha not in (0, 10].
     """
     _check(T, pairs, vocab_size, alpha, n=n)
-    return _draw(n, _chunks("rows", T, pairs, vocab_size, seed, random_non_queries, alpha), "")[0]
+    rows = draw.first(n, _chunks("rows", T, pairs, vocab_size, seed, random_non_queries, alpha), (), "")[0]
+    return tuple(map(torch.from_numpy, rows))
 
 
 def split(n_train, n_test, T, pairs, vocab_size, seed, random_non_queries=False, alpha=0.01):
@@ -135,16 +117,16 @@ def split(n_train, n_test, T, pairs, vocab_size, seed, random_non_queries=False,
     """
     _check(T, pairs, vocab_size, alpha, n_train=n_train, n_test=n_test)
     settings = T, pairs, vocab_size, seed, random_non_queries, alpha
-    what = f"T {T}, {pairs} pair{'s' * (pairs > 1)} and vocab_size {vocab_size}"
-    test, seen = _draw(n_test, _chunks("test", *settings), what)
-    train, _ = _draw(n_train, _chunks("train", *settings), what, frozenset(seen))
-    return train, test
+    hardly = (f"there are hardly any rows with T {T}, {pairs} pair{'s' * (pairs > 1)} and vocab_size {vocab_size} for "
+              "training that are not in the test: take a smaller n_test or a larger vocab_size")
+    test, seen, _ = draw.first(n_test, _chunks("test", *settings), (), hardly)
+    train = draw.first(n_train, _chunks("train", *settings), frozenset(seen), hardly)[0]
+    return tuple(map(torch.from_numpy, train)), tuple(map(torch.from_numpy, test))
 
 
 def distances(labels, tokens):
-    """How far back each query's value stands, 1 for the token just before: (n pairs,) int64, row by row.
-
-    labels, tokens: (n, T) as of mqar."""
+    """How far back each query's value stands, 1 for the token just before: (n pairs,) int64, row by row, of labels and
+    tokens (n, T)."""
     found = []
     for said, row in zip(labels.split(512), tokens.split(512)):
         n, query = (said >= 0).nonzero(as_tuple=True)
@@ -154,12 +136,8 @@ def distances(labels, tokens):
 
 
 def reachable(labels, tokens, window):
-    """The share of queries whose value is among the `window` last tokens, the query's own included.
-
-    That is what one layer of attention over a sliding window can answer; it misses the others (but for guesses), unless
-    it has learned to relay through more layers. labels, tokens: (n, T) as of mqar. T 64, 4 pairs, alpha .01: 58.0 %
-    for 16 tokens and 80.6 % for 32 (exactly, by enumeration). Raises UserError where window is below 1.
-    """
+    """The share of queries whose value is among the `window` last tokens, the query's own included: what one layer of
+    attention over a sliding window can answer. labels, tokens: (n, T). Raises UserError where window is below 1."""
     if window < 1:
         raise UserError(f"window is {window}: it must be at least 1")
     return float((distances(labels, tokens) < window).double().mean())

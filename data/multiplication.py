@@ -40,15 +40,12 @@ def of_length(examples, digits):
 class Problems:
     """Training examples and held-out pairs of operands with min_digits to max_digits digits each.
 
-    n_examples: how many training examples; they are spread evenly over the pairs of lengths (3 and 3 digits, 3 and 4,
-    ...), and among numbers of these lengths evenly over the pairs: each comes once before one comes twice, as long as
-    all pairs of these lengths can be listed (2^20), else they are drawn, and a few come twice.
-    short_share: of the training examples, spread evenly over all lengths from 1 to max_digits instead (a curriculum
-    that is there from the first step on; the held-out pairs to evaluate on stay as they are).
-    val_fraction: of the unordered pairs. val_examples: held-out ordered pairs to evaluate on, at most; none twice
-    where pairs can be listed.
-    train (n_examples, 2), val (at most val_examples, 2): int16 tensors up to 4 digits, else int32, in an order of no
-    meaning. Raises UserError where a side is empty or a size is out of range.
+    n_examples: of training, spread evenly over the pairs of lengths (3 and 3 digits, 3 and 4, ...) and over the pairs
+    of numbers of these lengths: each comes once before one comes twice where all can be listed (2^20), else they are
+    drawn. short_share: of the training examples, spread over all lengths from 1 to max_digits instead, a curriculum.
+    val_fraction: of the unordered pairs. val_examples: held-out ordered pairs to evaluate on, at most. train
+    (n_examples, 2), val (at most val_examples, 2): int16 tensors up to 4 digits, else int32, in an order of no meaning.
+    Raises UserError where a side is empty or a size is out of range.
     """
 
     def __init__(self, min_digits=3, max_digits=3, n_examples=1_000_000, val_fraction=0.05, val_examples=10_000,
@@ -119,12 +116,9 @@ class Problems:
 
 
 class Stream:
-    """Batches from examples (n, 2), epoch after epoch, each epoch in an order of its own: a function of the position.
-
-    The i-th example of epoch e is number (start_e + stride_e i) mod n, stride_e having no factor in common with n: all
-    come once, no list of the order is kept, and whoever asks for the same position gets the same examples, whatever
-    else was asked for before. The examples should stand in an order without meaning.
-    """
+    """Batches from examples (n, 2), which should stand in an order without meaning, epoch after epoch: a function of
+    the position. The i-th example of epoch e is number (start_e + stride_e i) mod n, stride_e having no factor in
+    common with n: all come once, and no list of the order is kept."""
 
     def __init__(self, examples, seed):
         self.examples, self.seed = examples, seed
@@ -218,8 +212,7 @@ class Notation:
 
     def running_sums(self, a, b):
         """a, b (B,) -> (B, 2 max_digits) int64: the column sums of long multiplication with what is carried into them,
-        c_k = sum of a_i b_(k-i) + floor(c_(k-1) / 10); digit k of the product is c_k mod 10 (Bai et al. 2025). All are
-        below n_sums = 90 max_digits."""
+        c_k = sum of a_i b_(k-i) + floor(c_(k-1) / 10); digit k of the product is c_k mod 10 (Bai et al. 2025)."""
         x, y, sums = self.digits(a, self.width), self.digits(b, self.width), []
         carry = torch.zeros_like(a)
         for k in range(self.width):

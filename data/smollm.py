@@ -167,12 +167,9 @@ def n_rows(path):
 # --- Documents ---
 
 def documents(files, start=(0, 0)):
-    """Yields (text, position), in the order of the files: a document and where the next one is, (file, row).
-
-    files: list of paths. start: a position, from which it goes on. At most ROWS documents are in memory, and of the
-    file no more than what the decoder holds for them. A missing text (null) is an empty one.
-    Raises UserError, naming file and row: damaged, no texts, not UTF-8.
-    """
+    """Yields (text, position), in the order of the files: a document and where the next one is, (file, row); goes on
+    from the position `start`. At most ROWS documents are in memory. A missing text (null) is an empty one. Raises
+    UserError, naming file and row: damaged, no texts, not UTF-8."""
     first, row = start
     for number in range(first, len(files)):
         path = Path(files[number])
@@ -191,18 +188,14 @@ def _parquet_rows(path, start):
             if row + rows <= start:
                 row += rows
                 continue
-            batches = file.iter_batches(ROWS, row_groups=[group], columns=["text"], use_threads=False)
-            while True:
-                try:
-                    column = next(batches).column(0).to_pylist()
-                except StopIteration:
-                    break
-                except (OSError, ValueError) as error:  # also bytes that are no UTF-8
-                    raise UserError(f"{path} cannot be read from row {row:,} on ({_line(error)})") from error
-                for text in column:
-                    row += 1
-                    if row > start:
-                        yield text or "", row
+            try:
+                for batch in file.iter_batches(ROWS, row_groups=[group], columns=["text"], use_threads=False):
+                    for text in batch.column(0).to_pylist():
+                        row += 1
+                        if row > start:
+                            yield text or "", row
+            except (OSError, ValueError) as error:  # also bytes that are no UTF-8
+                raise UserError(f"{path} cannot be read from row {row:,} on ({_line(error)})") from error
 
 
 def _json_rows(path, start):
@@ -230,13 +223,11 @@ def is_held_out(text, one_in=HELD_OUT):
 class Batches:
     """Endless batches of packed documents for next-token training.
 
-    files: list of paths (see find). tokenizer: see data/tokens.py. batch_size: rows (B). block_size: tokens of input
-    (T). n_targets: tokens predicted ahead of each position (K). end: the id after each document, None: tokenizer.size,
-    so that the vocabulary is size + 1. buffer: documents that are shuffled together; in memory are their tokens, int32.
-    one_in: one document in so many is held out. seed: of the generator, which draws nothing else.
-    Documents, empty and held-out ones apart, are read `buffer` at a time, each such block is shuffled, and what comes
-    out is one stream of tokens, of which every row is the next T (and K more to predict). Several processes: give each
-    its own files. Raises UserError: a size below 1, unreadable files, nothing to train on.
+    batch_size: rows (B). block_size: tokens of input (T). n_targets: tokens predicted ahead of each position (K). end:
+    the id after each document, None: tokenizer.size. buffer: documents that are read, and shuffled, together; in memory
+    are their tokens. one_in: one document in so many is held out. seed: of the generator, which draws nothing else.
+    What the blocks give is one stream of tokens, of which every row is the next T (and K more to predict). Several
+    processes: give each its own files. Raises UserError: a size below 1, unreadable files, nothing to train on.
     """
 
     def __init__(self, files, tokenizer, batch_size, block_size, n_targets=1, seed=0, device="cpu", end=None,
@@ -290,7 +281,7 @@ class Batches:
         return self.passes + (begin + (end - begin) * self._given / len(self._block)) / sum(self.rows)
 
     def next(self):
-        """-> x (B, T) int64, y (B, T, K) int64 on device; y[b, t, k] is the token k + 1 places after x[b, t]."""
+        """-> x (B, T), y (B, T, K) as of inputs_and_targets."""
         B, T, K = self.batch_size, self.block_size, self.n_targets
         parts, have = [self._rest], len(self._rest)
         while have < B * T + K:
@@ -328,11 +319,9 @@ class Batches:
 
 
 def validation(files, tokenizer, n_tokens, end=None, one_in=HELD_OUT):
-    """The first held-out documents: (tokens (N,) int64, n_bytes), N at most n_tokens, each document with end after it.
-
-    n_bytes: the bytes of UTF-8 that the tokens stand for; ends are predicted too, but count no bytes. end, one_in: as
-    of Batches. Raises UserError where no document is held out.
-    """
+    """The first held-out documents: (tokens (N,) int64, n_bytes of UTF-8 that they stand for), N at most n_tokens, each
+    document with end, which counts no bytes, after it. end, one_in: as of Batches. Raises UserError where no document
+    is held out."""
     if n_tokens < 1:
         raise UserError(f"n_tokens is {n_tokens}: it must be at least 1")
     sizes, parts, missing, n_bytes = token_bytes(tokenizer), [], n_tokens, 0

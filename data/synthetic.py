@@ -40,8 +40,8 @@ def _blank(height, width, colour):
 
 
 def _with_objects(dice, height, width, background, objects):
-    """(grid, how many found room): objects, lists of rows with None where they are hollow, put at random places so
-    that no two touch, not even at a corner; the first always fits."""
+    """(grid, {"count": how many found room}): objects, lists of rows with None where they are hollow, put at random
+    places so that no two touch, not even at a corner; the first always fits."""
     grid, count = _blank(height, width, background), 0
     for thing in objects:
         tall, wide = len(thing), len(thing[0])
@@ -55,7 +55,7 @@ def _with_objects(dice, height, width, background, objects):
                             row[column] = cell
                 count += 1
                 break
-    return grid, count
+    return grid, {"count": count}
 
 
 def _painted(dice, colours, n):
@@ -80,8 +80,7 @@ def rectangles(dice, height, width, background, colours):
     for colour in _painted(dice, colours, dice.between(1, 3)):
         tall, wide = (dice.between(min(2, size), size * 2 // 3) for size in (height, width))
         objects.append(_blank(tall, wide, colour))
-    grid, count = _with_objects(dice, height, width, background, objects)
-    return grid, {"count": count}
+    return _with_objects(dice, height, width, background, objects)
 
 
 def outlines(dice, height, width, background, colours):
@@ -94,8 +93,7 @@ def outlines(dice, height, width, background, colours):
         for row in thing[1:-1]:
             row[1:-1] = [inner] * (wide - 2)
         objects.append(thing)
-    grid, count = _with_objects(dice, height, width, background, objects)
-    return grid, {"count": count}
+    return _with_objects(dice, height, width, background, objects)
 
 
 def sprites(dice, height, width, background, colours):
@@ -116,8 +114,7 @@ def sprites(dice, height, width, background, colours):
         for i, j in cells:
             thing[i - top][j - left] = colour
         objects.append(thing)
-    grid, count = _with_objects(dice, height, width, background, objects)
-    return grid, {"count": count}
+    return _with_objects(dice, height, width, background, objects)
 
 
 def lines(dice, height, width, background, colours):
@@ -194,8 +191,7 @@ def crosses(dice, height, width, background, colours):
                  for i in range(-arm, arm + 1)]
         thing[arm][arm] = dice.pick((colour, *colours[:2]))
         objects.append(thing)
-    grid, count = _with_objects(dice, height, width, background, objects)
-    return grid, {"count": count}
+    return _with_objects(dice, height, width, background, objects)
 
 
 def frames(dice, height, width, background, colours):
@@ -295,14 +291,14 @@ def _ruled(dice, rule, grid, background, colours):
 
 
 def synthetic(seed, side, number, max_side, n_colours):
-    """What is drawn under this number: one item, or two (input and output), each (rows, name, task, factors).
+    """What is drawn under this number: one item, or two (input and output), each (rows, name, task, factors). `side`:
+    "train" or "val".
 
-    Depends on nothing but its arguments. `side`: "train" or "val". Factors, -1 where there is none:
-    kind (place in KINDS), height, width, n_colours (distinct), symmetry (see symmetry_of), background (where any of it
-    is left), colour (the most frequent other one, the lowest of several), count (of objects; fields: of fields), row,
-    column and size (of an only object: the top left corner of its box, and how many cells it has), period (the whole
-    grid repeats after so many rows, and after so many columns), rule (place in RULES; of both parts of a pair). An
-    output has neither count nor period.
+    Factors, -1 where there is none: kind (place in KINDS), height, width, n_colours (distinct), symmetry (see
+    symmetry_of), background (where any of it is left), colour (the most frequent other one, the lowest of several),
+    count (of objects; fields: of fields), row, column and size (of an only object: the corner of its box, and its
+    cells), period (of rows and of columns of the whole grid), rule (place in RULES; of both parts of a pair). An output
+    has neither count nor period.
     """
     dice = Dice(seed, side, number, max_side, n_colours)
     smallest = min(3, max_side) if max_side >= 3 else 1

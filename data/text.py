@@ -160,8 +160,8 @@ def _stdlib():
 # --- Batches ---
 
 def inputs_and_targets(windows, K, device):
-    """windows (B, T + K) of ids, of any integer type -> x (B, T), y (B, T, K), int64 on device: y[b, t, k] is the id
-    k + 1 places after x[b, t]."""
+    """windows (B, T + K) of ids -> x (B, T), y (B, T, K), int64 on device: y[b, t, k] is the id k + 1 places after x[b,
+    t]."""
     onto_gpu = device.type == "cuda"
     if onto_gpu and not windows.is_cuda:
         windows = windows.pin_memory()
@@ -171,17 +171,16 @@ def inputs_and_targets(windows, K, device):
 
 
 class Batches:
-    """Endless batches of windows out of one part of a corpus.
+    """Endless batches of windows out of one part of a corpus: data, 1-D uint8, int32 or int64.
 
-    data: 1-D uint8 tensor, or int32 or int64 of a tokenizer's ids, on any device. batch_size: windows (B). block_size:
-    bytes of input (T). n_targets: bytes predicted ahead of each position (K); a window is T + K bytes. device: where
-    the batches go.
+    batch_size: windows (B). block_size: bytes of input (T). n_targets: bytes predicted ahead of each position (K).
+    device: where the batches go. seed: of the generator; torch's global generators are never touched.
+
     mode: `random`: places drawn uniformly, with replacement.
           `epochs`: without replacement: an epoch cuts the data, from a phase drawn in [0, T), into windows T apart and
           shuffles them, so that no byte is a first target twice; a batch may span two epochs.
           `streams`: B places that divide the data evenly, each going on by T with every batch and, at the end of its
           share, back to its start; `fresh` says when.
-    seed: of the generator, which draws nothing else; torch's global generators are never touched.
     Raises UserError: data too short for one window, a size below 1, an unknown mode.
     """
 
@@ -230,7 +229,7 @@ class Batches:
         return self.mode != "streams" or self.position <= self.batch_size
 
     def next(self):
-        """-> x (B, T) int64, y (B, T, K) int64 on device; y[b, t, k] is the byte k + 1 places after x[b, t]."""
+        """-> x (B, T), y (B, T, K) as of inputs_and_targets."""
         T, K = self.block_size, self.n_targets
         places = self._places()
         if self.data.is_cuda:
@@ -297,11 +296,9 @@ def statistics(corpus):
 
 def draw_bytes(figures, name, path):
     """Writes a picture of statistics(...): how frequent each byte value is, on a logarithmic scale."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    share = figures["counts"] / figures["bytes"]
-    figure, axes = plt.subplots(figsize=(13, 5), layout="constrained")
+    from matplotlib.figure import Figure
+    share, figure = figures["counts"] / figures["bytes"], Figure(figsize=(13, 5), layout="constrained")
+    axes = figure.subplots()
     for first, stop, kind in ((0, 33, "control, space"), (33, 128, "ASCII"), (128, 192, "UTF-8 continuation"),
                               (192, 256, "UTF-8 lead")):
         axes.bar(range(first, stop), share[first:stop], width=0.9, label=kind)
@@ -311,7 +308,6 @@ def draw_bytes(figures, name, path):
     axes.set_xticks(list(ticks), [f"{value}\n{text}" for value, text in ticks.items()])
     axes.legend(loc="upper right", ncols=4)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def describe(corpus, stats=False, out="."):

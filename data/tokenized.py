@@ -4,11 +4,11 @@
     batches = opened.batches(batch_size=16, block_size=128, batching="random", seed=0, device="cpu")
     x, y = batches.next()                        # (16, 128) and (16, 128, 1) int64
 """
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from data import smollm, text, tokens
 from nanolab.settings import UserError
@@ -74,26 +74,19 @@ def tokenizer_of(settings):
 
 def open_text(settings, tokenizer=None):
     """The Tokenized that settings name: `dataset` (as text.load takes it, "smollm:SUBSET", or a path, folder or glob of
-    .parquet, .jsonl, .jsonl.gz), `tokenizer` (as tokens.open_or_train takes it), `max_bytes` (not of shards).
-
-    tokenizer: in place of theirs, as where a model scores another text than it was trained on. Raises UserError as
-    these do, and for max_bytes with shards.
-    """
+    .parquet, .jsonl, .jsonl.gz), `tokenizer` (as tokens.open_or_train takes it; the argument stands in place of it),
+    `max_bytes` (not of shards). Raises UserError as these do, and for max_bytes with shards."""
     dataset, limit = settings["dataset"], settings["max_bytes"]
-    if not of_shards(dataset):
-        corpus = text.load(dataset, limit)
-        tokenizer = tokenizer or tokenizer_of(settings)
-        ids = [None if part is None else tokens.encode_corpus(tokenizer, part)
-               for part in (corpus.train, corpus.val, corpus.test)]
-        return Tokenized(tokenizer, *ids, [], tokens.token_bytes(tokenizer), f"{corpus.source}; {_words(tokenizer)}")
-    if limit is not None:
+    streamed = of_shards(dataset)
+    if streamed and limit is not None:
         raise UserError("--max_bytes is for texts that fit into memory: name fewer shards instead")
-    files, tokenizer = smollm.find(dataset.removeprefix("smollm:")), tokenizer or tokenizer_of(settings)
-    val, _ = smollm.validation(files, tokenizer, VALIDATED)
-    sizes = torch.cat([tokens.token_bytes(tokenizer), torch.zeros(1, dtype=torch.int64)])
-    named = ", ".join(file.name for file in itertools.islice(files, 3)) + ", ..." * (len(files) > 3)
-    return Tokenized(tokenizer, None, val.int(), None, files, sizes, f"{named}; {_words(tokenizer)}")
-
-
-def _words(tokenizer):
-    return f"tokenizer {tokenizer.name}, {tokenizer.size:,} ids"
+    found = smollm.find(dataset.removeprefix("smollm:")) if streamed else text.load(dataset, limit)
+    tokenizer = tokenizer or tokenizer_of(settings)
+    sizes, words = tokens.token_bytes(tokenizer), f"tokenizer {tokenizer.name}, {tokenizer.size:,} ids"
+    if not streamed:
+        ids = [None if part is None else tokens.encode_corpus(tokenizer, part)
+               for part in (found.train, found.val, found.test)]
+        return Tokenized(tokenizer, *ids, [], sizes, f"{found.source}; {words}")
+    val, _ = smollm.validation(found, tokenizer, VALIDATED)
+    named = ", ".join(file.name for file in found[:3]) + ", ..." * (len(found) > 3)
+    return Tokenized(tokenizer, None, val.int(), None, found, F.pad(sizes, (0, 1)), f"{named}; {words}")

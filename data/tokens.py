@@ -19,6 +19,7 @@ answer_help(__name__, __file__)  # before the seconds that the next lines take
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import heapq
 import importlib
@@ -94,11 +95,18 @@ class Bytes(Tokenizer):
         return list(text.encode())
 
 
-class Tiktoken(Tokenizer):
-    """One of tiktoken's named encodings. Special tokens such as <|endoftext|> have ids, but no text becomes one.
+class Ranks(Tokenizer):
+    """What goes through a tiktoken.Encoding, `encoding`."""
 
-    Its fingerprint is that of its name and pieces: the name stands for the pattern.
-    """
+    def _encode(self, text):
+        if len(text) <= RUN:
+            return self.encoding.encode_ordinary(text)
+        return [i for part in re.split(rf"(\s{{{RUN}}})", text) for i in self.encoding.encode_ordinary(part)]
+
+
+class Tiktoken(Ranks):
+    """One of tiktoken's named encodings. Special tokens such as <|endoftext|> have ids, but no text becomes one. Its
+    fingerprint is that of its name, which stands for the pattern, and pieces."""
 
     def __init__(self, name):
         if name not in ENCODINGS:
@@ -117,36 +125,25 @@ class Tiktoken(Tokenizer):
                 pieces.append(b"")
         super().__init__(f"tiktoken:{name}", pieces, b"\n".join([name.encode(), *map(base64.b64encode, pieces)]))
 
-    def _encode(self, text):
-        return _with_ranks(self.encoding, text)
 
-
-class BytePairs(Tokenizer):
-    """Byte-pair ranks (Sennrich et al. 2016, arXiv 1508.07909, on bytes as in GPT-2), through tiktoken.Encoding.
-
-    pieces: id i is the pair that is merged i-th, the first 256 are the bytes. A file has tiktoken's lines, base64 of
-    the piece and its rank, and an empty line at its end, which tiktoken passes over: without it the file is truncated.
-    """
+class BytePairs(Ranks):
+    """Byte-pair ranks (Sennrich et al. 2016, arXiv 1508.07909, on bytes as in GPT-2), through tiktoken.Encoding: id i
+    is the pair that is merged i-th, the first 256 are the bytes. A file has tiktoken's lines, base64 of the piece and
+    its rank, and an empty line at its end, without which it is truncated."""
 
     def __init__(self, pieces):
         self.encoding = needed("tiktoken").Encoding(
             "bpe", pat_str=PATTERN, mergeable_ranks={piece: i for i, piece in enumerate(pieces)}, special_tokens={})
         super().__init__("bpe", pieces, b"\n".join([PATTERN.encode(), *map(base64.b64encode, pieces)]))
 
-    def _encode(self, text):
-        return _with_ranks(self.encoding, text)
-
     def _content(self):
         return b"".join(b"%s %d\n" % (base64.b64encode(piece), i) for i, piece in enumerate(self.pieces)) + b"\n"
 
 
 class SentencePiece(Tokenizer):
-    """A sentencepiece model (Kudo and Richardson 2018, arXiv 1808.06226) of those that `train` makes.
-
-    model: its bytes. Characters without a piece are encoded as their bytes, also U+2581, which sentencepiece would turn
-    into a space. Lines are encoded one by one. A file is the model and, as a field that sentencepiece passes over, its
-    sha256.
-    """
+    """A sentencepiece model (Kudo and Richardson 2018, arXiv 1808.06226) of those that `train` makes, of its bytes.
+    Lines are encoded one by one, characters without a piece, and U+2581, as their bytes. A file is the model and, as a
+    field that sentencepiece passes over, its sha256."""
 
     def __init__(self, model):
         self.model = model
@@ -168,13 +165,6 @@ class SentencePiece(Tokenizer):
 
     def _content(self):
         return self.model + MARK + hashlib.sha256(self.model).digest()
-
-
-def _with_ranks(encoding, text):
-    """encoding.encode_ordinary(text), also where more than RUN spaces in a row would make it panic."""
-    if len(text) <= RUN:
-        return encoding.encode_ordinary(text)
-    return [i for part in re.split(rf"(\s{{{RUN}}})", text) for i in encoding.encode_ordinary(part)]
 
 
 def needed(package):
@@ -307,11 +297,8 @@ def _sentencepiece(text, vocab_size, model_type):
 # --- Opening and checking ---
 
 def open_or_train(source, text):
-    """A tokenizer by open_tokenizer's words and files, or trained on text where source is bpe:SIZE, sentencepiece:SIZE.
-
-    text: as train takes it, or a function that gives it, called only where one is trained. Trained alike, it has the
-    same fingerprint. Raises UserError as both of them do.
-    """
+    """A tokenizer by open_tokenizer's words and files, or trained on text (or what the function `text` gives) where
+    source is bpe:SIZE or sentencepiece:SIZE. Raises UserError as both of them do."""
     kind, colon, size = str(source).partition(":")
     if kind not in KINDS or not colon:
         return open_tokenizer(source)
@@ -342,23 +329,15 @@ def open_tokenizer(source):
     if mark == MARK + hashlib.sha256(model).digest():
         return SentencePiece(model)
     if content.startswith(base64.b64encode(b"\0") + b" 0\n") and content.endswith(b"\n\n"):
-        if pieces := _read_ranks(content[:-2]):
-            return BytePairs(pieces)
+        lines = content[:-2].split(b"\n")
+        with contextlib.suppress(ValueError, binascii.Error):
+            pieces = [base64.b64decode(line.partition(b" ")[0], validate=True) for line in lines]
+            if (lines == [b"%s %d" % (base64.b64encode(piece), i) for i, piece in enumerate(pieces)]
+                    and pieces[:256] == [bytes([i]) for i in range(256)] and len({*pieces}) == len(pieces)):
+                return BytePairs(pieces)
     if content in [b"bytes\n", *(f"tiktoken:{name}\n".encode() for name in ENCODINGS)]:
         return open_tokenizer(content.decode().strip())
     raise UserError(f"{path} is truncated, or no tokenizer that was saved here")
-
-
-def _read_ranks(content):
-    """List of pieces out of the lines of a file of ranks, None where they are no such ranks."""
-    try:
-        lines = [line.split(b" ") for line in content.split(b"\n")]
-        pieces = [base64.b64decode(piece, validate=True) for piece, _ in lines]
-        ranks = [int(rank) for _, rank in lines]
-    except (ValueError, binascii.Error):
-        return None
-    right = ranks == list(range(len(pieces))) and pieces[:256] == [bytes([i]) for i in range(256)]
-    return pieces if right and len({*pieces}) == len(pieces) else None
 
 
 def check(tokenizer, fingerprint):
@@ -371,27 +350,22 @@ def check(tokenizer, fingerprint):
 # --- Whole corpora ---
 
 def token_bytes(tokenizer):
-    """(size,) int64: the bytes of UTF-8 that each id stands for, so that nats a token become bits a byte:
-    token_bytes(tokenizer)[ids].sum() is exactly the number of bytes of the text."""
+    """(size,) int64: the bytes of UTF-8 that each id stands for, so that nats a token become bits a byte."""
     return torch.tensor([len(piece) for piece in tokenizer.pieces])
 
 
 def encode_corpus(tokenizer, data):
-    """A whole text as tokens: (N,) int32. tokenizer.decode_bytes(them) is data again, whatever it is.
-
-    data: str, bytes or 1-D uint8 tensor. Tokens are those of tokenizer.encode: the text is cut only where no token
-    changes, after a newline between a character and a letter. Bytes that are no UTF-8 (of another encoding, or of a
-    character that a split has cut in two) are encoded one by one, as the ids that all tokenizers have for bytes.
-    Raises UserError where a str has half a surrogate pair.
-    """
+    """A whole text, str, bytes or 1-D uint8 tensor, as the tokens of tokenizer.encode: (N,) int32; decode_bytes gives
+    it back, whatever it is. Bytes that are no UTF-8 are encoded one by one. Raises UserError where a str has half a
+    surrogate pair."""
     data = _as_bytes(data)
     if isinstance(tokenizer, Bytes):
         return torch.from_numpy(np.frombuffer(data, np.uint8).astype(np.int32))
     parts = [np.empty(0, np.int32)]
     for run in re.findall("[\udc80-\udcff]+|[^\udc80-\udcff]+", data.decode(errors="surrogateescape")):
         if "\udc80" <= run[0] <= "\udcff":
-            ids = _byte_ids(tokenizer)
-            parts.append(np.array([ids[ord(byte) - 0xDC00] for byte in run], np.int32))
+            ids = {piece: i for i, piece in reversed([*enumerate(tokenizer.pieces)])}  # of two, as of ASCII, the first
+            parts.append(np.array([ids[bytes([ord(byte) - 0xDC00])] for byte in run], np.int32))
             continue
         start = 0
         while start < len(run):
@@ -400,15 +374,6 @@ def encode_corpus(tokenizer, data):
             parts.append(np.array(tokenizer.encode(run[start:end]), np.int32))
             start = end
     return torch.from_numpy(np.concatenate(parts))
-
-
-def _byte_ids(tokenizer):
-    """The id of each single byte, a list of 256. Of two, as sentencepiece has for ASCII, it is the first."""
-    found = {}
-    for i, piece in enumerate(tokenizer.pieces):
-        if len(piece) == 1:
-            found.setdefault(piece[0], i)
-    return [found[byte] for byte in range(256)]
 
 
 # --- The command line ---

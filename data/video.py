@@ -21,6 +21,7 @@ answer_help(__name__, __file__)  # before the seconds that the next lines take
 
 import functools
 import hashlib
+import itertools
 import math
 import re
 import zipfile
@@ -32,7 +33,7 @@ import torch
 
 from data import draw, files
 from nanolab import limits
-from nanolab.run import command
+from nanolab.run import command, replacing
 from nanolab.settings import UserError, unknown
 
 ACTIONS = ("stay", "up", "down", "left", "right")
@@ -49,15 +50,12 @@ DONKEYCAR = "donkeycar-1000-64x64.npz"
 # --- The world ---
 
 class World:
-    """n grid worlds side by side in NumPy.
+    """n grid worlds side by side in NumPy: a ball flies diagonally, over walls too, and is reflected by the edge; an
+    agent takes one step at a time and is stopped by walls and the edge.
 
-    A ball flies diagonally, over walls too, and is reflected by the edge; an agent takes one step at a time and is
-    stopped by walls and the edge, not by the ball.
-
-    n: worlds; rng: np.random.Generator, only its random() is used, so that a seed gives the same worlds on every
-    machine; side: rows and columns, from 2 to 26; walls: probability of a wall in each cell; ball: is there one?
-    walls (n, side, side) bool; agent (n, 2) int: row and column, never in a wall; ball (n, 2) int, -1 where there is
-    none; velocity (n, 2) int: +-1, 0 where there is no ball.
+    rng: np.random.Generator, only its random() is used; side: rows and columns, from 2 to 26; walls: probability of a
+    wall in each cell; ball: is there one? walls (n, side, side) bool; agent (n, 2) int: row and column, never in a
+    wall; ball (n, 2) int, -1 where there is none; velocity (n, 2) int: +-1, 0 where there is no ball.
     """
 
     def __init__(self, n, rng, side=8, walls=0.15, ball=True):
@@ -89,14 +87,6 @@ class World:
         seen = (found == BALL).any(1)[:, None]
         world.agent, world.ball = (np.stack(np.divmod((found == kind).argmax(1), side), 1) for kind in (AGENT, BALL))
         world.ball, world.velocity = np.where(seen, world.ball, -1), np.where(seen, world.velocity, 0)
-        return world
-
-    def copy(self):
-        """A world that goes on by itself from here."""
-        world = object.__new__(World)
-        world.side = self.side
-        for name in ("walls", "agent", "ball", "velocity"):
-            setattr(world, name, getattr(self, name).copy())
         return world
 
     def step(self, actions):
@@ -143,33 +133,21 @@ def sprites(cell_px=8):
     return np.stack([floor, wall, agent, ball])
 
 
-@functools.lru_cache
-def _rows(cell_px, rgb):
-    """(4, cell_px) of bytes: each row of each sprite as one item, so that a lookup copies a whole row."""
-    table = sprites(cell_px)
-    table = PALETTE[table] if rgb else table
-    table = np.ascontiguousarray(table).reshape(4, cell_px, -1)
-    return table.view(np.dtype((np.void, table.shape[2])))[..., 0]
-
-
-def _draw(cells, cell_px, rgb):
-    cells = np.asarray(cells)
-    *lead, height, width = cells.shape
-    rows = _rows(cell_px, rgb)
-    out = np.empty((*lead, height, cell_px, width), rows.dtype)
-    for row in range(cell_px):
-        out[..., row, :] = rows[:, row].take(cells)
-    return out.view(np.uint8).reshape(*lead, height * cell_px, width * cell_px, *((3,) if rgb else ()))
+def _draw(cells, pictures):
+    """cells (..., h, w), pictures (4, px, px, ...) of the cell types -> (..., h px, w px, ...)."""
+    *lead, height, width = np.shape(cells)
+    px, drawn = pictures.shape[1], np.moveaxis(pictures[cells], len(lead) + 2, len(lead) + 1)
+    return drawn.reshape(*lead, height * px, width * px, *pictures.shape[3:])
 
 
 def render(cells, cell_px=8):
     """cells (..., side, side) uint8 numpy -> palette indices (..., side * cell_px, side * cell_px) uint8."""
-    return _draw(cells, cell_px, rgb=False)
+    return _draw(cells, sprites(cell_px))
 
 
 def paint(cells, cell_px=8):
     """PALETTE[render(cells, cell_px)], (..., side * cell_px, side * cell_px, 3) uint8, in one go."""
-    return _draw(cells, cell_px, rgb=True)
+    return _draw(cells, PALETTE[sprites(cell_px)])
 
 
 def read_cells(frames, cell_px=8):
@@ -209,9 +187,9 @@ def caption_length(side):
 def caption(cells):
     """One picture, cells (side, side) uint8, in words such as "agent at c4, ball at f2, walls a1 b3 c7.".
 
-    Columns are letters, rows numbers from the top, walls in reading order. A hidden ball is left out. Where more than
-    half of the cells are walls the others are listed: "walls all but a1 c4." The picture's hash chooses one of
-    PHRASES. Raises ValueError where there is not exactly one agent, or several balls.
+    Columns are letters, rows numbers from the top. A hidden ball is left out. Where more than half of the cells are
+    walls the others are listed: "walls all but a1 c4." The picture's hash chooses one of PHRASES. Raises ValueError
+    where there is not exactly one agent, or several balls.
     """
     cells = np.ascontiguousarray(cells, np.uint8)
     squares = {kind: [_square(*place) for place in np.argwhere(cells == kind).tolist()] for kind in range(4)}
@@ -411,9 +389,12 @@ def load(dataset="gridworld", n_train=4096, n_val=512, length=16, side=8, cell_p
 # --- Grid worlds ---
 
 def _load_gridworld(n_train, n_val, length, side, cell_px, walls, ball, seed):
-    settings = side, walls, ball, seed
-    val, layouts, _ = _episodes("val", n_val, length, *settings, frozenset())
-    train, _, dropped = _episodes("train", n_train, length, *settings, layouts)
+    settings = length, side, walls, ball, seed
+    what = f"wall layouts with side {side} and walls {walls:g}" if walls else f"starts with side {side}"
+    hardly = (f"there are hardly any {what} for training that are not in validation: take a smaller n_val or a larger "
+              "side")
+    val, layouts, _ = draw.first(n_val, _chunks("val", *settings), (), hardly)
+    train, _, dropped = draw.first(n_train, _chunks("train", *settings), frozenset(layouts), hardly)
     clips = [Clips(torch.from_numpy(cells), None, torch.from_numpy(actions), torch.from_numpy(effective), cell_px)
              for cells, actions, effective in (train, val)]
     source = (f"gridworld: {n_train:,} training and {n_val:,} validation episodes of {length} frames, {side} x {side} "
@@ -423,30 +404,20 @@ def _load_gridworld(n_train, n_val, length, side, cell_px, walls, ball, seed):
                  side * cell_px, source, "")
 
 
-def _episodes(part, n, length, side, walls, ball, seed, forbidden):
-    """The first n episodes of random actions whose layout is not in forbidden: ((cells (n, length, side, side),
-    actions and what happened (n, length - 1)), all uint8, their layouts, how many were dropped)."""
-    kept, layouts, number, dropped = [], set(), 0, 0
-    while (have := number * CHUNK - dropped) < n:
-        if number >= 4 and have < number * CHUNK // 25:
-            what = f"wall layouts with side {side} and walls {walls:g}" if walls else f"starts with side {side}"
-            raise UserError(f"there are hardly any {what} for training that are not in validation: take a smaller "
-                            "n_val or a larger side")
+def _chunks(part, length, side, walls, ball, seed):
+    """Endlessly: of CHUNK episodes of random actions the layouts, cells (CHUNK, length, side, side), actions and what
+    happened (CHUNK, length - 1), all uint8."""
+    for number in itertools.count():
         rng = draw.numpy_generator(seed, part, side, walls, ball, number)
-        number += 1
         world = World(CHUNK, rng, side, walls, ball)
         keys = world.walls if walls else np.concatenate([world.agent, world.ball], 1)
         keys = [hashlib.sha256(np.ascontiguousarray(key, np.int8)).digest() for key in keys]
-        fresh = np.array([key not in forbidden for key in keys])
-        layouts.update(key for key in keys[:n - have] if key not in forbidden)
-        dropped += int((~fresh).sum())
         cells, actions, effective = [world.cells()], [], []
         for _ in range(length - 1):
             actions.append((rng.random(CHUNK) * len(ACTIONS)).astype(np.uint8))
             effective.append(world.step(actions[-1]).astype(np.uint8))
             cells.append(world.cells())
-        kept.append([np.stack(steps, 1)[fresh] for steps in (cells, actions, effective)])
-    return [np.concatenate(parts)[:n] for parts in zip(*kept)], layouts, dropped
+        yield keys, *(np.stack(steps, 1) for steps in (cells, actions, effective))
 
 
 # --- Files ---
@@ -546,8 +517,8 @@ def _shares(size, to):
 
 
 def shrink(screen, height=64, width=64):
-    """A screen (H, W, 3) uint8 averaged by area: (height, width, 3) uint8. In whole numbers, so exact; and no matrix
-    product, whose threads would cost more than they bring."""
+    """A screen (H, W, 3) uint8 averaged by area, exactly: (height, width, 3) uint8. No matrix product, whose threads
+    would cost more than they bring."""
     area = screen.shape[0] * screen.shape[1]
     rows = sum(screen[place] * weight[:, None, None] for place, weight in zip(*_shares(screen.shape[0], height)))
     total = sum(rows[:, place] * weight[:, None] for place, weight in zip(*_shares(screen.shape[1], width)))
@@ -555,9 +526,9 @@ def shrink(screen, height=64, width=64):
 
 
 def _load_atari(game, n_train, n_val, length, seed, frame_skip):
-    """A Video of a game under uniformly random actions of its minimal set, each for frame_skip frames, none repeated
-    at random. One long play for each side: episodes follow each other after 1 to 8 steps of no action; a game that is
-    over is started anew, and the episode too."""
+    """A Video of a game under uniformly random actions of its minimal set, each for frame_skip frames. One long play
+    for each side: episodes follow each other after 1 to 8 steps of no action; a game that is over is started anew, and
+    the episode too."""
     try:
         import ale_py
         from ale_py import roms
@@ -608,9 +579,9 @@ def _play(ale, noop, legal, rng, frames, actions, game):
 # --- Statistics ---
 
 def statistics(clips, n_actions):
-    """Figures of one side: episodes, length, pairs of frames; shares: of what happened, a list, and its
-    entropy in nats; stopped: the share of actions that did not happen; copy_last: PSNR in dB of predicting that nothing
-    changes, -10 lg of the mean squared difference of consecutive frames on 0..1, over at most 4,096 pairs."""
+    """Figures of one side: episodes, length, pairs of frames; shares of what happened, and their entropy in nats;
+    stopped: the share of actions that did not happen; copy_last: PSNR in dB of predicting that nothing changes, over at
+    most 4,096 pairs."""
     n = clips.count(2)
     figures = {"episodes": len(clips), "length": clips.length, "pairs": n, "shares": [], "entropy": 0.0, "stopped": 0.0}
     if n_actions:
@@ -628,19 +599,16 @@ def statistics(clips, n_actions):
     return figures
 
 
-def draw_clips(video, path, rows=4, columns=8):
-    """Writes a PNG of `rows` clips of training, each frame under the action that led to it."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    clips, T = video.train, min(columns, video.train.length)
+def draw_clips(video, path):
+    """Writes a PNG of four clips of training, up to 8 frames of each, every frame under the action that led to it."""
+    from matplotlib.figure import Figure
+    clips, T = video.train, min(8, video.train.length)
     n = clips.count(T)
-    index = torch.linspace(0, n - 1, min(rows, n), dtype=torch.float64).long()
+    index = torch.linspace(0, n - 1, min(4, n), dtype=torch.float64).long()
     frames, actions, done = clips.frames(index, T), clips.actions(index, T), clips.effective(index, T)
     cells = clips.cells(index, T)
-    figure, axes = pyplot.subplots(len(index), T, figsize=(1.5 * T, 1.95 * len(index)), squeeze=False,
-                                   layout="constrained")
-    for row, line in enumerate(axes):
+    figure = Figure(figsize=(1.5 * T, 1.95 * len(index)), layout="constrained")
+    for row, line in enumerate(figure.subplots(len(index), T, squeeze=False)):
         for k, axis in enumerate(line):
             axis.imshow(frames[row, k].numpy(), interpolation="nearest")
             axis.set_xticks([]), axis.set_yticks([])
@@ -652,12 +620,8 @@ def draw_clips(video, path, rows=4, columns=8):
         if cells is not None:
             words = line[0].text(0, -0.04, caption(cells[row, 0].numpy()), transform=line[0].transAxes, va="top")
             words.set_in_layout(False)  # or the first column would be as wide as its words
-    try:
-        figure.savefig(path, dpi=100)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        pyplot.close(figure)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=100)
 
 
 def describe(video, dataset, stats=False, out="."):

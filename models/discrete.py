@@ -52,9 +52,8 @@ def reinmax(logits, one_hot, tau=1.0):
 
 
 def choose(logits, estimator, tau=1.0, noise=1.0, hardness=1.0, generator=None):
-    """logits (..., K) float -> y (..., K), what stands for the one-hot code, and the codes drawn (...) int64.
-
-    The codes are the argmax of l + noise g, g Gumbel: with noise 1 a sample of softmax(l), with noise 0 its mode.
+    """logits (..., K) float -> y (..., K), what stands for the one-hot code, and the codes drawn (...) int64: the
+    argmax of l + noise g, g Gumbel; with noise 1 a sample of softmax(l), with noise 0 its mode.
 
     gumbel_soft       y = softmax((l + noise g) / tau) (Jang et al. 2017, Maddison et al. 2017)
     gumbel_hard       one-hot going forward, that softmax going backward
@@ -147,17 +146,21 @@ class Codebook(nn.Module):
         if self.similarity == "cosine":
             self.log_scale.fill_(math.log(self.scale))
 
+    def scaled(self, x):
+        """x (..., D) as it is compared, in float32: with cosine of length 1."""
+        return unit(x) if self.similarity == "cosine" else x.float()
+
     def table(self):
         """(K, D) float32: the codes as the decoder reads them."""
-        return unit(self.codes) if self.similarity == "cosine" else self.codes.float()
+        return self.scaled(self.codes)
 
     def logits(self, z):
         """z (B, N, D) -> (B, N, K) float32."""
         if self.similarity == "cosine":
             with torch.no_grad():                            # the parameter itself: past the cap it had no gradient
                 self.log_scale.clamp_(max=math.log(self.cap))
-            return self.log_scale.exp() * (unit(z) @ self.table().T)
-        return z.float() @ self.table().T
+        scores = self.scaled(z) @ self.table().T
+        return self.log_scale.exp() * scores if self.similarity == "cosine" else scores
 
     def forward(self, z, estimator=None, tau=1.0, noise=1.0, hardness=1.0, generator=None):
         """z (B, N, D) -> Quantised. estimator None: the mode, without chance."""
@@ -184,22 +187,21 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def put(self, where, points):
         """Codes `where` (K,) bool become points (as many, D) float."""
-        self.codes[where] = unit(points) if self.similarity == "cosine" else points.float()
+        self.codes[where] = self.scaled(points)
 
     @torch.no_grad()
     def revive(self, where, z, generator=None, least=None):
         """Codes `where` (K,) bool become encoder outputs, drawn from z (M, D) by `generator`: evenly, or, with `least`,
         with chances as their squared distances from the nearest living code (k-means++, Arthur & Vassilvitskii 2007),
-        and only those at least so far away. Where most outputs are alike an even draw hardly ever meets a rare one, and
-        gives what has a code already more of them. Returns how many there were."""
+        and only those at least so far away: where most outputs are alike an even draw hardly ever meets a rare one.
+        Returns how many there were."""
         n = int(where.sum())
         if not n:
             return 0
         if least is None or n == len(where):
             rows = torch.randint(len(z), (n,), generator=generator)
         else:
-            points = unit(z) if self.similarity == "cosine" else z.float()
-            gaps = torch.cdist(points, self.table()[~where]).amin(1).square().cpu()
+            gaps = torch.cdist(self.scaled(z), self.table()[~where]).amin(1).square().cpu()
             gaps = gaps * (gaps >= max(least, 1e-12))
             n = min(n, int((gaps > 0).sum()))
             if not n:
@@ -212,8 +214,8 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def fit(self, z, generator=None):
         """All codes become the k-means centres of encoder outputs z (M, D)."""
-        points = (unit(z) if self.similarity == "cosine" else z.float()).cpu()
-        self.put(torch.ones(len(self.codes), dtype=torch.bool), kmeans(points, len(self.codes), generator).to(z.device))
+        centres = kmeans(self.scaled(z).cpu(), len(self.codes), generator)
+        self.put(torch.ones(len(self.codes), dtype=torch.bool), centres.to(z.device))
 
 
 class VQ(Codebook):
@@ -234,9 +236,8 @@ class VQ(Codebook):
     def forward(self, z, estimator=None, generator=None, **schedules):
         """z (B, N, D) -> Quantised. estimator None: as it is; else there is a loss, and a gradient past the choice."""
         with torch.autocast(z.device.type, enabled=False):
-            x = unit(z) if self.similarity == "cosine" else z.float()
-            flat = x.flatten(0, -2)
-            codes = kernels.nearest_code(flat, self.table())
+            x = self.scaled(z)
+            codes = kernels.nearest_code(x.flatten(0, -2), self.table())
             e = self.look_up(codes).view(x.shape)
             if estimator is None:
                 return Quantised(e, codes.view(x.shape[:-1]), z=z)
@@ -247,8 +248,7 @@ class VQ(Codebook):
     def follow(self, z, codes):
         """One update of the running means, once a step: z (..., D) of all its passes as `forward` took it, and what
         they chose (...). A code long unused stays where it is."""
-        x, codes = z.flatten(0, -2), codes.flatten()
-        x = unit(x) if self.similarity == "cosine" else x.float()
+        x, codes = self.scaled(z.flatten(0, -2)), codes.flatten()
         counts = codes.bincount(minlength=len(self.codes)).float()
         sums = torch.zeros_like(self.sums).index_add_(0, codes, x)
         self.counts.lerp_(counts, 1 - self.decay)
@@ -355,9 +355,9 @@ def decompose(logits, y, positive=False):
 
 
 def usage_kl(logits):
-    """KL of the mean posterior over batch and positions to uniform, nats: 0 where all codes of the one codebook serve
-    alike; it asks nothing of any single posterior, and so costs no information. Not linear in the batch: the mean over
-    passes is at least that of one pass over all of their inputs."""
+    """KL of the mean posterior over batch and positions to uniform, nats: 0 where all codes serve alike, whatever a
+    single posterior is. Not linear in the batch: the mean over passes is at least that of one pass over all of their
+    inputs."""
     return math.log(logits.size(-1)) - entropy(torch.softmax(logits.float(), -1).flatten(0, -2).mean(0))
 
 
@@ -365,8 +365,7 @@ def usage_kl(logits):
 
 def code_statistics(codes, size):
     """codes (M, N) int64 of a whole set -> dict: usage (share of the codebook that was ever chosen), dead (how many
-    never), perplexity (exp of the pooled entropy), code_bits (sum over the positions of their entropies, bits: the
-    rate of a code that knows each position's own histogram)."""
+    never), perplexity (exp of the pooled entropy), code_bits (sum over the positions of their entropies, bits)."""
     M, N = codes.shape
     counts = (codes + torch.arange(N, device=codes.device) * size).flatten().bincount(minlength=N * size).view(N, size)
     pooled = counts.sum(0).double()
@@ -383,9 +382,9 @@ def mutual_information(a, b, n_a, n_b):
 
 
 def nmi_matrix(codes, size, generator=None):
-    """Normalised mutual information I / sqrt(H H) of every pair of positions of codes (M, N) -> (N, N) float64, and a
-    floor (N, N): the same after each position's codes were shuffled among the inputs, which is what counting so few
-    inputs makes of independent codes. The diagonal is 1; a position with one code only has 0."""
+    """Normalised mutual information I / sqrt(H H) of every pair of positions of codes (M, N) -> (N, N) float64, 0 for a
+    position with one code only; and a floor (N, N): the same after each position's codes were shuffled among the
+    inputs."""
     M, N = codes.shape
     order = torch.rand(N, M, generator=generator).argsort(1).to(codes.device)
     matrices = []
@@ -400,11 +399,11 @@ def nmi_matrix(codes, size, generator=None):
 
 
 def information_gaps(codes, size, factors, generator=None):
-    """Which position knows which factor: {name: (best, gap, position, floor)}, after MIG (Chen et al. 2018).
+    """Which position knows which factor: {name: (best, gap, position, floor)}, after MIG (Chen et al. 2018), of codes
+    (M, N) and factors {name: (M,) int64, -1 where undefined} that vary.
 
-    codes (M, N); factors {name: (M,) int64, -1 where undefined}. best: largest I(z_n; v) / H(v) over the positions;
-    gap: how far the second is behind; floor: the best after the factor was shuffled. Factors that do not vary are left
-    out.
+    best: largest I(z_n; v) / H(v) over the positions; gap: how far the second is behind; floor: the best after the
+    factor was shuffled.
     """
     found = {}
     for name, values in factors.items():
@@ -426,11 +425,12 @@ def information_gaps(codes, size, factors, generator=None):
 # --- What a person may look at: python -m models.discrete gradients, decomposition ---
 
 def gradient_error(estimator, function, logits, tau=1.0, draws=20_000, generator=None):
-    """(bias, spread) of an estimator's gradient of E f(z), z ~ softmax(logits (K,)), both over the exact length.
+    """(bias, spread) of an estimator's gradient of E f(z), z ~ softmax(logits (K,)), float64, both over the length of
+    the exact one, a sum over all K codes.
 
-    The exact gradient is a sum over all K codes. straight_through and reinmax are averaged over the K codes with their
-    probabilities, so without chance; of gumbel_soft and gumbel_hard `draws` are taken. bias: |mean - exact|; spread:
-    root of the mean squared distance to the mean. float64.
+    straight_through and reinmax are averaged over the K codes with their probabilities, so without chance; of
+    gumbel_soft and gumbel_hard `draws` are taken. bias: |mean - exact|; spread: root of the mean squared distance to
+    the mean.
     """
     logits = logits.double().requires_grad_()
     K, eye, p = len(logits), torch.eye(len(logits), dtype=torch.float64), torch.softmax(logits, 0)

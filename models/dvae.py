@@ -6,59 +6,30 @@ Attention knows distances from the start, and a path past it resamples values by
 to find out where to look, the pooler is a blurred mean for long. Shapes: B grids, P patches, N latents, S side of the
 canvas, C width; places are (row, column) in cells.
 """
+import itertools
 import math
-from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.arc import OUTSIDE, Canvas
-from kernels import activate, cross_entropy
-from model import Linear, Norm, initialise
+from kernels import cross_entropy
+from model import FeedForward, Linear, Norm, initialise
 from models.discrete import FSQ, VQ, Codebook
 
 
-@dataclass
-class Config:
-    """What the model is built from."""
-    canvas: Canvas
-    quantiser: str
-    n_codes: int
-    codebook_size: int
-    code_dim: int
-    layout: str
-    patch_height: int
-    patch_width: int
-    encoder_layers: int
-    latent_layers: int
-    decoder_layers: int
-    n_head: int
-    n_embd: int
-    cell_dim: int
-    ff_mult: float
-    activation: str
-    norm: str
-    norm_gain: bool
-    bias: bool
-    init: str
-    dropout: float
-    distance_bias: bool
-    resample: bool
-    output_positions: bool
-    similarity: str
-    codebook_init: str
-    tie_weights: bool = False
+class Config(SimpleNamespace):
+    """What the model is built from: train_dvae.py's settings, a `canvas` (data.arc.Canvas) and the `quantiser`,
+    "categorical", "vq" or "fsq"."""
+    tie_weights = False
 
     @property
     def n_shape_codes(self):
         """Codes that name the shape, one of max_side^2: with layout "grid" as many as that takes, else none."""
-        if self.layout == "canvas":
-            return 0
-        n, room = 0, 1
-        while room < self.canvas.max_side ** 2:
-            n, room = n + 1, room * self.codebook_size
-        return n
+        shapes = 1 if self.layout == "canvas" else self.canvas.max_side ** 2
+        return next(n for n in itertools.count() if self.codebook_size ** n >= shapes)
 
     @property
     def n_latents(self):
@@ -69,6 +40,11 @@ class Config:
     def n_layer(self):
         """Layers with a branch into the same stream, for the initialisation."""
         return max(self.encoder_layers, self.latent_layers, self.decoder_layers)
+
+    @property
+    def ff_width(self):
+        """Of the feed-forward's hidden layer; a gated one has as much in each half."""
+        return round(self.n_embd * self.ff_mult)
 
 
 def tiles(side, n):
@@ -162,22 +138,6 @@ class Resample(nn.Module):
         return torch.softmax(scores.float(), -1).to(x.dtype) @ x
 
 
-class FeedForward(nn.Module):
-    """Two linear layers around an activation."""
-
-    def __init__(self, c):
-        super().__init__()
-        gated, width = c.activation in ("swiglu", "geglu"), round(c.n_embd * c.ff_mult)
-        self.activation = c.activation
-        self.up = Linear(c.n_embd, 2 * width if gated else width, bias=c.bias)
-        self.down = Linear(width, c.n_embd, bias=c.bias)
-        self.fused = {"up": (width, width)} if gated else {}
-
-    def forward(self, x):
-        """x (..., C) to the same shape."""
-        return self.down(activate(self.activation, self.up(x)))
-
-
 class Layer(nn.Module):
     """Attention to a context where `cross`, to itself, feed-forward; each on a norm, added to the stream."""
 
@@ -190,8 +150,7 @@ class Layer(nn.Module):
 
     def forward(self, x, related, padding=None, context=None, to_context=None, context_padding=None):
         """x (B, T, C), related (B or 1, T, T, 8), to_context (B, T, S, 8). Returns (B, T, C)."""
-        def drop(branch):
-            return F.dropout(branch, self.dropout) if self.dropout and self.training else branch
+        drop = partial(F.dropout, p=self.dropout, training=self.training)
         if self.read is not None:
             x = x + drop(self.read(self.norm1(x), to_context, context_padding, context))
         x = x + drop(self.mix(self.norm2(x), related, padding))
@@ -199,7 +158,7 @@ class Layer(nn.Module):
 
 
 class DVAE(nn.Module):
-    """Grids to codes and back. See the top of the file; shapes: B grids, P patches, N latents, S side of the canvas.
+    """Grids to codes and back.
 
     With one latent attention to it has nothing to choose: its queries, and what they know of places, learn nothing."""
 
@@ -258,9 +217,18 @@ class DVAE(nn.Module):
             if layer.bias is not None:
                 layer.bias.zero_()
 
-    def stretched(self, shapes):
-        """The shapes (B, 2) over which latents lie: with layout "canvas" that of the canvas."""
-        return torch.full_like(shapes, self.config.canvas.max_side) if self.config.layout == "canvas" else shapes
+    def laid_out(self, shapes, ends):
+        """What encoder (`ends`) and decoder know of shapes (B, 2): index and padding of `patches`; of these the centres
+        (B, P, 2), position_features and relations to each other (B, P, P, 8); what `latent_places` says. With layout
+        "canvas" latents, and what is decoded, lie over the whole canvas."""
+        c = self.config
+        whole = torch.full_like(shapes, c.canvas.max_side) if c.layout == "canvas" else shapes
+        index, padding = self.patches(shapes if ends else whole, ends)
+        row, column = index // self.columns, index % self.columns
+        centres = torch.stack([(row + 0.5) * c.patch_height, (column + 0.5) * c.patch_width], -1)
+        patch = torch.tensor([[[c.patch_height, c.patch_width]]], device=centres.device)
+        return (index, padding, centres, position_features(centres, whole.unsqueeze(1).float()),
+                relations(centres, centres, patch), *self.latent_places(whole))
 
     def patches(self, shapes, ends):
         """shapes (B, 2) -> index (B, P) of the patches with tokens in them, 0 where there are fewer than P, and padding
@@ -274,12 +242,6 @@ class DVAE(nn.Module):
         padding = ~there.gather(1, index)
         return index.masked_fill(padding, 0), padding
 
-    def centres(self, index):
-        """index (B, P) of patches -> their centres (B, P, 2), in cells."""
-        c = self.config
-        row, column = index // self.columns, index % self.columns
-        return torch.stack([(row + 0.5) * c.patch_height, (column + 0.5) * c.patch_width], -1)
-
     def cells(self, centres):
         """centres (B, P, 2) of patches -> those of their cells (B, P cells, 2)."""
         size = self.config.patch_height, self.config.patch_width
@@ -290,9 +252,9 @@ class DVAE(nn.Module):
         """shapes (B, 2) -> places (B, N, 2) of the latents in cells, the tile (B, 1, 2) whose sides count as one from
         latent to cell, and features (B, N, 64) of the places.
 
-        Latents stand on tiles in the order of reading: of the smallest of 1 x 1, 2 x 1, 2 x 2, 3 x 2, ... cells of
-        which there are at most as many as latents (or one in twenty more: some go without). Several on one tile lie one
-        below the other in it: what two latents see alike they would say alike, and one of them would be wasted.
+        Latents stand in the order of reading on tiles, the smallest of 1 x 1, 2 x 1, 2 x 2, 3 x 2, ... cells of which
+        there are at most as many as latents (or one in twenty more: some go without). Several on one tile lie one below
+        the other: what two latents see alike they would say alike.
         """
         N, extent = self.config.n_latents, shapes.unsqueeze(1).float()
         part = (torch.arange(N, device=shapes.device) + 0.5) / N                 # (N,) of the way
@@ -324,21 +286,16 @@ class DVAE(nn.Module):
     def encode(self, tokens, shapes):
         """tokens (B, S, S) int64 with their shapes (B, 2) -> z (B, N, code_dim), what the codebook compares."""
         c = self.config
-        index, padding = self.patches(shapes, ends=True)
-        shapes = self.stretched(shapes)
-        extent, centres = shapes.unsqueeze(1).float(), self.centres(index)
+        index, padding, centres, where, related, places, scale, features = self.laid_out(shapes, ends=True)
         words = self.as_patches(tokens, c.canvas.pad).gather(
             1, index[..., None].expand(-1, -1, c.patch_height * c.patch_width))
         embedded = F.embedding(words, self.cell).masked_fill((words == c.canvas.pad)[..., None], 0)  # PAD is nothing
-        where = self.places["patch"](position_features(centres, extent))
+        where = self.places["patch"](where)
         x = self.into(embedded.flatten(2)) + where
-        patch = torch.tensor([[[c.patch_height, c.patch_width]]], device=x.device)
-        related = relations(centres, centres, patch)
         for layer in self.encoder:
             x = layer(x, related, padding)
         if c.output_positions:
             x = x + where
-        places, scale, features = self.latent_places(shapes)
         to_patches, among = relations(places, centres, scale), relations(places, places, scale)
         h = self.queries + self.places["latent"](features)
         if self.pool is not None:                                                # of cells: a latent may stand on one
@@ -353,17 +310,11 @@ class DVAE(nn.Module):
         """e (B, N, code_dim) of the codebook, shapes (B, 2) -> logits (B, P, cells, outputs) float32 of the patches,
         their index and padding (B, P). With layout "canvas" `shapes` changes nothing: all patches are said."""
         c = self.config
-        shapes = self.stretched(shapes)
-        index, padding = self.patches(shapes, ends=False)
-        extent, centres = shapes.unsqueeze(1).float(), self.centres(index)
-        places, scale, features = self.latent_places(shapes)
+        index, padding, centres, where, related, places, scale, features = self.laid_out(shapes, ends=False)
         u, among = self.from_code(e) + self.slots + self.places["code"](features), relations(places, places, scale)
         for layer in self.latents:
             u = layer(u, among)
-        x = self.places["query"](position_features(centres, extent))
-        to_latents = relations(centres, places, scale)
-        patch = torch.tensor([[[c.patch_height, c.patch_width]]], device=x.device)
-        related = relations(centres, centres, patch)
+        x, to_latents = self.places["query"](where), relations(centres, places, scale)
         if self.spread is not None:
             near = self.spread(u, relations(self.cells(centres), places, scale))  # (B, P cells, C)
             x = x + self.join(near.view(*index.shape, -1))
@@ -373,11 +324,8 @@ class DVAE(nn.Module):
         return logits.view(*index.shape, c.patch_height * c.patch_width, -1), index, padding
 
     def nats(self, e, tokens, shapes):
-        """-ln p(grid | codes) per grid (B,), and right (B,) bool: is the likeliest canvas the true one?
-
-        e (B, N, code_dim), tokens (B, S, S) with their shapes (B, 2). "grid": cells, the rest follows from the shape,
-        which the first codes are. "canvas": every token.
-        """
+        """-ln p(grid | codes) per grid (B,), and right (B,) bool: is the likeliest canvas the true one? e (B, N,
+        code_dim), tokens (B, S, S) with their shapes (B, 2). "grid": cells only; "canvas": every token."""
         c = self.config
         logits, index, padding = self.decode(e, shapes)
         targets = self.as_patches(tokens, -1).gather(1, index[..., None].expand(-1, -1, logits.size(2)))
@@ -398,11 +346,7 @@ class DVAE(nn.Module):
         canvas.scatter_(1, index[..., None].expand(-1, -1, logits.size(2)), logits.argmax(-1))
         canvas = canvas[:, :-1].view(len(e), self.rows, self.columns, c.patch_height, c.patch_width).transpose(2, 3)
         canvas = canvas.reshape(len(e), self.rows * c.patch_height, -1)[:, :S, :S]
-        if c.layout == "canvas":
-            return canvas
-        place = torch.arange(S, device=e.device)
-        inside = (place[:, None] < shapes[:, 0, None, None]) & (place < shapes[:, 1, None, None])
-        return c.canvas.tokens(torch.where(inside, canvas, OUTSIDE).to(torch.uint8))
+        return canvas if c.layout == "canvas" else c.canvas.tokens(c.canvas.cut(canvas, shapes))
 
     def with_shape(self, codes, shapes):
         """Learned codes (B, N) with those of the shape before them: all n_codes of a grid, (B, n_codes)."""

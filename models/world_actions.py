@@ -69,12 +69,11 @@ class ActionModel(nn.Module):
     """A latent action model (Genie, Bruce et al. 2024, section 2.1): which of n_codes codes turned frames up to t into
     frame t+1, learned by writing frame t+1 from the frames before and the code alone.
 
-    kind "conv": convolutions over patches. Encoder and decoder see `history` frames: with one, how a thing moves by
-    itself is hidden, and competes with the action for the code. The encoder also sees x_t+1 - x_t.
-    kind "transformer": the same with spatio-temporal transformers, axial positions, causal in time; it learns from
-    every frame of its history (`every`), and the decoder also sees the codes that led to the frames before.
-    colours: P of the palette, or None: then x_t plus a residual is written.
-    With signs the bias of `to_code` has no gradient: their normalisation takes it away.
+    kind "conv": encoder and decoder see `history` frames: with one, how a thing moves by itself is hidden, and competes
+    with the action for the code. The encoder also sees x_t+1 - x_t. kind "transformer": spatio-temporal, causal in
+    time; it learns from every frame of its history (`every`), and the decoder also sees the codes that led to the
+    frames before. colours: P of the palette, or None: then x_t plus a residual is written. With signs the bias of
+    `to_code` has no gradient: their normalisation takes it away.
     """
 
     def __init__(self, height, width, patch, colours, history=2, n_codes=8, n_embd=32, n_layer=3, kind="conv",
@@ -138,7 +137,7 @@ class ActionModel(nn.Module):
 
     def every(self, frames, soft=False):
         """Transformer: frames (B, T + 1, H, W, 3) -> (what it writes for each but the first (B, T, H, W, P or 3), each
-        from the true frames and the codes up to it, Quantised of B T codes): many targets of one pass."""
+        from the true frames and the codes up to it, Quantised of B T codes)."""
         u = self.encode_every(frames)
         found = self.quantiser(u.flatten(0, 1), soft)
         return self.predict_every(frames[:, :-1], found.e.view(u.shape)), found

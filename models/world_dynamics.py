@@ -27,7 +27,7 @@ def fill_in(logits_of, B, N, K, device=None, steps=8, temperature=1.0, choice=4.
     theirs keep it, so that half a cosine of the places stays hidden.
 
     temperature 0: the likeliest token; choice: how much chance there is in who is sure, falling to none in the last
-    round. Draws come from `generator`, on the CPU whatever the device.
+    round. Draws come from `generator`, on the CPU.
     """
     def gumbel(*shape):
         return torch.empty(shape).exponential_(generator=generator).clamp_(min=1e-20).log_().neg_().to(device)
@@ -52,12 +52,11 @@ def fill_in(logits_of, B, N, K, device=None, steps=8, temperature=1.0, choice=4.
 # --- The next frame ---
 
 class Dynamics(nn.Module):
-    """MaskGIT over the tokens of a video (Chang et al. 2022; Genie's dynamics): where tokens of a frame are hidden, it
-    says what they are, from the others, the frames before, and the action that led to each frame.
+    """MaskGIT over the tokens of a video (Chang et al. 2022; Genie's dynamics): says what the hidden tokens of a frame
+    are, from the others, the frames before, and the action that led to each frame.
 
     action_input "add": the action's embedding is added to every token of its frame; "prepend": it is one more token.
-    Actions are 0 to n_actions - 1, and n_actions where there is none (the first frame); the token codebook_size is the
-    mask.
+    Action n_actions: there is none (the first frame); token codebook_size: the mask.
     """
 
     def __init__(self, grid, codebook_size, n_actions, n_layer=2, n_head=4, n_embd=64, action_input="add",
@@ -103,9 +102,8 @@ class Dynamics(nn.Module):
         """The tokens (B, N) of the frame that `actions` (B,) lead to, by `fill_in`.
 
         With a cache, which holds the frames before, only the new frame runs in each round, and once more with its final
-        tokens, so that the cache then holds it too: exact, since frames see only the past. Without, past = (tokens
-        (B, T, N), actions (B, T)) are computed again in every round; `window` frames are seen (a sliding cache has its
-        own).
+        tokens, which the cache then holds too. Without, past = (tokens (B, T, N), actions (B, T)) are computed again in
+        every round, of which `window` frames are seen.
         """
         actions = actions.view(-1, 1)
 

@@ -209,13 +209,12 @@ def evaluate_actions(model, reader, clips):
 
 @torch.no_grad()
 def consistency_of(model, reader, shares, clips):
-    """Whether a code means the same wherever it starts. Every code writes the frame after each of so many pasts; where
-    the agent stands in another cell than before, its displacement has a direction. A code counts as often as it is
-    inferred, its share (n_codes,).
+    """Whether a code means the same wherever it starts: every code writes the frame after each of so many pasts, and
+    moves the agent in a direction, or not. A code counts as often as it is inferred, its share (n_codes,).
 
     consistency: mean cosine of two such directions under one code (0: no code has a direction, 1: each has one, in all
-    worlds; a code that moved the agent once has no two and is left out; not a number: all have); lost: share of the
-    written frames without exactly one agent.
+    worlds; a code that moved the agent once is left out; not a number: all have); lost: share of the written frames
+    without exactly one agent.
     """
     sums, moved, lost, n = torch.zeros(model.n_codes, 2), torch.zeros(model.n_codes), torch.zeros(model.n_codes), 0
     agent, side = reader.movers["agent"], reader.side
@@ -334,10 +333,10 @@ def evaluate_dynamics(model, reader, T, clips, window=None, causal=False):
 @torch.no_grad()
 def evaluate_rollouts(model, reader, context, clips, **how):
     """PSNR of frames 1, 4 and 16 after `context` - 1 true ones, each generated from those before: with the actions that
-    led there (psnr_n; frame_psnr_n is the mean over frames of each one's), with those of another clip (permuted_n; of
-    the same 64, a clip alone is left out) or even draws (random_n); copy_n: the last true frame stays; dpsnr_4 = psnr_4
-    - random_4 (Genie's), dpsnr_permuted_4. exact_n: share of frames n that are wholly right. Where there is but one
-    action, permuted and random ones are the same again: not a number. how: of the model's `generate`."""
+    led there (psnr_n; frame_psnr_n: mean over frames of each one's), with those of another clip (permuted_n; of the
+    same 64, a clip alone is left out) or even draws (random_n); copy_n: the last true frame stays; dpsnr_4 = psnr_4 -
+    random_4 (Genie's), dpsnr_permuted_4. exact_n: share of frames n that are wholly right. With one action permuted and
+    random are not a number. how: of the model's `generate`."""
     ahead, held = min(16, reader.clips.length - context + 1), context - 1
     T, sums, generator = held + ahead, Counter(), torch.Generator().manual_seed(0)
     for index in reader.spread(T, clips).split(64):

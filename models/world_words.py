@@ -53,9 +53,8 @@ class Writer(TextTransformer):
 
 
 class FirstFrame(nn.Module):
-    """A sentence starts a world: an encoder reads a padded caption, a spatial transformer that reads its states fills
-    in the tokens of a frame, by MaskGIT. What the caption's keys and values are is computed once, for all rounds.
-    """
+    """A sentence starts a world: an encoder reads a padded caption, once for all rounds; a spatial transformer that
+    reads its states fills in the tokens of a frame, by MaskGIT."""
 
     def __init__(self, grid, codebook_size, n_layer=2, n_head=4, n_embd=64, block_size=160):
         super().__init__()

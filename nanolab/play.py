@@ -24,18 +24,18 @@ import time
 import traceback
 from collections import deque
 from concurrent.futures import Future
+from copy import copy
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from data.video import ACTIONS, World, caption_length, paint, unknown_words
+from data.video import ACTIONS, Clips, World, caption_length, paint, unknown_words
 from models.world_words import as_characters
 from nanolab.run import UserError, replacing
-from nanolab.world import as_bytes, latent_actions
+from nanolab.world import as_bytes
 
 BODY_LIMIT = 64 * 1024      # bytes of a request's body that are read as JSON
 DRAIN_LIMIT = 1024 * 1024   # bytes of a body that is too large that are read and dropped
@@ -96,34 +96,28 @@ class Played:
                                               np.random.default_rng(self.settings["seed"]))
             except ValueError:
                 self.world = None
-            return self.begin(tokens, torch.empty(1, 0, dtype=torch.int64), frame, began, prompt)
-        T = self.settings["context"] - 1
-        index = torch.tensor([self.began * 7919 % self.reader.clips.count(T)])
+            return self.begin(tokens, torch.full_like(tokens[:, :, 0], self.model.n_actions), frame, began, prompt)
+        reader, T = self.reader, self.settings["context"] - 1
+        index = torch.tensor([self.began * 7919 % reader.clips.count(T)])
         self.began, self.world = self.began + 1, None
         if self.ours:
             rng = np.random.default_rng(self.settings["seed"] + self.began)
             self.world = World(1, rng, *(self.settings[name] for name in ("side", "walls", "ball")))
             seen = [self.world.cells()]
             for _ in range(T - 1):
-                self.world.step(np.zeros(1, np.int64))
+                self.world.step([0])
                 seen.append(self.world.cells())
-            cells, actions = torch.from_numpy(np.stack(seen, 1)), torch.zeros(1, T - 1, dtype=torch.int64)
-            frames = torch.from_numpy(paint(cells, self.video.cell_px)).to(self.reader.device).float() / 255
-        else:
-            frames, actions = self.reader.frames(index, T), self.reader.clips.actions(index, T)
-        if self.reader.source == "latent":
-            actions = latent_actions(self.models["actions"], frames)
-        if self.reader.kind == "cells":
-            tokens = cells.long().flatten(2).to(self.reader.device)
-        else:
-            tokens = self.models["tokenizer"].tokens(frames)
+            reader, index = copy(reader), torch.tensor([0])
+            reader.clips = Clips(torch.from_numpy(np.stack(seen, 1)), stored_actions=torch.zeros(1, T - 1),
+                                 cell_px=self.video.cell_px)
+        tokens, actions = reader.tokens_and_actions(index, T)
         self.draw(tokens)
-        return self.begin(tokens, actions, frames[0, -1], began)
+        return self.begin(tokens, actions, reader.frames(index, T)[0, -1], began)
 
     def begin(self, tokens, actions, frame, began, note=""):
-        """The model reads the world's first frames, tokens (1, T, N), and the actions (1, T - 1) between them."""
+        """The model reads the world's first frames, tokens (1, T, N), and the actions (1, T) that led to them."""
         self.cache = self.model.new_cache(1, max(1024, tokens.size(1)), self.settings["window"] or 64)
-        self.model(tokens, F.pad(actions.to(tokens.device), (1, 0), value=self.model.n_actions), self.cache)
+        self.model(tokens, actions, self.cache)
         return self.view(frame, began, note)
 
     def first_frame(self, prompt):
@@ -217,7 +211,7 @@ class Game:
             raise Refused(400, "this world takes no prompt")
         try:
             view = self.session.reset(prompt)
-        except (ValueError, UserError) as error:             # the old world, if any, stays on the page
+        except ValueError as error:                          # the old world, if any, stays on the page
             raise Refused(400, one_line(error)) from error
         self.steps, self.started = 0, True
         self.seconds.clear()                                 # a reset's own frame reads the prompt: another speed
@@ -229,10 +223,7 @@ class Game:
             raise Refused(400, f"action must be a whole number from 0 to {n - 1}")
         if not self.started:
             raise Refused(400, "there is no world yet: start one first")
-        try:
-            view = self.session.step(action)
-        except UserError as error:
-            raise Refused(400, one_line(error)) from error
+        view = self.session.step(action)
         self.steps += 1
         self.seconds.append(view.seconds)
         return self.answer(view)
@@ -333,11 +324,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Threads read requests; the session runs in the one thread that calls `run`.
-
-    That thread is the caller's: autograd mode, the current device and captured CUDA graphs belong to a thread, and so
-    does Ctrl-C, which thus also stops a frame that takes long. It is what serialises the steps, too.
-    """
+    """Threads read requests; the session runs in the one thread that calls `run`, the caller's: autograd mode, the
+    current device and captured CUDA graphs belong to a thread, and so does Ctrl-C, which thus also stops a frame that
+    takes long."""
     daemon_threads = True
     allow_reuse_port = False            # a second server on our port is an error
 
@@ -371,6 +360,8 @@ class Server(ThreadingHTTPServer):
             future.set_result(getattr(self.game, name)(request))
         except Refused as refused:
             future.set_exception(refused)
+        except UserError as error:
+            future.set_exception(Refused(400, one_line(error)))
         except KeyboardInterrupt:                            # in the middle of a frame
             future.set_exception(Refused(503, ENDED))
             raise
@@ -386,9 +377,9 @@ class Server(ThreadingHTTPServer):
 def serve(session, port=0, ready=None):
     """Play `session` on http://127.0.0.1:port/ (0: a free port) until Ctrl-C. `ready(address)` once it listens.
 
-    session, as `Played` is one: title (str), actions (their names), keys {KeyboardEvent.key: action}, prompts (whether
-    the page offers a field for a sentence; may be left out), reset(prompt=None) and step(action) -> View. ValueError of
-    reset says in one line what is wrong with the sentence. All run one after the other, in the caller's thread.
+    session, as `Played` is one: title (str), actions (their names), keys {KeyboardEvent.key: action}, prompts (may be
+    left out), reset(prompt=None) and step(action) -> View. ValueError of reset says in one line what is wrong with the
+    sentence.
     """
     try:
         server = Server(session, port)
@@ -440,27 +431,25 @@ def png(frame):
     return file.getvalue()
 
 
-def save_strip(path, rows, titles=None, scale=3):
+def save_strip(path, rows, titles, scale=3):
     """One PNG of `rows`, lists of frames, each row under its title."""
     from PIL import Image, ImageDraw
     rows = [[image(frame, scale) for frame in row] for row in rows]
     if not any(rows):
         raise ValueError("a strip needs a frame")
-    if titles is not None and len(titles) != len(rows):
+    if len(titles) != len(rows):
         raise ValueError(f"{len(titles)} titles for {len(rows)} rows")
     # Pillow's own font knows Latin letters only, and without FreeType refuses others
-    titles = [" ".join(title.split()).encode("latin-1", "replace").decode("latin-1") for title in titles or ()]
+    titles = [" ".join(title.split()).encode("latin-1", "replace").decode("latin-1") for title in titles]
     ink = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     width = max([GAP + sum(part.width + GAP for part in row) for row in rows] +
                 [2 * GAP + int(ink.textlength(title)) for title in titles])
-    above = TITLE_HEIGHT if titles else 0
-    height = GAP + sum(above + max([part.height for part in row], default=0) + GAP for row in rows)
+    height = GAP + sum(TITLE_HEIGHT + max([part.height for part in row], default=0) + GAP for row in rows)
     strip = Image.new("RGB", (width, height), "white")
     ink, y = ImageDraw.Draw(strip), GAP
-    for i, row in enumerate(rows):
-        if titles:
-            ink.text((GAP, y), titles[i], fill="black")
-        x, y = GAP, y + above
+    for title, row in zip(titles, rows):
+        ink.text((GAP, y), title, fill="black")
+        x, y = GAP, y + TITLE_HEIGHT
         for part in row:
             strip.paste(part, (x, y))
             x += part.width + GAP

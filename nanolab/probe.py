@@ -55,32 +55,28 @@ class Probe:
 
     `.forward`: a list of copies of x, one for each time that something passed, the oldest first. `.backward`: a list as
     long, of the gradients that came back to each, None where none did (or gradients is off). All are detached.
-    keep: only the last so many (None: all). device: where copies are kept (None: where x is). What a layer computes
-    again in its backward pass (checkpoint_activations) does not count. `close()` ends it; what was recorded stays.
+    keep: only the last so many (None: all). What a layer computes again in its backward pass (checkpoint_activations)
+    does not count. `close()` ends it; what was recorded stays.
     """
 
-    def __init__(self, gradients=False, keep=None, device=None):
+    def __init__(self, gradients=False, keep=None):
         if keep is not None and keep < 1:
             raise ValueError(f"keep is {keep}, but must be at least 1")
-        self.gradients, self.device, self.open = gradients, device, True
+        self.gradients, self.open = gradients, True
         self._passes = deque(maxlen=keep)                    # [copy of x, gradient or None]
 
     def __call__(self, x):
         """x, any tensor, as it is."""
         # Past the public interface, as torch.utils.checkpoint itself: inside a backward pass, so x is computed again.
         if self.open and torch._C._current_graph_task_id() < 0:
-            self._passes.append([self._copy(x), None])
+            self._passes.append([x.detach().clone(), None])  # a later operation may write into x
             if self.gradients and x.requires_grad:
                 x.register_hook(partial(self._came_back, self._passes[-1]))
         return x
 
     def _came_back(self, kept, gradient):
         if self.open:
-            kept[1] = self._copy(gradient)
-
-    def _copy(self, x):
-        """A copy: a later operation may write into x."""
-        return x.detach().to(self.device or x.device, copy=True)
+            kept[1] = gradient.detach().clone()
 
     def close(self):
         """Records no more, neither what passes nor what comes back to what has passed."""
@@ -98,14 +94,14 @@ class Probe:
 
 
 @contextlib.contextmanager
-def record(model, places, gradients=False, keep=None, device=None):
-    """{place: Probe} of the passes of `model` inside the `with` block; nothing stays in the model after it.
+def record(model, places, gradients=False, keep=None):
+    """{place: Probe} of the passes of `model`, the uncompiled one, inside the `with` block; nothing stays in it after
+    that.
 
-    places: "embed", the stream (B, T, C) before the first layer; or names of `model.named_modules()`, whose outputs
-    are recorded: "blocks.3" the stream after layer 3, "blocks.3.mixer" and "blocks.3.ff" what its branches give before
+    places: "embed", the stream (B, T, C) before the first layer; or names of `model.named_modules()`, whose outputs are
+    recorded: "blocks.3" the stream after layer 3, "blocks.3.mixer" and "blocks.3.ff" what its branches give before
     dropout and scale, "norm" the stream after the last norm, (A, B, T, C) in a pass with losses of A layers. gradients,
-    keep, device: as Probe says. The model is the uncompiled one. Raises ValueError for a place that is not there, and
-    in the pass for one that gives no tensor.
+    keep: as Probe says. Raises ValueError for a place that is not there, and in the pass for one that gives no tensor.
     """
     modules = dict(model.named_modules())
     first = {} if "embed" in modules or "blocks.0" not in modules else {"embed": modules["blocks.0"]}
@@ -113,7 +109,7 @@ def record(model, places, gradients=False, keep=None, device=None):
         if place not in modules and place not in first:
             near = difflib.get_close_matches(place, [*first, *modules], 1, 0)
             raise ValueError(f"the model has no place {place!r}; the nearest is {near[0]!r}")
-    probes = {place: Probe(gradients, keep, device) for place in places}
+    probes = {place: Probe(gradients, keep) for place in places}
 
     def passed(place, output):
         if not torch.is_tensor(output):
@@ -155,11 +151,10 @@ def linear_probe(features, labels, n_classes, train=0.8, l2=1e-2, steps=100, see
 
     features: (N, C), of any type and device. labels: (N,) whole numbers from 0 to n_classes - 1. train: the fraction of
     each class to learn from, drawn by `seed`, or the rows to learn from, (M,) int64; the others are held out. Features
-    are shifted and scaled to mean 0 and deviation 1 over the training rows; one that is constant there up to rounding
-    counts as 0. Minimises the mean cross-entropy in nats plus l2 / 2 times the squared weights (without biases), which
-    is convex, from zero by L-BFGS (Liu & Nocedal 1989), at most `steps` iterations, in float64 on the CPU.
-    Raises ValueError for shapes that do not fit, numbers that are not finite, labels out of range, a class without a
-    training row, and where no row is held out.
+    are shifted and scaled to mean 0 and deviation 1 over the training rows; one that is constant there counts as 0.
+    Minimises the mean cross-entropy in nats plus l2 / 2 times the squared weights (without biases), from zero by L-BFGS
+    (Liu & Nocedal 1989), at most `steps` iterations, in float64 on the CPU. Raises ValueError for shapes that do not
+    fit, numbers that are not finite, labels out of range, a class without a training row, and where no row is held out.
     """
     features, labels = torch.as_tensor(features), torch.as_tensor(labels)
     if features.dim() != 2 or labels.shape != features.shape[:1]:
@@ -220,12 +215,11 @@ def _split(y, n_classes, train, seed):
 def layers_that_know(model, prompts, labels, places=None, l2=1e-2, steps=100, seed=0):
     """At which places a label can be read off the state at the end of a prompt: {place: Accuracies}, in their order.
 
-    model: a Transformer or what has its face: `model(x)` for x (B, T) int64, causal. prompts: N lists of ids, of any
-    lengths; shorter ones are padded on the right, where no position of theirs looks. labels: N whole numbers from 0
-    without a gap; four in five prompts of each are learned from. places: as `record` names them, (B, T, C) (None:
-    "embed" and the stream after each layer). The rest as in linear_probe; the split is the same for all places. The
-    model runs in eval mode, in the caller's autocast, and is left in its own. Raises ValueError as record and
-    linear_probe do, and for empty or too long prompts, counts that do not fit, and places of another shape.
+    model: a Transformer or what has its face: `model(x)` for x (B, T) int64, causal; run in eval mode, in the caller's
+    autocast. prompts: N lists of ids, of any lengths. labels: N whole numbers from 0 without a gap; four in five
+    prompts of each are learned from. places: as `record` names them, (B, T, C) (None: "embed" and the stream after each
+    layer). The rest as in linear_probe. Raises ValueError as record and linear_probe do, and for empty or too long
+    prompts, counts that do not fit, and places of another shape.
     """
     if places is None:
         places = ["embed", *(f"blocks.{layer}" for layer in range(len(model.blocks)))]

@@ -120,15 +120,12 @@ def test_keep():
 
 
 def test_copies():
-    """What is written into a tensor later does not reach the copy; the device is as asked."""
+    """What is written into a tensor later does not reach the copy."""
     probe = Probe(gradients=True)
     x = torch.ones(3, requires_grad=True)
     y = probe(x * 2)
     y.mul_(5).sum().backward()
     assert probe.forward[0].tolist() == [2, 2, 2] and probe.backward[0].tolist() == [5, 5, 5]
-    assert Probe(device="meta")._copy(x).device.type == "meta"
-    with record(build(), ["norm"], device="meta") as probes:
-        assert probes["norm"].device == "meta"
     z = torch.ones(2)
     assert probe(z) is z and probe.forward[1] is not z
 

@@ -160,16 +160,6 @@ def test_a_world_from_a_picture():
                          np.random.default_rng(0))
 
 
-def test_a_copy_goes_its_own_way():
-    world = worlds(3)
-    before, copy = world.cells(), world.copy()
-    copy.walls[:], copy.agent[:], copy.velocity[:] = False, 0, 1
-    for _ in range(3):
-        copy.step([2, 2, 2])
-    assert (world.cells() == before).all() and copy.side == 8
-    assert (world.copy().step([1, 2, 3]) == world.step([1, 2, 3])).all()
-
-
 # --- Pictures ---
 
 def test_sprites_differ_and_show_what_they_are():
