@@ -19,25 +19,21 @@ from nanolab.settings import answer_help
 
 answer_help(__name__, __file__)  # before the seconds that the next lines take
 
-import json
 import math
-import os
 import time
 from dataclasses import fields
-from pathlib import Path
 
-import numpy as np
 import torch
 
-from data.arc import OUTSIDE, PALETTE, Canvas, Stream, load
+from data.arc import Canvas, Stream, load
 from model import fused_rows, parameter_roles
 from models.discrete import (SAMPLED, choose, code_statistics, decompose, fsq_levels, information_gaps, kl_uniform,
                              nmi_matrix, usage_kl)
 from models.dvae import DVAE, Config
 from nanolab import limits, optim
+from nanolab.codes import draw, print_codes, print_grids
 from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, begin, command, optional, put_back, replacing,
                          resolve_device, restoring, resumed, seed_everything)
-from nanolab.settings import shown
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
@@ -406,42 +402,6 @@ def thoroughly(found, grids, count, canvas, n_shape_codes):
     return numbers
 
 
-# --- Pictures ---
-
-def picture(tokens, canvas):
-    """Tokens (S, S) -> an RGB image (S, S, 3) uint8: ARC's colours, row ends and PAD white, MASK light grey."""
-    colours_ = np.full((canvas.n_outputs + 1, 3), 255, np.uint8)
-    colours_[:canvas.n_colours] = PALETTE[:canvas.n_colours]
-    colours_[-1] = 200
-    return colours_[tokens.clamp(max=canvas.n_outputs).numpy()]
-
-
-def draw(path, panels, canvas):
-    """A PNG of a column of panels for each (title, tokens (M, S, S)), or (title, codes (M, r, c)) if it says so."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-    page, panel = np.full((120 * len(panels[0][1]), 120 * len(panels), 3), 255, np.uint8), 108
-    # one image in one frame: axes for every panel would take a second
-    figure = Figure(figsize=(page.shape[1] / 80, page.shape[0] / 80 + 0.4), dpi=80)
-    axes = figure.add_axes((0, 0, 1, page.shape[0] / (page.shape[0] + 32)))
-    for c, (title, column) in enumerate(panels):
-        axes.text(120 * c + 60, -8, title, ha="center", fontsize=8)
-        for r, shown in enumerate(column):
-            if title.startswith("codes"):
-                small = (colormaps["nipy_spectral"](shown.numpy() / (codebook_size - 1))[..., :3] * 255).astype(np.uint8)
-                small[shown.numpy() < 0] = 255
-            else:
-                small = picture(shown, canvas)
-            y, x = (np.arange(panel) * n // panel for n in small.shape[:2])      # enlarged by repeating
-            top, left = 120 * r + 6, 120 * c + 6
-            page[top - 1:top + panel + 1, left - 1:left + panel + 1] = 0         # a thin frame
-            page[top:top + panel, left:left + panel] = small[y[:, None], x]
-    axes.imshow(page)
-    axes.axis("off")
-    with replacing(path) as file:
-        figure.savefig(file, format="png")
-
-
 @torch.no_grad()
 def draw_all(model, canvas, grids, found, run_dir, step, autocast):
     """Three pictures of an evaluation: panels of grid, what the encoder saw of it masked, reconstructions and code map;
@@ -461,7 +421,7 @@ def draw_all(model, canvas, grids, found, run_dir, step, autocast):
             again = model.write(model.codebook.look_up(again), shapes.to(where)).cpu()
         panels += [("masked", hidden), ("of masked", again)]
     panels += [("reconstruction", written), ("codes", model.code_map(codes))]
-    draw(folder / f"step_{step:08d}.png", panels, canvas)
+    draw(folder / f"step_{step:08d}.png", panels, canvas, codebook_size)
 
     counts = found["codes"][:, model.config.n_shape_codes:].flatten().bincount(minlength=codebook_size)
     figure = Figure(figsize=(6, 3), layout="constrained", dpi=80)
@@ -481,85 +441,9 @@ def draw_all(model, canvas, grids, found, run_dir, step, autocast):
     with autocast:
         changed = model.write(*model.read(base.flatten(0, 2).to(where))).cpu().unflatten(0, (-1, 9)).unbind(1)
     labels = [f"code {int(p)} = {int(k)}" for p in positions for k in popular]
-    draw(folder / f"traversal_{step:08d}.png", [("reconstruction", written[:4]), *zip(labels, changed)], canvas)
+    draw(folder / f"traversal_{step:08d}.png", [("reconstruction", written[:4]), *zip(labels, changed)], canvas,
+         codebook_size)
     model.train()
-
-
-# --- Grids to codes, codes to grids ---
-
-def grids_of(value, name="grid", depth=0):
-    """[(name, rows of colours)] of what a JSON file holds: one grid, a list of grids, a task, or several by name."""
-    if depth > 20:
-        raise UserError(f"{shown(name)}: nested too deeply: a grid is a list of rows, each a list of colours")
-    if isinstance(value, list) and value and all(isinstance(row, list) and row and all(
-            type(cell) is int for cell in row) for row in value):
-        return [(name, value)]
-    if not isinstance(value, (dict, list)):
-        raise UserError(f"{shown(name)}: {json.dumps(value)[:40]} is no grid: a grid is a list of rows, each a list of "
-                        "colours")
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return [found for key, item in items for found in grids_of(item, f"{name} {key}", depth + 1)]
-
-
-def read_file(path):
-    """The JSON in a file. UserError: not there, not JSON."""
-    try:
-        if Path(path).is_char_device():
-            raise UserError(f"{path} is a device, no JSON")      # it may have no end
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except RecursionError:
-        raise UserError(f"{path} is nested too deeply") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-
-
-@torch.no_grad()
-def print_codes(model, canvas, autocast):
-    """The setting `encode`: a line of JSON for every grid of the file: name, shape, codes, and whether they suffice."""
-    named = grids_of(read_file(encode), Path(encode).stem)
-    if not named:
-        raise UserError(f"{encode} holds no grid")
-    cells = torch.full((len(named), max_side, max_side), OUTSIDE, dtype=torch.uint8)
-    for i, (name, rows) in enumerate(named):
-        if len({len(row) for row in rows}) > 1 or len(rows) > max_side or len(rows[0]) > max_side or not all(
-                0 <= cell < n_colours for row in rows for cell in row):
-            raise UserError(f"{encode}, {name}: rows of one length, at most {max_side} x {max_side}, colours 0 to "
-                            f"{n_colours - 1} are what this model knows")
-        cells[i, :len(rows), :len(rows[0])] = torch.tensor(rows, dtype=torch.uint8)
-    tokens = canvas.tokens(cells)
-    shapes, where = canvas.shapes(tokens), model.queries.device
-    with autocast:
-        codes = model.codebook(model.encode(tokens.to(where), shapes.to(where))).codes
-        codes = model.with_shape(codes, shapes.to(where))
-        exact = (model.write(*model.read(codes)).cpu() == tokens).flatten(1).all(1)
-    for (name, _), shape, row, right in zip(named, shapes.tolist(), codes.tolist(), exact.tolist()):
-        print(json.dumps({"grid": name, "shape": shape, "codes": row, "exact": right}))
-
-
-def codes_to_write():
-    """The setting `decode` as a list of lists of n_codes codes. UserError: too few, too many, out of range."""
-    if os.path.isfile(decode):                               # False where it is too long for a name
-        value = read_file(decode)
-        rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
-    else:
-        rows = [[int(word) if word.strip().isdecimal() else word for word in decode.split(",")]]
-    for row in rows:
-        if not isinstance(row, list) or len(row) != n_codes or not all(
-                type(code) is int and 0 <= code < codebook_size for code in row):
-            raise UserError(f"--decode: this model wants {n_codes} codes from 0 to {codebook_size - 1}, with commas "
-                            "between, or a JSON file with a list of such lists")
-    return rows
-
-
-@torch.no_grad()
-def print_grids(model, canvas, autocast):
-    """The setting `decode`: a line of JSON for each row of codes; null where what is written forms no grid."""
-    with autocast:
-        tokens = model.write(*model.read(torch.tensor(codes_to_write(), device=model.queries.device))).cpu()
-    for rows, (h, w) in zip(tokens.tolist(), canvas.shapes(tokens).tolist()):
-        print(json.dumps([row[:w] for row in rows[:h]] if h else None))
 
 
 def fits(model, state):
@@ -598,7 +482,7 @@ def main():
         with restoring(checkpoint.path):
             put_back(checkpoint, dict(model=model, ema=ema, optimizer=opt))
         with optim.evaluated(opt, ema):
-            print_codes(model, canvas, autocast) if encode is not None else print_grids(model, canvas, autocast)
+            print_codes(model, encode, autocast) if encode is not None else print_grids(model, decode, autocast)
         return
 
     # ---- data ----
@@ -767,16 +651,16 @@ def report(numbers):
     print(f"  raw cells are {numbers['raw_bits']:.0f} bits on average; {numbers['larger_grids']:,} grids are larger "
           f"than their codes{larger}")
     if "mi" in numbers:
-        print("  KL {kl:.1f} nats = MI {mi:.2f} (of at most {mi_ceiling:.2f}) + TC {tc:.1f} + dimension-wise {dwkl:.1f} "
-              "(all over the first 1,000)".format(**numbers))
+        print("  KL {kl:.1f} nats = MI {mi:.2f} (of at most {mi_ceiling:.2f}) + TC {tc:.1f} + dimension-wise "
+              "{dwkl:.1f} (all over the first 1,000)".format(**numbers))
     if "nmi" in numbers:
         print("  positions share {nmi:.3f} of their information ({nmi_floor:.3f} by chance)".format(**numbers))
     if "pairs" in numbers:
         print("  codes that differ: {pair_difference:.3f} between input and output of {pairs} pairs, "
               "{random_pair_difference:.3f} between strangers".format(**numbers))
     for name in [name.removeprefix("gap_") for name in numbers if name.startswith("gap_")]:
-        print(f"  {name}: one position knows {numbers[f'information_{name}']:.3f} of it ({numbers[f'chance_{name}']:.3f} "
-              f"by chance), {numbers[f'gap_{name}']:.3f} more than the next")
+        print(f"  {name}: one position knows {numbers[f'information_{name}']:.3f} of it "
+              f"({numbers[f'chance_{name}']:.3f} by chance), {numbers[f'gap_{name}']:.3f} more than the next")
 
 
 if __name__ == "__main__":

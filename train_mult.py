@@ -358,11 +358,10 @@ class Learner:
         if not dropout:
             yield
             return
-        others = generator_states()
-        restore_generators(self.generators)
-        yield
-        self.generators = generator_states()
-        restore_generators(others)
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            restore_generators(self.generators)
+            yield
+            self.generators = generator_states()
 
     def inputs(self, notation, source, padding, targets, autocast):
         """What the decoder reads in a training pass, (B, T): the true tokens, or, by the schedule, its own predictions
