@@ -303,7 +303,7 @@ def main():
         bar, clock, seen = run.bar(max_steps, first), Stopwatch(where), 0    # tokens since the last line of metrics
 
         while not mesh.stop(run):
-            # ---- evaluate and save: before the step, so that a run that stops here does on resume what was due ----
+            # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
             step = loop["step"]
             rate = optim.set_rate(opt, settings, step)   # first, so that what is saved does not ask who stepped before
             over = max_steps is not None and step >= max_steps

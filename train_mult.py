@@ -409,6 +409,11 @@ class Learner:
             objective = objective + sum_weight * named * ((places >= 0).sum() / n_digits)
         return objective, nats.detach() * share, accuracy
 
+    def evaluated(self, notation, autocast, *sides):
+        """What `evaluate` finds on each of the sides, (N, 2) problems, by the weights to evaluate."""
+        with optim.evaluated(self.opt, self.ema):
+            return [evaluate(self.model, notation, pairs, autocast) for pairs in sides]
+
 
 # --- Evaluation ---
 
@@ -554,14 +559,12 @@ def main():
     print("; ".join(f"{learner.name} {learner.model.n_params():,} parameters" for learner in learners) +
           f"; {where.type} {str(precision).removeprefix('torch.')}")
 
-    if only_read:
-        if ask is not None:
-            answer_questions(learners, notation)
-        for learner in learners if eval_only else ():
-            with optim.evaluated(learner.opt, learner.ema):
-                for title, pairs in (("training", seen), ("held-out", val)):
-                    found = evaluate(learner.model, notation, pairs, autocast)
-                    report(found, notation, f"{learner.name}, step {learner.step:,}, {title} pairs")
+    if ask is not None:
+        return answer_questions(learners, notation)
+    if eval_only:
+        for learner in learners:
+            for title, found in zip(("training", "held-out"), learner.evaluated(notation, autocast, seen, val)):
+                report(found, notation, f"{learner.name}, step {learner.step:,}, {title} pairs")
         return
     limits.notes(settings, {"max_steps": max_steps}, checkpoint and checkpoint["settings"])
 
@@ -586,9 +589,7 @@ def main():
                 loop.flush()
                 loop["evaluated"] = step
                 clock.start()
-                with optim.evaluated(learner.opt, learner.ema):
-                    found, trained = (evaluate(learner.model, notation, pairs, autocast)
-                                      for pairs in (val[:eval_examples], seen))
+                found, trained = learner.evaluated(notation, autocast, val[:eval_examples], seen)
                 clock.lap("evaluation")
                 if planned:
                     learner.forcing.validated(found["loss"])
@@ -679,8 +680,7 @@ def main():
                            f"parameters_{name}": learner.model.n_params()})
             if not run.stop:
                 clock.start()
-                with optim.evaluated(learner.opt, learner.ema):
-                    found, trained = (evaluate(learner.model, notation, pairs, autocast) for pairs in (val, seen))
+                found, trained = learner.evaluated(notation, autocast, val, seen)
                 clock.lap("evaluation")
                 last_words(run, learner, found, trained)
         run.spent(clock)

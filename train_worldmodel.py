@@ -702,7 +702,8 @@ def in_words(name, numbers):
 
 
 def plan(checkpoint, done, ended, video, only_read):
-    """(stages to train now, in order; those of them that go on from their end; that begin anew), or UserError.
+    """(stages to train now, in order; {stage: what it goes on from, its end or the checkpoint}; those that begin anew),
+    or UserError.
 
     done, ended: of the checkpoint, see `World`. A stage that has learned from one that goes on begins anew.
     """
@@ -739,7 +740,10 @@ def plan(checkpoint, done, ended, video, only_read):
                             f"--resume --stage {name}; or --stage all")
     if checkpoint and begun not in done and begun not in left:
         raise UserError(f"this run is in the middle of stage {begun}: --resume --stage {begun} ends it first")
-    return left, longer, anew
+    was = {name: ended[name] for name in longer}
+    if begun in left and begun not in (*longer, *anew):
+        was[begun] = checkpoint
+    return left, was, anew
 
 
 def check_left(left):
@@ -785,10 +789,7 @@ def main():
     # ---- what is trained already, and what is next ----
     done, ended, told = (dict(checkpoint.get(key, {})) if checkpoint else {} for key in ("done", "ended", "figures"))
     with restoring(checkpoint.path) if checkpoint else nullcontext():
-        left, longer, anew = plan(checkpoint, done, ended, video, only_read)
-        was = {name: ended[name] for name in longer}          # what a stage goes on from
-        if checkpoint and checkpoint["stage"] in left and checkpoint["stage"] not in (*longer, *anew):
-            was[checkpoint["stage"]] = checkpoint
+        left, was, anew = plan(checkpoint, done, ended, video, only_read)
         to_do = sum(steps_of(name) - (was[name]["loop"]["step"] if name in was else 0) for name in left)
         if not only_read:
             check_left(left)
@@ -834,7 +835,7 @@ def main():
             run.summary(**told[name], **({f"{name}_seconds": ended[name]["loop"]["seconds"]} if name in ended else {}))
         bar, clock = run.bar(world.total + to_do, world.total), Stopwatch(where)
         for name in left:
-            if name in longer:
+            if name in was and was[name] is not checkpoint:
                 was[name]["loop"] |= dict(best_model=done[name], start=world.total - was[name]["loop"]["step"])
                 print(f"stage {name} goes on from step {was[name]['loop']['step']}; what is a share of its steps is "
                       f"one of {steps_of(name)}")
