@@ -14,7 +14,7 @@ import torch
 from nanolab import limits, settings as flags
 from nanolab.run import UserError, override
 
-ROOT = Path(flags.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 TRAINERS = ("train_enwik8", "train_mult", "train_dvae", "train_worldmodel", "train_facts")
 TOOLS = ("sample", "evaluate", "grid", "plot", "bench", "probe")
 ODD = ["", " ", "x", "-", ",", "1,2", "nan", "inf", "-inf", "1e308", "-1e308", "1e-320", "1e38", "1e-37", "0", "-1",

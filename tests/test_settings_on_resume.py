@@ -10,7 +10,7 @@ import torch
 
 from nanolab import run as experiment, settings as flags
 
-ROOT = Path(flags.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 # Two tiny steps; what is drawn and measured beside the training stays away.
 BASE = {
     "train_enwik8": "--n_layer 2 --block_size 16 --max_bytes 4000 --batch_size 2 --n_head 2 --n_embd 16 "
