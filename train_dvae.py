@@ -174,8 +174,8 @@ def check(settings):
     if code_dim == 1 and similarity == "cosine" and estimator != "fsq" and settings["resume"] is False:
         raise UserError("code_dim 1: on a line cosine knows two directions and has no gradient, so the encoder would "
                         "learn nothing: take code_dim 2, or --similarity dot")
-    if estimator == "reinmax" and min(own("tau_start"), own("tau_end")) < 1:
-        raise UserError(f"tau {own('tau_start')} to {own('tau_end')}: reinmax needs at least 1, unlike gumbel")
+    if estimator == "reinmax" and min(setting("tau_start"), setting("tau_end")) < 1:
+        raise UserError(f"tau {setting('tau_start')} to {setting('tau_end')}: reinmax needs at least 1, unlike gumbel")
     if estimator not in SAMPLED and (kl_target or any(map(max, (kl_weight, mi_weight, tc_weight, dwkl_weight)))):
         raise UserError(f"{estimator} has no posterior: kl_weight, mi_weight, tc_weight, dwkl_weight and kl_target are "
                         f"for {', '.join(SAMPLED)}")
@@ -216,7 +216,7 @@ def ramp(step, steps, first, last, shape="cosine"):
     return first + (last - first) * (part if shape == "linear" else (1 - math.cos(math.pi * part)) / 2)
 
 
-def own(name):
+def setting(name):
     """A setting of the codes' schedules, or where it is none the estimator's own value: Gumbel wants a temperature
     below 1, ReinMax at least 1; one-hot codes come when code and decoder agree already."""
     value, tau_end = globals()[name], 1 / 16 if estimator.startswith("gumbel") else 1.0
@@ -231,9 +231,9 @@ def scheduled(step):
            for name in ("kl_weight", "mi_weight", "tc_weight", "dwkl_weight", "usage_weight")}
     now["mask_rate"] = ramp(step, mask_fraction * steps, *mask_rate)
     if estimator in SAMPLED:
-        now["tau"] = ramp(step, own("tau_fraction") * steps, own("tau_start"), own("tau_end"))
-        now["noise"] = ramp(step, own("noise_fraction") * steps, 0.0, noise_last, "linear")
-        now["hardness"] = float(step >= own("hard_at") * steps)
+        now["tau"] = ramp(step, setting("tau_fraction") * steps, setting("tau_start"), setting("tau_end"))
+        now["noise"] = ramp(step, setting("noise_fraction") * steps, 0.0, noise_last, "linear")
+        now["hardness"] = float(step >= setting("hard_at") * steps)
     return now
 
 
