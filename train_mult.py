@@ -358,10 +358,11 @@ class Learner:
         if not dropout:
             yield
             return
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            restore_generators(self.generators)
-            yield
-            self.generators = generator_states()
+        others = generator_states()
+        restore_generators(self.generators)
+        yield
+        self.generators = generator_states()
+        restore_generators(others)
 
     def inputs(self, notation, source, padding, targets, autocast):
         """What the decoder reads in a training pass, (B, T): the true tokens, or, by the schedule, its own predictions
