@@ -16,6 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data.arc import load  # noqa: E402
+from nanolab import run as experiment  # noqa: E402
 from test_resume import assert_equal  # noqa: E402
 from test_scripts import fresh  # noqa: E402
 
@@ -29,14 +30,13 @@ DVAE = dict(max_side=5, n_train=60, n_val=2, n_codes=6, codebook_size=16, code_d
             reset_interval="none", usage_weight="0,0", ema_decay=0.0)
 
 
-class Told:
-    """What a Run is told: lines of metrics without clocks, the summary, and every state saved: [(name, state)]. With
-    stop_at it is as if a signal came in that step."""
-
-    def __init__(self, stop_at=None):
-        self.stop, self.dir, self.stop_at, self.lines, self.saved, self.end = None, None, stop_at, [], [], {}
+class Told(experiment.Run):
+    """What a Run is told, which writes no file: lines of metrics without clocks, the summary, and every state saved:
+    [(name, state)]. With stop_at it is as if a signal came in that step."""
+    stop_at = None
 
     def __enter__(self):
+        self.lines, self.saved, self.end = [], [], {}
         return self
 
     def __exit__(self, *_):
@@ -47,7 +47,7 @@ class Told:
         if line["split"] == "train" and line["step"] == self.stop_at:
             self.stop = 15
 
-    def save(self, name, state):
+    def _write(self, name, state):
         file = io.BytesIO()
         torch.save(state, file)
         file.seek(0)
@@ -56,11 +56,8 @@ class Told:
     def summary(self, **values):
         self.end |= values
 
-    def bar(self, *_):
-        return self
-
-    def __getattr__(self, name):
-        return lambda *_, **__: None                         # keep, spent, note, close, ...
+    def spent(self, clock):
+        pass
 
     def last(self, name="last.pt"):
         """The state that a file has at the end."""
@@ -69,18 +66,26 @@ class Told:
 
 def run(script, monkeypatch, settings, checkpoint=None, stop_at=None):
     """What a Run is told by main(), in this process, without files; on resume from the state `checkpoint`."""
-    g, told = fresh(script), Told(stop_at)
-    g.update(Run=lambda *_, **__: told, draw_all=lambda *_: None)
+    g, told = fresh(script), []
+
+    def started(*words, **things):
+        told.append(Told(*words, **things))
+        told[0].stop_at = stop_at
+        return told[0]
+    g.update(Run=started, draw_all=lambda *_: None)
     if script == "train_dvae.py":
         g["load"] = load                                     # the same grids, drawn once
     if checkpoint:
-        g.update(find_resume=lambda *_, **__: "last.pt", load_checkpoint=lambda *_: checkpoint)
+        checkpoint = experiment.Checkpoint(checkpoint)
+        checkpoint.path = Path("last.pt")
+    monkeypatch.setattr(experiment, "find_resume", lambda *_: checkpoint and checkpoint.path)
+    monkeypatch.setattr(experiment, "load_checkpoint", lambda *_: checkpoint)
     monkeypatch.setattr(sys, "argv", [script, *(f"--{name}={value}" for name, value in settings.items())])
     before = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
     g["main"]()
     torch.set_deterministic_debug_mode(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
-    return told
+    return told[0]
 
 
 def assert_same(three, one, states):
