@@ -19,25 +19,20 @@ from nanolab.settings import answer_help
 
 answer_help(__name__, __file__)  # before the seconds that the next lines take
 
-import json
 import math
-import os
 import time
-from pathlib import Path
 
-import numpy as np
 import torch
 
-from data.arc import OUTSIDE, PALETTE, Canvas, Stream, load
-from kernels import use as use_kernels
+from data.arc import Canvas, Stream, load
 from model import fused_rows, parameter_roles
 from models.discrete import (SAMPLED, choose, code_statistics, decompose, fsq_levels, information_gaps, kl_uniform,
                              nmi_matrix, usage_kl)
 from models.dvae import DVAE, Config
 from nanolab import limits, optim
+from nanolab.codes import draw, print_codes, print_grids
 from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, begin, command, optional, put_back, replacing,
                          resolve_device, restoring, resumed, seed_everything)
-from nanolab.settings import shown
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
@@ -168,15 +163,6 @@ architecture = (
     "distance_bias", "resample", "output_positions", "similarity", "dataset", "val_dataset", "max_side", "n_colours",
     "n_train", "n_val", "crops", "split_seed", "optimizer")
 
-# Gumbel wants a temperature below 1, ReinMax at least 1; one-hot codes come when code and decoder agree already.
-OWN = {
-    "gumbel_soft": dict(tau_start=1.0, tau_end=1 / 16, tau_fraction=0.4, noise_fraction=0.25, hard_at=0.0),
-    "gumbel_hard": dict(tau_start=1.0, tau_end=1 / 16, tau_fraction=0.4, noise_fraction=0.25, hard_at=0.3),
-    "straight_through": dict(tau_start=1.0, tau_end=1.0, tau_fraction=0.4, noise_fraction=0.25, hard_at=0.3),
-    "reinmax": dict(tau_start=1.0, tau_end=1.0, tau_fraction=0.4, noise_fraction=0.25, hard_at=0.3),
-    "vq": {}, "fsq": {},
-}
-
 
 def check(settings):
     """Settings that cannot go together: UserError with one sentence. Returns the model's configuration."""
@@ -187,10 +173,9 @@ def check(settings):
     if code_dim == 1 and similarity == "cosine" and estimator != "fsq" and settings["resume"] is False:
         raise UserError("code_dim 1: on a line cosine knows two directions and has no gradient, so the encoder would "
                         "learn nothing: take code_dim 2, or --similarity dot")
-    if estimator == "reinmax" and min(own("tau_start"), own("tau_end")) < 1:
-        raise UserError(f"tau {own('tau_start')} to {own('tau_end')}: reinmax needs at least 1, unlike gumbel")
-    if estimator not in SAMPLED and any(map(max, (kl_weight, mi_weight, tc_weight, dwkl_weight))) or (
-            estimator not in SAMPLED and kl_target):
+    if estimator == "reinmax" and min(setting("tau_start"), setting("tau_end")) < 1:
+        raise UserError(f"tau {setting('tau_start')} to {setting('tau_end')}: reinmax needs at least 1, unlike gumbel")
+    if estimator not in SAMPLED and (kl_target or any(map(max, (kl_weight, mi_weight, tc_weight, dwkl_weight)))):
         raise UserError(f"{estimator} has no posterior: kl_weight, mi_weight, tc_weight, dwkl_weight and kl_target are "
                         f"for {', '.join(SAMPLED)}")
     if estimator not in SAMPLED and codebook_bound:
@@ -229,10 +214,12 @@ def ramp(step, steps, first, last, shape="cosine"):
     return first + (last - first) * (part if shape == "linear" else (1 - math.cos(math.pi * part)) / 2)
 
 
-def own(name):
-    """A setting of the codes' schedules, or where it is none the estimator's own value."""
-    value = globals()[name]
-    return OWN[estimator].get(name) if value is None else value
+def setting(name):
+    """A setting of the codes' schedules, or where it is none the estimator's own value: Gumbel wants a temperature
+    below 1, ReinMax at least 1; one-hot codes come when code and decoder agree already."""
+    value, tau_end = globals()[name], 1 / 16 if estimator.startswith("gumbel") else 1.0
+    return dict(tau_start=1.0, tau_end=tau_end, tau_fraction=0.4, noise_fraction=0.25,
+                hard_at=0.0 if estimator == "gumbel_soft" else 0.3)[name] if value is None else value
 
 
 def scheduled(step):
@@ -242,10 +229,9 @@ def scheduled(step):
            for name in ("kl_weight", "mi_weight", "tc_weight", "dwkl_weight", "usage_weight")}
     now["mask_rate"] = ramp(step, mask_fraction * steps, *mask_rate)
     if estimator in SAMPLED:
-        soft = step < own("hard_at") * steps
-        now["tau"] = ramp(step, own("tau_fraction") * steps, own("tau_start"), own("tau_end"))
-        now["noise"] = ramp(step, own("noise_fraction") * steps, 0.0, noise_last, "linear")
-        now["hardness"] = 0.0 if soft else 1.0
+        now["tau"] = ramp(step, setting("tau_fraction") * steps, setting("tau_start"), setting("tau_end"))
+        now["noise"] = ramp(step, setting("noise_fraction") * steps, 0.0, noise_last, "linear")
+        now["hardness"] = float(step >= setting("hard_at") * steps)
     return now
 
 
@@ -257,27 +243,23 @@ def objective(model, found, tokens, shapes, now, mean_cells=None):
     found: what the codebook made of the grids; now: what `scheduled` says of this step. mean_cells: cells per grid of
     the whole step, where this batch is one pass of several (None: it is the step); the mean over passes is then that of
     one pass over all of their grids, but for terms that compare the grids of a batch: usage, MI, TC and DWKL. The
-    reconstruction is float32 whatever autocast does. In nats per grid the loss is the reconstruction's and the sum of
-    weight times part, the usage term counted once for each learned code; loss_scale "token" divides it by the cells per
-    grid, as DALL-E's is divided by the 256 x 256 x 3 values of an image; with "even" every grid weighs the same, not
-    every cell. DALL-E's KL weight of 6.6 does not transfer: there 13 bits stand for 64 pixels of 24 bits each, here a
-    code could cost more than all that it can tell.
+    usage term counts once for each learned code. loss_scale "token" divides by the cells per grid, as DALL-E's loss is
+    divided by the 256 x 256 x 3 values of an image. DALL-E's KL weight of 6.6 does not transfer: there 13 bits stand
+    for 64 pixels of 24 bits each, here a code could cost more than all that it can tell.
     """
     nats, right = model.nats(found.e, tokens, shapes)
     cells = shapes.prod(1).float()
     mean_cells = cells.mean() if mean_cells is None else mean_cells
-    total, parts = nats.mean(), {"nats": nats.mean().detach(), "exact": right.float().mean()}
-    if loss_scale == "even":
-        total = (nats / cells).mean() * mean_cells
+    parts = {"nats": nats.mean().detach(), "exact": right.float().mean()}
+    total = (nats / cells).mean() * mean_cells if loss_scale == "even" else nats.mean()
     if found.logits is not None:
-        weights = {name: now[f"{name}_weight"] for name in ("kl", "mi", "tc", "dwkl")}
-        terms = {"kl": kl_uniform(found.logits).sum(1).mean()}
-        if any(weights[name] for name in ("mi", "tc", "dwkl")):
+        if any(now[f"{name}_weight"] for name in ("mi", "tc", "dwkl")):
             terms = decompose(found.logits, found.y, positive_parts)
-        for name, weight in weights.items():
-            if name in terms:
-                total = total + weight * terms[name] if weight else total
-                parts[name] = terms[name].detach()
+        else:
+            terms = {"kl": kl_uniform(found.logits).sum(1).mean()}
+        for name in [name for name in ("kl", "mi", "tc", "dwkl") if name in terms]:
+            total = total + now[f"{name}_weight"] * terms[name] if now[f"{name}_weight"] else total
+            parts[name] = terms[name].detach()
         if now["usage_weight"]:
             total = total + now["usage_weight"] * len(model.queries) * usage_kl(found.logits)
     if codebook_bound:
@@ -302,6 +284,17 @@ def warn_of_passes():
               f"{batch_size} grids has its own, and a step takes their mean")
 
 
+def revive(codebook, loop, outputs, generator):
+    """Every reset_interval steps, in a share of all, the codes that nothing chose become some of a step's encoder
+    outputs, a list of (M, D)."""
+    if reset_interval and estimator != "fsq" and loop["step"] % reset_interval == 0:
+        if loop["step"] <= reset_fraction * (schedule_steps or max_steps):
+            dead = loop["chosen"] == 0
+            codebook.revive(dead, torch.cat(outputs), generator)
+            loop["revived"] = loop.get("revived", 0) + int(dead.sum())
+        loop["chosen"].zero_()
+
+
 @torch.no_grad()
 def fit_codebook(model, ema, canvas, stream, autocast, generator):
     """Codes become k-means of what the encoder makes of the first four batches; the average begins with them."""
@@ -321,30 +314,28 @@ def evaluate(model, canvas, grids, autocast, now, count=None, thorough=False):
     """Figures of a model on the first `count` of Grids (None: all), by hard codes without noise, from codes alone.
 
     Returns (numbers for metrics.jsonl, what else there is: codes (M, N), written and true canvases, correct (M,)).
-    accuracy: of tokens that are neither row end nor PAD; exact: whole canvases; shape_accuracy: height and width; nats
-    and loss: -ln p(grid | codes) per grid and per cell; bits: codes times log2 of the codebook; raw_bits: cells times
-    log2 of the colours, on average, larger_exact: exact among the larger_grids, which have more of them than bits;
-    floor: the best single colour per grid. soft_hard_gap: accuracy with codes drawn as `now` draws them in training,
-    minus accuracy.
-    thorough: also MI, TC and DWKL over the set, what pairs of positions share, and factors of synthetic grids.
+    accuracy: of tokens that are neither row end nor PAD; exact: whole canvases; nats and loss: -ln p(grid | codes) per
+    grid and per cell; raw_bits: cells times log2 of the colours, on average; larger_exact: exact among the
+    larger_grids, which have more of them than bits. soft_hard_gap: accuracy with codes drawn as `now` draws them in
+    training, minus accuracy. thorough: also `thoroughly`.
     """
     model.eval()
-    cells, shapes = grids.cells[:count], grids.shapes[:count]
     where, parts = model.queries.device, {}
     generator = torch.Generator(where).manual_seed(0)        # its own: an evaluation changes nothing in training
+    cells, all_shapes = grids.cells[:count], grids.shapes[:count]
     for first in range(0, len(cells), eval_batch_size):
-        tokens = canvas.tokens(cells[first:first + eval_batch_size]).to(where)
-        some = shapes[first:first + eval_batch_size].to(where)
+        some = slice(first, first + eval_batch_size)
+        tokens, shapes = canvas.tokens(cells[some]).to(where), all_shapes[some].to(where)
         with autocast:
-            z = model.encode(tokens, some)
+            z = model.encode(tokens, shapes)
             found = model.codebook(z)
-            codes = model.with_shape(found.codes, some)
-            nats, _ = model.nats(model.codebook.look_up(found.codes), tokens, some)
+            codes = model.with_shape(found.codes, shapes)
+            nats, _ = model.nats(model.codebook.look_up(found.codes), tokens, shapes)
             row = dict(codes=codes, nats=nats, tokens=tokens, written=model.write(*model.read(codes)))
             if found.logits is not None:
-                row |= dict(kl=kl_uniform(found.logits).sum(1))
+                row["kl"] = kl_uniform(found.logits).sum(1)
                 schedules = {name: now[name] for name in ("tau", "noise", "hardness")}
-                row["drawn"] = model.write(model.codebook(z, estimator, generator=generator, **schedules).e, some)
+                row["drawn"] = model.write(model.codebook(z, estimator, generator=generator, **schedules).e, shapes)
                 if thorough and first < 1000:                # the mixture of `decompose` compares all with all
                     row["logits"] = found.logits[:1000 - first]
         for name, value in row.items():
@@ -372,8 +363,8 @@ def evaluate(model, canvas, grids, autocast, now, count=None, thorough=False):
     numbers.update(raw_bits=raw_bits.mean().item(), larger_grids=larger.sum().item())
     if larger.any():
         numbers["larger_exact"] = correct[larger].double().mean().item()
-    norms = model.codebook.norms() if hasattr(model.codebook, "norms") else None
-    if norms is not None:
+    if hasattr(model.codebook, "norms"):
+        norms = model.codebook.norms()
         numbers.update(codebook_norm_min=norms.min().item(), codebook_norm_max=norms.max().item())
     if thorough:
         numbers.update(thoroughly(found, grids, count, canvas, model.config.n_shape_codes))
@@ -409,166 +400,48 @@ def thoroughly(found, grids, count, canvas, n_shape_codes):
     return numbers
 
 
-# --- Pictures ---
-
-def picture(tokens, canvas):
-    """Tokens (S, S) -> an RGB image (S, S, 3) uint8: ARC's colours, row ends and PAD white, MASK light grey."""
-    colours_ = np.full((canvas.n_outputs + 1, 3), 255, np.uint8)
-    colours_[:canvas.n_colours] = PALETTE[:canvas.n_colours]
-    colours_[-1] = 200
-    return colours_[tokens.clamp(max=canvas.n_outputs).numpy()]
-
-
-def draw(run_dir, name, columns, titles, canvas, rows):
-    """A PNG of panels: columns is a list of tensors (M, S, S) of tokens, or (M, r, c) of codes if its title says so."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-    page, panel = np.full((120 * rows, 120 * len(columns), 3), 255, np.uint8), 108
-    for c, (column, title) in enumerate(zip(columns, titles)):
-        for r in range(rows):
-            if title.startswith("codes"):
-                codes = column[r].numpy()
-                small = (colormaps["nipy_spectral"](codes / (codebook_size - 1))[..., :3] * 255).astype(np.uint8)
-                small[codes < 0] = 255
-            else:
-                small = picture(column[r], canvas)
-            y, x = (np.arange(panel) * n // panel for n in small.shape[:2])      # enlarged by repeating
-            top, left = 120 * r + 6, 120 * c + 6
-            page[top - 1:top + panel + 1, left - 1:left + panel + 1] = 0         # a thin frame
-            page[top:top + panel, left:left + panel] = small[y[:, None], x]
-    # one image in one frame: axes for every panel would take a second
-    figure = Figure(figsize=(page.shape[1] / 80, page.shape[0] / 80 + 0.4), dpi=80)
-    axes = figure.add_axes((0, 0, 1, page.shape[0] / (page.shape[0] + 32)))
-    axes.imshow(page)
-    axes.axis("off")
-    for c, title in enumerate(titles):
-        axes.text(120 * c + 60, -8, title, ha="center", fontsize=8)
-    (run_dir / "samples").mkdir(exist_ok=True)
-    with replacing(run_dir / "samples" / name) as file:
-        figure.savefig(file, format="png")
-
-
 @torch.no_grad()
 def draw_all(model, canvas, grids, found, run_dir, step, autocast):
     """Three pictures of an evaluation: panels of grid, what the encoder saw of it masked, reconstructions and code map;
     how often each code was chosen; and what changes where one code is changed."""
     from matplotlib.figure import Figure
     model.eval()
-    where = model.queries.device
-    M = min(8, len(found["codes"]))
-    order = torch.linspace(0, len(found["codes"]) - 1, M).long()
-    tokens, shapes, codes = found["tokens"][order], grids.shapes[order], found["codes"][order]
-    columns, titles = [tokens], ["grid"]
+    where, folder = model.queries.device, run_dir / "samples"
+    folder.mkdir(exist_ok=True)
+    order = torch.linspace(0, len(found["codes"]) - 1, min(8, len(found["codes"]))).long()
+    tokens, shapes, codes, written = (part[order] for part in (found["tokens"], grids.shapes, found["codes"],
+                                                               found["written"]))
+    panels = [("grid", tokens)]
     if canvas.mask is not None:
         hidden, _ = masked(tokens, canvas, max(mask_rate), torch.Generator().manual_seed(0))
         with autocast:
             again = model.codebook(model.encode(hidden.to(where), shapes.to(where))).codes
             again = model.write(model.codebook.look_up(again), shapes.to(where)).cpu()
-        columns, titles = [*columns, hidden, again], [*titles, "masked", "of masked"]
-    columns += [found["written"][order], model.code_map(codes)]
-    draw(run_dir, f"step_{step:08d}.png", columns, [*titles, "reconstruction", "codes"], canvas, M)
+        panels += [("masked", hidden), ("of masked", again)]
+    panels += [("reconstruction", written), ("codes", model.code_map(codes))]
+    draw(folder / f"step_{step:08d}.png", panels, canvas, codebook_size)
 
-    learned = found["codes"][:, model.config.n_shape_codes:]
-    counts = learned.flatten().bincount(minlength=codebook_size).sort(descending=True).values
+    counts = found["codes"][:, model.config.n_shape_codes:].flatten().bincount(minlength=codebook_size)
     figure = Figure(figsize=(6, 3), layout="constrained", dpi=80)
     axes = figure.subplots()
-    axes.bar(range(codebook_size), (counts / counts.sum() * codebook_size).tolist(), width=1.0)
+    heights = counts.sort(descending=True).values / counts.sum() * codebook_size
+    axes.bar(range(codebook_size), heights.tolist(), width=1.0)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set(xlabel="code, by frequency", ylabel="frequency x codebook size", title=f"step {step}")
-    with replacing(run_dir / "samples" / f"usage_{step:08d}.png") as file:
+    with replacing(folder / f"usage_{step:08d}.png") as file:
         figure.savefig(file, format="png")
 
     base = codes[:4, None, None].expand(-1, 3, 3, -1).clone()    # 4 grids, 3 positions, 3 other codes each
     positions = torch.linspace(model.config.n_shape_codes, n_codes - 1, 3).round().long()
-    popular = learned.flatten().bincount(minlength=codebook_size).argsort(descending=True)[:3]
-    popular = popular[torch.arange(3) % codebook_size]           # of two codes one comes twice
+    popular = counts.argsort(descending=True)[:3][torch.arange(3) % codebook_size]   # of two codes one comes twice
     for p, position in enumerate(positions):
         base[:, p, :, position] = popular
     with autocast:
-        changed = model.write(*model.read(base.flatten(0, 2).to(where))).cpu()
-    changed = changed.view(len(base), 9, *changed.shape[1:])
+        changed = model.write(*model.read(base.flatten(0, 2).to(where))).cpu().unflatten(0, (-1, 9)).unbind(1)
     labels = [f"code {int(p)} = {int(k)}" for p in positions for k in popular]
-    draw(run_dir, f"traversal_{step:08d}.png", [found["written"][order][:4], *changed.unbind(1)],
-         ["reconstruction", *labels], canvas, len(base))
+    draw(folder / f"traversal_{step:08d}.png", [("reconstruction", written[:4]), *zip(labels, changed)], canvas,
+         codebook_size)
     model.train()
-
-
-# --- Grids to codes, codes to grids ---
-
-def grids_of(value, name="grid", depth=0):
-    """[(name, rows of colours)] of what a JSON file holds: one grid, a list of grids, a task, or several by name."""
-    if depth > 20:
-        raise UserError(f"{shown(name)}: nested too deeply: a grid is a list of rows, each a list of colours")
-    if isinstance(value, list) and value and all(isinstance(row, list) and row and all(
-            type(cell) is int for cell in row) for row in value):
-        return [(name, value)]
-    if isinstance(value, dict):
-        return [found for key, item in value.items() for found in grids_of(item, f"{name} {key}", depth + 1)]
-    if isinstance(value, list):
-        return [found for i, item in enumerate(value) for found in grids_of(item, f"{name} {i}", depth + 1)]
-    raise UserError(f"{shown(name)}: {json.dumps(value)[:40]} is no grid: a grid is a list of rows, each a list of "
-                    "colours")
-
-
-def read_file(path):
-    """The JSON in a file. UserError: not there, not JSON."""
-    try:
-        if Path(path).is_char_device():
-            raise UserError(f"{path} is a device, no JSON")      # it may have no end
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except RecursionError:
-        raise UserError(f"{path} is nested too deeply") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-
-
-@torch.no_grad()
-def print_codes(model, canvas, autocast):
-    """The setting `encode`: a line of JSON for every grid of the file: name, shape, codes, and whether they suffice."""
-    named = grids_of(read_file(encode), Path(encode).stem)
-    if not named:
-        raise UserError(f"{encode} holds no grid")
-    cells = torch.full((len(named), max_side, max_side), OUTSIDE, dtype=torch.uint8)
-    for i, (name, rows) in enumerate(named):
-        if len({len(row) for row in rows}) > 1 or len(rows) > max_side or len(rows[0]) > max_side or not all(
-                0 <= cell < n_colours for row in rows for cell in row):
-            raise UserError(f"{encode}, {name}: rows of one length, at most {max_side} x {max_side}, colours 0 to "
-                            f"{n_colours - 1} are what this model knows")
-        cells[i, :len(rows), :len(rows[0])] = torch.tensor(rows, dtype=torch.uint8)
-    tokens = canvas.tokens(cells)
-    shapes, where = canvas.shapes(tokens), model.queries.device
-    with autocast:
-        codes = model.codebook(model.encode(tokens.to(where), shapes.to(where))).codes
-        codes = model.with_shape(codes, shapes.to(where))
-        exact = (model.write(*model.read(codes)).cpu() == tokens).flatten(1).all(1)
-    for (name, _), shape, row, right in zip(named, shapes.tolist(), codes.tolist(), exact.tolist()):
-        print(json.dumps({"grid": name, "shape": shape, "codes": row, "exact": right}))
-
-
-def codes_to_write():
-    """The setting `decode` as a list of lists of n_codes codes. UserError: too few, too many, out of range."""
-    if os.path.isfile(decode):                               # False where it is too long for a name
-        value = read_file(decode)
-        rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
-    else:
-        rows = [[int(word) if word.strip().isdecimal() else word for word in decode.split(",")]]
-    for row in rows:
-        if not isinstance(row, list) or len(row) != n_codes or not all(
-                type(code) is int and 0 <= code < codebook_size for code in row):
-            raise UserError(f"--decode: this model wants {n_codes} codes from 0 to {codebook_size - 1}, with commas "
-                            "between, or a JSON file with a list of such lists")
-    return rows
-
-
-@torch.no_grad()
-def print_grids(model, canvas, autocast):
-    """The setting `decode`: a line of JSON for each row of codes; null where what is written forms no grid."""
-    with autocast:
-        tokens = model.write(*model.read(torch.tensor(codes_to_write(), device=model.queries.device))).cpu()
-    for rows, (h, w) in zip(tokens.tolist(), canvas.shapes(tokens).tolist()):
-        print(json.dumps([row[:w] for row in rows[:h]] if h else None))
 
 
 def fits(model, state):
@@ -585,8 +458,8 @@ def fits(model, state):
 def main():
     # ---- settings: flags, preset, and on resume the checkpoint's ----
     settings = begin(globals())
-    only_read = eval_only or encode is not None or decode is not None
-    if (eval_only, encode is not None, decode is not None).count(True) > 1:
+    only_read = (eval_only, encode is not None, decode is not None).count(True)
+    if only_read > 1:
         raise UserError("--eval_only, --encode and --decode: one of them")
     if only_read and settings["resume"] is False:
         raise UserError("--eval_only, --encode and --decode go with --resume, or --resume PATH: which model?")
@@ -594,14 +467,11 @@ def main():
     config = check(settings)
     canvas = config.canvas
     where, precision = resolve_device(device, dtype)
-    use_kernels(kernels)
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
 
     # ---- model, and what a person asks of a trained one ----
     seed_everything(seed, deterministic)
     model = DVAE(config).to(where)
-    noise = torch.Generator(where).manual_seed(seed)         # of codes and masks
-    revival = torch.Generator().manual_seed(seed)            # which encoder outputs dead codes become
     ema = optim.EMA(model, ema_decay) if ema_decay else None
     opt = optim.build(settings, model.named_parameters(), parameter_roles(model), fused_rows(model))
     if checkpoint:
@@ -610,7 +480,7 @@ def main():
         with restoring(checkpoint.path):
             put_back(checkpoint, dict(model=model, ema=ema, optimizer=opt))
         with optim.evaluated(opt, ema):
-            print_codes(model, canvas, autocast) if encode is not None else print_grids(model, canvas, autocast)
+            print_codes(model, encode, autocast) if encode is not None else print_grids(model, decode, autocast)
         return
 
     # ---- data ----
@@ -620,10 +490,12 @@ def main():
         settings.check_data(checkpoint, ("dataset", "val_dataset", "max_side", "n_colours", "n_train", "n_val", "crops",
                                          "split_seed"), arc.hash)
     print(arc.source)
-    rate = f"{n_codes} codes of {codebook_size}, {n_codes * math.log2(codebook_size):.0f} bits a grid"
-    print(f"{model.n_params():,} parameters; {rate}; {where.type} {str(precision).removeprefix('torch.')}")
+    print(f"{model.n_params():,} parameters; {n_codes} codes of {codebook_size}, "
+          f"{n_codes * math.log2(codebook_size):.0f} bits a grid; {where.type} {str(precision).removeprefix('torch.')}")
 
     # ---- the run: on resume, what it is handed goes on where the checkpoint was saved ----
+    noise = torch.Generator(where).manual_seed(seed)         # of codes and masks
+    revival = torch.Generator().manual_seed(seed)            # which encoder outputs dead codes become
     scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
     loop = Loop(dict(step=0, evaluated=-1, best=[-1.0, -math.inf], best_step=0, pending=[], seconds=0.0,
                      logged_seconds=0.0, tokens=0, kl_weight=0.0,
@@ -728,13 +600,7 @@ def main():
                 loop["kl_weight"] = min(10.0, max(1e-4, loop["kl_weight"]) * math.exp(0.01 * max(-1.0, min(1.0, over))))
             loop.add(row)
             step = loop["step"] = step + 1
-            steps = schedule_steps or max_steps
-            if reset_interval and estimator != "fsq" and step % reset_interval == 0:
-                if step <= reset_fraction * steps:
-                    dead = loop["chosen"] == 0
-                    model.codebook.revive(dead, torch.cat(outputs), revival)
-                    loop["revived"] = loop.get("revived", 0) + int(dead.sum())
-                loop["chosen"].zero_()
+            revive(model.codebook, loop, outputs, revival)
 
             # ---- log ----
             due = step % log_interval == 0
@@ -783,17 +649,16 @@ def report(numbers):
     print(f"  raw cells are {numbers['raw_bits']:.0f} bits on average; {numbers['larger_grids']:,} grids are larger "
           f"than their codes{larger}")
     if "mi" in numbers:
-        print(f"  KL {numbers['kl']:.1f} nats = MI {numbers['mi']:.2f} (of at most {numbers['mi_ceiling']:.2f}) + TC "
-              f"{numbers['tc']:.1f} + dimension-wise {numbers['dwkl']:.1f} (all over the first 1,000)")
+        print("  KL {kl:.1f} nats = MI {mi:.2f} (of at most {mi_ceiling:.2f}) + TC {tc:.1f} + dimension-wise "
+              "{dwkl:.1f} (all over the first 1,000)".format(**numbers))
     if "nmi" in numbers:
-        print(f"  positions share {numbers['nmi']:.3f} of their information ({numbers['nmi_floor']:.3f} by chance)")
+        print("  positions share {nmi:.3f} of their information ({nmi_floor:.3f} by chance)".format(**numbers))
     if "pairs" in numbers:
-        print(f"  codes that differ: {numbers['pair_difference']:.3f} between input and output of {numbers['pairs']} "
-              f"pairs, {numbers['random_pair_difference']:.3f} between strangers")
-    gaps = {name.removeprefix("gap_"): value for name, value in numbers.items() if name.startswith("gap_")}
-    for name, gap in gaps.items():
+        print("  codes that differ: {pair_difference:.3f} between input and output of {pairs} pairs, "
+              "{random_pair_difference:.3f} between strangers".format(**numbers))
+    for name in [name.removeprefix("gap_") for name in numbers if name.startswith("gap_")]:
         print(f"  {name}: one position knows {numbers[f'information_{name}']:.3f} of it "
-              f"({numbers[f'chance_{name}']:.3f} by chance), {gap:.3f} more than the next")
+              f"({numbers[f'chance_{name}']:.3f} by chance), {numbers[f'gap_{name}']:.3f} more than the next")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import time
 import torch
 
 from data import text
-from kernels import use as use_kernels
 from model import TransformerConfig, active_layers, build_model, equal_ff_mult, fused_rows, parameter_roles
 from nanolab import limits, optim, parallel
 from nanolab.generate import generate
@@ -194,8 +193,10 @@ def check(settings):
 
 def extend(settings, checkpoint):
     """On resume: the model's context grows to extend_block_size, rope's factor with it."""
-    if extend_block_size is None or extend_block_size == block_size:
+    if extend_block_size is None or checkpoint and extend_block_size == block_size:
         return
+    if not checkpoint:
+        raise UserError("--extend_block_size goes with --resume: a new run takes --block_size")
     if extend_block_size < block_size:
         raise UserError(f"--extend_block_size {extend_block_size} is less than the model's block_size {block_size}")
     if positions.startswith("learned"):
@@ -233,6 +234,15 @@ def log_scores(run, step, scores, say=None, **more):
         if say:
             say(f"step {step}: val {found.bpb:.4f} bits/byte ({found.protocol}; {weights} weights)")
     return found
+
+
+def last_words(run, step, scores, seconds):
+    """The scores of the whole split to the metrics, the summary and in print."""
+    for weights, found in scores:
+        log_scores(run, step, [(weights, found)], final=True)
+        run.summary(**{f"val_bpb_{weights}": found.bpb, f"val_loss_{weights}": found.loss})
+        print(f"val {found.bpb:.4f} bits/byte = {found.loss:.4f} nats/byte (protocol {found.protocol}, "
+              f"{found.bytes:,} bytes, {weights} weights) after {step:,} steps, {seconds:.0f} s of training")
 
 
 def usage(model):
@@ -283,18 +293,14 @@ def main():
     settings = begin(globals())
     mesh = parallel.start(dp, tp, device)                # from here on only rank 0 prints
     checkpoint = resumed(settings, architecture)
-    if checkpoint:
-        extend(settings, checkpoint)
-    elif extend_block_size is not None:
-        raise UserError("--extend_block_size goes with --resume: a new run takes --block_size")
+    extend(settings, checkpoint)
     config = check(settings)
     if equal_params and not checkpoint:
         config = equalise(settings, config)
     limits.notes(settings, {"max_steps": max_steps}, checkpoint and checkpoint["settings"])
     where, precision = resolve_device(mesh.device, dtype)
-    use_kernels(config.kernels)
-    mesh.check(config, batch_size, optimizer, precision, carry_memory and batching == "streams" and config.carries,
-               compile)
+    carry = carry_memory and batching == "streams" and config.carries
+    mesh.check(config, batch_size, optimizer, precision, carry, compile)
     parallel.warn_of_passes(config, grad_accum)
 
     # ---- data ----
@@ -310,7 +316,7 @@ def main():
         torch._dynamo.config.recompile_limit = max(8, 2 * n_layer)   # every ended intermediate loss is one more graph
     net = torch.compile(model) if compile else model
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
-    memory = model.new_memory(batch_size) if carry_memory and batching == "streams" and config.carries else None
+    memory = model.new_memory(batch_size) if carry else None
     opt = optim.build(settings, model.named_parameters(), parameter_roles(model), fused_rows(model), mesh,
                       n_examples=len(corpus.train))
     scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
@@ -431,12 +437,7 @@ def main():
                     bytes=loop["bytes"], parameters=model.n_params())
         if eval_interval and not stopped:
             clock.start()
-            for which, found in evaluate(model, opt, ema, corpus.val, None, autocast, mesh):
-                log_scores(run, step, [(which, found)], final=True)
-                run.summary(**{f"val_bpb_{which}": found.bpb, f"val_loss_{which}": found.loss})
-                print(f"val {found.bpb:.4f} bits/byte = {found.loss:.4f} nats/byte (protocol {found.protocol}, "
-                      f"{found.bytes:,} bytes, {which} weights) after {step:,} steps, "
-                      f"{loop['seconds']:.0f} s of training")
+            last_words(run, step, evaluate(model, opt, ema, corpus.val, None, autocast, mesh), loop["seconds"])
             clock.lap("evaluation")
         if sample_length and not stopped:
             with opt.averaged(), mesh.gathered(model):

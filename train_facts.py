@@ -32,7 +32,6 @@ import time
 import torch
 
 from data.facts import MODES as FACTS
-from kernels import use as use_kernels
 from model import TransformerConfig, build_model, fused_rows, parameter_roles
 from nanolab import limits, optim, parallel
 from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, begin, check_weights, command, measure_peak_flops,
@@ -220,6 +219,15 @@ def configure(settings, vocab_size):
     return config
 
 
+def evaluate(work, model, opt, ema, step, autocast, mesh, last=False):
+    """Yields (name of the weights, line of metrics): of the raw weights, and when there is an ema, of that."""
+    for weights, place in optim.both(opt, ema):
+        with place, autocast, mesh.gathered(model):
+            check_weights(step, model)                       # right or wrong answers would not tell
+            for line in work.evaluate(model, last):
+                yield weights, line
+
+
 def last_words(run, step, lines, seconds):
     """The last evaluation, (name of the weights, line) after another, to the metrics, the summary and in print. Returns
     what a better model has less of."""
@@ -246,7 +254,6 @@ def main():
     checkpoint = resumed(settings, architecture)
     check(settings)
     where, precision = resolve_device(mesh.device, dtype)
-    use_kernels(settings["kernels"])
 
     # ---- data ----
     work = kind_of(settings)(settings, where)
@@ -271,7 +278,6 @@ def main():
     model = mesh.parallelise(build_model(config).to(where))
     net = torch.compile(model) if compile else model
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
-
     opt = optim.build(settings, model.named_parameters(), parameter_roles(model), fused_rows(model), mesh,
                       n_examples=work.n_rows)
     scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
@@ -279,14 +285,6 @@ def main():
     if checkpoint and checkpoint["tokenizer"] != work.fingerprint:
         raise UserError(f"tokenizer {tokenizer} does not match the checkpoint: its fingerprint is "
                         f"{str(work.fingerprint)[:12]}, the checkpoint's {str(checkpoint['tokenizer'])[:12]}")
-
-    def evaluate(last=False):
-        """Yields (name of the weights, line of metrics): of the raw weights, and when there is an ema, of that."""
-        for weights, place in optim.both(opt, ema):
-            with place, autocast, mesh.gathered(model):
-                check_weights(loop["step"], model)           # right or wrong answers would not tell
-                for line in work.evaluate(model, last):
-                    yield weights, line
 
     # ---- the run: on resume, what it is handed goes on where the checkpoint was saved ----
     loop = Loop(dict(step=0, evaluated=-1, best=math.inf, best_step=0, rows=0, seconds=0.0, pending=[],
@@ -305,7 +303,7 @@ def main():
         bar, clock, seen = run.bar(max_steps, first), Stopwatch(where), 0    # tokens since the last line of metrics
 
         while not mesh.stop(run):
-            # ---- evaluate and save: before the step, so that a run that stops here does on resume what was due ----
+            # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
             step = loop["step"]
             rate = optim.set_rate(opt, settings, step)   # first, so that what is saved does not ask who stepped before
             over = max_steps is not None and step >= max_steps
@@ -316,7 +314,7 @@ def main():
                 loop.flush()
                 loop["evaluated"], found = step, math.inf
                 clock.start()
-                for weights, line in evaluate():
+                for weights, line in evaluate(work, model, opt, ema, step, autocast, mesh):
                     run.log(step=step, split="val", weights=weights, **line)
                     bar.note(f"step {step}: {say(line)}{'; ema weights' if weights == 'ema' else ''}")
                     found = cost(line) if found == math.inf else found     # the first line: what the task is about
@@ -389,7 +387,8 @@ def main():
             run.save("last.pt", step)
         if eval_interval and not stopped:
             clock.start()
-            found = last_words(run, step, evaluate(last=True), loop["seconds"])
+            lines = evaluate(work, model, opt, ema, step, autocast, mesh, last=True)
+            found = last_words(run, step, lines, loop["seconds"])
             clock.lap("evaluation")
             if found < loop["best"]:
                 loop.update(best=found, best_step=step)

@@ -24,6 +24,7 @@ import copy
 import math
 import re
 import time
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -32,7 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.multiplication import EQUALS, SYMBOLS, Notation, Problems, Stream, held_out, numbers, of_length
-from kernels import cross_entropy, use as use_kernels
+from kernels import cross_entropy
 from model import TransformerConfig, fused_rows, parameter_roles
 from models.encoder_decoder import EncoderDecoder, LatentTransformer, PrefixDecoder
 from nanolab import limits, optim
@@ -160,8 +161,8 @@ def check(settings):
         raise UserError(f"n_head {n_head} does not divide n_embd {n_embd}")
     if min_digits > max_digits:
         raise UserError(f"min_digits {min_digits} is more than max_digits {max_digits}")
-    if forcing == "exponential" and forcing_k and forcing_k >= 1 or forcing == "inverse_sigmoid" and forcing_k and (
-            forcing_k < 1) or forcing == "linear" and forcing_k and forcing_k > 1:
+    if forcing_k and {"linear": forcing_k > 1, "exponential": forcing_k >= 1, "inverse_sigmoid": forcing_k < 1,
+                      "none": False}[forcing]:
         raise UserError(f"forcing_k {forcing_k}: linear is at most 1, exponential below 1, inverse_sigmoid at least 1")
     if ask is not None:
         problems_asked()
@@ -229,40 +230,27 @@ class Solver(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-class SequenceAccuracyLoss(nn.Module):
-    """Cross-entropy in which a sequence with a wrong argmax anywhere weighs 1 + weight, a right one 1.
+def sequence_loss(logits, targets, mask, weight=0.0, mean=None):
+    """Cross-entropy in which a sequence with a wrong argmax anywhere weighs 1 + weight, a right one 1: (loss in nats,
+    accuracy), scalars. logits (B, T, V), targets (B, T) int64, mask (B, T) bool, False on padding.
 
     c_b = 1 where every unmasked argmax is the target, w_b = 1 + weight (1 - c_b), divided by its mean over the
-    sequences that have an unmasked token, without gradient; loss = sum of w_b m_bt ce_bt over sum of m_bt, nats. Of a
-    step in several passes that mean is known when all have been answered: they are answered once more before.
+    sequences that have an unmasked token, without gradient; loss = sum of w_b m_bt ce_bt over sum of m_bt. mean: that
+    of w_b over all sequences of the step, where these are a part of them (None: they are all). accuracy: the mean of
+    c_b over sequences with an unmasked token. Both are 0 where there is none. What stands at masked places, NaN too,
+    changes nothing.
     """
-
-    def __init__(self, weight=0.0):
-        super().__init__()
-        if not weight >= 0:
-            raise ValueError(f"weight is {weight}, but must be at least 0")
-        self.weight = weight
-
-    def forward(self, logits, targets, mask=None, mean=None):
-        """logits (B, T, V), targets (B, T) int64, mask (B, T) bool, False on padding (None: all count). mean: that of
-        w_b over all sequences of the step, where these are a part of them (None: they are all).
-
-        Returns (loss, accuracy), scalars, accuracy the mean of c_b over sequences with an unmasked token; both 0 where
-        there is none. What stands at masked places, NaN too, changes nothing.
-        """
-        if mask is None:
-            mask = torch.ones_like(targets, dtype=torch.bool)
-        logits = torch.where(mask.unsqueeze(-1), logits, 0.0)
-        targets = targets.masked_fill(~mask, 0)
-        ce = cross_entropy(logits.flatten(0, 1), targets.flatten()).view(targets.shape)  # (B, T)
-        with torch.no_grad():
-            correct = ((logits.argmax(-1) == targets) | ~mask).all(1).to(ce.dtype)  # (B,)
-            present = mask.any(1).to(ce.dtype)
-            n = present.sum().clamp(min=1)
-            w = 1 + self.weight * (1 - correct)
-            w = w * n / (w * present).sum().clamp(min=1) if mean is None else w / mean
-        loss = (w.unsqueeze(1) * ce * mask).sum() / mask.sum().clamp(min=1)
-        return loss, (correct * present).sum() / n
+    logits = torch.where(mask.unsqueeze(-1), logits, 0.0)
+    targets = targets.masked_fill(~mask, 0)
+    ce = cross_entropy(logits.flatten(0, 1), targets.flatten()).view(targets.shape)  # (B, T)
+    with torch.no_grad():
+        correct = ((logits.argmax(-1) == targets) | ~mask).all(1).to(ce.dtype)  # (B,)
+        present = mask.any(1).to(ce.dtype)
+        n = present.sum().clamp(min=1)
+        w = 1 + weight * (1 - correct)
+        w = w * n / (w * present).sum().clamp(min=1) if mean is None else w / mean
+    loss = (w.unsqueeze(1) * ce * mask).sum() / mask.sum().clamp(min=1)
+    return loss, (correct * present).sum() / n
 
 
 def sum_loss(sums, truth, mask, n_classes):
@@ -292,35 +280,28 @@ class Forcing:
     """
 
     def __init__(self, kind, start=0, k=None, slope=1e-4, minimum=0.0, window=0, eps=0.02, seed=0):
-        self.kind, self.start, self.slope, self.minimum = kind, start, slope, minimum
-        self.window, self.eps = window, eps
+        self.kind, self.start, self.slope, self.minimum, self.eps = kind, start, slope, minimum, eps
         self.k = SCHEDULED.get(kind) if k is None else k
-        self.steps, self.losses, self.generator = 0, [], torch.Generator().manual_seed(seed)
+        self.steps, self.losses, self.generator = 0, deque(maxlen=window), torch.Generator().manual_seed(seed)
 
     def probability(self):
         """Of a true token, in [minimum, 1]; 1 before the schedule starts."""
-        i = self.steps
+        i, k = self.steps, self.k
         if self.kind == "none" or not i:
             return 1.0
-        if self.kind == "linear":
-            value = self.k - self.slope * i
-        elif self.kind == "exponential":
-            value = self.k ** i
-        else:
-            value = self.k / (self.k + math.exp(min(i / self.k, 700)))
-        return max(self.minimum, value)
-
-    def stable(self):
-        """Whether the window is full and its losses agree; without a window always."""
-        return not self.window or len(self.losses) == self.window and max(self.losses) - min(self.losses) < self.eps
+        if self.kind == "inverse_sigmoid":
+            return max(self.minimum, k / (k + math.exp(min(i / k, 700))))
+        return max(self.minimum, k - self.slope * i if self.kind == "linear" else k ** i)
 
     def validated(self, loss):
         """Takes the loss of a validation into the window."""
-        self.losses = [*self.losses, loss][-self.window:] if self.window else []
+        self.losses.append(loss)
 
     def stepped(self, step):
         """After the step with which `step` are done."""
-        if self.kind != "none" and step > self.start and self.stable():
+        losses = self.losses                                 # stable: the window is full, and they agree
+        stable = len(losses) == losses.maxlen and max(losses, default=0) - min(losses, default=0) < self.eps
+        if self.kind != "none" and step > self.start and stable:
             self.steps += 1
 
     def mix(self, targets, predicted):
@@ -334,7 +315,7 @@ class Forcing:
 
     def load_state_dict(self, state):
         """Goes on where state was taken."""
-        self.steps, self.losses = state["steps"], list(state["losses"])[-self.window:] if self.window else []
+        self.steps, self.losses = state["steps"], deque(state["losses"], self.losses.maxlen)
         self.generator.set_state(state["generator"])
 
 
@@ -409,8 +390,8 @@ class Learner:
         if not sequence_weight or grad_accum == 1:
             return None
         with self.own_randomness(), autocast, torch.no_grad():
-            right = [SequenceAccuracyLoss()(self.net(some[2], x, some[3])[0], some[4], some[5] > -2)[1]
-                     for some, x in zip(passes, read)]
+            right = [sequence_loss(self.net(source, x, padding)[0], targets, places > -2)[1]
+                     for (_, _, source, padding, targets, places), x in zip(passes, read)]
         return 1 + sequence_weight * (1 - sum(right) / grad_accum)
 
     def losses(self, notation, some, x, n_tokens, n_digits, mean, autocast):
@@ -419,8 +400,8 @@ class Learner:
         a, b, source, padding, targets, places = some
         with self.own_randomness(), autocast:
             logits, sums = self.net(source, x, padding)
-        objective, accuracy = SequenceAccuracyLoss(sequence_weight)(logits, targets, places > -2, mean)
-        nats = SequenceAccuracyLoss()(logits.detach(), targets, places > -2)[0] if sequence_weight else objective
+        objective, accuracy = sequence_loss(logits, targets, places > -2, sequence_weight, mean)
+        nats = sequence_loss(logits.detach(), targets, places > -2)[0] if sequence_weight else objective
         share = (places > -2).sum() / n_tokens           # of the step's: means over all of them, not of means
         objective = objective * share
         if sums is not None:
@@ -428,6 +409,11 @@ class Learner:
             named = sum_loss(sums, truth, places >= 0, notation.n_sums)
             objective = objective + sum_weight * named * ((places >= 0).sum() / n_digits)
         return objective, nats.detach() * share, accuracy
+
+    def evaluated(self, notation, autocast, *sides):
+        """What `evaluate` finds on each of the sides, (N, 2) problems, by the weights to evaluate."""
+        with optim.evaluated(self.opt, self.ema):
+            return [evaluate(self.model, notation, pairs, autocast) for pairs in sides]
 
 
 # --- Evaluation ---
@@ -441,38 +427,34 @@ def evaluate(model, notation, pairs, autocast):
     of the digits); and for reports `predicted`, `targets`, `places` (N, T).
     """
     model.eval()
-    parts = {"predicted": [], "targets": [], "places": [], "nats": [], "sums": []}
+    rows = []
     for chunk in pairs.split(eval_batch_size):
         a, b = chunk.long().unbind(1)
-        targets, places = notation.answers(a, b)
-        source, padding = notation.sources(a, b)
+        (source, padding), (targets, places) = notation.sources(a, b), notation.answers(a, b)
         with autocast:
             logits, sums = model(source, notation.inputs(targets), padding)
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-        for name, value in (("predicted", logits.argmax(-1)), ("targets", targets), ("places", places), ("nats", nats)):
-            parts[name].append(value)
+        row = dict(predicted=logits.argmax(-1), targets=targets, places=places, nats=nats)
         if sums is not None:
             truth = notation.running_sums(a, b).gather(1, places.clamp(min=0))
-            parts["sums"].append((named_sums(sums, notation.n_sums) == truth)[places >= 0])
+            row["sums"] = (named_sums(sums, notation.n_sums) == truth)[places >= 0]
+        rows.append(row)
     model.train()
-    found = {name: torch.cat(values).cpu() for name, values in parts.items() if values}
-    if "sums" in found:
-        found["sum_accuracy"] = found.pop("sums").double().mean().item()
+    found = {name: torch.cat([row[name] for row in rows]).cpu() for name in row}
     right, places, nats = found["predicted"] == found["targets"], found["places"], found.pop("nats").double()
     counted = places > -2
     digits = [k for k in range(notation.width) if (places == k).any()]
+    sums = {"sum_accuracy": found.pop("sums").double().mean().item()} if "sums" in found else {}
     return {**found, "loss": nats[counted].mean().item(), "examples": len(pairs),
-            "accuracy": (right | ~counted).all(1).double().mean().item(),
+            "accuracy": (right | ~counted).all(1).double().mean().item(), **sums,
             "digit_accuracy": {k: right[places == k].double().mean().item() for k in digits},
             "digit_loss": {k: nats[places == k].mean().item() for k in digits}}
 
 
 def numbers_of(found):
     """What of `evaluate` goes into metrics.jsonl."""
-    plain = ("loss", "accuracy", "examples", "sum_accuracy")
-    return {**{name: found[name] for name in plain if name in found},
-            **{f"digit_accuracy_{k}": value for k, value in found["digit_accuracy"].items()},
-            **{f"digit_loss_{k}": value for k, value in found["digit_loss"].items()}}
+    return {**{name: found[name] for name in ("loss", "accuracy", "examples", "sum_accuracy") if name in found},
+            **{f"{kind}_{k}": value for kind in ("digit_accuracy", "digit_loss") for k, value in found[kind].items()}}
 
 
 @torch.no_grad()
@@ -482,12 +464,11 @@ def solve(model, notation, a, b):
     body = model.body
     source, padding = notation.sources(a, b)
     context, cache = body.encode(source, padding), body.new_cache(len(a), notation.answer_length)
-    token, written = torch.full_like(a, EQUALS)[:, None], []
+    tokens = torch.full_like(a, EQUALS)[:, None]
     for _ in range(notation.answer_length):
-        token = body.decode(token, context, cache, padding).argmax(-1)
-        written.append(token)
+        tokens = torch.cat((tokens, body.decode(tokens[:, -1:], context, cache, padding).argmax(-1)), 1)
     model.train()
-    return torch.cat(written, 1)
+    return tokens[:, 1:]
 
 
 def report(found, notation, title):
@@ -495,17 +476,17 @@ def report(found, notation, title):
     print(f"{title}: exact match {found['accuracy']:.4f} on {found['examples']:,} examples, loss {found['loss']:.4f}")
     right, places = found["predicted"] == found["targets"], found["places"]
     wrong = ~(right | (places == -2))
-    first = torch.where(wrong.any(1), wrong.int().argmax(1), -1)                     # the first in writing order
-    at = places.gather(1, first.clamp(min=0)[:, None])[:, 0]
-    failed = first >= 0
+    failed = wrong.any(1)
+    first = places.gather(1, wrong.int().argmax(1)[:, None])[failed]                 # errors, in writing order
+
+    def share(k):
+        return (first == k).sum().item() / max(1, len(first))
     print("  digit      accuracy   loss    first error here")
     for k in found["digit_accuracy"]:
-        share = ((at == k) & failed).sum().item() / max(1, failed.sum().item())
-        print(f"  10^{k:<8}{found['digit_accuracy'][k]:.4f}   {found['digit_loss'][k]:.4f}   {share:7.1%}")
+        print(f"  10^{k:<8}{found['digit_accuracy'][k]:.4f}   {found['digit_loss'][k]:.4f}   {share(k):7.1%}")
     if (places == -1).any():
-        share = ((at == -1) & failed).sum().item() / max(1, failed.sum().item())
         print(f"  {'end' if not notation.fixed else 'carries':<11}{right[places == -1].double().mean():.4f}"
-              f"{'':12}{share:7.1%}")
+              f"{'':12}{share(-1):7.1%}")
     if not failed.any():
         return
     print("  wrong answers by how many digits are wrong: " + ", ".join(
@@ -513,19 +494,18 @@ def report(found, notation, title):
     pairs = found["targets"][wrong & (places >= 0)], found["predicted"][wrong & (places >= 0)]
     table = (pairs[0] * len(SYMBOLS) + pairs[1]).bincount(minlength=10 * len(SYMBOLS)).view(10, -1)
     print("  wrong digits, truth (rows) against prediction:")
-    shown = [token for token in range(len(SYMBOLS)) if token < 10 or table[:, token].any()]
-    print("        " + "".join(f"{SYMBOLS[token]!r:>7}" if token > 9 else f"{SYMBOLS[token]:>7}" for token in shown))
-    for digit in range(10):
-        print(f"  {digit:>4}  " + "".join(f"{table[digit, token].item() or '.':>7}" for token in shown))
+    columns = [token for token in range(len(SYMBOLS)) if token < 10 or table[:, token].any()]
+    print("        " + "".join(f"{repr(SYMBOLS[token]) if token > 9 else token:>7}" for token in columns))
+    for digit, row in enumerate(table.tolist()):
+        print(f"  {digit:>4}  " + "".join(f"{row[token] or '.':>7}" for token in columns))
 
 
-def answer_questions(learners, notation, settings):
+def answer_questions(learners, notation):
     """Prints each model's answer to the setting `ask`, and the truth. UserError: more digits than the models know."""
-    questions = problems_asked()
-    for a, b in questions:
+    for a, b in problems_asked():
         if max(a, b) >= 10 ** max_digits:
             raise UserError(f"--ask {a}*{b}: these models multiply numbers of at most {max_digits} digits")
-    for a, b in questions:
+    for a, b in problems_asked():
         side = "held out" if held_out(a, b, val_fraction, split_seed) else "on the training side"
         seen = "" if min(a, b) >= numbers(min_digits)[0] else "; shorter than the pairs it is evaluated on"
         print(f"{a} x {b} = {a * b} ({side}{seen})")
@@ -561,12 +541,10 @@ def main():
     checkpoint = resumed(settings, architecture, ("eval_only", "ask"), needed=only_read)
     names, notation, config = check(settings)
     where, precision = resolve_device(device, dtype)
-    use_kernels(kernels)
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
 
     # ---- data ----
-    problems = Problems(min_digits, max_digits, n_examples, val_fraction, val_examples, split_seed,
-                        short_share)
+    problems = Problems(min_digits, max_digits, n_examples, val_fraction, val_examples, split_seed, short_share)
     stream, val = Stream(problems.train.to(where), data_seed), problems.val.to(where)
     seen = of_length(stream.examples, min_digits)[:eval_examples]
     print(problems.describe())
@@ -582,14 +560,12 @@ def main():
     print("; ".join(f"{learner.name} {learner.model.n_params():,} parameters" for learner in learners) +
           f"; {where.type} {str(precision).removeprefix('torch.')}")
 
-    if only_read:
-        if ask is not None:
-            answer_questions(learners, notation, settings)
-        for learner in learners if eval_only else ():
-            with optim.evaluated(learner.opt, learner.ema):
-                for title, pairs in (("training", seen), ("held-out", val)):
-                    found = evaluate(learner.model, notation, pairs, autocast)
-                    report(found, notation, f"{learner.name}, step {learner.step:,}, {title} pairs")
+    if ask is not None:
+        return answer_questions(learners, notation)
+    if eval_only:
+        for learner in learners:
+            for title, found in zip(("training", "held-out"), learner.evaluated(notation, autocast, seen, val)):
+                report(found, notation, f"{learner.name}, step {learner.step:,}, {title} pairs")
         return
     limits.notes(settings, {"max_steps": max_steps}, checkpoint and checkpoint["settings"])
 
@@ -614,9 +590,7 @@ def main():
                 loop.flush()
                 loop["evaluated"] = step
                 clock.start()
-                with optim.evaluated(learner.opt, learner.ema):
-                    found = evaluate(learner.model, notation, val[:eval_examples], autocast)
-                    trained = evaluate(learner.model, notation, seen, autocast)
+                found, trained = learner.evaluated(notation, autocast, val[:eval_examples], seen)
                 clock.lap("evaluation")
                 if planned:
                     learner.forcing.validated(found["loss"])
@@ -662,14 +636,14 @@ def main():
                     clock.lap("backward")
                     total, exact = total + nats, exact + accuracy / grad_accum
                 learner.scaler.unscale_(learner.opt)
-                norm_found = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), grad_clip or math.inf)
+                grad_norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), grad_clip or math.inf)
                 learner.scaler.step(learner.opt)
                 learner.scaler.update()
                 learner.opt.zero_grad(set_to_none=True)
                 if learner.ema:
                     learner.ema.update()
                 clock.lap("optimiser")
-                loop.add(torch.stack([total, exact, norm_found]))
+                loop.add(torch.stack([total, exact, grad_norm]))
                 step = loop["step"] = loop["step"] + 1
                 learner.forcing.stepped(step)
 
@@ -707,8 +681,7 @@ def main():
                            f"parameters_{name}": learner.model.n_params()})
             if not run.stop:
                 clock.start()
-                with optim.evaluated(learner.opt, learner.ema):
-                    found, trained = (evaluate(learner.model, notation, pairs, autocast) for pairs in (val, seen))
+                found, trained = learner.evaluated(notation, autocast, val, seen)
                 clock.lap("evaluation")
                 last_words(run, learner, found, trained)
         run.spent(clock)

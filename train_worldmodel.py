@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from data.video import Stream, caption_length, load
-from kernels import cross_entropy, use as use_kernels
+from kernels import cross_entropy
 from model import fused_rows, parameter_roles
 from models import world_measures as measures
 from models.discrete import fsq_levels
@@ -192,8 +192,8 @@ architecture = {
 
 # --- Settings ---
 
-def check(settings, video=None):
-    """Settings that cannot go together, or not with the data: UserError with one sentence."""
+def check(settings):
+    """Settings that cannot go together: UserError with one sentence."""
     if tokens == "cells" and dataset != "gridworld":
         raise UserError(f"tokens cells are the grid world's own: {dataset} has none")
     if mask_rate[0] > mask_rate[1]:
@@ -207,8 +207,6 @@ def check(settings, video=None):
         unit, how = (2 * n_head, "") if name == "text_embd" else (4 * n_head, " by row and column")
         if settings[name] % unit:
             raise UserError(f"{name} {settings[name]}: {n_head} heads that turn{how} need a multiple of {unit}")
-    if video is not None:
-        check_sizes(settings, video)
     try:
         if quantiser == "fsq":
             fsq_levels(codebook_size)
@@ -225,9 +223,9 @@ def check_sizes(settings, video):
     if action_source == "true" and not video.n_actions:
         raise UserError(f"action_source true: {dataset} has no actions")
     pixels = 12 * video.height * video.width                 # of a frame, float32
-    for batch, frames in ((part.batch, part.frames()) for part in STAGES.values()):
-        clips = settings[batch]
-        limits.fits(clips * max(pixels * frames, 8 * grad_accum), f"a {batch} of {clips} clips", device)
+    for part in STAGES.values():
+        clips = settings[part.batch]
+        limits.fits(clips * max(pixels * part.frames(), 8 * grad_accum), f"a {part.batch} of {clips} clips", device)
     widest, deepest = (max(settings[name] for name in settings if name.endswith(end)) for end in ("_embd", "_layers"))
     if widest * max(widest * deepest, patch ** 2 * history, codebook_size, n_codes) > 1e7 or codebook_size > 1e7:
         for name in STAGES if stage == "all" else (stage,):
@@ -531,25 +529,27 @@ def passes_of(name, model, reader, index, step, noise):
 def train_stage(name, world, run, bar, clock, was=None):
     """Trains a stage to its end, after which it is one of world's, or until the run is to stop. was: what it goes on
     from, the run's checkpoint or what the stage had ended with."""
+    # ---- model, optimiser ----
     stage, where = STAGES[name], world.train.device
-    # ---- model, optimiser and the loop's own state ----
     seed_everything(seed, deterministic)
     model = build(name, world.video).to(where)
-    noise = torch.Generator(where).manual_seed(seed)          # masks
-    revival = torch.Generator().manual_seed(seed)             # which encoder outputs dead codes become
+    trained = compiled(model, name) if compile else model
     opt = optim.build(run.settings, model.named_parameters(), parameter_roles(model), fused_rows(model))
     ema = optim.EMA(model, ema_decay) if ema_decay else None
+    codebook, limit = stage.codebook(model), steps_of(name)
+
+    # ---- the stage: on resume, what it is handed goes on where the checkpoint was saved ----
+    noise = torch.Generator(where).manual_seed(seed)          # masks
+    revival = torch.Generator().manual_seed(seed)             # which encoder outputs dead codes become
     scaler = torch.amp.GradScaler(where.type, enabled=world.precision == torch.float16)
     loop = Loop(dict(step=0, evaluated=-1, best=-math.inf, best_step=0, best_model=None, waited=0, pending=[],
                      seconds=0.0, logged_seconds=0.0, clips=0, start=world.total,
                      chosen=torch.zeros(codebook_size, dtype=torch.int64)), scaler)
     run.track(was, stage=name, model=model, optimizer=opt, ema=ema, scaler=scaler,
               generators=Generators(noise=noise, revival=revival), loop=loop)
-    trained = compiled(model, name) if compile else model
-    codebook, limit = stage.codebook(model), steps_of(name)
     clips = Stream(world.video.train, stage.frames(), globals()[stage.batch] * grad_accum, data_seed)
-    clip_tokens = stage.frames() * (world.video.height // patch) * (world.video.width // patch)
-    clip_tokens = caption_length(side) if name == "text" else clip_tokens
+    patches = (world.video.height // patch) * (world.video.width // patch)
+    clip_tokens = caption_length(side) if name == "text" else stage.frames() * patches
     print(f"stage {name}: {sum(p.numel() for p in model.parameters()):,} parameters, {limit} steps")
     first = loop["start"]                                     # steps of the stages before
     saved = loop["step"] if was and was is run.checkpoint else None
@@ -639,9 +639,9 @@ def train_stage(name, world, run, bar, clock, was=None):
             run.save("last.pt", first + loop["step"])
         return
     world.ended[name] = on_cpu(run.states("model", "optimizer", "ema", "scaler", "generators", "loop"))
-    del world.ended[name]["loop"]["best_model"]               # which is done[name]
+    world.done[name] = world.ended[name]["loop"].pop("best_model")
     model.load_state_dict(loop["best_model"])
-    world.done[name], world.models[name] = loop["best_model"], model.eval().requires_grad_(False)
+    world.models[name] = model.eval().requires_grad_(False)
     world.total = first + loop["step"]
     clock.start()
     world.told[name] = last_figures(name, world, loop)
@@ -702,7 +702,8 @@ def in_words(name, numbers):
 
 
 def plan(checkpoint, done, ended, video, only_read):
-    """(stages to train now, in order; those of them that go on from their end; that begin anew), or UserError.
+    """(stages to train now, in order; {stage: what it goes on from, its end or the checkpoint}; those that begin anew),
+    or UserError.
 
     done, ended: of the checkpoint, see `World`. A stage that has learned from one that goes on begins anew.
     """
@@ -739,7 +740,10 @@ def plan(checkpoint, done, ended, video, only_read):
                             f"--resume --stage {name}; or --stage all")
     if checkpoint and begun not in done and begun not in left:
         raise UserError(f"this run is in the middle of stage {begun}: --resume --stage {begun} ends it first")
-    return left, longer, anew
+    was = {name: ended[name] for name in longer}
+    if begun in left and begun not in (*longer, *anew):
+        was[begun] = checkpoint
+    return left, was, anew
 
 
 def check_left(left):
@@ -773,12 +777,11 @@ def main():
     checkpoint = resumed(settings, architecture, ("eval_only", "play", "port", "rollout", "actions", "prompt"),
                          needed=only_read)
     where, precision = resolve_device(device, dtype)
-    use_kernels(kernels)
 
     # ---- data ----
     check(settings)
     video = load(dataset, n_train, n_val, length, side, cell_px, walls, ball, split_seed)
-    check(settings, video)
+    check_sizes(settings, video)
     if not only_read:
         settings.check_data(checkpoint, architecture["all"][:9], video.hash)
     print(video.source)
@@ -786,10 +789,7 @@ def main():
     # ---- what is trained already, and what is next ----
     done, ended, told = (dict(checkpoint.get(key, {})) if checkpoint else {} for key in ("done", "ended", "figures"))
     with restoring(checkpoint.path) if checkpoint else nullcontext():
-        left, longer, anew = plan(checkpoint, done, ended, video, only_read)
-        was = {name: ended[name] for name in longer}          # what a stage goes on from
-        if checkpoint and checkpoint["stage"] in left and checkpoint["stage"] not in (*longer, *anew):
-            was[checkpoint["stage"]] = checkpoint
+        left, was, anew = plan(checkpoint, done, ended, video, only_read)
         to_do = sum(steps_of(name) - (was[name]["loop"]["step"] if name in was else 0) for name in left)
         if not only_read:
             check_left(left)
@@ -835,7 +835,7 @@ def main():
             run.summary(**told[name], **({f"{name}_seconds": ended[name]["loop"]["seconds"]} if name in ended else {}))
         bar, clock = run.bar(world.total + to_do, world.total), Stopwatch(where)
         for name in left:
-            if name in longer:
+            if name in was and was[name] is not checkpoint:
                 was[name]["loop"] |= dict(best_model=done[name], start=world.total - was[name]["loop"]["step"])
                 print(f"stage {name} goes on from step {was[name]['loop']['step']}; what is a share of its steps is "
                       f"one of {steps_of(name)}")

@@ -54,6 +54,7 @@ except ImportError:  # Windows
     import msvcrt
     fcntl = resource = None
 
+import kernels
 from nanolab import optim
 from nanolab.serve import Parser
 from nanolab.settings import (Settings, UserError, adopt, as_typed, begin, check_settings, columns,  # noqa: F401
@@ -535,21 +536,22 @@ def restoring(path):
 
 
 def resumed(settings, architecture=(), of_this_command=(), needed=False):
-    """The checkpoint that the setting `resume` means, whose settings then hold (see adopt); None: a new run.
+    """The checkpoint that the setting `resume` means, whose settings then hold (see adopt); None: a new run. Operations
+    go by the setting `kernels` from here on.
 
     architecture: names, or {part: names}: of "all" and of the stages that the checkpoint has begun. needed: without a
     checkpoint there is nothing to do.
     """
-    path = find_resume(settings, needed)
-    if path is None:
-        return None
-    checkpoint = load_checkpoint(path, settings.script)
-    with restoring(path):
-        if isinstance(architecture, dict):
-            begun = {"all", checkpoint["stage"], *checkpoint["done"]}
-            architecture = [name for part in begun for name in architecture[part]]
-        saved = {"decay_params": "matrices"} | checkpoint["settings"]    # of a time when there was no choice
-        adopt(settings, saved, architecture, of_this_command)
+    path, checkpoint = find_resume(settings, needed), None
+    if path is not None:
+        checkpoint = load_checkpoint(path, settings.script)
+        with restoring(path):
+            if isinstance(architecture, dict):
+                begun = {"all", checkpoint["stage"], *checkpoint["done"]}
+                architecture = [name for part in begun for name in architecture[part]]
+            saved = {"decay_params": "matrices"} | checkpoint["settings"]    # of a time when there was no choice
+            adopt(settings, saved, architecture, of_this_command)
+    kernels.use(settings["kernels"])
     return checkpoint
 
 

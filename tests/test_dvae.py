@@ -18,6 +18,7 @@ from data.arc import OUTSIDE, PALETTE, Arc, Canvas, Grids, load  # noqa: E402
 from model import parameter_roles  # noqa: E402
 from models.discrete import SAMPLED, Quantised, decompose, kl_uniform, usage_kl  # noqa: E402
 from models.dvae import DVAE, Attention, position_features, relations, tiles  # noqa: E402
+from nanolab.codes import grids_of, picture, read_file  # noqa: E402
 from nanolab.run import UserError, override  # noqa: E402
 from test_scripts import fresh  # noqa: E402
 
@@ -666,15 +667,14 @@ def test_three_pictures(settings, columns, tmp_path):
 
 
 def test_a_picture_has_the_colours_of_arc():
-    g = fresh("train_dvae.py")
     canvas = Canvas(4, 10, masked=True)
-    shown = g["picture"](torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, canvas.pad, canvas.eos],
-                                       [canvas.mask, 0, 0, 0]]), canvas)
+    shown = picture(torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, canvas.pad, canvas.eos],
+                                  [canvas.mask, 0, 0, 0]]), canvas)
     assert shown.dtype == np.uint8 and shown.shape == (4, 4, 3)
     assert [tuple(colour) for colour in shown.reshape(-1, 3)[:13].tolist()] == [
         *PALETTE, (255, 255, 255), (255, 255, 255), (200, 200, 200)]
     few = Canvas(2, 3)
-    assert g["picture"](torch.tensor([[2, few.pad], [few.eos, 0]]), few).reshape(-1, 3).tolist() == [
+    assert picture(torch.tensor([[2, few.pad], [few.eos, 0]]), few).reshape(-1, 3).tolist() == [
         list(PALETTE[2]), [255] * 3, [255] * 3, [0] * 3]
 
 
@@ -682,8 +682,7 @@ def test_a_picture_has_the_colours_of_arc():
 
 def test_grids_of_a_file(tmp_path):
     """A grid, a list of grids, a task, tasks by name; each grid with where it stands."""
-    g, one, two = fresh("train_dvae.py"), [[1, 2]], [[0], [3]]
-    grids_of, read_file = g["grids_of"], g["read_file"]
+    one, two = [[1, 2]], [[0], [3]]
     assert grids_of(one, "f") == [("f", one)]
     assert grids_of([one, two], "f") == [("f 0", one), ("f 1", two)]
     task = {"train": [{"input": one, "output": two}], "test": [{"input": two, "output": one}]}

@@ -570,7 +570,7 @@ def test_losses_of_the_scripts(monkeypatch):
     for how in ("torch", "triton"):
         logits = logits.detach().requires_grad_()
         with watched() as calls, kernels.using(how):
-            loss, accuracy = train_mult.SequenceAccuracyLoss(2.0)(logits, truth, mask)
+            loss, accuracy = train_mult.sequence_loss(logits, truth, mask, 2.0)
             loss.backward()
             found.append([loss.detach(), accuracy, logits.grad, train_mult.sum_loss(sums, truth, mask, 21),
                           train_worldmodel.pixel_loss(sums, None, truth),
