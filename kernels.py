@@ -423,8 +423,8 @@ def batched_linear_cross_entropy(h, weights, targets, biases=None, ignore_index=
 
 # --- Attention: B batch, H heads, G key-value heads (G divides H), T queries, S keys, D head size, Dv values' size ---
 
-def softmax_over(q, k, v, seen, scale):
-    """softmax(scale q k^T) v where `seen` (bool, broadcast to (..., H, T, S)), in float32 or wider: (..., H, T, Dv).
+def softmax_over(q, k, v, mask, scale):
+    """softmax(scale q k^T) v where `mask` (bool, broadcast to (..., H, T, S)), in float32 or wider: (..., H, T, Dv).
 
     q (..., H, T, D), k (..., G, S, D), v (..., G, S, Dv). A query that sees nothing gets zeros, and leaves none but
     zeros to the gradients.
@@ -433,58 +433,58 @@ def softmax_over(q, k, v, seen, scale):
     k, v = (t.to(exact).repeat_interleave(q.size(-3) // t.size(-3), -3) for t in (k, v))  # (..., H, S, D)
     with torch.autocast(q.device.type, enabled=False):  # it would round the products
         scores = q.to(exact) @ k.transpose(-1, -2) * scale  # (..., H, T, S)
-        p = scores.masked_fill(~seen, torch.finfo(exact).min).softmax(-1) * seen  # not -inf: a row of it would be NaN
+        p = scores.masked_fill(~mask, torch.finfo(exact).min).softmax(-1) * mask  # not -inf: a row of it would be NaN
         return (p @ v).to(q.dtype)
 
 
-def who_sees_whom(T, S, causal=True, window=None, prefix=None, lengths=None, places=None, device=None):
+def who_sees_whom(T, S, causal=True, window=None, prefix=None, lengths=None, positions=None, device=None):
     """The mask of `attend` made explicitly: bool, (1 or B, 1, T, S), True where query t sees key s."""
-    if places is None:
+    if positions is None:
         q, k = torch.arange(S - T, S, device=device).view(1, T, 1), torch.arange(S, device=device).view(1, 1, S)
     else:
-        q, k = places[:, S - T:, None], places[:, None, :]
-    seen = (k == k) & (q == q)  # (1 or B, T, S)
+        q, k = positions[:, S - T:, None], positions[:, None, :]
+    mask = (k == k) & (q == q)  # (1 or B, T, S)
     if causal:
         end = q
         if prefix is not None:
             end = torch.clamp(q, min=(prefix.view(-1, 1, 1) if torch.is_tensor(prefix) else prefix) - 1)
-        seen = seen & (k <= end)
+        mask = mask & (k <= end)
     if window is not None:
-        seen = seen & (k > q - window)
-    if places is not None:
-        seen = seen & (k >= 0) & (q >= 0)
+        mask = mask & (k > q - window)
+    if positions is not None:
+        mask = mask & (k >= 0) & (q >= 0)
     if lengths is not None:
-        seen = seen & (torch.arange(S, device=device) < lengths.view(-1, 1, 1))
-    return seen.unsqueeze(1)
+        mask = mask & (torch.arange(S, device=device) < lengths.view(-1, 1, 1))
+    return mask.unsqueeze(1)
 
 
-def attend(q, k, v, causal=True, window=None, prefix=None, lengths=None, places=None, scale=None):
+def attend(q, k, v, causal=True, window=None, prefix=None, lengths=None, positions=None, scale=None):
     """softmax(scale q k^T) v where a query sees a key (Dao et al. 2022, 2023), differentiable in q, k and v.
 
     q (B, H, T, D), k (B, G, S, D), v (B, G, S, Dv), all float32, float16 or bfloat16, of any strides; D and Dv up to
     WIDEST_HEAD. Returns (B, H, T, Dv) in their type, in memory as q. Head h reads key-value head h // (H / G). scale
     None: D^-0.5. Scores and sums are float32.
 
-    Key s stands at place s and query t at S - T + t, as a chunk after a cache does. places (B, S) int: they stand where
+    Key s stands at s and query t at S - T + t, as a chunk after a cache does. positions (B, S) int: they stand where
     this says instead, the queries at its last T columns; -1 marks padding, as in Positions. Then
     causal: a query at q sees a key at k where k <= q; False: every query sees every key.
     window: and where k > q - window; with causal only.
-    prefix: int or (B,) int; with causal only: k <= max(q, prefix - 1) instead of k <= q, so that the places below it
+    prefix: int or (B,) int; with causal only: k <= max(q, prefix - 1) instead of k <= q, so that those below it
     see one another, as far as the window goes back.
     lengths (B,) int: keys from lengths[b] on, in the order of memory, are padding, and may be any garbage.
     Padding is seen by nobody. A query that sees nothing, as padding does, gets zeros, and gives zero gradients.
 
-    Blocks of keys that a block of queries cannot see are left out, except with `places`. Raises ValueError where
+    Blocks of keys that a block of queries cannot see are left out, except with `positions`. Raises ValueError where
     shapes, types or masks do not go together. Not differentiable twice.
     """
     check_heads(q, k, v)
-    check_mask(q, k, causal, window, prefix, lengths, places)
+    check_mask(q, k, causal, window, prefix, lengths, positions)
     scale = q.size(3) ** -0.5 if scale is None else scale
     if fits(q, k, v):
         q, k, v = (t.unsqueeze(1) for t in (q, k, v))  # (B, 1, H, T, D), ...
-        return fused.attention.attend_rows(q, k, v, causal, window, prefix, lengths, places, scale).squeeze(1)
-    seen = who_sees_whom(q.size(2), k.size(2), causal, window, prefix, lengths, places, q.device)
-    return softmax_over(q, k, v, seen, scale)
+        return fused.attention.attend_rows(q, k, v, causal, window, prefix, lengths, positions, scale).squeeze(1)
+    mask = who_sees_whom(q.size(2), k.size(2), causal, window, prefix, lengths, positions, q.device)
+    return softmax_over(q, k, v, mask, scale)
 
 
 def attend_differential(q, k, v, lam, window=None, prefix=None):
@@ -559,10 +559,10 @@ def attend_one(q, k, v, lengths=None, splits=None, scale=None):
     return over_cache(q, k, v, lengths, splits, D ** -0.5 if scale is None else scale, D, False)
 
 
-def attend_latent(q, held, rank, scale, lengths=None, splits=None):
+def attend_latent(q, latents, rank, scale, lengths=None, splits=None):
     """attend_one over a latent cache (DeepSeek-V2 2024, section 2.1.2): one key head, whose first columns are values.
 
-    q (B, H, T, rank + R), queries taken to the latents and their turned part; held (B, 1, S, rank + R), latents and the
+    q (B, H, T, rank + R), queries taken to the latents and their turned part; latents (B, 1, S, rank + R), with the
     turned keys. Returns (B, H, T, rank), the softmax over the keys of the latents: a key tile is read once, for scores
     and values. scale: that of the heads as they were, (D + R)^-0.5. rank up to WIDEST_RANK, R from 0 up to WIDEST_HEAD;
     otherwise as attend_one.
@@ -571,9 +571,9 @@ def attend_latent(q, held, rank, scale, lengths=None, splits=None):
     if not 1 <= rank <= WIDEST_RANK or not 0 <= more <= WIDEST_HEAD:
         raise ValueError(f"a latent has 1 to {WIDEST_RANK} columns and its keys up to {WIDEST_HEAD} more, not {rank} "
                          f"and {more}")
-    check_heads(q, held, held, widest=WIDEST_RANK + WIDEST_HEAD)
-    expect(held.size(1) == 1, "a latent cache has one head")
-    return over_cache(q, held, held[..., :rank], lengths, splits, scale, rank, True)
+    check_heads(q, latents, latents, widest=WIDEST_RANK + WIDEST_HEAD)
+    expect(latents.size(1) == 1, "a latent cache has one head")
+    return over_cache(q, latents, latents[..., :rank], lengths, splits, scale, rank, True)
 
 
 def over_cache(q, k, v, lengths, splits, scale, D, shared):
@@ -587,8 +587,8 @@ def over_cache(q, k, v, lengths, splits, scale, D, shared):
     T, S = q.size(2), k.size(2)
     ends = torch.full((1,), S, device=q.device) if lengths is None else lengths.clamp(max=S)
     last = ends.view(-1, 1, 1) - T + torch.arange(T, device=q.device)[:, None]  # (1 or B, T, 1)
-    seen = (torch.arange(S, device=q.device) <= last).unsqueeze(1)  # (1 or B, 1, T, S)
-    return softmax_over(q, k, v, seen, scale)
+    mask = (torch.arange(S, device=q.device) <= last).unsqueeze(1)  # (1 or B, 1, T, S)
+    return softmax_over(q, k, v, mask, scale)
 
 
 def check_heads(q, k, v, dims=4, widest=WIDEST_HEAD):
@@ -607,15 +607,15 @@ def check_heads(q, k, v, dims=4, widest=WIDEST_HEAD):
         raise ValueError(f"heads have 1 to {widest} features, not {q.size(-1)} and {v.size(-1)}")
 
 
-def check_mask(q, k, causal, window=None, prefix=None, lengths=None, places=None):
+def check_mask(q, k, causal, window=None, prefix=None, lengths=None, positions=None):
     """Raises ValueError for a mask that `attend` does not know; q and k of 4 dimensions."""
     expect(causal or window is None and prefix is None, "a window or a prefix goes with causal attention only")
     expect(window is None or window >= 1, "a window has at least 1 place: its own")
     for name, t, shape in (("prefix", prefix, q.shape[:1]), ("lengths", lengths, q.shape[:1]),
-                           ("places", places, (q.size(0), k.size(2)))):
+                           ("positions", positions, (q.size(0), k.size(2)))):
         if torch.is_tensor(t) and t.shape != torch.Size(shape):
             raise ValueError(f"{name} has the shape {tuple(t.shape)}, not {tuple(shape)}")
-    expect(places is None or q.size(2) <= k.size(2), "queries stand at the last of the keys' places: these are too few")
+    expect(positions is None or q.size(2) <= k.size(2), "queries stand at the last of the keys' positions: too few")
 
 
 # --- Recurrences and experts: B batch, T time, I inner width, N states per feature ---

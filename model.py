@@ -46,7 +46,7 @@ def variant(place):
     return globals()[name] if file == "model" else getattr(importlib.import_module(file), name)
 
 
-def pattern(words, n_layer, allowed, name):
+def repeat_words(words, n_layer, allowed, name):
     """'a,b,b' repeated over the layers: a tuple of n_layer words. Raises ValueError for a word that is not allowed."""
     kinds = [word.strip() for word in words.split(",")]
     for kind in kinds:
@@ -278,12 +278,12 @@ class TransformerConfig:
     @property
     def mixers(self):
         """The mixer of every layer, a tuple of n_layer words."""
-        return pattern(self.mixer, self.n_layer, tuple(MIXERS), "mixer")
+        return repeat_words(self.mixer, self.n_layer, tuple(MIXERS), "mixer")
 
     @property
     def ffs(self):
         """The feed-forward of every layer, a tuple of n_layer words."""
-        return pattern(self.ff, self.n_layer, (*FEED_FORWARDS, "none"), "ff")
+        return repeat_words(self.ff, self.n_layer, (*FEED_FORWARDS, "none"), "ff")
 
     @property
     def rolls(self):
@@ -295,15 +295,15 @@ class TransformerConfig:
         """Whether some layer carries something from one segment to the next."""
         return bool(set(self.mixers) & set(CARRY))
 
-    def horizon(self, window):
+    def receptive_field(self, window):
         """How many positions back the last layer's state can depend on, where full attention sees `window`; None: any.
 
         Layers add up: each sees states that have themselves seen further back.
         """
-        reach = {"window": min(self.window, window), "xl": self.memory_length + self.block_size,
+        max_keys = {"window": min(self.window, window), "xl": self.memory_length + self.block_size,
                  **dict.fromkeys(RECURRENT),
                  "compressive": self.memory_length + self.block_size + self.compressed_length * self.compression_rate}
-        reaches = [reach.get(kind, window) for kind in self.mixers]
+        reaches = [max_keys.get(kind, window) for kind in self.mixers]
         return None if None in reaches else sum(reaches) + self.n_layer * max(0, self.short_conv - 1)
 
     @property
@@ -352,13 +352,13 @@ def active_layers(step, max_steps, n_layer):
 # --- Who sees whom ---
 
 @dataclass(frozen=True)
-class Span:
+class Pattern:
     """A rule of who sees whom: a query sees itself and those before it that `sees` allows, with `window` only among the
     last so many places, its own included."""
     window: int = None
 
     @property
-    def reach(self):
+    def max_keys(self):
         """The most keys that a query sees; None: any number."""
         return None
 
@@ -372,24 +372,24 @@ class Span:
 
     def allowed(self, q, k, end):
         """bool, broadcast: may a query at places q see keys at places k? It looks ahead up to `end` (>= q)."""
-        seen = self.sees(q, k) & (k <= q) | (k > q) & (k <= end)
-        return seen if self.window is None else seen & (k > q - self.window)
+        allowed = self.sees(q, k) & (k <= q) | (k > q) & (k <= end)
+        return allowed if self.window is None else allowed & (k > q - self.window)
 
 
-class Causal(Span):
+class Causal(Pattern):
     """A query sees itself and what stands before it."""
 
     @property
-    def reach(self):
-        """As Span.reach."""
+    def max_keys(self):
+        """As Pattern.max_keys."""
         return self.window
 
 
-class Everything(Span):
+class Everything(Pattern):
     """Every query sees every key."""
 
     def allowed(self, q, k, end):
-        """As Span.allowed: True."""
+        """As Pattern.allowed: True."""
         return (k == k) & (q == q)
 
 
@@ -452,44 +452,44 @@ class Positions:
             return table[self.start:self.start + self.T]
         return F.embedding(self.index.clamp(min=0), table)
 
-    def mask(self, span, S, seen, device, slopes=None, rows=None):
+    def mask(self, pattern, S, key_positions, device, slopes=None, rows=None):
         """Which of S keys each query may see: None (all), "causal", or a mask ((B, 1,) T, S), True where allowed.
 
-        span: the rule (Causal, ...). seen: (B, S) int64, the keys' positions, or None where all rows stand alike and
-        the keys end at the last query. Padding sees padding and nothing else does. slopes: (H,) float32, ALiBi's;
+        pattern: the rule (Causal, ...). key_positions: (B, S) int64, or None where all rows stand alike and the keys
+        end at the last query. Padding sees padding and nothing else does. slopes: (H,) float32, ALiBi's;
         then the mask is float32 ((B,) H, T, S) to be added to the scores. rows: (first, end) of some queries, their
         first key and the end of their keys, (i, j, low, high): only that part of the mask. Made once for all layers.
         """
-        if seen is None and slopes is None and rows is None and self.prefix is None:
-            if type(span) is Causal:
-                W = span.window
+        if key_positions is None and slopes is None and rows is None and self.prefix is None:
+            if type(pattern) is Causal:
+                W = pattern.window
                 if self.T == 1 and (W is None or S <= W):
                     return None
                 if S == self.T and (W is None or S <= W):
                     return "causal"
-            elif type(span) is Everything:
+            elif type(pattern) is Everything:
                 return None
-        key = (span, S, None if slopes is None else (slopes.numel(), slopes.data_ptr()), rows)
+        key = (pattern, S, None if slopes is None else (slopes.numel(), slopes.data_ptr()), rows)
         if key not in self._made:
-            self._made[key] = self._make_mask(span, S, seen, device, slopes, rows)
+            self._made[key] = self._make_mask(pattern, S, key_positions, device, slopes, rows)
         return self._made[key]
 
-    def _make_mask(self, span, S, seen, device, slopes, rows):
+    def _make_mask(self, pattern, S, key_positions, device, slopes, rows):
         T = self.T
-        if seen is None:
+        if key_positions is None:
             k = torch.arange(self.start + T - S, self.start + T, device=device)  # (S,)
             q = k[S - T:, None]  # (T, 1)
             if rows is not None:
                 q, k = q[rows[0]:rows[1]], k[rows[2]:rows[3]]
         else:
-            k = seen[:, None, None, :]  # (B, 1, 1, S)
+            k = key_positions[:, None, None, :]  # (B, 1, 1, S)
             q = self.index[:, None, :, None]  # (B, 1, T, 1)
         end = q
         if self.prefix is not None:
             prefix = self.prefix.view(-1, 1, 1, 1) if torch.is_tensor(self.prefix) else self.prefix
             end = torch.clamp(q, min=prefix - 1)
-        allowed = span.allowed(q, k, end)
-        if seen is not None:
+        allowed = pattern.allowed(q, k, end)
+        if key_positions is not None:
             allowed = allowed & (k >= 0) & (q >= 0) | (k < 0) & (q < 0)  # (B, 1, T, S)
         if slopes is None:
             return allowed
@@ -581,12 +581,12 @@ class Norm(nn.Module):
 
     def forward(self, x, learn=True):
         """x (..., width) to the same shape and type. Only with `learn` does a gradient reach gain and bias."""
-        own = self._parameters  # past nn.Module's look-up, which a decoded byte feels
+        weights = self._parameters  # past nn.Module's look-up, which a decoded byte feels
         if not learn:
-            own = {name: p.detach() for name, p in own.items() if p is not None}
+            weights = {name: p.detach() for name, p in weights.items() if p is not None}
         if self.kind == "rms":
-            return kernels.rms_norm(x, own.get("gain"))
-        return kernels.layer_norm(x, own.get("gain"), own.get("bias"))
+            return kernels.rms_norm(x, weights.get("gain"))
+        return kernels.layer_norm(x, weights.get("gain"), weights.get("bias"))
 
 
 class Linear(nn.Linear):
@@ -650,17 +650,17 @@ class Attention(nn.Module):
         rows = tuple(n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head))
         self.qkv = Linear(c.n_embd, sum(rows), bias=c.bias)
         self.out = Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
-        self.fused, self.own = {"qkv": rows}, {}
+        self.fused, self.roles = {"qkv": rows}, {}
         if c.qk_scale:
             self.qk_scale = nn.Parameter(torch.empty(1))
-            self.own["qk_scale"] = "gain"
+            self.roles["qk_scale"] = "gain"
         slopes = alibi_slopes(c.n_head) if c.positions == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
         # One query, to which a cache shows just what it sees, is then PyTorch's attention.
         self.plain = (type(self) is Attention and slopes is None and c.n_kv_head == c.n_head
                       and c.attention != "manual")
 
-    def fill(self):
+    def init_weights(self):
         """Scores start as without qk_scale."""
         if self.config.qk_scale:
             self.qk_scale.fill_(self.config.head_dim ** 0.5)
@@ -682,21 +682,21 @@ class Attention(nn.Module):
             v = v.transpose(1, 2)  # (B, G, T, D)
             if c.qk_scale:  # D^-0.5 of it is in every softmax
                 q = (q * (self.qk_scale / c.head_dim ** 0.5)).to(q.dtype)
-        seen = positions.index
+        key_positions = positions.index
         if cache is not None:
-            k, v, seen = cache.update(k, v, positions.index)
+            k, v, key_positions = cache.update(k, v, positions.index)
             if q.dtype != k.dtype:
                 q = q.to(k.dtype)
-        if T == 1 and self.plain and seen is None and not self.training and not kernels.on():
+        if T == 1 and self.plain and key_positions is None and not self.training and not kernels.on():
             y = F.scaled_dot_product_attention(q, k, v)  # what attend comes to, without its questions
         else:
-            y = self.attend(q, k, v, positions, seen, self.span(positions, cache))
+            y = self.attend(q, k, v, positions, key_positions, self.pattern(positions, cache))
         y = (y.transpose(1, 2) if T > 1 else y).reshape(B, T, H * c.head_dim)
         if cache is not None and y.dtype != x.dtype:  # a cache may be of another type
             y = y.to(x.dtype)
         return out(y)  # (B, T, C)
 
-    def span(self, positions, cache=None):
+    def pattern(self, positions, cache=None):
         """Who sees whom in this layer."""
         if positions.bidirectional:
             return EVERYTHING
@@ -705,38 +705,38 @@ class Attention(nn.Module):
             limit = self.config.window if limit is None else min(limit, self.config.window)
         return causal(limit)
 
-    def attend(self, q, k, v, positions, seen, span, bias=None, scale=None, slopes=None):
-        """Queries (B, H, T, D) over keys (B, G, S, D) and values (B, G, S, D'), as `span` allows: (B, H, T, D').
+    def attend(self, q, k, v, positions, key_positions, pattern, bias=None, scale=None, slopes=None):
+        """Queries (B, H, T, D) over keys (B, G, S, D) and values (B, G, S, D'), as `pattern` allows: (B, H, T, D').
 
-        seen: the keys' positions (B, S) where rows are ragged, else None. bias: (B or 1, H, T, S), added to the scores.
+        key_positions: (B, S) where rows are ragged, else None. bias: (B or 1, H, T, S), added to the scores.
         scale: of the scores; None: D^-0.5. slopes: ALiBi's of these heads; None: the layer's. Where a
         query reaches only a few of many keys, the work is cut into blocks of queries, each beside the keys that it
-        reaches: time and memory grow with T times the reach, not with T S.
+        reaches: time and memory grow with T times that number, not with T S.
         """
-        if bias is None and self.by_kernel(q, v, positions, seen, span):
-            return kernels.attend(q.to(v.dtype), k.to(v.dtype), v, window=span.window, prefix=positions.prefix,
+        if bias is None and self.by_kernel(q, v, positions, key_positions, pattern):
+            return kernels.attend(q.to(v.dtype), k.to(v.dtype), v, window=pattern.window, prefix=positions.prefix,
                                   scale=scale)
         slopes = self.slopes if slopes is None else slopes
-        T, S, reach = q.size(2), k.size(2), span.reach
-        if reach is not None and seen is None:
-            if T == 1 and S > reach:  # a lone query: a view of what it sees needs no mask
-                k, v, S = k[:, :, -reach:], v[:, :, -reach:], reach
-                bias = None if bias is None else bias[..., -reach:]
-            if T == 1 and (n := positions.start - span.first(positions.start) + 1) < S:
+        T, S, max_keys = q.size(2), k.size(2), pattern.max_keys
+        if max_keys is not None and key_positions is None:
+            if T == 1 and S > max_keys:  # a lone query: a view of what it sees needs no mask
+                k, v, S = k[:, :, -max_keys:], v[:, :, -max_keys:], max_keys
+                bias = None if bias is None else bias[..., -max_keys:]
+            if T == 1 and (n := positions.start - pattern.first(positions.start) + 1) < S:
                 k, v, S = k[:, :, -n:], v[:, :, -n:], n
                 bias = None if bias is None else bias[..., -n:]
-            elif T > 2 * reach and bias is None and positions.prefix is None and positions.in_order:
+            elif T > 2 * max_keys and bias is None and positions.prefix is None and positions.in_order:
                 parts = []
-                for i in range(0, T, reach):
-                    j = min(T, i + reach)
-                    low, high = max(0, S - T + i - reach + 1), S - T + j
-                    mask = positions.mask(span, S, None, q.device, slopes, (i, j, low, high))
+                for i in range(0, T, max_keys):
+                    j = min(T, i + max_keys)
+                    low, high = max(0, S - T + i - max_keys + 1), S - T + j
+                    mask = positions.mask(pattern, S, None, q.device, slopes, (i, j, low, high))
                     parts.append(self.softmax(q[:, :, i:j], k[:, :, low:high], v[:, :, low:high], mask, scale))
                 return torch.cat(parts, 2)
-        if bias is None and self.by_lone_kernel(q, k, v, positions, seen, span):
+        if bias is None and self.by_lone_kernel(q, k, v, positions, key_positions, pattern):
             return kernels.attend_one(q.to(v.dtype), k.to(v.dtype), v, scale=scale)
-        lone = T == 1 and seen is None and reach is not None and positions.prefix is None and slopes is None
-        mask = None if lone else positions.mask(span, S, seen, q.device, slopes)
+        lone = T == 1 and key_positions is None and max_keys is not None and positions.prefix is None and slopes is None
+        mask = None if lone else positions.mask(pattern, S, key_positions, q.device, slopes)
         if bias is not None:
             mask = add_masks(mask, bias, T, S)
         return self.softmax(q, k, v, mask, scale)
@@ -748,20 +748,20 @@ class Attention(nn.Module):
         return (kernels.on() and c.attention == "auto" and self.slopes is None and not (self.training and c.dropout)
                 and max(widths) <= kernels.WIDEST_HEAD)
 
-    def by_kernel(self, q, v, positions, seen, span):
+    def by_kernel(self, q, v, positions, key_positions, pattern):
         """Whether kernels.attend computes what these queries see; arguments as `attend` takes them.
 
         Where rows stand alike and a query sees what is before it, a window of it, or a prefix that counts from the
         first key; in training and other passes of many places.
         """
-        return (q.size(2) > 1 and seen is None and type(span) is Causal and positions.in_order
+        return (q.size(2) > 1 and key_positions is None and type(pattern) is Causal and positions.in_order
                 and (positions.prefix is None or not positions.start) and self.fusible(q.size(3), v.size(3)))
 
-    def by_lone_kernel(self, q, k, v, positions, seen, span):
+    def by_lone_kernel(self, q, k, v, positions, key_positions, pattern):
         """Whether kernels.attend_one computes what a lone query over a cache sees, which is all of k: for inference,
         where rows stand alike, without a prefix."""
-        return (q.size(2) == 1 and seen is None and type(span) is Causal and positions.in_order
-                and positions.prefix is None and k.size(2) <= (span.reach or k.size(2))
+        return (q.size(2) == 1 and key_positions is None and type(pattern) is Causal and positions.in_order
+                and positions.prefix is None and k.size(2) <= (pattern.max_keys or k.size(2))
                 and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
                 and self.fusible(q.size(3), v.size(3)))
 
@@ -854,8 +854,8 @@ class Block(nn.Module):
     def __init__(self, config, layer=0):
         super().__init__()
         c = config
-        own = c.positions == "learned_per_layer"
-        self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if own else None
+        learned = c.positions == "learned_per_layer"
+        self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if learned else None
         self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
         self.conv = variant("models.short_conv:ShortConv")(c, layer) if c.short_conv else None
         self.mixer = variant(MIXERS[c.mixers[layer % c.n_layer]])(c, layer)
@@ -865,20 +865,20 @@ class Block(nn.Module):
             self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
             self.ff = variant(FEED_FORWARDS[kind])(c, layer)
         self.dropout, self.n_layer = c.dropout, c.n_layer
-        self.scale, self.own = c.residual_scale, {}
+        self.scale, self.roles = c.residual_scale, {}
         if c.residual_scale == "depth":
             self.scale = (2 * c.n_layer) ** -0.5
         elif isinstance(c.residual_scale, str):
             shape = (1,) if c.residual_scale == "rezero" else (c.n_embd,)
             for name in ("scale1",) if self.ff is None else ("scale1", "scale2"):
                 setattr(self, name, nn.Parameter(torch.empty(shape)))
-                self.own[name] = "gain"
+                self.roles[name] = "gain"
 
-    def fill(self):
+    def init_weights(self):
         """rezero starts at 0 (Bachlechner et al. 2020); layerscale small, and the smaller the deeper (Touvron et al.
         2021: 0.1 up to 18 layers, 1e-5 up to 24, then 1e-6)."""
         small = 0.1 if self.n_layer <= 18 else 1e-5 if self.n_layer <= 24 else 1e-6
-        for name in self.own:
+        for name in self.roles:
             getattr(self, name).fill_(0.0 if self.scale == "rezero" else small)
 
     def forward(self, x, positions, cache=None, inputs=None):
@@ -899,7 +899,7 @@ class Block(nn.Module):
         """The stream and the output of a branch (1: mixer, 2: ff), both (B, T, C): x + scale * dropout(branch)."""
         if self.dropout and self.training:
             branch = F.dropout(branch, self.dropout)
-        if self.own:
+        if self.roles:
             return x + branch * (self.scale1 if number == 1 else self.scale2)
         return x + branch if self.scale == 1 else torch.add(x, branch, alpha=self.scale)
 
@@ -974,33 +974,33 @@ class Transformer(nn.Module):
         the last row's first the loss of the model. Raises ValueError for positions past a learned table, and for
         shapes or layers that do not fit.
         """
-        places = self.place(x, positions, cache, prefix, window, memory)
+        positions = self.place(x, positions, cache, prefix, window, memory)
         if targets is not None:
             active = self.check_losses(x, targets, active)
-        x, states = self.stream(x, places, cache, () if targets is None else active)
+        x, states = self.stream(x, positions, cache, () if targets is None else active)
         if memory is not None:
-            memory.update(places)
+            memory.update(positions)
         if targets is not None:
             objective, nats = self.losses(states, targets[..., :self.config.n_targets], active, counted)
-            return objective + self.extra_losses(x, targets, places), nats
+            return objective + self.extra_losses(x, targets, positions), nats
         return self.predict(x)
 
-    def stream(self, x, places, cache=None, active=()):
-        """x (B, T) int64 at places -> the last stream (B, T, C), before the final norm, and those of active layers."""
+    def stream(self, x, positions, cache=None, active=()):
+        """x (B, T) int64 -> the last stream (B, T, C), before the final norm, and those of active layers."""
         x = F.embedding(x, self.embed)  # (B, T, C)
         if self.position is not None:
-            x = x + places.look_up(self.position)
+            x = x + positions.look_up(self.position)
         if self.training and self.config.dropout:
             x = F.dropout(x, self.config.dropout)
         states = []
         again = self.config.checkpoint_activations and self.training and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            held = () if cache is None else cache.layers[layer::self.config.n_layer]  # the mixer's, the convolution's
-            x = recompute(block, x, places, *held, use_reentrant=False) if again else block(x, places, *held)
+            caches = () if cache is None else cache.layers[layer::self.config.n_layer]  # the mixer's, the convolution's
+            x = recompute(block, x, positions, *caches, use_reentrant=False) if again else block(x, positions, *caches)
             if layer in active:
                 states.append(x)
         if cache is not None:
-            cache.advance(places)
+            cache.advance(positions)
         return x, states
 
     def predict(self, h):
@@ -1012,18 +1012,18 @@ class Transformer(nn.Module):
         """A classifier's output (..., V) as what a softmax makes probabilities of."""
         return stablemax(scores) if self.config.output == "stablemax" else scores.float()
 
-    def extra_losses(self, h, targets, places):
+    def extra_losses(self, h, targets, positions):
         """The weighted sum of what the layers reported and of multi-token prediction from the last stream h (B, T, C).
 
         Module d reads the byte d ahead, which is target d - 1, and predicts target d.
         """
-        c, losses = self.config, dict(places.losses)
+        c, losses = self.config, dict(positions.losses)
         for d, module in enumerate(self.mtp, 1):
-            h = module(h, F.embedding(targets[..., d - 1].clamp(min=0), self.embed), places)
+            h = module(h, F.embedding(targets[..., d - 1].clamp(min=0), self.embed), positions)
             loss = F.cross_entropy(self.predict(h).flatten(0, 1), targets[..., d].flatten(), ignore_index=-1)
             losses.setdefault("mtp", []).append(c.mtp_weight / c.mtp_depth * loss)
         self.extras = {name: sum(values).detach() for name, values in losses.items()}
-        self.usage = dict(places.usage)
+        self.usage = dict(positions.usage)
         return sum(sum(values) for values in losses.values()) if losses else 0.0
 
     def place(self, x, positions, cache=None, prefix=None, window=None, memory=None):
@@ -1054,10 +1054,10 @@ class Transformer(nn.Module):
         if end > c.block_size and c.learned_positions:
             raise ValueError(f"position {end - 1} is past block_size {c.block_size}, where positions {c.positions!r} "
                              "has no row: use positions 'rope' or 'none', or a larger block_size")
-        places = Positions(start, T, index, window, prefix=prefix, memory=None if memory is None else memory.layers,
-                           remembered=0 if memory is None else memory.length)
-        places.look_up_ropes(self.ropes, max(end, 1))
-        return places
+        positions = Positions(start, T, index, window, prefix=prefix, memory=None if memory is None else memory.layers,
+                              remembered=0 if memory is None else memory.length)
+        positions.look_up_ropes(self.ropes, max(end, 1))
+        return positions
 
     @cached_property
     def ordered(self):
@@ -1273,14 +1273,18 @@ RULES = {  # each parameter's name must match exactly one; the rule initialises 
 }
 
 
+def module_roles(model):
+    """{name: role} of the parameters that their modules claim."""
+    return {f"{place}.{name}".lstrip("."): role for place, module in model.named_modules()
+            for name, role in getattr(module, "roles", {}).items()}
+
+
 def parameter_rules(model):
-    """{name: the one rule of RULES that claims the parameter, or "own" where its module does}. Raises ValueError where
-    none or several do."""
-    own = {f"{place}.{name}".lstrip(".")
-           for place, module in model.named_modules() for name in getattr(module, "own", ())}
-    claimed = {}
+    """{name: the one rule of RULES that claims the parameter, or "module" where its module does}. Raises ValueError
+    where none or several do."""
+    by_module, claimed = module_roles(model), {}
     for name, _ in model.named_parameters():
-        claims = [rule for rule, words in RULES.items() if re.fullmatch(words, name)] + ["own"] * (name in own)
+        claims = [rule for rule, words in RULES.items() if re.fullmatch(words, name)] + ["module"] * (name in by_module)
         if len(claims) != 1:
             raise ValueError(f"parameter {name} needs exactly one rule, but {' and '.join(claims) or 'none'} claims it")
         claimed[name] = claims[0]
@@ -1294,10 +1298,8 @@ def parameter_roles(model):
     into the stream), "head" (classifiers, and the maps before a shared one), "gain", "bias".
     Raises ValueError for a parameter that not exactly one rule claims.
     """
-    own = {f"{place}.{name}".lstrip("."): role for place, module in model.named_modules()
-           for name, role in getattr(module, "own", {}).items()}
-    return {name: own[name] if rule == "own" else "head" if rule == "target_map" else rule
-            for name, rule in parameter_rules(model).items()}
+    return {name: "head" if rule == "target_map" else rule
+            for name, rule in {**parameter_rules(model), **module_roles(model)}.items()}
 
 
 def fused_rows(model):
@@ -1358,14 +1360,14 @@ def initialise(model):
         "matrix": hidden[init][0], "residual": hidden[init][1],
         "target_map": lambda p, name: nn.init.eye_(p),
         "gain": lambda p, name: p.fill_(1), "bias": lambda p, name: p.zero_(),
-        "own": lambda p, name: None,
+        "module": lambda p, name: None,
     }
     parameters = dict(model.named_parameters())
     for name, rule in parameter_rules(model).items():
         rules[rule](parameters[name], name)
     for module in model.modules():
-        if getattr(module, "own", None):
-            module.fill()
+        if getattr(module, "roles", None):
+            module.init_weights()
 
 
 def from_checkpoint(checkpoint, weights="raw"):

@@ -170,7 +170,7 @@ architecture = (
     "n_train", "n_val", "crops", "split_seed", "optimizer")
 
 # Gumbel wants a temperature below 1, ReinMax at least 1; one-hot codes come when code and decoder agree already.
-OWN = {
+ESTIMATOR_DEFAULTS = {
     "gumbel_soft": dict(tau_start=1.0, tau_end=1 / 16, tau_fraction=0.4, noise_fraction=0.25, hard_at=0.0),
     "gumbel_hard": dict(tau_start=1.0, tau_end=1 / 16, tau_fraction=0.4, noise_fraction=0.25, hard_at=0.3),
     "straight_through": dict(tau_start=1.0, tau_end=1.0, tau_fraction=0.4, noise_fraction=0.25, hard_at=0.3),
@@ -188,8 +188,8 @@ def check(settings):
     if code_dim == 1 and similarity == "cosine" and estimator != "fsq" and settings["resume"] is False:
         raise UserError("code_dim 1: on a line cosine knows two directions and has no gradient, so the encoder would "
                         "learn nothing: take code_dim 2, or --similarity dot")
-    if estimator == "reinmax" and min(own("tau_start"), own("tau_end")) < 1:
-        raise UserError(f"tau {own('tau_start')} to {own('tau_end')}: reinmax needs at least 1, unlike gumbel")
+    if estimator == "reinmax" and min(setting("tau_start"), setting("tau_end")) < 1:
+        raise UserError(f"tau {setting('tau_start')} to {setting('tau_end')}: reinmax needs at least 1, unlike gumbel")
     if estimator not in SAMPLED and any(map(max, (kl_weight, mi_weight, tc_weight, dwkl_weight))) or (
             estimator not in SAMPLED and kl_target):
         raise UserError(f"{estimator} has no posterior: kl_weight, mi_weight, tc_weight, dwkl_weight and kl_target are "
@@ -231,10 +231,10 @@ def ramp(step, steps, first, last, shape="cosine"):
     return first + (last - first) * (part if shape == "linear" else (1 - math.cos(math.pi * part)) / 2)
 
 
-def own(name):
+def setting(name):
     """A setting of the codes' schedules, or where it is none the estimator's own value."""
     value = globals()[name]
-    return OWN[estimator].get(name) if value is None else value
+    return ESTIMATOR_DEFAULTS[estimator].get(name) if value is None else value
 
 
 def scheduled(step):
@@ -244,9 +244,9 @@ def scheduled(step):
            for name in ("kl_weight", "mi_weight", "tc_weight", "dwkl_weight", "usage_weight")}
     now["mask_rate"] = ramp(step, mask_fraction * steps, *mask_rate)
     if estimator in SAMPLED:
-        soft = step < own("hard_at") * steps
-        now["tau"] = ramp(step, own("tau_fraction") * steps, own("tau_start"), own("tau_end"))
-        now["noise"] = ramp(step, own("noise_fraction") * steps, 0.0, noise_last, "linear")
+        soft = step < setting("hard_at") * steps
+        now["tau"] = ramp(step, setting("tau_fraction") * steps, setting("tau_start"), setting("tau_end"))
+        now["noise"] = ramp(step, setting("noise_fraction") * steps, 0.0, noise_last, "linear")
         now["hardness"] = 0.0 if soft else 1.0
     return now
 

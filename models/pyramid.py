@@ -79,22 +79,22 @@ class Pyramid(Transformer):
                 window is not None and window < x.size(1)):
             raise ValueError("a pyramid takes rows that stand alike, without prefix, window or memory")
         c, k = self.config, self.config.shorten
-        places = self.place(x, positions, cache)
+        positions = self.place(x, positions, cache)
         if targets is not None:
             active = self.check_losses(x, targets, active)
         B, T = x.shape
-        start, first, last = places.start, places.start // k, (places.start + T) // k
+        start, first, last = positions.start, positions.start // k, (positions.start + T) // k
         if cache is None and start:
             raise ValueError("a pyramid's pass without a cache begins at position 0: units are counted from there")
         h = F.embedding(x, self.embed)  # (B, T, C)
         if self.position is not None:
-            h = h + places.look_up(self.position)
+            h = h + positions.look_up(self.position)
         if self.training and c.dropout:
             h = F.dropout(h, c.dropout)
         outer = [None] * (2 * self.edge) if cache is None else cache.outer.layers
         middle = [None] * c.n_layer if cache is None else cache.middle.layers
-        for block, held in zip(self.blocks[:self.edge], outer):
-            h = self.layer(block, h, places, held)
+        for block, layer_cache in zip(self.blocks[:self.edge], outer):
+            h = self.layer(block, h, positions, layer_cache)
         stream = h
         if cache is not None:
             cache.stream[:, start:start + T] = h.detach()
@@ -104,8 +104,8 @@ class Pyramid(Transformer):
             u = self.shortening["into"](stream[:, :n * k].reshape(B, n, k * c.n_embd))  # (B, n, C)
             units = Positions(first, n)
             units.look_up_ropes(self.ropes, last)
-            for block, held in zip(self.blocks[self.edge:c.n_layer - self.edge], middle):
-                u = self.layer(block, u, units, held)
+            for block, layer_cache in zip(self.blocks[self.edge:c.n_layer - self.edge], middle):
+                u = self.layer(block, u, units, layer_cache)
             u = self.shortening["out"](u).view(B, n * k, c.n_embd)
         else:
             u = h[:, :0]
@@ -115,23 +115,23 @@ class Pyramid(Transformer):
         else:
             cache.lifted[:, first * k + k - 1:last * k + k - 1] = u.detach()
             lifted = cache.lifted[:, start:start + T]
-            cache.outer.advance(places)
+            cache.outer.advance(positions)
             if n:
                 cache.middle.advance(units)
             cache.length += T
         h = h + lifted
-        for block, held in zip(self.blocks[c.n_layer - self.edge:], outer[self.edge:]):
-            h = self.layer(block, h, places, held)
+        for block, layer_cache in zip(self.blocks[c.n_layer - self.edge:], outer[self.edge:]):
+            h = self.layer(block, h, positions, layer_cache)
         if targets is not None:
             objective, nats = self.losses([h], targets, active)
-            return objective + self.extra_losses(h, targets, places), nats
+            return objective + self.extra_losses(h, targets, positions), nats
         return self.predict(h)
 
-    def layer(self, block, x, places, held):
+    def layer(self, block, x, positions, cache):
         """One layer, with activation checkpointing if that is set."""
         if self.config.checkpoint_activations and self.training and torch.is_grad_enabled():
-            return recompute(block, x, places, held, use_reentrant=False)
-        return block(x, places, held)
+            return recompute(block, x, positions, cache, use_reentrant=False)
+        return block(x, positions, cache)
 
     def new_cache(self, batch_size, max_length, window=None, device=None, dtype=None, snapshots=0):
         """An empty PyramidCache. Raises ValueError for a window: units are counted from position 0."""

@@ -174,12 +174,12 @@ class Mamba(Recurrent):
         self.a_log = nn.Parameter(torch.empty(self.inner, self.n_state))
         self.skip = nn.Parameter(torch.empty(self.inner))
         self.out = Linear(self.inner, c.n_embd, bias=False)
-        self.own = {"dt": "gain", "dt_bias": "bias", "conv": "gain", "conv_bias": "bias", "a_log": "gain",
+        self.roles = {"dt": "gain", "dt_bias": "bias", "conv": "gain", "conv_bias": "bias", "a_log": "gain",
                     "skip": "gain"}
         self.fused = {"into": (self.inner, self.inner), "join": (self.rank, self.n_state, self.n_state)}
         self.shapes = [(self.width - 1, self.inner), (self.inner, self.n_state)]
 
-    def fill(self):
+    def init_weights(self):
         """As the paper's: dt log-uniform in 0.001 ... 0.1 at first, A = -1 ... -N, D = 1."""
         self.dt.uniform_(-self.rank ** -0.5, self.rank ** -0.5)
         dt = torch.exp(torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)))

@@ -5,46 +5,46 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from model import Attention, Everything, Span, causal
+from model import Attention, Everything, Pattern, causal
 
 
 @dataclass(frozen=True)
-class Strided(Span):
+class Strided(Pattern):
     """A query sees every stride-th place before it, counted from itself."""
     stride: int = 1
 
     def sees(self, q, k):
-        """As Span.sees."""
+        """As Pattern.sees."""
         return (q - k) % self.stride == 0
 
 
 @dataclass(frozen=True)
-class Neighbours(Span):
+class Neighbours(Pattern):
     """A query sees its own block of `stride` places, up to itself."""
     stride: int = 1
 
     @property
-    def reach(self):
-        """As Span.reach."""
+    def max_keys(self):
+        """As Pattern.max_keys."""
         return self.stride if self.window is None else min(self.stride, self.window)
 
     def first(self, q):
-        """As Span.first."""
+        """As Pattern.first."""
         return max(q // self.stride * self.stride, super().first(q))
 
     def sees(self, q, k):
-        """As Span.sees."""
+        """As Pattern.sees."""
         return torch.div(q, self.stride, rounding_mode="floor") == torch.div(k, self.stride, rounding_mode="floor")
 
 
 @dataclass(frozen=True)
-class Summaries(Span):
+class Summaries(Pattern):
     """A query sees itself and the last `summary` places of every block of `stride` before it or its own."""
     stride: int = 1
     summary: int = 1
 
     def sees(self, q, k):
-        """As Span.sees."""
+        """As Pattern.sees."""
         return (k % self.stride >= self.stride - self.summary) | (k == q)
 
 
@@ -56,19 +56,19 @@ class Sparse(Attention):
     computes only what is seen, in time T sqrt(T) where the stride is sqrt(T); the cache keeps all keys.
     """
 
-    def attend(self, q, k, v, positions, seen, span, bias=None, scale=None):
-        """As Attention.attend; `span` says how far back a sliding cache goes, if it slides, or that all is seen."""
-        if isinstance(span, Everything):
-            return super().attend(q, k, v, positions, seen, span)
+    def attend(self, q, k, v, positions, key_positions, pattern, bias=None, scale=None):
+        """As Attention.attend; `pattern` says how far back a sliding cache goes, if it slides, or that all is seen."""
+        if isinstance(pattern, Everything):
+            return super().attend(q, k, v, positions, key_positions, pattern)
         c, H, G = self.config, q.size(1) // 2, k.size(1) // 2
-        near = causal(c.sparse_stride if span.window is None else min(c.sparse_stride, span.window))
-        far = Strided(span.window, c.sparse_stride)
+        near = causal(c.sparse_stride if pattern.window is None else min(c.sparse_stride, pattern.window))
+        far = Strided(pattern.window, c.sparse_stride)
         if self.kind == "fixed":
-            near = Neighbours(span.window, c.sparse_stride)
-            far = Summaries(span.window, c.sparse_stride, c.sparse_summary)
+            near = Neighbours(pattern.window, c.sparse_stride)
+            far = Summaries(pattern.window, c.sparse_stride, c.sparse_summary)
         slopes = (None, None) if self.slopes is None else self.slopes.split(H)
-        whole = seen is None and span.window is None and positions.prefix is None and self.slopes is None
-        y = super().attend(q[:, :H], k[:, :G], v[:, :G], positions, seen, near, slopes=slopes[0])
+        whole = key_positions is None and pattern.window is None and positions.prefix is None and self.slopes is None
+        y = super().attend(q[:, :H], k[:, :G], v[:, :G], positions, key_positions, near, slopes=slopes[0])
         q, k, v = q[:, H:], k[:, G:], v[:, G:]
         if whole and positions.start == 0 and q.size(2) == k.size(2) > 4 * c.sparse_stride:
             far_y = self.columns(q, k, v) if self.kind == "strided" else self.summaries(q, k, v)
@@ -76,7 +76,7 @@ class Sparse(Attention):
             first = (k.size(2) - 1) % c.sparse_stride
             far_y = self.softmax(q, k[:, :, first::c.sparse_stride], v[:, :, first::c.sparse_stride], None)
         else:
-            far_y = super().attend(q, k, v, positions, seen, far, slopes=slopes[1])
+            far_y = super().attend(q, k, v, positions, key_positions, far, slopes=slopes[1])
         return torch.cat((y, far_y), 1)
 
     def columns(self, q, k, v):

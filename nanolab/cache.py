@@ -149,11 +149,11 @@ class KVCache(LayerCache):
         k, v = self.k[b, :, :self._filled], self.v[b, :, :self._filled]  # (H, n, D)
         if self.positions is None:
             return self._evicted, (k, v)
-        places = self.positions[b, :self._filled]
-        real = places >= 0
-        places = places[real].tolist()
-        first = places[0] if places else 0
-        if places != list(range(first, first + len(places))):
+        positions = self.positions[b, :self._filled]
+        real = positions >= 0
+        positions = positions[real].tolist()
+        first = positions[0] if positions else 0
+        if positions != list(range(first, first + len(positions))):
             raise ValueError(f"row {b} has keys that do not stand at consecutive positions")
         return first, (k[:, real], v[:, real])
 
@@ -430,10 +430,10 @@ class Cache:
             self._kept = [old for old in self._kept if old[0] < self.length] + [(self.length, self.last, kept)]
             del self._kept[:-self.snapshots]
 
-    def advance(self, places):
+    def advance(self, positions):
         """After a pass: counts its positions. places: the pass's Positions."""
-        index = places.index
-        self.length += places.T
+        index = positions.index
+        self.length += positions.T
         if index is not None:
             newest = index.amax(1, keepdim=True)
             self.last = newest if self.last is None else torch.maximum(newest, self.last)
@@ -523,12 +523,12 @@ class Memory:
         """Bytes over all layers."""
         return sum(t.nbytes for held in self.layers if held is not None for t in held)
 
-    def update(self, places):
+    def update(self, positions):
         """After a pass: takes what the layers left in places.memory_out, {layer: tensors}."""
         self.layers = [None if held is None else tuple(t.detach().to(old.dtype) for t, old in
-                                                       zip(places.memory_out[i], held))
+                                                       zip(positions.memory_out[i], held))
                        for i, held in enumerate(self.layers)]
-        self.length += places.T
+        self.length += positions.T
 
     def reset(self):
         """Forgets everything: a new list, since an unfinished backward pass may still read the old one."""
