@@ -7,8 +7,9 @@ A setting that cannot be is a ValueError with one sentence.
 import importlib
 import math
 import re
+from bisect import bisect_left
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn as nn
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 import kernels
-from kernels import GLU, activate, plain_rms_norm
+from kernels import GLU, activate, expect, plain_rms_norm
 from nanolab.cache import Cache, KVCache, Memory
 from nanolab.settings import check_fields
 
@@ -145,135 +146,67 @@ class TransformerConfig:
         return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
 
     def __post_init__(self):
-        # What is derived below may be 0 in a small model, whose mixers do not ask for it; `replace` hands it on.
-        check_fields(self, but=[name for name in ("rope_dim", "compressed_length") if getattr(self, name) == 0])
-        if self.vocab_size < 1:
-            raise ValueError(f"vocab_size is {self.vocab_size}, but must be at least 1")
+        check_fields(self)
+        expect(self.vocab_size >= 1, f"vocab_size is {self.vocab_size}, but must be at least 1")
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         if self.head_dim is None:
-            if self.n_embd % self.n_head:
-                raise ValueError(f"n_head {self.n_head} does not divide n_embd {self.n_embd}: set head_dim too")
+            expect(not self.n_embd % self.n_head,
+                   f"n_head {self.n_head} does not divide n_embd {self.n_embd}: set head_dim too")
             self.head_dim = self.n_embd // self.n_head
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
+        expect(not self.n_head % self.n_kv_head, f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
         derived = dict(memory_length=self.block_size, kv_rank=2 * self.head_dim, ff_rank=max(1, self.n_embd // 4),
                        compressed_length=max(1, self.block_size // self.compression_rate),
                        rope_dim=max(2, 2 * (self.head_dim // 4)))
         for name, value in derived.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        self.mixers, self.ffs  # raise for unknown words
         self._check_positions()
-        self._check_mixers()
-        self._check_feed_forwards()
-        self._check_norms()
-        if self.residual_scale == "rezero" and self.init == "zero":
-            raise ValueError("residual_scale 'rezero' starts every branch at zero, and init 'zero' its output too: no "
-                             "gradient would ever reach either; choose another init")
-        if self.init == "tfixup" and not (set(self.mixers) <= {"full", "window", "strided", "fixed", "diff", "xl"}
-                                          and set(self.ffs) <= {"mlp", "none"}):
-            raise ValueError("init 'tfixup' scales the value, output and feed-forward matrices of attention layers: "
-                             f"mixer {self.mixer!r} with ff {self.ff!r} has others")
-        if self.tie_weights and self.n_classifiers > 1:
-            raise ValueError(f"tie_weights needs one classifier, not {self.n_classifiers}: set target_heads and "
-                             "layer_heads to 'shared', or n_targets to 1 and intermediate_losses off")
+        for place in dict.fromkeys([*(MIXERS[kind] for kind in self.mixers),
+                                    *(FEED_FORWARDS[kind] for kind in self.ffs if kind != "none")]):
+            variant_check = getattr(importlib.import_module(place.split(":")[0]), "check", None)
+            if variant_check:
+                variant_check(self)
+        self._check_rest()
         if self.shorten > 1:
-            self._check_pyramid()
-        if self.mtp_depth and set(self.mixers) & set(CARRY):
-            raise ValueError(f"mtp_depth {self.mtp_depth} goes with layers that attend, not with mixer {self.mixer!r}")
-
-    def _check_norms(self):
-        normed = {"n_embd": self.n_embd}
-        if "mla" in self.mixers:
-            normed.update(kv_rank=self.kv_rank, q_rank=self.q_rank)
-        if self.qk_norm:
-            normed["head_dim"] = self.head_dim
-        if self.activation == "solu":
-            normed["the feed-forward's width"] = self.ff_width
-        for name, width in normed.items():
-            if width == 1:
-                raise ValueError(f"{name} is 1, but a norm over one feature leaves a sign at most, which lets no "
-                                 "gradient pass: it must be at least 2")
-
-    def _check_pyramid(self):
-        said = f"shorten {self.shorten} makes a pyramid, which"
-        if self.n_layer < 3:
-            raise ValueError(f"{said} needs at least 3 layers, not {self.n_layer}")
-        if self.short_conv:
-            raise ValueError(f"{said} has layers whose neighbours are units: short_conv does not go with it")
-        if self.carries:
-            raise ValueError(f"{said} starts afresh with every block: mixer {self.mixer!r} does not go with it")
-        if self.positions == "learned_per_layer" or self.intermediate_losses or self.mtp_depth:
-            raise ValueError(f"{said} has layers of two lengths: neither positions 'learned_per_layer' nor "
-                             "intermediate_losses nor mtp_depth go with it")
+            variant("models.pyramid:check")(self)
 
     def _check_positions(self):
-        if self.positions == "rope" and self.head_dim % 2:
-            raise ValueError(f"positions 'rope' turns pairs of features: head_dim {self.head_dim} must be even")
-        if self.rope_scaling != "none" and self.positions != "rope":
-            raise ValueError(f"rope_scaling {self.rope_scaling!r} needs positions 'rope', not {self.positions!r}")
         attending = [kind for kind in self.mixers if kind not in RECURRENT]
+        expect(self.positions != "rope" or not self.head_dim % 2,
+               f"positions 'rope' turns pairs of features: head_dim {self.head_dim} must be even")
+        expect(self.rope_scaling == "none" or self.positions == "rope",
+               f"rope_scaling {self.rope_scaling!r} needs positions 'rope', not {self.positions!r}")
         for kind in attending:
-            if self.positions == "relative" and kind not in ("xl", "compressive"):
-                raise ValueError(f"positions 'relative' are Transformer-XL's: mixer {kind!r} has none; use 'rope'")
-            if self.learned_positions and kind in ("xl", "compressive"):
-                raise ValueError(f"mixer {kind!r} sees states of earlier segments, which positions {self.positions!r} "
-                                 "would place wrongly: use 'rope', 'relative', 'alibi' or 'none'")
-        if self.learned_positions and len(attending) < self.n_layer:
-            raise ValueError(f"mixer {self.mixer!r} goes on past block_size, positions {self.positions!r} do not: use "
-                             "'rope', 'alibi' or 'none'")
+            expect(self.positions != "relative" or kind in ("xl", "compressive"),
+                   f"positions 'relative' are Transformer-XL's: mixer {kind!r} has none; use 'rope'")
+        expect(not self.learned_positions or len(attending) == self.n_layer,
+               f"mixer {self.mixer!r} goes on past block_size, positions {self.positions!r} do not: use 'rope', "
+               "'alibi' or 'none'")
 
-    def _check_mixers(self):
-        kinds = set(self.mixers)
-        if self.short_conv == 1:
-            raise ValueError(f"short_conv is {self.short_conv}, but must be 0, which is none, or at least 2")
-        if self.qk_scale and not self.qk_norm:
-            raise ValueError("qk_scale scales scores of queries and keys of one length: it needs qk_norm")
-        for kind in self.mixers:
-            if self.qk_scale and kind in ("xl", "compressive"):
-                raise ValueError(f"qk_scale is for mixers without segment memory, not for mixer {kind!r}")
-        if "window" in kinds and self.window < 2:
-            raise ValueError(f"window is {self.window}, but mixer 'window' needs at least 2 positions")
-        if "fixed" in kinds and self.sparse_summary > self.sparse_stride:
-            raise ValueError(f"sparse_summary is {self.sparse_summary}, but must be from 1 to sparse_stride "
-                             f"{self.sparse_stride}")
-        if kinds & {"strided", "fixed"} and (self.n_head % 2 or self.n_kv_head % 2):
-            raise ValueError("mixers 'strided' and 'fixed' give half of the heads to each pattern: n_head "
-                             f"{self.n_head} and n_kv_head {self.n_kv_head} must be even")
-        if "diff" in kinds and (self.n_head % 2 or self.n_kv_head % 2):
-            raise ValueError(f"mixer 'diff' subtracts pairs of heads: n_head {self.n_head} and n_kv_head "
-                             f"{self.n_kv_head} must be even")
-        if "mla" in kinds:
-            if self.qk_norm:
-                raise ValueError("qk_norm normalises keys, which mixer 'mla' never forms in generation: the latent has "
-                                 "a norm of its own")
-            if self.n_kv_head != self.n_head:
-                raise ValueError(f"mixer 'mla' has one latent for all heads: n_kv_head {self.n_kv_head} does not apply")
-            if self.positions == "rope" and (self.rope_dim < 2 or self.rope_dim % 2):
-                raise ValueError(f"rope_dim is {self.rope_dim}, but must be even and at least 2")
-        if "compressive" in kinds:
-            rate = self.compression_rate
-            if self.compressed_length < 1:
-                raise ValueError(f"compressed_length is {self.compressed_length}, but must be at least 1")
-            if self.block_size % rate or self.memory_length % rate:
-                raise ValueError(f"compression_rate {rate} must divide block_size {self.block_size} and memory_length "
-                                 f"{self.memory_length}")
-        if kinds & set(RECURRENT) and self.expand * self.n_embd < 1:
-            raise ValueError(f"expand {self.expand} leaves no inner width at n_embd {self.n_embd}")
-
-    def _check_feed_forwards(self):
-        if self.ff_width < 1:
-            raise ValueError(f"ff_mult {self.ff_mult} leaves no feed-forward width at n_embd {self.n_embd}")
-        if "moe" in self.ffs:
-            routed = self.n_expert - self.n_shared_expert
-            if not 0 <= self.n_shared_expert < self.n_expert:
-                raise ValueError(f"n_shared_expert is {self.n_shared_expert}, but must be from 0 to n_expert - 1, "
-                                 f"{self.n_expert - 1}")
-            if self.expert_top_k > routed:
-                raise ValueError(f"expert_top_k {self.expert_top_k} is more than the {routed} experts to choose from")
-            if self.activation == "solu":
-                raise ValueError("activation 'solu' normalises its whole width, which experts divide: choose another")
+    def _check_rest(self):
+        expect(self.ff_width >= 1, f"ff_mult {self.ff_mult} leaves no feed-forward width at n_embd {self.n_embd}")
+        for name, width, normed in (("n_embd", self.n_embd, True), ("head_dim", self.head_dim, self.qk_norm),
+                                    ("the feed-forward's width", self.ff_width, self.activation == "solu")):
+            expect(width > 1 or not normed, f"{name} is 1, but a norm over one feature leaves a sign at most, which "
+                                            "lets no gradient pass: it must be at least 2")
+        expect(self.short_conv != 1, "short_conv is 1, but must be 0, which is none, or at least 2")
+        expect(self.qk_norm or not self.qk_scale,
+               "qk_scale scales scores of queries and keys of one length: it needs qk_norm")
+        expect("window" not in self.mixers or self.window > 1,
+               f"window is {self.window}, but mixer 'window' needs at least 2 positions")
+        expect(self.residual_scale != "rezero" or self.init != "zero",
+               "residual_scale 'rezero' starts every branch at zero, and init 'zero' its output too: no gradient would "
+               "ever reach either; choose another init")
+        expect(self.init != "tfixup" or {*self.mixers} <= {"full", "window", "strided", "fixed", "diff", "xl"}
+               and {*self.ffs} <= {"mlp", "none"},
+               "init 'tfixup' scales the value, output and feed-forward matrices of attention layers: "
+               f"mixer {self.mixer!r} with ff {self.ff!r} has others")
+        expect(not self.tie_weights or self.n_classifiers == 1,
+               f"tie_weights needs one classifier, not {self.n_classifiers}: set target_heads and layer_heads to "
+               "'shared', or n_targets to 1 and intermediate_losses off")
+        expect(not (self.mtp_depth and self.carries),
+               f"mtp_depth {self.mtp_depth} goes with layers that attend, not with mixer {self.mixer!r}")
 
     @property
     def mixers(self):
@@ -354,42 +287,34 @@ def active_layers(step, max_steps, n_layer):
 @dataclass(frozen=True)
 class Pattern:
     """A rule of who sees whom: a query sees itself and those before it that `sees` allows, with `window` only among the
-    last so many places, its own included."""
+    last so many positions, its own included. max_keys: the most keys that a query sees; None: any number."""
     window: int = None
-
-    @property
-    def max_keys(self):
-        """The most keys that a query sees; None: any number."""
-        return None
+    max_keys = None
 
     def first(self, q):
-        """The first place that a query at place q (int) sees."""
+        """The first position that a query at q (int) sees."""
         return 0 if self.window is None else max(0, q - self.window + 1)
 
     def sees(self, q, k):
-        """bool, broadcast: may a query at places q see keys at places k <= q, as far as the window goes back?"""
+        """bool, broadcast: may queries at q see keys at k <= q, the window apart?"""
         return k <= q
 
     def allowed(self, q, k, end):
-        """bool, broadcast: may a query at places q see keys at places k? It looks ahead up to `end` (>= q)."""
+        """bool, broadcast: may queries at q see keys at k? They look ahead up to `end` (>= q)."""
         allowed = self.sees(q, k) & (k <= q) | (k > q) & (k <= end)
         return allowed if self.window is None else allowed & (k > q - self.window)
 
 
 class Causal(Pattern):
     """A query sees itself and what stands before it."""
-
-    @property
-    def max_keys(self):
-        """As Pattern.max_keys."""
-        return self.window
+    max_keys = property(lambda self: self.window)
 
 
 class Everything(Pattern):
     """Every query sees every key."""
 
     def allowed(self, q, k, end):
-        """As Pattern.allowed: True."""
+        """True, broadcast."""
         return (k == k) & (q == q)
 
 
@@ -407,7 +332,7 @@ class Positions:
     start: the position of the first input, where all rows stand alike and inputs are consecutive (index None).
     index: (B, T) int64 where rows are ragged; -1 marks padding. window: the last positions that a layer of full
     attention sees; None: all before it. prefix: int or (B,) int64, the positions below it see one another.
-    bidirectional: every position sees every other. tables: RoPE's, {D: (cos, sin)} at these places, each
+    bidirectional: every position sees every other. tables: RoPE's, {D: (cos, sin)} of these positions, each
     (1 or B, T, 1, D) float32; ropes: the modules that make them, {str(D): Rope}. memory: what the segment before left
     to each layer, which stands for the `remembered` positions before this one.
 
@@ -441,13 +366,13 @@ class Positions:
         return kernels.rotary(x, *self.tables[x.size(-1)]) if self.tables else x
 
     def look_up_ropes(self, ropes, n):
-        """Takes the tables of ropes, {str(D): Rope}, at these places, which are all below n."""
+        """Takes the tables of ropes, {str(D): Rope}, at these positions, which are all below n."""
         self.ropes = ropes
         self.tables = {int(D): tuple(self.look_up(t).view(-1, self.T, 1, int(D)) for t in rope(n))  # (1 or B, T, 1, D)
                        for D, rope in ropes.items()}
 
     def look_up(self, table):
-        """Rows of a learned table (P, C) at these places: (T, C), or (B, T, C) where ragged; padding takes row 0."""
+        """Rows of a learned table (P, C): (T, C), or (B, T, C) where ragged; padding takes row 0."""
         if self.index is None:
             return table[self.start:self.start + self.T]
         return F.embedding(self.index.clamp(min=0), table)
@@ -461,14 +386,10 @@ class Positions:
         first key and the end of their keys, (i, j, low, high): only that part of the mask. Made once for all layers.
         """
         if key_positions is None and slopes is None and rows is None and self.prefix is None:
-            if type(pattern) is Causal:
-                W = pattern.window
-                if self.T == 1 and (W is None or S <= W):
-                    return None
-                if S == self.T and (W is None or S <= W):
-                    return "causal"
-            elif type(pattern) is Everything:
+            if type(pattern) is Everything:
                 return None
+            if type(pattern) is Causal and S <= (pattern.window or S) and (self.T == 1 or self.T == S):
+                return None if self.T == 1 else "causal"
         key = (pattern, S, None if slopes is None else (slopes.numel(), slopes.data_ptr()), rows)
         if key not in self._made:
             self._made[key] = self._make_mask(pattern, S, key_positions, device, slopes, rows)
@@ -700,10 +621,13 @@ class Attention(nn.Module):
         """Who sees whom in this layer."""
         if positions.bidirectional:
             return EVERYTHING
-        limit = positions.window if cache is None else cache.window
+        return causal(self.limit(positions.window if cache is None else cache.window))
+
+    def limit(self, window):
+        """The last positions that this layer sees where full attention sees `window`; None: all."""
         if self.kind == "window":
-            limit = self.config.window if limit is None else min(limit, self.config.window)
-        return causal(limit)
+            return self.config.window if window is None else min(window, self.config.window)
+        return window
 
     def attend(self, q, k, v, positions, key_positions, pattern, bias=None, scale=None, slopes=None):
         """Queries (B, H, T, D) over keys (B, G, S, D) and values (B, G, S, D'), as `pattern` allows: (B, H, T, D').
@@ -719,10 +643,8 @@ class Attention(nn.Module):
         slopes = self.slopes if slopes is None else slopes
         T, S, max_keys = q.size(2), k.size(2), pattern.max_keys
         if max_keys is not None and key_positions is None:
-            if T == 1 and S > max_keys:  # a lone query: a view of what it sees needs no mask
-                k, v, S = k[:, :, -max_keys:], v[:, :, -max_keys:], max_keys
-                bias = None if bias is None else bias[..., -max_keys:]
-            if T == 1 and (n := positions.start - pattern.first(positions.start) + 1) < S:
+            n = min(max_keys, positions.start - pattern.first(positions.start) + 1)
+            if T == 1 and n < S:  # a lone query: a view of what it sees needs no mask
                 k, v, S = k[:, :, -n:], v[:, :, -n:], n
                 bias = None if bias is None else bias[..., -n:]
             elif T > 2 * max_keys and bias is None and positions.prefix is None and positions.in_order:
@@ -742,31 +664,26 @@ class Attention(nn.Module):
         return self.softmax(q, k, v, mask, scale)
 
     def fusible(self, *widths):
-        """Whether kernels are on and know this layer's scores and heads of these widths: attention "auto", no ALiBi, no
-        dropout in training."""
+        """Whether kernels are on and know this layer's scores and heads of these widths."""
         c = self.config
         return (kernels.on() and c.attention == "auto" and self.slopes is None and not (self.training and c.dropout)
                 and max(widths) <= kernels.WIDEST_HEAD)
 
     def by_kernel(self, q, v, positions, key_positions, pattern):
-        """Whether kernels.attend computes what these queries see; arguments as `attend` takes them.
-
-        Where rows stand alike and a query sees what is before it, a window of it, or a prefix that counts from the
-        first key; in training and other passes of many places.
-        """
+        """Whether kernels.attend computes what these queries see, of which there are several: what is before them, a
+        window of it, or a prefix that counts from the first key."""
         return (q.size(2) > 1 and key_positions is None and type(pattern) is Causal and positions.in_order
                 and (positions.prefix is None or not positions.start) and self.fusible(q.size(3), v.size(3)))
 
     def by_lone_kernel(self, q, k, v, positions, key_positions, pattern):
-        """Whether kernels.attend_one computes what a lone query over a cache sees, which is all of k: for inference,
-        where rows stand alike, without a prefix."""
+        """Whether kernels.attend_one computes what a lone query over a cache sees, which is all of k: for inference."""
         return (q.size(2) == 1 and key_positions is None and type(pattern) is Causal and positions.in_order
                 and positions.prefix is None and k.size(2) <= (pattern.max_keys or k.size(2))
                 and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
                 and self.fusible(q.size(3), v.size(3)))
 
     def softmax(self, q, k, v, mask, scale=None):
-        """q (B, H, T, D), k (B, G, S, D), v (B, G, S, D'), mask None, "causal", bool or float: (B, H, T, D')."""
+        """q (B, H, T, D), k (B, G, S, D), v (B, G, S, D'), mask as Positions.mask gives it: (B, H, T, D')."""
         c = self.config
         dropout = c.dropout if self.training else 0.0
         by_hand = q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16
@@ -791,11 +708,9 @@ class Attention(nn.Module):
         return y if y.size(3) == width else y[..., :width]
 
     def new_cache(self, batch_size, max_length, window, device, dtype):
-        """A KVCache; a layer of kind "window" never keeps more than its own window."""
+        """A KVCache, of a layer of kind "window" never longer than its window."""
         c = self.config
-        if self.kind == "window":
-            window = c.window if window is None else min(window, c.window)
-        return KVCache(batch_size, c.n_kv_head, c.head_dim, max_length, window, device, dtype)
+        return KVCache(batch_size, c.n_kv_head, c.head_dim, max_length, self.limit(window), device, dtype)
 
     def new_memory(self, batch_size, device, dtype):
         """Attention starts afresh with every segment: None."""
@@ -816,9 +731,7 @@ def add_masks(mask, bias, T, S):
     return bias.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else bias + mask
 
 
-def windowed(config, layer=0):
-    """Attention of mixer "window"."""
-    return Attention(config, layer, "window")
+windowed = partial(Attention, kind="window")
 
 
 # --- Feed-forward ---
@@ -904,26 +817,6 @@ class Block(nn.Module):
         return x + branch if self.scale == 1 else torch.add(x, branch, alpha=self.scale)
 
 
-class MultiTokenPrediction(nn.Module):
-    """One module of DeepSeek-V3's multi-token prediction (DeepSeek-AI 2024, section 2.2): the stream of the module
-    before and the embedding of the byte one further ahead, each normalised, are joined by a matrix and pass a layer
-    of the last one's kind. Embedding and classifier are the model's. depth: 1 for the first module."""
-
-    def __init__(self, config, depth):
-        super().__init__()
-        c = config
-        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
-        self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
-        self.join = Linear(2 * c.n_embd, c.n_embd, bias=False)
-        self.block = Block(c, c.n_layer - 1)
-        if hasattr(self.block.ff, "balance"):
-            self.block.ff.layer += depth  # its experts' loads are not those of the last layer
-
-    def forward(self, h, embedded, positions):
-        """h and embedded (B, T, C) to (B, T, C)."""
-        return self.block(self.join(torch.cat((self.norm1(h), self.norm2(embedded)), -1)), positions)
-
-
 class Transformer(nn.Module):
     """A pre-norm decoder with as many classifiers as its losses need.
 
@@ -940,7 +833,8 @@ class Transformer(nn.Module):
         self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if c.positions == "learned" else None
         self.ropes = make_ropes(c)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
-        self.mtp = nn.ModuleList(MultiTokenPrediction(c, d + 1) for d in range(c.mtp_depth))
+        self.mtp = nn.ModuleList(variant("models.multi_token:MultiTokenPrediction")(c, depth + 1)
+                                 for depth in range(c.mtp_depth))
         self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
         self.extras, self.usage = {}, {}
 
@@ -1212,22 +1106,19 @@ def equal_ff_mult(config):
     if set(config.ffs) == {"none"}:
         raise ValueError("with ff 'none' no layer has a feed-forward whose width could make up for other parameters")
 
-    def count(config):
-        with torch.device("meta"):  # shapes only: nothing is drawn, nothing allocated
-            return build_model(config).n_params()
-    C, plain = config.n_embd, dict(mixer="full", n_kv_head=config.n_head, ff="mlp", activation="gelu", shorten=1)
-    target = count(replace(config, **plain))
-    low, high = 1, 16 * C  # in features of a plain feed-forward's width
-    while low < high:
-        middle = (low + high) // 2
+    def size(**settings):
         try:
-            enough = count(replace(config, ff_mult=middle / C)) >= target
+            with torch.device("meta"):  # shapes only: nothing is drawn, nothing allocated
+                return build_model(replace(config, **settings)).n_params()
         except ValueError:  # too narrow
-            enough = False
-        low, high = (low, middle) if enough else (middle + 1, high)
-    step = 12 if config.activation in GLU else 1
-    near = [w for w in (low, low - step) if w >= step]
-    return min(near, key=lambda w: abs(count(replace(config, ff_mult=w / C)) - target)) / C
+            return 0
+
+    def off(width):  # in features of a plain feed-forward's width
+        return size(ff_mult=width / C) - target
+    C, step = config.n_embd, 12 if config.activation in GLU else 1
+    target = size(mixer="full", n_kv_head=config.n_head, ff="mlp", activation="gelu", shorten=1)
+    width = bisect_left(range(16 * C), 0, lo=1, key=off)
+    return min((w for w in (width, width - step) if w >= step), key=lambda w: abs(off(w))) / C
 
 
 def make_ropes(config):

@@ -5,11 +5,17 @@ import torch
 import torch.nn as nn
 
 import kernels
-from kernels import plain_rms_norm
+from kernels import expect, plain_rms_norm
 from model import Attention
 
 
 LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+
+
+def check(config):
+    """Raises ValueError for heads that are no pairs."""
+    expect(not config.n_head % 2 and not config.n_kv_head % 2, "mixer 'diff' subtracts pairs of heads: n_head "
+           f"{config.n_head} and n_kv_head {config.n_kv_head} must be even")
 
 
 class Differential(Attention):

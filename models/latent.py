@@ -3,8 +3,19 @@ import torch
 import torch.nn as nn
 
 import kernels
+from kernels import expect
 from model import Attention, Linear, Norm, alibi_slopes, yarn_mscale
 from nanolab.cache import KVCache
+
+
+def check(config):
+    """Raises ValueError for settings that do not go with a latent."""
+    c = config
+    expect(not c.qk_norm, "qk_norm normalises keys, which mixer 'mla' never forms in generation: the latent has a norm "
+                          "of its own")
+    expect(c.n_kv_head == c.n_head,
+           f"mixer 'mla' has one latent for all heads: n_kv_head {c.n_kv_head} does not apply")
+    expect(c.positions != "rope" or not c.rope_dim % 2, f"rope_dim is {c.rope_dim}, but must be even and at least 2")
 
 
 class Latent(Attention):

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import plain_rms_norm, plain_rotary
+from kernels import expect, plain_rms_norm, plain_rotary
 from model import Attention, Linear, Pattern, causal
 from nanolab.cache import CompressedCache, KVCache
 
@@ -28,10 +28,7 @@ class Segments(Pattern):
     length: int = 1
     memory: int = 0
 
-    @property
-    def max_keys(self):
-        """As Pattern.max_keys."""
-        return self.length + self.memory
+    max_keys = property(lambda self: self.length + self.memory)
 
     def first(self, q):
         """As Pattern.first."""
@@ -40,6 +37,18 @@ class Segments(Pattern):
     def sees(self, q, k):
         """As Pattern.sees."""
         return k >= torch.div(q, self.length, rounding_mode="floor") * self.length - self.memory
+
+
+def check(config):
+    """Raises ValueError for settings that do not go with a memory."""
+    c, kind = config, "xl" if "xl" in config.mixers else "compressive"
+    expect(not c.learned_positions, f"mixer {kind!r} sees states of earlier segments, which positions {c.positions!r} "
+                                    "would place wrongly: use 'rope', 'relative', 'alibi' or 'none'")
+    expect(not c.qk_scale, f"qk_scale is for mixers without segment memory, not for mixer {kind!r}")
+    if "compressive" in c.mixers:
+        expect(not c.block_size % c.compression_rate and not c.memory_length % c.compression_rate,
+               f"compression_rate {c.compression_rate} must divide block_size {c.block_size} and memory_length "
+               f"{c.memory_length}")
 
 
 class TransformerXL(Attention):

@@ -4,8 +4,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
+from kernels import expect
 from model import Positions, Transformer
 from nanolab.cache import Cache
+
+
+def check(config):
+    """Raises ValueError for settings that do not go with layers of two lengths."""
+    c, said = config, f"shorten {config.shorten} makes a pyramid, which"
+    expect(c.n_layer >= 3, f"{said} needs at least 3 layers, not {c.n_layer}")
+    expect(not c.short_conv, f"{said} has layers whose neighbours are units: short_conv does not go with it")
+    expect(not c.carries, f"{said} starts afresh with every block: mixer {c.mixer!r} does not go with it")
+    expect(c.positions != "learned_per_layer" and not c.intermediate_losses and not c.mtp_depth,
+           f"{said} has layers of two lengths: neither positions 'learned_per_layer' nor intermediate_losses nor "
+           "mtp_depth go with it")
 
 
 class PyramidCache:

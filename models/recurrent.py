@@ -10,9 +10,16 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 import kernels
+from kernels import expect
 from model import Linear
 from models.short_conv import convolve
 from nanolab.cache import RecurrentCache
+
+
+def check(config):
+    """Raises ValueError where a state would have no width."""
+    expect(config.expand * config.n_embd >= 1,
+           f"expand {config.expand} leaves no inner width at n_embd {config.n_embd}")
 
 
 # --- The scan ---

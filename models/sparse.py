@@ -1,16 +1,18 @@
 """Sparse attention (Child et al. 2019): mixers "strided" and "fixed"."""
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from kernels import expect
 from model import Attention, Everything, Pattern, causal
 
 
 @dataclass(frozen=True)
 class Strided(Pattern):
-    """A query sees every stride-th place before it, counted from itself."""
+    """A query sees every stride-th position before it, counted from itself."""
     stride: int = 1
 
     def sees(self, q, k):
@@ -23,10 +25,7 @@ class Neighbours(Pattern):
     """A query sees its own block of `stride` places, up to itself."""
     stride: int = 1
 
-    @property
-    def max_keys(self):
-        """As Pattern.max_keys."""
-        return self.stride if self.window is None else min(self.stride, self.window)
+    max_keys = property(lambda self: min(self.stride, self.window or self.stride))
 
     def first(self, q):
         """As Pattern.first."""
@@ -48,6 +47,15 @@ class Summaries(Pattern):
         return (k % self.stride >= self.stride - self.summary) | (k == q)
 
 
+def check(config):
+    """Raises ValueError for settings that do not go with these mixers."""
+    c = config
+    expect("fixed" not in c.mixers or c.sparse_summary <= c.sparse_stride,
+           f"sparse_summary is {c.sparse_summary}, but must be from 1 to sparse_stride {c.sparse_stride}")
+    expect(not c.n_head % 2 and not c.n_kv_head % 2, "mixers 'strided' and 'fixed' give half of the heads to each "
+           f"pattern: n_head {c.n_head} and n_kv_head {c.n_kv_head} must be even")
+
+
 class Sparse(Attention):
     """Factorised attention (Child et al. 2019, section 4.3), one pattern for each half of the heads.
 
@@ -60,14 +68,13 @@ class Sparse(Attention):
         """As Attention.attend; `pattern` says how far back a sliding cache goes, if it slides, or that all is seen."""
         if isinstance(pattern, Everything):
             return super().attend(q, k, v, positions, key_positions, pattern)
-        c, H, G = self.config, q.size(1) // 2, k.size(1) // 2
-        near = causal(c.sparse_stride if pattern.window is None else min(c.sparse_stride, pattern.window))
-        far = Strided(pattern.window, c.sparse_stride)
+        c, H, G, window = self.config, q.size(1) // 2, k.size(1) // 2, pattern.window
+        near, far = causal(min(c.sparse_stride, window or c.sparse_stride)), Strided(window, c.sparse_stride)
         if self.kind == "fixed":
-            near = Neighbours(pattern.window, c.sparse_stride)
-            far = Summaries(pattern.window, c.sparse_stride, c.sparse_summary)
+            near = Neighbours(window, c.sparse_stride)
+            far = Summaries(window, c.sparse_stride, c.sparse_summary)
         slopes = (None, None) if self.slopes is None else self.slopes.split(H)
-        whole = key_positions is None and pattern.window is None and positions.prefix is None and self.slopes is None
+        whole = key_positions is None and window is None and positions.prefix is None and self.slopes is None
         y = super().attend(q[:, :H], k[:, :G], v[:, :G], positions, key_positions, near, slopes=slopes[0])
         q, k, v = q[:, H:], k[:, G:], v[:, G:]
         if whole and positions.start == 0 and q.size(2) == k.size(2) > 4 * c.sparse_stride:
@@ -118,11 +125,4 @@ class Sparse(Attention):
         return int(2 * c.n_head * c.head_dim * (stride + far))
 
 
-def strided(config, layer=0):
-    """Sparse attention of mixer "strided"."""
-    return Sparse(config, layer, "strided")
-
-
-def fixed(config, layer=0):
-    """Sparse attention of mixer "fixed"."""
-    return Sparse(config, layer, "fixed")
+strided, fixed = partial(Sparse, kind="strided"), partial(Sparse, kind="fixed")

@@ -374,8 +374,8 @@ def test_experts_report_the_same_loads():
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 @pytest.mark.parametrize("settings", [
     dict(activation="swiglu", n_targets=2, n_kv_head=1), dict(norm="rms", mixer="window", window=3, activation="relu2"),
-    dict(mixer="diff", target_heads="shared", n_targets=2, head_bias=True), dict(mixer="mingru", intermediate_losses=True),
-    dict(mixer="mamba", state_dim=4), dict(ff="moe", n_expert=4),
+    dict(mixer="diff", target_heads="shared", n_targets=2, head_bias=True),
+    dict(mixer="mingru", intermediate_losses=True), dict(mixer="mamba", state_dim=4), dict(ff="moe", n_expert=4),
 ], ids=str)
 def test_one_step_in_the_interpreter(settings, monkeypatch):
     """Kernels against twins: weights after a step. While kernels run, no twin can."""
