@@ -881,21 +881,28 @@ class Transformer(nn.Module):
 
     def stream(self, x, positions, cache=None, active=()):
         """x (B, T) int64 -> the last stream (B, T, C), before the final norm, and those of active layers."""
-        x = F.embedding(x, self.embed)  # (B, T, C)
-        if self.position is not None:
-            x = x + positions.look_up(self.position)
-        if self.training and self.config.dropout:
-            x = F.dropout(x, self.config.dropout)
-        states = []
-        again = self.config.checkpoint_activations and self.training and torch.is_grad_enabled()
+        x, states = self.embedded(x, positions), []
         for layer, block in enumerate(self.blocks):
             caches = () if cache is None else cache.layers[layer::self.config.n_layer]  # the mixer's, the convolution's
-            x = recompute(block, x, positions, *caches, use_reentrant=False) if again else block(x, positions, *caches)
+            x = self.layer(block, x, positions, *caches)
             if layer in active:
                 states.append(x)
         if cache is not None:
             cache.advance(positions)
         return x, states
+
+    def embedded(self, x, positions):
+        """x (B, T) int64 -> (B, T, C), what the first layer reads."""
+        x = F.embedding(x, self.embed)
+        if self.position is not None:
+            x = x + positions.look_up(self.position)
+        return F.dropout(x, self.config.dropout) if self.training and self.config.dropout else x
+
+    def layer(self, block, x, *rest):
+        """One layer, (B, T, C) to (B, T, C), with activation checkpointing if that is set."""
+        if self.config.checkpoint_activations and self.training and torch.is_grad_enabled():
+            return recompute(block, x, *rest, use_reentrant=False)
+        return block(x, *rest)
 
     def predict(self, h):
         """The last stream h (B, T, C) to logits (B, T, V) of the next byte: float32, under "stablemax" float64."""

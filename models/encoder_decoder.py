@@ -307,8 +307,7 @@ class ContextCache(Cache):
 
     def fork(self, n=1):
         """An independent copy with each row repeated n times."""
-        twin, plain = ContextCache((), self.window), super().fork(n)
-        twin.__dict__.update(plain.__dict__)
+        twin = super().fork(n)
         if self.context is not None:
             twin.context = [tuple(t.repeat_interleave(n, 0) for t in pair) for pair in self.context]
         return twin
@@ -357,13 +356,7 @@ class PrefixDecoder(Transformer):
         """states (..., C) -> logits (..., V) float32."""
         return self.logits(F.linear(states, self.classifier(self.first_head)))
 
-    def decode(self, x, context, cache=None, padding=None):
-        """`classify` of `states`: logits (B, T, V)."""
-        return self.classify(self.states(x, context, padding, cache))
-
-    def forward(self, source, x, targets=None, padding=None):
-        """As EncoderDecoder.forward."""
-        return EncoderDecoder.forward(self, source, x, targets, padding)
+    decode, forward = EncoderDecoder.decode, EncoderDecoder.forward
 
     def new_cache(self, batch_size, max_length, window=None, device=None, dtype=None):
         """An empty Cache with room for any source before max_length tokens of the answer."""

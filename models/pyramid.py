@@ -1,8 +1,9 @@
 """The Hourglass (Nawrot et al. 2021), causal: shorten above 1."""
+import copy
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint as recompute
 
 from kernels import expect
 from model import Positions, Transformer
@@ -61,9 +62,9 @@ class PyramidCache:
 
     def fork(self, n=1):
         """An independent copy with each row repeated n times."""
-        twin = PyramidCache(self.outer.fork(n), self.middle.fork(n), self.stream.repeat_interleave(n, 0),
-                            self.lifted.repeat_interleave(n, 0), self.shorten)
-        twin.length, twin.prefix = self.length, self.prefix
+        twin = copy.copy(self)
+        twin.outer, twin.middle = self.outer.fork(n), self.middle.fork(n)
+        twin.stream, twin.lifted = (t.repeat_interleave(n, 0) for t in (self.stream, self.lifted))
         return twin
 
     def log(self):
@@ -98,11 +99,7 @@ class Pyramid(Transformer):
         start, first, last = positions.start, positions.start // k, (positions.start + T) // k
         if cache is None and start:
             raise ValueError("a pyramid's pass without a cache begins at position 0: units are counted from there")
-        h = F.embedding(x, self.embed)  # (B, T, C)
-        if self.position is not None:
-            h = h + positions.look_up(self.position)
-        if self.training and c.dropout:
-            h = F.dropout(h, c.dropout)
+        h = self.embedded(x, positions)  # (B, T, C)
         outer = [None] * (2 * self.edge) if cache is None else cache.outer.layers
         middle = [None] * c.n_layer if cache is None else cache.middle.layers
         for block, layer_cache in zip(self.blocks[:self.edge], outer):
@@ -138,12 +135,6 @@ class Pyramid(Transformer):
             objective, nats = self.losses([h], targets, active)
             return objective + self.extra_losses(h, targets, positions), nats
         return self.predict(h)
-
-    def layer(self, block, x, positions, cache):
-        """One layer, with activation checkpointing if that is set."""
-        if self.config.checkpoint_activations and self.training and torch.is_grad_enabled():
-            return recompute(block, x, positions, cache, use_reentrant=False)
-        return block(x, positions, cache)
 
     def new_cache(self, batch_size, max_length, window=None, device=None, dtype=None, snapshots=0):
         """An empty PyramidCache. Raises ValueError for a window: units are counted from position 0."""

@@ -9,6 +9,8 @@ held of row b without its batch dimension; `fill(rows)` forgets everything and t
 parts]), ragged where the lengths differ; `divisible` says whether the parts are keys that can be cut between any two
 positions, else they are a state, whole or nothing; `layout` is equal where a part of one cache fits another.
 """
+import copy
+
 import torch
 
 
@@ -200,31 +202,30 @@ class KVCache(LayerCache):
 
     def fork(self, n=1):
         """An independent copy, each row repeated n times in a row: (n B, H, capacity, D)."""
-        twin = object.__new__(KVCache)
-        twin.__dict__.update(self.__dict__)
+        twin = copy.copy(self)
         with torch.inference_mode(False):
             for name in ("k", "v", "positions"):
-                if (held := getattr(self, name)) is not None:
-                    setattr(twin, name, held.repeat_interleave(n, 0))
+                if (tensor := getattr(self, name)) is not None:
+                    setattr(twin, name, tensor.repeat_interleave(n, 0))
         return twin
 
     def _start_positions(self):
         """From now on rows are ragged: what is held already stands at consecutive positions in every row."""
         with torch.inference_mode(False):
-            held = torch.arange(self._evicted, self._evicted + self.capacity, device=self.k.device)
-            self.positions = held.repeat(self.k.size(0), 1)  # (B, capacity)
+            positions = torch.arange(self._evicted, self._evicted + self.capacity, device=self.k.device)
+            self.positions = positions.repeat(self.k.size(0), 1)  # (B, capacity)
 
     def _retain(self, keep):
         """Moves the last `keep` entries to the front and evicts the rest."""
-        for held in (self.k, self.v) if self.positions is None else (self.k, self.v, self.positions.unsqueeze(1)):
-            held[:, :, :keep] = held[:, :, self._filled - keep:self._filled].clone()  # the two places may overlap
+        for line in (self.k, self.v) if self.positions is None else (self.k, self.v, self.positions.unsqueeze(1)):
+            line[:, :, :keep] = line[:, :, self._filled - keep:self._filled].clone()  # the two may overlap
         self._evicted += self._filled - keep
         self._filled = keep
 
     def _update_long(self, k, v, positions, keep):
         """A chunk longer than the storage: its queries see a joined copy, and only the chunk's end is stored."""
-        def join(held, new):
-            return torch.cat((held[..., self._filled - keep:self._filled, :], new.to(held.dtype)), -2)
+        def join(line, new):
+            return torch.cat((line[..., self._filled - keep:self._filled, :], new.to(line.dtype)), -2)
         keys, values = join(self.k, k), join(self.v, v)
         seen = None if positions is None else join(self.positions.unsqueeze(-1), positions.unsqueeze(-1)).squeeze(-1)
         length, tail = self.length + k.size(2), self.window - 1
@@ -283,8 +284,8 @@ class RecurrentCache(LayerCache):
 
     def fork(self, n=1):
         """An independent copy, each row repeated n times in a row."""
-        twin = RecurrentCache(t.repeat_interleave(n, 0) for t in self.states)
-        twin.length, twin.hits = self.length, self.hits
+        twin = copy.copy(self)
+        twin.states = tuple(t.repeat_interleave(n, 0) for t in self.states)
         return twin
 
     def snapshot(self):
@@ -328,11 +329,11 @@ class CompressedCache(LayerCache):
     def row(self, b):
         """(blocks known, (keys and values of the memory, unfinished inputs, keys and values of the slots)) of row b,
         which must have read something."""
-        held, b = (self.rows[b], 0) if self.ragged else (self.rows[0], b)
-        _, (k, v) = held["raw"].row(b)
-        tail = held["raw"].window - 1
-        slots = [t[b] for t in held["slots"]] if held["slots"] else [k[:, :0], v[:, :0]]
-        return held["known"], (k[:, -tail:], v[:, -tail:], held["inputs"][b], *slots)
+        state, b = (self.rows[b], 0) if self.ragged else (self.rows[0], b)
+        _, (k, v) = state["raw"].row(b)
+        tail = state["raw"].window - 1
+        slots = [t[b] for t in state["slots"]] if state["slots"] else [k[:, :0], v[:, :0]]
+        return state["known"], (k[:, -tail:], v[:, -tail:], state["inputs"][b], *slots)
 
     def fill(self, rows):
         """Takes each row's state, rows = [(length, [(blocks known, tensors)])] as `row` gives them."""
@@ -371,8 +372,8 @@ class CompressedCache(LayerCache):
 
     def fork(self, n=1):
         """An independent copy, each row repeated n times in a row."""
-        twin = CompressedCache(self.batch_size * n, self._new_row)
-        twin.length, twin.hits = self.length, self.hits
+        twin = copy.copy(self)
+        twin.batch_size = self.batch_size * n
         if self.ragged:
             twin.rows = [self._copy(row) for row in self.rows for _ in range(n)]
         else:
@@ -477,13 +478,13 @@ class Cache:
         """The rows' last positions (B, 1) once cropped to length."""
         if found is not None:
             return found[1] if found[1] is not None else torch.full_like(self.last, length - 1)
-        held = next(layer for layer in self.layers if getattr(layer, "positions", None) is not None)
-        return held.positions[:, :held.length - held._evicted].amax(1, keepdim=True)
+        layer = next(layer for layer in self.layers if getattr(layer, "positions", None) is not None)
+        return layer.positions[:, :layer._filled].amax(1, keepdim=True)
 
     def fork(self, n=1):
         """An independent copy with each row repeated n times: one prefill, n continuations. Snapshots stay behind."""
-        twin = Cache((layer.fork(n) for layer in self.layers), self.window, self.snapshots)
-        twin.length, twin.prefix = self.length, self.prefix
+        twin = copy.copy(self)
+        twin.layers, twin._kept = [layer.fork(n) for layer in self.layers], []
         twin.last = None if self.last is None else self.last.repeat_interleave(n, 0)
         return twin
 
@@ -494,8 +495,8 @@ class Cache:
     def in_order(self, positions):
         """Whether positions (B, T) never fall within a row, nor below what it holds: forgetting by age needs it."""
         if self.length:
-            held = self.length - 1 if self.last is None else self.last
-            positions = torch.cat((torch.zeros_like(positions[:, :1]) + held, positions), 1)  # (B, 1 + T)
+            last = self.length - 1 if self.last is None else self.last
+            positions = torch.cat((torch.zeros_like(positions[:, :1]) + last, positions), 1)  # (B, 1 + T)
         return bool((positions[:, 1:] >= positions[:, :-1]).all())
 
     def log(self):
@@ -508,7 +509,7 @@ class Cache:
 
 
 class Memory:
-    """What one segment of training leaves to the next: per layer a tuple of detached tensors, or None.
+    """What one segment of training leaves to the next: per layer a tuple of detached tensors.
 
     `model.new_memory` makes it empty; `model.forward(..., memory=memory)` reads it and leaves the new one. `length`
     counts the positions since the streams began; tensors of empty memory are zeros that a layer masks by it. `kind`
@@ -516,28 +517,28 @@ class Memory:
     """
 
     def __init__(self, layers, kind=None):
-        self.layers, self.length, self.kind = [None if held is None else tuple(held) for held in layers], 0, kind
+        self.layers, self.length, self.kind = [tuple(tensors or ()) for tensors in layers], 0, kind
 
     @property
     def bytes(self):
         """Bytes over all layers."""
-        return sum(t.nbytes for held in self.layers if held is not None for t in held)
+        return sum(t.nbytes for tensors in self.layers for t in tensors)
 
     def update(self, positions):
         """After a pass: takes what the layers left in places.memory_out, {layer: tensors}."""
-        self.layers = [None if held is None else tuple(t.detach().to(old.dtype) for t, old in
-                                                       zip(positions.memory_out[i], held))
-                       for i, held in enumerate(self.layers)]
+        self.layers = [tuple(t.detach().to(old.dtype) for t, old in
+                             zip(positions.memory_out.get(i, ()), tensors, strict=True))
+                       for i, tensors in enumerate(self.layers)]
         self.length += positions.T
 
     def reset(self):
         """Forgets everything: a new list, since an unfinished backward pass may still read the old one."""
-        self.layers = [None if held is None else tuple(torch.zeros_like(t) for t in held) for held in self.layers]
+        self.layers = [tuple(torch.zeros_like(t) for t in tensors) for tensors in self.layers]
         self.length = 0
 
     def state_dict(self):
         """Tensors and numbers from which load_state_dict goes on exactly."""
-        return {"length": self.length, "layers": [None if held is None else list(held) for held in self.layers],
+        return {"length": self.length, "layers": [list(tensors) or None for tensors in self.layers],
                 **({"kind": self.kind} if self.kind else {})}
 
     def load_state_dict(self, state):
@@ -546,10 +547,9 @@ class Memory:
         if state.get("kind") != self.kind:
             print(f"the saved memory does not hold {self.kind or 'states'}, as this version does: it begins empty")
             return self.reset()
-        shapes = [[[] if held is None else [t.shape for t in held] for held in layers]
-                  for layers in (self.layers, state["layers"])]
+        saved = [tensors or () for tensors in state["layers"]]
+        shapes = [[[t.shape for t in tensors] for tensors in layers] for layers in (self.layers, saved)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"the saved memory has the shapes {shapes[1]}, this one {shapes[0]}")
-        self.layers = [None if held is None else tuple(t.to(new) for t, new in zip(held, mine))
-                       for held, mine in zip(state["layers"], self.layers)]
+        self.layers = [tuple(t.to(mine) for t, mine in zip(*pair)) for pair in zip(saved, self.layers)]
         self.length = state["length"]
