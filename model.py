@@ -275,9 +275,8 @@ def active_layers(step, max_steps, n_layer):
     """0-based indices of the layers whose losses count at `step` (steps done so far, of max_steps), as a tuple.
 
     Al-Rfou et al. 2018, section "Intermediate Layer Losses": layer l of n (from 1) stops after the fraction l / (2n) of
-    training, so that all but the last are gone at half time; the last never stops. Their text adds an interval between
-    two stops for 64 layers and 4M steps, 62.5K steps, that contradicts the rule: 4M / (2 * 64) is 31.25K. The
-    rule is what is done here.
+    training; the last never stops. Their text's interval between two stops, 62.5K of 4M steps in 64 layers, contradicts
+    this rule, whose is 31.25K.
     """
     return tuple(l - 1 for l in range(1, n_layer + 1) if l == n_layer or 2 * n_layer * step < l * max_steps)
 
@@ -421,25 +420,16 @@ class Positions:
 # --- Position schemes ---
 
 class Rope(nn.Module):
-    """Rotary positions (Su et al. 2021): feature pairs (i, i + D/2) turn by position * base^(-2i/D).
-
-    For a context of `factor` times the `original` one, `scaling` is "none"; "linear", positions over factor (position
-    interpolation, Chen et al. 2023); "ntk", a base of base * factor^(D / (D - 2)), which leaves the fastest pair as it
-    is and slows the slowest by factor (bloc97 2023); or "yarn" (Peng et al. 2023, section 3): pairs that turn more than
-    32 times in the original context stay, those that turn less than once are interpolated, a ramp between, and queries
-    and keys grow by yarn_mscale(factor, mscale) each (`magnitude`). The `ramp` goes by "turns" as in the paper, or by
-    "index" as in published code and so in published weights: by the number of the pair, between those that turn 32
-    times and once, rounded outwards.
-
-    Angles are computed in float64 and kept as float32 tables that grow with the positions asked for; not saved.
-    One Rope serves all layers.
-    """
+    """Rotary positions (Su et al. 2021): feature pairs (i, i + D/2) turn by position * base^(-2i/D); `scaling` other
+    than "none", and what follows it, is models/rope_scaling.py's. Angles are computed in float64 and kept as float32
+    tables that grow with the positions asked for; not saved. One Rope serves all layers."""
 
     def __init__(self, head_dim, base, n, scaling="none", factor=1.0, original=None, ramp="turns", mscale=1.0):
         super().__init__()
-        self.head_dim, self.base = head_dim, base
-        self.frequencies, self.magnitude = rope_frequencies(head_dim, base, scaling, factor, original or n, ramp,
-                                                            mscale)
+        self.frequencies, self.magnitude = rope_frequencies(head_dim, base), 1.0
+        if scaling != "none":
+            self.frequencies, self.magnitude = variant("models.rope_scaling:scaled")(
+                head_dim, base, scaling, factor, original or n, ramp, mscale)
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
         self._build(n, "cpu")
@@ -453,35 +443,15 @@ class Rope(nn.Module):
 
     def forward(self, n):
         """The tables (>= n, D), for positions 0 to n - 1 at least."""
-        if n > self.cos.size(0) or self.cos.dtype != torch.float32:  # model.to(bfloat16) spoils the tables
-            self._build(max(n, 2 * self.cos.size(0)) if n > self.cos.size(0) else self.cos.size(0), self.cos.device)
+        known = self.cos.size(0)
+        if n > known or self.cos.dtype != torch.float32:  # model.to(bfloat16) spoils the tables
+            self._build(max(n, 2 * known) if n > known else known, self.cos.device)
         return self.cos, self.sin
 
 
-def yarn_mscale(factor, mscale):
-    """0.1 mscale ln(factor) + 1: YaRN's growth of a query or key (Peng et al. 2023, section 3.4; DeepSeek's mscale)."""
-    return 0.1 * mscale * math.log(max(factor, 1.0)) + 1
-
-
-def rope_frequencies(head_dim, base, scaling="none", factor=1.0, original=512, ramp="turns", mscale=1.0):
-    """(angles per position (D/2,) float64 on the CPU, magnitude of the tables); Rope says what the words mean."""
-    pair = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim  # (D/2,)
-    if scaling == "ntk":
-        base = base * factor ** (head_dim / max(head_dim - 2, 1))
-    plain = base ** -pair
-    if scaling == "linear":
-        return plain / factor, 1.0
-    if scaling == "yarn":
-        if ramp == "index":
-            low, high = (head_dim * math.log(original / (n * 2 * math.pi)) / (2 * math.log(base)) for n in (32, 1))
-            low, high = max(math.floor(low), 0), min(math.ceil(high), head_dim - 1)
-            keep = 1 - ((torch.arange(len(plain), dtype=torch.float64, device="cpu") - low)
-                        / (high - low or 0.001)).clamp(0, 1)
-        else:
-            turns = original * plain / (2 * math.pi)  # of each pair over the original context
-            keep = ((turns - 1) / (32 - 1)).clamp(0, 1)  # 0: interpolate, 1: leave
-        return plain / factor * (1 - keep) + plain * keep, yarn_mscale(factor, mscale)
-    return plain, 1.0
+def rope_frequencies(head_dim, base):
+    """Angles per position, (D/2,) float64 on the CPU."""
+    return base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
 
 
 def alibi_slopes(n_head):
@@ -809,7 +779,7 @@ class Block(nn.Module):
         return self.add(x, parts["ff"](parts["norm2"](x), positions), 2)
 
     def add(self, x, branch, number=1):
-        """The stream and the output of a branch (1: mixer, 2: ff), both (B, T, C): x + scale * dropout(branch)."""
+        """x + scale * dropout(branch), both (B, T, C); number 1: the mixer's branch, 2: the feed-forward's."""
         if self.dropout and self.training:
             branch = F.dropout(branch, self.dropout)
         if self.roles:
@@ -1003,8 +973,7 @@ class Transformer(nn.Module):
     def losses(self, states, targets, active, counted=None):
         """All active layers' and targets' losses by one matrix product and one cross-entropy; as `forward` returns.
 
-        states: A hidden states (B, T, C), targets (B, T, K). counted: as `forward` takes it. By kernel both are done
-        piece by piece: there are never all logits at once.
+        states: A hidden states (B, T, C), targets (B, T, K). By kernel there are never all logits at once.
         """
         c = self.config
         A, K, N = len(states), c.n_targets, targets.size(0) * targets.size(1)
@@ -1048,10 +1017,9 @@ class Transformer(nn.Module):
     def new_cache(self, batch_size, max_length, window=None, device=None, dtype=None, snapshots=0):
         """An empty Cache for batch_size rows of max_length positions, or of any number past a sliding `window`.
 
-        Layers that forget (a window, a memory, a state) keep what they need for ever, whatever max_length says. With
-        short_conv there are as many caches again, of the convolutions' inputs, after those of the mixers.
-        device and dtype default to the parameters', or to autocast's type inside autocast. snapshots: as Cache says.
-        Raises as KVCache does.
+        With short_conv there are as many caches again, of the convolutions' inputs, after those of the mixers. device
+        and dtype default to the parameters', or to autocast's type inside autocast. snapshots: as Cache says. Raises as
+        KVCache does.
         """
         device = self.embed.device if device is None else torch.device(device)
         if dtype is None:
@@ -1073,13 +1041,13 @@ class Transformer(nn.Module):
                       "hidden states" if hidden else None)
 
     def balance_experts(self):
-        """After an optimiser step: moves the biases of experts that were given too much or too little."""
+        """After an optimiser step: moves the biases of experts."""
         for module in self.modules():
             if hasattr(module, "balance"):
                 module.balance(self.usage)
 
     def n_params(self):
-        """Parameters in all, each counted once."""
+        """Parameters, each counted once."""
         return sum(p.numel() for p in self.parameters())
 
     def n_active_params(self):
@@ -1089,9 +1057,8 @@ class Transformer(nn.Module):
     def flops_per_token(self, T, active=None):
         """Floating-point operations of forward and backward per token, at T positions: 6 P + 3 sum of what mixers say.
 
-        P: parameters in matrix products, those of the active layers' classifiers included (a shared classifier counts
-        once per use) and of the experts that a position uses; the second term is attention's scores and sums, uncut by
-        the causal mask (4 H D T forward), or a scan's updates, and 2 w C of a short convolution.
+        P: parameters in matrix products, the active layers' classifiers included (a shared one counts once per use),
+        and of experts those that a position uses.
         """
         c = self.config
         A = 1 if not c.intermediate_losses else c.n_layer if active is None else len(active)
@@ -1107,9 +1074,8 @@ def build_model(config):
 
 
 def equal_ff_mult(config):
-    """The ff_mult at which a Transformer of this config comes nearest in parameters to the same one with mixer "full"
-    and ff "mlp": so a change of mixer, feed-forward or activation is compared at equal size. Raises ValueError where no
-    layer has a feed-forward."""
+    """The ff_mult at which a model of this config comes nearest in parameters to the same one with mixer "full" and ff
+    "mlp". Raises ValueError where no layer has a feed-forward."""
     if set(config.ffs) == {"none"}:
         raise ValueError("with ff 'none' no layer has a feed-forward whose width could make up for other parameters")
 
@@ -1212,9 +1178,8 @@ def fused_rows(model):
 def initialise(model):
     """Fills every parameter by its rule, drawing from the global CPU generator. Biases 0, gains 1.
 
-    Positions and classifiers are N(0, 0.02) under every `init`, embeddings too, but "zero" has N(0, 1) unless tied:
-    the stream starts at the scale at which the branches come to write. Target maps start as the identity. Hidden
-    matrices: "gpt2" N(0, 0.02), those that write into the stream divided by sqrt(2 n_layer) (Radford et al. 2019);
+    Positions and classifiers are N(0, 0.02) under every `init`, embeddings too, but "zero" has N(0, 1) unless tied.
+    Target maps start as the identity. Hidden matrices: "gpt2" N(0, 0.02), those that write into the stream divided by sqrt(2 n_layer) (Radford et al. 2019);
     "normal" N(0, 0.02); "xavier" uniform within sqrt(6 / (fan_in + fan_out)) (Glorot & Bengio 2010), each part of a
     fused matrix by itself; "tfixup" as xavier, with values, outputs and feed-forwards times 0.67 n_layer^-0.25, and
     embeddings N(0, C^-0.5) times (9 n_layer)^-0.25 (Huang et al. 2020: of their two rules for layers the encoder's, as
@@ -1269,7 +1234,7 @@ def initialise(model):
 
 
 def from_checkpoint(checkpoint, weights="raw"):
-    """The Transformer of a checkpoint (from experiment.load_checkpoint), on the CPU, with its raw or its "ema" weights;
+    """The Transformer of a checkpoint, as nanolab.run.load_checkpoint gives it, on the CPU, with its raw or "ema" weights;
     from here on this process goes by the kernels that it was trained with.
 
     Raises ValueError where the checkpoint holds no such weights, or not those of a Transformer of this version.

@@ -4,7 +4,8 @@ import torch.nn as nn
 
 import kernels
 from kernels import expect
-from model import Attention, Linear, Norm, alibi_slopes, yarn_mscale
+from model import Attention, Linear, Norm, alibi_slopes
+from models.rope_scaling import yarn_mscale
 from nanolab.cache import KVCache
 
 
