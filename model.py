@@ -1179,13 +1179,14 @@ def initialise(model):
     """Fills every parameter by its rule, drawing from the global CPU generator. Biases 0, gains 1.
 
     Positions and classifiers are N(0, 0.02) under every `init`, embeddings too, but "zero" has N(0, 1) unless tied.
-    Target maps start as the identity. Hidden matrices: "gpt2" N(0, 0.02), those that write into the stream divided by sqrt(2 n_layer) (Radford et al. 2019);
-    "normal" N(0, 0.02); "xavier" uniform within sqrt(6 / (fan_in + fan_out)) (Glorot & Bengio 2010), each part of a
-    fused matrix by itself; "tfixup" as xavier, with values, outputs and feed-forwards times 0.67 n_layer^-0.25, and
-    embeddings N(0, C^-0.5) times (9 n_layer)^-0.25 (Huang et al. 2020: of their two rules for layers the encoder's, as
-    these have no cross-attention either; of embeddings there is one; what is drawn is multiplied); "truncated"
-    N(0, C^-0.5) cut at two standard deviations; "zero" N(0, fan_in^-0.5), those that write into the stream zero.
-    N(0, s): of standard deviation s. Parameters that their modules claim are filled by these.
+    Target maps start as the identity. Hidden matrices: "gpt2" N(0, 0.02), those that write into the stream divided by
+    sqrt(2 n_layer) (Radford et al. 2019); "normal" N(0, 0.02); "xavier" uniform within sqrt(6 / (fan_in + fan_out))
+    (Glorot & Bengio 2010), each part of a fused matrix by itself; "tfixup" as xavier, with values, outputs and
+    feed-forwards times 0.67 n_layer^-0.25, and embeddings N(0, C^-0.5) times (9 n_layer)^-0.25 (Huang et al. 2020: of
+    their two rules for layers the encoder's, as these have no cross-attention either; of embeddings there is one; what
+    is drawn is multiplied); "truncated" N(0, C^-0.5) cut at two standard deviations; "zero" N(0, fan_in^-0.5), those
+    that write into the stream zero. N(0, s): of standard deviation s. Parameters that their modules claim are filled by
+    these.
     """
     c, fused = model.config, fused_rows(model)
     init, small = c.init, 0.67 * c.n_layer ** -0.25
