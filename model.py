@@ -904,14 +904,13 @@ class Transformer(nn.Module):
         index, start = None, 0 if cache is None else cache.length
         if positions is not None and positions.dim() == 1:
             first = int(positions[0])
-            if positions.numel() != T or int(positions[-1]) != first + T - 1:
-                raise ValueError(f"positions (T,) must be {T} consecutive ones; rows of their own need (B, T)")
-            if cache is not None and first != start:
-                raise ValueError(f"positions start at {first}, but the cache ends at {start}: crop it, or pass (B, T)")
+            expect(positions.numel() == T and int(positions[-1]) == first + T - 1,
+                   f"positions (T,) must be {T} consecutive ones; rows of their own need (B, T)")
+            expect(cache is None or first == start,
+                   f"positions start at {first}, but the cache ends at {start}: crop it, or pass (B, T)")
             start = first
         elif positions is not None:
-            if positions.shape != x.shape:
-                raise ValueError(f"positions are {tuple(positions.shape)}, but the input is {(B, T)}")
+            expect(positions.shape == x.shape, f"positions are {tuple(positions.shape)}, but the input is {(B, T)}")
             index = positions
         if cache is not None:
             if index is None and cache.ragged:
@@ -1189,42 +1188,32 @@ def initialise(model):
     these.
     """
     c, fused = model.config, fused_rows(model)
-    init, small = c.init, 0.67 * c.n_layer ** -0.25
 
-    def normal(p, name):
-        p.normal_(0, 0.02)
-
-    def parts(p, name):
-        return p.split(fused.get(name, (p.size(0),)))
+    def normal(p, name, std=0.02):
+        p.normal_(0, std)
 
     def xavier(p, name):
-        for part in parts(p, name):
+        parts = p.split(fused.get(name, (p.size(0),)))
+        for part in parts:
             nn.init.xavier_uniform_(part)
-
-    def tfixup(p, name):
-        xavier(p, name)
-        (p if ".ff." in name or name.endswith("out.weight") else parts(p, name)[-1]).mul_(small)
+        if c.init == "tfixup":
+            (p if ".ff." in name or name.endswith("out.weight") else parts[-1]).mul_(0.67 * c.n_layer ** -0.25)
 
     def truncated(p, name):
         std = c.n_embd ** -0.5
         nn.init.trunc_normal_(p, 0, std, -2 * std, 2 * std)
 
-    hidden = {
-        "gpt2": (normal, lambda p, name: p.normal_(0, 0.02 / math.sqrt(2 * c.n_layer))),
-        "normal": (normal, normal),
-        "xavier": (xavier, xavier),
-        "tfixup": (tfixup, tfixup),
-        "truncated": (truncated, truncated),
-        "zero": (lambda p, name: p.normal_(0, p.size(1) ** -0.5), lambda p, name: p.zero_()),
-    }
-    embedding = {"zero": normal if c.tie_weights else lambda p, name: p.normal_(),
+    embedding = {"zero": partial(normal, std=0.02 if c.tie_weights else 1.0),
                  "tfixup": lambda p, name: p.normal_(0, c.n_embd ** -0.5).mul_((9 * c.n_layer) ** -0.25)}
+    matrix, residual = {
+        "gpt2": (normal, partial(normal, std=0.02 / math.sqrt(2 * c.n_layer))), "normal": (normal, normal),
+        "xavier": (xavier, xavier), "tfixup": (xavier, xavier), "truncated": (truncated, truncated),
+        "zero": (lambda p, name: p.normal_(0, p.size(1) ** -0.5), lambda p, name: p.zero_()),
+    }[c.init]
     rules = {
-        "embedding": embedding.get(init, normal), "position": normal, "head": normal,
-        "matrix": hidden[init][0], "residual": hidden[init][1],
-        "target_map": lambda p, name: nn.init.eye_(p),
-        "gain": lambda p, name: p.fill_(1), "bias": lambda p, name: p.zero_(),
-        "module": lambda p, name: None,
+        "embedding": embedding.get(c.init, normal), "position": normal, "head": normal,
+        "matrix": matrix, "residual": residual, "target_map": lambda p, name: nn.init.eye_(p),
+        "gain": lambda p, name: p.fill_(1), "bias": lambda p, name: p.zero_(), "module": lambda p, name: None,
     }
     parameters = dict(model.named_parameters())
     for name, rule in parameter_rules(model).items():
@@ -1235,7 +1224,7 @@ def initialise(model):
 
 
 def from_checkpoint(checkpoint, weights="raw"):
-    """The Transformer of a checkpoint, as nanolab.run.load_checkpoint gives it, on the CPU, with its raw or "ema" weights;
+    """The Transformer of a checkpoint from nanolab.run.load_checkpoint, on the CPU, with its raw or its "ema" weights;
     from here on this process goes by the kernels that it was trained with.
 
     Raises ValueError where the checkpoint holds no such weights, or not those of a Transformer of this version.

@@ -48,6 +48,17 @@ class LayerCache:
         elif length != self.length:
             raise ValueError(f"cannot crop to {length} positions: {self.lost.format(self.length)}")
 
+    def fork(self, n=1):
+        """An independent copy, each row repeated n times in a row: tensors (n B, ...)."""
+        twin = copy.copy(self)
+        with torch.inference_mode(False):
+            for name, value in vars(self).items():
+                if torch.is_tensor(value):
+                    setattr(twin, name, value.repeat_interleave(n, 0))
+                elif name == "states":
+                    twin.states = tuple(t.repeat_interleave(n, 0) for t in value)
+        return twin
+
     def snapshot(self):
         """A copy from which `restore` comes back to this moment."""
         return self.fork()
@@ -200,15 +211,6 @@ class KVCache(LayerCache):
             return self.window is None
         return self.window is None or self._evicted <= max(0, length - (self.window - 1))
 
-    def fork(self, n=1):
-        """An independent copy, each row repeated n times in a row: (n B, H, capacity, D)."""
-        twin = copy.copy(self)
-        with torch.inference_mode(False):
-            for name in ("k", "v", "positions"):
-                if (tensor := getattr(self, name)) is not None:
-                    setattr(twin, name, tensor.repeat_interleave(n, 0))
-        return twin
-
     def _start_positions(self):
         """From now on rows are ragged: what is held already stands at consecutive positions in every row."""
         with torch.inference_mode(False):
@@ -281,12 +283,6 @@ class RecurrentCache(LayerCache):
             self.states = tuple(torch.stack([parts[0][1][i] if parts else torch.zeros_like(old[0])
                                              for _, parts in rows]) for i, old in enumerate(self.states))
         self.length = max(length for length, _ in rows)
-
-    def fork(self, n=1):
-        """An independent copy, each row repeated n times in a row."""
-        twin = copy.copy(self)
-        twin.states = tuple(t.repeat_interleave(n, 0) for t in self.states)
-        return twin
 
     def snapshot(self):
         """What `restore` needs to come back to this moment; states are never written in place."""
