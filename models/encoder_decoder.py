@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
-from kernels import plain_rms_norm
+from kernels import expect, plain_rms_norm
 from model import (CARRY, EVERYTHING, FEED_FORWARDS, Attention, Block, Linear, Norm, Positions, Transformer, initialise,
                    make_ropes, variant)
 from nanolab.cache import Cache
@@ -32,15 +32,13 @@ def positions_of(ropes, T, index=None, start=0, **kind):
 def attends(config, model):
     """Raises ValueError where a mixer cannot see ahead."""
     for kind in config.mixers:
-        if kind in CARRY:
-            raise ValueError(f"mixer {kind!r} reads from left to right: {model} sees everything at once")
+        expect(kind not in CARRY, f"mixer {kind!r} reads from left to right: {model} sees everything at once")
 
 
 def own_layers(config):
     """Raises ValueError for settings that only the layers of model.py have."""
-    if config.short_conv or "none" in config.ffs:
-        raise ValueError("short_conv and ff 'none' are for decoders: layers that read a context, or frames, have "
-                         "neither")
+    expect(not config.short_conv and "none" not in config.ffs,
+           "short_conv and ff 'none' are for decoders: layers that read a context, or frames, have neither")
 
 
 def as_mask(padding, S):
@@ -75,8 +73,7 @@ class WideAttention(Attention):
 
 
 def see_ahead(blocks, config):
-    """Gives the Blocks of a bidirectional model, which are without weights yet, their WideAttention. Other mixers than
-    plain attention stay as they are."""
+    """Gives the Blocks of a bidirectional model, which are without weights yet, WideAttention for plain Attention."""
     for layer, block in enumerate(blocks):
         if type(block.mixer) is Attention:
             block.mixer = WideAttention(config, layer, block.mixer.kind)
@@ -105,8 +102,8 @@ class Encoder(nn.Module):
         row has, with padding after them only. Returns (B, T, C)."""
         c, T = self.config, x.size(1)
         padding = as_mask(padding, T)
-        if c.learned_positions and T > c.block_size:
-            raise ValueError(f"{T} tokens are more than block_size {c.block_size}, where positions {c.positions!r} end")
+        expect(not c.learned_positions or T <= c.block_size,
+               f"{T} tokens are more than block_size {c.block_size}, where positions {c.positions!r} end")
         index = None if padding is None else running_positions(padding)
         positions = positions_of(self.ropes, T, index, bidirectional=True)
         x = F.embedding(x, self.embed)
@@ -185,9 +182,7 @@ class CrossBlock(nn.Module):
 class EncoderDecoder(nn.Module):
     """Encoder and decoder (Vaswani et al. 2017): the decoder, causal over its own tokens, reads the source's states.
 
-    config.n_layer layers in each; positions of both begin at 0. padding, everywhere: (B, S) bool, True where the source
-    has no token, or (B,) int64, the tokens that a row has before its padding: only with lengths does cross-attention go
-    by kernel.
+    config.n_layer layers in each; positions of both begin at 0. padding, everywhere, as CrossAttention takes it.
     """
 
     def __init__(self, config):
@@ -267,7 +262,7 @@ class LatentTransformer(EncoderDecoder):
         super().__init__(config)
 
     def read_context(self, config):
-        """The latents and the layers that read with them. Latents need no mask: only the encoder's states are padded"""
+        """The latents and the layers that read with them."""
         c = config
         self.latents = nn.Parameter(torch.empty(self.n_latent, c.n_embd))
         self.roles = {"latents": "embedding"}

@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
+from kernels import expect
 from model import FEED_FORWARDS, Block, Norm, Positions, initialise, make_ropes, variant
 from models.encoder_decoder import WideAttention, attends, own_layers, positions_of, see_ahead
 from nanolab.cache import Cache
@@ -103,9 +104,8 @@ def axial_tables(height, width, head_dim, base=100.0, extra=0):
     """RoPE's tables for the places of a frame, row by row, after `extra` places that do not turn: (cos, sin), each
     (1, extra + height width, 1, D) float32. Of the D/2 feature pairs the first half turns by the row, the rest by the
     column, at frequencies base^(-2i/D) each. Raises ValueError where head_dim is no multiple of 4."""
-    if head_dim % 4:
-        raise ValueError(f"axial positions turn pairs by row and pairs by column: head_dim {head_dim} must be a "
-                         "multiple of 4")
+    expect(not head_dim % 4,
+           f"axial positions turn pairs by row and pairs by column: head_dim {head_dim} must be a multiple of 4")
     frequencies = base ** -(torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     angle = torch.cat([torch.outer(place.flatten().double(), frequencies) for place in (row, column)], 1)  # (N, D/2)
@@ -153,9 +153,8 @@ class SpatioTemporal(nn.Module):
     def __init__(self, config, n_tokens, grid=None):
         super().__init__()
         c = self.config = config
-        if set(c.mixers) != {"full"} or c.positions == "learned_per_layer":
-            raise ValueError(f"a spatio-temporal transformer has mixer 'full' and one table of positions, not "
-                             f"{c.mixer!r} and {c.positions!r}")
+        expect({*c.mixers} == {"full"} and c.positions != "learned_per_layer", "a spatio-temporal transformer has "
+               f"mixer 'full' and one table of positions, not {c.mixer!r} and {c.positions!r}")
         self.place_position = nn.Parameter(torch.empty(n_tokens, c.n_embd))
         self.roles = {"place_position": "position"}
         self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if c.positions == "learned" else None
@@ -172,9 +171,8 @@ class SpatioTemporal(nn.Module):
     def forward(self, x, cache=None, window=None, streams=None):
         """x (B, T, N, C), the frames after those in the cache. Raises ValueError for other sizes than the model's.
 
-        streams = (true, first): x is `true` frames, and after them corrupted ones that stand at `first` and after, each
-        of which sees itself and the true frames before it (TwoStreams): what generation with a cache sees, for many
-        frames at once.
+        streams = (true, first): x is `true` frames, and after them corrupted ones from `first` on, as TwoStreams says:
+        what generation with a cache sees, for many frames at once.
         """
         c, (T, N, C) = self.config, x.shape[1:]
         start = 0 if cache is None else cache.length
