@@ -22,10 +22,8 @@ def check(config):
 
 
 class PyramidCache:
-    """Of a Pyramid: caches of its outer and of its middle layers, and the streams between them, by position.
-
-    The same methods as Cache, for rows that stand alike and at most max_length positions.
-    """
+    """Of a Pyramid: caches of its outer and of its middle layers, and the streams between them, by position; the
+    methods of Cache, for rows that stand alike."""
     ragged, window = False, None
 
     def __init__(self, outer, middle, stream, lifted, shorten):
@@ -43,7 +41,7 @@ class PyramidCache:
         return self.outer.bytes + self.middle.bytes + self.stream.nbytes + self.lifted.nbytes
 
     def check(self, index, ordered):
-        """Raises ValueError for ragged rows: what is one unit would differ from row to row."""
+        """Raises ValueError for ragged rows."""
         if index is not None:
             raise ValueError("a pyramid's rows must stand alike: rows with padding begin their units at other places")
         self.outer.check(None, ordered)

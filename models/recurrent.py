@@ -243,8 +243,7 @@ def selective_scan(dt, u, b, c, a, h):
 
     dt, u (B, T, I), b, c (B, T, N), a (I, N), h (B, I, N), all float32 or all float64. Returns y (B, T, I) and the last
     state (B, I, N). (B, T, I, N) is never held whole: time is cut into stretches, computed again in the backward pass.
-    On a GPU a stretch is a parallel scan. On a CPU it is a loop, whose (B, I, N) stays in the processor's cache: at
-    B 16, T 256, I 512, N 16 that is several times faster than passes over all of time.
+    On a GPU a stretch is a parallel scan; on a CPU a loop, whose (B, I, N) stays in the processor's cache.
     """
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (dt, u, b, c, a, h))
     if u.device.type == "cpu":

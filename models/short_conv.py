@@ -18,10 +18,9 @@ class ShortConv(nn.Module):
     """A depthwise causal convolution over the normed inputs of a layer's mixer, y_t = sum_(i < w) k_i x_(t-i), with
     w = config.short_conv rows k_i of `kernel` (w, C) and no bias, as in Zoology (Arora et al. 2023).
 
-    Before a row's first input stand zeros. Padding is left out, wherever it stands: a row's inputs follow one another
-    in the order in which they come. It never looks ahead, inside a prefix either. One segment of training goes on from
-    the last w - 1 hidden states of the one before, normed anew, in layers of full attention too. Cache: the inputs of
-    old, as a layer of attention over w positions would keep keys.
+    Before a row's first input stand zeros; padding is left out, wherever it stands. It never looks ahead, inside a
+    prefix either. One segment of training goes on from the last w - 1 hidden states of the one before, normed anew, in
+    layers of full attention too. Cache: the inputs of old, as attention over w positions would keep keys.
     """
 
     def __init__(self, config, layer=0):
@@ -73,9 +72,8 @@ class ShortConv(nn.Module):
         return y if order is None else y.take_along_dim(back, 1)
 
     def new_cache(self, batch_size, max_length, beside, device, dtype):
-        """A KVCache of one head with the inputs (as keys) and no values. They are kept as long as the keys of the
-        mixer's cache `beside`, so that it can be cropped to and forked from the same lengths; where that is a state,
-        only those that the convolution sees."""
+        """A KVCache of one head with the inputs (as keys) and no values, kept as long as the keys of the mixer's cache
+        `beside`; where that is a state, only those that the convolution sees."""
         window = self.width if not beside.divisible else beside.window and max(beside.window, self.width)
         cache = KVCache(batch_size, 1, self.kernel.size(1), max_length, window, device, dtype, value_dim=0)
         cache.kind = "inputs"

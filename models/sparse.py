@@ -99,11 +99,7 @@ class Sparse(Attention):
         return y.view(B, stride, H, rows, D).permute(0, 2, 3, 1, 4).reshape(B, H, rows * stride, D)[:, :, :T]
 
     def summaries(self, q, k, v):
-        """Itself and the summary places before it, all (B, H, T, D), start 0.
-
-        The softmax over a query's own key and the shared ones is one over [shared keys, own key]: the own key's score
-        is weighed against the others' sum, which a float32 log-sum-exp gives.
-        """
+        """Itself and the summary positions before it, all (B, H, T, D), start 0: a softmax over [shared keys, own]."""
         c, T = self.config, q.size(2)
         place = torch.arange(T, device=q.device)
         chosen = place[place % c.sparse_stride >= c.sparse_stride - c.sparse_summary]

@@ -4,10 +4,10 @@ what one segment of training leaves to the next.
 Shapes: B batch, H key-value heads, T new keys, S visible keys, D head size. Nothing here holds gradients: what enters
 is detached, and storage is written in place, inside or outside `torch.inference_mode`.
 
-Each layer's cache also gives one row away and takes rows in, for dialogs: `row(b)` is (mark, tensors), what is
-held of row b without its batch dimension; `fill(rows)` forgets everything and takes for each row (length, [such
-parts]), ragged where the lengths differ; `divisible` says whether the parts are keys that can be cut between any two
-positions, else they are a state, whole or nothing; `layout` is equal where a part of one cache fits another.
+For dialogs a layer's cache gives rows away and takes them in: `row(b)` is (mark, tensors), row b without its batch
+dimension; `fill(rows)` forgets everything and takes for each row (length, [such parts]), ragged where lengths differ;
+`divisible`: the parts are keys that can be cut between any two positions, else a state, whole or nothing; `layout` is
+equal where a part of one cache fits another.
 """
 import copy
 
@@ -15,10 +15,11 @@ import torch
 
 
 class LayerCache:
-    """What the caches of one layer share; a subclass has `tensors()`, all that it holds, and `reset`, `fork`, `fill`.
+    """What the caches of one layer share; a subclass has `tensors()`, all that it holds, `kind`, `reset`, `fill`.
 
-    `length` counts the positions appended so far. Unless a subclass knows more, what is held is a state, whole or
-    nothing: it cannot go back to an earlier length, for the reason that `lost` gives.
+    `length`: positions appended so far, evicted ones included; `hits`: positions found instead of computed again, over
+    all passes. Unless a subclass knows more, what is held is a state, whole or nothing: it cannot go back to an earlier
+    length, for the reason that `lost` gives.
     """
     divisible, window, lost = False, None, "what is held cannot go back"
 
@@ -73,12 +74,8 @@ class KVCache(LayerCache):
 
     Without `window`, it holds at most `max_length` keys. With `window` = W, each query sees the last W positions, its
     own included, and the cache goes on for ever: storage is 2 W entries in a line, and when it is full the last W - 1
-    move to its front, so that a key is moved about once in its life.
-
-    `length` counts the keys appended so far, those evicted by the window included. `positions` is None while all rows
-    stand at the same places, or (B, capacity) int64 for ragged rows, where -1 marks padding.
-
-    Raises ValueError where max_length < 1 or window < 2.
+    move to its front, so that a key is moved about once in its life. `positions` is None while all rows stand alike, or
+    (B, capacity) int64 for ragged rows, where -1 marks padding. Raises ValueError where max_length < 1 or window < 2.
     """
     divisible = True
 
@@ -122,8 +119,8 @@ class KVCache(LayerCache):
         """Appends k and v, both (B, H, T, D), and returns (keys, values, key positions) of all that T queries may see.
 
         positions: (B, T) int64 for ragged rows, else None. Keys and values are (B, H, S, D), views of the storage where
-        possible; key positions are (B, S) int64 or None. With a window S <= W - 1 + T, and for T > 1 the caller still
-        masks each query to its own band. Raises ValueError where the cache is full and has no window.
+        possible; key positions (B, S) int64 or None. With a window S <= W - 1 + T: for T > 1 the caller masks each
+        query to its band. Raises ValueError where the cache is full and has no window.
         """
         T = k.size(2)
         if self._filled + T > self.capacity and self.window is None:
@@ -240,10 +237,7 @@ class KVCache(LayerCache):
 
 
 class RecurrentCache(LayerCache):
-    """The state of one recurrent layer: a tuple of tensors (B, ...) of constant size, whatever the length.
-
-    A state cannot go back: `crop` knows 0 and the present length; a Cache with snapshots knows more.
-    """
+    """The state of one recurrent layer: a tuple of tensors (B, ...) of constant size, whatever the length."""
     kind, lost = "state", "a state of {} cannot go back"
 
     def __init__(self, states):
@@ -389,11 +383,7 @@ class CompressedCache(LayerCache):
 
 
 class Cache:
-    """One layer cache per layer, with the same methods; what `model.new_cache` returns and `model.forward` takes.
-
-    Layers may differ: keys and values, latents, memories, states. Each has `length` (positions appended), `bytes`,
-    `hits` (positions found instead of computed again, summed over passes), `kind`, `reset()`, `crop(length)`,
-    `croppable(length)`, `fork(n)`, and, where it forgets, `snapshot()` and `restore(snapshot)`.
+    """One LayerCache per layer, with the same methods; what `model.new_cache` returns and `model.forward` takes.
 
     window: positions that layers of full attention see, their own included; None: all. snapshots: before each of the
     latest so many passes, what layers would forget is kept, so that `crop` can go back to where those passes began.
