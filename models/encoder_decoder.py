@@ -312,10 +312,8 @@ class TextTransformer(Transformer):
     """The decoder over padded rows of tokens, for captions and other short texts of unequal length."""
 
     def forward(self, x, targets=None, padding=None, positions=None, **how):
-        """As Transformer.forward, with padding (B, T) bool, True where a row has no token, on either side.
-
-        targets may be (B, T) with one label; padding never count in the loss.
-        """
+        """As Transformer.forward, with padding (B, T) bool, True where a row has no token, on either side; there no
+        target counts. targets may be (B, T) with one label."""
         if padding is not None:
             positions = running_positions(padding)
         if targets is not None:

@@ -25,8 +25,7 @@ class Latent(Attention):
     that turns and that all heads share (with positions "rope" only). q_rank: queries pass a normalised bottleneck too.
 
     A pass of many queries expands the latents to keys and values. A few queries over a cache are taken to the latents
-    instead: q W_k . c = q . (W_k c), so that the cache is read as it is, as one key-value head (section 2.1.2's
-    absorption).
+    instead: q W_k . c = q . (W_k c), one key-value head (section 2.1.2's absorption).
 
     Under YaRN the part of a score that turns grows by yarn_mscale(factor, rope_mscale)^2 in RoPE's tables, and the
     other by yarn_mscale(factor, rope_mscale_all_dim)^2 here: DeepSeek's softmax scale and tables, multiplied out.

@@ -184,11 +184,10 @@ class Compressive(TransformerXL):
     """Transformer-XL that compresses what leaves its memory (Rae et al. 2019, section 3).
 
     Hidden states, compression_rate neighbours at a time, become one: by a convolution of that width and stride, by
-    their mean or their maximum. Such a slot is normed like them, but passes no short_conv, as it has no neighbours. It
-    stands where its last position stood (in the paper slots count one step each), which makes any division of a text
-    into passes give the same. The network's loss does not reach the compression, nor the other way: the convolution
-    learns from the attention-reconstruction loss alone (algorithm 2), the mean square between what this segment reads,
-    by content, from the states that leave and from their slots; so only where a memory is carried on.
+    their mean or their maximum. Such a slot is normed like them, but passes no short_conv. It stands where its last
+    position stood (in the paper slots count one step each). The network's loss does not reach the compression, nor the
+    other way: the convolution learns from the attention-reconstruction loss alone (algorithm 2), the mean square
+    between what this segment reads, by content, from the states that leave and from their slots.
     """
 
     def __init__(self, config, layer=0):
