@@ -82,13 +82,32 @@ def expect(ok, message):
 
 # --- Norms ---
 
-def rms_norm_reference(x, gain=None, eps=1e-6, residual=None):
-    """rms_norm as its kernel computes it."""
+def norm_reference(x, gain, bias, eps, residual, centred):
+    """Both norms as their kernel computes them."""
     s = x if residual is None else x + residual
     wide = exactly(s)
+    if centred:
+        wide = wide - wide.mean(-1, keepdim=True)
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    y = (y if gain is None else y * gain).to(s.dtype)
+    y = y if gain is None else y * gain
+    y = (y if bias is None else y + bias).to(s.dtype)
     return y if residual is None else (y, s)
+
+
+def norm(x, gain, bias, eps, residual, centred):
+    """Both norms by "triton", or with a residual. Raises ValueError for shapes that do not go together."""
+    expect(residual is None or residual.shape == x.shape, "residual must have the shape of x")
+    for name, p in (("gain", gain), ("bias", bias)):
+        if p is not None and p.shape != x.shape[-1:]:
+            raise ValueError(f"{name} {tuple(p.shape)} must have one number for each of x's {x.size(-1)} features")
+    if fits(x) and x.size(-1) <= WIDEST_ROW:
+        return fused.rows.NormRows.apply(x, residual, gain, bias, eps, centred)
+    return norm_reference(x, gain, bias, eps, residual, centred)
+
+
+def rms_norm_reference(x, gain=None, eps=1e-6, residual=None):
+    """rms_norm as its kernel computes it."""
+    return norm_reference(x, gain, None, eps, residual, False)
 
 
 def plain_rms_norm(x, gain=None, eps=1e-6):
@@ -107,28 +126,17 @@ def rms_norm(x, gain=None, eps=1e-6, residual=None):
     """s / sqrt(mean(s^2) + eps) over the last dimension, times gain (Zhang & Sennrich 2019), with s = x + residual.
 
     x (..., C) of any float type; residual of x's shape, or None, which is 0; gain (C,). Returns y (..., C), and with a
-    residual (y, s): both carry gradients, and both have the type to which x and residual promote. By kernel sums are
-    float32, rounded once; s is rounded before it is normalised. The backward pass needs one tensor of x's size, and C
-    float32 sums of each of its programs, added in a fixed order. Rows wider than WIDEST_ROW take no kernel.
-    Raises ValueError for shapes that do not go together.
+    residual (y, s): both carry gradients and have the type to which x and residual promote. By kernel sums are float32,
+    rounded once; s is rounded before it is normalised. Rows wider than WIDEST_ROW take no kernel.
     """
     if not _triton and residual is None:
         return plain_rms_norm(x, gain, eps)
-    check_norm(x, residual, gain, None)
-    if fits(x) and x.size(-1) <= WIDEST_ROW:
-        return fused.rows.NormRows.apply(x, residual, gain, None, eps, False)
-    return rms_norm_reference(x, gain, eps, residual)
+    return norm(x, gain, None, eps, residual, False)
 
 
 def layer_norm_reference(x, gain=None, bias=None, eps=1e-5, residual=None):
     """layer_norm as its kernel computes it."""
-    s = x if residual is None else x + residual
-    wide = exactly(s)
-    wide = wide - wide.mean(-1, keepdim=True)
-    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    y = y if gain is None else y * gain
-    y = (y if bias is None else y + bias).to(s.dtype)
-    return y if residual is None else (y, s)
+    return norm_reference(x, gain, bias, eps, residual, True)
 
 
 def layer_norm(x, gain=None, bias=None, eps=1e-5, residual=None):
@@ -136,18 +144,7 @@ def layer_norm(x, gain=None, bias=None, eps=1e-5, residual=None):
     variance over C. All else as rms_norm; eps as in torch.nn.functional.layer_norm."""
     if not _triton and residual is None:
         return torch.layer_norm(x, (x.size(-1),), gain, bias, eps)
-    check_norm(x, residual, gain, bias)
-    if fits(x) and x.size(-1) <= WIDEST_ROW:
-        return fused.rows.NormRows.apply(x, residual, gain, bias, eps, True)
-    return layer_norm_reference(x, gain, bias, eps, residual)
-
-
-def check_norm(x, residual, gain, bias):
-    """Raises ValueError where shapes do not go together."""
-    expect(residual is None or residual.shape == x.shape, "residual must have the shape of x")
-    for name, p in (("gain", gain), ("bias", bias)):
-        if p is not None and p.shape != x.shape[-1:]:
-            raise ValueError(f"{name} {tuple(p.shape)} must have one number for each of x's {x.size(-1)} features")
+    return norm(x, gain, bias, eps, residual, True)
 
 
 # --- Rotary positions ---
@@ -169,9 +166,8 @@ def plain_rotary(x, cos, sin):
 def rotary(x, cos, sin):
     """x (B, T, H, D) turned by RoPE's tables (Su et al. 2021): x cos + (b, a) sin, where a and b are the halves of x.
 
-    So features i and i + D/2 are a pair. cos, sin: (1 or B, T, 1, D) float32, sin with its sign (-sin, sin), as in
-    mixers.Positions.tables; constants, to which no gradient goes. Computed in float32; the result has x's type.
-    Backward is the turn by the negative angle. Raises ValueError for an odd D and for tables of another shape.
+    cos, sin: (1 or B, T, 1, D) float32, sin with its sign (-sin, sin), as in model.Positions.tables; no gradient goes
+    to them. The result has x's type. Raises ValueError for an odd D and for tables of another shape.
     """
     if not _triton:
         return plain_rotary(x, cos, sin)
@@ -232,9 +228,8 @@ def gated_reference(kind, x):
 def gated(kind, x):
     """act(a) b of the halves a and b of x (..., 2 W): (..., W) in x's type (Shazeer 2020).
 
-    kind, of GLU: act is the sigmoid ("glu"), nothing ("bilinear"), relu ("reglu"), the exact gelu ("geglu") or silu
-    ("swiglu"). By kernel it is computed in float32 and rounded once, where PyTorch rounds act(a) first, and only x is
-    kept: the backward pass computes act(a) again. Raises ValueError for another kind and an odd width.
+    kind: of GATES. By kernel it is computed in float32 and rounded once, where PyTorch rounds act(a) first, and only x
+    is kept: the backward pass computes act(a) again. Raises ValueError for another kind and an odd width.
     """
     if kind not in GATES:
         raise ValueError(f"kind is {kind!r}, but can be {', '.join(GLU)}")
@@ -265,11 +260,11 @@ def cross_entropy(logits, targets, ignore_index=-1, reduction="none"):
     """-ln softmax(logits)[target], nats: logits (N, V) of any float type, targets (N,) int64, to losses (N,), by
     "triton" float32 (float64 for float64); or with reduction "mean" to the mean of those that count.
 
-    A row whose target is ignore_index has loss 0 and gradient 0; its logits need be finite only without a kernel. That
-    takes one reading of the logits forward (online softmax, Milakov & Gimelshein 2018); one reading and one writing
-    backward, which needs one tensor of the logits' size and type. A row of nothing but -inf has loss nan. A target out
-    of range is not looked for, as that would wait for the GPU: its loss is nan there; on the CPU it is an IndexError.
-    By "triton" raises ValueError for targets of another shape or type.
+    A row whose target is ignore_index has loss 0 and gradient 0; its logits need be finite only without a kernel. By
+    kernel: one reading of the logits forward (online softmax, Milakov & Gimelshein 2018), one reading and one writing
+    backward. A row of nothing but -inf has loss nan. A target out of range is not looked for, as that would wait for
+    the GPU: its loss is nan there; on the CPU it is an IndexError. By "triton" raises ValueError for targets of another
+    shape or type.
     """
     if not _triton:
         return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
@@ -311,8 +306,7 @@ def entropy_gradient(logits, targets, sums, dloss, ignore_index, out):
 
 def chunk_rows(N, C, O):
     """Rows of h (N, C) whose O logits are computed at once: as many as make no more numbers than h or the classifiers
-    (O, C) hold, whichever are more; at least 1. The gradient of the classifiers is as large as they are in any case,
-    and so no product has fewer than C rows, if there are as many."""
+    (O, C) hold, whichever are more; at least 1."""
     return max(1, min(N, max(N, O) * C // max(O, 1)))
 
 
@@ -332,10 +326,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, bias, targets, ignore_index, chunk, dtype):
-        """h (G, N, C), weight (G, O, C), bias (G, O) or None, targets (G, N, K), O = K V: losses (G, N, K).
-
-        Products are in dtype.
-        """
+        """h (G, N, C), weight (G, O, C), bias (G, O) or None, targets (G, N, K), O = K V: losses (G, N, K)."""
         ctx.settings = ignore_index, chunk, dtype
         V, exact = weight.size(1) // targets.size(2), torch.promote_types(dtype, torch.float32)
         losses, sums = (torch.empty(targets.shape, dtype=exact, device=h.device) for _ in range(2))
@@ -423,8 +414,8 @@ def batched_linear_cross_entropy(h, weights, targets, biases=None, ignore_index=
 
 # --- Attention: B batch, H heads, G key-value heads (G divides H), T queries, S keys, D head size, Dv values' size ---
 
-def softmax_over(q, k, v, seen, scale):
-    """softmax(scale q k^T) v where `seen` (bool, broadcast to (..., H, T, S)), in float32 or wider: (..., H, T, Dv).
+def softmax_over(q, k, v, mask, scale):
+    """softmax(scale q k^T) v where `mask` (bool, broadcast to (..., H, T, S)), in float32 or wider: (..., H, T, Dv).
 
     q (..., H, T, D), k (..., G, S, D), v (..., G, S, Dv). A query that sees nothing gets zeros, and leaves none but
     zeros to the gradients.
@@ -433,58 +424,55 @@ def softmax_over(q, k, v, seen, scale):
     k, v = (t.to(exact).repeat_interleave(q.size(-3) // t.size(-3), -3) for t in (k, v))  # (..., H, S, D)
     with torch.autocast(q.device.type, enabled=False):  # it would round the products
         scores = q.to(exact) @ k.transpose(-1, -2) * scale  # (..., H, T, S)
-        p = scores.masked_fill(~seen, torch.finfo(exact).min).softmax(-1) * seen  # not -inf: a row of it would be NaN
+        p = scores.masked_fill(~mask, torch.finfo(exact).min).softmax(-1) * mask  # not -inf: a row of it would be NaN
         return (p @ v).to(q.dtype)
 
 
-def who_sees_whom(T, S, causal=True, window=None, prefix=None, lengths=None, places=None, device=None):
+def who_sees_whom(T, S, causal=True, window=None, prefix=None, lengths=None, positions=None, device=None):
     """The mask of `attend` made explicitly: bool, (1 or B, 1, T, S), True where query t sees key s."""
-    if places is None:
+    if positions is None:
         q, k = torch.arange(S - T, S, device=device).view(1, T, 1), torch.arange(S, device=device).view(1, 1, S)
     else:
-        q, k = places[:, S - T:, None], places[:, None, :]
-    seen = (k == k) & (q == q)  # (1 or B, T, S)
+        q, k = positions[:, S - T:, None], positions[:, None, :]
+    mask = (k == k) & (q == q)  # (1 or B, T, S)
     if causal:
         end = q
         if prefix is not None:
             end = torch.clamp(q, min=(prefix.view(-1, 1, 1) if torch.is_tensor(prefix) else prefix) - 1)
-        seen = seen & (k <= end)
+        mask = mask & (k <= end)
     if window is not None:
-        seen = seen & (k > q - window)
-    if places is not None:
-        seen = seen & (k >= 0) & (q >= 0)
+        mask = mask & (k > q - window)
+    if positions is not None:
+        mask = mask & (k >= 0) & (q >= 0)
     if lengths is not None:
-        seen = seen & (torch.arange(S, device=device) < lengths.view(-1, 1, 1))
-    return seen.unsqueeze(1)
+        mask = mask & (torch.arange(S, device=device) < lengths.view(-1, 1, 1))
+    return mask.unsqueeze(1)
 
 
-def attend(q, k, v, causal=True, window=None, prefix=None, lengths=None, places=None, scale=None):
+def attend(q, k, v, causal=True, window=None, prefix=None, lengths=None, positions=None, scale=None):
     """softmax(scale q k^T) v where a query sees a key (Dao et al. 2022, 2023), differentiable in q, k and v.
 
     q (B, H, T, D), k (B, G, S, D), v (B, G, S, Dv), all float32, float16 or bfloat16, of any strides; D and Dv up to
     WIDEST_HEAD. Returns (B, H, T, Dv) in their type, in memory as q. Head h reads key-value head h // (H / G). scale
     None: D^-0.5. Scores and sums are float32.
 
-    Key s stands at place s and query t at S - T + t, as a chunk after a cache does. places (B, S) int: they stand where
+    Key s stands at s and query t at S - T + t, as a chunk after a cache does. positions (B, S) int: they stand where
     this says instead, the queries at its last T columns; -1 marks padding, as in Positions. Then
     causal: a query at q sees a key at k where k <= q; False: every query sees every key.
     window: and where k > q - window; with causal only.
-    prefix: int or (B,) int; with causal only: k <= max(q, prefix - 1) instead of k <= q, so that the places below it
-    see one another, as far as the window goes back.
+    prefix: int or (B,) int; with causal only: k <= max(q, prefix - 1) instead of k <= q.
     lengths (B,) int: keys from lengths[b] on, in the order of memory, are padding, and may be any garbage.
     Padding is seen by nobody. A query that sees nothing, as padding does, gets zeros, and gives zero gradients.
-
-    Blocks of keys that a block of queries cannot see are left out, except with `places`. Raises ValueError where
-    shapes, types or masks do not go together. Not differentiable twice.
+    Raises ValueError where shapes, types or masks do not go together. Not differentiable twice.
     """
     check_heads(q, k, v)
-    check_mask(q, k, causal, window, prefix, lengths, places)
+    check_mask(q, k, causal, window, prefix, lengths, positions)
     scale = q.size(3) ** -0.5 if scale is None else scale
     if fits(q, k, v):
         q, k, v = (t.unsqueeze(1) for t in (q, k, v))  # (B, 1, H, T, D), ...
-        return fused.attention.attend_rows(q, k, v, causal, window, prefix, lengths, places, scale).squeeze(1)
-    seen = who_sees_whom(q.size(2), k.size(2), causal, window, prefix, lengths, places, q.device)
-    return softmax_over(q, k, v, seen, scale)
+        return fused.attention.attend_rows(q, k, v, causal, window, prefix, lengths, positions, scale).squeeze(1)
+    mask = who_sees_whom(q.size(2), k.size(2), causal, window, prefix, lengths, positions, q.device)
+    return softmax_over(q, k, v, mask, scale)
 
 
 def attend_differential(q, k, v, lam, window=None, prefix=None):
@@ -492,10 +480,7 @@ def attend_differential(q, k, v, lam, window=None, prefix=None):
 
     q (B, H, T, D) and k (B, G, S, D), neighbours a pair; v (B, G/2, S, Dv), a pair's shared values: two heads' values
     side by side where Dv = 2D. lam: a tensor of one number, or (H/2,). Returns (B, H/2, T, Dv), before the norm;
-    causal, with masks and strides as `attend`. Differentiable in q, k, v and lam.
-
-    Both maps go through the kernels at once, over v as it lies; its gradient is two tensors of its size, then summed.
-    Raises ValueError as `attend` does, and for heads that are no pairs.
+    causal, with masks, strides and errors as `attend`, and for heads that are no pairs. Differentiable in all four.
     """
     expect(q.dim() == k.dim() == 4 and not q.size(1) % 2 and not k.size(1) % 2,
            "differential attention needs (B, H, T, D) and (B, G, S, D) of an even number of heads")
@@ -513,17 +498,16 @@ def attend_differential(q, k, v, lam, window=None, prefix=None):
     return one - lam.to(one.dtype).view(-1, 1, 1) * two
 
 
-def attend_space(q, k, v, scale=None):
+def attend_space(q, k, v):
     """Within each frame, every token sees every other: q (B, T, N, H, D), k (B, T, N, G, D), v (B, T, N, G, Dv).
 
-    Of any strides, read and written where they lie: nothing is permuted in memory. Returns (B, T, N, H, Dv). Types,
-    sizes, gradients and errors as `attend`.
+    Read and written where they lie. Returns (B, T, N, H, Dv). Types, sizes, gradients and errors as `attend`.
     """
     rows = [t.transpose(-3, -2) for t in (q, k, v)]  # (B, T, H, N, D)
     check_heads(*rows, dims=5)
     if fits(q, k, v):
-        return fused.attention.attend_rows(*rows, causal=False, scale=scale).transpose(2, 3)
-    y = attend(*(t.flatten(0, 1) for t in rows), causal=False, scale=scale)  # (B T, H, N, Dv)
+        return fused.attention.attend_rows(*rows, causal=False).transpose(2, 3)
+    y = attend(*(t.flatten(0, 1) for t in rows), causal=False)  # (B T, H, N, Dv)
     return y.unflatten(0, q.shape[:2]).transpose(2, 3)
 
 
@@ -551,29 +535,28 @@ def attend_one(q, k, v, lengths=None, splits=None, scale=None):
     The queries are the last T of the row's keys: query t sees the keys below lengths[b] - T + t + 1. lengths (B,) int;
     None: S. One that sees nothing gets zeros. Returns (B, H, T, Dv) in memory as q.
 
-    splits: programs that share a row's keys; None: as many as fill the GPU. Memory: splits (Dv + 1) float32 numbers of
-    each query. Inference only: raises ValueError where a gradient is asked for, or as `attend` does.
+    splits: programs that share a row's keys; None: as many as fill the GPU. Inference only: raises ValueError where a
+    gradient is asked for, or as `attend` does.
     """
     check_heads(q, k, v)
     D = q.size(3)
     return over_cache(q, k, v, lengths, splits, D ** -0.5 if scale is None else scale, D, False)
 
 
-def attend_latent(q, held, rank, scale, lengths=None, splits=None):
+def attend_latent(q, latents, rank, scale, lengths=None, splits=None):
     """attend_one over a latent cache (DeepSeek-V2 2024, section 2.1.2): one key head, whose first columns are values.
 
-    q (B, H, T, rank + R), queries taken to the latents and their turned part; held (B, 1, S, rank + R), latents and the
-    turned keys. Returns (B, H, T, rank), the softmax over the keys of the latents: a key tile is read once, for scores
-    and values. scale: that of the heads as they were, (D + R)^-0.5. rank up to WIDEST_RANK, R from 0 up to WIDEST_HEAD;
-    otherwise as attend_one.
+    q (B, H, T, rank + R), queries taken to the latents and their turned part; latents (B, 1, S, rank + R), with the
+    turned keys. Returns (B, H, T, rank). scale: that of the heads as they were, (D + R)^-0.5. rank up to WIDEST_RANK, R
+    from 0 up to WIDEST_HEAD; otherwise as attend_one.
     """
     more = q.size(-1) - rank
     if not 1 <= rank <= WIDEST_RANK or not 0 <= more <= WIDEST_HEAD:
         raise ValueError(f"a latent has 1 to {WIDEST_RANK} columns and its keys up to {WIDEST_HEAD} more, not {rank} "
                          f"and {more}")
-    check_heads(q, held, held, widest=WIDEST_RANK + WIDEST_HEAD)
-    expect(held.size(1) == 1, "a latent cache has one head")
-    return over_cache(q, held, held[..., :rank], lengths, splits, scale, rank, True)
+    check_heads(q, latents, latents, widest=WIDEST_RANK + WIDEST_HEAD)
+    expect(latents.size(1) == 1, "a latent cache has one head")
+    return over_cache(q, latents, latents[..., :rank], lengths, splits, scale, rank, True)
 
 
 def over_cache(q, k, v, lengths, splits, scale, D, shared):
@@ -587,8 +570,8 @@ def over_cache(q, k, v, lengths, splits, scale, D, shared):
     T, S = q.size(2), k.size(2)
     ends = torch.full((1,), S, device=q.device) if lengths is None else lengths.clamp(max=S)
     last = ends.view(-1, 1, 1) - T + torch.arange(T, device=q.device)[:, None]  # (1 or B, T, 1)
-    seen = (torch.arange(S, device=q.device) <= last).unsqueeze(1)  # (1 or B, 1, T, S)
-    return softmax_over(q, k, v, seen, scale)
+    mask = (torch.arange(S, device=q.device) <= last).unsqueeze(1)  # (1 or B, 1, T, S)
+    return softmax_over(q, k, v, mask, scale)
 
 
 def check_heads(q, k, v, dims=4, widest=WIDEST_HEAD):
@@ -607,15 +590,15 @@ def check_heads(q, k, v, dims=4, widest=WIDEST_HEAD):
         raise ValueError(f"heads have 1 to {widest} features, not {q.size(-1)} and {v.size(-1)}")
 
 
-def check_mask(q, k, causal, window=None, prefix=None, lengths=None, places=None):
+def check_mask(q, k, causal, window=None, prefix=None, lengths=None, positions=None):
     """Raises ValueError for a mask that `attend` does not know; q and k of 4 dimensions."""
     expect(causal or window is None and prefix is None, "a window or a prefix goes with causal attention only")
     expect(window is None or window >= 1, "a window has at least 1 place: its own")
     for name, t, shape in (("prefix", prefix, q.shape[:1]), ("lengths", lengths, q.shape[:1]),
-                           ("places", places, (q.size(0), k.size(2)))):
+                           ("positions", positions, (q.size(0), k.size(2)))):
         if torch.is_tensor(t) and t.shape != torch.Size(shape):
             raise ValueError(f"{name} has the shape {tuple(t.shape)}, not {tuple(shape)}")
-    expect(places is None or q.size(2) <= k.size(2), "queries stand at the last of the keys' places: these are too few")
+    expect(positions is None or q.size(2) <= k.size(2), "queries stand at the last of the keys' positions: too few")
 
 
 # --- Recurrences and experts: B batch, T time, I inner width, N states per feature ---
@@ -656,8 +639,6 @@ def selective_scan(u, dt, A, Bm, Cm, D, h=None):
     dt comes after its softplus, and is 0 at padding, where the state then stays; A is negative, -exp(a_log). Returns y
     (B, T, I) and the last state (B, I, N), both float32 (float64 where u is); either may be differentiated. Raises
     ValueError for other shapes.
-    Memory of the kernels' backward pass beside the gradients, in float32 numbers: T / 64 states are kept, B I N each;
-    64 B I N of scratch; N / 16 times B T I for each of the partial gradients of Bm and Cm.
     """
     expect(u.dim() == 3 and u.shape == dt.shape, "selective_scan needs u and dt (B, T, I) of one shape")
     (B, T, I), N = u.shape, A.size(-1)
@@ -703,10 +684,9 @@ def nearest_code(x, codes):
     """x (N, C), codes (K, C) -> the number of each row's nearest code, (N,) int64, without a gradient.
 
     The least |c|^2 - 2 x.c (van den Oord et al. 2017), summed in float32, float32 not rounded to TF32. Of equally near
-    codes the first counts where these sums are exact, as of small integers; otherwise rounding decides, which may
-    differ from place to place even among equal codes (a BLAS sums its last columns in another order).
-    x and codes: any float types, not necessarily the same; no NaN among the codes. Beside the result the kernel needs
-    4 K bytes, never a table (N, K). ValueError: other shapes than these, no codes.
+    codes the first counts where these sums are exact, as of small integers; otherwise rounding decides, even among
+    equal codes (a BLAS sums its last columns in another order). x and codes: any float types; no NaN among the codes.
+    The kernel makes no table (N, K). ValueError: other shapes than these, no codes.
     """
     expect(x.ndim == codes.ndim == 2 and x.shape[1] == codes.shape[1] and len(codes),
            "nearest_code takes x (N, C) and codes (K, C) with K > 0")
@@ -722,9 +702,8 @@ def gumbel_softmax(logits, noise, temperature, hard):
     The code is the argmax of the float32 sums l + g, the first of equal ones; y = softmax((l + g) / temperature) (Jang
     et al. 2017, Maddison et al. 2017), or, where hard, one-hot going forward and that softmax going backward.
     noise: Gumbel noise g (discrete.gumbel_like), times its weight; None: none, the mode. It gets no gradient. y is of
-    the logits' dtype, computed in float32. A row of -inf alone is NaN, as in torch.softmax.
-    Going backward the kernel computes the softmax again: it keeps logits and noise, and 8 bytes a row.
-    temperature: a number > 0, else ValueError, as for shapes that do not fit. No second derivative by kernel.
+    the logits' dtype, computed in float32. A row of -inf alone is NaN, as in torch.softmax. temperature: a number > 0,
+    else ValueError, as for shapes that do not fit. No second derivative by kernel.
     """
     check_choice(logits, noise)
     expect(temperature > 0, "gumbel_softmax needs a temperature above 0")
@@ -744,9 +723,8 @@ def reinmax(logits, noise, temperature=1.0):
     The code is the argmax of the float32 sums l + g, the first of equal ones. Going backward
     (Liu et al. 2023, algorithm 2) g -> 2 J(p1) g - J(p0) g / 2 with J(p) = diag(p) - p p^T, p0 = softmax(l) and
     p1 = (one-hot + softmax(l / temperature)) / 2. noise: see `gumbel_softmax`. A logit of -inf has no gradient
-    (discrete.reinmax gives NaN there); a row of -inf alone is NaN.
-    Going backward the kernel computes both softmaxes again: it keeps logits and codes, and 12 bytes a row.
-    ValueError: temperature below 1, of which the paper warns; shapes that do not fit. No second derivative.
+    (discrete.reinmax gives NaN there); a row of -inf alone is NaN. ValueError: temperature below 1, of which the paper
+    warns; shapes that do not fit. No second derivative.
     """
     check_choice(logits, noise)
     expect(temperature >= 1, "reinmax needs a temperature of at least 1")
@@ -813,12 +791,10 @@ def adamw_step(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weigh
     exp_avg_sqs, float32. A bfloat16 parameter is rounded once, at the end. Gradients are only read.
     step: 1 at the first, one for all. weight_decay: a number, or one for each tensor.
     clip: the norm over all gradients, float32 (), is returned, and they count min(clip / (norm + 1e-6), 1) times, as
-    in torch.nn.utils.clip_grad_norm_; math.inf: the norm alone. It costs two launches more, and no wait for the host.
-    orthograd: after clipping each gradient is taken orthogonal to its tensor, at its old length: optim.OrthoGrad. It
-    costs four launches more, which read weights and gradients twice.
+    in torch.nn.utils.clip_grad_norm_; math.inf: the norm alone.
+    orthograd: after clipping each gradient is taken orthogonal to its tensor, at its old length: optim.OrthoGrad.
     tables: a dict that the caller keeps for this list: where its tensors lie is then sent to the device only once.
-    Tensors that are not contiguous are copied there and back. Memory: up to 76 bytes a tensor and 20 a chunk, which has
-    thousands of elements. ValueError: lists that do not fit, or tensors of several devices.
+    Tensors that are not contiguous are copied there and back. ValueError: lists that do not fit, several devices.
     """
     decays = [weight_decay] * len(params) if isinstance(weight_decay, (int, float)) else weight_decay
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "weight_decay": decays}

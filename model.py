@@ -7,8 +7,9 @@ A setting that cannot be is a ValueError with one sentence.
 import importlib
 import math
 import re
+from bisect import bisect_left
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn as nn
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 import kernels
-from kernels import GLU, activate, plain_rms_norm
+from kernels import GLU, activate, expect, plain_rms_norm
 from nanolab.cache import Cache, KVCache, Memory
 from nanolab.settings import check_fields
 
@@ -46,7 +47,7 @@ def variant(place):
     return globals()[name] if file == "model" else getattr(importlib.import_module(file), name)
 
 
-def pattern(words, n_layer, allowed, name):
+def repeat_words(words, n_layer, allowed, name):
     """'a,b,b' repeated over the layers: a tuple of n_layer words. Raises ValueError for a word that is not allowed."""
     kinds = [word.strip() for word in words.split(",")]
     for kind in kinds:
@@ -145,145 +146,77 @@ class TransformerConfig:
         return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
 
     def __post_init__(self):
-        # What is derived below may be 0 in a small model, whose mixers do not ask for it; `replace` hands it on.
-        check_fields(self, but=[name for name in ("rope_dim", "compressed_length") if getattr(self, name) == 0])
-        if self.vocab_size < 1:
-            raise ValueError(f"vocab_size is {self.vocab_size}, but must be at least 1")
+        check_fields(self)
+        expect(self.vocab_size >= 1, f"vocab_size is {self.vocab_size}, but must be at least 1")
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         if self.head_dim is None:
-            if self.n_embd % self.n_head:
-                raise ValueError(f"n_head {self.n_head} does not divide n_embd {self.n_embd}: set head_dim too")
+            expect(not self.n_embd % self.n_head,
+                   f"n_head {self.n_head} does not divide n_embd {self.n_embd}: set head_dim too")
             self.head_dim = self.n_embd // self.n_head
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
+        expect(not self.n_head % self.n_kv_head, f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
         derived = dict(memory_length=self.block_size, kv_rank=2 * self.head_dim, ff_rank=max(1, self.n_embd // 4),
                        compressed_length=max(1, self.block_size // self.compression_rate),
                        rope_dim=max(2, 2 * (self.head_dim // 4)))
         for name, value in derived.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        self.mixers, self.ffs  # raise for unknown words
         self._check_positions()
-        self._check_mixers()
-        self._check_feed_forwards()
-        self._check_norms()
-        if self.residual_scale == "rezero" and self.init == "zero":
-            raise ValueError("residual_scale 'rezero' starts every branch at zero, and init 'zero' its output too: no "
-                             "gradient would ever reach either; choose another init")
-        if self.init == "tfixup" and not (set(self.mixers) <= {"full", "window", "strided", "fixed", "diff", "xl"}
-                                          and set(self.ffs) <= {"mlp", "none"}):
-            raise ValueError("init 'tfixup' scales the value, output and feed-forward matrices of attention layers: "
-                             f"mixer {self.mixer!r} with ff {self.ff!r} has others")
-        if self.tie_weights and self.n_classifiers > 1:
-            raise ValueError(f"tie_weights needs one classifier, not {self.n_classifiers}: set target_heads and "
-                             "layer_heads to 'shared', or n_targets to 1 and intermediate_losses off")
+        for place in dict.fromkeys([*(MIXERS[kind] for kind in self.mixers),
+                                    *(FEED_FORWARDS[kind] for kind in self.ffs if kind != "none")]):
+            variant_check = getattr(importlib.import_module(place.split(":")[0]), "check", None)
+            if variant_check:
+                variant_check(self)
+        self._check_rest()
         if self.shorten > 1:
-            self._check_pyramid()
-        if self.mtp_depth and set(self.mixers) & set(CARRY):
-            raise ValueError(f"mtp_depth {self.mtp_depth} goes with layers that attend, not with mixer {self.mixer!r}")
-
-    def _check_norms(self):
-        normed = {"n_embd": self.n_embd}
-        if "mla" in self.mixers:
-            normed.update(kv_rank=self.kv_rank, q_rank=self.q_rank)
-        if self.qk_norm:
-            normed["head_dim"] = self.head_dim
-        if self.activation == "solu":
-            normed["the feed-forward's width"] = self.ff_width
-        for name, width in normed.items():
-            if width == 1:
-                raise ValueError(f"{name} is 1, but a norm over one feature leaves a sign at most, which lets no "
-                                 "gradient pass: it must be at least 2")
-
-    def _check_pyramid(self):
-        said = f"shorten {self.shorten} makes a pyramid, which"
-        if self.n_layer < 3:
-            raise ValueError(f"{said} needs at least 3 layers, not {self.n_layer}")
-        if self.short_conv:
-            raise ValueError(f"{said} has layers whose neighbours are units: short_conv does not go with it")
-        if self.carries:
-            raise ValueError(f"{said} starts afresh with every block: mixer {self.mixer!r} does not go with it")
-        if self.positions == "learned_per_layer" or self.intermediate_losses or self.mtp_depth:
-            raise ValueError(f"{said} has layers of two lengths: neither positions 'learned_per_layer' nor "
-                             "intermediate_losses nor mtp_depth go with it")
+            variant("models.pyramid:check")(self)
 
     def _check_positions(self):
-        if self.positions == "rope" and self.head_dim % 2:
-            raise ValueError(f"positions 'rope' turns pairs of features: head_dim {self.head_dim} must be even")
-        if self.rope_scaling != "none" and self.positions != "rope":
-            raise ValueError(f"rope_scaling {self.rope_scaling!r} needs positions 'rope', not {self.positions!r}")
         attending = [kind for kind in self.mixers if kind not in RECURRENT]
+        expect(self.positions != "rope" or not self.head_dim % 2,
+               f"positions 'rope' turns pairs of features: head_dim {self.head_dim} must be even")
+        expect(self.rope_scaling == "none" or self.positions == "rope",
+               f"rope_scaling {self.rope_scaling!r} needs positions 'rope', not {self.positions!r}")
         for kind in attending:
-            if self.positions == "relative" and kind not in ("xl", "compressive"):
-                raise ValueError(f"positions 'relative' are Transformer-XL's: mixer {kind!r} has none; use 'rope'")
-            if self.learned_positions and kind in ("xl", "compressive"):
-                raise ValueError(f"mixer {kind!r} sees states of earlier segments, which positions {self.positions!r} "
-                                 "would place wrongly: use 'rope', 'relative', 'alibi' or 'none'")
-        if self.learned_positions and len(attending) < self.n_layer:
-            raise ValueError(f"mixer {self.mixer!r} goes on past block_size, positions {self.positions!r} do not: use "
-                             "'rope', 'alibi' or 'none'")
+            expect(self.positions != "relative" or kind in ("xl", "compressive"),
+                   f"positions 'relative' are Transformer-XL's: mixer {kind!r} has none; use 'rope'")
+        expect(not self.learned_positions or len(attending) == self.n_layer,
+               f"mixer {self.mixer!r} goes on past block_size, positions {self.positions!r} do not: use 'rope', "
+               "'alibi' or 'none'")
 
-    def _check_mixers(self):
-        kinds = set(self.mixers)
-        if self.short_conv == 1:
-            raise ValueError(f"short_conv is {self.short_conv}, but must be 0, which is none, or at least 2")
-        if self.qk_scale and not self.qk_norm:
-            raise ValueError("qk_scale scales scores of queries and keys of one length: it needs qk_norm")
-        for kind in self.mixers:
-            if self.qk_scale and kind in ("xl", "compressive"):
-                raise ValueError(f"qk_scale is for mixers without segment memory, not for mixer {kind!r}")
-        if "window" in kinds and self.window < 2:
-            raise ValueError(f"window is {self.window}, but mixer 'window' needs at least 2 positions")
-        if "fixed" in kinds and self.sparse_summary > self.sparse_stride:
-            raise ValueError(f"sparse_summary is {self.sparse_summary}, but must be from 1 to sparse_stride "
-                             f"{self.sparse_stride}")
-        if kinds & {"strided", "fixed"} and (self.n_head % 2 or self.n_kv_head % 2):
-            raise ValueError("mixers 'strided' and 'fixed' give half of the heads to each pattern: n_head "
-                             f"{self.n_head} and n_kv_head {self.n_kv_head} must be even")
-        if "diff" in kinds and (self.n_head % 2 or self.n_kv_head % 2):
-            raise ValueError(f"mixer 'diff' subtracts pairs of heads: n_head {self.n_head} and n_kv_head "
-                             f"{self.n_kv_head} must be even")
-        if "mla" in kinds:
-            if self.qk_norm:
-                raise ValueError("qk_norm normalises keys, which mixer 'mla' never forms in generation: the latent has "
-                                 "a norm of its own")
-            if self.n_kv_head != self.n_head:
-                raise ValueError(f"mixer 'mla' has one latent for all heads: n_kv_head {self.n_kv_head} does not apply")
-            if self.positions == "rope" and (self.rope_dim < 2 or self.rope_dim % 2):
-                raise ValueError(f"rope_dim is {self.rope_dim}, but must be even and at least 2")
-        if "compressive" in kinds:
-            rate = self.compression_rate
-            if self.compressed_length < 1:
-                raise ValueError(f"compressed_length is {self.compressed_length}, but must be at least 1")
-            if self.block_size % rate or self.memory_length % rate:
-                raise ValueError(f"compression_rate {rate} must divide block_size {self.block_size} and memory_length "
-                                 f"{self.memory_length}")
-        if kinds & set(RECURRENT) and self.expand * self.n_embd < 1:
-            raise ValueError(f"expand {self.expand} leaves no inner width at n_embd {self.n_embd}")
-
-    def _check_feed_forwards(self):
-        if self.ff_width < 1:
-            raise ValueError(f"ff_mult {self.ff_mult} leaves no feed-forward width at n_embd {self.n_embd}")
-        if "moe" in self.ffs:
-            routed = self.n_expert - self.n_shared_expert
-            if not 0 <= self.n_shared_expert < self.n_expert:
-                raise ValueError(f"n_shared_expert is {self.n_shared_expert}, but must be from 0 to n_expert - 1, "
-                                 f"{self.n_expert - 1}")
-            if self.expert_top_k > routed:
-                raise ValueError(f"expert_top_k {self.expert_top_k} is more than the {routed} experts to choose from")
-            if self.activation == "solu":
-                raise ValueError("activation 'solu' normalises its whole width, which experts divide: choose another")
+    def _check_rest(self):
+        expect(self.ff_width >= 1, f"ff_mult {self.ff_mult} leaves no feed-forward width at n_embd {self.n_embd}")
+        for name, width, normed in (("n_embd", self.n_embd, True), ("head_dim", self.head_dim, self.qk_norm),
+                                    ("the feed-forward's width", self.ff_width, self.activation == "solu")):
+            expect(width > 1 or not normed, f"{name} is 1, but a norm over one feature leaves a sign at most, which "
+                                            "lets no gradient pass: it must be at least 2")
+        expect(self.short_conv != 1, "short_conv is 1, but must be 0, which is none, or at least 2")
+        expect(self.qk_norm or not self.qk_scale,
+               "qk_scale scales scores of queries and keys of one length: it needs qk_norm")
+        expect("window" not in self.mixers or self.window > 1,
+               f"window is {self.window}, but mixer 'window' needs at least 2 positions")
+        expect(self.residual_scale != "rezero" or self.init != "zero",
+               "residual_scale 'rezero' starts every branch at zero, and init 'zero' its output too: no gradient would "
+               "ever reach either; choose another init")
+        expect(self.init != "tfixup" or {*self.mixers} <= {"full", "window", "strided", "fixed", "diff", "xl"}
+               and {*self.ffs} <= {"mlp", "none"},
+               "init 'tfixup' scales the value, output and feed-forward matrices of attention layers: "
+               f"mixer {self.mixer!r} with ff {self.ff!r} has others")
+        expect(not self.tie_weights or self.n_classifiers == 1,
+               f"tie_weights needs one classifier, not {self.n_classifiers}: set target_heads and layer_heads to "
+               "'shared', or n_targets to 1 and intermediate_losses off")
+        expect(not (self.mtp_depth and self.carries),
+               f"mtp_depth {self.mtp_depth} goes with layers that attend, not with mixer {self.mixer!r}")
 
     @property
     def mixers(self):
         """The mixer of every layer, a tuple of n_layer words."""
-        return pattern(self.mixer, self.n_layer, tuple(MIXERS), "mixer")
+        return repeat_words(self.mixer, self.n_layer, tuple(MIXERS), "mixer")
 
     @property
     def ffs(self):
         """The feed-forward of every layer, a tuple of n_layer words."""
-        return pattern(self.ff, self.n_layer, (*FEED_FORWARDS, "none"), "ff")
+        return repeat_words(self.ff, self.n_layer, (*FEED_FORWARDS, "none"), "ff")
 
     @property
     def rolls(self):
@@ -295,15 +228,15 @@ class TransformerConfig:
         """Whether some layer carries something from one segment to the next."""
         return bool(set(self.mixers) & set(CARRY))
 
-    def horizon(self, window):
+    def receptive_field(self, window):
         """How many positions back the last layer's state can depend on, where full attention sees `window`; None: any.
 
         Layers add up: each sees states that have themselves seen further back.
         """
-        reach = {"window": min(self.window, window), "xl": self.memory_length + self.block_size,
+        max_keys = {"window": min(self.window, window), "xl": self.memory_length + self.block_size,
                  **dict.fromkeys(RECURRENT),
                  "compressive": self.memory_length + self.block_size + self.compressed_length * self.compression_rate}
-        reaches = [reach.get(kind, window) for kind in self.mixers]
+        reaches = [max_keys.get(kind, window) for kind in self.mixers]
         return None if None in reaches else sum(reaches) + self.n_layer * max(0, self.short_conv - 1)
 
     @property
@@ -342,9 +275,8 @@ def active_layers(step, max_steps, n_layer):
     """0-based indices of the layers whose losses count at `step` (steps done so far, of max_steps), as a tuple.
 
     Al-Rfou et al. 2018, section "Intermediate Layer Losses": layer l of n (from 1) stops after the fraction l / (2n) of
-    training, so that all but the last are gone at half time; the last never stops. Their text adds an interval between
-    two stops for 64 layers and 4M steps, 62.5K steps, that contradicts the rule: 4M / (2 * 64) is 31.25K. The
-    rule is what is done here.
+    training; the last never stops. Their text's interval between two stops, 62.5K of 4M steps in 64 layers, contradicts
+    this rule, whose is 31.25K.
     """
     return tuple(l - 1 for l in range(1, n_layer + 1) if l == n_layer or 2 * n_layer * step < l * max_steps)
 
@@ -352,44 +284,36 @@ def active_layers(step, max_steps, n_layer):
 # --- Who sees whom ---
 
 @dataclass(frozen=True)
-class Span:
+class Pattern:
     """A rule of who sees whom: a query sees itself and those before it that `sees` allows, with `window` only among the
-    last so many places, its own included."""
+    last so many positions, its own included. max_keys: the most keys that a query sees; None: any number."""
     window: int = None
-
-    @property
-    def reach(self):
-        """The most keys that a query sees; None: any number."""
-        return None
+    max_keys = None
 
     def first(self, q):
-        """The first place that a query at place q (int) sees."""
+        """The first position that a query at q (int) sees."""
         return 0 if self.window is None else max(0, q - self.window + 1)
 
     def sees(self, q, k):
-        """bool, broadcast: may a query at places q see keys at places k <= q, as far as the window goes back?"""
+        """bool, broadcast: may queries at q see keys at k <= q, the window apart?"""
         return k <= q
 
     def allowed(self, q, k, end):
-        """bool, broadcast: may a query at places q see keys at places k? It looks ahead up to `end` (>= q)."""
-        seen = self.sees(q, k) & (k <= q) | (k > q) & (k <= end)
-        return seen if self.window is None else seen & (k > q - self.window)
+        """bool, broadcast: may queries at q see keys at k? They look ahead up to `end` (>= q)."""
+        allowed = self.sees(q, k) & (k <= q) | (k > q) & (k <= end)
+        return allowed if self.window is None else allowed & (k > q - self.window)
 
 
-class Causal(Span):
+class Causal(Pattern):
     """A query sees itself and what stands before it."""
-
-    @property
-    def reach(self):
-        """As Span.reach."""
-        return self.window
+    max_keys = property(lambda self: self.window)
 
 
-class Everything(Span):
+class Everything(Pattern):
     """Every query sees every key."""
 
     def allowed(self, q, k, end):
-        """As Span.allowed: True."""
+        """True, broadcast."""
         return (k == k) & (q == q)
 
 
@@ -407,7 +331,7 @@ class Positions:
     start: the position of the first input, where all rows stand alike and inputs are consecutive (index None).
     index: (B, T) int64 where rows are ragged; -1 marks padding. window: the last positions that a layer of full
     attention sees; None: all before it. prefix: int or (B,) int64, the positions below it see one another.
-    bidirectional: every position sees every other. tables: RoPE's, {D: (cos, sin)} at these places, each
+    bidirectional: every position sees every other. tables: RoPE's, {D: (cos, sin)} of these positions, each
     (1 or B, T, 1, D) float32; ropes: the modules that make them, {str(D): Rope}. memory: what the segment before left
     to each layer, which stands for the `remembered` positions before this one.
 
@@ -441,55 +365,51 @@ class Positions:
         return kernels.rotary(x, *self.tables[x.size(-1)]) if self.tables else x
 
     def look_up_ropes(self, ropes, n):
-        """Takes the tables of ropes, {str(D): Rope}, at these places, which are all below n."""
+        """Takes the tables of ropes, {str(D): Rope}, at these positions, which are all below n."""
         self.ropes = ropes
         self.tables = {int(D): tuple(self.look_up(t).view(-1, self.T, 1, int(D)) for t in rope(n))  # (1 or B, T, 1, D)
                        for D, rope in ropes.items()}
 
     def look_up(self, table):
-        """Rows of a learned table (P, C) at these places: (T, C), or (B, T, C) where ragged; padding takes row 0."""
+        """Rows of a learned table (P, C): (T, C), or (B, T, C) where ragged; padding takes row 0."""
         if self.index is None:
             return table[self.start:self.start + self.T]
         return F.embedding(self.index.clamp(min=0), table)
 
-    def mask(self, span, S, seen, device, slopes=None, rows=None):
+    def mask(self, pattern, S, key_positions, device, slopes=None, rows=None):
         """Which of S keys each query may see: None (all), "causal", or a mask ((B, 1,) T, S), True where allowed.
 
-        span: the rule (Causal, ...). seen: (B, S) int64, the keys' positions, or None where all rows stand alike and
-        the keys end at the last query. Padding sees padding and nothing else does. slopes: (H,) float32, ALiBi's;
+        pattern: the rule (Causal, ...). key_positions: (B, S) int64, or None where all rows stand alike and the keys
+        end at the last query. Padding sees padding and nothing else does. slopes: (H,) float32, ALiBi's;
         then the mask is float32 ((B,) H, T, S) to be added to the scores. rows: (first, end) of some queries, their
         first key and the end of their keys, (i, j, low, high): only that part of the mask. Made once for all layers.
         """
-        if seen is None and slopes is None and rows is None and self.prefix is None:
-            if type(span) is Causal:
-                W = span.window
-                if self.T == 1 and (W is None or S <= W):
-                    return None
-                if S == self.T and (W is None or S <= W):
-                    return "causal"
-            elif type(span) is Everything:
+        if key_positions is None and slopes is None and rows is None and self.prefix is None:
+            if type(pattern) is Everything:
                 return None
-        key = (span, S, None if slopes is None else (slopes.numel(), slopes.data_ptr()), rows)
+            if type(pattern) is Causal and S <= (pattern.window or S) and (self.T == 1 or self.T == S):
+                return None if self.T == 1 else "causal"
+        key = (pattern, S, None if slopes is None else (slopes.numel(), slopes.data_ptr()), rows)
         if key not in self._made:
-            self._made[key] = self._make_mask(span, S, seen, device, slopes, rows)
+            self._made[key] = self._make_mask(pattern, S, key_positions, device, slopes, rows)
         return self._made[key]
 
-    def _make_mask(self, span, S, seen, device, slopes, rows):
+    def _make_mask(self, pattern, S, key_positions, device, slopes, rows):
         T = self.T
-        if seen is None:
+        if key_positions is None:
             k = torch.arange(self.start + T - S, self.start + T, device=device)  # (S,)
             q = k[S - T:, None]  # (T, 1)
             if rows is not None:
                 q, k = q[rows[0]:rows[1]], k[rows[2]:rows[3]]
         else:
-            k = seen[:, None, None, :]  # (B, 1, 1, S)
+            k = key_positions[:, None, None, :]  # (B, 1, 1, S)
             q = self.index[:, None, :, None]  # (B, 1, T, 1)
         end = q
         if self.prefix is not None:
             prefix = self.prefix.view(-1, 1, 1, 1) if torch.is_tensor(self.prefix) else self.prefix
             end = torch.clamp(q, min=prefix - 1)
-        allowed = span.allowed(q, k, end)
-        if seen is not None:
+        allowed = pattern.allowed(q, k, end)
+        if key_positions is not None:
             allowed = allowed & (k >= 0) & (q >= 0) | (k < 0) & (q < 0)  # (B, 1, T, S)
         if slopes is None:
             return allowed
@@ -500,25 +420,16 @@ class Positions:
 # --- Position schemes ---
 
 class Rope(nn.Module):
-    """Rotary positions (Su et al. 2021): feature pairs (i, i + D/2) turn by position * base^(-2i/D).
-
-    For a context of `factor` times the `original` one, `scaling` is "none"; "linear", positions over factor (position
-    interpolation, Chen et al. 2023); "ntk", a base of base * factor^(D / (D - 2)), which leaves the fastest pair as it
-    is and slows the slowest by factor (bloc97 2023); or "yarn" (Peng et al. 2023, section 3): pairs that turn more than
-    32 times in the original context stay, those that turn less than once are interpolated, a ramp between, and queries
-    and keys grow by yarn_mscale(factor, mscale) each (`magnitude`). The `ramp` goes by "turns" as in the paper, or by
-    "index" as in published code and so in published weights: by the number of the pair, between those that turn 32
-    times and once, rounded outwards.
-
-    Angles are computed in float64 and kept as float32 tables that grow with the positions asked for; not saved.
-    One Rope serves all layers.
-    """
+    """Rotary positions (Su et al. 2021): feature pairs (i, i + D/2) turn by position * base^(-2i/D); `scaling` other
+    than "none", and what follows it, is models/rope_scaling.py's. Angles are computed in float64 and kept as float32
+    tables that grow with the positions asked for; not saved. One Rope serves all layers."""
 
     def __init__(self, head_dim, base, n, scaling="none", factor=1.0, original=None, ramp="turns", mscale=1.0):
         super().__init__()
-        self.head_dim, self.base = head_dim, base
-        self.frequencies, self.magnitude = rope_frequencies(head_dim, base, scaling, factor, original or n, ramp,
-                                                            mscale)
+        self.frequencies, self.magnitude = rope_frequencies(head_dim, base), 1.0
+        if scaling != "none":
+            self.frequencies, self.magnitude = variant("models.rope_scaling:scaled")(
+                head_dim, base, scaling, factor, original or n, ramp, mscale)
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
         self._build(n, "cpu")
@@ -532,35 +443,15 @@ class Rope(nn.Module):
 
     def forward(self, n):
         """The tables (>= n, D), for positions 0 to n - 1 at least."""
-        if n > self.cos.size(0) or self.cos.dtype != torch.float32:  # model.to(bfloat16) spoils the tables
-            self._build(max(n, 2 * self.cos.size(0)) if n > self.cos.size(0) else self.cos.size(0), self.cos.device)
+        known = self.cos.size(0)
+        if n > known or self.cos.dtype != torch.float32:  # model.to(bfloat16) spoils the tables
+            self._build(max(n, 2 * known) if n > known else known, self.cos.device)
         return self.cos, self.sin
 
 
-def yarn_mscale(factor, mscale):
-    """0.1 mscale ln(factor) + 1: YaRN's growth of a query or key (Peng et al. 2023, section 3.4; DeepSeek's mscale)."""
-    return 0.1 * mscale * math.log(max(factor, 1.0)) + 1
-
-
-def rope_frequencies(head_dim, base, scaling="none", factor=1.0, original=512, ramp="turns", mscale=1.0):
-    """(angles per position (D/2,) float64 on the CPU, magnitude of the tables); Rope says what the words mean."""
-    pair = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim  # (D/2,)
-    if scaling == "ntk":
-        base = base * factor ** (head_dim / max(head_dim - 2, 1))
-    plain = base ** -pair
-    if scaling == "linear":
-        return plain / factor, 1.0
-    if scaling == "yarn":
-        if ramp == "index":
-            low, high = (head_dim * math.log(original / (n * 2 * math.pi)) / (2 * math.log(base)) for n in (32, 1))
-            low, high = max(math.floor(low), 0), min(math.ceil(high), head_dim - 1)
-            keep = 1 - ((torch.arange(len(plain), dtype=torch.float64, device="cpu") - low)
-                        / (high - low or 0.001)).clamp(0, 1)
-        else:
-            turns = original * plain / (2 * math.pi)  # of each pair over the original context
-            keep = ((turns - 1) / (32 - 1)).clamp(0, 1)  # 0: interpolate, 1: leave
-        return plain / factor * (1 - keep) + plain * keep, yarn_mscale(factor, mscale)
-    return plain, 1.0
+def rope_frequencies(head_dim, base):
+    """Angles per position, (D/2,) float64 on the CPU."""
+    return base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
 
 
 def alibi_slopes(n_head):
@@ -581,12 +472,12 @@ class Norm(nn.Module):
 
     def forward(self, x, learn=True):
         """x (..., width) to the same shape and type. Only with `learn` does a gradient reach gain and bias."""
-        own = self._parameters  # past nn.Module's look-up, which a decoded byte feels
+        weights = self._parameters  # past nn.Module's look-up, which a decoded byte feels
         if not learn:
-            own = {name: p.detach() for name, p in own.items() if p is not None}
+            weights = {name: p.detach() for name, p in weights.items() if p is not None}
         if self.kind == "rms":
-            return kernels.rms_norm(x, own.get("gain"))
-        return kernels.layer_norm(x, own.get("gain"), own.get("bias"))
+            return kernels.rms_norm(x, weights.get("gain"))
+        return kernels.layer_norm(x, weights.get("gain"), weights.get("bias"))
 
 
 class Linear(nn.Linear):
@@ -650,17 +541,17 @@ class Attention(nn.Module):
         rows = tuple(n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head))
         self.qkv = Linear(c.n_embd, sum(rows), bias=c.bias)
         self.out = Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
-        self.fused, self.own = {"qkv": rows}, {}
+        self.fused, self.roles = {"qkv": rows}, {}
         if c.qk_scale:
             self.qk_scale = nn.Parameter(torch.empty(1))
-            self.own["qk_scale"] = "gain"
+            self.roles["qk_scale"] = "gain"
         slopes = alibi_slopes(c.n_head) if c.positions == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
         # One query, to which a cache shows just what it sees, is then PyTorch's attention.
         self.plain = (type(self) is Attention and slopes is None and c.n_kv_head == c.n_head
                       and c.attention != "manual")
 
-    def fill(self):
+    def init_weights(self):
         """Scores start as without qk_scale."""
         if self.config.qk_scale:
             self.qk_scale.fill_(self.config.head_dim ** 0.5)
@@ -682,91 +573,87 @@ class Attention(nn.Module):
             v = v.transpose(1, 2)  # (B, G, T, D)
             if c.qk_scale:  # D^-0.5 of it is in every softmax
                 q = (q * (self.qk_scale / c.head_dim ** 0.5)).to(q.dtype)
-        seen = positions.index
+        key_positions = positions.index
         if cache is not None:
-            k, v, seen = cache.update(k, v, positions.index)
+            k, v, key_positions = cache.update(k, v, positions.index)
             if q.dtype != k.dtype:
                 q = q.to(k.dtype)
-        if T == 1 and self.plain and seen is None and not self.training and not kernels.on():
+        if T == 1 and self.plain and key_positions is None and not self.training and not kernels.on():
             y = F.scaled_dot_product_attention(q, k, v)  # what attend comes to, without its questions
         else:
-            y = self.attend(q, k, v, positions, seen, self.span(positions, cache))
+            y = self.attend(q, k, v, positions, key_positions, self.pattern(positions, cache))
         y = (y.transpose(1, 2) if T > 1 else y).reshape(B, T, H * c.head_dim)
         if cache is not None and y.dtype != x.dtype:  # a cache may be of another type
             y = y.to(x.dtype)
         return out(y)  # (B, T, C)
 
-    def span(self, positions, cache=None):
+    def pattern(self, positions, cache=None):
         """Who sees whom in this layer."""
         if positions.bidirectional:
             return EVERYTHING
-        limit = positions.window if cache is None else cache.window
+        return causal(self.limit(positions.window if cache is None else cache.window))
+
+    def limit(self, window):
+        """The last positions that this layer sees where full attention sees `window`; None: all."""
         if self.kind == "window":
-            limit = self.config.window if limit is None else min(limit, self.config.window)
-        return causal(limit)
+            return self.config.window if window is None else min(window, self.config.window)
+        return window
 
-    def attend(self, q, k, v, positions, seen, span, bias=None, scale=None, slopes=None):
-        """Queries (B, H, T, D) over keys (B, G, S, D) and values (B, G, S, D'), as `span` allows: (B, H, T, D').
+    def attend(self, q, k, v, positions, key_positions, pattern, bias=None, scale=None, slopes=None):
+        """Queries (B, H, T, D) over keys (B, G, S, D) and values (B, G, S, D'), as `pattern` allows: (B, H, T, D').
 
-        seen: the keys' positions (B, S) where rows are ragged, else None. bias: (B or 1, H, T, S), added to the scores.
+        key_positions: (B, S) where rows are ragged, else None. bias: (B or 1, H, T, S), added to the scores.
         scale: of the scores; None: D^-0.5. slopes: ALiBi's of these heads; None: the layer's. Where a
         query reaches only a few of many keys, the work is cut into blocks of queries, each beside the keys that it
-        reaches: time and memory grow with T times the reach, not with T S.
+        reaches: time and memory grow with T times that number, not with T S.
         """
-        if bias is None and self.by_kernel(q, v, positions, seen, span):
-            return kernels.attend(q.to(v.dtype), k.to(v.dtype), v, window=span.window, prefix=positions.prefix,
+        if bias is None and self.by_kernel(q, v, positions, key_positions, pattern):
+            return kernels.attend(q.to(v.dtype), k.to(v.dtype), v, window=pattern.window, prefix=positions.prefix,
                                   scale=scale)
         slopes = self.slopes if slopes is None else slopes
-        T, S, reach = q.size(2), k.size(2), span.reach
-        if reach is not None and seen is None:
-            if T == 1 and S > reach:  # a lone query: a view of what it sees needs no mask
-                k, v, S = k[:, :, -reach:], v[:, :, -reach:], reach
-                bias = None if bias is None else bias[..., -reach:]
-            if T == 1 and (n := positions.start - span.first(positions.start) + 1) < S:
+        T, S, max_keys = q.size(2), k.size(2), pattern.max_keys
+        if max_keys is not None and key_positions is None:
+            n = min(max_keys, positions.start - pattern.first(positions.start) + 1)
+            if T == 1 and n < S:  # a lone query: a view of what it sees needs no mask
                 k, v, S = k[:, :, -n:], v[:, :, -n:], n
                 bias = None if bias is None else bias[..., -n:]
-            elif T > 2 * reach and bias is None and positions.prefix is None and positions.in_order:
+            elif T > 2 * max_keys and bias is None and positions.prefix is None and positions.in_order:
                 parts = []
-                for i in range(0, T, reach):
-                    j = min(T, i + reach)
-                    low, high = max(0, S - T + i - reach + 1), S - T + j
-                    mask = positions.mask(span, S, None, q.device, slopes, (i, j, low, high))
+                for i in range(0, T, max_keys):
+                    j = min(T, i + max_keys)
+                    low, high = max(0, S - T + i - max_keys + 1), S - T + j
+                    mask = positions.mask(pattern, S, None, q.device, slopes, (i, j, low, high))
                     parts.append(self.softmax(q[:, :, i:j], k[:, :, low:high], v[:, :, low:high], mask, scale))
                 return torch.cat(parts, 2)
-        if bias is None and self.by_lone_kernel(q, k, v, positions, seen, span):
+        if bias is None and self.by_lone_kernel(q, k, v, positions, key_positions, pattern):
             return kernels.attend_one(q.to(v.dtype), k.to(v.dtype), v, scale=scale)
-        lone = T == 1 and seen is None and reach is not None and positions.prefix is None and slopes is None
-        mask = None if lone else positions.mask(span, S, seen, q.device, slopes)
+        lone = T == 1 and key_positions is None and max_keys is not None and positions.prefix is None and slopes is None
+        mask = None if lone else positions.mask(pattern, S, key_positions, q.device, slopes)
         if bias is not None:
             mask = add_masks(mask, bias, T, S)
         return self.softmax(q, k, v, mask, scale)
 
     def fusible(self, *widths):
-        """Whether kernels are on and know this layer's scores and heads of these widths: attention "auto", no ALiBi, no
-        dropout in training."""
+        """Whether kernels are on and know this layer's scores and heads of these widths."""
         c = self.config
         return (kernels.on() and c.attention == "auto" and self.slopes is None and not (self.training and c.dropout)
                 and max(widths) <= kernels.WIDEST_HEAD)
 
-    def by_kernel(self, q, v, positions, seen, span):
-        """Whether kernels.attend computes what these queries see; arguments as `attend` takes them.
-
-        Where rows stand alike and a query sees what is before it, a window of it, or a prefix that counts from the
-        first key; in training and other passes of many places.
-        """
-        return (q.size(2) > 1 and seen is None and type(span) is Causal and positions.in_order
+    def by_kernel(self, q, v, positions, key_positions, pattern):
+        """Whether kernels.attend computes what these queries see, of which there are several: what is before them, a
+        window of it, or a prefix that counts from the first key."""
+        return (q.size(2) > 1 and key_positions is None and type(pattern) is Causal and positions.in_order
                 and (positions.prefix is None or not positions.start) and self.fusible(q.size(3), v.size(3)))
 
-    def by_lone_kernel(self, q, k, v, positions, seen, span):
-        """Whether kernels.attend_one computes what a lone query over a cache sees, which is all of k: for inference,
-        where rows stand alike, without a prefix."""
-        return (q.size(2) == 1 and seen is None and type(span) is Causal and positions.in_order
-                and positions.prefix is None and k.size(2) <= (span.reach or k.size(2))
+    def by_lone_kernel(self, q, k, v, positions, key_positions, pattern):
+        """Whether kernels.attend_one computes what a lone query over a cache sees, which is all of k: for inference."""
+        return (q.size(2) == 1 and key_positions is None and type(pattern) is Causal and positions.in_order
+                and positions.prefix is None and k.size(2) <= (pattern.max_keys or k.size(2))
                 and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
                 and self.fusible(q.size(3), v.size(3)))
 
     def softmax(self, q, k, v, mask, scale=None):
-        """q (B, H, T, D), k (B, G, S, D), v (B, G, S, D'), mask None, "causal", bool or float: (B, H, T, D')."""
+        """q (B, H, T, D), k (B, G, S, D), v (B, G, S, D'), mask as Positions.mask gives it: (B, H, T, D')."""
         c = self.config
         dropout = c.dropout if self.training else 0.0
         by_hand = q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16
@@ -791,11 +678,9 @@ class Attention(nn.Module):
         return y if y.size(3) == width else y[..., :width]
 
     def new_cache(self, batch_size, max_length, window, device, dtype):
-        """A KVCache; a layer of kind "window" never keeps more than its own window."""
+        """A KVCache, of a layer of kind "window" never longer than its window."""
         c = self.config
-        if self.kind == "window":
-            window = c.window if window is None else min(window, c.window)
-        return KVCache(batch_size, c.n_kv_head, c.head_dim, max_length, window, device, dtype)
+        return KVCache(batch_size, c.n_kv_head, c.head_dim, max_length, self.limit(window), device, dtype)
 
     def new_memory(self, batch_size, device, dtype):
         """Attention starts afresh with every segment: None."""
@@ -816,9 +701,7 @@ def add_masks(mask, bias, T, S):
     return bias.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else bias + mask
 
 
-def windowed(config, layer=0):
-    """Attention of mixer "window"."""
-    return Attention(config, layer, "window")
+windowed = partial(Attention, kind="window")
 
 
 # --- Feed-forward ---
@@ -854,8 +737,8 @@ class Block(nn.Module):
     def __init__(self, config, layer=0):
         super().__init__()
         c = config
-        own = c.positions == "learned_per_layer"
-        self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if own else None
+        learned = c.positions == "learned_per_layer"
+        self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if learned else None
         self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
         self.conv = variant("models.short_conv:ShortConv")(c, layer) if c.short_conv else None
         self.mixer = variant(MIXERS[c.mixers[layer % c.n_layer]])(c, layer)
@@ -865,20 +748,20 @@ class Block(nn.Module):
             self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
             self.ff = variant(FEED_FORWARDS[kind])(c, layer)
         self.dropout, self.n_layer = c.dropout, c.n_layer
-        self.scale, self.own = c.residual_scale, {}
+        self.scale, self.roles = c.residual_scale, {}
         if c.residual_scale == "depth":
             self.scale = (2 * c.n_layer) ** -0.5
         elif isinstance(c.residual_scale, str):
             shape = (1,) if c.residual_scale == "rezero" else (c.n_embd,)
             for name in ("scale1",) if self.ff is None else ("scale1", "scale2"):
                 setattr(self, name, nn.Parameter(torch.empty(shape)))
-                self.own[name] = "gain"
+                self.roles[name] = "gain"
 
-    def fill(self):
+    def init_weights(self):
         """rezero starts at 0 (Bachlechner et al. 2020); layerscale small, and the smaller the deeper (Touvron et al.
         2021: 0.1 up to 18 layers, 1e-5 up to 24, then 1e-6)."""
         small = 0.1 if self.n_layer <= 18 else 1e-5 if self.n_layer <= 24 else 1e-6
-        for name in self.own:
+        for name in self.roles:
             getattr(self, name).fill_(0.0 if self.scale == "rezero" else small)
 
     def forward(self, x, positions, cache=None, inputs=None):
@@ -896,32 +779,12 @@ class Block(nn.Module):
         return self.add(x, parts["ff"](parts["norm2"](x), positions), 2)
 
     def add(self, x, branch, number=1):
-        """The stream and the output of a branch (1: mixer, 2: ff), both (B, T, C): x + scale * dropout(branch)."""
+        """x + scale * dropout(branch), both (B, T, C); number 1: the mixer's branch, 2: the feed-forward's."""
         if self.dropout and self.training:
             branch = F.dropout(branch, self.dropout)
-        if self.own:
+        if self.roles:
             return x + branch * (self.scale1 if number == 1 else self.scale2)
         return x + branch if self.scale == 1 else torch.add(x, branch, alpha=self.scale)
-
-
-class MultiTokenPrediction(nn.Module):
-    """One module of DeepSeek-V3's multi-token prediction (DeepSeek-AI 2024, section 2.2): the stream of the module
-    before and the embedding of the byte one further ahead, each normalised, are joined by a matrix and pass a layer
-    of the last one's kind. Embedding and classifier are the model's. depth: 1 for the first module."""
-
-    def __init__(self, config, depth):
-        super().__init__()
-        c = config
-        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
-        self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
-        self.join = Linear(2 * c.n_embd, c.n_embd, bias=False)
-        self.block = Block(c, c.n_layer - 1)
-        if hasattr(self.block.ff, "balance"):
-            self.block.ff.layer += depth  # its experts' loads are not those of the last layer
-
-    def forward(self, h, embedded, positions):
-        """h and embedded (B, T, C) to (B, T, C)."""
-        return self.block(self.join(torch.cat((self.norm1(h), self.norm2(embedded)), -1)), positions)
 
 
 class Transformer(nn.Module):
@@ -940,7 +803,8 @@ class Transformer(nn.Module):
         self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if c.positions == "learned" else None
         self.ropes = make_ropes(c)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
-        self.mtp = nn.ModuleList(MultiTokenPrediction(c, d + 1) for d in range(c.mtp_depth))
+        self.mtp = nn.ModuleList(variant("models.multi_token:MultiTokenPrediction")(c, depth + 1)
+                                 for depth in range(c.mtp_depth))
         self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
         self.extras, self.usage = {}, {}
 
@@ -974,34 +838,41 @@ class Transformer(nn.Module):
         the last row's first the loss of the model. Raises ValueError for positions past a learned table, and for
         shapes or layers that do not fit.
         """
-        places = self.place(x, positions, cache, prefix, window, memory)
+        positions = self.place(x, positions, cache, prefix, window, memory)
         if targets is not None:
             active = self.check_losses(x, targets, active)
-        x, states = self.stream(x, places, cache, () if targets is None else active)
+        x, states = self.stream(x, positions, cache, () if targets is None else active)
         if memory is not None:
-            memory.update(places)
+            memory.update(positions)
         if targets is not None:
             objective, nats = self.losses(states, targets[..., :self.config.n_targets], active, counted)
-            return objective + self.extra_losses(x, targets, places), nats
+            return objective + self.extra_losses(x, targets, positions), nats
         return self.predict(x)
 
-    def stream(self, x, places, cache=None, active=()):
-        """x (B, T) int64 at places -> the last stream (B, T, C), before the final norm, and those of active layers."""
-        x = F.embedding(x, self.embed)  # (B, T, C)
-        if self.position is not None:
-            x = x + places.look_up(self.position)
-        if self.training and self.config.dropout:
-            x = F.dropout(x, self.config.dropout)
-        states = []
-        again = self.config.checkpoint_activations and self.training and torch.is_grad_enabled()
+    def stream(self, x, positions, cache=None, active=()):
+        """x (B, T) int64 -> the last stream (B, T, C), before the final norm, and those of active layers."""
+        x, states = self.embedded(x, positions), []
         for layer, block in enumerate(self.blocks):
-            held = () if cache is None else cache.layers[layer::self.config.n_layer]  # the mixer's, the convolution's
-            x = recompute(block, x, places, *held, use_reentrant=False) if again else block(x, places, *held)
+            caches = () if cache is None else cache.layers[layer::self.config.n_layer]  # the mixer's, the convolution's
+            x = self.layer(block, x, positions, *caches)
             if layer in active:
                 states.append(x)
         if cache is not None:
-            cache.advance(places)
+            cache.advance(positions)
         return x, states
+
+    def embedded(self, x, positions):
+        """x (B, T) int64 -> (B, T, C), what the first layer reads."""
+        x = F.embedding(x, self.embed)
+        if self.position is not None:
+            x = x + positions.look_up(self.position)
+        return F.dropout(x, self.config.dropout) if self.training and self.config.dropout else x
+
+    def layer(self, block, x, *rest):
+        """One layer, (B, T, C) to (B, T, C), with activation checkpointing if that is set."""
+        if self.config.checkpoint_activations and self.training and torch.is_grad_enabled():
+            return recompute(block, x, *rest, use_reentrant=False)
+        return block(x, *rest)
 
     def predict(self, h):
         """The last stream h (B, T, C) to logits (B, T, V) of the next byte: float32, under "stablemax" float64."""
@@ -1012,18 +883,18 @@ class Transformer(nn.Module):
         """A classifier's output (..., V) as what a softmax makes probabilities of."""
         return stablemax(scores) if self.config.output == "stablemax" else scores.float()
 
-    def extra_losses(self, h, targets, places):
+    def extra_losses(self, h, targets, positions):
         """The weighted sum of what the layers reported and of multi-token prediction from the last stream h (B, T, C).
 
         Module d reads the byte d ahead, which is target d - 1, and predicts target d.
         """
-        c, losses = self.config, dict(places.losses)
+        c, losses = self.config, dict(positions.losses)
         for d, module in enumerate(self.mtp, 1):
-            h = module(h, F.embedding(targets[..., d - 1].clamp(min=0), self.embed), places)
+            h = module(h, F.embedding(targets[..., d - 1].clamp(min=0), self.embed), positions)
             loss = F.cross_entropy(self.predict(h).flatten(0, 1), targets[..., d].flatten(), ignore_index=-1)
             losses.setdefault("mtp", []).append(c.mtp_weight / c.mtp_depth * loss)
         self.extras = {name: sum(values).detach() for name, values in losses.items()}
-        self.usage = dict(places.usage)
+        self.usage = dict(positions.usage)
         return sum(sum(values) for values in losses.values()) if losses else 0.0
 
     def place(self, x, positions, cache=None, prefix=None, window=None, memory=None):
@@ -1033,14 +904,13 @@ class Transformer(nn.Module):
         index, start = None, 0 if cache is None else cache.length
         if positions is not None and positions.dim() == 1:
             first = int(positions[0])
-            if positions.numel() != T or int(positions[-1]) != first + T - 1:
-                raise ValueError(f"positions (T,) must be {T} consecutive ones; rows of their own need (B, T)")
-            if cache is not None and first != start:
-                raise ValueError(f"positions start at {first}, but the cache ends at {start}: crop it, or pass (B, T)")
+            expect(positions.numel() == T and int(positions[-1]) == first + T - 1,
+                   f"positions (T,) must be {T} consecutive ones; rows of their own need (B, T)")
+            expect(cache is None or first == start,
+                   f"positions start at {first}, but the cache ends at {start}: crop it, or pass (B, T)")
             start = first
         elif positions is not None:
-            if positions.shape != x.shape:
-                raise ValueError(f"positions are {tuple(positions.shape)}, but the input is {(B, T)}")
+            expect(positions.shape == x.shape, f"positions are {tuple(positions.shape)}, but the input is {(B, T)}")
             index = positions
         if cache is not None:
             if index is None and cache.ragged:
@@ -1054,10 +924,10 @@ class Transformer(nn.Module):
         if end > c.block_size and c.learned_positions:
             raise ValueError(f"position {end - 1} is past block_size {c.block_size}, where positions {c.positions!r} "
                              "has no row: use positions 'rope' or 'none', or a larger block_size")
-        places = Positions(start, T, index, window, prefix=prefix, memory=None if memory is None else memory.layers,
-                           remembered=0 if memory is None else memory.length)
-        places.look_up_ropes(self.ropes, max(end, 1))
-        return places
+        positions = Positions(start, T, index, window, prefix=prefix, memory=None if memory is None else memory.layers,
+                              remembered=0 if memory is None else memory.length)
+        positions.look_up_ropes(self.ropes, max(end, 1))
+        return positions
 
     @cached_property
     def ordered(self):
@@ -1102,8 +972,7 @@ class Transformer(nn.Module):
     def losses(self, states, targets, active, counted=None):
         """All active layers' and targets' losses by one matrix product and one cross-entropy; as `forward` returns.
 
-        states: A hidden states (B, T, C), targets (B, T, K). counted: as `forward` takes it. By kernel both are done
-        piece by piece: there are never all logits at once.
+        states: A hidden states (B, T, C), targets (B, T, K). By kernel there are never all logits at once.
         """
         c = self.config
         A, K, N = len(states), c.n_targets, targets.size(0) * targets.size(1)
@@ -1147,10 +1016,9 @@ class Transformer(nn.Module):
     def new_cache(self, batch_size, max_length, window=None, device=None, dtype=None, snapshots=0):
         """An empty Cache for batch_size rows of max_length positions, or of any number past a sliding `window`.
 
-        Layers that forget (a window, a memory, a state) keep what they need for ever, whatever max_length says. With
-        short_conv there are as many caches again, of the convolutions' inputs, after those of the mixers.
-        device and dtype default to the parameters', or to autocast's type inside autocast. snapshots: as Cache says.
-        Raises as KVCache does.
+        With short_conv there are as many caches again, of the convolutions' inputs, after those of the mixers. device
+        and dtype default to the parameters', or to autocast's type inside autocast. snapshots: as Cache says. Raises as
+        KVCache does.
         """
         device = self.embed.device if device is None else torch.device(device)
         if dtype is None:
@@ -1172,13 +1040,13 @@ class Transformer(nn.Module):
                       "hidden states" if hidden else None)
 
     def balance_experts(self):
-        """After an optimiser step: moves the biases of experts that were given too much or too little."""
+        """After an optimiser step: moves the biases of experts."""
         for module in self.modules():
             if hasattr(module, "balance"):
                 module.balance(self.usage)
 
     def n_params(self):
-        """Parameters in all, each counted once."""
+        """Parameters, each counted once."""
         return sum(p.numel() for p in self.parameters())
 
     def n_active_params(self):
@@ -1188,9 +1056,8 @@ class Transformer(nn.Module):
     def flops_per_token(self, T, active=None):
         """Floating-point operations of forward and backward per token, at T positions: 6 P + 3 sum of what mixers say.
 
-        P: parameters in matrix products, those of the active layers' classifiers included (a shared classifier counts
-        once per use) and of the experts that a position uses; the second term is attention's scores and sums, uncut by
-        the causal mask (4 H D T forward), or a scan's updates, and 2 w C of a short convolution.
+        P: parameters in matrix products, the active layers' classifiers included (a shared one counts once per use),
+        and of experts those that a position uses.
         """
         c = self.config
         A = 1 if not c.intermediate_losses else c.n_layer if active is None else len(active)
@@ -1206,28 +1073,24 @@ def build_model(config):
 
 
 def equal_ff_mult(config):
-    """The ff_mult at which a Transformer of this config comes nearest in parameters to the same one with mixer "full"
-    and ff "mlp": so a change of mixer, feed-forward or activation is compared at equal size. Raises ValueError where no
-    layer has a feed-forward."""
+    """The ff_mult at which a model of this config comes nearest in parameters to the same one with mixer "full" and ff
+    "mlp". Raises ValueError where no layer has a feed-forward."""
     if set(config.ffs) == {"none"}:
         raise ValueError("with ff 'none' no layer has a feed-forward whose width could make up for other parameters")
 
-    def count(config):
-        with torch.device("meta"):  # shapes only: nothing is drawn, nothing allocated
-            return build_model(config).n_params()
-    C, plain = config.n_embd, dict(mixer="full", n_kv_head=config.n_head, ff="mlp", activation="gelu", shorten=1)
-    target = count(replace(config, **plain))
-    low, high = 1, 16 * C  # in features of a plain feed-forward's width
-    while low < high:
-        middle = (low + high) // 2
+    def size(**settings):
         try:
-            enough = count(replace(config, ff_mult=middle / C)) >= target
+            with torch.device("meta"):  # shapes only: nothing is drawn, nothing allocated
+                return build_model(replace(config, **settings)).n_params()
         except ValueError:  # too narrow
-            enough = False
-        low, high = (low, middle) if enough else (middle + 1, high)
-    step = 12 if config.activation in GLU else 1
-    near = [w for w in (low, low - step) if w >= step]
-    return min(near, key=lambda w: abs(count(replace(config, ff_mult=w / C)) - target)) / C
+            return 0
+
+    def off(width):  # in features of a plain feed-forward's width
+        return size(ff_mult=width / C) - target
+    C, step = config.n_embd, 12 if config.activation in GLU else 1
+    target = size(mixer="full", n_kv_head=config.n_head, ff="mlp", activation="gelu", shorten=1)
+    width = bisect_left(range(16 * C), 0, lo=1, key=off)
+    return min((w for w in (width, width - step) if w >= step), key=lambda w: abs(off(w))) / C
 
 
 def make_ropes(config):
@@ -1273,14 +1136,18 @@ RULES = {  # each parameter's name must match exactly one; the rule initialises 
 }
 
 
+def module_roles(model):
+    """{name: role} of the parameters that their modules claim."""
+    return {f"{place}.{name}".lstrip("."): role for place, module in model.named_modules()
+            for name, role in getattr(module, "roles", {}).items()}
+
+
 def parameter_rules(model):
-    """{name: the one rule of RULES that claims the parameter, or "own" where its module does}. Raises ValueError where
-    none or several do."""
-    own = {f"{place}.{name}".lstrip(".")
-           for place, module in model.named_modules() for name in getattr(module, "own", ())}
-    claimed = {}
+    """{name: the one rule of RULES that claims the parameter, or "module" where its module does}. Raises ValueError
+    where none or several do."""
+    by_module, claimed = module_roles(model), {}
     for name, _ in model.named_parameters():
-        claims = [rule for rule, words in RULES.items() if re.fullmatch(words, name)] + ["own"] * (name in own)
+        claims = [rule for rule, words in RULES.items() if re.fullmatch(words, name)] + ["module"] * (name in by_module)
         if len(claims) != 1:
             raise ValueError(f"parameter {name} needs exactly one rule, but {' and '.join(claims) or 'none'} claims it")
         claimed[name] = claims[0]
@@ -1294,10 +1161,8 @@ def parameter_roles(model):
     into the stream), "head" (classifiers, and the maps before a shared one), "gain", "bias".
     Raises ValueError for a parameter that not exactly one rule claims.
     """
-    own = {f"{place}.{name}".lstrip("."): role for place, module in model.named_modules()
-           for name, role in getattr(module, "own", {}).items()}
-    return {name: own[name] if rule == "own" else "head" if rule == "target_map" else rule
-            for name, rule in parameter_rules(model).items()}
+    return {name: "head" if rule == "target_map" else rule
+            for name, rule in {**parameter_rules(model), **module_roles(model)}.items()}
 
 
 def fused_rows(model):
@@ -1312,64 +1177,54 @@ def fused_rows(model):
 def initialise(model):
     """Fills every parameter by its rule, drawing from the global CPU generator. Biases 0, gains 1.
 
-    Positions and classifiers are N(0, 0.02) under every `init`, embeddings too, but "zero" has N(0, 1) unless tied:
-    the stream starts at the scale at which the branches come to write. Target maps start as the identity. Hidden
-    matrices: "gpt2" N(0, 0.02), those that write into the stream divided by sqrt(2 n_layer) (Radford et al. 2019);
-    "normal" N(0, 0.02); "xavier" uniform within sqrt(6 / (fan_in + fan_out)) (Glorot & Bengio 2010), each part of a
-    fused matrix by itself; "tfixup" as xavier, with values, outputs and feed-forwards times 0.67 n_layer^-0.25, and
-    embeddings N(0, C^-0.5) times (9 n_layer)^-0.25 (Huang et al. 2020: of their two rules for layers the encoder's, as
-    these have no cross-attention either; of embeddings there is one; what is drawn is multiplied); "truncated"
-    N(0, C^-0.5) cut at two standard deviations; "zero" N(0, fan_in^-0.5), those that write into the stream zero.
-    N(0, s): of standard deviation s. Parameters that their modules claim are filled by these.
+    Positions and classifiers are N(0, 0.02) under every `init`, embeddings too, but "zero" has N(0, 1) unless tied.
+    Target maps start as the identity. Hidden matrices: "gpt2" N(0, 0.02), those that write into the stream divided by
+    sqrt(2 n_layer) (Radford et al. 2019); "normal" N(0, 0.02); "xavier" uniform within sqrt(6 / (fan_in + fan_out))
+    (Glorot & Bengio 2010), each part of a fused matrix by itself; "tfixup" as xavier, with values, outputs and
+    feed-forwards times 0.67 n_layer^-0.25, and embeddings N(0, C^-0.5) times (9 n_layer)^-0.25 (Huang et al. 2020: of
+    their two rules for layers the encoder's, as these have no cross-attention either; of embeddings there is one; what
+    is drawn is multiplied); "truncated" N(0, C^-0.5) cut at two standard deviations; "zero" N(0, fan_in^-0.5), those
+    that write into the stream zero. N(0, s): of standard deviation s. Parameters that their modules claim are filled by
+    these.
     """
     c, fused = model.config, fused_rows(model)
-    init, small = c.init, 0.67 * c.n_layer ** -0.25
 
-    def normal(p, name):
-        p.normal_(0, 0.02)
-
-    def parts(p, name):
-        return p.split(fused.get(name, (p.size(0),)))
+    def normal(p, name, std=0.02):
+        p.normal_(0, std)
 
     def xavier(p, name):
-        for part in parts(p, name):
+        parts = p.split(fused.get(name, (p.size(0),)))
+        for part in parts:
             nn.init.xavier_uniform_(part)
-
-    def tfixup(p, name):
-        xavier(p, name)
-        (p if ".ff." in name or name.endswith("out.weight") else parts(p, name)[-1]).mul_(small)
+        if c.init == "tfixup":
+            (p if ".ff." in name or name.endswith("out.weight") else parts[-1]).mul_(0.67 * c.n_layer ** -0.25)
 
     def truncated(p, name):
         std = c.n_embd ** -0.5
         nn.init.trunc_normal_(p, 0, std, -2 * std, 2 * std)
 
-    hidden = {
-        "gpt2": (normal, lambda p, name: p.normal_(0, 0.02 / math.sqrt(2 * c.n_layer))),
-        "normal": (normal, normal),
-        "xavier": (xavier, xavier),
-        "tfixup": (tfixup, tfixup),
-        "truncated": (truncated, truncated),
-        "zero": (lambda p, name: p.normal_(0, p.size(1) ** -0.5), lambda p, name: p.zero_()),
-    }
-    embedding = {"zero": normal if c.tie_weights else lambda p, name: p.normal_(),
+    embedding = {"zero": partial(normal, std=0.02 if c.tie_weights else 1.0),
                  "tfixup": lambda p, name: p.normal_(0, c.n_embd ** -0.5).mul_((9 * c.n_layer) ** -0.25)}
+    matrix, residual = {
+        "gpt2": (normal, partial(normal, std=0.02 / math.sqrt(2 * c.n_layer))), "normal": (normal, normal),
+        "xavier": (xavier, xavier), "tfixup": (xavier, xavier), "truncated": (truncated, truncated),
+        "zero": (lambda p, name: p.normal_(0, p.size(1) ** -0.5), lambda p, name: p.zero_()),
+    }[c.init]
     rules = {
-        "embedding": embedding.get(init, normal), "position": normal, "head": normal,
-        "matrix": hidden[init][0], "residual": hidden[init][1],
-        "target_map": lambda p, name: nn.init.eye_(p),
-        "gain": lambda p, name: p.fill_(1), "bias": lambda p, name: p.zero_(),
-        "own": lambda p, name: None,
+        "embedding": embedding.get(c.init, normal), "position": normal, "head": normal,
+        "matrix": matrix, "residual": residual, "target_map": lambda p, name: nn.init.eye_(p),
+        "gain": lambda p, name: p.fill_(1), "bias": lambda p, name: p.zero_(), "module": lambda p, name: None,
     }
     parameters = dict(model.named_parameters())
     for name, rule in parameter_rules(model).items():
         rules[rule](parameters[name], name)
     for module in model.modules():
-        if getattr(module, "own", None):
-            module.fill()
+        if getattr(module, "roles", None):
+            module.init_weights()
 
 
 def from_checkpoint(checkpoint, weights="raw"):
-    """The Transformer of a checkpoint (from experiment.load_checkpoint), on the CPU, with its raw or its "ema" weights;
+    """The Transformer of a checkpoint from nanolab.run.load_checkpoint, on the CPU, with its raw or its "ema" weights;
     from here on this process goes by the kernels that it was trained with.
 
     Raises ValueError where the checkpoint holds no such weights, or not those of a Transformer of this version.

@@ -366,7 +366,7 @@ def main():
             profiler.before(step)
             rate = optim.set_rate(opt, settings, step)
             active = active_layers(step, max_steps, n_layer) if intermediate_losses else None
-            loss, told = 0.0, []
+            loss, reports = 0.0, []
             clock.start()
             for _ in range(grad_accum):
                 x, y = mesh.rows(*batches.next())                # each process draws the whole batch and takes its rows
@@ -380,13 +380,13 @@ def main():
                     scaler.scale(objective / grad_accum).backward()
                     clock.lap("backward")
                 loss = loss + nats[-1, 0] / grad_accum           # last layer, next byte: what the published figures are
-                told.append((model.usage, model.extras))
+                reports.append((model.usage, model.extras))
             scaler.unscale_(opt)
             grad_norm = mesh.clip_grad_norm(model.parameters(), grad_clip or math.inf)
             scaler.step(opt)
             scaler.update()
             opt.zero_grad(set_to_none=True)
-            mesh.gather(model, told)
+            mesh.gather(model, reports)
             model.balance_experts()
             if ema:
                 ema.update()

@@ -333,7 +333,7 @@ def main():
             clock.start()
             parts = [batches.next() for _ in range(grad_accum)]
             targets = sum(int((y >= 0).sum()) for _, y in parts)         # the loss is the mean over all of the step's
-            loss, told = 0.0, []
+            loss, reports = 0.0, []
             for x, y in parts:
                 share = int((y >= 0).sum()) / max(targets, 1) * mesh.weight(y)
                 x, y = mesh.rows(x, y)                       # each process draws the whole batch and takes its rows
@@ -347,13 +347,13 @@ def main():
                     scaler.scale(objective * share).backward()
                     clock.lap("backward")
                 loss, seen = loss + nats[-1, 0] * share, seen + x.numel() * mesh.dp
-                told.append((model.usage, model.extras))
+                reports.append((model.usage, model.extras))
             scaler.unscale_(opt)
             grad_norm = mesh.clip_grad_norm(model.parameters(), grad_clip or math.inf)
             scaler.step(opt)
             scaler.update()
             opt.zero_grad(set_to_none=True)
-            mesh.gather(model, told)
+            mesh.gather(model, reports)
             model.balance_experts()
             if ema:
                 ema.update()

@@ -210,10 +210,10 @@ class Solver(nn.Module):
             self.body = PrefixDecoder(replace(config, n_layer=2 * config.n_layer, block_size=2 * config.block_size))
         else:
             self.body = EncoderDecoder(config) if kind == "simple" else LatentTransformer(config, n_latent, n_read)
-        self.own, self.sum_head = {}, None
+        self.roles, self.sum_head = {}, None
         if n_sums:
             self.sum_head = nn.Parameter(torch.empty(n_sums, config.n_embd).normal_(0, 0.02))
-            self.own = {"sum_head": "head"}
+            self.roles = {"sum_head": "head"}
 
     def forward(self, source, x, padding=None):
         """source (B, S), x (B, T) int64 -> logits (B, T, V) and the head's output (B, T, n_sums) or None, float32.

@@ -38,7 +38,7 @@ from models.world_measures import pixel_loss
 from models.world_tokenizer import Tokenizer
 from models.world_words import FirstFrame, Writer
 from nanolab import limits, optim, world as worlds
-from nanolab.play import Played, parse_actions, save_samples, serve, write_rollout
+from nanolab.play import Session, parse_actions, save_samples, serve, write_rollout
 from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, begin, command, optional, resolve_device,
                          restoring, resumed, seed_everything)
 
@@ -484,14 +484,14 @@ class World:
     models: dict    # stage: trained model
     done: dict      # stage: its weights, the best on validation
     ended: dict     # stage: what it goes on from, if it is asked for more
-    told: dict      # stage: what the summary says of it
+    figures: dict   # stage: what the summary says of it
     total: int      # optimiser steps of all stages so far
     precision: torch.dtype
     autocast: torch.autocast
 
     def forget(self, names):
         """These stages are not finished."""
-        for kept in (self.models, self.done, self.ended, self.told):
+        for kept in (self.models, self.done, self.ended, self.figures):
             for name in names:
                 kept.pop(name, None)
 
@@ -644,9 +644,9 @@ def train_stage(name, world, run, bar, clock, was=None):
     world.models[name] = model.eval().requires_grad_(False)
     world.total = first + loop["step"]
     clock.start()
-    world.told[name] = last_figures(name, world, loop)
+    world.figures[name] = last_figures(name, world, loop)
     clock.lap("evaluation")
-    run.summary(**world.told[name], **{f"{name}_seconds": loop["seconds"]})
+    run.summary(**world.figures[name], **{f"{name}_seconds": loop["seconds"]})
     run.save("last.pt", world.total)                          # with its figures, which are not counted again
 
 
@@ -787,7 +787,7 @@ def main():
     print(video.source)
 
     # ---- what is trained already, and what is next ----
-    done, ended, told = (dict(checkpoint.get(key, {})) if checkpoint else {} for key in ("done", "ended", "figures"))
+    done, ended, figures = (dict(checkpoint.get(key, {})) if checkpoint else {} for key in ("done", "ended", "figures"))
     with restoring(checkpoint.path) if checkpoint else nullcontext():
         left, was, anew = plan(checkpoint, done, ended, video, only_read)
         to_do = sum(steps_of(name) - (was[name]["loop"]["step"] if name in was else 0) for name in left)
@@ -800,7 +800,7 @@ def main():
             model.eval().requires_grad_(False)
     train, val = (worlds.Reader(clips, video.palette, where, models, tokens, action_source, video.n_actions, n_codes)
                   for clips in (video.train, video.val))
-    world = World(video, train, val, models, done, ended, told, checkpoint["step"] if checkpoint else 0, precision,
+    world = World(video, train, val, models, done, ended, figures, checkpoint["step"] if checkpoint else 0, precision,
                   torch.autocast(where.type, precision, enabled=precision != torch.float32))
 
     # ---- a world that is there: played, written down, or measured ----
@@ -809,7 +809,7 @@ def main():
             raise UserError(f"{checkpoint.path} has no dynamics yet, only {', '.join(done) or 'nothing finished'}: "
                             "--resume --stage dynamics trains them")
         meanings = measures.meanings_of(models["actions"], train, eval_clips) if action_source == "latent" else None
-        played = Played(val, video, settings, meanings)
+        played = Session(val, video, settings, meanings)
         if play is not None:
             serve(played, port)
         else:
@@ -830,9 +830,10 @@ def main():
     # ---- the stages, one after the other ----
     limits.notes(settings, {f"{name} steps": steps_of(name) for name in left},
                  checkpoint and {f"{checkpoint['stage']} steps": steps_of(checkpoint["stage"], checkpoint["settings"])})
-    with Run(settings, checkpoint, done=done, ended=ended, figures=told) as run:
-        for name in [name for name in told if name not in left]:
-            run.summary(**told[name], **({f"{name}_seconds": ended[name]["loop"]["seconds"]} if name in ended else {}))
+    with Run(settings, checkpoint, done=done, ended=ended, figures=figures) as run:
+        for name in [name for name in figures if name not in left]:
+            seconds = {f"{name}_seconds": ended[name]["loop"]["seconds"]} if name in ended else {}
+            run.summary(**figures[name], **seconds)
         bar, clock = run.bar(world.total + to_do, world.total), Stopwatch(where)
         for name in left:
             if name in was and was[name] is not checkpoint:

@@ -1,6 +1,6 @@
 """Attention as kernels: forward, backward, and over a cache. kernels.py has the formulas, and what callers are told.
 
-Every mask but padding's is an interval: a query sees the keys whose places lie in [low, high). What the kernels keep
+Every mask but padding's is an interval: a query sees the keys whose positions lie in [low, high). What the kernels keep
 of the scores is one number of a query, the base-2 log-sum-exp; the backward pass computes them again, block by block,
 in two kernels without atomics, so that results are the same every time. Block sizes come from `blocks`, plain Python:
 nothing is tuned at run time.
@@ -116,27 +116,27 @@ def of_row(a, lengths, prefixes, S, PADDED: tl.constexpr, PREFIXED: tl.constexpr
 
 
 @jit
-def query_places(places, t, T, S, PLACED: tl.constexpr):
-    """Where queries t stand; -1 marks padding where there are `places` (S,)."""
+def queries_at(positions, t, T, S, PLACED: tl.constexpr):
+    """Where queries t stand; -1 marks padding where there are `positions` (S,)."""
     if PLACED:
-        return tl.load(places + S - T + t, mask=t < T, other=-1)
+        return tl.load(positions + S - T + t, mask=t < T, other=-1)
     return S - T + t
 
 
 @jit
-def key_places(places, s, end, PLACED: tl.constexpr):
-    """Where keys s stand; those from `end` on are padding, which -1 marks where there are `places` (S,)."""
+def keys_at(positions, s, end, PLACED: tl.constexpr):
+    """Where keys s stand; those from `end` on are padding, which -1 marks where there are `positions` (S,)."""
     if PLACED:
-        return tl.load(places + s, mask=s < end, other=-1)
+        return tl.load(positions + s, mask=s < end, other=-1)
     return s
 
 
 @jit
-def reach(t, at, T, end, prefix, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PLACED: tl.constexpr):
-    """Queries t, which stand at `at`, see the keys whose places lie in [low, high)."""
+def bounds(t, at, T, end, prefix, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PLACED: tl.constexpr):
+    """Queries t, which stand at `at`, see the keys whose positions lie in [low, high)."""
     real, high, low = t < T, at * 0 + end, at * 0
     if PLACED:
-        real, high = real & (at >= 0), at * 0 + 2147483647  # key_places knows the end
+        real, high = real & (at >= 0), at * 0 + 2147483647  # keys_at knows the end
     if CAUSAL:
         high = tl.minimum(tl.maximum(at + 1, prefix), high)
     if WINDOWED:
@@ -145,8 +145,8 @@ def reach(t, at, T, end, prefix, window, CAUSAL: tl.constexpr, WINDOWED: tl.cons
 
 
 @jit
-def is_seen(low, high, at, BOTH: tl.constexpr):
-    """Keys at places `at` lie in [low, high). BOTH: they may lie below it."""
+def inside(low, high, at, BOTH: tl.constexpr):
+    """Keys at positions `at` lie in [low, high). BOTH: they may lie below it."""
     if BOTH:
         return (at >= low) & (at < high)
     return at < high
@@ -165,7 +165,7 @@ def key_range(t0, t1, T, S, end, prefix, window, BS: tl.constexpr, CAUSAL: tl.co
 
 
 @jit
-def forward_kernel(q, k, v, o, lse, lengths, prefixes, places, scale, window, N, H, rep, T, S,
+def forward_kernel(q, k, v, o, lse, lengths, prefixes, positions, scale, window, N, H, rep, T, S,
                    q_a, q_n, q_h, q_t, q_d, k_a, k_n, k_h, k_t, k_d, v_a, v_n, v_h, v_t, v_d, o_a, o_n, o_h, o_t, o_d,
                    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PREFIXED: tl.constexpr, PADDED: tl.constexpr,
                    PLACED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -179,9 +179,9 @@ def forward_kernel(q, k, v, o, lse, lengths, prefixes, places, scale, window, N,
     t, d, dv = t0 + tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BDV)
     k += a * k_a + n * k_n + h // rep * k_h
     v += a * v_a + n * v_n + h // rep * v_h
-    places += a * S
+    positions += a * S
     end, prefix = of_row(a, lengths, prefixes, S, PADDED, PREFIXED)
-    low, high = reach(t, query_places(places, t, T, S, PLACED), T, end, prefix, window, CAUSAL, WINDOWED, PLACED)
+    low, high = bounds(t, queries_at(positions, t, T, S, PLACED), T, end, prefix, window, CAUSAL, WINDOWED, PLACED)
     query = load_tile(q + a * q_a + n * q_n + h * q_h, t, q_t, d, q_d, T, D)  # (BT, BD)
     top = tl.full((BT,), float("-inf"), tl.float32)
     total = tl.zeros((BT,), tl.float32)
@@ -191,8 +191,8 @@ def forward_kernel(q, k, v, o, lse, lengths, prefixes, places, scale, window, N,
         s = s0 + tl.arange(0, BS)
         key = load_tile(k, s, k_t, d, k_d, end, D)  # (BS, BD)
         scores = dot(query, tl.trans(key)) * scale  # (BT, BS)
-        at = key_places(places, s, end, PLACED)
-        scores = tl.where(is_seen(low[:, None], high[:, None], at[None, :], WINDOWED or PLACED), scores, float("-inf"))
+        at = keys_at(positions, s, end, PLACED)
+        scores = tl.where(inside(low[:, None], high[:, None], at[None, :], WINDOWED or PLACED), scores, float("-inf"))
         new = tl.maximum(top, tl.max(scores, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)  # nothing seen yet
         p = tl.exp2(scores - safe[:, None])
@@ -209,7 +209,7 @@ def forward_kernel(q, k, v, o, lse, lengths, prefixes, places, scale, window, N,
 
 
 @jit
-def dq_kernel(q, k, v, o, do, dq, lse, delta, lengths, prefixes, places, scale, plain_scale, window, N, H, rep, T, S,
+def dq_kernel(q, k, v, o, do, dq, lse, delta, lengths, prefixes, positions, scale, plain_scale, window, N, H, rep, T, S,
               q_a, q_n, q_h, q_t, q_d, k_a, k_n, k_h, k_t, k_d, v_a, v_n, v_h, v_t, v_d, o_a, o_n, o_h, o_t, o_d,
               do_a, do_n, do_h, do_t, do_d, dq_a, dq_n, dq_h, dq_t, dq_d,
               CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PREFIXED: tl.constexpr, PADDED: tl.constexpr,
@@ -224,9 +224,9 @@ def dq_kernel(q, k, v, o, do, dq, lse, delta, lengths, prefixes, places, scale, 
     t, d, dv = t0 + tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BDV)
     k += a * k_a + n * k_n + h // rep * k_h
     v += a * v_a + n * v_n + h // rep * v_h
-    places += a * S
+    positions += a * S
     end, prefix = of_row(a, lengths, prefixes, S, PADDED, PREFIXED)
-    low, high = reach(t, query_places(places, t, T, S, PLACED), T, end, prefix, window, CAUSAL, WINDOWED, PLACED)
+    low, high = bounds(t, queries_at(positions, t, T, S, PLACED), T, end, prefix, window, CAUSAL, WINDOWED, PLACED)
     dy = load_tile(do + a * do_a + n * do_n + h * do_h, t, do_t, dv, do_d, T, DV)  # (BT, BDV)
     y = load_tile(o + a * o_a + n * o_n + h * o_h, t, o_t, dv, o_d, T, DV)
     inner = tl.sum(y.to(tl.float32) * dy.to(tl.float32), 1)  # (BT,)
@@ -240,8 +240,8 @@ def dq_kernel(q, k, v, o, do, dq, lse, delta, lengths, prefixes, places, scale, 
         key = load_tile(k, s, k_t, d, k_d, end, D)  # (BS, BD)
         value = load_tile(v, s, v_t, dv, v_d, end, DV)  # (BS, BDV)
         scores = dot(query, tl.trans(key)) * scale  # (BT, BS)
-        at = key_places(places, s, end, PLACED)
-        scores = tl.where(is_seen(low[:, None], high[:, None], at[None, :], WINDOWED or PLACED), scores, float("-inf"))
+        at = keys_at(positions, s, end, PLACED)
+        scores = tl.where(inside(low[:, None], high[:, None], at[None, :], WINDOWED or PLACED), scores, float("-inf"))
         p = tl.exp2(scores - sums[:, None])
         ds = p * (dot(dy, tl.trans(value)) - inner[:, None])
         grad += dot(ds.to(key.dtype), key)
@@ -249,8 +249,8 @@ def dq_kernel(q, k, v, o, do, dq, lse, delta, lengths, prefixes, places, scale, 
 
 
 @jit
-def dkv_kernel(q, k, v, do, dk, dv, lse, delta, lengths, prefixes, places, scale, plain_scale, window, N, G, rep, T, S,
-               q_a, q_n, q_h, q_t, q_d, k_a, k_n, k_h, k_t, k_d, v_a, v_n, v_h, v_t, v_d,
+def dkv_kernel(q, k, v, do, dk, dv, lse, delta, lengths, prefixes, positions, scale, plain_scale, window, N, G, rep,
+               T, S, q_a, q_n, q_h, q_t, q_d, k_a, k_n, k_h, k_t, k_d, v_a, v_n, v_h, v_t, v_d,
                do_a, do_n, do_h, do_t, do_d, dk_a, dk_n, dk_h, dk_t, dk_d, dv_a, dv_n, dv_h, dv_t, dv_d,
                CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PREFIXED: tl.constexpr, PADDED: tl.constexpr,
                PLACED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -262,9 +262,9 @@ def dkv_kernel(q, k, v, do, dk, dv, lse, delta, lengths, prefixes, places, scale
     g, n = (line % G).to(tl.int64), (line // G % N).to(tl.int64)
     a = (line // G // N).to(tl.int64)
     s, d, e = s0 + tl.arange(0, BS), tl.arange(0, BD), tl.arange(0, BDV)
-    places += a * S
+    positions += a * S
     end, prefix = of_row(a, lengths, prefixes, S, PADDED, PREFIXED)
-    at = key_places(places, s, end, PLACED)
+    at = keys_at(positions, s, end, PLACED)
     key = load_tile(k + a * k_a + n * k_n + g * k_h, s, k_t, d, k_d, end, D)  # (BS, BD)
     value = load_tile(v + a * v_a + n * v_n + g * v_h, s, v_t, e, v_d, end, DV)  # (BS, BDV)
     dkey = tl.zeros((BS, BD), tl.float32)
@@ -285,10 +285,10 @@ def dkv_kernel(q, k, v, do, dk, dv, lse, delta, lengths, prefixes, places, scale
             dy = load_tile(do + a * do_a + n * do_n + head * do_h, t, do_t, e, do_d, T, DV)  # (BT, BDV)
             sums = tl.load(lse + row + t, mask=t < T, other=float("inf"))
             inner = tl.load(delta + row + t, mask=t < T, other=0.0)
-            low, high = reach(t, query_places(places, t, T, S, PLACED), T, end, prefix, window, CAUSAL, WINDOWED,
+            low, high = bounds(t, queries_at(positions, t, T, S, PLACED), T, end, prefix, window, CAUSAL, WINDOWED,
                               PLACED)
             scores = dot(key, tl.trans(query)) * scale  # (BS, BT)
-            scores = tl.where(is_seen(low[None, :], high[None, :], at[:, None], WINDOWED or PLACED), scores,
+            scores = tl.where(inside(low[None, :], high[None, :], at[:, None], WINDOWED or PLACED), scores,
                               float("-inf"))
             p = tl.exp2(scores - sums[None, :])
             dvalue += dot(p.to(dy.dtype), dy)
@@ -392,13 +392,13 @@ class Attend(torch.autograd.Function):
     output and two float32 numbers of each query."""
 
     @staticmethod
-    def forward(ctx, q, k, v, causal, window, prefixes, lengths, places, scale):
+    def forward(ctx, q, k, v, causal, window, prefixes, lengths, positions, scale):
         (A, N, H, T, D), S, Dv = q.shape, k.size(3), v.size(4)
         o = empty_beside(q, A, N, H, T, Dv)
         lse = torch.empty(A, N, H, T, dtype=torch.float32, device=q.device)
         flags = dict(CAUSAL=causal, WINDOWED=window is not None, PREFIXED=prefixes is not None,
-                     PADDED=lengths is not None, PLACED=places is not None, D=D, DV=Dv)
-        rows = [q if t is None else t for t in (lengths, prefixes, places)]  # a flag says that it is not read
+                     PADDED=lengths is not None, PLACED=positions is not None, D=D, DV=Dv)
+        rows = [q if t is None else t for t in (lengths, prefixes, positions)]  # a flag says that it is not read
         ctx.rest = flags, window or 0, scale
         ctx.save_for_backward(q, k, v, o, lse, *rows)
         sizes = blocks("forward", D, Dv, q.element_size(), limit_of(q))
@@ -430,7 +430,7 @@ class Attend(torch.autograd.Function):
 
 
 def per_row(t, B, device):
-    """An int or (B,) as (B,) int32; a tensor of places as int32; None as None."""
+    """An int or (B,) as (B,) int32; a tensor of positions as int32; None as None."""
     if t is None:
         return None
     if torch.is_tensor(t):
@@ -438,10 +438,10 @@ def per_row(t, B, device):
     return torch.full((B,), t, dtype=torch.int32, device=device)
 
 
-def attend_rows(q, k, v, causal=True, window=None, prefix=None, lengths=None, places=None, scale=None):
+def attend_rows(q, k, v, causal=True, window=None, prefix=None, lengths=None, positions=None, scale=None):
     """`attend`'s kernels on two batch dimensions, the first of which masks belong to."""
     B, device = q.size(0), q.device
-    return Attend.apply(q, k, v, causal, window, *(per_row(t, B, device) for t in (prefix, lengths, places)),
+    return Attend.apply(q, k, v, causal, window, *(per_row(t, B, device) for t in (prefix, lengths, positions)),
                         q.size(-1) ** -0.5 if scale is None else scale)
 
 

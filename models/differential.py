@@ -5,11 +5,17 @@ import torch
 import torch.nn as nn
 
 import kernels
-from kernels import plain_rms_norm
+from kernels import expect, plain_rms_norm
 from model import Attention
 
 
 LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+
+
+def check(config):
+    """Raises ValueError for heads that are no pairs."""
+    expect(not config.n_head % 2 and not config.n_kv_head % 2, "mixer 'diff' subtracts pairs of heads: n_head "
+           f"{config.n_head} and n_kv_head {config.n_kv_head} must be even")
 
 
 class Differential(Attention):
@@ -27,27 +33,27 @@ class Differential(Attention):
         self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer)
         for name in LAMBDAS:
             setattr(self, name, nn.Parameter(torch.empty(D)))
-            self.own[name] = "gain"
+            self.roles[name] = "gain"
 
-    def fill(self):
+    def init_weights(self):
         """N(0, 0.1), as the paper's code."""
-        super().fill()
+        super().init_weights()
         for name in LAMBDAS:
             getattr(self, name).normal_(0, 0.1)
 
-    def attend(self, q, k, v, positions, seen, span, bias=None, scale=None):
+    def attend(self, q, k, v, positions, key_positions, pattern, bias=None, scale=None):
         """q (B, H, T, D), k and v (B, G, S, D), neighbours a pair: (B, H, T, D), a pair's output in both its places."""
         B, H, T, D = q.shape
         G, S = k.size(1) // 2, k.size(2)
         v = v.reshape(B, G, 2, S, D).transpose(2, 3).reshape(B, G, S, 2 * D)
         strength = (torch.exp((self.lambda_q1 * self.lambda_k1).sum())
                     - torch.exp((self.lambda_q2 * self.lambda_k2).sum()) + self.lambda_init)
-        if self.by_kernel(q, v, positions, seen, span):
-            y = kernels.attend_differential(q.to(v.dtype), k.to(v.dtype), v, strength, span.window,
+        if self.by_kernel(q, v, positions, key_positions, pattern):
+            y = kernels.attend_differential(q.to(v.dtype), k.to(v.dtype), v, strength, pattern.window,
                                             positions.prefix)  # (B, H/2, T, 2 D)
         else:
             slopes = None if self.slopes is None else self.slopes[1::2]
-            one, two = (super(Differential, self).attend(q[:, i::2], k[:, i::2], v, positions, seen, span,
+            one, two = (super(Differential, self).attend(q[:, i::2], k[:, i::2], v, positions, key_positions, pattern,
                                                          slopes=slopes) for i in range(2))  # (B, H/2, T, 2 D)
             y = one - strength.to(one.dtype) * two
         y = plain_rms_norm(y) * (1 - self.lambda_init)

@@ -131,12 +131,12 @@ class Codebook(nn.Module):
         super().__init__()
         self.similarity, self.init, self.scale, self.cap = similarity, init, scale, cap
         self.codes = nn.Parameter(torch.empty(size, width))
-        self.own = {"codes": "embedding"}
+        self.roles = {"codes": "embedding"}
         if similarity == "cosine":
             self.log_scale = nn.Parameter(torch.empty(()))
-            self.own["log_scale"] = "gain"
+            self.roles["log_scale"] = "gain"
 
-    def fill(self):
+    def init_weights(self):
         """Codes of length about 1."""
         if self.init == "uniform":
             self.codes.uniform_(-math.sqrt(3), math.sqrt(3))

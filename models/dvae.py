@@ -93,9 +93,9 @@ class Attention(nn.Module):
         self.fused = {"kv": (c.n_embd,) * 2} if cross else {"qkv": (c.n_embd,) * 3}
         self.out = Linear(c.n_embd, c.n_embd, bias=c.bias)
         self.distance = nn.Parameter(torch.empty(RELATIONS, c.n_head))
-        self.own = {"distance": "position"}
+        self.roles = {"distance": "position"}
 
-    def fill(self):
+    def init_weights(self):
         """The heads look from near to far."""
         self.distance.zero_()
         if self.near:
@@ -123,9 +123,9 @@ class Resample(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.distance = nn.Parameter(torch.empty(RELATIONS))
-        self.own = {"distance": "position"}
+        self.roles = {"distance": "position"}
 
-    def fill(self):
+    def init_weights(self):
         """-3 d^2."""
         self.distance.zero_()
         self.distance[0] = -3.0
@@ -195,15 +195,15 @@ class DVAE(nn.Module):
         self.head_norm = Norm(c.norm, C, c.norm_gain, c.bias)
         said = c.canvas.n_colours if c.layout == "grid" else c.canvas.n_outputs
         self.heads = nn.ParameterList([nn.Parameter(torch.empty(cells * said, C))])
-        self.own = {"cell": "embedding", "queries": "position", "slots": "position", "to_code.weight": "head",
+        self.roles = {"cell": "embedding", "queries": "position", "slots": "position", "to_code.weight": "head",
                     "from_code.weight": "matrix", **{f"places.{name}.weight": "position" for name in self.places}}
         if c.resample:
-            self.own["value.weight"] = "matrix"
+            self.roles["value.weight"] = "matrix"
         if c.bias:
-            self.own |= {"to_code.bias": "bias", "from_code.bias": "bias"}
+            self.roles |= {"to_code.bias": "bias", "from_code.bias": "bias"}
         initialise(self)
 
-    def fill(self):
+    def init_weights(self):
         """What no rule of `initialise` fills."""
         self.cell.normal_()
         for layer in self.places.values():

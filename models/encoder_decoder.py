@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
-from kernels import plain_rms_norm
+from kernels import expect, plain_rms_norm
 from model import (CARRY, EVERYTHING, FEED_FORWARDS, Attention, Block, Linear, Norm, Positions, Transformer, initialise,
                    make_ropes, variant)
 from nanolab.cache import Cache
@@ -21,26 +21,24 @@ def running_positions(padding):
     return (~padding).long().cumsum(1).sub(1).masked_fill(padding, -1)
 
 
-def places_of(ropes, T, index=None, start=0, **kind):
+def positions_of(ropes, T, index=None, start=0, **kind):
     """The Positions of T inputs from `start`, or at index (B, T), with RoPE's tables where the model has ropes."""
-    places = Positions(start, T, index, **kind)
+    positions = Positions(start, T, index, **kind)
     if len(ropes):
-        places.look_up_ropes(ropes, max(1, start + T if index is None else int(index.max()) + 1))
-    return places
+        positions.look_up_ropes(ropes, max(1, start + T if index is None else int(index.max()) + 1))
+    return positions
 
 
 def attends(config, model):
     """Raises ValueError where a mixer cannot see ahead."""
     for kind in config.mixers:
-        if kind in CARRY:
-            raise ValueError(f"mixer {kind!r} reads from left to right: {model} sees everything at once")
+        expect(kind not in CARRY, f"mixer {kind!r} reads from left to right: {model} sees everything at once")
 
 
 def own_layers(config):
     """Raises ValueError for settings that only the layers of model.py have."""
-    if config.short_conv or "none" in config.ffs:
-        raise ValueError("short_conv and ff 'none' are for decoders: layers that read a context, or frames, have "
-                         "neither")
+    expect(not config.short_conv and "none" not in config.ffs,
+           "short_conv and ff 'none' are for decoders: layers that read a context, or frames, have neither")
 
 
 def as_mask(padding, S):
@@ -53,30 +51,29 @@ def as_mask(padding, S):
 class WideAttention(Attention):
     """Attention of layers that see ahead, or frames: by kernel where it is on and what is seen is of its kinds."""
 
-    def attend(self, q, k, v, positions, seen, span, bias=None, scale=None, slopes=None):
-        """As Attention.attend; but by kernel padded places, whose outputs nobody reads, see nothing and get 0."""
-        if span is EVERYTHING and bias is None and q.size(2) > 1 and self.fusible(q.size(3)):
-            return kernels.attend(q.to(v.dtype), k.to(v.dtype), v, causal=False, places=seen, scale=scale)
-        return super().attend(q, k, v, positions, seen, span, bias, scale, slopes)
+    def attend(self, q, k, v, positions, key_positions, pattern, bias=None, scale=None, slopes=None):
+        """As Attention.attend; but by kernel padded positions, whose outputs nobody reads, see nothing and get 0."""
+        if pattern is EVERYTHING and bias is None and q.size(2) > 1 and self.fusible(q.size(3)):
+            return kernels.attend(q.to(v.dtype), k.to(v.dtype), v, causal=False, positions=key_positions, scale=scale)
+        return super().attend(q, k, v, positions, key_positions, pattern, bias, scale, slopes)
 
-    def of_frames(self, x, places, rows, attend):
+    def of_frames(self, x, positions, rows, attend):
         """`attend` of kernels.py over frames x (B, T, N, C), which are read where they lie: (B, T, N, C).
 
-        places: Positions whose tables turn x as rows = (a, b), a b = B T N, of which b have places of their own.
+        positions: whose tables turn x as rows = (a, b), a b = B T N, of which b differ.
         """
         c, H, G = self.config, self.config.n_head, self.config.n_kv_head
         qk, v = self.qkv(x).unflatten(3, (H + 2 * G, c.head_dim)).split((H + G, G), 3)
         if c.qk_norm:
             qk = plain_rms_norm(qk)
-        q, k = places.turn(qk.reshape(*rows, H + G, c.head_dim)).view(qk.shape).split((H, G), 3)  # (B, T, N, H, D), ...
+        q, k = positions.turn(qk.reshape(*rows, H + G, c.head_dim)).view(qk.shape).split((H, G), 3)  # (B, T, N, H, D)
         if c.qk_scale:
             q = q * (self.qk_scale / c.head_dim ** 0.5)
         return self.out(attend(q.to(v.dtype), k.to(v.dtype), v).flatten(3))
 
 
 def see_ahead(blocks, config):
-    """Gives the Blocks of a bidirectional model, which are without weights yet, their WideAttention. Other mixers than
-    plain attention stay as they are."""
+    """Gives the Blocks of a bidirectional model, which are without weights yet, WideAttention for plain Attention."""
     for layer, block in enumerate(blocks):
         if type(block.mixer) is Attention:
             block.mixer = WideAttention(config, layer, block.mixer.kind)
@@ -105,15 +102,15 @@ class Encoder(nn.Module):
         row has, with padding after them only. Returns (B, T, C)."""
         c, T = self.config, x.size(1)
         padding = as_mask(padding, T)
-        if c.learned_positions and T > c.block_size:
-            raise ValueError(f"{T} tokens are more than block_size {c.block_size}, where positions {c.positions!r} end")
+        expect(not c.learned_positions or T <= c.block_size,
+               f"{T} tokens are more than block_size {c.block_size}, where positions {c.positions!r} end")
         index = None if padding is None else running_positions(padding)
-        places = places_of(self.ropes, T, index, bidirectional=True)
+        positions = positions_of(self.ropes, T, index, bidirectional=True)
         x = F.embedding(x, self.embed)
         if self.position is not None:
-            x = x + places.look_up(self.position)
+            x = x + positions.look_up(self.position)
         for block in self.blocks:
-            x = block(x, places)
+            x = block(x, positions)
         return self.norm(x)
 
     def new_cache(self, *_, **__):
@@ -138,18 +135,18 @@ class CrossAttention(WideAttention):
         c = self.config
         return self.kv(context).view(*context.shape[:2], 2, c.n_kv_head, c.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def forward(self, x, held, padding=None):
-        """x (B, T, C); held: keys and values from `keys`; padding (B, S) bool, True where not to look, or (B,) int64:
-        how many keys to look at, from the first on; only these go by kernel. -> (B, T, C)."""
+    def forward(self, x, context_kv, padding=None):
+        """x (B, T, C); context_kv: from `keys`; padding (B, S) bool, True where not to look, or (B,) int64: how many
+        keys to look at, from the first on; only these go by kernel. -> (B, T, C)."""
         c, (B, T, _) = self.config, x.shape
         q = self.q(x).view(B, T, c.n_head, c.head_dim).transpose(1, 2)  # (B, H, T, D)
         if T > 1 and (padding is None or padding.dim() == 1) and self.fusible(c.head_dim):
-            k, v = held
+            k, v = context_kv
             y = kernels.attend(q.to(v.dtype), k.to(v.dtype), v, causal=False, lengths=padding)
         else:
-            padding = as_mask(padding, held[0].size(2))
+            padding = as_mask(padding, context_kv[0].size(2))
             mask = None if padding is None else ~padding[:, None, None, :].expand(B, 1, T, -1)
-            y = self.softmax(q, *held, mask)
+            y = self.softmax(q, *context_kv, mask)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
     def flops(self, T):
@@ -172,22 +169,20 @@ class CrossBlock(nn.Module):
         self.ff = variant(FEED_FORWARDS[c.ffs[layer % c.n_layer]])(c, layer)
         self.dropout = c.dropout
 
-    def forward(self, x, held, places=None, cache=None, padding=None):
-        """x (B, T, C), held the context's keys and values; padding as CrossAttention takes it. Returns (B, T, C)."""
+    def forward(self, x, context_kv, positions=None, cache=None, padding=None):
+        """x (B, T, C), the context's keys and values; padding as CrossAttention takes it. Returns (B, T, C)."""
         def drop(branch):
             return F.dropout(branch, self.dropout) if self.dropout and self.training else branch
         if self.mixer is not None:
-            x = x + drop(self.mixer(self.norm1(x), places, cache))
-        x = x + drop(self.cross(self.norm2(x), held, padding))
-        return x + drop(self.ff(self.norm3(x), places))
+            x = x + drop(self.mixer(self.norm1(x), positions, cache))
+        x = x + drop(self.cross(self.norm2(x), context_kv, padding))
+        return x + drop(self.ff(self.norm3(x), positions))
 
 
 class EncoderDecoder(nn.Module):
     """Encoder and decoder (Vaswani et al. 2017): the decoder, causal over its own tokens, reads the source's states.
 
-    config.n_layer layers in each; positions of both begin at 0. padding, everywhere: (B, S) bool, True where the source
-    has no token, or (B,) int64, the tokens that a row has before its padding: only with lengths does cross-attention go
-    by kernel.
+    config.n_layer layers in each; positions of both begin at 0. padding, everywhere, as CrossAttention takes it.
     """
 
     def __init__(self, config):
@@ -219,18 +214,18 @@ class EncoderDecoder(nn.Module):
         start = 0 if cache is None else cache.length
         if self.config.learned_positions and start + x.size(1) > self.config.block_size:
             raise ValueError(f"position {start + x.size(1) - 1} is past block_size {self.config.block_size}")
-        places = places_of(self.ropes, x.size(1), start=start)
+        positions = positions_of(self.ropes, x.size(1), start=start)
         h = F.embedding(x, self.embed)
         if self.position is not None:
-            h = h + places.look_up(self.position)
-        held = None if cache is None else cache.context
-        if held is None:
-            held = [block.cross.keys(context) for block in self.blocks]
+            h = h + positions.look_up(self.position)
+        context_kv = None if cache is None else cache.context
+        if context_kv is None:
+            context_kv = [block.cross.keys(context) for block in self.blocks]
         for i, block in enumerate(self.blocks):
-            h = block(h, held[i], places, None if cache is None else cache.layers[i], padding)
+            h = block(h, context_kv[i], positions, None if cache is None else cache.layers[i], padding)
         if cache is not None:
-            cache.context = [tuple(t.detach() for t in pair) for pair in held]
-            cache.advance(places)
+            cache.context = [tuple(t.detach() for t in pair) for pair in context_kv]
+            cache.advance(positions)
         return self.norm(h)
 
     def classify(self, states):
@@ -267,14 +262,14 @@ class LatentTransformer(EncoderDecoder):
         super().__init__(config)
 
     def read_context(self, config):
-        """The latents and the layers that read with them. Latents need no mask: only the encoder's states are padded"""
+        """The latents and the layers that read with them."""
         c = config
         self.latents = nn.Parameter(torch.empty(self.n_latent, c.n_embd))
-        self.own = {"latents": "embedding"}
+        self.roles = {"latents": "embedding"}
         self.readers = nn.ModuleList(CrossBlock(c, i, itself=False) for i in range(self.n_read))
         self.latent_norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
 
-    def fill(self):
+    def init_weights(self):
         """Latents N(0, 1): alike ones would read alike."""
         self.latents.normal_()
 
@@ -307,8 +302,7 @@ class ContextCache(Cache):
 
     def fork(self, n=1):
         """An independent copy with each row repeated n times."""
-        twin, plain = ContextCache((), self.window), super().fork(n)
-        twin.__dict__.update(plain.__dict__)
+        twin = super().fork(n)
         if self.context is not None:
             twin.context = [tuple(t.repeat_interleave(n, 0) for t in pair) for pair in self.context]
         return twin
@@ -318,10 +312,8 @@ class TextTransformer(Transformer):
     """The decoder over padded rows of tokens, for captions and other short texts of unequal length."""
 
     def forward(self, x, targets=None, padding=None, positions=None, **how):
-        """As Transformer.forward, with padding (B, T) bool, True where a row has no token, on either side.
-
-        targets may be (B, T) with one label; padded places never count in the loss.
-        """
+        """As Transformer.forward, with padding (B, T) bool, True where a row has no token, on either side; there no
+        target counts. targets may be (B, T) with one label."""
         if padding is not None:
             positions = running_positions(padding)
         if targets is not None:
@@ -357,13 +349,7 @@ class PrefixDecoder(Transformer):
         """states (..., C) -> logits (..., V) float32."""
         return self.logits(F.linear(states, self.classifier(self.first_head)))
 
-    def decode(self, x, context, cache=None, padding=None):
-        """`classify` of `states`: logits (B, T, V)."""
-        return self.classify(self.states(x, context, padding, cache))
-
-    def forward(self, source, x, targets=None, padding=None):
-        """As EncoderDecoder.forward."""
-        return EncoderDecoder.forward(self, source, x, targets, padding)
+    decode, forward = EncoderDecoder.decode, EncoderDecoder.forward
 
     def new_cache(self, batch_size, max_length, window=None, device=None, dtype=None):
         """An empty Cache with room for any source before max_length tokens of the answer."""

@@ -4,11 +4,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
-from kernels import GLU, activate
+from kernels import GLU, activate, expect
 from model import Linear
 
 
 EVEN = 64  # rows
+
+
+def check(config):
+    """Raises ValueError for settings that do not go with experts."""
+    c, routed = config, config.n_expert - config.n_shared_expert
+    expect(routed > 0, f"n_shared_expert is {c.n_shared_expert}, but must be from 0 to n_expert - 1, {c.n_expert - 1}")
+    expect(c.expert_top_k <= routed, f"expert_top_k {c.expert_top_k} is more than the {routed} experts to choose from")
+    expect(c.activation != "solu", "activation 'solu' normalises its whole width, which experts divide: choose another")
 
 
 class MixtureOfExperts(nn.Module):

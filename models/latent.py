@@ -3,8 +3,20 @@ import torch
 import torch.nn as nn
 
 import kernels
-from model import Attention, Linear, Norm, alibi_slopes, yarn_mscale
+from kernels import expect
+from model import Attention, Linear, Norm, alibi_slopes
+from models.rope_scaling import yarn_mscale
 from nanolab.cache import KVCache
+
+
+def check(config):
+    """Raises ValueError for settings that do not go with a latent."""
+    c = config
+    expect(not c.qk_norm, "qk_norm normalises keys, which mixer 'mla' never forms in generation: the latent has a norm "
+                          "of its own")
+    expect(c.n_kv_head == c.n_head,
+           f"mixer 'mla' has one latent for all heads: n_kv_head {c.n_kv_head} does not apply")
+    expect(c.positions != "rope" or not c.rope_dim % 2, f"rope_dim is {c.rope_dim}, but must be even and at least 2")
 
 
 class Latent(Attention):
@@ -13,8 +25,7 @@ class Latent(Attention):
     that turns and that all heads share (with positions "rope" only). q_rank: queries pass a normalised bottleneck too.
 
     A pass of many queries expands the latents to keys and values. A few queries over a cache are taken to the latents
-    instead: q W_k . c = q . (W_k c), so that the cache is read as it is, as one key-value head (section 2.1.2's
-    absorption).
+    instead: q W_k . c = q . (W_k c), one key-value head (section 2.1.2's absorption).
 
     Under YaRN the part of a score that turns grows by yarn_mscale(factor, rope_mscale)^2 in RoPE's tables, and the
     other by yarn_mscale(factor, rope_mscale_all_dim)^2 here: DeepSeek's softmax scale and tables, multiplied out.
@@ -52,29 +63,30 @@ class Latent(Attention):
             still = q[..., :D] if self.growth == 1 else q[..., :D] * self.growth
             q = torch.cat((still, positions.turn(q[..., D:])), -1)
             latent = torch.cat((latent, positions.turn(key.unsqueeze(2)).squeeze(2).to(latent.dtype)), -1)
-        q, held, seen = q.transpose(1, 2), latent.unsqueeze(1), positions.index  # (B, H, T, D + R), (B, 1, T, rank + R)
+        q, latents = q.transpose(1, 2), latent.unsqueeze(1)  # (B, H, T, D + R), (B, 1, T, rank + R)
+        key_positions = positions.index
         if cache is not None:
-            held, _, seen = cache.update(held, held[..., :0], positions.index)
-            q = q.to(held.dtype)
-        span, scale, S = self.span(positions, cache), (D + R) ** -0.5, held.size(2)
+            latents, _, key_positions = cache.update(latents, latents[..., :0], positions.index)
+            q = q.to(latents.dtype)
+        pattern, scale, S = self.pattern(positions, cache), (D + R) ** -0.5, latents.size(2)
         if T * (self.rank + R) * 2 < S * D:  # few queries, many latents
-            keys, values = self.up.weight.view(2, H, D, self.rank).to(held.dtype)  # (H, D, rank)
+            keys, values = self.up.weight.view(2, H, D, self.rank).to(latents.dtype)  # (H, D, rank)
             q = torch.cat((q[..., :D] @ keys, q[..., D:]), -1)  # (B, H, T, rank + R)
-            y = self.attend_latents(q, held, positions, seen, span, scale)  # (B, H, T, rank)
+            y = self.attend_latents(q, latents, positions, key_positions, pattern, scale)  # (B, H, T, rank)
             y = y @ values.transpose(1, 2)  # (B, H, T, D)
         else:
-            k, v = self.up(held[:, 0, :, :self.rank]).view(B, S, 2, H, D).permute(2, 0, 3, 1, 4)  # (B, H, S, D)
+            k, v = self.up(latents[:, 0, :, :self.rank]).view(B, S, 2, H, D).permute(2, 0, 3, 1, 4)  # (B, H, S, D)
             if R:
-                k = torch.cat((k, held[..., self.rank:].to(k.dtype).expand(B, H, S, R)), -1)
-            y = self.attend(q.to(k.dtype), k, v, positions, seen, span, scale=scale)
+                k = torch.cat((k, latents[..., self.rank:].to(k.dtype).expand(B, H, S, R)), -1)
+            y = self.attend(q.to(k.dtype), k, v, positions, key_positions, pattern, scale=scale)
         return self.out(y.transpose(1, 2).reshape(B, T, H * D).to(x.dtype))
 
-    def attend_latents(self, q, held, positions, seen, span, scale):
-        """q (B, H, T, rank + R) over held (B, 1, S, rank + R), whose first columns are values: (B, H, T, rank)."""
-        lone = self.by_lone_kernel(q[..., self.rank:], held, q[..., :0], positions, seen, span)
+    def attend_latents(self, q, latents, positions, key_positions, pattern, scale):
+        """q (B, H, T, rank + R) over latents (B, 1, S, rank + R), whose first columns are values: (B, H, T, rank)."""
+        lone = self.by_lone_kernel(q[..., self.rank:], latents, q[..., :0], positions, key_positions, pattern)
         if lone and self.rank <= kernels.WIDEST_RANK:
-            return kernels.attend_latent(q, held, self.rank, scale)
-        return self.attend(q, held, held[..., :self.rank], positions, seen, span, scale=scale)
+            return kernels.attend_latent(q, latents, self.rank, scale)
+        return self.attend(q, latents, latents[..., :self.rank], positions, key_positions, pattern, scale=scale)
 
     def new_cache(self, batch_size, max_length, window, device, dtype):
         """A KVCache of one head with keys (latent and turned key) and no values."""

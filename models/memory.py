@@ -17,29 +17,38 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import plain_rms_norm, plain_rotary
-from model import Attention, Linear, Span, causal
+from kernels import expect, plain_rms_norm, plain_rotary
+from model import Attention, Linear, Pattern, causal
 from nanolab.cache import CompressedCache, KVCache
 
 
 @dataclass(frozen=True)
-class Segments(Span):
-    """A query sees its own segment of `length` places, up to itself, and `memory` places before the segment."""
+class Segments(Pattern):
+    """A query sees its own segment of `length` positions, up to itself, and `memory` before the segment."""
     length: int = 1
     memory: int = 0
 
-    @property
-    def reach(self):
-        """As Span.reach."""
-        return self.length + self.memory
+    max_keys = property(lambda self: self.length + self.memory)
 
     def first(self, q):
-        """As Span.first."""
+        """As Pattern.first."""
         return max(0, q // self.length * self.length - self.memory)
 
     def sees(self, q, k):
-        """As Span.sees."""
+        """As Pattern.sees."""
         return k >= torch.div(q, self.length, rounding_mode="floor") * self.length - self.memory
+
+
+def check(config):
+    """Raises ValueError for settings that do not go with a memory."""
+    c, kind = config, "xl" if "xl" in config.mixers else "compressive"
+    expect(not c.learned_positions, f"mixer {kind!r} sees states of earlier segments, which positions {c.positions!r} "
+                                    "would place wrongly: use 'rope', 'relative', 'alibi' or 'none'")
+    expect(not c.qk_scale, f"qk_scale is for mixers without segment memory, not for mixer {kind!r}")
+    if "compressive" in c.mixers:
+        expect(not c.block_size % c.compression_rate and not c.memory_length % c.compression_rate,
+               f"compression_rate {c.compression_rate} must divide block_size {c.block_size} and memory_length "
+               f"{c.memory_length}")
 
 
 class TransformerXL(Attention):
@@ -53,16 +62,16 @@ class TransformerXL(Attention):
 
     def __init__(self, config, layer=0, kind="xl"):
         super().__init__(config, layer, kind)
-        c, self.own = config, {}
+        c, self.roles = config, {}
         if c.positions == "relative":
             self.into = Linear(c.n_embd, c.n_head * c.head_dim, bias=False)  # W_R
             self.bias_u = nn.Parameter(torch.empty(c.n_head, c.head_dim))
             self.bias_v = nn.Parameter(torch.empty(c.n_head, c.head_dim))
-            self.own = {"bias_u": "bias", "bias_v": "bias"}
+            self.roles = {"bias_u": "bias", "bias_v": "bias"}
 
-    def fill(self):
+    def init_weights(self):
         """The two biases of "relative" start at zero."""
-        if "bias_u" in self.own:
+        if "bias_u" in self.roles:
             self.bias_u.zero_()
             self.bias_v.zero_()
 
@@ -80,12 +89,12 @@ class TransformerXL(Attention):
         k, v = F.linear(x, self.qkv.weight[rows:], bias).view(*x.shape[:2], 2, c.n_kv_head, c.head_dim).unbind(2)
         return (plain_rms_norm(k) if c.qk_norm else k), v
 
-    def at(self, t, positions, places):
-        """t (B, n, H, D) turned as at places (n,) int64, where positions are "rope"; else itself."""
+    def at(self, t, positions, index):
+        """t (B, n, H, D) turned as at index (n,) int64, where positions are "rope"; else itself."""
         if self.config.positions != "rope" or not t.size(1):
             return t
-        tables = positions.ropes[str(t.size(3))](int(places[-1]) + 1)
-        return plain_rotary(t, *(table[places].view(1, -1, 1, t.size(3)) for table in tables))
+        tables = positions.ropes[str(t.size(3))](int(index[-1]) + 1)
+        return plain_rotary(t, *(table[index].view(1, -1, 1, t.size(3)) for table in tables))
 
     def relative(self, q, distance):
         """(q + u, bias): queries q (B, H, T, D) for the keys, and (q + v) W_R R_d / sqrt(D) as (B, H, T, S).
@@ -130,26 +139,27 @@ class TransformerXL(Attention):
             q, k, v = self.project(x)
             old_k, old_v = self.project_keys(old)
             k, v = torch.cat((old_k, k), 1), torch.cat((old_v, v), 1)
-            places = torch.arange(known + T, device=x.device)
-            q, k, seen, span = self.at(q, positions, places[known:]), self.at(k, positions, places), None, causal()
+            index = torch.arange(known + T, device=x.device)
+            q, k = self.at(q, positions, index[known:]), self.at(k, positions, index)
+            key_positions, pattern = None, causal()
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         else:
             q, k, v = self.project(x)
             q, k, v = (t.transpose(1, 2) for t in (positions.turn(q), positions.turn(k), v))
-            seen, span = positions.index, Segments(None, c.block_size, c.memory_length)
+            key_positions, pattern = positions.index, Segments(None, c.block_size, c.memory_length)
             if cache is not None:
-                k, v, seen = cache.update(k, v, positions.index)
+                k, v, key_positions = cache.update(k, v, positions.index)
                 q = q.to(k.dtype)
         bias = None
         if c.positions == "relative":
             S = k.size(2)
-            if seen is None:
+            if key_positions is None:
                 place = torch.arange(S, device=x.device)
                 distance = place[S - T:, None] - place
             else:
-                distance = positions.index[:, None, :, None] - seen[:, None, None, :]
+                distance = positions.index[:, None, :, None] - key_positions[:, None, None, :]
             q, bias = self.relative(q, distance)
-        y = self.attend(q, k, v, positions, seen, span, bias)
+        y = self.attend(q, k, v, positions, key_positions, pattern, bias)
         return self.out(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
 
     def new_cache(self, batch_size, max_length, window, device, dtype):
@@ -174,11 +184,10 @@ class Compressive(TransformerXL):
     """Transformer-XL that compresses what leaves its memory (Rae et al. 2019, section 3).
 
     Hidden states, compression_rate neighbours at a time, become one: by a convolution of that width and stride, by
-    their mean or their maximum. Such a slot is normed like them, but passes no short_conv, as it has no neighbours. It
-    stands where its last position stood (in the paper slots count one step each), which makes any division of a text
-    into passes give the same. The network's loss does not reach the compression, nor the other way: the convolution
-    learns from the attention-reconstruction loss alone (algorithm 2), the mean square between what this segment reads,
-    by content, from the states that leave and from their slots; so only where a memory is carried on.
+    their mean or their maximum. Such a slot is normed like them, but passes no short_conv. It stands where its last
+    position stood (in the paper slots count one step each). The network's loss does not reach the compression, nor the
+    other way: the convolution learns from the attention-reconstruction loss alone (algorithm 2), the mean square
+    between what this segment reads, by content, from the states that leave and from their slots.
     """
 
     def __init__(self, config, layer=0):
@@ -186,11 +195,11 @@ class Compressive(TransformerXL):
         c = config
         if c.compression == "conv":
             self.compress_weight = nn.Parameter(torch.empty(c.n_embd, c.compression_rate * c.n_embd))
-            self.own["compress_weight"] = "matrix"
+            self.roles["compress_weight"] = "matrix"
 
-    def fill(self):
+    def init_weights(self):
         """The convolution starts near the mean."""
-        super().fill()
+        super().init_weights()
         c = self.config
         if c.compression == "conv":
             mean = torch.eye(c.n_embd, device=self.compress_weight.device).repeat(1, c.compression_rate)
@@ -227,30 +236,30 @@ class Compressive(TransformerXL):
             cache.advance(positions)
         return y
 
-    def run(self, x, hidden, norm, positions, start, held=None):
-        """Rows that stand alike: x (B, T, C) from position `start` on, `held` what a cache knows of what is before."""
+    def run(self, x, hidden, norm, positions, start, state=None):
+        """Rows that stand alike: x (B, T, C) from position `start` on, `state` what a cache knows of what is before."""
         c, (B, T, _) = self.config, x.shape
         L, M, rate = c.block_size, c.memory_length, c.compression_rate
-        places = torch.arange(start, start + T, device=x.device)
+        index = torch.arange(start, start + T, device=x.device)
         q, k, v = self.project(x)
-        q, k = self.at(q, positions, places), self.at(k, positions, places)
+        q, k = self.at(q, positions, index), self.at(k, positions, index)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         slots, known = None, 0  # keys and values of the compressed blocks known, 0 ... known
-        if held is not None:
-            k, v, _ = held["raw"].update(k, v)
+        if state is not None:
+            k, v, _ = state["raw"].update(k, v)
             q = q.to(k.dtype)
-        if held is not None and held["inputs"] is not None:
-            hidden = torch.cat((held["inputs"].to(hidden.dtype), hidden), 1)
+        if state is not None and state["inputs"] is not None:
+            hidden = torch.cat((state["inputs"].to(hidden.dtype), hidden), 1)
         n = hidden.size(1) // rate
-        first = 0 if held is None else held["first"]  # index of the first block whose slot is kept
-        known = 0 if held is None else held["known"]  # and of the first that is not known yet
-        if n and (held is not None or start + T - 1 >= L + M):
+        first = 0 if state is None else state["first"]  # index of the first block whose slot is kept
+        known = 0 if state is None else state["known"]  # and of the first that is not known yet
+        if n and (state is not None or start + T - 1 >= L + M):
             ends = torch.arange(known + 1, known + n + 1, device=x.device) * rate - 1
             slot = self.compress(hidden[:, :n * rate])
             slot_k, slot_v = self.project_keys((slot if norm is None else norm(slot)).to(x.dtype))
             slots = [t.transpose(1, 2).to(k.dtype) for t in (self.at(slot_k, positions, ends), slot_v)]  # (B, G, n, D)
-        if held is not None and held["slots"] is not None:
-            slots = held["slots"] if slots is None else [torch.cat(pair, 2) for pair in zip(held["slots"], slots)]
+        if state is not None and state["slots"] is not None:
+            slots = state["slots"] if slots is None else [torch.cat(pair, 2) for pair in zip(state["slots"], slots)]
         parts, begin, S = [], start, k.size(2)
         while begin < start + T:  # one segment at a time: all its queries see the same memory and the same slots
             s = begin // L * L
@@ -268,17 +277,17 @@ class Compressive(TransformerXL):
             parts.append(self.read(q[:, :, begin - start:end - start], keys, values,
                                    torch.arange(begin, end, device=x.device), where))
             begin = end
-        if held is not None:
+        if state is not None:
             kept = -(-(2 * L + M) // rate) + c.compressed_length
             known += n
             drop = 0 if slots is None else max(0, slots[0].size(2) - kept)
-            held.update(inputs=hidden[:, n * rate:].detach().clone(), known=known, first=first + drop,
+            state.update(inputs=hidden[:, n * rate:].detach().clone(), known=known, first=first + drop,
                         slots=None if slots is None else [t[:, :, drop:].detach() for t in slots])
         y = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
         return self.out(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
 
     def read(self, q, k, v, q_place, k_place):
-        """Causal attention by explicit places: q (B, H, T, D), k and v (B, G, S, D), places (T,) and (S,) int64."""
+        """Causal attention by positions (T,) and (S,) int64: q (B, H, T, D), k and v (B, G, S, D)."""
         distance = q_place[:, None] - k_place  # (T, S)
         mask = distance >= 0
         if self.slopes is not None:

@@ -1,18 +1,29 @@
 """The Hourglass (Nawrot et al. 2021), causal: shorten above 1."""
+import copy
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint as recompute
 
+from kernels import expect
 from model import Positions, Transformer
 from nanolab.cache import Cache
 
 
-class PyramidCache:
-    """Of a Pyramid: caches of its outer and of its middle layers, and the streams between them, by position.
+def check(config):
+    """Raises ValueError for settings that do not go with layers of two lengths."""
+    c, said = config, f"shorten {config.shorten} makes a pyramid, which"
+    expect(c.n_layer >= 3, f"{said} needs at least 3 layers, not {c.n_layer}")
+    expect(not c.short_conv, f"{said} has layers whose neighbours are units: short_conv does not go with it")
+    expect(not c.carries, f"{said} starts afresh with every block: mixer {c.mixer!r} does not go with it")
+    expect(c.positions != "learned_per_layer" and not c.intermediate_losses and not c.mtp_depth,
+           f"{said} has layers of two lengths: neither positions 'learned_per_layer' nor intermediate_losses nor "
+           "mtp_depth go with it")
 
-    The same methods as Cache, for rows that stand alike and at most max_length positions.
-    """
+
+class PyramidCache:
+    """Of a Pyramid: caches of its outer and of its middle layers, and the streams between them, by position; the
+    methods of Cache, for rows that stand alike."""
     ragged, window = False, None
 
     def __init__(self, outer, middle, stream, lifted, shorten):
@@ -30,7 +41,7 @@ class PyramidCache:
         return self.outer.bytes + self.middle.bytes + self.stream.nbytes + self.lifted.nbytes
 
     def check(self, index, ordered):
-        """Raises ValueError for ragged rows: what is one unit would differ from row to row."""
+        """Raises ValueError for ragged rows."""
         if index is not None:
             raise ValueError("a pyramid's rows must stand alike: rows with padding begin their units at other places")
         self.outer.check(None, ordered)
@@ -49,9 +60,9 @@ class PyramidCache:
 
     def fork(self, n=1):
         """An independent copy with each row repeated n times."""
-        twin = PyramidCache(self.outer.fork(n), self.middle.fork(n), self.stream.repeat_interleave(n, 0),
-                            self.lifted.repeat_interleave(n, 0), self.shorten)
-        twin.length, twin.prefix = self.length, self.prefix
+        twin = copy.copy(self)
+        twin.outer, twin.middle = self.outer.fork(n), self.middle.fork(n)
+        twin.stream, twin.lifted = (t.repeat_interleave(n, 0) for t in (self.stream, self.lifted))
         return twin
 
     def log(self):
@@ -79,22 +90,18 @@ class Pyramid(Transformer):
                 window is not None and window < x.size(1)):
             raise ValueError("a pyramid takes rows that stand alike, without prefix, window or memory")
         c, k = self.config, self.config.shorten
-        places = self.place(x, positions, cache)
+        positions = self.place(x, positions, cache)
         if targets is not None:
             active = self.check_losses(x, targets, active)
         B, T = x.shape
-        start, first, last = places.start, places.start // k, (places.start + T) // k
+        start, first, last = positions.start, positions.start // k, (positions.start + T) // k
         if cache is None and start:
             raise ValueError("a pyramid's pass without a cache begins at position 0: units are counted from there")
-        h = F.embedding(x, self.embed)  # (B, T, C)
-        if self.position is not None:
-            h = h + places.look_up(self.position)
-        if self.training and c.dropout:
-            h = F.dropout(h, c.dropout)
+        h = self.embedded(x, positions)  # (B, T, C)
         outer = [None] * (2 * self.edge) if cache is None else cache.outer.layers
         middle = [None] * c.n_layer if cache is None else cache.middle.layers
-        for block, held in zip(self.blocks[:self.edge], outer):
-            h = self.layer(block, h, places, held)
+        for block, layer_cache in zip(self.blocks[:self.edge], outer):
+            h = self.layer(block, h, positions, layer_cache)
         stream = h
         if cache is not None:
             cache.stream[:, start:start + T] = h.detach()
@@ -104,8 +111,8 @@ class Pyramid(Transformer):
             u = self.shortening["into"](stream[:, :n * k].reshape(B, n, k * c.n_embd))  # (B, n, C)
             units = Positions(first, n)
             units.look_up_ropes(self.ropes, last)
-            for block, held in zip(self.blocks[self.edge:c.n_layer - self.edge], middle):
-                u = self.layer(block, u, units, held)
+            for block, layer_cache in zip(self.blocks[self.edge:c.n_layer - self.edge], middle):
+                u = self.layer(block, u, units, layer_cache)
             u = self.shortening["out"](u).view(B, n * k, c.n_embd)
         else:
             u = h[:, :0]
@@ -115,23 +122,17 @@ class Pyramid(Transformer):
         else:
             cache.lifted[:, first * k + k - 1:last * k + k - 1] = u.detach()
             lifted = cache.lifted[:, start:start + T]
-            cache.outer.advance(places)
+            cache.outer.advance(positions)
             if n:
                 cache.middle.advance(units)
             cache.length += T
         h = h + lifted
-        for block, held in zip(self.blocks[c.n_layer - self.edge:], outer[self.edge:]):
-            h = self.layer(block, h, places, held)
+        for block, layer_cache in zip(self.blocks[c.n_layer - self.edge:], outer[self.edge:]):
+            h = self.layer(block, h, positions, layer_cache)
         if targets is not None:
             objective, nats = self.losses([h], targets, active)
-            return objective + self.extra_losses(h, targets, places), nats
+            return objective + self.extra_losses(h, targets, positions), nats
         return self.predict(h)
-
-    def layer(self, block, x, places, held):
-        """One layer, with activation checkpointing if that is set."""
-        if self.config.checkpoint_activations and self.training and torch.is_grad_enabled():
-            return recompute(block, x, places, held, use_reentrant=False)
-        return block(x, places, held)
 
     def new_cache(self, batch_size, max_length, window=None, device=None, dtype=None, snapshots=0):
         """An empty PyramidCache. Raises ValueError for a window: units are counted from position 0."""

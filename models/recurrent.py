@@ -10,9 +10,16 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 import kernels
+from kernels import expect
 from model import Linear
 from models.short_conv import convolve
 from nanolab.cache import RecurrentCache
+
+
+def check(config):
+    """Raises ValueError where a state would have no width."""
+    expect(config.expand * config.n_embd >= 1,
+           f"expand {config.expand} leaves no inner width at n_embd {config.n_embd}")
 
 
 # --- The scan ---
@@ -174,12 +181,12 @@ class Mamba(Recurrent):
         self.a_log = nn.Parameter(torch.empty(self.inner, self.n_state))
         self.skip = nn.Parameter(torch.empty(self.inner))
         self.out = Linear(self.inner, c.n_embd, bias=False)
-        self.own = {"dt": "gain", "dt_bias": "bias", "conv": "gain", "conv_bias": "bias", "a_log": "gain",
+        self.roles = {"dt": "gain", "dt_bias": "bias", "conv": "gain", "conv_bias": "bias", "a_log": "gain",
                     "skip": "gain"}
         self.fused = {"into": (self.inner, self.inner), "join": (self.rank, self.n_state, self.n_state)}
         self.shapes = [(self.width - 1, self.inner), (self.inner, self.n_state)]
 
-    def fill(self):
+    def init_weights(self):
         """As the paper's: dt log-uniform in 0.001 ... 0.1 at first, A = -1 ... -N, D = 1."""
         self.dt.uniform_(-self.rank ** -0.5, self.rank ** -0.5)
         dt = torch.exp(torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)))
@@ -236,8 +243,7 @@ def selective_scan(dt, u, b, c, a, h):
 
     dt, u (B, T, I), b, c (B, T, N), a (I, N), h (B, I, N), all float32 or all float64. Returns y (B, T, I) and the last
     state (B, I, N). (B, T, I, N) is never held whole: time is cut into stretches, computed again in the backward pass.
-    On a GPU a stretch is a parallel scan. On a CPU it is a loop, whose (B, I, N) stays in the processor's cache: at
-    B 16, T 256, I 512, N 16 that is several times faster than passes over all of time.
+    On a GPU a stretch is a parallel scan; on a CPU a loop, whose (B, I, N) stays in the processor's cache.
     """
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (dt, u, b, c, a, h))
     if u.device.type == "cpu":

@@ -18,10 +18,9 @@ class ShortConv(nn.Module):
     """A depthwise causal convolution over the normed inputs of a layer's mixer, y_t = sum_(i < w) k_i x_(t-i), with
     w = config.short_conv rows k_i of `kernel` (w, C) and no bias, as in Zoology (Arora et al. 2023).
 
-    Before a row's first input stand zeros. Padding is left out, wherever it stands: a row's inputs follow one another
-    in the order in which they come. It never looks ahead, inside a prefix either. One segment of training goes on from
-    the last w - 1 hidden states of the one before, normed anew, in layers of full attention too. Cache: the inputs of
-    old, as a layer of attention over w positions would keep keys.
+    Before a row's first input stand zeros; padding is left out, wherever it stands. It never looks ahead, inside a
+    prefix either. One segment of training goes on from the last w - 1 hidden states of the one before, normed anew, in
+    layers of full attention too. Cache: the inputs of old, as attention over w positions would keep keys.
     """
 
     def __init__(self, config, layer=0):
@@ -29,9 +28,9 @@ class ShortConv(nn.Module):
         self.width = config.short_conv
         self.slot = config.n_layer + layer  # its place in a Memory: after those of all mixers
         self.kernel = nn.Parameter(torch.empty(self.width, config.n_embd))
-        self.own = {"kernel": "gain"}
+        self.roles = {"kernel": "gain"}
 
-    def fill(self):
+    def init_weights(self):
         """U(-1, 1) / sqrt(w)."""
         self.kernel.uniform_(-self.width ** -0.5, self.width ** -0.5)
 
@@ -50,10 +49,10 @@ class ShortConv(nn.Module):
             raise ValueError("short_conv reads from left to right: it does not go with a model that sees everything at "
                              "once")
         T, n = positions.T, self.width - 1
-        before = seen = None  # (B, m, C), (B, m): what stands before x
+        before = key_positions = None  # (B, m, C), (B, m): what stands before x
         if cache is not None:
-            held, _, seen = cache.update(x.unsqueeze(1), x[:, None, :, :0], positions.index)
-            before = held[:, 0, :held.size(2) - T].to(x.dtype)
+            inputs, _, key_positions = cache.update(x.unsqueeze(1), x[:, None, :, :0], positions.index)
+            before = inputs[:, 0, :inputs.size(2) - T].to(x.dtype)
         elif positions.memory is not None:
             kept, = positions.memory[self.slot]
             positions.memory_out[self.slot] = (torch.cat((kept, hidden), 1)[:, -n:],)
@@ -63,7 +62,7 @@ class ShortConv(nn.Module):
             order, back, _ = positions.real_first()
             x = x.take_along_dim(order, 1)
             if before is not None:
-                before = last_real(before, seen[:, :-T], n)
+                before = last_real(before, key_positions[:, :-T], n)
         if before is None:
             line = F.pad(x, (0, 0, n, 0))
         else:
@@ -73,9 +72,8 @@ class ShortConv(nn.Module):
         return y if order is None else y.take_along_dim(back, 1)
 
     def new_cache(self, batch_size, max_length, beside, device, dtype):
-        """A KVCache of one head with the inputs (as keys) and no values. They are kept as long as the keys of the
-        mixer's cache `beside`, so that it can be cropped to and forked from the same lengths; where that is a state,
-        only those that the convolution sees."""
+        """A KVCache of one head with the inputs (as keys) and no values, kept as long as the keys of the mixer's cache
+        `beside`; where that is a state, only those that the convolution sees."""
         window = self.width if not beside.divisible else beside.window and max(beside.window, self.width)
         cache = KVCache(batch_size, 1, self.kernel.size(1), max_length, window, device, dtype, value_dim=0)
         cache.kind = "inputs"
@@ -90,9 +88,9 @@ class ShortConv(nn.Module):
         return 2 * self.kernel.numel()
 
 
-def last_real(x, seen, n):
-    """The last n or fewer of x (B, S, C) in each row where seen (B, S) is no padding, which becomes zeros before."""
-    real = seen >= 0
+def last_real(x, positions, n):
+    """The last n or fewer of x (B, S, C) in each row whose positions (B, S) are no padding; zeros before."""
+    real = positions >= 0
     order = real.byte().argsort(dim=1, stable=True)[:, -n:]  # padding first
     real = real.take_along_dim(order, 1)
     return x.take_along_dim(order.unsqueeze(2), 1).masked_fill(~real.unsqueeze(2), 0)

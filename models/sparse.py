@@ -1,51 +1,59 @@
 """Sparse attention (Child et al. 2019): mixers "strided" and "fixed"."""
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from model import Attention, Everything, Span, causal
+from kernels import expect
+from model import Attention, Everything, Pattern, causal
 
 
 @dataclass(frozen=True)
-class Strided(Span):
-    """A query sees every stride-th place before it, counted from itself."""
+class Strided(Pattern):
+    """A query sees every stride-th position before it, counted from itself."""
     stride: int = 1
 
     def sees(self, q, k):
-        """As Span.sees."""
+        """As Pattern.sees."""
         return (q - k) % self.stride == 0
 
 
 @dataclass(frozen=True)
-class Neighbours(Span):
+class Neighbours(Pattern):
     """A query sees its own block of `stride` places, up to itself."""
     stride: int = 1
 
-    @property
-    def reach(self):
-        """As Span.reach."""
-        return self.stride if self.window is None else min(self.stride, self.window)
+    max_keys = property(lambda self: min(self.stride, self.window or self.stride))
 
     def first(self, q):
-        """As Span.first."""
+        """As Pattern.first."""
         return max(q // self.stride * self.stride, super().first(q))
 
     def sees(self, q, k):
-        """As Span.sees."""
+        """As Pattern.sees."""
         return torch.div(q, self.stride, rounding_mode="floor") == torch.div(k, self.stride, rounding_mode="floor")
 
 
 @dataclass(frozen=True)
-class Summaries(Span):
+class Summaries(Pattern):
     """A query sees itself and the last `summary` places of every block of `stride` before it or its own."""
     stride: int = 1
     summary: int = 1
 
     def sees(self, q, k):
-        """As Span.sees."""
+        """As Pattern.sees."""
         return (k % self.stride >= self.stride - self.summary) | (k == q)
+
+
+def check(config):
+    """Raises ValueError for settings that do not go with these mixers."""
+    c = config
+    expect("fixed" not in c.mixers or c.sparse_summary <= c.sparse_stride,
+           f"sparse_summary is {c.sparse_summary}, but must be from 1 to sparse_stride {c.sparse_stride}")
+    expect(not c.n_head % 2 and not c.n_kv_head % 2, "mixers 'strided' and 'fixed' give half of the heads to each "
+           f"pattern: n_head {c.n_head} and n_kv_head {c.n_kv_head} must be even")
 
 
 class Sparse(Attention):
@@ -56,19 +64,18 @@ class Sparse(Attention):
     computes only what is seen, in time T sqrt(T) where the stride is sqrt(T); the cache keeps all keys.
     """
 
-    def attend(self, q, k, v, positions, seen, span, bias=None, scale=None):
-        """As Attention.attend; `span` says how far back a sliding cache goes, if it slides, or that all is seen."""
-        if isinstance(span, Everything):
-            return super().attend(q, k, v, positions, seen, span)
-        c, H, G = self.config, q.size(1) // 2, k.size(1) // 2
-        near = causal(c.sparse_stride if span.window is None else min(c.sparse_stride, span.window))
-        far = Strided(span.window, c.sparse_stride)
+    def attend(self, q, k, v, positions, key_positions, pattern, bias=None, scale=None):
+        """As Attention.attend; `pattern` says how far back a sliding cache goes, if it slides, or that all is seen."""
+        if isinstance(pattern, Everything):
+            return super().attend(q, k, v, positions, key_positions, pattern)
+        c, H, G, window = self.config, q.size(1) // 2, k.size(1) // 2, pattern.window
+        near, far = causal(min(c.sparse_stride, window or c.sparse_stride)), Strided(window, c.sparse_stride)
         if self.kind == "fixed":
-            near = Neighbours(span.window, c.sparse_stride)
-            far = Summaries(span.window, c.sparse_stride, c.sparse_summary)
+            near = Neighbours(window, c.sparse_stride)
+            far = Summaries(window, c.sparse_stride, c.sparse_summary)
         slopes = (None, None) if self.slopes is None else self.slopes.split(H)
-        whole = seen is None and span.window is None and positions.prefix is None and self.slopes is None
-        y = super().attend(q[:, :H], k[:, :G], v[:, :G], positions, seen, near, slopes=slopes[0])
+        whole = key_positions is None and window is None and positions.prefix is None and self.slopes is None
+        y = super().attend(q[:, :H], k[:, :G], v[:, :G], positions, key_positions, near, slopes=slopes[0])
         q, k, v = q[:, H:], k[:, G:], v[:, G:]
         if whole and positions.start == 0 and q.size(2) == k.size(2) > 4 * c.sparse_stride:
             far_y = self.columns(q, k, v) if self.kind == "strided" else self.summaries(q, k, v)
@@ -76,7 +83,7 @@ class Sparse(Attention):
             first = (k.size(2) - 1) % c.sparse_stride
             far_y = self.softmax(q, k[:, :, first::c.sparse_stride], v[:, :, first::c.sparse_stride], None)
         else:
-            far_y = super().attend(q, k, v, positions, seen, far, slopes=slopes[1])
+            far_y = super().attend(q, k, v, positions, key_positions, far, slopes=slopes[1])
         return torch.cat((y, far_y), 1)
 
     def columns(self, q, k, v):
@@ -92,11 +99,7 @@ class Sparse(Attention):
         return y.view(B, stride, H, rows, D).permute(0, 2, 3, 1, 4).reshape(B, H, rows * stride, D)[:, :, :T]
 
     def summaries(self, q, k, v):
-        """Itself and the summary places before it, all (B, H, T, D), start 0.
-
-        The softmax over a query's own key and the shared ones is one over [shared keys, own key]: the own key's score
-        is weighed against the others' sum, which a float32 log-sum-exp gives.
-        """
+        """Itself and the summary positions before it, all (B, H, T, D), start 0: a softmax over [shared keys, own]."""
         c, T = self.config, q.size(2)
         place = torch.arange(T, device=q.device)
         chosen = place[place % c.sparse_stride >= c.sparse_stride - c.sparse_summary]
@@ -118,11 +121,4 @@ class Sparse(Attention):
         return int(2 * c.n_head * c.head_dim * (stride + far))
 
 
-def strided(config, layer=0):
-    """Sparse attention of mixer "strided"."""
-    return Sparse(config, layer, "strided")
-
-
-def fixed(config, layer=0):
-    """Sparse attention of mixer "fixed"."""
-    return Sparse(config, layer, "fixed")
+strided, fixed = partial(Sparse, kind="strided"), partial(Sparse, kind="fixed")

@@ -7,8 +7,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
+from kernels import expect
 from model import FEED_FORWARDS, Block, Norm, Positions, initialise, make_ropes, variant
-from models.encoder_decoder import WideAttention, attends, own_layers, places_of, see_ahead
+from models.encoder_decoder import WideAttention, attends, own_layers, positions_of, see_ahead
 from nanolab.cache import Cache
 
 
@@ -32,9 +33,9 @@ class SpatialTransformer(nn.Module):
         if x.size(1) != self.position.size(0):
             raise ValueError(f"a frame has {self.position.size(0)} tokens, not {x.size(1)}")
         index = None if padding is None else torch.arange(x.size(1), device=x.device).masked_fill(padding, -1)
-        x, places = x + self.position, frame_places(self, x.size(1), index)
+        x, positions = x + self.position, frame_positions(self, x.size(1), index)
         for block in self.blocks:
-            x = block(x, places)
+            x = block(x, positions)
         return self.norm(x)
 
 
@@ -65,7 +66,7 @@ class SpatioTemporalBlock(nn.Module):
             x = x + drop(self.space(h.view(B * T, N, C), space).view(B, T, N, C))
         h = self.norm2(x)
         if cache is None and time.in_order and self.time.fusible(self.time.config.head_dim):
-            x = x + drop(self.time.of_frames(h, of_every_place(time, N), (B, T * N),
+            x = x + drop(self.time.of_frames(h, every_token(time, N), (B, T * N),
                                              partial(kernels.attend_time, window=time.window)))
         else:
             over = h.transpose(1, 2).reshape(B * N, T, C)
@@ -83,14 +84,14 @@ def turn_by_place(model, grid, n_tokens):
         model.register_buffer(name, table, persistent=False)
 
 
-def frame_places(model, N, index=None):
+def frame_positions(model, N, index=None):
     """The Positions of a frame's N tokens, (B, N) or at index (B, N), which see one another; a model's buffers cos and
     sin (`axial_tables`), if they are not None, turn them."""
     tables = None if model.cos is None else {model.config.head_dim: (model.cos, model.sin)}
     return Positions(0, N, index, bidirectional=True, tables=tables)
 
 
-def of_every_place(time, N):
+def every_token(time, N):
     """The Positions of frames, `time`, as those of all their tokens in a row, frame by frame: each of RoPE's tables'
     rows N times. Made once for all layers."""
     if "every place" not in time._made:
@@ -103,9 +104,8 @@ def axial_tables(height, width, head_dim, base=100.0, extra=0):
     """RoPE's tables for the places of a frame, row by row, after `extra` places that do not turn: (cos, sin), each
     (1, extra + height width, 1, D) float32. Of the D/2 feature pairs the first half turns by the row, the rest by the
     column, at frequencies base^(-2i/D) each. Raises ValueError where head_dim is no multiple of 4."""
-    if head_dim % 4:
-        raise ValueError(f"axial positions turn pairs by row and pairs by column: head_dim {head_dim} must be a "
-                         "multiple of 4")
+    expect(not head_dim % 4,
+           f"axial positions turn pairs by row and pairs by column: head_dim {head_dim} must be a multiple of 4")
     frequencies = base ** -(torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     angle = torch.cat([torch.outer(place.flatten().double(), frequencies) for place in (row, column)], 1)  # (N, D/2)
@@ -124,19 +124,19 @@ class TwoStreams(Positions):
 
     def __init__(self, ropes, T, true, first, window=None):
         super().__init__(0, T, window=window)
-        self.true, self.places = true, torch.cat((torch.arange(true), torch.arange(first, first + T - true)))
+        self.true, self.frames = true, torch.cat((torch.arange(true), torch.arange(first, first + T - true)))
         self.look_up_ropes(ropes, max(true, first + T - true))
 
     def look_up(self, table):
-        """Rows (T, C) of a table (P, C) at these places."""
-        return table[self.places.to(table.device)]
+        """Rows (T, C) of a table (P, C) of these frames."""
+        return table[self.frames.to(table.device)]
 
-    def mask(self, span, S, seen, device, slopes=None, rows=None):
+    def mask(self, pattern, S, key_positions, device, slopes=None, rows=None):
         """(T, T) bool, True where a frame sees another."""
         if "streams" not in self._made:
-            q, corrupted = self.places.to(device)[:, None], torch.arange(self.T, device=device) >= self.true
+            q, corrupted = self.frames.to(device)[:, None], torch.arange(self.T, device=device) >= self.true
             own = torch.eye(self.T, dtype=torch.bool, device=device)
-            past = span.allowed(q, q.T, q) & ~corrupted & ~(corrupted[:, None] & (q == q.T))
+            past = pattern.allowed(q, q.T, q) & ~corrupted & ~(corrupted[:, None] & (q == q.T))
             self._made["streams"] = past | own
         return self._made["streams"]
 
@@ -153,11 +153,10 @@ class SpatioTemporal(nn.Module):
     def __init__(self, config, n_tokens, grid=None):
         super().__init__()
         c = self.config = config
-        if set(c.mixers) != {"full"} or c.positions == "learned_per_layer":
-            raise ValueError(f"a spatio-temporal transformer has mixer 'full' and one table of positions, not "
-                             f"{c.mixer!r} and {c.positions!r}")
+        expect({*c.mixers} == {"full"} and c.positions != "learned_per_layer", "a spatio-temporal transformer has "
+               f"mixer 'full' and one table of positions, not {c.mixer!r} and {c.positions!r}")
         self.place_position = nn.Parameter(torch.empty(n_tokens, c.n_embd))
-        self.own = {"place_position": "position"}
+        self.roles = {"place_position": "position"}
         self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if c.positions == "learned" else None
         self.ropes = make_ropes(c)
         turn_by_place(self, grid, n_tokens)
@@ -165,16 +164,15 @@ class SpatioTemporal(nn.Module):
         self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
         initialise(self)
 
-    def fill(self):
+    def init_weights(self):
         """Places N(0, 0.02), as all positions."""
         self.place_position.normal_(0, 0.02)
 
     def forward(self, x, cache=None, window=None, streams=None):
         """x (B, T, N, C), the frames after those in the cache. Raises ValueError for other sizes than the model's.
 
-        streams = (true, first): x is `true` frames, and after them corrupted ones that stand at `first` and after, each
-        of which sees itself and the true frames before it (TwoStreams): what generation with a cache sees, for many
-        frames at once.
+        streams = (true, first): x is `true` frames, and after them corrupted ones from `first` on, as TwoStreams says:
+        what generation with a cache sees, for many frames at once.
         """
         c, (T, N, C) = self.config, x.shape[1:]
         start = 0 if cache is None else cache.length
@@ -187,8 +185,8 @@ class SpatioTemporal(nn.Module):
                 raise ValueError("two streams of frames go with positions 'rope' or 'none', without a cache")
             time = TwoStreams(self.ropes, T, *streams, window)
         else:
-            time = places_of(self.ropes, T, start=start, window=window)
-        space = frame_places(self, N)
+            time = positions_of(self.ropes, T, start=start, window=window)
+        space = frame_positions(self, N)
         x = x + self.place_position
         if self.position is not None:
             x = x + time.look_up(self.position).unsqueeze(1)

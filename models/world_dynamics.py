@@ -6,7 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import Block, Norm, initialise, make_ropes
-from models.encoder_decoder import places_of
+from models.encoder_decoder import positions_of
 from models.video import SpatioTemporal
 from models.world_layers import config_of
 from nanolab.cache import Cache
@@ -68,12 +68,12 @@ class Dynamics(nn.Module):
         self.config = config_of(n_layer, n_head, n_embd, block_size, codebook_size + 1)
         self.embed = nn.Parameter(torch.empty(codebook_size + 1, n_embd))
         self.acts = nn.Parameter(torch.empty(n_actions + 1, n_embd))
-        self.own = {"acts": "embedding"}
+        self.roles = {"acts": "embedding"}
         self.trunk = SpatioTemporal(self.config, self.n_tokens + self.extra, self.grid)
         self.heads = nn.ParameterList([nn.Parameter(torch.empty(codebook_size, n_embd))])
         initialise(self)
 
-    def fill(self):
+    def init_weights(self):
         """Actions N(0, 0.02), as all embeddings."""
         self.acts.normal_(0, 0.02)
 
@@ -153,25 +153,25 @@ class CausalDynamics(nn.Module):
         self.embed = nn.Parameter(torch.empty(codebook_size, n_embd))
         self.acts = nn.Parameter(torch.empty(n_actions + 1, n_embd))
         self.place_position = nn.Parameter(torch.empty(self.n_tokens, n_embd))
-        self.own = {"acts": "embedding", "place_position": "position"}
+        self.roles = {"acts": "embedding", "place_position": "position"}
         self.ropes = make_ropes(c)
         self.blocks = nn.ModuleList(Block(c, i) for i in range(n_layer))
         self.norm = Norm(c.norm, n_embd, c.norm_gain, c.bias)
         self.heads = nn.ParameterList([nn.Parameter(torch.empty(codebook_size, n_embd))])
         initialise(self)
 
-    def fill(self):
+    def init_weights(self):
         """N(0, 0.02), as embeddings and positions are."""
         self.acts.normal_(0, 0.02)
         self.place_position.normal_(0, 0.02)
 
     def read(self, x, cache=None, window=None):
         """x (B, S, C), what is read after what the cache holds -> logits (B, S, K) of the token after each."""
-        places = places_of(self.ropes, x.size(1), start=0 if cache is None else cache.length, window=window)
+        positions = positions_of(self.ropes, x.size(1), start=0 if cache is None else cache.length, window=window)
         for i, block in enumerate(self.blocks):
-            x = block(x, places, None if cache is None else cache.layers[i])
+            x = block(x, positions, None if cache is None else cache.layers[i])
         if cache is not None:
-            cache.advance(places)
+            cache.advance(positions)
         return F.linear(self.norm(x), self.heads[0]).float()
 
     def forward(self, tokens, actions, cache=None, window=None):

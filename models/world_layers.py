@@ -42,12 +42,12 @@ class Conv(nn.Conv2d):
 
     def __init__(self, c_in, c_out, kernel, stride=1, scale=1.0):
         super().__init__(c_in, c_out, kernel, stride, padding=kernel // 2 if stride == 1 else 0)
-        self.scale, self.own = scale, {"weight": "head", "bias": "bias"}  # a head's rule: AdamW, with decay
+        self.scale, self.roles = scale, {"weight": "head", "bias": "bias"}  # a head's rule: AdamW, with decay
 
     def reset_parameters(self):
         """Draws nothing: `fill` does."""
 
-    def fill(self):
+    def init_weights(self):
         """Called by `initialise`."""
         fill_evenly(self, self.scale)
 
@@ -57,9 +57,9 @@ class Affine(Linear):
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out)
-        self.own = {"weight": "head", "bias": "bias"}
+        self.roles = {"weight": "head", "bias": "bias"}
 
-    def fill(self):
+    def init_weights(self):
         """Called by `initialise`."""
         fill_evenly(self)
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from model import Norm, initialise
 from models.encoder_decoder import CrossBlock, Encoder, TextTransformer
-from models.video import axial_tables, frame_places
+from models.video import axial_tables, frame_positions
 from models.world_dynamics import draw, fill_in
 from models.world_layers import config_of
 
@@ -63,7 +63,7 @@ class FirstFrame(nn.Module):
         self.encoder = Encoder(c)
         self.tokens = nn.Parameter(torch.empty(codebook_size + 1, n_embd))
         self.places = nn.Parameter(torch.empty(self.n_tokens, n_embd))
-        self.own = {"tokens": "embedding", "places": "position"}
+        self.roles = {"tokens": "embedding", "places": "position"}
         self.blocks = nn.ModuleList(CrossBlock(c, i) for i in range(n_layer))
         self.norm = Norm(c.norm, n_embd, c.norm_gain, c.bias)
         self.heads = nn.ParameterList([nn.Parameter(torch.empty(codebook_size, n_embd))])
@@ -71,7 +71,7 @@ class FirstFrame(nn.Module):
             self.register_buffer(name, table, persistent=False)
         initialise(self)
 
-    def fill(self):
+    def init_weights(self):
         """N(0, 0.02), as embeddings and positions are; places N(0, 1), since all queries begin with the same token."""
         self.tokens.normal_(0, 0.02)
         self.places.normal_()
@@ -82,18 +82,18 @@ class FirstFrame(nn.Module):
         states = self.encoder(text, lengths)
         return [block.cross.keys(states) for block in self.blocks], lengths
 
-    def forward(self, tokens, held):
-        """tokens (B, N) int64, codebook_size where hidden; held of `read` -> logits (B, N, K) float32."""
-        keys, lengths = held
-        places = frame_places(self, self.n_tokens)
+    def forward(self, tokens, context):
+        """tokens (B, N) int64, codebook_size where hidden; context of `read` -> logits (B, N, K) float32."""
+        keys, lengths = context
+        positions = frame_positions(self, self.n_tokens)
         x = F.embedding(tokens, self.tokens) + self.places
         for block, pair in zip(self.blocks, keys):
-            x = block(x, pair, places, padding=lengths)
+            x = block(x, pair, positions, padding=lengths)
         return F.linear(self.norm(x), self.heads[0]).float()
 
     @torch.no_grad()
     def draw(self, text, **how):
         """The tokens (B, N) of frames that captions text (B, S) describe. `how`: of fill_in."""
-        held = self.read(text)
-        return fill_in(lambda tokens: self(tokens, held), len(text), self.n_tokens, self.codebook_size, text.device,
+        context = self.read(text)
+        return fill_in(lambda tokens: self(tokens, context), len(text), self.n_tokens, self.codebook_size, text.device,
                        **how)

@@ -4,19 +4,22 @@ what one segment of training leaves to the next.
 Shapes: B batch, H key-value heads, T new keys, S visible keys, D head size. Nothing here holds gradients: what enters
 is detached, and storage is written in place, inside or outside `torch.inference_mode`.
 
-Each layer's cache also gives one row away and takes rows in, for dialogs: `row(b)` is (mark, tensors), what is
-held of row b without its batch dimension; `fill(rows)` forgets everything and takes for each row (length, [such
-parts]), ragged where the lengths differ; `divisible` says whether the parts are keys that can be cut between any two
-positions, else they are a state, whole or nothing; `layout` is equal where a part of one cache fits another.
+For dialogs a layer's cache gives rows away and takes them in: `row(b)` is (mark, tensors), row b without its batch
+dimension; `fill(rows)` forgets everything and takes for each row (length, [such parts]), ragged where lengths differ;
+`divisible`: the parts are keys that can be cut between any two positions, else a state, whole or nothing; `layout` is
+equal where a part of one cache fits another.
 """
+import copy
+
 import torch
 
 
 class LayerCache:
-    """What the caches of one layer share; a subclass has `tensors()`, all that it holds, and `reset`, `fork`, `fill`.
+    """What the caches of one layer share; a subclass has `tensors()`, all that it holds, `kind`, `reset`, `fill`.
 
-    `length` counts the positions appended so far. Unless a subclass knows more, what is held is a state, whole or
-    nothing: it cannot go back to an earlier length, for the reason that `lost` gives.
+    `length`: positions appended so far, evicted ones included; `hits`: positions found instead of computed again, over
+    all passes. Unless a subclass knows more, what is held is a state, whole or nothing: it cannot go back to an earlier
+    length, for the reason that `lost` gives.
     """
     divisible, window, lost = False, None, "what is held cannot go back"
 
@@ -46,6 +49,17 @@ class LayerCache:
         elif length != self.length:
             raise ValueError(f"cannot crop to {length} positions: {self.lost.format(self.length)}")
 
+    def fork(self, n=1):
+        """An independent copy, each row repeated n times in a row: tensors (n B, ...)."""
+        twin = copy.copy(self)
+        with torch.inference_mode(False):
+            for name, value in vars(self).items():
+                if torch.is_tensor(value):
+                    setattr(twin, name, value.repeat_interleave(n, 0))
+                elif name == "states":
+                    twin.states = tuple(t.repeat_interleave(n, 0) for t in value)
+        return twin
+
     def snapshot(self):
         """A copy from which `restore` comes back to this moment."""
         return self.fork()
@@ -60,12 +74,8 @@ class KVCache(LayerCache):
 
     Without `window`, it holds at most `max_length` keys. With `window` = W, each query sees the last W positions, its
     own included, and the cache goes on for ever: storage is 2 W entries in a line, and when it is full the last W - 1
-    move to its front, so that a key is moved about once in its life.
-
-    `length` counts the keys appended so far, those evicted by the window included. `positions` is None while all rows
-    stand at the same places, or (B, capacity) int64 for ragged rows, where -1 marks padding.
-
-    Raises ValueError where max_length < 1 or window < 2.
+    move to its front, so that a key is moved about once in its life. `positions` is None while all rows stand alike, or
+    (B, capacity) int64 for ragged rows, where -1 marks padding. Raises ValueError where max_length < 1 or window < 2.
     """
     divisible = True
 
@@ -109,8 +119,8 @@ class KVCache(LayerCache):
         """Appends k and v, both (B, H, T, D), and returns (keys, values, key positions) of all that T queries may see.
 
         positions: (B, T) int64 for ragged rows, else None. Keys and values are (B, H, S, D), views of the storage where
-        possible; key positions are (B, S) int64 or None. With a window S <= W - 1 + T, and for T > 1 the caller still
-        masks each query to its own band. Raises ValueError where the cache is full and has no window.
+        possible; key positions (B, S) int64 or None. With a window S <= W - 1 + T: for T > 1 the caller masks each
+        query to its band. Raises ValueError where the cache is full and has no window.
         """
         T = k.size(2)
         if self._filled + T > self.capacity and self.window is None:
@@ -149,11 +159,11 @@ class KVCache(LayerCache):
         k, v = self.k[b, :, :self._filled], self.v[b, :, :self._filled]  # (H, n, D)
         if self.positions is None:
             return self._evicted, (k, v)
-        places = self.positions[b, :self._filled]
-        real = places >= 0
-        places = places[real].tolist()
-        first = places[0] if places else 0
-        if places != list(range(first, first + len(places))):
+        positions = self.positions[b, :self._filled]
+        real = positions >= 0
+        positions = positions[real].tolist()
+        first = positions[0] if positions else 0
+        if positions != list(range(first, first + len(positions))):
             raise ValueError(f"row {b} has keys that do not stand at consecutive positions")
         return first, (k[:, real], v[:, real])
 
@@ -198,33 +208,23 @@ class KVCache(LayerCache):
             return self.window is None
         return self.window is None or self._evicted <= max(0, length - (self.window - 1))
 
-    def fork(self, n=1):
-        """An independent copy, each row repeated n times in a row: (n B, H, capacity, D)."""
-        twin = object.__new__(KVCache)
-        twin.__dict__.update(self.__dict__)
-        with torch.inference_mode(False):
-            for name in ("k", "v", "positions"):
-                if (held := getattr(self, name)) is not None:
-                    setattr(twin, name, held.repeat_interleave(n, 0))
-        return twin
-
     def _start_positions(self):
         """From now on rows are ragged: what is held already stands at consecutive positions in every row."""
         with torch.inference_mode(False):
-            held = torch.arange(self._evicted, self._evicted + self.capacity, device=self.k.device)
-            self.positions = held.repeat(self.k.size(0), 1)  # (B, capacity)
+            positions = torch.arange(self._evicted, self._evicted + self.capacity, device=self.k.device)
+            self.positions = positions.repeat(self.k.size(0), 1)  # (B, capacity)
 
     def _retain(self, keep):
         """Moves the last `keep` entries to the front and evicts the rest."""
-        for held in (self.k, self.v) if self.positions is None else (self.k, self.v, self.positions.unsqueeze(1)):
-            held[:, :, :keep] = held[:, :, self._filled - keep:self._filled].clone()  # the two places may overlap
+        for line in (self.k, self.v) if self.positions is None else (self.k, self.v, self.positions.unsqueeze(1)):
+            line[:, :, :keep] = line[:, :, self._filled - keep:self._filled].clone()  # the two may overlap
         self._evicted += self._filled - keep
         self._filled = keep
 
     def _update_long(self, k, v, positions, keep):
         """A chunk longer than the storage: its queries see a joined copy, and only the chunk's end is stored."""
-        def join(held, new):
-            return torch.cat((held[..., self._filled - keep:self._filled, :], new.to(held.dtype)), -2)
+        def join(line, new):
+            return torch.cat((line[..., self._filled - keep:self._filled, :], new.to(line.dtype)), -2)
         keys, values = join(self.k, k), join(self.v, v)
         seen = None if positions is None else join(self.positions.unsqueeze(-1), positions.unsqueeze(-1)).squeeze(-1)
         length, tail = self.length + k.size(2), self.window - 1
@@ -237,10 +237,7 @@ class KVCache(LayerCache):
 
 
 class RecurrentCache(LayerCache):
-    """The state of one recurrent layer: a tuple of tensors (B, ...) of constant size, whatever the length.
-
-    A state cannot go back: `crop` knows 0 and the present length; a Cache with snapshots knows more.
-    """
+    """The state of one recurrent layer: a tuple of tensors (B, ...) of constant size, whatever the length."""
     kind, lost = "state", "a state of {} cannot go back"
 
     def __init__(self, states):
@@ -280,12 +277,6 @@ class RecurrentCache(LayerCache):
             self.states = tuple(torch.stack([parts[0][1][i] if parts else torch.zeros_like(old[0])
                                              for _, parts in rows]) for i, old in enumerate(self.states))
         self.length = max(length for length, _ in rows)
-
-    def fork(self, n=1):
-        """An independent copy, each row repeated n times in a row."""
-        twin = RecurrentCache(t.repeat_interleave(n, 0) for t in self.states)
-        twin.length, twin.hits = self.length, self.hits
-        return twin
 
     def snapshot(self):
         """What `restore` needs to come back to this moment; states are never written in place."""
@@ -328,11 +319,11 @@ class CompressedCache(LayerCache):
     def row(self, b):
         """(blocks known, (keys and values of the memory, unfinished inputs, keys and values of the slots)) of row b,
         which must have read something."""
-        held, b = (self.rows[b], 0) if self.ragged else (self.rows[0], b)
-        _, (k, v) = held["raw"].row(b)
-        tail = held["raw"].window - 1
-        slots = [t[b] for t in held["slots"]] if held["slots"] else [k[:, :0], v[:, :0]]
-        return held["known"], (k[:, -tail:], v[:, -tail:], held["inputs"][b], *slots)
+        state, b = (self.rows[b], 0) if self.ragged else (self.rows[0], b)
+        _, (k, v) = state["raw"].row(b)
+        tail = state["raw"].window - 1
+        slots = [t[b] for t in state["slots"]] if state["slots"] else [k[:, :0], v[:, :0]]
+        return state["known"], (k[:, -tail:], v[:, -tail:], state["inputs"][b], *slots)
 
     def fill(self, rows):
         """Takes each row's state, rows = [(length, [(blocks known, tensors)])] as `row` gives them."""
@@ -371,8 +362,8 @@ class CompressedCache(LayerCache):
 
     def fork(self, n=1):
         """An independent copy, each row repeated n times in a row."""
-        twin = CompressedCache(self.batch_size * n, self._new_row)
-        twin.length, twin.hits = self.length, self.hits
+        twin = copy.copy(self)
+        twin.batch_size = self.batch_size * n
         if self.ragged:
             twin.rows = [self._copy(row) for row in self.rows for _ in range(n)]
         else:
@@ -392,11 +383,7 @@ class CompressedCache(LayerCache):
 
 
 class Cache:
-    """One layer cache per layer, with the same methods; what `model.new_cache` returns and `model.forward` takes.
-
-    Layers may differ: keys and values, latents, memories, states. Each has `length` (positions appended), `bytes`,
-    `hits` (positions found instead of computed again, summed over passes), `kind`, `reset()`, `crop(length)`,
-    `croppable(length)`, `fork(n)`, and, where it forgets, `snapshot()` and `restore(snapshot)`.
+    """One LayerCache per layer, with the same methods; what `model.new_cache` returns and `model.forward` takes.
 
     window: positions that layers of full attention see, their own included; None: all. snapshots: before each of the
     latest so many passes, what layers would forget is kept, so that `crop` can go back to where those passes began.
@@ -430,10 +417,10 @@ class Cache:
             self._kept = [old for old in self._kept if old[0] < self.length] + [(self.length, self.last, kept)]
             del self._kept[:-self.snapshots]
 
-    def advance(self, places):
+    def advance(self, positions):
         """After a pass: counts its positions. places: the pass's Positions."""
-        index = places.index
-        self.length += places.T
+        index = positions.index
+        self.length += positions.T
         if index is not None:
             newest = index.amax(1, keepdim=True)
             self.last = newest if self.last is None else torch.maximum(newest, self.last)
@@ -477,13 +464,13 @@ class Cache:
         """The rows' last positions (B, 1) once cropped to length."""
         if found is not None:
             return found[1] if found[1] is not None else torch.full_like(self.last, length - 1)
-        held = next(layer for layer in self.layers if getattr(layer, "positions", None) is not None)
-        return held.positions[:, :held.length - held._evicted].amax(1, keepdim=True)
+        layer = next(layer for layer in self.layers if getattr(layer, "positions", None) is not None)
+        return layer.positions[:, :layer._filled].amax(1, keepdim=True)
 
     def fork(self, n=1):
         """An independent copy with each row repeated n times: one prefill, n continuations. Snapshots stay behind."""
-        twin = Cache((layer.fork(n) for layer in self.layers), self.window, self.snapshots)
-        twin.length, twin.prefix = self.length, self.prefix
+        twin = copy.copy(self)
+        twin.layers, twin._kept = [layer.fork(n) for layer in self.layers], []
         twin.last = None if self.last is None else self.last.repeat_interleave(n, 0)
         return twin
 
@@ -494,8 +481,8 @@ class Cache:
     def in_order(self, positions):
         """Whether positions (B, T) never fall within a row, nor below what it holds: forgetting by age needs it."""
         if self.length:
-            held = self.length - 1 if self.last is None else self.last
-            positions = torch.cat((torch.zeros_like(positions[:, :1]) + held, positions), 1)  # (B, 1 + T)
+            last = self.length - 1 if self.last is None else self.last
+            positions = torch.cat((torch.zeros_like(positions[:, :1]) + last, positions), 1)  # (B, 1 + T)
         return bool((positions[:, 1:] >= positions[:, :-1]).all())
 
     def log(self):
@@ -508,7 +495,7 @@ class Cache:
 
 
 class Memory:
-    """What one segment of training leaves to the next: per layer a tuple of detached tensors, or None.
+    """What one segment of training leaves to the next: per layer a tuple of detached tensors.
 
     `model.new_memory` makes it empty; `model.forward(..., memory=memory)` reads it and leaves the new one. `length`
     counts the positions since the streams began; tensors of empty memory are zeros that a layer masks by it. `kind`
@@ -516,28 +503,28 @@ class Memory:
     """
 
     def __init__(self, layers, kind=None):
-        self.layers, self.length, self.kind = [None if held is None else tuple(held) for held in layers], 0, kind
+        self.layers, self.length, self.kind = [tuple(tensors or ()) for tensors in layers], 0, kind
 
     @property
     def bytes(self):
         """Bytes over all layers."""
-        return sum(t.nbytes for held in self.layers if held is not None for t in held)
+        return sum(t.nbytes for tensors in self.layers for t in tensors)
 
-    def update(self, places):
+    def update(self, positions):
         """After a pass: takes what the layers left in places.memory_out, {layer: tensors}."""
-        self.layers = [None if held is None else tuple(t.detach().to(old.dtype) for t, old in
-                                                       zip(places.memory_out[i], held))
-                       for i, held in enumerate(self.layers)]
-        self.length += places.T
+        self.layers = [tuple(t.detach().to(old.dtype) for t, old in
+                             zip(positions.memory_out.get(i, ()), tensors, strict=True))
+                       for i, tensors in enumerate(self.layers)]
+        self.length += positions.T
 
     def reset(self):
         """Forgets everything: a new list, since an unfinished backward pass may still read the old one."""
-        self.layers = [None if held is None else tuple(torch.zeros_like(t) for t in held) for held in self.layers]
+        self.layers = [tuple(torch.zeros_like(t) for t in tensors) for tensors in self.layers]
         self.length = 0
 
     def state_dict(self):
         """Tensors and numbers from which load_state_dict goes on exactly."""
-        return {"length": self.length, "layers": [None if held is None else list(held) for held in self.layers],
+        return {"length": self.length, "layers": [list(tensors) or None for tensors in self.layers],
                 **({"kind": self.kind} if self.kind else {})}
 
     def load_state_dict(self, state):
@@ -546,10 +533,9 @@ class Memory:
         if state.get("kind") != self.kind:
             print(f"the saved memory does not hold {self.kind or 'states'}, as this version does: it begins empty")
             return self.reset()
-        shapes = [[[] if held is None else [t.shape for t in held] for held in layers]
-                  for layers in (self.layers, state["layers"])]
+        saved = [tensors or () for tensors in state["layers"]]
+        shapes = [[[t.shape for t in tensors] for tensors in layers] for layers in (self.layers, saved)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"the saved memory has the shapes {shapes[1]}, this one {shapes[0]}")
-        self.layers = [None if held is None else tuple(t.to(new) for t, new in zip(held, mine))
-                       for held, mine in zip(state["layers"], self.layers)]
+        self.layers = [tuple(t.to(mine) for t, mine in zip(*pair)) for pair in zip(saved, self.layers)]
         self.length = state["length"]

@@ -203,7 +203,7 @@ class Mesh:
                 cut(f"{name}.qkv", module.qkv, 0, heads(module.fused["qkv"]))
                 cut(f"{name}.out", module.out, 1, heads(module.fused["qkv"][:1]))
                 self._shrink(module, halves)
-                partial |= {f"{name}.{own}" for own in module.own}
+                partial |= {f"{name}.{own}" for own in module.roles}
             elif isinstance(module, FeedForward):
                 cut(f"{name}.up", module.up, 0, module.fused.get("up", (module.up.out_features,)))
                 last = "join" if isinstance(module, LowRank) else "down"
@@ -320,16 +320,16 @@ class Mesh:
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def gather(self, model, told):
+    def gather(self, model, reports):
         """After a step's passes: what each expert was given, over all rows of the step, into model.usage, and the mean
         over the passes of what layers added to the objective into model.extras (of this process's rows: see `mean`).
 
-        told: of each pass, (model.usage, model.extras).
+        reports: of each pass, (model.usage, model.extras).
         """
-        usages, extras = zip(*told)
+        usages, extras = zip(*reports)
         model.usage = {layer: sum(usage[layer] for usage in usages) for layer in usages[0]}
         names = dict.fromkeys(name for extra in extras for name in extra)    # compressive: not of every pass
-        model.extras = {name: sum(extra.get(name, 0.0) for extra in extras) / len(told) for name in names}
+        model.extras = {name: sum(extra.get(name, 0.0) for extra in extras) / len(reports) for name in names}
         if self.dp > 1:
             for loads in model.usage.values():
                 dist.all_reduce(loads, group=self.mesh["dp"].get_group())

@@ -1,6 +1,6 @@
 """A learned world that a person plays, the page in the browser on which they do, and pictures of it.
 
-`train_worldmodel.py --play RUN` hands `serve` a `Played`; the server knows of no model. It is the standard library's
+`train_worldmodel.py --play RUN` hands `serve` a `Session`; the server knows of no model. It is the standard library's
 and listens on 127.0.0.1 only. It answers three requests and reads no file but its page, play.html:
 
     GET  /                          the page, complete in itself
@@ -56,7 +56,7 @@ class View:
     note: str = ""                  # e.g. "code 3, in the true world: left"
 
 
-class Played:
+class Session:
     """One world: frames generated after the actions that a person chooses, the true world beside it where there is one.
 
     The grid world begins at a random state with `context` - 1 true frames after "stay"; other data at a clip that was
@@ -377,7 +377,7 @@ class Server(ThreadingHTTPServer):
 def serve(session, port=0, ready=None):
     """Play `session` on http://127.0.0.1:port/ (0: a free port) until Ctrl-C. `ready(address)` once it listens.
 
-    session, as `Played` is one: title (str), actions (their names), keys {KeyboardEvent.key: action}, prompts (may be
+    session, as `Session` is one: title (str), actions (their names), keys {KeyboardEvent.key: action}, prompts (may be
     left out), reset(prompt=None) and step(action) -> View. ValueError of reset says in one line what is wrong with the
     sentence.
     """

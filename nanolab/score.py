@@ -190,8 +190,8 @@ def _score_stream(model, data, batch_size):
     config = model.config
     T, N = config.block_size, data.numel()
     unit = math.lcm(T, config.sparse_stride) if "fixed" in config.mixers else T
-    horizon = config.horizon(T)
-    warm = N if horizon is None else -(-horizon // unit) * unit
+    receptive_field = config.receptive_field(T)
+    warm = N if receptive_field is None else -(-receptive_field // unit) * unit
     length = 4 * warm
     bits, done = torch.empty(N, dtype=torch.float64), 1
     bits[0] = math.log2(model.config.vocab_size)

@@ -284,7 +284,7 @@ def codebook(kind=Codebook, size=16, width=8, **settings):
     book = kind(size, width, **settings)
     if kind is Codebook:
         with torch.no_grad():
-            book.fill()
+            book.init_weights()
     return book
 
 

@@ -59,7 +59,7 @@ def one_by_one(model, data, protocol):
     return torch.tensor(bits, dtype=torch.float64)
 
 
-def banded(self, q, k, v, positions, seen, span):
+def banded(self, q, k, v, positions, key_positions, pattern):
     """Attention to the last T positions, written out: the reference of `cache` in one pass over the whole split."""
     distance = torch.arange(q.size(2))[:, None] - torch.arange(k.size(2))
     scores = (q @ k.transpose(2, 3) / q.size(-1) ** 0.5).masked_fill((distance < 0) | (distance >= T), -torch.inf)

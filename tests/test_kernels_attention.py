@@ -63,8 +63,8 @@ CASES = {  # (B, H, G, T, S, D, Dv), masks; blocks are 64 and 32 wide here
     "prefix": ((1, 1, 1, 70, 70, 16, 16), {"prefix": 68}),
     "prefixes, window": ((2, 1, 1, 66, 70, 8, 8), {"prefix": torch.tensor([45, -3]), "window": 9}),
     "prefix, lengths": ((2, 1, 1, 9, 40, 8, 8), {"prefix": 36, "lengths": torch.tensor([34, 1])}),
-    "places": ((2, 1, 1, 66, 70, 8, 8), {"places": left_padded(70, 0, 6), "prefix": 33, "window": 30}),
-    "places, all, lengths": ((2, 1, 1, 9, 40, 8, 8), {"places": left_padded(40, 35, 2), "causal": False,
+    "positions": ((2, 1, 1, 66, 70, 8, 8), {"positions": left_padded(70, 0, 6), "prefix": 33, "window": 30}),
+    "positions, all, lengths": ((2, 1, 1, 9, 40, 8, 8), {"positions": left_padded(40, 35, 2), "causal": False,
                                                       "lengths": torch.tensor([39, 40])}),
     "one query": ((2, 2, 1, 1, 35, 16, 16), {}),
     "more queries than keys": ((1, 1, 1, 9, 4, 8, 8), {}),
@@ -100,7 +100,7 @@ def test_attend_at_extreme_scores():
 @interpreter
 def test_a_query_that_sees_nothing_gets_zeros_and_gives_none():
     tensors = inputs(2, 1, 1, 6, 6, 8, 8)
-    for masks in ({"lengths": torch.tensor([0, 6])}, {"places": left_padded(6, 6, 0)}):
+    for masks in ({"lengths": torch.tensor([0, 6])}, {"positions": left_padded(6, 6, 0)}):
         for way in (attend_reference, attend):
             with interpreted():
                 found = results(way, tensors, **masks)
@@ -313,7 +313,7 @@ def test_latent_is_the_mixers(way, monkeypatch):
         want = model(x[:, 20:], cache=cache)
         asked = []
 
-        def attend(q, k, v, positions, seen, span, scale=None):
+        def attend(q, k, v, positions, seen, pattern, scale=None):
             asked.append(q.shape)
             with interpreted() if way is attend_latent else nullcontext():
                 return way(q, k, v.size(3), scale)
@@ -357,8 +357,9 @@ def test_mistakes():
         lambda: attend(q.long(), k.long(), v.long()), lambda: attend(q, k, v.repeat(1, 1, 1, 33)),
         lambda: attend(q, k, v, causal=False, window=3), lambda: attend(q, k, v, causal=False, prefix=3),
         lambda: attend(q, k, v, window=0), lambda: attend(q, k, v, lengths=torch.tensor([1])),
-        lambda: attend(q, k, v, prefix=torch.tensor([1, 2, 3])), lambda: attend(q, k, v, places=left_padded(5, 0, 0)),
-        lambda: attend(k[:, :, :1].repeat(1, 1, 7, 1), k, v, places=left_padded(6, 0, 0)),
+        lambda: attend(q, k, v, prefix=torch.tensor([1, 2, 3])),
+        lambda: attend(q, k, v, positions=left_padded(5, 0, 0)),
+        lambda: attend(k[:, :, :1].repeat(1, 1, 7, 1), k, v, positions=left_padded(6, 0, 0)),
         lambda: attend_differential(q[:, :3], k, v, lam), lambda: attend_differential(q, k, v, lam),
         lambda: attend_differential(q, k, v[:, :1], torch.ones(3)),
         lambda: attend_space(q, k, v), lambda: attend_time(q, k, v),
@@ -379,7 +380,7 @@ def test_mistakes():
 TWIN_MASKS = {
     "causal": {}, "all": {"causal": False}, "window": {"window": 2}, "prefix": {"prefix": torch.tensor([3, 0])},
     "prefix, window": {"prefix": 4, "window": 2}, "lengths": {"lengths": torch.tensor([0, 4])},
-    "places": {"places": left_padded(5, 3, 1)},
+    "positions": {"positions": left_padded(5, 3, 1)},
 }
 
 
@@ -403,14 +404,15 @@ def test_gradcheck_of_the_other_twins():
 def test_the_masks_are_those_of_positions(masks):
     """A chunk of 5 after 4 places, and ragged rows. Positions lets padding see padding; here it sees none."""
     positions = Positions(4, 5, prefix=masks.get("prefix"))
-    span = causal(masks.get("window"))
-    want = positions._make_mask(span, 9, None, "cpu", None, None)
+    pattern = causal(masks.get("window"))
+    want = positions._make_mask(pattern, 9, None, "cpu", None, None)
     found = who_sees_whom(5, 9, **masks)
     assert (found == want).all()
-    places = left_padded(9, 5, 0)
-    want = Positions(4, 5, places[:, 4:], prefix=masks.get("prefix"))._make_mask(span, 9, places, "cpu", None, None)
-    real = (places[:, None, 4:, None] >= 0) & (places[:, None, None, :] >= 0)
-    assert (who_sees_whom(5, 9, places=places, **masks) == want & real).all()
+    positions = left_padded(9, 5, 0)
+    ragged = Positions(4, 5, positions[:, 4:], prefix=masks.get("prefix"))
+    want = ragged._make_mask(pattern, 9, positions, "cpu", None, None)
+    real = (positions[:, None, 4:, None] >= 0) & (positions[:, None, None, :] >= 0)
+    assert (who_sees_whom(5, 9, positions=positions, **masks) == want & real).all()
 
 
 @pytest.mark.parametrize("op", [attend, attend_space, attend_time])
@@ -428,7 +430,7 @@ def test_float64_and_cpu_tensors_take_the_twin(op):
 # --- Compiled ahead of time ---
 
 POINTERS = {**dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv")), "lse": "*fp32", "delta": "*fp32",
-            "part": "*fp32", "lengths": "*i32", "prefixes": "*i32", "places": "*i32"}
+            "part": "*fp32", "lengths": "*i32", "prefixes": "*i32", "positions": "*i32"}
 STRIDES = {"a": 2 ** 20, "n": 2 ** 20, "b": 2 ** 20, "t": 1024, "h": 64, "d": 1}  # of (B, T, H, D) in memory
 
 

@@ -241,7 +241,7 @@ def tokens(model, prompts, n, **how):
     return torch.stack(list(generate(model, prompts, n, torch.Generator().manual_seed(5), **how)), 1).tolist()
 
 
-def banded(self, q, k, v, positions, seen, span):
+def banded(self, q, k, v, positions, key_positions, pattern):
     """Attention to the last T positions, written out."""
     distance = torch.arange(q.size(2))[:, None] - torch.arange(k.size(2))
     scores = (q @ k.transpose(2, 3) / q.size(-1) ** 0.5).masked_fill((distance < 0) | (distance >= T), -torch.inf)

@@ -56,7 +56,7 @@ def whole(model, x, **how):
 def conv(width, n_embd=3):
     made = ShortConv(TransformerConfig(n_embd=n_embd, n_head=1, short_conv=width)).double()
     with torch.no_grad():
-        made.fill()
+        made.init_weights()
     return made
 
 
@@ -111,7 +111,7 @@ def test_other_parameters_start_as_without():
     assert set(found) - kernels == {name for name, _ in plain.named_parameters()}
     assert torch.equal(found["blocks.2.ff.up.weight"], plain.blocks[2].ff.up.weight)
     assert {parameter_roles(model)[name] for name in kernels} == {"gain"}
-    assert all(parameter_rules(model)[name] == "own" for name in kernels)
+    assert all(parameter_rules(model)[name] == "module" for name in kernels)
     assert model.n_params() - plain.n_params() == 3 * 2 * 32
     assert model.flops_per_token(8) - plain.flops_per_token(8) == 3 * 3 * 2 * 2 * 32
 
@@ -375,8 +375,8 @@ def test_dialogs_under_a_sliding_window():
 
 def test_horizon():
     base = dict(mixer="window", n_layer=3, window=6)
-    assert [build(short_conv=w, **base).config.horizon(8) for w in (0, 2, 5)] == [18, 21, 30]
-    assert build("mamba,full").config.horizon(8) is None
+    assert [build(short_conv=w, **base).config.receptive_field(8) for w in (0, 2, 5)] == [18, 21, 30]
+    assert build("mamba,full").config.receptive_field(8) is None
     model, x = build(short_conv=5, positions="none", **base), text(1, 40)
     full = whole(model, x)[0, -1]
     reach = 3 * 5 + 3 * 4
@@ -442,7 +442,7 @@ def test_layers_without_feed_forward():
 def test_patterns_of_feed_forwards():
     model = build(short_conv=0, ff="none,mlp", residual_scale="rezero")
     assert [block.ff is None for block in model.blocks] == [True, False, True]
-    assert [sorted(block.own) for block in model.blocks] == [["scale1"], ["scale1", "scale2"], ["scale1"]]
+    assert [sorted(block.roles) for block in model.blocks] == [["scale1"], ["scale1", "scale2"], ["scale1"]]
     assert not any(hasattr(block, "scale2") for block in model.blocks[::2])
     for p in model.parameters():
         p.data.fill_(math.nan)
@@ -504,5 +504,5 @@ def test_qk_scale_by_hand(n_kv_head):
 def test_diff_fills_both_its_own():
     model = build("diff", qk_norm=True, qk_scale=True)
     mixer = model.blocks[0].mixer
-    assert mixer.own.keys() == {"qk_scale", "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"}
+    assert mixer.roles.keys() == {"qk_scale", "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"}
     assert 0 < mixer.lambda_q1.abs().max() < 1

@@ -10,6 +10,7 @@ import choices
 import model as mixers
 from model import (CARRY, MIXERS, Transformer, TransformerConfig, build_model, equal_ff_mult, initialise,
                    parameter_roles, parameter_rules)
+from models.rope_scaling import scaled
 
 T = 24
 PATTERNS = [*MIXERS, "mamba,mamba,full", "window,full", "xl,mingru", "mla,diff", "strided,fixed", "compressive,window"]
@@ -311,10 +312,9 @@ def test_alibi_by_hand():
 
 
 def test_rope_scalings():
-    plain, one = mixers.rope_frequencies(64, 1e4)
-    linear, _ = mixers.rope_frequencies(64, 1e4, "linear", 4.0)
-    ntk, _ = mixers.rope_frequencies(64, 1e4, "ntk", 4.0)
-    yarn, magnitude = mixers.rope_frequencies(64, 1e4, "yarn", 4.0, 512)
+    plain, (linear, one) = mixers.rope_frequencies(64, 1e4), scaled(64, 1e4, "linear", 4.0)
+    ntk, _ = scaled(64, 1e4, "ntk", 4.0)
+    yarn, magnitude = scaled(64, 1e4, "yarn", 4.0, 512)
     assert one == 1 and torch.equal(linear, plain / 4)
     torch.testing.assert_close(ntk[[0, -1]], torch.stack((plain[0], plain[-1] / 4)))
     turns = 512 * plain / (2 * math.pi)
@@ -322,19 +322,19 @@ def test_rope_scalings():
     torch.testing.assert_close(yarn[turns < 1], plain[turns < 1] / 4)
     assert (yarn[1:] < yarn[:-1]).all() and magnitude == pytest.approx(0.1 * math.log(4) + 1)
     for scaling, factor in itertools.product(("linear", "ntk", "yarn"), (1.0,)):
-        torch.testing.assert_close(mixers.rope_frequencies(64, 1e4, scaling, factor)[0], plain)
+        torch.testing.assert_close(scaled(64, 1e4, scaling, factor)[0], plain)
 
 
 def test_yarn_by_index_is_the_published_formula():
     """Written out for the numbers of DeepSeek-V3 (64 dimensions, 4,096 positions times 40): pairs 0 to 10 stay, those
     from 23 on are divided by 40, a line by index between; by turns, the paper's ramp, other pairs lie between."""
-    plain, _ = mixers.rope_frequencies(64, 1e4)
-    found, magnitude = mixers.rope_frequencies(64, 1e4, "yarn", 40.0, 4096, "index", 0.707)
+    plain = mixers.rope_frequencies(64, 1e4)
+    found, magnitude = scaled(64, 1e4, "yarn", 40.0, 4096, "index", 0.707)
     for i in range(32):
         stretched = min(1.0, max(0.0, (i - 10) / (23 - 10)))
         assert found[i].item() == pytest.approx((stretched / 40 + 1 - stretched) * plain[i].item(), rel=1e-12)
     assert magnitude == pytest.approx(0.0707 * math.log(40) + 1)
-    assert (mixers.rope_frequencies(64, 1e4, "yarn", 40.0, 4096)[0] / found - 1).abs().max() > 0.1
+    assert (scaled(64, 1e4, "yarn", 40.0, 4096)[0] / found - 1).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("mscale, all_dim", [(1.0, 1.0), (0.707, 0.707), (1.0, 0.0), (1.0, 0.5)])

@@ -22,7 +22,7 @@ from models.world_actions import ActionModel  # noqa: E402
 from models.world_dynamics import Dynamics  # noqa: E402
 from models.world_tokenizer import Tokenizer  # noqa: E402
 from models.world_words import as_characters  # noqa: E402
-from nanolab.play import Played  # noqa: E402
+from nanolab.play import Session  # noqa: E402
 from nanolab.run import load_checkpoint  # noqa: E402
 from nanolab.world import Reader, latent_actions  # noqa: E402
 from test_resume import assert_done, assert_equal, records, summary  # noqa: E402
@@ -1247,7 +1247,7 @@ def test_a_tokenizer_that_sees_time_draws_a_played_world_as_a_rollout(put, video
     put(tokens="tokenizer", action_source="true", tokenizer="spatiotemporal", tokenizer_embd=16, dynamics_embd=16,
         window=3)
     models = {name: w.build(name, video).eval() for name in ("tokenizer", "dynamics")}
-    played = Played(material(video, models=models), video, vars(w))
+    played = Session(material(video, models=models), video, vars(w))
     with torch.no_grad():
         first = torch.randint(8, (1, 4, video.height * video.width // w.patch ** 2))
         whole = torch.cat((first, torch.randint(8, (1, 6, first.size(2)))), 1)
@@ -1265,7 +1265,7 @@ def test_clips_of_two_frames_can_be_played(put, video, source):
     put(tokens="tokenizer", action_source=source, tokenizer_embd=16, dynamics_embd=16, action_embd=16, context=2)
     models = {name: w.build(name, video).eval() for name in ("tokenizer", "actions", "dynamics")}
     meanings = torch.arange(8) % 5 if source == "latent" else None
-    played = Played(material(video, models=models), video, vars(w), meanings)
+    played = Session(material(video, models=models), video, vars(w), meanings)
     assert played.reset().frame.shape == (20, 20, 3) and played.step(1).cache.startswith("2 frames")
 
 
@@ -1273,7 +1273,7 @@ def test_a_prompt_of_words_that_no_caption_has(put, video):
     """One line; captions, and what they are made of in another order, are taken."""
     put(tokens="cells", action_source="true", dynamics_embd=16, frame_embd=16, temperature=0.0)
     models = {name: w.build(name, video).eval() for name in ("dynamics", "frame")}
-    played = Played(material(video, models=models), video, vars(w))
+    played = Session(material(video, models=models), video, vars(w))
     for prompt in ("agent at a1, ball at c2, walls b2.", "walls: all but c3; the agent is there"):
         assert prompt in played.reset(prompt).note
     for prompt, said in (("a red house", "no caption has the word 'a'"), ("agent at f1", "the word 'f1'"),
