@@ -598,10 +598,10 @@ def build(settings, named_parameters, roles, fused_rows=None, mesh=None, n_examp
 
     settings: optimizer, one of RULES, lr, and what else it reads, or its default in Settings. muon steps matrix and
     residual with muon_lr and muon_momentum, the rest by AdamW with lr, betas, eps; ess None is n_examples. Where
-    kernels are on, they step what is under AdamW, muon's part too, with OrthoGrad inside; the state is the same. Tensors
-    that are not dense float32, and those of several processes, go without.
-    mesh: a parallel.Mesh over whose processes the parameters, and the state with them, are divided; Muon and OrthoGrad
-    gather whole matrices for the time of a step. ValueError for ivon on several processes. For the rest see groups.
+    kernels are on, they step what is under AdamW, muon's part too, with OrthoGrad inside; the state is the same. What
+    is not dense float32, and tensors of several processes, go without.
+    mesh: a parallel.Mesh over whose processes parameters and state are divided; Muon and OrthoGrad gather whole
+    matrices for the time of a step. ValueError for ivon on several processes. For the rest see groups.
     """
     s = {name: settings.get(name, getattr(Settings, name)) for name in Settings.__annotations__}
     name, lr, betas = settings["optimizer"], settings["lr"], tuple(s["betas"])

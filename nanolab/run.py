@@ -248,44 +248,34 @@ def seed_everything(seed, deterministic=True):
     torch.set_deterministic_debug_mode("error" if deterministic else "default")
 
 
-def generator_states(**generators):
-    """States of torch's global generators (CPU, every CUDA device) and of the named torch.Generators: uint8 tensors."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "named": {name: generator.get_state() for name, generator in generators.items()}}
-
-
-def restore_generators(states, **generators):
-    """Puts back what `generator_states` returned, but the state of a generator of another kind of device: one line says
-    that its noise goes on from the seed. UserError: a named generator that the checkpoint does not know."""
-    missing = sorted(set(generators) - set(states["named"]))
-    if missing:
-        raise UserError(f"the checkpoint has no state of the generator {', '.join(missing)}")
-    torch.set_rng_state(states["cpu"])
-    for i, state in enumerate(states["cuda"][:torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(state, i)
-    foreign = [] if bool(states["cuda"]) == torch.cuda.is_available() else ["dropout"]
-    for name, generator in generators.items():
-        if states["named"][name].numel() == generator.get_state().numel():
-            generator.set_state(states["named"][name])
-        else:
-            foreign.append(name)
-    if foreign:
-        print(f"the checkpoint is of another device: the noise of {', '.join(foreign)} goes on from the seed")
-
-
 class Generators:
-    """torch's global generators and the named ones, for a checkpoint."""
+    """torch's global generators (CPU, every CUDA device) and the named torch.Generators, for a checkpoint."""
 
     def __init__(self, **named):
         self.named = named
 
     def state_dict(self):
-        """See generator_states."""
-        return generator_states(**self.named)
+        """Their states: uint8 tensors."""
+        return {"cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                "named": {name: generator.get_state() for name, generator in self.named.items()}}
 
     def load_state_dict(self, states):
-        """See restore_generators."""
-        restore_generators(states, **self.named)
+        """Puts them back, but the state of a generator of another kind of device: one line says that its noise goes on
+        from the seed. UserError: a named generator that the checkpoint does not know."""
+        if missing := sorted(set(self.named) - set(states["named"])):
+            raise UserError(f"the checkpoint has no state of the generator {', '.join(missing)}")
+        torch.set_rng_state(states["cpu"])
+        for i, state in enumerate(states["cuda"][:torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state, i)
+        foreign = [] if bool(states["cuda"]) == torch.cuda.is_available() else ["dropout"]
+        for name, generator in self.named.items():
+            if states["named"][name].numel() == generator.get_state().numel():
+                generator.set_state(states["named"][name])
+            else:
+                foreign.append(name)
+        if foreign:
+            print(f"the checkpoint is of another device: the noise of {', '.join(foreign)} goes on from the seed")
 
 
 def measure_peak_flops(device, dtype):
@@ -563,7 +553,7 @@ def put_back(saved, things, mesh=None):
     for name, thing in things.items():
         if not saved[name]:
             continue
-        if mesh is not None and mesh.size > 1:
+        if mesh:
             mesh.load_into(thing, saved[name])
         elif isinstance(thing, torch.optim.Optimizer):
             optim.load_state(thing, saved[name])
@@ -735,7 +725,8 @@ class Run:
         self._first, self._steps = self.step, checkpoint.get("steps", {}) if checkpoint else {}
         self.dir = self.stop = self._lock = self._metrics = self._bar = self._wandb = self._output = None
         self._handlers, self._summary, self._boards, self._draws = {}, {}, {}, True
-        self.mesh, self.main, self.resumed, self._fails = mesh, mesh is None or mesh.main, False, True
+        self.mesh = mesh if mesh and mesh.size > 1 else None
+        self.main, self.resumed, self._fails = self.mesh is None or mesh.main, False, True
         self._things = {}
         self.track(checkpoint, **things)
 
@@ -758,7 +749,7 @@ class Run:
                 return {name: state_of(value) for name, value in thing.items()}
             if not hasattr(thing, "state_dict"):
                 return thing
-            return self.mesh.state_of(thing) if self.mesh and self.mesh.size > 1 else thing.state_dict()
+            return self.mesh.state_of(thing) if self.mesh else thing.state_dict()
         return {name: state_of(self._things[name]) for name in names or self._things}
 
     def __enter__(self):

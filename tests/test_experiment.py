@@ -22,9 +22,9 @@ import pytest
 import torch
 
 from nanolab import optim, parallel, run as experiment
-from nanolab.run import (Loop, NonFinite, Run, Settings, Stopwatch, UserError, command, draw_curves, find_checkpoint,
-                         find_resume, generator_states, load_checkpoint, measure_peak_flops, peak_memory, put_back,
-                         resolve_device, restore_generators, restoring, seed_everything)
+from nanolab.run import (Generators, Loop, NonFinite, Run, Settings, Stopwatch, UserError, command, draw_curves,
+                         find_checkpoint, find_resume, load_checkpoint, measure_peak_flops, peak_memory, put_back,
+                         resolve_device, restoring, seed_everything)
 
 ROOT = Path(__file__).parent.parent
 HEAD = "import sys\nfrom experiment import *\n"
@@ -450,7 +450,7 @@ def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(tmp_path, script):
 def test_save_and_load(tmp_path, script):
     with Run(settings_for(tmp_path)) as run:
         run.log(step=3, loss=1.0)
-        run.save("last.pt", **state(3, 2.0, ema=None, generators=generator_states(data=torch.Generator())))
+        run.save("last.pt", **state(3, 2.0, ema=None, generators=Generators(data=torch.Generator()).state_dict()))
     found = load_checkpoint(run.dir / "last.pt")
     assert (found["format"], found["script"], found["step"], found["metrics_lines"]) == ("nanolab-1", "toy", 3, 1)
     assert found["settings"] == {"betas": (0.9, 0.95), "lr": 0.1} and found["ema"] is None
@@ -1039,7 +1039,7 @@ def test_not_finite_in_other_places(tmp_path):
     model.weight.data[1, 1] = math.inf
     with pytest.raises(NonFinite, match="a weight is not finite at step 3"):
         experiment.check_weights(3, model)
-    silent = Run(settings_for(tmp_path), mesh=parallel.Mesh(rank=1))
+    silent = Run(settings_for(tmp_path), mesh=parallel.Mesh(2, rank=1))
     silent.log(step=1, loss=math.nan)                        # of training: the loop itself looks at those
     with pytest.raises(NonFinite, match="loss of the validation is not finite at step 1"):
         silent.log(step=1, split="val", loss=math.nan)
@@ -1152,28 +1152,28 @@ def test_resolve_device(monkeypatch):
 def test_generators_go_on_where_they_were(tmp_path):
     torch.manual_seed(1)
     data = torch.Generator().manual_seed(2)
-    torch.save(generator_states(data=data), tmp_path / "g.pt")
+    torch.save(Generators(data=data).state_dict(), tmp_path / "g.pt")
     expected = torch.rand(5), torch.rand(5, generator=data)
     states = torch.load(tmp_path / "g.pt", weights_only=True)
     other = torch.Generator()
-    restore_generators(states, data=other)
+    Generators(data=other).load_state_dict(states)
     assert torch.equal(torch.rand(5), expected[0]) and torch.equal(torch.rand(5, generator=other), expected[1])
     with pytest.raises(UserError, match="no state of the generator eval"):
-        restore_generators(states, eval=other)
+        Generators(eval=other).load_state_dict(states)
 
 
 def test_generators_of_another_device_go_on_from_the_seed(capsys):
     """A generator of CUDA has 16 bytes of state, one of the CPU 5,056."""
     noise, seeded, other = (torch.Generator().manual_seed(seed) for seed in (3, 3, 9))
-    states = generator_states(noise=noise, other=other)
+    states = Generators(noise=noise, other=other).state_dict()
     states["named"]["noise"] = torch.zeros(16, dtype=torch.uint8)
     torch.rand(7, generator=other)
-    restore_generators(states, noise=noise, other=other)
+    Generators(noise=noise, other=other).load_state_dict(states)
     assert capsys.readouterr().out == ("the checkpoint is of another device: the noise of noise goes on from the "
                                        "seed\n")
     assert torch.equal(torch.rand(5, generator=noise), torch.rand(5, generator=seeded))
     assert torch.equal(torch.rand(5, generator=other), torch.rand(5, generator=torch.Generator().manual_seed(9)))
-    restore_generators(generator_states(noise=noise), noise=noise)
+    Generators(noise=noise).load_state_dict(Generators(noise=noise).state_dict())
     assert capsys.readouterr().out == ""
 
 
@@ -1370,9 +1370,9 @@ def test_progress_on_a_terminal(capsys, monkeypatch, total):
 
 @pytest.mark.gpu
 def test_cuda_generators_and_peaks():
-    states = generator_states()
+    states = Generators().state_dict()
     expected = torch.rand(5, device="cuda")
-    restore_generators(states)
+    Generators().load_state_dict(states)
     assert torch.equal(torch.rand(5, device="cuda"), expected)
     assert measure_peak_flops("cuda", torch.bfloat16) > measure_peak_flops("cpu", torch.float32)
     assert peak_memory("cuda") > 0
