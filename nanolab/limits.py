@@ -14,7 +14,7 @@ import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from nanolab.run import _as_size as as_size
+from nanolab.run import as_size
 from nanolab.settings import UserError
 
 SIZES = "(?i)overflow|too large|negative dimension|must be tuple of ints|can't allocate"  # torch, of such sizes

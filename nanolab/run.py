@@ -11,15 +11,9 @@
                 ...
                 run.log(step=step, loss=loss)
                 run.save("last.pt", step)
-
-Also a command, about the runs that are there:
-
-    python -m nanolab.run list                             # status, step, best, size and age of every run
-    python -m nanolab.run clean --tag test --older_than 7d # says what it would remove; with --yes it does
 """
 from nanolab.settings import interrupted, surroundings  # it minds Ctrl-C while the next lines take their seconds
 
-import argparse
 import contextlib
 import ctypes
 import errno
@@ -34,7 +28,6 @@ import platform
 import re
 import shutil
 import signal
-import stat
 import struct
 import subprocess
 import sys
@@ -55,7 +48,6 @@ except ImportError:  # Windows
     fcntl = resource = None
 
 from nanolab import optim
-from nanolab.serve import Parser
 from nanolab.settings import (Settings, UserError, adopt, as_typed, begin, check_settings, columns,  # noqa: F401
                               override)
 
@@ -392,11 +384,11 @@ def _newest(settings):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,99}", name):
             raise UserError(f"--run_name {name}: only letters a-z, digits and . _ = + - may be in it, no sign first")
         return parent / name
-    runs = [path for path in parent.glob("*") if _is_run(path)]
+    runs = [path for path in parent.glob("*") if is_run(path)]
     return max(runs, key=lambda path: ((path / "lock").stat().st_mtime_ns, path.name), default=None)
 
 
-def _is_run(directory):
+def is_run(directory):
     """Whether `directory` is one of ours: its file `lock` says so (empty: killed while starting)."""
     with contextlib.suppress(OSError, ValueError):
         return (directory / "lock").read_text() in ("", FORMAT)
@@ -706,6 +698,15 @@ def _version(package):
     return None
 
 
+def as_size(n):
+    """Bytes in words."""
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}"
+        n /= 1000
+    return f"{n:.1f} GB"
+
+
 # --- The run ---
 
 class Run:
@@ -775,7 +776,7 @@ class Run:
     def _enter(self):
         self._check_packages()
         home = _newest(self.settings)
-        if self.source and _is_run(self.source.parent) and (
+        if self.source and is_run(self.source.parent) and (
                 self.settings["run_name"] is None or self.source.parent.resolve() == home.resolve()):
             self.dir = self.source.parent
         elif self.settings["resume"] is True and not self.source and home and home.exists():
@@ -804,7 +805,7 @@ class Run:
         try:
             if not self.resumed:
                 self.dir = place = self._create(place / self.script.stem, self.settings["run_name"])
-            elif any(place.iterdir()) and not _is_run(place):
+            elif any(place.iterdir()) and not is_run(place):
                 raise UserError(f"{place} is not the directory of a run: choose another --run_name")
             self._lock = self._take_lock()
             for leftover in itertools.chain(place.glob(".*.tmp-*"), place.glob("samples/.*.tmp-*")):
@@ -1032,7 +1033,7 @@ class Run:
         shares, memory = clock.shares(), peak_memory(clock.device)
         self.summary(time=shares, peak_memory=memory)
         print("time: " + ", ".join(f"{part} {100 * share:.0f} %" for part, share in shares.items()) +
-              ("" if math.isnan(memory) else f"; peak memory {_as_size(memory)}"))
+              ("" if math.isnan(memory) else f"; peak memory {as_size(memory)}"))
 
     def _write_summary(self, status, **more):
         memory = peak_memory("cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu")
@@ -1181,132 +1182,3 @@ def draw_curves(directory, picture):
             axes.legend(fontsize="small" if len(curves[key]) > 6 else None)
     with replacing(picture) as file:
         figure.savefig(file, format="png")
-
-
-# --- The runs that are there: python -m nanolab.run list, clean ---
-
-def find_runs(out_dir):
-    """Directories of all runs under out_dir, sorted. No link is followed."""
-    found = []
-    for place, folders, files in os.walk(out_dir):
-        if "lock" in files and _is_run(Path(place)):
-            found.append(Path(place))
-            folders.clear()
-    return sorted(found)
-
-
-def describe_run(directory):
-    """What `list` and `clean` say of a run: dict of name, status, step, best, bytes, age (seconds), tag.
-
-    status: that of summary.json, or "running" while a process writes to it and "killed" where none does any more.
-    """
-    summary, settings = read_json(directory / "summary.json"), read_json(directory / "params.json").get("settings", {})
-    files = []                                                   # what lstat says of them
-    for place, _, names in os.walk(directory):
-        for name in names:
-            with contextlib.suppress(OSError):                   # a run that is being written replaces its files
-                files.append(os.lstat(os.path.join(place, name)))
-    files = [file for file in files if stat.S_ISREG(file.st_mode)]
-    written = max((file.st_mtime for file in files), default=time.time())
-    status = "running" if is_running(directory) else summary.get("status", "killed")
-    if status == "running":                                      # the summary is written when a run ends
-        status = "running" if is_running(directory) else "killed"
-        summary = {"step": max((entry["step"] for entry in run_metrics(directory)), default=0)}
-    best = [f"{name.removeprefix('best_')} {value:.4f}" for name, value in summary.items()
-            if name.startswith("best_") and isinstance(value, float)]
-    return dict(name=str(directory), status=status, step=summary.get("step", 0), best=", ".join(best),
-                bytes=sum(file.st_size for file in files), age=max(0.0, time.time() - written),
-                tag=settings.get("tag") or "")
-
-
-def remove_run(directory):
-    """Removes the directory of a run. UserError: it is a link or no run of ours, or a process is writing to it."""
-    if directory.is_symlink() or not directory.is_dir() or not (directory / "lock").exists() or not _is_run(directory):
-        raise UserError(f"{directory} is not the directory of a run: it is left alone")
-    with open(directory / "lock") as lock:
-        try:
-            lock_file(lock)                                      # held until it is gone: nobody can start to write
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise UserError(f"another process is writing to {directory}: it is left alone") from None
-        try:
-            shutil.rmtree(directory)                             # links inside are removed, not followed
-        except OSError as error:
-            raise UserError(f"{directory} is not wholly removed: {error.strerror}") from None
-
-
-def _as_size(n):
-    for unit in ("B", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}"
-        n /= 1000
-    return f"{n:.1f} GB"
-
-
-def _as_age(seconds):
-    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= length:
-            return f"{seconds // length:.0f}{unit}"
-    return f"{seconds:.0f}s"
-
-
-def _seconds(text):
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no age: write 30m, 12h or 7d")
-    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
-
-
-@command
-def main(argv=None):
-    """The command line."""
-    parser = Parser(prog="python -m nanolab.run", description="the runs that are there")
-    parts = parser.add_subparsers(dest="what", required=True, metavar="list|clean", parser_class=Parser)
-    for name, words in (("list", "status, step, best, size and age of every run"),
-                        ("clean", "say which runs would be removed; with --yes remove them")):
-        part = parts.add_parser(name, help=words, description=words)
-        part.add_argument("--out_dir", "--out-dir", type=Path, default=Path("runs"), help="where the runs lie")
-        part.add_argument("--tag", help="only runs with this tag")
-        part.add_argument("--older_than", "--older-than", type=_seconds, default=0.0, metavar="7d",
-                          help="only runs that nothing was written to for so long: 30m, 12h, 7d")
-    part.add_argument("--yes", action="store_true", help="do remove them")
-    part.add_argument("runs", nargs="*", type=Path, help="these directories only")
-    args = parser.parse_args(argv)
-    chosen = getattr(args, "runs", [])
-    if args.what == "clean" and not chosen and args.tag is None and not args.older_than:
-        raise UserError("which runs? give --tag, --older_than or directories")
-    if not chosen and not args.out_dir.is_dir():
-        raise UserError(f"{args.out_dir}: no such directory")
-    for directory in chosen:
-        if directory.is_symlink() or not (directory / "lock").exists() or not _is_run(directory):
-            raise UserError(f"{directory} is not the directory of a run: nothing was removed")
-    found = [describe_run(directory) for directory in chosen or find_runs(args.out_dir)]
-    found = [run for run in found if args.tag in (None, run["tag"]) and run["age"] >= args.older_than]
-    if args.what == "clean":
-        for run in [run for run in found if run["status"] == "running"]:
-            print(f"{run['name']} is being written: it is left alone")
-            found.remove(run)
-    rows = [(run["name"], run["status"], str(run["step"]), run["best"], _as_size(run["bytes"]), _as_age(run["age"]),
-             run["tag"]) for run in found]
-    rows = [("run", "status", "step", "best", "size", "age", "tag"), *rows] if rows else []
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    total = f"{len(found)} runs, {_as_size(sum(run['bytes'] for run in found))}"
-    if args.what == "list":
-        print(total)
-    elif not args.yes:
-        print(f"{total} would be removed; with --yes they are")
-    else:
-        removed = 0
-        for run in found:
-            try:
-                remove_run(Path(run["name"]))
-                removed += 1
-            except UserError as error:                           # it began to be written a moment ago
-                print(error)
-        print(f"{removed} runs removed")
-
-
-if __name__ == "__main__":
-    main()
