@@ -47,7 +47,8 @@ except ImportError:  # Windows
     import msvcrt
     fcntl = resource = None
 
-from nanolab import optim
+from nanolab import curves, optim
+from nanolab.curves import is_name
 from nanolab.settings import (Settings, UserError, adopt, as_typed, begin, check_settings, columns,  # noqa: F401
                               override)
 
@@ -490,7 +491,7 @@ def load_checkpoint(path, script=None):
         raise UserError(f"{path} is a checkpoint of {checkpoint.get('script')}, not of {Path(script).stem}")
     wrong = [name for name, kind in HELD.items() if name in checkpoint and not isinstance(checkpoint[name], kind)]
     steps = checkpoint.get("steps", {}) if not wrong else {}
-    if wrong or not all(_is_name(name) and isinstance(step, int) for name, step in steps.items()):
+    if wrong or not all(is_name(name) and isinstance(step, int) for name, step in steps.items()):
         raise UserError(f"{path} is damaged: {wrong[0] if wrong else 'steps'} is not what a run saves there{hint}")
     checkpoint = Checkpoint(checkpoint)
     checkpoint.path = path
@@ -605,11 +606,6 @@ class Loop(dict):
                      for name, value in saved.items()})
 
 
-def _is_name(name):
-    """Whether it can name a folder inside a run's directory."""
-    return isinstance(name, str) and re.fullmatch(r"[\w-]{1,100}", name) is not None
-
-
 @contextlib.contextmanager
 def replacing(path):
     """A binary file that becomes `path`, on the disk, when the block ends; after any failure `path` is what it was."""
@@ -683,6 +679,12 @@ def run_metrics(directory):
     return sorted(lines, key=lambda line: line["step"])
 
 
+def draw_curves(directory):
+    """Draws a run's curves.png: see curves.draw."""
+    with replacing(directory / "curves.png") as file:
+        curves.draw(run_metrics(directory), file)
+
+
 def _output(*words):
     """What a program prints, or None where it fails."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -724,8 +726,8 @@ class Run:
         self.checkpoint, self.source = checkpoint, checkpoint.path if checkpoint else None
         self.step, self._began = checkpoint["step"] if checkpoint else 0, time.monotonic()
         self._first, self._steps = self.step, checkpoint.get("steps", {}) if checkpoint else {}
-        self.dir = self.stop = self._lock = self._metrics = self._bar = self._wandb = self._output = None
-        self._handlers, self._summary, self._boards, self._draws = {}, {}, {}, True
+        self.dir = self.stop = self._lock = self._metrics = self._bar = self._output = None
+        self._handlers, self._summary, self._mirrors, self._draws = {}, {}, [], True
         self.mesh = mesh if mesh and mesh.size > 1 else None
         self.main, self.resumed, self._fails = self.mesh is None or mesh.main, False, True
         self._things = {}
@@ -784,11 +786,14 @@ class Run:
         self.resumed = self.dir is not None
         self._open()
 
+    def _asked(self):
+        """{package: whether the run is mirrored there}."""
+        return {"wandb": not self.debug and self.settings.get("wandb", "disabled") != "disabled",
+                "torch.utils.tensorboard": not self.debug and bool(self.settings.get("tensorboard"))}
+
     def _check_packages(self):
         """UserError where a package that was asked for is not installed; without matplotlib no curves are drawn."""
-        asked = {"wandb": self.settings.get("wandb", "disabled") != "disabled", "torch.utils.tensorboard":
-                 bool(self.settings.get("tensorboard"))}
-        for module in [module for module, wanted in asked.items() if wanted and not self.debug]:
+        for module in [module for module, wanted in self._asked().items() if wanted]:
             try:
                 importlib.import_module(module)
             except ImportError:
@@ -820,18 +825,15 @@ class Run:
         self._write_params()
         self._copy_code()
         known = self._open_metrics()
-        last = [entry for entry in known if entry["step"] == self._reached(entry)]
-        if self.settings.get("wandb", "disabled") != "disabled" and not self.debug:
-            self._wandb = self._open_wandb()
-            there = wandb_lines(self.dir) if known else ()
-            for number, entry in enumerate(known, 1):        # what a killed process did not bring there any more
-                if number >= self._wandb.step and number not in there:
-                    self._send(entry, number)
-        if self.settings.get("tensorboard") and not self.debug:
-            for model in (self._steps or [""]) if self.resumed else ():
-                self._open_board(model)
-            for entry in last:                               # purge_step hides these, but the checkpoint knows of them
-                self._mirror_to_board(entry)
+        asked = self._asked()
+        if asked["wandb"]:
+            self._mirrors.append(curves.Wandb(self.dir, f"{self.script.stem}/{self.dir.name}", self.settings["wandb"],
+                                              _plain(self.settings)))
+        if asked["torch.utils.tensorboard"]:
+            reached = {**self._steps, "": self._first} if self.resumed else {}
+            self._mirrors.append(curves.TensorBoard(self.dir, reached))
+        for mirror in self._mirrors:
+            mirror.catch_up(known)
         self._output = sys.stdout = Output(sys.stdout)
 
     def _create(self, parent, name):
@@ -913,24 +915,6 @@ class Run:
             (code / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, code / name)
 
-    def _open_wandb(self):
-        import wandb
-        ident, mode = self.dir / "wandb_id", self.settings["wandb"]
-        if not (ident.exists() and ident.read_text().isalnum()):     # else of what wandb wrote here under it
-            found = [re.search(r"run-\d+_\d+-(\w+)", path.name) for path in self.dir.glob("wandb/*run-*")]
-            with replacing(ident) as file:
-                file.write(next((match[1] for match in found if match), os.urandom(4).hex()).encode())
-        try:
-            if mode == "online" and not wandb.login(prompt=False):
-                raise UserError("wandb has no API key: type `wandb login` once, or choose --wandb offline")
-            run = wandb.init(project="nanolab", name=f"{self.script.stem}/{self.dir.name}", id=ident.read_text(),
-                             mode=mode, resume="allow", dir=str(self.dir), config=_plain(self.settings),
-                             settings=wandb.Settings(silent=True, console="off", init_timeout=60))
-            run.define_metric("*", step_metric="step")       # its own step counts lines: two models may be apart
-            return run
-        except wandb.Error as error:
-            raise UserError(f"wandb did not start: {error}; --wandb offline needs no network") from None
-
     def _on_signal(self, number, frame):
         if not self.main:                                    # rank 0 speaks, and ends them all
             self.stop = number
@@ -957,35 +941,9 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write {self.dir / 'metrics.jsonl'}: {error.strerror}") from error
         self._lines, self.step = self._lines + 1, max(self.step, step)
-        self._mirror(entry)
+        for mirror in self._mirrors:
+            mirror.log(entry, self._lines)
         check_finite(step, split, values)
-
-    def _mirror(self, entry):
-        """One line of metrics to TensorBoard and wandb."""
-        if self.settings.get("tensorboard") and not self.debug:
-            self._mirror_to_board(entry)
-        if self._wandb and self._lines >= self._wandb.step:  # what wandb has, a resumed run only repeats
-            self._send(entry, self._lines)
-
-    def _send(self, entry, number):
-        """Line `number` of the metrics to wandb."""
-        numbers = {f"{_curve(entry)}/{key}": value for key, value in _numbers(entry).items()}
-        self._wandb.log({**numbers, "step": entry["step"]}, step=number)
-
-    def _mirror_to_board(self, entry):
-        """A model's curves lie in a folder of its own: TensorBoard shows them as a run, and its steps count alone."""
-        board = self._boards.get(entry.get("model", "")) or self._open_board(entry.get("model", ""))
-        curve = _curve({key: value for key, value in entry.items() if key != "model"})
-        for key, value in _numbers(entry).items():
-            board.add_scalar(f"{curve}/{key}", value, entry["step"])
-
-    def _open_board(self, model):
-        if model and not _is_name(model):                    # a damaged file must not lead out of the directory
-            raise UserError(f"{self.dir / 'metrics.jsonl'} is damaged: {model[:50]!r} is no name of a model")
-        from torch.utils.tensorboard import SummaryWriter
-        purge = self._reached({"model": model}) if self.resumed else None
-        self._boards[model] = SummaryWriter(str(self.dir / "tensorboard" / model), purge_step=purge)
-        return self._boards[model]
 
     def save(self, name, step, keep=0, **more):
         """Writes a checkpoint to the run's file `name`: step, settings, the states of all that is tracked, and `more`.
@@ -1013,8 +971,8 @@ class Run:
         if self.settings.fingerprint is not None:
             state["fingerprint"] = self.settings.fingerprint
         os.fsync(self._metrics.fileno())                     # first: what a checkpoint knows of is on the disk
-        for board in self._boards.values():
-            board.flush()
+        for mirror in self._mirrors:
+            mirror.flush()
         with replacing(self.dir / name) as file:
             torch.save(state, file)
 
@@ -1062,16 +1020,16 @@ class Run:
                 else:                                        # unless another took it in that moment, and wrote
                     stack.enter_context(contextlib.suppress(OSError))
                     stack.callback(os.rmdir, self.dir)
-            for writer in filter(None, (self._metrics, *self._boards.values(), self._bar)):
+            for writer in filter(None, (self._metrics, self._bar)):
                 stack.callback(writer.close)
-            if self._wandb:
-                stack.callback(self._wandb.finish, 0 if good else 1)
+            for mirror in reversed(self._mirrors):
+                stack.callback(mirror.close, good)
             try:
                 if self._lock is not None:
                     self._write_summary(status, **({} if good else {"error": f"{kind.__name__}: {error}"}))
                 if self._metrics and self._draws:
                     with optional("curves.png is"):
-                        draw_curves(self.dir, self.dir / "curves.png")
+                        draw_curves(self.dir)
             except UserError:
                 if good:
                     raise                                    # else what went wrong first is what to tell
@@ -1079,29 +1037,6 @@ class Run:
             sys.exit(128 + self.stop)
         if not self.main and isinstance(error, (UserError, NonFinite)):
             sys.exit(2 if isinstance(error, UserError) else 3)   # rank 0 says what it was
-
-
-def wandb_lines(directory):
-    """The numbers of the lines of metrics in the files that wandb keeps in a run's directory: a set.
-
-    Their format is LevelDB's log: blocks of 32,768 bytes, of records (check sum, size, kind) that may be in parts.
-    """
-    from wandb.proto.wandb_internal_pb2 import Record
-    found = set()
-    for path in directory.glob("wandb/*run-*/*.wandb"):
-        data, at, record = path.read_bytes(), 7, b""         # after the file's own header
-        with contextlib.suppress(Exception):                 # what a kill has cut off
-            while at + 7 <= len(data):
-                left = 32768 - at % 32768
-                if left < 7:                                 # no record begins in the rest of a block
-                    at += left
-                    continue
-                size, kind = struct.unpack_from("<HB", data, at + 4)
-                record, at = record + data[at + 7:at + 7 + size], at + 7 + size
-                if kind in (1, 4):                           # whole, or the last part
-                    found.add(Record.FromString(record).history.step.num)    # 0: a record of something else
-                    record = b""
-    return found
 
 
 class Bar:
@@ -1135,50 +1070,3 @@ class Bar:
         if self.tqdm is not None:
             self.tqdm.close()
         self.tqdm = None
-
-
-def _curve(entry):
-    """The curve of a line of metrics: model, stage, split and whatever else it says in words, as in `val/block`."""
-    first = {key: entry[key] for key in ("model", "stage", "split") if key in entry}
-    return "/".join(value for value in {**first, **entry}.values() if isinstance(value, str))
-
-
-def _numbers(entry):
-    """What a line of metrics measures."""
-    return {key: value for key, value in entry.items() if key != "step" and type(value) in (int, float)}
-
-
-PANELS = {"loss": "loss (nats per target)", "bpb": "bits per byte", "accuracy": "accuracy", "exact": "exact match",
-          "digit_accuracy": "accuracy of a digit", "perplexity": "perplexity of the codes", "psnr": "PSNR (dB)",
-          "information": "I(code; action) / H(action)", "changed": "changed tokens that are right",
-          "frame": "whole frames that are right"}
-
-
-def draw_curves(directory, picture):
-    """Draws what PANELS names, as far as it is there, over the steps of a run's metrics into a PNG file."""
-    from matplotlib.figure import Figure
-    curves, powers, whose = {key: {} for key in PANELS}, {}, {}
-    for entry in run_metrics(directory):
-        for name, value in entry.items():
-            key, _, power = name.rpartition("_") if name.startswith("digit_accuracy_") else (name, "", "")
-            if key in PANELS and value is not None:
-                label = _curve(entry) + (f" 10^{power}" if power else "")
-                curves[key].setdefault(label, []).append((entry["step"], value))
-                if power:                                    # a colour for each digit, a line style for each model
-                    powers[label] = int(power)
-                    whose.setdefault(_curve(entry), len(whose))
-    panels = [key for key in curves if curves[key]] or ["loss"]
-    figure = Figure(figsize=(8, 4.5 * len(panels)), layout="constrained", dpi=100)
-    for axes, key in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels):
-        for name, points in sorted(curves[key].items()):
-            style = dict(linewidth=1) if len(points) > 60 else dict(marker="o", markersize=3.5)
-            if name in powers:
-                dashes = ("-", "--", ":", "-.")[whose[name.rpartition(" ")[0]] % 4]
-                style |= dict(color=f"C{powers[name] % 10}", linestyle=dashes)
-            axes.plot(*zip(*points), label=name, **style)
-        axes.set(xlabel="step", ylabel=PANELS[key])
-        axes.grid(alpha=0.3)
-        if curves[key]:
-            axes.legend(fontsize="small" if len(curves[key]) > 6 else None)
-    with replacing(picture) as file:
-        figure.savefig(file, format="png")

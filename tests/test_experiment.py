@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab import optim, parallel, run as experiment
+from nanolab import curves, optim, parallel, run as experiment
 from nanolab.run import (Generators, Loop, NonFinite, Run, Settings, Stopwatch, UserError, command, draw_curves,
                          find_checkpoint, find_resume, load_checkpoint, measure_peak_flops, peak_memory, put_back,
                          resolve_device, restoring, seed_everything)
@@ -212,10 +212,10 @@ def test_a_file_system_without_locks_does_not_stop_the_run(tmp_path, script, mon
 
 
 def test_a_start_that_fails_leaves_no_directory(tmp_path, script, monkeypatch):
-    def fail(run):
+    def fail(*given):
         raise UserError("no network")
 
-    monkeypatch.setattr(Run, "_open_wandb", fail)
+    monkeypatch.setattr(curves, "Wandb", fail)
     with pytest.raises(UserError, match="no network"):
         with Run(settings_for(tmp_path, wandb="online")):
             pass
@@ -297,7 +297,7 @@ def test_tensorboard_after_a_kill_and_resume_is_one_curve(tmp_path, script):
                     run.save("last.pt", **state(step))
                     run.log(step=step, split="val", loss=300.0 + step, protocol="block")
                 if step == 17 and not checkpoint:
-                    [board.flush() for board in run._boards.values()]
+                    [mirror.flush() for mirror in run._mirrors]
                     os.kill(os.getpid(), signal.SIGKILL)
 
     assert [status_of(fork(loop, tmp_path / "out")) for _ in range(2)] == [-9, 0]
@@ -323,15 +323,15 @@ def test_wandb_goes_on_with_its_id_offline(tmp_path, script, capfd):
             run.log(step=1 + resume, loss=1.0)
             run.save("last.pt", **state(1 + resume))
     ident = (run.dir / "wandb_id").read_text()
-    wait_for(lambda: experiment.wandb_lines(run.dir) == {0, 1, 2})       # its own process writes them
+    wait_for(lambda: curves.wandb_lines(run.dir) == {0, 1, 2})       # its own process writes them
     for path in (run.dir / "wandb").glob("*/*.wandb"):       # as a kill may leave both
         path.write_bytes(path.read_bytes()[:300])
     (run.dir / "wandb_id").write_text("")
-    assert experiment.wandb_lines(run.dir) <= {0}
+    assert curves.wandb_lines(run.dir) <= {0}
     path = find_resume(settings)
     with Run(settings, load_checkpoint(path)) as run:
         run.log(step=3, loss=5.0)
-    wait_for(lambda: experiment.wandb_lines(run.dir) == {0, 1, 2, 3})    # sent again
+    wait_for(lambda: curves.wandb_lines(run.dir) == {0, 1, 2, 3})    # sent again
     assert (run.dir / "wandb_id").read_text() == ident, "the folders know it"
     kept = sorted(path.name for path in (run.dir / "wandb").glob("offline-run-*"))
     assert kept and all(ident in name for name in kept)  # two within a second: wandb adds -1
@@ -1317,7 +1317,7 @@ def test_curves_without_warnings(tmp_path, count):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        draw_curves(tmp_path, tmp_path / "curves.png")
+        draw_curves(tmp_path)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -1330,7 +1330,7 @@ def test_curves_show_values_as_they_are(tmp_path, monkeypatch):
               "digit_accuracy_0": 1.0, "digit_accuracy_11": 0.2} for i in range(5)]
     lines += [{"step": 1, "split": "val", "model": "simple", "digit_accuracy_0": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    draw_curves(tmp_path, tmp_path / "curves.png")
+    draw_curves(tmp_path)
     assert [axes.get_ylabel() for axes in seen] == ["loss (nats per target)", "accuracy", "accuracy of a digit"]
     assert seen[0].get_yscale() == "linear" and list(seen[0].lines[0].get_ydata()) == [1, 0, -1, -2, -3]
     assert seen[0].get_ylim()[0] < -3
