@@ -31,8 +31,7 @@ import numpy as np
 import torch
 
 from data import draw, files
-from nanolab import limits
-from nanolab.run import command
+from nanolab.run import command, fits
 from nanolab.settings import UserError, unknown
 
 ACTIONS = ("stay", "up", "down", "left", "right")
@@ -387,7 +386,7 @@ def load(dataset="gridworld", n_train=4096, n_val=512, length=16, side=8, cell_p
     if not 0 < val_share < 1:
         raise UserError(f"val_share is {val_share}: it must be between 0 and 1")
     if dataset == "gridworld":
-        limits.fits((n_train + n_val) * length * side ** 2, f"{n_train + n_val:,} episodes of {length} frames")
+        fits((n_train + n_val) * length * side ** 2, f"{n_train + n_val:,} episodes of {length} frames")
         video = _load_gridworld(n_train, n_val, length, side, cell_px, float(walls), bool(ball), split_seed)
     elif dataset == "donkeycar":
         video = _load_npz(_find_donkeycar(), val_share)

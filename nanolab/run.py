@@ -35,20 +35,20 @@ import threading
 import time
 import zipfile
 import zlib
-from collections import deque
 from pathlib import Path
 
 import torch
 
 try:
     import fcntl
-    import resource
 except ImportError:  # Windows
     import msvcrt
-    fcntl = resource = None
+    fcntl = None
 
 from nanolab import curves, optim
 from nanolab.curves import is_name
+from nanolab.device import (Generators, Stopwatch, as_size, fits, measure_peak_flops, peak_memory,  # noqa: F401
+                            resolve_device, seed_everything)
 from nanolab.settings import (Settings, UserError, adopt, as_typed, begin, check_settings, columns,  # noqa: F401
                               override)
 
@@ -56,9 +56,9 @@ FORMAT = "nanolab-1"
 ROOMS = ("nanolab", "models", "fused", "data")  # folders of modules beside the scripts
 PACKAGES = "torch numpy triton wandb tensorboard tiktoken sentencepiece matplotlib tqdm pyyaml".split()
 CLOCK = "%Y-%m-%dT%H:%M:%S%z"
-PARTS = "data forward backward optimiser evaluation other".split()  # of a loop's time, for a Stopwatch
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of mallopt (malloc.h)
 NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
+BUSY = (BlockingIOError, PermissionError)  # of lock_file
 NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EROFS)
 OPTIONAL = dict(matplotlib="matplotlib", wandb="wandb", tensorboard="tensorboard", yaml="pyyaml", PIL="pillow")
 HELD = dict(step=int, steps=dict, settings=dict, model=dict, models=dict, done=dict, optimizer=dict, scaler=dict,
@@ -207,157 +207,10 @@ def end_process():
     os._exit(0)
 
 
-# --- Device and randomness ---
-
-def resolve_device(device, dtype):
-    """(torch.device, torch.dtype) for the settings `device` (auto, cpu, cuda, cuda:N, mps) and `dtype`.
-
-    auto: cuda and bfloat16 where there are, else cpu and float32. UserError: a device that is not there.
-    """
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-        raise UserError(f"--device {device}: must be one of auto, cpu, cuda, cuda:N, mps")
-    kind, _, index = device.partition(":")
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
-    if int(index or 0) >= count:
-        raise UserError(f"--device {device}: torch {torch.__version__} sees {count} such devices on this machine")
-    if dtype == "auto":
-        bfloat16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if bfloat16 else "float32"
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"--dtype {dtype}: must be one of auto, float32, bfloat16, float16")
-    return torch.device(device), getattr(torch, dtype)
-
-
-def seed_everything(seed, deterministic=True):
-    """Seeds torch's global generators (CPU, CUDA). deterministic: the same bits every time on the same machine."""
-    torch.manual_seed(seed)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")      # read when cuBLAS starts
-    torch.utils.deterministic.fill_uninitialized_memory = False      # finds bugs, costs time
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = deterministic
-    # What torch.use_deterministic_algorithms does, without its second of importing the compiler.
-    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = str(int(deterministic))
-    torch.set_deterministic_debug_mode("error" if deterministic else "default")
-
-
-class Generators:
-    """torch's global generators (CPU, every CUDA device) and the named torch.Generators, for a checkpoint."""
-
-    def __init__(self, **named):
-        self.named = named
-
-    def state_dict(self):
-        """Their states: uint8 tensors."""
-        return {"cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                "named": {name: generator.get_state() for name, generator in self.named.items()}}
-
-    def load_state_dict(self, states):
-        """Puts them back, but the state of a generator of another kind of device: one line says that its noise goes on
-        from the seed. UserError: a named generator that the checkpoint does not know."""
-        if missing := sorted(set(self.named) - set(states["named"])):
-            raise UserError(f"the checkpoint has no state of the generator {', '.join(missing)}")
-        torch.set_rng_state(states["cpu"])
-        for i, state in enumerate(states["cuda"][:torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state, i)
-        foreign = [] if bool(states["cuda"]) == torch.cuda.is_available() else ["dropout"]
-        for name, generator in self.named.items():
-            if states["named"][name].numel() == generator.get_state().numel():
-                generator.set_state(states["named"][name])
-            else:
-                foreign.append(name)
-        if foreign:
-            print(f"the checkpoint is of another device: the noise of {', '.join(foreign)} goes on from the seed")
-
-
-def measure_peak_flops(device, dtype):
-    """FLOP/s of this device: the best of several square matmuls in `dtype`, in less than half a second."""
-    on_gpu = torch.device(device).type != "cpu"
-    size, best, began = 8192 if on_gpu else 1024, math.inf, time.perf_counter()
-    generator = torch.Generator(device).manual_seed(0)       # random numbers: a chip may be faster on constant ones
-    a, b = torch.randn(2, size, size, device=device, generator=generator).to(dtype)
-    while best == math.inf or time.perf_counter() - began < (0.4 if on_gpu else 0.1):
-        start = time.perf_counter()
-        product = a @ b
-        if on_gpu:
-            product[0, 0].item()                             # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * size ** 3 / best
-
-
-def peak_memory(device):
-    """Bytes: the most that torch held on a CUDA `device`, else the most that this process held (Windows: NaN)."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if resource is None:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-class Stopwatch:
-    """Where the time of a training loop on `device` goes, by marks in the loop that are cheap enough to stay there.
-
-        clock = Stopwatch(where)
-        while ...:
-            clock.start()                                    # what came before is "other"
-            x, y = batches.next()
-            clock.lap("data")                                # the time since the mark before was this part's
-            loss = net(x, y)
-            clock.lap("forward")
-
-    The parts are PARTS. Nothing waits for the device: on CUDA a mark is an event in the queue of its work, read once
-    the device has passed it, so that a part's time is the device's own, with what it waited for; what the host
-    prepares while the device works costs nothing. Elsewhere a mark is a look at the host's clock.
-    """
-
-    def __init__(self, device):
-        self.device = torch.device(device)
-        self.seconds = dict.fromkeys(PARTS, 0.0)
-        self._coming = deque()                               # CUDA: (event, part that it ends) in order, not yet read
-        self._last = self._event() if self.device.type == "cuda" else time.perf_counter()
-
-    def _event(self):
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-    def start(self):
-        """A mark: the time since the one before belongs to no part."""
-        self.lap("other")
-
-    def lap(self, part):
-        """A mark: the time since the one before was `part`, one of PARTS."""
-        if self.device.type != "cuda":
-            now = time.perf_counter()
-            self.seconds[part] += now - self._last
-            self._last = now
-            return
-        self._coming.append((self._event(), part))
-        while self._coming and self._coming[0][0].query():
-            self._read()
-
-    def _read(self):
-        """Adds the oldest mark, which the device has passed."""
-        event, part = self._coming.popleft()
-        self.seconds[part] += self._last.elapsed_time(event) / 1000
-        self._last = event
-
-    def shares(self):
-        """{part: its share of the time since the stopwatch was made}, together 1. Waits for the device."""
-        self.start()
-        if self._coming:
-            self._coming[-1][0].synchronize()
-        while self._coming:
-            self._read()
-        total = sum(self.seconds.values()) or 1.0            # two marks may be too near for the device's clock
-        return {part: seconds / total for part, seconds in self.seconds.items()}
-
-
 # --- Files ---
 
 def lock_file(file, shared=False, wait=False):
-    """Locks an open file, or descriptor, until it is closed. OSError with EAGAIN or EACCES: another process has it.
+    """Locks an open file, or descriptor, until it is closed. BUSY: another process has it.
 
     shared: beside others who share it. wait: until it is free. On Windows (msvcrt) no lock is shared.
     """
@@ -398,11 +251,12 @@ def is_run(directory):
 
 def is_running(directory):
     """Whether a process is writing to the run in this directory."""
-    try:
-        with open(directory / "lock") as file:
-            lock_file(file, shared=True)
-    except OSError as error:
-        return error.errno in (errno.EAGAIN, errno.EACCES)
+    with contextlib.suppress(OSError):
+        try:
+            with open(directory / "lock") as file:
+                lock_file(file, shared=True)
+        except BUSY:
+            return True
     return False
 
 
@@ -420,13 +274,11 @@ def find_resume(settings, needed=False):
     if wanted is False:
         return None
     directory = _newest(settings) if wanted is True else Path(wanted)
-    fresh = wanted is True and (directory is None or not any(directory.glob("*.pt")))
-    reached = read_json(directory / "summary.json").get("step") if fresh and directory else None
-    if reached:
-        raise UserError(f"{directory} has no checkpoint, although its summary.json says step {reached}: "
-                        "start again under another --run_name")
-    if fresh:
+    if wanted is True and (directory is None or not any(directory.glob("*.pt"))):
         place = directory or Path(settings["out_dir"], Path(settings.script).stem)
+        if reached := read_json(place / "summary.json").get("step"):
+            raise UserError(f"{place} has no checkpoint, although its summary.json says step {reached}: "
+                            "start again under another --run_name")
         if needed:
             raise UserError(f"no checkpoint yet in {place}: train first")
         print(f"no checkpoint yet in {place}: starting at step 0")
@@ -700,15 +552,6 @@ def _version(package):
     return None
 
 
-def as_size(n):
-    """Bytes in words."""
-    for unit in ("B", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}"
-        n /= 1000
-    return f"{n:.1f} GB"
-
-
 # --- The run ---
 
 class Run:
@@ -852,13 +695,13 @@ class Run:
             try:
                 lock_file(lock)
                 break
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    break                                    # a network folder that knows no locks: go on without one
+            except BUSY:
                 if trial == 4:
                     os.close(lock)
                     raise UserError(f"another process is writing to {self.dir}") from None
-            time.sleep(0.05)                                 # `is_running` holds it for a moment
+                time.sleep(0.05)                             # `is_running` holds it for a moment
+            except OSError:
+                break                                        # a network folder that knows no locks: go on without one
         os.write(lock, FORMAT.encode())                      # the file's time says which run started last
         return lock
 

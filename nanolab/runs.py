@@ -5,7 +5,6 @@
 """
 import argparse
 import contextlib
-import errno
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ import stat
 import time
 from pathlib import Path
 
-from nanolab.run import as_size, command, is_run, is_running, lock_file, read_json, run_metrics
+from nanolab.run import BUSY, as_size, command, is_run, is_running, lock_file, read_json, run_metrics
 from nanolab.settings import Parser, UserError
 
 UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}  # of an age, in seconds
@@ -65,9 +64,10 @@ def remove_run(directory):
     with open(directory / "lock") as lock:
         try:
             lock_file(lock)                                      # held until it is gone: nobody can start to write
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise UserError(f"another process is writing to {directory}: it is left alone") from None
+        except BUSY:
+            raise UserError(f"another process is writing to {directory}: it is left alone") from None
+        except OSError:                                          # a network folder that knows no locks
+            pass
         try:
             shutil.rmtree(directory)                             # links inside are removed, not followed
         except OSError as error:

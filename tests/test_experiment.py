@@ -21,13 +21,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab import curves, optim, parallel, run as experiment
+from nanolab import curves, optim, parallel, run as experiment, runs
 from nanolab.run import (Generators, Loop, NonFinite, Run, Settings, Stopwatch, UserError, command, draw_curves,
                          find_checkpoint, find_resume, load_checkpoint, measure_peak_flops, peak_memory, put_back,
                          resolve_device, restoring, seed_everything)
 
 ROOT = Path(__file__).parent.parent
-HEAD = "import sys\nfrom experiment import *\n"
+HEAD = "import resource, sys\nfrom nanolab.run import *\n"
 
 
 def settings_for(tmp_path, **more):
@@ -818,8 +818,8 @@ def test_list_and_clean_while_a_run_saves(tmp_path, script, monkeypatch, capsys,
         return look(name, follow_symlinks=follow_symlinks, **more)
     monkeypatch.setattr(os, "lstat", gone)
     monkeypatch.setattr(os, "stat", lambda name, follow_symlinks=True, **more: gone(name, follow_symlinks, **more))
-    experiment.main(["list", "--out_dir", str(tmp_path / "runs")])
-    experiment.main(["clean", "--out_dir", str(tmp_path / "runs"), "--yes", str(path.parent)])
+    runs.main(["list", "--out_dir", str(tmp_path / "runs")])
+    runs.main(["clean", "--out_dir", str(tmp_path / "runs"), "--yes", str(path.parent)])
     assert "1 runs removed" in capsys.readouterr().out and not path.parent.exists()
 
 
