@@ -214,11 +214,8 @@ def orthogonalize(x, steps=5, eps=1e-7, dtype=None):
 
 
 def _iteration_dtype(device):
-    """bfloat16 on a GPU and on a CPU that multiplies it, else float32.
-
-    One core of an AMD EPYC with avx512_bf16, ms a batch in bfloat16 and float32: 16 of 128 x 128 6.6 and 13.0, 8 of
-    128 x 512 9.4 and 12.2, 12 of 64 x 64 1.4 and 1.6, 4 of 384 x 1536 115 and 136.
-    """
+    """bfloat16 on a GPU and on a CPU that multiplies it, else float32. One core of an AMD EPYC with avx512_bf16, ms a
+    batch in either: 16 of 128 x 128 6.6 and 13.0, 4 of 384 x 1536 115 and 136."""
     fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
@@ -345,17 +342,17 @@ def _check(group):
 
 
 class SGD(_Optimizer):
-    """Gradient descent, momentum (Al-Rfou et al. 2018 train T64 with 0.99) and Nesterov's on request; L2 decay."""
+    """See _sgd. Al-Rfou et al. 2018 train T64 with a momentum of 0.99."""
     rule = "sgd"
 
 
 class Adam(_Optimizer):
-    """Kingma & Ba 2015; weight_decay is L2 in the gradient."""
+    """See _adam."""
     rule = "adam"
 
 
 class AdamW(_Optimizer):
-    """Adam with decoupled decay, w *= 1 - lr weight_decay (Loshchilov & Hutter 2019)."""
+    """See _adam."""
     rule = "adamw"
 
 
@@ -370,11 +367,9 @@ class Muon(_Optimizer):
 
 
 class ScheduleFree(_Optimizer):
-    """Schedule-free AdamW (Defazio et al. 2024): an average of the iterates instead of a falling rate.
-
-    The rate stays constant after its warm-up. Gradients are taken at y, which the parameters hold; to be evaluated and
-    saved is the average x: `with optimizer.averaged():`. Three vectors of state (x, z, second moment), one more than
-    where x is computed back from y and z: so nothing is lost to rounding.
+    """An average of the iterates instead of a falling rate, see _schedule_free; the rate stays constant after its
+    warm-up. Three vectors of state (x, z, second moment), one more than where x is computed back from y and z: so
+    nothing is lost to rounding.
     """
     rule = "schedule_free"
 
@@ -397,19 +392,17 @@ class ScheduleFree(_Optimizer):
     def _swap(self, averaged):
         """Parameters change places with state x, which then is y."""
         for group in self.param_groups:
-            if group["averaged"] != averaged:
-                group["averaged"] = averaged
-                for p in group["params"]:
-                    if "x" in self.state[p]:
-                        held = local(p).detach().clone()
-                        local(p).copy_(self.state[p]["x"])
-                        self.state[p]["x"].copy_(held)
+            for p in group["params"] if group["averaged"] != averaged else ():
+                if "x" in self.state[p]:
+                    held = local(p).detach().clone()
+                    local(p).copy_(self.state[p]["x"])
+                    self.state[p]["x"].copy_(held)
+            group["averaged"] = averaged
 
 
 class IVON(_Optimizer):
-    """A Gaussian posterior over the weights, learned at about Adam's cost (Shen et al. 2024). ess, the effective sample
-    size, is the number of training examples. The gradient may be clipped before `step`, the curvature is learned from
-    the unclipped one; not for a GradScaler, whose factor would be in it.
+    """A Gaussian posterior over the weights, see _ivon; ess, the effective sample size, is the number of training
+    examples. The curvature is learned from the unclipped gradient; not for a GradScaler, whose factor would be in it.
     """
     rule = "ivon"
 
@@ -507,12 +500,9 @@ def fitted(optimizer, state_dict):
 
 
 def load_state(optimizer, state_dict):
-    """A checkpoint's moments and counts, with the hyperparameters that `optimizer` was built with.
-
-    load_state_dict alone would bring the checkpoint's base_lr and weight_decay back and so overrule, silently, a flag
-    that was given on resume. `lr`, which the schedule sets before every step, stays the checkpoint's: what is saved
-    before the next step is what a run that never stopped saves. Raises ValueError where the groups do not fit, or the
-    moments of a parameter.
+    """A checkpoint's moments and counts, with the hyperparameters that `optimizer` was built with: a flag given on
+    resume holds. `lr`, which the schedule sets before every step, stays the checkpoint's: what is saved before the next
+    step is what a run that never stopped saves. ValueError where the groups, or a parameter's moments, do not fit.
     """
     built = [{name: value for name, value in group.items() if name not in ("params", "lr")}
              for group in optimizer.param_groups]
@@ -532,7 +522,7 @@ def load_state(optimizer, state_dict):
 
 
 class Posterior:
-    """The Gaussian around the parameters that "ivon" steps, for a checkpoint; from which nothing is put back."""
+    """The Gaussian around the parameters that "ivon" steps, for a checkpoint only."""
 
     def __init__(self, optimizer, named_parameters):
         self.optimizer, self.names = optimizer, {p: name for name, p in named_parameters}
@@ -558,13 +548,12 @@ def both(optimizer, ema=None):
 
 
 def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None, decay_params="matrices"):
-    """Parameter groups: decay for matrix, residual and head, none for embedding, position, gain and bias. Which there
-    are does not depend on weight_decay: a checkpoint goes over to another value, 0 too.
+    """Parameter groups, with decay or without. Which there are does not depend on weight_decay: a checkpoint goes over
+    to another value, 0 too.
 
-    decay_params "2d": decay for every tensor of two or more dimensions instead, embeddings and position tables too.
     named_parameters: pairs (name, tensor). roles: name -> one of ROLES. A tensor under two names is claimed once, by
     the first that has a role. muon=True puts matrix and residual under rule "muon", the rest under "adamw".
-    fused_rows: name -> rows of the parts of a fused matrix, which Muon takes apart.
+    fused_rows: name -> rows of the parts of a fused matrix, which Muon takes apart. decay_params: one of DECAY.
     Raises ValueError naming a parameter that no role claims, whose name comes twice, or whose role is unknown.
     """
     if decay_params not in DECAY:
@@ -573,9 +562,9 @@ def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None, d
     for name, p in named_parameters:
         if named.setdefault(name, p) is not p:
             raise ValueError(f"parameter {name}: claimed twice, two tensors have this name")
+        if roles.get(name, "gain") not in ROLES:
+            raise ValueError(f"parameter {name}: unknown role {roles[name]!r}, not one of {', '.join(ROLES)}")
         if name in roles:
-            if roles[name] not in ROLES:
-                raise ValueError(f"parameter {name}: unknown role {roles[name]!r}, not one of {', '.join(ROLES)}")
             claimed.setdefault(p, name)
     for name, p in named.items():
         if p not in claimed:
@@ -616,8 +605,7 @@ def build(settings, named_parameters, roles, fused_rows=None, mesh=None, n_examp
     for group in wanted:
         group.update(own.get(group.setdefault("rule", name), dict(lr=lr, betas=betas, eps=s["eps"])))
         group["base_lr"] = group["lr"]
-    kind = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "muon": Muon, "schedule_free": ScheduleFree, "ivon": IVON}[name]
-    optimizer = kind(wanted)
+    optimizer = next(kind for kind in _Optimizer.__subclasses__() if kind.rule == name)(wanted)
     optimizer.order = list(dict.fromkeys(p for n, p in pairs if n in roles))
     if mesh and mesh.size > 1:
         if name == "ivon":
@@ -639,11 +627,11 @@ def schedule(name, step, warmup_steps, max_steps, min_scale=0.0, decay_fraction=
     """
     if name not in SCHEDULES:
         raise ValueError(f"schedule {name!r}: it must be one of {', '.join(SCHEDULES)}")
-    if name in ("cosine", "wsd"):
-        if max_steps is None:
-            raise ValueError(f"schedule {name} ends at max_steps: give max_steps, or take constant or noam")
-        if step >= max_steps:
-            return min_scale
+    falls = name in ("cosine", "wsd")
+    if falls and max_steps is None:
+        raise ValueError(f"schedule {name} ends at max_steps: give max_steps, or take constant or noam")
+    if falls and step >= max_steps:
+        return min_scale
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + (warmup_peak == "next"))
     if name == "noam":
@@ -651,11 +639,8 @@ def schedule(name, step, warmup_steps, max_steps, min_scale=0.0, decay_fraction=
     if name == "cosine":
         part = (step - warmup_steps) / (max_steps - warmup_steps)
         return min_scale + (1 - min_scale) * 0.5 * (1 + math.cos(math.pi * part))
-    if name == "wsd":
-        start = max(warmup_steps, max_steps - decay_fraction * max_steps)
-        if step > start:
-            return min_scale + (1 - min_scale) * (max_steps - step) / (max_steps - start)
-    return 1.0
+    start = max(warmup_steps, max_steps - decay_fraction * max_steps) if falls else step
+    return min_scale + (1 - min_scale) * (max_steps - step) / (max_steps - start) if step > start else 1.0
 
 
 def factor(settings, step):
@@ -700,13 +685,13 @@ class EMA:
 
     @torch.no_grad()
     def copy_to_model(self):
-        """The averages into the model's own tensors, in place: a compiled module and an optimiser keep theirs."""
+        """The averages into the model's own tensors, in place."""
         torch._foreach_copy_(self._parts(), list(self.weights.values()))
 
     @contextmanager
     def swapped(self):
         """with ema.swapped(): the model has the averaged weights; afterwards, come what may, the raw ones."""
-        raw = [local(p).detach().clone() for p in self.parameters.values()]
+        raw = [p.detach().clone() for p in self._parts()]
         try:
             self.copy_to_model()
             yield

@@ -963,7 +963,7 @@ def main():
     for name, out in (("closed", sys.stdout), ("full", open("/dev/full", "w")),
                       ("ascii", open("out", "w", encoding="ascii"))):
         sys.stdout = out
-        flags.surroundings()
+        surroundings()
         settings = Settings(out_dir="runs", run_name=name, resume=False)
         settings.script = __file__
         with Run(settings) as run:
