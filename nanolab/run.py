@@ -1,4 +1,4 @@
-"""What a run is: settings, device, seeds, a directory with metrics and checkpoints, exact resume, one-line errors.
+"""What a run is: a directory with metrics and checkpoints, exact resume, one-line errors.
 
     @command
     def main():
@@ -92,9 +92,8 @@ def command(main):
     """Decorator for a script's main(): what went wrong becomes one line `error: ...` on stderr and an exit status.
 
     2: UserError, no space left, out of memory, a checkpoint that does not fit. 3: NonFinite. 130: Ctrl-C outside the
-    loop. A reader that closed our standard output (`| head`) is no error. Everything else is a bug and keeps its
-    traceback. Of several processes under torchrun, which meet most errors together, the first speaks; out of memory is
-    said by each.
+    loop. Everything else is a bug and keeps its traceback. Of several processes under torchrun, which meet most errors
+    together, the first speaks; out of memory is said by each.
     """
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
@@ -185,11 +184,8 @@ class Output:
 
 
 def keep_freed_memory():
-    """Where the C library is glibc: what a tensor frees stays with the process for the next one.
-
-    By itself glibc gives pieces of some megabytes back to the system, which hands every page out anew, zeroed, by a
-    fault (what that costs: docs/speed.md).
-    """
+    """Where the C library is glibc: what a tensor frees stays with the process for the next one. By itself glibc gives
+    it back to the system, which hands every page out anew, zeroed, by a fault (what that costs: docs/speed.md)."""
     allocator = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if allocator is not None:
         for option, n_bytes in ((M_MMAP_THRESHOLD, 2 ** 30), (M_TRIM_THRESHOLD, 2 ** 31 - 1), (M_TOP_PAD, 2 ** 26)):
@@ -197,11 +193,8 @@ def keep_freed_memory():
 
 
 def end_process():
-    """Ends one of several processes that did its work, with status 0, without the interpreter's own end.
-
-    gloo's threads may still hold a tensor then; letting go of it takes the interpreter's lock, and who comes for that
-    during the interpreter's end aborts the process (pytorch/pytorch#179291): a run that went well would have failed.
-    """
+    """Ends one of several processes that did its work, with status 0, without the interpreter's own end: gloo's threads
+    may still hold a tensor then, and who lets go of it at that time aborts the process (pytorch/pytorch#179291)."""
     torch.distributed.destroy_process_group()
     sys.stderr.flush()
     os._exit(0)
@@ -310,14 +303,16 @@ def find_checkpoint(path):
     return path / "last.pt" if path.is_dir() else path
 
 
+class Checkpoint(dict):
+    """What a checkpoint's file holds; `.path`: which file."""
+
+
 def load_checkpoint(path, script=None):
     """The dict that `Run.save` wrote to `path`, tensors on the CPU. Runs no code from the file (weights_only=True).
 
     script: the script (a file's path, or its name without .py) that must have written it. The dict's `.path` is the
-    file's. The file's check sums are compared first, which torch.load does not do: about 0.2 s for 100 MB, half of what
-    the loading itself takes.
-    UserError, naming the file: missing, truncated, damaged, foreign, another script's, or holding objects that could
-    run code.
+    file's. The file's check sums are compared first, which torch.load does not do: about 0.2 s for 100 MB.
+    UserError, naming the file: missing, truncated, damaged, foreign, another script's, or able to run code.
     """
     path = Path(path)
     hint = "".join(f"; there is also {other}" for other in _others(path)[-1:])
@@ -348,10 +343,6 @@ def load_checkpoint(path, script=None):
     checkpoint = Checkpoint(checkpoint)
     checkpoint.path = path
     return checkpoint
-
-
-class Checkpoint(dict):
-    """What a checkpoint's file holds; `.path`: which file."""
 
 
 @contextlib.contextmanager
@@ -505,8 +496,8 @@ def write_json(path, value):
 def read_json(path):
     """The object in a JSON file; {} where there is none."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        value = json.loads(path.read_text())
-        return value if isinstance(value, dict) else {}
+        if isinstance(value := json.loads(path.read_text()), dict):
+            return value
     return {}
 
 
@@ -523,11 +514,10 @@ def read_metrics(path, limit=None):
 
 def run_metrics(directory):
     """All lines of a run, in the order of their steps: the trainer's, and those of an evaluation beside it."""
-    files = [directory / name for name in ("metrics.jsonl", "evaluation.jsonl")]
     lines = []
-    for file in files:
+    for name in ("metrics.jsonl", "evaluation.jsonl"):
         with contextlib.suppress(FileNotFoundError):
-            lines += read_metrics(file)
+            lines += read_metrics(directory / name)
     return sorted(lines, key=lambda line: line["step"])
 
 
@@ -545,10 +535,9 @@ def _output(*words):
 
 
 def _version(package):
-    if package == "torch":
-        return torch.__version__  # with what it was built for, which some of its packages' names leave out
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
+        # torch's own says what it was built for, which some of its packages' names leave out
+        return torch.__version__ if package == "torch" else importlib.metadata.version(package)
     return None
 
 
@@ -606,17 +595,14 @@ class Run:
                 for number in (signal.SIGINT, signal.SIGTERM):
                     self._handlers[number] = signal.signal(number, self._on_signal)
         except BaseException as error:
-            self._most(1)
+            if self.mesh:
+                self.mesh.most(1)
             self.__exit__(type(error), error, None)
             raise
-        if self._most(0):                                    # rank 0 could not, and says why
+        if self.mesh and self.mesh.most(0):                  # rank 0 could not, and says why
             sys.exit(2)
         self._fails = False
         return self
-
-    def _most(self, number):
-        """The largest of all processes' numbers."""
-        return self.mesh.most(number) if self.mesh else number
 
     def _enter(self):
         self._check_packages()
@@ -630,13 +616,14 @@ class Run:
         self._open()
 
     def _asked(self):
-        """{package: whether the run is mirrored there}."""
-        return {"wandb": not self.debug and self.settings.get("wandb", "disabled") != "disabled",
-                "torch.utils.tensorboard": not self.debug and bool(self.settings.get("tensorboard"))}
+        """The packages that metrics are mirrored to."""
+        asked = {"wandb": self.settings.get("wandb", "disabled") != "disabled",
+                 "torch.utils.tensorboard": self.settings.get("tensorboard")}
+        return [package for package, wanted in asked.items() if wanted and not self.debug]
 
     def _check_packages(self):
         """UserError where a package that was asked for is not installed; without matplotlib no curves are drawn."""
-        for module in [module for module, wanted in self._asked().items() if wanted]:
+        for module in self._asked():
             try:
                 importlib.import_module(module)
             except ImportError:
@@ -668,11 +655,10 @@ class Run:
         self._write_params()
         self._copy_code()
         known = self._open_metrics()
-        asked = self._asked()
-        if asked["wandb"]:
+        if "wandb" in self._asked():
             self._mirrors.append(curves.Wandb(self.dir, f"{self.script.stem}/{self.dir.name}", self.settings["wandb"],
                                               _plain(self.settings)))
-        if asked["torch.utils.tensorboard"]:
+        if "torch.utils.tensorboard" in self._asked():
             reached = {**self._steps, "": self._first} if self.resumed else {}
             self._mirrors.append(curves.TensorBoard(self.dir, reached))
         for mirror in self._mirrors:
@@ -829,8 +815,7 @@ class Run:
         self._summary.update(values)
 
     def spent(self, clock):
-        """Where the time went by a Stopwatch, and the peak of memory: one line in print, and `time` and `peak_memory`
-        in summary.json. The time of this process only: what was spent before a resume is not in it."""
+        """Where this process's time went by a Stopwatch, and the peak of memory: in print and in summary.json."""
         shares, memory = clock.shares(), peak_memory(clock.device)
         self.summary(time=shares, peak_memory=memory)
         print("time: " + ", ".join(f"{part} {100 * share:.0f} %" for part, share in shares.items()) +

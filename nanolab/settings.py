@@ -344,7 +344,7 @@ def answer_help(name, path, positional=None):
 
 
 def _answer(text):
-    """Prints what -h says, and exits; a reader that has closed our standard output (`| head`) has seen enough."""
+    """Prints what -h says, and exits; who has closed our standard output (`| head`) has seen enough."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -509,7 +509,9 @@ def serve(*steps, defaults=None, **commands):
                 _add_options(parts.add_parser(word, help=said, description=said), chain, {})
         else:
             _add_options(parser, steps, defaults or {})
-        typed = vars(parser.parse_args([re.sub("^--(no-)?[^=]+", _underscored, word) for word in words]))
+        words = [re.sub("^(--(?:no-)?)([^=]+)", lambda option: option[1] + option[2].replace("-", "_"), word)
+                 for word in words]                              # --max-bytes is --max_bytes
+        typed = vars(parser.parse_args(words))
         return steps or commands[typed["command"]], typed
 
     def main(argv=None):
@@ -520,11 +522,6 @@ def serve(*steps, defaults=None, **commands):
             found = [step(*found, **{name: typed[name] for name in options if name in typed})]
     main.read = read
     return main
-
-
-def _underscored(option):
-    """An option as it is called here: --max-bytes is --max_bytes."""
-    return f"--{option[1] or ''}{option[0].removeprefix('--').removeprefix('no-').replace('-', '_')}"
 
 
 def _add_options(parser, steps, defaults):
