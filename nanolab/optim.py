@@ -85,9 +85,10 @@ def _adam(group, params, grads, states):
     decoupled (Loshchilov & Hutter 2019). A parameter counts its own steps: one that had no gradient for a while is
     corrected for what it saw. Of one core 0.97 ms for 0.8 M weights, where torch's own AdamW takes 2.50."""
     (beta1, beta2), by_step = group["betas"], {}
-    tensors = list(zip(params, grads, _buffers(states, params, "exp_avg"), _buffers(states, params, "exp_avg_sq")))
-    for state, own in zip(states, tensors):
+    for state in states:
         state["step"] = state.get("step", 0) + 1
+    tensors = zip(params, grads, _buffers(states, params, "exp_avg"), _buffers(states, params, "exp_avg_sq"))
+    for state, own in zip(states, tensors):
         by_step.setdefault(state["step"], []).append(own)
     fused = torch._fused_adamw_ if group["rule"] == "adamw" else torch._fused_adam_
     for step, some in by_step.items():
