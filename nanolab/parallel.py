@@ -135,16 +135,16 @@ class Alone:
         """PyTorch's."""
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
-    def gather(self, model, told):
+    def gather(self, model, reports):
         """After a step's passes: what each expert was given, over all rows of the step, into model.usage, and the mean
         over the passes of what layers added to the objective into model.extras (of this process's rows: see `mean`).
 
-        told: of each pass, (model.usage, model.extras).
+        reports: of each pass, (model.usage, model.extras).
         """
-        usages, extras = zip(*told)
+        usages, extras = zip(*reports)
         model.usage = {layer: sum(usage[layer] for usage in usages) for layer in usages[0]}
         names = dict.fromkeys(name for extra in extras for name in extra)    # compressive: not of every pass
-        model.extras = {name: sum(extra.get(name, 0.0) for extra in extras) / len(told) for name in names}
+        model.extras = {name: sum(extra.get(name, 0.0) for extra in extras) / len(reports) for name in names}
 
     def stop(self, run):
         """run.stop."""
@@ -367,9 +367,9 @@ class Mesh(Alone):
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def gather(self, model, told):
+    def gather(self, model, reports):
         """As alone, over the rows of all processes."""
-        super().gather(model, told)
+        super().gather(model, reports)
         if self.dp > 1:
             for loads in model.usage.values():
                 dist.all_reduce(loads, group=self.mesh["dp"].get_group())
