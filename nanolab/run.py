@@ -75,13 +75,6 @@ class NonFinite(Exception):
         self.checkpoint, self.good = None, "good " if what == "loss" else ""     # the last one may be of this step
 
 
-def check_finite(step, split, values):
-    """NonFinite where a measure of a validation, by which a model may be the best, is not a finite number."""
-    for name in ("loss", "nats", "bpb", "score") if split != "train" else ():
-        if not math.isfinite(values.get(name) or 0.0):
-            raise NonFinite(step, f"{name} of the validation")
-
-
 def check_weights(step, model):
     """NonFinite where a weight of `model` is no finite number; for a validation that asks for words and has no loss."""
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
@@ -760,19 +753,20 @@ class Run:
         """Appends a line to metrics.jsonl: `step` optimiser steps done, `split`, `values`; a number not finite is null.
 
         Texts among the values (model, stage, protocol, ...) name the curve that the numbers belong to. NonFinite: a
-        validation's measure was none (`check_finite`), once the line is written.
+        validation's measure, by which a model may be the best, was none; once the line is written.
         """
-        if not self.main:
-            return check_finite(step, split, values)         # so that all processes end together
-        entry = {"step": step, "split": split, **_plain(values)}
-        try:
-            self._metrics.write((json.dumps(entry, allow_nan=False) + "\n").encode())
-        except OSError as error:
-            raise UserError(f"cannot write {self.dir / 'metrics.jsonl'}: {error.strerror}") from error
-        self._lines, self.step = self._lines + 1, max(self.step, step)
-        for mirror in self._mirrors:
-            mirror.log(entry, self._lines)
-        check_finite(step, split, values)
+        if self.main:
+            entry = {"step": step, "split": split, **_plain(values)}
+            try:
+                self._metrics.write((json.dumps(entry, allow_nan=False) + "\n").encode())
+            except OSError as error:
+                raise UserError(f"cannot write {self.dir / 'metrics.jsonl'}: {error.strerror}") from error
+            self._lines, self.step = self._lines + 1, max(self.step, step)
+            for mirror in self._mirrors:
+                mirror.log(entry, self._lines)
+        for name in ("loss", "nats", "bpb", "score") if split != "train" else ():  # all processes end together
+            if not math.isfinite(values.get(name) or 0.0):
+                raise NonFinite(step, f"{name} of the validation")
 
     def save(self, name, step, keep=0, **more):
         """Writes a checkpoint to the run's file `name`: step, settings, the states of all that is tracked, and `more`.
