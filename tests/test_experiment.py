@@ -1064,18 +1064,18 @@ def commands():
 
 
 def test_ctrl_c_while_the_imports_run(tmp_path):
-    """Status 130 and one line: `flags`, which minds it, comes before all that takes long."""
+    """Status 130 and one line: nanolab.settings, which minds it, comes before all that takes long."""
     assert len(commands()) > 15
     for path in commands():
         tree = ast.parse(path.read_text())
         names = [node.names[0].name if isinstance(node, ast.Import) else node.module
                  for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        assert set(names[:names.index("flags")]) <= {"sys", "pathlib"}, path
+        assert set(names[:names.index("nanolab.settings")]) <= {"sys", "pathlib"}, path
     hang = tmp_path / "torch.py"                             # the import that takes long
     hang.write_text("import time\nprint('imports', flush=True)\ntime.sleep(60)\n")
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": ""}
-    for path in (ROOT / "data" / "mqar.py", ROOT / "nanolab" / "run.py"):
-        code = f"import runpy, sys\nsys.path[:0] = [{str(tmp_path)!r}, {str(path.parent)!r}]\n" \
+    for path in (ROOT / "data" / "mqar.py", ROOT / "nanolab" / "runs.py"):
+        code = f"import runpy, sys\nsys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n" \
                f"sys.modules['__main__'].__file__ = path = {str(path)!r}\nrunpy.run_path(path, {{}}, '__main__')"
         process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, text=True)
@@ -1101,8 +1101,7 @@ from pathlib import Path
 import importlib
 for name in sys.argv[2:]:
     importlib.import_module(name)
-import experiment
-from experiment import Run, Settings, UserError, find_resume, is_running, load_checkpoint
+from nanolab.run import Run, Settings, UserError, find_resume, is_running, load_checkpoint
 settings = Settings(out_dir="runs", run_name="a", resume=False)
 settings.script = "toy.py"
 with Run(settings) as run:
