@@ -339,7 +339,8 @@ def answer_help(name, path, positional=None):
             try:
                 exec(compile(ast.Module([node], []), path, "exec"), {"__builtins__": {"dict": dict}}, g)
             except NameError:
-                return
+                if name in ("presets", "aliases"):           # computed; another dict is none that they build upon
+                    return
     _answer(_help(g, _read_settings(path), g.get("presets", {}), positional))
 
 
