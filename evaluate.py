@@ -238,7 +238,7 @@ def follow(run, where, precision):
                         print(f"step {step}: {of}{result(line)} ({line['protocol']}{size}, {weights} weights{note})",
                               flush=True)
                     with optional("curves.png is"):
-                        draw_curves(run, run / "curves.png")
+                        draw_curves(run)
                 alive = time.monotonic()
                 continue
             if is_running(run):

@@ -37,8 +37,8 @@ from kernels import cross_entropy
 from model import TransformerConfig, fused_rows, parameter_roles
 from models.encoder_decoder import EncoderDecoder, LatentTransformer, PrefixDecoder
 from nanolab import limits, optim
-from nanolab.run import (Loop, Run, Stopwatch, UserError, begin, command, generator_states, put_back, resolve_device,
-                         restore_generators, restoring, resumed, seed_everything)
+from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, begin, command, put_back, resolve_device,
+                         restoring, resumed, seed_everything)
 from nanolab.settings import shown
 
 # --- Run ---
@@ -336,7 +336,7 @@ class Learner:
         self.ema = optim.EMA(self.model, ema_decay) if ema_decay else None
         self.forcing = Forcing(forcing, forcing_start, forcing_k, forcing_slope, forcing_min, stability_window,
                                stability_eps, seed)
-        self.generators = generator_states()
+        self.generators = Generators().state_dict()
         self.loop = Loop(dict(step=0, evaluated=-1, position=0, best=[-1.0, -math.inf], best_step=0, without_better=0,
                               history=[], pending=[], seconds=0.0, logged_seconds=0.0), self.scaler, name)
         self.parts = dict(model=self.model, ema=self.ema, optimizer=self.opt, scaler=self.scaler, generators=None,
@@ -358,11 +358,11 @@ class Learner:
         if not dropout:
             yield
             return
-        others = generator_states()
-        restore_generators(self.generators)
+        others = Generators().state_dict()
+        Generators().load_state_dict(self.generators)
         yield
-        self.generators = generator_states()
-        restore_generators(others)
+        self.generators = Generators().state_dict()
+        Generators().load_state_dict(others)
 
     def inputs(self, notation, source, padding, targets, autocast):
         """What the decoder reads in a training pass, (B, T): the true tokens, or, by the schedule, its own predictions

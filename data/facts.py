@@ -15,7 +15,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
-from nanolab.serve import answer_help, serve
+from nanolab.settings import answer_help, serve
 
 answer_help(__name__, __file__)  # before the seconds that the next lines take
 

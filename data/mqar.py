@@ -13,7 +13,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
-from nanolab.serve import answer_help, serve
+from nanolab.settings import answer_help, serve
 
 answer_help(__name__, __file__)  # before the seconds that the next lines take
 
@@ -21,8 +21,7 @@ import numpy as np
 import torch
 
 from data import draw
-from nanolab import limits
-from nanolab.run import command
+from nanolab.run import command, fits
 from nanolab.settings import UserError
 
 CHUNK = 1024  # rows that are drawn together, by a generator of their own: fewer rows are the first ones of more
@@ -33,7 +32,7 @@ def _check(T, pairs, vocab_size, alpha, **counts):
     for name, value in (("pairs", pairs), *counts.items()):
         if value < 1:
             raise UserError(f"{name} is {value}: it must be at least 1")
-    limits.fits(16 * sum(counts.values()) * T, f"{sum(counts.values()):,} rows of {T:,} tokens")
+    fits(16 * sum(counts.values()) * T, f"{sum(counts.values()):,} rows of {T:,} tokens")
     if 4 * pairs > T:
         raise UserError(f"T is {T}: {pairs} pairs and their queries need at least {4 * pairs} places")
     if vocab_size % 2 or vocab_size // 2 - 1 < pairs:

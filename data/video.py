@@ -15,7 +15,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only data/ is on the path
-from nanolab.serve import answer_help, serve
+from nanolab.settings import answer_help, serve
 
 answer_help(__name__, __file__)  # before the seconds that the next lines take
 
@@ -32,8 +32,7 @@ import numpy as np
 import torch
 
 from data import draw, files
-from nanolab import limits
-from nanolab.run import command, replacing
+from nanolab.run import command, fits, replacing
 from nanolab.settings import UserError, unknown
 
 ACTIONS = ("stay", "up", "down", "left", "right")
@@ -365,7 +364,7 @@ def load(dataset="gridworld", n_train=4096, n_val=512, length=16, side=8, cell_p
     if not 0 < val_share < 1:
         raise UserError(f"val_share is {val_share}: it must be between 0 and 1")
     if dataset == "gridworld":
-        limits.fits((n_train + n_val) * length * side ** 2, f"{n_train + n_val:,} episodes of {length} frames")
+        fits((n_train + n_val) * length * side ** 2, f"{n_train + n_val:,} episodes of {length} frames")
         video = _load_gridworld(n_train, n_val, length, side, cell_px, float(walls), bool(ball), split_seed)
     elif dataset == "donkeycar":
         video = _load_npz(_find_donkeycar(), val_share)

@@ -4,40 +4,16 @@
     limits.fits(batch_size * block_size * 8, f"batch_size {batch_size}", device)
     limits.notes(settings, {"max_steps": max_steps}, before)     # a warm-up longer than the run, a longer schedule
 """
-import math
-import os
 import re
-from contextlib import suppress
-from pathlib import Path
 
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from nanolab.run import _as_size as as_size
+from nanolab.device import as_size, fits, memory
 from nanolab.settings import UserError
 
 SIZES = "(?i)overflow|too large|negative dimension|must be tuple of ints|can't allocate"  # torch, of such sizes
-
-
-def memory(device):
-    """Bytes that a device has in all; of the CPU what the container may take, where that is less. inf: not known."""
-    if device != "cpu" and device != "mps" and torch.cuda.is_available():
-        return max(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
-    found = math.inf
-    with suppress(AttributeError, ValueError, OSError):      # no such call on Windows
-        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(ValueError, OSError):                  # the first may say "max"
-            found = min(found, int(Path(path).read_text()))
-    return found
-
-
-def fits(n_bytes, what, device="cpu"):
-    """UserError where `what` needs `n_bytes`, the least that it can do with, and the device has less in all."""
-    if n_bytes > memory(device):
-        raise UserError(f"{what} cannot be held: {as_size(float(n_bytes))} at the least, and there are "
-                        f"{as_size(memory(device))} of memory")
 
 
 def kept(rows, T, width, layers):

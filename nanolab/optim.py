@@ -81,39 +81,25 @@ def _sgd(group, params, grads, states):
 
 
 def _adam(group, params, grads, states):
-    """Kingma & Ba 2015, algorithm 1; decay as L2 in the gradient, for adamw decoupled (Loshchilov & Hutter 2019).
-
-    float32 tensors take PyTorch's fused operation, the same formula in one pass: of one core 0.97 ms for 0.8 M
-    weights, where torch's own AdamW without it takes 2.50 (bench.py --what optimiser --threads 1 --clock cpu).
-    """
-    lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]
-    by_step = {}  # a parameter counts its own steps: one that had no gradient for a while is corrected for what it saw
-    for index, state in enumerate(states):
+    """Kingma & Ba 2015, algorithm 1, by PyTorch's operation in one pass; decay as L2 in the gradient, for adamw
+    decoupled (Loshchilov & Hutter 2019). A parameter counts its own steps: one that had no gradient for a while is
+    corrected for what it saw. Of one core 0.97 ms for 0.8 M weights, where torch's own AdamW takes 2.50."""
+    (beta1, beta2), by_step = group["betas"], {}
+    for state in states:
         state["step"] = state.get("step", 0) + 1
-        by_step.setdefault(state["step"], []).append(index)
-    means, squares = _buffers(states, params, "exp_avg"), _buffers(states, params, "exp_avg_sq")
-    if all(t.dtype == torch.float32 and t.is_contiguous() for t in (*params, *grads, *means, *squares)):
-        fused = torch._fused_adamw_ if group["rule"] == "adamw" else torch._fused_adam_
-        for step, indices in by_step.items():  # it reads all four as if they lay in memory alike
-            some = ([tensors[i] for i in indices] for tensors in (params, grads, means, squares))
-            count = torch.full((), float(step), device=params[0].device)
-            fused(*some, [], [count] * len(indices), lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay,
-                  eps=group["eps"], amsgrad=False, maximize=False)
-        return
-    if decay and group["rule"] == "adamw":
-        torch._foreach_mul_(params, 1 - lr * decay)
-    elif decay:
-        grads = torch._foreach_add(grads, params, alpha=decay)
-    torch._foreach_lerp_(means, grads, 1 - beta1)
-    torch._foreach_mul_(squares, beta2)
-    torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-    roots = torch._foreach_sqrt(squares)
-    for step, indices in by_step.items():
-        # m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps), both corrections moved into two plain numbers
-        correction = math.sqrt(1 - beta2 ** step)
-        some_params, some_means, some_roots = ([tensors[i] for i in indices] for tensors in (params, means, roots))
-        torch._foreach_add_(some_roots, group["eps"] * correction)
-        torch._foreach_addcdiv_(some_params, some_means, some_roots, -lr * correction / (1 - beta1 ** step))
+    tensors = zip(params, grads, _buffers(states, params, "exp_avg"), _buffers(states, params, "exp_avg_sq"))
+    for state, own in zip(states, tensors):
+        by_step.setdefault(state["step"], []).append(own)
+    fused = torch._fused_adamw_ if group["rule"] == "adamw" else torch._fused_adam_
+    for step, some in by_step.items():
+        plain = [[t.contiguous() for t in own] for own in some]  # it reads all four as if they lay in memory alike
+        count = torch.full((), float(step), device=params[0].device)
+        fused(*map(list, zip(*plain)), [], [count] * len(some), lr=group["lr"], beta1=beta1, beta2=beta2,
+              weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False)
+        for own, found in zip(some, plain):
+            for tensor, new in zip(own, found):
+                if new is not tensor:
+                    tensor.copy_(new)
 
 
 def _muon(group, params, grads, states, mesh=None, owners=()):
@@ -229,11 +215,8 @@ def orthogonalize(x, steps=5, eps=1e-7, dtype=None):
 
 
 def _iteration_dtype(device):
-    """bfloat16 on a GPU and on a CPU that multiplies it, else float32.
-
-    One core of an AMD EPYC with avx512_bf16, ms a batch in bfloat16 and float32: 16 of 128 x 128 6.6 and 13.0, 8 of
-    128 x 512 9.4 and 12.2, 12 of 64 x 64 1.4 and 1.6, 4 of 384 x 1536 115 and 136.
-    """
+    """bfloat16 on a GPU and on a CPU that multiplies it, else float32. One core of an AMD EPYC with avx512_bf16, ms a
+    batch in either: 16 of 128 x 128 6.6 and 13.0, 4 of 384 x 1536 115 and 136."""
     fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
@@ -255,11 +238,7 @@ class _Optimizer(torch.optim.Optimizer):
     tables = ()  # by kernel: what each launch of a step keeps for the next step's
     zero_grad = _eager(torch.optim.Optimizer.zero_grad)
     state_dict = _eager(torch.optim.Optimizer.state_dict)
-
-    def load_state_dict(self, state_dict):
-        """As torch's. Of a state taken inside `averaged`, load the model first: the parameters then go back to y."""
-        _eager(torch.optim.Optimizer.load_state_dict)(self, state_dict)
-        self._swap(False)
+    load_state_dict = _eager(torch.optim.Optimizer.load_state_dict)
 
     def __init__(self, params, **settings):
         unknown = settings.keys() - RULES[self.rule].keys()
@@ -278,61 +257,13 @@ class _Optimizer(torch.optim.Optimizer):
         add(self, {"rule": rule, **RULES[rule], **settings, **param_group})
         _check(self.param_groups[-1])
 
-    @contextmanager
     def averaged(self):
-        """with optimizer.averaged(): the parameters are what to evaluate, save and sample from; afterwards, come what
-        may, bit for bit what they were. Only "schedule_free" has two points; for the others nothing changes.
+        """with optimizer.averaged(): the parameters are what to evaluate, save and sample from; see ScheduleFree."""
+        return nullcontext()
 
-        A state_dict taken inside says so, and load_state_dict ends at the point where training goes on.
-        """
-        self._swap(True)
-        try:
-            yield
-        finally:
-            self._swap(False)
-
-    @torch.no_grad()
-    def _swap(self, averaged):
-        """Parameters of "schedule_free" change places with state x, which then is y."""
-        for group in self.param_groups:
-            if group["rule"] == "schedule_free" and group["averaged"] != averaged:
-                group["averaged"] = averaged
-                for p in group["params"]:
-                    if "x" in self.state[p]:
-                        held = local(p).detach().clone()
-                        local(p).copy_(self.state[p]["x"])
-                        self.state[p]["x"].copy_(held)
-
-    @contextmanager
     def sampled(self, train=True):
-        """with optimizer.sampled(): the parameters under rule "ivon" are one draw from the posterior; afterwards, come
-        what may, the mean again. Nothing happens under other rules.
-
-        train: forward and backward go inside, and what `step` needs of the sample is noted: several blocks before one
-        step, each with its share of the loss, are several samples. The noise comes from the global generator.
-        """
-        drawn = []
-        with torch.no_grad():
-            for group in self.param_groups:
-                for p in group["params"] if group["rule"] == "ivon" else ():
-                    h = self.state[p].get("hess", group["hess_init"])
-                    spread = torch.as_tensor(group["ess"] * (h + group["weight_decay"]), dtype=p.dtype, device=p.device)
-                    noise = torch.randn_like(p).mul_(spread.rsqrt())
-                    before = None if p.grad is None else p.grad.clone()
-                    drawn.append((p, p.detach().clone(), noise, before))
-                    p.add_(noise)
-        whole = False
-        try:
-            yield
-            whole = True
-        finally:
-            with torch.no_grad():
-                for p, mean, noise, before in drawn:
-                    p.copy_(mean)
-                    if train and whole and p.grad is not None:
-                        share = p.grad if before is None else p.grad - before
-                        state, product = self.state[p], noise.mul_(share)
-                        state["noise_grad"] = product + state["noise_grad"] if "noise_grad" in state else product
+        """with optimizer.sampled(): forward and backward of a pass; see IVON."""
+        return nullcontext()
 
     @torch.no_grad()
     def step(self, closure=None, transform=None):
@@ -412,17 +343,17 @@ def _check(group):
 
 
 class SGD(_Optimizer):
-    """Gradient descent, momentum (Al-Rfou et al. 2018 train T64 with 0.99) and Nesterov's on request; L2 decay."""
+    """See _sgd. Al-Rfou et al. 2018 train T64 with a momentum of 0.99."""
     rule = "sgd"
 
 
 class Adam(_Optimizer):
-    """Kingma & Ba 2015; weight_decay is L2 in the gradient."""
+    """See _adam."""
     rule = "adam"
 
 
 class AdamW(_Optimizer):
-    """Adam with decoupled decay, w *= 1 - lr weight_decay (Loshchilov & Hutter 2019)."""
+    """See _adam."""
     rule = "adamw"
 
 
@@ -437,23 +368,75 @@ class Muon(_Optimizer):
 
 
 class ScheduleFree(_Optimizer):
-    """Schedule-free AdamW (Defazio et al. 2024): an average of the iterates instead of a falling rate.
-
-    The rate stays constant after its warm-up. Gradients are taken at y, which the parameters hold; to be evaluated and
-    saved is the average x: `with optimizer.averaged():`. Three vectors of state (x, z, second moment), one more than
-    where x is computed back from y and z: so nothing is lost to rounding.
+    """An average of the iterates instead of a falling rate, see _schedule_free; the rate stays constant after its
+    warm-up. Three vectors of state (x, z, second moment), one more than where x is computed back from y and z: so
+    nothing is lost to rounding.
     """
     rule = "schedule_free"
 
+    def load_state_dict(self, state_dict):
+        """As torch's. Of a state taken inside `averaged`, load the model first: the parameters then go back to y."""
+        super().load_state_dict(state_dict)
+        self._swap(False)
+
+    @contextmanager
+    def averaged(self):
+        """Afterwards, come what may, the parameters are bit for bit what they were. A state_dict taken inside says so,
+        and load_state_dict ends at the point where training goes on."""
+        self._swap(True)
+        try:
+            yield
+        finally:
+            self._swap(False)
+
+    @torch.no_grad()
+    def _swap(self, averaged):
+        """Parameters change places with state x, which then is y."""
+        for group in self.param_groups:
+            for p in group["params"] if group["averaged"] != averaged else ():
+                if "x" in self.state[p]:
+                    held = local(p).detach().clone()
+                    local(p).copy_(self.state[p]["x"])
+                    self.state[p]["x"].copy_(held)
+            group["averaged"] = averaged
+
 
 class IVON(_Optimizer):
-    """A Gaussian posterior over the weights, learned at about Adam's cost (Shen et al. 2024). Forward and backward go
-    into `with optimizer.sampled():`; ess, the effective sample size, is the number of training examples.
-
-    The gradient may be clipped before `step`, the curvature is learned from the unclipped one; not for a GradScaler,
-    whose factor would be in it.
+    """A Gaussian posterior over the weights, see _ivon; ess, the effective sample size, is the number of training
+    examples. The curvature is learned from the unclipped gradient; not for a GradScaler, whose factor would be in it.
     """
     rule = "ivon"
+
+    @contextmanager
+    def sampled(self, train=True):
+        """with optimizer.sampled(): the parameters are one draw from the posterior; afterwards, come what may, the mean
+        again. The noise comes from the global generator.
+
+        train: forward and backward go inside, and what `step` needs of the sample is noted: several blocks before one
+        step, each with its share of the loss, are several samples.
+        """
+        drawn = []
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    h = self.state[p].get("hess", group["hess_init"])
+                    spread = torch.as_tensor(group["ess"] * (h + group["weight_decay"]), dtype=p.dtype, device=p.device)
+                    noise = torch.randn_like(p).mul_(spread.rsqrt())
+                    before = None if p.grad is None else p.grad.clone()
+                    drawn.append((p, p.detach().clone(), noise, before))
+                    p.add_(noise)
+        whole = False
+        try:
+            yield
+            whole = True
+        finally:
+            with torch.no_grad():
+                for p, mean, noise, before in drawn:
+                    p.copy_(mean)
+                    if train and whole and p.grad is not None:
+                        share = p.grad if before is None else p.grad - before
+                        state, product = self.state[p], noise.mul_(share)
+                        state["noise_grad"] = product + state["noise_grad"] if "noise_grad" in state else product
 
 
 class OrthoGrad(torch.optim.Optimizer):
@@ -518,12 +501,9 @@ def fitted(optimizer, state_dict):
 
 
 def load_state(optimizer, state_dict):
-    """A checkpoint's moments and counts, with the hyperparameters that `optimizer` was built with.
-
-    load_state_dict alone would bring the checkpoint's base_lr and weight_decay back and so overrule, silently, a flag
-    that was given on resume. `lr`, which the schedule sets before every step, stays the checkpoint's: what is saved
-    before the next step is what a run that never stopped saves. Raises ValueError where the groups do not fit, or the
-    moments of a parameter.
+    """A checkpoint's moments and counts, with the hyperparameters that `optimizer` was built with: a flag given on
+    resume holds. `lr`, which the schedule sets before every step, stays the checkpoint's: what is saved before the next
+    step is what a run that never stopped saves. ValueError where the groups, or a parameter's moments, do not fit.
     """
     built = [{name: value for name, value in group.items() if name not in ("params", "lr")}
              for group in optimizer.param_groups]
@@ -543,7 +523,7 @@ def load_state(optimizer, state_dict):
 
 
 class Posterior:
-    """The Gaussian around the parameters that "ivon" steps, for a checkpoint; from which nothing is put back."""
+    """The Gaussian around the parameters that "ivon" steps, for a checkpoint only."""
 
     def __init__(self, optimizer, named_parameters):
         self.optimizer, self.names = optimizer, {p: name for name, p in named_parameters}
@@ -569,13 +549,12 @@ def both(optimizer, ema=None):
 
 
 def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None, decay_params="matrices"):
-    """Parameter groups: decay for matrix, residual and head, none for embedding, position, gain and bias. Which there
-    are does not depend on weight_decay: a checkpoint goes over to another value, 0 too.
+    """Parameter groups, with decay or without. Which there are does not depend on weight_decay: a checkpoint goes over
+    to another value, 0 too.
 
-    decay_params "2d": decay for every tensor of two or more dimensions instead, embeddings and position tables too.
     named_parameters: pairs (name, tensor). roles: name -> one of ROLES. A tensor under two names is claimed once, by
     the first that has a role. muon=True puts matrix and residual under rule "muon", the rest under "adamw".
-    fused_rows: name -> rows of the parts of a fused matrix, which Muon takes apart.
+    fused_rows: name -> rows of the parts of a fused matrix, which Muon takes apart. decay_params: one of DECAY.
     Raises ValueError naming a parameter that no role claims, whose name comes twice, or whose role is unknown.
     """
     if decay_params not in DECAY:
@@ -584,9 +563,9 @@ def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None, d
     for name, p in named_parameters:
         if named.setdefault(name, p) is not p:
             raise ValueError(f"parameter {name}: claimed twice, two tensors have this name")
+        if roles.get(name, "gain") not in ROLES:
+            raise ValueError(f"parameter {name}: unknown role {roles[name]!r}, not one of {', '.join(ROLES)}")
         if name in roles:
-            if roles[name] not in ROLES:
-                raise ValueError(f"parameter {name}: unknown role {roles[name]!r}, not one of {', '.join(ROLES)}")
             claimed.setdefault(p, name)
     for name, p in named.items():
         if p not in claimed:
@@ -607,15 +586,12 @@ def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None, d
 def build(settings, named_parameters, roles, fused_rows=None, mesh=None, n_examples=1e6):
     """The optimiser of a whole model by its name among `settings`; `set_rate` multiplies each group's base_lr.
 
-    settings: optimizer, one of RULES, lr, and what else it reads, or its default in Settings. sgd reads momentum; adam,
-    adamw and schedule_free betas and eps; muon steps matrix and residual with muon_lr and muon_momentum, the rest by
-    AdamW with lr, betas, eps; ivon reads betas, ess (None: n_examples), hess_init, clip_radius (None: no bound).
-    orthograd wraps it in OrthoGrad. Where kernels are on, they step what is under AdamW, muon's part too, with
-    OrthoGrad inside; the state is the same, so a checkpoint goes over. Tensors that are not dense float32, and those of
-    several processes, go without as ever.
-    mesh: a parallel.Mesh over whose processes the parameters are divided, and then the state with them; Muon and
-    OrthoGrad, which look at whole matrices, gather them for the time of a step. ValueError for ivon on several
-    processes. For the rest, and what it raises, see groups.
+    settings: optimizer, one of RULES, lr, and what else it reads, or its default in Settings. muon steps matrix and
+    residual with muon_lr and muon_momentum, the rest by AdamW with lr, betas, eps; ess None is n_examples. Where
+    kernels are on, they step what is under AdamW, muon's part too, with OrthoGrad inside; the state is the same. What
+    is not dense float32, and tensors of several processes, go without.
+    mesh: a parallel.Mesh over whose processes parameters and state are divided; Muon and OrthoGrad gather whole
+    matrices for the time of a step. ValueError for ivon on several processes. For the rest see groups.
     """
     s = {name: settings.get(name, getattr(Settings, name)) for name in Settings.__annotations__}
     name, lr, betas = settings["optimizer"], settings["lr"], tuple(s["betas"])
@@ -630,8 +606,7 @@ def build(settings, named_parameters, roles, fused_rows=None, mesh=None, n_examp
     for group in wanted:
         group.update(own.get(group.setdefault("rule", name), dict(lr=lr, betas=betas, eps=s["eps"])))
         group["base_lr"] = group["lr"]
-    kind = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "muon": Muon, "schedule_free": ScheduleFree, "ivon": IVON}[name]
-    optimizer = kind(wanted)
+    optimizer = next(kind for kind in _Optimizer.__subclasses__() if kind.rule == name)(wanted)
     optimizer.order = list(dict.fromkeys(p for n, p in pairs if n in roles))
     if mesh and mesh.size > 1:
         if name == "ivon":
@@ -653,11 +628,11 @@ def schedule(name, step, warmup_steps, max_steps, min_scale=0.0, decay_fraction=
     """
     if name not in SCHEDULES:
         raise ValueError(f"schedule {name!r}: it must be one of {', '.join(SCHEDULES)}")
-    if name in ("cosine", "wsd"):
-        if max_steps is None:
-            raise ValueError(f"schedule {name} ends at max_steps: give max_steps, or take constant or noam")
-        if step >= max_steps:
-            return min_scale
+    falls = name in ("cosine", "wsd")
+    if falls and max_steps is None:
+        raise ValueError(f"schedule {name} ends at max_steps: give max_steps, or take constant or noam")
+    if falls and step >= max_steps:
+        return min_scale
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + (warmup_peak == "next"))
     if name == "noam":
@@ -665,11 +640,8 @@ def schedule(name, step, warmup_steps, max_steps, min_scale=0.0, decay_fraction=
     if name == "cosine":
         part = (step - warmup_steps) / (max_steps - warmup_steps)
         return min_scale + (1 - min_scale) * 0.5 * (1 + math.cos(math.pi * part))
-    if name == "wsd":
-        start = max(warmup_steps, max_steps - decay_fraction * max_steps)
-        if step > start:
-            return min_scale + (1 - min_scale) * (max_steps - step) / (max_steps - start)
-    return 1.0
+    start = max(warmup_steps, max_steps - decay_fraction * max_steps) if falls else step
+    return min_scale + (1 - min_scale) * (max_steps - step) / (max_steps - start) if step > start else 1.0
 
 
 def factor(settings, step):
@@ -714,13 +686,13 @@ class EMA:
 
     @torch.no_grad()
     def copy_to_model(self):
-        """The averages into the model's own tensors, in place: a compiled module and an optimiser keep theirs."""
+        """The averages into the model's own tensors, in place."""
         torch._foreach_copy_(self._parts(), list(self.weights.values()))
 
     @contextmanager
     def swapped(self):
         """with ema.swapped(): the model has the averaged weights; afterwards, come what may, the raw ones."""
-        raw = [local(p).detach().clone() for p in self.parameters.values()]
+        raw = [p.detach().clone() for p in self._parts()]
         try:
             self.copy_to_model()
             yield

@@ -5,7 +5,7 @@
 
 Rows of a batch are divided over dp (FSDP2: weights, gradients and optimiser state too), matrices of a layer over tp
 (DTensor). Processes speak gloo on CPUs, which is what is tested, and NCCL on GPUs, which is written but not measured.
-A script without torchrun has a Mesh too, of one process: every method then gives back what it was given.
+A script without torchrun is Alone: every method then gives back what it was given.
 
 What each weight is cut along, over tp:
 
@@ -31,7 +31,7 @@ import atexit
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -56,7 +56,8 @@ def fail(text):
 
 
 def start(dp=1, tp=1, device="auto"):
-    """The Mesh of dp * tp processes that torchrun started, which it joins; ranks above 0 print nothing from now on.
+    """The Mesh of dp * tp processes that torchrun started, which it joins; ranks above 0 print nothing from now on. Of
+    one process: Alone.
 
     device: the setting; "auto" and "cuda" give each process of a machine the GPU of its LOCAL_RANK. UserError: dp * tp
     is not the number of processes, or a process has no GPU of its own.
@@ -70,7 +71,7 @@ def start(dp=1, tp=1, device="auto"):
         fail(f"dp {dp} times tp {tp} needs {dp * tp} processes: "
              f"torchrun --nproc_per_node={dp * tp} {script} --dp {dp} --tp {tp}")
     if world == 1:
-        return Mesh(device=device)
+        return Alone(device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
@@ -100,13 +101,63 @@ def _leave():
         dist.destroy_process_group()
 
 
-class Mesh:
+class Alone:
+    """One process: what a training loop asks of it as of a Mesh, where all is explained."""
+    dp = tp = size = 1
+
+    def __init__(self, device="auto"):
+        self.device = device
+
+    def check(self, config, *more, **how):
+        """Nothing is divided."""
+
+    def parallelise(self, model):
+        """The model."""
+        return model
+
+    def gathered(self, model):
+        """Every layer is whole."""
+        return nullcontext()
+
+    def rows(self, *tensors):
+        """All of them."""
+        return tensors[0] if len(tensors) == 1 else tensors
+
+    def weight(self, targets):
+        """That of all targets."""
+        return 1.0
+
+    def mean(self, value):
+        """The value."""
+        return value
+
+    def clip_grad_norm(self, parameters, max_norm):
+        """PyTorch's."""
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    def gather(self, model, reports):
+        """After a step's passes: what each expert was given, over all rows of the step, into model.usage, and the mean
+        over the passes of what layers added to the objective into model.extras (of this process's rows: see `mean`).
+
+        reports: of each pass, (model.usage, model.extras).
+        """
+        usages, extras = zip(*reports)
+        model.usage = {layer: sum(usage[layer] for usage in usages) for layer in usages[0]}
+        names = dict.fromkeys(name for extra in extras for name in extra)    # compressive: not of every pass
+        model.extras = {name: sum(extra.get(name, 0.0) for extra in extras) / len(reports) for name in names}
+
+    def stop(self, run):
+        """run.stop."""
+        return run.stop
+
+
+class Mesh(Alone):
     """dp * tp processes, of which this is number `rank`, `dp_rank` * tp + `tp_rank`; made by `start`.
 
     main: whether it is rank 0, which alone prints and writes. device: for resolve_device.
     """
 
-    def __init__(self, dp=1, tp=1, rank=0, device="auto", mesh=None):
+    def __init__(self, dp, tp=1, rank=0, device="auto", mesh=None):
         self.dp, self.tp, self.size, self.rank, self.device, self.mesh = dp, tp, dp * tp, rank, device, mesh
         self.main, (self.dp_rank, self.tp_rank) = rank == 0, divmod(rank, tp)
         self.cuts = {}  # parameter that is divided over tp: (dimension, order of that dimension)
@@ -119,13 +170,13 @@ class Mesh:
         c, dp, tp = config, self.dp, self.tp
         if batch_size % dp:
             fail(f"batch_size {batch_size} must be divisible by dp {dp}: every process takes as many rows")
-        if self.size > 1 and optimizer == "ivon":
+        if optimizer == "ivon":
             fail("optimizer ivon draws the weights anew in every pass, one draw for all processes: it needs dp 1, tp 1")
-        if self.size > 1 and precision == torch.float16:
+        if precision == torch.float16:
             fail("dtype float16 scales the loss by what one process finds: with dp or tp choose bfloat16")
-        if self.size > 1 and compiled:
+        if compiled:
             fail("--compile is for one process: with dp or tp choose --no-compile")
-        if self.size > 1 and c.kernels != "torch":
+        if c.kernels != "torch":
             fail(f"kernels {c.kernels} are tested in one process only: with dp or tp choose --kernels torch")
         if dp > 1 and carry:
             fail("a memory carried from segment to segment stays with its rows: with dp choose --no-carry_memory")
@@ -161,8 +212,6 @@ class Mesh:
 
         Dropout then draws from another seed in every process of dp.
         """
-        if self.size == 1:
-            return model
         self.check(model.config)
         cuts, partial = self._split(model) if self.tp > 1 else ({}, ())
         if self.dp > 1:
@@ -304,8 +353,6 @@ class Mesh:
         As torch.nn.utils.clip_grad_norm_, over all processes' parts, each counted once.
         """
         parameters = [p for p in parameters if p.grad is not None]
-        if self.size == 1:
-            return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         grads, counted = [optim.local(p.grad) for p in parameters], []
         for p, grad in zip(parameters, grads):
             if p in self.partial:  # each process knows what its own heads say
@@ -321,15 +368,8 @@ class Mesh:
         return norm
 
     def gather(self, model, reports):
-        """After a step's passes: what each expert was given, over all rows of the step, into model.usage, and the mean
-        over the passes of what layers added to the objective into model.extras (of this process's rows: see `mean`).
-
-        reports: of each pass, (model.usage, model.extras).
-        """
-        usages, extras = zip(*reports)
-        model.usage = {layer: sum(usage[layer] for usage in usages) for layer in usages[0]}
-        names = dict.fromkeys(name for extra in extras for name in extra)    # compressive: not of every pass
-        model.extras = {name: sum(extra.get(name, 0.0) for extra in extras) / len(reports) for name in names}
+        """As alone, over the rows of all processes."""
+        super().gather(model, reports)
         if self.dp > 1:
             for loads in model.usage.values():
                 dist.all_reduce(loads, group=self.mesh["dp"].get_group())
@@ -343,45 +383,52 @@ class Mesh:
         return whole.detach().cpu() if self.main else None
 
     @torch.no_grad()
-    def full_state_dict(self, model):
-        """model.state_dict() as of one process, on rank 0's CPU; elsewhere without tensors. All processes call it."""
-        if self.size == 1:
-            return model.state_dict()
-        parameters, found = dict(model.named_parameters()), model.state_dict()
-        for name, value in found.items():
-            p = parameters.get(name)
-            found[name] = value.cpu() if p is None else self._gather(p, optim.local(p))
-        return found
+    def state_of(self, thing):
+        """What a checkpoint holds of a model, optimiser, average, generators, or of anything that all processes have
+        alike: as of one process, on rank 0's CPU, elsewhere without tensors. All processes call it."""
+        state = thing.state_dict()
+        if isinstance(thing, torch.nn.Module):
+            parameters = dict(thing.named_parameters())
+            for name, value in state.items():
+                p = parameters.get(name)
+                state[name] = value.cpu() if p is None else self._gather(p, optim.local(p))
+        elif isinstance(thing, torch.optim.Optimizer):
+            return self._each_tensor(thing, state, self._gather)
+        elif isinstance(thing, optim.EMA):
+            state["weights"] = {name: self._gather(thing.parameters[name], t) for name, t in state["weights"].items()}
+        elif isinstance(thing, experiment.Generators) and self.dp > 1:   # those of rank 0, and of every process of dp
+            ranks = [None] * self.dp
+            dist.all_gather_object(ranks, state, group=self.mesh["dp"].get_group())
+            return {**ranks[0], "ranks": ranks}
+        return state
 
     @torch.no_grad()
-    def load_model(self, model, state):
-        """model.load_state_dict(state), of a state of one process that every process has.
-
-        Raises RuntimeError where names or shapes do not fit, as that does.
-        """
-        if self.size == 1:
-            model.load_state_dict(state)
-            return
-        parameters, held = dict(model.named_parameters()), model.state_dict()
-        if held.keys() != state.keys():
-            raise RuntimeError(f"the state does not fit the model: {', '.join(sorted(held.keys() ^ state.keys()))}")
-        for name, value in state.items():
-            if value.shape != held[name].shape:
-                raise RuntimeError(f"{name} is {tuple(value.shape)}, but the model's {tuple(held[name].shape)}")
-            p = parameters.get(name)
-            (held[name] if p is None else optim.local(p)).copy_(value if p is None else self.part(p, value))
-
-    def full_optimizer_state(self, optimizer):
-        """optimizer.state_dict() as of one process, on rank 0's CPU; elsewhere without tensors. All processes call
-        it."""
-        state = optimizer.state_dict()
-        return state if self.size == 1 else self._each_tensor(optimizer, state, self._gather)
-
-    def load_optimizer(self, optimizer, state):
-        """optim.load_state(optimizer, state), of a state of one process that every process has."""
-        if self.size > 1:
-            state = self._each_tensor(optimizer, optim.fitted(optimizer, state), self.part)
-        optim.load_state(optimizer, state)
+    def load_into(self, thing, state):
+        """The reverse of `state_of`, with a state that every process has. Generators that another dp saved: dropout
+        goes on from rank 0's seed plus dp_rank. RuntimeError where a model's names or shapes do not fit."""
+        if isinstance(thing, torch.nn.Module):
+            parameters, held = dict(thing.named_parameters()), thing.state_dict()
+            if held.keys() != state.keys():
+                raise RuntimeError(f"the state does not fit the model: {', '.join(sorted(held.keys() ^ state.keys()))}")
+            for name, value in state.items():
+                if value.shape != held[name].shape:
+                    raise RuntimeError(f"{name} is {tuple(value.shape)}, but the model's {tuple(held[name].shape)}")
+                p = parameters.get(name)
+                (held[name] if p is None else optim.local(p)).copy_(value if p is None else self.part(p, value))
+        elif isinstance(thing, torch.optim.Optimizer):
+            optim.load_state(thing, self._each_tensor(thing, optim.fitted(thing, state), self.part))
+        elif isinstance(thing, optim.EMA):
+            thing.load_state_dict({**state, "weights": {
+                name: self.part(thing.parameters[name], t) if name in thing.parameters else t
+                for name, t in state["weights"].items()}})
+        elif isinstance(thing, experiment.Generators):
+            ranks = state.get("ranks", [])
+            known = self.dp > 1 and len(ranks) == self.dp
+            thing.load_state_dict(ranks[self.dp_rank] if known else state)
+            if not known and self.dp_rank:
+                torch.manual_seed(torch.initial_seed() + self.dp_rank)
+        else:
+            thing.load_state_dict(state)
 
     @staticmethod
     def _each_tensor(optimizer, state, change):
@@ -391,77 +438,16 @@ class Mesh:
             i: {name: change(parameters[i], value) if torch.is_tensor(value) else value for name, value in own.items()}
             for i, own in state["state"].items()}}
 
-    def full_ema(self, ema):
-        """ema.state_dict() as of one process, on rank 0's CPU; elsewhere without tensors. All processes call it."""
-        state = ema.state_dict()
-        if self.size > 1:
-            state["weights"] = {name: self._gather(ema.parameters[name], t) for name, t in state["weights"].items()}
-        return state
-
-    def load_ema(self, ema, state):
-        """ema.load_state_dict(state), of a state of one process that every process has."""
-        if self.size > 1:
-            state = {**state, "weights": {name: self.part(ema.parameters[name], t) if name in ema.parameters else t
-                                          for name, t in state["weights"].items()}}
-        ema.load_state_dict(state)
-
-    def generator_states(self, states):
-        """Those of experiment.generator_states of rank 0 and, with dp, under "ranks" those of every process of dp.
-        All processes call it."""
-        if self.dp == 1:
-            return states
-        ranks = [None] * self.dp
-        dist.all_gather_object(ranks, states, group=self.mesh["dp"].get_group())
-        return {**ranks[0], "ranks": ranks}
-
-    def restore_generators(self, states):
-        """experiment.restore_generators of this process's states; where another dp saved them, dropout goes on from
-        rank 0's seed plus dp_rank."""
-        ranks = states.get("ranks", [])
-        known = self.dp > 1 and len(ranks) == self.dp
-        experiment.restore_generators(ranks[self.dp_rank] if known else states)
-        if not known and self.dp_rank:
-            torch.manual_seed(torch.initial_seed() + self.dp_rank)
-
-    def state_of(self, thing):
-        """What a checkpoint holds of a model, optimiser, average, generators, or of anything that all processes have
-        alike: as of one process, on rank 0's CPU. All processes call it."""
-        if isinstance(thing, torch.nn.Module):
-            return self.full_state_dict(thing)
-        if isinstance(thing, torch.optim.Optimizer):
-            return self.full_optimizer_state(thing)
-        if isinstance(thing, optim.EMA):
-            return self.full_ema(thing)
-        return self.generator_states(thing.state_dict()) if isinstance(thing, experiment.Generators) \
-            else thing.state_dict()
-
-    def load_into(self, thing, state):
-        """The reverse of `state_of`, with a state that every process has."""
-        if isinstance(thing, torch.nn.Module):
-            self.load_model(thing, state)
-        elif isinstance(thing, torch.optim.Optimizer):
-            self.load_optimizer(thing, state)
-        elif isinstance(thing, optim.EMA):
-            self.load_ema(thing, state)
-        elif isinstance(thing, experiment.Generators):
-            self.restore_generators(state)
-        else:
-            thing.load_state_dict(state)
-
     # --- The run ---
 
     def most(self, number):
         """The largest of all processes' numbers."""
-        if self.size == 1:
-            return number
         found = torch.tensor(number)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)
 
     def stop(self, run):
         """run.stop, the same in all processes: once before every step and once after the loop, by all."""
-        if self.size == 1:
-            return run.stop
         asked = self.most(run.stop or 0) or None
         for _ in range(20):  # torchrun's signal to this process is on its way: after ours it would count as a second
             if asked and run.stop is None:

@@ -1,4 +1,4 @@
-"""What a run is: settings, device, seeds, a directory with metrics and checkpoints, exact resume, one-line errors.
+"""What a run is: a directory with metrics and checkpoints, exact resume, one-line errors.
 
     @command
     def main():
@@ -11,15 +11,9 @@
                 ...
                 run.log(step=step, loss=loss)
                 run.save("last.pt", step)
-
-Also a command, about the runs that are there:
-
-    python -m nanolab.run list                             # status, step, best, size and age of every run
-    python -m nanolab.run clean --tag test --older_than 7d # says what it would remove; with --yes it does
 """
 from nanolab.settings import interrupted, surroundings  # it minds Ctrl-C while the next lines take their seconds
 
-import argparse
 import contextlib
 import ctypes
 import errno
@@ -34,7 +28,6 @@ import platform
 import re
 import shutil
 import signal
-import stat
 import struct
 import subprocess
 import sys
@@ -42,21 +35,21 @@ import threading
 import time
 import zipfile
 import zlib
-from collections import deque
 from pathlib import Path
 
 import torch
 
 try:
     import fcntl
-    import resource
 except ImportError:  # Windows
     import msvcrt
-    fcntl = resource = None
+    fcntl = None
 
 import kernels
-from nanolab import optim
-from nanolab.serve import Parser
+from nanolab import curves, optim
+from nanolab.curves import is_name
+from nanolab.device import (Generators, Stopwatch, as_size, fits, measure_peak_flops, peak_memory,  # noqa: F401
+                            resolve_device, seed_everything)
 from nanolab.settings import (Settings, UserError, adopt, as_typed, begin, check_settings, columns,  # noqa: F401
                               override)
 
@@ -64,9 +57,9 @@ FORMAT = "nanolab-1"
 ROOMS = ("nanolab", "models", "fused", "data")  # folders of modules beside the scripts
 PACKAGES = "torch numpy triton wandb tensorboard tiktoken sentencepiece matplotlib tqdm pyyaml".split()
 CLOCK = "%Y-%m-%dT%H:%M:%S%z"
-PARTS = "data forward backward optimiser evaluation other".split()  # of a loop's time, for a Stopwatch
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of mallopt (malloc.h)
 NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
+BUSY = (BlockingIOError, PermissionError)  # of lock_file
 NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EROFS)
 OPTIONAL = dict(matplotlib="matplotlib", wandb="wandb", tensorboard="tensorboard", yaml="pyyaml", PIL="pillow")
 HELD = dict(step=int, steps=dict, settings=dict, model=dict, models=dict, done=dict, optimizer=dict, scaler=dict,
@@ -83,13 +76,6 @@ class NonFinite(Exception):
         self.checkpoint, self.good = None, "good " if what == "loss" else ""     # the last one may be of this step
 
 
-def check_finite(step, split, values):
-    """NonFinite where a measure of a validation, by which a model may be the best, is not a finite number."""
-    for name in ("loss", "nats", "bpb", "score") if split != "train" else ():
-        if not math.isfinite(values.get(name) or 0.0):
-            raise NonFinite(step, f"{name} of the validation")
-
-
 def check_weights(step, model):
     """NonFinite where a weight of `model` is no finite number; for a validation that asks for words and has no loss."""
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
@@ -100,9 +86,8 @@ def command(main):
     """Decorator for a script's main(): what went wrong becomes one line `error: ...` on stderr and an exit status.
 
     2: UserError, no space left, out of memory, a checkpoint that does not fit. 3: NonFinite. 130: Ctrl-C outside the
-    loop. A reader that closed our standard output (`| head`) is no error. Everything else is a bug and keeps its
-    traceback. Of several processes under torchrun, which meet most errors together, the first speaks; out of memory is
-    said by each.
+    loop. Everything else is a bug and keeps its traceback. Of several processes under torchrun, which meet most errors
+    together, the first speaks; out of memory is said by each.
     """
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
@@ -193,11 +178,8 @@ class Output:
 
 
 def keep_freed_memory():
-    """Where the C library is glibc: what a tensor frees stays with the process for the next one.
-
-    By itself glibc gives pieces of some megabytes back to the system, which hands every page out anew, zeroed, by a
-    fault (what that costs: docs/speed.md).
-    """
+    """Where the C library is glibc: what a tensor frees stays with the process for the next one. By itself glibc gives
+    it back to the system, which hands every page out anew, zeroed, by a fault (what that costs: docs/speed.md)."""
     allocator = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if allocator is not None:
         for option, n_bytes in ((M_MMAP_THRESHOLD, 2 ** 30), (M_TRIM_THRESHOLD, 2 ** 31 - 1), (M_TOP_PAD, 2 ** 26)):
@@ -205,177 +187,17 @@ def keep_freed_memory():
 
 
 def end_process():
-    """Ends one of several processes that did its work, with status 0, without the interpreter's own end.
-
-    gloo's threads may still hold a tensor then; letting go of it takes the interpreter's lock, and who comes for that
-    during the interpreter's end aborts the process (pytorch/pytorch#179291): a run that went well would have failed.
-    """
+    """Ends one of several processes that did its work, with status 0, without the interpreter's own end: gloo's threads
+    may still hold a tensor then, and who lets go of it at that time aborts the process (pytorch/pytorch#179291)."""
     torch.distributed.destroy_process_group()
     sys.stderr.flush()
     os._exit(0)
 
 
-# --- Device and randomness ---
-
-def resolve_device(device, dtype):
-    """(torch.device, torch.dtype) for the settings `device` (auto, cpu, cuda, cuda:N, mps) and `dtype`.
-
-    auto: cuda and bfloat16 where there are, else cpu and float32. UserError: a device that is not there.
-    """
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-        raise UserError(f"--device {device}: must be one of auto, cpu, cuda, cuda:N, mps")
-    kind, _, index = device.partition(":")
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
-    if int(index or 0) >= count:
-        raise UserError(f"--device {device}: torch {torch.__version__} sees {count} such devices on this machine")
-    if dtype == "auto":
-        bfloat16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if bfloat16 else "float32"
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"--dtype {dtype}: must be one of auto, float32, bfloat16, float16")
-    return torch.device(device), getattr(torch, dtype)
-
-
-def seed_everything(seed, deterministic=True):
-    """Seeds torch's global generators (CPU, CUDA). deterministic: the same bits every time on the same machine."""
-    torch.manual_seed(seed)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")      # read when cuBLAS starts
-    torch.utils.deterministic.fill_uninitialized_memory = False      # finds bugs, costs time
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = deterministic
-    # What torch.use_deterministic_algorithms does, without its second of importing the compiler.
-    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = str(int(deterministic))
-    torch.set_deterministic_debug_mode("error" if deterministic else "default")
-
-
-def generator_states(**generators):
-    """States of torch's global generators (CPU, every CUDA device) and of the named torch.Generators: uint8 tensors."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "named": {name: generator.get_state() for name, generator in generators.items()}}
-
-
-def restore_generators(states, **generators):
-    """Puts back what `generator_states` returned, but the state of a generator of another kind of device: one line says
-    that its noise goes on from the seed. UserError: a named generator that the checkpoint does not know."""
-    missing = sorted(set(generators) - set(states["named"]))
-    if missing:
-        raise UserError(f"the checkpoint has no state of the generator {', '.join(missing)}")
-    torch.set_rng_state(states["cpu"])
-    for i, state in enumerate(states["cuda"][:torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(state, i)
-    foreign = [] if bool(states["cuda"]) == torch.cuda.is_available() else ["dropout"]
-    for name, generator in generators.items():
-        if states["named"][name].numel() == generator.get_state().numel():
-            generator.set_state(states["named"][name])
-        else:
-            foreign.append(name)
-    if foreign:
-        print(f"the checkpoint is of another device: the noise of {', '.join(foreign)} goes on from the seed")
-
-
-class Generators:
-    """torch's global generators and the named ones, for a checkpoint."""
-
-    def __init__(self, **named):
-        self.named = named
-
-    def state_dict(self):
-        """See generator_states."""
-        return generator_states(**self.named)
-
-    def load_state_dict(self, states):
-        """See restore_generators."""
-        restore_generators(states, **self.named)
-
-
-def measure_peak_flops(device, dtype):
-    """FLOP/s of this device: the best of several square matmuls in `dtype`, in less than half a second."""
-    on_gpu = torch.device(device).type != "cpu"
-    size, best, began = 8192 if on_gpu else 1024, math.inf, time.perf_counter()
-    generator = torch.Generator(device).manual_seed(0)       # random numbers: a chip may be faster on constant ones
-    a, b = torch.randn(2, size, size, device=device, generator=generator).to(dtype)
-    while best == math.inf or time.perf_counter() - began < (0.4 if on_gpu else 0.1):
-        start = time.perf_counter()
-        product = a @ b
-        if on_gpu:
-            product[0, 0].item()                             # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * size ** 3 / best
-
-
-def peak_memory(device):
-    """Bytes: the most that torch held on a CUDA `device`, else the most that this process held (Windows: NaN)."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if resource is None:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-class Stopwatch:
-    """Where the time of a training loop on `device` goes, by marks in the loop that are cheap enough to stay there.
-
-        clock = Stopwatch(where)
-        while ...:
-            clock.start()                                    # what came before is "other"
-            x, y = batches.next()
-            clock.lap("data")                                # the time since the mark before was this part's
-            loss = net(x, y)
-            clock.lap("forward")
-
-    The parts are PARTS. Nothing waits for the device: on CUDA a mark is an event in the queue of its work, read once
-    the device has passed it, so that a part's time is the device's own, with what it waited for; what the host
-    prepares while the device works costs nothing. Elsewhere a mark is a look at the host's clock.
-    """
-
-    def __init__(self, device):
-        self.device = torch.device(device)
-        self.seconds = dict.fromkeys(PARTS, 0.0)
-        self._coming = deque()                               # CUDA: (event, part that it ends) in order, not yet read
-        self._last = self._event() if self.device.type == "cuda" else time.perf_counter()
-
-    def _event(self):
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-    def start(self):
-        """A mark: the time since the one before belongs to no part."""
-        self.lap("other")
-
-    def lap(self, part):
-        """A mark: the time since the one before was `part`, one of PARTS."""
-        if self.device.type != "cuda":
-            now = time.perf_counter()
-            self.seconds[part] += now - self._last
-            self._last = now
-            return
-        self._coming.append((self._event(), part))
-        while self._coming and self._coming[0][0].query():
-            self._read()
-
-    def _read(self):
-        """Adds the oldest mark, which the device has passed."""
-        event, part = self._coming.popleft()
-        self.seconds[part] += self._last.elapsed_time(event) / 1000
-        self._last = event
-
-    def shares(self):
-        """{part: its share of the time since the stopwatch was made}, together 1. Waits for the device."""
-        self.start()
-        if self._coming:
-            self._coming[-1][0].synchronize()
-        while self._coming:
-            self._read()
-        total = sum(self.seconds.values()) or 1.0            # two marks may be too near for the device's clock
-        return {part: seconds / total for part, seconds in self.seconds.items()}
-
-
 # --- Files ---
 
 def lock_file(file, shared=False, wait=False):
-    """Locks an open file, or descriptor, until it is closed. OSError with EAGAIN or EACCES: another process has it.
+    """Locks an open file, or descriptor, until it is closed. BUSY: another process has it.
 
     shared: beside others who share it. wait: until it is free. On Windows (msvcrt) no lock is shared.
     """
@@ -403,11 +225,11 @@ def _newest(settings):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,99}", name):
             raise UserError(f"--run_name {name}: only letters a-z, digits and . _ = + - may be in it, no sign first")
         return parent / name
-    runs = [path for path in parent.glob("*") if _is_run(path)]
+    runs = [path for path in parent.glob("*") if is_run(path)]
     return max(runs, key=lambda path: ((path / "lock").stat().st_mtime_ns, path.name), default=None)
 
 
-def _is_run(directory):
+def is_run(directory):
     """Whether `directory` is one of ours: its file `lock` says so (empty: killed while starting)."""
     with contextlib.suppress(OSError, ValueError):
         return (directory / "lock").read_text() in ("", FORMAT)
@@ -416,11 +238,12 @@ def _is_run(directory):
 
 def is_running(directory):
     """Whether a process is writing to the run in this directory."""
-    try:
-        with open(directory / "lock") as file:
-            lock_file(file, shared=True)
-    except OSError as error:
-        return error.errno in (errno.EAGAIN, errno.EACCES)
+    with contextlib.suppress(OSError):
+        try:
+            with open(directory / "lock") as file:
+                lock_file(file, shared=True)
+        except BUSY:
+            return True
     return False
 
 
@@ -438,13 +261,11 @@ def find_resume(settings, needed=False):
     if wanted is False:
         return None
     directory = _newest(settings) if wanted is True else Path(wanted)
-    fresh = wanted is True and (directory is None or not any(directory.glob("*.pt")))
-    reached = read_json(directory / "summary.json").get("step") if fresh and directory else None
-    if reached:
-        raise UserError(f"{directory} has no checkpoint, although its summary.json says step {reached}: "
-                        "start again under another --run_name")
-    if fresh:
+    if wanted is True and (directory is None or not any(directory.glob("*.pt"))):
         place = directory or Path(settings["out_dir"], Path(settings.script).stem)
+        if reached := read_json(place / "summary.json").get("step"):
+            raise UserError(f"{place} has no checkpoint, although its summary.json says step {reached}: "
+                            "start again under another --run_name")
         if needed:
             raise UserError(f"no checkpoint yet in {place}: train first")
         print(f"no checkpoint yet in {place}: starting at step 0")
@@ -476,14 +297,16 @@ def find_checkpoint(path):
     return path / "last.pt" if path.is_dir() else path
 
 
+class Checkpoint(dict):
+    """What a checkpoint's file holds; `.path`: which file."""
+
+
 def load_checkpoint(path, script=None):
     """The dict that `Run.save` wrote to `path`, tensors on the CPU. Runs no code from the file (weights_only=True).
 
     script: the script (a file's path, or its name without .py) that must have written it. The dict's `.path` is the
-    file's. The file's check sums are compared first, which torch.load does not do: about 0.2 s for 100 MB, half of what
-    the loading itself takes.
-    UserError, naming the file: missing, truncated, damaged, foreign, another script's, or holding objects that could
-    run code.
+    file's. The file's check sums are compared first, which torch.load does not do: about 0.2 s for 100 MB.
+    UserError, naming the file: missing, truncated, damaged, foreign, another script's, or able to run code.
     """
     path = Path(path)
     hint = "".join(f"; there is also {other}" for other in _others(path)[-1:])
@@ -509,15 +332,11 @@ def load_checkpoint(path, script=None):
         raise UserError(f"{path} is a checkpoint of {checkpoint.get('script')}, not of {Path(script).stem}")
     wrong = [name for name, kind in HELD.items() if name in checkpoint and not isinstance(checkpoint[name], kind)]
     steps = checkpoint.get("steps", {}) if not wrong else {}
-    if wrong or not all(_is_name(name) and isinstance(step, int) for name, step in steps.items()):
+    if wrong or not all(is_name(name) and isinstance(step, int) for name, step in steps.items()):
         raise UserError(f"{path} is damaged: {wrong[0] if wrong else 'steps'} is not what a run saves there{hint}")
     checkpoint = Checkpoint(checkpoint)
     checkpoint.path = path
     return checkpoint
-
-
-class Checkpoint(dict):
-    """What a checkpoint's file holds; `.path`: which file."""
 
 
 @contextlib.contextmanager
@@ -565,7 +384,7 @@ def put_back(saved, things, mesh=None):
     for name, thing in things.items():
         if not saved[name]:
             continue
-        if mesh is not None and mesh.size > 1:
+        if mesh:
             mesh.load_into(thing, saved[name])
         elif isinstance(thing, torch.optim.Optimizer):
             optim.load_state(thing, saved[name])
@@ -625,11 +444,6 @@ class Loop(dict):
                      for name, value in saved.items()})
 
 
-def _is_name(name):
-    """Whether it can name a folder inside a run's directory."""
-    return isinstance(name, str) and re.fullmatch(r"[\w-]{1,100}", name) is not None
-
-
 @contextlib.contextmanager
 def replacing(path):
     """A binary file that becomes `path`, on the disk, when the block ends; after any failure `path` is what it was."""
@@ -677,8 +491,8 @@ def write_json(path, value):
 def read_json(path):
     """The object in a JSON file; {} where there is none."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        value = json.loads(path.read_text())
-        return value if isinstance(value, dict) else {}
+        if isinstance(value := json.loads(path.read_text()), dict):
+            return value
     return {}
 
 
@@ -695,12 +509,17 @@ def read_metrics(path, limit=None):
 
 def run_metrics(directory):
     """All lines of a run, in the order of their steps: the trainer's, and those of an evaluation beside it."""
-    files = [directory / name for name in ("metrics.jsonl", "evaluation.jsonl")]
     lines = []
-    for file in files:
+    for name in ("metrics.jsonl", "evaluation.jsonl"):
         with contextlib.suppress(FileNotFoundError):
-            lines += read_metrics(file)
+            lines += read_metrics(directory / name)
     return sorted(lines, key=lambda line: line["step"])
+
+
+def draw_curves(directory):
+    """Draws a run's curves.png: see curves.draw."""
+    with replacing(directory / "curves.png") as file:
+        curves.draw(run_metrics(directory), file)
 
 
 def _output(*words):
@@ -711,10 +530,9 @@ def _output(*words):
 
 
 def _version(package):
-    if package == "torch":
-        return torch.__version__  # with what it was built for, which some of its packages' names leave out
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
+        # torch's own says what it was built for, which some of its packages' names leave out
+        return torch.__version__ if package == "torch" else importlib.metadata.version(package)
     return None
 
 
@@ -735,9 +553,10 @@ class Run:
         self.checkpoint, self.source = checkpoint, checkpoint.path if checkpoint else None
         self.step, self._began = checkpoint["step"] if checkpoint else 0, time.monotonic()
         self._first, self._steps = self.step, checkpoint.get("steps", {}) if checkpoint else {}
-        self.dir = self.stop = self._lock = self._metrics = self._bar = self._wandb = self._output = None
-        self._handlers, self._summary, self._boards, self._draws = {}, {}, {}, True
-        self.mesh, self.main, self.resumed, self._fails = mesh, mesh is None or mesh.main, False, True
+        self.dir = self.stop = self._lock = self._metrics = self._bar = self._output = None
+        self._handlers, self._summary, self._mirrors, self._draws = {}, {}, [], True
+        self.mesh = mesh if mesh and mesh.size > 1 else None
+        self.main, self.resumed, self._fails = self.mesh is None or mesh.main, False, True
         self._things = {}
         self.track(checkpoint, **things)
 
@@ -760,7 +579,7 @@ class Run:
                 return {name: state_of(value) for name, value in thing.items()}
             if not hasattr(thing, "state_dict"):
                 return thing
-            return self.mesh.state_of(thing) if self.mesh and self.mesh.size > 1 else thing.state_dict()
+            return self.mesh.state_of(thing) if self.mesh else thing.state_dict()
         return {name: state_of(self._things[name]) for name in names or self._things}
 
     def __enter__(self):
@@ -771,22 +590,19 @@ class Run:
                 for number in (signal.SIGINT, signal.SIGTERM):
                     self._handlers[number] = signal.signal(number, self._on_signal)
         except BaseException as error:
-            self._most(1)
+            if self.mesh:
+                self.mesh.most(1)
             self.__exit__(type(error), error, None)
             raise
-        if self._most(0):                                    # rank 0 could not, and says why
+        if self.mesh and self.mesh.most(0):                  # rank 0 could not, and says why
             sys.exit(2)
         self._fails = False
         return self
 
-    def _most(self, number):
-        """The largest of all processes' numbers."""
-        return self.mesh.most(number) if self.mesh else number
-
     def _enter(self):
         self._check_packages()
         home = _newest(self.settings)
-        if self.source and _is_run(self.source.parent) and (
+        if self.source and is_run(self.source.parent) and (
                 self.settings["run_name"] is None or self.source.parent.resolve() == home.resolve()):
             self.dir = self.source.parent
         elif self.settings["resume"] is True and not self.source and home and home.exists():
@@ -794,11 +610,15 @@ class Run:
         self.resumed = self.dir is not None
         self._open()
 
+    def _asked(self):
+        """The packages that metrics are mirrored to."""
+        asked = {"wandb": self.settings.get("wandb", "disabled") != "disabled",
+                 "torch.utils.tensorboard": self.settings.get("tensorboard")}
+        return [package for package, wanted in asked.items() if wanted and not self.debug]
+
     def _check_packages(self):
         """UserError where a package that was asked for is not installed; without matplotlib no curves are drawn."""
-        asked = {"wandb": self.settings.get("wandb", "disabled") != "disabled", "torch.utils.tensorboard":
-                 bool(self.settings.get("tensorboard"))}
-        for module in [module for module, wanted in asked.items() if wanted and not self.debug]:
+        for module in self._asked():
             try:
                 importlib.import_module(module)
             except ImportError:
@@ -815,7 +635,7 @@ class Run:
         try:
             if not self.resumed:
                 self.dir = place = self._create(place / self.script.stem, self.settings["run_name"])
-            elif any(place.iterdir()) and not _is_run(place):
+            elif any(place.iterdir()) and not is_run(place):
                 raise UserError(f"{place} is not the directory of a run: choose another --run_name")
             self._lock = self._take_lock()
             for leftover in itertools.chain(place.glob(".*.tmp-*"), place.glob("samples/.*.tmp-*")):
@@ -830,18 +650,14 @@ class Run:
         self._write_params()
         self._copy_code()
         known = self._open_metrics()
-        last = [entry for entry in known if entry["step"] == self._reached(entry)]
-        if self.settings.get("wandb", "disabled") != "disabled" and not self.debug:
-            self._wandb = self._open_wandb()
-            there = wandb_lines(self.dir) if known else ()
-            for number, entry in enumerate(known, 1):        # what a killed process did not bring there any more
-                if number >= self._wandb.step and number not in there:
-                    self._send(entry, number)
-        if self.settings.get("tensorboard") and not self.debug:
-            for model in (self._steps or [""]) if self.resumed else ():
-                self._open_board(model)
-            for entry in last:                               # purge_step hides these, but the checkpoint knows of them
-                self._mirror_to_board(entry)
+        if "wandb" in self._asked():
+            self._mirrors.append(curves.Wandb(self.dir, f"{self.script.stem}/{self.dir.name}", self.settings["wandb"],
+                                              _plain(self.settings)))
+        if "torch.utils.tensorboard" in self._asked():
+            reached = {**self._steps, "": self._first} if self.resumed else {}
+            self._mirrors.append(curves.TensorBoard(self.dir, reached))
+        for mirror in self._mirrors:
+            mirror.catch_up(known)
         self._output = sys.stdout = Output(sys.stdout)
 
     def _create(self, parent, name):
@@ -860,13 +676,13 @@ class Run:
             try:
                 lock_file(lock)
                 break
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    break                                    # a network folder that knows no locks: go on without one
+            except BUSY:
                 if trial == 4:
                     os.close(lock)
                     raise UserError(f"another process is writing to {self.dir}") from None
-            time.sleep(0.05)                                 # `is_running` holds it for a moment
+                time.sleep(0.05)                             # `is_running` holds it for a moment
+            except OSError:
+                break                                        # a network folder that knows no locks: go on without one
         os.write(lock, FORMAT.encode())                      # the file's time says which run started last
         return lock
 
@@ -923,24 +739,6 @@ class Run:
             (code / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, code / name)
 
-    def _open_wandb(self):
-        import wandb
-        ident, mode = self.dir / "wandb_id", self.settings["wandb"]
-        if not (ident.exists() and ident.read_text().isalnum()):     # else of what wandb wrote here under it
-            found = [re.search(r"run-\d+_\d+-(\w+)", path.name) for path in self.dir.glob("wandb/*run-*")]
-            with replacing(ident) as file:
-                file.write(next((match[1] for match in found if match), os.urandom(4).hex()).encode())
-        try:
-            if mode == "online" and not wandb.login(prompt=False):
-                raise UserError("wandb has no API key: type `wandb login` once, or choose --wandb offline")
-            run = wandb.init(project="nanolab", name=f"{self.script.stem}/{self.dir.name}", id=ident.read_text(),
-                             mode=mode, resume="allow", dir=str(self.dir), config=_plain(self.settings),
-                             settings=wandb.Settings(silent=True, console="off", init_timeout=60))
-            run.define_metric("*", step_metric="step")       # its own step counts lines: two models may be apart
-            return run
-        except wandb.Error as error:
-            raise UserError(f"wandb did not start: {error}; --wandb offline needs no network") from None
-
     def _on_signal(self, number, frame):
         if not self.main:                                    # rank 0 speaks, and ends them all
             self.stop = number
@@ -957,45 +755,20 @@ class Run:
         """Appends a line to metrics.jsonl: `step` optimiser steps done, `split`, `values`; a number not finite is null.
 
         Texts among the values (model, stage, protocol, ...) name the curve that the numbers belong to. NonFinite: a
-        validation's measure was none (`check_finite`), once the line is written.
+        validation's measure, by which a model may be the best, was none; once the line is written.
         """
-        if not self.main:
-            return check_finite(step, split, values)         # so that all processes end together
-        entry = {"step": step, "split": split, **_plain(values)}
-        try:
-            self._metrics.write((json.dumps(entry, allow_nan=False) + "\n").encode())
-        except OSError as error:
-            raise UserError(f"cannot write {self.dir / 'metrics.jsonl'}: {error.strerror}") from error
-        self._lines, self.step = self._lines + 1, max(self.step, step)
-        self._mirror(entry)
-        check_finite(step, split, values)
-
-    def _mirror(self, entry):
-        """One line of metrics to TensorBoard and wandb."""
-        if self.settings.get("tensorboard") and not self.debug:
-            self._mirror_to_board(entry)
-        if self._wandb and self._lines >= self._wandb.step:  # what wandb has, a resumed run only repeats
-            self._send(entry, self._lines)
-
-    def _send(self, entry, number):
-        """Line `number` of the metrics to wandb."""
-        numbers = {f"{_curve(entry)}/{key}": value for key, value in _numbers(entry).items()}
-        self._wandb.log({**numbers, "step": entry["step"]}, step=number)
-
-    def _mirror_to_board(self, entry):
-        """A model's curves lie in a folder of its own: TensorBoard shows them as a run, and its steps count alone."""
-        board = self._boards.get(entry.get("model", "")) or self._open_board(entry.get("model", ""))
-        curve = _curve({key: value for key, value in entry.items() if key != "model"})
-        for key, value in _numbers(entry).items():
-            board.add_scalar(f"{curve}/{key}", value, entry["step"])
-
-    def _open_board(self, model):
-        if model and not _is_name(model):                    # a damaged file must not lead out of the directory
-            raise UserError(f"{self.dir / 'metrics.jsonl'} is damaged: {model[:50]!r} is no name of a model")
-        from torch.utils.tensorboard import SummaryWriter
-        purge = self._reached({"model": model}) if self.resumed else None
-        self._boards[model] = SummaryWriter(str(self.dir / "tensorboard" / model), purge_step=purge)
-        return self._boards[model]
+        if self.main:
+            entry = {"step": step, "split": split, **_plain(values)}
+            try:
+                self._metrics.write((json.dumps(entry, allow_nan=False) + "\n").encode())
+            except OSError as error:
+                raise UserError(f"cannot write {self.dir / 'metrics.jsonl'}: {error.strerror}") from error
+            self._lines, self.step = self._lines + 1, max(self.step, step)
+            for mirror in self._mirrors:
+                mirror.log(entry, self._lines)
+        for name in ("loss", "nats", "bpb", "score") if split != "train" else ():  # all processes end together
+            if not math.isfinite(values.get(name) or 0.0):
+                raise NonFinite(step, f"{name} of the validation")
 
     def save(self, name, step, keep=0, **more):
         """Writes a checkpoint to the run's file `name`: step, settings, the states of all that is tracked, and `more`.
@@ -1023,8 +796,8 @@ class Run:
         if self.settings.fingerprint is not None:
             state["fingerprint"] = self.settings.fingerprint
         os.fsync(self._metrics.fileno())                     # first: what a checkpoint knows of is on the disk
-        for board in self._boards.values():
-            board.flush()
+        for mirror in self._mirrors:
+            mirror.flush()
         with replacing(self.dir / name) as file:
             torch.save(state, file)
 
@@ -1038,12 +811,11 @@ class Run:
         self._summary.update(values)
 
     def spent(self, clock):
-        """Where the time went by a Stopwatch, and the peak of memory: one line in print, and `time` and `peak_memory`
-        in summary.json. The time of this process only: what was spent before a resume is not in it."""
+        """Where this process's time went by a Stopwatch, and the peak of memory: in print and in summary.json."""
         shares, memory = clock.shares(), peak_memory(clock.device)
         self.summary(time=shares, peak_memory=memory)
         print("time: " + ", ".join(f"{part} {100 * share:.0f} %" for part, share in shares.items()) +
-              ("" if math.isnan(memory) else f"; peak memory {_as_size(memory)}"))
+              ("" if math.isnan(memory) else f"; peak memory {as_size(memory)}"))
 
     def _write_summary(self, status, **more):
         memory = peak_memory("cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else "cpu")
@@ -1072,16 +844,16 @@ class Run:
                 else:                                        # unless another took it in that moment, and wrote
                     stack.enter_context(contextlib.suppress(OSError))
                     stack.callback(os.rmdir, self.dir)
-            for writer in filter(None, (self._metrics, *self._boards.values(), self._bar)):
+            for writer in filter(None, (self._metrics, self._bar)):
                 stack.callback(writer.close)
-            if self._wandb:
-                stack.callback(self._wandb.finish, 0 if good else 1)
+            for mirror in reversed(self._mirrors):
+                stack.callback(mirror.close, good)
             try:
                 if self._lock is not None:
                     self._write_summary(status, **({} if good else {"error": f"{kind.__name__}: {error}"}))
                 if self._metrics and self._draws:
                     with optional("curves.png is"):
-                        draw_curves(self.dir, self.dir / "curves.png")
+                        draw_curves(self.dir)
             except UserError:
                 if good:
                     raise                                    # else what went wrong first is what to tell
@@ -1089,29 +861,6 @@ class Run:
             sys.exit(128 + self.stop)
         if not self.main and isinstance(error, (UserError, NonFinite)):
             sys.exit(2 if isinstance(error, UserError) else 3)   # rank 0 says what it was
-
-
-def wandb_lines(directory):
-    """The numbers of the lines of metrics in the files that wandb keeps in a run's directory: a set.
-
-    Their format is LevelDB's log: blocks of 32,768 bytes, of records (check sum, size, kind) that may be in parts.
-    """
-    from wandb.proto.wandb_internal_pb2 import Record
-    found = set()
-    for path in directory.glob("wandb/*run-*/*.wandb"):
-        data, at, record = path.read_bytes(), 7, b""         # after the file's own header
-        with contextlib.suppress(Exception):                 # what a kill has cut off
-            while at + 7 <= len(data):
-                left = 32768 - at % 32768
-                if left < 7:                                 # no record begins in the rest of a block
-                    at += left
-                    continue
-                size, kind = struct.unpack_from("<HB", data, at + 4)
-                record, at = record + data[at + 7:at + 7 + size], at + 7 + size
-                if kind in (1, 4):                           # whole, or the last part
-                    found.add(Record.FromString(record).history.step.num)    # 0: a record of something else
-                    record = b""
-    return found
 
 
 class Bar:
@@ -1145,179 +894,3 @@ class Bar:
         if self.tqdm is not None:
             self.tqdm.close()
         self.tqdm = None
-
-
-def _curve(entry):
-    """The curve of a line of metrics: model, stage, split and whatever else it says in words, as in `val/block`."""
-    first = {key: entry[key] for key in ("model", "stage", "split") if key in entry}
-    return "/".join(value for value in {**first, **entry}.values() if isinstance(value, str))
-
-
-def _numbers(entry):
-    """What a line of metrics measures."""
-    return {key: value for key, value in entry.items() if key != "step" and type(value) in (int, float)}
-
-
-PANELS = {"loss": "loss (nats per target)", "bpb": "bits per byte", "accuracy": "accuracy", "exact": "exact match",
-          "digit_accuracy": "accuracy of a digit", "perplexity": "perplexity of the codes", "psnr": "PSNR (dB)",
-          "information": "I(code; action) / H(action)", "changed": "changed tokens that are right",
-          "frame": "whole frames that are right"}
-
-
-def draw_curves(directory, picture):
-    """Draws what PANELS names, as far as it is there, over the steps of a run's metrics into a PNG file."""
-    from matplotlib.figure import Figure
-    curves, powers, whose = {key: {} for key in PANELS}, {}, {}
-    for entry in run_metrics(directory):
-        for name, value in entry.items():
-            key, _, power = name.rpartition("_") if name.startswith("digit_accuracy_") else (name, "", "")
-            if key in PANELS and value is not None:
-                label = _curve(entry) + (f" 10^{power}" if power else "")
-                curves[key].setdefault(label, []).append((entry["step"], value))
-                if power:                                    # a colour for each digit, a line style for each model
-                    powers[label] = int(power)
-                    whose.setdefault(_curve(entry), len(whose))
-    panels = [key for key in curves if curves[key]] or ["loss"]
-    figure = Figure(figsize=(8, 4.5 * len(panels)), layout="constrained", dpi=100)
-    for axes, key in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels):
-        for name, points in sorted(curves[key].items()):
-            style = dict(linewidth=1) if len(points) > 60 else dict(marker="o", markersize=3.5)
-            if name in powers:
-                dashes = ("-", "--", ":", "-.")[whose[name.rpartition(" ")[0]] % 4]
-                style |= dict(color=f"C{powers[name] % 10}", linestyle=dashes)
-            axes.plot(*zip(*points), label=name, **style)
-        axes.set(xlabel="step", ylabel=PANELS[key])
-        axes.grid(alpha=0.3)
-        if curves[key]:
-            axes.legend(fontsize="small" if len(curves[key]) > 6 else None)
-    with replacing(picture) as file:
-        figure.savefig(file, format="png")
-
-
-# --- The runs that are there: python -m nanolab.run list, clean ---
-
-def find_runs(out_dir):
-    """Directories of all runs under out_dir, sorted. No link is followed."""
-    found = []
-    for place, folders, files in os.walk(out_dir):
-        if "lock" in files and _is_run(Path(place)):
-            found.append(Path(place))
-            folders.clear()
-    return sorted(found)
-
-
-def describe_run(directory):
-    """What `list` and `clean` say of a run: dict of name, status, step, best, bytes, age (seconds), tag.
-
-    status: that of summary.json, or "running" while a process writes to it and "killed" where none does any more.
-    """
-    summary, settings = read_json(directory / "summary.json"), read_json(directory / "params.json").get("settings", {})
-    files = []                                                   # what lstat says of them
-    for place, _, names in os.walk(directory):
-        for name in names:
-            with contextlib.suppress(OSError):                   # a run that is being written replaces its files
-                files.append(os.lstat(os.path.join(place, name)))
-    files = [file for file in files if stat.S_ISREG(file.st_mode)]
-    written = max((file.st_mtime for file in files), default=time.time())
-    status = "running" if is_running(directory) else summary.get("status", "killed")
-    if status == "running":                                      # the summary is written when a run ends
-        status = "running" if is_running(directory) else "killed"
-        summary = {"step": max((entry["step"] for entry in run_metrics(directory)), default=0)}
-    best = [f"{name.removeprefix('best_')} {value:.4f}" for name, value in summary.items()
-            if name.startswith("best_") and isinstance(value, float)]
-    return dict(name=str(directory), status=status, step=summary.get("step", 0), best=", ".join(best),
-                bytes=sum(file.st_size for file in files), age=max(0.0, time.time() - written),
-                tag=settings.get("tag") or "")
-
-
-def remove_run(directory):
-    """Removes the directory of a run. UserError: it is a link or no run of ours, or a process is writing to it."""
-    if directory.is_symlink() or not directory.is_dir() or not (directory / "lock").exists() or not _is_run(directory):
-        raise UserError(f"{directory} is not the directory of a run: it is left alone")
-    with open(directory / "lock") as lock:
-        try:
-            lock_file(lock)                                      # held until it is gone: nobody can start to write
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise UserError(f"another process is writing to {directory}: it is left alone") from None
-        try:
-            shutil.rmtree(directory)                             # links inside are removed, not followed
-        except OSError as error:
-            raise UserError(f"{directory} is not wholly removed: {error.strerror}") from None
-
-
-def _as_size(n):
-    for unit in ("B", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}"
-        n /= 1000
-    return f"{n:.1f} GB"
-
-
-def _as_age(seconds):
-    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= length:
-            return f"{seconds // length:.0f}{unit}"
-    return f"{seconds:.0f}s"
-
-
-def _seconds(text):
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no age: write 30m, 12h or 7d")
-    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
-
-
-@command
-def main(argv=None):
-    """The command line."""
-    parser = Parser(prog="python -m nanolab.run", description="the runs that are there")
-    parts = parser.add_subparsers(dest="what", required=True, metavar="list|clean", parser_class=Parser)
-    for name, words in (("list", "status, step, best, size and age of every run"),
-                        ("clean", "say which runs would be removed; with --yes remove them")):
-        part = parts.add_parser(name, help=words, description=words)
-        part.add_argument("--out_dir", "--out-dir", type=Path, default=Path("runs"), help="where the runs lie")
-        part.add_argument("--tag", help="only runs with this tag")
-        part.add_argument("--older_than", "--older-than", type=_seconds, default=0.0, metavar="7d",
-                          help="only runs that nothing was written to for so long: 30m, 12h, 7d")
-    part.add_argument("--yes", action="store_true", help="do remove them")
-    part.add_argument("runs", nargs="*", type=Path, help="these directories only")
-    args = parser.parse_args(argv)
-    chosen = getattr(args, "runs", [])
-    if args.what == "clean" and not chosen and args.tag is None and not args.older_than:
-        raise UserError("which runs? give --tag, --older_than or directories")
-    if not chosen and not args.out_dir.is_dir():
-        raise UserError(f"{args.out_dir}: no such directory")
-    for directory in chosen:
-        if directory.is_symlink() or not (directory / "lock").exists() or not _is_run(directory):
-            raise UserError(f"{directory} is not the directory of a run: nothing was removed")
-    found = [describe_run(directory) for directory in chosen or find_runs(args.out_dir)]
-    found = [run for run in found if args.tag in (None, run["tag"]) and run["age"] >= args.older_than]
-    if args.what == "clean":
-        for run in [run for run in found if run["status"] == "running"]:
-            print(f"{run['name']} is being written: it is left alone")
-            found.remove(run)
-    rows = [(run["name"], run["status"], str(run["step"]), run["best"], _as_size(run["bytes"]), _as_age(run["age"]),
-             run["tag"]) for run in found]
-    rows = [("run", "status", "step", "best", "size", "age", "tag"), *rows] if rows else []
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    total = f"{len(found)} runs, {_as_size(sum(run['bytes'] for run in found))}"
-    if args.what == "list":
-        print(total)
-    elif not args.yes:
-        print(f"{total} would be removed; with --yes they are")
-    else:
-        removed = 0
-        for run in found:
-            try:
-                remove_run(Path(run["name"]))
-                removed += 1
-            except UserError as error:                           # it began to be written a moment ago
-                print(error)
-        print(f"{removed} runs removed")
-
-
-if __name__ == "__main__":
-    main()

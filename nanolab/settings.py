@@ -1,8 +1,11 @@
-"""Settings of a script from its own source, its command line and its presets. Imports nothing that takes long.
+"""Settings of a script from its own source, its command line and its presets; command lines of plain functions.
 
     answer_help(__name__, __file__)                          # at the top: -h, before the seconds of importing torch
 
     settings = override(globals())                           # in main(): --name value, --preset NAME, -h
+    main = command(serve(load, show))                        # or of functions: see `serve`
+
+Imports nothing that takes long.
 """
 import os
 import signal
@@ -36,7 +39,9 @@ if _main and Path(_main).resolve().parent in {ROOT / room for room in ("", "data
         signal.signal(signal.SIGINT, interrupted)
     surroundings()
 
+import argparse
 import ast
+import contextlib
 import difflib
 import functools
 import inspect
@@ -96,7 +101,7 @@ class Common:
     """The settings that all scripts that train have alike."""
     run_name: str = None           # name of the run's directory, out_dir/script/run_name; none: date and time
     out_dir: str = "runs"          # where the runs lie
-    tag: str = None                # a word by which `python -m nanolab.run clean --tag` finds the run
+    tag: str = None                # a word by which `python -m nanolab.runs clean --tag` finds the run
     resume: bool = False           # [path] go on with run_name (none: the newest run); --resume PATH: from that one
     debug: bool = False            # tiny and short, no wandb, no tensorboard
     wandb: str = "disabled"        # [disabled, offline, online]
@@ -308,26 +313,39 @@ def begin(g, argv=None):
 def answer_help(name, path, positional=None):
     """At the top of a script, with its __name__ and __file__: prints the text of -h and exits, if that was asked for.
 
-    Reads presets and aliases from the source without running it. Where they are computed it does nothing: `override`
-    will answer. positional: as for `override`.
+    Reads presets and aliases, or the signatures of the functions that `serve` is given, from the source without running
+    it. Where presets are computed it does nothing: `override` will answer. positional: as for `override`.
     """
     if name != "__main__" or not {"-h", "--help"} & set(sys.argv[1:]):
         return
     with tokenize.open(path) as file:
         tree = ast.parse(file.read())
-    g = {"__doc__": ast.get_docstring(tree, clean=False), "__file__": path}
+    g, assigned = {"__doc__": ast.get_docstring(tree, clean=False), "__file__": path}, {}
     for node in tree.body:
-        if isinstance(node, ast.Assign) and (ast.unparse(node.targets[0]) in ("presets", "aliases") or isinstance(
-                node.value, ast.Call) and ast.unparse(node.value.func) == "dict"):   # or what presets build upon
+        if isinstance(node, ast.Assign):
+            assigned[ast.unparse(node.targets[0])] = node
+    if "main" in assigned:
+        used = {node.id for node in ast.walk(assigned["main"]) if isinstance(node, ast.Name)}
+        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in used]
+        for function in functions:
+            function.body = function.body[:1]                # the docstring
+        g |= {"serve": serve, "command": lambda main: main}
+        exec(compile(ast.Module([*functions, assigned["main"]], []), path, "exec"), g)
+        with contextlib.suppress(UserError):                 # which the command itself will say
+            g["main"]()
+        return
+    for name, node in assigned.items():
+        if name in ("presets", "aliases") or ast.unparse(node.value).startswith("dict("):    # what presets build upon
             try:
                 exec(compile(ast.Module([node], []), path, "exec"), {"__builtins__": {"dict": dict}}, g)
             except NameError:
-                return
+                if name in ("presets", "aliases"):           # computed; another dict is none that they build upon
+                    return
     _answer(_help(g, _read_settings(path), g.get("presets", {}), positional))
 
 
 def _answer(text):
-    """Prints what -h says, and exits; a reader that has closed our standard output (`| head`) has seen enough."""
+    """Prints what -h says, and exits; who has closed our standard output (`| head`) has seen enough."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -442,3 +460,98 @@ def adopt(settings, saved, architecture=(), of_this_command=()):
     if moved:
         print("from the checkpoint:", ", ".join(moved))
     settings.put(**adopted)
+
+
+# --- Command lines of plain functions ---
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but what is typed wrongly is a UserError, and -h is `columns` wide."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs, formatter_class=lambda prog: argparse.HelpFormatter(prog, width=columns()))
+
+    def error(self, message):
+        raise UserError(message)
+
+    def print_help(self, file=None):
+        """Prints what -h says, and exits."""
+        _answer(self.format_help().rstrip())
+
+
+def serve(*steps, defaults=None, **commands):
+    """A main(argv=None) of plain functions, whose signatures and docstrings say its options, types, bounds and help:
+
+        def load(dataset, max_bytes=None):
+            '''Finds a text.
+
+            dataset: enwik8, or a file
+            max_bytes: [>= 1] only the first so many bytes; none: all
+            '''
+
+        main = command(serve(load, show))                    # python data/text.py enwik8 --max_bytes 1000 --stats
+
+    The first step is called with the options that its arguments name, each next one with what the one before returned
+    and with its own options; an option of the same name is said to all. A line that goes on is indented; an argument
+    without a line is no option; a first one that is a text is a bare word; one without a default must be typed.
+    defaults: {argument: value} in place of the functions' own. commands: {word: steps} of which the first word typed
+    chooses one, in place of `steps`. main raises UserError for what is typed wrongly; main.read(words), which calls no
+    step, too.
+    """
+    def read(words):
+        """(the steps, {option: value}) that the words ask for."""
+        g = (steps or next(iter(commands.values())))[0].__globals__
+        path = Path(g["__file__"])
+        parser = Parser(prog=f"{path.parent.name}/{path.name}", description=g["__doc__"].splitlines()[0])
+        if commands:
+            parts = parser.add_subparsers(dest="command", required=True, metavar="|".join(commands),
+                                          parser_class=Parser)
+            for word, chain in commands.items():
+                said = inspect.getdoc(chain[0]).splitlines()[0]
+                _add_options(parts.add_parser(word, help=said, description=said), chain, {})
+        else:
+            _add_options(parser, steps, defaults or {})
+        words = [re.sub("^(--(?:no-)?)([^=]+)", lambda option: option[1] + option[2].replace("-", "_"), word)
+                 for word in words]                              # --max-bytes is --max_bytes
+        typed = vars(parser.parse_args(words))
+        return steps or commands[typed["command"]], typed
+
+    def main(argv=None):
+        chain, typed = read(sys.argv[1:] if argv is None else argv)
+        found = []                                               # what the step before returned
+        for step in chain:
+            options = list(inspect.signature(step).parameters)[len(found):]
+            found = [step(*found, **{name: typed[name] for name in options if name in typed})]
+    main.read = read
+    return main
+
+
+def _add_options(parser, steps, defaults):
+    """Adds the options of all steps to an argparse parser, each once."""
+    known = set()
+    for number, step in enumerate(steps):
+        lines = re.findall(r"^(\w+): (.+(?:\n .+)*)", inspect.getdoc(step) or "", re.MULTILINE)
+        said = {name: " ".join(text.split()) for name, text in lines}
+        for place, option in enumerate(list(inspect.signature(step).parameters.values())[number > 0:]):
+            name, default = option.name, defaults.get(option.name, option.default)
+            if name in known or name not in said:
+                continue
+            known.add(name)
+            needed = default is option.empty
+            setting = _Setting(name, "" if needed else default, said[name], "")
+            how = dict(default=None if needed else default, help=said[name].replace("%", "%%"))
+            if setting.kind is bool:
+                parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **how)
+            elif number == place == 0 and setting.kind is str and option.kind is not option.KEYWORD_ONLY:
+                parser.add_argument(name, nargs=None if needed else "?", type=_reader(setting), **how)
+            else:
+                parser.add_argument(f"--{name}", required=needed, type=_reader(setting), **how)
+
+
+def _reader(setting):
+    """What argparse reads a word with."""
+    def read(text):
+        try:
+            return setting.read(text, typed=True)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{shown(text)!r} {error}") from None
+    return read

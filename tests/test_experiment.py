@@ -21,13 +21,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab import optim, parallel, run as experiment
-from nanolab.run import (Loop, NonFinite, Run, Settings, Stopwatch, UserError, command, draw_curves, find_checkpoint,
-                         find_resume, generator_states, load_checkpoint, measure_peak_flops, peak_memory, put_back,
-                         resolve_device, restore_generators, restoring, seed_everything)
+from nanolab import curves, optim, parallel, run as experiment, runs
+from nanolab.run import (Generators, Loop, NonFinite, Run, Settings, Stopwatch, UserError, command, draw_curves,
+                         find_checkpoint, find_resume, load_checkpoint, measure_peak_flops, peak_memory, put_back,
+                         resolve_device, restoring, seed_everything)
 
 ROOT = Path(__file__).parent.parent
-HEAD = "import sys\nfrom nanolab.run import *\n"
+HEAD = "import resource, sys\nfrom nanolab.run import *\n"
 
 
 def settings_for(tmp_path, **more):
@@ -212,10 +212,10 @@ def test_a_file_system_without_locks_does_not_stop_the_run(tmp_path, script, mon
 
 
 def test_a_start_that_fails_leaves_no_directory(tmp_path, script, monkeypatch):
-    def fail(run):
+    def fail(*given):
         raise UserError("no network")
 
-    monkeypatch.setattr(Run, "_open_wandb", fail)
+    monkeypatch.setattr(curves, "Wandb", fail)
     with pytest.raises(UserError, match="no network"):
         with Run(settings_for(tmp_path, wandb="online")):
             pass
@@ -297,7 +297,7 @@ def test_tensorboard_after_a_kill_and_resume_is_one_curve(tmp_path, script):
                     run.save("last.pt", **state(step))
                     run.log(step=step, split="val", loss=300.0 + step, protocol="block")
                 if step == 17 and not checkpoint:
-                    [board.flush() for board in run._boards.values()]
+                    [mirror.flush() for mirror in run._mirrors]
                     os.kill(os.getpid(), signal.SIGKILL)
 
     assert [status_of(fork(loop, tmp_path / "out")) for _ in range(2)] == [-9, 0]
@@ -323,15 +323,15 @@ def test_wandb_goes_on_with_its_id_offline(tmp_path, script, capfd):
             run.log(step=1 + resume, loss=1.0)
             run.save("last.pt", **state(1 + resume))
     ident = (run.dir / "wandb_id").read_text()
-    wait_for(lambda: experiment.wandb_lines(run.dir) == {0, 1, 2})       # its own process writes them
+    wait_for(lambda: curves.wandb_lines(run.dir) == {0, 1, 2})       # its own process writes them
     for path in (run.dir / "wandb").glob("*/*.wandb"):       # as a kill may leave both
         path.write_bytes(path.read_bytes()[:300])
     (run.dir / "wandb_id").write_text("")
-    assert experiment.wandb_lines(run.dir) <= {0}
+    assert curves.wandb_lines(run.dir) <= {0}
     path = find_resume(settings)
     with Run(settings, load_checkpoint(path)) as run:
         run.log(step=3, loss=5.0)
-    wait_for(lambda: experiment.wandb_lines(run.dir) == {0, 1, 2, 3})    # sent again
+    wait_for(lambda: curves.wandb_lines(run.dir) == {0, 1, 2, 3})    # sent again
     assert (run.dir / "wandb_id").read_text() == ident, "the folders know it"
     kept = sorted(path.name for path in (run.dir / "wandb").glob("offline-run-*"))
     assert kept and all(ident in name for name in kept)  # two within a second: wandb adds -1
@@ -450,7 +450,7 @@ def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(tmp_path, script):
 def test_save_and_load(tmp_path, script):
     with Run(settings_for(tmp_path)) as run:
         run.log(step=3, loss=1.0)
-        run.save("last.pt", **state(3, 2.0, ema=None, generators=generator_states(data=torch.Generator())))
+        run.save("last.pt", **state(3, 2.0, ema=None, generators=Generators(data=torch.Generator()).state_dict()))
     found = load_checkpoint(run.dir / "last.pt")
     assert (found["format"], found["script"], found["step"], found["metrics_lines"]) == ("nanolab-1", "toy", 3, 1)
     assert found["settings"] == {"betas": (0.9, 0.95), "lr": 0.1} and found["ema"] is None
@@ -818,8 +818,8 @@ def test_list_and_clean_while_a_run_saves(tmp_path, script, monkeypatch, capsys,
         return look(name, follow_symlinks=follow_symlinks, **more)
     monkeypatch.setattr(os, "lstat", gone)
     monkeypatch.setattr(os, "stat", lambda name, follow_symlinks=True, **more: gone(name, follow_symlinks, **more))
-    experiment.main(["list", "--out_dir", str(tmp_path / "runs")])
-    experiment.main(["clean", "--out_dir", str(tmp_path / "runs"), "--yes", str(path.parent)])
+    runs.main(["list", "--out_dir", str(tmp_path / "runs")])
+    runs.main(["clean", "--out_dir", str(tmp_path / "runs"), "--yes", str(path.parent)])
     assert "1 runs removed" in capsys.readouterr().out and not path.parent.exists()
 
 
@@ -963,7 +963,7 @@ def main():
     for name, out in (("closed", sys.stdout), ("full", open("/dev/full", "w")),
                       ("ascii", open("out", "w", encoding="ascii"))):
         sys.stdout = out
-        flags.surroundings()
+        surroundings()
         settings = Settings(out_dir="runs", run_name=name, resume=False)
         settings.script = __file__
         with Run(settings) as run:
@@ -1039,7 +1039,7 @@ def test_not_finite_in_other_places(tmp_path):
     model.weight.data[1, 1] = math.inf
     with pytest.raises(NonFinite, match="a weight is not finite at step 3"):
         experiment.check_weights(3, model)
-    silent = Run(settings_for(tmp_path), mesh=parallel.Mesh(rank=1))
+    silent = Run(settings_for(tmp_path), mesh=parallel.Mesh(2, rank=1))
     silent.log(step=1, loss=math.nan)                        # of training: the loop itself looks at those
     with pytest.raises(NonFinite, match="loss of the validation is not finite at step 1"):
         silent.log(step=1, split="val", loss=math.nan)
@@ -1064,18 +1064,18 @@ def commands():
 
 
 def test_ctrl_c_while_the_imports_run(tmp_path):
-    """Status 130 and one line: `flags`, which minds it, comes before all that takes long."""
+    """Status 130 and one line: nanolab.settings, which minds it, comes before all that takes long."""
     assert len(commands()) > 15
     for path in commands():
         tree = ast.parse(path.read_text())
         names = [node.names[0].name if isinstance(node, ast.Import) else node.module
                  for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        assert set(names[:names.index("flags")]) <= {"sys", "pathlib"}, path
+        assert set(names[:names.index("nanolab.settings")]) <= {"sys", "pathlib"}, path
     hang = tmp_path / "torch.py"                             # the import that takes long
     hang.write_text("import time\nprint('imports', flush=True)\ntime.sleep(60)\n")
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": ""}
-    for path in (ROOT / "data" / "mqar.py", ROOT / "nanolab" / "run.py"):
-        code = f"import runpy, sys\nsys.path[:0] = [{str(tmp_path)!r}, {str(path.parent)!r}]\n" \
+    for path in (ROOT / "data" / "mqar.py", ROOT / "nanolab" / "runs.py"):
+        code = f"import runpy, sys\nsys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n" \
                f"sys.modules['__main__'].__file__ = path = {str(path)!r}\nrunpy.run_path(path, {{}}, '__main__')"
         process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, text=True)
@@ -1101,8 +1101,7 @@ from pathlib import Path
 import importlib
 for name in sys.argv[2:]:
     importlib.import_module(name)
-import experiment
-from experiment import Run, Settings, UserError, find_resume, is_running, load_checkpoint
+from nanolab.run import Run, Settings, UserError, find_resume, is_running, load_checkpoint
 settings = Settings(out_dir="runs", run_name="a", resume=False)
 settings.script = "toy.py"
 with Run(settings) as run:
@@ -1152,28 +1151,28 @@ def test_resolve_device(monkeypatch):
 def test_generators_go_on_where_they_were(tmp_path):
     torch.manual_seed(1)
     data = torch.Generator().manual_seed(2)
-    torch.save(generator_states(data=data), tmp_path / "g.pt")
+    torch.save(Generators(data=data).state_dict(), tmp_path / "g.pt")
     expected = torch.rand(5), torch.rand(5, generator=data)
     states = torch.load(tmp_path / "g.pt", weights_only=True)
     other = torch.Generator()
-    restore_generators(states, data=other)
+    Generators(data=other).load_state_dict(states)
     assert torch.equal(torch.rand(5), expected[0]) and torch.equal(torch.rand(5, generator=other), expected[1])
     with pytest.raises(UserError, match="no state of the generator eval"):
-        restore_generators(states, eval=other)
+        Generators(eval=other).load_state_dict(states)
 
 
 def test_generators_of_another_device_go_on_from_the_seed(capsys):
     """A generator of CUDA has 16 bytes of state, one of the CPU 5,056."""
     noise, seeded, other = (torch.Generator().manual_seed(seed) for seed in (3, 3, 9))
-    states = generator_states(noise=noise, other=other)
+    states = Generators(noise=noise, other=other).state_dict()
     states["named"]["noise"] = torch.zeros(16, dtype=torch.uint8)
     torch.rand(7, generator=other)
-    restore_generators(states, noise=noise, other=other)
+    Generators(noise=noise, other=other).load_state_dict(states)
     assert capsys.readouterr().out == ("the checkpoint is of another device: the noise of noise goes on from the "
                                        "seed\n")
     assert torch.equal(torch.rand(5, generator=noise), torch.rand(5, generator=seeded))
     assert torch.equal(torch.rand(5, generator=other), torch.rand(5, generator=torch.Generator().manual_seed(9)))
-    restore_generators(generator_states(noise=noise), noise=noise)
+    Generators(noise=noise).load_state_dict(Generators(noise=noise).state_dict())
     assert capsys.readouterr().out == ""
 
 
@@ -1317,7 +1316,7 @@ def test_curves_without_warnings(tmp_path, count):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        draw_curves(tmp_path, tmp_path / "curves.png")
+        draw_curves(tmp_path)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -1330,7 +1329,7 @@ def test_curves_show_values_as_they_are(tmp_path, monkeypatch):
               "digit_accuracy_0": 1.0, "digit_accuracy_11": 0.2} for i in range(5)]
     lines += [{"step": 1, "split": "val", "model": "simple", "digit_accuracy_0": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    draw_curves(tmp_path, tmp_path / "curves.png")
+    draw_curves(tmp_path)
     assert [axes.get_ylabel() for axes in seen] == ["loss (nats per target)", "accuracy", "accuracy of a digit"]
     assert seen[0].get_yscale() == "linear" and list(seen[0].lines[0].get_ydata()) == [1, 0, -1, -2, -3]
     assert seen[0].get_ylim()[0] < -3
@@ -1370,9 +1369,9 @@ def test_progress_on_a_terminal(capsys, monkeypatch, total):
 
 @pytest.mark.gpu
 def test_cuda_generators_and_peaks():
-    states = generator_states()
+    states = Generators().state_dict()
     expected = torch.rand(5, device="cuda")
-    restore_generators(states)
+    Generators().load_state_dict(states)
     assert torch.equal(torch.rand(5, device="cuda"), expected)
     assert measure_peak_flops("cuda", torch.bfloat16) > measure_peak_flops("cpu", torch.float32)
     assert peak_memory("cuda") > 0

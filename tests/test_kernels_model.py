@@ -473,7 +473,7 @@ def test_one_process_only():
         with pytest.raises(UserError, match="kernels triton are tested in one process only: .*--kernels torch"):
             parallel.Mesh(*shape).check(config)
         parallel.Mesh(*shape).check(TransformerConfig(**SMALL))
-    parallel.Mesh(1, 1).check(config)
+    parallel.Alone().check(config)
 
 
 def test_checkpoints_do_not_change():

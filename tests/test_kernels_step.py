@@ -245,7 +245,7 @@ def test_several_processes_and_their_parts(launches):
     """A mesh of two; and one DTensor, alone in its process."""
     equal(Setup().train(range(2)), Setup(way="triton", mesh=parallel.Mesh(dp=2)).train(range(2)))
     assert not launches
-    Setup(way="triton", mesh=parallel.Mesh()).train([0])
+    Setup(way="triton", mesh=parallel.Alone()).train([0])
     assert len(launches) == 1
     from torch import distributed
     from torch.distributed.tensor import distribute_tensor

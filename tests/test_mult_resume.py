@@ -328,7 +328,7 @@ def test_runs_of_tests_are_found_by_their_tag(forks, base, copy, tmp_path):
     """Each run here has the tag `test`; the command removes it, and nothing else."""
     other = train(tmp_path / "runs", run_name="mine", tag="none", max_steps=1)
     assert_done(forks.run(other, tmp_path))
-    command = ["nanolab/run.py", "clean", "--tag", "test", "--out_dir", tmp_path / "runs"]
+    command = ["nanolab/runs.py", "clean", "--tag", "test", "--out_dir", tmp_path / "runs"]
     child = forks.run(command, tmp_path)
     assert_done(child)
     assert str(copy) in child.out and "mine" not in child.out and copy.exists()

@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT)]
 import choices  # noqa: E402
 from model import TransformerConfig, build_model, fused_rows, parameter_roles  # noqa: E402
 from nanolab import optim, parallel  # noqa: E402
-from nanolab.run import NonFinite, Run, Settings, UserError, command, generator_states  # noqa: E402
+from nanolab.run import Generators, NonFinite, Run, Settings, UserError, command, put_back  # noqa: E402
 
 V, B, T = 17, 4, 16
 SMALL = dict(vocab_size=V, n_layer=2, n_head=4, n_kv_head=2, n_embd=24, head_dim=8, block_size=32, positions="rope",
@@ -83,7 +83,8 @@ def train(case, mesh, parts, steps):
         norm = mesh.clip_grad_norm(model.parameters(), 0.5 if step % 2 else 100.0)  # clips, and leaves alone
         if step == steps[0]:
             grads = {name: mesh.whole(p, optim.local(p.grad)) for name, p in model.named_parameters()
-                     if p.grad is not None}
+                     if p.grad is not None} if mesh.size > 1 else {
+                         name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         opt.step()
         opt.zero_grad()
         ema.update()
@@ -102,15 +103,16 @@ def written(state):
 def state(mesh, parts):
     model, opt, ema = parts
     with opt.averaged():
-        return written(dict(model=mesh.full_state_dict(model), optimizer=mesh.full_optimizer_state(opt),
-                            ema=mesh.full_ema(ema)))
+        return written({name: state_of(mesh, thing) for name, thing in (("model", model), ("optimizer", opt),
+                                                                        ("ema", ema))})
+
+
+def state_of(mesh, thing):
+    return mesh.state_of(thing) if mesh.size > 1 else thing.state_dict()
 
 
 def load(mesh, parts, state):
-    model, opt, ema = parts
-    mesh.load_model(model, state["model"])
-    mesh.load_optimizer(opt, state["optimizer"])
-    mesh.load_ema(ema, state["ema"])
+    put_back(state, dict(zip(("model", "optimizer", "ema"), parts)), mesh if mesh.size > 1 else None)
 
 
 @torch.inference_mode()
@@ -153,7 +155,7 @@ def work(mesh, folder):
         found[case]["held"] = held
         if case == "muon":
             with parts[2].swapped():
-                found[case]["averaged"] = written(mesh.full_state_dict(parts[0]))
+                found[case]["averaged"] = written(state_of(mesh, parts[0]))
         if case == "diff":  # the next step uses the present weights, whatever was gathered before
             with parts[2].swapped(), mesh.gathered(parts[0]):
                 heard(parts[0], True)
@@ -169,11 +171,12 @@ def work(mesh, folder):
 def only_here(mesh, folder):
     """What one process has no like of."""
     found = {}
-    ranks = mesh.generator_states(generator_states())
+    generators = Generators()
+    ranks = mesh.state_of(generators)
     drawn = torch.rand(3)
-    mesh.restore_generators(ranks)
+    mesh.load_into(generators, ranks)
     again = torch.rand(3)
-    mesh.restore_generators({name: value for name, value in ranks.items() if name != "ranks"})
+    mesh.load_into(generators, {name: value for name, value in ranks.items() if name != "ranks"})
     gathered = [None] * mesh.size
     torch.distributed.all_gather_object(gathered, (drawn.tolist(), again.tolist(), torch.rand(3).tolist()))
     found["drawn"] = gathered
@@ -235,7 +238,7 @@ def become_ranks(n):
 def meshes(tmp_path_factory):
     """{mesh: what `work` found}; each mesh goes on from what the one before left: 1x1, 1x2, 2x1, 2x2, 1x1."""
     torch.set_num_threads(1)
-    folder, found, one = tmp_path_factory.mktemp("meshes"), {}, parallel.Mesh()
+    folder, found, one = tmp_path_factory.mktemp("meshes"), {}, parallel.Alone()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optim, "_iteration_dtype", lambda device: torch.float32)
 
@@ -397,7 +400,8 @@ def test_what_cannot_be_divided_is_one_line(monkeypatch, shape, changes, how, sa
     ((2, 2), dict(ff="low_rank"), dict(optimizer="muon", precision=torch.bfloat16)),
 ])
 def test_what_can_be_divided_passes(shape, changes, how):
-    parallel.Mesh(*shape).check(TransformerConfig(**{**SMALL, **changes}), **how)
+    mesh = parallel.Mesh(*shape) if shape != (1, 1) else parallel.Alone()
+    mesh.check(TransformerConfig(**{**SMALL, **changes}), **how)
 
 
 def test_an_error_of_another_rank_is_silent(monkeypatch):
@@ -410,7 +414,7 @@ def test_an_error_of_another_rank_is_silent(monkeypatch):
 
 def test_targets_that_count_in_unequal_shares_are_refused():
     y = torch.zeros(2, 4, 2, dtype=torch.int64)
-    assert parallel.Mesh(2).weight(y) == 1 and parallel.Mesh().weight(y) == 1.0
+    assert parallel.Mesh(2).weight(y) == 1 and parallel.Alone().weight(y) == 1.0
     y[0, 0] = -1
     assert parallel.Mesh(2, rank=1).weight(y) == pytest.approx(8 / 7)
     y[0, 1, 1] = -1
@@ -433,7 +437,7 @@ def test_a_state_of_older_groups_is_divided_by_its_own_parameters(monkeypatch):
         p.grad = torch.arange(8.0).view(4, 2) + 10 * i
     old.step()
     new = optim.build(dict(optimizer="sgd", lr=0.1, weight_decay=0.1), pairs, dict(a="gain", b="matrix", c="bias"))
-    parallel.Mesh(2).load_optimizer(new, written(old.state_dict()))
+    parallel.Mesh(2).load_into(new, written(old.state_dict()))
     assert [len(group["params"]) for group in new.param_groups] == [2, 1]
     for _, p in pairs:
         assert torch.equal(new.state[p]["momentum"], p.grad[:2])

@@ -1,4 +1,4 @@
-"""python -m nanolab.run list and clean: what is said of runs, what is removed, and what never is."""
+"""python -m nanolab.runs list and clean: what is said of runs, what is removed, and what never is."""
 import fcntl
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from nanolab import run as experiment  # noqa: E402
+from nanolab import runs  # noqa: E402
 from nanolab.run import FORMAT  # noqa: E402
 
 
@@ -30,7 +30,7 @@ def run(capsys, *words):
     """(exit status, standard output, standard error) of the command line."""
     code = 0
     try:
-        experiment.main([str(word) for word in words])
+        runs.main([str(word) for word in words])
     except SystemExit as end:
         code = end.code
     return (code, *capsys.readouterr())
@@ -79,15 +79,15 @@ def test_clean_leaves_alone_what_is_not_ours_and_what_is_written(tmp_path, capsy
         fcntl.flock(lock, fcntl.LOCK_EX)
         code, out, _ = run(capsys, "clean", "--tag", "test", "--older_than", "7d", "--yes")
         assert code == 0 and "runs/train_mult/busy is being written" in out and "1 runs removed" in out
-        with pytest.raises(experiment.UserError, match="another process"):
-            experiment.remove_run(busy)
+        with pytest.raises(runs.UserError, match="another process"):
+            runs.remove_run(busy)
     assert not kept.exists()
     assert all(len(list(place.iterdir())) >= 3 for place in (stranger, foreign, busy, outside))
     for place in (stranger, foreign, tmp_path / "runs", tmp_path / "runs" / "train_mult" / "link"):
         code, _, err = run(capsys, "clean", place, "--yes")
         assert code == 2 and err.startswith("error: ") and "is not the directory of a run" in err and place.exists()
-        with pytest.raises(experiment.UserError, match="not the directory"):
-            experiment.remove_run(place)
+        with pytest.raises(runs.UserError, match="not the directory"):
+            runs.remove_run(place)
     assert (outside / "params.json").exists()
     code, out, _ = run(capsys, "clean", busy, "--yes")
     assert code == 0 and not busy.exists()
@@ -107,14 +107,14 @@ def test_mistakes(tmp_path, capsys, words, said):
 def test_a_run_that_goes_while_one_looks(tmp_path, capsys, monkeypatch):
     """A run that begins to be written between the look and the removal is said and left."""
     place = make(tmp_path, "a", "test")
-    real = experiment.remove_run
+    real = runs.remove_run
 
     def busy(directory):
         with open(directory / "lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             real(directory)
-    monkeypatch.setattr(experiment, "remove_run", busy)
+    monkeypatch.setattr(runs, "remove_run", busy)
     code, out, _ = run(capsys, "clean", "--tag", "test", "--yes")
     assert code == 0 and "another process is writing" in out and "0 runs removed" in out and place.exists()
     shutil.rmtree(place)
-    assert experiment.find_runs(tmp_path / "runs") == []
+    assert runs.find_runs(tmp_path / "runs") == []

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data import text  # noqa: E402
 from model import Transformer, from_checkpoint  # noqa: E402
-from nanolab import run as experiment  # noqa: E402
+from nanolab import runs  # noqa: E402
 from nanolab.run import load_checkpoint, override  # noqa: E402
 from nanolab.score import score  # noqa: E402
 from test_resume import assert_done, assert_error, snapshot, wait_for  # noqa: E402
@@ -316,8 +316,8 @@ def assert_typable(words, empty):
     script, words = words[0], [word for word in words[1:] if word not in ("&", ">", "...", "-h", "--help")]
     assert (ROOT / script).is_file(), f"{script} is not there"
     g = fresh(script)
-    if script == "nanolab/run.py":                            # words of its own: among no runs all do nothing
-        experiment.main([*words, "--out_dir", str(empty)])
+    if script == "nanolab/runs.py":                           # words of its own: among no runs all do nothing
+        runs.main([*words, "--out_dir", str(empty)])
     elif {"override", "begin"} & set(g):
         bare = next((name for name in ("checkpoint", "grid", "runs") if name in g), None)
         settings = override(g, words[words[:1] == ["archive"]:], positional=bare)  # grid.py archive DIR

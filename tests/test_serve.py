@@ -1,4 +1,4 @@
-"""nanolab/serve.py: options from signatures and docstrings, what is typed wrongly, and -h before any long import."""
+"""serve: options from signatures and docstrings, what is typed wrongly, and -h before any long import."""
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from nanolab.serve import serve  # noqa: E402
-from nanolab.settings import UserError  # noqa: E402
+from nanolab.settings import UserError, serve  # noqa: E402
 
 
 def load(dataset, max_bytes=None, share=0.5, ball=True, word="a", seed=7):
