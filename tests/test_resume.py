@@ -29,7 +29,7 @@ SERVER = """
 import atexit, gc, io, itertools, json, os, resource, runpy, signal, socket, sys
 sys.path.insert(0, sys.argv[1])
 import torch._inductor, torch.utils.tensorboard, matplotlib.figure, bench, evaluate, sample       # what takes time
-import optim
+from nanolab import optim
 matplotlib.figure.Figure(layout="constrained").savefig(io.BytesIO(), format="png")                # reads the fonts
 gc.freeze()                                                              # forks share the memory of all that
 listener = socket.socket(socket.AF_UNIX)
