@@ -256,6 +256,12 @@ def our_training(model, T=None, rows=None, n=None, compiled=False):
     return loop(model, opt, lambda x, y: forward(x, targets=y)[0], draw, n or steps, dtype == "bfloat16")
 
 
+def their_sampling(model, n, **how):
+    """A function that draws n rows from one token up to block_size tokens by a peer's own generate()."""
+    first = torch.zeros((n, 1), dtype=torch.long, device=where)
+    return functools.partial(model.eval().generate, first, block_size - 1, temperature=0.8, **how)
+
+
 def their_loop(loss_of, model, opt):
     """`steps` steps: batches drawn window by window as nanoGPT does; on a GPU in bfloat16."""
     data = torch.randint(vocab_size, (200_000,))
@@ -267,7 +273,7 @@ def their_loop(loss_of, model, opt):
 
 
 def nanogpt(path):
-    """The Side of nanoGPT: its model.py at a path, its loop, its generate(), which has no cache."""
+    """The Side of nanoGPT: its model.py at a path, the loop of its train.py; it has no cache."""
     if not path.is_file():
         raise UserError(f"--peer nanogpt={path.parent}: no model.py there; git clone "
                         "https://github.com/karpathy/nanoGPT")
@@ -284,11 +290,7 @@ def nanogpt(path):
         with silent():
             opt = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), where.type)
         return their_loop(lambda x, y: model(x, y)[1], model, opt)
-
-    def sampling(model, n):
-        first = torch.zeros((n, 1), dtype=torch.long, device=where)
-        return functools.partial(model.eval().generate, first, block_size - 1, temperature=0.8, top_k=50)
-    return Side(model, training, sampling)
+    return Side(model, training, functools.partial(their_sampling, top_k=50))
 
 
 def x_transformers(package):
@@ -302,12 +304,9 @@ def x_transformers(package):
     def training(model):
         opt = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
         return their_loop(lambda x, y: F.cross_entropy(model.net(x).flatten(0, 1), y.flatten()), model, opt)
-
-    def sampling(model, n):
-        first = torch.zeros((n, 1), dtype=torch.long, device=where)
-        return functools.partial(model.eval().generate, first, block_size - 1, temperature=0.8, cache_kv=True,
-                                 filter_logits_fn=package.autoregressive_wrapper.top_k, filter_kwargs=dict(k=50))
-    return Side(model, training, sampling)
+    top_k = package.autoregressive_wrapper.top_k
+    return Side(model, training, functools.partial(their_sampling, filter_logits_fn=top_k, filter_kwargs=dict(k=50),
+                                                   cache_kv=True))
 
 
 def bare_products(model):
@@ -349,8 +348,7 @@ def our_sampling(model, n, use_cache=True):
 def compare_training():
     """Tokens per second of training, its share of the machine's best matrix product, and of its own products alone."""
     heading(f"training, batch {batch_size}, {n_layer} layers, {n_embd} wide, block {block_size}")
-    peak = measure_peak_flops(where, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    tokens = steps * batch_size * block_size
+    peak, tokens = measure_peak_flops(where, getattr(torch, dtype)), steps * batch_size * block_size
     for compiled in (False, True)[:1 + compile]:
         model = our_model()
         sides = {"ours": our_training(model, compiled=compiled),
