@@ -308,22 +308,27 @@ def begin(g, argv=None):
 def answer_help(name, path, positional=None):
     """At the top of a script, with its __name__ and __file__: prints the text of -h and exits, if that was asked for.
 
-    Reads presets and aliases from the source without running it. Where they are computed it does nothing: `override`
-    will answer. positional: as for `override`.
+    Where presets or aliases are computed it does nothing: `override` will answer. positional: as for `override`.
     """
-    if name != "__main__" or not {"-h", "--help"} & set(sys.argv[1:]):
-        return
+    if name == "__main__" and {"-h", "--help"} & set(sys.argv[1:]) and (g := _read_tables(path)):
+        _answer(_help(g, _read_settings(path), g.get("presets", {}), positional))
+
+
+def _read_tables(path):
+    """{"presets", "aliases", "__doc__", "__file__"} of a script, as far as it has them, from its source, which is not
+    run; {} where presets or aliases are computed."""
     with tokenize.open(path) as file:
         tree = ast.parse(file.read())
-    g = {"__doc__": ast.get_docstring(tree, clean=False), "__file__": path}
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and (ast.unparse(node.targets[0]) in ("presets", "aliases") or isinstance(
-                node.value, ast.Call) and ast.unparse(node.value.func) == "dict"):   # or what presets build upon
-            try:
-                exec(compile(ast.Module([node], []), path, "exec"), {"__builtins__": {"dict": dict}}, g)
+    g = {"__doc__": ast.get_docstring(tree, clean=False), "__file__": str(path)}
+    for node in (node for node in tree.body if isinstance(node, ast.Assign)):
+        wanted = ast.unparse(node.targets[0]) in ("presets", "aliases")
+        if wanted or isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "dict":
+            try:                                             # a dict(...) may be what presets build upon
+                exec(compile(ast.Module([node], []), str(path), "exec"), {"__builtins__": {"dict": dict}}, g)
             except NameError:
-                return
-    _answer(_help(g, _read_settings(path), g.get("presets", {}), positional))
+                if wanted:
+                    return {}
+    return g
 
 
 def _answer(text):
