@@ -16,22 +16,16 @@ fit into the baseline's seconds: so it is compared per step and per second.
     script: train_enwik8.py
     out_dir: runs/one_change
     metric: val_bpb_raw                # of summary.json; less is better
-    show: [val_accuracy]               # other numbers of summary.json that the table prints beside it
-    base: {preset: cpu, lr: 0.004}     # settings of every run; of a preset, what it sets today is what is recorded
+    base: {preset: cpu, lr: 0.004}     # settings of every run
     seeds: [1, 2, 3, 4, 5]
     tune: {settings: [lr], factors: [0.5, 1, 2]}
-    speed: {max_steps: 60, eval_interval: none, log_interval: 5}      # what the timing runs change; none: no timing
-    sigma_data: 0.0142                 # what another draw of the data does to a difference, where all runs read one
+    speed: {max_steps: 60, eval_interval: none, log_interval: 5}                    # what the timing runs change
     rows:
       layer norm: {axis: norm, set: {norm: layer}}
       own heads: {axis: losses, set: {layer_heads: own}, against: shared heads}     # compared with another row
-
-In place of rows, `cross` runs every combination of some settings with every seed; plot.py draws what depends on what:
-
-    cross:
-      n_embd: [8, 16, 32, 64]                                        # an axis: values of a setting of that name,
-      task: {weights: {task: in_weight, batch_size: 256}, tool: {task: in_tool}}     # or options with all they set
-    seeded: [seed, data_seed]          # the settings that a seed sets; without it, seed alone
+    cross:                             # or, in place of rows, every combination of some settings with every seed
+      n_embd: [8, 16, 32, 64]
+      task: {weights: {task: in_weight, batch_size: 256}, tool: {task: in_tool}}    # options with all that they set
 
 A run is known by its settings: a row that is renamed does not run again, one that is changed is another run, and what
 the yaml no longer wants stays where it is. Several grid.py may share a folder. A run that fails does not stop the
