@@ -17,11 +17,9 @@ deviation. A run without metrics is left out and named. Contours have a panel fo
 differs; numbers that follow from the panel and its two axes, as steps do from people, are named below instead. Capacity
 is that of Physics of Language Models 3.3 (Allen-Zhu and Li 2024, arXiv 2404.05405).
 
-The rule of a table of rows: sigma is the standard deviation of the baseline over its seeds, and a row's difference
-counts where it is at least 3 sigma sqrt(1/n1 + 1/n2), with n1 and n2 seeds on the two sides; otherwise no difference
-was measured. Less is better. Where all runs read one draw of the data, and the grid knows the deviation `sigma_data`
-that another draw gives to a difference, a row that counts by sigma is undecided up to 3 sqrt(sigma^2 (1/n1 + 1/n2) +
-sigma_data^2). A table of a cross has means and deviations, and no verdicts. See docs/one-change.md.
+The rule of a table of rows: a difference counts where it is at least 3 sigma sqrt(1/n1 + 1/n2), with sigma the standard
+deviation of the baseline over its seeds, n1 and n2 seeds on the two sides; less is better. More in docs/one-change.md
+and nanolab/verdict.py. A table of a cross has means and deviations, and no verdicts.
 """
 from nanolab.settings import answer_help
 

@@ -18,51 +18,35 @@ from nanolab.run import UserError
 from nanolab.score import LN2, evaluating, parse_protocol, score, target_bits
 
 
-class Rows:
+class Rows(text.Batches):
     """Endless batches out of rows of equal length, shuffled anew for every pass; a batch may span two passes.
 
     x (N, T) int64 and y (N, T) int64, -1 where no loss is taken. seed: of the generator, which draws nothing else.
     """
+    mode = "epochs"
 
     def __init__(self, x, y, batch_size, seed, device):
-        self.x, self.y, self.batch_size = x.to(device), y.to(device), batch_size
+        self.x, self.y, self.batch_size, self.passes = x.to(device), y.to(device), batch_size, 0
         self.generator = torch.Generator().manual_seed(seed)
-        self.passes, self.position = 0, 0
-        self._shuffle()
+        self._start_pass()
 
-    def _shuffle(self):
-        self.before = self.generator.get_state()
-        self.order = torch.randperm(len(self.x), generator=self.generator)
-
-    @property
-    def epoch(self):
-        """float: passes over the rows so far."""
-        return self.passes + self.position / len(self.x)
+    def _start_pass(self):
+        self.position, self._length, self._before = 0, len(self.x), self.generator.get_state()
+        self._order = torch.randperm(len(self.x), generator=self.generator)
 
     def next(self):
         """-> x (B, T), y (B, T)."""
-        parts, missing = [], self.batch_size
-        while missing:
-            if self.position == len(self.order):
-                self.passes, self.position = self.passes + 1, 0
-                self._shuffle()
-            parts.append(self.order[self.position:self.position + missing])
-            self.position += len(parts[-1])
-            missing -= len(parts[-1])
-        chosen = torch.cat(parts).to(self.x.device)
+        chosen = self._places().to(self.x.device)
         return self.x[chosen], self.y[chosen]
 
-    def state_dict(self):
-        """Plain numbers and the generator's state before this pass, from which load_state_dict goes on exactly."""
-        return {"rows": len(self.x), "passes": self.passes, "position": self.position, "generator": self.before.clone()}
+    def _kind(self):
+        return {"rows": len(self.x)}
 
     def load_state_dict(self, state):
         """Goes on where state was taken. Raises UserError where there are other rows."""
         if state["rows"] != len(self.x):
             raise UserError(f"the checkpoint was trained on {state['rows']:,} rows, here are {len(self.x):,}")
-        self.generator.set_state(state["generator"])
-        self._shuffle()
-        self.passes, self.position = state["passes"], state["position"]
+        super().load_state_dict(state)
 
 
 # --- Facts by real generation ---
