@@ -144,7 +144,7 @@ class Grid:
         self.script = Path(__file__).resolve().parent / plan["script"]
         self.need(self.script.is_file(), f"there is no script {plan['script']}")
         try:
-            self.specs, self.presets = _read_settings(self.script), _read_tables(self.script).get("presets", {})
+            self.specs, self.presets = _read_settings(self.script), _read_tables(self.script)[1].get("presets", {})
         except (SyntaxError, ValueError) as error:
             raise UserError(f"{path}: script {plan['script']} is no Python: {error}") from None
         self.folder, self.metric, self.seeds = Path(plan["out_dir"]), plan["metric"], plan["seeds"]

@@ -310,13 +310,13 @@ def answer_help(name, path, positional=None):
 
     Where presets or aliases are computed it does nothing: `override` will answer. positional: as for `override`.
     """
-    if name == "__main__" and {"-h", "--help"} & set(sys.argv[1:]) and (g := _read_tables(path)):
+    if name == "__main__" and {"-h", "--help"} & set(sys.argv[1:]) and (g := _read_tables(path)[1]):
         _answer(_help(g, _read_settings(path), g.get("presets", {}), positional))
 
 
 def _read_tables(path):
-    """{"presets", "aliases", "__doc__", "__file__"} of a script, as far as it has them, from its source, which is not
-    run; {} where presets or aliases are computed."""
+    """(the tree of a script's source, its {"presets", "aliases", "__doc__", "__file__"}, as far as it has them); the
+    script is not run. {} where presets or aliases are computed."""
     with tokenize.open(path) as file:
         tree = ast.parse(file.read())
     g = {"__doc__": ast.get_docstring(tree, clean=False), "__file__": str(path)}
@@ -327,8 +327,8 @@ def _read_tables(path):
                 exec(compile(ast.Module([node], []), str(path), "exec"), {"__builtins__": {"dict": dict}}, g)
             except NameError:
                 if wanted:
-                    return {}
-    return g
+                    return tree, {}
+    return tree, g
 
 
 def _answer(text):
