@@ -4,20 +4,15 @@
     python bench.py --preset big --threads 1 --clock cpu          # 6 layers, 384 wide; a busy neighbour does not count
     git clone https://github.com/karpathy/nanoGPT ../nanoGPT && pip install x-transformers
     python bench.py --peer nanogpt=../nanoGPT,x-transformers --json table.json
-    python bench.py --what kernels                                # each operation against its eager and compiled twin
-    python bench.py --what growth                                 # context, batch, width, experts, frames
-    python bench.py --what startup                                # every script's -h and first optimiser step
+    python bench.py --what kernels,growth,startup                 # operations; a step as sizes grow; first steps
     python bench.py --what loss --peer nanogpt=../nanoGPT         # seconds to 1.88 nats on tinyshakespeare
-    python bench.py --what mixers --threads 1                     # generation with and without cache, cost by context
-    python bench.py --what worlds --threads 1                     # frames of a world with and without cache
-    python bench.py --what dialogs --threads 1                    # forked dialogs with a DialogTree and without
+    python bench.py --what mixers,worlds,dialogs --threads 1      # generation with our caches and without
 
-Single timings on a shared machine mean little: each round times all sides right after one another, in an order that
-turns; a row gives each side's median over the rounds with quartiles, and the median and quartiles of the rounds'
-ratios. On a GPU times are those of CUDA events after a warm-up. nanoGPT's model.py is imported as it is, its loop is
-what its train.py does on a CPU (float32, fused attention, AdamW, clipping at 1); x-transformers is its Decoder of the
-same depth, width and heads with learned positions, with the same loop. Ours is the loop of train_enwik8.py with the
-preset nanogpt_cpu (bfloat16 autocast). Random bytes: speed does not depend on the text.
+Each round times all sides right after one another, in an order that turns; a row gives each side's median over the
+rounds with quartiles, and the median and quartiles of the rounds' ratios. nanoGPT's model.py is imported as it is, its
+loop is what its train.py does on a CPU (float32, fused attention, AdamW, clipping at 1); x-transformers is its Decoder
+of the same depth, width and heads with learned positions, with the same loop. Ours is the loop of train_enwik8.py with
+the preset nanogpt_cpu (bfloat16 autocast). Random bytes: speed does not depend on the text.
 
 Shares: `of peak` is against the best square matrix product of this device and type just before; `of bandwidth` against
 the best copy of a large tensor; the ratio beside `its products` against the step's own matrix products and nothing
@@ -44,6 +39,7 @@ import sys
 import tempfile
 import time
 from collections import namedtuple
+from concurrent.futures import ProcessPoolExecutor
 from json import dumps
 from pathlib import Path
 
@@ -165,22 +161,16 @@ def heading(title):
 def row(name, unit, amount, taken, note="", lower=False):
     """Prints and notes one line for each other side: rates amount / seconds, or with `lower` seconds * amount, where
     less is better; a ratio above 1 always says that ours is better. taken: of `in_turns`, with the side "ours"."""
-    def figures(side):
-        return spread([t * amount if lower else amount / t for t in taken[side]])
-    ours, low, high = figures("ours")
-    line = f"{name:<34} {number(ours):>12} {f'({number(low)} .. {number(high)})':<21} {unit:<9}"
-    beside, lines = {}, []
-    for side in taken:
-        if side != "ours":
-            theirs = figures(side)[0]
-            ratio = spread([b / a for a, b in zip(taken["ours"], taken[side])])
-            beside[side] = dict(theirs=theirs, ratio=ratio[0], quartiles=ratio[1:])
-            left = line if not lines else " " * len(line)
-            lines.append(f"{left} {side:<16} {number(theirs):>10} {ratio[0]:>6.2f}x   "
-                         f"({ratio[1]:.2f} .. {ratio[2]:.2f})")
-    lines = lines or [line]
+    figures = {side: spread([t * amount if lower else amount / t for t in times]) for side, times in taken.items()}
+    ours, low, high = figures.pop("ours")
+    ratios = {side: spread([b / a for a, b in zip(taken["ours"], taken[side])]) for side in figures}
+    left = f"{name:<34} {number(ours):>12} {f'({number(low)} .. {number(high)})':<21} {unit:<9}"
+    lines = [f" {side:<16} {number(figures[side][0]):>10} {ratio:>6.2f}x   ({least:.2f} .. {most:.2f})"
+             for side, (ratio, least, most) in ratios.items()] or [""]
     lines[0] += f"   {note}" if note else ""
-    print("\n".join(lines), flush=True)
+    print(left + f"\n{'':{len(left)}}".join(lines), flush=True)
+    beside = {side: dict(theirs=figures[side][0], ratio=ratio[0], quartiles=ratio[1:])
+              for side, ratio in ratios.items()}
     found.append(dict(kind=kind, name=name, unit=unit, ours=ours, quartiles=(low, high), note=note, beside=beside))
 
 
@@ -199,15 +189,13 @@ silent = functools.partial(contextlib.redirect_stdout, io.StringIO())
 def load_peers(words):
     """{name: Side} of --peer. UserError for one that is not known or not there."""
     sides = {}
-    for word in (words or "").split(",") if words else ():
+    for word in words.split(",") if words else ():
         name, _, folder = word.partition("=")
         if name == "nanogpt" and folder:
-            module = load_nanogpt(folder)
-            sides["nanoGPT"] = Side(lambda: nanogpt_model(module), nanogpt_training, nanogpt_sampling)
+            sides["nanoGPT"] = nanogpt(Path(folder) / "model.py")
         elif word == "x-transformers":
-            package = needed("x_transformers", word, "pip install x-transformers")
-            sides["x-transformers"] = Side(lambda: xt_model(package), xt_training, xt_sampling)
-        elif word == "liger":  # no model: of single operations, see liger_operations
+            sides[word] = x_transformers(needed("x_transformers", word, "pip install x-transformers"))
+        elif word == "liger":                                # no model: of single operations, see liger_operations
             if where.type != "cuda":
                 raise UserError("--peer liger: its kernels need a GPU")
             needed("liger_kernel", word, "pip install --no-deps liger-kernel")
@@ -224,43 +212,17 @@ def needed(package, word, how):
         raise UserError(f"--peer {word}: {error}; {how}") from None
 
 
-def load_nanogpt(folder):
-    """nanoGPT's model.py as a module, from its checkout. UserError when it is not there."""
-    path = Path(folder) / "model.py"
-    if not path.is_file():
-        raise UserError(f"--peer nanogpt={folder}: no model.py there; git clone https://github.com/karpathy/nanoGPT")
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def our_config(**other):
     """Our side of nanoGPT's architecture: learned positions, LayerNorm with gain, GELU, tied classifier, no biases."""
     how = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, dropout=0.0, positions="learned",
                norm="layer", norm_gain=True, bias=False, activation="gelu", tie_weights=True, n_targets=1,
                intermediate_losses=False, attention=attention)
-    return TransformerConfig(**{**how, **other})
+    return TransformerConfig(**how | other)
 
 
 def our_model(**other):
     """The model of `our_config`."""
     return build_model(our_config(**other)).to(where)
-
-
-def nanogpt_model(module):
-    """nanoGPT's GPT of the same size."""
-    with silent():
-        return module.GPT(module.GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer,
-                                           n_head=n_head, n_embd=n_embd, dropout=0.0, bias=False)).to(where)
-
-
-def xt_model(package):
-    """x-transformers' Decoder of the same size under its AutoregressiveWrapper: fused attention, no biases."""
-    return package.AutoregressiveWrapper(package.TransformerWrapper(
-        num_tokens=vocab_size, max_seq_len=block_size, tie_embedding=True, attn_layers=package.Decoder(
-            dim=n_embd, depth=n_layer, heads=n_head, attn_dim_head=n_embd // n_head, attn_flash=True,
-            ff_no_bias=True))).to(where)
 
 
 def loop(model, opt, loss_of, draw, n, half):
@@ -294,6 +256,12 @@ def our_training(model, T=None, rows=None, n=None, compiled=False):
     return loop(model, opt, lambda x, y: forward(x, targets=y)[0], draw, n or steps, dtype == "bfloat16")
 
 
+def their_sampling(model, n, **how):
+    """A function that draws n rows from one token up to block_size tokens by a peer's own generate()."""
+    first = torch.zeros((n, 1), dtype=torch.long, device=where)
+    return functools.partial(model.eval().generate, first, block_size - 1, temperature=0.8, **how)
+
+
 def their_loop(loss_of, model, opt):
     """`steps` steps: batches drawn window by window as nanoGPT does; on a GPU in bfloat16."""
     data = torch.randint(vocab_size, (200_000,))
@@ -304,17 +272,41 @@ def their_loop(loss_of, model, opt):
     return loop(model, opt, loss_of, draw, steps, where.type == "cuda")
 
 
-def nanogpt_training(model):
-    """A function that does `steps` optimiser steps the way nanoGPT's train.py does."""
-    with silent():
-        opt = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), where.type)
-    return their_loop(lambda x, y: model(x, y)[1], model, opt)
+def nanogpt(path):
+    """The Side of nanoGPT: its model.py at a path, the loop of its train.py; it has no cache."""
+    if not path.is_file():
+        raise UserError(f"--peer nanogpt={path.parent}: no model.py there; git clone "
+                        "https://github.com/karpathy/nanoGPT")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def model():
+        with silent():
+            return module.GPT(module.GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer,
+                                               n_head=n_head, n_embd=n_embd, dropout=0.0, bias=False)).to(where)
+
+    def training(model):
+        with silent():
+            opt = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), where.type)
+        return their_loop(lambda x, y: model(x, y)[1], model, opt)
+    return Side(model, training, functools.partial(their_sampling, top_k=50))
 
 
-def xt_training(model):
-    """The same of x-transformers, with torch's AdamW."""
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
-    return their_loop(lambda x, y: F.cross_entropy(model.net(x).flatten(0, 1), y.flatten()), model, opt)
+def x_transformers(package):
+    """The Side of x-transformers: fused attention, no biases, torch's AdamW, its cache of keys and values."""
+    def model():
+        return package.AutoregressiveWrapper(package.TransformerWrapper(
+            num_tokens=vocab_size, max_seq_len=block_size, tie_embedding=True, attn_layers=package.Decoder(
+                dim=n_embd, depth=n_layer, heads=n_head, attn_dim_head=n_embd // n_head, attn_flash=True,
+                ff_no_bias=True))).to(where)
+
+    def training(model):
+        opt = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+        return their_loop(lambda x, y: F.cross_entropy(model.net(x).flatten(0, 1), y.flatten()), model, opt)
+    top_k = package.autoregressive_wrapper.top_k
+    return Side(model, training, functools.partial(their_sampling, filter_logits_fn=top_k, filter_kwargs=dict(k=50),
+                                                   cache_kv=True))
 
 
 def bare_products(model):
@@ -324,7 +316,7 @@ def bare_products(model):
     sums, and the two gradients of each, uncut by the causal mask.
     """
     def made(*shape):
-        return torch.randn(shape, device=where).to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+        return torch.randn(shape, device=where).to(getattr(torch, dtype))
     weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
     weights.append(model.classifier(model.first_head))
     tokens, rows = batch_size * block_size, batch_size * n_head
@@ -351,27 +343,12 @@ def our_sampling(model, n, use_cache=True):
     return run
 
 
-def nanogpt_sampling(model, n):
-    """The same by nanoGPT's generate(), which has no cache."""
-    first = torch.zeros((n, 1), dtype=torch.long, device=where)
-    return functools.partial(model.eval().generate, first, block_size - 1, temperature=0.8, top_k=50)
-
-
-def xt_sampling(model, n):
-    """The same by x-transformers, with its cache of keys and values."""
-    from x_transformers.autoregressive_wrapper import top_k
-    first = torch.zeros((n, 1), dtype=torch.long, device=where)
-    return functools.partial(model.eval().generate, first, block_size - 1, temperature=0.8, filter_logits_fn=top_k,
-                             filter_kwargs=dict(k=50), cache_kv=True)
-
-
 # --- Training, generation, evaluation, optimisers ---
 
 def compare_training():
     """Tokens per second of training, its share of the machine's best matrix product, and of its own products alone."""
     heading(f"training, batch {batch_size}, {n_layer} layers, {n_embd} wide, block {block_size}")
-    peak = measure_peak_flops(where, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    tokens = steps * batch_size * block_size
+    peak, tokens = measure_peak_flops(where, getattr(torch, dtype)), steps * batch_size * block_size
     for compiled in (False, True)[:1 + compile]:
         model = our_model()
         sides = {"ours": our_training(model, compiled=compiled),
@@ -387,7 +364,7 @@ def compare_training():
         measure("training, compiled" if compiled else "training", "tokens/s", tokens, sides, note)
 
 
-def _peak(queue, side, typed):
+def _peak(side, typed):
     """In a process of its own: the peak of bytes of training, on a CPU of the whole process."""
     globals().update(typed, where=resolve_device(typed["device"], "float32")[0])
     keep_freed_memory()
@@ -397,7 +374,7 @@ def _peak(queue, side, typed):
     theirs = load_peers(peer).get(side)
     run = theirs.training(theirs.model()) if theirs else our_training(our_model())
     run()
-    queue.put(peak_so_far())
+    return peak_so_far()
 
 
 def peak_so_far():
@@ -427,15 +404,10 @@ def peak_of(run):
 def compare_memory():
     """Peak bytes of training, each side in a process of its own."""
     heading("peak memory of training" + (", imports included" if where.type == "cpu" else ""))
-    context, taken = multiprocessing.get_context("spawn"), {}
+    taken = {}
     for side in ("ours", *peers):
-        queue = context.Queue()
-        child = context.Process(target=_peak, args=(queue, side, dict(settings)))
-        child.start()
-        child.join()
-        if child.exitcode:
-            raise RuntimeError(f"training of {side} in a process of its own ended with status {child.exitcode}")
-        taken[side] = [queue.get()]
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
+            taken[side] = [child.submit(_peak, side, dict(settings)).result()]
     row("training", "MB", 1e-6, taken, lower=True)
 
 
@@ -504,15 +476,15 @@ def compare_growth():
     """Tokens per second of training, and its peak of memory, as one size grows and the others stay."""
     heading(f"growth: training, {n_layer} layers, {n_embd} wide unless said, 8,192 tokens a step unless said")
 
-    def cost(name, T=256, rows=32, **other):
-        torch.manual_seed(seed)
-        model = our_model(**{"block_size": T, "positions": "rope", "tie_weights": False, **other})
-        grown(name, "tokens/s", T * rows, our_training(model, T, rows, 1))
-
     def grown(name, unit, amount, run, note=""):
         peak = peak_of(run)
-        said = note if peak is None else f"{peak / 1e6:,.0f} MB{', ' if note else ''}{note}"
-        measure(name, unit, amount, {"ours": run}, said, n=min(rounds, 5))
+        said = [f"{peak / 1e6:,.0f} MB"] * (peak is not None) + [note] * (note != "")
+        measure(name, unit, amount, {"ours": run}, ", ".join(said), n=min(rounds, 5))
+
+    def cost(name, T=256, rows=32, **other):
+        torch.manual_seed(seed)
+        model = our_model(**{"block_size": T, "positions": "rope", "tie_weights": False} | other)
+        grown(name, "tokens/s", T * rows, our_training(model, T, rows, 1))
     for T in (128, 512, 2048, 8192):
         cost(f"context {T}", T, 8192 // T)
     for n in (1, 4, 16, 64):
@@ -567,10 +539,10 @@ def whole(*words, cwd=HERE):
 def compare_startup():
     """Wall seconds of -h, and to the first optimiser step (its line of the log), of every training script."""
     heading("start-up, wall seconds")
-    row("python -c 'import torch'", "s", 1, {"ours": [whole("-c", "import torch")[0]]}, lower=True)
-    for script in SCRIPTS:
-        whole(script, "-h")  # into the disk's cache
-        row(f"{script} -h", "s", 1, {"ours": [whole(script, "-h")[0] for _ in range(5)]}, lower=True)
+    rows = {"python -c 'import torch'": [whole("-c", "import torch")[0]],
+            **{f"{script} -h": [whole(script, "-h")[0] for _ in range(6)][1:] for script in SCRIPTS}}
+    for name, times in rows.items():
+        row(name, "s", 1, {"ours": times}, lower=True)
     for script in SCRIPTS:
         times = [until("step 1/", script, "--preset", "cpu", "--log_interval", "1") for _ in range(6)]
         row(f"{script}, first step", "s", 1, {"ours": times[1:]}, "--preset cpu", lower=True)
@@ -587,14 +559,12 @@ def prepare_nanogpt(folder):
     if (place / "train.bin").is_file() and (place / "meta.pkl").is_file():
         return
     corpus = text.load("shakespeare")
-    letters = sorted(set(torch.cat((corpus.train, corpus.val)).tolist()))
-    ids = torch.zeros(256, dtype=torch.int16)
-    ids[letters] = torch.arange(len(letters), dtype=torch.int16)
-    for name in ("train", "val"):
-        ids[getattr(corpus, name).long()].numpy().tofile(place / f"{name}.bin")
-    with open(place / "meta.pkl", "wb") as file:
-        itos = dict(enumerate(map(chr, letters)))
-        pickle.dump(dict(vocab_size=len(letters), itos=itos, stoi={letter: i for i, letter in itos.items()}), file)
+    letters, ids = torch.cat((corpus.train, corpus.val)).unique(return_inverse=True)     # sorted; (N,)
+    for name, part in zip(("train", "val"), ids.to(torch.int16).split([len(corpus.train), len(corpus.val)])):
+        part.numpy().tofile(place / f"{name}.bin")
+    itos = dict(enumerate(map(chr, letters.tolist())))
+    meta = dict(vocab_size=len(letters), itos=itos, stoi={letter: i for i, letter in itos.items()})
+    (place / "meta.pkl").write_bytes(pickle.dumps(meta))
 
 
 def compare_loss():
@@ -705,7 +675,7 @@ def compare_kernels():
                                                   "; on a CPU an operation is its twin, but for linear_cross_entropy"))
     source = torch.zeros(2 ** 28 if where.type == "cuda" else 2 ** 25, device=where)
     target = torch.empty_like(source)
-    copied = 2 * source.numel() * 4 / min(seconds(lambda: target.copy_(source)) for _ in range(10))  # bytes a second
+    copied = 2 * source.nbytes / min(seconds(lambda: target.copy_(source)) for _ in range(10))  # bytes a second
     peak = functools.lru_cache(lambda dtype: measure_peak_flops(where, dtype))
     liger = liger_operations() if "liger" in (peer or "").split(",") else {}
     for case in kernel_cases():
@@ -724,16 +694,12 @@ def compare_kernels():
             return (f"{case.flops / best / peak(case.inputs[0].dtype):.0%} of peak" if case.flops else
                     f"{case.bytes / best / copied:.0%} of bandwidth")
         torch._dynamo.reset()
-        twin = case.twin or case.op
-        sides = {"ours": both(case.op, "triton"), "eager": both(twin), "compiled": both(torch.compile(twin))}
-        if (theirs := liger.get(case.name.partition(",")[0])) is not None:
-            sides["Liger-Kernel"] = both(theirs)
-        measure(case.name, "ms", 1e3, sides, note, lower=True, n=min(rounds, 7))
-    compare_adamw()
+        twin, theirs = case.twin or case.op, liger.get(case.name.partition(",")[0])
+        measure(case.name, "ms", 1e3, {
+            "ours": both(case.op, "triton"), "eager": both(twin), "compiled": both(torch.compile(twin)),
+            **({"Liger-Kernel": both(theirs)} if theirs else {})}, note, lower=True, n=min(rounds, 7))
 
-
-def compare_adamw():
-    """Milliseconds of one fused AdamW step over the model's weights."""
+    # ---- one fused AdamW step over the model's weights ----
     def stepping(way):
         tensors = [torch.randn_like(p) for p in our_model().parameters()]
         state = (tensors, [t * 0.01 for t in tensors], *([torch.zeros_like(t) for t in tensors] for _ in range(2)))
@@ -870,11 +836,7 @@ def check(settings):
     settings.refuse_idle([name for kind, names in USES.items() if kind not in kinds for name in names],
                          f"with --what {what}")
     if {"train", "memory", "generate", "optimiser"} & set(kinds):
-        try:
-            config = our_config()
-        except ValueError as error:
-            raise UserError(error) from None
-        limits.weigh(lambda: Transformer(config), device)
+        limits.weigh(lambda: build_model(our_config()), device)
         limits.fits(limits.kept(batch_size, block_size, n_embd, n_layer), f"batch_size {batch_size}", device)
     if json:                                                 # now, not after minutes
         try:

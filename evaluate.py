@@ -127,6 +127,13 @@ def asked_for(task, config):
     return wanted
 
 
+def measured(task, model, protocol, precision):
+    """Yields (line of metrics, what it was counted from) of a protocol."""
+    with torch.autocast(next(model.parameters()).device.type, precision, enabled=precision != torch.float32):
+        for line, found in task.measure(model, protocol, batch_size, prompts):
+            yield line | ({"evaluation_seconds": found.seconds} if found else {}), found
+
+
 # --- Beside a training ---
 
 class Log:
@@ -201,14 +208,6 @@ def next_checkpoint(run, stamps, mine):
     return None
 
 
-def measured(task, model, protocol, step, precision):
-    """What a protocol finds, as lines of evaluation.jsonl."""
-    with torch.autocast(next(model.parameters()).device.type, precision, enabled=precision != torch.float32):
-        return [{"step": step, **line, **({} if found is None else {"evaluation_seconds": found.seconds}),
-                 "weights": weights, "split": split}
-                for line, found in task.measure(model, protocol, batch_size, prompts)]
-
-
 def follow(run, where, precision):
     """Evaluates the checkpoints of a run's directory (Path) as they land, until it is over."""
     with watching(run) as mine:
@@ -229,8 +228,10 @@ def follow(run, where, precision):
                 for name in wanted:
                     if log.has(step, name):
                         continue
-                    lines, note = measured(task, model, name, step, precision), ""
-                    if log.add(lines) and name == wanted[0] and keeps_best(run):
+                    lines, note = [{"step": step, **line, "weights": weights, "split": split}
+                                   for line, _ in measured(task, model, name, precision)], ""
+                    trainer = read_json(run / "params.json").get("settings", {})
+                    if log.add(lines) and name == wanted[0] and trainer.get("eval_interval", 0) is None:
                         os.replace(mine, run / "best.pt")
                         note = ", best.pt"
                     for line in lines:
@@ -248,11 +249,6 @@ def follow(run, where, precision):
                 print(f"{run}: {'done' if state == 'done' else f'no trainer for {patience:g} seconds ({state})'}")
                 return
             time.sleep(0.2)
-
-
-def keeps_best(run):
-    """Whether best.pt is the watcher's: the trainer does not evaluate."""
-    return read_json(run / "params.json").get("settings", {}).get("eval_interval", 0) is None
 
 
 @command
@@ -278,9 +274,8 @@ def main():
     print(f"{path}: step {loaded['step']}, {of}, {sum(p.numel() for p in model.parameters()):,} parameters; "
           f"{task.source}\n{task.header}")
     for name in wanted:
-        with torch.autocast(where.type, precision, enabled=precision != torch.float32):
-            for line, found in task.measure(model, name, batch_size, prompts):
-                print(task.row(line, found, resamples, chunk))
+        for line, found in measured(task, model, name, precision):
+            print(task.row(line, found, resamples, chunk))
 
 
 if __name__ == "__main__":

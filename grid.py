@@ -16,29 +16,23 @@ fit into the baseline's seconds: so it is compared per step and per second.
     script: train_enwik8.py
     out_dir: runs/one_change
     metric: val_bpb_raw                # of summary.json; less is better
-    show: [val_accuracy]               # other numbers of summary.json that the table prints beside it
-    base: {preset: cpu, lr: 0.004}     # settings of every run; of a preset, what it sets today is what is recorded
+    base: {preset: cpu, lr: 0.004}     # settings of every run
     seeds: [1, 2, 3, 4, 5]
     tune: {settings: [lr], factors: [0.5, 1, 2]}
-    speed: {max_steps: 60, eval_interval: none, log_interval: 5}      # what the timing runs change; none: no timing
-    sigma_data: 0.0142                 # what another draw of the data does to a difference, where all runs read one
+    speed: {max_steps: 60, eval_interval: none, log_interval: 5}                    # what the timing runs change
     rows:
       layer norm: {axis: norm, set: {norm: layer}}
       own heads: {axis: losses, set: {layer_heads: own}, against: shared heads}     # compared with another row
-
-In place of rows, `cross` runs every combination of some settings with every seed; plot.py draws what depends on what:
-
-    cross:
-      n_embd: [8, 16, 32, 64]                                        # an axis: values of a setting of that name,
-      task: {weights: {task: in_weight, batch_size: 256}, tool: {task: in_tool}}     # or options with all they set
-    seeded: [seed, data_seed]          # the settings that a seed sets; without it, seed alone
+    cross:                             # or, in place of rows, every combination of some settings with every seed
+      n_embd: [8, 16, 32, 64]
+      task: {weights: {task: in_weight, batch_size: 256}, tool: {task: in_tool}}    # options with all that they set
 
 A run is known by its settings: a row that is renamed does not run again, one that is changed is another run, and what
 the yaml no longer wants stays where it is. Several grid.py may share a folder. A run that fails does not stop the
 others; it is told at the end and left alone until --retry. One that was killed goes on with the next command.
 What a grid measured, and each key of its yaml: docs/one-change.md.
 """
-from nanolab.settings import Settings, _read_settings, answer_help
+from nanolab.settings import Settings, _read_settings, _read_tables, answer_help
 
 answer_help(__name__, __file__, "grid")  # before the seconds that the next lines take
 
@@ -150,10 +144,9 @@ class Grid:
         self.script = Path(__file__).resolve().parent / plan["script"]
         self.need(self.script.is_file(), f"there is no script {plan['script']}")
         try:
-            self.tree = ast.parse(self.script.read_bytes())
+            self.specs, self.presets = _read_settings(self.script), _read_tables(self.script)[1].get("presets", {})
         except (SyntaxError, ValueError) as error:
             raise UserError(f"{path}: script {plan['script']} is no Python: {error}") from None
-        self.specs = _read_settings(self.script)
         self.folder, self.metric, self.seeds = Path(plan["out_dir"]), plan["metric"], plan["seeds"]
         self.home = self.folder / self.script.stem           # of the runs
         self.need(all(type(seed) is int for seed in self.seeds) and 2 <= len(self.seeds) == len(set(self.seeds)),
@@ -169,7 +162,13 @@ class Grid:
         for key, names in (("seeded", self.seeded), ("tune: settings", self.scaled), ("show", self.show)):
             self.need(all(type(name) is str for name in names) and (names or key != "seeded"),
                       f"{key} must be names{' of settings' * (key != 'show')}, not {names}")
-        self.base = self.check(self.expand(plan["base"]), "base")
+        base = plan["base"]
+        if "preset" in base:
+            known = ", ".join(self.presets) or f"none: {self.script.name} has no presets"
+            self.need(base["preset"] in list(self.presets),  # a list: what is no name may have no hash
+                      f"base: preset {as_typed(base['preset'])}: must be one of {known}")
+            base = self.presets[base["preset"]] | {name: value for name, value in base.items() if name != "preset"}
+        self.base = self.check(base, "base")
         self.check({name: self.seeds[0] for name in self.seeded if name != "seed"}, "seeded")
         self.need(speed == "none" or not isinstance(speed, str), f"speed must be settings, or none, not {speed!r}")
         self.speed = self.check(speed if isinstance(speed, dict) else {}, "speed")
@@ -232,33 +231,19 @@ class Grid:
         with said_at(f"{self.path}: {place}"):
             return check_settings(self.script, values, self.specs)
 
-    def expand(self, base):
-        """`base` with the settings of the preset that it names, over which its own win."""
-        if "preset" not in base:
-            return base
-        g = {"__builtins__": {"dict": dict}, "presets": {}}  # which may build upon a dict(...) above them
-        for node in self.tree.body:
-            if isinstance(node, ast.Assign) and (ast.unparse(node.targets[0]) == "presets" or isinstance(
-                    node.value, ast.Call) and ast.unparse(node.value.func) == "dict"):
-                with contextlib.suppress(NameError):         # of a dict(...) that is no preset
-                    exec(compile(ast.Module([node], []), str(self.script), "exec"), g)
-        presets = g["presets"]
-        known = ", ".join(presets) or f"none: {self.script.name} has no presets"
-        self.need(base["preset"] in list(presets),           # a list: what is no name may have no hash
-                  f"base: preset {as_typed(base['preset'])}: must be one of {known}")
-        return presets[base["preset"]] | {name: value for name, value in base.items() if name != "preset"}
-
     def check_cells(self):
         """UserError where the script would refuse a run, as far as its settings say, or never writes a number that the
         table needs. A script with functions `check` and `main` is imported for that, which runs nothing."""
-        checks = {"check", "main"} <= {node.name for node in self.tree.body if isinstance(node, ast.FunctionDef)}
-        if checks:
+        module, seen = None, set()
+        if {"check", "main"} <= set(re.findall(r"^def (\w+)\(", self.script.read_text(), re.M)):
             for name in never_made(self.script, [self.metric, *self.show]):
                 self.need(False, f"{self.script.name} writes no number {name!r} into its summary.json")
+            spec = importlib.util.spec_from_file_location(f"of_grid_{self.script.stem}", self.script)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
         for seed in self.seeds:
             with said_at(f"{self.path}: seeds"):
                 check_settings(self.script, dict.fromkeys(self.seeded, seed), self.specs)
-        module, seen = None, set()
         for row in self.rows:
             for factor, other in [*((factor, {}) for factor in self.factors), (self.factors[0], self.speed)]:
                 values = self.settings(row, factor, self.seeds[0], **other)
@@ -272,11 +257,9 @@ class Grid:
                     if values.get("max_steps", 0) is None:
                         raise UserError("max_steps none: a run of a grid must end")
                     values = check_settings(self.script, values, self.specs)
-                    if checks and factor == self.factors[0]:  # a rate's bounds are the parser's
-                        module = module or imported(self.script)
+                    if module and factor == self.factors[0]:                 # a rate's bounds are the parser's
                         quiet = getattr(module, "debug_settings", {}) if values.get("debug") else {}
-                        defaults = {name: spec.default for name, spec in self.specs.items()}
-                        whole = Settings(defaults | quiet | values)
+                        whole = Settings({name: spec.default for name, spec in self.specs.items()} | quiet | values)
                         vars(module).update(whole)
                         with contextlib.redirect_stdout(io.StringIO()):      # what it says, each run will say
                             module.check(whole)
@@ -315,17 +298,15 @@ class Grid:
         if cell.run in self.known:
             return self.known[cell.run]
         summary = read_json(self.home / cell.run / "summary.json")
-        done, value = summary.get("status") == "done", summary.get(self.metric)
-        if done and ("-speed-" in cell.run or isinstance(value, (int, float))):
-            shown = {name: summary.get(name) for name in self.show}
-            times = step_times(self.home / cell.run / "metrics.jsonl")
-            self.known[cell.run] = Result("done", value, times, summary.get("parameters"), shown=shown)
-            return self.known[cell.run]
-        if done:
+        value = summary.get(self.metric)
+        if summary.get("status") != "done":
+            failed = cell.run in self.failed
+            return Result("failed", error=self.failed[cell.run]) if failed else Result("open")
+        if "-speed-" not in cell.run and not isinstance(value, (int, float)):
             return Result("failed", error=f"its summary.json has no number {self.metric}")
-        if cell.run in self.failed:
-            return Result("failed", error=self.failed[cell.run])
-        return Result("open")
+        self.known[cell.run] = Result("done", value, step_times(self.home / cell.run / "metrics.jsonl"),
+                                      summary.get("parameters"), shown={name: summary.get(name) for name in self.show})
+        return self.known[cell.run]
 
     def read_journal(self):
         """Which runs failed by themselves, from the lines that launches left; --retry forgets them."""
@@ -354,9 +335,7 @@ class Grid:
             verdicts = {compare([value], other.values, sigma)[1] for value in mine.values[:2]}
             if len(verdicts) > 1 and len(self.seeds) > 2:
                 self.add_seed(row, mine, self.seeds[2])
-            if not mine.step_seconds or not other.step_seconds:
-                continue
-            ratio = mine.step_seconds / other.step_seconds
+            ratio = mine.step_seconds / other.step_seconds if mine.step_seconds and other.step_seconds else 1
             if abs(ratio - 1) > SLOWER:
                 steps = row.changes.get("max_steps", self.base["max_steps"])
                 mine.equal = self.equal_cell(row, mine.factor, max(10, round(steps / ratio / 10) * 10))
@@ -383,11 +362,12 @@ class Grid:
         mine.tuned = {cell.factor: result.value for cell, result in zip(tuning, results) if result.state != "open"}
         if mine.wanted:
             return mine
-        done = [(result.value, cell) for cell, result in zip(tuning, results) if result.state == "done"]
+        done = {cell.factor: result for cell, result in zip(tuning, results) if result.state == "done"}
         if not done:
             mine.error = results[0].error
             return mine
-        mine.factor = min(done, key=lambda pair: pair[0])[1].factor
+        mine.factor = min(done, key=lambda factor: done[factor].value)
+        mine.parameters = next(iter(done.values())).parameters
         for seed in self.seeds if row.name == BASELINE or self.cross else self.seeds[:2]:
             self.add_seed(row, mine, seed)
         timing = [self.cell(row, mine.factor, seed, "-speed", **self.speed) for seed in self.seeds[:2] if self.speed]
@@ -395,7 +375,6 @@ class Grid:
         mine.wanted += [cell for cell, result in zip(timing, timed) if result.state == "open"]
         means = [statistics.mean(result.times) for result in timed if result.times]
         mine.step_seconds = min(means) if means and len(means) == len(timing) else None
-        mine.parameters = next(result.parameters for result in results if result.state == "done")
         return mine
 
     def add_seed(self, row, mine, seed):
@@ -412,22 +391,21 @@ class Grid:
 
     def words(self, cell):
         """The command of a cell, word by word; with --resume where something is there."""
-        settings = json.loads(cell.settings).items()
-        settings = [word for name, value in settings for word in (f"--{name}", as_typed(value))]
-        place = ["--out_dir", str(self.folder), "--run_name", cell.run]
-        again = ["--resume"] if (self.home / cell.run).exists() else []
-        return [sys.executable, str(self.script), *settings, *place, *again]
+        settings = {**json.loads(cell.settings), "out_dir": self.folder, "run_name": cell.run}
+        words = [word for name, value in settings.items() for word in (f"--{name}", as_typed(value))]
+        return [sys.executable, str(self.script), *words, *["--resume"] * (self.home / cell.run).exists()]
 
     def write_index(self, found):
         """out_dir/grid.json: what plot.py makes the table from."""
         def run(cell):
             result = self.result(cell)
-            return {"run": cell.run, "seed": cell.seed, "value": result.value, **({"shown": result.shown} if self.show
-                    else {}), "max_steps": json.loads(cell.settings).get("max_steps")}
+            return {"run": cell.run, "seed": cell.seed, "value": result.value,
+                    **({"shown": result.shown} if self.show else {}),
+                    "max_steps": json.loads(cell.settings).get("max_steps")}
         rows = [{"name": row.name, "axis": row.axis, "set": row.changes, "against": row.against,
-                 "factor": mine.factor, "tuned": [[factor, value] for factor, value in mine.tuned.items()],
-                 "runs": [run(cell) for cell in mine.cells], "step_seconds": mine.step_seconds,
-                 "parameters": mine.parameters, "error": mine.error, "open": len(mine.wanted),
+                 "factor": mine.factor, "tuned": list(mine.tuned.items()), "runs": list(map(run, mine.cells)),
+                 "step_seconds": mine.step_seconds, "parameters": mine.parameters, "error": mine.error,
+                 "open": len(mine.wanted),
                  "equal_seconds": run(mine.equal) if mine.equal and self.result(mine.equal).state == "done" else None,
                  **({"at": row.at} if self.cross else {})}
                 for row in self.rows for mine in [found[row.name]]]
@@ -482,14 +460,6 @@ def said_at(place):
         yield
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
-
-
-def imported(script):
-    """The module of a training script, under a name of its own."""
-    spec = importlib.util.spec_from_file_location(f"of_grid_{script.stem}", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def never_made(script, names):

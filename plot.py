@@ -17,11 +17,9 @@ deviation. A run without metrics is left out and named. Contours have a panel fo
 differs; numbers that follow from the panel and its two axes, as steps do from people, are named below instead. Capacity
 is that of Physics of Language Models 3.3 (Allen-Zhu and Li 2024, arXiv 2404.05405).
 
-The rule of a table of rows: sigma is the standard deviation of the baseline over its seeds, and a row's difference
-counts where it is at least 3 sigma sqrt(1/n1 + 1/n2), with n1 and n2 seeds on the two sides; otherwise no difference
-was measured. Less is better. Where all runs read one draw of the data, and the grid knows the deviation `sigma_data`
-that another draw gives to a difference, a row that counts by sigma is undecided up to 3 sqrt(sigma^2 (1/n1 + 1/n2) +
-sigma_data^2). A table of a cross has means and deviations, and no verdicts. See docs/one-change.md.
+The rule of a table of rows: a difference counts where it is at least 3 sigma sqrt(1/n1 + 1/n2), with sigma the standard
+deviation of the baseline over its seeds, n1 and n2 seeds on the two sides; less is better. More in docs/one-change.md
+and nanolab/verdict.py. A table of a cross has means and deviations, and no verdicts.
 """
 from nanolab.settings import answer_help
 
@@ -82,9 +80,17 @@ def read_run(run, by, split, metric, sized=False):
     if not found:
         raise ValueError(f"no {metric} of {split} in its metrics")
     settings = {name: value for name, value in run.settings.items() if name not in (same or "").split(",")}
-    settings |= {"parameters": number_of(run, "parameters")} if sized else {}
+    settings |= numbers_of(run, ("parameters",)) if sized else {}
     return settings, {name: [(place(step, by, run.settings, clock), y) for step, y in sorted(points.items())]
                       for name, points in found.items()}
+
+
+def numbers_of(run, names, why=""):
+    """{name: number} of a Run's summary. ValueError where it lacks one, as before a run has ended."""
+    for name in names:
+        if not is_number(run.summary.get(name)):
+            raise ValueError(f"no {name} in its summary.json{why}")
+    return {name: run.summary[name] for name in names}
 
 
 def place(step, by, settings, clock):
@@ -146,13 +152,16 @@ def distinguishing(found, axes=()):
 def labelled(found, axes=(), option=None):
     """(a row for each of `found`: name, label, its places `across` and `up` on the axes; the settings that follow).
 
-    A label says what tells runs apart, see `distinguishing`; it is empty where that is nothing. UserError: a run has no
-    such setting.
+    A label says what tells runs apart, see `distinguishing`; it is empty where that is nothing. A place is a number, or
+    a word. UserError: a run has no such setting.
     """
     kept, following = distinguishing(found, axes)
+    for run, settings, _ in found:
+        if missing := [axis for axis in axes if axis not in settings]:
+            raise UserError(f"{option} {missing[0]}: {run.place} has no such setting")
     rows = [{"name": run.name, "label": ", ".join(f"{name} {as_typed(settings.get(name))}" for name in kept)} |
-            {at: on_axis(settings, axis, option, run) for at, axis in zip(("across", "up"), axes)}
-            for run, settings, _ in found]
+            {at: settings[axis] if is_number(settings[axis]) else as_typed(settings[axis])
+             for at, axis in zip(("across", "up"), axes)} for run, settings, _ in found]
     return pd.DataFrame(rows, dtype=object), following
 
 
@@ -167,13 +176,6 @@ def points_of(found, axes=(), option=None):
 def last(points):
     """Of `points_of` the last point of every curve of every run."""
     return points.groupby(["run", "curve"]).tail(1)
-
-
-def on_axis(settings, name, option, run):
-    """A setting's value as a place on an axis: a number, or a word. UserError where a Run has no such setting."""
-    if name not in settings:
-        raise UserError(f"{option} {name}: {run.place} has no such setting")
-    return settings[name] if is_number(settings[name]) else as_typed(settings[name])
 
 
 def deviation(values):
@@ -265,10 +267,8 @@ def draw(points, xlabel, ylabel, path, note=""):
                                   color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
-    if len(axes.lines) > 4:                                  # no room among the lines
-        figure.legend(loc="outside lower center", ncols=2, fontsize=8, **legend_title(note, 90))
-    else:
-        axes.legend(fontsize=8, **legend_title(note, 90))
+    place = dict(loc="outside lower center", ncols=2) if len(axes.lines) > 4 else {}     # no room among the lines
+    (figure if place else axes).legend(fontsize=8, **place, **legend_title(note, 90))
     save(figure, path)
 
 
@@ -276,19 +276,17 @@ def draw_over(ends, over, what, ylabel, path):
     """The picture of the `last` points over one axis, a dot per seed and a line through the means; prints the table."""
     figure, (axes,) = canvas(width, 0.6 * width)
     places, short, rows = places_of(ends["across"].unique()), short_names(ends["curve"].unique()), []
-    for label, mine in ends.groupby("label", sort=False):
-        for name, curve in mine.groupby("curve", sort=False):
-            title = short[name] or label or mine["name"].iloc[0]
-            if label and name and name not in label:
-                title = f"{label}: {short[name]}"
-            values = curve.groupby("across", sort=False)["y"].agg(list)
-            values = values.loc[sorted(values.index, key=places.get)]
-            line, = axes.plot([places[x] for x in values.index], values.map(statistics.mean), label=title,
-                              linewidth=1.3)
-            axes.plot([places[x] for x, ys in values.items() for _ in ys], [y for ys in values for y in ys], "o",
-                      markersize=4, color=line.get_color())
-            rows += [[as_typed(x), title, f"{statistics.mean(ys):.4f}", f"{deviation(ys):.4f}" if len(ys) > 1 else "",
-                      len(ys), ", ".join(f"{y:.4f}" for y in ys)] for x, ys in values.items()]
+    for (label, name), curve in ends.groupby(["label", "curve"], sort=False):
+        title = short[name] or label or curve["name"].iloc[0]
+        if label and name and name not in label:
+            title = f"{label}: {short[name]}"
+        values = curve.groupby("across", sort=False)["y"].agg(list)
+        values = values.loc[sorted(values.index, key=places.get)]
+        line, = axes.plot([places[x] for x in values.index], values.map(statistics.mean), label=title, linewidth=1.3)
+        axes.plot([places[x] for x, ys in values.items() for _ in ys], [y for ys in values for y in ys], "o",
+                  markersize=4, color=line.get_color())
+        rows += [[as_typed(x), title, f"{statistics.mean(ys):.4f}", f"{deviation(ys):.4f}" if len(ys) > 1 else "",
+                  len(ys), ", ".join(f"{y:.4f}" for y in ys)] for x, ys in values.items()]
     print("\n".join(as_markdown([over, "curve", f"{what}, mean", "standard deviation", "seeds", "values"], rows)))
     set_ticks(axes.xaxis, places, over, 0.04)
     axes.set(xlabel=over, ylabel=f"{ylabel}, last")
@@ -321,8 +319,7 @@ def set_ticks(axis, places, name, share):
     for value, place in places.items():
         if not shown or place - places[shown[-1]] >= share * span:
             shown.append(value)
-    axis.set_ticks([places[value] for value in shown],
-                   [compact(value) if name == "parameters" else as_typed(value) for value in shown])
+    axis.set_ticks([places[value] for value in shown], map(compact if name == "parameters" else as_typed, shown))
 
 
 def edges(places):
@@ -334,10 +331,7 @@ def edges(places):
 
 
 def panels(ends, x, y):
-    """[(title, its cells)] of the `last` points over two axes, by title.
-
-    A panel is a curve under one choice of the settings that tell runs apart beside x and y; see `distinguishing`.
-    """
+    """[(title, its cells)] of the `last` points over two axes, by title: a panel for each label and curve."""
     short = short_names(ends["curve"].unique())
     titles = [": ".join(filter(None, (label, short[name]))) for label, name in zip(ends["label"], ends["curve"])]
     return sorted(ends.assign(title=titles).groupby("title"), key=lambda panel: natural(panel[0]))
@@ -408,38 +402,31 @@ def draw_contours(drawn, x, y, what, path, note=""):
 
 # --- Capacity: bits in the weights ---
 
-def number_of(run, name, why=""):
-    """A number of a Run's summary. ValueError where it has none, as before a run has ended."""
-    if not is_number(run.summary.get(name)):
-        raise ValueError(f"no {name} in its summary.json{why}")
-    return run.summary[name]
-
 
 def read_capacity(run):
     """(settings, with its parameters, and what CAPACITY names) of a Run. ValueError, saying why, where one lacks."""
-    summary = {name: number_of(run, name, ": finished runs of task in_weight have it") for name in CAPACITY}
+    summary = numbers_of(run, CAPACITY, ": finished runs of task in_weight have it")
     return {**run.settings, "parameters": summary["parameters"]}, summary
 
 
 def capacities(found):
-    """(`labelled` of read_capacity's runs over people and parameters, by label, with width and CAPACITY; what follows).
+    """(`labelled` of read_capacity's runs over people and parameters, in order, with width and CAPACITY; what follows).
     """
     rows, following = labelled(found, ("n_people", "parameters"), "--capacity")
     following.pop("n_embd", None)                            # the table has it
     rows["width"] = [as_typed(settings.get("n_embd")) for _, settings, _ in found]
-    rows = rows.join(pd.DataFrame([summary for _, _, summary in found]))
+    rows = rows.join(pd.DataFrame([summary for _, _, summary in found])).sort_values(["across", "up"])
     return rows.sort_values("label", key=lambda labels: labels.map(natural), kind="stable"), following
 
 
 def capacity_table(rows):
     """The runs of `capacities` as lines of Markdown."""
     several, lines = rows["label"].nunique() > 1, []
-    for label, group in rows.groupby("label", sort=False):
-        for (people, parameters), cell in group.groupby(["across", "up"]):
-            mean = cell[list(CAPACITY)].map(float).agg(statistics.mean)
-            lines.append([*[label] * several, f"{people:,}", ", ".join(cell["width"].unique()), f"{parameters:,}",
-                          f"{mean['epoch']:.4g}", mean_of(cell[ACCURACY]), mean_of(cell["bits"], 0),
-                          f"{mean['bits'] / mean['bits_of_all']:.1%}", mean_of(cell["bits"] / parameters, 3)])
+    for (label, people, parameters), cell in rows.groupby(["label", "across", "up"], sort=False):
+        mean = cell[list(CAPACITY)].map(float).agg(statistics.mean)
+        lines.append([*[label] * several, f"{people:,}", ", ".join(cell["width"].unique()), f"{parameters:,}",
+                      f"{mean['epoch']:.4g}", mean_of(cell[ACCURACY]), mean_of(cell["bits"], 0),
+                      f"{mean['bits'] / mean['bits_of_all']:.1%}", mean_of(cell["bits"] / parameters, 3)])
     return as_markdown([*["settings"] * several, "people", "width", "parameters", "exposures", "accuracy", "bits",
                         "share of all bits", "bits a parameter"], lines)
 
@@ -500,7 +487,12 @@ def markdown(index):
     sigma, baseline, judged = judge(index)
     first, data = index["rows"][0], index.get("sigma_data", 0.0)
     names = list(first["runs"][0].get("shown", {}))
-    beside = "".join(f", {name} {shown_of(first, name)}" for name in names)
+
+    def shown(row):
+        """What the table prints beside a row's metric: means of other numbers of its runs, '' where one has none."""
+        values = [[run["shown"].get(name) for run in row["runs"]] for name in names]
+        return [f"{statistics.mean(mine):.4f}" if mine and all(map(is_number, mine)) else "" for mine in values]
+    beside = "".join(f", {name} {mean}" for name, mean in zip(names, shown(first)))
     timed = ["seconds a step", "at equal seconds"] if any("time" in found for found in judged) else []
     columns = ["axis", "change", "mean", "difference", "at equal steps", *timed, "parameters", "rate", "seeds", *names]
     limits = [f"{least(seeds, len(baseline), sigma, deviation):.4f}" for deviation in (0.0, data) for seeds in (2, 3)]
@@ -528,16 +520,9 @@ def markdown(index):
             size = f"{found['size'] - 1:+.1%}" if abs(found["size"] - 1) > 0.0101 else "same"
         lines.append([row["axis"], name, f"{statistics.mean(found['values']):.4f}", f"{found['difference']:+.4f}",
                       WORDS[found["verdict"]], *([seconds, equal] if timed else []), size,
-                      f"x{row['factor']:g}{'*' if row['factor'] in outer else ''}", len(found["values"]),
-                      *(shown_of(row, name) for name in names)])
+                      f"x{row['factor']:g}{'*' if row['factor'] in outer else ''}", len(found["values"]), *shown(row)])
     star = "\\* the best of the tried rates is the smallest or the largest: a better one may lie beyond."
     return [line, "", *as_markdown(columns, lines), *(["", star] if outer else [])]
-
-
-def shown_of(row, name):
-    """What a table prints beside a row's metric: the mean of another number of its runs, '' where one has none."""
-    values = [run["shown"].get(name) for run in row["runs"]]
-    return f"{statistics.mean(values):.4f}" if values and all(map(is_number, values)) else ""
 
 
 def pivot(index):
@@ -634,9 +619,9 @@ def main():
         raise UserError('what to draw? python plot.py "runs/train_enwik8/*", or --table runs/one_change')
     if sum((over is not None, contours is not None, capacity)) > 1:
         raise UserError("--over, --contours and --capacity are pictures of their own: choose one")
-    two = [] if contours is None else [word.strip() for word in contours.split(",")]
     if out is not None and Path(out).suffix.lower() not in ("", *PICTURES):
         raise UserError(f"--out {out}: a picture ends in {', '.join(PICTURES)}")
+    two = [] if contours is None else [word.strip() for word in contours.split(",")]
     if table is not None:
         settings.refuse_idle(("over", "contours", "capacity", "levels", "same", "only", "by", "split", "metric"),
                              "with --table")

@@ -81,9 +81,9 @@ class DialogTree:
     None: no limit. Not counted: tokens, and the second copy of one layer's part while a node is cut. What finds no room
     beside locked nodes is no error: `put` leaves it out, and evicts nothing for it, `lock` keeps what fits.
 
-    model: anything whose `new_cache(batch_size, max_length, window=, device=, dtype=)` returns a Cache; the last three
-    are passed on to it. Its weights must stay as they are: else `reset`. Raises ValueError for a negative budget, and
-    where a dialog is more than one row of every layer (a Pyramid, an EncoderDecoder, a model of video).
+    model: anything with `new_cache`, to which window, device and dtype go on. Its weights must stay as they are: else
+    `reset`. Raises ValueError for a negative budget, and where a dialog is more than one row of every layer (a Pyramid,
+    an EncoderDecoder, a model of video).
 
     Ideas: the tree, its locks and its order of eviction are RadixAttention's (Zheng et al. 2024, SGLang), the second
     tier HiCache's (SGLang).
@@ -100,8 +100,9 @@ class DialogTree:
         for i, layer in enumerate(probe.layers):
             if not hasattr(layer, "row") or layer.batch_size != 1:
                 raise ValueError(f"{needed}, which layer {i} of {name} with its {type(layer).__name__} has not")
-        self._model, self._window, self._layout = model, window, [layer.layout for layer in probe.layers]
-        self._dtype = next((layer.dtype for layer in probe.layers if layer.kind != "state"), dtype)
+        self._model, self._layout = model, [layer.layout for layer in probe.layers]
+        self._how = dict(window=window, device=probe.layers[0].device,
+                         dtype=next((layer.dtype for layer in probe.layers if layer.kind != "state"), dtype))
         self._divisible = [layer.divisible for layer in probe.layers]
         self._reach = [layer.window for layer in probe.layers]  # positions that a divisible layer sees; None: all
         self._devices = {"device": probe.layers[0].device, "host": torch.device("cpu")}
@@ -178,8 +179,7 @@ class DialogTree:
         unbounded = any(cuts and reach is None for cuts, reach in zip(self._divisible, self._reach))
         if unbounded and max_length < max(lengths):
             raise ValueError(f"the prefix has {max(lengths)} positions, which exceed max_length {max_length}")
-        cache = self._model.new_cache(len(prefixes), max_length, window=self._window, device=self._devices["device"],
-                                      dtype=self._dtype)
+        cache = self._model.new_cache(len(prefixes), max_length, **self._how)
         paths = [prefix.node.path for prefix in prefixes]
         for i, layer in enumerate(cache.layers):
             layer.fill([(length, self._parts(path, length, i)) for length, path in zip(lengths, paths)])
@@ -201,10 +201,10 @@ class DialogTree:
             return length
         new = [layer.row(row) for layer in cache.layers]
         for i, (mark, tensors) in enumerate(new):
-            if self._divisible[i] and (mark > self._first_seen(i, len(tokens))
-                                       or mark + tensors[0].size(1) != len(tokens)):
-                raise ValueError(f"row {row} holds positions {mark} ... {mark + tensors[0].size(1) - 1} in layer {i}, "
-                                 f"not those of a dialog of {len(tokens)} tokens that begins at 0")
+            end = mark + tensors[0].size(1) if self._divisible[i] else len(tokens)
+            if self._divisible[i] and mark > self._first_seen(i, len(tokens)) or end != len(tokens):
+                raise ValueError(f"row {row} holds positions {mark} ... {end - 1} in layer {i}, not those of a dialog "
+                                 f"of {len(tokens)} tokens that begins at 0")
         if length < node.end:
             node = self._split(node, length)
         leaf = node

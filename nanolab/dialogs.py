@@ -7,6 +7,7 @@
 import math
 from contextlib import ExitStack
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -32,32 +33,12 @@ class Reply(NamedTuple):
     text: str
 
 
-class _Rules(NamedTuple):
-    """What ends a turn or a dialog; the arguments of `converse`."""
-    max_new_tokens: int
-    end: int
-    tool: object
-    call: int
-    stop: list
-    decode: object
-    max_calls: int
-
-    def check(self):
-        """ValueError for arguments that do not go together."""
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}, but must be at least 1")
-        if self.tool is not None and self.call is None:
-            raise ValueError("a tool needs the id with which a call ends: call")
-        if self.stop and (self.decode is None or isinstance(self.stop, str) or "" in self.stop):
-            raise ValueError("stop is a list of strings, none empty, and needs decode")
-
-
 class _Dialog:
     """A row of `converse`: its prompt and reply; the ids that the model has still to read, how many it has read, how
-    many it wrote in all, and those that it wrote since its turn began."""
+    many it wrote in all, and those that it wrote since its turn began. rules: arguments of `converse`."""
 
-    def __init__(self, prompt):
-        self.prompt, self.waiting, self.read = prompt, list(prompt), 0
+    def __init__(self, prompt, rules):
+        self.prompt, self.rules, self.waiting, self.read = list(prompt), rules, list(prompt), 0
         self.drawn, self.turn, self.reply = 0, [], Reply([], [], None, [], [], None)
 
     @property
@@ -65,15 +46,15 @@ class _Dialog:
         """Whether it goes on."""
         return self.reply.reason is None
 
-    def write(self, token, nats, rules):
+    def write(self, token, nats):
         """Takes an id that was drawn at this many nats: the dialog ends, or goes on with what is to be read next."""
+        rules = self.rules
         self._append([token], False, [nats])
         self.drawn += 1
         if token not in (rules.end, rules.call):
             self.turn.append(token)
-        reason = self._reason(token, rules)
-        if reason is not None:
-            text = None if rules.decode is None else rules.decode(self.turn)
+        if reason := self._reason(token):
+            text = rules.decode and rules.decode(self.turn)
             self.reply = self.reply._replace(reason=reason, text=_cut(text, rules.stop) if reason == "stop" else text)
             return
         self.waiting = [token]
@@ -88,8 +69,9 @@ class _Dialog:
         self.reply.injected.extend([injected] * len(tokens))
         self.reply.nats.extend(nats)
 
-    def _reason(self, token, rules):
+    def _reason(self, token):
         """Why the dialog ends with this id, or None."""
+        rules = self.rules
         if token == rules.end:
             return "end"
         if token == rules.call:
@@ -120,10 +102,17 @@ def converse(model, prompts, max_new_tokens, end, tool=None, call=None, stop=(),
     an empty prompt, arguments that do not go together, a model with shorten above 1, `prefix` with layers that read
     from left to right, and where a dialog passes the end of a learned position table.
     """
-    rules, rows = _Rules(max_new_tokens, end, tool, call, stop, decode, max_calls), [_Dialog(list(p)) for p in prompts]
+    rules = SimpleNamespace(max_new_tokens=max_new_tokens, end=end, tool=tool, call=call, stop=stop, decode=decode,
+                            max_calls=max_calls)
+    rows = [_Dialog(prompt, rules) for prompt in prompts]
     if not rows or not all(row.prompt for row in rows):
         raise ValueError("there must be a prompt, and each must have at least one token")
-    rules.check()
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, but must be at least 1")
+    if tool is not None and call is None:
+        raise ValueError("a tool needs the id with which a call ends: call")
+    if stop and (decode is None or isinstance(stop, str) or "" in stop):
+        raise ValueError("stop is a list of strings, none empty, and needs decode")
     if prefix and tree:
         raise ValueError("a tree keeps dialogs that read from left to right: it does not go with prefix")
     if model.config.shorten > 1:
@@ -148,7 +137,7 @@ def converse(model, prompts, max_new_tokens, end, tool=None, call=None, stop=(),
         tokens = draw(logits.index_fill(1, banned, -torch.inf), generator, temperature, **how)
         nats = logits.logsumexp(-1) - logits.gather(1, tokens[:, None])[:, 0]
         for b, token, surprise in zip(drawing, tokens.tolist(), nats.tolist()):
-            batch[b].write(token, surprise, rules)
+            batch[b].write(token, surprise)
             if tree and not batch[b].live:
                 tree.put((batch[b].prompt + batch[b].reply.tokens)[:batch[b].read], cache, b)
     return [row.reply for row in rows]
@@ -157,12 +146,12 @@ def converse(model, prompts, max_new_tokens, end, tool=None, call=None, stop=(),
 def _begin(model, rows, tree, room):
     """A Cache of `room` columns for the rows, which has read their prompts but for the last id where a tree is used."""
     texts = [tuple(row.prompt[:-1]) for row in rows]
-    own = tree is None and _is_worth_a_tree(texts)
-    if not tree and not own:
+    new = DialogTree(model, None) if tree is None and _is_worth_a_tree(texts) else None
+    if not tree and not new:
         return model.new_cache(len(rows), room)
     for row in rows:
         row.read, row.waiting = len(row.prompt) - 1, row.prompt[-1:]
-    return _recall(model, DialogTree(model, None) if own else tree, texts, room, not own)
+    return _recall(model, new or tree, texts, room, keep=not new)
 
 
 def _make_room(model, cache, batch, room, table, more):

@@ -125,110 +125,78 @@ def score(model, data, protocol="block", batch_size=32, windows=None, sizes=None
         raise ValueError(f"windows is {windows} with protocol {protocol}: it must be at least 1, and needs block")
     began = time.perf_counter()
     with evaluating(model):
-        if kind == "memory":
-            bits = _score_segments(model, data)
-        elif kind == "cache":
-            bits = _score_stream(model, data, batch_size)
+        if windows is not None:
+            rows = data.unfold(0, min(T + 1, N), T)              # (all windows, T + 1); a split may be one short window
+            windows = min(windows, len(rows))
+            protocol = f"block, {windows} windows"
+            chosen = (torch.arange(windows) * len(rows) // windows).to(data.device)
+            parts = [_bits(model, rows[batch]).flatten() for batch in chosen.split(batch_size)]
         else:
-            if windows is not None:
-                windows = min(windows, max(1, (N - 1) // T))     # a split shorter than a window is one short window
-                protocol = f"block, {windows} windows"
-            bits = _score_windows(model, data, T, stride, batch_size, windows)
+            first = torch.full((1,), math.log2(model.config.vocab_size), dtype=torch.float64)
+            parts = [first, *(_segments(model, data) if kind == "memory" else _stream(model, data, batch_size)
+                              if kind == "cache" else _windows(model, data, stride, batch_size))]
+    bits = torch.cat(parts)
+    assert windows is not None or len(bits) == N, f"{len(bits)} bytes scored, but the split has {N}"
     n_bytes = None
     if sizes is not None:
         n_bytes = round(int(sizes[data.long()].sum()) * len(bits) / N)
     return Score(bits, protocol, time.perf_counter() - began, n_bytes)
 
 
-def _score_windows(model, data, T, stride, batch_size, windows):
-    """Bits (N,) under windows that start at multiples of `stride`: each scores what no earlier one has scored.
-
-    With `windows`, only the bits of that many whole windows, in order.
-    """
-    device, N = next(model.parameters()).device, data.numel()
-
-    def cost(rows, first):
-        """Bits of the targets of rows (B, <= T + 1), without the `first` ones, one after another."""
-        rows = rows.to(device).long()
-        return target_bits(model(rows[:, :-1])[:, first:], rows[:, 1 + first:]).cpu().flatten()
-
-    def pieces():
-        """All there is to score, as (rows, first), in the order of the split."""
-        yield data[None, :T + 1], 0                              # nothing before it: all of it counts
-        start = 0
-        if N - stride > T:
-            rows = data[stride:].unfold(0, T + 1, stride)        # (windows, T + 1), a view
-            for i in range(0, len(rows), batch_size):
-                yield rows[i:i + batch_size], T - stride
-            start = len(rows) * stride                           # of the last whole window
-        done = start + T + 1
-        if done < N:                                             # the end of the split: one shorter window
-            yield data[None, start + stride:], T - stride
-
-    if windows is not None and N > T:
-        rows = data.unfold(0, T + 1, T)                          # (all windows, T + 1), a view
-        chosen = (torch.arange(windows) * len(rows) // windows).to(data.device)
-        return torch.cat([cost(rows[batch], 0) for batch in chosen.split(batch_size)])
-    bits, done = torch.empty(N, dtype=torch.float64), 1
-    bits[0] = math.log2(model.config.vocab_size)                 # nothing before it: charged as a uniform guess
-    for rows, first in pieces():
-        found = cost(rows, first)
-        bits[done:done + len(found)] = found
-        done += len(found)
-    assert done == N, f"{done} bytes scored, but the split has {N}"
-    return bits[1:] if windows is not None else bits
+def _bits(model, rows, first=0, **how):
+    """Bits (B, <= T - first), on the CPU, of the targets in rows (B, <= T + 1), without the `first` ones."""
+    rows = rows.to(next(model.parameters()).device).long()
+    return target_bits(model(rows[:, :-1], **how)[:, first:], rows[:, 1 + first:]).cpu()
 
 
-def _score_stream(model, data, batch_size):
-    """Bits (N,) of one stream through a cache in which full attention slides over T keys, computed in parallel.
+def _windows(model, data, stride, batch_size):
+    """Bits of all but the first byte, in pieces (n,): windows start at multiples of `stride`, and each scores what no
+    earlier one has scored."""
+    T, N, start = model.config.block_size, data.numel(), 0
+    yield _bits(model, data[None, :T + 1])[0]                    # nothing before it: all of it counts
+    if N - stride > T:
+        rows = data[stride:].unfold(0, T + 1, stride)            # (windows, T + 1), a view
+        for batch in rows.split(batch_size):
+            yield _bits(model, batch, T - stride).flatten()
+        start = len(rows) * stride                               # of the last whole window
+    if start + T + 1 < N:                                        # the end of the split: one shorter window
+        yield _bits(model, data[None, start + stride:], T - stride)[0]
+
+
+def _stream(model, data, batch_size):
+    """Bits of all but the first byte, in pieces (n,), of one stream through a cache in which full attention slides over
+    T keys, computed in parallel.
 
     A state of the last layer depends on a limited number of bytes before it. Each segment starts that many bytes early
     and scores only its own bytes, so that the cut into segments changes nothing but speed. Cuts lie where blocks of all
     layers begin. A recurrent layer depends on everything before it: then there is one segment.
     """
-    device = next(model.parameters()).device
     config = model.config
     T, N = config.block_size, data.numel()
     unit = math.lcm(T, config.sparse_stride) if "fixed" in config.mixers else T
     receptive_field = config.receptive_field(T)
     warm = N if receptive_field is None else -(-receptive_field // unit) * unit
-    length = 4 * warm
-    bits, done = torch.empty(N, dtype=torch.float64), 1
-    bits[0] = math.log2(model.config.vocab_size)
     # Each reads from its start on, and scores the targets [a, b).
-    segments = [(max(0, a - 1 - warm), a, min(a + length, N)) for a in range(1, N, length)]
-    by_length = {}
+    segments = [(max(0, a - 1 - warm), a, min(a + 4 * warm, N)) for a in range(1, N, 4 * warm)]
+    by_length, found = {}, {}
     for segment in segments:
         by_length.setdefault(segment[2] - segment[0], []).append(segment)
     for same in by_length.values():
         for i in range(0, len(same), batch_size):
             rows = same[i:i + batch_size]
-            x = torch.stack([data[start:b] for start, _, b in rows]).to(device).long()       # (B, length + 1)
+            x = torch.stack([data[start:b] for start, _, b in rows])                     # (B, length + 1)
             cache = model.new_cache(len(rows), T, window=T)
-            costs = []
-            for j in range(0, x.size(1) - 1, T):
-                piece = x[:, j:j + T + 1]
-                costs.append(target_bits(model(piece[:, :-1], cache=cache), piece[:, 1:]).cpu())
-            cost = torch.cat(costs, 1)
-            for row, (start, a, b) in enumerate(rows):
-                bits[a:b] = cost[row, a - 1 - start:]
-                done += b - a
-    assert done == N, f"{done} bytes scored, but the split has {N}"
-    return bits
+            costs = torch.cat([_bits(model, x[:, j:j + T + 1], cache=cache) for j in range(0, x.size(1) - 1, T)], 1)
+            found |= {a: cost[a - 1 - start:] for (start, a, _), cost in zip(rows, costs)}
+    return [found[a] for _, a, _ in segments]
 
 
-def _score_segments(model, data):
-    """Bits (N,) of one stream, segment after segment of T bytes, each going on from what the one before left."""
-    device = next(model.parameters()).device
-    T, N = model.config.block_size, data.numel()
-    first = math.log2(model.config.vocab_size)
-    memory, bits = model.new_memory(1), [torch.full((1,), first, dtype=torch.float64)]
-    for start in range(0, N - 1, T):
-        piece = data[None, start:start + T + 1].to(device).long()                        # (1, <= T + 1)
-        bits.append(target_bits(model(piece[:, :-1], memory=memory), piece[:, 1:]).cpu()[0])
-    bits = torch.cat(bits)
-    assert len(bits) == N, f"{len(bits)} bytes scored, but the split has {N}"
-    return bits
+def _segments(model, data):
+    """Bits of all but the first byte, in pieces (T,): segment after segment, each going on from what the one before
+    left."""
+    T, memory = model.config.block_size, model.new_memory(1)
+    for start in range(0, data.numel() - 1, T):
+        yield _bits(model, data[None, start:start + T + 1], memory=memory)[0]
 
 
 class Ensemble(torch.nn.Module):

@@ -318,30 +318,36 @@ def answer_help(name, path, positional=None):
     """
     if name != "__main__" or not {"-h", "--help"} & set(sys.argv[1:]):
         return
-    with tokenize.open(path) as file:
-        tree = ast.parse(file.read())
-    g, assigned = {"__doc__": ast.get_docstring(tree, clean=False), "__file__": path}, {}
-    for node in tree.body:
-        if isinstance(node, ast.Assign):
-            assigned[ast.unparse(node.targets[0])] = node
-    if "main" in assigned:
-        used = {node.id for node in ast.walk(assigned["main"]) if isinstance(node, ast.Name)}
+    tree, g = _read_tables(path)
+    main = [node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "main"]
+    if main:
+        used = {node.id for node in ast.walk(main[0]) if isinstance(node, ast.Name)}
         functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in used]
         for function in functions:
             function.body = function.body[:1]                # the docstring
         g |= {"serve": serve, "command": lambda main: main}
-        exec(compile(ast.Module([*functions, assigned["main"]], []), path, "exec"), g)
+        exec(compile(ast.Module([*functions, *main], []), path, "exec"), g)
         with contextlib.suppress(UserError):                 # which the command itself will say
             g["main"]()
-        return
-    for name, node in assigned.items():
-        if name in ("presets", "aliases") or ast.unparse(node.value).startswith("dict("):    # what presets build upon
-            try:
-                exec(compile(ast.Module([node], []), path, "exec"), {"__builtins__": {"dict": dict}}, g)
+    elif g:
+        _answer(_help(g, _read_settings(path), g.get("presets", {}), positional))
+
+
+def _read_tables(path):
+    """(the tree of a script's source, its {"presets", "aliases", "__doc__", "__file__"}, as far as it has them); the
+    script is not run. {} where presets or aliases are computed."""
+    with tokenize.open(path) as file:
+        tree = ast.parse(file.read())
+    g = {"__doc__": ast.get_docstring(tree, clean=False), "__file__": str(path)}
+    for node in (node for node in tree.body if isinstance(node, ast.Assign)):
+        wanted = ast.unparse(node.targets[0]) in ("presets", "aliases")
+        if wanted or isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "dict":
+            try:                                             # a dict(...) may be what presets build upon
+                exec(compile(ast.Module([node], []), str(path), "exec"), {"__builtins__": {"dict": dict}}, g)
             except NameError:
-                if name in ("presets", "aliases"):           # computed; another dict is none that they build upon
-                    return
-    _answer(_help(g, _read_settings(path), g.get("presets", {}), positional))
+                if wanted:
+                    return tree, {}
+    return tree, g
 
 
 def _answer(text):

@@ -7,7 +7,6 @@ trainer logs. `say`, `result` and `cost` read a line of any task.
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,93 +18,52 @@ from nanolab.run import UserError
 from nanolab.score import LN2, evaluating, parse_protocol, score, target_bits
 
 
-class Rows:
+class Rows(text.Batches):
     """Endless batches out of rows of equal length, shuffled anew for every pass; a batch may span two passes.
 
     x (N, T) int64 and y (N, T) int64, -1 where no loss is taken. seed: of the generator, which draws nothing else.
     """
+    mode = "epochs"
 
     def __init__(self, x, y, batch_size, seed, device):
-        self.x, self.y, self.batch_size = x.to(device), y.to(device), batch_size
+        self.x, self.y, self.batch_size, self.passes = x.to(device), y.to(device), batch_size, 0
         self.generator = torch.Generator().manual_seed(seed)
-        self.passes, self.position = 0, 0
-        self._shuffle()
+        self._start_pass()
 
-    def _shuffle(self):
-        self.before = self.generator.get_state()
-        self.order = torch.randperm(len(self.x), generator=self.generator)
-
-    @property
-    def epoch(self):
-        """float: passes over the rows so far."""
-        return self.passes + self.position / len(self.x)
+    def _start_pass(self):
+        self.position, self._length, self._before = 0, len(self.x), self.generator.get_state()
+        self._order = torch.randperm(len(self.x), generator=self.generator)
 
     def next(self):
         """-> x (B, T), y (B, T)."""
-        parts, missing = [], self.batch_size
-        while missing:
-            if self.position == len(self.order):
-                self.passes, self.position = self.passes + 1, 0
-                self._shuffle()
-            parts.append(self.order[self.position:self.position + missing])
-            self.position += len(parts[-1])
-            missing -= len(parts[-1])
-        chosen = torch.cat(parts).to(self.x.device)
+        chosen = self._places().to(self.x.device)
         return self.x[chosen], self.y[chosen]
 
-    def state_dict(self):
-        """Plain numbers and the generator's state before this pass, from which load_state_dict goes on exactly."""
-        return {"rows": len(self.x), "passes": self.passes, "position": self.position, "generator": self.before.clone()}
+    def _kind(self):
+        return {"rows": len(self.x)}
 
     def load_state_dict(self, state):
         """Goes on where state was taken. Raises UserError where there are other rows."""
         if state["rows"] != len(self.x):
             raise UserError(f"the checkpoint was trained on {state['rows']:,} rows, here are {len(self.x):,}")
-        self.generator.set_state(state["generator"])
-        self._shuffle()
-        self.passes, self.position = state["passes"], state["position"]
+        super().load_state_dict(state)
 
 
 # --- Facts by real generation ---
-
-@dataclass
-class Recalled:
-    """What one way of answering found on questions about one kind of people; counts, of all `prompts`."""
-    protocol: str
-    people: str
-    prompts: int
-    right: int
-    called: int          # with at least one call
-    right_calls: int     # whose only call is word for word the right one
-    endless: int         # that came to no end
-    by_attribute: dict   # {attribute: share that is right}
-    seconds: float
-
-    @property
-    def accuracy(self):
-        return self.right / self.prompts
-
-    def line(self):
-        """A line of metrics."""
-        found = dict(protocol=self.protocol, people=self.people, accuracy=self.accuracy, prompts=self.prompts,
-                     endless=self.endless / self.prompts, evaluation_seconds=self.seconds,
-                     **{f"accuracy_{name}": share for name, share in self.by_attribute.items()})
-        if self.protocol == "tool":
-            found.update(calls=self.called / self.prompts, right_calls=self.right_calls / self.prompts)
-        return found
 
 
 @torch.no_grad()
 def recall(model, people, vocabulary, database=None, unseen=False, form="short", prompts=None, batch_size=512,
            prefix=False):
-    """Asks for facts and lets the model generate, greedily: Recalled.
+    """Asks for facts and lets the model generate, greedily: a line of metrics, with shares of all `prompts`.
 
     database: a facts.Database that answers calls (protocol "tool"); None: calls are forbidden, and so is the token that
     opens one, if no value has it: the model has to say it by itself ("no_tool"). unseen: of people that were held out
     of training. prompts: so many facts, evenly spread over people and attributes; None: all. Right is an answer whose
-    whole text is the value, followed by END. A row may be 8 tokens longer than the longest right one, and makes one
-    call; with learned positions no longer than the table lets any row become. prefix: as the model was trained. Leaves
-    the model in the mode it was in.
+    whole text is the value, followed by END; a right call is the only one and word for word the right one; endless is
+    what came to no end. A row may be 8 tokens longer than the longest right one, and makes one call; with learned
+    positions no longer than the table lets any row become. prefix: as the model was trained. Leaves the model in the
+    mode it was in.
     """
     n, first, attributes = people.unseen if unseen else people.n, people.n if unseen else 0, people.attributes
     number = n * len(attributes) if prompts is None else min(prompts, n * len(attributes))
@@ -134,9 +92,12 @@ def recall(model, people, vocabulary, database=None, unseen=False, form="short",
                 counts.update(right=right, called=bool(reply.calls), endless=reply.reason != "end",
                               right_calls=len(reply.calls) == 1 and reply.calls[0][0] == rows[i][1])
     asked_of = Counter(attribute for _, attribute in asked)
-    return Recalled("tool" if database else "no_tool", "unseen" if unseen else "trained", number, counts["right"],
-                    counts["called"], counts["right_calls"], counts["endless"],
-                    {name: found[name] / times for name, times in asked_of.items()}, time.perf_counter() - began)
+    return dict(protocol="tool" if database else "no_tool", people="unseen" if unseen else "trained",
+                accuracy=counts["right"] / number, prompts=number, endless=counts["endless"] / number,
+                evaluation_seconds=time.perf_counter() - began,
+                **{f"accuracy_{name}": found[name] / times for name, times in asked_of.items()},
+                **({"calls": counts["called"] / number, "right_calls": counts["right_calls"] / number}
+                   if database else {}))
 
 
 def _longest_reply(config, asked, rows, vocabulary, database):
@@ -299,18 +260,17 @@ class Facts(Task):
         self.source = self.people.describe()
 
     def measure(self, model, protocol, batch_size, few=None):
-        """Yields (line of metrics, Recalled) of people that were trained on, and of unseen ones. few: so many of each
+        """Yields (line of metrics, None) of people that were trained on, and of unseen ones. few: so many of each
         kind's questions."""
         for unseen in (False, True) if self.people.unseen else (False,):
-            found = recall(model, self.people, self.vocabulary, self.database if protocol == "tool" else None, unseen,
-                           self.settings["form"], few, batch_size, self.settings["prefix"])
-            yield found.line(), found
+            yield recall(model, self.people, self.vocabulary, self.database if protocol == "tool" else None, unseen,
+                         self.settings["form"], few, batch_size, self.settings["prefix"]), None
 
-    def row(self, line, found, *_):
+    def row(self, line, *_):
         """A row of the table."""
         rates = [f"{line[key]:.4f}" if key in line else "" for key in ("calls", "right_calls")]
-        return (f"{found.people:<8} {found.protocol:<9} {found.accuracy:>9.4f} {rates[0]:>7} {rates[1]:>12} "
-                f"{line['endless']:>7.4f} {found.prompts:>8,} {found.seconds:>8.1f}")
+        return (f"{line['people']:<8} {line['protocol']:<9} {line['accuracy']:>9.4f} {rates[0]:>7} {rates[1]:>12} "
+                f"{line['endless']:>7.4f} {line['prompts']:>8,} {line['evaluation_seconds']:>8.1f}")
 
     def prepare(self):
         """The batches to train on."""

@@ -1,4 +1,4 @@
-"""Did it matter? The rule by which a change is told from noise, in words in plot.py, and the grid.json of its runs."""
+"""Did it matter? The rule by which a change is told from noise, and the grid.json of its runs."""
 import math
 
 from nanolab import archive

@@ -79,7 +79,8 @@ def watched():
                     return operation(*given, **how)
                 finally:
                     inside.pop()
-            for module in (kernels, sys.modules["models.dvae"], train_mult, train_worldmodel, train_worldmodel.measures):
+            for module in (kernels, sys.modules["models.dvae"], train_mult, train_worldmodel,
+                           train_worldmodel.measures):
                 if getattr(module, name, None) is real:
                     patch.setattr(module, name, spy)
             if name in kernels.PLAIN:

@@ -171,6 +171,7 @@ def test_help_fits(script, columns, monkeypatch, capsys):
 def test_help_into_a_closed_pipe(words):
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, *words.split(), "-h"], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, *words.split(), "-h"], cwd=ROOT, stdout=write, stderr=subprocess.PIPE,
+                          text=True)
     os.close(write)
     assert done.stderr == "" and done.returncode in (0, 141)
