@@ -147,7 +147,7 @@ presets = {
         some_enwik8, batching="epochs", n_layer=4, n_head=4, qk_norm=True, warmup_steps=20, max_steps=2000),
     # One recipe for every mixer at equal parameters: T12's shape in small.
     "variants_cpu": dict(variants, equal_params=True, sample_length=0),
-    # The baseline of grids/one_change.yaml; with --max_steps 10000 the reference curve of the README.
+    # The baseline of grids/one_change.yaml; with --max_steps 10000 the curve of docs/one-change.md.
     "one_change": dict(
         modern, dataset="enwik8", max_bytes=4_150_000, batching="streams", carry_memory=False, data_seed=1,
         batch_size=8, block_size=128, n_layer=4, n_head=4, n_embd=96, equal_params=True, norm_gain=False, bias=False,
