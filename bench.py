@@ -57,6 +57,7 @@ from nanolab.generate import generate
 from nanolab.run import (UserError, command, keep_freed_memory, measure_peak_flops, override, peak_memory, replacing,
                          resolve_device)
 from nanolab.score import score
+from nanolab.settings import shown
 
 # --- What ---
 preset = None            # a named set of settings (below); flags win over it
@@ -828,7 +829,7 @@ def check(settings):
     """UserError for settings that do not fit together, or cannot be held or written."""
     kinds = what.split(",")
     if not set(kinds) <= set(COMPARISONS):
-        raise UserError(f"--what {what}: {', '.join(COMPARISONS)}, or several with commas")
+        raise UserError(f"--what {shown(what)}: {', '.join(COMPARISONS)}, or several with commas")
     if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", draws):
         raise UserError(f"--draws {draws}: numbers of rows from 1 to 999,999, with commas")
     if clock == "cpu" and threads != 1:

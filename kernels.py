@@ -811,7 +811,7 @@ def adamw_step(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weigh
                "the tensors of one step must lie on one device")
     if not wanted:
         return None if clip is None else torch.zeros((), device=params[0].device if params else None)
-    # both bias corrections are moved into two plain numbers, as in optim.py
+    # both bias corrections are moved into two plain numbers
     correction = (1 - betas[1] ** step) ** 0.5
     size, eps = -lr * correction / (1 - betas[0] ** step), eps * correction
     ours = fits(wanted[0][0]) and all(t.dtype in FLOATS[:2] for tensors in wanted for t in tensors[:2])

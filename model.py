@@ -42,9 +42,9 @@ CARRY = ("xl", "compressive", *RECURRENT)  # one segment leaves something to the
 
 
 def variant(place):
-    """What a "file:name" of the tables above names."""
-    file, name = place.split(":")
-    return globals()[name] if file == "model" else getattr(importlib.import_module(file), name)
+    """What a "module:name" of the tables above names."""
+    module, name = place.split(":")
+    return globals()[name] if module == "model" else getattr(importlib.import_module(module), name)
 
 
 def repeat_words(words, n_layer, allowed, name):

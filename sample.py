@@ -7,7 +7,7 @@
     python sample.py runs/train_enwik8/my_run --log_cache                # what each layer's cache held
 
 One sample is written byte by byte as it comes; several are computed as one batch and written when they are done. Same
-seed, same text. Positions rope and none roll on past block_size with a sliding cache; learned absolute positions
+seed, same text. Past block_size a sliding cache rolls on; learned absolute positions
 cannot, so there the model starts again from the last half of its window. More: docs/runs.md.
 """
 from nanolab.settings import answer_help

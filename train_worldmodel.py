@@ -639,7 +639,8 @@ def train_stage(name, world, run, bar, clock, was=None):
             run.save("last.pt", first + loop["step"])
         return
     world.ended[name] = on_cpu(run.states("model", "optimizer", "ema", "scaler", "generators", "loop"))
-    world.done[name] = world.ended[name]["loop"].pop("best_model")
+    del world.ended[name]["loop"]["best_model"]          # which is done[name]
+    world.done[name] = loop["best_model"]
     model.load_state_dict(loop["best_model"])
     world.models[name] = model.eval().requires_grad_(False)
     world.total = first + loop["step"]

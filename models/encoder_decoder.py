@@ -1,4 +1,4 @@
-"""Whole models beside the decoder: encoder-decoder, with latents, with a prefix; transformers over frames; text.
+"""Whole models beside the decoder: encoder-decoder, with latents, with a prefix; text.
 
 All are built of the layers of model.py and take a TransformerConfig; each parameter has one rule of `initialise`.
 Shapes: B batch, T time or positions, S source positions, M latents, N tokens of a frame, C width, V vocabulary.

@@ -1,4 +1,4 @@
-"""The networks of train_worldmodel.py: what turned one frame into the next, frames as tokens, the next frame's tokens.
+"""What the networks of a world share: patches, convolutions, affine and residual layers.
 
 Shapes: B batch, T frames, H x W pixels, N tokens of a frame, P colours of a palette, K codes, A actions, C width.
 Frames are float32 in 0..1 (B, T, H, W, 3). Where the data has a palette, what is written is P logits a pixel, else RGB.

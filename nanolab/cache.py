@@ -418,7 +418,7 @@ class Cache:
             del self._kept[:-self.snapshots]
 
     def advance(self, positions):
-        """After a pass: counts its positions. places: the pass's Positions."""
+        """After a pass: counts its positions, a Positions."""
         index = positions.index
         self.length += positions.T
         if index is not None:
@@ -511,7 +511,7 @@ class Memory:
         return sum(t.nbytes for tensors in self.layers for t in tensors)
 
     def update(self, positions):
-        """After a pass: takes what the layers left in places.memory_out, {layer: tensors}."""
+        """After a pass: takes what the layers left in positions.memory_out, {layer: tensors}."""
         self.layers = [tuple(t.detach().to(old.dtype) for t, old in
                              zip(positions.memory_out.get(i, ()), tensors, strict=True))
                        for i, tensors in enumerate(self.layers)]

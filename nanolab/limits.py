@@ -1,6 +1,6 @@
 """What a run asks of the machine, by its settings and before it starts: memory that there is not, and what to know.
 
-    config = limits.weigh(lambda: build_model(config), device)   # refused: a model that cannot be held
+    limits.weigh(lambda: build_model(config), device)            # refused: a model that cannot be held
     limits.fits(batch_size * block_size * 8, f"batch_size {batch_size}", device)
     limits.notes(settings, {"max_steps": max_steps}, before)     # a warm-up longer than the run, a longer schedule
 """

@@ -455,6 +455,12 @@ class OrthoGrad(torch.optim.Optimizer):
     def __getattr__(self, name):
         return getattr(self.__dict__["base"], name)
 
+    def zero_grad(self, set_to_none=True):
+        self.base.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return self.base.state_dict()
+
     def load_state_dict(self, state_dict):
         self.base.load_state_dict(state_dict)
 

@@ -270,6 +270,7 @@ def value_classes(people, attribute, part="day"):
 
 @command
 def main():
+    """Asks every layer of a model of people for one attribute."""
     settings = override(globals(), positional="checkpoint")
     if checkpoint is None:
         raise UserError("which run? python -m nanolab.probe runs/train_facts/NAME")

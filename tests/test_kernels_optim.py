@@ -1,4 +1,4 @@
-"""adamw_step: the twin against optim.py, the kernels against the twin in Triton's interpreter, and compiled."""
+"""adamw_step: the twin against nanolab/optim.py, the kernels against the twin in Triton's interpreter, and compiled."""
 import math
 
 import pytest

@@ -1,4 +1,4 @@
-"""kernels "triton" against "torch" in networks.py, discrete.py, dvae.py, worldmodel.py and their three scripts.
+"""kernels "triton" against "torch" in what models/ has beside the decoder, and in three scripts.
 
 On a CPU kernels are their twins, and in Triton's interpreter themselves. About 30 s on one core.
 """
@@ -171,7 +171,7 @@ def test_encoder(case, padding):
                  lambda model: model(whole(13, 3, 12), padding)[real], layers(settings) | expected)
     if "attend" in expected:
         assert len(calls["attend"]) == 2  # one of a layer
-        assert all(how["causal"] is False and (how["places"] is None) == (padding is None)
+        assert all(how["causal"] is False and (how["positions"] is None) == (padding is None)
                    for _, how in calls["attend"])
 
 

@@ -37,16 +37,16 @@ def tried(script, words):
     try:
         settings = override(g, words)
         if "check" in g:
-            quiet = {name: value for name, value in g["debug_settings"].items() if name not in settings.explicit}
+            quiet = {name: value for name, value in g.get("debug_settings", {}).items()
+                     if name not in settings.explicit}
             settings.update(quiet)
             g.update(quiet)
-            more = []
+            g["check"](settings)
             if script == "train_worldmodel":                  # what its own world would look like
                 clips = SimpleNamespace(length=settings["length"])
                 pixels = settings["side"] * settings["cell_px"]
-                more = [SimpleNamespace(height=pixels, width=pixels, palette=range(4), n_actions=5, train=clips,
-                                        val=clips, cell_px=settings["cell_px"])]
-            g["check"](settings, *more)
+                g["check_sizes"](settings, SimpleNamespace(height=pixels, width=pixels, palette=range(4), n_actions=5,
+                                                           train=clips, val=clips, cell_px=settings["cell_px"]))
     except UserError as error:
         return str(error)
     return ""

@@ -27,7 +27,7 @@ import plot  # noqa: E402
 import sample  # noqa: E402
 from data import facts, files, smollm, tokens, video  # noqa: E402
 from model import TransformerConfig, build_model  # noqa: E402
-from nanolab import probe, run as experiment, serve, settings as flags  # noqa: E402
+from nanolab import probe, run as experiment, settings as flags  # noqa: E402
 from nanolab.run import Settings, UserError  # noqa: E402
 from test_scripts import fresh  # noqa: E402
 
@@ -77,7 +77,7 @@ def test_every_number_of_a_data_command_has_bounds(name, words, monkeypatch):
     def caught(parser, argv=None):
         parsers.append(parser)
         raise KeyboardInterrupt
-    monkeypatch.setattr(serve.Parser, "parse_args", caught)
+    monkeypatch.setattr(flags.Parser, "parse_args", caught)
     with pytest.raises(SystemExit):
         module.main(words)
     for parser in parsers:

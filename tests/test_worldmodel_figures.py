@@ -862,7 +862,7 @@ def test_rollouts_that_copy(put, video):
 # --- Figures over nothing ---
 
 def cut(video, episodes, length):
-    """Material of the first episodes of val, each of so many frames: one clip in each of so many."""
+    """A Reader of the first episodes of val, each of so many frames: one clip in each of so many."""
     clips = Clips(video.val.stored_cells[:episodes, :length], None, video.val.stored_actions[:episodes, :length - 1],
                   video.val.stored_effective[:episodes, :length - 1], PX)
     return reader(clips, video.palette)
