@@ -831,7 +831,7 @@ def check(settings):
     if not set(kinds) <= set(COMPARISONS):
         raise UserError(f"--what {shown(what)}: {', '.join(COMPARISONS)}, or several with commas")
     if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", draws):
-        raise UserError(f"--draws {draws}: numbers of rows from 1 to 999,999, with commas")
+        raise UserError(f"--draws {shown(draws)}: numbers of rows from 1 to 999,999, with commas")
     if clock == "cpu" and threads != 1:
         raise UserError("--clock cpu counts the time of all threads: it needs --threads 1")
     settings.refuse_idle([name for kind, names in USES.items() if kind not in kinds for name in names],
@@ -845,7 +845,7 @@ def check(settings):
             if Path(json).is_dir():
                 raise IsADirectoryError(0, "it is a folder")
         except OSError as error:
-            raise UserError(f"--json {json[:100]}: cannot be written there: {error.strerror}") from None
+            raise UserError(f"--json {shown(json)}: cannot be written there: {error.strerror}") from None
 
 
 @command

@@ -1,4 +1,4 @@
-"""models/discrete.py: estimators against enumeration, codebooks, the parts of the KL, monitors. About 10 s on one core."""
+"""models/discrete.py: estimators against enumeration, codebooks, the parts of the KL, monitors. About 10 s."""
 import itertools
 import math
 import runpy

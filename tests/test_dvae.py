@@ -1,4 +1,4 @@
-"""train_dvae.py and models/dvae.py: schedules, padding, masks, codes of the shape, losses, evaluation, learning: 60 s."""
+"""train_dvae.py and models/dvae.py: schedules, padding, masks, codes of the shape, losses, evaluation, learning."""
 import json
 import math
 import random

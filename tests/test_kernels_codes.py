@@ -1,4 +1,4 @@
-"""Operations on discrete codes: twins against models/discrete.py, kernels in Triton's interpreter, and compiled for GPUs."""
+"""Operations on discrete codes: twins against models/discrete.py, kernels in Triton's interpreter, and compiled."""
 import pytest
 import torch
 

@@ -1,4 +1,4 @@
-"""nanolab/optim.py: rules against torch's, exact continuation, OrthoGrad, groups, schedules, EMA. About 10 s on one core."""
+"""nanolab/optim.py: rules against torch's, exact continuation, OrthoGrad, groups, schedules, EMA: about 10 s."""
 import copy
 import math
 
