@@ -35,6 +35,7 @@ import threading
 import time
 import zipfile
 import zlib
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -298,7 +299,17 @@ def find_checkpoint(path):
 
 
 class Checkpoint(dict):
-    """What a checkpoint's file holds; `.path`: which file."""
+    """What a checkpoint's file holds, or its settings; `.path`: which file. UserError for a key that it lacks."""
+
+    def __init__(self, values, path):
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, key):
+        raise UserError(f"{self.path} lacks {key!r}: it is not whole, or of another version")
+
+    def __reduce_ex__(self, protocol):
+        return OrderedDict, (), None, None, iter(self.items())   # saved again, it may be loaded with weights_only
 
 
 def load_checkpoint(path, script=None):
@@ -334,9 +345,9 @@ def load_checkpoint(path, script=None):
     steps = checkpoint.get("steps", {}) if not wrong else {}
     if wrong or not all(is_name(name) and isinstance(step, int) for name, step in steps.items()):
         raise UserError(f"{path} is damaged: {wrong[0] if wrong else 'steps'} is not what a run saves there{hint}")
-    checkpoint = Checkpoint(checkpoint)
-    checkpoint.path = path
-    return checkpoint
+    if "settings" in checkpoint:
+        checkpoint["settings"] = Checkpoint(checkpoint["settings"], path)
+    return Checkpoint(checkpoint, path)
 
 
 @contextlib.contextmanager

@@ -235,12 +235,11 @@ def _fields_of(kind):
     return _read_fields(inspect.getsourcefile(kind), kind.__name__)
 
 
-def check_fields(config, but=()):
-    """ValueError, one sentence, where a field of a config has a value that the comment beside it does not allow; not of
-    the fields `but`."""
+def check_fields(config):
+    """ValueError, one sentence, where a field of a config has a value that the comment beside it does not allow."""
     for name, spec in _fields_of(type(config)).items():
         try:
-            name in but or spec.read(getattr(config, name))
+            spec.read(getattr(config, name))
         except ValueError as error:
             raise ValueError(f"{name} is {getattr(config, name)!r}, but {error}") from None
 

@@ -546,6 +546,18 @@ def test_what_a_run_is_handed_is_saved_and_goes_on(tmp_path, script, undrawn):
         Run(settings_for(tmp_path, resume=True), checkpoint, **parts(True))
 
 
+def test_a_key_that_a_checkpoint_lacks_is_told_wherever_it_is_asked_for(tmp_path, script):
+    """Also of the settings; and what was loaded can be saved, and loaded again."""
+    path = train(tmp_path, script, 8) / "last.pt"
+    found = load_checkpoint(path)
+    for holder in (found, found["settings"]):
+        with pytest.raises(UserError, match="last.pt lacks 'nothing'"):
+            holder["nothing"]
+        assert holder.get("nothing") is None and "nothing" not in holder
+    torch.save(found, path)
+    assert load_checkpoint(path)["settings"] == found["settings"]
+
+
 def test_truncated_at_any_length_is_one_line_and_left_alone(tmp_path, script):
     path = train(tmp_path, script, 8) / "last.pt"
     whole = path.read_bytes()

@@ -82,8 +82,7 @@ def run(script, monkeypatch, settings, checkpoint=None, stop_at=None):
     before = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
     with monkeypatch.context() as patch:
         if checkpoint:
-            checkpoint = Checkpoint(checkpoint)
-            checkpoint.path = Path("last.pt")
+            checkpoint = Checkpoint(checkpoint, Path("last.pt"))
             patch.setattr(nanolab.run, "find_resume", lambda *_: checkpoint.path)
             patch.setattr(nanolab.run, "load_checkpoint", lambda *_: checkpoint)
         patch.setattr(sys, "argv", [script, *(f"--{name}={value}" for name, value in settings.items())])
