@@ -263,6 +263,10 @@ class Grid:
                         vars(module).update(whole)
                         with contextlib.redirect_stdout(io.StringIO()):      # what it says, each run will say
                             module.check(whole)
+                        whole.only = {name: spec.only for name, spec in self.specs.items()}
+                        if row.changes and all(map(whole.idle, row.changes)):
+                            name = next(iter(row.changes))
+                            raise UserError(f"it changes nothing: {name} has no effect {whole.idle(name)}")
 
     def options(self, axis, given):
         """{option: {name: value}} of an axis of `cross`: a list of one setting's values, or options by name."""

@@ -76,46 +76,46 @@ class TransformerConfig:
     bias: bool = True              # of linear layers and LayerNorm; RMSNorm has none
     # Mixers
     mixer: str = "full"            # words of MIXERS, repeated over the layers: "mamba,mamba,full"
-    window: int = 128              # [>= 1] window: positions that a layer sees
-    sparse_stride: int = 16        # [>= 2] strided, fixed: one head sees so many neighbours, the other every so many
-    sparse_summary: int = 4        # [>= 1] fixed: places at the end of a block that all later ones see
-    kv_rank: int = None            # [none, >= 2] mla: width of the latent for keys and values; none: 2 head_dim
-    q_rank: int = None             # [none, >= 2] mla: queries through so many dimensions; none: directly
-    rope_dim: int = None           # [none, >= 2] mla: width of the shared key that turns; none: head_dim / 2
-    memory_length: int = None      # [none, >= 1] xl, compressive: positions before the segment; none: block_size
-    compressed_length: int = None  # [none, >= 1] compressive: compressed states; none: block_size / compression_rate
-    compression_rate: int = 4      # [>= 1] compressive: positions in one compressed state
-    compression: str = "conv"      # [conv, mean, max] compressive: how
-    compression_weight: float = 1.0  # [>= 0.0] compressive: of attention reconstruction, all that "conv" learns from
-    state_dim: int = 16            # [>= 1, <= 4096] mamba: states per feature
-    conv_width: int = 4            # [>= 1, <= 1024] mamba: positions that the convolution sees
-    expand: float = 2.0            # [> 0.0] mamba, mingru: inner width over n_embd
+    window: int = 128              # [>= 1, with mixer window] positions that a layer sees
+    sparse_stride: int = 16        # [>= 2, with mixer strided/fixed] a head sees so many neighbours, one every so many
+    sparse_summary: int = 4        # [>= 1, with mixer fixed] places at the end of a block that all later ones see
+    kv_rank: int = None            # [none, >= 2, with mixer mla] latent for keys and values; none: 2 head_dim
+    q_rank: int = None             # [none, >= 2, with mixer mla] queries through so many dimensions; none: directly
+    rope_dim: int = None           # [none, >= 2, with mixer mla] width of the shared key that turns; none: head_dim / 2
+    memory_length: int = None      # [none, >= 1, with mixer xl/compressive] before the segment; none: block_size
+    compressed_length: int = None  # [none, >= 1, with mixer compressive] states; none: block_size / compression_rate
+    compression_rate: int = 4      # [>= 1, with mixer compressive] positions in one compressed state
+    compression: str = "conv"      # [conv, mean, max, with mixer compressive] how
+    compression_weight: float = 1.0  # [>= 0.0, with compression conv] of attention reconstruction, all it learns from
+    state_dim: int = 16            # [>= 1, <= 4096, with mixer mamba] states per feature
+    conv_width: int = 4            # [>= 1, <= 1024, with mixer mamba] positions that the convolution sees
+    expand: float = 2.0            # [> 0.0, with mixer mamba/mingru] inner width over n_embd
     short_conv: int = 0            # [>= 0, <= 1024] width of a causal convolution before every mixer; 0: none
     # Feed-forwards
     ff: str = "mlp"                # words of FEED_FORWARDS, or "none", repeated over the layers
     ff_mult: float = 4.0           # [> 0.0] width over n_embd; gated: 2/3 of it (a multiple of 8): equal parameters
     activation: str = "gelu"       # [gelu, relu, relu2, silu, solu, glu, bilinear, reglu, geglu, swiglu]
-    ff_rank: int = None            # [none, >= 1] low_rank: of both matrices; none: n_embd / 4
-    n_expert: int = 8              # [>= 1] moe: experts, which share the width; one to choose from needs no router
-    n_shared_expert: int = 0       # [>= 0] moe: of those, how many serve every position
-    expert_top_k: int = 2          # [>= 1] moe: of the others, how many a position chooses
-    expert_balance: str = "loss"   # [loss, bias, none] moe: load-balance loss, or biases moved after every step
-    balance_weight: float = 0.01   # [>= 0.0] moe: of the load-balance loss
-    balance_rate: float = 0.001    # [>= 0.0] moe: step of the biases
+    ff_rank: int = None            # [none, >= 1, with ff low_rank] of both matrices; none: n_embd / 4
+    n_expert: int = 8              # [>= 1, with ff moe] experts, which share the width; one alone needs no router
+    n_shared_expert: int = 0       # [>= 0, with ff moe] of those, how many serve every position
+    expert_top_k: int = 2          # [>= 1, with ff moe] of the others, how many a position chooses
+    expert_balance: str = "loss"   # [loss, bias, none, with ff moe] load-balance loss, or biases moved after every step
+    balance_weight: float = 0.01   # [>= 0.0, with expert_balance loss] of the load-balance loss
+    balance_rate: float = 0.001    # [>= 0.0, with expert_balance bias] step of the biases
     shorten: int = 1               # [>= 1] above 1 a Pyramid: the middle layers see one vector for so many positions
     # Positions
     positions: str = "learned"     # [learned, learned_per_layer, rope, alibi, relative, none] where a position stands
-    rope_base: float = 10000.0     # [> 1.0] longest wavelength of rope over 2 pi
+    rope_base: float = 10000.0     # [> 1.0, with positions rope] longest wavelength of rope over 2 pi
     rope_scaling: str = "none"     # [none, linear, ntk, yarn] how rope is stretched to rope_factor times its context
     rope_factor: float = 1.0       # [>= 1.0] extend_block_size multiplies it
-    rope_ramp: str = "turns"       # [turns, index] yarn: ramp between pairs by turns (paper) or index (published code)
-    rope_mscale: float = 1.0       # [>= 0.0] yarn: queries and keys grow by 0.1 rope_mscale ln(rope_factor) + 1
-    rope_mscale_all_dim: float = 1.0  # [>= 0.0] yarn with mla: the same for what does not turn; 0: it does not grow
+    rope_ramp: str = "turns"       # [turns, index, with rope_scaling yarn] by turns (paper) or index (published code)
+    rope_mscale: float = 1.0       # [>= 0.0, with rope_scaling yarn] q, k grow by 0.1 rope_mscale ln(rope_factor) + 1
+    rope_mscale_all_dim: float = 1.0  # [>= 0.0, with mixer mla] yarn: of what does not turn; 0: it does not grow
     # Residual stream, initialisation
     residual_scale: float | str = 1.0  # [> 0.0, depth, rezero, layerscale] of every branch; depth: 1 / sqrt(2 n_layer)
     init: str = "gpt2"             # [gpt2, normal, xavier, tfixup, truncated, zero] see `initialise`
     qk_norm: bool = False          # RMSNorm without parameters on queries and keys, per head
-    qk_scale: bool = False         # with qk_norm: learned scale of each layer's scores in place of head_dim^-0.5
+    qk_scale: bool = False         # [with qk_norm] learned scale of each layer's scores in place of head_dim^-0.5
     # Classifiers, losses
     tie_weights: bool = False      # the classifier is the embedding
     n_targets: int = 1             # [>= 1, <= 256] bytes predicted ahead, weights 1, 1/2, 1/4, ...
@@ -125,10 +125,10 @@ class TransformerConfig:
     output: str = "softmax"        # [softmax, stablemax] stablemax (Prieto et al. 2025) before every softmax
     intermediate_losses: bool = False  # layers predict too, until a fraction of training (see active_layers)
     mtp_depth: int = 0             # [>= 0, <= 64] modules of multi-token prediction (DeepSeek-V3), a layer each
-    mtp_weight: float = 0.3        # [>= 0.0] of the mean of their losses
+    mtp_weight: float = 0.3        # [>= 0.0, with mtp_depth] of the mean of their losses
     # How it is computed
     attention: str = "auto"        # [auto, sdpa, manual] auto: by hand to train in bfloat16 on a CPU, up to 1,023 bytes
-    kernels: str = "torch"         # [torch, triton] what was told to kernels.use; the model does not look here
+    kernels: str = "torch"         # [torch, triton] what kernels.use was told: formulas, or the fused operations
     checkpoint_activations: bool = False  # compute layers again in the backward pass: less memory, more time
 
     # Fields that may be others on resume: they make no shape, of the weights or of the state beside them.

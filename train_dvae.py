@@ -51,7 +51,7 @@ dataset = "synthetic"      # synthetic, or of ARC arc1, arc2, or arc1-training, 
 val_dataset = None         # what is scored; none: synthetic, or the evaluation tasks that belong to dataset
 max_side = 8               # [>= 1, <= 30] of a grid; larger ones are left out (training: cropped)
 n_colours = 10             # [>= 1, <= 10] grids with others are left out
-n_train = 20_000           # [>= 1] synthetic: training grids
+n_train = 20_000           # [>= 1, with dataset synthetic] training grids
 n_val = 1_000              # [>= 1] synthetic: grids to evaluate on
 crops = 4                  # [>= 0] ARC: pieces of each training grid that is larger than max_side
 colours = "keep_zero"      # [all, keep_zero, none] augmentation: colours exchanged at random; 0 stays background
@@ -99,7 +99,7 @@ noise_last = 1.0           # [>= 0.0, <= 1.0] that size; 1: codes are drawn from
 hard_at = None             # [none, >= 0.0, <= 1.0] share after which codes are one-hot; soft without noise until then
 schedule_steps = None      # [none, >= 1] steps that all shares are of; none: max_steps
 reset_interval = 20        # [none, >= 1] steps after which codes that nothing chose become encoder outputs; none: never
-reset_fraction = 0.8       # [>= 0.0, <= 1.0] share of the schedule with resets
+reset_fraction = 0.8       # [>= 0.0, <= 1.0, with reset_interval] share of the schedule with resets
 mask_rate = (0.0, 0.0)     # [>= 0.0, < 1.0] share of the tokens that the encoder does not see, first and last
 mask_fraction = 1.0        # [> 0.0, <= 1.0] share of the schedule in which it goes from one to the other
 
@@ -118,13 +118,13 @@ kl_target = None           # [none, > 0.0] bits per grid: the KL's weight moves 
 max_steps = 1000           # [none, >= 0] optimiser steps in all, resumes included; none: until stopped
 optimizer = "muon"         # [sgd, adam, adamw, muon, schedule_free] muon: hidden matrices, the rest by adamw
 lr = 5e-3                  # [> 0.0] peak learning rate
-muon_lr = 0.01             # [> 0.0] peak learning rate of the matrices under muon
+muon_lr = 0.01             # [> 0.0, with optimizer muon] peak learning rate of the matrices
 schedule = "cosine"        # [constant, noam, cosine, wsd] all start with a linear warm-up
 warmup_steps = 50          # [>= 0] steps
-decay_fraction = 0.5       # [> 0.0, <= 1.0] wsd: share of max_steps in which the rate falls linearly
-min_lr_scale = 0.02        # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
-betas = (0.9, 0.98)        # [>= 0.0, < 1.0] adam, adamw, schedule_free
-momentum = 0.9             # [>= 0.0, < 1.0] sgd
+decay_fraction = 0.5       # [> 0.0, <= 1.0, with schedule wsd] share of max_steps in which the rate falls linearly
+min_lr_scale = 0.02        # [>= 0.0, <= 1.0, with schedule cosine/wsd] the last rate over the peak
+betas = (0.9, 0.98)        # [>= 0.0, < 1.0, not with optimizer sgd]
+momentum = 0.9             # [>= 0.0, < 1.0, with optimizer sgd]
 weight_decay = 0.01        # [>= 0.0] on matrices only
 grad_clip = 1.0            # [none, > 0.0] largest norm of the whole gradient
 ema_decay = 0.99           # [>= 0.0, < 1.0] running average of the weights, evaluated in their place; 0: none

@@ -65,7 +65,7 @@ qk_norm = False            # RMSNorm on queries and keys
 
 # --- Mixers: one word, or several with commas, repeated over the layers ---
 mixer = "full"             # full, window, strided, fixed, diff, mla, xl, compressive, mamba, mingru
-window = 128               # [>= 2] window: positions that a byte sees
+window = 128               # [>= 2, with mixer window] positions that a byte sees
 short_conv = 0             # [>= 0, <= 1024] bytes that a causal convolution before every mixer sees; 0: none
 shorten = 1                # [>= 1] above 1 a pyramid: the middle layers see one vector for so many bytes
 carry_memory = True        # xl, compressive, mamba, mingru with batching streams: go on from the segment before
@@ -85,13 +85,13 @@ intermediate_losses = True # layer l of n also predicts, until the fraction l / 
 max_steps = 200_000        # [none, >= 0] optimiser steps in all, resumes included; none: until stopped
 optimizer = "adamw"        # [sgd, adam, adamw, muon, schedule_free, ivon] muon: hidden matrices, the rest by adamw
 lr = 7e-4                  # [> 0.0] peak learning rate
-muon_lr = 0.02             # [> 0.0] peak learning rate of the matrices under muon
+muon_lr = 0.02             # [> 0.0, with optimizer muon] peak learning rate of the matrices
 schedule = "noam"          # [constant, noam, cosine, wsd] all start with a linear warm-up
 warmup_steps = 4000        # [>= 0] steps
-decay_fraction = 0.2       # [> 0.0, <= 1.0] wsd: share of max_steps in which the rate falls linearly
-min_lr_scale = 0.0         # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
-betas = (0.9, 0.99)        # [>= 0.0, < 1.0] adam, adamw, schedule_free, ivon (0.9,0.99999 there)
-momentum = 0.99            # [>= 0.0, < 1.0] sgd
+decay_fraction = 0.2       # [> 0.0, <= 1.0, with schedule wsd] share of max_steps in which the rate falls linearly
+min_lr_scale = 0.0         # [>= 0.0, <= 1.0, with schedule cosine/wsd] the last rate over the peak
+betas = (0.9, 0.99)        # [>= 0.0, < 1.0, not with optimizer sgd] ivon: 0.9,0.99999
+momentum = 0.99            # [>= 0.0, < 1.0, with optimizer sgd]
 weight_decay = 0.01        # [>= 0.0] on what decay_params names
 grad_clip = 1.0            # [none, > 0.0] largest norm of the whole gradient
 ema_decay = 0.0            # [>= 0.0, < 1.0] running average of the weights, evaluated beside them; 0: none

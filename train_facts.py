@@ -55,28 +55,28 @@ loss_on = "assistant"      # [assistant, all] whose tokens are learned; all: pla
 tokenizer = "closed"       # closed (facts), bytes, tiktoken:NAME, a file, or bpe:SIZE, sentencepiece:SIZE: trained here
 
 # --- Facts: people ---
-n_people = 512             # [>= 1] people to train on, with four questions each (notes) or seven (bios)
-n_unseen = 256             # [>= 0] people that only the database knows
-kind = "notes"             # [notes, bios] 31.25 or 47.59 bits a person
-names = "syllables"        # [syllables, plain] notes: four of 64 syllables, or first and last names
-form = "short"             # [short, natural] questions: "birth_date NAME ?", or sentences
-alpha = 1.0                # [>= 0.0, <= 1.0] 1: attributes are independent; 0: a hidden type says all
-prefix = False             # facts: a question's tokens see one another, what follows stays causal
-tool_share = 0.5           # [>= 0.0, <= 1.0] task both: share of the facts behind the tool
-database = None            # a file that data/facts.py wrote, for the tool; none: the people, in memory
+n_people = 512             # [>= 1, not with task mqar/text] to train on; four questions each (notes) or seven (bios)
+n_unseen = 256             # [>= 0, not with task mqar/text] people that only the database knows
+kind = "notes"             # [notes, bios, not with task mqar/text] 31.25 or 47.59 bits a person
+names = "syllables"        # [syllables, plain, with kind notes] four of 64 syllables, or first and last names
+form = "short"             # [short, natural, not with task mqar/text] questions: "birth_date NAME ?", or sentences
+alpha = 1.0                # [>= 0.0, <= 1.0, not with task mqar/text] 1: independent ones; 0: a hidden type says all
+prefix = False             # [not with task mqar/text] a question's tokens see one another, what follows is causal
+tool_share = 0.5           # [>= 0.0, <= 1.0, with task both] share of the facts behind the tool
+database = None            # [not with task mqar/text] a file that data/facts.py wrote; none: the people, in memory
 
 # --- Rows of multi-query associative recall; block_size tokens each ---
-n_rows = 100_000           # [>= 1] to train on
-n_test_rows = 1000         # [>= 1] held out
-pairs = 4                  # [>= 1] keys with a value
-mqar_vocab = 8192          # [>= 4] tokens that there are
-mqar_alpha = 0.01          # [> 0.0, <= 10.0] of the power law by which queries follow
-random_non_queries = False # random tokens between the queries
+n_rows = 100_000           # [>= 1, with task mqar] to train on
+n_test_rows = 1000         # [>= 1, with task mqar] held out
+pairs = 4                  # [>= 1, with task mqar] keys with a value
+mqar_vocab = 8192          # [>= 4, with task mqar] tokens that there are
+mqar_alpha = 0.01          # [> 0.0, <= 10.0, with task mqar] of the power law by which queries follow
+random_non_queries = False # [with task mqar] random tokens between the queries
 
 # --- Text ---
-dataset = "shakespeare"    # shakespeare, stdlib, enwik8, smollm:SUBSET, or a path (.txt, .parquet, .jsonl)
-max_bytes = None           # [none, >= 1] only the first so many bytes, before splitting; not of shards
-batching = "random"        # [random, epochs] of text that fits into memory
+dataset = "shakespeare"    # [with task text] shakespeare, stdlib, enwik8, smollm:SUBSET, or .txt, .parquet, .jsonl
+max_bytes = None           # [none, >= 1, with task text] only the first so many bytes, before splitting; not of shards
+batching = "random"        # [random, epochs, with task text] of text that fits into memory
 
 # --- Batches ---
 batch_size = 128           # [>= 1] rows per forward pass
@@ -98,7 +98,7 @@ qk_norm = False            # RMSNorm on queries and keys
 # --- Mixers: one word, or several with commas, repeated over the layers ---
 mixer = "full"             # full, window, strided, fixed, diff, mla, xl, compressive, mamba, mingru
 short_conv = 0             # [>= 0, <= 1024] width of a causal convolution before every mixer; 0: none
-window = 16                # [>= 2] window: positions that a token sees
+window = 16                # [>= 2, with mixer window] positions that a token sees
 
 # --- Feed-forwards: one word, or several with commas, repeated over the layers ---
 ff = "mlp"                 # mlp, low_rank, moe, none
@@ -110,16 +110,16 @@ tie_weights = False        # the classifier is the embedding
 
 # --- Optimisation ---
 max_steps = 800            # [none, >= 0] optimiser steps in all, resumes included; none: until stopped
-exposures = None           # [none, > 0.0] facts: how often each is seen; sets max_steps
+exposures = None           # [none, > 0.0, not with task mqar/text] how often each fact is seen; sets max_steps
 optimizer = "muon"         # [sgd, adam, adamw, muon, schedule_free, ivon] muon: hidden matrices, the rest by adamw
 lr = 2e-2                  # [> 0.0] peak learning rate
-muon_lr = 0.02             # [> 0.0] peak learning rate of the matrices under muon
+muon_lr = 0.02             # [> 0.0, with optimizer muon] peak learning rate of the matrices
 schedule = "wsd"           # [constant, noam, cosine, wsd] all start with a linear warm-up
 warmup_steps = 50          # [>= 0] steps
-decay_fraction = 0.5       # [> 0.0, <= 1.0] wsd: share of max_steps in which the rate falls linearly
-min_lr_scale = 0.02        # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
-betas = (0.9, 0.98)        # [>= 0.0, < 1.0] adam, adamw, schedule_free, ivon (0.9,0.99999 there)
-momentum = 0.99            # [>= 0.0, < 1.0] sgd
+decay_fraction = 0.5       # [> 0.0, <= 1.0, with schedule wsd] share of max_steps in which the rate falls linearly
+min_lr_scale = 0.02        # [>= 0.0, <= 1.0, with schedule cosine/wsd] the last rate over the peak
+betas = (0.9, 0.98)        # [>= 0.0, < 1.0, not with optimizer sgd] ivon: 0.9,0.99999
+momentum = 0.99            # [>= 0.0, < 1.0, with optimizer sgd]
 weight_decay = 0.1         # [>= 0.0] on what decay_params names
 grad_clip = None           # [none, > 0.0] largest norm of the whole gradient
 ema_decay = 0.0            # [>= 0.0, < 1.0] running average of the weights, evaluated beside them; 0: none

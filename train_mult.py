@@ -66,8 +66,8 @@ grad_accum = 1             # [>= 1] forward passes per optimiser step
 
 # --- Models ---
 models = "simple,latent"   # which to train, with commas: simple, latent, prefix
-n_latent = 8               # [>= 1] latent: vectors between encoder and decoder
-n_read = 1                 # [>= 1, <= 1000] latent: layers in which they read the encoder's states
+n_latent = 8               # [>= 1, with models latent] vectors between encoder and decoder
+n_read = 1                 # [>= 1, <= 1000, with models latent] layers in which they read the encoder's states
 n_layer = 2                # [>= 1, <= 1000] layers of the encoder, and of the decoder; prefix: half of its layers
 n_head = 4                 # [>= 1] attention heads
 n_embd = 128               # [>= 1] width
@@ -85,27 +85,27 @@ kernels = "torch"          # [torch, triton] triton: fused operations of kernels
 # --- Losses ---
 sequence_weight = 0.0      # [>= 0.0] a wrong answer weighs 1 + this, a right one 1
 sum_head = "none"          # [none, classes, value] in training also name, or regress, the sums of long multiplication
-sum_weight = 1.0           # [>= 0.0] of that head's loss
+sum_weight = 1.0           # [>= 0.0, with sum_head] of that head's loss
 forcing = "none"           # [none, linear, exponential, inverse_sigmoid] scheduled sampling; none: always true tokens
-forcing_start = 0          # [>= 0] steps before the probability of a true token starts to fall
-forcing_k = None           # [none, > 0.0] k of the schedule; none: linear 1, exponential 0.9998, inverse_sigmoid 500
-forcing_slope = 1e-4       # [>= 0.0] linear: fall per step
-forcing_min = 0.0          # [>= 0.0, <= 1.0] the probability falls no further
-stability_window = 0       # [>= 0] evaluations of which the loss must agree before the probability falls; 0: it falls
-stability_eps = 0.02       # [> 0.0] nats: so closely
+forcing_start = 0          # [>= 0, with forcing] steps before the probability of a true token starts to fall
+forcing_k = None           # [none, > 0.0, with forcing] none: linear 1, exponential 0.9998, inverse_sigmoid 500
+forcing_slope = 1e-4       # [>= 0.0, with forcing linear] fall per step
+forcing_min = 0.0          # [>= 0.0, <= 1.0, with forcing] the probability falls no further
+stability_window = 0       # [>= 0, with forcing] evaluations whose loss must agree before it falls; 0: it falls
+stability_eps = 0.02       # [> 0.0, with stability_window] nats: so closely
 
 # --- Optimisation ---
 max_steps = 20_000         # [none, >= 0] optimiser steps of each model in all, resumes included; none: until stopped
 patience = None            # [none, >= 1] a model rests after so many validations without a better one
 optimizer = "muon"         # [sgd, adam, adamw, muon, schedule_free] muon: hidden matrices, the rest by adamw
 lr = 2e-3                  # [> 0.0] peak learning rate
-muon_lr = 0.02             # [> 0.0] peak learning rate of the matrices under muon
+muon_lr = 0.02             # [> 0.0, with optimizer muon] peak learning rate of the matrices
 schedule = "wsd"           # [constant, noam, cosine, wsd] all start with a linear warm-up
 warmup_steps = 50          # [>= 0] steps
-decay_fraction = 0.5       # [> 0.0, <= 1.0] wsd: share of max_steps in which the rate falls linearly
-min_lr_scale = 0.02        # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
-betas = (0.9, 0.98)        # [>= 0.0, < 1.0] adam, adamw, schedule_free
-momentum = 0.9             # [>= 0.0, < 1.0] sgd
+decay_fraction = 0.5       # [> 0.0, <= 1.0, with schedule wsd] share of max_steps in which the rate falls linearly
+min_lr_scale = 0.02        # [>= 0.0, <= 1.0, with schedule cosine/wsd] the last rate over the peak
+betas = (0.9, 0.98)        # [>= 0.0, < 1.0, not with optimizer sgd]
+momentum = 0.9             # [>= 0.0, < 1.0, with optimizer sgd]
 weight_decay = 0.1         # [>= 0.0] on matrices only
 grad_clip = 1.0            # [none, > 0.0] largest norm of the whole gradient
 ema_decay = 0.0            # [>= 0.0, < 1.0] running average of the weights, evaluated in their place; 0: none

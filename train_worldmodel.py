@@ -60,13 +60,13 @@ deterministic = True       # same bits on the same machine; exact resume needs i
 
 # --- Data ---
 dataset = "gridworld"      # gridworld, donkeycar, atari:Freeway (needs ale-py), or a file: frames (N, H, W, 3), actions
-n_train = 4096             # [>= 1] gridworld, atari: training episodes
-n_val = 256                # [>= 1] gridworld, atari: episodes to evaluate on, in worlds never seen
-length = 24                # [>= 2] gridworld, atari: frames of an episode
-side = 8                   # [>= 2] gridworld: cells
-cell_px = 8                # [>= 4] gridworld: pixels of a cell
-walls = 0.15               # [>= 0.0, < 0.9] gridworld: share of the cells
-ball = True                # gridworld: with a ball that moves by itself
+n_train = 4096             # [>= 1, with dataset gridworld/atari] training episodes
+n_val = 256                # [>= 1, with dataset gridworld/atari] episodes to evaluate on, in worlds never seen
+length = 24                # [>= 2, with dataset gridworld/atari] frames of an episode
+side = 8                   # [>= 2, with dataset gridworld] cells
+cell_px = 8                # [>= 4, with dataset gridworld] pixels of a cell
+walls = 0.15               # [>= 0.0, < 0.9, with dataset gridworld] share of the cells
+ball = True                # [with dataset gridworld] with a ball that moves by itself
 split_seed = 0             # [>= 0] which worlds there are
 batch_size = 64            # [>= 1] clips per forward pass of the action model
 grad_accum = 1             # [>= 1] forward passes per optimiser step
@@ -86,14 +86,14 @@ tokenizer_steps = 1000     # [>= 0] optimiser steps
 tokenizer_change = 10.0    # [>= 0.0] extra weight of pixels that differ between frames of a clip: movers are rare
 reset_interval = 20        # [none, >= 1] steps after which codes that nothing chose become encoder outputs; none: never
 reset_distance = 0.5       # [>= 0.0] only outputs at least so far (squared, of unit vectors) from every living code
-reset_fraction = 0.5       # [>= 0.0, <= 1.0] share of the steps with resets
+reset_fraction = 0.5       # [>= 0.0, <= 1.0, with reset_interval] share of the steps with resets
 
 # --- Latent actions ---
 action_model = "conv"      # [conv, transformer] of the encoder and the decoder
 n_codes = 8                # [>= 2] latent actions
 history = 2                # [>= 1] frames that explain the next one; with 1 what moves by itself hides the action
 action_quantiser = "signs" # [signs, vq] signs of normalised numbers, or the nearest of n_codes vectors
-difference = True          # conv: the encoder sees x_t+1 - x_t; False: x_t+1
+difference = True          # [with action_model conv] the encoder sees x_t+1 - x_t; False: x_t+1
 action_layers = 3          # [>= 1, <= 1000] in encoder and decoder each
 action_embd = 32           # [>= 1] width
 action_steps = 1600        # [>= 0] optimiser steps
@@ -138,12 +138,12 @@ log_cache = False          # print the cache after a rollout
 max_steps = None           # [none, >= 0] optimiser steps of each stage; none: the stage's own number
 optimizer = "muon"         # [adam, adamw, muon] muon: matrices of transformers, the rest by adamw
 lr = 2e-3                  # [> 0.0] peak learning rate
-muon_lr = 0.02             # [> 0.0] peak learning rate of the matrices under muon
+muon_lr = 0.02             # [> 0.0, with optimizer muon] peak learning rate of the matrices
 schedule = "cosine"        # [constant, noam, cosine, wsd] all start with a linear warm-up
 warmup_steps = 50          # [>= 0] steps
-decay_fraction = 0.5       # [> 0.0, <= 1.0] wsd: share of the steps in which the rate falls linearly
-min_lr_scale = 0.05        # [>= 0.0, <= 1.0] cosine, wsd: the last rate over the peak
-betas = (0.9, 0.99)        # [>= 0.0, < 1.0] adam, adamw
+decay_fraction = 0.5       # [> 0.0, <= 1.0, with schedule wsd] share of the steps in which the rate falls linearly
+min_lr_scale = 0.05        # [>= 0.0, <= 1.0, with schedule cosine/wsd] the last rate over the peak
+betas = (0.9, 0.99)        # [>= 0.0, < 1.0]
 weight_decay = 1e-4        # [>= 0.0] on matrices only
 grad_clip = 1.0            # [none, > 0.0] largest norm of the whole gradient
 ema_decay = 0.0            # [>= 0.0, < 1.0] running average of the weights, evaluated in their place; 0: none

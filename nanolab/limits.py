@@ -72,11 +72,14 @@ def weigh(build, device="cpu"):
 
 
 def notes(settings, steps, before=None):
-    """Prints what a person should know before step 1, a line each: a warm-up that the run does not outlast; on resume a
-    schedule whose length is another one now.
+    """Prints what a person should know before step 1, a line each: a flag without an effect; a warm-up that the run
+    does not outlast; on resume a schedule whose length is another one now.
 
     steps, before: {setting: steps of what is trained}, now and by the checkpoint; a value None has no end.
     """
+    for name in settings.flags:
+        if where := settings.idle(name):
+            print(f"--{name} has no effect {where}")
     schedule, warmup_steps = settings["schedule"], settings["warmup_steps"]
     for name, limit in steps.items():
         if limit and warmup_steps >= limit:

@@ -42,11 +42,11 @@ class Settings:
     muon_lr: float = 0.02
     orthograd: bool = False        # gradients made orthogonal to their weights first
     warmup_peak: str = "last"      # [last, next] the step that first has the peak rate: of the warm-up, or after it
-    eps: float = 1e-8              # [> 0.0] adam, adamw, schedule_free
-    muon_momentum: float = 0.95    # [>= 0.0, < 1.0] muon
-    ess: float = None              # [none, > 0.0] ivon: effective sample size; none: bytes, or rows, to train on
-    hess_init: float = 1.0         # [> 0.0] ivon: curvature at first
-    clip_radius: float = None      # [none, > 0.0] ivon: largest step of a weight before the rate; none: no bound
+    eps: float = 1e-8              # [> 0.0, not with optimizer sgd/ivon] added to a root
+    muon_momentum: float = 0.95    # [>= 0.0, < 1.0, with optimizer muon]
+    ess: float = None              # [none, > 0.0, with optimizer ivon] sample size; none: bytes, or rows, to train on
+    hess_init: float = 1.0         # [> 0.0, with optimizer ivon] curvature at first
+    clip_radius: float = None      # [none, > 0.0, with optimizer ivon] largest step of a weight; none: no bound
     decay_params: str = "matrices" # [matrices, 2d] 2d: all of two or more dimensions, embeddings and positions too
 
 

@@ -67,11 +67,12 @@ class UserError(Exception):
 
 
 class Settings(dict):
-    """Every setting by name. `.explicit`: names set by a flag or the preset; `.command`: the words as typed;
-    `.script`: the script's path. `.fingerprint`: of the data in files, see `check_data`; None where there are none.
+    """Every setting by name. `.explicit`: names set by a flag or the preset; `.flags`: by a flag; `.command`: the words
+    as typed; `.script`: the script's path; `.only`: when a setting counts, for `idle`. `.fingerprint`: of the data in
+    files, see `check_data`; None where there are none.
     """
 
-    explicit, command, fingerprint, script, _globals = frozenset(), (), None, None, None
+    explicit, flags, command, fingerprint, script, _globals, only = frozenset(), (), (), None, None, None, {}
 
     def put(self, **values):
         """Sets some of them, and the script's globals with them."""
@@ -90,6 +91,15 @@ class Settings(dict):
             raise UserError(f"the data of {names[0]} {as_typed(self[names[0]])} changed since the checkpoint: its "
                             f"fingerprint was {checkpoint['fingerprint']}, now it is {fingerprint}; resume with the "
                             "data of the saved run")
+
+    def idle(self, name):
+        """Why a setting has no effect beside the others, by its comment: "with mixer full"; "" where it has one."""
+        if not self.only.get(name):
+            return ""
+        unwanted, other, words = self.only[name]
+        value = self[other]
+        found = not set(words).isdisjoint(re.split("[,:+]", str(value))) if words else value not in (None, 0, "none")
+        return self.idle(other) or (f"with {other} {as_typed(value)}" if found == unwanted else "")
 
     def refuse_idle(self, names, where):
         """UserError where one of the settings `names` was typed, none of which has an effect `where`."""
@@ -115,6 +125,9 @@ class _Setting:
         self.name, self.default, self.comment, self.group = name, default, comment, group
         bracket = re.match(r"\[(.*?)\]", comment)
         items = [item.strip() for item in bracket[1].split(",")] if bracket else []
+        last = re.fullmatch(r"(not )?with (\w+) ?(.*)", items[-1] if items else "")
+        self.only = (bool(last[1]), last[2], last[3].split("/") if last[3] else []) if last else None
+        items = items[:-1] if last else items
         self.bounds = [re.match(r"([<>]=?)\s*(.*)", item).groups() for item in items if item[:1] in ("<", ">")]
         kinds = {type(value) for value in (default if isinstance(default, tuple) else (default,))}
         self.kind = float if kinds == {int, float} else kinds.pop()
@@ -249,7 +262,8 @@ def override(g, argv=None, positional=None):
 
     Defaults, types, limits and groups are read from the script's own source, g["__file__"], and from that of the config
     classes that its FURTHER names: a comment may begin with what is allowed, `[>= 1]`, `[layer, rms]`, `[none, > 0.0]`,
-    `[path]`. `g["presets"]` maps names to sets of settings, `g["aliases"]` other names of settings to their own.
+    `[path]`, and last when it counts, `[>= 2, with mixer strided/fixed]`, `[not with optimizer sgd]`, `[with qk_norm]`.
+    `g["presets"]` maps names to sets of settings, `g["aliases"]` other names of settings to their own.
     argv: the words after the script's name (None: this process's). positional: the setting that one bare word sets.
     Returns Settings. Raises UserError for a person's mistake, ValueError for a mistake in the script; exits for -h.
     """
@@ -291,12 +305,13 @@ def override(g, argv=None, positional=None):
             typed[name] = spec.read(value, typed=True)
         except ValueError as error:
             raise UserError(f"--{name} {shown(value)}: {error}") from None
-    chosen = typed.get("preset")
+    flags, chosen = tuple(typed), typed.get("preset")
     if chosen is not None and chosen not in presets:
         raise UserError(f"--preset {shown(chosen)}: must be one of {', '.join(presets)}{_nearest(chosen, presets)}")
     typed = {name: specs[name].read(value) for name, value in presets.get(chosen, {}).items()} | typed
     settings = Settings({name: typed.get(name, spec.default) for name, spec in specs.items()})
     settings.explicit, settings.command, settings.script, settings._globals = frozenset(typed), argv, g["__file__"], g
+    settings.flags, settings.only = flags, {name: spec.only for name, spec in specs.items()}
     g.update(settings)
     return settings
 
