@@ -515,7 +515,7 @@ def test_revived_vq_codes_begin_anew():
 
 # --- FSQ ---
 
-@pytest.mark.parametrize("size", [2, 6, 64, 128, 240, 256, 512, 1000, 1024, 4096])
+@pytest.mark.parametrize("size", [2, 6, 9, 64, 128, 240, 256, 512, 1000, 1024, 4096])
 def test_fsq_levels_multiply_to_the_size(size):
     """All of them from 2 to 8, the largest first."""
     levels = fsq_levels(size)
