@@ -311,7 +311,8 @@ def test_the_oracle_says_what_the_database_says(few, scripted, tmp_path):
     assert counted(recall(oracle, few, CLOSED, database))[0] == same < 10
 
 
-CALLS = {b"FIND address FOR \xff\xc3": NO_RESULT, "": NO_CALL, "FIND address FOR ": NO_CALL, "FIND occupation": NO_CALL, " ?": NO_CALL, "Asia": NO_CALL,
+CALLS = {b"FIND address FOR \xff\xc3": NO_RESULT, "": NO_CALL, "FIND address FOR ": NO_CALL,
+         "FIND occupation": NO_CALL, " ?": NO_CALL, "Asia": NO_CALL,
          "FIND FIND address FOR tani": NO_CALL, "FIND  FOR tani": NO_CALL,
          "FIND rowid FOR 1": NO_ATTRIBUTE, "FIND name FOR x": NO_ATTRIBUTE, "find address FOR x": NO_CALL,
          "FIND address FOR nobody": NO_RESULT, "FIND address FOR ' OR '1'='1": NO_RESULT,

@@ -1,4 +1,4 @@
-"""nanolab/probe.py: same bits with and without, what is recorded and until when; what linear probes read off features."""
+"""nanolab/probe.py: same bits with and without, what is recorded and until when; what linear probes find."""
 import pytest
 import torch
 import torch.nn.functional as F
