@@ -230,13 +230,11 @@ def test_what_attention_is_told_of_places():
 def test_positions_tell_all_places_and_edges():
     """Cells from the upper left and from the lower right edge, waves of 2 to 64 cells: no two places are alike."""
     places = torch.cartesian_prod(torch.arange(30), torch.arange(30)) + 0.5
-    extent = torch.tensor([[[30.0, 30.0]]])
-    here = position_features(places[None], extent)[0]
+    here, mirrored = (position_features(some[None], torch.full((1, 1, 2), 30.0))[0] for some in (places, 30 - places))
     assert here.shape == (900, 60) and torch.cdist(here, here).add(torch.eye(900) * 9).min() > 0.1
-    mirrored = position_features(30 - places[None], extent)[0]
     torch.testing.assert_close(mirrored[:, :12], here[:, 12:24], atol=1e-4, rtol=0)
-    torch.testing.assert_close(here[:, 0], (math.pi * places[:, 0]).sin(), atol=1e-4, rtol=0)
-    torch.testing.assert_close(here[:, 5], (math.pi * places[:, 0] / 32).sin(), atol=1e-4, rtol=0)
+    for column, wave in ((0, 1), (5, 32)):
+        torch.testing.assert_close(here[:, column], (math.pi * places[:, 0] / wave).sin(), atol=1e-4, rtol=0)
 
 
 # --- Padding and masks ---
@@ -303,36 +301,26 @@ def test_only_patches_of_the_grid_and_its_row_ends_are_read(layout, patch):
         assert torch.equal(differs, read[:, i, j])
 
 
-def test_masked_tokens_are_a_share_and_never_pad():
-    """About `rate` of cells and row ends; nothing else changes, and the targets stay whole."""
-    g, config = configured("--mask_rate", "0,0.3")
-    canvas, grids = config.canvas, of_shapes(all_shapes(5).repeat(40, 1), 5)
+def test_masked_tokens_are_a_share_and_carry_no_information():
+    """About `rate` of cells and row ends, never PAD. Grids that differ only there have equal latents, bit for bit, and
+    what was there has no gradient."""
+    g, config, model = built("--mask_rate", "0.5,0.5")
+    canvas, grids = config.canvas, of_shapes(all_shapes(5).repeat(8, 1), 5, n_colours=8)
     tokens = canvas.tokens(grids.cells)
-    before, generator = tokens.clone(), torch.Generator().manual_seed(0)
-    for rate in (0.0, 0.3, 0.8):
-        seen, share = g["masked"](tokens, canvas, rate, generator)
+    before = tokens.clone()
+    for rate in (0.0, 0.8, 0.5):
+        seen, share = g["masked"](tokens, canvas, rate, torch.Generator().manual_seed(1))
         hidden = seen == canvas.mask
         assert torch.equal(tokens, before) and torch.equal(seen[~hidden], tokens[~hidden])
         assert not (hidden & (tokens == canvas.pad)).any() and (rate == 0 or (tokens[hidden] == canvas.eos).any())
         assert share.item() == pytest.approx(hidden.sum().item() / (tokens != canvas.pad).sum().item())
-        assert share.item() == pytest.approx(rate, abs=0.02)
-
-
-def test_masked_tokens_carry_no_information():
-    """Grids that differ only where they are masked have equal latents, bit for bit; what was there has no gradient."""
-    g, config, model = built("--mask_rate", "0.5,0.5")
-    canvas, grids = config.canvas, of_shapes(all_shapes(5), 5, n_colours=8)
-    tokens = canvas.tokens(grids.cells)
-    hidden = g["masked"](tokens, canvas, 0.5, torch.Generator().manual_seed(1))[0] == canvas.mask
+        assert share.item() == pytest.approx(rate, abs=0.03)
     others = torch.where(hidden & (tokens < 10), 9, tokens)
-    zs = []
-    for some in (tokens, others):
-        seen, _ = g["masked"](some, canvas, 0.5, torch.Generator().manual_seed(1))
-        zs.append(model.encode(seen, grids.shapes))
-    assert not torch.equal(tokens, others) and torch.equal(*zs)
-    zs[1].square().sum().backward()
-    grad = model.cell.grad
-    assert not grad[9].any() and all(grad[token].any() for token in (0, 7, canvas.eos, canvas.mask))
+    again, _ = g["masked"](others, canvas, 0.5, torch.Generator().manual_seed(1))
+    z = model.encode(again, grids.shapes)
+    assert not torch.equal(tokens, others) and torch.equal(z, model.encode(seen, grids.shapes))
+    z.square().sum().backward()
+    assert not model.cell.grad[9].any() and all(model.cell.grad[i].any() for i in (0, 7, canvas.eos, canvas.mask))
 
 
 # --- Reading and writing ---
@@ -346,8 +334,6 @@ def test_whatever_the_codes_a_grid_is_written(patch):
     written = model.write(*model.read(codes))
     assert torch.equal(config.canvas.shapes(written), shapes)
     assert len(written[:, 0, 0].unique()) > 1
-    torch.manual_seed(0)
-    assert config.canvas.shapes(model.write(*model.read(torch.randint(16, (200, 6))))).min() >= 1
 
 
 def by_hand(model, e, shapes):

@@ -615,12 +615,6 @@ def test_wsd_with_fraction_one_falls_from_the_end_of_the_warm_up():
     assert optim.schedule("wsd", 99, 10, 100, decay_fraction=0.0) == 1.0
 
 
-def test_noam_is_the_papers():
-    for s in (1, 100, 4000, 20000):  # equation 3
-        paper = 512 ** -0.5 * min(s ** -0.5, s * 4000 ** -1.5)
-        assert (512 * 4000) ** -0.5 * optim.schedule("noam", s - 1, 4000, None) == pytest.approx(paper)
-
-
 def test_schedules_refuse_what_they_cannot_do():
     for name in ("cosine", "wsd"):
         with pytest.raises(ValueError, match=f"{name}.*max_steps"):
