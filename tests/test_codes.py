@@ -1,6 +1,7 @@
 """models/discrete.py: the KL and its parts beside enumeration, the monitors of codes, the two tables of its command."""
 import itertools
 import math
+import runpy
 import sys
 
 import pytest
@@ -311,5 +312,5 @@ def test_table_of_the_decomposition(capsys, monkeypatch):
 def test_other_words_are_an_error_of_one_line(words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["models/discrete.py", *words])
     with pytest.raises(SystemExit) as end:
-        discrete.main()
+        runpy.run_path(discrete.__file__, run_name="__main__")
     assert end.value.code == 2 and capsys.readouterr() == ("", "error: which table? gradients or decomposition\n")

@@ -135,6 +135,9 @@ def test_it_ends():
     assert hooks(model) == 0
     model(ids(1, 5))
     assert all(probe.forward == [] for probe in probes.values())
+    probe = Probe()
+    probe.close()
+    assert probe(loss) is loss and probe.forward == []
 
 
 def test_places():
