@@ -1,10 +1,17 @@
 """nanolab/probe.py: same bits with and without, what is recorded and until when; what linear probes find."""
+import sys
+from collections import Counter
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from data import facts, tokens
 from model import TransformerConfig, build_model
-from nanolab.probe import Probe, draw_training, last_states, layers_that_know, linear_probe, record
+from nanolab import probe as command
+from nanolab.probe import (Accuracies, Probe, draw_training, last_states, layers_that_know, linear_probe, record,
+                           value_classes)
 
 PLACES = ["embed", "blocks.0", "blocks.0.mixer", "blocks.1.ff", "blocks.1", "norm"]
 
@@ -332,3 +339,40 @@ def test_a_place_of_another_length():
     with pytest.raises(ValueError, match=r"place 'blocks.1' gives \(3, 3, 32\), not \(B, T, C\) with B 3 and T 6"):
         last_states(model, [[1] * 6, [2], [3]], ["blocks.0", "blocks.1"])
     assert last_states(model, [[1] * 6, [2], [3]], ["blocks.0", "blocks.3"])["blocks.3"].shape == (3, 32)
+
+
+# --- The command ---
+
+def test_classes_of_values():
+    made = SimpleNamespace(values={"birth_place": ["Asia", "Europe", "Asia"], "birthday": ["3/1/1900", "1/3/1901",
+                                                                                          "1/1/1900"]})
+    for attribute, part, classes in (("birth_place", "day", [0, 1, 0]), ("birthday", "day", [1, 0, 0]),
+                                     ("birthday", "month", [0, 1, 0]), ("birthday", "year", [0, 1, 0])):
+        assert value_classes(made, attribute, part).tolist() == classes
+
+
+def test_the_command_asks_about_people_whose_value_occurs_twice(monkeypatch, capsys):
+    """Each by the question about the person whose class stands beside it, trained people and unseen ones apart."""
+    made, vocabulary, asked = facts.people(60, 1, unseen=25), facts.Vocabulary("closed"), []
+    before, loaded = dict(vars(command)), dict(tokenizer=None, settings=dict(task="in_weight", form="short"))
+    for owner, name, stub in (
+            (command, "find_checkpoint", lambda path: path),
+            (command, "load_checkpoint", lambda *_: loaded),
+            (command, "from_checkpoint", lambda *_: SimpleNamespace(for_inference=build)),
+            (command, "layers_that_know", lambda model, prompts, labels, **_: asked.append(
+                (prompts, labels.tolist())) or {"embed": Accuracies(0.25, 0.5, 0.125)}),
+            (facts, "open_facts", lambda settings: (made, vocabulary, None)), (tokens, "check", lambda *_: None)):
+        monkeypatch.setattr(owner, name, stub)
+    monkeypatch.setattr(sys, "argv", ["probe.py", "run", "--attribute", "occupation", "--device", "cpu"])
+    command.main()
+    monkeypatch.undo()
+    vars(command).update(before)
+    left_out = 0
+    for (prompts, labels), numbers in zip(asked, (range(60), range(60, 85)), strict=True):
+        values, counts = made.values["occupation"], Counter(made.values["occupation"][i] for i in numbers)
+        some = [i for i in numbers if counts[values[i]] > 1]
+        assert [vocabulary.decode(prompt).split()[:2] for prompt in prompts] == [
+            ["occupation", made.names[i]] for i in some]
+        assert len(set(zip(labels, (values[i] for i in some)))) == len(set(labels)) == max(labels) + 1
+        left_out += len(numbers) - len(some)
+    assert left_out and "embed" in (out := capsys.readouterr().out) and out.count("0.250") == 2
