@@ -1,26 +1,24 @@
-"""train_dvae.py and models/dvae.py: schedules, padding, masks, codes of the shape, losses, evaluation, learning."""
+"""train_dvae.py and models/dvae.py: schedules, codes of the shape, places, padding and masks change nothing, nats and
+losses by hand, figures by hand, grids learned by heart, pictures."""
 import json
 import math
 import random
 import struct
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from data.arc import OUTSIDE, PALETTE, Arc, Canvas, Grids, load  # noqa: E402
-from model import parameter_roles  # noqa: E402
-from models.discrete import SAMPLED, Quantised, decompose, kl_uniform, usage_kl  # noqa: E402
-from models.dvae import DVAE, Attention, position_features, relations, tiles  # noqa: E402
-from nanolab.codes import grids_of, picture, read_file  # noqa: E402
-from nanolab.run import UserError, override  # noqa: E402
-from test_scripts import fresh  # noqa: E402
+from data.arc import OUTSIDE, PALETTE, Arc, Canvas, Grids, load
+from model import parameter_roles
+from models.discrete import SAMPLED, Quantised, decompose, kl_uniform, usage_kl
+from models.dvae import DVAE, Attention, position_features, relations, tiles
+from nanolab.codes import grids_of, picture, read_file
+from nanolab.run import UserError, override
+from test_scripts import fresh
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = "--max_side 5 --n_codes 6 --codebook_size 16 --code_dim 8 --n_head 2 --n_embd 16 --cell_dim 8".split()
@@ -137,7 +135,6 @@ def test_settings_that_cannot_go_together(settings, said):
 
 def test_settings_that_can():
     configured(*typed(estimator="reinmax", tau_start=2.0, tau_end=1.0))
-    configured(*typed(estimator="gumbel_soft", tau_end=0.05, kl_target=9.0))
     configured(*typed(max_steps="none", schedule="constant", schedule_steps=9))
     assert configured(*typed(estimator="fsq", codebook_size=240))[1].code_dim == 3
     assert configured(*typed(n_codes=1, layout="canvas"))[1].n_latents == 1
@@ -170,13 +167,9 @@ def test_codes_of_the_shape(max_side, size, n):
     assert len(set(map(tuple, codes[:, :n].tolist()))) == len(shapes)
     last = torch.full((1, n + 3), size - 1)
     assert model.read(last)[1].tolist() == [[max_side, max_side]]
-
-
-def test_layout_canvas_has_no_codes_of_the_shape():
-    _, config, model = built("--layout", "canvas")
-    codes = some_codes(config, 4)
-    assert config.n_shape_codes == 0 and config.n_latents == 6
-    assert torch.equal(model.with_shape(codes, torch.ones(4, 2, dtype=torch.int64)), codes)
+    _, config, model = built(*typed(layout="canvas", max_side=max_side, codebook_size=size, n_codes=n + 3))
+    codes = some_codes(config, len(shapes))
+    assert config.n_shape_codes == 0 and torch.equal(model.with_shape(codes, shapes), codes)
 
 
 @pytest.mark.parametrize("n, rows, columns", [(1, 1, 1), (2, 1, 2), (4, 2, 2), (7, 3, 3), (12, 3, 4), (31, 6, 6)])
@@ -237,13 +230,11 @@ def test_what_attention_is_told_of_places():
 def test_positions_tell_all_places_and_edges():
     """Cells from the upper left and from the lower right edge, waves of 2 to 64 cells: no two places are alike."""
     places = torch.cartesian_prod(torch.arange(30), torch.arange(30)) + 0.5
-    extent = torch.tensor([[[30.0, 30.0]]])
-    here = position_features(places[None], extent)[0]
+    here, mirrored = (position_features(some[None], torch.full((1, 1, 2), 30.0))[0] for some in (places, 30 - places))
     assert here.shape == (900, 60) and torch.cdist(here, here).add(torch.eye(900) * 9).min() > 0.1
-    mirrored = position_features(30 - places[None], extent)[0]
     torch.testing.assert_close(mirrored[:, :12], here[:, 12:24], atol=1e-4, rtol=0)
-    torch.testing.assert_close(here[:, 0], (math.pi * places[:, 0]).sin(), atol=1e-4, rtol=0)
-    torch.testing.assert_close(here[:, 5], (math.pi * places[:, 0] / 32).sin(), atol=1e-4, rtol=0)
+    for column, wave in ((0, 1), (5, 32)):
+        torch.testing.assert_close(here[:, column], (math.pi * places[:, 0] / wave).sin(), atol=1e-4, rtol=0)
 
 
 # --- Padding and masks ---
@@ -282,7 +273,7 @@ def test_extra_padding_and_the_rest_of_the_batch_change_nothing(layout, patch, i
     tokens, shapes, e = config.canvas.tokens(grids.cells), grids.shapes, model.codebook.look_up(some_codes(config, 25))
     e = e.double()
     z, (nats, _), written = model.encode(tokens, shapes), model.nats(e, tokens, shapes), model.write(e, shapes)
-    for i in range(25):
+    for i in range(0, 25, 3):
         one = slice(i, i + 1)
         torch.testing.assert_close(model.encode(tokens[one], shapes[one]), z[one], atol=1e-12, rtol=1e-12)
         alone, _ = model.nats(e[one], tokens[one], shapes[one])
@@ -310,36 +301,26 @@ def test_only_patches_of_the_grid_and_its_row_ends_are_read(layout, patch):
         assert torch.equal(differs, read[:, i, j])
 
 
-def test_masked_tokens_are_a_share_and_never_pad():
-    """About `rate` of cells and row ends; nothing else changes, and the targets stay whole."""
-    g, config = configured("--mask_rate", "0,0.3")
-    canvas, grids = config.canvas, of_shapes(all_shapes(5).repeat(40, 1), 5)
+def test_masked_tokens_are_a_share_and_carry_no_information():
+    """About `rate` of cells and row ends, never PAD. Grids that differ only there have equal latents, bit for bit, and
+    what was there has no gradient."""
+    g, config, model = built("--mask_rate", "0.5,0.5")
+    canvas, grids = config.canvas, of_shapes(all_shapes(5).repeat(8, 1), 5, n_colours=8)
     tokens = canvas.tokens(grids.cells)
-    before, generator = tokens.clone(), torch.Generator().manual_seed(0)
-    for rate in (0.0, 0.3, 0.8):
-        seen, share = g["masked"](tokens, canvas, rate, generator)
+    before = tokens.clone()
+    for rate in (0.0, 0.8, 0.5):
+        seen, share = g["masked"](tokens, canvas, rate, torch.Generator().manual_seed(1))
         hidden = seen == canvas.mask
         assert torch.equal(tokens, before) and torch.equal(seen[~hidden], tokens[~hidden])
         assert not (hidden & (tokens == canvas.pad)).any() and (rate == 0 or (tokens[hidden] == canvas.eos).any())
         assert share.item() == pytest.approx(hidden.sum().item() / (tokens != canvas.pad).sum().item())
-        assert share.item() == pytest.approx(rate, abs=0.02)
-
-
-def test_masked_tokens_carry_no_information():
-    """Grids that differ only where they are masked have equal latents, bit for bit; what was there has no gradient."""
-    g, config, model = built("--mask_rate", "0.5,0.5")
-    canvas, grids = config.canvas, of_shapes(all_shapes(5), 5, n_colours=8)
-    tokens = canvas.tokens(grids.cells)
-    hidden = g["masked"](tokens, canvas, 0.5, torch.Generator().manual_seed(1))[0] == canvas.mask
+        assert share.item() == pytest.approx(rate, abs=0.03)
     others = torch.where(hidden & (tokens < 10), 9, tokens)
-    zs = []
-    for some in (tokens, others):
-        seen, _ = g["masked"](some, canvas, 0.5, torch.Generator().manual_seed(1))
-        zs.append(model.encode(seen, grids.shapes))
-    assert not torch.equal(tokens, others) and torch.equal(*zs)
-    zs[1].square().sum().backward()
-    grad = model.cell.grad
-    assert not grad[9].any() and all(grad[token].any() for token in (0, 7, canvas.eos, canvas.mask))
+    again, _ = g["masked"](others, canvas, 0.5, torch.Generator().manual_seed(1))
+    z = model.encode(again, grids.shapes)
+    assert not torch.equal(tokens, others) and torch.equal(z, model.encode(seen, grids.shapes))
+    z.square().sum().backward()
+    assert not model.cell.grad[9].any() and all(model.cell.grad[i].any() for i in (0, 7, canvas.eos, canvas.mask))
 
 
 # --- Reading and writing ---
@@ -353,8 +334,6 @@ def test_whatever_the_codes_a_grid_is_written(patch):
     written = model.write(*model.read(codes))
     assert torch.equal(config.canvas.shapes(written), shapes)
     assert len(written[:, 0, 0].unique()) > 1
-    torch.manual_seed(0)
-    assert config.canvas.shapes(model.write(*model.read(torch.randint(16, (200, 6))))).min() >= 1
 
 
 def by_hand(model, e, shapes):
@@ -505,18 +484,18 @@ def evaluated(g, config, model, grids, count=None, thorough=False):
 def test_figures_do_not_depend_on_the_batch(settings):
     """Nor on more grids than the mixture of MI and TC takes; and nothing random outside is touched."""
     g, config, model = built(*typed(**settings))
-    grids = of_shapes(all_shapes(5).repeat(44, 1), 5)
+    grids = of_shapes(all_shapes(5).repeat(42, 1), 5)
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     found = {}
-    for size in (1, 7, 500, 2000):
+    for size in (3, 7, 500, 2000):
         g["eval_batch_size"] = size
-        found[size], _ = evaluated(g, config, model, grids, 60 if size < 100 else None, thorough=True)
+        found[size], _ = evaluated(g, config, model, grids, 30 if size < 100 else None, thorough=True)
     assert torch.equal(states[0], torch.get_rng_state()) and model.training
     assert states[1:] == (np.random.get_state()[1].tolist(), random.getstate())
-    assert found[1] == pytest.approx(found[7], rel=1e-5) and found[500] == pytest.approx(found[2000], rel=1e-5)
-    assert found[1]["grids"] == 60 and found[500]["grids"] == 1100
+    assert found[3] == pytest.approx(found[7], rel=1e-5) and found[500] == pytest.approx(found[2000], rel=1e-5)
+    assert found[3]["grids"] == 30 and found[500]["grids"] == 1050
     for name in ("soft_hard_gap", "mi", "kl"):
-        assert (name in found[1]) == (settings.get("estimator") != "vq")
+        assert (name in found[3]) == (settings.get("estimator") != "vq")
 
 
 def with_answers(model, *answers):
@@ -599,48 +578,44 @@ def test_thorough_figures_by_hand():
 # --- Learning ---
 
 @pytest.fixture
-def free(monkeypatch):
-    """What main() sets for the whole process is put back."""
+def learned(monkeypatch, tmp_path):
+    """learned(fixed, words...) -> the summary and metrics of a run of the whole script in this process; fixed: trains
+    on what it is scored on. What main() sets for the whole process is put back."""
     before = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
-    yield
+
+    def learn(fixed, *words):
+        g = fresh("train_dvae.py")
+        g["draw_all"] = lambda *_: None
+        if fixed:
+            g["load"] = lambda *how: Arc((arc := load(*how)).train, arc.train, arc.source, arc.hash)
+        common = typed(n_head=2, n_embd=32, warmup_steps=10, log_interval=10, device="cpu", dtype="float32",
+                       out_dir=tmp_path, run_name="run", save_interval=100_000, eval_interval=100_000)
+        monkeypatch.setattr(sys, "argv", ["train_dvae.py", *map(str, common), *map(str, words)])
+        g["main"]()
+        run = tmp_path / "train_dvae" / "run"
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        return json.loads((run / "summary.json").read_text()), [json.loads(line) for line in lines]
+    yield learn
     torch.set_deterministic_debug_mode(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
-def learned(monkeypatch, tmp_path, fixed, *words):
-    """The summary and metrics of a run of the whole script in this process; fixed: trains on what it is scored on."""
-    g = fresh("train_dvae.py")
-    g["draw_all"] = lambda *_: None
-    if fixed:
-        def same(*settings):
-            arc = load(*settings)
-            return Arc(arc.train, arc.train, arc.source, arc.hash)
-        g["load"] = same
-    common = typed(n_head=2, n_embd=32, warmup_steps=10, log_interval=10, device="cpu", dtype="float32",
-                   out_dir=tmp_path, run_name="run", save_interval=100_000, eval_interval=100_000)
-    monkeypatch.setattr(sys, "argv", ["train_dvae.py", *map(str, common), *map(str, words)])
-    g["main"]()
-    run = tmp_path / "train_dvae" / "run"
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return json.loads((run / "summary.json").read_text()), [json.loads(line) for line in lines]
-
-
-@pytest.mark.parametrize("estimator", ["gumbel_soft", "reinmax", "vq", "fsq"])
-def test_16_grids_are_learned_by_heart(estimator, monkeypatch, tmp_path, free):
+@pytest.mark.parametrize("estimator", ["reinmax", "vq", "fsq"])
+def test_grids_are_learned_by_heart(estimator, learned):
     """Exactly, by hard codes."""
-    summary, lines = learned(monkeypatch, tmp_path, True, *typed(
-        estimator=estimator, max_side=4, n_codes=10, codebook_size=64, code_dim=16, n_train=16, n_val=10, batch_size=16,
-        max_steps=200, colours="none", group=1), "--no-symmetry")
+    summary, lines = learned(True, *typed(
+        estimator=estimator, max_side=3, n_codes=8, codebook_size=64, code_dim=8, n_train=8, n_val=10, batch_size=8,
+        max_steps=100, colours="none", group=1), "--no-symmetry")
     assert summary["val_exact"] == summary["val_accuracy"] == 1.0 and summary["val_nats"] < 1
     exact = [line["exact"] for line in lines if line["split"] == "train"]
-    assert exact[-1] > 0.9 and exact[0] < 0.1
+    assert exact[-1] > 0.9 and exact[0] < 0.2
 
 
-def test_unseen_grids_are_written_better_than_by_their_best_colour(monkeypatch, tmp_path, free):
-    """And nearly every code is used, within 200 steps."""
-    summary, _ = learned(monkeypatch, tmp_path, False, *typed(
-        max_side=5, n_codes=12, codebook_size=32, code_dim=16, n_train=3000, n_val=400, max_steps=200))
-    assert summary["val_accuracy"] > summary["val_floor"] + 0.08 and summary["val_usage"] >= 0.9
+def test_unseen_grids_are_written_better_than_by_their_best_colour(learned):
+    """And nearly every code is used."""
+    summary, _ = learned(False, *typed(max_side=4, n_codes=10, codebook_size=32, code_dim=16, n_train=1000, n_val=200,
+                                       max_steps=150, batch_size=32))
+    assert summary["val_accuracy"] > summary["val_floor"] + 0.05 and summary["val_usage"] >= 0.9
     assert summary["val_exact"] > 0.03 and abs(summary["val_soft_hard_gap"]) < 0.05
 
 

@@ -1,28 +1,24 @@
-"""train_facts.py in this process: whose tokens are learned, the batches, what generation counts, bits, eight people
-learned for real. About 20 s on one core."""
+"""nanolab/tasks.py: whose tokens are learned, rows once a pass and resumed in mid pass, every way to answer is counted,
+attacks on the tool, bits by heart and uniform; eight people learned for real."""
 import itertools
 import math
-import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import choices  # noqa: E402
-from data import facts, mqar  # noqa: E402
-from data.facts import NO_ATTRIBUTE, NO_CALL, NO_RESULT, Database, Vocabulary, people  # noqa: E402
-from model import TransformerConfig, build_model, fused_rows, parameter_roles  # noqa: E402
-from nanolab import dialogs, optim, tasks  # noqa: E402
-from nanolab.dialogs import Reply  # noqa: E402
-from nanolab.run import UserError, override  # noqa: E402
-from nanolab.score import score  # noqa: E402
-from nanolab.tasks import Rows, answered, bits_of, recall  # noqa: E402
-from test_scripts import fresh  # noqa: E402
+import choices
+from data import facts, mqar
+from data.facts import NO_ATTRIBUTE, NO_CALL, NO_RESULT, Database, Vocabulary, people
+from model import TransformerConfig, build_model, fused_rows, parameter_roles
+from nanolab import dialogs, optim, tasks
+from nanolab.dialogs import Reply
+from nanolab.run import UserError, override
+from nanolab.score import score
+from nanolab.tasks import Rows, answered, bits_of, recall
+from test_scripts import fresh
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLOSED = Vocabulary("closed")
@@ -128,16 +124,15 @@ def test_rows_come_once_a_pass():
 
 
 def test_the_seed_orders_rows_and_nothing_else_is_drawn():
-    def first(seed, batch_size=5):
+    before, found = torch.get_rng_state(), []
+    for seed, batch_size in ((1, 5), (1, 20), (2, 5)):
         batches = rows_of(50, batch_size, seed)
-        return torch.cat([batches.next()[0] for _ in range(100 // batch_size)])
-    before = torch.get_rng_state()
-    assert torch.equal(first(1), first(1)) and torch.equal(first(1), first(1, 20))
-    assert not torch.equal(first(1), first(2))
+        found.append(torch.cat([batches.next()[0] for _ in range(100 // batch_size)]))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("done", [0, 1, 2, 3, 5, 6, 9])                              # 5: at the end of a pass
+@pytest.mark.parametrize("done", [0, 1, 2, 5])                                       # 5: at the end of a pass
 def test_rows_go_on_in_mid_pass(done):
     batches, other = rows_of(10, 4), rows_of(10, 4, seed=7)
     for _ in range(done):
@@ -304,12 +299,9 @@ def test_every_way_to_answer_is_counted(few, scripted):
             assert len(database.heard) == counted(found)[1]
 
 
-def test_the_oracle_is_always_right_and_says_what_the_database_says(few, scripted, tmp_path):
+def test_the_oracle_says_what_the_database_says(few, scripted, tmp_path):
     oracle = turns(lambda a, n, _: CLOSED.encode(facts.call(a, n)) + [CALL],
                    lambda a, n, told: CLOSED.encode(told) + [END])
-    for unseen in (False, True):
-        found = recall(oracle, few, CLOSED, Database(few), unseen)
-        assert found["accuracy"] == found["right_calls"] == found["calls"] == 1
     values = {name: list(map(name_values.__getitem__, range(-1, 13))) for name, name_values in few.values.items()}
     altered = replace(few, values=values)                                            # everyone has another's values
     Database(altered).save(tmp_path / "altered.db")
@@ -319,7 +311,8 @@ def test_the_oracle_is_always_right_and_says_what_the_database_says(few, scripte
     assert counted(recall(oracle, few, CLOSED, database))[0] == same < 10
 
 
-CALLS = {"": NO_CALL, "FIND address FOR ": NO_CALL, "FIND occupation": NO_CALL, " ?": NO_CALL, "Asia": NO_CALL,
+CALLS = {b"FIND address FOR \xff\xc3": NO_RESULT, "": NO_CALL, "FIND address FOR ": NO_CALL,
+         "FIND occupation": NO_CALL, " ?": NO_CALL, "Asia": NO_CALL,
          "FIND FIND address FOR tani": NO_CALL, "FIND  FOR tani": NO_CALL,
          "FIND rowid FOR 1": NO_ATTRIBUTE, "FIND name FOR x": NO_ATTRIBUTE, "find address FOR x": NO_CALL,
          "FIND address FOR nobody": NO_RESULT, "FIND address FOR ' OR '1'='1": NO_RESULT,
@@ -329,42 +322,27 @@ CALLS = {"": NO_CALL, "FIND address FOR ": NO_CALL, "FIND occupation": NO_CALL, 
          "FIND sqlite_version() FOR x": NO_ATTRIBUTE, "FIND address FOR x UNION SELECT name FROM people": NO_RESULT}
 
 
-def test_calls_that_attack(few, scripted):
-    """What a model may write between the user's turn and CALL: the tool answers, the table stays, nothing raises."""
+@pytest.mark.parametrize("text, told", CALLS.items(), ids=range(len(CALLS)))
+def test_calls_that_attack(text, told, few, scripted):
+    """What a model may write between the user's turn and CALL, bytes that are no text too: the tool answers, the table
+    stays, nothing raises."""
     bytes_ = Vocabulary("bytes")
     call, answer, end = (bytes_.specials[name] for name in ("CALL", "ANSWER", "END"))
-    for text, told in CALLS.items():
-        ids = bytes_.encode(text) + [call]
-        expected = bytes_.encode(told) + [end]
-        said = []
-
-        def wanted(row):
-            reply = row[row.index(ord("?")) + 1:]
-            if answer in reply:
-                said.append(bytes_.decode(reply[reply.index(call) + 1:reply.index(answer)]))
-                reply = reply[reply.index(answer) + 1:]
-                return [expected[len(reply)]]
-            return [ids[len(reply)]]
-        # As many ids as the longest call may have, for all of these
-        named = replace(few, names=["n" * 80 + str(i) for i in range(14)])
-        database = Listening(named)
-        found = recall(Scripted(wanted, bytes_.size), named, bytes_, database, prompts=2)
-        assert counted(found) == (0, 2, 0, 0), text
-        assert database.heard == [(text, told)] * 2 and set(said) == {told}
-        assert database.connection.execute("SELECT count(*) FROM people").fetchone() == (14,)
-
-
-def test_bytes_that_are_no_text_in_a_call(few, scripted):
-    bytes_ = Vocabulary("bytes")
-    call, answer, end = (bytes_.specials[name] for name in ("CALL", "ANSWER", "END"))
-    ids = [*b"FIND address FOR \xff\xc3", call]
+    ids, expected = [*(text if isinstance(text, bytes) else text.encode()), call], bytes_.encode(told) + [end]
+    said = []
 
     def wanted(row):
         reply = row[row.index(ord("?")) + 1:]
-        return [end if answer in reply else ids[len(reply)]]
-    database = Listening(few)
-    found = recall(Scripted(wanted, bytes_.size), few, bytes_, database, prompts=1)
-    assert found["calls"] == 1 and database.heard == [("FIND address FOR \ufffd\ufffd", NO_RESULT)]
+        if answer not in reply:
+            return [ids[len(reply)]]
+        said.append(bytes_.decode(reply[reply.index(call) + 1:reply.index(answer)]))
+        return [expected[len(reply) - reply.index(answer) - 1]]
+    named = replace(few, names=["n" * 80 + str(i) for i in range(14)])               # so long may a call be
+    database = Listening(named)
+    found = recall(Scripted(wanted, bytes_.size), named, bytes_, database, prompts=2)
+    assert counted(found) == (0, 2, 0, 0) and set(said) == {told}
+    assert database.heard == [(text.decode(errors="replace") if isinstance(text, bytes) else text, told)] * 2
+    assert database.connection.execute("SELECT count(*) FROM people").fetchone() == (14,)
 
 
 def test_without_the_tool_it_has_to_say_it_itself(few, scripted):
@@ -379,6 +357,14 @@ def test_without_the_tool_it_has_to_say_it_itself(few, scripted):
     assert "calls" not in found and "right_calls" not in found
     with_tool = recall(Scripted(wanted), few, CLOSED, Database(few))                 # here it may call: at once, empty
     assert with_tool["calls"] == 1 and with_tool["right_calls"] == 0
+
+
+def test_the_mode_comes_back_also_from_an_error(few, scripted):
+    for training in (True, False):
+        model = Scripted(lambda row: 1 / 0).train(training)
+        with pytest.raises(ZeroDivisionError):
+            recall(model, few, CLOSED)
+        assert model.training is training
 
 
 def test_what_is_banned(few, monkeypatch):
@@ -427,14 +413,6 @@ def test_which_prompts(few, monkeypatch):
             counts = Counter(attributes)
             assert number < 4 or len(counts) == 4 and max(counts.values()) - min(counts.values()) <= 1
             assert by_attribute(found) == dict.fromkeys(counts, 0.0)
-
-
-def test_the_mode_comes_back_also_from_an_error(few, scripted):
-    for training in (True, False):
-        model = Scripted(lambda row: 1 / 0).train(training)
-        with pytest.raises(ZeroDivisionError):
-            recall(model, few, CLOSED)
-        assert model.training is training
 
 
 # --------------------------------------------------------------------------------------------------------------- bits
@@ -534,14 +512,9 @@ def test_a_uniform_model_costs_lg_v_a_token(protocol):
     assert found.interval(50, 20) == pytest.approx((found.bpb, found.bpb))
     assert torch.equal(found.bits, torch.full((203,), math.log2(300), dtype=torch.float64)) or protocol != "block"
     assert score(model, data, protocol).bytes == 203
-
-
-def test_windows_count_their_share_of_the_bytes():
-    model = build(vocab_size=300, block_size=8)
-    data, sizes = torch.arange(161, dtype=torch.int32) % 300, torch.full((300,), 3)
-    found = score(model, data, "block", windows=5, sizes=sizes)
-    assert found.bits.numel() == 40 and found.bytes == 120
-    assert found.bpb == pytest.approx(found.loss / math.log(2) * 40 / 120)
+    some = score(model, data, "block", windows=5, sizes=torch.full((300,), 3))
+    assert some.bits.numel() == 40 and some.bpb == pytest.approx(some.loss / math.log(2) * 40 / some.bytes)
+    assert some.bytes == 120
 
 
 # ------------------------------------------------------------------------------------------- eight people, for real
@@ -581,22 +554,15 @@ def test_thirty_two_facts_in_the_weights(eight):
     assert eight.bits * 8 == pytest.approx(250, abs=0.1)
 
 
-def test_thirty_two_facts_by_the_tool(eight):
-    """Every call word for word; without the tool it knows nothing; forbidden to call, it is not right by a trick."""
-    model = trained(facts.dialogs(eight, "in_tool"), 80)
-    found = recall(model, eight, CLOSED, Database(eight))
-    assert counted(found) == (32, 32, 32, 0)
-    assert recall(model, eight, CLOSED)["accuracy"] < 0.3
-    again = recall(model, eight, CLOSED, Database(eight), batch_size=5)
-    assert again | {"evaluation_seconds": found["evaluation_seconds"]} == found
-
-
 def test_it_says_what_the_tool_says(eight, tmp_path):
     """Trained with sixteen sets of values for the same names, it can only read them: it says those of a file that it
     was never trained with, most of the time, and another file's when it is given that."""
     sets = [replace(eight, values={name: values[:48] for name, values in people(48, seed).values.items()})
             for seed in range(100, 118)]
     model = trained(list(itertools.chain(*(facts.dialogs(made, "in_tool") for made in sets[:16]))), 100, 64)
+    found = [recall(model, sets[16], CLOSED, Database(sets[16]), batch_size=size) for size in (16, 512)]
+    assert found[0] == found[1] | {"evaluation_seconds": found[0]["evaluation_seconds"]}
+    assert recall(model, sets[16], CLOSED)["accuracy"] < 0.3                          # forbidden to call
     for number, made in enumerate(sets[16:]):
         path = tmp_path / f"{number}.db"
         Database(made).save(path)

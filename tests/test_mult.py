@@ -1,33 +1,26 @@
-"""Multiplication: the split, how problems are written, the loss's identities, teacher forcing, the models."""
+"""Multiplication: the split never changes, every number is written and read back, losses and forcing by slow formulas,
+teacher-forced exact is greedy exact, latents are the only path, padding and neighbours change nothing."""
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import choices  # noqa: E402
-import train_mult  # noqa: E402
-from data import multiplication  # noqa: E402
-from data.multiplication import END, FORMATS, PADDING, SYMBOLS, Notation, Problems, Stream, held_out  # noqa: E402
-from nanolab.run import UserError, override  # noqa: E402
-from test_scripts import fresh  # noqa: E402
-from train_mult import Forcing, named_sums, sequence_loss, sum_loss  # noqa: E402
+import choices
+import train_mult
+from data import multiplication
+from data.multiplication import END, FORMATS, PADDING, Notation, Problems, Stream, held_out
+from nanolab.run import UserError, override
+from test_scripts import fresh
+from train_mult import Forcing, named_sums, sequence_loss, sum_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def pairs_of(examples):
-    return set(map(tuple, examples.tolist()))
-
-
 def unordered(examples):
-    return {(min(a, b), max(a, b)) for a, b in examples.tolist()}
+    """The set of the pairs, each as one number."""
+    return set(np.unique(examples.long().sort(1).values.numpy() @ [10 ** 8, 1]).tolist())
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -41,10 +34,10 @@ def test_split_by_unordered_pair(default):
     """All 810,000 ordered pairs are on one side; no unordered pair on both; the evaluation set holds none twice."""
     train, val = unordered(default.train), unordered(default.val)
     assert not train & val
-    assert len(default.train) == 1_000_000 and len(default.val) == 10_000 == len(pairs_of(default.val))
-    assert len(pairs_of(default.train)) == default.n_pairs and default.n_pairs + default.n_held_out == 810_000
+    assert len(default.train) == 1_000_000 and len(default.val) == 10_000 == len(default.val.unique(dim=0))
     assert abs(default.n_held_out / 810_000 - 0.05) < 0.002
     counts = np.unique(default.train.numpy().astype(np.int64) @ [1000, 1], return_counts=True)[1]
+    assert len(counts) == default.n_pairs and default.n_pairs + default.n_held_out == 810_000
     assert set(counts.tolist()) == {1, 2}                    # every training pair before one comes twice
     assert {int(default.train.min()), int(default.train.max())} == {100, 999}
     a, b = default.train.long().T
@@ -52,12 +45,12 @@ def test_split_by_unordered_pair(default):
     assert default.hash in default.describe() and "seed 0" in default.describe()
 
 
-def test_the_split_is_this_one():
+def test_the_split_is_this_one(default):
     """What is held out may never change: a figure would then be of other pairs. splitmix64's published first values."""
     assert [hex(int(multiplication.mix(np.uint64(x)))) for x in (0, 0x9E3779B97F4A7C15)] == [
         "0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4"]
-    assert Problems().hash == "de503717660f" and Problems(2, 2, val_fraction=0.1).hash == "cc06346a6bd8"
-    assert Problems(seed=1).hash != Problems().hash
+    assert default.hash == "de503717660f" and Problems(2, 2, val_fraction=0.1).hash == "cc06346a6bd8"
+    assert Problems(n_examples=1, seed=1).hash != default.hash
 
 
 def test_the_split_does_not_depend_on_the_range():
@@ -66,11 +59,11 @@ def test_the_split_does_not_depend_on_the_range():
     assert not unordered(narrow.val) & unordered(wide.train) and not unordered(narrow.train) & unordered(wide.val)
 
 
-def test_within_memory():
-    default, long = Problems(), Problems(8, 8)
-    for problems in (default, long):
-        assert problems.train.nbytes + problems.val.nbytes <= 8.1e6 and len(problems.train) == 1_000_000
+def test_within_memory(default):
+    long = Problems(8, 8, 200_000)
+    for problems, n in ((default, 1_000_000), (long, 200_000)):
         held = [value for value in vars(problems).values() if torch.is_tensor(value)]
+        assert len(problems.train) == n and problems.train.nbytes + problems.val.nbytes <= 8.1e6
         assert len(held) == 2 and all(t.untyped_storage().nbytes() == t.nbytes for t in held)
     assert long.train.min() >= 10 ** 7 and long.train.max() < 10 ** 8
     assert not unordered(long.train[:50_000]) & unordered(long.val)
@@ -159,6 +152,7 @@ def test_every_number_reads_back(format, digits):
         assert torch.equal(targets[at], (a * b)[at.any(1)] // 10 ** k % 10)
     sums = notation.running_sums(a, b)
     assert torch.equal(sums % 10, notation.digits(a * b, 2 * digits)) and (sums[:, -1] < 10).all()
+    assert sums.max() < notation.n_sums == 90 * digits
 
 
 def test_junk_is_no_number():
@@ -169,92 +163,45 @@ def test_junk_is_no_number():
         Notation("roman", 3)
 
 
-def test_evaluation_reads_what_training_read():
-    """Both build their prompts with the same function from the same settings: the prompt begins a training string."""
-    notation = Notation("reversed", 3)
-    a, b = torch.tensor([123, 7]), torch.tensor([456, 89])
-    alone = notation.sources(a[1:], b[1:])[0]
-    assert torch.equal(notation.sources(a, b)[0][1:], alone)
-    assert notation.example(7, 89).split("reads ")[1].startswith(notation.text(alone[0]))
-
-
 # ------------------------------------------------------------------------------------------------------------ loss
 
-def batch(seed=0, B=6, T=5, V=7):
-    g = torch.Generator().manual_seed(seed)
-    logits = torch.randn(B, T, V, generator=g, dtype=torch.float64)
-    targets = torch.randint(V, (B, T), generator=g)
-    mask = torch.arange(T) < torch.tensor([5, 3, 1, 4, 2, 5])[:B, None]
-    return logits, targets, mask
+def slow_loss(logits, targets, mask, weight, mean=None):
+    """(loss, accuracy) of `sequence_loss`, sequence by sequence and token by token."""
+    costs, right = [], []
+    for row, wanted, counts in zip(logits, targets, mask):
+        costs.append([-row[t].log_softmax(0)[wanted[t]] for t in range(len(row)) if counts[t]])
+        if costs[-1]:
+            right.append(all(row[t].argmax() == wanted[t] for t in range(len(row)) if counts[t]))
+    costs = [row for row in costs if row]
+    if not costs:
+        return logits.sum() * 0, 0.0
+    weights = [1 + weight * (not yes) for yes in right]
+    mean = sum(weights) / len(weights) if mean is None else mean
+    return sum(w / mean * sum(row) for w, row in zip(weights, costs)) / sum(map(len, costs)), sum(right) / len(right)
 
 
-def test_loss_weight_zero_is_cross_entropy():
-    logits, targets, mask = batch()
-    loss, accuracy = sequence_loss(logits, targets, mask)
-    expected = F.cross_entropy(logits.flatten(0, 1), targets.masked_fill(~mask, -100).flatten(), ignore_index=-100)
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    assert sequence_loss(logits, targets, torch.ones_like(mask))[0] == pytest.approx(
-        F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item(), rel=1e-12)
-    assert accuracy == 0
-
-
-def test_loss_by_the_formula():
-    """B = 3 by hand: one right, one wrong, one right where it counts."""
-    logits, targets, mask = batch(B=3)
-    logits[0, :, :] = 5 * F.one_hot(targets[0], 7)
-    logits[2, 0] = 5 * F.one_hot(targets[2, 0], 7)
-    loss, accuracy = sequence_loss(logits, targets, mask, 2.0)
-    ce = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    w = [1, 3, 1]
-    total = sum(w[b] / (5 / 3) * ce[b, t] for b in range(3) for t in range(5) if mask[b, t])
-    assert loss.item() == pytest.approx((total / mask.sum()).item(), rel=1e-12) and accuracy == pytest.approx(2 / 3)
-
-
+@pytest.mark.parametrize("mean", [None, 1.25])
 @pytest.mark.parametrize("weight", [0.0, 1.5])
-def test_loss_ignores_what_is_masked(weight):
-    logits, targets, mask = batch()
-    logits[0] = 9 * F.one_hot(targets[0], 7)
-    found = []
+@pytest.mark.parametrize("rows", ["some right", "all right", "all wrong", "one without a token", "nothing", "no rows"])
+def test_the_loss_is_its_formula(rows, weight, mean):
+    """Value, accuracy and gradient; what stands at masked places, NaN too, changes nothing."""
+    g = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(6, 5, 7, generator=g, dtype=torch.float64), torch.randint(7, (6, 5), generator=g)
+    mask = torch.arange(5) < torch.tensor([5, 3, 1, 4, 2, 5])[:, None]
+    sign = {"some right": torch.tensor([9, 0, 9, 0, 0, 0]), "all right": 9, "all wrong": -9}.get(rows, 0)
+    logits = logits + F.one_hot(targets, 7) * (sign * torch.ones(6))[:, None, None]
+    mask[2] &= rows != "one without a token"
+    mask &= rows != "nothing"
+    logits, targets, mask = (part[:0] if rows == "no rows" else part for part in (logits, targets, mask))
+    z = logits.clone().requires_grad_()
+    expected, share = slow_loss(z, targets, mask, weight, mean)
+    wanted = torch.autograd.grad(expected, z)[0]
     for junk in (0.0, 1e9, math.nan, math.inf):
         z = torch.where(mask[..., None], logits, junk).requires_grad_()
-        y = torch.where(mask, targets, 3 if junk else -1)
-        loss, accuracy = sequence_loss(z, y, mask, weight)
+        loss, accuracy = sequence_loss(z, torch.where(mask, targets, 3 if junk else -1), mask, weight, mean)
         loss.backward()
-        found.append((loss.item(), accuracy.item(), z.grad))
-        assert (z.grad[~mask] == 0).all()
-    for other in found[1:]:
-        assert other[:2] == found[0][:2] and torch.equal(other[2], found[0][2])
-    assert found[0][1] == pytest.approx(1 / 6)
-
-
-@pytest.mark.parametrize("right", [True, False])
-def test_loss_of_all_right_or_all_wrong(right):
-    """The weights have mean 1; a row without any token neither counts nor weighs."""
-    logits, targets, mask = batch()
-    logits = (3.0 if right else -3.0) * F.one_hot(targets, 7).double()
-    mask[2] = False
-    plain, accuracy = sequence_loss(logits, targets, mask)
-    assert sequence_loss(logits, targets, mask, 4.0)[0].item() == pytest.approx(plain.item(), rel=1e-12)
-    assert accuracy == float(right)
-
-
-def test_loss_of_nothing():
-    logits, targets, mask = batch()
-    for z, y, m in ((logits, targets, torch.zeros_like(mask)), (logits[:0], targets[:0], mask[:0])):
-        z = z.clone().requires_grad_()
-        loss, accuracy = sequence_loss(z, y, m, 1.0)
-        loss.backward()
-        assert loss.item() == 0 == accuracy.item() and (z.grad == 0).all()
-
-
-def test_loss_weight_is_no_way_for_a_gradient():
-    logits, targets, mask = batch()
-    logits[0] = 9 * F.one_hot(targets[0], 7)
-    z = logits.clone().requires_grad_()
-    sequence_loss(z, targets, mask, 1.0)[0].backward()
-    softmax = logits.softmax(-1) - F.one_hot(targets, 7)
-    w = torch.tensor([1.0, 2, 2, 2, 2, 2], dtype=torch.float64) * 6 / 11
-    torch.testing.assert_close(z.grad, softmax * (w[:, None] * mask / mask.sum())[..., None], rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close((loss, z.grad), (expected, wanted), rtol=1e-12, atol=1e-14)
+        assert accuracy == pytest.approx(share)
 
 
 # --------------------------------------------------------------------------------------------------------- forcing
@@ -288,7 +235,7 @@ def test_stability_window_holds_the_probability():
     for loss, after in ((1.0, 1.0), (1.01, 1.0), (1.02, 0.9), (1.2, 0.9), (1.21, 0.9), (1.2, 0.8)):
         forcing.validated(loss)
         assert steps(1) == after
-    twin = Forcing("linear", slope=0.1, window=3, eps=0.05)
+    twin = Forcing("linear", slope=0.1, window=3, eps=0.05, seed=5)
     twin.load_state_dict(forcing.state_dict())
     assert twin.probability() == forcing.probability() and list(twin.losses) == [1.2, 1.21, 1.2]
     targets, predicted = torch.zeros(50, 4, dtype=torch.long), torch.ones(50, 4, dtype=torch.long)
@@ -309,9 +256,8 @@ def script(*words):
 SMALL = ("--n_embd", "32", "--n_head", "2", "--device", "cpu", "--dtype", "float32")
 
 
-def trained(words, steps, name="simple", pairs=None, sums=0.0):
-    """A Learner after some steps of plain teacher forcing on `pairs`, or on the script's own stream; sums: weight of a
-    head's loss."""
+def trained(words, steps, name="simple", pairs=None):
+    """A Learner after some steps of plain teacher forcing on `pairs`, or on the script's own stream."""
     g, _, notation, config = script(*words)
     learner = g["Learner"](name, config, torch.device("cpu"), torch.float32, g)
     if pairs is None:
@@ -323,12 +269,8 @@ def trained(words, steps, name="simple", pairs=None, sums=0.0):
         targets, places = notation.answers(a, b)
         for group in learner.opt.param_groups:
             group["lr"] = group["base_lr"] * min(1, (step + 1) / 50, 2 * (1 - step / steps))
-        logits, said = learner.model(source, notation.inputs(targets), padding)
-        loss = sequence_loss(logits, targets, places > -2)[0]
-        if sums:
-            truth = notation.running_sums(a, b).gather(1, places.clamp(min=0))
-            loss = loss + sums * sum_loss(said, truth, places >= 0, notation.n_sums)
-        loss.backward()
+        logits, _ = learner.model(source, notation.inputs(targets), padding)
+        sequence_loss(logits, targets, places > -2)[0].backward()
         torch.nn.utils.clip_grad_norm_(learner.model.parameters(), 1.0)
         learner.opt.step()
         learner.opt.zero_grad()
@@ -369,16 +311,17 @@ def test_every_parameter_has_a_gradient():
 
 
 @pytest.mark.parametrize("name", train_mult.KINDS)
-def test_learns_64_problems_by_heart(name):
-    pairs = Problems(2, 2, 64).train
-    words = ["--n_embd", "64", "--n_head", "2", "--min_digits", "2", "--max_digits", "2", "--batch_size", "64"]
-    g, learner, notation = trained(words, 100, name, pairs)
+def test_learns_problems_by_heart(name):
+    pairs = Problems(1, 1, 32).train
+    words = ["--n_embd", "32", "--n_head", "2", "--n_layer", "1", "--min_digits", "1", "--max_digits", "1",
+             "--batch_size", "32"]
+    g, learner, notation = trained(words, 160, name, pairs)
     found = g["evaluate"](learner.model, notation, pairs, torch.autocast("cpu", enabled=False))
-    assert found["accuracy"] == 1.0 and found["examples"] == 64
+    assert found["accuracy"] == 1.0 and found["examples"] == 32
 
 
-@pytest.mark.parametrize("name", train_mult.KINDS)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format, name", [*((format, "latent") for format in FORMATS), (
+    "reversed", "simple"), ("reversed", "prefix"), ("padded", "prefix")])
 def test_teacher_forced_exact_is_greedy_exact(format, name):
     """A half-trained model, right on some problems and wrong on others: both ways agree on every one."""
     words = [*SMALL, "--min_digits", "1", "--max_digits", "2", "--format", format, "--n_examples", "20000",
@@ -481,33 +424,29 @@ def test_sum_loss_by_the_formula():
     assert sum_loss(sure, truth, torch.zeros_like(mask), 270) == 0
 
 
-def test_running_sums_are_below_their_number():
-    for digits in range(1, 9):
-        notation, x = Notation("padded", digits), torch.tensor([10 ** digits - 1])
-        assert notation.running_sums(x, x).max() < notation.n_sums == 90 * digits
-
-
 @pytest.mark.parametrize("head, rows", [("classes", 90), ("value", 1)])
-def test_sum_head_learns_running_sums_and_leaves_the_rest(head, rows):
-    """Without, there are no such weights; with one, all else starts the same, and on training pairs it gets right."""
-    words = [*SMALL, "--min_digits", "1", "--max_digits", "1", "--format", "padded", "--n_examples", "2000",
-             "--n_layer", "1"]
+def test_sum_head_leaves_the_rest_and_is_scored(head, rows):
+    """Without, there are no such weights; with one, all else starts the same; the share of sums that it names."""
+    words = [*SMALL, "--min_digits", "1", "--max_digits", "1", "--n_layer", "1"]
     models = []
     for choice in ("none", head):
         g, _, notation, config = script(*words, "--sum_head", choice)
         models.append(g["Learner"]("simple", config, torch.device("cpu"), torch.float32, g).model)
     assert models[0].sum_head is None and models[1].n_params() == models[0].n_params() + 32 * rows
-    a, b = Problems(1, 1, 64).train.long().unbind(1)
+    pairs = Problems(1, 1, 64).train
+    a, b = pairs.long().unbind(1)
     source, padding = notation.sources(a, b)
     targets, places = notation.answers(a, b)
     x = notation.inputs(targets)
     with torch.no_grad():
         (one, none), (two, sums) = models[0](source, x, padding), models[1](source, x, padding)
     assert none is None and torch.equal(one, two) and sums.shape == (*x.shape, rows)
-    words += ["--sum_head", head, "--batch_size", "64"]
-    g, learner, notation = trained(words, 300, sums=30.0 if head == "value" else 1.0)
-    found = g["evaluate"](learner.model, notation, torch.stack([a, b], 1), torch.autocast("cpu", enabled=False))
-    assert found["sum_accuracy"] > 0.95 and "sum_accuracy" in g["numbers_of"](found), found["sum_accuracy"]
+    named = notation.running_sums(a, b).gather(1, places.clamp(min=0)).masked_fill(places < 0, -5)   # of digits only
+    named[::4] = -5
+    g["named_sums"] = lambda *_: named
+    found = g["evaluate"](models[1], notation, pairs, torch.autocast("cpu", enabled=False))
+    right = ((named >= 0).sum() / (places >= 0).sum()).item()
+    assert found["sum_accuracy"] == g["numbers_of"](found)["sum_accuracy"] == pytest.approx(right) and 0.6 < right < 0.9
 
 
 def test_a_model_alone_learns_what_it_learns_beside_another():
@@ -542,10 +481,3 @@ def test_report_says_where_errors_fall(capsys):
     table = {row[0]: row[1:] for row in rows[-10:]}
     assert table["0"][7] == "2" and table["9"][2] == "1"
     assert sum(int(n) for row in table.values() for n in row if n != ".") == 3
-
-
-def test_imports_nothing_and_says_its_own_name():
-    done = subprocess.run([sys.executable, str(ROOT / "train_mult.py"), "--num_latents", "4"], capture_output=True,
-                          text=True, cwd="/")
-    assert done.returncode == 2 and "--n_latent" in done.stderr or "--num_latent" in done.stderr
-    assert SYMBOLS[END] == "$" and len(SYMBOLS) == 14

@@ -1,10 +1,17 @@
-"""Probes: same bits with and without, what they record, linear probes on planted and on random labels. About 15 s."""
+"""nanolab/probe.py: same bits with and without, what is recorded and until when; what linear probes find."""
+import sys
+from collections import Counter
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from data import facts, tokens
 from model import TransformerConfig, build_model
-from nanolab.probe import Probe, draw_training, last_states, layers_that_know, linear_probe, record
+from nanolab import probe as command
+from nanolab.probe import (Accuracies, Probe, draw_training, last_states, layers_that_know, linear_probe, record,
+                           value_classes)
 
 PLACES = ["embed", "blocks.0", "blocks.0.mixer", "blocks.1.ff", "blocks.1", "norm"]
 
@@ -37,9 +44,8 @@ def hooks(model):
 
 # --- The same bits ---
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("settings", [{}, {"checkpoint_activations": True}, {"dropout": 0.2},
-                                      {"dropout": 0.2, "checkpoint_activations": True}])
+@pytest.mark.parametrize("settings, autocast", [({}, False), ({"checkpoint_activations": True}, True), (
+    {"dropout": 0.2}, True), ({"dropout": 0.2, "checkpoint_activations": True}, False)])
 def test_same_bits(settings, autocast):
     """Loss, every gradient and the generator are as without, and each place was passed once."""
     model = build(**settings)
@@ -99,40 +105,32 @@ def test_pairs_of_passes():
     assert torch.equal(alone["blocks.0"].backward[0], probe.backward[1])
 
 
-def test_gradients_only_on_request():
-    model = build()
-    with record(model, ["blocks.0"]) as probes:
-        train_pass(model)
-    assert probes["blocks.0"].backward == [None]
-
-
-def test_keep():
-    model = build()
-    with record(model, ["blocks.1"], keep=2, gradients=True) as probes:
-        for seed in range(4):
-            model(ids(1, 5, seed=seed), targets=ids(1, 5)[..., None])[0].backward()
-    with record(model, ["blocks.1"]) as alone:
-        model(ids(1, 5, seed=2)), model(ids(1, 5, seed=3))
-    assert len(probes["blocks.1"].backward) == 2
-    assert all(torch.equal(a, b) for a, b in zip(probes["blocks.1"].forward, alone["blocks.1"].forward, strict=True))
+def test_copies_and_keep():
+    """What is written into a tensor later does not reach the copy; only the last so many are kept."""
+    probe = Probe(gradients=True, keep=2)
+    for factor in (1, 2, 3):
+        x = torch.ones(3, requires_grad=True)
+        y = probe(x * factor)
+        y.mul_(5).sum().backward()
+    assert [kept.tolist() for kept in probe.forward] == [[2] * 3, [3] * 3]
+    assert [kept.tolist() for kept in probe.backward] == [[5] * 3] * 2
+    z = torch.ones(2)
+    assert probe(z) is z and probe.forward[1] is not z
     with pytest.raises(ValueError, match="keep is 0, but must be at least 1"):
         Probe(keep=0)
 
 
-def test_copies():
-    """What is written into a tensor later does not reach the copy."""
-    probe = Probe(gradients=True)
-    x = torch.ones(3, requires_grad=True)
-    y = probe(x * 2)
-    y.mul_(5).sum().backward()
-    assert probe.forward[0].tolist() == [2, 2, 2] and probe.backward[0].tolist() == [5, 5, 5]
-    z = torch.ones(2)
-    assert probe(z) is z and probe.forward[1] is not z
-
-
 def test_it_ends():
-    """Nothing is recorded after the block, and nothing stays in the model, also after an exception."""
+    """Nothing is recorded after the block, gradients only on request, and nothing stays in the model, also after an
+    exception; blocks may be nested."""
     model = build()
+    with record(model, ["blocks.0", "embed"]) as outer:
+        with record(model, ["blocks.0"]) as inner:
+            train_pass(model)
+        train_pass(model)
+    assert [len(p.forward) for p in (outer["blocks.0"], outer["embed"], inner["blocks.0"])] == [2, 2, 1]
+    assert outer["blocks.0"].backward == [None] * 2 and hooks(model) == 0
+    assert torch.equal(outer["blocks.0"].forward[0], inner["blocks.0"].forward[0])
     with record(model, PLACES, gradients=True) as probes:
         loss = model(ids(1, 5), targets=ids(1, 5)[..., None])[0]
     loss.backward()
@@ -147,16 +145,6 @@ def test_it_ends():
     probe = Probe()
     probe.close()
     assert probe(loss) is loss and probe.forward == []
-
-
-def test_nested():
-    model = build()
-    with record(model, ["blocks.0", "embed"]) as outer:
-        with record(model, ["blocks.0"]) as inner:
-            model(ids(1, 5))
-        model(ids(1, 5))
-    assert [len(p.forward) for p in (outer["blocks.0"], outer["embed"], inner["blocks.0"])] == [2, 2, 1]
-    assert torch.equal(outer["blocks.0"].forward[0], inner["blocks.0"].forward[0]) and hooks(model) == 0
 
 
 def test_places():
@@ -179,18 +167,10 @@ def test_places():
     with pytest.raises(ValueError, match="no place 'embed'"):
         with record(plain, ["embed"]):
             pass
-    named = torch.nn.ModuleDict({"embed": torch.nn.Embedding(4, 2)})
+    named = torch.nn.ModuleDict({"embed": torch.nn.Embedding(4, 2), "blocks": torch.nn.ModuleList([torch.nn.ReLU()])})
     with record(named, ["embed"]) as probes:                             # a module of that name is that module
-        named["embed"](torch.tensor([1]))
-    assert len(probes["embed"].forward) == 1
-
-
-def test_embed_is_the_module_where_there_is_one():
-    """Also where there are blocks."""
-    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(4, 2), "blocks": torch.nn.ModuleList([torch.nn.ReLU()])})
-    with record(model, ["embed"]) as probes:
-        model["blocks"][0](model["embed"](torch.tensor([1])) - 9)
-    assert torch.equal(probes["embed"].forward[0], model["embed"].weight[1:2].detach())
+        named["blocks"][0](named["embed"](torch.tensor([1])) - 9)
+    assert torch.equal(probes["embed"].forward[0], named["embed"].weight[1:2].detach())
 
 
 # --- Linear probes ---
@@ -359,3 +339,40 @@ def test_a_place_of_another_length():
     with pytest.raises(ValueError, match=r"place 'blocks.1' gives \(3, 3, 32\), not \(B, T, C\) with B 3 and T 6"):
         last_states(model, [[1] * 6, [2], [3]], ["blocks.0", "blocks.1"])
     assert last_states(model, [[1] * 6, [2], [3]], ["blocks.0", "blocks.3"])["blocks.3"].shape == (3, 32)
+
+
+# --- The command ---
+
+def test_classes_of_values():
+    made = SimpleNamespace(values={"birth_place": ["Asia", "Europe", "Asia"], "birthday": ["3/1/1900", "1/3/1901",
+                                                                                          "1/1/1900"]})
+    for attribute, part, classes in (("birth_place", "day", [0, 1, 0]), ("birthday", "day", [1, 0, 0]),
+                                     ("birthday", "month", [0, 1, 0]), ("birthday", "year", [0, 1, 0])):
+        assert value_classes(made, attribute, part).tolist() == classes
+
+
+def test_the_command_asks_about_people_whose_value_occurs_twice(monkeypatch, capsys):
+    """Each by the question about the person whose class stands beside it, trained people and unseen ones apart."""
+    made, vocabulary, asked = facts.people(60, 1, unseen=25), facts.Vocabulary("closed"), []
+    before, loaded = dict(vars(command)), dict(tokenizer=None, settings=dict(task="in_weight", form="short"))
+    for owner, name, stub in (
+            (command, "find_checkpoint", lambda path: path),
+            (command, "load_checkpoint", lambda *_: loaded),
+            (command, "from_checkpoint", lambda *_: SimpleNamespace(for_inference=build)),
+            (command, "layers_that_know", lambda model, prompts, labels, **_: asked.append(
+                (prompts, labels.tolist())) or {"embed": Accuracies(0.25, 0.5, 0.125)}),
+            (facts, "open_facts", lambda settings: (made, vocabulary, None)), (tokens, "check", lambda *_: None)):
+        monkeypatch.setattr(owner, name, stub)
+    monkeypatch.setattr(sys, "argv", ["probe.py", "run", "--attribute", "occupation", "--device", "cpu"])
+    command.main()
+    monkeypatch.undo()
+    vars(command).update(before)
+    left_out = 0
+    for (prompts, labels), numbers in zip(asked, (range(60), range(60, 85)), strict=True):
+        values, counts = made.values["occupation"], Counter(made.values["occupation"][i] for i in numbers)
+        some = [i for i in numbers if counts[values[i]] > 1]
+        assert [vocabulary.decode(prompt).split()[:2] for prompt in prompts] == [
+            ["occupation", made.names[i]] for i in some]
+        assert len(set(zip(labels, (values[i] for i in some)))) == len(set(labels)) == max(labels) + 1
+        left_out += len(numbers) - len(some)
+    assert left_out and "embed" in (out := capsys.readouterr().out) and out.count("0.250") == 2
