@@ -13,7 +13,7 @@ import pytest
 import torch
 from checks import raises_one_line
 
-from data import arc, multiplication, smollm, text, tokens, video
+from data import arc, facts, multiplication, smollm, text, tokens, video
 from nanolab.run import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -135,12 +135,19 @@ NEEDED = {"text": {"dataset": "stdlib"}, "facts": {"n": 5, "seed": 0},
           "mqar": {"n_train": 5, "n_test": 5, "T": 64, "pairs": 4, "vocab_size": 256, "seed": 0}}
 
 
-@pytest.mark.parametrize("name, step, option, least", [
-    (name, step, option, int(least)) for name in SCRIPTS for step, option, least in options(name)
-    if step.__name__ != "describe" and option not in ("shards", "T")])  # which count only of a subset; with the pairs
-def test_a_number_below_the_range_is_refused_by_the_function_too(name, step, option, least):
-    with raises_one_line(option, str(least - 1)):
-        step(**{**NEEDED.get(name, {}), option: least - 1})
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("name, step, option, value", [
+    *((name, step, option, int(least) - 1) for name in SCRIPTS for step, option, least in options(name)
+      if step.__name__ != "describe" and option not in ("shards", "T")),  # which count only of a subset; with the pairs
+    *(("arc", arc.load, option, value) for option, value in (("max_side", 31), ("n_colours", 11))),
+    *(("facts", facts.people, "alpha", value) for value in (1.1, -0.1, NAN)),
+    *(("video", video.load, option, value) for option, value in (
+        ("side", 27), ("cell_px", 257), ("walls", 1), ("walls", NAN), ("val_share", 0), ("val_share", 1)))])
+def test_a_number_outside_the_range_is_refused_by_the_function_too(name, step, option, value):
+    with raises_one_line(f"{option} is {value}" if option != "unseen" else "unseen -1"):
+        step(**{**NEEDED.get(name, {}), option: value})
 
 
 # --- Batches ---
@@ -252,6 +259,16 @@ def test_a_state_of_other_batches_is_refused(name, other, words, shards):
     state = STATES[name](shards, 0).state_dict()
     with raises_one_line(f"saved batches have {words}"):
         STATES[name](shards, 0, **other).load_state_dict(state)
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_fingerprint_has_both_ends_of_a_long_text(place):
+    data = DATA.repeat(9)
+    state = text.Batches(data, 4, 16).state_dict()
+    data = data.clone()
+    data[place] += 1
+    with raises_one_line("fingerprint of the data"):
+        text.Batches(data, 4, 16).load_state_dict(state)
 
 
 @pytest.mark.parametrize("change, words", [

@@ -577,10 +577,7 @@ def test_floors(many):
 @pytest.mark.parametrize("settings, words", [
     ({"kind": "note"}, ("kind 'note'", "did you mean notes?", "bios")), ({"kind": "xyz"}, ("choose notes, bios",)),
     ({"names": "plane"}, ("names 'plane'", "did you mean plain?")), ({"n": 0}, ("n is 0", "at least 1")),
-    ({"unseen": -1}, ("unseen -1", "at least 0")),
-    ({"n": 399_999, "unseen": 2, "names": "plain"}, ("at most 400,000",)),
-    ({"alpha": 1.1}, ("alpha is 1.1", "from 0 to 1")), ({"alpha": -0.1}, ("alpha is -0.1",)),
-    ({"alpha": float("nan")}, ("alpha is nan",))], ids=str)
+    ({"n": 399_999, "unseen": 2, "names": "plain"}, ("at most 400,000",))], ids=str)
 def test_people_that_cannot_be(settings, words):
     with raises_one_line(*words):
         people(**{"n": 5, "seed": 0, **settings})

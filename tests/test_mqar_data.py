@@ -1,4 +1,4 @@
-"""data/mqar.py: rows against the definition read slowly, their law, windows against enumeration, disjoint sides."""
+"""data/mqar.py: rows are as defined, read slowly; their law; windows against enumeration; disjoint sides."""
 import hashlib
 import itertools
 from collections import Counter

@@ -110,23 +110,17 @@ def test_fresh_download_is_complete_and_leaves_no_scraps(server, tmp_path, packe
     assert server.asked == [None]  # what is there is not fetched again
 
 
-def test_broken_download_is_kept_and_resumed_by_range(server, tmp_path):
-    path, server.cut = tmp_path / "file", 100_001
-    with raises_one_line("broke off after 100,001 bytes", "same command"):
+@pytest.mark.parametrize("reset", [False, True])
+def test_broken_download_is_kept_and_resumed_by_range(server, tmp_path, reset):
+    path, server.cut, server.reset = tmp_path / "file", 100_001, reset  # hung up, or rudely
+    with raises_one_line("broke off after" + " 100,001 bytes" * (not reset), "same command"):
         download(f"{server.url}/file", path, len(CONTENT), blob_id(CONTENT))
-    assert not path.exists() and (tmp_path / "file.part").read_bytes() == CONTENT[:100_001]
-    server.cut = None
-    download(f"{server.url}/file", path, len(CONTENT), blob_id(CONTENT))
-    assert path.read_bytes() == CONTENT and server.asked == [None, "bytes=100001-"]
-
-
-def test_a_reset_connection_is_resumed(server, tmp_path):
-    path, server.cut, server.reset = tmp_path / "file", 100_000, True
-    with raises_one_line("broke off after", "same command"):
-        download(f"{server.url}/file", path, len(CONTENT), blob_id(CONTENT))
+    kept = (tmp_path / "file.part").read_bytes()
+    assert not path.exists() and kept == CONTENT[:len(kept)] and (reset or len(kept) == 100_001)
     server.cut, server.reset = None, False
     download(f"{server.url}/file", path, len(CONTENT), blob_id(CONTENT))
     assert path.read_bytes() == CONTENT
+    assert server.asked == [None, f"bytes={len(kept)}-" if kept else None]
 
 
 def test_two_runs_that_need_one_file_fetch_it_once(server, tmp_path):
@@ -139,18 +133,15 @@ def test_two_runs_that_need_one_file_fetch_it_once(server, tmp_path):
     assert (tmp_path / "file").read_bytes() == CONTENT and server.asked == [None]
 
 
-def test_resume_at_a_server_without_ranges_starts_over(server, tmp_path):
-    server.ranges = False
-    (tmp_path / "file.part").write_bytes(b"x" * 1000)
-    download(f"{server.url}/file", tmp_path / "file", len(CONTENT), blob_id(CONTENT))
-    assert (tmp_path / "file").read_bytes() == CONTENT and server.asked == ["bytes=1000-"]
-
-
-@pytest.mark.parametrize("part, requests", [(CONTENT, 1), (CONTENT + b"more", 2)])
-def test_part_that_needs_no_more_bytes(server, tmp_path, part, requests):
-    (tmp_path / "file.part").write_bytes(part)  # whole, or of another and longer file
+@pytest.mark.parametrize("part, ranges, requests", [
+    (b"x" * 1000, False, 1), (CONTENT, True, 1), (CONTENT + b"more", True, 2)], ids=["no ranges", "whole", "longer"])
+def test_what_an_earlier_attempt_left_behind(server, tmp_path, part, ranges, requests):
+    """A server without ranges sends everything again; a part that is longer is another file's."""
+    server.ranges = ranges
+    (tmp_path / "file.part").write_bytes(part)
     download(f"{server.url}/file", tmp_path / "file", len(CONTENT), blob_id(CONTENT))
     assert (tmp_path / "file").read_bytes() == CONTENT and len(server.asked) == requests
+    assert server.asked[0] == f"bytes={len(part)}-"
 
 
 @pytest.mark.parametrize("name, content, words", [

@@ -1,4 +1,4 @@
-"""data/tokenized.py: a text and shards as ids, their bytes, what is held out. No network; 5 s."""
+"""data/tokenized.py: a text and shards as ids, their bytes, what is held out. No network."""
 import json
 from collections import Counter
 
