@@ -92,7 +92,11 @@ def test_a_command_says_what_there_is(name, words, said, picture, folder, capsys
     assert {path.name for path in folder.glob("*.png")} == ({picture} if picture else set())
     if picture:
         from matplotlib import image
-        assert image.imread(folder / picture).std() > 0.05
+        drawn = image.imread(folder / picture)[..., :3]
+        assert drawn.std() > 0.05
+        if name == "arc":
+            seen = {tuple(pixel) for pixel in (255 * drawn.reshape(-1, 3)).round().astype(int).tolist()}
+            assert {*arc.PALETTE} <= seen
     elif "--stats" not in words and name in ("arc", "facts", "mqar"):
         assert printed.count("\n") == 1 + (name == "arc")
 
@@ -222,6 +226,7 @@ def test_a_step_says_its_batch(name):
     for step in sorted(first):
         assert torch.equal(flat(again.at(step)), first[step]), step
     assert len({tuple(batch.tolist()) for batch in first.values()}) == len(first)
+    assert len({int(flat(STREAMS[name](seed).at(0))[0]) for seed in range(6)}) > 1  # where it starts, too
 
 
 @pytest.mark.parametrize("name", STATES)
