@@ -1,11 +1,10 @@
-"""data/arc.py: tokens, symmetries, batches, synthetic grids, and finding, checking and splitting ARC. No network."""
+"""data/arc.py: tokens, symmetries and batches beside slow ones, synthetic grids with true factors and rules, the
+files of ARC found, fetched, checked and split so that no task or grid is on both sides. No network."""
 import gzip
 import io
 import json
 import os
 import re
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 import zipfile
@@ -15,23 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checks import raises_one_line
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from data import arc, files  # noqa: E402
-from data.arc import OUTSIDE, Canvas, Grids, Stream, augment, canonical, load  # noqa: E402
-from data.synthetic import FACTORS, KINDS, RULES  # noqa: E402
-from nanolab.run import UserError  # noqa: E402
+from data import arc, files
+from data.arc import OUTSIDE, Canvas, Grids, Stream, augment, canonical, load
+from data.synthetic import FACTORS, KINDS, RULES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 real_data = pytest.mark.skipif(not Path(os.environ.get("NANOLAB_DATA") or "/nowhere").is_dir(),
                                reason="NANOLAB_DATA names no folder")
-
-
-def raises_one_line(*words):
-    """A UserError of one line that has all the words."""
-    pattern = "".join(f"(?=.*{re.escape(word)})" for word in words)
-    return pytest.raises(UserError, match=rf"\A{pattern}[^\n]+\Z")
 
 
 def canvases(grids, side):
@@ -130,18 +121,8 @@ def test_canonical_agrees_with_its_definition():
     for i in range(len(grids)):
         for j in range(i):
             assert (keys[i] == keys[j]) == (slow[i] == slow[j]), (grids[i], grids[j])
-
-
-def test_canonical_under_symmetries_and_colours():
-    rng = np.random.default_rng(1)
-    for grid in noise(25, 6, smallest=2):
-        others = [np.array(rng.permutation(10))[np.array(image)].tolist() for image in images(grid)]
-        assert len(set(canonical(*canvases([grid, *others], 6)))) == 1
-        changed = [row[:] for row in grid]
-        changed[0][0] = changed[-1][-1] if grid[0][0] != grid[-1][-1] else (grid[0][0] + 1) % 10
-        assert (canonical(*canvases([changed], 6)) == canonical(*canvases([grid], 6))) == (
-            slow_canonical(changed) == slow_canonical(grid))
-    assert len(set(canonical(*canvases([[[0] * 6], [[0] * 3] * 2, [[0] * 6] * 2], 6)))) == 3  # the shape is part of it
+    for grid in grids[:20]:
+        assert len(set(canonical(*canvases(images(grid), 5)))) == 1
     assert canonical(torch.zeros(0, 3, 3, dtype=torch.uint8), torch.zeros(0, 2, dtype=torch.int64)) == []
 
 
@@ -186,7 +167,6 @@ def test_augment_is_uniform_and_follows_its_generator():
     zero = draw(0, symmetry=False, colours="keep_zero")[0]
     assert (zero[:, 0, 0] == 0).all() and set(zero[:, 1, 2].tolist()) == set(range(1, 10))
     assert set(draw(0, symmetry=False, n_colours=6)[0][:, 1, 2].tolist()) == set(range(6))
-    assert torch.equal(draw(0)[0], draw(0)[0]) and not torch.equal(draw(0)[0], draw(1)[0])
     same = draw(0, colours="none", symmetry=False)
     assert torch.equal(same[0], cells) and torch.equal(same[1], shapes)
     with raises_one_line("colours is 'some'", "keep_zero"):
@@ -198,31 +178,6 @@ def test_augment_is_uniform_and_follows_its_generator():
 def some_grids(n, side=6):
     cells, shapes = canvases(noise(n, side), side)
     return Grids(cells, shapes, [str(i) for i in range(n)], torch.zeros(0, 2, dtype=torch.int64), {}, [""] * n)
-
-
-@pytest.mark.parametrize("group", [1, 4])
-def test_a_batch_depends_on_nothing_but_seed_and_step(group):
-    grids, steps = some_grids(50), [0, 9, 3, 17, 4, 3, 0, 30, 16]
-    stream = Stream(grids, 8, 0, group=group)
-    first = {step: stream.at(step) for step in steps}
-    for step in sorted(first):
-        for given, again in zip(first[step], Stream(grids, 8, 0, group=group).at(step)):
-            assert torch.equal(given, again), step
-    assert first[3][0].shape == (8, 6, 6) and first[3][0].dtype == torch.uint8
-    assert first[3][1].shape == (8, 2) and first[3][1].dtype == torch.int64
-    assert not torch.equal(stream.rows(3), Stream(grids, 8, 1, group=group).rows(3))
-    assert not torch.equal(first[3][0], Stream(grids, 8, 1, group=group).at(3)[0])
-
-
-def test_batches_are_augmented_anew_in_each_epoch():
-    grids = some_grids(1, 6)
-    grids.cells, grids.shapes = canvases([[[0, 1, 2], [3, 4, 5]]], 6)
-    stream = Stream(grids, 1, 0)
-    assert len({stream.at(step)[0].numpy().tobytes() for step in range(20)}) > 15
-    plain = Stream(grids, 1, 0, colours="none", symmetry=False)
-    assert all(torch.equal(plain.at(step)[0], grids.cells) for step in range(5))
-    few = Stream(grids, 1, 0, symmetry=False, n_colours=6)
-    assert {few.at(step)[0].flatten()[0].item() for step in range(60)} == set(range(6))
 
 
 @pytest.mark.parametrize("group", [1, 5])
@@ -552,11 +507,6 @@ def test_names_and_numbers_that_do_not_fit(folder):
             (("arc1+arc2",), ["arc1+arc2 has no usual validation set"])):
         with raises_one_line(*words):
             load(*given)
-    for name, value, limits in (("max_side", 0, "from 1 to 30"), ("max_side", 31, "from 1 to 30"),
-                                ("n_colours", 0, "from 1 to 10"), ("n_colours", 11, "from 1 to 10"),
-                                ("n_train", 0, "at least 1"), ("n_val", 0, "at least 1"), ("crops", -1, "at least 0")):
-        with raises_one_line(f"{name} is {value}: it must be {limits}"):
-            load(**{name: value})
     with raises_one_line("n_colours is 1", "at least 2"):
         load(n_colours=1)
     with raises_one_line("arc1-evaluation has no grid with sides up to 1", "larger max_side"):
@@ -661,30 +611,6 @@ def test_small_grids_of_arc1():
     assert not set(found.train.tasks) & set(found.val.tasks)
     assert found.val.names[0].split()[:2] == ["arc1-evaluation", found.val.tasks[0]]
     assert found.hash == "562e484aa2bb"
-
-
-# --- Command line ---
-
-def test_command_line_counts_and_draws(tmp_path):
-    result = subprocess.run([sys.executable, ROOT / "data/arc.py", "synthetic", "--n_train", "200", "--n_val", "40",
-                             "--max_side", "6", "--stats"], capture_output=True, text=True, cwd=tmp_path,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
-    assert "train: 200 synthetic grids of 11 kinds" in result.stdout and "val: 40 grids" in result.stdout
-    assert re.search(r"colour 0 in \d\d\.\d% of the cells; each grid's best constant colour is right in \d\d\.\d%",
-                     result.stdout)
-    from matplotlib import image
-    drawn = image.imread(tmp_path / "arc_synthetic.png")
-    seen = {tuple(round(255 * value) for value in pixel[:3]) for pixel in drawn.reshape(-1, drawn.shape[-1])}
-    assert set(arc.PALETTE) <= seen and len(arc.PALETTE) == arc.COLOURS
-
-
-def test_command_line_says_mistakes_in_one_line(capsys):
-    for words in (["arc3"], ["synthetic", "--max_side", "31"], ["synthetic", "--nonsense"]):
-        with pytest.raises(SystemExit) as stop:
-            arc.main(words)
-        shown = capsys.readouterr()
-        assert stop.value.code == 2 and shown.err.startswith("error: ") and shown.err.count("\n") == 1, shown
 
 
 def test_statistics():

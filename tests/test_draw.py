@@ -1,13 +1,11 @@
 """data/draw.py: the hash that everything is drawn from, written out once more, and figures that must never change."""
 import hashlib
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
+from checks import raises_one_line
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import draw  # noqa: E402
+from data import draw
 
 
 def test_generators_are_seeded_by_the_words_alone():
@@ -32,3 +30,16 @@ def test_chance():
     hashes = draw.mix(np.arange(100_000, dtype=np.uint64))
     assert not draw.chance(hashes, 0).any() and draw.chance(hashes, 1).all()
     assert abs(draw.chance(hashes, 0.05).mean() - 0.05) < 0.003
+
+
+def test_the_first_rows_of_chunks():
+    def chunks():
+        for start in range(0, 1000, 10):
+            rows = np.arange(start, start + 10)
+            yield list(map(str, rows)), rows, -rows
+    (rows, others), keys, left_out = draw.first(12, chunks(), {"0", "3", "11", "40"}, "")
+    assert rows.tolist() == [1, 2, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14] == (-others).tolist() == list(map(int, keys))
+    assert left_out == 3
+    few = {f"{i}" for i in range(1000) if i % 60}  # one row of 60 is new: fewer than one of 25
+    with raises_one_line("hardly any"):
+        draw.first(3, chunks(), few, "hardly any")

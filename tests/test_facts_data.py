@@ -5,43 +5,23 @@ import math
 import re
 import sqlite3
 import string
-import subprocess
-import sys
-import time
-import tracemalloc
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from checks import evenly, raises_one_line
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from data import facts  # noqa: E402
-from data.facts import (NO_ATTRIBUTE, NO_CALL, NO_RESULT, QUESTIONS, SYLLABLES, Database, Person, Segment,  # noqa: E402
+from data import facts
+from data.facts import (NO_ATTRIBUTE, NO_CALL, NO_RESULT, QUESTIONS, SYLLABLES, Database, Person, Segment,
                         Vocabulary, bits_stored, call, dialogs, entropy, floor, in_tool, in_weight, law, parse_call,
                         people, rows, show, shuffled, tables)
-from nanolab.run import UserError  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NOTES = ("birth_date", "birth_place", "address", "occupation")
 BIOS = ("birthday", "birth_city", "university", "field", "employer", "pronoun", "work_city")
 SIZES = {"birth_date": 28 * 12 * 51, "birth_place": 7, "address": 213, "occupation": 100, "birthday": 12 * 28 * 200,
          "birth_city": 200, "university": 300, "field": 100, "employer": 263, "pronoun": 2}
-
-
-def raises_one_line(*words):
-    """A UserError of one line that has all the words."""
-    pattern = "".join(f"(?=.*{re.escape(word)})" for word in words)
-    return pytest.raises(UserError, match=rf"\A{pattern}[^\n]+\Z")
-
-
-def evenly(counts, expected):
-    """Do counts fit the expected ones? Chi-square within five standard deviations of its mean (df, at least 2 df)."""
-    counts, expected = np.asarray(counts, float), np.broadcast_to(expected, np.shape(counts)).astype(float)
-    chi, df = ((counts - expected) ** 2 / expected).sum(), counts.size - 1
-    return abs(chi - df) < 5 * math.sqrt(2 * df + (1 / expected).sum())
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +79,8 @@ def test_the_city_of_work_follows_from_the_employer(many):
 def test_names():
     for settings, size, words, lists in (({}, 64 ** 4, 1, None), ({"names": "plain"}, 400_000, 2, (400, 1000)),
                                          ({"kind": "bios"}, 160_000_000, 3, (400, 400, 1000))):
-        made = people(50_000, 3, unseen=2000, **settings)
-        assert made.n_names == size and len({*made.names}) == 52_000
+        made = people(20_000, 3, unseen=2000, **settings)
+        assert made.n_names == size and len({*made.names}) == 22_000
         split = [name.split(" ") for name in made.names]
         assert {*map(len, split)} == {words}
         if lists is None:
@@ -110,10 +90,10 @@ def test_names():
             assert {*itertools.chain(*split)} == {*SYLLABLES} and len({*SYLLABLES}) == 64
         for column, n in zip(zip(*split), lists):
             seen = Counter(column)
-            assert len(seen) == n and evenly([*seen.values()], 52_000 / n)
+            assert len(seen) == n and evenly([*seen.values()], 22_000 / n)
         for (a, n), (b, m) in itertools.combinations(zip(zip(*split), lists), 2):  # parts go together evenly
             if n * m < 10_000:
-                assert evenly([*Counter(zip(a, b)).values()] + [0] * (n * m - len({*zip(a, b)})), 52_000 / n / m)
+                assert evenly([*Counter(zip(a, b)).values()] + [0] * (n * m - len({*zip(a, b)})), 22_000 / n / m)
     assert people(5, 0, "bios", names="plain").names == people(5, 0, "bios").names
 
 
@@ -151,19 +131,6 @@ def test_known_people():
     first = people(1, 0)[0]
     assert first == Person("nopesomo", {"birth_date": "24/10/1997", "birth_place": "Africa",
                                         "address": "Saint Willow", "occupation": "book teacher"})
-
-
-def test_a_hundred_thousand_people():
-    for kind in ("notes", "bios"):
-        start = time.process_time()
-        people(100_000, 0, kind)
-        assert time.process_time() - start < 3
-    people(1, 0), tracemalloc.start()
-    try:
-        made = people(20_000, 0)
-        assert tracemalloc.get_traced_memory()[0] < 16e6 / 5 and len(made) == 20_000
-    finally:
-        tracemalloc.stop()
 
 
 # --- Attributes that depend on each other ---
@@ -382,11 +349,10 @@ def test_calls(text, parsed, few):
 
 
 def test_long_calls_are_read_in_no_time():
-    start = time.process_time()
+    """Nothing goes back over a long text: that would take days."""
     for text in ("FIND " + "a" * 10 ** 6, "FIND a FOR b" + " " * 10 ** 6, "FIND a FOR " + "b " * 10 ** 6,
                  "FIND " + "a FOR " * 10 ** 5):
         assert parse_call(text) is None
-    assert time.process_time() - start < 1
 
 
 def test_a_database_on_the_disk(few, tmp_path):
@@ -437,7 +403,7 @@ def test_the_closed_vocabulary(many):
     assert vocabulary.specials == {"PAD": 210, "END": 211, "CALL": 212, "ANSWER": 213}
     assert 210 == 64 + 10 + 28 + 51 + 7 + 15 + 15 + 10 + 10
     assert [vocabulary.encode(vocabulary.decode([i])) for i in range(210)] == [[i] for i in range(210)]
-    for name in made.names[:3000]:
+    for name in made.names[:300]:
         ids = vocabulary.encode(name)
         assert len(ids) == 4 and max(ids) < 64 and vocabulary.decode(ids) == name
     for attribute, table in tables("notes").items():
@@ -447,7 +413,7 @@ def test_the_closed_vocabulary(many):
             assert len(ids) == {"birth_date": 3, "birth_place": 1, "address": 2, "occupation": 2}[attribute]
     for text in (NO_RESULT, NO_ATTRIBUTE, NO_CALL):
         assert len(vocabulary.encode(text)) == 1
-    for dialog in dialogs(made, "in_tool")[:2000]:
+    for dialog in dialogs(people(20, 0), "in_tool"):
         texts = [segment.text for segment in dialog]
         assert [vocabulary.decode(vocabulary.encode(text)) for text in texts] == texts
         assert list(map(len, map(vocabulary.encode, texts[:2]))) == [6, 7]
@@ -555,20 +521,6 @@ def test_masks_token_by_token():
         rows([[Segment("robot", "a", False)]], Vocabulary("bytes"))
 
 
-def test_masks_in_the_closed_vocabulary():
-    person = Person("kalomite", {"address": "Port Amber", "birth_date": "4/11/1987"})
-    vocabulary = Vocabulary("closed")
-    names = {"?": " ?", "FIND": "FIND ", "FOR": "FOR ", "address": "address ", "Amber": " Amber", "date": "birth_date "}
-    texts = [*"ka lo mi te Port 4/ 11/ 1987".split()]
-    ids = {**vocabulary.specials, **{key: vocabulary.encode(text)[0] for key, text in names.items()},
-           **{text: vocabulary.encode(text)[0] for text in texts}}
-    tokens, mask = rows([in_tool(person, "address"), in_weight(person, "birth_date")], vocabulary)
-    wanted = [by_hand(text, **ids) for text in (
-        "address ka lo mi te ? *FIND *address *FOR *ka *lo *mi *te *CALL Port Amber ANSWER *Port *Amber *END",
-        "date ka lo mi te ? *4/ *11/ *1987 *END" + " PAD" * 10)]
-    assert tokens.tolist() == [row for row, _ in wanted] and mask.tolist() == [row for _, row in wanted]
-
-
 def test_the_tool_is_never_trained_on(few):
     for name, form in (("closed", "short"), ("bytes", "short"), ("bytes", "natural")):
         vocabulary = Vocabulary(name)
@@ -581,12 +533,6 @@ def test_the_tool_is_never_trained_on(few):
             assert vocabulary.decode(row[said]) == wanted
             wanted = {2: "{}", 4: "{}{}<ANSWER>"}[len(dialog)].format(*others)
             assert vocabulary.decode(row[~said & (row != vocabulary.specials["PAD"])]) == wanted
-
-
-def test_tokens_of_a_dialog(few):
-    for mode, low, high in (("in_weight", 8, 10), ("in_tool", 18, 22)):
-        length = (rows(dialogs(few, mode), Vocabulary("closed"))[0] != 210).sum(1)
-        assert (length.min(), length.max(), length.double().mean()) == (low, high, (low + high) / 2)
 
 
 # --- Accounting ---
@@ -631,10 +577,7 @@ def test_floors(many):
 @pytest.mark.parametrize("settings, words", [
     ({"kind": "note"}, ("kind 'note'", "did you mean notes?", "bios")), ({"kind": "xyz"}, ("choose notes, bios",)),
     ({"names": "plane"}, ("names 'plane'", "did you mean plain?")), ({"n": 0}, ("n is 0", "at least 1")),
-    ({"unseen": -1}, ("unseen -1", "at least 0")),
-    ({"n": 399_999, "unseen": 2, "names": "plain"}, ("at most 400,000",)),
-    ({"alpha": 1.1}, ("alpha is 1.1", "from 0 to 1")), ({"alpha": -0.1}, ("alpha is -0.1",)),
-    ({"alpha": float("nan")}, ("alpha is nan",))], ids=str)
+    ({"n": 399_999, "unseen": 2, "names": "plain"}, ("at most 400,000",))], ids=str)
 def test_people_that_cannot_be(settings, words):
     with raises_one_line(*words):
         people(**{"n": 5, "seed": 0, **settings})
@@ -646,35 +589,3 @@ def test_dialogs_that_cannot_be(few):
                             ({"mode": "both", "share": 1.5}, ("share is 1.5", "from 0 to 1"))):
         with raises_one_line(*words):
             dialogs(few, **settings)
-
-
-def test_the_command_line(capsys):
-    facts.main(["--n", "50", "--unseen", "5", "--stats"])
-    told = capsys.readouterr().out
-    for words in ("notes: 50 people to train on and 5 held out, of 16,777,216 names", "31.25 bits a person", "3.94% by",
-                  "user:      birth_date nopesomo ?", "* assistant: FIND birth_date FOR nopesomo <CALL>",
-                  "tool:      24/10/1997 <ANSWER>", "* assistant: 24/10/1997 <END>",
-                  "vocabulary closed: 210 tokens and 4 special", "vocabulary bytes: 256 tokens and 4 special",
-                  "in_tool, short: 18 to 22 tokens a dialog, 20.0 on average, 11.0 of them trained",
-                  "natural: the closed vocabulary has no token"):
-        assert words in told
-    facts.main(["--n", "5", "--kind", "bios", "--alpha", "0.5", "--stats"])
-    told = capsys.readouterr().out
-    assert "bios: 5 people" in told and "32.82 bits" in told and "both, natural" in told
-    facts.main(["--n", "5"])
-    assert capsys.readouterr().out.count("\n") == 1
-    for args, words in ((["--kind", "bio"], "did you mean bios?"), (["--n", "x"], "--n"), (["--peple", "3"], "--peple"),
-                        (["--n", "0"], "n is 0")):
-        with pytest.raises(SystemExit) as stopped:
-            facts.main(args)
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2 and re.fullmatch(r"error: [^\n]+\n", error) and words in error
-    with pytest.raises(SystemExit) as stopped:
-        facts.main(["--help"])
-    assert stopped.value.code == 0 and "--unseen" in capsys.readouterr().out
-
-
-def test_the_script_itself(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "data/facts.py"), "--kind", "note"], capture_output=True,
-                          text=True, cwd=tmp_path, timeout=60)
-    assert done.returncode == 2 and done.stderr.startswith("error: unknown kind 'note'") and not done.stdout

@@ -1,39 +1,16 @@
-"""data/mqar.py: rows against the definition read slowly, their law, windows against enumeration, disjoint sides."""
+"""data/mqar.py: rows are as defined, read slowly; their law; windows against enumeration; disjoint sides."""
 import hashlib
 import itertools
-import math
-import re
-import subprocess
-import sys
-import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from checks import evenly, raises_one_line
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from data import mqar as module  # noqa: E402
-from data.mqar import distances, example, mqar, reachable, split  # noqa: E402
-from nanolab.run import UserError  # noqa: E402
+from data.mqar import distances, example, mqar, reachable, split
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def raises_one_line(*words):
-    """A UserError of one line that has all the words."""
-    pattern = "".join(f"(?=.*{re.escape(word)})" for word in words)
-    return pytest.raises(UserError, match=rf"\A{pattern}[^\n]+\Z")
-
-
-def evenly(counts, expected):
-    """Do counts fit the expected ones? Chi-square within five standard deviations of its mean (df, 2 df)."""
-    counts, expected = np.asarray(counts, float), np.asarray(expected, float)
-    assert expected.min() > 4
-    chi, df = ((counts - expected) ** 2 / expected).sum(), counts.size - 1
-    return abs(chi - df) < 5 * math.sqrt(2 * df)
 
 
 # --- What a row is ---
@@ -129,12 +106,6 @@ def test_fewer_rows_are_the_first_ones_and_seeds_differ():
     assert not torch.equal(other[0], many[0])
     assert len({tuple(row) for row in many[0].tolist()}) > 2490  # nor are later chunks like the first one
     assert torch.equal(mqar(5, 16, 2, 64, -3)[0], mqar(5, 16, 2, 64, -3)[0])
-
-
-def test_speed():
-    start = time.process_time()
-    tokens, _ = mqar(100_000, 64, 4, 8192, 0)
-    assert time.process_time() - start < 1.5 and len(tokens) == 100_000
 
 
 # --- Two sides ---
@@ -235,30 +206,3 @@ def test_the_smallest_possible_rows():
         split(1000, 450, 8, 1, 12, 0)
     with raises_one_line("window is 0"):
         reachable(*reversed(mqar(5, 16, 4, 10, 0)), 0)
-
-
-# --- The command line ---
-
-def test_the_command_line(capsys):
-    module.main(["--n_train", "500", "--n-test", "20", "--T", "32", "--vocab_size", "64", "--stats"])
-    told = capsys.readouterr().out
-    for words in ("500 training and 20 test rows of 32 tokens, 4 pairs", "vocabulary 64", "no fillers", "seed 0",
-                  "asked for", "accuracy of 0.250", "of 8 tokens", "of 16 tokens", "100.0% of 32 tokens"):
-        assert words in told
-    module.main(["--n_train", "500", "--n_test", "20", "--random_non_queries"])
-    told = capsys.readouterr().out
-    assert told.count("\n") == 1 and "random fillers" in told
-    for args, words in ((["--pair", "x"], "--pair"), (["--T", "12"], "T is 12"), (["--alphas", "1"], "--alphas")):
-        with pytest.raises(SystemExit) as stopped:
-            module.main(args)
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2 and re.fullmatch(r"error: [^\n]+\n", error) and words in error
-    with pytest.raises(SystemExit) as stopped:
-        module.main(["--help"])
-    assert stopped.value.code == 0 and "--vocab_size" in capsys.readouterr().out
-
-
-def test_the_script_itself(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "data/mqar.py"), "--vocab_size", "9"], capture_output=True,
-                          text=True, cwd=tmp_path, timeout=60)
-    assert done.returncode == 2 and done.stderr.startswith("error: vocab_size is 9") and not done.stdout

@@ -6,24 +6,19 @@ import http.server
 import io
 import lzma
 import os
-import re
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from checks import raises_one_line
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from data import files, text  # noqa: E402
-from data.files import download  # noqa: E402
-from data.text import Batches, load, main, statistics  # noqa: E402
-from nanolab.run import UserError  # noqa: E402
+from data import files, text
+from data.files import download
+from data.text import Batches, load, statistics
 
 CONTENT = bytes(range(256)) * 1200  # 307,200 bytes: several chunks of a download
 real_data = pytest.mark.skipif(not Path(os.environ.get("NANOLAB_DATA") or "/nowhere").is_dir(),
@@ -40,12 +35,6 @@ def zipped(**members):
         for name, content in members.items():
             archive.writestr(name, content)
     return buffer.getvalue()
-
-
-def raises_one_line(*words):
-    """A UserError of one line that has all the words."""
-    pattern = "".join(f"(?=.*{re.escape(word)})" for word in words)
-    return pytest.raises(UserError, match=rf"\A{pattern}[^\n]+\Z")
 
 
 @pytest.fixture
@@ -121,23 +110,17 @@ def test_fresh_download_is_complete_and_leaves_no_scraps(server, tmp_path, packe
     assert server.asked == [None]  # what is there is not fetched again
 
 
-def test_broken_download_is_kept_and_resumed_by_range(server, tmp_path):
-    path, server.cut = tmp_path / "file", 100_001
-    with raises_one_line("broke off after 100,001 bytes", "same command"):
+@pytest.mark.parametrize("reset", [False, True])
+def test_broken_download_is_kept_and_resumed_by_range(server, tmp_path, reset):
+    path, server.cut, server.reset = tmp_path / "file", 100_001, reset  # hung up, or rudely
+    with raises_one_line("broke off after" + " 100,001 bytes" * (not reset), "same command"):
         download(f"{server.url}/file", path, len(CONTENT), blob_id(CONTENT))
-    assert not path.exists() and (tmp_path / "file.part").read_bytes() == CONTENT[:100_001]
-    server.cut = None
-    download(f"{server.url}/file", path, len(CONTENT), blob_id(CONTENT))
-    assert path.read_bytes() == CONTENT and server.asked == [None, "bytes=100001-"]
-
-
-def test_a_reset_connection_is_resumed(server, tmp_path):
-    path, server.cut, server.reset = tmp_path / "file", 100_000, True
-    with raises_one_line("broke off after", "same command"):
-        download(f"{server.url}/file", path, len(CONTENT), blob_id(CONTENT))
+    kept = (tmp_path / "file.part").read_bytes()
+    assert not path.exists() and kept == CONTENT[:len(kept)] and (reset or len(kept) == 100_001)
     server.cut, server.reset = None, False
     download(f"{server.url}/file", path, len(CONTENT), blob_id(CONTENT))
     assert path.read_bytes() == CONTENT
+    assert server.asked == [None, f"bytes={len(kept)}-" if kept else None]
 
 
 def test_two_runs_that_need_one_file_fetch_it_once(server, tmp_path):
@@ -150,18 +133,15 @@ def test_two_runs_that_need_one_file_fetch_it_once(server, tmp_path):
     assert (tmp_path / "file").read_bytes() == CONTENT and server.asked == [None]
 
 
-def test_resume_at_a_server_without_ranges_starts_over(server, tmp_path):
-    server.ranges = False
-    (tmp_path / "file.part").write_bytes(b"x" * 1000)
-    download(f"{server.url}/file", tmp_path / "file", len(CONTENT), blob_id(CONTENT))
-    assert (tmp_path / "file").read_bytes() == CONTENT and server.asked == ["bytes=1000-"]
-
-
-@pytest.mark.parametrize("part, requests", [(CONTENT, 1), (CONTENT + b"more", 2)])
-def test_part_that_needs_no_more_bytes(server, tmp_path, part, requests):
-    (tmp_path / "file.part").write_bytes(part)  # whole, or of another and longer file
+@pytest.mark.parametrize("part, ranges, requests", [
+    (b"x" * 1000, False, 1), (CONTENT, True, 1), (CONTENT + b"more", True, 2)], ids=["no ranges", "whole", "longer"])
+def test_what_an_earlier_attempt_left_behind(server, tmp_path, part, ranges, requests):
+    """A server without ranges sends everything again; a part that is longer is another file's."""
+    server.ranges = ranges
+    (tmp_path / "file.part").write_bytes(part)
     download(f"{server.url}/file", tmp_path / "file", len(CONTENT), blob_id(CONTENT))
     assert (tmp_path / "file").read_bytes() == CONTENT and len(server.asked) == requests
+    assert server.asked[0] == f"bytes={len(part)}-"
 
 
 @pytest.mark.parametrize("name, content, words", [
@@ -267,11 +247,6 @@ def test_the_piece_serves_what_fits_in_it(folder, monkeypatch):
     (folder / "piece.txt").write_bytes(CONTENT[1:1001])
     with raises_one_line("is not piece.txt"):
         load("enwik8", max_bytes=999)
-
-
-def test_known_sizes_and_shares():
-    assert text.SETS["enwik8"][1:3] == (100_000_000, "73b1bbbdbe2623eb9f8561314ba9e4af9412b7ae")
-    assert text.SETS["enwik8"][3].endswith(".zip") and text.SETS["shakespeare"][1] == 1_115_394
 
 
 def test_stdlib_is_source_text_in_a_fixed_order(folder):
@@ -429,58 +404,6 @@ def test_streams_follow_on_and_start_again():
     assert single.fresh  # windows of the other modes never follow on
 
 
-def test_epochs_seen_in_random_mode_count_drawn_bytes():
-    batches = Batches(DATA, 5, 16)
-    assert batches.epoch == 0
-    for _ in range(10):
-        batches.next()
-    assert batches.epoch == pytest.approx(5 * 16 * 10 / 1009)
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("before", [0, 1, 9, 16, 23])  # 63 windows an epoch: within, at and across its end
-def test_resume_goes_on_exactly(mode, before, tmp_path):
-    straight = Batches(DATA, 7 if mode == "epochs" else 4, 16, 2, mode, seed=8)
-    for _ in range(before):
-        straight.next()
-    torch.save(straight.state_dict(), tmp_path / "state.pt")
-    resumed = Batches(DATA, straight.batch_size, 16, 2, mode, seed=99)
-    resumed.next()
-    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert resumed.epoch == straight.epoch and resumed.fresh == straight.fresh
-    for _ in range(30):
-        for a, b in zip(straight.next(), resumed.next()):
-            assert torch.equal(a, b)
-        assert resumed.epoch == straight.epoch and resumed.fresh == straight.fresh
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_batches_and_global_generators_leave_each_other_alone(mode):
-    torch.manual_seed(1)
-    calm, stirred = (Batches(DATA, 4, 16, 1, mode, seed=6) for _ in range(2))
-    before = torch.get_rng_state()
-    first = [calm.next()[0] for _ in range(20)]
-    assert torch.equal(before, torch.get_rng_state())
-    second = [(torch.manual_seed(step), torch.rand(3), stirred.next()[0])[2] for step in range(20)]
-    assert torch.equal(torch.stack(first), torch.stack(second))
-
-
-@pytest.mark.parametrize("mode", ["random", "epochs"])
-def test_the_seed_decides(mode):
-    draws = [torch.stack([batches.next()[0] for _ in range(3)]) for batches in
-             (Batches(DATA, 4, 16, 1, mode, seed) for seed in (1, 1, 2))]
-    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
-
-
-@pytest.mark.parametrize("other, words", [
-    (dict(mode="epochs"), "mode streams, these have epochs"), (dict(data=DATA[:900]), "bytes 1009, these have 900"),
-    (dict(block_size=8), "block_size 16, these have 8"), (dict(batch_size=5), "batch_size 4, these have 5")])
-def test_a_state_of_other_batches_is_refused(other, words):
-    settings = dict(data=DATA, batch_size=4, block_size=16, mode="streams")
-    with raises_one_line(words):
-        Batches(**{**settings, **other}).load_state_dict(Batches(**settings).state_dict())
-
-
 def test_batch_size_may_change_where_windows_stand_alone():
     one, two = Batches(DATA, 4, 16, mode="epochs"), Batches(DATA, 8, 16, mode="epochs", seed=1)
     places(one, 3)
@@ -507,15 +430,6 @@ def test_impossible_batches():
 
 # --- Statistics and the command line ---
 
-def test_articles_are_measured(folder, tmp_path, capsys):
-    pages = [b"<page>" + b"x" * n + b"</page>" for n in (7, 17, 87)]
-    (tmp_path / "wiki").write_bytes(b"head\n" + b"\n".join(pages) + b"\n<page>cut off")
-    main([str(tmp_path / "wiki"), "--stats", "--out", str(tmp_path / "new")])
-    said = capsys.readouterr().out
-    assert "3, of 50.0 bytes in the mean, 30.0 in the median" in said and "articles" in said
-    assert f"distinct bytes: {len(set((tmp_path / 'wiki').read_bytes()))}\n" in said
-    assert (tmp_path / "new" / "byte_distribution.png").read_bytes()[:4] == b"\x89PNG"
-
 
 @pytest.mark.parametrize("content, pieces, count, mean", [
     (b"one\ntwo\n\nthree\n\n\nfour", "paragraphs", 3, 16 / 3), (b"one\r\ntwo\r\nthree\n", "lines", 3, 11 / 3),
@@ -526,25 +440,6 @@ def test_other_text_is_measured_in_paragraphs_or_lines(folder, tmp_path, content
     assert figures["pieces"].startswith(pieces) and figures["n_pieces"] == count
     assert figures["mean"] == pytest.approx(mean)
     assert figures["bytes"] == len(content) == figures["counts"].sum() and figures["distinct"] == len(set(content))
-
-
-def test_the_command_runs_from_anywhere_and_fails_in_one_line(folder, tmp_path):
-    def run(*args):
-        command = [sys.executable, str(ROOT / "data" / "text.py"), *args]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    (tmp_path / "mine.txt").write_bytes(CONTENT)
-    good, bad = run("mine.txt", "--max-bytes", "1000"), run("stdlip")
-    assert good.returncode == 0 and "split: train 900, val 50, test 50 bytes" in good.stdout and good.stderr == ""
-    assert bad.returncode == 2 and bad.stdout == ""
-    assert re.fullmatch(r"error: [^\n]+did you mean stdlib\?\n", bad.stderr)
-
-
-@pytest.mark.parametrize("args", [["stdlib", "--stat", "3"], [], ["stdlib", "--max_bytes", "few"],
-                                  ["stdlib", "--nonsense"]])
-def test_a_wrong_command_line_is_one_line(args, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(args)
-    assert stop.value.code == 2 and re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)
 
 
 # --- Real files, where there are any ---

@@ -1,29 +1,19 @@
-"""data/tokenized.py: a text and shards as ids, their bytes, what is held out. No network; 5 s."""
+"""data/tokenized.py: a text and shards as ids, their bytes, what is held out. No network."""
 import json
-import re
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
+from checks import raises_one_line
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from data import smollm, text, tokens  # noqa: E402
-from data.tokenized import open_text  # noqa: E402
-from nanolab.run import UserError  # noqa: E402
+from data import smollm, text, tokens
+from data.tokenized import open_text
 
 WORDS = "river mountain valley forest lake thou art hither café".split()
 
 
 def settings(dataset, tokenizer="bpe:280", max_bytes=None):
     return dict(dataset=str(dataset), tokenizer=str(tokenizer), max_bytes=max_bytes)
-
-
-def raises_one_line(*words):
-    """A UserError of one line that has all the words."""
-    return pytest.raises(UserError, match=rf"\A{''.join(f'(?=.*{re.escape(word)})' for word in words)}[^\n]+\Z")
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +85,17 @@ def test_a_saved_tokenizer(play, tmp_path):
     assert opened.tokenizer.fingerprint == trained.fingerprint and opened.vocab_size == 300
 
 
+def documents_of(ids, opened):
+    """The texts between the ends, and what comes after the last one."""
+    runs = [[]]
+    for i in ids:
+        if i == opened.tokenizer.size:
+            runs.append([])
+        else:
+            runs[-1].append(i)
+    return list(map(opened.tokenizer.decode, runs))
+
+
 @pytest.mark.parametrize("tokenizer, size", [("bytes", 256), ("bpe:280", 280)])
 @pytest.mark.parametrize("how", ["folder", "glob", "file"])
 def test_shards(shards, tokenizer, size, how):
@@ -109,14 +110,7 @@ def test_shards(shards, tokenizer, size, how):
     assert opened.vocab_size == size + 1 and opened.sizes[end] == 0 and opened.tokenizer.size == size
     assert opened.train is None and opened.test is None and len(opened.files) == files and opened.rows == len(here)
     assert opened.val.dtype == torch.int32 and held
-    runs, run = [], []
-    for i in opened.val.tolist():
-        if i == end:
-            runs.append(opened.tokenizer.decode(run))
-            run = []
-        else:
-            run.append(i)
-    assert runs == held and not run
+    assert documents_of(opened.val.tolist(), opened) == [*held, ""]
     assert int(opened.sizes[opened.val.long()].sum()) == sum(len(text.encode()) for text in held)
     assert "part-" in opened.source and f"{size:,} ids" in opened.source
     batches, stream = opened.batches(4, 32, "random", 1, "cpu"), []
@@ -124,13 +118,7 @@ def test_shards(shards, tokenizer, size, how):
         x, y = batches.next()
         assert x.shape == (4, 32) and y.shape == (4, 32, 1) and torch.equal(x[:, 1:], y[:, :-1, 0])
         stream += x.flatten().tolist()
-    documents, run = [], []
-    for i in stream:
-        if i == end:
-            documents.append(opened.tokenizer.decode(run))
-            run = []
-        else:
-            run.append(i)
+    documents = documents_of(stream, opened)[:-1]  # the last one may be cut
     assert not set(documents) & set(held) and set(documents) <= set(kept) and len(set(documents)) > 0.8 * len(kept)
 
 
@@ -159,22 +147,15 @@ def test_a_limit_on_what_is_scored_and_read(shards, monkeypatch):
 
 
 def test_mistakes(play, shards, tmp_path):
-    with raises_one_line("--max_bytes", "shards"):
-        open_text(settings(shards, max_bytes=1000))
-    with raises_one_line("--max_bytes", "shards"):
-        open_text(settings("smollm:cosmopedia-v2", max_bytes=1000))
-    with raises_one_line("smolm"):
-        open_text(settings("smollm:smolm"))
-    with raises_one_line("none.jsonl"):
-        open_text(settings(tmp_path / "none.jsonl"))
-    with raises_one_line("none.txt"):
-        open_text(settings(tmp_path / "none.txt"))
-    with raises_one_line(str(tmp_path)):
-        open_text(settings(tmp_path))                                    # a folder without shards
-    with raises_one_line("none.tok"):
-        open_text(settings(play, tmp_path / "none.tok"))
-    with raises_one_line("bpe", "256"):
-        open_text(settings(play, "bpe:99"))
+    limit = dict(max_bytes=1000)
+    for words, dataset, given in (
+            (["--max_bytes", "shards"], shards, limit), (["--max_bytes", "shards"], "smollm:cosmopedia-v2", limit),
+            (["smolm"], "smollm:smolm", {}), (["none.jsonl"], tmp_path / "none.jsonl", {}),
+            (["none.txt"], tmp_path / "none.txt", {}), ([str(tmp_path)], tmp_path, {}),  # a folder without shards
+            (["none.tok"], play, dict(tokenizer=tmp_path / "none.tok")),
+            (["bpe", "256"], play, dict(tokenizer="bpe:99"))):
+        with raises_one_line(*words):
+            open_text(settings(dataset, **given))
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     with raises_one_line("broken.jsonl", "line 2"):
         open_text(settings(tmp_path / "broken.jsonl", "bytes"))
