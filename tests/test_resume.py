@@ -30,7 +30,7 @@ import atexit, gc, io, itertools, json, os, resource, runpy, signal, socket, sys
 sys.path.insert(0, sys.argv[1])
 import torch._inductor, torch.utils.tensorboard, matplotlib.figure, bench, evaluate, sample       # what takes time
 from nanolab import optim
-matplotlib.figure.Figure(layout="constrained").savefig(io.BytesIO(), format="png")                # reads the fonts
+matplotlib.figure.Figure(layout="constrained").savefig(picture := io.BytesIO(), format="png")     # reads the fonts
 gc.freeze()                                                              # forks share the memory of all that
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(sys.argv[2] + ".new")
@@ -64,14 +64,11 @@ while request is None:
     listener.close()
     request = words
 os.chdir(request["folder"])
-if os.path.basename(request["argv"][0]).startswith("train_"):            # text and layout take most of a small run:
-    draw = matplotlib.figure.Figure.savefig                              # test_experiment.py and others draw them
-    def savefig(figure, *words, **more):
-        figure.set_layout_engine("none")
-        for axes in figure.axes:
-            axes.set_axis_off()
-            axes.get_legend() and axes.get_legend().remove()
-        draw(figure, *words, **more)
+if os.path.basename(request["argv"][0]).startswith("train_"):            # drawing takes most of a small run:
+    def savefig(figure, place, **more):                                  # test_experiment.py and others really draw
+        file = place if hasattr(place, "write") else open(place, "wb")
+        file.write(picture.getvalue())
+        file.flush()
     matplotlib.figure.Figure.savefig = savefig
 for number, name in enumerate(("/dev/null", request["stdout"], request["stderr"])):
     os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
