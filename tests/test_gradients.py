@@ -1,4 +1,4 @@
-"""No value of a setting cuts a parameter off from the loss: a walk over all variants. And caches in every type.
+"""No value of a setting cuts a parameter off from the loss: a walk over all variants.
 
 A parameter that starts at zero, or behind one that does, has no gradient at first: so three steps are taken, and then
 each parameter, and each part of a fused matrix, must have a gradient that is not rounding.
@@ -6,7 +6,7 @@ each parameter, and each part of a fused matrix, must have a gradient that is no
 import pytest
 import torch
 
-from model import CARRY, FEED_FORWARDS, MIXERS, TransformerConfig, build_model, fused_rows
+from model import FEED_FORWARDS, MIXERS, TransformerConfig, build_model, fused_rows
 from nanolab import settings as flags
 
 CHOICES = {name: spec.words for name, spec in flags._fields_of(TransformerConfig).items() if spec.kind is str and
@@ -112,42 +112,3 @@ def test_the_walk_knows_every_choice():
     walked = [settings for part in WALK.values() for settings in part] + [SMALL]
     for name, words in CHOICES.items():
         assert {settings.get(name, getattr(TransformerConfig, name)) for settings in walked} >= set(words), name
-
-
-@pytest.mark.parametrize("dtype, near", [(torch.bfloat16, 0.1), (torch.float64, 1e-5)])
-@pytest.mark.parametrize("settings", [*(dict(mixer=kind) for kind in MIXERS), dict(mixer="xl", positions="relative"),
-                                      dict(mixer="full,diff", positions="alibi"), dict(ff="moe"), dict(qk_norm=True),
-                                      dict(positions="learned", block_size=30),
-                                      dict(positions="learned_per_layer", block_size=30),
-                                      dict(mixer="full,mamba,compressive", short_conv=3), dict(n_kv_head=2),
-                                      dict(shorten=2), dict(shorten=3, mixer="window,mla", positions="none"),
-                                      dict(output="stablemax")], ids=str)
-def test_caches_take_the_type_of_the_model(settings, dtype, near):
-    """model.bfloat16() and model.double(): in chunks, after fork and crop, by segments; states are float32 at least."""
-    model = small(**{"n_layer": 4, **settings}).eval().to(dtype)
-    x = torch.randint(13, (2, 30), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        full, cache = model(x), model.new_cache(2, 30, snapshots=2)
-        found = []
-        for part in x.split([11, 1, 1, 9, 8], 1):
-            twin = cache.fork()
-            found.append(model(part, cache=cache))
-        torch.testing.assert_close(torch.cat(found, 1).double(), full.double(), atol=near, rtol=near)
-        cache.crop(22)
-        for again in (cache, twin):
-            torch.testing.assert_close(model(x[:, 22:], cache=again), found[-1], atol=near, rtol=near)
-        if set(model.config.mixers) <= set(CARRY):
-            memory = model.new_memory(2)
-            found = torch.cat([model(part, memory=memory) for part in x.split(8, 1)], 1)
-            torch.testing.assert_close(found.double(), full.double(), atol=near, rtol=near)
-    kept = {torch.promote_types(dtype, torch.float32) if layer.kind == "state" else dtype for layer in cache.layers}
-    assert {t.dtype for layer in cache.layers for t in tensors(layer)} == kept
-
-
-def tensors(held):
-    """All floating tensors that a layer's cache holds."""
-    if torch.is_tensor(held):
-        return [held] if held.is_floating_point() else []
-    parts = held if isinstance(held, (list, tuple)) else held.values() if isinstance(held, dict) else \
-        vars(held).values() if hasattr(held, "__dict__") and not callable(held) else ()
-    return [t for part in parts for t in tensors(part)]

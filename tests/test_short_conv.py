@@ -1,24 +1,17 @@
-"""short_conv, ff "none" and qk_scale: by hand, and cached equal to recomputed for every mixer. About 20 s."""
+"""short_conv, ff "none" and qk_scale by hand; a short convolution that slides, remembers and is computed again."""
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import choices
 from kernels import rms_norm
-from model import (MIXERS, Positions, Transformer, TransformerConfig, build_model, equal_ff_mult, initialise,
+from model import (Positions, Transformer, TransformerConfig, build_model, equal_ff_mult, initialise,
                    parameter_roles, parameter_rules)
 from models.encoder_decoder import Encoder, PrefixDecoder
 from models.short_conv import ShortConv
 from nanolab.dialog_tree import DialogTree
-
-T = 24
-STATES = ("mamba", "mingru", "compressive")
-PATTERNS = [*MIXERS, "mamba,mamba,full", "compressive,window"]
-SMALL = dict(n_layer=3, n_head=4, n_embd=32, block_size=8, init="xavier", positions="rope", window=6, sparse_stride=4,
-             sparse_summary=1, memory_length=8, compressed_length=4, compression_rate=2)
-CHUNKS = {"whole": [T], "chunks": [7, 1, 10, 6], "bytes": [1] * T}
+from variants import SMALL, T, close, in_chunks, padded, text, whole
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,31 +19,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def build(mixer="full", seed=0, **settings):
     torch.manual_seed(seed)
     return Transformer(TransformerConfig(**{**SMALL, "mixer": mixer, "short_conv": 2, **settings})).eval()
-
-
-def text(B=2, n=T, seed=1):
-    return torch.randint(256, (B, n), generator=torch.Generator().manual_seed(seed))
-
-
-def padded(lengths, n=T):
-    return torch.tensor([[-1] * (n - length) + list(range(length)) for length in lengths])
-
-
-def close(found, wanted):
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def in_chunks(model, x, sizes, cache, positions=None, **first):
-    parts = x.split(sizes, 1)
-    places = [None] * len(parts) if positions is None else positions.split(sizes, -1)
-    return torch.cat([model(part, positions=p, cache=cache, **(first if i == 0 else {}))
-                      for i, (part, p) in enumerate(zip(parts, places))], 1)
-
-
-@torch.no_grad()
-def whole(model, x, **how):
-    return model(x, **how)
 
 
 def conv(width, n_embd=3):
@@ -118,49 +86,6 @@ def test_other_parameters_start_as_without():
 
 # --- Caches ---
 
-@pytest.mark.parametrize("width", [2, 4])
-@pytest.mark.parametrize("mixer", PATTERNS)
-def test_cached_equals_recomputed(mixer, width):
-    model, x = build(mixer, short_conv=width), text()
-    full = whole(model, x)
-    assert (full - whole(build(mixer, short_conv=0), x)).abs().max() > 1e-2
-    for sizes in CHUNKS.values():
-        cache = model.new_cache(2, T)
-        close(in_chunks(model, x, sizes, cache), full)
-        assert cache.length == T and all(layer.length == T for layer in cache.layers)
-        assert [layer.kind for layer in cache.layers[3:]] == ["inputs"] * 3
-        assert cache.bytes == sum(layer.bytes for layer in cache.layers) and len(cache.log()) == 2 + 6
-    cache.reset()
-    close(in_chunks(model, x, [5, T - 5], cache), full)
-
-
-@pytest.mark.parametrize("width", [2, 4])
-@pytest.mark.parametrize("mixer", PATTERNS)
-def test_ragged_rows_equal_each_row_alone(mixer, width):
-    model, lengths = build(mixer, short_conv=width), (T, 15, 3)
-    x, places, more = text(3), padded(lengths), text(3, 3, seed=7)
-    uncached = whole(model, x, positions=places)
-    assert uncached.isfinite().all()
-    alone = [whole(model, torch.cat((x[row, T - n:], more[row]))[None])[0] for row, n in enumerate(lengths)]
-    for sizes in CHUNKS.values():
-        cache = model.new_cache(3, T + 3)
-        cached, late = in_chunks(model, x, sizes, cache, places), in_chunks(model, more, [1, 2], cache)
-        for row, n in enumerate(lengths):
-            close(uncached[row, T - n:], alone[row][:n])
-            close(cached[row, T - n:], alone[row][:n])
-            close(late[row], alone[row][n:])
-
-
-@pytest.mark.parametrize("mixer", ["full", "window", "mamba"])
-def test_padding_anywhere_in_one_pass(mixer):
-    model, x = build(mixer, short_conv=3), text(3, 8)
-    places = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, -1, -1, 2, -1, 3, 4], [-1, 0, 1, 2, -1, 3, -1, -1]])
-    found = whole(model, x, positions=places)
-    for row in range(3):
-        real = places[row] >= 0
-        close(found[row, real], whole(model, x[row:row + 1, real])[0])
-
-
 @pytest.mark.parametrize("mixer", ["full", "mla,diff", "strided,fixed"])
 def test_padding_anywhere_with_a_cache_that_forgets_nothing(mixer):
     model, x = build(mixer, short_conv=4, block_size=32), text(2, 9)
@@ -170,48 +95,6 @@ def test_padding_anywhere_with_a_cache_that_forgets_nothing(mixer):
         found = in_chunks(model, x, sizes, model.new_cache(2, 9), places)
         close(found[0], whole(model, x[:1])[0])
         close(found[1, real], alone)
-
-
-@pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("mixer", PATTERNS)
-def test_fork_and_crop(mixer, ragged):
-    model, x, y = build(mixer, short_conv=4), text(), text(seed=5)
-    places = padded((T, T - 4)) if ragged else None
-    cut = (lambda a, b: None) if places is None else lambda a, b: places[:, a:b]
-    cache = model.new_cache(2, T, snapshots=3)
-    in_chunks(model, x[:, :9], [5, 4], cache, cut(0, 9))
-    twin = cache.fork(2)
-    in_chunks(model, x[:, 9:], [8, T - 17], cache, cut(9, T))
-    cache.crop(9)
-    full = whole(model, torch.cat((x[:, :9], y[:, 9:]), 1), positions=places)[:, 9:]
-    close(in_chunks(model, y[:, 9:], [1, T - 10], cache, cut(9, T)), full)
-    more = None if places is None else places[:, 9:].repeat_interleave(2, 0)
-    close(in_chunks(model, y[:, 9:].repeat_interleave(2, 0), [T - 9], twin, more), full.repeat_interleave(2, 0))
-    cache.crop(0)
-    close(in_chunks(model, x, [T], cache), whole(model, x))
-
-
-@pytest.mark.parametrize("mixer", PATTERNS)
-def test_crop_goes_wherever_it_goes_without(mixer):
-    """Inputs are kept as long as keys; a state cannot go back."""
-    model, plain, x, y = build(mixer, short_conv=4), build(mixer, short_conv=0), text(1, 20), text(1, seed=5)
-    allowed = []
-    for length in (*range(1, 14, 4), 14, 16, 19):
-        cache, other = model.new_cache(1, T), plain.new_cache(1, T)
-        sizes = [13] + [1] * 7
-        in_chunks(model, x, sizes, cache)
-        in_chunks(plain, x, sizes, other)
-        if all(layer.croppable(length) for layer in other.layers):
-            allowed.append(length)
-            cache.crop(length)
-            joined = torch.cat((x[:, :length], y[:, length:]), 1)
-            close(in_chunks(model, y[:, length:], [1, T - length - 1], cache), whole(model, joined)[:, length:])
-        else:
-            with pytest.raises(ValueError, match="snapshots at none"):
-                cache.crop(length)
-    kinds = set(mixer.split(","))
-    assert (len(allowed) == 7) == (not kinds & {*STATES, "window"})
-    assert allowed if not kinds & set(STATES) else not allowed
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -236,39 +119,6 @@ def test_bytes_by_hand():
     assert cache.bytes == 3 * 5 * (64 + 2 * 4 * 32) * 4
 
 
-@pytest.mark.parametrize("mixer", ["full", "window", "strided,fixed", "diff"])
-@pytest.mark.parametrize("ragged", [False, True])
-def test_prefix(mixer, ragged):
-    model, x = build(mixer, window=30, block_size=32, sparse_stride=8, short_conv=3), text()
-    places, prefix = (padded((T, T - 4)), torch.tensor([9, 6])) if ragged else (None, 9)
-    real = torch.ones(2, T, dtype=torch.bool) if places is None else places >= 0
-    full = whole(model, x, positions=places, prefix=prefix)
-    assert (full - whole(model, x, positions=places)).abs()[:, 8].max() > 1e-3
-    for sizes in ([T], [12] + [1] * 12):
-        found = in_chunks(model, x, sizes, model.new_cache(2, T), places, prefix=prefix)
-        close(found[real], full[real])
-
-
-@pytest.mark.parametrize("mixer", PATTERNS)
-def test_causality(mixer):
-    model, x = build(mixer, short_conv=4), text()
-    full = whole(model, x)
-    for t in (0, 7, 16, T - 2):
-        other = x.clone()
-        other[:, t + 1:] = (x[:, t + 1:] + 1) % 256
-        assert torch.equal(whole(model, other)[:, :t + 1], full[:, :t + 1])
-
-
-@pytest.mark.parametrize("mixer", PATTERNS)
-def test_generation(mixer):
-    """Far past block_size, rows of unequal length: the same logits after each byte with a cache and without."""
-    model = build(mixer, short_conv=3)
-    for prompts in ([b"The "], [b"ab", b"abcdefgh", b"q"]):
-        tokens = text(20, len(prompts), seed=7)
-        torch.testing.assert_close(*(choices.followed(tokens, model, prompts, use_cache=use) for use in (True, False)),
-                                   atol=1e-5, rtol=1e-5)
-
-
 def test_prefix_decoder_with_padding_between_source_and_answer():
     torch.manual_seed(0)
     model = PrefixDecoder(TransformerConfig(**{**SMALL, "block_size": 32, "short_conv": 3})).eval()
@@ -282,7 +132,7 @@ def test_prefix_decoder_with_padding_between_source_and_answer():
 
 
 def test_autocast():
-    model, x = build("full,mamba", short_conv=4), text()
+    model, x = build("full,mamba", short_conv=4), text(2, T)
     full = whole(model, x)
     with torch.autocast("cpu", torch.bfloat16):
         cache = model.new_cache(2, T)
@@ -294,22 +144,6 @@ def test_autocast():
 
 
 # --- Segments ---
-
-@pytest.mark.parametrize("width", [2, 4])
-@pytest.mark.parametrize("mixer", ["xl", "compressive", "mamba", "mingru", "xl,mingru"])
-def test_segments_go_on(mixer, width):
-    model, x = build(mixer, short_conv=width), text(2, 48)
-    memory, full = model.new_memory(2), whole(model, x)
-    close(torch.cat([whole(model, part, memory=memory) for part in x.split(8, 1)], 1), full)
-    assert memory.length == 48 and len(memory.layers) == 6
-    assert [t.shape for t, in memory.layers[3:]] == [(2, width - 1, 32)] * 3
-    other = model.new_memory(2)
-    other.load_state_dict(memory.state_dict())
-    y = text(2, 8, seed=3)
-    assert torch.equal(whole(model, y, memory=other), whole(model, y, memory=memory))
-    memory.reset()
-    close(whole(model, x[:, :8], memory=memory), full[:, :8])
-
 
 def test_segments_shorter_than_the_convolution():
     model, x = build("mingru", short_conv=6), text(2, 10)
@@ -339,29 +173,6 @@ def turn(model, tree, tokens, **how):
     if logits is not None:
         close(logits, whole(model, tokens[None], **how)[0, prefix.length:])
     return prefix.length
-
-
-@pytest.mark.parametrize("width", [2, 4])
-@pytest.mark.parametrize("mixer", PATTERNS)
-def test_dialogs(mixer, width):
-    model, plain = build(mixer, short_conv=width), build(mixer, short_conv=0)
-    base = text(1, 20)[0]
-    near = torch.cat((base, text(1, 9, seed=2)[0]))
-    dialogs = [base, near, torch.cat((base, text(1, 5, seed=3)[0])), text(1, 2, seed=6)[0],
-               torch.cat((near[:25], text(1, 4, seed=7)[0])), torch.cat((near[:21], text(1, 4, seed=8)[0])), near]
-    tree, other = DialogTree(model, budget=None), DialogTree(plain, budget=None)
-    assert [turn(model, tree, d) for d in dialogs] == [turn(plain, other, d) for d in dialogs]
-    locks = [tree.lock(d) for d in (near, dialogs[3], base[:0], base)]
-    cache, y = tree.take(locks, 40), text(4, 5, seed=9)
-    with torch.no_grad():
-        logits = torch.cat([model(part, cache=cache) for part in y.split([1, 3, 1], 1)], 1)
-    for row, before in enumerate((near, dialogs[3], base[:0], base)):
-        late = torch.cat((before, y[row]))
-        close(logits[row], whole(model, late[None])[0, -5:])
-        assert tree.put(late, cache, row) == len(late)
-        assert turn(model, tree, torch.cat((late, text(1, 3, seed=row)[0]))) == len(late)
-    for lock in locks:
-        lock.unlock()
 
 
 def test_dialogs_under_a_sliding_window():
@@ -436,7 +247,7 @@ def test_layers_without_feed_forward():
     assert one.flops_per_token(8) == 6 * (3 * 4 * wide * wide + 256 * wide) + 3 * 3 * 4 * wide * 8
     block, x, places = model.blocks[0], torch.randn(1, 6, 32), model.place(text(1, 6), None)
     torch.testing.assert_close(block(x, places), x + block.mixer(block.norm1(x), places))
-    close(in_chunks(model, text(), [7, 1, 16], model.new_cache(2, T)), whole(model, text()))
+    close(in_chunks(model, text(2, T), [7, 1, 16], model.new_cache(2, T)), whole(model, text(2, T)))
 
 
 def test_patterns_of_feed_forwards():
