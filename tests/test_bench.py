@@ -115,7 +115,9 @@ def test_our_sides_train_and_generate():
     before = [p.detach().clone() for p in model.parameters()]
     g["our_training"](model)()
     assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before))
-    g["our_sampling"](model.for_inference(), 2)()
+    sampler = model.for_inference().train()
+    g["our_sampling"](sampler, 2)()
+    assert not sampler.training  # nothing is dropped
 
 
 def test_the_products_alone_are_all_of_the_models_work():

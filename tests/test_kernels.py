@@ -1,10 +1,9 @@
-"""The row-wise kernels against their twins: in Triton's interpreter, by compiling ahead of time, and on a GPU."""
+"""The row-wise kernels against their twins: in Triton's interpreter and on a GPU."""
 import ast
 import contextlib
 import math
 from pathlib import Path
 
-import aot
 import pytest
 import torch
 import torch.nn.functional as F
@@ -387,73 +386,6 @@ def test_too_wide_rows_and_double_precision_take_the_twin(monkeypatch):
         monkeypatch.setattr(kernels, "WIDEST_ROW", 19)
         torch.testing.assert_close(kernels.rms_norm(x), F.rms_norm(x, (20,), eps=1e-6))
         torch.testing.assert_close(kernels.layer_norm(x), F.layer_norm(x, (20,)))
-
-
-# --- Compiled ahead of time ---
-
-def norm_builds():
-    """Both norms at a model's width and at the widest; every pointer in use, and those of a bare one."""
-    found = {}
-    for name, C, kind, centred, bare in (("rms", 1024, "*bf16", False, False), ("layer", 64, "*bf16", True, True),
-                                         ("layer", kernels.WIDEST_ROW, "*fp32", True, False)):
-        height, columns, warps = rows.norm_blocks(C)
-        sizes = dict(CENTRED=centred, ROWS=height, COLUMNS=columns)
-        missing = ["residual", "s", "gain", "bias"] if bare else [] if centred else ["bias"]
-        missing += [] if centred else ["means"]
-        types = [kind] * (6 - len(set(missing) - {"means"})) + ["*fp32"] * (1 + centred) + ["i32"] * 4 + ["fp32"]
-        found[f"{name} {C} forward"] = (rows.norm_forward, types, {**sizes, **dict.fromkeys(missing)},
-                                        dict(num_warps=warps))
-        missing = ["gain", "bias", "ds", "gain_sums", "bias_sums"] if bare else [] if centred else ["bias", "bias_sums"]
-        missing += [] if centred else ["means"]
-        types = [kind] * (1 if bare else 3 if centred else 2) + ["*fp32"] * (1 + centred) + [kind] * (2 if bare else 3)
-        types += ["*fp32"] * (0 if bare else 2 if centred else 1) + ["i32"] * 5
-        found[f"{name} {C} backward"] = (rows.norm_backward, types, {**sizes, **dict.fromkeys(missing)},
-                                         dict(num_warps=warps))
-    return found
-
-
-def other_builds():
-    """The other kernels at a model's sizes."""
-    heads, pairs, warps = rows.rotary_blocks(64)
-    gate_rows, columns, gate_warps = rows.gate_blocks(1368)
-    block, entropy_warps = rows.entropy_blocks(50257)
-    gate = dict(KIND="swiglu", ROWS=gate_rows, COLUMNS=columns)
-    return {
-        "rotary": (rows.turn_rows, ["*bf16", "*fp32", "*fp32", "*bf16", *["i32"] * 8],
-                   dict(BACK=False, ROWS=heads, PAIRS=pairs), dict(num_warps=warps)),
-        "rotary back": (rows.turn_rows, ["*bf16", "*fp32", "*fp32", "*bf16", *["i32"] * 8],
-                        dict(BACK=True, ROWS=heads, PAIRS=pairs), dict(num_warps=warps)),
-        "gate forward": (rows.gate_forward, ["*bf16", "*bf16", *["i32"] * 3], gate, dict(num_warps=gate_warps)),
-        "gate backward": (rows.gate_backward, [*["*bf16"] * 3, *["i32"] * 4], {**gate, "KIND": "geglu"},
-                          dict(num_warps=gate_warps)),
-        "bilinear backward": (rows.gate_backward, [*["*bf16"] * 3, *["i32"] * 4], {**gate, "KIND": "bilinear"},
-                              dict(num_warps=gate_warps)),
-        "gelu forward": (rows.plain_forward, ["*bf16", "*bf16", "i32"], dict(KIND="gelu", BLOCK=rows.FLAT),
-                         dict(num_warps=4)),
-        "relu2 backward": (rows.plain_backward, ["*bf16", "*bf16", "*bf16", "i32"],
-                           dict(KIND="relu2", BLOCK=rows.FLAT), dict(num_warps=4)),
-        "entropy forward": (rows.entropy_forward, ["*bf16", "*i64", "*fp32", "*fp32", *["i32"] * 3],
-                            dict(BLOCK=block), dict(num_warps=entropy_warps)),
-        "entropy backward": (rows.entropy_backward, ["*bf16", "*i64", "*fp32", "*fp32", "*bf16", *["i32"] * 3],
-                             dict(BLOCK=block), dict(num_warps=entropy_warps)),
-    }
-
-
-BUILDS = {**norm_builds(), **other_builds()} if rows else {}
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    """What the compiler said of every build."""
-    pytest.importorskip("triton")
-    return aot.compiled(__name__.split(".")[-1])
-
-
-@pytest.mark.parametrize("capability", aot.CAPABILITIES)
-@pytest.mark.parametrize("name", BUILDS)
-def test_kernel_compiles(compiled, name, capability):
-    """For an A100 and an H100, without one."""
-    aot.check(compiled[name], capability)
 
 
 # --- The twins ---

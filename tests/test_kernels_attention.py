@@ -1,4 +1,4 @@
-"""Attention kernels against their twins in Triton's interpreter, compiled ahead of time, and the twins by gradcheck."""
+"""Attention kernels against their twins, in Triton's interpreter and on a GPU, and the twins by gradcheck."""
 import math
 from contextlib import nullcontext
 
@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import aot
-from interpreter import INTERPRETED, TRITON, formula, interpreted, kernels_of
+from interpreter import INTERPRETED, formula, interpreted, kernels_of
 from kernels import (attend, attend_differential, attend_latent, attend_one, attend_space, attend_time, rms_norm, using,
                      who_sees_whom)
 from model import Positions, Transformer, TransformerConfig, causal
@@ -425,61 +424,6 @@ def test_float64_and_cpu_tensors_take_the_twin(op):
     if INTERPRETED:
         with interpreted():
             assert torch.equal(op(*tensors), twin(*tensors))
-
-
-# --- Compiled ahead of time ---
-
-POINTERS = {**dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv")), "lse": "*fp32", "delta": "*fp32",
-            "part": "*fp32", "lengths": "*i32", "prefixes": "*i32", "positions": "*i32"}
-STRIDES = {"a": 2 ** 20, "n": 2 ** 20, "b": 2 ** 20, "t": 1024, "h": 64, "d": 1}  # of (B, T, H, D) in memory
-
-
-def entry(kernel, dtype, sizes, **constants):
-    """A build: flags, sizes and strides are constant, and what a launch finds to be 1."""
-    options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
-    names = list(kernel.arg_names)
-    strides = {name: STRIDES[name[-1]] for name in names if name[-2:-1] == "_" and name[-1] in STRIDES}
-    constants = {**strides, **constants, **sizes}
-    types = [POINTERS[name] or f"*{dtype}" if name in POINTERS else "fp32" if name.endswith("scale") else "i32"
-             for name in names if name not in constants]
-    return kernel, types, constants, options
-
-
-def wanted():
-    """{name: (kernel, type, sizes by the limit of shared memory, constants)}."""
-    kernels = {"forward": ka.forward_kernel, "dq": ka.dq_kernel, "dkv": ka.dkv_kernel}
-    flags = dict(CAUSAL=True, WINDOWED=True, PREFIXED=False, PADDED=False, PLACED=False, N=1, rep=1)
-    every = dict(CAUSAL=True, WINDOWED=True, PREFIXED=True, PADDED=True, PLACED=True)
-    for D, dtype, size in ((64, "bf16", 2), (128, "bf16", 2), (64, "fp32", 4)):
-        for kind, kernel in kernels.items():
-            constants = dict(every if (D, kind) == (128, "dkv") else flags, D=D, DV=D)
-            yield f"{kind} {D} {dtype}", (kernel, dtype, lambda limit, kind=kind, D=D, size=size:
-                                          ka.blocks(kind, D, D, size, limit), constants)
-    yield "one", (ka.split_kernel, "bf16", lambda limit: ka.blocks_one(4, 128, 0, 128, 2, limit, False),
-                  dict(PADDED=True, SHARED=False, D=128, EXTRA=0, DV=128, T=1))
-    yield "latent", (ka.split_kernel, "bf16", lambda limit: ka.blocks_one(16, 512, 64, 512, 2, limit, True),
-                     dict(PADDED=False, SHARED=True, D=512, EXTRA=64, DV=512, T=1, G=1))
-    yield "join", (ka.join_kernel, "bf16", lambda limit: dict(num_warps=1, num_stages=1),
-                   dict(DV=512, BP=32, BDV=512, T=1))
-
-
-BUILDS, CHOSEN = {}, []  # CHOSEN: which of them a GPU of which capability takes; no other is compiled
-for name, (kernel, dtype, choose, constants) in wanted() if TRITON else ():
-    for capability, limit in aot.CAPABILITIES.items():
-        made = entry(kernel, dtype, choose(limit), **constants)
-        key = name if BUILDS.setdefault(name, made) == made else f"{name}, sm_{capability}"
-        BUILDS[key] = made
-        CHOSEN.append((key, capability))
-
-
-@pytest.fixture(scope="module")
-def built():
-    return aot.compiled(__name__.split(".")[-1])
-
-
-@pytest.mark.parametrize("name, capability", CHOSEN)
-def test_kernels_compile_and_fit(built, name, capability):
-    aot.check(built[name], capability)
 
 
 # --- On a GPU ---

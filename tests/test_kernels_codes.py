@@ -1,18 +1,16 @@
-"""Operations on discrete codes: twins against models/discrete.py, kernels in Triton's interpreter, and compiled."""
+"""Operations on discrete codes: twins against models/discrete.py, kernels in Triton's interpreter."""
 import pytest
 import torch
 
-import aot
 import choices
 import kernels
-from interpreter import INTERPRETED, TRITON, formula, interpreted, kernels_of
+from interpreter import INTERPRETED, formula, interpreted, kernels_of
 from kernels import gumbel_softmax, nearest_code, reinmax
 from models import discrete
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "by_triton"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 kernels_codes = kernels_of("codes")
 gumbel_softmax_reference, reinmax_reference = formula(gumbel_softmax), formula(reinmax)
-needs_triton = pytest.mark.skipif(not TRITON, reason="no triton")
 EXACT = dict(atol=2e-6, rtol=2e-6)
 # one unit in the last place: the interpreter cuts bfloat16 off, and half rounds what float32 gives
 ROUNDED = {torch.float16: dict(atol=1e-6, rtol=2 ** -10), torch.bfloat16: dict(atol=1e-6, rtol=2 ** -7)}
@@ -204,47 +202,6 @@ def test_no_rows_and_what_gets_no_gradient(in_interpreter, name):
     assert y.shape == grad.shape == (0, 5) and codes.shape == (0,)
     made[0].sum().backward()
     assert noise.grad is None and not made[1].requires_grad
-
-
-# --- Compiled ahead of time ---
-
-def builds():
-    """Every kernel at sizes of a model: 256 codes wide, 1024 classes."""
-    if not TRITON:
-        return {}
-    found = {}
-    for dtype, word in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
-        (rows, codes, width), warps = kernels_codes._tile(256, dtype)
-        found[f"nearest {word}"] = (kernels_codes._nearest, [word, word, "*fp32", "*i64", "i32", "i32"],
-                                    dict(C=256, MIXED=False, ROWS=rows, CODES=codes, WIDTH=width),
-                                    dict(num_warps=warps))
-    (rows, block), warps = kernels_codes._rows(1024)
-    shape, options = dict(K=1024, ROWS=rows, BLOCK=block), dict(num_warps=warps)
-    word, number = "*bf16", ["i32", "fp32"]
-    found["gumbel forward"] = (kernels_codes._gumbel_forward, [word, word, word, "*i64", "*fp32", "*fp32", *number],
-                               dict(shape, NOISE=True, HARD=False), options)
-    found["gumbel backward"] = (kernels_codes._gumbel_backward, [word, word, "*fp32", "*fp32", word, word, *number],
-                                dict(shape, NOISE=True), options)
-    found["reinmax forward"] = (kernels_codes._reinmax_forward, [word, word, word, "*i64", *["*fp32"] * 3, *number],
-                                dict(shape, NOISE=True), options)
-    found["reinmax backward"] = (kernels_codes._reinmax_backward, [word, "*i64", *["*fp32"] * 3, word, word, *number],
-                                 shape, options)
-    return found
-
-
-BUILDS = builds()
-
-
-@pytest.fixture(scope="module")
-def made():
-    return aot.compiled(__name__.split(".")[-1])
-
-
-@needs_triton
-@pytest.mark.parametrize("capability", aot.CAPABILITIES)
-@pytest.mark.parametrize("name", BUILDS)
-def test_kernels_compile(made, name, capability):
-    aot.check(made[name], capability)
 
 
 # --- On a GPU ---

@@ -1,8 +1,6 @@
-"""Recurrences and the grouped product of experts: kernels against twins, compiled, and twins' gradients.
+"""Recurrences and the grouped product of experts: kernels against twins, and twins' gradients.
 
-A kernel in Triton's interpreter or on a GPU is compared with its twin in float64 on the same numbers. Under a minute on
-one core, most of it the compiler's.
-"""
+A kernel in Triton's interpreter or on a GPU is compared with its twin in float64 on the same numbers. """
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from interpreter import INTERPRETED, TRITON, formula, interpreted, kernels_of
+from interpreter import INTERPRETED, formula, interpreted, kernels_of
 from kernels import grouped_linear, min_gru, selective_scan
 from models import recurrent
 
@@ -289,54 +287,6 @@ def test_what_does_not_fit_is_refused():
                        (grouped_linear, (rows, weight[:0], offsets[:1]))]:
         with pytest.raises(ValueError, match=f"^{op.__name__} needs"):
             op(*inputs)
-
-
-# --- Compiled for GPUs that are not there ---
-
-def _builds():
-    """{name: (kernel, types, constants, options)}: a layer of 512, inner width 1024, 16 states, 8 experts of 1536; and
-    what becomes of kernels whose sizes are 1, which Triton takes for constants."""
-    full, half, size = "*fp32", "*bf16", "i32"
-    blocks, options = recurrence.STEP_BLOCKS, recurrence.STEP_OPTIONS
-    made = {"min_gru_forward": (recurrence.min_gru_forward, [half, half, full, full, size, size], blocks, options),
-            "min_gru_backward": (recurrence.min_gru_backward, [half, half, full, full, full, half, half, full, size,
-                                                               size], blocks, options),
-            "min_gru_backward of one": (recurrence.min_gru_backward, [full] * 8, {**blocks, "T": 1, "features": 1},
-                                        options)}
-    mixed = [half, full, full, half, half, full]  # u, dt, A, Bm, Cm, D
-    grads = [half, full] + [full] * 5  # of u, dt, A, Bm, Cm, D, h
-    for name, I, N, sizes in [("", 1024, 16, {}), (" of one", 1, 1, {"T": 1, "I": 1, "N": 1})]:
-        (blocks, options), rest = recurrence.selective_blocks(I, N), [] if sizes else [size] * 3
-        made["selective_forward" + name] = (recurrence.selective_forward, mixed + [full] * 4 + rest,
-                                            {**blocks, **sizes, "KEEP": True}, options)
-        made["selective_backward" + name] = (recurrence.selective_backward, mixed + [full] * 4 + grads + rest,
-                                             {**blocks, **sizes}, options)
-    for kind, pointer in [(torch.bfloat16, half), (torch.float32, full)]:
-        types = [pointer, pointer, "*i64", pointer]
-        blocks, options = experts.grouped_blocks(16384, 8, 1536, 512, kind)
-        for turned in (False, True) if pointer == half else (False,):
-            made[f"grouped_rows {pointer} {turned}"] = (experts.grouped_rows, types + [size] * 3,
-                                                        {**blocks, "TURNED": turned}, options)
-        blocks, options = experts.weight_blocks(1536, 512, kind)
-        made[f"grouped_weight {pointer}"] = (experts.grouped_weight, types + [size] * 2, blocks, options)
-    return made
-
-
-BUILDS = _builds() if TRITON else {}
-
-
-@pytest.fixture(scope="module")
-def found():
-    import aot
-    return aot.compiled(__name__.split(".")[-1])
-
-
-@pytest.mark.skipif(not TRITON, reason="no Triton")
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("name", BUILDS)
-def test_kernels_compile(name, capability, found):
-    import aot
-    aot.check(found[name], capability)
 
 
 # --- On a GPU ---

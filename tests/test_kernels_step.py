@@ -307,11 +307,6 @@ def test_by_default_nothing_changes(launches):
     assert not launches
 
 
-def test_words():
-    with pytest.raises(ValueError, match="kernels 'cuda': it must be torch or triton"):
-        kernels.use("cuda")
-
-
 # --- Checkpoints ---
 
 @pytest.mark.parametrize("name, orthograd, load", [
