@@ -3,10 +3,12 @@
 Most grids here run a script of a few lines that makes up its figures, in processes of their own as always.
 """
 import json
+import os
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import plot  # noqa: E402
 from nanolab import run as experiment  # noqa: E402
 from nanolab.run import UserError  # noqa: E402
 from nanolab.verdict import compare, noise_floor  # noqa: E402
+from test_experiment import fork, status_of  # noqa: E402
 from test_scripts import fresh  # noqa: E402
 
 FAKE = '''"""A script that makes up its figures."""
@@ -87,14 +90,39 @@ def plan(tmp_path):
     return write
 
 
+class Command:
+    """grid.py with these words in a fork of this process, whose imports are done, and in a session of its own."""
+
+    def __init__(self, words):
+        self.files = [tempfile.TemporaryFile("w+") for _ in range(2)]
+        self.pid = fork(lambda: self.main(words))
+
+    def main(self, words):
+        os.setsid()
+        for number, file in enumerate(self.files, 1):
+            os.dup2(file.fileno(), number)
+        sys.argv = ["grid.py", *words]
+        grid_module.main()
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def wait(self):
+        wait(lambda: os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT))
+        self.returncode = status_of(self.pid)
+        for file in self.files:
+            file.seek(0)
+        self.out, self.err = (file.read() for file in self.files)
+        return self.returncode
+
+
 def start(path, *words):
-    return subprocess.Popen([sys.executable, str(ROOT / "grid.py"), str(path), *words], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return Command([str(path), *words])
 
 
 def run(path, *words):
     child = start(path, *words)
-    child.out, child.err = child.communicate(timeout=100)
+    child.wait()
     return child
 
 
@@ -200,8 +228,7 @@ def test_a_grid_that_is_stopped_goes_on(plan, number):
     wait(lambda: any(name.startswith("sleepy") for name in calls(path)))
     done = len(calls(path))
     child.send_signal(number)
-    code = child.wait(timeout=100)
-    child.communicate()
+    code = child.wait()
     assert code == (-number if number == signal.SIGKILL else 128 + number)
     nap.write_text("0")
     assert run(path, "--jobs", "1").returncode == 0
@@ -219,8 +246,7 @@ def test_two_grids_share_a_folder(plan):
     (path.parent / "out" / "nap").write_text("0.5")
     both = [start(path, "--jobs", "1") for _ in range(2)]
     for child in both:
-        _, err = child.communicate(timeout=100)
-        assert child.returncode == 0, err
+        assert child.wait() == 0, child.err
     assert len(calls(path)) == len(set(calls(path))) == 7 + 4 + 4 + 2 * 3
 
 
@@ -371,8 +397,7 @@ def test_a_cross_that_is_stopped_goes_on(crossed, number):
     wait(lambda: any("much_better" in name for name in calls(path)))
     done = len(calls(path))
     child.send_signal(number)
-    child.wait(timeout=100)
-    child.communicate()
+    child.wait()
     status = run(path, "--status").out.splitlines()
     assert len(status) == 4 and status[0].startswith("lr 1, way plain") and "to run" in status[0]
     assert len(calls(path)) == done
