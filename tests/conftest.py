@@ -69,8 +69,8 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory):
-    """The server of test_resume.py that starts scripts as forks: one for all files, as its imports take seconds."""
-    from test_resume import Forks
+    """The server of forks.py that starts scripts as forks: one for all files, as its imports take seconds."""
+    from forks import Forks
     server = Forks(tmp_path_factory.mktemp("forks"))
     yield server
     server.close()

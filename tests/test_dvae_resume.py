@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data.arc import load  # noqa: E402
 from nanolab.run import load_checkpoint  # noqa: E402
-from test_resume import (assert_done, assert_equal, assert_error, kill_again_and_again, records, snapshot,  # noqa: E402
+from forks import (assert_done, assert_equal, assert_error, kill_again_and_again, records, snapshot,  # noqa: E402
                          summary, wait_for)
 
 TINY = dict(max_side=5, n_train=60, n_val=1, n_codes=6, codebook_size=16, code_dim=8, n_head=2, n_embd=16, cell_dim=8,

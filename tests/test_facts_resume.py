@@ -15,14 +15,14 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import test_resume  # noqa: E402
+import forks as running  # noqa: E402
 from data import facts, mqar, tokens  # noqa: E402
 from data.facts import Database, Vocabulary, people  # noqa: E402
 from model import from_checkpoint  # noqa: E402
 from nanolab.generate import generate  # noqa: E402
 from nanolab.run import load_checkpoint  # noqa: E402
 from nanolab.score import score  # noqa: E402
-from test_resume import (assert_done, assert_equal, assert_error, kill_again_and_again, snapshot, summary,  # noqa: E402
+from forks import (assert_done, assert_equal, assert_error, kill_again_and_again, snapshot, summary,  # noqa: E402
                          wait_for)
 from test_scripts import noting  # noqa: E402
 
@@ -55,7 +55,7 @@ def at(out_dir, name="run"):
 def records(run):
     """The lines of metrics.jsonl without what the clock says."""
     return [{key: value for key, value in line.items() if key != "evaluation_seconds"} for line in
-            test_resume.records(run)]
+            running.records(run)]
 
 
 def steps_of(run):

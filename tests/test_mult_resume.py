@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data.multiplication import Problems  # noqa: E402
 from nanolab.run import load_checkpoint, override  # noqa: E402
-from test_resume import (assert_done, assert_equal, assert_error, kill_again_and_again, records, snapshot,  # noqa: E402
+from forks import (assert_done, assert_equal, assert_error, kill_again_and_again, records, snapshot,  # noqa: E402
                          summary, wait_for)
 from test_scripts import fresh  # noqa: E402
 

@@ -19,7 +19,7 @@ from models.world_measures import ssim  # noqa: E402
 from nanolab.run import load_checkpoint  # noqa: E402
 from nanolab.world import Reader  # noqa: E402
 from test_play import pixels, post, request  # noqa: E402
-from test_resume import (assert_done, assert_equal, assert_error, kill_again_and_again, records, snapshot,  # noqa: E402
+from forks import (assert_done, assert_equal, assert_error, kill_again_and_again, records, snapshot,  # noqa: E402
                          summary, wait_for)
 
 TINY = dict(n_train=12, n_val=4, length=7, side=4, cell_px=4, patch=4, codebook_size=8, code_dim=4, tokenizer_embd=8,
