@@ -1,6 +1,6 @@
 """Exact resume: a run that is killed, stopped, refused or out of space goes on to the bits of one that never stopped.
 
-Every run here is a fork (forks.py),
+Every run here is a fork (forks.py)
 with one thread, on a text of 4,000 bytes. test_scripts.py starts the same script the slow way.
 """
 import json
@@ -17,9 +17,17 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from forks import (assert_done, assert_equal, assert_error, kill_again_and_again, records, snapshot,  # noqa: E402
+from forks import (assert_done, assert_equal, assert_error, records, snapshot,  # noqa: E402
                    summary, wait_for)
 from nanolab.run import load_checkpoint  # noqa: E402
+from scripts import assert_same_end, of  # noqa: E402
+
+typed, at = of("train_enwik8")
+
+
+def train(text, out_dir, *more, **settings):
+    return typed(out_dir, *more, dataset=text, **settings)
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
@@ -33,77 +41,11 @@ def words(seed):
     return " ".join(random.Random(seed).choices(known, k=1000)).encode()[:4000]
 
 
-TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, grad_accum=2, dropout=0.2, ema_decay=0.9,
-            lr=3e-3, warmup_steps=3, n_targets=1, intermediate_losses=False, max_steps=12, eval_interval=5,
-            eval_windows=2, full_eval_interval=10, save_interval=1, log_interval=1, sample_length=0, device="cpu",
-            dtype="float32", run_name="run")
-
-
-def train(text, out_dir, *more, **settings):
-    """The words of a command line; settings on top of TINY, then words as they are."""
-    command = ["train_enwik8.py", "--dataset", text, "--out_dir", out_dir]
-    for name, value in (TINY | settings).items():
-        command += [f"--{name}" if value is True else f"--no-{name}" if value is False else f"--{name}={value}".lower()]
-    return command + list(more)
-
-
-def at(out_dir, name="run"):
-    return out_dir / "train_enwik8" / name
-
-
-def assert_same_end(run, reference, log_interval=1):
-    """Metrics line by line, last.pt and best.pt bit for bit; and the metrics have neither gaps nor doubles."""
-    assert records(run) == records(reference)
-    logged, end = steps_of(run), load_checkpoint(run / "last.pt")["step"]
-    assert logged == list(range(log_interval, end + 1, log_interval))
-    for name in ("last.pt", "best.pt"):
-        assert_equal(load_checkpoint(run / name), load_checkpoint(reference / name), name)
-    assert not list(run.glob(".*tmp*"))                      # what a killed process left is cleared away
-
-
 def steps_of(run, split="train"):
     return [entry["step"] for entry in records(run) if entry["split"] == split and "final" not in entry]
 
 
 # ----------------------------------------------------------------------------------------------------------- kill -9
-
-CASES = {
-    "sgd": dict(optimizer="sgd", lr=0.03, momentum=0.9, batching="random", seed=1, data_seed=2, save_interval=1,
-                log_interval=1, n_targets=2, intermediate_losses=True),
-    "adam": dict(optimizer="adam", batching="epochs", seed=3, data_seed=4, save_interval=2, log_interval=3),
-    "adamw": dict(optimizer="adamw", batching="streams", seed=5, data_seed=6, save_interval=1, log_interval=4,
-                  keep_last=2),
-    "muon": dict(optimizer="muon", batching="random", seed=7, data_seed=8, save_interval=3, log_interval=2,
-                 schedule="wsd"),
-    "orthograd": dict(optimizer="adamw", orthograd=True, batching="epochs", seed=9, data_seed=10, save_interval=1,
-                      log_interval=5, schedule="cosine"),
-    "memory": dict(mixer="compressive,mamba", positions="rope", batching="streams", batch_size=8, seed=11, data_seed=12,
-                   memory_length=16, compressed_length=4, save_interval=1, log_interval=1),
-    "experts": dict(ff="moe", expert_balance="bias", n_shared_expert=1, activation="swiglu", mtp_depth=1,
-                    positions="rope", optimizer="muon", seed=13, data_seed=14, save_interval=2, log_interval=1),
-    "schedule_free": dict(optimizer="schedule_free", schedule="constant", lr=0.01, batching="random", seed=15,
-                          data_seed=16, save_interval=1, log_interval=1),
-    "ivon": dict(optimizer="ivon", schedule="constant", lr=0.1, ess=1e4, grad_accum=2, batching="epochs", seed=17,
-                 data_seed=18, save_interval=1, log_interval=2),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_killed_at_random_moments(forks, text, tmp_path, case):
-    settings = dict(max_steps=24, eval_windows=2) | CASES[case]
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    with ThreadPoolExecutor(2) as pool:
-        kills = pool.submit(kill_again_and_again, forks, train(text, killed, **settings), tmp_path, at(killed),
-                            settings["seed"])
-        assert_done(pool.submit(forks.run, train(text, whole, **settings), tmp_path).result())
-        assert kills.result() >= 3
-    assert_same_end(at(killed), at(whole), settings["log_interval"])
-    last = load_checkpoint(at(killed) / "last.pt")
-    assert last["step"] == 24 and last["ema"]["updates"] == 24
-    assert summary(at(killed))["status"] == "done" and summary(at(killed))["step"] == 24
-    if settings.get("keep_last"):
-        assert sorted(path.name for path in at(killed).glob("step_*.pt")) == ["step_00000023.pt", "step_00000024.pt"]
-
 
 def test_killed_inside_a_save(forks, text, tmp_path):
     settings = dict(max_steps=16, eval_interval=2, n_embd=64)
