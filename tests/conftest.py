@@ -15,8 +15,8 @@ if not torch.cuda.is_available():
 
 
 # Files that take longest, longest first: with two processes none should be alone at the end.
-LONG = ("facts_resume", "resume", "dvae", "kernels_attention", "parallel", "variants", "kernels_scripts", "mult",
-        "dvae_resume", "worldmodel_resume", "mult_resume", "scripts", "kernels_model", "kernels_step", "grid")
+LONG = ("killed", "facts_resume", "resume", "dvae", "kernels_attention", "parallel", "variants", "kernels_scripts",
+        "mult", "dvae_resume", "worldmodel_resume", "mult_resume", "scripts", "kernels_model", "kernels_step", "grid")
 
 
 def pytest_configure(config):
@@ -69,8 +69,8 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory):
-    """The server of test_resume.py that starts scripts as forks: one for all files, as its imports take seconds."""
-    from test_resume import Forks
+    """The server of forks.py that starts scripts as forks: one for all files, as its imports take seconds."""
+    from forks import Forks
     server = Forks(tmp_path_factory.mktemp("forks"))
     yield server
     server.close()

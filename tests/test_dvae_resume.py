@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,67 +14,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data.arc import load  # noqa: E402
 from nanolab.run import load_checkpoint  # noqa: E402
-from test_resume import (assert_done, assert_equal, assert_error, kill_again_and_again, records, snapshot,  # noqa: E402
+from forks import (assert_done, assert_equal, assert_error, records, snapshot,  # noqa: E402
                          summary, wait_for)
+from scripts import assert_same_end, of  # noqa: E402
 
-TINY = dict(max_side=5, n_train=60, n_val=1, n_codes=6, codebook_size=16, code_dim=8, n_head=2, n_embd=16, cell_dim=8,
-            batch_size=8, max_steps=12, warmup_steps=2, eval_interval=9, save_interval=1, log_interval=1, device="cpu",
-            dtype="float32", run_name="run", tag="test")
-
-
-def train(out_dir, *more, **settings):
-    """The words of a command line; settings on top of TINY."""
-    words = ["train_dvae.py", "--out_dir", out_dir]
-    for name, value in (TINY | settings).items():
-        words += [f"--{name}" if value is True else f"--{name}={value}"]
-    return words + list(more)
-
-
-def at(out_dir):
-    return Path(out_dir) / "train_dvae" / "run"
-
-
-def lines(run):
-    """metrics.jsonl without what the clock says."""
-    return [{key: value for key, value in line.items() if key != "grids_per_s"} for line in records(run)]
+train, at = of("train_dvae")
 
 
 def curve(run, key="step", split="train"):
-    return [line[key] for line in lines(run) if line["split"] == split and "final" not in line]
-
-
-def assert_same_end(run, reference, log_interval=1):
-    """Metrics line by line, all checkpoints bit for bit; no step twice, none missing."""
-    assert lines(run) == lines(reference)
-    for name in ("last.pt", "best.pt"):
-        assert_equal(load_checkpoint(run / name), load_checkpoint(reference / name), name)
-    assert curve(run) == list(range(log_interval, load_checkpoint(run / "last.pt")["step"] + 1, log_interval))
-    assert not list(run.glob(".*tmp*"))
-
-
-CASES = {
-    "everything": dict(mask_rate="0.1,0.5", dropout=0.1, ema_decay=0.9, grad_accum=2, group=4, reset_interval=3,
-                       codebook_init="kmeans", kl_target=5.0, seed=1, data_seed=2),
-    "reinmax": dict(estimator="reinmax", kl_weight="0,0.1", mi_weight="0.1,0", tc_weight="0,0.1", hard_at=0.5, seed=3,
-                    layout="canvas", group=2, log_interval=3, save_interval=2),
-    "vq": dict(estimator="vq", reset_interval=2, codebook_init="kmeans", similarity="dot", ema_decay=0.0, seed=4),
-    "schedule_free": dict(optimizer="schedule_free", schedule="constant", reset_interval=4, estimator="gumbel_hard",
-                          seed=5)}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_killed_at_random_moments(forks, tmp_path, case):
-    """Killed again and again: the bits of a run that never stopped."""
-    runs = [at(tmp_path / name) for name in ("killed", "whole")]
-    commands = [train(run.parents[1], **dict(max_steps=15) | CASES[case]) for run in runs]
-    with ThreadPoolExecutor(2) as pool:
-        kills = pool.submit(kill_again_and_again, forks, commands[0], tmp_path, runs[0], CASES[case]["seed"])
-        assert_done(pool.submit(forks.run, commands[1], tmp_path).result())
-        assert kills.result() >= 2
-    assert_same_end(*runs, CASES[case].get("log_interval", 1))
-    last = load_checkpoint(runs[0] / "last.pt")
-    assert last["step"] == 15 and summary(runs[0])["status"] == "done"
-    assert (last["ema"] is None) == (case == "vq") and (not last["ema"] or last["ema"]["updates"] == 15)
+    return [line[key] for line in records(run) if line["split"] == split and "final" not in line]
 
 
 def test_killed_around_the_first_saves(forks, tmp_path):
@@ -112,7 +59,7 @@ def test_what_a_run_leaves(base):
     """Settings, metrics with all their keys, pictures, and words for people."""
     params = json.loads((base / "params.json").read_text())
     assert params["settings"]["mask_rate"] == [0.0, 0.3] and params["script"] == "train_dvae"
-    found = lines(base)
+    found = records(base)
     first, val, final = (next(line for line in found if wanted(line)) for wanted in (
         lambda line: line["split"] == "train", lambda line: line["split"] == "val", lambda line: "final" in line))
     assert {"loss", "nats", "exact", "kl", "masked", "lr", "tau", "noise", "hardness", "grad_norm", "kl_weight",
@@ -140,7 +87,7 @@ def test_pairs_are_reported(forks, tmp_path):
     """On synthetic grids with whole pairs: what differs in them beside what differs between strangers."""
     child = forks.run(train(tmp_path, max_steps=1, n_val=60, eval_grids=1), tmp_path)
     assert_done(child)
-    final = lines(at(tmp_path))[-1]
+    final = records(at(tmp_path))[-1]
     assert 0 <= final["pair_difference"] <= 1 and 0 <= final["random_pair_difference"] <= 1
     assert f"between input and output of {final['pairs']} pairs" in child.out and final["pairs"] > 1
 
@@ -227,7 +174,7 @@ def test_intervals_change_nothing(forks, base, tmp_path):
         assert_equal(one[key], two[key], key)
     losses = curve(base, "loss")
     assert curve(at(tmp_path), "loss") == [sum(losses[end - 3:end]) / 3 for end in (3, 6, 9, 12)]
-    assert curve(at(tmp_path), "grids", "val") == [3, 3, 3, 3] and lines(at(tmp_path))[-1]["grids"] == 5
+    assert curve(at(tmp_path), "grids", "val") == [3, 3, 3, 3] and records(at(tmp_path))[-1]["grids"] == 5
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -313,7 +260,7 @@ def test_figures_of_a_trained_model(forks, base, copy, tmp_path):
     assert {name: after[name] for name in before} == before
     assert {str(name) for name in after.keys() - before.keys()} == {
         f"samples/{name}_00000012.png" for name in ("step", "usage", "traversal")}
-    final = lines(base)[-1]
+    final = records(base)[-1]
     assert (f"5 grids that were never seen: exact {final['exact']:.4f}, cells {final['accuracy']:.4f}, shapes "
             f"{final['shape_accuracy']:.4f}, usage {final['usage']:.0%}") in child.out
     assert child.out.split("grids that were never seen")[1].splitlines()[:9] == (
@@ -422,4 +369,4 @@ def test_debug(forks, tmp_path):
         run = tmp_path / "runs" / "train_dvae" / estimator
         settings = json.loads((run / "params.json").read_text())["settings"]
         assert (settings["n_embd"], settings["max_steps"]) == (16, 3) and curve(run) == [1, 2, 3]
-        assert ("tau" in lines(run)[1]) == (estimator != "fsq")
+        assert ("tau" in records(run)[1]) == (estimator != "fsq")

@@ -15,20 +15,18 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import test_resume  # noqa: E402
 from data import facts, mqar, tokens  # noqa: E402
 from data.facts import Database, Vocabulary, people  # noqa: E402
 from model import from_checkpoint  # noqa: E402
 from nanolab.generate import generate  # noqa: E402
 from nanolab.run import load_checkpoint  # noqa: E402
 from nanolab.score import score  # noqa: E402
-from test_resume import (assert_done, assert_equal, assert_error, kill_again_and_again, snapshot, summary,  # noqa: E402
+from forks import (assert_done, assert_equal, assert_error, records, snapshot, summary,  # noqa: E402
                          wait_for)
 from test_scripts import noting  # noqa: E402
+from scripts import of  # noqa: E402
 
-TINY = dict(n_people=6, n_unseen=4, n_rows=90, n_test_rows=20, mqar_vocab=32, n_layer=2, n_embd=16, batch_size=8,
-            max_steps=12, warmup_steps=2, eval_interval=5, eval_prompts=6, final_prompts=8, save_interval=1,
-            log_interval=1, device="cpu", dtype="float32", run_name="run", tag="test")
+train, at = of("train_facts")
 
 
 @pytest.fixture(scope="module")
@@ -38,24 +36,6 @@ def text(tmp_path_factory):
     path.write_text("\n".join(f"line {i % 17} of the {word} has a {word[::-1]}" for i in range(500) for word in
                               "river mountain valley forest lake".split()))
     return path
-
-
-def train(out_dir, *more, **settings):
-    """The words of a command line; settings on top of TINY."""
-    words = ["train_facts.py", "--out_dir", out_dir]
-    for name, value in (TINY | settings).items():
-        words += [f"--{name}" if value is True else f"--no-{name}" if value is False else f"--{name}={value}"]
-    return words + list(more)
-
-
-def at(out_dir, name="run"):
-    return Path(out_dir) / "train_facts" / name
-
-
-def records(run):
-    """The lines of metrics.jsonl without what the clock says."""
-    return [{key: value for key, value in line.items() if key != "evaluation_seconds"} for line in
-            test_resume.records(run)]
 
 
 def steps_of(run):
@@ -79,7 +59,7 @@ def test_one_step_is_what_arithmetic_says(forks, tmp_path, case):
     """Of plain SGD: the logged loss is the mean over all targets of the step's passes together, and the weights move by
     the rate, half of its peak in the first of two steps of warm-up, times its gradient. Rows, masks and order are made
     here again."""
-    settings = TINY | dict(optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=1.0, schedule="constant", warmup_steps=2,
+    settings = dict(optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=1.0, schedule="constant", warmup_steps=2,
                            max_steps=1, keep_last=2, eval_interval="none", init="gpt2") | STEPS[case]
     assert_done(forks.run(train(tmp_path, **settings), tmp_path))
     old, new = (load_checkpoint(at(tmp_path) / f"step_0000000{i}.pt") for i in (0, 1))
@@ -107,36 +87,6 @@ def test_one_step_is_what_arithmetic_says(forks, tmp_path, case):
 
 
 # --------------------------------------------------------------------------------------------------------- exact resume
-
-CASES = {"in_tool": dict(task="in_tool", tokenizer="bytes", ema_decay=0.9, grad_accum=2, dropout=0.2, keep_last=2,
-                         seed=3),
-         "both": dict(task="both", optimizer="adamw", save_interval=3, log_interval=2, seed=4, prefix=True),
-         "mqar": dict(task="mqar", block_size=32, short_conv=2, qk_norm=True, qk_scale=True, ff="none",
-                      tie_weights=True, init="gpt2", optimizer="adamw", grad_accum=2, save_interval=2, seed=5),
-         "text": dict(task="text", tokenizer="bpe:270", block_size=16, ema_decay=0.9, dropout=0.1, batching="epochs",
-                      save_interval=2, seed=6)}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_killed_at_random_moments(forks, text, tmp_path, case):
-    """SIGKILL while it steps, starts and saves: the metrics, last.pt and best.pt of a run that was never stopped."""
-    settings = dict(max_steps=20, eval_prompts=4, dataset=text) | CASES[case]
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    with ThreadPoolExecutor(2) as pool:
-        kills = pool.submit(kill_again_and_again, forks, train(killed, **settings), tmp_path, at(killed),
-                            settings["seed"])
-        assert_done(pool.submit(forks.run, train(whole, **settings), tmp_path).result())
-        assert kills.result() >= 2
-    assert records(at(killed)) == records(at(whole))
-    every = settings.get("log_interval", 1)
-    assert steps_of(at(killed)) == list(range(every, 21, every)) and len(set(losses(at(killed)))) > 5
-    for name in ("last.pt", "best.pt"):
-        assert_equal(load_checkpoint(at(killed) / name), load_checkpoint(at(whole) / name), name)
-    last = load_checkpoint(at(killed) / "last.pt")
-    assert last["step"] == 20 and last["loop"]["rows"] == 20 * 8 * settings.get("grad_accum", 1)
-    assert not settings.get("ema_decay") or last["ema"]["updates"] == 20
-    assert summary(at(killed))["status"] == "done"
-
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_without_an_end(forks, tmp_path, number, code):

@@ -4,7 +4,6 @@ import re
 import shutil
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,66 +13,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data.multiplication import Problems  # noqa: E402
 from nanolab.run import load_checkpoint, override  # noqa: E402
-from test_resume import (assert_done, assert_equal, assert_error, kill_again_and_again, records, snapshot,  # noqa: E402
+from forks import (assert_done, assert_equal, assert_error, records, snapshot,  # noqa: E402
                          summary, wait_for)
 from test_scripts import fresh  # noqa: E402
+from scripts import assert_same_end, of  # noqa: E402
 
-TINY = dict(min_digits=1, max_digits=2, n_examples=500, val_fraction=0.2, val_examples=60, n_layer=1, n_head=2,
-            n_embd=16, batch_size=8, max_steps=12, warmup_steps=2, eval_interval=5, eval_examples=40, save_interval=1,
-            log_interval=1, device="cpu", dtype="float32", run_name="run", tag="test")
-FORCED = dict(dropout=0.2, forcing="linear", forcing_start=4, forcing_slope=0.05, stability_window=2, stability_eps=0.5,
-              eval_interval=2, sequence_weight=1.0, sum_head="classes", ema_decay=0.9, grad_accum=2)
-
-
-def train(out_dir, *more, **settings):
-    """The words of a command line; settings on top of TINY."""
-    words = ["train_mult.py", "--out_dir", out_dir]
-    for name, value in (TINY | settings).items():
-        words += [f"--{name}" if value is True else f"--{name}={value}"]
-    return words + list(more)
-
-
-def at(out_dir):
-    return Path(out_dir) / "train_mult" / "run"
+train, at = of("train_mult")
 
 
 def curve(run, model, split="train", key="step"):
     return [line[key] for line in records(run)
             if (line["model"], line["split"]) == (model, split) and "final" not in line]
-
-
-def assert_same_end(run, reference, models=("simple", "latent")):
-    assert records(run) == records(reference)
-    for name in ["last.pt", *(f"best_{model}.pt" for model in models)]:
-        assert_equal(load_checkpoint(run / name), load_checkpoint(reference / name), name)
-    for model in models:
-        steps = curve(run, model)
-        assert steps == list(range(1, len(steps) + 1))
-    assert not list(run.glob(".*tmp*"))
-
-
-CASES = {"forced": FORCED, "plain": dict(save_interval=3, log_interval=1, optimizer="adamw", format="trace"),
-         "schedule_free": dict(optimizer="schedule_free", schedule="constant", format="padded", eval_interval=3)}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_killed_with_models_at_different_steps(forks, tmp_path, case):
-    """simple is six steps ahead of latent, and one of them rests before the other; kills at random moments."""
-    settings, runs = CASES[case], (tmp_path / "killed", tmp_path / "whole")
-    for out_dir in runs:
-        assert_done(forks.run(train(out_dir, models="simple", **settings | dict(max_steps=6)), tmp_path))
-    rest = [train(out_dir, "--resume", models="simple,latent", **settings | dict(max_steps=20)) for out_dir in runs]
-    with ThreadPoolExecutor(2) as pool:
-        kills = pool.submit(kill_again_and_again, forks, rest[0], tmp_path, at(runs[0]), len(case))
-        assert_done(pool.submit(forks.run, rest[1], tmp_path).result())
-        assert kills.result() >= 2
-    assert_same_end(*map(at, runs))
-    last = load_checkpoint(at(runs[0]) / "last.pt")
-    assert last["steps"] == {"simple": 20, "latent": 20} and last["step"] == 20
-    forcing = {name: state["forcing"]["steps"] for name, state in last["models"].items()}
-    assert case != "forced" or 0 < forcing["simple"] <= 16
-    for name in ("simple", "latent"):
-        assert len(curve(at(runs[0]), name)) == 20 and summary(at(runs[0]))[f"step_{name}"] == 20
 
 
 def test_killed_around_the_first_saves(forks, tmp_path):

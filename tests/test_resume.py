@@ -1,18 +1,14 @@
 """Exact resume: a run that is killed, stopped, refused or out of space goes on to the bits of one that never stopped.
 
-Every run here is a process of its own, forked from one that has imported torch already (a start costs 2 s otherwise),
+Every run here is a fork (forks.py)
 with one thread, on a text of 4,000 bytes. test_scripts.py starts the same script the slow way.
 """
 import json
 import math
-import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,164 +16,17 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from forks import (assert_done, assert_equal, assert_error, records, snapshot,  # noqa: E402
+                   summary, wait_for)
 from nanolab.run import load_checkpoint  # noqa: E402
+from scripts import assert_same_end, of  # noqa: E402
 
-# Takes requests on a socket ({"argv", "folder", "limit", "die_at", ...}), forks a script for each, and answers with its
-# pid, then its status.
-SERVER = """
-import atexit, gc, io, itertools, json, os, resource, runpy, signal, socket, sys
-sys.path.insert(0, sys.argv[1])
-import torch._inductor, torch.utils.tensorboard, matplotlib.figure, bench, evaluate, sample       # what takes time
-from nanolab import optim
-matplotlib.figure.Figure(layout="constrained").savefig(picture := io.BytesIO(), format="png")     # reads the fonts
-gc.freeze()                                                              # forks share the memory of all that
-listener = socket.socket(socket.AF_UNIX)
-listener.bind(sys.argv[2] + ".new")
-listener.listen()
-os.rename(sys.argv[2] + ".new", sys.argv[2])                             # who finds it can connect
-listener.settimeout(5)
-parent, request = os.getppid(), None
-while request is None:
-    try:
-        connection = listener.accept()[0]
-    except TimeoutError:
-        if os.getppid() != parent:
-            sys.exit()                                                   # the tests are gone
-        continue
-    if os.fork():
-        connection.close()
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        except ChildProcessError:
-            pass
-        continue
-    connection.settimeout(None)
-    words = json.loads(connection.makefile().readline())
-    pid = os.fork()
-    if pid:
-        connection.sendall(f"{pid}\\n".encode())
-        connection.sendall(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\\n".encode())
-        os._exit(0)
-    connection.close()
-    listener.close()
-    request = words
-os.chdir(request["folder"])
-if os.path.basename(request["argv"][0]).startswith("train_"):            # drawing takes most of a small run:
-    def savefig(figure, place, **more):                                  # test_experiment.py and others really draw
-        file = place if hasattr(place, "write") else open(place, "wb")
-        file.write(picture.getvalue())
-        file.flush()
-    matplotlib.figure.Figure.savefig = savefig
-for number, name in enumerate(("/dev/null", request["stdout"], request["stderr"])):
-    os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
-resource.setrlimit(resource.RLIMIT_CPU, (120, 120))                      # nothing runs on without us
-if request["limit"]:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], request["limit"]))
-calls = itertools.count(1)
-def dying(call):
-    def wrapper(*words, **more):
-        if next(calls) == request["die_at"]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return call(*words, **more)
-    return wrapper
-for name in ("replace", "fsync", "unlink") if request["die_at"] else ():
-    setattr(os, name, dying(getattr(os, name)))
-if request["stop_at"]:
-    (number, at), optimise = request["stop_at"], optim._Optimizer.step
-    def stopping(*words, **more):
-        if next(calls) == at:
-            os.kill(os.getpid(), number)
-        return optimise(*words, **more)
-    optim._Optimizer.step = stopping
-sys.argv, code = request["argv"], 0
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit as end:
-    code = end.code or 0
-except BaseException:
-    sys.excepthook(*sys.exc_info())
-    code = 1
-atexit._run_exitfuncs()
-sys.stdout.flush()
-sys.stderr.flush()
-os._exit(code)                                                           # taking all modules down would take a second
-"""
+typed, at = of("train_enwik8")
 
 
-def wait_for(condition, timeout=60, every=0.002):
-    """Polls until condition() is true; fails after `timeout` seconds."""
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(every)
-
-
-class Forks:
-    """Starts scripts as forks of one warm process; at most two should live at once."""
-
-    def __init__(self, folder):
-        self.address, self.folder, self.count = str(folder / "socket"), folder, 0
-        environment = {name: value for name, value in os.environ.items() if name != "NANOLAB_DATA"}
-        self.server = subprocess.Popen([sys.executable, "-c", SERVER, str(ROOT), self.address],
-                                       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                       env=environment | {"OMP_NUM_THREADS": "1"})
-        wait_for(lambda: os.path.exists(self.address) or self.server.poll() is not None)
-        assert self.server.poll() is None
-
-    def start(self, argv, folder, limit=None, die_at=None, stop_at=None):
-        """A Child that runs `python argv...` in `folder`. limit: largest file in bytes. die_at: dies by SIGKILL just
-        before that call of os.replace, os.fsync or os.unlink. stop_at: (a signal that it gets, in which of its own
-        optimiser steps)."""
-        self.count += 1
-        out, err = (self.folder / f"{self.count}.{end}" for end in ("out", "err"))
-        for path in (out, err):
-            path.touch()                                     # a child that is killed at once has not opened them
-        connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(60)
-        connection.connect(self.address)
-        request = dict(argv=[str(ROOT / argv[0]), *map(str, argv[1:])], folder=str(folder), limit=limit, die_at=die_at,
-                       stop_at=stop_at, stdout=str(out), stderr=str(err))
-        connection.sendall((json.dumps(request) + "\n").encode())
-        return Child(connection, out, err)
-
-    def run(self, *args, **kwargs):
-        """start() and wait()."""
-        return self.start(*args, **kwargs).wait()
-
-    def close(self):
-        self.server.terminate()
-        self.server.wait()
-
-
-class Child:
-    """A running script. After wait(): .code (negative: the signal that ended it), .out, .err."""
-
-    def __init__(self, connection, out, err):
-        self.connection, self.files = connection, (out, err)
-        self.reader = connection.makefile()
-        self.pid = int(self.reader.readline())
-
-    def kill(self, number=signal.SIGKILL):
-        try:
-            os.kill(self.pid, number)
-        except ProcessLookupError:
-            pass                                     # it was faster
-
-    def over(self):
-        """Whether it has ended."""
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        return False
-
-    def wait(self):
-        self.code = int(self.reader.readline())
-        self.connection.close()
-        self.out, self.err = (path.read_text(errors="replace") for path in self.files)
-        return self
+def train(text, out_dir, *more, **settings):
+    return typed(out_dir, *more, dataset=text, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -192,160 +41,11 @@ def words(seed):
     return " ".join(random.Random(seed).choices(known, k=1000)).encode()[:4000]
 
 
-TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, grad_accum=2, dropout=0.2, ema_decay=0.9,
-            lr=3e-3, warmup_steps=3, n_targets=1, intermediate_losses=False, max_steps=12, eval_interval=5,
-            eval_windows=2, full_eval_interval=10, save_interval=1, log_interval=1, sample_length=0, device="cpu",
-            dtype="float32", run_name="run")
-
-
-def train(text, out_dir, *more, **settings):
-    """The words of a command line; settings on top of TINY, then words as they are."""
-    command = ["train_enwik8.py", "--dataset", text, "--out_dir", out_dir]
-    for name, value in (TINY | settings).items():
-        command += [f"--{name}" if value is True else f"--no-{name}" if value is False else f"--{name}={value}".lower()]
-    return command + list(more)
-
-
-def at(out_dir, name="run"):
-    return out_dir / "train_enwik8" / name
-
-
-TIMINGS = {"tokens_per_s", "examples_per_s", "mfu", "seconds"}
-
-
-def records(run):
-    """All lines of metrics.jsonl, whole, without what the clock says."""
-    content = (run / "metrics.jsonl").read_text()
-    assert content.endswith("\n") or not content
-    entries = [json.loads(line) for line in content.splitlines()]
-    return [{key: value for key, value in entry.items() if key not in TIMINGS} for entry in entries]
-
-
-def assert_equal(one, two, where=""):
-    """Nested dicts, lists, tensors and numbers, bit for bit; but for clocks and settings."""
-    assert type(one) is type(two), where
-    if isinstance(one, dict):
-        assert list(one) == list(two), where
-        for key in one:
-            if key not in ("seconds", "logged_seconds", "settings"):
-                assert_equal(one[key], two[key], f"{where}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(two), where
-        for i, pair in enumerate(zip(one, two)):
-            assert_equal(*pair, f"{where}[{i}]")
-    elif isinstance(one, torch.Tensor):
-        assert one.dtype == two.dtype and torch.equal(one, two), where
-    else:
-        assert one == two, where
-
-
-def assert_same_end(run, reference, log_interval=1):
-    """Metrics line by line, last.pt and best.pt bit for bit; and the metrics have neither gaps nor doubles."""
-    assert records(run) == records(reference)
-    logged, end = steps_of(run), load_checkpoint(run / "last.pt")["step"]
-    assert logged == list(range(log_interval, end + 1, log_interval))
-    for name in ("last.pt", "best.pt"):
-        assert_equal(load_checkpoint(run / name), load_checkpoint(reference / name), name)
-    assert not list(run.glob(".*tmp*"))                      # what a killed process left is cleared away
-
-
 def steps_of(run, split="train"):
     return [entry["step"] for entry in records(run) if entry["split"] == split and "final" not in entry]
 
 
-def assert_done(child):
-    assert (child.code, child.err) == (0, ""), child.err
-
-
-def assert_error(child, *said, code=2):
-    """One line `error: ...` on stderr that says all of `said`, and the exit status."""
-    assert child.err.startswith("error: ") and child.err.count("\n") == 1 and child.err.endswith("\n"), child.err
-    for phrase in said:
-        assert str(phrase) in child.err, child.err
-    assert child.code == code
-
-
-def snapshot(folder):
-    """Content of every file under folder."""
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def summary(run):
-    return json.loads((run / "summary.json").read_text())
-
-
 # ----------------------------------------------------------------------------------------------------------- kill -9
-
-CASES = {
-    "sgd": dict(optimizer="sgd", lr=0.03, momentum=0.9, batching="random", seed=1, data_seed=2, save_interval=1,
-                log_interval=1, n_targets=2, intermediate_losses=True),
-    "adam": dict(optimizer="adam", batching="epochs", seed=3, data_seed=4, save_interval=2, log_interval=3),
-    "adamw": dict(optimizer="adamw", batching="streams", seed=5, data_seed=6, save_interval=1, log_interval=4,
-                  keep_last=2),
-    "muon": dict(optimizer="muon", batching="random", seed=7, data_seed=8, save_interval=3, log_interval=2,
-                 schedule="wsd"),
-    "orthograd": dict(optimizer="adamw", orthograd=True, batching="epochs", seed=9, data_seed=10, save_interval=1,
-                      log_interval=5, schedule="cosine"),
-    "memory": dict(mixer="compressive,mamba", positions="rope", batching="streams", batch_size=8, seed=11, data_seed=12,
-                   memory_length=16, compressed_length=4, save_interval=1, log_interval=1),
-    "experts": dict(ff="moe", expert_balance="bias", n_shared_expert=1, activation="swiglu", mtp_depth=1,
-                    positions="rope", optimizer="muon", seed=13, data_seed=14, save_interval=2, log_interval=1),
-    "schedule_free": dict(optimizer="schedule_free", schedule="constant", lr=0.01, batching="random", seed=15,
-                          data_seed=16, save_interval=1, log_interval=1),
-    "ivon": dict(optimizer="ivon", schedule="constant", lr=0.1, ess=1e4, grad_accum=2, batching="epochs", seed=17,
-                 data_seed=18, save_interval=1, log_interval=2),
-}
-
-
-def kill_again_and_again(forks, command, folder, run, seed):
-    """Runs a command to its end, killing it at five random moments: soon after its start, some steps later, and at
-    calls to the file system. Returns how many kills it took."""
-    rng, kills = random.Random(seed), 0
-    plan = ["steps", "call", "start", "call", "steps"]
-    rng.shuffle(plan)
-    for moment in plan:
-        metrics, old = run / "metrics.jsonl", None
-        if metrics.exists():
-            old = metrics.stat().st_ino
-        known = load_checkpoint(run / "last.pt")["metrics_lines"] if (run / "last.pt").exists() else 0
-        child = forks.start(command, folder, die_at=rng.randint(2, 40) if moment == "call" else None)
-        if moment == "start":
-            time.sleep(rng.uniform(0, 0.5))
-        elif moment == "steps":
-            goal = known + rng.randint(1, 4)                 # lines of this life, in the file that it has put in place
-            wait_for(lambda: child.over() or metrics.exists() and metrics.stat().st_ino != old
-                     and metrics.read_bytes().count(b"\n") >= goal)
-            time.sleep(rng.uniform(0, 0.1))
-        if moment != "call":
-            child.kill()
-        if child.wait().code == 0:
-            break
-        assert (child.code, child.err) == (-signal.SIGKILL, "")
-        kills += 1
-        if (run / "last.pt").exists():
-            load_checkpoint(run / "last.pt")                 # whole, whenever the kill came
-        command = [word for word in command if word != "--resume"] + ["--resume"]
-    else:
-        assert_done(forks.run(command, folder))
-    return kills
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_killed_at_random_moments(forks, text, tmp_path, case):
-    settings = dict(max_steps=24, eval_windows=2) | CASES[case]
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    with ThreadPoolExecutor(2) as pool:
-        kills = pool.submit(kill_again_and_again, forks, train(text, killed, **settings), tmp_path, at(killed),
-                            settings["seed"])
-        assert_done(pool.submit(forks.run, train(text, whole, **settings), tmp_path).result())
-        assert kills.result() >= 3
-    assert_same_end(at(killed), at(whole), settings["log_interval"])
-    last = load_checkpoint(at(killed) / "last.pt")
-    assert last["step"] == 24 and last["ema"]["updates"] == 24
-    assert summary(at(killed))["status"] == "done" and summary(at(killed))["step"] == 24
-    if settings.get("keep_last"):
-        assert sorted(path.name for path in at(killed).glob("step_*.pt")) == ["step_00000023.pt", "step_00000024.pt"]
-
 
 def test_killed_inside_a_save(forks, text, tmp_path):
     settings = dict(max_steps=16, eval_interval=2, n_embd=64)

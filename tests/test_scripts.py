@@ -21,7 +21,7 @@ from model import Transformer, from_checkpoint  # noqa: E402
 from nanolab import runs  # noqa: E402
 from nanolab.run import load_checkpoint, override  # noqa: E402
 from nanolab.score import score  # noqa: E402
-from test_resume import assert_done, assert_error, snapshot, wait_for  # noqa: E402
+from forks import assert_done, assert_error, snapshot, wait_for  # noqa: E402
 
 SCRIPTS = ("train_enwik8.py", "train_mult.py", "train_dvae.py", "train_worldmodel.py", "train_facts.py",
            "evaluate.py", "sample.py", "bench.py", "grid.py", "plot.py", "nanolab/probe.py")

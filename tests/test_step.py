@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import nanolab.run  # noqa: E402
 from data.arc import load  # noqa: E402
 from nanolab.run import Checkpoint, Run  # noqa: E402
-from test_resume import assert_equal  # noqa: E402
+from forks import assert_equal  # noqa: E402
 from test_scripts import fresh  # noqa: E402
 
 load = functools.cache(load)

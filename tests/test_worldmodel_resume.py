@@ -4,7 +4,6 @@ import re
 import shutil
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,41 +18,14 @@ from models.world_measures import ssim  # noqa: E402
 from nanolab.run import load_checkpoint  # noqa: E402
 from nanolab.world import Reader  # noqa: E402
 from test_play import pixels, post, request  # noqa: E402
-from test_resume import (assert_done, assert_equal, assert_error, kill_again_and_again, records, snapshot,  # noqa: E402
+from forks import (assert_done, assert_equal, assert_error, records, snapshot,  # noqa: E402
                          summary, wait_for)
+from scripts import TINY as ALL, assert_same_end, of  # noqa: E402
 
-TINY = dict(n_train=12, n_val=4, length=7, side=4, cell_px=4, patch=4, codebook_size=8, code_dim=4, tokenizer_embd=8,
-            tokenizer_batch=2, action_embd=8, n_head=2, action_layers=1, n_codes=4, batch_size=4, context=3,
-            dynamics_layers=1, dynamics_embd=8, dynamics_batch=2,
-            text_layers=1, text_embd=8, text_batch=2, frame_layers=1, frame_embd=8,
-            frame_batch=2, max_steps=4, warmup_steps=2, eval_interval=3, save_interval=1, log_interval=1, eval_clips=8,
-            decode_steps=2, rollout_clips=4, reset_interval=2, device="cpu", dtype="float32", run_name="run")
+train, at = of("train_worldmodel")
+TINY = ALL["train_worldmodel"]
+
 STAGES = ("tokenizer", "actions", "dynamics", "text", "frame")
-
-
-def train(out_dir, *more, **settings):
-    """The words of a command line; settings on top of TINY."""
-    words = ["train_worldmodel.py", "--out_dir", out_dir]
-    for name, value in (TINY | settings).items():
-        words += [f"--{name}" if value is True else f"--{name}={value}"]
-    return words + list(more)
-
-
-def at(out_dir):
-    return Path(out_dir) / "train_worldmodel" / "run"
-
-
-def lines(run):
-    """metrics.jsonl without what the clock says."""
-    return [{key: value for key, value in line.items() if not key.endswith("_per_s")} for line in records(run)]
-
-
-def assert_same_end(run, reference):
-    """Metrics line by line, all checkpoints bit for bit."""
-    assert lines(run) == lines(reference)
-    for name in ("last.pt", "best.pt"):
-        assert_equal(load_checkpoint(run / name), load_checkpoint(reference / name), name)
-    assert not list(run.glob(".*tmp*"))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +43,7 @@ def copy(base, tmp_path):
 
 
 def test_what_a_run_leaves(base):
-    found = lines(base)
+    found = records(base)
     assert [line["stage"] for line in found if line["split"] == "val"] == [
         name for name in STAGES for _ in range(3)]            # before, at step 3 and at the end
     steps = [line["step"] for line in found if line["split"] == "train"]
@@ -82,21 +54,6 @@ def test_what_a_run_leaves(base):
     assert {"tokenizer_psnr", "actions_information", "dynamics_agent", "text_perplexity", "frame_drawn",
             "rollout_psnr_4", "rollout_copy_4", "rollout_permuted_4", "rollout_random_4"} <= told.keys()
     assert (base / "curves.png").exists()
-
-
-@pytest.mark.parametrize("case", [dict(seed=1),
-                                  dict(seed=2, tokens="cells", action_source="true", ema_decay=0.9, dynamics="causal"),
-                                  dict(seed=3, tokenizer="spatiotemporal", quantiser="fsq", action_quantiser="vq",
-                                       action_model="transformer", action_input="prepend", grad_accum=2)])
-def test_killed_at_random_moments(forks, tmp_path, case):
-    """Killed again and again in all stages: the bits of a run that never stopped."""
-    runs = [at(tmp_path / name) for name in ("killed", "whole")]
-    commands = [train(run.parents[1], **case) for run in runs]
-    with ThreadPoolExecutor(2) as pool:
-        kills = pool.submit(kill_again_and_again, forks, commands[0], tmp_path, runs[0], case["seed"])
-        assert_done(pool.submit(forks.run, commands[1], tmp_path).result())
-        assert kills.result() >= 2
-    assert_same_end(*runs)
 
 
 def test_stages_one_by_one_are_all_at_once(forks, tmp_path, base):

@@ -19,7 +19,7 @@ from models.world_actions import Signs
 from nanolab import run as experiment, settings as flags
 from nanolab.run import load_checkpoint
 from nanolab.world import Reader
-from test_resume import assert_equal, records, summary
+from forks import assert_equal, records, summary
 from test_worldmodel_resume import STAGES, TINY, at, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
