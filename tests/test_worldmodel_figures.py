@@ -25,7 +25,7 @@ from models.world_words import as_characters  # noqa: E402
 from nanolab.play import Session  # noqa: E402
 from nanolab.run import load_checkpoint  # noqa: E402
 from nanolab.world import Reader, latent_actions  # noqa: E402
-from test_resume import assert_done, assert_equal, records, summary  # noqa: E402
+from forks import assert_done, assert_equal, records, summary  # noqa: E402
 from test_worldmodel_resume import at, train  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small")
