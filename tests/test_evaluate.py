@@ -202,7 +202,7 @@ def test_interval():
     large = noisy(64 * 1600).interval(chunk=100)
     assert (high - low) / (large[1] - large[0]) == pytest.approx(4, rel=0.3)
     hits = sum(low < 2 < high for low, high in (noisy(50 * 20, seed).interval(200, 20) for seed in range(100)))
-    assert 87 <= hits <= 99                                    
+    assert 87 <= hits <= 99
     runs = Score(noisy(200).bits.repeat_interleave(50), "block", 1.0)                # neighbours count as one
     byte, run = (high - low for low, high in (runs.interval(300, chunk) for chunk in (1, 50)))
     assert run / byte == pytest.approx(50 ** 0.5, rel=0.25)
@@ -240,7 +240,8 @@ def table(out):
 def test_main_prints_the_table(run):
     status, out, err = run_main(evaluate, run, "--protocols", "block, stride:3,cache", "--chunk", 50)
     assert status == 0 and err == "" and "step 7, raw weights" in out and "bits/byte" in out and " .. " in out
-    wanted = {protocol: score(build(), text(4000)[3600:3800], protocol).bpb for protocol in ("block", "stride:3", "cache")}
+    wanted = {protocol: score(build(), text(4000)[3600:3800], protocol).bpb
+              for protocol in ("block", "stride:3", "cache")}
     assert table(out) == {protocol: ("val", pytest.approx(bpb, abs=2e-4), 200) for protocol, bpb in wanted.items()}
     halved = build()
     with torch.no_grad():
