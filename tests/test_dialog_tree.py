@@ -239,7 +239,7 @@ class Naive:
 
 class Watched(DialogTree):
     """A tree that never has more alive on a device than its budget, but for one layer's part while a node is cut."""
-    spare = 0
+    spare = most = 0
 
     def _copies(self, tensors, place):
         made = super()._copies(tensors, place)
@@ -258,6 +258,7 @@ class Watched(DialogTree):
 
     def _enter(self, node):
         super()._enter(node)
+        self.most = max(self.most, self.device_bytes)
         limit = self._limits[node.place]
         assert limit is None or self._bytes[node.place] <= limit
 
@@ -281,6 +282,7 @@ def compare(tree, naive, locks):
         assert [ends[node] for node in order] == sorted((e for e in naive.ends if naive.ends[e] == place),
                                                         key=naive.turns.get)
     stats = tree.stats()
+    assert tree.peak_bytes == tree.most
     assert [stats[name] for name in ("drops", "evictions", "page_ins", "refused")] == [
         naive.dropped, naive.evicted, naive.paged_in, naive.refused]
 
