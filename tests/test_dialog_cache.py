@@ -1,20 +1,18 @@
-"""What a tree of dialogs holds: logits as without a cache for every mixer, in ragged batches, by generation, past a
-window, in other types, after pages went and came back; what a tree refuses."""
+"""What a tree of dialogs holds beyond a dialog's logits (test_variants.py): a sliding window, other types, inference
+mode, pages that went and came back bit for bit; what a tree refuses."""
 import pytest
 import torch
 
-import choices
-from model import MIXERS, Transformer, TransformerConfig, build_model
+from model import Transformer, TransformerConfig, build_model
 from models.encoder_decoder import Encoder, EncoderDecoder, PrefixDecoder
 from models.video import SpatioTemporal
 from nanolab.cache import Cache
 from nanolab.dialog_tree import DialogTree
 from test_dialog_tree import check, nodes_of
 
-PATTERNS = [*MIXERS, "mamba,mamba,full", "window,full", "xl,mingru", "mla,diff", "compressive,window"]
+
 SMALL = dict(n_layer=3, n_head=4, n_embd=32, block_size=8, init="xavier", positions="rope", window=6, sparse_stride=4,
              sparse_summary=1, memory_length=8, compressed_length=4, compression_rate=2)
-STATES = ("mamba", "mingru", "compressive")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,93 +49,6 @@ def turn(model, tree, tokens, max_length=96):
 
 # --- Logits equal those without a cache ---
 
-CASES = [*((mixer, {}) for mixer in PATTERNS), ("full", dict(n_kv_head=1)), ("window,full", dict(n_kv_head=2)),
-         ("strided,fixed", dict(n_kv_head=2)), ("full", dict(positions="learned", block_size=96)),
-         ("full,window", dict(positions="alibi")), ("xl", dict(positions="relative")), ("diff", dict(qk_norm=True)),
-         ("compressive", dict(positions="relative", n_kv_head=2)), ("full", dict(ff="moe", n_expert=4))]
-
-
-@pytest.mark.parametrize("mixer, settings", CASES, ids=str)
-def test_forked_dialogs_equal_no_cache(mixer, settings):
-    model = build(mixer, **settings)
-    tree = DialogTree(model, budget=None)
-    base = text(20)
-    near = torch.cat((base, text(9, seed=2)))
-    dialogs = [near, torch.cat((base, text(5, seed=3))), torch.cat((base, text(30, seed=4))),
-               torch.cat((near, text(3, seed=5))), text(7, seed=6)]
-    close(turn(model, tree, base)[0], whole(model, base))
-    for dialog, wanted in zip(dialogs, (20, 20, 20, 29, 0)):
-        logits, n = turn(model, tree, dialog)
-        assert n == wanted
-        close(logits, whole(model, dialog)[n:])
-    assert [turn(model, tree, dialog)[1] for dialog in dialogs] == list(map(len, dialogs))
-    branch = torch.cat((near[:25], text(4, seed=7)))  # inside a node
-    logits, n = turn(model, tree, branch)
-    # A window of 6 in a ring of 12 has thrown away what stood before 23 when 29 positions were put.
-    assert n == (20 if {*mixer.split(",")} & {*STATES, "window"} else 25)
-    close(logits, whole(model, branch)[n:])
-    assert turn(model, tree, branch) == (None, 29)
-    check(tree)
-
-
-@pytest.mark.parametrize("mixer", PATTERNS)
-def test_a_batch_of_dialogs_goes_on_together(mixer):
-    """Rows of many lengths, one of them empty, one twice: ragged, then all put, and found again; rows of one length are
-    not ragged, and their forks are put as well."""
-    model = build(mixer)
-    tree, dialogs = DialogTree(model, budget=None), [text(n, seed=n) for n in (29, 4, 13, 0, 29)]
-    for dialog in dialogs:
-        if len(dialog):
-            turn(model, tree, dialog)
-    locks = [tree.lock(dialog) for dialog in dialogs]
-    assert [lock.length for lock in locks] == [29, 4, 13, 0, 29]
-    cache, same = tree.take(locks, 40), tree.take([locks[0], locks[4]], 40)
-    assert cache.ragged and cache.length == 29 and not same.ragged
-    y = text(25, seed=40).view(5, 5) % 255
-    with torch.no_grad():
-        logits = torch.cat([model(part, cache=cache) for part in y.split([1, 3, 1], 1)], 1)
-        late = model(y[:2, :3] + 1, cache=same)
-        fork = same.fork(2)
-        model(y[:2], cache=same)
-    for row in range(2):
-        other = torch.cat((dialogs[0], y[row, :3] + 1))
-        close(late[row], whole(model, other)[-3:])
-        assert tree.put(other, fork, 2 * row + 1) == len(other)
-    for row, dialog in enumerate(dialogs):
-        full = torch.cat((dialog, y[row]))
-        close(logits[row], whole(model, full)[-5:])
-        assert tree.put(full, cache, row) == len(full) == tree.match(full)
-        more = torch.cat((full, text(4, seed=50 + row)))
-        logits_more, n = turn(model, tree, more)
-        assert n == len(full)
-        close(logits_more, whole(model, more)[n:])
-    for lock in locks:
-        lock.unlock()
-    check(tree)
-
-
-def test_uneven_new_parts_in_one_pass():
-    """Where nothing forgets by age, new tokens may be padded on the left, whatever stands before them."""
-    model = build("full", n_kv_head=2)
-    tree, dialogs = DialogTree(model, budget=None), [text(n, seed=n) for n in (12, 3)]
-    for dialog in dialogs:
-        turn(model, tree, dialog)
-    locks = [tree.lock(dialog) for dialog in dialogs]
-    cache, y = tree.take(locks, 40), text(8, seed=3).view(2, 4)
-    places = torch.tensor([[12, 13, 14, 15], [-1, -1, 3, 4]])
-    with torch.no_grad():
-        logits = model(y, positions=places, cache=cache)
-    late = [torch.cat((dialogs[0], y[0])), torch.cat((dialogs[1], y[1, 2:]))]
-    close(logits[0], whole(model, late[0])[-4:])
-    close(logits[1, 2:], whole(model, late[1])[-2:])
-    for row in range(2):
-        assert tree.put(late[row], cache, row) == len(late[row])
-        longer = torch.cat((late[row], text(2, seed=8)))
-        found, n = turn(model, tree, longer)
-        assert n == len(late[row])
-        close(found, whole(model, longer)[n:])
-
-
 @pytest.mark.parametrize("mixer", ["full", "mla,full", "strided", "mamba,full"])
 def test_sliding_caches(mixer):
     """Full attention limited to the last 6 positions, as for generation without end."""
@@ -157,29 +68,6 @@ def test_sliding_caches(mixer):
         cache = model.new_cache(1, 8)
         model(base[None, :8], cache=cache)
         tree.put(base[:8], cache)
-
-
-@pytest.mark.parametrize("mixer", ["full", "window", "mamba,full"])
-def test_generation_goes_on_from_the_tree(mixer):
-    """The logits after each of 64 greedy bytes of three dialogs in one batch are those that `generate` has."""
-    model = build(mixer, block_size=128)
-    prompts = [b"The history of the ", b"The history of a", b"The"]
-    tree = DialogTree(model, budget=None)
-    for prompt in prompts[::-1]:
-        if len(prompt) > 1:
-            turn(model, tree, torch.tensor(list(prompt[:-1])))
-    locks = [tree.lock(prompt[:-1]) for prompt in prompts]
-    cache, x, found, logits = tree.take(locks, 128), torch.tensor([[prompt[-1]] for prompt in prompts]), [], []
-    with torch.inference_mode():
-        for _ in range(64):
-            logits.append(model(x, cache=cache)[:, -1])
-            x = logits[-1].argmax(-1, keepdim=True)
-            found.append(x[:, 0])
-        close(torch.stack(logits), choices.followed(found, model, prompts))
-    for row, prompt in enumerate(prompts):  # the last byte drawn is not read yet
-        said = prompt + bytes(torch.stack(found)[:-1, row].tolist())
-        assert tree.put(said, cache, row) == len(said)
-    check(tree, locks)
 
 
 def test_what_was_put_in_inference_mode_serves_outside():

@@ -379,21 +379,6 @@ def dialog(word):
 ONE = 16  # bytes of a position in the first layer of numbers
 
 
-def test_least_recently_used_goes_first():
-    _, tree, put = numbers(budget=4 * ONE, host_budget=2 * ONE)
-    for word in "1234":
-        put(dialog(word))
-    tree.lock(dialog("1")).unlock()  # used
-    tree.match(dialog("2"))  # not used
-    put(dialog("3"))  # used, though it was there
-    for word, wanted in (("5", "4135/2"), ("6", "1356/24"), ("7", "3567/41"), ("2", "5672/13")):
-        put(dialog(word))
-        found = places(tree)
-        on = {where: {w for w in found if found[w] == where} for where in ("device", "host")}
-        assert on == {"device": set(wanted[:4]), "host": set(wanted[5:])}
-    assert tree.stats()["drops"] == 2 and tree.stats()["page_ins"] == 0
-
-
 def fail_at(tree, monkeypatch, n):
     """The n-th copy from now runs out of memory."""
     whole, count = tree._copies, iter(range(1, 99))

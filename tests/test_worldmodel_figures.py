@@ -57,17 +57,6 @@ def test_spread_reaches_from_the_first_clip_to_the_last():
     assert spread(video.val, 6, 1).tolist() == [0]
 
 
-def test_majority_map_counts_as_a_counter_does():
-    codes, labels = whole(6, 301), whole(5, 301, seed=1)
-    labels[codes == 4] = 3
-    codes[codes == 5] = 2                                     # 5 never comes
-    found = m.majority_map(codes, labels, 6, 5).tolist()
-    for code in range(5):
-        counts = Counter(labels[codes == code].tolist())
-        assert counts[found[code]] == max(counts.values())
-    assert found[4] == 3
-
-
 @pytest.mark.parametrize("counts", [(1, 2, 4, 8, 16), (16, 1, 8, 2, 4), (5, 5, 5, 5), (1, 1, 1, 1, 4), (60, 13, 11, 9),
                                     (0, 3, 0, 5, 1), (40, 15, 15, 15, 15)])  # the last: not the two rarest
 @pytest.mark.parametrize("n_codes", [2, 3, 4, 5])
@@ -220,15 +209,13 @@ class Blind(Actor):
         return self.predict(frames[:, :-1], None), None
 
 
-def scored(video, model=None, count=70, history=HISTORY):
+def scored(video, model, count=70, history=HISTORY):
     """(figures, cells (B, history + 4, side, side), effective actions (B, 4)) of the clips that are scored."""
     T = history + 4
     index = spread(video.val, T, count)
     labels = video.val.effective(index, T)[:, history - 1:]
     assert labels.shape == (count, 4)
     cells = video.val.cells(index, T).numpy()
-    if model is None:
-        return cells, labels
     found = evaluate("actions", model, material(video))
     assert model.training                                     # as it was
     return found, cells, labels
