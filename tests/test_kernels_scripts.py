@@ -14,27 +14,26 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import choices  # noqa: E402
-import kernels  # noqa: E402
-import train_dvae  # noqa: E402
-import train_mult  # noqa: E402
-import train_worldmodel  # noqa: E402
-from data.arc import Canvas  # noqa: E402
-from data.multiplication import Notation  # noqa: E402
-from interpreter import INTERPRETED, interpreted  # noqa: E402
-from model import TransformerConfig  # noqa: E402
-from models import encoder_decoder as networks  # noqa: E402
-from models.discrete import VQ, choose  # noqa: E402
-from models.dvae import DVAE, Config  # noqa: E402
-from models.encoder_decoder import (CrossAttention, Encoder, EncoderDecoder, LatentTransformer,  # noqa: E402
+import choices
+import kernels
+import train_dvae
+import train_mult
+import train_worldmodel
+from data.arc import Canvas
+from data.multiplication import Notation
+from interpreter import INTERPRETED, interpreted
+from model import TransformerConfig
+from models import encoder_decoder as networks
+from models.discrete import VQ, choose
+from models.dvae import DVAE, Config
+from models.encoder_decoder import (CrossAttention, Encoder, EncoderDecoder, LatentTransformer,
                                     PrefixDecoder, as_mask)
-from models.video import SpatialTransformer, SpatioTemporal  # noqa: E402
-from models.world_actions import ActionModel  # noqa: E402
-from models.world_dynamics import CausalDynamics, Dynamics  # noqa: E402
-from models.world_tokenizer import Tokenizer  # noqa: E402
-from models.world_words import FirstFrame, Writer  # noqa: E402
-from test_scripts import fresh  # noqa: E402
+from models.video import SpatialTransformer, SpatioTemporal
+from models.world_actions import ActionModel
+from models.world_dynamics import CausalDynamics, Dynamics
+from models.world_tokenizer import Tokenizer
+from models.world_words import FirstFrame, Writer
+from test_scripts import fresh
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPERATIONS = ("rms_norm", "layer_norm", "rotary", "gated", "gelu", "relu2", "cross_entropy",

@@ -1,15 +1,11 @@
 """Every script, killed by SIGKILL as it starts, steps and saves: the bits of a run that never stopped."""
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from forks import assert_done, kill_again_and_again, summary  # noqa: E402
-from nanolab.run import load_checkpoint  # noqa: E402
-from scripts import assert_same_end, curve, folder, typed  # noqa: E402
+from forks import assert_done, kill_again_and_again, summary
+from nanolab.run import load_checkpoint
+from scripts import assert_same_end, curve, folder, typed
 
 CASES = {
     ("train_enwik8", "sgd"): dict(
