@@ -12,7 +12,7 @@ from nanolab import generate as generation
 BOUND = 1e-5  # of scores of about 1 in float32
 
 
-def best(choices, scores, bound=BOUND):
+def assert_best(choices, scores, bound=BOUND):
     """Asserts that choices (...) are the places of the largest of scores (..., K), or of one that is as large but for
     `bound`."""
     lost = scores.amax(-1) - scores.gather(-1, choices[..., None])[..., 0]

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from nanolab.run import load_checkpoint  # noqa: E402
+from nanolab.run import load_checkpoint
 
 # Takes requests on a socket ({"argv", "folder", "limit", "die_at", ...}), forks a script for each, and answers with its
 # pid, then its status.

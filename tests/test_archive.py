@@ -4,18 +4,16 @@ import fcntl
 import importlib.metadata
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import plot  # noqa: E402
-from nanolab import archive  # noqa: E402
-from nanolab.run import UserError  # noqa: E402
+import plot
+from nanolab import archive
+from nanolab.run import UserError
 from test_grid import plan, run  # noqa: E402, F401
-from test_plot import make  # noqa: E402
+from test_plot import make
 
 REFERENCE = ROOT / "runs" / "reference"
 WORDS = {"format": "nanolab-1", "script": "train_enwik8", "versions": {"torch": "2"}, "device": {}, "git": None}

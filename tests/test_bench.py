@@ -1,17 +1,14 @@
 """bench.py: what a row says, the order of turns, peers that are there, missing or wrong, and a table as JSON."""
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import bench  # noqa: E402
-from nanolab.run import UserError  # noqa: E402
-from test_scripts import fresh, shell  # noqa: E402
+import bench
+from nanolab.run import UserError
+from test_scripts import fresh, shell
 
 PEER = '''
 import torch

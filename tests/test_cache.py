@@ -1,77 +1,48 @@
-"""The cache against one full forward without cache, for every position scheme. About 10 s on two cores."""
+"""The key-value cache by itself: right padding, windows that slide, what it holds, takes and refuses. What it promises
+for every variant: test_variants.py."""
+import functools
+
 import pytest
 import torch
 
-from model import Causal, Positions, Transformer, TransformerConfig
+import variants
+from model import Causal, Positions
 from nanolab.cache import KVCache
+from variants import CHUNKS, T, in_chunks, padded, text, whole
 
 SCHEMES = ("learned", "learned_per_layer", "rope", "none")
-T = 24
+build = functools.partial(variants.build, block_size=32)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def build(seed=0, **settings):
-    """A small model whose logits depend strongly on what attention sees."""
-    torch.manual_seed(seed)
-    base = dict(n_layer=3, n_head=4, n_embd=32, block_size=32, init="xavier")
-    return Transformer(TransformerConfig(**{**base, **settings})).eval()
-
-
-def text(B=2, n=T, seed=1):
-    return torch.randint(256, (B, n), generator=torch.Generator().manual_seed(seed))
-
-
-def in_chunks(model, x, sizes, cache, positions=None):
-    """Logits of x fed to the cache in pieces of the given sizes."""
-    parts = x.split(sizes, 1)
-    places = [None] * len(parts) if positions is None else positions.split(sizes, -1)
-    with torch.no_grad():
-        return torch.cat([model(part, positions=p, cache=cache) for part, p in zip(parts, places)], 1)
-
-
-def padded(lengths, n=T, right=False):
-    """Positions (B, n) of rows that hold `lengths` bytes each, -1 elsewhere, padded left or right."""
-    rows = []
-    for length in lengths:
-        pad, real = [-1] * (n - length), list(range(length))
-        rows.append(real + pad if right else pad + real)
-    return torch.tensor(rows)
-
-
-CHUNKS = {"whole": [T], "chunks": [7, 1, 10, 6], "bytes": [1] * T, "prefill": [13] + [1] * (T - 13)}
-
-
 @pytest.mark.parametrize("chunks", CHUNKS)
-@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
-@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("positions", SCHEMES)
-def test_cache_equals_full_forward(positions, qk_norm, n_kv_head, chunks):
-    model, x = build(positions=positions, qk_norm=qk_norm, n_kv_head=n_kv_head, head_dim=12), text()
-    with torch.no_grad():
-        full = model(x)
-    cache = model.new_cache(2, T)
-    torch.testing.assert_close(in_chunks(model, x, CHUNKS[chunks], cache), full, atol=1e-5, rtol=1e-5)
-    assert cache.length == T
-    assert cache.bytes == 3 * 2 * 2 * n_kv_head * T * 12 * 4
-
-
-@pytest.mark.parametrize("right", [False, True])
-@pytest.mark.parametrize("chunks", CHUNKS)
-@pytest.mark.parametrize("n_kv_head", [4, 2])
-@pytest.mark.parametrize("positions", SCHEMES)
-def test_ragged_rows_equal_each_row_alone(positions, n_kv_head, chunks, right):
-    model, lengths = build(positions=positions, n_kv_head=n_kv_head, qk_norm=True), (T, 15, 3)
-    x, places = text(3), padded(lengths, right=right)
+def test_rows_padded_on_the_right_equal_each_row_alone(positions, chunks):
+    model, lengths = build(positions=positions, n_kv_head=2, qk_norm=True), (T, 15, 3)
+    x, places = text(3, T), padded(lengths, right=True)
     cached = in_chunks(model, x, CHUNKS[chunks], model.new_cache(3, T), places)
-    with torch.no_grad():
-        uncached = model(x, positions=places)
-        assert uncached.isfinite().all() and cached.isfinite().all()
-        for row, length in enumerate(lengths):
-            real = places[row] >= 0
-            alone = model(x[row:row + 1, real])[0]
-            torch.testing.assert_close(uncached[row, real], alone, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(cached[row, real], alone, atol=1e-5, rtol=1e-5)
+    uncached = whole(model, x, positions=places)
+    assert uncached.isfinite().all() and cached.isfinite().all()
+    for row, length in enumerate(lengths):
+        alone = whole(model, x[row:row + 1, :length])[0]
+        torch.testing.assert_close(uncached[row, :length], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(cached[row, :length], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+def test_bytes_and_reset(n_kv_head):
+    """Keys and values of 3 layers, 2 rows and T places in heads of 12 numbers."""
+    model, x = build(n_kv_head=n_kv_head, head_dim=12), text()
+    cache = model.new_cache(2, T)
+    in_chunks(model, x, [T], cache, padded((T, 9)))
+    assert cache.bytes >= 3 * 2 * 2 * n_kv_head * T * 12 * 4 and cache.ragged
+    cache.reset()
+    assert cache.length == 0 and not cache.ragged
+    torch.testing.assert_close(in_chunks(model, x, [T], cache), whole(model, x), atol=1e-5, rtol=1e-5)
+    fresh = model.new_cache(2, T)
+    in_chunks(model, x, [T], fresh)
+    assert fresh.bytes == 3 * 2 * 2 * n_kv_head * T * 12 * 4
 
 
 def test_padding_bytes_do_not_matter():
@@ -113,57 +84,6 @@ def test_consecutive_rows_may_become_ragged():
         torch.testing.assert_close(late[1, 2:], model(short[None])[0, 6:], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("positions", SCHEMES)
-def test_crop_goes_back(positions, ragged):
-    model, x, y = build(positions=positions, n_kv_head=2), text(), text(seed=5)
-    places = padded((T, T - 4)) if ragged else None
-    cache = model.new_cache(2, T)
-    in_chunks(model, x, [T], cache, places)
-    cache.crop(9)
-    assert cache.length == 9
-    joined = torch.cat((x[:, :9], y[:, 9:]), 1)
-    late = in_chunks(model, y[:, 9:], [5, T - 14], cache, None if places is None else places[:, 9:])
-    with torch.no_grad():
-        full = model(joined, positions=places)[:, 9:]
-    torch.testing.assert_close(late, full, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="holds 24"):
-        cache.crop(T + 1)
-    twin = cache.fork()
-    twin.crop(0)
-    assert twin.length == 0 and not twin.ragged
-    cache.reset()
-    assert cache.length == 0 and not cache.ragged
-    with torch.no_grad():
-        torch.testing.assert_close(in_chunks(model, x, [T], cache), model(x), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("ragged", [False, True])
-def test_fork_is_independent(ragged):
-    model, x = build(positions="rope", n_kv_head=2), text()
-    places = padded((T, T - 4)) if ragged else None
-    cache = model.new_cache(2, T)
-    in_chunks(model, x[:, :10], [10], cache, None if places is None else places[:, :10])
-    twin = cache.fork(3)
-    y = text(6, T - 10, seed=8)
-    more = None if places is None else places[:, 10:].repeat_interleave(3, 0)
-    forked = in_chunks(model, y, [1, T - 11], twin, more)
-    rows = torch.cat((x[:, :10].repeat_interleave(3, 0), y), 1)
-    with torch.no_grad():
-        full = model(rows, positions=None if places is None else places.repeat_interleave(3, 0))[:, 10:]
-    torch.testing.assert_close(forked, full, atol=1e-5, rtol=1e-5)
-    assert (cache.length, twin.length) == (10, T)
-    late = in_chunks(model, x[:, 10:], [T - 10], cache, None if places is None else places[:, 10:])
-    with torch.no_grad():  # the parent goes on as if it had never been forked
-        torch.testing.assert_close(late, model(x, positions=places)[:, 10:], atol=1e-5, rtol=1e-5)
-
-
-def banded(model, x, W, positions=None):
-    """One full forward without cache in which every query sees the last W positions."""
-    with torch.no_grad():
-        return model(x, positions=positions, window=W)
-
-
 @pytest.mark.parametrize("sizes", [[1] * 60, [60], [5] * 12, [20, 1, 1, 30, 8], [17, 16] + [1] * 27, [8, 9, 9, 34]])
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("positions", ["rope", "none"])
@@ -171,7 +91,7 @@ def test_window_in_any_chunks(positions, ragged, sizes):
     model, x, W = build(positions=positions, n_kv_head=2), text(2, 60), 8
     places = padded((60, 41), 60) if ragged else None
     real = torch.ones(2, 60, dtype=torch.bool) if places is None else places >= 0
-    full = banded(model, x, W, places)
+    full = whole(model, x, positions=places, window=W)
     cache = model.new_cache(2, 16, window=W)
     before = cache.bytes
     out = in_chunks(model, x, sizes, cache, places)
@@ -184,7 +104,7 @@ def test_window_in_any_chunks(positions, ragged, sizes):
 
 def test_window_becomes_ragged_after_evictions():
     model, x = build(positions="rope"), text(2, 40)
-    full = banded(model, x, 8)
+    full = whole(model, x, window=8)
     cache = model.new_cache(2, 16, window=8)
     in_chunks(model, x[:, :30], [30], cache)
     with pytest.raises(ValueError, match="left"):
@@ -196,10 +116,10 @@ def test_window_becomes_ragged_after_evictions():
 
 def test_window_crop_and_fork():
     model, x, W = build(positions="rope"), text(1, 40), 8
-    full = banded(model, x, W)
+    full = whole(model, x, window=W)
     cache = model.new_cache(1, 16, window=W)
     in_chunks(model, x[:, :30], [1] * 30, cache)
-    back = next(n for n in range(1, 30) if not fails(cache.fork().crop, n))
+    back = next(n for n in range(1, 30) if all(layer.croppable(n) for layer in cache.layers))
     twin = cache.fork()
     assert 22 < back < 30  # the first key held is position 22 or less, and a window of 8 needs 7 before the next one
     twin.crop(back)
@@ -208,14 +128,6 @@ def test_window_crop_and_fork():
     with pytest.raises(ValueError, match="forgotten"):
         cache.crop(back - 1)
     torch.testing.assert_close(in_chunks(model, x[:, 30:], [10], cache), full[:, 30:], atol=1e-5, rtol=1e-5)
-
-
-def fails(f, *a):
-    try:
-        f(*a)
-    except ValueError:
-        return True
-    return False
 
 
 def test_window_refuses_padding_behind_bytes():

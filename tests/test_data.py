@@ -259,7 +259,8 @@ def test_resumed_batches_go_on_exactly(name, before, shards, tmp_path):
     ("streams", dict(block_size=8), "block_size 16, these have 8"), ("random", dict(n_targets=1), "n_targets 2"),
     ("streams", dict(batch_size=5), "batch_size 4, these have 5"), ("shards", dict(buffer=21), "buffer 20"),
     ("shards", dict(end=7), "end 256"), ("shards", dict(one_in=9), "one_in 200"),
-    ("shards", dict(tokenizer=tokens.train("bpe", "ab" * 9, 257)), "tokenizer")], ids=str)
+    ("shards", dict(tokenizer=tokens.train("bpe", "ab" * 9, 257)), "tokenizer")],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else value)
 def test_a_state_of_other_batches_is_refused(name, other, words, shards):
     state = STATES[name](shards, 0).state_dict()
     with raises_one_line(f"saved batches have {words}"):

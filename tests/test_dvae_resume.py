@@ -4,19 +4,16 @@ import math
 import re
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from data.arc import load  # noqa: E402
-from nanolab.run import load_checkpoint  # noqa: E402
-from forks import (assert_done, assert_equal, assert_error, records, snapshot,  # noqa: E402
+from data.arc import load
+from nanolab.run import load_checkpoint
+from forks import (assert_done, assert_equal, assert_error, records, snapshot,
                          summary, wait_for)
-from scripts import assert_same_end, of  # noqa: E402
+from scripts import assert_same_end, of
 
 train, at = of("train_dvae")
 

@@ -5,26 +5,22 @@ import math
 import re
 import shlex
 import signal
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from data import facts, mqar, tokens  # noqa: E402
-from data.facts import Database, Vocabulary, people  # noqa: E402
-from model import from_checkpoint  # noqa: E402
-from nanolab.generate import generate  # noqa: E402
-from nanolab.run import load_checkpoint  # noqa: E402
-from nanolab.score import score  # noqa: E402
-from forks import (assert_done, assert_equal, assert_error, records, snapshot, summary,  # noqa: E402
+from data import facts, mqar, tokens
+from data.facts import Database, Vocabulary, people
+from model import from_checkpoint
+from nanolab.generate import generate
+from nanolab.run import load_checkpoint
+from nanolab.score import score
+from forks import (assert_done, assert_equal, assert_error, records, snapshot, summary,
                          wait_for)
-from test_scripts import noting  # noqa: E402
-from scripts import of  # noqa: E402
+from test_scripts import noting
+from scripts import of
 
 train, at = of("train_facts")
 

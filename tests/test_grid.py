@@ -15,14 +15,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import grid as grid_module  # noqa: E402
-import plot  # noqa: E402
-from nanolab import run as experiment  # noqa: E402
-from nanolab.run import UserError  # noqa: E402
-from nanolab.verdict import compare, noise_floor  # noqa: E402
-from test_experiment import fork, status_of  # noqa: E402
-from test_scripts import fresh  # noqa: E402
+import grid as grid_module
+import plot
+from nanolab import run as experiment
+from nanolab.run import UserError
+from nanolab.verdict import compare, noise_floor
+from test_experiment import fork, status_of
+from test_scripts import fresh
 
 FAKE = '''"""A script that makes up its figures."""
 import json, os, signal, sys, time

@@ -72,7 +72,7 @@ def run(function, given, upstream=None):
     return out, found, upstream
 
 
-def agree(function, twin, given, tolerance=1e-5):
+def assert_agree(function, twin, given, tolerance=1e-5):
     """Asserts that function and twin give the same outputs and gradients, of the same types; and that it is a kernel.
 
     On the CPU in the interpreter. All plain PyTorch in kernels.py begins with `exactly`: no kernel may need it.
@@ -197,7 +197,7 @@ def test_kernel_and_twin_agree(name, dtype):
     """Outputs and gradients, odd sizes."""
     torch.manual_seed(0)
     function, twin, make = CASES[name]
-    agree(function, twin, make(dtype, "cpu"), TOLERANCE[dtype])
+    assert_agree(function, twin, make(dtype, "cpu"), TOLERANCE[dtype])
 
 
 @needs_interpreter
@@ -209,10 +209,10 @@ def test_a_program_sums_over_many_rows(name, monkeypatch):
     bias = name == "layer_norm"
     function, twin, make = norm_case(name, (11,), 1025, bias=bias)
     assert rows.norm_blocks(1025)[0] == 1
-    agree(function, twin, make(torch.float32, "cpu"))
+    assert_agree(function, twin, make(torch.float32, "cpu"))
     function, twin, make = norm_case(name, (131,), 60, bias=bias)
     assert 131 > 2 * 2 * rows.norm_blocks(60)[0]
-    agree(function, twin, make(torch.float32, "cpu"))
+    assert_agree(function, twin, make(torch.float32, "cpu"))
 
 
 @needs_interpreter
@@ -223,28 +223,30 @@ def test_rows_need_not_lie_side_by_side():
     for x in (wide[..., 7:44], turned, one):
         for residual in (wide[..., 7:44], turned, one):
             if residual.shape == x.shape:
-                agree(kernels.layer_norm, kernels.layer_norm_reference,
-                      [x, values(37), values(74)[::2], 1e-5, residual])
-                agree(lambda x: kernels.layer_norm(x).sum(), lambda x: kernels.layer_norm_reference(x).sum(), [x])
+                assert_agree(kernels.layer_norm, kernels.layer_norm_reference,
+                             [x, values(37), values(74)[::2], 1e-5, residual])
+                assert_agree(lambda x: kernels.layer_norm(x).sum(),
+                             lambda x: kernels.layer_norm_reference(x).sum(), [x])
     for x in (wide[..., 8:44], turned[..., 1:]):
-        agree(lambda x: kernels.gated("geglu", x), lambda x: kernels.gated_reference("geglu", x), [x])
-        agree(lambda x: kernels.gated("geglu", x).sum(), lambda x: kernels.gated_reference("geglu", x).sum(), [x])
-        agree(kernels.gelu, kernels.gelu_reference, [x])
-        agree(lambda x: kernels.gelu(x).sum(), lambda x: kernels.gelu_reference(x).sum(), [x])
+        assert_agree(lambda x: kernels.gated("geglu", x), lambda x: kernels.gated_reference("geglu", x), [x])
+        assert_agree(lambda x: kernels.gated("geglu", x).sum(),
+                     lambda x: kernels.gated_reference("geglu", x).sum(), [x])
+        assert_agree(kernels.gelu, kernels.gelu_reference, [x])
+        assert_agree(lambda x: kernels.gelu(x).sum(), lambda x: kernels.gelu_reference(x).sum(), [x])
     cos, sin = tables(2, 5, 6)
     qkv = values(2, 5, 3 * 24)
     for x in (qkv[..., 24:48].view(2, 5, 4, 6), values(2, 4, 5, 6).transpose(1, 2),
               values(6, 2, 4, 5).permute(1, 3, 2, 0), values(1, 5, 1, 6).expand(2, 5, 4, 6)):
-        agree(lambda x: kernels.rotary(x, cos, sin), lambda x: kernels.rotary_reference(x, cos, sin), [x])
-        agree(lambda x: kernels.rotary(x, cos.transpose(1, 3).contiguous().transpose(1, 3), sin).sum(),
-              lambda x: kernels.rotary_reference(x, cos, sin).sum(), [x])
+        assert_agree(lambda x: kernels.rotary(x, cos, sin), lambda x: kernels.rotary_reference(x, cos, sin), [x])
+        assert_agree(lambda x: kernels.rotary(x, cos.transpose(1, 3).contiguous().transpose(1, 3), sin).sum(),
+                     lambda x: kernels.rotary_reference(x, cos, sin).sum(), [x])
     labels = targets(5, 2, V=37)[:, 0]
     for x in (values(5, 50)[:, 7:44], values(37, 5).t(), values(1, 37).expand(5, 37)):
-        agree(kernels.cross_entropy, kernels.cross_entropy_reference, [x, labels])
-        agree(lambda x: kernels.cross_entropy(x, labels).sum(),
-              lambda x: kernels.cross_entropy_reference(x, labels).sum(), [x])
-    agree(linear_cross_entropy, linear_cross_entropy_reference,
-          [values(8, 5).t(), values(8, 37).t(), labels])
+        assert_agree(kernels.cross_entropy, kernels.cross_entropy_reference, [x, labels])
+        assert_agree(lambda x: kernels.cross_entropy(x, labels).sum(),
+                     lambda x: kernels.cross_entropy_reference(x, labels).sum(), [x])
+    assert_agree(linear_cross_entropy, linear_cross_entropy_reference,
+                 [values(8, 5).t(), values(8, 37).t(), labels])
 
 
 @needs_interpreter
@@ -261,7 +263,7 @@ def test_gradients_need_not_lie_side_by_side():
                 given = (x,) if name == "gelu" else ("reglu", x)
                 y = getattr(kernels, name + twin)(*given)
             return torch.cat((y, x), -1)
-        agree(function, lambda x: function(x, "_reference"), [values(3, 12)])
+        assert_agree(function, lambda x: function(x, "_reference"), [values(3, 12)])
 
 
 @needs_interpreter
@@ -294,10 +296,10 @@ def test_norm_of_two_types():
     torch.manual_seed(0)
     for x, residual in ((torch.float16, torch.float32), (torch.float32, torch.bfloat16)):
         given = [values(3, 10, dtype=x), values(10), values(10), 1e-5, values(3, 10, dtype=residual)]
-        agree(kernels.layer_norm, kernels.layer_norm_reference, given, TOLERANCE[torch.bfloat16])
+        assert_agree(kernels.layer_norm, kernels.layer_norm_reference, given, TOLERANCE[torch.bfloat16])
         with interpreted():
             assert kernels.layer_norm(*given)[0].dtype == torch.float32
-    agree(kernels.rms_norm, kernels.rms_norm_reference, [values(3, 10, dtype=torch.float16), values(10)], 2e-3)
+    assert_agree(kernels.rms_norm, kernels.rms_norm_reference, [values(3, 10, dtype=torch.float16), values(10)], 2e-3)
 
 
 @needs_interpreter
@@ -307,11 +309,11 @@ def test_norms_of_large_equal_and_no_values():
     for dtype, tolerance in TOLERANCE.items():
         x = values(3, 20, dtype=dtype)
         x[0], x[1, 3], x[2] = 0, 1e4, -1e4
-        agree(kernels.rms_norm, kernels.rms_norm_reference, [x, values(20, dtype=dtype), 1e-3], tolerance)
+        assert_agree(kernels.rms_norm, kernels.rms_norm_reference, [x, values(20, dtype=dtype), 1e-3], tolerance)
     x = torch.tensor([[0.5] * 20, [4.0] * 20, [0.25] * 20])
-    agree(kernels.layer_norm, kernels.layer_norm_reference, [x, values(20), values(20), 1e-2])
-    agree(kernels.layer_norm, kernels.layer_norm_reference, [x + values(3, 20) * 1e-2, values(20), values(20), 1e-4],
-          1e-3)  # gradients of a hundred, from differences of hundredths
+    assert_agree(kernels.layer_norm, kernels.layer_norm_reference, [x, values(20), values(20), 1e-2])
+    assert_agree(kernels.layer_norm, kernels.layer_norm_reference,
+                 [x + values(3, 20) * 1e-2, values(20), values(20), 1e-4], 1e-3)  # gradients of a hundred
 
 
 @needs_interpreter
@@ -321,7 +323,7 @@ def test_activations_of_large_numbers(kind):
     function, twin, _ = act_case(kind)
     x = torch.tensor([1e4, -1e4, 90.0, -90.0, 0.0, -0.0, 1e-30, math.nan])
     x = torch.cat((x, torch.tensor([2.0, -3.0, 1.0, 1.0, 2.0, 2.0, 1.0, 1.0]))).view(1, 16)
-    agree(function, twin, [x], 1e-6)
+    assert_agree(function, twin, [x], 1e-6)
 
 
 @needs_interpreter
@@ -335,8 +337,8 @@ def test_cross_entropy_of_infinite_logits():
     logits[3, 5] = -math.inf
     logits[4] = math.nan
     logits[5], logits[6, 7] = math.inf, math.nan
-    agree(kernels.cross_entropy, kernels.cross_entropy_reference,
-          [logits, torch.tensor([4098, 0, 3, 5, 1, 1, 1, 4099])])
+    assert_agree(kernels.cross_entropy, kernels.cross_entropy_reference,
+                 [logits, torch.tensor([4098, 0, 3, 5, 1, 1, 1, 4099])])
     labels = torch.tensor([-100, 0, -100, -100, -100, -100, -100, 7])
     x = logits.clone().requires_grad_()
     with interpreted():
@@ -350,19 +352,19 @@ def test_a_later_block_has_the_maximum():
     """Then the sum so far is made smaller: none of the two is lost beside the other."""
     x = torch.ones(2, 4100)
     x[0, 4096:] = 4
-    agree(kernels.cross_entropy, kernels.cross_entropy_reference, [x, torch.tensor([0, 4099])])
+    assert_agree(kernels.cross_entropy, kernels.cross_entropy_reference, [x, torch.tensor([0, 4099])])
 
 
 @needs_interpreter
 def test_an_ignored_class_may_be_a_real_one():
     """ignore_index inside the vocabulary."""
     torch.manual_seed(0)
-    agree(lambda x, t: kernels.cross_entropy(x, t, ignore_index=1),
-          lambda x, t: kernels.cross_entropy_reference(x, t, ignore_index=1),
-          [values(4, 9), torch.tensor([0, 1, 1, 2])])
-    agree(lambda h, w, t: linear_cross_entropy(h, w, t, ignore_index=1),
-          lambda h, w, t: linear_cross_entropy_reference(h, w, t, ignore_index=1),
-          [values(4, 5), values(9, 5), torch.tensor([0, 1, 1, 2])])
+    assert_agree(lambda x, t: kernels.cross_entropy(x, t, ignore_index=1),
+                 lambda x, t: kernels.cross_entropy_reference(x, t, ignore_index=1),
+                 [values(4, 9), torch.tensor([0, 1, 1, 2])])
+    assert_agree(lambda h, w, t: linear_cross_entropy(h, w, t, ignore_index=1),
+                 lambda h, w, t: linear_cross_entropy_reference(h, w, t, ignore_index=1),
+                 [values(4, 5), values(9, 5), torch.tensor([0, 1, 1, 2])])
 
 
 @needs_interpreter
@@ -654,8 +656,8 @@ def test_gpu_kernel_and_twin_agree(name, dtype):
     torch.manual_seed(0)
     function, twin, make = CASES[name]
     given = make(dtype, "cuda")
-    agree(function, twin, given, TOLERANCE[dtype])
-    agree(function, torch.compile(twin), given, TOLERANCE[dtype])
+    assert_agree(function, twin, given, TOLERANCE[dtype])
+    assert_agree(function, torch.compile(twin), given, TOLERANCE[dtype])
 
 
 @gpu
@@ -668,4 +670,4 @@ def test_gpu_of_a_models_size(case):
     """More tiles than programs, more blocks than one; sums of gains over thousands of rows differ by more."""
     torch.manual_seed(0)
     function, twin, make = case
-    agree(function, twin, make(torch.float32, "cuda"), 1e-3)
+    assert_agree(function, twin, make(torch.float32, "cuda"), 1e-3)

@@ -38,7 +38,7 @@ def results(op, tensors, *rest, **options):
     return [y.detach(), *torch.autograd.grad(y, [t for t in (*tensors, *rest) if t.requires_grad], dy)]
 
 
-def compare(op, twin, tensors, *rest, near=1e-5, **options):
+def assert_agree(op, twin, tensors, *rest, near=1e-5, **options):
     """Kernel in the interpreter against twin: output and gradients, each to `near` of its largest number."""
     with interpreted():
         found = results(op, tensors, *rest, **options)
@@ -74,7 +74,7 @@ CASES = {  # (B, H, G, T, S, D, Dv), masks; blocks are 64 and 32 wide here
 @pytest.mark.parametrize("case", CASES)
 def test_attend_equals_its_twin(case):
     shape, masks = CASES[case]
-    compare(attend, attend_reference, inputs(*shape), **masks)
+    assert_agree(attend, attend_reference, inputs(*shape), **masks)
 
 
 @interpreter
@@ -82,7 +82,7 @@ def test_attend_equals_its_twin(case):
 def test_attend_in_half_precision(dtype, near):
     """Weights and their gradients are rounded to the inputs' type before the second products, the twin's are not:
     errors of a few units of the last place, 2^-11 and 2^-8 (the interpreter's stores in bfloat16 also truncate)."""
-    compare(attend, attend_reference, inputs(1, 2, 1, 35, 40, 16, 16, dtype=dtype), near=near)
+    assert_agree(attend, attend_reference, inputs(1, 2, 1, 35, 40, 16, 16, dtype=dtype), near=near)
 
 
 @interpreter
@@ -90,7 +90,7 @@ def test_attend_at_extreme_scores():
     """Scores to 6e4 have a last place of 2^-8, and so have the weights of keys that nearly tie; nothing overflows."""
     q, k, v = inputs(1, 1, 1, 20, 40, 16, 16)
     q = (q.detach() * 1e4).requires_grad_()
-    compare(attend, attend_reference, (q, k, v), near=1e-2)
+    assert_agree(attend, attend_reference, (q, k, v), near=1e-2)
     with interpreted():
         found = results(attend, (q, (k.detach() * 1e4).requires_grad_(), v))
     assert all(t.isfinite().all() for t in found)
@@ -172,7 +172,7 @@ def test_outputs_and_gradients_lie_as_inputs():
 @pytest.mark.parametrize("lam", [torch.tensor(0.4), torch.tensor([0.4, -0.2])], ids=["one", "of each pair"])
 def test_differential_equals_its_twin(lam):
     tensors = inputs(1, 4, 2, 11, 35, 8, 8)[:2] + [inputs(1, 4, 1, 11, 35, 8, 16)[2]]
-    compare(attend_differential, attend_differential_reference, tensors, lam.requires_grad_(), window=20)
+    assert_agree(attend_differential, attend_differential_reference, tensors, lam.requires_grad_(), window=20)
 
 
 @pytest.mark.parametrize("way", [attend_differential_reference,
@@ -232,7 +232,7 @@ WAYS = {"space": (attend_space, attend_space_reference, {}), "time": (attend_tim
 def test_space_and_time_equal_their_twins(way):
     op, twin, options = WAYS[way]
     T, S = (3, 3) if way == "space" else (4, 6)
-    compare(op, twin, frames(1, T, S, 3, 2, 1, 8, 5), **options)
+    assert_agree(op, twin, frames(1, T, S, 3, 2, 1, 8, 5), **options)
 
 
 @interpreter

@@ -33,7 +33,7 @@ def gradient(op, logits, *more, seed=7):
     return y.detach(), codes, torch.autograd.grad(y, logits, g)[0]
 
 
-def compare(op, twin, logits, *more, tolerance=EXACT):
+def assert_agree(op, twin, logits, *more, tolerance=EXACT):
     """Kernel against twin: value, codes, gradient; of 16-bit logits against the twin's float32."""
     wide = logits.float() if logits.dtype in ROUNDED else logits
     with interpreted():
@@ -54,11 +54,11 @@ def test_nearest_code_is_vqs(dtype):
     x, codes = normal(50, 6, dtype=dtype), normal(9, 6, seed=1, dtype=dtype)
     index = nearest_code(x, codes)
     away = (x[:, None] - codes).square().sum(-1)
-    choices.best(index, -away)
+    choices.assert_best(index, -away)
     assert index.dtype == torch.int64
     vq = discrete.VQ(9, 6, similarity="dot")
     vq.codes.copy_(codes)
-    choices.best(vq(x[None].float()).codes[0], -away)
+    choices.assert_best(vq(x[None].float()).codes[0], -away)
 
 
 @pytest.mark.parametrize("noise", [1.0, 0.3, 0.0])
@@ -131,7 +131,7 @@ def test_nearest_code(in_interpreter, N, K, C, dtypes):
     expected = nearest_code(x, codes)
     away = (x.float()[:, None] - codes.float()).square().sum(-1)
     for found in (index, expected):
-        choices.best(found, -away, 4e-5)  # |x|^2 is about 50
+        choices.assert_best(found, -away, 4e-5)  # |x|^2 is about 50
     assert index.dtype == torch.int64 and not index.requires_grad
 
 
@@ -165,7 +165,7 @@ OPS = {"soft": (gumbel_softmax, gumbel_softmax_reference, (0.7, False)),
 def test_choices(in_interpreter, name, shape):
     op, twin, more = OPS[name]
     logits = normal(*shape, scale=3)
-    _, codes, _ = compare(op, twin, logits, gumbel(logits), *more)
+    _, codes, _ = assert_agree(op, twin, logits, gumbel(logits), *more)
     assert codes.shape == shape[:-1]
 
 
@@ -173,7 +173,7 @@ def test_choices(in_interpreter, name, shape):
 @pytest.mark.parametrize("name", OPS)
 def test_choices_of_16_bits_without_noise_and_not_contiguous(in_interpreter, name, dtype):
     op, twin, more = OPS[name]
-    compare(op, twin, normal(33, 17, scale=3, dtype=dtype).T, None, *more, tolerance=ROUNDED[dtype])
+    assert_agree(op, twin, normal(33, 17, scale=3, dtype=dtype).T, None, *more, tolerance=ROUNDED[dtype])
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -187,7 +187,7 @@ def test_choices_among_extreme_logits(in_interpreter, name):
     logits[3] = 2.0
     logits[4, ::2] = -torch.inf
     logits[5] = -torch.inf
-    y, codes, grad = compare(op, twin, logits, None, *more)
+    y, codes, grad = assert_agree(op, twin, logits, None, *more)
     assert codes[3] == 0 and codes[5] == 0 and y[5].isnan().all()
     assert grad[:5].isfinite().all() and (grad[4, ::2] == 0).all()
 
@@ -214,7 +214,7 @@ def test_nearest_code_on_a_gpu(dtype):
     away = torch.cdist(x.double(), codes.double()).square()
     with kernels.using("torch"):
         for found in (index, nearest_code(x, codes), torch.compile(nearest_code)(x, codes)):
-            choices.best(found, -away, 1e-3)
+            choices.assert_best(found, -away, 1e-3)
 
 
 @pytest.mark.gpu

@@ -39,17 +39,17 @@ def pair(shapes, dtype=torch.float32, device="cpu"):
     return [Setup(tensors(shapes, dtype=dtype, device=device)) for _ in range(2)]
 
 
-def same(ours, theirs, tolerance=CLOSE):
+def assert_same(ours, theirs, tolerance=CLOSE):
     for a, b in zip(ours.all(), theirs.all()):
         torch.testing.assert_close(a, b, **tolerance)
 
 
-def both(ours, theirs, grads, tolerance=CLOSE, tables=None, **more):
+def assert_both(ours, theirs, grads, tolerance=CLOSE, tables=None, **more):
     """A step by the kernels and one by the twin; compares all, and the norms."""
     with interpreted():
         norm = ours.step(adamw_step, grads, tables=tables, **more)
     expected = theirs.step(twin, grads, **more)
-    same(ours, theirs, tolerance)
+    assert_same(ours, theirs, tolerance)
     assert (norm is None) == (expected is None) == (more.get("clip") is None)
     if norm is not None:
         assert norm.shape == () and norm.dtype == torch.float32
@@ -124,7 +124,7 @@ def test_twenty_steps(in_interpreter):
     for step in range(20):
         for g, new in zip(grads, tensors([g.shape for g in grads], 100 + step, scale=10.0 ** (step % 3 - 1))):
             g.copy_(new)
-        both(ours, theirs, grads, tables=tables, clip=1.0 if step % 5 == 0 else None, orthograd=step == 10)
+        assert_both(ours, theirs, grads, tables=tables, clip=1.0 if step % 5 == 0 else None, orthograd=step == 10)
         rows = tables["rows"] if step == 0 else rows
         assert tables["rows"] is rows
 
@@ -144,7 +144,8 @@ def test_every_size_dtype_and_gap(in_interpreter, more):
         for i in (1, 6):
             grads[i] = grads[i].bfloat16()
         # the interpreter cuts a bfloat16 off: twice a unit in the last place after two steps
-        both(ours, theirs, grads, dict(atol=1e-6, rtol=2 ** -6), weight_decay=[0.1, 0, 0.3, 0, 0.5, 0.1, 0], **more)
+        assert_both(ours, theirs, grads, dict(atol=1e-6, rtol=2 ** -6),
+                    weight_decay=[0.1, 0, 0.3, 0, 0.5, 0.1, 0], **more)
         for i in (0, 5, 6):
             torch.testing.assert_close(ours.params[i], theirs.params[i], **CLOSE)
     assert torch.equal(ours.params[5], tensors(shapes)[5])
@@ -155,7 +156,7 @@ def test_not_contiguous(in_interpreter):
     for setup in (ours, theirs):
         setup.params[0], setup.means[1] = setup.params[0].T, setup.means[1].T
         setup.means[0], setup.squares[0] = setup.means[0].view(8, 3), setup.squares[0].view(8, 3)
-    both(ours, theirs, [tensors([(3, 8)])[0].T, tensors([(8, 4)])[0][::2]])
+    assert_both(ours, theirs, [tensors([(3, 8)])[0].T, tensors([(8, 4)])[0][::2]])
     assert not ours.params[0].is_contiguous()
 
 
@@ -167,8 +168,8 @@ def test_tables_follow_what_moves(in_interpreter):
         grads = tensors([(4,), (9,)], step)
         if missing is not None:
             grads[missing] = None
-        both(ours, theirs, grads, tables=tables, weight_decay=0.1)
-    both(ours, theirs, grads, tables=tables, weight_decay=10.0)
+        assert_both(ours, theirs, grads, tables=tables, weight_decay=0.1)
+    assert_both(ours, theirs, grads, tables=tables, weight_decay=10.0)
     assert ours.params[0]._version > version
 
 
@@ -187,7 +188,7 @@ def test_clipping_of_nothing_of_much_and_of_too_much(in_interpreter, scale, clip
         norm = ours.step(adamw_step, grads, clip=clip, orthograd=True)
     assert torch.equal(norm.isinf(), theirs.step(twin, grads, clip=clip, orthograd=True).isinf())
     tolerance = dict(atol=1e-6, rtol=2e-5, equal_nan=True)
-    same(ours, theirs, tolerance)
+    assert_same(ours, theirs, tolerance)
     assert norm.isinf() == (scale == 1e37) and all(torch.equal(g, h) for g, h in zip(
         grads, tensors([(4,), (9,)], 1, scale=scale)))  # only read
 
@@ -208,7 +209,7 @@ def test_orthograd_at_its_edges(in_interpreter):
         setup.params[0].zero_()
     before = ours.params[2].clone()
     grads = [*tensors([(6,), (1,)], 1), 0.37 * ours.params[2]]  # not quite, by rounding
-    both(ours, theirs, grads, orthograd=True)
+    assert_both(ours, theirs, grads, orthograd=True)
     torch.testing.assert_close(ours.params[2], before * (1 - 1e-3))
     assert (ours.means[2] == 0).all() and torch.allclose(ours.means[1], 0.1 * grads[1])
     torch.testing.assert_close(ours.means[0], 0.1 * grads[0])
@@ -217,8 +218,8 @@ def test_orthograd_at_its_edges(in_interpreter):
 def test_beta1_of_0_and_a_large_eps(in_interpreter):
     """A lerp by 1; eps is corrected with the second moment."""
     ours, theirs = pair([(6,)])
-    both(ours, theirs, tensors([(6,)], 1), betas=(0.0, 0.5), eps=0.1)
-    both(ours, theirs, tensors([(6,)], 2), betas=(0.0, 0.5), eps=0.1)
+    assert_both(ours, theirs, tensors([(6,)], 1), betas=(0.0, 0.5), eps=0.1)
+    assert_both(ours, theirs, tensors([(6,)], 2), betas=(0.0, 0.5), eps=0.1)
 
 
 def test_nothing_to_do(in_interpreter):
@@ -250,5 +251,5 @@ def test_steps_on_a_gpu(dtype, more):
             torch.testing.assert_close(norm, expected, atol=0, rtol=1e-4)
         alone.step(adamw_step, grads[:20], **more)
         compiled.step(eager, grads[:20], **more)
-    same(ours, theirs, tolerance)
-    same(alone, compiled, tolerance)
+    assert_same(ours, theirs, tolerance)
+    assert_same(alone, compiled, tolerance)

@@ -44,7 +44,7 @@ def close(got, want):
     torch.testing.assert_close(got.cpu().double(), want.cpu().double(), rtol=EPS[got.dtype], atol=least)
 
 
-def compare(op, twin, inputs, device, used=(0, 1)):
+def assert_agree(op, twin, inputs, device, used=(0, 1)):
     """Results and gradients of op(*inputs) against the twin in float64; `used`: the results whose gradients flow."""
     ours, theirs = [], []
     for t in inputs:
@@ -102,15 +102,15 @@ def test_recurrences_of_nothing(shape, device):
 @pytest.mark.parametrize("shape", [(2, 9, 67), (1, 1, 1), (3, 2, 13)])
 def test_min_gru(shape, device):
     z, v, h = draw(shape, shape, (shape[0], shape[2]))
-    compare(min_gru, formula(min_gru), (z, v, h), device)
+    assert_agree(min_gru, formula(min_gru), (z, v, h), device)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_min_gru_of_halves(dtype, device):
     z, v = draw((2, 7, 9), (2, 7, 9), dtype=dtype)
-    (states,) = compare(min_gru, formula(min_gru), (z, v, *draw((2, 9), seed=3)), device)
+    (states,) = assert_agree(min_gru, formula(min_gru), (z, v, *draw((2, 9), seed=3)), device)
     assert states.dtype == torch.float32
-    compare(min_gru, formula(min_gru), (z, v, *draw((2, 9), seed=3, dtype=dtype)), device)
+    assert_agree(min_gru, formula(min_gru), (z, v, *draw((2, 9), seed=3, dtype=dtype)), device)
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # exp(1e4), in the interpreter: numpy says so
@@ -118,14 +118,14 @@ def test_min_gru_of_extreme_and_strided_values(device):
     z, v, h = draw((2, 18, 5), (18, 2, 5), (2, 5))
     z, v = z[:, ::2], v.transpose(0, 1)[:, ::2]
     z[0, 0], z[0, 1], z[1, 2], v[0, 3], v[1, 4], v[0, 5], h[1, 2] = 1e4, -1e4, 80, 1e4, -1e4, 0, 1e4
-    compare(min_gru, formula(min_gru), (z, v, h), device)
+    assert_agree(min_gru, formula(min_gru), (z, v, h), device)
     close(min_gru(z.to(device), v.to(device)), formula(min_gru)(z, v, torch.zeros(2, 5)))
 
 
 def test_padding_changes_no_state_of_min_gru(device):
     z, v, h = draw((2, 6, 5), (2, 6, 5), (2, 5))
     z[:, 3:] = -torch.inf
-    (states,) = compare(min_gru, formula(min_gru), (z, v, h), device)
+    (states,) = assert_agree(min_gru, formula(min_gru), (z, v, h), device)
     assert torch.equal(states[:, 2:3].expand(2, 4, 5), states[:, 2:])
 
 
@@ -154,7 +154,7 @@ def selective_inputs(B, T, I, N, dtype=torch.float32):
                                          (64, (2, 10, 16, 5))])
 def test_selective_scan(chunk, shape, device, monkeypatch):
     monkeypatch.setattr(recurrence, "CHUNK", chunk)
-    compare(selective_scan, formula(selective_scan), selective_inputs(*shape), device)
+    assert_agree(selective_scan, formula(selective_scan), selective_inputs(*shape), device)
 
 
 @pytest.mark.parametrize("used", [(0,), (1,)])
@@ -165,17 +165,17 @@ def test_selective_scan_of_which_one_result_is_used(used, device, monkeypatch):
         def last(op):
             return lambda u, dt, A, Bm, h: op(u, dt, A, Bm, *(t.to(u) for t in (inputs[4], inputs[5])), h)[1]
 
-        compare(last(selective_scan), last(formula(selective_scan)), (*inputs[:4], inputs[6]), device)
+        assert_agree(last(selective_scan), last(formula(selective_scan)), (*inputs[:4], inputs[6]), device)
     else:
-        compare(selective_scan, formula(selective_scan), inputs, device, used)
+        assert_agree(selective_scan, formula(selective_scan), inputs, device, used)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_selective_scan_of_halves(dtype, device):
-    y, last = compare(selective_scan, formula(selective_scan), selective_inputs(2, 7, 5, 3, dtype), device)
+    y, last = assert_agree(selective_scan, formula(selective_scan), selective_inputs(2, 7, 5, 3, dtype), device)
     assert y.dtype == last.dtype == torch.float32
     inputs = [t.to(dtype) for t in selective_inputs(1, 4, 3, 2)]
-    compare(selective_scan, formula(selective_scan), inputs, device)
+    assert_agree(selective_scan, formula(selective_scan), inputs, device)
 
 
 def test_selective_scan_of_extreme_and_strided_values(device):
@@ -183,7 +183,7 @@ def test_selective_scan_of_extreme_and_strided_values(device):
     dt[0, 1], dt[1, 2], dt[:, 6:], u[0, 3], h[1, 0], A[2] = 1e4, 0, 0, 1e4, 1e4, 0
     joined = torch.cat((Bm, Cm), 2)
     inputs = (u.transpose(1, 2).contiguous().transpose(1, 2), dt, A.t().contiguous().t(), *joined.split(3, 2), D, h)
-    compare(selective_scan, formula(selective_scan), inputs, device)
+    assert_agree(selective_scan, formula(selective_scan), inputs, device)
     with torch.no_grad():
         u, *rest = (t.to(device) for t in inputs)
         y, last = selective_scan(u, *rest)
@@ -210,19 +210,19 @@ def grouped_inputs(sizes, C, W, dtype=torch.float32):
 @pytest.mark.parametrize("sizes,C,W", [([5, 0, 70, 0, 15], 37, 67), ([1], 1, 1), ([0, 0, 17], 16, 33),
                                        ([16, 32, 0], 70, 5), ([0, 0], 3, 4), ([1, 1, 1, 1], 0, 3), ([2, 1], 3, 0)])
 def test_grouped_linear(sizes, C, W, device):
-    compare(grouped_linear, formula(grouped_linear), grouped_inputs(sizes, C, W), device)
+    assert_agree(grouped_linear, formula(grouped_linear), grouped_inputs(sizes, C, W), device)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_grouped_linear_of_halves(dtype, device):
-    (y,) = compare(grouped_linear, formula(grouped_linear), grouped_inputs([3, 0, 90, 4], 71, 131, dtype), device)
+    (y,) = assert_agree(grouped_linear, formula(grouped_linear), grouped_inputs([3, 0, 90, 4], 71, 131, dtype), device)
     assert y.dtype == dtype
 
 
 def test_grouped_linear_of_strided_inputs(device):
     x, weight, offsets = grouped_inputs([4, 3, 0], 6, 5)
     x, weight = x.t().contiguous().t(), weight.transpose(1, 2).contiguous().transpose(1, 2)
-    compare(grouped_linear, formula(grouped_linear), (x, weight * 1e4, offsets.repeat_interleave(2)[::2]), device)
+    assert_agree(grouped_linear, formula(grouped_linear), (x, weight * 1e4, offsets.repeat_interleave(2)[::2]), device)
     a = x.to(device).requires_grad_()
     grouped_linear(a, weight.to(device), offsets.to(device)).sum().backward()  # an expanded gradient; none of weight
     close(a.grad, torch.cat((weight[0].sum(0).expand(4, 6), weight[1].sum(0).expand(3, 6))))
@@ -244,7 +244,7 @@ def test_tiles_find_their_experts(device):
     """As many experts as rows, most of them empty: the bound on the number of tiles holds."""
     sizes = [0, 1, 0, 0, 33, 0, 16, 0, 0, 2, 0]
     x, weight, offsets = grouped_inputs(sizes, 2, 3)
-    compare(grouped_linear, formula(grouped_linear), (x, weight, offsets), device)
+    assert_agree(grouped_linear, formula(grouped_linear), (x, weight, offsets), device)
 
 
 # --- What is chosen, and what is refused ---

@@ -14,27 +14,26 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import choices  # noqa: E402
-import kernels  # noqa: E402
-import train_dvae  # noqa: E402
-import train_mult  # noqa: E402
-import train_worldmodel  # noqa: E402
-from data.arc import Canvas  # noqa: E402
-from data.multiplication import Notation  # noqa: E402
-from interpreter import INTERPRETED, interpreted  # noqa: E402
-from model import TransformerConfig  # noqa: E402
-from models import encoder_decoder as networks  # noqa: E402
-from models.discrete import VQ, choose  # noqa: E402
-from models.dvae import DVAE, Config  # noqa: E402
-from models.encoder_decoder import (CrossAttention, Encoder, EncoderDecoder, LatentTransformer,  # noqa: E402
+import choices
+import kernels
+import train_dvae
+import train_mult
+import train_worldmodel
+from data.arc import Canvas
+from data.multiplication import Notation
+from interpreter import INTERPRETED, interpreted
+from model import TransformerConfig
+from models import encoder_decoder as networks
+from models.discrete import VQ, choose
+from models.dvae import DVAE, Config
+from models.encoder_decoder import (CrossAttention, Encoder, EncoderDecoder, LatentTransformer,
                                     PrefixDecoder, as_mask)
-from models.video import SpatialTransformer, SpatioTemporal  # noqa: E402
-from models.world_actions import ActionModel  # noqa: E402
-from models.world_dynamics import CausalDynamics, Dynamics  # noqa: E402
-from models.world_tokenizer import Tokenizer  # noqa: E402
-from models.world_words import FirstFrame, Writer  # noqa: E402
-from test_scripts import fresh  # noqa: E402
+from models.video import SpatialTransformer, SpatioTemporal
+from models.world_actions import ActionModel
+from models.world_dynamics import CausalDynamics, Dynamics
+from models.world_tokenizer import Tokenizer
+from models.world_words import FirstFrame, Writer
+from test_scripts import fresh
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPERATIONS = ("rms_norm", "layer_norm", "rotary", "gated", "gelu", "relu2", "cross_entropy",
@@ -120,7 +119,7 @@ def learn(model, run):
     return out.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def same(build, run, expected, how=nullcontext):
+def assert_same(build, run, expected, how=nullcontext):
     """Both kernels: the same outputs and gradients; "torch" calls no operation, "triton" those `expected`."""
     found = []
     for wanted, model in zip((set(), expected), by_each(pair(build))):
@@ -167,8 +166,8 @@ def test_encoder(case, padding):
     settings, expected = ENCODERS[case]
     padding = PADDINGS[padding]
     real = ~as_mask(padding, 12) if padding is not None else torch.ones(3, 12, dtype=torch.bool)
-    calls = same(lambda: Encoder(configured(**settings)),
-                 lambda model: model(whole(13, 3, 12), padding)[real], layers(settings) | expected)
+    calls = assert_same(lambda: Encoder(configured(**settings)),
+                        lambda model: model(whole(13, 3, 12), padding)[real], layers(settings) | expected)
     if "attend" in expected:
         assert len(calls["attend"]) == 2  # one of a layer
         assert all(how["causal"] is False and (how["positions"] is None) == (padding is None)
@@ -196,8 +195,8 @@ def test_encoder_and_decoder(kind, padding, cross):
     padding = PADDINGS[padding]
     ragged = kind == "prefix" and padding is not None
     expected = PLAIN | {"rotary", "cross_entropy"} | (set() if ragged else {"attend"})
-    calls = same(lambda: build(configured(block_size=20, n_kv_head=2)),
-                 lambda model: model(whole(13, 3, 12), whole(13, 3, 8, seed=2), targets, padding)[0], expected)
+    calls = assert_same(lambda: build(configured(block_size=20, n_kv_head=2)),
+                        lambda model: model(whole(13, 3, 12), whole(13, 3, 8, seed=2), targets, padding)[0], expected)
     if kind == "prefix":
         return
     across = [how["lengths"] for _, how in calls["attend"] if "lengths" in how]
@@ -244,8 +243,8 @@ def test_cross_attention_falls_back(settings):
 @pytest.mark.parametrize("grid", [None, (3, 4), (2, 5)])
 def test_spatial(grid, padding):
     real = torch.ones(3, 12, dtype=torch.bool) if padding is None else ~padding
-    same(lambda: SpatialTransformer(configured(), 12, grid), lambda model: model(some(3, 12, 32), padding)[real],
-         PLAIN | {"attend"} | ({"rotary"} if grid else set()))
+    assert_same(lambda: SpatialTransformer(configured(), 12, grid), lambda model: model(some(3, 12, 32), padding)[real],
+                PLAIN | {"attend"} | ({"rotary"} if grid else set()))
 
 
 FRAMES = {  # settings, how forward is called, operations of attention and positions
@@ -271,8 +270,8 @@ def test_frames(case):
     settings = dict(settings)
     grid, n_tokens = settings.pop("grid", (2, 3)), settings.pop("n_tokens", 6)
     config = configured(**settings)
-    calls = same(lambda: SpatioTemporal(config, n_tokens, grid),
-                 lambda model: model(some(2, 5, n_tokens, config.n_embd), **call), layers(settings) | expected)
+    calls = assert_same(lambda: SpatioTemporal(config, n_tokens, grid),
+                        lambda model: model(some(2, 5, n_tokens, config.n_embd), **call), layers(settings) | expected)
     rotations = {"two streams": 4, "alibi": 2, "learned": 2, "none": 0}.get(case, 2 if grid is None else 4)
     assert len(calls.get("rotary", ())) == rotations
     for name in expected & (SPACE | TIME):
@@ -389,7 +388,7 @@ def test_world(case):
                 run(two)
         assert calls.keys() == expected
         return
-    calls = same(build, run, expected)
+    calls = assert_same(build, run, expected)
     if case == "first frame":  # 2 layers: of the encoder, over the frame, and from it to the caption
         lengths = [how["lengths"] for _, how in calls["attend"] if "lengths" in how]
         assert len(calls["attend"]) == 6 and [x.tolist() for x in lengths] == 2 * [[6, 2]]
@@ -524,7 +523,7 @@ def test_dvae(quantiser, estimator, settings, expected):
     def nats(model):
         found = model.codebook(model.encode(tokens, shapes), estimator, generator=torch.Generator().manual_seed(1))
         return model.nats(found.e, tokens, shapes)[0] + found.loss
-    same(lambda: dvae(quantiser, **settings), nats, expected | {"cross_entropy"})
+    assert_same(lambda: dvae(quantiser, **settings), nats, expected | {"cross_entropy"})
 
 
 # --- Losses ---
@@ -606,7 +605,7 @@ def test_solver_takes_lengths():
         for one, two in zip(*found):
             close(two, one)
         with torch.no_grad():  # what it wrote by kernel, read without one
-            choices.best(written, plain(source, notation.inputs(written), padding)[0])
+            choices.assert_best(written, plain(source, notation.inputs(written), padding)[0])
 
 
 # --- Kernels ---

@@ -69,7 +69,7 @@ class Setup:
         return found
 
 
-def same(ours, theirs, tolerance=CLOSE):
+def assert_same(ours, theirs, tolerance=CLOSE):
     """Weights and state, of the same names, types and layout."""
     ours, theirs = (setup.tensors() for setup in (ours, theirs))
     assert ours.keys() == theirs.keys()
@@ -79,7 +79,7 @@ def same(ours, theirs, tolerance=CLOSE):
 
 
 def equal(ours, theirs):
-    same(ours, theirs, dict(atol=0, rtol=0))
+    assert_same(ours, theirs, dict(atol=0, rtol=0))
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_same_weights_and_state_by_one_launch_a_step(name, inside, orthograd, wa
     theirs = Setup(name, orthograd=orthograd).train(range(6))
     assert not launches
     ours = Setup(name, "triton", orthograd=orthograd).train(range(6))
-    same(ours, theirs, LIKE_MUON if name == "muon" and orthograd else CLOSE)
+    assert_same(ours, theirs, LIKE_MUON if name == "muon" and orthograd else CLOSE)
     assert len({group["weight_decay"] for group in ours.opt.param_groups}) == 2
     assert [sorted(numbers) for numbers, *_ in launches] == [sizes(inside)] * 6
     for step, (_, given, how) in enumerate(launches):
@@ -135,7 +135,7 @@ def test_a_gradient_that_is_missing_for_a_while(way, launches, orthograd):
         return {0: ("up", "gain"), 1: ("up", "gain"), 2: ("up",), 4: ("head", "up")}.get(step, ())
     theirs = Setup(orthograd=orthograd).train(range(7), missing)
     ours = Setup(way="triton", orthograd=orthograd).train(range(7), missing)
-    same(ours, theirs)
+    assert_same(ours, theirs)
     steps = [given[0] for _, given, _ in launches]
     assert steps == [1, 2, 3, 1, 4, 2, 1, 5, 3, 6, 4, 2, 5, 7, 5, 3, 6]
     assert [sorted(numbers) for numbers, *_ in launches[-4:]] == [sizes(set(ROLES) - {"gain", "up", "head"}),
@@ -158,7 +158,7 @@ def test_groups_that_do_not_agree_are_launched_apart(way, launches, change):
     for setup in (ours, theirs):
         setup.opt.param_groups[1].update(change)
         setup.train(range(3))
-    same(ours, theirs)
+    assert_same(ours, theirs)
     assert len(launches) == 6 and len(ours.opt.tables) == 2
 
 
@@ -190,7 +190,7 @@ def test_a_closure(way):
             return loss
         losses = [setup.step(closure).item() for _ in range(4)]
         assert losses == sorted(losses, reverse=True)
-    same(*setups)
+    assert_same(*setups)
 
 
 def test_memory_in_another_order(way):
@@ -199,7 +199,7 @@ def test_memory_in_another_order(way):
         up = setup.params["up"]
         up.data = up.data.t().contiguous().t()
         setup.train(range(3))
-    same(*setups)
+    assert_same(*setups)
 
 
 def test_a_scaler_skips_steps_that_overflow(way):
@@ -217,7 +217,7 @@ def test_a_scaler_skips_steps_that_overflow(way):
             scaler.update()
             setup.opt.zero_grad(set_to_none=True)
         assert setup.opt.state[setup.params["head"]]["step"] == 3
-    same(*setups)
+    assert_same(*setups)
 
 
 # --- What goes by "torch" as ever ---
@@ -237,7 +237,7 @@ def test_other_types(launches, dtype):
     for setup in (ours, theirs):
         setup.params["up"].data = setup.params["up"].data.double()
         setup.train(range(3))
-    same(ours, theirs)
+    assert_same(ours, theirs)
     assert [sorted(numbers) for numbers, *_ in launches] == [sizes(set(ROLES) - {"up"})] * 3
 
 
@@ -287,7 +287,7 @@ def test_another_transform(launches):
     for setup in setups:
         setup.train([0])
         setup.step(transform=lambda params, grads: [2 * g + 1 for g in grads])
-    same(*setups)
+    assert_same(*setups)
     assert len(launches) == 1 and setups[1].opt.state[setups[1].params["up"]]["step"] == 2
 
 
@@ -327,7 +327,7 @@ def test_a_checkpoint_goes_over(first, then, name, orthograd, load, way, tmp_pat
             p.copy_(saved["params"][key])
     load(two.opt, saved["opt"])
     assert (not two.opt.tables) == (then == "torch")
-    same(two.train(range(3, 6), missing), whole, dict(atol=0, rtol=0) if first == then else CLOSE)
+    assert_same(two.train(range(3, 6), missing), whole, dict(atol=0, rtol=0) if first == then else CLOSE)
 
 
 # --- Scripts ---
@@ -395,5 +395,5 @@ def test_scripts(tmp_path):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_steps_on_a_gpu(name, orthograd, launches):
     setups = [Setup(name, which, device="cuda", orthograd=orthograd).train(range(6)) for which in ("torch", "triton")]
-    same(*setups, dict(atol=1e-2, rtol=1e-2) if name == "muon" else dict(atol=1e-5, rtol=1e-4))
+    assert_same(*setups, dict(atol=1e-2, rtol=1e-2) if name == "muon" else dict(atol=1e-5, rtol=1e-4))
     assert len(launches) == 6

@@ -335,8 +335,8 @@ def test_teacher_forced_exact_is_greedy_exact(format, name):
     source, padding = notation.sources(a, b)
     with torch.no_grad():                                    # one path's choice is the other's unless it is a near tie
         scores = learner.model.eval()(source, notation.inputs(found["targets"]), padding)[0]
-        choices.best(written, learner.model(source, notation.inputs(written), padding)[0], 1e-4)
-    choices.best(found["predicted"], scores, 1e-4)
+        choices.assert_best(written, learner.model(source, notation.inputs(written), padding)[0], 1e-4)
+    choices.assert_best(found["predicted"], scores, 1e-4)
     sure = ((choices.margin(scores) > 1e-4) | (found["places"] == -2)).all(1)
     agree = ((written == found["targets"]) | (found["places"] == -2)).all(1) == exact
     assert agree[sure].all() and sure.double().mean() > 0.9

@@ -3,20 +3,17 @@ import json
 import re
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from data.multiplication import Problems  # noqa: E402
-from nanolab.run import load_checkpoint, override  # noqa: E402
-from forks import (assert_done, assert_equal, assert_error, records, snapshot,  # noqa: E402
+from data.multiplication import Problems
+from nanolab.run import load_checkpoint, override
+from forks import (assert_done, assert_equal, assert_error, records, snapshot,
                          summary, wait_for)
-from test_scripts import fresh  # noqa: E402
-from scripts import assert_same_end, of  # noqa: E402
+from test_scripts import fresh
+from scripts import assert_same_end, of
 
 train, at = of("train_mult")
 

@@ -401,7 +401,7 @@ def test_what_cannot_be_divided_is_one_line(monkeypatch, shape, changes, how, sa
 ])
 def test_what_can_be_divided_passes(shape, changes, how):
     mesh = parallel.Mesh(*shape) if shape != (1, 1) else parallel.Alone()
-    mesh.check(TransformerConfig(**{**SMALL, **changes}), **how)
+    assert mesh.check(TransformerConfig(**{**SMALL, **changes}), **how) is None
 
 
 def test_an_error_of_another_rank_is_silent(monkeypatch):

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import plot  # noqa: E402
-from nanolab.archive import of_folder  # noqa: E402
-from nanolab.run import UserError  # noqa: E402
-from test_scripts import shell  # noqa: E402
+import plot
+from nanolab.archive import of_folder
+from nanolab.run import UserError
+from test_scripts import shell
 
 SETTINGS = {"batch_size": 4, "block_size": 8, "grad_accum": 2, "lr": 0.1, "seed": 1, "run_name": "a"}
 

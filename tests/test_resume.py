@@ -8,19 +8,16 @@ import math
 import random
 import shutil
 import signal
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from forks import (assert_done, assert_equal, assert_error, records, snapshot,  # noqa: E402
+from forks import (assert_done, assert_equal, assert_error, records, snapshot,
                    summary, wait_for)
-from nanolab.run import load_checkpoint  # noqa: E402
-from scripts import assert_same_end, of  # noqa: E402
+from nanolab.run import load_checkpoint
+from scripts import assert_same_end, of
 
 typed, at = of("train_enwik8")
 

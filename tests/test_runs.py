@@ -3,14 +3,11 @@ import fcntl
 import json
 import os
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from nanolab import runs  # noqa: E402
-from nanolab.run import FORMAT  # noqa: E402
+from nanolab import runs
+from nanolab.run import FORMAT
 
 
 def make(folder, name, tag=None, age=0, status="done", step=7, marker=FORMAT, **more):

@@ -15,13 +15,12 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from data import text  # noqa: E402
-from model import Transformer, from_checkpoint  # noqa: E402
-from nanolab import runs  # noqa: E402
-from nanolab.run import load_checkpoint, override  # noqa: E402
-from nanolab.score import score  # noqa: E402
-from forks import assert_done, assert_error, snapshot, wait_for  # noqa: E402
+from data import text
+from model import Transformer, from_checkpoint
+from nanolab import runs
+from nanolab.run import load_checkpoint, override
+from nanolab.score import score
+from forks import assert_done, assert_error, snapshot, wait_for
 
 SCRIPTS = ("train_enwik8.py", "train_mult.py", "train_dvae.py", "train_worldmodel.py", "train_facts.py",
            "evaluate.py", "sample.py", "bench.py", "grid.py", "plot.py", "nanolab/probe.py")

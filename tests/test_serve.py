@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from nanolab.settings import UserError, serve  # noqa: E402
+from nanolab.settings import UserError, serve
 
 
 def load(dataset, max_bytes=None, share=0.5, ball=True, word="a", seed=7):

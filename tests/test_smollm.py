@@ -10,10 +10,10 @@ import torch
 from checks import raises_one_line
 
 pytest.importorskip("pyarrow")
-import pyarrow.parquet  # noqa: E402
-import data.files  # noqa: E402
-from data import smollm, tokens  # noqa: E402
-from data.smollm import Batches, documents, find, is_held_out, validation  # noqa: E402
+import pyarrow.parquet
+import data.files
+from data import smollm, tokens
+from data.smollm import Batches, documents, find, is_held_out, validation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BYTES = tokens.open_tokenizer("bytes")

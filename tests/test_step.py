@@ -13,13 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import nanolab.run  # noqa: E402
-from data.arc import load  # noqa: E402
-from nanolab.run import Checkpoint, Run  # noqa: E402
-from forks import assert_equal  # noqa: E402
-from test_scripts import fresh  # noqa: E402
+import nanolab.run
+from data.arc import load
+from nanolab.run import Checkpoint, Run
+from forks import assert_equal
+from test_scripts import fresh
 
 load = functools.cache(load)
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from data import text as texts  # noqa: E402
-from model import from_checkpoint  # noqa: E402
-from nanolab.run import Run, load_checkpoint  # noqa: E402
+from data import text as texts
+from model import from_checkpoint
+from nanolab.run import Run, load_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -19,17 +19,16 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import bench  # noqa: E402
-import evaluate  # noqa: E402
-import grid  # noqa: E402
-import plot  # noqa: E402
-import sample  # noqa: E402
-from data import facts, files, smollm, tokens, video  # noqa: E402
-from model import TransformerConfig, build_model  # noqa: E402
-from nanolab import probe, run as experiment, settings as flags  # noqa: E402
-from nanolab.run import Settings, UserError  # noqa: E402
-from test_scripts import fresh  # noqa: E402
+import bench
+import evaluate
+import grid
+import plot
+import sample
+from data import facts, files, smollm, tokens, video
+from model import TransformerConfig, build_model
+from nanolab import probe, run as experiment, settings as flags
+from nanolab.run import Settings, UserError
+from test_scripts import fresh
 
 BAD = ("nan", "inf", "-inf", "1e400", "-1e400", "1" + "0" * 30, "9" * 5000, "one", "")
 

@@ -2,17 +2,13 @@
 import json
 import shutil
 import signal
-import sys
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import evaluate  # noqa: E402
-from nanolab.run import load_checkpoint, run_metrics  # noqa: E402
-from nanolab.score import Ensemble, score  # noqa: E402
-from forks import assert_done, assert_error, wait_for  # noqa: E402
+import evaluate
+from nanolab.run import load_checkpoint, run_metrics
+from nanolab.score import Ensemble, score
+from forks import assert_done, assert_error, wait_for
 
 TRAIN = ("train_enwik8.py --debug --device cpu --eval_interval none --save_interval 10 --sample_length 0 "
          "--run_name w").split()

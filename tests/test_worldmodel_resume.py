@@ -3,24 +3,21 @@ import math
 import re
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from data.video import load  # noqa: E402
-from models.discrete import mutual_information  # noqa: E402
-from models.world_measures import ssim  # noqa: E402
-from nanolab.run import load_checkpoint  # noqa: E402
-from nanolab.world import Reader  # noqa: E402
-from test_play import pixels, post, request  # noqa: E402
-from forks import (assert_done, assert_equal, assert_error, records, snapshot,  # noqa: E402
+from data.video import load
+from models.discrete import mutual_information
+from models.world_measures import ssim
+from nanolab.run import load_checkpoint
+from nanolab.world import Reader
+from test_play import pixels, post, request
+from forks import (assert_done, assert_equal, assert_error, records, snapshot,
                          summary, wait_for)
-from scripts import TINY as ALL, assert_same_end, of  # noqa: E402
+from scripts import TINY as ALL, assert_same_end, of
 
 train, at = of("train_worldmodel")
 TINY = ALL["train_worldmodel"]
