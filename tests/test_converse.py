@@ -92,17 +92,17 @@ def naive(model, prompt, n, end, tool=None, call=None, stop=(), decode=None, max
     return Reply(tokens, injected, reason, calls, nats, text)
 
 
-def same(found, wanted):
+def assert_same(found, wanted):
     assert len(found) == len(wanted)
     for a, b in zip(found, wanted):
         assert a._replace(nats=None) == b._replace(nats=None)
         assert a.nats == pytest.approx(b.nats, abs=2e-3)
 
 
-def compare(model, prompts, n=14, tree=None, **how):
+def assert_naive(model, prompts, n=14, tree=None, **how):
     """converse of all prompts at once equals each one by itself, read naively. Returns the replies."""
     found = converse(model, prompts, n, END, tree=tree, **how)
-    same(found, [naive(model, prompt, n, END, **how) for prompt in prompts])
+    assert_same(found, [naive(model, prompt, n, END, **how) for prompt in prompts])
     return found
 
 
@@ -128,8 +128,8 @@ USE = dict(tool=tool, call=CALL, max_calls=3)
 @pytest.mark.parametrize("settings", CASES, ids=str)
 def test_every_row_equals_the_naive_one(settings):
     model, prompts = build(**settings), texts(20)
-    replies = compare(model, prompts, **USE)
-    same(converse(model, prompts, 14, END, tree=DialogTree(model, None), **USE), replies)
+    replies = assert_naive(model, prompts, **USE)
+    assert_same(converse(model, prompts, 14, END, tree=DialogTree(model, None), **USE), replies)
     assert max(len(reply.calls) for reply in replies) > 1 and not all(reply.calls for reply in replies)
     at = {reply.injected.index(True) for reply in replies if any(reply.injected)}
     assert len(at) > 2 or len(settings) > 1                      # answers come at different steps
@@ -138,8 +138,8 @@ def test_every_row_equals_the_naive_one(settings):
 @pytest.mark.parametrize("mixer", ["full", "strided", "fixed", "diff", "mla", "window,full"])
 def test_a_prompt_that_sees_itself(mixer):
     model, prompts = build(mixer), texts(8)
-    assert compare(model, prompts, prefix=True, **USE) != converse(model, prompts, 14, END, **USE)
-    compare(model, [prompts[1], prompts[1][::-1]], prefix=True, **USE)  # of one length
+    assert assert_naive(model, prompts, prefix=True, **USE) != converse(model, prompts, 14, END, **USE)
+    assert_naive(model, [prompts[1], prompts[1][::-1]], prefix=True, **USE)  # of one length
 
 
 # ---- How a row ends ----
@@ -200,7 +200,7 @@ def test_stop_strings_over_several_tokens():
     plain = converse(model, prompts, 14, END, decode=decode, **USE)
     said = [reply.text for reply in plain if len(reply.text) > 3]
     stop = [said[0][1:4], said[1][-2:], "never"]
-    replies = compare(model, prompts, stop=stop, decode=decode, **USE)
+    replies = assert_naive(model, prompts, stop=stop, decode=decode, **USE)
     stopped = [reply for reply in replies if reply.reason == "stop"]
     assert len(stopped) > 1 and len(replies) > len(stopped)
     for reply in stopped:
@@ -220,7 +220,7 @@ def test_the_earliest_stop_string_cuts_and_none_goes_over_an_answer():
 def test_ban():
     model, prompts = build(), texts(20)
     assert any(CALL in reply.tokens for reply in converse(model, prompts, 14, END, call=CALL))
-    replies = compare(model, prompts, ban=[CALL, 0], call=CALL)
+    replies = assert_naive(model, prompts, ban=[CALL, 0], call=CALL)
     assert not any({CALL, 0} & set(reply.tokens) for reply in replies)
     assert {reply.reason for reply in replies} == {"end", "length"}
 
@@ -236,7 +236,7 @@ def test_a_seed_draws_what_the_naive_one_draws(how):
                                 for talk, more in ((lambda **how: converse(model, [prompt], 14, END, **how)[0], 0),
                                                    (lambda **how: naive(model, prompt, 14, END, **how), 0),
                                                    (lambda **how: converse(model, [prompt], 14, END, **how)[0], 99)))
-        same([found], [wanted])
+        assert_same([found], [wanted])
         replies.append((found, other))
     assert any(found.calls for found, _ in replies) and any(found != other for found, other in replies)
     assert torch.equal(world, torch.get_rng_state())
@@ -262,10 +262,10 @@ def test_answers_go_in_one_pass_where_most_rows_call(monkeypatch):
 def test_layers_that_forget_by_age_get_no_padding(mixer, monkeypatch):
     model = build(mixer)
     with passes(monkeypatch) as seen:
-        compare(model, texts(8), **USE)
+        assert_naive(model, texts(8), **USE)
     assert seen[0][1] > 0 and not any(padding for _, padding, _ in seen[1:])
     with passes(monkeypatch) as seen:
-        compare(model, texts(8), tree=DialogTree(model, None), **USE)
+        assert_naive(model, texts(8), tree=DialogTree(model, None), **USE)
     assert not any(padding for _, padding, _ in seen)
 
 
@@ -285,7 +285,7 @@ def test_the_columns_never_run_out(mixer):
     model = build(mixer)
     how = dict(tool=lambda ids: [(sum(ids) + i) % V for i in range(9 + len(ids))], call=CALL, max_calls=9)
     for tree in (None, DialogTree(model, None)):
-        assert max(len(reply.calls) for reply in compare(model, texts(10), tree=tree, **how)) > 2
+        assert max(len(reply.calls) for reply in assert_naive(model, texts(10), tree=tree, **how)) > 2
 
 
 def test_gathered_windows_hold_no_padding():
@@ -309,7 +309,7 @@ def test_gathered_windows_hold_no_padding():
 def test_learned_positions_end():
     model = build(positions="learned", block_size=12)
     how = dict(ban=[END])
-    assert [len(reply.tokens) for reply in compare(model, [[1] * 8, [2] * 3], 5, **how)] == [5, 5]  # 12 are read
+    assert [len(reply.tokens) for reply in assert_naive(model, [[1] * 8, [2] * 3], 5, **how)] == [5, 5]  # 12 are read
     with pytest.raises(ValueError, match="past block_size 12"):
         converse(model, [[1] * 8], 6, END, **how)
     model = scripted(build(positions="learned", block_size=12), {10: END})
@@ -335,13 +335,13 @@ def test_what_prompts_have_in_common_is_read_once(monkeypatch):
     prompts = [base + branch + [leaf] * 3 + [0] for branch in branches for leaf in (1, 2, 4)]
     tree = DialogTree(model, None)
     with passes(monkeypatch) as seen:
-        found = compare(model, prompts, 4, tree=tree, ban=[END])
+        found = assert_naive(model, prompts, 4, tree=tree, ban=[END])
     assert sum(columns * rows - padding for columns, padding, rows in seen) == 20 + 5 + 5 + 6 + 9 * 3 + 9 * 4
     # The next turn of each dialog reads what is new.
     again = [prompt + reply.tokens + [1, 2] for prompt, reply in zip(prompts, found)]
     assert all(tree.match(text) == len(text) - 3 for text in again)
     with passes(monkeypatch) as seen:
-        compare(model, again, 1, tree=tree)
+        assert_naive(model, again, 1, tree=tree)
     assert sum(columns * rows - padding for columns, padding, rows in seen) == 9 * 3
 
 
@@ -353,7 +353,7 @@ def test_without_a_tree_of_its_own_a_call_makes_one_where_that_pays(monkeypatch)
     def read(prompts, **how):
         with passes(monkeypatch) as seen:
             found = converse(model, prompts, 4, END, ban=[END], **how)
-        same(found, [naive(model, prompt, 4, END, ban=[END]) for prompt in prompts])
+        assert_same(found, [naive(model, prompt, 4, END, ban=[END]) for prompt in prompts])
         return sum(columns * rows - padding for columns, padding, rows in seen)
     long, short = ([[1] * n + [leaf, 5, leaf] for leaf in range(V)] for n in (40, 4))
     assert read(long) == 40 + V * 2 + V * 4 and read(long, tree=False) == V * 43 + V * 3
@@ -368,7 +368,7 @@ def test_a_tree_serves_the_next_turn(mixer):
     prompts += [prompts[1], prompts[1] + [1, 2], prompts[1][:9] + [5], prompts[1][:9]]
     tree = DialogTree(model, None)
     for _ in range(3):
-        replies = compare(model, prompts, 6, tree=tree, **USE)
+        replies = assert_naive(model, prompts, 6, tree=tree, **USE)
         read = [prompt + reply.tokens for prompt, reply in zip(prompts, replies)]
         assert all(tree.match(text) >= len(text) - 1 for text in read)
         prompts = [text + [1, 2, 4] for text in read]
@@ -381,7 +381,7 @@ def test_a_small_budget_changes_nothing(mixer, budget):
     prompts += [prompts[1] + [1, 2, 3], prompts[1][:9] + [4]]
     tree = DialogTree(model, budget, host_budget=budget)
     for _ in range(2):
-        compare(model, prompts, 6, tree=tree, **USE)
+        assert_naive(model, prompts, 6, tree=tree, **USE)
         assert tree.device_bytes <= budget and tree.host_bytes <= budget
     tree.reset()  # nothing is locked
 

@@ -26,7 +26,7 @@ def text(n, seed=1):
     return torch.randint(256, (n,), generator=torch.Generator().manual_seed(seed))
 
 
-def close(found, wanted):
+def assert_close(found, wanted):
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -54,15 +54,15 @@ def test_sliding_caches(mixer):
     """Full attention limited to the last 6 positions, as for generation without end."""
     model = build(mixer)
     tree, base = DialogTree(model, budget=None, window=6), text(9)
-    close(turn(model, tree, base, 8)[0], whole(model, base, window=6))
+    assert_close(turn(model, tree, base, 8)[0], whole(model, base, window=6))
     dialog = torch.cat((base, text(40, seed=2)))
     logits, n = turn(model, tree, dialog, 8)
     assert n == 9
-    close(logits, whole(model, dialog, window=6)[9:])
+    assert_close(logits, whole(model, dialog, window=6)[9:])
     early = torch.cat((base[:7], text(9, seed=3)))  # 7 positions: the last 5 are held, all that a window of 6 shows
     logits, n = turn(model, tree, early, 8)
     assert n == (0 if "mamba" in mixer else 7)
-    close(logits, whole(model, early, window=6)[n:])
+    assert_close(logits, whole(model, early, window=6)[n:])
     assert turn(model, tree, dialog)[1] == 49
     with pytest.raises(ValueError, match="not of this tree's model"):
         cache = model.new_cache(1, 8)
@@ -160,7 +160,7 @@ def test_a_page_is_a_copy():
     for held, rows in ((cache, 1), (other, 2)):
         with torch.no_grad():
             logits = model(text(2)[None].repeat(rows, 1), cache=held)[0]
-        close(logits, whole(model, torch.cat((dialog, text(2))))[-2:])
+        assert_close(logits, whole(model, torch.cat((dialog, text(2))))[-2:])
     tree._move(node, "host")
     assert turn(model, tree, dialog) == (None, 20) and tree.stats()["page_ins"] == 2
 

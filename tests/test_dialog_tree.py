@@ -87,7 +87,7 @@ class Numbers:
                     layer.update(k[None, None], k.repeat(1, 9)[None, None, :, :2 + i])
             cache.advance(places)
 
-    def verify(self, cache, row, tokens):
+    def check_row(self, cache, row, tokens):
         """That a row of a cache holds what these tokens leave, and enough of it."""
         for i, layer in enumerate(cache.layers):
             first, tensors = layer.row(row)
@@ -263,7 +263,7 @@ class Watched(DialogTree):
         assert limit is None or self._bytes[node.place] <= limit
 
 
-def compare(tree, naive, locks):
+def assert_same(tree, naive, locks):
     """The same nodes, places, order and contents as the naive one has, and the same counts."""
     nodes = check(tree, [lock for lock, _ in locks])
     assert {end: node.place for end, node in nodes.items()} == naive.ends
@@ -325,9 +325,9 @@ def test_thousands_of_operations_equal_the_naive_one(storm):
             locks.append((lock, naive.lock(tokens)))
             assert lock.length == len(locks[-1][1])
         if what == "turn":
-            compare(tree, naive, locks)
+            assert_same(tree, naive, locks)
             cache = tree.take(lock, 16)
-            model.verify(cache, 0, tokens[:lock.length])
+            model.check_row(cache, 0, tokens[:lock.length])
             model.read(cache, tokens, chance.randint(1, 9))
         elif what == "put":
             cache = model.new_cache(1, 16)
@@ -343,10 +343,10 @@ def test_thousands_of_operations_equal_the_naive_one(storm):
             some = [chance.choice(locks) for _ in range(3)]
             cache = tree.take([lock for lock, _ in some], 16)
             for row, (_, kept) in enumerate(some):
-                model.verify(cache, row, kept)
+                model.check_row(cache, row, kept)
                 assert tree.put(kept, cache, row) == len(kept)
                 naive.put(kept, [None] * len(kinds))
-        compare(tree, naive, locks)
+        assert_same(tree, naive, locks)
     stats = tree.stats()
     assert (stats["hits"] > 25) == (budget != 0)
     assert (stats["refused"] > 0) == (budget is not None)
@@ -414,7 +414,7 @@ def test_a_failed_copy_loses_nothing(what, n, monkeypatch):
     for word in words:
         with tree.lock(dialog(word)) as prefix:
             assert prefix.length == len(word)
-            model.verify(tree.take(prefix, 8), 0, dialog(word))
+            model.check_row(tree.take(prefix, 8), 0, dialog(word))
     act()
     check(tree)
 

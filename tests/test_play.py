@@ -16,18 +16,15 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from nanolab import play  # noqa: E402
-from nanolab.play import View, parse_actions, save_gif, save_strip, serve  # noqa: E402
-from forks import wait_for  # noqa: E402
-from nanolab.run import UserError  # noqa: E402
+from forks import ROOT, wait_for
+from nanolab import play
+from nanolab.play import View, parse_actions, save_gif, save_strip, serve
+from nanolab.run import UserError
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -115,7 +112,7 @@ def post(url, body, **headers):
     return status, json.loads(text)
 
 
-def refused(answer, status):
+def check_refused(answer, status):
     """The one line that came with `status`."""
     assert answer[0] == status and list(answer[1]) == ["error"], answer
     assert answer[1]["error"] and "\n" not in answer[1]["error"]
@@ -157,13 +154,13 @@ def test_page_without_prompts():
     with served(Fake(prompts=False)) as address:
         text = request(address)[2].decode()
         assert 'id="prompt"' not in text and 'id="start"' in text
-        assert "takes no prompt" in refused(post(address + "reset", {"prompt": "a cat"}), 400)
+        assert "takes no prompt" in check_refused(post(address + "reset", {"prompt": "a cat"}), 400)
         assert post(address + "reset", {"prompt": " "})[0] == 200
 
 
 def test_reset_and_steps(game):
     session, address = game
-    assert "start one first" in refused(post(address + "step", {"action": 0}), 400)
+    assert "start one first" in check_refused(post(address + "step", {"action": 0}), 400)
     status, view = post(address + "reset", {"prompt": None})
     assert status == 200 and set(view) == {"frame", "truth", "cache", "fps", "note", "step"}
     assert view["fps"] is None and view["step"] == 0 and view["cache"] == "0 frames, 1.2 MB"
@@ -203,15 +200,15 @@ def test_what_is_no_request_is_refused_in_one_line(game):
     session, address = game
     for path in ("reset", "step"):
         for body in (b"", b"{", b"[]", b"7", b"null", b"\xff{}", b'{"action": 1', b"[" * 60000):
-            assert "JSON" in refused(post(address + path, body), 400)
+            assert "JSON" in check_refused(post(address + path, body), 400)
     room = play.BODY_LIMIT - len('{"prompt": ""}')
     for over in (1, 900_000):
-        assert "larger" in refused(post(address + "reset", {"prompt": "x" * (room + over)}), 400)
+        assert "larger" in check_refused(post(address + "reset", {"prompt": "x" * (room + over)}), 400)
     for action in (-1, 3, 10 ** 30, 1.0, "1", True, None, [1]):
-        assert "0 to 2" in refused(post(address + "step", {"action": action}), 400)
-    refused(post(address + "step", {}), 400)
+        assert "0 to 2" in check_refused(post(address + "step", {"action": action}), 400)
+    check_refused(post(address + "step", {}), 400)
     for prompt in (7, ["a"], True):
-        assert "sentence" in refused(post(address + "reset", {"prompt": prompt}), 400)
+        assert "sentence" in check_refused(post(address + "reset", {"prompt": prompt}), 400)
     for length in ("Content-Length: x", "Content-Length: -1", "Content-Length: 2\r\nContent-Length: 3",
                    "Transfer-Encoding: chunked", "Content-Length: 2\r\nTransfer-Encoding: chunked"):
         assert raw(address, "POST /reset HTTP/1.1", f"Host: {address.split('/')[2]}", "Content-Type: application/json",
@@ -219,7 +216,7 @@ def test_what_is_no_request_is_refused_in_one_line(game):
     for path in ("favicon.ico", "play.py", "reset/", "../play.py", "%2e%2e/play.py", "/etc/passwd", "page"):
         status, headers, text = request(address + path)
         assert status == 404 and json.loads(text)["error"] and headers["Content-Type"] == "application/json"
-        refused(post(address + path, {}), 404)
+        check_refused(post(address + path, {}), 404)
     for path, wrong, right in (("", "POST", "GET"), ("reset", "GET", "POST"), ("step", "GET", "POST"),
                                ("step", "PUT", "POST"), ("", "DELETE", "GET"), ("step", "OPTIONS", "POST")):
         status, headers, text = request(address + path, method=wrong)
@@ -233,9 +230,9 @@ def test_the_old_world_goes_on_after_an_error(game, capsys):
     session, address = game
     post(address + "reset", {})
     post(address + "step", {"action": 1})
-    assert refused(post(address + "reset", {"prompt": "a fish"}), 400) == "no word for 'fish'"
+    assert check_refused(post(address + "reset", {"prompt": "a fish"}), 400) == "no word for 'fish'"
     assert post(address + "step", {"action": 1})[1]["step"] == 2
-    assert "lost" in refused(post(address + "reset", {"prompt": "bug"}), 500)
+    assert "lost" in check_refused(post(address + "reset", {"prompt": "bug"}), 500)
     assert "KeyError" in capsys.readouterr().err                               # a bug of ours shows in the terminal
     assert post(address + "step", {"action": 1})[0] == 200
 
@@ -249,14 +246,14 @@ def test_foreign_pages_are_refused(game):
     for host in ("evil.example", f"evil.example:{port}", "127.0.0.1", "localhost:1", f"127.0.0.1.evil.example:{port}",
                  f"localhost:{port}.evil.example", f"0.0.0.0:{port}", ""):
         assert request(address, Host=host)[0] == 403, host
-        refused(post(address + "reset", {}, Host=host), 403)
+        check_refused(post(address + "reset", {}, Host=host), 403)
     assert raw(address, "GET / HTTP/1.1") == 403                               # none, and two
     assert raw(address, "GET / HTTP/1.1", f"Host: {ours[0]}", "Host: evil.example") == 403
     for origin in ("http://evil.example", f"http://evil.example:{port}", "null", f"https://127.0.0.1:{port}",
                    "http://127.0.0.1", f"http://localhost:{port}.evil.example", ""):
-        refused(post(address + "reset", {}, Origin=origin), 403)
+        check_refused(post(address + "reset", {}, Origin=origin), 403)
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "text/json", ""):
-        refused(post(address + "reset", {}, Content_Type=kind), 415)
+        check_refused(post(address + "reset", {}, Content_Type=kind), 415)
     assert not session.calls
     for host in ours:
         assert post(address + "reset", {}, Origin=f"http://{host}")[0] == 200
