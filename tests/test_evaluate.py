@@ -138,7 +138,7 @@ def test_unknown_protocols(protocol):
         parse_protocol(protocol, build().config, 100)
 
 
-@pytest.mark.parametrize("windows, starts", [(1, [0]), (2, [0, 3]), (3, [0, 2, 4]), (6, range(6)), (50, range(6))])
+@pytest.mark.parametrize("windows, starts", [(1, [0]), (2, [0, 3]), (4, [0, 1, 3, 4]), (6, range(6)), (50, range(6))])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_windows_are_those_of_the_full_pass(windows, starts, batch_size):
     model, data = build(), text(6 * T + 5)                       # 6 whole windows, 4 targets over

@@ -150,7 +150,7 @@ class Writes:
         return self.written, Quantised(None, codes, z=torch.ones(len(frames), 3, 2), loss=torch.tensor(0.8))
 
 
-def coloured(video, palette):
+def coloured(palette):
     """Training clips with a palette; or RGB, in which a pixel may change in one colour only."""
     if palette:
         return material(video, "train")
@@ -167,47 +167,29 @@ def pixel_nats(row, target):
 
 
 @pytest.mark.parametrize("palette", [True, False])
-@pytest.mark.parametrize("step, extra, soft", [(0, 20, True), (29, 20 * 41 / 70, True), (30, 20 * 40 / 70, False),
-                                               (80, 0, False)])
-def test_the_loss_of_actions_by_a_loop(put, step, extra, soft, palette):
-    """Of the last frame; pixels that differ from the frame before weigh 1 + `extra`; codes are soft at first."""
-    put(action_steps=100, action_change=20.0, action_change_fraction=0.7, soft_fraction=0.3)
-    shown = coloured(video, palette)
+@pytest.mark.parametrize("stage, step, extra, soft", [
+    ("actions", 0, 20, True), ("actions", 29, 20 * 41 / 70, True), ("actions", 30, 20 * 40 / 70, False),
+    ("actions", 80, 0, False), ("tokenizer", 0, 10, None)])
+def test_the_loss_of_pictures_by_a_loop(put, stage, step, extra, soft, palette):
+    """Actions: of the last frame, where pixels that differ from the frame before weigh 1 + `extra`, and codes are soft
+    at first. Tokenizer: of all frames, where pixels that are not the same throughout the clip do."""
+    put(action_steps=100, action_change=20.0, action_change_fraction=0.7, soft_fraction=0.3, tokenizer_change=10.0)
+    shown, times = coloured(palette), (2,) if stage == "actions" else (0, 1, 2)
     index = whole(shown.clips.count(3), 3)
-    model = Writes(3, 20, 20, 6 if palette else 3)
-    loss, _ = loss_of("actions", model, shown, index, step)
-    frames = shown.clips.frames(index, 3)
+    model = Writes(3, *times[1:] and (3,), 20, 20, 6 if palette else 3)
+    loss, found = loss_of(stage, model, shown, index, step)
+    frames, written = shown.clips.frames(index, 3), model.written.view(3, len(times), 20, 20, -1)
     assert torch.equal(model.frames, frames.float() / 255) and model.soft == soft
     total = weights = changed = 0
     for i, y, x in itertools.product(range(3), range(20), range(20)):
-        now, before = frames[i, 2, y, x].tolist(), frames[i, 1, y, x].tolist()
-        target = video.palette.tolist().index(now) if palette else [value / 255 for value in now]
-        changed += now != before
-        weight = 1 + extra * (now != before)
-        total += weight * pixel_nats(model.written[i, y, x].tolist(), target)
-        weights += weight
-    assert 0 < changed < 1200 and loss.item() == near(total / weights)
-
-
-@pytest.mark.parametrize("palette", [True, False])
-def test_the_loss_of_the_tokenizer_by_a_loop(put, palette):
-    """Of all frames; pixels that are not the same throughout the clip weigh 1 + tokenizer_change in each of them."""
-    put(tokenizer_change=10.0)
-    shown = coloured(video, palette)
-    index = whole(shown.clips.count(3), 3)
-    model = Writes(3, 3, 20, 20, 6 if palette else 3)
-    loss, found = loss_of("tokenizer", model, shown, index)
-    frames = shown.clips.frames(index, 3)
-    assert torch.equal(model.frames, frames.float() / 255)
-    total = weights = 0
-    for i, y, x in itertools.product(range(3), range(20), range(20)):
         pixels = frames[i, :, y, x].tolist()
-        weight = 1 + 10 * (len(set(map(tuple, pixels))) > 1)
-        for t, pixel in enumerate(pixels):
-            target = video.palette.tolist().index(pixel) if palette else [value / 255 for value in pixel]
-            total += weight * pixel_nats(model.written[i, t, y, x].tolist(), target)
-            weights += weight
-    assert 3600 < weights < 11 * 3600 and loss.item() == near(total / weights)
+        moved = pixels[2] != pixels[1] if stage == "actions" else pixels != pixels[:1] * 3
+        changed += moved
+        for t, row in zip(times, written[i, :, y, x].tolist()):
+            target = video.palette.tolist().index(pixels[t]) if palette else [value / 255 for value in pixels[t]]
+            total += (1 + extra * moved) * pixel_nats(row, target)
+            weights += 1 + extra * moved
+    assert 0 < changed < 1200 and loss.item() == near(total / weights)
     assert found.codes.shape == (3, 3) and w.STAGES["tokenizer"].commitment == 0.25
 
 
