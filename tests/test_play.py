@@ -630,6 +630,8 @@ def test_strip(tmp_path):
             assert (strip[y:y + 10, x:x + 12] == frame.repeat(2, 0).repeat(2, 1)).all()
             rest[y:y + 10, x:x + 12] = False
     assert (strip[rest] == 255).all()
+    save_strip(tmp_path / "short.png", rows, ["a", "b"], scale)                 # as wide as its longest row
+    assert Image.open(tmp_path / "short.png").size == (gap + 3 * (12 + gap), len(strip))
     with pytest.raises(ValueError, match="1 titles for 2 rows"):
         save_strip(tmp_path / "other.png", rows, ["one"])
     with pytest.raises(ValueError, match="needs a frame"):
