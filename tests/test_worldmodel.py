@@ -10,7 +10,7 @@ import choices
 from model import parameter_roles
 from models.video import axial_tables
 from models.world_actions import ActionModel, Nearest, Signs
-from models.world_dynamics import CausalDynamics, Dynamics
+from models.world_dynamics import CausalDynamics, Dynamics, fill_in
 from models.world_layers import from_patches, to_patches
 from models.world_tokenizer import Tokenizer
 from models.world_words import Writer, as_characters, as_text
@@ -225,6 +225,26 @@ def test_cached_generation_is_recomputed_generation(kind, temperature, window):
     assert len({tuple(row.flatten().tolist()) for row in runs[0]}) == 3
     if not temperature:
         assert torch.equal(model.generate(first[1:2], actions[1:2, :1], actions[1:2, 1:], **how), runs[0][1:2])
+
+
+@pytest.mark.parametrize("temperature, choice, by_chance", [(0, 1e6, False), (1, 0, False), (1, 1e6, True)])
+def test_the_surest_places_settle_first(temperature, choice, by_chance):
+    """A cosine's share stays hidden; with much choice others settle in each row; one place at least in every round."""
+    best = F.one_hot(torch.arange(12) % 5, 5).double()        # of place n by 20 + n / 2: chance changes none of them
+    logits, hidden = (best * (20 + torch.arange(12)[:, None] / 2)).expand(40, 12, 5), []
+
+    def logits_of(tokens):
+        hidden.append(tokens == 5)
+        return logits
+    tokens = fill_in(logits_of, 40, 12, 5, None, 4, temperature, choice, torch.Generator().manual_seed(0))
+    assert torch.equal(tokens, (torch.arange(12) % 5).expand(40, 12))
+    assert [places.sum(1).unique().tolist() for places in hidden] == [[12], [11], [8], [4]]
+    assert all(torch.equal(a & b, b) for a, b in zip(hidden, hidden[1:]))
+    in_order = all((places == (torch.arange(12) < places.sum(1, keepdim=True))).all() for places in hidden)
+    assert in_order != by_chance and (not by_chance or hidden[1].all(0).sum() == 0)
+    hidden.clear()
+    fill_in(logits_of, 40, 12, 5, None, 99, temperature, choice, torch.Generator().manual_seed(0))
+    assert [int(places[0].sum()) for places in hidden] == list(range(12, 0, -1))
 
 
 def test_temperature_makes_draws_more_even():

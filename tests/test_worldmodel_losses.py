@@ -365,6 +365,10 @@ def test_a_tokenizer_that_sees_time_draws_a_played_world_as_a_rollout(put):
         assert not torch.equal(torch.stack(seen), alone)      # the frames before do count
         again = played.draw(whole[:, 3:4])
     assert torch.equal(again, alone[0]) and not torch.equal(again, seen[0])  # a new world forgets the last
+    played.reset()
+    held = played.drawn
+    played.step(1)
+    assert played.drawn is held and held.length == 4          # a step goes on from three frames
 
 
 @pytest.mark.parametrize("source", ["true", "latent"])
