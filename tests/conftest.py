@@ -59,6 +59,15 @@ def by_triton():
 
 
 @pytest.fixture
+def put(request, monkeypatch):
+    """Sets settings of the script that a test file imports as `w`, for one test."""
+    def put(**settings):
+        for name, value in settings.items():
+            monkeypatch.setattr(request.module.w, name, value)
+    return put
+
+
+@pytest.fixture
 def one_thread():
     """For small tensors: threads cost more than they bring, and sums are the same on every machine."""
     before = torch.get_num_threads()

@@ -1,34 +1,21 @@
-"""The evaluation protocols against byte-by-byte references. About 10 s on one core."""
+"""What a split costs: every byte scored once under each protocol against a pass of its own, intervals, uniform and
+broken models, modes and generators left alone; evaluate.py as a person sees it."""
 import math
-import sys
 
 import pytest
 import torch
 
 import evaluate
-from model import Attention, Transformer, TransformerConfig
+import toy
+from model import Attention
 from nanolab import tasks
 from nanolab.run import UserError
 from nanolab.score import Score, parse_protocol, score, target_bits
+from toy import T, build, run_main
 
-T = 8
-PROTOCOLS = ("block", "stride:1", "stride:3", "stride:5", "stride:8")
-SIZES = (2, 3, T - 1, T, T + 1, T + 2, 2 * T, 2 * T + 1, 27, 40, 41)
+SIZES = (2, T - 1, T, T + 1, T + 2, 2 * T, 2 * T + 1, 27, 41)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def build(positions="rope", **settings):
-    """A small model whose logits are large and depend strongly on every byte that attention sees."""
-    torch.manual_seed(0)
-    config = dict(n_layer=2, n_head=2, n_embd=16, block_size=T, init="xavier", positions=positions, dropout=0.2)
-    model = Transformer(TransformerConfig(**{**config, **settings})).eval()
-    with torch.no_grad():
-        model.heads[0].mul_(60)
-        for block in model.blocks:
-            block.mixer.qkv.weight.mul_(3)
-            block.mixer.out.weight.mul_(3)
-    return model
 
 
 def text(N, seed=0):
@@ -59,23 +46,17 @@ def one_by_one(model, data, protocol):
     return torch.tensor(bits, dtype=torch.float64)
 
 
-def banded(self, q, k, v, positions, key_positions, pattern):
-    """Attention to the last T positions, written out: the reference of `cache` in one pass over the whole split."""
-    distance = torch.arange(q.size(2))[:, None] - torch.arange(k.size(2))
-    scores = (q @ k.transpose(2, 3) / q.size(-1) ** 0.5).masked_fill((distance < 0) | (distance >= T), -torch.inf)
-    return scores.softmax(-1) @ v
-
-
 def in_one_pass(model, data, monkeypatch):
+    """Bits of every byte after all before it, attention limited to T."""
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(Attention, "attend", banded)
+        patch.setattr(Attention, "attend", toy.banded)
         logits = model(data[None, :-1].long())[0]
     return torch.tensor([8.0] + [bits_of(row, target) for row, target in zip(logits, data[1:].tolist())],
                         dtype=torch.float64)
 
 
 @pytest.mark.parametrize("N", SIZES)
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", ["block", "stride:1", "stride:3", "stride:5", "stride:8"])
 def test_every_byte_is_scored_once_with_the_promised_context(protocol, N):
     model, data = build("learned"), text(N)
     found = score(model, data, protocol, batch_size=3)
@@ -86,44 +67,27 @@ def test_every_byte_is_scored_once_with_the_promised_context(protocol, N):
     assert found.loss == pytest.approx(found.bpb * math.log(2), rel=1e-12)
 
 
-def test_promised_contexts():
-    """The reference itself: at least T - S bytes for all but the first T, never more than T."""
-    for protocol, S in [("stride:1", 1), ("stride:3", 3), ("stride:8", 8)]:
-        assert all(T - S + 1 <= i - context_start(i, protocol) <= T for i in range(T, 100))
+def test_protocols_differ_and_promise_what_they_say():
+    """At least T - S bytes for all but the first T, never more than T; no test above passes by scoring all alike."""
+    for S in (1, 3, 8):
+        assert all(T - S + 1 <= i - context_start(i, f"stride:{S}") <= T for i in range(T, 100))
     assert [i - context_start(i, "block") for i in range(1, 18)] == [*range(1, 9), *range(1, 9), 1]
-
-
-def test_protocols_differ():
-    """So that no test above can pass by scoring everything alike."""
     model, data = build(), text(200)
     found = [score(model, data, protocol).bpb for protocol in ("block", "stride:1", "stride:3", "cache")]
     assert min(abs(a - b) for i, a in enumerate(found) for b in found[:i]) > 1e-3
     assert score(model, data, f"stride:{T}").bpb == score(model, data, "block").bpb
+    one = build(block_size=1)                                    # a cache of one key
+    assert torch.equal(score(one, data, "cache").bits, score(one, data, "block").bits)
 
 
-@pytest.mark.parametrize("positions", ["rope", "none"])
-@pytest.mark.parametrize("N", [2, 5, T, T + 1, T + 2, 63, 64, 65, 66, 129, 300])
-def test_cache_equals_one_banded_pass(positions, N, monkeypatch):
+@pytest.mark.parametrize("settings", [{}, dict(positions="none"), dict(qk_norm=True, n_kv_head=1)], ids=str)
+@pytest.mark.parametrize("N", [2, T + 1, T + 2, 64, 65, 66, 129, 300])
+def test_cache_equals_one_banded_pass(settings, N, monkeypatch):
     """N passes the segments' length of 4 n_layer T = 64 several times: the cut changes nothing."""
-    model, data = build(positions), text(N)
+    model, data = build(**settings), text(N)
     found = score(model, data, "cache", batch_size=2)
     assert found.bytes == N and found.protocol == "cache"
     torch.testing.assert_close(found.bits, in_one_pass(model, data, monkeypatch), atol=1e-4, rtol=1e-5)
-
-
-def test_cache_equals_one_stream_fed_byte_by_byte():
-    model, data = build(qk_norm=True, n_kv_head=1), text(200)
-    cache, bits = model.new_cache(1, T, window=T), [8.0]
-    with torch.no_grad():
-        for i in range(1, len(data)):
-            bits.append(bits_of(model(data[None, i - 1:i].long(), cache=cache)[0, 0], data[i].item()))
-    torch.testing.assert_close(score(model, data, "cache").bits, torch.tensor(bits, dtype=torch.float64),
-                               atol=1e-4, rtol=1e-5)
-
-
-def test_cache_of_one_key_is_block():
-    model, data = build(block_size=1), text(50)
-    assert torch.equal(score(model, data, "cache").bits, score(model, data, "block").bits)
 
 
 @pytest.mark.parametrize("protocol", ["block", "stride:3", "cache"])
@@ -168,17 +132,13 @@ def test_cache_past_learned_positions_is_refused(positions):
     "", "blok", "block:", "block:4", "cache:", "cache:8", "stride", "stride:", "stride:0", "stride:9", "stride:-1",
     "stride:2.0", "stride:²", "Block", "stride:1 "])
 def test_unknown_protocols(protocol):
+    assert [parse_protocol(p, build().config, 100) for p in ("block", "stride:5", "cache")] == [
+        ("block", T), ("stride", 5), ("cache", None)]
     with pytest.raises(UserError, match=r"block, cache, memory, or stride:S with S from 1 to block_size \(8\)"):
         parse_protocol(protocol, build().config, 100)
 
 
-def test_known_protocols():
-    config = build().config
-    assert [parse_protocol(p, config, 100) for p in ("block", "stride:5", "cache")] == [
-        ("block", T), ("stride", 5), ("cache", None)]
-
-
-@pytest.mark.parametrize("windows, starts", [(1, [0]), (2, [0, 3]), (3, [0, 2, 4]), (6, range(6)), (50, range(6))])
+@pytest.mark.parametrize("windows, starts", [(1, [0]), (2, [0, 3]), (4, [0, 1, 3, 4]), (6, range(6)), (50, range(6))])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_windows_are_those_of_the_full_pass(windows, starts, batch_size):
     model, data = build(), text(6 * T + 5)                       # 6 whole windows, 4 targets over
@@ -188,22 +148,16 @@ def test_windows_are_those_of_the_full_pass(windows, starts, batch_size):
     torch.testing.assert_close(part.bits, expected, atol=1e-4, rtol=1e-5)
 
 
-def test_windows_of_a_split_shorter_than_one():
+def test_windows_of_short_splits_and_of_other_protocols():
     model, data = build(), text(5)
     found = score(model, data, "block", windows=4)
     assert found.protocol == "block, 1 windows"
     torch.testing.assert_close(found.bits, score(model, data, "block").bits[1:])
-
-
-def test_windows_only_with_block():
     for protocol, windows in [("stride:2", 3), ("cache", 3), ("block", 0)]:
         with pytest.raises(ValueError, match="needs block"):
-            score(build(), text(50), protocol, windows=windows)
-
-
-def test_too_small_a_split():
+            score(model, text(50), protocol, windows=windows)
     with pytest.raises(UserError, match="1 bytes cannot be scored"):
-        score(build(), text(1))
+        score(model, text(1))
 
 
 @pytest.mark.parametrize("protocol", ["block", "stride:2", "cache"])
@@ -238,63 +192,43 @@ def noisy(N, seed=0):
 
 
 def test_interval():
+    """3.92 standard errors of chunks' means wide, the same for one seed; of 95 in 100 the truth lies within."""
     found = noisy(64 * 100)
     low, high = found.interval(chunk=100)
     assert low < found.bpb < high and (low, high) == found.interval(chunk=100)
     assert (low, high) != found.interval(chunk=100, seed=1)
-    sigma = found.bits.view(64, 100).mean(1).std().item() / 8                        # of the mean of 64 chunks
+    sigma = found.bits.view(64, 100).mean(1).std().item() / 8
     assert high - low == pytest.approx(2 * 1.96 * sigma, rel=0.15)
     large = noisy(64 * 1600).interval(chunk=100)
     assert (high - low) / (large[1] - large[0]) == pytest.approx(4, rel=0.3)
-
-
-def test_interval_covers_the_truth_about_as_often_as_it_says():
     hits = sum(low < 2 < high for low, high in (noisy(50 * 20, seed).interval(200, 20) for seed in range(100)))
     assert 87 <= hits <= 99
-
-
-def test_interval_counts_neighbours_as_one():
-    """Bytes that come in equal runs of 50 tell no more than one of them."""
-    runs = Score(noisy(200).bits.repeat_interleave(50), "block", 1.0)
+    runs = Score(noisy(200).bits.repeat_interleave(50), "block", 1.0)                # neighbours count as one
     byte, run = (high - low for low, high in (runs.interval(300, chunk) for chunk in (1, 50)))
     assert run / byte == pytest.approx(50 ** 0.5, rel=0.25)
 
 
-def test_interval_weighs_a_short_last_chunk():
+def test_interval_of_a_short_last_chunk_of_too_few_bytes_and_of_ids():
     bits = torch.cat((torch.full((20,), 1.0), torch.full((9,), 5.0))).double()
     low, high = Score(bits, "block", 1.0).interval(chunk=10)
     assert low == 1.0 and high == pytest.approx(5.0)
     assert low < Score(bits, "block", 1.0).bpb < high
-
-
-def test_interval_of_too_few_bytes():
+    half = Score(bits, "block", 1.0, n_bytes=58)
+    assert half.interval(chunk=10) == pytest.approx((low / 2, high / 2)) and half.bytes == 58
     assert all(map(math.isnan, noisy(19).interval(chunk=10)))
     assert not any(map(math.isnan, noisy(20).interval(chunk=10)))
 
 
+# ---- the command ----
+
 @pytest.fixture
-def run_directory(tmp_path):
-    """A run as a script leaves it: last.pt with raw and averaged weights, over 4,000 bytes of text."""
+def run(tmp_path):
+    """A run with raw and averaged weights, over 4,000 bytes of text."""
     (tmp_path / "text.txt").write_bytes(bytes(text(4000).tolist()))
     model = build()
-    ema = {name: value / 2 for name, value in model.state_dict().items()}
     settings = {**model.config.__dict__, "dataset": str(tmp_path / "text.txt"), "max_bytes": None}
-    torch.save({"format": "nanolab-1", "script": "train_enwik8", "step": 7, "settings": settings,
-                "model": model.state_dict(), "ema": {"weights": ema}}, tmp_path / "last.pt")
-    return tmp_path
-
-
-def run_main(monkeypatch, capsys, *words):
-    """(exit status, stdout, stderr) of `python evaluate.py WORDS`, in this process."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
-    before, status = dict(vars(evaluate)), 0
-    try:
-        evaluate.main()
-    except SystemExit as error:
-        status = error.code
-    finally:
-        vars(evaluate).update(before)
-    return status, *capsys.readouterr()
+    ema = {"weights": {name: value / 2 for name, value in model.state_dict().items()}}
+    return toy.save(tmp_path, model, settings=settings, ema=ema)
 
 
 def table(out):
@@ -303,64 +237,38 @@ def table(out):
     return {row[1]: (row[0], float(row[2]), int(row[-2].replace(",", ""))) for row in rows}
 
 
-def test_main_prints_the_table(run_directory, monkeypatch, capsys):
-    status, out, err = run_main(monkeypatch, capsys, run_directory, "--protocols", "block, stride:3,cache",
-                                "--chunk", 50, "--device", "cpu")
-    assert status == 0 and err == ""
-    data = text(4000)[3600:3800]
-    expected = {p: ("val", round(score(build(), data, p).bpb, 4), 200) for p in ("block", "stride:3", "cache")}
-    assert table(out) == {p: (s, pytest.approx(b, abs=2e-4), n) for p, (s, b, n) in expected.items()}
-    assert "step 7, raw weights" in out and "bits/byte" in out and " .. " in out
-
-
-def test_main_with_averaged_weights_and_another_split(run_directory, monkeypatch, capsys):
-    _, out, _ = run_main(monkeypatch, capsys, run_directory / "last.pt", "--weights", "ema", "--split", "test",
-                         "--device", "cpu")
+def test_main_prints_the_table(run):
+    status, out, err = run_main(evaluate, run, "--protocols", "block, stride:3,cache", "--chunk", 50)
+    assert status == 0 and err == "" and "step 7, raw weights" in out and "bits/byte" in out and " .. " in out
+    wanted = {protocol: score(build(), text(4000)[3600:3800], protocol).bpb
+              for protocol in ("block", "stride:3", "cache")}
+    assert table(out) == {protocol: ("val", pytest.approx(bpb, abs=2e-4), 200) for protocol, bpb in wanted.items()}
     halved = build()
     with torch.no_grad():
         for p in halved.parameters():
             p.div_(2)
-    split, bpb, n = table(out)["block"]
-    assert (split, n) == ("test", 200) and "ema weights" in out and "too few bytes" in out
-    assert bpb == pytest.approx(score(halved, text(4000)[3800:]).bpb, abs=2e-4)
+    _, out, _ = run_main(evaluate, run / "last.pt", "--weights", "ema", "--split", "test")
+    assert "ema weights" in out and "too few bytes" in out
+    assert table(out) == {"block": ("test", pytest.approx(score(halved, text(4000)[3800:]).bpb, abs=2e-4), 200)}
 
 
-@pytest.mark.parametrize("words, said", [
-    ([], "which run"),
-    (["{run}/other.pt"], "other.pt"),
-    (["{run}", "--protocols", "block,strid:3"], "unknown protocol 'strid:3'"),
-    (["{run}", "--protocols", "block,stride:99"], "block_size (8)"),
-    (["{run}", "--split", "valid"], "--split valid"),
-    (["{run}", "--batch_size", "0"], "--batch_size 0"),
-])
-def test_main_errors_are_one_line(words, said, run_directory, monkeypatch, capsys):
-    words = [word.format(run=run_directory) for word in words]
-    status, out, err = run_main(monkeypatch, capsys, *words)
-    assert status == 2 and out == "" and err.startswith("error: ") and said in err and err.count("\n") == 1
-
-
-def change(path, **changes):
-    loaded = torch.load(path, weights_only=True)
-    loaded["settings"].update(changes.pop("settings", {}))
-    torch.save({**loaded, **changes}, path)
-
-
-def test_main_without_averaged_weights(run_directory, monkeypatch, capsys):
-    change(run_directory / "last.pt", ema=None)
-    status, _, err = run_main(monkeypatch, capsys, run_directory, "--weights", "ema")
-    assert status == 2 and "no averaged weights" in err
-
-
-def test_main_complains_before_the_first_pass(run_directory, monkeypatch, capsys):
-    """Learned positions with cache: nothing is evaluated first, however long the list."""
-    learned = build("learned")
-    change(run_directory / "last.pt", settings={"positions": "learned"}, model=learned.state_dict())
+@pytest.mark.parametrize("words, said, change", [
+    ([], "which run", {}),
+    (["{run}/other.pt"], "other.pt", {}),
+    (["{run}", "--protocols", "block,strid:3"], "unknown protocol 'strid:3'", {}),
+    (["{run}", "--protocols", "block,stride:99"], "block_size (8)", {}),
+    (["{run}", "--split", "valid"], "--split valid", {}),
+    (["{run}", "--batch_size", "0"], "--batch_size 0", {}),
+    (["{run}", "--weights", "ema"], "no averaged weights", dict(ema=None)),
+    (["{run}", "--samples", "2"], "no posterior", {}),
+    (["{run}", "--samples", "2", "--protocols", "block,cache"], "block and stride:S", {}),
+    (["{run}", "--protocols", "block,cache"], "positions learned", dict(positions="learned")),  # before the first pass
+], ids=str)
+def test_main_errors_are_one_line(words, said, change, run, monkeypatch):
+    loaded = torch.load(run / "last.pt", weights_only=True)
+    if "positions" in change:
+        change = dict(model=build("learned").state_dict(), settings={**loaded["settings"], **change})
+    torch.save({**loaded, **change}, run / "last.pt")
     monkeypatch.setattr(tasks, "score", lambda *_: pytest.fail("a pass was begun"))
-    status, out, err = run_main(monkeypatch, capsys, run_directory, "--protocols", "block,cache")
-    assert status == 2 and out == "" and "positions learned" in err
-
-
-def test_command_line(run_directory, forks, tmp_path):
-    done = forks.run(["evaluate.py", run_directory, "--device", "cpu"], tmp_path)
-    assert done.code == 0 and done.err == ""
-    assert table(done.out)["block"][2] == 200
+    status, out, err = run_main(evaluate, *(word.format(run=run) for word in words))
+    assert status == 2 and out == "" and err.startswith("error: ") and said in err and err.count("\n") == 1

@@ -16,17 +16,15 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from nanolab import play  # noqa: E402
-from nanolab.play import View, parse_actions, save_gif, save_strip, serve  # noqa: E402
-from nanolab.run import UserError  # noqa: E402
+from forks import ROOT, wait_for
+from nanolab import play
+from nanolab.play import View, parse_actions, save_gif, save_strip, serve
+from nanolab.run import UserError
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -114,7 +112,7 @@ def post(url, body, **headers):
     return status, json.loads(text)
 
 
-def refused(answer, status):
+def check_refused(answer, status):
     """The one line that came with `status`."""
     assert answer[0] == status and list(answer[1]) == ["error"], answer
     assert answer[1]["error"] and "\n" not in answer[1]["error"]
@@ -156,13 +154,13 @@ def test_page_without_prompts():
     with served(Fake(prompts=False)) as address:
         text = request(address)[2].decode()
         assert 'id="prompt"' not in text and 'id="start"' in text
-        assert "takes no prompt" in refused(post(address + "reset", {"prompt": "a cat"}), 400)
+        assert "takes no prompt" in check_refused(post(address + "reset", {"prompt": "a cat"}), 400)
         assert post(address + "reset", {"prompt": " "})[0] == 200
 
 
 def test_reset_and_steps(game):
     session, address = game
-    assert "start one first" in refused(post(address + "step", {"action": 0}), 400)
+    assert "start one first" in check_refused(post(address + "step", {"action": 0}), 400)
     status, view = post(address + "reset", {"prompt": None})
     assert status == 200 and set(view) == {"frame", "truth", "cache", "fps", "note", "step"}
     assert view["fps"] is None and view["step"] == 0 and view["cache"] == "0 frames, 1.2 MB"
@@ -190,70 +188,53 @@ def test_speed_is_a_running_mean():
     assert running.step({"action": 0})["fps"] is None
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"7", b"null", b"\xff{}", b'{"action": 1', b"[" * 60000])
-def test_malformed_json(game, body):
-    session, address = game
-    for path in ("reset", "step"):
-        assert "JSON" in refused(post(address + path, body), 400)
-    assert not session.calls
-
-
-def test_wrong_actions_and_prompts(game, capsys):
-    session, address = game
-    post(address + "reset", {})
-    for action in (-1, 3, 10 ** 30, 1.0, "1", True, None, [1]):
-        assert "0 to 2" in refused(post(address + "step", {"action": action}), 400)
-    refused(post(address + "step", {}), 400)
-    for prompt in (7, ["a"], True):
-        assert "sentence" in refused(post(address + "reset", {"prompt": prompt}), 400)
-    assert session.calls == [("reset", None)]
-    post(address + "step", {"action": 1})
-    assert refused(post(address + "reset", {"prompt": "a fish"}), 400) == "no word for 'fish'"
-    assert post(address + "step", {"action": 1})[1]["step"] == 2               # the old world goes on
-    assert "lost" in refused(post(address + "reset", {"prompt": "bug"}), 500)
-    assert "KeyError" in capsys.readouterr().err                               # a bug of ours shows in the terminal
-    assert post(address + "step", {"action": 1})[0] == 200
-
-
-def test_large_bodies(game):
-    session, address = game
-    room = play.BODY_LIMIT - len('{"prompt": ""}')
-    assert post(address + "reset", {"prompt": "x" * room})[0] == 200
-    for over in (1, 900_000):
-        assert "larger" in refused(post(address + "reset", {"prompt": "x" * (room + over)}), 400)
-    assert len(session.calls) == 1
-
-
-def raw(address, text):
-    """The status line's number for a request written by hand."""
+def raw(address, *lines):
+    """The status of a request written by hand."""
     with socket.create_connection(("127.0.0.1", int(address.split(":")[2].strip("/"))), timeout=10) as line:
-        line.sendall(text.encode())
+        line.sendall("\r\n".join([*lines, "", ""]).encode())
         return int(line.makefile("rb").readline().split()[1])
 
 
-def test_lengths_that_are_none(game):
+def test_what_is_no_request_is_refused_in_one_line(game):
+    """Bodies that are no JSON object, too long, or of no length; other actions and prompts; other paths and methods."""
     session, address = game
-    host = address.split("/")[2]
-    for lines in ("Content-Length: x", "Content-Length: -1", "Content-Length: 2\r\nContent-Length: 3",
-                  "Transfer-Encoding: chunked", "Content-Length: 2\r\nTransfer-Encoding: chunked"):
-        assert raw(address, f"POST /reset HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-                            f"{lines}\r\n\r\n") == 400, lines
-    assert not session.calls
-
-
-def test_paths_and_methods(game, tmp_path):
-    session, address = game
+    for path in ("reset", "step"):
+        for body in (b"", b"{", b"[]", b"7", b"null", b"\xff{}", b'{"action": 1', b"[" * 60000):
+            assert "JSON" in check_refused(post(address + path, body), 400)
+    room = play.BODY_LIMIT - len('{"prompt": ""}')
+    for over in (1, 900_000):
+        assert "larger" in check_refused(post(address + "reset", {"prompt": "x" * (room + over)}), 400)
+    for action in (-1, 3, 10 ** 30, 1.0, "1", True, None, [1]):
+        assert "0 to 2" in check_refused(post(address + "step", {"action": action}), 400)
+    check_refused(post(address + "step", {}), 400)
+    for prompt in (7, ["a"], True):
+        assert "sentence" in check_refused(post(address + "reset", {"prompt": prompt}), 400)
+    for length in ("Content-Length: x", "Content-Length: -1", "Content-Length: 2\r\nContent-Length: 3",
+                   "Transfer-Encoding: chunked", "Content-Length: 2\r\nTransfer-Encoding: chunked"):
+        assert raw(address, "POST /reset HTTP/1.1", f"Host: {address.split('/')[2]}", "Content-Type: application/json",
+                   length) == 400, length
     for path in ("favicon.ico", "play.py", "reset/", "../play.py", "%2e%2e/play.py", "/etc/passwd", "page"):
         status, headers, text = request(address + path)
         assert status == 404 and json.loads(text)["error"] and headers["Content-Type"] == "application/json"
-        assert post(address + path, {})[0] == 404
+        check_refused(post(address + path, {}), 404)
     for path, wrong, right in (("", "POST", "GET"), ("reset", "GET", "POST"), ("step", "GET", "POST"),
                                ("step", "PUT", "POST"), ("", "DELETE", "GET"), ("step", "OPTIONS", "POST")):
         status, headers, text = request(address + path, method=wrong)
         assert status == 405 and headers["Allow"] == right and json.loads(text)["error"], (path, wrong)
-    assert request(address + "reset", method="HEAD")[0] == 405
-    assert request(address + "?x=1")[0] == 200
+    assert request(address + "reset", method="HEAD")[0] == 405 and request(address + "?x=1")[0] == 200
     assert not session.calls
+    assert post(address + "reset", {"prompt": "x" * room})[0] == 200
+
+
+def test_the_old_world_goes_on_after_an_error(game, capsys):
+    session, address = game
+    post(address + "reset", {})
+    post(address + "step", {"action": 1})
+    assert check_refused(post(address + "reset", {"prompt": "a fish"}), 400) == "no word for 'fish'"
+    assert post(address + "step", {"action": 1})[1]["step"] == 2
+    assert "lost" in check_refused(post(address + "reset", {"prompt": "bug"}), 500)
+    assert "KeyError" in capsys.readouterr().err                               # a bug of ours shows in the terminal
+    assert post(address + "step", {"action": 1})[0] == 200
 
 
 def test_foreign_pages_are_refused(game):
@@ -265,14 +246,14 @@ def test_foreign_pages_are_refused(game):
     for host in ("evil.example", f"evil.example:{port}", "127.0.0.1", "localhost:1", f"127.0.0.1.evil.example:{port}",
                  f"localhost:{port}.evil.example", f"0.0.0.0:{port}", ""):
         assert request(address, Host=host)[0] == 403, host
-        refused(post(address + "reset", {}, Host=host), 403)
-    assert raw(address, "GET / HTTP/1.1\r\n\r\n") == 403                       # none, and two
-    assert raw(address, f"GET / HTTP/1.1\r\nHost: {ours[0]}\r\nHost: evil.example\r\n\r\n") == 403
+        check_refused(post(address + "reset", {}, Host=host), 403)
+    assert raw(address, "GET / HTTP/1.1") == 403                               # none, and two
+    assert raw(address, "GET / HTTP/1.1", f"Host: {ours[0]}", "Host: evil.example") == 403
     for origin in ("http://evil.example", f"http://evil.example:{port}", "null", f"https://127.0.0.1:{port}",
                    "http://127.0.0.1", f"http://localhost:{port}.evil.example", ""):
-        refused(post(address + "reset", {}, Origin=origin), 403)
+        check_refused(post(address + "reset", {}, Origin=origin), 403)
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "text/json", ""):
-        refused(post(address + "reset", {}, Content_Type=kind), 415)
+        check_refused(post(address + "reset", {}, Content_Type=kind), 415)
     assert not session.calls
     for host in ours:
         assert post(address + "reset", {}, Origin=f"http://{host}")[0] == 200
@@ -329,13 +310,9 @@ def test_one_connection_serves_many(game, capfd):
 
 # ---- beginning and end
 
-def test_address_is_printed(capsys):
+def test_port_taken(capsys):
     with served(Fake()) as address:
         assert address in capsys.readouterr().out
-
-
-def test_port_taken():
-    with served(Fake()) as address:
         port = int(address.split(":")[2].strip("/"))
         with pytest.raises(UserError, match=f"^port {port} is taken[^\n]*$"):
             serve(Fake(), port)
@@ -348,30 +325,25 @@ def test_port_taken():
         serve(Fake(), 70000)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no SIGINT to another process")
-def test_ctrl_c_ends_cleanly(tmp_path):
-    code = ("import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-            f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-            "from test_play import Fake, serve\n"
-            "for sleep in 0, 60: serve(Fake(sleep=sleep)); print('over', flush=True)\n")
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               cwd=tmp_path)
+@pytest.mark.parametrize("sleep", [0, 60], ids=["idle", "in the middle of a step"])
+def test_ctrl_c_ends_cleanly(sleep, forks, tmp_path):
+    (tmp_path / "game.py").write_text(
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "from test_play import Fake, serve\nFake.enter = lambda self, *call: print(*call, flush=True)\n"
+        f"serve(Fake(sleep={sleep})); print('over')\n")
+    child = forks.start([tmp_path / "game.py"], tmp_path)
     try:
-        for sleep in (0, 60):                               # idle, then in the middle of a step
-            address = re.search(r"http://\S+", process.stdout.readline())[0]
-            assert post(address + "reset", {})[0] == 200
-            if sleep:
-                line = http.client.HTTPConnection("127.0.0.1", int(address.split(":")[2].strip("/")), timeout=20)
-                line.request("POST", "/step", '{"action": 1}', {"Content-Type": "application/json"})
-                time.sleep(0.5)
-            process.send_signal(signal.SIGINT)
-            assert process.stdout.readline() == "over\n"
-        out, err = process.communicate(timeout=60)
-        line.close()
-        assert (process.returncode, out, err) == (0, "", "")
+        wait_for(lambda: child.files[0].read_text().count("\n"))
+        address = re.search(r"http://\S+", child.files[0].read_text())[0]
+        assert post(address + "reset", {})[0] == 200
+        if sleep:
+            line = http.client.HTTPConnection("127.0.0.1", int(address.split(":")[2].strip("/")), timeout=20)
+            line.request("POST", "/step", '{"action": 1}', {"Content-Type": "application/json"})
+            wait_for(lambda: "step 1" in child.files[0].read_text())             # the step itself takes a minute
     finally:
-        process.kill()
-        process.wait()
+        child.kill(signal.SIGINT)
+    child.wait()
+    assert (child.code, child.err) == (0, "") and child.out.endswith("\nover\n")
 
 
 # ---- a real browser
@@ -658,6 +630,8 @@ def test_strip(tmp_path):
             assert (strip[y:y + 10, x:x + 12] == frame.repeat(2, 0).repeat(2, 1)).all()
             rest[y:y + 10, x:x + 12] = False
     assert (strip[rest] == 255).all()
+    save_strip(tmp_path / "short.png", rows, ["a", "b"], scale)                 # as wide as its longest row
+    assert Image.open(tmp_path / "short.png").size == (gap + 3 * (12 + gap), len(strip))
     with pytest.raises(ValueError, match="1 titles for 2 rows"):
         save_strip(tmp_path / "other.png", rows, ["one"])
     with pytest.raises(ValueError, match="needs a frame"):

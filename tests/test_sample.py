@@ -1,149 +1,83 @@
-"""Sampling: filters, draws, and generation with the cache against recomputation. About 8 s on one core."""
+"""Text from a checkpoint: what each filter leaves, what is drawn, generation against a new pass for every byte (sliding
+windows, restarts, ragged prompts), one seed one text, and sample.py as a person sees it."""
 import io
 import math
-import sys
 
 import pytest
 import torch
 
 import choices
 import sample
-from model import Attention, Transformer, TransformerConfig
+import toy
+from model import Attention
 from nanolab.generate import draw, draw_of_few, filter_logits, first_past, generate
-
-T = 8
-SCHEMES = ("learned", "learned_per_layer", "rope", "none")
+from toy import T, run_main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def build(positions="rope", **settings):
-    """A small model whose next byte depends strongly on every byte that attention sees; in float64, as it magnifies
-    rounding."""
-    torch.manual_seed(0)
-    config = dict(n_layer=2, n_head=2, n_embd=16, block_size=T, init="xavier", positions=positions)
-    model = Transformer(TransformerConfig(**{**config, **settings})).eval()
-    with torch.no_grad():
-        model.heads[0].mul_(60)
-        for block in model.blocks:
-            block.mixer.qkv.weight.mul_(3)
-            block.mixer.out.weight.mul_(3)
-    return model.double()
+def build(*given, **settings):
+    """In float64, as the model magnifies rounding."""
+    return toy.build(*given, **settings).double()
 
 
 # ---- filters ----
 
 P = [0.125, 0.25, 0.0625, 0.25, 0.0625, 0.25]                    # ties at every level; best bytes 1, 3, 5
+Q = [0.5, 0.25, 0.125, 0.125]                                    # at temperature 0.5: 0.727, 0.182, 0.045, 0.045
+TYPICAL = [0.1, 0.7, 0.2]                                        # surprisals 2.30, 0.36, 1.61; their mean is 0.80
+FLAT = [0.4] + [0.06] * 10                                       # the best one is too little of a surprise
+ALL = list(range(6))
 
 
-def kept(p=P, temperature=1.0, **how):
-    """Which bytes of the distribution p may still be drawn."""
-    logits = torch.tensor([p]).log()
-    filtered = filter_logits(logits, temperature, **how)
-    allowed = filtered[0].isfinite()
-    torch.testing.assert_close(filtered[0, allowed], logits[0, allowed] / temperature)
-    assert filtered.dtype == torch.float32 and bool((filtered[0, ~allowed] == -math.inf).all())
-    return allowed.nonzero().flatten().tolist()
-
-
-def test_no_filter_keeps_all():
-    assert kept() == [0, 1, 2, 3, 4, 5]
-
-
-@pytest.mark.parametrize("k, bytes_", [(1, [1]), (2, [1, 3]), (3, [1, 3, 5]), (4, [0, 1, 3, 5]), (5, [0, 1, 2, 3, 5]),
-                                       (6, [0, 1, 2, 3, 4, 5]), (99, [0, 1, 2, 3, 4, 5])])
-def test_top_k_is_exact_with_ties(k, bytes_):
-    assert kept(top_k=k) == bytes_
-
-
-@pytest.mark.parametrize("top_p, bytes_", [
-    (1e-9, [1]), (0.2, [1]), (0.25, [1]), (0.26, [1, 3]), (0.5, [1, 3]), (0.51, [1, 3, 5]), (0.75, [1, 3, 5]),
-    (0.76, [0, 1, 3, 5]), (0.875, [0, 1, 3, 5]), (0.88, [0, 1, 2, 3, 5]), (0.95, [0, 1, 2, 3, 4, 5]),
-    (1.0, [0, 1, 2, 3, 4, 5])])
-def test_top_p_is_the_shortest_prefix(top_p, bytes_):
-    assert kept(top_p=top_p) == bytes_
-
-
-def test_top_p_of_one_drops_nothing_however_small():
-    assert kept([0.9999999, 1e-12, 1e-9, 1e-12], top_p=1.0) == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("min_p, bytes_", [(0.0, [0, 1, 2, 3, 4, 5]), (0.24, [0, 1, 2, 3, 4, 5]), (0.26, [0, 1, 3, 5]),
-                                           (0.49, [0, 1, 3, 5]), (0.51, [1, 3, 5]), (1.0, [1, 3, 5])])
-def test_min_p_is_relative_to_the_best(min_p, bytes_):
-    assert kept(min_p=min_p) == bytes_
-
-
-def test_filters_look_at_the_distribution_after_the_temperature():
-    p = [0.5, 0.25, 0.125, 0.125]                                # squared: 0.727, 0.182, 0.045, 0.045
-    assert kept(p, top_p=0.7) == [0, 1] and kept(p, 0.5, top_p=0.7) == [0]
-    assert kept(p, min_p=0.3) == [0, 1] and kept(p, 0.5, min_p=0.3) == [0]
-    assert kept(p, min_p=0.6) == [0] and kept(p, 2.0, min_p=0.6) == [0, 1]
-
-
-def test_top_p_counts_what_top_k_left_and_min_p_comes_last():
-    p = [0.4, 0.3, 0.2, 0.1]
-    assert kept(p, top_p=0.55) == [0, 1]                         # 0.4 is short of it
-    assert kept(p, top_k=2, top_p=0.55) == [0]                   # 0.4 of the 0.7 left is not
-    assert kept(p, top_k=3, top_p=0.99, min_p=0.6) == [0, 1]
-    assert kept(p, top_k=1, top_p=1e-9, min_p=1.0) == [0]
-
-
-def typical(p, mass):
-    """Which bytes of the distribution p locally typical sampling keeps, written out in float64."""
-    entropy = -sum(x * math.log(x) for x in p if x > 0)
-    order = sorted((i for i, x in enumerate(p) if x > 0), key=lambda i: (abs(-math.log(p[i]) - entropy), i))
-    kept, total = [], 0.0
-    for i in order:
-        kept.append(i)
-        total += p[i]
-        if total >= mass:
-            break
-    return sorted(kept)
+@pytest.mark.parametrize("p, how, wanted", [
+    (P, {}, ALL),
+    (P, dict(top_k=1), [1]), (P, dict(top_k=2), [1, 3]), (P, dict(top_k=3), [1, 3, 5]), (P, dict(top_k=99), ALL),
+    (P, dict(top_k=4), [0, 1, 3, 5]), (P, dict(top_k=5), [0, 1, 2, 3, 5]), (P, dict(top_k=6), ALL),
+    (P, dict(top_p=1e-9), [1]), (P, dict(top_p=0.25), [1]), (P, dict(top_p=0.26), [1, 3]),
+    (P, dict(top_p=0.5), [1, 3]), (P, dict(top_p=0.51), [1, 3, 5]), (P, dict(top_p=0.76), [0, 1, 3, 5]),
+    (P, dict(top_p=0.88), [0, 1, 2, 3, 5]), (P, dict(top_p=0.95), ALL), (P, dict(top_p=1.0), ALL),
+    ([0.9999999, 1e-12, 1e-9, 1e-12], dict(top_p=1.0), [0, 1, 2, 3]),
+    (P, dict(min_p=0.0), ALL), (P, dict(min_p=0.24), ALL), (P, dict(min_p=0.26), [0, 1, 3, 5]),
+    (P, dict(min_p=0.51), [1, 3, 5]), (P, dict(min_p=1.0), [1, 3, 5]),
+    (Q, dict(top_p=0.7), [0, 1]), (Q, dict(temperature=0.5, top_p=0.7), [0]),
+    (Q, dict(min_p=0.3), [0, 1]), (Q, dict(temperature=0.5, min_p=0.3), [0]),
+    (Q, dict(min_p=0.6), [0]), (Q, dict(temperature=2.0, min_p=0.6), [0, 1]),
+    ([0.4, 0.3, 0.2, 0.1], dict(top_p=0.55), [0, 1]),            # 0.4 is short of it,
+    ([0.4, 0.3, 0.2, 0.1], dict(top_k=2, top_p=0.55), [0]),      # of the 0.7 left it is not
+    ([0.4, 0.3, 0.2, 0.1], dict(top_k=3, top_p=0.99, min_p=0.6), [0, 1]),
+    ([0.4, 0.3, 0.2, 0.1], dict(top_k=1, top_p=1e-9, min_p=1.0), [0]),
+    (TYPICAL, dict(typical_p=0.7 - 1e-6), [1]), (TYPICAL, dict(typical_p=0.71), [1, 2]),
+    (TYPICAL, dict(typical_p=0.91), [0, 1, 2]), (TYPICAL, dict(typical_p=1.0), [0, 1, 2]),
+    ([0.25] * 4, dict(typical_p=0.5), [0, 1]),                   # of equal ones the lower first
+    (FLAT, dict(typical_p=1e-9), [1]), (FLAT, dict(typical_p=0.29), [1, 2, 3, 4, 5]),
+    (FLAT, dict(typical_p=0.7), list(range(11))),
+    (FLAT, dict(top_k=2, typical_p=1e-9), [0]),                  # after top_k, after top_p, and before min_p
+    (FLAT, dict(top_p=0.5, typical_p=0.5), [0]), (FLAT, dict(typical_p=0.29, min_p=1.0), [1, 2, 3, 4, 5])], ids=str)
+def test_what_filters_keep(p, how, wanted):
+    """Of one row and of the second of two, whose first is another; logits that stay are over the temperature."""
+    logits = torch.tensor([p[::-1], p]).log()
+    before = logits.clone()
+    for rows in (logits[1:], logits):
+        found = filter_logits(rows, **how)
+        assert found[-1].isfinite().nonzero().flatten().tolist() == wanted
+        assert found.dtype == torch.float32 and (found[found.isinf()] == -math.inf).all()
+        torch.testing.assert_close(found[-1, wanted], rows[-1, wanted] / how.get("temperature", 1.0))
+    assert torch.equal(logits, before)
 
 
 @pytest.mark.parametrize("mass", [1e-9, 0.2, 0.5, 0.9, 0.99])
 def test_typical_p_is_its_definition(mass):
-    generator = torch.Generator().manual_seed(0)
-    for scale in (0.1, 1.0, 3.0):
-        rows = torch.randn(40, 30, generator=generator) * scale
-        rows[:, ::7] = -math.inf
-        found = filter_logits(rows, 0.7, typical_p=mass).isfinite()
-        wanted = [typical(row, mass) for row in (rows.double() / 0.7).softmax(-1).tolist()]
-        assert [row.nonzero().flatten().tolist() for row in found] == wanted
-
-
-def test_typical_p():
-    # Surprisals 2.30, 0.36, 1.61 and an entropy of 0.80: nearest is the best, then 0.2, then 0.1.
-    assert kept([0.1, 0.7, 0.2], typical_p=0.7 - 1e-6) == [1] and kept([0.1, 0.7, 0.2], typical_p=0.71) == [1, 2]
-    assert kept([0.1, 0.7, 0.2], typical_p=0.91) == [0, 1, 2] == kept([0.1, 0.7, 0.2], typical_p=1.0)
-    flat = [0.4] + [0.06] * 10                                   # the best one is too little of a surprise
-    assert kept(flat, typical_p=1e-9) == [1] and kept(flat, typical_p=0.29) == [1, 2, 3, 4, 5]
-    assert kept(flat, typical_p=0.7) == list(range(11))
-    assert kept([0.25] * 4, typical_p=0.5) == [0, 1]             # of equal ones the lower first
-
-
-def test_typical_p_comes_after_top_p_and_before_min_p():
-    flat = [0.4] + [0.06] * 10
-    assert kept(flat, top_k=2, typical_p=1e-9) == [0]            # of what top_k left, the best is the most typical
-    assert kept(flat, top_p=0.5, typical_p=0.5) == [0]           # of 0.4, 0.06 and 0.06
-    assert kept(flat, typical_p=0.29, min_p=1.0) == [1, 2, 3, 4, 5]                      # the best was gone before
-
-
-def test_rows_are_filtered_apart():
-    rows = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.2, 0.7]]).log()
-    assert filter_logits(rows, top_p=0.8).isfinite().tolist() == [[True, True, False], [False, True, True]]
-    assert filter_logits(rows, top_k=1).isfinite().tolist() == [[True, False, False], [False, False, True]]
-    assert filter_logits(rows, min_p=0.5).isfinite().tolist() == [[True, False, False], [False, False, True]]
-    assert filter_logits(rows, typical_p=0.5).isfinite().tolist() == [[True, False, False], [False, False, True]]
-
-
-def test_filters_leave_their_input_alone():
-    logits = torch.tensor([P]).log()
-    before = logits.clone()
-    for how in (dict(top_k=2), dict(top_p=0.5), dict(min_p=0.5), dict(typical_p=0.5)):
-        filter_logits(logits, **how)
-    assert torch.equal(logits, before)
+    """Bytes by how far their surprisal is from the entropy, in float64, until their sum is the mass."""
+    scale = torch.tensor([0.1, 1, 3]).repeat(40)[:, None]
+    rows = torch.randn(120, 30, generator=torch.Generator().manual_seed(0)) * scale
+    rows[:, ::7] = -math.inf
+    found = filter_logits(rows, 0.7, typical_p=mass).isfinite()
+    for row, p in zip(found, (rows.double() / 0.7).softmax(-1).tolist()):
+        entropy = -sum(x * math.log(x) for x in p if x > 0)
+        order = sorted((i for i, x in enumerate(p) if x > 0), key=lambda i: (abs(-math.log(p[i]) - entropy), i))
+        wanted = [i for n, i in enumerate(order) if sum(p[j] for j in order[:n]) < mass]
+        assert row.nonzero().flatten().tolist() == sorted(wanted)
 
 
 # ---- draws ----
@@ -151,42 +85,25 @@ def test_filters_leave_their_input_alone():
 @pytest.mark.parametrize("how", [{}, dict(temperature=0.5), dict(temperature=2.0, top_k=4), dict(top_p=0.8),
                                  dict(top_k=5, top_p=0.9, min_p=0.3), dict(temperature=1.5, typical_p=0.4)])
 def test_frequencies_are_the_filtered_softmax(how):
-    p, n = [0.3, 0.05, 0.0, 0.25, 0.15, 0.05, 0.2], 40_000
-    logits = torch.tensor([p]).log()
+    n, logits = 40_000, torch.tensor([[0.3, 0.05, 0.0, 0.25, 0.15, 0.05, 0.2]]).log()
     expected = n * filter_logits(logits, **how).softmax(-1)[0].double()
     token = draw(logits.expand(n, -1), torch.Generator().manual_seed(1), **how)
     assert token.shape == (n,) and token.dtype == torch.int64
-    counts = token.bincount(minlength=len(p))
-    assert bool((counts[expected == 0] == 0).all())
-    real = expected > 0
+    counts, real = token.bincount(minlength=7), expected > 0
+    assert not counts[~real].any()
     chi_square = ((counts[real] - expected[real]) ** 2 / expected[real]).sum().item()
     freedom = int(real.sum()) - 1
     assert chi_square < freedom + 4 * math.sqrt(2 * freedom)
 
 
-def test_extreme_uniform_numbers_draw_bytes_that_may_be_drawn(monkeypatch):
+def test_uniform_numbers_at_the_ends_and_sums_that_round(monkeypatch):
+    """No byte is drawn that may not be: at 0, just below 1, where the sum falls short of 1, where a GPU's moves."""
     logits = torch.tensor([[-math.inf, 0.0, 1.0, -math.inf]])
     for u, byte in ((0.0, 1), (1 - 2 ** -24, 2)):
         monkeypatch.setattr(torch, "rand", lambda *_, u=u, **__: torch.tensor([[u]]))
         assert draw(logits, None).item() == byte
-
-
-def test_a_sum_that_moves_by_rounding_draws_no_filtered_byte():
-    """Cumulated sums on a GPU need not stay where nothing is added."""
     level, p = torch.tensor([[0.505]]), torch.tensor([[0.5, 0.0, 0.5]])
     assert first_past(torch.tensor([[0.5, 0.51, 1.0]]), level, p).item() == 2
-
-
-def test_a_cpu_finds_the_same_byte_as_a_gpu_would(monkeypatch):
-    logits, u = torch.randn(4000, 50, generator=torch.Generator().manual_seed(1)) * 4, torch.rand(4000, 1)
-    u[:3] = torch.tensor([[0.0], [1 - 2.0 ** -24], [0.5]])
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: u)
-    p = filter_logits(logits, top_k=7).softmax(-1)
-    sums = p.cumsum(-1)
-    assert torch.equal(draw(logits, None, top_k=7), first_past(sums, u * sums[:, -1:], p))
-
-
-def test_a_sum_short_of_one_still_draws_the_last_byte(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cumsum", lambda *_: torch.tensor([[0.4, 0.6, 0.99]] * 2))
     monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([[0.995]] * 2))
     assert draw(torch.zeros(2, 3), None).tolist() == [2, 2]
@@ -195,20 +112,24 @@ def test_a_sum_short_of_one_still_draws_the_last_byte(monkeypatch):
 @pytest.mark.parametrize("how", [{}, dict(temperature=0.7), dict(top_k=1), dict(top_k=7, temperature=1.5),
                                  dict(top_k=49), dict(top_k=50), dict(top_k=51)])
 @pytest.mark.parametrize("ties", [False, True])
-def test_a_lone_row_draws_what_it_draws_among_others(how, ties, monkeypatch):
-    logits = torch.randn(600, 50, generator=torch.Generator().manual_seed(1)) * 4
+def test_a_row_draws_the_same_alone_among_others_and_on_a_gpu(how, ties, monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(600, 50, generator=generator) * 4
     logits[:, ::9] = -math.inf
-    if ties:
-        logits = logits.round()
-    u = torch.rand(600, 1, generator=torch.Generator().manual_seed(2))
-    u[0] = 0
+    logits = logits.round() if ties else logits
+    u = torch.rand(600, 1, generator=generator)
+    u[:3] = torch.tensor([[0.0], [1 - 2.0 ** -24], [0.5]])
     monkeypatch.setattr(torch, "rand", lambda *_, **__: u)
-    together = draw(logits, None, **how).tolist()
-    alone = []
-    for row, number in zip(logits, u):
+    together = draw(logits, None, **how)
+    p = filter_logits(logits, **how).softmax(-1)
+    sums = p.cumsum(-1)
+    level = u * sums[:, -1:]
+    assert torch.equal(together, first_past(sums, level, p))
+    clear = (sums - level).abs().amin(-1) > choices.BOUND        # a lone row adds up Python's numbers
+    assert clear.double().mean() > 0.9
+    for row, number, token in zip(logits[clear], u[clear], together[clear]):
         monkeypatch.setattr(torch, "rand", lambda *_, number=number, **__: number[None])
-        alone.append(draw(row[None], None, **how).item())
-    assert alone == together
+        assert draw(row[None], None, **how).item() == token
 
 
 def test_a_lone_row_of_many_or_with_ties_at_the_edge_is_left_to_tensors():
@@ -218,40 +139,27 @@ def test_a_lone_row_of_many_or_with_ties_at_the_edge_is_left_to_tensors():
     assert draw_of_few(logits, 1.0, 1.0, None) == 3  # past the sum by rounding
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-40, 1e-320])
-def test_tiny_temperatures_take_the_best(temperature):
-    logits = torch.tensor([[-5.0, 80.0, 79.0], [3.0, -90.0, 1.0]])
-    assert draw(logits, torch.Generator().manual_seed(0), temperature).tolist() == [1, 0]
-
-
-def test_greedy_draws_no_random_number():
-    generator, logits = torch.Generator().manual_seed(0), torch.tensor([[0.0, 2.0, 1.0], [3.0, 3.0, 1.0]])
-    before, world = generator.get_state(), torch.get_rng_state()
-    assert draw(logits, generator, temperature=0).tolist() == [1, 0]
-    assert torch.equal(before, generator.get_state())
-    draw(logits, generator)
-    assert not torch.equal(before, generator.get_state()) and torch.equal(world, torch.get_rng_state())
+@pytest.mark.parametrize("temperature", [0, 1e-320, 1e-40, 1e-20, 1e-3])
+def test_cold_draws_take_the_best_and_none_but_the_generator_moves(temperature):
+    generator, world = torch.Generator().manual_seed(0), torch.get_rng_state()
+    before, logits = generator.get_state(), torch.tensor([[-5.0, 80.0, 79.0], [3.0, -90.0, 1.0], [3.0, 3.0, 1.0]])
+    assert draw(logits[:2 + (temperature == 0)], generator, temperature).tolist() == [1, 0, 0][:2 + (temperature == 0)]
+    assert torch.equal(before, generator.get_state()) == (temperature == 0)
+    assert torch.equal(world, torch.get_rng_state())
 
 
 # ---- generation ----
 
-def tokens(model, prompts, n, **how):
+def tokens(model, prompts, n, seed=5, **how):
     """The n bytes that each row generates, as lists; greedy unless told."""
     how = how or dict(temperature=0)
-    return torch.stack(list(generate(model, prompts, n, torch.Generator().manual_seed(5), **how)), 1).tolist()
-
-
-def banded(self, q, k, v, positions, key_positions, pattern):
-    """Attention to the last T positions, written out."""
-    distance = torch.arange(q.size(2))[:, None] - torch.arange(k.size(2))
-    scores = (q @ k.transpose(2, 3) / q.size(-1) ** 0.5).masked_fill((distance < 0) | (distance >= T), -torch.inf)
-    return scores.softmax(-1) @ v
+    return torch.stack(list(generate(model, prompts, n, torch.Generator().manual_seed(seed), **how)), 1).tolist()
 
 
 @torch.no_grad()
 def recomputed(model, prompts, written):
-    """Logits without a cache: after each of the bytes written, (B, n) lists, a whole new pass over what the rules say
-    may be seen."""
+    """Logits without a cache: after each of the bytes written, (B, n) lists, a whole new pass, of each row by itself,
+    over what the rules say may be seen."""
     contexts, found = [list(prompt[-T:]) for prompt in prompts], []
     columns = max(map(len, contexts))
     for step in range(len(written[0])):
@@ -264,149 +172,79 @@ def recomputed(model, prompts, written):
     return torch.stack(found)
 
 
-def generated(model, prompts, n):
-    """(n greedy bytes of each row, as lists; the logits (n, B, V) after which they stand, from the cache)."""
-    written = tokens(model, prompts, n)
-    logits = choices.followed(torch.tensor(written).T, model, prompts)
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("prompts", [[b"a"], [b"abcdefgh"], [b"a prompt that is longer than T"],
+                                     [b"ab", b"abcdefgh", b"q"], [b"ab", b"abcdef", b"q"]], ids=str)
+@pytest.mark.parametrize("positions", ["learned", "learned_per_layer", "rope", "none"])
+def test_generation_equals_a_new_pass_for_every_byte(positions, prompts, use_cache, monkeypatch):
+    """Far past block_size: a window slides, learned positions start again from its last half."""
+    model = build(positions)
+    written = tokens(model, prompts, 30)
+    logits = choices.followed(torch.tensor(written).T, model, prompts, use_cache=use_cache)
     assert logits.argmax(-1).T.tolist() == written
-    return written, logits
-
-
-def near(a, b):
-    torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)  # of logits up to about 60
-
-
-@pytest.mark.parametrize("prompt", [b"a", b"abc", b"abcdefgh"])
-@pytest.mark.parametrize("n_kv_head", [2, 1])
-@pytest.mark.parametrize("positions", SCHEMES)
-def test_cache_equals_recomputing_the_whole_prefix(positions, n_kv_head, prompt):
-    model = build(positions, n_kv_head=n_kv_head)
-    written, logits = generated(model, [prompt], T - len(prompt) + 1)
-    near(logits, recomputed(model, [prompt], written))
-
-
-@pytest.mark.parametrize("prompts", [[b"a"], [b"abcdefgh"], [b"a prompt that is longer than T"],
-                                     [b"ab", b"abcdefgh", b"q"]])
-@pytest.mark.parametrize("positions", ["rope", "none"])
-def test_past_block_size_a_window_slides(positions, prompts, monkeypatch):
-    model = build(positions)
-    written, logits = generated(model, prompts, 40)
-    monkeypatch.setattr(Attention, "attend", banded)
-    near(logits, recomputed(model, prompts, written))
-
-
-@pytest.mark.parametrize("prompts", [[b"a"], [b"abcdefgh"], [b"a prompt that is longer than T"],
-                                     [b"ab", b"abcdefgh", b"q"], [b"ab", b"abcdef", b"q"]])
-@pytest.mark.parametrize("positions", ["learned", "learned_per_layer"])
-def test_past_block_size_learned_positions_start_again(positions, prompts):
-    model = build(positions)
-    written, logits = generated(model, prompts, 40)
-    near(logits, recomputed(model, prompts, written))
-
-
-@pytest.mark.parametrize("positions", SCHEMES)
-def test_ragged_rows_equal_single_prompts(positions):
-    prompts, n = [b"abcd", b"z", b"hello"], 4 if positions.startswith("learned") else 30
-    model = build(positions)
-    written, logits = generated(model, prompts, n)
-    for i, prompt in enumerate(prompts):
-        near(logits[:, i:i + 1], choices.followed(torch.tensor(written[i])[:, None], model, [prompt]))
+    monkeypatch.setattr(Attention, "attend", Attention.attend if positions.startswith("learned") else toy.banded)
+    wanted = recomputed(model, prompts, written)
+    torch.testing.assert_close(logits, wanted, atol=1e-9, rtol=1e-9)  # of logits up to about 60
 
 
 @pytest.mark.parametrize("positions", ["rope", "learned"])
 def test_block_size_one(positions):
     model = build(positions, block_size=1)
-    written, logits = generated(model, [bytes([3, 7])], 5)
-    near(logits[:, 0], model(torch.tensor([7, *written[0][:-1]])[:, None])[:, 0])
+    written = tokens(model, [bytes([3, 7])], 5)[0]
+    logits = choices.followed(torch.tensor([written]).T, model, [bytes([3, 7])])
+    torch.testing.assert_close(logits[:, 0], model(torch.tensor([7, *written[:-1]])[:, None])[:, 0], atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("positions", SCHEMES)
-def test_long_prompt_is_cut_to_its_end(positions):
-    model = build(positions)
+def test_prompts_and_lengths():
+    """A long prompt is cut to its end; so many bytes as asked; none may be empty."""
+    model = build()
     assert tokens(model, [b"nobody reads this 12345678"], 6) == tokens(model, [b"12345678"], 6)
     assert tokens(model, [b"12345678"], 6) != tokens(model, [b"02345678"], 6)
-
-
-def test_length_is_exact():
-    model = build()
     assert list(generate(model, [b"a", b"b"], 0)) == []
     assert [len(row) for row in tokens(model, [b"a", b"b"], 13)] == [13, 13]
-
-
-@pytest.mark.parametrize("prompts", [[], [b""], [b"a", b""]])
-def test_empty_prompts(prompts):
-    with pytest.raises(ValueError, match="at least one byte"):
-        next(generate(build(), prompts, 3))
+    for prompts in ([], [b""], [b"a", b""]):
+        with pytest.raises(ValueError, match="at least one byte"):
+            next(generate(model, prompts, 3))
 
 
 def test_same_seed_same_bytes():
-    model, how = build(), dict(temperature=3.0, top_k=20)
-    world = torch.get_rng_state()
-    first = tokens(model, [b"ab"] * 3, 20, **how)
-    assert first == tokens(model, [b"ab"] * 3, 20, **how)
+    model, how, world = build(), dict(temperature=3.0, top_k=20), torch.get_rng_state()
+    first, again, other = (tokens(model, [b"ab"] * 3, 20, seed, **how) for seed in (5, 5, 6))
+    assert first == again != other and first[0] != first[1] != first[2]
     assert torch.equal(world, torch.get_rng_state())
-    other = torch.stack(list(generate(model, [b"ab"] * 3, 20, torch.Generator().manual_seed(6), **how)), 1).tolist()
-    assert first != other and first[0] != first[1] != first[2]
 
 
 # ---- the command ----
 
 @pytest.fixture
-def run_directory(tmp_path):
-    model = build()
-    torch.save({"format": "nanolab-1", "script": "train_enwik8", "step": 7, "settings": dict(model.config.__dict__),
-                "model": model.state_dict(), "ema": None}, tmp_path / "last.pt")
-    return tmp_path
+def run(tmp_path):
+    return toy.save(tmp_path, build())
 
 
-@pytest.fixture
-def run_main(monkeypatch, capfd):
-    """A function: (exit status, stdout, stderr) of `python sample.py WORDS`, in this process."""
-    def run(*words, stdout=None):
-        stdout = stdout or io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="")
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["sample.py", *map(str, words), "--device", "cpu"])
-            patch.setattr(sys, "stdout", stdout)
-            before, status = dict(vars(sample)), 0
-            try:
-                sample.main()
-            except SystemExit as error:
-                status = error.code
-            finally:
-                vars(sample).update(before)
-            stdout.flush()
-        written = stdout.buffer.getvalue() if hasattr(stdout, "buffer") else b""
-        return status, written.decode(), capfd.readouterr().err
-    return run
-
-
-def test_main_writes_prompt_and_sample(run_directory, run_main):
+def test_main_writes_prompt_and_sample(run):
     expected = (b"The " + bytes(tokens(build(), [b"The "], 30)[0])).decode(errors="replace") + "\n"
-    assert run_main(run_directory, "--prompt", "The ", "--length", 30, "--greedy") == (0, expected, "")
-    assert run_main(run_directory, "--prompt", "The ", "--length", 30, "--temperature", 0) == (0, expected, "")
-    assert run_main(run_directory / "last.pt", "--prompt", "é", "--length", 0) == (0, "é\n", "")
-
-
-def test_main_seeds(run_directory, run_main):
-    texts = [run_main(run_directory, "--length", 40, "--seed", seed, "--temperature", 3)[1] for seed in (1, 1, 2)]
+    for greedy in (["--greedy"], ["--temperature", 0], ["--greedy", "--no-cache"]):
+        assert run_main(sample, run, "--prompt", "The ", "--length", 30, *greedy) == (0, expected, "")
+    assert run_main(sample, run / "last.pt", "--prompt", "é", "--length", 0) == (0, "é\n", "")
+    texts = [run_main(sample, run, "--length", 40, "--seed", seed, "--temperature", 3)[1] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+    status, out, log = run_main(sample, run, "--prompt", "The ", "--length", 30, "--greedy", "--log_cache")
+    assert (status, out) == (0, expected) and log.count("ring") == 2
 
 
-def test_main_writes_each_row_of_a_batch(run_directory, run_main):
-    rows = tokens(build(), [b"ab"] * 3, 20, temperature=2.0, top_k=10, top_p=0.6, min_p=0.3)
-    expected = "".join(f"--- sample {i} of 3 ---\n{(b'ab' + bytes(row)).decode(errors='replace')}\n"
-                       for i, row in enumerate(rows, 1))
-    assert len(set(map(tuple, rows))) == 3
-    status, out, err = run_main(run_directory, "--prompt", "ab", "--n_samples", 3, "--length", 20, "--seed", 5,
-                                "--temperature", 2, "--top_k", 10, "--top_p", 0.6, "--min_p", 0.3)
-    assert (status, out, err) == (0, expected, "")
-    row, = tokens(build(), [b"ab"], 20, temperature=2.0, typical_p=0.2)
-    _, out, _ = run_main(run_directory, "--prompt", "ab", "--length", 20, "--seed", 5, "--temperature", 2,
-                         "--typical_p", 0.2)
-    assert out == (b"ab" + bytes(row)).decode(errors="replace") + "\n" and row != tokens(
-        build(), [b"ab"], 20, temperature=2.0)[0]
-    status, out, _ = run_main(run_directory, "--prompt", "ab", "--n_samples", 2, "--length", 0)
-    assert (status, out) == (0, "--- sample 1 of 2 ---\nab\n--- sample 2 of 2 ---\nab\n")
+@pytest.mark.parametrize("n, how", [(3, dict(temperature=2.0, top_k=10, top_p=0.6, min_p=0.3)),
+                                    (1, dict(temperature=2.0, typical_p=0.2))])
+def test_main_hands_every_setting_on_and_writes_each_row(n, how, run):
+    rows = tokens(build(), [b"ab"] * n, 20, **how)
+    for name in how:
+        assert rows != tokens(build(), [b"ab"] * n, 20, **{**how, name: 1.0 if name == "temperature" else None})
+    texts = [(b"ab" + bytes(row)).decode(errors="replace") + "\n" for row in rows]
+    expected = texts[0] if n == 1 else "".join(f"--- sample {i} of {n} ---\n{text}" for i, text in enumerate(texts, 1))
+    words = [word for name, value in how.items() for word in (f"--{name}", value)]
+    assert run_main(sample, run, "--prompt", "ab", "--n_samples", n, "--length", 20, "--seed", 5, *words) == (
+        0, expected, "")
+    assert run_main(sample, run, "--prompt", "ab", "--n_samples", 2, "--length", 0)[1] == (
+        "--- sample 1 of 2 ---\nab\n--- sample 2 of 2 ---\nab\n")
 
 
 class Screen:
@@ -433,41 +271,32 @@ def speak(monkeypatch, spoken):
     (b"\xe2\x82a", ["", "", "\ufffda"]),                         # a character broken off by another
     (b"a\xf0\x9f\x98", ["a", "", "", ""]),                       # and by the end
 ])
-def test_bytes_stream_as_whole_characters(spoken, shown, run_directory, run_main, monkeypatch):
+def test_bytes_stream_as_whole_characters(spoken, shown, run, monkeypatch):
     speak(monkeypatch, spoken)
     screen = Screen()
-    assert run_main(run_directory, "--prompt", ">", "--length", len(spoken), stdout=screen)[0] == 0
+    assert run_main(sample, run, "--prompt", ">", "--length", len(spoken), stdout=screen)[0] == 0
     assert screen.shown[0] == ">" + shown[0] and screen.shown[1:len(shown)] == shown[1:]
     assert "".join(screen.shown) == (b">" + spoken).decode(errors="replace") + "\n"
 
 
-def test_a_prompt_may_end_inside_a_character(run_directory, run_main, monkeypatch):
+def test_half_a_character_in_the_prompt_and_a_terminal_of_few(run, monkeypatch):
     """Bytes that are no UTF-8 reach Python's arguments as surrogates."""
     speak(monkeypatch, b"\x82\xac")
-    assert run_main(run_directory, "--prompt", b"x\xe2".decode(errors="surrogateescape"))[:2] == (0, "x€\n")
-
-
-def test_a_terminal_that_does_not_know_every_character(run_directory, run_main, monkeypatch):
+    assert run_main(sample, run, "--prompt", b"x\xe2".decode(errors="surrogateescape"))[:2] == (0, "x€\n")
     speak(monkeypatch, "a€b".encode())
-    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    assert run_main(run_directory, "--prompt", ">", stdout=screen)[:2] == (0, ">a?b\n")
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    assert run_main(sample, run, "--prompt", ">", stdout=ascii_only)[:2] == (0, ">a?b\n")
 
 
 @pytest.mark.parametrize("words, said", [
-    ([], "which run"),
-    (["{run}/other.pt"], "other.pt"),
-    (["{run}/empty"], "has no last.pt"),
-    (["{run}", "--prompt", ""], "at least one byte"),
-    (["{run}", "--top_p", "1.5"], "--top_p 1.5"),
-    (["{run}", "--top_p", "0"], "--top_p 0"),
-    (["{run}", "--top_k", "0"], "--top_k 0"),
-    (["{run}", "--typical_p", "0"], "--typical_p 0"),
-    (["{run}", "--min_p", "-0.1"], "--min_p -0.1"),
-    (["{run}", "--temperature", "-1"], "--temperature -1"),
-    (["{run}", "--n_samples", "0"], "--n_samples 0"),
-    (["{run}", "--weights", "ema"], "no averaged weights"),
-])
-def test_main_errors_are_one_line(words, said, run_directory, run_main):
-    (run_directory / "empty").mkdir()
-    status, out, err = run_main(*(word.format(run=run_directory) for word in words))
+    ([], "which run"), (["{run}/other.pt"], "other.pt"), (["{run}/empty"], "has no last.pt"),
+    (["{run}", "--prompt", ""], "at least one byte"), (["{run}", "--top_p", "1.5"], "--top_p 1.5"),
+    (["{run}", "--top_p", "0"], "--top_p 0"), (["{run}", "--top_k", "0"], "--top_k 0"),
+    (["{run}", "--typical_p", "0"], "--typical_p 0"), (["{run}", "--min_p", "-0.1"], "--min_p -0.1"),
+    (["{run}", "--temperature", "-1"], "--temperature -1"), (["{run}", "--n_samples", "0"], "--n_samples 0"),
+    (["{run}", "--weights", "ema"], "no averaged weights"), (["{run}", "--log_cache", "--no-cache"], "no cache to log"),
+    (["{run}", "--greedy", "--top_k", "3"], "top_k")], ids=str)
+def test_main_errors_are_one_line(words, said, run):
+    (run / "empty").mkdir()
+    status, out, err = run_main(sample, *(word.format(run=run) for word in words))
     assert status == 2 and out == "" and err.startswith("error: ") and said in err and err.count("\n") == 1

@@ -1,4 +1,5 @@
-"""The world model's networks: patches, codes of actions, tokens, MaskGIT and its exact cache. About 15 s."""
+"""The world model's networks: patches, positions, codes of actions, tokens and characters; what sees what; MaskGIT and
+causal frames with a cache equal to frames recomputed."""
 import math
 
 import pytest
@@ -9,9 +10,10 @@ import choices
 from model import parameter_roles
 from models.video import axial_tables
 from models.world_actions import ActionModel, Nearest, Signs
-from models.world_dynamics import CausalDynamics, Dynamics
+from models.world_dynamics import CausalDynamics, Dynamics, fill_in
 from models.world_layers import from_patches, to_patches
 from models.world_tokenizer import Tokenizer
+from models.world_words import Writer, as_characters, as_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -117,6 +119,8 @@ def test_action_model_sees_the_last_frame_through_the_code_only(kind, colours):
             assert (model.encode(other) - model.encode(frames)).abs().max() > 1e-4
             assert (model.predict(other[:, :-1], found.e) - written).abs().max() > 1e-4
     model.train()
+    channels = model._channels(frames)                        # frame by frame, as they lie in a checkpoint's weights
+    assert torch.equal(channels[:, 3 * 1 + 2], frames[:, 1, ..., 2]) and channels.size(1) == 9
     written, found = model(frames)
     (written.square().mean() + found.loss).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
@@ -204,50 +208,43 @@ def test_two_streams_are_what_the_cache_sees(action_input, window):
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("action_input", ["add", "prepend"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_cached_generation_is_recomputed_generation(temperature, action_input, window):
-    """Identical tokens over eight frames; after the window slides, those of banded attention over the whole history."""
-    model = dynamics(action_input=action_input)
-    actions = whole(5, 3, 8, seed=1)
-    first = whole(10, 3, 1, 12)
-    runs = []
-    for cached in (True, False):
-        generator = torch.Generator().manual_seed(3)
-        past, cache = first, model.new_cache(3, 8, window) if cached else None
-        with torch.no_grad():
-            if cached:
-                model(first, actions[:, :1], cache)
-        for t in range(1, 8):
-            how = dict(cache=cache) if cached else dict(past=(past, actions[:, :t]), window=window)
-            frame = model.next_frame(actions[:, t], steps=4, temperature=temperature, generator=generator, **how)
-            past = torch.cat((past, frame[:, None]), 1)
-            assert cache is None or cache.length == t + 1
-        runs.append(past)
-    assert torch.equal(*runs)
-    assert (runs[0] < model.mask).all()                       # no place stays hidden
+@pytest.mark.parametrize("kind", ["add", "prepend", "causal"])
+def test_cached_generation_is_recomputed_generation(kind, temperature, window):
+    """Identical tokens over eight frames; after the window slides, those of banded attention over the whole history;
+    rows that begin alike but for their actions part, and a row alone writes what it writes among others."""
+    model = causal() if kind == "causal" else dynamics(action_input=kind)
+    N, K = model.n_tokens, model.codebook_size
+    first, actions = whole(K, 3, 1, N), whole(4, 3, 8, seed=1)
+    first[2] = first[1]
+    how = dict(window=window, temperature=temperature, **({} if kind == "causal" else dict(steps=4)))
+    runs = [model.generate(first, actions[:, :1], actions[:, 1:], cached=cached, **how,
+                           generator=torch.Generator().manual_seed(3)) for cached in (True, False)]
+    assert torch.equal(*runs) and runs[0].shape == (3, 7, N)
+    assert (runs[0] < K).all()                                # no place stays hidden
     assert len({tuple(row.flatten().tolist()) for row in runs[0]}) == 3
+    if not temperature:
+        assert torch.equal(model.generate(first[1:2], actions[1:2, :1], actions[1:2, 1:], **how), runs[0][1:2])
 
 
-def test_what_the_cache_keeps_are_the_final_tokens():
-    """After a frame, the next one's logits are those after its final tokens, not after a half-hidden pass."""
-    model = dynamics()
-    first, actions = whole(10, 1, 1, 12), whole(5, 1, 3, seed=1)
-    cache = model.new_cache(1, 3)
-    with torch.no_grad():
-        model(first, actions[:, :1], cache)
-        frame = model.next_frame(actions[:, 1], cache, steps=3, generator=torch.Generator().manual_seed(0))
-        hidden = torch.full((1, 1, 12), model.mask)
-        cached = model(hidden, actions[:, 2:], cache)
-        whole_pass = model(torch.cat((first, frame[:, None], hidden), 1), actions)[:, -1:]
-    torch.testing.assert_close(cached, whole_pass)
+@pytest.mark.parametrize("temperature, choice, by_chance", [(0, 1e6, False), (1, 0, False), (1, 1e6, True)])
+def test_the_surest_places_settle_first(temperature, choice, by_chance):
+    """A cosine's share stays hidden; with much choice others settle in each row; one place at least in every round."""
+    best = F.one_hot(torch.arange(12) % 5, 5).double()        # of place n by 20 + n / 2: chance changes none of them
+    logits, hidden = (best * (20 + torch.arange(12)[:, None] / 2)).expand(40, 12, 5), []
 
-
-def test_rows_of_a_batch_do_not_touch():
-    model = dynamics()
-    tokens, actions = whole(10, 3, 4, 12), whole(5, 3, 4, seed=1)
-    with torch.no_grad():
-        torch.testing.assert_close(model(tokens, actions)[1:2], model(tokens[1:2], actions[1:2]))
+    def logits_of(tokens):
+        hidden.append(tokens == 5)
+        return logits
+    tokens = fill_in(logits_of, 40, 12, 5, None, 4, temperature, choice, torch.Generator().manual_seed(0))
+    assert torch.equal(tokens, (torch.arange(12) % 5).expand(40, 12))
+    assert [places.sum(1).unique().tolist() for places in hidden] == [[12], [11], [8], [4]]
+    assert all(torch.equal(a & b, b) for a, b in zip(hidden, hidden[1:]))
+    in_order = all((places == (torch.arange(12) < places.sum(1, keepdim=True))).all() for places in hidden)
+    assert in_order != by_chance and (not by_chance or hidden[1].all(0).sum() == 0)
+    hidden.clear()
+    fill_in(logits_of, 40, 12, 5, None, 99, temperature, choice, torch.Generator().manual_seed(0))
+    assert [int(places[0].sum()) for places in hidden] == list(range(12, 0, -1))
 
 
 def test_temperature_makes_draws_more_even():
@@ -277,13 +274,18 @@ def test_random_tokens_cost_ln_k():
 
 # --- Causal dynamics ---
 
-def test_causal_dynamics_sees_what_is_before():
+def causal():
     torch.manual_seed(0)
     model = CausalDynamics((2, 3), 7, 4, n_embd=16, n_head=2).eval()
-    parameter_roles(model)
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0, 0.4)
+    return model.double()
+
+
+def test_causal_dynamics_sees_what_is_before():
+    model = causal()
+    parameter_roles(model)
     tokens, actions = whole(7, 2, 3, 6), whole(4, 2, 3, seed=1)
     with torch.no_grad():
         logits = model(tokens, actions)
@@ -299,16 +301,25 @@ def test_causal_dynamics_sees_what_is_before():
         assert not changed[:, :6].any() and changed[:, 6:].all()
 
 
-@pytest.mark.parametrize("window", [None, 2])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_causal_generation_with_and_without_cache(temperature, window):
+# --- Words ---
+
+def test_texts_are_characters_up_to_the_first_0():
+    texts = ["agent at a1.", "", "walls"]
+    rows = as_characters(texts, 14)
+    assert rows.shape == (3, 14) and as_text(rows) == texts and rows[2, 4:6].tolist() == [ord("s"), 0]
+    assert as_text(torch.tensor([[97, 0, 98, 0]])) == ["a"]
+    for wrong in (["caf\u00e9"], ["a\0b"], ["x" * 15]):
+        with pytest.raises(ValueError, match="at most 14 plain ASCII"):
+            as_characters(wrong, 14)
+
+
+def test_a_writer_ends_each_text_by_itself():
+    """It draws what its own loss knows, row by row, and a text without an end has block_size characters."""
     torch.manual_seed(0)
-    model = CausalDynamics((2, 3), 7, 4, n_embd=16, n_head=2).eval().double()
+    model = Writer(6, 1, 2, 16).eval()
     with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0, 0.4)
-    first, actions = whole(7, 3, 1, 6), whole(4, 3, 6, seed=1)
-    runs = [model.generate(first, actions[:, :1], actions[:, 1:], cached=cached, window=window, temperature=temperature,
-                           generator=torch.Generator().manual_seed(0)) for cached in (True, False)]
-    assert torch.equal(*runs) and runs[0].shape == (3, 5, 6)
-    assert len({tuple(row.flatten().tolist()) for row in runs[0]}) == 3
+        model.heads[0].mul_(30)
+        model.heads[0][0] += model.heads[0][1:].mean(0)
+    found = model.write(20, generator=torch.Generator().manual_seed(0))
+    assert found == model.write(20, generator=torch.Generator().manual_seed(0)) and len(set(found)) > 5
+    assert {len(text) for text in found} <= set(range(7)) and max(map(len, found)) == 6
