@@ -143,9 +143,9 @@ def test_checks_do_not_import_the_compiler():
 
 
 def test_notes(capsys):
-    settings = dict(schedule="cosine", warmup_steps=10)
+    settings, noam = (flags.Settings(schedule=name, warmup_steps=10) for name in ("cosine", "noam"))
     limits.notes(settings, {"max_steps": 20}, {"max_steps": 20})
-    limits.notes(settings | dict(schedule="noam"), {"max_steps": 20}, {"max_steps": 10})
+    limits.notes(noam, {"max_steps": 20}, {"max_steps": 10})
     limits.notes(settings, {"max_steps": None})
     assert capsys.readouterr().out == ""
     limits.notes(settings, {"max_steps": 20}, {"max_steps": 12})
