@@ -188,11 +188,14 @@ def test_speed_is_a_running_mean():
     assert running.step({"action": 0})["fps"] is None
 
 
-def raw(address, *lines):
-    """The status of a request written by hand."""
+def raw(address, *lines, ends=False):
+    """The status of a request written by hand; ends: also waits until the server has closed the connection."""
     with socket.create_connection(("127.0.0.1", int(address.split(":")[2].strip("/"))), timeout=10) as line:
         line.sendall("\r\n".join([*lines, "", ""]).encode())
-        return int(line.makefile("rb").readline().split()[1])
+        answer = line.makefile("rb")
+        status = int(answer.readline().split()[1])
+        assert not ends or b"Connection: close" in answer.read()
+        return status
 
 
 def test_what_is_no_request_is_refused_in_one_line(game):
@@ -212,7 +215,7 @@ def test_what_is_no_request_is_refused_in_one_line(game):
     for length in ("Content-Length: x", "Content-Length: -1", "Content-Length: 2\r\nContent-Length: 3",
                    "Transfer-Encoding: chunked", "Content-Length: 2\r\nTransfer-Encoding: chunked"):
         assert raw(address, "POST /reset HTTP/1.1", f"Host: {address.split('/')[2]}", "Content-Type: application/json",
-                   length) == 400, length
+                   length, ends=True) == 400, length        # where the next request begins is unknown
     for path in ("favicon.ico", "play.py", "reset/", "../play.py", "%2e%2e/play.py", "/etc/passwd", "page"):
         status, headers, text = request(address + path)
         assert status == 404 and json.loads(text)["error"] and headers["Content-Type"] == "application/json"
