@@ -83,3 +83,12 @@ def forks(tmp_path_factory):
     server = Forks(tmp_path_factory.mktemp("forks"))
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """2,500 lines that a tokenizer of pairs can be trained on."""
+    path = tmp_path_factory.mktemp("text") / "lines.txt"
+    path.write_text("\n".join(f"line {i % 17} of the {word} has a {word[::-1]}" for i in range(500) for word in
+                              "river mountain valley forest lake".split()))
+    return path

@@ -11,20 +11,9 @@ import torch.nn.functional as F
 from models import discrete
 from models.discrete import (choose, code_statistics, decompose, entropy, gradient_error, information_gaps, kl_uniform,
                              mutual_information, nmi_matrix, usage_kl)
+from test_discrete import close, normal, seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=seeded(seed), dtype=dtype)
-
-
-def close(a, b, tolerance=1e-6):
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
 # --- KL ---

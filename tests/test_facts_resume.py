@@ -17,21 +17,11 @@ from model import from_checkpoint
 from nanolab.generate import generate
 from nanolab.run import load_checkpoint
 from nanolab.score import score
-from forks import (assert_done, assert_equal, assert_error, records, snapshot, summary,
-                         wait_for)
-from test_scripts import noting
+from forks import assert_done, assert_equal, assert_error, records, snapshot, summary, wait_for
 from scripts import of
+from test_scripts import noting
 
 train, at = of("train_facts")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """2,500 lines that a tokenizer of pairs can be trained on."""
-    path = tmp_path_factory.mktemp("text") / "lines.txt"
-    path.write_text("\n".join(f"line {i % 17} of the {word} has a {word[::-1]}" for i in range(500) for word in
-                              "river mountain valley forest lake".split()))
-    return path
 
 
 def steps_of(run):

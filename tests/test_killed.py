@@ -75,15 +75,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """2,500 lines, on which a tokenizer of pairs can be trained."""
-    path = tmp_path_factory.mktemp("text") / "lines.txt"
-    path.write_text("\n".join(f"line {i % 17} of the {word} has a {word[::-1]}" for i in range(500) for word in
-                              "river mountain valley forest lake".split()))
-    return path
-
-
 @pytest.mark.parametrize("script, case", CASES)
 def test_killed_at_random_moments(forks, text, tmp_path, script, case):
     how, runs = dict(CASES[script, case]), [folder(script, tmp_path / name) for name in ("killed", "whole")]
