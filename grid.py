@@ -6,19 +6,23 @@
     python grid.py grids/one_change.yaml --status          # how far each row is
     python plot.py --table runs/one_change                 # the table
     python grid.py archive runs/one_change                 # all of its runs as one text file, runs/one_change.jsonl
+    python grid.py restore runs/one_change.jsonl runs/one_change   # and back: a grid goes on from them
 
-What the baseline and every row go through: their rates times each factor of `tune`, with the first seed; the best
-factor with the other seeds (the baseline all of them, a row the second). A row whose two seeds disagree about what the
-significance rule says gets a third. Two short runs time its steps (the faster counts: a neighbour on the machine only
-ever adds). One that is faster or slower than the baseline by more than 10 % is trained once more for as many steps as
-fit into the baseline's seconds: so it is compared per step and per second.
+What the baseline and every row go through: their rates times each factor of `tune`, and further while the best one is
+the smallest or the largest; the best factor with all seeds (without `rungs` a row with the first two), at each length
+of training. Two short runs time its steps (the faster counts: a neighbour on the machine only ever adds). One that is
+faster or slower than the baseline by more than 10 % is trained once more for as many steps as fit into the baseline's
+seconds: so it is compared per step and per second.
 
     script: train_enwik8.py
     out_dir: runs/one_change
     metric: val_bpb_raw                # of summary.json; less is better
     base: {preset: cpu, lr: 0.004}     # settings of every run
     seeds: [1, 2, 3, 4, 5]
-    tune: {settings: [lr], factors: [0.5, 1, 2]}
+    seeded: [seed, data_seed]          # what a seed sets; without it, seed
+    tune: {settings: [lr], factors: [0.5, 1, 2], seed: 0, further: 4}               # a seed that counts nowhere
+    rungs: {500: 5, 2000: 3}           # values of max_steps, and with how many of the seeds
+    primary: 2000                      # the rung of the verdicts; a row has those up to it, or its own `rungs`
     speed: {max_steps: 60, eval_interval: none, log_interval: 5}                    # what the timing runs change
     rows:
       layer norm: {axis: norm, set: {norm: layer}}
@@ -60,7 +64,6 @@ from pathlib import Path
 from nanolab import archive
 from nanolab.run import (UserError, as_typed, check_settings, command, lock_file, override, read_json, read_metrics,
                          write_json)
-from nanolab.verdict import compare, noise_floor
 
 # --- What ---
 grid = None              # the yaml file (may also be typed as a bare word)
@@ -73,8 +76,11 @@ threads = 1              # [>= 1] CPU threads of each
 checkpoints = False      # keep the checkpoints of finished runs
 
 SHAPE = {"script": str, "out_dir": str, "metric": str, "show": list, "base": dict, "seeds": list, "tune": dict,
-         "speed": (dict, str, type(None)), "sigma_data": float, "rows": dict, "cross": dict, "seeded": list}
-ROW_SHAPE = {"axis": str, "set": dict, "against": str}
+         "speed": (dict, str, type(None)), "sigma_data": float, "same": float, "log": bool, "rungs": dict,
+         "primary": int, "rows": dict, "cross": dict, "seeded": list}
+ROW_SHAPE = {"axis": str, "set": dict, "against": str, "rungs": list, "tune": dict, "published": dict,
+             "predicted": str}
+FORETOLD = ("better", "worse", "the same")
 BASELINE = "baseline"
 SLOWER = 0.1             # a row is as fast as the baseline up to this share: timings of equal work differ by 8 %
 KILLED = (130, 143, -9, -15, -2, -1)  # the last four by SIGKILL, SIGTERM, SIGINT, SIGHUP
@@ -89,6 +95,9 @@ class Row:
     changes: dict
     against: str         # the row that it is compared with
     at: dict = None      # of a cross: {axis: option}
+    rungs: list = (None,)                              # values of max_steps; None: that of base
+    tune: dict = field(default_factory=dict)           # {setting: values}, of which the best stays
+    told: dict = field(default_factory=dict)           # what the table says beside: published, predicted
 
 
 @dataclass(frozen=True)
@@ -115,11 +124,12 @@ class Result:
 
 @dataclass
 class Progress:
-    """Where a row stands: cells that it wants next, and what it has. `values`: of the best factor, one per seed."""
+    """Where a row stands: cells that it wants next, and what it has. `values`: those of `cells`."""
     wanted: list = field(default_factory=list)
     tuned: dict = field(default_factory=dict)          # {factor: value, None where it failed}
     factor: float = None
-    cells: list = field(default_factory=list)          # of the best factor, by seed
+    chosen: dict = field(default_factory=dict)         # of the row's own `tune`, the best values
+    cells: list = field(default_factory=list)          # of the best factor, by rung and seed
     values: list = field(default_factory=list)
     step_seconds: float = None                         # of the faster timing run
     parameters: int = None
@@ -138,7 +148,7 @@ class Grid:
         plan = read_yaml(self.path)
         check_shape(plan, SHAPE, {"script", "out_dir", "metric", "base", "seeds"}, str(path))
         self.need(bool(plan.get("rows")) != bool(plan.get("cross")), "it needs either rows or cross")
-        extra = {"tune", "speed", "sigma_data"} & plan.keys() if "cross" in plan else ()
+        extra = {"tune", "speed", "sigma_data", "rungs", "primary", "same"} & plan.keys() if "cross" in plan else ()
         self.need(not extra, f"{', '.join(sorted(extra))} goes with rows, not with cross")
         self.need(plan["out_dir"].isprintable(), f"out_dir {plan['out_dir']!r} is no name of a folder")
         self.script = Path(__file__).resolve().parent / plan["script"]
@@ -151,13 +161,28 @@ class Grid:
         self.home = self.folder / self.script.stem           # of the runs
         self.need(all(type(seed) is int for seed in self.seeds) and 2 <= len(self.seeds) == len(set(self.seeds)),
                   f"seeds must be at least 2 different whole numbers, not {self.seeds}")
-        self.sigma_data = plan.get("sigma_data", 0.0)
-        self.need(0 <= self.sigma_data < math.inf, f"sigma_data must be a number from 0 on, not {self.sigma_data}")
+        self.judging = {key: plan[key] for key in ("sigma_data", "same", "log", "primary") if key in plan}
+        for key in ("sigma_data", "same"):
+            self.need(0 <= plan.get(key, 0) < math.inf, f"{key} must be a number from 0 on, not {plan.get(key)}")
         tune, speed = plan.get("tune", {}), plan.get("speed", {})
-        check_shape(tune, {"settings": list, "factors": list}, set(), f"{path}: tune")
+        check_shape(tune, {"settings": list, "factors": list, "seed": int, "further": int}, set(), f"{path}: tune")
         self.scaled, self.factors = tune.get("settings", []), tune.get("factors", [1])
         self.need(self.factors and all(type(f) in (int, float) and 0 < f < math.inf for f in self.factors),
                   f"tune: factors must be numbers above 0, none endless, not {self.factors}")
+        self.further, self.tune_seed = tune.get("further", 0), tune.get("seed", self.seeds[0])
+        self.need(self.further >= 0 and (not self.further or self.factors == sorted(set(self.factors))
+                                         and len(self.factors) > 1),
+                  f"tune: further is how many factors more, from 0 on, beyond several in order, not {self.further}")
+        self.need("seed" not in tune or self.tune_seed not in self.seeds,
+                  f"tune: seed {self.tune_seed} is one of the seeds: its runs would count")
+        self.rungs = plan.get("rungs", {None: len(self.seeds)})
+        self.need(self.rungs and ("rungs" not in plan or all(
+            type(long) is int and long > 0 and type(count) is int and 2 <= count <= len(self.seeds)
+            for long, count in self.rungs.items()) and list(self.rungs) == sorted(self.rungs)),
+            f"rungs must be values of max_steps in order, each with how many of the {len(self.seeds)} seeds, at least "
+            f"2, not {self.rungs}")
+        self.need(plan.get("primary", None) in self.rungs or "primary" not in plan,
+                  f"primary must be one of the rungs {list(self.rungs)}, not {plan.get('primary')}")
         self.seeded, self.show = plan.get("seeded", ["seed"]), plan.get("show", [])
         for key, names in (("seeded", self.seeded), ("tune: settings", self.scaled), ("show", self.show)):
             self.need(all(type(name) is str for name in names) and (names or key != "seeded"),
@@ -175,6 +200,8 @@ class Grid:
         for name in self.scaled:
             self.need(type(self.base.get(name)) in (int, float), f"tune: {name} must be a number in base")
         self.need(not self.speed or self.base.get("max_steps"), "speed needs max_steps in base")
+        if None not in self.rungs:                       # what a rung sets nothing else may
+            self.base["max_steps"] = next(iter(self.rungs))
         self.cross = {str(axis): self.options(str(axis), given) for axis, given in plan.get("cross", {}).items()}
         self.rows = self.crossed() if self.cross else self.listed(plan["rows"])
         twice = set(self.seeded) & {*self.base, *(name for row in self.rows for name in row.changes)}
@@ -201,12 +228,27 @@ class Grid:
 
     def listed(self, given):
         """The rows of `rows`, the baseline before them; each leads to it over what it is compared with."""
-        rows = [Row(BASELINE, "", {}, None)]
+        rows = [Row(BASELINE, "", {}, None, rungs=list(self.rungs))]
+        primary = self.judging.get("primary", list(self.rungs)[-1])
         for name, row in given.items():
-            row = {} if row is None else row
-            check_shape(row, ROW_SHAPE, {"set"}, f"{self.path}: row {name!r}")
-            rows.append(Row(str(name), row.get("axis", ""), self.check(row["set"], f"row {name!r}"),
-                            row.get("against", BASELINE)))
+            row, place = {} if row is None else row, f"row {name!r}"
+            check_shape(row, ROW_SHAPE, {"set"}, f"{self.path}: {place}")
+            rungs = row.get("rungs", [long for long in self.rungs if long is None or long <= primary])
+            self.need(rungs and all(long in self.rungs for long in rungs), f"{place}: rungs must be some of "
+                                                                           f"{list(self.rungs)}, not {rungs}")
+            self.need(row.get("predicted", "better").partition(":")[0] in FORETOLD,
+                      f"{place}: predicted begins with one of {', '.join(FORETOLD)}, and a colon")
+            self.need(all(type(value) in (int, float) for value in row.get("published", {}).values()),
+                      f"{place}: published must be differences by their sources, not {row.get('published')}")
+            changes, tune = self.check(row["set"], place), row.get("tune", {})
+            for setting, values in tune.items():
+                self.need(isinstance(values, list) and len(values) > 1,
+                          f"{place}: tune: {setting} must be several values in brackets, not {values!r}")
+                tune[setting] = [self.check({setting: value}, f"{place}: tune")[setting] for value in values]
+            self.need(None in self.rungs or "max_steps" not in {*changes, *tune}, f"{place}: the rungs set max_steps")
+            told = {key: row[key] for key in ("published", "predicted") if key in row}
+            rows.append(Row(str(name), row.get("axis", ""), changes, row.get("against", BASELINE), None, rungs, tune,
+                            told))
         against, count = {row.name: row.against for row in rows}, Counter(row.name for row in rows)
         for row in rows[1:]:
             self.need(count[row.name] == 1 and row.name != row.against and row.against in against,
@@ -328,62 +370,75 @@ class Grid:
     def progress(self):
         """{row's name: Progress}, from what is on the disk."""
         found = {row.name: self.walk(row) for row in self.rows}
-        if self.cross or len(found[BASELINE].values) < 2:
-            return found
-        sigma = noise_floor(found[BASELINE].values)
         whole = {name: bool(mine.values) and not mine.wanted for name, mine in found.items()}
-        for row in self.rows[1:]:
+        for row in self.rows[1:] if not self.cross else ():
             mine, other = found[row.name], found[row.against]
             if not (whole[BASELINE] and whole[row.name] and whole[row.against]):
                 continue
-            verdicts = {compare([value], other.values, sigma)[1] for value in mine.values[:2]}
-            if len(verdicts) > 1 and len(self.seeds) > 2:
-                self.add_seed(row, mine, self.seeds[2])
             ratio = mine.step_seconds / other.step_seconds if mine.step_seconds and other.step_seconds else 1
             if abs(ratio - 1) > SLOWER:
                 steps = row.changes.get("max_steps", self.base["max_steps"])
-                mine.equal = self.equal_cell(row, mine.factor, max(10, round(steps / ratio / 10) * 10))
+                mine.equal = self.equal_cell(row, mine, max(10, round(steps / ratio / 10) * 10))
                 if self.result(mine.equal).state == "open":
                     mine.wanted.append(mine.equal)
         return found
 
-    def equal_cell(self, row, factor, steps):
+    def equal_cell(self, row, mine, steps):
         """The run of equal seconds. One that is there already is kept if it is within 10 % of `steps`: timings waver,
         and every new run of the baseline would ask for others."""
         there = (re.search(r"-(\d+)steps-", path.name) for path in self.home.glob("*steps-*"))
         for known in sorted({int(found[1]) for found in there if found}, key=lambda n: abs(n - steps)):
-            cell = self.cell(row, factor, self.seeds[0], f"-{known}steps", max_steps=known)
+            cell = self.cell(row, mine.factor, self.seeds[0], f"-{known}steps", **mine.chosen | {"max_steps": known})
             if abs(known - steps) <= 0.1 * steps and (self.home / cell.run).exists():
                 return cell
-        return self.cell(row, factor, self.seeds[0], f"-{steps}steps", max_steps=steps)
+        return self.cell(row, mine.factor, self.seeds[0], f"-{steps}steps", **mine.chosen | {"max_steps": steps})
 
     def walk(self, row):
-        """Progress of a row by itself: its factors, then its seeds."""
-        mine = Progress()
-        tuning = [self.cell(row, factor, self.seeds[0]) for factor in self.factors]
-        results = [self.result(cell) for cell in tuning]
-        mine.wanted = [cell for cell, result in zip(tuning, results) if result.state == "open"]
-        mine.tuned = {cell.factor: result.value for cell, result in zip(tuning, results) if result.state != "open"}
-        if mine.wanted:
-            return mine
-        done = {cell.factor: result for cell, result in zip(tuning, results) if result.state == "done"}
-        if not done:
-            mine.error = results[0].error
-            return mine
-        mine.factor = min(done, key=lambda factor: done[factor].value)
-        mine.parameters = next(iter(done.values())).parameters
-        for seed in self.seeds if row.name == BASELINE or self.cross else self.seeds[:2]:
-            self.add_seed(row, mine, seed)
-        timing = [self.cell(row, mine.factor, seed, "-speed", **self.speed) for seed in self.seeds[:2] if self.speed]
+        """Progress of a row by itself: its factors, its own `tune`, then the seeds of its rungs."""
+        mine, factors = Progress(), list(self.factors)
+        while True:
+            tuning = [self.cell(row, factor, self.tune_seed) for factor in factors]
+            best = self.best(mine, tuning)
+            mine.tuned = {cell.factor: self.result(cell).value for cell in tuning if self.result(cell).state != "open"}
+            if best is None:
+                return mine
+            mine.factor, ends = best.factor, (min(factors), max(factors))
+            if best.factor not in ends or len(factors) - len(self.factors) == self.further:
+                break
+            first, second = sorted(factors, reverse=best.factor == ends[1])[:2]
+            factors.append(float(f"{first * first / second:.12g}"))          # a step of the same size beyond the end
+        for name, values in row.tune.items():
+            cells = [self.cell(row, mine.factor, self.tune_seed, f"-{name}{value}", **mine.chosen | {name: value})
+                     for value in values]
+            best = self.best(mine, cells)
+            if best is None:
+                return mine
+            mine.chosen[name] = json.loads(best.settings)[name]
+        mine.parameters = self.result(best).parameters
+        for long in row.rungs:
+            whole = row.name == BASELINE or self.cross or long
+            for seed in self.seeds[:self.rungs[long] if whole else 2]:
+                self.add_seed(row, mine, seed, **mine.chosen | ({"max_steps": long} if long else {}))
+        timing = [self.cell(row, mine.factor, seed, "-speed", **mine.chosen | self.speed)
+                  for seed in self.seeds[:2] if self.speed]
         timed = [self.result(cell) for cell in timing]
         mine.wanted += [cell for cell, result in zip(timing, timed) if result.state == "open"]
         means = [statistics.mean(result.times) for result in timed if result.times]
         mine.step_seconds = min(means) if means and len(means) == len(timing) else None
         return mine
 
-    def add_seed(self, row, mine, seed):
-        """The run of another seed: into mine.values where it is done, into mine.wanted where it is not."""
-        cell = self.cell(row, mine.factor, seed)
+    def best(self, mine, cells):
+        """Of cells that try something the best; None where one is open, which mine.wanted gets, or all failed."""
+        results = {cell: self.result(cell) for cell in cells}
+        mine.wanted += [cell for cell, result in results.items() if result.state == "open"]
+        done = [cell for cell, result in results.items() if result.state == "done"]
+        if not mine.wanted and not done:
+            mine.error = results[cells[0]].error
+        return None if mine.wanted or not done else min(done, key=lambda cell: results[cell].value)
+
+    def add_seed(self, row, mine, seed, **other):
+        """The run of a seed: into mine.values where it is done, into mine.wanted where it is not."""
+        cell = self.cell(row, mine.factor, seed, f"-{other['max_steps']}" if other.get("max_steps") else "", **other)
         result = self.result(cell)
         if result.state == "done":
             mine.cells.append(cell)
@@ -392,6 +447,14 @@ class Grid:
             mine.wanted.append(cell)
         else:
             mine.error = result.error
+
+    def turn(self, cell):
+        """What a cell waits for: of a cross and of rungs a whole table of the first seed comes before the second's, and
+        what is tuned comes first, what is timed last."""
+        if None in self.rungs and not self.cross:
+            return 0
+        timing = "-speed-" in cell.run or "steps-" in cell.run
+        return (2, 0) if timing else (1, self.seeds.index(cell.seed)) if cell.seed in self.seeds else (0, 0)
 
     def words(self, cell):
         """The command of a cell, word by word; with --resume where something is there."""
@@ -407,7 +470,8 @@ class Grid:
                     **({"shown": result.shown} if self.show else {}),
                     "max_steps": json.loads(cell.settings).get("max_steps")}
         rows = [{"name": row.name, "axis": row.axis, "set": row.changes, "against": row.against,
-                 "factor": mine.factor, "tuned": list(mine.tuned.items()), "runs": list(map(run, mine.cells)),
+                 "factor": mine.factor, "tuned": list(mine.tuned.items()), **row.told,
+                 **({"chosen": mine.chosen} if row.tune else {}), "runs": list(map(run, mine.cells)),
                  "step_seconds": mine.step_seconds, "parameters": mine.parameters, "error": mine.error,
                  "open": len(mine.wanted),
                  "equal_seconds": run(mine.equal) if mine.equal and self.result(mine.equal).state == "done" else None,
@@ -416,7 +480,7 @@ class Grid:
         write_json(self.folder / "grid.json", {
             "grid": self.path.name, "script": self.script.name, "metric": self.metric, "base": self.base,
             "seeds": self.seeds, "tuned_settings": self.scaled, "factors": self.factors, "slower": SLOWER,
-            **({"sigma_data": self.sigma_data} if self.sigma_data else {}),
+            **self.judging, **({} if None in self.rungs else {"rungs": list(self.rungs)}),
             **({"cross": self.cross} if self.cross else {}), "rows": rows})
 
 
@@ -551,6 +615,10 @@ def show(plan, found):
 
 @command
 def main():
+    if sys.argv[1:2] == ["restore"]:
+        if len(sys.argv) != 4:
+            raise UserError("restore what, and where? python grid.py restore runs/one_change.jsonl runs/one_change")
+        return say(f"restored {archive.restore(Path(sys.argv[2]), Path(sys.argv[3]))} runs: the grid goes on from them")
     if sys.argv[1:2] == ["archive"]:
         if len(sys.argv) != 3 or not Path(sys.argv[2]).is_dir():
             raise UserError("archive which folder of runs? python grid.py archive runs/one_change")
@@ -609,8 +677,7 @@ def work_off(plan, found, running):
             plan.write_index(found)
         # ---- what can start ----
         todo = dict.fromkeys(cell for mine in found.values() for cell in mine.wanted if cell.run not in given_up)
-        if plan.cross:                                       # a whole table of the first seed before the second begins
-            todo = dict.fromkeys(sorted(todo, key=lambda cell: plan.seeds.index(cell.seed)))
+        todo = dict.fromkeys(sorted(todo, key=plan.turn))
         taken, waiting = {cell.run for cell, _ in running.values()}, False
         for cell in todo:
             if len(running) >= jobs or stop:

@@ -17,9 +17,9 @@ deviation. A run without metrics is left out and named. Contours have a panel fo
 differs; numbers that follow from the panel and its two axes, as steps do from people, are named below instead. Capacity
 is that of Physics of Language Models 3.3 (Allen-Zhu and Li 2024, arXiv 2404.05405).
 
-The rule of a table of rows: a difference counts where it is at least 3 sigma sqrt(1/n1 + 1/n2), with sigma the standard
-deviation of the baseline over its seeds, n1 and n2 seeds on the two sides; less is better. More in docs/one-change.md
-and nanolab/verdict.py. A table of a cross has means and deviations, and no verdicts.
+The rule of a table of rows (less is better): intervals from one deviation pooled over all rows, what a draw does to all
+alike taken out; verdicts by Holm at 5 % over the table. More in docs/one-change.md and nanolab/verdict.py. A table of a
+cross has means and deviations, and no verdicts.
 """
 from nanolab.settings import answer_help
 
@@ -38,7 +38,7 @@ import pandas as pd
 from nanolab import archive
 from nanolab.archive import natural
 from nanolab.run import UserError, as_typed, command, override
-from nanolab.verdict import judge, least, read_index
+from nanolab.verdict import judge, ordered_alike, rank_correlation, read_index
 
 # --- What ---
 runs = None              # directories and archives, with commas and wildcards (may also be typed as a bare word)
@@ -53,6 +53,7 @@ only = None              # words with commas: curves whose names have them all, 
 by = "step"              # [step, seconds, tokens] over what; seconds of training, evaluation apart
 split = "val"            # [train, val, test] which part of the data
 metric = "bpb"           # a key of metrics.jsonl
+csv = None               # with --table: the table as a file for machines too
 out = None               # the picture, .png .pdf or .svg; none: curves.png, and for a table table.png in its folder
 width = 8.0              # [>= 1.0, <= 50.0] inches
 
@@ -479,13 +480,9 @@ def draw_capacity(rows, path, note=""):
 
 # --- The table of a grid ---
 
-WORDS = {-1: "**better**", 0: "no difference measured", 1: "**worse**", None: "undecided (one order of the data)"}
-
-
 def markdown(index):
-    """The table of a grid.json as lines of Markdown."""
-    sigma, baseline, judged = judge(index)
-    first, data = index["rows"][0], index.get("sigma_data", 0.0)
+    """The table of a grid.json as lines of Markdown, and above it what the noise is and how far the rungs agree."""
+    judged, first, log = judge(index), index["rows"][0], index.get("log")
     names = list(first["runs"][0].get("shown", {}))
 
     def shown(row):
@@ -493,36 +490,118 @@ def markdown(index):
         values = [[run["shown"].get(name) for run in row["runs"]] for name in names]
         return [f"{statistics.mean(mine):.4f}" if mine and all(map(is_number, mine)) else "" for mine in values]
     beside = "".join(f", {name} {mean}" for name, mean in zip(names, shown(first)))
-    timed = ["seconds a step", "at equal seconds"] if any("time" in found for found in judged) else []
-    columns = ["axis", "change", "mean", "difference", "at equal steps", *timed, "parameters", "rate", "seeds", *names]
-    limits = [f"{least(seeds, len(baseline), sigma, deviation):.4f}" for deviation in (0.0, data) for seeds in (2, 3)]
-    line = (f"Baseline: {statistics.mean(baseline):.4f} ({index['metric']}){beside}, {len(baseline)} seeds, sigma "
-            f"{sigma:.4f}; a row of two seeds counts from {limits[0]} on, of three from {limits[1]}.")
-    if data:
-        line += (f" With another draw of the data a difference moves by {data:.4f}: below {limits[2]}, of three "
-                 f"{limits[3]}, such a row is undecided.")
+    timed, ladder = any(mine.time for mine in judged.rows), len(judged.rungs) > 1
+    what = "ratio" if log else "difference"
+    columns = ["axis", "change", *(f"{rung.name} {what}".strip() for rung in judged.rungs), "verdict",
+               *["over rungs", "worth in steps"] * ladder, *["seconds a step", "at equal seconds"] * timed,
+               "parameters", "rate", *["rates' spread"] * ladder, *["published"] * ladder, "draws", *names]
     outer = (min(index["factors"]), max(index["factors"])) if len(index["factors"]) > 1 else ()
     lines = []
-    for found in judged:
-        row = found["row"]
+    for mine in judged.rows:
+        row, edges = mine.row, outer
         name = row["name"] + (f" (against {row['against']})" if row["against"] != first["name"] else "")
-        if "verdict" not in found:
+        if not mine.effects:
             why = row["error"] or (f"{row['open']} runs to go" if row["open"] else "not measured")
             lines.append([row["axis"], name, why + " |" * (len(columns) - 3)])
             continue
-        seconds = equal = size = ""
-        if "time" in found:
-            seconds = f"{found['time']:.2f}"
-            equal = "as at equal steps" if abs(found["time"] - 1) <= index["slower"] else "not measured"
-        if "equal" in found:
-            equal = f"{found['equal'][0]:+.4f}: {WORDS[found['equal'][1]]}"
-        if "size" in found:
-            size = f"{found['size'] - 1:+.1%}" if abs(found["size"] - 1) > 0.0101 else "same"
-        lines.append([row["axis"], name, f"{statistics.mean(found['values']):.4f}", f"{found['difference']:+.4f}",
-                      WORDS[found["verdict"]], *([seconds, equal] if timed else []), size,
-                      f"x{row['factor']:g}{'*' if row['factor'] in outer else ''}", len(found["values"]), *shown(row)])
+        if ladder:
+            edges = (min(factor for factor, _ in row["tuned"]), max(factor for factor, _ in row["tuned"]))
+        lines.append([
+            row["axis"], name, *(interval(mine.effects.get(rung.name), log) for rung in judged.rungs),
+            {"better": "**better**", "worse": "**worse**", None: "not measured"}.get(mine.verdict, mine.verdict),
+            *[mine.holds, f"x{mine.worth:.2f}" if mine.worth else ""] * ladder,
+            *[f"{mine.time:.2f}" if mine.time else "", at_equal_seconds(mine, index)] * timed,
+            "" if not mine.size else f"{mine.size - 1:+.1%}" if abs(mine.size - 1) > 0.0101 else "same",
+            f"x{row['factor']:g}{'*' if row['factor'] in edges else ''}",
+            *[f"{mine.sensitivity:.3f}" if mine.sensitivity is not None else ""] * ladder,
+            *["; ".join(f"{source} {value:+g}" for source, value in row.get("published", {}).items())] * ladder,
+            " + ".join(str(effect.draws) for effect in mine.effects.values()), *shown(row)])
     star = "\\* the best of the tried rates is the smallest or the largest: a better one may lie beyond."
-    return [line, "", *as_markdown(columns, lines), *(["", star] if outer else [])]
+    return [*noise(judged, index, beside), "", *as_markdown(columns, lines), *(["", star] if outer else [])]
+
+
+def interval(effect, log):
+    """An Effect in words: difference and half of its 95 % interval; of logarithms, the ratio and its interval."""
+    if effect and log:
+        ends = [math.exp(effect.difference + sign * effect.half()) for sign in (0, -1, 1)]
+        return "x{:.3g} ({:.3g} .. {:.3g})".format(*ends)
+    return f"{effect.difference:+.4f} ± {effect.half():.4f}" if effect else ""
+
+
+def at_equal_seconds(mine, index):
+    """The cell of a Found."""
+    if mine.equal:
+        return interval(mine.equal, index.get("log"))
+    return "" if not mine.time else "as at equal steps" if abs(mine.time - 1) <= index["slower"] else "not measured"
+
+
+def noise(judged, index, beside):
+    """Lines: baseline and deviations of each rung; verdicts that chance makes; how far rungs and papers agree."""
+    first, log, primary = index["rows"][0]["name"], index.get("log"), judged.primary
+    lines = []
+    for rung in judged.rungs:
+        fit, mean = rung.fit, rung.fit.mean(first)
+        lines.append(
+            f"{f'{rung.name}, {rung.steps} steps: baseline' if rung.steps else 'Baseline:'} "
+            f"{math.exp(mean) if log else mean:.4f} ({index['metric']}){beside}, {len(fit.values[first])} draws; sigma "
+            f"{fit.sigma:.4f}{' of the logarithm' if log else ''} ({fit.freedom} degrees of freedom), with the draws "
+            f"left in {fit.unpaired:.4f}." + f" Judged by their own: {', '.join(fit.wild)}." * (fit.wild != {}))
+    if data := primary.fit.error:
+        lines.append(f"Another draw of the data moves a difference by {data:.4f}: it is in every interval.")
+    rows = [mine for mine in judged.rows if primary.name in mine.effects]
+    lines.append(f"{len(rows)} rows are judged: Holm keeps the chance of one false better or worse among them at 5 %"
+                 + (f"; the same: the 90 % interval lies within ±{index['same']:g}." if index.get("same") else "."))
+    if gains := sorted(mine.gain for mine in rows if mine.gain == mine.gain):
+        lines.append(f"Parabolas through the rates of {len(gains)} rows gain {statistics.median(gains):.4f} in the "
+                     f"median, {gains[-1]:.4f} at most; {len(rows) - len(gains)} rows are best at an edge or untuned.")
+    if judged.doubling:
+        lines.append(f"The baseline gains {judged.doubling:.4f} by twice the steps.")
+    lines += [agreement(one, other, judged, index) for one, other in itertools.pairwise(judged.rungs)]
+    for source in dict.fromkeys(name for mine in rows for name in mine.row.get("published", {})):
+        told = [mine.row["published"][source] * mine.effects[primary.name].difference > 0 for mine in rows
+                if source in mine.row.get("published", {})]
+        lines.append(f"{source}: the sign of {sum(told)} of {len(told)} rows.")
+    told = [mine.row["predicted"].partition(":")[0] == mine.verdict for mine in rows if mine.row.get("predicted")]
+    return lines + [f"Predicted beforehand: {sum(told)} of {len(told)} verdicts."] * (told != [])
+
+
+def agreement(one, other, judged, index):
+    """How far two rungs order the rows alike, in a line: over all pairs, and over those that the first has close."""
+    first = index["rows"][0]["name"]
+    means = [{row: rung.fit.mean(row) for row in distinct(index) if rung.fit.values[row]} for rung in (one, other)]
+    close = 3 * one.fit.sigma * math.sqrt(2 / len(one.fit.values[first]))
+    told = [f"{share:.3f} of {pairs} pairs" if pairs else "no pairs" for share, pairs in
+            (ordered_alike(*means, within) for within in (math.inf, close))]
+    signs = [mine.effects[one.name].difference * mine.effects[other.name].difference > 0 for mine in judged.rows
+             if {one.name, other.name} <= mine.effects.keys()]
+    return (f"{one.name} to {other.name}: ordered alike {told[0]}, {told[1]} closer than {close:.4f}; rank correlation "
+            f"{rank_correlation(*means):.2f}; {sum(signs)} of {len(signs)} signs kept.")
+
+
+def distinct(index):
+    """The names of rows that share no runs with one before them."""
+    names = {tuple(run["run"] for run in row["runs"]): row["name"] for row in reversed(index["rows"])}
+    return list(names.values())[::-1]
+
+
+def write_csv(index, path):
+    """The table as a CSV for machines: a line a row, differences with the ends of their 95 % intervals at each rung."""
+    judged, lines = judge(index), []
+    for mine in judged.rows:
+        line = {key: mine.row[key] for key in ("axis", "name", "against")}
+        for name, effect in mine.effects.items():
+            line |= {f"{what}{f'_{name}' * (name != '')}": value for what, value in (
+                ("difference", effect.difference), ("low", effect.difference - effect.half()),
+                ("high", effect.difference + effect.half()), ("p", effect.p), ("draws", effect.draws))}
+        lines.append(line | {
+            "verdict": mine.verdict, "over_rungs": mine.holds, "worth_in_steps": mine.worth, "time": mine.time,
+            "parameters": mine.size, "factor": mine.row["factor"], "sensitivity": mine.sensitivity, "gain": mine.gain,
+            **mine.row.get("published", {}), "predicted": mine.row.get("predicted")})
+    try:
+        pd.DataFrame(lines).to_csv(path, index=False)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    print(f"wrote {path}", file=sys.stderr)
 
 
 def pivot(index):
@@ -554,28 +633,34 @@ def crossed(row, name):
 
 
 def draw_table(index, path):
-    """A picture of the differences: a dot per seed, a band for what counts as none."""
-    sigma, baseline, judged = judge(index)
-    means = {row["name"]: statistics.mean(run["value"] for run in row["runs"]) for row in index["rows"] if row["runs"]}
-    shown = [found for found in judged if "verdict" in found]
-    if not shown:
+    """A picture of the differences: a dot a draw, a bar for 95 %, the rungs in shades; families together."""
+    judged = judge(index)
+    rows = [mine for mine in judged.rows if mine.effects]
+    if not rows:
         raise UserError("no row has finished yet: nothing to draw")
-    figure, (axes,) = canvas(width, 1.2 + 0.2 * len(shown))
-    limit, data = least(2, len(baseline), sigma), index.get("sigma_data", 0.0)
-    if data:
-        wide = least(2, len(baseline), sigma, data)
-        axes.axvspan(-wide, wide, color="0.93", label="undecided, two seeds (one order of the data)")
-    axes.axvspan(-limit, limit, color="0.85", label="no difference measured (two seeds)")
-    colours = {-1: "tab:green", 0: "0.35", 1: "tab:red", None: "tab:orange"}
-    for y, found in enumerate(shown):
-        axes.plot([value - means[found["row"]["against"]] for value in found["values"]], [y] * len(found["values"]),
-                  "o", markersize=4, color=colours[found["verdict"]])
-    rows, against = [found["row"] for found in shown], index["rows"][0]["name"]
-    axes.set_yticks(range(len(rows)), [f"{row['axis']}: {row['name']}{'' if row['against'] == against else ' †'}"
-                                       for row in rows], fontsize=7)
+    figure, (axes,) = canvas(width, 1.2 + 0.2 * len(rows))
+    families = {axis: i for i, axis in enumerate(dict.fromkeys(mine.row["axis"] for mine in rows))}
+    rows.sort(key=lambda mine: families[mine.row["axis"]])
+    fit, same = judged.primary.fit, index.get("same", 0.0)
+    if same:
+        axes.axvspan(-same, same, color="0.85", label=f"within ±{same:g}")
+    axes.axvspan(-fit.sigma, fit.sigma, color="0.75" if same else "0.85", label=f"sigma {fit.sigma:.4f}")
+    colours = {"better": "tab:green", "worse": "tab:red", "the same": "tab:blue"}
+    for y, mine in enumerate(rows):
+        for i, rung in enumerate(rung for rung in judged.rungs if rung.name in mine.effects):
+            effect, place = mine.effects[rung.name], y + 0.22 * (i - (len(judged.rungs) - 1) / 2)
+            shade = dict(color=colours.get(mine.verdict, "0.35"), alpha=(i + 1) / len(judged.rungs))
+            axes.plot([effect.difference - effect.half(), effect.difference + effect.half()], [place] * 2, **shade)
+            dots = rung.fit.cleared(mine.row["name"]) - rung.fit.mean(mine.row["against"])
+            axes.plot(dots, [place] * len(dots), "o", markersize=3, **shade)
+    first = index["rows"][0]["name"]
+    axes.set_yticks(range(len(rows)), [f"{mine.row['axis']}: {mine.row['name']}"
+                                       f"{'' if mine.row['against'] == first else ' †'}" for mine in rows], fontsize=7)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xscale("symlog", linthresh=max(2 * limit, 1e-6))
-    axes.set_xlabel("difference to the baseline (left is better; † to another row)")
+    axes.set_xscale("symlog", linthresh=max(4 * fit.sigma, 1e-6))
+    rungs = f"; the darker, the longer: {', '.join(rung.name for rung in judged.rungs)}" * (len(judged.rungs) > 1)
+    what = "logarithm of the ratio" if index.get("log") else "difference"
+    axes.set_xlabel(f"{what} to the baseline (left is better; † to another row){rungs}")
     axes.grid(alpha=0.3, axis="x")
     axes.legend(fontsize=7, loc="lower right")
     save(figure, path)
@@ -587,9 +672,11 @@ def show_table(settings):
     """The table of a grid, and where it has verdicts a picture beside it."""
     index = read_index(Path(table) if table.endswith(".jsonl") else Path(table) / "grid.json")
     if index.get("cross"):
-        settings.refuse_idle(("out", "width"), f"with --table {table}: a cross has no picture of its own")
+        settings.refuse_idle(("out", "width", "csv"), f"with --table {table}: a cross has no picture of its own")
         return print("\n".join(pivot(index)))
     print("\n".join(markdown(index)))
+    if csv:
+        write_csv(index, csv)
     folder = Path(table.removesuffix(".jsonl"))
     draw_table(index, Path(out or (folder / "table.png" if folder.is_dir() else f"{folder}.png")))
 
@@ -629,6 +716,8 @@ def main():
         settings.refuse_idle(("same", "only", "by", "split", "metric"), "with --capacity")
     elif two or over is not None:
         settings.refuse_idle(("by",), "with --contours or --over, which draw the last values")
+    if table is None:
+        settings.refuse_idle(("csv",), "without --table")
     if not two and not capacity:
         settings.refuse_idle(("levels",), "without --contours or --capacity")
     if two and (len(set(two)) != 2 or len(two) != 2 or "" in two):

@@ -18,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanolab.run import UserError, is_running, read_json, replacing, run_metrics
+from nanolab.run import UserError, is_running, read_json, replacing, run_metrics, write_json
 
 SHARED = ("format", "script", "versions", "device", "git")   # of params.json; beside settings and command
 
@@ -127,6 +127,37 @@ def write(folder):
     with replacing(path) as file:
         file.writelines(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in lines)
     return path, len(places)
+
+
+def restore(path, folder):
+    """The runs of an archive as directories, so that a grid goes on from them: how many. Not checkpoints, code and
+    pictures, which it does not hold.
+
+    UserError: no archive, names that lead elsewhere, a folder that is there already.
+    """
+    try:
+        first, runs = read_first(path), read(path)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if folder.exists():
+        raise UserError(f"{folder} is there already")
+    home = folder / Path((first["grid"] or {}).get("script") or str(first["script"])).stem
+    places = [(home if Path(run.name).name == run.name else folder) / run.name for run in runs]
+    if any(not place.resolve().is_relative_to(folder.resolve()) for place in places):
+        raise UserError(f"{path}: a name of a run leads out of {folder}")
+    for place, run, text in zip(places, runs, path.read_text().splitlines()[1:]):
+        line = json.loads(text)
+        place.mkdir(parents=True)
+        if run.settings:
+            words = [*first["command"][:1], *dict.fromkeys(first["command"][1:] + line.get("command", []))]
+            params = {key: line.get(key, first[key]) for key in SHARED} | {"settings": run.settings}
+            write_json(place / "params.json", params | {"command": shlex.split(" ".join(words)),
+                                                        "history": line.get("history", [])})
+        write_json(place / "summary.json", run.summary)
+        (place / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in run.lines))
+    if first["grid"]:
+        write_json(folder / "grid.json", first["grid"])
+    return len(runs)
 
 
 def first_line(params):

@@ -1,45 +1,145 @@
-"""Did it matter? The rule by which a change is told from noise, and the grid.json of its runs."""
+"""Did it matter? The rule by which a change is told from noise, and the grid.json of its runs.
+
+Every figure is y(row, draw) = row + draw + rest: a draw is a seed, of the initialisation and, where it sets the data
+too, of the data, and what it does to all rows alike is taken out by least squares. The deviation of the rest, pooled
+over all rows, is the noise that a difference is held against. Of many rows some differ by chance: Holm (1979) keeps the
+chance of one false "better" or "worse" among all at 5 %. "the same" asks for as much evidence as a difference: two
+one-sided tests at 5 % (Schuirmann 1987), that is, the 90 % interval lies within +-`same`.
+"""
 import math
+from dataclasses import dataclass
+
+import numpy as np
 
 from nanolab import archive
 from nanolab.run import UserError
 
-NOISE = 3.0  # a difference counts from so many standard errors on
+LEVEL = 0.05         # of a false verdict in the whole table; intervals are of 95 %
+WILD = 2.0           # a row of 3 draws whose own deviation is so many times the pooled one is judged by it (Welch 1947)
 
 
-def noise_floor(values):
-    """The standard deviation of one figure over seeds, n - 1 in the denominator. ValueError for fewer than 2 values."""
-    if len(values) < 2:
-        raise ValueError(f"a noise floor needs at least 2 seeds, not {len(values)}")
-    mean = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+@dataclass(frozen=True)
+class Effect:
+    """A difference of two rows: its standard error, the degrees of freedom of that, and the row's number of draws."""
+    difference: float
+    error: float
+    freedom: float
+    draws: int
+
+    def half(self, level=1 - LEVEL):
+        """Half of the interval of this level, by Student's t."""
+        from scipy.special import stdtrit        # here: it takes a third of a second
+        return float(self.error * stdtrit(self.freedom, (1 + level) / 2))
+
+    @property
+    def p(self):
+        """Of a difference at least as large where there is none, either sign."""
+        from scipy.special import stdtr
+        if not self.error:
+            return float(self.difference == 0)
+        return float(2 * stdtr(self.freedom, -abs(self.difference) / self.error))
+
+    @property
+    def sign(self):
+        """-1 or 1 where the interval leaves out 0, else 0."""
+        return 0 if self.p >= LEVEL else int(math.copysign(1, self.difference))
 
 
-def least(n1, n2, sigma, sigma_data=0.0):
-    """The difference of means of n1 and n2 seeds from which on it counts: 3 sqrt(sigma^2 (1/n1 + 1/n2) + sigma_data^2).
+class Fit:
+    """The two-way fit of one rung. values: {row: {draw: figure}}; less is better.
 
-    sigma: the noise_floor of the baseline, as two or three seeds of a change are too few for one of its own.
-    sigma_data: the deviation that another draw of the data gives to a difference.
+    sigma: deviation of the rest, freedom: its degrees of freedom; unpaired: the deviation within rows with the draws
+    left in. Rows that are wild have no part in any of them. error: a further deviation of every difference.
     """
-    return NOISE * math.hypot(sigma * math.sqrt(1 / n1 + 1 / n2), sigma_data)
+
+    def __init__(self, values, error=0.0):
+        self.values, self.error, self.wild = values, error, {}
+        self.solve()
+        self.wild = {row: own for row in values if (own := self.own(row)) > WILD * self.sigma}
+        if 0 < len(self.wild) < len(values):
+            self.solve()
+            self.wild = {row: self.own(row) for row in self.wild}
+
+    def solve(self):
+        """Least squares over the rows that are not wild."""
+        tame = [row for row, mine in self.values.items() if mine and row not in self.wild]
+        draws = sorted({draw for row in tame for draw in self.values[row]})
+        cells = [(row, draw) for row in tame for draw in self.values[row]]
+        design = np.zeros((len(cells), len(tame) + len(draws)))
+        for i, (row, draw) in enumerate(cells):
+            design[i, tame.index(row)] = design[i, len(tame) + draws.index(draw)] = 1
+        figures = np.array([self.values[row][draw] for row, draw in cells])
+        self.inverse, self.place = np.linalg.pinv(design.T @ design), {row: i for i, row in enumerate(tame)}
+        found = self.inverse @ design.T @ figures
+        found[len(tame):] -= found[len(tame):].mean()
+        self.draws = dict(zip(draws, found[len(tame):].tolist()))
+        rest = figures - design @ (self.inverse @ design.T @ figures)
+        self.freedom = len(cells) - int(np.linalg.matrix_rank(design))
+        self.sigma = math.sqrt(rest @ rest / self.freedom) if self.freedom else math.nan
+        within = np.concatenate([own - own.mean() for row in tame for own in [np.array([*self.values[row].values()])]])
+        self.unpaired = math.sqrt(within @ within / max(1, len(cells) - len(tame)))
+
+    def cleared(self, row):
+        """A row's figures without what their draws do to all rows."""
+        return np.array([figure - self.draws[draw] for draw, figure in self.values[row].items() if draw in self.draws])
+
+    def own(self, row):
+        """The deviation of a row's own rest; 0 of fewer than 3 draws, which tell little of it."""
+        mine = self.cleared(row)
+        return float(mine.std(ddof=1)) if len(mine) > 2 else 0.0
+
+    def mean(self, row):
+        """A row's figure, as if it had had every draw."""
+        return float(self.cleared(row).mean())
+
+    def effect(self, row, against):
+        """The Effect of a row; None without degrees of freedom, or where one of the two has no draw."""
+        if not self.freedom or not self.values.get(row) or not self.values.get(against):
+            return None
+        difference, pair, freedom = round(self.mean(row) - self.mean(against), 12), (row, against), self.freedom
+        if self.wild.keys() & set(pair):
+            parts = [(self.wild.get(name, self.sigma) ** 2 / len(self.values[name]),
+                      len(self.values[name]) - 1 if name in self.wild else self.freedom) for name in pair]
+            variance = sum(part for part, _ in parts)
+            freedom = variance ** 2 / sum(part ** 2 / own for part, own in parts)      # Welch-Satterthwaite
+        else:
+            one, other = (self.place[name] for name in pair)
+            variance = self.sigma ** 2 * (self.inverse[one, one] + self.inverse[other, other]
+                                          - 2 * self.inverse[one, other])
+        return Effect(difference, math.hypot(math.sqrt(max(0.0, variance)), self.error), freedom,
+                      len(self.values[row]))
 
 
-def compare(values, other, sigma, sigma_data=0.0):
-    """(difference of the means, verdict) of two models' figures, one per seed.
-
-    Verdict: the sign of a difference that counts; 0 where none was measured; None, undecided, where another draw of the
-    data could have made it.
-    """
-    difference = math.fsum(values) / len(values) - math.fsum(other) / len(other)
-    if not difference or abs(difference) < least(len(values), len(other), sigma):
-        return difference, 0
-    undecided = abs(difference) < least(len(values), len(other), sigma, sigma_data)
-    return difference, None if undecided else math.copysign(1, difference)
+def holm(chances):
+    """Holm's adjusted p: the i-th smallest of n times n - i, never below one before it."""
+    adjusted, largest = [0.0] * len(chances), 0.0
+    for i, place in enumerate(sorted(range(len(chances)), key=chances.__getitem__)):
+        largest = adjusted[place] = max(largest, min(1.0, (len(chances) - i) * chances[place]))
+    return adjusted
 
 
-NUMBER, LATE = (int, float), {"shown", "at", "sigma_data"}   # LATE: what only some grids have
-RUN = {"value": NUMBER, "shown": dict}
+def ordered_alike(one, other, within=math.inf):
+    """Decision accuracy (Magnusson et al. 2025, arXiv 2504.11393): (share, count) of the pairs of rows that two rungs
+    order alike, of those that the first has closer than `within`. one, other: {row: mean}."""
+    names = [name for name in one if name in other]
+    alike = [(one[a] - one[b]) * (other[a] - other[b]) > 0 for i, a in enumerate(names) for b in names[:i]
+             if abs(one[a] - one[b]) < within]
+    return (sum(alike) / len(alike) if alike else math.nan), len(alike)
+
+
+def rank_correlation(one, other):
+    """Spearman's over the rows that both have; not a number for fewer than 3."""
+    names = [name for name in one if name in other]
+    if len(names) < 3:
+        return math.nan
+    ranks = [np.argsort(np.argsort([side[name] for name in names])) for side in (one, other)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+NUMBER, LATE = (int, float), {"shown", "at", "sigma_data", "rungs", "primary", "same", "log", "published", "predicted"}
+RUN = {"value": NUMBER, "seed": int, "max_steps": (int, type(None)), "shown": dict}   # LATE: what only some grids have
 ROW = {"name": str, "axis": str, "against": (str, type(None)), "factor": (*NUMBER, type(None)), "runs": [RUN],
+       "tuned": [list], "published": dict, "predicted": (str, type(None)),
        "step_seconds": (*NUMBER, type(None)), "parameters": (*NUMBER, type(None)), "error": (str, type(None)),
        "open": int, "equal_seconds": (dict, type(None)), "at": (dict, type(None))}
 
@@ -51,16 +151,17 @@ def fits(value, shape):
     if isinstance(shape, dict):
         return isinstance(value, dict) and all(
             fits(value[name], kind) if name in value else name in LATE for name, kind in shape.items())
-    return isinstance(value, shape) and not isinstance(value, bool)
+    return isinstance(value, shape) and (shape is bool or not isinstance(value, bool))
 
 
 def read_index(path):
     """The grid.json at `path`, or that in an archive. UserError where it is not there, or not as grid.py writes it."""
     index = archive.read_grid(path)
-    right = index.get("rows") and fits(index, {"metric": str, "rows": [ROW], "sigma_data": NUMBER})
+    right = index.get("rows") and fits(index, {"metric": str, "rows": [ROW], "sigma_data": NUMBER, "same": NUMBER,
+                                               "rungs": [int], "primary": int, "log": bool})
     rows = index["rows"] if right else []
     names, cross = {row["name"] for row in rows}, index.get("cross")
-    right = right and all(row["against"] in (None, *names) and fits(row["equal_seconds"] or {"value": 0}, RUN)
+    right = right and all(row["against"] in (None, *names) and (not (run := row["equal_seconds"]) or fits(run, RUN))
                           for row in rows)
     if right and cross:
         right = fits(cross, dict) and all(fits(given, dict) for given in cross.values()) and all(
@@ -74,25 +175,110 @@ def read_index(path):
     return index
 
 
-def judge(index):
-    """Of a grid.json: (sigma, baseline's values, [row with its difference, verdict and what else the table says]).
+@dataclass
+class Rung:
+    """One length of training. `steps`: None where the grid has no ladder; name: 1x, 4x, ... of the first."""
+    steps: int
+    name: str
+    fit: Fit
 
-    UserError where the baseline has not two seeds yet.
+
+@dataclass
+class Found:
+    """What is known of a row. effects: {rung's name: Effect}, of those that were run; equal: that at equal seconds.
+
+    time, size: seconds a step and parameters relative to what the row is held against; worth: it is worth so many times
+    the steps; sensitivity: how much the tried rates lose on average against the best (Wortsman et al. 2023); gain: what
+    a parabola through the best rate and its two neighbours promises beyond it, not a number at an edge.
     """
-    rows = {row["name"]: row for row in index["rows"]}
-    values = {name: [run["value"] for run in row["runs"]] for name, row in rows.items()}
-    baseline, *others = rows.values()
-    baseline, judged, data = values[baseline["name"]], [], index.get("sigma_data", 0.0)
-    if len(baseline) < 2:
-        raise UserError(f"the baseline has {len(baseline)} finished seeds: a noise floor needs at least 2")
-    sigma = noise_floor(baseline)
-    for row in others:
-        against, found = rows[row["against"]], {"row": row, "values": values[row["name"]]}
-        if found["values"] and (other := values[row["against"]]):
-            found["difference"], found["verdict"] = compare(found["values"], other, sigma, data)
-            found |= {name: row[key] / against[key] for name, key in (("time", "step_seconds"), ("size", "parameters"))
-                      if row[key] and against[key]}
-            if row["equal_seconds"]:
-                found["equal"] = compare([row["equal_seconds"]["value"]], other, sigma, data)
-        judged.append(found)
-    return sigma, baseline, judged
+    row: dict
+    effects: dict
+    verdict: str = None      # better, worse, the same, undecided
+    holds: str = ""          # over the rungs: holds, turns, 1x only
+    worth: float = None
+    equal: Effect = None
+    time: float = None
+    size: float = None
+    sensitivity: float = None
+    gain: float = math.nan
+
+
+@dataclass
+class Judged:
+    rungs: list
+    primary: Rung
+    rows: list               # of Found, without the baseline
+    doubling: float = None   # what the baseline gains by twice the steps
+
+
+def judge(index):
+    """The Judged of a grid.json; where it says `log`, of the logarithms, so that a difference is that of a ratio.
+
+    UserError where nothing can tell the noise yet.
+    """
+    rows, steps, log = {row["name"]: row for row in index["rows"]}, index.get("rungs") or [None], index.get("log")
+    first, *others = rows
+    rungs = []
+    for long in steps:
+        values = {name: {run["seed"]: math.log(run["value"]) if log else run["value"] for run in row["runs"]
+                         if long is None or run["max_steps"] == long} for name, row in rows.items()}
+        if values[first] and (fit := Fit(values, index.get("sigma_data", 0.0))).freedom:
+            rungs.append(Rung(long, f"{long / steps[0]:g}x" if long else "", fit))
+    if not rungs:
+        raise UserError("no two seeds of the baseline and of a row yet: nothing tells the noise")
+    primary = next((rung for rung in rungs if rung.steps == index.get("primary")), rungs[-1])
+    found = [Found(rows[name], {rung.name: effect for rung in rungs
+                                if (effect := rung.fit.effect(name, rows[name]["against"]))})
+             for name in others]
+    judged = [mine for mine in found if primary.name in mine.effects]
+    chances = holm([mine.effects[primary.name].p for mine in judged])
+    doubling = gained = None
+    if primary is not rungs[0]:
+        doubling = math.log2(primary.steps / rungs[0].steps)
+        gained = doubling = (rungs[0].fit.mean(first) - primary.fit.mean(first)) / doubling
+    for mine, chance in zip(judged, chances):
+        effect, same = mine.effects[primary.name], index.get("same", 0.0)
+        mine.verdict = ("better" if effect.difference < 0 else "worse") if chance < LEVEL else "undecided"
+        if mine.verdict == "undecided" and abs(effect.difference) + effect.half(1 - 2 * LEVEL) < same:
+            mine.verdict = "the same"
+        mine.worth = 2 ** (-effect.difference / gained) if gained and gained > 0 else None
+        mine.holds = held(mine.effects)
+    for mine in found:
+        row, against = mine.row, rows[mine.row["against"]]
+        mine.time, mine.size = (row[key] / against[key] if row[key] and against[key] else None
+                                for key in ("step_seconds", "parameters"))
+        tried = {factor: value for factor, value in row["tuned"] if value is not None}
+        losses = [tried[factor] for factor in index["factors"] if factor in tried]
+        mine.sensitivity = sum(losses) / len(losses) - min(losses) if len(losses) > 1 else None
+        mine.gain = parabola(tried)
+        if row["equal_seconds"] and mine.effects:
+            mine.equal = equal_seconds(rungs[0].fit, row, against["name"], log)
+    return Judged(rungs, primary, found, doubling)
+
+
+def parabola(tried):
+    """{factor: figure}: how far the vertex, over log factor, lies below the best; not a number for one at an edge."""
+    factors = sorted(tried)
+    at = min(range(len(factors)), key=lambda i: tried[factors[i]], default=0)
+    if not 0 < at < len(factors) - 1:
+        return math.nan
+    near = factors[at - 1:at + 2]
+    a, b, c = np.polyfit(np.log(near), [tried[factor] for factor in near], 2)
+    return float(tried[factors[at]] - (c - b * b / (4 * a)))
+
+
+def held(effects):
+    """Over rungs, {name: Effect}: "holds" where all that have a sign agree and two have one, "turns" where two have
+    another, "4x only" where one alone has one; "" where none has, or there is one rung."""
+    signs = {name: effect.sign for name, effect in effects.items() if effect.sign}
+    if len(effects) < 2 or not signs:
+        return ""
+    return "turns" if len(set(signs.values())) > 1 else "holds" if len(signs) > 1 else f"{next(iter(signs))} only"
+
+
+def equal_seconds(fit, row, against, log):
+    """The Effect of the one run that had as many seconds: its draw is that of its seed."""
+    run = row["equal_seconds"]
+    value = math.log(run["value"]) if log else run["value"]
+    error = math.hypot(fit.sigma * math.sqrt(1 + 1 / len(fit.values[against])), fit.error)
+    return Effect(value - fit.draws.get(run["seed"], 0.0) - fit.mean(against), error, fit.freedom, 1)

@@ -43,6 +43,26 @@ def folder_of_runs(folder):
     return folder
 
 
+def test_restored_runs_are_those_that_were_archived(tmp_path):
+    """As directories again, and from these the same archive; nothing is written outside the folder."""
+    path, count = archive.write(folder_of_runs(tmp_path / "a"))
+    assert archive.restore(path, tmp_path / "back" / "a") == count
+    before = [[as_text(run) for run in archive.find(str(tmp_path / place / "*" / "*"))[0]] for place in ("a", "back/a")]
+    assert before[0] == before[1]
+    again, _ = archive.write(tmp_path / "back" / "a")
+    first, *lines = path.read_text().splitlines()
+    other, *others = again.read_text().splitlines()
+    assert (first, lines[1:]) == (other, others[1:])      # but the run that had no settings of its own
+    with pytest.raises(UserError, match="there already"):
+        archive.restore(path, tmp_path / "a")
+    path.write_text(path.read_text().replace('"run":"s2"', '"run":"../../s2"'))
+    with pytest.raises(UserError, match="leads out of"):
+        archive.restore(path, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+    with pytest.raises(UserError, match="no archive"):
+        archive.restore(tmp_path / "none.jsonl", tmp_path / "c")
+
+
 def as_text(run):
     return json.dumps([run.name, dict(sorted(run.settings.items())), run.summary, run.lines])
 
@@ -118,7 +138,12 @@ def test_the_commands(plan, forks, tmp_path):  # noqa: F811
             done = forks.run(["plot.py", *(word.format(place) for word in words), "--out", "a.png"], tmp_path)
             said.append((done.code, done.out, done.err, (tmp_path / "a.png").read_bytes()))
         assert said[0] == said[1] and said[0][0] == 0
-    for words in (["archive"], ["archive", "nowhere"], ["archive", "out", "x"], ["archive", "out"]):
+    (tmp_path / "out").rename(tmp_path / "first")
+    done = forks.run(["grid.py", "restore", "out.jsonl", "out"], tmp_path)
+    assert done.code == 0 and "restored 9 runs" in done.out and run(path).returncode == 0
+    assert not (tmp_path / "out" / "calls").exists()          # nothing ran again
+    for words in (["archive"], ["archive", "nowhere"], ["archive", "out", "x"], ["archive", "out"], ["restore", "a"],
+                  ["restore", "out.jsonl", "out"]):
         refused = forks.run(["grid.py", *words], tmp_path)
         assert refused.code == 2 and refused.err.startswith("error: ") and len(refused.err.splitlines()) == 1
 
@@ -170,9 +195,9 @@ def test_the_pages_have_the_tables_of_the_reference_runs(name, without):
         assert line in pages, line
     if name == "one_change":
         words = " ".join(pages.split())
-        verdicts = [item["verdict"] for item in plot.judge(found)[2]]
-        counted = [verdicts.count(word) for word in (0, None, 1, -1)]
-        assert "That leaves {} rows without a difference, {} undecided, {} worse, {} better.".format(*counted) in words
+        verdicts = [mine.verdict for mine in plot.judge(found).rows]
+        counted = [verdicts.count(word) for word in ("undecided", "worse", "better")]
+        assert "That leaves {} rows undecided, {} worse, {} better.".format(*counted) in words
         grid = (ROOT / "grids" / "one_change.yaml").read_text()
         assert f"sigma_data: {found['sigma_data']}\n" in grid
         assert f" = {found['sigma_data']}, is what another" in words

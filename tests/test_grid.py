@@ -5,7 +5,6 @@ Most grids here run a script of a few lines that makes up its figures, in proces
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,6 @@ import grid as grid_module
 import plot
 from nanolab import run as experiment
 from nanolab.run import UserError
-from nanolab.verdict import compare, noise_floor
 from test_experiment import fork, status_of
 from test_scripts import fresh
 
@@ -138,8 +136,8 @@ def wait(condition):
 
 
 def test_a_whole_grid(plan):
-    """Rates are tuned, seeds follow, a doubtful row gets a third, a slow one its run of equal seconds; nothing twice;
-    what fails does not stop the rest, is told, and is tried again only when asked."""
+    """Rates are tuned, seeds follow, a slow row gets its run of equal seconds; nothing twice; what fails does not stop
+    the rest, is told, and is tried again only when asked."""
     path = plan("better: {axis: a, set: {kind: better}}", "broken: {axis: b, set: {kind: broken}}",
                 "same as the base: {axis: a, set: {lr: 1.0}}", "doubtful: {axis: a, set: {kind: doubtful}}",
                 "slow: {axis: a, set: {kind: slow}}", "slow again: {set: {kind: slow}, against: slow}",
@@ -155,23 +153,23 @@ def test_a_whole_grid(plan):
     assert [run["seed"] for run in rows["baseline"]["runs"]] == [1, 2, 3, 4, 5] and rows["baseline"]["factor"] == 1
     assert [value for _, value in rows["baseline"]["tuned"]] == pytest.approx([2.025, 2.0, 2.1])
     assert [run["seed"] for run in rows["better"]["runs"]] == [1, 2]
-    assert [run["seed"] for run in rows["doubtful"]["runs"]] == [1, 2, 3]
+    assert [run["seed"] for run in rows["doubtful"]["runs"]] == [1, 2]
     assert rows["slow"]["equal_seconds"]["max_steps"] == 50 and rows["better"]["equal_seconds"] is None
     assert rows["slow again"]["equal_seconds"] is None                # no slower than what it is compared with
     assert rows["broken"]["runs"] == [] and "cannot work" in rows["broken"]["error"]
-    # 3 + 4 for the baseline, 4 better, 3 broken, 5 doubtful, 5 slow, 3 without a figure; none for the two twins; and
+    # 3 + 4 for the baseline, 4 better, 3 broken, 4 doubtful, 5 slow, 3 without a figure; none for the two twins; and
     # two timing runs for each that works
-    assert len(done) == 7 + 4 + 3 + 5 + 5 + 3 + 2 * 4
+    assert len(done) == 7 + 4 + 3 + 4 + 5 + 3 + 2 * 4
     kept = {file.parent.name.split("-")[0] for file in (path.parent / "out").rglob("*.pt")}
     assert kept == {"without_a_figure"}, "runs whose figure is known keep no checkpoints, the others do"
 
     table = plot.markdown(index)
     line = {row: next(text for text in table if f"| {row} " in text) for row in
             ("better", "same as the base", "doubtful", "slow", "broken")}
-    assert "-0.4950" in line["better"] and "**better**" in line["better"]
-    assert "no difference measured" in line["same as the base"]
-    assert "+0.0200" in line["doubtful"] and "no difference" in line["doubtful"] and "| 3 |" in line["doubtful"]
-    assert "| 2.00 | +0.0500: no difference measured" in line["slow"]
+    assert "-0.5000" in line["better"] and "**better**" in line["better"]
+    assert "undecided" in line["same as the base"]
+    assert "+0.0300" in line["doubtful"] and "undecided" in line["doubtful"] and "| 2 |" in line["doubtful"]
+    assert "| 2.00 | +0.0550 ± " in line["slow"]
     assert "it cannot work" in line["broken"]
 
     again = run(path)
@@ -184,11 +182,37 @@ def test_a_whole_grid(plan):
 def test_what_a_table_shows_beside(plan):
     path = plan("better: {set: {kind: better}}", replace=[
         ("seeds: [1, 2, 3, 4, 5]", "seeds: [1, 2]\nshow: [step, lost]"), ("[0.5, 1, 2]", "[1]"),
-        ("speed: {max_steps: 60}", "speed: none\nsigma_data: 0.5")])
+        ("speed: {max_steps: 60}", "speed: none\nsigma_data: 0.5\nlog: true")])
     assert run(path).returncode == 0
     index = json.loads((path.parent / "out" / "grid.json").read_text())
-    assert index["sigma_data"] == 0.5
+    assert index["sigma_data"] == 0.5 and index["log"] is True
     assert all(entry["shown"] == {"step": 100, "lost": None} for row in index["rows"] for entry in row["runs"])
+
+
+def test_rungs(plan):
+    """Every row at each of its lengths, all of a seed before the next; the rate on a seed that counts nowhere, and
+    further down until the best is inside; a row's own tune; what was foretold stands in the index."""
+    path = plan("better: {set: {lr: 4.0}, tune: {kind: [worse, better]}, predicted: 'better: as it is told'}",
+                "long: {set: {kind: worse}, rungs: [50, 100, 200], published: {Narang: 0.1}}", replace=[
+        ("seeds: [1, 2, 3, 4, 5]", "seeds: [1, 2, 3]\nrungs: {50: 3, 100: 2, 200: 2}\nprimary: 100\nsame: 0.02"),
+        ("factors: [0.5, 1, 2]}", "factors: [0.5, 1, 2], seed: 0, further: 1}"),
+        ("speed: {max_steps: 60}", "speed: none")])
+    assert run(path, "--jobs", "1").returncode == 0
+    index = json.loads((path.parent / "out" / "grid.json").read_text())
+    rows, done = {row["name"]: row for row in index["rows"]}, calls(path)
+    assert [factor for factor, _ in rows["baseline"]["tuned"]] == [0.5, 1, 2] and rows["baseline"]["factor"] == 1
+    assert [factor for factor, _ in rows["better"]["tuned"]] == [0.5, 1, 2, 0.25] and rows["better"]["factor"] == 0.25
+    assert rows["better"]["chosen"] == {"kind": "better"} and rows["better"]["predicted"] == "better: as it is told"
+    lengths = {name: [(run["max_steps"], run["seed"]) for run in row["runs"]] for name, row in rows.items()}
+    upto = [(50, 1), (50, 2), (50, 3), (100, 1), (100, 2)]
+    assert lengths == {"baseline": [*upto, (200, 1), (200, 2)], "better": upto, "long": [*upto, (200, 1), (200, 2)]}
+    assert index["rungs"] == [50, 100, 200] and index["primary"] == 100 and index["same"] == 0.02
+    seeds = [int(name.split("-s")[1][0]) for name in done]
+    assert seeds == sorted(seeds) and len(done) == len(set(done)) == 10 + 9 + 9    # what two rows want runs once
+    table = plot.markdown(index)
+    line = next(text for text in table if "| better " in text)
+    assert "**better**" in line and "| holds |" in line and "3 + 2" in line and "x0.25*" in line
+    assert "Predicted beforehand: 1 of 1 verdicts." in table and "Narang: the sign of 1 of 1 rows." in table
 
 
 def test_a_changed_yaml_runs_only_what_is_new(plan):
@@ -301,6 +325,19 @@ def test_print_lists_what_could_start_and_starts_nothing(plan):
     ([("script: ", "show: 2000-02-31\nscript: ")], "is no yaml"),
     ([("[1, 2, 3, 4, 5]", "[1, 100000000000000000000000]")], "seeds: seed 1000"),
     ([("out_dir: ", 'out_dir: "a\\0" #')], "no name of a folder"),
+    ([("seeds:", "rungs: {50: 2, no: 2}\nseeds:")], "yaml reads the name no"),
+    ([("seeds:", "rungs: {100: 2, 50: 2}\nseeds:")], "rungs must be values of max_steps in order"),
+    ([("seeds:", "rungs: {50: 9}\nseeds:")], "each with how many of the 5 seeds"),
+    ([("seeds:", "rungs: {50: 2}\nprimary: 60\nseeds:")], "primary must be one of the rungs [50]"),
+    ([("seeds:", "rungs: {50: 2}\nseeds:"), ("kind: better", "max_steps: 9")], "the rungs set max_steps"),
+    ([("{set: {kind: better}}", "{set: {kind: better}, rungs: [7]}")], "rungs must be some of"),
+    ([("{set: {kind: better}}", "{set: {kind: better}, tune: {lr: 3}}")], "lr must be several values in brackets"),
+    ([("{set: {kind: better}}", "{set: {kind: better}, tune: {lr: [1, x]}}")], "lr x: must be a number"),
+    ([("{set: {kind: better}}", "{set: {kind: better}, predicted: perhaps}")], "predicted begins with one of better"),
+    ([("{set: {kind: better}}", "{set: {kind: better}, published: {Narang: no}}")], "differences by their sources"),
+    ([("factors:", "seed: 3, factors:")], "seed 3 is one of the seeds"),
+    ([("factors: [0.5, 1, 2]", "further: 2, factors: [1]")], "beyond several in order"),
+    ([("seeds:", "same: -1.0\nseeds:")], "same must be a number from 0 on"),
 ])
 def test_mistakes_in_the_yaml_are_one_line(plan, replace, words):
     path = plan("better: {set: {kind: better}}", replace=replace)
@@ -472,20 +509,6 @@ def test_a_yaml_that_is_not_there(tmp_path):
     assert child.returncode == 2 and child.err.startswith("error: cannot read") and len(child.err.splitlines()) == 1
     child = run(Path("/dev/zero"))                           # which has no end
     assert (child.returncode, child.err) == (2, "error: /dev/zero is a device, no yaml\n")
-
-
-def test_the_rule():
-    """sigma from the baseline; 3 standard errors of the difference of two means."""
-    assert noise_floor([1.0, 2.0, 3.0, 4.0]) == pytest.approx(statistics.stdev([1, 2, 3, 4]))
-    baseline, sigma = [2.0] * 5, 0.01                     # error of 2 against 5: sigma sqrt(1/2 + 1/5) = 0.008367
-    assert compare([2.0252, 2.0252], baseline, sigma) == (pytest.approx(0.0252), 1)
-    assert compare([2.025, 2.025], baseline, sigma) == (pytest.approx(0.025), 0)
-    assert compare([1.9748, 1.9748], baseline, sigma)[1] == -1
-    assert compare([2.022, 2.022, 2.022], baseline, sigma)[1] == 1       # 3 seeds: from 0.02191 on
-    assert compare([2.022, 2.022], baseline, sigma)[1] == 0
-    assert compare([2.0, 2.0], baseline, 0.0) == (0.0, 0) and compare([2.1], baseline, 0.0)[1] == 1
-    with pytest.raises(ValueError, match="at least 2"):
-        noise_floor([1.0])
 
 
 def test_the_shipped_grid_is_the_preset(tmp_path, monkeypatch):
