@@ -319,7 +319,7 @@ def assert_typable(words, empty):
         runs.main([*words, "--out_dir", str(empty)])
     elif {"override", "begin"} & set(g):
         bare = next((name for name in ("checkpoint", "grid", "runs") if name in g), None)
-        settings = override(g, words[words[:1] == ["archive"]:], positional=bare)  # grid.py archive DIR
+        settings = override(g, [] if words[:1] in (["archive"], ["restore"]) else words, positional=bare)
         if "check" in g:
             g["check"](settings)
     elif hasattr(g["main"], "read"):                         # of data/
