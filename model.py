@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 import kernels
-from kernels import GLU, activate, expect, plain_rms_norm
+from kernels import GLU, activate, exactly, expect, plain_rms_norm
 from nanolab.cache import Cache, KVCache, Memory
 from nanolab.settings import check_fields
 
@@ -123,6 +123,7 @@ class TransformerConfig:
     layer_heads: str = "own"       # [own, shared] classifiers of every layer whose loss counts, or the last layer's
     head_bias: bool = False        # bias of the classifiers
     output: str = "softmax"        # [softmax, stablemax] stablemax (Prieto et al. 2025) before every softmax
+    logit_softcap: float = None    # [none, > 0.0] classifiers say cap tanh(logits / cap) (Gemma 2: 30)
     intermediate_losses: bool = False  # layers predict too, until a fraction of training (see active_layers)
     mtp_depth: int = 0             # [>= 0, <= 64] modules of multi-token prediction (DeepSeek-V3), a layer each
     mtp_weight: float = 0.3        # [>= 0.0, with mtp_depth] of the mean of their losses
@@ -881,6 +882,8 @@ class Transformer(nn.Module):
 
     def logits(self, scores):
         """A classifier's output (..., V) as what a softmax makes probabilities of."""
+        if self.config.logit_softcap is not None:
+            scores = softcap(exactly(scores), self.config.logit_softcap)
         return stablemax(scores) if self.config.output == "stablemax" else scores.float()
 
     def extra_losses(self, h, targets, positions):
@@ -990,7 +993,7 @@ class Transformer(nn.Module):
         used = [g * per_group + i for g in groups for i in range(per_group)]
         weights = [self.classifier(i) for i in used]
         biases = [self.head_biases[i] for i in used] if c.head_bias else None
-        if kernels.on() and c.output == "softmax":
+        if kernels.on() and c.output == "softmax" and c.logit_softcap is None:
             def sets(parts):
                 return None if parts is None else [parts[i:i + per_group] for i in range(0, len(parts), per_group)]
             loss = kernels.batched_linear_cross_entropy(h, sets(weights), targets.reshape(-1, per_group), sets(biases))
@@ -1101,6 +1104,12 @@ def make_ropes(config):
     return nn.ModuleDict({str(width): Rope(width, c.rope_base, c.block_size, c.rope_scaling, c.rope_factor,
                                            c.rope_original, c.rope_ramp, c.rope_mscale)
                           for width in sorted(widths)})
+
+
+def softcap(x, cap):
+    """x of any shape to cap tanh(x / cap), between -cap and cap (Gemma Team 2024, "Gemma 2", section 2, logit
+    soft-capping; after Bello et al. 2016): near 0 x itself."""
+    return cap * torch.tanh(x / cap)
 
 
 def stablemax(x):

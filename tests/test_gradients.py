@@ -92,7 +92,7 @@ WALK = {
     "heads": [dict(n_targets=2, target_heads=t, layer_heads=l, intermediate_losses=i, head_bias=True)
               for t in CHOICES["target_heads"] for l in CHOICES["layer_heads"] for i in (True, False)],
     "classifiers": [dict(tie_weights=True), dict(tie_weights=True, init="zero"), dict(mtp_depth=2),
-                    dict(mtp_depth=1, output="stablemax"), dict(output="stablemax")],
+                    dict(mtp_depth=1, output="stablemax"), dict(output="stablemax"), dict(logit_softcap=0.1)],
     "pyramid": [dict(shorten=2, n_layer=3), dict(shorten=3, n_layer=3, positions="learned")],
     "kernels": [dict(kernels=word, mixer="mamba,mingru", ff="mlp,moe") for word in CHOICES["kernels"]],
 }

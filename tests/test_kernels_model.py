@@ -56,6 +56,7 @@ CASES = {  # name: (settings, what forward is given more, operations called)
     "counted": (dict(n_targets=2), COUNTED, PLAIN),
     "tied": (dict(tie_weights=True, head_bias=True), {}, PLAIN),
     "stablemax": (dict(output="stablemax"), {}, PLAIN - {LOSS}),
+    "capped logits": (dict(logit_softcap=0.5, n_targets=2), COUNTED, PLAIN - {LOSS}),
     "two bytes ahead": (dict(mtp_depth=1), {}, PLAIN),
     "recomputed": (dict(checkpoint_activations=True), {}, PLAIN),
     "ragged": (dict(n_targets=2), dict(positions=RAGGED), PLAIN - {"attend"}),

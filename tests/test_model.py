@@ -409,7 +409,7 @@ def test_initialisation(init, matrix, residual):
     (dict(layer_heads=""), "own, shared"),
     (dict(attention="flash"), "auto, sdpa, manual"), (dict(residual_scale="deep"), "or depth, or rezero"),
     (dict(dropout=1.0), "dropout"), (dict(dropout=-0.1), "dropout"), (dict(rope_base=0), "rope_base"),
-    (dict(ff_mult=0.01), "ff_mult"),
+    (dict(ff_mult=0.01), "ff_mult"), (dict(logit_softcap=0.0), "logit_softcap"),
     *((dict([(name, 0)]), name) for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "n_targets")),
 ])
 def test_impossible_settings_are_one_sentence(settings, word):
@@ -482,6 +482,36 @@ def test_stablemax_reaches_losses_logits_and_evaluation(settings):
     plain = build_model(TransformerConfig(**config))
     plain.load_state_dict(model.state_dict())
     assert abs(plain(x, y)[1][-1, 0] - nats[-1, 0]) > 1e-4
+
+
+# --- A cap of the logits ---
+
+@pytest.mark.parametrize("settings", [dict(n_targets=2, intermediate_losses=True), dict(mtp_depth=1), dict(shorten=2,
+                                      n_layer=3), dict(output="stablemax")])
+def test_logit_softcap_by_hand(settings):
+    """cap (1 - 2 / (exp(2 z / cap) + 1)) of each logit z, in losses, gradients and what inference returns."""
+    torch.manual_seed(0)
+    config = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, init="xavier") | settings
+    model = room.build_model(TransformerConfig(**config, logit_softcap=0.05))
+    plain = room.build_model(TransformerConfig(**config))
+    plain.load_state_dict(model.state_dict())
+    seen, logits = [], plain.logits
+
+    def by_hand(z):
+        seen.append(z.detach().abs().max())
+        return logits(0.05 * (1 - 2 / (torch.exp(2 * z / 0.05) + 1)))
+    plain.logits = by_hand
+    x = torch.randint(256, (2, 16))
+    y = torch.stack([x.roll(-k - 1, 1) for k in range(model.config.n_labels)], -1)
+    for one, two in zip((model(x), *model(x, y)), (plain(x), *plain(x, y))):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
+    for one in (model, plain):
+        one(x, y)[0].backward()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+    assert min(seen) > 0.05  # far enough from 0 to be bent
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == plain(x).dtype
 
 
 def test_a_model_that_could_never_learn_is_refused():

@@ -48,6 +48,12 @@ def test_encoder(mixer, positions, left):
         model.new_cache(1, 12)
 
 
+def test_what_only_decoders_have_is_refused():
+    with pytest.raises(ValueError, match="logit_softcap is for decoders"):
+        build(EncoderDecoder, logit_softcap=30.0)
+    build(PrefixDecoder, logit_softcap=30.0)
+
+
 @pytest.mark.parametrize("mixer", ["xl", "compressive", "mamba", "mingru"])
 def test_what_cannot_see_ahead(mixer):
     for kind, more in ((Encoder, ()), (SpatialTransformer, (4,))):
