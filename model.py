@@ -116,6 +116,7 @@ class TransformerConfig:
     init: str = "gpt2"             # [gpt2, normal, xavier, tfixup, truncated, zero] see `initialise`
     qk_norm: bool = False          # RMSNorm without parameters on queries and keys, per head
     qk_scale: bool = False         # [with qk_norm] learned scale of each layer's scores in place of head_dim^-0.5
+    score_softcap: float = None    # [none, > 0.0] attention's scores become cap tanh(scores / cap) (Gemma 2: 50)
     # Classifiers, losses
     tie_weights: bool = False      # the classifier is the embedding
     n_targets: int = 1             # [>= 1, <= 256] bytes predicted ahead, weights 1, 1/2, 1/4, ...
@@ -194,6 +195,12 @@ class TransformerConfig:
         expect(self.short_conv != 1, "short_conv is 1, but must be 0, which is none, or at least 2")
         expect(self.qk_norm or not self.qk_scale,
                "qk_scale scales scores of queries and keys of one length: it needs qk_norm")
+        expect(self.plain_scores or not {*self.mixers} <= {*RECURRENT},
+               f"score_softcap is of attention's scores, which mixer {self.mixer!r} has not")
+        expect(self.plain_scores or self.attention != "sdpa",
+               "attention 'sdpa' takes scores as they are: with score_softcap choose auto or manual")
+        expect(self.score_softcap is None or self.positions != "relative",
+               "score_softcap caps products of queries and keys, not what positions 'relative' add: choose others")
         expect("window" not in self.mixers or self.window > 1,
                f"window is {self.window}, but mixer 'window' needs at least 2 positions")
         expect(self.residual_scale != "rezero" or self.init != "zero",
@@ -218,6 +225,11 @@ class TransformerConfig:
     def ffs(self):
         """The feed-forward of every layer, a tuple of n_layer words."""
         return repeat_words(self.ff, self.n_layer, (*FEED_FORWARDS, "none"), "ff")
+
+    @property
+    def plain_scores(self):
+        """Whether attention is a softmax of its scores as they are: what PyTorch's, and every kernel's, computes."""
+        return self.score_softcap is None
 
     @property
     def rolls(self):
@@ -497,12 +509,13 @@ class Linear(nn.Linear):
 LONG = 1024  # keys from which on SDPA's causal attention outruns attend_by_hand
 
 
-def attend_by_hand(q, k, v, mask, dropout=0.0, scale=None):
+def attend_by_hand(q, k, v, mask, dropout=0.0, scale=None, cap=None):
     """softmax(scale q k^T) v with the softmax in float32; what SDPA computes, in steps.
 
     q (B, H, T, D); k (B, H or fewer, S, D); v (B, as many, S, D'); mask as Positions.mask gives it; scale None:
-    D^-0.5. Returns (B, H, T, D'). Under bfloat16 on a CPU forward and backward outrun SDPA's up to some hundred keys;
-    over more SDPA gains, which skips what causal queries do not see (bench.py --what growth --attention sdpa, manual).
+    D^-0.5. Returns (B, H, T, D'). cap: `softcap` of the scores, before mask and ALiBi are added; None: none.
+    Under bfloat16 on a CPU forward and backward outrun SDPA's up to some hundred keys; over more SDPA gains, which
+    skips what causal queries do not see (bench.py --what growth --attention sdpa, manual).
     """
     B, H, T, D = q.shape
     S = k.size(2)
@@ -514,11 +527,12 @@ def attend_by_hand(q, k, v, mask, dropout=0.0, scale=None):
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
     scale = D ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):  # softmax of bfloat16 already works in float32 inside
-        if mask is not None and mask.dim() == 2:  # one operation in place of three
+        if mask is not None and mask.dim() == 2 and cap is None:  # one operation in place of three
             scores = torch.baddbmm(mask.to(q.dtype), q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
             scores = scores.view(B, H, T, S)
         else:
             scores = (q * scale) @ k.mT  # (B, H, T, S)
+            scores = scores if cap is None else softcap(scores, cap)
             scores = scores if mask is None else scores + mask.to(q.dtype)
         p = torch.softmax(scores, -1)
         if dropout:
@@ -550,7 +564,7 @@ class Attention(nn.Module):
         self.register_buffer("slopes", slopes, persistent=False)
         # One query, to which a cache shows just what it sees, is then PyTorch's attention.
         self.plain = (type(self) is Attention and slopes is None and c.n_kv_head == c.n_head
-                      and c.attention != "manual")
+                      and c.attention != "manual" and c.plain_scores)
 
     def init_weights(self):
         """Scores start as without qk_scale."""
@@ -637,8 +651,8 @@ class Attention(nn.Module):
     def fusible(self, *widths):
         """Whether kernels are on and know this layer's scores and heads of these widths."""
         c = self.config
-        return (kernels.on() and c.attention == "auto" and self.slopes is None and not (self.training and c.dropout)
-                and max(widths) <= kernels.WIDEST_HEAD)
+        return (kernels.on() and c.attention == "auto" and c.plain_scores and self.slopes is None
+                and not (self.training and c.dropout) and max(widths) <= kernels.WIDEST_HEAD)
 
     def by_kernel(self, q, v, positions, key_positions, pattern):
         """Whether kernels.attend computes what these queries see, of which there are several: what is before them, a
@@ -659,8 +673,8 @@ class Attention(nn.Module):
         dropout = c.dropout if self.training else 0.0
         by_hand = q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16
         by_hand = by_hand and (k.size(2) < (LONG if isinstance(mask, str) else 4 * LONG) or dropout > 0)
-        if c.attention == "manual" or c.attention == "auto" and by_hand:
-            return attend_by_hand(q, k, v, mask, dropout, scale)
+        if c.attention == "manual" or c.attention == "auto" and by_hand or not c.plain_scores:
+            return attend_by_hand(q, k, v, mask, dropout, scale, c.score_softcap)
         H, G = q.size(1), k.size(1)
         if mask is None and q.size(2) == 1 and G < H:  # one query: its group's heads act as queries
             q = q.reshape(q.size(0), G, -1, q.size(3))  # (B, G, H/G, D)

@@ -72,6 +72,8 @@ def listed():
     yield dict(mixer="full,mamba,compressive", short_conv=2, norm="rms", residual_scale="layerscale")
     yield dict(output="stablemax")
     yield dict(logit_softcap=0.1)
+    yield from (dict(mixer=pattern, score_softcap=0.5) for pattern in ("full,window", "strided,fixed", "diff,mla",
+                                                                       "xl,compressive", "mamba,full"))
     yield dict(shorten=2, n_layer=4, block_size=32, mixer="full,window")
     yield dict(shorten=3, n_layer=5, block_size=32, mixer="diff,mla", positions="alibi")
     yield dict(shorten=5, n_layer=3, block_size=48, mixer="strided", positions="learned")
