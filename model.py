@@ -117,6 +117,7 @@ class TransformerConfig:
     qk_norm: bool = False          # RMSNorm without parameters on queries and keys, per head
     qk_scale: bool = False         # [with qk_norm] learned scale of each layer's scores in place of head_dim^-0.5
     score_softcap: float = None    # [none, > 0.0] attention's scores become cap tanh(scores / cap) (Gemma 2: 50)
+    softmax_plus_one: bool = False # 1 more in the denominator of attention's softmax (Miller 2023): it may see nothing
     # Classifiers, losses
     tie_weights: bool = False      # the classifier is the embedding
     n_targets: int = 1             # [>= 1, <= 256] bytes predicted ahead, weights 1, 1/2, 1/4, ...
@@ -196,9 +197,9 @@ class TransformerConfig:
         expect(self.qk_norm or not self.qk_scale,
                "qk_scale scales scores of queries and keys of one length: it needs qk_norm")
         expect(self.plain_scores or not {*self.mixers} <= {*RECURRENT},
-               f"score_softcap is of attention's scores, which mixer {self.mixer!r} has not")
+               f"score_softcap and softmax_plus_one are of attention, which mixer {self.mixer!r} is not")
         expect(self.plain_scores or self.attention != "sdpa",
-               "attention 'sdpa' takes scores as they are: with score_softcap choose auto or manual")
+               "attention 'sdpa' has a plain softmax: with score_softcap or softmax_plus_one choose auto or manual")
         expect(self.score_softcap is None or self.positions != "relative",
                "score_softcap caps products of queries and keys, not what positions 'relative' add: choose others")
         expect("window" not in self.mixers or self.window > 1,
@@ -229,7 +230,7 @@ class TransformerConfig:
     @property
     def plain_scores(self):
         """Whether attention is a softmax of its scores as they are: what PyTorch's, and every kernel's, computes."""
-        return self.score_softcap is None
+        return self.score_softcap is None and not self.softmax_plus_one
 
     @property
     def rolls(self):
@@ -509,11 +510,18 @@ class Linear(nn.Linear):
 LONG = 1024  # keys from which on SDPA's causal attention outruns attend_by_hand
 
 
-def attend_by_hand(q, k, v, mask, dropout=0.0, scale=None, cap=None):
+def weights_of(scores, plus_one):
+    """softmax over scores (..., S), or with plus_one exp(s_i) / (1 + sum_j exp(s_j)) (Miller 2023, "Attention Is Off By
+    One"): a softmax beside one more score, 0, whose value is 0."""
+    return torch.softmax(F.pad(scores, (0, 1)), -1)[..., :-1] if plus_one else torch.softmax(scores, -1)
+
+
+def attend_by_hand(q, k, v, mask, dropout=0.0, scale=None, cap=None, plus_one=False):
     """softmax(scale q k^T) v with the softmax in float32; what SDPA computes, in steps.
 
     q (B, H, T, D); k (B, H or fewer, S, D); v (B, as many, S, D'); mask as Positions.mask gives it; scale None:
-    D^-0.5. Returns (B, H, T, D'). cap: `softcap` of the scores, before mask and ALiBi are added; None: none.
+    D^-0.5. Returns (B, H, T, D'). cap: `softcap` of the scores, before mask and ALiBi are added; None: none. plus_one:
+    as `weights_of` says.
     Under bfloat16 on a CPU forward and backward outrun SDPA's up to some hundred keys; over more SDPA gains, which
     skips what causal queries do not see (bench.py --what growth --attention sdpa, manual).
     """
@@ -534,7 +542,7 @@ def attend_by_hand(q, k, v, mask, dropout=0.0, scale=None, cap=None):
             scores = (q * scale) @ k.mT  # (B, H, T, S)
             scores = scores if cap is None else softcap(scores, cap)
             scores = scores if mask is None else scores + mask.to(q.dtype)
-        p = torch.softmax(scores, -1)
+        p = weights_of(scores, plus_one)
         if dropout:
             p = F.dropout(p, dropout)
         return p @ v
@@ -674,7 +682,7 @@ class Attention(nn.Module):
         by_hand = q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16
         by_hand = by_hand and (k.size(2) < (LONG if isinstance(mask, str) else 4 * LONG) or dropout > 0)
         if c.attention == "manual" or c.attention == "auto" and by_hand or not c.plain_scores:
-            return attend_by_hand(q, k, v, mask, dropout, scale, c.score_softcap)
+            return attend_by_hand(q, k, v, mask, dropout, scale, c.score_softcap, c.softmax_plus_one)
         H, G = q.size(1), k.size(1)
         if mask is None and q.size(2) == 1 and G < H:  # one query: its group's heads act as queries
             q = q.reshape(q.size(0), G, -1, q.size(3))  # (B, G, H/G, D)

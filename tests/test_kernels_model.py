@@ -64,6 +64,7 @@ CASES = {  # name: (settings, what forward is given more, operations called)
     "by hand": (dict(attention="manual"), {}, PLAIN - {"attend"}),
     "sdpa": (dict(attention="sdpa"), {}, PLAIN - {"attend"}),
     "capped scores": (dict(score_softcap=0.5), {}, PLAIN - {"attend"}),
+    "softmax plus one": (dict(softmax_plus_one=True), {}, PLAIN - {"attend"}),
     "diff, capped scores": (dict(mixer="diff", score_softcap=0.5), {}, PLAIN - {"attend"}),
     "mla, capped scores": (dict(mixer="mla", score_softcap=0.5), {}, PLAIN - {"attend"} | {"rms_norm"}),
     "wide heads": (dict(n_head=1, head_dim=258), {}, PLAIN - {"attend"}),
@@ -258,7 +259,7 @@ LONE = {"rotary", "attend_one"}
     (dict(mixer="window", window=4), LONE), (dict(mixer="xl"), {"rotary"}), (dict(mixer="strided"), LONE),
     (dict(n_kv_head=2), LONE), (dict(mixer="mla", norm="rms"), {"rms_norm", "rotary", "attend_latent"}),
     (dict(positions="alibi"), set()), (dict(score_softcap=0.5), {"rotary"}), (dict(attention="sdpa"), {"rotary"}),
-    (dict(positions="learned"), {"attend_one"}),
+    (dict(softmax_plus_one=True), {"rotary"}), (dict(positions="learned"), {"attend_one"}),
 ], ids=lambda value: str(sorted(value) if isinstance(value, set) else value))  # one order in all processes
 @torch.no_grad()
 def test_what_one_byte_over_a_cache_calls(settings, expected, by_triton):

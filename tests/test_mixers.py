@@ -25,15 +25,16 @@ def draw(*shape, seed=1):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-SCORES = [{}, dict(score_softcap=0.3)]  # what may be made of attention's scores
+SCORES = [{}, dict(score_softcap=0.3), dict(softmax_plus_one=True),  # what may be made of attention's scores
+          dict(score_softcap=0.3, softmax_plus_one=True)]
 
 
-def weights_of(products, bias=0.0, score_softcap=None):
+def weights_of(products, bias=0.0, score_softcap=None, softmax_plus_one=False):
     """Of one query's scores (S,), what its values weigh; bias (S,) is added."""
     c = score_softcap
     scores = products if c is None else c * (1 - 2 / ((2 * products / c).exp() + 1))
     e = (scores + bias).exp()
-    return e / e.sum()
+    return e / (softmax_plus_one + e.sum())
 
 
 def softmax_over(q, k, v, seen, bias=0.0, **scores):
@@ -57,6 +58,15 @@ def test_full_by_definition(kind, kv, positions, scores):
                               -distance * 2.0 ** (-2 * (h + 1)) * (positions == "alibi"), **scores) for h in range(4)]
         out.append(mixer.out(torch.cat(heads)))
     torch.testing.assert_close(mixer(x, Positions(0, T))[0], torch.stack(out), atol=1e-6, rtol=1e-5)
+
+
+def test_softmax_plus_one_neither_overflows_nor_divides_by_zero():
+    """A query that fits nothing sees nothing; one that fits something far better than 1 has a plain softmax."""
+    scores = torch.tensor([[-1e4, -2e4], [1e4, 1e4], [-math.inf, -math.inf], [0.0, -math.inf]], requires_grad=True)
+    found = mixers.weights_of(scores, True)
+    assert found.tolist() == [[0.0, 0.0], [0.5, 0.5], [0.0, 0.0], [0.5, 0.0]]
+    found[:, 0].sum().backward()
+    assert scores.grad.isfinite().all() and scores.grad[3, 0] == 0.25
 
 
 # --- Sparse ---

@@ -418,8 +418,10 @@ def test_equal_parameters(settings):
     (dict(rope_ramp="index", rope_base=1.0), "rope_base"), (dict(rope_mscale_all_dim=-1.0), "rope_mscale_all_dim"),
     (dict(rope_scaling="yarn", positions="none"), "needs positions 'rope'"), (dict(rope_factor=0.5), "rope_factor"),
     (dict(residual_scale="learned"), "layerscale"), (dict(mtp_depth=1, mixer="xl"), "mtp_depth"),
-    (dict(score_softcap=9.0, mixer="mamba,mingru"), "attention's scores"),
-    (dict(score_softcap=9.0, attention="sdpa"), "takes scores as they are"),
+    (dict(score_softcap=9.0, mixer="mamba,mingru"), "are of attention"),
+    (dict(softmax_plus_one=True, mixer="mamba,mingru"), "are of attention"),
+    (dict(softmax_plus_one=True, attention="sdpa"), "plain softmax"),
+    (dict(score_softcap=9.0, attention="sdpa"), "plain softmax"),
     (dict(score_softcap=9.0, mixer="xl", positions="relative"), "positions 'relative'"),
     (dict(mixer="window", window=1), "at least 2"), (dict(mixer="mla", qk_norm=True), "qk_norm"),
 ])
