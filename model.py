@@ -118,6 +118,7 @@ class TransformerConfig:
     qk_scale: bool = False         # [with qk_norm] learned scale of each layer's scores in place of head_dim^-0.5
     score_softcap: float = None    # [none, > 0.0] attention's scores become cap tanh(scores / cap) (Gemma 2: 50)
     softmax_plus_one: bool = False # 1 more in the denominator of attention's softmax (Miller 2023): it may see nothing
+    value_residual: bool = False   # values mixed with the first layer's (Zhou et al. 2024), by a learned share a layer
     # Classifiers, losses
     tie_weights: bool = False      # the classifier is the embedding
     n_targets: int = 1             # [>= 1, <= 256] bytes predicted ahead, weights 1, 1/2, 1/4, ...
@@ -202,6 +203,10 @@ class TransformerConfig:
                "attention 'sdpa' has a plain softmax: with score_softcap or softmax_plus_one choose auto or manual")
         expect(self.score_softcap is None or self.positions != "relative",
                "score_softcap caps products of queries and keys, not what positions 'relative' add: choose others")
+        expect(not self.value_residual or self.n_layer > 1 and {*self.mixers} <= {"full", "window", "strided", "fixed",
+                                                                                  "diff"},
+               "value_residual mixes values of layers full, window, strided, fixed and diff with those of the first of "
+               f"at least 2: mixer {self.mixer!r} in {self.n_layer} has others")
         expect("window" not in self.mixers or self.window > 1,
                f"window is {self.window}, but mixer 'window' needs at least 2 positions")
         expect(self.residual_scale != "rezero" or self.init != "zero",
@@ -350,7 +355,7 @@ class Positions:
     to each layer, which stands for the `remembered` positions before this one.
 
     Layers write into: `losses`, {name: [weighted scalars]}; `usage`, [(layer, counts)] of experts; `memory_out`,
-    {layer: tensors} for the next segment.
+    {layer: tensors} for the next segment; `first_values`, with value_residual: the first layer's (B, G, T, D).
     """
 
     in_order = True  # a query's keys lie side by side: long passes may be cut into blocks
@@ -361,7 +366,7 @@ class Positions:
         self.ropes, self.tables = {}, tables or {}
         self.prefix, self.bidirectional = prefix, bidirectional
         self.memory, self.remembered = memory, remembered
-        self.losses, self.usage, self.memory_out = {}, [], {}
+        self.losses, self.usage, self.memory_out, self.first_values = {}, [], {}, None
         self._made = {}
 
     def real_first(self):
@@ -555,6 +560,10 @@ class Attention(nn.Module):
     parameters before they turn; RoPE keeps lengths, so after would be the same. They then have length sqrt(D); with
     qk_scale the score is s q.k / D, s learned, one of a layer, and sqrt(D) at first. A bias of keys that do not turn
     (nor are normed) moves all scores of a query alike, so no loss reaches it.
+
+    With value_residual the values V_n of every layer after the first become (1 - g_n) V_n + g_n V_1 of the same
+    positions, g_n learned and 1/2 at first (Zhou et al. 2024, "Value Residual Learning": lambda_n,1 V_1 + lambda_n,2
+    V_n, of whose two learned numbers the sum is kept at 1 here). A cache keeps them mixed.
     """
 
     def __init__(self, config, layer=0, kind="full"):
@@ -568,6 +577,9 @@ class Attention(nn.Module):
         if c.qk_scale:
             self.qk_scale = nn.Parameter(torch.empty(1))
             self.roles["qk_scale"] = "gain"
+        if c.value_residual and layer:
+            self.first_share = nn.Parameter(torch.empty(1))
+            self.roles["first_share"] = "gain"
         slopes = alibi_slopes(c.n_head) if c.positions == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
         # One query, to which a cache shows just what it sees, is then PyTorch's attention.
@@ -575,9 +587,11 @@ class Attention(nn.Module):
                       and c.attention != "manual" and c.plain_scores)
 
     def init_weights(self):
-        """Scores start as without qk_scale."""
+        """Scores start as without qk_scale; values with equal shares of both layers'."""
         if self.config.qk_scale:
             self.qk_scale.fill_(self.config.head_dim ** 0.5)
+        if "first_share" in self.roles:
+            self.first_share.fill_(0.5)
 
     def forward(self, x, positions, cache=None):
         """x (B, T, C), positions a Positions, cache a KVCache or None. Returns (B, T, C)."""
@@ -596,6 +610,11 @@ class Attention(nn.Module):
             v = v.transpose(1, 2)  # (B, G, T, D)
             if c.qk_scale:  # D^-0.5 of it is in every softmax
                 q = (q * (self.qk_scale / c.head_dim ** 0.5)).to(q.dtype)
+        if c.value_residual:
+            if self.layer:
+                v = (v + self.first_share * (positions.first_values - v)).to(v.dtype)
+            else:
+                positions.first_values = v
         key_positions = positions.index
         if cache is not None:
             k, v, key_positions = cache.update(k, v, positions.index)

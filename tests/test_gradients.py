@@ -80,6 +80,7 @@ WALK = {
               dict(n_kv_head=1), dict(n_head=1, head_dim=2, qk_norm=True), dict(activation="solu", ff_mult=3 / 16)],
     "attention": [dict(qk_norm=True), dict(qk_norm=True, qk_scale=True, mixer="full,diff"),
                   dict(mixer="full,diff", score_softcap=0.5), dict(mixer="mla,xl", score_softcap=0.5),
+                  dict(mixer="full,diff", value_residual=True, mtp_depth=1),
                   dict(mixer="full,diff", softmax_plus_one=True), dict(mixer="mla,xl", softmax_plus_one=True),
                   *(dict(attention=word) for word in CHOICES["attention"]),
                   *(dict(mixer="compressive", compression=word) for word in CHOICES["compression"])],

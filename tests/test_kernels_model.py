@@ -48,6 +48,7 @@ CASES = {  # name: (settings, what forward is given more, operations called)
     "learned": (dict(positions="learned"), {}, PLAIN - {"rotary"}),
     "yarn": (dict(rope_scaling="yarn", rope_factor=2.0), {}, PLAIN),
     "grouped heads": (dict(n_kv_head=2, qk_norm=True, qk_scale=True), {}, PLAIN),
+    "values of the first layer": (dict(value_residual=True, n_layer=3), {}, PLAIN),
     "own heads": (FAR, {}, PLAIN),
     "own heads, layers share": (dict(FAR, layer_heads="shared"), {}, PLAIN),
     "shared heads": (dict(FAR, target_heads="shared"), COUNTED, PLAIN),

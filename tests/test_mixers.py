@@ -60,6 +60,39 @@ def test_full_by_definition(kind, kv, positions, scores):
     torch.testing.assert_close(mixer(x, Positions(0, T))[0], torch.stack(out), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind, kv", [("full", 4), ("full,window", 2), ("strided,fixed,full", 2)])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_value_residual_by_hand(kind, kv, qk_norm):
+    """Each later layer is the one without it whose values are a g-th of the first layer's; half of them at first."""
+    settings = dict(mixer=kind, n_kv_head=kv, n_layer=3, window=5, qk_norm=qk_norm)
+    model, plain = build(value_residual=True, **settings), build(**settings)
+    missing = model.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert missing == [f"blocks.{n}.mixer.first_share" for n in (1, 2)]
+    shares, x = [model.get_parameter(name) for name in missing], draw(1, T, 32)
+    assert all(g.item() == 0.5 and parameter_roles(model)[name] == "gain" for name, g in zip(missing, shares))
+    with torch.no_grad():
+        shares[0].fill_(0.3), shares[1].fill_(1.25)
+    h = wanted = x
+    for n, (block, other) in enumerate(zip(model.blocks, plain.blocks)):
+        normed, rows = other.norm1(wanted), (4 + kv) * 8
+        values = F.linear(normed, other.mixer.qkv.weight[rows:], other.mixer.qkv.bias[rows:])
+        first = first if n else values
+        g = shares[n - 1].item() if n else 0.0
+
+        def mixed(module, given, qkv):
+            return torch.cat((qkv[..., :rows], (1 - g) * values + g * first), -1)
+        hook = other.mixer.qkv.register_forward_hook(mixed)
+        wanted = other(wanted, Positions(0, T))
+        hook.remove()
+    positions = Positions(0, T)
+    for block in model.blocks:
+        h = block(h, positions)
+    torch.testing.assert_close(h, wanted)
+    grad, *grads = torch.autograd.grad(h.square().sum(), [model.blocks[0].mixer.qkv.weight, *shares])
+    torch.testing.assert_close(grad, *torch.autograd.grad(wanted.square().sum(), plain.blocks[0].mixer.qkv.weight))
+    assert all(g.abs().max() > 1e-3 for g in grads)
+
+
 def test_softmax_plus_one_neither_overflows_nor_divides_by_zero():
     """A query that fits nothing sees nothing; one that fits something far better than 1 has a plain softmax."""
     scores = torch.tensor([[-1e4, -2e4], [1e4, 1e4], [-math.inf, -math.inf], [0.0, -math.inf]], requires_grad=True)

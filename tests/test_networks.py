@@ -49,9 +49,11 @@ def test_encoder(mixer, positions, left):
 
 
 def test_what_only_decoders_have_is_refused():
-    with pytest.raises(ValueError, match="logit_softcap is for decoders"):
-        build(EncoderDecoder, logit_softcap=30.0)
-    build(PrefixDecoder, logit_softcap=30.0)
+    for settings in (dict(logit_softcap=30.0), dict(value_residual=True)):
+        for kind, more in ((EncoderDecoder, ()), (LatentTransformer, ()), (SpatioTemporal, (4,))):
+            with pytest.raises(ValueError, match="are for decoders"):
+                build(kind, *more, **settings)
+        build(PrefixDecoder, **settings)
 
 
 @pytest.mark.parametrize("mixer", ["xl", "compressive", "mamba", "mingru"])
