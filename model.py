@@ -71,7 +71,7 @@ class TransformerConfig:
     n_embd: int = 512              # [>= 1] width
     block_size: int = 512          # [>= 1] context; at 1 queries and keys have nothing to choose from
     dropout: float = 0.0           # [>= 0.0, < 1.0] of embeddings, attention probabilities and branch outputs
-    norm: str = "layer"            # [layer, rms] normalisation, before each branch
+    norm: str = "layer"            # [layer, rms, dyt] normalisation, before each branch; dyt: tanh instead (see Norm)
     norm_gain: bool = True         # learned gain in the norms
     bias: bool = True              # of linear layers and LayerNorm; RMSNorm has none
     # Mixers
@@ -481,21 +481,35 @@ def alibi_slopes(n_head):
 # --- Norms and linear layers ---
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last dimension, with a learned gain and bias or without."""
+    """LayerNorm or RMSNorm over the last dimension, with a learned gain and bias or without; or, of kind "dyt", what
+    takes their place feature by feature (Zhu et al. 2025, "Transformers without Normalization", section 4):
+
+        DyT(x) = gain tanh(alpha x) + bias,   alpha one learned number, 0.5 at first.
+    """
 
     def __init__(self, kind, width, gain, bias):
         super().__init__()
         self.kind, self.width = kind, width
         self.gain = nn.Parameter(torch.empty(width)) if gain else None
-        self.bias = nn.Parameter(torch.empty(width)) if gain and bias and kind == "layer" else None
+        self.bias = nn.Parameter(torch.empty(width)) if gain and bias and kind != "rms" else None
+        self.alpha = nn.Parameter(torch.empty(1)) if kind == "dyt" else None
+        self.roles = {"alpha": "gain"} if kind == "dyt" else {}
+
+    def init_weights(self):
+        """Of kind "dyt" alone: gain and bias have rules."""
+        self.alpha.fill_(0.5)
 
     def forward(self, x, learn=True):
-        """x (..., width) to the same shape and type. Only with `learn` does a gradient reach gain and bias."""
+        """x (..., width) to the same shape and type. Only with `learn` does a gradient reach what is learned."""
         weights = self._parameters  # past nn.Module's look-up, which a decoded byte feels
         if not learn:
             weights = {name: p.detach() for name, p in weights.items() if p is not None}
         if self.kind == "rms":
             return kernels.rms_norm(x, weights.get("gain"))
+        if self.kind == "dyt":
+            y, gain, bias = torch.tanh(weights["alpha"] * x), weights.get("gain"), weights.get("bias")
+            y = y if gain is None else y * gain
+            return (y if bias is None else y + bias).to(x.dtype)
         return kernels.layer_norm(x, weights.get("gain"), weights.get("bias"))
 
 

@@ -91,7 +91,8 @@ WALK = {
                 for word in CHOICES["expert_balance"] for shared in (0, 1) for k in (1, 2)],
     "residual and init": [dict(residual_scale=scale, init=init) for scale in ("depth", "rezero", "layerscale", 0.1)
                           for init in CHOICES["init"] if (scale, init) != ("rezero", "zero")],
-    "norms": [dict(norm=word, norm_gain=gain, bias=gain) for word in CHOICES["norm"] for gain in (True, False)],
+    "norms": [dict(norm=word, norm_gain=gain, bias=gain, residual_scale=30.0 if word == "dyt" else 1.0)
+              for word in CHOICES["norm"] for gain in (True, False)],  # dyt leaves what is small small
     "heads": [dict(n_targets=2, target_heads=t, layer_heads=l, intermediate_losses=i, head_bias=True)
               for t in CHOICES["target_heads"] for l in CHOICES["layer_heads"] for i in (True, False)],
     "classifiers": [dict(tie_weights=True), dict(tie_weights=True, init="zero"), dict(mtp_depth=2),

@@ -38,6 +38,7 @@ COUNTED = dict(counted=torch.tensor([0, 5, 6, 17, 31]))
 CASES = {  # name: (settings, what forward is given more, operations called)
     "plain": ({}, {}, PLAIN),
     "rms": (dict(norm="rms", norm_gain=False), {}, PLAIN - {NORM} | {"rms_norm"}),
+    "dyt": (dict(norm="dyt", residual_scale=10.0), {}, PLAIN - {NORM}),
     "layer without gain": (dict(norm_gain=False), {}, PLAIN),
     **{kind: (dict(activation=kind), {}, PLAIN - {"gelu"} | {"gated"})
        for kind in ("glu", "bilinear", "reglu", "geglu", "swiglu")},

@@ -76,7 +76,8 @@ def test_value_residual_by_hand(kind, kv, qk_norm):
     for n, (block, other) in enumerate(zip(model.blocks, plain.blocks)):
         normed, rows = other.norm1(wanted), (4 + kv) * 8
         values = F.linear(normed, other.mixer.qkv.weight[rows:], other.mixer.qkv.bias[rows:])
-        first = first if n else values
+        if n == 0:
+            first = values
         g = shares[n - 1].item() if n else 0.0
 
         def mixed(module, given, qkv):

@@ -19,7 +19,7 @@ T12 = dict(n_layer=12, n_head=8, n_embd=512, block_size=512, bias=False, norm_ga
 VARIANTS = [
     *({"positions": p} for p in ("learned", "learned_per_layer", "rope", "none")),
     *({"activation": a} for a in ("gelu", "relu", "relu2", "solu", "swiglu")),
-    *({"norm": n, "norm_gain": g} for n in ("layer", "rms") for g in (True, False)),
+    *({"norm": n, "norm_gain": g} for n in ("layer", "rms", "dyt") for g in (True, False)),
     {"positions": "rope", "qk_norm": True, "n_kv_head": 2}, {"n_kv_head": 1, "attention": "manual"}, {"bias": False},
     {"tie_weights": True, "residual_scale": "depth"}, {"head_dim": 10, "head_bias": True},
 ]
@@ -285,6 +285,31 @@ def test_rms_norm_with_and_without_gradient():
     zeros = torch.zeros(2, 8, requires_grad=True)
     rms_norm(zeros).sum().backward()
     assert zeros.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("gain, bias", [(True, True), (True, False), (False, True)])
+def test_dyt_by_hand(gain, bias):
+    """gamma tanh(alpha x) + beta number by number, with gradients; alpha is 0.5 at first, and has the gains' rule."""
+    model = build(norm="dyt", norm_gain=gain, bias=bias)
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, mixers.Norm)}
+    assert len(norms) == 5 and all(norm.alpha.tolist() == [0.5] for norm in norms.values())
+    assert all(parameter_roles(model)[f"{name}.alpha"] == "gain" for name in norms)
+    norm, x = model.blocks[1].norm2.double(), torch.randn(3, 4, 32, dtype=torch.float64, requires_grad=True)
+    assert {name for name, _ in norm.named_parameters()} == {"alpha", *["gain"] * gain, *["bias"] * (gain and bias)}
+    with torch.no_grad():
+        for p in norm.parameters():
+            p.add_(torch.randn_like(p))
+    a, g, b = (norm.alpha.item(), *([1.0] * 32 if p is None else p.tolist() for p in (norm.gain, norm.bias)))
+    b = b if gain and bias else [0.0] * 32
+    y = norm(x)
+    wanted = [[g[i] * math.tanh(a * number) + b[i] for i, number in enumerate(row)] for row in x.view(-1, 32).tolist()]
+    torch.testing.assert_close(y.view(-1, 32), torch.tensor(wanted, dtype=torch.float64))
+    grads = torch.autograd.grad(y.sum(), [x, norm.alpha])
+    slopes = torch.tensor(g, dtype=torch.float64) * (1 - torch.tanh(a * x.detach()).square())
+    torch.testing.assert_close(grads, (a * slopes, (slopes * x.detach()).sum().view(1)))
+    assert norm(x.bfloat16()).dtype == torch.bfloat16 and torch.equal(norm(x, learn=False), y)
+    norm(x, learn=False).sum().backward()
+    assert x.grad is not None and all(p.grad is None for p in norm.parameters())
 
 
 def test_rope_turns_by_position():

@@ -70,6 +70,8 @@ def listed():
     yield dict(n_kv_head=1, head_dim=12, qk_norm=True, attention="manual")
     yield dict(mixer="full,diff", qk_norm=True, qk_scale=True, short_conv=2)
     yield dict(mixer="full,mamba,compressive", short_conv=2, norm="rms", residual_scale="layerscale")
+    yield dict(norm="dyt", residual_scale=30.0)  # loud branches: dyt leaves the small embeddings small
+    yield dict(norm="dyt", residual_scale=30.0, mixer="xl,compressive,mamba", short_conv=2, norm_gain=False)
     yield dict(output="stablemax")
     yield dict(logit_softcap=0.1)
     yield from (dict(mixer=pattern, score_softcap=0.5) for pattern in ("full,window", "strided,fixed", "diff,mla",
