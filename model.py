@@ -73,7 +73,7 @@ class TransformerConfig:
     dropout: float = 0.0           # [>= 0.0, < 1.0] of embeddings, attention probabilities and branch outputs
     norm: str = "layer"            # [layer, rms, dyt] normalisation, before each branch; dyt: tanh instead (see Norm)
     norm_gain: bool = True         # learned gain in the norms
-    bias: bool = True              # of linear layers and LayerNorm; RMSNorm has none
+    bias: bool = True              # of linear layers, LayerNorm and dyt; RMSNorm has none
     # Mixers
     mixer: str = "full"            # words of MIXERS, repeated over the layers: "mamba,mamba,full"
     window: int = 128              # [>= 1, with mixer window] positions that a layer sees
@@ -540,9 +540,8 @@ def attend_by_hand(q, k, v, mask, dropout=0.0, scale=None, cap=None, plus_one=Fa
 
     q (B, H, T, D); k (B, H or fewer, S, D); v (B, as many, S, D'); mask as Positions.mask gives it; scale None:
     D^-0.5. Returns (B, H, T, D'). cap: `softcap` of the scores, before mask and ALiBi are added; None: none. plus_one:
-    as `weights_of` says.
-    Under bfloat16 on a CPU forward and backward outrun SDPA's up to some hundred keys; over more SDPA gains, which
-    skips what causal queries do not see (bench.py --what growth --attention sdpa, manual).
+    as `weights_of` says. Under bfloat16 on a CPU forward and backward outrun SDPA's up to some hundred keys; over more
+    SDPA gains, which skips what causal queries do not see (bench.py --what growth --attention sdpa, manual).
     """
     B, H, T, D = q.shape
     S = k.size(2)
