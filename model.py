@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 import kernels
-from kernels import GLU, activate, expect, plain_rms_norm
+from kernels import GLU, activate, exactly, expect, plain_rms_norm
 from nanolab.cache import Cache, KVCache, Memory
 from nanolab.settings import check_fields
 
@@ -71,9 +71,9 @@ class TransformerConfig:
     n_embd: int = 512              # [>= 1] width
     block_size: int = 512          # [>= 1] context; at 1 queries and keys have nothing to choose from
     dropout: float = 0.0           # [>= 0.0, < 1.0] of embeddings, attention probabilities and branch outputs
-    norm: str = "layer"            # [layer, rms] normalisation, before each branch
+    norm: str = "layer"            # [layer, rms, dyt] normalisation, before each branch; dyt: tanh instead (see Norm)
     norm_gain: bool = True         # learned gain in the norms
-    bias: bool = True              # of linear layers and LayerNorm; RMSNorm has none
+    bias: bool = True              # of linear layers, LayerNorm and dyt; RMSNorm has none
     # Mixers
     mixer: str = "full"            # words of MIXERS, repeated over the layers: "mamba,mamba,full"
     window: int = 128              # [>= 1, with mixer window] positions that a layer sees
@@ -116,6 +116,9 @@ class TransformerConfig:
     init: str = "gpt2"             # [gpt2, normal, xavier, tfixup, truncated, zero] see `initialise`
     qk_norm: bool = False          # RMSNorm without parameters on queries and keys, per head
     qk_scale: bool = False         # [with qk_norm] learned scale of each layer's scores in place of head_dim^-0.5
+    score_softcap: float = None    # [none, > 0.0] attention's scores become cap tanh(scores / cap) (Gemma 2: 50)
+    softmax_plus_one: bool = False # 1 more in the denominator of attention's softmax (Miller 2023): it may see nothing
+    value_residual: bool = False   # values mixed with the first layer's (Zhou et al. 2024), by a learned share a layer
     # Classifiers, losses
     tie_weights: bool = False      # the classifier is the embedding
     n_targets: int = 1             # [>= 1, <= 256] bytes predicted ahead, weights 1, 1/2, 1/4, ...
@@ -123,6 +126,7 @@ class TransformerConfig:
     layer_heads: str = "own"       # [own, shared] classifiers of every layer whose loss counts, or the last layer's
     head_bias: bool = False        # bias of the classifiers
     output: str = "softmax"        # [softmax, stablemax] stablemax (Prieto et al. 2025) before every softmax
+    logit_softcap: float = None    # [none, > 0.0] classifiers say cap tanh(logits / cap) (Gemma 2: 30)
     intermediate_losses: bool = False  # layers predict too, until a fraction of training (see active_layers)
     mtp_depth: int = 0             # [>= 0, <= 64] modules of multi-token prediction (DeepSeek-V3), a layer each
     mtp_weight: float = 0.3        # [>= 0.0, with mtp_depth] of the mean of their losses
@@ -193,6 +197,16 @@ class TransformerConfig:
         expect(self.short_conv != 1, "short_conv is 1, but must be 0, which is none, or at least 2")
         expect(self.qk_norm or not self.qk_scale,
                "qk_scale scales scores of queries and keys of one length: it needs qk_norm")
+        expect(self.plain_scores or not {*self.mixers} <= {*RECURRENT},
+               f"score_softcap and softmax_plus_one are of attention, which mixer {self.mixer!r} is not")
+        expect(self.plain_scores or self.attention != "sdpa",
+               "attention 'sdpa' has a plain softmax: with score_softcap or softmax_plus_one choose auto or manual")
+        expect(self.score_softcap is None or self.positions != "relative",
+               "score_softcap caps products of queries and keys, not what positions 'relative' add: choose others")
+        expect(not self.value_residual or self.n_layer > 1 and {*self.mixers} <= {"full", "window", "strided", "fixed",
+                                                                                  "diff"},
+               "value_residual mixes values of layers full, window, strided, fixed and diff with those of the first of "
+               f"at least 2: mixer {self.mixer!r} in {self.n_layer} has others")
         expect("window" not in self.mixers or self.window > 1,
                f"window is {self.window}, but mixer 'window' needs at least 2 positions")
         expect(self.residual_scale != "rezero" or self.init != "zero",
@@ -217,6 +231,11 @@ class TransformerConfig:
     def ffs(self):
         """The feed-forward of every layer, a tuple of n_layer words."""
         return repeat_words(self.ff, self.n_layer, (*FEED_FORWARDS, "none"), "ff")
+
+    @property
+    def plain_scores(self):
+        """Whether attention is a softmax of its scores as they are: what PyTorch's, and every kernel's, computes."""
+        return self.score_softcap is None and not self.softmax_plus_one
 
     @property
     def rolls(self):
@@ -336,7 +355,7 @@ class Positions:
     to each layer, which stands for the `remembered` positions before this one.
 
     Layers write into: `losses`, {name: [weighted scalars]}; `usage`, [(layer, counts)] of experts; `memory_out`,
-    {layer: tensors} for the next segment.
+    {layer: tensors} for the next segment; `first_values`, with value_residual: the first layer's (B, G, T, D).
     """
 
     in_order = True  # a query's keys lie side by side: long passes may be cut into blocks
@@ -347,7 +366,7 @@ class Positions:
         self.ropes, self.tables = {}, tables or {}
         self.prefix, self.bidirectional = prefix, bidirectional
         self.memory, self.remembered = memory, remembered
-        self.losses, self.usage, self.memory_out = {}, [], {}
+        self.losses, self.usage, self.memory_out, self.first_values = {}, [], {}, None
         self._made = {}
 
     def real_first(self):
@@ -462,21 +481,35 @@ def alibi_slopes(n_head):
 # --- Norms and linear layers ---
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last dimension, with a learned gain and bias or without."""
+    """LayerNorm or RMSNorm over the last dimension, with a learned gain and bias or without; or, of kind "dyt", what
+    takes their place feature by feature (Zhu et al. 2025, "Transformers without Normalization", section 4):
+
+        DyT(x) = gain tanh(alpha x) + bias,   alpha one learned number, 0.5 at first.
+    """
 
     def __init__(self, kind, width, gain, bias):
         super().__init__()
         self.kind, self.width = kind, width
         self.gain = nn.Parameter(torch.empty(width)) if gain else None
-        self.bias = nn.Parameter(torch.empty(width)) if gain and bias and kind == "layer" else None
+        self.bias = nn.Parameter(torch.empty(width)) if gain and bias and kind != "rms" else None
+        self.alpha = nn.Parameter(torch.empty(1)) if kind == "dyt" else None
+        self.roles = {"alpha": "gain"} if kind == "dyt" else {}
+
+    def init_weights(self):
+        """Of kind "dyt" alone: gain and bias have rules."""
+        self.alpha.fill_(0.5)
 
     def forward(self, x, learn=True):
-        """x (..., width) to the same shape and type. Only with `learn` does a gradient reach gain and bias."""
+        """x (..., width) to the same shape and type. Only with `learn` does a gradient reach what is learned."""
         weights = self._parameters  # past nn.Module's look-up, which a decoded byte feels
         if not learn:
             weights = {name: p.detach() for name, p in weights.items() if p is not None}
         if self.kind == "rms":
             return kernels.rms_norm(x, weights.get("gain"))
+        if self.kind == "dyt":
+            y, gain, bias = torch.tanh(weights["alpha"] * x), weights.get("gain"), weights.get("bias")
+            y = y if gain is None else y * gain
+            return (y if bias is None else y + bias).to(x.dtype)
         return kernels.layer_norm(x, weights.get("gain"), weights.get("bias"))
 
 
@@ -496,12 +529,19 @@ class Linear(nn.Linear):
 LONG = 1024  # keys from which on SDPA's causal attention outruns attend_by_hand
 
 
-def attend_by_hand(q, k, v, mask, dropout=0.0, scale=None):
+def weights_of(scores, plus_one):
+    """softmax over scores (..., S), or with plus_one exp(s_i) / (1 + sum_j exp(s_j)) (Miller 2023, "Attention Is Off By
+    One"): a softmax beside one more score, 0, whose value is 0."""
+    return torch.softmax(F.pad(scores, (0, 1)), -1)[..., :-1] if plus_one else torch.softmax(scores, -1)
+
+
+def attend_by_hand(q, k, v, mask, dropout=0.0, scale=None, cap=None, plus_one=False):
     """softmax(scale q k^T) v with the softmax in float32; what SDPA computes, in steps.
 
     q (B, H, T, D); k (B, H or fewer, S, D); v (B, as many, S, D'); mask as Positions.mask gives it; scale None:
-    D^-0.5. Returns (B, H, T, D'). Under bfloat16 on a CPU forward and backward outrun SDPA's up to some hundred keys;
-    over more SDPA gains, which skips what causal queries do not see (bench.py --what growth --attention sdpa, manual).
+    D^-0.5. Returns (B, H, T, D'). cap: `softcap` of the scores, before mask and ALiBi are added; None: none. plus_one:
+    as `weights_of` says. Under bfloat16 on a CPU forward and backward outrun SDPA's up to some hundred keys; over more
+    SDPA gains, which skips what causal queries do not see (bench.py --what growth --attention sdpa, manual).
     """
     B, H, T, D = q.shape
     S = k.size(2)
@@ -513,13 +553,14 @@ def attend_by_hand(q, k, v, mask, dropout=0.0, scale=None):
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
     scale = D ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):  # softmax of bfloat16 already works in float32 inside
-        if mask is not None and mask.dim() == 2:  # one operation in place of three
+        if mask is not None and mask.dim() == 2 and cap is None:  # one operation in place of three
             scores = torch.baddbmm(mask.to(q.dtype), q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
             scores = scores.view(B, H, T, S)
         else:
             scores = (q * scale) @ k.mT  # (B, H, T, S)
+            scores = scores if cap is None else softcap(scores, cap)
             scores = scores if mask is None else scores + mask.to(q.dtype)
-        p = torch.softmax(scores, -1)
+        p = weights_of(scores, plus_one)
         if dropout:
             p = F.dropout(p, dropout)
         return p @ v
@@ -532,6 +573,10 @@ class Attention(nn.Module):
     parameters before they turn; RoPE keeps lengths, so after would be the same. They then have length sqrt(D); with
     qk_scale the score is s q.k / D, s learned, one of a layer, and sqrt(D) at first. A bias of keys that do not turn
     (nor are normed) moves all scores of a query alike, so no loss reaches it.
+
+    With value_residual the values V_n of every layer after the first become (1 - g_n) V_n + g_n V_1 of the same
+    positions, g_n learned and 1/2 at first (Zhou et al. 2024, "Value Residual Learning": lambda_n,1 V_1 + lambda_n,2
+    V_n, of whose two learned numbers the sum is kept at 1 here). A cache keeps them mixed.
     """
 
     def __init__(self, config, layer=0, kind="full"):
@@ -545,16 +590,21 @@ class Attention(nn.Module):
         if c.qk_scale:
             self.qk_scale = nn.Parameter(torch.empty(1))
             self.roles["qk_scale"] = "gain"
+        if c.value_residual and layer:
+            self.first_share = nn.Parameter(torch.empty(1))
+            self.roles["first_share"] = "gain"
         slopes = alibi_slopes(c.n_head) if c.positions == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
         # One query, to which a cache shows just what it sees, is then PyTorch's attention.
         self.plain = (type(self) is Attention and slopes is None and c.n_kv_head == c.n_head
-                      and c.attention != "manual")
+                      and c.attention != "manual" and c.plain_scores)
 
     def init_weights(self):
-        """Scores start as without qk_scale."""
+        """Scores start as without qk_scale; values with equal shares of both layers'."""
         if self.config.qk_scale:
             self.qk_scale.fill_(self.config.head_dim ** 0.5)
+        if "first_share" in self.roles:
+            self.first_share.fill_(0.5)
 
     def forward(self, x, positions, cache=None):
         """x (B, T, C), positions a Positions, cache a KVCache or None. Returns (B, T, C)."""
@@ -573,6 +623,11 @@ class Attention(nn.Module):
             v = v.transpose(1, 2)  # (B, G, T, D)
             if c.qk_scale:  # D^-0.5 of it is in every softmax
                 q = (q * (self.qk_scale / c.head_dim ** 0.5)).to(q.dtype)
+        if c.value_residual:
+            if self.layer:
+                v = (v + self.first_share * (positions.first_values - v)).to(v.dtype)
+            else:
+                positions.first_values = v
         key_positions = positions.index
         if cache is not None:
             k, v, key_positions = cache.update(k, v, positions.index)
@@ -636,8 +691,8 @@ class Attention(nn.Module):
     def fusible(self, *widths):
         """Whether kernels are on and know this layer's scores and heads of these widths."""
         c = self.config
-        return (kernels.on() and c.attention == "auto" and self.slopes is None and not (self.training and c.dropout)
-                and max(widths) <= kernels.WIDEST_HEAD)
+        return (kernels.on() and c.attention == "auto" and c.plain_scores and self.slopes is None
+                and not (self.training and c.dropout) and max(widths) <= kernels.WIDEST_HEAD)
 
     def by_kernel(self, q, v, positions, key_positions, pattern):
         """Whether kernels.attend computes what these queries see, of which there are several: what is before them, a
@@ -658,8 +713,8 @@ class Attention(nn.Module):
         dropout = c.dropout if self.training else 0.0
         by_hand = q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16
         by_hand = by_hand and (k.size(2) < (LONG if isinstance(mask, str) else 4 * LONG) or dropout > 0)
-        if c.attention == "manual" or c.attention == "auto" and by_hand:
-            return attend_by_hand(q, k, v, mask, dropout, scale)
+        if c.attention == "manual" or c.attention == "auto" and by_hand or not c.plain_scores:
+            return attend_by_hand(q, k, v, mask, dropout, scale, c.score_softcap, c.softmax_plus_one)
         H, G = q.size(1), k.size(1)
         if mask is None and q.size(2) == 1 and G < H:  # one query: its group's heads act as queries
             q = q.reshape(q.size(0), G, -1, q.size(3))  # (B, G, H/G, D)
@@ -881,6 +936,8 @@ class Transformer(nn.Module):
 
     def logits(self, scores):
         """A classifier's output (..., V) as what a softmax makes probabilities of."""
+        if self.config.logit_softcap is not None:
+            scores = softcap(exactly(scores), self.config.logit_softcap)
         return stablemax(scores) if self.config.output == "stablemax" else scores.float()
 
     def extra_losses(self, h, targets, positions):
@@ -990,7 +1047,7 @@ class Transformer(nn.Module):
         used = [g * per_group + i for g in groups for i in range(per_group)]
         weights = [self.classifier(i) for i in used]
         biases = [self.head_biases[i] for i in used] if c.head_bias else None
-        if kernels.on() and c.output == "softmax":
+        if kernels.on() and c.output == "softmax" and c.logit_softcap is None:
             def sets(parts):
                 return None if parts is None else [parts[i:i + per_group] for i in range(0, len(parts), per_group)]
             loss = kernels.batched_linear_cross_entropy(h, sets(weights), targets.reshape(-1, per_group), sets(biases))
@@ -1101,6 +1158,12 @@ def make_ropes(config):
     return nn.ModuleDict({str(width): Rope(width, c.rope_base, c.block_size, c.rope_scaling, c.rope_factor,
                                            c.rope_original, c.rope_ramp, c.rope_mscale)
                           for width in sorted(widths)})
+
+
+def softcap(x, cap):
+    """x of any shape to cap tanh(x / cap), between -cap and cap (Gemma Team 2024, "Gemma 2", section 2, logit
+    soft-capping; after Bello et al. 2016): near 0 x itself."""
+    return cap * torch.tanh(x / cap)
 
 
 def stablemax(x):

@@ -76,7 +76,7 @@ n_embd = 64                # [>= 1] width
 cell_dim = 16              # [>= 1] width of a cell's embedding
 ff_mult = 2.0              # [> 0.0] width of the feed-forward over n_embd
 activation = "gelu"        # [gelu, relu, relu2, silu, swiglu, geglu]
-norm = "layer"             # [layer, rms] before each branch
+norm = "layer"             # [layer, rms, dyt] before each branch
 norm_gain = True           # learned gain in the norms
 bias = True                # biases in linear layers and LayerNorm
 init = "xavier"            # [gpt2, normal, xavier, truncated, zero] of the hidden matrices

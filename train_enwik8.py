@@ -56,7 +56,7 @@ n_embd = 512               # [>= 1] width
 block_size = 512           # [>= 1] bytes of context
 extend_block_size = None   # [none, >= 1] on resume: a larger block_size, for positions that have no table
 dropout = 0.1              # [>= 0.0, < 1.0] probability: embedding, attention, branches
-norm = "layer"             # [layer, rms] normalisation, before each branch
+norm = "layer"             # [layer, rms, dyt] normalisation, before each branch
 norm_gain = False          # learned gain in the norms
 bias = False               # biases in linear layers and LayerNorm
 positions = "learned_per_layer"  # [learned, learned_per_layer, rope, alibi, relative, none] where a byte stands

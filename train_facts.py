@@ -88,7 +88,7 @@ n_head = 2                 # [>= 1] attention heads
 n_embd = 32                # [>= 1] width
 block_size = None          # [none, >= 1] tokens of a row; none: of the longest dialog, mqar 64, text 128
 dropout = 0.0              # [>= 0.0, < 1.0] probability: embedding, attention, branches
-norm = "rms"               # [layer, rms] normalisation, before each branch
+norm = "rms"               # [layer, rms, dyt] normalisation, before each branch
 norm_gain = True           # learned gain in the norms
 bias = False               # biases in linear layers and LayerNorm
 positions = "rope"         # [learned, learned_per_layer, rope, alibi, relative, none] where a token stands

@@ -73,7 +73,7 @@ n_head = 4                 # [>= 1] attention heads
 n_embd = 128               # [>= 1] width
 ff_mult = 4.0              # [> 0.0] width of the feed-forward over n_embd
 dropout = 0.0              # [>= 0.0, < 1.0] probability: attention, branches
-norm = "rms"               # [layer, rms] normalisation, before each branch
+norm = "rms"               # [layer, rms, dyt] normalisation, before each branch
 norm_gain = False          # learned gain in the norms
 bias = False               # biases in linear layers and LayerNorm
 positions = "learned"      # [learned, rope, alibi, none] where a token stands

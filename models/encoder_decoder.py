@@ -39,6 +39,8 @@ def own_layers(config):
     """Raises ValueError for settings that only the layers of model.py have."""
     expect(not config.short_conv and "none" not in config.ffs,
            "short_conv and ff 'none' are for decoders: layers that read a context, or frames, have neither")
+    expect(config.logit_softcap is None and not config.value_residual, "logit_softcap and value_residual are for "
+           "decoders: models that read a context, or frames, have neither")
 
 
 def as_mask(padding, S):

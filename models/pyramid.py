@@ -15,6 +15,7 @@ def check(config):
     c, said = config, f"shorten {config.shorten} makes a pyramid, which"
     expect(c.n_layer >= 3, f"{said} needs at least 3 layers, not {c.n_layer}")
     expect(not c.short_conv, f"{said} has layers whose neighbours are units: short_conv does not go with it")
+    expect(not c.value_residual, f"{said} has layers of two lengths: value_residual does not go with it")
     expect(not c.carries, f"{said} starts afresh with every block: mixer {c.mixer!r} does not go with it")
     expect(c.positions != "learned_per_layer" and not c.intermediate_losses and not c.mtp_depth,
            f"{said} has layers of two lengths: neither positions 'learned_per_layer' nor intermediate_losses nor "

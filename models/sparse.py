@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import expect
-from model import Attention, Everything, Pattern, causal
+from model import Attention, Everything, Pattern, causal, softcap, weights_of
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,10 @@ class Sparse(Attention):
         exact = torch.promote_types(q.dtype, torch.float32)
         own = (q.to(exact) * k.to(exact)).sum(-1, keepdim=True) * c.head_dim ** -0.5  # (B, H, T, 1)
         others = (q @ some_k.transpose(2, 3)).to(exact) * c.head_dim ** -0.5  # (B, H, T, some)
+        if c.score_softcap is not None:
+            own, others = softcap(own, c.score_softcap), softcap(others, c.score_softcap)
         others = others.masked_fill(chosen >= place[:, None], -math.inf)
-        p = torch.softmax(torch.cat((others, own), -1), -1).to(v.dtype)
+        p = weights_of(torch.cat((others, own), -1), c.softmax_plus_one).to(v.dtype)
         if c.dropout and self.training:
             p = F.dropout(p, c.dropout)
         return p[..., :-1] @ some_v + p[..., -1:] * v

@@ -102,7 +102,7 @@ def first_step(model, rows, T, passes, peak_flops, half=False):
     """
     c, size = model.config, 2 if half else 4
     layer = 12 * c.n_embd + (2 * c.ff_width if set(c.ffs) != {"none"} else 0)
-    scores = 3 * c.n_head * T if c.dropout or half or c.attention == "manual" else 0
+    scores = 3 * c.n_head * T if c.dropout or half or c.attention == "manual" or not c.plain_scores else 0
     heads = 3 * c.vocab_size * (c.n_targets * (c.n_layer if c.intermediate_losses else 1) + c.mtp_depth)
     kept = rows * T * (size * c.n_layer * (layer + scores) + 4 * heads)
     if c.checkpoint_activations:

@@ -79,6 +79,9 @@ WALK = {
               dict(mixer="strided", n_kv_head=2), dict(mixer="fixed"), dict(mixer="diff", n_kv_head=2),
               dict(n_kv_head=1), dict(n_head=1, head_dim=2, qk_norm=True), dict(activation="solu", ff_mult=3 / 16)],
     "attention": [dict(qk_norm=True), dict(qk_norm=True, qk_scale=True, mixer="full,diff"),
+                  dict(mixer="full,diff", score_softcap=0.5), dict(mixer="mla,xl", score_softcap=0.5),
+                  dict(mixer="full,diff", value_residual=True, mtp_depth=1),
+                  dict(mixer="full,diff", softmax_plus_one=True), dict(mixer="mla,xl", softmax_plus_one=True),
                   *(dict(attention=word) for word in CHOICES["attention"]),
                   *(dict(mixer="compressive", compression=word) for word in CHOICES["compression"])],
     "short convolution": [dict(short_conv=2, mixer=kind) for kind in ("full,diff", "xl,mingru", "compressive")],
@@ -88,11 +91,12 @@ WALK = {
                 for word in CHOICES["expert_balance"] for shared in (0, 1) for k in (1, 2)],
     "residual and init": [dict(residual_scale=scale, init=init) for scale in ("depth", "rezero", "layerscale", 0.1)
                           for init in CHOICES["init"] if (scale, init) != ("rezero", "zero")],
-    "norms": [dict(norm=word, norm_gain=gain, bias=gain) for word in CHOICES["norm"] for gain in (True, False)],
+    "norms": [dict(norm=word, norm_gain=gain, bias=gain, residual_scale=30.0 if word == "dyt" else 1.0)
+              for word in CHOICES["norm"] for gain in (True, False)],  # dyt leaves what is small small
     "heads": [dict(n_targets=2, target_heads=t, layer_heads=l, intermediate_losses=i, head_bias=True)
               for t in CHOICES["target_heads"] for l in CHOICES["layer_heads"] for i in (True, False)],
     "classifiers": [dict(tie_weights=True), dict(tie_weights=True, init="zero"), dict(mtp_depth=2),
-                    dict(mtp_depth=1, output="stablemax"), dict(output="stablemax")],
+                    dict(mtp_depth=1, output="stablemax"), dict(output="stablemax"), dict(logit_softcap=0.1)],
     "pyramid": [dict(shorten=2, n_layer=3), dict(shorten=3, n_layer=3, positions="learned")],
     "kernels": [dict(kernels=word, mixer="mamba,mingru", ff="mlp,moe") for word in CHOICES["kernels"]],
 }

@@ -38,6 +38,7 @@ COUNTED = dict(counted=torch.tensor([0, 5, 6, 17, 31]))
 CASES = {  # name: (settings, what forward is given more, operations called)
     "plain": ({}, {}, PLAIN),
     "rms": (dict(norm="rms", norm_gain=False), {}, PLAIN - {NORM} | {"rms_norm"}),
+    "dyt": (dict(norm="dyt", residual_scale=10.0), {}, PLAIN - {NORM}),
     "layer without gain": (dict(norm_gain=False), {}, PLAIN),
     **{kind: (dict(activation=kind), {}, PLAIN - {"gelu"} | {"gated"})
        for kind in ("glu", "bilinear", "reglu", "geglu", "swiglu")},
@@ -48,6 +49,7 @@ CASES = {  # name: (settings, what forward is given more, operations called)
     "learned": (dict(positions="learned"), {}, PLAIN - {"rotary"}),
     "yarn": (dict(rope_scaling="yarn", rope_factor=2.0), {}, PLAIN),
     "grouped heads": (dict(n_kv_head=2, qk_norm=True, qk_scale=True), {}, PLAIN),
+    "values of the first layer": (dict(value_residual=True, n_layer=3), {}, PLAIN),
     "own heads": (FAR, {}, PLAIN),
     "own heads, layers share": (dict(FAR, layer_heads="shared"), {}, PLAIN),
     "shared heads": (dict(FAR, target_heads="shared"), COUNTED, PLAIN),
@@ -56,12 +58,17 @@ CASES = {  # name: (settings, what forward is given more, operations called)
     "counted": (dict(n_targets=2), COUNTED, PLAIN),
     "tied": (dict(tie_weights=True, head_bias=True), {}, PLAIN),
     "stablemax": (dict(output="stablemax"), {}, PLAIN - {LOSS}),
+    "capped logits": (dict(logit_softcap=0.5, n_targets=2), COUNTED, PLAIN - {LOSS}),
     "two bytes ahead": (dict(mtp_depth=1), {}, PLAIN),
     "recomputed": (dict(checkpoint_activations=True), {}, PLAIN),
     "ragged": (dict(n_targets=2), dict(positions=RAGGED), PLAIN - {"attend"}),
     "alibi": (dict(positions="alibi"), {}, PLAIN - {"rotary", "attend"}),
     "by hand": (dict(attention="manual"), {}, PLAIN - {"attend"}),
     "sdpa": (dict(attention="sdpa"), {}, PLAIN - {"attend"}),
+    "capped scores": (dict(score_softcap=0.5), {}, PLAIN - {"attend"}),
+    "softmax plus one": (dict(softmax_plus_one=True), {}, PLAIN - {"attend"}),
+    "diff, capped scores": (dict(mixer="diff", score_softcap=0.5), {}, PLAIN - {"attend"}),
+    "mla, capped scores": (dict(mixer="mla", score_softcap=0.5), {}, PLAIN - {"attend"} | {"rms_norm"}),
     "wide heads": (dict(n_head=1, head_dim=258), {}, PLAIN - {"attend"}),
     "later": ({}, dict(positions=torch.arange(4, 20)), PLAIN),
     "limited": ({}, dict(window=5), PLAIN),
@@ -253,7 +260,8 @@ LONE = {"rotary", "attend_one"}
     (dict(mixer="mingru"), set()), (dict(mixer="mamba"), set()), ({}, LONE), (dict(mixer="diff"), LONE),
     (dict(mixer="window", window=4), LONE), (dict(mixer="xl"), {"rotary"}), (dict(mixer="strided"), LONE),
     (dict(n_kv_head=2), LONE), (dict(mixer="mla", norm="rms"), {"rms_norm", "rotary", "attend_latent"}),
-    (dict(positions="alibi"), set()), (dict(attention="sdpa"), {"rotary"}), (dict(positions="learned"), {"attend_one"}),
+    (dict(positions="alibi"), set()), (dict(score_softcap=0.5), {"rotary"}), (dict(attention="sdpa"), {"rotary"}),
+    (dict(softmax_plus_one=True), {"rotary"}), (dict(positions="learned"), {"attend_one"}),
 ], ids=lambda value: str(sorted(value) if isinstance(value, set) else value))  # one order in all processes
 @torch.no_grad()
 def test_what_one_byte_over_a_cache_calls(settings, expected, by_triton):

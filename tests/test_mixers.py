@@ -25,26 +25,100 @@ def draw(*shape, seed=1):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def softmax_over(q, k, v, seen, bias=0.0):
+SCORES = [{}, dict(score_softcap=0.3), dict(softmax_plus_one=True),  # what may be made of attention's scores
+          dict(score_softcap=0.3, softmax_plus_one=True)]
+
+
+def weights_of(products, bias=0.0, score_softcap=None, softmax_plus_one=False):
+    """Of one query's scores (S,), what its values weigh; bias (S,) is added."""
+    c = score_softcap
+    scores = products if c is None else c * (1 - 2 / ((2 * products / c).exp() + 1))
+    e = (scores + bias).exp()
+    return e / (softmax_plus_one + e.sum())
+
+
+def softmax_over(q, k, v, seen, bias=0.0, **scores):
     """One query (D,) over the keys (S, D) whose index is in seen; scores get bias (S,) added."""
-    scores = (k @ q / len(q) ** 0.5 + bias)[seen]
-    return scores.softmax(0) @ v[seen]
+    bias = torch.as_tensor(bias, dtype=q.dtype).expand(len(k))
+    return weights_of((k @ q / len(q) ** 0.5)[seen], bias[seen], **scores) @ v[seen]
+
+
+# --- Full ---
+
+@pytest.mark.parametrize("scores", SCORES, ids=str)
+@pytest.mark.parametrize("positions", ["none", "alibi"])
+@pytest.mark.parametrize("kind, kv", [("full", 4), ("full", 1), ("window", 2)])
+def test_full_by_definition(kind, kv, positions, scores):
+    model, x = build(mixer=kind, n_kv_head=kv, positions=positions, window=5, **scores), draw(1, T, 32)
+    mixer, out = model.blocks[0].mixer, []
+    q, k, v = mixer.qkv(x[0]).view(T, 4 + 2 * kv, 8).split((4, kv, kv), 1)
+    for t in range(T):
+        seen, distance = list(range(0 if kind == "full" else max(0, t - 4), t + 1)), t - torch.arange(T).double()
+        heads = [softmax_over(q[t, h], k[:, h * kv // 4], v[:, h * kv // 4], seen,
+                              -distance * 2.0 ** (-2 * (h + 1)) * (positions == "alibi"), **scores) for h in range(4)]
+        out.append(mixer.out(torch.cat(heads)))
+    torch.testing.assert_close(mixer(x, Positions(0, T))[0], torch.stack(out), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind, kv", [("full", 4), ("full,window", 2), ("strided,fixed,full", 2)])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_value_residual_by_hand(kind, kv, qk_norm):
+    """Each later layer is the one without it whose values are a g-th of the first layer's; half of them at first."""
+    settings = dict(mixer=kind, n_kv_head=kv, n_layer=3, window=5, qk_norm=qk_norm)
+    model, plain = build(value_residual=True, **settings), build(**settings)
+    missing = model.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert missing == [f"blocks.{n}.mixer.first_share" for n in (1, 2)]
+    shares, x = [model.get_parameter(name) for name in missing], draw(1, T, 32)
+    assert all(g.item() == 0.5 and parameter_roles(model)[name] == "gain" for name, g in zip(missing, shares))
+    with torch.no_grad():
+        shares[0].fill_(0.3), shares[1].fill_(1.25)
+    h = wanted = x
+    for n, (block, other) in enumerate(zip(model.blocks, plain.blocks)):
+        normed, rows = other.norm1(wanted), (4 + kv) * 8
+        values = F.linear(normed, other.mixer.qkv.weight[rows:], other.mixer.qkv.bias[rows:])
+        if n == 0:
+            first = values
+        g = shares[n - 1].item() if n else 0.0
+
+        def mixed(module, given, qkv):
+            return torch.cat((qkv[..., :rows], (1 - g) * values + g * first), -1)
+        hook = other.mixer.qkv.register_forward_hook(mixed)
+        wanted = other(wanted, Positions(0, T))
+        hook.remove()
+    positions = Positions(0, T)
+    for block in model.blocks:
+        h = block(h, positions)
+    torch.testing.assert_close(h, wanted)
+    grad, *grads = torch.autograd.grad(h.square().sum(), [model.blocks[0].mixer.qkv.weight, *shares])
+    torch.testing.assert_close(grad, *torch.autograd.grad(wanted.square().sum(), plain.blocks[0].mixer.qkv.weight))
+    assert all(g.abs().max() > 1e-3 for g in grads)
+
+
+def test_softmax_plus_one_neither_overflows_nor_divides_by_zero():
+    """A query that fits nothing sees nothing; one that fits something far better than 1 has a plain softmax."""
+    scores = torch.tensor([[-1e4, -2e4], [1e4, 1e4], [-math.inf, -math.inf], [0.0, -math.inf]], requires_grad=True)
+    found = mixers.weights_of(scores, True)
+    assert found.tolist() == [[0.0, 0.0], [0.5, 0.5], [0.0, 0.0], [0.5, 0.0]]
+    found[:, 0].sum().backward()
+    assert scores.grad.isfinite().all() and scores.grad[3, 0] == 0.25
 
 
 # --- Sparse ---
 
+@pytest.mark.parametrize("scores", SCORES, ids=str)
 @pytest.mark.parametrize("kv", [4, 2])
 @pytest.mark.parametrize("n", [T, 5, 16, 17, 40])
 @pytest.mark.parametrize("kind", ["strided", "fixed"])
-def test_sparse_by_definition(kind, n, kv):
-    model, x = build(mixer=kind, n_kv_head=kv), draw(1, n, 32)
+def test_sparse_by_definition(kind, n, kv, scores):
+    model, x = build(mixer=kind, n_kv_head=kv, **scores), draw(1, n, 32)
     mixer = model.blocks[0].mixer
     q, k, v = mixer.qkv(x[0]).view(n, 4 + 2 * kv, 8).split((4, kv, kv), 1)
     out = []
     for t in range(n):
         near = [s for s in range(t + 1) if (t - s < 4 if kind == "strided" else s // 4 == t // 4)]
         far = [s for s in range(t + 1) if ((t - s) % 4 == 0 if kind == "strided" else s == t or s % 4 >= 2)]
-        heads = [softmax_over(q[t, h], k[:, h * kv // 4], v[:, h * kv // 4], near if h < 2 else far) for h in range(4)]
+        heads = [softmax_over(q[t, h], k[:, h * kv // 4], v[:, h * kv // 4], near if h < 2 else far, **scores)
+                 for h in range(4)]
         out.append(mixer.out(torch.cat(heads)))
     torch.testing.assert_close(mixer(x, Positions(0, n))[0], torch.stack(out))
 
@@ -62,10 +136,11 @@ def test_sparse_whole_pass_equals_masks_with_gradients(kind):
 
 # --- Differential ---
 
+@pytest.mark.parametrize("scores", SCORES, ids=str)
 @pytest.mark.parametrize("kv", [4, 2])
 @pytest.mark.parametrize("positions", ["none", "alibi"])
-def test_differential_by_definition(positions, kv):
-    model, x = build(mixer="diff", positions=positions, n_kv_head=kv, n_layer=2), draw(1, T, 32)
+def test_differential_by_definition(positions, kv, scores):
+    model, x = build(mixer="diff", positions=positions, n_kv_head=kv, n_layer=2, **scores), draw(1, T, 32)
     mixer = model.blocks[1].mixer
     q, k, v = mixer.qkv(x[0]).view(T, 4 + 2 * kv, 8).split((4, kv, kv), 1)
     start = 0.8 - 0.6 * math.exp(-0.3)
@@ -79,7 +154,7 @@ def test_differential_by_definition(positions, kv):
             for i in range(2):
                 slope = 2.0 ** (-8 * (2 * pair + 2) / 4) if positions == "alibi" else 0.0
                 bias = -slope * (t - torch.arange(T, dtype=torch.float64))
-                parts.append(softmax_over(q[t, 2 * pair + i], k[:, g + i], value, list(range(t + 1)), bias))
+                parts.append(softmax_over(q[t, 2 * pair + i], k[:, g + i], value, list(range(t + 1)), bias, **scores))
             y = parts[0] - strength * parts[1]
             heads.append(y / (y.square().mean() + 1e-6).sqrt() * (1 - start))
         out.append(mixer.out(torch.cat(heads)))
@@ -92,9 +167,10 @@ def test_differential_has_the_parameters_of_full():
 
 # --- Latent ---
 
+@pytest.mark.parametrize("how", SCORES, ids=str)
 @pytest.mark.parametrize("q_rank", [None, 12])
-def test_latent_by_definition(q_rank):
-    model, x = build(mixer="mla", positions="rope", kv_rank=10, rope_dim=6, q_rank=q_rank), draw(1, T, 32)
+def test_latent_by_definition(q_rank, how):
+    model, x = build(mixer="mla", positions="rope", kv_rank=10, rope_dim=6, q_rank=q_rank, **how), draw(1, T, 32)
     mixer, places = model.blocks[0].mixer, model.place(torch.zeros(1, T), None)
     cos, sin = model.ropes["6"](T)
 
@@ -111,7 +187,7 @@ def test_latent_by_definition(q_rank):
         heads = []
         for h in range(4):
             scores = (k[:t + 1, h] @ q[t, h, :8] + shared[:t + 1] @ turned(q[t, h, 8:], t)) / 14 ** 0.5
-            heads.append(scores.softmax(0) @ v[:t + 1, h])
+            heads.append(weights_of(scores, **how) @ v[:t + 1, h])
         out.append(mixer.out(torch.cat(heads)))
     torch.testing.assert_close(mixer(x, places)[0], torch.stack(out), atol=1e-5, rtol=1e-4)
 

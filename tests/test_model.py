@@ -19,7 +19,7 @@ T12 = dict(n_layer=12, n_head=8, n_embd=512, block_size=512, bias=False, norm_ga
 VARIANTS = [
     *({"positions": p} for p in ("learned", "learned_per_layer", "rope", "none")),
     *({"activation": a} for a in ("gelu", "relu", "relu2", "solu", "swiglu")),
-    *({"norm": n, "norm_gain": g} for n in ("layer", "rms") for g in (True, False)),
+    *({"norm": n, "norm_gain": g} for n in ("layer", "rms", "dyt") for g in (True, False)),
     {"positions": "rope", "qk_norm": True, "n_kv_head": 2}, {"n_kv_head": 1, "attention": "manual"}, {"bias": False},
     {"tie_weights": True, "residual_scale": "depth"}, {"head_dim": 10, "head_bias": True},
 ]
@@ -287,6 +287,31 @@ def test_rms_norm_with_and_without_gradient():
     assert zeros.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("gain, bias", [(True, True), (True, False), (False, True)])
+def test_dyt_by_hand(gain, bias):
+    """gamma tanh(alpha x) + beta number by number, with gradients; alpha is 0.5 at first, and has the gains' rule."""
+    model = build(norm="dyt", norm_gain=gain, bias=bias)
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, mixers.Norm)}
+    assert len(norms) == 5 and all(norm.alpha.tolist() == [0.5] for norm in norms.values())
+    assert all(parameter_roles(model)[f"{name}.alpha"] == "gain" for name in norms)
+    norm, x = model.blocks[1].norm2.double(), torch.randn(3, 4, 32, dtype=torch.float64, requires_grad=True)
+    assert {name for name, _ in norm.named_parameters()} == {"alpha", *["gain"] * gain, *["bias"] * (gain and bias)}
+    with torch.no_grad():
+        for p in norm.parameters():
+            p.add_(torch.randn_like(p))
+    a, g, b = (norm.alpha.item(), *([1.0] * 32 if p is None else p.tolist() for p in (norm.gain, norm.bias)))
+    b = b if gain and bias else [0.0] * 32
+    y = norm(x)
+    wanted = [[g[i] * math.tanh(a * number) + b[i] for i, number in enumerate(row)] for row in x.view(-1, 32).tolist()]
+    torch.testing.assert_close(y.view(-1, 32), torch.tensor(wanted, dtype=torch.float64))
+    grads = torch.autograd.grad(y.sum(), [x, norm.alpha])
+    slopes = torch.tensor(g, dtype=torch.float64) * (1 - torch.tanh(a * x.detach()).square())
+    torch.testing.assert_close(grads, (a * slopes, (slopes * x.detach()).sum().view(1)))
+    assert norm(x.bfloat16()).dtype == torch.bfloat16 and torch.equal(norm(x, learn=False), y)
+    norm(x, learn=False).sum().backward()
+    assert x.grad is not None and all(p.grad is None for p in norm.parameters())
+
+
 def test_rope_turns_by_position():
     """A query at m and a key at n: the product depends on m - n only; pair (i, i + D/2) turns at base^(-2i/D)."""
     rope = mixers.Rope(8, 100.0, 4)
@@ -409,7 +434,7 @@ def test_initialisation(init, matrix, residual):
     (dict(layer_heads=""), "own, shared"),
     (dict(attention="flash"), "auto, sdpa, manual"), (dict(residual_scale="deep"), "or depth, or rezero"),
     (dict(dropout=1.0), "dropout"), (dict(dropout=-0.1), "dropout"), (dict(rope_base=0), "rope_base"),
-    (dict(ff_mult=0.01), "ff_mult"),
+    (dict(ff_mult=0.01), "ff_mult"), (dict(logit_softcap=0.0), "logit_softcap"),
     *((dict([(name, 0)]), name) for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "n_targets")),
 ])
 def test_impossible_settings_are_one_sentence(settings, word):
@@ -482,6 +507,36 @@ def test_stablemax_reaches_losses_logits_and_evaluation(settings):
     plain = build_model(TransformerConfig(**config))
     plain.load_state_dict(model.state_dict())
     assert abs(plain(x, y)[1][-1, 0] - nats[-1, 0]) > 1e-4
+
+
+# --- A cap of the logits ---
+
+@pytest.mark.parametrize("settings", [dict(n_targets=2, intermediate_losses=True), dict(mtp_depth=1), dict(shorten=2,
+                                      n_layer=3), dict(output="stablemax")])
+def test_logit_softcap_by_hand(settings):
+    """cap (1 - 2 / (exp(2 z / cap) + 1)) of each logit z, in losses, gradients and what inference returns."""
+    torch.manual_seed(0)
+    config = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, init="xavier") | settings
+    model = room.build_model(TransformerConfig(**config, logit_softcap=0.05))
+    plain = room.build_model(TransformerConfig(**config))
+    plain.load_state_dict(model.state_dict())
+    seen, logits = [], plain.logits
+
+    def by_hand(z):
+        seen.append(z.detach().abs().max())
+        return logits(0.05 * (1 - 2 / (torch.exp(2 * z / 0.05) + 1)))
+    plain.logits = by_hand
+    x = torch.randint(256, (2, 16))
+    y = torch.stack([x.roll(-k - 1, 1) for k in range(model.config.n_labels)], -1)
+    for one, two in zip((model(x), *model(x, y)), (plain(x), *plain(x, y))):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
+    for one in (model, plain):
+        one(x, y)[0].backward()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+    assert min(seen) > 0.05  # far enough from 0 to be bent
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == plain(x).dtype
 
 
 def test_a_model_that_could_never_learn_is_refused():

@@ -48,6 +48,14 @@ def test_encoder(mixer, positions, left):
         model.new_cache(1, 12)
 
 
+def test_what_only_decoders_have_is_refused():
+    for settings in (dict(logit_softcap=30.0), dict(value_residual=True)):
+        for kind, more in ((EncoderDecoder, ()), (LatentTransformer, ()), (SpatioTemporal, (4,))):
+            with pytest.raises(ValueError, match="are for decoders"):
+                build(kind, *more, **settings)
+        build(PrefixDecoder, **settings)
+
+
 @pytest.mark.parametrize("mixer", ["xl", "compressive", "mamba", "mingru"])
 def test_what_cannot_see_ahead(mixer):
     for kind, more in ((Encoder, ()), (SpatialTransformer, (4,))):

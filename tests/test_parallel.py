@@ -35,8 +35,8 @@ CASES = {  # name: (what differs from SMALL, optimiser, steps)
     "adam": (dict(mixer="window,full", window=5, positions="alibi", ff="low_rank", mtp_depth=1, bias=True), "adam", 3),
     "orthograd": (dict(mixer="strided,fixed", sparse_stride=4, sparse_summary=2, positions="alibi", n_kv_head=4),
                   "muon", 3),
-    "diff": (dict(mixer="diff", n_kv_head=4, qk_norm=True, qk_scale=True, short_conv=3, checkpoint_activations=True),
-             "adamw", 3),
+    "diff": (dict(mixer="diff", n_kv_head=4, qk_norm=True, qk_scale=True, short_conv=3, checkpoint_activations=True,
+                  value_residual=True), "adamw", 3),
     "layers": (dict(intermediate_losses=True, n_targets=2, shorten=1, activation="relu2"), "muon", 3),
     "pyramid": (dict(n_layer=3, shorten=2), "muon", 2),
 }

@@ -373,7 +373,7 @@ def test_every_parameter_is_claimed_and_filled(mixer, ff, init):
 @pytest.mark.parametrize("settings", [
     dict(residual_scale="rezero"), dict(residual_scale="layerscale"), dict(residual_scale="depth"), dict(ff="moe"),
     dict(mtp_depth=2), dict(dropout=0.2), dict(mixer="mamba"), dict(mixer="xl"), dict(mixer="compressive"),
-    dict(mixer="mla", ff="mlp,moe", mtp_depth=1)], ids=str)
+    dict(mixer="mla", ff="mlp,moe", mtp_depth=1), dict(value_residual=True, mtp_depth=1, dropout=0.2)], ids=str)
 def test_checkpointing_changes_neither_losses_nor_gradients(settings):
     found = []
     for again in (False, True):
@@ -418,6 +418,14 @@ def test_equal_parameters(settings):
     (dict(rope_ramp="index", rope_base=1.0), "rope_base"), (dict(rope_mscale_all_dim=-1.0), "rope_mscale_all_dim"),
     (dict(rope_scaling="yarn", positions="none"), "needs positions 'rope'"), (dict(rope_factor=0.5), "rope_factor"),
     (dict(residual_scale="learned"), "layerscale"), (dict(mtp_depth=1, mixer="xl"), "mtp_depth"),
+    (dict(score_softcap=9.0, mixer="mamba,mingru"), "are of attention"),
+    (dict(softmax_plus_one=True, mixer="mamba,mingru"), "are of attention"),
+    (dict(softmax_plus_one=True, attention="sdpa"), "plain softmax"),
+    (dict(score_softcap=9.0, attention="sdpa"), "plain softmax"),
+    (dict(score_softcap=9.0, mixer="xl", positions="relative"), "positions 'relative'"),
+    (dict(value_residual=True, n_layer=1), "at least 2: mixer 'full' in 1"),
+    (dict(value_residual=True, shorten=2), "value_residual"),
+    *((dict(value_residual=True, mixer=f"full,{kind}"), "value_residual") for kind in ("mla", *CARRY)),
     (dict(mixer="window", window=1), "at least 2"), (dict(mixer="mla", qk_norm=True), "qk_norm"),
 ])
 def test_impossible_settings_are_one_sentence(settings, word):

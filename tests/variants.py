@@ -70,7 +70,17 @@ def listed():
     yield dict(n_kv_head=1, head_dim=12, qk_norm=True, attention="manual")
     yield dict(mixer="full,diff", qk_norm=True, qk_scale=True, short_conv=2)
     yield dict(mixer="full,mamba,compressive", short_conv=2, norm="rms", residual_scale="layerscale")
+    yield dict(norm="dyt", residual_scale=30.0)  # loud branches: dyt leaves the small embeddings small
+    yield dict(norm="dyt", residual_scale=30.0, mixer="xl,compressive,mamba", short_conv=2, norm_gain=False)
     yield dict(output="stablemax")
+    yield dict(logit_softcap=0.1)
+    yield from (dict(mixer=pattern, score_softcap=0.5) for pattern in ("full,window", "strided,fixed", "diff,mla",
+                                                                       "xl,compressive", "mamba,full"))
+    yield from (dict(mixer=pattern, softmax_plus_one=True) for pattern in ("full,window", "strided,fixed", "diff,mla",
+                                                                           "xl,compressive", "mamba,full"))
+    yield dict(softmax_plus_one=True, score_softcap=0.5, n_kv_head=2, positions="alibi")
+    yield from (dict(mixer=pattern, value_residual=True) for pattern in ("full", "window,full", "strided,diff,fixed"))
+    yield dict(value_residual=True, n_kv_head=1, positions="learned", block_size=48)
     yield dict(shorten=2, n_layer=4, block_size=32, mixer="full,window")
     yield dict(shorten=3, n_layer=5, block_size=32, mixer="diff,mla", positions="alibi")
     yield dict(shorten=5, n_layer=3, block_size=48, mixer="strided", positions="learned")
