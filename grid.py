@@ -192,16 +192,17 @@ class Grid:
             known = ", ".join(self.presets) or f"none: {self.script.name} has no presets"
             self.need(base["preset"] in list(self.presets),  # a list: what is no name may have no hash
                       f"base: preset {as_typed(base['preset'])}: must be one of {known}")
-            base = self.presets[base["preset"]] | {name: value for name, value in base.items() if name != "preset"}
+            preset = {name: value for name, value in self.presets[base["preset"]].items() if name not in self.seeded}
+            base = preset | {name: value for name, value in base.items() if name != "preset"}
         self.base = self.check(base, "base")
         self.check({name: self.seeds[0] for name in self.seeded if name != "seed"}, "seeded")
         self.need(speed == "none" or not isinstance(speed, str), f"speed must be settings, or none, not {speed!r}")
         self.speed = self.check(speed if isinstance(speed, dict) else {}, "speed")
         for name in self.scaled:
             self.need(type(self.base.get(name)) in (int, float), f"tune: {name} must be a number in base")
+        if None not in self.rungs:
+            self.base["max_steps"] = next(iter(self.rungs))                      # what is tuned has the first length
         self.need(not self.speed or self.base.get("max_steps"), "speed needs max_steps in base")
-        if None not in self.rungs:                       # what a rung sets nothing else may
-            self.base["max_steps"] = next(iter(self.rungs))
         self.cross = {str(axis): self.options(str(axis), given) for axis, given in plan.get("cross", {}).items()}
         self.rows = self.crossed() if self.cross else self.listed(plan["rows"])
         twice = set(self.seeded) & {*self.base, *(name for row in self.rows for name in row.changes)}

@@ -522,6 +522,18 @@ def test_the_shipped_grid_is_the_preset(tmp_path, monkeypatch):
         "precision dropout".split())
 
 
+def test_the_ladder_is_the_preset_on_random_windows(tmp_path, monkeypatch):
+    """grids/ladder.yaml: the seeds set what the preset's data_seed did; rows with three rungs; foretold where new."""
+    monkeypatch.chdir(tmp_path)
+    found = grid_module.Grid(ROOT / "grids" / "ladder.yaml")
+    preset = grid_module.check_settings(found.script, fresh("train_enwik8.py")["presets"]["one_change"])
+    differs = {name for name in {*preset, *found.base} if found.base.get(name) != preset.get(name)}
+    assert differs == {"batching", "data_seed", "dtype", "eval_interval", "log_interval", "save_interval"}
+    assert found.seeded == ["seed", "data_seed"] and found.tune_seed not in found.seeds
+    assert sum(row.rungs == [500, 2000, 8000] for row in found.rows[1:]) >= 8 and len(found.rows) > 60
+    assert sum("predicted" in row.told for row in found.rows) >= 8
+
+
 def test_the_real_script_in_a_grid(tmp_path):
     """Four tiny runs of train_enwik8.py, and the table with its picture."""
     (tmp_path / "plan.yaml").write_text(f"""
