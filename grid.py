@@ -118,6 +118,7 @@ class Result:
     value: float = None
     times: list = field(default_factory=list)          # seconds per step, of each stretch between two lines of metrics
     parameters: int = None
+    flops: int = None                                  # per token
     error: str = ""
     shown: dict = field(default_factory=dict)          # {name: number} of what the table prints beside
 
@@ -133,6 +134,7 @@ class Progress:
     values: list = field(default_factory=list)
     step_seconds: float = None                         # of the faster timing run
     parameters: int = None
+    flops: int = None                                  # per token
     equal: Cell = None                                 # the run of equal seconds, if it needs one
     error: str = ""
 
@@ -352,7 +354,8 @@ class Grid:
         if "-speed-" not in cell.run and not isinstance(value, (int, float)):
             return Result("failed", error=f"its summary.json has no number {self.metric}")
         self.known[cell.run] = Result("done", value, step_times(self.home / cell.run / "metrics.jsonl"),
-                                      summary.get("parameters"), shown={name: summary.get(name) for name in self.show})
+                                      summary.get("parameters"), summary.get("flops"),
+                                      shown={name: summary.get(name) for name in self.show})
         return self.known[cell.run]
 
     def read_journal(self):
@@ -425,6 +428,7 @@ class Grid:
         timed = [self.result(cell) for cell in timing]
         mine.wanted += [cell for cell, result in zip(timing, timed) if result.state == "open"]
         means = [statistics.mean(result.times) for result in timed if result.times]
+        mine.flops = next((result.flops for result in (self.result(best), *timed) if result.flops), None)
         mine.step_seconds = min(means) if means and len(means) == len(timing) else None
         return mine
 
@@ -473,8 +477,8 @@ class Grid:
         rows = [{"name": row.name, "axis": row.axis, "set": row.changes, "against": row.against,
                  "factor": mine.factor, "tuned": list(mine.tuned.items()), **row.told,
                  **({"chosen": mine.chosen} if row.tune else {}), "runs": list(map(run, mine.cells)),
-                 "step_seconds": mine.step_seconds, "parameters": mine.parameters, "error": mine.error,
-                 "open": len(mine.wanted),
+                 "step_seconds": mine.step_seconds, "parameters": mine.parameters, "flops": mine.flops,
+                 "error": mine.error, "open": len(mine.wanted),
                  "equal_seconds": run(mine.equal) if mine.equal and self.result(mine.equal).state == "done" else None,
                  **({"at": row.at} if self.cross else {})}
                 for row in self.rows for mine in [found[row.name]]]
@@ -723,7 +727,7 @@ def record(plan, cell, code, given_up):
             plan.failed[cell.run] = error
     result = plan.result(cell)
     if result.state != "done":
-        return f"exit {code}: {error}"
+        return f"exit {code}: {error or result.error}"
     if not checkpoints:
         for path in (plan.home / cell.run).glob("*.pt"):
             path.unlink()

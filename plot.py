@@ -490,11 +490,12 @@ def markdown(index):
         values = [[run["shown"].get(name) for run in row["runs"]] for name in names]
         return [f"{statistics.mean(mine):.4f}" if mine and all(map(is_number, mine)) else "" for mine in values]
     beside = "".join(f", {name} {mean}" for name, mean in zip(names, shown(first)))
-    timed, ladder = any(mine.time for mine in judged.rows), len(judged.rungs) > 1
+    timed, worked = (any(getattr(mine, name) for mine in judged.rows) for name in ("time", "work"))
+    ladder = len(judged.rungs) > 1
     what = "ratio" if log else "difference"
     columns = ["axis", "change", *(f"{rung.name} {what}".strip() for rung in judged.rungs), "verdict",
                *["over rungs", "worth in steps"] * ladder, *["seconds a step", "at equal seconds"] * timed,
-               "parameters", "rate", *["rates' spread"] * ladder, *["published"] * ladder, "draws", *names]
+               "parameters", *["FLOPs"] * worked, "rate", *["rates' spread", "published"] * ladder, "draws", *names]
     outer = (min(index["factors"]), max(index["factors"])) if len(index["factors"]) > 1 else ()
     lines = []
     for mine in judged.rows:
@@ -511,7 +512,7 @@ def markdown(index):
             {"better": "**better**", "worse": "**worse**", None: "not measured"}.get(mine.verdict, mine.verdict),
             *[mine.holds, f"x{mine.worth:.2f}" if mine.worth else ""] * ladder,
             *[f"{mine.time:.2f}" if mine.time else "", at_equal_seconds(mine, index)] * timed,
-            "" if not mine.size else f"{mine.size - 1:+.1%}" if abs(mine.size - 1) > 0.0101 else "same",
+            percent(mine.size), *[percent(mine.work)] * worked,
             f"x{row['factor']:g}{'*' if row['factor'] in edges else ''}",
             *[f"{mine.sensitivity:.3f}" if mine.sensitivity is not None else ""] * ladder,
             *["; ".join(f"{source} {value:+g}" for source, value in row.get("published", {}).items())] * ladder,
@@ -526,6 +527,11 @@ def interval(effect, log):
         ends = [math.exp(effect.difference + sign * effect.half()) for sign in (0, -1, 1)]
         return "x{:.3g} ({:.3g} .. {:.3g})".format(*ends)
     return f"{effect.difference:+.4f} ± {effect.half():.4f}" if effect else ""
+
+
+def percent(ratio):
+    """A ratio as the percentage by which it is more or less than 1; "same" up to 1 %."""
+    return "" if not ratio else f"{ratio - 1:+.1%}" if abs(ratio - 1) > 0.0101 else "same"
 
 
 def at_equal_seconds(mine, index):
@@ -595,8 +601,8 @@ def write_csv(index, path):
                 ("high", effect.difference + effect.half()), ("p", effect.p), ("draws", effect.draws))}
         lines.append(line | {
             "verdict": mine.verdict, "over_rungs": mine.holds, "worth_in_steps": mine.worth, "time": mine.time,
-            "parameters": mine.size, "factor": mine.row["factor"], "sensitivity": mine.sensitivity, "gain": mine.gain,
-            **mine.row.get("published", {}), "predicted": mine.row.get("predicted")})
+            "parameters": mine.size, "flops": mine.work, "factor": mine.row["factor"], "sensitivity": mine.sensitivity,
+            "gain": mine.gain, **mine.row.get("published", {}), "predicted": mine.row.get("predicted")})
     try:
         pd.DataFrame(lines).to_csv(path, index=False)
     except OSError as error:

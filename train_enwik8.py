@@ -434,7 +434,7 @@ def main():
             log_scores(run, step, lines)                 # after these: a run that goes on from here has no line of it
             clock.lap("evaluation")
         run.summary(step=step, best_bpb=loop["best"], best_step=loop["best_step"], seconds=loop["seconds"],
-                    bytes=loop["bytes"], parameters=model.n_params())
+                    bytes=loop["bytes"], parameters=model.n_params(), flops=model.flops_per_token(block_size))
         if eval_interval and not stopped:
             clock.start()
             last_words(run, step, evaluate(model, opt, ema, corpus.val, None, autocast, mesh), loop["seconds"])

@@ -136,12 +136,13 @@ def rank_correlation(one, other):
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-NUMBER, LATE = (int, float), {"shown", "at", "sigma_data", "rungs", "primary", "same", "log", "published", "predicted"}
-RUN = {"value": NUMBER, "seed": int, "max_steps": (int, type(None)), "shown": dict}   # LATE: what only some grids have
+NUMBER = (int, float)
+LATE = {"shown", "at", "sigma_data", "rungs", "primary", "same", "log", "published", "predicted", "flops"}  # of some grids
+RUN = {"value": NUMBER, "seed": int, "max_steps": (int, type(None)), "shown": dict}
 ROW = {"name": str, "axis": str, "against": (str, type(None)), "factor": (*NUMBER, type(None)), "runs": [RUN],
        "tuned": [list], "published": dict, "predicted": (str, type(None)),
-       "step_seconds": (*NUMBER, type(None)), "parameters": (*NUMBER, type(None)), "error": (str, type(None)),
-       "open": int, "equal_seconds": (dict, type(None)), "at": (dict, type(None))}
+       "step_seconds": (*NUMBER, type(None)), "parameters": (*NUMBER, type(None)), "flops": (*NUMBER, type(None)),
+       "error": (str, type(None)), "open": int, "equal_seconds": (dict, type(None)), "at": (dict, type(None))}
 
 
 def fits(value, shape):
@@ -187,9 +188,10 @@ class Rung:
 class Found:
     """What is known of a row. effects: {rung's name: Effect}, of those that were run; equal: that at equal seconds.
 
-    time, size: seconds a step and parameters relative to what the row is held against; worth: it is worth so many times
-    the steps; sensitivity: how much the tried rates lose on average against the best (Wortsman et al. 2023); gain: what
-    a parabola through the best rate and its two neighbours promises beyond it, not a number at an edge.
+    time, size, work: seconds a step, parameters and FLOPs relative to what the row is held against; worth: it is worth
+    so many times the steps; sensitivity: how much the tried rates lose on average against the best (Wortsman et al.
+    2023); gain: what a parabola through the best rate and its two neighbours promises beyond it, not a number at an
+    edge.
     """
     row: dict
     effects: dict
@@ -199,6 +201,7 @@ class Found:
     equal: Effect = None
     time: float = None
     size: float = None
+    work: float = None
     sensitivity: float = None
     gain: float = math.nan
 
@@ -245,8 +248,8 @@ def judge(index):
         mine.holds = held(mine.effects)
     for mine in found:
         row, against = mine.row, rows[mine.row["against"]]
-        mine.time, mine.size = (row[key] / against[key] if row[key] and against[key] else None
-                                for key in ("step_seconds", "parameters"))
+        mine.time, mine.size, mine.work = (row[key] / against[key] if row.get(key) and against.get(key) else None
+                                           for key in ("step_seconds", "parameters", "flops"))
         tried = {factor: value for factor, value in row["tuned"] if value is not None}
         losses = [tried[factor] for factor in index["factors"] if factor in tried]
         mine.sensitivity = sum(losses) / len(losses) - min(losses) if len(losses) > 1 else None

@@ -141,7 +141,7 @@ def row(name, values, against="baseline", **more):
 
 
 def index(*rows):
-    baseline = row("baseline", [2.0, 2.02, 1.98, 2.01, 1.99], None)
+    baseline = row("baseline", [2.0, 2.02, 1.98, 2.01, 1.99], None, flops=2)
     return {"metric": "m", "factors": [0.5, 1, 2], "slower": 0.1, "rows": [baseline, *rows]}
 
 
@@ -149,7 +149,7 @@ def test_the_table(tmp_path):
     """Verdicts by the rule, sizes that differ by more than 1 %, rates at the edge, rows that have nothing yet."""
     found = index(
         row("none", [2.001, 2.02]), row("worse", [2.055, 2.07]), row("better", [1.9], factor=2),
-        row("wide", [2.0, 2.02], parameters=103, step_seconds=0.2, equal_seconds={"value": 2.2, "seed": 0}),
+        row("wide", [2.0, 2.02], parameters=103, flops=3, step_seconds=0.2, equal_seconds={"value": 2.2, "seed": 0}),
         row("nearly", [2.0], parameters=101), row("open", [], open=3), row("failed", [], error="why"),
         row("chained", [2.0, 2.018], against="worse"), row("slow", [2.0, 2.02], step_seconds=0.12))
     lines = plot.markdown(found)
@@ -157,8 +157,9 @@ def test_the_table(tmp_path):
     assert lines[0].startswith("Baseline: 2.0000 (m), 5 draws; sigma 0.00")
     assert lines[1].startswith("7 rows are judged") and "at 5 %." in lines[1]
     assert "undecided" in text["none"] and "**worse**" in text["worse"] and "**better**" in text["better"]
-    assert "x2* | 1 |" in text["better"] and "| x1 | 2 |" in text["none"]
-    assert "+3.0%" in text["wide"] and "| 2.00 | +0.1993 ± " in text["wide"] and "same" in text["nearly"]
+    assert "| same |  | x2* | 1 |" in text["better"] and "| x1 | 2 |" in text["none"]
+    assert "| +3.0% | +50.0% | x1" in text["wide"] and "| 2.00 | +0.1993 ± " in text["wide"]
+    assert "| same |" in text["nearly"]
     assert "| 1.20 | not measured |" in text["slow"] and "as at equal steps" in text["none"]
     assert "3 runs to go" in text["open"] and "why" in text["failed"]
     assert "**better**" in text["chained (against worse)"]
