@@ -137,7 +137,7 @@ def rank_correlation(one, other):
 
 
 NUMBER = (int, float)
-LATE = {"shown", "at", "sigma_data", "rungs", "primary", "same", "log", "published", "predicted", "flops"}  # of some grids
+LATE = {"shown", "at", "sigma_data", "rungs", "primary", "same", "log", "published", "predicted", "flops"}  # of some
 RUN = {"value": NUMBER, "seed": int, "max_steps": (int, type(None)), "shown": dict}
 ROW = {"name": str, "axis": str, "against": (str, type(None)), "factor": (*NUMBER, type(None)), "runs": [RUN],
        "tuned": [list], "published": dict, "predicted": (str, type(None)),
