@@ -38,7 +38,7 @@ import pandas as pd
 from nanolab import archive
 from nanolab.archive import natural
 from nanolab.run import UserError, as_typed, command, override
-from nanolab.verdict import judge, ordered_alike, rank_correlation, read_index
+from nanolab.verdict import components, judge, ordered_alike, rank_correlation, read_index
 
 # --- What ---
 runs = None              # directories and archives, with commas and wildcards (may also be typed as a bare word)
@@ -625,6 +625,10 @@ def pivot(index):
         cells = [[*place, *(crossed(at.get((*place, *option)), name) for option in more)] for place in places]
         title = f"**{index['metric'] if name is None else name}**, {MEAN}"
         lines += [title, "", *as_markdown([*down, *titles], cells), ""]
+    values = {row["name"]: {run["seed"]: run["value"] for run in row["runs"]} for row in rows}
+    if len(options) == 1 and (parts := components(values)):
+        lines += ["Deviations: {:.4f} over {}, {:.4f} over seeds, {:.4f} of the rest.".format(
+            parts[0], down[0], *parts[1:]), ""]
     failed = [f"{row['name']}: {row['error']}" for row in rows if row["error"]]
     waiting = sum(row["open"] for row in rows)
     return lines + [f"{waiting} runs to go."] * (waiting > 0) + [f"Failed: {'; '.join(failed)}."] * (failed != [])

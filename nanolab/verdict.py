@@ -110,6 +110,20 @@ class Fit:
                       len(self.values[row]))
 
 
+def components(values):
+    """Deviations (of rows, of draws, of the rest) of {row: {draw: figure}} by the mean squares of the two-way table; 0
+    where one is below the rest's. None with gaps, or without two of each."""
+    draws = {(*sorted(mine),) for mine in values.values()}
+    if len(draws) != 1 or len(*draws) < 2 or len(values) < 2:
+        return None
+    table = np.array([[mine[draw] for draw in sorted(mine)] for mine in values.values()])
+    rows, draws = table.shape
+    down, across = table.mean(1, keepdims=True) - table.mean(), table.mean(0) - table.mean()
+    rest = ((table - table.mean() - down - across) ** 2).sum() / ((rows - 1) * (draws - 1))
+    return tuple(math.sqrt(max(0.0, square)) for square in (
+        (down ** 2).sum() / (rows - 1) - rest / draws, (across ** 2).sum() / (draws - 1) - rest / rows, rest))
+
+
 def holm(chances):
     """Holm's adjusted p: the i-th smallest of n times n - i, never below one before it."""
     adjusted, largest = [0.0] * len(chances), 0.0

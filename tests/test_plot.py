@@ -407,6 +407,9 @@ def test_the_table_of_a_cross():
     assert lines[-2:] == ["3 runs to go.", "Failed: n_embd 16, n_people 32, task in_tool: out of memory."]
     one = plot.pivot({"metric": "m", "cross": {"lr": {"1": {}}}, "rows": [crossed({"lr": "1"}, [0.5])]})
     assert one[2:5] == ["| lr | mean |", "| --- | --- |", "| 1 | 0.5000 (1) |"] and one[-1] == ""
+    two = plot.pivot({"metric": "m", "cross": {"lr": {"1": {}, "2": {}}}, "rows": [
+        crossed({"lr": str(i)}, [i, i + 1.0]) | {"name": f"lr {i}"} for i in (1, 2)]})
+    assert two[-2] == "Deviations: 0.7071 over lr, 0.7071 over seeds, 0.0000 of the rest."
 
 
 def drawn_labels(found, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from nanolab.run import UserError
-from nanolab.verdict import Effect, Fit, held, holm, judge, ordered_alike, parabola, rank_correlation
+from nanolab.verdict import Effect, Fit, components, held, holm, judge, ordered_alike, parabola, rank_correlation
 
 
 def table(rows, draws, seed=0, deviation=1.0, draw=3.0, lacking=()):
@@ -77,6 +77,18 @@ def test_a_wild_row():
     two = {row: {d: mine[d] for d in range(2)} for row, mine in values.items()}
     assert not Fit(two).wild                                        # two draws tell little of a deviation
     assert Fit({"a": {1: 2.0}, "b": {1: 3.0}}).effect("a", "b") is None
+
+
+def test_components():
+    """Means over many tables of known deviations; the textbook's mean squares of one."""
+    noise, found = np.random.default_rng(5), []
+    for _ in range(300):
+        rows, draws = 3 * noise.standard_normal((6, 1)), 2 * noise.standard_normal((1, 5))
+        figures = 7 + rows + draws + noise.standard_normal((6, 5))
+        found.append(components({i: dict(enumerate(mine)) for i, mine in enumerate(figures.tolist())}))
+    assert np.sqrt((np.array(found) ** 2).mean(0)) == pytest.approx([3, 2, 1], rel=0.1)
+    assert components({0: {1: 2.0, 2: 3.0}, 1: {1: 3.0, 2: 4.0}}) == pytest.approx((math.sqrt(0.5), math.sqrt(0.5), 0))
+    assert components({0: {1: 2.0, 2: 3.0}, 1: {1: 3.0}}) is None and components({0: {1: 2.0, 2: 3.0}}) is None
 
 
 def test_holm():
