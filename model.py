@@ -658,9 +658,15 @@ class Attention(nn.Module):
         """Queries (B, H, T, D) over keys (B, G, S, D) and values (B, G, S, D'), as `pattern` allows: (B, H, T, D').
 
         key_positions: (B, S) where rows are ragged, else None. bias: (B or 1, H, T, S), added to the scores.
-        scale: of the scores; None: D^-0.5. slopes: ALiBi's of these heads; None: the layer's. Where a
-        query reaches only a few of many keys, the work is cut into blocks of queries, each beside the keys that it
-        reaches: time and memory grow with T times that number, not with T S.
+        scale: of the scores; None: D^-0.5. slopes: ALiBi's of these heads; None: the layer's.
+
+        The same in five ways, the first that fits:
+        several queries, kernels on         kernels.attend
+        a lone query, few of the keys seen  `softmax` over a view of these, without a mask
+        many queries, each of few keys      `softmax` by blocks of queries, each beside the keys that it reaches: time
+                                            and memory grow with T times that number, not with T S
+        a lone query, kernels on            kernels.attend_one
+        all others                          `softmax` with one mask, or none where all is seen
         """
         if bias is None and self.by_kernel(q, v, positions, key_positions, pattern):
             return kernels.attend(q.to(v.dtype), k.to(v.dtype), v, window=pattern.window, prefix=positions.prefix,
@@ -708,7 +714,10 @@ class Attention(nn.Module):
                 and self.fusible(q.size(3), v.size(3)))
 
     def softmax(self, q, k, v, mask, scale=None):
-        """q (B, H, T, D), k (B, G, S, D), v (B, G, S, D'), mask as Positions.mask gives it: (B, H, T, D')."""
+        """q (B, H, T, D), k (B, G, S, D), v (B, G, S, D'), mask as Positions.mask gives it: (B, H, T, D').
+
+        By hand in bfloat16 training on a CPU, where it is faster, and where scores are not plain; else by PyTorch's.
+        """
         c = self.config
         dropout = c.dropout if self.training else 0.0
         by_hand = q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16
