@@ -60,16 +60,11 @@ def begin(tmp_path):
     return begin
 
 
-@pytest.fixture
-def drawn():
-    """The runs of this test draw their curves, as all do elsewhere."""
-
-
 @pytest.fixture(autouse=True)
-def undrawn(request, monkeypatch):
-    """Runs without curves: drawing them takes longer than all the rest."""
-    if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(experiment, "draw_curves", lambda directory: None)
+def sometimes_drawn(request):
+    """No curves but in a test that looks at them."""
+    if request.function is not test_a_run_leaves_what_the_plan_says:
+        request.getfixturevalue("undrawn")
 
 
 @pytest.fixture
@@ -120,7 +115,7 @@ def status_of(pid):
 
 # --- The directory ---
 
-def test_a_run_leaves_what_the_plan_says(tmp_path, script, home, drawn):
+def test_a_run_leaves_what_the_plan_says(tmp_path, script, home):
     settings = settings_for(tmp_path, betas=(0.9, 0.95), lr=float("inf"), where=Path("x"))
     settings.command = ["--lr", "inf"]
     with Run(settings) as run:
