@@ -1,6 +1,8 @@
 """What all tests share."""
 import os
 import signal
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes at once: with more threads each waits for the other's
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell, and by its children
@@ -9,14 +11,16 @@ import pytest
 import torch
 
 import kernels
+from nanolab import run as experiment
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any test imports fused/: kernels run on CPU tensors
 
 
 # Files that take longest, longest first: with two processes none should be alone at the end.
-LONG = ("killed", "facts_resume", "resume", "dvae", "kernels_attention", "parallel", "variants", "kernels_scripts",
-        "mult", "dvae_resume", "worldmodel_resume", "mult_resume", "scripts", "kernels_model", "kernels_step", "grid")
+LONG = ("killed", "facts_resume", "resume", "dvae", "kernels_attention", "variants", "kernels_scripts", "mult",
+        "dvae_resume", "worldmodel_resume", "mult_resume", "scripts", "kernels_model", "kernels_step", "limits", "grid",
+        "parallel")
 
 
 def pytest_configure(config):
@@ -65,6 +69,31 @@ def put(request, monkeypatch):
         for name, value in settings.items():
             monkeypatch.setattr(request.module.w, name, value)
     return put
+
+
+@pytest.fixture
+def in_process(capsys, monkeypatch):
+    """in_process(tool, *words): (exit status, stdout, stderr) of `python TOOL WORDS`, in this process: the main() of a
+    module, whose settings are put back."""
+    def in_process(tool, *words):
+        before, status = dict(vars(tool)), 0
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [Path(tool.__file__).name, *map(str, words)])
+            try:
+                tool.main()
+            except SystemExit as end:
+                status = end.code or 0
+            finally:
+                vars(tool).update(before)
+        return (status, *capsys.readouterr())
+    return in_process
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Runs in this process without curves: drawing them takes longer than all the rest of a small one."""
+    monkeypatch.setattr(experiment, "draw_curves", lambda directory: None)
 
 
 @pytest.fixture

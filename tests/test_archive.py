@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+import grid
 import plot
 from nanolab import archive
 from nanolab.run import UserError
@@ -124,28 +125,29 @@ def test_runs_of_an_archive_by_name(tmp_path):
         assert [run.name for run in archive.find(words)[0]] == names.split()
 
 
-def test_the_commands(plan, forks, tmp_path):  # noqa: F811
+def test_the_commands(plan, in_process, monkeypatch, tmp_path):  # noqa: F811
     """A grid, its archive, and the same tables and pictures of both."""
+    monkeypatch.chdir(tmp_path)
     path = plan("better: {set: {kind: better}}", replace=[("[0.5, 1, 2]", "[1]"), ("3, 4, 5]", "3]")])
     assert run(path).returncode == 0
-    made = forks.run(["grid.py", "archive", "out"], tmp_path)
-    assert made.code == 0 and made.out.startswith("wrote out.jsonl: 9 runs"), made.err
+    code, out, err = in_process(grid, "archive", "out")
+    assert code == 0 and out.startswith("wrote out.jsonl: 9 runs"), err
     for words in (["--table", "{}"], ["{}", "--metric", "loss", "--split", "train"],
                   ["{}", "--metric", "loss", "--split", "train", "--over", "seed"]):
         said = []
         for place in ("out", "out.jsonl"):
             place += "/fake/*" * (place == "out" and "--table" not in words)
-            done = forks.run(["plot.py", *(word.format(place) for word in words), "--out", "a.png"], tmp_path)
-            said.append((done.code, done.out, done.err, (tmp_path / "a.png").read_bytes()))
+            done = in_process(plot, *(word.format(place) for word in words), "--out", "a.png")
+            said.append((*done, (tmp_path / "a.png").read_bytes()))
         assert said[0] == said[1] and said[0][0] == 0
     (tmp_path / "out").rename(tmp_path / "first")
-    done = forks.run(["grid.py", "restore", "out.jsonl", "out"], tmp_path)
-    assert done.code == 0 and "restored 9 runs" in done.out and run(path).returncode == 0
+    code, said, _ = in_process(grid, "restore", "out.jsonl", "out")
+    assert code == 0 and "restored 9 runs" in said and run(path).returncode == 0
     assert not (tmp_path / "out" / "calls").exists()          # nothing ran again
     for words in (["archive"], ["archive", "nowhere"], ["archive", "out", "x"], ["archive", "out"], ["restore", "a"],
                   ["restore", "out.jsonl", "out"]):
-        refused = forks.run(["grid.py", *words], tmp_path)
-        assert refused.code == 2 and refused.err.startswith("error: ") and len(refused.err.splitlines()) == 1
+        code, _, err = in_process(grid, *words)
+        assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1
 
 
 # --- The archives of runs/reference ---
@@ -174,9 +176,10 @@ def versions_are_pinned(*packages):
 
 
 @pytest.mark.parametrize("picture", PICTURES)
-def test_the_pictures_of_the_reference_runs(picture, forks, tmp_path):
-    drawn = forks.run(["plot.py", *PICTURES[picture].split(), "--out", str(tmp_path / "a.png")], ROOT)
-    assert drawn.code == 0, drawn.err
+def test_the_pictures_of_the_reference_runs(picture, in_process, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    code, _, err = in_process(plot, *PICTURES[picture].split(), "--out", tmp_path / "a.png")
+    assert code == 0, err
     if not versions_are_pinned("matplotlib", "pillow"):
         pytest.skip("drawn by another matplotlib")
     assert (tmp_path / "a.png").read_bytes() == (REFERENCE / picture).read_bytes()
@@ -198,8 +201,8 @@ def test_the_pages_have_the_tables_of_the_reference_runs(name, without):
         verdicts = [mine.verdict for mine in plot.judge(found).rows]
         counted = [verdicts.count(word) for word in ("undecided", "worse", "better")]
         assert "That leaves {} rows undecided, {} worse, {} better.".format(*counted) in words
-        grid = (ROOT / "grids" / "one_change.yaml").read_text()
-        assert f"sigma_data: {found['sigma_data']}\n" in grid
+        yaml = (ROOT / "grids" / "one_change.yaml").read_text()
+        assert f"sigma_data: {found['sigma_data']}\n" in yaml
         assert f" = {found['sigma_data']}, is what another" in words
 
 

@@ -1,13 +1,10 @@
 """What a run is: its directory, metrics, checkpoints, resume, signals, errors; also in processes that get killed."""
-import ast
 import errno
 import json
 import math
 import os
 import pickle
-import platform
 import random
-import re
 import resource
 import shutil
 import signal
@@ -21,13 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from forks import assert_equal, snapshot, summary, wait_for
 from nanolab import curves, optim, parallel, run as experiment, runs
-from nanolab.run import (Generators, Loop, NonFinite, Run, Settings, Stopwatch, UserError, command, draw_curves,
-                         find_checkpoint, find_resume, load_checkpoint, measure_peak_flops, peak_memory, put_back,
-                         resolve_device, restoring, seed_everything)
-
-ROOT = Path(__file__).parent.parent
-HEAD = "import resource, sys\nfrom nanolab.run import *\n"
+from nanolab.run import (Generators, Loop, NonFinite, Run, Settings, UserError, command, find_checkpoint, find_resume,
+                         load_checkpoint, put_back, restoring)
 
 
 def settings_for(tmp_path, **more):
@@ -44,19 +38,49 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def script(tmp_path):
     path = tmp_path / "toy.py"
     path.write_text("print('toy')\n")
     return path
 
 
-def child(tmp_path, source, **how):
-    """A Python process that runs `source` in tmp_path with nanolab importable."""
-    (tmp_path / "toy.py").write_text(HEAD + source)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-u", "toy.py"], cwd=tmp_path, env=env, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **how)
+@pytest.fixture
+def home(tmp_path):
+    """The directory of the run "a"."""
+    return tmp_path / "runs" / "toy" / "a"
+
+
+@pytest.fixture
+def begin(tmp_path):
+    """begin(path, ...): a Run "a" of toy.py with these settings; it goes on from the checkpoint `path`."""
+    def begin(path=None, things=(), **more):
+        settings = settings_for(tmp_path, **{"resume": path is not None, **more})
+        return Run(settings, path and load_checkpoint(path), **dict(things))
+    return begin
+
+
+@pytest.fixture(autouse=True)
+def sometimes_drawn(request):
+    """No curves but in a test that looks at them."""
+    if request.function is not test_a_run_leaves_what_the_plan_says:
+        request.getfixturevalue("undrawn")
+
+
+@pytest.fixture
+def ended(capsys):
+    """ended(main): the exit status and the standard error of a command."""
+    def ended(main):
+        with pytest.raises(SystemExit) as caught:
+            command(main)()
+        return caught.value.code, capsys.readouterr().err
+    return ended
+
+
+def raising(error):
+    def main():
+        raise error
+    return main
 
 
 def fork(function, out=None):
@@ -75,6 +99,7 @@ def fork(function, out=None):
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         signal.signal(signal.SIGINT, signal.default_int_handler)
         function()
+        sys.stdout.flush()
         status = 0
     except SystemExit as end:
         status = end.code or 0
@@ -84,213 +109,257 @@ def fork(function, out=None):
     os._exit(status)
 
 
-def wait_for(condition):
-    for _ in range(20_000):
-        if condition():
-            return
-        time.sleep(0.005)
-    raise TimeoutError("nothing has happened for a hundred seconds")
-
-
 def status_of(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 # --- The directory ---
 
-def test_a_run_leaves_what_the_plan_says(tmp_path, script, capsys):
+def test_a_run_leaves_what_the_plan_says(tmp_path, script, home):
     settings = settings_for(tmp_path, betas=(0.9, 0.95), lr=float("inf"), where=Path("x"))
     settings.command = ["--lr", "inf"]
     with Run(settings) as run:
-        assert run.dir == tmp_path / "runs" / "toy" / "a"
-        assert json.loads((run.dir / "summary.json").read_text())["status"] == "running"
+        assert run.dir == home and summary(home)["status"] == "running"
         run.log(step=1, loss=2.5, lr=0.1)
         run.log(step=2, split="val", psnr=float("nan"), bpb=torch.tensor(3.5), accuracy=float("inf"), note=(1, 2))
-        assert len(read_lines(run.dir / "metrics.jsonl")) == 2, "lines are on the disk at once"
+        assert len(read_lines(home / "metrics.jsonl")) == 2, "lines are on the disk at once"
         run.save("last.pt", **state(2))
         run.summary(step=2, best_bpb=3.5, seconds=12.0)
     strict = {"parse_constant": lambda text: pytest.fail(f"{text} is no JSON")}
-    assert read_lines(run.dir / "metrics.jsonl") == [
+    assert read_lines(home / "metrics.jsonl") == [
         {"step": 1, "split": "train", "loss": 2.5, "lr": 0.1},
         {"step": 2, "split": "val", "psnr": None, "bpb": 3.5, "accuracy": None, "note": [1, 2]}]
-    params = json.loads((run.dir / "params.json").read_text(), **strict)
+    params = json.loads((home / "params.json").read_text(), **strict)
     assert params["settings"] == {"out_dir": str(tmp_path / "runs"), "run_name": "a", "resume": False,
                                   "betas": [0.9, 0.95], "lr": None, "where": "x"}
     assert params["command"] == ["toy.py", "--lr", "inf"] and params["versions"]["torch"] == torch.__version__
     assert len(params["history"]) == 1 and params["history"][0]["step"] == 0 and params["history"][0]["changed"] == {}
-    summary = json.loads((run.dir / "summary.json").read_text(), **strict)
-    assert (summary["status"], summary["step"], summary["best_bpb"], summary["seconds"]) == ("done", 2, 3.5, 12.0)
-    assert summary["peak_memory"] > 1e7 and "error" not in summary
-    assert (run.dir / "code" / "toy.py").read_text() == script.read_text()
-    assert (run.dir / "code" / "nanolab" / "run.py").read_bytes() == Path(experiment.__file__).read_bytes()
-    assert not (run.dir / "code" / "test_experiment.py").exists()
-    assert (run.dir / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert not list(run.dir.glob(".*"))
-    assert {path.name for path in run.dir.iterdir()} == {"lock", "params.json", "code", "metrics.jsonl", "summary.json",
-                                                         "last.pt", "curves.png"}
+    end = json.loads((home / "summary.json").read_text(), **strict)
+    assert (end["status"], end["step"], end["best_bpb"], end["seconds"]) == ("done", 2, 3.5, 12.0)
+    assert end["peak_memory"] > 1e7 and "error" not in end
+    assert (home / "code" / "toy.py").read_text() == script.read_text()
+    assert (home / "code" / "nanolab" / "run.py").read_bytes() == Path(experiment.__file__).read_bytes()
+    assert not (home / "code" / "test_experiment.py").exists()
+    assert (home / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in home.iterdir()} == {"lock", "params.json", "code", "metrics.jsonl", "summary.json",
+                                                      "last.pt", "curves.png"}
 
 
-def test_a_name_is_made_from_the_clock_and_unique(tmp_path, script, monkeypatch):
+def test_the_code_of_the_rooms_is_kept(tmp_path, begin, monkeypatch):
+    """Modules of the folders beside the scripts, and what they read there."""
+    root = tmp_path / "house"
+    for name in ("models/one.py", "models/one_words.txt", "models/other.txt", "elsewhere/two.py", "nanolab/run.py"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("x = 1\n")
+    monkeypatch.setattr(experiment, "__file__", str(root / "nanolab/run.py"))
+    for name in ("models/one.py", "elsewhere/two.py"):
+        monkeypatch.setitem(sys.modules, f"a_module_{name}", types.SimpleNamespace(__file__=str(root / name)))
+    with begin() as run:
+        copied = {str(path.relative_to(run.dir / "code")) for path in (run.dir / "code").rglob("*.*")}
+    assert copied == {"toy.py", "nanolab/run.py", "models/one.py", "models/one_words.txt"}
+
+
+def test_a_name_is_made_from_the_clock_and_unique(begin, monkeypatch):
     monkeypatch.setattr(experiment.time, "strftime", lambda form: "20261122-014312")
     names = []
     for _ in range(3):
-        with Run(settings_for(tmp_path, run_name=None)) as run:
+        with begin(run_name=None) as run:
             names.append(run.dir.name)
     assert names == ["20261122-014312", "20261122-014312-2", "20261122-014312-3"]
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "naïve", "a b", "-x", "a\n", "x" * 101])
-def test_names_that_are_no_names(tmp_path, script, name):
+def test_names_that_are_no_names(tmp_path, begin, name):
     with pytest.raises(UserError, match="--run_name"):
-        with Run(settings_for(tmp_path, run_name=name)):
-            pass
+        begin(run_name=name).__enter__()
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_directory_that_is_there_is_refused_and_untouched(tmp_path, script):
-    with Run(settings_for(tmp_path)) as run:
-        run.log(step=1, loss=1.0)
-    before = {path: path.read_bytes() for path in run.dir.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="is there already: --resume --run_name a goes on with it"):
-        with Run(settings_for(tmp_path)):
-            pass
-    assert {path: path.read_bytes() for path in run.dir.rglob("*") if path.is_file()} == before
+@pytest.mark.parametrize("files, resume, said", [
+    ({"lock": experiment.FORMAT, "metrics.jsonl": "{}\n"}, False, "is there already: --resume --run_name a goes on"),
+    ({"thesis.txt": "mine"}, True, "is not the directory of a run"),
+    (None, False, "cannot write to .*runs: Not a directory"),
+    pytest.param({}, False, "cannot write to", marks=pytest.mark.skipif(os.geteuid() == 0, reason="root may write"))])
+def test_a_directory_that_is_refused_is_untouched(tmp_path, begin, home, files, resume, said):
+    if files is None:
+        (tmp_path / "runs").write_text("")
+    elif not files:
+        (tmp_path / "runs").mkdir(mode=0o500)
+    for name, text in (files or {}).items():
+        home.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(text)
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError, match=said):
+        begin(resume=resume).__enter__()
+    assert snapshot(tmp_path) == before
 
 
-def test_a_directory_of_somebody_else_is_refused(tmp_path, script):
-    other = tmp_path / "runs" / "toy" / "a"
-    other.mkdir(parents=True)
-    (other / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="is not the directory of a run"):
-        with Run(settings_for(tmp_path, resume=True)):
-            pass
-    assert [path.name for path in other.iterdir()] == ["thesis.txt"]
-
-
-def test_out_dir_below_a_file_and_through_a_link(tmp_path, script):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write to .*file.*: Not a directory"):
-        with Run(settings_for(tmp_path, out_dir=str(tmp_path / "file"))):
-            pass
+def test_out_dir_through_a_link(tmp_path, begin):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    with Run(settings_for(tmp_path, out_dir=str(tmp_path / "link"))) as run:
+    with begin(out_dir=str(tmp_path / "link")) as run:
         run.save("last.pt", **state(1))
     assert (tmp_path / "real" / "toy" / "a" / "last.pt").exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission(tmp_path, script):
-    (tmp_path / "runs").mkdir(mode=0o500)
-    with pytest.raises(UserError, match="cannot write to"):
-        with Run(settings_for(tmp_path)):
-            pass
-
-
-def test_two_processes_in_one_directory(tmp_path, script):
-    with Run(settings_for(tmp_path)) as run:
+def test_two_processes_in_one_directory(tmp_path, begin, home):
+    with begin() as run:
         run.save("last.pt", **state(1))
         run.log(step=2, loss=1.0)
-        before = (run.dir / "metrics.jsonl").read_bytes(), (run.dir / "summary.json").read_bytes()
-        second = child(tmp_path, "@command\ndef main():\n    s = Settings(out_dir='runs', run_name='a', resume=True)\n"
-                                 "    s.script = __file__\n"
-                                 "    with Run(s, load_checkpoint(find_resume(s))):\n"
-                                 "        pass\nmain()\n")
-        out, err = second.communicate(timeout=60)
-        assert (second.returncode, err) == (2, "error: another process is writing to runs/toy/a\n")
-        assert ((run.dir / "metrics.jsonl").read_bytes(), (run.dir / "summary.json").read_bytes()) == before
+        before = snapshot(home)
+        second = fork(command(lambda: begin(home / "last.pt").__enter__()), tmp_path / "out")
+        assert status_of(second) == 2 and snapshot(home) == before
+        assert (tmp_path / "out.err").read_text() == f"error: another process is writing to {home}\n"
 
 
-def test_a_file_system_without_locks_does_not_stop_the_run(tmp_path, script, monkeypatch):
+def test_a_file_system_without_locks_does_not_stop_the_run(begin, home, monkeypatch):
     def flock(file, how):
-        raise OSError(experiment.errno.ENOLCK, "no locks available")
+        raise OSError(errno.ENOLCK, "no locks available")
 
     monkeypatch.setattr(experiment.fcntl, "flock", flock)
-    with Run(settings_for(tmp_path)) as run:
+    with begin() as run:
         run.save("last.pt", **state(1))
-    assert load_checkpoint(run.dir / "last.pt")["step"] == 1
+    assert load_checkpoint(home / "last.pt")["step"] == 1
 
 
-def test_a_start_that_fails_leaves_no_directory(tmp_path, script, monkeypatch):
-    def fail(*given):
-        raise UserError("no network")
-
-    monkeypatch.setattr(curves, "Wandb", fail)
+def test_a_start_that_fails_leaves_no_directory(begin, home, monkeypatch):
+    monkeypatch.setattr(curves, "Wandb", lambda *given: raising(UserError("no network"))())
     with pytest.raises(UserError, match="no network"):
-        with Run(settings_for(tmp_path, wandb="online")):
-            pass
-    assert not (tmp_path / "runs" / "toy" / "a").exists()
-    with Run(settings_for(tmp_path, wandb="online", debug=True)) as run:
+        begin(wandb="online").__enter__()
+    assert not home.exists()
+    with begin(wandb="online", debug=True) as run:
         assert run.dir.exists(), "debug opens no wandb, and nobody holds the lock any more"
+
+
+def test_who_loses_the_race_for_a_name_leaves_the_winner_alone(begin, monkeypatch):
+    """One makes the directory, another resumes into it before the first has its lock."""
+    create, winners = Run._create, []
+
+    def slowly(run, parent, name):
+        made = create(run, parent, name)
+        winners.append(begin(resume=True).__enter__())
+        return made
+
+    monkeypatch.setattr(Run, "_create", slowly)
+    for _ in range(2):
+        with pytest.raises(UserError, match="another process is writing to"):
+            begin(resume=True).__enter__()
+    winners[0].log(step=1, loss=1.0)
+    winners[0].save("last.pt", state(1))
+    winners[0].__exit__(None, None, None)
+    assert summary(winners[0].dir)["status"] == "done"
+
+
+def test_only_files_of_dead_processes_are_removed(begin, saved):
+    (saved.parent / "samples").mkdir()
+    dead, living = subprocess.Popen(["true"]), subprocess.Popen(["sleep", "60"])
+    dead.wait()
+    names = [f"{folder}.x.png.tmp-{process.pid}" for process in (dead, living) for folder in ("", "samples/")]
+    for name in [*names, f".own.tmp-{os.getpid()}"]:
+        (saved.parent / name).write_text("")
+    with begin(saved):
+        pass
+    living.kill()
+    living.wait()
+    assert sorted(str(file.relative_to(saved.parent)) for file in saved.parent.rglob(".*")) == sorted(names[2:])
+
+
+def test_list_and_clean_while_a_run_saves(tmp_path, saved, monkeypatch, capsys):
+    """Files that are there when the folder is read, and not any more when they are looked at."""
+    look = os.stat
+    (saved.parent / ".last.pt.tmp-1").write_text("")
+
+    def gone(name, follow_symlinks=False, **more):
+        if str(name).endswith(".tmp-1") and not follow_symlinks:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(name))
+        return look(name, follow_symlinks=follow_symlinks, **more)
+    monkeypatch.setattr(os, "lstat", gone)
+    monkeypatch.setattr(os, "stat", lambda name, follow_symlinks=True, **more: gone(name, follow_symlinks, **more))
+    runs.main(["list", "--out_dir", str(tmp_path / "runs")])
+    runs.main(["clean", "--out_dir", str(tmp_path / "runs"), "--yes", str(saved.parent)])
+    assert "1 runs removed" in capsys.readouterr().out and not saved.parent.exists()
 
 
 # --- Resume ---
 
-def train(tmp_path, script, until, die_at=None, save_every=4, **more):
+@pytest.fixture
+def train(tmp_path):
     """A loop like the scripts': validates and saves before the step; a kill is an exception that nothing catches."""
-    settings = settings_for(tmp_path, **more)
-    path = find_resume(settings)
-    checkpoint = load_checkpoint(path) if path else None
-    done = step = checkpoint["step"] if checkpoint else 0
-    with Run(settings, checkpoint) as run:
-        while True:
-            if step % save_every == 0 and step > done:
-                run.log(step=step, split="val", loss=200.0 + step)
-                run.save("last.pt", keep=2, **state(step))
-            if step == until:
-                break
-            if step == die_at:
-                os.write(run._metrics.fileno(), b'{"step": 99, "lo')     # as a kill or a full disk may leave it
-                raise KeyboardInterrupt
-            step += 1
-            run.log(step=step, loss=100.0 + step)
-        run.log(step=step, split="val", loss=1.0, final=True)
-    return run.dir
+    def train(until, die_at=None, **more):
+        settings = settings_for(tmp_path, **more)
+        path = find_resume(settings)
+        checkpoint = load_checkpoint(path) if path else None
+        done = step = checkpoint["step"] if checkpoint else 0
+        with Run(settings, checkpoint) as run:
+            while True:
+                if step % 4 == 0 and step > done:
+                    run.log(step=step, split="val", loss=200.0 + step)
+                    run.save("last.pt", keep=2, **state(step))
+                if step == until:
+                    break
+                if step == die_at:
+                    os.write(run._metrics.fileno(), b'{"step": 99, "lo')     # as a kill or a full disk may leave it
+                    raise KeyboardInterrupt
+                step += 1
+                run.log(step=step, loss=100.0 + step)
+            run.log(step=step, split="val", loss=1.0, final=True)
+        return run.dir
+    return train
 
 
-def test_metrics_after_a_resume_have_no_gap_and_no_double(tmp_path, script):
-    whole = read_lines(train(tmp_path, script, 12, run_name="whole") / "metrics.jsonl")
+def test_metrics_after_a_resume_have_no_gap_and_no_double(train, home):
+    whole = read_lines(train(12, run_name="whole") / "metrics.jsonl")
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, script, 12, die_at=11)
-    directory = tmp_path / "runs" / "toy" / "a"
-    assert json.loads((directory / "summary.json").read_text())["status"] == "interrupted"
-    assert len((directory / "metrics.jsonl").read_bytes().splitlines()) == 14
-    train(tmp_path, script, 12, resume=True)
-    assert read_lines(directory / "metrics.jsonl") == whole
-    train(tmp_path, script, 14, resume=True)
-    assert read_lines(directory / "metrics.jsonl")[:-3] == whole[:-1], "the final line goes"
+        train(12, die_at=11)
+    assert summary(home)["status"] == "interrupted"
+    assert len((home / "metrics.jsonl").read_bytes().splitlines()) == 14
+    train(12, resume=True)
+    assert read_lines(home / "metrics.jsonl") == whole
+    train(14, resume=True)
+    assert read_lines(home / "metrics.jsonl")[:-3] == whole[:-1], "the final line goes"
 
 
-def test_lines_of_the_resumed_step_that_came_after_its_save_are_dropped(tmp_path, script):
-    with Run(settings_for(tmp_path)) as run:
+def test_lines_of_the_resumed_step_that_came_after_its_save_are_dropped(begin, home):
+    with begin() as run:
         run.log(step=4, loss=1.0)
         run.save("last.pt", **state(4))
         run.log(step=4, split="val", loss=2.0)
-    path = run.dir / "last.pt"
-    with Run(settings_for(tmp_path, resume=True), load_checkpoint(path)):
-        assert read_lines(run.dir / "metrics.jsonl") == [{"step": 4, "split": "train", "loss": 1.0}]
+    with begin(home / "last.pt"):
+        assert read_lines(home / "metrics.jsonl") == [{"step": 4, "split": "train", "loss": 1.0}]
 
 
-def test_lines_past_the_step_and_final_ones_go_without_a_count_of_lines_too(tmp_path, script):
-    directory = train(tmp_path, script, 4)
-    with open(directory / "metrics.jsonl", "a") as file:
+def test_lines_past_the_step_and_final_ones_go_without_a_count_of_lines_too(tmp_path, train, home):
+    train(4)
+    with open(home / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "split": "train", "loss": 1.0}\n')
-    checkpoint = load_checkpoint(directory / "last.pt")
+    checkpoint = load_checkpoint(home / "last.pt")
     del checkpoint["metrics_lines"]
     with Run(settings_for(tmp_path, resume=True), checkpoint):
-        found = [(line["step"], line["split"]) for line in read_lines(directory / "metrics.jsonl")]
+        found = [(line["step"], line["split"]) for line in read_lines(home / "metrics.jsonl")]
     assert found == [(1, "train"), (2, "train"), (3, "train"), (4, "train"), (4, "val")]
 
 
-def test_tensorboard_after_a_kill_and_resume_is_one_curve(tmp_path, script):
+def test_metrics_that_were_lost_are_told_in_one_line(begin, saved, capsys):
+    metrics = saved.parent / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for lost, content in [(0, whole), (0, whole + b'{"step": 9, "lo'), (8, None), (1, b"".join(lines[:7]) + bytes(40)),
+                          (1, b"".join([*lines[:3], b"x" + lines[3], *lines[4:]])),
+                          (2, b"".join([*lines[:3], b"\0" * 30, *lines[4:]])), (3, b"".join(lines[:5]))]:
+        metrics.write_bytes(content) if content is not None else metrics.unlink()
+        with begin(saved):
+            pass
+        said = [line for line in capsys.readouterr().out.splitlines() if "lost" in line]
+        assert said == ([f"{metrics} has lost {lost} of the 8 lines that the checkpoint knows of: the curves have a "
+                         "gap"] if lost else [])
+        assert len(read_lines(metrics)) == 8 - lost
+
+
+def test_tensorboard_after_a_kill_and_resume_is_one_curve(tmp_path, begin, home):
     def loop():
-        settings = settings_for(tmp_path, tensorboard=True, resume=(tmp_path / "runs").exists())
-        path = find_resume(settings)
-        checkpoint = load_checkpoint(path) if path else None
-        step = checkpoint["step"] if checkpoint else 0
-        with Run(settings, checkpoint) as run:
-            while step < 30:
-                step += 1
+        checkpoint = home / "last.pt" if home.exists() else None
+        with begin(checkpoint, tensorboard=True) as run:
+            for step in range(run.step + 1, 31):
                 run.log(step=step, loss=100.0 + step, model="toy")
                 if step % 10 == 0:
                     run.log(step=step, split="val", loss=200.0 + step)
@@ -303,83 +372,77 @@ def test_tensorboard_after_a_kill_and_resume_is_one_curve(tmp_path, script):
     assert [status_of(fork(loop, tmp_path / "out")) for _ in range(2)] == [-9, 0]
     assert (tmp_path / "out.err").read_text() == ""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    directory = tmp_path / "runs" / "toy" / "a"
     found = {}
     for folder in ("", "toy/"):
-        events = EventAccumulator(str(directory / "tensorboard" / folder)).Reload()
+        events = EventAccumulator(str(home / "tensorboard" / folder)).Reload()
         found |= {folder + tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert found == {"toy/train/loss": [(i, 100.0 + i) for i in range(1, 31)],
                      "val/loss": [(i, 200.0 + i) for i in (10, 20, 30)],
                      "val/block/loss": [(i, 300.0 + i) for i in (20, 30)]}     # 10: came after the save
-    lines = read_lines(directory / "metrics.jsonl")
+    lines = read_lines(home / "metrics.jsonl")
     assert sorted((e["step"], e["loss"]) for e in lines) == sorted(p for points in found.values() for p in points)
 
 
-def test_wandb_goes_on_with_its_id_offline(tmp_path, script, capfd):
-    for resume in (False, True):
-        settings = settings_for(tmp_path, wandb="offline", resume=resume)
-        path = find_resume(settings)
-        with Run(settings, load_checkpoint(path) if path else None) as run:
-            run.log(step=1 + resume, loss=1.0)
-            run.save("last.pt", **state(1 + resume))
-    ident = (run.dir / "wandb_id").read_text()
-    wait_for(lambda: curves.wandb_lines(run.dir) == {0, 1, 2})       # its own process writes them
-    for path in (run.dir / "wandb").glob("*/*.wandb"):       # as a kill may leave both
+def test_wandb_goes_on_with_its_id_offline(begin, home, capfd):
+    for step, path in ((1, None), (2, home / "last.pt")):
+        with begin(path, wandb="offline") as run:
+            run.log(step=step, loss=1.0)
+            run.save("last.pt", **state(step))
+    ident = (home / "wandb_id").read_text()
+    wait_for(lambda: curves.wandb_lines(home) == {0, 1, 2})          # its own process writes them
+    for path in (home / "wandb").glob("*/*.wandb"):          # as a kill may leave both
         path.write_bytes(path.read_bytes()[:300])
-    (run.dir / "wandb_id").write_text("")
-    assert curves.wandb_lines(run.dir) <= {0}
-    path = find_resume(settings)
-    with Run(settings, load_checkpoint(path)) as run:
+    (home / "wandb_id").write_text("")
+    assert curves.wandb_lines(home) <= {0}
+    with begin(home / "last.pt", wandb="offline") as run:
         run.log(step=3, loss=5.0)
-    wait_for(lambda: curves.wandb_lines(run.dir) == {0, 1, 2, 3})    # sent again
-    assert (run.dir / "wandb_id").read_text() == ident, "the folders know it"
-    kept = sorted(path.name for path in (run.dir / "wandb").glob("offline-run-*"))
-    assert kept and all(ident in name for name in kept)  # two within a second: wandb adds -1
+    wait_for(lambda: curves.wandb_lines(home) == {0, 1, 2, 3})       # sent again
+    assert (home / "wandb_id").read_text() == ident, "the folders know it"
+    kept = sorted(path.name for path in (home / "wandb").glob("offline-run-*"))
+    assert kept and all(ident in name for name in kept)      # two within a second: wandb adds -1
     assert "wandb:" not in "".join(capfd.readouterr()), "no stray lines"
 
 
-def test_history_of_resumes(tmp_path, script, capsys):
-    train(tmp_path, script, 4)
+def test_history_of_resumes(tmp_path, train, home):
+    train(4)
     settings = settings_for(tmp_path, resume=True, lr=0.5)
     settings.command = ["--resume", "--lr", "0.5"]
-    path = find_resume(settings)
-    with Run(settings, load_checkpoint(path)) as run:
+    with Run(settings, load_checkpoint(find_resume(settings))):
         pass
-    history = json.loads((run.dir / "params.json").read_text())["history"]
+    history = json.loads((home / "params.json").read_text())["history"]
     assert [entry["step"] for entry in history] == [0, 4]
     assert history[1]["command"] == ["toy.py", "--resume", "--lr", "0.5"]
     assert history[1]["changed"] == {"resume": [False, True], "lr": [None, 0.5]}
 
 
-def test_changed_code_is_kept_beside_the_first(tmp_path, script, capsys):
+def test_changed_code_is_kept_beside_the_first(train, script, home, capsys):
     first = script.read_text()
-    directory = train(tmp_path, script, 4)
+    train(4)
     script.write_text("print('other')\n")
     capsys.readouterr()
-    train(tmp_path, script, 4, resume=True)
+    train(4, resume=True)
     assert "the code has changed since this run began (toy.py)" in capsys.readouterr().out
-    assert (directory / "code" / "toy.py").read_text() == first
-    assert [path.name for path in (directory / "code" / "resumed_at_00000004").iterdir()] == ["toy.py"]
+    assert (home / "code" / "toy.py").read_text() == first
+    assert [path.name for path in (home / "code" / "resumed_at_00000004").iterdir()] == ["toy.py"]
     script.write_text(first)
-    train(tmp_path, script, 4, resume=True)
+    train(4, resume=True)
     assert "the code" not in capsys.readouterr().out
 
 
-def test_bare_resume_finds_the_run_that_started_last(tmp_path, script, capsys):
-    train(tmp_path, script, 4, run_name="z")
-    train(tmp_path, script, 4, run_name="b")
-    (tmp_path / "runs" / "toy" / "stray").mkdir()
-    os.utime(tmp_path / "runs" / "toy" / "z" / "lock", ns=(0, 0))
+def test_bare_resume_finds_the_run_that_started_last(tmp_path, train, home, capsys):
+    train(4, run_name="z")
+    train(4, run_name="a")
+    (home.parent / "stray").mkdir()
+    os.utime(home.parent / "z" / "lock", ns=(0, 0))
     capsys.readouterr()
     settings = settings_for(tmp_path, run_name=None, resume=True)
     path = find_resume(settings)
-    assert path == tmp_path / "runs" / "toy" / "b" / "last.pt"
-    assert capsys.readouterr().out == f"resuming from {path}\n"
+    assert path == home / "last.pt" and capsys.readouterr().out == f"resuming from {path}\n"
     with Run(settings, load_checkpoint(path)) as run:
-        assert run.dir == path.parent
+        assert run.dir == home
 
 
-def test_nothing_to_resume_starts_at_step_0(tmp_path, script, capsys):
+def test_nothing_to_resume_starts_at_step_0(tmp_path, train, home, capsys):
     for name in (None, "a"):
         assert find_resume(settings_for(tmp_path, run_name=name, resume=True)) is None
         assert capsys.readouterr().out.endswith(": starting at step 0\n")
@@ -387,58 +450,50 @@ def test_nothing_to_resume_starts_at_step_0(tmp_path, script, capsys):
     assert not (tmp_path / "runs").exists(), "it only reads"
     for name in (None, "a"):                                 # killed before the first save, then the same command
         with pytest.raises(KeyboardInterrupt):
-            train(tmp_path, script, 8, die_at=3, resume=True)
-        (tmp_path / "runs" / "toy" / "a" / "summary.json").write_text('{"status": "running", "step": 0}')
-        directory = train(tmp_path, script, 8, resume=True, run_name=name)
-        assert directory.name == "a"
-        assert [e["step"] for e in read_lines(directory / "metrics.jsonl")] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 8]
-        for path in directory.glob("*.pt"):
-            path.unlink()
-        (directory / "summary.json").unlink()
+            train(8, die_at=3, resume=True)
+        (home / "summary.json").write_text('{"status": "running", "step": 0}')
+        assert train(8, resume=True, run_name=name) == home
+        assert [e["step"] for e in read_lines(home / "metrics.jsonl")] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 8]
+        shutil.rmtree(home)
 
 
-def test_a_run_that_lost_its_last_checkpoint_says_so(tmp_path, script):
-    directory = train(tmp_path, script, 12)
-    (directory / "last.pt").unlink()
+def test_a_run_that_lost_its_last_checkpoint_says_so(tmp_path, train, home):
+    train(12)
+    (home / "last.pt").unlink()
     settings = settings_for(tmp_path, resume=True)
     with pytest.raises(UserError, match="has no last.pt; there is .*step_00000008.pt, .*step_00000012.pt"):
         find_resume(settings)
-    for path in directory.glob("*.pt"):
+    for path in home.glob("*.pt"):
         path.unlink()
     with pytest.raises(UserError, match="no checkpoint, although its summary.json says step 12"):
         find_resume(settings)
     with pytest.raises(UserError, match="no such file or directory"):
         find_resume(settings_for(tmp_path, resume=str(tmp_path / "nowhere.pt")))
     with pytest.raises(UserError, match="has no last.pt; there is no other checkpoint either"):
-        find_checkpoint(directory)
+        find_checkpoint(home)
 
 
-def test_resume_from_a_path(tmp_path, script):
-    directory = train(tmp_path, script, 12)
-    whole = read_lines(directory / "metrics.jsonl")
-    middle = directory / "step_00000008.pt"
-    settings = settings_for(tmp_path, resume=str(middle), run_name="branch")
-    assert find_resume(settings) == middle
-    with Run(settings, load_checkpoint(middle)) as run:
+def test_resume_from_a_path(tmp_path, begin, train, home):
+    train(12)
+    whole, middle = read_lines(home / "metrics.jsonl"), home / "step_00000008.pt"
+    branch = dict(resume=str(middle), run_name="branch")
+    assert find_resume(settings_for(tmp_path, **branch)) == middle
+    with begin(middle, **branch) as run:
         assert run.dir.name == "branch" and read_lines(run.dir / "metrics.jsonl") == []
     assert load_checkpoint(run.dir / "last.pt")["step"] == 8, "a branch that is killed goes on with --resume"
     with pytest.raises(UserError, match="is there already"):
-        with Run(settings, load_checkpoint(middle)):
-            pass
-    settings = settings_for(tmp_path, resume=str(middle), run_name=None)
-    with Run(settings, load_checkpoint(middle)) as run:
-        assert run.dir == directory
-        assert load_checkpoint(directory / "last.pt")["step"] == 8, "checkpoint and metrics go back together"
-    train(tmp_path, script, 12, resume=True)
-    assert read_lines(directory / "metrics.jsonl") == whole
+        begin(middle, **branch).__enter__()
+    with begin(middle, resume=str(middle), run_name=None) as run:
+        assert run.dir == home
+        assert load_checkpoint(home / "last.pt")["step"] == 8, "checkpoint and metrics go back together"
+    train(12, resume=True)
+    assert read_lines(home / "metrics.jsonl") == whole
 
 
-def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(tmp_path, script):
-    source = train(tmp_path, script, 4) / "last.pt"
+def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(tmp_path, begin, saved):
     (tmp_path / "downloads").mkdir()
-    path = tmp_path / "downloads" / "model.pt"
-    path.write_bytes(source.read_bytes())
-    with Run(settings_for(tmp_path, run_name=None, resume=str(path)), load_checkpoint(path)) as run:
+    path = shutil.copy(saved, tmp_path / "downloads" / "model.pt")
+    with begin(path, run_name=None, resume=str(path)) as run:
         assert run.dir.parent == tmp_path / "runs" / "toy"
     assert [p.name for p in (tmp_path / "downloads").iterdir()] == ["model.pt"]
     with pytest.raises(UserError, match="is a checkpoint of toy, not of other"):
@@ -447,75 +502,55 @@ def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(tmp_path, script):
 
 # --- Checkpoints ---
 
-def test_save_and_load(tmp_path, script):
-    with Run(settings_for(tmp_path)) as run:
+@pytest.fixture
+def saved(begin):
+    """The last.pt of a finished run at step 8 with metrics."""
+    with begin() as run:
+        for step in range(1, 9):
+            run.log(step=step, loss=1.0)
+        run.save("last.pt", **state(8, 2.0, loop={"best": 1.0, "pending": [{"a": (1, 2)}]}))
+    return run.dir / "last.pt"
+
+
+def test_save_and_load(begin, home):
+    with begin() as run:
         run.log(step=3, loss=1.0)
         run.save("last.pt", **state(3, 2.0, ema=None, generators=Generators(data=torch.Generator()).state_dict()))
-    found = load_checkpoint(run.dir / "last.pt")
+    found = load_checkpoint(home / "last.pt")
     assert (found["format"], found["script"], found["step"], found["metrics_lines"]) == ("nanolab-1", "toy", 3, 1)
     assert found["settings"] == {"betas": (0.9, 0.95), "lr": 0.1} and found["ema"] is None
     assert torch.equal(found["model"]["w"], torch.full((8,), 2.0))
+    for holder in (found, found["settings"]):                # a key that it lacks is told wherever it is asked for
+        with pytest.raises(UserError, match="last.pt lacks 'nothing'"):
+            holder["nothing"]
+        assert holder.get("nothing") is None and "nothing" not in holder
+    torch.save(found, home / "last.pt")                      # what was loaded can be saved, and loaded again
+    assert load_checkpoint(home / "last.pt")["settings"] == found["settings"]
 
 
-def test_numbered_checkpoints_are_pruned(tmp_path, script):
-    with Run(settings_for(tmp_path)) as run:
+def test_numbered_checkpoints_are_pruned(begin, monkeypatch):
+    """Also where a pruning was broken off, and where the run has gone back: what lies ahead is no older one."""
+    with begin() as run:
+        def steps():
+            return sorted(int(path.stem[5:]) for path in run.dir.glob("step_*.pt"))
         run.save("best.pt", **state(1))
         for step in (900, 1000, 1100):
             run.save("last.pt", keep=2, **state(step))
-        assert sorted(p.name for p in run.dir.glob("*0.pt")) == ["step_00001000.pt", "step_00001100.pt"]
-        run.save("last.pt", keep=1, **state(1000))           # back to step 1000: what lies ahead is no older one
-        assert sorted(p.name for p in run.dir.glob("*0.pt")) == ["step_00001000.pt", "step_00001100.pt"]
+        assert steps() == [1000, 1100]
+        run.save("last.pt", keep=1, **state(1000))
+        assert steps() == [1000, 1100]
+        write = Run._write
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Run, "_write", lambda run, name, state: raising(KeyboardInterrupt)()
+                          if name.startswith("step_") else write(run, name, state))
+            run.save("last.pt", keep=2, **state(1200))
+        assert steps() == [1100]
+        for _ in range(2):                                   # as a resumed run does, once or again
+            run.save("last.pt", keep=2, **state(1200))
+            assert steps() == [1100, 1200]
 
 
-@pytest.mark.parametrize("name, value", [("step", "x"), ("best", None), ("pending", 3), ("chosen", [1]),
-                                         ("score", [1.0, "x"]), ("score", [1.0])])
-def test_a_loop_of_other_kinds_is_one_line(tmp_path, script, name, value, capsys):
-    path = train(tmp_path, script, 8) / "last.pt"
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    loop = Loop(dict(step=0, best=math.inf, pending=[], best_model=None, chosen=torch.zeros(2), score=[-1, -math.inf]),
-                scaler)
-    whole = {**loop, "step": 3, "best": 2, "best_model": {}, "pending": [[1, 2]], "score": [0.5, -2.0]}
-    loop.load_state_dict(whole)
-    assert loop == whole and loop.state_dict() == whole
-
-    @command
-    def main():
-        with restoring(path):
-            put_back({"loop": {**loop, name: value}}, {"loop": loop})
-    with pytest.raises(SystemExit) as caught:
-        main()
-    said = capsys.readouterr().err
-    assert caught.value.code == 2 and f"last.pt does not fit or is damaged: ValueError: {name} of its loop" in said
-
-
-def test_the_code_of_the_rooms_is_kept(tmp_path, script, undrawn, monkeypatch):
-    """Modules of the folders beside the scripts, and what they read there."""
-    root = tmp_path / "house"
-    for name in ("models/one.py", "models/one_words.txt", "models/other.txt", "elsewhere/two.py", "nanolab/run.py"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text("x = 1\n")
-    monkeypatch.setattr(experiment, "__file__", str(root / "nanolab/run.py"))
-    for name in ("models/one.py", "elsewhere/two.py"):
-        monkeypatch.setitem(sys.modules, f"a_module_{name}", types.SimpleNamespace(__file__=str(root / name)))
-    with Run(settings_for(tmp_path)) as run:
-        copied = {str(path.relative_to(run.dir / "code")) for path in (run.dir / "code").rglob("*.*")}
-        assert copied == {"toy.py", "nanolab/run.py", "models/one.py", "models/one_words.txt"}
-
-
-def test_losses_wait_and_the_first_that_is_not_finite_ends_the_run():
-    loop = Loop(dict(step=0, pending=[]), torch.amp.GradScaler("cpu", enabled=False))
-    for loss in (1.0, 2.0):
-        loop.add(torch.tensor([loss, 0.5]))
-        loop["step"] += 1
-    assert loop["pending"] == [] and loop.state_dict()["pending"] == loop["pending"] == [[1.0, 0.5], [2.0, 0.5]]
-    for loss, norm in ((3.0, 1.0), (4.0, math.nan), (math.nan, 1.0)):
-        loop.add(dict(loss=torch.tensor(loss), grad_norm=torch.tensor(norm)))
-        loop["step"] += 1
-    with pytest.raises(NonFinite, match="loss is not finite at step 4"):
-        loop.flush()
-
-
-def test_what_a_run_is_handed_is_saved_and_goes_on(tmp_path, script, undrawn):
+def test_what_a_run_is_handed_is_saved_and_goes_on(begin, home):
     """Also where an average begins on resume: with the weights that were loaded."""
     def parts(averaged):
         model = torch.nn.Linear(2, 2)
@@ -525,41 +560,112 @@ def test_what_a_run_is_handed_is_saved_and_goes_on(tmp_path, script, undrawn):
                     nested={"opt": opt})
 
     things = parts(False)
-    with Run(settings_for(tmp_path), **things) as run:
+    with begin(things=things) as run:
         for _ in range(3):
             things["model"](torch.ones(1, 2)).sum().backward()
             things["optimizer"].step()
         y = things["model"].weight.detach().clone()
         run.save("last.pt", 1, plain=[2])
     assert torch.equal(things["model"].weight, y)
-    checkpoint = load_checkpoint(run.dir / "last.pt")
+    checkpoint = load_checkpoint(home / "last.pt")
     assert list(checkpoint)[:8] == ["step", "settings", "model", "ema", "optimizer", "other", "plain", "nested"]
     assert checkpoint["plain"] == [2] and checkpoint["ema"] is None and "state" in checkpoint["nested"]["opt"]
     assert not torch.equal(checkpoint["model"]["weight"], y), "others read the average"
     things = parts(True)
-    run = Run(settings_for(tmp_path, resume=True), checkpoint, **things)
+    run = begin(home / "last.pt", things)
     assert torch.equal(things["model"].weight, y) and torch.equal(things["ema"].weights["weight"], y)
     run.track(model=torch.nn.Linear(3, 1))
     assert run.states("model")["model"]["weight"].shape == (1, 3)
     del checkpoint["optimizer"]
     with pytest.raises(UserError, match="last.pt lacks 'optimizer'"):
-        Run(settings_for(tmp_path, resume=True), checkpoint, **parts(True))
+        Run(run.settings, checkpoint, **parts(True))
 
 
-def test_a_key_that_a_checkpoint_lacks_is_told_wherever_it_is_asked_for(tmp_path, script):
-    """Also of the settings; and what was loaded can be saved, and loaded again."""
-    path = train(tmp_path, script, 8) / "last.pt"
-    found = load_checkpoint(path)
-    for holder in (found, found["settings"]):
-        with pytest.raises(UserError, match="last.pt lacks 'nothing'"):
-            holder["nothing"]
-        assert holder.get("nothing") is None and "nothing" not in holder
-    torch.save(found, path)
-    assert load_checkpoint(path)["settings"] == found["settings"]
+def a_loop():
+    values = dict(step=0, best=math.inf, pending=[], best_model=None, chosen=torch.zeros(2), score=[-1, -math.inf])
+    return Loop(values, torch.amp.GradScaler("cpu", enabled=False))
 
 
-def test_truncated_at_any_length_is_one_line_and_left_alone(tmp_path, script):
-    path = train(tmp_path, script, 8) / "last.pt"
+def test_losses_wait_and_the_first_that_is_not_finite_ends_the_run():
+    loop = a_loop()
+    for loss in (1.0, 2.0):
+        loop.add(torch.tensor([loss, 0.5]))
+        loop["step"] += 1
+    assert loop["pending"] == [] and loop.state_dict()["pending"] == loop["pending"] == [[1.0, 0.5], [2.0, 0.5]]
+    for loss, norm in ((3.0, 1.0), (4.0, math.nan), (math.nan, 1.0)):
+        loop.add(dict(loss=torch.tensor(loss), grad_norm=torch.tensor(norm)))
+        loop["step"] += 1
+    with pytest.raises(NonFinite, match="loss is not finite at step 4"):
+        loop.flush()
+    whole = {**a_loop(), "step": 3, "best": 2, "best_model": {}, "pending": [[1, 2]], "score": [0.5, -2.0]}
+    loop = a_loop()
+    loop.load_state_dict(whole)
+    assert loop == whole and loop.state_dict() == whole
+
+
+@pytest.mark.parametrize("load, said", [
+    (lambda found: torch.nn.Linear(2, 2).load_state_dict({"weight": torch.ones(8), "bias": torch.ones(2)}),
+     "size mismatch"),
+    (lambda found: found["loop"]["pending"]["x"], "does not fit or is damaged: TypeError: list indices"),
+    (lambda found: found["state"], "lacks 'state'"),
+    *[(lambda found, name=name, value=value: put_back({"loop": {**a_loop(), name: value}}, {"loop": a_loop()}),
+       f"does not fit or is damaged: ValueError: {name} of its loop") for name, value in (
+        ("step", "x"), ("best", None), ("pending", 3), ("chosen", [1]), ("score", [1.0, "x"]), ("score", [1.0]))]])
+def test_what_does_not_fit_is_one_line(saved, ended, load, said):
+    def main():
+        with restoring(saved):
+            load(load_checkpoint(saved))
+    status, err = ended(main)
+    assert status == 2 and err.startswith(f"error: {saved} ") and said in err and err.count("\n") == 1
+
+
+class Trap:
+    """A pickle that makes a file when somebody loads it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+OURS = {"format": "nanolab-1", "script": "toy", **state(8)}
+TRAPPED = {"format": "nanolab-1", "model": Trap("sprung")}
+FOREIGN = ({"model": {}}, {"format": "nanolab-9"}, torch.zeros(3), [1, 2])
+
+
+@pytest.mark.parametrize("content, said", [
+    *((foreign, "last.pt is not a nanolab checkpoint") for foreign in FOREIGN), (b"", "last.pt is truncated or not"),
+    (b"hello\n" * 100, "last.pt is truncated or not a nanolab checkpoint"), (None, "No such file"), ({}, "a nanolab"),
+    (pickle.dumps(TRAPPED), "last.pt is truncated or not a nanolab checkpoint"),
+    (TRAPPED, "last.pt is refused: it holds more than plain data, which could run code"),
+    *(({**OURS, name: value}, f"last.pt is damaged: {name} is not what a run saves there") for name, value in (
+        ("settings", []), ("step", "8"), ("steps", [1]), ("steps", {"../../x": 1}), ("steps", {"/x": 1}),
+        ("steps", {"a": "1"}), ("loop", 3), ("model", [1]), ("generators", None), ("metrics_lines", "8"),
+        ("script", 3), ("ema", [1]), ("ended", None), ("figures", [])))])
+def test_what_is_no_checkpoint_is_one_line_and_does_not_run(tmp_path, monkeypatch, content, said):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "last.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(UserError, match=said) as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+    if isinstance(content, (dict, list, torch.Tensor)):      # of torch before 1.6
+        torch.save(content, path, _use_new_zipfile_serialization=False)
+        with pytest.raises(UserError, match="last.pt"):
+            load_checkpoint(path)
+    with pytest.raises(UserError, match="Is a directory"):
+        load_checkpoint(tmp_path)
+    assert not Path("sprung").exists()
+    pickle.loads(pickle.dumps(TRAPPED))
+    assert Path("sprung").exists(), "the trap works where somebody is careless"
+
+
+def test_truncated_at_any_length_is_one_line_and_left_alone(train):
+    path = train(8) / "last.pt"
     whole = path.read_bytes()
     for length in [0, 1, 3, 4, 100, len(whole) - 1, *random.Random(0).sample(range(len(whole)), 30)]:
         path.write_bytes(whole[:length])
@@ -570,89 +676,52 @@ def test_truncated_at_any_length_is_one_line_and_left_alone(tmp_path, script):
         assert path.read_bytes() == whole[:length]
 
 
-def test_damaged_bytes_never_show_a_traceback(tmp_path, script):
-    path = train(tmp_path, script, 4) / "last.pt"
-    whole, chance, refused = path.read_bytes(), random.Random(1), 0
-    for _ in range(60):
+@pytest.mark.parametrize("damaged, trials, least", [("bit", 100, 20), ("20 bytes", 60, 40)])
+def test_damage_is_noticed(saved, damaged, trials, least):
+    """Where torch pads its file nothing depends on it; elsewhere one line says so."""
+    whole, good, noticed, chance = saved.read_bytes(), load_checkpoint(saved), 0, random.Random(0)
+    for _ in range(trials):
         broken = bytearray(whole)
-        for place in chance.sample(range(len(whole)), 20):
-            broken[place] = chance.randrange(256)
-        path.write_bytes(broken)
+        for place in chance.sample(range(len(whole)), 1 if damaged == "bit" else 20):
+            broken[place] = broken[place] ^ 1 << chance.randrange(8) if damaged == "bit" else chance.randrange(256)
+        saved.write_bytes(broken)
         try:
-            load_checkpoint(path)
+            assert_equal(load_checkpoint(saved), good)
         except UserError as error:
-            refused += str(path) in str(error)
-    assert refused > 40
+            assert str(saved) in str(error) and "\n" not in str(error)
+            noticed += 1
+    assert noticed > least
+    at = whole.index(torch.full((8,), 2.0).numpy().tobytes()) + 5
+    saved.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+    with pytest.raises(UserError, match="last.pt is truncated or damaged .*check sum"):
+        load_checkpoint(saved)
 
 
-class Trap:
-    """A pickle that makes a file when somebody loads it."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def test_a_strangers_pickle_is_refused_and_does_not_run(tmp_path):
-    path, trap = tmp_path / "last.pt", tmp_path / "sprung"
-    torch.save({"format": "nanolab-1", "model": Trap(trap)}, path)
-    with pytest.raises(UserError, match="last.pt is refused: it holds more than plain data, which could run code"):
-        load_checkpoint(path)
-    path.write_bytes(pickle.dumps({"format": "nanolab-1", "model": Trap(trap)}))
-    with pytest.raises(UserError, match="last.pt is truncated or not a nanolab checkpoint"):
-        load_checkpoint(path)
-    assert not trap.exists()
-    pickle.Unpickler(open(path, "rb")).load()
-    assert trap.exists(), "the trap works where somebody is careless"
-
-
-@pytest.mark.parametrize("foreign", [{"model": {}}, {"format": "nanolab-9"}, torch.zeros(3), [1, 2]], ids=str)
-def test_foreign_files(tmp_path, foreign):
-    torch.save(foreign, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="x.pt is not a nanolab checkpoint"):
-        load_checkpoint(tmp_path / "x.pt")
-    torch.save(foreign, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match="old.pt"):
-        load_checkpoint(tmp_path / "old.pt")
-
-
-def test_no_file_a_folder_and_a_text(tmp_path):
-    (tmp_path / "t.pt").write_text("hello\n" * 100)
-    for path, text in [("missing.pt", "No such file"), (".", "Is a directory"), ("t.pt", "t.pt")]:
-        with pytest.raises(UserError, match=text):
-            load_checkpoint(tmp_path / path)
-
-
-def check_last(directory):
-    found = load_checkpoint(directory / "last.pt")
-    assert torch.equal(found["a"], torch.full((20_000,), float(found["step"])))
-    assert torch.equal(found["b"], torch.full((7,), float(found["step"])))
-    return found["step"]
-
-
-def test_killed_at_many_moments_of_a_save(tmp_path, script):
-    with Run(settings_for(tmp_path)) as run:
+def test_killed_at_many_moments_of_a_save(begin, home):
+    last = home / "last.pt"
+    with begin() as run:
         def save(i):
             run.save("last.pt", i, a=torch.full((20_000,), float(i)), b=torch.full((7,), float(i)))
 
         save(0)
-        chance, torn, moved, last = random.Random(3), 0, 0, 0
+        chance, torn, moved, step = random.Random(3), 0, 0, 0
         for kills in range(400):
-            pid = fork(lambda: [save(i) for i in range(last + 1, last + 10**6)])
-            temporary = run.dir / f".last.pt.tmp-{pid}"
+            pid = fork(lambda: [save(i) for i in range(step + 1, step + 10**6)])
+            temporary = home / f".last.pt.tmp-{pid}"
             wait_for(temporary.exists)
             time.sleep(chance.uniform(0, 0.02))
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            step = check_last(run.dir)
-            moved, last, torn = moved + (step > last), step, torn + temporary.exists()
-            if kills >= 40 and min(torn, moved) >= 5:
+            found, before = load_checkpoint(last), step
+            step = found["step"]
+            assert torch.equal(found["a"], torch.full((20_000,), float(step)))
+            assert torch.equal(found["b"], torch.full((7,), float(step)))
+            moved, torn = moved + (step > before), torn + temporary.exists()
+            if kills >= 20 and min(torn, moved) >= 5:
                 break
         assert torn >= 5 and moved >= 5, "kills have hit the middle of a save, and saves have got through"
-    with Run(settings_for(tmp_path, resume=True), load_checkpoint(run.dir / "last.pt")):
-        assert not list(run.dir.glob(".*.tmp-*")), "the next start removes what the kills have left"
+    with begin(last):
+        assert not list(home.glob(".*.tmp-*")), "the next start removes what the kills have left"
 
 
 def check_full_disk(run, big):
@@ -664,18 +733,18 @@ def check_full_disk(run, big):
     assert not list(run.dir.glob(".*.tmp-*"))
 
 
-@pytest.mark.parametrize("limit", [4_000, 5_000, 40_000, 399_000, 400_900, 401_500, 402_500])
-def test_a_file_size_limit_keeps_the_old_checkpoint(tmp_path, script, limit):
-    with Run(settings_for(tmp_path)) as run:
+def test_a_file_size_limit_keeps_the_old_checkpoint(begin):
+    with begin() as run:
         old = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
-        try:
-            check_full_disk(run, 100_000)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        for limit in (4_000, 5_000, 40_000, 399_000, 400_900, 401_500, 402_500):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+            try:
+                check_full_disk(run, 100_000)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-def test_a_full_disk(tmp_path, script):
+def test_a_full_disk(tmp_path, begin):
     disk = tmp_path / "disk"
     disk.mkdir()
     words = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
@@ -684,7 +753,7 @@ def test_a_full_disk(tmp_path, script):
         pytest.skip(f"no small disk here: {mount.stderr.strip()}")
     try:
         with pytest.raises(UserError, match="cannot write .*metrics.jsonl: No space left on device"):
-            with Run(settings_for(tmp_path, out_dir=str(disk))) as run:
+            with begin(out_dir=str(disk)) as run:
                 check_full_disk(run, 1_000_000)
                 left = shutil.disk_usage(disk).free  # beside the code that ran
                 (disk / "rest").write_bytes(b"x" * max(0, left - 200_000))
@@ -696,170 +765,14 @@ def test_a_full_disk(tmp_path, script):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Runs without curves: drawing them takes longer than all the rest."""
-    monkeypatch.setattr(experiment, "draw_curves", lambda *words: None)
-
-
-def saved(tmp_path, script, **more):
-    """The last.pt of a finished run at step 8 with metrics."""
-    with Run(settings_for(tmp_path, **more)) as run:
-        for step in range(1, 9):
-            run.log(step=step, loss=1.0)
-        run.save("last.pt", **state(8, 2.0, loop={"best": 1.0, "pending": [{"a": (1, 2)}]}))
-    return run.dir / "last.pt"
-
-
-def test_a_flipped_bit_is_noticed(tmp_path, script, undrawn):
-    path = saved(tmp_path, script)
-    whole, good, noticed = path.read_bytes(), load_checkpoint(path), 0
-    places = random.Random(0)
-    for _ in range(100):
-        damaged = bytearray(whole)
-        damaged[places.randrange(len(whole))] ^= 1 << places.randrange(8)
-        path.write_bytes(damaged)
-        try:
-            found = load_checkpoint(path)                    # where torch pads its file nothing depends on it
-        except UserError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
-            noticed += 1
-            continue
-        assert torch.equal(found.pop("model")["w"], good["model"]["w"])
-        assert found == {key: value for key, value in good.items() if key != "model"}
-    assert noticed > 20
-    at = whole.index(torch.full((8,), 2.0).numpy().tobytes()) + 5
-    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
-    with pytest.raises(UserError, match="last.pt is truncated or damaged .*check sum"):
-        load_checkpoint(path)
-
-
-@pytest.mark.parametrize("name, value", [("settings", []), ("step", "8"), ("steps", [1]), ("steps", {"../../x": 1}),
-                                         ("steps", {"/x": 1}), ("steps", {"a": "1"}), ("loop", 3), ("model", [1]),
-                                         ("generators", None), ("metrics_lines", "8"), ("script", 3), ("ema", [1]),
-                                         ("ended", None), ("figures", [])], ids=repr)
-def test_a_checkpoint_that_holds_something_else(tmp_path, name, value):
-    torch.save({"format": "nanolab-1", "script": "toy", **state(8), name: value}, tmp_path / "last.pt")
-    with pytest.raises(UserError, match=f"last.pt is damaged: {name} is not what a run saves there"):
-        load_checkpoint(tmp_path / "last.pt")
-
-
-def test_what_does_not_fit_the_model_is_one_line(tmp_path, script, capsys, undrawn):
-    path = saved(tmp_path, script)
-
-    def resume(load):
-        @command
-        def main():
-            with restoring(path):
-                load(load_checkpoint(path))
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out = capsys.readouterr()
-        assert caught.value.code == 2 and out.err.startswith(f"error: {path} ") and out.err.count("\n") == 1, out
-        return out.err
-
-    assert "size mismatch" in resume(lambda found: torch.nn.Linear(2, 2).load_state_dict({"weight": torch.ones(8),
-                                                                                         "bias": torch.ones(2)}))
-    assert "does not fit or is damaged: TypeError: list indices" in resume(lambda found: found["loop"]["pending"]["x"])
-    assert "lacks 'state'" in resume(lambda found: found["state"])
-    with pytest.raises(KeyError):                            # a mistake of ours keeps its traceback
-        command(lambda: {}["x"])()
-
-
-def test_metrics_that_were_lost_are_told_in_one_line(tmp_path, script, capsys, undrawn):
-    path = saved(tmp_path, script)
-    metrics = path.parent / "metrics.jsonl"
-    whole = metrics.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    for lost, content in [(0, whole), (0, whole + b'{"step": 9, "lo'), (8, None), (1, b"".join(lines[:7]) + bytes(40)),
-                          (1, b"".join([*lines[:3], b"x" + lines[3], *lines[4:]])),
-                          (2, b"".join([*lines[:3], b"\0" * 30, *lines[4:]])), (3, b"".join(lines[:5]))]:
-        metrics.write_bytes(content) if content is not None else metrics.unlink()
-        settings = settings_for(tmp_path, resume=True)
-        with Run(settings, load_checkpoint(path)):
-            pass
-        said = [line for line in capsys.readouterr().out.splitlines() if "lost" in line]
-        assert said == ([f"{metrics} has lost {lost} of the 8 lines that the checkpoint knows of: the curves have a "
-                         "gap"] if lost else [])
-        assert len(read_lines(metrics)) == 8 - lost
-
-
-def test_only_files_of_dead_processes_are_removed(tmp_path, script, undrawn):
-    path = saved(tmp_path, script)
-    (path.parent / "samples").mkdir()
-    dead, living = subprocess.Popen(["true"]), subprocess.Popen(["sleep", "60"])
-    dead.wait()
-    names = [f"{folder}.x.png.tmp-{process.pid}" for process in (dead, living) for folder in ("", "samples/")]
-    for name in [*names, f".own.tmp-{os.getpid()}"]:
-        (path.parent / name).write_text("")
-    with Run(settings_for(tmp_path, resume=True), load_checkpoint(path)):
-        pass
-    living.kill()
-    living.wait()
-    assert sorted(str(file.relative_to(path.parent)) for file in path.parent.rglob(".*")) == sorted(names[2:])
-
-
-def test_who_loses_the_race_for_a_name_leaves_the_winner_alone(tmp_path, script, monkeypatch, undrawn):
-    """One makes the directory, another resumes into it before the first has its lock."""
-    create, winners = Run._create, []
-
-    def slowly(run, parent, name):
-        made = create(run, parent, name)
-        winners.append(Run(settings_for(tmp_path, resume=True)).__enter__())
-        return made
-
-    monkeypatch.setattr(Run, "_create", slowly)
-    with pytest.raises(UserError, match="another process is writing to"):
-        Run(settings_for(tmp_path, resume=True)).__enter__()
-    with pytest.raises(UserError, match="another process is writing to"):
-        Run(settings_for(tmp_path, resume=True)).__enter__()
-    winners[0].log(step=1, loss=1.0)
-    winners[0].save("last.pt", state(1))
-    winners[0].__exit__(None, None, None)
-    assert json.loads((winners[0].dir / "summary.json").read_text())["status"] == "done"
-
-
-def test_list_and_clean_while_a_run_saves(tmp_path, script, monkeypatch, capsys, undrawn):
-    """Files that are there when the folder is read, and not any more when they are looked at."""
-    path, look = saved(tmp_path, script), os.stat
-    (path.parent / ".last.pt.tmp-1").write_text("")
-
-    def gone(name, follow_symlinks=False, **more):
-        if str(name).endswith(".tmp-1") and not follow_symlinks:
-            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(name))
-        return look(name, follow_symlinks=follow_symlinks, **more)
-    monkeypatch.setattr(os, "lstat", gone)
-    monkeypatch.setattr(os, "stat", lambda name, follow_symlinks=True, **more: gone(name, follow_symlinks, **more))
-    runs.main(["list", "--out_dir", str(tmp_path / "runs")])
-    runs.main(["clean", "--out_dir", str(tmp_path / "runs"), "--yes", str(path.parent)])
-    assert "1 runs removed" in capsys.readouterr().out and not path.parent.exists()
-
-
-def test_a_pruning_that_was_broken_off_is_made_up_for(tmp_path, script, monkeypatch, undrawn):
-    with Run(settings_for(tmp_path)) as run:
-        def names():
-            return sorted(int(path.stem[5:]) for path in run.dir.glob("step_*.pt"))
-        for step in (10, 20, 30):
-            run.save("last.pt", keep=2, **state(step))
-        write = Run._write
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Run, "_write", lambda run, name, state: raising(KeyboardInterrupt).__wrapped__()
-                          if name.startswith("step_") else write(run, name, state))
-            run.save("last.pt", keep=2, **state(40))
-        assert names() == [30]
-        for _ in range(2):                                   # as a resumed run does, once or again
-            run.save("last.pt", keep=2, **state(40))
-            assert names() == [30, 40]
-
-
 # --- The end of a run ---
 
-def signalled(tmp_path, script, pause, numbers):
+def signalled(tmp_path, begin, home, pause, numbers):
     """(status, stdout, stderr) of a run without end that gets `numbers`, one after the other."""
     @command
     def main():
         step = 0
-        with Run(settings_for(tmp_path)) as run:
+        with begin() as run:
             while not run.stop:
                 step += 1
                 run.log(step=step, loss=1.0)
@@ -867,181 +780,92 @@ def signalled(tmp_path, script, pause, numbers):
             run.save("last.pt", **state(step))
         print("never printed")
 
-    out, err = tmp_path / "out", tmp_path / "out.err"
+    out, err, metrics = tmp_path / "out", tmp_path / "out.err", home / "metrics.jsonl"
     pid = fork(main, out)
-    metrics = tmp_path / "runs" / "toy" / "a" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.stat().st_size)
     for number in numbers:
         os.kill(pid, number)
-        wait_for(lambda: err.read_text())
+        wait_for(err.read_text)
     return status_of(pid), out.read_text(), err.read_text()
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_stops(tmp_path, script, number, status):
+def test_a_signal_saves_and_stops(tmp_path, begin, home, number, status):
     line = f"\n{number.name}: stopping after this step, then saving; once more stops at once\n"
-    assert signalled(tmp_path, script, 0.01, [number]) == (status, "", line)
-    directory = tmp_path / "runs" / "toy" / "a"
-    summary = json.loads((directory / "summary.json").read_text())
-    assert summary["status"] == "interrupted"
-    assert summary["step"] == load_checkpoint(directory / "last.pt")["step"] > 0
-    assert summary["step"] == len(read_lines(directory / "metrics.jsonl"))
+    assert signalled(tmp_path, begin, home, 0.01, [number]) == (status, "", line)
+    end = summary(home)
+    assert end["status"] == "interrupted" and end["step"] == load_checkpoint(home / "last.pt")["step"] > 0
+    assert end["step"] == len(read_lines(home / "metrics.jsonl"))
 
 
-def test_a_second_signal_stops_at_once(tmp_path, script):
-    status, _, err = signalled(tmp_path, script, 60, [signal.SIGINT, signal.SIGTERM])  # in the midst of a long step
+def test_a_second_signal_stops_at_once(tmp_path, begin, home):
+    status, _, err = signalled(tmp_path, begin, home, 60, [signal.SIGINT, signal.SIGTERM])   # amid a long step
     assert status == -signal.SIGTERM and err.count("\n") == 2
 
 
-def test_handlers_are_put_back(tmp_path, script):
+def test_handlers_are_put_back(begin, home):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(ZeroDivisionError):
-        with Run(settings_for(tmp_path)) as run:
+        with begin() as run:
             assert signal.getsignal(signal.SIGINT) != before[0]
             run.log(step=5, loss=1.0)
             1 / 0
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    summary = json.loads((run.dir / "summary.json").read_text())
-    assert (summary["status"], summary["step"]) == ("failed", 5)
-    assert summary["error"] == "ZeroDivisionError: division by zero"
+    end = summary(home)
+    assert (end["status"], end["step"], end["error"]) == ("failed", 5, "ZeroDivisionError: division by zero")
 
 
-def raising(error):
-    @command
+OUT_OF_MEMORY = "error: out of memory: try a smaller batch_size (and more grad_accum), block_size or model\n"
+
+
+@pytest.mark.parametrize("action, status, said", [
+    (raising(UserError("two\nlines")), 2, "error: two lines\n"),
+    (raising(NonFinite(7)), 3,
+     "error: loss is not finite at step 7; the last good checkpoint is not written yet\n"),
+    (raising(KeyboardInterrupt()), 130, "error: interrupted\n"),
+    (raising(OSError(28, "No space left on device", "x.bin")), 2,
+     "error: cannot write x.bin: No space left on device\n"),
+    (raising(MemoryError()), 2, OUT_OF_MEMORY), (raising(torch.OutOfMemoryError("CUDA")), 2, OUT_OF_MEMORY),
+    (lambda: torch.empty(2 ** 58), 2, OUT_OF_MEMORY),
+    (lambda: Path("~nobody-here/x").expanduser(), 2, "a path begins with ~ and a name that this machine does not know"),
+    (lambda: open("x" * 300), 2, "File name too long"), (lambda: open(f"{__file__}/x"), 2, "Not a directory"),
+    (lambda: __import__("yaml"), 2, "this needs pyyaml: pip install pyyaml"),
+    (raising(ValueError("bug")), ValueError, ""), (raising(RuntimeError("bug")), RuntimeError, ""),
+    (raising(PermissionError(13, "bug")), PermissionError, ""), (lambda: {}["x"], KeyError, "")])
+def test_errors_of_a_person_are_one_line_and_bugs_keep_their_traceback(ended, monkeypatch, action, status, said):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    if isinstance(status, type):
+        with pytest.raises(status):
+            command(action)()
+        return
+    code, err = ended(action)
+    assert code == status and err.startswith("error: ") and err.count("\n") == 1 and len(err) < 250
+    assert err == said if said.endswith("\n") else said in err
+
+
+def test_a_loss_that_is_not_finite_names_the_last_checkpoint(begin, home, ended):
     def main():
-        raise error
-    return main
-
-
-@pytest.mark.parametrize("error, status, line", [
-    (UserError("two\nlines"), 2, "error: two lines\n"),
-    (NonFinite(7), 3, "error: loss is not finite at step 7; the last good checkpoint is not written yet\n"),
-    (KeyboardInterrupt(), 130, "error: interrupted\n"),
-    (OSError(28, "No space left on device", "x.bin"), 2, "error: cannot write x.bin: No space left on device\n"),
-    (MemoryError(), 2, "error: out of memory: try a smaller batch_size (and more grad_accum), block_size or model\n"),
-    (torch.OutOfMemoryError("CUDA out of memory."), 2,
-     "error: out of memory: try a smaller batch_size (and more grad_accum), block_size or model\n"),
-])
-def test_errors_of_a_person_are_one_line(capsys, error, status, line):
-    with pytest.raises(SystemExit) as caught:
-        raising(error)()
-    assert caught.value.code == status and capsys.readouterr().err == line
-
-
-def test_out_of_main_memory_is_one_line(capsys):
-    @command
-    def main():
-        torch.empty(2 ** 58)
-
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory")
-
-
-@pytest.mark.parametrize("error", [ValueError("bug"), RuntimeError("bug"), PermissionError(13, "bug")], ids=repr)
-def test_bugs_keep_their_traceback(error):
-    with pytest.raises(type(error)):
-        raising(error)()
-
-
-def test_a_loss_that_is_not_finite_names_the_last_checkpoint(tmp_path, script, capsys):
-    @command
-    def main():
-        with Run(settings_for(tmp_path)) as run:
+        with begin() as run:
             run.save("last.pt", **state(4))
             raise NonFinite(7)
 
-    with pytest.raises(SystemExit) as caught:
-        main()
-    path = tmp_path / "runs" / "toy" / "a" / "last.pt"
-    assert caught.value.code == 3
-    assert capsys.readouterr().err == f"error: loss is not finite at step 7; the last good checkpoint is {path}\n"
-    assert json.loads((path.parent / "summary.json").read_text())["status"] == "failed"
-    assert load_checkpoint(path)["step"] == 4
-
-
-def test_a_reader_that_closes_early_is_no_error(tmp_path):
-    source = "@command\ndef main():\n    sys.stdin.read()\n    print('x' * 100)\nmain()\n"
-    process = child(tmp_path, source, stdin=subprocess.PIPE)
-    process.stdout.close()
-    process.stdin.close()
-    assert process.stderr.read() == "" and process.wait(timeout=60) == 141
-    process.stderr.close()
-
-
-SURROUNDED = """
-@command
-def main():
-    for name, out in (("closed", sys.stdout), ("full", open("/dev/full", "w")),
-                      ("ascii", open("out", "w", encoding="ascii"))):
-        sys.stdout = out
-        surroundings()
-        settings = Settings(out_dir="runs", run_name=name, resume=False)
-        settings.script = __file__
-        with Run(settings) as run:
-            run.bar(1).update(1, "é → ü")
-            run.log(step=1, loss=1.0)
-        print("ß")
-main()
-"""
-
-
-def test_a_finished_run_is_done_whatever_surrounds_it(tmp_path):
-    """A notebook's backend that is not there; a standard output that is closed, full, or a terminal of ASCII."""
-    (tmp_path / "toy.py").write_text(HEAD + SURROUNDED)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
-           "MPLBACKEND": "module://nowhere.backend_inline", "PYTHONIOENCODING": "ascii"}
-    found = subprocess.run(["bash", "-c", f"{sys.executable} toy.py >&-"], cwd=tmp_path, env=env,
-                           stderr=subprocess.PIPE, text=True)
-    assert (found.returncode, found.stderr) == (
-        0, "cannot print (No space left on device): the run goes on in silence\n")
-    for name in ("closed", "full", "ascii"):
-        directory = tmp_path / "runs" / "toy" / name
-        assert json.loads((directory / "summary.json").read_text())["status"] == "done"
-        assert (directory / "curves.png").read_bytes().startswith(b"\x89PNG")
-        assert read_lines(directory / "metrics.jsonl") == [{"step": 1, "split": "train", "loss": 1.0}]
-    assert (tmp_path / "out").read_text().startswith("step 1/1: ? ? ?,")
-
-
-def test_pictures_that_cannot_be_drawn_cost_a_line(tmp_path, script, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "matplotlib", None)
-        with Run(settings_for(tmp_path)) as run:
-            assert "curves.png will not be drawn" in capsys.readouterr().out, "before step 1"
-    assert capsys.readouterr().out == "" and not (run.dir / "curves.png").exists()
-    monkeypatch.setattr(experiment, "draw_curves", lambda *words: 1 / 0)
-    with Run(settings_for(tmp_path, run_name="b")) as other:
-        other.log(step=1, loss=1.0)
-    assert capsys.readouterr().out == "curves.png is left out: ZeroDivisionError: division by zero\n"
-    for directory in (run.dir, other.dir):
-        assert json.loads((directory / "summary.json").read_text())["status"] == "done"
-
-
-@pytest.mark.parametrize("package, setting", [("wandb", "offline"), ("tensorboard", True)])
-def test_packages_that_are_asked_for_and_not_there(tmp_path, script, monkeypatch, package, setting):
-    monkeypatch.setitem(sys.modules, "wandb" if package == "wandb" else "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=f"--{package} needs the package {package}: pip install {package}"):
-        Run(settings_for(tmp_path, **{package: setting})).__enter__()
-    assert not (tmp_path / "runs").exists()
+    assert ended(main) == (3, f"error: loss is not finite at step 7; the last good checkpoint is {home / 'last.pt'}\n")
+    assert summary(home)["status"] == "failed" and load_checkpoint(home / "last.pt")["step"] == 4
 
 
 @pytest.mark.parametrize("name", ["loss", "nats", "bpb", "score"])
-def test_a_validation_that_is_not_finite_fails(tmp_path, script, capsys, name, undrawn):
-    @command
+def test_a_validation_that_is_not_finite_fails(begin, home, ended, name):
     def main():
-        with Run(settings_for(tmp_path)) as run:
+        with begin() as run:
             run.log(step=1, split="val", **{name: torch.tensor(2.0)})
             run.save("last.pt", **state(2))
             run.log(step=2, split="val", **{name: -math.inf})
             run.save("best.pt", **state(2))
 
-    with pytest.raises(SystemExit) as caught:
-        main()
-    directory = tmp_path / "runs" / "toy" / "a"
-    assert caught.value.code == 3 and capsys.readouterr().err == (
-        f"error: {name} of the validation is not finite at step 2; the last checkpoint is {directory / 'last.pt'}\n")
-    assert json.loads((directory / "summary.json").read_text())["status"] == "failed"
-    assert not (directory / "best.pt").exists() and read_lines(directory / "metrics.jsonl")[-1][name] is None
+    assert ended(main) == (3, f"error: {name} of the validation is not finite at step 2; the last checkpoint is "
+                              f"{home / 'last.pt'}\n")
+    assert summary(home)["status"] == "failed"
+    assert not (home / "best.pt").exists() and read_lines(home / "metrics.jsonl")[-1][name] is None
 
 
 def test_not_finite_in_other_places(tmp_path):
@@ -1057,349 +881,34 @@ def test_not_finite_in_other_places(tmp_path):
         silent.log(step=1, split="val", loss=math.nan)
 
 
-@pytest.mark.parametrize("action, said", [
-    (lambda: Path("~nobody-here/x").expanduser(), "a path begins with ~ and a name that this machine does not know"),
-    (lambda: open("x" * 300), "File name too long"), (lambda: open(f"{__file__}/x"), "Not a directory"),
-    (lambda: __import__("yaml"), "this needs pyyaml: pip install pyyaml")])
-def test_paths_and_packages_that_are_not_there(capsys, monkeypatch, action, said):
-    monkeypatch.setitem(sys.modules, "yaml", None)
-    with pytest.raises(SystemExit) as caught:
-        command(action)()
-    err = capsys.readouterr().err
-    assert caught.value.code == 2 and said in err and err.count("\n") == 1 and len(err) < 250
+def test_a_reader_that_closes_early_is_no_error(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+
+    @command
+    def main():
+        os.dup2(write, 1)
+        print("x" * 100)
+    assert status_of(fork(main, tmp_path / "out")) == 141 and (tmp_path / "out.err").read_text() == ""
+    os.close(write)
 
 
-def commands():
-    """Every file that is run as a command."""
-    files = [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]
-    return sorted(file for file in files if 'if __name__ == "__main__":\n    main()' in file.read_text())
+def test_pictures_that_cannot_be_drawn_cost_a_line(begin, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        with begin() as run:
+            assert "curves.png will not be drawn" in capsys.readouterr().out, "before step 1"
+    assert capsys.readouterr().out == "" and not (run.dir / "curves.png").exists()
+    monkeypatch.setattr(experiment, "draw_curves", lambda *words: 1 / 0)
+    with begin(run_name="b") as other:
+        other.log(step=1, loss=1.0)
+    assert capsys.readouterr().out == "curves.png is left out: ZeroDivisionError: division by zero\n"
+    assert summary(run.dir)["status"] == summary(other.dir)["status"] == "done"
 
 
-def test_ctrl_c_while_the_imports_run(tmp_path):
-    """Status 130 and one line: nanolab.settings, which minds it, comes before all that takes long."""
-    assert len(commands()) > 15
-    for path in commands():
-        tree = ast.parse(path.read_text())
-        names = [node.names[0].name if isinstance(node, ast.Import) else node.module
-                 for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        assert set(names[:names.index("nanolab.settings")]) <= {"sys", "pathlib"}, path
-    hang = tmp_path / "torch.py"                             # the import that takes long
-    hang.write_text("import time\nprint('imports', flush=True)\ntime.sleep(60)\n")
-    env = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": ""}
-    for path in (ROOT / "data" / "mqar.py", ROOT / "nanolab" / "runs.py"):
-        code = f"import runpy, sys\nsys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n" \
-               f"sys.modules['__main__'].__file__ = path = {str(path)!r}\nrunpy.run_path(path, {{}}, '__main__')"
-        process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "imports\n"
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-        assert (process.returncode, err) == (130, "error: interrupted\n")
-
-
-WINDOWS = """
-import subprocess, sys, types                                # subprocess goes by msvcrt
-sys.modules.update(fcntl=None, resource=None)
-held = set()
-def locking(descriptor, how, n):
-    import os
-    key = os.fstat(descriptor).st_ino
-    if key in held:
-        raise PermissionError(13, "locked")
-    held.add(key)
-sys.modules["msvcrt"] = types.SimpleNamespace(locking=locking, LK_NBLCK=2)
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-import importlib
-for name in sys.argv[2:]:
-    importlib.import_module(name)
-from nanolab.run import Run, Settings, UserError, find_resume, is_running, load_checkpoint
-settings = Settings(out_dir="runs", run_name="a", resume=False)
-settings.script = "toy.py"
-with Run(settings) as run:
-    run.log(step=1, loss=1.0)
-    run.save("last.pt", 1)
-    assert is_running(run.dir)
-    try:
-        settings["resume"] = True
-        Run(settings, load_checkpoint(run.dir / "last.pt")).__enter__()
-    except UserError as error:
-        print(error)
-print((run.dir / "lock").read_text())
-"""
-
-
-def test_where_the_modules_of_unix_are_missing(tmp_path):
-    """Every script is imported and a run locks its directory by msvcrt; what else differs on Windows is not tried."""
-    (tmp_path / "toy.py").write_text("")
-    names = [str(path.relative_to(ROOT)).removesuffix(".py").replace("/", ".") for path in commands()]
-    found = subprocess.run([sys.executable, "-c", WINDOWS, str(ROOT), *names], cwd=tmp_path, capture_output=True,
-                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"})
-    assert found.stdout == "another process is writing to runs/toy/a\nnanolab-1\n", found.stderr
-
-
-# --- Device, randomness, pictures ---
-
-def test_resolve_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert resolve_device("auto", "auto") == (torch.device("cpu"), torch.float32)
-    assert resolve_device("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
-    for device, dtype, text in [("cuda", "auto", "sees 0 such devices"), ("cuda:1", "auto", "sees 0"),
-                                ("cuda:x", "auto", "must be one of"), ("gpu", "auto", "must be one of auto, cpu, cuda"),
-                                ("cpu", "int8", "--dtype int8: must be one of")]:
-        with pytest.raises(UserError, match=text):
-            resolve_device(device, dtype)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert resolve_device("auto", "auto") == (torch.device("cuda"), torch.float32)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert resolve_device("cuda:1", "auto") == (torch.device("cuda:1"), torch.bfloat16)
-    with pytest.raises(UserError, match="sees 2 such devices"):
-        resolve_device("cuda:2", "auto")
-
-
-def test_generators_go_on_where_they_were(tmp_path):
-    torch.manual_seed(1)
-    data = torch.Generator().manual_seed(2)
-    torch.save(Generators(data=data).state_dict(), tmp_path / "g.pt")
-    expected = torch.rand(5), torch.rand(5, generator=data)
-    states = torch.load(tmp_path / "g.pt", weights_only=True)
-    other = torch.Generator()
-    Generators(data=other).load_state_dict(states)
-    assert torch.equal(torch.rand(5), expected[0]) and torch.equal(torch.rand(5, generator=other), expected[1])
-    with pytest.raises(UserError, match="no state of the generator eval"):
-        Generators(eval=other).load_state_dict(states)
-
-
-def test_generators_of_another_device_go_on_from_the_seed(capsys):
-    """A generator of CUDA has 16 bytes of state, one of the CPU 5,056."""
-    noise, seeded, other = (torch.Generator().manual_seed(seed) for seed in (3, 3, 9))
-    states = Generators(noise=noise, other=other).state_dict()
-    states["named"]["noise"] = torch.zeros(16, dtype=torch.uint8)
-    torch.rand(7, generator=other)
-    Generators(noise=noise, other=other).load_state_dict(states)
-    assert capsys.readouterr().out == ("the checkpoint is of another device: the noise of noise goes on from the "
-                                       "seed\n")
-    assert torch.equal(torch.rand(5, generator=noise), torch.rand(5, generator=seeded))
-    assert torch.equal(torch.rand(5, generator=other), torch.rand(5, generator=torch.Generator().manual_seed(9)))
-    Generators(noise=noise).load_state_dict(Generators(noise=noise).state_dict())
-    assert capsys.readouterr().out == ""
-
-
-def test_seed_everything():
-    before = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
-    try:
-        seed_everything(5, deterministic=True)
-        first = torch.rand(3)
-        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"]
-        assert not torch.utils.deterministic.fill_uninitialized_memory
-        seed_everything(5, deterministic=False)
-        assert torch.equal(torch.rand(3), first) and not torch.are_deterministic_algorithms_enabled()
-    finally:
-        torch.set_deterministic_debug_mode(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
-
-
-def test_peaks():
-    assert 1e7 < measure_peak_flops("cpu", torch.float32) < 1e14  # of whatever share of a core is left
-    before = peak_memory("cpu")
-    held = torch.ones(30_000_000)
-    assert peak_memory("cpu") >= before and peak_memory("cpu") > held.numel() * 4
-
-
-FAULTS = """
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        torch.zeros(10_000_000)  # 40 MB: more than 32 the allocator would always give back
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-@command
-def main():
-    faults()
-    print(faults())
-
-before = faults()
-main()
-print(before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
-def test_a_command_keeps_the_memory_that_tensors_free(tmp_path):
-    out, _ = child(tmp_path, FAULTS).communicate(timeout=60)
-    inside, before = map(int, out.split())
-    assert inside <= before / 10
-
-
-@pytest.fixture
-def hand(monkeypatch):
-    """A host's clock that only moves by hand: hand[0] seconds."""
-    now = [100.0]
-    monkeypatch.setattr(experiment.time, "perf_counter", lambda: now[0])
-    return now
-
-
-def pass_time(clock, now, *laps):
-    for part, seconds in laps:
-        now[0] += seconds
-        clock.start() if part == "other" else clock.lap(part)
-
-
-LAPS = (("other", 1.0), ("data", 2.0), ("forward", 30.0), ("backward", 50.0), ("optimiser", 7.0), ("other", 3.0),
-        ("evaluation", 5.0), ("data", 1.0), ("other", 1.0))
-SHARES = {"data": 0.03, "forward": 0.3, "backward": 0.5, "optimiser": 0.07, "evaluation": 0.05, "other": 0.05}
-
-
-def test_where_the_time_goes(hand, tmp_path, script, capsys):
-    """Each part has the time before its marks, the rest is other; in the summary and in one line."""
-    clock = Stopwatch("cpu")
-    pass_time(clock, hand, *LAPS[:-1])
-    hand[0] += LAPS[-1][1]                                   # not marked: since the last mark
-    with Run(settings_for(tmp_path)) as run:
-        assert "time" not in json.loads((run.dir / "summary.json").read_text())
-        run.spent(clock)
-    summary = json.loads((run.dir / "summary.json").read_text())
-    assert list(summary["time"]) == list(SHARES) and summary["time"] == pytest.approx(SHARES)
-    memory = re.fullmatch(r"time: data 3 %, forward 30 %, backward 50 %, optimiser 7 %, evaluation 5 %, other 5 %; "
-                          r"peak memory ([\d.]+) (MB|GB)\n", capsys.readouterr().out)
-    assert summary["peak_memory"] > 1e7 and memory
-    assert 0.9 < summary["peak_memory"] / {"MB": 1e6, "GB": 1e9}[memory[2]] / float(memory[1]) < 1.1
-    with pytest.raises(KeyError):
-        clock.lap("foward")
-    assert Stopwatch("cpu").shares().keys() == SHARES.keys()     # before any time has passed
-
-
-class Event:
-    """A CUDA event on a device that lags: it passes an event when told to; its clock is the host's `now`."""
-
-    now, queue, waits = [0.0], [], []
-
-    def __init__(self, enable_timing):
-        assert enable_timing
-        self.passed = False
-
-    def record(self, stream):
-        assert stream == "stream of cuda:0"
-        self.at = self.now[0]
-        self.queue.append(self)
-
-    def query(self):
-        return self.passed
-
-    def synchronize(self):
-        self.waits.append(self)
-        while self.queue:
-            event = self.queue.pop(0)
-            event.passed = True
-            if event is self:
-                break
-
-    def elapsed_time(self, end):
-        assert self.passed and end.passed
-        return 1000 * (end.at - self.at)
-
-
-@pytest.mark.parametrize("lag", [0, 3, 100])
-def test_where_the_time_of_a_device_goes(hand, monkeypatch, lag):
-    """On CUDA marks are events: none waits, and they are read when the device has passed them."""
-    monkeypatch.setattr(Event, "now", hand)
-    monkeypatch.setattr(Event, "queue", [])
-    monkeypatch.setattr(Event, "waits", [])
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
-    clock = Stopwatch("cuda:0")
-    for _ in range(20):
-        for lap in LAPS:
-            pass_time(clock, hand, lap)
-            while len(Event.queue) > lag:
-                Event.queue.pop(0).passed = True
-    assert Event.waits == []
-    assert len(clock._coming) <= lag + 1, "marks are read on the way"
-    assert clock.shares() == pytest.approx(SHARES) and len(Event.waits) == 1 and not clock._coming
-
-
-@pytest.mark.parametrize("count", [0, 1, 2, 200])
-def test_curves_without_warnings(tmp_path, count):
-    lines = [{"step": i, "split": split, "model": model, "loss": 1.0 / (i + 1), "bpb": None if i % 2 else 2.0}
-             for i in range(count) for split in ("train", "val") for model in ("plain", "latent")]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        draw_curves(tmp_path)
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_curves_show_values_as_they_are(tmp_path, monkeypatch):
-    """A loss below zero is drawn below zero, on a linear axis; accuracy and each digit have panels of their own."""
-    from matplotlib.figure import Figure
-    seen = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, file, format: seen.extend(figure.axes))
-    lines = [{"step": i, "split": "val", "model": "latent", "loss": 1.0 - i, "accuracy": 0.1 * i,
-              "digit_accuracy_0": 1.0, "digit_accuracy_11": 0.2} for i in range(5)]
-    lines += [{"step": 1, "split": "val", "model": "simple", "digit_accuracy_0": 1.0}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    draw_curves(tmp_path)
-    assert [axes.get_ylabel() for axes in seen] == ["loss (nats per target)", "accuracy", "accuracy of a digit"]
-    assert seen[0].get_yscale() == "linear" and list(seen[0].lines[0].get_ydata()) == [1, 0, -1, -2, -3]
-    assert seen[0].get_ylim()[0] < -3
-    one, eleven, other = seen[2].lines                       # a colour for each digit, a line style for each model
-    assert [line.get_label() for line in seen[2].lines] == ["latent/val 10^0", "latent/val 10^11", "simple/val 10^0"]
-    assert one.get_color() == other.get_color() != eleven.get_color()
-    assert one.get_linestyle() == eleven.get_linestyle() != other.get_linestyle()
-
-
-def test_progress_without_a_terminal(tmp_path, script, capsys, monkeypatch):
-    with Run(settings_for(tmp_path)) as run:
-        bar = run.bar(100, 10)
-        bar.update(11, "loss 2.5")
-        bar.update(12, "loss 2.4")
-        bar.note("val 3.1")
-        bar.update(100, "loss 2.0")
-        bar.close()
-        bar.note("end")
-        run.bar(None).update(5, "loss 1")
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(",")[0] for line in lines] == [
-        "step 11/100: loss 2.5", "val 3.1", "step 100/100: loss 2.0", "end", "step 5: loss 1"]
-    assert lines[2].endswith("0:00:00 left") and not lines[-1].endswith("left")
-
-
-@pytest.mark.parametrize("total", [4, None])
-def test_progress_on_a_terminal(capsys, monkeypatch, total):
-    """Also where no end is known."""
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    bar = experiment.Bar(total, 1)
-    bar.update(4, "loss 2.5")
-    bar.note("val 3.1")
-    bar.close()
-    out = capsys.readouterr().out
-    assert ("4/4" if total else "4 steps") in out and "loss 2.5" in out and "\nval 3.1\n" in out.replace("\r", "\n")
-
-
-@pytest.mark.gpu
-def test_cuda_generators_and_peaks():
-    states = Generators().state_dict()
-    expected = torch.rand(5, device="cuda")
-    Generators().load_state_dict(states)
-    assert torch.equal(torch.rand(5, device="cuda"), expected)
-    assert measure_peak_flops("cuda", torch.bfloat16) > measure_peak_flops("cpu", torch.float32)
-    assert peak_memory("cuda") > 0
-
-
-@pytest.mark.gpu
-def test_time_of_a_gpu():
-    """The device's time counts, not that of the host, which is far ahead of it."""
-    clock, x = Stopwatch("cuda"), torch.randn(4096, 4096, device="cuda")
-    x @ x
-    torch.cuda.synchronize()
-    clock.start()
-    clock.lap("data")
-    for _ in range(50):
-        x @ x
-    clock.lap("forward")
-    torch.cuda.synchronize()
-    shares = clock.shares()
-    assert shares["forward"] > 10 * shares["data"] and sum(shares.values()) == pytest.approx(1)
+@pytest.mark.parametrize("package, setting", [("wandb", "offline"), ("tensorboard", True)])
+def test_packages_that_are_asked_for_and_not_there(tmp_path, begin, monkeypatch, package, setting):
+    monkeypatch.setitem(sys.modules, "wandb" if package == "wandb" else "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=f"--{package} needs the package {package}: pip install {package}"):
+        begin(**{package: setting}).__enter__()
+    assert not (tmp_path / "runs").exists()

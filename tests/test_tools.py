@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import sys
 import time
+import types
 import zipfile
 from pathlib import Path
 
@@ -28,24 +29,15 @@ from data import facts, files, smollm, tokens, video
 from model import TransformerConfig, build_model
 from nanolab import probe, run as experiment, settings as flags
 from nanolab.run import Settings, UserError
+from forks import snapshot
 from test_scripts import fresh
 
+def anew(script):
+    """A script as a new module."""
+    return types.SimpleNamespace(**fresh(script))
+
+
 BAD = ("nan", "inf", "-inf", "1e400", "-1e400", "1" + "0" * 30, "9" * 5000, "one", "")
-
-
-def refused(monkeypatch, capsys, module, *words):
-    """The one line that a command says, in this process, with status 2."""
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, words)])
-        before = dict(vars(module))
-        try:
-            with pytest.raises(SystemExit) as ended:
-                module.main()
-        finally:
-            vars(module).update(before)
-    said = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2 and len(said) == 1 and said[0].startswith("error: "), (words, said)
-    return said[0]
 
 
 @pytest.mark.parametrize("tool", [sample, evaluate, plot, grid, bench, probe], ids=lambda tool: tool.__name__)
@@ -201,41 +193,32 @@ def clips(path, seed):
     ("train_facts.py", ["--task", "in_tool", "--n_people", 16, "--max_steps", 1, "--database", "a.db"],
      lambda: (os.unlink("a.db"), facts.Database(facts.people(17, 0, unseen=300)).save("a.db"))),
 ])
-def test_a_resumed_run_notices_data_that_changed(script, words, change, tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_notices_data_that_changed(script, words, change, tmp_path, monkeypatch, in_process, undrawn):
     monkeypatch.chdir(tmp_path)
     clips("a.npz", 1)
     facts.Database(facts.people(16, 0, unseen=300)).save("a.db")
-    words = [script, "--debug", "--device", "cpu", "--run_name", "a", *map(str, words)]
-    monkeypatch.setattr(sys, "argv", words)
-    fresh(script)["main"]()
-    kept = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    words = ["--debug", "--device", "cpu", "--run_name", "a", *words]
+    assert in_process(anew(script), *words)[0] == 0
+    kept = snapshot(Path("runs"))
     change()
-    monkeypatch.setattr(sys, "argv", words + ["--resume"])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        fresh(script)["main"]()
-    said = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2 and len(said) == 1 and "changed since the checkpoint" in said[0], said
-    assert kept == {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    code, _, err = in_process(anew(script), *words, "--resume")
+    assert code == 2 and err.count("\n") == 1 and "changed since the checkpoint" in err
+    assert kept == snapshot(Path("runs"))
 
 
 @pytest.mark.parametrize("script, words", [("train_enwik8.py", []),
                                            ("train_facts.py", ["--task", "text", "--tokenizer", "bytes"])])
 @pytest.mark.parametrize("n, said", [(20, "too few to be scored"), (200, "will mean little")])
-def test_a_validation_that_is_too_small(script, words, n, said, tmp_path, monkeypatch, capsys):
+def test_a_validation_that_is_too_small(script, words, n, said, tmp_path, monkeypatch, in_process, undrawn):
     """Refused before the first step where there is nothing to score; ten bytes are said to mean little."""
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_bytes(bytes(range(97, 117)) * (n // 20))
-    monkeypatch.setattr(sys, "argv", [script, "--debug", "--device", "cpu", "--dataset", "a.txt", "--max_bytes", "none",
-                                      "--block_size", "16", "--max_steps", "1", "--run_name", "a", *words])
+    code, out, err = in_process(anew(script), "--debug", "--device", "cpu", "--dataset", "a.txt", "--max_bytes", "none",
+                                "--block_size", 16, "--max_steps", 1, "--run_name", "a", *words)
     if n == 20:
-        with pytest.raises(SystemExit) as ended:
-            fresh(script)["main"]()
-        lines = capsys.readouterr().err.splitlines()
-        assert ended.value.code == 2 and len(lines) == 1 and said in lines[0] and not Path("runs").exists(), lines
+        assert code == 2 and err.count("\n") == 1 and said in err and not Path("runs").exists(), err
     else:
-        fresh(script)["main"]()
-        assert said in capsys.readouterr().out
+        assert code == 0 and said in out
 
 
 # --- Checkpoints, and flags without an effect ---
@@ -294,11 +277,11 @@ def models(tmp_path_factory):
     (evaluate, ["--watch", "text.pt"], "the directory of a run is needed"),
     *((tool, ["x" * 300], "name too long") for tool in (sample, evaluate, probe, grid)),
 ])
-def test_mistakes_are_one_line(tool, words, said, models, monkeypatch, capsys, tmp_path):
+def test_mistakes_are_one_line(tool, words, said, models, in_process, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "compare_training", lambda peers: pytest.fail("it began to measure"))
-    words = [models / word if str(word).endswith(".pt") else word for word in words]
-    assert said.lower() in refused(monkeypatch, capsys, tool, *words).lower()
+    code, _, err = in_process(tool, *(models / word if str(word).endswith(".pt") else word for word in words))
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and said.lower() in err.lower(), err
     assert not list(tmp_path.iterdir())
 
 
@@ -338,24 +321,16 @@ def test_pictures_are_what_their_names_say(tmp_path):
         assert (tmp_path / name).read_bytes().startswith(begin)
 
 
-def test_few_people(models, tmp_path, monkeypatch, capsys):
+def test_few_people(models, tmp_path, in_process):
     """Values that one person alone has cannot be held out, and one value is no choice: a line says so."""
     loaded = torch.load(models / "facts.pt", weights_only=True)
     seen = set()
     for n, unseen in ((6, 3), (1, 0), (40, 4)):
         loaded["settings"].update(n_people=n, n_unseen=unseen)
         torch.save(loaded, tmp_path / "few.pt")
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["probe.py", str(tmp_path / "few.pt"), "--steps", "2", "--device", "cpu"])
-            before = dict(vars(probe))
-            try:
-                probe.main()
-                seen.add(0)
-            except SystemExit as error:
-                seen.add(error.code)
-                assert "nothing to learn from" in capsys.readouterr().err
-            finally:
-                vars(probe).update(before)
+        code, _, err = in_process(probe, tmp_path / "few.pt", "--steps", 2, "--device", "cpu")
+        assert code == 0 or "nothing to learn from" in err
+        seen.add(code)
     assert seen == {0, 2}
 
 

@@ -3,12 +3,14 @@ import json
 import shutil
 import signal
 
+import pytest
 import torch
 
 import evaluate
 from nanolab.run import load_checkpoint, run_metrics
 from nanolab.score import Ensemble, score
-from forks import assert_done, assert_error, wait_for
+from forks import assert_done, wait_for
+from toy import run_main
 
 TRAIN = ("train_enwik8.py --debug --device cpu --eval_interval none --save_interval 10 --sample_length 0 "
          "--run_name w").split()
@@ -23,6 +25,26 @@ def watch(forks, folder, *words):
     return forks.start(["evaluate.py", "--watch", "runs/train_enwik8/w", *words], folder)
 
 
+@pytest.fixture(scope="module")
+def trained(forks, tmp_path_factory):
+    """A folder with a run of 20 steps, which has validated at 10 and 20; tests work on copies of it."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert_done(forks.run([*(word if word != "none" else "10" for word in TRAIN), "--max_steps", "20"], folder))
+    return folder
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    """The run's directory in tmp_path."""
+    return shutil.copytree(trained, tmp_path, dirs_exist_ok=True) / "runs/train_enwik8/w"
+
+
+def refused(said, *words):
+    """One line of evaluate.py, in this process."""
+    status, _, err = run_main(evaluate, *words)
+    assert status == 2 and err.startswith("error: ") and said in err and err.count("\n") == 1, err
+
+
 def test_every_checkpoint_is_scored_as_it_would_be_alone_and_the_best_is_kept(forks, tmp_path):
     """The watcher starts first. Its figures are evaluate.py's; metrics.jsonl and the trainer's files stay its own."""
     watcher = watch(forks, tmp_path, "--protocols", "block,stride:16", "--patience", "60")
@@ -33,9 +55,8 @@ def test_every_checkpoint_is_scored_as_it_would_be_alone_and_the_best_is_kept(fo
     assert {step for step, _ in found} >= {10, 20, 30, 40} and len(found) == len(lines(tmp_path))
     best = min(found[step, "block"] for step, protocol in found if protocol == "block")
     assert found[load_checkpoint(run / "best.pt")["step"], "block"] == best
-    alone = forks.run(["evaluate.py", "runs/train_enwik8/w", "--protocols", "block,stride:16"], tmp_path)
-    assert_done(alone)
-    assert f"{found[40, 'block']:.4f}" in alone.out and f"{found[40, 'stride:16']:.4f}" in alone.out
+    status, out, _ = run_main(evaluate, run, "--protocols", "block,stride:16")
+    assert status == 0 and f"{found[40, 'block']:.4f}" in out and f"{found[40, 'stride:16']:.4f}" in out
     assert {line["split"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())} == {"train"}
     assert [line["step"] for line in run_metrics(run)] == sorted(line["step"] for line in run_metrics(run))
     with open(run / "evaluation.jsonl", "a") as file:
@@ -46,13 +67,10 @@ def test_every_checkpoint_is_scored_as_it_would_be_alone_and_the_best_is_kept(fo
     assert not list(run.glob(".watch-*"))
 
 
-def test_the_trainers_best_is_left_alone(forks, tmp_path):
-    words = [word if word != "none" else "10" for word in TRAIN]
-    assert_done(forks.run([*words, "--max_steps", "20"], tmp_path))
-    run = tmp_path / "runs" / "train_enwik8" / "w"
-    before = (run / "best.pt").stat()
-    assert_done(watch(forks, tmp_path).wait())
-    after = (run / "best.pt").stat()
+def test_the_trainers_best_is_left_alone(copy, tmp_path):
+    before = (copy / "best.pt").stat()
+    assert run_main(evaluate, "--watch", copy)[0] == 0
+    after = (copy / "best.pt").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert [line["step"] for line in lines(tmp_path)] == [20]
 
@@ -84,40 +102,36 @@ def test_a_trainer_that_dies_prunes_and_goes_back(forks, tmp_path):
     assert max(line["step"] for line in lines(tmp_path)) == early + 5
 
 
-def test_mistakes(forks, tmp_path):
-    assert_error(forks.run(["evaluate.py", "--watch", "runs/none", "--patience", "0.2"], tmp_path), "no run is there")
-    assert_error(forks.run(["evaluate.py", "a", "--watch", "b"], tmp_path), "which run?")
-    assert_done(forks.run([*TRAIN, "--max_steps", "5"], tmp_path))
-    (tmp_path / "runs/train_enwik8/w/summary.json").write_text('{"status": "running"}')
+def test_mistakes(forks, copy, tmp_path):
+    refused("no run is there", "--watch", tmp_path / "none", "--patience", 0.2)
+    refused("which run?", "a", "--watch", "b")
+    refused("has no posterior", copy, "--samples", 2)
+    (copy / "summary.json").write_text('{"status": "running"}')
     first = watch(forks, tmp_path, "--patience", "300")
     wait_for(lambda: len(lines(tmp_path)) == 1)
-    assert_error(watch(forks, tmp_path).wait(), "another process is watching")
+    refused("another process is watching", "--watch", copy)
     first.kill(signal.SIGINT)
     assert first.wait().code == 130
-    path = tmp_path / "runs/train_enwik8/w/last.pt"
-    path.write_bytes(path.read_bytes()[:1000])
-    assert_error(watch(forks, tmp_path).wait(), "w/last.pt is truncated")
-    assert_error(forks.run(["evaluate.py", "runs/train_enwik8/w", "--samples", "2", "--protocols", "cache"], tmp_path),
-                 "block and stride")
+    (copy / "last.pt").write_bytes((copy / "last.pt").read_bytes()[:1000])
+    refused("w/last.pt is truncated", "--watch", copy)
+    refused("block and stride", copy, "--samples", 2, "--protocols", "cache")
 
 
 def test_draws_of_the_posterior(forks, tmp_path, monkeypatch):
     """ivon: one draw differs from the mean, other seeds differ, a mixture is better than its draws are on average (the
-    logarithm is concave); other optimisers have none."""
-    words = [word if word != "w" else "ivon" for word in TRAIN]
-    assert_done(forks.run([*words, "--optimizer", "ivon", "--betas", "0.9,0.9999", "--ess", "1000", "--lr", "0.1",
+    logarithm is concave)."""
+    assert_done(forks.run([*TRAIN, "--optimizer", "ivon", "--betas", "0.9,0.9999", "--ess", "1000", "--lr", "0.1",
                            "--schedule", "constant", "--max_steps", "20"], tmp_path))
+    run = tmp_path / "runs/train_enwik8/w"
 
     def bpb(*more):
-        child = forks.run(["evaluate.py", "runs/train_enwik8/ivon", *more], tmp_path)
-        assert_done(child)
-        return float(child.out.splitlines()[-1].split()[2])
-    mean, one, other = bpb(), bpb("--samples", "1"), bpb("--samples", "1", "--seed", "3")
-    assert len({mean, one, other}) == 3 and one == bpb("--samples", "1")
+        status, out, err = run_main(evaluate, run, *more)
+        assert (status, err) == (0, "")
+        return float(out.splitlines()[-1].split()[2])
+    mean, one, other = bpb(), bpb("--samples", 1), bpb("--samples", 1, "--seed", 3)
+    assert len({mean, one, other}) == 3 and one == bpb("--samples", 1)
     where, data = torch.device("cpu"), torch.randint(97, 123, (3000,), dtype=torch.uint8)
     monkeypatch.setattr(evaluate, "samples", 4)
-    _, mixture = evaluate.open_model(tmp_path / "runs/train_enwik8/ivon/last.pt", where)
+    _, mixture = evaluate.open_model(run / "last.pt", where)
     draws = [score(Ensemble(mixture.model, [draw]), data).bpb for draw in mixture.weights]
     assert len(set(draws)) == 4 and score(mixture, data).bpb < sum(draws) / 4 - 0.01
-    assert_done(forks.run([*TRAIN, "--max_steps", "2"], tmp_path))
-    assert_error(forks.run(["evaluate.py", "runs/train_enwik8/w", "--samples", "2"], tmp_path), "has no posterior")
