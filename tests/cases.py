@@ -97,6 +97,12 @@ def put(*places):
     return then
 
 
+def made(*inputs, dtype=FLOAT, device="cpu"):
+    """Tensors of makers, the same in every process and on every device; tensors and None as they are."""
+    torch.manual_seed(0)
+    return [t(dtype, device) if callable(t) else t if t is None else t.to(device) for t in inputs]
+
+
 @dataclass
 class Case:
     """op: of the tensors, a kernel's or none's by the switch. twin: the same by the formula; None: op by "torch".
@@ -119,9 +125,8 @@ class Case:
         self.twin = self.twin or formula(self.op)
 
     def make(self, dtype=FLOAT, device="cpu"):
-        """The tensors, the same in every process and on every device."""
-        torch.manual_seed(0)
-        return [t(dtype, device) if callable(t) else t if t is None else t.to(device) for t in self.inputs]
+        """The tensors."""
+        return made(*self.inputs, dtype=dtype, device=device)
 
     def agree(self, tensors, dtype=FLOAT, device="cpu", upstream=None, used=None, guarded=True, twin=None):
         """Asserts that op by kernel alone and its formula give the same outputs and gradients, of the same types;

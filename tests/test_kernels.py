@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import model
-from cases import (CASES, FIRST, MODELS, NOTHING, Case, below, linear_cross_entropy, linear_cross_entropy_reference, of,
-                   tables)
+from cases import (CASES, CHOICES, FIRST, MODELS, NOTHING, below, linear_cross_entropy, linear_cross_entropy_reference,
+                   made, of, tables)
 from interpreter import EVERYWHERE, INTERPRETED, by_kernel, formula, interpreted, kernels_of, needs_interpreter, results
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "by_triton"),
@@ -146,6 +146,16 @@ def test_without_a_kernel(name, dtype):
         torch.testing.assert_close(mine, other, **case.near(dtype, mine, other), equal_nan=True)
 
 
+@pytest.mark.parametrize("op", FIRST)
+def test_types(op):
+    """Losses and states are float32, codes int64, all else is of the type of the inputs."""
+    case = CASES[FIRST[op]]
+    wide = "cross_entropy", "linear", "batched", "min_gru", "selective_scan"
+    for i, y in enumerate(results(case.op, case.make(torch.bfloat16), constant=len(case.inputs))[0]):
+        codes = op == "nearest_code" or i == 1 and op in CHOICES
+        assert y.dtype == (torch.int64 if codes else FLOAT if op in wide else torch.bfloat16)
+
+
 @pytest.mark.parametrize("name", [*FIRST.values(), "rms_norm, one row", "layer_norm, bias"])
 def test_by_torch(name):
     """What PyTorch has for it computes the formula."""
@@ -169,11 +179,6 @@ def test_no_kernel_takes_tuples_apart_within_a_tuple():
 
 # --- Norms, rotary positions, cross-entropy ---
 
-def given(*makers, dtype=FLOAT):
-    """Tensors of makers of cases.py."""
-    return Case(None, lambda: None, list(makers)).make(dtype)
-
-
 @needs_interpreter
 def test_the_norm_is_of_the_rounded_sum():
     """What float16 loses beside 2048 is not in the norm either, as the backward pass sees only the sum that is kept."""
@@ -186,7 +191,7 @@ def test_the_norm_is_of_the_rounded_sum():
 @needs_interpreter
 def test_too_wide_rows_take_the_formula(monkeypatch):
     """Kernels hold a row in one block."""
-    x, = given(of(2, 20))
+    x, = made(of(2, 20))
     with interpreted():
         monkeypatch.setattr(kernels_of("rows"), "norm_forward", None)
         with pytest.raises(TypeError):
@@ -218,7 +223,7 @@ def test_cross_entropy_of_ignored_rows_and_targets_out_of_range():
 
 def test_turning_back():
     """RoPE's turn is undone by its gradient."""
-    x, (cos, sin) = given(of(2, 5, 3, 8))[0].requires_grad_(), tables(2, 5, 8)
+    x, (cos, sin) = made(of(2, 5, 3, 8))[0].requires_grad_(), tables(2, 5, 8)
     y = kernels.rotary(x, cos, sin)
     y.backward(y.detach())
     torch.testing.assert_close(x.grad, x.detach())
@@ -268,8 +273,8 @@ class Largest(TorchDispatchMode):
 def test_all_logits_are_never_there(dtype):
     """Forward and backward make no tensor larger than the larger of h and weight; the formula makes N V numbers."""
     N, C, V = 512, 16, 2048  # V C is N V / 32
-    tensors = given(of(N, C), of(V, C), below(V, N), of(V), dtype=dtype)
-    several = given(of(2, N, C), of(2, 2, V // 2, C), below(V // 2, N, 2), dtype=dtype)
+    tensors = made(of(N, C), of(V, C), below(V, N), of(V), dtype=dtype)
+    several = made(of(2, N, C), of(2, 2, V // 2, C), below(V // 2, N, 2), dtype=dtype)
     for op, tensors, most in ((linear_cross_entropy, tensors, V * C),
                               (linear_cross_entropy_reference, tensors, N * V),
                               (kernels.batched_linear_cross_entropy, several, 2 * V * C)):
@@ -289,7 +294,7 @@ def test_rows_at_once():
 
 def test_only_what_is_asked_for_is_computed():
     """Frozen inputs get no gradient, and others the same as with all."""
-    tensors = given(of(7, 5), of(9, 5), below(9, 7), of(9))
+    tensors = made(of(7, 5), of(9, 5), below(9, 7), of(9))
     _, whole, upstream = results(lambda *given: linear_cross_entropy(*given, chunk=3), tensors)
     floating = [0, 1, 3]
     for kept, gradient in zip(floating, whole):
@@ -301,7 +306,7 @@ def test_only_what_is_asked_for_is_computed():
 
 def test_weight_gradient_is_summed_in_float32():
     """Of many small chunks in bfloat16: adding them up in bfloat16 would lose a part of the later ones."""
-    low = given(of(512, 8, then=torch.abs), of(4, 8), below(4, 512), dtype=torch.bfloat16)
+    low = made(of(512, 8, then=torch.abs), of(4, 8), below(4, 512), dtype=torch.bfloat16)
     exact = results(linear_cross_entropy_reference, [t.double() if t.is_floating_point() else t for t in low],
                     [torch.ones(512)])[1][1]
     mine = results(lambda *given: linear_cross_entropy(*given, chunk=1), low, [torch.ones(512)])[1][1]
@@ -311,7 +316,7 @@ def test_weight_gradient_is_summed_in_float32():
 @pytest.mark.parametrize("inner", [False, True])
 def test_autocast(inner):
     """Products are bfloat16 in both passes, wherever backward is called; gradients have the inputs' type."""
-    h, weight, bias, labels = given(of(7, 5), of(9, 5), of(9), below(9, 7))
+    h, weight, bias, labels = made(of(7, 5), of(9, 5), of(9), below(9, 7))
     asking = [t.requires_grad_() for t in (h, weight, bias)]
     with torch.autocast("cpu", torch.bfloat16):
         loss = linear_cross_entropy(h, weight, labels, bias, chunk=3)
@@ -330,7 +335,7 @@ def test_autocast(inner):
 def test_losses_of_a_model():
     """Lists of classifiers of some layers, some targets each: as Transformer.losses computes them."""
     A, N, C, K, V = 3, 6, 8, 2, 11
-    h, labels, *parts = given(of(A, N, C), below(V, N, K, ignored=[(2, 1)]), *[of(V, C), of(V)] * (A * K))
+    h, labels, *parts = made(of(A, N, C), below(V, N, K, ignored=[(2, 1)]), *[of(V, C), of(V)] * (A * K))
     for groups in (A, 1):
         heads, biases = ([t.requires_grad_() for t in parts[i::2][:groups * K]] for i in range(2))
         logits = model.batched_linear(h, heads, groups, biases).view(A * N * K, V)
@@ -349,7 +354,7 @@ def test_losses_of_a_model():
 
 def test_losses_may_be_changed_in_place():
     """What the backward pass needs is kept elsewhere."""
-    h, weight, labels = given(of(7, 5), of(9, 5), below(9, 7))
+    h, weight, labels = made(of(7, 5), of(9, 5), below(9, 7))
     loss = linear_cross_entropy(h.requires_grad_(), weight, labels)
     loss.mul_(2).sum().backward()
     wanted, = torch.autograd.grad(2 * linear_cross_entropy_reference(h, weight, labels).sum(), h)
