@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import model
 from cases import (CASES, CHOICES, FIRST, MODELS, NOTHING, below, linear_cross_entropy, linear_cross_entropy_reference,
                    made, of, tables)
 from interpreter import EVERYWHERE, INTERPRETED, by_kernel, formula, interpreted, kernels_of, needs_interpreter, results
+from ways import Largest
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "by_triton"),
               pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:overflow")]  # numpy says so, of exp(1e4)
@@ -179,6 +179,12 @@ def test_no_kernel_takes_tuples_apart_within_a_tuple():
 
 # --- Norms, rotary positions, cross-entropy ---
 
+def test_the_norm_is_of_the_sum():
+    x, = made(of(3, 5, 24))
+    torch.testing.assert_close(kernels.rms_norm_reference(x, residual=2 * x), (formula(kernels.rms_norm)(3 * x), 3 * x),
+                               rtol=1e-6, atol=1e-6)
+
+
 @needs_interpreter
 def test_the_norm_is_of_the_rounded_sum():
     """What float16 loses beside 2048 is not in the norm either, as the backward pass sees only the sum that is kept."""
@@ -258,16 +264,6 @@ def test_arguments_that_do_not_go_together():
 
 
 # --- Cross-entropy of a linear layer ---
-
-class Largest(TorchDispatchMode):
-    """The most numbers that one result of any operation had."""
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t))])
-        return out
-
 
 @pytest.mark.parametrize("dtype", [FLOAT, torch.bfloat16], ids=str)
 def test_all_logits_are_never_there(dtype):

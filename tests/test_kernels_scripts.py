@@ -36,7 +36,8 @@ from models.world_dynamics import CausalDynamics, Dynamics
 from models.world_tokenizer import Tokenizer
 from models.world_words import FirstFrame, Writer
 from test_scripts import fresh
-from ways import (ROOT, assert_near_under_autocast, assert_same, by_each, close, in_words, pair, some, watched, whole)
+from ways import (ROOT, assert_dropped_alike, assert_near_under_autocast, assert_same, close, in_words, pair, some,
+                  watched, whole)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(vocab_size=13, n_layer=2, n_head=4, n_embd=32, block_size=12, init="xavier", positions="rope", norm="rms",
@@ -219,16 +220,8 @@ def test_frames_with_a_cache():
 
 def test_frames_with_dropout():
     """In training the same is dropped, by torch; in evaluation it goes by kernel."""
-    found = []
-    for model in by_each(pair(lambda: SpatioTemporal(configured(dropout=0.3), 6, (2, 3)))):
-        torch.manual_seed(5)
-        with watched() as calls:
-            found.append(model(some(2, 5, 6, 32)))
-        assert not calls.keys() & (SPACE | TIME)
-    close(found[1], found[0])
-    with watched() as calls, kernels.using("triton"):
-        model.eval()(some(2, 5, 6, 32))
-    assert SPACE | TIME < calls.keys()
+    assert_dropped_alike(pair(lambda: SpatioTemporal(configured(dropout=0.3), 6, (2, 3))),
+                         lambda model: model(some(2, 5, 6, 32)), SPACE | TIME)
 
 
 @pytest.mark.parametrize("build, inputs, called", [

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import choices
 import kernels
@@ -119,8 +120,33 @@ def assert_near_under_autocast(models, run, near, cosine):
         with torch.autocast("cpu", torch.bfloat16), watched() as calls:
             out, loss = run(model)
         loss.backward()
-        found.append((out.detach().float().flatten(), torch.cat([p.grad.flatten() for p in model.parameters()])))
-    (out, gradient), (other, theirs) = found
-    close(other, out, near)
-    assert all(torch.nn.functional.cosine_similarity(*two, 0) > cosine for two in ((out, other), (gradient, theirs)))
+        gradients = [p.grad.flatten() for p in model.parameters()]
+        embed = [model.embed.grad.flatten()] if isinstance(getattr(model, "embed", None), torch.nn.Parameter) else []
+        found.append([out.detach().float().flatten(), torch.cat(gradients), *embed])
+    close(found[1][0], found[0][0], near)
+    assert all(torch.nn.functional.cosine_similarity(*two, 0) > cosine for two in zip(*found, strict=True))
     return calls
+
+
+def assert_dropped_alike(models, run, operations, near=2e-5):
+    """With dropout both draw the same, as none of the operations goes by kernel; in evaluation all do."""
+    found = []
+    for model in by_each(models):
+        torch.manual_seed(5)
+        with watched() as calls:
+            found.append(run(model))
+        assert not calls.keys() & operations
+    close(*found, near)
+    with watched() as calls, kernels.using("triton"):
+        run(models[1].eval())
+    assert operations <= calls.keys()
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that one result of any operation had."""
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t))])
+        return out
