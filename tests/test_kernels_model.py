@@ -2,32 +2,23 @@
 
 On a CPU kernels are their twins, and in Triton's interpreter themselves. About 30 s on one core.
 """
-import subprocess
-import sys
-from contextlib import contextmanager
-from pathlib import Path
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-import train_enwik8
-import train_facts
-from interpreter import INTERPRETED, interpreted
+from interpreter import alone, interpreted, needs_interpreter
 from model import EVERYTHING, Causal, Positions, TransformerConfig, build_model, from_checkpoint
-from models.encoder_decoder import Encoder
 from models.experts import MixtureOfExperts
 from models.video import TwoStreams
 from nanolab import parallel
 from nanolab.run import UserError
+from ways import Largest, assert_dropped_alike, assert_near_under_autocast, assert_same, by_each, in_words
+from ways import pair as pair_of
+from ways import watched, whole
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(vocab_size=31, n_layer=2, n_head=4, n_embd=24, block_size=16, init="xavier", positions="rope")
-OPERATIONS = ("rms_norm", "layer_norm", "rotary", "gated", "gelu", "relu2", "cross_entropy",
-              "batched_linear_cross_entropy", "attend", "attend_differential", "attend_space", "attend_time",
-              "attend_one", "attend_latent", "min_gru", "selective_scan", "grouped_linear")
 LOSS, NORM = "batched_linear_cross_entropy", "layer_norm"
 PLAIN = {LOSS, NORM, "rotary", "gelu", "attend"}  # what SMALL calls
 RAGGED = torch.tensor([[-1, -1, -1, *range(13)], [*range(16)]])
@@ -95,26 +86,16 @@ CASES = {  # name: (settings, what forward is given more, operations called)
 
 
 def pair(**settings):
-    """The same model twice."""
-    torch.manual_seed(0)
-    one = build_model(TransformerConfig(**{**SMALL, **settings}))
-    two = build_model(TransformerConfig(**{**SMALL, **settings}))
-    with torch.no_grad():
-        for p in one.parameters():  # gains and biases too
-            p.add_(torch.randn_like(p), alpha=0.1)
-    two.load_state_dict(one.state_dict())
-    return one, two
+    """The same model twice, gains and biases moved too."""
+    return pair_of(lambda: build_model(TransformerConfig(**{**SMALL, **settings})), 0.1)
 
 
-def by_each(models):
-    """The first model, and while it is used kernels "torch"; then the second, with "triton"."""
-    for way, model in zip(kernels.WAYS, models):
-        with kernels.using(way):
-            yield model
+def close(got, want, near=1e-5):
+    torch.testing.assert_close(got, want, atol=near, rtol=1e-5)
 
 
 def text(*shape, seed=1):
-    return torch.randint(SMALL["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+    return whole(SMALL["vocab_size"], *shape, seed=seed)
 
 
 def labels(model, B=2, T=16):
@@ -124,67 +105,21 @@ def labels(model, B=2, T=16):
     return targets
 
 
-def learn(model, **how):
-    """(objective, nats, {name: gradient or None}, balance and other extras)."""
-    objective, nats = model(text(2, 16), labels(model), **how)
-    objective.backward()
-    return objective.detach(), nats, {name: p.grad for name, p in model.named_parameters()}, model.extras
+def passing(**how):
+    """What a pass for training gives: the objective, nats, balance and other extras."""
+    def run(model):
+        objective, nats = model(text(2, 16), labels(model), **how)
+        assert nats.abs().min() > 0.1 and nats.dtype == torch.float32
+        return dict(objective=objective, nats=nats, **model.extras)
+    return run
 
 
-def close(got, want, atol=1e-5):
-    torch.testing.assert_close(got, want, atol=atol, rtol=1e-5)
-
-
-@contextmanager
-def watched():
-    """Collects the names of operations that are called by "triton", and not by another."""
-    called, inside = set(), []
-    with pytest.MonkeyPatch.context() as patch:
-        for name in OPERATIONS:
-            def spy(*given, name=name, operation=getattr(kernels, name), **how):
-                called.update({name} if kernels.on() and not inside else ())
-                inside.append(name)
-                try:
-                    return operation(*given, **how)
-                finally:
-                    inside.pop()
-            patch.setattr(kernels, name, spy)
-            if name in kernels.PLAIN:
-                patch.setitem(kernels.PLAIN, name, spy)
-        yield called
-
-
-# --- Twins ---
+# --- Formulas ---
 
 @pytest.mark.parametrize("case", CASES)
-def test_same_losses_and_gradients(case):
-    settings, how, _ = CASES[case]
-    (objective, nats, gradients, extras), found = (learn(model, **how) for model in by_each(pair(**settings)))
-    assert nats.abs().min() > 0.1 and sum(g is not None and g.abs().max() > 1e-3 for g in gradients.values()) > 3
-    close(found[0], objective)
-    close(found[1], nats)
-    assert found[1].dtype == torch.float32
-    for name, gradient in gradients.items():
-        close(found[2][name], gradient)
-    assert found[3].keys() == extras.keys()
-    for name in extras:
-        close(found[3][name], extras[name])
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_calls_these_operations(case):
-    """A pass for training calls those of the table; with kernels "torch" the same pass calls none, and decodes so."""
+def test_same_losses_and_gradients_and_who_is_called(case):
     settings, how, expected = CASES[case]
-    for wanted, model in zip((set(), expected), by_each(pair(**settings))):
-        with watched() as called:
-            learn(model, **how)
-        assert called == wanted
-    with watched() as called, torch.no_grad():
-        model = pair(**settings)[0].eval()
-        cache = model.new_cache(2, 16)
-        model(text(2, 5), cache=cache)
-        model(text(2, 1), cache=cache)
-    assert called == set()
+    assert_same(pair(**settings), passing(**how), expected, near=1e-5, largest=False)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ("prefix later", "later")])
@@ -211,34 +146,20 @@ def test_same_logits_with_and_without_cache(case):
 @pytest.mark.parametrize("mixer, positions", [("mingru", "rope"), ("mamba", "rope"), ("xl", "rope"),
                                               ("xl", "relative"), ("compressive", "rope")])
 def test_same_over_segments(mixer, positions):
-    """Two segments of a stream; the second goes on from the memory of the first."""
-    found = []
-    for model in by_each(pair(mixer=mixer, positions=positions, memory_length=8, block_size=8, compressed_length=4,
-                              compression_rate=2)):
+    """Three segments of a stream; each goes on from the memory of those before."""
+    def run(model):
         memory = model.new_memory(2)
-        with watched() as called:
-            parts = [model(text(2, 8, seed=i), text(2, 8, 1, seed=9), memory=memory)[0] for i in range(3)]
-        sum(parts).backward()
-        found.append((parts, [p.grad for p in model.parameters()]))
-    for part, other in zip(*(parts for parts, _ in found)):
-        close(other, part)
-    for gradient, other in zip(*(gradients for _, gradients in found)):
-        close(other, gradient)
+        parts = [model(text(2, 8, seed=i), text(2, 8, 1, seed=9), memory=memory)[0] for i in range(3)]
+        return dict(loss=sum(parts), parts=parts)
+    models = pair(mixer=mixer, positions=positions, memory_length=8, block_size=8, compressed_length=4,
+                  compression_rate=2)
+    called = assert_same(models, run, near=1e-5, largest=False)
     assert ("attend" in called) == ((mixer, positions) == ("xl", "rope"))  # keys of old are plain causal ones
 
 
 def test_dropout_is_drawn_as_before():
     """Attention with dropout is PyTorch's, so both draw the same; in evaluation it is the kernel's again."""
-    found = []
-    for model in by_each(pair(dropout=0.3)):
-        torch.manual_seed(5)
-        with watched() as called:
-            found.append(learn(model)[1])
-        assert "attend" not in called
-    close(*found)
-    with watched() as called, kernels.using("triton"):
-        model.eval()(text(2, 16))
-    assert "attend" in called
+    assert_dropped_alike(pair(dropout=0.3), lambda model: passing()(model)["nats"], {"attend"}, near=1e-5)
 
 
 def test_one_byte_and_what_does_not_go_by_kernel(by_triton):
@@ -262,7 +183,7 @@ LONE = {"rotary", "attend_one"}
     (dict(n_kv_head=2), LONE), (dict(mixer="mla", norm="rms"), {"rms_norm", "rotary", "attend_latent"}),
     (dict(positions="alibi"), set()), (dict(score_softcap=0.5), {"rotary"}), (dict(attention="sdpa"), {"rotary"}),
     (dict(softmax_plus_one=True), {"rotary"}), (dict(positions="learned"), {"attend_one"}),
-], ids=lambda value: str(sorted(value) if isinstance(value, set) else value))  # one order in all processes
+], ids=in_words)
 @torch.no_grad()
 def test_what_one_byte_over_a_cache_calls(settings, expected, by_triton):
     model = pair(**settings)[1].eval()
@@ -270,7 +191,7 @@ def test_what_one_byte_over_a_cache_calls(settings, expected, by_triton):
     model(text(2, 12), cache=cache)
     with watched() as called:
         model(text(2, 1), cache=cache)
-    assert called == {NORM, "gelu"} - ({NORM} if "norm" in settings else set()) | expected
+    assert called.keys() == {NORM, "gelu"} - ({NORM} if "norm" in settings else set()) | expected
 
 
 def test_who_goes_alone_by_kernel(by_triton):
@@ -300,40 +221,17 @@ def test_a_latent_too_wide_for_its_kernel_goes_as_ever(by_triton):
         with watched() as called:
             y = mixer.attend_latents(q, held, Positions(4, 1), None, Causal(), 0.1)
         close(y, (q @ held.mT * 0.1).softmax(-1) @ held[..., :rank])
-        assert called == expected
-
-
-def test_an_encoder_sees_everything():
-    torch.manual_seed(0)
-    model = Encoder(TransformerConfig(**SMALL)).eval()
-    close(*(one(text(2, 16)) for one in by_each((model, model))))
+        assert called.keys() == expected
 
 
 @pytest.mark.parametrize("settings", [dict(norm="rms", qk_norm=True, activation="swiglu", n_targets=2),
                                       dict(mixer="mla", ff="moe"), dict(mixer="diff,mingru,mamba", n_layer=3)], ids=str)
 def test_autocast(settings):
-    """Under bfloat16 the types fit: both are a rounding away from float32."""
-    found = []
-    for model in by_each(pair(**settings)):
-        with torch.autocast("cpu", torch.bfloat16):
-            objective, nats = model(text(2, 16), labels(model))
-            logits = model(text(2, 16))
-        objective.backward()
-        assert logits.dtype == nats.dtype == torch.float32
-        found.append((nats, model.embed.grad))
-    close(found[1][0], found[0][0], atol=0.05)
-    assert torch.nn.functional.cosine_similarity(*(g.flatten() for _, g in found), 0) > 0.98
-
-
-class Sizes(TorchDispatchMode):
-    """Notes the most elements of any result."""
-    most = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            self.most = max(self.most, t.numel() if torch.is_tensor(t) else 0)
-        return out
+    def run(model):
+        objective, nats = model(text(2, 16), labels(model))
+        assert model(text(2, 16)).dtype == nats.dtype == torch.float32
+        return nats, objective
+    assert_near_under_autocast(pair(**settings), run, 0.05, 0.98)
 
 
 @pytest.mark.parametrize("heads", ["own", "shared"])
@@ -341,9 +239,9 @@ def test_never_all_logits(heads):
     models = by_each(pair(vocab_size=256, n_targets=2, target_heads=heads, ff="none"))
     for all_of_them, model in zip((True, False), models):
         x, targets = text(16, 16), text(16, 16, 2, seed=2)
-        with Sizes() as sizes:
+        with Largest() as seen:
             model(x, targets)[0].backward()
-        assert (sizes.most >= 256 * 2 * 256) == all_of_them and (all_of_them or sizes.most <= 256 * 2 * 256 // 4)
+        assert (seen.numel >= 256 * 2 * 256) == all_of_them and (all_of_them or seen.numel <= 256 * 2 * 256 // 4)
 
 
 def test_experts_do_not_wait_for_the_device(monkeypatch, by_triton):
@@ -370,7 +268,7 @@ def test_experts_do_not_wait_for_the_device(monkeypatch, by_triton):
 def test_experts_report_the_same_loads():
     loads = []
     for model in by_each(pair(ff="moe", n_expert=16)):
-        learn(model)
+        passing()(model)
         loads.append(model.usage)
     assert loads[0].keys() == loads[1].keys() == {0, 1}
     for layer in loads[0]:
@@ -379,42 +277,26 @@ def test_experts_report_the_same_loads():
 
 # --- Kernels ---
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+@needs_interpreter
 @pytest.mark.parametrize("settings", [
     dict(activation="swiglu", n_targets=2, n_kv_head=1), dict(norm="rms", mixer="window", window=3, activation="relu2"),
     dict(mixer="diff", target_heads="shared", n_targets=2, head_bias=True),
     dict(mixer="mingru", intermediate_losses=True), dict(mixer="mamba", state_dim=4), dict(ff="moe", n_expert=4),
 ], ids=str)
-def test_one_step_in_the_interpreter(settings, monkeypatch):
-    """Kernels against twins: weights after a step. While kernels run, no twin can."""
-    tiny = dict(vocab_size=17, n_layer=1 + ("intermediate_losses" in settings), n_head=2, n_embd=16, block_size=8,
-                init="xavier", positions="rope", **settings)
-    x, padded = torch.randint(17, (2, 8)), torch.tensor([[-1, -1, *range(6)], [*range(8)]])
+def test_one_step_in_the_interpreter(settings):
+    tiny = dict(vocab_size=17, n_layer=1 + ("intermediate_losses" in settings), n_head=2, n_embd=16, block_size=8)
+    padded = torch.tensor([[-1, -1, *range(6)], [*range(8)]])
     how = dict(positions=padded) if settings.get("mixer") in ("mingru", "mamba") else {}
-    found = []
-    for by_kernel in (False, True):
-        torch.manual_seed(3)
-        model = build_model(TransformerConfig(**tiny))
-        targets = torch.randint(17, (2, 8, model.config.n_labels))
+
+    def run(model):
+        targets = whole(17, 2, 8, model.config.n_labels, seed=2)
         targets[1, 2] = -1
-        optimiser = torch.optim.SGD(model.parameters(), 0.5)
-        if by_kernel:
-            monkeypatch.setattr(kernels, "exactly", None)  # nearly all formulas begin with it
-            monkeypatch.setattr(kernels, "softmax_over", None)
-            with interpreted():
-                objective, nats = model(x, targets, **how)
-                objective.backward()
-        else:
-            objective, nats = model(x, targets, **how)
-            objective.backward()
-        optimiser.step()
-        found.append((nats, model.state_dict()))
-    close(found[1][0], found[0][0])
-    for name, p in found[0][1].items():
-        close(found[1][1][name], p)
+        objective, nats = model(whole(17, 2, 8), targets, **how)
+        return dict(objective=objective, nats=nats)
+    assert_same(pair(**tiny, **settings), run, way=alone, near=1e-5, largest=False)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+@needs_interpreter
 @pytest.mark.parametrize("settings", [dict(n_kv_head=1), dict(mixer="window", window=4), dict(mixer="diff"),
                                       dict(mixer="mla", kv_rank=8, rope_dim=4)], ids=str)
 @torch.no_grad()
@@ -431,16 +313,6 @@ def test_generation_in_the_interpreter(settings, monkeypatch):
 
 
 # --- The setting ---
-
-def test_default_path_does_not_import_triton():
-    """It would be felt in every start."""
-    code = ("import sys, torch, model\n"
-            "m = model.build_model(model.TransformerConfig(n_layer=4, n_embd=32, n_head=2, block_size=8, ff='mlp,moe',"
-            " mixer='full,mingru,mamba,diff', positions='rope'))\n"
-            "m(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, 1, dtype=torch.int64))[0].backward()\n"
-            "sys.exit(any(name.startswith(('fused', 'triton')) for name in sys.modules))")
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
-
 
 def test_words():
     assert TransformerConfig().kernels == "torch"
@@ -468,11 +340,6 @@ def test_a_checkpoint_brings_its_kernels():
     for setting, on in (({"kernels": "triton"}, True), ({"kernels": "torch"}, False), ({}, False)):
         found = from_checkpoint(dict(settings={**SMALL, **setting}, vocab_size=31, model=model.state_dict()))
         assert kernels.on() == on and found.state_dict().keys() == model.state_dict().keys()
-
-
-@pytest.mark.parametrize("script", [train_enwik8, train_facts])
-def test_scripts_have_it_as_no_part_of_the_architecture(script):
-    assert getattr(script, "kernels", TransformerConfig.kernels) == "torch" and "kernels" not in script.architecture
 
 
 def test_one_process_only():

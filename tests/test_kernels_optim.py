@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from interpreter import INTERPRETED, formula, interpreted, kernels_of
-from kernels import adamw_step
+from interpreter import formula, interpreted, kernels_of, needs_interpreter
+from kernels import adamw_step, using
 from nanolab import optim
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "by_triton"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -57,10 +57,8 @@ def assert_both(ours, theirs, grads, tolerance=CLOSE, tables=None, **more):
     return norm
 
 
-@pytest.fixture
-def in_interpreter():
-    if not INTERPRETED:
-        pytest.skip("no triton, or a GPU that runs the kernels instead")
+MORE = pytest.mark.parametrize("more", [dict(zip(("clip", "orthograd"), values)) for values in (
+    (), (0.5,), (None, True), (0.5, True))], ids=str)
 
 
 # --- The twin ---
@@ -84,7 +82,8 @@ def test_the_twin_is_optim_after_torchs_clipping(dtype, tolerance, clip, orthogr
         norm = ours.step(adamw_step, grads, clip=clip, orthograd=orthograd, eps=1e-3,
                          weight_decay=[0.1, 0.1, 0, 0, 0])
         expected = None if clip is None else torch.nn.utils.clip_grad_norm_(params, clip)
-        theirs.step()
+        with using("torch"):
+            theirs.step()
         assert (norm is None) == (clip is None)
         if clip is not None:
             torch.testing.assert_close(norm, expected)
@@ -117,7 +116,8 @@ def test_chunks_grow_with_the_model():
     assert [adamw._chunk(n) // adamw.BLOCK for n in (1, 2 ** 22 - 1, 2 ** 22, 2 ** 27)] == [4, 4, 16, 16]
 
 
-def test_twenty_steps(in_interpreter):
+@needs_interpreter
+def test_twenty_steps():
     """One table for all steps; the gradients are written into the same tensors."""
     ours, theirs = pair([(7, 5), (1,), (130,)])
     tables, grads, rows = {}, tensors([(7, 5), (1,), (130,)]), None
@@ -129,8 +129,9 @@ def test_twenty_steps(in_interpreter):
         assert tables["rows"] is rows
 
 
-@pytest.mark.parametrize("more", [{}, {"clip": 0.5}, {"orthograd": True}, {"clip": 0.5, "orthograd": True}])
-def test_every_size_dtype_and_gap(in_interpreter, more):
+@needs_interpreter
+@MORE
+def test_every_size_dtype_and_gap(more):
     """Several chunks, a whole one, odd, one and no elements; bfloat16 against float32 in any mixture; None."""
     shapes = [(adamw._chunk(0) + 37,), (3, 7), (1,), (0,), (6,), (5,), (20,)]
     ours, theirs = pair(shapes)
@@ -151,7 +152,8 @@ def test_every_size_dtype_and_gap(in_interpreter, more):
     assert torch.equal(ours.params[5], tensors(shapes)[5])
 
 
-def test_not_contiguous(in_interpreter):
+@needs_interpreter
+def test_not_contiguous():
     ours, theirs = pair([(3, 8), (4, 4)])
     for setup in (ours, theirs):
         setup.params[0], setup.means[1] = setup.params[0].T, setup.means[1].T
@@ -160,7 +162,8 @@ def test_not_contiguous(in_interpreter):
     assert not ours.params[0].is_contiguous()
 
 
-def test_tables_follow_what_moves(in_interpreter):
+@needs_interpreter
+def test_tables_follow_what_moves():
     """A new gradient, a gradient that is missing, another decay; and what autograd would miss is told it."""
     ours, theirs = pair([(4,), (9,)])
     tables, version = {}, ours.params[0]._version
@@ -173,9 +176,10 @@ def test_tables_follow_what_moves(in_interpreter):
     assert ours.params[0]._version > version
 
 
+@needs_interpreter
 @pytest.mark.parametrize("clip", [1e-3, math.inf])
 @pytest.mark.parametrize("scale", [0.0, 1e15, 1e37])
-def test_clipping_of_nothing_of_much_and_of_too_much(in_interpreter, scale, clip):
+def test_clipping_of_nothing_of_much_and_of_too_much(scale, clip):
     """Zero gradients; huge ones; and so huge that the norm is infinite, which leaves 0 of them, or NaN of inf / inf.
 
     The weights are large, so that the product with them overflows too.
@@ -193,7 +197,8 @@ def test_clipping_of_nothing_of_much_and_of_too_much(in_interpreter, scale, clip
         grads, tensors([(4,), (9,)], 1, scale=scale)))  # only read
 
 
-def test_nan_gradients_are_not_hidden_by_clipping(in_interpreter):
+@needs_interpreter
+def test_nan_gradients_are_not_hidden_by_clipping():
     ours, theirs = pair([(4,), (9,)])
     grads = tensors([(4,), (9,)])
     grads[0][2] = torch.nan
@@ -202,7 +207,8 @@ def test_nan_gradients_are_not_hidden_by_clipping(in_interpreter):
     assert norm.isnan() and all(p.isnan().all() for p in ours.params)
 
 
-def test_orthograd_at_its_edges(in_interpreter):
+@needs_interpreter
+def test_orthograd_at_its_edges():
     """Zero weights and one element leave the gradient; one along the weights becomes 0, so that only decay is left."""
     ours, theirs = pair([(6,), (1,), (600,)])
     for setup in (ours, theirs):
@@ -215,14 +221,16 @@ def test_orthograd_at_its_edges(in_interpreter):
     torch.testing.assert_close(ours.means[0], 0.1 * grads[0])
 
 
-def test_beta1_of_0_and_a_large_eps(in_interpreter):
+@needs_interpreter
+def test_beta1_of_0_and_a_large_eps():
     """A lerp by 1; eps is corrected with the second moment."""
     ours, theirs = pair([(6,)])
     assert_both(ours, theirs, tensors([(6,)], 1), betas=(0.0, 0.5), eps=0.1)
     assert_both(ours, theirs, tensors([(6,)], 2), betas=(0.0, 0.5), eps=0.1)
 
 
-def test_nothing_to_do(in_interpreter):
+@needs_interpreter
+def test_nothing_to_do():
     """No tensors, or none with a gradient: a norm of 0 where one was asked for."""
     with interpreted():
         assert adamw_step([], [], [], [], 1, **SETTINGS) is None
@@ -233,7 +241,7 @@ def test_nothing_to_do(in_interpreter):
 # --- On a GPU ---
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("more", [{}, {"clip": 0.5}, {"orthograd": True}, {"clip": 0.5, "orthograd": True}])
+@MORE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_on_a_gpu(dtype, more):
     """Hundreds of tensors and a large one, against the twin and the compiled twin."""

@@ -5,7 +5,7 @@ On a CPU kernels are their twins, and in Triton's interpreter themselves. About 
 import json
 import subprocess
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -13,15 +13,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
 import choices
 import kernels
+import nanolab.run
 import train_dvae
+import train_enwik8
+import train_facts
 import train_mult
 import train_worldmodel
 from data.arc import Canvas
 from data.multiplication import Notation
-from interpreter import INTERPRETED, interpreted
+from interpreter import alone, needs_interpreter
 from model import TransformerConfig
 from models import encoder_decoder as networks
 from models.discrete import VQ, choose
@@ -34,103 +36,15 @@ from models.world_dynamics import CausalDynamics, Dynamics
 from models.world_tokenizer import Tokenizer
 from models.world_words import FirstFrame, Writer
 from test_scripts import fresh
+from ways import (ROOT, assert_dropped_alike, assert_near_under_autocast, assert_same, close, in_words, pair, some,
+                  watched, whole)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-OPERATIONS = ("rms_norm", "layer_norm", "rotary", "gated", "gelu", "relu2", "cross_entropy",
-              "batched_linear_cross_entropy", "attend", "attend_space", "attend_time", "nearest_code", "gumbel_softmax",
-              "reinmax", "adamw_step")
 SMALL = dict(vocab_size=13, n_layer=2, n_head=4, n_embd=32, block_size=12, init="xavier", positions="rope", norm="rms",
              activation="swiglu")
 PLAIN = {"rms_norm", "gated"}  # what every layer of SMALL calls
 SPACE, TIME = {"attend_space"}, {"attend_time"}
 SCRIPTS = [train_mult, train_dvae, train_worldmodel]
-
-
-def some(*shape, seed=1):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def whole(high, *shape, seed=1):
-    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def close(got, want, atol=2e-5):
-    torch.testing.assert_close(got, want, atol=atol, rtol=2e-5)
-
-
-def close_gradients(got, want):
-    """To float32's rounding of the largest of a tensor."""
-    for name, gradient in want.items():
-        close(got[name], gradient, atol=2e-5 * max(1.0, gradient.abs().max().item()))
-
-
-@contextmanager
-def watched():
-    """Counts the calls of each operation by "triton", not those by another: {name: [arguments of a call, ...]}."""
-    calls, inside = {}, []
-    with pytest.MonkeyPatch.context() as patch:
-        for name in OPERATIONS:
-            def spy(*given, name=name, operation=(real := getattr(kernels, name)), **how):
-                if kernels.on() and not inside:
-                    calls.setdefault(name, []).append((given, how))
-                inside.append(name)
-                try:
-                    return operation(*given, **how)
-                finally:
-                    inside.pop()
-            for module in (kernels, sys.modules["models.dvae"], train_mult, train_worldmodel,
-                           train_worldmodel.measures):
-                if getattr(module, name, None) is real:
-                    patch.setattr(module, name, spy)
-            if name in kernels.PLAIN:
-                patch.setitem(kernels.PLAIN, name, spy)
-        yield calls
-
-
-def pair(build):
-    """build() twice, with one set of weights, none of them 0 or 1."""
-    models = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        models.append(build())
-    one, two = models
-    assert one.state_dict().keys() == two.state_dict().keys()  # and so for checkpoints
-    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters()))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for p in one.parameters():
-            p.add_(torch.randn_like(p), alpha=0.05)
-    two.load_state_dict(one.state_dict())
-    return one, two
-
-
-def by_each(models):
-    """The first model, and while it is used kernels "torch"; then the second, with "triton"."""
-    for way, model in zip(kernels.WAYS, models):
-        with kernels.using(way):
-            yield model
-
-
-def learn(model, run):
-    """(what run(model) gives, every parameter's gradient of its sum with random weights)."""
-    model.zero_grad()
-    out = run(model)
-    (out * some(*out.shape, seed=9)).sum().backward()
-    return out.detach(), {name: p.grad for name, p in model.named_parameters()}
-
-
-def assert_same(build, run, expected, how=nullcontext):
-    """Both kernels: the same outputs and gradients; "torch" calls no operation, "triton" those `expected`."""
-    found = []
-    for wanted, model in zip((set(), expected), by_each(pair(build))):
-        with watched() as calls, how(), choices.clear():
-            found.append(learn(model, run))
-        assert calls.keys() == wanted
-    (out, gradients), (other, theirs) = found
-    assert out.abs().mean() > 0.01 and sum(g is not None and g.abs().max() > 1e-3 for g in gradients.values()) > 3
-    close(other, out)
-    close_gradients(theirs, gradients)
-    return calls
 
 
 def configured(**settings):
@@ -160,13 +74,15 @@ def layers(settings):
     return found | ({"gated"} if kind == "swiglu" else {kind} & {"gelu"})
 
 
-@pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("case", ENCODERS)
+@pytest.mark.parametrize("case, padding", [  # every padding by kernel; one of what goes as ever
+    *(("full", padding) for padding in PADDINGS), ("layer", "lengths"), ("layer", "within"), ("grouped", "none"),
+    ("grouped", "begin"), ("grouped", "within"), ("alibi", "end"), ("sdpa", "within"), ("diff", "lengths"),
+    ("wide", "begin")])
 def test_encoder(case, padding):
     settings, expected = ENCODERS[case]
     padding = PADDINGS[padding]
     real = ~as_mask(padding, 12) if padding is not None else torch.ones(3, 12, dtype=torch.bool)
-    calls = assert_same(lambda: Encoder(configured(**settings)),
+    calls = assert_same(pair(lambda: Encoder(configured(**settings))),
                         lambda model: model(whole(13, 3, 12), padding)[real], layers(settings) | expected)
     if "attend" in expected:
         assert len(calls["attend"]) == 2  # one of a layer
@@ -195,7 +111,7 @@ def test_encoder_and_decoder(kind, padding, cross):
     padding = PADDINGS[padding]
     ragged = kind == "prefix" and padding is not None
     expected = PLAIN | {"rotary", "cross_entropy"} | (set() if ragged else {"attend"})
-    calls = assert_same(lambda: build(configured(block_size=20, n_kv_head=2)),
+    calls = assert_same(pair(lambda: build(configured(block_size=20, n_kv_head=2))),
                         lambda model: model(whole(13, 3, 12), whole(13, 3, 8, seed=2), targets, padding)[0], expected)
     if kind == "prefix":
         return
@@ -243,7 +159,8 @@ def test_cross_attention_falls_back(settings):
 @pytest.mark.parametrize("grid", [None, (3, 4), (2, 5)])
 def test_spatial(grid, padding):
     real = torch.ones(3, 12, dtype=torch.bool) if padding is None else ~padding
-    assert_same(lambda: SpatialTransformer(configured(), 12, grid), lambda model: model(some(3, 12, 32), padding)[real],
+    assert_same(pair(lambda: SpatialTransformer(configured(), 12, grid)),
+                lambda model: model(some(3, 12, 32), padding)[real],
                 PLAIN | {"attend"} | ({"rotary"} if grid else set()))
 
 
@@ -270,7 +187,7 @@ def test_frames(case):
     settings = dict(settings)
     grid, n_tokens = settings.pop("grid", (2, 3)), settings.pop("n_tokens", 6)
     config = configured(**settings)
-    calls = assert_same(lambda: SpatioTemporal(config, n_tokens, grid),
+    calls = assert_same(pair(lambda: SpatioTemporal(config, n_tokens, grid)),
                         lambda model: model(some(2, 5, n_tokens, config.n_embd), **call), layers(settings) | expected)
     rotations = {"two streams": 4, "alibi": 2, "learned": 2, "none": 0}.get(case, 2 if grid is None else 4)
     assert len(calls.get("rotary", ())) == rotations
@@ -292,8 +209,9 @@ def test_frames_with_a_cache():
     kernels.use("triton")
     with watched() as calls:
         parts = [two(x[:, a:b], cache) for a, b in ((0, 2), (2, 3), (3, 5))]
-    assert calls.keys() == PLAIN | {"rotary", "attend_space", "attend"}
-    assert len(calls["attend"]) == 4 and len(calls["attend_space"]) == 6  # two layers, of chunks of several frames; all
+    assert calls.keys() == PLAIN | {"rotary", "attend_space", "attend", "attend_one"}
+    # of two layers: over time of chunks of several frames, and of the one of a single frame; within all frames
+    assert [len(calls[name]) for name in ("attend", "attend_one", "attend_space")] == [4, 2, 6]
     close(torch.cat(parts, 1), want)
     with watched() as calls:
         close(two(x, window=3), want)
@@ -302,33 +220,19 @@ def test_frames_with_a_cache():
 
 def test_frames_with_dropout():
     """In training the same is dropped, by torch; in evaluation it goes by kernel."""
-    found = []
-    for model in by_each(pair(lambda: SpatioTemporal(configured(dropout=0.3), 6, (2, 3)))):
-        torch.manual_seed(5)
-        with watched() as calls:
-            found.append(learn(model, lambda model: model(some(2, 5, 6, 32)))[0])
-        assert not calls.keys() & (SPACE | TIME)
-    close(found[1], found[0])
-    with watched() as calls, kernels.using("triton"):
-        model.eval()(some(2, 5, 6, 32))
-    assert SPACE | TIME < calls.keys()
+    assert_dropped_alike(pair(lambda: SpatioTemporal(configured(dropout=0.3), 6, (2, 3))),
+                         lambda model: model(some(2, 5, 6, 32)), SPACE | TIME)
 
 
-@pytest.mark.parametrize("model", ["frames", "cross"])
-def test_autocast(model):
-    """Under bfloat16 the types fit: both are a rounding away from float32."""
-    found = []
-    build = {"frames": lambda: SpatioTemporal(configured(qk_norm=True), 6, (2, 3)),
-             "cross": lambda: EncoderDecoder(configured())}[model]
-    for network in by_each(pair(build)):
-        with torch.autocast("cpu", torch.bfloat16), watched() as calls:
-            out = (network(some(2, 5, 6, 32)) if model == "frames" else
-                   network(whole(13, 3, 12), whole(13, 3, 8, seed=2), padding=PADDINGS["lengths"]))
-        out.float().square().mean().backward()
-        found.append((out.detach().flatten(), torch.cat([p.grad.flatten() for p in network.parameters()])))
-    assert len(calls.get("attend_time", ())) == 2 or len(calls["attend"]) == 6
-    close(found[1][0].float(), found[0][0].float(), atol=0.1)
-    assert all(F.cosine_similarity(found[0][i].float(), found[1][i].float(), 0) > 0.995 for i in range(2))
+@pytest.mark.parametrize("build, inputs, called", [
+    (lambda: SpatioTemporal(configured(qk_norm=True), 6, (2, 3)), (some(2, 5, 6, 32),), ("attend_time", 2)),
+    (lambda: EncoderDecoder(configured()), (whole(13, 3, 12), whole(13, 3, 8, seed=2), None, torch.tensor([12, 7, 1])),
+     ("attend", 6))], ids=["frames", "cross"])
+def test_autocast(build, inputs, called):
+    def run(model):
+        out = model(*inputs)
+        return out, out.float().square().mean()
+    assert len(assert_near_under_autocast(pair(build), run, 0.1, 0.995)[called[0]]) == called[1]
 
 
 @torch.no_grad()
@@ -341,7 +245,7 @@ def test_autocast_that_widens_a_norm(monkeypatch):
         want = model(some(2, 5, 6, 32))
         monkeypatch.setattr(networks, "plain_rms_norm", lambda x: plain(x).float())
         with watched() as calls:
-            close(model(some(2, 5, 6, 32)).float(), want.float(), atol=0.1)
+            close(model(some(2, 5, 6, 32)).float(), want.float(), 0.1)
     assert [t.dtype for name in ("attend_space", "attend_time") for t in calls[name][0][0]] == 6 * [torch.bfloat16]
 
 
@@ -377,18 +281,7 @@ WORLD = {  # build(kernels), run(model), operations
 @pytest.mark.parametrize("case", WORLD)
 def test_world(case):
     build, run, expected = WORLD[case]
-    if case == "action conv":  # without a norm that could say so
-        with choices.clear():
-            (one, out), (two, other) = ((model, learn(model, run)) for model in by_each(pair(build)))
-        close(other[0], out[0])
-        with watched() as calls:
-            run(one)
-            assert not calls
-            with kernels.using("triton"):
-                run(two)
-        assert calls.keys() == expected
-        return
-    calls = assert_same(build, run, expected)
+    calls = assert_same(pair(build), run, expected)
     if case == "first frame":  # 2 layers: of the encoder, over the frame, and from it to the caption
         lengths = [how["lengths"] for _, how in calls["attend"] if "lengths" in how]
         assert len(calls["attend"]) == 6 and [x.tolist() for x in lengths] == 2 * [[6, 2]]
@@ -436,8 +329,8 @@ def test_choose(case):
         found = chosen(partial(kernels.using, "triton"), *case)
     assert calls.keys() == CHOICES[case]
     assert torch.equal(found[1], want[1]) and torch.equal(found[3], want[3]) and len(want[1].unique()) > 9
-    close(found[0], want[0], atol=1e-6)
-    close(found[2], want[2], atol=1e-5)
+    close(found[0], want[0], 1e-6)
+    close(found[2], want[2], 1e-5)
     assert want[2].abs().max() > 0.01
     untouched = torch.equal(found[3], torch.rand(1, generator=torch.Generator().manual_seed(4)))
     assert untouched == (case[2] == 0)  # without noise nothing is drawn
@@ -447,15 +340,13 @@ def test_choose(case):
         assert torch.equal(found[0].argmax(-1), found[1]) and (found[0].max(-1).values - 1).abs().max() < 1e-6
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+@needs_interpreter
 @pytest.mark.parametrize("case", [case for case in CHOICES if CHOICES[case]], ids=str)
-def test_choose_in_the_interpreter(case, monkeypatch):
-    want = chosen(nullcontext, *case)
-    monkeypatch.setattr(kernels, "exactly", None)  # no reference can run
-    found = chosen(interpreted, *case)
+def test_choose_in_the_interpreter(case):
+    want, found = chosen(nullcontext, *case), chosen(alone, *case)
     assert torch.equal(found[1], want[1]) and torch.equal(found[3], want[3])
-    close(found[0], want[0], atol=1e-6)
-    close(found[2], want[2], atol=1e-5)
+    close(found[0], want[0], 1e-6)
+    close(found[2], want[2], 1e-5)
 
 
 def test_choose_refuses():
@@ -466,17 +357,17 @@ def test_choose_refuses():
             choose(some(2, 5), "none")
 
 
-@pytest.mark.parametrize("by_kernel", [False, pytest.param(True, marks=pytest.mark.skipif(
-    not INTERPRETED, reason="needs Triton's interpreter"))])
+@pytest.mark.parametrize("way", [partial(kernels.using, "triton"), pytest.param(alone, marks=needs_interpreter)],
+                         ids=["formula", "kernel"])
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-def test_nearest(similarity, by_kernel):
+def test_nearest(similarity, way):
     """VQ: the same codes in training and evaluation; the codes follow alike."""
     found = []
     for how in ("torch", "triton"):
         torch.manual_seed(0)
         book = VQ(37, 6, similarity)
         z = (some(40, 9, 6, seed=3) * 0.4).requires_grad_()
-        with (interpreted() if by_kernel and how == "triton" else kernels.using(how), watched() as calls,
+        with (way() if how == "triton" else kernels.using(how), watched() as calls,
               choices.clear() if how == "torch" else nullcontext()):
             first = book(z.detach())
             out = book(z, "vq", tau=1.0)
@@ -493,11 +384,6 @@ def test_nearest(similarity, by_kernel):
 
 
 # --- The discrete VAE ---
-
-def in_words(value):
-    """Of a test's name: a set in one order in all processes, which must collect the same tests."""
-    return str(sorted(value) if isinstance(value, set) else value)
-
 
 def dvae(quantiser="categorical", side=5, **settings):
     sizes = dict(n_codes=6, codebook_size=16, code_dim=8, patch_height=2, patch_width=1, encoder_layers=1,
@@ -523,7 +409,7 @@ def test_dvae(quantiser, estimator, settings, expected):
     def nats(model):
         found = model.codebook(model.encode(tokens, shapes), estimator, generator=torch.Generator().manual_seed(1))
         return model.nats(found.e, tokens, shapes)[0] + found.loss
-    assert_same(lambda: dvae(quantiser, **settings), nats, expected | {"cross_entropy"})
+    assert_same(pair(lambda: dvae(quantiser, **settings)), nats, expected | {"cross_entropy"})
 
 
 # --- Losses ---
@@ -610,10 +496,9 @@ def test_solver_takes_lengths():
 
 # --- Kernels ---
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+@needs_interpreter
 @pytest.mark.parametrize("case", ["frames", "streams", "encoder", "first frame", "dvae"])
-def test_one_step_in_the_interpreter(case, monkeypatch):
-    """Kernels against torch: outputs and gradients. While kernels run, no twin can."""
+def test_one_step_in_the_interpreter(case):
     shapes, tokens = torch.tensor([[2, 2], [2, 1]]), torch.tensor([[[1, 2], [3, 4]], [[1, 10], [3, 10]]])
 
     def nats(model):
@@ -630,14 +515,7 @@ def test_one_step_in_the_interpreter(case, monkeypatch):
                     lambda m: m(whole(13, 3, 12), whole(13, 3, 4), whole(13, 3, 4), PADDINGS["lengths"])[0]),
         "first frame": (lambda: FirstFrame((2, 3), 9, 1, 2, 16, 8), WORLD["first frame"][1]),
         "dvae": (lambda: dvae(side=2, activation="geglu", n_codes=3, codebook_size=8), nats)}[case]
-    one, two = pair(build)
-    out, gradients = learn(one, run)
-    monkeypatch.setattr(kernels, "exactly", None)  # all references begin with it
-    monkeypatch.setattr(kernels, "softmax_over", None)
-    with interpreted():
-        found, theirs = learn(two, run)
-    close(found, out)
-    close_gradients(theirs, gradients)
+    assert_same(pair(build), run, way=alone)
 
 
 # --- The setting ---
@@ -652,9 +530,9 @@ RUNS = [  # script, words, operations that a run calls
     (train_dvae, "--max_steps 5 --estimator reinmax --hard_at 0.4", {"layer_norm", "gelu", "reinmax", "cross_entropy"}),
     (train_worldmodel, "--side 4 --cell_px 4 --patch 4 --n_head 2 --max_steps 3 --n_train 8 --n_val 4 --eval_clips 8 "
      "--eval_interval 2 --context 3 --length 7 --rollout_clips 4 --tokenizer spatiotemporal --action_model transformer "
-     "--no-streams --action_quantiser vq",
-     {"rms_norm", "gelu", "rotary", "attend", "attend_space", "attend_time", "nearest_code", "cross_entropy",
-      "batched_linear_cross_entropy"})]
+     "--no-streams --action_quantiser vq --decode_steps 2",
+     {"rms_norm", "gelu", "rotary", "attend", "attend_one", "attend_space", "attend_time", "nearest_code",
+      "cross_entropy", "batched_linear_cross_entropy"})]
 
 
 @pytest.mark.parametrize("script, words, expected", RUNS, ids=[f"{script.__name__} {words[:30]}" for script, words, _ in
@@ -666,6 +544,7 @@ def test_a_debug_run(script, words, expected, tmp_path, monkeypatch):
     near ties, and what follows differs. That the choices are the same without ties is test_dvae's and test_world's.
     """
     near = 0.03 if expected & DISCRETE else 1e-4
+    monkeypatch.setattr(nanolab.run, "draw_curves", lambda *given, **how: None)  # takes seconds
     found = []
     for how in ("torch", "triton"):
         monkeypatch.setattr(sys, "argv", [script.__file__, "--debug", "--device", "cpu", "--out_dir", str(tmp_path),
@@ -683,21 +562,25 @@ def test_a_debug_run(script, words, expected, tmp_path, monkeypatch):
             assert two["loss"] == pytest.approx(one["loss"], rel=near)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, train_enwik8, train_facts], ids=lambda script: script.__name__)
 def test_scripts_have_the_setting(script, forks, tmp_path):
-    """The same name, choices and comment everywhere; no part of the architecture; another word is refused."""
+    """The same name, choices and comment where models are not the decoder alone; no part of the architecture; another
+    word is refused."""
     def line(module):
         return [text for text in Path(module.__file__).read_text().splitlines() if text.startswith("kernels = ")]
-    assert line(script) == line(train_mult) and len(line(script)) == 1 and script.kernels == "torch"
-    assert "kernels" not in str(script.architecture)
-    done = forks.run([Path(script.__file__).name, "--kernels", "cuda"], tmp_path)
-    assert done.code == 2 and "kernels" in done.err and "torch, triton" in done.err
+    assert getattr(script, "kernels", TransformerConfig.kernels) == "torch" and "kernels" not in script.architecture
+    if script in SCRIPTS:
+        assert line(script) == line(train_mult) and len(line(script)) == 1
+        done = forks.run([Path(script.__file__).name, "--kernels", "cuda"], tmp_path)
+        assert done.code == 2 and "kernels" in done.err and "torch, triton" in done.err
 
 
 def test_default_path_does_not_import_triton():
-    code = ("import sys, torch, models.dvae\n"
+    """It would be felt in every start."""
+    code = ("import sys, torch, model, models.dvae\n"
             "from models import discrete, encoder_decoder, world_dynamics, world_tokenizer, world_words\n"
             "from model import TransformerConfig\n"
+            "from nanolab import optim\n"
             "t = torch.zeros(1, 2, 4, dtype=torch.int64)\n"
             "world_dynamics.Dynamics((2, 2), 9, 4, 1, 2, 16)(t, t[..., 0]).sum().backward()\n"
             "world_tokenizer.Tokenizer(8, 8, 4, 3, 8, 4, 1, 2, 16)(torch.rand(1, 2, 8, 8, 3))\n"
@@ -705,5 +588,9 @@ def test_default_path_does_not_import_triton():
             "m(t[:, 0], m.read(t[:, 0] + 65))\n"
             "encoder_decoder.EncoderDecoder(TransformerConfig(n_layer=1, n_head=2, n_embd=16))(t[0], t[0], t[0])\n"
             "[discrete.choose(torch.rand(3, 4), name) for name in discrete.SAMPLED]\n"
+            "m = model.build_model(model.TransformerConfig(n_layer=4, n_embd=32, n_head=2, block_size=8, ff='mlp,moe',"
+            " mixer='full,mingru,mamba,diff', positions='rope'))\n"
+            "m(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, 1, dtype=torch.int64))[0].backward()\n"
+            "optim.build(dict(optimizer='adamw', lr=0.1), m.named_parameters(), model.parameter_roles(m)).step()\n"
             "sys.exit(any(name.startswith(('fused', 'triton')) for name in sys.modules))")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -3,12 +3,8 @@
 On a CPU adamw_step is its twin, and in Triton's interpreter the kernel. About 25 s on one core.
 """
 import copy
-import json
-import os
-import subprocess
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +12,10 @@ import torch
 import kernels
 from interpreter import INTERPRETED, interpreted
 from nanolab import optim, parallel
+from test_scripts import fresh
+from ways import watched
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
-ROOT = Path(__file__).resolve().parents[1]
 CLOSE = dict(atol=2e-6, rtol=1e-5)
 LIKE_MUON = dict(atol=1e-4, rtol=1e-3)  # it magnifies the rounding of OrthoGrad's projection
 ROLES = {"embed": ((9, 6), "embedding"), "up": ((12, 6), "matrix"), "down": ((6, 12), "residual"),
@@ -332,60 +329,32 @@ def test_a_checkpoint_goes_over(first, then, name, orthograd, load, way, tmp_pat
 
 # --- Scripts ---
 
-RUN = """
-import json, runpy, sys
-given, calls = json.loads(sys.argv[1]), []
-def run(words):
-    sys.argv = words
-    try:
-        runpy.run_path(words[0], run_name="__main__")
-    except SystemExit as end:
-        assert not end.code, end.code
-for words in given["torch"]:
-    run(words)
-assert not any(name.startswith(("fused", "triton")) for name in sys.modules), "the default path imports Triton"
-import kernels
-step = kernels.adamw_step
-def noting(*given, **how):
-    calls.append((given[4], how["orthograd"]))
-    return step(*given, **how)
-kernels.adamw_step = noting
-for words in given["triton"]:
-    run(words)
-    print("calls", json.dumps(calls))
-    calls.clear()
-"""
-
-
-def test_scripts(tmp_path):
-    """Two steps by "torch", two more on resume by "triton": as four by "torch". In one process of their own."""
-    shared = ("--out_dir", str(tmp_path), "--device=cpu", "--dtype=float32", "--n_layer=1", "--n_embd=16", "--n_head=2",
-              "--batch_size=4", "--warmup_steps=1", "--eval_interval=none", "--save_interval=1", "--log_interval=1",
-              "--grad_clip=0.5", "--schedule=constant", "--orthograd")
+@pytest.mark.parametrize("script, optimizer, own", [
+    ("train_enwik8", "adamw", ["--block_size=16", "--sample_length=0"]),
+    ("train_facts", "muon", ["--n_people=6", "--n_unseen=4"])])
+def test_scripts(script, optimizer, own, tmp_path, monkeypatch):
+    """Two steps by "torch", two more on resume by "triton": as four by "torch"."""
     (tmp_path / "text.txt").write_text("a line of text, and another one\n" * 200)
-    own = {"train_enwik8": (f"--dataset={tmp_path / 'text.txt'}", "--block_size=16", "--sample_length=0"),
-           "train_facts": ("--n_people=6", "--n_unseen=4")}
-    optimizers = {"train_enwik8": "adamw", "train_facts": "muon"}
-    runs = {"torch": [], "triton": []}
-    for script, more in own.items():
-        words = [str(ROOT / f"{script}.py"), *shared, *more, f"--optimizer={optimizers[script]}"]
-        runs["torch"] += [[*words, "--run_name=whole", "--max_steps=4"], [*words, "--run_name=run", "--max_steps=2"]]
-        runs["triton"] += [[*words, "--run_name=run", "--max_steps=4", "--kernels=triton", "--resume"]]
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", RUN, json.dumps(runs)], cwd=ROOT, env=env, capture_output=True,
-                          text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    calls = [json.loads(line.removeprefix("calls ")) for line in done.stdout.splitlines() if line.startswith("calls ")]
-    assert calls == [[[3, True], [4, True]]] * 2
-    for script in own:
-        ours, theirs = (torch.load(tmp_path / script / name / "last.pt", weights_only=True)
-                        for name in ("run", "whole"))
-        assert ours["step"] == theirs["step"] == 4 and ours["settings"]["kernels"] == "triton"
-        assert ours["optimizer"]["state"].keys() == theirs["optimizer"]["state"].keys()
-        for name, p in theirs["model"].items():  # but for few whose gradient is rounding: Adam makes a step of it
-            away = ours["model"][name] - p
-            assert (away.abs() > 1e-4 + 1e-3 * p.abs()).sum() <= 1 + 0.002 * p.numel(), name
-            assert away.norm() <= 1e-3 + 1e-3 * p.norm(), name
+    own = own + [f"--dataset={tmp_path / 'text.txt'}"] if script == "train_enwik8" else own
+
+    def run(name, *more):
+        monkeypatch.setattr(sys, "argv", [
+            f"{script}.py", "--out_dir", str(tmp_path), "--device=cpu", "--dtype=float32", "--n_layer=1", "--n_embd=16",
+            "--n_head=2", "--batch_size=4", "--warmup_steps=1", "--eval_interval=none", "--save_interval=1",
+            "--log_interval=1", "--grad_clip=0.5", "--schedule=constant", "--orthograd", *own,
+            f"--optimizer={optimizer}", f"--run_name={name}", *more])
+        with watched() as calls:
+            fresh(f"{script}.py")["main"]()
+        return [(given[4], how["orthograd"]) for given, how in calls.get("adamw_step", ())]
+    assert run("whole", "--max_steps=4") == run("run", "--max_steps=2") == []
+    assert run("run", "--max_steps=4", "--kernels=triton", "--resume") == [(3, True), (4, True)]
+    ours, theirs = (torch.load(tmp_path / script / name / "last.pt", weights_only=True) for name in ("run", "whole"))
+    assert ours["step"] == theirs["step"] == 4 and ours["settings"]["kernels"] == "triton"
+    assert ours["optimizer"]["state"].keys() == theirs["optimizer"]["state"].keys()
+    for name, p in theirs["model"].items():  # but for few whose gradient is rounding: Adam makes a step of it
+        away = ours["model"][name] - p
+        assert (away.abs() > 1e-4 + 1e-3 * p.abs()).sum() <= 1 + 0.002 * p.numel(), name
+        assert away.norm() <= 1e-3 + 1e-3 * p.norm(), name
 
 
 # --- On a GPU ---
