@@ -2,7 +2,7 @@
 import functools
 from pathlib import Path
 
-from forks import assert_equal, records
+from forks import assert_done, assert_equal, records
 from nanolab.run import load_checkpoint
 
 TINY = {
@@ -46,9 +46,16 @@ def folder(script, out_dir, name="run"):
     return Path(out_dir) / script / name
 
 
+def done(script, forks, out_dir, *more, **settings):
+    """The Child of a script that was typed and has come to a good end; out_dir is absolute."""
+    child = forks.run(typed(script, out_dir, *more, **settings), forks.folder)
+    assert_done(child)
+    return child
+
+
 def of(script):
-    """typed and folder of one script."""
-    return functools.partial(typed, script), functools.partial(folder, script)
+    """typed, folder and done of one script."""
+    return (functools.partial(call, script) for call in (typed, folder, done))
 
 
 def curve(run, key="step", split="train", **which):
