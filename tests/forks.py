@@ -64,7 +64,7 @@ while request is None:
     request = words
 os.chdir(request["folder"])
 if os.path.basename(request["argv"][0]).startswith("train_"):            # these take most of a small run:
-    def savefig(figure, place, **more):                                  # test_experiment.py, test_scripts.py and others
+    def savefig(figure, place, **more):                                  # test_experiment.py and test_scripts.py
         file = place if hasattr(place, "write") else open(place, "wb")   # really draw, copy the code and ask git
         file.write(picture.getvalue())
         file.flush()

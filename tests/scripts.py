@@ -32,6 +32,17 @@ TINY = {
         dtype="float32", run_name="run"),
 }
 
+# A run that tests go on from: with every numbered checkpoint, which train_worldmodel.py does not keep.
+KEEP = {
+    "train_enwik8": dict(keep_last=12, tensorboard=True),
+    "train_dvae": dict(
+        keep_last=20, reset_interval=4, kl_target=2.0, ema_decay=0.9, n_codes=4, codebook_size=32, mask_rate="0,0.3",
+        tensorboard=True, n_val=5, eval_interval=6),
+    "train_mult": dict(keep_last=12, tensorboard=True),
+    "train_facts": dict(keep_last=12, dropout=0.2, ema_decay=0.9),
+    "train_worldmodel": dict(tokens="cells", action_source="true", save_interval=3),
+}
+
 
 def typed(script, out_dir, *more, **settings):
     """The words of a command line; settings on top of TINY, then words as they are."""
