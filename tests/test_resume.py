@@ -93,7 +93,8 @@ def params(run):
 def test_any_checkpoint(script, forks, base, copy, resume, tmp_path):
     """At the end a resume does nothing but save what was left, from an older checkpoint it does the steps that are
     left; a bare --resume goes on as the run began, and the script's defaults do not matter."""
-    sources = [name for name in ("last.pt", "step_00000011.pt", "step_00000004.pt", "best.pt") if (base / name).exists()]
+    known = ("last.pt", "step_00000011.pt", "step_00000004.pt", "best.pt")
+    sources = [name for name in known if (base / name).exists()]
     sources = sources[:1] if script == "train_worldmodel" else sources       # its best.pt is of one stage
     steps = [load_checkpoint(base / name)["step"] for name in sources]
     assert steps[:3] == [12, 11, 4] or script == "train_worldmodel"

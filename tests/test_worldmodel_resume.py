@@ -19,7 +19,7 @@ from forks import (assert_done, assert_equal, assert_error, records, snapshot,
                          summary, wait_for)
 from scripts import TINY as ALL, assert_same_end, of
 
-train, at = of("train_worldmodel")
+train, at, done = of("train_worldmodel")
 TINY = ALL["train_worldmodel"]
 
 STAGES = ("tokenizer", "actions", "dynamics", "text", "frame")
@@ -29,8 +29,7 @@ STAGES = ("tokenizer", "actions", "dynamics", "text", "frame")
 def base(forks, tmp_path_factory):
     """A finished run of all stages."""
     folder = tmp_path_factory.mktemp("base")
-    child = forks.run(train(folder), folder)
-    assert_done(child)
+    child = done(forks, folder)
     return at(folder)
 
 
@@ -56,7 +55,7 @@ def test_what_a_run_leaves(base):
 def test_stages_one_by_one_are_all_at_once(forks, tmp_path, base):
     """Stage after stage by --resume: the weights of one command."""
     for i, name in enumerate(STAGES):
-        assert_done(forks.run(train(tmp_path, *["--resume"] * (i > 0), stage=name), tmp_path))
+        done(forks, tmp_path, *["--resume"] * (i > 0), stage=name)
     apart, together = (load_checkpoint(run / "last.pt")["done"] for run in (at(tmp_path), base))
     assert_equal(apart, together, "done")
 
@@ -75,19 +74,13 @@ def test_a_stage_that_lacks_another(forks, tmp_path, copy):
 
 def test_a_checkpoint_that_lacks_what_its_stages_ended_with(forks, tmp_path):
     """Resumed it says the finished stages' figures, but for their seconds."""
-    assert_done(forks.run(train(tmp_path, stage="tokenizer"), tmp_path))
+    done(forks, tmp_path, stage="tokenizer")
     last, before = at(tmp_path) / "last.pt", summary(at(tmp_path))
     checkpoint = torch.load(last, weights_only=True)
     del checkpoint["ended"]
     torch.save(checkpoint, last)
-    assert_done(forks.run(train(tmp_path, "--resume", stage="tokenizer"), tmp_path))
+    done(forks, tmp_path, "--resume", stage="tokenizer")
     assert summary(at(tmp_path))["tokenizer_psnr"] == before["tokenizer_psnr"]
-
-
-def test_architecture_comes_from_the_checkpoint(forks, tmp_path, copy):
-    child = forks.run(train(copy.parents[1], "--resume", n_codes=8, max_steps=4), tmp_path)
-    assert_done(child)
-    assert "n_codes 4 comes from the checkpoint: --n_codes 8 is overruled" in child.out
 
 
 def test_eval_only_changes_nothing(forks, tmp_path, copy):
@@ -150,40 +143,6 @@ def test_played(forks, tmp_path, copy):
     finally:
         child.kill(signal.SIGINT)
     assert child.wait().code in (0, 130) and snapshot(copy) == before
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_and_resumed(forks, tmp_path, number, code):
-    """A signal in the second stage saves; --resume ends as the run that was not stopped."""
-    runs = [at(tmp_path / name) for name in ("stopped", "whole")]
-    how = dict(tokens="cells", action_steps=60, dynamics_steps=4, text_steps=2, frame_steps=2, max_steps="none")
-    child = forks.start(train(runs[0].parents[1], **how), tmp_path)
-    wait_for(lambda: (runs[0] / "metrics.jsonl").exists() and len(records(runs[0])) > 4)
-    child.kill(number)
-    assert child.wait().code == code and summary(runs[0])["status"] == "interrupted"
-    assert load_checkpoint(runs[0] / "last.pt")["loop"]["step"] < 60
-    shutil.rmtree(runs[0] / "samples")
-    (runs[0] / "samples").write_text("mine")                 # pictures that cannot be written cost a line each
-    child = forks.run(train(runs[0].parents[1], "--resume", **how), tmp_path)
-    assert_done(child)
-    assert "samples are left out: " in child.out
-    assert_done(forks.run(train(runs[1].parents[1], **how), tmp_path))
-    assert_same_end(*runs)
-
-
-@pytest.mark.parametrize("words, said", [
-    ("--n_codes=6", "power of two"), ("--tokenizer_embd=12", "multiple of 8"), ("--text_embd=6", "multiple of 4"),
-    ("--patch=5", "patch 5 does not divide"), ("--context=9", "do not fit"),
-    ("--mask_rate=0.9,0.5", "begins above its end"), ("--stage=token", "tokenizer"),
-    ("--dataset=gridwrld", "gridworld"),
-    ("--tokens=cells --dataset=x.npz", "cells"), ("--eval_only", "--resume"), ("--quantiser=fsq --codebook_size=11",
-                                                                                "no product"),
-    ("--play=a --rollout=b", "one of them"),
-    ("--action_model=transformer --no-difference", "transformer sees"), ("--tokenizer_layer=1", "tokenizer_layers")])
-def test_mistakes(forks, tmp_path, words, said):
-    """One line, status 2, nothing written."""
-    assert_error(forks.run(train(tmp_path / "out", *words.split()), tmp_path), said)
-    assert not (tmp_path / "out").exists()
 
 
 def test_files_of_ones_own(forks, tmp_path):
