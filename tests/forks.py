@@ -29,7 +29,8 @@ for place, name in (settings, "_comments"), (experiment, "_version"), (arc, "syn
 for script in "enwik8 dvae mult facts worldmodel".split():
     settings._read_settings(f"{sys.argv[1]}/train_{script}.py")
 list(map(experiment._version, experiment.PACKAGES))
-arc.load(max_side=5, n_train=60, n_val=5)                                # the grids of all tiny runs
+for side in 3, 5:
+    arc.load(max_side=side, n_train=60, n_val=5)                         # the grids of all tiny runs
 gc.freeze()                                                              # forks share the memory of all that
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(sys.argv[2] + ".new")

@@ -20,7 +20,8 @@ from nanolab import run as experiment, settings as flags
 from nanolab.run import load_checkpoint
 from nanolab.world import Reader
 from forks import assert_equal, records, summary
-from test_worldmodel_resume import STAGES, TINY, at, train
+from scripts import TINY
+from test_worldmodel_resume import STAGES, at, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BATCHES = ("tokenizer_batch", "batch_size", "dynamics_batch", "text_batch", "frame_batch")
@@ -63,7 +64,7 @@ def error(told, text):
 def put(monkeypatch):
     """Sets settings of the script for one test, on top of TINY."""
     def put(**settings):
-        for name, value in (TINY | settings).items():
+        for name, value in (TINY["train_worldmodel"] | settings).items():
             monkeypatch.setattr(w, name, None if value == "none" else value, raising=False)
     return put
 
@@ -248,7 +249,7 @@ def variants():
 @pytest.mark.parametrize("stage, case", list(variants()), ids=str)
 def test_every_parameter_has_a_gradient(put, video, stage, case):
     """One that is not rounding; but for the bias before signs, which their normalisation takes away."""
-    put(**{**TINY, "tokens": "cells", "action_source": "true", "text_embd": 16, **case})
+    put(**{**TINY["train_worldmodel"], "tokens": "cells", "action_source": "true", "text_embd": 16, **case})
     torch.manual_seed(0)
     model = w.build(stage, video)
     with torch.no_grad():
