@@ -26,6 +26,8 @@ from nanolab import curves, optim, settings, run as experiment
 matplotlib.figure.Figure(layout="constrained").savefig(picture := io.BytesIO(), format="png")     # reads the fonts
 for place, name in (settings, "_comments"), (experiment, "_version"), (arc, "synthetic"):         # pure functions
     setattr(place, name, functools.cache(getattr(place, name)))
+read = functools.cache(settings._read_settings)
+settings._read_settings = lambda path: dict(read(str(path)))
 for script in "enwik8 dvae mult facts worldmodel".split():
     settings._read_settings(f"{sys.argv[1]}/train_{script}.py")
 list(map(experiment._version, experiment.PACKAGES))

@@ -33,7 +33,7 @@ from nanolab.world import Reader
 from scripts import TINY, curve, folder, typed
 from test_scripts import fresh
 
-grids, comments = functools.cache(arc.load), functools.cache(flags._comments)
+grids, read_settings = functools.cache(arc.load), functools.cache(flags._read_settings)
 PLAIN = dict(optimizer="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, schedule="constant", warmup_steps=0, max_steps=1)
 MODELS = PLAIN | dict(dropout=0.0, init="normal", n_head=2, eval_interval="none")
 BASE = {  # on top of TINY
@@ -70,7 +70,7 @@ def launch(monkeypatch, capsys, tmp_path, one_thread):
             patch.setattr(Run, "_copy_code", lambda run: None)
             for stubbed in ("draw_curves", "_output", "_version"):
                 patch.setattr(experiment, stubbed, lambda *words: None)
-            patch.setattr(flags, "_comments", comments)
+            patch.setattr(flags, "_read_settings", lambda path: dict(read_settings(str(path))))
             patch.setattr(sys, "argv", list(map(str, typed(script, tmp_path / name, *more, **settings))))
             try:
                 g["main"]()
