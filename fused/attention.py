@@ -26,6 +26,8 @@ def shared_limit(capability):
     """Bytes of shared memory that one program may take on a GPU of this compute capability, (major, minor)."""
     if capability in ((8, 0), (8, 7)):
         return 163 * 1024
+    if capability < (8, 0):
+        return 64 * 1024
     return 227 * 1024 if 9 <= capability[0] < 12 else 99 * 1024  # 99: 8.6, 8.9 and 12.x
 
 

@@ -2,7 +2,7 @@
 import functools
 from pathlib import Path
 
-from forks import assert_equal, records
+from forks import assert_done, assert_equal, records
 from nanolab.run import load_checkpoint
 
 TINY = {
@@ -32,6 +32,17 @@ TINY = {
         dtype="float32", run_name="run"),
 }
 
+# A run that tests go on from: with every numbered checkpoint, which train_worldmodel.py does not keep.
+KEEP = {
+    "train_enwik8": dict(keep_last=12, tensorboard=True),
+    "train_dvae": dict(
+        keep_last=20, reset_interval=4, kl_target=2.0, ema_decay=0.9, n_codes=4, codebook_size=32, mask_rate="0,0.3",
+        tensorboard=True, n_val=5, eval_interval=6),
+    "train_mult": dict(keep_last=12, tensorboard=True),
+    "train_facts": dict(keep_last=12, dropout=0.2, ema_decay=0.9),
+    "train_worldmodel": dict(tokens="cells", action_source="true", save_interval=3),
+}
+
 
 def typed(script, out_dir, *more, **settings):
     """The words of a command line; settings on top of TINY, then words as they are."""
@@ -46,9 +57,16 @@ def folder(script, out_dir, name="run"):
     return Path(out_dir) / script / name
 
 
+def done(script, forks, out_dir, *more, **settings):
+    """The Child of a script that was typed and has come to a good end; out_dir is absolute."""
+    child = forks.run(typed(script, out_dir, *more, **settings), forks.folder)
+    assert_done(child)
+    return child
+
+
 def of(script):
-    """typed and folder of one script."""
-    return functools.partial(typed, script), functools.partial(folder, script)
+    """typed, folder and done of one script."""
+    return (functools.partial(call, script) for call in (typed, folder, done))
 
 
 def curve(run, key="step", split="train", **which):

@@ -1,9 +1,8 @@
-"""train_dvae.py as it is typed: killed, stopped, resumed, asked for codes, and told what it cannot do: 60 s."""
+"""train_dvae.py as it is typed: how a run goes, what it leaves, asked for codes. What all scripts share is in
+test_resume.py."""
 import json
 import math
-import re
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -11,38 +10,18 @@ import torch
 
 from data.arc import load
 from nanolab.run import load_checkpoint
-from forks import (assert_done, assert_equal, assert_error, records, snapshot,
-                         summary, wait_for)
-from scripts import assert_same_end, of
+from forks import assert_done, assert_error, records, snapshot, summary
+from scripts import KEEP, curve, of
 
-train, at = of("train_dvae")
-
-
-def curve(run, key="step", split="train"):
-    return [line[key] for line in records(run) if line["split"] == split and "final" not in line]
-
-
-def test_killed_around_the_first_saves(forks, tmp_path):
-    """Also between the first last.pt, which is there before any step, and the first best.pt."""
-    whole, steps = tmp_path / "whole", dict(max_steps=2, save_interval=5, codebook_init="kmeans")
-    assert_done(forks.run(train(whole, **steps), tmp_path))
-    for die_at in (1, 6, 11, 15):
-        out_dir = tmp_path / f"killed{die_at}"
-        assert forks.run(train(out_dir, **steps), tmp_path, die_at=die_at).code == -signal.SIGKILL
-        assert_done(forks.run(train(out_dir, "--resume", **steps), tmp_path))
-        assert_same_end(at(out_dir), at(whole))
-
-
-KEEP = dict(keep_last=20, reset_interval=4, kl_target=2.0, ema_decay=0.9, n_codes=4, codebook_size=32,
-            mask_rate="0,0.3", tensorboard=True, n_val=5, eval_interval=6)
+train, at, done = of("train_dvae")
+KEEP = KEEP["train_dvae"]
 
 
 @pytest.fixture(scope="module")
 def base(forks, tmp_path_factory):
     """A finished run with all its numbered checkpoints; tests work on copies."""
     folder = tmp_path_factory.mktemp("base")
-    child = forks.run(train(folder, **KEEP), folder)
-    assert_done(child)
+    child = done(forks, folder, **KEEP)
     (folder / "out.txt").write_text(child.out)
     return at(folder)
 
@@ -76,14 +55,13 @@ def test_what_a_run_leaves(base):
         base.parents[1] / "out.txt").read_text()
     pictures = {path.name for path in (base / "samples").iterdir()}
     assert pictures == {f"{name}_{step:08d}.png" for name in ("step", "usage", "traversal") for step in (0, 6, 12)}
-    assert (base / "curves.png").read_bytes()[:4] == b"\x89PNG" and (base / "code" / "models" / "dvae.py").exists()
+    assert (base / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert len(list((base / "tensorboard").iterdir())) == 1
 
 
 def test_pairs_are_reported(forks, tmp_path):
     """On synthetic grids with whole pairs: what differs in them beside what differs between strangers."""
-    child = forks.run(train(tmp_path, max_steps=1, n_val=60, eval_grids=1), tmp_path)
-    assert_done(child)
+    child = done(forks, tmp_path, max_steps=1, n_val=60, eval_grids=1)
     final = records(at(tmp_path))[-1]
     assert 0 <= final["pair_difference"] <= 1 and 0 <= final["random_pair_difference"] <= 1
     assert f"between input and output of {final['pairs']} pairs" in child.out and final["pairs"] > 1
@@ -130,90 +108,7 @@ def test_weight_that_holds_the_kl(base):
     assert weights[0] == 0 and weights[-1] > 1e-4
 
 
-def test_exactly_max_steps(forks, base, copy, tmp_path):
-    """Also in two parts, from an older checkpoint, or none at all; numbered checkpoints are pruned."""
-    same = train(tmp_path / "runs", **KEEP)
-    (copy / "step_00000012.pt").unlink()                     # stopped or killed at this step, before it was written
-    shutil.rmtree(copy / "samples")
-    (copy / "samples").write_text("mine")                    # pictures that cannot be written cost a line each
-    for source in ("last.pt", "step_00000005.pt"):
-        child = forks.run([*same, "--resume", copy / source], tmp_path)
-        assert_done(child)
-        assert ("pictures are left out: FileExistsError" in child.out) == (source != "last.pt")
-        assert_same_end(copy, base)
-        assert (copy / "step_00000012.pt").exists()
-    more = KEEP | dict(max_steps=14, schedule_steps=12, schedule="constant", keep_last=2, n_val=1, eval_interval=20)
-    assert_done(forks.run(train(tmp_path / "parts", **more | dict(max_steps=7)), tmp_path))
-    assert_done(forks.run(train(tmp_path / "parts", "--resume", **more), tmp_path))
-    assert_done(forks.run(train(tmp_path / "whole", **more), tmp_path))
-    for name in ("model", "ema", "optimizer"):
-        assert_equal(*(load_checkpoint(at(tmp_path / part) / "last.pt")[name] for part in ("parts", "whole")))
-    for part in ("parts", "whole"):
-        assert curve(at(tmp_path / part)) == list(range(1, 15))
-        names = sorted(path.name for path in at(tmp_path / part).glob("step_*.pt"))
-        assert names == ["step_00000013.pt", "step_00000014.pt"]
-
-
-def test_no_steps_at_all(forks, tmp_path):
-    """What is saved then are the first weights, k-means codes too; the average begins with them."""
-    assert_done(forks.run(train(tmp_path, max_steps=0, codebook_init="kmeans"), tmp_path))
-    last = load_checkpoint(at(tmp_path) / "last.pt")
-    assert last["step"] == 0 and curve(at(tmp_path)) == []
-    assert_equal(dict(last["ema"]["weights"]), {name: last["model"][name] for name in last["ema"]["weights"]})
-
-
-def test_intervals_change_nothing(forks, base, tmp_path):
-    """Validating, saving and logging at other times: the same weights, and losses that are means of the others."""
-    other = KEEP | dict(eval_interval=5, save_interval=7, log_interval=3, eval_grids=3, eval_batch_size=2)
-    assert_done(forks.run(train(tmp_path, **other), tmp_path))
-    one, two = (load_checkpoint(run / "last.pt") for run in (base, at(tmp_path)))
-    for key in ("model", "ema", "optimizer", "generators"):
-        assert_equal(one[key], two[key], key)
-    losses = curve(base, "loss")
-    assert curve(at(tmp_path), "loss") == [sum(losses[end - 3:end]) / 3 for end in (3, 6, 9, 12)]
-    assert curve(at(tmp_path), "grids", "val") == [3, 3, 3, 3] and records(at(tmp_path))[-1]["grids"] == 5
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_without_an_end(forks, tmp_path, number, code):
-    """By a signal, between two saves; then to an end, like a run that never stopped."""
-    run = at(tmp_path / "runs")
-    settings = dict(max_steps="none", schedule_steps=30, schedule="constant", save_interval=100, mask_rate="0,0.5")
-    child = forks.start(train(tmp_path / "runs", **settings), tmp_path)
-    wait_for(lambda: child.over() or (run / "metrics.jsonl").exists() and
-             (run / "metrics.jsonl").read_bytes().count(b"\n") > 10)
-    child.kill(number)
-    assert child.wait().code == code and "Traceback" not in child.err
-    last = load_checkpoint(run / "last.pt")
-    assert summary(run)["status"] == "interrupted" and summary(run)["step"] == last["step"] > 5
-    settings["max_steps"] = last["step"] + 3
-    for command in (train(tmp_path / "runs", "--resume", **settings), train(tmp_path / "whole", **settings)):
-        assert_done(forks.run(command, tmp_path))
-    assert_same_end(run, at(tmp_path / "whole"))
-
-
-def test_not_finite(forks, tmp_path):
-    """Status 3 with the step, and a checkpoint without a bad number."""
-    child = forks.run(train(tmp_path, lr=1e30, muon_lr=1e30, grad_clip="none", max_steps=50), tmp_path)
-    assert child.code == 3 and re.fullmatch(r"error: loss is not finite at step \d+; the last good checkpoint is "
-                                            r"\S+last.pt\n", child.err), child.err
-    last = load_checkpoint(at(tmp_path) / "last.pt")
-    assert f"at step {last['step'] + 1};" in child.err and all(t.isfinite().all() for t in last["model"].values())
-
-
 # --- Flags on a resume ---
-
-def test_dimensions_come_from_the_checkpoint(forks, base, copy, tmp_path):
-    """One line says which flags were overruled; what decides neither weights nor data is as typed."""
-    command = train(tmp_path / "runs", "--resume", copy / "step_00000008.pt", **KEEP | dict(
-        n_embd=64, codebook_size=8, n_codes=9, max_side=7, layout="canvas", n_val=9))
-    child = forks.run(command, tmp_path)
-    assert_done(child)
-    said, = [line for line in child.out.splitlines() if "overruled" in line]
-    for phrase in ("n_embd 16 comes", "codebook_size 32", "n_codes 4", "max_side 5", "layout grid", "--n_val 9 is"):
-        assert phrase in said
-    assert_same_end(copy, base)
-
 
 def test_another_estimator_on_resume(forks, copy, tmp_path):
     """One that draws from the same codebook goes on; another kind of codebook, and masks that were not, are refused."""
@@ -224,25 +119,10 @@ def test_another_estimator_on_resume(forks, copy, tmp_path):
                            (dict(estimator="reinmax", tau_end=0.5), "at least 1")):
         assert_error(forks.run(train(tmp_path / "runs", "--resume", **KEEP | settings), tmp_path), said)
         assert snapshot(copy) == before
-    more = KEEP | dict(estimator="reinmax", max_steps=13)
-    assert_done(forks.run(train(tmp_path / "runs", "--resume", **more), tmp_path))
+    done(forks, tmp_path / "runs", "--resume", estimator="reinmax", max_steps=13, **KEEP)
     assert load_checkpoint(copy / "last.pt")["step"] == 13 and curve(copy, "tau")[-1] == 1
-    assert_done(forks.run(train(tmp_path / "plain", max_steps=1), tmp_path))
+    done(forks, tmp_path / "plain", max_steps=1)
     assert_error(forks.run(train(tmp_path / "plain", "--resume", mask_rate="0,0.2"), tmp_path), "--mask_rate")
-
-
-def test_foreign_and_broken_checkpoints(forks, copy, tmp_path):
-    """One line that names the file, which stays as it is."""
-    whole = (copy / "last.pt").read_bytes()
-    checkpoint = load_checkpoint(copy / "last.pt")
-    torch.save({**checkpoint, "script": "train_mult"}, tmp_path / "foreign.pt")
-    foreign = forks.run(train(tmp_path / "runs", "--resume", tmp_path / "foreign.pt"), tmp_path)
-    assert_error(foreign, "a checkpoint of train_mult, not of train_dvae")
-    for content in (whole[:len(whole) // 2], b"", b"nothing of the kind"):
-        (copy / "last.pt").write_bytes(content)
-        before = snapshot(copy)
-        assert_error(forks.run(train(tmp_path / "runs", "--resume", **KEEP), tmp_path), copy / "last.pt")
-        assert snapshot(copy) == before
 
 
 # --- Questions ---
@@ -251,8 +131,7 @@ def test_figures_of_a_trained_model(forks, base, copy, tmp_path):
     """--eval_only prints the last figures and draws; checkpoints, metrics and summary stay as they are."""
     shutil.rmtree(copy / "samples")
     before = snapshot(copy)
-    child = forks.run(train(tmp_path / "runs", "--resume", "--eval_only", **KEEP), tmp_path)
-    assert_done(child)
+    child = done(forks, tmp_path / "runs", "--resume", "--eval_only", **KEEP)
     after = snapshot(copy)
     assert {name: after[name] for name in before} == before
     assert {str(name) for name in after.keys() - before.keys()} == {
@@ -268,9 +147,8 @@ def test_figures_of_a_trained_model(forks, base, copy, tmp_path):
 def skilled(forks, tmp_path_factory):
     """A run with more codes than cells that knows some of its grids by heart, which are a task in a file."""
     folder = tmp_path_factory.mktemp("skilled")
-    assert_done(forks.run(train(folder, "--no-symmetry", max_side=3, n_codes=11, codebook_size=32, n_embd=32,
-                                n_train=30, batch_size=30, group=1, max_steps=100, eval_interval=100,
-                                save_interval=100, log_interval=20, colours="none"), folder))
+    done(forks, folder, "--no-symmetry", max_side=3, n_codes=11, codebook_size=32, n_embd=32, n_train=30, batch_size=30,
+         group=1, max_steps=100, eval_interval=100, save_interval=100, log_interval=20, colours="none")
     known = load(max_side=3, n_train=30, n_val=2).train
     rows = [known.cells[i, :h, :w].tolist() for i, (h, w) in enumerate(known.shapes.tolist())]
     task = {"train": [{"input": rows[i], "output": rows[i + 1]} for i in range(0, 18, 2)], "test": [{"input": [[7]]}]}
@@ -344,24 +222,11 @@ def test_wrong_grids_and_codes(forks, skilled, tmp_path):
     assert snapshot(skilled) == before
 
 
-@pytest.mark.parametrize("words, said", [
-    (["--encode", "task.json"], "go with --resume"), (["--decode", "1,2"], "go with --resume"),
-    (["--eval_only"], "go with --resume"), (["--resume", "--encode", "task.json"], "no checkpoint yet"),
-    (["--n_head", "3"], "does not divide"), (["--estimator", "gumbel"], "did you mean gumbel_soft"),
-    (["--estimater", "vq"], "did you mean --estimator"), (["--mask_rate", "0.5"], "2 values"),
-    (["--max_steps", "none"], "max_steps"), (["--n_codes", "1"], "none is left"),
-    (["--max_side", "2"], "hardly more than"),
-    (["--dataset", "arc3"], "did you mean"), (["--resume", "elsewhere"], "no such file")])
-def test_mistakes(forks, tmp_path, words, said):
-    """One line, status 2, nothing written."""
-    assert_error(forks.run(["train_dvae.py", *words], tmp_path), said)
-    assert snapshot(tmp_path) == {}
-
-
 def test_debug(forks, tmp_path):
     """Tiny and short; a flag wins over what debug sets."""
     for estimator in ("straight_through", "fsq"):
-        words = ["--estimator", estimator, "--max_steps", 3, "--n_val", 2, "--device", "cpu", "--run_name", estimator]
+        words = ["--estimator", estimator, "--max_steps", 3, "--n_val", 2, "--device", "cpu", "--run_name", estimator,
+                 "--max_side", 5]
         assert_done(forks.run(["train_dvae.py", "--debug", *words], tmp_path))
         run = tmp_path / "runs" / "train_dvae" / estimator
         settings = json.loads((run / "params.json").read_text())["settings"]

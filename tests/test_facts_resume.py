@@ -1,10 +1,9 @@
-"""train_facts.py as it is typed: its first step against arithmetic, killed, stopped and resumed, watched and evaluated,
-and what it refuses. About 40 s on one core."""
+"""train_facts.py as it is typed: its first step against arithmetic, exposures, watched and evaluated, and what it
+refuses. What it shares with the other scripts is in test_resume.py."""
 import json
 import math
 import re
 import shlex
-import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -18,18 +17,10 @@ from nanolab.generate import generate
 from nanolab.run import load_checkpoint
 from nanolab.score import score
 from forks import assert_done, assert_equal, assert_error, records, snapshot, summary, wait_for
-from scripts import of
+from scripts import curve, of
 from test_scripts import noting
 
-train, at = of("train_facts")
-
-
-def steps_of(run):
-    return [line["step"] for line in records(run) if line["split"] == "train"]
-
-
-def losses(run):
-    return [line["loss"] for line in records(run) if line["split"] == "train"]
+train, at, done = of("train_facts")
 
 
 # ---------------------------------------------------------------------------------------------------- the first step
@@ -45,9 +36,8 @@ def test_one_step_is_what_arithmetic_says(forks, tmp_path, case):
     """Of plain SGD: the logged loss is the mean over all targets of the step's passes together, and the weights move by
     the rate, half of its peak in the first of two steps of warm-up, times its gradient. Rows, masks and order are made
     here again."""
-    settings = dict(optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=1.0, schedule="constant", warmup_steps=2,
-                           max_steps=1, keep_last=2, eval_interval="none", init="gpt2") | STEPS[case]
-    assert_done(forks.run(train(tmp_path, **settings), tmp_path))
+    done(forks, tmp_path, optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=1.0, schedule="constant", warmup_steps=2,
+         max_steps=1, keep_last=2, eval_interval="none", init="gpt2", **STEPS[case])
     old, new = (load_checkpoint(at(tmp_path) / f"step_0000000{i}.pt") for i in (0, 1))
     s = old["settings"]
     if s["task"] == "mqar":
@@ -66,53 +56,22 @@ def test_one_step_is_what_arithmetic_says(forks, tmp_path, case):
     logits = model(x, prefix=(y >= 0).byte().argmax(1) + 1 if s["prefix"] else None)
     loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1)
     loss.backward()
-    assert losses(at(tmp_path)) == [pytest.approx(loss.item(), rel=1e-6)] and loss > 1
+    assert curve(at(tmp_path), "loss") == [pytest.approx(loss.item(), rel=1e-6)] and loss > 1
     for name, p in model.named_parameters():
         torch.testing.assert_close(new["model"][name], (p - 0.5 * p.grad).detach(), rtol=1e-5, atol=1e-6)
     assert max(p.grad.abs().max() for p in model.parameters()) > 1e-2
 
 
-# --------------------------------------------------------------------------------------------------------- exact resume
-
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_without_an_end(forks, tmp_path, number, code):
-    endless, run = dict(max_steps="none", schedule="noam", save_interval=1000, ema_decay=0.9), at(tmp_path / "runs")
-    child = forks.start(train(tmp_path / "runs", **endless), tmp_path, stop_at=(number, 5)).wait()
-    assert child.code == code and "Traceback" not in child.err
-    stopped = load_checkpoint(run / "last.pt")["step"]           # an evaluation is due, and not done yet
-    assert summary(run)["status"] == "interrupted" and summary(run)["step"] == stopped == 5
-    goal = endless | dict(max_steps=stopped + 3)
-    assert_done(forks.run(train(tmp_path / "runs", "--resume", **goal), tmp_path))
-    assert_done(forks.run(train(tmp_path / "whole", **goal), tmp_path))
-    assert records(run) == records(at(tmp_path / "whole")) and steps_of(run) == list(range(1, stopped + 4))
-    for file in ("last.pt", "best.pt"):
-        assert_equal(*(load_checkpoint(at(tmp_path / name) / file) for name in ("runs", "whole")), file)
-
-
-def test_evaluation_changes_no_batch(forks, tmp_path):
-    """How often, on how many and whether at all: the same losses and weights."""
-    ends = []
-    for name, how in (("a", {}), ("b", dict(eval_interval=1, eval_prompts=3)), ("c", dict(eval_interval="none"))):
-        assert_done(forks.run(train(tmp_path / name, dropout=0.2, **how), tmp_path))
-        ends.append((losses(at(tmp_path / name)), load_checkpoint(at(tmp_path / name) / "last.pt")["model"]))
-    assert ends[0][0] == ends[1][0] == ends[2][0] and len(ends[0][0]) == 12
-    assert_equal(ends[0][1], ends[1][1])
-    assert_equal(ends[0][1], ends[2][1])
-    assert {line["split"] for line in records(at(tmp_path / "c"))} == {"train"}
-    assert sum("final" not in line and line["split"] == "val" for line in records(at(tmp_path / "b"))) == 4 * 12
-
-
 def test_exposures(forks, tmp_path):
     """Each of the 24 facts so often: 24 E / (8 x 2), rounded up; a resume keeps it, whatever it is typed with."""
     settings = dict(grad_accum=2, exposures=5)
-    assert_done(forks.run(train(tmp_path, **settings), tmp_path))
+    done(forks, tmp_path, **settings)
     last = load_checkpoint(at(tmp_path) / "last.pt")
     assert last["step"] == 8 == math.ceil(24 * 5 / 16) and last["settings"]["max_steps"] == 8
     params = json.loads((at(tmp_path) / "params.json").read_text())["settings"]
     assert (params["max_steps"], params["exposures"]) == (8, 5)
     assert params["block_size"] == last["settings"]["block_size"]
-    killed = train(tmp_path / "killed", **settings)
-    child, run = forks.start(killed, tmp_path), at(tmp_path / "killed")
+    child, run = forks.start(train(tmp_path / "killed", **settings), tmp_path), at(tmp_path / "killed")
     wait_for(lambda: child.over() or (run / "last.pt").exists())
     child.kill()
     child.wait()
@@ -123,34 +82,9 @@ def test_exposures(forks, tmp_path):
     more = forks.run([*bare, "--exposures", "9"], tmp_path)               # they have made max_steps what it is
     assert_done(more)
     assert "exposures 5.0 comes from the checkpoint: --exposures 9.0 is overruled" in more.out
-    longer = train(tmp_path / "killed", "--resume", max_steps=10, save_interval=4, keep_last=3)
-    assert_done(forks.run(longer, tmp_path))                             # said plainly, it may go on
+    done(forks, tmp_path / "killed", "--resume", max_steps=10, save_interval=4, keep_last=3)
     assert [path.name for path in run.glob("step_*.pt")] == ["step_00000008.pt"], "the stop fell on its step"
     assert load_checkpoint(run / "last.pt")["step"] == 10
-
-
-def test_data_come_from_the_checkpoint(forks, tmp_path):
-    """Other people, another task or mask on resume: overruled, in one line; what is made of the run stays the same."""
-    assert_done(forks.run(train(tmp_path / "whole"), tmp_path))
-    assert_done(forks.run(train(tmp_path / "half", max_steps=6), tmp_path))
-    child = forks.run(train(tmp_path / "half", "--resume", n_people=7, task="in_weight", loss_on="all", n_embd=32,
-                            data_seed=3, tokenizer="bytes"), tmp_path)
-    assert_done(child)
-    said = [line for line in child.out.splitlines() if "overruled" in line]
-    assert len(said) == 1
-    for phrase in ("n_people 6 comes", "--task in_weight is", "loss_on assistant", "n_embd 16", "--data_seed 3",
-                   "closed"):
-        assert phrase in said[0]
-    states = [load_checkpoint(at(tmp_path / name) / "last.pt") for name in ("half", "whole")]
-    assert [state["step"] for state in states] == [12, 12]
-    assert_equal(states[0]["data"], states[1]["data"])
-
-
-def test_not_finite(forks, tmp_path):
-    child = forks.run(train(tmp_path, optimizer="sgd", lr=1e30, schedule="constant", warmup_steps=0, max_steps=50),
-                      tmp_path)
-    assert child.code == 3 and re.fullmatch(r"error: loss is not finite at step \d+; the last good checkpoint is "
-                                            r"\S+last.pt\n", child.err), child.err
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluate.py
@@ -266,13 +200,11 @@ def test_another_text_is_scored_by_the_tokenizer_of_training(forks, runs, text, 
 
 def test_learned_positions_end(forks, tmp_path):
     """No row of the evaluation passes the table, however tight."""
-    tight = dict(positions="learned", tokenizer="bytes", names="plain", n_unseen=30, max_steps=4, eval_interval=2)
+    tight = dict(positions="learned", tokenizer="bytes", names="plain", n_unseen=30, max_steps=2, eval_interval=2)
     for task in ("in_weight", "in_tool"):
-        child = forks.run(train(tmp_path, task=task, run_name=f"roomy_{task}", **tight), tmp_path)
-        assert_done(child)
+        child = done(forks, tmp_path, task=task, run_name=f"roomy_{task}", **tight)
         longest = int(re.search(r"(\d+) in a row at most", child.out)[1])
-        assert_done(forks.run(train(tmp_path, task=task, run_name=f"tight_{task}", **tight, block_size=longest),
-                              tmp_path))
+        done(forks, tmp_path, task=task, run_name=f"tight_{task}", **tight, block_size=longest)
 
 
 def test_text_from_the_tokenizers_ids(forks, runs, text):
@@ -314,7 +246,7 @@ def test_watched_beside_the_training(forks, tmp_path):
     quiet = dict(eval_interval="none", n_people=8, n_embd=32, batch_size=32, max_steps=60, save_interval=15,
                  keep_last=9, log_interval=10, warmup_steps=10)
     watcher = forks.start(["evaluate.py", "--watch", at(tmp_path), "--patience", 60], tmp_path)
-    assert_done(forks.run(train(tmp_path, **quiet), tmp_path))
+    done(forks, tmp_path, **quiet)
     assert_done(watcher.wait())
     lines = [json.loads(line) for line in (at(tmp_path) / "evaluation.jsonl").read_text().splitlines()]
     steps = sorted({line["step"] for line in lines})
@@ -374,8 +306,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("part", range(2))
-def test_mistakes(forks, runs, text, tmp_path_factory, tmp_path, part):
+def test_mistakes(forks, runs, text, tmp_path_factory, tmp_path):
     """One line that says what is wrong, status 2, nothing written."""
     files = tmp_path_factory.mktemp("files")
     (files / "FOREIGN").write_bytes(b"SQLite format 3\0 but not really" * 50)
@@ -384,8 +315,8 @@ def test_mistakes(forks, runs, text, tmp_path_factory, tmp_path, part):
     (files / "TRUNCATED").write_bytes((files / "whole").read_bytes()[:-40])
     names = {name: files / name for name in ("FOREIGN", "OTHERS", "TRUNCATED")} | {
         name.upper(): at(runs, name) for name in ("tool", "weight", "mqar", "text")}
-    before, mine = snapshot(runs), list(MISTAKES.items())[part::2]
-    for line, said in mine:
+    before = snapshot(runs)
+    for line, said in MISTAKES.items():
         tiny = [] if not line.startswith("train") else ["--device", "cpu"] + (
             ["--n_people", "8"] if "n_people" not in line else [])
         child = forks.run([names.get(word, word) for word in shlex.split(line)] + tiny, tmp_path)
@@ -399,7 +330,7 @@ def test_another_tokenizer_in_its_place(forks, text, tmp_path, task):
     """A file that was replaced between training and resume or evaluation: not quietly other ids."""
     file, settings = tmp_path / "words.tok", dict(task=task, dataset=text, block_size=96, max_steps=2)
     tokens.train("bpe", text.read_bytes(), 270).save(file)
-    assert_done(forks.run(train(tmp_path / "runs", tokenizer=file, **settings), tmp_path))
+    done(forks, tmp_path / "runs", tokenizer=file, **settings)
     content = file.read_bytes()
     few = ["--prompts", 2] if task == "in_tool" else []
     assert_done(forks.run(["evaluate.py", at(tmp_path / "runs"), *few], tmp_path))

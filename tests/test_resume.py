@@ -1,11 +1,16 @@
-"""Exact resume: a run that is killed, stopped, refused or out of space goes on to the bits of one that never stopped.
+"""SCRIPTS x promises: stopped, extended, rewound, resumed with other flags or after a kill before anything was saved, a
+run goes on to the bits of one that never stopped; what cannot go on says so in one line, and changes nothing.
 
-Every run here is a fork (forks.py)
-with one thread, on a text of 4,000 bytes. test_scripts.py starts the same script the slow way.
+Every run here is a fork (forks.py) with one thread; tests work on copies of one finished run of each script. Kills at
+random moments are in test_killed.py, what only one script does in test_mult_resume.py and the like, the same script
+started the slow way in test_scripts.py.
 """
+import functools
 import json
 import math
 import random
+import re
+import shlex
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -14,23 +19,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from forks import (assert_done, assert_equal, assert_error, records, snapshot,
-                   summary, wait_for)
+from forks import assert_done, assert_equal, assert_error, records, snapshot, summary, wait_for
 from nanolab.run import load_checkpoint
-from scripts import assert_same_end, of
-
-typed, at = of("train_enwik8")
-
-
-def train(text, out_dir, *more, **settings):
-    return typed(out_dir, *more, dataset=text, **settings)
+from nanolab.settings import as_typed
+from scripts import KEEP, TINY, assert_same_end, curve, done, folder, typed
+from test_scripts import noting
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def text(tmp_path_factory):
+    """4,000 bytes of text, which a tiny run of train_enwik8.py reads here."""
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_bytes(words(1))
-    return path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TINY["train_enwik8"], "dataset", path)
+        yield
 
 
 def words(seed):
@@ -38,347 +41,456 @@ def words(seed):
     return " ".join(random.Random(seed).choices(known, k=1000)).encode()[:4000]
 
 
-def steps_of(run, split="train"):
-    return [entry["step"] for entry in records(run) if entry["split"] == split and "final" not in entry]
+@pytest.fixture
+def script():
+    """Of a test that is not of all: the one to read first."""
+    return "train_enwik8"
 
 
-# ----------------------------------------------------------------------------------------------------------- kill -9
+@pytest.fixture
+def go(script, forks):
+    """go(out_dir, more words, settings): a Child that came to a good end."""
+    return functools.partial(done, script, forks)
 
-def test_killed_inside_a_save(forks, text, tmp_path):
-    settings = dict(max_steps=16, eval_interval=2, n_embd=64)
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    run, command, caught = at(killed), train(text, killed, **settings), 0
+
+@pytest.fixture(scope="module")
+def bases(forks, tmp_path_factory):
+    """bases(script): a finished run of 12 steps with every numbered checkpoint."""
+    @functools.cache
+    def base(script):
+        place = tmp_path_factory.mktemp("base")
+        done(script, forks, place, **KEEP[script])
+        return folder(script, place)
+    return base
+
+
+@pytest.fixture
+def base(script, bases):
+    return bases(script)
+
+
+@pytest.fixture
+def copy(script, base, tmp_path):
+    """The base run in tmp_path/runs."""
+    return Path(shutil.copytree(base, folder(script, tmp_path / "runs")))
+
+
+@pytest.fixture
+def resume(script, forks, tmp_path):
+    """resume(more words, settings): a Child that went on with the copy, however it ended."""
+    def resume(*more, **settings):
+        return forks.run(typed(script, tmp_path / "runs", "--resume", *more, **KEEP[script] | settings), tmp_path)
+    return resume
+
+
+def params(run):
+    return json.loads((run / "params.json").read_text())
+
+
+# ---------------------------------------------------------------------------------------- from a run that has an end
+
+@pytest.mark.parametrize("script", TINY)
+def test_any_checkpoint(script, forks, base, copy, resume, tmp_path):
+    """At the end a resume does nothing but save what was left, from an older checkpoint it does the steps that are
+    left; a bare --resume goes on as the run began, and the script's defaults do not matter."""
+    known = ("last.pt", "step_00000011.pt", "step_00000004.pt", "best.pt")
+    sources = [name for name in known if (base / name).exists()]
+    sources = sources[:1] if script == "train_worldmodel" else sources       # its best.pt is of one stage
+    steps = [load_checkpoint(base / name)["step"] for name in sources]
+    assert steps[:3] == [12, 11, 4] or script == "train_worldmodel"
+    for source in sources:
+        (copy / "step_00000012.pt").unlink(missing_ok=True)  # stopped or killed at this step, before it was written
+        assert_done(resume(copy / source))
+        assert_same_end(copy, base)
+        assert sorted(copy.glob("step_*")) == [copy / path.name for path in sorted(base.glob("step_*"))]
+    if script == "train_enwik8":
+        assert_board_is_metrics(base)
+        assert_board_is_metrics(copy)
+    if script != "train_worldmodel":
+        shutil.copy(copy / "step_00000010.pt", copy / "last.pt")
+        steps.append(10)
+        assert_done(forks.run([f"{script}.py", "--out_dir", tmp_path / "runs", "--resume"], tmp_path))
+        assert_same_end(copy, base)
+    assert [entry["step"] for entry in params(copy)["history"]] == [0, *steps]
+
+
+def assert_board_is_metrics(run):
+    """TensorBoard shows every number of the metrics once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    wanted = sorted((key, line["step"], float(torch.tensor(value, dtype=torch.float32))) for line in lines
+                    for key, value in line.items() if type(value) in (int, float) and key != "step")
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    shown = sorted((tag.rsplit("/", 1)[1], event.step, event.value) for tag in events.Tags()["scalars"]
+                   for event in events.Scalars(tag))
+    assert [entry[:2] for entry in shown] == [entry[:2] for entry in wanted]
+    assert [entry[2] for entry in shown] == pytest.approx([entry[2] for entry in wanted], rel=1e-6)
+
+
+LONGER = {"train_enwik8": (12, 15, {}),                      # settings under which the end does not change the rate
+          "train_dvae": (10, 14, dict(schedule_steps=12, schedule="constant", ema_decay=0.9, eval_interval=5)),
+          "train_mult": (10, 14, dict(schedule="constant")), "train_facts": (10, 14, dict(schedule="constant"))}
+
+
+@pytest.mark.parametrize("script", LONGER)
+def test_extended(script, go, tmp_path):
+    """A finished run that is given more steps ends as one that had them from the beginning."""
+    first, last, how = LONGER[script]
+    go(tmp_path / "parts", max_steps=first, keep_last=2, **how)
+    go(tmp_path / "parts", "--resume", max_steps=last, keep_last=2, **how)
+    go(tmp_path / "whole", max_steps=last, keep_last=2, **how)
+    runs = [folder(script, tmp_path / name) for name in ("parts", "whole")]
+    assert_same_end(*runs)
+    assert summary(runs[0])["step"] == last
+    for run in runs:
+        assert sorted(path.name for path in run.glob("step_*")) == [f"step_{step:08d}.pt" for step in (last - 1, last)]
+
+
+@pytest.mark.parametrize("script", TINY)
+def test_no_steps_at_all(script, go, tmp_path):
+    """What is saved then are the first weights, k-means codes too; the average begins with them."""
+    go(tmp_path, max_steps=0, **dict(codebook_init="kmeans") if script == "train_dvae" else {})
+    run = folder(script, tmp_path)
+    last = load_checkpoint(run / "last.pt")
+    assert last["step"] == 0 == summary(run)["step"] and curve(run) == []
+    assert last.get("steps", {}) == (dict(simple=0, latent=0) if script == "train_mult" else {})
+    if script == "train_dvae":
+        assert_equal(dict(last["ema"]["weights"]), {name: last["model"][name] for name in last["ema"]["weights"]})
+
+
+@pytest.mark.parametrize("script, said, at_the_end, more", [
+    ("train_enwik8", "the sample's file is left out: FileExistsError", True, dict(sample_length=9)),
+    ("train_dvae", "pictures are left out: FileExistsError", False, {})], ids=["train_enwik8", "train_dvae"])
+def test_what_cannot_be_drawn_costs_a_line(script, base, copy, resume, said, at_the_end, more):
+    shutil.rmtree(copy / "samples", ignore_errors=True)
+    (copy / "samples").write_text("mine")
+    for source in ("last.pt", "step_00000010.pt"):
+        child = resume(copy / source, **more)
+        assert_done(child)
+        assert (said in child.out) == (at_the_end or source != "last.pt")
+        assert_same_end(copy, base)
+
+
+OTHER = {  # settings that watch a run; (a key of its validations, which of them, the values)
+    "train_enwik8": [(dict(eval_interval=3, eval_windows=1, eval_batch_size=1, full_eval_interval="none",
+                           save_interval=7, log_interval=4, sample_length=30, keep_last=0),
+                      ("step", dict(weights="ema"), [3, 6, 9, 12, 12]))],
+    "train_dvae": [(dict(eval_interval=5, save_interval=7, log_interval=3, eval_grids=3, eval_batch_size=2),
+                    ("grids", {}, [3, 3, 3, 3, 5]))],
+    "train_facts": [(dict(eval_interval=1, eval_prompts=3, log_interval=4),
+                     ("step", dict(people="unseen", protocol="no_tool", weights="ema"), [*range(13)])),
+                    (dict(eval_interval="none", save_interval=7), ("step", {}, []))],
+}
+
+
+@pytest.mark.parametrize("script", OTHER)
+def test_intervals_change_nothing(script, base, go, tmp_path):
+    """Validating, logging, saving and sampling leave batches, losses and weights as they are."""
+    losses, run = curve(base, "loss"), folder(script, tmp_path)
+    for other, (key, which, values) in OTHER[script]:
+        shutil.rmtree(run, ignore_errors=True)
+        go(tmp_path, **KEEP[script] | other)
+        one, two = ({name: value for name, value in load_checkpoint(place / "last.pt").items() if name in (
+            "step", "model", "ema", "optimizer", "generators", "data")} for place in (base, run))
+        assert one.keys() >= {"step", "model", "ema", "optimizer", "generators"}
+        assert_equal(one, two)
+        n = other.get("log_interval", 1)
+        assert curve(run, "loss") == [sum(losses[end - n:end]) / n for end in range(n, 13, n)]
+        assert [line[key] for line in records(run) if line["split"] == "val"
+                and all(line[name] == value for name, value in which.items())] == values
+
+
+# ------------------------------------------------------------------------------------- stopped, killed, out of numbers
+
+ENDLESS = {"train_enwik8": {}, "train_mult": dict(schedule="constant"),
+           "train_dvae": dict(schedule="constant", schedule_steps=30, mask_rate="0,0.5"),
+           "train_facts": dict(schedule="noam", ema_decay=0.9),
+           "train_worldmodel": dict(tokens="cells", action_steps=8, dynamics_steps=4, text_steps=2, frame_steps=2)}
+
+
+@pytest.mark.parametrize("script", ENDLESS)
+def test_stopped_without_an_end(script, forks, go, tmp_path):
+    """By SIGINT where an evaluation is due, then by SIGTERM (train_worldmodel: in the next stage), then given an end:
+    what every file holds is what it holds where nobody stopped, the rate of the last step too."""
+    how, more = dict(max_steps="none", save_interval=100, eval_interval=5) | ENDLESS[script], []
+    run, models = folder(script, tmp_path / "stopped"), 2 if script == "train_mult" else 1
+    for number, code, reached in ((signal.SIGINT, 130, 5), (signal.SIGTERM, 143, 10)):
+        child = forks.start(typed(script, tmp_path / "stopped", *more, **how), tmp_path,
+                            stop_at=(number, 5 * models)).wait()
+        assert child.code == code and "Traceback" not in child.err and number.name in child.err
+        last, end = load_checkpoint(run / "last.pt"), summary(run)
+        assert end["status"] == "interrupted" and last["step"] == reached
+        assert end["step"] == reached or script == "train_worldmodel"        # whose summary counts whole stages
+        assert set(last.get("steps", {}).values()) <= {reached}
+        assert sorted(curve(run)) == sorted([*range(1, reached + 1)] * models)
+        assert {5: reached > 5, reached: False} == {step: step in curve(run, split="val") for step in {5, reached}}
+        assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
+        more = ["--resume"]
+    if script != "train_worldmodel":                         # whose stages have their steps
+        how["max_steps"] = 12
+    go(tmp_path / "stopped", "--resume", **how)
+    go(tmp_path / "whole", **how)
+    assert_same_end(run, folder(script, tmp_path / "whole"))
+    assert load_checkpoint(run / "last.pt")["step"] == (16 if script == "train_worldmodel" else 12)
+
+
+FIRST = {  # calls of the file system before which a run is killed, and its settings
+    "train_enwik8": ((1, 2, 4, 5, 6), {}),
+    "train_dvae": ((1, 6, 11, 15), dict(save_interval=5, codebook_init="kmeans")),
+    "train_mult": (range(1, 20, 2), dict(save_interval=5, val_examples=20, eval_examples=8)),
+    "train_facts": ((2, 5, 8), dict(save_interval=5, ema_decay=0.9)),
+    "train_worldmodel": ((3, 6, 9), dict(stage="dynamics", tokens="cells", action_source="true", rollout_clips=2))}
+
+
+@pytest.mark.parametrize("script", FIRST)
+def test_killed_around_the_first_saves(script, forks, go, tmp_path):
+    """The same command plus --resume starts it again in the same directory; also between the first last.pt, which is
+    there before any step, and the first best.pt, or that of one model and that of the other."""
+    calls, how = FIRST[script]
+    how, whole, unsaved = how | dict(max_steps=2), folder(script, tmp_path / "whole"), 0
+    go(tmp_path / "whole", **how)
+    for die_at in calls:
+        place = tmp_path / f"killed{die_at}"
+        run = folder(script, place)
+        assert forks.run(typed(script, place, **how), tmp_path, die_at=die_at).code == -signal.SIGKILL
+        unsaved += run.exists() and not (run / "last.pt").exists()
+        go(place, "--resume", **how)
+        assert_same_end(run, whole)
+        assert [path.name for path in run.parent.iterdir()] == ["run"]
+    assert unsaved >= (3 if script == "train_enwik8" else 1)
+
+
+def test_killed_inside_a_save(forks, go, tmp_path):
+    settings, more = dict(max_steps=16, eval_interval=2, n_embd=64), []
+    run, caught = folder("train_enwik8", tmp_path / "killed"), 0
     for _ in range(20):
-        child = forks.start(command, tmp_path)
+        child = forks.start(typed("train_enwik8", tmp_path / "killed", *more, **settings), tmp_path)
         wait_for(lambda: child.over() or list(run.glob(f".last.pt.tmp-{child.pid}")), every=0.0002)
         child.kill()
         assert child.wait().code == -signal.SIGKILL, "the run reached its end before a kill fell into a save"
         caught += bool(list(run.glob(f".last.pt.tmp-{child.pid}")))          # never renamed: it died in the middle
         if (run / "last.pt").exists():
             load_checkpoint(run / "last.pt")
-        command = train(text, killed, "--resume", **settings)
+        more = ["--resume"]
         if caught == 2:
             break
     assert caught == 2
-    assert_done(forks.run(command, tmp_path))
-    assert_done(forks.run(train(text, whole, **settings), tmp_path))
-    assert_same_end(run, at(whole))
+    go(tmp_path / "killed", "--resume", **settings)
+    go(tmp_path / "whole", **settings)
+    assert_same_end(run, folder("train_enwik8", tmp_path / "whole"))
 
 
-# ------------------------------------------------------------------------------------------------- a run that was done
-
-@pytest.fixture(scope="module")
-def base(forks, text, tmp_path_factory):
-    """A whole run of 12 steps with every numbered checkpoint and TensorBoard; tests work on copies of it."""
-    folder = tmp_path_factory.mktemp("base")
-    assert_done(forks.run(train(text, folder, **KEEP), folder))
-    return at(folder)
-
-
-KEEP = dict(keep_last=12, tensorboard=True)
-
-
-@pytest.fixture
-def copy(base, tmp_path):
-    """The base run in tmp_path/runs."""
-    return Path(shutil.copytree(base, at(tmp_path / "runs")))
-
-
-def test_exactly_max_steps(forks, base, copy, text, tmp_path):
-    """At the end a resume does nothing, one step before it one step, and a larger max_steps goes on."""
-    adam_steps = {state["step"] for state in load_checkpoint(base / "last.pt")["optimizer"]["state"].values()}
-    assert adam_steps == {12} and steps_of(base) == list(range(1, 13))
-    assert steps_of(base, "val") == [5, 5, 10, 10, 10, 10, 12, 12]  # raw and averaged; at 10 also of the whole split
-    same = train(text, tmp_path / "runs", **KEEP)
-    (copy / "step_00000012.pt").unlink()                     # stopped or killed at this step, before it was written
-    again = forks.run(same + ["--resume"], tmp_path)
-    assert_done(again)
-    assert_same_end(copy, base)
-    assert (copy / "step_00000012.pt").exists()
-    one = forks.run(same + ["--resume", copy / "step_00000011.pt"], tmp_path)
-    assert_done(one)
-    assert_same_end(copy, base)
-    with ThreadPoolExecutor(2) as pool:
-        more, whole = (pool.submit(forks.run, words, tmp_path) for words in (
-            train(text, tmp_path / "runs", "--resume", **KEEP | dict(max_steps=15)),
-            train(text, tmp_path / "whole", **KEEP | dict(max_steps=15))))
-    assert_done(more.result())
-    assert_done(whole.result())
-    assert_same_end(copy, at(tmp_path / "whole"))
-    assert steps_of(copy)[-1] == 15 == summary(copy)["step"]
-    assert [entry["step"] for entry in json.loads((copy / "params.json").read_text())["history"]] == [0, 12, 11, 12]
-
-
-def test_no_steps_at_all(forks, text, tmp_path):
-    assert_done(forks.run(train(text, tmp_path, max_steps=0), tmp_path))
-    assert load_checkpoint(at(tmp_path) / "last.pt")["step"] == 0 == summary(at(tmp_path))["step"]
-    assert steps_of(at(tmp_path)) == []
-    (at(tmp_path) / "samples").write_text("mine")            # a sample that cannot be written costs a line
-    child = forks.run(train(text, tmp_path, "--resume", max_steps=0, sample_length=9), tmp_path)
-    assert_done(child)
-    assert "the sample's file is left out: FileExistsError" in child.out
-
-
-def test_stop_by_signal(forks, text, tmp_path):
-    """Without an end, stopped by SIGINT where an evaluation is due, then by SIGTERM where one of everything is, then
-    given an end: what best.pt holds is what it holds where nobody stopped, the rate of the last step too."""
-    run, settings, more = at(tmp_path / "stopped"), dict(max_steps="none", save_interval=100), []
-    for number, code, reached in ((signal.SIGINT, 130, 5), (signal.SIGTERM, 143, 10)):
-        child = forks.start(train(text, tmp_path / "stopped", *more, **settings), tmp_path, stop_at=(number, 5)).wait()
-        assert child.code == code and "Traceback" not in child.err and number.name in child.err
-        last, end = load_checkpoint(run / "last.pt"), summary(run)
-        assert end["status"] == "interrupted" and end["step"] == last["step"] == reached
-        assert steps_of(run) == list(range(1, reached + 1)) and steps_of(run, "val") == [5] * (reached // 10 * 2)
-        assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
-        more = ["--resume"]
-    settings["max_steps"] = 12
-    with ThreadPoolExecutor(2) as pool:
-        stopped, whole = (pool.submit(forks.run, words, tmp_path) for words in (
-            train(text, tmp_path / "stopped", "--resume", **settings), train(text, tmp_path / "whole", **settings)))
-    assert_done(stopped.result())
-    assert_done(whole.result())
-    assert_same_end(run, at(tmp_path / "whole"))
-    assert load_checkpoint(run / "last.pt")["step"] == 12
-
-
-def steps_of_unfinished(run):
-    """The last step of a metrics.jsonl that is being written."""
-    lines = (run / "metrics.jsonl").read_text().split("\n")[:-1]
-    return json.loads(lines[-1])["step"] if lines else 0
-
-
-def test_intervals_change_nothing(forks, base, text, tmp_path):
-    """Validation, logging, saving and sampling leave batches, losses and weights as they are."""
-    other = dict(eval_interval=3, eval_windows=1, eval_batch_size=1, full_eval_interval="none", save_interval=7,
-                 log_interval=4, sample_length=30, keep_last=0)
-    assert_done(forks.run(train(text, tmp_path, **other), tmp_path))
-    one, two = load_checkpoint(base / "last.pt"), load_checkpoint(at(tmp_path) / "last.pt")
-    for key in ("step", "model", "ema", "optimizer", "generators", "data"):
-        assert_equal(one[key], two[key], key)
-    losses = [entry["loss"] for entry in records(base) if entry["split"] == "train"]
-    means = {entry["step"]: entry["loss"] for entry in records(at(tmp_path)) if entry["split"] == "train"}
-    assert means == {end: sum(losses[end - 4:end]) / 4 for end in (4, 8, 12)}
-    steps = [entry["step"] for entry in records(at(tmp_path)) if entry["split"] == "val" and entry["weights"] == "ema"]
-    assert steps == [3, 6, 9, 12, 12]
-
-
-def board(run):
-    """What TensorBoard shows of a run: sorted (key, step, value)."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
-    events.Reload()
-    return sorted((tag.rsplit("/", 1)[1], event.step, event.value) for tag in events.Tags()["scalars"]
-                  for event in events.Scalars(tag))
-
-
-def assert_board_is_metrics(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    wanted = sorted((key, line["step"], float(torch.tensor(value, dtype=torch.float32))) for line in lines
-                    for key, value in line.items() if type(value) in (int, float) and key != "step")
-    shown = board(run)
-    assert [entry[:2] for entry in shown] == [entry[:2] for entry in wanted]
-    assert [entry[2] for entry in shown] == pytest.approx([entry[2] for entry in wanted], rel=1e-6)
-
-
-@pytest.mark.parametrize("name", ["step_00000004.pt", "best.pt"])
-def test_older_checkpoint(forks, base, copy, text, tmp_path, name):
-    step = load_checkpoint(copy / name)["step"]
-    assert step == (12 if name == "best.pt" else 4)
-    child = forks.run(train(text, tmp_path / "runs", "--resume", copy / name, **KEEP), tmp_path)
-    assert_done(child)
-    assert_same_end(copy, base)
-    assert_board_is_metrics(base)
-    assert_board_is_metrics(copy)
-    params = json.loads((copy / "params.json").read_text())
-    assert [entry["step"] for entry in params["history"]] == [0, step]
-
-
-def test_older_checkpoint_killed_while_rewinding(forks, base, copy, text, tmp_path):
-    """Kills between the old checkpoint's arrival as last.pt and the first step; then a bare --resume."""
+def test_killed_while_rewinding(base, copy, forks, resume, tmp_path):
+    """Between the old checkpoint's arrival as last.pt and the first step; then a bare --resume."""
+    older = typed("train_enwik8", tmp_path / "runs", "--resume", copy / "step_00000009.pt", **KEEP["train_enwik8"])
     for die_at in (1, 2, 3, 4, 6, 8, 11):
-        older = train(text, tmp_path / "runs", "--resume", copy / "step_00000009.pt", **KEEP)
-        killed = forks.run(older, tmp_path, die_at=die_at)
-        assert killed.code == -signal.SIGKILL
+        assert forks.run(older, tmp_path, die_at=die_at).code == -signal.SIGKILL
         load_checkpoint(copy / "last.pt")
-    assert_done(forks.run(train(text, tmp_path / "runs", "--resume", **KEEP), tmp_path))
+    assert_done(resume())
     assert_same_end(copy, base)
 
 
-def test_older_checkpoint_under_another_name(forks, base, copy, text, tmp_path):
+BOOM = {"train_enwik8": dict(optimizer="sgd", grad_clip="none", momentum=0.9, schedule="constant", warmup_steps=0),
+        "train_dvae": dict(muon_lr=1e30, grad_clip="none", max_steps=50),
+        "train_mult": dict(muon_lr=1e30, grad_clip="none", max_steps=50),
+        "train_facts": dict(optimizer="sgd", schedule="constant", warmup_steps=0, max_steps=50)}
+
+
+@pytest.mark.parametrize("script", BOOM)
+def test_loss_is_not_finite(script, forks, tmp_path):
+    """Status 3 with the step, and a checkpoint without a bad number."""
+    boom = BOOM[script] | dict(lr=1e30)
+    run, late = (folder(script, tmp_path / name) for name in ("saved", "late"))
+    child = forks.run(typed(script, tmp_path / "saved", **boom), tmp_path)
+    said = re.fullmatch(rf"error: loss is not finite at (step \d+)(?: of (?:simple|latent))?; the last good checkpoint "
+                        rf"is {re.escape(str(run / 'last.pt'))}\n", child.err)
+    assert child.code == 3 and said, child.err
+    last, lines = load_checkpoint(run / "last.pt"), [line for line in records(run) if line["split"] == "train"]
+    assert said[1] == f"step {last['step'] + 1}"             # saved after every step, so the next one was the bad one
+    assert 1 <= last["step"] < 50 and summary(run)["status"] == "failed"
+    for state in last["models"].values() if script == "train_mult" else [last]:
+        assert all(tensor.isfinite().all() for tensor in state["model"].values())
+    assert all(math.isfinite(line["loss"]) for line in lines) and lines[-1]["step"] == last["step"]
+    if script == "train_enwik8":                             # seen only later, the step is still the right one, and
+        boom |= dict(log_interval=8, save_interval=9, eval_interval=10)      # nothing bad is saved
+        assert_error(forks.run(typed(script, tmp_path / "late", **boom), tmp_path), said[1], code=3)
+        first, = late.glob("*.pt")                           # what every new run saves before its first step
+        first = load_checkpoint(first)
+        assert first["step"] == 0 and all(tensor.isfinite().all() for tensor in first["model"].values())
+        assert records(late) == []
+
+
+# ------------------------------------------------------------------------------------------------ flags on a resume
+
+OVERRULED = {
+    "train_enwik8": dict(n_layer=4, norm="rms"),
+    "train_dvae": dict(n_embd=64, codebook_size=8, n_codes=9, max_side=7, layout="canvas", n_val=9),
+    "train_mult": dict(n_layer=3, n_embd=64, n_latent=2, split_seed=9, max_digits=3, sum_head="value"),
+    "train_facts": dict(n_people=7, task="in_weight", loss_on="all", n_embd=32, data_seed=3, tokenizer="bytes"),
+    "train_worldmodel": dict(dynamics_embd=16, text_embd=16, frame_layers=2)}
+
+
+@pytest.mark.parametrize("script", OVERRULED)
+def test_dimensions_and_data_come_from_the_checkpoint(script, base, copy, resume):
+    """What makes the weights, and what is learned, is the checkpoint's; one line says which flags were overruled."""
+    older = [copy / "step_00000008.pt"] if script != "train_worldmodel" else []
+    child = resume(*older, **OVERRULED[script])
+    assert_done(child)
+    said, = [line for line in child.out.splitlines() if "overruled" in line]
+    before = params(base)["settings"]
+    for name, value in OVERRULED[script].items():
+        assert f"{name} {as_typed(before[name])} comes from the checkpoint: --{name} {value} is overruled" in said
+    assert said.count("overruled") == len(OVERRULED[script])
+    assert_same_end(copy, base)
+    assert {name: params(copy)["settings"][name] for name in OVERRULED[script]} == {
+        name: before[name] for name in OVERRULED[script]}
+
+
+def test_older_checkpoint_under_another_name(base, copy, resume, tmp_path):
     """A new --run_name leaves the old run alone and ends with the same weights."""
-    before, new = snapshot(copy), at(tmp_path / "runs", "branch")
-    command = train(text, tmp_path / "runs", "--resume", copy / "step_00000006.pt", **KEEP | dict(run_name="branch"))
-    assert_done(forks.run(command, tmp_path))
+    before, new = snapshot(copy), folder("train_enwik8", tmp_path / "runs", "branch")
+    assert_done(resume(copy / "step_00000006.pt", run_name="branch"))
     assert snapshot(copy) == before
-    assert steps_of(new) == list(range(7, 13))
+    assert curve(new) == list(range(7, 13))
     assert [entry for entry in records(base) if entry["step"] > 6] == records(new)
     one, two = load_checkpoint(base / "last.pt"), load_checkpoint(new / "last.pt")
     for key in ("step", "model", "ema", "optimizer", "generators", "data"):
         assert_equal(one[key], two[key], key)
 
 
-# ------------------------------------------------------------------------------------------------ flags on a resume
-
-def test_architecture_comes_from_the_checkpoint(forks, base, copy, text, tmp_path):
-    other = KEEP | dict(n_layer=4, norm="rms")
-    command = train(text, tmp_path / "runs", "--resume", copy / "step_00000008.pt", **other)
-    child = forks.run(command, tmp_path)
-    assert_done(child)
-    said = [line for line in child.out.splitlines() if "overruled" in line]
-    assert len(said) == 1 and said[0].count("comes from the checkpoint") == 2
-    for phrase in ("n_layer 2", "--n_layer 4 is overruled", "--norm rms is overruled"):
-        assert phrase in child.out
-    assert_same_end(copy, base)
-    assert json.loads((copy / "params.json").read_text())["settings"]["n_layer"] == 2
-
-
-def test_context_grows_on_resume(forks, text, tmp_path):
+def test_context_grows_on_resume(forks, go, tmp_path):
     """--extend_block_size: longer windows from there on, rope stretched too; again is no change; less is refused."""
-    ropes = dict(KEEP, positions="rope", rope_scaling="yarn", max_steps=4, save_interval=2)
-    assert_done(forks.run(train(text, tmp_path / "runs", **ropes), tmp_path))
-    run = at(tmp_path / "runs")
+    ropes = dict(positions="rope", rope_scaling="yarn", max_steps=4, save_interval=2)
+    go(tmp_path, **ropes)
+    run, bare = folder("train_enwik8", tmp_path), ["train_enwik8.py", "--out_dir", tmp_path, "--resume"]
     for steps, more, wanted in ((6, 64, (64, 2.0)), (8, 64, (64, 2.0)), (10, 128, (128, 4.0))):
-        more = ["--max_steps", steps, "--extend_block_size", more, "--resume"]
-        assert_done(forks.run(["train_enwik8.py", "--out_dir", tmp_path / "runs", *more], tmp_path))
+        assert_done(forks.run([*bare, "--max_steps", steps, "--extend_block_size", more], tmp_path))
         saved = load_checkpoint(run / "last.pt")
         assert saved["step"] == steps
         assert (saved["settings"]["block_size"], saved["settings"]["rope_factor"]) == wanted
     before = snapshot(run)
     for size, said in ((100, "less than the model's block_size 128"), (0, "extend_block_size")):
-        more = ["--out_dir", tmp_path / "runs", "--extend_block_size", size, "--resume", "--max_steps", 12]
-        assert_error(forks.run(["train_enwik8.py", *more], tmp_path), said)
+        assert_error(forks.run([*bare, "--extend_block_size", size, "--max_steps", 12], tmp_path), said)
     assert snapshot(run) == before
-    tables = train(text, tmp_path / "runs", **dict(KEEP, max_steps=2, run_name="tables"))
-    assert_error(forks.run([*tables, "--extend_block_size", 64], tmp_path), "goes with --resume")
-    assert_done(forks.run(tables, tmp_path))
-    assert_error(forks.run([*tables, "--extend_block_size", 64, "--resume"], tmp_path), "learned_per_layer end at")
+    tables = typed("train_enwik8", tmp_path, "--extend_block_size", 64, max_steps=2, run_name="tables")
+    assert_error(forks.run(tables, tmp_path), "goes with --resume")
+    go(tmp_path, max_steps=2, run_name="tables")
+    assert_error(forks.run([*tables, "--resume"], tmp_path), "learned_per_layer end at")
 
 
-def test_unsaid_settings_come_from_the_checkpoint(forks, base, copy, tmp_path):
-    """--resume with nothing else goes on as the run began; the script's defaults do not matter."""
-    (copy / "last.pt").write_bytes((copy / "step_00000010.pt").read_bytes())
-    child = forks.run(["train_enwik8.py", "--out_dir", tmp_path / "runs", "--resume"], tmp_path)
-    assert_done(child)
-    assert_same_end(copy, base)
-
-
-def test_explicit_rate_takes_effect(forks, base, copy, text, tmp_path):
+def test_explicit_rate_takes_effect(copy, resume):
     """So small a rate moves no float32 weight: those of the checkpoint stay, while the steps are done."""
     old = load_checkpoint(copy / "step_00000006.pt")
-    other = KEEP | dict(lr=1e-30, weight_decay=0.5)
-    command = train(text, tmp_path / "runs", "--resume", copy / "step_00000006.pt", **other)
-    assert_done(forks.run(command, tmp_path))
-    new, lines = load_checkpoint(copy / "last.pt"), [entry for entry in records(copy) if entry["split"] == "train"]
+    assert_done(resume(copy / "step_00000006.pt", lr=1e-30, weight_decay=0.5))
+    new, rates = load_checkpoint(copy / "last.pt"), curve(copy, "lr")
     assert_equal(old["model"], new["model"])
     assert new["step"] == 12 and {group["base_lr"] for group in new["optimizer"]["param_groups"]} == {1e-30}
     assert {group["weight_decay"] for group in new["optimizer"]["param_groups"]} >= {0.5}
-    assert lines[5]["lr"] > 1e-4 and all(entry["lr"] <= 1e-30 for entry in lines[6:]) and len(lines) == 12
-    params = json.loads((copy / "params.json").read_text())
-    assert params["settings"]["lr"] == 1e-30 and params["history"][-1]["changed"]["lr"] == [3e-3, 1e-30]
+    assert rates[5] > 1e-4 and all(rate <= 1e-30 for rate in rates[6:]) and len(rates) == 12
+    assert params(copy)["settings"]["lr"] == 1e-30 and params(copy)["history"][-1]["changed"]["lr"] == [3e-3, 1e-30]
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused
 
-@pytest.mark.parametrize("size", [4000, 3000])
-def test_wrong_data(forks, copy, tmp_path, size):
-    """Another text than the one it was trained on: also one of the same length."""
-    other, before = tmp_path / "other.txt", snapshot(copy)
-    other.write_bytes(words(2)[:size])
-    child = forks.run(train(other, tmp_path / "runs", "--resume", **KEEP | dict(max_steps=14)), tmp_path)
-    assert_error(child, "data")
-    assert snapshot(copy) == before
-
-
-def test_broken_last(forks, base, copy, text, tmp_path):
-    """Truncated, empty, foreign or lost: one line that names the file, which stays as it is; an older one goes on."""
-    whole = (copy / "last.pt").read_bytes()
-    resume = train(text, tmp_path / "runs", "--resume", **KEEP)
-    for content in (whole[:len(whole) // 2], whole[:-10], b"", b"not a checkpoint at all"):
-        (copy / "last.pt").write_bytes(content)
+@pytest.mark.parametrize("script", TINY)
+def test_foreign_broken_and_lost_checkpoints(script, base, copy, resume, tmp_path):
+    """Each is one line that names the file, which stays as it is; where there is an older one, that goes on."""
+    last, whole = copy / "last.pt", (copy / "last.pt").read_bytes()
+    torch.save({**load_checkpoint(last), "script": "train_other"}, tmp_path / "foreign.pt")
+    assert_error(resume(tmp_path / "foreign.pt"), f"a checkpoint of train_other, not of {script}")
+    for content in (whole[:len(whole) // 2], whole[:-10], b"", b"not a checkpoint at all", None):
+        last.unlink() if content is None else last.write_bytes(content)
         before = snapshot(copy)
-        assert_error(forks.run(resume, tmp_path), copy / "last.pt")
+        assert_error(resume(), last if content is not None else copy, "last.pt", "best" if content is None else "")
         assert snapshot(copy) == before
-    (copy / "last.pt").unlink()
+    if script == "train_enwik8":
+        assert_done(resume(copy / "step_00000011.pt"))
+        assert_same_end(copy, base)
+
+
+def test_wrong_data(copy, resume, tmp_path):
+    """Another text than the one it was trained on: also one of the same length."""
     before = snapshot(copy)
-    assert_error(forks.run(resume, tmp_path), "last.pt", "best.pt", copy)
-    assert snapshot(copy) == before
-    assert_done(forks.run(resume + [copy / "step_00000011.pt"], tmp_path))
-    assert_same_end(copy, base)
+    for size in (4000, 3000):
+        (tmp_path / "other.txt").write_bytes(words(2)[:size])
+        assert_error(resume(dataset=tmp_path / "other.txt", max_steps=14), "data")
+        assert snapshot(copy) == before
 
 
-def test_loss_is_not_finite(forks, text, tmp_path):
-    boom = dict(optimizer="sgd", lr=1e30, grad_clip="none", momentum=0.9, schedule="constant", warmup_steps=0)
-    child = forks.run(train(text, tmp_path / "saved", **boom), tmp_path)
-    last, lines = load_checkpoint(at(tmp_path / "saved") / "last.pt"), records(at(tmp_path / "saved"))
-    step = last["step"] + 1                                  # saved after every step, so the next one was the bad one
-    assert_error(child, f"step {step}", at(tmp_path / "saved") / "last.pt", code=3)
-    assert 1 < step < 12 and all(tensor.isfinite().all() for tensor in last["model"].values())
-    assert summary(at(tmp_path / "saved"))["status"] == "failed"
-    assert all(math.isfinite(entry["loss"]) for entry in lines) and lines[-1]["step"] == last["step"]
-    # Seen only later, the step is still the right one, and nothing bad is saved.
-    boom |= dict(log_interval=8, save_interval=9, eval_interval=10)
-    late = forks.run(train(text, tmp_path / "late", **boom), tmp_path)
-    assert_error(late, f"step {step}", code=3)
-    first, = at(tmp_path / "late").glob("*.pt")              # what every new run saves before its first step
-    first = load_checkpoint(first)
-    assert first["step"] == 0 and all(tensor.isfinite().all() for tensor in first["model"].values())
-    assert records(at(tmp_path / "late")) == []
+def test_two_runs_in_one_directory(forks, tmp_path):
+    start, run = typed("train_enwik8", tmp_path, max_steps="none"), folder("train_enwik8", tmp_path)
 
-
-def test_two_runs_in_one_directory(forks, text, tmp_path):
-    endless = dict(max_steps="none")
-    first = forks.start(train(text, tmp_path, **endless), tmp_path)
-    run = at(tmp_path)
+    def reached():
+        lines = (run / "metrics.jsonl").read_text().split("\n")[:-1]         # it is being written
+        return json.loads(lines[-1])["step"] if lines else 0
+    first = forks.start(start, tmp_path)
     wait_for(lambda: first.over() or (run / "last.pt").exists())
     kept = [(run / name).read_bytes() for name in ("params.json", "lock", "summary.json")]
     with ThreadPoolExecutor(2) as pool:
-        second, third = pool.map(lambda words: forks.run(words, tmp_path), (
-            train(text, tmp_path, "--resume", **endless), train(text, tmp_path, **endless)))
+        second, third = pool.map(lambda words: forks.run(words, tmp_path), ([*start, "--resume"], start))
     assert_error(second, "another process", run)
     assert_error(third, run, "--resume")
     assert [(run / name).read_bytes() for name in ("params.json", "lock", "summary.json")] == kept
-    before = steps_of_unfinished(run)
-    wait_for(lambda: first.over() or steps_of_unfinished(run) > before + 1)
+    before = reached()
+    wait_for(lambda: first.over() or reached() > before + 1)
     first.kill(signal.SIGINT)
     assert first.wait().code == 130
     end = load_checkpoint(run / "last.pt")["step"]
-    assert steps_of(run) == list(range(1, end + 1)) and end > before
+    assert curve(run) == list(range(1, end + 1)) and end > before
 
 
-def test_full_disk(forks, base, text, tmp_path):
+def test_full_disk(forks, base, go, tmp_path):
     """No file may grow past a quarter of a checkpoint: the earlier one stays, and goes on where there is space."""
-    limit, run = (base / "last.pt").stat().st_size // 4, at(tmp_path / "runs")
-    new = forks.run(train(text, tmp_path / "new"), tmp_path, limit=limit)
-    assert_error(new, at(tmp_path / "new") / "last.pt")
-    assert not list(at(tmp_path / "new").rglob("*.pt")) and not list(at(tmp_path / "new").glob(".*tmp*"))
-    assert_done(forks.run(train(text, tmp_path / "runs", max_steps=6), tmp_path))
+    limit, how = (base / "last.pt").stat().st_size // 4, "train_enwik8"
+    new, run = (folder(how, tmp_path / name) for name in ("new", "runs"))
+    assert_error(forks.run(typed(how, tmp_path / "new"), tmp_path, limit=limit), new / "last.pt")
+    assert not list(new.rglob("*.pt")) and not list(new.glob(".*tmp*"))
+    go(tmp_path / "runs", max_steps=6)
     before = (run / "last.pt").read_bytes()
-    full = forks.run(train(text, tmp_path / "runs", "--resume"), tmp_path, limit=limit)
+    full = forks.run(typed(how, tmp_path / "runs", "--resume"), tmp_path, limit=limit)
     assert_error(full, run / "last.pt")
     assert (run / "last.pt").read_bytes() == before and not list(run.glob(".*tmp*"))
     assert load_checkpoint(run / "last.pt")["step"] == 6 and summary(run)["status"] == "failed"
-    assert_done(forks.run(train(text, tmp_path / "runs", "--resume"), tmp_path))
+    go(tmp_path / "runs", "--resume")
     assert_same_end(run, base)
 
 
-def test_unwritable_out_dir(forks, text, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    child = forks.run(train(text, tmp_path / "file" / "runs"), tmp_path)
-    assert_error(child, tmp_path / "file")
-    assert snapshot(tmp_path) == {Path("file"): b"mine"}
+MISTAKES = {  # RUN: a finished one of the script
+    "train_enwik8": {"--out_dir FILE": "FILE"},
+    "train_dvae": {
+        "--encode task.json": "go with --resume", "--decode 1,2": "go with --resume", "--eval_only": "go with --resume",
+        "--resume --encode task.json": "no checkpoint yet", "--n_head 3": "does not divide",
+        "--estimator gumbel": "did you mean gumbel_soft", "--estimater vq": "did you mean --estimator",
+        "--mask_rate 0.5": "2 values", "--max_steps none": "max_steps", "--n_codes 1": "none is left",
+        "--max_side 2 --n_train 20000": "hardly more than", "--dataset arc3": "did you mean",
+        "--resume elsewhere": "no such file"},
+    "train_mult": {
+        "--models simple,deep": "must be of simple, latent, prefix", "--models latent,latent": "each once",
+        "--min_digits 3": "more than max_digits", "--ask 12*34": "goes with --resume",
+        "--resume RUN --ask twelve": "as 12*34", "--resume RUN --ask 1234*5": "at most 2 digits",
+        "--eval_only": "goes with --resume", "--n_head 3": "does not divide", "--max_digits 9": "<= 8",
+        "--forcing exponential --forcing_k 1.5": "below 1", "--num_latnt 3": "did you mean --num_latent",
+        "--max_steps none": "max_steps", "--resume runs/elsewhere": "no such file",
+        "--resume --eval_only": "no checkpoint yet", "--resume --ask 12*34": "train first"},
+    "train_worldmodel": {
+        "--n_codes=6": "power of two", "--tokenizer_embd=12": "multiple of 8", "--text_embd=6": "multiple of 4",
+        "--patch=5": "patch 5 does not divide", "--context=9": "do not fit",
+        "--mask_rate=0.9,0.5": "begins above its end", "--stage=token": "tokenizer", "--dataset=gridwrld": "gridworld",
+        "--tokens=cells --dataset=x.npz": "cells", "--eval_only": "--resume", "--play=a --rollout=b": "one of them",
+        "--quantiser=fsq --codebook_size=11": "no product", "--tokenizer_layer=1": "tokenizer_layers",
+        "--action_model=transformer --no-difference": "transformer sees"},
+}
 
 
-def test_killed_before_the_first_save(forks, text, tmp_path):
-    """The same command plus --resume starts it again, from nothing, in the same directory."""
-    whole = at(tmp_path / "whole")
-    assert_done(forks.run(train(text, tmp_path / "whole"), tmp_path))
-    unsaved = 0
-    for die_at in (1, 2, 4, 5, 6):
-        run = at(tmp_path / f"killed{die_at}")
-        child = forks.run(train(text, tmp_path / f"killed{die_at}"), tmp_path, die_at=die_at)
-        assert child.code == -signal.SIGKILL
-        unsaved += run.exists() and not (run / "last.pt").exists()
-        assert_done(forks.run(train(text, tmp_path / f"killed{die_at}", "--resume"), tmp_path))
-        assert_same_end(run, whole)
-        assert [path.name for path in run.parent.iterdir()] == ["run"]
-    assert unsaved >= 3
+@pytest.mark.parametrize("script", MISTAKES)
+def test_mistakes(script, forks, bases, tmp_path):
+    """One line, status 2, nothing written."""
+    (tmp_path / "FILE").write_text("mine")
+    old = bases(script) if "RUN" in str(MISTAKES[script]) else tmp_path
+    before = snapshot(old)
+    for line, said in MISTAKES[script].items():
+        words = [{"RUN": old / "last.pt", "FILE": tmp_path / "FILE" / "runs"}.get(word, word)
+                 for word in shlex.split(line)]
+        with noting(line):
+            assert_error(forks.run(typed(script, tmp_path / "out", *words), tmp_path), said)
+    assert snapshot(tmp_path) == {Path("FILE"): b"mine"} and snapshot(old) == before

@@ -1,5 +1,6 @@
 """Every setting of every script typed anew on resume: the run goes on, or says in one line why the checkpoint's value
 holds, or is refused in one line with status 2. Never a traceback."""
+import functools
 import importlib.util
 import sys
 import traceback
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data import arc, text
 from nanolab import run as experiment, settings as flags
 
 ROOT = Path(flags.__file__).parents[1]
@@ -66,7 +68,11 @@ class Runs:
         spec.loader.exec_module(self.module)
         self.script, self.folder, self.count = script, folder, 0
         monkeypatch.setattr(experiment.Run, "_copy_code", lambda run: None)
-        stubs = dict.fromkeys(("draw_curves", "draw_all", "draw_samples", "evaluate_rollouts"), {}) | {
+        for place, name in (arc, "synthetic"), (text, "_stdlib"):            # pure functions
+            monkeypatch.setattr(place, name, functools.cache(getattr(place, name)))
+        read = functools.cache(flags._read_settings)
+        monkeypatch.setattr(flags, "_read_settings", lambda path: dict(read(str(path))))
+        stubs = dict.fromkeys(("draw_curves", "draw_all", "_output", "_version")) | {
             "measure_peak_flops": 1e9, "thoroughly": dict(floor=0.0)}
         for name, value in stubs.items():
             for place in (experiment, self.module):

@@ -1,110 +1,411 @@
-"""A step is a step: N passes over B rows are one pass over N B rows, for every task of train_facts.py and every kind of
-train_enwik8.py; what is saved first, and what of the last step; and the preset that says it is nanoGPT's is. About 15 s
-on one core."""
-import json
+"""A step of every script: N passes over B rows are one pass over N B rows; the last one is evaluated like any other; a
+stop on one that is to be evaluated leaves the files of a run that never stopped. And the preset that says it is
+nanoGPT's is; stages of the world model go on; nothing in them is cut off.
+
+What draws noise for each pass draws other numbers in another order, so nothing here does: no dropout, no forcing, and
+of the dVAE the first step, in which codes are not noisy yet; each code chosen here is nearer than the next by far more
+than rounding. SGD, since a step of Adam from a gradient of rounding errors is as long as any other.
+"""
+import functools
+import itertools
 import math
-import runpy
+import os
+import shutil
+import signal
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-ROOT = Path(__file__).resolve().parents[1]
-from data import text as texts
+import train_worldmodel as w
+from choices import clear
+from data import arc, text as texts
+from data.video import load
+from forks import assert_equal, assert_error, records, summary
 from model import from_checkpoint
+from models.world_actions import Signs
+from nanolab import run as experiment, settings as flags
 from nanolab.run import Run, load_checkpoint
+from nanolab.world import Reader
+from scripts import TINY, curve, folder, typed
+from test_scripts import fresh
 
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "lines.txt"
-    path.write_text("\n".join(f"line {i % 17} of the {word} has a {word[::-1]}" for i in range(60) for word in
-                              "river mountain valley forest lake".split()))
-    return path
+grids, read_settings = functools.cache(arc.load), functools.cache(flags._read_settings)
+PLAIN = dict(optimizer="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, schedule="constant", warmup_steps=0, max_steps=1)
+MODELS = PLAIN | dict(dropout=0.0, init="normal", n_head=2, eval_interval="none")
+BASE = {  # on top of TINY
+    "train_enwik8": MODELS | dict(n_embd=16, block_size=16, positions="rope"),
+    "train_facts": MODELS | dict(n_people=20, n_unseen=0),
+    "train_mult": PLAIN | dict(
+        grad_clip="none", val_examples=2, eval_examples=2, n_latent=3, models="simple,latent,prefix"),
+    "train_dvae": PLAIN | dict(grad_clip="none", n_val=2, reset_interval="none", usage_weight="0,0", ema_decay=0.0),
+    "train_worldmodel": dict(max_steps=1, eval_clips=2, rollout_clips=2, save_interval=100, warmup_steps=1,
+                             optimizer="adamw", eps=1e-3)}   # so large that a step goes with the gradient
 
 
 @pytest.fixture
-def trained(monkeypatch, tmp_path, one_thread):
-    """trained(script, name, **settings) -> its directory: the script in this process."""
-    def run(script, name, **settings):
-        words = [f"--{key}" if value is True else f"--no-{key}" if value is False else f"--{key}={value}"
-                 for key, value in settings.items()]
-        monkeypatch.setattr(sys, "argv", [script, f"--out_dir={tmp_path}", f"--run_name={name}", *words])
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-        return tmp_path / Path(script).stem / name
-    return run
+def launch(monkeypatch, capsys, tmp_path, one_thread):
+    """launch(script, name, more words, settings on top of TINY): the script in this process, without curves and the
+    copy of its code; a signal comes in the optimiser step `stop_at`. .code, .out and .err of it; .dir; .lines of
+    metrics without clocks; .saved: [(file, step, copy of it)] of all that it saved."""
+    def launch(script, name, *more, stop_at=None, **settings):
+        g, saved, steps, write = fresh(f"{script}.py"), [], itertools.count(1), Run._write
+
+        def writing(run, file, state):
+            write(run, file, state)
+            copy = tmp_path / f"{name}-{len(saved)}-{file}"
+            saved.append((file, state["step"], shutil.copyfile(run.dir / file, copy)))
+
+        def stepping(*given):
+            if next(steps) == stop_at:
+                os.kill(os.getpid(), signal.SIGINT)
+        if script == "train_dvae":
+            g.update(load=grids, draw_all=lambda *_: None)   # the same grids, drawn once
+        code, hook = 0, register_optimizer_step_pre_hook(stepping)
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "_write", writing)
+            patch.setattr(Run, "_copy_code", lambda run: None)
+            for stubbed in ("draw_curves", "_output", "_version"):
+                patch.setattr(experiment, stubbed, lambda *words: None)
+            patch.setattr(flags, "_read_settings", lambda path: dict(read_settings(str(path))))
+            patch.setattr(sys, "argv", list(map(str, typed(script, tmp_path / name, *more, **settings))))
+            try:
+                g["main"]()
+            except SystemExit as end:
+                code = end.code
+            finally:
+                hook.remove()
+        place = folder(script, tmp_path / name)
+        return SimpleNamespace(code=code, **capsys.readouterr()._asdict(), dir=place, saved=saved,
+                               lines=records(place) if place.exists() else [])
+    before = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    yield launch
+    torch.set_deterministic_debug_mode(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
-def lines(run):
-    return [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-            if line["split"] == "train"]
+@pytest.fixture
+def done(launch):
+    """launch, of a run that comes to a good end."""
+    def done(*words, **how):
+        told = launch(*words, **how)
+        assert told.code == 0, told.err
+        return told
+    return done
 
 
-TINY = dict(n_layer=2, n_head=2, n_embd=16, optimizer="sgd", momentum=0.0, lr=0.1, schedule="constant", warmup_steps=0,
-            max_steps=1, eval_interval="none", log_interval=1, device="cpu", dtype="float32", init="normal",
-            dropout=0.0)
-BYTES = TINY | dict(block_size=16, n_targets=1, intermediate_losses=False, positions="rope", sample_length=0)
+# --- N passes over B rows ---
+
 MOE = dict(ff="moe", n_expert=4, expert_balance="bias", activation="swiglu")
-KINDS = {
-    "enwik8: layers": dict(n_targets=2, intermediate_losses=True, positions="learned_per_layer", batching="epochs"),
-    "enwik8: experts": MOE | dict(mtp_depth=1, n_shared_expert=1, mixer="mla"),
-    "enwik8: one expert": MOE | dict(expert_top_k=1, expert_balance="none"),
-    "enwik8: memory": dict(mixer="compressive,mamba"),
-    "enwik8: pyramid": dict(shorten=2, n_layer=3, output="stablemax"),
-    "facts: in_tool": dict(tokenizer="bytes", kind="bios", form="natural"),
-    "facts: in_weight": dict(prefix=True),
-    "facts: both": dict(loss_on="all", mixer="compressive"),
-    "facts: mqar": dict(block_size=32, random_non_queries=True, n_rows=90, n_test_rows=20, mqar_vocab=32),
-    "facts: text": MOE | dict(block_size=16, tokenizer="bpe:270", mixer="window,mingru"),
+WORDS = dict(tokens="cells", action_source="true", mask_rate="0.3,0.9")
+PASSES = {
+    "train_enwik8": {
+        "layers": dict(n_targets=2, intermediate_losses=True, positions="learned_per_layer", batching="epochs"),
+        "experts": MOE | dict(mtp_depth=1, n_shared_expert=1, mixer="mla"),
+        "one expert": MOE | dict(expert_top_k=1, expert_balance="none"),
+        "memory": dict(mixer="compressive,mamba"),
+        "pyramid": dict(shorten=2, n_layer=3, output="stablemax")},
+    "train_facts": {
+        "in_tool": dict(task="in_tool", tokenizer="bytes", kind="bios", form="natural"),
+        "in_weight": dict(task="in_weight", prefix=True),
+        "both": dict(task="both", loss_on="all", mixer="compressive"),
+        "mqar": dict(task="mqar", block_size=32, random_non_queries=True),
+        "text": MOE | dict(task="text", block_size=16, tokenizer="bpe:270", mixer="window,mingru")},
+    "train_mult": {
+        "reversed": dict(format="reversed"), "plain": dict(format="plain", sum_head="value"),
+        "sequence, reversed": dict(format="reversed", sum_head="classes", sequence_weight=2.0),
+        "sequence, plain": dict(format="plain", sequence_weight=0.5),
+        "padded": dict(format="padded", sum_head="classes"),
+        "trace": dict(format="trace", sum_head="value", sequence_weight=1.0)},
+    "train_dvae": {
+        "gumbel_soft": dict(estimator="gumbel_soft", loss_scale="token"),
+        "gumbel_hard": dict(estimator="gumbel_hard", hard_at=0.0, kl_weight="0.1,0.1"),
+        "straight_through": dict(estimator="straight_through", hard_at=0.0, loss_scale="token", kl_weight="0.1,0.1",
+                                 mask_rate="0.3,0.3"),
+        "reinmax": dict(estimator="reinmax", hard_at=0.0, loss_scale="grid", codebook_bound=0.1, kl_target=3.0),
+        "vq": dict(estimator="vq"),
+        "vq dot": dict(estimator="vq", loss_scale="token", similarity="dot", layout="canvas"),
+        "fsq": dict(estimator="fsq", loss_scale="token", mask_rate="0.5,0.5")},
+    "train_worldmodel": {
+        "tokenizer vq": dict(stage="tokenizer", tokenizer="spatiotemporal", tokenizer_frames=3),
+        "tokenizer fsq": dict(stage="tokenizer", quantiser="fsq"),
+        "actions vq": dict(stage="actions", action_quantiser="vq", soft_fraction=0.0),
+        "actions transformer": dict(stage="actions", action_quantiser="vq", action_model="transformer", history=3),
+        "dynamics, text, frame": WORDS,                      # all three, one after the other
+        "dynamics of the last frame": WORDS | dict(stage="dynamics", streams=False, action_input="prepend"),
+        "dynamics causal": WORDS | dict(stage="dynamics", dynamics="causal")},
 }
+BATCHES = {"train_worldmodel": ("tokenizer_batch", "batch_size", "dynamics_batch", "text_batch", "frame_batch")}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_passes_are_one_pass_over_all_their_rows(trained, text, kind):
-    script, task = kind.split(": ")
-    settings = BYTES if script == "enwik8" else TINY | dict(task=task, n_people=20, n_unseen=0)
-    settings = settings | KINDS[kind] | (dict(dataset=text) if "enwik8" in script or task == "text" else {})
-    runs = [trained(f"train_{script}.py", f"{n}", **settings, batch_size=12 // n, grad_accum=n) for n in (3, 1)]
-    (some,), (whole,) = map(lines, runs)
-    assert some.keys() == whole.keys() and whole["grad_norm"] > 1e-3
-    for name in whole.keys() - {"split", "time", "tokens_per_s", "mfu", "seconds"}:
-        assert some[name] == pytest.approx(whole[name], rel=1e-5), name
-    assert script == "facts" or "moe" not in kind or {"experts_0", "imbalance_1"} <= whole.keys()
-    some, whole = (load_checkpoint(run / "last.pt")["model"] for run in runs)
-    for name in whole:
-        torch.testing.assert_close(some[name], whole[name], rtol=1e-5, atol=1e-6, msg=name)
-    assert "moe" != settings.get("ff") or settings["expert_balance"] != "bias" or whole["blocks.0.ff.correction"].any()
+def weights(told):
+    last = load_checkpoint(told.dir / "last.pt")
+    return last.get("done") or {name: own["model"] for name, own in last.get("models", {"": last}).items()}
 
 
-def test_what_is_not_linear_in_the_batch_is_said(trained, text, capsys):
-    trained("train_enwik8.py", "run", **BYTES | MOE | dict(dataset=text, batch_size=2, grad_accum=2, max_steps=0,
-                                                           expert_balance="loss"))
-    assert "grad_accum 2: expert_balance loss is not linear in the batch" in capsys.readouterr().out
+@pytest.mark.parametrize("script, case", [(script, case) for script, cases in PASSES.items() for case in cases])
+def test_passes_are_one_pass_over_all_their_rows(done, put, text, script, case):
+    """Three passes, whose weights differ: what is logged and all weights and codes are those of one pass."""
+    how = BASE[script] | PASSES[script][case]
+    if script == "train_enwik8" or case == "text":
+        how["dataset"] = text
+    rows, sizes = 6 if script == "train_worldmodel" else 12, BATCHES.get(script, ("batch_size",))
+    some, whole = (done(script, f"{n}", **how, **dict.fromkeys(sizes, rows // n), grad_accum=n) for n in (3, 1))
+    logged = [[line for line in told.lines if line["split"] == "train"] for told in (some, whole)]
+    for one, two in zip(*logged, strict=True):
+        assert one.keys() == two.keys() and two["grad_norm"] > 1e-3
+        for name, value in two.items():
+            assert one[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-5)), name
+    atol = 1e-6 if script in ("train_enwik8", "train_facts") else 1e-5
+    torch.testing.assert_close(weights(some), weights(whole), rtol=1e-5, atol=atol)
+    if how.get("ff") == "moe":
+        assert script == "train_facts" or {"experts_0", "imbalance_1"} <= two.keys()
+        assert how["expert_balance"] != "bias" or weights(whole)[""]["blocks.0.ff.correction"].any()
+    if how.get("stage") in ("tokenizer", "actions"):         # no choice is compared that rounding could turn
+        put(**how)
+        torch.manual_seed(1337)
+        data, stage = load("gridworld", 12, 4, 7, 4, 4), w.STAGES[how["stage"]]
+        model, index = w.build(how["stage"], data), w.Stream(data.train, stage.frames(), 6, 1337).at(0)
+        with clear():
+            stage.loss(model, stage.read(material(data), index, 0, None))
 
 
-def test_last_pt_is_first_and_the_last_step_may_be_the_best(trained, text, monkeypatch):
-    """A run that is killed once best.pt is there has a last.pt to go on from. The last step counts where eval_interval
-    does not divide it, too; last.pt knows of it what best.pt knows, but no line, from which a longer run goes on."""
-    saves, save = [], Run.save
-    monkeypatch.setattr(Run, "save", lambda self, name, step, **more: (saves.append((name, step)),
-                                                                       save(self, name, step, **more)))
-    better = dict(lr=0.3, eval_interval=2, max_steps=3, batch_size=4)
-    run = trained("train_enwik8.py", "run", **BYTES | better | dict(dataset=text, eval_windows=2))
-    assert saves == [("last.pt", 0), ("best.pt", 2), *[(name, 3) for name in ("last.pt", "best.pt", "last.pt")]]
-    summary = json.loads((run / "summary.json").read_text())
-    lines = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-             if line["split"] == "val"]
-    assert [(line["step"], line.get("final", False)) for line in lines] == [(2, False), (3, False), (3, True)]
-    assert summary["best_step"] == 3 and summary["best_bpb"] == lines[1]["bpb"] < lines[0]["bpb"]
-    last, best = (load_checkpoint(run / name) for name in ("last.pt", "best.pt"))
-    assert last["loop"] == best["loop"] and last["loop"]["best"] == lines[1]["bpb"] and last["loop"]["evaluated"] == 2
-    assert last["metrics_lines"] == best["metrics_lines"] == 4
-    saves.clear()
-    trained("train_facts.py", "run", **TINY | better | dict(task="mqar", block_size=32, n_rows=90, n_test_rows=20,
-                                                            mqar_vocab=32))
-    assert saves[:2] == [("last.pt", 0), ("best.pt", 0)]
+@pytest.mark.parametrize("script, settings, said", [
+    ("train_dvae", dict(usage_weight="0.1,0.1", tc_weight="0,0.1"), "usage_weight, tc_weight"),
+    ("train_dvae", dict(kl_weight="0.1,0.1"), None),
+    ("train_enwik8", MOE | dict(expert_balance="loss"), "expert_balance loss")], ids=["usage", "kl", "experts"])
+def test_what_is_not_linear_in_the_batch_is_said(done, text, script, settings, said):
+    how = BASE[script] | settings | (dict(dataset=text) if script == "train_enwik8" else {})
+    told = done(script, "run", **how | dict(batch_size=2, grad_accum=2, max_steps=0))
+    lines = [line for line in told.out.splitlines() if "not linear" in line]
+    assert [line.startswith("grad_accum 2: ") and said in line for line in lines] == [True] * bool(said)
+
+
+def test_what_a_step_lacks_is_left_out_of_its_mean(done):
+    """A part that begins to weigh between two lines of the log: the mean of the steps that have it."""
+    how = BASE["train_dvae"] | dict(batch_size=4, tc_weight="0,0.1", max_steps=2)
+    line, one, two = (line for n in (2, 1) for line in done("train_dvae", f"{n}", **how, log_interval=n).lines
+                      if line["split"] == "train")
+    assert "tc" not in one and line["tc"] == two["tc"] and line["kl"] == (one["kl"] + two["kl"]) / 2
+
+
+# --- After the last step, and on a stop ---
+
+ENDS = {"train_enwik8": BASE["train_enwik8"] | dict(lr=0.3, ema_decay=0.0),
+        "train_mult": BASE["train_mult"] | dict(models="simple,latent", batch_size=4),
+        "train_dvae": BASE["train_dvae"] | dict(batch_size=4, estimator="vq", ema_decay=0.5)}
+
+
+def validated(told):
+    """[(step, exact match, loss)] of the validations by the protocol of the loop, of one model."""
+    lines = [line for line in told.lines if line["split"] == "val" and "final" not in line]
+    return [(line["step"], line.get("exact", line.get("accuracy", 0)), -line.get("bpb", line.get("nats", line["loss"])))
+            for line in lines if line.get("model") in (None, "latent") and line.get("weights") in (None, "raw")]
+
+
+@pytest.mark.parametrize("script", ["train_enwik8", "train_mult", "train_dvae"])
+def test_the_last_step_counts_for_best(done, launch, text, script):
+    """Where eval_interval does not divide max_steps too; a stopped run evaluates nothing more. What is killed once a
+    best.pt is there has a last.pt to go on from; last.pt knows of the last step what best.pt knows."""
+    models = 2 if script == "train_mult" else 1
+    how = ENDS[script] | dict(max_steps=3, eval_interval=2, save_interval=100)
+    how |= dict(dataset=text) if script == "train_enwik8" else {}
+    file = "best_latent.pt" if models == 2 else "best.pt"
+    told = done(script, "whole", **how)
+    found, last, best = validated(told), *(load_checkpoint(told.dir / name) for name in ("last.pt", file))
+    assert [step for step, *_ in found] == [0, 2, 3][script == "train_enwik8":]
+    assert max(found, key=lambda line: line[1:])[0] == 3 == best["step"]
+    assert summary(told.dir)["best_step_latent" if models == 2 else "best_step"] == 3 and told.lines[-1]["final"]
+    assert models == 2 or told.saved[0][:2] == ("last.pt", 0)
+    if script == "train_enwik8":
+        assert [(name, step) for name, step, _ in told.saved] == [
+            ("last.pt", 0), ("best.pt", 2), *[(name, 3) for name in ("last.pt", "best.pt", "last.pt")]]
+        assert summary(told.dir)["best_bpb"] == -found[1][2] == last["loop"]["best"] and -found[1][2] < -found[0][2]
+        assert last["loop"] == best["loop"] and last["loop"]["evaluated"] == 2
+    stopped = launch(script, "parts", stop_at=3 * models, **how)
+    assert stopped.code == 130 and validated(stopped) == found[:-1] and "final" not in stopped.lines[-1]
+    resumed = done(script, "parts", "--resume", **how)
+    assert validated(resumed) == found and told.lines == resumed.lines
+    for name in (file, "last.pt"):
+        assert_equal(*(load_checkpoint(run.dir / name) for run in (resumed, told)), name)
+
+
+def test_the_first_file_is_last_pt(done):
+    """Also where the first weights are the best so far."""
+    how = BASE["train_facts"] | dict(task="mqar", block_size=32, eval_interval=2)
+    saved = done("train_facts", "run", **how).saved
+    assert [(name, step) for name, step, _ in saved[:2]] == [("last.pt", 0), ("best.pt", 0)]
+
+
+def test_a_longer_run_neither_waits_less_nor_forces_sooner_for_the_last_validation(done):
+    how = ENDS["train_mult"] | dict(eval_interval=2, forcing="linear", stability_window=2, stability_eps=10)
+    whole = done("train_mult", "whole", **how | dict(max_steps=4))
+    done("train_mult", "parts", **how | dict(max_steps=3))
+    parts = done("train_mult", "parts", "--resume", **how | dict(max_steps=4))
+    one, two = (load_checkpoint(told.dir / "last.pt")["models"]["latent"]["forcing"] for told in (parts, whole))
+    assert one["losses"] == two["losses"] and len(one["losses"]) == 2
+    assert curve(parts.dir, "loss") == curve(whole.dir, "loss")
+
+
+@pytest.mark.parametrize("script, stop", [
+    *((script, 2) for script in ENDS), ("train_worldmodel", 2), ("train_worldmodel", 4)])
+def test_a_stop_where_an_evaluation_is_due(done, launch, text, script, stop):
+    """Also at a stage's end: every file that is saved from there on, with the rate of its step in the optimiser's
+    groups, is that of a run that never stopped."""
+    how = ENDS.get(script, WORDS | dict(stage="dynamics", eval_clips=2, rollout_clips=2))
+    how = how | dict(max_steps=4, eval_interval=2, save_interval=2, warmup_steps=3, schedule="cosine")
+    how |= dict(dataset=text) if script == "train_enwik8" else {}
+    whole = done(script, "whole", **how)
+    stopped = launch(script, "stopped", stop_at=stop * (2 if script == "train_mult" else 1), **how)
+    assert stopped.code == 130 and stopped.saved[-1][1] == stop
+    resumed = done(script, "stopped", "--resume", **how)
+    due, found = ({(name, step): load_checkpoint(copy) for name, step, copy in told.saved if step >= stop}
+                  for told in (whole, resumed))
+    if script in ("train_enwik8", "train_worldmodel") and stop < 4:
+        del due["last.pt", stop]                             # which the stop has written, and its evaluation does not
+    assert due.keys() == found.keys() and any(name[:4] == "best" and step == stop for name, step in found)
+    for name in due:
+        assert_equal(found[name], due[name], name)
+
+
+# --- The world model: its table, what is counted, a finished stage that is asked for more ---
+
+@pytest.fixture
+def put(monkeypatch):
+    """Sets settings of the script for one test, on top of TINY."""
+    def put(**settings):
+        for name, value in (TINY["train_worldmodel"] | settings).items():
+            monkeypatch.setattr(w, name, None if value == "none" else value, raising=False)
+    return put
+
+
+@pytest.fixture(scope="module")
+def video():
+    return load("gridworld", 12, 8, 8, 4, 4)
+
+
+def material(video):
+    return Reader(video.train, video.palette, "cpu", {}, w.tokens, w.action_source, video.n_actions, w.n_codes)
+
+
+def test_rows_of_the_table_name_settings_that_there_are():
+    """Steps, clips of a pass and what makes a stage's shape; a stage reads stages above it."""
+    known = flags._read_settings(w.__file__)
+    assert set(w.architecture) == {"all", *w.STAGES}
+    for i, (name, stage) in enumerate(w.STAGES.items()):
+        assert {stage.steps, stage.batch, *w.architecture[name]} <= known.keys()
+        assert set(stage.needs()) <= {*list(w.STAGES)[:i]}
+
+
+def test_signs_follow_a_step_not_a_pass():
+    """Running statistics of all passes at once, as VQ's means; a pass alone changes none."""
+    u = torch.randn(24, 2, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    many, one = Signs(4).train(), Signs(4).train()
+    for part in u.split(8):
+        many(part)
+    assert torch.equal(many.norm.running_mean, torch.zeros(2)) and not many.norm.num_batches_tracked
+    many.follow(u)
+    one.norm(u)                                               # BatchNorm's own step
+    assert_equal(dict(many.state_dict()), dict(one.state_dict()), "signs")
+
+
+def test_shares_count_what_is_hidden_and_what_changes(put, video):
+    """Shares of a step's passes: sums over sums, written out for one stage with masks."""
+    put(**{**WORDS, "mask_rate": (0.3, 0.9)}, grad_accum=3, dynamics_change=10.0, dynamics_steps=8, max_steps=8)
+    index = torch.arange(6)
+    drawn = w.hide_in_clips(6, 16, torch.Generator().manual_seed(0))
+    found = w.passes_of("dynamics", SimpleNamespace(n_tokens=16), material(video), index, 0,
+                        torch.Generator().manual_seed(0))
+    parts, hidden, shares = zip(*found)
+    assert torch.equal(torch.cat(parts), index) and torch.equal(torch.cat(hidden), drawn)
+    truth = video.train.cells(index, w.context).long().flatten(2)
+    weights = [sum(1 + 10 * bool(truth[i, t, n] != truth[i, t - 1, n]) for i in rows for t in range(2, w.context)
+                   for n in range(16) if drawn[i, t, n]) for rows in (range(2), range(2, 4), range(4, 6))]
+    assert [share.item() for share in shares] == pytest.approx([weight / sum(weights) for weight in weights])
+    assert 0.1 < min(shares) and len({share.item() for share in shares}) > 1
+
+
+def test_a_longer_run_goes_on_where_the_shorter_ended(done, launch, tmp_path):
+    """Under a constant rate the weights of a run that was asked for all steps at once; what has read them is anew."""
+    world = functools.partial(done, "train_worldmodel", action_source="true", schedule="constant", dynamics_change=0.0,
+                              reset_fraction=1.0, ema_decay=0.5, eval_clips=2, rollout_clips=2, decode_steps=1,
+                              save_interval=100, eval_interval=2)
+    whole, short = world("whole", max_steps=4).dir, world("short", max_steps=2).dir
+    old = shutil.copytree(short, folder("train_worldmodel", tmp_path / "old"))
+    assert_error(launch("train_worldmodel", "short", "--resume", stage="tokenizer", max_steps=4),
+                 "stage dynamics has learned from stage tokenizer as it is")
+    said = world("short", "--resume", max_steps=4).out
+    assert "stage text goes on from step 2" in said
+    assert "stage dynamics begins anew: it has learned from stage tokenizer, which goes on" in said
+    one, two = (load_checkpoint(run / "last.pt") for run in (whole, short))
+    for stage in one["done"]:
+        assert_equal(two["done"][stage], one["done"][stage], stage)
+        assert_equal(two["ended"][stage]["optimizer"], one["ended"][stage]["optimizer"], stage)
+    assert curve(short) == list(range(1, 8 + 2 + 4 + 2 + 4 + 1))  # tokenizer and text go on, dynamics and frame anew
+    # figures of finished stages stay in the summary of every resume; a picture that cannot be written costs one line
+    before = {key: value for key, value in summary(short).items() if key.startswith((*w.STAGES, "rollout"))}
+    assert {"tokenizer_psnr", "tokenizer_seconds", "dynamics_loss", "rollout_copy_4", "text_best_step"} <= before.keys()
+    shutil.rmtree(short / "samples")
+    (short / "samples").write_text("no folder")
+    assert "samples are left out" in world("short", "--resume", stage="text", max_steps=5).out
+    after = summary(short)
+    assert after["status"] == "done" and all(after[key] == value for key, value in before.items()
+                                             if not key.startswith("text"))
+    # a checkpoint from before `ended`: it loads, stays as it is, and says so
+    checkpoint = load_checkpoint(old / "last.pt")
+    for key in ("ended", "figures"):
+        del checkpoint[key]
+    torch.save(dict(checkpoint), old / "last.pt")
+    assert "stage tokenizer stays as it is" in world("old", "--resume", max_steps=4).out
+
+
+# --- Parameters that are cut off ---
+
+def variants():
+    for kind, quantiser in itertools.product(("spatial", "spatiotemporal"), ("vq", "fsq")):
+        yield "tokenizer", dict(tokenizer=kind, quantiser=quantiser)
+    for kind, quantiser, soft in itertools.product(("conv", "transformer"), ("signs", "vq"), (0.0, 1.0)):
+        yield "actions", dict(action_model=kind, action_quantiser=quantiser, soft_fraction=soft)
+    yield "actions", dict(difference=False, history=1)
+    for given, streams in itertools.product(("add", "prepend"), (True, False)):
+        yield "dynamics", dict(action_input=given, streams=streams, context=2 if streams else 4)
+    yield "dynamics", dict(dynamics="causal", context=2)
+    yield "text", {}
+    yield "frame", {}
+
+
+@pytest.mark.parametrize("stage, case", list(variants()), ids=str)
+def test_every_parameter_has_a_gradient(put, video, stage, case):
+    """One that is not rounding; but for the bias before signs, which their normalisation takes away."""
+    put(**{**TINY["train_worldmodel"], "tokens": "cells", "action_source": "true", "text_embd": 16, **case})
+    torch.manual_seed(0)
+    model = w.build(stage, video)
+    with torch.no_grad():
+        for p in model.parameters():                          # what begins at 0 hides what is behind it
+            if not p.any():
+                p.normal_(0, 0.02)
+    how, noise = w.STAGES[stage], torch.Generator().manual_seed(0)
+    index = torch.randint(video.train.count(how.frames()), (12,), generator=torch.Generator().manual_seed(1))
+    hidden = how.hide(12, model.n_tokens, noise) if how.hide else None
+    loss, found = how.loss(model, how.read(material(video), index, 1, hidden))
+    loss = loss if found is None else loss + how.commitment * found.loss
+    loss.backward()
+    sizes = {name: p.grad.norm().item() / math.sqrt(p.numel()) for name, p in model.named_parameters()
+             if not (name == "to_code.bias" and w.action_quantiser == "signs")}
+    assert min(sizes.values()) > 1e-5 * max(sizes.values()), min(sizes, key=sizes.get)
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--code_dim=1", "without a gradient"), ("--batch_size=2 --stage=actions", "signs are normalised"),
+    ("--mask_rate=0,0 --tokens=cells --action_source=true", "hides no token")])
+def test_settings_that_cut_the_loss_off(launch, words, said):
+    """One line, nothing written."""
+    told = launch("train_worldmodel", "out", *words.split())
+    assert_error(told, said)
+    assert not told.dir.exists()
 
 
 # ------------------------------------------------------------------------------------------------------- nanogpt_cpu
@@ -131,13 +432,14 @@ def gpt2(w, x, y, n_layer, n_head):
     return F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
 
-def test_nanogpt_cpu_is_nanogpts_formula(trained, text):
+def test_nanogpt_cpu_is_nanogpts_formula(done, monkeypatch, text):
     """The first 20 losses of the preset, in float32, from the same weights and batches: decoupled decay of everything
     with two dimensions, a warm-up by (i + 1) / 101, then a cosine; the norm clipped to 1."""
-    few = dict(preset="nanogpt_cpu", dataset=text, dtype="float32", device="cpu", max_steps=20, save_interval=100,
-               eval_interval="none", log_interval=1, sample_length=0)
-    zero = load_checkpoint(trained("train_enwik8.py", "zero", **few | dict(max_steps=0)) / "last.pt")
-    run = trained("train_enwik8.py", "run", **few)
+    monkeypatch.setitem(TINY, "train_enwik8", dict(
+        preset="nanogpt_cpu", dataset=text, dtype="float32", device="cpu", save_interval=100, eval_interval="none",
+        log_interval=1, sample_length=0, run_name="run"))
+    zero = load_checkpoint(done("train_enwik8", "zero", max_steps=0).dir / "last.pt")
+    run = done("train_enwik8", "run", max_steps=20).dir
     s = zero["settings"]
     assert (s["n_layer"], s["n_head"], s["n_embd"], s["block_size"], s["batch_size"]) == (4, 4, 128, 64, 12)
     w = {name: p.detach().clone().requires_grad_() for name, p in from_checkpoint(zero).named_parameters()}
@@ -161,4 +463,4 @@ def test_nanogpt_cpu_is_nanogpts_formula(trained, text):
                 root = (square[name] / (1 - 0.99 ** (i + 1))).sqrt() + 1e-8
                 p.sub_(rate * mean[name] / (1 - 0.9 ** (i + 1)) / root)
                 p.grad = None
-    assert [line["loss"] for line in lines(run)] == pytest.approx(found, rel=1e-6)
+    assert curve(run, "loss") == pytest.approx(found, rel=1e-6)

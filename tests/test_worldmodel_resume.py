@@ -1,4 +1,5 @@
-"""train_worldmodel.py as it is typed: killed in every stage, resumed, evaluated, rolled out, told of mistakes: 60 s."""
+"""train_worldmodel.py as it is typed: stage by stage, evaluated, rolled out, played, on files of one's own. What it
+shares with the other scripts is in test_resume.py."""
 import math
 import re
 import shutil
@@ -15,13 +16,10 @@ from models.world_measures import ssim
 from nanolab.run import load_checkpoint
 from nanolab.world import Reader
 from test_play import pixels, post, request
-from forks import (assert_done, assert_equal, assert_error, records, snapshot,
-                         summary, wait_for)
-from scripts import TINY as ALL, assert_same_end, of
+from forks import assert_done, assert_equal, assert_error, records, snapshot, summary, wait_for
+from scripts import of
 
-train, at = of("train_worldmodel")
-TINY = ALL["train_worldmodel"]
-
+train, at, done = of("train_worldmodel")
 STAGES = ("tokenizer", "actions", "dynamics", "text", "frame")
 
 
@@ -29,8 +27,7 @@ STAGES = ("tokenizer", "actions", "dynamics", "text", "frame")
 def base(forks, tmp_path_factory):
     """A finished run of all stages."""
     folder = tmp_path_factory.mktemp("base")
-    child = forks.run(train(folder), folder)
-    assert_done(child)
+    done(forks, folder, save_interval=100)
     return at(folder)
 
 
@@ -56,7 +53,7 @@ def test_what_a_run_leaves(base):
 def test_stages_one_by_one_are_all_at_once(forks, tmp_path, base):
     """Stage after stage by --resume: the weights of one command."""
     for i, name in enumerate(STAGES):
-        assert_done(forks.run(train(tmp_path, *["--resume"] * (i > 0), stage=name), tmp_path))
+        done(forks, tmp_path, *["--resume"] * (i > 0), stage=name, save_interval=100)
     apart, together = (load_checkpoint(run / "last.pt")["done"] for run in (at(tmp_path), base))
     assert_equal(apart, together, "done")
 
@@ -73,27 +70,21 @@ def test_a_stage_that_lacks_another(forks, tmp_path, copy):
                  "in the middle of stage tokenizer")
 
 
-def test_a_checkpoint_that_lacks_what_its_stages_ended_with(forks, tmp_path):
+def test_a_checkpoint_that_lacks_what_its_stages_ended_with(forks, copy):
     """Resumed it says the finished stages' figures, but for their seconds."""
-    assert_done(forks.run(train(tmp_path, stage="tokenizer"), tmp_path))
-    last, before = at(tmp_path) / "last.pt", summary(at(tmp_path))
-    checkpoint = torch.load(last, weights_only=True)
+    before, checkpoint = summary(copy), torch.load(copy / "last.pt", weights_only=True)
     del checkpoint["ended"]
-    torch.save(checkpoint, last)
-    assert_done(forks.run(train(tmp_path, "--resume", stage="tokenizer"), tmp_path))
-    assert summary(at(tmp_path))["tokenizer_psnr"] == before["tokenizer_psnr"]
-
-
-def test_architecture_comes_from_the_checkpoint(forks, tmp_path, copy):
-    child = forks.run(train(copy.parents[1], "--resume", n_codes=8, max_steps=4), tmp_path)
-    assert_done(child)
-    assert "n_codes 4 comes from the checkpoint: --n_codes 8 is overruled" in child.out
+    torch.save(checkpoint, copy / "last.pt")
+    done(forks, copy.parents[1], "--resume")
+    figures = {key for key in before if key.startswith(STAGES) and not key.endswith("seconds")}
+    assert "tokenizer_psnr" in figures
+    assert {key: summary(copy)[key] for key in figures} == {key: before[key] for key in figures}
 
 
 def test_eval_only_changes_nothing(forks, tmp_path, copy):
     before = snapshot(copy)
-    child = forks.run(["train_worldmodel.py", "--out_dir", copy.parents[1], "--run_name", "run", "--resume",
-                       "--eval_only"], tmp_path)
+    bare = ["train_worldmodel.py", "--out_dir", copy.parents[1], "--run_name", "run"]
+    child = forks.run([*bare, "--resume", "--eval_only"], tmp_path)
     assert_done(child)
     for name in STAGES:
         assert f"{name}: loss" in child.out
@@ -105,9 +96,12 @@ def test_eval_only_changes_nothing(forks, tmp_path, copy):
 def test_rollout(forks, tmp_path, copy):
     """PNG and GIF of as many frames as actions and the first; the same again is the same."""
     from PIL import Image
+
+    def rollout(actions, *more, run=copy):
+        return forks.run(["train_worldmodel.py", "--rollout", run, "--actions", actions, *more], tmp_path)
     pixels = []
     for _ in range(2):
-        child = forks.run(["train_worldmodel.py", "--rollout", copy, "--actions", "0,3,3,1", "--log_cache"], tmp_path)
+        child = rollout("0,3,3,1", "--log_cache")
         assert_done(child)
         with Image.open(copy / "samples" / "rollout.gif") as gif:
             frames = []
@@ -118,16 +112,11 @@ def test_rollout(forks, tmp_path, copy):
         pixels.append(np.stack(frames))
         assert "layer" in child.out and "rollout.png" in child.out
     assert (pixels[0] == pixels[1]).all()
-    assert_error(forks.run(["train_worldmodel.py", "--rollout", copy, "--actions", "0,4"], tmp_path),
-                 "'4' is not one of")
-    child = forks.run(["train_worldmodel.py", "--rollout", copy, "--actions", "1", "--prompt",
-                       "agent at a1, ball at c2, walls b2."], tmp_path)
-    assert_done(child)
-    assert_error(forks.run(["train_worldmodel.py", "--rollout", copy, "--actions", "0", "--prompt", "caf\u00e9"],
-                           tmp_path), "plain ASCII")
-    assert_error(forks.run(["train_worldmodel.py", "--rollout", copy, "--actions", "0", "--prompt",
-                            "agent at a1, fish"], tmp_path), "'fish'")
-    assert_error(forks.run(["train_worldmodel.py", "--rollout", tmp_path / "none"], tmp_path), "no such file")
+    assert_done(rollout("1", "--prompt", "agent at a1, ball at c2, walls b2."))
+    assert_error(rollout("0,4"), "'4' is not one of")
+    assert_error(rollout("0", "--prompt", "caf\u00e9"), "plain ASCII")
+    assert_error(rollout("0", "--prompt", "agent at a1, fish"), "'fish'")
+    assert_error(rollout("0", run=tmp_path / "none"), "no such file")
 
 
 def test_played(forks, tmp_path, copy):
@@ -152,49 +141,14 @@ def test_played(forks, tmp_path, copy):
     assert child.wait().code in (0, 130) and snapshot(copy) == before
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_and_resumed(forks, tmp_path, number, code):
-    """A signal in the second stage saves; --resume ends as the run that was not stopped."""
-    runs = [at(tmp_path / name) for name in ("stopped", "whole")]
-    how = dict(tokens="cells", action_steps=60, dynamics_steps=4, text_steps=2, frame_steps=2, max_steps="none")
-    child = forks.start(train(runs[0].parents[1], **how), tmp_path)
-    wait_for(lambda: (runs[0] / "metrics.jsonl").exists() and len(records(runs[0])) > 4)
-    child.kill(number)
-    assert child.wait().code == code and summary(runs[0])["status"] == "interrupted"
-    assert load_checkpoint(runs[0] / "last.pt")["loop"]["step"] < 60
-    shutil.rmtree(runs[0] / "samples")
-    (runs[0] / "samples").write_text("mine")                 # pictures that cannot be written cost a line each
-    child = forks.run(train(runs[0].parents[1], "--resume", **how), tmp_path)
-    assert_done(child)
-    assert "samples are left out: " in child.out
-    assert_done(forks.run(train(runs[1].parents[1], **how), tmp_path))
-    assert_same_end(*runs)
-
-
-@pytest.mark.parametrize("words, said", [
-    ("--n_codes=6", "power of two"), ("--tokenizer_embd=12", "multiple of 8"), ("--text_embd=6", "multiple of 4"),
-    ("--patch=5", "patch 5 does not divide"), ("--context=9", "do not fit"),
-    ("--mask_rate=0.9,0.5", "begins above its end"), ("--stage=token", "tokenizer"),
-    ("--dataset=gridwrld", "gridworld"),
-    ("--tokens=cells --dataset=x.npz", "cells"), ("--eval_only", "--resume"), ("--quantiser=fsq --codebook_size=11",
-                                                                                "no product"),
-    ("--play=a --rollout=b", "one of them"),
-    ("--action_model=transformer --no-difference", "transformer sees"), ("--tokenizer_layer=1", "tokenizer_layers")])
-def test_mistakes(forks, tmp_path, words, said):
-    """One line, status 2, nothing written."""
-    assert_error(forks.run(train(tmp_path / "out", *words.split()), tmp_path), said)
-    assert not (tmp_path / "out").exists()
-
-
 def test_files_of_ones_own(forks, tmp_path):
     """Frames and actions in an .npz train every stage but words; broken files are one line."""
     rng = np.random.default_rng(0)
     frames, actions = rng.integers(0, 256, (60, 8, 12, 3), dtype=np.uint8), rng.integers(0, 3, 60)
     np.savez(tmp_path / "mine.npz", frames=frames, actions=actions)
-    more = dict(dataset=tmp_path / "mine.npz", length=2)
+    more = dict(dataset=tmp_path / "mine.npz", length=2, max_steps=2, save_interval=100)
     for name, settings in (("latent", {}), ("true", dict(action_source="true"))):
-        child = forks.run(train(tmp_path / name, **more, **settings), tmp_path)
-        assert_done(child)
+        done(forks, tmp_path / name, **more, **settings)
         assert summary(at(tmp_path / name))["stages"] == [
             stage for stage in STAGES[:3] if stage != "actions" or name == "latent"]
     assert_done(forks.run(["train_worldmodel.py", "--rollout", at(tmp_path / "latent"), "--actions", "0,1"], tmp_path))
