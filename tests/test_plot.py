@@ -190,7 +190,7 @@ def test_another_draw_of_the_data_widens_every_interval():
 def test_other_numbers_beside_the_metric():
     """Means of the runs of a row; nothing where one has none; without timing runs there are no columns for time."""
     def given(values):
-        return [{"run": "r", "seed": i, "value": 2 + i / 100, "max_steps": 9, "shown": {"exact": value}}
+        return [{"run": f"{values}{i}", "seed": i, "value": 2 + i / 100, "max_steps": 9, "shown": {"exact": value}}
                 for i, value in enumerate(values)]
     values = {"baseline": [0.5, 0.7], "a": [0.1, 0.4], "b": [0.1, None]}
     rows = [row(name, [], "baseline", step_seconds=None, parameters=None) | {"runs": given(mine)}
