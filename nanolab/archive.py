@@ -14,6 +14,7 @@ import glob
 import json
 import re
 import shlex
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,13 +159,15 @@ def restore(path, folder):
             place.mkdir(parents=True)
             if params:
                 write_json(place / "params.json", params)
+                (place / "lock").touch()                         # which says that it is a run's directory
             if run.summary.get("status", "done") == "done":
                 write_json(place / "summary.json", run.summary)
             (place / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in run.lines))
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from None
-    if first["grid"]:
-        write_json(folder / "grid.json", first["grid"])
+        if first["grid"]:
+            write_json(folder / "grid.json", first["grid"])
+    except (OSError, UserError) as error:
+        shutil.rmtree(folder, ignore_errors=True)                # half of them would look like all
+        raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from None
     return len(runs)
 
 
