@@ -210,7 +210,7 @@ def read_index(path):
 @dataclass
 class Rung:
     """One length of training. `steps`: None where the grid has no ladder; name: 1x, 4x, ... of the first; as_one: {row:
-    that with the same runs which the fit has}."""
+    the first one with a run of it, which the fit has}."""
     steps: int
     name: str
     fit: Fit
@@ -265,10 +265,12 @@ def judge(index):
     for long in steps:
         runs = {name: [run for run in row["runs"] if long is None or run["max_steps"] == long]
                 for name, row in rows.items()}
-        owners = {}                              # rows that share their runs are one: they tell the noise once
-        as_one = {name: owners.setdefault(tuple(run["run"] for run in mine), name) for name, mine in runs.items()}
-        values = {name: {run["seed"]: math.log(run["value"]) if log else run["value"] for run in runs[name]}
-                  for name in as_one.values()}
+        owners, as_one, values = {}, {}, {}      # rows that share a run are one model: it tells the noise once
+        for name, mine in runs.items():
+            as_one[name] = owner = next((owners[run["run"]] for run in mine if run["run"] in owners), name)
+            owners |= {run["run"]: owner for run in mine}
+            values.setdefault(owner, {}).update(
+                {run["seed"]: math.log(run["value"]) if log else run["value"] for run in mine})
         if values[first] and (fit := Fit(values, index.get("sigma_data", 0.0))).freedom:
             rungs.append(Rung(long, f"{long / steps[0]:g}x" if long else "", fit, as_one))
     if not rungs:

@@ -169,7 +169,7 @@ def test_a_whole_grid(plan):
     assert "-0.5000" in line["better"] and "**better**" in line["better"]
     assert "undecided" in line["same as the base"]
     assert "+0.0300" in line["doubtful"] and "undecided" in line["doubtful"] and "| 2 |" in line["doubtful"]
-    assert "| 2.00 | +0.0550 ± " in line["slow"]
+    assert "| 2.00 | +0.0575 ± " in line["slow"]
     assert "it cannot work" in line["broken"]
 
     again = run(path)
@@ -335,6 +335,19 @@ def test_print_lists_what_could_start_and_starts_nothing(plan):
     ([("{set: {kind: better}}", "{set: {kind: better}, tune: {lr: [1, x]}}")], "lr x: must be a number"),
     ([("{set: {kind: better}}", "{set: {kind: better}, predicted: perhaps}")], "predicted begins with one of better"),
     ([("{set: {kind: better}}", "{set: {kind: better}, published: {Narang: no}}")], "differences by their sources"),
+    ([("seeds:", "rungs: {50: 2}\nseeds:"), ("better}}", "better}, rungs: [[50]]}")], "rungs must be some of [50]"),
+    ([("seeds:", "rungs: {50: 2}\nseeds:"), ("better}}", "better}, rungs: [50, 50]}")], "rungs must be some of [50]"),
+    ([("seeds:", "rungs: {50: 2}\nseeds:"), ("better}}", "better}, rungs: [50.0]}")], "rungs must be some of [50]"),
+    ([("seeds:", "rungs: {50: 2, 100000000000000000000: 2}\nseeds:")], "rungs must be values of max_steps"),
+    ([("{set: {kind: better}}", "{set: {kind: better}, tune: {lr: [1, 2]}}")], "lr is tuned by its factors already"),
+    ([("seeds:", "seeded: [seed, data_seed]\nseeds:"), ("better}}", "better}, tune: {data_seed: [8, 9]}}")],
+     "data_seed is set by the seeds"),
+    ([("{set: {kind: better}}", "{set: {kind: better}, published: {Narang: .nan}}")], "differences by their sources"),
+    ([("{set: {kind: better}}", "{set: {kind: better}, published: {Narang: -.inf}}")], "differences by their sources"),
+    ([("settings: [lr]", "settings: [lr, lr]")], "tune: settings must be names of settings, each once"),
+    ([("factors:", "further: true, factors:")], "further must be a int, not True"),
+    ([("factors:", "seed: 100000000000000000000000, factors:")], "tune: seed: seed 1000"),
+    ([("factors: [0.5, 1, 2]", f"factors: [1, 1{'0' * 400}]")], "factors must be numbers"),
     ([("factors:", "seed: 3, factors:")], "seed 3 is one of the seeds"),
     ([("factors: [0.5, 1, 2]", "further: 2, factors: [1]")], "beyond several in order"),
     ([("seeds:", "same: -1.0\nseeds:")], "same must be a number from 0 on"),

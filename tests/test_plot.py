@@ -177,6 +177,37 @@ def test_the_table(tmp_path):
         plot.markdown({"metric": "m", "factors": [1], "rows": [row("baseline", [2.0], None)]})
 
 
+def test_the_csv_goes_to_a_file_of_that_name_and_nowhere_else(tmp_path):
+    found = index(row("a", [3.1, 3.12], published={"verdict": 0.5}, predicted="worse: why"))
+    plot.write_csv(found, str(tmp_path / "a.zip"))
+    told = pd.read_csv((tmp_path / "a.zip").open()).set_index("name")
+    assert told.loc["a", "verdict"] == "worse" and told.loc["a", "published: verdict"] == 0.5
+    for place in (tmp_path, "/dev/full", "s3://nowhere/a.csv", "a\0b"):
+        with pytest.raises(UserError, match="cannot write"):
+            plot.write_csv(found, str(place))
+
+
+@pytest.mark.parametrize("key, value", [
+    ("rungs", [0, 100]), ("rungs", [100, 100]), ("rungs", [400, 100]), ("rungs", [-5, 100]), ("same", math.nan),
+    ("sigma_data", math.inf), ("factors", [0, 1]), ("primary", 10 ** 400), ("row name", "baseline"),
+    ("row tuned", [[1, 2, 3]]), ("row tuned", [[None, 2]]), ("row tuned", [["a", 2]]), ("row tuned", [[-1, 2]]),
+    ("row tuned", [[1, math.nan]]), ("row published", {"a": None}), ("row parameters", 10 ** 400),
+    ("row runs", [{"seed": 1, "value": 2.0, "max_steps": 9}]), ("run value", math.nan), ("run value", 10 ** 400)])
+def test_a_damaged_table_is_one_line(tmp_path, key, value):
+    found = index(row("a", [2.1, 2.2]))
+    place, name = ({**found, "row": found["rows"][1], "run": found["rows"][1]["runs"][0]}, key)
+    if " " in key:
+        place, name = place[key.split()[0]], key.split()[1]
+    else:
+        place = found
+    (tmp_path / "grid.json").write_text(json.dumps(found))
+    assert plot.read_index(tmp_path / "grid.json")["rows"]
+    place[name] = value
+    (tmp_path / "grid.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match="is missing or no grid"):
+        plot.read_index(tmp_path / "grid.json")
+
+
 def test_another_draw_of_the_data_widens_every_interval():
     rows = [row(name, [2.0 + d, 2.02 + d], equal_seconds={"value": 2.0 + d, "seed": 0}, step_seconds=0.2)
             for name, d in (("near", 0.05), ("far", -0.3))]
