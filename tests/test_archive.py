@@ -87,6 +87,7 @@ def test_a_run_that_had_not_ended_is_restored_to_begin_anew(tmp_path):
     folder = folder_of_runs(tmp_path / "a")
     for name, status in (("s1", "stopped"), ("s2", "done")):
         (folder / "train_enwik8" / name / "summary.json").write_text(json.dumps({"status": status, "step": 20}))
+    (folder / "grid.json").write_text('{"of": "a grid"}')
     path, _ = archive.write(folder)
     first, *lines = path.read_text().splitlines()
     lines = [json.dumps({**json.loads(line), "history": [{"note": "a\u2028b"}]}, ensure_ascii=False) for line in lines]
@@ -94,7 +95,10 @@ def test_a_run_that_had_not_ended_is_restored_to_begin_anew(tmp_path):
     archive.restore(path, tmp_path / "b")
     s1, s2 = (tmp_path / "b" / "train_enwik8" / name for name in ("s1", "s2"))
     assert is_run(s1) and is_run(s2) and not (s1 / "summary.json").exists() and (s2 / "summary.json").exists()
-    assert json.loads((s2 / "params.json").read_text())["history"] == [{"note": "a\u2028b"}]
+    assert json.loads((tmp_path / "b" / "grid.json").read_text()) == {"of": "a grid"}
+    params = json.loads((s2 / "params.json").read_text())
+    assert params["history"] == [{"note": "a\u2028b"}]
+    assert params["command"] == ["train_enwik8.py", "--lr", "0.1", "--seed", "2", "--run_name", "s2"]
 
 
 def as_text(run):

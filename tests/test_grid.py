@@ -215,6 +215,27 @@ def test_rungs(plan):
     assert "Predicted beforehand: 1 of 1 verdicts." in table and "Narang: the sign of 1 of 1 rows." in table
 
 
+def test_what_runs_are_called_and_when_they_start(plan, tmp_path):
+    """A row's name makes no timing run of it; a tuned path is no folder; a figure that is no number is none."""
+    (tmp_path / "fake.py").write_text(FAKE.replace("max_steps = 100 ", "data = None   # [path]\nmax_steps = 100 "))
+    path = plan("8 steps: {set: {kind: better}, tune: {data: [a/b, c/d]}, rungs: [50, 100]}", replace=[
+        ("seeds: [1, 2, 3, 4, 5]", "seeds: [1, 2, 3]\nrungs: {50: 3, 100: 2}\nprimary: 50"), ("[0.5, 1, 2]", "[1]")])
+    found = grid_module.Grid(path)
+    row = found.rows[1]
+    assert [found.turn(found.cell(row, 1, seed)) for seed in (1, 3)] == [(1, 0), (1, 2)]
+    assert [found.turn(found.cell(row, 1, 1, word, max_steps=n)) for word, n in (("-speed", 60), ("-70steps", 70))] == [
+        (2, 0)] * 2
+    cell, = found.walk(row).wanted
+    home = tmp_path / "out" / "fake" / cell.run
+    home.mkdir(parents=True)
+    for value in ("NaN", "true", "-Infinity", '"2"'):
+        (home / "summary.json").write_text(f'{{"status": "done", "figure": {value}}}')
+        assert found.result(cell).state == "failed" and "no number figure" in found.walk(row).error
+    (home / "summary.json").write_text('{"status": "done", "figure": 2}')
+    assert [cell.run.rpartition("-")[0] for cell in found.walk(row).wanted] == [
+        "8_steps-x1-s1-dataa_b", "8_steps-x1-s1-datac_d"]
+
+
 def test_a_changed_yaml_runs_only_what_is_new(plan):
     path = plan("one: {set: {kind: better}}", "two: {set: {kind: worse}}")
     assert run(path).returncode == 0

@@ -220,6 +220,25 @@ def test_what_is_not_there_yet():
     assert judged.primary is judged.rungs[0] and judged.doubling is None and judged.rows[0].verdict == "better"
 
 
+def test_where_verdicts_begin():
+    """"the same" by the 90 % interval and not the 95 %; better and worse by Holm and not each p by itself."""
+    index = ladder(**{f"r{i}": {100: 0.0, 400: 0.00025 * i} for i in range(16)})
+    judged = judge({**index, "same": 0.0})
+    effects = [mine.effects["4x"] for mine in judged.rows]
+    adjusted = holm([effect.p for effect in effects])
+    assert any(effect.p < 0.05 <= p for effect, p in zip(effects, adjusted)) and min(adjusted) < 0.05
+    assert [mine.verdict != "undecided" for mine in judged.rows] == [p < 0.05 for p in adjusted]
+    effect, = [mine.effects["4x"] for mine in judged.rows if mine.row["name"] == "r0"]
+    for share, verdict in ((0.5, "the same"), (-0.1, "undecided")):
+        same = abs(effect.difference) + effect.half(0.9) + share * (effect.half() - effect.half(0.9))
+        assert judge({**index, "same": same}).rows[0].verdict == verdict
+    assert judge({**index, "primary": 9}).primary.steps == 400
+    for run in index["rows"][0]["runs"]:
+        run["value"] += 2 * (run["max_steps"] == 400)
+    assert judge(index).doubling < 0 and judge(index).rows[0].worth is None
+    assert math.isnan(rank_correlation({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 2.0}))
+
+
 def test_figures_at_the_edge():
     """Equal figures; a logarithm of 0; a baseline that hardly gains by steps."""
     equal = {row: dict.fromkeys(range(3), 0.1) for row in "abc"}
