@@ -167,7 +167,8 @@ def test_the_table(tmp_path):
     ratios = {line.split(" | ")[1]: line for line in plot.markdown({**found, "log": True}) if line.startswith("| a |")}
     assert " | x0.95 (0.9" in ratios["better"]
     early = {**found, "rungs": [9, 18], "primary": 18, "rows": [row("baseline", [2.0, 2.02], None), *found["rows"][1:]]}
-    early["rows"] = [{**mine, "tuned": [[1, 2.0]]} for mine in early["rows"]]
+    early["rows"] = [{**mine, "tuned": [[1, 2.0], [2, 2.1]]} for mine in early["rows"]]
+    assert "| x2* |" in next(line for line in plot.markdown(early) if "| better " in line)   # largest of its own
     assert "Nothing tells the noise at 18 steps yet: the verdicts are those at 9." in plot.markdown(early)
     plot.write_csv(found, tmp_path / "a.csv")
     told = pd.read_csv(tmp_path / "a.csv").set_index("name")
