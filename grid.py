@@ -166,10 +166,39 @@ class Grid:
         self.judging = {key: plan[key] for key in ("sigma_data", "same", "log", "primary") if key in plan}
         for key in ("sigma_data", "same"):
             self.need(0 <= plan.get(key, 0) < math.inf, f"{key} must be a number from 0 on, not {plan.get(key)}")
-        tune, speed = plan.get("tune", {}), plan.get("speed", {})
-        check_shape(tune, {"settings": list, "factors": list, "seed": int, "further": int}, set(), f"{path}: tune")
+        self.read_tuning(plan)
+        self.seeded, self.show = plan.get("seeded", ["seed"]), plan.get("show", [])
+        for key, names in (("seeded", self.seeded), ("tune: settings", self.scaled), ("show", self.show)):
+            self.need(all(type(name) is str for name in names) and (names or key != "seeded")
+                      and len(set(names)) == len(names),
+                      f"{key} must be names{' of settings' * (key != 'show')}, each once, not {names}")
+        self.base = self.read_base(plan)
+        self.check({name: self.seeds[0] for name in self.seeded if name != "seed"}, "seeded")
+        speed = plan.get("speed", {})
+        self.need(speed == "none" or not isinstance(speed, str), f"speed must be settings, or none, not {speed!r}")
+        self.speed = self.check(speed if isinstance(speed, dict) else {}, "speed")
+        for name in self.scaled:
+            self.need(type(self.base.get(name)) in (int, float), f"tune: {name} must be a number in base")
+        self.need(not self.speed or self.base.get("max_steps"), "speed needs max_steps in base")
+        self.cross = {str(axis): self.options(str(axis), given) for axis, given in plan.get("cross", {}).items()}
+        self.rows = self.crossed() if self.cross else self.listed(plan["rows"])
+        self.need(None in self.rungs or "max_steps" not in plan["base"], "base: the rungs set max_steps")
+        twice = set(self.seeded) & {*self.base, *(name for row in self.rows for name in {**row.changes, **row.tune})}
+        self.need(not twice, f"{', '.join(sorted(twice))} is set by the seeds (seeded), it cannot be set again")
+        self.names, self.known, self.failed = {}, {}, {}        # by hash; by run
+        self.check_cells()
+
+    def need(self, right, words):
+        """UserError with the yaml's path where something in it is not right."""
+        if not right:
+            raise UserError(f"{self.path}: {words}")
+
+    def read_tuning(self, plan):
+        """What is tried before the seeds count, and the lengths of training with how many of the seeds each has."""
+        tune = plan.get("tune", {})
+        check_shape(tune, {"settings": list, "factors": list, "seed": int, "further": int}, set(), f"{self.path}: tune")
         self.scaled, self.factors = tune.get("settings", []), tune.get("factors", [1])
-        self.need(self.factors and all(type(f) in (int, float) and 0 < f < math.inf for f in self.factors),
+        self.need(self.factors and all(type(f) in (int, float) and 0 < f <= sys.float_info.max for f in self.factors),
                   f"tune: factors must be numbers above 0, none endless, not {self.factors}")
         self.further, self.tune_seed = tune.get("further", 0), tune.get("seed", self.seeds[0])
         self.need(self.further >= 0 and (not self.further or self.factors == sorted(set(self.factors))
@@ -179,16 +208,15 @@ class Grid:
                   f"tune: seed {self.tune_seed} is one of the seeds: its runs would count")
         self.rungs = plan.get("rungs", {None: len(self.seeds)})
         self.need(self.rungs and ("rungs" not in plan or all(
-            type(long) is int and long > 0 and type(count) is int and 2 <= count <= len(self.seeds)
+            type(long) is int and 0 < long <= sys.maxsize and type(count) is int and 2 <= count <= len(self.seeds)
             for long, count in self.rungs.items()) and list(self.rungs) == sorted(self.rungs)),
             f"rungs must be values of max_steps in order, each with how many of the {len(self.seeds)} seeds, at least "
             f"2, not {self.rungs}")
         self.need(plan.get("primary", None) in self.rungs or "primary" not in plan,
                   f"primary must be one of the rungs {list(self.rungs)}, not {plan.get('primary')}")
-        self.seeded, self.show = plan.get("seeded", ["seed"]), plan.get("show", [])
-        for key, names in (("seeded", self.seeded), ("tune: settings", self.scaled), ("show", self.show)):
-            self.need(all(type(name) is str for name in names) and (names or key != "seeded"),
-                      f"{key} must be names{' of settings' * (key != 'show')}, not {names}")
+
+    def read_base(self, plan):
+        """The settings of every run; what a preset has and the seeds set is left out."""
         base = plan["base"]
         if "preset" in base:
             known = ", ".join(self.presets) or f"none: {self.script.name} has no presets"
@@ -196,26 +224,8 @@ class Grid:
                       f"base: preset {as_typed(base['preset'])}: must be one of {known}")
             preset = {name: value for name, value in self.presets[base["preset"]].items() if name not in self.seeded}
             base = preset | {name: value for name, value in base.items() if name != "preset"}
-        self.base = self.check(base, "base")
-        self.check({name: self.seeds[0] for name in self.seeded if name != "seed"}, "seeded")
-        self.need(speed == "none" or not isinstance(speed, str), f"speed must be settings, or none, not {speed!r}")
-        self.speed = self.check(speed if isinstance(speed, dict) else {}, "speed")
-        for name in self.scaled:
-            self.need(type(self.base.get(name)) in (int, float), f"tune: {name} must be a number in base")
-        if None not in self.rungs:
-            self.base["max_steps"] = next(iter(self.rungs))                      # what is tuned has the first length
-        self.need(not self.speed or self.base.get("max_steps"), "speed needs max_steps in base")
-        self.cross = {str(axis): self.options(str(axis), given) for axis, given in plan.get("cross", {}).items()}
-        self.rows = self.crossed() if self.cross else self.listed(plan["rows"])
-        twice = set(self.seeded) & {*self.base, *(name for row in self.rows for name in row.changes)}
-        self.need(not twice, f"{', '.join(sorted(twice))} is set by the seeds (seeded), it cannot be set again")
-        self.names, self.known, self.failed = {}, {}, {}        # by hash; by run
-        self.check_cells()
-
-    def need(self, right, words):
-        """UserError with the yaml's path where something in it is not right."""
-        if not right:
-            raise UserError(f"{self.path}: {words}")
+        base = self.check(base, "base")
+        return base if None in self.rungs else base | {"max_steps": next(iter(self.rungs))}  # of what is tuned
 
     def crossed(self):
         """The rows of a cross: one for every combination of its options."""
@@ -237,11 +247,13 @@ class Grid:
             row, place = {} if row is None else row, f"row {name!r}"
             check_shape(row, ROW_SHAPE, {"set"}, f"{self.path}: {place}")
             rungs = row.get("rungs", [long for long in self.rungs if long is None or long <= primary])
-            self.need(rungs and all(long in self.rungs for long in rungs), f"{place}: rungs must be some of "
-                                                                           f"{list(self.rungs)}, not {rungs}")
+            some = [long for long in self.rungs if long in rungs]            # as text: 500.0 is another run than 500
+            self.need(rungs and str(some) == str(rungs), f"{place}: rungs must be some of {list(self.rungs)}, in "
+                                                         f"order, not {rungs}")
             self.need(row.get("predicted", "better").partition(":")[0] in FORETOLD,
                       f"{place}: predicted begins with one of {', '.join(FORETOLD)}, and a colon")
-            self.need(all(type(value) in (int, float) for value in row.get("published", {}).values()),
+            self.need(all(type(value) in (int, float) and abs(value) <= sys.float_info.max     # also none that is nan
+                          for value in row.get("published", {}).values()),
                       f"{place}: published must be differences by their sources, not {row.get('published')}")
             changes, tune = self.check(row["set"], place), row.get("tune", {})
             for setting, values in tune.items():
@@ -249,6 +261,8 @@ class Grid:
                           f"{place}: tune: {setting} must be several values in brackets, not {values!r}")
                 tune[setting] = [self.check({setting: value}, f"{place}: tune")[setting] for value in values]
             self.need(None in self.rungs or "max_steps" not in {*changes, *tune}, f"{place}: the rungs set max_steps")
+            both = ", ".join(tune.keys() & set(self.scaled))
+            self.need(not both, f"{place}: tune: {both} is tuned by its factors already")
             told = {key: row[key] for key in ("published", "predicted") if key in row}
             rows.append(Row(str(name), row.get("axis", ""), changes, row.get("against", BASELINE), None, rungs, tune,
                             told))
@@ -286,9 +300,13 @@ class Grid:
             spec = importlib.util.spec_from_file_location(f"of_grid_{self.script.stem}", self.script)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-        for seed in self.seeds:
-            with said_at(f"{self.path}: seeds"):
-                check_settings(self.script, dict.fromkeys(self.seeded, seed), self.specs)
+        for place, seeds in (("seeds", self.seeds), ("tune: seed", [self.tune_seed])):
+            for seed in seeds:
+                with said_at(f"{self.path}: {place}"):
+                    check_settings(self.script, dict.fromkeys(self.seeded, seed), self.specs)
+        for long in self.rungs if None not in self.rungs else ():
+            with said_at(f"{self.path}: rungs"):
+                check_settings(self.script, {"max_steps": long}, self.specs)
         for row in self.rows:
             for factor, other in [*((factor, {}) for factor in self.factors), (self.factors[0], self.speed)]:
                 values = self.settings(row, factor, self.seeds[0], **other)
@@ -351,7 +369,7 @@ class Grid:
         if summary.get("status") != "done":
             failed = cell.run in self.failed
             return Result("failed", error=self.failed[cell.run]) if failed else Result("open")
-        if "-speed-" not in cell.run and not isinstance(value, (int, float)):
+        if "-speed-" not in cell.run and (type(value) not in (int, float) or not abs(value) <= sys.float_info.max):
             return Result("failed", error=f"its summary.json has no number {self.metric}")
         self.known[cell.run] = Result("done", value, step_times(self.home / cell.run / "metrics.jsonl"),
                                       summary.get("parameters"), summary.get("flops"),
@@ -412,8 +430,8 @@ class Grid:
             first, second = sorted(factors, reverse=best.factor == ends[1])[:2]
             factors.append(float(f"{first * first / second:.12g}"))          # a step of the same size beyond the end
         for name, values in row.tune.items():
-            cells = [self.cell(row, mine.factor, self.tune_seed, f"-{name}{value}", **mine.chosen | {name: value})
-                     for value in values]
+            cells = [self.cell(row, mine.factor, self.tune_seed, re.sub(r"[^\w.+-]+", "_", f"-{name}{value}")[:60],
+                               **mine.chosen | {name: value}) for value in values]
             best = self.best(mine, cells)
             if best is None:
                 return mine
@@ -458,7 +476,7 @@ class Grid:
         what is tuned comes first, what is timed last."""
         if None in self.rungs and not self.cross:
             return 0
-        timing = "-speed-" in cell.run or "steps-" in cell.run
+        timing = re.search(r"-(speed|\d+steps)-", cell.run)
         return (2, 0) if timing else (1, self.seeds.index(cell.seed)) if cell.seed in self.seeds else (0, 0)
 
     def words(self, cell):
@@ -585,7 +603,7 @@ def check_shape(value, shape, needed, place):
     for key, item in value.items():
         if key not in shape:
             raise UserError(f"{place}: unknown key {key!r}; there are {', '.join(shape)}")
-        if not isinstance(item, shape[key]):
+        if not isinstance(item, shape[key]) or isinstance(item, bool) and shape[key] is not bool:
             kind = shape[key][0] if isinstance(shape[key], tuple) else shape[key]
             raise UserError(f"{place}: {key} must be a {kind.__name__}, not {item!r}")
     if missing := [key for key in shape if key in needed and key not in value]:

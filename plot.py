@@ -487,7 +487,7 @@ def markdown(index):
 
     def shown(row):
         """What the table prints beside a row's metric: means of other numbers of its runs, '' where one has none."""
-        values = [[run["shown"].get(name) for run in row["runs"]] for name in names]
+        values = [[run.get("shown", {}).get(name) for run in row["runs"]] for name in names]
         return [f"{statistics.mean(mine):.4f}" if mine and all(map(is_number, mine)) else "" for mine in values]
     beside = "".join(f", {name} {mean}" for name, mean in zip(names, shown(first)))
     timed, worked = (any(getattr(mine, name) for mine in judged.rows) for name in ("time", "work"))
@@ -506,11 +506,12 @@ def markdown(index):
             lines.append([row["axis"], name, why + " |" * (len(columns) - 3)])
             continue
         if ladder:
-            edges = (min(factor for factor, _ in row["tuned"]), max(factor for factor, _ in row["tuned"]))
+            tried = sorted(factor for factor, _ in row["tuned"])
+            edges = tried[:1] + tried[-1:]
         lines.append([
             row["axis"], name, *(interval(mine.effects.get(rung.name), log) for rung in judged.rungs),
             {"better": "**better**", "worse": "**worse**", None: "not measured"}.get(mine.verdict, mine.verdict),
-            *[mine.holds, f"x{mine.worth:.2f}" if mine.worth else ""] * ladder,
+            *[mine.holds, f"x{mine.worth:.3g}" if mine.worth else ""] * ladder,
             *[f"{mine.time:.2f}" if mine.time else "", at_equal_seconds(mine, index)] * timed,
             percent(mine.size), *[percent(mine.work)] * worked,
             f"x{row['factor']:g}{'*' if row['factor'] in edges else ''}",
@@ -554,6 +555,8 @@ def noise(judged, index, beside):
             f"left in {fit.unpaired:.4f}." + f" Judged by their own: {', '.join(fit.wild)}." * (fit.wild != {}))
     if data := primary.fit.error:
         lines.append(f"Another draw of the data moves a difference by {data:.4f}: it is in every interval.")
+    if primary.steps != (wanted := index.get("primary", (index.get("rungs") or [None])[-1])):
+        lines.append(f"Nothing tells the noise at {wanted} steps yet: the verdicts are those at {primary.steps}.")
     rows = [mine for mine in judged.rows if primary.name in mine.effects]
     lines.append(f"{len(rows)} rows are judged: Holm keeps the chance of one false better or worse among them at 5 %"
                  + (f"; the same: the 90 % interval lies within ±{index['same']:g}." if index.get("same") else "."))
@@ -574,7 +577,8 @@ def noise(judged, index, beside):
 def agreement(one, other, judged, index):
     """How far two rungs order the rows alike, in a line: over all pairs, and over those that the first has close."""
     first = index["rows"][0]["name"]
-    means = [{row: rung.fit.mean(row) for row in distinct(index) if rung.fit.values[row]} for rung in (one, other)]
+    means = [{row: rung.fit.mean(rung.as_one[row]) for row in distinct(index)
+              if rung.fit.together(first, rung.as_one[row])} for rung in (one, other)]
     close = 3 * one.fit.sigma * math.sqrt(2 / len(one.fit.values[first]))
     told = [f"{share:.3f} of {pairs} pairs" if pairs else "no pairs" for share, pairs in
             (ordered_alike(*means, within) for within in (math.inf, close))]
@@ -602,11 +606,13 @@ def write_csv(index, path):
         lines.append(line | {
             "verdict": mine.verdict, "over_rungs": mine.holds, "worth_in_steps": mine.worth, "time": mine.time,
             "parameters": mine.size, "flops": mine.work, "factor": mine.row["factor"], "sensitivity": mine.sensitivity,
-            "gain": mine.gain, **mine.row.get("published", {}), "predicted": mine.row.get("predicted")})
+            "gain": mine.gain, "predicted": mine.row.get("predicted"),
+            **{f"published: {source}": value for source, value in mine.row.get("published", {}).items()}})
     try:
-        pd.DataFrame(lines).to_csv(path, index=False)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        with open(path, "w", newline="") as file:                # pandas would read addresses and compress by the name
+            pd.DataFrame(lines).to_csv(file, index=False)
+    except (OSError, ValueError) as error:                       # a name with a null byte
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     print(f"wrote {path}", file=sys.stderr)
 
 
@@ -637,7 +643,7 @@ def pivot(index):
 def crossed(row, name):
     """A cell of `pivot`: the metric of a row's seeds, or another number, which only some kinds of runs have."""
     runs = row["runs"] if row else []
-    values = [run["value"] if name is None else run["shown"].get(name) for run in runs]
+    values = [run["value"] if name is None else run.get("shown", {}).get(name) for run in runs]
     values = [value for value in values if is_number(value)]
     return mean_of(values) if values else "" if runs else "not measured"
 
@@ -661,7 +667,7 @@ def draw_table(index, path):
             effect, place = mine.effects[rung.name], y + 0.22 * (i - (len(judged.rungs) - 1) / 2)
             shade = dict(color=colours.get(mine.verdict, "0.35"), alpha=(i + 1) / len(judged.rungs))
             axes.plot([effect.difference - effect.half(), effect.difference + effect.half()], [place] * 2, **shade)
-            dots = rung.fit.cleared(mine.row["name"]) - rung.fit.mean(mine.row["against"])
+            dots = rung.fit.cleared(rung.as_one[mine.row["name"]]) - rung.fit.mean(rung.as_one[mine.row["against"]])
             axes.plot(dots, [place] * len(dots), "o", markersize=3, **shade)
     first = index["rows"][0]["name"]
     axes.set_yticks(range(len(rows)), [f"{mine.row['axis']}: {mine.row['name']}"

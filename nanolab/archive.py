@@ -14,6 +14,7 @@ import glob
 import json
 import re
 import shlex
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,9 +132,9 @@ def write(folder):
 
 def restore(path, folder):
     """The runs of an archive as directories, so that a grid goes on from them: how many. Not checkpoints, code and
-    pictures, which it does not hold.
+    pictures, which it does not hold: a run that had not ended begins anew, so it gets no summary.
 
-    UserError: no archive, names that lead elsewhere, a folder that is there already.
+    UserError: no archive, names that lead elsewhere or are there twice, a folder that is there already.
     """
     try:
         first, runs = read_first(path), read(path)
@@ -141,23 +142,44 @@ def restore(path, folder):
         raise UserError(str(error)) from None
     if folder.exists():
         raise UserError(f"{folder} is there already")
-    home = folder / Path((first["grid"] or {}).get("script") or str(first["script"])).stem
-    places = [(home if Path(run.name).name == run.name else folder) / run.name for run in runs]
-    if any(not place.resolve().is_relative_to(folder.resolve()) for place in places):
+    try:
+        home = folder / Path((first["grid"] or {}).get("script") or str(first["script"])).stem
+        places = [(home if Path(run.name).name == run.name else folder) / run.name for run in runs]
+        whole = [place.resolve() for place in places]
+        params = [restored_params(first, run, json.loads(text))
+                  for run, text in zip(runs, path.read_bytes().splitlines()[1:])]
+    except (ValueError, LookupError, TypeError, OSError):        # also a name with a null byte
+        raise UserError(f"{path}: its runs are not as python grid.py archive writes them") from None
+    if any(folder.resolve() not in place.parents for place in whole):
         raise UserError(f"{path}: a name of a run leads out of {folder}")
-    for place, run, text in zip(places, runs, path.read_text().splitlines()[1:]):
-        line = json.loads(text)
-        place.mkdir(parents=True)
-        if run.settings:
-            words = [*first["command"][:1], *dict.fromkeys(first["command"][1:] + line.get("command", []))]
-            params = {key: line.get(key, first[key]) for key in SHARED} | {"settings": run.settings}
-            write_json(place / "params.json", params | {"command": shlex.split(" ".join(words)),
-                                                        "history": line.get("history", [])})
-        write_json(place / "summary.json", run.summary)
-        (place / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in run.lines))
-    if first["grid"]:
-        write_json(folder / "grid.json", first["grid"])
+    if len(set(whole)) < len(whole) or set(whole) & {above for place in whole for above in place.parents}:
+        raise UserError(f"{path}: two runs would lie in one folder")
+    try:
+        for place, run, params in zip(places, runs, params):
+            place.mkdir(parents=True)
+            if params:
+                write_json(place / "params.json", params)
+                (place / "lock").touch()                         # which says that it is a run's directory
+            if run.summary.get("status", "done") == "done":
+                write_json(place / "summary.json", run.summary)
+            (place / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in run.lines))
+        if first["grid"]:
+            write_json(folder / "grid.json", first["grid"])
+    except (OSError, UserError) as error:
+        shutil.rmtree(folder, ignore_errors=True)                # half of them would look like all
+        raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from None
     return len(runs)
+
+
+def restored_params(first, run, line):
+    """What params.json of a run has that an archive knows by its first line and the run's; {} where it had none."""
+    if not isinstance(run.summary, dict):
+        raise TypeError("a summary is a mapping")
+    if not run.settings:
+        return {}
+    words = [*first["command"][:1], *dict.fromkeys(first["command"][1:] + line.get("command", []))]
+    return {key: line.get(key, first[key]) for key in SHARED} | {
+        "settings": run.settings, "command": shlex.split(" ".join(words)), "history": line.get("history", [])}
 
 
 def first_line(params):

@@ -3,8 +3,9 @@
 Every figure is y(row, draw) = row + draw + rest: a draw is a seed, of the initialisation and, where it sets the data
 too, of the data, and what it does to all rows alike is taken out by least squares. The deviation of the rest, pooled
 over all rows, is the noise that a difference is held against. Of many rows some differ by chance: Holm (1979) keeps the
-chance of one false "better" or "worse" among all at 5 %. "the same" asks for as much evidence as a difference: two
-one-sided tests at 5 % (Schuirmann 1987), that is, the 90 % interval lies within +-`same`.
+chance of one false "better" or "worse" among all at 5 %, where the rows are equally noisy. "the same" asks of each row
+by itself as much evidence as a difference: two one-sided tests at 5 % (Schuirmann 1987), that is, the 90 % interval
+lies within +-`same`.
 """
 import math
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from nanolab import archive
 from nanolab.run import UserError
 
 LEVEL = 0.05         # of a false verdict in the whole table; intervals are of 95 %
-WILD = 2.0           # a row of 3 draws whose own deviation is so many times the pooled one is judged by it (Welch 1947)
+WILD = 2.0           # a row of 3 draws, which others have too, whose own deviation is so many times the pooled one is
+                     # judged by it (Welch 1947)
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,13 @@ class Fit:
         self.values, self.error, self.wild = values, error, {}
         self.solve()
         self.wild = {row: own for row in values if (own := self.own(row)) > WILD * self.sigma}
-        if 0 < len(self.wild) < len(values):
+        if self.wild:
             self.solve()
-            self.wild = {row: self.own(row) for row in self.wild}
+            kept = {row: own for row in self.wild if (own := self.own(row))}
+            if kept.keys() != self.wild.keys():
+                self.wild = kept                 # 3 draws of the others have gone with them: back into the pool
+                self.solve()
+            self.wild = {row: self.own(row) for row in kept}
 
     def solve(self):
         """Least squares over the rows that are not wild."""
@@ -84,30 +90,48 @@ class Fit:
         return np.array([figure - self.draws[draw] for draw, figure in self.values[row].items() if draw in self.draws])
 
     def own(self, row):
-        """The deviation of a row's own rest; 0 of fewer than 3 draws, which tell little of it."""
-        mine = self.cleared(row)
+        """The deviation of a row's own rest; 0 of fewer than 3 draws, which tell little of it. A draw that no other row
+        has tells nothing: its rest is 0."""
+        others = set().union(*(self.values[other] for other in self.place if other != row))
+        mine = self.cleared(row)[[draw in others for draw in self.values[row] if draw in self.draws]]
         return float(mine.std(ddof=1)) if len(mine) > 2 else 0.0
+
+    def together(self, one, other):
+        """Whether draws lead from one row to another, if only over the rows between: else nothing tells them apart."""
+        near, before = self.values[one].keys() & self.draws.keys(), None
+        while near != before:
+            before = near
+            near = near.union(*(self.values[row] for row in self.place if near & self.values[row].keys()))
+        return bool(near & self.values[other].keys())
 
     def mean(self, row):
         """A row's figure, as if it had had every draw."""
         return float(self.cleared(row).mean())
 
     def effect(self, row, against):
-        """The Effect of a row; None without degrees of freedom, or where one of the two has no draw."""
-        if not self.freedom or not self.values.get(row) or not self.values.get(against):
+        """The Effect of a row; None without degrees of freedom, or where no draws lead from one to the other."""
+        if not self.freedom or not self.values.get(row) or not self.values.get(against) \
+                or not self.together(row, against):
             return None
-        difference, pair, freedom = round(self.mean(row) - self.mean(against), 12), (row, against), self.freedom
+        if row == against:                       # the same runs
+            return Effect(0.0, 0.0, self.freedom, len(self.values[row]))
+        difference, pair = round(self.mean(row) - self.mean(against), 12), (row, against)
         if self.wild.keys() & set(pair):
-            parts = [(self.wild.get(name, self.sigma) ** 2 / len(self.values[name]),
-                      len(self.values[name]) - 1 if name in self.wild else self.freedom) for name in pair]
-            variance = sum(part for part, _ in parts)
-            freedom = variance ** 2 / sum(part ** 2 / own for part, own in parts)      # Welch-Satterthwaite
+            error, freedom = self.apart([(name, len(self.cleared(name))) for name in pair])
         else:
             one, other = (self.place[name] for name in pair)
-            variance = self.sigma ** 2 * (self.inverse[one, one] + self.inverse[other, other]
-                                          - 2 * self.inverse[one, other])
-        return Effect(difference, math.hypot(math.sqrt(max(0.0, variance)), self.error), freedom,
-                      len(self.values[row]))
+            spread = self.inverse[one, one] + self.inverse[other, other] - 2 * self.inverse[one, other]
+            error, freedom = self.sigma * math.sqrt(max(0.0, spread)), self.freedom
+        return Effect(difference, math.hypot(error, self.error), freedom, len(self.values[row]))
+
+    def apart(self, counts):
+        """(standard error, degrees of freedom) of a difference of means of so many draws, a (row, count) for each of
+        the two; where one is wild, by the deviation of each (Welch-Satterthwaite)."""
+        parts = [(self.wild.get(row, self.sigma) ** 2 / count,
+                  len(self.cleared(row)) - 1 if row in self.wild else self.freedom) for row, count in counts]
+        variance, wild = sum(part for part, _ in parts), self.wild.keys() & dict(counts)
+        freedom = variance ** 2 / sum(part ** 2 / own for part, own in parts) if wild else self.freedom
+        return math.sqrt(variance), freedom
 
 
 def components(values):
@@ -152,7 +176,7 @@ def rank_correlation(one, other):
 
 NUMBER = (int, float)
 LATE = {"shown", "at", "sigma_data", "rungs", "primary", "same", "log", "published", "predicted", "flops"}  # of some
-RUN = {"value": NUMBER, "seed": int, "max_steps": (int, type(None)), "shown": dict}
+RUN = {"run": str, "value": NUMBER, "seed": int, "max_steps": (int, type(None)), "shown": dict}
 ROW = {"name": str, "axis": str, "against": (str, type(None)), "factor": (*NUMBER, type(None)), "runs": [RUN],
        "tuned": [list], "published": dict, "predicted": (str, type(None)),
        "step_seconds": (*NUMBER, type(None)), "parameters": (*NUMBER, type(None)), "flops": (*NUMBER, type(None)),
@@ -160,12 +184,15 @@ ROW = {"name": str, "axis": str, "against": (str, type(None)), "factor": (*NUMBE
 
 
 def fits(value, shape):
-    """Whether a JSON value has the shape: a type or several, [the shape of all its items], {key: shape}."""
+    """Whether a JSON value has the shape: a type or several, [the shape of all its items], {key: shape}. No number is
+    endless, not a number, or too long to reckon with."""
     if isinstance(shape, list):
         return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
     if isinstance(shape, dict):
         return isinstance(value, dict) and all(
             fits(value[name], kind) if name in value else name in LATE for name, kind in shape.items())
+    if isinstance(value, (int, float)) and not abs(value) < 1e300:
+        return False
     return isinstance(value, shape) and (shape is bool or not isinstance(value, bool))
 
 
@@ -176,13 +203,17 @@ def read_index(path):
                                                "rungs": [int], "primary": int, "log": bool})
     rows = index["rows"] if right else []
     names, cross = {row["name"] for row in rows}, index.get("cross")
-    right = right and all(row["against"] in (None, *names) and (not (run := row["equal_seconds"]) or fits(run, RUN))
-                          for row in rows)
+    right = right and len(names) == len(rows) and all(
+        row["against"] in (None, *names) and (not (run := row["equal_seconds"]) or fits(run, RUN))
+        and all(len(pair) == 2 and fits(pair, [(*NUMBER, type(None))]) and pair[0] for pair in row["tuned"])
+        and fits([*row.get("published", {}).values()], [NUMBER]) for row in rows)
+    right = right and index.get("rungs", []) == sorted({max(1, long) for long in index.get("rungs", [])})
     if right and cross:
         right = fits(cross, dict) and all(fits(given, dict) for given in cross.values()) and all(
             row.get("at") and row["at"].keys() == cross.keys() for row in rows)
     elif right:
         right = fits(index, {"factors": [NUMBER], "slower": NUMBER}) and index["factors"] and all(
+            factor > 0 for factor in [*index["factors"], *(pair[0] for row in rows for pair in row["tuned"])]) and all(
             (row["against"] is None) == (row is rows[0]) and (not row["runs"] or row["factor"] is not None)
             for row in rows)
     if not right:
@@ -192,10 +223,16 @@ def read_index(path):
 
 @dataclass
 class Rung:
-    """One length of training. `steps`: None where the grid has no ladder; name: 1x, 4x, ... of the first."""
+    """One length of training. `steps`: None where the grid has no ladder; name: 1x, 4x, ... of the first; as_one: {row:
+    the first one with a run of it, which the fit has}."""
     steps: int
     name: str
     fit: Fit
+    as_one: dict
+
+    def effect(self, row, against):
+        """The Effect of a row, as of Fit."""
+        return self.fit.effect(self.as_one[row], self.as_one[against])
 
 
 @dataclass
@@ -235,17 +272,26 @@ def judge(index):
     """
     rows, steps, log = {row["name"]: row for row in index["rows"]}, index.get("rungs") or [None], index.get("log")
     first, *others = rows
+    if log and (low := [row["name"] for row in index["rows"] for run in [*row["runs"], row["equal_seconds"]]
+                        if run and run["value"] <= 0]):
+        raise UserError(f"log: a figure of {low[0]} is not above 0, it has no logarithm")
     rungs = []
     for long in steps:
-        values = {name: {run["seed"]: math.log(run["value"]) if log else run["value"] for run in row["runs"]
-                         if long is None or run["max_steps"] == long} for name, row in rows.items()}
+        runs = {name: [run for run in row["runs"] if long is None or run["max_steps"] == long]
+                for name, row in rows.items()}
+        owners, as_one, values = {}, {}, {}      # rows that share a run are one model: it tells the noise once
+        for name, mine in runs.items():
+            as_one[name] = owner = next((owners[run["run"]] for run in mine if run["run"] in owners), name)
+            owners |= {run["run"]: owner for run in mine}
+            values.setdefault(owner, {}).update(
+                {run["seed"]: math.log(run["value"]) if log else run["value"] for run in mine})
         if values[first] and (fit := Fit(values, index.get("sigma_data", 0.0))).freedom:
-            rungs.append(Rung(long, f"{long / steps[0]:g}x" if long else "", fit))
+            rungs.append(Rung(long, f"{long / steps[0]:g}x" if long else "", fit, as_one))
     if not rungs:
         raise UserError("no two seeds of the baseline and of a row yet: nothing tells the noise")
     primary = next((rung for rung in rungs if rung.steps == index.get("primary")), rungs[-1])
     found = [Found(rows[name], {rung.name: effect for rung in rungs
-                                if (effect := rung.fit.effect(name, rows[name]["against"]))})
+                                if (effect := rung.effect(name, rows[name]["against"]))})
              for name in others]
     judged = [mine for mine in found if primary.name in mine.effects]
     chances = holm([mine.effects[primary.name].p for mine in judged])
@@ -258,7 +304,7 @@ def judge(index):
         mine.verdict = ("better" if effect.difference < 0 else "worse") if chance < LEVEL else "undecided"
         if mine.verdict == "undecided" and abs(effect.difference) + effect.half(1 - 2 * LEVEL) < same:
             mine.verdict = "the same"
-        mine.worth = 2 ** (-effect.difference / gained) if gained and gained > 0 else None
+        mine.worth = 2 ** min(99.0, -effect.difference / gained) if gained and gained > 0 else None
         mine.holds = held(mine.effects)
     for mine in found:
         row, against = mine.row, rows[mine.row["against"]]
@@ -268,8 +314,8 @@ def judge(index):
         losses = [tried[factor] for factor in index["factors"] if factor in tried]
         mine.sensitivity = sum(losses) / len(losses) - min(losses) if len(losses) > 1 else None
         mine.gain = parabola(tried)
-        if row["equal_seconds"] and mine.effects:
-            mine.equal = equal_seconds(rungs[0].fit, row, against["name"], log)
+        if row["equal_seconds"] and rungs[0].steps == steps[0]:              # whose steps they are
+            mine.equal = equal_seconds(rungs[0], row, log)
     return Judged(rungs, primary, found, doubling)
 
 
@@ -293,9 +339,11 @@ def held(effects):
     return "turns" if len(set(signs.values())) > 1 else "holds" if len(signs) > 1 else f"{next(iter(signs))} only"
 
 
-def equal_seconds(fit, row, against, log):
-    """The Effect of the one run that had as many seconds: its draw is that of its seed."""
-    run = row["equal_seconds"]
+def equal_seconds(rung, row, log):
+    """The Effect of the one run that had as many seconds: its draw is that of its seed, which others must have."""
+    fit, run, mine, against = rung.fit, row["equal_seconds"], rung.as_one[row["name"]], rung.as_one[row["against"]]
+    if run["seed"] not in fit.draws or not len(fit.cleared(against)):
+        return None
     value = math.log(run["value"]) if log else run["value"]
-    error = math.hypot(fit.sigma * math.sqrt(1 + 1 / len(fit.values[against])), fit.error)
-    return Effect(value - fit.draws.get(run["seed"], 0.0) - fit.mean(against), error, fit.freedom, 1)
+    error, freedom = fit.apart([(mine, 1), (against, len(fit.cleared(against)))])
+    return Effect(value - fit.draws[run["seed"]] - fit.mean(against), math.hypot(error, fit.error), freedom, 1)

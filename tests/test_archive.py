@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 import grid
 import plot
 from nanolab import archive
-from nanolab.run import UserError
+from nanolab.run import UserError, is_run
 from test_grid import plan, run  # noqa: E402, F401
 from test_plot import make
 
@@ -62,6 +62,44 @@ def test_restored_runs_are_those_that_were_archived(tmp_path):
     assert not (tmp_path / "c").exists()
     with pytest.raises(UserError, match="no archive"):
         archive.restore(tmp_path / "none.jsonl", tmp_path / "c")
+
+
+@pytest.mark.parametrize("line, key, value, words", [
+    (1, "run", ".", "leads out of"), (1, "run", "", "two runs would lie"), (1, "run", "..", "leads out of"),
+    (1, "run", "a\0b", "as python grid.py archive writes"), (1, "run", 3, "as python grid.py archive writes"),
+    (1, "run", "s2", "two runs would lie in one folder"), (1, "run", "train_enwik8/s2/x", "two runs would lie"),
+    (1, "run", "x" * 300, "cannot write .*: File name too long"), (3, "summary", [1], "as python grid.py archive"),
+    (3, "command", 3, "as python grid.py archive"), (3, "command", ["'"], "as python grid.py archive"),
+    (0, "command", None, "as python grid.py archive"), (0, "script", ..., "as python grid.py archive"),
+    (0, "grid", {"script": 3}, "as python grid.py archive"), (0, "device", ..., "as python grid.py archive")])
+def test_a_broken_archive_restores_nothing(line, key, value, words, tmp_path):
+    path, _ = archive.write(folder_of_runs(tmp_path / "a"))
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    lines[line] = {name: told for name, told in {**lines[line], key: value}.items() if told is not ...}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=words):
+        archive.restore(path, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_run_that_had_not_ended_is_restored_to_begin_anew(tmp_path):
+    """Without a checkpoint a summary that names a step would forbid it; the lock says that the folder is a run's. What
+    other programs wrote unescaped is a line as well."""
+    folder = folder_of_runs(tmp_path / "a")
+    for name, status in (("s1", "stopped"), ("s2", "done")):
+        (folder / "train_enwik8" / name / "summary.json").write_text(json.dumps({"status": status, "step": 20}))
+    (folder / "grid.json").write_text('{"of": "a grid"}')
+    path, _ = archive.write(folder)
+    first, *lines = path.read_text().splitlines()
+    lines = [json.dumps({**json.loads(line), "history": [{"note": "a\u2028b"}]}, ensure_ascii=False) for line in lines]
+    path.write_text("\n".join([first, *lines]))
+    archive.restore(path, tmp_path / "b")
+    s1, s2 = (tmp_path / "b" / "train_enwik8" / name for name in ("s1", "s2"))
+    assert is_run(s1) and is_run(s2) and not (s1 / "summary.json").exists() and (s2 / "summary.json").exists()
+    assert json.loads((tmp_path / "b" / "grid.json").read_text()) == {"of": "a grid"}
+    params = json.loads((s2 / "params.json").read_text())
+    assert params["history"] == [{"note": "a\u2028b"}]
+    assert params["command"] == ["train_enwik8.py", "--lr", "0.1", "--seed", "2", "--run_name", "s2"]
 
 
 def as_text(run):

@@ -169,7 +169,7 @@ def test_a_whole_grid(plan):
     assert "-0.5000" in line["better"] and "**better**" in line["better"]
     assert "undecided" in line["same as the base"]
     assert "+0.0300" in line["doubtful"] and "undecided" in line["doubtful"] and "| 2 |" in line["doubtful"]
-    assert "| 2.00 | +0.0550 ± " in line["slow"]
+    assert "| 2.00 | +0.0575 ± " in line["slow"]
     assert "it cannot work" in line["broken"]
 
     again = run(path)
@@ -195,6 +195,7 @@ def test_rungs(plan):
     path = plan("better: {set: {lr: 4.0}, tune: {kind: [worse, better]}, predicted: 'better: as it is told'}",
                 "long: {set: {kind: worse}, rungs: [50, 100, 200], published: {Narang: 0.1}}", replace=[
         ("seeds: [1, 2, 3, 4, 5]", "seeds: [1, 2, 3]\nrungs: {50: 3, 100: 2, 200: 2}\nprimary: 100\nsame: 0.02"),
+        (", max_steps: 100}", "}"),
         ("factors: [0.5, 1, 2]}", "factors: [0.5, 1, 2], seed: 0, further: 1}"),
         ("speed: {max_steps: 60}", "speed: none")])
     assert run(path, "--jobs", "1").returncode == 0
@@ -213,6 +214,28 @@ def test_rungs(plan):
     line = next(text for text in table if "| better " in text)
     assert "**better**" in line and "| holds |" in line and "3 + 2" in line and "x0.25*" in line
     assert "Predicted beforehand: 1 of 1 verdicts." in table and "Narang: the sign of 1 of 1 rows." in table
+
+
+def test_what_runs_are_called_and_when_they_start(plan, tmp_path):
+    """A row's name makes no timing run of it; a tuned path is no folder; a figure that is no number is none."""
+    (tmp_path / "fake.py").write_text(FAKE.replace("max_steps = 100 ", "data = None   # [path]\nmax_steps = 100 "))
+    path = plan("8 steps: {set: {kind: better}, tune: {data: [a/b, c/d]}, rungs: [50, 100]}", replace=[
+        ("seeds: [1, 2, 3, 4, 5]", "seeds: [1, 2, 3]\nrungs: {50: 3, 100: 2}\nprimary: 50"), ("[0.5, 1, 2]", "[1]"),
+        (", max_steps: 100}", "}")])
+    found = grid_module.Grid(path)
+    row = found.rows[1]
+    assert [found.turn(found.cell(row, 1, seed)) for seed in (1, 3)] == [(1, 0), (1, 2)]
+    assert [found.turn(found.cell(row, 1, 1, word, max_steps=n)) for word, n in (("-speed", 60), ("-70steps", 70))] == [
+        (2, 0)] * 2
+    cell, = found.walk(row).wanted
+    home = tmp_path / "out" / "fake" / cell.run
+    home.mkdir(parents=True)
+    for value in ("NaN", "true", "-Infinity", '"2"'):
+        (home / "summary.json").write_text(f'{{"status": "done", "figure": {value}}}')
+        assert found.result(cell).state == "failed" and "no number figure" in found.walk(row).error
+    (home / "summary.json").write_text('{"status": "done", "figure": 2}')
+    assert [cell.run.rpartition("-")[0] for cell in found.walk(row).wanted] == [
+        "8_steps-x1-s1-dataa_b", "8_steps-x1-s1-datac_d"]
 
 
 def test_a_changed_yaml_runs_only_what_is_new(plan):
@@ -328,6 +351,7 @@ def test_print_lists_what_could_start_and_starts_nothing(plan):
     ([("seeds:", "rungs: {50: 2, no: 2}\nseeds:")], "yaml reads the name no"),
     ([("seeds:", "rungs: {100: 2, 50: 2}\nseeds:")], "rungs must be values of max_steps in order"),
     ([("seeds:", "rungs: {50: 9}\nseeds:")], "each with how many of the 5 seeds"),
+    ([("seeds:", "rungs: {50: 2}\nseeds:")], "base: the rungs set max_steps"),
     ([("seeds:", "rungs: {50: 2}\nprimary: 60\nseeds:")], "primary must be one of the rungs [50]"),
     ([("seeds:", "rungs: {50: 2}\nseeds:"), ("kind: better", "max_steps: 9")], "the rungs set max_steps"),
     ([("{set: {kind: better}}", "{set: {kind: better}, rungs: [7]}")], "rungs must be some of"),
@@ -335,6 +359,19 @@ def test_print_lists_what_could_start_and_starts_nothing(plan):
     ([("{set: {kind: better}}", "{set: {kind: better}, tune: {lr: [1, x]}}")], "lr x: must be a number"),
     ([("{set: {kind: better}}", "{set: {kind: better}, predicted: perhaps}")], "predicted begins with one of better"),
     ([("{set: {kind: better}}", "{set: {kind: better}, published: {Narang: no}}")], "differences by their sources"),
+    ([("seeds:", "rungs: {50: 2}\nseeds:"), ("better}}", "better}, rungs: [[50]]}")], "rungs must be some of [50]"),
+    ([("seeds:", "rungs: {50: 2}\nseeds:"), ("better}}", "better}, rungs: [50, 50]}")], "rungs must be some of [50]"),
+    ([("seeds:", "rungs: {50: 2}\nseeds:"), ("better}}", "better}, rungs: [50.0]}")], "rungs must be some of [50]"),
+    ([("seeds:", "rungs: {50: 2, 100000000000000000000: 2}\nseeds:")], "rungs must be values of max_steps"),
+    ([("{set: {kind: better}}", "{set: {kind: better}, tune: {lr: [1, 2]}}")], "lr is tuned by its factors already"),
+    ([("seeds:", "seeded: [seed, data_seed]\nseeds:"), ("better}}", "better}, tune: {data_seed: [8, 9]}}")],
+     "data_seed is set by the seeds"),
+    ([("{set: {kind: better}}", "{set: {kind: better}, published: {Narang: .nan}}")], "differences by their sources"),
+    ([("{set: {kind: better}}", "{set: {kind: better}, published: {Narang: -.inf}}")], "differences by their sources"),
+    ([("settings: [lr]", "settings: [lr, lr]")], "tune: settings must be names of settings, each once"),
+    ([("factors:", "further: true, factors:")], "further must be a int, not True"),
+    ([("factors:", "seed: 100000000000000000000000, factors:")], "tune: seed: seed 1000"),
+    ([("factors: [0.5, 1, 2]", f"factors: [1, 1{'0' * 400}]")], "factors must be numbers"),
     ([("factors:", "seed: 3, factors:")], "seed 3 is one of the seeds"),
     ([("factors: [0.5, 1, 2]", "further: 2, factors: [1]")], "beyond several in order"),
     ([("seeds:", "same: -1.0\nseeds:")], "same must be a number from 0 on"),

@@ -166,6 +166,10 @@ def test_the_table(tmp_path):
     assert "the 90 % interval lies within ±0.03" in "".join(plot.markdown({**found, "same": 0.03}))
     ratios = {line.split(" | ")[1]: line for line in plot.markdown({**found, "log": True}) if line.startswith("| a |")}
     assert " | x0.95 (0.9" in ratios["better"]
+    early = {**found, "rungs": [9, 18], "primary": 18, "rows": [row("baseline", [2.0, 2.02], None), *found["rows"][1:]]}
+    early["rows"] = [{**mine, "tuned": [[1, 2.0], [2, 2.1]]} for mine in early["rows"]]
+    assert "| x2* |" in next(line for line in plot.markdown(early) if "| better " in line)   # largest of its own
+    assert "Nothing tells the noise at 18 steps yet: the verdicts are those at 9." in plot.markdown(early)
     plot.write_csv(found, tmp_path / "a.csv")
     told = pd.read_csv(tmp_path / "a.csv").set_index("name")
     assert told.loc["better", "verdict"] == "better"
@@ -175,6 +179,37 @@ def test_the_table(tmp_path):
         plot.write_csv(found, tmp_path / "no" / "a.csv")
     with pytest.raises(UserError, match="nothing tells the noise"):
         plot.markdown({"metric": "m", "factors": [1], "rows": [row("baseline", [2.0], None)]})
+
+
+def test_the_csv_goes_to_a_file_of_that_name_and_nowhere_else(tmp_path):
+    found = index(row("a", [3.1, 3.12], published={"verdict": 0.5}, predicted="worse: why"))
+    plot.write_csv(found, str(tmp_path / "a.zip"))
+    told = pd.read_csv((tmp_path / "a.zip").open()).set_index("name")
+    assert told.loc["a", "verdict"] == "worse" and told.loc["a", "published: verdict"] == 0.5
+    for place in (tmp_path, "/dev/full", "s3://nowhere/a.csv", "a\0b"):
+        with pytest.raises(UserError, match="cannot write"):
+            plot.write_csv(found, str(place))
+
+
+@pytest.mark.parametrize("key, value", [
+    ("rungs", [0, 100]), ("rungs", [100, 100]), ("rungs", [400, 100]), ("rungs", [-5, 100]), ("same", math.nan),
+    ("sigma_data", math.inf), ("factors", [0, 1]), ("primary", 10 ** 400), ("row name", "baseline"),
+    ("row tuned", [[1, 2, 3]]), ("row tuned", [[None, 2]]), ("row tuned", [["a", 2]]), ("row tuned", [[-1, 2]]),
+    ("row tuned", [[1, math.nan]]), ("row published", {"a": None}), ("row parameters", 10 ** 400),
+    ("row runs", [{"seed": 1, "value": 2.0, "max_steps": 9}]), ("run value", math.nan), ("run value", 10 ** 400)])
+def test_a_damaged_table_is_one_line(tmp_path, key, value):
+    found = index(row("a", [2.1, 2.2]))
+    place, name = ({**found, "row": found["rows"][1], "run": found["rows"][1]["runs"][0]}, key)
+    if " " in key:
+        place, name = place[key.split()[0]], key.split()[1]
+    else:
+        place = found
+    (tmp_path / "grid.json").write_text(json.dumps(found))
+    assert plot.read_index(tmp_path / "grid.json")["rows"]
+    place[name] = value
+    (tmp_path / "grid.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match="is missing or no grid"):
+        plot.read_index(tmp_path / "grid.json")
 
 
 def test_another_draw_of_the_data_widens_every_interval():
@@ -190,7 +225,7 @@ def test_another_draw_of_the_data_widens_every_interval():
 def test_other_numbers_beside_the_metric():
     """Means of the runs of a row; nothing where one has none; without timing runs there are no columns for time."""
     def given(values):
-        return [{"run": "r", "seed": i, "value": 2 + i / 100, "max_steps": 9, "shown": {"exact": value}}
+        return [{"run": f"{values}{i}", "seed": i, "value": 2 + i / 100, "max_steps": 9, "shown": {"exact": value}}
                 for i, value in enumerate(values)]
     values = {"baseline": [0.5, 0.7], "a": [0.1, 0.4], "b": [0.1, None]}
     rows = [row(name, [], "baseline", step_seconds=None, parameters=None) | {"runs": given(mine)}

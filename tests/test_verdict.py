@@ -91,6 +91,46 @@ def test_components():
     assert components({0: {1: 2.0, 2: 3.0}, 1: {1: 3.0}}) is None and components({0: {1: 2.0, 2: 3.0}}) is None
 
 
+def test_a_wild_baseline_with_draws_of_its_own():
+    """Its mean and its deviation are those of the draws that others have: on the rest nothing tells draw from noise."""
+    values = table(12, 3, draw=1.0)
+    values["r0"] = {d: 20 * (-1) ** d for d in range(6)}
+    fit, calm = Fit(values), Fit({row: mine for row, mine in values.items() if row != "r0"})
+    cleared = [values["r0"][d] - calm.draws[d] for d in range(3)]
+    effect, parts = fit.effect("r4", "r0"), (np.var(cleared, ddof=1) / 3, calm.sigma ** 2 / 3)
+    assert [*fit.wild] == ["r0"] and effect.difference == pytest.approx(calm.mean("r4") - np.mean(cleared))
+    assert effect.error == pytest.approx(math.sqrt(sum(parts)))
+    assert effect.freedom == pytest.approx(sum(parts) ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / calm.freedom))
+    error, freedom = fit.apart([("r0", 1), ("r4", 3)])
+    assert error == pytest.approx(math.sqrt(3 * parts[0] + parts[1])) and 2 < freedom < 2.1
+    # two draws that others have: it cannot show that it is wild
+    assert not Fit({row: {d: mine[d] for d in mine if row == "r0" or d < 2} for row, mine in values.items()}).wild
+    # two wild rows that have the third draw alone: it goes with them, and they are judged by the pooled deviation
+    calm = {row: {d: mine[d] for d in range(2)} for row, mine in table(30, 3, draw=1.0).items()}
+    both = calm | {"a": {0: 0.0, 1: 60.0, 2: 9.0}, "b": {0: 60.0, 1: 0.0, 2: 9.0}}
+    assert not Fit(both).wild and Fit(both).freedom == 66 - 32 - 3 + 1
+
+
+def test_rows_that_share_no_draws():
+    """No difference of rows that no draws lead between, not even over others; where they do, that of least squares."""
+    values = {"a": {1: 1.0, 2: 1.5}, "b": {1: 2.0, 2: 2.6}, "c": {3: 5.0, 4: 5.2}, "d": {3: 7.0, 4: 7.1}, "e": {}}
+    fit = Fit(values)
+    assert fit.freedom == 2 and fit.effect("a", "c") is None and fit.effect("d", "b") is None
+    assert fit.effect("e", "a") is None and fit.effect("a", "e") is None
+    assert fit.effect("b", "a").difference == pytest.approx(1.05)
+    bridged = Fit({**values, "e": {2: 1.0, 3: 2.0}})
+    figures, design = [], []
+    for row, mine in bridged.values.items():
+        for d, figure in mine.items():
+            figures.append(figure)
+            design.append([float(row == name) for name in "bcde"] + [1.0] + [float(d == other) for other in (2, 3, 4)])
+    found, *_ = np.linalg.lstsq(np.array(design), np.array(figures), rcond=None)
+    assert [bridged.effect(name, "a").difference for name in "bcde"] == pytest.approx(found[:4])
+    spread = np.linalg.inv(np.array(design).T @ np.array(design))[1, 1]
+    assert bridged.effect("c", "a").error == pytest.approx(bridged.sigma * math.sqrt(spread)) and bridged.freedom == 2
+    assert fit.effect("a", "a") == Effect(0.0, 0.0, 2, 2)
+
+
 def test_holm():
     """Beside its definition: the least of p is tested at 5 %/n, the next at 5 %/(n - 1), ..., until one fails."""
     noise = np.random.default_rng(1)
@@ -155,6 +195,75 @@ def test_rungs():
     assert held({"1x": some, "4x": none, "16x": some}) == "holds" and held({"1x": some}) == ""
     with pytest.raises(UserError, match="nothing tells the noise"):
         judge({**ladder(), "rungs": [7]})
+
+
+def test_rows_with_the_same_runs_tell_the_noise_once():
+    index = ladder(up={100: -0.2, 400: -0.1}, down={100: 0.2, 400: 0.1})
+    alone, twin = judge(index), {**index["rows"][1], "name": "twin", "against": "up"}
+    half = {**twin, "name": "other", "against": "baseline", "runs": twin["runs"][1:4]}
+    judged = judge({**index, "rows": [*index["rows"], twin, half]})
+    assert [(rung.fit.sigma, rung.fit.freedom) for rung in judged.rungs] == [
+        (rung.fit.sigma, rung.fit.freedom) for rung in alone.rungs]
+    up, down, twin, other = judged.rows
+    assert other.effects == up.effects == alone.rows[0].effects and down.effects == alone.rows[1].effects
+    assert twin.effects["4x"] == Effect(0.0, 0.0, 4, 3) and twin.verdict == "the same"
+
+
+def test_what_is_not_there_yet():
+    """The verdicts are those of the primary rung, else of the last that tells the noise; equal seconds go by the first
+    rung; a row whose other lacks a rung has no difference there."""
+    index = ladder(up={100: -0.2, 400: -0.1}, short={100: 0.1}, after={100: 0.1, 400: 0.2})
+    index["rows"][3]["against"] = "short"
+    index["rows"][1]["equal_seconds"] = {"run": "e", "seed": 1, "value": 3.2, "max_steps": 50}
+    judged = judge(index)
+    fit, (up, _, after) = judged.rungs[0].fit, judged.rows
+    assert [*after.effects] == ["1x"] and after.verdict is None
+    assert up.equal.difference == pytest.approx(3.2 - fit.draws[1] - fit.mean("baseline"))
+    assert up.equal.error == pytest.approx(fit.sigma * math.sqrt(1 + 1 / 3)) and up.equal.draws == 1
+    index["rows"][1]["equal_seconds"]["seed"] = 9                   # nothing is known of its draw
+    assert judge(index).rows[0].equal is None
+    index["rows"][1]["equal_seconds"]["seed"] = 1
+    for row in index["rows"][1:]:
+        row["runs"] = [run for run in row["runs"] if run["max_steps"] == 400]
+    assert judge(index).rows[0].equal is None and [rung.name for rung in judge(index).rungs] == ["4x"]
+    for row in index["rows"][1:]:
+        row["runs"] = [{**run, "max_steps": 100} for run in row["runs"]]
+    judged = judge(index)
+    assert judged.primary is judged.rungs[0] and judged.doubling is None and judged.rows[0].verdict == "better"
+
+
+def test_where_verdicts_begin():
+    """"the same" by the 90 % interval and not the 95 %; better and worse by Holm and not each p by itself."""
+    index = ladder(**{f"r{i}": {100: 0.0, 400: 0.00025 * i} for i in range(16)})
+    judged = judge({**index, "same": 0.0})
+    effects = [mine.effects["4x"] for mine in judged.rows]
+    adjusted = holm([effect.p for effect in effects])
+    assert any(effect.p < 0.05 <= p for effect, p in zip(effects, adjusted)) and min(adjusted) < 0.05
+    assert [mine.verdict != "undecided" for mine in judged.rows] == [p < 0.05 for p in adjusted]
+    effect, = [mine.effects["4x"] for mine in judged.rows if mine.row["name"] == "r0"]
+    for share, verdict in ((0.5, "the same"), (-0.1, "undecided")):
+        same = abs(effect.difference) + effect.half(0.9) + share * (effect.half() - effect.half(0.9))
+        assert judge({**index, "same": same}).rows[0].verdict == verdict
+    assert judge({**index, "primary": 9}).primary.steps == 400
+    for run in index["rows"][0]["runs"]:
+        run["value"] += 2 * (run["max_steps"] == 400)
+    assert judge(index).doubling < 0 and judge(index).rows[0].worth is None
+    assert math.isnan(rank_correlation({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 2.0}))
+
+
+def test_figures_at_the_edge():
+    """Equal figures; a logarithm of 0; a baseline that hardly gains by steps."""
+    equal = {row: dict.fromkeys(range(3), 0.1) for row in "abc"}
+    effect = Fit(equal).effect("b", "a")
+    assert effect.difference == 0 and effect.p == 1 and effect.half() < 1e-12 and not effect.sign
+    index = ladder(up={100: -0.2, 400: -0.1})
+    index["rows"][1]["runs"][0]["value"] = 0.0
+    with pytest.raises(UserError, match="log: a figure of up is not above 0"):
+        judge({**index, "log": True})
+    index = ladder(up={100: -0.2, 400: -0.1})
+    for run in index["rows"][0]["runs"]:
+        run["value"] = 2 + 0.1 * run["seed"] - 1e-6 * (run["max_steps"] == 400)
+    assert judge(index).rows[0].worth == 2 ** 99
 
 
 def test_logarithms_are_ratios():
