@@ -1276,7 +1276,7 @@ def initialise(model):
     these. Under "mup" 0.02 of hidden matrices is that of the base width, divided by the root of the width factor.
     """
     c, fused = model.config, fused_rows(model)
-    hidden = 0.02 / math.sqrt(c.width_factor)
+    hidden = 0.02 / math.sqrt(getattr(c, "width_factor", 1.0))  # other models' configs have none
 
     def normal(p, name, std=0.02):
         p.normal_(0, std)
