@@ -146,9 +146,12 @@ def test_away_from_it_initial_weights_scores_and_logits_differ_by_their_factors(
         rows = block.mixer.fused["qkv"][0]
         with torch.no_grad():
             block.mixer.qkv.weight[:rows] *= 0.5
-            if block.mixer.qkv.bias is not None:
-                block.mixer.qkv.bias[:rows] *= 0.5
+            block.mixer.qkv.bias[:rows] *= 0.5
     assert torch.allclose(standard(x) / 4, mup(x), rtol=1e-4, atol=1e-7)
+    learned, fixed = (build(n_embd=128, parametrisation="mup", qk_norm=True, qk_scale=scale)[0]
+                      for scale in (True, False))  # a learned scale of scores starts as the fixed one
+    assert learned.blocks[0].mixer.qk_scale.item() == 4.0  # the root of 16, head_dim at the base width
+    assert torch.allclose(learned(x), fixed(x), rtol=1e-5, atol=1e-8)
     whole, same_heads = (TransformerConfig(n_embd=128, n_head=n, mup_base_width=32, parametrisation="mup",
                                            mup_base_head_dim=base) for n, base in ((2, None), (8, 16)))
     assert (whole.score_factor, same_heads.score_factor) == (0.5, 1.0)  # more heads of one width: scores as they are
