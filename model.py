@@ -114,6 +114,9 @@ class TransformerConfig:
     # Residual stream, initialisation
     residual_scale: float | str = 1.0  # [> 0.0, depth, rezero, layerscale] of every branch; depth: 1 / sqrt(2 n_layer)
     init: str = "gpt2"             # [gpt2, normal, xavier, tfixup, truncated, zero] see `initialise`
+    parametrisation: str = "standard"  # [standard, mup] mup: rates found at mup_base_width hold at every width
+    mup_base_width: int = 96       # [>= 1, with parametrisation mup] n_embd at which all is as with standard
+    mup_base_head_dim: int = None  # [none, >= 1, with parametrisation mup] head_dim there; none: as many heads as here
     qk_norm: bool = False          # RMSNorm without parameters on queries and keys, per head
     qk_scale: bool = False         # [with qk_norm] learned scale of each layer's scores in place of head_dim^-0.5
     score_softcap: float = None    # [none, > 0.0] attention's scores become cap tanh(scores / cap) (Gemma 2: 50)
@@ -216,6 +219,13 @@ class TransformerConfig:
                and {*self.ffs} <= {"mlp", "none"},
                "init 'tfixup' scales the value, output and feed-forward matrices of attention layers: "
                f"mixer {self.mixer!r} with ff {self.ff!r} has others")
+        expect(self.parametrisation == "standard" or {*self.mixers} <= {"full", "window", "strided", "fixed"}
+               and {*self.ffs} <= {"mlp", "none"}, "parametrisation 'mup' knows the widths of mixers full, window, "
+               f"strided and fixed with ff mlp or none: mixer {self.mixer!r} with ff {self.ff!r} has others")
+        expect(self.parametrisation == "standard" or self.init != "tfixup" and self.activation != "solu"
+               and (self.target_heads == "own" or self.n_targets == 1), "parametrisation 'mup' has no rule for the "
+               "embeddings of init 'tfixup', the softmax in activation 'solu' and the maps of target_heads 'shared': "
+               "choose others")
         expect(not self.tie_weights or self.n_classifiers == 1,
                f"tie_weights needs one classifier, not {self.n_classifiers}: set target_heads and layer_heads to "
                "'shared', or n_targets to 1 and intermediate_losses off")
@@ -236,6 +246,18 @@ class TransformerConfig:
     def plain_scores(self):
         """Whether attention is a softmax of its scores as they are: what PyTorch's, and every kernel's, computes."""
         return self.score_softcap is None and not self.softmax_plus_one
+
+    @property
+    def width_factor(self):
+        """How often mup_base_width goes into n_embd, under "mup" (Yang et al. 2022, arXiv 2203.03466, table 8); else 1.
+        Heads and feed-forwards are taken to grow as n_embd does."""
+        return self.n_embd / self.mup_base_width if self.parametrisation == "mup" else 1.0
+
+    @property
+    def score_factor(self):
+        """Of attention's scores q.k / sqrt(D), which with it are sqrt(D of the base) q.k / D under "mup"; else 1."""
+        base = self.mup_base_head_dim or self.head_dim / self.width_factor
+        return (base / self.head_dim) ** 0.5 if self.parametrisation == "mup" else 1.0
 
     @property
     def rolls(self):
@@ -582,7 +604,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer=0, kind="full"):
         super().__init__()
         c = self.config = config
-        self.layer, self.kind = layer, kind
+        self.layer, self.kind, self.score_factor = layer, kind, c.score_factor
         rows = tuple(n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head))
         self.qkv = Linear(c.n_embd, sum(rows), bias=c.bias)
         self.out = Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
@@ -602,7 +624,7 @@ class Attention(nn.Module):
     def init_weights(self):
         """Scores start as without qk_scale; values with equal shares of both layers'."""
         if self.config.qk_scale:
-            self.qk_scale.fill_(self.config.head_dim ** 0.5)
+            self.qk_scale.fill_(self.config.head_dim ** 0.5 * self.score_factor)
         if "first_share" in self.roles:
             self.first_share.fill_(0.5)
 
@@ -623,6 +645,8 @@ class Attention(nn.Module):
             v = v.transpose(1, 2)  # (B, G, T, D)
             if c.qk_scale:  # D^-0.5 of it is in every softmax
                 q = (q * (self.qk_scale / c.head_dim ** 0.5)).to(q.dtype)
+        if self.score_factor != 1 and not c.qk_scale:
+            q = q * self.score_factor
         if c.value_residual:
             if self.layer:
                 v = (v + self.first_share * (positions.first_values - v)).to(v.dtype)
@@ -1032,8 +1056,9 @@ class Transformer(nn.Module):
         return self.config.n_classifiers - (self.config.n_targets if self.config.target_heads == "own" else 1)
 
     def classifier(self, i):
-        """The i-th classifier's weight (V, C)."""
-        return self.embed if self.config.tie_weights else self.heads._parameters[str(i)]  # past ParameterList's look-up
+        """The i-th classifier's weight (V, C), under "mup" over the width factor."""
+        weight = self.embed if self.config.tie_weights else self.heads._parameters[str(i)]  # past ParameterList
+        return weight if self.config.width_factor == 1 else weight / self.config.width_factor
 
     def losses(self, states, targets, active, counted=None):
         """All active layers' and targets' losses by one matrix product and one cross-entropy; as `forward` returns.
@@ -1257,9 +1282,10 @@ def initialise(model):
     their two rules for layers the encoder's, as these have no cross-attention either; of embeddings there is one; what
     is drawn is multiplied); "truncated" N(0, C^-0.5) cut at two standard deviations; "zero" N(0, fan_in^-0.5), those
     that write into the stream zero. N(0, s): of standard deviation s. Parameters that their modules claim are filled by
-    these.
+    these. Under "mup" 0.02 of hidden matrices is that of the base width, divided by the root of the width factor.
     """
     c, fused = model.config, fused_rows(model)
+    hidden = 0.02 / math.sqrt(getattr(c, "width_factor", 1.0))  # other models' configs have none
 
     def normal(p, name, std=0.02):
         p.normal_(0, std)
@@ -1278,7 +1304,8 @@ def initialise(model):
     embedding = {"zero": partial(normal, std=0.02 if c.tie_weights else 1.0),
                  "tfixup": lambda p, name: p.normal_(0, c.n_embd ** -0.5).mul_((9 * c.n_layer) ** -0.25)}
     matrix, residual = {
-        "gpt2": (normal, partial(normal, std=0.02 / math.sqrt(2 * c.n_layer))), "normal": (normal, normal),
+        "gpt2": (partial(normal, std=hidden), partial(normal, std=hidden / math.sqrt(2 * c.n_layer))),
+        "normal": (partial(normal, std=hidden), partial(normal, std=hidden)),
         "xavier": (xavier, xavier), "tfixup": (xavier, xavier), "truncated": (truncated, truncated),
         "zero": (lambda p, name: p.normal_(0, p.size(1) ** -0.5), lambda p, name: p.zero_()),
     }[c.init]

@@ -177,6 +177,7 @@ def check(settings):
     try:
         config = TransformerConfig.from_settings(settings)
         optim.factor(settings, 0)
+        optim.width_factor(settings)
     except ValueError as error:
         raise UserError(error)
     if optimizer == "ivon" and dtype == "float16":

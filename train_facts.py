@@ -185,6 +185,7 @@ def check(settings):
     """Settings that cannot go together: UserError with one sentence."""
     try:
         optim.factor(settings, 0)
+        optim.width_factor(settings)
     except ValueError as error:
         raise UserError(error)
     if optimizer == "ivon" and dtype == "float16":

@@ -554,13 +554,31 @@ def both(optimizer, ema=None):
     return [("raw", optimizer.averaged())] + ([("ema", ema.swapped())] if ema else [])
 
 
-def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None, decay_params="matrices"):
+def width_factor(settings):
+    """n_embd over mup_base_width with parametrisation "mup", None with "standard".
+
+    Of Yang et al. 2022 (arXiv 2203.03466), table 8, the rates for Adam: hidden matrices have lr over the factor, all
+    else lr; decay keeps its pace, lr times weight_decay (as theirs, github.com/microsoft/mup). Muon needs none: an
+    orthogonal matrix times (rows / columns)^0.5 is the update that features want at every width (Yang, Simon &
+    Bernstein 2023, arXiv 2310.17813), from which max(1, rows / columns)^0.5 differs by the same number at every width;
+    what AdamW steps beside it has lr. ValueError for other rules.
+    """
+    if settings.get("parametrisation", "standard") == "standard":
+        return None
+    if settings["optimizer"] in ("sgd", "ivon"):
+        raise ValueError(f"parametrisation 'mup' has rates for Adam's kin and muon, not for {settings['optimizer']}: "
+                         "choose adam, adamw, muon or schedule_free")
+    return settings["n_embd"] / settings["mup_base_width"]
+
+
+def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None, decay_params="matrices", factor=None):
     """Parameter groups, with decay or without. Which there are does not depend on weight_decay: a checkpoint goes over
     to another value, 0 too.
 
     named_parameters: pairs (name, tensor). roles: name -> one of ROLES. A tensor under two names is claimed once, by
     the first that has a role. muon=True puts matrix and residual under rule "muon", the rest under "adamw".
     fused_rows: name -> rows of the parts of a fused matrix, which Muon takes apart. decay_params: one of DECAY.
+    factor: what `width_factor` says; hidden matrices that Muon does not step then have a group with it as "over".
     Raises ValueError naming a parameter that no role claims, whose name comes twice, or whose role is unknown.
     """
     if decay_params not in DECAY:
@@ -585,6 +603,8 @@ def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None, d
                 raise ValueError(f"parameter {name}: Muon steps 2-D weights, its shape is {tuple(p.shape)}")
             if settings["rule"] == "muon" and name in (fused_rows or {}):
                 settings["rows"] = tuple(fused_rows[name])
+        elif factor and roles[name] in HIDDEN:
+            settings.update(over=factor, weight_decay=settings["weight_decay"] * factor)
         found.setdefault((decayed, *settings.items()), {**settings, "params": []})["params"].append(p)
     return list(found.values())
 
@@ -604,14 +624,15 @@ def build(settings, named_parameters, roles, fused_rows=None, mesh=None, n_examp
     if name not in RULES:
         raise ValueError(f"optimizer {name!r}: it must be one of {', '.join(RULES)}")
     pairs = list(named_parameters)
-    wanted = groups(pairs, roles, s["weight_decay"], name == "muon", fused_rows, s["decay_params"])
+    wanted = groups(pairs, roles, s["weight_decay"], name == "muon", fused_rows, s["decay_params"],
+                    width_factor(settings))
     own = {"sgd": dict(lr=lr, momentum=s["momentum"]),
            "muon": dict(lr=s["muon_lr"], momentum=s["muon_momentum"], nesterov=s["muon_momentum"] > 0),
            "ivon": dict(lr=lr, betas=betas, ess=s["ess"] or n_examples, hess_init=s["hess_init"],
                         clip_radius=s["clip_radius"] or math.inf)}
     for group in wanted:
         group.update(own.get(group.setdefault("rule", name), dict(lr=lr, betas=betas, eps=s["eps"])))
-        group["base_lr"] = group["lr"]
+        group["base_lr"] = group["lr"] = group["lr"] / group.pop("over", 1.0)
     optimizer = next(kind for kind in _Optimizer.__subclasses__() if kind.rule == name)(wanted)
     optimizer.order = list(dict.fromkeys(p for n, p in pairs if n in roles))
     if mesh and mesh.size > 1:

@@ -97,6 +97,8 @@ WALK = {
               for t in CHOICES["target_heads"] for l in CHOICES["layer_heads"] for i in (True, False)],
     "classifiers": [dict(tie_weights=True), dict(tie_weights=True, init="zero"), dict(mtp_depth=2),
                     dict(mtp_depth=1, output="stablemax"), dict(output="stablemax"), dict(logit_softcap=0.1)],
+    "widths": [dict(parametrisation=word, mup_base_width=4, tie_weights=tie) for word in CHOICES["parametrisation"]
+               for tie in (True, False)] + [dict(parametrisation="mup", qk_norm=True, qk_scale=True)],
     "pyramid": [dict(shorten=2, n_layer=3), dict(shorten=3, n_layer=3, positions="learned")],
     "kernels": [dict(kernels=word, mixer="mamba,mingru", ff="mlp,moe") for word in CHOICES["kernels"]],
 }

@@ -82,6 +82,7 @@ CASES = {  # name: (settings, what forward is given more, operations called)
     "moe": (dict(ff="moe", activation="swiglu", n_shared_expert=1), {}, PLAIN - {"gelu"} | {"gated", "grouped_linear"}),
     "moe, biases": (dict(ff="moe", expert_balance="bias", n_expert=16), {}, PLAIN | {"grouped_linear"}),
     "pyramid": (dict(n_layer=4, shorten=2), {}, PLAIN),
+    "mup": (dict(parametrisation="mup", mup_base_width=8, n_targets=2), COUNTED, PLAIN),
 }
 
 

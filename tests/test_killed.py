@@ -20,8 +20,8 @@ CASES = {
         max_steps=24, optimizer="muon", batching="random", seed=7, data_seed=8, save_interval=3, log_interval=2,
         schedule="wsd"),
     ("train_enwik8", "orthograd"): dict(
-        max_steps=24, optimizer="adamw", orthograd=True, batching="epochs", seed=9, data_seed=10, save_interval=1,
-        log_interval=5, schedule="cosine"),
+        max_steps=24, optimizer="adamw", orthograd=True, parametrisation="mup", batching="epochs", seed=9,
+        data_seed=10, save_interval=1, log_interval=5, schedule="cosine"),
     ("train_enwik8", "memory"): dict(
         max_steps=24, mixer="compressive,mamba", positions="rope", batching="streams", batch_size=8, seed=11,
         data_seed=12, memory_length=16, compressed_length=4, save_interval=1, log_interval=1),
@@ -61,7 +61,8 @@ CASES = {
         prefix=True),
     ("train_facts", "mqar"): dict(
         max_steps=20, eval_prompts=4, task="mqar", block_size=32, short_conv=2, qk_norm=True, qk_scale=True,
-        ff="none", tie_weights=True, init="gpt2", optimizer="adamw", grad_accum=2, save_interval=2, seed=5),
+        ff="none", tie_weights=True, init="gpt2", optimizer="adamw", grad_accum=2, save_interval=2, seed=5,
+        parametrisation="mup", mup_base_width=8),
     ("train_facts", "text"): dict(
         max_steps=20, eval_prompts=4, task="text", tokenizer="bpe:270", block_size=16, ema_decay=0.9, dropout=0.1,
         batching="epochs", save_interval=2, seed=6),

@@ -426,6 +426,9 @@ def test_equal_parameters(settings):
     (dict(value_residual=True, n_layer=1), "at least 2: mixer 'full' in 1"),
     (dict(value_residual=True, shorten=2), "value_residual"),
     *((dict(value_residual=True, mixer=f"full,{kind}"), "value_residual") for kind in ("mla", *CARRY)),
+    *((dict(parametrisation="mup", **settings), "parametrisation 'mup'") for settings in (
+        dict(mixer="full,diff"), dict(mixer="mamba"), dict(ff="low_rank"), dict(ff="mlp,moe"), dict(init="tfixup"),
+        dict(activation="solu"), dict(n_targets=2, target_heads="shared"))),
     (dict(mixer="window", window=1), "at least 2"), (dict(mixer="mla", qk_norm=True), "qk_norm"),
 ])
 def test_impossible_settings_are_one_sentence(settings, word):

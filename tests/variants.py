@@ -81,6 +81,10 @@ def listed():
     yield dict(softmax_plus_one=True, score_softcap=0.5, n_kv_head=2, positions="alibi")
     yield from (dict(mixer=pattern, value_residual=True) for pattern in ("full", "window,full", "strided,diff,fixed"))
     yield dict(value_residual=True, n_kv_head=1, positions="learned", block_size=48)
+    yield from (dict(mixer=pattern, parametrisation="mup", mup_base_width=8) for pattern in ("full,window",
+                                                                                            "strided,fixed"))
+    yield dict(parametrisation="mup", mup_base_width=128, mup_base_head_dim=64, qk_norm=True, qk_scale=True,
+               n_kv_head=2)
     yield dict(shorten=2, n_layer=4, block_size=32, mixer="full,window")
     yield dict(shorten=3, n_layer=5, block_size=32, mixer="diff,mla", positions="alibi")
     yield dict(shorten=5, n_layer=3, block_size=48, mixer="strided", positions="learned")
