@@ -259,6 +259,7 @@ class Found:
 
 @dataclass
 class Judged:
+    """A table: its rungs, the one of the verdicts, and what is known of each row."""
     rungs: list
     primary: Rung
     rows: list               # of Found, without the baseline

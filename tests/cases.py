@@ -128,7 +128,7 @@ class Case:
         """The tensors."""
         return made(*self.inputs, dtype=dtype, device=device)
 
-    def agree(self, tensors, dtype=FLOAT, device="cpu", upstream=None, used=None, guarded=True, twin=None):
+    def assert_agree(self, tensors, dtype=FLOAT, device="cpu", upstream=None, used=None, guarded=True, twin=None):
         """Asserts that op by kernel alone and its formula give the same outputs and gradients, of the same types;
         returns the kernel's. upstream, used: as in `results`. Not guarded: a formula may run too."""
         with pytest.MonkeyPatch.context() as patch, alone(device) if guarded else by_kernel(device):

@@ -205,6 +205,7 @@ def test_learned_positions_end(forks, tmp_path):
         child = done(forks, tmp_path, task=task, run_name=f"roomy_{task}", **tight)
         longest = int(re.search(r"(\d+) in a row at most", child.out)[1])
         done(forks, tmp_path, task=task, run_name=f"tight_{task}", **tight, block_size=longest)
+        assert summary(at(tmp_path, f"tight_{task}"))["step"] == 2
 
 
 def test_text_from_the_tokenizers_ids(forks, runs, text):

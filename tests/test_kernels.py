@@ -35,7 +35,7 @@ def walk(cases):
 def test_kernel_and_formula_agree(name, dtype, device):
     """Values and gradients: odd sizes, several blocks, extreme numbers, half precision; and no formula can have run."""
     case = CASES[name]
-    case.agree(case.make(dtype, device), dtype, device)
+    case.assert_agree(case.make(dtype, device), dtype, device)
 
 
 @pytest.mark.gpu
@@ -43,7 +43,7 @@ def test_kernel_and_formula_agree(name, dtype, device):
 def test_kernel_and_compiled_formula_agree(name, dtype):
     case = MODELS[name.removesuffix(" of a model")] if name not in CASES else CASES[name]
     torch.compiler.reset()  # a new set of masks is a new program
-    case.agree(case.make(dtype, "cuda"), dtype, "cuda", twin=torch.compile(case.twin))
+    case.assert_agree(case.make(dtype, "cuda"), dtype, "cuda", twin=torch.compile(case.twin))
 
 
 @pytest.mark.gpu
@@ -51,7 +51,7 @@ def test_kernel_and_compiled_formula_agree(name, dtype):
 def test_kernel_and_formula_agree_at_the_size_of_a_model(name, dtype):
     """And twice the same bits come out."""
     case = MODELS[name]
-    found = [case.agree(case.make(dtype, "cuda"), dtype, "cuda") for _ in range(2)]
+    found = [case.assert_agree(case.make(dtype, "cuda"), dtype, "cuda") for _ in range(2)]
     for one, two in zip(*([*out, *gradients] for out, gradients in found), strict=True):
         assert torch.equal(one, two)
 
@@ -75,7 +75,7 @@ def test_tensors_and_gradients_need_not_lie_side_by_side(op, layouts, device):
     """Slices of wider ones, as a concatenation's gradients are; transposed ones; one number for all; mixtures."""
     case, views = CASES[FIRST[op]], [LAYOUTS[name] for name in layouts]
     tensors = [views[i % len(views)](t) if t.dim() else t for i, t in enumerate(case.make(FLOAT, device))]
-    case.agree(tensors, FLOAT, device, upstream=lambda t: (
+    case.assert_agree(tensors, FLOAT, device, upstream=lambda t: (
         t.flatten()[:1].expand(t.shape) if layouts[0] == "one for all" else views[0](t)))
 
 
@@ -84,7 +84,7 @@ def test_tensors_and_gradients_need_not_lie_side_by_side(op, layouts, device):
 @pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "selective_scan"])
 def test_only_one_output_is_used(name, which, device):
     """The other's gradient is not there, and is 0."""
-    CASES[name].agree(CASES[name].make(FLOAT, device), FLOAT, device, used=which)
+    CASES[name].assert_agree(CASES[name].make(FLOAT, device), FLOAT, device, used=which)
 
 
 @pytest.mark.parametrize("device", [*EVERYWHERE.args[1], "formula"])

@@ -27,7 +27,7 @@ def close(got, want):
 def test_padding_changes_no_state(device):
     """Where z is -inf, or dt is 0."""
     case = CASES["min_gru, padding"]
-    (states,), _ = case.agree(case.make(device=device), device=device)
+    (states,), _ = case.assert_agree(case.make(device=device), device=device)
     assert torch.equal(states[:, 2:3].expand(2, 4, 5), states[:, 2:])
     u, dt, A, *rest = CASES["selective_scan, large numbers, padding"].make(device=device)
     with by_kernel(device):
