@@ -286,7 +286,8 @@ def test_mistakes_are_one_line(tool, words, said, models, in_process, monkeypatc
 
 
 GRID = {"metric": "m", "factors": [1], "slower": 0.1, "rows": [
-    {"name": name, "axis": "", "against": against, "factor": 1, "runs": [{"value": 1.0}, {"value": 2.0}], "open": 0,
+    {"name": name, "axis": "", "against": against, "factor": 1, "open": 0, "tuned": [], "runs": [
+        {"run": f"{name}{seed}", "seed": seed, "max_steps": None, "value": float(seed)} for seed in (1, 2)],
      "step_seconds": None, "parameters": None, "error": "", "equal_seconds": None}
     for name, against in (("baseline", None), ("a", "baseline"))]}
 
@@ -297,13 +298,14 @@ GRID = {"metric": "m", "factors": [1], "slower": 0.1, "rows": [
     lambda g: g.update(cross=[1]), lambda g: g.update(cross={"x": {"y": {}}}),
     lambda g: g["rows"][1].update(against="b"),
     lambda g: g["rows"][1].update(against=None), lambda g: g["rows"][1].update(factor=None),
-    lambda g: g["rows"][1].update(runs=[{"value": "1"}]), lambda g: g["rows"][1].update(equal_seconds={"value": []}),
+    lambda g: g["rows"][1]["runs"][0].update(value="1"), lambda g: g["rows"][1]["runs"][0].pop("seed"),
+    lambda g: g["rows"][1].update(equal_seconds={"value": []}),
     lambda g: g["rows"][1].pop("name"), lambda g: g["rows"][1].update(open="1"), lambda g: g.clear(),
     lambda g: g["rows"][1]["runs"][0].update(shown=3),
 ])
 def test_a_grid_json_of_other_types(change, tmp_path):
     (tmp_path / "grid.json").write_text(json.dumps(GRID))
-    assert len(plot.markdown(plot.read_index(tmp_path / "grid.json"))) == 5
+    assert len(plot.markdown(plot.read_index(tmp_path / "grid.json"))) == 6
     wrong = json.loads(json.dumps(GRID))
     change(wrong)
     (tmp_path / "grid.json").write_text(json.dumps(wrong))
