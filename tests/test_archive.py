@@ -247,7 +247,7 @@ def test_the_pages_have_the_tables_of_the_reference_runs(name, without):
 def test_the_archives_of_the_reference_runs():
     """All can be read, and the runs that a grid's table is made of say what it says."""
     count = 0
-    for path in REFERENCE.glob("*.jsonl"):
+    for path in REFERENCE.rglob("*.jsonl"):
         runs, index = {run.name: run for run in archive.read(path)}, archive.read_grid(path)
         count += len(runs)
         for entry in (entry for row in index.get("rows", ()) for entry in row["runs"]):

@@ -541,6 +541,13 @@ def test_the_shipped_crosses_read(name, runs, tmp_path, monkeypatch):
         g["check"](experiment.override(g, words))
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("grids/published/*.yaml")))
+def test_the_grids_of_published_results_read_and_say_what_counts(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = ROOT / "grids" / "published" / name
+    assert grid_module.Grid(path).rows and all(word in path.read_text().lower() for word in ("reproduced", "prediction:"))
+
+
 def test_a_yaml_that_is_not_there(tmp_path):
     child = run(tmp_path / "none.yaml")
     assert child.returncode == 2 and child.err.startswith("error: cannot read") and len(child.err.splitlines()) == 1
