@@ -1,13 +1,18 @@
 """Choices among rounded numbers: two paths that compute the same may choose differently where two are nearly equal.
 
-What comes out of a choice is compared only where the runner-up is further away than the rounding of both.
+What comes out of a choice is compared only where the runner-up is further away than the rounding of both. And what
+tests ask of counts and of errors.
 """
+import math
+import re
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 
 from nanolab import generate as generation
+from nanolab.run import UserError
 
 BOUND = 1e-5  # of scores of about 1 in float32
 
@@ -63,3 +68,16 @@ def followed(tokens, model, prompts, **how):
         for _ in generation.generate(model, prompts, len(tokens), **how):
             pass
     return torch.stack(seen)
+
+
+def raises_one_line(*words):
+    """A UserError of one line that has all the words."""
+    pattern = "".join(f"(?=.*{re.escape(word)})" for word in words)
+    return pytest.raises(UserError, match=rf"\A{pattern}[^\n]+\Z")
+
+
+def evenly(counts, expected):
+    """Do counts fit the expected ones? Chi-square within five standard deviations of its mean (df, at least 2 df)."""
+    counts, expected = np.asarray(counts, float), np.broadcast_to(expected, np.shape(counts)).astype(float)
+    chi, df = ((counts - expected) ** 2 / expected).sum(), counts.size - 1
+    return abs(chi - df) < 5 * math.sqrt(2 * df + (1 / expected).sum())

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checks import raises_one_line
+from choices import raises_one_line
 
 from data import arc, files
 from data.arc import OUTSIDE, Canvas, Grids, Stream, augment, canonical, load

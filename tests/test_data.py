@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checks import raises_one_line
+from choices import raises_one_line
 
 from data import arc, draw, facts, multiplication, smollm, text, tokens, video
 from nanolab.run import UserError

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from checks import evenly, raises_one_line
+from choices import evenly, raises_one_line
 
 from data.mqar import distances, example, mqar, reachable, split
 

@@ -7,7 +7,7 @@ import urllib.request
 
 import pytest
 import torch
-from checks import raises_one_line
+from choices import raises_one_line
 
 pytest.importorskip("pyarrow")
 import pyarrow.parquet

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import raises_one_line
+from choices import raises_one_line
 
 from data import files, text
 from data.files import download

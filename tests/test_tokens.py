@@ -14,7 +14,7 @@ import tiktoken
 import tiktoken_ext.openai_public
 import torch
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks, load_tiktoken_bpe
-from checks import raises_one_line
+from choices import raises_one_line
 
 from data import smollm, tokens
 from data import text as corpora
