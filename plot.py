@@ -577,8 +577,8 @@ def noise(judged, index, beside):
 def agreement(one, other, judged, index):
     """How far two rungs order the rows alike, in a line: over all pairs, and over those that the first has close."""
     first = index["rows"][0]["name"]
-    means = [{row: rung.fit.mean(rung.as_one[row]) for row in distinct(index)
-              if rung.fit.together(first, rung.as_one[row])} for rung in (one, other)]
+    means = [{row: rung.fit.mean(row) for row, same in rung.as_one.items()
+              if row == same and rung.fit.together(first, row)} for rung in (one, other)]
     close = 3 * one.fit.sigma * math.sqrt(2 / len(one.fit.values[first]))
     told = [f"{share:.3f} of {pairs} pairs" if pairs else "no pairs" for share, pairs in
             (ordered_alike(*means, within) for within in (math.inf, close))]
@@ -586,12 +586,6 @@ def agreement(one, other, judged, index):
              if {one.name, other.name} <= mine.effects.keys()]
     return (f"{one.name} to {other.name}: ordered alike {told[0]}, {told[1]} closer than {close:.4f}; rank correlation "
             f"{rank_correlation(*means):.2f}; {sum(signs)} of {len(signs)} signs kept.")
-
-
-def distinct(index):
-    """The names of rows that share no runs with one before them."""
-    names = {tuple(run["run"] for run in row["runs"]): row["name"] for row in reversed(index["rows"])}
-    return list(names.values())[::-1]
 
 
 def write_csv(index, path):

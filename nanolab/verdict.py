@@ -296,10 +296,9 @@ def judge(index):
              for name in others]
     judged = [mine for mine in found if primary.name in mine.effects]
     chances = holm([mine.effects[primary.name].p for mine in judged])
-    doubling = gained = None
+    gained = None
     if primary is not rungs[0]:
-        doubling = math.log2(primary.steps / rungs[0].steps)
-        gained = doubling = (rungs[0].fit.mean(first) - primary.fit.mean(first)) / doubling
+        gained = (rungs[0].fit.mean(first) - primary.fit.mean(first)) / math.log2(primary.steps / rungs[0].steps)
     for mine, chance in zip(judged, chances):
         effect, same = mine.effects[primary.name], index.get("same", 0.0)
         mine.verdict = ("better" if effect.difference < 0 else "worse") if chance < LEVEL else "undecided"
@@ -317,7 +316,7 @@ def judge(index):
         mine.gain = parabola(tried)
         if row["equal_seconds"] and rungs[0].steps == steps[0]:              # whose steps they are
             mine.equal = equal_seconds(rungs[0], row, log)
-    return Judged(rungs, primary, found, doubling)
+    return Judged(rungs, primary, found, gained)
 
 
 def parabola(tried):

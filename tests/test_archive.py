@@ -1,11 +1,14 @@
 """nanolab/archive.py: a folder of runs as one file loses nothing, and plot.py makes the same of either; the archives of
 runs/reference give the tables of the docs word for word, and their pictures byte for byte."""
 import fcntl
+import fnmatch
 import importlib.metadata
 import json
+import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -242,6 +245,71 @@ def test_the_pages_have_the_tables_of_the_reference_runs(name, without):
         yaml = (ROOT / "grids" / "one_change.yaml").read_text()
         assert f"sigma_data: {found['sigma_data']}\n" in yaml
         assert f" = {found['sigma_data']}, is what another" in words
+
+
+def arm(name, pattern, metric="val_bpb_raw"):
+    """A figure of the three seeds of an arm of a published claim, by the name of its runs."""
+    runs = archive.read(REFERENCE / "published" / f"{name}.jsonl")
+    found = {run.settings["seed"]: run.summary[metric] for run in runs if fnmatch.fnmatchcase(run.name, pattern)}
+    assert sorted(found) == [1, 2, 3], (name, pattern)
+    return np.array([found[seed] for seed in (1, 2, 3)])
+
+
+def assert_told(values, form="+.4f", page=" ".join((ROOT / "docs" / "published.md").read_text().split())):
+    """docs/published.md has the mean and its interval: t s / sqrt(n), t of two degrees of freedom."""
+    mean, half = values.mean(), 4.302653 * values.std(ddof=1) / 3 ** 0.5
+    ends = f"({mean - half:{form}} .. {mean + half:{form}})"
+    assert f"{mean:{form}}" in page and ends in page, (f"{mean:{form}}", ends)
+
+
+@pytest.mark.parametrize("name, one, other", [
+    *[("alibi_length", f"positions_{kind}-*-{length}", f"positions_{kind}-x1-s[0-9]-??????????")
+      for kind in ("alibi", "rope", "none") for length in (128, 256)],
+    ("canon_nope", "positions_none_short_conv_0_lr_0_006-*", "positions_rope_short_conv_0_lr_0_006-*"),
+    ("canon_nope", "positions_none_short_conv_4_lr_0_012-*", "positions_rope_short_conv_4_lr_0_012-*"),
+    ("canon_nope", "positions_rope_short_conv_4_lr_0_012-*", "positions_rope_short_conv_0_lr_0_006-*"),
+    ("cooldown", "schedule_*cooldown*lr_0_006-*", "schedule_cosine_to_10*lr_0_006-*"),
+    ("tied_head", "*500_tie_weights_true_lr_0_003-*", "*500_tie_weights_false_lr_0_006-*"),
+    ("qk_norm_heads", "steps_600*head_4_queries_and_keys_normed-*", "steps_600*head_4_queries_and_keys_plain-*"),
+    ("qk_norm_heads", "steps_600*head_64_queries_and_keys_normed-*", "steps_600*head_64_queries_and_keys_plain-*")])
+def test_differences_of_published_claims(name, one, other):
+    assert_told(arm(name, one) - arm(name, other))
+
+
+def test_other_figures_of_published_claims():
+    """Sensitivity to rates and its ratio, recall at the best rate, Muon after equal steps, the vertices of muP."""
+    rates = "0_0003", "0_001", "0_003", "0_01", "0_03", "0_1", "0_3"
+    losses = [np.array([arm("qk_norm_rates", f"qk_norm_{norm}_lr_{rate}-*") for rate in rates])
+              for norm in ("false", "true")]
+    plain, normed = (np.minimum(mine, 8).mean(0) - mine.min(0) for mine in losses)
+    assert_told(plain, ".4f")
+    assert_told(normed, ".4f")
+    page = (ROOT / "docs" / "published.md").read_text()
+    logs = np.log(plain / normed)
+    ends = np.exp(logs.mean() + np.array([-1, 0, 1]) * 4.302653 * logs.std(ddof=1) / 3 ** 0.5)
+    assert "**{1:.2f}** ({0:.2f} .. {2:.2f})".format(*ends) in page
+    assert_told(arm("recall_attention", "short_conv_0_lr_0_001-*", "accuracy"), ".3f")
+    with_it = arm("recall_attention", "short_conv_4_lr_0_003-*", "accuracy")
+    assert f"**{with_it.mean():.3f}**" in page and "{:.3f}, {:.3f}, {:.3f} with it".format(*with_it) in page
+    assert_told(arm("muon_steps", "*AdamW*0_006*400-*") - arm("muon_steps", "*Muon*0_02*-*"), ".4f")
+    rates, octaves = ("0_0005", "0_00125", "0_003125", "0_0078125", "0_01953125"), {}
+    for kind in ("standard", "mup"):
+        names = f"parametrisation_{kind}_n_embd_{{}}_lr_{{}}-*"
+        found = {width: np.array([arm("mup_width", names.format(width, rate)) for rate in rates])
+                 for width in (48, 192)}
+        vertices = {width: np.array([vertex(mine[:, seed]) for seed in range(3)]) for width, mine in found.items()}
+        octaves[kind] = vertex(found[192].mean(1)) - vertex(found[48].mean(1))
+        assert "(seeds {:+.2f}, {:+.2f}, {:+.2f})".format(*(vertices[192] - vertices[48])) in page
+        assert f"**{octaves[kind]:+.2f}**" in page
+        assert_told(vertices[192] - vertices[48], "+.2f")
+    assert octaves["standard"] <= -1 and abs(octaves["mup"]) < 0.5       # the rule of grids/published/mup_width.yaml
+
+
+def vertex(losses):
+    """Octaves of the parabola's vertex through the least of losses at rates 2.5 apart, and its neighbours."""
+    at = int(losses.argmin())
+    a, b, c = losses[at - 1:at + 2]
+    return math.log2(2.5) * (at + (a - c) / (2 * (a - 2 * b + c)))
 
 
 def test_the_archives_of_the_reference_runs():
