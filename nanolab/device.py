@@ -23,7 +23,8 @@ PARTS = "data forward backward optimiser evaluation other".split()  # of a loop'
 def resolve_device(device, dtype):
     """(torch.device, torch.dtype) for the settings `device` (auto, cpu, cuda, cuda:N, mps) and `dtype`.
 
-    auto: cuda and bfloat16 where there are, else cpu and float32. UserError: a device that is not there.
+    auto: cuda and bfloat16 where there are, else cpu and float32. Says so where the processor only emulates bfloat16.
+    UserError: a device that is not there.
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
@@ -37,6 +38,9 @@ def resolve_device(device, dtype):
         dtype = "bfloat16" if bfloat16 else "float32"
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: must be one of auto, float32, bfloat16, float16")
+    if (kind, dtype) == ("cpu", "bfloat16") and torch.backends.mkldnn.is_available() and not (
+            torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        print("this processor has no bfloat16, so it takes many times as long: try --dtype float32", flush=True)
     return torch.device(device), getattr(torch, dtype)
 
 

@@ -148,6 +148,16 @@ def test_where_the_modules_of_unix_are_missing(tmp_path, script, monkeypatch):
 
 # --- Device, randomness, pictures ---
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_processor_without_bfloat16_is_told(there, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: there, raising=False)
+    resolve_device("cpu", "float32")
+    assert capsys.readouterr().out == ""
+    resolve_device("cpu", "bfloat16")
+    assert ("try --dtype float32" in capsys.readouterr().out) == (not there)
+
+
 def test_resolve_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
