@@ -472,12 +472,14 @@ class Grid:
             mine.error = result.error
 
     def turn(self, cell):
-        """What a cell waits for: of a cross and of rungs a whole table of the first seed comes before the second's, and
-        what is tuned comes first, what is timed last."""
+        """What a cell waits for: a short rung comes before a longer one, in each (and in a cross) a whole table of the
+        first seed before the second's, and what is tuned comes first, what is timed last."""
         if None in self.rungs and not self.cross:
             return 0
-        timing = re.search(r"-(speed|\d+steps)-", cell.run)
-        return (2, 0) if timing else (1, self.seeds.index(cell.seed)) if cell.seed in self.seeds else (0, 0)
+        if re.search(r"-(speed|\d+steps)-", cell.run):
+            return 2, 0, 0
+        rung = 0 if None in self.rungs else json.loads(cell.settings)["max_steps"]
+        return (1, rung, self.seeds.index(cell.seed)) if cell.seed in self.seeds else (0, 0, 0)
 
     def words(self, cell):
         """The command of a cell, word by word; with --resume where something is there."""

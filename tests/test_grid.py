@@ -190,8 +190,8 @@ def test_what_a_table_shows_beside(plan):
 
 
 def test_rungs(plan):
-    """Every row at each of its lengths, all of a seed before the next; the rate on a seed that counts nowhere, and
-    further down until the best is inside; a row's own tune; what was foretold stands in the index."""
+    """Every row at each of its lengths, the short first, in each all of a seed before the next; the rate on a seed that
+    counts nowhere, and further down until the best is inside; a row's own tune; what was foretold is in the index."""
     path = plan("better: {set: {lr: 4.0}, tune: {kind: [worse, better]}, predicted: 'better: as it is told'}",
                 "long: {set: {kind: worse}, rungs: [50, 100, 200], published: {Narang: 0.1}}", replace=[
         ("seeds: [1, 2, 3, 4, 5]", "seeds: [1, 2, 3]\nrungs: {50: 3, 100: 2, 200: 2}\nprimary: 100\nsame: 0.02"),
@@ -208,8 +208,9 @@ def test_rungs(plan):
     upto = [(50, 1), (50, 2), (50, 3), (100, 1), (100, 2)]
     assert lengths == {"baseline": [*upto, (200, 1), (200, 2)], "better": upto, "long": [*upto, (200, 1), (200, 2)]}
     assert index["rungs"] == [50, 100, 200] and index["primary"] == 100 and index["same"] == 0.02
-    seeds = [int(name.split("-s")[1][0]) for name in done]
-    assert seeds == sorted(seeds) and len(done) == len(set(done)) == 10 + 9 + 9    # what two rows want runs once
+    steps = {run["run"]: run["max_steps"] for row in index["rows"] for run in row["runs"]}
+    turns = [(steps.get(name, 0), int(name.split("-s")[1][0])) for name in done]
+    assert turns == sorted(turns) and len(done) == len(set(done)) == 10 + 9 + 9    # what two rows want runs once
     table = plot.markdown(index)
     line = next(text for text in table if "| better " in text)
     assert "**better**" in line and "| holds |" in line and "3 + 2" in line and "x0.25*" in line
@@ -224,9 +225,9 @@ def test_what_runs_are_called_and_when_they_start(plan, tmp_path):
         (", max_steps: 100}", "}")])
     found = grid_module.Grid(path)
     row = found.rows[1]
-    assert [found.turn(found.cell(row, 1, seed)) for seed in (1, 3)] == [(1, 0), (1, 2)]
+    assert [found.turn(found.cell(row, 1, seed)) for seed in (1, 3)] == [(1, 50, 0), (1, 50, 2)]
     assert [found.turn(found.cell(row, 1, 1, word, max_steps=n)) for word, n in (("-speed", 60), ("-70steps", 70))] == [
-        (2, 0)] * 2
+        (2, 0, 0)] * 2
     cell, = found.walk(row).wanted
     home = tmp_path / "out" / "fake" / cell.run
     home.mkdir(parents=True)
