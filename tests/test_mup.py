@@ -16,7 +16,7 @@ from nanolab import optim
 
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=4, positions="learned", attention="manual", mup_base_width=32,
              lr=0.01, muon_lr=0.02, betas=(0.9, 0.99), weight_decay=0.0)
-WIDTHS = (32, 64, 128, 256)
+WIDTHS = (32, 96, 256)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
