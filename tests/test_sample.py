@@ -30,28 +30,24 @@ FLAT = [0.4] + [0.06] * 10                                       # the best one 
 ALL = list(range(6))
 
 
+FOUR = [0.4, 0.3, 0.2, 0.1]
+
+
 @pytest.mark.parametrize("p, how, wanted", [
-    (P, {}, ALL),
-    (P, dict(top_k=1), [1]), (P, dict(top_k=2), [1, 3]), (P, dict(top_k=3), [1, 3, 5]), (P, dict(top_k=99), ALL),
-    (P, dict(top_k=4), [0, 1, 3, 5]), (P, dict(top_k=5), [0, 1, 2, 3, 5]), (P, dict(top_k=6), ALL),
-    (P, dict(top_p=1e-9), [1]), (P, dict(top_p=0.25), [1]), (P, dict(top_p=0.26), [1, 3]),
-    (P, dict(top_p=0.5), [1, 3]), (P, dict(top_p=0.51), [1, 3, 5]), (P, dict(top_p=0.76), [0, 1, 3, 5]),
-    (P, dict(top_p=0.88), [0, 1, 2, 3, 5]), (P, dict(top_p=0.95), ALL), (P, dict(top_p=1.0), ALL),
+    (P, {}, ALL), (P, dict(top_k=1), [1]), (P, dict(top_k=2), [1, 3]), (P, dict(top_k=4), [0, 1, 3, 5]),
+    (P, dict(top_k=5), [0, 1, 2, 3, 5]), (P, dict(top_k=6), ALL), (P, dict(top_k=99), ALL),
+    (P, dict(top_p=1e-9), [1]), (P, dict(top_p=0.25), [1]), (P, dict(top_p=0.26), [1, 3]), (P, dict(top_p=0.5), [1, 3]),
+    (P, dict(top_p=0.51), [1, 3, 5]), (P, dict(top_p=0.88), [0, 1, 2, 3, 5]), (P, dict(top_p=0.95), ALL),
     ([0.9999999, 1e-12, 1e-9, 1e-12], dict(top_p=1.0), [0, 1, 2, 3]),
     (P, dict(min_p=0.0), ALL), (P, dict(min_p=0.24), ALL), (P, dict(min_p=0.26), [0, 1, 3, 5]),
     (P, dict(min_p=0.51), [1, 3, 5]), (P, dict(min_p=1.0), [1, 3, 5]),
     (Q, dict(top_p=0.7), [0, 1]), (Q, dict(temperature=0.5, top_p=0.7), [0]),
-    (Q, dict(min_p=0.3), [0, 1]), (Q, dict(temperature=0.5, min_p=0.3), [0]),
     (Q, dict(min_p=0.6), [0]), (Q, dict(temperature=2.0, min_p=0.6), [0, 1]),
-    ([0.4, 0.3, 0.2, 0.1], dict(top_p=0.55), [0, 1]),            # 0.4 is short of it,
-    ([0.4, 0.3, 0.2, 0.1], dict(top_k=2, top_p=0.55), [0]),      # of the 0.7 left it is not
-    ([0.4, 0.3, 0.2, 0.1], dict(top_k=3, top_p=0.99, min_p=0.6), [0, 1]),
-    ([0.4, 0.3, 0.2, 0.1], dict(top_k=1, top_p=1e-9, min_p=1.0), [0]),
+    (FOUR, dict(top_p=0.55), [0, 1]), (FOUR, dict(top_k=2, top_p=0.55), [0]),  # 0.4 is short of it; of 0.7 left not
+    (FOUR, dict(top_k=3, top_p=0.99, min_p=0.6), [0, 1]), (FOUR, dict(top_k=1, top_p=1e-9, min_p=1.0), [0]),
     (TYPICAL, dict(typical_p=0.7 - 1e-6), [1]), (TYPICAL, dict(typical_p=0.71), [1, 2]),
-    (TYPICAL, dict(typical_p=0.91), [0, 1, 2]), (TYPICAL, dict(typical_p=1.0), [0, 1, 2]),
-    ([0.25] * 4, dict(typical_p=0.5), [0, 1]),                   # of equal ones the lower first
+    (TYPICAL, dict(typical_p=1.0), [0, 1, 2]), ([0.25] * 4, dict(typical_p=0.5), [0, 1]),  # of equal ones the lower
     (FLAT, dict(typical_p=1e-9), [1]), (FLAT, dict(typical_p=0.29), [1, 2, 3, 4, 5]),
-    (FLAT, dict(typical_p=0.7), list(range(11))),
     (FLAT, dict(top_k=2, typical_p=1e-9), [0]),                  # after top_k, after top_p, and before min_p
     (FLAT, dict(top_p=0.5, typical_p=0.5), [0]), (FLAT, dict(typical_p=0.29, min_p=1.0), [1, 2, 3, 4, 5])], ids=str)
 def test_what_filters_keep(p, how, wanted):
@@ -66,7 +62,7 @@ def test_what_filters_keep(p, how, wanted):
     assert torch.equal(logits, before)
 
 
-@pytest.mark.parametrize("mass", [1e-9, 0.2, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("mass", [1e-9, 0.5, 0.99])
 def test_typical_p_is_its_definition(mass):
     """Bytes by how far their surprisal is from the entropy, in float64, until their sum is the mass."""
     scale = torch.tensor([0.1, 1, 3]).repeat(40)[:, None]
@@ -172,19 +168,19 @@ def recomputed(model, prompts, written):
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("prompts", [[b"a"], [b"abcdefgh"], [b"a prompt that is longer than T"],
-                                     [b"ab", b"abcdefgh", b"q"], [b"ab", b"abcdef", b"q"]], ids=str)
+@pytest.mark.parametrize("prompts", [[b"abcdefgh"], [b"a prompt that is longer than T"], [b"ab", b"abcdefgh", b"q"],
+                                     [b"ab", b"abcdef", b"q"]], ids=str)
 @pytest.mark.parametrize("positions", ["learned", "learned_per_layer", "rope", "none"])
-def test_generation_equals_a_new_pass_for_every_byte(positions, prompts, use_cache, monkeypatch):
+def test_generation_equals_a_new_pass_for_every_byte(positions, prompts, monkeypatch):
     """Far past block_size: a window slides, learned positions start again from its last half."""
     model = build(positions)
-    written = tokens(model, prompts, 30)
-    logits = choices.followed(torch.tensor(written).T, model, prompts, use_cache=use_cache)
-    assert logits.argmax(-1).T.tolist() == written
+    written = tokens(model, prompts, 24)
+    found = [choices.followed(torch.tensor(written).T, model, prompts, use_cache=use) for use in (True, False)]
     monkeypatch.setattr(Attention, "attend", Attention.attend if positions.startswith("learned") else toy.banded)
     wanted = recomputed(model, prompts, written)
-    torch.testing.assert_close(logits, wanted, atol=1e-9, rtol=1e-9)  # of logits up to about 60
+    for logits in found:
+        assert logits.argmax(-1).T.tolist() == written
+        torch.testing.assert_close(logits, wanted, atol=1e-9, rtol=1e-9)  # of logits up to about 60
 
 
 @pytest.mark.parametrize("positions", ["rope", "learned"])
@@ -247,17 +243,11 @@ def test_main_hands_every_setting_on_and_writes_each_row(n, how, run):
         "--- sample 1 of 2 ---\nab\n--- sample 2 of 2 ---\nab\n")
 
 
-class Screen:
+class Screen(io.StringIO):
     """A standard output that remembers what each flush showed."""
-    def __init__(self):
-        self.shown, self.waiting = [], ""
-
-    def write(self, text):
-        self.waiting += text
-
     def flush(self):
-        self.shown.append(self.waiting)
-        self.waiting = ""
+        self.shown = [*getattr(self, "shown", ()), self.getvalue()]
+        self.seek(0), self.truncate()
 
 
 def speak(monkeypatch, spoken):
@@ -291,9 +281,6 @@ def test_half_a_character_in_the_prompt_and_a_terminal_of_few(run, monkeypatch):
 @pytest.mark.parametrize("words, said", [
     ([], "which run"), (["{run}/other.pt"], "other.pt"), (["{run}/empty"], "has no last.pt"),
     (["{run}", "--prompt", ""], "at least one byte"), (["{run}", "--top_p", "1.5"], "--top_p 1.5"),
-    (["{run}", "--top_p", "0"], "--top_p 0"), (["{run}", "--top_k", "0"], "--top_k 0"),
-    (["{run}", "--typical_p", "0"], "--typical_p 0"), (["{run}", "--min_p", "-0.1"], "--min_p -0.1"),
-    (["{run}", "--temperature", "-1"], "--temperature -1"), (["{run}", "--n_samples", "0"], "--n_samples 0"),
     (["{run}", "--weights", "ema"], "no averaged weights"), (["{run}", "--log_cache", "--no-cache"], "no cache to log"),
     (["{run}", "--greedy", "--top_k", "3"], "top_k")], ids=str)
 def test_main_errors_are_one_line(words, said, run):

@@ -3,7 +3,6 @@ import json
 import shutil
 import signal
 
-import pytest
 import torch
 
 import evaluate
@@ -12,31 +11,25 @@ from nanolab.score import Ensemble, score
 from forks import assert_done, wait_for
 from toy import run_main
 
+RUN = "runs/train_enwik8/w"
 TRAIN = ("train_enwik8.py --debug --device cpu --eval_interval none --save_interval 10 --sample_length 0 "
          "--run_name w").split()
 
 
 def lines(folder):
-    path = folder / "runs/train_enwik8/w/evaluation.jsonl"
+    path = folder / RUN / "evaluation.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def watch(forks, folder, *words):
-    return forks.start(["evaluate.py", "--watch", "runs/train_enwik8/w", *words], folder)
+    return forks.start(["evaluate.py", "--watch", RUN, *words], folder)
 
 
-@pytest.fixture(scope="module")
-def trained(forks, tmp_path_factory):
-    """A folder with a run of 20 steps, which has validated at 10 and 20; tests work on copies of it."""
-    folder = tmp_path_factory.mktemp("trained")
-    assert_done(forks.run([*(word if word != "none" else "10" for word in TRAIN), "--max_steps", "20"], folder))
-    return folder
-
-
-@pytest.fixture
-def copy(trained, tmp_path):
-    """The run's directory in tmp_path."""
-    return shutil.copytree(trained, tmp_path, dirs_exist_ok=True) / "runs/train_enwik8/w"
+def evaluated(*words):
+    """What evaluate.py prints, in this process."""
+    status, out, err = run_main(evaluate, *words)
+    assert (status, err) == (0, "")
+    return out
 
 
 def refused(said, *words):
@@ -47,39 +40,52 @@ def refused(said, *words):
 
 def test_every_checkpoint_is_scored_as_it_would_be_alone_and_the_best_is_kept(forks, tmp_path):
     """The watcher starts first. Its figures are evaluate.py's; metrics.jsonl and the trainer's files stay its own."""
-    watcher = watch(forks, tmp_path, "--protocols", "block,stride:16", "--patience", "60")
+    run, words = tmp_path / RUN, ("--protocols", "block,stride:16")
+    watcher = watch(forks, tmp_path, *words, "--patience", "60")
     assert_done(forks.run([*TRAIN, "--max_steps", "40", "--keep_last", "9"], tmp_path))
     assert_done(watcher.wait())
-    run = tmp_path / "runs" / "train_enwik8" / "w"
     found = {(line["step"], line["protocol"]): line["bpb"] for line in lines(tmp_path)}
     assert {step for step, _ in found} >= {10, 20, 30, 40} and len(found) == len(lines(tmp_path))
     best = min(found[step, "block"] for step, protocol in found if protocol == "block")
     assert found[load_checkpoint(run / "best.pt")["step"], "block"] == best
-    status, out, _ = run_main(evaluate, run, "--protocols", "block,stride:16")
-    assert status == 0 and f"{found[40, 'block']:.4f}" in out and f"{found[40, 'stride:16']:.4f}" in out
+    out = evaluated(run, *words)
+    assert f"{found[40, 'block']:.4f}" in out and f"{found[40, 'stride:16']:.4f}" in out
     assert {line["split"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())} == {"train"}
     assert [line["step"] for line in run_metrics(run)] == sorted(line["step"] for line in run_metrics(run))
     with open(run / "evaluation.jsonl", "a") as file:
         file.write('{"step": 40, "bp')                       # as a kill or a full disk may leave it
-    again = watch(forks, tmp_path, "--protocols", "block,stride:16").wait()
-    assert_done(again)
+    evaluated(*words, "--watch", run)
     assert len(lines(tmp_path)) == len(found), "a second watcher evaluated something again"
     assert not list(run.glob(".watch-*"))
 
 
-def test_the_trainers_best_is_left_alone(copy, tmp_path):
-    before = (copy / "best.pt").stat()
-    assert run_main(evaluate, "--watch", copy)[0] == 0
-    after = (copy / "best.pt").stat()
+def test_the_trainers_best_is_left_alone_and_mistakes_are_one_line(forks, tmp_path):
+    run = tmp_path / RUN
+    assert_done(forks.run([*(word if word != "none" else "10" for word in TRAIN), "--max_steps", "20"], tmp_path))
+    before = (run / "best.pt").stat()
+    evaluated("--watch", run)
+    after = (run / "best.pt").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert [line["step"] for line in lines(tmp_path)] == [20]
+    refused("no run is there", "--watch", tmp_path / "none", "--patience", 0.2)
+    refused("which run?", "a", "--watch", "b")
+    refused("has no posterior", run, "--samples", 2)
+    (run / "evaluation.jsonl").unlink()
+    (run / "summary.json").write_text('{"status": "running"}')
+    first = watch(forks, tmp_path, "--patience", "300")
+    wait_for(lambda: len(lines(tmp_path)) == 1)
+    refused("another process is watching", "--watch", run)
+    first.kill(signal.SIGINT)
+    assert first.wait().code == 130
+    (run / "last.pt").write_bytes((run / "last.pt").read_bytes()[:1000])
+    refused("w/last.pt is truncated", "--watch", run)
+    refused("block and stride", run, "--samples", 2, "--protocols", "cache")
 
 
 def test_a_trainer_that_dies_prunes_and_goes_back(forks, tmp_path):
     """Killed without a word: the watcher ends after its patience. Resumed from further back: what the trainer took
     back is taken back here too. Pruned files never stop it."""
-    run = tmp_path / "runs" / "train_enwik8" / "w"
-    watcher = watch(forks, tmp_path, "--patience", "2")
+    run, watcher = tmp_path / RUN, watch(forks, tmp_path, "--patience", "2")
     trainer = forks.start([*TRAIN, "--max_steps", "100000", "--keep_last", "1", "--save_interval", "5"], tmp_path)
     wait_for(lambda: len({line["step"] for line in lines(tmp_path)}) >= 4)
     trainer.kill(signal.SIGKILL)
@@ -87,34 +93,16 @@ def test_a_trainer_that_dies_prunes_and_goes_back(forks, tmp_path):
     watcher.wait()
     assert_done(watcher)
     assert "no trainer for 2 seconds" in watcher.out
-    seen = {line["step"] for line in lines(tmp_path)}
-    last = load_checkpoint(run / "last.pt")["step"]
-    assert last in seen
-    early = sorted(seen)[1]
-    shutil.copy(run / "best.pt", tmp_path / "kept.pt")
-    words = [*TRAIN, "--max_steps", str(early + 5), "--data_seed", "7"]
+    seen = sorted({line["step"] for line in lines(tmp_path)})
+    assert load_checkpoint(run / "last.pt")["step"] in seen
+    words = [*TRAIN, "--max_steps", str(seen[1] + 5), "--data_seed", "7"]
     words[words.index("w")] = "other"
     assert_done(forks.run(words, tmp_path))                        # a checkpoint of fewer steps, put in its place
     shutil.copy(tmp_path / "runs/train_enwik8/other/last.pt", run / "last.pt")
     for old in run.glob("step_*.pt"):
         old.unlink()
-    assert_done(watch(forks, tmp_path, "--patience", "1").wait())
-    assert max(line["step"] for line in lines(tmp_path)) == early + 5
-
-
-def test_mistakes(forks, copy, tmp_path):
-    refused("no run is there", "--watch", tmp_path / "none", "--patience", 0.2)
-    refused("which run?", "a", "--watch", "b")
-    refused("has no posterior", copy, "--samples", 2)
-    (copy / "summary.json").write_text('{"status": "running"}')
-    first = watch(forks, tmp_path, "--patience", "300")
-    wait_for(lambda: len(lines(tmp_path)) == 1)
-    refused("another process is watching", "--watch", copy)
-    first.kill(signal.SIGINT)
-    assert first.wait().code == 130
-    (copy / "last.pt").write_bytes((copy / "last.pt").read_bytes()[:1000])
-    refused("w/last.pt is truncated", "--watch", copy)
-    refused("block and stride", copy, "--samples", 2, "--protocols", "cache")
+    evaluated("--watch", run, "--patience", "1")
+    assert max(line["step"] for line in lines(tmp_path)) == seen[1] + 5
 
 
 def test_draws_of_the_posterior(forks, tmp_path, monkeypatch):
@@ -122,12 +110,10 @@ def test_draws_of_the_posterior(forks, tmp_path, monkeypatch):
     logarithm is concave)."""
     assert_done(forks.run([*TRAIN, "--optimizer", "ivon", "--betas", "0.9,0.9999", "--ess", "1000", "--lr", "0.1",
                            "--schedule", "constant", "--max_steps", "20"], tmp_path))
-    run = tmp_path / "runs/train_enwik8/w"
+    run = tmp_path / RUN
 
     def bpb(*more):
-        status, out, err = run_main(evaluate, run, *more)
-        assert (status, err) == (0, "")
-        return float(out.splitlines()[-1].split()[2])
+        return float(evaluated(run, *more).splitlines()[-1].split()[2])
     mean, one, other = bpb(), bpb("--samples", 1), bpb("--samples", 1, "--seed", 3)
     assert len({mean, one, other}) == 3 and one == bpb("--samples", 1)
     where, data = torch.device("cpu"), torch.randint(97, 123, (3000,), dtype=torch.uint8)
