@@ -243,29 +243,6 @@ def test_drawn_rows():
     assert rows.tolist() == draw_training(labels, 0.8, 0).tolist() != draw_training(labels, 0.8, 1).tolist()
 
 
-MISTAKES = [
-    (dict(features=torch.zeros(6)), r"features are \(6,\) and labels \(6,\), but must be \(N, C\)"),
-    (dict(features=torch.zeros(5, 2)), r"features are \(5, 2\) and labels \(6,\)"),
-    (dict(labels=torch.zeros(6)), "labels are torch.float32, but must be whole"),
-    (dict(labels=torch.tensor([0, 0, 1, 1, 0, 2])), "labels reach from 0 to 2, but must be from 0 to 1"),
-    (dict(labels=torch.tensor([0, 0, 1, 1, 0, -1])), "labels reach from -1 to 1"),
-    (dict(n_classes=3), "class 2 has no row to learn from"), (dict(n_classes=1), "n_classes is 1, but must be"),
-    (dict(train=torch.arange(6)), "no row is held out"), (dict(train=torch.tensor([0, 6])), "train has row 6 or 0"),
-    (dict(train=torch.tensor([0, -1])), "train has row 0 or -1"),
-    (dict(train=torch.tensor([0.0, 1.0])), "train is .* but rows must be"),
-    (dict(train=1.5), "fraction to learn from is 1.5"), (dict(train=0.0), "fraction to learn from is 0.0"),
-    (dict(features=torch.full((6, 2), torch.nan)), "not finite"),
-    (dict(features=torch.zeros(0, 2), labels=torch.zeros(0, dtype=torch.int64)), "class 0 has no row")]
-
-
-@pytest.mark.parametrize("number", range(len(MISTAKES)))
-def test_mistakes(number):
-    change, words = MISTAKES[number]
-    given = dict(features=torch.eye(6)[:, :2], labels=torch.tensor([0, 0, 0, 1, 1, 1]), n_classes=2)
-    with pytest.raises(ValueError, match=words):
-        linear_probe(**{**given, **change})
-
-
 # --- Which layers know ---
 
 def people_and_prompts(n=120, n_classes=3):
@@ -303,20 +280,37 @@ def test_layers_that_know():
     assert found != layers_that_know(model, prompts, labels, seed=1)
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(prompts=[[1], [2], [3], []]), "prompt 3 has 0 ids, but there must be from 1 to block_size 16"),
-    (dict(prompts=[[1], [2] * 17, [3], [4]]), "prompt 1 has 17 ids"),
-    (dict(labels=[0, 1, 0]), "4 prompts and 3 labels"),
-    (dict(prompts=[], labels=[]), "0 prompts and 0 labels"),
-    (dict(labels=[0, 2, 0, 2]), "class 1 has no row to learn from"),
-    (dict(places=["blocks.9"]), "no place 'blocks.9'"),
-    (dict(places=["heads"]), "place 'heads' gives nothing, not"),
-])
-def test_mistakes_with_prompts(change, words):
-    given = dict(prompts=[[1], [2, 3], [3], [4]], labels=[0, 1, 0, 1])
+ROWS = dict(features=torch.eye(6)[:, :2], labels=torch.tensor([0, 0, 0, 1, 1, 1]), n_classes=2)
+PROMPTS = dict(prompts=[[1], [2, 3], [3], [4]], labels=[0, 1, 0, 1])
+MISTAKES = [
+    (ROWS, dict(features=torch.zeros(6)), r"features are \(6,\) and labels \(6,\), but must be \(N, C\)"),
+    (ROWS, dict(features=torch.zeros(5, 2)), r"features are \(5, 2\) and labels \(6,\)"),
+    (ROWS, dict(labels=torch.zeros(6)), "labels are torch.float32, but must be whole"),
+    (ROWS, dict(labels=torch.tensor([0, 0, 1, 1, 0, 2])), "labels reach from 0 to 2, but must be from 0 to 1"),
+    (ROWS, dict(labels=torch.tensor([0, 0, 1, 1, 0, -1])), "labels reach from -1 to 1"),
+    (ROWS, dict(n_classes=3), "class 2 has no row to learn from"), (ROWS, dict(n_classes=1), "n_classes is 1, but"),
+    (ROWS, dict(train=torch.arange(6)), "no row is held out"),
+    (ROWS, dict(train=torch.tensor([0, 6])), "train has row 6 or 0, but there are 6 rows"),
+    (ROWS, dict(train=torch.tensor([0, -1])), "train has row 0 or -1"),
+    (ROWS, dict(train=torch.tensor([0.0, 1.0])), "train is .* but rows must be"),
+    (ROWS, dict(train=1.5), "fraction to learn from is 1.5"), (ROWS, dict(train=0.0), "fraction to learn from is 0.0"),
+    (ROWS, dict(features=torch.full((6, 2), torch.nan)), "not finite"),
+    (ROWS, dict(features=torch.zeros(0, 2), labels=torch.zeros(0, dtype=torch.int64)), "class 0 has no row"),
+    (PROMPTS, dict(prompts=[[1], [2], [3], []]), "prompt 3 has 0 ids, but there must be from 1 to block_size 16"),
+    (PROMPTS, dict(prompts=[[1], [2] * 17, [3], [4]]), "prompt 1 has 17 ids"),
+    (PROMPTS, dict(labels=[0, 1, 0]), "4 prompts and 3 labels"),
+    (PROMPTS, dict(prompts=[], labels=[]), "0 prompts and 0 labels"),
+    (PROMPTS, dict(labels=[0, 2, 0, 2]), "class 1 has no row to learn from"),
+    (PROMPTS, dict(places=["blocks.9"]), "no place 'blocks.9'"),
+    (PROMPTS, dict(places=["heads"]), "place 'heads' gives nothing, not")]
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)))
+def test_mistakes(number):
+    given, change, words = MISTAKES[number]
     model = build()
     with pytest.raises(ValueError, match=words):
-        layers_that_know(model, **{**given, **change})
+        linear_probe(**{**given, **change}) if given is ROWS else layers_that_know(model, **{**given, **change})
     assert model.training and hooks(model) == 0
 
 

@@ -164,13 +164,14 @@ def test_prefix_sees_itself_and_the_rest_is_causal(name):
 
 @each(lambda config: config.rolls and not {*config.mixers} & {"xl", "compressive"})
 def test_sliding_caches(name):
-    """Full attention limited to 6 positions, far past them: as one banded pass, in storage that does not grow."""
+    """Full attention limited to 8 positions, far past them: as one banded pass, in storage that does not grow; a window
+    of 6 stays 6."""
     model, x = made(name), text(2, 40)
     for lengths in (None, (40, 27)):
         places, real = real_rows(lengths, 40)
-        full = whole(model, x, positions=places, window=6)
+        full = whole(model, x, positions=places, window=8)
         for sizes in ([40], [1] * 40, [20, 1, 1, 14, 4]):
-            cache = model.new_cache(2, 8, window=6)
+            cache = model.new_cache(2, 8, window=8)
             before = cache.bytes
             close(in_chunks(model, x, sizes, cache, places)[real], full[real])
             assert lengths or cache.bytes == before
@@ -239,7 +240,8 @@ def test_dialogs_under_a_sliding_window():
 
 @each()
 def test_causality(name):
-    """Bit for bit, with and without bfloat16 and its attention by hand; what comes later depends on what came."""
+    """Bit for bit, with and without bfloat16 and its attention by hand; and the last byte sees the first, where it is
+    not too far back."""
     model, x = made(name), text()
     for bf16 in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16), torch.set_grad_enabled(bf16):
@@ -251,21 +253,9 @@ def test_causality(name):
                 found = model(other).detach()
                 assert alike(model, found[:, :t + 1], full[:, :t + 1], bf16)
                 assert not torch.equal(found[:, t + 1:], full[:, t + 1:])
-
-
-@pytest.mark.parametrize("k", [2, 3])
-@torch.no_grad()
-def test_a_pyramid_of_any_length_sees_every_byte_and_no_later_one(k):
-    model = build(shorten=k, n_layer=4, block_size=32)
-    for n in range(1, 3 * k + 2):
-        x = text(1, n)
-        full = model(x)
-        for t in range(n - 1):
-            later, earlier = x.clone(), x.clone()
-            later[:, t + 1:] = (x[:, t + 1:] + 1) % 256
-            earlier[:, t] = (x[:, t] + 1) % 256
-            assert torch.equal(model(later)[:, :t + 1], full[:, :t + 1])
-            assert not torch.equal(model(earlier)[:, -1], full[:, -1])
+    if (model.config.receptive_field(T) or T) >= T:
+        first = torch.cat(((x[:, :1] + 1) % 256, x[:, 1:]), 1)
+        assert (whole(model, first) != whole(model, x))[:, -1].any(-1).all()
 
 
 def test_receptive_field():
@@ -323,9 +313,9 @@ def test_gradients_end_at_the_segment(name):
 # --- Parameters ---
 
 def losses_with_gradients(model):
-    """Of two passes where something is carried on, else of one, from one seed."""
-    x, y = text(2, 8), text(2, 8 * model.config.n_labels, seed=2).view(2, 8, -1)
-    memory = model.train().new_memory(2) if model.config.carries else None
+    """Of two passes where something is carried on, else of one, with dropout from one seed."""
+    c, x = model.train().config, text(2, 8)
+    y, memory = text(2, 8 * c.n_labels, seed=2).view(2, 8, -1), model.new_memory(2) if c.carries else None
     torch.manual_seed(9)
     for _ in range(2 if memory else 1):
         objective, nats = model(x, y, memory=memory)
@@ -350,29 +340,13 @@ def test_parameters(name):
     hidden = sum(p.numel() for p in (m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)))
     if model.config.shorten == 1:
         mixing = 3 * sum(m.flops(8) for m in model.modules() if hasattr(m, "flops"))
-        assert model.flops_per_token(8) == 6 * (hidden + 256 * 32) + mixing and model.flops_per_token(16) >= mixing
+        assert model.flops_per_token(8) == 6 * (hidden + 256 * 32 * (1 + model.config.mtp_depth)) + mixing
     twin = build(seed=1, **{**VARIANTS[name], "checkpoint_activations": True})
     twin.load_state_dict(model.state_dict())
     assert torch.equal(whole(twin, text()), whole(model, text()))
     found = losses_with_gradients(model)
     torch.testing.assert_close(found, losses_with_gradients(twin), atol=1e-6, rtol=1e-5)
     assert abs(found[1].item() - math.log(256)) < 0.5
-
-
-@pytest.mark.parametrize("settings", [
-    dict(dropout=0.2, value_residual=True, mtp_depth=1), dict(mixer="mla", ff="mlp,moe", mtp_depth=2),
-    dict(mixer="xl,compressive,mamba", dropout=0.2), dict(residual_scale="rezero"), dict(residual_scale="depth")],
-    ids=str)
-def test_checkpointing_changes_neither_losses_nor_gradients(settings):
-    """Nor does dropout."""
-    found = []
-    for again in (False, True):
-        model = build(checkpoint_activations=again, **settings)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(0.01)
-        found.append(losses_with_gradients(model))
-    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mixer, flops", [
@@ -402,11 +376,10 @@ def test_equal_parameters(settings):
 
 @pytest.mark.parametrize("settings, word", [
     (dict(n_head=5), "n_head 5 does not divide n_embd 32"), (dict(n_kv_head=3), "n_kv_head 3 does not divide n_head 4"),
-    (dict(head_dim=7), "head_dim 7 must be even"), (dict(n_layer=0), "n_layer"), (dict(n_targets=0), "n_targets"),
-    (dict(tie_weights=True, n_targets=2), "tie_weights needs one classifier"),
+    (dict(head_dim=7), "head_dim 7 must be even"), (dict(n_layer=0), "n_layer"), (dict(norm="batch"), "layer, rms"),
+    (dict(tie_weights=True, n_targets=2), "tie_weights needs one classifier"), (dict(dropout=1.0), "dropout"),
     (dict(tie_weights=True, intermediate_losses=True), "tie_weights needs one classifier, not 3"),
-    (dict(norm="batch"), "layer, rms"), (dict(positions="sines"), "learned_per_layer"), (dict(dropout=1.0), "dropout"),
-    (dict(residual_scale="deep"), "or depth, or rezero"), (dict(rope_base=0), "rope_base"), (dict(ff_mult=0.01), "ff"),
+    (dict(residual_scale="deep"), "or depth, or rezero"), (dict(ff_mult=0.01), "ff"),
     (dict(mixer="full,lstm"), "mixer has 'lstm'"), (dict(ff="none,dense"), "ff has 'dense'"),
     (dict(mixer="xl", positions="learned"), "earlier segments"), (dict(positions="relative"), "Transformer-XL"),
     (dict(mixer="mamba", positions="learned"), "past block_size"), (dict(mixer="diff", n_kv_head=1), "pairs of heads"),

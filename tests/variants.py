@@ -74,6 +74,9 @@ def listed():
     yield dict(mixer="full,strided,window", parametrisation="mup", mup_base_width=8)
     yield dict(parametrisation="mup", mup_base_width=128, mup_base_head_dim=64, qk_norm=True, qk_scale=True,
                n_kv_head=2)
+    yield from (dict(mtp_depth=2, dropout=0.2, **settings) for settings in (dict(mixer="mla", ff="mlp,moe"),
+                                                                            dict(value_residual=True)))
+    yield dict(mixer="xl,compressive,mamba", dropout=0.2, residual_scale="rezero")
     yield dict(shorten=2, n_layer=4, block_size=32, mixer="full,window")
     yield dict(shorten=3, n_layer=5, block_size=32, mixer="diff,mla", positions="alibi")
     yield dict(shorten=5, n_layer=3, block_size=48, mixer="strided", positions="learned")
