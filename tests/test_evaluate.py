@@ -10,7 +10,7 @@ import toy
 from model import Attention
 from nanolab import tasks
 from nanolab.run import UserError
-from nanolab.score import Score, parse_protocol, score, target_bits
+from nanolab.score import Score, parse_protocol, score
 from toy import T, build, run_main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,25 +97,16 @@ def test_batch_size_changes_nothing(protocol):
     assert max(bpb) - min(bpb) <= 1e-9 * min(bpb)
 
 
-@pytest.mark.parametrize("shift", [0.0, 3.7, -1e4])
 @pytest.mark.parametrize("protocol", ["block", "stride:1", "stride:3", "cache"])
-def test_uniform_model_costs_exactly_eight_bits(protocol, shift):
+def test_uniform_model_costs_exactly_eight_bits(protocol):
     model = build(head_bias=True)
-    with torch.no_grad():
-        model.heads[0].zero_()
-        model.head_biases[0].fill_(shift)
-    found = score(model, text(333), protocol)
-    assert found.bpb == 8.0 and bool((found.bits == 8).all())
+    for shift in (0.0, 3.7, -1e4):
+        with torch.no_grad():
+            model.heads[0].zero_()
+            model.head_biases[0].fill_(shift)
+        found = score(model, text(200), protocol)
+        assert found.bpb == 8.0 and bool((found.bits == 8).all())
     assert found.interval(resamples=50, chunk=32) == (8.0, 8.0)
-
-
-@pytest.mark.parametrize("shift", [0.0, 50.0, -1e3])
-def test_probabilities_sum_to_one(shift):
-    logits = 5 * torch.randn(4, 3, 256, generator=torch.Generator().manual_seed(0)) + shift
-    bits = torch.stack([target_bits(logits, torch.full((4, 3), byte)) for byte in range(256)], -1)
-    assert bits.dtype == torch.float64 and bits.shape == (4, 3, 256)
-    torch.testing.assert_close((2 ** -bits).sum(-1), torch.ones(4, 3, dtype=torch.float64), atol=1e-12, rtol=0)
-    assert bits[0, 0, 7].item() == pytest.approx(bits_of(logits[0, 0], 7), rel=1e-12)
 
 
 @pytest.mark.parametrize("positions", ["learned", "learned_per_layer"])
@@ -159,20 +150,17 @@ def test_what_cannot_be_scored():
 
 
 @pytest.mark.parametrize("protocol", ["block", "stride:2", "cache"])
-@pytest.mark.parametrize("training", [True, False])
-def test_leaves_mode_and_generators_alone(protocol, training, monkeypatch):
-    model, data = build().train(training), text(100)
-    before = torch.get_rng_state()
-    bits = score(model, data, protocol).bits
-    assert torch.equal(bits, score(model, data, protocol).bits)                      # dropout was off
-    found = score(model, data, protocol)
-    found.interval(resamples=5, chunk=10)
-    assert torch.equal(before, torch.get_rng_state()) and not found.bits.requires_grad
-    assert all(module.training is training for module in model.modules())
-    monkeypatch.setattr(type(model.norm), "forward", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        score(model, data, protocol)
-    assert all(module.training is training for module in model.modules())
+def test_leaves_mode_and_generators_alone(protocol, monkeypatch):
+    for training in (True, False):
+        model, data, before = build().train(training), text(100), torch.get_rng_state()
+        found = score(model, data, protocol)
+        assert torch.equal(found.bits, score(model, data, protocol).bits)            # dropout was off
+        found.interval(resamples=5, chunk=10)
+        assert torch.equal(before, torch.get_rng_state()) and not found.bits.requires_grad
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(type(model.norm), "forward", lambda *_: 1 / 0)
+            score(model, data, protocol)
+        assert all(module.training is training for module in model.modules())
 
 
 def test_a_broken_model_scores_nan():
@@ -234,13 +222,11 @@ def table(out):
 def test_main_prints_the_table(run):
     status, out, err = run_main(evaluate, run, "--protocols", "block, stride:3,cache", "--chunk", 50)
     assert status == 0 and err == "" and "step 7, raw weights" in out and "bits/byte" in out and " .. " in out
-    wanted = {protocol: score(build(), text(4000)[3600:3800], protocol).bpb
-              for protocol in ("block", "stride:3", "cache")}
-    assert table(out) == {protocol: ("val", pytest.approx(bpb, abs=2e-4), 200) for protocol, bpb in wanted.items()}
+    data = text(4000)[3600:3800]
+    assert table(out) == {protocol: ("val", pytest.approx(score(build(), data, protocol).bpb, abs=2e-4), 200)
+                          for protocol in ("block", "stride:3", "cache")}
     halved = build()
-    with torch.no_grad():
-        for p in halved.parameters():
-            p.div_(2)
+    halved.load_state_dict({name: value / 2 for name, value in halved.state_dict().items()})
     _, out, _ = run_main(evaluate, run / "last.pt", "--weights", "ema", "--split", "test")
     assert "ema weights" in out and "too few bytes" in out
     assert table(out) == {"block": ("test", pytest.approx(score(halved, text(4000)[3800:]).bpb, abs=2e-4), 200)}

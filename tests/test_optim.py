@@ -122,7 +122,9 @@ def test_a_rule_is_its_formula(rule, number, dtype, bound, monkeypatch):
             for group in optimizer.param_groups:
                 group["lr"] = settings["lr"] * (0.5, 1.0, 0.3)[step % 3]
             optimizer.step()
-    assert difference(a, b) < (max(bound, 1e-3) if rule == "muon" else bound) and difference(b, before) > 2e-3
+    moved = difference(b, before)
+    bound = max(bound, 1e-3) if rule == "muon" else bound
+    assert difference(a, b) < bound * (max(1.0, moved) if dtype == torch.bfloat16 else 1.0) and moved > 2e-3
     assert {p.dtype for p in a} == {dtype} and [len(run) for run in optim._runs(tensors(SHAPES), 70)] == [1, 3, 1]
 
 
