@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import choices
-from model import CARRY, MIXERS, TransformerConfig, build_model, equal_ff_mult, fused_rows, initialise
-from model import parameter_roles, parameter_rules
+from model import (CARRY, MIXERS, RECURRENT, TransformerConfig, build_model, equal_ff_mult, fused_rows, initialise,
+                   parameter_roles, parameter_rules)
 from nanolab.dialog_tree import DialogTree
 from variants import CHUNKS, VARIANTS, T, build, close, each, in_chunks, made, padded, text, whole
 
@@ -278,11 +278,11 @@ def test_segments_equal_one_long_pass(name):
     """Training on a stream, segment by segment, sees what one pass over all of it sees; states alone may be of any
     length, shorter than a convolution too; a memory goes through its state dict, refuses other shapes, forgets on
     reset."""
-    segments = [[8] * 6] if "positions" not in VARIANTS[name] else [[8] * 6, [1, 2, 1, 44]]
+    uneven = [[1, 2, 1, 44]] if {*made(name).config.mixers} <= {*RECURRENT} else []
     for sizes in (dict(), dict(memory_length=16, compressed_length=3), dict(memory_length=4)):
         model, x = build(**{**VARIANTS[name], **sizes}), text(2, 48)
         full = whole(model, x)
-        for lengths in segments if {*model.config.mixers} <= {"mamba", "mingru"} else segments[:1]:
+        for lengths in [[8] * 6, *uneven]:
             memory = model.new_memory(2)
             close(torch.cat([whole(model, part, memory=memory) for part in x.split(lengths, 1)], 1), full)
             assert memory.length == 48

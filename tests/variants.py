@@ -76,7 +76,7 @@ def listed():
                n_kv_head=2)
     yield from (dict(mtp_depth=2, dropout=0.2, **settings) for settings in (dict(mixer="mla", ff="mlp,moe"),
                                                                             dict(value_residual=True)))
-    yield dict(mixer="xl,compressive,mamba", dropout=0.2, residual_scale="rezero")
+    yield dict(mixer="xl,compressive,mamba", dropout=0.2)
     yield dict(shorten=2, n_layer=4, block_size=32, mixer="full,window")
     yield dict(shorten=3, n_layer=5, block_size=32, mixer="diff,mla", positions="alibi")
     yield dict(shorten=5, n_layer=3, block_size=48, mixer="strided", positions="learned")
