@@ -112,7 +112,7 @@ def test_a_rule_is_its_formula(rule, number, dtype, bound, monkeypatch):
     monkeypatch.setattr(optim, "RUN", 70)
     monkeypatch.setattr(optim, "_iteration_dtype", lambda device: torch.float32 if bound < 1e-6 else torch.bfloat16)
     a = tensors(shapes_of(rule), dtype=dtype)
-    b = [torch.nn.Parameter(p.detach().to(torch.promote_types(dtype, torch.float32))) for p in a]
+    b = [torch.nn.Parameter(p.detach().clone().to(torch.promote_types(dtype, torch.float32))) for p in a]
     before, ours = copies(b), CLASSES[rule]([dict(params=a[:1]), dict(params=a[:0:-1])], **settings)
     for optimizer, params in ((ours, a), (theirs(b, **settings), b)):
         for step in range(20):

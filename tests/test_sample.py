@@ -44,7 +44,8 @@ FOUR = [0.4, 0.3, 0.2, 0.1]
     (Q, dict(min_p=0.6), [0]), (Q, dict(temperature=2.0, min_p=0.6), [0, 1]),
     (FOUR, dict(top_p=0.55), [0, 1]), (FOUR, dict(top_k=2, top_p=0.55), [0]),  # 0.4 is short of it; of 0.7 left not
     (FOUR, dict(top_k=3, top_p=0.99, min_p=0.6), [0, 1]), (FOUR, dict(top_k=1, top_p=1e-9, min_p=1.0), [0]),
-    (FLAT, dict(typical_p=1.0), list(range(11))), ([0.25] * 4, dict(typical_p=0.5), [0, 1]),  # of equal ones the lower
+    ([1.0, 1e-12, 1e-9, 1e-12], dict(typical_p=1.0), [0, 1, 2, 3]),
+    ([0.25] * 4, dict(typical_p=0.5), [0, 1]),                   # of equal ones the lower first
     (FLAT, dict(top_k=2, typical_p=1e-9), [0]),                  # after top_k, after top_p, and before min_p
     (FLAT, dict(top_p=0.5, typical_p=0.5), [0]), (FLAT, dict(typical_p=0.29, min_p=1.0), [1, 2, 3, 4, 5])], ids=str)
 def test_what_filters_keep(p, how, wanted):
@@ -98,7 +99,7 @@ def test_uniform_numbers_at_the_ends_and_sums_that_round(monkeypatch):
     level, p = torch.tensor([[0.505]]), torch.tensor([[0.5, 0.0, 0.5]])
     assert first_past(torch.tensor([[0.5, 0.51, 1.0]]), level, p).item() == 2
     monkeypatch.setattr(torch.Tensor, "cumsum", lambda *_: torch.tensor([[0.4, 0.6, 0.99]] * 2))
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([[0.995]] * 2))
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([[1.0]] * 2))
     assert draw(torch.zeros(2, 3), None).tolist() == [2, 2]
 
 
