@@ -106,12 +106,13 @@ FORMULAS = {
 @pytest.mark.parametrize("rule, number", [(rule, i) for rule in optim.RULES for i in range(len(FORMULAS[rule][1]))])
 def test_a_rule_is_its_formula(rule, number, dtype, bound, monkeypatch):
     """Also where a parameter had no gradient for a while, of whose own steps it is then corrected; in two groups and
-    another order; with gradients that lie in memory by columns; a few tensors at a time. Weights of bfloat16 are
-    stepped as those of float32, but for rounding; torch's Muon iterates in bfloat16."""
+    another order; with weights and gradients that lie in memory by columns; a few tensors at a time. Weights of
+    bfloat16 are stepped as those of float32, but for rounding; torch's Muon iterates in bfloat16."""
     theirs, settings = FORMULAS[rule][0], FORMULAS[rule][1][number]
     monkeypatch.setattr(optim, "RUN", 70)
     monkeypatch.setattr(optim, "_iteration_dtype", lambda device: torch.float32 if bound < 1e-6 else torch.bfloat16)
     a = tensors(shapes_of(rule), dtype=dtype)
+    a[-1] = torch.nn.Parameter(a[-1].detach().t().contiguous().t())
     b = [torch.nn.Parameter(p.detach().clone().to(torch.promote_types(dtype, torch.float32))) for p in a]
     before, ours = copies(b), CLASSES[rule]([dict(params=a[:1]), dict(params=a[:0:-1])], **settings)
     for optimizer, params in ((ours, a), (theirs(b, **settings), b)):
