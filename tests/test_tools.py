@@ -177,6 +177,8 @@ def clips(path, seed):
 
 
 @pytest.mark.parametrize("script, words, change", [
+    ("train_enwik8.py", ["--dataset", "a.txt", "--max_steps", 1],
+     lambda: Path("a.txt").write_bytes(bytes(range(98, 118)) * 200)),        # of the same length
     ("train_worldmodel.py", ["--stage", "tokenizer", "--dataset", "a.npz", "--max_steps", 1],
      lambda: clips("a.npz", 2)),
     ("train_facts.py", ["--task", "in_tool", "--n_people", 16, "--max_steps", 1, "--database", "a.db"],
@@ -185,6 +187,7 @@ def clips(path, seed):
 def test_a_resumed_run_notices_data_that_changed(script, words, change, tmp_path, monkeypatch, in_process, undrawn):
     monkeypatch.chdir(tmp_path)
     clips("a.npz", 1)
+    Path("a.txt").write_bytes(bytes(range(97, 117)) * 200)
     facts.Database(facts.people(16, 0, unseen=300)).save("a.db")
     words = ["--debug", "--device", "cpu", "--run_name", "a", *words]
     assert in_process(types.SimpleNamespace(**fresh(script)), *words)[0] == 0
