@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from nanolab.run import UserError
-from test_scripts import fresh, shell
+from test_scripts import fresh
 
 PEER = '''
 import torch
@@ -136,11 +136,11 @@ def test_every_operation_of_a_case_is_its_twin():
     assert len(names) == len(set(names)) >= 18
 
 
-def test_the_table_as_json(peer, tmp_path):
+def test_the_table_as_json(peer, tmp_path, forks):
     size = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 8 --batch_size 2 --steps 2 --eval_block_size 16".split()
-    done = shell(tmp_path, "bench.py", "--peer", f"nanogpt={peer}", "--rounds", 2, "--threads", 1, "--draws", "1,2",
-                 "--json", "table.json", *size)
-    assert done.returncode == 0, done.stderr
+    done = forks.run(["bench.py", "--peer", f"nanogpt={peer}", "--rounds", 2, "--threads", 1, "--draws", "1,2",
+                      "--json", "table.json", *size], tmp_path)
+    assert done.code == 0, done.err
     table = json.loads((tmp_path / "table.json").read_text())
     rows = {(row["kind"], row["name"]): row for row in table["rows"]}
     assert {kind for kind, _ in rows} == {"train", "memory", "generate", "evaluate", "optimiser"}
@@ -149,4 +149,4 @@ def test_the_table_as_json(peer, tmp_path):
     assert rows["evaluate", "cache"]["beside"]["stride:1"]["ratio"] > 0
     assert 50 < rows["memory", "training"]["ours"] < 5000  # megabytes
     assert rows["train", "training"]["beside"]["its products"]["ratio"] > 0
-    assert "number of parameters" not in done.stdout and done.stdout.count("nanoGPT") == 4
+    assert "number of parameters" not in done.out and done.out.count("nanoGPT") == 4
