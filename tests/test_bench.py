@@ -11,18 +11,9 @@ from nanolab.run import UserError
 from test_scripts import fresh
 
 PEER = '''
-import torch
-from dataclasses import dataclass
+import torch, types
 
-@dataclass
-class GPTConfig:
-    block_size: int
-    vocab_size: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-    dropout: float
-    bias: bool
+GPTConfig = types.SimpleNamespace
 
 class GPT(torch.nn.Module):
     def __init__(self, config):

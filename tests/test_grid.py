@@ -146,6 +146,8 @@ def test_a_whole_grid(plan):
     # two timing runs for each that works
     assert len(done) == 7 + 4 + 3 + 4 + 5 + 3 + 2 * 4
     kept = {file.parent.name.split("-")[0] for file in (path.parent / "out").rglob("*.pt")}
+    settings = json.loads(next((path.parent / "out" / "fake").glob("better-*/params.json")).read_text())["settings"]
+    assert "seed" in settings and "data_seed" not in settings, "without `seeded` the seed alone is set"
     assert kept == {"without_a_figure"}, "runs whose figure is known keep no checkpoints, the others do"
 
     table = plot.markdown(index)
@@ -364,14 +366,6 @@ def test_a_cross_runs_every_combination_with_every_seed(crossed):
     assert len(new) == 4 and all(name.startswith("lr_4_") for name in new)
 
 
-def test_a_cross_without_seeded_sets_the_seed_alone(crossed):
-    path = crossed(("seeded: [seed, data_seed]", ""), ("[0.5, 1, 2]", "[1]"))
-    run(path)
-    typed = [json.loads(file.read_text())["settings"] for file in (path.parent / "out" / "fake").glob("*/params.json")]
-    assert sorted(words["seed"] for words in typed) == ["1", "1", "2", "2"]
-    assert not any("data_seed" in words for words in typed)
-
-
 def test_a_part_of_a_cross_that_fails(crossed):
     path = crossed(("kind: better", "kind: broken"), ("[0.5, 1, 2]", "[1]"))
     err = run(path, code=2).err
@@ -508,11 +502,16 @@ def test_a_yaml_that_is_not_there(in_process, path, said):
     assert code == 2 and err.startswith(f"error: {said}") and err.count("\n") == 1
 
 
+def one_change(found):
+    """The preset that two grids begin with."""
+    return grid_module.check_settings(found.script, fresh("train_enwik8.py")["presets"]["one_change"])
+
+
 def test_the_shipped_grid_is_the_preset(tmp_path, monkeypatch):
     """grids/one_change.yaml reads, has rows on every axis, and its base is train_enwik8.py's preset one_change."""
     monkeypatch.chdir(tmp_path)
     found = grid_module.Grid(ROOT / "grids" / "one_change.yaml")
-    assert found.base == grid_module.check_settings(found.script, fresh("train_enwik8.py")["presets"]["one_change"])
+    assert found.base == one_change(found)
     assert len(found.rows) > 24 and len(found.seeds) >= 5 and len(found.factors) == 3
     assert {row.axis for row in found.rows[1:]} >= set(
         "norm bias activation positions init residual heads mixer feed-forward pyramid losses optimizer schedule "
@@ -523,9 +522,9 @@ def test_the_ladder_is_the_preset_on_random_windows(tmp_path, monkeypatch):
     """grids/ladder.yaml: the seeds set what the preset's data_seed did; rows with three rungs; foretold where new."""
     monkeypatch.chdir(tmp_path)
     found = grid_module.Grid(ROOT / "grids" / "ladder.yaml")
-    preset = grid_module.check_settings(found.script, fresh("train_enwik8.py")["presets"]["one_change"])
+    preset = one_change(found)
     differs = {name for name in {*preset, *found.base} if found.base.get(name) != preset.get(name)}
-    assert differs == {"batching", "data_seed", "dtype", "eval_interval", "log_interval", "save_interval"}
+    assert differs == set("batching data_seed dtype eval_interval log_interval save_interval".split())
     assert found.seeded == ["seed", "data_seed"] and found.tune_seed not in found.seeds
     assert sum(row.rungs == [500, 2000, 8000] for row in found.rows[1:]) >= 8 and len(found.rows) > 60
     assert sum("predicted" in row.told for row in found.rows) >= 8

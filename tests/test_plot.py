@@ -1,8 +1,7 @@
 """plot.py: curves by step, seconds and tokens, means over seeds, and runs that are broken, empty or half-written;
-contours, capacity, and the tables of grids."""
+contours, capacity, and the tables of grids. What is drawn is compared in test_archive.py, byte for byte."""
 import json
 import math
-import statistics
 import warnings
 from pathlib import Path
 
@@ -56,14 +55,6 @@ def test_seeds_are_one_curve_and_labels_say_what_differs(tmp_path):
     assert (list(mean["x"]), list(mean["y"])) == ([1], [2.0])
 
 
-def test_settings_said_to_be_the_same_tell_no_runs_apart(tmp_path, monkeypatch):
-    runs = [make(tmp_path / "a", seed=1), make(tmp_path / "b", seed=2, block_size=16, dp=1)]
-    monkeypatch.setattr(plot, "same", "block_size,dp")
-    found = read(runs, "bpb", "tokens")
-    assert list(plot.points_of(found)[0]["label"].unique()) == [""]
-    assert [found[i][2]["block"][0] for i in (0, 1)] == [(640, 3.0), (1280, 3.0)]  # counted by each run's own
-
-
 def test_what_cannot_be_drawn_is_named(tmp_path, monkeypatch, in_process):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "runs" / "good")
@@ -88,14 +79,6 @@ def test_what_cannot_be_drawn_is_named(tmp_path, monkeypatch, in_process):
 
 
 @pytest.fixture
-def kept(monkeypatch):
-    """Figures that are saved."""
-    figures, save = [], plot.save
-    monkeypatch.setattr(plot, "save", lambda figure, path: (figures.append(figure), save(figure, path)))
-    return figures
-
-
-@pytest.fixture
 def strict():
     """A warning is an error."""
     with warnings.catch_warnings():
@@ -105,12 +88,6 @@ def strict():
 
 def assert_drawn(*pictures):
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in pictures)
-
-
-def test_drawing_gives_no_warnings(tmp_path, strict):
-    runs = [make(tmp_path / name, (3.0, 2.0), seed=i) for i, name in enumerate("ab")] + [make(tmp_path / "c", (1.0,))]
-    plot.draw(plot.points_of(read(runs, "bpb"))[0], "step", "val bpb", tmp_path / "a.png")
-    assert_drawn(tmp_path / "a.png")
 
 
 def test_last_values_over_a_setting(tmp_path, capsys):
@@ -346,45 +323,16 @@ def test_contours(tmp_path, strict):
     assert_drawn(tmp_path / "a.png", tmp_path / "b.png")
 
 
-def test_places_and_ticks():
+def test_places():
     assert plot.places_of([512, 32, 128]) == {32: 5, 128: 7, 512: 9}        # a factor of 8 and more: logarithms
     assert plot.places_of([1, 0, 16]) == {0: 0, 1: 1, 16: 16} and plot.places_of([2, 1]) == {1: 1, 2: 2}
     assert plot.places_of(["b", "a"]) == {"a": 0, "b": 1}
     assert plot.edges([5, 7, 8]) == [4, 6, 7.5, 8.5] and plot.edges([3]) == [2.5, 3.5]
     assert [plot.compact(n) for n in (980, 12_345, 1_200_000, 2e9)] == ["980", "12.3k", "1.2M", "2G"]
     assert sorted(["n 16", "n 8", "a"], key=plot.natural) == ["a", "n 8", "n 16"]
-    from matplotlib.figure import Figure
-    axis = Figure().subplots().xaxis
-    plot.set_ticks(axis, {1000: 0.0, 1010: 0.1, 2000: 5.0, 4000: 10.0}, "parameters", 0.04)
-    assert [label.get_text() for label in axis.get_ticklabels()] == ["1k", "2k", "4k"]
-    plot.set_ticks(axis, {2048: 1, 8192: 2}, "n_people", 0.04)
-    assert [label.get_text() for label in axis.get_ticklabels()] == ["2048", "8192"]
 
 
-def contour_lines(cells):
-    """(levels with a line, colour limits) that a panel draws of {(x, y): values}."""
-    from matplotlib.figure import Figure
-    axes = Figure().subplots()
-    rows = [(x, y, value) for (x, y), values in cells.items() for value in values]
-    means = plot.tabled(plot.pd.DataFrame(rows, columns=["across", "up", "y"]), statistics.mean)
-    across, up = (plot.places_of({place[i] for place in cells}) for i in (0, 1))
-    mesh = plot.contour_panel(axes, means, "n_people", "n_embd", across, up, (0, 1))
-    found = [item for item in axes.collections if hasattr(item, "levels")]
-    return [list(item.levels) for item in found], mesh, axes
-
-
-def test_lines_stand_where_the_level_is_crossed():
-    cells = {(32, 8): [1.0], (128, 8): [0.6, 0.8], (32, 16): [1.0], (128, 16): [0.7]}
-    levels, mesh, axes = contour_lines(cells)
-    assert levels == [[0.8, 0.95]]                                          # 0.5 is nowhere crossed
-    assert mesh.get_array().ravel().tolist() == pytest.approx([1.0, 0.7, 1.0, 0.7]) and mesh.get_clim() == (0, 1)
-    lines = next(item for item in axes.collections if hasattr(item, "levels"))
-    assert {round(x, 3) for x in lines.get_paths()[0].vertices[:, 0]} == {round(32 + 96 * 2 / 3, 3)}
-    assert len(axes.lines[0].get_xdata()) == 4                              # a dot for each cell
-    assert contour_lines({(32, 8): [1.0], (128, 8): [0.0]})[0] == []        # no area, no line
-
-
-def test_capacity(tmp_path, kept, strict):
+def test_capacity(tmp_path, strict):
     runs = grid_of_facts(tmp_path / "runs")
     runs.append(make_facts(tmp_path / "runs" / "worse", 2048, 8, "in_weight", 1, 0.0, -5.0))
     with pytest.raises(ValueError, match="no bits in its summary"):
@@ -409,11 +357,6 @@ def test_capacity(tmp_path, kept, strict):
     assert plot.capacity_table(groups)[-1].startswith("| exposures 1000 | 32 | 16 | 1,600 |")
     plot.draw_capacity(groups, tmp_path / "a.png", plot.footnote(following))
     assert_drawn(tmp_path / "a.png")
-    curves, *panels = kept[0].axes
-    assert min(float(min(line.get_ydata())) for line in curves.lines if len(line.get_ydata())) > 0
-    names = [text.get_text() for text in kept[0].legends[0].get_texts()]
-    assert names[:4] == ["2 bits a parameter", "1 bits a parameter", "0.5 bits a parameter", "32 people, exposures 100"]
-    assert [axes.get_title() for axes in panels[:2]] == ["exposures 100", "exposures 1000"]
 
 
 def test_the_commands(tmp_path, monkeypatch, in_process):
@@ -457,17 +400,3 @@ def test_the_table_of_a_cross():
     two = plot.pivot({"metric": "m", "cross": {"lr": {"1": {}, "2": {}}}, "rows": [
         crossed({"lr": str(i)}, [i, i + 1.0]) | {"name": f"lr {i}"} for i in (1, 2)]})
     assert two[-2] == "Deviations: 0.7071 over lr, 0.7071 over seeds, 0.0000 of the rest."
-
-
-def test_curves_of_both_tasks(tmp_path, kept):
-    """With and without the tool: a colour for each setting, a dash for each curve, and no word that all have."""
-    found = read([make_facts(tmp_path / f"{task}{seed}", 32, 8, task, seed) for task in CURVES for seed in (1, 2)])
-    many = found + read([make_facts(tmp_path / "wide", 32, 16, "in_tool", 1)])
-    for some in (found, many):
-        plot.draw(plot.points_of(some)[0], "step", "val accuracy", tmp_path / "a.png", "beside")
-    few, figure = ({line.get_label(): (line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}
-                   for figure in kept)
-    assert few == {"task in_weight (2 seeds): no_tool trained": ("C0", "-"),
-                   "task in_tool (2 seeds): tool trained": ("C1", "--"),
-                   "task in_tool (2 seeds): tool unseen": ("C1", ":")}
-    assert len(figure) == 5 and kept[1].legends and kept[1].legends[0].get_title().get_text() == "beside"
