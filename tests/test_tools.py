@@ -189,7 +189,8 @@ def clips(path, seed):
     ("train_facts.py", ["--task", "in_tool", "--n_people", 16, "--database", "a.db"],
      lambda: (os.unlink("a.db"), facts.Database(facts.people(17, 0, unseen=300)).save("a.db")),
      "changed since the checkpoint")], ids=["train_enwik8", "train_worldmodel", "train_facts"])
-def test_a_resumed_run_notices_data_that_changed(script, words, change, said, tmp_path, monkeypatch, in_process, undrawn):
+def test_a_resumed_run_notices_data_that_changed(
+        script, words, change, said, tmp_path, monkeypatch, in_process, undrawn):
     monkeypatch.chdir(tmp_path)
     clips("a.npz", 1)
     Path("a.txt").write_bytes(bytes(range(97, 117)) * 200)
