@@ -448,7 +448,7 @@ def test_numbered_checkpoints_are_pruned(begin):
     with begin() as run:
         run.save("best.pt", **state(1))
         for step, keep, left in ((900, 2, [900]), (1000, 2, [900, 1000]), (1100, 2, [1000, 1100]),
-                                 (1000, 1, [1000, 1100]), (1200, 2, [1100, 1200]), (1200, 2, [1100, 1200])):
+                                 (1000, 1, [1000, 1100]), (1200, 2, [1100, 1200]), (1300, 1, [1300])):
             run.save("last.pt", keep=keep, **state(step))
             assert sorted(int(path.stem[5:]) for path in run.dir.glob("step_*.pt")) == left
 

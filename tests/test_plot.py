@@ -59,7 +59,8 @@ def test_what_cannot_be_drawn_is_named(tmp_path, monkeypatch, in_process):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "runs" / "good")
     half = make(tmp_path / "runs" / "half")
-    (half / "metrics.jsonl").write_bytes((half / "metrics.jsonl").read_bytes()[:-20] + b'\n[1]\n"text"\n{"loss": 1}\n')
+    (half / "metrics.jsonl").write_bytes((half / "metrics.jsonl").read_bytes()[:-20] +
+                                         b'\n[1]\n"text"\n{"step": "a"}\n{"loss": 1}\n')
     for name, words in (("empty", ""), ("cut", '{"settings": {"lr"'), ("other", "[]")):
         (tmp_path / "runs" / name).mkdir()
         (tmp_path / "runs" / name / "params.json").write_text(words)

@@ -383,7 +383,7 @@ def test_list(tmp_path, cleaned):
     assert rows[0] == "run status step best size age tag".split() and rows[-1][:2] == ["3", "runs,"]
     assert rows[1][:5] == ["runs/train_mult/a", "done", "7", "bpb", "2.2500"] and rows[1][-2:] == ["3d", "test"]
     assert rows[2][:3] == ["runs/train_mult/b", "killed", "3"] and rows[3][:3] == ["runs/train_mult/c", "running", "3"]
-    assert len(rows) == 5
+    assert len(rows) == 5 and [runs._as_age(seconds) for seconds in (59, 60, 86400)] == ["59s", "1m", "1d"]
 
 
 def test_clean_only_says_what_it_would_do(tmp_path, cleaned):
