@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-from nanolab.run import UserError
+from choices import refused
 from test_scripts import fresh
 
 PEER = '''
@@ -67,17 +67,13 @@ def test_sides_take_turns_and_the_first_run_does_not_count(monkeypatch):
 def test_peers(peer, monkeypatch):
     assert list(bench.load_peers(f"nanogpt={peer}")) == ["nanoGPT"] and bench.load_peers(None) == {}
     for words in ("nanogpt", "gpt=x", f"nanogpt={peer}/no", f"nanogpt={peer},other"):
-        with pytest.raises(UserError, match="--peer"):
-            bench.load_peers(words)
-    with pytest.raises(UserError, match="liger: its kernels need a GPU"):
-        bench.load_peers("liger")
+        refused("--peer", bench.load_peers, words)
+    refused("liger: its kernels need a GPU", bench.load_peers, "liger")
     monkeypatch.setattr(bench, "where", torch.device("cuda"))
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    with pytest.raises(UserError, match="pip install --no-deps liger-kernel"):
-        bench.load_peers("liger")
+    refused("pip install --no-deps liger-kernel", bench.load_peers, "liger")
     monkeypatch.setitem(sys.modules, "x_transformers", None)
-    with pytest.raises(UserError, match="pip install x-transformers"):
-        bench.load_peers("x-transformers")
+    refused("pip install x-transformers", bench.load_peers, "x-transformers")
 
 
 def test_our_sides_train_and_generate():

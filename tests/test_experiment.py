@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from choices import refused
 from forks import assert_equal, snapshot, summary, wait_for
 from nanolab import curves, optim, parallel, run as experiment
 from nanolab.run import (Generators, Loop, NonFinite, Run, Settings, UserError, command, find_checkpoint, find_resume,
@@ -380,12 +381,10 @@ def test_a_run_that_lost_its_last_checkpoint_says_so(tmp_path, train, home):
     for said, resume in (("has no last.pt; there is .*step_00000008.pt, .*step_00000012.pt", True),
                          ("no checkpoint, although its summary.json says step 12", True),
                          ("no such file or directory", str(tmp_path / "nowhere.pt"))):
-        with pytest.raises(UserError, match=said):
-            find_resume(settings_for(tmp_path, resume=resume))
+        refused(said, find_resume, settings_for(tmp_path, resume=resume))
         for path in home.glob("*.pt"):
             path.unlink()
-    with pytest.raises(UserError, match="has no last.pt; there is no other checkpoint either"):
-        find_checkpoint(home)
+    refused("has no last.pt; there is no other checkpoint either", find_checkpoint, home)
 
 
 def test_resume_from_a_path(tmp_path, begin, train, home):
@@ -411,8 +410,7 @@ def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(tmp_path, begin, sa
     with begin(path, run_name=None, resume=str(path)) as run:
         assert run.dir.parent == tmp_path / "runs" / "toy"
     assert [p.name for p in (tmp_path / "downloads").iterdir()] == ["model.pt"]
-    with pytest.raises(UserError, match="is a checkpoint of toy, not of other"):
-        load_checkpoint(path, tmp_path / "other.py")
+    refused("is a checkpoint of toy, not of other", load_checkpoint, path, tmp_path / "other.py")
 
 
 # --- Checkpoints ---
@@ -477,8 +475,7 @@ def test_what_a_run_is_handed_is_saved_and_goes_on(begin, home):
     run.track(model=torch.nn.Linear(3, 1))
     assert run.states("model")["model"]["weight"].shape == (1, 3)
     del checkpoint["optimizer"]
-    with pytest.raises(UserError, match="last.pt lacks 'optimizer'"):
-        Run(run.settings, checkpoint, **parts(True))
+    refused("last.pt lacks 'optimizer'", Run, run.settings, checkpoint, **parts(True))
 
 
 def a_loop():
@@ -554,10 +551,8 @@ def test_what_is_no_checkpoint_is_one_line_and_does_not_run(tmp_path, monkeypatc
     assert "\n" not in str(caught.value)
     if isinstance(content, (dict, list, torch.Tensor)):      # of torch before 1.6
         torch.save(content, path, _use_new_zipfile_serialization=False)
-        with pytest.raises(UserError, match="last.pt"):
-            load_checkpoint(path)
-    with pytest.raises(UserError, match="Is a directory"):
-        load_checkpoint(tmp_path)
+        refused("last.pt", load_checkpoint, path)
+    refused("Is a directory", load_checkpoint, tmp_path)
     assert not Path("sprung").exists()
     pickle.loads(pickle.dumps(TRAPPED))
     assert Path("sprung").exists(), "the trap works where somebody is careless"
@@ -591,8 +586,7 @@ def test_damage_is_noticed(saved):
     assert noticed > 60
     at = whole.index(torch.full((8,), 2.0).numpy().tobytes()) + 5
     saved.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
-    with pytest.raises(UserError, match="last.pt is truncated or damaged .*check sum"):
-        load_checkpoint(saved)
+    refused("last.pt is truncated or damaged .*check sum", load_checkpoint, saved)
 
 
 def test_killed_at_many_moments_of_a_save(begin, home):

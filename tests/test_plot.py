@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 import plot
+from choices import refused
 from nanolab.archive import of_folder
 from nanolab.run import UserError
 
@@ -103,8 +104,7 @@ def test_last_values_over_a_setting(tmp_path, capsys):
     assert_drawn(tmp_path / "a.png")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 ")]
     assert len(lines) == 1 and "| 2.2500 | 0.3536 | 2 | 2.0000, 2.5000 |" in lines[0]
-    with pytest.raises(UserError, match="--over n_lair: .* no such setting"):
-        plot.points_of(found, ["n_lair"], "--over")
+    refused("--over n_lair: .* no such setting", plot.points_of, found, ["n_lair"], "--over")
 
 
 def last_values(found, over):
@@ -175,8 +175,7 @@ def test_the_csv_goes_to_a_file_of_that_name_and_nowhere_else(tmp_path):
     told = pd.read_csv((tmp_path / "a.zip").open()).set_index("name")
     assert told.loc["a", "verdict"] == "worse" and told.loc["a", "published: verdict"] == 0.5
     for place in (tmp_path, tmp_path / "no" / "a.csv", "/dev/full", "s3://nowhere/a.csv", "a\0b"):
-        with pytest.raises(UserError, match="cannot write"):
-            plot.write_csv(found, str(place))
+        refused("cannot write", plot.write_csv, found, str(place))
 
 
 DAMAGE = {  # of a key of grid.json, of its second row, of that row's first run: other values; ...: none
@@ -207,8 +206,7 @@ def test_a_damaged_table_is_one_line(tmp_path, of):
             pytest.fail(f"{name} {value} is taken")
     for text in ("{}", "[" * 3000 + "]" * 3000):
         path.write_text(text)
-        with pytest.raises(UserError, match="is missing or no grid"):
-            plot.read_index(path)
+        refused("is missing or no grid", plot.read_index, path)
 
 
 def test_another_draw_of_the_data_widens_every_interval():
@@ -317,8 +315,7 @@ def test_contours(tmp_path, strict):
                          "| 16 | 0.7850 +- 0.0071 (2) | 0.1850 +- 0.0071 (2) | not measured |"]
     by_size = dict(panels(runs, "parameters", "n_people", parameters=True))
     assert plot.tabled(by_size["task in_weight: no_tool trained"], list).loc[128, 1600] == [0.19, 0.18]
-    with pytest.raises(UserError, match="--contours n_embed: .* no such setting"):
-        panels(runs, "n_people", "n_embed")
+    refused("--contours n_embed: .* no such setting", panels, runs, "n_people", "n_embed")
     plot.draw_contours(drawn, "n_people", "n_embd", "val accuracy", tmp_path / "a.png")
     plot.draw_contours(panels(runs[:1], "task", "n_embd"), "task", "n_embd", "x", tmp_path / "b.png")
     assert_drawn(tmp_path / "a.png", tmp_path / "b.png")
@@ -347,8 +344,7 @@ def test_capacity(tmp_path, strict):
     assert lines[2] == "| 32 | 8 | 800 | 100 | 0.3850 +- 0.0071 (2) | 1,002 +- 1 (2) | 100.2% | 1.252 +- 0.001 (2) |"
     assert lines[4].startswith("| 128 | 8 | 800 |") and "| 1,602 +- 1 (2) | 40.0% | 2.002 +- 0.001 (2) |" in lines[4]
     assert "| -5 (1) | -0.0% | -0.006 (1) |" in lines[-1] and lines[-1].startswith("| 2,048 | 8 |")
-    with pytest.raises(UserError, match="more than 0 bits"):
-        plot.draw_capacity(plot.capacities(found[-1:])[0], tmp_path / "none.png")
+    refused("more than 0 bits", plot.draw_capacity, plot.capacities(found[-1:])[0], tmp_path / "none.png")
     # what tells runs apart beside people and size has rows, lines and a panel of its own
     more = [make_facts(tmp_path / "more" / str(n), 32, n, "in_weight", 1, 0.5, 500.0, exposures=e, max_steps=e)
             for n, e in ((8, 1000), (16, 1000))]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from choices import refused
 from nanolab import settings as flags
 from nanolab.run import UserError, adopt, override
 from nanolab.settings import ROOT, serve
@@ -167,8 +168,7 @@ def test_explicit_names_are_those_of_flags_and_preset(g):
 def test_positional(g):
     for line in ("runs/a --n_layer 3", "--n_layer 3 runs/a"):
         assert override(g, line.split(), positional="checkpoint")["checkpoint"] == "runs/a"
-    with pytest.raises(UserError, match="unexpected word 'runs/b'"):
-        override(g, "runs/a runs/b".split(), positional="checkpoint")
+    refused("unexpected word 'runs/b'", override, g, "runs/a runs/b".split(), positional="checkpoint")
 
 
 @pytest.mark.parametrize("bad", [dict(n_layers=2), dict(n_layer=2.5), dict(n_layer=0), dict(norm="laier"),
@@ -293,8 +293,7 @@ def test_commented_fields_of_a_config_class_are_settings(tmp_path, capsys):
     assert settings == {"preset": "wide", "kind": "b", "lr": 0.1, "width": 8} and g["width"] == 8
     for line, error in (("--width 1", "must be >= 2"), ("--depth 2", "unknown setting --depth"),
                         ("--inner 2", "unknown setting --inner"), ("--kind c", "must be one of a, b")):
-        with pytest.raises(UserError, match=error):
-            override(g, line.split())
+        refused(error, override, g, line.split())
     with pytest.raises(SystemExit):
         override(g, ["-h"])
     assert "Further, of the model\n  --width 4" in capsys.readouterr().out

@@ -27,6 +27,7 @@ import evaluate
 import grid
 import plot
 import sample
+from choices import refused
 from data import facts, files, smollm, tokens, video
 from model import TransformerConfig, build_model
 from nanolab import probe, run as experiment, runs, settings as flags
@@ -97,8 +98,7 @@ def test_an_archive_that_goes_on_is_refused(suffix, compress, tmp_path, monkeypa
     assert len(files.read(path)) == len(content)
     monkeypatch.setattr(files, "FEW", 1_000_000)
     monkeypatch.setattr(files, "UNPACKED", 2_000_000)
-    with pytest.raises(UserError, match="unpacks to more than"):
-        files.read(path)
+    refused("unpacks to more than", files.read, path)
     assert len(files.read(path, 1000)) == 1000
     monkeypatch.setattr(files, "UNPACKED", 4_000_000)
     monkeypatch.setattr(files, "RATIO", 10 ** 6)
@@ -111,23 +111,19 @@ def test_frames_that_go_on_are_refused(tmp_path, monkeypatch):
     assert len(video.load(str(path)).train) == 1
     monkeypatch.setattr(files, "FEW", 10_000)
     monkeypatch.setattr(files, "RATIO", 2)
-    with pytest.raises(UserError, match="more than 10,000 are refused"):
-        video.load(str(path))
+    refused("more than 10,000 are refused", video.load, str(path))
     with zipfile.ZipFile(path, "w") as file:                 # a head that promises 2^60 bytes
         head = b"{'descr': '|u1', 'fortran_order': False, 'shape': (%d, 1024, 1024, 3), }" % 2 ** 39
         file.writestr("frames.npy", b"\x93NUMPY\x01\x00" + (len(head) + 1).to_bytes(2, "little") + head + b"\n")
-    with pytest.raises(UserError, match="damaged"):
-        video.load(str(path))
+    refused("damaged", video.load, str(path))
 
 
 def test_lines_that_go_on_or_nest_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": ' + "[" * 3000 + "]" * 3000 + "}\n")
-    with pytest.raises(UserError, match="line 1 of .* is no JSON object"):
-        list(smollm.documents([path]))
+    refused("line 1 of .* is no JSON object", list, smollm.documents([path]))
     monkeypatch.setattr(smollm, "LINE", 1000)
-    with pytest.raises(UserError, match="line 1 of .* has more than 1,000 bytes"):
-        smollm.n_rows(path)
+    refused("line 1 of .* has more than 1,000 bytes", smollm.n_rows, path)
 
 
 def test_a_view_that_never_ends_is_broken_off(tmp_path, monkeypatch):
@@ -138,8 +134,7 @@ def test_a_view_that_never_ends_is_broken_off(tmp_path, monkeypatch):
     monkeypatch.setattr(facts.Database, "STEPS", 100_000)
     there = facts.Database(path)
     assert there.fingerprint is not None
-    with pytest.raises(UserError, match="does not say trade: interrupted"):
-        there.find("trade", "Bob")
+    refused("does not say trade: interrupted", there.find, "trade", "Bob")
     with sqlite3.connect(path) as file:
         file.executescript("DROP VIEW people; CREATE TABLE people (name TEXT, trade INTEGER); "
                            "INSERT INTO people VALUES ('Ada', 7)")
@@ -411,8 +406,7 @@ def test_clean_leaves_alone_what_is_not_ours_and_what_is_written(tmp_path, clean
     for place in (stranger, foreign, tmp_path / "runs", tmp_path / "runs" / "train_mult" / "link"):
         code, _, err = cleaned("clean", place, "--yes")
         assert code == 2 and err.startswith("error: ") and "is not the directory of a run" in err and place.exists()
-        with pytest.raises(UserError, match="not the directory"):
-            runs.remove_run(place)
+        refused("not the directory", runs.remove_run, place)
     assert (outside / "params.json").exists()
     with monkeypatch.context() as patch:                               # it begins to be written after the look
         remove = runs.remove_run
