@@ -424,6 +424,7 @@ CROSSED = {
     "did you mean better": "kind: better -> kind: bettr",
     "cross: lr false: lr false: must be a number": "[0.5, 1, 2] -> [0.5, 1, no]",
     "cross: lr must be a list of values, or options": [f"[0.5, 1, 2] -> {word}" for word in ("3", "[]", "{a: 3}")],
+    "cross: lr has 1 twice": "[0.5, 1, 2] -> [0.5, 1, 1]",
     "cross: lr is set by several axes": "kind: better -> lr: 3", "seed cannot stand": "kind: better -> seed: 3",
     "run_name cannot stand in a grid": "kind: better -> run_name: x",
     "either rows or cross": "+rows: {one: {set: {lr: 2.0}}}", "unknown key 'crosses'": "cross: -> crosses:",

@@ -95,8 +95,10 @@ def test_run_directory(run):
     assert [line["step"] for line in trained] == [10, 20, 30] and len(trained) < len(lines)
     assert trained[0].keys() >= {"loss", "bpb", "lr", "grad_norm", "tokens_per_s", "mfu", "seconds", "epoch"}
     assert all(line["loss"] / math.log(2) == pytest.approx(line["bpb"]) for line in lines)
+    summary, sizes = json.loads((run / "summary.json").read_text()), ("batch_size", "grad_accum", "block_size")
     assert min(line["bpb"] for line in lines if line["split"] == "val" and "windows" in line["protocol"]
-               and line["weights"] == "ema") == json.loads((run / "summary.json").read_text())["best_bpb"]
+               and line["weights"] == "ema") == summary["best_bpb"]
+    assert summary["bytes"] == 30 * math.prod(params["settings"][name] for name in sizes)
 
 
 def test_debug(typed, home):

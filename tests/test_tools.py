@@ -369,7 +369,7 @@ def test_list(tmp_path, cleaned):
     make(tmp_path, "a", tag="test", age=3, best_bpb=2.25)
     make(tmp_path, "b", status="running")                              # whose process is gone
     busy = make(tmp_path, "c", status="running")
-    make(tmp_path, "stranger", marker=None)
+    make(tmp_path, "stranger", marker="another's")
     (tmp_path / "runs" / "link").symlink_to(busy)
     with written_to(busy):
         code, out, err = cleaned("list")
