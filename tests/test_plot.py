@@ -33,12 +33,14 @@ def test_axes(tmp_path):
     """The evaluation beside the training is drawn too, the latest line of a step counts."""
     place = make(tmp_path / "a")
     (place / "evaluation.jsonl").write_text("".join(
-        json.dumps({"step": 20, "split": "val", "bpb": bpb, "protocol": "cache"}) + "\n" for bpb in (9.0, 1.5)))
+        json.dumps({"step": step, "split": "val", "bpb": bpb, "protocol": protocol}) + "\n" for step, bpb, protocol in (
+            (20, 9.0, "cache"), (20, 1.5, "cache"), (2, 4.0, "early"))))
     for axis, split, metric, curve, points in (
             ("step", "val", "bpb", "block", [(10, 3.0), (20, 2.5), (30, 2.0)]),
             ("step", "val", "bpb", "cache", [(20, 1.5)]),
             ("tokens", "val", "bpb", "block", [(640, 3.0), (1280, 2.5), (1920, 2.0)]),
             ("seconds", "val", "bpb", "block", [(5.0, 3.0), (10.0, 2.5), (12.5, 2.0)]),     # the last: where it stopped
+            ("seconds", "val", "bpb", "early", [(1.0, 4.0)]),     # before the first clock
             ("seconds", "train", "loss", "", [(2.5, 3.0), (7.5, 2.5), (12.5, 2.0)])):
         assert plot.read_run(of_folder(place), axis, split, metric)[1][curve] == points
 
