@@ -76,6 +76,13 @@ def raises_one_line(*words):
     return pytest.raises(UserError, match=rf"\A{pattern}[^\n]+\Z")
 
 
+def refused(said, do, *given, **more):
+    """do(...) is a UserError of one line with the pattern `said`."""
+    with pytest.raises(UserError, match=said) as caught:
+        do(*given, **more)
+    assert "\n" not in str(caught.value)
+
+
 def evenly(counts, expected):
     """Do counts fit the expected ones? Chi-square within five standard deviations of its mean (df, at least 2 df)."""
     counts, expected = np.asarray(counts, float), np.broadcast_to(expected, np.shape(counts)).astype(float)

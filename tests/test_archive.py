@@ -14,8 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 import grid
 import plot
+from choices import refused
 from nanolab import archive
-from nanolab.run import UserError, is_run
+from nanolab.run import is_run
 from test_grid import plan, run  # noqa: E402, F401
 from test_plot import make
 
@@ -57,14 +58,11 @@ def test_restored_runs_are_those_that_were_archived(tmp_path):
     first, *lines = path.read_text().splitlines()
     other, *others = again.read_text().splitlines()
     assert (first, lines[1:]) == (other, others[1:])      # but the run that had no settings of its own
-    with pytest.raises(UserError, match="there already"):
-        archive.restore(path, tmp_path / "a")
+    refused("there already", archive.restore, path, tmp_path / "a")
     path.write_text(path.read_text().replace('"run":"s2"', '"run":"../../s2"'))
-    with pytest.raises(UserError, match="leads out of"):
-        archive.restore(path, tmp_path / "c")
+    refused("leads out of", archive.restore, path, tmp_path / "c")
     assert not (tmp_path / "c").exists()
-    with pytest.raises(UserError, match="no archive"):
-        archive.restore(tmp_path / "none.jsonl", tmp_path / "c")
+    refused("no archive", archive.restore, tmp_path / "none.jsonl", tmp_path / "c")
 
 
 @pytest.mark.parametrize("line, key, value, words", [
@@ -80,8 +78,7 @@ def test_a_broken_archive_restores_nothing(line, key, value, words, tmp_path):
     lines = [json.loads(text) for text in path.read_text().splitlines()]
     lines[line] = {name: told for name, told in {**lines[line], key: value}.items() if told is not ...}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(UserError, match=words):
-        archive.restore(path, tmp_path / "c")
+    refused(words, archive.restore, path, tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
 
@@ -127,20 +124,17 @@ def test_nothing_is_lost(tmp_path):
 def test_what_is_archived_and_what_is_not(tmp_path):
     folder = folder_of_runs(tmp_path / "a")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no runs"):
-        archive.write(tmp_path / "empty")
+    refused("no runs", archive.write, tmp_path / "empty")
     busy = folder / "train_enwik8" / "s1" / "lock"
     busy.write_text("")
     with open(busy) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="s1: still being written"):
-            archive.write(folder)
+        refused("s1: still being written", archive.write, folder)
     make(folder / "another" / "s1")                          # a name twice: then with its folder
     path, _ = archive.write(folder)
     assert {"another/s1", "train_enwik8/s1", "s2"} <= {run.name for run in archive.read(path)}
     before = path.read_bytes()
-    with pytest.raises(UserError, match="there already"):
-        archive.write(folder)
+    refused("there already", archive.write, folder)
     assert path.read_bytes() == before and not list(tmp_path.glob(".*"))
 
 
@@ -170,7 +164,7 @@ def test_the_commands(plan, in_process, monkeypatch, tmp_path):  # noqa: F811
     """A grid, its archive, and the same tables and pictures of both."""
     monkeypatch.chdir(tmp_path)
     path = plan("better: {set: {kind: better}}", replace=[("[0.5, 1, 2]", "[1]"), ("3, 4, 5]", "3]")])
-    assert run(path).returncode == 0
+    run(path)
     code, out, err = in_process(grid, "archive", "out")
     assert code == 0 and out.startswith("wrote out.jsonl: 9 runs"), err
     for words in (["--table", "{}"], ["{}", "--metric", "loss", "--split", "train"],
@@ -183,7 +177,7 @@ def test_the_commands(plan, in_process, monkeypatch, tmp_path):  # noqa: F811
         assert said[0] == said[1] and said[0][0] == 0
     (tmp_path / "out").rename(tmp_path / "first")
     code, said, _ = in_process(grid, "restore", "out.jsonl", "out")
-    assert code == 0 and "restored 9 runs" in said and run(path).returncode == 0
+    assert code == 0 and "restored 9 runs" in said and run(path)
     assert not (tmp_path / "out" / "calls").exists()          # nothing ran again
     for words in (["archive"], ["archive", "nowhere"], ["archive", "out", "x"], ["archive", "out"], ["restore", "a"],
                   ["restore", "out.jsonl", "out"]):

@@ -11,8 +11,6 @@ CASES = {
     ("train_enwik8", "sgd"): dict(
         max_steps=24, optimizer="sgd", lr=0.03, momentum=0.9, batching="random", seed=1, data_seed=2,
         save_interval=1, log_interval=1, n_targets=2, intermediate_losses=True),
-    ("train_enwik8", "adam"): dict(
-        max_steps=24, optimizer="adam", batching="epochs", seed=3, data_seed=4, save_interval=2, log_interval=3),
     ("train_enwik8", "adamw"): dict(
         max_steps=24, optimizer="adamw", batching="streams", seed=5, data_seed=6, save_interval=1, log_interval=4,
         keep_last=2),
@@ -43,9 +41,6 @@ CASES = {
     ("train_dvae", "vq"): dict(
         max_steps=15, estimator="vq", reset_interval=2, codebook_init="kmeans", similarity="dot", ema_decay=0.0,
         seed=4),
-    ("train_dvae", "schedule_free"): dict(
-        max_steps=15, optimizer="schedule_free", schedule="constant", reset_interval=4, estimator="gumbel_hard",
-        seed=5),
     ("train_mult", "forced"): dict(
         max_steps=20, dropout=0.2, forcing="linear", forcing_start=4, forcing_slope=0.05, stability_window=2,
         stability_eps=0.5, eval_interval=2, sequence_weight=1.0, sum_head="classes", ema_decay=0.9, grad_accum=2),
@@ -66,8 +61,7 @@ CASES = {
     ("train_facts", "text"): dict(
         max_steps=20, eval_prompts=4, task="text", tokenizer="bpe:270", block_size=16, ema_decay=0.9, dropout=0.1,
         batching="epochs", save_interval=2, seed=6),
-    ("train_worldmodel", "all stages"): dict(
-        seed=1),
+    ("train_worldmodel", "all stages"): dict(seed=1),
     ("train_worldmodel", "cells"): dict(
         seed=2, tokens="cells", action_source="true", ema_decay=0.9, dynamics="causal"),
     ("train_worldmodel", "fsq"): dict(

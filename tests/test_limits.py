@@ -1,23 +1,41 @@
-"""Every setting of every script at, beyond and far beyond its bounds; models and batches that cannot be held."""
+"""Every setting of every script: at, beyond and far beyond its bounds; where it cannot count, which its comment says;
+typed anew on resume. Models and batches that cannot be held."""
+import contextlib
 import functools
+import io
+import json
 import math
 import os
 import re
-import runpy
 import subprocess
 import sys
-from pathlib import Path
+import traceback
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nanolab import limits, settings as flags
+import grid
+from data import arc, text
+from model import FEED_FORWARDS, MIXERS, TransformerConfig, build_model
+from nanolab import limits, optim, run as experiment, settings as flags
 from nanolab.run import UserError, override
+from nanolab.settings import ROOT, Settings
+from scripts import TINY, typed
+from test_scripts import fresh
 
-ROOT = Path(flags.__file__).parents[1]
 TRAINERS = ("train_enwik8", "train_mult", "train_dvae", "train_worldmodel", "train_facts")
 TOOLS = ("sample", "evaluate", "grid", "plot", "bench", "nanolab/probe")
+
+
+def shape_of(g):
+    """The settings that make the weights of a script."""
+    shape = g.get("architecture", ())
+    return [name for part in shape.values() for name in part] if isinstance(shape, dict) else shape
+
+
+# --- Bounds ---
+
 ODD = ["", " ", "x", "-", ",", "1,2", "nan", "inf", "-inf", "1e308", "-1e308", "1e-320", "1e38", "1e-37", "0", "-1",
        "1.5", "12", "1000000", str(10 ** 12), str(2 ** 63 - 1), str(2 ** 63), str(-2 ** 63 - 1), str(10 ** 25),
        "9" * 5000, "none", "true", "\N{FOX FACE}", "\N{ARABIC-INDIC DIGIT THREE}", "a\nb", "x" * 300]
@@ -26,7 +44,7 @@ ODD = ["", " ", "x", "-", ",", "1,2", "nan", "inf", "-inf", "1e308", "-1e308", "
 @functools.lru_cache
 def opened(script):
     """The globals of a script and its settings, read once."""
-    g = runpy.run_path(str(ROOT / f"{script}.py"))
+    g = fresh(f"{script}.py")
     return (g["check"] if "check" in g else g["main"].__wrapped__).__globals__, flags._read_settings(g["__file__"])
 
 
@@ -76,8 +94,7 @@ def test_every_setting_is_taken_or_refused_in_a_line(script, monkeypatch, capsys
     source = (path.read_text() for path in (ROOT / f"{script}.py", ROOT / "model.py", *ROOT.glob("models/*.py")))
     words = set(re.findall(r"\.(\w+)", "".join(source)))
     monkeypatch.setattr(flags, "_read_settings", lambda path: specs)     # parsed once
-    shape, known, weigh, taken = g.get("architecture", ()), {}, limits.weigh, 0
-    shape = [name for part in shape.values() for name in part] if isinstance(shape, dict) else shape
+    shape, known, weigh, taken = shape_of(g), {}, limits.weigh, 0
 
     def read(value):                                         # what a model can read of what it is built from
         return {name: read(part) for name, part in vars(value).items() if name in words} if (
@@ -92,9 +109,7 @@ def test_every_setting_is_taken_or_refused_in_a_line(script, monkeypatch, capsys
         for value in values(spec):
             try:
                 said = tried(script, [f"--{name}={value}"])
-            except SystemExit:
-                raise AssertionError(f"--{name}={value} ends the script") from None
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise AssertionError(f"--{name}={value[:40]}: {type(error).__name__}: {error}") from error
             assert "\n" not in said and len(said) < 1000, (name, value)
             taken += not said
@@ -117,17 +132,17 @@ def test_every_setting_is_taken_or_refused_in_a_line(script, monkeypatch, capsys
     ("train_dvae", f"--batch_size {10 ** 12}", "grids cannot be held"),
     ("train_dvae", "--estimator fsq --codebook_size 11", "no product of levels"),
     ("train_worldmodel", f"--dynamics_embd {2 ** 40}", "cannot be held"),
-    ("train_worldmodel", f"--tokenizer_batch {10 ** 12}", "clips cannot be held"),
-    *[(script, f"--{name} {value}", "must be") for script in TRAINERS for name, value in (
-        ("betas", "0.9,1.0"), ("betas", "1,1"), ("eps", "0"), ("seed", "-1"), ("data_seed", "-1"), ("seed", 2 ** 63))]])
+    ("train_worldmodel", f"--tokenizer_batch {10 ** 12}", "clips cannot be held")])
 def test_refused_before_anything_is_made(script, line, says):
     assert says in tried(script, line.split())
 
 
 @pytest.mark.parametrize("script", TRAINERS)
-def test_what_is_allowed(script):
-    assert tried(script, ["--muon_momentum", "0", "--optimizer", "muon"]) == ""
-    assert tried(script, ["--seed", str(2 ** 63 - 1)]) == ""
+def test_what_all_scripts_refuse_and_allow(script):
+    for line in ("--betas=0.9,1.0", "--betas=1,1", "--eps=0", "--seed=-1", "--data_seed=-1", f"--seed={2 ** 63}"):
+        assert "must be" in tried(script, [line]), line
+    for line in ("--muon_momentum 0 --optimizer muon", f"--seed {2 ** 63 - 1}"):
+        assert tried(script, line.split()) == "", line
 
 
 def test_weighing_draws_nothing_and_knows_its_own_errors():
@@ -150,31 +165,19 @@ def test_checks_do_not_import_the_compiler():
 
 
 def test_notes(capsys):
-    settings, noam = (flags.Settings(schedule=name, warmup_steps=10) for name in ("cosine", "noam"))
-    limits.notes(settings, {"max_steps": 20}, {"max_steps": 20})
-    limits.notes(noam, {"max_steps": 20}, {"max_steps": 10})
-    limits.notes(settings, {"max_steps": None})
-    assert capsys.readouterr().out == ""
-    limits.notes(settings, {"max_steps": 20}, {"max_steps": 12})
-    assert capsys.readouterr().out.startswith("max_steps 20 was 12: the rate of schedule cosine is computed anew")
-    limits.notes(settings, {"max_steps": 5})
-    assert capsys.readouterr().out == ("warmup_steps 10 of max_steps 5: the rate rises to the end and never reaches "
-                                       "its peak\n")
+    settings, noam = (Settings(schedule=name, warmup_steps=10) for name in ("cosine", "noam"))
+    for said, *given in (("", settings, {"max_steps": 20}, {"max_steps": 20}),
+                         ("", noam, {"max_steps": 20}, {"max_steps": 10}), ("", settings, {"max_steps": None}),
+                         ("max_steps 20 was 12: the rate of schedule cosine is computed anew", settings,
+                          {"max_steps": 20}, {"max_steps": 12}),
+                         ("warmup_steps 10 of max_steps 5: the rate rises to the end and never reaches its peak\n",
+                          settings, {"max_steps": 5})):
+        limits.notes(*given)
+        out = capsys.readouterr().out
+        assert out.startswith(said) and bool(out) == bool(said)
 
 
-@pytest.mark.parametrize("columns", ["20", "80", "300"])
-@pytest.mark.parametrize("script", [*TRAINERS, *TOOLS])
-def test_help_fits(script, columns, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", columns)
-    monkeypatch.setattr(sys, "argv", ["x", "-h"])
-    with pytest.raises(SystemExit):
-        flags.answer_help("__main__", str(ROOT / f"{script}.py"))
-    lines = capsys.readouterr().out.splitlines()
-    assert 60 < max(map(len, lines)) <= min(120, max(80, int(columns)))
-    assert sum(len(line.strip()) == 1 for line in lines) < 4, "no column of single letters"
-
-
-@pytest.mark.parametrize("words", ["sample.py", "-m nanolab.runs list", "data/mqar.py"])
+@pytest.mark.parametrize("words", ["sample.py", "data/mqar.py"])
 def test_help_into_a_closed_pipe(words):
     read, write = os.pipe()
     os.close(read)
@@ -182,3 +185,221 @@ def test_help_into_a_closed_pipe(words):
                           text=True)
     os.close(write)
     assert done.stderr == "" and done.returncode in (0, 141)
+
+
+# --- Settings without an effect ---
+
+WORDS = {"mixer": set(MIXERS), "ff": set(FEED_FORWARDS), "optimizer": set(optim.RULES)}
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_comments_name_other_settings_and_their_words(script):
+    specs = flags._read_settings(ROOT / f"{script}.py")
+    conditions = {name: spec.only for name, spec in specs.items() if spec.only}
+    assert len(conditions) >= 8
+    for name, (_, other, words) in conditions.items():
+        assert other in specs and other != name, name
+        known = WORDS.get(other) or set(specs[other].words) or set(re.findall(r"\w+", specs[other].comment))
+        assert set(words) <= known, name
+        while other:                                         # no circle
+            assert other != name
+            other = conditions.get(other, ("", "", ""))[1]
+
+
+@pytest.mark.parametrize("script, line, idle", [
+    ("train_enwik8", "--state_dim 32", ["state_dim has no effect with mixer full"]),
+    ("train_enwik8", "--window 9 --mixer mamba,window --state_dim 4", []),
+    ("train_enwik8", "--preset small", []),                  # a preset's settings are for what it is changed into
+    ("train_enwik8", "--betas 0.9,0.9 --optimizer sgd --momentum 0.5", ["betas has no effect with optimizer sgd"]),
+    ("train_enwik8", "--mixer compressive --compression max --compression_weight 2",
+     ["compression_weight has no effect with compression max"]),
+    ("train_enwik8", "--compression_weight 2", ["compression_weight has no effect with mixer full"]),    # by its own
+    ("train_enwik8", "--mtp_weight 1", ["mtp_weight has no effect with mtp_depth 0"]),
+    ("train_mult", "--forcing_slope 1 --forcing exponential --forcing_min 0.5",
+     ["forcing_slope has no effect with forcing exponential"]),
+    ("train_mult", "--models simple,prefix --n_latent 3", ["n_latent has no effect with models simple,prefix"]),
+    ("train_facts", "--task text --pairs 3 --names plain",
+     ["pairs has no effect with task text", "names has no effect with task text"]),
+    ("train_worldmodel", "--dataset atari:Freeway --walls 0 --length 9",
+     ["walls has no effect with dataset atari:Freeway"]),
+    ("train_dvae", "--reset_interval none --reset_fraction 1",
+     ["reset_fraction has no effect with reset_interval none"])])
+def test_a_flag_without_an_effect_is_told(script, line, idle):
+    presets = {"small": {"optimizer": "adam", "muon_lr": 0.1}}
+    settings = override({"__file__": str(ROOT / f"{script}.py"), "presets": presets}, line.split())
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        limits.notes(settings, {})
+    assert out.getvalue().splitlines() == [f"--{words}" for words in idle]
+
+
+def another(spec):
+    """A legal value that is not the default."""
+    if spec.words:
+        return next(word for word in spec.words if word != spec.default)
+    return True if spec.kind is bool else spec.kind(2 * (spec.default or 1))
+
+
+def defaults(specs, **settings):
+    made = Settings({name: spec.default for name, spec in specs.items()} | settings)
+    made.only = {name: spec.only for name, spec in specs.items()}
+    return made
+
+
+FIELDS = flags._read_fields(ROOT / "model.py", "TransformerConfig")
+
+
+@pytest.mark.parametrize("name", [name for name, spec in FIELDS.items() if spec.only and name != "qk_scale"])
+def test_an_idle_field_changes_no_model(name):
+    small = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, positions="none", compression="mean")
+    assert defaults(FIELDS, **small).idle(name)
+    made = []
+    for value in (FIELDS[name].default, another(FIELDS[name])):
+        torch.manual_seed(0)
+        model = build_model(TransformerConfig(**small | {name: value}))
+        made.append((model.state_dict(), model(torch.arange(8)[None])))
+    torch.testing.assert_close(*made, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rule", optim.RULES)
+def test_an_idle_setting_changes_no_step(rule):
+    specs = flags._read_settings(ROOT / "train_enwik8.py")
+    settings = defaults(specs, optimizer=rule, warmup_steps=1)
+    idle = [name for name, spec in specs.items() if spec.only and spec.only[1] == "optimizer" and settings.idle(name)]
+    assert idle
+
+    def stepped(values):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 4, bias=False)
+        opt = optim.build(values, model.named_parameters(), {"weight": "matrix"}, n_examples=100)
+        for step in range(2):
+            optim.set_rate(opt, values, step)
+            with opt.sampled():
+                model(torch.randn(2, 4)).square().sum().backward()
+            opt.step()
+            opt.zero_grad()
+        return model.weight
+    others = dict(betas=(0.5, 0.6), momentum=0.3, muon_momentum=0.3)
+    changed = settings | {name: others.get(name) or another(specs[name]) for name in idle}
+    assert torch.equal(stepped(settings), stepped(changed))
+    busy = {"sgd": "momentum", "muon": "muon_momentum"}.get(rule, "betas")
+    assert not torch.equal(stepped(settings), stepped(settings | {busy: others[busy]}))
+
+
+def test_a_row_of_a_grid_that_changes_nothing_is_refused(tmp_path):
+    plan = dict(script=str(ROOT / "train_enwik8.py"), out_dir=str(tmp_path / "out"), metric="best_bpb", seeds=[1, 2],
+                base=dict(debug=True, positions="rope"), rows=dict(states=dict(set=dict(state_dim=32))))
+    path = tmp_path / "grid.yaml"
+    path.write_text(json.dumps(plan))
+    with pytest.raises(UserError, match="row 'states': it changes nothing: state_dim has no effect with mixer full"):
+        grid.Grid(path)
+    plan["rows"]["states"]["set"]["mixer"] = "mamba"
+    path.write_text(json.dumps(plan))
+    assert grid.Grid(path).rows[-1].changes == {"state_dim": 32, "mixer": "mamba"}
+
+
+# --- Typed anew on resume: the run goes on, says in one line why the checkpoint's value holds, or is refused in one ---
+
+SHORT = dict(max_steps=2, save_interval=9, eval_interval=9, device="auto")     # on top of TINY
+SHORTER = {"train_worldmodel": dict(stage="dynamics", tokens="cells", action_source="true", eval_clips=2,
+                                    rollout_clips=2)}
+LEFT = {"resume", "out_dir", "run_name", "max_steps",         # typed in every run here
+        "compile", "play", "profile", "debug"}                # minutes; a server; a table; the runs here are debug runs
+TYPED = {"dataset": {"train_dvae": "arc1", "train_worldmodel": "donkeycar"}, "models": "latent", "mixer": "mamba",
+         "ff": "moe", "device": "cpu", "tag": "b", "tokenizer": {"train_facts": "bytes"}, "ask": "1*2",
+         "actions": "1,0", "rollout": "nowhere", "encode": "nowhere", "decode": "1,2,3,4,5,6",
+         "val_dataset": "synthetic", "database": "nowhere", "prompt": "a", "preset": "cpu"}
+
+
+def others(script, name, spec, now):
+    """Words to type for a setting that the checkpoint has as `now`: each other choice, another number, none."""
+    if name in TYPED:
+        word = TYPED[name]
+        return [word.get(script, "shakespeare") if isinstance(word, dict) else word]
+    if spec.kind is bool:
+        return [str(not now).lower()]
+    found = [word for word in spec.words if word != now] + ["none"] * (spec.none and now is not None)
+    if spec.kind in (int, float):
+        pair = isinstance(now, tuple)
+
+        def legal(number):
+            word = flags.as_typed(int(number) if spec.kind is int else number)
+            word = ",".join([word] * len(now)) if pair else word
+            with contextlib.suppress(ValueError):
+                return [word] * (spec.read(word, typed=True) != now)
+        first = now[0] if pair else 1 if now in (None, *spec.words) else now
+        found += not pair and legal(0) or []                   # what 0 switches off
+        found += next(filter(None, map(legal, (first + 1, first / 2, first - 1, first + 2) if spec.kind is int else (
+            first / 2, first + 0.25, first * 2))), [])
+    return found
+
+
+class Runs:
+    """Runs of one script in this process, from one checkpoint of two steps."""
+
+    def __init__(self, script, folder, monkeypatch):
+        self.g, self.script, self.folder, self.count = fresh(f"{script}.py"), script, folder, 0
+        monkeypatch.setattr(experiment.Run, "_copy_code", lambda run: None)
+        for place, name in (arc, "synthetic"), (text, "_stdlib"):            # pure functions
+            monkeypatch.setattr(place, name, functools.cache(getattr(place, name)))
+        read = functools.cache(flags._read_settings)
+        monkeypatch.setattr(flags, "_read_settings", lambda path: dict(read(str(path))))
+        stubs = dict.fromkeys(("draw_curves", "draw_all", "_output", "_version")) | {
+            "measure_peak_flops": 1e9, "thoroughly": dict(floor=0.0)}
+        for name, value in stubs.items():
+            for place in (vars(experiment), self.g):
+                if name in place:
+                    monkeypatch.setitem(place, name, lambda *a, value=value, **k: value)
+        torch.set_deterministic_debug_mode("default")
+
+    def run(self, words):
+        """The exit status, 0 for none, of the script with these words; what is no exit goes through."""
+        self.count += 1
+        sys.argv = [*words, "--run_name", f"run{self.count}", "--out_dir", str(self.folder)]
+        try:
+            self.g["main"]()
+        except SystemExit as end:
+            return end.code or 0
+        return 0
+
+    def walk(self, given, capsys):
+        """[what went wrong] of resuming to step 3 with {setting: word} given together; where a run ends in one line,
+        or worse, by halves, until each setting has been typed alone or among others that go on."""
+        capsys.readouterr()
+        words = [f"--{name}={word}" for name, word in given.items()]
+        try:
+            code = self.run([f"{self.script}.py", f"--resume={self.start}", "--max_steps=3", *words])
+        except Exception as error:
+            code, wrong = None, f"{type(error).__name__}: {error} {traceback.extract_tb(error.__traceback__)[-1]}"
+        err = capsys.readouterr().err
+        if code == 0 or code == 2 and len(given) == 1 and err.startswith("error: ") and err.count("\n") == 1:
+            return []
+        if len(given) > 1:
+            items = list(given.items())
+            half = len(items) // 2
+            return self.walk(dict(items[:half]), capsys) + self.walk(dict(items[half:]), capsys)
+        return [f"{words[0]} {wrong if code is None else f'status {code}: {err}'}"]
+
+
+@pytest.mark.parametrize("script", TINY)
+def test_every_setting_typed_on_resume(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [])
+    runs = Runs(script, tmp_path, monkeypatch)
+    assert runs.run(list(map(str, typed(script, tmp_path, "--debug", **SHORT | SHORTER.get(script, {}))))) == 0
+    runs.start = tmp_path / script / "run1" / "last.pt"
+    saved, shape = torch.load(runs.start, weights_only=True)["settings"], shape_of(runs.g)
+    specs = {name: spec for name, spec in flags._read_settings(runs.g["__file__"]).items() if name not in LEFT}
+    left = {name: others(script, name, spec, spec.read(saved[name])) for name, spec in specs.items()}
+    assert not [name for name, words in left.items() if not words]
+    wrong = []
+    alone = [name for name in left if name in TYPED and name not in shape] + ["dp", "tp"]
+    for name in [name for name in alone if name in left]:     # most of these are refused, or train nothing
+        wrong += runs.walk({name: left.pop(name)[0]}, capsys)
+    while left:
+        now = {name: words.pop(0) for name, words in left.items()}
+        left = {name: words for name, words in left.items() if words}
+        for overruled in (True, False):
+            some = [(name, word) for name, word in now.items() if (name in shape) == overruled]
+            size = len(some) if overruled else 16
+            for i in range(0, len(some), size or 1):
+                wrong += runs.walk(dict(some[i:i + size]), capsys)
+    assert not wrong, "\n".join(wrong)

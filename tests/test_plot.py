@@ -1,9 +1,7 @@
 """plot.py: curves by step, seconds and tokens, means over seeds, and runs that are broken, empty or half-written;
-contours, capacity, and the tables of grids."""
+contours, capacity, and the tables of grids. What is drawn is compared in test_archive.py, byte for byte."""
 import json
 import math
-import statistics
-import sys
 import warnings
 from pathlib import Path
 
@@ -12,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 import plot
+from choices import refused
 from nanolab.archive import of_folder
 from nanolab.run import UserError
-from test_scripts import shell
 
 SETTINGS = {"batch_size": 4, "block_size": 8, "grad_accum": 2, "lr": 0.1, "seed": 1, "run_name": "a"}
 
@@ -32,19 +30,19 @@ def make(folder, values=(3.0, 2.5, 2.0), lines=(), **settings):
 
 
 def test_axes(tmp_path):
-    run = of_folder(make(tmp_path / "a"))
-    assert plot.read_run(run, "step", "val", "bpb")[1] == {"block": [(10, 3.0), (20, 2.5), (30, 2.0)]}
-    assert plot.read_run(run, "tokens", "val", "bpb")[1]["block"] == [(640, 3.0), (1280, 2.5), (1920, 2.0)]
-    by_seconds = plot.read_run(run, "seconds", "val", "bpb")[1]["block"]
-    assert by_seconds == [(5.0, 3.0), (10.0, 2.5), (12.5, 2.0)]           # past the last clock: where it stopped
-    assert plot.read_run(run, "seconds", "train", "loss")[1][""] == [(2.5, 3.0), (7.5, 2.5), (12.5, 2.0)]
-
-
-def test_the_evaluation_beside_training_is_drawn_and_the_latest_line_of_a_step_counts(tmp_path):
-    run = make(tmp_path / "a")
-    (run / "evaluation.jsonl").write_text("".join(
-        json.dumps({"step": 20, "split": "val", "bpb": bpb, "protocol": "cache"}) + "\n" for bpb in (9.0, 1.5)))
-    assert plot.read_run(of_folder(run), "step", "val", "bpb")[1]["cache"] == [(20, 1.5)]
+    """The evaluation beside the training is drawn too, the latest line of a step counts."""
+    place = make(tmp_path / "a")
+    (place / "evaluation.jsonl").write_text("".join(
+        json.dumps({"step": step, "split": "val", "bpb": bpb, "protocol": protocol}) + "\n" for step, bpb, protocol in (
+            (20, 9.0, "cache"), (20, 1.5, "cache"), (2, 4.0, "early"))))
+    for axis, split, metric, curve, points in (
+            ("step", "val", "bpb", "block", [(10, 3.0), (20, 2.5), (30, 2.0)]),
+            ("step", "val", "bpb", "cache", [(20, 1.5)]),
+            ("tokens", "val", "bpb", "block", [(640, 3.0), (1280, 2.5), (1920, 2.0)]),
+            ("seconds", "val", "bpb", "block", [(5.0, 3.0), (10.0, 2.5), (12.5, 2.0)]),     # the last: where it stopped
+            ("seconds", "val", "bpb", "early", [(1.0, 4.0)]),     # before the first clock
+            ("seconds", "train", "loss", "", [(2.5, 3.0), (7.5, 2.5), (12.5, 2.0)])):
+        assert plot.read_run(of_folder(place), axis, split, metric)[1][curve] == points
 
 
 def test_seeds_are_one_curve_and_labels_say_what_differs(tmp_path):
@@ -60,18 +58,12 @@ def test_seeds_are_one_curve_and_labels_say_what_differs(tmp_path):
     assert (list(mean["x"]), list(mean["y"])) == ([1], [2.0])
 
 
-def test_settings_said_to_be_the_same_tell_no_runs_apart(tmp_path, monkeypatch):
-    runs = [make(tmp_path / "a", seed=1), make(tmp_path / "b", seed=2, block_size=16, dp=1)]
-    monkeypatch.setattr(plot, "same", "block_size,dp")
-    found = read(runs, "bpb", "tokens")
-    assert list(plot.points_of(found)[0]["label"].unique()) == [""]
-    assert [found[i][2]["block"][0] for i in (0, 1)] == [(640, 3.0), (1280, 3.0)]  # counted by each run's own
-
-
-def test_what_cannot_be_drawn_is_named(tmp_path, forks):
+def test_what_cannot_be_drawn_is_named(tmp_path, monkeypatch, in_process):
+    monkeypatch.chdir(tmp_path)
     make(tmp_path / "runs" / "good")
     half = make(tmp_path / "runs" / "half")
-    (half / "metrics.jsonl").write_bytes((half / "metrics.jsonl").read_bytes()[:-20] + b'\n[1]\n"text"\n{"loss": 1}\n')
+    (half / "metrics.jsonl").write_bytes((half / "metrics.jsonl").read_bytes()[:-20] +
+                                         b'\n[1]\n"text"\n{"step": "a"}\n{"loss": 1}\n')
     for name, words in (("empty", ""), ("cut", '{"settings": {"lr"'), ("other", "[]")):
         (tmp_path / "runs" / name).mkdir()
         (tmp_path / "runs" / name / "params.json").write_text(words)
@@ -79,26 +71,27 @@ def test_what_cannot_be_drawn_is_named(tmp_path, forks):
     make(tmp_path / "runs" / "null", (None,))
     (no_lines / "curves.png").write_text("")
     (tmp_path / "runs" / "file.txt").write_text("")
-    done = shell(tmp_path, "plot.py", "runs/*", "--out", "all.png")
-    assert done.returncode == 0 and (tmp_path / "all.png").read_bytes()[:4] == b"\x89PNG", done.stderr
-    left_out = [line.split(": ")[0].removeprefix("left out runs/") for line in done.stderr.splitlines()
+    code, _, err = in_process(plot, "runs/*", "--out", "all.png")
+    assert code == 0 and (tmp_path / "all.png").read_bytes()[:4] == b"\x89PNG", err
+    left_out = [line.split(": ")[0].removeprefix("left out runs/") for line in err.splitlines()
                 if line.startswith("left out")]
     assert left_out == ["cut", "empty", "file.txt", "no_lines", "null", "other"]
-    alone = forks.run(["plot.py", "runs/empty"], tmp_path)
-    assert alone.code == 2 and alone.err.splitlines()[-1].startswith("error: nothing to draw")
-    nothing = forks.run(["plot.py", "--table", "runs"], tmp_path)
-    assert nothing.code == 2 and "grid.json" in nothing.err and len(nothing.err.splitlines()) == 1
-    assert forks.run(["plot.py"], tmp_path).code == 2
-    unwritten = forks.run(["plot.py", "runs/good", "--out", "nowhere/a.png"], tmp_path)
-    assert unwritten.err.startswith("error: cannot write")
+    for words, said in (("runs/empty", "error: nothing to draw"), ("--table runs", "grid.json"), ("", "error: "),
+                        ("runs/good --out nowhere/a.png", "error: cannot write")):
+        code, _, err = in_process(plot, *words.split())
+        assert code == 2 and said in err.splitlines()[-1], words
 
 
-def test_drawing_gives_no_warnings(tmp_path):
-    runs = [make(tmp_path / name, (3.0, 2.0), seed=i) for i, name in enumerate("ab")] + [make(tmp_path / "c", (1.0,))]
+@pytest.fixture
+def strict():
+    """A warning is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plot.draw(plot.points_of(read(runs, "bpb"))[0], "step", "val bpb", tmp_path / "a.png")
-    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+        yield
+
+
+def assert_drawn(*pictures):
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in pictures)
 
 
 def test_last_values_over_a_setting(tmp_path, capsys):
@@ -110,11 +103,10 @@ def test_last_values_over_a_setting(tmp_path, capsys):
                                              ("dropout 0.1", "block"): {4: [0.5]}}
     ends = plot.last(plot.points_of(found, ("n_layer",))[0])
     plot.draw_over(ends, "n_layer", "val bpb", "bits per byte", tmp_path / "a.png")
-    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    assert_drawn(tmp_path / "a.png")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 ")]
     assert len(lines) == 1 and "| 2.2500 | 0.3536 | 2 | 2.0000, 2.5000 |" in lines[0]
-    with pytest.raises(UserError, match="--over n_lair: .* no such setting"):
-        plot.points_of(found, ["n_lair"], "--over")
+    refused("--over n_lair: .* no such setting", plot.points_of, found, ["n_lair"], "--over")
 
 
 def last_values(found, over):
@@ -175,8 +167,6 @@ def test_the_table(tmp_path):
     assert told.loc["better", "verdict"] == "better"
     assert told.loc["worse", "low"] < 0.05 < 0.056 < told.loc["worse", "high"]
     assert math.isnan(told.loc["open", "difference"]) and told.loc["wide", "parameters"] == 1.03
-    with pytest.raises(UserError, match="cannot write"):
-        plot.write_csv(found, tmp_path / "no" / "a.csv")
     with pytest.raises(UserError, match="nothing tells the noise"):
         plot.markdown({"metric": "m", "factors": [1], "rows": [row("baseline", [2.0], None)]})
 
@@ -186,30 +176,39 @@ def test_the_csv_goes_to_a_file_of_that_name_and_nowhere_else(tmp_path):
     plot.write_csv(found, str(tmp_path / "a.zip"))
     told = pd.read_csv((tmp_path / "a.zip").open()).set_index("name")
     assert told.loc["a", "verdict"] == "worse" and told.loc["a", "published: verdict"] == 0.5
-    for place in (tmp_path, "/dev/full", "s3://nowhere/a.csv", "a\0b"):
-        with pytest.raises(UserError, match="cannot write"):
-            plot.write_csv(found, str(place))
+    for place in (tmp_path, tmp_path / "no" / "a.csv", "/dev/full", "s3://nowhere/a.csv", "a\0b"):
+        refused("cannot write", plot.write_csv, found, str(place))
 
 
-@pytest.mark.parametrize("key, value", [
-    ("rungs", [0, 100]), ("rungs", [100, 100]), ("rungs", [400, 100]), ("rungs", [-5, 100]), ("same", math.nan),
-    ("sigma_data", math.inf), ("factors", [0, 1]), ("primary", 10 ** 400), ("row name", "baseline"),
-    ("row tuned", [[1, 2, 3]]), ("row tuned", [[None, 2]]), ("row tuned", [["a", 2]]), ("row tuned", [[-1, 2]]),
-    ("row tuned", [[1, math.nan]]), ("row published", {"a": None}), ("row parameters", 10 ** 400),
-    ("row runs", [{"seed": 1, "value": 2.0, "max_steps": 9}]), ("run value", math.nan), ("run value", 10 ** 400)])
-def test_a_damaged_table_is_one_line(tmp_path, key, value):
-    found = index(row("a", [2.1, 2.2]))
-    place, name = ({**found, "row": found["rows"][1], "run": found["rows"][1]["runs"][0]}, key)
-    if " " in key:
-        place, name = place[key.split()[0]], key.split()[1]
-    else:
-        place = found
-    (tmp_path / "grid.json").write_text(json.dumps(found))
-    assert plot.read_index(tmp_path / "grid.json")["rows"]
-    place[name] = value
-    (tmp_path / "grid.json").write_text(json.dumps(found))
-    with pytest.raises(UserError, match="is missing or no grid"):
-        plot.read_index(tmp_path / "grid.json")
+DAMAGE = {  # of a key of grid.json, of its second row, of that row's first run: other values; ...: none
+    "": dict(metric=[...], rows=[3, [[]]], factors=[[], ["x"], [0, 1]], slower=[None], cross=[[1], {"x": {"y": {}}}],
+             rungs=[[0, 100], [100, 100], [400, 100], [-5, 100]], same=[math.nan], sigma_data=[math.inf],
+             primary=[10 ** 400]),
+    "row": dict(name=["baseline", ...], against=["b", None], factor=[None], equal_seconds=[{"value": []}], open=["1"],
+                tuned=[[[1, 2, 3]], [[None, 2]], [["a", 2]], [[-1, 2]], [[1, math.nan]]], published=[{"a": None}],
+                parameters=[10 ** 400], runs=[[{"seed": 1, "value": 2.0, "max_steps": 9}]]),
+    "run": dict(value=["1", math.nan, 10 ** 400], seed=[...], shown=[3]),
+}
+
+
+@pytest.mark.parametrize("of", DAMAGE)
+def test_a_damaged_table_is_one_line(tmp_path, of):
+    path = tmp_path / "grid.json"
+    for name, value in ((name, value) for name, values in DAMAGE[of].items() for value in values):
+        found = index(row("a", [2.1, 2.2]))
+        path.write_text(json.dumps(found))
+        assert plot.read_index(path)["rows"]
+        place = {"": found, "row": found["rows"][1], "run": found["rows"][1]["runs"][0]}[of]
+        place[name] = value
+        if value is ...:
+            del place[name]
+        path.write_text(json.dumps(found))
+        with pytest.raises(UserError, match="is missing or no grid"):
+            plot.read_index(path)
+            pytest.fail(f"{name} {value} is taken")
+    for text in ("{}", "[" * 3000 + "]" * 3000):
+        path.write_text(text)
+        refused("is missing or no grid", plot.read_index, path)
 
 
 def test_another_draw_of_the_data_widens_every_interval():
@@ -300,7 +299,7 @@ def test_what_follows_from_the_rest_is_in_no_label(tmp_path):
     assert plot.distinguishing(apart, ("n_people", "n_embd"))[0] == ["task"]
 
 
-def test_contours(tmp_path, capsys):
+def test_contours(tmp_path, strict):
     """Panels for curves and tasks, means over seeds, holes where no run is; parameters from the summary."""
     runs = [run for run in grid_of_facts(tmp_path) if run.name not in ("16_512_in_tool_1", "16_512_in_tool_2",
                                                                        "8_512_in_tool_2")]
@@ -318,54 +317,22 @@ def test_contours(tmp_path, capsys):
                          "| 16 | 0.7850 +- 0.0071 (2) | 0.1850 +- 0.0071 (2) | not measured |"]
     by_size = dict(panels(runs, "parameters", "n_people", parameters=True))
     assert plot.tabled(by_size["task in_weight: no_tool trained"], list).loc[128, 1600] == [0.19, 0.18]
-    with pytest.raises(UserError, match="--contours n_embed: .* no such setting"):
-        panels(runs, "n_people", "n_embed")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        plot.draw_contours(drawn, "n_people", "n_embd", "val accuracy", tmp_path / "a.png")
-        plot.draw_contours(panels(runs[:1], "task", "n_embd"), "task", "n_embd", "x", tmp_path / "b.png")
-    assert (tmp_path / "a.png").read_bytes()[:4] == (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"
+    refused("--contours n_embed: .* no such setting", panels, runs, "n_people", "n_embed")
+    plot.draw_contours(drawn, "n_people", "n_embd", "val accuracy", tmp_path / "a.png")
+    plot.draw_contours(panels(runs[:1], "task", "n_embd"), "task", "n_embd", "x", tmp_path / "b.png")
+    assert_drawn(tmp_path / "a.png", tmp_path / "b.png")
 
 
-def test_places_and_ticks():
+def test_places():
     assert plot.places_of([512, 32, 128]) == {32: 5, 128: 7, 512: 9}        # a factor of 8 and more: logarithms
     assert plot.places_of([1, 0, 16]) == {0: 0, 1: 1, 16: 16} and plot.places_of([2, 1]) == {1: 1, 2: 2}
     assert plot.places_of(["b", "a"]) == {"a": 0, "b": 1}
     assert plot.edges([5, 7, 8]) == [4, 6, 7.5, 8.5] and plot.edges([3]) == [2.5, 3.5]
     assert [plot.compact(n) for n in (980, 12_345, 1_200_000, 2e9)] == ["980", "12.3k", "1.2M", "2G"]
     assert sorted(["n 16", "n 8", "a"], key=plot.natural) == ["a", "n 8", "n 16"]
-    from matplotlib.figure import Figure
-    axis = Figure().subplots().xaxis
-    plot.set_ticks(axis, {1000: 0.0, 1010: 0.1, 2000: 5.0, 4000: 10.0}, "parameters", 0.04)
-    assert [label.get_text() for label in axis.get_ticklabels()] == ["1k", "2k", "4k"]
-    plot.set_ticks(axis, {2048: 1, 8192: 2}, "n_people", 0.04)
-    assert [label.get_text() for label in axis.get_ticklabels()] == ["2048", "8192"]
 
 
-def contour_lines(cells):
-    """(levels with a line, colour limits) that a panel draws of {(x, y): values}."""
-    from matplotlib.figure import Figure
-    axes = Figure().subplots()
-    rows = [(x, y, value) for (x, y), values in cells.items() for value in values]
-    means = plot.tabled(plot.pd.DataFrame(rows, columns=["across", "up", "y"]), statistics.mean)
-    across, up = (plot.places_of({place[i] for place in cells}) for i in (0, 1))
-    mesh = plot.contour_panel(axes, means, "n_people", "n_embd", across, up, (0, 1))
-    found = [item for item in axes.collections if hasattr(item, "levels")]
-    return [list(item.levels) for item in found], mesh, axes
-
-
-def test_lines_stand_where_the_level_is_crossed():
-    cells = {(32, 8): [1.0], (128, 8): [0.6, 0.8], (32, 16): [1.0], (128, 16): [0.7]}
-    levels, mesh, axes = contour_lines(cells)
-    assert levels == [[0.8, 0.95]]                                          # 0.5 is nowhere crossed
-    assert mesh.get_array().ravel().tolist() == pytest.approx([1.0, 0.7, 1.0, 0.7]) and mesh.get_clim() == (0, 1)
-    lines = next(item for item in axes.collections if hasattr(item, "levels"))
-    assert {round(x, 3) for x in lines.get_paths()[0].vertices[:, 0]} == {round(32 + 96 * 2 / 3, 3)}
-    assert len(axes.lines[0].get_xdata()) == 4                              # a dot for each cell
-    assert contour_lines({(32, 8): [1.0], (128, 8): [0.0]})[0] == []        # no area, no line
-
-
-def test_capacity(tmp_path, monkeypatch):
+def test_capacity(tmp_path, strict):
     runs = grid_of_facts(tmp_path / "runs")
     runs.append(make_facts(tmp_path / "runs" / "worse", 2048, 8, "in_weight", 1, 0.0, -5.0))
     with pytest.raises(ValueError, match="no bits in its summary"):
@@ -379,8 +346,7 @@ def test_capacity(tmp_path, monkeypatch):
     assert lines[2] == "| 32 | 8 | 800 | 100 | 0.3850 +- 0.0071 (2) | 1,002 +- 1 (2) | 100.2% | 1.252 +- 0.001 (2) |"
     assert lines[4].startswith("| 128 | 8 | 800 |") and "| 1,602 +- 1 (2) | 40.0% | 2.002 +- 0.001 (2) |" in lines[4]
     assert "| -5 (1) | -0.0% | -0.006 (1) |" in lines[-1] and lines[-1].startswith("| 2,048 | 8 |")
-    with pytest.raises(UserError, match="more than 0 bits"):
-        plot.draw_capacity(plot.capacities(found[-1:])[0], tmp_path / "none.png")
+    refused("more than 0 bits", plot.draw_capacity, plot.capacities(found[-1:])[0], tmp_path / "none.png")
     # what tells runs apart beside people and size has rows, lines and a panel of its own
     more = [make_facts(tmp_path / "more" / str(n), 32, n, "in_weight", 1, 0.5, 500.0, exposures=e, max_steps=e)
             for n, e in ((8, 1000), (16, 1000))]
@@ -388,36 +354,24 @@ def test_capacity(tmp_path, monkeypatch):
     groups, following = plot.capacities(found + [(run, *plot.read_capacity(run)) for run in map(of_folder, more)])
     assert list(groups["label"].unique()) == ["exposures 100", "exposures 1000"]
     assert plot.capacity_table(groups)[-1].startswith("| exposures 1000 | 32 | 16 | 1,600 |")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        plot.draw_capacity(groups, tmp_path / "a.png", plot.footnote(following))
-    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
-    kept = []
-    monkeypatch.setattr(plot, "save", lambda figure, path: kept.append(figure))
-    plot.draw_capacity(groups, tmp_path / "a.png")
-    assert min(float(min(line.get_ydata())) for line in kept[0].axes[0].lines if len(line.get_ydata())) > 0
-    names = [text.get_text() for text in kept[0].legends[0].get_texts()]
-    assert names[:4] == ["2 bits a parameter", "1 bits a parameter", "0.5 bits a parameter", "32 people, exposures 100"]
-    assert [axes.get_title() for axes in kept[0].axes[1:3]] == ["exposures 100", "exposures 1000"]
+    plot.draw_capacity(groups, tmp_path / "a.png", plot.footnote(following))
+    assert_drawn(tmp_path / "a.png")
 
 
-def test_the_commands(tmp_path, monkeypatch, forks):
+def test_the_commands(tmp_path, monkeypatch, in_process):
+    monkeypatch.chdir(tmp_path)
     grid_of_facts(tmp_path / "runs")
-    done = forks.run(["plot.py", "runs/*", "--contours", "n_people,parameters", "--metric", "accuracy", "--only",
-                      "tool,unseen"], tmp_path)
-    assert done.code == 0 and (tmp_path / "contours.png").exists(), done.err
-    assert done.out.startswith("**raw tool unseen**: val accuracy, mean +- standard deviation (seeds)")
-    assert "| parameters \\ n_people | 32 | 128 | 512 |" in done.out and "left out 12 runs" in done.err
-    done = forks.run(["plot.py", "runs/*", "--capacity"], tmp_path)
-    assert done.code == 0 and (tmp_path / "capacity.png").exists() and done.out.startswith("| people |")
-    assert done.err.count("left out runs/") == 12                        # the tool's runs, by name
-    for words, why in ((("--capacity", "--over", "n_embd"), "choose one"), (("--contours", "n_embd"), "two settings"),
-                       (("--contours", "n_embd,n_embd"), "two settings"), (("--only", "tol"), "there are: raw")):
-        for name in ("runs", "over", "contours", "capacity", "only", "metric"):
-            monkeypatch.setattr(plot, name, getattr(plot, name))            # which main changes
-        monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "runs/*"), "--metric", "accuracy", *words])
-        with pytest.raises(UserError, match=why):
-            plot.main.__wrapped__()
+    code, out, err = in_process(plot, "runs/*", "--contours", "n_people,parameters", "--metric", "accuracy", "--only",
+                                "tool,unseen")
+    assert code == 0 and out.startswith("**raw tool unseen**: val accuracy, mean +- standard deviation (seeds)"), err
+    assert "| parameters \\ n_people | 32 | 128 | 512 |" in out and "left out 12 runs" in err
+    code, out, err = in_process(plot, "runs/*", "--capacity")
+    assert code == 0 and out.startswith("| people |") and err.count("left out runs/") == 12  # the tool's runs, by name
+    assert_drawn(tmp_path / "contours.png", tmp_path / "capacity.png")
+    for words, why in (("--capacity --over n_embd", "choose one"), ("--contours n_embd", "two settings"),
+                       ("--contours n_embd,n_embd", "two settings"), ("--only tol", "there are: raw")):
+        code, _, err = in_process(plot, "runs/*", "--metric", "accuracy", *words.split())
+        assert code == 2 and why in err.splitlines()[-1]
 
 
 def crossed(at, values, shown=(), **more):
@@ -445,23 +399,3 @@ def test_the_table_of_a_cross():
     two = plot.pivot({"metric": "m", "cross": {"lr": {"1": {}, "2": {}}}, "rows": [
         crossed({"lr": str(i)}, [i, i + 1.0]) | {"name": f"lr {i}"} for i in (1, 2)]})
     assert two[-2] == "Deviations: 0.7071 over lr, 0.7071 over seeds, 0.0000 of the rest."
-
-
-def drawn_labels(found, tmp_path, monkeypatch):
-    """{label: (colour, dash)} of the curves that draw draws."""
-    kept = []
-    monkeypatch.setattr(plot, "save", lambda figure, path: kept.append(figure))
-    plot.draw(plot.points_of(found)[0], "step", "val accuracy", tmp_path / "a.png", "beside")
-    return {line.get_label(): (line.get_color(), line.get_linestyle()) for line in kept[0].axes[0].lines}, kept[0]
-
-
-def test_curves_of_both_tasks(tmp_path, monkeypatch):
-    """With and without the tool: a colour for each setting, a dash for each curve, and no word that all have."""
-    found = read([make_facts(tmp_path / f"{task}{seed}", 32, 8, task, seed) for task in CURVES for seed in (1, 2)])
-    lines, _ = drawn_labels(found, tmp_path, monkeypatch)
-    assert lines == {"task in_weight (2 seeds): no_tool trained": ("C0", "-"),
-                     "task in_tool (2 seeds): tool trained": ("C1", "--"),
-                     "task in_tool (2 seeds): tool unseen": ("C1", ":")}
-    many = found + read([make_facts(tmp_path / "wide", 32, 16, "in_tool", 1)])
-    lines, figure = drawn_labels(many, tmp_path, monkeypatch)
-    assert len(lines) == 5 and figure.legends and figure.legends[0].get_title().get_text() == "beside"

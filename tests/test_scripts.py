@@ -82,28 +82,23 @@ def test_first_command(typed, run):
 
 
 def test_run_directory(run):
-    assert sorted(path.name for path in run.iterdir()) == sorted([
-        "params.json", "code", "metrics.jsonl", "last.pt", "best.pt", "summary.json", "curves.png", "samples", "lock"])
+    assert {path.name for path in run.iterdir()} == set(
+        "params.json code metrics.jsonl last.pt best.pt summary.json curves.png samples lock".split())
     code = {str(path.relative_to(run / "code")) for path in (run / "code").rglob("*.py")}
-    assert code >= {"train_enwik8.py", "model.py", "nanolab/optim.py", "nanolab/run.py", "nanolab/cache.py",
-                    "data/text.py"}
-    assert (run / "code" / "model.py").read_bytes() == (ROOT / "model.py").read_bytes()
+    assert code >= {"train_enwik8.py", "model.py", "nanolab/optim.py", "nanolab/cache.py", "data/text.py"}
     params = json.loads((run / "params.json").read_text(), parse_constant=pytest.fail)
     assert params["settings"]["n_layer"] == 2 and params["settings"]["norm"] == "rms"       # a flag; the preset
     assert params["settings"].keys() == override(fresh("train_enwik8.py"), []).keys()
-    assert params["versions"]["torch"] == torch.__version__ and "--preset" in params["command"] and "git" in params
-    summary = json.loads((run / "summary.json").read_text(), parse_constant=pytest.fail)
-    assert (summary["status"], summary["step"]) == ("done", 30)
-    assert summary["peak_memory"] > 1e7 and summary["seconds"] > 0
+    assert "--preset" in params["command"] and "git" in params
     lines = [json.loads(line, parse_constant=pytest.fail) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert {line["split"] for line in lines} == {"train", "val"}
     trained = [line for line in lines if line["split"] == "train"]
-    assert [line["step"] for line in trained] == [10, 20, 30]
+    assert [line["step"] for line in trained] == [10, 20, 30] and len(trained) < len(lines)
     assert trained[0].keys() >= {"loss", "bpb", "lr", "grad_norm", "tokens_per_s", "mfu", "seconds", "epoch"}
     assert all(line["loss"] / math.log(2) == pytest.approx(line["bpb"]) for line in lines)
-    assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    summary, sizes = json.loads((run / "summary.json").read_text()), ("batch_size", "grad_accum", "block_size")
     assert min(line["bpb"] for line in lines if line["split"] == "val" and "windows" in line["protocol"]
                and line["weights"] == "ema") == summary["best_bpb"]
+    assert summary["bytes"] == 30 * math.prod(params["settings"][name] for name in sizes)
 
 
 def test_debug(typed, home):
@@ -133,19 +128,6 @@ def test_estimate_without_gpu(forks, tmp_path):
     assert child.wait().code == 130
     said = [line for line in child.out.splitlines() if "hours" in line]
     assert len(said) == 1 and "1,000,000,000 steps" in said[0] and "--preset cpu" in said[0]
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help(forks, tmp_path, script):
-    """-h names every setting with its comment, and every preset; nothing is run."""
-    child = forks.run([script, "-h"], tmp_path)
-    assert_done(child)
-    g = fresh(script)
-    for name in override(g, []):
-        assert re.search(rf"^ *--{name} .*\S", child.out, re.M), name
-    for name in g.get("presets", {}):
-        assert re.search(rf"^  {name}\b", child.out, re.M), name
-    assert snapshot(tmp_path) == {}
 
 
 def test_import_runs_nothing(tmp_path):
@@ -200,40 +182,25 @@ def test_sample(forks, home, run):
 
 MISTAKES = {
     "train_enwik8.py --n_layr 4": ["n_layr", "n_layer"],
-    "train_enwik8.py n_layer=4": ["n_layer=4"],
     "train_enwik8.py cpu": ["--preset cpu"],
     "train_enwik8.py --optimizer adamv": ["optimizer", "adamw"],
-    "train_enwik8.py --norm batch": ["norm", "layer, rms"],
-    "train_enwik8.py --dropout 1": ["dropout", "< 1"],
-    "train_enwik8.py --n_layer 2.5": ["n_layer", "whole number"],
-    "train_enwik8.py --lr nan": ["lr"],
-    "train_enwik8.py --lr": ["lr"],
     "train_enwik8.py --n_embd 30 --n_head 4": ["30", "4", "n_head"],
     "train_enwik8.py --n_head 4 --n_kv_head 3": ["n_kv_head", "3"],
     "train_enwik8.py --max_steps none": ["max_steps", "intermediate_losses"],
     "train_enwik8.py --schedule cosine --max_steps none --no-intermediate_losses": ["cosine", "max_steps"],
-    "train_enwik8.py --preset tiny": ["tiny", "cpu"],
     "train_enwik8.py --dataset shakspeare": ["shakspeare", "shakespeare"],
     "train_enwik8.py --debug --block_size 200000 --device cpu": ["block_size"],
     "train_enwik8.py --preset cpu --resume no/such.pt": ["no/such.pt"],
     "train_enwik8.py --debug --device cuda:77": ["cuda:77"],
     "train_enwik8.py --debug --run_name ../up --device cpu": ["../up"],
-    "evaluate.py": ["evaluate.py"],
-    "evaluate.py no/such.pt": ["no/such.pt"],
+    "evaluate.py": ["evaluate.py"], "sample.py": ["sample.py"],
     "evaluate.py FIRST --protocols block,strid:4": ["strid:4"],
     "evaluate.py FIRST --protocols stride:33": ["stride:33", "32"],
     "evaluate.py DEBUGGED --weights ema": ["last.pt"],
     "evaluate.py DEBUGGED --protocols cache": ["cache", "learned"],
     "evaluate.py DEBUGGED --splt val": ["splt", "split"],
-    "sample.py": ["sample.py"],
-    "sample.py runs": ["runs"],
-    "sample.py FIRST --prompt ''": ["prompt"],
-    "sample.py FIRST --top_p 1.5": ["top_p"],
-    "bench.py --what nothing": ["what"],
-    "bench.py --peer nowhere": ["nowhere"],
-    "bench.py --peer nanogpt=no/where": ["no/where", "model.py"],
-    "bench.py --clock cpu": ["threads"],
-    "bench.py --draws 1,x": ["1,x"],
+    "sample.py runs": ["runs"], "sample.py FIRST --prompt ''": ["prompt"], "sample.py FIRST --top_p 1.5": ["top_p"],
+    "bench.py --what nothing": ["what"], "bench.py --clock cpu": ["threads"], "bench.py --draws 1,x": ["1,x"],
 }
 
 
@@ -310,22 +277,25 @@ def python_commands(lines):
                 yield words[1:]
 
 
-def assert_typable(words, empty):
+def assert_typable(command, empty):
     """The script is there, and takes these words; `empty`: a folder without runs."""
-    script, words = words[0], [word for word in words[1:] if word not in ("&", ">", "...", "-h", "--help")]
+    script, words = command[0], [word for word in command[1:] if word not in ("&", ">", "...", "-h", "--help")]
     assert (ROOT / script).is_file(), f"{script} is not there"
     g = fresh(script)
-    if script == "nanolab/runs.py":                           # words of its own: among no runs all do nothing
-        runs.main([*words, "--out_dir", str(empty)])
-    elif {"override", "begin"} & set(g):
-        bare = next((name for name in ("checkpoint", "grid", "runs") if name in g), None)
-        settings = override(g, [] if words[:1] in (["archive"], ["restore"]) else words, positional=bare)
-        if "check" in g:
-            g["check"](settings)
-    elif hasattr(g["main"], "read"):                         # of data/
-        g["main"].read(words)
-    else:                                                    # discrete.py's words are names of its own
-        assert all(f'"{word}"' in (ROOT / script).read_text() for word in words), words
+    try:
+        if script == "nanolab/runs.py":                       # words of its own: among no runs all do nothing
+            runs.main([*words, "--out_dir", str(empty)])
+        elif {"override", "begin"} & set(g):
+            bare = next((name for name in ("checkpoint", "grid", "runs") if name in g), None)
+            settings = override(g, [] if words[:1] in (["archive"], ["restore"]) else words, positional=bare)
+            if "check" in g:
+                g["check"](settings)
+        elif hasattr(g["main"], "read"):                     # of data/
+            g["main"].read(words)
+        else:                                                # discrete.py's words are names of its own
+            assert all(f'"{word}"' in (ROOT / script).read_text() for word in words)
+    except Exception as error:
+        raise AssertionError(f"{' '.join(command)}: {type(error).__name__}: {error}") from error
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -355,11 +325,7 @@ def test_commands_of_pages(page, tmp_path):
     elif page.name == "README.md":
         assert {words[0] for words in found} >= {"train_enwik8.py", "plot.py", "grid.py", "evaluate.py", "sample.py"}
     for words in found:
-        with noting(" ".join(words)):
-            try:
-                assert_typable(words, tmp_path)
-            except Exception as error:
-                raise AssertionError(f"{type(error).__name__}: {error}") from error
+        assert_typable(words, tmp_path)
 
 
 def anchors(page):

@@ -1,5 +1,5 @@
 """Settings: every accepted and every refused form of the command line, presets, -h, and what a resume adopts."""
-import os
+import re
 import runpy
 import subprocess
 import sys
@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from choices import refused
 from nanolab import settings as flags
 from nanolab.run import UserError, adopt, override
-from nanolab.settings import serve
+from nanolab.settings import ROOT, serve
+from test_scripts import SCRIPTS, fresh
 
 SOURCE = '''"""A script for tests.
 
@@ -67,151 +69,83 @@ def g(tmp_path):
     return runpy.run_path(str(path))
 
 
-ACCEPTED = [
-    ("--n_layer 6", "n_layer", 6),
-    ("--n_layer=6", "n_layer", 6),
-    ("--n-layer 6", "n_layer", 6),
-    ("--n-layer=6", "n_layer", 6),
-    ("--n_layer 1_0", "n_layer", 10),
-    ("--n_layer 3 --n_layer 4", "n_layer", 4),
-    ("--compile", "compile", True),
-    ("--no-compile", "compile", False),
-    ("--no_compile", "compile", False),
-    ("--compile --no-compile", "compile", False),
-    ("--no-tie", "tie", False),
-    ("--compile=true", "compile", True),
-    ("--compile=false", "compile", False),
-    ("--compile false", "compile", False),
-    ("--compile true", "compile", True),
-    ("--compile 1", "compile", True),
-    ("--tie 0", "tie", False),
-    ("--compile yes", "compile", True),
-    ("--tie no", "tie", False),
-    ("--tie False", "tie", False),
-    ("--compile --n_layer 3", "compile", True),
-    ("--max_steps none", "max_steps", None),
-    ("--max_steps None", "max_steps", None),
-    ("--max_steps=none", "max_steps", None),
-    ("--max_steps 0", "max_steps", 0),
-    ("--n_kv_head 4", "n_kv_head", 4),
-    ("--n_kv_head none", "n_kv_head", None),
-    ("--scale 2", "scale", 2.0),
-    ("--scale 0.5", "scale", 0.5),
-    ("--dropout 0", "dropout", 0.0),
-    ("--dropout .5", "dropout", 0.5),
-    ("--lr 1", "lr", 1.0),
-    ("--lr 3e-4", "lr", 3e-4),
-    ("--shift -2", "shift", -2.0),
-    ("--shift -2e-1", "shift", -0.2),
-    ("--shift=-2.5", "shift", -2.5),
-    ("--norm rms", "norm", "rms"),
-    ("--positions none", "positions", "none"),
-    ("--residual_scale depth", "residual_scale", "depth"),
-    ("--residual_scale 0.5", "residual_scale", 0.5),
-    ("--betas 0.8,0.9", "betas", (0.8, 0.9)),
-    ("--betas=0,0.9", "betas", (0.0, 0.9)),
-    ("--betas (0.8,0.9)", "betas", (0.8, 0.9)),
-    ("--sizes 3,4", "sizes", (3, 4)),
-    ("--sizes -3,4", "sizes", (-3, 4)),
-    ("--mixed 2,3", "mixed", (2.0, 3.0)),
-    ("--run_name test", "run_name", "test"),
-    ("--run_name=", "run_name", ""),
-    ("--run_name=--odd", "run_name", "--odd"),
-    ("--run_name none", "run_name", None),
-    ("--out_dir a=b", "out_dir", "a=b"),
-    ("--out_dir=a=b", "out_dir", "a=b"),
-    ("--resume", "resume", True),
-    ("--resume --compile", "resume", True),
-    ("--resume runs/a/last.pt", "resume", "runs/a/last.pt"),
-    ("--resume=runs/a", "resume", "runs/a"),
-    ("--resume 1", "resume", "1"),
-    ("--resume=true", "resume", True),
-    ("--resume false", "resume", False),
-    ("--no-resume", "resume", False),
-    ("--preset small", "n_layer", 2),
-    ("--preset small", "betas", (0.5, 0.6)),
-    ("--preset small", "max_steps", None),
-    ("--preset small", "preset", "small"),
-    ("--preset none", "n_layer", 12),
-    ("--preset small --n_layer 5", "n_layer", 5),
-    ("--n_layer 5 --preset small", "n_layer", 5),
-    ("--preset large --preset small", "norm", "layer"),
-    ("--preset large", "lr", 1.0),
+ACCEPTED = {  # {setting: {what is typed: its value}}
+    "n_layer": {"--n_layer 6": 6, "--n_layer=6": 6, "--n-layer 6": 6, "--n-layer=6": 6, "--n_layer 1_0": 10,
+                "--n_layer 3 --n_layer 4": 4, "--preset small": 2, "--preset none": 12, "--preset small --n_layer 5": 5,
+                "--n_layer 5 --preset small": 5},
+    "compile": {"--compile": True, "--no-compile": False, "--no_compile": False, "--compile --no-compile": False,
+                "--compile=true": True, "--compile false": False, "--compile 1": True, "--compile yes": True,
+                "--compile --n_layer 3": True},
+    "tie": {"--no-tie": False, "--tie 0": False, "--tie no": False, "--tie False": False},
+    "max_steps": {"--max_steps none": None, "--max_steps=None": None, "--max_steps 0": 0, "--preset small": None},
+    "n_kv_head": {"--n_kv_head 4": 4, "--n_kv_head none": None},
+    "scale": {"--scale 2": 2.0, "--scale 0.5": 0.5},
+    "dropout": {"--dropout 0": 0.0, "--dropout .5": 0.5},
+    "lr": {"--lr 1": 1.0, "--lr 3e-4": 3e-4, "--preset large": 1.0},
+    "shift": {"--shift -2": -2.0, "--shift -2e-1": -0.2, "--shift=-2.5": -2.5},
+    "norm": {"--norm rms": "rms", "--preset large --preset small": "layer"},
+    "positions": {"--positions none": "none"},
+    "residual_scale": {"--residual_scale depth": "depth", "--residual_scale 0.5": 0.5},
+    "betas": {"--betas 0.8,0.9": (0.8, 0.9), "--betas=0,0.9": (0.0, 0.9), "--betas (0.8,0.9)": (0.8, 0.9),
+              "--preset small": (0.5, 0.6)},
+    "sizes": {"--sizes 3,4": (3, 4), "--sizes -3,4": (-3, 4)},
+    "mixed": {"--mixed 2,3": (2.0, 3.0)},
+    "run_name": {"--run_name test": "test", "--run_name=": "", "--run_name=--odd": "--odd", "--run_name none": None},
+    "out_dir": {"--out_dir a=b": "a=b", "--out_dir=a=b": "a=b"},
+    "resume": {"--resume": True, "--resume --compile": True, "--resume runs/a/last.pt": "runs/a/last.pt",
+               "--resume=runs/a": "runs/a", "--resume 1": "1", "--resume=true": True, "--resume false": False,
+               "--no-resume": False},
+    "preset": {"--preset small": "small"},
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_accepted(g, name):
+    for line, value in ACCEPTED[name].items():
+        settings = override(g, line.split())
+        assert settings[name] == g[name] == value and type(settings[name]) is type(value), line
+        if isinstance(value, tuple):
+            assert [type(item) for item in settings[name]] == [type(item) for item in value], line
+
+
+MUST = [  # setting, what it must be, wrong values
+    ("n_layer", "a whole number >= 1", ["", "1.5", "1e5", "six", "none", "true"]), ("n_layer", ">= 1", ["0"]),
+    ("max_steps", ">= 0, or none", ["-1"]), ("max_steps", "a whole number >= 0, or none", ["nine"]),
+    ("n_kv_head", ">= 1, or none", ["0"]), ("n_kv_head", "a whole number >= 1, or none", ["1.0"]),
+    ("scale", "> 0.0, or none", ["0"]), ("dropout", ">= 0 and < 1", ["1.5", "1", "-0.1"]),
+    ("dropout", "a number >= 0 and < 1", ["high"]), ("lr", "a number > 0", ["nan", "inf", "1e999"]),
+    ("shift", "a number", ["-inf"]), ("norm", "one of layer, rms; did you mean layer?", ["laier", "Layer"]),
+    ("norm", "one of layer, rms", ["none"]), ("residual_scale", "a number > 0.0, or depth", ["deep"]),
+    ("residual_scale", "> 0.0, or depth", ["0"]),
+    ("betas", "2 values with commas between them, each a number >= 0 and < 1", ["0.9", "0.9,0.9,0.9", "none"]),
+    ("betas", "2 values with commas between them, each >= 0 and < 1", ["0.9,1"]),
+    ("sizes", "2 values with commas between them, each a whole number", ["1,2.5"]),
+    ("compile", "true or false", ["maybe", ""]), ("preset", "one of small, large; did you mean small?", ["smal"]),
 ]
+FLAG = "--no-name is for settings that are true or false, and takes no value"
+REFUSED = {
+    "--n_layers 6": "unknown setting --n_layers; did you mean --n_layer?",
+    "--qwertz 6": "unknown setting --qwertz; -h lists them all",
+    "--n_layer": "--n_layer: a value is missing; it must be a whole number >= 1",
+    "--n_layer --compile": "--n_layer: a value is missing; it must be a whole number >= 1",
+    "--compile maybe": "unexpected word 'maybe': settings are written --name value",
+    "--no-compile=true": f"--no-compile=true: {FLAG}", "--no-n_layer": f"--no-n_layer: {FLAG}",
+    "--no-n_layers": "unknown setting --no_n_layers", "-- 6": "unexpected word '--'",
+    "small": "unexpected word 'small'; did you mean --preset small?",
+    "n_layer=6": "unexpected word 'n_layer=6'; did you mean --n_layer?",
+    "-n_layer 6": "unexpected word '-n_layer'; did you mean --n_layer?",
+    **{f"--{name} 4": f"unknown setting --{name}" for name in (
+        "LIMIT", "_hidden", "computed", "presets", "architecture", "after", "later")},
+    **{f"--{name}={value}": f"--{name} {value}: must be {must}" for name, must, values in MUST for value in values},
+}
 
 
-@pytest.mark.parametrize("line, name, value", ACCEPTED, ids=[line for line, _, _ in ACCEPTED])
-def test_accepted(g, line, name, value):
-    settings = override(g, line.split())
-    assert settings[name] == value and type(settings[name]) is type(value)
-    if isinstance(value, tuple):
-        assert [type(item) for item in settings[name]] == [type(item) for item in value]
-    assert g[name] == value, "the script's global is set"
-
-
-REFUSED = [
-    ("--n_layers 6", "unknown setting --n_layers; did you mean --n_layer?"),
-    ("--qwertz 6", "unknown setting --qwertz; -h lists them all"),
-    ("--n_layer", "--n_layer: a value is missing; it must be a whole number >= 1"),
-    ("--n_layer --compile", "--n_layer: a value is missing; it must be a whole number >= 1"),
-    ("--n_layer=", "--n_layer : must be a whole number >= 1"),
-    ("--n_layer 1.5", "--n_layer 1.5: must be a whole number >= 1"),
-    ("--n_layer 1e5", "--n_layer 1e5: must be a whole number >= 1"),
-    ("--n_layer six", "--n_layer six: must be a whole number >= 1"),
-    ("--n_layer 0", "--n_layer 0: must be >= 1"),
-    ("--n_layer none", "--n_layer none: must be a whole number >= 1"),
-    ("--n_layer true", "--n_layer true: must be a whole number >= 1"),
-    ("--max_steps -1", "--max_steps -1: must be >= 0, or none"),
-    ("--max_steps nine", "--max_steps nine: must be a whole number >= 0, or none"),
-    ("--n_kv_head 0", "--n_kv_head 0: must be >= 1, or none"),
-    ("--n_kv_head 1.0", "--n_kv_head 1.0: must be a whole number >= 1, or none"),
-    ("--scale 0", "--scale 0: must be > 0.0, or none"),
-    ("--dropout 1.5", "--dropout 1.5: must be >= 0 and < 1"),
-    ("--dropout 1", "--dropout 1: must be >= 0 and < 1"),
-    ("--dropout -0.1", "--dropout -0.1: must be >= 0 and < 1"),
-    ("--dropout high", "--dropout high: must be a number >= 0 and < 1"),
-    ("--lr nan", "--lr nan: must be a number > 0"),
-    ("--lr inf", "--lr inf: must be a number > 0"),
-    ("--shift -inf", "--shift -inf: must be a number"),
-    ("--lr 1e999", "--lr 1e999: must be a number > 0"),
-    ("--norm laier", "--norm laier: must be one of layer, rms; did you mean layer?"),
-    ("--norm none", "--norm none: must be one of layer, rms"),
-    ("--norm Layer", "--norm Layer: must be one of layer, rms; did you mean layer?"),
-    ("--residual_scale deep", "--residual_scale deep: must be a number > 0.0, or depth"),
-    ("--residual_scale 0", "--residual_scale 0: must be > 0.0, or depth"),
-    ("--betas 0.9", "--betas 0.9: must be 2 values with commas between them, each a number >= 0 and < 1"),
-    ("--betas 0.9,0.9,0.9", "--betas 0.9,0.9,0.9: must be 2 values with commas between them, each a number"),
-    ("--betas 0.9,1", "--betas 0.9,1: must be 2 values with commas between them, each >= 0 and < 1"),
-    ("--betas none", "--betas none: must be 2 values with commas between them, each a number >= 0 and < 1"),
-    ("--sizes 1,2.5", "--sizes 1,2.5: must be 2 values with commas between them, each a whole number"),
-    ("--compile=maybe", "--compile maybe: must be true or false"),
-    ("--compile=", "--compile : must be true or false"),
-    ("--compile maybe", "unexpected word 'maybe': settings are written --name value"),
-    ("--no-compile=true", "--no-compile=true: --no-name is for settings that are true or false, and takes no value"),
-    ("--no-n_layer", "--no-n_layer: --no-name is for settings that are true or false, and takes no value"),
-    ("--no-n_layers", "unknown setting --no_n_layers"),
-    ("--preset smal", "--preset smal: must be one of small, large; did you mean small?"),
-    ("small", "unexpected word 'small'; did you mean --preset small?"),
-    ("n_layer=6", "unexpected word 'n_layer=6'; did you mean --n_layer?"),
-    ("-n_layer 6", "unexpected word '-n_layer'; did you mean --n_layer?"),
-    ("-- 6", "unexpected word '--'"),
-    ("--LIMIT 4", "unknown setting --LIMIT"),
-    ("--_hidden 4", "unknown setting --_hidden"),
-    ("--computed 4", "unknown setting --computed"),
-    ("--presets 4", "unknown setting --presets; did you mean --preset?"),
-    ("--architecture 4", "unknown setting --architecture"),
-    ("--after 4", "unknown setting --after"),
-    ("--later 4", "unknown setting --later"),
-]
-
-
-@pytest.mark.parametrize("line, message", REFUSED, ids=[line for line, _ in REFUSED])
-def test_refused(g, line, message):
+@pytest.mark.parametrize("line", REFUSED)
+def test_refused(g, line):
     before = {name: g[name] for name in ("n_layer", "betas", "compile", "norm")}
     with pytest.raises(UserError) as caught:
         override(g, line.split())
-    assert str(caught.value).startswith(message)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(REFUSED[line]) and "\n" not in str(caught.value)
     assert {name: g[name] for name in before} == before, "a refused command line changes nothing"
 
 
@@ -232,10 +166,9 @@ def test_explicit_names_are_those_of_flags_and_preset(g):
 
 
 def test_positional(g):
-    assert override(g, "runs/a --n_layer 3".split(), positional="checkpoint")["checkpoint"] == "runs/a"
-    assert override(g, "--n_layer 3 runs/a".split(), positional="checkpoint")["checkpoint"] == "runs/a"
-    with pytest.raises(UserError, match="unexpected word 'runs/b'"):
-        override(g, "runs/a runs/b".split(), positional="checkpoint")
+    for line in ("runs/a --n_layer 3", "--n_layer 3 runs/a"):
+        assert override(g, line.split(), positional="checkpoint")["checkpoint"] == "runs/a"
+    refused("unexpected word 'runs/b'", override, g, "runs/a runs/b".split(), positional="checkpoint")
 
 
 @pytest.mark.parametrize("bad", [dict(n_layers=2), dict(n_layer=2.5), dict(n_layer=0), dict(norm="laier"),
@@ -284,65 +217,51 @@ def test_help_before_anything_is_imported(g, capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("script", ["train_enwik8", "train_mult", "train_dvae", "train_worldmodel", "train_facts"])
-def test_help_of_the_scripts_needs_no_torch(tmp_path, script):
+DATA = [f"data/{name}.py" for name in ("text", "arc", "video", "facts", "mqar", "smollm", "tokens")]
+
+
+@pytest.mark.parametrize("words", [*SCRIPTS, *DATA, "data/tokens.py train"])
+def test_help_of_the_commands(tmp_path, words):
+    """Before torch is imported, within 80 columns: every setting with its comment, every preset. Nothing is written.
+    A narrow terminal makes no column of single letters of it."""
+    path, *more = words.split()
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')\n")
-    root = Path(flags.__file__).parents[1]
-    done = subprocess.run([sys.executable, root / f"{script}.py", "-h"], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
-    assert done.returncode == 0 and "--preset" in done.stdout and not done.stderr
+    done = subprocess.run([sys.executable, ROOT / path, *more, "-h"], capture_output=True, text=True, cwd=tmp_path,
+                          env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "20"})
+    lines = done.stdout.splitlines()
+    assert (done.returncode, done.stderr) == (0, "") and max(map(len, lines)) <= 80
+    assert sum(len(line.strip()) == 1 for line in lines) < 4
+    assert [file.name for file in tmp_path.iterdir()] == ["torch.py"]
+    if path.startswith("data/"):
+        assert done.stdout.startswith(f"usage: {path}")
+        return
+    for name in flags._read_settings(ROOT / path):
+        assert re.search(rf"^ *--{name} .*\S", done.stdout, re.M), name
+    for name in fresh(path).get("presets", {}):
+        assert re.search(rf"^  {name}\b", done.stdout, re.M), name
 
 
-def as_typed(g, line):
-    return override(g, line.split())
-
-
-def test_adopt_takes_what_was_not_typed_from_the_checkpoint(g, capsys):
-    checkpoint = {**override(g, []), "lr": 0.5, "betas": [0.1, 0.2], "n_layer": 6, "gone": 1, "out_dir": "elsewhere",
-                  "run_name": "other", "resume": True}
-    del checkpoint["scale"]
-    settings = as_typed(g, "--lr 0.25 --out_dir here --resume a.pt")
+@pytest.mark.parametrize("line, saved, wanted, said", [
+    ("--lr 0.25 --out_dir here --resume a.pt",               # what was typed stays; a key that is gone, one that is new
+     dict(lr=0.5, betas=[0.1, 0.2], n_layer=6, gone=1, out_dir="elsewhere", run_name="other", resume=True, scale=...),
+     dict(lr=0.25, betas=(0.1, 0.2), n_layer=6, out_dir="here", run_name=None, resume="a.pt", scale=None),
+     "from the checkpoint: n_layer 6 (not 12), betas 0.1,0.2 (not 0.9,0.95)\n"),
+    ("--n_layer 12 --norm layer", dict(n_layer=6), dict(n_layer=6, norm="layer"),
+     "n_layer 6 comes from the checkpoint: --n_layer 12 is overruled\n"),
+    ("--resume", {}, dict(resume=True, n_layer=12), "")])
+def test_what_a_resume_adopts(g, capsys, line, saved, wanted, said):
+    checkpoint = {name: value for name, value in {**override(g, []), **saved}.items() if value is not ...}
+    settings = override(g, line.split())
+    before, typed = set(settings), settings.explicit
     adopt(settings, checkpoint, ("n_layer", "norm"))
-    assert settings.explicit == {"lr", "out_dir", "resume"}
-    assert (settings["lr"], settings["betas"], settings["n_layer"]) == (0.25, (0.1, 0.2), 6)
-    assert (settings["out_dir"], settings["run_name"], settings["resume"]) == ("here", None, "a.pt")
-    assert settings["scale"] is None and "gone" not in settings
-    assert g["n_layer"] == 6 and g["betas"] == (0.1, 0.2) and g["lr"] == 0.25
-    assert capsys.readouterr().out == "from the checkpoint: n_layer 6 (not 12), betas 0.1,0.2 (not 0.9,0.95)\n"
+    assert set(settings) == before and settings.explicit == typed
+    assert {name: settings[name] for name in wanted} == {name: g[name] for name in wanted} == wanted
+    assert capsys.readouterr().out == said
 
 
-def test_adopt_overrules_architecture_in_one_line(g, capsys):
-    checkpoint = {**override(g, []), "n_layer": 6}
-    settings = as_typed(g, "--n_layer 12 --norm layer")
-    adopt(settings, checkpoint, ("n_layer", "norm"))
-    assert settings["n_layer"] == g["n_layer"] == 6
-    assert capsys.readouterr().out == "n_layer 6 comes from the checkpoint: --n_layer 12 is overruled\n"
-
-
-def test_adopt_says_nothing_when_nothing_differs(g, capsys):
-    saved, settings = dict(override(g, [])), as_typed(g, "--resume")
-    adopt(settings, saved, ("n_layer",))
-    assert settings == override(g, ["--resume"])
-    assert capsys.readouterr().out == ""
-
-
-def test_adopt_refuses_values_that_the_script_does_not_know(g):
+def test_a_resume_refuses_values_that_the_script_does_not_know(g):
     with pytest.raises(UserError, match="the checkpoint's norm 'batch' is not allowed here: must be one of layer, rms"):
-        adopt(as_typed(g, ""), {**override(g, []), "norm": "batch"}, ("norm",))
-
-
-@pytest.mark.parametrize("words, status, error", [
-    (["--n_layers", "3"], 2, "error: unknown setting --n_layers; did you mean --n_layer?\n"),
-    (["--norm", "a\nb"], 2, "error: --norm a b: must be one of layer, rms\n"),
-    (["--n_layer", "3"], 0, ""),
-])
-def test_as_a_process(tmp_path, words, status, error):
-    main = "from nanolab.run import command, override\n@command\ndef main():\n    override(globals())\nmain()\n"
-    (tmp_path / "script.py").write_text(SOURCE.split("\ndef main")[0] + main)
-    done = subprocess.run([sys.executable, "script.py", *words], cwd=tmp_path, capture_output=True, text=True,
-                          env={"PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONDONTWRITEBYTECODE": "1"})
-    assert (done.returncode, done.stderr) == (status, error)
-    assert [path.name for path in tmp_path.iterdir()] == ["script.py"], "nothing is written"
+        adopt(override(g, []), {**override(g, []), "norm": "batch"}, ("norm",))
 
 
 # --- Fields of config classes ---
@@ -374,8 +293,7 @@ def test_commented_fields_of_a_config_class_are_settings(tmp_path, capsys):
     assert settings == {"preset": "wide", "kind": "b", "lr": 0.1, "width": 8} and g["width"] == 8
     for line, error in (("--width 1", "must be >= 2"), ("--depth 2", "unknown setting --depth"),
                         ("--inner 2", "unknown setting --inner"), ("--kind c", "must be one of a, b")):
-        with pytest.raises(UserError, match=error):
-            override(g, line.split())
+        refused(error, override, g, line.split())
     with pytest.raises(SystemExit):
         override(g, ["-h"])
     assert "Further, of the model\n  --width 4" in capsys.readouterr().out
@@ -400,9 +318,6 @@ def test_begin_takes_what_debug_says_unless_a_flag_does(tmp_path):
 
 
 # --- serve: options from signatures and docstrings, what is typed wrongly, -h before any long import ---
-
-ROOT = Path(__file__).resolve().parents[1]
-
 
 def load(dataset, max_bytes=None, share=0.5, ball=True, word="a", seed=7):
     """Finds a text.
@@ -476,14 +391,3 @@ def test_what_is_typed_wrongly_is_said(words, said):
     with pytest.raises(UserError) as error:
         main(words.split())
     assert said in str(error.value) and len(str(error.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize("words", [["text"], ["arc"], ["video"], ["facts"], ["mqar"], ["smollm"], ["tokens"],
-                                   ["tokens", "train"]])
-def test_help_is_answered_before_torch_is_imported(words, tmp_path):
-    name, *more = words
-    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    done = subprocess.run([sys.executable, ROOT / f"data/{name}.py", *more, "-h"], cwd=tmp_path, capture_output=True,
-                          text=True, env={"PYTHONPATH": str(tmp_path)})
-    assert done.returncode == 0 and not done.stderr and done.stdout.startswith(f"usage: data/{name}.py")
-    assert max(map(len, done.stdout.splitlines())) <= 80

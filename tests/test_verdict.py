@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from nanolab.run import UserError
+from choices import refused
 from nanolab.verdict import Effect, Fit, components, held, holm, judge, ordered_alike, parabola, rank_correlation
 
 
@@ -193,8 +193,7 @@ def test_rungs():
     assert wide.rows[0].verdict == "undecided"
     some, none = Effect(0.1, 0.01, 9, 3), Effect(0.0, 0.01, 9, 3)
     assert held({"1x": some, "4x": none, "16x": some}) == "holds" and held({"1x": some}) == ""
-    with pytest.raises(UserError, match="nothing tells the noise"):
-        judge({**ladder(), "rungs": [7]})
+    refused("nothing tells the noise", judge, {**ladder(), "rungs": [7]})
 
 
 def test_rows_with_the_same_runs_tell_the_noise_once():
@@ -258,8 +257,7 @@ def test_figures_at_the_edge():
     assert effect.difference == 0 and effect.p == 1 and effect.half() < 1e-12 and not effect.sign
     index = ladder(up={100: -0.2, 400: -0.1})
     index["rows"][1]["runs"][0]["value"] = 0.0
-    with pytest.raises(UserError, match="log: a figure of up is not above 0"):
-        judge({**index, "log": True})
+    refused("log: a figure of up is not above 0", judge, {**index, "log": True})
     index = ladder(up={100: -0.2, 400: -0.1})
     for run in index["rows"][0]["runs"]:
         run["value"] = 2 + 0.1 * run["seed"] - 1e-6 * (run["max_steps"] == 400)
