@@ -477,7 +477,8 @@ def test_masks_token_by_token():
 
 @pytest.mark.parametrize("kind, guess", [
     ("notes", (1 / 7 + 1 / 213 + 1 / 100 + 1 / 17136) / 4),
-    ("bios", (1 / 67200 + 1 / 200 + 1 / 300 + 1 / 100 + 1 / 263 + 1 / 2 + 2 / 263) / 7)])
+    ("bios", (1 / 67200 + 1 / 200 + 1 / 300 + 1 / 100 + 1 / 263 + 1 / 2 + 2 / 263) / 7)],
+    ids=["notes", "bios"])
 def test_bits_and_floors_of_guessers(kind, guess):
     """N lg(S0 / e^p2), as the paper writes it: of a uniform one 0, of a perfect one all."""
     made = people(100, 0, kind, unseen=3000)
