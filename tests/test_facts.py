@@ -303,6 +303,15 @@ def test_what_is_banned(few, model, replies):
     assert given[-1]["n"] >= longest + len(CLOSED.encode(facts.call("address", few.names[0]))) + 2 + 8
     recall(model, few, CLOSED)
     assert given[-1]["n"] == longest + 2 + 8                      # a value of `longest`, END, and 8 to spare at least
+    asked, told = 6, max(longest, 1)                              # tokens of a question, of the longest thing told
+    for database, rest in ((None, 0), (Database(few), told + 1)):  # no row passes the table of learned positions
+        for block_size in (asked + rest + 1, asked + rest + 4):
+            model.config = TransformerConfig(positions="learned", block_size=block_size)
+            recall(model, few, CLOSED, database)
+            assert given[-1]["n"] + asked + rest == block_size
+        model.config = TransformerConfig(positions="learned", block_size=asked + rest)
+        with pytest.raises(UserError, match="leaves no room for an answer"):
+            recall(model, few, CLOSED, database)
 
 
 def test_which_prompts(few, model, replies):

@@ -5,7 +5,6 @@ import itertools
 import math
 import re
 import sqlite3
-import string
 from collections import Counter
 
 import numpy as np
@@ -60,17 +59,16 @@ def test_what_there_is_to_know(many):
     ({}, 64 ** 4, (64,) * 4), ({"names": "plain"}, 400_000, (400, 1000)),
     ({"kind": "bios"}, 160_000_000, (400, 400, 1000))], ids=str)
 def test_names(settings, size, lists):
-    """Each part is drawn evenly, and parts go together evenly."""
+    """None twice, of parts that are drawn evenly, the first two together."""
     made = people(20_000, 3, unseen=2000, **settings)
     assert made.n_names == size and len({*made.names}) == 22_000
     split = [name.split(" ") if settings else [name[i:i + 2] for i in range(0, len(name), 2)] for name in made.names]
     assert {*map(len, split)} == {len(lists)} and (settings or {*itertools.chain(*split)} == {*SYLLABLES})
     for column, n in zip(zip(*split), lists):
-        seen = Counter(column)
-        assert len(seen) == n and evenly([*seen.values()], 22_000 / n)
-    for (a, n), (b, m) in itertools.combinations(zip(zip(*split), lists), 2):
-        if n * m < 10_000:
-            assert evenly([*Counter(zip(a, b)).values()] + [0] * (n * m - len({*zip(a, b)})), 22_000 / n / m)
+        assert len({*column}) == n and evenly([*Counter(column).values()], 22_000 / n)
+    if not settings:
+        both = Counter(tuple(parts[:2]) for parts in split)
+        assert evenly([*both.values()] + [0] * (64 ** 2 - len(both)), 22_000 / 64 ** 2)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 17, 300, 4096])
@@ -96,10 +94,13 @@ def test_a_person_depends_on_nothing_else(settings):
 
 def test_known_people():
     """Who is drawn must never change: other figures were measured on them."""
-    for kind, digest in (("notes", "838dee93aa5c263e"), ("bios", "9d20cfb85edfe484")):
+    for kind, digest, known in (("notes", "838dee93aa5c263e", 22.7215), ("bios", "9d20cfb85edfe484", None)):
         made = people(1000, 0, kind, alpha=0.5, unseen=50)
         told = "\n".join([*made.names, *itertools.chain(*made.values.values())])
         assert hashlib.sha256(told.encode()).hexdigest()[:16] == digest
+        bits = [people(1, 0, kind, alpha=alpha).bits for alpha in (0, 0.25, 0.5, 0.75, 1 - 1e-9, 1)]
+        assert bits == sorted(bits) and bits[0] == pytest.approx(4) and bits[4] == pytest.approx(bits[5])  # 16 types
+        assert known is None or bits[2] == pytest.approx(known, abs=1e-3)
     first = people(1, 0)[0]
     assert first == Person("nopesomo", {"birth_date": "24/10/1997", "birth_place": "Africa",
                                         "address": "Saint Willow", "occupation": "book teacher"})
@@ -125,14 +126,6 @@ def slow_entropy(sizes, alpha, types):
 @pytest.mark.parametrize("alpha", [0, 0.2, 0.5, 1])
 def test_entropy_as_counted_one_by_one(sizes, types, alpha):
     assert entropy(sizes, alpha, types) == pytest.approx(slow_entropy(sizes, alpha, types), abs=1e-9)
-
-
-def test_entropy_of_people():
-    for kind, all_of_them in (("notes", 31.25), ("bios", 47.59)):
-        bits = [people(1, 0, kind, alpha=alpha).bits for alpha in (0, 0.25, 0.5, 0.75, 1 - 1e-9, 1)]
-        assert bits[0] == pytest.approx(4) and bits == sorted(bits)  # 16 types
-        assert bits[-1] == pytest.approx(all_of_them, abs=5e-3) and bits[-2] == pytest.approx(bits[-1], abs=1e-5)
-    assert people(1, 0, alpha=0.5).bits == pytest.approx(22.7215, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["notes", "bios"])
@@ -161,7 +154,7 @@ def test_how_attributes_depend(kind):
 @pytest.mark.parametrize("kind", ["notes", "bios"])
 @pytest.mark.parametrize("alpha", [0, 0.5, 1])
 def test_the_law(kind, alpha):
-    """Values are drawn by it, and with alpha 1 each attribute by itself."""
+    """Values are drawn by it, and what its floors say is what a constant guess finds."""
     made, floors = people(20_000, 0, kind, alpha=alpha), []
     for attribute in made.attributes:
         chance = law(made, attribute)
@@ -174,12 +167,6 @@ def test_the_law(kind, alpha):
             assert not counts[~some].any() and (some.sum() == 1 or evenly(counts[some], 20_000 * chance[some]))
     expected, constant = floor(made)
     assert expected == pytest.approx(np.mean(floors)) == pytest.approx(constant, abs=0.01)
-    small = [name for name in tables(kind) if SIZES[name] <= 300]
-    for one, other in itertools.combinations(small, 2) if alpha == 1 else ():
-        if SIZES[one] * SIZES[other] < 30_000:
-            seen = Counter(zip(made.values[one], made.values[other]))
-            counts = [seen[pair] for pair in itertools.product(tables(kind)[one], tables(kind)[other])]
-            assert evenly(counts, 20_000 / len(counts))
 
 
 # --- Dialogs ---
@@ -197,15 +184,6 @@ def test_the_two_kinds_of_dialog():
     assert show(in_tool(person, "address")) == (
         "    user:      address kalomite ?\n  * assistant: FIND address FOR kalomite <CALL>\n"
         "    tool:      Port Amber <ANSWER>\n  * assistant: Port Amber <END>")
-
-
-def test_questions_name_the_person_and_end():
-    assert {*QUESTIONS} == {*NOTES, *BIOS}
-    for texts in QUESTIONS.values():
-        assert len({*texts}) == len(texts) >= 5
-        for text in texts:
-            assert [field for _, field, _, _ in string.Formatter().parse(text) if field] == ["name"]
-            assert text[-1] in "?." and not re.search("[?.].", text) and text[0].isupper()
 
 
 def test_all_dialogs(few):
@@ -304,14 +282,12 @@ def test_names_that_look_like_sql():
 
 
 @pytest.mark.parametrize("text, parsed", [
-    ("FIND birth_date FOR kalomite", ("birth_date", "kalomite")),
     ("FIND address FOR Marga Northstone", ("address", "Marga Northstone")), ("FIND a FOR b FOR c", ("a", "b FOR c")),
-    ("FIND FOR FOR FOR", ("FOR", "FOR")), ("FIND a FOR b", ("a", "b")), ("FIND a;b FOR c'd", ("a;b", "c'd")),
-    ("", None), ("FIND", None), ("FIND  FOR x", None), ("FIND a FOR ", None), ("FIND a FOR", None),
-    ("FIND a b FOR c", None),
-    ("find a for b", None), (" FIND a FOR b", None), ("FIND a FOR b ", None), ("FIND a FOR b\n", None),
-    ("FIND a FOR b\nFIND a FOR c", None), ("say FIND a FOR b", None), ("FIND a  FOR b", None), ("FIND a FOR  b", None),
-    ("FINDa FOR b", None), ("FIND a FORb", None), ("4/11/1987", None), ("FIND a\tFOR b", None)])
+    ("FIND FOR FOR FOR", ("FOR", "FOR")), ("FIND a;b FOR c'd", ("a;b", "c'd")), ("", None), ("FIND", None),
+    *((f"FIND{rest}", None) for rest in ("  FOR x", " a FOR ", " a FOR", " a b FOR c", " a FOR b ", " a FOR b\n",
+                                         " a FOR b\nFIND a FOR c", " a  FOR b", " a FOR  b", "a FOR b", " a FORb",
+                                         " a\tFOR b")),
+    ("find a for b", None), (" FIND a FOR b", None), ("say FIND a FOR b", None)])
 def test_calls(text, parsed, few):
     assert parse_call(text) == parsed
     if parsed is None:
@@ -552,35 +528,16 @@ def test_keys_values_and_fillers_are_drawn_evenly():
     assert share.numpy() == pytest.approx(wanted, abs=0.006)
 
 
-def sequences(T, pairs, alpha):
-    """Every way in which the keys in their order can get their slots, and how probable it is: without replacement."""
-    weight = np.arange(1.0, (T - 2 * pairs) // 2 + 1) ** (alpha - 1)
-    orders = np.array(list(itertools.permutations(range(len(weight)), pairs)))
-    chance, left = np.ones(len(orders)), np.full(len(orders), sum(weight))
-    for j in range(pairs):
-        chance *= weight[orders[:, j]] / left
-        left -= weight[orders[:, j]]
-    return orders, chance
-
-
 @pytest.mark.parametrize("alpha", [0.01, 0.5, 1.0, 2.0])
 def test_queries_follow_the_power_law(alpha):
-    tokens, labels = mqar(20_000, 16, 2, 64, 1, alpha=alpha)
-    orders, chance = sequences(16, 2, alpha)
-    slots = [((tokens[:, 4:] == tokens[:, 2 * key, None]).int().argmax(1) // 2).tolist() for key in range(2)]
-    seen = Counter(zip(*slots))
-    assert evenly([seen[tuple(order)] for order in orders.tolist()], 20_000 * chance)
-
-
-def test_shares_of_the_paper_s_smallest_setting():
-    """57.9 % and 80.8 % were counted on 1,000 rows of another generator; enumeration says 58.0 % and 80.6 %."""
-    tokens, labels = mqar(20_000, 64, 4, 256, 0)
-    orders, chance = sequences(64, 4, 0.01)
-    back = 8 + 2 * orders - (2 * np.arange(4) + 1)
-    for window, told, exactly in ((16, 0.579, 0.580), (32, 0.808, 0.806)):
-        share = float(chance @ (back < window).mean(1))
-        assert share == pytest.approx(exactly, abs=5e-4) and share == pytest.approx(told, abs=0.01)
-        assert reachable(labels, tokens, window) == pytest.approx(share, abs=0.006)
+    """Of two keys the first takes one of six slots by it, the second one of those left."""
+    tokens, _ = mqar(20_000, 16, 2, 64, 1, alpha=alpha)
+    weight = np.arange(1.0, 7) ** (alpha - 1)
+    chance = np.outer(weight / weight.sum(), weight) / (weight.sum() - weight)[:, None]
+    slots = [((tokens[:, 4:] == tokens[:, 2 * key, None]).int().argmax(1) // 2).numpy() for key in range(2)]
+    seen = np.bincount(6 * slots[0] + slots[1], minlength=36).reshape(6, 6)
+    other = ~np.eye(6, dtype=bool)
+    assert not seen[~other].any() and evenly(seen[other], 20_000 * chance[other])
 
 
 def test_known_rows():

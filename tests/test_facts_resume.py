@@ -186,16 +186,6 @@ def test_evaluate_text(forks, runs, text, tmp_path):
     assert float(row[2]) == pytest.approx(score(model, ids, sizes=tokens.token_bytes(tokenizer)).bpb, abs=1e-4)
 
 
-def test_learned_positions_end(forks, tmp_path):
-    """No row of the evaluation passes the table, however tight."""
-    tight = dict(positions="learned", tokenizer="bytes", names="plain", n_unseen=30, max_steps=1, eval_interval=1)
-    for task in ("in_weight", "in_tool"):
-        child = done(forks, tmp_path, task=task, run_name=f"roomy_{task}", **tight | dict(max_steps=0))
-        longest = int(re.search(r"(\d+) in a row at most", child.out)[1])
-        done(forks, tmp_path, task=task, run_name=f"tight_{task}", **tight, block_size=longest)
-        assert summary(at(tmp_path, f"tight_{task}"))["step"] == 1
-
-
 def test_text_from_the_tokenizers_ids(forks, runs, text):
     """sample.py writes what the ids stand for, with the prompt as it was typed; other tasks have no text."""
     run, prompt = at(runs, "uniform"), ["--prompt", "é \n", "--length", 60, "--temperature", 1]
