@@ -133,13 +133,12 @@ def test_every_row_equals_the_naive_one(settings):
     assert max(len(reply.calls) for reply in replies) > 1 and not all(reply.calls for reply in replies)
     at = {reply.injected.index(True) for reply in replies if any(reply.injected)}
     assert len(at) > 2 or len(settings) > 1                      # answers come at different steps
+    if settings.get("mixer") in ("full", "strided", "fixed", "diff", "mla", "window,full"):  # a prompt that sees itself
+        assert assert_naive(model, prompts[:8], prefix=True, **USE) != replies[:8]
+        assert_naive(model, [prompts[1], prompts[1][::-1]], prefix=True, **USE)              # of one length
 
 
-@pytest.mark.parametrize("mixer", ["full", "strided", "fixed", "diff", "mla", "window,full"])
-def test_a_prompt_that_sees_itself(mixer):
-    model, prompts = build(mixer), texts(8)
-    assert assert_naive(model, prompts, prefix=True, **USE) != converse(model, prompts, 14, END, **USE)
-    assert_naive(model, [prompts[1], prompts[1][::-1]], prefix=True, **USE)  # of one length
+LONG = dict(tool=lambda ids: [(sum(ids) + i) % V for i in range(9 + len(ids))], call=CALL, max_calls=9)
 
 
 # ---- How a row ends ----
@@ -162,65 +161,42 @@ def scripted(model, script):
 def test_reasons():
     model = scripted(build(), {4: 1, 5: CALL, 6: 2, 7: 2, 8: 5, 9: CALL, 10: END})
 
-    def answers(ids):
-        return [4]
-
     def says(n, max_new_tokens=9, **how):
-        return converse(model, [[0] * n], max_new_tokens, END, **how)[0]
-    assert says(10) == Reply([END], [False], "end", [], pytest.approx(says(10).nats), None)
-    assert says(6)[:3] == ([2, 2, 5, CALL, END], [False] * 5, "end")  # with no call id, it is an id as others
-    assert says(4, tool=answers, call=CALL, decode=decode) == Reply(
-        [1, CALL, 4, 2, 5, CALL], [False, False, True, False, False, False], "call", [([1], [4])],
-        says(4, tool=answers, call=CALL).nats, "cf")
-    assert says(4, tool=answers, call=CALL, max_calls=2)[:4] == (
-        [1, CALL, 4, 2, 5, CALL, 4, *[0] * 4], [i in (2, 6) for i in range(11)], "length",
-        [([1], [4]), ([2, 5], [4])])
-    assert says(4, call=CALL)[:4] == ([1, CALL], [False] * 2, "call", [])  # the tool is off
-    assert says(4, call=CALL, tool=answers, max_calls=0)[2:4] == ("call", [])
-    assert says(4, 1, call=CALL, tool=answers)[:4] == ([1], [False], "length", [])
-    assert says(4, 2, call=CALL, tool=answers)[:4] == ([1, CALL], [False] * 2, "length", [])  # no answer
-    assert says(9, 1, tool=answers, call=CALL)[2:4] == ("length", []) and says(9, 1, call=CALL)[2] == "call"
-    assert says(10, 1)[2] == "end"
-    assert says(4, tool=lambda ids: [], call=CALL)[:2] == ([1, CALL, 2, 2, 5, CALL], [False] * 6)  # an empty answer
+        return converse(model, [[0] * n], max_new_tokens, END, decode=decode, **how)[0]
+    answer, none = dict(call=CALL, tool=lambda ids: [4]), dict(call=CALL, tool=lambda ids: [])
+    for n, how, tokens, reason, calls, told in (
+            (10, {}, [END], "end", [], ""),
+            (10, dict(max_new_tokens=1), [END], "end", [], ""),
+            (6, {}, [2, 2, 5, CALL, END], "end", [], "ccfg"),    # with no call id, it is an id as others
+            (4, answer, [1, CALL, 4, 2, 5, CALL], "call", [([1], [4])], "cf"),
+            (4, answer | dict(max_calls=2), [1, CALL, 4, 2, 5, CALL, 4, *[0] * 4], "length",
+             [([1], [4]), ([2, 5], [4])], "aaaa"),
+            (4, dict(call=CALL), [1, CALL], "call", [], "b"),    # the tool is off
+            (4, answer | dict(max_calls=0), [1, CALL], "call", [], "b"),
+            (4, answer | dict(max_new_tokens=1), [1], "length", [], "b"),
+            (4, answer | dict(max_new_tokens=2), [1, CALL], "length", [], "b"),              # no answer
+            (9, answer | dict(max_new_tokens=1), [CALL], "length", [], ""),
+            (9, dict(call=CALL, max_new_tokens=1), [CALL], "call", [], ""),
+            (4, none, [1, CALL, 2, 2, 5, CALL], "call", [([1], [])], "ccf"),
+            (4, answer | dict(stop=["f"]), [1, CALL, 4, 2, 5], "stop", [([1], [4])], "c"),
+            (4, answer | dict(stop=["ec", "be"]), [1, CALL, 4, 2, 5, CALL], "call", [([1], [4])], "cf"),
+            (6, dict(stop=["cf", "ccf"]), [2, 2, 5], "stop", [], "")):                       # the earliest one cuts
+        found = says(n, **how)
+        assert found[:2] == (tokens, [at == 2 and bool(calls and calls[0][1]) or at == 6 and len(calls) > 1
+                                      for at in range(len(tokens))])
+        assert (found.reason, found.calls, found.text) == (reason, calls, told), (n, how)
 
 
-def test_nats_are_those_of_the_model():
-    model, prompts = build(), texts(6)
-    for how in (dict(), dict(temperature=2.0), dict(ban=[0, 1, 2])):
-        for prompt, reply in zip(prompts, converse(model, prompts, 9, END, generator=torch.Generator(), **USE, **how)):
-            x = torch.tensor([prompt + reply.tokens])
-            with torch.no_grad():
-                p = model(x)[0, :-1].log_softmax(-1).gather(1, x[0, 1:, None])[len(prompt) - 1:, 0]
-            wanted = [0.0 if given else -n for n, given in zip(p.tolist(), reply.injected)]
-            assert reply.nats == pytest.approx(wanted, abs=2e-3) and max(wanted) > 0
-
-
-def test_stop_strings_over_several_tokens():
+def test_stop_strings_and_banned_ids():
     model, prompts = build("window,full"), texts(20)
     plain = converse(model, prompts, 14, END, decode=decode, **USE)
     said = [reply.text for reply in plain if len(reply.text) > 3]
-    stop = [said[0][1:4], said[1][-2:], "never"]
+    stop = [said[0][1:4], said[1][-2:], "never"]                 # over several tokens
     replies = assert_naive(model, prompts, stop=stop, decode=decode, **USE)
     stopped = [reply for reply in replies if reply.reason == "stop"]
-    assert len(stopped) > 1 and len(replies) > len(stopped)
-    for reply in stopped:
-        written = decode(reply.tokens)
-        assert not any(s in reply.text for s in stop) and any(written.endswith(reply.text + s) for s in stop)
-
-
-def test_the_earliest_stop_string_cuts_and_none_goes_over_an_answer():
-    model = scripted(build(), {1: 1, 2: 2, 3: 4})
-    reply, = converse(model, [[0]], 9, END, stop=["ce", "bce"], decode=decode)
-    assert (reply.tokens, reply.reason, reply.text) == ([1, 2, 4], "stop", "")
-    model = scripted(build(), {1: 1, 2: CALL, 4: 2})
-    reply, = converse(model, [[0]], 5, END, stop=["bc"], decode=decode, tool=lambda ids: [5], call=CALL)
-    assert (reply.reason, reply.text) == ("length", "caa")
-
-
-def test_ban():
-    model, prompts = build(), texts(20)
-    assert any(CALL in reply.tokens for reply in converse(model, prompts, 14, END, call=CALL))
-    replies = assert_naive(model, prompts, ban=[CALL, 0], call=CALL)
+    assert 1 < len(stopped) < len(replies) and not any(s in reply.text for reply in stopped for s in stop)
+    assert any(CALL in reply.tokens for reply in plain)
+    replies = assert_naive(build(), prompts, ban=[CALL, 0], call=CALL)
     assert not any({CALL, 0} & set(reply.tokens) for reply in replies)
     assert {reply.reason for reply in replies} == {"end", "length"}
 
@@ -246,46 +222,35 @@ def test_a_seed_draws_what_the_naive_one_draws(how):
 
 def test_answers_go_in_one_pass_where_most_rows_call(monkeypatch):
     model = scripted(build(), {5: CALL})
-    how = dict(tool=lambda ids: [1] * 7, call=CALL)
-    with passes(monkeypatch) as seen:
-        converse(model, [[0] * 5] * 4, 6, END, **how)
-    assert seen == [(5, 0, 4), (8, 0, 4), *[(1, 0, 4)] * 4]  # the last token drawn is not read
-    with passes(monkeypatch) as seen:
-        converse(model, [[0] * 5] * 3 + [[0] * 3], 6, END, **how)
-    assert seen[:4] == [(5, 2, 4), (8, 7, 4), (1, 0, 4), (3, 6, 4)]
-    with passes(monkeypatch) as seen:  # one of four: the others do not wait
-        converse(model, [[0] * 5] + [[0] * 9] * 3, 6, END, **how)
-    assert [columns for columns, *_ in seen] == [9, 3, 3, 2, 1, 1, 1, 1]
+    for prompts, first in (
+            ([[0] * 5] * 4, [(5, 0, 4), (8, 0, 4), *[(1, 0, 4)] * 4]),                       # the last id is not read
+            ([[0] * 5] * 3 + [[0] * 3], [(5, 2, 4), (8, 7, 4), (1, 0, 4), (3, 6, 4)]),
+            ([[0] * 5] + [[0] * 9] * 3, [(9, 4, 4), (3, 6, 4), (3, 6, 4), (2, 3, 4)])):      # one: the others go on
+        with passes(monkeypatch) as seen:
+            converse(model, prompts, 6, END, tool=lambda ids: [1] * 7, call=CALL)
+        assert seen[:len(first)] == first and (first[0][1] or len(seen) == len(first))
 
 
 @pytest.mark.parametrize("mixer", ["window", "mamba"])
 def test_layers_that_forget_by_age_get_no_padding(mixer, monkeypatch):
     model = build(mixer)
-    with passes(monkeypatch) as seen:
-        assert_naive(model, texts(8), **USE)
-    assert seen[0][1] > 0 and not any(padding for _, padding, _ in seen[1:])
-    with passes(monkeypatch) as seen:
-        assert_naive(model, texts(8), tree=DialogTree(model, None), **USE)
-    assert not any(padding for _, padding, _ in seen)
+    for tree in (None, DialogTree(model, None)):
+        with passes(monkeypatch) as seen:
+            assert_naive(model, texts(8), tree=tree, **USE)
+        assert (seen[0][1] > 0) == (tree is None) and not any(padding for _, padding, _ in seen[1:])
 
 
-def test_finished_rows_leave():
-    """Rows that end at 1, 2, ... 16: the batch halves each time that half of it has ended."""
+def test_finished_rows_leave_and_the_columns_never_run_out():
+    """Rows that end at 1, 2, ... 16: the batch halves each time that half of it has ended. Long answers at different
+    steps need far more columns than were planned."""
     model = scripted(build(), {32: END})
     sizes, new_cache = [], model.new_cache
     model.new_cache = lambda n, room, **how: sizes.append(n) or new_cache(n, room, **how)
     replies = converse(model, [[0] * n for n in range(16, 32)], 40, END)
-    assert [len(reply.tokens) for reply in replies] == list(range(17, 1, -1))
-    assert sizes == [16, 8, 4, 2, 1]
-
-
-@pytest.mark.parametrize("mixer", ["full", "window,full"])
-def test_the_columns_never_run_out(mixer):
-    """Long answers at different steps need far more columns than were planned."""
-    model = build(mixer)
-    how = dict(tool=lambda ids: [(sum(ids) + i) % V for i in range(9 + len(ids))], call=CALL, max_calls=9)
-    for tree in (None, DialogTree(model, None)):
-        assert max(len(reply.calls) for reply in assert_naive(model, texts(10), tree=tree, **how)) > 2
+    assert [len(reply.tokens) for reply in replies] == list(range(17, 1, -1)) and sizes == [16, 8, 4, 2, 1]
+    for model in (build(), build("window,full")):
+        for tree in (None, DialogTree(model, None)):
+            assert max(len(reply.calls) for reply in assert_naive(model, texts(10), tree=tree, **LONG)) > 2
 
 
 def test_gathered_windows_hold_no_padding():
@@ -302,8 +267,7 @@ def test_gathered_windows_hold_no_padding():
         for b in range(2):
             mark, held = layer.row(b)
             assert mark == 5
-            for new, whole in zip(held, old[b].row(0)[1]):
-                torch.testing.assert_close(new, whole[:, -4:])
+            torch.testing.assert_close(held, tuple(whole[:, -4:] for whole in old[b].row(0)[1]))
 
 
 def test_learned_positions_end():
@@ -317,88 +281,61 @@ def test_learned_positions_end():
     assert [len(reply.tokens) for reply in replies] == [2, 1, 7, 7, 8]
 
 
-def test_outside_and_inside_inference_mode_and_at_bfloat16():
-    model, prompts = build(), texts(6)
-    wanted = converse(model, prompts, 8, END, **USE)
-    with torch.inference_mode():
-        assert converse(model, prompts, 8, END, tree=DialogTree(model, None), **USE)[0].tokens == wanted[0].tokens
-    half = Transformer(TransformerConfig(**SMALL)).eval().bfloat16()
-    tree = DialogTree(half, None)
-    assert len(converse(half, prompts, 8, END, tree=tree, **USE)) == len(prompts)
-
-
 # ---- The tree ----
 
-def test_what_prompts_have_in_common_is_read_once(monkeypatch):
-    model = build()
-    base, branches = [1] * 20, [[2] * 5, [4] * 5, [5] * 6]
-    prompts = [base + branch + [leaf] * 3 + [0] for branch in branches for leaf in (1, 2, 4)]
-    tree = DialogTree(model, None)
+def read_in(monkeypatch, model, prompts, n, tree, **how):
+    """(replies, which are the naive one's, and how many ids were read for them)."""
     with passes(monkeypatch) as seen:
-        found = assert_naive(model, prompts, 4, tree=tree, ban=[END])
-    assert sum(columns * rows - padding for columns, padding, rows in seen) == 20 + 5 + 5 + 6 + 9 * 3 + 9 * 4
-    # The next turn of each dialog reads what is new.
+        found = assert_naive(model, prompts, n, tree=tree, **how)
+    return found, sum(columns * rows - padding for columns, padding, rows in seen)
+
+
+def test_what_prompts_have_in_common_is_read_once(monkeypatch):
+    """By a tree given, whose next turn reads what is new; without one a call makes its own where that pays: a long
+    beginning of many prompts is read once; with tree=False by each; a short one, or of few, or a chain by each."""
+    model = build()
+    prompts = [[1] * 20 + branch + [leaf] * 3 + [0] for branch in ([2] * 5, [4] * 5, [5] * 6) for leaf in (1, 2, 4)]
+    tree = DialogTree(model, None)
+    found, read = read_in(monkeypatch, model, prompts, 4, tree, ban=[END])
+    assert read == 20 + 5 + 5 + 6 + 9 * 3 + 9 * 4
     again = [prompt + reply.tokens + [1, 2] for prompt, reply in zip(prompts, found)]
     assert all(tree.match(text) == len(text) - 3 for text in again)
-    with passes(monkeypatch) as seen:
-        assert_naive(model, again, 1, tree=tree)
-    assert sum(columns * rows - padding for columns, padding, rows in seen) == 9 * 3
-
-
-def test_without_a_tree_of_its_own_a_call_makes_one_where_that_pays(monkeypatch):
-    """A long beginning of many prompts is read once; with tree=False by each; a short one, or of few, or a chain by
-    each as well. The replies are those of the naive one."""
-    model = build()
-
-    def read(prompts, **how):
-        with passes(monkeypatch) as seen:
-            found = converse(model, prompts, 4, END, ban=[END], **how)
-        assert_same(found, [naive(model, prompt, 4, END, ban=[END]) for prompt in prompts])
-        return sum(columns * rows - padding for columns, padding, rows in seen)
+    assert read_in(monkeypatch, model, again, 1, tree)[1] == 9 * 3
     long, short = ([[1] * n + [leaf, 5, leaf] for leaf in range(V)] for n in (40, 4))
-    assert read(long) == 40 + V * 2 + V * 4 and read(long, tree=False) == V * 43 + V * 3
-    assert read(short) == V * 7 + V * 3 and read(long[:2]) == 2 * 43 + 2 * 3
     chain = [[1] * n for n in range(40, 48)]
-    assert read(chain) == sum(map(len, chain)) + 8 * 3
+    for prompts, tree, read in ((long, None, 40 + V * 2 + V * 4), (long, False, V * 43 + V * 3),
+                                (short, None, V * 7 + V * 3), (long[:2], None, 2 * 43 + 2 * 3),
+                                (chain, None, sum(map(len, chain)) + 8 * 3)):
+        assert read_in(monkeypatch, model, prompts, 4, tree, ban=[END])[1] == read
 
 
-@pytest.mark.parametrize("mixer", ["full", "window,full", "mamba", "compressive", "mla"])
-def test_a_tree_serves_the_next_turn(mixer):
+@pytest.mark.parametrize("mixer, budget", [("full", None), ("window,full", None), ("mamba", None),
+                                           ("compressive", None), ("mla", None), ("full", 0), ("full", 2000),
+                                           ("mamba,full", 2000)])
+def test_a_tree_serves_the_next_turn(mixer, budget):
+    """However small: what it cannot hold is read again."""
     model, prompts = build(mixer), texts(8)
     prompts += [prompts[1], prompts[1] + [1, 2], prompts[1][:9] + [5], prompts[1][:9]]
-    tree = DialogTree(model, None)
-    for _ in range(3):
+    tree = DialogTree(model, budget, host_budget=budget)
+    for _ in range(3 if budget is None else 2):
         replies = assert_naive(model, prompts, 6, tree=tree, **USE)
         read = [prompt + reply.tokens for prompt, reply in zip(prompts, replies)]
-        assert all(tree.match(text) >= len(text) - 1 for text in read)
+        if budget is None:
+            assert all(tree.match(text) >= len(text) - 1 for text in read)
+        else:
+            assert max(tree.device_bytes, tree.host_bytes) <= budget
         prompts = [text + [1, 2, 4] for text in read]
-
-
-@pytest.mark.parametrize("budget", [0, 2000, 12_000])
-@pytest.mark.parametrize("mixer", ["full", "mamba,full"])
-def test_a_small_budget_changes_nothing(mixer, budget):
-    model, prompts = build(mixer), texts(10)
-    prompts += [prompts[1] + [1, 2, 3], prompts[1][:9] + [4]]
-    tree = DialogTree(model, budget, host_budget=budget)
-    for _ in range(2):
-        assert_naive(model, prompts, 6, tree=tree, **USE)
-        assert tree.device_bytes <= budget and tree.host_bytes <= budget
     tree.reset()  # nothing is locked
 
 
 # ---- What cannot be ----
 
 @pytest.mark.parametrize("settings, how, said", [
-    ({}, dict(prompts=[]), "there must be a prompt"),
-    ({}, dict(prompts=[[1], []]), "at least one token"),
-    ({}, dict(max_new_tokens=0), "max_new_tokens is 0"),
-    ({}, dict(tool=tool), "needs the id"),
-    ({}, dict(stop=["a"]), "needs decode"),
-    ({}, dict(stop="ab", decode=decode), "list of strings"),
-    ({}, dict(stop=["a", ""], decode=decode), "none empty"),
-    (dict(mixer="mamba"), dict(prefix=True), "reads from left to right"),
-    (dict(n_layer=3, shorten=2), {}, "shorten 2"),
-])
+    ({}, dict(prompts=[]), "there must be a prompt"), ({}, dict(prompts=[[1], []]), "at least one token"),
+    ({}, dict(max_new_tokens=0), "max_new_tokens is 0"), ({}, dict(tool=tool), "needs the id"),
+    ({}, dict(stop=["a"]), "needs decode"), ({}, dict(stop="ab", decode=decode), "list of strings"),
+    ({}, dict(stop=["a", ""], decode=decode), "none empty"), (dict(n_layer=3, shorten=2), {}, "shorten 2"),
+    (dict(mixer="mamba"), dict(prefix=True), "reads from left to right")])
 def test_arguments_that_cannot_be(settings, how, said):
     model = build_model(TransformerConfig(**{**SMALL, **settings})).eval()
     with pytest.raises(ValueError, match=said):

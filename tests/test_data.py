@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,18 +123,15 @@ def options(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_runs_from_anywhere_and_names_its_options(name, tmp_path):
-    words = ["show"] if name == "tokens" else []
-    done = subprocess.run([sys.executable, str(ROOT / f"data/{name}.py"), *words, "-h"], cwd=tmp_path, text=True,
+    words = {"tokens": ["show", "-h"], "text": ["stdlip"]}.get(name, ["-h"])
+    done = subprocess.run([sys.executable, str(ROOT / f"data/{name}.py"), *words], cwd=tmp_path, text=True,
                           capture_output=True)
+    if name == "text":                                        # a mistake has an exit status
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch(r"error: [^\n]+did you mean stdlib\?\n", done.stderr)
+        return
     assert done.returncode == 0 and done.stderr == "" and f"usage: data/{name}.py" in done.stdout
     assert all(f"--{option} " in done.stdout for _, option, _ in options(name))
-
-
-def test_a_script_s_mistake_has_exit_status_2(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "data/text.py"), "stdlip"], capture_output=True, text=True,
-                          cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == ""
-    assert re.fullmatch(r"error: [^\n]+did you mean stdlib\?\n", done.stderr)
 
 
 NEEDED = {"text": {"dataset": "stdlib"}, "facts": {"n": 5, "seed": 0},
@@ -179,19 +177,15 @@ def of_shards(shards, seed, **given):
 
 
 STATES = {**{mode: functools.partial(of_text, mode) for mode in ("random", "epochs", "streams")}, "shards": of_shards}
+def of_multiplication(seed):
+    """By the step of batches of 8."""
+    stream = multiplication.Stream(torch.arange(80).view(40, 2), seed)
+    return SimpleNamespace(at=lambda step: stream.at(8 * step, 8))
+
+
 STREAMS = {"arc": lambda seed: arc.Stream(arc.load(n_train=40, n_val=2, max_side=6).train, 8, seed, group=3),
            "video": lambda seed: video.Stream(video.load(n_train=20, n_val=2, length=5).train, 3, 8, seed),
-           "multiplication": lambda seed: Positions(multiplication.Stream(torch.arange(80).view(40, 2), seed))}
-
-
-class Positions:
-    """A stream of multiplication.py, by the step of batches of 8."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def at(self, step):
-        return self.stream.at(8 * step, 8)
+           "multiplication": of_multiplication}
 
 
 def flat(batch):
@@ -227,7 +221,7 @@ def test_a_step_says_its_batch(name):
     for step in sorted(first):
         assert torch.equal(flat(again.at(step)), first[step]), step
     assert len({tuple(batch.tolist()) for batch in first.values()}) == len(first)
-    assert len({int(flat(STREAMS[name](seed).at(0))[0]) for seed in range(6)}) > 1  # where it starts, too
+    assert len({int(flat(STREAMS[name](seed).at(0))[0]) for seed in range(4)}) > 1  # where it starts, too
 
 
 @pytest.mark.parametrize("name", STATES)
@@ -272,7 +266,6 @@ def test_a_state_of_other_batches_is_refused(name, other, words, shards):
 def test_a_fingerprint_has_both_ends_of_a_long_text(place):
     data = DATA.repeat(9)
     state = text.Batches(data, 4, 16).state_dict()
-    data = data.clone()
     data[place] += 1
     with raises_one_line("fingerprint of the data"):
         text.Batches(data, 4, 16).load_state_dict(state)
@@ -317,9 +310,6 @@ def test_known_draws():
     assert torch.randint(10 ** 9, (), generator=draw.torch_generator(0, "clips", 0)).item() == 907158413
     assert [hex(h) for h in draw.pair_hash([0, 123], [1, 456], 7, 1).tolist()] == [
         "0xecf5970337fcf2a6", "0x428da3959fabf5b7"]
-
-
-def test_chance():
     hashes = draw.mix(np.arange(100_000, dtype=np.uint64))
     assert not draw.chance(hashes, 0).any() and draw.chance(hashes, 1).all()
     assert abs(draw.chance(hashes, 0.05).mean() - 0.05) < 0.003

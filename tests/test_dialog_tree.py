@@ -1,5 +1,6 @@
 """A tree of dialogs against a naive one in flat dictionaries: after every operation the same nodes, places, contents,
-order of eviction, locks and counts, never over budget; no copy that fails loses anything; what `stats` counts."""
+order of eviction, locks and counts, never over budget; no copy that fails loses anything; with real models a sliding
+window, other types, inference mode, pages that went and came back bit for bit; what a tree refuses."""
 import random
 import weakref
 from collections import Counter
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from model import Positions
+from model import Positions, TransformerConfig
+from models.encoder_decoder import Encoder, EncoderDecoder, PrefixDecoder
+from models.video import SpatioTemporal
 from nanolab.cache import Cache, KVCache, RecurrentCache
 from nanolab.dialog_tree import DialogTree
+from variants import SMALL, build, close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,32 +29,31 @@ def nodes_of(tree):
     return found
 
 
+def held_by(node):
+    return [t for _, tensors in node.parts for t in tensors]
+
+
 def check(tree, locks=()):
     """What must hold after every operation. locks: the prefixes that are locked. Returns nodes_of(tree)."""
-    nodes = nodes_of(tree)
-    held = Counter()
+    nodes, held = nodes_of(tree), Counter()
     for end, node in nodes.items():
         assert node.end == len(end) and node.start == node.parent.end and node.tokens
-        assert node.parent.children[node.tokens[0]] is node
         assert node.place == "device" or all(child.place == "host" for child in node.children.values())
-        assert node in tree._held[node.place]
         assert node.locks == sum(node in prefix.node.path for prefix in locks)
         assert node.place == "device" or not node.locks
-        size = 0
         for (mark, tensors), cuts in zip(node.parts, tree._divisible):
             for t in tensors:
                 assert t.untyped_storage().nbytes() == t.nbytes and not t.is_inference() and not t.requires_grad
                 assert not cuts or node.start <= mark and t.size(1) == node.end - mark > 0
-                size += t.nbytes
-        assert node.bytes == size
-        held[node.place] += size
+        assert node.bytes == sum(t.nbytes for t in held_by(node))
+        held[node.place] += node.bytes
     for place, order in tree._held.items():
         turns = {node: i for i, node in enumerate(order)}
         assert set(turns) == {node for node in nodes.values() if node.place == place}
         assert all(turns[node] < turns.get(node.parent, len(turns)) for node in turns)  # children leave first
-        assert tree._bytes[place] == held[place] and held[place] <= (tree._limits[place] or held[place])
-    assert (tree.device_bytes, tree.host_bytes) == (held["device"], held["host"])
+        assert tree._bytes[place] == held[place] <= (tree._limits[place] or held[place])
     stats = tree.stats()
+    assert (tree.device_bytes, tree.host_bytes) == (held["device"], held["host"])
     assert stats["device_nodes"] + stats["host_nodes"] == len(nodes)
     assert stats["device_tokens"] + stats["host_tokens"] == sum(len(node.tokens) for node in nodes.values())
     return nodes
@@ -98,8 +101,7 @@ class Numbers:
             k, v = tensors
             assert first == max(0, len(tokens) - (self.kinds[i] or 999) + 1) and first + k.size(1) == len(tokens)
             wanted = [mark_of(tokens[:n], i) for n in range(first + 1, len(tokens) + 1)]
-            assert k[0].tolist() == wanted
-            assert v[0].tolist() == [(mark * 9)[:2 + i] for mark in wanted]
+            assert k[0].tolist() == wanted and v[0].tolist() == [(mark * 9)[:2 + i] for mark in wanted]
 
 
 class Naive:
@@ -277,10 +279,10 @@ def assert_same(tree, naive, locks):
                 wanted = torch.tensor([mark_of(end[:n], i) for n in ends])
                 assert torch.equal(t[:, 0], wanted[0]) if kind == "state" else torch.equal(t[0], wanted)
         assert held == naive.have[i]
+    ends = {node: end for end, node in nodes.items()}
     for place, order in tree._held.items():
-        ends = {node: end for end, node in nodes.items()}
-        assert [ends[node] for node in order] == sorted((e for e in naive.ends if naive.ends[e] == place),
-                                                        key=naive.turns.get)
+        here = (end for end in naive.ends if naive.ends[end] == place)
+        assert [ends[node] for node in order] == sorted(here, key=naive.turns.get)
     stats = tree.stats()
     assert tree.peak_bytes == tree.most
     assert [stats[name] for name in ("drops", "evictions", "page_ins", "refused")] == [
@@ -288,13 +290,11 @@ def assert_same(tree, naive, locks):
 
 
 STORMS = {  # layers, budget, host budget
-    "keys": ([None], 500, 400), "keys, little": ([None, None], 300, 100), "keys, no host": ([None, None], 700, 0),
-    "keys, endless host": ([None], 250, None), "keys, endless": ([None], None, None), "nothing": ([None], 0, 500),
-    "states": (["state"], 280, 200), "states, little": (["state", "state"], 250, 90),
-    "hybrid": (["state", None], 600, 300), "hybrid, little": ([None, "state"], 250, 130),
-    "hybrid, no host": (["state", None], 500, 0), "window": ([4], 400, 200), "window, no host": ([3, 2], 400, 0),
-    "window and keys": ([4, None], 700, 300), "all": ([None, 3, "state", 6], 900, 500),
-}
+    "keys": ([None], 500, 400), "keys, no host": ([None, None], 700, 0), "keys, endless host": ([None], 250, None),
+    "keys, endless": ([None], None, None), "nothing": ([None], 0, 500), "states, little": (["state", "state"], 250, 90),
+    "hybrid, little": ([None, "state"], 250, 130), "hybrid, no host": (["state", None], 500, 0),
+    "windows, no host": ([3, 2], 400, 0), "window and keys": ([4, None], 700, 300),
+    "all": ([None, 3, "state", 6], 900, 500)}
 
 
 @pytest.mark.parametrize("storm", STORMS)
@@ -356,65 +356,59 @@ def test_thousands_of_operations_equal_the_naive_one(storm):
 
 # --- One thing at a time ---
 
+ONE = 16  # bytes of a position in the first layer of numbers
+
+
 def numbers(*kinds, budget=None, host_budget=None):
     """A model of numbers, its tree, and a function that reads and puts a dialog."""
     model = Numbers(kinds or [None])
     tree = DialogTree(model, budget, host_budget)
 
-    def put(tokens):
-        cache = model.new_cache(1, len(tokens))
+    def put(word):
+        cache, tokens = model.new_cache(1, len(word)), dialog(word)
         model.read(cache, tokens, 99)
         return tree.put(tokens, cache)
     return model, tree, put
-
-
-def places(tree):
-    return {"".join(map(str, end)): node.place for end, node in nodes_of(tree).items()}
 
 
 def dialog(word):
     return tuple(map(int, word))
 
 
-ONE = 16  # bytes of a position in the first layer of numbers
+ACTS = {"put": "56", "put in a cut": "17", "cut": "1", "page out": "99999", "page in": "1234",
+        "page in and put": "12347"}
 
 
-def fail_at(tree, monkeypatch, n):
-    """The n-th copy from now runs out of memory."""
+@pytest.mark.parametrize("n", range(1, 7))
+@pytest.mark.parametrize("what", ACTS)
+def test_a_failed_copy_loses_nothing(what, n, monkeypatch):
+    """Memory may be short at any copy: the error comes through, the tree stays whole, and goes on afterwards."""
+    model, tree, put = numbers(None, "state", None, budget=400)
+    for word in ("12", "1234", "5", *["99999"] * what.startswith("page in")):
+        put(word)
+    words, locks = [*nodes_of(tree)], [tree.lock(dialog("12"))] if what == "cut" else []
     whole, count = tree._copies, iter(range(1, 99))
 
     def copies(tensors, place):
         if next(count) == n:
             raise torch.OutOfMemoryError("no memory")
         return whole(tensors, place)
+
+    def act():
+        tree.lock(dialog(ACTS[what])).unlock() if what == "page in" else put(ACTS[what])
     monkeypatch.setattr(tree, "_copies", copies)
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6])
-@pytest.mark.parametrize("what", ["put", "put in a cut", "cut", "page out", "page in", "page in and put"])
-def test_a_failed_copy_loses_nothing(what, n, monkeypatch):
-    """Memory may be short at any copy: the error comes through, the tree stays whole, and goes on afterwards."""
-    model, tree, put = numbers(None, "state", None, budget=400)
-    put(dialog("12")), put(dialog("1234")), put(dialog("5"))
-    if what.startswith("page in"):
-        put(dialog("99999"))
-    words, lock = list(places(tree)), tree.lock(dialog("12")) if what == "cut" else None
-    act = {"put": lambda: put(dialog("56")), "put in a cut": lambda: put(dialog("17")), "cut": lambda: put(dialog("1")),
-           "page out": lambda: put(dialog("99999")), "page in": lambda: tree.lock(dialog("1234")).unlock(),
-           "page in and put": lambda: put(dialog("12347"))}[what]
-    fail_at(tree, monkeypatch, n)
     try:
         act()
     except torch.OutOfMemoryError:
-        assert set(places(tree)) in (set(words), set(words) | {"1"})
+        assert {*nodes_of(tree)} in ({*words}, {*words, (1,)})
     monkeypatch.undo()
-    check(tree, [lock] if lock else [])
-    if lock:
+    check(tree, locks)
+    for lock in locks:
         lock.unlock()
     for word in words:
-        with tree.lock(dialog(word)) as prefix:
+        with tree.lock(word) as prefix:
             assert prefix.length == len(word)
-            model.check_row(tree.take(prefix, 8), 0, dialog(word))
+            model.check_row(tree.take(prefix, 8), 0, word)
     act()
     check(tree)
 
@@ -440,43 +434,35 @@ def test_a_thousand_turns_are_no_recursion():
     assert tree.stats()["drops"] == 1101 and len(check(tree)) == 1
 
 
-@pytest.mark.parametrize("kind", [bytes, list, tuple, torch.tensor, np.array, lambda t: [torch.tensor(i) for i in t]])
+@pytest.mark.parametrize("kind", [bytes, list, tuple, torch.tensor, np.array, lambda t: [torch.tensor(i) for i in t]],
+                         ids="bytes list tuple tensor array tensors".split())
 def test_tokens_of_any_kind_are_the_same(kind):
     _, tree, put = numbers()
-    put(dialog("1234"))
+    put("1234")
     assert tree.match(kind([1, 2, 3, 9])) == 3
     with tree.lock(kind([1, 2, 3, 4])) as prefix:
         assert prefix.length == 4 and tree.put(kind([1, 2, 3, 4]), tree.take(prefix, 4)) == 4
 
 
-def test_nothing_is_a_prefix_too():
-    model, tree, put = numbers("state", None)
-    put(dialog("12"))
+def test_reset_waits_for_locks_and_nothing_is_a_prefix_too():
+    _, tree, put = numbers("state", None)
+    put("12"), put("1234")
+    refs = [weakref.ref(t) for node in nodes_of(tree).values() for t in held_by(node)]
+    with tree.lock(dialog("12")), pytest.raises(ValueError, match="still locked"):
+        tree.reset()
     with tree.lock(()) as prefix:
-        assert prefix.length == 0
         cache = tree.take([prefix, prefix], 4)
-        assert cache.length == 0 and tree.put((), cache, 1) == 0
+        assert prefix.length == 0 == cache.length == tree.put((), cache, 1)
         tree.reset()  # nothing is locked
-    assert tree.stats()["hits"] == 0 and tree.stats()["lookups"] == 1 and not places(tree)
-
-
-def test_reset_waits_for_locks():
-    _, tree, put = numbers()
-    put(dialog("12")), put(dialog("1234"))
-    refs = [weakref.ref(t) for node in nodes_of(tree).values() for _, tensors in node.parts for t in tensors]
-    with tree.lock(dialog("12")):
-        with pytest.raises(ValueError, match="still locked"):
-            tree.reset()
-    tree.reset()
     assert not any(ref() is not None for ref in refs)  # at once, without the garbage collector
     assert tree.match(dialog("12")) == 0 and not check(tree)
-    put(dialog("123"))
+    put("123")
     assert tree.stats()["device_nodes"] == 1 == len(check(tree))
 
 
 def test_stats():
     _, tree, put = numbers(budget=64 * ONE)
-    put(dialog("1234")), put(dialog("1256"))
+    put("1234"), put("1256")
     tree._move(nodes_of(tree)[dialog("1256")], "host")
     for word in ("1299", "1234", "7", "1234"):
         with tree.lock(dialog(word)) as prefix:
@@ -484,3 +470,174 @@ def test_stats():
     assert tree.stats() == dict(
         lookups=4, hits=3, tokens_asked=13, tokens_reused=20, evictions=0, page_ins=0, drops=0, refused=0,
         device_bytes=4 * ONE, device_nodes=2, device_tokens=4, host_bytes=2 * ONE, host_nodes=1, host_tokens=2)
+
+
+# --- Real models: what logits alone do not say (those of every variant: test_variants.py) ---
+
+def said(n, seed=1):
+    return torch.randint(256, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def whole(model, tokens, **settings):
+    """Logits (n, V) of a dialog without any cache."""
+    return model(tokens[None], **settings)[0]
+
+
+@torch.no_grad()
+def turn(model, tree, tokens, max_length=96):
+    """Reads a dialog through the tree: logits (new, V) of what was not held, and how much was."""
+    with tree.lock(tokens) as prefix:
+        cache = tree.take(prefix, max_length)
+        assert cache.length == prefix.length and all(layer.length == prefix.length for layer in cache.layers)
+        logits = model(tokens[None, prefix.length:], cache=cache)[0] if prefix.length < len(tokens) else None
+        assert tree.put(tokens, cache) == len(tokens)
+    return logits, prefix.length
+
+
+@pytest.mark.parametrize("mixer", ["mla,full", "strided", "mamba,full"])
+def test_sliding_caches(mixer):
+    """Full attention limited to the last 6 positions, as for generation without end."""
+    model = build(mixer)
+    tree, base = DialogTree(model, budget=None, window=6), said(9)
+    longer = torch.cat((base, said(40, seed=2)))
+    early = torch.cat((base[:7], said(9, seed=3)))  # 7 positions: the last 5 are held, all that a window of 6 shows
+    for tokens, known in ((base, 0), (longer, 9), (early, 0 if "mamba" in mixer else 7)):
+        logits, n = turn(model, tree, tokens, 8)
+        assert n == known
+        close(logits, whole(model, tokens, window=6)[n:])
+    assert turn(model, tree, longer)[1] == 49
+    cache = model.new_cache(1, 8)
+    model(base[None, :8], cache=cache)
+    with pytest.raises(ValueError, match="not of this tree's model"):
+        tree.put(base[:8], cache)
+
+
+def test_what_was_put_in_inference_mode_serves_outside():
+    model, tokens = build("mamba,window,full"), said(20)
+    tree = DialogTree(model, budget=None)
+    with torch.inference_mode():
+        for n in (8, 20):
+            turn(model, tree, tokens[:n], 40)
+        locks = [tree.lock(tokens), tree.lock(tokens[:8])]
+        ragged = tree.take(locks, 40)
+    check(tree, locks)
+    logits = model(torch.stack((tokens[:2], tokens[8:10])), cache=ragged)  # with gradients on
+    assert logits.requires_grad and torch.allclose(logits[1], whole(model, tokens)[8:10], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["autocast", "dtype"])
+@pytest.mark.parametrize("mixer", ["compressive", "mamba,full"])
+def test_bfloat16(mixer, kind):
+    """The type that the tree was made with holds, whatever autocast says later."""
+    model, tokens = build(mixer), said(20)
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        tree = DialogTree(model, budget=None, dtype=torch.bfloat16 if kind == "dtype" else None)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        turn(model, tree, tokens[:9])
+    assert torch.bfloat16 in {t.dtype for node in nodes_of(tree).values() for t in held_by(node)}
+    logits, n = turn(model, tree, tokens)
+    assert n == 9
+    close(logits, whole(model, tokens)[9:], 0.1)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("mixer", ["mla", "window,full", "mingru,full", "compressive"])
+def test_page_out_and_in_is_bit_identical(mixer, device):
+    """And a copy: nothing of a page that left is in use, neither by the tree nor by a cache that was taken before."""
+    model = build(mixer).to(device)
+    dialogs = [torch.cat((said(12), said(8, seed=s))).to(device) for s in (2, 3, 4)]
+    tree = DialogTree(model, budget=None)
+    for tokens in (dialogs[0][:12], *dialogs):
+        turn(model, tree, tokens)
+
+    @torch.no_grad()
+    def read(caches):
+        return torch.stack([model(said(3, seed=i)[None].to(device), cache=cache) for i, cache in enumerate(caches)])
+
+    def taken():
+        for tokens in dialogs:
+            with tree.lock(tokens) as prefix:
+                assert prefix.length == 20
+                check(tree, [prefix])
+                yield tree.take(prefix, 40)
+    before, nodes = read(taken()), nodes_of(tree)
+    one = max(sum(node.bytes for node in child.path) for child in nodes.values())
+    old, early = [t for node in nodes.values() for t in held_by(node)], [*taken()]
+    bits = {end: [t.cpu().clone() for t in held_by(node)] for end, node in nodes.items()}
+    assert tree.host_bytes == 0
+    tree._limits["device"] = one  # as if the budget had been so from the start
+    tree._make_room("device", 0)
+    here = {t.data_ptr() for node in nodes_of(tree).values() for t in held_by(node)}
+    left = [t for t in old if t.data_ptr() not in here]
+    for t in left:
+        t.fill_(torch.nan)
+    assert left and torch.equal(read(early), before)
+    assert torch.equal(read(taken()), before) and torch.equal(read(taken()), before)
+    stats = tree.stats()
+    assert stats["page_ins"] >= 4 and stats["evictions"] >= 6 and stats["drops"] == 0
+    assert tree.host_bytes > 0 and tree.device_bytes <= one
+    for end, node in check(tree).items():
+        assert all(t.device.type == ("cpu" if node.place == "host" else device) for t in held_by(node))
+        assert all(torch.equal(t.cpu(), old) for t, old in zip(held_by(node), bits[end], strict=True))
+
+
+# --- What cannot be ---
+
+def test_models_and_budgets_that_a_tree_refuses():
+    config = TransformerConfig(**{**SMALL, "block_size": 32})
+
+    class Other:
+        def new_cache(self, *a, **how):
+            return Cache([object()])
+    for model, budgets, word in (
+            (build(shorten=2), (1000,), "Pyramid.* a PyramidCache"), (Encoder(config), (1000,), "whole input"),
+            (EncoderDecoder(config), (1000,), "EncoderDecoder.* a ContextCache"),
+            (SpatioTemporal(config, 4), (1000,), "layer 0 of SpatioTemporal with its KVCache has not"),
+            (Other(), (1000,), "layer 0 of Other with its object has not"), (build(), (-1,), r"(?<!_)budget is -1"),
+            (build(), (5, -2), "host_budget is -2")):
+        with pytest.raises(ValueError, match=rf"\A[^\n]*{word}[^\n]*\Z"):
+            DialogTree(model, *budgets)
+
+
+@torch.no_grad()
+def test_calls_that_cannot_be():
+    model, tokens = build("full"), said(8)
+    tree, cache = DialogTree(model, None), model.new_cache(2, 16)
+    model(tokens.expand(2, 8), cache=cache)
+    lock = tree.lock(tokens)
+    lock.unlock()
+    far, gaps, saw = (model.new_cache(1, 16) for _ in range(3))
+    model(tokens[None], positions=torch.arange(2, 10)[None], cache=far)
+    model(tokens[None], positions=torch.tensor([[0, 1, 2, 3, 5, 6, 7, 8]]), cache=gaps)
+    model(tokens[None], cache=saw, prefix=4)
+    prefixed = PrefixDecoder(TransformerConfig(**{**SMALL, "block_size": 32})).eval()
+    saw_too = prefixed.new_cache(1, 8)
+    prefixed.decode(tokens[None, 5:], tokens[None, :5], saw_too)
+    others = (model.new_cache(1, 16, dtype=torch.float64), build("full", n_kv_head=2).new_cache(1, 16),
+              model.new_cache(1, 16, window=8), build("mla").new_cache(1, 16),
+              build("full", n_layer=2).new_cache(1, 16), build("mamba").new_cache(1, 16), [])
+    cases = [(lambda: tree.put(tokens[:7], cache), "has read 8 positions, but there are 7 tokens"),
+             (lambda: tree.put([*tokens, 1], cache), "has read 8 positions, but there are 9 tokens"),
+             (lambda: tree.put(tokens, cache, 2), "no row 2 in a cache of 2"),
+             (lambda: tree.put(tokens, cache, -1), "no row -1"),
+             (lambda: tree.put([*tokens, 1, 1], far), "positions 2 ... 9 in layer 0"),
+             (lambda: tree.put([*tokens, 1], gaps), "consecutive positions"),
+             (lambda: tree.put(tokens, saw), "first 4 positions saw one another"),
+             (lambda: DialogTree(prefixed, None).put(tokens, saw_too), "first 5 positions saw one another"),
+             *((lambda other=other: tree.put([], other), "not of this tree's model") for other in others),
+             (lambda: tree.put(tokens[None], cache), r"not \(1, 8\)"), (lambda: tree.take([], 8), "must be a prefix"),
+             (lambda: tree.take(lock, 8), "not locked"), (lock.unlock, "not locked"),
+             (lambda: DialogTree(model, None).take(tree.lock(tokens), 8), "not in this tree")]
+    for call, word in cases:
+        with pytest.raises(ValueError, match=word):
+            call()
+    for wrong in ("text", [1.5]):
+        with pytest.raises(TypeError):
+            tree.match(wrong)
+    assert not nodes_of(tree) and tree.put(tokens, cache, 1) == 8
+    with tree.lock(tokens) as prefix, pytest.raises(ValueError, match="8 positions, which exceed max_length 7"):
+        tree.take(prefix, 7)
+    with pytest.raises(RuntimeError), tree.lock(tokens) as prefix:
+        raise RuntimeError
+    assert not prefix.locked and check(tree)

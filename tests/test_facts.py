@@ -13,7 +13,7 @@ import choices
 from data import facts, mqar
 from data.facts import NO_ATTRIBUTE, NO_CALL, NO_RESULT, Database, Vocabulary, people
 from model import TransformerConfig, build_model, fused_rows, parameter_roles
-from nanolab import dialogs, optim, tasks
+from nanolab import optim, tasks
 from nanolab.dialogs import Reply
 from nanolab.run import UserError, override
 from nanolab.score import score
@@ -46,8 +46,7 @@ def opened(words):
 # ------------------------------------------------------------------------------------------------- whose tokens count
 
 @pytest.mark.parametrize("words", ["--task in_tool", "--task in_weight", "--task both", "--task in_tool --loss_on all",
-                                   "--task both --tokenizer bytes --kind bios --form natural --loss_on all",
-                                   "--task in_tool --tokenizer bytes"])
+                                   "--task both --tokenizer bytes --kind bios --form natural --loss_on all"])
 def test_what_is_learned(words):
     """Turn by turn: all that the assistant says and its END or CALL, with loss_on all the user too; never the tool."""
     g, data = opened(words)
@@ -66,15 +65,11 @@ def test_what_is_learned(words):
         expected = [i if yes else -1 for i, yes in zip(ids, learned)][1:]
         assert row == (ids + [vocabulary.specials["PAD"]] * len(row))[:len(row)] and len(row) >= len(ids) - 1
         assert target == expected + [-1] * (len(target) - len(expected))
-
-
-def test_block_size_leaves_room_for_a_little_more():
-    _, data = opened("--task in_tool")
-    longest = data.batches.x.size(1) + 1
-    assert data.block_size == 16 * math.ceil(2 * longest / 16) == 48
-    assert opened("--task in_tool --block_size 22")[1].block_size == 22
-    with pytest.raises(UserError, match="block_size is 21, but the longest dialog has 22 tokens"):
-        opened("--task in_tool --block_size 21")
+    longest = x.size(1) + 1                                                          # and room for a little more
+    assert data.block_size == 16 * math.ceil(2 * longest / 16)
+    assert opened(f"{words} --block_size {longest}")[1].block_size == longest
+    with pytest.raises(UserError, match=f"block_size is {longest - 1}, but the longest dialog has {longest} tokens"):
+        opened(f"{words} --block_size {longest - 1}")
 
 
 VARIANTS = {"plain": {}, "tied": dict(tie_weights=True), "bias": dict(head_bias=True), "four layers": dict(n_layer=4),
@@ -111,7 +106,8 @@ def rows_of(n, batch_size, seed=1):
 
 
 def test_rows_come_once_a_pass():
-    batches = rows_of(10, 4)
+    """In the order of the seed, whatever the batches; nothing else is drawn."""
+    before, batches = torch.get_rng_state(), rows_of(10, 4)
     x, y = map(torch.cat, zip(*(batches.next() for _ in range(10))))                 # four passes of ten, in fours
     assert torch.equal(y, x + 1000) and x.dtype == torch.int64
     passes = (x[:, 0] // 3).view(4, 10)
@@ -119,16 +115,8 @@ def test_rows_come_once_a_pass():
     assert len({tuple(order) for order in passes.tolist()}) == 4                     # shuffled anew
     assert batches.epoch == 4.0
     assert batches.next()[0].shape == (4, 3) and batches.epoch == pytest.approx(4.4)
-    wide = rows_of(3, 8).next()[0][:, 0] // 3                                        # a batch of more than two passes
-    assert Counter(wide[:3].tolist()) == Counter(wide[3:6].tolist()) == Counter(range(3)) and len(wide) == 8
-
-
-def test_the_seed_orders_rows_and_nothing_else_is_drawn():
-    before, found = torch.get_rng_state(), []
-    for seed, batch_size in ((1, 5), (1, 20), (2, 5)):
-        batches = rows_of(50, batch_size, seed)
-        found.append(torch.cat([batches.next()[0] for _ in range(100 // batch_size)]))
-    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    wide, other = rows_of(10, 25), rows_of(10, 40, seed=2)                           # of more than two passes
+    assert torch.equal(wide.next()[0], x[:25]) and not torch.equal(other.next()[0], x)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -150,58 +138,45 @@ def test_rows_go_on_in_mid_pass(done):
 
 # ----------------------------------------------------------------------------------- a model that says what is scripted
 
-class Columns:
-    """Stands for a cache: the ids that each row has read."""
-
-    def __init__(self, rows):
-        self.rows, self.prefix, self.layers = rows, None, []
-
-    @property
-    def length(self):
-        return max(map(len, self.rows))
-
-
-class Scripted(torch.nn.Module):
-    """A model for `converse` of which wanted(question, reply so far, ids) gives the next ids, the dearest first."""
-    ordered = False
-
-    def __init__(self, wanted, size=CLOSED.size):
-        super().__init__()
-        self.wanted, self.size, self.config = wanted, size, TransformerConfig(vocab_size=size, positions="rope")
-        self.embed = torch.nn.Parameter(torch.zeros(1))
-        self.ends = {size - len(facts.SPECIALS) + i: name for i, name in enumerate(facts.SPECIALS)}
-
-    def new_cache(self, n, room):
-        return Columns([[] for _ in range(n)])
-
-    def place(self, x, positions=None, cache=None, prefix=None):
-        return positions
-
-    def stream(self, x, positions, cache):
-        assert not self.training, "asked in training mode"
-        for b, row in enumerate(x.tolist()):
-            keep = [True] * len(row) if positions is None else (positions[b] >= 0).tolist()
-            cache.rows[b] += [i for i, yes in zip(row, keep) if yes]
-        logits = torch.zeros(len(x), 1, self.size)
-        for b, row in enumerate(cache.rows):
-            for rank, token in enumerate(self.wanted(row)):
-                logits[b, 0, token] = 100.0 - rank
-        return logits, None
-
-    def predict(self, h):
-        return h
-
-
-@pytest.fixture
-def scripted(monkeypatch):
-    """Makes `converse` move rows of Columns."""
-    monkeypatch.setattr(dialogs, "_gather", lambda model, rows, room: Columns(
-        [list(cache.rows[b]) for cache, b, _ in rows]))
-
 
 @pytest.fixture(scope="module")
 def few():
     return people(10, 3, unseen=4)
+
+
+@pytest.fixture
+def model():
+    model = torch.nn.Linear(1, 1)
+    model.config = TransformerConfig(positions="rope")
+    return model
+
+
+@pytest.fixture
+def replies(monkeypatch):
+    """replies(turn, ...): stands in for `converse` (test_converse.py), which says the first turn(attribute, name,
+    None) to each question, and after an answer of the tool the next one of (..., answer). Returns what it is given."""
+    def replies(*turns, vocabulary=CLOSED):
+        given, ends = [], {vocabulary.specials["END"]: "end", vocabulary.specials["CALL"]: "call"}
+
+        def converse(model, prompts, n, end, tool=None, **more):
+            assert not model.training
+            given.append(dict(n=n, tool=tool, asked=[*map(vocabulary.decode, prompts)], **more))
+            return [reply(*asked.split()[:2], tool) for asked in given[-1]["asked"]]
+
+        def reply(attribute, name, tool):
+            tokens, injected, calls, told = [], [], [], None
+            for turn in turns:
+                ids = turn(attribute, name, told)
+                tokens, injected = tokens + ids, injected + [False] * len(ids)
+                if calls or tool is None or ids[-1] != vocabulary.specials["CALL"]:
+                    break
+                calls.append((ids[:-1], tool(ids[:-1])))
+                tokens, injected = tokens + calls[0][1], injected + [True] * len(calls[0][1])
+                told = vocabulary.decode(calls[0][1][:-1])
+            return Reply(tokens, injected, ends.get(tokens[-1], "length"), calls, [0.0] * len(tokens), None)
+        monkeypatch.setattr(tasks, "converse", converse)
+        return given
+    return replies
 
 
 class Listening(Database):
@@ -216,23 +191,6 @@ class Listening(Database):
         return self.heard[-1][1]
 
 
-def turns(*given):
-    """A model that says the first of `given` of a question, then the next after each answer; each a function of
-    (attribute, name, answer) to ids; past its end it says the last of its ids for ever."""
-    asked = CLOSED.tokenizer.ids[" ?"]
-
-    def wanted(row):
-        at = row.index(asked) + 1
-        attribute, name = CLOSED.decode(row[:at - 1]).split()
-        reply, answer, number = row[at:], None, 0
-        while ANSWER in reply:
-            end, call = reply.index(ANSWER), reply.index(CALL)
-            answer, reply, number = CLOSED.decode(reply[call + 1:end]), reply[end + 1:], number + 1
-        ids = given[min(number, len(given) - 1)](attribute, name, answer)
-        return [ids[min(len(reply), len(ids) - 1)]]
-    return Scripted(wanted)
-
-
 def counted(line):
     """(right, called, right calls, endless) of what recall found: how many."""
     return tuple(round(line.get(key, 0) * line["prompts"]) for key in ("accuracy", "calls", "right_calls", "endless"))
@@ -243,18 +201,16 @@ def by_attribute(line):
     return {key.removeprefix("accuracy_"): share for key, share in line.items() if key.startswith("accuracy_")}
 
 
-def test_every_way_to_answer_is_counted(few, scripted):
+def test_every_way_to_answer_is_counted(few, model, replies):
     """Each question is answered in one of eleven ways; what is found is what these ways are, for any batch size."""
     truth = {(name, attribute): few.values[attribute][i] for i, name in enumerate(few.names) for attribute in
              few.attributes}
-    other = {attribute: [next(v for v in facts.tables("notes")[attribute] if v != value) for value in values]
-             for attribute, values in few.values.items()}
-    number = {pair: i for i, pair in enumerate((name, attribute) for name in few.names for attribute in few.attributes)}
+    number = {pair: i for i, pair in enumerate(truth)}
 
     def wrong(attribute, name):
-        return other[attribute][few.names.index(name)]
+        return next(value for value in facts.tables("notes")[attribute] if value != truth[name, attribute])
 
-    def ask(attribute, name):
+    def ask(attribute, name, told=None):
         return CLOSED.encode(facts.call(attribute, name)) + [CALL]
 
     def say(text):
@@ -263,152 +219,112 @@ def test_every_way_to_answer_is_counted(few, scripted):
     ways = [   # (the first turn, the turn after the answer), then right, called, right_calls, endless
         (ask, lambda a, n, told: say(told), 1, 1, 1, 0),
         (ask, lambda a, n, told: say(wrong(a, n)), 0, 1, 1, 0),
-        (lambda a, n: ask(a, few.names[0] if n != few.names[0] else few.names[1]),
+        (lambda a, n, _: ask(a, few.names[0] if n != few.names[0] else few.names[1]),
          lambda a, n, told: say(truth[n, a]), 1, 1, 0, 0),                           # the wrong call, the right answer
-        (lambda a, n: say(truth[n, a]), None, 1, 0, 0, 0),
-        (lambda a, n: say(wrong(a, n)), None, 0, 0, 0, 0),
-        (lambda a, n: CLOSED.encode(truth[n, a]), None, 0, 0, 0, 1),                 # never ends
-        (lambda a, n: CLOSED.encode("FIND "), None, 0, 0, 0, 1),                     # a call that never ends
-        (ask, lambda a, n, told: ask(a, n), 0, 1, 1, 1),                             # a second call
-        (lambda a, n: CLOSED.encode("FOR FIND ") + [CALL], lambda a, n, told: say(told), 0, 1, 0, 0),    # malformed
+        (lambda a, n, _: say(truth[n, a]), None, 1, 0, 0, 0),
+        (lambda a, n, _: say(wrong(a, n)), None, 0, 0, 0, 0),
+        (lambda a, n, _: CLOSED.encode(truth[n, a]), None, 0, 0, 0, 1),              # never ends
+        (lambda a, n, _: CLOSED.encode("FIND "), None, 0, 0, 0, 1),                  # a call that never ends
+        (ask, ask, 0, 1, 1, 1),                                                      # a second call
+        (lambda a, n, _: CLOSED.encode("FOR FIND ") + [CALL], lambda a, n, told: say(told), 0, 1, 0, 0),     # malformed
         (ask, lambda a, n, told: CLOSED.encode(told) + say("Asia"), 0, 1, 1, 0),     # and something more
-        (lambda a, n: [END], None, 0, 0, 0, 0),
-    ]
-
-    def first(a, n, _):
-        return ways[number[n, a] % len(ways)][0](a, n)
-
-    def second(a, n, told):
-        return ways[number[n, a] % len(ways)][1](a, n, told)
-
+        (lambda a, n, _: [END], None, 0, 0, 0, 0)]
+    given = replies(*(lambda a, n, told, turn=turn: ways[number[n, a] % len(ways)][turn](a, n, told)
+                      for turn in range(2)))
     for unseen, start, size in ((False, 0, 40), (True, 40, 16)):
         used = [ways[i % len(ways)] for i in range(start, start + size)]
         for batch_size in (1, 7, 512):
             database = Listening(few)
-            model = turns(first, second).train(batch_size == 7)
-            found = recall(model, few, CLOSED, database, unseen, batch_size=batch_size)
+            given.clear()
+            found = recall(model.train(batch_size == 7), few, CLOSED, database, unseen, batch_size=batch_size)
             assert counted(found) == tuple(sum(way[2 + k] for way in used) for k in range(4))
             assert (found["protocol"], found["people"], found["prompts"]) == (
                 "tool", "unseen" if unseen else "trained", size)
-            assert model.training is (batch_size == 7)
-            asked = {name for (name, _), i in number.items() if start <= i < start + size}
-            assert asked == set(few.names[10:] if unseen else few.names[:10])
+            assert model.training is (batch_size == 7) and len(given) == math.ceil(size / batch_size)
             for k, attribute in enumerate(few.attributes):
                 mine = [way[2] for way in used[k::4]]
                 assert found[f"accuracy_{attribute}"] == pytest.approx(sum(mine) / len(mine))
             assert len(database.heard) == counted(found)[1]
+    replies(lambda *_: 1 / 0)
+    for training in (True, False):
+        with pytest.raises(ZeroDivisionError):
+            recall(model.train(training), few, CLOSED)
+        assert model.training is training
 
 
-def test_the_oracle_says_what_the_database_says(few, scripted, tmp_path):
-    oracle = turns(lambda a, n, _: CLOSED.encode(facts.call(a, n)) + [CALL],
-                   lambda a, n, told: CLOSED.encode(told) + [END])
-    values = {name: list(map(name_values.__getitem__, range(-1, 13))) for name, name_values in few.values.items()}
+def test_the_oracle_says_what_the_database_says(few, model, replies, tmp_path):
+    replies(lambda a, n, _: CLOSED.encode(facts.call(a, n)) + [CALL], lambda a, n, told: CLOSED.encode(told) + [END])
+    values = {name: [mine[i - 1] for i in range(14)] for name, mine in few.values.items()}
     altered = replace(few, values=values)                                            # everyone has another's values
     Database(altered).save(tmp_path / "altered.db")
     database = Database(tmp_path / "altered.db")
-    assert recall(oracle, altered, CLOSED, database)["accuracy"] == 1
+    assert recall(model, altered, CLOSED, database)["accuracy"] == 1
     same = sum(a == b for name in few.attributes for a, b in zip(few.values[name][:10], values[name][:10]))
-    assert counted(recall(oracle, few, CLOSED, database))[0] == same < 10
+    assert counted(recall(model, few, CLOSED, database))[0] == same < 10
 
 
-CALLS = {b"FIND address FOR \xff\xc3": NO_RESULT, "": NO_CALL, "FIND address FOR ": NO_CALL,
-         "FIND occupation": NO_CALL, " ?": NO_CALL, "Asia": NO_CALL,
-         "FIND FIND address FOR tani": NO_CALL, "FIND  FOR tani": NO_CALL,
-         "FIND rowid FOR 1": NO_ATTRIBUTE, "FIND name FOR x": NO_ATTRIBUTE, "find address FOR x": NO_CALL,
-         "FIND address FOR nobody": NO_RESULT, "FIND address FOR ' OR '1'='1": NO_RESULT,
-         "FIND address FOR x'; DROP TABLE people; --": NO_RESULT, "FIND address\" FOR x": NO_ATTRIBUTE,
-         "FIND address, name FROM people; -- FOR x": NO_CALL, "FIND address FOR x\nFIND address FOR y": NO_CALL,
-         "FIND address FOR \0": NO_RESULT, "FIND address FOR %": NO_RESULT, "FIND address FOR *": NO_RESULT,
-         "FIND sqlite_version() FOR x": NO_ATTRIBUTE, "FIND address FOR x UNION SELECT name FROM people": NO_RESULT}
+CALLS = {b"FIND address FOR \xff\xc3": NO_RESULT, "": NO_CALL, "FIND rowid FOR 1": NO_ATTRIBUTE,
+         "FIND address FOR x'; DROP TABLE people; --": NO_RESULT, "FIND address FOR x\nFIND address FOR y": NO_CALL,
+         "FIND address FOR \0": NO_RESULT}       # what the parser and the table make of more: test_facts_data.py
 
 
 @pytest.mark.parametrize("text, told", CALLS.items(), ids=range(len(CALLS)))
-def test_calls_that_attack(text, told, few, scripted):
+def test_calls_that_attack(text, told, few, model, replies):
     """What a model may write between the user's turn and CALL, bytes that are no text too: the tool answers, the table
     stays, nothing raises."""
-    bytes_ = Vocabulary("bytes")
-    call, answer, end = (bytes_.specials[name] for name in ("CALL", "ANSWER", "END"))
-    ids, expected = [*(text if isinstance(text, bytes) else text.encode()), call], bytes_.encode(told) + [end]
-    said = []
-
-    def wanted(row):
-        reply = row[row.index(ord("?")) + 1:]
-        if answer not in reply:
-            return [ids[len(reply)]]
-        said.append(bytes_.decode(reply[reply.index(call) + 1:reply.index(answer)]))
-        return [expected[len(reply) - reply.index(answer) - 1]]
+    bytes_, said = Vocabulary("bytes"), []
+    ids = [*(text if isinstance(text, bytes) else text.encode()), bytes_.specials["CALL"]]
+    replies(lambda *_: ids, lambda a, n, answer: said.append(answer) or [bytes_.specials["END"]], vocabulary=bytes_)
     named = replace(few, names=["n" * 80 + str(i) for i in range(14)])               # so long may a call be
     database = Listening(named)
-    found = recall(Scripted(wanted, bytes_.size), named, bytes_, database, prompts=2)
-    assert counted(found) == (0, 2, 0, 0) and set(said) == {told}
+    assert counted(recall(model, named, bytes_, database, prompts=2)) == (0, 2, 0, 0) and said == [told] * 2
     assert database.heard == [(text.decode(errors="replace") if isinstance(text, bytes) else text, told)] * 2
     assert database.connection.execute("SELECT count(*) FROM people").fetchone() == (14,)
 
 
-def test_without_the_tool_it_has_to_say_it_itself(few, scripted):
-    """It would rather pad, answer as the tool, call, or begin a call; none of these may be drawn."""
-    def wanted(row):
-        at = row.index(CLOSED.tokenizer.ids[" ?"]) + 1
-        attribute, name = CLOSED.decode(row[:at - 1]).split()
-        value = CLOSED.encode(few.values[attribute][few.names.index(name)]) + [END]
-        return [PAD, ANSWER, CALL, CLOSED.tokenizer.ids["FIND "], (value + [END] * 99)[len(row) - at]]
-    found = recall(Scripted(wanted), few, CLOSED)
-    assert (found["protocol"], found["accuracy"]) == ("no_tool", 1.0)
-    assert "calls" not in found and "right_calls" not in found
-    with_tool = recall(Scripted(wanted), few, CLOSED, Database(few))                 # here it may call: at once, empty
-    assert with_tool["calls"] == 1 and with_tool["right_calls"] == 0
-
-
-def test_the_mode_comes_back_also_from_an_error(few, scripted):
-    for training in (True, False):
-        model = Scripted(lambda row: 1 / 0).train(training)
-        with pytest.raises(ZeroDivisionError):
-            recall(model, few, CLOSED)
-        assert model.training is training
-
-
-def test_what_is_banned(few, monkeypatch):
+def test_what_is_banned(few, model, replies):
     """The token that opens a call is one that a value may need: with bytes an F, where somebody lives in a Fort."""
-    given = []
-    monkeypatch.setattr(tasks, "converse", lambda model, prompts, n, end, **more: given.append((n, more)) or [
-        Reply([end], [False], "end", [], [0.0], None)] * len(prompts))
-    model, bytes_ = torch.nn.Linear(1, 1), Vocabulary("bytes")
-    model.config = TransformerConfig(positions="rope")
+    bytes_, opens = Vocabulary("bytes"), CLOSED.tokenizer.ids["FIND "]
     specials = {bytes_.specials[name] for name in ("PAD", "ANSWER")}
-    forts = replace(few, values={**few.values, "address": ["Fort Amber"] * 14})
-    ports = replace(few, values={**few.values, "address": ["Port Amber"] * 14})
+    forts, ports = (replace(few, values={**few.values, "address": [f"{word} Amber"] * 14}) for word in ("Fort", "Port"))
     for made, vocabulary, database, ban in (
             (forts, bytes_, None, specials | {bytes_.specials["CALL"]}),
             (ports, bytes_, None, specials | {bytes_.specials["CALL"], ord("F")}),
             (ports, bytes_, Database(ports), specials),
-            (few, CLOSED, None, {PAD, ANSWER, CALL, CLOSED.tokenizer.ids["FIND "]}),
+            (few, CLOSED, None, {PAD, ANSWER, CALL, opens}),
             (few, CLOSED, Database(few), {PAD, ANSWER})):
-        recall(model, made, vocabulary, database, prefix=True)
-        n, more = given[-1]
-        assert set(more["ban"]) == ban and more["prefix"] is True
+        given = replies(lambda *_: [vocabulary.specials["END"]], vocabulary=vocabulary)
+        found = recall(model, made, vocabulary, database, prefix=True)
+        assert {*given[-1]["ban"]} == ban and given[-1]["prefix"] is True
         call = vocabulary.specials["CALL"] if database else None
-        assert (more["tool"] is None, more["call"]) == (database is None, call)
+        assert (given[-1]["tool"] is None, given[-1]["call"]) == (database is None, call)
+        assert found["protocol"] == ("tool" if database else "no_tool") and ("calls" in found) == bool(database)
     longest = max(len(CLOSED.encode(value)) for values in few.values.values() for value in values)
+    assert given[-1]["n"] >= longest + len(CLOSED.encode(facts.call("address", few.names[0]))) + 2 + 8
     recall(model, few, CLOSED)
-    assert given[-1][0] == longest + 2 + 8                        # a value of `longest`, END, and 8 to spare at least
-    recall(model, few, CLOSED, Database(few))
-    assert given[-1][0] >= longest + len(CLOSED.encode(facts.call("address", few.names[0]))) + 2 + 8
+    assert given[-1]["n"] == longest + 2 + 8                      # a value of `longest`, END, and 8 to spare at least
+    asked, told = 6, max(longest, 1)                              # tokens of a question, of the longest thing told
+    for database, rest in ((None, 0), (Database(few), told + 1)):  # no row passes the table of learned positions
+        for block_size in (asked + rest + 1, asked + rest + 4):
+            model.config = TransformerConfig(positions="learned", block_size=block_size)
+            recall(model, few, CLOSED, database)
+            assert given[-1]["n"] + asked + rest == block_size
+        model.config = TransformerConfig(positions="learned", block_size=asked + rest)
+        with pytest.raises(UserError, match="leaves no room for an answer"):
+            recall(model, few, CLOSED, database)
 
 
-def test_which_prompts(few, monkeypatch):
+def test_which_prompts(few, model, replies):
     """So many, evenly over people and attributes, each once; unseen ones are the held-out people."""
-    asked = []
-    monkeypatch.setattr(tasks, "converse", lambda model, prompts, n, end, **more: asked.extend(
-        map(CLOSED.decode, prompts)) or [Reply([end], [False], "end", [], [0.0], None)] * len(prompts))
-    model = torch.nn.Linear(1, 1)
-    model.config = TransformerConfig(positions="rope")
+    given = replies(lambda *_: [END])
     for unseen, mine in ((False, few.names[:10]), (True, few.names[10:])):
         every = {f"{attribute} {name} ?" for name in mine for attribute in few.attributes}
-        for prompts, number in ((None, len(every)), (99, len(every)), (len(every), len(every)), (1, 1), (5, 5), (8, 8)):
-            asked.clear()
+        for prompts, number in ((None, len(every)), (99, len(every)), (1, 1), (5, 5), (8, 8)):
+            given.clear()
             found = recall(model, few, CLOSED, None, unseen, prompts=prompts, batch_size=3)
-            assert len(asked) == len(set(asked)) == found["prompts"] == number and set(asked) <= every
-            attributes, names, _ = zip(*(question.split() for question in asked))
+            asked = [question for batch in given for question in batch["asked"]]
+            assert len(asked) == len({*asked}) == found["prompts"] == number and {*asked} <= every
+            attributes, names, _ = zip(*map(str.split, asked))
             assert sorted(map(mine.index, names)) == [i * len(mine) // number for i in range(number)]
             counts = Counter(attributes)
             assert number < 4 or len(counts) == 4 and max(counts.values()) - min(counts.values()) <= 1
@@ -446,21 +362,18 @@ class Table(torch.nn.Module):
 @pytest.mark.parametrize("kind, tokenizer, bits", [("notes", "closed", 31.25), ("bios", "bytes", 47.59)])
 def test_bits_of_what_is_known_by_heart(kind, tokenizer, bits):
     made, vocabulary = people(12, 1, kind), Vocabulary(tokenizer)
-    model = Table(made, vocabulary).eval()
-    assert bits_of(model, made, vocabulary) == pytest.approx(12 * made.bits, abs=1e-6)
-    assert bits_of(model, made, vocabulary) / 12 == pytest.approx(bits, abs=0.005)
+    assert 12 * made.bits == pytest.approx(12 * bits, abs=0.06)
     for doubt, lost in (
+            (lambda attribute, ids, at: 1, 0),
             (lambda attribute, ids, at: 4 if at == len(ids) - 1 else 1, 0),          # END is no part of a value
             (lambda attribute, ids, at: 4 if attribute == "work_city" else 1, 0),    # follows from the employer
-            (lambda attribute, ids, at: 1 if at else 4, 0),
             (lambda attribute, ids, at: 4 if at == len(ids) - 2 and attribute == made.attributes[1] else 1, 12 * 2),
             (lambda attribute, ids, at: 8 if at == len(ids) - 2 and attribute != "work_city" else 1,
              12 * 3 * (4 if kind == "notes" else 6))):
         for batch_size in (5, 512):
             model = Table(made, vocabulary, doubt).train(batch_size == 5)
             found = bits_of(model, made, vocabulary, batch_size=batch_size)
-            assert found == pytest.approx(12 * made.bits - lost, abs=1e-5)
-            assert model.training is (batch_size == 5)
+            assert found == pytest.approx(12 * made.bits - lost, abs=1e-5) and model.training is (batch_size == 5)
 
 
 def test_bits_of_a_uniform_model():
@@ -476,23 +389,18 @@ def test_bits_of_a_uniform_model():
 
 def test_answers_at_the_queries():
     _, (x, y) = mqar.split(10, 60, 32, 4, 64, 0, True, 0.5)
-    model = build(vocab_size=64, init="gpt2").train()
+    model = build(vocab_size=64, init="gpt2").eval()
     with torch.no_grad():
         model.heads[0].mul_(20)
-        y[choices.margin(model.eval()(x)) < 1e-4] = -1  # where batches of another size may choose another
+        logits = model(x)
+    y[choices.margin(logits) < 1e-4] = -1  # where batches of another size may choose another
     found = answered(model.train(), x, y, 7)
     assert model.training and found == pytest.approx(answered(model.eval(), x, y, 512)) and not model.training
-    with torch.no_grad():
-        logits = model(x)[y >= 0]
-    wanted = y[y >= 0]
+    wanted, best = y[y >= 0], logits.argmax(-1)
     assert found["prompts"] == len(wanted) > 230 and found["protocol"] == "mqar"
-    assert found["loss"] == pytest.approx(F.cross_entropy(logits, wanted).item(), rel=1e-5)
-    assert found["accuracy"] == int((logits.argmax(-1) == wanted).sum()) / len(wanted)
-    best = torch.full_like(y, -1)
-    with torch.no_grad():
-        said = model(x)
-    best[:, 3:] = torch.where(choices.margin(said) < 1e-4, -1, said.argmax(-1))[:, 3:]
-    assert answered(model, x, best, 13)["accuracy"] == 1
+    assert found["loss"] == pytest.approx(F.cross_entropy(logits[y >= 0], wanted).item(), rel=1e-5)
+    assert found["accuracy"] == int((best[y >= 0] == wanted).sum()) / len(wanted)
+    assert answered(model, x, best.masked_fill(choices.margin(logits) < 1e-4, -1), 13)["accuracy"] == 1
 
 
 # --------------------------------------------------------------------------------------------------------------- text
@@ -505,16 +413,13 @@ def test_a_uniform_model_costs_lg_v_a_token(protocol):
         model.heads[0].zero_()
     data = torch.randint(300, (203,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     sizes = torch.randint(1, 7, (300,), generator=torch.Generator().manual_seed(1))
-    n_bytes = sum(int(sizes[i]) for i in data)
-    found = score(model, data, protocol, sizes=sizes)
+    found, n_bytes = score(model, data, protocol, sizes=sizes), int(sizes[data.long()].sum())
     assert found.bytes == n_bytes and found.loss == pytest.approx(math.log(300))
     assert found.bpb == pytest.approx(203 * math.log2(300) / n_bytes)
-    assert found.interval(50, 20) == pytest.approx((found.bpb, found.bpb))
-    assert torch.equal(found.bits, torch.full((203,), math.log2(300), dtype=torch.float64)) or protocol != "block"
-    assert score(model, data, protocol).bytes == 203
+    assert found.interval(50, 20) == pytest.approx((found.bpb, found.bpb)) and score(model, data, protocol).bytes == 203
     some = score(model, data, "block", windows=5, sizes=torch.full((300,), 3))
-    assert some.bits.numel() == 40 and some.bpb == pytest.approx(some.loss / math.log(2) * 40 / some.bytes)
-    assert some.bytes == 120
+    assert torch.equal(some.bits, torch.full((40,), math.log2(300), dtype=torch.float64)) and some.bytes == 120
+    assert some.bpb == pytest.approx(math.log2(300) / 3)
 
 
 # ------------------------------------------------------------------------------------------- eight people, for real

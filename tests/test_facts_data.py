@@ -1,10 +1,10 @@
-"""data/facts.py: people and their law, dialogs, the database under attack, tokens, masks, bits. No network."""
+"""What train_facts.py learns. data/facts.py: people and their law, dialogs, the database under attack, tokens, masks,
+bits. data/mqar.py: rows as defined, read slowly; their law; disjoint sides. No network."""
 import hashlib
 import itertools
 import math
 import re
 import sqlite3
-import string
 from collections import Counter
 
 import numpy as np
@@ -16,6 +16,7 @@ from data import facts
 from data.facts import (NO_ATTRIBUTE, NO_CALL, NO_RESULT, QUESTIONS, SYLLABLES, Database, Person, Segment,
                         Vocabulary, bits_stored, call, dialogs, entropy, floor, in_tool, in_weight, law, parse_call,
                         people, rows, show, shuffled, tables)
+from data.mqar import distances, example, mqar, reachable, split
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NOTES = ("birth_date", "birth_place", "address", "occupation")
@@ -37,67 +38,40 @@ def few():
 # --- People ---
 
 def test_what_there_is_to_know(many):
-    assert many["notes"].attributes == NOTES and many["bios"].attributes == BIOS
-    assert many["notes"].bits == pytest.approx(math.log2(28 * 12 * 51 * 7 * 213 * 100))
-    assert round(many["notes"].bits, 2) == 31.25
-    assert many["bios"].bits == pytest.approx(math.log2(2 * 12 * 28 * 200 * 200 * 300 * 100 * 263))
-    assert round(many["bios"].bits, 2) == 47.59
-    for kind, made in many.items():
-        assert (made.kind, made.n, made.unseen, len(made), len(made.names)) == (kind, 20_000, 500, 20_500, 20_500)
-        for attribute, values in made.values.items():
-            assert len(values) == 20_500 and all(type(value) is str for value in values)
+    for kind, attributes, bits in (("notes", NOTES, 31.25), ("bios", BIOS, 47.59)):
+        made = many[kind]
+        assert made.attributes == attributes and (made.kind, made.n, made.unseen) == (kind, 20_000, 500)
+        assert made.bits == pytest.approx(sum(math.log2(SIZES[name]) for name in tables(kind)))
+        assert round(made.bits, 2) == bits and len(made) == len(made.names) == 20_500
+        assert all(len(values) == 20_500 and {*map(type, values)} == {str} for values in made.values.values())
         for attribute, table in tables(kind).items():
-            assert len(table) == len({*table}) == SIZES[attribute]
-            assert {*made.values[attribute]} <= {*table}
+            assert len(table) == len({*table}) == SIZES[attribute] and {*made.values[attribute]} <= {*table}
             assert all(value == value.strip() and value.isascii() for value in table)
     dates = [tuple(map(int, value.split("/"))) for value in tables("notes")["birth_date"]]
     assert {*dates} == {*itertools.product(range(1, 29), range(1, 13), range(1950, 2001))}
     days = {tuple(value.split(" ")) for value in tables("bios")["birthday"]}
     assert tuple(map(len, map(set, zip(*days)))) == (28, 12, 200) and len(days) == 67_200
+    cities = {*zip(many["bios"].values["employer"], many["bios"].values["work_city"])}  # one follows from the other
+    assert len(cities) == 263 and {city for _, city in cities} == {*tables("bios")["birth_city"]}
 
 
-def test_values_are_drawn_evenly_and_by_themselves(many):
-    for kind, made in many.items():
-        for attribute, table in tables(kind).items():
-            seen = Counter(made.values[attribute])
-            assert evenly([seen[value] for value in table], 20_500 / len(table))
-        small = [a for a in made.attributes if SIZES.get(a, 999) <= 300 and a != "birthday"]
-        for one, other in itertools.combinations(small, 2):
-            if SIZES[one] * SIZES[other] < 30_000:
-                seen = Counter(zip(made.values[one], made.values[other]))
-                counts = [seen[pair] for pair in itertools.product(tables(kind)[one], tables(kind)[other])]
-                assert evenly(counts, 20_500 / len(counts))
+@pytest.mark.parametrize("settings, size, lists", [
+    ({}, 64 ** 4, (64,) * 4), ({"names": "plain"}, 400_000, (400, 1000)),
+    ({"kind": "bios"}, 160_000_000, (400, 400, 1000))], ids=str)
+def test_names(settings, size, lists):
+    """None twice, of parts that are drawn evenly, the first two together."""
+    made = people(20_000, 3, unseen=2000, **settings)
+    assert made.n_names == size and len({*made.names}) == 22_000
+    split = [name.split(" ") if settings else [name[i:i + 2] for i in range(0, len(name), 2)] for name in made.names]
+    assert {*map(len, split)} == {len(lists)} and (settings or {*itertools.chain(*split)} == {*SYLLABLES})
+    for column, n in zip(zip(*split), lists):
+        assert len({*column}) == n and evenly([*Counter(column).values()], 22_000 / n)
+    if not settings:
+        both = Counter(tuple(parts[:2]) for parts in split)
+        assert evenly([*both.values()] + [0] * (64 ** 2 - len(both)), 22_000 / 64 ** 2)
 
 
-def test_the_city_of_work_follows_from_the_employer(many):
-    made, city = many["bios"], {}
-    for employer, work in zip(made.values["employer"], made.values["work_city"]):
-        assert city.setdefault(employer, work) == work
-    assert len(city) == 263 and {*city.values()} <= {*tables("bios")["birth_city"]} and len({*city.values()}) == 200
-
-
-def test_names():
-    for settings, size, words, lists in (({}, 64 ** 4, 1, None), ({"names": "plain"}, 400_000, 2, (400, 1000)),
-                                         ({"kind": "bios"}, 160_000_000, 3, (400, 400, 1000))):
-        made = people(20_000, 3, unseen=2000, **settings)
-        assert made.n_names == size and len({*made.names}) == 22_000
-        split = [name.split(" ") for name in made.names]
-        assert {*map(len, split)} == {words}
-        if lists is None:
-            assert all(len(name) == 8 for name in made.names)
-            split = [[name[i:i + 2] for i in range(0, 8, 2)] for name in made.names]
-            lists = (64,) * 4
-            assert {*itertools.chain(*split)} == {*SYLLABLES} and len({*SYLLABLES}) == 64
-        for column, n in zip(zip(*split), lists):
-            seen = Counter(column)
-            assert len(seen) == n and evenly([*seen.values()], 22_000 / n)
-        for (a, n), (b, m) in itertools.combinations(zip(zip(*split), lists), 2):  # parts go together evenly
-            if n * m < 10_000:
-                assert evenly([*Counter(zip(a, b)).values()] + [0] * (n * m - len({*zip(a, b)})), 22_000 / n / m)
-    assert people(5, 0, "bios", names="plain").names == people(5, 0, "bios").names
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 300, 4096])
+@pytest.mark.parametrize("size", [1, 2, 3, 17, 300, 4096])
 def test_shuffling_is_a_permutation(size):
     for seed in range(3):
         assert sorted(shuffled(np.arange(size), size, seed).tolist()) == list(range(size))
@@ -105,29 +79,28 @@ def test_shuffling_is_a_permutation(size):
     assert shuffled(np.arange(size)[::-1], size, 0).tolist() == some[::-1].tolist()
     if size > 100:
         assert some.tolist() != shuffled(np.arange(size), size, 1).tolist()
-        follows = (np.diff(some.astype(np.int64)) % size == 1).mean()
-        assert follows < 0.02
+        assert (np.diff(some.astype(np.int64)) % size == 1).mean() < 0.02
 
 
-def test_a_person_depends_on_nothing_else():
-    for settings in ({}, {"kind": "bios"}, {"names": "plain"}, {"alpha": 0.3}):
-        small, large = people(30, 5, unseen=7, **settings), people(500, 5, unseen=90, **settings)
-        assert [small[i] for i in range(30)] == [large[i] for i in range(30)]
-        assert [small[30 + i] for i in range(7)] == [large[500 + i] for i in range(7)]
-        assert small == people(30, 5, unseen=7, **settings)
-        other = people(30, 6, **settings)
-        assert not {*other.names} & {*small.names}
-        assert sum(a == b for a, b in zip(other.values[small.attributes[0]], small.values[small.attributes[0]])) < 9
-        assert not {*large.names[:500]} & {*large.names[500:]}
-    assert people(3, -1).names != people(3, 1).names
+@pytest.mark.parametrize("settings", [{}, {"kind": "bios"}, {"names": "plain"}, {"alpha": 0.3}], ids=str)
+def test_a_person_depends_on_nothing_else(settings):
+    small, large = people(30, 5, unseen=7, **settings), people(500, 5, unseen=90, **settings)
+    assert [small[i] for i in range(37)] == [large[i] for i in range(30)] + [large[500 + i] for i in range(7)]
+    assert small == people(30, 5, unseen=7, **settings)
+    other = people(30, 6, **settings)
+    assert not {*other.names} & {*small.names} and people(3, -1).names != people(3, 1).names
+    assert sum(a == b for a, b in zip(other.values[small.attributes[0]], small.values[small.attributes[0]])) < 9
 
 
 def test_known_people():
     """Who is drawn must never change: other figures were measured on them."""
-    for kind, digest in (("notes", "838dee93aa5c263e"), ("bios", "9d20cfb85edfe484")):
+    for kind, digest, known in (("notes", "838dee93aa5c263e", 22.7215), ("bios", "9d20cfb85edfe484", None)):
         made = people(1000, 0, kind, alpha=0.5, unseen=50)
         told = "\n".join([*made.names, *itertools.chain(*made.values.values())])
         assert hashlib.sha256(told.encode()).hexdigest()[:16] == digest
+        bits = [people(1, 0, kind, alpha=alpha).bits for alpha in (0, 0.25, 0.5, 0.75, 1 - 1e-9, 1)]
+        assert bits == sorted(bits) and bits[0] == pytest.approx(4) and bits[4] == pytest.approx(bits[5])  # 16 types
+        assert known is None or bits[2] == pytest.approx(known, abs=1e-3)
     first = people(1, 0)[0]
     assert first == Person("nopesomo", {"birth_date": "24/10/1997", "birth_place": "Africa",
                                         "address": "Saint Willow", "occupation": "book teacher"})
@@ -149,84 +122,68 @@ def slow_entropy(sizes, alpha, types):
     return total
 
 
-@pytest.mark.parametrize("sizes, types", [((5, 3, 2), 4), ((7, 6), 4), ((4, 4, 4), 4), ((3,), 5), ((9, 2, 5, 2, 3), 3)])
-@pytest.mark.parametrize("alpha", [0, 0.2, 0.5, 0.9, 1])
+@pytest.mark.parametrize("sizes, types", [((5, 3, 2), 4), ((7, 6), 4), ((3,), 5), ((9, 2, 5, 2, 3), 3)])
+@pytest.mark.parametrize("alpha", [0, 0.2, 0.5, 1])
 def test_entropy_as_counted_one_by_one(sizes, types, alpha):
     assert entropy(sizes, alpha, types) == pytest.approx(slow_entropy(sizes, alpha, types), abs=1e-9)
 
 
-def test_entropy_of_people():
-    for kind, all_of_them in (("notes", 31.25), ("bios", 47.59)):
-        bits = [people(1, 0, kind, alpha=alpha).bits for alpha in (0, 0.25, 0.5, 0.75, 1 - 1e-9, 1)]
-        assert bits[0] == pytest.approx(4) and bits == sorted(bits)  # 16 types
-        assert bits[-1] == pytest.approx(all_of_them, abs=5e-3) and bits[-2] == pytest.approx(bits[-1], abs=1e-5)
-    assert people(1, 0, alpha=0.5).bits == pytest.approx(22.7215, abs=1e-3)
-
-
-def test_how_attributes_depend():
+@pytest.mark.parametrize("kind", ["notes", "bios"])
+def test_how_attributes_depend(kind):
     """Each attribute by itself is the independent one or the one that the type gives, and alpha says how often."""
-    for kind in ("notes", "bios"):
-        free, told = people(8000, 2, kind), people(8000, 2, kind, alpha=0)
-        whole = Counter(zip(*told.values.values()))
-        assert len(whole) == 16 and evenly([*whole.values()], 500)
-        for attribute, table in tables(kind).items():  # values are given to types as evenly as they can be
-            given = Counter(person[told.attributes.index(attribute)] for person in whole)
-            assert {*given.values()} <= {16 // len(table), -(-16 // len(table))} - {0}
-        for alpha in (0.25, 0.6):
-            made, independent = people(8000, 2, kind, alpha=alpha), []
-            assert made.names == free.names
-            for attribute in tables(kind):
-                triples = [*zip(made.values[attribute], free.values[attribute], told.values[attribute])]
-                assert all(value in (one, other) for value, one, other in triples)
-                independent.append([value == one if one != other else None for value, one, other in triples])
-                known = [which for which in independent[-1] if which is not None]
-                assert np.mean(known) == pytest.approx(alpha, abs=5 / math.sqrt(len(known)) / 2)
-            both = [(a, b) for a, b in zip(*independent[:2]) if a is not None and b is not None]
-            assert np.mean([a and b for a, b in both]) == pytest.approx(alpha ** 2, abs=0.03)
-    assert Counter(zip(*people(2000, 3, alpha=0).values.values())).keys() != \
-        Counter(zip(*people(2000, 4, alpha=0).values.values())).keys()
+    free, told = people(8000, 2, kind), people(8000, 2, kind, alpha=0)
+    whole = Counter(zip(*told.values.values()))
+    assert len(whole) == 16 and evenly([*whole.values()], 500)
+    assert whole.keys() != Counter(zip(*people(8000, 4, kind, alpha=0).values.values())).keys()
+    for attribute, table in tables(kind).items():  # values are given to types as evenly as they can be
+        given = Counter(person[told.attributes.index(attribute)] for person in whole)
+        assert {*given.values()} <= {16 // len(table), -(-16 // len(table))} - {0}
+    for alpha in (0.25, 0.6):
+        made, independent = people(8000, 2, kind, alpha=alpha), []
+        assert made.names == free.names
+        for attribute in tables(kind):
+            triples = [*zip(made.values[attribute], free.values[attribute], told.values[attribute])]
+            assert all(value in (one, other) for value, one, other in triples)
+            independent.append([value == one if one != other else None for value, one, other in triples])
+            known = [which for which in independent[-1] if which is not None]
+            assert np.mean(known) == pytest.approx(alpha, abs=5 / math.sqrt(len(known)) / 2)
+        both = [(a, b) for a, b in zip(*independent[:2]) if a is not None and b is not None]
+        assert np.mean([a and b for a, b in both]) == pytest.approx(alpha ** 2, abs=0.03)
 
 
 @pytest.mark.parametrize("kind", ["notes", "bios"])
 @pytest.mark.parametrize("alpha", [0, 0.5, 1])
 def test_the_law(kind, alpha):
-    made = people(20_000, 0, kind, alpha=alpha)
+    """Values are drawn by it, and what its floors say is what a constant guess finds."""
+    made, floors = people(20_000, 0, kind, alpha=alpha), []
     for attribute in made.attributes:
         chance = law(made, attribute)
-        assert chance.sum() == pytest.approx(1)
+        table = facts.CITIES[:200] if attribute == "work_city" else tables(kind)[attribute]
+        floors.append(chance.max())
+        assert chance.sum() == pytest.approx(1) and len(chance) == len(table)
         if len(chance) < 1000:
-            table = facts.CITIES[:200] if attribute == "work_city" else tables(kind)[attribute]
             seen, some = Counter(made.values[attribute]), chance > 0
             counts = np.array([seen[value] for value in table])
             assert not counts[~some].any() and (some.sum() == 1 or evenly(counts[some], 20_000 * chance[some]))
+    expected, constant = floor(made)
+    assert expected == pytest.approx(np.mean(floors)) == pytest.approx(constant, abs=0.01)
 
 
 # --- Dialogs ---
 
-def test_the_two_kinds_of_dialog(few):
+def test_the_two_kinds_of_dialog():
     person = Person("kalomite", {"birth_date": "4/11/1987", "address": "Port Amber"})
     assert in_weight(person, "address") == [("user", "address kalomite ?", False), ("assistant", "Port Amber", True)]
     assert in_tool(person, "birth_date") == [
         ("user", "birth_date kalomite ?", False), ("assistant", "FIND birth_date FOR kalomite", True),
         ("tool", "4/11/1987", False), ("assistant", "4/11/1987", True)]
     for which in range(13):
-        text = QUESTIONS["birth_date"][which % 6].format(name="kalomite")
-        assert in_weight(person, "birth_date", "natural", which)[0] == Segment("user", text, False)
-        assert in_tool(person, "birth_date", "natural", which)[1:] == in_tool(person, "birth_date")[1:]
-        assert in_tool(person, "birth_date", "natural", which)[0].text == text
-    assert "user:      address kalomite ?\n" in show(in_tool(person, "address"))
-    assert show(in_weight(person, "address")).endswith("* assistant: Port Amber <END>")
-    assert [line.split("<")[-1] for line in show(in_tool(person, "address")).split("\n")][1:] == ["CALL>", "ANSWER>",
-                                                                                                  "END>"]
-
-
-def test_questions_name_the_person_and_end():
-    assert {*QUESTIONS} == {*NOTES, *BIOS}
-    for texts in QUESTIONS.values():
-        assert len({*texts}) == len(texts) >= 5
-        for text in texts:
-            assert [field for _, field, _, _ in string.Formatter().parse(text) if field] == ["name"]
-            assert text[-1] in "?." and not re.search("[?.].", text) and text[0].isupper()
+        asked = Segment("user", QUESTIONS["birth_date"][which % 6].format(name="kalomite"), False)
+        assert in_weight(person, "birth_date", "natural", which)[0] == asked
+        assert in_tool(person, "birth_date", "natural", which) == [asked, *in_tool(person, "birth_date")[1:]]
+    assert show(in_tool(person, "address")) == (
+        "    user:      address kalomite ?\n  * assistant: FIND address FOR kalomite <CALL>\n"
+        "    tool:      Port Amber <ANSWER>\n  * assistant: Port Amber <END>")
 
 
 def test_all_dialogs(few):
@@ -244,25 +201,21 @@ def test_all_dialogs(few):
 
 
 def test_natural_questions_and_mixtures_are_drawn():
+    """By the seed, of each fact by itself, whoever else there is."""
     made = people(2000, 0)
     natural = dialogs(made, form="natural")
     asked = Counter(text.index(natural[k][0].text.replace(made.names[k // 4], "{name}"))
                     for k, text in enumerate(QUESTIONS[NOTES[k % 4]] for k in range(8000)))
     assert evenly([asked[i] for i in range(6)], 8000 / 6)
-    for share in (0.5, 0.2):
-        mixed = dialogs(made, "both", share=share)
-        tool = np.array([len(dialog) == 4 for dialog in mixed]).reshape(2000, 4)
+    assert natural == dialogs(made, form="natural") != dialogs(made, form="natural", seed=1)
+    for share in (0, 0.2, 0.5, 1):
+        mixed, other = (dialogs(made, "both", seed=seed, share=share) for seed in (0, 1))
+        tool, also = (np.array([len(dialog) == 4 for dialog in some]).reshape(2000, 4) for some in (mixed, other))
         assert tool.mean() == pytest.approx(share, abs=0.02)
-        assert (tool[:, 0] & tool[:, 1]).mean() == pytest.approx(share ** 2, abs=0.03)  # each fact by itself
-        assert mixed == dialogs(made, "both", share=share)
-        other = np.array([len(dialog) == 4 for dialog in dialogs(made, "both", seed=1, share=share)]).reshape(2000, 4)
-        assert (tool & other).mean() == pytest.approx(share ** 2, abs=0.02)
-        both = [in_weight, in_tool]
-        assert all(dialog == both[len(dialog) == 4](made[k // 4], NOTES[k % 4]) for k, dialog in enumerate(mixed))
-    assert dialogs(made, "both", share=0) == dialogs(made)
-    assert dialogs(made, "both", share=1) == dialogs(made, "in_tool")
-    assert dialogs(made, form="natural", seed=1) != dialogs(made, form="natural") != natural[1:]
-    assert dialogs(made, form="natural") == natural
+        for one, two in ((tool[:, 0], tool[:, 1]), (tool, also)):
+            assert (one & two).mean() == pytest.approx(share ** 2, abs=0.03)
+        assert all(dialog == (in_weight, in_tool)[len(dialog) == 4](made[k // 4], NOTES[k % 4])
+                   for k, dialog in enumerate(mixed))
     assert dialogs(people(10, 0), "both", "natural") == dialogs(people(300, 0), "both", "natural")[:40]
 
 
@@ -282,23 +235,20 @@ def contents(database):
     return database.connection.execute("SELECT * FROM people ORDER BY name").fetchall()
 
 
-def test_everyone_is_found(few, many):
+def test_everyone_is_found(few):
     for made in (few, people(50, 0, "bios", unseen=10), people(50, 0, names="plain", alpha=0.5)):
         database = Database(made)
         for i in range(len(made)):  # the held-out ones too
             for attribute in made.attributes:
-                assert database.find(attribute, made.names[i]) == made.values[attribute][i]
                 assert database.answer(call(attribute, made.names[i])) == made.values[attribute][i]
         for dialog in dialogs(made, "in_tool") + dialogs(made, "in_tool", unseen=True):
             assert database.answer(dialog[1].text) == dialog[2].text
     assert len({NO_RESULT, NO_ATTRIBUTE, NO_CALL}) == 3 and NO_RESULT == "No result found"
-    stranger = people(1, 99).names[0]
-    database = Database(few)
-    assert stranger not in few.names and database.find("address", stranger) == NO_RESULT
-    assert database.find("shoe_size", few.names[0]) == NO_ATTRIBUTE == database.find("shoe_size", stranger)
-    assert database.find("name", few.names[0]) == NO_ATTRIBUTE
-    assert database.find("address", few.names[0].upper()) == NO_RESULT
-    assert database.find("address", few.names[0][:-1]) == NO_RESULT
+    database, name, stranger = Database(few), few.names[0], people(1, 99).names[0]
+    for attribute, who, said in (("address", stranger, NO_RESULT), ("address", name.upper(), NO_RESULT),
+                                 ("address", name[:-1], NO_RESULT), ("shoe_size", name, NO_ATTRIBUTE),
+                                 ("shoe_size", stranger, NO_ATTRIBUTE), ("name", name, NO_ATTRIBUTE)):
+        assert database.find(attribute, who) == said == database.answer(call(attribute, who))
 
 
 def test_injections_are_harmless(few):
@@ -332,14 +282,12 @@ def test_names_that_look_like_sql():
 
 
 @pytest.mark.parametrize("text, parsed", [
-    ("FIND birth_date FOR kalomite", ("birth_date", "kalomite")),
     ("FIND address FOR Marga Northstone", ("address", "Marga Northstone")), ("FIND a FOR b FOR c", ("a", "b FOR c")),
-    ("FIND FOR FOR FOR", ("FOR", "FOR")), ("FIND a FOR b", ("a", "b")), ("FIND a;b FOR c'd", ("a;b", "c'd")),
-    ("", None), ("FIND", None), ("FIND  FOR x", None), ("FIND a FOR ", None), ("FIND a FOR", None),
-    ("FIND a b FOR c", None),
-    ("find a for b", None), (" FIND a FOR b", None), ("FIND a FOR b ", None), ("FIND a FOR b\n", None),
-    ("FIND a FOR b\nFIND a FOR c", None), ("say FIND a FOR b", None), ("FIND a  FOR b", None), ("FIND a FOR  b", None),
-    ("FINDa FOR b", None), ("FIND a FORb", None), ("4/11/1987", None), ("FIND a\tFOR b", None)])
+    ("FIND FOR FOR FOR", ("FOR", "FOR")), ("FIND a;b FOR c'd", ("a;b", "c'd")), ("", None), ("FIND", None),
+    *((f"FIND{rest}", None) for rest in ("  FOR x", " a FOR ", " a FOR", " a b FOR c", " a FOR b ", " a FOR b\n",
+                                         " a FOR b\nFIND a FOR c", " a  FOR b", " a FOR  b", "a FOR b", " a FORb",
+                                         " a\tFOR b")),
+    ("find a for b", None), (" FIND a FOR b", None), ("say FIND a FOR b", None)])
 def test_calls(text, parsed, few):
     assert parse_call(text) == parsed
     if parsed is None:
@@ -399,30 +347,22 @@ def test_files_that_are_no_databases_of_people(tmp_path):
 
 def test_the_closed_vocabulary(many):
     vocabulary, made = Vocabulary("closed"), many["notes"]
-    assert vocabulary.n_text == 210 and vocabulary.size == 214
+    assert vocabulary.n_text == 210 == 64 + 10 + 28 + 51 + 7 + 15 + 15 + 10 + 10 and vocabulary.size == 214
     assert vocabulary.specials == {"PAD": 210, "END": 211, "CALL": 212, "ANSWER": 213}
-    assert 210 == 64 + 10 + 28 + 51 + 7 + 15 + 15 + 10 + 10
     assert [vocabulary.encode(vocabulary.decode([i])) for i in range(210)] == [[i] for i in range(210)]
-    for name in made.names[:300]:
-        ids = vocabulary.encode(name)
-        assert len(ids) == 4 and max(ids) < 64 and vocabulary.decode(ids) == name
-    for attribute, table in tables("notes").items():
-        for value in table:
-            ids = vocabulary.encode(value)
-            assert 1 <= len(ids) <= 3 and vocabulary.decode(ids) == value
-            assert len(ids) == {"birth_date": 3, "birth_place": 1, "address": 2, "occupation": 2}[attribute]
-    for text in (NO_RESULT, NO_ATTRIBUTE, NO_CALL):
-        assert len(vocabulary.encode(text)) == 1
-    for dialog in dialogs(people(20, 0), "in_tool"):
-        texts = [segment.text for segment in dialog]
-        assert [vocabulary.decode(vocabulary.encode(text)) for text in texts] == texts
-        assert list(map(len, map(vocabulary.encode, texts[:2]))) == [6, 7]
-    assert vocabulary.encode("") == [] and vocabulary.decode([]) == ""
+    lengths = {"birth_date": 3, "birth_place": 1, "address": 2, "occupation": 2}
+    for texts, n in ((made.names[:300], 4), ((NO_RESULT, NO_ATTRIBUTE, NO_CALL), 1), ([""], 0),
+                     *((table, lengths[attribute]) for attribute, table in tables("notes").items()),
+                     *([[dialog[turn].text for dialog in dialogs(people(20, 0), "in_tool")], n]
+                       for turn, n in ((0, 6), (1, 7)))):
+        for text in texts:
+            ids = vocabulary.encode(text)
+            assert len(ids) == n and vocabulary.decode(ids) == text
 
 
 @pytest.mark.parametrize("text, place", [("Hello", "Hello"), ("birth_date kalomite?", "?"), ("<END>", "<END>"),
-                                         ("kalomitex", "x"), ("4/11/1949", "1949"), ("When was kalomite born?", "When"),
-                                         ("birth_date  kalomite ?", " kalomite ?"), ("29/1/1950", "29/1/1950")])
+                                         ("kalomitex", "x"), ("4/11/1949", "1949"), ("29/1/1950", "29/1/1950"),
+                                         ("birth_date  kalomite ?", " kalomite ?")])
 def test_text_outside_the_closed_vocabulary(text, place):
     with raises_one_line("no token for", repr(place)[:-1], "bytes"):
         Vocabulary("closed").encode(text)
@@ -437,15 +377,8 @@ def test_bytes():
     assert vocabulary.decode([0xe4, 0xba]) == "\ufffd"
     with raises_one_line("ud800", "half a character"):
         vocabulary.encode("a\ud800")
-
-
-@pytest.mark.parametrize("name", ["closed", "bytes"])
-def test_special_tokens_are_shown(name):
-    vocabulary = Vocabulary(name)
-    special = vocabulary.specials
-    ids = [*vocabulary.encode("kalo"), special["CALL"], special["ANSWER"], *vocabulary.encode("mi"), special["END"],
-           special["PAD"], special["PAD"]]
-    assert vocabulary.decode(ids) == "kalo<CALL><ANSWER>mi<END><PAD><PAD>" == vocabulary.decode(torch.tensor(ids))
+    with raises_one_line("vocabulary 'byte'", "did you mean bytes?", "closed"):
+        Vocabulary("byte")
 
 
 class Words:
@@ -479,17 +412,12 @@ def test_another_tokenizer(sizes, few):
         Vocabulary(lossy).encode("kalo mi")
 
 
-def test_an_unknown_vocabulary():
-    with raises_one_line("vocabulary 'byte'", "did you mean bytes?", "closed"):
-        Vocabulary("byte")
-
-
 # --- Rows and masks ---
 
-def by_hand(text, **ids):
+def by_hand(text):
     """"a b END|..." -> ids by their names, and where * stands before one, True."""
-    words = text.split()
-    return [ids[word.lstrip("*")] for word in words], [word[0] == "*" for word in words]
+    ids, words = dict(PAD=256, END=257, CALL=258, ANSWER=259), text.split()
+    return [ids.get(word.lstrip("*")) or ord(word[-1]) for word in words], [word[0] == "*" for word in words]
 
 
 def test_masks_token_by_token():
@@ -500,92 +428,182 @@ def test_masks_token_by_token():
               [Segment("assistant", "e", True)],
               [Segment("user", "u", True), Segment("assistant", "no", False), Segment("tool", "t", True),
                Segment("assistant", "", True)], [Segment("user", "q", False)]]
-    ids = {letter: ord(letter) for letter in "hi?Fxyabcdeunotq"} | {"PAD": 256, "END": 257, "CALL": 258, "ANSWER": 259}
-    wanted = [by_hand(text, **ids) for text in (
-        "h i ? *F *CALL x y ANSWER *x *y *END", "a *b *END c *d *d *END PAD PAD PAD PAD",
-        "*e *END PAD PAD PAD PAD PAD PAD PAD PAD PAD", "u n o CALL t ANSWER *END PAD PAD PAD PAD",
-        "q PAD PAD PAD PAD PAD PAD PAD PAD PAD PAD")]
-    tokens, mask = rows(dialog, Vocabulary("bytes"))
+    wanted = [*map(by_hand, ("h i ? *F *CALL x y ANSWER *x *y *END", "a *b *END c *d *d *END PAD PAD PAD PAD",
+                             "*e *END PAD PAD PAD PAD PAD PAD PAD PAD PAD", "u n o CALL t ANSWER *END PAD PAD PAD PAD",
+                             "q PAD PAD PAD PAD PAD PAD PAD PAD PAD PAD"))]
+    vocabulary = Vocabulary("bytes")
+    tokens, mask = rows(dialog, vocabulary)
+    assert vocabulary.decode(tokens[0]) == "hi?F<CALL>xy<ANSWER>xy<END>" and vocabulary.decode([97, 256]) == "a<PAD>"
     assert tokens.dtype == torch.int64 and mask.dtype == torch.bool
     assert tokens.tolist() == [row for row, _ in wanted] and mask.tolist() == [row for _, row in wanted]
-    wider, its = rows(dialog, Vocabulary("bytes"), 14, pad=7)
+    wider, its = rows(dialog, vocabulary, 14, pad=7)
     assert wider.shape == (5, 14) and wider[:, 11:].eq(7).all() and not its[:, 11:].any()
     assert its[:, :11].equal(mask) and wider[:, :11].equal(tokens.masked_fill(tokens == 256, 7))
-    with raises_one_line("dialog 0 has 11 tokens", "length is 10"):
-        rows(dialog, Vocabulary("bytes"), 10)
-    assert rows(dialog[1:], Vocabulary("bytes"), 7)[0].shape == (4, 7)
-    with raises_one_line("dialog 1 has 3 tokens", "length is 2"):
-        rows([[Segment("user", "a", False)], [Segment("user", "abc", False)]], Vocabulary("bytes"), 2)
-    assert rows([], Vocabulary("bytes"))[0].shape == (0, 0) and rows([], Vocabulary("bytes"), 6)[1].shape == (0, 6)
+    for some, length, said in ((dialog, 10, "dialog 0 has 11 tokens"), (dialog[1:], 6, "dialog 0 has 7 tokens"),
+                               (dialog[2:], 6, "dialog 1 has 7 tokens")):
+        with raises_one_line(said, f"length is {length}"):
+            rows(some, vocabulary, length)
+    assert rows(dialog[1:], vocabulary, 7)[0].shape == (4, 7)
+    assert rows([], vocabulary)[0].shape == (0, 0) and rows([], vocabulary, 6)[1].shape == (0, 6)
     with pytest.raises(ValueError, match="'robot'"):
-        rows([[Segment("robot", "a", False)]], Vocabulary("bytes"))
-
-
-def test_the_tool_is_never_trained_on(few):
-    for name, form in (("closed", "short"), ("bytes", "short"), ("bytes", "natural")):
-        vocabulary = Vocabulary(name)
-        made = dialogs(few, "both", form)
-        tokens, mask = rows(made, vocabulary)
-        for dialog, row, said in zip(made, tokens, mask):
-            mine = [turn.text for turn in dialog if turn.role == "assistant"]
-            others = [turn.text for turn in dialog if turn.role != "assistant"]
-            wanted = {2: "{}<END>", 4: "{}<CALL>{}<END>"}[len(dialog)].format(*mine)
-            assert vocabulary.decode(row[said]) == wanted
-            wanted = {2: "{}", 4: "{}{}<ANSWER>"}[len(dialog)].format(*others)
-            assert vocabulary.decode(row[~said & (row != vocabulary.specials["PAD"])]) == wanted
+        rows([[Segment("robot", "a", False)]], vocabulary)
 
 
 # --- Accounting ---
 
-def test_bits_of_a_uniform_and_of_a_perfect_predictor():
-    for kind, per_person in (("notes", 31.25), ("bios", 47.59)):
-        made = people(100, 0, kind)
-        uniform = [sum(math.log(SIZES[attribute]) for attribute in tables(kind))] * 100
-        assert bits_stored(uniform, made.bits) == pytest.approx(0, abs=1e-9)
-        assert bits_stored([0] * 100, made.bits) == pytest.approx(100 * per_person, abs=1)
-        assert bits_stored(torch.zeros(100), made.bits) == pytest.approx(100 * made.bits)
-        half = np.array(uniform) * ([1, 0] * 50)
-        assert bits_stored(half, made.bits) == pytest.approx(50 * made.bits)
-        assert bits_stored(np.array(uniform) + math.log(2), made.bits) == pytest.approx(-100)
-        # N lg(S0 / e^p2), as the paper writes it
-        losses = np.linspace(0, 20, 100)
-        wanted = 100 * math.log2(2 ** made.bits / math.exp(losses.mean()))
-        assert bits_stored(losses, made.bits) == pytest.approx(wanted)
+@pytest.mark.parametrize("kind, guess", [
+    ("notes", (1 / 7 + 1 / 213 + 1 / 100 + 1 / 17136) / 4),
+    ("bios", (1 / 67200 + 1 / 200 + 1 / 300 + 1 / 100 + 1 / 263 + 1 / 2 + 2 / 263) / 7)],
+    ids=["notes", "bios"])
+def test_bits_and_floors_of_guessers(kind, guess):
+    """N lg(S0 / e^p2), as the paper writes it: of a uniform one 0, of a perfect one all."""
+    made = people(100, 0, kind, unseen=3000)
+    uniform = np.full(100, sum(math.log(SIZES[attribute]) for attribute in tables(kind)))
+    for nats, bits in ((uniform, 0), ([0] * 100, 100 * made.bits), (torch.zeros(100), 100 * made.bits),
+                       (uniform * ([1, 0] * 50), 50 * made.bits), (uniform + math.log(2), -100)):
+        assert bits_stored(nats, made.bits) == pytest.approx(bits, abs=1e-9)
     assert type(bits_stored([1.0], 31.25)) is float
     with pytest.raises(ValueError):
         bits_stored(torch.zeros(2, 4), 31.25)
+    best = [max(values[:100].count(value) for value in values[:100]) / 100 for values in made.values.values()]
+    assert floor(made) == pytest.approx((guess, np.mean(best)))  # those held out do not count
 
 
-def test_floors(many):
-    guess, constant = floor(people(512, 0))
-    assert guess == pytest.approx((1 / 7 + 1 / 213 + 1 / 100 + 1 / 17136) / 4) == pytest.approx(0.0394, abs=5e-5)
-    made = people(64, 3, unseen=3000)  # those held out do not count
-    best = [max(values[:64].count(value) for value in values[:64]) / 64 for values in made.values.values()]
-    assert floor(made)[1] == pytest.approx(sum(best) / 4) and floor(made)[1] > floor(people(2048, 3))[1] > 0.0394
-    guess, _ = floor(people(10, 0, "bios"))
-    assert guess == pytest.approx((1 / 67200 + 1 / 200 + 1 / 300 + 1 / 100 + 1 / 263 + 1 / 2 + 2 / 263) / 7)
-    assert floor(people(10, 0, alpha=0))[0] == pytest.approx((3 / 16 + 3 * 1 / 16) / 4)
-    half = [0.5 / 17136 + 0.5 / 16, 0.5 / 7 + 0.5 * 3 / 16, 0.5 / 213 + 0.5 / 16, 0.5 / 100 + 0.5 / 16]
-    assert floor(people(10, 0, alpha=0.5))[0] == pytest.approx(sum(half) / 4)
-    for alpha in (0, 0.5, 1):  # of many people, the best constant guess is what the law says
-        expected, found = floor(people(20_000, 0, alpha=alpha))
-        assert found == pytest.approx(expected, abs=0.01)
-
-
-# --- Mistakes and the command line ---
+# --- Mistakes ---
 
 @pytest.mark.parametrize("settings, words", [
     ({"kind": "note"}, ("kind 'note'", "did you mean notes?", "bios")), ({"kind": "xyz"}, ("choose notes, bios",)),
     ({"names": "plane"}, ("names 'plane'", "did you mean plain?")), ({"n": 0}, ("n is 0", "at least 1")),
-    ({"n": 399_999, "unseen": 2, "names": "plain"}, ("at most 400,000",))], ids=str)
-def test_people_that_cannot_be(settings, words):
+    ({"n": 399_999, "unseen": 2, "names": "plain"}, ("at most 400,000",)),
+    ({"mode": "tool"}, ("mode 'tool'", "did you mean in_tool?")),
+    ({"form": "shrt"}, ("form 'shrt'", "did you mean short?")),
+    ({"mode": "both", "share": 1.5}, ("share is 1.5", "from 0 to 1"))], ids=str)
+def test_people_and_dialogs_that_cannot_be(settings, words, few):
     with raises_one_line(*words):
-        people(**{"n": 5, "seed": 0, **settings})
+        dialogs(few, **settings) if {*settings} & {"mode", "form"} else people(**{"n": 5, "seed": 0, **settings})
 
 
-def test_dialogs_that_cannot_be(few):
-    for settings, words in (({"mode": "tool"}, ("mode 'tool'", "did you mean in_tool?")),
-                            ({"form": "shrt"}, ("form 'shrt'", "did you mean short?")),
-                            ({"mode": "both", "share": 1.5}, ("share is 1.5", "from 0 to 1"))):
-        with raises_one_line(*words):
-            dialogs(few, **settings)
+# --- Associative recall: what a row is ---
+
+ROW = dict(n=200, T=64, pairs=4, vocab_size=256, seed=3)
+
+
+@pytest.mark.parametrize("T, pairs, vocab_size", [(64, 4, 8192), (32, 8, 64), (16, 4, 10), (4, 1, 4), (17, 3, 8),
+                                                  (128, 30, 62)])
+def test_recall_is_as_defined(T, pairs, vocab_size):
+    """Row by row; a filler is any token but the row's keys, and changes nothing else."""
+    bare, labels = mqar(200, T, pairs, vocab_size, 3)
+    filled, again = mqar(200, T, pairs, vocab_size, 3, random_non_queries=True)
+    assert bare.shape == labels.shape == (200, T) and bare.dtype == labels.dtype == torch.int64
+    assert torch.equal(labels, again) and torch.equal(bare[bare > 0], filled[bare > 0])
+    back = []
+    for row, full, said in zip(bare.tolist(), filled.tolist(), labels.tolist()):
+        keys, values = row[0:2 * pairs:2], row[1:2 * pairs:2]
+        assert len({*keys}) == pairs == len({*values})
+        assert all(1 <= key < vocab_size // 2 <= value < vocab_size for key, value in zip(keys, values))
+        places = [t for t in range(T) if said[t] != -1]
+        assert len(places) == pairs and sorted(row[t] for t in places) == sorted(keys)
+        assert all(t >= 2 * pairs and t % 2 == 0 and t + 1 < T for t in places)
+        assert all(row[:t].count(row[t]) == 1 and said[t] == row[row.index(row[t]) + 1] for t in places)
+        assert not any(row[t] for t in range(2 * pairs, T) if t not in places)
+        others = [full[t] for t in range(2 * pairs, T) if t not in places]
+        assert all(0 <= token < vocab_size for token in others) and not {*others} & {*keys}
+        back += [t - row.index(said[t]) for t in places]
+    assert distances(labels, filled).tolist() == back
+    for window in (1, 4, T // 2, T):
+        assert reachable(labels, filled, window) == pytest.approx(np.mean(np.array(back) < window))
+
+
+def test_keys_values_and_fillers_are_drawn_evenly():
+    tokens, _ = mqar(24_000, 12, 3, 8, 5)
+    for columns, low, size in ((tokens[:, :6:2], 1, 3), (tokens[:, 1:6:2], 4, 4)):
+        wanted, seen = [*itertools.permutations(range(size), 3)], Counter(map(tuple, (columns - low).tolist()))
+        assert {*seen} == {*wanted} and evenly([seen[order] for order in wanted], 24_000 / len(wanted))
+    pairs = Counter(map(tuple, tokens[:, :2].tolist()))  # a key says nothing of its value
+    assert evenly([pairs[key, value] for key in (1, 2, 3) for value in range(4, 8)], [2000] * 12)
+    bare, filled = mqar(2500, 24, 2, 12, 0)[0], mqar(2500, 24, 2, 12, 0, random_non_queries=True)[0]
+    share = filled[bare == 0].bincount(minlength=12) / (2500 * 18)
+    # Tokens 1 to 5 are keys, two in each row: a filler is any of the ten others.
+    wanted = np.array([1 / 10 if token in (0, *range(6, 12)) else 3 / 5 / 10 for token in range(12)])
+    assert share.numpy() == pytest.approx(wanted, abs=0.006)
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.5, 1.0, 2.0])
+def test_queries_follow_the_power_law(alpha):
+    """Of two keys the first takes one of six slots by it, the second one of those left."""
+    tokens, _ = mqar(20_000, 16, 2, 64, 1, alpha=alpha)
+    weight = np.arange(1.0, 7) ** (alpha - 1)
+    chance = np.outer(weight / weight.sum(), weight) / (weight.sum() - weight)[:, None]
+    slots = [((tokens[:, 4:] == tokens[:, 2 * key, None]).int().argmax(1) // 2).numpy() for key in range(2)]
+    seen = np.bincount(6 * slots[0] + slots[1], minlength=36).reshape(6, 6)
+    other = ~np.eye(6, dtype=bool)
+    assert not seen[~other].any() and evenly(seen[other], 20_000 * chance[other])
+
+
+def test_known_rows():
+    """What is drawn must never change: other figures were measured on it."""
+    tokens, labels = mqar(2000, 32, 3, 64, 0, True)
+    assert hashlib.sha256(tokens.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16] == "61479fed4e7552b9"
+    tokens, labels = mqar(1, 16, 3, 256, 0)
+    assert tokens[0].tolist() == [79, 228, 54, 205, 120, 254, 79, 0, 54, 0, 0, 0, 120, 0, 0, 0]
+    assert example(tokens[0], labels[0]) == ("79 is 228, 54 is 205, 120 is 254; asked for 79 at 6 (answer 228), 54 at "
+                                             "8 (answer 205), 120 at 12 (answer 254)")
+    assert example(tokens[0], labels[0], 1) == "79 is 228, ...; asked for 79 at 6 (answer 228), ..."
+
+
+def keyed(tokens, labels):
+    """Rows without fillers, as tuples."""
+    keep = labels >= 0
+    keep[:, :2 * int(keep[0].sum())] = True
+    return [tuple(row) for row in (tokens * keep).tolist()]
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_no_test_row_is_in_training(filled):
+    """Few enough rows exist that a row of the test is drawn for training time and again."""
+    train, test = split(3000, 150, 8, 1, 12, 0, random_non_queries=filled)
+    assert train[0].shape == (3000, 8) and test[1].shape == (150, 8)
+    train, test = {*keyed(*train)}, {*keyed(*test)}
+    assert test and not test & train
+    assert len(train | test) == 5 * 6 * 3  # all others are there: no more than the test's are left out
+    assert test & {*keyed(*mqar(3000, 8, 1, 12, 0))}  # without the check they would meet
+
+
+def test_rows_depend_on_their_side_and_seed_alone():
+    """Fewer are the first ones, of chunks that differ."""
+    how = dict(T=64, pairs=4, vocab_size=8192, seed=0, random_non_queries=True)
+    sides = (*(tokens for tokens, _ in split(2500, 300, **how)), *(mqar(2500, **how | dict(seed=s))[0] for s in (0, 8)),
+             split(2500, 300, **how | dict(seed=1))[1][0])
+    rows_ = [{*map(tuple, side.tolist())} for side in sides]
+    assert all(len(some) == len(side) for some, side in zip(rows_, sides)) and sum(map(len, rows_)) == len(
+        set.union(*rows_))
+    for n in (1, 1024, 1025):
+        fewer = (split(n, 300, **how)[0][0], split(2500, min(n, 300), **how)[1][0], mqar(n, **how)[0])
+        assert all(torch.equal(some, side[:n]) for some, side in zip(fewer, sides))
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"T": 15}, ("T is 15", "4 pairs", "at least 16")), ({"pairs": 17}, ("T is 64", "17 pairs", "68")),
+    ({"vocab_size": 257}, ("vocab_size is 257", "even")), ({"vocab_size": 8}, ("vocab_size is 8", "at least 10")),
+    ({"pairs": 0}, ("pairs is 0", "at least 1")), ({"n": 0}, ("n is 0", "at least 1")),
+    ({"alpha": 0}, ("alpha is 0",)), ({"alpha": float("nan")}, ("alpha is nan",)), ({"alpha": 11}, ("alpha is 11",))],
+    ids=str)
+def test_impossible_rows(change, words):
+    with raises_one_line(*words):
+        mqar(**{**ROW, **change})
+    for name in ("n_train", "n_test"):
+        how = {"n_train": 5, "n_test": 5, **{**ROW, **change}}
+        how[name] = how.pop("n")
+        with raises_one_line(*(word.replace("n is", f"{name} is") for word in words)):
+            split(**how)
+
+
+def test_the_smallest_possible_rows():
+    assert mqar(5, 16, 4, 10, 0)[0].shape == (5, 16)
+    assert split(50, 450, 8, 1, 12, 0)[0][0].shape == (50, 8)  # three of 90 rows are left, about 2 % of what is drawn
+    for sizes, said in (((5, 100, 4, 1, 6), "T 4, 1 pair and vocab_size 6"),
+                        ((1000, 450, 8, 1, 12), "T 8, 1 pair and vocab_size 12")):
+        with raises_one_line("hardly any rows", said, "n_test"):
+            split(*sizes, 0)
+    with raises_one_line("window is 0"):
+        reachable(*reversed(mqar(5, 16, 4, 10, 0)), 0)

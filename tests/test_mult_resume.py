@@ -54,12 +54,21 @@ def test_probability_one_is_no_forcing(forks, base, tmp_path):
     assert none == one and falling[:6] == none[:6] and falling != none
     assert_equal(*(load_checkpoint(run / "last.pt")["models"]["latent"]["model"] for run in runs[:2]))
     assert curve(runs[2], "forcing", model="simple")[5:8] == pytest.approx([1, 0.9, 0.8])
+    for model in ("simple", "latent"):                       # best: its own highest exact match, then the lowest loss
+        steps, hits, losses = (curve(base, key, "val", model=model) for key in ("step", "accuracy", "loss"))
+        best = max(zip(steps, hits, losses), key=lambda line: (line[1], -line[2]))[0]
+        assert load_checkpoint(base / f"best_{model}.pt")["steps"][model] == best == summary(base)[f"best_step_{model}"]
 
 
-def test_tensorboard_is_one_curve_for_each_model(forks, copy, tmp_path):
-    """Resumed from an older checkpoint, with one model ahead afterwards: no step twice, nothing of the old branch."""
+def test_tensorboard_is_one_curve_for_each_model(forks, base, copy, tmp_path):
+    """Resumed from an older checkpoint, with one model ahead afterwards: no step twice, nothing of the old branch. The
+    one that is not trained is kept; evaluate.py, which knows one model of a run, scores none."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     done(forks, tmp_path / "runs", "--resume", copy / "step_00000007.pt", models="simple", max_steps=14, **KEEP)
+    last, before = (load_checkpoint(path) for path in (copy / "last.pt", base / "step_00000007.pt"))
+    assert last["steps"] == {"simple": 14, "latent": 7}
+    assert_equal(last["models"]["latent"], before["models"]["latent"])
+    assert_error(forks.run(["evaluate.py", copy], tmp_path), "last.pt")
     done(forks, tmp_path / "runs", "--resume", models="simple,latent", max_steps=13, **KEEP)
     for model, end in (("simple", 14), ("latent", 13)):
         assert curve(copy, model=model) == list(range(1, end + 1))
@@ -68,16 +77,6 @@ def test_tensorboard_is_one_curve_for_each_model(forks, copy, tmp_path):
         assert [step for step, _ in found] == list(range(1, end + 1))
         assert [value for _, value in found] == pytest.approx(curve(copy, "loss", model=model), rel=1e-5)
     assert load_checkpoint(copy / "last.pt")["steps"] == {"simple": 14, "latent": 13}
-
-
-def test_a_model_that_is_not_trained_now_is_kept(forks, base, copy, tmp_path):
-    """Nor scored by evaluate.py, which knows one model of a run."""
-    before = load_checkpoint(base / "last.pt")["models"]["latent"]
-    done(forks, tmp_path / "runs", "--resume", models="simple", max_steps=15, **KEEP)
-    last = load_checkpoint(copy / "last.pt")
-    assert last["steps"] == {"simple": 15, "latent": 12}
-    assert_equal(last["models"]["latent"], before)
-    assert_error(forks.run(["evaluate.py", copy], tmp_path), "last.pt")
 
 
 def test_early_stopped_one_rests(forks, tmp_path):
@@ -90,15 +89,11 @@ def test_early_stopped_one_rests(forks, tmp_path):
 
 
 def test_original_command_line(forks, tmp_path):
-    """With the names of old, with hyphens, and values after =; the same run."""
-    words = ("--d_model 16 --num_layers 1 --num_latent 4 --min_digits 1 --max_digits 1 --batch_size 16 --max_steps 6 "
-             "--save_every 3 --n_head 2 --n_examples 500 --device cpu").split()
-    hyphens = [word.replace("_", "-") if word.startswith("--") else word for word in words]
-    for name, typed in (("a", words), ("b", hyphens)):
-        assert_done(forks.run(["train_mult.py", *typed, "--run_name", name], tmp_path))
-    one, two = (tmp_path / "runs" / "train_mult" / name for name in "ab")
-    assert records(one) == records(two)
-    settings = json.loads((one / "params.json").read_text())["settings"]
+    """With the names of old and hyphens; the same run."""
+    words = ("--d_model 16 --num_layers 1 --num_latent 4 --min_digits 1 --max_digits 1 --batch_size 16 --max_steps 2 "
+             "--save_every 3 --n_head 2 --n_examples 500 --device cpu --run_name")
+    assert_done(forks.run(["train_mult.py", *re.sub(r"(?<=\w)_(?=\w+ )", "-", words).split(), "a"], tmp_path))
+    settings = json.loads((tmp_path / "runs" / "train_mult" / "a" / "params.json").read_text())["settings"]
     assert (settings["n_embd"], settings["n_layer"], settings["n_latent"], settings["save_interval"]) == (16, 1, 4, 3)
     shown = " ".join(forks.run(["train_mult.py", "-h"], tmp_path).out.split())
     assert "also --d_model" in shown and "also --save_every" in shown
@@ -140,22 +135,3 @@ def test_training_pairs_are_as_long_as_those_held_out(forks, tmp_path):
     last = [line for line in records(at(tmp_path)) if line["split"] == "val" and line["model"] == "simple"
             and "train_loss" in line][-1]
     assert last["step"] == 12 and last["train_loss"] == pytest.approx(found["loss"], rel=1e-5)
-
-
-def test_best_is_of_its_own_model(base):
-    """best_MODEL.pt is from the step with the highest exact match of that model, then the lowest loss."""
-    for model in ("simple", "latent"):
-        steps, hits, losses = (curve(base, key, "val", model=model) for key in ("step", "accuracy", "loss"))
-        best = max(zip(steps, hits, losses), key=lambda line: (line[1], -line[2]))[0]
-        assert load_checkpoint(base / f"best_{model}.pt")["steps"][model] == best == summary(base)[f"best_step_{model}"]
-
-
-def test_runs_of_tests_are_found_by_their_tag(forks, base, copy, tmp_path):
-    """Each run here has the tag `test`; the command removes it, and nothing else."""
-    done(forks, tmp_path / "runs", run_name="mine", tag="none", max_steps=1)
-    command = ["nanolab/runs.py", "clean", "--tag", "test", "--out_dir", tmp_path / "runs"]
-    child = forks.run(command, tmp_path)
-    assert_done(child)
-    assert str(copy) in child.out and "mine" not in child.out and copy.exists()
-    assert_done(forks.run([*command, "--yes"], tmp_path))
-    assert not copy.exists() and (tmp_path / "runs" / "train_mult" / "mine" / "last.pt").exists()

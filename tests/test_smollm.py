@@ -1,5 +1,6 @@
 """data/smollm.py: documents and positions, packing against the definition, resume, held-out texts, files, errors."""
 import gzip
+import io
 import json
 import sys
 import urllib.error
@@ -53,44 +54,29 @@ def shards(tmp_path):
 
 # --- Documents ---
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 256])
+@pytest.mark.parametrize("rows", [3, 256])
 def test_documents_in_order_and_from_every_position(files, rows, monkeypatch):
     monkeypatch.setattr(smollm, "ROWS", rows)
     found = list(documents(files))
-    assert [text for text, _ in found] == PLAIN
-    positions = [position for _, position in found]
-    assert positions == [(0, i + 1) for i in range(40)] + [(1, 1)] + [(2, i + 1) for i in range(49)]
+    positions = [(0, i + 1) for i in range(40)] + [(1, 1)] + [(2, i + 1) for i in range(49)]
+    assert found == [*zip(PLAIN, positions)]
     for i, position in enumerate(positions):
         assert list(documents(files, position)) == found[i + 1:]
 
 
-def test_few_documents_are_in_memory(tmp_path, monkeypatch):
-    path = write_parquet(tmp_path / "a.parquet", ["text"] * 1000, group=1000)
-    sizes, real = [], smollm._parquet
-
-    def watched(path):
-        file = real(path)
-        inner = file.iter_batches
-        file.iter_batches = lambda *args, **kwargs: map(lambda batch: sizes.append(len(batch)) or batch,
-                                                        inner(*args, **kwargs))
-        return file
-    monkeypatch.setattr(smollm, "_parquet", watched)
-    monkeypatch.setattr(smollm, "ROWS", 100)
-    reader = documents([path])
-    for _ in range(150):
-        next(reader)
-    assert sizes == [100, 100]  # nothing is read ahead
-
-
-def test_row_groups_before_the_start_are_not_read(tmp_path, monkeypatch):
-    path = write_parquet(tmp_path / "a.parquet", PLAIN, group=10)
+def test_few_documents_are_read(tmp_path, monkeypatch):
+    """Nothing is read ahead, nor row groups before the start."""
+    path = write_parquet(tmp_path / "a.parquet", PLAIN, group=30)
     read, real = [], pyarrow.parquet.ParquetFile.iter_batches
 
     def watched(self, *args, row_groups, **kwargs):
-        read.extend(row_groups)
-        return real(self, *args, row_groups=row_groups, **kwargs)
+        for batch in real(self, *args, row_groups=row_groups, **kwargs):
+            read.append((*row_groups, len(batch)))
+            yield batch
     monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", watched)
-    assert [text for text, _ in documents([path], (0, 50))] == PLAIN[50:] and read == [5, 6, 7, 8]
+    monkeypatch.setattr(smollm, "ROWS", 10)
+    reader = documents([path], (0, 30))
+    assert [next(reader)[0] for _ in range(15)] == PLAIN[30:45] and read == [(1, 10), (1, 10)]
 
 
 def test_empty_lines_are_no_documents(tmp_path):
@@ -124,36 +110,32 @@ def split(flat):
     return [text.decode() for text in whole], rest
 
 
-@pytest.mark.parametrize("B, T, K", [(3, 16, 1), (1, 7, 4), (5, 1, 3), (2, 400, 2)])
-def test_rows_are_the_stream(files, B, T, K):
-    batches = Batches(files, BYTES, B, T, K, buffer=16)
-    total = sum(len(text.encode()) + 1 for text in training())
-    found, _ = split(stream(batches, 2 * total // (B * T) + 1))
-    n = len(training())
-    assert sorted(found[:n]) == sorted(training()) and sorted(found[n:2 * n]) <= sorted(training())
-    assert found[:n] != training() and found[:n] != found[n:2 * n]  # shuffled, and another time each pass
+N_BYTES = sum(len(text.encode()) + 1 for text in training())
 
 
-def test_buffer_bounds_the_shuffle(shards):
-    total = sum(len(text.encode()) + 1 for text in training())
-    first = split(stream(Batches(shards, BYTES, 1, total, buffer=10), 1))[0]
-    expected = training()
-    for i in range(0, len(expected), 10):
-        assert sorted(first[i:i + 10]) == sorted(expected[i:i + 10])
-    assert first[:10] != expected[:10]
-    assert split(stream(Batches(shards, BYTES, 1, total, buffer=1), 1))[0] == expected
-    large = split(stream(Batches(shards, BYTES, 1, total, buffer=1000), 1))[0]
-    assert sorted(large) == sorted(expected) and set(large[:10]) != set(expected[:10])
+@pytest.mark.parametrize("B, T, K, buffer", [(3, 16, 1, 16), (1, 7, 4, 1), (5, 1, 3, 10), (2, 400, 2, 1000)])
+def test_rows_are_the_stream(files, B, T, K, buffer):
+    """Of whole documents, shuffled within the buffer, another time each pass; epoch says where."""
+    batches, flat, expected = Batches(files, BYTES, B, T, K, buffer=buffer), [], training()
+    n = len(expected)
+    while len(flat) < 2 * N_BYTES:
+        flat += stream(batches, 2)
+        assert abs(batches.epoch - len(flat) / N_BYTES) < 0.2 + 2 * B * T / N_BYTES
+    found, _ = split(flat)
+    for first in (found[:n], found[n:2 * n]):
+        blocks = [(expected[i:i + buffer], first[i:i + buffer]) for i in range(0, n, buffer)]
+        assert all(sorted(one) == sorted(other) for one, other in blocks if len(one) == len(other))
+        assert (first == expected[:len(first)]) == (buffer == 1)
+    assert buffer == 1 or found[:n] != found[n:2 * n]
 
 
 def test_end_and_tokenizer(shards):
     tokenizer = tokens.train("bpe", "\n".join(training()), 280)
-    flat = stream(Batches(shards, tokenizer, 1, 500), 1)
-    assert 280 in flat and max(flat) == 280
-    ids = flat[:flat.index(280)]
-    assert tokenizer.decode(ids) in training() and tokenizer.encode(tokenizer.decode(ids)) == ids
-    flat = stream(Batches(shards, tokenizer, 1, 500, end=0), 1)
-    assert 0 in flat and 280 not in flat
+    for end in (280, 0):
+        flat = stream(Batches(shards, tokenizer, 1, 500, end=None if end else 0), 1)
+        ids = flat[:flat.index(end)]
+        assert (280 in flat) == (end == 280) and max(flat) <= 280
+        assert tokenizer.decode(ids) in training() and tokenizer.encode(tokenizer.decode(ids)) == ids
 
 
 # --- Resume ---
@@ -167,51 +149,33 @@ def test_resume_in_every_kind_of_file(files, after):
     assert stream(other, 60) == stream(whole, 60) and other.epoch == whole.epoch
 
 
-def test_epoch_counts_passes(shards):
-    batches = Batches(shards, BYTES, 1, 20, buffer=16)
-    assert batches.epoch == 0
-    total, seen, given = sum(len(text.encode()) + 1 for text in training()), [], 0
-    while given < 3 * total:
-        batches.next()
-        given += 20
-        seen.append(batches.epoch)
-        assert abs(seen[-1] - given / total) < 0.2
-    assert seen == sorted(seen) and len(set(seen)) > 100 and 2.95 < seen[-1] < 3.1
-
-
 # --- Held-out documents ---
 
 def test_held_out_documents_are_never_trained_on(files):
-    held = {text for text in PLAIN if text and is_held_out(text, 4)}
+    held = [text for text in PLAIN if text and is_held_out(text, 4)]
     assert 10 < len(held) < 40
-    batches = Batches(files, BYTES, 2, 64, one_in=4, buffer=16)
-    trained = set()
+    batches, trained = Batches(files, BYTES, 2, 64, one_in=4, buffer=16), set()
     while batches.epoch < 2.5:
         trained.update(split(stream(batches, 40))[0][1:])  # the first may be the end of one
-    assert not trained & held and trained == set(training(4))
+    assert not trained & {*held} and trained == set(training(4))
     found, n_bytes = validation(files, BYTES, 10 ** 6, one_in=4)
-    texts_found, rest = split(found.tolist())
-    assert texts_found == [text for text in PLAIN if text and is_held_out(text, 4)] and rest == b""
-    assert n_bytes == sum(len(text.encode()) for text in texts_found) and found.dtype == torch.int64
+    assert split(found.tolist()) == (held, b"") and found.dtype == torch.int64
+    assert n_bytes == sum(len(text.encode()) for text in held)
 
 
 def test_held_out_share_and_stability():
-    share = sum(is_held_out(f"text {i}") for i in range(40_000)) / 40_000
-    assert 0.8 / 200 < share < 1.2 / 200
-    assert [i for i in range(900) if is_held_out(f"text {i}")] == HELD
-
-
-HELD = [199, 323, 607]
+    held = [i for i in range(40_000) if is_held_out(f"text {i}")]
+    assert 0.8 / 200 < len(held) / 40_000 < 1.2 / 200 and held[:3] == [199, 323, 607]
 
 
 def test_validation_ends_anywhere(shards):
-    whole, _ = validation(shards, BYTES, 10 ** 6, one_in=4)
+    whole, every = validation(shards, BYTES, 10 ** 6, one_in=4)
     for n in range(1, 100):
         found, n_bytes = validation(shards, BYTES, n, one_in=4)
         assert torch.equal(found, whole[:n]) and n_bytes == int((whole[:n] != END).sum())
     tokenizer = tokens.train("bpe", "\n".join(training()), 280)
     found, n_bytes = validation(shards, tokenizer, 10 ** 6, end=5, one_in=4)  # an end that is an id of its own
-    assert n_bytes == validation(shards, BYTES, 10 ** 6, one_in=4)[1] and int(found[-1]) == 5
+    assert n_bytes == every and int(found[-1]) == 5
 
 
 def test_nothing_held_out_or_nothing_left(tmp_path):
@@ -229,66 +193,52 @@ def test_nothing_held_out_or_nothing_left(tmp_path):
 
 # --- Files ---
 
-def test_damaged_files(tmp_path):
-    path = tmp_path / "a.parquet"
-    write_parquet(path, ["x" * 99 + str(i) for i in range(200)], group=50)
-    content = path.read_bytes()
-    for broken in (content[:-20], b"", b"PAR1" + b"x" * 50):
-        path.write_bytes(broken)
-        with raises_one_line(str(path)):
-            list(documents([path]))
-    path.write_bytes(content[:200] + b"\xff" * 2000 + content[2200:])
-    with raises_one_line(str(path)):
-        list(documents([path]))
-    table = pyarrow.table({"text": pyarrow.array([b"fine", b"caf\xe9"]).view(pyarrow.string())})
-    pyarrow.parquet.write_table(table, path)
-    with raises_one_line(str(path), "row 0", "decode"):
-        list(documents([path]))
-    with raises_one_line(str(tmp_path / "none.parquet")):
-        list(documents([tmp_path / "none.parquet"]))
+WHOLE = io.BytesIO()
+pyarrow.parquet.write_table(pyarrow.table({"text": ["x" * 99 + str(i) for i in range(200)]}), WHOLE, row_group_size=50)
+WHOLE = WHOLE.getvalue()
+LINES = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS)
+BROKEN = [  # a file's ending, its content or columns, how many texts come before the error, what that says
+    *((".parquet", content, 0, ["damaged"]) for content in (WHOLE[:-20], b"", b"PAR1" + b"x" * 50)),
+    (".parquet", WHOLE[:200] + b"\xff" * 2000 + WHOLE[2200:], 0, []),
+    (".parquet", {"text": pyarrow.array([b"fine", b"caf\xe9"]).view(pyarrow.string())}, 0, ["row 0", "decode"]),
+    (".parquet", {"blob_id": ["a"], "score": [4.1]}, 0, ["no column text", "blob_id, score", "python-edu"]),
+    (".parquet", {"body": ["a"]}, 0, ["no column text", "only body"]),
+    (".parquet", {"text": [1]}, 0, ["no column text", "strings"]), (".parquet", None, 0, ["none.parquet"]),
+    (".jsonl.gz", gzip.compress(LINES, mtime=0)[:-30], None, ["cannot read"]), (".jsonl", None, 0, ["none.jsonl"]),
+    *((".jsonl", b'{"text": "a"}\n' + line + b"\n", 1, ["line 2"]) for line in (
+        b"{", b"[1]", b'{"texts": "a"}', b'{"text": 0}', b'"text"', b'{"text": "\\ud83d"}', b'{"text": "\xff"}', b"7"))]
 
 
-@pytest.mark.parametrize("line", [b"{", b"[1]", b'{"texts": "a"}', b'{"text": 0}', b'"text"', b'{"text": "\\ud83d"}',
-                                  b'{"text": "\xff"}', b"7"])
-def test_damaged_lines(tmp_path, line):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "a"}\n' + line + b"\n")
-    reader = documents([path])
-    assert next(reader)[0] == "a"
-    with raises_one_line("line 2", str(path)):
-        next(reader)
+@pytest.mark.parametrize("ending, content, n, words", BROKEN, ids=[f"{i}{row[0]}" for i, row in enumerate(BROKEN)])
+def test_damaged_files_and_files_without_texts(tmp_path, ending, content, n, words):
+    path, found = tmp_path / ("none" * (content is None) + ending), []
+    if isinstance(content, dict):
+        pyarrow.parquet.write_table(pyarrow.table(content), path)
+    elif content is not None:
+        path.write_bytes(content)
+    with raises_one_line(str(path), *words):
+        for text, _ in documents([path]):
+            found.append(text)
+    assert n is None or found == ["a"] * n
+    if n is None:
+        with raises_one_line(str(path), *words):
+            Batches([path], BYTES, 1, 8)
 
 
-def test_damaged_archives(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl.gz", TEXTS)
-    path.write_bytes(path.read_bytes()[:-30])
-    for read in (lambda: list(documents([path])), lambda: Batches([path], BYTES, 1, 8)):
-        with raises_one_line("cannot read", str(path)):
-            read()
-
-
-def test_files_without_texts(tmp_path):
-    for columns, words in (({"blob_id": ["a"], "score": [4.1]}, ["blob_id, score", "python-edu"]),
-                           ({"body": ["a"]}, ["only body"]), ({"text": [1]}, ["strings"])):
-        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
-        with raises_one_line(str(tmp_path / "a.parquet"), "no column text", *words):
-            list(documents([tmp_path / "a.parquet"]))
+NAMES = [f"train-{i:05}-of-00104.parquet" for i in range(3)]
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder of NANOLAB_DATA; downloads go beside it, and there is no network."""
+    """A folder of NANOLAB_DATA; downloads go beside it, from a hub that is a folder and has two shards."""
     (tmp_path / "data" / "smollm" / "cosmopedia-v2").mkdir(parents=True)
+    (tmp_path / "hub" / "cosmopedia-v2").mkdir(parents=True)
     monkeypatch.setenv("NANOLAB_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(data.files, "DOWNLOADS", tmp_path / "downloads")
-
-    def unreachable(*args, **kwargs):
-        raise urllib.error.URLError("no network")
-    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    monkeypatch.setattr(smollm, "URL", f"file://{tmp_path}/hub/{{}}/{{}}")
+    for name in NAMES[:2]:
+        write_parquet(tmp_path / "hub" / "cosmopedia-v2" / name, [name])
     return tmp_path / "data" / "smollm" / "cosmopedia-v2"
-
-
-NAMES = [f"train-{i:05}-of-00104.parquet" for i in range(3)]
 
 
 def test_find_here(place):
@@ -314,26 +264,20 @@ def test_find_paths(tmp_path):
             find(source)
 
 
-def test_find_without_network(place):
-    for shards in (None, 1):
-        with raises_one_line("huggingface.co", f"cosmopedia-v2/{NAMES[0]}", "no connection", "NANOLAB_DATA"):
-            find("cosmopedia-v2", shards)
-    for shards in (0, 105):
-        with raises_one_line(f"shards is {shards}", "104"):
-            find("cosmopedia-v2", shards)
-    with raises_one_line("python-edu", "blobs"):
-        find("python-edu")
+def test_find_without_network(place, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    for source, shards, words in (
+            *(("cosmopedia-v2", n, ("no connection", f"cosmopedia-v2/{NAMES[0]}", "NANOLAB_DATA")) for n in (None, 1)),
+            *(("cosmopedia-v2", n, (f"shards is {n}", "104")) for n in (0, 105)),
+            ("python-edu", None, ("python-edu", "blobs"))):
+        with raises_one_line(*words):
+            find(source, shards)
 
 
-def test_fetching(place, tmp_path, monkeypatch, capsys):
-    monkeypatch.undo()
-    monkeypatch.setenv("NANOLAB_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(data.files, "DOWNLOADS", tmp_path / "downloads")
+def test_fetching(place, tmp_path):
     hub = tmp_path / "hub" / "cosmopedia-v2"
-    hub.mkdir(parents=True)
-    monkeypatch.setattr(smollm, "URL", f"file://{tmp_path}/hub/{{}}/{{}}")
-    for name in NAMES[:2]:
-        write_parquet(hub / name, [name])
     found = find("cosmopedia-v2")
     assert found == [data.files.DOWNLOADS / "smollm" / "cosmopedia-v2" / NAMES[0]]
     assert [text for text, _ in documents(find("cosmopedia-v2", 2))] == NAMES[:2]

@@ -99,38 +99,35 @@ def server(monkeypatch):
 
 # --- Downloads ---
 
+def get(server, tmp_path, name="file"):
+    return download(f"{server.url}/{name}", tmp_path / "file", len(CONTENT), blob_id(CONTENT))
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_fresh_download_is_complete_and_leaves_no_scraps(server, tmp_path, packed):
-    path = tmp_path / "new" / "file"
+    """What is there is not fetched again; of runs that need it at once, one fetches it."""
+    folder = tmp_path / "new"
     server.content = zipped(file=CONTENT) if packed else CONTENT
-    assert download(f"{server.url}/file{'.zip' if packed else ''}", path, len(CONTENT), blob_id(CONTENT)) == path
-    assert path.read_bytes() == CONTENT
-    assert sorted(entry.name for entry in path.parent.iterdir()) == ["file", "file.lock"]
-    download(f"{server.url}/file", path, len(CONTENT), blob_id(CONTENT))
-    assert server.asked == [None]  # what is there is not fetched again
-
-
-@pytest.mark.parametrize("reset", [False, True])
-def test_broken_download_is_kept_and_resumed_by_range(server, tmp_path, reset):
-    path, server.cut, server.reset = tmp_path / "file", 100_001, reset  # hung up, or rudely
-    with raises_one_line("broke off after" + " 100,001 bytes" * (not reset), "same command"):
-        download(f"{server.url}/file", path, len(CONTENT), blob_id(CONTENT))
-    kept = (tmp_path / "file.part").read_bytes()
-    assert not path.exists() and kept == CONTENT[:len(kept)] and (reset or len(kept) == 100_001)
-    server.cut, server.reset = None, False
-    download(f"{server.url}/file", path, len(CONTENT), blob_id(CONTENT))
-    assert path.read_bytes() == CONTENT
-    assert server.asked == [None, f"bytes={len(kept)}-" if kept else None]
-
-
-def test_two_runs_that_need_one_file_fetch_it_once(server, tmp_path):
-    arguments = f"{server.url}/file", tmp_path / "file", len(CONTENT), blob_id(CONTENT)
-    threads = [threading.Thread(target=download, args=arguments) for _ in range(4)]
+    threads = [threading.Thread(target=get, args=(server, folder, f"file{'.zip' if packed else ''}")) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert (tmp_path / "file").read_bytes() == CONTENT and server.asked == [None]
+    assert get(server, folder) == folder / "file" and server.asked == [None]
+    assert (folder / "file").read_bytes() == CONTENT
+    assert sorted(entry.name for entry in folder.iterdir()) == ["file", "file.lock"]
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_broken_download_is_kept_and_resumed_by_range(server, tmp_path, reset):
+    server.cut, server.reset = 100_001, reset  # hung up, or rudely
+    with raises_one_line("broke off after" + " 100,001 bytes" * (not reset), "same command"):
+        get(server, tmp_path)
+    kept = (tmp_path / "file.part").read_bytes()
+    assert not (tmp_path / "file").exists() and kept == CONTENT[:len(kept)] and (reset or len(kept) == 100_001)
+    server.cut, server.reset = None, False
+    assert get(server, tmp_path).read_bytes() == CONTENT
+    assert server.asked == [None, f"bytes={len(kept)}-" if kept else None]
 
 
 @pytest.mark.parametrize("part, ranges, requests", [
@@ -139,8 +136,7 @@ def test_what_an_earlier_attempt_left_behind(server, tmp_path, part, ranges, req
     """A server without ranges sends everything again; a part that is longer is another file's."""
     server.ranges = ranges
     (tmp_path / "file.part").write_bytes(part)
-    download(f"{server.url}/file", tmp_path / "file", len(CONTENT), blob_id(CONTENT))
-    assert (tmp_path / "file").read_bytes() == CONTENT and len(server.asked) == requests
+    assert get(server, tmp_path).read_bytes() == CONTENT and len(server.asked) == requests
     assert server.asked[0] == f"bytes={len(part)}-"
 
 
@@ -148,20 +144,20 @@ def test_what_an_earlier_attempt_left_behind(server, tmp_path, part, ranges, req
     ("file", CONTENT[:-1] + b"?", "its git blob id is"),
     ("file", CONTENT + b"?", "it has 307,201 bytes, not 307,200"),
     ("file.zip", b"<html>Please log in to this network</html>", "damaged"),
-    ("file.zip", zipped(a=CONTENT, b=CONTENT), "2 members (a, b)")])
+    ("file.zip", zipped(a=CONTENT, b=CONTENT), "2 members (a, b)")], ids=["changed", "longer", "page", "two"])
 def test_other_content_is_refused_and_removed(server, tmp_path, name, content, words):
     server.content = content
     with raises_one_line("is not file and was removed", words):
-        download(f"{server.url}/{name}", tmp_path / "file", len(CONTENT), blob_id(CONTENT))
+        get(server, tmp_path, name)
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.lock"]
 
 
 def test_refused_and_unwritable(server, tmp_path):
     with raises_one_line("answers 404 Not Found"):
-        download(f"{server.url}/missing", tmp_path / "file", 1, "")
+        get(server, tmp_path, "missing")
     (tmp_path / "plain").write_text("no folder")
     with raises_one_line("cannot write"):
-        download(f"{server.url}/file", tmp_path / "plain" / "file", 1, "")
+        get(server, tmp_path / "plain")
 
 
 def test_no_network_says_which_file_goes_where(folder):
@@ -174,6 +170,10 @@ def test_no_network_says_which_file_goes_where(folder):
 
 
 # --- Named sets ---
+
+def whole(corpus):
+    """The bytes of all parts, one after the other."""
+    return b"".join(part.numpy().tobytes() for part in (corpus.train, corpus.val, corpus.test) if part is not None)
 
 def place_set(monkeypatch, name, content, url="http://127.0.0.1:1/"):
     """Makes content pass for a named set."""
@@ -188,9 +188,10 @@ def test_folders_come_in_order_and_before_downloads(folder, tmp_path, monkeypatc
     monkeypatch.setenv("NANOLAB_DATA", f"{folder}{os.pathsep}{second}")
     files.DOWNLOADS.mkdir()
     for place in (files.DOWNLOADS, second, folder):
-        with lzma.open(place / "tinyshakespeare.txt.xz", "wb") as file:
-            file.write(CONTENT)
+        (place / "tinyshakespeare.txt.xz").write_bytes(lzma.compress(CONTENT))
         assert str(place) in load("shakespeare").source
+    (folder / "mine.txt").write_bytes(CONTENT)  # a bare name is looked for there too
+    assert load("mine.txt").train.numel() == len(CONTENT) * 9 // 10
     monkeypatch.setenv("NANOLAB_DATA", str(tmp_path / "absent"))
     with raises_one_line("NANOLAB_DATA names", "absent", "not a folder"):
         load("shakespeare")
@@ -199,21 +200,13 @@ def test_folders_come_in_order_and_before_downloads(folder, tmp_path, monkeypatc
 def test_a_set_is_downloaded_where_it_lies_nowhere(folder, server, monkeypatch):
     server.content = zipped(enwik8=CONTENT)
     place_set(monkeypatch, "enwik8", CONTENT, f"{server.url}/enwik8.zip")
-    corpus = load("enwik8")
-    assert bytes(torch.cat([corpus.train, corpus.val, corpus.test]).tolist()) == CONTENT
-    assert (files.DOWNLOADS / "enwik8").read_bytes() == CONTENT
-    load("enwik8")
+    for _ in range(2):
+        assert whole(load("enwik8")) == CONTENT == (files.DOWNLOADS / "enwik8").read_bytes()
     assert len(server.asked) == 1
-
-
-def test_wrong_file_in_a_folder_is_named(folder, monkeypatch):
-    place_set(monkeypatch, "enwik8", CONTENT)
-    (folder / "enwik8").write_bytes(CONTENT[:-1] + b"?")
-    with raises_one_line(str(folder / "enwik8"), "is not enwik8", "git blob id", "replace or remove"):
-        load("enwik8")
-    (folder / "enwik8").write_bytes(CONTENT[:99])
-    with raises_one_line("it has 99 bytes, not 307,200"):
-        load("enwik8")
+    for content, said in ((CONTENT[:-1] + b"?", "git blob id"), (CONTENT[:99], "it has 99 bytes, not 307,200")):
+        (folder / "enwik8").write_bytes(content)
+        with raises_one_line(str(folder / "enwik8"), "is not enwik8", said, "replace or remove"):
+            load("enwik8")
 
 
 def test_a_large_file_is_hashed_once_until_it_changes(folder, monkeypatch):
@@ -251,25 +244,22 @@ def test_the_piece_serves_what_fits_in_it(folder, monkeypatch):
 
 def test_stdlib_is_source_text_in_a_fixed_order(folder):
     first, second = load("stdlib"), load("stdlib", max_bytes=500_000)
-    whole = torch.cat([first.train, first.val, first.test])
-    content = whole.numpy().tobytes()
-    assert whole.numel() > 5_000_000 and first.train.numel() == whole.numel() * 9 // 10
-    assert torch.equal(torch.cat([second.train, second.val, second.test]), whole[:500_000])
+    content = whole(first)
+    assert len(content) > 5_000_000 and first.train.numel() == len(content) * 9 // 10
+    assert whole(second) == content[:500_000]
     assert hashlib.sha256(content).hexdigest()[:12] in first.source and f"{len(content):,} bytes" in first.source
     assert b"def dataclass(" in content and content.decode()
 
 
 def test_stdlib_skips_what_is_not_its_source(folder, tmp_path, monkeypatch):
     root = tmp_path / "lib"
-    there = {"a.py": b"aa", "sub/b.py": b"bb", "c.py": b"\xff", "d.txt": b"dd", "test/e.py": b"ee",
-             "x/tests/f.py": b"ff", "site-packages/g.py": b"gg", "_sysconfigdata_x.py": b"hh",
-             "x/__pycache__/i.py": b"ii"}
-    for name, content in there.items():
+    for name, content in {"a.py": b"aa", "sub/b.py": b"bb", "c.py": b"\xff", "d.txt": b"dd", "test/e.py": b"ee",
+                          "x/tests/f.py": b"ff", "site-packages/g.py": b"gg", "_sysconfigdata_x.py": b"hh",
+                          "x/__pycache__/i.py": b"ii"}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
     monkeypatch.setattr(text.sysconfig, "get_path", lambda name: str(root))
-    corpus = load("stdlib")
-    assert sorted(torch.cat([corpus.train, corpus.val, corpus.test]).numpy().tobytes().split(b"\n")) == [b"aa", b"bb"]
+    assert sorted(whole(load("stdlib")).split(b"\n")) == [b"aa", b"bb"]
     monkeypatch.setattr(text.sysconfig, "get_path", lambda name: str(tmp_path / "absent"))
     with raises_one_line("no source files", "absent"):
         load("stdlib")
@@ -289,24 +279,8 @@ def test_any_file_gives_its_bytes(folder, tmp_path, suffix, max_bytes):
     corpus = load(str(path), max_bytes)
     n = max_bytes or len(CONTENT)
     assert [part.numel() for part in (corpus.train, corpus.val, corpus.test)] == [n * 9 // 10, n // 20, n // 20]
-    whole = torch.cat([corpus.train, corpus.val, corpus.test])
-    assert whole.dtype == torch.uint8 and whole.numpy().tobytes() == CONTENT[:n]
+    assert corpus.train.dtype == torch.uint8 and whole(corpus) == CONTENT[:n]
     assert corpus.name == path.name and str(path) in corpus.source and f"{n:,} bytes" in corpus.source
-
-
-def test_a_raw_file_is_mapped_and_safe_from_writes(folder, tmp_path, recwarn):
-    path = tmp_path / "big"
-    path.write_bytes(CONTENT)
-    corpus = load(path.as_posix())
-    with open("/proc/self/maps") if Path("/proc/self/maps").exists() else pytest.skip("no /proc") as maps:
-        assert str(path) in maps.read()
-    corpus.train[0] = 77
-    assert path.read_bytes() == CONTENT and not recwarn.list
-
-
-def test_a_bare_name_is_looked_for_in_the_folders(folder):
-    (folder / "mine.txt").write_bytes(CONTENT)
-    assert load("mine.txt").train.numel() == len(CONTENT) * 9 // 10
 
 
 @pytest.mark.parametrize("name, content, words", [
@@ -340,54 +314,55 @@ MODES = ["random", "epochs", "streams"]
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("n_targets", [1, 3])
 def test_batches_hold_the_bytes_of_the_data(mode, n_targets):
-    batches = Batches(DATA, 4, 16, n_targets, mode, seed=1)
-    windows = DATA.unfold(0, 16 + n_targets, 1)
+    """Also of ids above 255, which come out as they are."""
+    batches, large = (Batches(data, 4, 16, n_targets, mode, seed=1) for data in (DATA, DATA.int() + 1000))
     for _ in range(40):
-        x, y = batches.next()
+        (x, y), wide = batches.next(), large.next()
         assert x.shape == (4, 16) and y.shape == (4, 16, n_targets) and x.dtype == y.dtype == torch.int64
         assert x.is_contiguous() and y.is_contiguous()
-        for b in range(4):
-            start = (windows[:, :16] == x[b]).all(1).nonzero()
-            assert start.numel() == 1  # random bytes: sixteen of them stand at one place
+        for b, start in enumerate(map(start_of, x)):
             for k in range(n_targets):
-                assert torch.equal(y[b, :, k], DATA[int(start) + k + 1:int(start) + k + 17].long())
+                assert torch.equal(y[b, :, k], DATA[start + k + 1:start + k + 17].long())
+        assert torch.equal(wide[0], x + 1000) and torch.equal(wide[1], y + 1000)
+
+
+def start_of(row):
+    """Where a row stands in DATA: random bytes, of which sixteen stand at one place."""
+    start, = (DATA.unfold(0, len(row), 1) == row).all(1).nonzero()[:, 0].tolist()
+    return start
 
 
 def places(batches, count):
     """Where the windows of the next `count` batches start in DATA."""
-    found = {bytes(window.tolist()): start for start, window in enumerate(DATA.unfold(0, batches.block_size, 1))}
-    return [found[bytes(row.tolist())] for _ in range(count) for row in batches.next()[0]]
-
-
-def test_random_places_reach_both_ends():
-    starts = places(Batches(DATA[:40], 64, 16, 2, "random"), 20)
-    assert min(starts) == 0 and max(starts) == 40 - 18 and len(set(starts)) == 23
+    return [start_of(row) for _ in range(count) for row in batches.next()[0]]
 
 
 @pytest.mark.parametrize("n_targets", [1, 5])
 def test_an_epoch_takes_no_byte_twice_and_nearly_all(n_targets):
-    batches = Batches(DATA, 1, 16, n_targets, "epochs", seed=3)
-    phases = set()
-    for epoch in range(12):
+    """In whatever batches, which may span two epochs and be others after a resume."""
+    batches, phases, every = Batches(DATA, 1, 16, n_targets, "epochs", seed=3), set(), []
+    for epoch in range(8):
         starts = places(batches, 1)
         starts += places(batches, round(1 / (batches.epoch - epoch)) - 1)
-        assert batches.epoch == epoch + 1
-        assert len({start % 16 for start in starts}) == 1 and starts != sorted(starts)
-        assert len(set(starts)) == len(starts)
+        assert batches.epoch == epoch + 1 and starts != sorted(starts)
         phase = min(starts)
-        phases.add(phase)
         assert phase < 16 and max(starts) > 1009 - n_targets - 2 * 16  # not a window more would fit
         assert sorted(starts) == list(range(phase, max(starts) + 1, 16))
+        phases.add(phase)
+        every += starts
     assert len(phases) > 3
+    seven = Batches(DATA, 7, 16, n_targets, "epochs", seed=3)
+    assert places(seven, 20) == every[:140]
+    eight = Batches(DATA, 8, 16, n_targets, "epochs", seed=1)
+    eight.load_state_dict(seven.state_dict())
+    assert places(eight, 10) == every[140:220]
 
 
-def test_a_batch_spans_two_epochs():
-    one, seven = (Batches(DATA, size, 64, 1, "epochs", seed=2) for size in (1, 7))
-    assert places(seven, 10) == places(one, 70) and seven.epoch == one.epoch > 4
-
-
-def test_an_epoch_of_barely_one_window():
-    batches = Batches(DATA[:18], 2, 16, 1, "epochs")
+def test_places_reach_both_ends():
+    batches = Batches(DATA[:40], 64, 16, 2, "random")
+    starts = [start_of(row) for _ in range(20) for row in batches.next()[0]]
+    assert min(starts) == 0 and max(starts) == 40 - 18 and len(set(starts)) == 23
+    batches = Batches(DATA[:18], 2, 16, 1, "epochs")  # an epoch of barely one window
     assert set(places(batches, 10)) == {0, 1} and batches.epoch == 20
 
 
@@ -404,32 +379,18 @@ def test_streams_follow_on_and_start_again():
     assert single.fresh  # windows of the other modes never follow on
 
 
-def test_batch_size_may_change_where_windows_stand_alone():
-    one, two = Batches(DATA, 4, 16, mode="epochs"), Batches(DATA, 8, 16, mode="epochs", seed=1)
-    places(one, 3)
-    two.load_state_dict(one.state_dict())
-    assert places(two, 5) == places(one, 10)
-
-
-@pytest.mark.parametrize("mode, needed", [("random", 18), ("epochs", 18), ("streams", 66)])
-def test_too_little_data_says_how_much_is_needed(mode, needed):
-    Batches(DATA[:needed], 4, 16, 2, mode).next()
-    with raises_one_line(f"has {needed - 1} bytes", f"need {needed}:"):
-        Batches(DATA[:needed - 1], 4, 16, 2, mode)
-
-
 def test_impossible_batches():
     with raises_one_line("random, epochs or streams, not 'rondom'"):
         Batches(DATA, 4, 16, mode="rondom")
-    for sizes in ((0, 16, 1), (4, 0, 1), (4, 16, 0)):
-        with raises_one_line("at least 1"):
-            Batches(DATA, *sizes)
     with pytest.raises(ValueError, match="must be 1-D"):
         Batches(DATA.float(), 4, 16)
+    for mode, needed in (("random", 18), ("epochs", 18), ("streams", 66)):
+        Batches(DATA[:needed], 4, 16, 2, mode).next()
+        with raises_one_line(f"has {needed - 1} bytes", f"need {needed}:"):
+            Batches(DATA[:needed - 1], 4, 16, 2, mode)
 
 
-# --- Statistics and the command line ---
-
+# --- Statistics ---
 
 @pytest.mark.parametrize("content, pieces, count, mean", [
     (b"one\ntwo\n\nthree\n\n\nfour", "paragraphs", 3, 16 / 3), (b"one\r\ntwo\r\nthree\n", "lines", 3, 11 / 3),
@@ -442,37 +403,17 @@ def test_other_text_is_measured_in_paragraphs_or_lines(folder, tmp_path, content
     assert figures["bytes"] == len(content) == figures["counts"].sum() and figures["distinct"] == len(set(content))
 
 
+@pytest.mark.skipif(not Path(os.environ.get("NANOLAB_DATA") or "/nowhere").is_dir(), reason="NANOLAB_DATA is no folder")
+@pytest.mark.parametrize("name, file, max_bytes, parts, digest, distinct", [
+    ("enwik8", text.PIECE[0], 4_150_000, [3_735_000, 207_500, 207_500], "204482105f330f13", 200),
+    ("shakespeare", "tinyshakespeare.txt", None, [1_003_854, 111_540], "86c4e6aa9db7c042", 65)])
+def test_real_files(name, file, max_bytes, parts, digest, distinct):
+    if not files.find(file) or name == "enwik8" and files.find("enwik8"):
+        pytest.skip("not there, or the whole")
+    corpus = load(name, max_bytes)
+    assert [part.numel() for part in (corpus.train, corpus.val, corpus.test) if part is not None] == parts
+    assert hashlib.sha256(whole(corpus)).hexdigest().startswith(digest)
+    assert statistics(corpus)["distinct"] == distinct and (max_bytes is None or statistics(corpus)["n_pieces"] == 489)
+
+
 # --- Real files, where there are any ---
-
-@real_data
-def test_the_real_piece_of_enwik8():
-    if not files.find(text.PIECE[0]) or files.find("enwik8"):
-        pytest.skip("no piece, or the whole")
-    corpus = load("enwik8", max_bytes=4_150_000)
-    assert [part.numel() for part in (corpus.train, corpus.val, corpus.test)] == [3_735_000, 207_500, 207_500]
-    content = torch.cat([corpus.train, corpus.val, corpus.test]).numpy().tobytes()
-    assert hashlib.sha256(content).hexdigest().startswith("204482105f330f13")
-    figures = statistics(corpus)
-    assert (figures["distinct"], figures["n_pieces"]) == (200, 489)
-
-
-@real_data
-def test_real_tinyshakespeare():
-    if not files.find("tinyshakespeare.txt"):
-        pytest.skip("no tinyshakespeare")
-    corpus = load("shakespeare")
-    assert (corpus.train.numel(), corpus.val.numel(), corpus.test) == (1_003_854, 111_540, None)
-    content = torch.cat([corpus.train, corpus.val]).numpy().tobytes()
-    assert hashlib.sha256(content).hexdigest().startswith("86c4e6aa9db7c042")
-    assert statistics(corpus)["distinct"] == 65
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_batches_of_ids_are_those_of_bytes(dtype):
-    """Ids above 255 come out as they are; where they fit, everything is as with bytes."""
-    ids, bytes_ = Batches(DATA.to(dtype), 4, 16, 2, "epochs", 3), Batches(DATA, 4, 16, 2, "epochs", 3)
-    large = Batches(DATA.to(dtype) + 1000, 4, 16, 2, "epochs", 3)
-    for _ in range(20):
-        (x, y), (same, also), (x_large, y_large) = ids.next(), bytes_.next(), large.next()
-        assert x.dtype == y.dtype == torch.int64 and torch.equal(x, same) and torch.equal(y, also)
-        assert torch.equal(x_large, x + 1000) and torch.equal(y_large, y + 1000)
