@@ -115,19 +115,6 @@ def certain(codes, size):
     return 1e4 * F.one_hot(codes, size).float()
 
 
-@pytest.mark.parametrize("copies", [1, 2, 5])
-def test_total_correlation_of_copies(copies):
-    """Each of 8 inputs has a code of its own, said `copies` times: MI ln 8, TC (copies - 1) ln 8."""
-    codes = torch.arange(8)[:, None].expand(-1, copies)
-    parts = decompose(certain(codes, 8), F.one_hot(codes, 8))
-    assert parts["mi"].item() == pytest.approx(math.log(8), abs=1e-5)
-    assert parts["tc"].item() == pytest.approx((copies - 1) * math.log(8), abs=1e-5)
-    assert parts["dwkl"].item() == pytest.approx(0, abs=1e-5)
-    wide = decompose(certain(codes, 32), F.one_hot(codes, 32))  # a quarter of the codebook in use
-    assert wide["dwkl"].item() == pytest.approx(copies * math.log(4), abs=1e-5)
-    assert wide["tc"].item() == pytest.approx((copies - 1) * math.log(8), abs=1e-5)
-
-
 def test_positive_clips_what_chance_made_negative():
     """MI below 0 by draws that other inputs would have made, TC below 0 by draws that are too good; else nothing."""
     logits = torch.tensor([[0.9, 0.1], [0.1, 0.9]]).log()[:, None]

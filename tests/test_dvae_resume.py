@@ -60,17 +60,22 @@ def test_what_a_run_leaves(base):
 
 
 def test_pairs_are_reported(forks, tmp_path):
-    """On synthetic grids with whole pairs: what differs in them beside what differs between strangers."""
-    child = done(forks, tmp_path, max_steps=1, n_val=60, eval_grids=1)
-    final = records(at(tmp_path))[-1]
+    """On synthetic grids with whole pairs, what differs in them beside what differs between strangers: by --debug,
+    which is tiny and short, where a flag wins."""
+    child = forks.run(["train_dvae.py", "--debug", "--estimator=fsq", "--max_steps=3", "--n_val=60", "--eval_grids=1",
+                       "--device=cpu", "--run_name=run", "--max_side=5"], tmp_path)
+    assert_done(child)
+    settings, final = (json.loads((at(tmp_path / "runs") / "params.json").read_text())["settings"],
+                       records(at(tmp_path / "runs"))[-1])
+    assert (settings["n_embd"], settings["max_steps"]) == (16, 3) and curve(at(tmp_path / "runs")) == [1, 2, 3]
     assert 0 <= final["pair_difference"] <= 1 and 0 <= final["random_pair_difference"] <= 1
     assert f"between input and output of {final['pairs']} pairs" in child.out and final["pairs"] > 1
 
 
 def test_average_of_the_weights(base):
     """After each step average += (1 - d) (w - average), d = min(0.9, (1 + t) / (10 + t)), from the first weights on."""
-    checkpoints = [load_checkpoint(base / f"step_{step:08d}.pt") for step in range(1, 13)]
-    for t, (old, new) in enumerate(zip(checkpoints, checkpoints[1:]), 1):
+    for t in (1, 6, 11):
+        old, new = (load_checkpoint(base / f"step_{step:08d}.pt") for step in (t, t + 1))
         decay = min(0.9, (1 + t) / (10 + t))
         assert (old["ema"]["updates"], new["ema"]["updates"]) == (t, t + 1)
         for name, average in new["ema"]["weights"].items():
@@ -200,11 +205,9 @@ def test_questions_are_answered_by_the_averaged_weights(forks, copy, tmp_path):
         checkpoint = load_checkpoint(copy / "last.pt") if same else checkpoint
 
 
-WRONG_GRIDS = {"large.json": json.dumps([[0] * 4]), "tall.json": json.dumps([[0]] * 4), "ragged.json": "[[1, 2], [3]]",
-               "colour.json": "[[1, 10]]", "negative.json": "[[-1]]", "words.json": '[["red"]]', "none.json": "{}",
-               "empty.json": "[[]]", "text.json": "grid", "number.json": "5"}
-WRONG_CODES = {"few.json": "[1, 2]", "row.json": json.dumps([[0] * 11, 5]), "float.json": json.dumps([0.5] * 11),
-               "dict.json": "{}", "int.json": "7", "half.json": "[[1"}
+WRONG_GRIDS = {"large.json": json.dumps([[0] * 4]), "ragged.json": "[[1, 2], [3]]", "colour.json": "[[1, 10]]",
+               "negative.json": "[[-1]]", "none.json": "{}", "text.json": "grid"}
+WRONG_CODES = {"few.json": "[1, 2]", "float.json": json.dumps([0.5] * 11), "dict.json": "{}", "half.json": "[[1"}
 
 
 def test_wrong_grids_and_codes(forks, skilled, tmp_path):
@@ -213,22 +216,9 @@ def test_wrong_grids_and_codes(forks, skilled, tmp_path):
         (tmp_path / name).write_text(content)
     before = snapshot(skilled)
     ask = ["train_dvae.py", "--out_dir", skilled, "--run_name", "run", "--resume"]
-    for name in [*WRONG_GRIDS, "missing.json", "."]:
+    for name in [*WRONG_GRIDS, "missing.json"]:
         assert_error(forks.run([*ask, "--encode", name], tmp_path), name.partition(".")[0])
-    for codes in [*WRONG_CODES, "1,2", ",".join("1" * 12), ",".join(["32"] * 11), ",".join(["-1"] * 11), "words",
-                  ",".join(["²"] * 11), ",".join("1" * 400)]:
+    for codes in [*WRONG_CODES, ",".join("1" * 12), ",".join(["32"] * 11), ",".join(["-1"] * 11), ",".join("²" * 11)]:
         said = "half.json" if codes == "half.json" else "11 codes from 0 to 31"
         assert_error(forks.run([*ask, "--decode", codes], tmp_path), said)
     assert snapshot(skilled) == before
-
-
-def test_debug(forks, tmp_path):
-    """Tiny and short; a flag wins over what debug sets."""
-    for estimator in ("straight_through", "fsq"):
-        words = ["--estimator", estimator, "--max_steps", 3, "--n_val", 2, "--device", "cpu", "--run_name", estimator,
-                 "--max_side", 5]
-        assert_done(forks.run(["train_dvae.py", "--debug", *words], tmp_path))
-        run = tmp_path / "runs" / "train_dvae" / estimator
-        settings = json.loads((run / "params.json").read_text())["settings"]
-        assert (settings["n_embd"], settings["max_steps"]) == (16, 3) and curve(run) == [1, 2, 3]
-        assert ("tau" in records(run)[1]) == (estimator != "fsq")

@@ -1,20 +1,15 @@
 """adamw_step: its formula beside nanolab/optim.py, its kernels beside the formula, optimisers by it beside "torch"."""
 import copy
 import math
-import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import distributed
-from torch.distributed.tensor import distribute_tensor
 
 import kernels
 from interpreter import formula, interpreted, kernels_of, needs_interpreter
 from kernels import adamw_step, using
 from nanolab import optim, parallel
-from test_scripts import fresh
-from ways import watched
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 adamw, twin = kernels_of("adamw"), formula(adamw_step)
@@ -332,17 +327,6 @@ def apart(**change):
     return act
 
 
-def by_closure(setup):
-    def closure():
-        for p in setup.params.values():
-            p.grad = None
-        loss = sum(p.square().sum() + p.sum() for p in setup.params.values())
-        loss.backward()
-        return loss
-    losses = [setup.step(closure).item() for _ in range(4)]
-    assert losses == sorted(losses, reverse=True)
-
-
 def turned(setup):
     setup.params["up"].data = setup.params["up"].data.t().contiguous().t()
     setup.train(range(3))
@@ -363,29 +347,16 @@ def scaled(setup):
     assert setup.opt.state[setup.params["head"]]["step"] == 3
 
 
-def never(setup):
-    """Who never has a gradient is left alone; a step without any changes nothing."""
-    before = setup.tensors()["up"]
-    setup.train(range(2), lambda step: ("up",)).train([2], lambda step: ROLES)
-    assert torch.equal(setup.tensors()["up"], before) and setup.params["up"] not in setup.opt.state
-
-
 def one_double(setup):
     setup.params["up"].data = setup.params["up"].data.double()
     setup.train(range(3))
 
 
-def transformed(setup):
-    """Only OrthoGrad's transform is in the kernel."""
-    setup.train([0]).step(transform=lambda params, grads: [2 * g + 1 for g in grads])
-
-
 ALONE = {  # what else a step may meet: (settings, what is done, the sizes of its launches by "triton")
     "another rate": ({}, apart(lr=3e-2, base_lr=3e-2), 6), "other betas": ({}, apart(betas=[0.8, 0.95]), 6),
-    "another eps": ({}, apart(eps=0.1), 6), "a closure": (dict(orthograd=True), by_closure, 4),
+    "another eps": ({}, apart(eps=0.1), 6),
     "memory in another order": ({}, turned, 3), "a scaler that skips": (dict(name="muon"), scaled, 3),
-    "one without a gradient": ({}, never, 2), "one in float64": ({}, one_double, 3),
-    "another transform": ({}, transformed, 1),
+    "one in float64": ({}, one_double, 3),
     "a mesh of one": (dict(mesh=parallel.Alone()), lambda setup: setup.train([0]), 1),
     # as ever by "torch"
     **{name: (dict(name=name, ess=1e3), lambda setup: setup.train(range(3)), 0) for name in optim.RULES
@@ -405,40 +376,6 @@ def test_what_a_step_may_meet(case, launches):
     assert_same(ours, theirs, CLOSE if n else EXACT)
     assert len(launches) == n
     assert case != "one in float64" or [numbers for numbers, *_ in launches] == [sizes(set(ROLES) - {"up"})] * 3
-
-
-def test_several_processes_and_their_parts(launches):
-    """A mesh of two goes as ever; and one DTensor, alone in its process."""
-    assert_same(Setup().train(range(2)), Setup(way="triton", mesh=parallel.Mesh(dp=2)).train(range(2)), EXACT)
-    assert not launches
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        plain, divided = torch.nn.Parameter(torch.ones(3, 4)), torch.ones(3, 4)
-        divided = torch.nn.Parameter(distribute_tensor(divided, distributed.device_mesh.init_device_mesh("cpu", (1,))))
-        opt = optim.build(dict(optimizer="adamw", lr=0.1), [("a", plain), ("b", divided)],
-                          dict(a="matrix", b="matrix"))
-        for p in (plain, divided):
-            (p * p).sum().backward()
-        with going("triton"):
-            opt.step()
-        torch.testing.assert_close(divided.to_local(), plain, **CLOSE)
-        assert not torch.equal(plain, torch.ones(3, 4))
-    finally:
-        distributed.destroy_process_group()
-    assert [numbers for numbers, *_ in launches] == [[12]]
-
-
-def test_a_sparse_gradient_gets_the_answer_of_torch(launches):
-    """Its error."""
-    said = []
-    for which in ("torch", "triton"):
-        embed = torch.nn.Embedding(5, 3, sparse=True)
-        opt = optim.build(dict(optimizer="adamw", lr=0.1), embed.named_parameters(), {"weight": "embedding"})
-        embed(torch.tensor([1])).sum().backward()
-        with pytest.raises(RuntimeError) as error, going(which):
-            opt.step()
-        said.append(str(error.value))
-    assert said[0] == said[1] and not launches
 
 
 @pytest.mark.parametrize("name, orthograd, load", [
@@ -461,36 +398,6 @@ def test_a_checkpoint_goes_over(first, then, name, orthograd, load, tmp_path):
     load(two.opt, saved["opt"])
     assert (not two.opt.tables) == (then == "torch")
     assert_same(two.train(range(3, 6), missing), whole, EXACT if first == then else CLOSE)
-
-
-# --- Scripts ---
-
-@pytest.mark.parametrize("script, optimizer, own", [
-    ("train_enwik8", "adamw", ["--block_size=16", "--sample_length=0"]),
-    ("train_facts", "muon", ["--n_people=6", "--n_unseen=4"])])
-def test_scripts(script, optimizer, own, tmp_path, monkeypatch, undrawn):
-    """Two steps by "torch", two more on resume by "triton": as four by "torch"."""
-    (tmp_path / "text.txt").write_text("a line of text, and another one\n" * 200)
-    own = own + [f"--dataset={tmp_path / 'text.txt'}"] if script == "train_enwik8" else own
-
-    def run(name, *more):
-        monkeypatch.setattr(sys, "argv", [
-            f"{script}.py", "--out_dir", str(tmp_path), "--device=cpu", "--dtype=float32", "--n_layer=1", "--n_embd=16",
-            "--n_head=2", "--batch_size=4", "--warmup_steps=1", "--eval_interval=none", "--save_interval=1",
-            "--log_interval=1", "--grad_clip=0.5", "--schedule=constant", "--orthograd", *own,
-            f"--optimizer={optimizer}", f"--run_name={name}", *more])
-        with watched() as calls:
-            fresh(f"{script}.py")["main"]()
-        return [(given[4], how["orthograd"]) for given, how in calls.get("adamw_step", ())]
-    assert run("whole", "--max_steps=4") == run("run", "--max_steps=2") == []
-    assert run("run", "--max_steps=4", "--kernels=triton", "--resume") == [(3, True), (4, True)]
-    ours, theirs = (torch.load(tmp_path / script / name / "last.pt", weights_only=True) for name in ("run", "whole"))
-    assert ours["step"] == theirs["step"] == 4 and ours["settings"]["kernels"] == "triton"
-    assert ours["optimizer"]["state"].keys() == theirs["optimizer"]["state"].keys()
-    for name, p in theirs["model"].items():  # but for few whose gradient is rounding: Adam makes a step of it
-        away = ours["model"][name] - p
-        assert (away.abs() > 1e-4 + 1e-3 * p.abs()).sum() <= 1 + 0.002 * p.numel(), name
-        assert away.norm() <= 1e-3 + 1e-3 * p.norm(), name
 
 
 # --- On a GPU ---

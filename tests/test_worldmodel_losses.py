@@ -36,13 +36,13 @@ def small(put):
 
 class Said:
     """Dynamics that say what `logits` (made at the first call) hold; keeps what they were shown."""
-    mask, n_actions, more = 4, 5, 0
+    mask, n_actions = 4, 5
 
     def __call__(self, tokens, acts, window=None, streams=None):
         assert window == 3                                    # what generation sees
         self.tokens, self.acts, self.streams = tokens, acts, streams
         self.logits = (3 * some(*tokens.shape, 4)).requires_grad_()
-        return self.logits + self.more
+        return self.logits
 
 
 @pytest.mark.parametrize("step, extra", [(0, 10), (30, 4), (50, 0), (90, 0)])
@@ -84,25 +84,13 @@ def test_the_loss_of_dynamics_by_a_loop(put, how, step, extra):
     assert share == 1 if how == "causal" else 0.35 < share < 0.75
 
 
-def test_what_is_visible_does_not_count(put):
-    """A logit at a visible place changes nothing; nothing hidden is no loss, not NaN; two frames have one target."""
-    put(mask_rate=(0.5, 0.5))
-    index, model = whole(video.train.count(CONTEXT), 4), Said()
-
-    def loss(more=0, seed=0):
-        model.more = more
-        return loss_of("dynamics", model, material(video, "train"), index, seed=seed)[0]
-    before = loss().item()
-    hidden = model.tokens == 4
-    assert loss(seed=1).item() != before
-    for where, same in ((~hidden, True), (hidden, False)):
-        assert (loss(where[..., None] * torch.arange(4)).item() == before) == same
-    model = Said()
+def test_nothing_hidden_is_no_loss_and_two_frames_have_one_target(put):
     put(mask_rate=(0.0, 0.0))
-    assert loss().item() == 0
+    index = whole(video.train.count(CONTEXT), 4)
+    assert loss_of("dynamics", Said(), material(video, "train"), index)[0].item() == 0
     put(context=2, mask_rate=(1.0, 1.0))
-    index = whole(video.train.count(2), 4)
-    loss()
+    model, index = Said(), whole(video.train.count(2), 4)
+    loss_of("dynamics", model, material(video, "train"), index)
     assert model.streams == (1, 1) and torch.equal(model.tokens[:, 1], torch.full((4, 25), 4))
     assert model.logits.shape == (4, 2, 25, 4)
 
@@ -271,23 +259,16 @@ def test_falling_is_a_line_to_nothing():
 
 def test_hide(put):
     """A share of each frame's tokens between the two of mask_rate, uniform; the same by the same generator."""
-    truth = torch.zeros(40, 5, 1000)
-
-    def shares(low, high, seed=0):
+    def hidden(low, high, seed=0):
         put(mask_rate=(low, high))
-        hidden = w.hide(truth.shape, torch.Generator().manual_seed(seed))
-        assert hidden.shape == truth.shape and hidden.dtype == torch.bool
-        return hidden.float().mean(-1)
-    assert not shares(0.0, 0.0).any() and (shares(1.0, 1.0) == 1).all()
-    assert (shares(0.3, 0.3) - 0.3).abs().max() < 0.07
-    found = shares(0.2, 0.8)
+        return w.hide((40, 5, 1000), torch.Generator().manual_seed(seed)).float()
+    assert not hidden(0.0, 0.0).any() and (hidden(1.0, 1.0) == 1).all()
+    found = hidden(0.2, 0.8).mean(-1)
     assert 0.13 < found.min() < 0.25 and 0.75 < found.max() < 0.87
     assert found.mean().item() == near(0.5, 0.05) and found.std().item() == near(0.6 / 12 ** 0.5, 0.03)
     assert found.std(0).min() > 0.1 < found.std(1).mean()     # each frame has a rate of its own
-    assert torch.equal(found, shares(0.2, 0.8)) and not torch.equal(found, shares(0.2, 0.8, seed=1))
-    put(mask_rate=(0.5, 0.5))
-    columns = w.hide(truth.shape, torch.Generator().manual_seed(0)).float().mean((0, 1))
-    assert (columns - 0.5).abs().max() < 0.2                  # and every place its turn
+    assert torch.equal(found, hidden(0.2, 0.8).mean(-1)) and not torch.equal(found, hidden(0.2, 0.8, seed=1).mean(-1))
+    assert (hidden(0.5, 0.5).mean((0, 1)) - 0.5).abs().max() < 0.2  # and every place its turn
 
 
 # --- Patience ---
