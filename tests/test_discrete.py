@@ -1,4 +1,5 @@
-"""models/discrete.py: every estimator is its formula and its bias is as enumerated; codebooks, k-means, VQ, FSQ."""
+"""models/discrete.py: every estimator is its formula and its bias is as enumerated; codebooks, k-means, VQ, FSQ; the KL
+and its parts beside enumeration, the monitors of codes, the two tables of its command."""
 import itertools
 import math
 
@@ -7,8 +8,10 @@ import torch
 import torch.nn.functional as F
 
 import choices
-from models.discrete import (FSQ, SAMPLED, VQ, Codebook, choose, fsq_levels, gradient_error, gumbel_like, kmeans,
-                             reinmax, straight_through, unit)
+from models import discrete
+from models.discrete import (FSQ, SAMPLED, VQ, Codebook, choose, code_statistics, decompose, entropy, fsq_levels,
+                             gradient_error, gumbel_like, information_gaps, kl_uniform, kmeans, mutual_information,
+                             nmi_matrix, reinmax, straight_through, unit, usage_kl)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HARD = [name for name in SAMPLED if name != "gumbel_soft"]
@@ -35,15 +38,12 @@ def distances(a, b):
 # --- Gumbel noise and straight-through ---
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gumbel_noise_has_the_moments_of_a_gumbel(dtype):
+def test_gumbel_noise_has_the_moments_of_a_gumbel(dtype, monkeypatch):
     """Mean Euler's constant, variance pi^2 / 6, P(g <= 0) = 1 / e, never infinite, of x's shape and dtype."""
     g = gumbel_like(torch.zeros(400, 1000, dtype=dtype), seeded())
     assert g.shape == (400, 1000) and g.dtype == dtype and g.isfinite().all()
     assert abs(g.mean().item() - 0.5772) < 0.008 and abs(g.var().item() - math.pi ** 2 / 6) < 0.02
     assert abs((g <= 0).double().mean().item() - math.exp(-1)) < 0.003
-
-
-def test_gumbel_noise_is_finite_where_the_generator_gives_0(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, generator=None: self.zero_())
     assert gumbel_like(torch.ones(3)).isfinite().all()
 
@@ -103,13 +103,12 @@ def test_codes_follow_the_softmax_of_the_logits(estimator, tau, noise, power):
 
 def test_what_choose_refuses():
     """An estimator that draws nothing or does not exist; reinmax below tau 1."""
-    for name in ("vq", "fsq", "gumbel", ""):
-        with pytest.raises(ValueError, match="must be one of gumbel_soft, gumbel_hard, straight_through, reinmax"):
-            choose(torch.zeros(3), name)
-    with pytest.raises(ValueError, match="tau >= 1, not 0.9"):
-        choose(torch.zeros(3), "reinmax", tau=0.9)
-    with pytest.raises(ValueError, match="tau >= 1"):
-        reinmax(torch.zeros(3), torch.eye(3)[0], 0.5)
+    for call, said in (*((lambda name=name: choose(torch.zeros(3), name), "must be one of gumbel_soft, gumbel_hard, "
+                          "straight_through, reinmax") for name in ("vq", "gumbel", "")),
+                       (lambda: choose(torch.zeros(3), "reinmax", tau=0.9), "tau >= 1, not 0.9"),
+                       (lambda: reinmax(torch.zeros(3), torch.eye(3)[0], 0.5), "tau >= 1")):
+        with pytest.raises(ValueError, match=said):
+            call()
 
 
 # --- ReinMax ---
@@ -130,7 +129,7 @@ def algorithm_2(logits, one_hot, tau):
 
 @pytest.mark.parametrize("tau", [1.0, 1.3, 4.0])
 def test_reinmax_gradient_in_closed_form(tau):
-    """2 J(p1) g - J(p0) g / 2; also what the published algorithm gives."""
+    """2 J(p1) g - J(p0) g / 2; also what the published algorithm gives. Where softmax(l) is 0 in float32 it is 0."""
     logits, g = normal(50, 6, dtype=torch.float64).requires_grad_(), normal(50, 6, seed=1, dtype=torch.float64)
     one_hot = F.one_hot(choose(logits, "reinmax", tau, generator=seeded(2))[1], 6).double()
     p0, p1 = torch.softmax(logits, -1), (one_hot + torch.softmax(logits / tau, -1)) / 2
@@ -138,12 +137,8 @@ def test_reinmax_gradient_in_closed_form(tau):
     for out in (reinmax(logits, one_hot, tau), algorithm_2(logits, one_hot, tau)):
         close(out, one_hot, 1e-15)
         close(torch.autograd.grad((out * g).sum(), logits)[0], expected, 1e-12)
-
-
-def test_reinmax_of_certain_choices():
-    """Where softmax(l) is 0 in float32 the gradient is 0, not NaN."""
-    logits = torch.tensor([[50.0, -100.0, -200.0], [1e4, 0.0, -1e4]]).requires_grad_()
-    (reinmax(logits, torch.eye(3)[[0, 0]]) * normal(2, 3)).sum().backward()
+    logits = torch.tensor([[50.0 * tau, -100.0, -200.0], [1e4, 0.0, -1e4]]).requires_grad_()
+    (reinmax(logits, torch.eye(3)[[0, 0]], tau) * normal(2, 3)).sum().backward()
     close(logits.grad, torch.zeros(2, 3))
 
 
@@ -206,18 +201,15 @@ def codebook(kind=Codebook, size=16, width=8, **settings):
 
 def test_cosine_logits_are_a_bounded_cosine():
     """scale x cos, 20 at first, never past the cap, whatever the lengths of z and of the codes."""
-    book = codebook()
-    z = 30 * normal(5, 4, 8)
+    z, book, other = 30 * normal(5, 4, 8), codebook(), codebook(scale=3.0, cap=2.5)
     expected = F.cosine_similarity(z[:, :, None], book.codes[None, None], dim=-1)
-    close(book.logits(z), 20 * expected, 1e-5)
-    assert book.logits(book.codes[None] * 7)[0].diagonal().tolist() == pytest.approx([20] * 16, rel=1e-5)
-    for scale, bound in ((49.0, 49.0), (51.0, 50.0), (1e6, 50.0)):
-        with torch.no_grad():
-            book.log_scale.fill_(math.log(scale))
-        close(book.logits(z), bound * expected, 1e-4)
-    other = codebook(scale=3.0, cap=2.5)
-    assert other.log_scale.exp().item() == pytest.approx(3)
+    close(other.log_scale.exp().item(), 3.0)
     close(other.logits(z), 2.5 * expected, 1e-5)
+    for scale, bound in ((None, 20), (49.0, 49.0), (51.0, 50.0), (1e6, 50.0)):
+        if scale:
+            book.log_scale.data.fill_(math.log(scale))
+        close(book.logits(z), bound * expected, 1e-4)
+        close(book.logits(book.codes[None] * 7)[0].diagonal(), torch.full((16,), float(bound)), 1e-3)
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
@@ -284,10 +276,10 @@ def test_codes_start_with_length_1(kind, init):
 def test_bound_holds_the_lengths_at_1():
     """(length - 1)^2, and its gradient shortens long codes and lengthens short ones."""
     book = codebook()
-    for length, loss in ((1.0, 0.0), (2.0, 1.0), (0.5, 0.25)):
+    for length in (1.0, 2.0, 0.5):
         with torch.no_grad():
             book.codes.copy_(unit(book.codes) * length)
-        assert book.bound().item() == pytest.approx(loss, abs=1e-6)
+        assert book.bound().item() == pytest.approx((length - 1) ** 2, abs=1e-6)
         along = (torch.autograd.grad(book.bound(), book.codes)[0] * book.codes).sum(1).detach()
         close(along, torch.full((16,), 2 * (length - 1) * length / 16), 1e-5)
 
@@ -331,28 +323,23 @@ def test_put_and_revive_touch_only_the_dead(similarity, kind):
 
 @pytest.mark.parametrize("similarity, kind", CODEBOOKS)
 def test_fit_puts_codes_on_cluster_centres(similarity, kind):
-    """Three far clusters, three codes: one on each centre."""
+    """Three far clusters, three codes: one on each centre. Under cosine a code is the mean of its unit vectors: a long
+    one among short ones counts no more than they do."""
     torch.manual_seed(0)
     centres = 5 * torch.eye(3, 8)
     z = centres.repeat_interleave(200, 0) + 0.1 * normal(600, 8)
+    far = []
     for seed in range(20):  # Lloyd's algorithm keeps a bad start where two of the first points share a cluster
         book = codebook(kind, 3, 8, similarity=similarity, init="kmeans")
         book.fit(z, seeded(seed))
         distance = distances(centres / (5 if similarity == "cosine" else 1), book.codes.detach())
-        if distance.min(1).values.max() < 0.05:
-            assert sorted(distance.argmin(1).tolist()) == [0, 1, 2]
-            return
-    assert False, "no start of 20 found the three clusters"
-
-
-@pytest.mark.parametrize("kind", [Codebook, VQ])
-def test_fit_compares_directions_under_cosine(kind):
-    """A code is the mean of its unit vectors: a long one among short ones counts no more than they do."""
-    z = normal(50, 8)
-    lengths = torch.logspace(-2, 2, 50)[:, None]
-    book = codebook(kind, 1, 8, init="kmeans")
-    book.fit(lengths * z, seeded())
-    close(book.table()[0].detach(), unit(unit(z).mean(0)), 1e-5)
+        far.append(distance.min(1).values.max().item())
+        assert far[-1] > 0.05 or sorted(distance.argmin(1).tolist()) == [0, 1, 2]
+    assert min(far) < 0.05
+    if similarity == "cosine":
+        z, book = normal(50, 8), codebook(kind, 1, 8, init="kmeans")
+        book.fit(torch.logspace(-2, 2, 50)[:, None] * z, seeded())
+        close(book.table()[0].detach(), unit(unit(z).mean(0)), 1e-5)
 
 
 # --- kmeans ---
@@ -524,3 +511,230 @@ def test_fsq_gradient_is_that_of_the_bounded_function():
         close(z.grad[..., channel], g[..., channel] * slope.detach(), 1e-5)
     again = book(z.detach(), "fsq", generator=seeded(), tau=0.1, noise=1.0, hardness=0.0)
     assert torch.equal(again.e, book(z).e) and not list(book.parameters()) and not book.state_dict()
+
+
+# --- KL ---
+
+def test_kl_to_uniform_in_closed_form():
+    """0 at uniform, ln K at one-hot, the enumerated sum elsewhere; a value per choice, whatever the batch."""
+    assert kl_uniform(torch.full((3, 4, 7), 2.5)).abs().max() < 1e-6
+    for sharp in (1e4, math.inf):
+        logits = torch.where(torch.eye(7) > 0, 0.0, -sharp)
+        close(kl_uniform(logits), torch.full((7,), math.log(7)))
+    logits = normal(5, 4, 7)
+    p = torch.softmax(logits.double(), -1)
+    close(kl_uniform(logits).double(), (p * (p / (1 / 7)).log()).sum(-1))
+    assert kl_uniform(logits).shape == (5, 4) and kl_uniform(logits.bfloat16()).dtype == torch.float32
+    assert torch.equal(kl_uniform(logits.repeat(6, 1, 1)), kl_uniform(logits).repeat(6, 1))
+    close(kl_uniform(logits + 100), kl_uniform(logits), 1e-5)
+
+
+def test_entropy():
+    """ln K at uniform, 0 at one-hot, and 0 ln 0 = 0 also in the gradient of what comes from a softmax."""
+    assert torch.equal(entropy(torch.eye(4)), torch.zeros(4))
+    for p, nats in (([1 / 8] * 8, math.log(8)), ([0.5, 0.25, 0.25, 0.0], 1.5 * math.log(2))):
+        close(entropy(torch.tensor(p, dtype=torch.float64)).item(), nats, 1e-12)
+    p = torch.tensor([1.0, 0.0, 0.0], requires_grad=True)
+    entropy(p).backward()
+    assert p.grad.isfinite().all() and p.grad[1] > 10
+
+
+@pytest.mark.parametrize("sharp", [1.0, 100.0, 1e4])
+def test_gradients_of_the_parts_are_finite(sharp):
+    """However sure the posterior is, also where whole columns of probabilities are 0 in float32."""
+    logits = (sharp * normal(6, 3, 5)).requires_grad_()
+    y = F.one_hot(logits.argmax(-1), 5)
+    for value in (*decompose(logits, y).values(), kl_uniform(logits).sum(), usage_kl(logits)):
+        grad = torch.autograd.grad(value, logits, retain_graph=True)[0]
+        assert value.isfinite() and grad.isfinite().all()
+        assert sharp > 1 or grad.abs().sum() > 1e-4
+
+
+def draw(logits, seed=0):
+    return F.one_hot(choose(logits, "straight_through", generator=seeded(seed))[1], logits.size(-1))
+
+
+@pytest.mark.parametrize("B, N, K, sharp", [(1, 1, 2, 1), (4, 3, 5, 0.1), (16, 8, 32, 2), (7, 1, 4, 6),
+                                            (32, 16, 64, 4)])
+def test_the_parts_sum_to_the_kl(B, N, K, sharp):
+    """KL = code_mi + DWKL = MI + TC + DWKL, and it is the mean of the codes' own KLs; MI is at most ln B."""
+    logits = sharp * normal(B, N, K)
+    parts = decompose(logits, draw(logits))
+    kl = parts["kl"].item()
+    assert kl == pytest.approx((parts["code_mi"] + parts["dwkl"]).item(), abs=1e-5, rel=1e-6)
+    assert kl == pytest.approx((parts["mi"] + parts["tc"] + parts["dwkl"]).item(), abs=1e-5, rel=1e-6)
+    p = torch.softmax(logits.double(), -1)
+    assert kl == pytest.approx(((p * (p * K).log()).sum() / B).item(), abs=1e-5, rel=1e-6)
+    assert kl == pytest.approx(kl_uniform(logits).sum(1).mean().item(), abs=1e-5, rel=1e-6)
+    q = p.mean(0)
+    assert parts["dwkl"].item() == pytest.approx((q * (q * K).log()).sum().item(), abs=1e-5, rel=1e-5)
+    assert parts["mi"] <= math.log(B) + 1e-5
+    assert all(value.shape == () and value.dtype == torch.float32 for value in parts.values())
+    twice = decompose(logits.repeat(2, 1, 1), draw(logits).repeat(2, 1, 1))
+    for name in parts:  # no sum over the batch, and the same mixture
+        assert twice[name].item() == pytest.approx(parts[name].item(), abs=2e-5, rel=1e-5)
+
+
+def enumerated_parts(logits):
+    """MI and TC of q(z) = mean_x q(z|x) by all K^N values of z, in float64."""
+    p = torch.softmax(logits.double(), -1)
+    B, N, K = p.shape
+    joint = p[:, 0]
+    for n in range(1, N):
+        joint = (joint[:, :, None] * p[:, n, None]).flatten(1)                   # (B, K^n)
+    mixture = joint.mean(0)
+    factors = p.mean(0)[0]
+    for n in range(1, N):
+        factors = (factors[:, None] * p.mean(0)[n]).flatten()
+    mi = (joint * (joint / mixture).log()).sum(1).mean()
+    return mi.item(), (mixture * (mixture / factors).log()).sum().item()
+
+
+@pytest.mark.parametrize("seed, sharp", [(0, 1.0), (1, 2.0), (2, 4.0)])
+def test_mi_and_tc_are_exact_in_expectation(seed, sharp):
+    """All 9^4 draws of four inputs with two ternary codes, with their probabilities: the true MI and TC."""
+    logits = sharp * normal(4, 2, 3, seed=seed)
+    pairs = torch.eye(3)[torch.tensor(list(itertools.product(range(3), repeat=2)))]         # (9, 2, 3)
+    which = torch.tensor(list(itertools.product(range(9), repeat=4)))                       # (9^4, 4)
+    q = torch.softmax(logits.double(), -1)
+    chances = (q[:, 0, :, None] * q[:, 1, None]).flatten(1)                                 # (4, 9)
+    weights = chances[torch.arange(4), which].prod(1)
+    parts = torch.vmap(decompose, in_dims=(None, 0))(logits, pairs[which])
+    assert weights.sum().item() == pytest.approx(1)
+    mi, tc = enumerated_parts(logits)
+    assert tc > 0.01 and mi > 0.1
+    assert (weights @ parts["mi"].double()).item() == pytest.approx(mi, abs=1e-5)
+    assert (weights @ parts["tc"].double()).item() == pytest.approx(tc, abs=1e-5)
+
+
+def certain(codes, size):
+    """Logits (B, N, K) of a posterior that is sure of codes (B, N)."""
+    return 1e4 * F.one_hot(codes, size).float()
+
+
+def test_positive_clips_what_chance_made_negative():
+    """MI below 0 by draws that other inputs would have made, TC below 0 by draws that are too good; else nothing."""
+    logits = torch.tensor([[0.9, 0.1], [0.1, 0.9]]).log()[:, None]
+    for codes, negative in (([0, 1], "tc"), ([1, 0], "mi")):
+        y = F.one_hot(torch.tensor(codes)[:, None], 2)
+        parts, clipped = decompose(logits, y), decompose(logits, y, positive=True)
+        assert parts[negative] < -0.1 and clipped[negative] == 0
+        assert all(clipped[name] == parts[name] > 0 for name in parts if name not in (negative, "dwkl"))
+    assert parts["mi"].item() == pytest.approx(math.log(0.1 / 0.5), abs=1e-5)
+
+
+def test_usage_kl_asks_for_even_use_and_nothing_else():
+    """0 where the mean is uniform, be the posteriors sure or vague; ln K where one code serves for everything."""
+    for logits, nats in ((torch.zeros(4, 2, 8), 0), (certain(torch.arange(8).view(4, 2), 8), 0),
+                         (certain(torch.full((4, 2), 3), 8), math.log(8)),
+                         (certain(torch.tensor([[0, 1], [1, 0]]), 8), math.log(4))):
+        assert usage_kl(logits).shape == () and usage_kl(logits).item() == pytest.approx(nats, abs=1e-6)
+    logits = normal(4, 2, 8)  # all of one codebook: positions are pooled, unlike in DWKL
+    p = torch.softmax(logits, -1).mean((0, 1))
+    assert usage_kl(logits).item() == pytest.approx((p * (p * 8).log()).sum().item(), abs=1e-6)
+
+
+# --- Monitors ---
+
+def test_code_statistics_of_codes_made_by_hand():
+    """Counts codes, not distinct values per bin: one code of eight is 1/8 in use, 7 dead, perplexity 1, no bits; bits
+    are of each position, 1.5 and none in the third."""
+    for codes, size, usage, dead, shares, bits in (
+            (torch.full((5, 3), 6), 8, 1 / 8, 7, [1], 0),
+            (torch.tensor([[0, 1]] * 4), 4, 0.5, 2, [0.5] * 2, 0),
+            (torch.tensor([[0, 3], [1, 3], [2, 3], [2, 3]]), 4, 1, 0, [1 / 8, 1 / 8, 2 / 8, 4 / 8], 1.5),
+            (torch.cartesian_prod(*[torch.arange(16)] * 3), 16, 1, 0, [1 / 16] * 16, 12)):
+        found = code_statistics(codes, size)
+        assert (found["usage"], found["dead"]) == (usage, dead)
+        assert found["perplexity"] == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)))
+        assert found["code_bits"] == pytest.approx(bits, abs=1e-12)
+
+
+def test_mutual_information_by_hand():
+    """Equal: H. Independent: 0. A noisy channel: the sum written out. Sizes may differ and values be missing."""
+    a, n4, n2 = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), math.log(4), math.log(2)
+    noisy = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    for x, y, sizes, wanted in ((a, a, (4, 4), (n4, n4, n4)), (a, a // 2, (4, 9), (n2, n4, n2)),
+                                (a, a % 1, (4, 1), (0, n4, 0)), (a, torch.arange(8) % 2, (5, 3), (0, n4, n2)),
+                                (a // 2, torch.tensor([0, 0, 0, 1, 1, 1, 1, 0]), (2, 2), (noisy, n2, n2))):
+        assert mutual_information(x, y, *sizes) == pytest.approx(wanted, abs=1e-12)
+
+
+def brute_nmi(codes, size):
+    N = codes.size(1)
+    found = torch.zeros(N, N, dtype=torch.float64)
+    for i, j in itertools.product(range(N), repeat=2):
+        information, h, k = mutual_information(codes[:, i], codes[:, j], size, size)
+        found[i, j] = information / math.sqrt(h * k) if h * k > 0 else 0
+    return found
+
+
+def test_nmi_matrix_by_brute_force():
+    """Every pair as `mutual_information` has it; symmetric; the floor is that of codes shuffled among the inputs."""
+    codes = torch.randint(6, (49, 5), generator=seeded())
+    codes[:, 1] = codes[:, 0]                       # the same
+    codes[:, 2] = 3                                 # constant
+    codes[:, 3] = (codes[:, 0] + 1) % 6             # renamed
+    codes[:20, 4] = codes[:20, 0]                   # in part
+    before = torch.get_rng_state()
+    found, floor = nmi_matrix(codes, 6, seeded(1))
+    assert torch.equal(torch.get_rng_state(), before)
+    close(found, brute_nmi(codes, 6))
+    assert found.dtype == torch.float64 and torch.equal(found, found.T) and torch.equal(floor, floor.T)
+    for matrix in (found, floor):
+        close(matrix.diagonal(), torch.tensor([1, 1, 0, 1, 1], dtype=torch.float64))
+        assert matrix[2].abs().max() < 1e-6 and matrix.min() >= 0
+    assert found[0, 1].item() == pytest.approx(1) and found[0, 3].item() == pytest.approx(1)
+    assert floor[0, 1] < 0.4 and 0.2 < found[0, 4] < 0.9
+    again, other = (nmi_matrix(codes, 6, seeded(s))[1] for s in (1, 2))
+    assert torch.equal(floor, again) and not torch.equal(floor, other)
+
+
+def test_information_gap_in_numbers():
+    """Best and gap are I / H(factor) of the first and the second position, by hand; one position has no second."""
+    factor = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    codes = torch.stack([factor // 2, torch.zeros(8, dtype=torch.int64), factor], 1)
+    best, gap, position, floor = information_gaps(codes, 4, {"f": factor}, seeded())["f"]
+    assert (best, gap, position) == (pytest.approx(1), pytest.approx(0.5), 2) and 0 < floor < 1
+    assert information_gaps(codes[:, :1], 4, {"f": factor}, seeded())["f"][:3] == (
+        pytest.approx(0.5), pytest.approx(0.5), 0)
+    assert information_gaps(factor[:, None].repeat(1, 2), 4, {"f": factor}, seeded())["f"][:2] == (
+        pytest.approx(1), pytest.approx(0))
+    finer = torch.arange(8)  # a position that says more than the factor says all of it
+    assert information_gaps(finer[:, None], 8, {"f": factor // 2}, seeded())["f"][0] == pytest.approx(1)
+
+
+def test_undefined_and_constant_factors():
+    """Inputs with -1 do not count; a factor that does not vary, or is nowhere defined, is left out."""
+    codes = torch.randint(4, (600, 2), generator=seeded())
+    even = torch.arange(600) % 2 == 0
+    partly = torch.where(even, codes[:, 0], -1)
+    codes[~even] = torch.randint(4, (300, 2), generator=seeded(1))
+    found = information_gaps(codes, 4, {"partly": partly, "constant": torch.full((600,), 5), "one": torch.where(
+        even, 2, -1), "never": torch.full((600,), -1), "once": torch.arange(600) - 599}, seeded(2))
+    assert list(found) == ["partly"]
+    assert found["partly"] == information_gaps(codes[even], 4, {"partly": partly[even]}, seeded(2))["partly"]
+    assert found["partly"][0] == pytest.approx(1) and found["partly"][2] == 0 < found["partly"][3] < 0.1
+
+
+# --- The tables ---
+
+def test_tables(in_process, monkeypatch):
+    """ReinMax is without bias on the first two functions. Our TC is positive, and with the own input left out it goes
+    below 0."""
+    monkeypatch.setattr(discrete, "gradient_error", lambda *given, **how: gradient_error(*given, draws=500, **how))
+    monkeypatch.setattr(discrete, "range", lambda draws: range(10), raising=False)
+    gradients, parts = ([[cell.strip() for cell in line.strip("|").split("|")] for line in in_process(
+        discrete, which)[1].splitlines() if line.startswith("|")][2:] for which in ("gradients", "decomposition"))
+    bias = {(row[0], row[1]): [float(cell.split(",")[0]) for cell in row[2:]] for row in gradients}
+    assert len(bias) == 10 and bias["reinmax", "1"][:2] == [0, 0] and bias["reinmax", "1"][2] > 0.1
+    for row in parts:
+        code_mi, mi, tc, residual, left_out = (float(cell.split()[0]) for cell in row[1:])
+        assert abs(residual) < 1e-4 * code_mi and left_out < tc and code_mi == pytest.approx(mi + tc, rel=2e-3)
+    assert len(parts) == 3 and float(parts[0][5].split()[0]) < 0 and float(parts[2][5].split()[0]) < -10
+
+
+
+@pytest.mark.parametrize("words", [[], ["gradient"], ["gradients", "decomposition"]])
+def test_other_words_are_an_error_of_one_line(words, in_process):
+    assert in_process(discrete, *words) == (2, "", "error: which table? gradients or decomposition\n")
