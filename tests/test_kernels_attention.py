@@ -27,13 +27,6 @@ def going(way):
 
 # --- What is seen ---
 
-@needs_interpreter
-def test_huge_scores_stay_finite():
-    q, k, v = made(*heads(1, 1, 1, 20, 40, 16, 16))
-    with interpreted():
-        out, gradients, _ = results(attend, (q * 1e4, k * 1e4, v))
-    assert all(t.isfinite().all() for t in (*out, *gradients))
-
 
 @WAYS
 @pytest.mark.parametrize("masks", [{"lengths": torch.tensor([0, 6])}, {"positions": left_padded(6, 6, 0)}], ids=list)
@@ -113,10 +106,14 @@ def test_the_formula_under_autocast_is_exact():
 
 # --- Memory ---
 
+@needs_interpreter
 def test_outputs_and_gradients_lie_as_inputs():
     x = torch.empty(2, 5, 3, 4, 8).permute(0, 2, 3, 1, 4)
     assert ka.empty_beside(x, 2, 3, 4, 5, 7).permute(0, 3, 1, 2, 4).is_contiguous()
     assert ka.empty_beside(torch.empty(2, 3, 8), 2, 3, 8).is_contiguous()
+    with interpreted():
+        y = attend_one(*made(*heads(3, 2, 1, 2, 70, 8, 8), dtype=torch.bfloat16), splits=2)
+    assert y.dtype == torch.bfloat16 and y.transpose(1, 2).is_contiguous()
     repeated = torch.empty(2, 1, 3, 8).expand(2, 4, 3, 8)
     assert ka.empty_beside(repeated, 2, 4, 3, 8).transpose(0, 1).is_contiguous()
 
@@ -151,25 +148,7 @@ def test_space_and_time_equal_permuted_sdpa_and_copy_nothing(op):
     torch.testing.assert_close(found + theirs, want + gradients, rtol=0, atol=1e-5)
 
 
-@needs_interpreter
-def test_one_lies_as_its_queries():
-    with interpreted():
-        y = attend_one(*made(*heads(3, 2, 1, 2, 70, 8, 8), dtype=torch.bfloat16), splits=2)
-    assert y.dtype == torch.bfloat16 and y.transpose(1, 2).is_contiguous()
-
-
 # --- Choices and mistakes ---
-
-@pytest.mark.parametrize("kind", ["forward", "dq", "dkv"])
-def test_blocks_are_powers_of_two_that_products_take(kind):
-    for limit in (99 * 1024, 163 * 1024, 227 * 1024):
-        for itemsize in (2, 4):
-            for D, Dv in ((1, 1), (64, 64), (100, 200), (256, 256)):
-                sizes = ka.blocks(kind, D, Dv, itemsize, limit)
-                assert all(sizes[n] >= 16 and sizes[n].bit_count() == 1 for n in ("BT", "BS", "BD", "BDV"))
-                own, loop = (sizes["BS"], sizes["BT"]) if kind == "dkv" else (sizes["BT"], sizes["BS"])
-                assert itemsize * (own + sizes["num_stages"] * loop) * (sizes["BD"] + sizes["BDV"]) <= limit
-                assert sizes["BD"] >= D and sizes["BDV"] >= Dv and sizes["num_stages"] >= 1
 
 
 def test_shared_memory_by_capability():

@@ -425,14 +425,13 @@ def test_the_untrained_floor_is_the_same_again(put, monkeypatch):
 class Namer:
     """Dynamics that name given tokens said (B, N) of the clips' last frames, in order; checks what it is shown."""
     n_actions = 5
+    train, eval = Actor.train, Actor.eval
 
     def __init__(self, clips, said, logits=None, rename=lambda cells: cells, size=4):
         index = spread(clips, CONTEXT, len(said))
         self.truth, self.acts = rename(clips.cells(index, CONTEXT).flatten(2).long()), clips.actions(index, CONTEXT)
         self.logits = F.one_hot(rename(said), size) * SHARP if logits is None else logits
         self.mask, self.n, self.training = size, 0, True
-
-    train, eval = Actor.train, Actor.eval
 
     def __call__(self, tokens, acts, cache=None, window=None):
         rows = slice(self.n, self.n + len(tokens))
@@ -441,9 +440,8 @@ class Namer:
         assert torch.equal(acts[:, 1:], self.acts[rows, :acts.size(1) - 1])
         assert torch.equal(tokens[:, :CONTEXT - 1], self.truth[rows, :-1])
         if cache is not None:                                 # causal: reads what is before
-            cache += [rows]
             assert tokens.size(1) == CONTEXT - 1
-            return None
+            return cache.append(rows)
         if w.dynamics == "causal":
             assert torch.equal(tokens[:, -1], self.truth[rows, -1])
         else:
@@ -458,10 +456,9 @@ class Namer:
         return []
 
     def next_frame(self, acts, cache, temperature):
-        (rows,) = cache
-        assert temperature == 0 and torch.equal(acts, self.acts[rows, -1])
+        assert temperature == 0 and torch.equal(acts, self.acts[cache[0], -1])
         self.n += len(acts)
-        return self.spoken[rows]
+        return self.spoken[cache[0]]
 
 
 def by_loops(said, last, before):
