@@ -131,20 +131,26 @@ def test_another_estimator_on_resume(forks, copy, tmp_path):
 
 # --- Questions ---
 
+def reversed_(weights):
+    return {name: w.flip(0) if w.dim() else w for name, w in weights.items()}
+
+
 def test_figures_of_a_trained_model(forks, base, copy, tmp_path):
-    """--eval_only prints the last figures and draws; checkpoints, metrics and summary stay as they are."""
+    """--eval_only prints the last figures, of the average whatever the raw weights, and draws; nothing else changes."""
     shutil.rmtree(copy / "samples")
+    checkpoint = load_checkpoint(copy / "last.pt")
+    torch.save({**checkpoint, "model": reversed_(checkpoint["model"])}, copy / "last.pt")
     before = snapshot(copy)
     child = done(forks, tmp_path / "runs", "--resume", "--eval_only", **KEEP)
     after = snapshot(copy)
     assert {name: after[name] for name in before} == before
     assert {str(name) for name in after.keys() - before.keys()} == {
         f"samples/{name}_00000012.png" for name in ("step", "usage", "traversal")}
-    final = records(base)[-1]
-    assert (f"5 grids that were never seen: exact {final['exact']:.4f}, cells {final['accuracy']:.4f}, shapes "
+    final, parting = records(base)[-1], "grids that were never seen"
+    assert (f"5 {parting}: exact {final['exact']:.4f}, cells {final['accuracy']:.4f}, shapes "
             f"{final['shape_accuracy']:.4f}, usage {final['usage']:.0%}") in child.out
-    assert child.out.split("grids that were never seen")[1].splitlines()[:9] == (
-        base.parents[1] / "out.txt").read_text().split("grids that were never seen")[1].splitlines()[:9]
+    assert child.out.split(parting)[1].splitlines()[:9] == (
+        base.parents[1] / "out.txt").read_text().split(parting)[1].splitlines()[:9]
 
 
 @pytest.fixture(scope="module")
@@ -192,16 +198,13 @@ def test_questions_are_answered_by_the_averaged_weights(forks, copy, tmp_path):
     """As evaluated: other raw weights in the checkpoint change no answer, other averages do."""
     (tmp_path / "grid.json").write_text(json.dumps([[[1, 2], [3, 4]], [[5] * 5] * 5]))
     checkpoint = load_checkpoint(copy / "last.pt")
+    raw, ema = reversed_(checkpoint["model"]), checkpoint["ema"]
     first = answers(forks, tmp_path / "runs", "--encode", tmp_path / "grid.json")
     assert [row["shape"] for row in first] == [[2, 2], [5, 5]]
-    for which, same in (("model", True), ("ema", False)):
-        changed = {name: dict(checkpoint[name]) for name in ("model", "ema")}
-        weights = changed["model"] if which == "model" else changed["ema"]["weights"]
-        for name in weights:
-            weights[name] = weights[name].flip(0) if weights[name].dim() else weights[name]
+    for changed in (dict(model=raw), dict(model=raw, ema={**ema, "weights": reversed_(ema["weights"])})):
         torch.save({**checkpoint, **changed}, copy / "last.pt")
-        assert (answers(forks, tmp_path / "runs", "--encode", tmp_path / "grid.json") == first) == same
-        checkpoint = load_checkpoint(copy / "last.pt") if same else checkpoint
+        again = answers(forks, tmp_path / "runs", "--encode", tmp_path / "grid.json")
+        assert (again == first) == ("ema" not in changed)
 
 
 WRONG_GRIDS = {"large.json": json.dumps([[0] * 4]), "ragged.json": "[[1, 2], [3]]", "colour.json": "[[1, 10]]",

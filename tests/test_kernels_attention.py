@@ -27,7 +27,6 @@ def going(way):
 
 # --- What is seen ---
 
-
 @WAYS
 @pytest.mark.parametrize("masks", [{"lengths": torch.tensor([0, 6])}, {"positions": left_padded(6, 6, 0)}], ids=list)
 def test_a_query_that_sees_nothing_gets_zeros_and_gives_none(masks, way):

@@ -324,6 +324,7 @@ def test_a_checkpoint_goes_on_under_any_mesh(meshes, case):
 def test_dropout_differs_over_dp_and_not_over_tp_and_goes_on(meshes, mesh):
     here, (dp, tp) = meshes[mesh]["here"], map(int, mesh.split("x"))
     assert all(first == again for first, again, _ in here["drawn"])
+    assert here["drawn"][0][0] == here["drawn"][0][2]
     for when in (0, 2):  # as drawn, and after a restart from the state of rank 0 alone
         drawn = [str(rank[when]) for rank in here["drawn"]]
         assert len(set(drawn)) == dp and all(len(set(drawn[r * tp:(r + 1) * tp])) == 1 for r in range(dp))

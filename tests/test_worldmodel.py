@@ -247,6 +247,17 @@ def test_temperature_makes_draws_more_even():
     assert entropies[0] < entropies[1] < entropies[2] < entropies[3] < math.log(10)
 
 
+@pytest.mark.parametrize("kind", [Dynamics, CausalDynamics])
+def test_an_untrained_model_knows_nothing(kind):
+    """Its loss on random tokens, hidden where they can be, is about ln K."""
+    torch.manual_seed(0)
+    model = kind((3, 4), 10, 5, n_layer=1, n_head=2, n_embd=16)
+    tokens, actions = whole(10, 64, 2, 12), whole(5, 64, 2)
+    with torch.no_grad():
+        logits = model(tokens if kind is CausalDynamics else torch.full_like(tokens, model.mask), actions)
+    assert F.cross_entropy(logits.flatten(0, 2), tokens.flatten()).item() == pytest.approx(math.log(10), abs=0.02)
+
+
 def test_causal_dynamics_sees_what_is_before():
     model = dynamics(action_input="causal")
     parameter_roles(model)
