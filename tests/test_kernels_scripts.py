@@ -395,7 +395,7 @@ DISCRETE = {"nearest_code", "reinmax"}
 RUNS = [  # script, words, operations that a run calls
     (train_mult, "--models simple,latent,prefix --format reversed --short_share 0.3 --sum_head classes --max_steps 6 "
      "--eval_interval 6 --positions rope", {"rms_norm", "gelu", "rotary", "attend", "cross_entropy"}),
-    (train_facts, "--n_people 6 --n_unseen 4 --n_layer 1 --n_embd 16 --batch_size 4 --max_steps 4 --eval_interval none "
+    (train_facts, "--n_people 6 --n_unseen 4 --n_layer 1 --n_embd 16 --batch_size 4 --max_steps 6 --eval_interval none "
      "--orthograd", {"rms_norm", "gated", "rotary", "attend", "batched_linear_cross_entropy"}),
     (train_dvae, "--max_steps 5 --norm rms --eval_interval 3", {"rms_norm", "gelu", "gumbel_softmax", "cross_entropy"}),
     (train_dvae, "--max_steps 5 --estimator reinmax --hard_at 0.4 --eval_interval 3",
