@@ -1,6 +1,5 @@
 """train_dvae.py and models/dvae.py: schedules, codes of the shape, places, padding and masks change nothing, nats and
 losses by hand, figures by hand, grids learned by heart, pictures."""
-import json
 import math
 import random
 import struct
@@ -15,9 +14,11 @@ import torch.nn.functional as F
 from data.arc import OUTSIDE, PALETTE, Arc, Canvas, Grids, load
 from model import parameter_roles
 from models.discrete import SAMPLED, Quantised, decompose, kl_uniform, usage_kl
-from models.dvae import DVAE, Attention, position_features, relations, tiles
+from models.dvae import DVAE, Attention, relations, tiles
 from nanolab.codes import grids_of, picture, read_file
 from nanolab.run import UserError, override
+from forks import summary
+from scripts import curve
 from test_scripts import fresh
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,33 +70,16 @@ def some_codes(config, n, seed=0):
 # --- Schedules and settings ---
 
 @pytest.mark.parametrize("steps, first, last, at_quarters", [
-    (5_000, 0.0, 6.6, (0, 0.966548, 3.3, 5.633452)),
-    (150_000, 1.0, 1 / 16, (1, 0.862706, 0.53125, 0.199794)),
-    (1_200_000, 1e-4, 1.25e-6, (1e-4, 8.553835e-5, 5.0625e-5, 1.571160e-5))])
+    (5_000, 0.0, 6.6, (0, 0.966548, 3.3, 5.633452, 6.6, 6.6)),
+    (1_200_000, 1e-4, 1.25e-6, (1e-4, 8.553835e-5, 5.0625e-5, 1.571160e-5, 1.25e-6, 1.25e-6))])
 def test_ramp_is_half_a_cosine(steps, first, last, at_quarters):
-    """The tables of DALL-E's KL weight, temperature and rate; exactly half way at half time, constant after."""
+    """The tables of DALL-E's KL weight and rate; constant after."""
     ramp = fresh("train_dvae.py")["ramp"]
-    found = [ramp(steps * i // 4, steps, first, last) for i in range(4)]
-    assert found == pytest.approx(at_quarters, rel=2e-6)
-    assert found[2] == pytest.approx((first + last) / 2, rel=1e-12)
-    assert [ramp(step, steps, first, last) for step in (steps, 2 * steps)] == pytest.approx([last] * 2, rel=1e-12)
-    line = [ramp(steps * i // 4, steps, first, last, "linear") for i in (0, 1, 2, 3, 4, 9)]
-    assert line == pytest.approx([first + (last - first) * part for part in (0, 0.25, 0.5, 0.75, 1, 1)], rel=1e-12)
+    for shape, wanted in (("cosine", at_quarters), ("linear", [first + (last - first) * part / 4 for part in (
+            0, 1, 2, 3, 4, 4)])):
+        assert [ramp(steps * i // 4, steps, first, last, shape) for i in (0, 1, 2, 3, 4, 9)] == pytest.approx(
+            wanted, rel=2e-6)
     assert ramp(0, 0, first, last) == pytest.approx(last, rel=1e-12)
-
-
-@pytest.mark.parametrize("estimator, taus, hardness", [
-    ("gumbel_soft", (1, 0.53125, 1 / 16, 1 / 16), (1, 1, 1, 1)),
-    ("gumbel_hard", (1, 0.53125, 1 / 16, 1 / 16), (0, 0, 1, 1)),
-    ("straight_through", (1, 1, 1, 1), (0, 0, 1, 1)), ("reinmax", (1, 1, 1, 1), (0, 0, 1, 1))])
-def test_schedule_of_an_estimator(estimator, taus, hardness):
-    """Gumbel's tau falls to 1/16 and the others' stays; noise grows; codes are hard from hard_at on."""
-    g, _ = configured("--estimator", estimator, "--max_steps", 1000)
-    now = [g["scheduled"](step) for step in (0, 200, 400, 2000)]
-    assert [row["tau"] for row in now] == pytest.approx(taus)
-    assert [row["noise"] for row in now] == pytest.approx([0, 0.8, 1, 1])
-    assert [row["hardness"] for row in now] == list(hardness)
-    assert hardness[0] or [g["scheduled"](step)["hardness"] for step in (299, 300)] == [0, 1]
 
 
 def test_schedules_are_functions_of_the_step_alone():
@@ -111,6 +95,16 @@ def test_schedules_are_functions_of_the_step_alone():
     assert now == pytest.approx(dict(kl_weight=1.0, mi_weight=0.0, tc_weight=0.0, dwkl_weight=0.0, usage_weight=0.75,
                                      mask_rate=0.4 - 0.2 * (1 - math.sqrt(0.5)) / 2, tau=2.0, noise=0.3, hardness=1.0))
     assert g["scheduled"](24)["hardness"] == 0 and g["scheduled"](50)["kl_weight"] == 2
+    # by default Gumbel's tau falls to 1/16 and the others' stays; noise grows; codes are hard from hard_at on
+    for estimator, taus, hardness in (("gumbel_soft", (1, 0.53125, 1 / 16, 1 / 16), (1, 1, 1, 1)),
+                                      ("gumbel_hard", (1, 0.53125, 1 / 16, 1 / 16), (0, 0, 1, 1)),
+                                      ("reinmax", (1, 1, 1, 1), (0, 0, 1, 1))):
+        g, _ = configured("--estimator", estimator, "--max_steps", 1000)
+        now = [g["scheduled"](step) for step in (0, 200, 400, 2000)]
+        assert [row["tau"] for row in now] == pytest.approx(taus)
+        assert [row["noise"] for row in now] == pytest.approx([0, 0.8, 1, 1])
+        assert [row["hardness"] for row in now] == list(hardness)
+        assert hardness[0] or [g["scheduled"](step)["hardness"] for step in (299, 300)] == [0, 1]
     g, _ = configured("--estimator", "vq")
     assert not {"tau", "noise", "hardness"} & g["scheduled"](5).keys()
 
@@ -131,28 +125,11 @@ def test_schedules_are_functions_of_the_step_alone():
 def test_settings_that_cannot_go_together(settings, said):
     with pytest.raises(UserError, match=said):
         configured(*typed(**settings))
-
-
-def test_settings_that_can():
-    configured(*typed(estimator="reinmax", tau_start=2.0, tau_end=1.0))
-    configured(*typed(max_steps="none", schedule="constant", schedule_steps=9))
-    assert configured(*typed(estimator="fsq", codebook_size=240))[1].code_dim == 3
+    assert configured(*typed(estimator="fsq", codebook_size=240))[1].code_dim == 3  # this can
     assert configured(*typed(n_codes=1, layout="canvas"))[1].n_latents == 1
 
 
 # --- Ids and shapes ---
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("n_colours, mask_rate", [(4, "0,0"), (10, "0,0"), (4, "0,0.3"), (10, "0.3,0")])
-def test_sizes_follow_the_settings(n_colours, mask_rate, layout):
-    """PAD, row end and MASK come after the colours; MASK only with masks; a decoder of grids says colours alone."""
-    _, config, model = built(*typed(n_colours=n_colours, mask_rate=mask_rate, layout=layout))
-    canvas, masks = config.canvas, mask_rate != "0,0"
-    assert (canvas.pad, canvas.eos, canvas.mask) == (n_colours, n_colours + 1, n_colours + 2 if masks else None)
-    assert model.cell.shape == (n_colours + 2 + masks, 8)
-    e = model.codebook.look_up(some_codes(config, 3))
-    logits, _, _ = model.decode(e, torch.tensor([[1, 5], [5, 5], [2, 3]]))
-    assert logits.shape[2:] == (2, n_colours if layout == "grid" else n_colours + 2)
 
 
 @pytest.mark.parametrize("max_side, size, n", [(5, 16, 2), (8, 128, 1), (30, 2, 10), (1, 2, 0), (3, 9, 1), (3, 8, 2)])
@@ -184,19 +161,12 @@ def test_map_of_codes(n, rows, columns):
 
 # --- Places ---
 
-@pytest.mark.parametrize("side, n, sizes", [
-    (5, 25, [(1, 1)]), (5, 24, [(2, 1), (1, 1)]), (5, 4, [(3, 3), (3, 2), (2, 2), (2, 1), (1, 1)]),
-    (2, 1, [(2, 2), (2, 1), (1, 1)]), (1, 1, [(1, 1)])])
-def test_sizes_of_tiles(side, n, sizes):
-    """From the first with which a whole canvas has no more tiles than latents to single cells."""
-    assert tiles(side, n) == sizes
-
-
 @pytest.mark.parametrize("n", [1, 5, 20, 64, 90])
 def test_latents_stand_on_tiles(n):
     """Of the smallest size of which there are at most 1.05 n; evenly, in the order of reading, inside the grid."""
     _, config, model = built(*typed(max_side=9, n_codes=n + 2))
     shapes, more = all_shapes(9), 0
+    assert tiles(5, 4) == [(3, 3), (3, 2), (2, 2), (2, 1), (1, 1)] and tiles(5, 25) == tiles(1, 1) == [(1, 1)]
     places, tile, features = model.latent_places(shapes)
     assert features.shape == (81, n, 64) and len(features.flatten(1).unique(dim=0)) == 81
     for (height, width), here, size in zip(shapes.tolist(), places.tolist(), tile[:, 0].tolist()):
@@ -225,16 +195,6 @@ def test_what_attention_is_told_of_places():
             assert layer.distance[0].tolist() == [-0.5, -0.25, -0.125, 0] and not layer.distance[1:].any()
     assert not any(layer.distance.any() for layer in built("--no-distance_bias")[2].modules()
                    if isinstance(layer, Attention))
-
-
-def test_positions_tell_all_places_and_edges():
-    """Cells from the upper left and from the lower right edge, waves of 2 to 64 cells: no two places are alike."""
-    places = torch.cartesian_prod(torch.arange(30), torch.arange(30)) + 0.5
-    here, mirrored = (position_features(some[None], torch.full((1, 1, 2), 30.0))[0] for some in (places, 30 - places))
-    assert here.shape == (900, 60) and torch.cdist(here, here).add(torch.eye(900) * 9).min() > 0.1
-    torch.testing.assert_close(mirrored[:, :12], here[:, 12:24], atol=1e-4, rtol=0)
-    for column, wave in ((0, 1), (5, 32)):
-        torch.testing.assert_close(here[:, column], (math.pi * places[:, 0] / wave).sin(), atol=1e-4, rtol=0)
 
 
 # --- Padding and masks ---
@@ -325,17 +285,6 @@ def test_masked_tokens_are_a_share_and_carry_no_information():
 
 # --- Reading and writing ---
 
-@pytest.mark.parametrize("patch", PATCHES)
-def test_whatever_the_codes_a_grid_is_written(patch):
-    """Layout grid: of the shape that the first codes say, and the rest of the canvas follows from it."""
-    _, config, model = built(*typed(patch_height=patch[0], patch_width=patch[1]))
-    shapes = all_shapes(5).repeat(4, 1)
-    codes = model.with_shape(some_codes(config, 100), shapes)
-    written = model.write(*model.read(codes))
-    assert torch.equal(config.canvas.shapes(written), shapes)
-    assert len(written[:, 0, 0].unique()) > 1
-
-
 def by_hand(model, e, shapes):
     """Log-probabilities (B, S, S, outputs) float64 and the patches that they are of; NaN where nothing is said."""
     c, S = model.config, model.config.canvas.max_side
@@ -363,6 +312,7 @@ def test_nats_are_a_cross_entropy_by_hand_and_agree_with_what_is_written(layout,
     written, said = model.write(e, shapes), by_hand(model, e, shapes)
     counted = within(shapes, 5) if layout == "grid" else torch.ones(25, 5, 5, dtype=torch.bool)
     assert torch.equal(written[counted], said[counted].argmax(-1))
+    assert layout == "canvas" or torch.equal(config.canvas.shapes(written), shapes)  # the rest follows from the shape
     changed = written.clone()
     for b, (i, j) in enumerate((shapes - 1).tolist()):
         changed[b, i, j] = (changed[b, i, j] + 1) % 10
@@ -389,17 +339,15 @@ def one_batch(g, config, model, grids, **now):
 
 
 ESTIMATORS = (*SAMPLED, "vq", "fsq")
-VARIANTS = ["", "--no-resample", "--output_positions --no-distance_bias", "--no-bias", "--similarity dot",
-            "--norm rms --no-norm_gain", "--codebook_init uniform", "--patch_height 1", "--code_dim 2", "--code_dim 1 "
-            "--similarity dot", "--codebook_size 2 --n_codes 8", "--encoder_layers 2 --latent_layers 2", "--n_head 16",
-            "--decoder_layers 2 --mask_rate 0.5,0.5", *(f"--activation {kind}" for kind in (
-                "relu", "relu2", "silu", "swiglu", "geglu")),
-            *(f"--init {kind}" for kind in ("gpt2", "normal", "truncated", "zero"))]
+VARIANTS = ["--no-resample", "--output_positions --no-distance_bias", "--no-bias", "--similarity dot", "--norm rms "
+            "--no-norm_gain", "--codebook_init uniform", "--patch_height 1", "--code_dim 1 --similarity dot",
+            "--codebook_size 2 --n_codes 8", "--encoder_layers 2 --latent_layers 2 --n_head 16", "--decoder_layers 2 "
+            "--mask_rate 0.5,0.5", *(f"--activation {kind}" for kind in ("relu", "silu", "swiglu")), "--init zero"]
 
 
 @pytest.mark.parametrize("layout, estimator, words", [
     *((layout, estimator, "") for layout in LAYOUTS for estimator in ESTIMATORS),
-    *((LAYOUTS[i % 2], ESTIMATORS[i % 6], words) for i, words in enumerate(VARIANTS) if words)])
+    *((LAYOUTS[i % 2], ESTIMATORS[i % 6], words) for i, words in enumerate(VARIANTS))])
 def test_every_parameter_has_a_role_and_a_gradient(layout, estimator, words):
     """One that is not rounding: 1e-7 of the longest at least, where the least that was found is 4e-6 and rounding is
     1e-9. From weights that are not 0, as `init zero` has them."""
@@ -578,23 +526,20 @@ def test_thorough_figures_by_hand():
 # --- Learning ---
 
 @pytest.fixture
-def learned(monkeypatch, tmp_path):
-    """learned(fixed, words...) -> the summary and metrics of a run of the whole script in this process; fixed: trains
-    on what it is scored on. What main() sets for the whole process is put back."""
+def learned(monkeypatch, tmp_path, undrawn):
+    """learned(words, settings) -> the summary and the exact shares of a run of the whole script in this process, that
+    trains on what it is scored on. What main() sets for the whole process is put back."""
     before = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
 
-    def learn(fixed, *words):
+    def learn(*words, **settings):
         g = fresh("train_dvae.py")
         g["draw_all"] = lambda *_: None
-        if fixed:
-            g["load"] = lambda *how: Arc((arc := load(*how)).train, arc.train, arc.source, arc.hash)
-        common = typed(n_head=2, n_embd=32, warmup_steps=10, log_interval=10, device="cpu", dtype="float32",
-                       out_dir=tmp_path, run_name="run", save_interval=100_000, eval_interval=100_000)
-        monkeypatch.setattr(sys, "argv", ["train_dvae.py", *map(str, common), *map(str, words)])
+        g["load"] = lambda *how: Arc((arc := load(*how)).train, arc.train, arc.source, arc.hash)
+        common = dict(n_head=2, n_embd=32, warmup_steps=10, log_interval=10, device="cpu", dtype="float32",
+                      out_dir=tmp_path, run_name="run", save_interval=100_000, eval_interval=100_000)
+        monkeypatch.setattr(sys, "argv", ["train_dvae.py", *map(str, typed(**common, **settings)), *words])
         g["main"]()
-        run = tmp_path / "train_dvae" / "run"
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-        return json.loads((run / "summary.json").read_text()), [json.loads(line) for line in lines]
+        return summary(run := tmp_path / "train_dvae" / "run"), curve(run, "exact")
     yield learn
     torch.set_deterministic_debug_mode(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
@@ -603,31 +548,15 @@ def learned(monkeypatch, tmp_path):
 @pytest.mark.parametrize("estimator", ["reinmax", "vq", "fsq"])
 def test_grids_are_learned_by_heart(estimator, learned):
     """Exactly, by hard codes."""
-    summary, lines = learned(True, *typed(
-        estimator=estimator, max_side=3, n_codes=8, codebook_size=64, code_dim=8, n_train=8, n_val=10, batch_size=8,
-        max_steps=100, colours="none", group=1), "--no-symmetry")
-    assert summary["val_exact"] == summary["val_accuracy"] == 1.0 and summary["val_nats"] < 1
-    exact = [line["exact"] for line in lines if line["split"] == "train"]
+    told, exact = learned("--no-symmetry", estimator=estimator, max_side=3, n_codes=8, codebook_size=64,
+                          code_dim=8, n_train=8, n_val=10, batch_size=8, max_steps=100, colours="none", group=1)
+    assert told["val_exact"] == told["val_accuracy"] == 1.0 and told["val_nats"] < 1
     assert exact[-1] > 0.9 and exact[0] < 0.2
-
-
-def test_unseen_grids_are_written_better_than_by_their_best_colour(learned):
-    """And nearly every code is used."""
-    summary, _ = learned(False, *typed(max_side=4, n_codes=10, codebook_size=32, code_dim=16, n_train=1000, n_val=200,
-                                       max_steps=150, batch_size=32))
-    assert summary["val_accuracy"] > summary["val_floor"] + 0.05 and summary["val_usage"] >= 0.9
-    assert summary["val_exact"] > 0.03 and abs(summary["val_soft_hard_gap"]) < 0.05
 
 
 # --- Pictures ---
 
-def png_size(path):
-    content = path.read_bytes()
-    assert content[:8] == b"\x89PNG\r\n\x1a\n" and content[-8:-4] == b"IEND"
-    return struct.unpack(">II", content[16:24])
-
-
-@pytest.mark.parametrize("settings, columns", [(dict(n_codes=9), 3), (dict(mask_rate="0,0.5", layout="canvas"), 5),
+@pytest.mark.parametrize("settings, columns", [(dict(mask_rate="0,0.5", layout="canvas"), 5),
                                                (dict(codebook_size=2, n_codes=8), 3), (dict(n_codes=3), 3)])
 def test_three_pictures(settings, columns, tmp_path):
     """With masks two panels more; also of few grids, two codes, one latent, and where rows of the map differ."""
@@ -637,8 +566,8 @@ def test_three_pictures(settings, columns, tmp_path):
     g["draw_all"](model, config.canvas, grids, found, tmp_path, 7, nullcontext())
     names = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert names == ["step_00000007.png", "traversal_00000007.png", "usage_00000007.png"] and model.training
-    sizes = [png_size(tmp_path / "samples" / name) for name in names]
-    assert sizes[0] == (120 * columns, 3 * 120 + 32) and sizes[1] == (1200, 3 * 120 + 32) and sizes[2] == (480, 240)
+    sizes = [struct.unpack(">II", (tmp_path / "samples" / name).read_bytes()[16:24]) for name in names]
+    assert sizes == [(120 * columns, 3 * 120 + 32), (1200, 3 * 120 + 32), (480, 240)]
 
 
 def test_a_picture_has_the_colours_of_arc():

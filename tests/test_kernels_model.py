@@ -1,6 +1,6 @@
 """The model with kernels "triton" against kernels "torch": losses, gradients, logits, caches; and who calls what when.
 
-On a CPU kernels are their twins, and in Triton's interpreter themselves. About 30 s on one core.
+On a CPU kernels are their formulas, and in Triton's interpreter themselves.
 """
 import pytest
 import torch
@@ -8,9 +8,8 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 
 import kernels
 from interpreter import alone, interpreted, needs_interpreter
-from model import EVERYTHING, Causal, Positions, TransformerConfig, build_model, from_checkpoint
+from model import Causal, Positions, TransformerConfig, build_model, from_checkpoint
 from models.experts import MixtureOfExperts
-from models.video import TwoStreams
 from nanolab import parallel
 from nanolab.run import UserError
 from ways import Largest, assert_dropped_alike, assert_near_under_autocast, assert_same, by_each, in_words
@@ -163,18 +162,6 @@ def test_dropout_is_drawn_as_before():
     assert_dropped_alike(pair(dropout=0.3), lambda model: passing()(model)["nats"], {"attend"}, near=1e-5)
 
 
-def test_one_byte_and_what_does_not_go_by_kernel(by_triton):
-    """by_kernel by itself, for arguments that a whole model does not come to."""
-    mixer = pair()[1].blocks[0].mixer
-    q, one, plain, causal = torch.zeros(1, 4, 8, 6), torch.zeros(1, 4, 1, 6), Positions(0, 8), Causal()
-    assert mixer.by_kernel(q, q, plain, None, causal) and mixer.by_kernel(q, q, plain, None, Causal(3))
-    assert not mixer.by_kernel(one, q, Positions(7, 1), None, causal)
-    assert not mixer.by_kernel(q, q, plain, None, EVERYTHING)
-    assert not mixer.by_kernel(q, q, TwoStreams({}, 8, 5, 3), None, causal)
-    assert mixer.by_kernel(q, torch.zeros(1, 4, 8, 256), plain, None, causal)
-    assert not mixer.by_kernel(q, torch.zeros(1, 4, 8, 257), plain, None, causal)
-
-
 LONE = {"rotary", "attend_one"}
 
 
@@ -193,26 +180,6 @@ def test_what_one_byte_over_a_cache_calls(settings, expected, by_triton):
     with watched() as called:
         model(text(2, 1), cache=cache)
     assert called.keys() == {NORM, "gelu"} - ({NORM} if "norm" in settings else set()) | expected
-
-
-def test_who_goes_alone_by_kernel(by_triton):
-    """by_lone_kernel by itself, for arguments that a whole model does not come to."""
-    mixer = pair()[1].blocks[0].mixer
-    q, k, last, causal = torch.zeros(1, 4, 1, 6), torch.zeros(1, 4, 8, 6), Positions(7, 1), Causal()
-    assert mixer.by_lone_kernel(q, k, k, last, None, causal) and mixer.by_lone_kernel(q, k, k, last, None, Causal(8))
-    assert not mixer.by_lone_kernel(q, k, k, last, None, Causal(7))
-    assert not mixer.by_lone_kernel(k, k, k, Positions(0, 8), None, causal)
-    assert not mixer.by_lone_kernel(q, k, k, last, torch.arange(8)[None], causal)
-    assert not mixer.by_lone_kernel(q, k, k, Positions(7, 1, prefix=3), None, causal)
-    assert not mixer.by_lone_kernel(q, k, k, last, None, EVERYTHING)
-    assert not mixer.by_lone_kernel(q, k, k, TwoStreams({}, 1, 1, 3), None, causal)
-    asking = q.clone().requires_grad_()
-    assert not mixer.by_lone_kernel(asking, k, k, last, None, causal)
-    with torch.no_grad():
-        assert mixer.by_lone_kernel(asking, k, k, last, None, causal)
-    wide = torch.zeros(1, 4, 8, 257)
-    assert not mixer.by_lone_kernel(q, k, wide, last, None, causal)
-    assert mixer.by_lone_kernel(q, k, wide[..., 1:], last, None, causal)
 
 
 def test_a_latent_too_wide_for_its_kernel_goes_as_ever(by_triton):
@@ -315,14 +282,12 @@ def test_generation_in_the_interpreter(settings, monkeypatch):
 
 # --- The setting ---
 
-def test_words():
-    assert TransformerConfig().kernels == "torch"
-    with pytest.raises(ValueError, match="kernels is 'cuda', but must be one of torch, triton"):
-        TransformerConfig(kernels="cuda")
-
 
 def test_the_switch():
     """One for the process; `using` puts back what was, come what may; another word changes nothing."""
+    assert TransformerConfig().kernels == "torch"
+    with pytest.raises(ValueError, match="kernels is 'cuda', but must be one of torch, triton"):
+        TransformerConfig(kernels="cuda")
     assert not kernels.on()
     with pytest.raises(ZeroDivisionError), kernels.using("triton"):
         assert kernels.on() and not kernels.fits(torch.ones(2))  # on a CPU the formula
@@ -350,12 +315,3 @@ def test_one_process_only():
             parallel.Mesh(*shape).check(config)
         parallel.Mesh(*shape).check(TransformerConfig(**SMALL))
     parallel.Alone().check(config)
-
-
-def test_checkpoints_do_not_change():
-    one, two = pair(mixer="full,mamba", ff="moe,mlp", n_targets=2)
-    assert one.state_dict().keys() == two.state_dict().keys()
-    torch.manual_seed(7)
-    first = build_model(one.config)
-    torch.manual_seed(7)
-    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), build_model(two.config).parameters()))

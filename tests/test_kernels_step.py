@@ -1,31 +1,209 @@
-"""AdamW by kernels.adamw_step against "torch": weights, state, checkpoints.
-
-On a CPU adamw_step is its twin, and in Triton's interpreter the kernel. About 25 s on one core.
-"""
+"""adamw_step: its formula beside nanolab/optim.py, its kernels beside the formula, optimisers by it beside "torch"."""
 import copy
-import sys
+import math
 from contextlib import nullcontext
 
 import pytest
 import torch
 
 import kernels
-from interpreter import INTERPRETED, interpreted
+from interpreter import formula, interpreted, kernels_of, needs_interpreter
+from kernels import adamw_step, using
 from nanolab import optim, parallel
-from test_scripts import fresh
-from ways import watched
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+adamw, twin = kernels_of("adamw"), formula(adamw_step)
 CLOSE = dict(atol=2e-6, rtol=1e-5)
+SETTINGS = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+MORE = pytest.mark.parametrize("more", [{}, dict(clip=0.5), dict(orthograd=True), dict(clip=0.5, orthograd=True)],
+                               ids=str)
+
+
+def tensors(shapes, seed=0, dtype=torch.float32, scale=0.3, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    return [(scale * torch.randn(shape, generator=generator)).to(device, dtype) for shape in shapes]
+
+
+class Lists:
+    """Parameters with their moments; `step` steps them by an operation."""
+
+    def __init__(self, params):
+        self.params, self.steps = params, 0
+        state = torch.float64 if params[0].dtype == torch.float64 else torch.float32
+        self.means, self.squares = ([torch.zeros_like(p, dtype=state) for p in params] for _ in range(2))
+
+    def step(self, op, grads, **more):
+        self.steps += 1
+        return op(self.params, grads, self.means, self.squares, self.steps, **{**SETTINGS, **more})
+
+
+def pair(shapes, dtype=torch.float32, device="cpu"):
+    return [Lists(tensors(shapes, dtype=dtype, device=device)) for _ in range(2)]
+
+
+def assert_equal_lists(ours, theirs, tolerance):
+    for name in ("params", "means", "squares"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), **tolerance)
+
+
+def assert_both(ours, theirs, grads, tolerance=CLOSE, tables=None, **more):
+    """A step by the kernels and one by the formula; compares all, and the norms. Gradients are only read."""
+    before = [None if g is None else g.clone() for g in grads]
+    with interpreted():
+        norm = ours.step(adamw_step, grads, tables=tables, **more)
+    expected = theirs.step(twin, grads, **more)
+    assert_equal_lists(ours, theirs, tolerance)
+    torch.testing.assert_close(grads, before, rtol=0, atol=0, equal_nan=True)
+    assert (norm is None) == (expected is None) == (more.get("clip") is None)
+    if norm is not None:
+        assert norm.shape == () and norm.dtype == torch.float32
+        torch.testing.assert_close(norm, expected, atol=0, rtol=2e-5, equal_nan=True)
+    return norm
+
+
+# --- The formula ---
+
+@MORE
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-13)])
+def test_the_formula_is_optim_after_torchs_clipping(dtype, tolerance, more):
+    """20 steps: AdamW, OrthoGrad around it, clip_grad_norm_ before it, decay by tensor, some without a gradient."""
+    shapes = [(12, 7), (5,), (1,), (0,), (3, 4, 5)]
+    ours, clip = Lists(tensors(shapes, dtype=dtype)), more.get("clip")
+    params = [torch.nn.Parameter(p) for p in tensors(shapes, dtype=dtype)]
+    groups = [dict(params=params[:2]), dict(params=params[2:], weight_decay=0.0)]
+    theirs = optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.1)
+    theirs = optim.OrthoGrad(theirs) if "orthograd" in more else theirs
+    for step in range(20):
+        grads = [*tensors(shapes[:4], 100 + step, dtype), None]
+        for p, g in zip(params, grads):
+            p.grad = None if g is None else g.clone()
+        norm = ours.step(adamw_step, grads, eps=1e-3, weight_decay=[0.1, 0.1, 0, 0, 0], **more)
+        expected = None if clip is None else torch.nn.utils.clip_grad_norm_(params, clip)
+        theirs.step()
+        assert norm is expected is None or torch.allclose(norm, expected)
+    torch.testing.assert_close(ours.params, [p.detach() for p in params], atol=tolerance, rtol=tolerance)
+    assert torch.equal(ours.params[4], tensors(shapes, dtype=dtype)[4])
+
+
+def test_lists_that_do_not_fit():
+    a, half = (Lists(tensors([(3,), (4,)])) for _ in range(2))
+    half.means[0] = half.means[0].half()
+    grads, away = tensors([(3,), (4,)]), [torch.empty(3, device="meta"), None]
+    for lists, given, more, said in ((a, grads[:1], {}, "2 params, but 1 grads"), (a, grads[::-1], {}, "of its shape"),
+                                     (a, grads, dict(weight_decay=[0] * 3), "2 params, but 3 weight_decay"),
+                                     (half, grads, {}, "float32"), (a, away, {}, "one device")):
+        with pytest.raises(ValueError, match=said):
+            lists.step(adamw_step, given, **more)
+
+
+# --- The kernels ---
+
+@pytest.mark.skipif(adamw is None, reason="needs Triton")
+def test_chunks_grow_with_the_model():
+    """Fewer programs for large models, from 4 Mi numbers on."""
+    assert [adamw._chunk(n) // adamw.BLOCK for n in (1, 2 ** 22 - 1, 2 ** 22, 2 ** 27)] == [4, 4, 16, 16]
+
+
+@needs_interpreter
+def test_tables_are_kept_and_follow_what_moves():
+    """One for steps by the same tensors, whatever is in them; then new gradients, missing ones, another decay; and what
+    autograd would miss is told it."""
+    shapes = [(7, 5), (1,), (130,)]
+    (ours, theirs), tables, grads, rows = pair(shapes), {}, tensors(shapes), None
+    version = ours.params[0]._version
+    for step in range(6):
+        for g, new in zip(grads, tensors(shapes, 100 + step, scale=10.0 ** (step % 3 - 1))):
+            g.copy_(new)
+        assert_both(ours, theirs, grads, tables=tables, clip=1.0 if step % 3 == 0 else None, orthograd=step == 4)
+        rows = tables["rows"] if step == 0 else rows
+        assert tables["rows"] is rows
+    assert ours.params[0]._version > version
+    for step, missing in enumerate((None, 1, 0, None)):
+        grads = tensors(shapes, step)
+        if missing is not None:
+            grads[missing] = None
+        assert_both(ours, theirs, grads, tables=tables, weight_decay=10.0 if step == 3 else 0.1)
+
+
+@needs_interpreter
+@MORE
+def test_every_size_dtype_and_gap(more):
+    """Several chunks, a whole one, odd, one and no elements; bfloat16 against float32 in any mixture; None."""
+    shapes = [(adamw._chunk(0) + 37,), (3, 7), (1,), (0,), (6,), (5,), (20,)]
+    ours, theirs = pair(shapes)
+    for lists in (ours, theirs):
+        for i in (1, 2, 4):
+            lists.params[i] = lists.params[i].bfloat16()
+        lists.params[6] = torch.cat([torch.zeros(1), lists.params[6]])[1:]  # no multiple of 16 bytes
+    for step in range(2):
+        grads = tensors(shapes, 100 + step)
+        grads[1], grads[5], grads[6] = grads[1].bfloat16(), None, grads[6].bfloat16()
+        # the interpreter cuts a bfloat16 off: twice a unit in the last place after two steps
+        assert_both(ours, theirs, grads, dict(atol=1e-6, rtol=2 ** -6),
+                    weight_decay=[0.1, 0, 0.3, 0, 0.5, 0.1, 0], **more)
+        torch.testing.assert_close(ours.params[::6], theirs.params[::6], **CLOSE)
+    assert torch.equal(ours.params[5], tensors(shapes)[5])
+
+
+@needs_interpreter
+def test_not_contiguous():
+    ours, theirs = pair([(3, 8), (4, 4)])
+    for lists in (ours, theirs):
+        lists.params[0], lists.means[1] = lists.params[0].T, lists.means[1].T
+        lists.means[0], lists.squares[0] = lists.means[0].view(8, 3), lists.squares[0].view(8, 3)
+    assert_both(ours, theirs, [tensors([(3, 8)])[0].T, tensors([(8, 4)])[0][::2]])
+    assert not ours.params[0].is_contiguous()
+
+
+@needs_interpreter
+@pytest.mark.parametrize("clip", [1e-3, math.inf])
+@pytest.mark.parametrize("scale", [0.0, 1e15, 1e37, math.nan])
+def test_clipping_of_nothing_of_much_and_of_too_much(scale, clip):
+    """Zero gradients; huge ones; so huge that the norm is infinite, which leaves 0 of them, or NaN of inf / inf, and
+    weights so large that the product with them overflows too; one NaN, which is not hidden."""
+    ours, theirs = pair([(4,), (9,)])
+    for p in ours.params + theirs.params:
+        p.mul_(1e3)
+    grads = tensors([(4,), (9,)], 1, scale=1.0 if math.isnan(scale) else scale)
+    grads[0][2] *= scale if math.isnan(scale) else 1.0
+    norm = assert_both(ours, theirs, grads, dict(atol=1e-6, rtol=2e-5, equal_nan=True), clip=clip, orthograd=True)
+    assert norm.isinf() == (scale == 1e37) and norm.isnan() == math.isnan(scale)
+    assert not math.isnan(scale) or all(p.isnan().all() for p in ours.params)
+
+
+@needs_interpreter
+def test_edges():
+    """OrthoGrad: zero weights and one element leave the gradient; one along the weights becomes 0, so that only decay
+    is left. A lerp by 1, and an eps that is corrected with the second moment. No tensors, or none with a gradient: a
+    norm of 0 where one was asked for."""
+    ours, theirs = pair([(6,), (1,), (600,)])
+    for lists in (ours, theirs):
+        lists.params[0].zero_()
+    before = ours.params[2].clone()
+    grads = [*tensors([(6,), (1,)], 1), 0.37 * ours.params[2]]  # not quite, by rounding
+    assert_both(ours, theirs, grads, orthograd=True)
+    torch.testing.assert_close(ours.params[2], before * (1 - 1e-3))
+    torch.testing.assert_close(ours.means, [0.1 * grads[0], 0.1 * grads[1], torch.zeros(600)])
+    ours, theirs = pair([(6,)])
+    for seed in (1, 2):
+        assert_both(ours, theirs, tensors([(6,)], seed), betas=(0.0, 0.5), eps=0.1)
+    with interpreted():
+        assert adamw_step([], [], [], [], 1, **SETTINGS) is None
+        assert adamw_step([], [], [], [], 1, clip=1.0, **SETTINGS) == 0
+        assert Lists(tensors([(3,), (0,)])).step(adamw_step, [None, torch.zeros(0)], clip=1.0) == 0
+
+
+# --- Optimisers ---
+
 LIKE_MUON = dict(atol=1e-4, rtol=1e-3)  # it magnifies the rounding of OrthoGrad's projection
 ROLES = {"embed": ((9, 6), "embedding"), "up": ((12, 6), "matrix"), "down": ((6, 12), "residual"),
          "head": ((9, 6), "head"), "gain": ((6,), "gain"), "scale": ((1,), "gain"), "empty": ((0,), "bias")}
-ADAMW, MUON = list(ROLES), [name for name in ROLES if name not in ("up", "down")]  # what goes by the kernel
+NO_MATRICES = [name for name in ROLES if name not in ("up", "down")]  # what Muon leaves to AdamW
 
 
 def going(way):
     """Within it kernels go this way, "triton" in the interpreter if that is on."""
-    return nullcontext() if way == "triton" and kernels.on() else kernels.using(way)
+    return nullcontext() if way == "triton" and kernels.on() else using(way)
 
 
 class Setup:
@@ -48,9 +226,7 @@ class Setup:
                 p.grad = None if name in missing(step) else grad.to(p)
             for group in self.opt.param_groups:
                 group["lr"] = group["base_lr"] * optim.schedule("cosine", step, 3, 20)
-            before = {name: p.grad.clone() for name, p in self.params.items() if p.grad is not None}
             self.step()
-            assert all(torch.equal(self.params[name].grad, grad) for name, grad in before.items())  # only read
         return self
 
     def step(self, *given, **how):
@@ -75,8 +251,7 @@ def assert_same(ours, theirs, tolerance=CLOSE):
         torch.testing.assert_close(value, theirs[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def equal(ours, theirs):
-    assert_same(ours, theirs, dict(atol=0, rtol=0))
+EXACT = dict(atol=0, rtol=0)
 
 
 @pytest.fixture
@@ -85,18 +260,16 @@ def launches(monkeypatch):
     found, real = [], kernels.adamw_step
 
     def noting(params, grads, means, squares, *given, **how):
-        found.append(([p.numel() for p in params], given, how))
+        found.append((sorted(p.numel() for p in params), given, how))
         return real(params, grads, means, squares, *given, **how)
     monkeypatch.setattr(kernels, "adamw_step", noting)
     return found
 
 
-@pytest.fixture(params=["twin", "interpreter"])
+@pytest.fixture(params=["formula", pytest.param("interpreter", marks=needs_interpreter)])
 def way(request, monkeypatch):
-    """Within it adamw_step is its twin, or the kernels themselves, and no twin can be called."""
+    """Within it adamw_step is its formula, or the kernels themselves, and no formula can be called."""
     if request.param == "interpreter":
-        if not INTERPRETED:
-            pytest.skip("no triton, or a GPU that runs the kernels instead")
         monkeypatch.setattr(kernels, "adamw_step_reference", None)
     with interpreted() if request.param == "interpreter" else nullcontext():
         yield request.param
@@ -106,210 +279,110 @@ def sizes(names):
     return sorted(torch.Size(ROLES[name][0]).numel() for name in names)
 
 
-# --- Steps ---
+def some_missing(step):
+    return {0: ("up", "gain"), 1: ("up", "gain"), 2: ("up",), 4: ("head", "up")}.get(step, ())
 
+
+@pytest.mark.parametrize("name, missing", [("adamw", lambda step: ()), ("adamw", some_missing),
+                                           ("muon", lambda step: ())], ids=["adamw", "some are missing", "muon"])
 @pytest.mark.parametrize("orthograd", [False, True])
-@pytest.mark.parametrize("name, inside", [("adamw", ADAMW), ("muon", MUON)])
-def test_same_weights_and_state_by_one_launch_a_step(name, inside, orthograd, way, launches):
-    """Groups with and without decay together; Muon's matrices apart, as ever."""
-    theirs = Setup(name, orthograd=orthograd).train(range(6))
-    assert not launches
-    ours = Setup(name, "triton", orthograd=orthograd).train(range(6))
+def test_same_weights_and_state_by_one_launch_a_step(name, missing, orthograd, way, launches):
+    """Groups with and without decay together, Muon's matrices apart. Each parameter is corrected for the steps that it
+    took; those that took as many go together. Tables are kept from step to step, and are no part of the state."""
+    theirs = Setup(name, orthograd=orthograd).train(range(7), missing)
+    assert not launches and not theirs.opt.tables
+    ours = Setup(name, "triton", orthograd=orthograd)
+    taken = dict.fromkeys(ROLES if name == "adamw" else NO_MATRICES, 0)
+    for step in range(7):
+        ours.train([step], missing)
+        for own in taken:
+            taken[own] += own not in missing(step)
+        together = {count: [own for own in taken if own not in missing(step) and taken[own] == count]
+                    for count in sorted(taken.values())}
+        assert sorted((given[0], numbers) for numbers, given, _ in launches) == [
+            (count, sizes(names)) for count, names in together.items() if names]
+        for i, (_, (_, lr, betas, eps, decays), how) in enumerate(launches):
+            assert (betas, eps) == ((0.9, 0.99), 1e-8) and set(decays) <= {0.0, 0.1}
+            assert how == dict(orthograd=orthograd, tables=ours.opt.tables[i])
+            assert lr == 1e-2 * optim.schedule("cosine", step, 3, 20)
+        launches.clear()
     assert_same(ours, theirs, LIKE_MUON if name == "muon" and orthograd else CLOSE)
-    assert len({group["weight_decay"] for group in ours.opt.param_groups}) == 2
-    assert [sorted(numbers) for numbers, *_ in launches] == [sizes(inside)] * 6
-    for step, (_, given, how) in enumerate(launches):
-        count, lr, betas, eps, decays = given
-        assert (count, betas, eps) == (step + 1, (0.9, 0.99), 1e-8) and set(decays) == {0.0, 0.1}
-        assert how == dict(orthograd=orthograd, tables=ours.opt.tables[0])
-        assert lr == 1e-2 * optim.schedule("cosine", step, 3, 20)
+    assert {own: ours.opt.state[ours.params[own]]["step"] for own in taken} == taken
+    first, rows = ours.opt.tables[0], ours.opt.tables[0].get("rows")
+    assert (rows is None) == (way == "formula")
+    ours.step()
+    kept = ours.opt.tables[0]
+    ours.step()
+    assert ours.opt.tables[0] is kept is first
+    state, other = ours.opt.state_dict(), theirs.opt.state_dict()
+    assert state.keys() == other.keys()
+    assert [group.keys() for group in state["param_groups"]] == [group.keys() for group in other["param_groups"]]
 
 
-@pytest.mark.parametrize("orthograd", [False, True])
-def test_a_gradient_that_is_missing_for_a_while(way, launches, orthograd):
-    """Each parameter is corrected for the steps that it took; those that took as many go together."""
-    def missing(step):
-        return {0: ("up", "gain"), 1: ("up", "gain"), 2: ("up",), 4: ("head", "up")}.get(step, ())
-    theirs = Setup(orthograd=orthograd).train(range(7), missing)
-    ours = Setup(way="triton", orthograd=orthograd).train(range(7), missing)
-    assert_same(ours, theirs)
-    steps = [given[0] for _, given, _ in launches]
-    assert steps == [1, 2, 3, 1, 4, 2, 1, 5, 3, 6, 4, 2, 5, 7, 5, 3, 6]
-    assert [sorted(numbers) for numbers, *_ in launches[-4:]] == [sizes(set(ROLES) - {"gain", "up", "head"}),
-                                                                 *(sizes([name]) for name in ("gain", "up", "head"))]
-    assert {name: ours.opt.state[p]["step"] for name, p in ours.params.items()} == {
-        **dict.fromkeys(ROLES, 7), "up": 3, "head": 6, "gain": 5}
-
-
-def test_who_never_has_a_gradient_is_left_alone(way):
-    ours = Setup(way="triton").train(range(2), lambda step: ("up",))
-    assert torch.equal(ours.params["up"], Setup().params["up"]) and ours.params["up"] not in ours.opt.state
-    before = ours.tensors()
-    ours.train([2], lambda step: ROLES)
-    assert all(torch.equal(value, before[name]) for name, value in ours.tensors().items() if torch.is_tensor(value))
-
-
-@pytest.mark.parametrize("change", [dict(lr=3e-2, base_lr=3e-2), dict(betas=[0.8, 0.95]), dict(eps=0.1)])
-def test_groups_that_do_not_agree_are_launched_apart(way, launches, change):
-    ours, theirs = Setup(way="triton"), Setup()
-    for setup in (ours, theirs):
+def apart(**change):
+    """Groups that do not agree."""
+    def act(setup):
         setup.opt.param_groups[1].update(change)
         setup.train(range(3))
-    assert_same(ours, theirs)
-    assert len(launches) == 6 and len(ours.opt.tables) == 2
+    return act
 
 
-def test_tables_are_kept_while_nothing_moves(way):
-    """And no part of the state."""
-    ours = Setup(way="triton").train([0])
-    kept = ours.opt.tables[0]
-    assert (not kept) == (way == "twin")
-    rows = None
-    for step in range(3):
-        ours.step()
-        rows = kept.get("rows") if step == 0 else rows
-        assert len(ours.opt.tables) == 1 and ours.opt.tables[0] is kept and kept.get("rows") is rows
-    assert (rows is None) == (way == "twin")
-    state = ours.opt.state_dict()
-    theirs = Setup().train([0]).opt.state_dict()
-    assert state.keys() == theirs.keys()
-    assert [group.keys() for group in state["param_groups"]] == [group.keys() for group in theirs["param_groups"]]
+def turned(setup):
+    setup.params["up"].data = setup.params["up"].data.t().contiguous().t()
+    setup.train(range(3))
 
 
-def test_a_closure(way):
-    setups = [Setup(way=which, orthograd=True) for which in ("triton", "torch")]
-    for setup in setups:
-        def closure(params=setup.params):
-            for p in params.values():
-                p.grad = None
-            loss = sum(p.square().sum() + p.sum() for p in params.values())
-            loss.backward()
-            return loss
-        losses = [setup.step(closure).item() for _ in range(4)]
-        assert losses == sorted(losses, reverse=True)
-    assert_same(*setups)
-
-
-def test_memory_in_another_order(way):
-    setups = [Setup(way=which) for which in ("triton", "torch")]
-    for setup in setups:
-        up = setup.params["up"]
-        up.data = up.data.t().contiguous().t()
-        setup.train(range(3))
-    assert_same(*setups)
-
-
-def test_a_scaler_skips_steps_that_overflow(way):
+def scaled(setup):
     """As the scripts call it: clipping first, outside; where a gradient is infinite nothing moves."""
-    setups = [Setup("muon", which) for which in ("triton", "torch")]
-    for setup in setups:
-        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
-        for step in range(4):
-            loss = sum((p * (step + 1)).square().sum() for p in setup.params.values())
-            scaler.scale(loss * (float("inf") if step == 2 else 1.0)).backward()
-            scaler.unscale_(setup.opt)
-            torch.nn.utils.clip_grad_norm_(setup.params.values(), 0.5)
-            with going(setup.way):
-                scaler.step(setup.opt)
-            scaler.update()
-            setup.opt.zero_grad(set_to_none=True)
-        assert setup.opt.state[setup.params["head"]]["step"] == 3
-    assert_same(*setups)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
+    for step in range(4):
+        loss = sum((p * (step + 1)).square().sum() for p in setup.params.values())
+        scaler.scale(loss * (float("inf") if step == 2 else 1.0)).backward()
+        scaler.unscale_(setup.opt)
+        torch.nn.utils.clip_grad_norm_(setup.params.values(), 0.5)
+        with going(setup.way):
+            scaler.step(setup.opt)
+        scaler.update()
+        setup.opt.zero_grad(set_to_none=True)
+    assert setup.opt.state[setup.params["head"]]["step"] == 3
 
 
-# --- What goes by "torch" as ever ---
+def one_double(setup):
+    setup.params["up"].data = setup.params["up"].data.double()
+    setup.train(range(3))
 
-@pytest.mark.parametrize("name", [name for name in optim.RULES if name not in ("adamw", "muon")])
-def test_other_rules(launches, name):
-    setups = [Setup(name, which, ess=1e3).train(range(3)) for which in ("torch", "triton")]
-    equal(*setups)
+
+ALONE = {  # what else a step may meet: (settings, what is done, the sizes of its launches by "triton")
+    "another rate": ({}, apart(lr=3e-2, base_lr=3e-2), 6), "other betas": ({}, apart(betas=[0.8, 0.95]), 6),
+    "another eps": ({}, apart(eps=0.1), 6),
+    "memory in another order": ({}, turned, 3), "a scaler that skips": (dict(name="muon"), scaled, 3),
+    "one in float64": ({}, one_double, 3),
+    "a mesh of one": (dict(mesh=parallel.Alone()), lambda setup: setup.train([0]), 1),
+    # as ever by "torch"
+    **{name: (dict(name=name, ess=1e3), lambda setup: setup.train(range(3)), 0) for name in optim.RULES
+       if name not in ("adamw", "muon")},
+    **{str(dtype): (dict(dtype=dtype), lambda setup: setup.train(range(3)), 0)
+       for dtype in (torch.float64, torch.bfloat16)},
+}
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_what_a_step_may_meet(case, launches):
+    settings, act, n = ALONE[case]
+    ours, theirs = (Setup(way=which, **settings) for which in ("triton", "torch"))
+    act(theirs)
     assert not launches
+    act(ours)
+    assert_same(ours, theirs, CLOSE if n else EXACT)
+    assert len(launches) == n
+    assert case != "one in float64" or [numbers for numbers, *_ in launches] == [sizes(set(ROLES) - {"up"})] * 3
 
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_types(launches, dtype):
-    equal(*(Setup(way=which, dtype=dtype).train(range(3)) for which in ("torch", "triton")))
-    assert not launches
-    ours, theirs = (Setup(way=which) for which in ("triton", "torch"))  # one in float64 among float32
-    for setup in (ours, theirs):
-        setup.params["up"].data = setup.params["up"].data.double()
-        setup.train(range(3))
-    assert_same(ours, theirs)
-    assert [sorted(numbers) for numbers, *_ in launches] == [sizes(set(ROLES) - {"up"})] * 3
-
-
-def test_several_processes_and_their_parts(launches):
-    """A mesh of two; and one DTensor, alone in its process."""
-    equal(Setup().train(range(2)), Setup(way="triton", mesh=parallel.Mesh(dp=2)).train(range(2)))
-    assert not launches
-    Setup(way="triton", mesh=parallel.Alone()).train([0])
-    assert len(launches) == 1
-    from torch import distributed
-    from torch.distributed.tensor import distribute_tensor
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
-        plain, divided = torch.nn.Parameter(torch.ones(3, 4)), torch.nn.Parameter(torch.ones(3, 4))
-        divided = torch.nn.Parameter(distribute_tensor(divided.detach(), mesh))
-        opt = optim.build(dict(optimizer="adamw", lr=0.1), [("a", plain), ("b", divided)],
-                          dict(a="matrix", b="matrix"))
-        for p in (plain, divided):
-            (p * p).sum().backward()
-        with going("triton"):
-            opt.step()
-        torch.testing.assert_close(divided.to_local(), plain, **CLOSE)
-        assert not torch.equal(plain, torch.ones(3, 4))
-    finally:
-        distributed.destroy_process_group()
-    assert [numbers for numbers, *_ in launches[1:]] == [[12]]
-
-
-def test_a_sparse_gradient_gets_the_answer_of_torch(launches):
-    """Its error."""
-    said = []
-    for which in ("torch", "triton"):
-        embed = torch.nn.Embedding(5, 3, sparse=True)
-        opt = optim.build(dict(optimizer="adamw", lr=0.1), embed.named_parameters(),
-                          {"weight": "embedding"})
-        embed(torch.tensor([1])).sum().backward()
-        with pytest.raises(RuntimeError) as error, going(which):
-            opt.step()
-        said.append(str(error.value))
-    assert said[0] == said[1] and not launches
-
-
-def test_another_transform(launches):
-    """Only OrthoGrad's is in the kernel."""
-    setups = [Setup(way=which) for which in ("torch", "triton")]
-    for setup in setups:
-        setup.train([0])
-        setup.step(transform=lambda params, grads: [2 * g + 1 for g in grads])
-    assert_same(*setups)
-    assert len(launches) == 1 and setups[1].opt.state[setups[1].params["up"]]["step"] == 2
-
-
-def test_by_default_nothing_changes(launches):
-    """Also of a copy, and of an optimiser that is made without build."""
-    setup = Setup().train([0])
-    assert not setup.opt.tables
-    copied = copy.deepcopy((setup.params, setup.opt))
-    other = Setup()
-    other.params, other.opt = copied
-    equal(other.train([1]), setup.train([1]))
-    roles = {name: role for name, (_, role) in ROLES.items()}
-    for opt in (optim.AdamW(setup.params.values()), optim.build(dict(optimizer="adamw", lr=0.1),
-                                                                     setup.params.items(), roles)):
-        opt.step()
-        assert opt.state
-    assert not launches
-
-
-# --- Checkpoints ---
 
 @pytest.mark.parametrize("name, orthograd, load", [
-    ("adamw", True, optim.load_state), ("muon", False, lambda opt, state: opt.load_state_dict(state))])
+    ("adamw", True, optim.load_state), ("muon", False, lambda opt, state: opt.load_state_dict(state))],
+    ids=["adamw", "muon"])
 @pytest.mark.parametrize("first, then", [("torch", "triton"), ("triton", "torch"), ("triton", "triton")])
-def test_a_checkpoint_goes_over(first, then, name, orthograd, load, way, tmp_path):
+def test_a_checkpoint_goes_over(first, then, name, orthograd, load, tmp_path):
     """A parameter's own count of steps with it; with itself bit for bit."""
     def missing(step):
         return ("head",) if step in (0, 4) else ()
@@ -324,45 +397,35 @@ def test_a_checkpoint_goes_over(first, then, name, orthograd, load, way, tmp_pat
             p.copy_(saved["params"][key])
     load(two.opt, saved["opt"])
     assert (not two.opt.tables) == (then == "torch")
-    assert_same(two.train(range(3, 6), missing), whole, dict(atol=0, rtol=0) if first == then else CLOSE)
-
-
-# --- Scripts ---
-
-@pytest.mark.parametrize("script, optimizer, own", [
-    ("train_enwik8", "adamw", ["--block_size=16", "--sample_length=0"]),
-    ("train_facts", "muon", ["--n_people=6", "--n_unseen=4"])])
-def test_scripts(script, optimizer, own, tmp_path, monkeypatch):
-    """Two steps by "torch", two more on resume by "triton": as four by "torch"."""
-    (tmp_path / "text.txt").write_text("a line of text, and another one\n" * 200)
-    own = own + [f"--dataset={tmp_path / 'text.txt'}"] if script == "train_enwik8" else own
-
-    def run(name, *more):
-        monkeypatch.setattr(sys, "argv", [
-            f"{script}.py", "--out_dir", str(tmp_path), "--device=cpu", "--dtype=float32", "--n_layer=1", "--n_embd=16",
-            "--n_head=2", "--batch_size=4", "--warmup_steps=1", "--eval_interval=none", "--save_interval=1",
-            "--log_interval=1", "--grad_clip=0.5", "--schedule=constant", "--orthograd", *own,
-            f"--optimizer={optimizer}", f"--run_name={name}", *more])
-        with watched() as calls:
-            fresh(f"{script}.py")["main"]()
-        return [(given[4], how["orthograd"]) for given, how in calls.get("adamw_step", ())]
-    assert run("whole", "--max_steps=4") == run("run", "--max_steps=2") == []
-    assert run("run", "--max_steps=4", "--kernels=triton", "--resume") == [(3, True), (4, True)]
-    ours, theirs = (torch.load(tmp_path / script / name / "last.pt", weights_only=True) for name in ("run", "whole"))
-    assert ours["step"] == theirs["step"] == 4 and ours["settings"]["kernels"] == "triton"
-    assert ours["optimizer"]["state"].keys() == theirs["optimizer"]["state"].keys()
-    for name, p in theirs["model"].items():  # but for few whose gradient is rounding: Adam makes a step of it
-        away = ours["model"][name] - p
-        assert (away.abs() > 1e-4 + 1e-3 * p.abs()).sum() <= 1 + 0.002 * p.numel(), name
-        assert away.norm() <= 1e-3 + 1e-3 * p.norm(), name
+    assert_same(two.train(range(3, 6), missing), whole, EXACT if first == then else CLOSE)
 
 
 # --- On a GPU ---
 
 @pytest.mark.gpu
+@MORE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_on_a_gpu(dtype, more):
+    """Hundreds of tensors and a large one, beside the formula; some beside the compiled formula."""
+    shapes = [(3000, 1001), (1,), (0,), *[(i + 1,) for i in range(300)]]
+    (ours, theirs), (alone, compiled) = pair(shapes, dtype, "cuda"), pair(shapes[:20], dtype, "cuda")
+    eager, tables = torch.compile(twin), {}
+    tolerance = dict(atol=1e-5, rtol=1e-4) if dtype == torch.float32 else dict(atol=1e-5, rtol=2 ** -6)
+    for step in range(5):
+        grads = tensors(shapes, 100 + step, dtype, device="cuda")
+        with using("triton"):
+            norm = ours.step(adamw_step, grads, tables=tables, **more)
+            alone.step(adamw_step, grads[:20], **more)
+        torch.testing.assert_close(norm, theirs.step(twin, grads, **more), atol=0, rtol=1e-4)
+        compiled.step(eager, grads[:20], **more)
+    assert_equal_lists(ours, theirs, tolerance)
+    assert_equal_lists(alone, compiled, tolerance)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("orthograd", [False, True])
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_steps_on_a_gpu(name, orthograd, launches):
+def test_optimisers_on_a_gpu(name, orthograd, launches):
     setups = [Setup(name, which, device="cuda", orthograd=orthograd).train(range(6)) for which in ("torch", "triton")]
     assert_same(*setups, dict(atol=1e-2, rtol=1e-2) if name == "muon" else dict(atol=1e-5, rtol=1e-4))
     assert len(launches) == 6

@@ -9,31 +9,25 @@ import torch.nn.functional as F
 import choices
 from model import parameter_roles
 from models.video import axial_tables
-from models.world_actions import ActionModel, Nearest, Signs
+from models.world_actions import ActionModel, Signs
 from models.world_dynamics import CausalDynamics, Dynamics, fill_in
 from models.world_layers import from_patches, to_patches
 from models.world_tokenizer import Tokenizer
 from models.world_words import Writer, as_characters, as_text
+from world_clips import some, whole
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def some(*shape, seed=0):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def whole(high, *shape, seed=0):
-    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def dynamics(seed=0, double=True, **settings):
-    """A Dynamics whose weights are large enough to matter, in float64: no near ties between a cache and none."""
-    torch.manual_seed(seed)
-    model = Dynamics((3, 4), 10, 5, n_layer=2, n_head=2, n_embd=16, **settings).eval()
+def dynamics(**settings):
+    """Dynamics whose weights are large enough to matter, in float64: no near ties between a cache and none."""
+    torch.manual_seed(0)
+    model = (CausalDynamics((2, 3), 7, 4, n_embd=16, n_head=2) if settings.get("action_input") == "causal" else
+             Dynamics((3, 4), 10, 5, n_layer=2, n_head=2, n_embd=16, **settings)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0, 0.4)
-    return model.double() if double else model
+    return model.double()
 
 
 def test_patches():
@@ -88,26 +82,17 @@ def test_signs():
             Signs(n)
 
 
-def test_nearest():
-    torch.manual_seed(0)
-    codes = Nearest(6, 4)
-    with torch.no_grad():
-        codes.vq.codes.normal_()
-    codes.eval()
-    found = codes(codes.vq.codes + 0.01)
-    assert torch.equal(found.codes, torch.arange(6)) and torch.allclose(codes.look_up(found.codes), found.e)
-
-
-@pytest.mark.parametrize("colours", [6, None])
+@pytest.mark.parametrize("colours, quantiser", [(6, "signs"), (None, "vq")])
 @pytest.mark.parametrize("kind", ["conv", "transformer"])
-def test_action_model_sees_the_last_frame_through_the_code_only(kind, colours):
+def test_action_model_sees_the_last_frame_through_the_code_only(kind, colours, quantiser):
     torch.manual_seed(0)
-    model = ActionModel(16, 24, 8, colours, n_codes=4, n_embd=16, n_layer=2, kind=kind).eval()
+    model = ActionModel(16, 24, 8, colours, n_codes=4, n_embd=16, n_layer=2, kind=kind, quantiser=quantiser).eval()
     parameter_roles(model)
     frames = some(3, 3, 16, 24, 3)
     with torch.no_grad():
         written, found = model(frames)
         assert written.shape == (3, 16, 24, colours or 3) and found.codes.shape == (3,)
+        torch.testing.assert_close(model.quantiser.look_up(found.codes), found.e)
         other = frames.clone()
         other[:, -1] = some(3, 16, 24, 3, seed=1)
         assert (model.encode(other) - model.encode(frames)).abs().max() > 1e-4
@@ -213,7 +198,7 @@ def test_two_streams_are_what_the_cache_sees(action_input, window):
 def test_cached_generation_is_recomputed_generation(kind, temperature, window):
     """Identical tokens over eight frames; after the window slides, those of banded attention over the whole history;
     rows that begin alike but for their actions part, and a row alone writes what it writes among others."""
-    model = causal() if kind == "causal" else dynamics(action_input=kind)
+    model = dynamics(action_input=kind)
     N, K = model.n_tokens, model.codebook_size
     first, actions = whole(K, 3, 1, N), whole(4, 3, 8, seed=1)
     first[2] = first[1]
@@ -262,43 +247,32 @@ def test_temperature_makes_draws_more_even():
     assert entropies[0] < entropies[1] < entropies[2] < entropies[3] < math.log(10)
 
 
-def test_random_tokens_cost_ln_k():
-    """The untrained loss on random hidden tokens is about ln K: the targets are the tokens, not what hides them."""
+@pytest.mark.parametrize("kind", [Dynamics, CausalDynamics])
+def test_an_untrained_model_knows_nothing(kind):
+    """Its loss on random tokens, hidden where they can be, is about ln K."""
     torch.manual_seed(0)
-    model = Dynamics((3, 4), 10, 5, n_layer=1, n_head=2, n_embd=16)
+    model = kind((3, 4), 10, 5, n_layer=1, n_head=2, n_embd=16)
     tokens, actions = whole(10, 64, 2, 12), whole(5, 64, 2)
     with torch.no_grad():
-        logits = model(torch.full_like(tokens, model.mask), actions)
+        logits = model(tokens if kind is CausalDynamics else torch.full_like(tokens, model.mask), actions)
     assert F.cross_entropy(logits.flatten(0, 2), tokens.flatten()).item() == pytest.approx(math.log(10), abs=0.02)
 
 
-# --- Causal dynamics ---
-
-def causal():
-    torch.manual_seed(0)
-    model = CausalDynamics((2, 3), 7, 4, n_embd=16, n_head=2).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0, 0.4)
-    return model.double()
-
-
 def test_causal_dynamics_sees_what_is_before():
-    model = causal()
+    model = dynamics(action_input="causal")
     parameter_roles(model)
     tokens, actions = whole(7, 2, 3, 6), whole(4, 2, 3, seed=1)
     with torch.no_grad():
         logits = model(tokens, actions)
         assert logits.shape == (2, 3, 6, 7)
-        for t, place in ((1, 0), (1, 3), (2, 5)):
-            other = tokens.clone()
-            other[:, t, place] = (other[:, t, place] + 1) % 7
-            changed = ((model(other, actions) - logits).abs().amax(-1) > 1e-6).flatten(1)
-            assert not changed[:, :t * 6 + place + 1].any() and changed[:, t * 6 + place + 1:].all()
-        other = actions.clone()
-        other[:, 1] = (other[:, 1] + 1) % 4
-        changed = ((model(tokens, other) - logits).abs().amax(-1) > 1e-6).flatten(1)
-        assert not changed[:, :6].any() and changed[:, 6:].all()
+        for t, place in ((1, 0), (1, 3), (2, 5), (1, None)):  # the last: another action
+            other = tokens.clone() if place is not None else actions.clone()
+            index = (slice(None), t) if place is None else (slice(None), t, place)
+            other[index] = (other[index] + 1) % (4 if place is None else 7)
+            out, first = ((model(tokens, other), t * 6) if place is None else
+                          (model(other, actions), t * 6 + place + 1))
+            changed = ((out - logits).abs().amax(-1) > 1e-6).flatten(1)
+            assert not changed[:, :first].any() and changed[:, first:].all()
 
 
 # --- Words ---
