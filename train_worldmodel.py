@@ -39,8 +39,8 @@ from models.world_tokenizer import Tokenizer
 from models.world_words import FirstFrame, Writer
 from nanolab import limits, optim, world as worlds
 from nanolab.play import Session, parse_actions, save_samples, serve, write_rollout
-from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, begin, command, optional, resolve_device,
-                         restoring, resumed, seed_everything)
+from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, begin, command, means, mixed_precision,
+                         optional, resolve_device, restoring, resumed, seed_everything)
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
@@ -541,7 +541,7 @@ def train_stage(name, world, run, bar, clock, was=None):
     # ---- the stage: on resume, what it is handed goes on where the checkpoint was saved ----
     noise = torch.Generator(where).manual_seed(seed)          # masks
     revival = torch.Generator().manual_seed(seed)             # which encoder outputs dead codes become
-    scaler = torch.amp.GradScaler(where.type, enabled=world.precision == torch.float16)
+    _, scaler = mixed_precision(where, world.precision)
     loop = Loop(dict(step=0, evaluated=-1, best=-math.inf, best_step=0, best_model=None, waited=0, pending=[],
                      seconds=0.0, logged_seconds=0.0, clips=0, start=world.total,
                      chosen=torch.zeros(codebook_size, dtype=torch.int64)), scaler)
@@ -603,13 +603,7 @@ def train_stage(name, world, run, bar, clock, was=None):
             if found is not None:
                 outputs.append(found.z.detach().flatten(0, -2))
                 chosen.append(found.codes.flatten())
-        scaler.unscale_(opt)
-        row["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        scaler.step(opt)
-        scaler.update()
-        opt.zero_grad(set_to_none=True)
-        if ema:
-            ema.update()
+        row["grad_norm"] = optim.take_step(opt, scaler, model.parameters(), grad_clip, ema)
         if codebook is not None:                              # once a step, by all of its passes
             codebook.follow(torch.cat(outputs), torch.cat(chosen))
         clock.lap("optimiser")
@@ -620,18 +614,13 @@ def train_stage(name, world, run, bar, clock, was=None):
             revive(codebook, loop, torch.cat(outputs), torch.cat(chosen), revival)
 
         # ---- log ----
-        due = step % log_interval == 0
-        if due:
-            loop.flush()                                      # waits for the device: part of the step's time
-        loop["seconds"] += time.perf_counter() - began
-        if due:
-            rows = loop["pending"]
-            means = {key: sum(line[key] for line in rows) / len(rows) for key in rows[-1]}
-            speed = loop["clips"] / (loop["seconds"] - loop["logged_seconds"])
-            run.log(step=first + step, split="train", stage=name, stage_step=step, **means, lr=rate,
+        rows, elapsed = loop.lap(began, step % log_interval == 0)
+        if rows:
+            line, speed = means(rows), loop["clips"] / elapsed
+            run.log(step=first + step, split="train", stage=name, stage_step=step, **line, lr=rate,
                     clips_per_s=speed, tokens_per_s=speed * clip_tokens, seconds=loop["seconds"])
-            loop.update(pending=[], logged_seconds=loop["seconds"], clips=0)
-            bar.update(first + step, f"{name} loss {means['loss']:.4f}")
+            loop["clips"] = 0
+            bar.update(first + step, f"{name} loss {line['loss']:.4f}")
 
     # ---- the end: the stage's best weights serve the later ones ----
     if run.stop:
@@ -767,16 +756,11 @@ def check_left(left):
 def main():
     # ---- settings: flags, preset, and on resume the checkpoint's ----
     settings = begin(globals())
-    if play is not None and rollout is not None:
-        raise UserError("--play and --rollout: one of them")
     if (shown := play or rollout) is not None:               # RUN: its directory, or its name
         named = Path(settings["out_dir"], "train_worldmodel", shown)
         settings.put(resume=str(named if named.exists() and not Path(shown).exists() else shown))
-    if eval_only and settings["resume"] is False:
-        raise UserError("--eval_only goes with --resume, or --resume PATH: which model?")
     only_read = eval_only or shown is not None
-    checkpoint = resumed(settings, architecture, ("eval_only", "play", "port", "rollout", "actions", "prompt"),
-                         needed=only_read)
+    checkpoint = resumed(settings, architecture, ("eval_only", "play", "rollout"), ("port", "actions", "prompt"))
     where, precision = resolve_device(device, dtype)
 
     # ---- data ----
@@ -802,7 +786,7 @@ def main():
     train, val = (worlds.Reader(clips, video.palette, where, models, tokens, action_source, video.n_actions, n_codes)
                   for clips in (video.train, video.val))
     world = World(video, train, val, models, done, ended, figures, checkpoint["step"] if checkpoint else 0, precision,
-                  torch.autocast(where.type, precision, enabled=precision != torch.float32))
+                  mixed_precision(where, precision)[0])
 
     # ---- a world that is there: played, written down, or measured ----
     if shown is not None:

@@ -685,6 +685,19 @@ def set_rate(optimizer, settings, step):
     return settings["lr"] * scale
 
 
+def take_step(optimizer, scaler, parameters, grad_clip=None, ema=None, clip=torch.nn.utils.clip_grad_norm_):
+    """Once all passes have left their gradients: unscaled, clipped to a norm of grad_clip (None: of any), stepped by,
+    forgotten; `ema` follows. Returns their norm before, a scalar. clip: a mesh's, over all of its processes."""
+    scaler.unscale_(optimizer)
+    norm = clip(parameters, grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    if ema:
+        ema.update()
+    return norm
+
+
 class EMA:
     """Exponential moving average of a model's parameters: average += (1 - d) (w - average) at each update.
 
