@@ -202,9 +202,12 @@ def lock_file(file, shared=False, wait=False):
 
     shared: beside others who share it. wait: until it is free. On Windows (msvcrt) no lock is shared.
     """
-    if fcntl is not None:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-        return
+    if fcntl is None:
+        return _lock_on_windows(file, wait)
+    fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+
+
+def _lock_on_windows(file, wait):
     descriptor = file if isinstance(file, int) else file.fileno()
     while True:
         os.lseek(descriptor, 2 ** 30, os.SEEK_SET)           # a byte that is not there: a locked one cannot be read
@@ -377,8 +380,8 @@ def resumed(settings, architecture=(), readers=(), of_this_command=()):
         raise UserError(f"{' and '.join(asked)}: one of them")
     if asked and settings["resume"] is False:
         raise UserError(f"{asked[0]} goes with --resume, or --resume PATH: which model?")
-    path, checkpoint = find_resume(settings, bool(asked)), None
-    if path is not None:
+    checkpoint = None
+    if settings["resume"] is not False and (path := find_resume(settings, bool(asked))) is not None:
         checkpoint = load_checkpoint(path, settings.script)
         with restoring(path):
             if isinstance(architecture, dict):
