@@ -31,8 +31,9 @@ from models.discrete import (SAMPLED, choose, code_statistics, decompose, fsq_le
 from models.dvae import DVAE, Config
 from nanolab import limits, optim
 from nanolab.codes import draw, print_codes, print_grids
-from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, begin, command, means, mixed_precision,
-                         optional, put_back, replacing, resolve_device, restoring, resumed, seed_everything)
+from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, as_user_error, begin, command, means,
+                         mixed_precision, optional, put_back, replacing, resolve_device, restoring, resumed,
+                         seed_everything)
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
@@ -182,11 +183,9 @@ def check(settings):
         raise UserError(f"codebook_bound {codebook_bound}: the codes of {estimator} are not learned by gradients")
     if schedule_steps is None and max_steps is None:
         raise UserError("the schedules are shares of max_steps: with max_steps none give schedule_steps")
-    try:
-        optim.factor(settings, 0)
+    with as_user_error():
+        optim.check(settings)
         levels = fsq_levels(codebook_size) if estimator == "fsq" else None
-    except ValueError as error:
-        raise UserError(error)
     canvas = Canvas(max_side, n_colours, masked=max(mask_rate) > 0)
     config = Config(**{**settings, "canvas": canvas, "code_dim": len(levels) if levels else code_dim,
                        "quantiser": estimator if estimator in ("vq", "fsq") else "categorical"})

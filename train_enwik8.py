@@ -26,8 +26,8 @@ from data import text
 from model import TransformerConfig, active_layers, build_model, equal_ff_mult, fused_rows, parameter_roles
 from nanolab import limits, optim, parallel
 from nanolab.generate import generate
-from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, begin, command, measure_peak_flops,
-                         mixed_precision, optional, resolve_device, resumed, seed_everything)
+from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, as_user_error, begin, command,
+                         measure_peak_flops, mixed_precision, optional, resolve_device, resumed, seed_everything)
 from nanolab.score import LN2, score
 
 # --- Run ---
@@ -174,14 +174,9 @@ architecture = (*TransformerConfig.shape(), "optimizer", "decay_params", "batchi
 
 def check(settings):
     """Settings that cannot go together: UserError with one sentence. Returns the model's configuration."""
-    try:
+    with as_user_error():
         config = TransformerConfig.from_settings(settings)
-        optim.factor(settings, 0)
-        optim.width_factor(settings)
-    except ValueError as error:
-        raise UserError(error)
-    if optimizer == "ivon" and dtype == "float16":
-        raise UserError("optimizer ivon learns the curvature from gradients, which float16 scales: choose bfloat16")
+        optim.check(settings)
     if intermediate_losses and max_steps is None:
         raise UserError("intermediate_losses end at fractions of max_steps: give --max_steps N, or "
                         "--no-intermediate_losses")
@@ -211,10 +206,8 @@ def extend(settings, checkpoint):
 
 def equalise(settings, config):
     """Sets ff_mult such that there are as many parameters as with mixer full and ff mlp; returns the configuration."""
-    try:
+    with as_user_error():
         settings.put(ff_mult=equal_ff_mult(config))
-    except ValueError as error:
-        raise UserError(error)
     return check(settings)
 
 

@@ -34,8 +34,8 @@ import torch
 from data.facts import MODES as FACTS
 from model import TransformerConfig, build_model, fused_rows, parameter_roles
 from nanolab import limits, optim, parallel
-from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, begin, check_weights, command, measure_peak_flops,
-                         mixed_precision, resolve_device, resumed, seed_everything)
+from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, as_user_error, begin, check_weights, command,
+                         measure_peak_flops, mixed_precision, resolve_device, resumed, seed_everything)
 from nanolab.tasks import cost, kind_of, say
 
 # --- Run ---
@@ -183,13 +183,8 @@ architecture = (
 
 def check(settings):
     """Settings that cannot go together: UserError with one sentence."""
-    try:
-        optim.factor(settings, 0)
-        optim.width_factor(settings)
-    except ValueError as error:
-        raise UserError(error)
-    if optimizer == "ivon" and dtype == "float16":
-        raise UserError("optimizer ivon learns the curvature from gradients, which float16 scales: choose bfloat16")
+    with as_user_error():
+        optim.check(settings)
     if task not in FACTS:
         for name in ("database", "exposures"):
             if settings[name] is not None:
@@ -212,10 +207,8 @@ def check(settings):
 
 def configure(settings, vocab_size):
     """The model's configuration. UserError: settings that cannot go together, a model that cannot be held."""
-    try:
+    with as_user_error():
         config = TransformerConfig.from_settings({**settings, "vocab_size": vocab_size, "block_size": block_size or 16})
-    except ValueError as error:
-        raise UserError(error)
     limits.weigh(lambda: build_model(config), device)
     return config
 

@@ -37,8 +37,8 @@ from kernels import cross_entropy
 from model import TransformerConfig, fused_rows, parameter_roles
 from models.encoder_decoder import EncoderDecoder, LatentTransformer, PrefixDecoder
 from nanolab import limits, optim
-from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, begin, command, put_back, resolve_device,
-                         restoring, resumed, seed_everything)
+from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, as_user_error, begin, command, put_back,
+                         resolve_device, restoring, resumed, seed_everything)
 from nanolab.settings import shown
 
 # --- Run ---
@@ -167,12 +167,10 @@ def check(settings):
     if ask is not None:
         problems_asked()
     notation = Notation(format, max_digits)
-    try:
+    with as_user_error():
         config = TransformerConfig.from_settings({
             **settings, "vocab_size": len(SYMBOLS), "block_size": max(notation.source_length, notation.answer_length)})
-        optim.factor(settings, 0)
-    except ValueError as error:
-        raise UserError(error)
+        optim.check(settings)
     limits.weigh(lambda: [Solver(name, config, sums_named(notation)) for name in names], device)
     limits.fits(limits.kept(batch_size, notation.answer_length, n_embd, n_layer),
                 f"a batch_size of {batch_size} problems", device)

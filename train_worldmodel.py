@@ -39,8 +39,8 @@ from models.world_tokenizer import Tokenizer
 from models.world_words import FirstFrame, Writer
 from nanolab import limits, optim, world as worlds
 from nanolab.play import Session, parse_actions, save_samples, serve, write_rollout
-from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, begin, command, means, mixed_precision,
-                         optional, resolve_device, restoring, resumed, seed_everything)
+from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, as_user_error, begin, command, means,
+                         mixed_precision, optional, resolve_device, restoring, resumed, seed_everything)
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
@@ -207,13 +207,11 @@ def check(settings):
         unit, how = (2 * n_head, "") if name == "text_embd" else (4 * n_head, " by row and column")
         if settings[name] % unit:
             raise UserError(f"{name} {settings[name]}: {n_head} heads that turn{how} need a multiple of {unit}")
-    try:
+    with as_user_error():
         if quantiser == "fsq":
             fsq_levels(codebook_size)
         for name in STAGES:
-            optim.factor({**settings, "max_steps": steps_of(name)}, 0)
-    except ValueError as error:
-        raise UserError(error)
+            optim.check({**settings, "max_steps": steps_of(name)})
 
 
 def check_sizes(settings, video):
@@ -467,10 +465,8 @@ STAGES = {
 
 def build(name, video):
     """The untrained model of a stage. UserError: its sizes do not go together."""
-    try:
+    with as_user_error():
         return STAGES[name].build(video)
-    except ValueError as error:
-        raise UserError(error)
 
 
 # --- Training a stage ---

@@ -677,6 +677,14 @@ def factor(settings, step):
                     settings["min_lr_scale"], settings["decay_fraction"], settings.get("warmup_peak", "last"))
 
 
+def check(settings):
+    """ValueError where a script's schedule, parametrisation or numbers do not go with the rest, or the optimiser."""
+    factor(settings, 0)
+    width_factor(settings)
+    if settings["optimizer"] == "ivon" and settings["dtype"] == "float16":
+        raise ValueError("optimizer ivon learns the curvature from gradients, which float16 scales: choose bfloat16")
+
+
 def set_rate(optimizer, settings, step):
     """Gives every group the rate of the step that follows `step` finished ones. Returns that of what has rate lr."""
     scale = factor(settings, step)

@@ -51,8 +51,8 @@ from nanolab import curves, optim
 from nanolab.curves import is_name
 from nanolab.device import (Generators, Stopwatch, as_size, fits, measure_peak_flops, mixed_precision,  # noqa: F401
                             peak_memory, resolve_device, seed_everything)
-from nanolab.settings import (Settings, UserError, adopt, as_typed, begin, check_settings, columns,  # noqa: F401
-                              override)
+from nanolab.settings import (Settings, UserError, adopt, as_typed, as_user_error, begin, check_settings,  # noqa: F401
+                              columns, override)
 
 FORMAT = "nanolab-1"
 ROOMS = ("nanolab", "models", "fused", "data")  # folders of modules beside the scripts

@@ -66,6 +66,15 @@ class UserError(Exception):
     """A person's mistake, said in one line; `command` prints it and exits with status 2."""
 
 
+@contextlib.contextmanager
+def as_user_error(where=""):
+    """Within it a ValueError says what a person mistook: UserError, its sentence after `where`."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{where}{error}") from error
+
+
 class Settings(dict):
     """Every setting by name. `.explicit`: names set by a flag or the preset; `.flags`: by a flag; `.command`: the words
     as typed; `.script`: the script's path; `.only`: when a setting counts, for `idle`. `.fingerprint`: of the data in
