@@ -211,7 +211,7 @@ def test_nmi_matrix_by_brute_force():
     codes[:, 3] = (codes[:, 0] + 1) % 6             # renamed
     codes[:20, 4] = codes[:20, 0]                   # in part
     before = torch.get_rng_state()
-    found, floor = nmi_matrix(codes, 6, seeded(1))
+    found, floor = nmi_matrix(codes, seeded(1))
     assert torch.equal(torch.get_rng_state(), before)
     close(found, brute_nmi(codes, 6))
     assert found.dtype == torch.float64 and torch.equal(found, found.T) and torch.equal(floor, floor.T)
@@ -220,7 +220,7 @@ def test_nmi_matrix_by_brute_force():
         assert matrix[2].abs().max() < 1e-6 and matrix.min() >= 0
     assert found[0, 1].item() == pytest.approx(1) and found[0, 3].item() == pytest.approx(1)
     assert floor[0, 1] < 0.4 and 0.2 < found[0, 4] < 0.9
-    again, other = (nmi_matrix(codes, 6, seeded(s))[1] for s in (1, 2))
+    again, other = (nmi_matrix(codes, seeded(s))[1] for s in (1, 2))
     assert torch.equal(floor, again) and not torch.equal(floor, other)
 
 
