@@ -247,17 +247,17 @@ def test_the_pages_have_the_tables_of_the_reference_runs(name, without):
         assert f" = {found['sigma_data']}, is what another" in words
 
 
-def arm(name, pattern, metric="val_bpb_raw"):
-    """A figure of the three seeds of an arm of a published claim, by the name of its runs."""
+def arm(name, pattern, metric="val_bpb_raw", seeds=3):
+    """A figure of the seeds of an arm of a published claim, by the name of its runs."""
     runs = archive.read(REFERENCE / "published" / f"{name}.jsonl")
     found = {run.settings["seed"]: run.summary[metric] for run in runs if fnmatch.fnmatchcase(run.name, pattern)}
-    assert sorted(found) == [1, 2, 3], (name, pattern)
-    return np.array([found[seed] for seed in (1, 2, 3)])
+    assert sorted(found) == [*range(1, seeds + 1)], (name, pattern)
+    return np.array([found[seed] for seed in sorted(found)])
 
 
 def assert_told(values, form="+.4f", page=" ".join((ROOT / "docs" / "published.md").read_text().split())):
-    """docs/published.md has the mean and its interval: t s / sqrt(n), t of two degrees of freedom."""
-    mean, half = values.mean(), 4.302653 * values.std(ddof=1) / 3 ** 0.5
+    """docs/published.md has the mean and its interval: t s / sqrt(n), t of n - 1 degrees of freedom."""
+    mean, half = values.mean(), {3: 4.302653, 10: 2.262157}[len(values)] * values.std(ddof=1) / len(values) ** 0.5
     ends = f"({mean - half:{form}} .. {mean + half:{form}})"
     assert f"{mean:{form}}" in page and ends in page, (f"{mean:{form}}", ends)
 
@@ -292,6 +292,8 @@ def test_other_figures_of_published_claims():
     with_it = arm("recall_attention", "short_conv_4_lr_0_003-*", "accuracy")
     assert f"**{with_it.mean():.3f}**" in page and "{:.3f}, {:.3f}, {:.3f} with it".format(*with_it) in page
     assert_told(arm("muon_steps", "*AdamW*0_006*400-*") - arm("muon_steps", "*Muon*0_02*-*"), ".4f")
+    for quantiser, size in ("FSQ", 512), ("FSQ", 4096), ("VQ", 64), ("VQ", 512), ("VQ", 4096):
+        assert_told(arm("fsq_usage", f"quantiser_{quantiser}_codebook_size_{size}-*", "val_usage"), ".3f")
     rates, octaves = ("0_0005", "0_00125", "0_003125", "0_0078125", "0_01953125"), {}
     for kind in ("standard", "mup"):
         names = f"parametrisation_{kind}_n_embd_{{}}_lr_{{}}-*"
