@@ -269,6 +269,8 @@ def assert_told(values, form="+.4f", page=" ".join((ROOT / "docs" / "published.m
     ("canon_nope", "positions_none_short_conv_4_lr_0_012-*", "positions_rope_short_conv_4_lr_0_012-*"),
     ("canon_nope", "positions_rope_short_conv_4_lr_0_012-*", "positions_rope_short_conv_0_lr_0_006-*"),
     ("cooldown", "schedule_*cooldown*lr_0_006-*", "schedule_cosine_to_10*lr_0_006-*"),
+    *[("multi_token", f"steps_{steps}_n_targets_{n}_lr_0_006-*", f"steps_{steps}_n_targets_1_lr_0_006-*")
+      for steps in (300, 900) for n in (2, 4)],
     ("tied_head", "*500_tie_weights_true_lr_0_003-*", "*500_tie_weights_false_lr_0_006-*"),
     ("qk_norm_heads", "steps_600*head_4_queries_and_keys_normed-*", "steps_600*head_4_queries_and_keys_plain-*"),
     ("qk_norm_heads", "steps_600*head_64_queries_and_keys_normed-*", "steps_600*head_64_queries_and_keys_plain-*")])
