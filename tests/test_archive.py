@@ -296,6 +296,14 @@ def test_other_figures_of_published_claims():
     assert_told(arm("muon_steps", "*AdamW*0_006*400-*") - arm("muon_steps", "*Muon*0_02*-*"), ".4f")
     for quantiser, size in ("FSQ", 512), ("FSQ", 4096), ("VQ", 64), ("VQ", 512), ("VQ", 4096):
         assert_told(arm("fsq_usage", f"quantiser_{quantiser}_codebook_size_{size}-*", "val_usage"), ".3f")
+    for metric in "val_accuracy_simple", "val_loss_simple", "train_accuracy_simple":
+        own, true = (arm("scheduled_sampling", f"reads_{kind}-*", metric, seeds=10)
+                     for kind in ("its_own_more_and_more", "true_digits"))
+        assert_told(own - true)
+        if metric == "val_accuracy_simple":
+            assert_told(own, ".4f")
+            assert_told(true, ".4f")
+            assert ((own < true).sum(), (own > true).sum()) == (7, 2)
     rates, octaves = ("0_0005", "0_00125", "0_003125", "0_0078125", "0_01953125"), {}
     for kind in ("standard", "mup"):
         names = f"parametrisation_{kind}_n_embd_{{}}_lr_{{}}-*"
