@@ -304,6 +304,11 @@ def test_other_figures_of_published_claims():
             assert_told(own, ".4f")
             assert_told(true, ".4f")
             assert ((own < true).sum(), (own > true).sum()) == (7, 2)
+    nats = {weight: arm("dvae_kl", f"weight_of_the_KL_{weight}-*", "val_nats") for weight in ("0", "0_1", "1", "6_6")}
+    for mine in nats.values():
+        assert_told(mine, ".4f")
+    assert_told(nats["6_6"] - nats["0"])
+    assert_told(nats["6_6"] - nats["1"])
     rates, octaves = ("0_0005", "0_00125", "0_003125", "0_0078125", "0_01953125"), {}
     for kind in ("standard", "mup"):
         names = f"parametrisation_{kind}_n_embd_{{}}_lr_{{}}-*"
