@@ -322,6 +322,14 @@ def test_other_figures_of_published_claims():
     assert octaves["standard"] <= -1 and abs(octaves["mup"]) < 0.5       # the rule of grids/published/mup_width.yaml
 
 
+def test_the_noise_of_initialisation_and_of_the_data_apart():
+    """The sentence of docs/one-change.md has what plot.py --table says of the noise grid."""
+    line = next(line for line in plot.pivot(plot.read_index(REFERENCE / "noise.jsonl")) if "Deviations" in line)
+    draw, seed, rest = re.findall(r"0\.\d{4}", line)
+    page = " ".join((ROOT / "docs" / "one-change.md").read_text().split())
+    assert f"a draw of the data deviates by {draw} bits, an initialisation by {seed}, the rest by {rest}" in page
+
+
 def vertex(losses):
     """Octaves of the parabola's vertex through the least of losses at rates 2.5 apart, and its neighbours."""
     at = int(losses.argmin())
@@ -337,4 +345,4 @@ def test_the_archives_of_the_reference_runs():
         count += len(runs)
         for entry in (entry for row in index.get("rows", ()) for entry in row["runs"]):
             assert runs[entry["run"]].summary[index["metric"]] == pytest.approx(entry["value"], rel=1e-5)
-    assert count == 1317
+    assert count == 1415
