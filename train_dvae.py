@@ -382,7 +382,7 @@ def thoroughly(found, grids, count, canvas, n_shape_codes):
     codes, generator, numbers = found["codes"][:, n_shape_codes:], torch.Generator().manual_seed(0), {}
     histogram = torch.stack([(found["tokens"] == colour).flatten(1).sum(1) for colour in range(canvas.n_colours)])
     numbers["floor"] = (histogram.max(0).values.sum() / histogram.sum()).item()
-    nmi, floor = nmi_matrix(codes, codebook_size, generator)
+    nmi, floor = nmi_matrix(codes, generator)
     apart = ~torch.eye(len(nmi), dtype=torch.bool)
     if apart.any():
         numbers.update(nmi=nmi[apart].mean().item(), nmi_floor=floor[apart].mean().item(),

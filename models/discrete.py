@@ -381,7 +381,7 @@ def mutual_information(a, b, n_a, n_b):
     return h_a + h_b - h, h_a, h_b
 
 
-def nmi_matrix(codes, size, generator=None):
+def nmi_matrix(codes, generator=None):
     """Normalised mutual information I / sqrt(H H) of every pair of positions of codes (M, N) -> (N, N) float64, 0 for a
     position with one code only; and a floor (N, N): the same after each position's codes were shuffled among the
     inputs."""
@@ -390,9 +390,12 @@ def nmi_matrix(codes, size, generator=None):
     matrices = []
     for columns in (codes.T, codes.T.gather(1, order)):                          # (N, M)
         matrix = torch.zeros(N, N, dtype=torch.float64)
+        # Numbered by those that a position uses: of 4,096 codes the tables of all would take longer than the training.
+        columns = [column.unique(return_inverse=True)[1] for column in columns]
+        sizes = [int(column.max()) + 1 for column in columns]
         for i in range(N):
             for j in range(i + 1):
-                shared, h_i, h_j = mutual_information(columns[i], columns[j], size, size)
+                shared, h_i, h_j = mutual_information(columns[i], columns[j], sizes[i], sizes[j])
                 matrix[i, j] = matrix[j, i] = max(0.0, shared) / math.sqrt(h_i * h_j) if min(h_i, h_j) > 0 else 0.0
         matrices.append(matrix)
     return tuple(matrices)

@@ -241,17 +241,17 @@ def test_the_pages_have_the_tables_of_the_reference_runs(name, without):
         assert f" = {found['sigma_data']}, is what another" in words
 
 
-def arm(name, pattern, metric="val_bpb_raw"):
-    """A figure of the three seeds of an arm of a published claim, by the name of its runs."""
+def arm(name, pattern, metric="val_bpb_raw", seeds=3):
+    """A figure of the seeds of an arm of a published claim, by the name of its runs."""
     runs = archive.read(REFERENCE / "published" / f"{name}.jsonl")
     found = {run.settings["seed"]: run.summary[metric] for run in runs if fnmatch.fnmatchcase(run.name, pattern)}
-    assert sorted(found) == [1, 2, 3], (name, pattern)
-    return np.array([found[seed] for seed in (1, 2, 3)])
+    assert sorted(found) == [*range(1, seeds + 1)], (name, pattern)
+    return np.array([found[seed] for seed in sorted(found)])
 
 
 def assert_told(values, form="+.4f", page=" ".join((ROOT / "docs" / "published.md").read_text().split())):
-    """docs/published.md has the mean and its interval: t s / sqrt(n), t of two degrees of freedom."""
-    mean, half = values.mean(), 4.302653 * values.std(ddof=1) / 3 ** 0.5
+    """docs/published.md has the mean and its interval: t s / sqrt(n), t of n - 1 degrees of freedom."""
+    mean, half = values.mean(), {3: 4.302653, 10: 2.262157}[len(values)] * values.std(ddof=1) / len(values) ** 0.5
     ends = f"({mean - half:{form}} .. {mean + half:{form}})"
     assert f"{mean:{form}}" in page and ends in page, (f"{mean:{form}}", ends)
 
@@ -263,6 +263,8 @@ def assert_told(values, form="+.4f", page=" ".join((ROOT / "docs" / "published.m
     ("canon_nope", "positions_none_short_conv_4_lr_0_012-*", "positions_rope_short_conv_4_lr_0_012-*"),
     ("canon_nope", "positions_rope_short_conv_4_lr_0_012-*", "positions_rope_short_conv_0_lr_0_006-*"),
     ("cooldown", "schedule_*cooldown*lr_0_006-*", "schedule_cosine_to_10*lr_0_006-*"),
+    *[("multi_token", f"steps_{steps}_n_targets_{n}_lr_0_006-*", f"steps_{steps}_n_targets_1_lr_0_006-*")
+      for steps in (300, 900) for n in (2, 4)],
     ("tied_head", "*500_tie_weights_true_lr_0_003-*", "*500_tie_weights_false_lr_0_006-*"),
     ("qk_norm_heads", "steps_600*head_4_queries_and_keys_normed-*", "steps_600*head_4_queries_and_keys_plain-*"),
     ("qk_norm_heads", "steps_600*head_64_queries_and_keys_normed-*", "steps_600*head_64_queries_and_keys_plain-*")])
@@ -286,6 +288,21 @@ def test_other_figures_of_published_claims():
     with_it = arm("recall_attention", "short_conv_4_lr_0_003-*", "accuracy")
     assert f"**{with_it.mean():.3f}**" in page and "{:.3f}, {:.3f}, {:.3f} with it".format(*with_it) in page
     assert_told(arm("muon_steps", "*AdamW*0_006*400-*") - arm("muon_steps", "*Muon*0_02*-*"), ".4f")
+    for quantiser, size in ("FSQ", 512), ("FSQ", 4096), ("VQ", 64), ("VQ", 512), ("VQ", 4096):
+        assert_told(arm("fsq_usage", f"quantiser_{quantiser}_codebook_size_{size}-*", "val_usage"), ".3f")
+    for metric in "val_accuracy_simple", "val_loss_simple", "train_accuracy_simple":
+        own, true = (arm("scheduled_sampling", f"reads_{kind}-*", metric, seeds=10)
+                     for kind in ("its_own_more_and_more", "true_digits"))
+        assert_told(own - true)
+        if metric == "val_accuracy_simple":
+            assert_told(own, ".4f")
+            assert_told(true, ".4f")
+            assert ((own < true).sum(), (own > true).sum()) == (7, 2)
+    nats = {weight: arm("dvae_kl", f"weight_of_the_KL_{weight}-*", "val_nats") for weight in ("0", "0_1", "1", "6_6")}
+    for mine in nats.values():
+        assert_told(mine, ".4f")
+    assert_told(nats["6_6"] - nats["0"])
+    assert_told(nats["6_6"] - nats["1"])
     rates, octaves = ("0_0005", "0_00125", "0_003125", "0_0078125", "0_01953125"), {}
     for kind in ("standard", "mup"):
         names = f"parametrisation_{kind}_n_embd_{{}}_lr_{{}}-*"
@@ -297,6 +314,14 @@ def test_other_figures_of_published_claims():
         assert f"**{octaves[kind]:+.2f}**" in page
         assert_told(vertices[192] - vertices[48], "+.2f")
     assert octaves["standard"] <= -1 and abs(octaves["mup"]) < 0.5       # the rule of grids/published/mup_width.yaml
+
+
+def test_the_noise_of_initialisation_and_of_the_data_apart():
+    """The sentence of docs/one-change.md has what plot.py --table says of the noise grid."""
+    line = next(line for line in plot.pivot(plot.read_index(REFERENCE / "noise.jsonl")) if "Deviations" in line)
+    draw, seed, rest = re.findall(r"0\.\d{4}", line)
+    page = " ".join((ROOT / "docs" / "one-change.md").read_text().split())
+    assert f"a draw of the data deviates by {draw} bits, an initialisation by {seed}, the rest by {rest}" in page
 
 
 def vertex(losses):
@@ -314,4 +339,4 @@ def test_the_archives_of_the_reference_runs():
         count += len(runs)
         for entry in (entry for row in index.get("rows", ()) for entry in row["runs"]):
             assert runs[entry["run"]].summary[index["metric"]] == pytest.approx(entry["value"], rel=1e-5)
-    assert count == 1317
+    assert count == 1415

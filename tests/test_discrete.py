@@ -642,7 +642,7 @@ def test_nmi_matrix_by_brute_force():
     for i, j in itertools.product(range(5), repeat=2):
         information, h, k = mutual_information(codes[:, i], codes[:, j], 6, 6)
         brute[i, j] = information / math.sqrt(h * k) if h * k > 0 else 0
-    found, floor = nmi_matrix(codes, 6, seeded(1))
+    found, floor = nmi_matrix(codes, seeded(1))
     assert torch.equal(torch.get_rng_state(), before)
     close(found, brute)
     assert found.dtype == torch.float64 and torch.equal(found, found.T) and torch.equal(floor, floor.T)
@@ -650,7 +650,7 @@ def test_nmi_matrix_by_brute_force():
         close(matrix.diagonal(), torch.tensor([1, 1, 0, 1, 1], dtype=torch.float64))
         assert matrix[2].abs().max() < 1e-6 and matrix.min() >= 0
     assert floor[0, 1] < 0.4 and 0.2 < found[0, 4] < 0.9
-    again, other = (nmi_matrix(codes, 6, seeded(s))[1] for s in (1, 2))
+    again, other = (nmi_matrix(codes, seeded(s))[1] for s in (1, 2))
     assert torch.equal(floor, again) and not torch.equal(floor, other)
 
 
