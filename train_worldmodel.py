@@ -132,6 +132,7 @@ prompt = None              # a sentence that starts the rollout's world; write: 
 decode_steps = 2           # [>= 1] rounds of MaskGIT for a frame; a world without chance needs no more
 temperature = 0.0          # [>= 0.0] of the tokens drawn; 0: the likeliest
 rollout_clips = 64         # [>= 1] clips of the final rollouts
+play_presses = 200         # [>= 0, with dataset gridworld] the dynamics are scored by, in 20 worlds; 0: they are not
 log_cache = False          # print the cache after a rollout
 
 # --- Optimisation ---
@@ -161,7 +162,8 @@ FURTHER = {"the optimiser": "nanolab/optim.py:Settings but orthograd warmup_peak
            "the run": "nanolab/settings.py:Common"}
 
 presets = {
-    "cpu": dict(stage="all", action_steps=1000, dynamics_steps=400, text_steps=100, frame_steps=250),
+    "cpu": dict(stage="all", action_source="true", text_steps=100, frame_steps=250),
+    "cpu_latent": dict(stage="all", action_steps=1000, dynamics_steps=400, text_steps=100, frame_steps=250),
     "cells": dict(stage="dynamics", tokens="cells", action_source="true"),
     "drive": dict(dataset="donkeycar", patch=4, codebook_size=256, reset_distance=0.05, tokenizer_change=0.0,
                   tokenizer_embd=96, tokenizer_batch=8, tokenizer_steps=700, action_change=0.0, action_steps=500,
@@ -174,7 +176,7 @@ aliases = {"d_model": "dynamics_embd", "n_actions": "n_codes", "learning_rate": 
 debug_settings = dict(n_train=32, n_val=8, length=8, eval_clips=16, tokenizer_steps=8, action_steps=8,
                       dynamics_steps=8, text_steps=8, frame_steps=8, warmup_steps=2, eval_interval=4, save_interval=4,
                       log_interval=1, batch_size=8, tokenizer_batch=4, dynamics_batch=4, tokenizer_embd=16,
-                      action_embd=8, dynamics_embd=16, text_embd=16, frame_embd=16)
+                      action_embd=8, dynamics_embd=16, text_embd=16, frame_embd=16, play_presses=8)
 
 # These make the shape of the weights, or what a model is scored on: on resume the checkpoint's hold, of "all" always,
 # of a stage once it has begun.
@@ -673,7 +675,7 @@ def last_figures(name, world, loop):
         found |= {f"actions_{key}": value for key, value in beside.items()}
         print(f"floors: moved or not {numbers['moved_information']:.3f}, " + measures.in_line(beside))
     if name == "dynamics":
-        found |= {f"rollout_{key}": value for key, value in tell_rollouts(world).items()}
+        found |= {f"rollout_{key}": value for key, value in tell_rollouts(world).items()} | tell_play(world)
     return {key: None if math.isnan(value) else value for key, value in found.items()}
 
 
@@ -693,6 +695,26 @@ def tell_rollouts(world):
                                          temperature=temperature, **generation())
     print("rollouts: " + measures.in_line(numbers))
     return numbers
+
+
+def tell_play(world):
+    """The figures of playing the dynamics, in print and returned; {} where nobody knows what a press should do."""
+    if not world.video.cell_px or not play_presses:
+        return {}
+    codes = list(range(world.video.n_actions)) if action_source == "true" else measures.meanings_of(
+        world.models["actions"], world.train, eval_clips)[1]
+    numbers = worlds.play_score(world.val, globals(), codes, play_presses)
+    print(f"played: {measures.in_line(numbers)}")
+    return {f"play_{key}": value for key, value in numbers.items()}
+
+
+def measured(figures):
+    """(a line of what playing this run's dynamics scores, whether that is enough to play); of none "", True."""
+    if "play_agent" not in figures:
+        return "", True
+    agent, effect, ball = (figures[f"play_{name}"] for name in ("agent", "effect", "ball"))
+    return (f"played {play_presses} presses in 20 worlds: agent there {agent:.1%}, effect right {effect:.1%}, ball "
+            f"right {ball:.1%}", agent >= 0.99 and effect >= 0.95 and ball >= 0.95)
 
 
 # --- The run ---
@@ -809,8 +831,8 @@ def main():
         if "dynamics" not in models:
             raise UserError(f"{checkpoint.path} has no dynamics yet, only {', '.join(done) or 'nothing finished'}: "
                             "--resume --stage dynamics trains them")
-        meanings = measures.meanings_of(models["actions"], train, eval_clips) if action_source == "latent" else None
-        played = Session(val, video, settings, meanings)
+        meant = measures.meanings_of(models["actions"], train, eval_clips) if action_source == "latent" else ()
+        played = Session(val, video, settings, *meant or (None, None), *measured(figures.get("dynamics", {})))
         if play is not None:
             serve(played, port)
         else:
@@ -825,7 +847,7 @@ def main():
             with world.autocast:
                 print(f"{name}: {in_words(name, STAGES[name].evaluate(model, val))}")
         if "dynamics" in models:
-            tell_rollouts(world)
+            tell_rollouts(world), tell_play(world)
         return
 
     # ---- the stages, one after the other ----

@@ -272,16 +272,20 @@ def linear_probe(train, val, T, clips, train_clips=4096, penalty=1.0):
 
 
 def meanings_of(model, reader, clips):
-    """(n_codes,) int64: the effective action that most often goes with each code; None where no actions are known."""
-    T = model.history + 1
+    """(the true action that most often took effect with each code (n_codes,) int64; for each true action the code that
+    stands for it most often, of those that mean it, None where none does); (None, None) where no actions are known."""
+    T, n = model.history + 1, reader.n_actions
     index = reader.spread(T, clips)
     labels = reader.clips.effective(index, T)
-    if labels is None or not reader.n_actions:
-        return None
+    if labels is None or not n:
+        return None, None
     with torch.no_grad():
         codes = torch.cat([model.quantiser(model.encode(reader.frames(part, T))).codes.cpu()
                            for part in index.split(64)])
-    return majority_map(codes, labels[:, -1], model.n_codes, reader.n_actions)
+    counts = (codes * n + labels[:, -1]).bincount(minlength=model.n_codes * n).view(model.n_codes, n)
+    meanings = counts.argmax(1)
+    means = [torch.where(meanings == action, counts[:, action], 0) for action in range(n)]
+    return meanings, [int(count.argmax()) if count.any() else None for count in means]
 
 
 # --- Dynamics ---

@@ -2,10 +2,14 @@
 
 Shapes: B clips, T frames, H x W pixels, P colours of a palette, N tokens of a frame. Frames are float32 in 0..1.
 """
+from copy import copy
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.video import AGENT, BALL, caption, paint, read_caption, read_cells
+from data import draw
+from data.video import ACTIONS, AGENT, BALL, Clips, World, caption, paint, read_caption, read_cells
 from models.world_words import as_characters
 
 
@@ -87,6 +91,10 @@ class Reader:
         cells = tokens.view(*tokens.shape[:2], self.side, self.side).to(torch.uint8).cpu().numpy()
         return torch.from_numpy(paint(cells, self.clips.cell_px)).to(tokens.device).float() / 255
 
+    def canvas(self, n, length):
+        """A cache for `paint` of n worlds of at most so many frames."""
+        return self.models["tokenizer"].new_cache(n, length) if self.kind == "tokenizer" else None
+
     def cells(self, frames):
         """The cells (..., side, side) uint8 that are seen on frames (..., H, W, 3), on the CPU."""
         return read_cells(as_bytes(frames), self.clips.cell_px)
@@ -95,6 +103,86 @@ class Reader:
 def as_bytes(frames):
     """Frames in 0..1 as uint8 on the CPU."""
     return (frames * 255).round().byte().cpu()
+
+
+# --- Played ---
+
+def opening(reader, world, T):
+    """The first T frames of grid worlds (n) in which the agent stays: (a reader of them, their clips (n,) int64)."""
+    seen, n = [world.cells()], len(world.agent)
+    for _ in range(T - 1):
+        world.step([0] * n)
+        seen.append(world.cells())
+    reader = copy(reader)
+    reader.clips = Clips(torch.from_numpy(np.stack(seen, 1)), stored_actions=torch.zeros(n, T - 1),
+                         cell_px=reader.clips.cell_px)
+    return reader, torch.arange(n)
+
+
+class Referee:
+    """Whether generated frames of n grid worlds obey their rules, each judged by the frame before it as it was
+    generated, so that a slip counts once. world: a data.video.World as those frames begin; it is not changed."""
+
+    def __init__(self, world):
+        self.rules, self.there = copy(world), np.ones(len(world.agent), bool)
+
+    def judge(self, actions, cells):
+        """Of the frames cells (n, side, side) uint8 after actions (n,) int a dict of (n,) arrays: agent: there is
+        exactly one; effect: it stands where the action leads, or where it was if a wall or the edge is in the way
+        (after a frame without an agent: no); ball: where it flies to, or hidden by the agent; way: 0 the action was
+        to stay, 1 its way was free, 2 it was not; -1: no agent was there. All bool but way."""
+        rules, had, before = self.rules, self.there, self.rules.ball
+        blocked = rules.step(actions) != actions
+        agent, ball = ((cells == kind).reshape(len(cells), -1) for kind in (AGENT, BALL))
+        one, seen = agent.sum(1) == 1, ball.sum(1) == 1
+        place, flown = (np.stack(np.divmod(found.argmax(1), rules.side), 1) for found in (agent, ball))
+        hidden = one & (place == rules.ball).all(1) & ~ball.any(1)
+        exists = rules.ball[:, 0] >= 0
+        found = dict(agent=one, effect=had & one & (place == rules.agent).all(1),
+                     ball=np.where(exists, seen & (flown == rules.ball).all(1) | hidden, ~ball.any(1)),
+                     way=np.where(had, np.where(actions == 0, 0, 1 + blocked), -1))
+        # what comes next is judged from here on
+        follows = seen & exists & (abs(flown - before) == 1).all(1)
+        rules.velocity = np.where(follows[:, None], flown - before, rules.velocity)
+        rules.ball = np.where((seen & exists)[:, None], flown, rules.ball)
+        rules.agent, self.there = np.where(one[:, None], place, rules.agent), one
+        return found
+
+
+@torch.no_grad()
+def play_score(reader, settings, codes, presses=200, n=20):
+    """n worlds that nobody has seen, after so many presses of the five actions each, drawn evenly: as someone plays
+    them, each frame from those generated before. codes: what the dynamics are given for each action, None where nothing
+    means it: then that press counts as wrong.
+
+    Shares of all presses: agent, effect, ball (see `Referee`); stay, free, blocked: of those whose agent was there, the
+    right effects by what was in the way; first_slip: the median over the worlds of the first press without its effect
+    (presses + 1: all had theirs). settings: those of train_worldmodel.py.
+    """
+    rng = draw.numpy_generator(settings["split_seed"], "play", settings["side"], settings["walls"], settings["ball"])
+    world = World(n, rng, settings["side"], settings["walls"], settings["ball"])
+    pressed = (rng.random((presses, n)) * len(ACTIONS)).astype(np.int64)
+    known = np.array([code is not None for code in codes])
+    given = torch.tensor([code or 0 for code in codes], device=reader.device)
+    first, index = opening(reader, world, settings["context"] - 1)
+    tokens, actions = first.tokens_and_actions(index, settings["context"] - 1)
+    model, referee, every = reader.models["dynamics"], Referee(world), []
+    cache = model.new_cache(n, settings["context"] + presses, settings["window"] or 64)
+    model(tokens, actions, cache)
+    drawn = reader.canvas(n, settings["context"] + presses)
+    reader.paint(tokens, drawn)
+    chance = torch.Generator().manual_seed(0)
+    for press in pressed:
+        tokens = model.next_frame(given[torch.from_numpy(press).to(reader.device)], cache, settings["decode_steps"],
+                                  settings["temperature"], generator=chance)
+        found = referee.judge(press, reader.cells(reader.paint(tokens[:, None], drawn)[:, 0]).numpy())
+        every.append(found | dict(effect=found["effect"] & known[press]))
+    found = {name: np.stack([one[name] for one in every]) for name in every[0]}      # (presses, n)
+    slips = np.where(found["effect"].all(0), presses, (~found["effect"]).argmax(0)) + 1
+    shares = {name: float(found[name].mean()) for name in ("agent", "effect", "ball")}
+    ways = {name: found["effect"][found["way"] == way] for way, name in enumerate(("stay", "free", "blocked"))}
+    return shares | {name: float(right.mean()) if right.size else float("nan") for name, right in ways.items()} | dict(
+        first_slip=float(np.median(slips)))
 
 
 # --- Pictures, for the eye: {title: frames of a row} ---
