@@ -25,8 +25,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from data import draw
 from data.video import Stream, caption_length, load
 from kernels import cross_entropy
 from model import fused_rows, parameter_roles
@@ -67,6 +69,7 @@ side = 8                   # [>= 2, with dataset gridworld] cells
 cell_px = 8                # [>= 4, with dataset gridworld] pixels of a cell
 walls = 0.15               # [>= 0.0, < 0.9, with dataset gridworld] share of the cells
 ball = True                # [with dataset gridworld] with a ball that moves by itself
+facing = False             # [with dataset gridworld] the agent shows where it was pushed last, so a blocked press too
 split_seed = 0             # [>= 0] which worlds there are
 batch_size = 64            # [>= 1] clips per forward pass of the action model
 grad_accum = 1             # [>= 1] forward passes per optimiser step
@@ -94,6 +97,7 @@ n_codes = 8                # [>= 2] latent actions
 history = 2                # [>= 1] frames that explain the next one; with 1 what moves by itself hides the action
 action_quantiser = "signs" # [signs, vq] signs of normalised numbers, or the nearest of n_codes vectors
 difference = True          # [with action_model conv] the encoder sees x_t+1 - x_t; False: x_t+1
+action_frames = "pixels"   # [pixels, tokens] what the action model sees and writes: frames, or the tokenizer's tokens
 action_layers = 3          # [>= 1, <= 1000] in encoder and decoder each
 action_embd = 32           # [>= 1] width
 action_steps = 1600        # [>= 0] optimiser steps
@@ -107,6 +111,10 @@ tokens = "tokenizer"       # [tokenizer, cells] of the tokenizer, or the grid wo
 action_source = "latent"   # [latent, true] actions that lead to each frame
 action_input = "add"       # [add, prepend] to every token of the frame, or as one more token
 streams = True             # true and corrupted frames side by side, all frames are targets; False: the last frame only
+merge_codes = None         # [none, > 0.0, <= 1.0, with action_source latent] codes are one that write the same frame after
+                           # such a share of all pasts
+idle_noise = 0.0           # [>= 0.0, <= 1.0, with action_source latent] share of the steps in which little changes that
+                           # get a code drawn evenly: each is seen to do nothing, as a press at a wall does
 mask_rate = (0.5, 1.0)     # [>= 0.0, <= 1.0] share of a frame's tokens that are hidden: uniform between these
 context = 6                # [>= 2] frames of a clip
 window = 4                 # [none, >= 2] frames that a frame sees, its own too, trained and generated; none: all
@@ -181,11 +189,12 @@ debug_settings = dict(n_train=32, n_val=8, length=8, eval_clips=16, tokenizer_st
 # These make the shape of the weights, or what a model is scored on: on resume the checkpoint's hold, of "all" always,
 # of a stage once it has begun.
 architecture = {
-    "all": ("dataset", "n_train", "n_val", "length", "side", "cell_px", "walls", "ball", "split_seed", "patch",
-            "n_head", "optimizer"),
+    "all": ("dataset", "n_train", "n_val", "length", "side", "cell_px", "walls", "ball", "facing", "split_seed",
+            "patch", "n_head", "optimizer"),
     "tokenizer": ("tokenizer", "codebook_size", "code_dim", "quantiser", "tokenizer_layers", "tokenizer_embd",
                   "tokenizer_frames"),
-    "actions": ("action_model", "n_codes", "history", "action_quantiser", "difference", "action_layers", "action_embd"),
+    "actions": ("action_model", "n_codes", "history", "action_quantiser", "difference", "action_layers", "action_embd",
+                "action_frames"),
     "dynamics": ("dynamics", "tokens", "action_source", "action_input", "context", "dynamics_layers", "dynamics_embd"),
     "text": ("text_layers", "text_embd"),
     "frame": ("tokens", "frame_layers", "frame_embd"),
@@ -281,7 +290,7 @@ def read_actions(reader, index, step, hidden=None):
     Pixels that change weigh more at first, since a model that copies is otherwise nearly right; but no longer at the
     end, since a weight that stays moves the likeliest colour and paints movers where there are none.
     """
-    frames, indices = reader.pictures(index, history + 1)
+    frames, indices = reader.watch(index, history + 1)
     first = min(2, history) if action_model == "transformer" else history         # frame that is a target
     extra = falling(step, steps_of("actions"), action_change, action_change_fraction)
     weight = 1 + extra * (frames[:, first:] != frames[:, first - 1:-1]).any(-1)
@@ -324,6 +333,11 @@ def hide_in_clips(n, n_tokens, noise):
 def read_dynamics(reader, index, step, hidden):
     """(tokens (B, T, N), actions (B, T), hidden, weight (B, targets, N)): tokens that change weigh more at first."""
     truth, acts = reader.tokens_and_actions(index, context)
+    if idle_noise and action_source == "latent":
+        key = draw.pair_hash(index.numpy()[:, None] * context + np.arange(context), step, data_seed)
+        drawn = torch.from_numpy((draw.mix(key) % np.uint64(len(reader.live))).astype(np.int64))
+        noisy = torch.from_numpy(draw.chance(key, idle_noise)).to(acts.device) & reader.idle[acts]
+        acts = torch.where(noisy, reader.live[drawn.to(acts.device)], acts)
     first, extra = first_target(), falling(step, steps_of("dynamics"), dynamics_change, dynamics_change_fraction)
     return truth, acts, hidden, (1 + extra * (truth[:, first:] != truth[:, first - 1:-1])) * hidden[:, first:]
 
@@ -403,7 +417,18 @@ def sizes(video):
 
 def token_sizes(video):
     """Rows and columns of a frame's tokens, and how many tokens there are to choose from."""
-    return ((side, side), 4) if tokens == "cells" else ((video.height // patch, video.width // patch), codebook_size)
+    if tokens == "cells":
+        return (side, side), 8 if facing else 4
+    return (video.height // patch, video.width // patch), codebook_size
+
+
+def build_actions(video):
+    """An untrained action model, over pixels or over tokens."""
+    how = history, n_codes, action_embd, action_layers, action_model, action_quantiser, n_head, difference
+    if action_frames == "pixels":
+        return ActionModel(*sizes(video), *how)
+    grid, K = token_sizes(video)
+    return ActionModel(*grid, 1, K, *how, channels=K)
 
 
 def build_dynamics(video):
@@ -436,13 +461,12 @@ STAGES = {
         shown="psnr frame_psnr ssim changed_psnr usage perplexity",
         codebook=lambda model: model.codebook if quantiser == "vq" else None, commitment=0.25),
     "actions": Stage(
-        lambda video: ActionModel(*sizes(video), history, n_codes, action_embd, action_layers, action_model,
-                                  action_quantiser, n_head, difference=difference),
-        read_actions, actions_loss,
+        build_actions, read_actions, actions_loss,
         lambda model, val: measures.evaluate_actions(model, val, eval_clips), worlds.draw_actions,
         steps="action_steps", batch="batch_size", frames=lambda: history + 1,
         shown="information majority usage psnr_1 frame_psnr_1 copy_1 dpsnr_1 dpsnr_4 consistency",
-        method=lambda: "every" if action_model == "transformer" else "forward", codebook=lambda model: model.quantiser),
+        method=lambda: "every" if action_model == "transformer" else "forward", codebook=lambda model: model.quantiser,
+        needs=lambda: reads_tokens() * (action_frames == "tokens")),
     "dynamics": Stage(
         build_dynamics, read_dynamics, dynamics_loss,
         lambda model, val: measures.evaluate_dynamics(model, val, context, eval_clips, window, dynamics == "causal"),
@@ -533,6 +557,7 @@ def train_stage(name, world, run, bar, clock, was=None):
     from, the run's checkpoint or what the stage had ended with."""
     # ---- model, optimiser ----
     stage, where = STAGES[name], world.train.device
+    know_codes(world.train, world.val, name)
     seed_everything(seed, deterministic)
     model = build(name, world.video).to(where)
     trained = compiled(model, name) if compile else model
@@ -651,6 +676,22 @@ def train_stage(name, world, run, bar, clock, was=None):
     clock.lap("evaluation")
     run.summary(**world.figures[name], **{f"{name}_seconds": loop["seconds"]})
     run.save("last.pt", world.total)                          # with its figures, which are not counted again
+
+
+def know_codes(train, val, name="dynamics"):
+    """What the dynamics are told of latent actions: which codes are one, which of them change little. Once for a run,
+    as the tokens of all frames are, where the action model reads them too."""
+    if action_frames == "tokens" and tokens == "tokenizer" and name in ("actions", "dynamics"):
+        train.keep_tokens()
+    if name == "dynamics" and action_source == "latent" and "actions" in train.models:
+        train.merged = val.merged = None
+        if merge_codes is not None:
+            train.merged = val.merged = worlds.merge(train.models["actions"], train, eval_clips, merge_codes)
+            print(f"codes of one meaning: {train.merged.tolist()}")
+        if idle_noise:
+            idle, live = worlds.idle_codes(train, context, eval_clips)
+            print(f"codes that change little: {idle.nonzero()[:, 0].tolist()} of {live.tolist()}")
+            train.idle, train.live = idle.to(train.device), live.to(train.device)
 
 
 def revive(codebook, loop, outputs, chosen, generator):
@@ -803,10 +844,10 @@ def main():
 
     # ---- data ----
     check(settings)
-    video = load(dataset, n_train, n_val, length, side, cell_px, walls, ball, split_seed)
+    video = load(dataset, n_train, n_val, length, side, cell_px, walls, ball, split_seed, facing=facing)
     check_sizes(settings, video)
     if not only_read:
-        settings.check_data(checkpoint, architecture["all"][:9], video.hash)
+        settings.check_data(checkpoint, architecture["all"][:10], video.hash)
     print(video.source)
 
     # ---- what is trained already, and what is next ----
@@ -821,12 +862,15 @@ def main():
         for name, model in models.items():
             model.load_state_dict(done[name])
             model.eval().requires_grad_(False)
-    train, val = (worlds.Reader(clips, video.palette, where, models, tokens, action_source, video.n_actions, n_codes)
+    train, val = (worlds.Reader(clips, video.palette, where, models, tokens, action_source, video.n_actions, n_codes,
+                                action_frames)
                   for clips in (video.train, video.val))
     world = World(video, train, val, models, done, ended, figures, checkpoint["step"] if checkpoint else 0, precision,
                   torch.autocast(where.type, precision, enabled=precision != torch.float32))
 
     # ---- a world that is there: played, written down, or measured ----
+    if only_read and "dynamics" in models:
+        know_codes(train, val)
     if shown is not None:
         if "dynamics" not in models:
             raise UserError(f"{checkpoint.path} has no dynamics yet, only {', '.join(done) or 'nothing finished'}: "

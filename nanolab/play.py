@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.video import ACTIONS, AGENT, World, caption_length, paint, unknown_words
+from data.video import ACTIONS, AGENT, World, caption_length, paint, plain, unknown_words
 from models.world_words import as_characters
 from nanolab.run import UserError, replacing
 from nanolab.world import Referee, as_bytes, opening
@@ -110,7 +110,7 @@ class Session:
         self.began, self.world = self.began + 1, None
         if self.ours:
             rng = np.random.default_rng(self.settings["seed"] + self.began)
-            self.world = World(1, rng, *(self.settings[name] for name in ("side", "walls", "ball")))
+            self.world = World(1, rng, *(self.settings[name] for name in ("side", "walls", "ball", "facing")))
             reader, index = opening(reader, self.world, T)
         tokens, actions = reader.tokens_and_actions(index, T)
         self.draw(tokens)
@@ -135,7 +135,7 @@ class Session:
         elif not prompt.strip(" ,.;:"):
             raise ValueError("a sentence of at least one word is needed")
         text = as_characters([prompt], caption_length(self.reader.side)).to(self.reader.device)
-        if not written and (strange := unknown_words(prompt, self.reader.side)):
+        if not written and (strange := unknown_words(prompt, self.reader.side, self.reader.clips.facing)):
             raise ValueError(f"no caption has the word {strange[0]!r}, so no stage has seen it; captions are such as "
                              "'agent at c4, ball at f2, walls a1 b3 c7.'")
         return prompt, self.models["frame"].draw(text[:, :len(prompt)], generator=self.generator, **self.how)[:, None]
@@ -153,7 +153,7 @@ class Session:
             cells = self.reader.cells(frame)[None].numpy()
             self.right += int(self.referee.judge(np.array([action]), cells)["effect"][0])
             self.presses += 1
-            if (agents := int((cells == AGENT).sum())) != 1:
+            if (agents := int((plain(cells) == AGENT).sum())) != 1:
                 lost = f"the world is lost: {agents or 'no'} agent{'s' * (agents > 1)} left"
             happened = int(self.world.step([action])[0])
             note += f" (code {code})" * (self.reader.source == "latent")

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from data import draw
-from data.video import ACTIONS, AGENT, BALL, Clips, World, caption, paint, read_caption, read_cells
+from data.video import ACTIONS, AGENT, BALL, Clips, World, caption, paint, plain, read_caption, read_cells
 from models.world_words import as_characters
 
 
 def latent_actions(model, frames):
-    """frames (B, T, H, W, 3) -> codes (B, T - 1) of the steps between them; before the first frame stands a copy of it,
-    as often as the model's history asks."""
+    """frames (B, T, H, W, C) as the action model sees them -> codes (B, T - 1) of the steps between; before the first
+    frame stands a copy of it, as often as the model's history asks."""
     frames = torch.cat((frames[:, :1].expand(-1, model.history - 1, -1, -1, -1), frames), 1)
     windows = [frames[:, t:t + model.history + 1] for t in range(frames.size(1) - model.history)]
     found = [model.quantiser(model.encode(window)).codes for window in windows]
@@ -27,16 +27,20 @@ class Reader:
 
     models: {stage: trained model}, which may still grow. kind: tokens are those of the "tokenizer", or the world's own
     "cells". source: actions are the n_codes of the "latent" action model, or the n_actions "true" ones; that no action
-    leads to a clip's first frame is said by the number after the last of them.
+    leads to a clip's first frame is said by the number after the last of them. watched: the action model sees "pixels",
+    or "tokens" of the tokenizer (T, rows, columns, K), one-hot. merged: (n_codes,) what the dynamics are told in each
+    code's place, or None.
     """
-    movers = {"agent": AGENT, "ball": BALL}
+    movers = {"agent": AGENT, "ball": BALL}       # of `plain` cells
+    plain = staticmethod(plain)
 
     def __init__(self, clips, palette, device, models=None, kind="tokenizer", source="latent", n_actions=0,
-                 n_codes=0):
+                 n_codes=0, watched="pixels"):
         self.clips, self.palette, self.device = clips, palette, torch.device(device)
         self.models = {} if models is None else models
         self.kind, self.source, self.n_actions = kind, source, n_actions
-        self.no_action = n_codes if source == "latent" else n_actions
+        self.no_action, self.watched = n_codes if source == "latent" else n_actions, watched
+        self.merged, self.kept = None, (None, None)
         self.colours = None if palette is None else palette.to(device).float() / 255
         self.side = None if clips.stored_cells is None else clips.stored_cells.size(-1)
 
@@ -61,14 +65,47 @@ class Reader:
         """(B, T, N) int64: frames as the dynamics read them."""
         if self.kind == "cells":
             return self.clips.cells(index, T).to(self.device).long().flatten(2)
+        if self.kept[0] is self.models["tokenizer"]:
+            return self.clips.gather(self.kept[1], index, T, T).to(self.device).long()
         return self.models["tokenizer"].tokens(self.frames(index, T))
+
+    @torch.no_grad()
+    def keep_tokens(self):
+        """Finds the tokens of all frames once, (E, length, N) small whole numbers, where each frame has its own."""
+        tokenizer, every = self.models["tokenizer"], torch.arange(len(self.clips)).split(64)
+        if tokenizer.kind == "spatial" and self.kept[0] is not tokenizer:
+            small = torch.uint8 if tokenizer.codebook_size <= 256 else torch.int32
+            self.kept = tokenizer, torch.cat([tokenizer.tokens(self.frames(part, self.clips.length)).to("cpu", small)
+                                              for part in every])
+
+    def watch(self, index, T):
+        """`pictures` as the action model sees them."""
+        if self.watched == "pixels":
+            return self.pictures(index, T)
+        grid, K = ((self.side, self.side), 8 if self.clips.facing else 4) if self.kind == "cells" else (
+            self.models["tokenizer"].grid, self.models["tokenizer"].codebook_size)
+        tokens = self.tokens(index, T).unflatten(2, grid)
+        return F.one_hot(tokens, K).float(), tokens
+
+    def as_watched(self, written):
+        """What the action model wrote, as it sees frames."""
+        return self.as_frames(written) if self.watched == "pixels" else F.one_hot(
+            written.argmax(-1), written.size(-1)).float()
+
+    def as_seen(self, watched):
+        """Frames (B, T, ...) as the action model sees them as RGB."""
+        return watched if self.watched == "pixels" else self.paint(watched.argmax(-1).flatten(2))
+
+    def codes(self, index, T):
+        """Latent actions (B, T - 1) of clips."""
+        found = latent_actions(self.models["actions"], self.watch(index, T)[0])
+        return found if self.merged is None else self.merged[found]
 
     @torch.no_grad()
     def tokens_and_actions(self, index, T):
         """(tokens (B, T, N), actions (B, T) int64, the one that led to each frame)."""
         tokens = self.tokens(index, T)
-        actions = self.clips.actions(index, T).to(self.device) if self.source == "true" else latent_actions(
-            self.models["actions"], self.frames(index, T))
+        actions = self.clips.actions(index, T).to(self.device) if self.source == "true" else self.codes(index, T)
         return tokens, F.pad(actions, (1, 0), value=self.no_action)
 
     def captions(self, index):
@@ -97,7 +134,7 @@ class Reader:
 
     def cells(self, frames):
         """The cells (..., side, side) uint8 that are seen on frames (..., H, W, 3), on the CPU."""
-        return read_cells(as_bytes(frames), self.clips.cell_px)
+        return read_cells(as_bytes(frames), self.clips.cell_px, self.clips.facing)
 
 
 def as_bytes(frames):
@@ -107,6 +144,37 @@ def as_bytes(frames):
 
 # --- Played ---
 
+def merge(model, reader, clips, share):
+    """(n_codes,) int64: for each code of an action model the first one of those that mean the same; no labels are
+    asked. Two codes are one where the model writes the same frame for both after `share` of so many clips' pasts."""
+    T, written = model.history, []
+    for index in reader.spread(T, clips).split(64):
+        past = reader.watch(index, T)[0]
+        every = [reader.as_watched(model.predict(past, model.quantiser.look_up(torch.full(
+            (len(index),), code, device=past.device)))) for code in range(model.n_codes)]
+        written.append(torch.stack(every).flatten(2))
+    written = torch.cat(written, 1)                                              # (n_codes, clips, ...)
+    alike = torch.stack([(written == one).all(-1).double().mean(1) >= share for one in written])
+    for _ in range(model.n_codes):                                               # what is like one is like its group
+        alike = (alike.double() @ alike.double()) > 0
+    return alike.int().argmax(1)
+
+
+@torch.no_grad()
+def idle_codes(reader, T, clips):
+    """((n_codes + 1,) bool: the steps of this code change fewer tokens than the middle between those of the codes that
+    change most and least; the codes that there are, int64), of so many clips of T frames."""
+    moved, n = torch.zeros(reader.no_action + 1), torch.zeros(reader.no_action + 1)
+    for index in reader.spread(T, clips).split(64):
+        tokens, codes = reader.tokens_and_actions(index, T)
+        changes = (tokens[:, 1:] != tokens[:, :-1]).sum(-1).flatten().cpu().float()
+        moved.index_add_(0, codes[:, 1:].flatten().cpu(), changes)
+        n += codes[:, 1:].flatten().cpu().bincount(minlength=len(n))
+    mean = moved / n                                                             # not a number of what there is not
+    known = mean[n > 0]
+    return mean < (known.min() + known.max()) / 2, n.nonzero()[:, 0]
+
+
 def opening(reader, world, T):
     """The first T frames of grid worlds (n) in which the agent stays: (a reader of them, their clips (n,) int64)."""
     seen, n = [world.cells()], len(world.agent)
@@ -114,6 +182,7 @@ def opening(reader, world, T):
         world.step([0] * n)
         seen.append(world.cells())
     reader = copy(reader)
+    reader.kept = None, None
     reader.clips = Clips(torch.from_numpy(np.stack(seen, 1)), stored_actions=torch.zeros(n, T - 1),
                          cell_px=reader.clips.cell_px)
     return reader, torch.arange(n)
@@ -131,9 +200,10 @@ class Referee:
         exactly one; effect: it stands where the action leads, or where it was if a wall or the edge is in the way
         (after a frame without an agent: no); ball: where it flies to, or hidden by the agent; way: 0 the action was
         to stay, 1 its way was free, 2 it was not; -1: no agent was there. All bool but way."""
-        rules, had, before = self.rules, self.there, self.rules.ball
-        blocked = rules.step(actions) != actions
-        agent, ball = ((cells == kind).reshape(len(cells), -1) for kind in (AGENT, BALL))
+        rules, had, before, stood = self.rules, self.there, self.rules.ball, self.rules.agent
+        rules.step(actions)
+        blocked = (rules.agent == stood).all(1)
+        agent, ball = ((plain(cells) == kind).reshape(len(cells), -1) for kind in (AGENT, BALL))
         one, seen = agent.sum(1) == 1, ball.sum(1) == 1
         place, flown = (np.stack(np.divmod(found.argmax(1), rules.side), 1) for found in (agent, ball))
         hidden = one & (place == rules.ball).all(1) & ~ball.any(1)
@@ -160,7 +230,7 @@ def play_score(reader, settings, codes, presses=200, n=20):
     (presses + 1: all had theirs). settings: those of train_worldmodel.py.
     """
     rng = draw.numpy_generator(settings["split_seed"], "play", settings["side"], settings["walls"], settings["ball"])
-    world = World(n, rng, settings["side"], settings["walls"], settings["ball"])
+    world = World(n, rng, *(settings[name] for name in ("side", "walls", "ball", "facing")))
     pressed = (rng.random((presses, n)) * len(ACTIONS)).astype(np.int64)
     known = np.array([code is not None for code in codes])
     given = torch.tensor([code or 0 for code in codes], device=reader.device)
@@ -195,12 +265,12 @@ def draw_tokenizer(model, reader, T):
 
 def draw_actions(model, reader):
     """Two frames of 8 clips, and what becomes of the first by the code of the second, and by every code."""
-    frames = reader.frames(reader.spread(model.history + 1, 8), model.history + 1)
-    past, codes = frames[:, :-1], model.quantiser(model.encode(frames)).codes
+    frames, _ = reader.watch(reader.spread(model.history + 1, 8), model.history + 1)
+    past, codes, seen = frames[:, :-1], model.quantiser(model.encode(frames)).codes, reader.as_seen(frames)
 
     def after(codes):
-        return reader.as_frames(model.predict(past, model.quantiser.look_up(codes)))
-    rows = {"the frame before": past[:, -1], "the frame after": frames[:, -1],
+        return reader.as_seen(reader.as_watched(model.predict(past, model.quantiser.look_up(codes)))[:, None])[:, 0]
+    rows = {"the frame before": seen[:, -2], "the frame after": seen[:, -1],
             "written from the code inferred: " + ", ".join(map(str, codes.tolist())): after(codes)}
     return rows | {f"from code {code}": after(torch.full_like(codes, code)) for code in range(model.n_codes)}
 
