@@ -111,10 +111,9 @@ tokens = "tokenizer"       # [tokenizer, cells] of the tokenizer, or the grid wo
 action_source = "latent"   # [latent, true] actions that lead to each frame
 action_input = "add"       # [add, prepend] to every token of the frame, or as one more token
 streams = True             # true and corrupted frames side by side, all frames are targets; False: the last frame only
-merge_codes = None         # [none, > 0.0, <= 1.0, with action_source latent] codes are one that write the same frame after
-                           # such a share of all pasts
-idle_noise = 0.0           # [>= 0.0, <= 1.0, with action_source latent] share of the steps in which little changes that
-                           # get a code drawn evenly: each is seen to do nothing, as a press at a wall does
+merge_idle = False         # [with action_source latent] codes whose steps change little are one to the dynamics
+idle_noise = 0.0           # [>= 0.0, <= 1.0, with action_source latent] share of those steps with an even draw of codes:
+                           # each is then seen to do nothing, as at a wall
 mask_rate = (0.5, 1.0)     # [>= 0.0, <= 1.0] share of a frame's tokens that are hidden: uniform between these
 context = 6                # [>= 2] frames of a clip
 window = 4                 # [none, >= 2] frames that a frame sees, its own too, trained and generated; none: all
@@ -683,15 +682,15 @@ def know_codes(train, val, name="dynamics"):
     as the tokens of all frames are, where the action model reads them too."""
     if action_frames == "tokens" and tokens == "tokenizer" and name in ("actions", "dynamics"):
         train.keep_tokens()
-    if name == "dynamics" and action_source == "latent" and "actions" in train.models:
+    if name == "dynamics" and action_source == "latent" and "actions" in train.models and (merge_idle or idle_noise):
         train.merged = val.merged = None
-        if merge_codes is not None:
-            train.merged = val.merged = worlds.merge(train.models["actions"], train, eval_clips, merge_codes)
-            print(f"codes of one meaning: {train.merged.tolist()}")
-        if idle_noise:
-            idle, live = worlds.idle_codes(train, context, eval_clips)
-            print(f"codes that change little: {idle.nonzero()[:, 0].tolist()} of {live.tolist()}")
-            train.idle, train.live = idle.to(train.device), live.to(train.device)
+        idle, live = (found.to(train.device) for found in worlds.idle_codes(train, context, eval_clips))
+        train.idle, train.live = idle, live
+        print(f"codes whose steps change little: {idle.nonzero()[:, 0].tolist()} of {live.tolist()}")
+        if merge_idle:
+            one = live[idle[live]].min()
+            train.merged = val.merged = torch.where(idle, one, torch.arange(len(idle), device=one.device))
+            train.live = live[~idle[live] | (live == one)]
 
 
 def revive(codebook, loop, outputs, chosen, generator):

@@ -144,35 +144,21 @@ def as_bytes(frames):
 
 # --- Played ---
 
-def merge(model, reader, clips, share):
-    """(n_codes,) int64: for each code of an action model the first one of those that mean the same; no labels are
-    asked. Two codes are one where the model writes the same frame for both after `share` of so many clips' pasts."""
-    T, written = model.history, []
-    for index in reader.spread(T, clips).split(64):
-        past = reader.watch(index, T)[0]
-        every = [reader.as_watched(model.predict(past, model.quantiser.look_up(torch.full(
-            (len(index),), code, device=past.device)))) for code in range(model.n_codes)]
-        written.append(torch.stack(every).flatten(2))
-    written = torch.cat(written, 1)                                              # (n_codes, clips, ...)
-    alike = torch.stack([(written == one).all(-1).double().mean(1) >= share for one in written])
-    for _ in range(model.n_codes):                                               # what is like one is like its group
-        alike = (alike.double() @ alike.double()) > 0
-    return alike.int().argmax(1)
-
 
 @torch.no_grad()
-def idle_codes(reader, T, clips):
+def idle_codes(reader, T, clips, least=0.02):
     """((n_codes + 1,) bool: the steps of this code change fewer tokens than the middle between those of the codes that
-    change most and least; the codes that there are, int64), of so many clips of T frames."""
+    change most and least; the codes that stand for a share of `least` of all steps, int64), of so many clips of T
+    frames. No labels are asked."""
     moved, n = torch.zeros(reader.no_action + 1), torch.zeros(reader.no_action + 1)
     for index in reader.spread(T, clips).split(64):
         tokens, codes = reader.tokens_and_actions(index, T)
         changes = (tokens[:, 1:] != tokens[:, :-1]).sum(-1).flatten().cpu().float()
         moved.index_add_(0, codes[:, 1:].flatten().cpu(), changes)
         n += codes[:, 1:].flatten().cpu().bincount(minlength=len(n))
+    often = n >= least * n.sum()
     mean = moved / n                                                             # not a number of what there is not
-    known = mean[n > 0]
-    return mean < (known.min() + known.max()) / 2, n.nonzero()[:, 0]
+    return mean < (mean[often].min() + mean[often].max()) / 2, often.nonzero()[:, 0]
 
 
 def opening(reader, world, T):
