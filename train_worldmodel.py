@@ -114,6 +114,8 @@ streams = True             # true and corrupted frames side by side, all frames 
 merge_idle = False         # [with action_source latent] codes whose steps change little are one to the dynamics
 idle_noise = 0.0           # [>= 0.0, <= 1.0, with action_source latent] share of those steps with an even draw of codes:
                            # each is then seen to do nothing, as at a wall
+code_noise = 0.0           # [>= 0.0, <= 1.0, with action_source latent] share of the steps with an even draw of codes,
+                           # where the action model writes the same frame under it
 mask_rate = (0.5, 1.0)     # [>= 0.0, <= 1.0] share of a frame's tokens that are hidden: uniform between these
 context = 6                # [>= 2] frames of a clip
 window = 4                 # [none, >= 2] frames that a frame sees, its own too, trained and generated; none: all
@@ -332,11 +334,17 @@ def hide_in_clips(n, n_tokens, noise):
 def read_dynamics(reader, index, step, hidden):
     """(tokens (B, T, N), actions (B, T), hidden, weight (B, targets, N)): tokens that change weigh more at first."""
     truth, acts = reader.tokens_and_actions(index, context)
-    if idle_noise and action_source == "latent":
+    if (idle_noise or code_noise) and action_source == "latent":
         key = draw.pair_hash(index.numpy()[:, None] * context + np.arange(context), step, data_seed)
         drawn = torch.from_numpy((draw.mix(key) % np.uint64(len(reader.live))).astype(np.int64))
-        noisy = torch.from_numpy(draw.chance(key, idle_noise)).to(acts.device) & reader.idle[acts]
-        acts = torch.where(noisy, reader.live[drawn.to(acts.device)], acts)
+        drawn = reader.live[drawn.to(acts.device)]
+        if code_noise:
+            noisy = torch.from_numpy(draw.chance(key, code_noise)).to(acts.device)
+            noisy[:, 0] = False
+            noisy[:, 1:] &= worlds.alike(reader, index, context, drawn[:, 1:])
+        else:
+            noisy = torch.from_numpy(draw.chance(key, idle_noise)).to(acts.device) & reader.idle[acts]
+        acts = torch.where(noisy, drawn, acts)
     first, extra = first_target(), falling(step, steps_of("dynamics"), dynamics_change, dynamics_change_fraction)
     return truth, acts, hidden, (1 + extra * (truth[:, first:] != truth[:, first - 1:-1])) * hidden[:, first:]
 
@@ -682,7 +690,7 @@ def know_codes(train, val, name="dynamics"):
     as the tokens of all frames are, where the action model reads them too."""
     if action_frames == "tokens" and tokens == "tokenizer" and name in ("actions", "dynamics"):
         train.keep_tokens()
-    if name == "dynamics" and action_source == "latent" and "actions" in train.models and (merge_idle or idle_noise):
+    if name == "dynamics" and action_source == "latent" and "actions" in train.models and (merge_idle or idle_noise or code_noise):
         train.merged = val.merged = None
         idle, live = (found.to(train.device) for found in worlds.idle_codes(train, context, eval_clips))
         train.idle, train.live = idle, live
