@@ -54,8 +54,8 @@ from nanolab import limits, optim
 from nanolab.dialog_tree import DialogTree
 from nanolab.dialogs import converse
 from nanolab.generate import generate
-from nanolab.run import (UserError, command, keep_freed_memory, measure_peak_flops, override, peak_memory, replacing,
-                         resolve_device)
+from nanolab.run import (UserError, as_user_error, command, keep_freed_memory, measure_peak_flops, override,
+                         peak_memory, replacing, resolve_device)
 from nanolab.score import score
 from nanolab.settings import shown
 
@@ -737,12 +737,10 @@ def compare_mixers():
         if other and (name not in ("n_kv_head", "shorten") or not value.isdecimal()):
             raise UserError(f"--mixers {words}: a mixer, or one with /n_kv_head=N or /shorten=N")
         torch.manual_seed(seed)
-        try:
+        with as_user_error(f"--mixers {words}: "):
             model = build_model(TransformerConfig(
                 n_layer=6, n_head=4, n_embd=256, block_size=T, positions="rope", norm="rms", norm_gain=False,
                 bias=False, activation="relu2", mixer=mixer, **({name: int(value)} if other else {}))).eval()
-        except ValueError as error:
-            raise UserError(f"--mixers {words}: {error}") from None
         short, long = (model.new_cache(1, n).bytes for n in (1024, 8192))
         read, write = [], []
         for n in contexts:

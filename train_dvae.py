@@ -31,8 +31,9 @@ from models.discrete import (SAMPLED, choose, code_statistics, decompose, fsq_le
 from models.dvae import DVAE, Config
 from nanolab import limits, optim
 from nanolab.codes import draw, print_codes, print_grids
-from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, begin, command, optional, put_back, replacing,
-                         resolve_device, restoring, resumed, seed_everything)
+from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, as_user_error, begin, command, means,
+                         mixed_precision, optional, put_back, replacing, resolve_device, restoring, resumed,
+                         seed_everything)
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
@@ -182,11 +183,9 @@ def check(settings):
         raise UserError(f"codebook_bound {codebook_bound}: the codes of {estimator} are not learned by gradients")
     if schedule_steps is None and max_steps is None:
         raise UserError("the schedules are shares of max_steps: with max_steps none give schedule_steps")
-    try:
-        optim.factor(settings, 0)
+    with as_user_error():
+        optim.check(settings)
         levels = fsq_levels(codebook_size) if estimator == "fsq" else None
-    except ValueError as error:
-        raise UserError(error)
     canvas = Canvas(max_side, n_colours, masked=max(mask_rate) > 0)
     config = Config(**{**settings, "canvas": canvas, "code_dim": len(levels) if levels else code_dim,
                        "quantiser": estimator if estimator in ("vq", "fsq") else "categorical"})
@@ -233,6 +232,12 @@ def scheduled(step):
         now["noise"] = ramp(step, setting("noise_fraction") * steps, 0.0, noise_last, "linear")
         now["hardness"] = float(step >= setting("hard_at") * steps)
     return now
+
+
+def next_kl_weight(weight, kl):
+    """The KL's weight of the next step, for kl_target: 1 % more at most where the KL (nats) is above it, or less."""
+    over = kl / (kl_target * math.log(2)) - 1
+    return min(10.0, max(1e-4, weight) * math.exp(0.01 * max(-1.0, min(1.0, over))))
 
 
 # --- Losses ---
@@ -284,9 +289,10 @@ def warn_of_passes():
               f"{batch_size} grids has its own, and a step takes their mean")
 
 
-def revive(codebook, loop, outputs, generator):
-    """Every reset_interval steps, in a share of all, the codes that nothing chose become some of a step's encoder
-    outputs, a list of (M, D)."""
+def revive(codebook, loop, outputs, chosen, generator):
+    """Counts which codes a step has chosen, a list of (M,); every reset_interval steps, in a share of all, those codes
+    that nothing chose become some of its encoder outputs, a list of (M, D)."""
+    loop["chosen"] += torch.cat(chosen).bincount(minlength=codebook_size)
     if reset_interval and estimator != "fsq" and loop["step"] % reset_interval == 0:
         if loop["step"] <= reset_fraction * (schedule_steps or max_steps):
             dead = loop["chosen"] == 0
@@ -454,20 +460,23 @@ def fits(model, state):
         raise UserError("--mask_rate: a run with masks has a token for them, one without has not: start anew for that")
 
 
+def answer(checkpoint, model, opt, ema, autocast):
+    """Prints the codes of the grids, or the grids of the codes, that the setting `encode` or `decode` names."""
+    with restoring(checkpoint.path):
+        put_back(checkpoint, dict(model=model, ema=ema, optimizer=opt))
+    with optim.evaluated(opt, ema):
+        print_codes(model, encode, autocast) if encode is not None else print_grids(model, decode, autocast)
+
+
 @command
 def main():
     # ---- settings: flags, preset, and on resume the checkpoint's ----
     settings = begin(globals())
-    only_read = (eval_only, encode is not None, decode is not None).count(True)
-    if only_read > 1:
-        raise UserError("--eval_only, --encode and --decode: one of them")
-    if only_read and settings["resume"] is False:
-        raise UserError("--eval_only, --encode and --decode go with --resume, or --resume PATH: which model?")
-    checkpoint = resumed(settings, architecture, ("eval_only", "encode", "decode"), needed=only_read)
+    checkpoint = resumed(settings, architecture, readers=("eval_only", "encode", "decode"))
     config = check(settings)
     canvas = config.canvas
     where, precision = resolve_device(device, dtype)
-    autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
+    autocast, scaler = mixed_precision(where, precision)
 
     # ---- model, and what a person asks of a trained one ----
     seed_everything(seed, deterministic)
@@ -477,26 +486,20 @@ def main():
     if checkpoint:
         fits(model, checkpoint["model"])
     if encode is not None or decode is not None:
-        with restoring(checkpoint.path):
-            put_back(checkpoint, dict(model=model, ema=ema, optimizer=opt))
-        with optim.evaluated(opt, ema):
-            print_codes(model, encode, autocast) if encode is not None else print_grids(model, decode, autocast)
-        return
+        return answer(checkpoint, model, opt, ema, autocast)
 
     # ---- data ----
     arc = load(dataset, val_dataset, max_side, n_colours, n_train, n_val, crops, split_seed)
     stream = Stream(arc.train, batch_size * grad_accum, data_seed, colours, symmetry, group, n_colours)
-    if not only_read:
+    if not eval_only:
         settings.check_data(checkpoint, ("dataset", "val_dataset", "max_side", "n_colours", "n_train", "n_val", "crops",
                                          "split_seed"), arc.hash)
-    print(arc.source)
-    print(f"{model.n_params():,} parameters; {n_codes} codes of {codebook_size}, "
+    print(f"{arc.source}\n{model.n_params():,} parameters; {n_codes} codes of {codebook_size}, "
           f"{n_codes * math.log2(codebook_size):.0f} bits a grid; {where.type} {str(precision).removeprefix('torch.')}")
 
     # ---- the run: on resume, what it is handed goes on where the checkpoint was saved ----
     noise = torch.Generator(where).manual_seed(seed)         # of codes and masks
     revival = torch.Generator().manual_seed(seed)            # which encoder outputs dead codes become
-    scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
     loop = Loop(dict(step=0, evaluated=-1, best=[-1.0, -math.inf], best_step=0, pending=[], seconds=0.0,
                      logged_seconds=0.0, tokens=0, kl_weight=0.0,
                      chosen=torch.zeros(codebook_size, dtype=torch.int64, device=where)), scaler)
@@ -526,8 +529,7 @@ def main():
 
     limits.notes(settings, {"max_steps": max_steps}, checkpoint and checkpoint["settings"])
     with run:
-        bar = run.bar(max_steps, loop["step"])
-        saved = None                                         # on resume too: a stop comes before what is due
+        bar, saved = run.bar(max_steps, loop["step"]), None  # on resume too: a stop comes before what is due
         if not checkpoint:
             if codebook_init == "kmeans" and estimator != "fsq":
                 fit_codebook(model, ema, canvas, stream, autocast, revival)
@@ -582,41 +584,27 @@ def main():
                 for name, value in parts.items():
                     row[name] = row.get(name, 0.0) + value / grad_accum
                 loop["tokens"] += int(shapes.prod(1).sum())
-                loop["chosen"] += found.codes.flatten().bincount(minlength=codebook_size)
                 outputs.append(found.z.detach().flatten(0, 1))
                 chosen.append(found.codes.flatten())
-            scaler.unscale_(opt)
-            row["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-            scaler.step(opt)
-            scaler.update()
-            opt.zero_grad(set_to_none=True)
-            if ema:
-                ema.update()
+            row["grad_norm"] = optim.take_step(opt, scaler, model.parameters(), grad_clip, ema)
             if estimator == "vq":
                 model.codebook.follow(torch.cat(outputs), torch.cat(chosen))
             clock.lap("optimiser")
-            if kl_target is not None:                        # 1 % a step at most; the same tensor also goes to the log
-                over = float(row["kl"]) / (kl_target * math.log(2)) - 1
-                loop["kl_weight"] = min(10.0, max(1e-4, loop["kl_weight"]) * math.exp(0.01 * max(-1.0, min(1.0, over))))
+            if kl_target is not None:                        # the same tensor also goes to the log
+                loop["kl_weight"] = next_kl_weight(loop["kl_weight"], float(row["kl"]))
             loop.add(row)
             step = loop["step"] = step + 1
-            revive(model.codebook, loop, outputs, revival)
+            revive(model.codebook, loop, outputs, chosen, revival)
 
             # ---- log ----
-            due = step % log_interval == 0
-            if due:
-                loop.flush()                                 # waits for the device: part of the step's time
-            loop["seconds"] += time.perf_counter() - began
-            if due:
-                rows = loop["pending"]                       # not all alike: a weight of 0 leaves its part out
-                values = {name: [line[name] for line in rows if name in line] for line in rows[::-1] for name in line}
-                means = {name: sum(some) / len(some) for name, some in values.items()}
-                elapsed = loop["seconds"] - loop["logged_seconds"]
-                run.log(step=step, split="train", **means, lr=rate, **now, tokens_per_s=loop["tokens"] / elapsed,
+            rows, elapsed = loop.lap(began, step % log_interval == 0)
+            if rows:                                         # not all alike: a weight of 0 leaves its part out
+                found = means(rows)
+                run.log(step=step, split="train", **found, lr=rate, **now, tokens_per_s=loop["tokens"] / elapsed,
                         grids_per_s=len(rows) * batch_size * grad_accum / elapsed, seconds=loop["seconds"],
                         **({"revived": loop.get("revived", 0)} if reset_interval else {}))
-                loop.update(pending=[], logged_seconds=loop["seconds"], tokens=0)
-                bar.update(step, f"loss {means['loss']:.4f}, exact {means['exact']:.3f}")
+                loop["tokens"] = 0
+                bar.update(step, f"loss {found['loss']:.4f}, exact {found['exact']:.3f}")
 
         # ---- the end ----
         bar.close()

@@ -26,8 +26,8 @@ from data import text
 from model import TransformerConfig, active_layers, build_model, equal_ff_mult, fused_rows, parameter_roles
 from nanolab import limits, optim, parallel
 from nanolab.generate import generate
-from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, begin, command, measure_peak_flops, optional,
-                         resolve_device, resumed, seed_everything)
+from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, as_user_error, begin, command,
+                         measure_peak_flops, mixed_precision, optional, resolve_device, resumed, seed_everything)
 from nanolab.score import LN2, score
 
 # --- Run ---
@@ -174,14 +174,9 @@ architecture = (*TransformerConfig.shape(), "optimizer", "decay_params", "batchi
 
 def check(settings):
     """Settings that cannot go together: UserError with one sentence. Returns the model's configuration."""
-    try:
+    with as_user_error():
         config = TransformerConfig.from_settings(settings)
-        optim.factor(settings, 0)
-        optim.width_factor(settings)
-    except ValueError as error:
-        raise UserError(error)
-    if optimizer == "ivon" and dtype == "float16":
-        raise UserError("optimizer ivon learns the curvature from gradients, which float16 scales: choose bfloat16")
+        optim.check(settings)
     if intermediate_losses and max_steps is None:
         raise UserError("intermediate_losses end at fractions of max_steps: give --max_steps N, or "
                         "--no-intermediate_losses")
@@ -211,10 +206,8 @@ def extend(settings, checkpoint):
 
 def equalise(settings, config):
     """Sets ff_mult such that there are as many parameters as with mixer full and ff mlp; returns the configuration."""
-    try:
+    with as_user_error():
         settings.put(ff_mult=equal_ff_mult(config))
-    except ValueError as error:
-        raise UserError(error)
     return check(settings)
 
 
@@ -316,11 +309,10 @@ def main():
     if compile:
         torch._dynamo.config.recompile_limit = max(8, 2 * n_layer)   # every ended intermediate loss is one more graph
     net = torch.compile(model) if compile else model
-    autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
+    autocast, scaler = mixed_precision(where, precision)
     memory = model.new_memory(batch_size) if carry else None
     opt = optim.build(settings, model.named_parameters(), parameter_roles(model), fused_rows(model), mesh,
                       n_examples=len(corpus.train))
-    scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
     ema = optim.EMA(model, ema_decay) if ema_decay else None
 
     # ---- the run: on resume, what it is handed goes on where the checkpoint was saved ----
@@ -332,8 +324,7 @@ def main():
         print(f"{corpus.source}; {model.n_params():,} parameters{active_params}; {where.type} "
               f"{str(precision).removeprefix('torch.')}")
         peak_flops = measure_peak_flops(where, precision) * mesh.size
-        if where.type == "cpu":
-            limits.hint(model, batch_size // dp, block_size, grad_accum, peak_flops, precision != torch.float32)
+        limits.hint(where, model, batch_size // dp, block_size, grad_accum, peak_flops, precision != torch.float32)
         bytes_per_step = batch_size * grad_accum * block_size
         first = loop["step"]
         # a new run at once: a full disk shows at the start; with keep_last again: the numbered one may be missing
@@ -382,15 +373,9 @@ def main():
                     clock.lap("backward")
                 loss = loss + nats[-1, 0] / grad_accum           # last layer, next byte: what the published figures are
                 reports.append((model.usage, model.extras))
-            scaler.unscale_(opt)
-            grad_norm = mesh.clip_grad_norm(model.parameters(), grad_clip or math.inf)
-            scaler.step(opt)
-            scaler.update()
-            opt.zero_grad(set_to_none=True)
+            grad_norm = optim.take_step(opt, scaler, model.parameters(), grad_clip, ema, mesh.clip_grad_norm)
             mesh.gather(model, reports)
             model.balance_experts()
-            if ema:
-                ema.update()
             clock.lap("optimiser")
             loop.add(torch.stack([mesh.mean(loss), grad_norm]))
             step = loop["step"] = step + 1
@@ -398,21 +383,15 @@ def main():
             profiler.after(step)
 
             # ---- log ----
-            due = step % log_interval == 0
-            if due:
-                loop.flush()                                     # waits for the device: part of the step's time
-            loop["seconds"] += time.perf_counter() - began
-            if due:
-                losses = [loss for loss, _ in loop["pending"]]
-                speed = len(losses) * bytes_per_step / (loop["seconds"] - loop["logged_seconds"])
-                mean = sum(losses) / len(losses)
+            rows, elapsed = loop.lap(began, step % log_interval == 0)
+            if rows:
+                mean, speed = sum(loss for loss, _ in rows) / len(rows), len(rows) * bytes_per_step / elapsed
                 run.log(step=step, split="train", loss=mean, bpb=mean / LN2, lr=rate,
-                        grad_norm=loop["pending"][-1][1], tokens_per_s=speed,
+                        grad_norm=rows[-1][1], tokens_per_s=speed,
                         mfu=speed * model.flops_per_token(block_size, active) / peak_flops,
                         seconds=loop["seconds"], epoch=batches.epoch,
                         **{f"loss_{name}": mesh.mean(value).item() for name, value in model.extras.items()},
                         **usage(model))
-                loop.update(pending=[], logged_seconds=loop["seconds"])
                 bar.update(step, f"loss {mean:.4f}, {speed:,.0f} bytes/s")
             if not hinted and loop["seconds"] > 2:
                 hinted = True

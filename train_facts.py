@@ -34,8 +34,8 @@ import torch
 from data.facts import MODES as FACTS
 from model import TransformerConfig, build_model, fused_rows, parameter_roles
 from nanolab import limits, optim, parallel
-from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, begin, check_weights, command, measure_peak_flops,
-                         resolve_device, resumed, seed_everything)
+from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, as_user_error, begin, check_weights, command,
+                         measure_peak_flops, mixed_precision, resolve_device, resumed, seed_everything)
 from nanolab.tasks import cost, kind_of, say
 
 # --- Run ---
@@ -183,13 +183,8 @@ architecture = (
 
 def check(settings):
     """Settings that cannot go together: UserError with one sentence."""
-    try:
-        optim.factor(settings, 0)
-        optim.width_factor(settings)
-    except ValueError as error:
-        raise UserError(error)
-    if optimizer == "ivon" and dtype == "float16":
-        raise UserError("optimizer ivon learns the curvature from gradients, which float16 scales: choose bfloat16")
+    with as_user_error():
+        optim.check(settings)
     if task not in FACTS:
         for name in ("database", "exposures"):
             if settings[name] is not None:
@@ -212,10 +207,8 @@ def check(settings):
 
 def configure(settings, vocab_size):
     """The model's configuration. UserError: settings that cannot go together, a model that cannot be held."""
-    try:
+    with as_user_error():
         config = TransformerConfig.from_settings({**settings, "vocab_size": vocab_size, "block_size": block_size or 16})
-    except ValueError as error:
-        raise UserError(error)
     limits.weigh(lambda: build_model(config), device)
     return config
 
@@ -278,10 +271,9 @@ def main():
     parallel.warn_of_passes(config, grad_accum)
     model = mesh.parallelise(build_model(config).to(where))
     net = torch.compile(model) if compile else model
-    autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
+    autocast, scaler = mixed_precision(where, precision)
     opt = optim.build(settings, model.named_parameters(), parameter_roles(model), fused_rows(model), mesh,
                       n_examples=work.n_rows)
-    scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
     ema = optim.EMA(model, ema_decay) if ema_decay else None
     if checkpoint and checkpoint["tokenizer"] != work.fingerprint:
         raise UserError(f"tokenizer {tokenizer} does not match the checkpoint: its fingerprint is "
@@ -296,8 +288,8 @@ def main():
         print(f"{work.shown}\n{work.example}\n{work.n_rows:,} rows; {model.n_params():,} parameters; {where.type} "
               f"{str(precision).removeprefix('torch.')}")
         peak_flops = measure_peak_flops(where, precision) * mesh.size
-        if where.type == "cpu":
-            limits.hint(model, batch_size // dp, work.block_size, grad_accum, peak_flops, precision != torch.float32)
+        limits.hint(where, model, batch_size // dp, work.block_size, grad_accum, peak_flops,
+                    precision != torch.float32)
         first = loop["step"]
         # a new run at once: a full disk shows at the start; with keep_last again: the numbered one may be missing
         saved = first if checkpoint and not keep_last else -1
@@ -349,33 +341,21 @@ def main():
                     clock.lap("backward")
                 loss, seen = loss + nats[-1, 0] * share, seen + x.numel() * mesh.dp
                 reports.append((model.usage, model.extras))
-            scaler.unscale_(opt)
-            grad_norm = mesh.clip_grad_norm(model.parameters(), grad_clip or math.inf)
-            scaler.step(opt)
-            scaler.update()
-            opt.zero_grad(set_to_none=True)
+            grad_norm = optim.take_step(opt, scaler, model.parameters(), grad_clip, ema, mesh.clip_grad_norm)
             mesh.gather(model, reports)
             model.balance_experts()
-            if ema:
-                ema.update()
             clock.lap("optimiser")
             loop.add(torch.stack([mesh.mean(loss), grad_norm]))
             step = loop["step"] = step + 1
             loop["rows"] += batch_size * grad_accum
 
             # ---- log ----
-            due = step % log_interval == 0
-            if due:
-                loop.flush()                                     # waits for the device: part of the step's time
-            loop["seconds"] += time.perf_counter() - began
-            if due:
-                losses = [loss for loss, _ in loop["pending"]]
-                speed = seen / max(loop["seconds"] - loop["logged_seconds"], 1e-9)
-                mean = sum(losses) / len(losses)
-                run.log(step=step, split="train", loss=mean, lr=rate, grad_norm=loop["pending"][-1][1],
+            rows, elapsed = loop.lap(began, step % log_interval == 0)
+            if rows:
+                mean, speed = sum(loss for loss, _ in rows) / len(rows), seen / max(elapsed, 1e-9)
+                run.log(step=step, split="train", loss=mean, lr=rate, grad_norm=rows[-1][1],
                         tokens_per_s=speed, mfu=speed * model.flops_per_token(x.size(1)) / peak_flops,
                         seconds=loop["seconds"], epoch=batches.epoch)
-                loop.update(pending=[], logged_seconds=loop["seconds"])
                 seen = 0
                 bar.update(step, f"loss {mean:.4f}, {speed:,.0f} tokens/s")
 

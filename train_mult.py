@@ -37,8 +37,8 @@ from kernels import cross_entropy
 from model import TransformerConfig, fused_rows, parameter_roles
 from models.encoder_decoder import EncoderDecoder, LatentTransformer, PrefixDecoder
 from nanolab import limits, optim
-from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, begin, command, put_back, resolve_device,
-                         restoring, resumed, seed_everything)
+from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, as_user_error, begin, command, put_back,
+                         resolve_device, restoring, resumed, seed_everything)
 from nanolab.settings import shown
 
 # --- Run ---
@@ -167,12 +167,10 @@ def check(settings):
     if ask is not None:
         problems_asked()
     notation = Notation(format, max_digits)
-    try:
+    with as_user_error():
         config = TransformerConfig.from_settings({
             **settings, "vocab_size": len(SYMBOLS), "block_size": max(notation.source_length, notation.answer_length)})
-        optim.factor(settings, 0)
-    except ValueError as error:
-        raise UserError(error)
+        optim.check(settings)
     limits.weigh(lambda: [Solver(name, config, sums_named(notation)) for name in names], device)
     limits.fits(limits.kept(batch_size, notation.answer_length, n_embd, n_layer),
                 f"a batch_size of {batch_size} problems", device)
@@ -533,12 +531,7 @@ def last_words(run, learner, found, trained):
 def main():
     # ---- settings: flags, preset, and on resume the checkpoint's ----
     settings = begin(globals())
-    only_read = eval_only or ask is not None
-    if eval_only and ask is not None:
-        raise UserError("--eval_only and --ask: one of them")
-    if only_read and settings["resume"] is False:
-        raise UserError(f"--{'eval_only' if eval_only else 'ask'} goes with --resume, or --resume PATH: which model?")
-    checkpoint = resumed(settings, architecture, ("eval_only", "ask"), needed=only_read)
+    checkpoint = resumed(settings, architecture, readers=("eval_only", "ask"))
     names, notation, config = check(settings)
     where, precision = resolve_device(device, dtype)
     autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
@@ -635,34 +628,24 @@ def main():
                     learner.scaler.scale(objective).backward()
                     clock.lap("backward")
                     total, exact = total + nats, exact + accuracy / grad_accum
-                learner.scaler.unscale_(learner.opt)
-                grad_norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), grad_clip or math.inf)
-                learner.scaler.step(learner.opt)
-                learner.scaler.update()
-                learner.opt.zero_grad(set_to_none=True)
-                if learner.ema:
-                    learner.ema.update()
+                grad_norm = optim.take_step(learner.opt, learner.scaler, learner.model.parameters(), grad_clip,
+                                            learner.ema)
                 clock.lap("optimiser")
                 loop.add(torch.stack([total, exact, grad_norm]))
                 step = loop["step"] = loop["step"] + 1
                 learner.forcing.stepped(step)
 
                 # ---- log ----
-                due = step % log_interval == 0
-                if due:
-                    loop.flush()                         # waits for the device: part of the step's time
-                loop["seconds"] += time.perf_counter() - began
-                if due:
-                    n = len(loop["pending"])
-                    mean = sum(loss for loss, _, _ in loop["pending"]) / n
-                    speed = n * batch_size * grad_accum / (loop["seconds"] - loop["logged_seconds"])
+                rows, elapsed = loop.lap(began, step % log_interval == 0)
+                if rows:
+                    mean = sum(loss for loss, _, _ in rows) / len(rows)
+                    speed = len(rows) * batch_size * grad_accum / elapsed
                     run.log(step=step, model=learner.name, split="train", loss=mean, lr=rate,
-                            accuracy=sum(value for _, value, _ in loop["pending"]) / n, forcing=probability,
-                            grad_norm=loop["pending"][-1][2], examples_per_s=speed,
+                            accuracy=sum(value for _, value, _ in rows) / len(rows), forcing=probability,
+                            grad_norm=rows[-1][2], examples_per_s=speed,
                             tokens_per_s=speed * notation.answer_length, seconds=loop["seconds"],
                             epoch=loop["position"] / len(stream.examples))
-                    loop.update(pending=[], logged_seconds=loop["seconds"],
-                                shown=f"{learner.name} {step} loss {mean:.4f}")
+                    loop["shown"] = f"{learner.name} {step} loss {mean:.4f}"
             slowest = min(learner.step for learner in active)
             if slowest % log_interval == 0:
                 bar.update(slowest, ", ".join(learner.loop.get("shown", learner.name) + " (rests)" * learner.rests()

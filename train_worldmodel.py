@@ -41,8 +41,8 @@ from models.world_tokenizer import Tokenizer
 from models.world_words import FirstFrame, Writer
 from nanolab import limits, optim, world as worlds
 from nanolab.play import Session, parse_actions, save_samples, serve, write_rollout
-from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, begin, command, optional, resolve_device,
-                         restoring, resumed, seed_everything)
+from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, as_user_error, begin, command, means,
+                         mixed_precision, optional, resolve_device, restoring, resumed, seed_everything)
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
@@ -219,13 +219,11 @@ def check(settings):
         unit, how = (2 * n_head, "") if name == "text_embd" else (4 * n_head, " by row and column")
         if settings[name] % unit:
             raise UserError(f"{name} {settings[name]}: {n_head} heads that turn{how} need a multiple of {unit}")
-    try:
+    with as_user_error():
         if quantiser == "fsq":
             fsq_levels(codebook_size)
         for name in STAGES:
-            optim.factor({**settings, "max_steps": steps_of(name)}, 0)
-    except ValueError as error:
-        raise UserError(error)
+            optim.check({**settings, "max_steps": steps_of(name)})
 
 
 def check_sizes(settings, video):
@@ -500,10 +498,8 @@ STAGES = {
 
 def build(name, video):
     """The untrained model of a stage. UserError: its sizes do not go together."""
-    try:
+    with as_user_error():
         return STAGES[name].build(video)
-    except ValueError as error:
-        raise UserError(error)
 
 
 # --- Training a stage ---
@@ -559,31 +555,94 @@ def passes_of(name, model, reader, index, step, noise):
     return [(*part, weight / total) for part, weight in zip(passes, weights)]
 
 
+class Learner:
+    """A stage in training: its model, and all that the rest of its training depends on."""
+
+    def __init__(self, name, world, settings):
+        self.name, self.world, self.stage, where = name, world, STAGES[name], world.train.device
+        seed_everything(seed, deterministic)
+        self.model = build(name, world.video).to(where)
+        self.trained = compiled(self.model, name) if compile else self.model
+        self.opt = optim.build(settings, self.model.named_parameters(), parameter_roles(self.model),
+                               fused_rows(self.model))
+        self.ema = optim.EMA(self.model, ema_decay) if ema_decay else None
+        self.codebook = self.stage.codebook(self.model)
+        self.noise = torch.Generator(where).manual_seed(seed)      # masks
+        self.revival = torch.Generator().manual_seed(seed)         # which encoder outputs dead codes become
+        _, self.scaler = mixed_precision(where, world.precision)
+        self.loop = Loop(dict(step=0, evaluated=-1, best=-math.inf, best_step=0, best_model=None, waited=0, pending=[],
+                              seconds=0.0, logged_seconds=0.0, clips=0, start=world.total,
+                              chosen=torch.zeros(codebook_size, dtype=torch.int64)), self.scaler)
+        self.clips = Stream(world.video.train, self.stage.frames(), globals()[self.stage.batch] * grad_accum, data_seed)
+
+    def parts(self):
+        """What a checkpoint holds, by its names there."""
+        return dict(stage=self.name, model=self.model, optimizer=self.opt, ema=self.ema, scaler=self.scaler,
+                    generators=Generators(noise=self.noise, revival=self.revival), loop=self.loop)
+
+    def evaluated(self, place, clock):
+        """(figures, weights) of the weights to evaluate, of which samples go to files that begin with `place`."""
+        world = self.world
+        clock.start()
+        with optim.evaluated(self.opt, self.ema):
+            with world.autocast:
+                numbers = self.stage.evaluate(self.model, world.val)
+            clock.lap("evaluation")
+            weights = copy.deepcopy(self.model.state_dict())
+            with torch.no_grad(), world.autocast, optional("samples are"):
+                save_samples(place, self.stage.draw(self.model.eval(), world.val))
+        self.model.train()
+        return numbers, weights
+
+    def step(self, clock):
+        """One optimiser step, whose numbers go to the loop."""
+        loop, world, stage = self.loop, self.world, self.stage
+        step, row, outputs, chosen = loop["step"], dict(loss=0.0), [], []
+        clock.start()
+        with world.autocast:
+            passes = passes_of(self.name, self.model, world.train, self.clips.at(step), step, self.noise)
+        for index, hidden, share in passes:
+            clock.lap("data")                                 # which clips; what is made of them belongs to the pass
+            with world.autocast:
+                loss, found = stage.loss(self.trained, stage.read(world.train, index, step, hidden))
+                loss = loss * share
+                objective = loss if found is None else loss + stage.commitment * found.loss / grad_accum
+            clock.lap("forward")
+            self.scaler.scale(objective).backward()
+            clock.lap("backward")
+            row["loss"] = row["loss"] + loss.detach()
+            if found is not None:
+                outputs.append(found.z.detach().flatten(0, -2))
+                chosen.append(found.codes.flatten())
+        row["grad_norm"] = optim.take_step(self.opt, self.scaler, self.model.parameters(), grad_clip, self.ema)
+        if self.codebook is not None:                         # once a step, by all of its passes
+            self.codebook.follow(torch.cat(outputs), torch.cat(chosen))
+        clock.lap("optimiser")
+        loop.add(row)
+        loop.update(step=step + 1, clips=loop["clips"] + self.clips.batch_size)
+        if self.name == "tokenizer":
+            self.revive(torch.cat(outputs), torch.cat(chosen))
+
+    def revive(self, outputs, chosen):
+        """Counts which of the tokenizer's codes a step has chosen; every reset_interval steps, in a share of all steps,
+        the codes (K) that nothing chose become encoder outputs (M, D)."""
+        loop = self.loop
+        loop["chosen"] += chosen.bincount(minlength=codebook_size).cpu()
+        if self.codebook is not None and reset_interval and loop["step"] % reset_interval == 0:
+            if loop["step"] <= reset_fraction * steps_of("tokenizer"):
+                self.codebook.revive((loop["chosen"] == 0).to(outputs.device), outputs, self.revival, reset_distance)
+            loop["chosen"].zero_()
+
+
 def train_stage(name, world, run, bar, clock, was=None):
     """Trains a stage to its end, after which it is one of world's, or until the run is to stop. was: what it goes on
     from, the run's checkpoint or what the stage had ended with."""
-    # ---- model, optimiser ----
-    stage, where = STAGES[name], world.train.device
     know_codes(world.train, world.val, name)
-    seed_everything(seed, deterministic)
-    model = build(name, world.video).to(where)
-    trained = compiled(model, name) if compile else model
-    opt = optim.build(run.settings, model.named_parameters(), parameter_roles(model), fused_rows(model))
-    ema = optim.EMA(model, ema_decay) if ema_decay else None
-    codebook, limit = stage.codebook(model), steps_of(name)
-
-    # ---- the stage: on resume, what it is handed goes on where the checkpoint was saved ----
-    noise = torch.Generator(where).manual_seed(seed)          # masks
-    revival = torch.Generator().manual_seed(seed)             # which encoder outputs dead codes become
-    scaler = torch.amp.GradScaler(where.type, enabled=world.precision == torch.float16)
-    loop = Loop(dict(step=0, evaluated=-1, best=-math.inf, best_step=0, best_model=None, waited=0, pending=[],
-                     seconds=0.0, logged_seconds=0.0, clips=0, start=world.total,
-                     chosen=torch.zeros(codebook_size, dtype=torch.int64)), scaler)
-    run.track(was, stage=name, model=model, optimizer=opt, ema=ema, scaler=scaler,
-              generators=Generators(noise=noise, revival=revival), loop=loop)
-    clips = Stream(world.video.train, stage.frames(), globals()[stage.batch] * grad_accum, data_seed)
+    learner = Learner(name, world, run.settings)
+    run.track(was, **learner.parts())                         # on resume, goes on where the checkpoint was saved
+    loop, model, limit = learner.loop, learner.model, steps_of(name)
     patches = (world.video.height // patch) * (world.video.width // patch)
-    clip_tokens = caption_length(side) if name == "text" else stage.frames() * patches
+    clip_tokens = caption_length(side) if name == "text" else learner.stage.frames() * patches
     print(f"stage {name}: {sum(p.numel() for p in model.parameters()):,} parameters, {limit} steps")
     first = loop["start"]                                     # steps of the stages before
     saved = loop["step"] if was and was is run.checkpoint else None
@@ -596,15 +655,7 @@ def train_stage(name, world, run, bar, clock, was=None):
         if (step % eval_interval == 0 or step == limit) and loop["evaluated"] < step:
             loop.flush()
             loop["evaluated"] = step
-            clock.start()
-            with optim.evaluated(opt, ema):
-                with world.autocast:
-                    numbers = stage.evaluate(model, world.val)
-                clock.lap("evaluation")
-                weights = copy.deepcopy(model.state_dict())
-                with torch.no_grad(), world.autocast, optional("samples are"):
-                    save_samples(run.dir / "samples" / f"{name}_{step:06d}", stage.draw(model.eval(), world.val))
-            model.train()
+            numbers, weights = learner.evaluated(run.dir / "samples" / f"{name}_{step:06d}", clock)
             run.log(step=first + step, split="val", stage=name, stage_step=step, **numbers)
             bar.note(f"{name} {step}: {in_words(name, numbers)}")
             loop["waited"] += 1
@@ -619,65 +670,35 @@ def train_stage(name, world, run, bar, clock, was=None):
 
         # ---- one optimiser step ----
         began = time.perf_counter()
-        rate = optim.set_rate(opt, {**run.settings, "max_steps": limit}, step)
-        row, outputs, chosen = dict(loss=0.0), [], []
-        clock.start()
-        with world.autocast:
-            passes = passes_of(name, model, world.train, clips.at(step), step, noise)
-        for index, hidden, share in passes:
-            clock.lap("data")                                 # which clips; what is made of them belongs to the pass
-            with world.autocast:
-                loss, found = stage.loss(trained, stage.read(world.train, index, step, hidden))
-                loss = loss * share
-                objective = loss if found is None else loss + stage.commitment * found.loss / grad_accum
-            clock.lap("forward")
-            scaler.scale(objective).backward()
-            clock.lap("backward")
-            row["loss"] = row["loss"] + loss.detach()
-            if found is not None:
-                outputs.append(found.z.detach().flatten(0, -2))
-                chosen.append(found.codes.flatten())
-        scaler.unscale_(opt)
-        row["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        scaler.step(opt)
-        scaler.update()
-        opt.zero_grad(set_to_none=True)
-        if ema:
-            ema.update()
-        if codebook is not None:                              # once a step, by all of its passes
-            codebook.follow(torch.cat(outputs), torch.cat(chosen))
-        clock.lap("optimiser")
-        loop.add(row)
-        step = loop["step"] = step + 1
-        loop["clips"] += clips.batch_size
-        if name == "tokenizer":
-            revive(codebook, loop, torch.cat(outputs), torch.cat(chosen), revival)
+        rate = optim.set_rate(learner.opt, {**run.settings, "max_steps": limit}, step)
+        learner.step(clock)
 
         # ---- log ----
-        due = step % log_interval == 0
-        if due:
-            loop.flush()                                      # waits for the device: part of the step's time
-        loop["seconds"] += time.perf_counter() - began
-        if due:
-            rows = loop["pending"]
-            means = {key: sum(line[key] for line in rows) / len(rows) for key in rows[-1]}
-            speed = loop["clips"] / (loop["seconds"] - loop["logged_seconds"])
-            run.log(step=first + step, split="train", stage=name, stage_step=step, **means, lr=rate,
+        step = loop["step"]
+        rows, elapsed = loop.lap(began, step % log_interval == 0)
+        if rows:
+            line, speed = means(rows), loop["clips"] / elapsed
+            run.log(step=first + step, split="train", stage=name, stage_step=step, **line, lr=rate,
                     clips_per_s=speed, tokens_per_s=speed * clip_tokens, seconds=loop["seconds"])
-            loop.update(pending=[], logged_seconds=loop["seconds"], clips=0)
-            bar.update(first + step, f"{name} loss {means['loss']:.4f}")
+            loop["clips"] = 0
+            bar.update(first + step, f"{name} loss {line['loss']:.4f}")
 
-    # ---- the end: the stage's best weights serve the later ones ----
-    if run.stop:
-        if saved != loop["step"]:
-            run.save("last.pt", first + loop["step"])
-        return
+    # ---- the end ----
+    if not run.stop:
+        finish(learner, run, clock)
+    elif saved != loop["step"]:
+        run.save("last.pt", first + loop["step"])
+
+
+def finish(learner, run, clock):
+    """A stage is one of world's: its best weights serve the later ones."""
+    name, world, loop = learner.name, learner.world, learner.loop
     world.ended[name] = on_cpu(run.states("model", "optimizer", "ema", "scaler", "generators", "loop"))
-    del world.ended[name]["loop"]["best_model"]          # which is done[name]
+    del world.ended[name]["loop"]["best_model"]               # which is done[name]
     world.done[name] = loop["best_model"]
-    model.load_state_dict(loop["best_model"])
-    world.models[name] = model.eval().requires_grad_(False)
-    world.total = first + loop["step"]
+    learner.model.load_state_dict(loop["best_model"])
+    world.models[name] = learner.model.eval().requires_grad_(False)
+    world.total = loop["start"] + loop["step"]
     clock.start()
     world.figures[name] = last_figures(name, world, loop)
     clock.lap("evaluation")
@@ -699,16 +720,6 @@ def know_codes(train, val, name="dynamics"):
             one = live[idle[live]].min()
             train.merged = val.merged = torch.where(idle, one, torch.arange(len(idle), device=one.device))
             train.live = live[~idle[live] | (live == one)]
-
-
-def revive(codebook, loop, outputs, chosen, generator):
-    """Counts which of the tokenizer's codes a step has chosen; every reset_interval steps, in a share of all steps, the
-    codes (K) that nothing chose become encoder outputs (M, D)."""
-    loop["chosen"] += chosen.bincount(minlength=codebook_size).cpu()
-    if codebook is not None and reset_interval and loop["step"] % reset_interval == 0:
-        if loop["step"] <= reset_fraction * steps_of("tokenizer"):
-            codebook.revive((loop["chosen"] == 0).to(outputs.device), outputs, generator, reset_distance)
-        loop["chosen"].zero_()
 
 
 def last_figures(name, world, loop):
@@ -837,16 +848,11 @@ def check_left(left):
 def main():
     # ---- settings: flags, preset, and on resume the checkpoint's ----
     settings = begin(globals())
-    if play is not None and rollout is not None:
-        raise UserError("--play and --rollout: one of them")
     if (shown := play or rollout) is not None:               # RUN: its directory, or its name
         named = Path(settings["out_dir"], "train_worldmodel", shown)
         settings.put(resume=str(named if named.exists() and not Path(shown).exists() else shown))
-    if eval_only and settings["resume"] is False:
-        raise UserError("--eval_only goes with --resume, or --resume PATH: which model?")
     only_read = eval_only or shown is not None
-    checkpoint = resumed(settings, architecture, ("eval_only", "play", "port", "rollout", "actions", "prompt"),
-                         needed=only_read)
+    checkpoint = resumed(settings, architecture, ("eval_only", "play", "rollout"), ("port", "actions", "prompt"))
     where, precision = resolve_device(device, dtype)
 
     # ---- data ----
@@ -873,7 +879,7 @@ def main():
                                 action_frames)
                   for clips in (video.train, video.val))
     world = World(video, train, val, models, done, ended, figures, checkpoint["step"] if checkpoint else 0, precision,
-                  torch.autocast(where.type, precision, enabled=precision != torch.float32))
+                  mixed_precision(where, precision)[0])
 
     # ---- a world that is there: played, written down, or measured ----
     if only_read and "dynamics" in models:

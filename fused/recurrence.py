@@ -151,26 +151,23 @@ def selective_backward(u, dt, A, Bm, Cm, D, kept, d_y, d_last, scratch, d_u, d_d
         start, end = chunk * CHUNK, tl.minimum(T, chunk * CHUNK + CHUNK)
         keep -= I * N
         state = tl.load(keep, mask=mask, other=0)
-        at, side = (row * T + start) * I + i, (row * T + start) * N + n
         for t in tl.range(start, end, num_stages=6):
+            at, side = (row * T + t) * I + i, (row * T + t) * N + n
             tl.store(own + (t - start) * ROWS * COLS, state)
             x = tl.load(u + at, mask=i < I, other=0).to(tl.float32)
             step = tl.load(dt + at, mask=i < I, other=0).to(tl.float32)
             b = tl.load(Bm + side, mask=n < N, other=0).to(tl.float32)
             state = tl.exp(step[:, None] * a) * state + (step * x)[:, None] * b[None, :]
-            at += I
-            side += N
         tl.debug_barrier()  # what other threads stored
-        side_out = ((row * blocks + block) * T + end - 1) * N + n
-        for t in range(start, end):
-            at -= I
-            side -= N
+        for t in range(end - 1, start - 1, -1):
+            at, side = (row * T + t) * I + i, (row * T + t) * N + n
+            side_out = ((row * blocks + block) * T + t) * N + n
             x = tl.load(u + at, mask=i < I, other=0).to(tl.float32)
             step = tl.load(dt + at, mask=i < I, other=0).to(tl.float32)
             dy = tl.load(d_y + at, mask=i < I, other=0)
             b = tl.load(Bm + side, mask=n < N, other=0).to(tl.float32)
             c = tl.load(Cm + side, mask=n < N, other=0).to(tl.float32)
-            before = tl.load(own + (end - 1 - t) * ROWS * COLS)
+            before = tl.load(own + (t - start) * ROWS * COLS)
             decay, moved = tl.exp(step[:, None] * a), step * x
             g += dy[:, None] * c[None, :]
             after = decay * before + moved[:, None] * b[None, :]
@@ -183,7 +180,6 @@ def selective_backward(u, dt, A, Bm, Cm, D, kept, d_y, d_last, scratch, d_u, d_d
             tl.store(d_dt + at, tl.sum(w * a, 1) + d_moved * x, mask=i < I)
             sum_a += w * step[:, None]
             sum_d += dy * x
-            side_out -= N
         tl.debug_barrier()  # before scratch is written anew
     tl.store(d_A + row * I * N + cell, sum_a, mask=mask)
     tl.store(d_D + row * I + i, sum_d, mask=i < I)

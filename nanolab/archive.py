@@ -19,7 +19,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanolab.run import UserError, is_running, read_json, replacing, run_metrics, write_json
+from nanolab.run import UserError, as_user_error, is_running, read_json, replacing, run_metrics, write_json
 
 SHARED = ("format", "script", "versions", "device", "git")   # of params.json; beside settings and command
 
@@ -136,10 +136,8 @@ def restore(path, folder):
 
     UserError: no archive, names that lead elsewhere or are there twice, a folder that is there already.
     """
-    try:
+    with as_user_error():
         first, runs = read_first(path), read(path)
-    except ValueError as error:
-        raise UserError(str(error)) from None
     if folder.exists():
         raise UserError(f"{folder} is there already")
     try:

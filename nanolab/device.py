@@ -44,6 +44,12 @@ def resolve_device(device, dtype):
     return torch.device(device), getattr(torch, dtype)
 
 
+def mixed_precision(where, precision):
+    """(autocast, GradScaler) of a training loop on the device `where` with numbers of type `precision`."""
+    return (torch.autocast(where.type, precision, enabled=precision != torch.float32),
+            torch.amp.GradScaler(where.type, enabled=precision == torch.float16))
+
+
 def seed_everything(seed, deterministic=True):
     """Seeds torch's global generators (CPU, CUDA). deterministic: the same bits every time on the same machine."""
     torch.manual_seed(seed)

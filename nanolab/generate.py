@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 
 from model import from_checkpoint
-from nanolab.run import UserError, load_checkpoint
+from nanolab.run import UserError, as_user_error, load_checkpoint
 
 
 def load_model(path, weights):
@@ -19,10 +19,8 @@ def load_model(path, weights):
     if loaded["script"] not in ("train_enwik8", "train_facts"):
         raise UserError(f"{path} is a checkpoint of {loaded['script']}.py: here one of train_enwik8.py or "
                         "train_facts.py is needed")
-    try:
+    with as_user_error(f"{path}: "):
         return loaded, from_checkpoint(loaded, weights)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}")
 
 
 def filter_logits(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, typical_p=None):

@@ -110,8 +110,10 @@ def first_step(model, rows, T, passes, peak_flops, half=False):
     return 16 * model.n_params() + kept, 2 * passes * rows * T * model.flops_per_token(T) / peak_flops
 
 
-def hint(model, rows, T, passes, peak_flops, half=False):
-    """On a CPU, before the first step: one line where that takes long or much, with the smaller preset."""
+def hint(where, model, rows, T, passes, peak_flops, half=False):
+    """Before the first step on a CPU: one line where that takes long or much, with the smaller preset."""
+    if where.type != "cpu":
+        return
     n_bytes, seconds = first_step(model, rows, T, passes, peak_flops, half)
     if seconds > 5 or n_bytes > min(4e9, memory("cpu") / 2):
         print(f"without a GPU a step will take about {seconds:,.0f} s and {as_size(n_bytes)} of memory, of "

@@ -677,12 +677,33 @@ def factor(settings, step):
                     settings["min_lr_scale"], settings["decay_fraction"], settings.get("warmup_peak", "last"))
 
 
+def check(settings):
+    """ValueError where a script's schedule, parametrisation or numbers do not go with the rest, or the optimiser."""
+    factor(settings, 0)
+    width_factor(settings)
+    if settings["optimizer"] == "ivon" and settings["dtype"] == "float16":
+        raise ValueError("optimizer ivon learns the curvature from gradients, which float16 scales: choose bfloat16")
+
+
 def set_rate(optimizer, settings, step):
     """Gives every group the rate of the step that follows `step` finished ones. Returns that of what has rate lr."""
     scale = factor(settings, step)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * scale
     return settings["lr"] * scale
+
+
+def take_step(optimizer, scaler, parameters, grad_clip=None, ema=None, clip=torch.nn.utils.clip_grad_norm_):
+    """Once all passes have left their gradients: unscaled, clipped to a norm of grad_clip (None: of any), stepped by,
+    forgotten; `ema` follows. Returns their norm before, a scalar. clip: a mesh's, over all of its processes."""
+    scaler.unscale_(optimizer)
+    norm = clip(parameters, grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    if ema:
+        ema.update()
+    return norm
 
 
 class EMA:

@@ -62,16 +62,18 @@ def start(dp=1, tp=1, device="auto"):
     device: the setting; "auto" and "cuda" give each process of a machine the GPU of its LOCAL_RANK. UserError: dp * tp
     is not the number of processes, or a process has no GPU of its own.
     """
-    world, rank, local = (int(os.environ.get(name, at)) for name, at in
-                          (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    return Alone(device) if dp == tp == world == 1 else _join(dp, tp, device, world)
+
+
+def _join(dp, tp, device, world):
+    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     if dp * tp != world:
         script = os.path.basename(sys.argv[0]) or "script.py"
         if "WORLD_SIZE" in os.environ:
             fail(f"dp {dp} times tp {tp} is {dp * tp}, but torchrun started {world} processes: the two must agree")
         fail(f"dp {dp} times tp {tp} needs {dp * tp} processes: "
              f"torchrun --nproc_per_node={dp * tp} {script} --dp {dp} --tp {tp}")
-    if world == 1:
-        return Alone(device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):

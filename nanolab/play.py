@@ -34,7 +34,7 @@ import torch
 
 from data.video import ACTIONS, AGENT, World, caption_length, paint, plain, unknown_words
 from models.world_words import as_characters
-from nanolab.run import UserError, replacing
+from nanolab.run import UserError, as_user_error, replacing
 from nanolab.world import Referee, as_bytes, opening
 
 BODY_LIMIT = 64 * 1024      # bytes of a request's body that are read as JSON
@@ -179,10 +179,8 @@ def write_rollout(played, plan, prompt, folder):
     frames, and rollout.gif. Returns their paths. UserError: no sentence of this model's, or no model of sentences."""
     if prompt is not None and not played.prompts:
         raise UserError("--prompt needs a run with the stage frame: --resume --stage frame trains it")
-    try:
+    with as_user_error("--prompt: "):
         views = [played.reset(prompt)]
-    except ValueError as error:
-        raise UserError(f"--prompt: {error}") from None
     if prompt is not None:
         print(views[0].note)
     views += [played.step(action) for action in plan]

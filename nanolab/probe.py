@@ -32,7 +32,8 @@ import torch.nn.functional as F
 
 from data import facts, tokens
 from model import from_checkpoint
-from nanolab.run import UserError, command, find_checkpoint, load_checkpoint, override, resolve_device
+from nanolab.run import (UserError, as_user_error, command, find_checkpoint, load_checkpoint, override,
+                         resolve_device)
 
 # --- What ---
 checkpoint = None        # run directory or checkpoint file of train_facts.py (may also be typed as a bare word)
@@ -281,10 +282,8 @@ def main():
     loaded = load_checkpoint(path, "train_facts")
     if loaded["settings"]["task"] not in facts.MODES:
         raise UserError(f"{path} is no model of people: train_facts.py trains them")
-    try:
+    with as_user_error(f"{path}: "):
         model = from_checkpoint(loaded, weights).for_inference().to(where)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}")
     people, vocabulary, _ = facts.open_facts(loaded["settings"])
     tokens.check(vocabulary, loaded["tokenizer"])
     for name in (attribute, asked):

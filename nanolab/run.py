@@ -49,10 +49,10 @@ except ImportError:  # Windows
 import kernels
 from nanolab import curves, optim
 from nanolab.curves import is_name
-from nanolab.device import (Generators, Stopwatch, as_size, fits, measure_peak_flops, peak_memory,  # noqa: F401
-                            resolve_device, seed_everything)
-from nanolab.settings import (Settings, UserError, adopt, as_typed, begin, check_settings, columns,  # noqa: F401
-                              override)
+from nanolab.device import (Generators, Stopwatch, as_size, fits, measure_peak_flops, mixed_precision,  # noqa: F401
+                            peak_memory, resolve_device, seed_everything)
+from nanolab.settings import (Settings, UserError, adopt, as_typed, as_user_error, begin, check_settings,  # noqa: F401
+                              columns, override)
 
 FORMAT = "nanolab-1"
 ROOMS = ("nanolab", "models", "fused", "data")  # folders of modules beside the scripts
@@ -202,9 +202,12 @@ def lock_file(file, shared=False, wait=False):
 
     shared: beside others who share it. wait: until it is free. On Windows (msvcrt) no lock is shared.
     """
-    if fcntl is not None:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-        return
+    if fcntl is None:
+        return _lock_on_windows(file, wait)
+    fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+
+
+def _lock_on_windows(file, wait):
     descriptor = file if isinstance(file, int) else file.fileno()
     while True:
         os.lseek(descriptor, 2 ** 30, os.SEEK_SET)           # a byte that is not there: a locked one cannot be read
@@ -365,22 +368,27 @@ def restoring(path):
         raise UserError(f"{path} does not fit or is damaged: {type(error).__name__}: {said[:300]}") from error
 
 
-def resumed(settings, architecture=(), of_this_command=(), needed=False):
+def resumed(settings, architecture=(), readers=(), of_this_command=()):
     """The checkpoint that the setting `resume` means, whose settings then hold (see adopt); None: a new run. Operations
     go by the setting `kernels` from here on.
 
-    architecture: names, or {part: names}: of "all" and of the stages that the checkpoint has begun. needed: without a
-    checkpoint there is nothing to do.
+    architecture: names, or {part: names}: of "all" and of the stages that the checkpoint has begun. readers: settings
+    with which a command only reads a checkpoint, one of them at a time. of_this_command: as for `adopt`.
     """
-    path, checkpoint = find_resume(settings, needed), None
-    if path is not None:
+    asked = [f"--{name}" for name in readers if settings[name] not in (None, False)]
+    if len(asked) > 1:
+        raise UserError(f"{' and '.join(asked)}: one of them")
+    if asked and settings["resume"] is False:
+        raise UserError(f"{asked[0]} goes with --resume, or --resume PATH: which model?")
+    checkpoint = None
+    if settings["resume"] is not False and (path := find_resume(settings, bool(asked))) is not None:
         checkpoint = load_checkpoint(path, settings.script)
         with restoring(path):
             if isinstance(architecture, dict):
                 begun = {"all", checkpoint["stage"], *checkpoint["done"]}
                 architecture = [name for part in begun for name in architecture[part]]
             saved = {"decay_params": "matrices"} | checkpoint["settings"]    # of a time when there was no choice
-            adopt(settings, saved, architecture, of_this_command)
+            adopt(settings, saved, architecture, (*readers, *of_this_command))
     kernels.use(settings["kernels"])
     return checkpoint
 
@@ -436,6 +444,18 @@ class Loop(dict):
             self["pending"].append(row)
         self._waiting.clear()
 
+    def lap(self, began, due):
+        """Counts the seconds since `began`, a step's. Where a line of metrics is `due`, waits for the device, which is
+        part of them. Returns (the numbers of every step since the line before, their seconds); else ([], 0.0)."""
+        if due:
+            self.flush()
+        self["seconds"] += time.perf_counter() - began
+        if not due:
+            return [], 0.0
+        rows, elapsed = self["pending"], self["seconds"] - self["logged_seconds"]
+        self.update(pending=[], logged_seconds=self["seconds"])
+        return rows, elapsed
+
     def state_dict(self):
         """A plain dict, tensors on the CPU."""
         self.flush()
@@ -453,6 +473,13 @@ class Loop(dict):
                 raise ValueError(f"{name} of its loop is {str(saved[name])[:50]!r}")
         self.update({name: value.to(self[name].device) if torch.is_tensor(self.get(name)) else value
                      for name, value in saved.items()})
+
+
+def means(rows):
+    """{name: its mean} over the dicts of a list that have it, in the order of the last one's names."""
+    names = dict.fromkeys(name for row in rows[::-1] for name in row)
+    values = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: sum(some) / len(some) for name, some in values.items()}
 
 
 @contextlib.contextmanager

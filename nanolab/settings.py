@@ -66,6 +66,15 @@ class UserError(Exception):
     """A person's mistake, said in one line; `command` prints it and exits with status 2."""
 
 
+@contextlib.contextmanager
+def as_user_error(where=""):
+    """Within it a ValueError says what a person mistook: UserError, its sentence after `where`."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{where}{error}") from error
+
+
 class Settings(dict):
     """Every setting by name. `.explicit`: names set by a flag or the preset; `.flags`: by a flag; `.command`: the words
     as typed; `.script`: the script's path; `.only`: when a setting counts, for `idle`. `.fingerprint`: of the data in
@@ -330,8 +339,11 @@ def answer_help(name, path, positional=None):
     Reads presets and aliases, or the signatures of the functions that `serve` is given, from the source without running
     it. Where presets are computed it does nothing: `override` will answer. positional: as for `override`.
     """
-    if name != "__main__" or not {"-h", "--help"} & set(sys.argv[1:]):
-        return
+    if name == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
+        _answer_help(path, positional)
+
+
+def _answer_help(path, positional):
     tree, g = _read_tables(path)
     main = [node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "main"]
     if main:
@@ -517,32 +529,32 @@ def serve(*steps, defaults=None, **commands):
     chooses one, in place of `steps`. main raises UserError for what is typed wrongly; main.read(words), which calls no
     step, too.
     """
-    def read(words):
-        """(the steps, {option: value}) that the words ask for."""
-        g = (steps or next(iter(commands.values())))[0].__globals__
-        path = Path(g["__file__"])
-        parser = Parser(prog=f"{path.parent.name}/{path.name}", description=g["__doc__"].splitlines()[0])
-        if commands:
-            parts = parser.add_subparsers(dest="command", required=True, metavar="|".join(commands),
-                                          parser_class=Parser)
-            for word, chain in commands.items():
-                said = inspect.getdoc(chain[0]).splitlines()[0]
-                _add_options(parts.add_parser(word, help=said, description=said), chain, {})
-        else:
-            _add_options(parser, steps, defaults or {})
-        words = [re.sub("^(--(?:no-)?)([^=]+)", lambda option: option[1] + option[2].replace("-", "_"), word)
-                 for word in words]                              # --max-bytes is --max_bytes
-        typed = vars(parser.parse_args(words))
-        return steps or commands[typed["command"]], typed
-
     def main(argv=None):
-        chain, typed = read(sys.argv[1:] if argv is None else argv)
+        chain, typed = main.read(sys.argv[1:] if argv is None else argv)
         found = []                                               # what the step before returned
         for step in chain:
             options = list(inspect.signature(step).parameters)[len(found):]
             found = [step(*found, **{name: typed[name] for name in options if name in typed})]
-    main.read = read
+    main.read = functools.partial(_read_words, steps, defaults or {}, commands)
     return main
+
+
+def _read_words(steps, defaults, commands, words):
+    """(the steps, {option: value}) that the words ask for."""
+    g = (steps or next(iter(commands.values())))[0].__globals__
+    path = Path(g["__file__"])
+    parser = Parser(prog=f"{path.parent.name}/{path.name}", description=g["__doc__"].splitlines()[0])
+    if commands:
+        parts = parser.add_subparsers(dest="command", required=True, metavar="|".join(commands), parser_class=Parser)
+        for word, chain in commands.items():
+            said = inspect.getdoc(chain[0]).splitlines()[0]
+            _add_options(parts.add_parser(word, help=said, description=said), chain, {})
+    else:
+        _add_options(parser, steps, defaults)
+    words = [re.sub("^(--(?:no-)?)([^=]+)", lambda option: option[1] + option[2].replace("-", "_"), word)
+             for word in words]                                  # --max-bytes is --max_bytes
+    typed = vars(parser.parse_args(words))
+    return steps or commands[typed["command"]], typed
 
 
 def _add_options(parser, steps, defaults):
