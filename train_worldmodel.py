@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data import draw
 from data.video import Stream, caption_length, load
@@ -111,11 +112,8 @@ tokens = "tokenizer"       # [tokenizer, cells] of the tokenizer, or the grid wo
 action_source = "latent"   # [latent, true] actions that lead to each frame
 action_input = "add"       # [add, prepend] to every token of the frame, or as one more token
 streams = True             # true and corrupted frames side by side, all frames are targets; False: the last frame only
-merge_idle = False         # [with action_source latent] codes whose steps change little are one to the dynamics
-idle_noise = 0.0           # [>= 0.0, <= 1.0, with action_source latent] share of those steps with an even draw of codes:
-                           # each is then seen to do nothing, as at a wall
-code_noise = 0.0           # [>= 0.0, <= 1.0, with action_source latent] share of the steps with an even draw of codes,
-                           # where the action model writes the same frame under it
+merge_idle = False         # [with action_source latent] codes whose steps change little are one to the dynamics, and
+                           # half of all steps that change no more have it, whatever their code
 mask_rate = (0.5, 1.0)     # [>= 0.0, <= 1.0] share of a frame's tokens that are hidden: uniform between these
 context = 6                # [>= 2] frames of a clip
 window = 4                 # [none, >= 2] frames that a frame sees, its own too, trained and generated; none: all
@@ -332,17 +330,11 @@ def hide_in_clips(n, n_tokens, noise):
 def read_dynamics(reader, index, step, hidden):
     """(tokens (B, T, N), actions (B, T), hidden, weight (B, targets, N)): tokens that change weigh more at first."""
     truth, acts = reader.tokens_and_actions(index, context)
-    if (idle_noise or code_noise) and action_source == "latent":
+    if reader.merged is not None:
+        still = F.pad((truth[:, 1:] != truth[:, :-1]).sum(-1) <= reader.still, (1, 0))
         key = draw.pair_hash(index.numpy()[:, None] * context + np.arange(context), step, data_seed)
-        drawn = torch.from_numpy((draw.mix(key) % np.uint64(len(reader.live))).astype(np.int64))
-        drawn = reader.live[drawn.to(acts.device)]
-        if code_noise:
-            noisy = torch.from_numpy(draw.chance(key, code_noise)).to(acts.device)
-            noisy[:, 0] = False
-            noisy[:, 1:] &= worlds.alike(reader, index, context, drawn[:, 1:])
-        else:
-            noisy = torch.from_numpy(draw.chance(key, idle_noise)).to(acts.device) & reader.idle[acts]
-        acts = torch.where(noisy, drawn, acts)
+        half = torch.from_numpy(draw.chance(key, 0.5)).to(still.device)
+        acts = torch.where(still & half, reader.merged[-1], acts)
     first, extra = first_target(), falling(step, steps_of("dynamics"), dynamics_change, dynamics_change_fraction)
     return truth, acts, hidden, (1 + extra * (truth[:, first:] != truth[:, first - 1:-1])) * hidden[:, first:]
 
@@ -711,15 +703,13 @@ def know_codes(train, val, name="dynamics"):
     as the tokens of all frames are, where the action model reads them too."""
     if action_frames == "tokens" and tokens == "tokenizer" and name in ("actions", "dynamics"):
         train.keep_tokens()
-    if name == "dynamics" and action_source == "latent" and "actions" in train.models and (merge_idle or idle_noise or code_noise):
+    if name == "dynamics" and merge_idle and action_source == "latent":
         train.merged = val.merged = None
-        idle, live = (found.to(train.device) for found in worlds.idle_codes(train, context, eval_clips))
-        train.idle, train.live = idle, live
-        print(f"codes whose steps change little: {idle.nonzero()[:, 0].tolist()} of {live.tolist()}")
-        if merge_idle:
-            one = live[idle[live]].min()
-            train.merged = val.merged = torch.where(idle, one, torch.arange(len(idle), device=one.device))
-            train.live = live[~idle[live] | (live == one)]
+        idle, train.still = worlds.idle_codes(train, context, eval_clips)
+        codes = torch.arange(n_codes + 1)
+        one = codes[idle].min()
+        print(f"codes whose steps change little: {codes[idle].tolist()}")
+        train.merged = val.merged = F.pad(torch.where(idle, one, codes), (0, 1), value=one).to(train.device)
 
 
 def last_figures(name, world, loop):

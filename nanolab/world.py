@@ -146,33 +146,20 @@ def as_bytes(frames):
 
 
 @torch.no_grad()
-def alike(reader, index, T, drawn):
-    """(B, T - 1) bool: after each frame but the last of clips the action model writes the same under the code drawn
-    (B, T - 1) as under its own."""
-    model, frames = reader.models["actions"], reader.watch(index, T)[0]
-    codes = latent_actions(model, frames)
-    frames = torch.cat((frames[:, :1].expand(-1, model.history - 1, *frames.shape[2:]), frames), 1)
-    past = torch.stack([frames[:, t:t + model.history] for t in range(T - 1)], 1).flatten(0, 1)
-
-    def written(codes):
-        return model.predict(past, model.quantiser.look_up(codes.flatten())).argmax(-1)
-    return (written(codes) == written(drawn)).flatten(1).all(1).view(codes.shape)
-
-
-@torch.no_grad()
 def idle_codes(reader, T, clips, least=0.02):
     """((n_codes + 1,) bool: the steps of this code change fewer tokens than the middle between those of the codes that
-    change most and least; the codes that stand for a share of `least` of all steps, int64), of so many clips of T
-    frames. No labels are asked."""
+    change most and least, of those that stand for a share of `least` of all steps; the most tokens that an idle step
+    changes, half a token above the mean of theirs), of so many clips of T frames. No labels are asked."""
     moved, n = torch.zeros(reader.no_action + 1), torch.zeros(reader.no_action + 1)
     for index in reader.spread(T, clips).split(64):
         tokens, codes = reader.tokens_and_actions(index, T)
         changes = (tokens[:, 1:] != tokens[:, :-1]).sum(-1).flatten().cpu().float()
         moved.index_add_(0, codes[:, 1:].flatten().cpu(), changes)
         n += codes[:, 1:].flatten().cpu().bincount(minlength=len(n))
-    often = n >= least * n.sum()
     mean = moved / n                                                             # not a number of what there is not
-    return mean < (mean[often].min() + mean[often].max()) / 2, often.nonzero()[:, 0]
+    often = mean[n >= least * n.sum()]
+    idle = mean < (often.min() + often.max()) / 2
+    return idle, (moved[idle].sum() / n[idle].sum() + 0.5).item()
 
 
 def opening(reader, world, T):
