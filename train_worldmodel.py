@@ -1,6 +1,8 @@
 """From video to a world that one can play: frames as tokens, latent actions without labels, and the next frame.
 
-    python train_worldmodel.py --preset cpu                    # every stage on the own grid world: minutes
+    python train_worldmodel.py --preset cpu                    # a grid world under its true actions: minutes
+    python train_worldmodel.py --preset cpu_latent             # the same under actions that are found without labels
+    python train_worldmodel.py --play MY_RUN                   # in the browser, with the true world beside it
     python train_worldmodel.py --stage actions                 # one stage: which of 8 codes led to each next frame
     python train_worldmodel.py --stage tokenizer               # another: frames as codes of one codebook
     python train_worldmodel.py --resume --stage dynamics       # goes on with the newest run: that stage is added
@@ -170,7 +172,8 @@ FURTHER = {"the optimiser": "nanolab/optim.py:Settings but orthograd warmup_peak
 
 presets = {
     "cpu": dict(stage="all", action_source="true", text_steps=100, frame_steps=250),
-    "cpu_latent": dict(stage="all", action_steps=1000, dynamics_steps=400, text_steps=100, frame_steps=250),
+    "cpu_latent": dict(stage="all", facing=True, action_frames="tokens", action_layers=1, action_steps=1500, lr=4e-3,
+                       merge_idle=True, mask_rate=(0.3, 1.0), text_steps=100, frame_steps=250),
     "cells": dict(stage="dynamics", tokens="cells", action_source="true"),
     "drive": dict(dataset="donkeycar", patch=4, codebook_size=256, reset_distance=0.05, tokenizer_change=0.0,
                   tokenizer_embd=96, tokenizer_batch=8, tokenizer_steps=700, action_change=0.0, action_steps=500,
