@@ -1,6 +1,8 @@
 """From video to a world that one can play: frames as tokens, latent actions without labels, and the next frame.
 
-    python train_worldmodel.py --preset cpu                    # every stage on the own grid world: minutes
+    python train_worldmodel.py --preset cpu                    # a grid world under its true actions: minutes
+    python train_worldmodel.py --preset cpu_latent             # the same under actions that are found without labels
+    python train_worldmodel.py --play MY_RUN                   # in the browser, with the true world beside it
     python train_worldmodel.py --stage actions                 # one stage: which of 8 codes led to each next frame
     python train_worldmodel.py --stage tokenizer               # another: frames as codes of one codebook
     python train_worldmodel.py --resume --stage dynamics       # goes on with the newest run: that stage is added
@@ -25,8 +27,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
+from data import draw
 from data.video import Stream, caption_length, load
 from kernels import cross_entropy
 from model import fused_rows, parameter_roles
@@ -67,6 +72,7 @@ side = 8                   # [>= 2, with dataset gridworld] cells
 cell_px = 8                # [>= 4, with dataset gridworld] pixels of a cell
 walls = 0.15               # [>= 0.0, < 0.9, with dataset gridworld] share of the cells
 ball = True                # [with dataset gridworld] with a ball that moves by itself
+facing = False             # [with dataset gridworld] the agent shows where it was pushed last, so a blocked press too
 split_seed = 0             # [>= 0] which worlds there are
 batch_size = 64            # [>= 1] clips per forward pass of the action model
 grad_accum = 1             # [>= 1] forward passes per optimiser step
@@ -94,6 +100,7 @@ n_codes = 8                # [>= 2] latent actions
 history = 2                # [>= 1] frames that explain the next one; with 1 what moves by itself hides the action
 action_quantiser = "signs" # [signs, vq] signs of normalised numbers, or the nearest of n_codes vectors
 difference = True          # [with action_model conv] the encoder sees x_t+1 - x_t; False: x_t+1
+action_frames = "pixels"   # [pixels, tokens] what the action model sees and writes: frames, or the tokenizer's tokens
 action_layers = 3          # [>= 1, <= 1000] in encoder and decoder each
 action_embd = 32           # [>= 1] width
 action_steps = 1600        # [>= 0] optimiser steps
@@ -107,6 +114,8 @@ tokens = "tokenizer"       # [tokenizer, cells] of the tokenizer, or the grid wo
 action_source = "latent"   # [latent, true] actions that lead to each frame
 action_input = "add"       # [add, prepend] to every token of the frame, or as one more token
 streams = True             # true and corrupted frames side by side, all frames are targets; False: the last frame only
+merge_idle = False         # [with action_source latent] codes whose steps change little are one to the dynamics, and
+                           # half of all steps that change no more have it, whatever their code
 mask_rate = (0.5, 1.0)     # [>= 0.0, <= 1.0] share of a frame's tokens that are hidden: uniform between these
 context = 6                # [>= 2] frames of a clip
 window = 4                 # [none, >= 2] frames that a frame sees, its own too, trained and generated; none: all
@@ -132,6 +141,7 @@ prompt = None              # a sentence that starts the rollout's world; write: 
 decode_steps = 2           # [>= 1] rounds of MaskGIT for a frame; a world without chance needs no more
 temperature = 0.0          # [>= 0.0] of the tokens drawn; 0: the likeliest
 rollout_clips = 64         # [>= 1] clips of the final rollouts
+play_presses = 200         # [>= 0, with dataset gridworld] the dynamics are scored by, in 20 worlds; 0: they are not
 log_cache = False          # print the cache after a rollout
 
 # --- Optimisation ---
@@ -161,7 +171,9 @@ FURTHER = {"the optimiser": "nanolab/optim.py:Settings but orthograd warmup_peak
            "the run": "nanolab/settings.py:Common"}
 
 presets = {
-    "cpu": dict(stage="all", action_steps=1000, dynamics_steps=400, text_steps=100, frame_steps=250),
+    "cpu": dict(stage="all", action_source="true", text_steps=100, frame_steps=250),
+    "cpu_latent": dict(stage="all", facing=True, action_frames="tokens", action_layers=1, action_steps=1500, lr=4e-3,
+                       merge_idle=True, mask_rate=(0.3, 1.0), text_steps=100, frame_steps=250),
     "cells": dict(stage="dynamics", tokens="cells", action_source="true"),
     "drive": dict(dataset="donkeycar", patch=4, codebook_size=256, reset_distance=0.05, tokenizer_change=0.0,
                   tokenizer_embd=96, tokenizer_batch=8, tokenizer_steps=700, action_change=0.0, action_steps=500,
@@ -174,16 +186,17 @@ aliases = {"d_model": "dynamics_embd", "n_actions": "n_codes", "learning_rate": 
 debug_settings = dict(n_train=32, n_val=8, length=8, eval_clips=16, tokenizer_steps=8, action_steps=8,
                       dynamics_steps=8, text_steps=8, frame_steps=8, warmup_steps=2, eval_interval=4, save_interval=4,
                       log_interval=1, batch_size=8, tokenizer_batch=4, dynamics_batch=4, tokenizer_embd=16,
-                      action_embd=8, dynamics_embd=16, text_embd=16, frame_embd=16)
+                      action_embd=8, dynamics_embd=16, text_embd=16, frame_embd=16, play_presses=8)
 
 # These make the shape of the weights, or what a model is scored on: on resume the checkpoint's hold, of "all" always,
 # of a stage once it has begun.
 architecture = {
-    "all": ("dataset", "n_train", "n_val", "length", "side", "cell_px", "walls", "ball", "split_seed", "patch",
-            "n_head", "optimizer"),
+    "all": ("dataset", "n_train", "n_val", "length", "side", "cell_px", "walls", "ball", "facing", "split_seed",
+            "patch", "n_head", "optimizer"),
     "tokenizer": ("tokenizer", "codebook_size", "code_dim", "quantiser", "tokenizer_layers", "tokenizer_embd",
                   "tokenizer_frames"),
-    "actions": ("action_model", "n_codes", "history", "action_quantiser", "difference", "action_layers", "action_embd"),
+    "actions": ("action_model", "n_codes", "history", "action_quantiser", "difference", "action_layers", "action_embd",
+                "action_frames"),
     "dynamics": ("dynamics", "tokens", "action_source", "action_input", "context", "dynamics_layers", "dynamics_embd"),
     "text": ("text_layers", "text_embd"),
     "frame": ("tokens", "frame_layers", "frame_embd"),
@@ -277,7 +290,7 @@ def read_actions(reader, index, step, hidden=None):
     Pixels that change weigh more at first, since a model that copies is otherwise nearly right; but no longer at the
     end, since a weight that stays moves the likeliest colour and paints movers where there are none.
     """
-    frames, indices = reader.pictures(index, history + 1)
+    frames, indices = reader.watch(index, history + 1)
     first = min(2, history) if action_model == "transformer" else history         # frame that is a target
     extra = falling(step, steps_of("actions"), action_change, action_change_fraction)
     weight = 1 + extra * (frames[:, first:] != frames[:, first - 1:-1]).any(-1)
@@ -320,6 +333,11 @@ def hide_in_clips(n, n_tokens, noise):
 def read_dynamics(reader, index, step, hidden):
     """(tokens (B, T, N), actions (B, T), hidden, weight (B, targets, N)): tokens that change weigh more at first."""
     truth, acts = reader.tokens_and_actions(index, context)
+    if reader.merged is not None:
+        still = F.pad((truth[:, 1:] != truth[:, :-1]).sum(-1) <= reader.still, (1, 0))
+        key = draw.pair_hash(index.numpy()[:, None] * context + np.arange(context), step, data_seed)
+        half = torch.from_numpy(draw.chance(key, 0.5)).to(still.device)
+        acts = torch.where(still & half, reader.merged[-1], acts)
     first, extra = first_target(), falling(step, steps_of("dynamics"), dynamics_change, dynamics_change_fraction)
     return truth, acts, hidden, (1 + extra * (truth[:, first:] != truth[:, first - 1:-1])) * hidden[:, first:]
 
@@ -399,7 +417,18 @@ def sizes(video):
 
 def token_sizes(video):
     """Rows and columns of a frame's tokens, and how many tokens there are to choose from."""
-    return ((side, side), 4) if tokens == "cells" else ((video.height // patch, video.width // patch), codebook_size)
+    if tokens == "cells":
+        return (side, side), 8 if facing else 4
+    return (video.height // patch, video.width // patch), codebook_size
+
+
+def build_actions(video):
+    """An untrained action model, over pixels or over tokens."""
+    how = history, n_codes, action_embd, action_layers, action_model, action_quantiser, n_head, difference
+    if action_frames == "pixels":
+        return ActionModel(*sizes(video), *how)
+    grid, K = token_sizes(video)
+    return ActionModel(*grid, 1, K, *how, channels=K)
 
 
 def build_dynamics(video):
@@ -432,13 +461,12 @@ STAGES = {
         shown="psnr frame_psnr ssim changed_psnr usage perplexity",
         codebook=lambda model: model.codebook if quantiser == "vq" else None, commitment=0.25),
     "actions": Stage(
-        lambda video: ActionModel(*sizes(video), history, n_codes, action_embd, action_layers, action_model,
-                                  action_quantiser, n_head, difference=difference),
-        read_actions, actions_loss,
+        build_actions, read_actions, actions_loss,
         lambda model, val: measures.evaluate_actions(model, val, eval_clips), worlds.draw_actions,
         steps="action_steps", batch="batch_size", frames=lambda: history + 1,
         shown="information majority usage psnr_1 frame_psnr_1 copy_1 dpsnr_1 dpsnr_4 consistency",
-        method=lambda: "every" if action_model == "transformer" else "forward", codebook=lambda model: model.quantiser),
+        method=lambda: "every" if action_model == "transformer" else "forward", codebook=lambda model: model.quantiser,
+        needs=lambda: reads_tokens() * (action_frames == "tokens")),
     "dynamics": Stage(
         build_dynamics, read_dynamics, dynamics_loss,
         lambda model, val: measures.evaluate_dynamics(model, val, context, eval_clips, window, dynamics == "causal"),
@@ -604,6 +632,7 @@ class Learner:
 def train_stage(name, world, run, bar, clock, was=None):
     """Trains a stage to its end, after which it is one of world's, or until the run is to stop. was: what it goes on
     from, the run's checkpoint or what the stage had ended with."""
+    know_codes(world.train, world.val, name)
     learner = Learner(name, world, run.settings)
     run.track(was, **learner.parts())                         # on resume, goes on where the checkpoint was saved
     loop, model, limit = learner.loop, learner.model, steps_of(name)
@@ -672,6 +701,20 @@ def finish(learner, run, clock):
     run.save("last.pt", world.total)                          # with its figures, which are not counted again
 
 
+def know_codes(train, val, name="dynamics"):
+    """What the dynamics are told of latent actions: which codes are one, which of them change little. Once for a run,
+    as the tokens of all frames are, where the action model reads them too."""
+    if action_frames == "tokens" and tokens == "tokenizer" and name in ("actions", "dynamics"):
+        train.keep_tokens()
+    if name == "dynamics" and merge_idle and action_source == "latent":
+        train.merged = val.merged = None
+        idle, train.still = worlds.idle_codes(train, context, eval_clips)
+        codes = torch.arange(n_codes + 1)
+        one = codes[idle].min()
+        print(f"codes whose steps change little: {codes[idle].tolist()}")
+        train.merged = val.merged = F.pad(torch.where(idle, one, codes), (0, 1), value=one).to(train.device)
+
+
 def last_figures(name, world, loop):
     """What the summary says of a finished stage: its figures, of actions their floors, of dynamics rollouts."""
     model, train, val = world.models[name], world.train, world.val
@@ -684,7 +727,7 @@ def last_figures(name, world, loop):
         found |= {f"actions_{key}": value for key, value in beside.items()}
         print(f"floors: moved or not {numbers['moved_information']:.3f}, " + measures.in_line(beside))
     if name == "dynamics":
-        found |= {f"rollout_{key}": value for key, value in tell_rollouts(world).items()}
+        found |= {f"rollout_{key}": value for key, value in tell_rollouts(world).items()} | tell_play(world)
     return {key: None if math.isnan(value) else value for key, value in found.items()}
 
 
@@ -704,6 +747,26 @@ def tell_rollouts(world):
                                          temperature=temperature, **generation())
     print("rollouts: " + measures.in_line(numbers))
     return numbers
+
+
+def tell_play(world):
+    """The figures of playing the dynamics, in print and returned; {} where nobody knows what a press should do."""
+    if not world.video.cell_px or not play_presses:
+        return {}
+    codes = list(range(world.video.n_actions)) if action_source == "true" else measures.meanings_of(
+        world.models["actions"], world.train, eval_clips)[1]
+    numbers = worlds.play_score(world.val, globals(), codes, play_presses)
+    print(f"played: {measures.in_line(numbers)}")
+    return {f"play_{key}": value for key, value in numbers.items()}
+
+
+def measured(figures):
+    """(a line of what playing this run's dynamics scores, whether that is enough to play); of none "", True."""
+    if "play_agent" not in figures:
+        return "", True
+    agent, effect, ball = (figures[f"play_{name}"] for name in ("agent", "effect", "ball"))
+    return (f"played {play_presses} presses in 20 worlds: agent there {agent:.1%}, effect right {effect:.1%}, ball "
+            f"right {ball:.1%}", agent >= 0.99 and effect >= 0.95 and ball >= 0.95)
 
 
 # --- The run ---
@@ -787,10 +850,10 @@ def main():
 
     # ---- data ----
     check(settings)
-    video = load(dataset, n_train, n_val, length, side, cell_px, walls, ball, split_seed)
+    video = load(dataset, n_train, n_val, length, side, cell_px, walls, ball, split_seed, facing=facing)
     check_sizes(settings, video)
     if not only_read:
-        settings.check_data(checkpoint, architecture["all"][:9], video.hash)
+        settings.check_data(checkpoint, architecture["all"][:10], video.hash)
     print(video.source)
 
     # ---- what is trained already, and what is next ----
@@ -805,18 +868,21 @@ def main():
         for name, model in models.items():
             model.load_state_dict(done[name])
             model.eval().requires_grad_(False)
-    train, val = (worlds.Reader(clips, video.palette, where, models, tokens, action_source, video.n_actions, n_codes)
+    train, val = (worlds.Reader(clips, video.palette, where, models, tokens, action_source, video.n_actions, n_codes,
+                                action_frames)
                   for clips in (video.train, video.val))
     world = World(video, train, val, models, done, ended, figures, checkpoint["step"] if checkpoint else 0, precision,
                   mixed_precision(where, precision)[0])
 
     # ---- a world that is there: played, written down, or measured ----
+    if only_read and "dynamics" in models:
+        know_codes(train, val)
     if shown is not None:
         if "dynamics" not in models:
             raise UserError(f"{checkpoint.path} has no dynamics yet, only {', '.join(done) or 'nothing finished'}: "
                             "--resume --stage dynamics trains them")
-        meanings = measures.meanings_of(models["actions"], train, eval_clips) if action_source == "latent" else None
-        played = Session(val, video, settings, meanings)
+        meant = measures.meanings_of(models["actions"], train, eval_clips) if action_source == "latent" else ()
+        played = Session(val, video, settings, *meant or (None, None), *measured(figures.get("dynamics", {})))
         if play is not None:
             serve(played, port)
         else:
@@ -831,7 +897,7 @@ def main():
             with world.autocast:
                 print(f"{name}: {in_words(name, STAGES[name].evaluate(model, val))}")
         if "dynamics" in models:
-            tell_rollouts(world)
+            tell_rollouts(world), tell_play(world)
         return
 
     # ---- the stages, one after the other ----

@@ -37,7 +37,7 @@ from nanolab.settings import UserError, unknown
 
 ACTIONS = ("stay", "up", "down", "left", "right")
 MOVES = np.array([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])  # rows and columns of each action
-FLOOR, WALL, AGENT, BALL = range(4)  # cell types
+FLOOR, WALL, AGENT, BALL = range(4)  # cell types; an agent that faces up, down, left, right is 4, 5, 6, 7
 PALETTE = np.array([(236, 230, 214), (96, 104, 120), (44, 50, 64), (32, 120, 210), (255, 255, 255), (222, 62, 48)],
                    np.uint8)  # floor sand, wall slate, its edge dark, agent blue, eye white, ball red
 LARGEST = 26  # rows and columns: captions name columns by letters
@@ -50,14 +50,16 @@ DONKEYCAR = "donkeycar-1000-64x64.npz"
 
 class World:
     """n grid worlds side by side in NumPy: a ball flies diagonally, over walls too, and is reflected by the edge; an
-    agent takes one step at a time and is stopped by walls and the edge.
+    agent takes one step at a time and is stopped by walls and the edge. One that faces shows where it was pushed last,
+    as MiniGrid's does: else no picture tells a press at a wall from none.
 
     rng: np.random.Generator, only its random() is used; side: rows and columns, from 2 to 26; walls: probability of a
     wall in each cell; ball: is there one? walls (n, side, side) bool; agent (n, 2) int: row and column, never in a
-    wall; ball (n, 2) int, -1 where there is none; velocity (n, 2) int: +-1, 0 where there is no ball.
+    wall; ball (n, 2) int, -1 where there is none; velocity (n, 2) int: +-1, 0 where there is no ball; facing (n,) int,
+    the last action but to stay, 0: the agent does not show it.
     """
 
-    def __init__(self, n, rng, side=8, walls=0.15, ball=True):
+    def __init__(self, n, rng, side=8, walls=0.15, ball=True, facing=False):
         if not 2 <= side <= LARGEST or not 0 <= walls < 1:
             raise UserError(f"side is {side} and walls {walls}: side must be from 2 to {LARGEST}, walls at least 0 and "
                             "below 1")
@@ -70,6 +72,7 @@ class World:
         self.velocity = np.where(rng.random((n, 2)) < 0.5, -1, 1)
         if not ball:
             self.ball[:], self.velocity[:] = -1, 0
+        self.facing = 1 + (rng.random(n) * 4).astype(np.int64) if facing else np.zeros(n, np.int64)
 
     @classmethod
     def from_cells(cls, cells, rng):
@@ -78,11 +81,11 @@ class World:
         not exactly one agent, or several balls."""
         cells = np.asarray(cells)
         n, side = cells.shape[:2]
-        found = cells.reshape(n, side * side)
-        if ((found == AGENT).sum(1) != 1).any() or ((found == BALL).sum(1) > 1).any() or (found > BALL).any():
-            raise ValueError("each picture must have one agent, at most one ball, and cell types from 0 to 3")
+        found, kinds = plain(cells).reshape(n, side * side), cells.reshape(n, side * side)
+        if ((found == AGENT).sum(1) != 1).any() or ((found == BALL).sum(1) > 1).any() or (kinds > BALL + 4).any():
+            raise ValueError("each picture must have one agent, at most one ball, and cell types from 0 to 7")
         world = cls(n, rng, side)
-        world.walls = cells == WALL
+        world.walls, world.facing = cells == WALL, (kinds.max(1).astype(np.int64) - BALL).clip(0)
         seen = (found == BALL).any(1)[:, None]
         world.agent, world.ball = (np.stack(np.divmod((found == kind).argmax(1), side), 1) for kind in (AGENT, BALL))
         world.ball, world.velocity = np.where(seen, world.ball, -1), np.where(seen, world.velocity, 0)
@@ -90,7 +93,7 @@ class World:
 
     def step(self, actions):
         """Moves all by one step. actions (n,) int, see ACTIONS; returns what happened, (n,) int: the action, or 0
-        (stay) where a wall or the edge was in the way."""
+        (stay) where a wall or the edge was in the way, and no turn of an agent that faces showed it either."""
         actions = np.asarray(actions)
         if actions.size and not 0 <= actions.min() <= actions.max() < len(ACTIONS):
             raise ValueError(f"actions must be from 0 to {len(ACTIONS) - 1}")
@@ -102,22 +105,33 @@ class World:
         target = self.ball + self.velocity
         self.velocity = np.where((target < 0) | (target >= self.side), -self.velocity, self.velocity)
         self.ball = self.ball + self.velocity  # no ball: -1 + 0
-        return np.where(free, actions, 0)
+        facing = np.where((self.facing > 0) & (actions > 0), actions, self.facing)
+        turned, self.facing = facing != self.facing, facing
+        return np.where(free | turned, actions, 0)
 
     def cells(self):
         """The picture, (n, side, side) uint8: the agent hides a ball, and a ball a wall."""
         cells = np.where(self.walls, np.uint8(WALL), np.uint8(FLOOR))
         seen = np.flatnonzero(self.ball[:, 0] >= 0)
         cells[seen, self.ball[seen, 0], self.ball[seen, 1]] = BALL
-        cells[np.arange(len(cells)), self.agent[:, 0], self.agent[:, 1]] = AGENT
+        kind = np.where(self.facing > 0, BALL + self.facing, AGENT)
+        cells[np.arange(len(cells)), self.agent[:, 0], self.agent[:, 1]] = kind
         return cells
+
+
+def plain(cells):
+    """Cells, numpy or torch, in which an agent is AGENT wherever it faces."""
+    cells = cells.clone() if torch.is_tensor(cells) else cells.copy()
+    cells[cells > BALL] = AGENT
+    return cells
 
 
 # --- Pictures ---
 
 @functools.lru_cache
 def sprites(cell_px=8):
-    """(4, cell_px, cell_px) uint8: palette indices of each cell type; all differ from cell_px 1 on."""
+    """(8, cell_px, cell_px) uint8: palette indices of each cell type; the first four differ from cell_px 1 on, all from
+    4 on, where those that face are white on that side."""
     place = np.arange(cell_px) + 0.5 - cell_px / 2  # from the middle
     furthest = np.maximum(abs(place)[:, None], abs(place)[None])
     floor = np.zeros((cell_px, cell_px), np.uint8)
@@ -129,7 +143,11 @@ def sprites(cell_px=8):
         eye = slice(cell_px // 4, cell_px // 4 + max(1, cell_px // 4))
         agent[eye, cell_px // 2:cell_px // 2 + max(1, cell_px // 4)] = 4
         ball[np.hypot(place[:, None], place[None]) > cell_px / 2 - edge / 2] = 0
-    return np.stack([floor, wall, agent, ball])
+    faces = [np.where(agent == 4, 3, agent) for _ in range(4)]
+    for face, (down, right) in zip(faces, MOVES[1:]):
+        ahead = down * place[:, None] + right * place[None]
+        face[(face == 3) & (ahead > cell_px / 2 - max(1, cell_px // 8) - max(1, cell_px // 4))] = 4
+    return np.stack([floor, wall, agent, ball, *faces])
 
 
 def _draw(cells, pictures):
@@ -149,8 +167,9 @@ def paint(cells, cell_px=8):
     return _draw(cells, PALETTE[sprites(cell_px)])
 
 
-def read_cells(frames, cell_px=8):
-    """The inverse of paint, also for blurred frames: each cell's nearest sprite by squared RGB distance.
+def read_cells(frames, cell_px=8, facing=False):
+    """The inverse of paint, also for blurred frames: each cell's nearest sprite by squared RGB distance. facing: of a
+    world whose agent faces.
 
     frames (..., H, W, 3) uint8, numpy or torch -> (..., H / cell_px, W / cell_px) uint8, likewise, on the same device.
     """
@@ -158,16 +177,19 @@ def read_cells(frames, cell_px=8):
     if height % cell_px or width % cell_px:
         raise ValueError(f"cells of {cell_px} pixels do not divide frames of {height} x {width}")
     x = torch.as_tensor(frames)
-    table = torch.from_numpy(PALETTE[sprites(cell_px)]).flatten(1).float().to(x.device)  # (4, px * px * 3)
+    kinds = [FLOOR, WALL, BALL, *range(4, 8)] if facing else [FLOOR, WALL, AGENT, BALL]
+    table = torch.from_numpy(PALETTE[sprites(cell_px)[kinds]]).flatten(1).float().to(x.device)  # (kinds, px * px * 3)
     x = x.reshape(-1, height // cell_px, cell_px, width // cell_px, cell_px, 3).transpose(2, 3)
     x = x.reshape(-1, table.shape[1]).float()
-    cells = (table.square().sum(1) / 2 - x @ table.T).argmin(1).to(torch.uint8)  # |x - s|^2 without what all share
+    nearest = (table.square().sum(1) / 2 - x @ table.T).argmin(1)              # |x - s|^2 without what all share
+    cells = torch.tensor(kinds, dtype=torch.uint8, device=x.device)[nearest]
     cells = cells.view(*lead, height // cell_px, width // cell_px)
     return cells if torch.is_tensor(frames) else cells.numpy()
 
 
 # --- Words ---
 
+LOOKS = "^v<>"  # behind the square of an agent that faces: up, down, left, right
 PHRASES = (("agent at {agent}", ", ball at {ball}", ", walls {walls}."),
            ("the agent is on {agent}", ", the ball on {ball}", "; walls: {walls}."),
            ("agent {agent}", ", ball {ball}", ". there are walls on {walls}."))
@@ -186,12 +208,12 @@ def caption_length(side):
 def caption(cells):
     """One picture, cells (side, side) uint8, in words such as "agent at c4, ball at f2, walls a1 b3 c7.".
 
-    Columns are letters, rows numbers from the top. A hidden ball is left out. Where more than half of the cells are
-    walls the others are listed: "walls all but a1 c4." The picture's hash chooses one of PHRASES. Raises ValueError
-    where there is not exactly one agent, or several balls.
+    Columns are letters, rows numbers from the top; "c4<" is an agent that faces left. A hidden ball is left out. Where
+    more than half of the cells are walls the others are listed: "walls all but a1 c4." The picture's hash chooses one
+    of PHRASES. Raises ValueError where there is not exactly one agent, or several balls.
     """
     cells = np.ascontiguousarray(cells, np.uint8)
-    squares = {kind: [_square(*place) for place in np.argwhere(cells == kind).tolist()] for kind in range(4)}
+    squares = {kind: [_square(*place) for place in np.argwhere(plain(cells) == kind).tolist()] for kind in range(4)}
     if len(squares[AGENT]) != 1 or len(squares[BALL]) > 1:
         raise ValueError(f"a picture with {len(squares[AGENT])} agents and {len(squares[BALL])} balls has no caption")
     walls = " ".join(squares[WALL]) or "none"
@@ -199,13 +221,15 @@ def caption(cells):
         walls = "all but " + " ".join(_square(*place) for place in np.argwhere(cells != WALL).tolist())
     start, middle, end = PHRASES[hashlib.sha256(cells.tobytes()).digest()[0] % len(PHRASES)]
     text = start + middle * len(squares[BALL]) + end
-    return text.format(agent=squares[AGENT][0], ball="".join(squares[BALL]), walls=walls)
+    look = "" if cells.max() <= BALL else LOOKS[cells.max() - BALL - 1]
+    return text.format(agent=squares[AGENT][0] + look, ball="".join(squares[BALL]), walls=walls)
 
 
-def unknown_words(text, side):
-    """The words of a text that no caption of a side x side picture has, a list."""
+def unknown_words(text, side, facing=False):
+    """The words of a text that no caption of a side x side picture has, a list. facing: of an agent that faces."""
     words = re.sub("[{][a-z]+[}]", " ", " ".join(map("".join, PHRASES))) + " none all but"
-    known = {*re.findall("[a-z]+", words), *(_square(*divmod(i, side)) for i in range(side * side))}
+    squares = {_square(*divmod(i, side)) for i in range(side * side)}
+    known = {*re.findall("[a-z]+", words), *squares, *(square + look for square in squares for look in LOOKS * facing)}
     return [word for word in re.findall(r"[^\s,.;:]+", text) if word not in known]
 
 
@@ -213,7 +237,8 @@ def unknown_words(text, side):
 def _patterns():
     square = "[a-z][1-9][0-9]?"
     return [re.compile("".join((re.escape(start), f"(?:{re.escape(middle)})?", re.escape(end)))
-                       .replace(r"\{agent\}", f"(?P<agent>{square})").replace(r"\{ball\}", f"(?P<ball>{square})")
+                       .replace(r"\{agent\}", f"(?P<agent>{square})(?P<look>[v<>^])?")
+                       .replace(r"\{ball\}", f"(?P<ball>{square})")
                        .replace(r"\{walls\}", f"(?P<walls>none|(?:all but )?{square}(?: {square})*)"))
             for start, middle, end in PHRASES]
 
@@ -235,7 +260,8 @@ def read_caption(text, side):
     cells = np.full((side, side), WALL if all_but else FLOOR, np.uint8)
     for square in listed:
         cells[places[square]] = FLOOR if all_but else WALL
-    for kind, square in zip((AGENT, BALL), things):
+    agent = BALL + 1 + LOOKS.index(match["look"]) if match["look"] else AGENT
+    for kind, square in zip((agent, BALL), things):
         cells[places[square]] = kind
     return cells
 
@@ -255,6 +281,7 @@ class Clips:
         self.stored_cells, self.stored_frames, self.cell_px = stored_cells, stored_frames, cell_px
         self.stored_actions = stored_actions
         self.stored_effective = stored_actions if stored_effective is None else stored_effective
+        self.facing = stored_cells is not None and bool((stored_cells > BALL).any())
         self._episodes, self.length = (stored_frames if stored_cells is None else stored_cells).shape[:2]
 
     def __len__(self):
@@ -266,7 +293,7 @@ class Clips:
             raise UserError(f"clips of {T} frames do not fit into episodes of {self.length} frames")
         return len(self) * (self.length - T + 1)
 
-    def _gather(self, stored, index, T, n):
+    def gather(self, stored, index, T, n):
         """n consecutive entries of `stored` (E, ...) for each clip: (B, n, ...)."""
         index, count = torch.as_tensor(index, device="cpu"), self.count(T)
         if stored is None:
@@ -278,12 +305,12 @@ class Clips:
 
     def cells(self, index, T):
         """index (B,) int64 -> cell types (B, T, side, side) uint8, or None where the data has no cells."""
-        return self._gather(self.stored_cells, index, T, T)
+        return self.gather(self.stored_cells, index, T, T)
 
     def frames(self, index, T):
         """index (B,) int64 -> RGB (B, T, H, W, 3) uint8."""
         if self.stored_cells is None:
-            return self._gather(self.stored_frames, index, T, T)
+            return self.gather(self.stored_frames, index, T, T)
         return torch.from_numpy(paint(self.cells(index, T).numpy(), self.cell_px))
 
     def indices(self, index, T):
@@ -294,12 +321,12 @@ class Clips:
 
     def actions(self, index, T):
         """index (B,) int64 -> (B, T - 1) int64: action k leads from frame k to k + 1; None where there are none."""
-        found = self._gather(self.stored_actions, index, T, T - 1)
+        found = self.gather(self.stored_actions, index, T, T - 1)
         return None if found is None else found.long()
 
     def effective(self, index, T):
         """Likewise, what happened: in a gridworld 0 (stay) where the way was blocked, elsewhere the same as actions."""
-        found = self._gather(self.stored_effective, index, T, T - 1)
+        found = self.gather(self.stored_effective, index, T, T - 1)
         return None if found is None else found.long()
 
 
@@ -335,7 +362,7 @@ class Video:
 
 
 def load(dataset="gridworld", n_train=4096, n_val=512, length=16, side=8, cell_px=8, walls=0.15, ball=True,
-         split_seed=0, val_share=0.2, frame_skip=4):
+         split_seed=0, val_share=0.2, frame_skip=4, facing=False):
     """Makes or finds the videos of both sides: a Video.
 
     dataset: gridworld, donkeycar, atari:<game>, or the path of an .npz file
@@ -349,6 +376,7 @@ def load(dataset="gridworld", n_train=4096, n_val=512, length=16, side=8, cell_p
     split_seed: of all that is drawn
     val_share: [>= 0, <= 1] the last part of an .npz file, for validation
     frame_skip: [>= 1, <= 10_000] frames for an action (atari)
+    facing: whether the agent shows where it was pushed last (gridworld)
 
     Gridworlds depend on split_seed, side, walls and ball only, and are the same on every machine; fewer or shorter
     episodes are the first ones. Raises UserError: an unknown name, a number out of range, a missing or wrong file, no
@@ -361,11 +389,14 @@ def load(dataset="gridworld", n_train=4096, n_val=512, length=16, side=8, cell_p
             raise UserError(f"{name} is {value}: it must be {f'from {low} to {high}' if high else f'at least {low}'}")
     if not 0 <= walls < 1:
         raise UserError(f"walls is {walls}: it must be at least 0 and below 1")
+    if facing and cell_px < 4:
+        raise UserError(f"cell_px is {cell_px}: an agent that faces needs 4 pixels or more")
     if not 0 < val_share < 1:
         raise UserError(f"val_share is {val_share}: it must be between 0 and 1")
     if dataset == "gridworld":
         fits((n_train + n_val) * length * side ** 2, f"{n_train + n_val:,} episodes of {length} frames")
-        video = _load_gridworld(n_train, n_val, length, side, cell_px, float(walls), bool(ball), split_seed)
+        video = _load_gridworld(n_train, n_val, length, side, cell_px, float(walls), bool(ball), split_seed,
+                                bool(facing))
     elif dataset == "donkeycar":
         video = _load_npz(_find_donkeycar(), val_share)
     elif str(dataset).endswith(".npz"):
@@ -387,8 +418,8 @@ def load(dataset="gridworld", n_train=4096, n_val=512, length=16, side=8, cell_p
 
 # --- Grid worlds ---
 
-def _load_gridworld(n_train, n_val, length, side, cell_px, walls, ball, seed):
-    settings = length, side, walls, ball, seed
+def _load_gridworld(n_train, n_val, length, side, cell_px, walls, ball, seed, facing):
+    settings = length, side, walls, ball, seed, facing
     what = f"wall layouts with side {side} and walls {walls:g}" if walls else f"starts with side {side}"
     hardly = (f"there are hardly any {what} for training that are not in validation: take a smaller n_val or a larger "
               "side")
@@ -397,18 +428,19 @@ def _load_gridworld(n_train, n_val, length, side, cell_px, walls, ball, seed):
     clips = [Clips(torch.from_numpy(cells), None, torch.from_numpy(actions), torch.from_numpy(effective), cell_px)
              for cells, actions, effective in (train, val)]
     source = (f"gridworld: {n_train:,} training and {n_val:,} validation episodes of {length} frames, {side} x {side} "
-              f"cells of {cell_px} pixels, walls {walls:g}, {'a' if ball else 'no'} ball, seed {seed}; {dropped:,} "
-              f"training episodes dropped for a {'layout' if walls else 'start'} of val")
+              f"cells of {cell_px} pixels, walls {walls:g}, {'a' if ball else 'no'} ball, "
+              f"{'the agent faces, ' * facing}seed {seed}; {dropped:,} training episodes dropped for a "
+              f"{'layout' if walls else 'start'} of val")
     return Video(*clips, torch.from_numpy(PALETTE.copy()), len(ACTIONS), ACTIONS, cell_px, side * cell_px,
                  side * cell_px, source, "")
 
 
-def _chunks(part, length, side, walls, ball, seed):
+def _chunks(part, length, side, walls, ball, seed, facing):
     """Endlessly: of CHUNK episodes of random actions the layouts, cells (CHUNK, length, side, side), actions and what
     happened (CHUNK, length - 1), all uint8."""
     for number in itertools.count():
         rng = draw.numpy_generator(seed, part, side, walls, ball, number)
-        world = World(CHUNK, rng, side, walls, ball)
+        world = World(CHUNK, rng, side, walls, ball, facing)
         keys = world.walls if walls else np.concatenate([world.agent, world.ball], 1)
         keys = [hashlib.sha256(np.ascontiguousarray(key, np.int8)).digest() for key in keys]
         cells, actions, effective = [world.cells()], [], []

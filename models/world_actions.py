@@ -72,28 +72,28 @@ class ActionModel(nn.Module):
     kind "conv": encoder and decoder see `history` frames: with one, how a thing moves by itself is hidden, and competes
     with the action for the code. The encoder also sees x_t+1 - x_t. kind "transformer": spatio-temporal, causal in
     time; it learns from every frame of its history (`every`), and the decoder also sees the codes that led to the
-    frames before. colours: P of the palette, or None: then x_t plus a residual is written. With signs the bias of
-    `to_code` has no gradient: their normalisation takes it away.
+    frames before. colours: P of the palette, or None: then x_t plus a residual is written. channels: C of frames, 3 of
+    RGB. With signs the bias of `to_code` has no gradient: their normalisation takes it away.
     """
 
     def __init__(self, height, width, patch, colours, history=2, n_codes=8, n_embd=32, n_layer=3, kind="conv",
-                 quantiser="signs", n_head=4, difference=True):
+                 quantiser="signs", n_head=4, difference=True, channels=3):
         super().__init__()
         self.height, self.width, self.patch, self.colours = height, width, patch, colours
         self.history, self.n_codes, self.kind, self.difference = history, n_codes, kind, difference
         self.quantiser = Signs(n_codes) if quantiser == "signs" else Nearest(n_codes)
-        D, n_out = self.quantiser.width, patch * patch * (colours or 3)
+        D, n_out = self.quantiser.width, patch * patch * (colours or channels)
         self.config = config_of(n_layer, n_head, n_embd, max(2, history + 1))
         self.to_hidden, self.to_code = Affine(n_embd, n_embd), Affine(n_embd, D)
         if kind == "conv":
-            self.look = Conv(3 * (history + 1), n_embd, patch, patch)
+            self.look = Conv(channels * (history + 1), n_embd, patch, patch)
             self.encoder = nn.ModuleList(Residual(n_embd) for _ in range(n_layer))
-            self.see = Conv(3 * history, n_embd, patch, patch)
+            self.see = Conv(channels * history, n_embd, patch, patch)
             self.decoder = nn.ModuleList(Residual(n_embd, D) for _ in range(n_layer))
             self.write = Conv(n_embd, n_out, 1)
         else:
             grid = height // patch, width // patch
-            self.look, self.see = Affine(6 * patch * patch, n_embd), Affine(6 * patch * patch, n_embd)
+            self.look, self.see = (Affine(2 * channels * patch * patch, n_embd) for _ in range(2))
             self.encoder = SpatioTemporal(self.config, grid[0] * grid[1], grid)
             self.decoder = SpatioTemporal(self.config, grid[0] * grid[1], grid)
             self.act, self.write = Affine(D, n_embd), Affine(n_embd, n_out)

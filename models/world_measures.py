@@ -161,7 +161,7 @@ def evaluate_actions(model, reader, clips):
     model.eval()
     T, sums, every, labels = held + 4, Counter(), [], []
     for index in reader.spread(T, clips).split(64):
-        n, (frames, indices) = len(index), reader.pictures(index, T)
+        n, (frames, indices), true = len(index), reader.watch(index, T), reader.frames(index, T)
         windows = [frames[:, t:t + held + 1] for t in range(4)]
         codes = torch.stack([model.quantiser(model.encode(window)).codes for window in windows], 1)  # (B, 4)
         written, _ = model(windows[0])
@@ -173,13 +173,13 @@ def evaluate_actions(model, reader, clips):
         for name, plan in plans.items():
             past = frames[:, :held]
             for t in range(4):
-                out = reader.as_frames(model.predict(past, model.quantiser.look_up(plan[:, t])))
-                past = torch.cat((past[:, 1:], out[:, None]), 1)
-                square = (out - frames[:, held + t]).square()
+                out = reader.as_watched(model.predict(past, model.quantiser.look_up(plan[:, t])))[:, None]
+                past = torch.cat((past[:, 1:], out), 1)
+                square = (reader.as_seen(out)[:, 0] - true[:, held + t]).square()
                 error = square.mean().item() * n
                 sums[name, t] += error * (n > 1 or name != "permuted")
                 if name == "inferred":
-                    copied = (frames[:, held - 1] - frames[:, held + t]).square().mean().item()
+                    copied = (true[:, held - 1] - true[:, held + t]).square().mean().item()
                     sums["copy", t] += copied * n
                     sums["each", t] += frame_psnrs(square)
                     sums["paired", t] += error * (n > 1)
@@ -219,12 +219,13 @@ def consistency_of(model, reader, shares, clips):
     sums, moved, lost, n = torch.zeros(model.n_codes, 2), torch.zeros(model.n_codes), torch.zeros(model.n_codes), 0
     agent, side = reader.movers["agent"], reader.side
     for index in reader.spread(model.history, clips).split(64):
-        frames = reader.frames(index, model.history)
-        before = (reader.clips.cells(index, model.history)[:, -1] == agent).flatten(1).int().argmax(1)
+        frames, _ = reader.watch(index, model.history)
+        before = (reader.plain(reader.clips.cells(index, model.history)[:, -1]) == agent).flatten(1).int().argmax(1)
         n += len(index)
         for code in range(model.n_codes):
             e = model.quantiser.look_up(torch.full((len(index),), code, device=frames.device))
-            agents = (reader.cells(reader.as_frames(model.predict(frames, e))) == agent).flatten(1)
+            seen = reader.as_seen(reader.as_watched(model.predict(frames, e))[:, None])[:, 0]
+            agents = (reader.plain(reader.cells(seen)) == agent).flatten(1)
             one = agents.sum(1) == 1
             now = agents.int().argmax(1)
             step = torch.stack((now // side - before // side, now % side - before % side), 1).float()
@@ -245,7 +246,7 @@ def untrained_floor(model, train, val, batches, clips):
             module.momentum = None                            # the plain mean over all batches
     with torch.no_grad():
         for index in batches:
-            found = model(train.frames(index, model.history + 1))[1]
+            found = model(train.watch(index, model.history + 1)[0])[1]
             model.quantiser.follow(found.z, found.codes)
     numbers = evaluate_actions(model, val, clips)
     return {f"untrained_{key}": numbers[key] for key in ("information", "majority") if key in numbers}
@@ -272,16 +273,19 @@ def linear_probe(train, val, T, clips, train_clips=4096, penalty=1.0):
 
 
 def meanings_of(model, reader, clips):
-    """(n_codes,) int64: the effective action that most often goes with each code; None where no actions are known."""
-    T = model.history + 1
+    """(the true action that most often took effect with each code (n_codes,) int64; for each true action the code that
+    stands for it most often, of those that mean it, None where none does); (None, None) where no actions are known."""
+    T, n = model.history + 1, reader.n_actions
     index = reader.spread(T, clips)
     labels = reader.clips.effective(index, T)
-    if labels is None or not reader.n_actions:
-        return None
+    if labels is None or not n:
+        return None, None
     with torch.no_grad():
-        codes = torch.cat([model.quantiser(model.encode(reader.frames(part, T))).codes.cpu()
-                           for part in index.split(64)])
-    return majority_map(codes, labels[:, -1], model.n_codes, reader.n_actions)
+        codes = torch.cat([reader.codes(part, T)[:, -1].cpu() for part in index.split(64)])
+    counts = (codes * n + labels[:, -1]).bincount(minlength=model.n_codes * n).view(model.n_codes, n)
+    meanings = counts.argmax(1)
+    means = [torch.where(meanings == action, counts[:, action], 0) for action in range(n)]
+    return meanings, [int(count.argmax()) if count.any() else None for count in means]
 
 
 # --- Dynamics ---
@@ -318,7 +322,7 @@ def evaluate_dynamics(model, reader, T, clips, window=None, causal=False):
             written = said
             if reader.kind != "cells":
                 written = reader.cells(reader.paint(torch.cat((truth[:, :-1], said[:, None]), 1))[:, -1])
-            written, cells = written.view(len(index), -1).cpu(), cells.flatten(2)
+            written, cells = reader.plain(written.view(len(index), -1).cpu()), reader.plain(cells.flatten(2))
             for name, kind in reader.movers.items():
                 appears = (cells[:, -1] == kind) & (cells[:, -2] != kind)        # (B, N)
                 sums.update({name: ((written == kind) & appears).sum().item(), f"{name}s": appears.sum().item()})
@@ -344,6 +348,8 @@ def evaluate_rollouts(model, reader, context, clips, **how):
         frames, plan = reader.frames(index, T), actions[:, held:]
         plans = {"psnr": plan, "permuted": plan.roll(1, 0),
                  "random": torch.randint(model.n_actions, plan.shape, generator=generator).to(plan.device)}
+        if reader.merged is not None:
+            plans["random"] = reader.merged[plans["random"]]
         written = {name: reader.paint(torch.cat((truth[:, :held], model.generate(
             truth[:, :held], actions[:, :held], chosen, generator=generator, **how)), 1))[:, held:]
             for name, chosen in plans.items()}

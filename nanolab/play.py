@@ -7,7 +7,8 @@ and listens on 127.0.0.1 only. It answers three requests and reads no file but i
     POST /reset {"prompt": null}    a new world, or the one that a sentence asks for
     POST /step  {"action": 3}       the next frame
 
-Both posts answer {frame, truth, cache, fps, note, step}, frames as base64 of a PNG; what is wrong is {"error": line}.
+Both posts answer {frame, truth, cache, fps, note, score, lost, step}, frames as base64 of a PNG; what is wrong is
+{"error": line}.
 """
 import base64
 import contextlib
@@ -24,7 +25,6 @@ import time
 import traceback
 from collections import deque
 from concurrent.futures import Future
-from copy import copy
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -32,10 +32,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.video import ACTIONS, Clips, World, caption_length, paint, unknown_words
+from data.video import ACTIONS, AGENT, World, caption_length, paint, plain, unknown_words
 from models.world_words import as_characters
 from nanolab.run import UserError, as_user_error, replacing
-from nanolab.world import as_bytes
+from nanolab.world import Referee, as_bytes, opening
 
 BODY_LIMIT = 64 * 1024      # bytes of a request's body that are read as JSON
 DRAIN_LIMIT = 1024 * 1024   # bytes of a body that is too large that are read and dropped
@@ -53,32 +53,40 @@ class View:
     truth: np.ndarray | None        # the true world beside it, where it exists
     cache: str                      # one line about the cache, e.g. "16 frames, 1.2 MB"
     seconds: float                  # that the frame took
-    note: str = ""                  # e.g. "code 3, in the true world: left"
+    note: str = ""                  # e.g. "left (code 3); in the true world: left"
+    score: str = ""                 # e.g. "right so far: 57 of 58 presses"
+    lost: str = ""                  # why the world cannot be played any more
 
 
 class Session:
     """One world: frames generated after the actions that a person chooses, the true world beside it where there is one.
 
-    The grid world begins at a random state with `context` - 1 true frames after "stay"; other data at a clip that was
-    never trained on. Latent actions are shown with the true action that most often goes with them.
+    The grid world begins at a random state with `context` - 1 true frames after "stay", and counts which presses had
+    their effect; other data begin at a clip that was never trained on. A latent action of the grid world is a button of
+    each true action, with the commonest code that means it behind; elsewhere each code is one, shown with the true
+    action that most often goes with it.
 
     reader: a nanolab.world.Reader of held-out clips, whose models have "dynamics". video: their data.video.Video.
-    settings: those of train_worldmodel.py. meanings (n_codes,): the true action of each code, or None.
+    settings: those of train_worldmodel.py. meanings, codes: of models.world_measures.meanings_of. measured: one line of
+    what this model scores when it is played. fair: that is enough to play.
     """
 
-    def __init__(self, reader, video, settings, meanings=None):
+    def __init__(self, reader, video, settings, meanings=None, codes=None, measured="", fair=True):
         self.reader, self.models, self.model = reader, reader.models, reader.models["dynamics"]
-        self.video, self.settings, self.meanings = video, settings, meanings
+        self.video, self.settings, self.measured, self.fair = video, settings, measured, fair
         self.ours = video.action_names == ACTIONS             # a world that goes on by itself
         self.prompts = "frame" in self.models and self.ours
-        names, true = tuple(video.action_names), reader.source == "true"
-        known = list(range(len(names))) if true else [] if meanings is None else meanings.tolist()
-        self.actions = names if true else tuple(
-            f"code {k}" + (f" ({names[known[k]]})" if known else "") for k in range(self.model.n_actions))
-        self.keys = {str(i): i for i in range(min(10, len(self.actions)))}
+        self.actions, true = tuple(video.action_names), reader.source == "true"
+        self.codes = list(range(len(self.actions))) if true else codes if self.ours else list(
+            range(self.model.n_actions))
+        if not true and not self.ours:
+            self.actions = tuple(f"code {k}" + ("" if meanings is None else f" ({self.actions[meanings[k]]})")
+                                 for k in self.codes)
+        self.missing = [name for name, code in zip(self.actions, self.codes) if code is None]
+        keys = {str(i): i for i in range(min(10, len(self.actions)))}
         if self.ours:
-            arrows = dict(zip(ACTIONS, (" ", "ArrowUp", "ArrowDown", "ArrowLeft", "ArrowRight")))
-            self.keys |= {arrows[ACTIONS[m]]: k for k, m in reversed(list(enumerate(known)))}
+            keys |= {key: k for k, key in enumerate((" ", "ArrowUp", "ArrowDown", "ArrowLeft", "ArrowRight"))}
+        self.keys = {key: k for key, k in keys.items() if self.codes[k] is not None}
         self.title = f"{settings['dataset']}, {reader.source} actions"
         self.how = dict(steps=settings["decode_steps"], temperature=settings["temperature"])
         self.began, self.generator = 0, torch.Generator().manual_seed(settings["seed"])
@@ -102,14 +110,8 @@ class Session:
         self.began, self.world = self.began + 1, None
         if self.ours:
             rng = np.random.default_rng(self.settings["seed"] + self.began)
-            self.world = World(1, rng, *(self.settings[name] for name in ("side", "walls", "ball")))
-            seen = [self.world.cells()]
-            for _ in range(T - 1):
-                self.world.step([0])
-                seen.append(self.world.cells())
-            reader, index = copy(reader), torch.tensor([0])
-            reader.clips = Clips(torch.from_numpy(np.stack(seen, 1)), stored_actions=torch.zeros(1, T - 1),
-                                 cell_px=self.video.cell_px)
+            self.world = World(1, rng, *(self.settings[name] for name in ("side", "walls", "ball", "facing")))
+            reader, index = opening(reader, self.world, T)
         tokens, actions = reader.tokens_and_actions(index, T)
         self.draw(tokens)
         return self.begin(tokens, actions, reader.frames(index, T)[0, -1], began)
@@ -118,6 +120,7 @@ class Session:
         """The model reads the world's first frames, tokens (1, T, N), and the actions (1, T) that led to them."""
         self.cache = self.model.new_cache(1, max(1024, tokens.size(1)), self.settings["window"] or 64)
         self.model(tokens, actions, self.cache)
+        self.referee, self.right, self.presses = self.world and Referee(self.world), 0, 0
         return self.view(frame, began, note)
 
     def first_frame(self, prompt):
@@ -132,35 +135,43 @@ class Session:
         elif not prompt.strip(" ,.;:"):
             raise ValueError("a sentence of at least one word is needed")
         text = as_characters([prompt], caption_length(self.reader.side)).to(self.reader.device)
-        if not written and (strange := unknown_words(prompt, self.reader.side)):
+        if not written and (strange := unknown_words(prompt, self.reader.side, self.reader.clips.facing)):
             raise ValueError(f"no caption has the word {strange[0]!r}, so no stage has seen it; captions are such as "
                              "'agent at c4, ball at f2, walls a1 b3 c7.'")
         return prompt, self.models["frame"].draw(text[:, :len(prompt)], generator=self.generator, **self.how)[:, None]
 
     @torch.no_grad()
     def step(self, action):
-        """The frame after `action`."""
-        began = time.perf_counter()
-        tokens = self.model.next_frame(torch.tensor([action], device=self.reader.device), self.cache,
+        """The frame after `action`. ValueError: no code means it."""
+        began, code, note = time.perf_counter(), self.codes[action], self.actions[action]
+        if code is None:
+            raise ValueError(f"no code means {note}: train the actions longer")
+        tokens = self.model.next_frame(torch.tensor([code], device=self.reader.device), self.cache,
                                        generator=self.generator, **self.how)
-        frame, note = self.draw(tokens[:, None], first=False), self.actions[action]
+        frame, lost = self.draw(tokens[:, None], first=False), ""
         if self.world is not None:
-            true = action if self.reader.source == "true" else self.meanings[action].item()
-            happened = int(self.world.step([true])[0])
-            note = f"{note}; in the true world: {ACTIONS[happened]}" + " (blocked)" * (happened != true)
-        return self.view(frame, began, note)
+            cells = self.reader.cells(frame)[None].numpy()
+            self.right += int(self.referee.judge(np.array([action]), cells)["effect"][0])
+            self.presses += 1
+            if (agents := int((plain(cells) == AGENT).sum())) != 1:
+                lost = f"the world is lost: {agents or 'no'} agent{'s' * (agents > 1)} left"
+            happened = int(self.world.step([action])[0])
+            note += f" (code {code})" * (self.reader.source == "latent")
+            note += f"; in the true world: {ACTIONS[happened]}" + " (blocked)" * (happened != action)
+        return self.view(frame, began, note, lost)
 
     def draw(self, tokens, first=True):
         """Tokens (1, T, N) -> the last frame's pixels (H, W, 3). first: of a new world, else after those drawn."""
         if first:
-            self.drawn = self.models["tokenizer"].new_cache(1, 1024) if self.reader.kind == "tokenizer" else None
+            self.drawn = self.reader.canvas(1, 1024)
         return self.reader.paint(tokens, self.drawn)[0, -1]
 
-    def view(self, frame, began, note=""):
+    def view(self, frame, began, note="", lost=""):
         """What the page shows."""
         truth = None if self.world is None else paint(self.world.cells(), self.video.cell_px)[0]
         size = f"{self.cache.length} frames seen, {self.cache.bytes / 1e6:.2f} MB"
-        return View(as_bytes(frame).numpy(), truth, size, time.perf_counter() - began, note)
+        score = f"right so far: {self.right} of {self.presses} presses" if self.presses else ""
+        return View(as_bytes(frame).numpy(), truth, size, time.perf_counter() - began, note, score, lost)
 
 
 def write_rollout(played, plan, prompt, folder):
@@ -221,7 +232,10 @@ class Game:
             raise Refused(400, f"action must be a whole number from 0 to {n - 1}")
         if not self.started:
             raise Refused(400, "there is no world yet: start one first")
-        view = self.session.step(action)
+        try:
+            view = self.session.step(action)
+        except ValueError as error:
+            raise Refused(400, one_line(error)) from error
         self.steps += 1
         self.seconds.append(view.seconds)
         return self.answer(view)
@@ -231,7 +245,7 @@ class Game:
         return {"frame": base64.b64encode(png(view.frame)).decode(),
                 "truth": None if view.truth is None else base64.b64encode(png(view.truth)).decode(),
                 "cache": view.cache, "fps": len(self.seconds) / total if total > 0 else None,
-                "note": view.note, "step": self.steps}
+                "note": view.note, "score": view.score, "lost": view.lost, "step": self.steps}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -479,11 +493,14 @@ def save_gif(path, frames, fps=4, scale=4):
 
 def page(session, nonce):
     """The whole page; only text and JSON of the session go in, escaped. Only what bears `nonce` runs in it."""
-    game = {"actions": list(session.actions), "keys": dict(session.keys)}
+    game = {"actions": list(session.actions), "keys": dict(session.keys),
+            "missing": list(getattr(session, "missing", ()))}
     prompts = bool(getattr(session, "prompts", False))
     field = ('<input id="prompt" maxlength="1000" autocomplete="off" spellcheck="false" '
              'aria-label="prompt" placeholder="a sentence, or nothing for any world">') if prompts else ""
-    parts = {"@TITLE@": html.escape(session.title), "@FIELD@": field, "@START@": "start" if prompts else "new world",
+    parts = {"@TITLE@": html.escape(session.title), "@MEASURED@": html.escape(getattr(session, "measured", "")),
+             "@CLASS@": "" if getattr(session, "fair", True) else "bad",
+             "@FIELD@": field, "@START@": "start" if prompts else "new world",
              "@GAME@": json.dumps(game).replace("<", "\\u003c"),       # no </script> from a name
              "@NONCE@": nonce}
     return re.sub("@[A-Z]+@", lambda place: parts[place[0]], PAGE.read_text(encoding="utf-8"))

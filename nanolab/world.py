@@ -2,16 +2,20 @@
 
 Shapes: B clips, T frames, H x W pixels, P colours of a palette, N tokens of a frame. Frames are float32 in 0..1.
 """
+from copy import copy
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.video import AGENT, BALL, caption, paint, read_caption, read_cells
+from data import draw
+from data.video import ACTIONS, AGENT, BALL, Clips, World, caption, paint, plain, read_caption, read_cells
 from models.world_words import as_characters
 
 
 def latent_actions(model, frames):
-    """frames (B, T, H, W, 3) -> codes (B, T - 1) of the steps between them; before the first frame stands a copy of it,
-    as often as the model's history asks."""
+    """frames (B, T, H, W, C) as the action model sees them -> codes (B, T - 1) of the steps between; before the first
+    frame stands a copy of it, as often as the model's history asks."""
     frames = torch.cat((frames[:, :1].expand(-1, model.history - 1, -1, -1, -1), frames), 1)
     windows = [frames[:, t:t + model.history + 1] for t in range(frames.size(1) - model.history)]
     found = [model.quantiser(model.encode(window)).codes for window in windows]
@@ -23,16 +27,20 @@ class Reader:
 
     models: {stage: trained model}, which may still grow. kind: tokens are those of the "tokenizer", or the world's own
     "cells". source: actions are the n_codes of the "latent" action model, or the n_actions "true" ones; that no action
-    leads to a clip's first frame is said by the number after the last of them.
+    leads to a clip's first frame is said by the number after the last of them. watched: the action model sees "pixels",
+    or "tokens" of the tokenizer (T, rows, columns, K), one-hot. merged: (n_codes,) what the dynamics are told in each
+    code's place, or None.
     """
-    movers = {"agent": AGENT, "ball": BALL}
+    movers = {"agent": AGENT, "ball": BALL}       # of `plain` cells
+    plain = staticmethod(plain)
 
     def __init__(self, clips, palette, device, models=None, kind="tokenizer", source="latent", n_actions=0,
-                 n_codes=0):
+                 n_codes=0, watched="pixels"):
         self.clips, self.palette, self.device = clips, palette, torch.device(device)
         self.models = {} if models is None else models
         self.kind, self.source, self.n_actions = kind, source, n_actions
-        self.no_action = n_codes if source == "latent" else n_actions
+        self.no_action, self.watched = n_codes if source == "latent" else n_actions, watched
+        self.merged, self.kept = None, (None, None)
         self.colours = None if palette is None else palette.to(device).float() / 255
         self.side = None if clips.stored_cells is None else clips.stored_cells.size(-1)
 
@@ -57,14 +65,47 @@ class Reader:
         """(B, T, N) int64: frames as the dynamics read them."""
         if self.kind == "cells":
             return self.clips.cells(index, T).to(self.device).long().flatten(2)
+        if self.kept[0] is self.models["tokenizer"]:
+            return self.clips.gather(self.kept[1], index, T, T).to(self.device).long()
         return self.models["tokenizer"].tokens(self.frames(index, T))
+
+    @torch.no_grad()
+    def keep_tokens(self):
+        """Finds the tokens of all frames once, (E, length, N) small whole numbers, where each frame has its own."""
+        tokenizer, every = self.models["tokenizer"], torch.arange(len(self.clips)).split(64)
+        if tokenizer.kind == "spatial" and self.kept[0] is not tokenizer:
+            small = torch.uint8 if tokenizer.codebook_size <= 256 else torch.int32
+            self.kept = tokenizer, torch.cat([tokenizer.tokens(self.frames(part, self.clips.length)).to("cpu", small)
+                                              for part in every])
+
+    def watch(self, index, T):
+        """`pictures` as the action model sees them."""
+        if self.watched == "pixels":
+            return self.pictures(index, T)
+        grid, K = ((self.side, self.side), 8 if self.clips.facing else 4) if self.kind == "cells" else (
+            self.models["tokenizer"].grid, self.models["tokenizer"].codebook_size)
+        tokens = self.tokens(index, T).unflatten(2, grid)
+        return F.one_hot(tokens, K).float(), tokens
+
+    def as_watched(self, written):
+        """What the action model wrote, as it sees frames."""
+        return self.as_frames(written) if self.watched == "pixels" else F.one_hot(
+            written.argmax(-1), written.size(-1)).float()
+
+    def as_seen(self, watched):
+        """Frames (B, T, ...) as the action model sees them as RGB."""
+        return watched if self.watched == "pixels" else self.paint(watched.argmax(-1).flatten(2))
+
+    def codes(self, index, T):
+        """Latent actions (B, T - 1) of clips."""
+        found = latent_actions(self.models["actions"], self.watch(index, T)[0])
+        return found if self.merged is None else self.merged[found]
 
     @torch.no_grad()
     def tokens_and_actions(self, index, T):
         """(tokens (B, T, N), actions (B, T) int64, the one that led to each frame)."""
         tokens = self.tokens(index, T)
-        actions = self.clips.actions(index, T).to(self.device) if self.source == "true" else latent_actions(
-            self.models["actions"], self.frames(index, T))
+        actions = self.clips.actions(index, T).to(self.device) if self.source == "true" else self.codes(index, T)
         return tokens, F.pad(actions, (1, 0), value=self.no_action)
 
     def captions(self, index):
@@ -87,14 +128,118 @@ class Reader:
         cells = tokens.view(*tokens.shape[:2], self.side, self.side).to(torch.uint8).cpu().numpy()
         return torch.from_numpy(paint(cells, self.clips.cell_px)).to(tokens.device).float() / 255
 
+    def canvas(self, n, length):
+        """A cache for `paint` of n worlds of at most so many frames."""
+        return self.models["tokenizer"].new_cache(n, length) if self.kind == "tokenizer" else None
+
     def cells(self, frames):
         """The cells (..., side, side) uint8 that are seen on frames (..., H, W, 3), on the CPU."""
-        return read_cells(as_bytes(frames), self.clips.cell_px)
+        return read_cells(as_bytes(frames), self.clips.cell_px, self.clips.facing)
 
 
 def as_bytes(frames):
     """Frames in 0..1 as uint8 on the CPU."""
     return (frames * 255).round().byte().cpu()
+
+
+# --- Played ---
+
+
+@torch.no_grad()
+def idle_codes(reader, T, clips, least=0.02):
+    """((n_codes + 1,) bool: the steps of this code change fewer tokens than the middle between those of the codes that
+    change most and least, of those that stand for a share of `least` of all steps; the most tokens that an idle step
+    changes, half a token above the mean of theirs), of so many clips of T frames. No labels are asked."""
+    moved, n = torch.zeros(reader.no_action + 1), torch.zeros(reader.no_action + 1)
+    for index in reader.spread(T, clips).split(64):
+        tokens, codes = reader.tokens_and_actions(index, T)
+        changes = (tokens[:, 1:] != tokens[:, :-1]).sum(-1).flatten().cpu().float()
+        moved.index_add_(0, codes[:, 1:].flatten().cpu(), changes)
+        n += codes[:, 1:].flatten().cpu().bincount(minlength=len(n))
+    mean = moved / n                                                             # not a number of what there is not
+    often = mean[n >= least * n.sum()]
+    idle = mean < (often.min() + often.max()) / 2
+    return idle, (moved[idle].sum() / n[idle].sum() + 0.5).item()
+
+
+def opening(reader, world, T):
+    """The first T frames of grid worlds (n) in which the agent stays: (a reader of them, their clips (n,) int64)."""
+    seen, n = [world.cells()], len(world.agent)
+    for _ in range(T - 1):
+        world.step([0] * n)
+        seen.append(world.cells())
+    reader = copy(reader)
+    reader.kept = None, None
+    reader.clips = Clips(torch.from_numpy(np.stack(seen, 1)), stored_actions=torch.zeros(n, T - 1),
+                         cell_px=reader.clips.cell_px)
+    return reader, torch.arange(n)
+
+
+class Referee:
+    """Whether generated frames of n grid worlds obey their rules, each judged by the frame before it as it was
+    generated, so that a slip counts once. world: a data.video.World as those frames begin; it is not changed."""
+
+    def __init__(self, world):
+        self.rules, self.there = copy(world), np.ones(len(world.agent), bool)
+
+    def judge(self, actions, cells):
+        """Of the frames cells (n, side, side) uint8 after actions (n,) int a dict of (n,) arrays: agent: there is
+        exactly one; effect: it stands where the action leads, or where it was if a wall or the edge is in the way
+        (after a frame without an agent: no); ball: where it flies to, or hidden by the agent; way: 0 the action was
+        to stay, 1 its way was free, 2 it was not; -1: no agent was there. All bool but way."""
+        rules, had, before, stood = self.rules, self.there, self.rules.ball, self.rules.agent
+        rules.step(actions)
+        blocked = (rules.agent == stood).all(1)
+        agent, ball = ((plain(cells) == kind).reshape(len(cells), -1) for kind in (AGENT, BALL))
+        one, seen = agent.sum(1) == 1, ball.sum(1) == 1
+        place, flown = (np.stack(np.divmod(found.argmax(1), rules.side), 1) for found in (agent, ball))
+        hidden = one & (place == rules.ball).all(1) & ~ball.any(1)
+        exists = rules.ball[:, 0] >= 0
+        found = dict(agent=one, effect=had & one & (place == rules.agent).all(1),
+                     ball=np.where(exists, seen & (flown == rules.ball).all(1) | hidden, ~ball.any(1)),
+                     way=np.where(had, np.where(actions == 0, 0, 1 + blocked), -1))
+        # what comes next is judged from here on
+        follows = seen & exists & (abs(flown - before) == 1).all(1)
+        rules.velocity = np.where(follows[:, None], flown - before, rules.velocity)
+        rules.ball = np.where((seen & exists)[:, None], flown, rules.ball)
+        rules.agent, self.there = np.where(one[:, None], place, rules.agent), one
+        return found
+
+
+@torch.no_grad()
+def play_score(reader, settings, codes, presses=200, n=20):
+    """n worlds that nobody has seen, after so many presses of the five actions each, drawn evenly: as someone plays
+    them, each frame from those generated before. codes: what the dynamics are given for each action, None where nothing
+    means it: then that press counts as wrong.
+
+    Shares of all presses: agent, effect, ball (see `Referee`); stay, free, blocked: of those whose agent was there, the
+    right effects by what was in the way; first_slip: the median over the worlds of the first press without its effect
+    (presses + 1: all had theirs). settings: those of train_worldmodel.py.
+    """
+    rng = draw.numpy_generator(settings["split_seed"], "play", settings["side"], settings["walls"], settings["ball"])
+    world = World(n, rng, *(settings[name] for name in ("side", "walls", "ball", "facing")))
+    pressed = (rng.random((presses, n)) * len(ACTIONS)).astype(np.int64)
+    known = np.array([code is not None for code in codes])
+    given = torch.tensor([code or 0 for code in codes], device=reader.device)
+    first, index = opening(reader, world, settings["context"] - 1)
+    tokens, actions = first.tokens_and_actions(index, settings["context"] - 1)
+    model, referee, every = reader.models["dynamics"], Referee(world), []
+    cache = model.new_cache(n, settings["context"] + presses, settings["window"] or 64)
+    model(tokens, actions, cache)
+    drawn = reader.canvas(n, settings["context"] + presses)
+    reader.paint(tokens, drawn)
+    chance = torch.Generator().manual_seed(0)
+    for press in pressed:
+        tokens = model.next_frame(given[torch.from_numpy(press).to(reader.device)], cache, settings["decode_steps"],
+                                  settings["temperature"], generator=chance)
+        found = referee.judge(press, reader.cells(reader.paint(tokens[:, None], drawn)[:, 0]).numpy())
+        every.append(found | dict(effect=found["effect"] & known[press]))
+    found = {name: np.stack([one[name] for one in every]) for name in every[0]}      # (presses, n)
+    slips = np.where(found["effect"].all(0), presses, (~found["effect"]).argmax(0)) + 1
+    shares = {name: float(found[name].mean()) for name in ("agent", "effect", "ball")}
+    ways = {name: found["effect"][found["way"] == way] for way, name in enumerate(("stay", "free", "blocked"))}
+    return shares | {name: float(right.mean()) if right.size else float("nan") for name, right in ways.items()} | dict(
+        first_slip=float(np.median(slips)))
 
 
 # --- Pictures, for the eye: {title: frames of a row} ---
@@ -107,12 +252,12 @@ def draw_tokenizer(model, reader, T):
 
 def draw_actions(model, reader):
     """Two frames of 8 clips, and what becomes of the first by the code of the second, and by every code."""
-    frames = reader.frames(reader.spread(model.history + 1, 8), model.history + 1)
-    past, codes = frames[:, :-1], model.quantiser(model.encode(frames)).codes
+    frames, _ = reader.watch(reader.spread(model.history + 1, 8), model.history + 1)
+    past, codes, seen = frames[:, :-1], model.quantiser(model.encode(frames)).codes, reader.as_seen(frames)
 
     def after(codes):
-        return reader.as_frames(model.predict(past, model.quantiser.look_up(codes)))
-    rows = {"the frame before": past[:, -1], "the frame after": frames[:, -1],
+        return reader.as_seen(reader.as_watched(model.predict(past, model.quantiser.look_up(codes)))[:, None])[:, 0]
+    rows = {"the frame before": seen[:, -2], "the frame after": seen[:, -1],
             "written from the code inferred: " + ", ".join(map(str, codes.tolist())): after(codes)}
     return rows | {f"from code {code}": after(torch.full_like(codes, code)) for code in range(model.n_codes)}
 
