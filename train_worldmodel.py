@@ -754,7 +754,7 @@ def tell_play(world):
     if not world.video.cell_px or not play_presses:
         return {}
     codes = list(range(world.video.n_actions)) if action_source == "true" else measures.meanings_of(
-        world.models["actions"], world.train, eval_clips)[1]
+        world.train, eval_clips)[1]
     numbers = worlds.play_score(world.val, globals(), codes, play_presses)
     print(f"played: {measures.in_line(numbers)}")
     return {f"play_{key}": value for key, value in numbers.items()}
@@ -881,7 +881,7 @@ def main():
         if "dynamics" not in models:
             raise UserError(f"{checkpoint.path} has no dynamics yet, only {', '.join(done) or 'nothing finished'}: "
                             "--resume --stage dynamics trains them")
-        meant = measures.meanings_of(models["actions"], train, eval_clips) if action_source == "latent" else ()
+        meant = measures.meanings_of(train, eval_clips) if action_source == "latent" else ()
         played = Session(val, video, settings, *meant or (None, None), *measured(figures.get("dynamics", {})))
         if play is not None:
             serve(played, port)

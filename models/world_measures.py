@@ -272,10 +272,11 @@ def linear_probe(train, val, T, clips, train_clips=4096, penalty=1.0):
                 probe_floor=truth.bincount().max().item() / len(truth))
 
 
-def meanings_of(model, reader, clips):
+def meanings_of(reader, clips):
     """(the true action that most often took effect with each code (n_codes,) int64; for each true action the code that
     stands for it most often, of those that mean it, None where none does); (None, None) where no actions are known."""
-    T, n = model.history + 1, reader.n_actions
+    model, n = reader.models["actions"], reader.n_actions
+    T = model.history + 1
     index = reader.spread(T, clips)
     labels = reader.clips.effective(index, T)
     if labels is None or not n:

@@ -162,7 +162,7 @@ def test_reset_steps_and_the_old_world_after_an_error(game, capsys):
     session, address = game
     check_refused(post(address + "step", {"action": 0}), 400, "start one first")
     status, view = post(address + "reset", {"prompt": None})
-    assert status == 200 and set(view) == {"frame", "truth", "cache", "fps", "note", "step"}
+    assert status == 200 and set(view) == {"frame", "truth", "cache", "fps", "note", "score", "lost", "step"}
     assert view["fps"] is None and view["step"] == 0 and view["cache"] == "0 frames, 1.2 MB"
     for n, action in enumerate((2, 0, 1), 1):
         status, view = post(address + "step", {"action": action})

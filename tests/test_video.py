@@ -16,7 +16,7 @@ from choices import raises_one_line
 
 from data import draw, video
 from data.video import (ACTIONS, AGENT, BALL, FLOOR, PALETTE, WALL, Clips, Stream, World, caption,
-                        caption_length, load, paint, read_caption, read_cells, render, sprites, statistics)
+                        caption_length, load, paint, plain, read_caption, read_cells, render, sprites, statistics)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -118,9 +118,27 @@ def test_a_world_from_a_picture():
     many = World.from_cells(cells[:1].repeat(400, 0), rng)
     assert min(Counter(map(tuple, many.velocity.tolist())).values()) > 60 and (abs(many.velocity) == 1).all()
     for wrong, said in (*((from_text(bad), "one agent") for bad in BAD),
-                        (cells[0] + 2 * np.eye(3, dtype=np.uint8)[::-1], "0 to 3")):
+                        (cells[0] + 8 * np.eye(3, dtype=np.uint8)[::-1], "0 to 7")):
         with pytest.raises(ValueError, match=said):
             World.from_cells(wrong[None], rng)
+
+
+def test_an_agent_that_faces():
+    """All else is as without; it shows the last action but to stay, and a turn is something that happened."""
+    world, twin = (World(30, np.random.default_rng(0), 5, 0.4, True, facing) for facing in (True, False))
+    assert {*world.facing.tolist()} == {1, 2, 3, 4}
+    for actions in np.random.default_rng(1).integers(5, size=(12, 30)):
+        facing = np.where(actions > 0, actions, world.facing)
+        turned, happened = facing != world.facing, world.step(actions)
+        assert (happened == np.where(turned, actions, twin.step(actions))).all() and (world.facing == facing).all()
+        cells = world.cells()
+        assert (plain(cells) == twin.cells()).all() and (cells.reshape(30, -1).max(1) == BALL + facing).all()
+        for picture, look in zip(cells, facing):
+            words = caption(picture)
+            assert f"{'^v<>'[look - 1]}" in words and (read_caption(words, 5) == picture).all()
+            assert video.unknown_words(words, 5, True) == [] != video.unknown_words(words, 5)
+        again = World.from_cells(cells, np.random.default_rng(2))
+        assert (again.cells() == cells).all() and (again.facing == facing).all()
 
 
 # --- Pictures ---
@@ -129,9 +147,13 @@ def test_a_world_from_a_picture():
 @pytest.mark.parametrize("cell_px", [1, 3, 8, 32])
 def test_pictures_and_back(cell_px):
     table = sprites(cell_px)
-    assert table.shape == (4, cell_px, cell_px) and len({sprite.tobytes() for sprite in table}) == 4
+    different = {sprite.tobytes() for sprite in table}
+    assert table.shape == (8, cell_px, cell_px) and len({sprite.tobytes() for sprite in table[:4]}) == 4
     if cell_px >= 4:
-        assert [sorted({*sprite.flatten().tolist()}) for sprite in table] == [[0], [1, 2], [0, 3, 4], [0, 5]]
+        assert [sorted({*sprite.flatten().tolist()}) for sprite in table] == [
+            [0], [1, 2], [0, 3, 4], [0, 5], *[[0, 3, 4]] * 4] and len(different) == 8
+        facing = World(6, np.random.default_rng(0), 5, 0.4, True, True).cells()
+        assert (read_cells(paint(facing, cell_px), cell_px, facing=True) == facing).all()
     distance = np.square(PALETTE[:, None].astype(int) - PALETTE[None]).sum(2) ** 0.5
     assert PALETTE.shape == (6, 3) and PALETTE.dtype == np.uint8 and distance[~np.eye(6, dtype=bool)].min() > 40
     cells = np.stack([worlds(3, seed, side=5, walls=0.4).cells() for seed in range(2)])  # (2, 3, 5, 5)
@@ -150,8 +172,9 @@ def test_pictures_and_back(cell_px):
 def test_the_nearest_sprite_as_by_hand():
     noise = np.random.default_rng(0).integers(0, 256, (50, 8, 12, 3), dtype=np.uint8)
     parts = noise.reshape(50, 2, 4, 3, 4, 3).swapaxes(2, 3)[..., None, :, :, :].astype(int)
-    wanted = np.square(PALETTE[sprites(4)].astype(int) - parts).sum((-1, -2, -3)).argmin(-1)
-    assert (read_cells(noise, 4) == wanted).all()
+    for facing, kinds in ((False, [0, 1, 2, 3]), (True, [0, 1, 3, 4, 5, 6, 7])):
+        wanted = np.square(PALETTE[sprites(4)[kinds]].astype(int) - parts).sum((-1, -2, -3)).argmin(-1)
+        assert (read_cells(noise, 4, facing) == np.array(kinds)[wanted]).all()
     with pytest.raises(ValueError, match="8 x 12"):
         read_cells(noise, 3)
 

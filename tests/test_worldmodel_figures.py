@@ -3,6 +3,7 @@ scores are known and by loops; what is over nothing is not a number."""
 import itertools
 import math
 from collections import Counter
+from copy import copy
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 import train_worldmodel as w
-from data.video import AGENT, BALL, FLOOR, MOVES, Clips, Stream, load, paint, render
+from data.video import AGENT, BALL, FLOOR, MOVES, Clips, Stream, World, load, paint, plain, render
 from models import world_measures as m
 from models.discrete import Quantised
+from nanolab import world as worlds
 from nanolab.world import latent_actions
 from world_clips import (CONTEXT, HISTORY, PX, SHARP, SIDE, SMALL, as_logits, cells_of, copy_, decibels, displacement,
                          entropy, evaluate, material, nats_of, near, picture_error, reader, rollouts,
@@ -241,11 +243,16 @@ def test_the_map_is_counted_on_the_first_half_and_scored_on_the_second(put):
 
 
 def test_codes_are_shown_with_the_action_that_goes_with_them():
-    """A code that never comes means nothing in particular; where no actions are known there is nothing to show."""
-    model = Actor(lambda action, row: action * 3 % 8).eval()
-    found = m.meanings_of(model, material(video), w.eval_clips)
-    assert [found[label * 3 % 8].item() for label in range(5)] == [0, 1, 2, 3, 4] and len(found) == 8
-    assert m.meanings_of(model, reader(video.val, n_actions=0), w.eval_clips) is None
+    """A code that never comes means nothing in particular, an action that none means has no code, one of several has
+    the commonest; where no actions are known there is nothing to show."""
+    for code, codes in ((lambda action, row: action * 3 % 8, [0, 3, 6, 1, 4]),
+                        (lambda action, row: 5 if action == 4 else action + 6 * (action == 0 and row % 3 == 0),
+                         [0, 1, 2, 3, 5]), (lambda action, row: min(action, 3), [0, 1, 2, 3, None])):
+        models = dict(actions=Actor(code).eval())
+        meanings, found = m.meanings_of(material(video, models=models), w.eval_clips)
+        assert found == codes and len(meanings) == 8
+        assert all(meanings[code] == label for label, code in enumerate(codes) if code is not None)
+    assert m.meanings_of(reader(video.val, models=models, n_actions=0), w.eval_clips) == (None, None)
 
 
 def test_frames_written_by_a_simulator():
@@ -646,3 +653,94 @@ def test_latent_actions_explain_each_step():
         assert torch.equal(latent_actions(model, material(video).frames(index, 6)), labels)
         for t, window in enumerate(model.windows):
             assert (window == cells[:, [max(0, t + 1 - history + i) for i in range(history + 1)]]).all()
+
+
+# ---- Played ----
+
+def judged(world, actions, spoil):
+    """What a Referee says of a true world's frames after actions (T, n), each changed by spoil(t, cells)."""
+    referee, found = worlds.Referee(world), []
+    for t, pressed in enumerate(actions):
+        happened = world.step(pressed)
+        cells = world.cells()
+        spoil(t, cells)
+        found.append(referee.judge(pressed, cells) | dict(happened=happened))
+    return {name: np.stack([one[name] for one in found]) for name in found[0]}
+
+
+@pytest.mark.parametrize("facing", [False, True])
+def test_a_referee(facing):
+    """True frames obey the rules; an agent that is gone, stands elsewhere or twice, and a ball that is gone or jumps,
+    slip where they do, and are judged by where they were seen from there on."""
+    world = World(50, np.random.default_rng(0), 8, 0.2, True, facing)
+    actions = np.random.default_rng(1).integers(5, size=(40, 50))
+    before = [world.agent]
+
+    def watch(t, cells):
+        before.append(world.agent)
+    found = judged(copy(world), actions, lambda t, cells: None)
+    assert all(found[name].all() for name in ("agent", "effect", "ball"))
+    judged(world, actions, watch)
+    moved = (np.stack(before[1:]) != np.stack(before[:-1])).any(2)
+    assert (found["way"] == np.where(actions == 0, 0, np.where(moved, 1, 2))).all()
+    assert facing or (found["happened"] == np.where(moved, actions, 0)).all()
+    assert {*found["way"].flat} == {0, 1, 2}
+
+    def slip(kind, how):
+        def spoil(t, cells):
+            if t == 3:
+                here = plain(cells)[0] == kind
+                drawn, floor = cells[0][here], np.argwhere(cells[0] == FLOOR)
+                cells[0][here] = FLOOR * (how != "twice") + drawn * (how == "twice")
+                if how != "gone":
+                    cells[0][tuple(floor[-1])] = drawn[0]
+        empty = World(1, np.random.default_rng(3), 8, 0.0, True, facing)
+        return {name: value[:, 0].tolist() for name, value in judged(empty, np.ones((6, 1), int) * 2, spoil).items()}
+    one, two = [True] * 3 + [False] + [True] * 2, [True] * 3 + [False] * 2 + [True]
+    for how in ("gone", "twice"):
+        found = slip(AGENT, how)
+        assert found["agent"] == one and found["effect"] == two and found["way"][4] == -1, how
+    found = slip(AGENT, "elsewhere")                         # it is back on its true way: another jump
+    assert found["agent"] == [True] * 6 and found["effect"] == two
+    assert slip(BALL, "gone")["ball"] == one and slip(BALL, "twice")["ball"] == one
+    assert slip(BALL, "elsewhere")["ball"][3:5] == [False, False]
+
+
+class Rules:
+    """Dynamics that know the world, and what they are to do wrong: without(actions, happened, world) -> (n,) bool, the
+    worlds whose agent is left out."""
+
+    def __init__(self, without):
+        self.without = without
+
+    def new_cache(self, n, length, window):
+        return None
+
+    def __call__(self, tokens, actions, cache):
+        self.world = copy(self.made)
+
+    def next_frame(self, actions, cache, steps, temperature, generator):
+        happened = self.world.step(actions.numpy())
+        cells = self.world.cells()
+        lost = self.without(actions.numpy(), happened)
+        cells[lost] = np.where(cells[lost] == AGENT, FLOOR, cells[lost])
+        return torch.from_numpy(cells).long().flatten(1)
+
+
+@pytest.mark.parametrize("without, codes, wanted", [
+    (lambda pressed, happened: happened < 0, [0, 1, 2, 3, 4],
+     dict(agent=1, effect=1, ball=1, stay=1, free=1, blocked=1, first_slip=41)),
+    (lambda pressed, happened: happened != pressed, [0, 1, 2, 3, 4], dict(free=1, blocked=0, ball=1)),
+    (lambda pressed, happened: happened < 0, [0, 1, None, 3, 4], dict(agent=1, blocked=None))], ids=str)
+def test_the_score_of_playing(without, codes, wanted, monkeypatch, put):
+    put(tokens="cells", action_source="true")
+    video, rules = load("gridworld", 8, 8, 12), Rules(without)
+    monkeypatch.setattr(worlds, "World", lambda *how: setattr(rules, "made", World(*how)) or rules.made)
+    reader = worlds.Reader(video.val, video.palette, "cpu", dict(dynamics=rules), "cells", "true", 5)
+    settings = {name: getattr(w, name) for name in ("split_seed", "side", "walls", "ball", "facing", "context",
+                                                    "window", "decode_steps", "temperature")}
+    found = worlds.play_score(reader, settings, codes, presses=40, n=10)
+    for name, value in wanted.items():
+        assert value is None or found[name] == value, name
+    if None in codes:                                        # what has no code is wrong, and code 0 stays
+        assert 0.7 < found["effect"] < 0.85 and found["first_slip"] < 12
