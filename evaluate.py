@@ -110,12 +110,14 @@ def open_task(loaded, where):
         return found
     tokenizer = None
     if loaded["script"] == "train_facts":
-        tokenizer = tokenizer_of(settings)                       # also where another text is scored
+        tokenizer = tokenizer_of(settings, loaded.get("tokenizer_json"))     # also where another text is scored
         tokens.check(tokenizer, loaded["tokenizer"])
     if dataset:
         settings.update(dataset=dataset, max_bytes=None)
     if max_bytes:
         settings.update(max_bytes=max_bytes)
+    if settings["dataset"] is None:
+        raise UserError("a folder of weights names no text: which one? --dataset shakespeare, stdlib, or a file")
     return kind(settings, where, split, tokenizer)
 
 

@@ -68,7 +68,7 @@ def main():
     if loaded["script"] == "train_facts":
         if loaded["settings"]["task"] != "text":
             raise UserError(f"{path} was trained on {loaded['settings']['task']}, not on text: ask it with evaluate.py")
-        tokenizer = tokenizer_of(loaded["settings"])
+        tokenizer = tokenizer_of(loaded["settings"], loaded.get("tokenizer_json"))
         tokens.check(tokenizer, loaded["tokenizer"])
         start = tokens.encode_corpus(tokenizer, typed).tolist()
 
