@@ -13,18 +13,20 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
 from data import tokens
 from data.tokenized import tokenizer_of
 from model import TransformerConfig, build_model, from_checkpoint, fused_rows
 from models.rope_scaling import from_json, to_json
 from nanolab.run import Checkpoint, command, find_checkpoint, load_checkpoint, write_json
-from nanolab.settings import Parser, UserError
+from nanolab.settings import UserError, serve
 
 EVEN = 8  # experts' widths must be multiples of it: 16 bytes of bfloat16, for grouped_mm of transformers
 GATES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "glu": "sigmoid", "bilinear": "linear"}
@@ -35,14 +37,10 @@ PASSED_OVER = re.compile(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$")  
 
 # --- Settings that are more than another word: a pair of functions each, theirs of ours, and back ---
 
-def window_out(c):
-    """One window, of all layers, or none."""
-    return dict(sliding_window=c.window if "window" in c.mixers else None)
-
-
-def window_in(d):
-    window = d.get("sliding_window")
-    return dict(mixer="full") if window is None else dict(mixer="window", window=window)
+ROPE = to_json, from_json
+ONE_WINDOW = (lambda c: dict(sliding_window=c.window if "window" in c.mixers else None),  # of all layers, or of none
+              lambda d: dict(mixer="full") if d.get("sliding_window") is None else dict(mixer="window",
+                                                                                        window=d["sliding_window"]))
 
 
 def windows_out(c):
@@ -197,52 +195,26 @@ TAKES = dict(norm=("rms",), positions=("rope",), mixer=("full",), ff=("mlp",), a
 ROUTED = dict(ff=("moe",), n_shared_expert=(0,), expert_balance=("loss", "none"))
 
 
-def several(c):
-    """More than one expert, whose scores a class makes sum to 1."""
-    return range(2, c.n_expert + 1)
+MULTI_HEAD = dict(n_kv_head=lambda c: (c.n_head,), head_dim=lambda c: (c.n_embd / c.n_head,))
+WHOLE = dict(n_embd=lambda c: (c.n_embd // c.n_head * c.n_head,))  # n_head divides it, whatever head_dim is
 
 
-def divided(c):
-    """head_dim where it must be n_embd / n_head."""
-    return (c.n_embd / c.n_head,)
+def form(name, takes=(), keys=(), names=LLAMA, layers="model.layers.#.", knots=(ROPE,), full=(), fixed=(), absent=()):
+    """A class of transformers, as it differs from Llama's.
+
+    takes: as TAKES. keys: {their key of config.json: our field, or None for none}. names, layers: as LLAMA. knots: what
+    is more than another word. full: what it always has; gains of 1 and biases of 0 change nothing. fixed: {key: value}
+    that config.json must say. absent: {key: value} that it means where it leaves a key out.
+    """
+    return SimpleNamespace(name=name + ("LMHeadModel" if name == "GPT2" else "ForCausalLM"), names=names, layers=layers,
+                           takes=TAKES | dict(takes), knots=knots, full=dict(norm_gain=True) | dict(full),
+                           keys={key: ours for key, ours in (KEYS | dict(keys)).items() if ours}, fixed=dict(fixed),
+                           absent=dict(absent))
 
 
-def of_all(c):
-    """n_kv_head where there is no grouping."""
-    return (c.n_head,)
-
-
-def dense_first(c):
-    """ff where experts stand in all layers after the dense ones."""
-    kinds = set(c.ffs) - {"mlp", "moe"}
-    return () if kinds else (",".join(sorted(c.ffs)),)
-
-
-@dataclass
-class Form:
-    """A class of transformers."""
-    name: str
-    takes: dict                                          # as TAKES
-    keys: dict = field(default_factory=lambda: KEYS)     # {their key of config.json: our field}
-    names: dict = field(default_factory=lambda: LLAMA)   # {our tensor: their tensor, or with its way}
-    layers: str = "model.layers.#."
-    knots: tuple = ((to_json, from_json),)                # settings that are more than another word
-    full: dict = field(default_factory=dict)             # what it always has: gains that are 1 and biases 0 do nothing
-    fixed: dict = field(default_factory=dict)            # what its config.json must say
-    absent: dict = field(default_factory=dict)           # what it means where config.json leaves a key out
-
-
-def form(name, *, takes=(), keys=(), absent=(), full=(), **more):
-    """A Form that differs so from Llama's."""
-    return Form(f"{name}ForCausalLM" if name != "GPT2" else "GPT2LMHeadModel", {**TAKES, **dict(takes)},
-                {key: ours for key, ours in {**KEYS, **dict(keys)}.items() if ours}, absent=dict(absent), full={"norm_gain": True, **dict(full)}, **more)
-
-
-ROPE, ONE_WINDOW, WINDOWS = (to_json, from_json), (window_out, window_in), (windows_out, windows_in)
-NORMED = dict(takes=dict(qk_norm=(True,)), full=dict(qk_gain=True))
+WINDOWS = windows_out, windows_in
 FORMS = {  # the first that takes a config is it
-    "llama": form("Llama", takes=dict(bias=(False, True), n_embd=lambda c: (c.n_embd // c.n_head * c.n_head,)),
-                  keys=BIASES),
+    "llama": form("Llama", takes=dict(WHOLE, bias=(False, True)), keys=BIASES),
     "mistral": form("Mistral", takes=dict(mixer=("full", "window")), knots=(ROPE, ONE_WINDOW),
                     absent=dict(sliding_window=4096)),
     "qwen2": form("Qwen2", takes=dict(mixer=("full", "window"), bias=("qkv", False)), knots=(ROPE, WINDOWS),
@@ -252,13 +224,13 @@ FORMS = {  # the first that takes a config is it
     "smollm3": form("SmolLM3", takes=dict(positions=("none",), bias=(False, True)), keys=BIASES,
                     knots=((lambda c: dict(no_rope_layers=[0] * c.n_layer, use_sliding_window=False), unturned_in),),
                     absent=dict(tie_word_embeddings=True)),
-    "arcee": form("Arcee", takes=dict(activation=tuple(PLAIN), bias=(False, True),
-                                      n_embd=lambda c: (c.n_embd // c.n_head * c.n_head,)),
+    "arcee": form("Arcee", takes=dict(WHOLE, activation=tuple(PLAIN), bias=(False, True)),
                   keys=BIASES, names=ARCEE, absent=dict(hidden_act="relu2", rms_norm_eps=1e-5)),
     "apertus": form("Apertus", takes=dict(qk_norm=(True,), activation=tuple(PLAIN)), names=APERTUS,
                     knots=((to_json, partial(from_json, base=12e6)),), full=dict(qk_gain=True),
                     fixed=dict(attention_bias=False), absent=dict(hidden_act="xielu", rms_norm_eps=1e-5)),
-    "mixtral": form("Mixtral", takes={**ROUTED, "mixer": ("full", "window"), "expert_top_k": several}, names=MIXTRAL,
+    "mixtral": form("Mixtral", takes={**ROUTED, "mixer": ("full", "window"),
+                                      "expert_top_k": lambda c: range(2, c.n_expert + 1)}, names=MIXTRAL,
                     keys={**MOE, "intermediate_size": "expert_width", "num_local_experts": "n_expert"},
                     knots=((to_json, partial(from_json, base=1e6)), ONE_WINDOW),
                     absent=dict(rms_norm_eps=1e-5, num_experts_per_tok=2, num_local_experts=8)),
@@ -269,8 +241,8 @@ FORMS = {  # the first that takes a config is it
                       absent=dict(num_experts_per_tok=8, moe_intermediate_size=768)),
     "deepseek_v3": form(
         "DeepseekV3", names=DEEPSEEK,
-        takes=dict(mixer=("mla",), ff=dense_first, expert_balance=lambda c: (
-            ("bias",) if "moe" in c.ffs else (c.expert_balance,)),
+        takes=dict(mixer=("mla",), ff=lambda c: (",".join(k for word in ("mlp", "moe") for k in c.ffs if k == word),),
+                   expert_balance=lambda c: ("bias",) if "moe" in c.ffs else (c.expert_balance,),
                    n_shared_expert=lambda c: range(1, c.n_expert) if "moe" in c.ffs else (c.n_shared_expert,)),
         keys={**MOE, "moe_intermediate_size": "expert_width", "n_shared_experts": "n_shared_expert",
               "q_lora_rank": "q_rank", "kv_lora_rank": "kv_rank", "qk_rope_head_dim": "rope_dim",
@@ -280,8 +252,8 @@ FORMS = {  # the first that takes a config is it
     "diffllama": form("DiffLlama", takes=dict(mixer=("diff",)), names=DIFF, fixed=dict(attention_bias=False),
                       absent=dict(rms_norm_eps=1e-5)),
     "gpt2": form("GPT2", names=GPT2, layers="transformer.h.#.", knots=(),
-                 takes=dict(norm=("layer",), positions=("learned",), activation=tuple(PLAIN), bias=(True, False),
-                            n_kv_head=of_all, head_dim=divided), full=dict(bias=True),
+                 takes=dict(MULTI_HEAD, norm=("layer",), positions=("learned",), activation=tuple(PLAIN),
+                            bias=(True, False)), full=dict(bias=True),
                  fixed=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
                  absent=dict(tie_word_embeddings=True, activation_function="gelu_new", layer_norm_epsilon=1e-5)),
     "starcoder2": form("Starcoder2", names=STARCODER, knots=(ROPE, ONE_WINDOW),
@@ -289,8 +261,8 @@ FORMS = {  # the first that takes a config is it
                                   mixer=("full", "window")), full=dict(bias=True), fixed=dict(use_bias=True),
                        absent=dict(tie_word_embeddings=True, norm_epsilon=1e-5, hidden_act="gelu_pytorch_tanh")),
     "mpt": form("Mpt", names=MPT, layers="transformer.blocks.#.", knots=(),
-                takes=dict(norm=("layer",), positions=("alibi",), activation=("gelu",), n_kv_head=of_all,
-                           head_dim=divided, tie_weights=(True,), ff_width=lambda c: (4 * c.n_embd,),
+                takes=dict(MULTI_HEAD, norm=("layer",), positions=("alibi",), activation=("gelu",),
+                           tie_weights=(True,), ff_width=lambda c: (4 * c.n_embd,),
                            n_head=lambda c: [2 ** i for i in range(20)]),
                 fixed=dict(no_bias=True, attn_config=dict(alibi=True, alibi_bias_max=8, attn_type="multihead_attention",
                                                           qk_ln=False, clip_qkv=None, softmax_scale=None)),
@@ -324,7 +296,7 @@ def misfits(form, c):
         layers = {"mixer": c.mixers, "ff": c.ffs}.get(name, (value,))
         if not {",".join(layers) if callable(takes) and name == "ff" else word for word in layers} <= {*allowed}:
             found.append((name, value, allowed))
-    if (window_out, window_in) in form.knots and len({*c.mixers}) > 1:
+    if ONE_WINDOW in form.knots and len({*c.mixers}) > 1:
         found.append(("mixer", c.mixer, ("one for all layers",)))
     return found
 
@@ -384,14 +356,12 @@ def filled(c, state, full):
     """(config, state) with all that the class always has, gains 1 and biases 0, and with experts of an even width."""
     if "moe" in c.ffs:
         W = c.expert_width or max(1, c.ff_width // c.n_expert)
-        full = {**full, "expert_width": W + -W % EVEN}
+        full, more = {**full, "expert_width": W + -W % EVEN}, -W % EVEN
         for name in [name for name in state if re.search(r"\.ff\.(shared\.)?(up|down)\.weight$", name)]:
-            if c.ffs[int(name.split(".")[1])] == "moe":
-                t, inner = state[name], 1 if ".up." in name else 2  # the dimension, of (experts, W, C), (C, experts, W)
-                n = 1 if inner == 2 and ".shared." not in name else c.n_shared_expert if inner == 2 else -1
-                t = t.view(n, W, t.size(1)) if inner == 1 else t.view(len(t), n, W)
-                state[name] = torch.nn.functional.pad(t, (0, 0, 0, -W % EVEN) if inner == 1 else (0, -W % EVEN))
-                state[name] = state[name].flatten(0, 1) if inner == 1 else state[name].flatten(1)
+            t = state[name]
+            if c.ffs[int(name.split(".")[1])] == "moe":  # up (experts W, C); down (experts C, W), shared (C, experts W)
+                state[name] = (F.pad(t.view(-1, W, c.n_embd), (0, 0, 0, more)).flatten(0, 1) if ".up." in name else
+                               F.pad(t.view(len(t), -1, W), (0, more)).flatten(1))
     c = replace(c, **full)
     with torch.device("meta"):
         skeleton = build_model(c)
@@ -458,7 +428,13 @@ def as_folder(model, dtype="float32"):
 
 
 def export(run, folder, dtype="float32", weights="raw"):
-    """Writes the folder of a run or checkpoint. UserError: no class computes the model, or the folder is there."""
+    """Writes a run as a folder that transformers loads. UserError: no class computes the model; the folder is there.
+
+    run: a run's directory, or a checkpoint
+    folder: the folder to write, which must not be there yet
+    dtype: [float32, bfloat16] of the tensors
+    weights: [raw, ema] which weights
+    """
     save_file = tokens.needed("safetensors.torch").save_file
     folder, path = Path(folder), find_checkpoint(run)
     if folder.exists():
@@ -559,43 +535,34 @@ def read_folder(folder):
     missing, damaged, not read, or could run code."""
     folder = Path(folder)
     try:
-        with open(folder / "config.json", encoding="utf-8") as file:
-            d = json.load(file)
+        d = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(d, dict):
             raise UserError("it is no object")
         kind, config = config_in(d)
     except FileNotFoundError:
         raise UserError(f"{folder} has no config.json") from None
-    except UserError as error:
-        raise UserError(f"{folder}/config.json: {error}") from None
-    except ValueError as error:                          # no JSON; a setting that cannot be
+    except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder}/config.json is not read: {' '.join(str(error).split())[:300]}") from None
-    except (OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{folder}/config.json is not read: {type(error).__name__}: "
-                        f"{' '.join(str(error).split())[:200]}") from None
     return kind, config, d, read_tensors(folder)
 
 
 def read_tensors(folder):
     """{name: tensor} of model.safetensors, or of the shards that its index names. UserError, as read_folder."""
-    found, place = {}, folder / "model.safetensors"
+    found, name = {}, "model.safetensors"
+    names, index = [name], folder / "model.safetensors.index.json"
     try:
-        names = [place.name]
-        if not place.exists() and (folder / "model.safetensors.index.json").exists():
-            with open(folder / "model.safetensors.index.json", encoding="utf-8") as file:
-                names = sorted({*json.load(file)["weight_map"].values()})
+        if not (folder / name).exists() and index.exists():
+            names = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
         for name in names:
             if Path(name).name != name or not (folder / name).is_file():
                 pickles = [path.name for end in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{end}")]
                 raise UserError(f"{folder} has no {name}" + (f"; {pickles[0]} is a pickle, which could run code: it is "
                                                              "not read, save it as safetensors" if pickles else ""))
             found |= tokens.needed("safetensors.torch").load_file(folder / name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}: its weights are not read: {type(error).__name__}: {str(error)[:200]}") from None
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise UserError(f"{folder / name} is no safetensors file, or damaged: {str(error)[:200]}") from None
+    except UserError:
+        raise
+    except Exception as error:                           # SafetensorError, or an index that is none
+        raise UserError(f"{folder}: {name} is no safetensors file, or damaged: {str(error)[:200]}") from None
     return {name.removeprefix("_orig_mod."): t for name, t in found.items()}
 
 
@@ -731,19 +698,7 @@ def begin_from(settings, checkpoint):
     return Beginning(state, text, c.vocab_size)
 
 
-@command
-def main(argv=None):
-    """The command line: see the top of the file."""
-    parser = Parser(prog="nanolab/hf", description=__doc__.splitlines()[0])
-    parts = parser.add_subparsers(dest="what", required=True, metavar="export", parser_class=Parser)
-    part = parts.add_parser("export", help="a run as a folder that transformers loads")
-    part.add_argument("run", help="a run's directory or a checkpoint")
-    part.add_argument("folder", help="the folder to write, which must not be there yet")
-    part.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the tensors")
-    part.add_argument("--weights", choices=("raw", "ema"), default="raw", help="which weights")
-    args = parser.parse_args(argv)
-    export(args.run, args.folder, args.dtype, args.weights)
-
+main = command(serve(export=(export,)))
 
 if __name__ == "__main__":
     main()

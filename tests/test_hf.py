@@ -197,8 +197,8 @@ def test_in(case, tmp_path):
     """Logits and text of what they publish; back out, all tensors are theirs, bit for bit where nothing is folded."""
     kind, settings = case[0], dict(case[1])
     folded = settings.pop("folded", "$^")
-    sizes = dict(vocab_size=64, pad_token_id=None) if kind in ("gpt2", "mpt") else {key: value for key, value in THEIRS.items() if
-                                                                 kind != "mamba" or key[:3] in ("voc", "hid", "pad")}
+    own = {"gpt2": ("vocab", "pad"), "mpt": ("vocab", "pad"), "mamba": ("vocab", "pad", "hidden")}.get(kind, ("",))
+    sizes = {key: value for key, value in THEIRS.items() if key.startswith(own)}
     other = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**sizes, **settings})).eval()
     shake(other.state_dict())
     other.generation_config.eos_token_id = None
