@@ -55,7 +55,7 @@ from nanolab.score import Ensemble
 from nanolab.tasks import cost, kind_of, result
 
 # --- What ---
-checkpoint = None        # run directory or checkpoint file (may also be typed as a bare word)
+checkpoint = None        # run directory, checkpoint file, or a folder of weights (may also be typed as a bare word)
 watch = None             # a run's directory: evaluate each new checkpoint as it lands
 patience = 60.0          # [>= 0.0, <= 1e8] watch: seconds without a trainer before it ends
 weights = "raw"          # [raw, ema] which weights

@@ -73,7 +73,8 @@ def another(spec):
 FIELDS = _read_fields(ROOT / "model.py", "TransformerConfig")
 
 
-@pytest.mark.parametrize("name", [name for name, spec in FIELDS.items() if spec.only and name not in ("qk_scale", "qk_gain")])
+@pytest.mark.parametrize("name", [name for name, spec in FIELDS.items()
+                                  if spec.only and name not in ("qk_scale", "qk_gain")])
 def test_an_idle_field_changes_no_model(name):
     small = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, positions="none", compression="mean")
     alone = Settings({field: spec.default for field, spec in FIELDS.items()} | small)
