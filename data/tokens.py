@@ -221,9 +221,13 @@ def byte_letters():
     return [chr(byte) if byte in kept else chr(next(others)) for byte in range(256)]
 
 
-def as_json(tokenizer):
+def as_json(tokenizer, end=None):
     """A tokenizer as the text of a tokenizer.json that gives the same ids. Of sentencepiece two exceptions: U+2581
-    becomes a space, and what looks like <unk> or <0x0A> that piece."""
+    becomes a space, and what looks like <unk> or <0x0A> that piece. end: the text of one more, special id."""
+    if end is not None:
+        found = json.loads(as_json(tokenizer))
+        found["added_tokens"] += _json(None, None, None, {end: tokenizer.size})["added_tokens"]
+        return json.dumps(found, ensure_ascii=False)
     if isinstance(tokenizer, Published):
         return tokenizer.content.decode()
     if isinstance(tokenizer, SentencePiece):

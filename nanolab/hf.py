@@ -2,12 +2,10 @@
 
     python -m nanolab.hf export runs/train_enwik8/my_run FOLDER             # AutoModelForCausalLM, AutoTokenizer
     python -m nanolab.hf export runs/train_enwik8/my_run/best.pt FOLDER --dtype bfloat16 --weights ema
-    python sample.py FOLDER                                                 # and evaluate.py FOLDER --dataset ...
-    python train_enwik8.py --init_from FOLDER                               # train_facts.py --task text, too
+    python train_enwik8.py --init_from FOLDER                               # sample.py, evaluate.py take it, too
 
 FORMS is the one table: for every class what it takes, what it calls our settings and our tensors. Export reads it from
 left to right, import from right to left. What no class computes is refused in one line; docs/weights.md has the limits.
-A folder holds config.json, generation_config.json, model.safetensors, and where there is one tokenizer.json.
 """
 import json
 import os
@@ -32,6 +30,7 @@ EVEN = 8  # experts' widths must be multiples of it: 16 bytes of bfloat16, for g
 GATES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "glu": "sigmoid", "bilinear": "linear"}
 PLAIN = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "relu2": "relu2", "silu": "silu"}
 ALSO = {"gelu_new": "gelu_pytorch_tanh", "swish": "silu"}  # other words of theirs
+LARGEST = dict(n_layer=10_000, n_expert=10_000, block_size=2 ** 24)  # in a config.json that is believed
 PASSED_OVER = re.compile(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$")  # buffers in old files: masks, angles
 
 
@@ -52,6 +51,7 @@ def windows_out(c):
 
 
 def windows_in(d):
+    """Its fields; without layer_types those from max_window_layers on have it."""
     kinds, window, n = d.get("layer_types"), d.get("sliding_window", 4096), d["num_hidden_layers"]
     if not d.get("use_sliding_window", False) or window is None:
         return dict(mixer="full")
@@ -62,9 +62,8 @@ def windows_in(d):
 
 def unturned_in(d):
     """SmolLM3: 1 is a layer that turns; without a list every fourth does not."""
-    turns = d.get("no_rope_layers")
+    turns, every = d.get("no_rope_layers"), d.get("no_rope_layer_interval", 4)
     if turns is None:
-        every = d.get("no_rope_layer_interval", 4)
         turns = [int((i + 1) % every != 0) for i in range(d["num_hidden_layers"])]
     if len({*turns}) > 1 or d.get("use_sliding_window"):
         raise UserError("layers of which some turn and some do not are not read: here all layers have the same")
@@ -78,6 +77,7 @@ def sparse_out(c):
 
 
 def sparse_in(d):
+    """Its fields."""
     k, every = d.get("num_experts_per_tok", 8), d.get("decoder_sparse_step", 1)
     expect_topk(d.get("norm_topk_prob", False), k)
     dense = {*(d.get("mlp_only_layers") or ())}
@@ -86,6 +86,7 @@ def sparse_in(d):
 
 
 def expect_topk(norm, k):
+    """UserError where k experts' scores are not summed to 1 as here."""
     if norm != (k > 1):
         raise UserError(f"norm_topk_prob {str(norm).lower()} with {k} experts a token is not read: here scores of "
                         "several sum to 1, and a single one keeps its own")
@@ -100,6 +101,7 @@ def latent_out(c):
 
 
 def latent_in(d):
+    """Its fields."""
     expect_topk(d.get("norm_topk_prob", True), d.get("num_experts_per_tok", 8))
     n, shared = d["num_hidden_layers"], d.get("n_shared_experts", 1)
     dense = min(n, d.get("first_k_dense_replace", 3))
@@ -128,12 +130,8 @@ def pairs_apart(c):
     return torch.cat(rows)
 
 
-def transpose(t, c):
-    return t.mT if t.dim() == 2 else t
-
-
-WAYS = {None: (lambda t, c: t,) * 2, "transposed": (transpose, transpose), "pairs": by_rows(pairs_apart),
-        "heads": by_rows(heads_in_turn),
+WAYS = {None: (lambda t, c: t,) * 2, "pairs": by_rows(pairs_apart), "heads": by_rows(heads_in_turn),
+        "transposed": (lambda t, c: t.mT if t.dim() == 2 else t,) * 2,
         "taps": (lambda t, c: t.mT.unsqueeze(1), lambda t, c: t.squeeze(1).mT)}  # a convolution's (K, I), (I, 1, K)
 
 # --- The table ---
@@ -462,14 +460,13 @@ def export(run, folder, dtype="float32", weights="raw"):
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    numbers = sum(t.numel() for t in found.values())
-    print(f"{folder}: {config['architectures'][0]}, {numbers:,} parameters in {dtype}"
+    print(f"{folder}: {config['architectures'][0]}, {sum(t.numel() for t in found.values()):,} parameters in {dtype}"
           + ("" if words else ", without a tokenizer: its task has a vocabulary of its own"))
 
 
 def tokenizer_files(loaded, config):
     """({file: its text} of the checkpoint's tokenizer, or {} of a task without one; its special ids of config.json)."""
-    settings, special = loaded["settings"], {}
+    settings = loaded["settings"]
     if loaded["script"] == "train_facts":
         if settings["task"] != "text":
             return {}, {}
@@ -477,16 +474,12 @@ def tokenizer_files(loaded, config):
         tokens.check(tokenizer, loaded["tokenizer"])
     else:
         tokenizer = tokens.Bytes()
-    found = json.loads(tokens.as_json(tokenizer))
-    if config["vocab_size"] == tokenizer.size + 1:       # what follows a document of a shard
-        found["added_tokens"].append(dict(id=tokenizer.size, content="<|end|>", single_word=False, lstrip=False,
-                                          rstrip=False, normalized=False, special=True))
-        special = dict(eos_token_id=tokenizer.size)
+    special = {"eos_token_id": tokenizer.size} if config["vocab_size"] == tokenizer.size + 1 else {}  # ends a document
     about = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False,
                  model_max_length=config.get("max_position_embeddings") or config.get("n_positions"),
                  **({"eos_token": "<|end|>"} if special else {}))
-    files = {"tokenizer.json": found, "tokenizer_config.json": about}
-    return {name: json.dumps(content, ensure_ascii=False) for name, content in files.items()}, special
+    return {"tokenizer.json": tokens.as_json(tokenizer, "<|end|>" if special else None),
+            "tokenizer_config.json": json.dumps(about)}, special
 
 
 # --- In ---
@@ -525,8 +518,11 @@ def config_in(d):
     found |= {ours: value for ours, (_, value) in said.items()}
     if kind in ("gpt2", "mpt") and not found.get("ff_width"):
         found["ff_width"] = 4 * found["n_embd"]
-    for _, into in form.knots:
+    for into in (lambda d: {}, *(into for _, into in form.knots)):
         found |= into(d)
+        for name, most in LARGEST.items():
+            if type(found.get(name)) is int and found[name] > most:
+                raise UserError(f"{name} {found[name]:,} is more than a model has")
     return kind, TransformerConfig(**found)
 
 

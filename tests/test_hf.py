@@ -334,6 +334,8 @@ Q = "model.layers.1.self_attn.q_proj.weight"
     bad("unknown class", retold(model_type="gemma"), "'gemma' is not read", "llama, mistral"),
     bad("a size that is a lie", retold(intermediate_size=96), "gate_proj", "(88, 32)", "(96, 32)"),
     bad("a size past all memory", retold(hidden_size=2 ** 40), "config.json"),
+    bad("a billion layers", retold(num_hidden_layers=10 ** 9), "n_layer 1,000,000,000"),
+    bad("a trillion places", retold(max_position_embeddings=10 ** 12), "block_size"),
     bad("a negative size", retold(num_hidden_layers=-1), "n_layer"), bad("no size", retold(hidden_size=None), "lacks"),
     bad("a text for a size", retold(num_attention_heads="4"), "config.json"),
     bad("another activation", retold(hidden_act="mish"), "mish"),
@@ -394,6 +396,8 @@ def test_tokenizers(kind, tmp_path):
     other, back = AutoTokenizer.from_pretrained(tmp_path), tokens.open_tokenizer(tmp_path / "tokenizer.json")
     assert len(other) == ours.size == back.size and back.pieces == ours.pieces
     odd = [text for text in ODD if kind in ("bytes", "bpe:300") or "\u2581" not in text]     # which becomes a space
+    with_end = json.loads(tokens.as_json(ours, "<|end|>"))["added_tokens"][-1]
+    assert (with_end["id"], with_end["content"], with_end["special"]) == (ours.size, "<|end|>", True)
     for text in [TEXT, *odd]:
         ids = ours.encode(text)
         assert other.encode(text, add_special_tokens=False) == ids == back.encode(text), text
