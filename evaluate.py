@@ -55,7 +55,7 @@ from nanolab.score import Ensemble
 from nanolab.tasks import cost, kind_of, result
 
 # --- What ---
-checkpoint = None        # run directory or checkpoint file (may also be typed as a bare word)
+checkpoint = None        # run directory, checkpoint file, or a folder of weights (may also be typed as a bare word)
 watch = None             # a run's directory: evaluate each new checkpoint as it lands
 patience = 60.0          # [>= 0.0, <= 1e8] watch: seconds without a trainer before it ends
 weights = "raw"          # [raw, ema] which weights
@@ -110,12 +110,14 @@ def open_task(loaded, where):
         return found
     tokenizer = None
     if loaded["script"] == "train_facts":
-        tokenizer = tokenizer_of(settings)                       # also where another text is scored
+        tokenizer = tokenizer_of(settings, loaded.get("tokenizer_json"))     # also where another text is scored
         tokens.check(tokenizer, loaded["tokenizer"])
     if dataset:
         settings.update(dataset=dataset, max_bytes=None)
     if max_bytes:
         settings.update(max_bytes=max_bytes)
+    if settings["dataset"] is None:
+        raise UserError("a folder of weights names no text: which one? --dataset shakespeare, stdlib, or a file")
     return kind(settings, where, split, tokenizer)
 
 

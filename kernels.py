@@ -201,6 +201,12 @@ def gelu_reference(x):
     return F.gelu(exactly(x)).to(x.dtype)
 
 
+def gelu_tanh(x):
+    """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, GPT-2's GELU (Hendrycks & Gimpel 2016): x of any shape and
+    float type, to the same. It has no kernel: by "triton" too it is PyTorch's."""
+    return F.gelu(x, approximate="tanh")
+
+
 def relu2_reference(x):
     """relu2 as its kernel computes it."""
     return F.relu(exactly(x)).square().to(x.dtype)
@@ -215,7 +221,7 @@ def relu2(x):
 
 GATES = {"glu": torch.sigmoid, "bilinear": lambda a: a, "reglu": F.relu, "geglu": gelu, "swiglu": F.silu}
 GLU = tuple(GATES)  # act(a) b of two halves (Shazeer 2020)
-PLAIN = {"gelu": gelu, "relu": F.relu, "relu2": relu2, "silu": F.silu,
+PLAIN = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": F.relu, "relu2": relu2, "silu": F.silu,
          "solu": lambda x: x * torch.softmax(x, -1, dtype=torch.float32).to(x.dtype)}
 
 

@@ -73,7 +73,8 @@ class TransformerConfig:
     dropout: float = 0.0           # [>= 0.0, < 1.0] of embeddings, attention probabilities and branch outputs
     norm: str = "layer"            # [layer, rms, dyt] normalisation, before each branch; dyt: tanh instead (see Norm)
     norm_gain: bool = True         # learned gain in the norms
-    bias: bool = True              # of linear layers, LayerNorm and dyt; RMSNorm has none
+    norm_eps: float = None         # [none, > 0.0] in the root of a norm (dyt has none); none: layer 1e-5, rms 1e-6
+    bias: bool = True              # [qkv] of linear layers, LayerNorm, dyt (no RMSNorm); qkv: of q, k and v alone
     # Mixers
     mixer: str = "full"            # words of MIXERS, repeated over the layers: "mamba,mamba,full"
     window: int = 128              # [>= 1, with mixer window] positions that a layer sees
@@ -94,9 +95,11 @@ class TransformerConfig:
     # Feed-forwards
     ff: str = "mlp"                # words of FEED_FORWARDS, or "none", repeated over the layers
     ff_mult: float = 4.0           # [> 0.0] width over n_embd; gated: 2/3 of it (a multiple of 8): equal parameters
-    activation: str = "gelu"       # [gelu, relu, relu2, silu, solu, glu, bilinear, reglu, geglu, swiglu]
+    ff_width: int = None           # [none, >= 1] width of the hidden layer itself; none: by ff_mult
+    activation: str = "gelu"       # [gelu, gelu_tanh, relu, relu2, silu, solu, glu, bilinear, reglu, geglu, swiglu]
     ff_rank: int = None            # [none, >= 1, with ff low_rank] of both matrices; none: n_embd / 4
     n_expert: int = 8              # [>= 1, with ff moe] experts, which share the width; one alone needs no router
+    expert_width: int = None       # [none, >= 1, with ff moe] of an expert's hidden layer; none: ff_width / n_expert
     n_shared_expert: int = 0       # [>= 0, with ff moe] of those, how many serve every position
     expert_top_k: int = 2          # [>= 1, with ff moe] of the others, how many a position chooses
     expert_balance: str = "loss"   # [loss, bias, none, with ff moe] load-balance loss, or biases moved after every step
@@ -106,8 +109,9 @@ class TransformerConfig:
     # Positions
     positions: str = "learned"     # [learned, learned_per_layer, rope, alibi, relative, none] where a position stands
     rope_base: float = 10000.0     # [> 1.0, with positions rope] longest wavelength of rope over 2 pi
-    rope_scaling: str = "none"     # [none, linear, ntk, yarn] how rope is stretched to rope_factor times its context
+    rope_scaling: str = "none"     # [none, linear, ntk, yarn, llama3] how rope is stretched to rope_factor times
     rope_factor: float = 1.0       # [>= 1.0] extend_block_size multiplies it
+    rope_original: int = None      # [none, >= 1] the context before it was stretched; none: block_size / rope_factor
     rope_ramp: str = "turns"       # [turns, index, with rope_scaling yarn] by turns (paper) or index (published code)
     rope_mscale: float = 1.0       # [>= 0.0, with rope_scaling yarn] q, k grow by 0.1 rope_mscale ln(rope_factor) + 1
     rope_mscale_all_dim: float = 1.0  # [>= 0.0, with mixer mla] yarn: of what does not turn; 0: it does not grow
@@ -118,6 +122,7 @@ class TransformerConfig:
     mup_base_width: int = 96       # [>= 1, with parametrisation mup] n_embd at which all is as with standard
     mup_base_head_dim: int = None  # [none, >= 1, with parametrisation mup] head_dim there; none: as many heads as here
     qk_norm: bool = False          # RMSNorm without parameters on queries and keys, per head
+    qk_gain: bool = False          # [with qk_norm] learned gains of both, of each layer (Qwen3)
     qk_scale: bool = False         # [with qk_norm] learned scale of each layer's scores in place of head_dim^-0.5
     score_softcap: float = None    # [none, > 0.0] attention's scores become cap tanh(scores / cap) (Gemma 2: 50)
     softmax_plus_one: bool = False # 1 more in the denominator of attention's softmax (Miller 2023): it may see nothing
@@ -164,7 +169,9 @@ class TransformerConfig:
         expect(not self.n_head % self.n_kv_head, f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
         derived = dict(memory_length=self.block_size, kv_rank=2 * self.head_dim, ff_rank=max(1, self.n_embd // 4),
                        compressed_length=max(1, self.block_size // self.compression_rate),
-                       rope_dim=max(2, 2 * (self.head_dim // 4)))
+                       rope_dim=max(2, 2 * (self.head_dim // 4)),
+                       ff_width=8 * round(self.ff_mult * self.n_embd / 12) if self.activation in GLU
+                       else int(self.ff_mult * self.n_embd))
         for name, value in derived.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -198,6 +205,10 @@ class TransformerConfig:
             expect(width > 1 or not normed, f"{name} is 1, but a norm over one feature leaves a sign at most, which "
                                             "lets no gradient pass: it must be at least 2")
         expect(self.short_conv != 1, "short_conv is 1, but must be 0, which is none, or at least 2")
+        for name, wanted in (("bias 'qkv'", self.bias == "qkv"), ("qk_gain", self.qk_gain)):
+            expect(not wanted or {*self.mixers} <= {"full", "window", "strided", "fixed", "diff"},
+                   f"{name} is of layers full, window, strided, fixed and diff: mixer {self.mixer!r} has others")
+        expect(self.qk_norm or not self.qk_gain, "qk_gain multiplies queries and keys of one length: it needs qk_norm")
         expect(self.qk_norm or not self.qk_scale,
                "qk_scale scales scores of queries and keys of one length: it needs qk_norm")
         expect(self.plain_scores or not {*self.mixers} <= {*RECURRENT},
@@ -284,17 +295,6 @@ class TransformerConfig:
     def learned_positions(self):
         """Whether a table ends at block_size."""
         return self.positions.startswith("learned")
-
-    @property
-    def rope_original(self):
-        """The context that rope was trained for before it was stretched."""
-        return max(1, round(self.block_size / self.rope_factor))
-
-    @property
-    def ff_width(self):
-        """Width of the feed-forward's hidden layer."""
-        width = self.ff_mult * self.n_embd
-        return 8 * round(width / 12) if self.activation in GLU else int(width)
 
     @property
     def n_labels(self):
@@ -507,13 +507,15 @@ class Norm(nn.Module):
     takes their place feature by feature (Zhu et al. 2025, "Transformers without Normalization", section 4):
 
         DyT(x) = gain tanh(alpha x) + bias,   alpha one learned number, 0.5 at first.
+
+    eps: added to the mean square; None: 1e-6 of RMSNorm, 1e-5 of LayerNorm.
     """
 
-    def __init__(self, kind, width, gain, bias):
+    def __init__(self, kind, width, gain, bias, eps=None):
         super().__init__()
-        self.kind, self.width = kind, width
+        self.kind, self.width, self.eps = kind, width, (1e-6 if kind == "rms" else 1e-5) if eps is None else eps
         self.gain = nn.Parameter(torch.empty(width)) if gain else None
-        self.bias = nn.Parameter(torch.empty(width)) if gain and bias and kind != "rms" else None
+        self.bias = nn.Parameter(torch.empty(width)) if gain and bias is True and kind != "rms" else None
         self.alpha = nn.Parameter(torch.empty(1)) if kind == "dyt" else None
         self.roles = {"alpha": "gain"} if kind == "dyt" else {}
 
@@ -527,12 +529,12 @@ class Norm(nn.Module):
         if not learn:
             weights = {name: p.detach() for name, p in weights.items() if p is not None}
         if self.kind == "rms":
-            return kernels.rms_norm(x, weights.get("gain"))
+            return kernels.rms_norm(x, weights.get("gain"), self.eps)
         if self.kind == "dyt":
             y, gain, bias = torch.tanh(weights["alpha"] * x), weights.get("gain"), weights.get("bias")
             y = y if gain is None else y * gain
             return (y if bias is None else y + bias).to(x.dtype)
-        return kernels.layer_norm(x, weights.get("gain"), weights.get("bias"))
+        return kernels.layer_norm(x, weights.get("gain"), weights.get("bias"), self.eps)
 
 
 class Linear(nn.Linear):
@@ -593,8 +595,9 @@ class Attention(nn.Module):
 
     kind "window" sees the last config.window positions only. With qk_norm, queries and keys pass an RMSNorm without
     parameters before they turn; RoPE keeps lengths, so after would be the same. They then have length sqrt(D); with
-    qk_scale the score is s q.k / D, s learned, one of a layer, and sqrt(D) at first. A bias of keys that do not turn
-    (nor are normed) moves all scores of a query alike, so no loss reaches it.
+    qk_scale the score is s q.k / D, s learned, one of a layer, and sqrt(D) at first; with qk_gain the D features of all
+    queries of a layer have one learned gain, (D,), 1 at first, and those of its keys another. A bias of keys that do
+    not turn (nor are normed) moves all scores of a query alike, so no loss reaches it.
 
     With value_residual the values V_n of every layer after the first become (1 - g_n) V_n + g_n V_1 of the same
     positions, g_n learned and 1/2 at first (Zhou et al. 2024, "Value Residual Learning": lambda_n,1 V_1 + lambda_n,2
@@ -606,9 +609,12 @@ class Attention(nn.Module):
         c = self.config = config
         self.layer, self.kind, self.score_factor = layer, kind, c.score_factor
         rows = tuple(n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head))
-        self.qkv = Linear(c.n_embd, sum(rows), bias=c.bias)
-        self.out = Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
+        self.qkv = Linear(c.n_embd, sum(rows), bias=bool(c.bias))
+        self.out = Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias is True)
         self.fused, self.roles = {"qkv": rows}, {}
+        for name in ("q_gain", "k_gain") if c.qk_gain else ():
+            setattr(self, name, nn.Parameter(torch.empty(c.head_dim)))
+            self.roles[name] = "gain"
         if c.qk_scale:
             self.qk_scale = nn.Parameter(torch.empty(1))
             self.roles["qk_scale"] = "gain"
@@ -622,7 +628,9 @@ class Attention(nn.Module):
                       and c.attention != "manual" and c.plain_scores)
 
     def init_weights(self):
-        """Scores start as without qk_scale; values with equal shares of both layers'."""
+        """Scores start as without qk_scale and qk_gain; values with equal shares of both layers'."""
+        for name in {"q_gain", "k_gain"} & {*self.roles}:
+            getattr(self, name).fill_(1)
         if self.config.qk_scale:
             self.qk_scale.fill_(self.config.head_dim ** 0.5 * self.score_factor)
         if "first_share" in self.roles:
@@ -640,7 +648,10 @@ class Attention(nn.Module):
         else:
             qk, v = qkv.split((H + G, G), 2)
             if c.qk_norm:
-                qk = plain_rms_norm(qk)
+                qk = self.unit(qk)
+            if c.qk_gain:
+                q, k = qk.split((H, G), 2)
+                qk = torch.cat((q * self.q_gain, k * self.k_gain), 2).to(v.dtype)
             q, k = positions.turn(qk).transpose(1, 2).split((H, G), 1)  # (B, H, T, D), (B, G, T, D)
             v = v.transpose(1, 2)  # (B, G, T, D)
             if c.qk_scale:  # D^-0.5 of it is in every softmax
@@ -665,6 +676,10 @@ class Attention(nn.Module):
         if cache is not None and y.dtype != x.dtype:  # a cache may be of another type
             y = y.to(x.dtype)
         return out(y)  # (B, T, C)
+
+    def unit(self, x):
+        """x (..., D) to the same shape, of length sqrt(D): RMSNorm without parameters."""
+        return plain_rms_norm(x, eps=self.config.norm_eps or 1e-6)
 
     def pattern(self, positions, cache=None):
         """Who sees whom in this layer."""
@@ -802,8 +817,8 @@ class FeedForward(nn.Module):
         c, width = config, config.ff_width
         self.activation = c.activation
         gated = c.activation in GLU
-        self.up = Linear(c.n_embd, 2 * width if gated else width, bias=c.bias)
-        self.down = Linear(width, c.n_embd, bias=c.bias)
+        self.up = Linear(c.n_embd, 2 * width if gated else width, bias=c.bias is True)
+        self.down = Linear(width, c.n_embd, bias=c.bias is True)
         self.norm = Norm("layer", width, c.norm_gain, c.bias) if c.activation == "solu" else None
         self.fused = {"up": (width, width)} if gated else {}
 
@@ -827,13 +842,13 @@ class Block(nn.Module):
         c = config
         learned = c.positions == "learned_per_layer"
         self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if learned else None
-        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.norm_eps)
         self.conv = variant("models.short_conv:ShortConv")(c, layer) if c.short_conv else None
         self.mixer = variant(MIXERS[c.mixers[layer % c.n_layer]])(c, layer)
         self.keeps_hidden = getattr(self.mixer, "keeps_hidden", False)
         self.norm2 = self.ff = None
         if (kind := c.ffs[layer % c.n_layer]) != "none":
-            self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+            self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.norm_eps)
             self.ff = variant(FEED_FORWARDS[kind])(c, layer)
         self.dropout, self.n_layer = c.dropout, c.n_layer
         self.scale, self.roles = c.residual_scale, {}
@@ -893,7 +908,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.mtp = nn.ModuleList(variant("models.multi_token:MultiTokenPrediction")(c, depth + 1)
                                  for depth in range(c.mtp_depth))
-        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.norm = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.norm_eps)
         self.extras, self.usage = {}, {}
 
         def table(n, *shape):
@@ -1158,9 +1173,13 @@ class Transformer(nn.Module):
         return 6 * (hidden + heads) + 3 * sum(m.flops(T) for m in self.modules() if hasattr(m, "flops"))
 
 
-def build_model(config):
-    """The model of a config: a Pyramid where shorten is above 1, else a Transformer."""
-    return variant("models.pyramid:Pyramid")(config) if config.shorten > 1 else Transformer(config)
+def build_model(config, weights=None):
+    """The model of a config: a Pyramid where shorten is above 1, else a Transformer. weights: a state dict, in place of
+    what was drawn."""
+    model = variant("models.pyramid:Pyramid")(config) if config.shorten > 1 else Transformer(config)
+    if weights is not None:
+        model.load_state_dict(weights)
+    return model
 
 
 def equal_ff_mult(config):
@@ -1172,7 +1191,7 @@ def equal_ff_mult(config):
     def size(**settings):
         try:
             with torch.device("meta"):  # shapes only: nothing is drawn, nothing allocated
-                return build_model(replace(config, **settings)).n_params()
+                return build_model(replace(config, ff_width=None, expert_width=None, **settings)).n_params()
         except ValueError:  # too narrow
             return 0
 
@@ -1190,7 +1209,8 @@ def make_ropes(config):
     if c.positions == "rope":
         widths = {c.rope_dim if kind == "mla" else c.head_dim for kind in c.mixers if kind not in RECURRENT}
     return nn.ModuleDict({str(width): Rope(width, c.rope_base, c.block_size, c.rope_scaling, c.rope_factor,
-                                           c.rope_original, c.rope_ramp, c.rope_mscale)
+                                           c.rope_original or max(1, round(c.block_size / c.rope_factor)), c.rope_ramp,
+                                           c.rope_mscale)
                           for width in sorted(widths)})
 
 

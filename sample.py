@@ -25,7 +25,7 @@ from nanolab.generate import generate, load_model
 from nanolab.run import UserError, command, find_checkpoint, override, resolve_device
 
 # --- What ---
-checkpoint = None        # run directory or checkpoint file (may also be typed as a bare word)
+checkpoint = None        # run directory, checkpoint file, or a folder of weights (may also be typed as a bare word)
 weights = "raw"          # [raw, ema] which weights
 prompt = "\n"            # what the text begins with
 length = 500             # [>= 0, <= 1e9] bytes to generate, or ids of a tokenizer
@@ -68,7 +68,7 @@ def main():
     if loaded["script"] == "train_facts":
         if loaded["settings"]["task"] != "text":
             raise UserError(f"{path} was trained on {loaded['settings']['task']}, not on text: ask it with evaluate.py")
-        tokenizer = tokenizer_of(loaded["settings"])
+        tokenizer = tokenizer_of(loaded["settings"], loaded.get("tokenizer_json"))
         tokens.check(tokenizer, loaded["tokenizer"])
         start = tokens.encode_corpus(tokenizer, typed).tolist()
 

@@ -24,7 +24,7 @@ import torch
 
 from data import text
 from model import TransformerConfig, active_layers, build_model, equal_ff_mult, fused_rows, parameter_roles
-from nanolab import limits, optim, parallel
+from nanolab import hf, limits, optim, parallel
 from nanolab.generate import generate
 from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, as_user_error, begin, command,
                          measure_peak_flops, mixed_precision, optional, resolve_device, resumed, seed_everything)
@@ -40,6 +40,7 @@ compile = False            # torch.compile
 dp = 1                     # [>= 1] processes over which a batch's rows are divided, under torchrun
 tp = 1                     # [>= 1] processes over which each layer's matrices are divided, under torchrun
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
+init_from = None           # [path] a folder with config.json and model.safetensors: its sizes and weights to begin from
 profile = False            # torch profiler over a few steps: trace.json in the run's directory
 
 # --- Data ---
@@ -58,7 +59,7 @@ extend_block_size = None   # [none, >= 1] on resume: a larger block_size, for po
 dropout = 0.1              # [>= 0.0, < 1.0] probability: embedding, attention, branches
 norm = "layer"             # [layer, rms, dyt] normalisation, before each branch
 norm_gain = False          # learned gain in the norms
-bias = False               # biases in linear layers and LayerNorm
+bias = False               # [qkv] biases in linear layers and LayerNorm; qkv: of queries, keys, values alone
 positions = "learned_per_layer"  # [learned, learned_per_layer, rope, alibi, relative, none] where a byte stands
 init = "gpt2"              # [gpt2, normal, xavier, tfixup, truncated, zero] zero: output projections start at zero
 qk_norm = False            # RMSNorm on queries and keys
@@ -74,7 +75,7 @@ carry_memory = True        # xl, compressive, mamba, mingru with batching stream
 ff = "mlp"                 # mlp, low_rank, moe, none
 ff_mult = 4.0              # [> 0.0] width of the feed-forward over n_embd (gated: 2/3 of it, equal parameters)
 equal_params = False       # choose ff_mult such that there are as many parameters as with mixer full and ff mlp
-activation = "relu"        # [gelu, relu, relu2, silu, solu, glu, bilinear, reglu, geglu, swiglu]
+activation = "relu"        # [gelu, gelu_tanh, relu, relu2, silu, solu, glu, bilinear, reglu, geglu, swiglu]
 
 # --- Classifiers, losses ---
 tie_weights = False        # the last classifier is the byte embedding
@@ -169,7 +170,7 @@ debug_settings = dict(dataset="stdlib", max_bytes=200_000, n_layer=2, n_head=2, 
                       sample_length=40, deterministic=True)
 
 # These make the shape of the weights and of the state beside them: on resume they come from the checkpoint.
-architecture = (*TransformerConfig.shape(), "optimizer", "decay_params", "batching")
+architecture = (*TransformerConfig.shape(), "init_from", "optimizer", "decay_params", "batching")
 
 
 def check(settings):
@@ -206,6 +207,9 @@ def extend(settings, checkpoint):
 
 def equalise(settings, config):
     """Sets ff_mult such that there are as many parameters as with mixer full and ff mlp; returns the configuration."""
+    for name in ("ff_width", "expert_width"):
+        if settings[name] is not None:
+            raise UserError(f"--equal_params chooses ff_mult, which --{name} overrules: leave one of the two out")
     with as_user_error():
         settings.put(ff_mult=equal_ff_mult(config))
     return check(settings)
@@ -287,6 +291,7 @@ def main():
     settings = begin(globals())
     mesh = parallel.start(dp, tp, device)                # from here on only rank 0 prints
     checkpoint = resumed(settings, architecture)
+    given = hf.begin_from(settings, checkpoint)          # with --init_from its sizes hold, too
     extend(settings, checkpoint)
     config = check(settings)
     if equal_params and not checkpoint:
@@ -305,7 +310,7 @@ def main():
 
     # ---- model, optimiser ----
     seed_everything(seed, deterministic)
-    model = mesh.parallelise(build_model(config).to(where))
+    model = mesh.parallelise(build_model(config, given.weights).to(where))
     if compile:
         torch._dynamo.config.recompile_limit = max(8, 2 * n_layer)   # every ended intermediate loss is one more graph
     net = torch.compile(model) if compile else model

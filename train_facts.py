@@ -33,7 +33,7 @@ import torch
 
 from data.facts import MODES as FACTS
 from model import TransformerConfig, build_model, fused_rows, parameter_roles
-from nanolab import limits, optim, parallel
+from nanolab import hf, limits, optim, parallel
 from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, as_user_error, begin, check_weights, command,
                          measure_peak_flops, mixed_precision, resolve_device, resumed, seed_everything)
 from nanolab.tasks import cost, kind_of, say
@@ -47,6 +47,7 @@ tp = 1                     # [>= 1] processes over which each layer's matrices a
 device = "auto"            # auto, cpu, cuda, cuda:1, ...
 dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
 compile = False            # torch.compile
+init_from = None           # [path, with task text] a folder with config.json: sizes, weights, tokenizer to begin from
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
 
 # --- Task ---
@@ -90,7 +91,7 @@ block_size = None          # [none, >= 1] tokens of a row; none: of the longest 
 dropout = 0.0              # [>= 0.0, < 1.0] probability: embedding, attention, branches
 norm = "rms"               # [layer, rms, dyt] normalisation, before each branch
 norm_gain = True           # learned gain in the norms
-bias = False               # biases in linear layers and LayerNorm
+bias = False               # [qkv] biases in linear layers and LayerNorm; qkv: of queries, keys, values alone
 positions = "rope"         # [learned, learned_per_layer, rope, alibi, relative, none] where a token stands
 init = "zero"              # [gpt2, normal, xavier, tfixup, truncated, zero] zero: output projections start at zero
 qk_norm = False            # RMSNorm on queries and keys
@@ -103,7 +104,7 @@ window = 16                # [>= 2, with mixer window] positions that a token se
 # --- Feed-forwards: one word, or several with commas, repeated over the layers ---
 ff = "mlp"                 # mlp, low_rank, moe, none
 ff_mult = 6.0              # [> 0.0] width of the feed-forward over n_embd (gated: 2/3 of it, equal parameters)
-activation = "swiglu"      # [gelu, relu, relu2, silu, solu, glu, bilinear, reglu, geglu, swiglu]
+activation = "swiglu"      # [gelu, gelu_tanh, relu, relu2, silu, solu, glu, bilinear, reglu, geglu, swiglu]
 
 # --- Classifier ---
 tie_weights = False        # the classifier is the embedding
@@ -134,9 +135,8 @@ keep_last = 0              # [>= 0] numbered checkpoints to keep beside last.pt 
 log_interval = 10          # [>= 1] steps between lines of metrics
 
 # Flags all the same: the commented fields of these classes.
-FURTHER = {"the model": "model.py:TransformerConfig but shorten rope_scaling rope_factor rope_ramp rope_mscale "
-                        "rope_mscale_all_dim n_targets target_heads layer_heads intermediate_losses mtp_depth "
-                        "mtp_weight",
+FURTHER = {"the model": "model.py:TransformerConfig but shorten n_targets target_heads layer_heads "
+                        "intermediate_losses mtp_depth mtp_weight",
            "the optimiser": "nanolab/optim.py:Settings",
            "the run": "nanolab/settings.py:Common"}
 
@@ -176,9 +176,9 @@ debug_settings = dict(n_people=16, n_unseen=8, n_rows=500, n_test_rows=50, mqar_
 
 # These make the shape of the weights and of the state beside them: on resume they come from the checkpoint.
 architecture = (
-    *TransformerConfig.shape(), "data_seed", "task", "loss_on", "tokenizer", "n_people", "kind", "names", "form",
-    "prefix", "alpha", "tool_share", "exposures", "n_rows", "pairs", "mqar_vocab", "mqar_alpha", "random_non_queries",
-    "dataset", "batching", "optimizer", "decay_params")
+    *TransformerConfig.shape(), "init_from", "data_seed", "task", "loss_on", "tokenizer", "n_people", "kind", "names",
+    "form", "prefix", "alpha", "tool_share", "exposures", "n_rows", "pairs", "mqar_vocab", "mqar_alpha",
+    "random_non_queries", "dataset", "batching", "optimizer", "decay_params")
 
 
 def check(settings):
@@ -246,11 +246,12 @@ def main():
     settings = begin(globals())
     mesh = parallel.start(dp, tp, device)                # from here on only rank 0 prints
     checkpoint = resumed(settings, architecture)
+    given = hf.begin_from(settings, checkpoint)          # with --init_from its sizes and tokenizer hold, too
     check(settings)
     where, precision = resolve_device(mesh.device, dtype)
 
     # ---- data ----
-    work = kind_of(settings)(settings, where)
+    work = kind_of(settings)(settings, where, **given.tokenizer())
     work.prepare()
     settings.put(block_size=work.block_size)
     if task in FACTS:
@@ -264,12 +265,13 @@ def main():
 
     # ---- model, optimiser ----
     seed_everything(seed, deterministic)
+    work.vocab_size = given.vocab_size(work.vocab_size)
     config = configure(settings, work.vocab_size)
     if prefix and config.carries:
         raise UserError(f"--prefix: mixer {mixer} reads from left to right: a question's tokens cannot see one another")
     mesh.check(config, batch_size, optimizer, precision, compiled=compile)
     parallel.warn_of_passes(config, grad_accum)
-    model = mesh.parallelise(build_model(config).to(where))
+    model = mesh.parallelise(build_model(config, given.weights).to(where))
     net = torch.compile(model) if compile else model
     autocast, scaler = mixed_precision(where, precision)
     opt = optim.build(settings, model.named_parameters(), parameter_roles(model), fused_rows(model), mesh,
@@ -284,7 +286,7 @@ def main():
                      logged_seconds=0.0), scaler)
     with Run(settings, checkpoint, mesh, vocab_size=work.vocab_size, tokenizer=work.fingerprint, model=model, ema=ema,
              optimizer=opt, scaler=scaler, generators=Generators(), data=batches, loop=loop,
-             posterior=optim.Posterior(opt, model.named_parameters())) as run:
+             posterior=optim.Posterior(opt, model.named_parameters()), **given.kept()) as run:
         print(f"{work.shown}\n{work.example}\n{work.n_rows:,} rows; {model.n_params():,} parameters; {where.type} "
               f"{str(precision).removeprefix('torch.')}")
         peak_flops = measure_peak_flops(where, precision) * mesh.size

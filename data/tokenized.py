@@ -52,9 +52,11 @@ def of_shards(dataset):
     return dataset.startswith("smollm:") or dataset.endswith(smollm.ENDINGS) or Path(dataset).is_dir()
 
 
-def tokenizer_of(settings):
+def tokenizer_of(settings, text_of_json=None):
     """The tokenizer alone that open_text would use; one that is trained reads the training text, or the beginning of
-    the shards."""
+    the shards. text_of_json: the tokenizer.json that a checkpoint holds, in place of the file."""
+    if text_of_json:
+        return tokens.Published(text_of_json.encode())
     dataset = settings["dataset"]
 
     def sample():

@@ -24,6 +24,7 @@ import hashlib
 import heapq
 import importlib
 import io
+import json
 import re
 import time
 from collections import Counter, defaultdict
@@ -167,6 +168,131 @@ class SentencePiece(Tokenizer):
         return self.model + MARK + hashlib.sha256(self.model).digest()
 
 
+class Published(Tokenizer):
+    """A tokenizer.json, of Hugging Face's format, through the package tokenizers. `.content`: the file, bytes.
+
+    A piece is the bytes that its id stands for in a text: of a byte-level one letter by letter, else with U+2581 as a
+    space and <0x0A> as that byte. A text whose pieces are not its bytes, as after a normalisation, is refused.
+    """
+
+    def __init__(self, content):
+        tokenizers, self.content = needed("tokenizers"), content
+        try:
+            self.encoding, said = tokenizers.Tokenizer.from_str(content.decode()), json.loads(content)
+            self.encoding.no_padding()
+            self.encoding.no_truncation()
+            added = {token["id"]: token["content"] for token in said["added_tokens"]}
+            byte_level = "ByteLevel" in json.dumps(said.get("decoder"))
+            unknown = {said["model"].get("unk_token")}
+            if said["model"].get("unk_id") is not None:
+                unknown.add(said["model"]["vocab"][said["model"]["unk_id"]][0])
+            found = {i: "" if piece in unknown else piece
+                     for piece, i in self.encoding.get_vocab(with_added_tokens=True).items()}
+        except Exception as error:  # the package has no class of its own for what is wrong with a file
+            raise UserError(f"a tokenizer.json that is not read: {' '.join(str(error).split())[:200]}") from error
+        of_letter = {letter: byte for byte, letter in enumerate(byte_letters())}
+
+        def piece(i):
+            text = found.get(i, "")
+            if i in added:
+                return added[i].encode()
+            if byte_level:
+                return bytes(of_letter[letter] for letter in text) if {*text} <= {*of_letter} else text.encode()
+            return bytes([int(text[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", text) else (
+                text.replace(SPACE, " ").encode())
+        super().__init__("tokenizer.json", [piece(i) for i in range(max(found, default=-1) + 1)], content)
+
+    def _encode(self, text):
+        ids = self.encoding.encode(text, add_special_tokens=False).ids
+        if b"".join([self.pieces[i] for i in ids]) != text.encode():
+            raise UserError("this tokenizer.json changes a text, whose bytes could then not be counted: it normalises "
+                            "or adds a space")
+        return ids
+
+    def _content(self):
+        return self.content
+
+
+def byte_letters():
+    """The 256 letters that stand for bytes in a byte-level tokenizer.json (GPT-2's): printable ones for themselves, the
+    others for those from U+0100 on."""
+    kept = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in kept else chr(next(others)) for byte in range(256)]
+
+
+def as_json(tokenizer, end=None):
+    """A tokenizer as the text of a tokenizer.json that gives the same ids. Of sentencepiece two exceptions: U+2581
+    becomes a space, and what looks like <unk> or <0x0A> that piece. end: the text of one more, special id."""
+    if end is not None:
+        found = json.loads(as_json(tokenizer))
+        found["added_tokens"] += _json(None, None, None, {end: tokenizer.size})["added_tokens"]
+        return json.dumps(found, ensure_ascii=False)
+    if isinstance(tokenizer, Published):
+        return tokenizer.content.decode()
+    if isinstance(tokenizer, SentencePiece):
+        return json.dumps(_json_of_sentencepiece(tokenizer), ensure_ascii=False)
+    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+    letters = byte_letters()
+
+    def word(piece):
+        return "".join(letters[byte] for byte in piece)
+    pieces, special, split, merges = tokenizer.pieces, {}, level, []
+    if isinstance(tokenizer, Ranks):
+        special, pattern = tokenizer.encoding._special_tokens, tokenizer.encoding._pat_str
+        split = dict(type="Sequence", pretokenizers=[
+            dict(type="Split", pattern=dict(Regex=pattern), behavior="Isolated", invert=False), level])
+        ranks = {piece: i for i, piece in enumerate(pieces) if piece and i not in special.values()}
+        merges = [[word(part) for part in _merged_from(piece, ranks)] for piece in ranks if len(piece) > 1]
+    vocab = {word(piece): i for i, piece in enumerate(pieces) if piece and i not in special.values()}
+    return json.dumps(_json(dict(
+        type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+        fuse_unk=False, byte_fallback=False, ignore_merges=False, vocab=vocab, merges=merges), split, level, special),
+        ensure_ascii=False)
+
+
+def _json(model, pre_tokenizer, decoder, added, special=True, normalizer=None):
+    """The dict of a tokenizer.json. added: {text: id} of its added tokens."""
+    tokens = [dict(id=i, content=text, single_word=False, lstrip=False, rstrip=False, normalized=False, special=special)
+              for text, i in sorted(added.items(), key=lambda item: item[1])]
+    return dict(version="1.0", truncation=None, padding=None, added_tokens=tokens, normalizer=normalizer,
+                pre_tokenizer=pre_tokenizer, post_processor=None, decoder=decoder, model=model)
+
+
+def _merged_from(piece, ranks):
+    """The two pieces that byte pairs of smaller ranks leave of a piece: those that it was merged from."""
+    parts = [piece[i:i + 1] for i in range(len(piece))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
+        at = pairs.index(min(pairs))
+        parts[at:at + 2] = [parts[at] + parts[at + 1]]
+    return parts
+
+
+def _json_of_sentencepiece(tokenizer):
+    processor = tokenizer.processor
+    words = [processor.id_to_piece(i) for i in range(tokenizer.size)]
+    scores = [processor.get_score(i) for i in range(tokenizer.size)]
+    unknown = next(i for i in range(tokenizer.size) if processor.is_unknown(i))
+    ids = {word: i for i, word in enumerate(words)}
+    if all(score == int(score) for score in scores):  # of kind bpe: the order of merges
+        merges = []
+        for word in words:
+            if len(word) > 1 and not processor.is_byte(ids[word]) and ids[word] != unknown:
+                ends = [(word[:i], word[i:]) for i in range(1, len(word)) if word[:i] in ids and word[i:] in ids]
+                merges += [(-scores[ids[word]], ids[a], ids[b], [a, b]) for a, b in ends]
+        model = dict(type="BPE", dropout=None, unk_token=words[unknown], continuing_subword_prefix=None,
+                     end_of_word_suffix=None, fuse_unk=True, byte_fallback=True, ignore_merges=False, vocab=ids,
+                     merges=[pair for *_, pair in sorted(merges, key=lambda merge: merge[:3])])
+    else:
+        model = dict(type="Unigram", unk_id=unknown, vocab=[list(pair) for pair in zip(words, scores)],
+                     byte_fallback=True)
+    return _json(model, None, dict(type="Sequence", decoders=[
+        dict(type="Replace", pattern=dict(String=SPACE), content=" "), dict(type="ByteFallback"), dict(type="Fuse")]),
+        {text: ids[text] for text in "\n\t" if text in ids}, special=False,
+        normalizer=dict(type="Replace", pattern=dict(String=" "), content=SPACE))
+
+
 def needed(package):
     """The module of a package that only some need. Raises UserError where it is not installed."""
     try:
@@ -308,7 +434,7 @@ def open_or_train(source, text):
 
 
 def open_tokenizer(source):
-    """A tokenizer by its word, `bytes` or `tiktoken:NAME`, or from a file that `save` wrote.
+    """A tokenizer by its word, `bytes` or `tiktoken:NAME`, or from a file that `save` wrote, or a tokenizer.json.
 
     Raises UserError, naming the file: missing, truncated, foreign. Also where tiktoken's encoding cannot be had.
     """
@@ -335,6 +461,10 @@ def open_tokenizer(source):
             if (lines == [b"%s %d" % (base64.b64encode(piece), i) for i, piece in enumerate(pieces)]
                     and pieces[:256] == [bytes([i]) for i in range(256)] and len({*pieces}) == len(pieces)):
                 return BytePairs(pieces)
+    if content.lstrip().startswith(b"{"):
+        opened = Published(content)
+        same = isinstance(opened.encoding.model, needed("tokenizers").models.BPE) and opened.pieces == Bytes().pieces
+        return Bytes() if same and not json.loads(content)["model"]["merges"] else opened
     if content in [b"bytes\n", *(f"tiktoken:{name}\n".encode() for name in ENCODINGS)]:
         return open_tokenizer(content.decode().strip())
     raise UserError(f"{path} is truncated, or no tokenizer that was saved here")

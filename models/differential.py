@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 import kernels
-from kernels import expect, plain_rms_norm
+from kernels import expect
 from model import Attention
 
 
@@ -56,7 +56,7 @@ class Differential(Attention):
             one, two = (super(Differential, self).attend(q[:, i::2], k[:, i::2], v, positions, key_positions, pattern,
                                                          slopes=slopes) for i in range(2))  # (B, H/2, T, 2 D)
             y = one - strength.to(one.dtype) * two
-        y = plain_rms_norm(y) * (1 - self.lambda_init)
+        y = self.unit(y) * (1 - self.lambda_init)
         return y.view(B, H // 2, T, 2, D).transpose(2, 3).reshape(B, H, T, D)
 
     def flops(self, T):

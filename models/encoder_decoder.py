@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
-from kernels import expect, plain_rms_norm
+from kernels import expect
 from model import (CARRY, EVERYTHING, FEED_FORWARDS, Attention, Block, Linear, Norm, Positions, Transformer, initialise,
                    make_ropes, variant)
 from nanolab.cache import Cache
@@ -67,7 +67,7 @@ class WideAttention(Attention):
         c, H, G = self.config, self.config.n_head, self.config.n_kv_head
         qk, v = self.qkv(x).unflatten(3, (H + 2 * G, c.head_dim)).split((H + G, G), 3)
         if c.qk_norm:
-            qk = plain_rms_norm(qk)
+            qk = self.unit(qk)
         q, k = positions.turn(qk.reshape(*rows, H + G, c.head_dim)).view(qk.shape).split((H, G), 3)  # (B, T, N, H, D)
         if c.qk_scale:
             q = q * (self.qk_scale / c.head_dim ** 0.5)

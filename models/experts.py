@@ -38,7 +38,7 @@ class MixtureOfExperts(nn.Module):
         c = self.config = config
         self.layer = layer
         self.n_routed = c.n_expert - c.n_shared_expert
-        self.width = max(1, c.ff_width // c.n_expert)
+        self.width = c.expert_width or max(1, c.ff_width // c.n_expert)
         self.rows = 2 * self.width if c.activation in GLU else self.width
         self.router = Linear(c.n_embd, self.n_routed, bias=False)
         self.up = Linear(c.n_embd, self.n_routed * self.rows, bias=False)

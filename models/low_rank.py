@@ -10,9 +10,9 @@ class LowRank(FeedForward):
         super().__init__(config, layer)
         c, rank = config, config.ff_rank
         self.into = Linear(c.n_embd, rank, bias=False)
-        self.up = Linear(rank, self.up.out_features, bias=c.bias)
+        self.up = Linear(rank, self.up.out_features, bias=c.bias is True)
         self.join = Linear(self.down.in_features, rank, bias=False)
-        self.down = Linear(rank, c.n_embd, bias=c.bias)
+        self.down = Linear(rank, c.n_embd, bias=c.bias is True)
 
     def forward(self, x, positions=None):
         """x (B, T, C) to (B, T, C)."""

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import expect, plain_rms_norm, plain_rotary
+from kernels import expect, plain_rotary
 from model import Attention, Linear, Pattern, causal
 from nanolab.cache import CompressedCache, KVCache
 
@@ -80,14 +80,14 @@ class TransformerXL(Attention):
         c = self.config
         q, k, v = self.qkv(x).view(*x.shape[:2], c.n_head + 2 * c.n_kv_head, c.head_dim).split(
             (c.n_head, c.n_kv_head, c.n_kv_head), 2)
-        return (plain_rms_norm(q), plain_rms_norm(k), v) if c.qk_norm else (q, k, v)
+        return (self.unit(q), self.unit(k), v) if c.qk_norm else (q, k, v)
 
     def project_keys(self, x):
         """The keys and values of `project` alone."""
         c, rows = self.config, self.config.n_head * self.config.head_dim
         bias = None if self.qkv.bias is None else self.qkv.bias[rows:]
         k, v = F.linear(x, self.qkv.weight[rows:], bias).view(*x.shape[:2], 2, c.n_kv_head, c.head_dim).unbind(2)
-        return (plain_rms_norm(k) if c.qk_norm else k), v
+        return (self.unit(k) if c.qk_norm else k), v
 
     def at(self, t, positions, index):
         """t (B, n, H, D) turned as at index (n,) int64, where positions are "rope"; else itself."""
@@ -336,7 +336,7 @@ class Compressive(TransformerXL):
         def split(t):
             parts = F.linear(t, weight, bias).view(*t.shape[:2], -1, c.head_dim).transpose(1, 2)
             q, k, v = parts.split((c.n_head, c.n_kv_head, c.n_kv_head), 1)
-            return (plain_rms_norm(q), plain_rms_norm(k), v) if c.qk_norm else (q, k, v)
+            return (self.unit(q), self.unit(k), v) if c.qk_norm else (q, k, v)
 
         def normed(t):
             return (t if norm is None else norm(t, learn=False)).to(h.dtype)

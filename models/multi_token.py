@@ -13,8 +13,8 @@ class MultiTokenPrediction(nn.Module):
     def __init__(self, config, depth):
         super().__init__()
         c = config
-        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
-        self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
+        self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.norm_eps)
+        self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.norm_eps)
         self.join = Linear(2 * c.n_embd, c.n_embd, bias=False)
         self.block = Block(c, c.n_layer - 1)
         if hasattr(self.block.ff, "balance"):

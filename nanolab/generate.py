@@ -7,14 +7,18 @@ from itertools import accumulate
 import torch
 
 from model import from_checkpoint
+from nanolab import hf
 from nanolab.run import UserError, as_user_error, load_checkpoint
 
 
 def load_model(path, weights):
-    """(checkpoint, its Transformer on the CPU) of a script that trains one over text or tokens.
+    """(checkpoint, its Transformer on the CPU) of a script that trains one over text or tokens, or of a folder of
+    weights (see nanolab/hf.py), which is told as a checkpoint of train_facts would be.
 
     UserError: another script's, weights that it has not, a model of another version.
     """
+    if path.is_dir():
+        return hf.as_checkpoint(path, weights)
     loaded = load_checkpoint(path)
     if loaded["script"] not in ("train_enwik8", "train_facts"):
         raise UserError(f"{path} is a checkpoint of {loaded['script']}.py: here one of train_enwik8.py or "

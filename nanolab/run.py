@@ -291,11 +291,14 @@ def _is_alive(process):
 
 
 def find_checkpoint(path):
-    """Path of the checkpoint that a person means: a file, or the last.pt of a run's directory. UserError: not there."""
+    """Path of the checkpoint that a person means: a file, the last.pt of a run's directory, or a folder of weights (see
+    nanolab/hf.py) itself. UserError: not there."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or directory")
     if path.is_dir() and not (path / "last.pt").exists():
+        if (path / "config.json").is_file():
+            return path
         others = ", ".join(map(str, _others(path / "last.pt"))) or "no other checkpoint either"
         raise UserError(f"{path} has no last.pt; there is {others}")
     return path / "last.pt" if path.is_dir() else path

@@ -524,7 +524,8 @@ def serve(*steps, defaults=None, **commands):
 
     The first step is called with the options that its arguments name, each next one with what the one before returned
     and with its own options; an option of the same name is said to all. A line that goes on is indented; an argument
-    without a line is no option; a first one that is a text is a bare word; one without a default must be typed.
+    without a line is no option; a first one that is a text is a bare word, and so are others of the first step that are
+    texts without a default; one without a default must be typed.
     defaults: {argument: value} in place of the functions' own. commands: {word: steps} of which the first word typed
     chooses one, in place of `steps`. main raises UserError for what is typed wrongly; main.read(words), which calls no
     step, too.
@@ -573,7 +574,7 @@ def _add_options(parser, steps, defaults):
             how = dict(default=None if needed else default, help=said[name].replace("%", "%%"))
             if setting.kind is bool:
                 parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **how)
-            elif number == place == 0 and setting.kind is str and option.kind is not option.KEYWORD_ONLY:
+            elif number == 0 and (place == 0 or needed) and setting.kind is str and option.kind != option.KEYWORD_ONLY:
                 parser.add_argument(name, nargs=None if needed else "?", type=_reader(setting), **how)
             else:
                 parser.add_argument(f"--{name}", required=needed, type=_reader(setting), **how)

@@ -248,7 +248,8 @@ def defaults(specs, **settings):
 FIELDS = flags._read_fields(ROOT / "model.py", "TransformerConfig")
 
 
-@pytest.mark.parametrize("name", [name for name, spec in FIELDS.items() if spec.only and name != "qk_scale"])
+@pytest.mark.parametrize("name", [name for name, spec in FIELDS.items()
+                                  if spec.only and name not in ("qk_scale", "qk_gain")])
 def test_an_idle_field_changes_no_model(name):
     small = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, positions="none", compression="mean")
     assert defaults(FIELDS, **small).idle(name)
@@ -307,7 +308,7 @@ LEFT = {"resume", "out_dir", "run_name", "max_steps",         # typed in every r
 TYPED = {"dataset": {"train_dvae": "arc1", "train_worldmodel": "donkeycar"}, "models": "latent", "mixer": "mamba",
          "ff": "moe", "device": "cpu", "tag": "b", "tokenizer": {"train_facts": "bytes"}, "ask": "1*2",
          "actions": "1,0", "rollout": "nowhere", "encode": "nowhere", "decode": "1,2,3,4,5,6",
-         "val_dataset": "synthetic", "database": "nowhere", "prompt": "a", "preset": "cpu"}
+         "val_dataset": "synthetic", "database": "nowhere", "init_from": "nowhere", "prompt": "a", "preset": "cpu"}
 
 
 def others(script, name, spec, now):

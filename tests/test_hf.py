@@ -1,0 +1,468 @@
+"""Weights out and in (nanolab/hf.py), beside transformers: one table of classes, each with the same promises."""
+import dataclasses
+import json
+import random
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from data import tokens
+from model import FEED_FORWARDS, MIXERS, TransformerConfig, build_model
+from nanolab import hf, run as experiment, settings as flags
+from nanolab.generate import generate
+from nanolab.run import UserError
+from choices import raises_one_line
+from forks import ROOT
+from scripts import assert_same_end, folder as run_folder
+
+pytest.importorskip("safetensors", reason="safetensors is not installed: weights go neither in nor out")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL = dict(vocab_size=64, n_layer=2, n_head=4, n_embd=32, block_size=32, norm="rms", positions="rope", bias=False,
+             activation="swiglu", window=5, init="gpt2")
+SHARES = dict(n_expert=5, expert_top_k=2)
+
+# (class, settings): what nanolab trains, and the class of transformers that computes it.
+OUT = [
+    ("Llama", {}), ("Llama", dict(bias=True, n_kv_head=2, tie_weights=True)), ("Llama", dict(norm_gain=False)),
+    *(("Llama", dict(activation=word, head_dim=10)) for word in ("geglu", "reglu", "glu", "bilinear")),
+    ("Llama", dict(rope_scaling="linear", rope_factor=2.0, rope_base=500.0)),
+    ("Llama", dict(rope_scaling="ntk", rope_factor=4.0)), ("Llama", dict(rope_scaling="llama3", rope_factor=4.0)),
+    ("Llama", dict(rope_scaling="yarn", rope_factor=4.0, head_dim=16, rope_base=50.0)),
+    ("Llama", dict(rope_scaling="yarn", rope_factor=4.0, head_dim=16, rope_base=50.0, rope_ramp="index")),
+    *(("Llama", dict(residual_scale=scale, bias=True)) for scale in (0.3, "depth", "rezero", "layerscale")),
+    ("Llama", dict(norm_eps=1e-3, ff_width=44)), ("Llama", dict(parametrisation="mup", mup_base_width=16)),
+    ("Llama", dict(n_targets=2, intermediate_losses=True, mtp_depth=0)),
+    ("Mistral", dict(mixer="window", n_kv_head=2)), ("Mistral", dict(n_head=3, head_dim=8)),
+    ("Qwen2", dict(mixer="window,full")), ("Qwen2", dict(bias="qkv", n_kv_head=1)),
+    ("Qwen3", dict(qk_norm=True, qk_scale=True, mixer="full,window")), ("Qwen3", dict(qk_norm=True, qk_gain=True)),
+    ("Qwen3", dict(qk_norm=True, norm_eps=1e-2)), ("SmolLM3", dict(positions="none")),
+    ("Qwen3", dict(qk_norm=True, qk_scale=True, parametrisation="mup", mup_base_width=16, tie_weights=True)),
+    *(("Arcee", dict(activation=word)) for word in hf.PLAIN), ("Arcee", dict(activation="gelu", bias=True)),
+    ("Apertus", dict(activation="relu2", qk_norm=True, norm_gain=False)),
+    ("Apertus", dict(activation="gelu", qk_norm=True, qk_scale=True, n_kv_head=2, head_dim=10)),
+    ("Mixtral", dict(ff="moe", **SHARES)), ("Mixtral", dict(ff="moe", mixer="window", n_expert=4, ff_mult=6.0)),
+    ("Qwen3Moe", dict(ff="moe,mlp", qk_norm=True, **SHARES)),
+    ("Qwen3Moe", dict(ff="moe", qk_norm=True, n_expert=4, expert_top_k=1)),
+    ("DeepseekV3", dict(mixer="mla")), ("DeepseekV3", dict(mixer="mla", q_rank=12, rope_dim=6)),
+    ("DeepseekV3", dict(mixer="mla", ff="mlp,moe", n_shared_expert=1, expert_balance="bias", mtp_depth=1, **SHARES)),
+    ("DeepseekV3", dict(mixer="mla", ff="moe", n_shared_expert=2, expert_balance="bias", expert_top_k=1, n_expert=5)),
+    ("DeepseekV3", dict(mixer="mla", rope_scaling="yarn", rope_factor=4.0, rope_ramp="index", rope_mscale=0.7,
+                        rope_mscale_all_dim=0.5, rope_dim=8)),
+    ("DiffLlama", dict(mixer="diff")), ("DiffLlama", dict(mixer="diff", n_kv_head=2, norm_eps=1e-3)),
+    ("Mamba", dict(mixer="mamba", ff="none")), ("Mamba", dict(mixer="mamba", ff="none", tie_weights=True)),
+    ("GPT2", dict(norm="layer", positions="learned", activation="gelu", bias=True)),
+    ("GPT2", dict(norm="layer", positions="learned", activation="gelu_tanh", tie_weights=True)),
+    ("GPT2", dict(norm="layer", positions="learned", activation="relu2", norm_gain=False, ff_mult=3.0)),
+    ("Starcoder2", dict(norm="layer", activation="gelu", bias=True, n_kv_head=2)),
+    ("Starcoder2", dict(norm="layer", activation="gelu_tanh", mixer="window", tie_weights=True)),
+    ("Mpt", dict(norm="layer", positions="alibi", activation="gelu", tie_weights=True)),
+]
+
+
+def shake(tensors):
+    """Every number of {name: tensor} anew, so that all of them matter: matrices loud, gains near 1, biases near 0."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, t in tensors.items():
+            if name.endswith(("a_log", "dt_bias", "A_log", "dt_proj.bias")):
+                continue                                     # Mamba's decay, as it starts
+            near = 1.0 if t.dim() < 2 and not name.endswith(("bias", ".scale", "lambda_q1")) else 0.0
+            t.copy_(near + torch.randn(t.shape) * (0.3 if t.dim() < 2 else t.size(-1) ** -0.5))
+
+
+def loud(**settings):
+    """A model of these settings, for inference."""
+    model = build_model(TransformerConfig(**{**SMALL, **settings}))
+    shake(model.state_dict())
+    return model.for_inference().eval()
+
+
+def written(folder, config, found):
+    """The folder that an export would write, without a tokenizer."""
+    folder.mkdir(exist_ok=True)
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text("{}")
+    return folder
+
+
+def theirs(folder, **how):
+    """Their model of a folder; every tensor found, and none left."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **how)
+    assert not any(map(len, (info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"]))), info
+    return model.eval()
+
+
+X = torch.randint(64, (5, 32), generator=torch.Generator().manual_seed(1))
+
+
+def differ(ours, other, x=X):
+    """The largest difference of their logits, over the bound 2e-5 max(1, their deviation)."""
+    with torch.no_grad():
+        one, two = ours(x), other(x).logits
+    return ((one - two).abs().max() / max(1.0, one.std().item())).item()
+
+
+def same_text(ours, other, length=12):
+    """Whether both go on alike, greedily."""
+    prompt = X[:1, :4]
+    found = other.generate(prompt, max_new_tokens=length, do_sample=False, pad_token_id=0)[0, 4:]
+    return [int(t) for t in generate(ours, [prompt[0].tolist()], length, temperature=0.0)] == found.tolist()
+
+
+def name_of(case):
+    return f"{case[0]}-" + "-".join(f"{key}={value}" for key, value in case[1].items())
+
+
+@pytest.mark.parametrize("case", OUT, ids=name_of)
+def test_out(case, tmp_path):
+    """Logits, text and tensors of the class; and back here, where nothing was multiplied in, bit for bit."""
+    kind, settings = case
+    model = loud(**settings)
+    config, found = hf.as_folder(model)
+    assert config["architectures"][0].startswith(kind)
+    assert ("lm_head.weight" in found) != config["tie_word_embeddings"]                       # tied: once
+    other = theirs(written(tmp_path / "out", config, found))
+    assert differ(model, other) <= (0.0 if kind == "GPT2" else 2e-5)
+    assert same_text(model, other)
+    back = hf.load(tmp_path / "out").eval()
+    assert hf.as_folder(back)[0] == config
+    assert differ(back, other) <= 2e-5
+    for name, t in hf.as_folder(back)[1].items():
+        assert torch.equal(t, found[name]), name
+
+
+def test_a_wrong_number_in_config_json_is_seen(tmp_path):
+    """The bound is tight: what text alone would never show."""
+    model = loud()
+    config, found = hf.as_folder(model)
+    assert differ(model, theirs(written(tmp_path / "a", {**config, "rms_norm_eps": 1e-5}, found))) > 2e-5
+    model = loud(norm="layer", positions="learned", activation="gelu")
+    config, found = hf.as_folder(model)
+    assert differ(model, theirs(written(tmp_path / "b", {**config, "activation_function": "gelu_new"}, found))) > 2e-5
+
+
+def test_dtype(tmp_path):
+    """bfloat16: in the file and in config.json; read as float32, each number rounded once."""
+    model = loud()
+    config, found = hf.as_folder(model, "bfloat16")
+    assert config["dtype"] == "bfloat16" and {t.dtype for t in found.values()} == {torch.bfloat16}
+    back = hf.load(written(tmp_path / "out", config, found))
+    assert all(torch.equal(t, back.state_dict()[name].float()) for name, t in
+               {name: t.bfloat16().float() for name, t in model.state_dict().items()}.items())
+
+
+# What they publish: (model_type, settings of its class); a name in the second place says which tensors are folded.
+THEIRS = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+              intermediate_size=44, max_position_embeddings=32, pad_token_id=None)
+LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=16)
+YARN = dict(rope_type="yarn", rope_theta=50.0, factor=4.0, original_max_position_embeddings=8)
+V3 = dict(num_key_value_heads=4, first_k_dense_replace=1, n_routed_experts=4, n_group=1, topk_group=1,
+          num_experts_per_tok=2, moe_intermediate_size=16, kv_lora_rank=16, q_lora_rank=12, qk_rope_head_dim=8,
+          qk_nope_head_dim=8, v_head_dim=8)
+IN = [
+    ("llama", dict(rms_norm_eps=1e-5, attention_bias=True, mlp_bias=True)),
+    ("llama", dict(rope_parameters=LLAMA3, max_position_embeddings=128, tie_word_embeddings=True, head_dim=16)),
+    ("llama", dict(rope_parameters=YARN, head_dim=16)), ("mistral", dict(sliding_window=5)),
+    ("mistral", dict(sliding_window=None)), ("qwen2", {}),
+    ("qwen2", dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)),
+    ("qwen3", dict(head_dim=8, tie_word_embeddings=True)), ("apertus", dict(hidden_act="relu2", rope_parameters=YARN)),
+    ("qwen3_moe", dict(head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True,
+                       mlp_only_layers=[0])),
+    ("mixtral", dict(num_local_experts=4, intermediate_size=48)), ("smollm3", dict(no_rope_layers=[1, 1])),
+    ("arcee", {}), ("starcoder2", {}), ("diffllama", dict(rms_norm_eps=1e-2)), ("mamba", {}),
+    ("gpt2", dict(n_embd=32, n_layer=2, n_head=4, n_positions=32)), ("mpt", dict(d_model=32, n_heads=4, n_layers=2)),
+    ("deepseek_v3", dict(V3, folded=r"mlp.experts.*down|q_b_proj|kv_a_proj")),
+    ("deepseek_v3", dict(V3, folded=r"mlp.experts.*down|q_proj|kv_a_proj", q_lora_rank=None, rope_parameters=dict(
+        YARN, mscale=1.0, mscale_all_dim=0.8))),
+    ("deepseek_v3", dict(V3, rope_interleave=False, routed_scaling_factor=1.0)),
+]
+
+
+@pytest.mark.parametrize("case", IN, ids=lambda case: "-".join([case[0], *map(str, case[1].keys() - V3.keys())]))
+def test_in(case, tmp_path):
+    """Logits and text of what they publish; back out, all tensors are theirs, bit for bit where nothing is folded."""
+    kind, settings = case[0], dict(case[1])
+    folded = settings.pop("folded", "$^")
+    own = {"gpt2": ("vocab", "pad"), "mpt": ("vocab", "pad"), "mamba": ("vocab", "pad", "hidden")}.get(kind, ("",))
+    sizes = {key: value for key, value in THEIRS.items() if key.startswith(own)}
+    other = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**sizes, **settings})).eval()
+    shake(other.state_dict())
+    other.generation_config.eos_token_id = None
+    other.save_pretrained(tmp_path / "in")
+    ours = hf.load(tmp_path / "in").eval()
+    assert differ(ours, other) <= 2e-5
+    assert same_text(ours, other)
+    config, found = hf.as_folder(ours)
+    saved = load_file(tmp_path / "in" / "model.safetensors")
+    assert found.keys() == saved.keys()
+    assert [name for name in found if not torch.equal(found[name], saved[name]) and not re.search(folded, name)] == []
+    assert differ(ours, theirs(written(tmp_path / "out", config, found))) <= 2e-5
+    assert not re.search("[a-z]", folded) or any(re.search(folded, name) for name in found)
+
+
+# Every preset: its class, or None; and every word of the settings that make a model: parity, or one line.
+PRESETS = {
+    "train_enwik8": dict(cpu="Apertus", shakespeare_cpu="Apertus", shakespeare_fast=None, nanogpt_cpu="GPT2",
+                         enwik8_cpu="Apertus", variants_cpu="Arcee", one_change="Arcee", deepseek_cpu="DeepseekV3",
+                         t12=None, t64=None),
+    "train_facts": dict(cpu="Llama", mqar=None, zoology=None, shakespeare_bytes="Apertus", shakespeare_bpe="Apertus",
+                        smollm="Apertus"),
+}
+
+
+def outcome(settings, folder, wanted=()):
+    """The class of a config that exports with parity; None where one line, with the words `wanted`, says why not."""
+    model = loud(**settings)
+    try:
+        config, found = hf.as_folder(model)
+    except UserError as error:
+        assert "\n" not in str(error) and "stand" in str(error) and all(word in str(error) for word in wanted), error
+        return None
+    assert differ(model, theirs(written(folder, config, found))) <= 2e-5, settings
+    return config["architectures"][0].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+
+
+@pytest.mark.parametrize("script", PRESETS)
+def test_every_preset(script, tmp_path):
+    module = runpy.run_path(str(ROOT / f"{script}.py"))
+    assert PRESETS[script].keys() == module["presets"].keys()
+    small = dict(n_layer=2, n_embd=32, block_size=32, dropout=0.0, n_expert=5, head_dim=8)
+    names = {f.name for f in dataclasses.fields(TransformerConfig)}
+    for preset, kind in PRESETS[script].items():
+        said = flags.override({"__file__": str(ROOT / f"{script}.py"), "presets": module["presets"]},
+                              ["--preset", preset])
+        said = {name: value for name, value in said.items() if name in names} | small
+        said["head_dim"] = 32 // said["n_head"]
+        assert outcome(said, tmp_path / preset) == kind, preset
+
+
+def test_every_word(tmp_path):
+    """Each word of each setting, alone, then random ones together: no third outcome."""
+    words = {name: spec.words for name, spec in flags._fields_of(TransformerConfig).items() if spec.kind is str and
+             spec.words and name not in ("attention", "kernels", "init", "parametrisation")}
+    words |= dict(mixer=[*MIXERS, "window,full"], ff=[*FEED_FORWARDS, "none"], tie_weights=[True], norm_gain=[False],
+                  bias=[True, "qkv"], qk_norm=[True], head_bias=[True], short_conv=[3], shorten=[2], n_kv_head=[2],
+                  value_residual=[True], score_softcap=[5.0], softmax_plus_one=[True], logit_softcap=[9.0])
+    alone = [{name: word} for name, choices in words.items() for word in choices]
+    draw = random.Random(3)
+    together = [{name: draw.choice(words[name]) for name in draw.sample([*words], 3)} for _ in range(40)]
+    counts = {True: 0, False: 0}
+    for number, settings in enumerate(alone + together):
+        settings = dict(rope_factor=2.0, **settings) if "rope_scaling" in settings else settings
+        try:
+            TransformerConfig(**{**SMALL, **settings})
+        except ValueError:
+            continue                                         # no model can be so
+        stands = [f"{name} " for name, word in settings.items()] if number < len(alone) else []
+        counts[outcome(settings, tmp_path / "out", stands) is None] += 1
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert min(counts.values()) > 20, counts
+
+
+def test_what_a_config_json_says():
+    """Null where there is no special token; rope_theta beside rope_parameters; experts of an even width; yarn by turns
+    as longrope; no name of a compiled module."""
+    config, found = hf.as_folder(loud(rope_base=777.0))
+    assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [None] * 3
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 777.0
+    assert not [name for name in found if "_orig_mod" in name]
+    config, found = hf.as_folder(loud(ff="moe", n_expert=5))
+    assert config["intermediate_size"] % 8 == 0 and found[
+        "model.layers.0.block_sparse_moe.experts.0.w2.weight"].shape == (32, config["intermediate_size"])
+    assert hf.as_folder(loud(rope_scaling="yarn", rope_factor=2.0))[0]["rope_parameters"]["rope_type"] == "longrope"
+
+
+def bad(name, error, *words):
+    """A case of a folder that is changed by the function `name`d, and what its one line says."""
+    return pytest.param(error, words, id=name)
+
+
+def retold(**values):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+    return change
+
+
+def rewritten(change):
+    def into(folder):
+        found = load_file(folder / "model.safetensors")
+        change(found)
+        save_file(found, folder / "model.safetensors")
+    return into
+
+
+def pickled(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"a": Bomb()}, folder / "pytorch_model.bin")
+
+
+class Bomb:
+    """What a pickle could do."""
+
+    def __reduce__(self):
+        return exec, ("open('exploded', 'w')",)
+
+
+def sharded(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}))
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("change, words", [
+    bad("no config", lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    bad("half a config", lambda folder: (folder / "config.json").write_text('{"a"'), "config.json is not read"),
+    bad("no object", lambda folder: (folder / "config.json").write_text("[1]"), "no object"),
+    bad("unknown class", retold(model_type="gemma"), "'gemma' is not read", "llama, mistral"),
+    bad("a size that is a lie", retold(intermediate_size=96), "gate_proj", "(88, 32)", "(96, 32)"),
+    bad("a size past all memory", retold(hidden_size=2 ** 40), "config.json"),
+    bad("a billion layers", retold(num_hidden_layers=10 ** 9), "n_layer 1,000,000,000"),
+    bad("a trillion places", retold(max_position_embeddings=10 ** 12), "block_size"),
+    bad("a negative size", retold(num_hidden_layers=-1), "n_layer"), bad("no size", retold(hidden_size=None), "lacks"),
+    bad("a text for a size", retold(num_attention_heads="4"), "config.json"),
+    bad("another activation", retold(hidden_act="mish"), "mish"),
+    bad("another rope", retold(rope_parameters=dict(rope_type="dynamic", factor=2.0)), "dynamic"),
+    bad("partly turned", retold(partial_rotary_factor=0.5), "partial_rotary_factor"),
+    bad("biases of a half", retold(attention_bias=True), "one setting"),
+    bad("missing tensor", rewritten(lambda found: found.pop(Q)), "lacks the tensor " + Q),
+    bad("a tensor too many", rewritten(lambda found: found.update(extra=found[Q].clone())), "takes its tensor extra"),
+    bad("another shape", rewritten(lambda found: found.update({Q: found[Q][:8].clone()})), Q, "(8, 32)", "(32, 32)"),
+    bad("another head", lambda folder: retold(tie_word_embeddings=True)(folder), "lm_head.weight is another"),
+    bad("missing shard", sharded, "model-00001-of-00002.safetensors"), bad("a pickle", pickled, "could run code"),
+    bad("a pickle so named", lambda folder: torch.save({"a": Bomb()}, folder / "model.safetensors"), "safetensors"),
+    bad("cut off", lambda folder: (folder / "model.safetensors").write_bytes(
+        (folder / "model.safetensors").read_bytes()[:-9]), "damaged"),
+])
+def test_a_bad_folder_is_one_line(change, words, tmp_path, monkeypatch):
+    """And no code of it runs, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    folder = written(tmp_path / "bad", *hf.as_folder(loud()))
+    change(folder)
+    before = sorted(tmp_path.rglob("*"))
+    with raises_one_line("bad", *words):
+        hf.load(folder)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_old_names_are_read(tmp_path):
+    """Of a compiled module, with masks beside, without the top of a hub's gpt2, in shards."""
+    model = loud(norm="layer", positions="learned", activation="gelu_tanh", tie_weights=True, bias=True)
+    config, found = hf.as_folder(model)
+    found = {f"_orig_mod.{name.removeprefix('transformer.')}": t for name, t in found.items()}
+    folder = written(tmp_path / "a", {**config, "activation_function": "gelu_new"}, {})
+    (folder / "model.safetensors").unlink()
+    shards = {"a.safetensors": {"h.0.attn.bias": torch.ones(1, 1, 4, 4)}, "b.safetensors": {}}
+    for name, t in found.items():
+        shards["a.safetensors" if "h.0" in name else "b.safetensors"][name] = t
+    for shard, part in shards.items():
+        save_file(part, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": {name: shard for shard, part in shards.items() for name in part}}))
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in hf.load(folder).state_dict().items())
+
+
+TEXT = "".join(f"The {word} of {number} is a {word}ing, or it's not: {number * 37 % 101}.\n" for number in range(300)
+               for word in ("king", "song", "m\u00fch", "  day"))
+ODD = ["", " ", "\n\n  \t x", "<|endoftext|>", "\u2581 \u00e9\U0001f600\u0301", "\x00\x7f", "don't  123", "\u4e2d abc"]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe:300", "sentencepiece:400", "bpe"])
+def test_tokenizers(kind, tmp_path):
+    """The ids of a tokenizer.json are ours, by transformers and read back here; every text comes back."""
+    if kind == "bpe":                                        # of sentencepiece's two kinds the other
+        ours = tokens.SentencePiece(tokens._sentencepiece(TEXT, 400, "bpe"))
+    else:
+        ours = tokens.open_or_train(kind, TEXT.encode())
+    (tmp_path / "tokenizer.json").write_text(tokens.as_json(ours), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    other, back = AutoTokenizer.from_pretrained(tmp_path), tokens.open_tokenizer(tmp_path / "tokenizer.json")
+    assert len(other) == ours.size == back.size and back.pieces == ours.pieces
+    odd = [text for text in ODD if kind in ("bytes", "bpe:300") or "\u2581" not in text]     # which becomes a space
+    with_end = json.loads(tokens.as_json(ours, "<|end|>"))["added_tokens"][-1]
+    assert (with_end["id"], with_end["content"], with_end["special"]) == (ours.size, "<|end|>", True)
+    for text in [TEXT, *odd]:
+        ids = ours.encode(text)
+        assert other.encode(text, add_special_tokens=False) == ids == back.encode(text), text
+        assert other.decode(ids) == text == back.decode(ids)
+    assert isinstance(back, tokens.Bytes) == (kind == "bytes")
+
+
+ALONE = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+words = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+ids = words("The", return_tensors="pt").input_ids
+found = model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)
+print(words.decode(found[0]), end="")
+assert not [name for name in sys.modules if name.startswith(("nanolab", "model", "data"))]
+"""
+SHORT = ("--dataset data.txt --block_size 32 --batch_size 4 --max_steps {} --warmup_steps 1 --eval_interval 4 "
+         "--save_interval 1 --log_interval 1 --device cpu --dtype float32 --lr 0.003 --dropout 0.1 --run_name {}")
+RUNS = {  # a run, and what another says that begins with its weights
+    "train_enwik8": ("--n_layer 2 --n_head 2 --n_embd 32 --positions rope --norm rms --activation relu2 --qk_norm "
+                     "--n_targets 1 --no-intermediate_losses --eval_windows 2 --sample_length 0",
+                     "--eval_windows 2 --sample_length 0"),
+    "train_facts": ("--task text --tokenizer bpe:300 --n_embd 32 --eval_prompts 2", "--task text --eval_prompts 2"),
+}
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_a_run_goes_out_and_another_begins_with_it(script, tmp_path, monkeypatch, capsys):
+    """The folder says what the run says, alone too; a run that begins with it resumes to the same bits, the folder
+    gone."""
+    (tmp_path / "data.txt").write_text(TEXT, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for name in ("draw_curves", "_output", "_version"):
+        monkeypatch.setattr(experiment, name, lambda *given: None)
+
+    def typed(words, code=0):
+        """What a script prints; on standard error where its exit status is not 0."""
+        torch.set_deterministic_debug_mode("default")
+        monkeypatch.setattr(sys, "argv", words.split())
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / sys.argv[0]))["main"]()
+            assert code == 0
+        except SystemExit as end:
+            assert end.code == code, capsys.readouterr().err
+        return capsys.readouterr()[code > 0]
+    typed(f"{script}.py {SHORT.format(6, 'first')} {RUNS[script][0]}")
+    first, out = run_folder(script, "runs", "first"), tmp_path / "out"
+    hf.main(["export", str(first), str(out)])
+    with raises_one_line("is there already"):
+        hf.export(first, out)
+    said = [typed(f"sample.py {source} --greedy --length 20 --prompt The") for source in (first, out)]
+    assert said[0] == said[1]
+    scored = [typed(f"evaluate.py {source} --dataset data.txt --resamples 20").splitlines()[-1].split()
+              for source in (first, out)]
+    assert scored[0][:-1] == scored[1][:-1]
+    if script == "train_facts":
+        alone = subprocess.run([sys.executable, "-c", ALONE, str(out)], cwd=tmp_path, text=True, capture_output=True)
+        assert alone.stdout + "\n" == said[0], alone.stderr
+    begin = f"{script}.py --init_from {out} {RUNS[script][1]} "
+    typed(begin + SHORT.format(4, "straight"))
+    typed(begin + SHORT.format(2, "halves"))
+    shutil.rmtree(out)
+    typed(f"{script}.py --resume --run_name halves --max_steps 4")
+    assert_same_end(*(run_folder(script, tmp_path / "runs", name) for name in ("halves", "straight")))
+    assert typed(f"sample.py runs/{script}/halves --length 5")
+    assert typed(begin + SHORT.format(4, "gone"), 2).endswith("out has no config.json\n")
