@@ -103,6 +103,7 @@ difference = True          # [with action_model conv] the encoder sees x_t+1 - x
 action_frames = "pixels"   # [pixels, tokens] what the action model sees and writes: frames, or the tokenizer's tokens
 action_layers = 3          # [>= 1, <= 1000] in encoder and decoder each
 action_embd = 32           # [>= 1] width
+action_lr = None           # [none, > 0.0] peak learning rate of this stage; none: lr
 action_steps = 1600        # [>= 0] optimiser steps
 soft_fraction = 0.3        # [>= 0.0, <= 1.0] share of the steps with continuous codes
 action_change = 20.0       # [>= 0.0] extra weight of pixels that change, at first
@@ -172,8 +173,8 @@ FURTHER = {"the optimiser": "nanolab/optim.py:Settings but orthograd warmup_peak
 
 presets = {
     "cpu": dict(stage="all", action_source="true", text_steps=100, frame_steps=250),
-    "cpu_latent": dict(stage="all", facing=True, action_frames="tokens", action_layers=1, action_steps=1500, lr=4e-3,
-                       merge_idle=True, mask_rate=(0.3, 1.0), text_steps=100, frame_steps=250),
+    "cpu_latent": dict(stage="all", facing=True, action_frames="tokens", action_layers=1, action_steps=1500,
+                       action_lr=4e-3, merge_idle=True, mask_rate=(0.3, 1.0), text_steps=100, frame_steps=250),
     "cells": dict(stage="dynamics", tokens="cells", action_source="true"),
     "drive": dict(dataset="donkeycar", patch=4, codebook_size=256, reset_distance=0.05, tokenizer_change=0.0,
                   tokenizer_embd=96, tokenizer_batch=8, tokenizer_steps=700, action_change=0.0, action_steps=500,
@@ -636,6 +637,7 @@ def train_stage(name, world, run, bar, clock, was=None):
     learner = Learner(name, world, run.settings)
     run.track(was, **learner.parts())                         # on resume, goes on where the checkpoint was saved
     loop, model, limit = learner.loop, learner.model, steps_of(name)
+    peak = action_lr if name == "actions" and action_lr else lr
     patches = (world.video.height // patch) * (world.video.width // patch)
     clip_tokens = caption_length(side) if name == "text" else learner.stage.frames() * patches
     print(f"stage {name}: {sum(p.numel() for p in model.parameters()):,} parameters, {limit} steps")
@@ -665,7 +667,7 @@ def train_stage(name, world, run, bar, clock, was=None):
 
         # ---- one optimiser step ----
         began = time.perf_counter()
-        rate = optim.set_rate(learner.opt, {**run.settings, "max_steps": limit}, step)
+        rate = optim.set_rate(learner.opt, {**run.settings, "max_steps": limit, "lr": peak}, step)
         learner.step(clock)
 
         # ---- log ----
