@@ -192,7 +192,7 @@ IN = [
 ]
 
 
-@pytest.mark.parametrize("case", IN, ids=lambda case: "-".join([case[0], *map(str, case[1].keys() - V3.keys())]))
+@pytest.mark.parametrize("case", IN, ids=lambda case: "-".join([case[0], *sorted(case[1].keys() - V3.keys())]))
 def test_in(case, tmp_path):
     """Logits and text of what they publish; back out, all tensors are theirs, bit for bit where nothing is folded."""
     kind, settings = case[0], dict(case[1])

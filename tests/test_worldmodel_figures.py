@@ -731,7 +731,8 @@ class Rules:
     (lambda pressed, happened: happened < 0, [0, 1, 2, 3, 4],
      dict(agent=1, effect=1, ball=1, stay=1, free=1, blocked=1, first_slip=41)),
     (lambda pressed, happened: happened != pressed, [0, 1, 2, 3, 4], dict(free=1, blocked=0, ball=1)),
-    (lambda pressed, happened: happened < 0, [0, 1, None, 3, 4], dict(agent=1, blocked=None))], ids=str)
+    (lambda pressed, happened: happened < 0, [0, 1, None, 3, 4], dict(agent=1, blocked=None))],
+    ids=["right", "lost at walls", "no code for down"])
 def test_the_score_of_playing(without, codes, wanted, monkeypatch, put):
     put(tokens="cells", action_source="true")
     video, rules = load("gridworld", 8, 8, 12), Rules(without)
