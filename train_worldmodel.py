@@ -173,8 +173,9 @@ FURTHER = {"the optimiser": "nanolab/optim.py:Settings but orthograd warmup_peak
 
 presets = {
     "cpu": dict(stage="all", action_source="true", text_steps=100, frame_steps=250),
-    "cpu_latent": dict(stage="all", facing=True, action_frames="tokens", action_layers=1, action_steps=1500,
-                       action_lr=4e-3, merge_idle=True, mask_rate=(0.3, 1.0), text_steps=100, frame_steps=250),
+    "cpu_latent": dict(stage="all", facing=True, tokens="cells", action_frames="tokens", action_layers=1,
+                       action_steps=1500, action_lr=4e-3, merge_idle=True, mask_rate=(0.3, 1.0), text_steps=100,
+                       frame_steps=250),
     "cells": dict(stage="dynamics", tokens="cells", action_source="true"),
     "drive": dict(dataset="donkeycar", patch=4, codebook_size=256, reset_distance=0.05, tokenizer_change=0.0,
                   tokenizer_embd=96, tokenizer_batch=8, tokenizer_steps=700, action_change=0.0, action_steps=500,
