@@ -183,7 +183,8 @@ def write_rollout(played, plan, prompt, folder):
         views = [played.reset(prompt)]
     if prompt is not None:
         print(views[0].note)
-    views += [played.step(action) for action in plan]
+    with as_user_error():                                    # no code means it
+        views += [played.step(action) for action in plan]
     rows, titles = [[view.frame for view in views]], ["generated after " + ", ".join(played.actions[a] for a in plan)]
     if views[0].truth is not None:
         rows, titles = [*rows, [view.truth for view in views]], [*titles, "the true world"]

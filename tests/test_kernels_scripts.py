@@ -21,8 +21,8 @@ import train_mult
 import train_worldmodel
 from data.arc import Canvas
 from interpreter import alone, needs_interpreter
+import model as decoder
 from model import TransformerConfig
-from models import encoder_decoder as networks
 from models.discrete import VQ, choose
 from models.dvae import DVAE, Config
 from models.encoder_decoder import (CrossAttention, Encoder, EncoderDecoder, LatentTransformer,
@@ -226,12 +226,12 @@ def test_autocast(build, inputs, called):
 @torch.no_grad()
 def test_autocast_that_widens_a_norm(monkeypatch):
     """As it does on a GPU: queries and keys are then of another type than values."""
-    plain = networks.plain_rms_norm
+    plain = decoder.plain_rms_norm
     kernels.use("triton")
     _, model = pair(lambda: SpatioTemporal(configured(qk_norm=True), 6, (2, 3)))
     with torch.autocast("cpu", torch.bfloat16):
         want = model(some(2, 5, 6, 32))
-        monkeypatch.setattr(networks, "plain_rms_norm", lambda x: plain(x).float())
+        monkeypatch.setattr(decoder, "plain_rms_norm", lambda x, **how: plain(x, **how).float())
         with watched() as calls:
             close(model(some(2, 5, 6, 32)).float(), want.float(), 0.1)
     assert [t.dtype for name in ("attend_space", "attend_time") for t in calls[name][0][0]] == 6 * [torch.bfloat16]

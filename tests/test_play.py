@@ -12,10 +12,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -450,14 +452,15 @@ class Browser:
 
 
 @pytest.fixture
-def browser(tmp_path):
+def browser():
     if CHROMIUM is None:
         pytest.skip("no chromium, chromium-browser or google-chrome")
-    browser = Browser(tmp_path)
-    try:
-        yield browser
-    finally:
-        browser.close()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:   # a long path is none of a socket
+        browser = Browser(Path(folder))
+        try:
+            yield browser
+        finally:
+            browser.close()
 
 
 def test_play_in_a_browser(game, browser, tmp_path):

@@ -356,7 +356,8 @@ def test_foreign_broken_and_lost_checkpoints(script, base, copy, resume, tmp_pat
 MISTAKES = {  # RUN: a finished one of the script
     "train_enwik8": {"--out_dir FILE": "FILE"},
     "train_dvae": {
-        "--encode task.json": "go with --resume", "--decode 1,2": "go with --resume", "--eval_only": "go with --resume",
+        "--encode task.json": "goes with --resume", "--decode 1,2": "goes with --resume",
+        "--eval_only": "goes with --resume",
         "--resume --encode task.json": "no checkpoint yet", "--n_head 3": "does not divide",
         "--max_steps none": "max_steps", "--n_codes 1": "none is left", "--max_side 2 --n_train 20000": "hardly more",
         "--dataset arc3": "did you mean", "--resume elsewhere": "no such file"},

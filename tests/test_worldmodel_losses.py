@@ -2,6 +2,7 @@
 stage; figures of words; when a stage ends; the trained models as they are compiled and played."""
 import itertools
 import math
+import re
 from collections import Counter
 from types import SimpleNamespace
 
@@ -348,9 +349,17 @@ def test_clips_of_two_frames_can_be_played(put, source):
     """A world of context 2 begins at one frame, to which no action led."""
     put(tokens="tokenizer", action_source=source, tokenizer_embd=16, dynamics_embd=16, action_embd=16, context=2)
     models = {name: w.build(name, video).eval() for name in ("tokenizer", "actions", "dynamics")}
-    meanings = torch.arange(8) % 5 if source == "latent" else None
-    played = Session(material(video, models=models), video, vars(w), meanings)
+    codes = [0, 1, 7, 3, None] if source == "latent" else None
+    played = Session(material(video, models=models), video, vars(w), torch.arange(8) % 5, codes)
     assert played.reset().frame.shape == (20, 20, 3) and played.step(1).cache.startswith("2 frames")
+    assert played.missing == ["right"] * (source == "latent")
+    assert played.keys["ArrowDown"] == 2 and ("ArrowRight" in played.keys) == (source == "true")
+    seen, told = played.step(2), " (code 7)" * (source == "latent")
+    assert re.fullmatch("right so far: [0-2] of 2 presses", seen.score)
+    assert seen.note.startswith(f"down{told}; in the true world: down")
+    if source == "latent":
+        with pytest.raises(ValueError, match="no code means right"):
+            played.step(4)
 
 
 def test_a_prompt_of_words_that_no_caption_has(put):
