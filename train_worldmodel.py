@@ -172,7 +172,7 @@ FURTHER = {"the optimiser": "nanolab/optim.py:Settings but orthograd warmup_peak
            "the run": "nanolab/settings.py:Common"}
 
 presets = {
-    "cpu": dict(stage="all", action_source="true", text_steps=100, frame_steps=250),
+    "cpu": dict(stage="all", action_source="true", mask_rate=(0.3, 1.0), text_steps=100, frame_steps=250),
     "cpu_latent": dict(stage="all", facing=True, tokens="cells", action_frames="tokens", action_layers=1,
                        action_steps=1500, action_lr=4e-3, merge_idle=True, mask_rate=(0.3, 1.0), text_steps=100,
                        frame_steps=250),
