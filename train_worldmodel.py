@@ -557,10 +557,11 @@ class Learner:
 
     def __init__(self, name, world, settings):
         self.name, self.world, self.stage, where = name, world, STAGES[name], world.train.device
+        self.settings = {**settings, "lr": action_lr if name == "actions" and action_lr else lr}
         seed_everything(seed, deterministic)
         self.model = build(name, world.video).to(where)
         self.trained = compiled(self.model, name) if compile else self.model
-        self.opt = optim.build(settings, self.model.named_parameters(), parameter_roles(self.model),
+        self.opt = optim.build(self.settings, self.model.named_parameters(), parameter_roles(self.model),
                                fused_rows(self.model))
         self.ema = optim.EMA(self.model, ema_decay) if ema_decay else None
         self.codebook = self.stage.codebook(self.model)
@@ -638,7 +639,6 @@ def train_stage(name, world, run, bar, clock, was=None):
     learner = Learner(name, world, run.settings)
     run.track(was, **learner.parts())                         # on resume, goes on where the checkpoint was saved
     loop, model, limit = learner.loop, learner.model, steps_of(name)
-    peak = action_lr if name == "actions" and action_lr else lr
     patches = (world.video.height // patch) * (world.video.width // patch)
     clip_tokens = caption_length(side) if name == "text" else learner.stage.frames() * patches
     print(f"stage {name}: {sum(p.numel() for p in model.parameters()):,} parameters, {limit} steps")
@@ -668,7 +668,7 @@ def train_stage(name, world, run, bar, clock, was=None):
 
         # ---- one optimiser step ----
         began = time.perf_counter()
-        rate = optim.set_rate(learner.opt, {**run.settings, "max_steps": limit, "lr": peak}, step)
+        rate = optim.set_rate(learner.opt, {**learner.settings, "max_steps": limit}, step)
         learner.step(clock)
 
         # ---- log ----
