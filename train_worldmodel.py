@@ -900,7 +900,8 @@ def main():
             with world.autocast:
                 print(f"{name}: {in_words(name, STAGES[name].evaluate(model, val))}")
         if "dynamics" in models:
-            tell_rollouts(world), tell_play(world)
+            tell_rollouts(world)
+            tell_play(world)
         return
 
     # ---- the stages, one after the other ----

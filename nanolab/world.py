@@ -147,9 +147,9 @@ def as_bytes(frames):
 
 @torch.no_grad()
 def idle_codes(reader, T, clips, least=0.02):
-    """((n_codes + 1,) bool: the steps of this code change fewer tokens than the middle between those of the codes that
-    change most and least, of those that stand for a share of `least` of all steps; the most tokens that an idle step
-    changes, half a token above the mean of theirs), of so many clips of T frames. No labels are asked."""
+    """((n_codes + 1,) bool: the steps of this code change no more tokens than the middle between those of the codes
+    that change most and least, of those that stand for a share of `least` of all steps; the most tokens that an idle
+    step changes, half a token above the mean of theirs), of so many clips of T frames. No labels are asked."""
     moved, n = torch.zeros(reader.no_action + 1), torch.zeros(reader.no_action + 1)
     for index in reader.spread(T, clips).split(64):
         tokens, codes = reader.tokens_and_actions(index, T)
@@ -158,7 +158,7 @@ def idle_codes(reader, T, clips, least=0.02):
         n += codes[:, 1:].flatten().cpu().bincount(minlength=len(n))
     mean = moved / n                                                             # not a number of what there is not
     often = mean[n >= least * n.sum()]
-    idle = mean < (often.min() + often.max()) / 2
+    idle = mean <= (often.min() + often.max()) / 2                               # one at least
     return idle, (moved[idle].sum() / n[idle].sum() + 0.5).item()
 
 

@@ -745,3 +745,13 @@ def test_the_score_of_playing(without, codes, wanted, monkeypatch, put):
         assert value is None or found[name] == value, name
     if None in codes:                                        # what has no code is wrong, and code 0 stays
         assert 0.7 < found["effect"] < 0.85 and found["first_slip"] < 12
+
+
+@pytest.mark.parametrize("code, idle", [(lambda action, row: 7 - action, [7]),
+                                        (lambda action, row: 0 * action + 5, [5])],
+                         ids=["one each", "one alone"])
+def test_codes_whose_steps_change_little(code, idle, put):
+    """Without a ball only an agent that moves changes cells; of one code alone all steps are idle."""
+    put(action_source="latent")
+    found, most = worlds.idle_codes(material(still, models=dict(actions=Actor(code).eval())), 4, 70)
+    assert found.nonzero()[:, 0].tolist() == idle and (most == 0.5) == (idle == [7])
