@@ -635,7 +635,8 @@ class Learner:
 def train_stage(name, world, run, bar, clock, was=None):
     """Trains a stage to its end, after which it is one of world's, or until the run is to stop. was: what it goes on
     from, the run's checkpoint or what the stage had ended with."""
-    know_codes(world.train, world.val, name)
+    if name == "dynamics":
+        know_codes(world.train, world.val)
     learner = Learner(name, world, run.settings)
     run.track(was, **learner.parts())                         # on resume, goes on where the checkpoint was saved
     loop, model, limit = learner.loop, learner.model, steps_of(name)
@@ -704,12 +705,9 @@ def finish(learner, run, clock):
     run.save("last.pt", world.total)                          # with its figures, which are not counted again
 
 
-def know_codes(train, val, name="dynamics"):
-    """What the dynamics are told of latent actions: which codes are one, which of them change little. Once for a run,
-    as the tokens of all frames are, where the action model reads them too."""
-    if action_frames == "tokens" and tokens == "tokenizer" and name in ("actions", "dynamics"):
-        train.keep_tokens()
-    if name == "dynamics" and merge_idle and action_source == "latent":
+def know_codes(train, val):
+    """What the dynamics are told of latent actions: which codes are one, as their steps change little."""
+    if merge_idle and action_source == "latent":
         train.merged = val.merged = None
         idle, train.still = worlds.idle_codes(train, context, eval_clips)
         codes = torch.arange(n_codes + 1)

@@ -293,7 +293,7 @@ class Clips:
             raise UserError(f"clips of {T} frames do not fit into episodes of {self.length} frames")
         return len(self) * (self.length - T + 1)
 
-    def gather(self, stored, index, T, n):
+    def _gather(self, stored, index, T, n):
         """n consecutive entries of `stored` (E, ...) for each clip: (B, n, ...)."""
         index, count = torch.as_tensor(index, device="cpu"), self.count(T)
         if stored is None:
@@ -305,12 +305,12 @@ class Clips:
 
     def cells(self, index, T):
         """index (B,) int64 -> cell types (B, T, side, side) uint8, or None where the data has no cells."""
-        return self.gather(self.stored_cells, index, T, T)
+        return self._gather(self.stored_cells, index, T, T)
 
     def frames(self, index, T):
         """index (B,) int64 -> RGB (B, T, H, W, 3) uint8."""
         if self.stored_cells is None:
-            return self.gather(self.stored_frames, index, T, T)
+            return self._gather(self.stored_frames, index, T, T)
         return torch.from_numpy(paint(self.cells(index, T).numpy(), self.cell_px))
 
     def indices(self, index, T):
@@ -321,12 +321,12 @@ class Clips:
 
     def actions(self, index, T):
         """index (B,) int64 -> (B, T - 1) int64: action k leads from frame k to k + 1; None where there are none."""
-        found = self.gather(self.stored_actions, index, T, T - 1)
+        found = self._gather(self.stored_actions, index, T, T - 1)
         return None if found is None else found.long()
 
     def effective(self, index, T):
         """Likewise, what happened: in a gridworld 0 (stay) where the way was blocked, elsewhere the same as actions."""
-        found = self.gather(self.stored_effective, index, T, T - 1)
+        found = self._gather(self.stored_effective, index, T, T - 1)
         return None if found is None else found.long()
 
 

@@ -40,7 +40,7 @@ class Reader:
         self.models = {} if models is None else models
         self.kind, self.source, self.n_actions = kind, source, n_actions
         self.no_action, self.watched = n_codes if source == "latent" else n_actions, watched
-        self.merged, self.kept = None, (None, None)
+        self.merged = None
         self.colours = None if palette is None else palette.to(device).float() / 255
         self.side = None if clips.stored_cells is None else clips.stored_cells.size(-1)
 
@@ -65,18 +65,7 @@ class Reader:
         """(B, T, N) int64: frames as the dynamics read them."""
         if self.kind == "cells":
             return self.clips.cells(index, T).to(self.device).long().flatten(2)
-        if self.kept[0] is self.models["tokenizer"]:
-            return self.clips.gather(self.kept[1], index, T, T).to(self.device).long()
         return self.models["tokenizer"].tokens(self.frames(index, T))
-
-    @torch.no_grad()
-    def keep_tokens(self):
-        """Finds the tokens of all frames once, (E, length, N) small whole numbers, where each frame has its own."""
-        tokenizer, every = self.models["tokenizer"], torch.arange(len(self.clips)).split(64)
-        if tokenizer.kind == "spatial" and self.kept[0] is not tokenizer:
-            small = torch.uint8 if tokenizer.codebook_size <= 256 else torch.int32
-            self.kept = tokenizer, torch.cat([tokenizer.tokens(self.frames(part, self.clips.length)).to("cpu", small)
-                                              for part in every])
 
     def watch(self, index, T):
         """`pictures` as the action model sees them."""
@@ -169,7 +158,6 @@ def opening(reader, world, T):
         world.step([0] * n)
         seen.append(world.cells())
     reader = copy(reader)
-    reader.kept = None, None
     reader.clips = Clips(torch.from_numpy(np.stack(seen, 1)), stored_actions=torch.zeros(n, T - 1),
                          cell_px=reader.clips.cell_px)
     return reader, torch.arange(n)
