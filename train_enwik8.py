@@ -84,6 +84,7 @@ intermediate_losses = True # layer l of n also predicts, until the fraction l / 
 
 # --- Optimisation ---
 max_steps = 200_000        # [none, >= 0] optimiser steps in all, resumes included; none: until stopped
+patience = None            # [none, >= 1, with eval_interval] validations without a better one that end the run
 optimizer = "adamw"        # [sgd, adam, adamw, muon, schedule_free, ivon] muon: hidden matrices, the rest by adamw
 lr = 7e-4                  # [> 0.0] peak learning rate
 muon_lr = 0.02             # [> 0.0, with optimizer muon] peak learning rate of the matrices
@@ -178,8 +179,8 @@ def check(settings):
     with as_user_error():
         config = TransformerConfig.from_settings(settings)
         optim.check(settings)
-    if intermediate_losses and max_steps is None:
-        raise UserError("intermediate_losses end at fractions of max_steps: give --max_steps N, or "
+    if intermediate_losses and optim.horizon(settings, 0) is None:
+        raise UserError("intermediate_losses end at fractions of max_steps: give --max_steps N, --max_seconds S, or "
                         "--no-intermediate_losses")
     limits.weigh(lambda: build_model(config), device)
     before = config.memory_length + config.compressed_length if {"xl", "compressive"} & set(config.mixers) else 0
@@ -333,8 +334,8 @@ def main():
         bytes_per_step = batch_size * grad_accum * block_size
         first = loop["step"]
         # a new run at once: a full disk shows at the start; with keep_last again: the numbered one may be missing
-        saved = first if checkpoint and not keep_last else -1
-        hinted = where.type != "cpu" or max_steps is None
+        saved = first if checkpoint and not (keep_last or settings["keep_every"]) else -1
+        hinted = where.type != "cpu" or max_steps is None or settings["max_seconds"] is not None
         bar, clock, profiler = run.bar(max_steps, first), Stopwatch(where), Profile(run, first)
 
         while not mesh.stop(run):
@@ -355,14 +356,15 @@ def main():
             if step % save_interval == 0 and saved < step:
                 run.save("last.pt", step, keep=keep_last)
                 saved = step
-            if max_steps is not None and step >= max_steps:
+            if run.ended(loop):
                 break
 
             # ---- one optimiser step ----
             began = time.perf_counter()
             profiler.before(step)
-            rate = optim.set_rate(opt, settings, step)
-            active = active_layers(step, max_steps, n_layer) if intermediate_losses else None
+            rate = optim.set_rate(opt, settings, step, loop["seconds"])
+            steps = optim.horizon(settings, step, loop["seconds"])
+            active = active_layers(step, steps, n_layer) if intermediate_losses else None
             loss, reports = 0.0, []
             clock.start()
             for _ in range(grad_accum):
@@ -403,7 +405,7 @@ def main():
                 limits.hint_hours(step, max_steps, loop["seconds"], bar.note)
 
         # ---- the end ----
-        stopped = mesh.stop(run)                         # of all processes: what follows, they do together
+        stopped, ended = mesh.stop(run), run.ended(loop)     # of all processes: what follows, they do together
         step = loop["step"]
         bar.close()
         loop.flush()
@@ -428,7 +430,7 @@ def main():
             with opt.averaged(), mesh.gathered(model):
                 write_sample(model, run, step)
         run.spent(clock)
-        print(f"{'stopped' if stopped else 'done'} at step {step:,}: {run.dir}")
+        print(f"{'stopped' if stopped else ended} at step {step:,}: {run.dir}")
 
 
 if __name__ == "__main__":

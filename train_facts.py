@@ -111,6 +111,7 @@ tie_weights = False        # the classifier is the embedding
 
 # --- Optimisation ---
 max_steps = 800            # [none, >= 0] optimiser steps in all, resumes included; none: until stopped
+patience = None            # [none, >= 1, with eval_interval] validations without a better one that end the run
 exposures = None           # [none, > 0.0, not with task mqar/text] how often each fact is seen; sets max_steps
 optimizer = "muon"         # [sgd, adam, adamw, muon, schedule_free, ivon] muon: hidden matrices, the rest by adamw
 lr = 2e-2                  # [> 0.0] peak learning rate
@@ -294,14 +295,14 @@ def main():
                     precision != torch.float32)
         first = loop["step"]
         # a new run at once: a full disk shows at the start; with keep_last again: the numbered one may be missing
-        saved = first if checkpoint and not keep_last else -1
+        saved = first if checkpoint and not (keep_last or settings["keep_every"]) else -1
         bar, clock, seen = run.bar(max_steps, first), Stopwatch(where), 0    # tokens since the last line of metrics
 
         while not mesh.stop(run):
             # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
             step = loop["step"]
-            rate = optim.set_rate(opt, settings, step)   # first, so that what is saved does not ask who stepped before
-            over = max_steps is not None and step >= max_steps
+            over, rate = run.ended(loop), optim.set_rate(opt, settings, step, loop["seconds"])
+            # the rate first, so that what is saved does not ask who stepped before
             if saved < 0:                                # before the first evaluation, which writes best.pt
                 run.save("last.pt", step, keep=keep_last)
                 saved = step
@@ -320,7 +321,7 @@ def main():
             if step % save_interval == 0 and saved < step:
                 run.save("last.pt", step, keep=keep_last)
                 saved = step
-            if over:
+            if over or run.ended(loop):
                 break
 
             # ---- one optimiser step ----
@@ -365,7 +366,7 @@ def main():
         step = loop["step"]
         bar.close()
         loop.flush()
-        stopped = mesh.stop(run)                         # of all processes: what follows, they do together
+        stopped, ended = mesh.stop(run), run.ended(loop)     # of all processes: what follows, they do together
         if saved < step:
             run.save("last.pt", step)
         if eval_interval and not stopped:
@@ -385,7 +386,7 @@ def main():
         run.summary(step=step, best=loop["best"], best_step=loop["best_step"], seconds=loop["seconds"],
                     rows=loop["rows"], epoch=batches.epoch, parameters=model.n_params())
         run.spent(clock)
-        print(f"{'stopped' if stopped else 'done'} at step {step:,}: {run.dir}")
+        print(f"{'stopped' if stopped else ended} at step {step:,}: {run.dir}")
 
 
 if __name__ == "__main__":

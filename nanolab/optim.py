@@ -657,7 +657,7 @@ def schedule(name, step, warmup_steps, max_steps, min_scale=0.0, decay_fraction=
         raise ValueError(f"schedule {name!r}: it must be one of {', '.join(SCHEDULES)}")
     falls = name in ("cosine", "wsd")
     if falls and max_steps is None:
-        raise ValueError(f"schedule {name} ends at max_steps: give max_steps, or take constant or noam")
+        raise ValueError(f"schedule {name} ends at max_steps: give max_steps or max_seconds, or take constant or noam")
     if falls and step >= max_steps:
         return min_scale
     if step < warmup_steps:
@@ -671,9 +671,19 @@ def schedule(name, step, warmup_steps, max_steps, min_scale=0.0, decay_fraction=
     return min_scale + (1 - min_scale) * (max_steps - step) / (max_steps - start) if step > start else 1.0
 
 
-def factor(settings, step):
-    """`schedule` by a script's settings."""
-    return schedule(settings["schedule"], step, settings["warmup_steps"], settings["max_steps"],
+def horizon(settings, step, seconds=0.0):
+    """Steps in all, of which schedules take their shares: max_steps (None: no end), or where max_seconds end the run
+    sooner, so many as the pace so far will bring: step / (seconds / max_seconds), after `seconds` of training."""
+    steps, limit = settings["max_steps"], settings.get("max_seconds")
+    if limit is None:
+        return steps
+    paced = max(step, 1) * limit / max(seconds, 1e-9)    # before the first step the end is far away
+    return paced if steps is None else min(steps, paced)
+
+
+def factor(settings, step, seconds=0.0):
+    """`schedule` by a script's settings, after so many seconds of training."""
+    return schedule(settings["schedule"], step, settings["warmup_steps"], horizon(settings, step, seconds),
                     settings["min_lr_scale"], settings["decay_fraction"], settings.get("warmup_peak", "last"))
 
 
@@ -685,9 +695,10 @@ def check(settings):
         raise ValueError("optimizer ivon learns the curvature from gradients, which float16 scales: choose bfloat16")
 
 
-def set_rate(optimizer, settings, step):
-    """Gives every group the rate of the step that follows `step` finished ones. Returns that of what has rate lr."""
-    scale = factor(settings, step)
+def set_rate(optimizer, settings, step, seconds=0.0):
+    """Gives every group the rate of the step that follows `step` finished ones, which took so many seconds (for
+    max_seconds). Returns that of what has rate lr."""
+    scale = factor(settings, step, seconds)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * scale
     return settings["lr"] * scale

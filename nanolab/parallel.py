@@ -444,9 +444,9 @@ class Mesh(Alone):
 
     def most(self, number):
         """The largest of all processes' numbers."""
-        found = torch.tensor(number)
+        found = torch.tensor(number, dtype=torch.float64)
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+        return type(number)(found)
 
     def stop(self, run):
         """run.stop, the same in all processes: once before every step and once after the loop, by all."""
