@@ -48,8 +48,8 @@ compile = False            # torch.compile
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
 
 # --- Data ---
-dataset = "synthetic"      # synthetic, or of ARC arc1, arc2, or arc1-training, arc1-evaluation, ... with + between
-val_dataset = None         # what is scored; none: synthetic, or the evaluation tasks that belong to dataset
+dataset = "synthetic"      # synthetic; of ARC arc1, arc2, arc1-evaluation, ... with + between; a .json file or folder
+val_dataset = None         # what is scored; none: synthetic, the evaluation tasks of dataset, or a tenth of your own
 max_side = 8               # [>= 1, <= 30] of a grid; larger ones are left out (training: cropped)
 n_colours = 10             # [>= 1, <= 10] grids with others are left out
 n_train = 20_000           # [>= 1, with dataset synthetic] training grids
@@ -57,7 +57,7 @@ n_val = 1_000              # [>= 1] synthetic: grids to evaluate on
 crops = 4                  # [>= 0] ARC: pieces of each training grid that is larger than max_side
 colours = "keep_zero"      # [all, keep_zero, none] augmentation: colours exchanged at random; 0 stays background
 symmetry = True            # augmentation: one of the eight symmetries of the square
-split_seed = 0             # [>= 0] which synthetic grids there are, where crops are cut
+split_seed = 0             # [>= 0] which synthetic grids there are, where crops are cut, which tasks are held out
 batch_size = 64            # [>= 1] grids per forward pass
 grad_accum = 1             # [>= 1] forward passes per optimiser step
 group = 1                  # [>= 1] batches that are drawn together and sorted by area; 1: unsorted
@@ -624,7 +624,7 @@ def main():
             run.summary(**{f"val_{name}": value for name, value in numbers.items()})
             report(numbers)
         run.spent(clock)
-        print(f"{'stopped' if run.stop else run.ended(loop)} at step {loop['step']:,}, {loop['seconds']:.0f} s: {run.dir}")
+        print(f"{'stopped' if run.stop else run.ended(loop)} at step {loop['step']}, {loop['seconds']:.0f}s: {run.dir}")
 
 
 def in_words(numbers):

@@ -44,7 +44,7 @@ init_from = None           # [path] a folder with config.json and model.safetens
 profile = False            # torch profiler over a few steps: trace.json in the run's directory
 
 # --- Data ---
-dataset = "enwik8"         # enwik8, shakespeare, stdlib, or a path (.txt .gz .xz .bz2 .zip)
+dataset = "enwik8"         # enwik8, shakespeare, stdlib, or a file (.txt .gz .xz .bz2 .zip), folder or glob of them
 max_bytes = None           # [none, >= 1] only the first so many bytes, before splitting
 batching = "random"        # [random, epochs, streams] random windows; shuffled without replacement; in order
 batch_size = 16            # [>= 1] windows per forward pass

@@ -75,7 +75,7 @@ mqar_alpha = 0.01          # [> 0.0, <= 10.0, with task mqar] of the power law b
 random_non_queries = False # [with task mqar] random tokens between the queries
 
 # --- Text ---
-dataset = "shakespeare"    # [with task text] shakespeare, stdlib, enwik8, smollm:SUBSET, or .txt, .parquet, .jsonl
+dataset = "shakespeare"    # [with task text] shakespeare, stdlib, enwik8, smollm:SUBSET, .txt, .parquet, .jsonl, folder
 max_bytes = None           # [none, >= 1, with task text] only the first so many bytes, before splitting; not of shards
 batching = "random"        # [random, epochs, with task text] of text that fits into memory
 
