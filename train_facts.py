@@ -301,8 +301,8 @@ def main():
         while not mesh.stop(run):
             # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
             step = loop["step"]
-            over, rate = run.ended(loop), optim.set_rate(opt, settings, step, loop["seconds"])
-            # the rate first, so that what is saved does not ask who stepped before
+            over = run.ended(loop)
+            rate = optim.set_rate(opt, settings, step, loop["seconds"])  # first: what is saved asks nobody who stepped
             if saved < 0:                                # before the first evaluation, which writes best.pt
                 run.save("last.pt", step, keep=keep_last)
                 saved = step
