@@ -300,7 +300,7 @@ def revive(codebook, loop, outputs, chosen, generator):
     that nothing chose become some of its encoder outputs, a list of (M, D)."""
     loop["chosen"] += torch.cat(chosen).bincount(minlength=codebook_size)
     if reset_interval and estimator != "fsq" and loop["step"] % reset_interval == 0:
-        if loop["step"] <= reset_fraction * steps_of(loop["step"], loop["seconds"]):
+        if loop["step"] <= reset_fraction * steps_of(loop["step"] - 1, loop["seconds"]):  # its own come later
             dead = loop["chosen"] == 0
             codebook.revive(dead, torch.cat(outputs), generator)
             loop["revived"] = loop.get("revived", 0) + int(dead.sum())
@@ -513,7 +513,7 @@ def main():
               generators=Generators(noise=noise, revival=revival), loop=loop)
     if compile:                                              # what costs; the choice between them stays as it is
         model.encode, model.decode = torch.compile(model.encode), torch.compile(model.decode)
-    clock = Stopwatch(where)
+    clock = Stopwatch(where, run)
 
     def validate(folder, count=None, thorough=False, pictures=True):
         """Figures and pictures of the weights to evaluate, as `evaluate` gives them."""

@@ -17,7 +17,6 @@ from nanolab.settings import answer_help
 answer_help(__name__, __file__)  # before the seconds that the next lines take
 
 import math
-import os
 import time
 
 import torch
@@ -41,7 +40,6 @@ dp = 1                     # [>= 1] processes over which a batch's rows are divi
 tp = 1                     # [>= 1] processes over which each layer's matrices are divided, under torchrun
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
 init_from = None           # [path] a folder with config.json and model.safetensors: its sizes and weights to begin from
-profile = False            # torch profiler over a few steps: trace.json in the run's directory
 
 # --- Data ---
 dataset = "enwik8"         # enwik8, shakespeare, stdlib, or a file (.txt .gz .xz .bz2 .zip), folder or glob of them
@@ -251,28 +249,6 @@ def usage(model):
             **{f"imbalance_{layer}": len(found) * max(found) for layer, found in shares.items()}}
 
 
-class Profile:
-    """torch's profiler over this command's third to fifth step: a table, and trace.json in the run's folder."""
-
-    def __init__(self, run, first):
-        self.run, self.first, self.profiler = run, first + 2, None
-
-    def before(self, step):
-        """Begins, if it is time and three steps are left."""
-        if profile and step == self.first and step + 3 <= (max_steps or math.inf):
-            os.environ.setdefault("KINETO_LOG_LEVEL", "6")       # else its library writes to stderr
-            self.profiler = torch.profiler.profile(acc_events=True)  # of one cycle: 2.11 warns where that is not said
-            self.profiler.start()
-
-    def after(self, step):
-        """Ends, if it is time."""
-        if self.profiler and step == self.first + 3:
-            self.profiler.stop()
-            self.profiler.export_chrome_trace(str(self.run.dir / "trace.json"))
-            print(self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
-            self.profiler = None
-
-
 def write_sample(model, run, step, prompt=b"\n"):
     """`sample_length` bytes from the model at temperature 0.8: printed, and as text into the run's samples/. Its
     generator is its own."""
@@ -336,7 +312,7 @@ def main():
         # a new run at once: a full disk shows at the start; with keep_last again: the numbered one may be missing
         saved = first if checkpoint and not (keep_last or settings["keep_every"]) else -1
         hinted = where.type != "cpu" or max_steps is None or settings["max_seconds"] is not None
-        bar, clock, profiler = run.bar(max_steps, first), Stopwatch(where), Profile(run, first)
+        bar, clock = run.bar(max_steps, first), Stopwatch(where, run)
 
         while not mesh.stop(run):
             # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
@@ -361,7 +337,6 @@ def main():
 
             # ---- one optimiser step ----
             began = time.perf_counter()
-            profiler.before(step)
             rate = optim.set_rate(opt, settings, step, loop["seconds"])
             steps = optim.horizon(settings, step, loop["seconds"])
             active = active_layers(step, steps, n_layer) if intermediate_losses else None
@@ -387,7 +362,6 @@ def main():
             loop.add(torch.stack([mesh.mean(loss), grad_norm]))
             step = loop["step"] = step + 1
             loop["bytes"] += bytes_per_step
-            profiler.after(step)
 
             # ---- log ----
             rows, elapsed = loop.lap(began, step % log_interval == 0)

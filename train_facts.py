@@ -296,7 +296,7 @@ def main():
         first = loop["step"]
         # a new run at once: a full disk shows at the start; with keep_last again: the numbered one may be missing
         saved = first if checkpoint and not (keep_last or settings["keep_every"]) else -1
-        bar, clock, seen = run.bar(max_steps, first), Stopwatch(where), 0    # tokens since the last line of metrics
+        bar, clock, seen = run.bar(max_steps, first), Stopwatch(where, run), 0   # tokens since the last line of metrics
 
         while not mesh.stop(run):
             # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----

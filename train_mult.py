@@ -572,7 +572,7 @@ def main():
         run.save(name, max(steps.values()), keep, steps=steps)
 
     with Run(settings, checkpoint, models={**others, **{learner.name: learner for learner in learners}}) as run:
-        bar, clock = run.bar(max_steps, min(learner.step for learner in learners)), Stopwatch(where)
+        bar, clock = run.bar(max_steps, min(learner.step for learner in learners)), Stopwatch(where, run)
         saved = None                                     # on resume too: a stop comes before what is due at its step
         if not checkpoint:
             save("last.pt")                              # at once: a full disk shows, and a kill leaves what to resume

@@ -927,7 +927,7 @@ def main():
         for name in [name for name in figures if name not in left]:
             seconds = {f"{name}_seconds": ended[name]["loop"]["seconds"]} if name in ended else {}
             run.summary(**figures[name], **seconds)
-        bar, clock = run.bar(world.total + to_do, world.total), Stopwatch(where)
+        bar, clock = run.bar(world.total + to_do, world.total), Stopwatch(where, run)
         for name in left:
             if name in was and was[name] is not checkpoint:
                 was[name]["loop"] |= dict(best_model=done[name], start=world.total - was[name]["loop"]["step"])

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+import scripts
 from data import text
 from model import Transformer, from_checkpoint
 from nanolab import runs
@@ -111,11 +112,16 @@ def test_debug(typed, home):
     assert load_checkpoint(run / "last.pt")["step"] == 20
 
 
-def test_profile(forks, tmp_path):
-    child = forks.run(["train_enwik8.py", "--preset=cpu", "--profile", *SMALL, "--run_name", "profiled"], tmp_path)
+@pytest.mark.parametrize("script, steps", [("train_enwik8", 4), ("train_mult", 3)])
+def test_profile(forks, tmp_path, script, steps):
+    """Of three optimiser steps, both models' of train_mult.py, or of those that there are."""
+    more = dict(dataset="stdlib", max_bytes=9000) if script == "train_enwik8" else {}
+    child = forks.run(scripts.typed(script, tmp_path, "--profile", max_steps=steps, **more), tmp_path)
     assert_done(child)
-    trace = json.loads((tmp_path / "runs" / "train_enwik8" / "profiled" / "trace.json").read_text())
+    path, seen = scripts.folder(script, tmp_path) / "trace.json", 2 if script == "train_enwik8" else 3
+    trace = json.loads(path.read_text())
     assert any("mm" in event.get("name", "") for event in trace["traceEvents"]) and "Self CPU" in child.out
+    assert f"profile of {seen} steps: {path}" in child.out
 
 
 def test_estimate_without_gpu(forks, tmp_path):
