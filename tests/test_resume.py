@@ -126,15 +126,16 @@ def test_extended(script, go, tmp_path):
         assert sorted(path.name for path in run.glob("step_*")) == [f"step_{step:08d}.pt" for step in kept]
 
 
-@pytest.mark.parametrize("script", ["train_enwik8", "train_dvae", "train_facts"])
-def test_early_stopped(script, go, tmp_path):
+@pytest.mark.parametrize("script, interval, patience", [
+    ("train_enwik8", 3, 2), ("train_dvae", 9, 1), ("train_facts", 5, 1)])
+def test_early_stopped(script, interval, patience, go, tmp_path):
     """What gets no better ends after `patience` validations more, and says so; with more patience it goes on as one
     that had it from the beginning."""
-    how = dict(lr=1e-12, muon_lr=1e-12, weight_decay=0.0, eval_interval=2)
-    first, run = go(tmp_path / "parts", **how, patience=2), folder(script, tmp_path / "parts")
+    how = dict(lr=1e-12, muon_lr=1e-12, weight_decay=0.0, eval_interval=interval)
+    first, run = go(tmp_path / "parts", **how, patience=patience), folder(script, tmp_path / "parts")
     end, steps = summary(run), curve(run, split="val")
     assert end["ended_early"] == end["step"] == steps[-1] < 12 and end["status"] == "done"
-    assert steps[-1] == load_checkpoint(run / "last.pt")["loop"]["best_step"] + 4
+    assert steps[-1] == load_checkpoint(run / "last.pt")["loop"]["best_step"] + patience * interval
     assert re.search(rf"ended early at step {steps[-1]}\b.*: {run}$", first.out.strip())
     more = go(tmp_path / "parts", "--resume", **how, patience=9)
     go(tmp_path / "whole", **how, patience=9)
