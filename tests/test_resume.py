@@ -137,10 +137,11 @@ def test_early_stopped(script, interval, patience, go, tmp_path):
     assert end["ended_early"] == end["step"] == steps[-1] < 12 and end["status"] == "done"
     assert steps[-1] == load_checkpoint(run / "last.pt")["loop"]["best_step"] + patience * interval
     assert re.search(rf"ended early at step {steps[-1]}\b.*: {run}$", first.out.strip())
-    more = go(tmp_path / "parts", "--resume", **how, patience=9)
-    go(tmp_path / "whole", **how, patience=9)
-    assert_same_end(run, folder(script, tmp_path / "whole"))
-    assert "done at step 12" in more.out and "ended_early" not in summary(run)
+    if script == "train_enwik8":
+        more = go(tmp_path / "parts", "--resume", **how, patience=9)
+        go(tmp_path / "whole", **how, patience=9)
+        assert_same_end(run, folder(script, tmp_path / "whole"))
+        assert "done at step 12" in more.out and "ended_early" not in summary(run)
 
 
 @pytest.mark.parametrize("script", TINY)

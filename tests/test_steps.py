@@ -111,7 +111,8 @@ def test_max_seconds_at_an_even_pace_are_max_steps(done, monkeypatch, script, te
         return rows, 0.25 * len(rows)
     monkeypatch.setattr(experiment.Loop, "lap", even)
     how = dict(max_steps=6, schedule="cosine", warmup_steps=2, save_interval=12, eval_interval=6) | {
-        "train_enwik8": dict(dataset=text, max_bytes=2000, intermediate_losses=True, schedule="wsd"),
+        "train_enwik8": dict(dataset=text, eval_interval="none", intermediate_losses=True, schedule="wsd"),
+        "train_facts": dict(eval_interval="none"),
         "train_dvae": dict(mask_rate="0,0.5", reset_interval=2, reset_fraction=0.5, kl_weight="0,0.1"),
         "train_mult": dict(val_examples=2, eval_examples=2),
         "train_worldmodel": dict(stage="actions", eval_clips=2, soft_fraction=0.5)}.get(script, {})
