@@ -486,8 +486,10 @@ def compare_growth():
         torch.manual_seed(seed)
         model = our_model(**{"block_size": T, "positions": "rope", "tie_weights": False} | other)
         grown(name, "tokens/s", T * rows, our_training(model, T, rows, 1))
-    for T in (128, 512, 2048, 8192):
-        cost(f"context {T}", T, 8192 // T)
+    for mixer in ("full", "window", "strided", "fixed", "mla", "mingru", "mamba"):
+        for T in (128, 512, 2048, 8192):
+            name = "" if mixer == "full" else f"{mixer}, "
+            cost(f"{name}context {T}", T, 8192 // T, mixer=mixer, window=128, sparse_stride=16)
     for n in (1, 4, 16, 64):
         cost(f"batch {n}, context 256", 256, n)
     for width in (64, 128, 256, 512):
