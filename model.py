@@ -729,8 +729,8 @@ class Attention(nn.Module):
         return self.softmax(q, k, v, mask, scale)
 
     def by_blocks(self, q, k, v, positions, pattern, scale, slopes):
-        """As `attend`: the first w of T queries, which see at most w keys each, and then the others by blocks of w in the
-        batch, each beside its own 2 w keys. Not by a slice a block, whose gradient would fill all T each time."""
+        """As `attend`: the first w of T queries, which see at most w keys each, then the others by blocks of w in the
+        batch, each beside its own 2 w keys. Not by a slice a block: the gradient of each would fill all T."""
         w, T, S, B = pattern.block, q.size(2), k.size(2), q.size(0)
         n, before = -(-T // w) - 1, S - T                    # blocks after the first; keys before the first query
         low = max(0, before - w + 1)
