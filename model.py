@@ -327,9 +327,11 @@ def active_layers(step, max_steps, n_layer):
 @dataclass(frozen=True)
 class Pattern:
     """A rule of who sees whom: a query sees itself and those before it that `sees` allows, with `window` only among the
-    last so many positions, its own included. max_keys: the most keys that a query sees; None: any number."""
+    last so many positions, its own included. max_keys: the most keys that a query sees; None: any number.
+    period: so many positions further on the rule is the same. block: the least multiple of it that is no less."""
     window: int = None
-    max_keys = None
+    max_keys, period = None, 1
+    block = property(lambda self: -(-self.max_keys // self.period) * self.period)
 
     def first(self, q):
         """The first position that a query at q (int) sees."""
@@ -702,8 +704,7 @@ class Attention(nn.Module):
         The same in five ways, the first that fits:
         several queries, kernels on         kernels.attend
         a lone query, few of the keys seen  `softmax` over a view of these, without a mask
-        many queries, each of few keys      `softmax` by blocks of queries, each beside the keys that it reaches: time
-                                            and memory grow with T times that number, not with T S
+        many queries, each of few keys      `by_blocks`: time and memory grow with T times that number, not with T S
         a lone query, kernels on            kernels.attend_one
         all others                          `softmax` with one mask, or none where all is seen
         """
@@ -717,14 +718,8 @@ class Attention(nn.Module):
             if T == 1 and n < S:  # a lone query: a view of what it sees needs no mask
                 k, v, S = k[:, :, -n:], v[:, :, -n:], n
                 bias = None if bias is None else bias[..., -n:]
-            elif T > 2 * max_keys and bias is None and positions.prefix is None and positions.in_order:
-                parts = []
-                for i in range(0, T, max_keys):
-                    j = min(T, i + max_keys)
-                    low, high = max(0, S - T + i - max_keys + 1), S - T + j
-                    mask = positions.mask(pattern, S, None, q.device, slopes, (i, j, low, high))
-                    parts.append(self.softmax(q[:, :, i:j], k[:, :, low:high], v[:, :, low:high], mask, scale))
-                return torch.cat(parts, 2)
+            elif T > 2 * pattern.block and bias is None and positions.prefix is None and positions.in_order:
+                return self.by_blocks(q, k, v, positions, pattern, scale, slopes)
         if bias is None and self.by_lone_kernel(q, k, v, positions, key_positions, pattern):
             return kernels.attend_one(q.to(v.dtype), k.to(v.dtype), v, scale=scale)
         lone = T == 1 and key_positions is None and max_keys is not None and positions.prefix is None and slopes is None
@@ -732,6 +727,27 @@ class Attention(nn.Module):
         if bias is not None:
             mask = add_masks(mask, bias, T, S)
         return self.softmax(q, k, v, mask, scale)
+
+    def by_blocks(self, q, k, v, positions, pattern, scale, slopes):
+        """As `attend`: the first w of T queries, which see at most w keys each, then the others by blocks of w in the
+        batch, each beside its own 2 w keys. Not by a slice a block: the gradient of each would fill all T."""
+        w, T, S, B = pattern.block, q.size(2), k.size(2), q.size(0)
+        n, before = -(-T // w) - 1, S - T                    # blocks after the first; keys before the first query
+        low = max(0, before - w + 1)
+
+        def part(q, k, v, *rows):
+            return self.softmax(q, k, v, positions.mask(pattern, S, None, q.device, slopes, rows), scale)
+
+        def cut(t, n):  # zeros past the end: what no real query sees
+            return F.pad(t, (0, 0, 0, n * w - t.size(2))).unflatten(2, (n, w)).transpose(1, 2)  # (B, n, H, w, D)
+
+        def beside(t):
+            t = cut(t[:, :, before:], n + 1)
+            return torch.cat((t[:, :-1], t[:, 1:]), 3).flatten(0, 1)  # (B n, G, 2 w, D)
+        first = part(q[:, :, :w], k[:, :, low:before + w], v[:, :, low:before + w], 0, w, low, before + w)
+        rest = part(cut(q[:, :, w:], n).flatten(0, 1), beside(k), beside(v), w, 2 * w, before, before + 2 * w)
+        rest = rest.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)  # (B, H, n w, D')
+        return torch.cat((first, rest[:, :, :T - w]), 2)
 
     def fusible(self, *widths):
         """Whether kernels are on and know this layer's scores and heads of these widths."""

@@ -85,12 +85,14 @@ def test_attention_by_definition(kind, n, kv, positions, how):
     torch.testing.assert_close(found(model, x)[0], wanted, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["strided", "fixed"])
-def test_sparse_whole_pass_equals_masks_with_gradients(kind):
+@pytest.mark.parametrize("positions", ["none", "alibi"])
+@pytest.mark.parametrize("kind", ["window", "strided", "fixed"])
+def test_blocks_equal_masks_with_gradients(kind, positions):
+    """The last block is not full."""
     results = []
-    for index in (None, torch.arange(30)[None]):  # ragged positions take the masks
-        model, x = build(mixer=kind), draw(1, 30, 32).requires_grad_()
-        y = model.blocks[0].mixer(x, Positions(0, 30, index))
+    for index in (None, torch.arange(31).expand(2, -1)):  # ragged positions take the masks
+        model, x = build(mixer=kind, n_kv_head=2, positions=positions), draw(2, 31, 32).requires_grad_()
+        y = model.blocks[0].mixer(x, Positions(0, 31, index))
         results.append((y, *torch.autograd.grad(y.square().sum(), [x, *model.blocks[0].mixer.parameters()])))
     torch.testing.assert_close(*results)
 
