@@ -1,13 +1,13 @@
 """A checkpoint's model and its next byte or id: filters, drawing, and `generate`, which goes on with a batch of prompts
 from a cache."""
 import math
-from bisect import bisect_right
-from itertools import accumulate
 
+import numpy as np
 import torch
 
 from model import from_checkpoint
 from nanolab import hf
+from nanolab.plan import plan_of
 from nanolab.run import UserError, as_user_error, load_checkpoint
 
 
@@ -66,17 +66,19 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, t
     return logits
 
 
-def draw(logits, generator, temperature=1.0, top_k=None, top_p=None, min_p=None, typical_p=None):
+def draw(logits, generator, temperature=1.0, top_k=None, top_p=None, min_p=None, typical_p=None, u=None):
     """Logits (B, V) -> next bytes (B,) int64. Temperature 0 takes the most probable and draws no random number.
 
-    Inverse of the cumulated distribution at one uniform number per row, drawn on the generator's own device (CPU), so
-    that a seed gives the same text everywhere, without multinomial's checks and waits. generator None: the global one.
+    Inverse of the cumulated distribution at one uniform number per row, u (B, 1), by default drawn on the generator's
+    own device (CPU), so that a seed gives the same text everywhere, without multinomial's checks and waits. generator
+    None: the global one.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    u = torch.rand(logits.size(0), 1, generator=generator, device=generator.device if generator else None)
+    if u is None:
+        u = torch.rand(logits.size(0), 1, generator=generator, device=generator.device if generator else None)
     if logits.size(0) == 1 and logits.device.type == "cpu" and not (top_p or min_p or typical_p):
-        token = draw_of_few(logits[0], u.item(), temperature, top_k)
+        token = draw_alone(logits[0].numpy(), u.item(), temperature, top_k)
         if token is not None:
             return torch.full((1,), token)
     p = filter_logits(logits, temperature, top_k, top_p, min_p, typical_p).softmax(-1)
@@ -87,27 +89,23 @@ def draw(logits, generator, temperature=1.0, top_k=None, top_p=None, min_p=None,
     return torch.searchsorted(reached, level, right=True)[:, 0].clamp_(max=p.size(1) - 1)
 
 
-def draw_of_few(logits, u, temperature, top_k, few=256):
-    """The byte that `draw` takes at the uniform number u, an int, from logits (V,) on the CPU; None where more than
-    `few` may be drawn, or equal ones stand at the edge of top_k.
-
-    Python's own numbers: a dozen operations on a tensor of 256 cost a lone row more than this loop.
+def draw_alone(scores, u, temperature=1.0, top_k=None):
+    """The byte that `draw` takes at the uniform number u, an int, from logits (V,), an array; None where equal ones stand
+    at the edge of top_k. Each operation of torch would cost a lone row more than all of these.
     """
-    V = logits.numel()
-    k = V if top_k is None else min(top_k, V)
-    if k > few:
-        return None
-    if k == V:
-        kept = list(enumerate(logits.tolist()))                  # (byte, logit), in the order of bytes
-        best = max(logit for _, logit in kept)
-    else:
-        values, order = (t.tolist() for t in logits.topk(k + 1))
-        if values[k - 1] == values[k]:
+    if temperature == 0:
+        return int(scores.argmax())
+    kept = None
+    if top_k is not None and top_k < len(scores):
+        kept = np.flatnonzero(scores >= np.partition(scores, -top_k)[-top_k])
+        if len(kept) > top_k:
             return None
-        best, kept = values[0], sorted(zip(order[:k], values))
-    scale = 1 / max(temperature, 1e-30)
-    reached = list(accumulate(math.exp((logit - best) * scale) for _, logit in kept))
-    return kept[min(bisect_right(reached, u * reached[-1]), k - 1)][0]
+        scores = scores[kept]
+    reached = np.exp((scores - scores.max()) / max(temperature, 1e-30)).cumsum(dtype=np.float64)
+    found = reached.searchsorted(u * reached[-1], "right")
+    if found == len(reached):                                    # past the sum by rounding: the last that can be drawn
+        found = reached.searchsorted(reached[-1])
+    return int(found if kept is None else kept[found])
 
 
 def first_past(reached, level, p):
@@ -141,6 +139,10 @@ def generate(model, prompts, length, generator=None, use_cache=True, log=None, *
     recent, held = [x], columns                                  # what a restart would read, and its bytes
     positions = _left_padded(n_bytes, columns, where)
     window = T if rolls else None
+    plan = plan_of(model) if len(rows) == 1 and use_cache and log is None else None
+    if plan is not None:
+        yield from _alone(plan, rows[0], length, generator, T, rolls, how)
+        return
     cache = model.new_cache(len(rows), T, window=window) if use_cache else None
     for step in range(length):
         if not rolls and held > T:                               # the window is full: start again from its last half
@@ -164,6 +166,31 @@ def generate(model, prompts, length, generator=None, use_cache=True, log=None, *
             held += 1
     if log is not None and use_cache:
         print(*cache.log(), sep="\n", file=log)
+
+
+def _alone(plan, text, length, generator, T, rolls, how):
+    """`generate` for a lone row, by a Plan."""
+    new = text = list(text)
+    by_tensors = any(how.get(name) for name in ("top_p", "min_p", "typical_p"))
+    numbers = iter(())
+    for step in range(length):
+        if not rolls and len(text) > T:
+            plan.reset()
+            new = text = text[-max(1, T // 2):]
+        scores = plan.read(new)[-1]
+        u = None
+        if how.get("temperature", 1.0) != 0:
+            u = next(numbers, None)
+            if u is None:
+                numbers = iter(torch.rand(min(length - step, 1000), generator=generator, device="cpu").tolist())
+                u = next(numbers)
+        token = None if by_tensors else draw_alone(scores, u, how.get("temperature", 1.0), how.get("top_k"))
+        if token is None:
+            token = int(draw(torch.from_numpy(scores[None]), None, **how, u=torch.tensor([[u]])))
+        yield torch.tensor([token])
+        new = [token]
+        if not rolls:
+            text += new
 
 
 def _left_padded(n_bytes, columns, device):

@@ -3,14 +3,20 @@ windows, restarts, ragged prompts), one seed one text, and sample.py as a person
 import io
 import math
 
+import numpy as np
 import pytest
 import torch
 
 import choices
+import nanolab.generate
+import nanolab.plan
 import sample
 import toy
+import variants
+from kernels import GATES, PLAIN
 from model import Attention
-from nanolab.generate import draw, draw_of_few, filter_logits, first_past, generate
+from nanolab.generate import draw, draw_alone, filter_logits, first_past, generate
+from nanolab.plan import SPARE, plan_of
 from toy import T, run_main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,11 +132,11 @@ def test_a_row_draws_the_same_alone_among_others_and_on_a_gpu(how, ties, monkeyp
         assert draw(row[None], None, **how).item() == token
 
 
-def test_a_lone_row_of_many_or_with_ties_at_the_edge_is_left_to_tensors():
-    logits = torch.tensor([3.0, 1.0, 2.0, 2.0])
-    assert draw_of_few(logits, 0.99, 1.0, 2) is None and draw_of_few(logits, 0.99, 1.0, 3) == 3
-    assert draw_of_few(logits, 0.0, 1.0, None, few=3) is None and draw_of_few(logits, 0.0, 1.0, 3, few=3) == 0
-    assert draw_of_few(logits, 1.0, 1.0, None) == 3  # past the sum by rounding
+def test_a_lone_row_with_ties_at_the_edge_is_left_to_tensors():
+    scores = np.array([3.0, 1.0, 2.0, 2.0, -np.inf], np.float32)
+    assert draw_alone(scores, 0.99, top_k=2) is None and draw_alone(scores, 0.99, top_k=3) == 3
+    assert draw_alone(scores, 0.0, top_k=3) == draw_alone(scores, 0.9, temperature=0) == 0
+    assert draw_alone(scores, 1.0) == draw_alone(scores, 1.0, top_k=3) == 3  # past the sum by rounding
 
 
 @pytest.mark.parametrize("temperature", [0, 1e-320, 1e-40, 1e-20, 1e-3])
@@ -196,6 +202,81 @@ def test_prompts_and_lengths():
         written = tokens(model, [bytes([3, 7])], 5)[0]
         logits = choices.followed(torch.tensor([written]).T, model, [bytes([3, 7])])[:, 0]
         torch.testing.assert_close(logits, model(torch.tensor([7, *written[:-1]])[:, None])[:, 0], atol=1e-9, rtol=0)
+
+
+# ---- a lone row by a plan ----
+
+def noisy(**settings):
+    """The model of a variant with gains, biases and scales that are not 1 and 0."""
+    model = variants.build(**settings).for_inference()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.add_(0.3 * torch.randn(p.shape))
+    return model
+
+
+@pytest.mark.parametrize("settings", [
+    *variants.VARIANTS.values(), *(dict(activation=word) for word in (*PLAIN, *GATES)),
+    *(dict(norm=word, bias=bias, n_kv_head=2) for word in ("layer", "rms", "dyt") for bias in (True, "qkv")),
+    dict(positions="alibi", mixer="window,full", n_kv_head=2), dict(positions="none", norm_gain=False, bias=False),
+    dict(mixer="full,window", qk_norm=True, qk_gain=True, n_kv_head=2), dict(residual_scale="depth", norm_eps=1e-2),
+    dict(residual_scale="rezero"), dict(tie_weights=True, head_bias=True), dict(rope_scaling="yarn", rope_factor=2.0),
+    dict(qk_norm=True, qk_scale=True, residual_scale="layerscale", ff="none,mlp")], ids=variants.name_of)
+@torch.inference_mode()
+def test_a_plan_is_the_model_or_is_none(settings):
+    """Of every kind of pass, past the window and what it slides over, cropped and begun again."""
+    model = noisy(**settings)
+    c, plan = model.config, plan_of(model)
+    assert (plan is not None) == ({*c.mixers} <= {"full", "window"} and {*c.ffs} <= {"mlp", "none"}
+                                  and c.plain_scores and not c.short_conv and c.shorten == 1)
+    if plan is None:
+        return
+    T, n = (c.block_size, 30) if c.learned_positions else (c.block_size, 2 * (c.block_size + SPARE) + 40)
+    x, cache, at = variants.text(1, n), model.new_cache(1, n, window=T if c.rolls else None), 0
+    plan.read([1, 2, 3])
+    plan.reset()
+    for size in [T, 1, 3, 1, 1, SPARE] * 5:
+        found = plan.read(x[0, at:at + size].tolist())
+        wanted = model(x[:, at:at + size], cache=cache)[0].numpy()
+        assert np.abs(found - wanted).max() < 1e-5 * max(1, np.abs(wanted).max())
+        if size == SPARE and at + size <= n:  # as if none of the guesses stood
+            plan.crop(size - 1)
+            again = plan.read(x[0, at + 1:at + size].tolist())
+            assert np.abs(again - wanted[1:]).max() < 1e-5 * max(1, np.abs(wanted).max())
+        at += size
+        if at + SPARE > n:
+            break
+
+
+def test_what_no_plan_is_made_of():
+    class Other(Attention):
+        """What somebody else computes."""
+    model = toy.build()
+    assert plan_of(model) is not None and plan_of(toy.build().double()) is None
+    assert plan_of(toy.build().train()) is None and plan_of(toy.build(softmax_plus_one=True)) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plan_of(model) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nanolab.plan, "LARGEST", 100)
+        assert plan_of(model) is None
+    hook = model.blocks[0].register_forward_hook(lambda *_: None)
+    assert plan_of(model) is None
+    hook.remove()
+    model.blocks[0].mixer.__class__ = Other
+    assert plan_of(model) is None
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+@pytest.mark.parametrize("how", [dict(temperature=0), dict(temperature=1.3), dict(top_k=9), dict(top_p=0.8)], ids=str)
+def test_a_plan_writes_the_text_of_the_model(positions, how, monkeypatch):
+    """And leaves the generator where the model does."""
+    model, found = toy.build(positions), []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(3)
+        found.append(([int(token) for token in generate(model, [b"ab"], 40, generator, **how)], generator.get_state()))
+        monkeypatch.setattr(nanolab.generate, "plan_of", lambda model: None)
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
 
 
 # ---- the command ----
