@@ -22,6 +22,7 @@ class LayerCache:
     length, for the reason that `lost` gives.
     """
     divisible, window, lost = False, None, "what is held cannot go back"
+    room = 0  # positions that may be appended and cropped again
 
     @property
     def bytes(self):
@@ -100,6 +101,11 @@ class KVCache(LayerCache):
     def length(self):
         """Keys appended so far, evicted ones included."""
         return self._evicted + self._filled
+
+    @property
+    def room(self):
+        """Positions that may be appended and cropped again: until then nothing is evicted."""
+        return self.capacity - self._filled
 
     @property
     def batch_size(self):

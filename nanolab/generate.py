@@ -90,8 +90,8 @@ def draw(logits, generator, temperature=1.0, top_k=None, top_p=None, min_p=None,
 
 
 def draw_alone(scores, u, temperature=1.0, top_k=None):
-    """The byte that `draw` takes at the uniform number u, an int, from logits (V,), an array; None where equal ones stand
-    at the edge of top_k. Each operation of torch would cost a lone row more than all of these.
+    """The byte that `draw` takes at the uniform number u, an int, from logits (V,), an array; None where equal ones
+    stand at the edge of top_k. Two operations of torch would cost a lone row more than all of these.
     """
     if temperature == 0:
         return int(scores.argmax())
@@ -116,8 +116,126 @@ def first_past(reached, level, p):
     return ((reached > level) & (p > 0)).byte().argmax(-1)
 
 
+class Draft:
+    """Guesses of a lone row's next bytes, which one pass then reads together: what stood behind the last ORDER bytes
+    before, as far as it goes, or what stands most often behind the last few in `table`, an Ngrams.
+
+    How often each kind of guess was right is counted at every byte, guessed or not: as many are handed out as are worth
+    their columns. `passes` and `bytes` count what was read so far, and drawn.
+    """
+    ORDER = 6
+
+    def __init__(self, table=None):
+        self.table, self.text, self.seen, self.right = table, [], {}, {}
+        self.at, self.run, self.options = None, 0, []  # the place that is copied from, and how long it has been right
+        self.passes = self.bytes = 0
+
+    def add(self, token):
+        """The text goes on with this byte."""
+        for kind, byte in self.options:
+            counts = self.right.setdefault(kind, [1, 2])
+            counts[0] += byte == token
+            counts[1] += 1
+        self.text.append(token)
+        self.at, self.run = self._go_on(self.at, self.run, token)
+        last = tuple(self.text[-self.ORDER:])
+        if self.at is None:
+            self.at, self.run = self.seen.get(last), 0
+        self.seen[last] = len(self.text)
+        self.options = self._next(self.at, self.run)
+
+    def _go_on(self, at, run, byte):
+        return (at + 1, run + 1) if at is not None and self.text[at] == byte else (None, 0)
+
+    def _next(self, at, run):
+        """[(kind, byte)]: what may come next."""
+        found = [] if at is None else [(min(run, 31) // 2, self.text[at])]
+        return found if self.table is None else found + self.table.after(self.text)
+
+    def _odds(self, kind):
+        right, of = self.right.get(kind, (1, 2))
+        return right / of
+
+    def guess(self, most, costs):
+        """At most so many bytes. costs: {columns: cost of a pass of no more, over that of one column}, rising."""
+        at, run, options, n, p, worth = self.at, self.run, self.options, len(self.text), 1.0, [1.0]
+        while options and len(worth) <= min(most, max(costs) - 1):
+            odds, byte = max((self._odds(kind), byte) for kind, byte in options)
+            p *= odds
+            if p < 0.05:
+                break
+            worth.append(worth[-1] + p)                          # bytes that a pass with one more column is to give
+            at, run = self._go_on(at, run, byte)
+            self.text.append(byte)
+            options = self._next(at, run)
+        guesses, self.text[n:] = self.text[n:], []
+        best = max(range(len(worth)), key=lambda i: worth[i] / next(costs[c] for c in costs if c > i))
+        return guesses[:best]
+
+
+class Ngrams:
+    """What stands most often behind each 6, 5, 4, 3 and 2 ids of a text, ids (N,) of numpy. Contexts are told apart by
+    20 bits of a hash: two that meet cost a guess, no more."""
+    ORDERS, BITS = (6, 5, 4, 3, 2), 20
+
+    def __init__(self, ids):
+        ids = ids[:2 ** 22].astype(np.uint64)
+        self.best = {}
+        for order in self.ORDERS:
+            places = np.zeros(max(0, len(ids) - order), np.uint64)
+            for i in range(order):
+                places = places * np.uint64(self.FACTOR) + ids[i:i + len(places)]
+            places = places * np.uint64(self.FACTOR) >> np.uint64(64 - self.BITS)
+            pairs, counts = np.unique(places << np.uint64(32) | ids[order:], return_counts=True)
+            places = (pairs >> np.uint64(32)).astype(np.int64)
+            totals = np.bincount(places, counts, 2 ** self.BITS)
+            rising = np.argsort(counts, kind="stable")           # of those written to one place the last one stays
+            best, share = np.zeros(2 ** self.BITS, np.int32), np.zeros(2 ** self.BITS, np.int8)
+            best[places[rising]] = (pairs & np.uint64(2 ** 32 - 1)).astype(np.int32)[rising]
+            share[places[rising]] = (8 * counts / totals[places])[rising].astype(np.int8)
+            share[totals < 2] = -1                               # seen once, or never: not known
+            self.best[order] = best, share
+
+    FACTOR = 0x9E3779B97F4A7C15
+
+    def after(self, text):
+        """[((order, eighths of the cases), id)] by the longest context known, or []."""
+        for order, (best, share) in self.best.items():
+            place = 0
+            for i in text[-order:]:
+                place = place * self.FACTOR + i
+            place = (place * self.FACTOR & 2 ** 64 - 1) >> 64 - self.BITS
+            if share[place] >= 0 and len(text) >= order:
+                return [((order, int(share[place])), int(best[place]))]
+        return []
+
+
+class ByModel:
+    """What a Plan does, by the model and its cache. Raises ValueError where a layer cannot take bytes back."""
+    costs = {1: 1.0, 4: 1.2, 8: 1.4, 16: 1.6}
+
+    def __init__(self, model, T, window):
+        self.model, self.cache = model, model.new_cache(1, T, window=window)
+        if self.spare(0) <= 0:
+            raise ValueError(f"a draft needs layers that can take bytes back, as mixer {model.config.mixer!r} cannot")
+        self.reset = self.cache.reset
+
+    def spare(self, n):
+        """How many positions beside n more may be read and taken back."""
+        return min(layer.room for layer in self.cache.layers) - n
+
+    def read(self, ids):
+        """A list of n ids -> logits (n, V) after each."""
+        x = torch.tensor([ids], device=self.model.embed.device)
+        return self.model(x, cache=self.cache)[0].cpu().numpy()
+
+    def crop(self, n):
+        """Forgets the last n positions."""
+        self.cache.crop(self.cache.length - n)
+
+
 @torch.inference_mode()
-def generate(model, prompts, length, generator=None, use_cache=True, log=None, **how):
+def generate(model, prompts, length, generator=None, use_cache=True, log=None, draft=None, **how):
     """Yields `length` times the next bytes (B,) int64 of all rows, from a cache; the same ones without.
 
     prompts: list of B byte strings, none empty, of any lengths (shorter ones are padded on the left, masked). Longer
@@ -139,9 +257,15 @@ def generate(model, prompts, length, generator=None, use_cache=True, log=None, *
     recent, held = [x], columns                                  # what a restart would read, and its bytes
     positions = _left_padded(n_bytes, columns, where)
     window = T if rolls else None
-    plan = plan_of(model) if len(rows) == 1 and use_cache and log is None else None
-    if plan is not None:
-        yield from _alone(plan, rows[0], length, generator, T, rolls, how)
+    if draft is not None and (len(rows) > 1 or not use_cache):
+        raise ValueError("a draft is for a lone row with a cache")
+    reader = plan_of(model) if len(rows) == 1 and use_cache and log is None else None
+    if reader is None and draft is not None:
+        reader = ByModel(model, T, window)
+    if reader is not None:
+        yield from _alone(reader, rows[0], length, generator, T, rolls, draft, how)
+        if log is not None:
+            print(*reader.cache.log(), sep="\n", file=log)
         return
     cache = model.new_cache(len(rows), T, window=window) if use_cache else None
     for step in range(length):
@@ -168,29 +292,53 @@ def generate(model, prompts, length, generator=None, use_cache=True, log=None, *
         print(*cache.log(), sep="\n", file=log)
 
 
-def _alone(plan, text, length, generator, T, rolls, how):
-    """`generate` for a lone row, by a Plan."""
+def _alone(reader, text, length, generator, T, rolls, draft, how):
+    """`generate` for a lone row, by a Plan or ByModel."""
     new = text = list(text)
-    by_tensors = any(how.get(name) for name in ("top_p", "min_p", "typical_p"))
-    numbers = iter(())
-    for step in range(length):
+    take = _taker(length, generator, **how)
+    for token in text if draft else ():
+        draft.add(token)
+    while length:
         if not rolls and len(text) > T:
-            plan.reset()
+            reader.reset()
             new = text = text[-max(1, T // 2):]
-        scores = plan.read(new)[-1]
-        u = None
-        if how.get("temperature", 1.0) != 0:
-            u = next(numbers, None)
-            if u is None:
-                numbers = iter(torch.rand(min(length - step, 1000), generator=generator, device="cpu").tolist())
-                u = next(numbers)
-        token = None if by_tensors else draw_alone(scores, u, how.get("temperature", 1.0), how.get("top_k"))
-        if token is None:
-            token = int(draw(torch.from_numpy(scores[None]), None, **how, u=torch.tensor([[u]])))
-        yield torch.tensor([token])
+        guesses = []
+        if draft is not None:
+            most = reader.spare(len(new)) if rolls else T - len(text)
+            guesses = draft.guess(min(most, length - 1), reader.costs)
+            draft.passes += 1
+        for i, scores in enumerate(reader.read(new + guesses)[-1 - len(guesses):]):
+            token = take(scores)
+            yield torch.tensor([token])
+            length -= 1
+            if not rolls:
+                text = text + [token]
+            if draft is not None:
+                draft.add(token)
+                draft.bytes += 1
+            if i < len(guesses) and token != guesses[i]:
+                reader.crop(len(guesses) - i)
+                break
         new = [token]
-        if not rolls:
-            text += new
+
+
+def _taker(length, generator, temperature=1.0, top_k=None, **how):
+    """A function logits (V,) of numpy -> the id that `draw` takes, of `length` in a row."""
+    left, numbers, of_few = length, [], not any(how.values())
+
+    def take(scores):
+        nonlocal left, numbers
+        if temperature == 0:
+            return int(scores.argmax())
+        if not numbers:  # as many as torch would draw one by one, and the same
+            numbers = torch.rand(min(left, 1000), generator=generator, device="cpu").tolist()[::-1]
+            left -= len(numbers)
+        u = numbers.pop()
+        token = draw_alone(scores, u, temperature, top_k) if of_few else None
+        if token is None:
+            token = int(draw(torch.from_numpy(scores[None]), None, temperature, top_k, **how, u=torch.tensor([[u]])))
+        return token
+    return take
 
 
 def _left_padded(n_bytes, columns, device):

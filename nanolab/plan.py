@@ -15,7 +15,7 @@ from torch import nn
 import kernels
 from model import Attention, Block, FeedForward, Linear, Norm, Rope, Transformer, TransformerConfig, alibi_slopes
 
-# The settings that a plan knows, that change nothing once a model is trained, or that are of other modules than MODULES;
+# Settings that a plan knows, that change nothing once a model is trained, or that are of other modules than MODULES:
 # all others must be at their defaults.
 KNOWN = """vocab_size n_layer n_head n_kv_head head_dim n_embd block_size dropout norm norm_gain norm_eps bias mixer
 window ff ff_mult ff_width activation positions rope_base rope_scaling rope_factor rope_original rope_ramp rope_mscale
@@ -38,14 +38,16 @@ def plan_of(model):
     parts = list(model.modules())
     if not {*map(type, parts)} <= MODULES or any(part._forward_hooks or part._forward_pre_hooks for part in parts):
         return None
-    if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()) or model.n_params() > LARGEST:
+    weights = list(model.parameters())
+    if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in weights) or model.n_params() > LARGEST:
         return None
     c = model.config
     return Plan(model) if c == TransformerConfig(**{name: getattr(c, name) for name in KNOWN}) else None
 
 
 class Plan:
-    """Reads ids of one row and gives the model's logits; what it has read it remembers, as a cache does. See plan_of."""
+    """Reads ids of one row, remembers them as a cache does, and gives the model's logits. See plan_of."""
+    costs = {1: 1.0, 4: 2.2, 8: 2.6, 16: 3.5}  # of a pass of so many columns: a matrix in cache is read as fast as used
 
     def __init__(self, model):
         c = self.config = model.config
@@ -58,14 +60,14 @@ class Plan:
             self.order = self.order.view(2, -1).T.flatten()
         self.embed, self.position = self._writes(model.embed), self._writes(model.position)
         self.erfs = {}
-        self.room = 2 * (c.block_size + SPARE)
+        self.size = 2 * (c.block_size + SPARE)
         self.layers = [(self._attention(block, H, G, D), self._feed_forward(block)) for block in model.blocks]
         bias = model.head_biases[model.first_head] if len(model.head_biases) else None
         self.head = self._reads(model.norm, model.classifier(model.first_head), bias)
         self.reset()
 
     def _writes(self, table, scale=1.0):
-        """table (..., C), which goes into the stream, times scale; where LayerNorms alone read that, without its mean."""
+        """table (..., C), which goes into the stream, times scale; where LayerNorms read that, without its mean."""
         if table is None:
             return None
         table = table.detach() * scale
@@ -100,7 +102,7 @@ class Plan:
         share = mixer.first_share.item() if "first_share" in mixer.roles else None
         branch = block.scale1.detach() if "scale1" in block.roles else block.scale
         out = [self._writes(t, branch) for t in (mixer.out.weight.mT, mixer.out.bias)]
-        stores = [np.empty((G, self.room, D), np.float32) for _ in range(2)]
+        stores = [np.empty((G, self.size, D), np.float32) for _ in range(2)]
         return (self._writes(block.position), self._reads(block.norm1, mixer.qkv.weight, mixer.qkv.bias, scales,
                                                           rows.flatten()), unit, share, limit, *stores, *out)
 
@@ -112,7 +114,8 @@ class Plan:
         branch, root = block.scale2.detach() if "scale2" in block.roles else block.scale, 1.0
         activation = partial(kernels.activate, ff.activation)
         if ff.norm is not None:
-            activation = lambda h, first=activation: ff.norm(first(h))
+            def activation(h, first=activation):
+                return ff.norm(first(h))
         if ff.activation == "gelu":  # x Phi(x) is root u (1 + erf u), with u = root x
             root, activation = 0.5 ** 0.5, None
         return (self._reads(block.norm2, ff.up.weight, ff.up.bias, root), activation,
@@ -121,6 +124,11 @@ class Plan:
     def reset(self):
         """Forgets everything."""
         self.start = self.filled = 0  # the position of the first key held, and the keys held
+
+    @staticmethod
+    def spare(n):
+        """How many positions beside n more may be read and taken back."""
+        return SPARE
 
     def crop(self, n):
         """Forgets the last n positions, at most SPARE."""
@@ -138,7 +146,7 @@ class Plan:
         """A list of n ids, at most block_size, or SPARE after others -> logits (n, V) after each, float32, under
         "stablemax" float64."""
         n = len(ids)
-        if self.filled + n > self.room:
+        if self.filled + n > self.size:
             self._slide()
         at, turns, masks, first = self.start + self.filled, None, {}, None
         if self.rope is not None:
@@ -182,7 +190,7 @@ class Plan:
         return y
 
     def _gelu(self, u):
-        """u (1 + erf u), u (n, W), in place; in a tensor and an array of one memory, since each of torch's steps costs."""
+        """u (1 + erf u), u (n, W), in place; one memory is a tensor and an array, as each of torch's steps costs."""
         if u.shape not in self.erfs:
             erf = np.empty_like(u)
             self.erfs[u.shape] = erf, torch.from_numpy(erf)
