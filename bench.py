@@ -43,6 +43,8 @@ from concurrent.futures import ProcessPoolExecutor
 from json import dumps
 from pathlib import Path
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as sample.py does
+
 import torch
 import torch.nn.functional as F
 

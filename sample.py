@@ -4,24 +4,29 @@
     python sample.py runs/train_enwik8/my_run/best.pt --prompt "The history of " --length 99 --temperature 1 --top_p 0.9
     python sample.py runs/train_enwik8/my_run --greedy
     python sample.py runs/train_enwik8/my_run --n_samples 16 --seed 7
+    python sample.py runs/train_enwik8/my_run --greedy --draft lookup    # the same text in fewer passes
     python sample.py runs/train_enwik8/my_run --log_cache                # what each layer's cache held
 
 One sample is written byte by byte as it comes; several are computed as one batch and written when they are done. Same
 seed, same text. Past block_size a sliding cache rolls on; learned absolute positions
 cannot, so there the model starts again from the last half of its window. More: docs/runs.md.
 """
-from nanolab.settings import answer_help
+from nanolab.settings import answer_help, shown
 
 answer_help(__name__, __file__, "checkpoint")  # before the seconds that the next lines take
 
 import codecs
+import os
 import sys
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's: a lone byte's products are too small to be shared
+
+import numpy as np
 import torch
 
 from data import tokens
 from data.tokenized import tokenizer_of
-from nanolab.generate import generate, load_model
+from nanolab.generate import Draft, Ngrams, generate, load_model
 from nanolab.run import UserError, command, find_checkpoint, override, resolve_device
 
 # --- What ---
@@ -40,6 +45,7 @@ min_p = None             # [none, >= 0.0, <= 1.0] only bytes at least this fract
 greedy = False           # always the most probable byte
 # --- How it is computed ---
 cache = True             # reuse what earlier bytes left; off: every byte reads the whole text again, for the same text
+draft = "none"           # several bytes a pass, guessed: none, lookup (in the text so far), a file: by its n-grams too
 log_cache = False        # at the end, on stderr: what each layer's cache holds, and how often it was used
 device = "auto"          # auto, cpu, cuda, cuda:1, ...
 dtype = "float32"        # [auto, float32, bfloat16, float16] autocast
@@ -57,6 +63,9 @@ def main():
         raise UserError('--prompt "": must have at least one byte')
     if log_cache and not cache:
         raise UserError("--log_cache with --no-cache: there is no cache to log")
+    if draft != "none" and (not cache or n_samples > 1):
+        raise UserError(f"--draft {shown(draft)}: guesses are read into the cache of one sample: it goes without "
+                        "--no-cache and --n_samples")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")                 # a terminal may not know every character
     where, precision = resolve_device(device, dtype)
@@ -64,22 +73,27 @@ def main():
     loaded, model = load_model(path, weights)
     model = model.for_inference().eval().to(where)
     start = typed = prompt.encode(errors="surrogateescape")      # bytes that the shell passed on as they were
-    written = bytes                                              # of ids
+    written, encode = bytes, list                                # of ids, and back
     if loaded["script"] == "train_facts":
         if loaded["settings"]["task"] != "text":
             raise UserError(f"{path} was trained on {loaded['settings']['task']}, not on text: ask it with evaluate.py")
         tokenizer = tokenizer_of(loaded["settings"], loaded.get("tokenizer_json"))
         tokens.check(tokenizer, loaded["tokenizer"])
-        start = tokens.encode_corpus(tokenizer, typed).tolist()
+
+        def encode(text):
+            return tokens.encode_corpus(tokenizer, text).tolist()
 
         def written(ids):
             return b"".join(tokenizer.decode_bytes([i]) if i < tokenizer.size else b"\n\n" for i in ids)
-    generator = torch.Generator().manual_seed(seed)
+        start = encode(typed)
+    generator, guesses = torch.Generator().manual_seed(seed), None
+    if draft != "none":
+        guesses = Draft(None if draft == "lookup" else Ngrams(np.array(encode(read_draft(draft)))))
     how = dict(temperature=0.0 if greedy else temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                typical_p=typical_p)
     with torch.autocast(where.type, precision, enabled=precision != torch.float32):
         log = sys.stderr if log_cache else None
-        stream = generate(model, [start] * n_samples, length, generator, cache, log, **how)
+        stream = generate(model, [start] * n_samples, length, generator, cache, log, guesses, **how)
         if n_samples == 1:
             decoder = codecs.getincrementaldecoder("utf-8")("replace")                   # a character may take 4 bytes
             sys.stdout.write(decoder.decode(typed))
@@ -91,6 +105,18 @@ def main():
             columns = torch.stack(list(stream), 1).tolist() if length else [[]] * n_samples
             for number, row in enumerate(columns, 1):
                 print(f"--- sample {number} of {n_samples} ---\n{(typed + written(row)).decode(errors='replace')}")
+    if guesses is not None and guesses.passes:
+        print(f"{guesses.bytes} drawn in {guesses.passes} passes: {guesses.bytes / guesses.passes:.2f} a pass",
+              file=sys.stderr)
+
+
+def read_draft(name):
+    """The first bytes of a text that --draft names, as many as Ngrams takes. UserError where it cannot be read."""
+    try:
+        with open(name, "rb") as file:
+            return file.read(Ngrams.LONGEST)
+    except OSError as error:
+        raise UserError(f"--draft {shown(name)}: none, lookup, or a text for its n-grams: {error.strerror}") from None
 
 
 if __name__ == "__main__":

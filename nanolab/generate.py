@@ -174,29 +174,27 @@ class Draft:
 
 
 class Ngrams:
-    """What stands most often behind each 6, 5, 4, 3 and 2 ids of a text, ids (N,) of numpy. Contexts are told apart by
-    20 bits of a hash: two that meet cost a guess, no more."""
-    ORDERS, BITS = (6, 5, 4, 3, 2), 20
+    """What stands most often behind each 6, 5, 4, 3 and 2 ids of a text, ids (N,) of numpy, of which it takes the first
+    LONGEST. Contexts are told apart by at most 20 bits of a hash: two that meet cost a guess, no more."""
+    LONGEST, FACTOR = 2 ** 22, 0x9E3779B97F4A7C15
 
     def __init__(self, ids):
-        ids = ids[:2 ** 22].astype(np.uint64)
-        self.best = {}
-        for order in self.ORDERS:
+        ids, self.best = ids[:self.LONGEST].astype(np.uint64), {}
+        self.bits = min(20, max(8, len(ids).bit_length() + 2))
+        for order in (6, 5, 4, 3, 2):
             places = np.zeros(max(0, len(ids) - order), np.uint64)
             for i in range(order):
                 places = places * np.uint64(self.FACTOR) + ids[i:i + len(places)]
-            places = places * np.uint64(self.FACTOR) >> np.uint64(64 - self.BITS)
+            places = places * np.uint64(self.FACTOR) >> np.uint64(64 - self.bits)
             pairs, counts = np.unique(places << np.uint64(32) | ids[order:], return_counts=True)
             places = (pairs >> np.uint64(32)).astype(np.int64)
-            totals = np.bincount(places, counts, 2 ** self.BITS)
+            totals = np.bincount(places, counts, 2 ** self.bits)
             rising = np.argsort(counts, kind="stable")           # of those written to one place the last one stays
-            best, share = np.zeros(2 ** self.BITS, np.int32), np.zeros(2 ** self.BITS, np.int8)
+            best, share = np.zeros(2 ** self.bits, np.int32), np.zeros(2 ** self.bits, np.int8)
             best[places[rising]] = (pairs & np.uint64(2 ** 32 - 1)).astype(np.int32)[rising]
             share[places[rising]] = (8 * counts / totals[places])[rising].astype(np.int8)
             share[totals < 2] = -1                               # seen once, or never: not known
             self.best[order] = best, share
-
-    FACTOR = 0x9E3779B97F4A7C15
 
     def after(self, text):
         """[((order, eighths of the cases), id)] by the longest context known, or []."""
@@ -204,20 +202,20 @@ class Ngrams:
             place = 0
             for i in text[-order:]:
                 place = place * self.FACTOR + i
-            place = (place * self.FACTOR & 2 ** 64 - 1) >> 64 - self.BITS
+            place = (place * self.FACTOR & 2 ** 64 - 1) >> 64 - self.bits
             if share[place] >= 0 and len(text) >= order:
                 return [((order, int(share[place])), int(best[place]))]
         return []
 
 
 class ByModel:
-    """What a Plan does, by the model and its cache. Raises ValueError where a layer cannot take bytes back."""
+    """What a Plan does, by the model and its cache. UserError where a layer cannot take bytes back."""
     costs = {1: 1.0, 4: 1.2, 8: 1.4, 16: 1.6}
 
     def __init__(self, model, T, window):
         self.model, self.cache = model, model.new_cache(1, T, window=window)
         if self.spare(0) <= 0:
-            raise ValueError(f"a draft needs layers that can take bytes back, as mixer {model.config.mixer!r} cannot")
+            raise UserError(f"mixer {model.config.mixer!r} has states that cannot go back: it goes without a draft")
         self.reset = self.cache.reset
 
     def spare(self, n):

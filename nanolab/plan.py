@@ -102,7 +102,7 @@ class Plan:
         share = mixer.first_share.item() if "first_share" in mixer.roles else None
         branch = block.scale1.detach() if "scale1" in block.roles else block.scale
         out = [self._writes(t, branch) for t in (mixer.out.weight.mT, mixer.out.bias)]
-        stores = [np.empty((G, self.size, D), np.float32) for _ in range(2)]
+        stores = [np.empty((G, self.size, D), self.embed.dtype) for _ in range(2)]
         return (self._writes(block.position), self._reads(block.norm1, mixer.qkv.weight, mixer.qkv.bias, scales,
                                                           rows.flatten()), unit, share, limit, *stores, *out)
 
@@ -210,7 +210,7 @@ class Plan:
         if unit is not None:
             qk *= unit / np.sqrt((qk * qk).mean(-1, keepdims=True) + (self.config.norm_eps or 1e-6))
         if turns is not None:
-            pairs = qk.view(np.complex64)
+            pairs = qk.view(turns.dtype)
             pairs *= turns
         if share is not None:
             v += share * (first - v)
@@ -233,7 +233,7 @@ class Plan:
             distance = np.arange(S - n, S)[:, None] - np.arange(S)
             seen = (distance >= 0) & (distance < (limit or S))
             bias = 0 if self.slopes is None else -distance * self.slopes
-            masks[S, limit] = np.where(seen, bias, -np.inf).astype(np.float32).reshape(-1, n, S)
+            masks[S, limit] = np.where(seen, bias, -np.inf).astype(self.embed.dtype).reshape(-1, n, S)
         return masks[S, limit]
 
     def _turns(self, end):
@@ -241,5 +241,6 @@ class Plan:
         if end > len(self.turns):
             cos, sin = (t.cpu().numpy() for t in self.rope(max(end, 2 * len(self.turns))))
             half = cos.shape[1] // 2
-            self.turns = (cos[:, :half] + 1j * sin[:, half:]).astype(np.complex64)[:, None]
+            kind = np.result_type(self.embed.dtype, np.complex64)
+            self.turns = (cos[:, :half] + 1j * sin[:, half:]).astype(kind)[:, None]
         return self.turns

@@ -14,9 +14,9 @@ import sample
 import toy
 import variants
 from kernels import GATES, PLAIN
-from model import Attention
-from nanolab.generate import draw, draw_alone, filter_logits, first_past, generate
-from nanolab.plan import SPARE, plan_of
+from model import MIXERS, Attention
+from nanolab.generate import Draft, Ngrams, draw, draw_alone, filter_logits, first_past, generate
+from nanolab.plan import SPARE, Plan, plan_of
 from toy import T, run_main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -267,16 +267,62 @@ def test_what_no_plan_is_made_of():
     assert plan_of(model) is None
 
 
+DRAWN = [dict(temperature=0), dict(temperature=0.5), dict(temperature=0.7, top_k=9), dict(temperature=0.5, top_p=0.9)]
+
+
+def spoken(model, how, draft=None, n=40):
+    """(n bytes of a lone row, where they leave the generator)."""
+    generator = torch.Generator().manual_seed(3)
+    found = [int(token) for token in generate(model, [b"abab"], n, generator, draft=draft, **how)]
+    return found, generator.get_state().tolist()
+
+
 @pytest.mark.parametrize("positions", ["learned", "rope"])
-@pytest.mark.parametrize("how", [dict(temperature=0), dict(temperature=1.3), dict(top_k=9), dict(top_p=0.8)], ids=str)
+@pytest.mark.parametrize("how", DRAWN, ids=str)
 def test_a_plan_writes_the_text_of_the_model(positions, how, monkeypatch):
-    """And leaves the generator where the model does."""
-    model, found = toy.build(positions), []
-    for _ in range(2):
-        generator = torch.Generator().manual_seed(3)
-        found.append(([int(token) for token in generate(model, [b"ab"], 40, generator, **how)], generator.get_state()))
-        monkeypatch.setattr(nanolab.generate, "plan_of", lambda model: None)
-    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+    """With drafts too; in float64, whose rounding moves no choice."""
+    model = build(positions)
+    wanted = spoken(model, how)
+    monkeypatch.setattr(nanolab.generate, "plan_of", Plan)
+    draft = Draft(Ngrams(np.array([*b"abab", *wanted[0]] * 2)))
+    assert spoken(model, how) == spoken(model, how, draft) == wanted
+    assert draft.passes < draft.bytes == 40
+
+
+# ---- drafts ----
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("how", DRAWN[:2], ids=str)
+def test_drafts_leave_the_text_as_it_is(mixer, how):
+    """Good guesses and bad ones, past the window, in every mixer that can go back; one line from the others."""
+    model = variants.build(mixer, short_conv=2).double()
+    if mixer in ("mamba", "mingru", "compressive"):
+        with choices.raises_one_line("mixer", mixer, "cannot go back"):
+            spoken(model, how, Draft())
+        return
+    with torch.no_grad():
+        model.heads[0].mul_(60)
+    wanted = spoken(model, how)
+    good, bad = (Draft(Ngrams(np.array([*b"abab", *text] * 2))) for text in (wanted[0], [b ^ 1 for b in wanted[0]]))
+    assert spoken(model, how, good) == spoken(model, how, bad) == spoken(model, how, Draft()) == wanted
+    assert good.passes < good.bytes == 40 >= bad.passes
+
+
+def test_what_is_guessed():
+    """The bytes behind the longest known context, and as many as their odds are worth."""
+    table = Ngrams(np.frombuffer(b"abcdefgh" * 3 + b"xbcdefy" * 9 + b"xbz", np.uint8))
+    assert table.after(list(b"abcdef")) == [((6, 8), ord("g"))] and table.after(list(b"?bcdef"))[0][1] == ord("y")
+    assert table.after(list(b"q")) == [] == Ngrams(np.zeros(0)).after(list(b"ab"))
+    cheap, dear = {1: 1.0, 16: 1.01}, {1: 1.0, 16: 15.0}
+    draft = Draft()
+    for token in b"one two three. one two t":
+        draft.add(token)
+    assert bytes(draft.guess(15, cheap)) == b"hree" and draft.guess(15, dear) == [] == draft.guess(0, cheap)
+    assert bytes(draft.guess(2, cheap)) == b"hr" and bytes(draft.text).endswith(b"two t")
+    for token in b"hree. one two t" + b"hree. one two three. one two t" * 4 + b"hree. one":
+        draft.add(token)
+    assert bytes(draft.guess(15, cheap)) == b" two three. one"  # it has been right long enough
+    assert draft.right[0][0] < draft.right[0][1]
 
 
 # ---- the command ----
@@ -291,6 +337,10 @@ def test_main_writes_prompt_and_sample(run):
     for greedy in (["--greedy"], ["--temperature", 0], ["--greedy", "--no-cache"]):
         assert run_main(sample, run, "--prompt", "The ", "--length", 30, *greedy) == (0, expected, "")
     assert run_main(sample, run / "last.pt", "--prompt", "é", "--length", 0) == (0, "é\n", "")
+    (run / "text").write_text(expected)
+    for draft in ("lookup", run / "text"):
+        status, out, err = run_main(sample, run, "--prompt", "The ", "--length", 30, "--greedy", "--draft", draft)
+        assert (status, out) == (0, expected) and err.startswith("30 drawn in ") and err.endswith(" a pass\n")
     texts = [run_main(sample, run, "--length", 40, "--seed", seed, "--temperature", 3)[1] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     status, out, log = run_main(sample, run, "--prompt", "The ", "--length", 30, "--greedy", "--log_cache")
@@ -351,6 +401,8 @@ def test_half_a_character_in_the_prompt_and_a_terminal_of_few(run, monkeypatch):
     ([], "which run"), (["{run}/other.pt"], "other.pt"), (["{run}/empty"], "has no last.pt"),
     (["{run}", "--prompt", ""], "at least one byte"), (["{run}", "--top_p", "1.5"], "--top_p 1.5"),
     (["{run}", "--weights", "ema"], "no averaged weights"), (["{run}", "--log_cache", "--no-cache"], "no cache to log"),
+    (["{run}", "--draft", "lookup", "--n_samples", "2"], "--draft lookup"), (["{run}", "--draft", "."], "directory"),
+    (["{run}", "--draft", "look"], "No such file"), (["{run}", "--draft", "lookup", "--no-cache"], "of one sample"),
     (["{run}", "--greedy", "--top_k", "3"], "top_k")], ids=str)
 def test_main_errors_are_one_line(words, said, run):
     (run / "empty").mkdir()
