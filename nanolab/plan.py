@@ -19,7 +19,7 @@ from model import Attention, Block, FeedForward, Linear, Norm, Rope, Transformer
 # all others must be at their defaults.
 KNOWN = """vocab_size n_layer n_head n_kv_head head_dim n_embd block_size dropout norm norm_gain norm_eps bias mixer
 window ff ff_mult ff_width activation positions rope_base rope_scaling rope_factor rope_original rope_ramp rope_mscale
-residual_scale init parametrisation mup_base_width mup_base_head_dim qk_norm qk_gain qk_scale value_residual tie_weights
+residual_scale init parametrisation mup_base_width mup_base_head_dim qk_norm tie_weights
 n_targets target_heads layer_heads head_bias output logit_softcap intermediate_losses attention kernels
 checkpoint_activations sparse_stride sparse_summary kv_rank q_rank rope_dim rope_mscale_all_dim memory_length
 compressed_length compression_rate compression compression_weight state_dim conv_width expand ff_rank n_expert
@@ -91,20 +91,16 @@ class Plan:
         limit = mixer.limit(c.block_size if c.block_size > 1 and c.rolls else None)
         scale, unit = mixer.score_factor * D ** -0.5, None
         if c.qk_norm:
-            gains = torch.ones(H + G, D) if not c.qk_gain else torch.cat((
-                mixer.q_gain.detach().expand(H, D), mixer.k_gain.detach().expand(G, D)))
-            gains[:H] *= mixer.qk_scale.item() / D if c.qk_scale else scale
-            unit, scale = gains[:, self.order].numpy(), 1.0
-        scales = torch.ones((H + 2 * G) * D, 1)
+            unit, scale = np.array([scale] * H + [1.0] * G, self.embed.dtype)[:, None], 1.0  # (H + G, 1)
+        scales = torch.ones((H + 2 * G) * D, 1, dtype=mixer.qkv.weight.dtype)
         scales[:H * D] = scale
         rows = torch.arange((H + 2 * G) * D).view(-1, D)
         rows[:H + G] = rows[:H + G, self.order]
-        share = mixer.first_share.item() if "first_share" in mixer.roles else None
         branch = block.scale1.detach() if "scale1" in block.roles else block.scale
         out = [self._writes(t, branch) for t in (mixer.out.weight.mT, mixer.out.bias)]
+        into = self._reads(block.norm1, mixer.qkv.weight, mixer.qkv.bias, scales, rows.flatten())
         stores = [np.empty((G, self.size, D), self.embed.dtype) for _ in range(2)]
-        return (self._writes(block.position), self._reads(block.norm1, mixer.qkv.weight, mixer.qkv.bias, scales,
-                                                          rows.flatten()), unit, share, limit, *stores, *out)
+        return self._writes(block.position), into, unit, limit, *stores, *out
 
     def _feed_forward(self, block):
         """What the second branch of a block needs, or None where there is none."""
@@ -148,27 +144,23 @@ class Plan:
         n = len(ids)
         if self.filled + n > self.size:
             self._slide()
-        at, turns, masks, first = self.start + self.filled, None, {}, None
-        if self.rope is not None:
-            turns = self._turns(at + n)[at:at + n]  # (n, 1, D/2)
+        at, masks = self.start + self.filled, {}
+        turns = None if self.rope is None else self._turns(at + n)[at:at + n]  # (n, 1, D/2)
         x = self.embed[ids]  # (n, C)
         if self.position is not None:
             x += self.position[at:at + n]
-        for (place, into, unit, share, limit, keys, values, out, bias), ff in self.layers:
+        for (place, into, *attention, out, bias), ff in self.layers:
             if place is not None:
                 x += place[at:at + n]
-            heads = self._apply(into, x).reshape(n, -1, self.config.head_dim)  # (n, H + 2 G, D)
-            y, first = self._attend(heads, unit, turns, share, first, limit, keys, values, masks)
-            x += y.dot(out)
+            x += self._attend(self._apply(into, x), turns, masks, *attention).dot(out)
             if bias is not None:
                 x += bias
-            if ff is None:
-                continue
-            into, activation, out, bias = ff
-            h = self._apply(into, x)
-            x += (self._gelu(h) if activation is None else activation(torch.from_numpy(h)).numpy()).dot(out)
-            if bias is not None:
-                x += bias
+            if ff is not None:
+                into, activation, out, bias = ff
+                h = self._apply(into, x)
+                x += (self._gelu(h) if activation is None else activation(torch.from_numpy(h)).numpy()).dot(out)
+                if bias is not None:
+                    x += bias
         self.filled += n
         scores = self._apply(self.head, x)
         plain = self.config.logit_softcap is None and self.config.output == "softmax"
@@ -201,19 +193,16 @@ class Plan:
         u *= erf
         return u
 
-    def _attend(self, heads, unit, turns, share, first, limit, keys, values, masks):
-        """heads (n, H + 2 G, D), queries, keys and values of new positions -> ((n, H D), the first layer's values)."""
-        n, _, D = heads.shape
-        G = len(keys)
-        H = heads.shape[1] - 2 * G
+    def _attend(self, heads, turns, masks, unit, limit, keys, values):
+        """Queries, keys and values of n new positions, (n, (H + 2 G) D), to what attention makes of them (n, H D)."""
+        n, G, H, D = len(heads), len(keys), self.config.n_head, self.config.head_dim
+        heads = heads.reshape(n, -1, D)
         qk, v = heads[:, :H + G], heads[:, H + G:]
         if unit is not None:
             qk *= unit / np.sqrt((qk * qk).mean(-1, keepdims=True) + (self.config.norm_eps or 1e-6))
         if turns is not None:
             pairs = qk.view(turns.dtype)
             pairs *= turns
-        if share is not None:
-            v += share * (first - v)
         low, end = self.filled, self.filled + n
         keys[:, low:end], values[:, low:end] = qk[:, H:].transpose(1, 0, 2), v.transpose(1, 0, 2)
         low = max(0, end - limit - n + 1) if limit else 0
@@ -225,7 +214,7 @@ class Plan:
         np.exp(scores, out=scores)
         y = scores @ values[:, low:end]
         y /= np.add.reduce(scores, -1, keepdims=True)
-        return y.reshape(G, -1, n, D).transpose(2, 0, 1, 3).reshape(n, H * D), v if first is None else first
+        return y.reshape(G, -1, n, D).transpose(2, 0, 1, 3).reshape(n, H * D)
 
     def _mask(self, n, S, limit, masks):
         """(1 or H, n, S) to be added to scores of n queries over the S keys that end with their own; kept in masks."""
