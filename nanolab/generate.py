@@ -240,8 +240,12 @@ def generate(model, prompts, length, generator=None, use_cache=True, log=None, d
     than block_size: only the last block_size bytes are read. how: temperature, top_k, top_p, min_p, typical_p. The
     model should be in eval mode. Learned positions: all rows start again at once, when the longest has filled the
     window. Other positions roll on; without a cache the whole text is read again for each byte, full attention limited
-    to the last block_size positions. log: an open file, to which goes at the end what each layer's cache held. Raises
-    ValueError, when the first byte is asked for, if a prompt is empty.
+    to the last block_size positions. log: an open file, to which goes at the end what each layer's cache held.
+
+    A lone row goes by a Plan where there is one. draft: a Draft for a lone row; one pass then reads what it guesses
+    too, each byte is drawn from the model's logits there by its own number, and a guess stands while it is what was
+    drawn: the same bytes in fewer passes. Raises ValueError, when the first byte is asked for, if a prompt is empty, or
+    a draft has several rows or no cache; UserError where a draft's layers cannot go back.
     """
     T = model.config.block_size
     where = next(model.parameters()).device
@@ -292,14 +296,15 @@ def generate(model, prompts, length, generator=None, use_cache=True, log=None, d
 
 def _alone(reader, text, length, generator, T, rolls, draft, how):
     """`generate` for a lone row, by a Plan or ByModel."""
-    new = text = list(text)
+    new, text = text, list(text)
     take = _taker(length, generator, **how)
     for token in text if draft else ():
         draft.add(token)
     while length:
         if not rolls and len(text) > T:
             reader.reset()
-            new = text = text[-max(1, T // 2):]
+            text = text[-max(1, T // 2):]
+            new = list(text)
         guesses = []
         if draft is not None:
             most = reader.spare(len(new)) if rolls else T - len(text)
@@ -310,7 +315,7 @@ def _alone(reader, text, length, generator, T, rolls, draft, how):
             yield torch.tensor([token])
             length -= 1
             if not rolls:
-                text = text + [token]
+                text.append(token)
             if draft is not None:
                 draft.add(token)
                 draft.bytes += 1
