@@ -168,7 +168,7 @@ class Plan:
                     x += bias
         self.filled += n
         scores = self._apply(self.head, x)
-        plain = self.config.logit_softcap is None and self.config.output == "softmax"
+        plain = scores.dtype == np.float32 and self.config.logit_softcap is None and self.config.output == "softmax"
         return scores if plain else self.logits(torch.from_numpy(scores)).numpy()
 
     def _apply(self, into, x):
