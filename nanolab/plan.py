@@ -38,8 +38,10 @@ def plan_of(model):
     parts = list(model.modules())
     if not {*map(type, parts)} <= MODULES or any(part._forward_hooks or part._forward_pre_hooks for part in parts):
         return None
-    weights = list(model.parameters())
-    if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in weights) or model.n_params() > LARGEST:
+    weights = [p.data for p in model.parameters()]  # a part of a divided one is of another type
+    if any(type(p) is not torch.Tensor or p.dtype != torch.float32 or p.device.type != "cpu" for p in weights):
+        return None
+    if sum(p.numel() for p in weights) > LARGEST:
         return None
     c = model.config
     return Plan(model) if c == TransformerConfig(**{name: getattr(c, name) for name in KNOWN}) else None
