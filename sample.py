@@ -26,7 +26,8 @@ import torch
 
 from data import tokens
 from data.tokenized import tokenizer_of
-from nanolab.generate import Draft, Ngrams, generate, load_model
+from nanolab.generate import Draft, Ngrams, generate
+from nanolab.hf import load_model
 from nanolab.run import UserError, command, find_checkpoint, override, resolve_device
 
 # --- What ---

@@ -389,6 +389,9 @@ def test_equal_parameters(settings):
     (dict(mixer="fixed", sparse_summary=9), "sparse_summary"), (dict(mixer="strided", n_kv_head=1), "must be even"),
     (dict(mixer="compressive", compression_rate=3), "divide"),
     (dict(ff="moe", expert_top_k=9), "expert_top_k"), (dict(ff="moe", n_shared_expert=8), "n_shared_expert"),
+    *((dict(ff="moe", expert_groups=n, **how), word) for n, how, word in (
+        (3, {}, "expert_groups 3"), (8, {}, "expert_groups 8"), (2, dict(expert_top_groups=3), "top_groups 3"),
+        (4, dict(expert_top_groups=1, expert_top_k=3), "expert_top_k 3"))),
     (dict(ff="moe", activation="solu"), "solu"), (dict(init="tfixup", mixer="mamba"), "tfixup"),
     (dict(rope_ramp="index", rope_base=1.0), "rope_base"), (dict(rope_mscale_all_dim=-1.0), "rope_mscale_all_dim"),
     (dict(rope_scaling="yarn", positions="none"), "needs positions 'rope'"), (dict(rope_factor=0.5), "rope_factor"),
@@ -400,6 +403,13 @@ def test_equal_parameters(settings):
     (dict(score_softcap=9.0, mixer="xl", positions="relative"), "positions 'relative'"),
     (dict(value_residual=True, n_layer=1), "at least 2: mixer 'full' in 1"),
     *((dict(value_residual=True, mixer=f"full,{kind}"), "value_residual") for kind in ("mla", *CARRY)),
+    *((dict(norm_after=True, **settings), "norm_after") for settings in (
+        dict(short_conv=2), dict(parallel_residual="shared"), dict(mixer="full,xl"))),
+    *((dict(mixer="full,mamba", **settings), "is of layers full") for settings in (
+        dict(nope_interval=2), dict(qk_norm="full"))),
+    (dict(nope_interval=1), "nope_interval"), (dict(partial_rotary=1.5), "partial_rotary"),
+    (dict(partial_rotary=0.5, mixer="full,mla"), "rope_dim says"),
+    (dict(qk_norm="full", qk_scale=True), "of each head"),
     (dict(short_conv=1), "at least 2"), (dict(short_conv=-2), "must be >= 0"), (dict(qk_scale=True), "needs qk_norm"),
     *((dict(qk_scale=True, qk_norm=True, mixer=f"full,{kind}"), f"mixer '{kind}'") for kind in ("xl", "compressive")),
     *((dict(shorten=2, **settings), word) for settings, word in (

@@ -55,6 +55,7 @@ def listed():
         yield dict(mixer=kind)
         yield dict(mixer=kind, positions="alibi", short_conv=4, **({} if kind == "mla" else dict(n_kv_head=2)))
     yield from (dict(ff=kind) for kind in [*FEED_FORWARDS, "none,mlp"] if kind != "mlp")
+    yield dict(ff="moe", n_expert=8, expert_groups=4, expert_top_groups=2, expert_balance="bias")
     yield from (dict(mixer=pattern) for pattern in ("mamba,mamba,full", "xl,mingru", "compressive,window"))
     yield dict(mixer="mamba,full", short_conv=9, positions="none")  # wider than any window
     yield from (dict(mixer=kind, positions="relative") for kind in ("xl", "compressive"))
@@ -63,6 +64,9 @@ def listed():
     yield dict(n_kv_head=1, head_dim=12, qk_norm=True, attention="manual")
     yield dict(mixer="full,diff", qk_norm=True, qk_scale=True, short_conv=2)
     yield dict(mixer="full,mamba,compressive", short_conv=2, norm="rms", residual_scale="layerscale")
+    yield from (dict(norm_after=True, parallel_residual=both) for both in (False, True))
+    yield dict(parallel_residual="shared", partial_rotary=0.5, mixer="window,mamba,full", short_conv=2, ff="mlp,none")
+    yield dict(qk_norm="full", qk_gain=True, n_kv_head=2, nope_interval=2, mixer="full,diff,window")
     yield dict(norm="dyt", residual_scale=30.0)  # loud branches: dyt leaves the small embeddings small
     yield dict(norm="dyt", residual_scale=30.0, mixer="xl,compressive,mamba", short_conv=2, norm_gain=False)
     yield from (dict(output="stablemax"), dict(logit_softcap=0.1))
