@@ -32,15 +32,15 @@ import torch
 import torch.nn.functional as F
 
 from data import draw
-from data.video import Stream, caption_length, load
+from data.video import Stream, caption_length, draw_clips, load
 from kernels import cross_entropy
 from model import fused_rows, parameter_roles
 from models import world_measures as measures
-from models.discrete import fsq_levels
+from models.discrete import FSQ, fsq_levels
 from models.world_actions import ActionModel
-from models.world_dynamics import CausalDynamics, Dynamics
+from models.world_dynamics import CausalDynamics, Dynamics, PackedDynamics
 from models.world_measures import pixel_loss
-from models.world_tokenizer import Tokenizer
+from models.world_tokenizer import ConvTokenizer, Tokenizer
 from models.world_words import FirstFrame, Writer
 from nanolab import limits, optim, world as worlds
 from nanolab.play import Session, parse_actions, save_samples, serve, write_rollout
@@ -64,7 +64,7 @@ kernels = "torch"          # [torch, triton] triton: fused operations of kernels
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
 
 # --- Data ---
-dataset = "gridworld"      # gridworld, donkeycar, atari:Freeway (needs ale-py), or a file: frames (N, H, W, 3), actions
+dataset = "gridworld"      # gridworld, donkeycar, atari:Freeway (needs ale-py), or a recording: data/recordings.py
 n_train = 4096             # [>= 1, with dataset gridworld/atari] training episodes
 n_val = 256                # [>= 1, with dataset gridworld/atari] episodes to evaluate on, in worlds never seen
 length = 24                # [>= 2, with dataset gridworld/atari] frames of an episode
@@ -74,11 +74,17 @@ walls = 0.15               # [>= 0.0, < 0.9, with dataset gridworld] share of th
 ball = True                # [with dataset gridworld] with a ball that moves by itself
 facing = False             # [with dataset gridworld] the agent shows where it was pushed last, so a blocked press too
 split_seed = 0             # [>= 0] which worlds there are
+val_share = 0.2            # [> 0.0, < 1.0, not with dataset gridworld/atari] of a recording, its end, to evaluate on
+frame_px = 64              # [>= 4, <= 1024, not with dataset gridworld/atari] pixels of a side of a film's frames
+fps = None                 # [none, > 0.0, not with dataset gridworld/atari] at most so many frames a second of a film
+action_lag = 0             # [>= 0, <= 1000, not with dataset gridworld/atari] frames by which true actions act late
+flip = False               # [not with dataset gridworld] half of the clips to train on mirrored: with latent actions
+change_threshold = 0.0     # [>= 0.0, < 1.0] a pixel has changed that differs by more than this: cameras have noise
 batch_size = 64            # [>= 1] clips per forward pass of the action model
 grad_accum = 1             # [>= 1] forward passes per optimiser step
 
 # --- Tokenizer ---
-tokenizer = "spatial"      # [spatial, spatiotemporal] transformer: each frame by itself, or causal in time as well
+tokenizer = "spatial"      # [spatial, spatiotemporal, conv] attention within each frame, in time as well; convolutions
 patch = 8                  # [>= 1] pixels of a side of a patch, of tokens and of the action model
 n_head = 4                 # [>= 1] attention heads of all transformers
 codebook_size = 8          # [>= 2] codes to choose from
@@ -87,7 +93,7 @@ quantiser = "vq"           # [vq, fsq] codes as running means, or fixed levels
 tokenizer_layers = 1       # [>= 1, <= 1000] in encoder and decoder each
 tokenizer_embd = 64        # [>= 1] width
 tokenizer_batch = 16       # [>= 1] clips
-tokenizer_frames = 2       # [>= 2] frames of a clip, and those that a frame sees if spatiotemporal
+tokenizer_frames = 2       # [>= 1] frames of a clip, and those that a frame sees if spatiotemporal
 tokenizer_steps = 1000     # [>= 0] optimiser steps
 tokenizer_change = 10.0    # [>= 0.0] extra weight of pixels that differ between frames of a clip: movers are rare
 reset_interval = 20        # [none, >= 1] steps after which codes that nothing chose become encoder outputs; none: never
@@ -98,6 +104,7 @@ reset_fraction = 0.5       # [>= 0.0, <= 1.0, with reset_interval] share of the 
 action_model = "conv"      # [conv, transformer] of the encoder and the decoder
 n_codes = 8                # [>= 2] latent actions
 history = 2                # [>= 1] frames that explain the next one; with 1 what moves by itself hides the action
+action_decoder = "film"    # [film, warp] writes the next frame; warp: moves the last by a flow that the code alone sets
 action_quantiser = "signs" # [signs, vq] signs of normalised numbers, or the nearest of n_codes vectors
 difference = True          # [with action_model conv] the encoder sees x_t+1 - x_t; False: x_t+1
 action_frames = "pixels"   # [pixels, tokens] what the action model sees and writes: frames, or the tokenizer's tokens
@@ -115,6 +122,9 @@ tokens = "tokenizer"       # [tokenizer, cells] of the tokenizer, or the grid wo
 action_source = "latent"   # [latent, true] actions that lead to each frame
 action_input = "add"       # [add, prepend] to every token of the frame, or as one more token
 streams = True             # true and corrupted frames side by side, all frames are targets; False: the last frame only
+token_input = "tables"     # [tables, digits] a vector for each code; or a linear map of its levels, whose logits add up
+pack = 1                   # [>= 1, <= 64] so many by so many tokens share a place of the transformer
+draft = False              # hidden tokens are told what the action model makes of the frame before
 merge_idle = False         # [with action_source latent] codes whose steps change little are one to the dynamics, and
                            # half of all steps that change no more have it, whatever their code
 mask_rate = (0.5, 1.0)     # [>= 0.0, <= 1.0] share of a frame's tokens that are hidden: uniform between these
@@ -177,9 +187,12 @@ presets = {
                        action_steps=1500, action_lr=4e-3, merge_idle=True, mask_rate=(0.3, 1.0), text_steps=100,
                        frame_steps=250),
     "cells": dict(stage="dynamics", tokens="cells", action_source="true"),
-    "drive": dict(dataset="donkeycar", patch=4, codebook_size=256, reset_distance=0.05, tokenizer_change=0.0,
-                  tokenizer_embd=96, tokenizer_batch=8, tokenizer_steps=700, action_change=0.0, action_steps=500,
-                  dynamics_change=0.0, dynamics_batch=8, dynamics_steps=250, eval_interval=100),
+    "video": dict(dataset="donkeycar", val_share=0.15, flip=True, change_threshold=0.05, tokenizer="conv", patch=4,
+                  quantiser="fsq", codebook_size=256, tokenizer_embd=48, tokenizer_batch=16, tokenizer_frames=1,
+                  tokenizer_steps=2400, tokenizer_change=0.0, history=1, action_decoder="warp", action_change=0.0,
+                  batch_size=32, action_lr=2e-3, action_steps=500, token_input="digits", pack=2, draft=True,
+                  mask_rate=(1.0, 1.0), context=4, dynamics_batch=8, dynamics_steps=700, dynamics_change=0.0,
+                  decode_steps=1, lr=3e-3, rollout_clips=32, eval_interval=400),
 }
 
 aliases = {"d_model": "dynamics_embd", "n_actions": "n_codes", "learning_rate": "lr", "save_every": "save_interval",
@@ -194,12 +207,13 @@ debug_settings = dict(n_train=32, n_val=8, length=8, eval_clips=16, tokenizer_st
 # of a stage once it has begun.
 architecture = {
     "all": ("dataset", "n_train", "n_val", "length", "side", "cell_px", "walls", "ball", "facing", "split_seed",
-            "patch", "n_head", "optimizer"),
+            "patch", "n_head", "optimizer", "val_share", "frame_px", "fps", "action_lag"),
     "tokenizer": ("tokenizer", "codebook_size", "code_dim", "quantiser", "tokenizer_layers", "tokenizer_embd",
                   "tokenizer_frames"),
     "actions": ("action_model", "n_codes", "history", "action_quantiser", "difference", "action_layers", "action_embd",
-                "action_frames"),
-    "dynamics": ("dynamics", "tokens", "action_source", "action_input", "context", "dynamics_layers", "dynamics_embd"),
+                "action_frames", "action_decoder"),
+    "dynamics": ("dynamics", "tokens", "action_source", "action_input", "context", "dynamics_layers", "dynamics_embd",
+                 "token_input", "pack", "draft"),
     "text": ("text_layers", "text_embd"),
     "frame": ("tokens", "frame_layers", "frame_embd"),
 }
@@ -220,7 +234,19 @@ def check(settings):
         raise UserError(f"n_codes {n_codes}: signs make a power of two, 2, 4, 8, ...; --action_quantiser vq takes any")
     if action_model == "transformer" and not difference:
         raise UserError("no-difference goes with action_model conv: the transformer sees frames beside differences")
-    axial = ["tokenizer_embd", "dynamics_embd", "frame_embd"] + ["action_embd"] * (action_model == "transformer")
+    if action_decoder == "warp" and (action_model, action_frames) != ("conv", "pixels"):
+        raise UserError("action_decoder warp goes with action_model conv and action_frames pixels: it moves those")
+    if packed() and (dynamics, tokens) != ("maskgit", "tokenizer"):
+        raise UserError("token_input digits, pack and draft go with dynamics maskgit and tokens tokenizer")
+    if token_input == "digits" and quantiser != "fsq":
+        raise UserError("token_input digits reads the levels of an FSQ: --quantiser fsq")
+    if draft and (token_input, action_source, action_frames, history) != ("digits", "latent", "pixels", 1):
+        raise UserError("draft goes with token_input digits, action_source latent, action_frames pixels and history 1: "
+                        "the action model writes a frame from the one before")
+    if flip and action_source == "true":
+        raise UserError("flip goes with action_source latent: nobody knows which true actions a mirror exchanges")
+    axial = ["dynamics_embd", "frame_embd"] + ["tokenizer_embd"] * (tokenizer != "conv") + ["action_embd"] * (
+        action_model == "transformer")
     for name in (*axial, "text_embd"):
         unit, how = (2 * n_head, "") if name == "text_embd" else (4 * n_head, " by row and column")
         if settings[name] % unit:
@@ -236,6 +262,10 @@ def check_sizes(settings, video):
     """UserError where the data does not fit the settings, or the machine what they ask for."""
     if video.height % patch or video.width % patch:
         raise UserError(f"patch {patch} does not divide frames of {video.height} x {video.width}")
+    if (video.height // patch) % pack or (video.width // patch) % pack:
+        raise UserError(f"pack {pack} does not divide {video.height // patch} x {video.width // patch} tokens")
+    if (action_decoder == "warp" or draft) and video.palette is not None:
+        raise UserError(f"action_decoder warp and draft are for a camera's colours: those of {dataset} are a palette's")
     if action_source == "true" and not video.n_actions:
         raise UserError(f"action_source true: {dataset} has no actions")
     pixels = 12 * video.height * video.width                 # of a frame, float32
@@ -291,7 +321,7 @@ def falling(step, steps, first, fraction):
 def read_tokenizer(reader, index, step, hidden=None):
     """(frames, palette indices, weight (B, T, H, W)): pixels that differ between frames of a clip weigh more."""
     frames, indices = reader.pictures(index, tokenizer_frames)
-    moving = (frames != frames[:, :1]).any(-1).any(1, keepdim=True).expand(frames.shape[:-1])
+    moving = measures.changed(frames, frames[:, :1], change_threshold).any(1, keepdim=True).expand(frames.shape[:-1])
     return frames, indices, 1 + tokenizer_change * moving
 
 
@@ -311,7 +341,7 @@ def read_actions(reader, index, step, hidden=None):
     frames, indices = reader.watch(index, history + 1)
     first = min(2, history) if action_model == "transformer" else history         # frame that is a target
     extra = falling(step, shares_of("actions"), action_change, action_change_fraction)
-    weight = 1 + extra * (frames[:, first:] != frames[:, first - 1:-1]).any(-1)
+    weight = 1 + extra * measures.changed(frames[:, first:], frames[:, first - 1:-1], change_threshold)
     return frames, None if indices is None else indices[:, first:], step < soft_fraction * shares_of("actions"), weight
 
 
@@ -349,7 +379,8 @@ def hide_in_clips(n, n_tokens, noise):
 
 
 def read_dynamics(reader, index, step, hidden):
-    """(tokens (B, T, N), actions (B, T), hidden, weight (B, targets, N)): tokens that change weigh more at first."""
+    """(tokens (B, T, N), actions (B, T), hidden, with `draft` the frames before the targets, weight (B, targets, N)):
+    tokens that change weigh more at first."""
     truth, acts = reader.tokens_and_actions(index, context)
     if reader.merged is not None:
         still = F.pad((truth[:, 1:] != truth[:, :-1]).sum(-1) <= reader.still, (1, 0))
@@ -357,22 +388,23 @@ def read_dynamics(reader, index, step, hidden):
         half = torch.from_numpy(draw.chance(key, 0.5)).to(still.device)
         acts = torch.where(still & half, reader.merged[-1], acts)
     first, extra = first_target(), falling(step, shares_of("dynamics"), dynamics_change, dynamics_change_fraction)
-    return truth, acts, hidden, (1 + extra * (truth[:, first:] != truth[:, first - 1:-1])) * hidden[:, first:]
+    before = reader.frames(index, context)[:, first - 1:-1] if draft else None
+    return truth, acts, hidden, before, (1 + extra * (truth[:, first:] != truth[:, first - 1:-1])) * hidden[:, first:]
 
 
 def dynamics_loss(model, batch):
     """Of naming the hidden tokens of frames, given those before them and the actions: mean nats. With `streams` all
     frames but the first two are targets, each seeing the true frames before it; else the last."""
-    truth, acts, hidden, weight = batch
-    T, first = truth.size(1), first_target()
+    truth, acts, hidden, before, weight = batch
+    T, first, how = truth.size(1), first_target(), {} if before is None else dict(before=before)
     if dynamics == "causal":
         logits = model(truth, acts, window=window)[:, first:]
     elif streams:
         corrupted = truth.masked_fill(hidden, model.mask)
         both = torch.cat((truth[:, :-1], corrupted[:, first:]), 1), torch.cat((acts[:, :-1], acts[:, first:]), 1)
-        logits = model(*both, window=window, streams=(T - 1, first))[:, T - 1:]
+        logits = model(*both, window=window, streams=(T - 1, first), **how)[:, T - 1:]
     else:
-        logits = model(truth.masked_fill(hidden, model.mask), acts, window=window)[:, first:]
+        logits = model(truth.masked_fill(hidden, model.mask), acts, window=window, **how)[:, first:]
     nats = cross_entropy(logits.flatten(0, 2), truth[:, first:].flatten())
     return (nats * weight.flatten()).sum() / weight.sum().clamp(min=1), None
 
@@ -444,9 +476,22 @@ def build_actions(video):
     """An untrained action model, over pixels or over tokens."""
     how = history, n_codes, action_embd, action_layers, action_model, action_quantiser, n_head, difference
     if action_frames == "pixels":
-        return ActionModel(*sizes(video), *how)
+        return ActionModel(*sizes(video), *how, decoder=action_decoder)
     grid, K = token_sizes(video)
     return ActionModel(*grid, 1, K, *how, channels=K)
+
+
+def build_tokenizer(video):
+    """An untrained tokenizer of either kind."""
+    if tokenizer == "conv":
+        return ConvTokenizer(*sizes(video), codebook_size, code_dim, tokenizer_layers, tokenizer_embd, quantiser)
+    return Tokenizer(*sizes(video), codebook_size, code_dim, tokenizer_layers, n_head, tokenizer_embd, tokenizer,
+                     quantiser, tokenizer_frames)
+
+
+def packed():
+    """Whether the dynamics' ends are those of a camera's frames."""
+    return token_input == "digits" or pack > 1 or draft
 
 
 def build_dynamics(video):
@@ -455,6 +500,9 @@ def build_dynamics(video):
     how = *token_sizes(video), n_actions, dynamics_layers, n_head, dynamics_embd
     if dynamics == "causal":
         return CausalDynamics(*how, max(16, context))
+    if packed():
+        codebook = FSQ(codebook_size) if token_input == "digits" else None
+        return PackedDynamics(*how, action_input, max(16, context), pack, codebook, draft)
     return Dynamics(*how, action_input, max(16, context))
 
 
@@ -470,10 +518,9 @@ def generation():
 
 STAGES = {
     "tokenizer": Stage(
-        lambda video: Tokenizer(*sizes(video), codebook_size, code_dim, tokenizer_layers, n_head, tokenizer_embd,
-                                tokenizer, quantiser, tokenizer_frames),
-        read_tokenizer, tokenizer_loss,
-        lambda model, val: measures.evaluate_tokenizer(model, val, tokenizer_frames, eval_clips),
+        build_tokenizer, read_tokenizer, tokenizer_loss,
+        lambda model, val: measures.evaluate_tokenizer(model, val, max(2, tokenizer_frames), eval_clips,
+                                                       change_threshold),
         lambda model, val: worlds.draw_tokenizer(model, val, tokenizer_frames),
         steps="tokenizer_steps", batch="tokenizer_batch", frames=lambda: tokenizer_frames,
         shown="psnr frame_psnr ssim changed_psnr usage perplexity",
@@ -509,10 +556,14 @@ STAGES = {
 }
 
 
-def build(name, video):
-    """The untrained model of a stage. UserError: its sizes do not go together."""
+def build(name, video, models=None):
+    """The untrained model of a stage, which may draft by the trained models. UserError: its sizes do not go
+    together."""
     with as_user_error():
-        return STAGES[name].build(video)
+        model = STAGES[name].build(video)
+    if name == "dynamics" and draft:
+        model.sources = models
+    return model
 
 
 # --- Training a stage ---
@@ -575,7 +626,7 @@ class Learner:
         self.name, self.world, self.stage, where = name, world, STAGES[name], world.train.device
         self.settings = {**settings, "lr": action_lr if name == "actions" and action_lr else lr}
         seed_everything(seed, deterministic)
-        self.model = build(name, world.video).to(where)
+        self.model = build(name, world.video, world.models).to(where)
         self.trained = compiled(self.model, name) if compile else self.model
         self.opt = optim.build(self.settings, self.model.named_parameters(), parameter_roles(self.model),
                                fused_rows(self.model))
@@ -742,21 +793,30 @@ def last_figures(name, world, loop):
     found = {f"{name}_{key}": value for key, value in numbers.items()} | {f"{name}_best_step": loop["best_step"]}
     print(f"{name}: best at step {loop['best_step']}: {in_words(name, numbers)}; {loop['seconds']:.0f} s")
     if name == "actions" and "information" in numbers:
-        beside = floors(world.video, train, val)
+        beside = floors(model, world.video, train, val)
         found |= {f"actions_{key}": value for key, value in beside.items()}
         print(f"floors: moved or not {numbers['moved_information']:.3f}, " + measures.in_line(beside))
+    if name == "tokenizer":
+        found["tokenizer_copy_psnr"] = measures.copy_psnr(val, max(2, tokenizer_frames), eval_clips)
     if name == "dynamics":
         found |= {f"rollout_{key}": value for key, value in tell_rollouts(world).items()} | tell_play(world)
-    return {key: None if math.isnan(value) else value for key, value in found.items()}
+    found = {key: None if math.isnan(value) else value for key, value in found.items()}
+    doubts = measures.doubts(name, found)
+    for line in doubts.values():
+        print(f"warning: {name}: {line}")
+    return found | {f"{name}_flags": [*doubts]}
 
 
-def floors(video, train, val):
-    """What the figures of actions are seen beside: those of the untrained model, and of a linear map."""
+def floors(model, video, train, val):
+    """What the figures of actions are seen beside: those of the untrained model, and of a linear map; of a recording
+    what its codes say by chance, and by what was counted on the training part."""
     with torch.random.fork_rng(devices=[]):
         seed_everything(seed, deterministic)
         clips = Stream(train.clips, history + 1, batch_size, data_seed)
         found = measures.untrained_floor(build("actions", video).to(train.device), train, val,
                                          [clips.at(step) for step in range(8)], eval_clips)
+    if val.side is None:
+        found |= measures.against_time(model, train, val, eval_clips)
     return found | measures.linear_probe(train, val, history + 1, eval_clips)
 
 
@@ -764,7 +824,10 @@ def tell_rollouts(world):
     """The figures of the dynamics' rollouts, in print and returned."""
     numbers = measures.evaluate_rollouts(world.models["dynamics"], world.val, context, rollout_clips,
                                          temperature=temperature, **generation())
-    print("rollouts: " + measures.in_line(numbers))
+    if world.val.side is None:
+        numbers |= measures.rollout_floors(world.train, world.val, context, rollout_clips)
+    told = " by the actions inferred from the true frames to come" * (action_source == "latent")
+    print(f"rollouts{told}: {measures.in_line(numbers)}")
     return numbers
 
 
@@ -869,8 +932,10 @@ def main():
 
     # ---- data ----
     check(settings)
-    video = load(dataset, n_train, n_val, length, side, cell_px, walls, ball, split_seed, facing=facing)
+    video = load(dataset, n_train, n_val, length, side, cell_px, walls, ball, split_seed, val_share, facing=facing,
+                 action_lag=action_lag, frame_px=frame_px, fps=fps)
     check_sizes(settings, video)
+    video.train.mirror = flip and video.palette is None
     if not only_read:
         settings.check_data(checkpoint, architecture["all"][:10], video.hash)
     print(video.source)
@@ -883,7 +948,9 @@ def main():
         if not only_read:
             check_left(left)
         seed_everything(seed, deterministic)
-        models = {name: build(name, video).to(where) for name in done}
+        models = {}
+        for name in done:
+            models[name] = build(name, video, models).to(where)
         for name, model in models.items():
             model.load_state_dict(done[name])
             model.eval().requires_grad_(False)
@@ -927,6 +994,10 @@ def main():
         for name in [name for name in figures if name not in left]:
             seconds = {f"{name}_seconds": ended[name]["loop"]["seconds"]} if name in ended else {}
             run.summary(**figures[name], **seconds)
+        if video.cell_px is None:
+            with optional("the picture of the data is"):
+                (run.dir / "samples").mkdir(exist_ok=True)
+                draw_clips(video, run.dir / "samples" / "data.png")
         bar, clock = run.bar(world.total + to_do, world.total), Stopwatch(where, run)
         for name in left:
             if name in was and was[name] is not checkpoint:

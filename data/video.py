@@ -1,14 +1,16 @@
-"""Videos with actions: grid worlds made here, a model car's camera, Atari games, or any .npz of frames; cut into clips.
+"""Videos with actions: grid worlds made here, a model car's camera, Atari games, or any recording; cut into clips.
 
     python data/video.py gridworld --stats        # made here, nothing to download; writes video_gridworld.png
     python data/video.py donkeycar --stats        # 1,000 frames of a model car; writes video_donkeycar.png
     python data/video.py atari:Freeway --stats    # needs `pip install ale-py`; random play
+    python data/video.py drive.mp4 --fps 20       # a film, a GIF, a folder of them or of pictures: what moves in it
 
 Sets: `gridworld`; `donkeycar` (donkeycar-1000-64x64.npz, looked for in the folders of NANOLAB_DATA); `atari:` and a
-game of ale-py, such as atari:Freeway; or the path of an .npz file with `frames` (N, H, W, 3) uint8 and, if there are
-any, `actions` (N,), whole numbers from 0 or floats, or `angle` (N,) floats: entry k was done at frame k and leads to
-frame k + 1. Floats become 5 buckets. A gridworld's frame says all of its world but the ball's direction and what the
-ball hides.
+game of ale-py, such as atari:Freeway; or the path of a recording: a film, a GIF, a folder (data/recordings.py), or an
+.npz file with `frames` (N, H, W, 3) uint8 and, if there are any, `actions` (N,), whole numbers from 0 or floats, or
+`angle` (N,) floats: entry k was done at frame k and leads to frame k + 1; and `episode` (N,), whole numbers that change
+where an episode ends. Floats become 5 buckets. A gridworld's frame says all of its world but the ball's direction and
+what the ball hides.
 """
 import sys
 from pathlib import Path
@@ -24,14 +26,13 @@ import hashlib
 import itertools
 import math
 import re
-import zipfile
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from data import draw, files
+from data import draw, files, recordings
 from nanolab.run import command, fits, replacing
 from nanolab.settings import UserError, unknown
 
@@ -274,8 +275,10 @@ class Clips:
     Clip i starts at frame i % (length - T + 1) of episode i // (length - T + 1). len(clips) is the number of episodes,
     length the frames of each. Either stored_cells (E, length, side, side) uint8 with cell_px, whose frames are drawn
     when asked for, or stored_frames (E, length, H, W, 3) uint8; stored_actions and stored_effective (E, length - 1)
-    uint8 or int64, None where there are none; all torch. An index outside 0 <= i < count(T) is an IndexError.
+    uint8 or int64, None where there are none; all torch. An index outside 0 <= i < count(T) is an IndexError; of clips
+    with `mirror` those from count(T) on are the same once more, left and right exchanged, which `Stream` draws too.
     """
+    mirror, stored_values = False, None  # (E, length - 1) float64: the numbers that actions were before their buckets
 
     def __init__(self, stored_cells=None, stored_frames=None, stored_actions=None, stored_effective=None, cell_px=None):
         self.stored_cells, self.stored_frames, self.cell_px = stored_cells, stored_frames, cell_px
@@ -298,10 +301,14 @@ class Clips:
         index, count = torch.as_tensor(index, device="cpu"), self.count(T)
         if stored is None:
             return None
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < count:
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < count * (1 + self.mirror):
             raise IndexError(f"there are {count} clips of {T} frames, from 0 on")
-        starts = self.length - T + 1
-        return stored[(index // starts)[:, None], (index % starts)[:, None] + torch.arange(n)]
+        row, first = self._places(index % count, T)
+        return stored[row[:, None], first[:, None] + torch.arange(n)]
+
+    def _places(self, index, T):
+        """(rows of what is stored, their first entries), (B,) each, of clips index (B,)."""
+        return index // (self.length - T + 1), index % (self.length - T + 1)
 
     def cells(self, index, T):
         """index (B,) int64 -> cell types (B, T, side, side) uint8, or None where the data has no cells."""
@@ -310,7 +317,10 @@ class Clips:
     def frames(self, index, T):
         """index (B,) int64 -> RGB (B, T, H, W, 3) uint8."""
         if self.stored_cells is None:
-            return self._gather(self.stored_frames, index, T, T)
+            frames = self._gather(self.stored_frames, index, T, T)
+            if self.mirror and (mirrored := torch.as_tensor(index, device="cpu") >= self.count(T)).any():
+                frames[mirrored] = frames[mirrored].flip(3)
+            return frames
         return torch.from_numpy(paint(self.cells(index, T).numpy(), self.cell_px))
 
     def indices(self, index, T):
@@ -330,6 +340,38 @@ class Clips:
         return None if found is None else found.long()
 
 
+    def values(self, index, T):
+        """index (B,) int64 -> (B, T - 1) float64: the numbers that the actions were; None where they were none."""
+        return self._gather(self.stored_values, index, T, T - 1)
+
+
+class Episodes(Clips):
+    """Clips of episodes of unequal lengths that lie one after another: stored_frames (1, N, H, W, 3) and stored_actions
+    (1, N - 1), of which those between two episodes lead nowhere; starts: the first frame of each episode. length: of
+    the longest; a clip lies in one of those that are long enough."""
+
+    def __init__(self, starts, *stored):
+        super().__init__(*stored)
+        self.starts = torch.tensor(starts)
+        self.lengths = torch.tensor([*starts[1:], self.length]) - self.starts
+        self.length = int(self.lengths.max())
+
+    def __len__(self):
+        return len(self.starts)
+
+    def count(self, T):
+        """As Clips.count."""
+        super().count(T)
+        return int((self.lengths - T + 1).clamp(min=0).sum())
+
+    def _places(self, index, T):
+        """As Clips._places."""
+        ends = (self.lengths - T + 1).clamp(min=0).cumsum(0)
+        episode = torch.searchsorted(ends, index, right=True)
+        return torch.zeros_like(index), self.starts[episode] + index - ends[episode] + (
+            self.lengths[episode] - T + 1)
+
+
 class Stream:
     """Training batches as a pure function of the seed and the step: nothing to save, and a resumed run sees the same.
     Clips of T frames are drawn at random with replacement."""
@@ -337,7 +379,8 @@ class Stream:
     def __init__(self, clips, T, batch_size, seed):
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: it must be at least 1")
-        self.clips, self.T, self.batch_size, self.seed, self.n = clips, T, batch_size, seed, clips.count(T)
+        self.clips, self.T, self.batch_size, self.seed = clips, T, batch_size, seed
+        self.n = clips.count(T) * (1 + clips.mirror)
 
     def at(self, step):
         """(B,) int64: the clips of the batch of a step (from 0)."""
@@ -362,10 +405,10 @@ class Video:
 
 
 def load(dataset="gridworld", n_train=4096, n_val=512, length=16, side=8, cell_px=8, walls=0.15, ball=True,
-         split_seed=0, val_share=0.2, frame_skip=4, facing=False):
+         split_seed=0, val_share=0.2, frame_skip=4, facing=False, action_lag=0, frame_px=64, fps=None):
     """Makes or finds the videos of both sides: a Video.
 
-    dataset: gridworld, donkeycar, atari:<game>, or the path of an .npz file
+    dataset: gridworld, donkeycar, atari:<game>, or the path of a recording: .npz, a film, a GIF, a folder
     n_train: [>= 1, <= 10_000_000] training episodes (gridworld, atari)
     n_val: [>= 1, <= 10_000_000] validation episodes (gridworld, atari)
     length: [>= 2, <= 1_000_000] frames of an episode (gridworld, atari)
@@ -374,9 +417,12 @@ def load(dataset="gridworld", n_train=4096, n_val=512, length=16, side=8, cell_p
     walls: [>= 0, <= 1] share of cells with a wall
     ball: whether there is a ball
     split_seed: of all that is drawn
-    val_share: [>= 0, <= 1] the last part of an .npz file, for validation
+    val_share: [>= 0, <= 1] the last part of a recording, for validation
     frame_skip: [>= 1, <= 10_000] frames for an action (atari)
     facing: whether the agent shows where it was pushed last (gridworld)
+    action_lag: [>= 0, <= 1000] frames by which the actions of a recording act late
+    frame_px: [>= 4, <= 1024] pixels of a side that a recording's frames are averaged to; an .npz file keeps its own
+    fps: [none, > 0.0] at most so many frames a second of a film or a GIF; none: all
 
     Gridworlds depend on split_seed, side, walls and ball only, and are the same on every machine; fewer or shorter
     episodes are the first ones. Raises UserError: an unknown name, a number out of range, a missing or wrong file, no
@@ -384,13 +430,16 @@ def load(dataset="gridworld", n_train=4096, n_val=512, length=16, side=8, cell_p
     """
     for name, value, low, high in (("n_train", n_train, 1, None), ("n_val", n_val, 1, None),
                                    ("length", length, 2, None), ("side", side, 2, LARGEST),
-                                   ("cell_px", cell_px, 1, 256), ("frame_skip", frame_skip, 1, None)):
+                                   ("cell_px", cell_px, 1, 256), ("frame_skip", frame_skip, 1, None),
+                                   ("action_lag", action_lag, 0, 1000), ("frame_px", frame_px, 4, 1024)):
         if value < low or (high and value > high):
             raise UserError(f"{name} is {value}: it must be {f'from {low} to {high}' if high else f'at least {low}'}")
     if not 0 <= walls < 1:
         raise UserError(f"walls is {walls}: it must be at least 0 and below 1")
     if facing and cell_px < 4:
         raise UserError(f"cell_px is {cell_px}: an agent that faces needs 4 pixels or more")
+    if fps is not None and not 0 < fps < math.inf:
+        raise UserError(f"fps is {fps}: it must be above 0")
     if not 0 < val_share < 1:
         raise UserError(f"val_share is {val_share}: it must be between 0 and 1")
     if dataset == "gridworld":
@@ -398,13 +447,14 @@ def load(dataset="gridworld", n_train=4096, n_val=512, length=16, side=8, cell_p
         video = _load_gridworld(n_train, n_val, length, side, cell_px, float(walls), bool(ball), split_seed,
                                 bool(facing))
     elif dataset == "donkeycar":
-        video = _load_npz(_find_donkeycar(), val_share)
-    elif str(dataset).endswith(".npz"):
-        video = _load_npz(Path(dataset).expanduser(), val_share)
+        video = _load_recording(_find_donkeycar(), val_share, action_lag, frame_px, fps)
+    elif recordings.known(str(dataset)):
+        video = _load_recording(Path(dataset).expanduser(), val_share, action_lag, frame_px, fps)
     elif dataset.startswith("atari:"):
         video = _load_atari(dataset.removeprefix("atari:"), n_train, n_val, length, split_seed, frame_skip)
     else:
-        raise unknown("dataset", dataset, ("gridworld", "donkeycar", "atari:Freeway", "another game, or an .npz file"))
+        raise unknown("dataset", dataset, ("gridworld", "donkeycar", "atari:Freeway", "another game, or an .npz file, "
+                                           "a film, a GIF, a folder"))
     digest = hashlib.sha256()
     for part in (video.train, video.val):
         for stored in (part.stored_cells, part.stored_frames, part.stored_actions, part.stored_effective):
@@ -461,100 +511,38 @@ def _find_donkeycar():
     return path
 
 
-def _read_npz(path):
-    """(name, array) of what is needed from an .npz file, which may unpack to no more than data/files.py says."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        with zipfile.ZipFile(path):  # numpy would take a single array or a pickle for something else
-            pass
-        with np.load(path, allow_pickle=False) as file:
-            names = [name for name in ("frames", "actions", "angle") if name in file.files]
-            size, most = sum(file.zip.getinfo(f"{name}.npy").file_size for name in names), files.most_unpacked(path)
-            if size > most:
-                raise UserError(f"{path} unpacks to {size:,} bytes: more than {most:,} are refused")
-            return {name: file[name] for name in names}
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, LookupError, MemoryError,
-            NotImplementedError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is no .npz file of plain arrays, or is damaged: {reason}") from error
-
-
-def _check_npz(path, arrays):
-    """(frames, actions or None) of an .npz file, checked."""
-    if "frames" not in arrays:
-        raise UserError(f"{path} has no array named frames")
-    frames = arrays["frames"]
-    if frames.dtype != np.uint8:
-        raise UserError(f"{path}: frames are {frames.dtype}, they must be uint8")
-    if frames.ndim != 4 or frames.shape[3] != 3:
-        raise UserError(f"{path}: frames are of shape {frames.shape}, it must be (N, H, W, 3)")
-    if 0 in frames.shape[1:]:
-        raise UserError(f"{path}: frames are of shape {frames.shape}, height and width must be at least 1")
-    name = next((name for name in ("actions", "angle") if name in arrays), None)
-    if name is None:
-        return frames, None
-    actions = arrays[name]
-    if actions.ndim != 1:
-        raise UserError(f"{path}: {name} are of shape {actions.shape}, it must be (N,)")
-    if len(actions) != len(frames):
-        raise UserError(f"{path}: there are {len(frames):,} frames and {len(actions):,} {name}, they must be as many")
-    if actions.dtype.kind not in ("fiu" if name == "actions" else "f"):
-        raise UserError(f"{path}: {name} are {actions.dtype}, they must be "
-                        f"{'whole numbers or ' if name == 'actions' else ''}floats")
-    if actions.dtype.kind == "f" and not np.isfinite(actions).all():
-        raise UserError(f"{path}: {name} are not all finite: entry {np.flatnonzero(~np.isfinite(actions))[0]} is "
-                        f"{actions[~np.isfinite(actions)][0]}")
-    if actions.dtype.kind != "f" and len(actions) and not 0 <= actions.min() <= actions.max() < 256:
-        raise UserError(f"{path}: {name} go from {actions.min()} to {actions.max()}, they must be from 0 to 255")
-    return frames, actions
-
-
-def _load_npz(path, val_share):
-    """A Video of an .npz file: the last val_share for validation, one episode each."""
-    frames, actions = _check_npz(path, _read_npz(path))
-    cut = len(frames) - round(len(frames) * val_share)
-    if min(cut, len(frames) - cut) < 2:
-        raise UserError(f"{path}: {len(frames):,} frames with val_share {val_share:g} are {cut:,} for training and "
-                        f"{len(frames) - cut:,} for validation, too few: each side needs at least 2")
-    names = ()
+def _load_recording(path, val_share, lag, size, fps):
+    """A Video of a recording: the last val_share of its frames for validation."""
+    recording = recordings.read(path, size, fps, lag)
+    frames, actions, n = recording.frames, recording.actions, len(recording.frames)
+    cut = n - round(n * val_share)
+    if min(cut, n - cut) < 2:
+        raise UserError(f"{path}: {n:,} frames with val_share {val_share:g} are {cut:,} for training and {n - cut:,} "
+                        "for validation, too few: each side needs at least 2")
+    names, numbers = (), None
     if actions is not None and actions.dtype.kind == "f":
         actions = actions.astype(np.float64)
         edges = np.quantile(actions[:cut], np.arange(1, BUCKETS) / BUCKETS)  # of the training part alone
-        actions = np.searchsorted(edges, actions)
+        numbers, actions = actions, np.searchsorted(edges, actions)
         names = (*(f"steering up to {edge:.2f}" for edge in edges), f"steering above {edges[-1]:.2f}")
     elif actions is not None:
         names = tuple(f"action {k}" for k in range(int(actions.max()) + 1))
     sides = []
-    for part in (slice(cut), slice(cut, None)):
-        done = None if actions is None else torch.from_numpy(actions[part][:-1].astype(np.uint8))[None]
-        sides.append(Clips(None, torch.from_numpy(np.ascontiguousarray(frames[part]))[None], done))
+    for first, last in ((0, cut), (cut, n)):
+        starts = [0, *(start - first for start in recording.starts if first < start < last)]
+        kind = Clips if len(starts) == 1 else functools.partial(Episodes, starts)
+        done, value = (None if x is None else torch.from_numpy(x[first:last][:-1].astype(to))[None]
+                       for x, to in ((actions, np.uint8), (numbers, np.float64)))
+        sides.append(kind(None, torch.from_numpy(np.ascontiguousarray(frames[first:last]))[None], done))
+        sides[-1].stored_values = value
     height, width = frames.shape[1:3]
-    source = (f"{path.name}: {len(frames):,} frames of {height} x {width}, the first {cut:,} for training and the last "
-              f"{len(frames) - cut:,} for validation, {len(names) or 'no'} actions")
+    source = (f"{path.name}: {n:,} frames of {height} x {width}, " + (len(recording.starts) > 1) * (
+        f"{len(recording.starts):,} episodes, ") + f"the first {cut:,} for training and the last {n - cut:,} for "
+        f"validation, {len(names) or 'no'} actions")
     return Video(*sides, None, len(names), names, None, height, width, source, "")
 
 
 # --- Atari ---
-
-@functools.lru_cache
-def _shares(size, to):
-    """For `size` pixels averaged to `to`: which pixels each result is made of, and their whole-number weights, which
-    add up to size; both (K, to), K the most pixels of one result."""
-    results = np.arange(to)
-    places = results * size // to + np.arange(math.ceil(size / to) + 1)[:, None]
-    overlap = np.minimum((results + 1) * size, (places + 1) * to) - np.maximum(results * size, places * to)
-    return places.clip(0, size - 1), np.where(places < size, overlap, 0).clip(0).astype(np.int32)
-
-
-def shrink(screen, height=64, width=64):
-    """A screen (H, W, 3) uint8 averaged by area, exactly: (height, width, 3) uint8. No matrix product, whose threads
-    would cost more than they bring."""
-    area = screen.shape[0] * screen.shape[1]
-    rows = sum(screen[place] * weight[:, None, None] for place, weight in zip(*_shares(screen.shape[0], height)))
-    total = sum(rows[:, place] * weight[:, None] for place, weight in zip(*_shares(screen.shape[1], width)))
-    return ((total + area // 2) // area).astype(np.uint8)
-
 
 def _load_atari(game, n_train, n_val, length, seed, frame_skip):
     """A Video of a game under uniformly random actions of its minimal set, each for frame_skip frames. One long play
@@ -594,13 +582,13 @@ def _play(ale, noop, legal, rng, frames, actions, game):
     for _ in range(20):
         for _ in range(1 + int(rng.random() * 8)):
             ale.act(noop)
-        frames[0] = shrink(ale.getScreenRGB())
+        frames[0] = recordings.shrink(ale.getScreenRGB())
         for k in range(len(actions)):
             if ale.game_over():
                 break
             actions[k] = int(rng.random() * len(legal))
             ale.act(legal[actions[k]])
-            frames[k + 1] = shrink(ale.getScreenRGB())
+            frames[k + 1] = recordings.shrink(ale.getScreenRGB())
         else:
             return
         ale.reset_game()
@@ -621,13 +609,40 @@ def statistics(clips, n_actions):
         figures["shares"] = shares.tolist()
         figures["entropy"] = -float(torch.special.xlogy(shares, shares).sum())
         figures["stopped"] = float((done != clips.stored_actions.long()).double().mean())
-    index, total = torch.linspace(0, n - 1, min(n, 4096), dtype=torch.float64).long(), 0.0
-    for piece in index.split(64):
-        pair = clips.frames(piece, 2).float() / 255
-        total += float((pair[:, 1] - pair[:, 0]).square().mean()) * len(piece)
-    error = total / len(index)
-    figures["copy_last"] = -10 * math.log10(error) if error else math.inf
+    figures["copy_last"] = copying(clips)
     return figures
+
+
+def copying(clips, ahead=1):
+    """PSNR in dB of predicting that so many frames on nothing has changed, over at most 4,096 clips."""
+    n, total = clips.count(ahead + 1), 0.0
+    index = torch.linspace(0, n - 1, min(n, 4096), dtype=torch.float64).long()
+    for piece in index.split(64):
+        clip = clips.frames(piece, ahead + 1)[:, [0, -1]].float() / 255
+        total += float((clip[:, 1] - clip[:, 0]).square().mean()) * len(piece)
+    error = total / len(index)
+    return -10 * math.log10(error) if error else math.inf
+
+
+def motion(video):
+    """Lines about a recording, before a minute is spent on it: what moves, what copying scores, and how much of the
+    actions the frames show."""
+    frames, ahead = video.val.stored_frames[0], [h for h in (1, 4, 16) if h < video.val.length]
+    moved = (frames[1:].int() - frames[:-1].int()).abs().amax(-1) > 0.05 * 255
+    copied = ", ".join(f"{copying(video.val, h):.1f}" for h in ahead)
+    yield (f"val: {float(moved.double().mean()):.0%} of the pixels change by more than 0.05 from frame to frame; "
+           f"copying scores {copied} dB after {', '.join(map(str, ahead))} frames")
+    if video.n_actions and min(video.train.length, video.val.length) > 8:
+        sides = []
+        for clips in (video.train, video.val):
+            done = F.one_hot(clips.stored_actions[0].long(), video.n_actions).double()
+            if clips.stored_values is not None:
+                done = clips.stored_values[0, :, None]
+            sides.append((clips.stored_frames[0].numpy(), done.numpy()))
+        found = recordings.visible(*sides)
+        best = int(np.argmax(np.nan_to_num(found, nan=-9.0)))
+        yield (f"actions as far as the frame's halves show them by their shift: R2 {found[0]:.2f}"
+               + f"; {best} frames later {found[best]:.2f} (--action_lag {best})" * (best > 0))
 
 
 def draw_clips(video, path):
@@ -656,12 +671,14 @@ def draw_clips(video, path):
 
 
 def describe(video, dataset, stats=False, out="."):
-    """Prints what there is; for --stats figures of both sides, and writes a picture.
+    """Prints what there is, of a recording what moves in it; for --stats figures of both sides, and writes a picture.
 
     stats: count, and write video_<dataset>.png (training clips)
     out: the folder of the picture
     """
     print(video.source)
+    if video.cell_px is None:
+        print("\n".join(motion(video)))
     if not stats:
         return
     for name, clips in (("train", video.train), ("val", video.val)):
@@ -672,7 +689,7 @@ def describe(video, dataset, stats=False, out="."):
             shares = ", ".join(f"{what} {share:.1%}" for what, share in zip(video.action_names, figures["shares"]))
             print(f"{name}: {shares}; entropy {figures['entropy']:.3f} nats"
                   + f"; {figures['stopped']:.1%} blocked" * (figures["stopped"] > 0))
-    path = Path(out) / f"video_{Path(dataset).stem if dataset.endswith('.npz') else dataset.replace(':', '_')}.png"
+    path = Path(out) / f"video_{Path(dataset).stem if recordings.known(dataset) else dataset.replace(':', '_')}.png"
     draw_clips(video, path)
     print(f"wrote {path}")
 

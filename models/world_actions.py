@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from model import initialise
 from models.discrete import VQ, Quantised, straight_through
 from models.video import SpatioTemporal
-from models.world_layers import Affine, Conv, Residual, config_of, from_patches, to_patches
+from models.world_layers import Affine, Conv, Residual, config_of, from_patches, move, to_patches
 
 
 class Signs(nn.Module):
@@ -74,10 +74,14 @@ class ActionModel(nn.Module):
     time; it learns from every frame of its history (`every`), and the decoder also sees the codes that led to the
     frames before. colours: P of the palette, or None: then x_t plus a residual is written. channels: C of frames, 3 of
     RGB. With signs the bias of `to_code` has no gradient: their normalisation takes it away.
+
+    decoder "film": written as above, the code a gain and a shift of each block; "warp", of kind "conv" without a
+    palette: x_t moved by a flow of 4 x 4 control points that the code alone sets. It cannot paint, so what the code
+    says is where things go: of a camera that moves, how.
     """
 
     def __init__(self, height, width, patch, colours, history=2, n_codes=8, n_embd=32, n_layer=3, kind="conv",
-                 quantiser="signs", n_head=4, difference=True, channels=3):
+                 quantiser="signs", n_head=4, difference=True, channels=3, decoder="film"):
         super().__init__()
         self.height, self.width, self.patch, self.colours = height, width, patch, colours
         self.history, self.n_codes, self.kind, self.difference = history, n_codes, kind, difference
@@ -85,9 +89,13 @@ class ActionModel(nn.Module):
         D, n_out = self.quantiser.width, patch * patch * (colours or channels)
         self.config = config_of(n_layer, n_head, n_embd, max(2, history + 1))
         self.to_hidden, self.to_code = Affine(n_embd, n_embd), Affine(n_embd, D)
+        self.warps = decoder == "warp"
         if kind == "conv":
             self.look = Conv(channels * (history + 1), n_embd, patch, patch)
             self.encoder = nn.ModuleList(Residual(n_embd) for _ in range(n_layer))
+        if self.warps:
+            self.act, self.flow = Affine(D, n_embd), Affine(n_embd, 2 * 4 * 4)
+        elif kind == "conv":
             self.see = Conv(channels * history, n_embd, patch, patch)
             self.decoder = nn.ModuleList(Residual(n_embd, D) for _ in range(n_layer))
             self.write = Conv(n_embd, n_out, 1)
@@ -122,6 +130,8 @@ class ActionModel(nn.Module):
                 u = self.encode_every(frames)
                 e = torch.cat((self.quantiser(u.flatten(0, 1)).e.view(u.shape).to(e.dtype), e), 1)
             return self.predict_every(frames, e)[:, -1]
+        if self.warps:
+            return move(frames[:, -1], self.flow(F.relu(self.act(e))).view(-1, 2, 4, 4))
         h = self.see(self._channels(frames))
         for block in self.decoder:
             h = block(h, e)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from model import Block, Norm, initialise, make_ropes
 from models.encoder_decoder import positions_of
 from models.video import SpatioTemporal
-from models.world_layers import config_of
+from models.world_layers import config_of, from_patches, to_patches
 from nanolab.cache import Cache
 
 
@@ -98,8 +98,9 @@ class Dynamics(nn.Module):
 
     @torch.no_grad()
     def next_frame(self, actions, cache=None, steps=8, temperature=1.0, choice=4.5, generator=None, past=None,
-                   window=None):
-        """The tokens (B, N) of the frame that `actions` (B,) lead to, by `fill_in`.
+                   window=None, watch=None):
+        """The tokens (B, N) of the frame that `actions` (B,) lead to, by `fill_in`. watch: is called with the logits
+        (B, N, K) of the first round, in which all is hidden.
 
         With a cache, which holds the frames before, only the new frame runs in each round, and once more with its final
         tokens, which the cache then holds too. Without, past = (tokens (B, T, N), actions (B, T)) are computed again in
@@ -114,6 +115,8 @@ class Dynamics(nn.Module):
             held = cache.length
             logits = self(tokens[:, None], actions, cache)[:, -1]
             cache.crop(held)
+            if watch is not None and (tokens == self.mask).all():
+                watch(logits)
             return logits
         tokens = fill_in(logits_of, len(actions), self.n_tokens, self.codebook_size, self.embed.device, steps,
                          temperature, choice, generator)
@@ -122,14 +125,16 @@ class Dynamics(nn.Module):
         return tokens
 
     @torch.no_grad()
-    def generate(self, tokens, actions, plan, cached=True, window=None, generator=None, **how):
+    def generate(self, tokens, actions, plan, cached=True, window=None, generator=None, shown=None, **how):
         """Goes on after frames tokens (B, T, N), led to by actions (B, T): the tokens (B, n, N) of the frames that plan
         (B, n) leads to, one after another. cached False computes all frames again in every round of every frame.
-        `how`: of next_frame."""
+        shown: the last of them (B, 1, H, W, 3), where the model drafts by it. `how`: of next_frame."""
         cache, made = None, []
         if cached:
             cache = self.new_cache(len(tokens), tokens.size(1) + plan.size(1), window)
             self(tokens, actions, cache)
+            if shown is not None:
+                cache.shown = shown
             how = dict(how, cache=cache)
         for t in range(plan.size(1)):
             if not cached:
@@ -138,6 +143,132 @@ class Dynamics(nn.Module):
             made.append(frame)
             tokens, actions = torch.cat((tokens, frame[:, None]), 1), torch.cat((actions, plan[:, t:t + 1]), 1)
         return torch.stack(made, 1)
+
+
+class PackedDynamics(Dynamics):
+    """Dynamics of a camera's frames: what differs from `Dynamics` are the ends of the trunk.
+
+    pack: p x p tokens share one place of the trunk, each with an input and an output of its own, so that fine tokens
+    cost no more places. codebook, an FSQ: a token goes in as its levels, by a linear map, and its logit is the sum of
+    those of its levels: neighbouring codes share what they learn; None: a table of vectors, as `Dynamics` has.
+    draft, with a codebook: a hidden token's place is also told, as numbers of the tokenizer's encoder, what the action
+    model makes of the frame before, and its logits begin as those of a normal distribution of the code around them,
+    whose precision is learned. `sources` {"tokenizer", "actions"}, the trained models, is to be set, and is not part of
+    the weights. The first frame has none. Raises ValueError where p does not divide the grid.
+    """
+
+    def __init__(self, grid, codebook_size, n_actions, n_layer=2, n_head=4, n_embd=64, action_input="add",
+                 block_size=16, pack=2, codebook=None, draft=False):
+        nn.Module.__init__(self)
+        if grid[0] % pack or grid[1] % pack:
+            raise ValueError(f"pack {pack} does not divide a grid of {grid[0]} x {grid[1]} tokens")
+        self.grid, self.n_tokens, self.pack = tuple(grid), grid[0] * grid[1], pack
+        self.codebook_size, self.n_actions, self.extra = codebook_size, n_actions, int(action_input == "prepend")
+        self.config = config_of(n_layer, n_head, n_embd, block_size, codebook_size + 1)
+        places, self.sources = (grid[0] // pack, grid[1] // pack), None
+        self.digits, self.draft, n_in, n_out, D = codebook is not None, draft, codebook_size, codebook_size, 0
+        if self.digits:
+            codes = torch.arange(codebook_size)
+            digits = codes[:, None] // codebook.basis % codebook.levels
+            one_hot = torch.cat([F.one_hot(d, int(n)) for d, n in zip(digits.T, codebook.levels)], 1).float()
+            numbers = F.pad(codebook.look_up(codes).float(), (0, 1), value=1.0)  # (K, D + 1), the bias last
+            self.register_buffer("numbers", numbers, persistent=False)
+            self.register_buffer("levels", one_hot, persistent=False)            # (K, sum of the levels)
+            n_in, n_out, D = numbers.size(1), one_hot.size(1), numbers.size(1) - 1
+        self.entry = nn.Parameter(torch.empty(pack ** 2, n_in + 1, n_embd))      # the mask last
+        self.acts = nn.Parameter(torch.empty(n_actions + 1, n_embd))
+        self.readout = nn.Parameter(torch.empty(pack ** 2, n_out, n_embd))
+        self.roles = dict(entry="embedding", acts="embedding", readout="head")
+        if draft:
+            self.hints = nn.Parameter(torch.empty(pack ** 2, D, n_embd))
+            self.log_precision = nn.Parameter(torch.empty(D))
+            self.roles |= dict(hints="embedding", log_precision="gain")
+        self.trunk = SpatioTemporal(self.config, places[0] * places[1] + self.extra, places)
+        initialise(self)
+
+    def init_weights(self):
+        """N(0, 0.02), as embeddings and classifiers are; maps of a few numbers N(0, 0.3), precisions 5."""
+        for name in self.roles:
+            getattr(self, name).normal_(0, 0.3 if name == "hints" or name == "entry" and self.digits else 0.02)
+        if self.draft:
+            self.log_precision.fill_(math.log(5))
+
+    @property
+    def embed(self):
+        """What tells the device."""
+        return self.entry
+
+    def packed(self, x):
+        """x (B, T, N, c) -> (B, T, N / p p, p p, c)."""
+        x = to_patches(x.unflatten(2, self.grid), self.pack)
+        return x.unflatten(-1, (self.pack ** 2, -1))
+
+    def drafts(self, frames, actions):
+        """What the action model makes of frames (B, T, H, W, 3) by actions (B, T): the tokenizer's codes for it before
+        they are rounded, (B, T, N, D)."""
+        tokenizer, model, (B, T) = self.sources["tokenizer"], self.sources["actions"], actions.shape
+        with torch.no_grad():
+            frames = frames.flatten(0, 1).clamp(0, 1)[:, None]
+            e = model.quantiser.look_up(actions.flatten().clamp(max=model.n_codes - 1)).to(frames.dtype)
+            moved = model.predict(frames, e)[:, None].clamp(0, 1)
+            book = tokenizer.codebook
+            return (book.bounded(tokenizer.encode(moved)) / (book.levels // 2)).view(B, T, self.n_tokens, -1)
+
+    def forward(self, tokens, actions, cache=None, window=None, streams=None, before=None):
+        """As Dynamics.forward. before (B, n, H, W, 3): the true frames before the last n, those with hidden tokens,
+        where they are known; else they are what the tokens before say."""
+        hidden, p, table, drafts = tokens == self.mask, self.pack ** 2, self.entry, None
+        if self.digits:                                      # (p p, K + 1, C)
+            table = torch.cat((self.numbers @ table[:, :-1], table[:, -1:]), 1)
+        chosen = self.packed(tokens[..., None])[..., 0]                          # (B, T, N / p p, p p)
+        x = sum(F.embedding(chosen[..., j], table[j]) for j in range(p))
+        if self.draft and (before := self.before(tokens, cache, streams) if before is None else before) is not None:
+            n = before.size(1)
+            drafts = self.drafts(before, actions[:, -n:]) * hidden[:, -n:, :, None]
+            x = torch.cat((x[:, :-n], x[:, -n:] + torch.einsum("btnjd,jdc->btnc", self.packed(drafts), self.hints)), 1)
+        if cache is not None and self.draft and not hidden.any():
+            cache.shown = self.sources["tokenizer"].pixels(tokens[:, -1:])
+        act = F.embedding(actions, self.acts)[:, :, None]
+        x = torch.cat((act, x), 2) if self.extra else x + act
+        h = self.trunk(x, cache, window, streams)[:, :, self.extra:]
+        head = self.levels @ self.readout if self.digits else self.readout       # (p p, K, C)
+        logits = torch.stack([F.linear(h, head[j]) for j in range(p)], 3)        # (B, T, N / p p, p p, K)
+        logits = from_patches(logits.flatten(3), self.pack, *self.grid).flatten(2, 3).float()
+        if drafts is None:
+            return logits
+        codes = self.numbers[:, :-1]                         # - precision (draft - code)^2, less what all codes share
+        precision = self.log_precision.exp()
+        near = 2 * (drafts * precision) @ codes.T - codes.square() @ precision
+        return torch.cat((logits[:, :-n], logits[:, -n:] + near.float() * hidden[:, -n:, :, None]), 1)
+
+    def before(self, tokens, cache, streams):
+        """The frames (B, n, H, W, 3) before the last n of a pass, those with hidden tokens; None where none has."""
+        if streams is not None:
+            true, first = streams
+            tokens = tokens[:, max(first - 1, 0):first - 1 + tokens.size(1) - true]
+        elif not (tokens[:, -1] == self.mask).any():
+            return None
+        elif tokens.size(1) == 1:
+            return None if cache is None else cache.shown
+        else:
+            tokens = tokens[:, -2:-1]
+        return self.sources["tokenizer"].pixels(tokens)
+
+    @torch.no_grad()
+    def next_frame(self, actions, cache=None, *drawn, watch=None, **how):
+        """As Dynamics.next_frame. What `watch` returns, a frame (B, 1, H, W, 3), is drafted from next."""
+        seen = []
+        how["watch"] = watch and (lambda logits: seen.append(watch(logits)))
+        tokens = super().next_frame(actions, cache, *drawn, **how)
+        if seen and self.draft:
+            cache.shown = seen[0]
+        return tokens
+
+    def new_cache(self, batch_size, max_length, window=None):
+        """As Dynamics.new_cache; it also holds the last frame, (B, 1, H, W, 3)."""
+        cache = super().new_cache(batch_size, max_length, window)
+        cache.shown = None
+        return cache
 
 
 class CausalDynamics(nn.Module):

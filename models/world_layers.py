@@ -3,7 +3,7 @@
 Shapes: B batch, T frames, H x W pixels, N tokens of a frame, P colours of a palette, K codes, A actions, C width.
 Frames are float32 in 0..1 (B, T, H, W, 3). Where the data has a palette, what is written is P logits a pixel, else RGB.
 """
-
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -79,3 +79,15 @@ class Residual(nn.Module):
             gain, shift = self.film(z)[:, :, None, None].chunk(2, 1)
             a = a * (1 + gain) + shift
         return h + self.second(F.relu(a))
+
+
+def move(frames, flow):
+    """Frames (B, H, W, 3) whose every pixel is read where `flow` (B, 2, h, w) says, in pixels to the right and down
+    from its own place: control points, bilinear between them; past the edge the edge's colour goes on."""
+    B, H, W, _ = frames.shape
+    flow = F.interpolate(flow.to(frames.dtype), (H, W), mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
+    rows, columns = (torch.linspace(-1, 1, n, device=frames.device, dtype=frames.dtype) for n in (H, W))
+    place = torch.stack((columns.expand(H, W), rows[:, None].expand(H, W)), -1)
+    place = place + flow * place.new_tensor((2 / max(W - 1, 1), 2 / max(H - 1, 1)))
+    moved = F.grid_sample(frames.permute(0, 3, 1, 2), place, padding_mode="border", align_corners=True)
+    return moved.permute(0, 2, 3, 1)

@@ -5,6 +5,7 @@ is judged by. A mean over nothing, or a share of nothing, is not a number.
 
 Shapes: B clips, T frames, H x W pixels, P colours of a palette, N tokens of a frame. Frames are float32 in 0..1.
 """
+import functools
 import itertools
 import math
 from collections import Counter
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 
 from kernels import cross_entropy
 from models.discrete import code_statistics, mutual_information
-from models.world_layers import to_patches
+from models.world_layers import move, to_patches
 
 
 NOTHING = {"changed": "nothing changes", "information": "all actions are the same", "majority": "one clip only",
@@ -22,9 +23,13 @@ NOTHING = {"changed": "nothing changes", "information": "all actions are the sam
 
 
 def in_line(numbers):
-    """name value, name value, ...; and why where one is not a number."""
-    return ", ".join(f"{key} {value:.4g}" + (f" ({next(why for word, why in NOTHING.items() if word in key)})" if
-                                             math.isnan(value) else "") for key, value in numbers.items())
+    """name value, name value, ...; why where one is not a number, and of a whole frame what must be right."""
+    def why(key, value):
+        if math.isnan(value):
+            return f" ({next(why for word, why in NOTHING.items() if word in key)})"
+        return {"frame": " (all tokens right)", "drawn": " (all tokens right)"}.get(
+            key, " (all pixels right)" * key.startswith("exact_"))
+    return ", ".join(f"{key} {value:.4g}{why(key, value)}" for key, value in numbers.items())
 
 
 # --- Frames ---
@@ -39,6 +44,17 @@ def pixel_loss(written, frames, indices, weight=None):
     else:
         loss = (written.float() - frames).square().mean(-1).flatten()
     return loss.mean() if weight is None else (loss * weight.flatten()).sum() / weight.sum()
+
+
+def changed(frames, before, threshold=0.0):
+    """(...,) bool: pixels of frames (..., C) in which a channel differs from `before` by more than a threshold."""
+    return ((frames - before).abs() > threshold).any(-1)
+
+
+def shifted(plan, reader):
+    """Actions (B, T) of other clips: of a recording half of the batch away, since the next clip's are nearly the same,
+    else the clip before's."""
+    return plan.roll(1 if reader.side else max(1, len(plan) // 2), 0)
 
 
 def over(a, b):
@@ -75,10 +91,10 @@ def ssim(a, b, size=11, sigma=1.5):
 
 
 @torch.no_grad()
-def evaluate_tokenizer(model, reader, T, clips):
+def evaluate_tokenizer(model, reader, T, clips, threshold=0.0):
     """Figures of clips of T frames. psnr, ssim: of whole frames; frame_psnr: mean over frames of each one's;
-    changed_psnr: of patches that differ from the frame before, changed_floor: of copying that frame there; usage,
-    perplexity: of the codebook over all clips."""
+    changed_psnr: of patches in which a value differs from the frame before by more than the threshold, changed_floor:
+    of copying that frame there; usage, perplexity: of the codebook over all clips."""
     sums, codes = Counter(), []
     for index in reader.spread(T, clips).split(64):
         n, (frames, indices) = len(index), reader.pictures(index, T)
@@ -87,7 +103,7 @@ def evaluate_tokenizer(model, reader, T, clips):
         square = (seen - frames).square()
         patches = to_patches(frames, model.patch)
         truth, copied = patches[:, 1:], patches[:, :-1]
-        moved = (truth != copied).any(-1)                                        # (B, T - 1, N)
+        moved = changed(truth, copied, threshold)                                # (B, T - 1, N)
         sums.update(clips=n, loss=pixel_loss(written, frames, indices).item() * n,
                     error=square.mean().item() * n, frame_psnr=frame_psnrs(square),
                     ssim=ssim(seen.flatten(0, 1), frames.flatten(0, 1)) * n,
@@ -168,7 +184,7 @@ def evaluate_actions(model, reader, clips):
         last = None if indices is None else indices[:, held]
         sums.update(clips=n, pairs=n * (n > 1),
                     loss=pixel_loss(written, windows[0][:, -1], last).item() * n)
-        plans = {"inferred": codes, "permuted": codes.roll(1, 0),
+        plans = {"inferred": codes, "permuted": shifted(codes, reader),
                  "random": torch.randint(model.n_codes, codes.shape, generator=generator).to(codes.device)}
         for name, plan in plans.items():
             past = frames[:, :held]
@@ -249,7 +265,39 @@ def untrained_floor(model, train, val, batches, clips):
             found = model(train.watch(index, model.history + 1)[0])[1]
             model.quantiser.follow(found.z, found.codes)
     numbers = evaluate_actions(model, val, clips)
-    return {f"untrained_{key}": numbers[key] for key in ("information", "majority") if key in numbers}
+    if val.side is None:
+        numbers |= against_time(model.eval(), train, val, clips)
+    names = "information", "majority", "null_information", "named", "r2"
+    return {f"untrained_{key}": numbers[key] for key in names if key in numbers}
+
+
+@torch.no_grad()
+def against_time(model, train, val, clips):
+    """How much of `information` a recording's few frames say by chance, and what codes say that was counted elsewhere.
+
+    null_information: I / H of codes rolled in time against the labels (mean of 8 rolls), which keeps what each says of
+    itself a little later; steps: as many. named: accuracy of naming the label by the map from codes that was counted on
+    the training part; r2: of the numbers that the labels were, by each code's mean there (0: no better than the mean).
+    """
+    def coded(reader, count):
+        index = reader.spread(model.history + 1, count)
+        codes = [model.quantiser(model.encode(reader.watch(part, model.history + 1)[0])).codes.cpu()
+                 for part in index.split(64)]
+        labels, values = reader.clips.effective(index, model.history + 1), reader.clips.values(index, model.history + 1)
+        return torch.cat(codes), labels[:, -1], None if values is None else values[:, -1]
+    K, n = model.n_codes, val.n_actions
+    (codes, labels, values), (there, their_labels, their_values) = coded(val, clips), coded(train, 4096)
+    rolled = [mutual_information(codes.roll(k * len(codes) // 9), labels, K, n) for k in range(1, 9)]
+    said = majority_map(there, their_labels, K, n)[codes]
+    found = dict(null_information=over(sum(one[0] for one in rolled) / 8, rolled[0][2]), steps=len(codes),
+                 named=(said == labels).double().mean().item())
+    if values is not None:
+        counts = there.bincount(minlength=K)
+        means = torch.zeros(K, dtype=torch.float64).index_add_(0, there, their_values) / counts
+        means = torch.where(counts > 0, means, their_values.mean())              # a code that was never seen there
+        spread = (values - values.mean()).square().sum().item()
+        found["r2"] = 1 - over((values - means[codes]).square().sum().item(), spread)
+    return found
 
 
 def linear_probe(train, val, T, clips, train_clips=4096, penalty=1.0):
@@ -289,7 +337,92 @@ def meanings_of(reader, clips):
     return meanings, [int(count.argmax()) if count.any() else None for count in means]
 
 
+# --- Floors of recordings ---
+
+@torch.no_grad()
+def copy_psnr(reader, T, clips):
+    """PSNR of all frames of clips of T by copying the frame before each."""
+    error = n = 0
+    for index in reader.spread(T, clips).split(64):
+        frames = reader.frames(index, T)
+        error, n = error + (frames[:, 1:] - frames[:, :-1]).square().mean().item() * len(index), n + len(index)
+    return psnr(error / n)
+
+
+def fit_flows(train, n_actions, steps=300, batch=32):
+    """One flow for each true action, (A, 2, 4, 4) pixels, by which the last frame moved is nearest the next: 32 numbers
+    each, by Adam on clips of the training part. """
+    flows = torch.zeros(n_actions, 2, 4, 4, device=train.device, requires_grad=True)
+    opt, chance = torch.optim.Adam([flows], lr=0.1), torch.Generator().manual_seed(0)
+    for step in range(steps):
+        opt.param_groups[0]["lr"] = 0.1 * (1 - step / steps)
+        index = torch.randint(train.clips.count(2), (batch,), generator=chance)
+        frames, actions = train.frames(index, 2), train.clips.effective(index, 2)[:, 0].to(train.device)
+        opt.zero_grad()
+        (move(frames[:, 0], flows[actions]) - frames[:, 1]).square().mean().backward()
+        opt.step()
+    return flows.detach()
+
+
+def rollout_floors(train, val, context, clips):
+    """PSNR at the frames of `evaluate_rollouts` of what no learned dynamics should be under. mean_n: the mean frame of
+    the training part, whatever came before; moved_n: the last true frame, moved n times by the flow of each true action
+    (`fit_flows`), where there are any."""
+    ahead, held = min(16, val.clips.length - context + 1), context - 1
+    index, times = val.spread(held + ahead, clips), [t for t in (1, 4, 16) if t <= ahead]
+    whole = train.spread(1, 4096)
+    mean = sum(train.frames(part, 1).sum((0, 1)) for part in whole.split(64)) / len(whole)
+    flows, sums = val.n_actions and fit_flows(train, val.n_actions), Counter()
+    for part in index.split(64):
+        frames, labels = val.frames(part, held + ahead), val.clips.effective(part, held + ahead)
+        now = frames[:, held - 1]
+        for t in range(1, ahead + 1):
+            if val.n_actions:
+                now = move(now, flows[labels[:, held + t - 2].to(val.device)])
+            for name, seen in (("mean", mean), ("moved", now)):
+                sums[name, t] += (seen - frames[:, held + t - 1]).square().flatten(1).mean(1).sum().item()
+    names = ("mean", "moved") if val.n_actions else ("mean",)
+    return {f"{name}_{t}": psnr(sums[name, t] / len(index)) for name in names for t in times}
+
+
+def doubts(stage, figures):
+    """{flag: line}: reasons not to believe in a stage, by its figures in the summary."""
+    def of(name):
+        value = figures.get(name if name.startswith("rollout") else f"{stage}_{name}")
+        return math.nan if value is None else value           # compared with it, nothing is less
+    found = {}
+    if stage == "tokenizer":
+        if of("perplexity") < 1.5:
+            found["dead_codebook"] = f"one code carries nearly all (perplexity {of('perplexity'):.2f})"
+        if of("psnr") < of("copy_psnr"):
+            found["below_copying"] = (f"below copying the last frame ({of('psnr'):.1f} against {of('copy_psnr'):.1f} "
+                                      "dB): no rollout can beat copying")
+    if stage == "actions":
+        if of("dpsnr_1") < 0.1:
+            found["codes_say_nothing"] = f"codes say nothing: other clips' codes cost {of('dpsnr_1'):.2f} dB"
+        if of("null_information") > 0.1:
+            found["few_steps"] = (f"{of('steps'):.0f} steps are too few to score information: codes rolled in time "
+                                  f"reach {of('null_information'):.2f}")
+        if of("information") - of("null_information") <= of("untrained_information") - of("untrained_null_information"):
+            found["as_untrained"] = "less its null, information is no more than an untrained encoder's"
+    if stage == "dynamics":
+        if of("copy") == 1:
+            found["blank_tokens"] = "no token ever changes: that all are right means nothing"
+        if of("tokens") <= of("copy") + min(0.02, (1 - of("copy")) / 2) or of("rollout_psnr_1") <= of(
+                "rollout_copy_1") + 0.2:
+            found["as_copying"] = (f"no better than copying: {of('tokens'):.1%} of tokens against {of('copy'):.1%}, "
+                                   f"{of('rollout_psnr_1'):.1f} against {of('rollout_copy_1'):.1f} dB")
+        if of("rollout_psnr_16") < of("rollout_mean_16"):
+            found["below_mean"] = "after 16 frames the mean frame of the training part is better"
+    return found
+
+
 # --- Dynamics ---
+
+def drafts(model):
+    """Whether dynamics also read the last frame's pixels."""
+    return getattr(model, "draft", False)
+
 
 @torch.no_grad()
 def evaluate_dynamics(model, reader, T, clips, window=None, causal=False):
@@ -312,7 +445,8 @@ def evaluate_dynamics(model, reader, T, clips, window=None, causal=False):
             said = model.next_frame(actions[:, -1], cache, temperature=0.0)
         else:
             hidden = torch.cat((truth[:, :-1], torch.full_like(truth[:, -1:], model.mask)), 1)
-            logits = model(hidden, actions, window=window)[:, -1]
+            true = dict(before=reader.frames(index, T)[:, -2:-1]) if drafts(model) else {}
+            logits = model(hidden, actions, window=window, **true)[:, -1]
             said = logits.argmax(-1)
         right, moved = said == last, last != before
         sums.update(frames=len(index), n=last.numel(), right=right.sum().item(), changed=right[moved].sum().item(),
@@ -341,19 +475,27 @@ def evaluate_rollouts(model, reader, context, clips, **how):
     led there (psnr_n; frame_psnr_n: mean over frames of each one's), with those of another clip (permuted_n; of the
     same 64, a clip alone is left out) or even draws (random_n); copy_n: the last true frame stays; dpsnr_4 = psnr_4 -
     random_4 (Genie's), dpsnr_permuted_4. exact_n: share of frames n that are wholly right. With one action permuted and
-    random are not a number. how: of the model's `generate`."""
+    random are not a number. expected_n: of recordings, the mean of what each hidden token may be, decoded in place of
+    the likeliest, from which the next frame goes on (but for drafts, which are of the frame shown); it blurs. how: of
+    the model's `generate`."""
     ahead, held = min(16, reader.clips.length - context + 1), context - 1
     T, sums, generator = held + ahead, Counter(), torch.Generator().manual_seed(0)
     for index in reader.spread(T, clips).split(64):
         n, (truth, actions) = len(index), reader.tokens_and_actions(index, T)
         frames, plan = reader.frames(index, T), actions[:, held:]
-        plans = {"psnr": plan, "permuted": plan.roll(1, 0),
+        plans = {"psnr": plan, "permuted": shifted(plan, reader),
                  "random": torch.randint(model.n_actions, plan.shape, generator=generator).to(plan.device)}
         if reader.merged is not None:
             plans["random"] = reader.merged[plans["random"]]
-        written = {name: reader.paint(torch.cat((truth[:, :held], model.generate(
-            truth[:, :held], actions[:, :held], chosen, generator=generator, **how)), 1))[:, held:]
-            for name, chosen in plans.items()}
+        last = dict(shown=frames[:, held - 1:held]) if drafts(model) else {}
+        begin = functools.partial(model.generate, truth[:, :held], actions[:, :held], generator=generator, **how,
+                                  **last)
+        written = {name: reader.paint(torch.cat((truth[:, :held], begin(chosen)), 1))[:, held:]
+                   for name, chosen in plans.items()}
+        if reader.blurs(model):
+            expected = []
+            begin(plan, watch=lambda logits: expected.append(reader.expected(logits)) or expected[-1])
+            written["expected"] = torch.cat(expected, 1)
         written["copy"] = frames[:, held - 1:held].expand(-1, ahead, -1, -1, -1)
         sums.update(clips=n, pairs=n * (n > 1))
         for (name, seen), t in itertools.product(written.items(), (1, 4, 16)):

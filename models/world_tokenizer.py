@@ -4,7 +4,7 @@ import torch.nn as nn
 from model import initialise
 from models.discrete import FSQ, VQ
 from models.video import SpatialTransformer, SpatioTemporal
-from models.world_layers import Affine, config_of, from_patches, to_patches
+from models.world_layers import Affine, Conv, Residual, config_of, from_patches, to_patches
 
 
 class Tokenizer(nn.Module):
@@ -18,15 +18,9 @@ class Tokenizer(nn.Module):
     def __init__(self, height, width, patch, colours, codebook_size=64, code_dim=8, n_layer=2, n_head=4, n_embd=64,
                  kind="spatial", quantiser="vq", window=None, block_size=16):
         super().__init__()
-        if height % patch or width % patch:
-            raise ValueError(f"patch {patch} does not divide frames of {height} x {width}")
-        self.height, self.width, self.patch, self.colours, self.kind = height, width, patch, colours, kind
-        self.window = window
-        grid = height // patch, width // patch
-        self.n_tokens, self.grid, self.codebook_size = grid[0] * grid[1], grid, codebook_size
-        self.config = config_of(n_layer, n_head, n_embd, block_size)
-        self.codebook = FSQ(codebook_size) if quantiser == "fsq" else VQ(codebook_size, code_dim, "cosine")
-        width_of_code = len(self.codebook.levels) if quantiser == "fsq" else code_dim
+        grid = self.lay_out(height, width, patch, colours, codebook_size, code_dim, quantiser)
+        self.kind, self.window = kind, window
+        self.config, width_of_code = config_of(n_layer, n_head, n_embd, block_size), self.width_of_code
 
         def trunk():
             if kind == "spatial":
@@ -37,6 +31,17 @@ class Tokenizer(nn.Module):
         self.from_code, self.decoder = Affine(width_of_code, n_embd), trunk()
         self.write = Affine(n_embd, patch * patch * (colours or 3))
         initialise(self)
+
+    def lay_out(self, height, width, patch, colours, codebook_size, code_dim, quantiser):
+        """The sizes and the codebook; returns the grid of tokens, (rows, columns)."""
+        if height % patch or width % patch:
+            raise ValueError(f"patch {patch} does not divide frames of {height} x {width}")
+        self.height, self.width, self.patch, self.colours, self.kind = height, width, patch, colours, "spatial"
+        self.grid, self.codebook_size = (height // patch, width // patch), codebook_size
+        self.n_tokens = self.grid[0] * self.grid[1]
+        self.codebook = FSQ(codebook_size) if quantiser == "fsq" else VQ(codebook_size, code_dim, "cosine")
+        self.width_of_code = len(self.codebook.levels) if quantiser == "fsq" else code_dim
+        return self.grid
 
     def through(self, trunk, x, cache=None):
         """x (B, T, N, C) through a trunk of either kind."""
@@ -70,3 +75,31 @@ class Tokenizer(nn.Module):
     def new_cache(self, batch_size, max_length):
         """For `pixels` of frames one after another; None where frames are seen one by one anyway."""
         return None if self.kind == "spatial" else self.decoder.new_cache(batch_size, max_length, self.window)
+
+
+class ConvTokenizer(Tokenizer):
+    """The same by convolutions, each frame by itself: patches of centred pixels, `n_layer` residual blocks of two 3x3
+    convolutions, the code; back a 3x3 convolution, as many blocks, pixels. It needs a fraction of attention's time for
+    a camera's frames, whose mean colour attention spends its first steps on."""
+
+    def __init__(self, height, width, patch, colours, codebook_size=64, code_dim=8, n_layer=1, n_embd=48,
+                 quantiser="fsq"):
+        nn.Module.__init__(self)
+        self.lay_out(height, width, patch, colours, codebook_size, code_dim, quantiser)
+        D, self.config = self.width_of_code, config_of(n_layer, 1, n_embd, 1)
+        self.look, self.to_code = Conv(3, n_embd, patch, patch), Conv(n_embd, D, 1)
+        self.encoder, self.decoder = (nn.Sequential(*(Residual(n_embd) for _ in range(n_layer))) for _ in range(2))
+        self.from_code, self.write = Conv(D, n_embd, 3), Conv(n_embd, patch * patch * (colours or 3), 1)
+        initialise(self)
+
+    def encode(self, frames):
+        """As Tokenizer.encode."""
+        x = self.look((frames - 0.5).flatten(0, 1).permute(0, 3, 1, 2))
+        return self.to_code(self.encoder(x)).flatten(2).mT.reshape(len(frames), -1, self.width_of_code)
+
+    def decode(self, e, cache=None):
+        """As Tokenizer.decode."""
+        x = e.reshape(-1, *self.grid, e.size(-1)).permute(0, 3, 1, 2).to(self.write.weight.dtype)  # (B T, D, h, w)
+        x = self.write(self.decoder(self.from_code(x))).flatten(2).mT            # (B T, N, p p P)
+        pixels = from_patches(x, self.patch, self.height, self.width)
+        return pixels.unflatten(0, (len(e), -1)) + (0.0 if self.colours else 0.5)

@@ -117,6 +117,17 @@ class Reader:
         cells = tokens.view(*tokens.shape[:2], self.side, self.side).to(torch.uint8).cpu().numpy()
         return torch.from_numpy(paint(cells, self.clips.cell_px)).to(tokens.device).float() / 255
 
+    def blurs(self, model):
+        """Whether dynamics can be asked for `expected` frames: MaskGIT over a recording's frames, each by itself."""
+        return self.kind == "tokenizer" and self.palette is None and hasattr(model, "mask") and (
+            self.models["tokenizer"].kind == "spatial")
+
+    def expected(self, logits):
+        """Logits (B, N, K) of a frame's tokens -> the frame (B, 1, H, W, 3) that the mean of their codes is."""
+        book = self.models["tokenizer"].codebook
+        table = book.look_up(torch.arange(logits.size(-1), device=logits.device))
+        return self.as_frames(self.models["tokenizer"].decode(logits.softmax(-1) @ table))
+
     def canvas(self, n, length):
         """A cache for `paint` of n worlds of at most so many frames."""
         return self.models["tokenizer"].new_cache(n, length) if self.kind == "tokenizer" else None

@@ -66,7 +66,7 @@ CASES = {
         seed=2, tokens="cells", action_source="true", ema_decay=0.9, dynamics="causal", keep_every=3),
     ("train_worldmodel", "fsq"): dict(
         seed=3, tokenizer="spatiotemporal", quantiser="fsq", action_quantiser="vq", action_model="transformer",
-        action_input="prepend", grad_accum=2),
+        action_input="prepend", token_input="digits", pack=2, grad_accum=2),
 }
 
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from choices import raises_one_line
 
-from data import draw, video
+from data import draw, recordings, video
 from data.video import (ACTIONS, AGENT, BALL, FLOOR, PALETTE, WALL, Clips, Stream, World, caption,
                         caption_length, load, paint, plain, read_caption, read_cells, render, sprites, statistics)
+from nanolab.settings import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -495,6 +496,165 @@ def test_the_car():
     assert min(figures["shares"]) > 0.15 and figures["copy_last"] == pytest.approx(20.77, abs=0.01)
 
 
+# --- Films and pictures ---
+
+def save(path, frames, **how):
+    """Pictures as a folder of PNGs, every second one grey and transparent, or as a GIF; or a file of text."""
+    Image = pytest.importorskip("PIL.Image")
+    pictures = [Image.fromarray(frame) for frame in frames]
+    if path.suffix == ".gif":
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], **how)
+    else:
+        path.mkdir(parents=True)
+        for k, picture in enumerate(pictures):
+            (picture.convert("LA") if k % 2 else picture).save(path / f"f{k}.png")
+    return str(path)
+
+
+def grey(n, side=8):
+    """Frame k is all of grey 9 k."""
+    return np.broadcast_to(np.arange(n, dtype=np.uint8)[:, None, None, None] * 9, (n, side, side, 3)).copy()
+
+
+def film(monkeypatch, frames, rate=10, wrong=None):
+    """A PyAV that shows these frames of every file, and then fails where `wrong`."""
+    class Broken(Exception):
+        pass
+
+    class Film:
+        streams = type("Streams", (), dict(video=[type("Stream", (), dict(average_rate=rate))] * (frames is not None)))
+        __enter__, __exit__ = lambda self: self, lambda self, *error: None
+
+        def decode(self, video):
+            for k, picture in enumerate(frames):
+                yield type("Frame", (), dict(time=k / rate, to_ndarray=lambda self, format, p=picture: p))()
+            if wrong:
+                raise Broken(wrong)
+    monkeypatch.setitem(sys.modules, "av", type(sys)("av"))
+    sys.modules["av"].open, sys.modules["av"].FFmpegError = lambda path: Film(), Broken
+
+
+def shown(clips, T=1):
+    """The grey, over 9, of every first frame of the clips of T."""
+    return (clips.frames(torch.arange(clips.count(T)), T)[:, 0, 0, 0, 0].int() / 9).round().int().tolist()
+
+
+@pytest.mark.parametrize("kind", ["folder", "gif", "film"])
+def test_films_and_pictures(kind, tmp_path, monkeypatch):
+    """In the order of their numbers, averaged to a size; so many a second; with the actions that lie beside."""
+    path = tmp_path / dict(folder="seen", gif="seen.gif", film="seen.mp4")[kind]
+    if kind == "film":
+        film(monkeypatch, grey(20))
+        path.touch()
+    else:
+        save(path, grey(20), **dict(duration=100) if kind == "gif" else {})
+    made = load(str(path), frame_px=4)
+    assert (made.height, made.width, made.n_actions) == (4, 4, 0) and "20 frames" in made.source
+    assert shown(made.train) == [*range(16)] and shown(made.val) == [*range(16, 20)]
+    (path / "actions.txt" if kind == "folder" else path.with_suffix(".txt")).write_text("\n".join("0123" * 5))
+    made = load(str(path), frame_px=4, action_lag=3)
+    assert made.n_actions == 4 and made.train.actions(torch.tensor([0]), 8).tolist() == [[0, 0, 0, 0, 1, 2, 3]]
+    if kind == "folder":
+        with raises_one_line("no clock"):
+            load(str(path), fps=2)
+    else:
+        made = load(str(path), fps=5, frame_px=4)
+        assert shown(made.train) == [*range(0, 16, 2)] and made.train.stored_actions.tolist() == [[0, 2] * 3 + [0]]
+
+
+def test_episodes_are_never_crossed(tmp_path):
+    """Folders of pictures, 10 after 9, one of a single frame; `episode` of an .npz file: clips of all lengths."""
+    lengths, n = [5, 1, 7, 9, 8], 0
+    for name, length in zip((1, 2, 9, 10, 11), lengths):
+        save(tmp_path / "play" / f"e{name}", grey(30)[n:n + length])
+        n += length
+    frames = np.stack([recordings.shrink(frame, 4, 4) for frame in grey(30)])
+    actions, episode = np.arange(30) % 7, np.repeat([4, 1, 3, 0, 2], lengths)
+    path = npz(tmp_path / "play.npz", frames=frames, episode=episode, actions=actions)
+    made = load(path, action_lag=1)
+    assert made.train.frames(torch.arange(24), 1).equal(load(str(tmp_path / "play"), frame_px=4).train.frames(
+        torch.arange(24), 1))
+    parts = [[0, 1, 2, 3, 4], [5], [*range(6, 13)], [*range(13, 22)], [22, 23]]            # the last goes on in val
+    assert len(made.train) == 5 and made.train.length == 9 and "5 episodes" in made.source
+    for T in (1, 2, 3, 7, 9):
+        wanted = [part[k] for part in parts for k in range(len(part) - T + 1)]
+        assert made.train.count(T) == len(wanted) and shown(made.train, T) == wanted
+        lagged = [[max(k - 1, next(part[0] for part in parts if k in part)) % 7 for k in range(first, first + T - 1)]
+                  for first in wanted]
+        assert made.train.actions(torch.arange(len(wanted)), T).tolist() == lagged
+    for index, T in ((made.train.count(7), 7), (-1, 2)):
+        with pytest.raises(IndexError):
+            made.train.frames(torch.tensor([index]), T)
+    with raises_one_line("10 frames", "9"):
+        made.train.count(10)
+
+
+def test_mirrored_clips_come_behind_the_others():
+    made = Clips(None, torch.from_numpy(frames_of(9))[None])
+    plain_ = made.frames(torch.arange(7), 3)
+    made.mirror = True
+    assert made.count(3) == 7 and Stream(made, 3, 4, 0).n == 14
+    assert made.frames(torch.arange(7), 3).equal(plain_) and made.frames(torch.arange(7, 14), 3).equal(plain_.flip(3))
+    assert made.frames(torch.tensor([8, 1]), 3).equal(torch.stack((plain_[1].flip(2), plain_[1])))
+    with pytest.raises(IndexError):
+        made.frames(torch.tensor([14]), 3)
+
+
+def test_films_that_are_wrong(tmp_path, monkeypatch):
+    def refused(name, *words, **how):
+        with raises_one_line(Path(name).name, *words):
+            load(str(tmp_path / name), **how)
+    for name in ("a.mp4", "b.gif", "c.mp4"):
+        (tmp_path / name).write_bytes(b"hello" * 9)
+    monkeypatch.setitem(sys.modules, "av", None)
+    refused("a.mp4", "pip install av")
+    film(monkeypatch, None)
+    refused("a.mp4", "no video in it")
+    film(monkeypatch, grey(9), wrong="bad data")
+    refused("a.mp4", "no video that can be read", "bad data")
+    film(monkeypatch, [*grey(4), *grey(4, 6)])
+    refused("a.mp4", "frame 5 is of 6 x 6", "8 x 8")
+    film(monkeypatch, [])
+    refused("a.mp4", "no frame")
+    film(monkeypatch, grey(9))
+    monkeypatch.setattr(recordings, "fits", lambda n, what: n > 300 and (_ for _ in ()).throw(UserError(what)))
+    refused("a.mp4", "take a smaller fps")
+    monkeypatch.setattr(recordings, "fits", lambda n, what: None)
+    for text, words in (("1\n2", ("9 frames and 2 actions",)), ("x", ("no list of numbers",)),
+                        ("nan\n" * 9, ("not all",))):
+        (tmp_path / "a.txt").write_text(text)
+        with raises_one_line("a.txt", *words):
+            load(str(tmp_path / "a.mp4"))
+    refused("b.gif", "no picture that can be read")
+    refused("none.mp4", "no such file")
+    (tmp_path / "empty").mkdir()
+    refused("empty", "holds no pictures")
+    save(tmp_path / "odd", [*frames_of(2), *frames_of(2, 6)])
+    refused("odd", "frame 3 is of 6 x 6 pixels, those before of 4 x 6")
+    (tmp_path / "two").mkdir()
+    for name in ("a.mp4", "c.mp4"):
+        (tmp_path / "two" / name).touch()
+    (tmp_path / "two" / "c.txt").write_text("1\n" * 9)
+    refused("two", "some episodes have actions")
+    path = npz(tmp_path / "e.npz", frames=frames_of(9), episode=np.zeros(8, int))
+    refused(path, "episode is int64 of shape (8,)")
+
+
+def test_how_much_of_the_actions_can_be_seen():
+    """Noise that is pushed sideways by what was done, seen three frames later; nothing of what was done by chance."""
+    rng = np.random.default_rng(0)
+    done, wide = rng.integers(-2, 3, 120), rng.integers(0, 256, (16, 500, 3), dtype=np.uint8)
+    place = 250 + np.cumsum(np.concatenate([[0] * 4, done[:-4]]))               # entry k moves frame k + 4
+    frames = np.stack([wide[:, p:p + 40] for p in place])
+    parts = [(frames[part], done[part, None].astype(float)) for part in (slice(80), slice(80, 120))]
+    found = recordings.visible(*parts)
+    assert len(found) == 6 and found[3] > 0.95 and max(found[:3] + found[4:]) < 0.5
+    moved = recordings.shifts(frames)
+    assert moved.shape == (119, 4) and (moved[3:, [0, 2]] == done[:-4, None]).all()
+    up = recordings.shifts(np.stack([wide.transpose(1, 0, 2)[p:p + 40] for p in place]))
+    assert (up[3:, [1, 3]] == done[:-4, None]).all()
+
+
 # --- Atari ---
 
 def test_shrinking_averages_by_area():
@@ -503,9 +663,9 @@ def test_shrinking_averages_by_area():
         wanted = screen.astype(float)
         for axis in range(2):  # so often repeated that the results are made of whole pixels
             wanted = wanted.repeat(to[axis], 0).reshape(to[axis], -1, *wanted.shape[1:]).mean(1).swapaxes(0, 1)
-        assert abs(video.shrink(screen, *to) - wanted).max() <= 0.5 + 1e-9
-    assert (video.shrink(np.full((210, 160, 3), 200, np.uint8)) == 200).all()
-    assert video.shrink(np.zeros((210, 160, 3), np.uint8)).shape == (64, 64, 3)
+        assert abs(recordings.shrink(screen, *to) - wanted).max() <= 0.5 + 1e-9
+    assert (recordings.shrink(np.full((210, 160, 3), 200, np.uint8)) == 200).all()
+    assert recordings.shrink(np.zeros((210, 160, 3), np.uint8)).shape == (64, 64, 3)
 
 
 def test_atari(monkeypatch):

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 
 import choices
 from model import parameter_roles
+from models.discrete import FSQ
 from models.video import axial_tables
 from models.world_actions import ActionModel, Signs
-from models.world_dynamics import CausalDynamics, Dynamics, fill_in
-from models.world_layers import from_patches, to_patches
-from models.world_tokenizer import Tokenizer
+from models.world_dynamics import CausalDynamics, Dynamics, PackedDynamics, fill_in
+from models.world_layers import from_patches, move, to_patches
+from models.world_tokenizer import ConvTokenizer, Tokenizer
 from models.world_words import Writer, as_characters, as_text
 from world_clips import some, whole
 
@@ -22,12 +23,28 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def dynamics(**settings):
     """Dynamics whose weights are large enough to matter, in float64: no near ties between a cache and none."""
     torch.manual_seed(0)
-    model = (CausalDynamics((2, 3), 7, 4, n_embd=16, n_head=2) if settings.get("action_input") == "causal" else
-             Dynamics((3, 4), 10, 5, n_layer=2, n_head=2, n_embd=16, **settings)).eval()
+    kind = settings.get("action_input")
+    if kind in ("packed", "drafted"):                         # 2 x 2 tokens a place, of 5 x 2 levels
+        model = PackedDynamics((2, 6), 10, 5, 2, 2, 16, pack=2, codebook=FSQ(10), draft=kind == "drafted")
+        model.sources = drafter()
+    else:
+        model = (CausalDynamics((2, 3), 7, 4, n_embd=16, n_head=2) if kind == "causal" else
+                 Dynamics((3, 4), 10, 5, n_layer=2, n_head=2, n_embd=16, **settings))
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0, 0.4)
-    return model.double()
+    return model.double().eval()
+
+
+def drafter():
+    """A tokenizer and an action model of 4 x 12 pixels, 12 tokens."""
+    models = dict(tokenizer=ConvTokenizer(4, 12, 2, None, 10, n_embd=8),
+                  actions=ActionModel(4, 12, 2, None, 1, 8, 8, 1, decoder="warp"))
+    with torch.no_grad():
+        for model in models.values():
+            for p in model.double().eval().parameters():
+                p.normal_(0, 0.4)
+    return models
 
 
 def test_patches():
@@ -82,11 +99,13 @@ def test_signs():
             Signs(n)
 
 
-@pytest.mark.parametrize("colours, quantiser", [(6, "signs"), (None, "vq")])
-@pytest.mark.parametrize("kind", ["conv", "transformer"])
+@pytest.mark.parametrize("kind, colours, quantiser", [
+    (kind, *how) for kind in ("conv", "transformer", "warp") for how in ((6, "signs"), (None, "vq"))
+    if kind != "warp" or how[0] is None])
 def test_action_model_sees_the_last_frame_through_the_code_only(kind, colours, quantiser):
     torch.manual_seed(0)
-    model = ActionModel(16, 24, 8, colours, n_codes=4, n_embd=16, n_layer=2, kind=kind, quantiser=quantiser).eval()
+    how = dict(kind="conv", decoder="warp") if kind == "warp" else dict(kind=kind)
+    model = ActionModel(16, 24, 8, colours, n_codes=4, n_embd=16, n_layer=2, quantiser=quantiser, **how).eval()
     parameter_roles(model)
     frames = some(3, 3, 16, 24, 3)
     with torch.no_grad():
@@ -102,7 +121,8 @@ def test_action_model_sees_the_last_frame_through_the_code_only(kind, colours, q
             other = frames.clone()
             other[:, place] = some(3, 16, 24, 3, seed=2)
             assert (model.encode(other) - model.encode(frames)).abs().max() > 1e-4
-            assert (model.predict(other[:, :-1], found.e) - written).abs().max() > 1e-4
+            moved = (model.predict(other[:, :-1], found.e) - written).abs().max() > 1e-4
+            assert moved == (kind != "warp" or place == 1)    # what is moved is the last frame alone
     model.train()
     channels = model._channels(frames)                        # frame by frame, as they lie in a checkpoint's weights
     assert torch.equal(channels[:, 3 * 1 + 2], frames[:, 1, ..., 2]) and channels.size(1) == 9
@@ -111,14 +131,31 @@ def test_action_model_sees_the_last_frame_through_the_code_only(kind, colours, q
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
+def test_a_flow_moves_pixels():
+    """Whole pixels to the right or down of where they are read; control points bilinear between; the edge goes on."""
+    frames, flow = some(2, 6, 9, 3), torch.zeros(2, 2, 4, 4)
+    torch.testing.assert_close(move(frames, flow), frames)
+    flow[0, 0], flow[1, 1] = 2, -1
+    moved = move(frames, flow)
+    torch.testing.assert_close(moved[0], frames[0][:, [2, 3, 4, 5, 6, 7, 8, 8, 8]])
+    torch.testing.assert_close(moved[1], frames[1][[0, 0, 1, 2, 3, 4]])
+    slope = torch.linspace(0, 4, 9)[None, None, :].expand(1, 6, 9)[..., None].expand(1, 6, 9, 3)
+    flow = torch.zeros(1, 2, 4, 4)
+    flow[0, 0, :, :] = torch.linspace(0, 1, 4)                # 0 at the left, 1 at the right edge
+    wanted = (slope + torch.linspace(0, 1, 9)[None, None, :, None] * 0.5).clamp(max=4)
+    torch.testing.assert_close(move(slope, flow), wanted)
+
+
 # --- Tokenizer ---
 
 @pytest.mark.parametrize("quantiser", ["vq", "fsq"])
-@pytest.mark.parametrize("kind, window", [("spatial", None), ("spatiotemporal", None), ("spatiotemporal", 2)])
+@pytest.mark.parametrize("kind, window", [("spatial", None), ("conv", None), ("spatiotemporal", None),
+                                          ("spatiotemporal", 2)])
 def test_tokenizer(kind, window, quantiser):
     torch.manual_seed(0)
-    model = Tokenizer(16, 24, 8, 6, 16, n_layer=1, n_head=2, n_embd=16, kind=kind, quantiser=quantiser,
-                      window=window).eval()
+    model = (ConvTokenizer(16, 24, 8, 6, 16, n_embd=16, quantiser=quantiser) if kind == "conv" else
+             Tokenizer(16, 24, 8, 6, 16, n_layer=1, n_head=2, n_embd=16, kind=kind, quantiser=quantiser,
+                       window=window)).eval()
     parameter_roles(model)
     frames = some(2, 5, 16, 24, 3)
     with torch.no_grad():
@@ -149,7 +186,7 @@ def test_tokenizer(kind, window, quantiser):
 
 # --- Dynamics ---
 
-@pytest.mark.parametrize("action_input", ["add", "prepend"])
+@pytest.mark.parametrize("action_input", ["add", "prepend", "packed"])
 def test_dynamics_sees_the_past_the_frame_and_the_action(action_input):
     model = dynamics(action_input=action_input)
     parameter_roles(model)
@@ -169,7 +206,7 @@ def test_dynamics_sees_the_past_the_frame_and_the_action(action_input):
 
 
 @pytest.mark.parametrize("window", [None, 2, 3])
-@pytest.mark.parametrize("action_input", ["add", "prepend"])
+@pytest.mark.parametrize("action_input", ["add", "prepend", "packed", "drafted"])
 def test_two_streams_are_what_the_cache_sees(action_input, window):
     """Every corrupted frame sees itself and the true frames before it: one pass equals T passes after true frames."""
     model = dynamics(action_input=action_input)
@@ -194,7 +231,7 @@ def test_two_streams_are_what_the_cache_sees(action_input, window):
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("kind", ["add", "prepend", "causal"])
+@pytest.mark.parametrize("kind", ["add", "prepend", "drafted", "causal"])
 def test_cached_generation_is_recomputed_generation(kind, temperature, window):
     """Identical tokens over eight frames; after the window slides, those of banded attention over the whole history;
     rows that begin alike but for their actions part, and a row alone writes what it writes among others."""
@@ -273,6 +310,54 @@ def test_causal_dynamics_sees_what_is_before():
                           (model(other, actions), t * 6 + place + 1))
             changed = ((out - logits).abs().amax(-1) > 1e-6).flatten(1)
             assert not changed[:, :first].any() and changed[:, first:].all()
+
+
+def test_digits_and_drafts():
+    """The logit of a code is the sum of its levels', a code goes in by its numbers; hidden tokens alone are told what
+    the action model makes of the frame before, and only of that."""
+    model = dynamics(action_input="drafted")
+    parameter_roles(model)
+    tokens, actions = whole(10, 2, 3, 12), whole(5, 2, 3, seed=1)
+    tokens[:, 2, :6] = model.mask
+    book, logits = FSQ(10), model(tokens, actions)[:, -1].view(2, 12, 5, 2)    # of code 2 i + j: levels i and j
+    torch.testing.assert_close(logits[:, :, 1:] - logits[:, :, :-1], (logits[:, :, 1:, :1] - logits[:, :, :-1, :1]
+                                                                      ).expand(-1, -1, -1, 2))
+    assert torch.equal(model.numbers[:, :2], book.look_up(torch.arange(10)).double())
+    tokenizer, acting = model.sources["tokenizer"], model.sources["actions"]
+    frames = tokenizer.pixels(tokens[:, 1:2])
+    moved = acting.predict(frames.clamp(0, 1), acting.quantiser.look_up(actions[:, 2]).double())
+    wanted = book.bounded(tokenizer.encode(moved[:, None].clamp(0, 1))) / (book.levels // 2)
+    torch.testing.assert_close(model.drafts(frames, actions[:, 2:])[:, 0], wanted)
+    told, asked = model(tokens, actions), []
+    torch.testing.assert_close(model(tokens, actions, before=frames), told)     # the frame before, as its tokens say
+    true = some(2, 1, 4, 12, 3).double()
+    assert (model(tokens, actions, before=true)[:, 2] - told[:, 2]).abs().amax(-1).min() > 1e-4
+    drafts = model.drafts(true, actions[:, 2:])
+    model.drafts = lambda *how: asked.append(how) or drafts
+    given = model(tokens, actions, before=true)
+    with torch.no_grad():
+        model.hints.zero_()                                   # logits of hidden places around the draft, and no others
+    near = model(tokens, actions, before=true) - _without_drafts(model, tokens, actions)
+    precision, apart = model.log_precision.exp(), drafts[..., None, :] - model.numbers[:, :-1]      # (2, 1, 12, 10, 2)
+    wanted = (drafts.square() @ precision)[..., None] - apart.square() @ precision
+    torch.testing.assert_close(near[:, 2, :6], wanted[:, 0, :6].float(), atol=1e-4, rtol=1e-4)
+    assert not near[:, 2, 6:].any() and not near[:, :2].any() and (given != told).any()
+    asked.clear()
+    model(whole(10, 2, 3, 12), actions)
+    assert not asked                                          # nothing to name, nothing drafted
+    cache = model.new_cache(2, 4)
+    model(whole(10, 2, 3, 12), actions, cache)
+    model.next_frame(actions[:, 0], cache, steps=1, temperature=0.0, watch=lambda logits: true)
+    assert cache.shown is true                                # what is shown is what the next draft is of
+    with pytest.raises(ValueError, match="pack 2 does not divide"):
+        PackedDynamics((3, 4), 10, 5, n_embd=16, pack=2)
+
+
+def _without_drafts(model, tokens, actions):
+    model.draft = False
+    logits = model(tokens, actions)
+    model.draft = True
+    return logits
 
 
 # --- Words ---

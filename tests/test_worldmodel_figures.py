@@ -14,6 +14,8 @@ import train_worldmodel as w
 from data.video import AGENT, BALL, FLOOR, MOVES, Clips, Stream, World, load, paint, plain, render
 from models import world_measures as m
 from models.discrete import Quantised
+from models.world_dynamics import Dynamics
+from models.world_tokenizer import ConvTokenizer
 from nanolab import world as worlds
 from nanolab.world import latent_actions
 from world_clips import (CONTEXT, HISTORY, PX, SHARP, SIDE, SMALL, as_logits, cells_of, copy_, decibels, displacement,
@@ -411,7 +413,7 @@ def test_the_untrained_floor_is_the_same_again(put, monkeypatch):
     monkeypatch.setattr(m, "evaluate_actions", lambda model, *more: built.append(model) or real(model, *more))
 
     def floor():
-        return w.floors(video, material(video, "train"), material(video))
+        return w.floors(None, video, material(video, "train"), material(video))
     first = floor()
     torch.rand(7)
     assert floor() == first
@@ -653,6 +655,146 @@ def test_latent_actions_explain_each_step():
         assert torch.equal(latent_actions(model, material(video).frames(index, 6)), labels)
         for t, window in enumerate(model.windows):
             assert (window == cells[:, [max(0, t + 1 - history + i) for i in range(history + 1)]]).all()
+
+
+# ---- Recordings ----
+
+def recorded(frames, actions, values=None):
+    """One episode of frames (N, H, W, 3) in 0..1 and actions (N - 1,)."""
+    clips = Clips(None, (frames * 255).round().to(torch.uint8)[None], torch.as_tensor(actions)[None].to(torch.uint8))
+    clips.stored_values = None if values is None else torch.as_tensor(values, dtype=torch.float64)[None]
+    return reader(clips, n_actions=3)
+
+
+class Reads(Codes):
+    """An action model of one frame's history that reads its code, or 0, off the last frame's first pixel."""
+    history, n_codes, training = 1, 4, False
+
+    def __init__(self, read=True):
+        super().__init__()
+        self.quantiser, self.read = self, read
+
+    def encode(self, frames):
+        return (frames[:, -1, 0, 0, 0] * 255 / 10).round().long() * self.read
+
+
+def test_what_codes_of_a_recording_say_by_chance_and_by_the_training_part():
+    """By loops: codes rolled in time against the labels; a map and means that were counted on the training part."""
+    rng = np.random.default_rng(0)
+    labels, codes = rng.integers(0, 3, 90), rng.integers(0, 4, 91)
+    codes[1:61] = np.where(rng.random(60) < 0.7, labels[:60], codes[1:61])
+    values = labels * 2.0 + rng.normal(size=90)
+    frames = torch.from_numpy(codes)[:, None, None, None].expand(-1, 8, 8, 3) * 10 / 255
+    sides = [recorded(frames[part], labels[part.start:part.stop - 1], values[part.start:part.stop - 1])
+             for part in (slice(0, 61), slice(61, 91))]
+    found = m.against_time(Reads(), *sides, 500)
+    (x, y, v), (test, truth, value) = ((codes[first + 1:last], labels[first:last - 1], values[first:last - 1])
+                                       for first, last in ((0, 61), (61, 91)))
+
+    def information(a, b):
+        return entropy(a.tolist()) + entropy(b.tolist()) - entropy(list(zip(a.tolist(), b.tolist())))
+    rolled = [information(np.roll(test, k * 29 // 9), truth) for k in range(1, 9)]
+    assert found["null_information"] == near(np.mean(rolled) / entropy(truth.tolist())) and found["steps"] == 29
+    named = {k: Counter(y[x == k].tolist()).most_common(1)[0][0] for k in range(4)}
+    assert found["named"] == near(np.mean([named[k] == label for k, label in zip(test, truth)]))
+    means = np.array([v[x == k].mean() for k in range(4)])
+    assert found["r2"] == near(1 - ((value - means[test]) ** 2).sum() / ((value - value.mean()) ** 2).sum())
+    assert found["r2"] < 0.9 and m.against_time(Reads(False), *sides, 500)["r2"] == near(
+        1 - ((value - v.mean()) ** 2).sum() / ((value - value.mean()) ** 2).sum())
+    assert "r2" not in m.against_time(Reads(), *(recorded(frames[:61], labels[:60]),) * 2, 500)
+
+
+def driven(n, seed):
+    """A smooth picture that each action 0, 1, 2 pushes by -1, 0 or 1 pixels sideways."""
+    actions = np.random.default_rng(seed).integers(0, 3, n - 1)
+    place = np.concatenate([[0], np.cumsum(actions - 1)])[:, None] + np.arange(16)
+    rows = 0.5 + 0.4 * np.sin(place / 2.5)
+    return recorded(torch.from_numpy(rows)[:, None, :, None].expand(-1, 8, 16, 3).float(), actions)
+
+
+def test_floors_of_rollouts():
+    """A flow for each true action is found, and moves the last frame as often as there are steps; the mean frame is
+    that of the training part."""
+    train, val = driven(80, 0), driven(40, 1)
+    flows = m.fit_flows(train, 3, steps=60)
+    assert flows.shape == (3, 2, 4, 4)
+    assert (flows[:, 0, :, 1:3].mean((1, 2)) - torch.tensor([-1, 0, 1])).abs().max() < 0.3
+    found, index = m.rollout_floors(train, val, 4, 20), val.spread(19, 20)
+    frames = val.frames(index, 19)
+    mean = train.frames(torch.arange(80), 1).mean((0, 1))
+    for t in (1, 4, 16):
+        assert found[f"mean_{t}"] == near(decibels((frames[:, 2 + t] - mean).square().mean().item()), 1e-3)
+    copied = decibels((frames[:, 2] - frames[:, 3]).square().mean().item())
+    assert found["moved_1"] > copied + 8 and found["moved_1"] > found["moved_4"] > found["mean_4"]
+    val.n_actions = 0
+    assert {*m.rollout_floors(train, val, 4, 20)} == {"mean_1", "mean_4", "mean_16"}
+
+
+def test_codes_of_a_recording_are_exchanged_with_those_far_away():
+    """The next clip's are nearly the same: half of the batch away; of separate worlds the clip before's."""
+    plan = torch.arange(10)[:, None].expand(-1, 2)
+    assert torch.equal(m.shifted(plan, driven(9, 0)), (plan + 5) % 10)
+    assert torch.equal(m.shifted(plan, material(video)), (plan + 9) % 10)
+    assert torch.equal(m.shifted(plan[:1], driven(9, 0)), plan[:1])
+
+
+@pytest.mark.parametrize("stage, figures, flags", [
+    ("tokenizer", dict(psnr=23, copy_psnr=19, perplexity=1.6), []),
+    ("tokenizer", dict(psnr=18, copy_psnr=19, perplexity=10), ["below_copying"]),
+    ("tokenizer", dict(psnr=30, copy_psnr=19, perplexity=1.2), ["dead_codebook"]),
+    ("actions", dict(dpsnr_1=0.2, information=0.5, null_information=0.1, untrained_information=0.3,
+                     untrained_null_information=0.1), []),
+    ("actions", dict(dpsnr_1=0.05, information=0.35, null_information=0.2, untrained_information=0.3,
+                     untrained_null_information=0.1, steps=150), ["codes_say_nothing", "few_steps", "as_untrained"]),
+    ("actions", dict(dpsnr_1=None, information=0.9), []),
+    ("dynamics", dict(tokens=0.34, copy=0.28, rollout_psnr_1=21, rollout_copy_1=19), []),
+    ("dynamics", dict(tokens=0.29, copy=0.28, rollout_psnr_1=21, rollout_copy_1=19), ["as_copying"]),
+    ("dynamics", dict(tokens=0.34, copy=0.28, rollout_psnr_1=19.1, rollout_copy_1=19), ["as_copying"]),
+    ("dynamics", dict(tokens=0.999, copy=0.985), []),
+    ("dynamics", dict(tokens=1.0, copy=1.0), ["blank_tokens", "as_copying"]),
+    ("dynamics", dict(tokens=0.34, copy=0.28, rollout_psnr_16=13.0, rollout_mean_16=13.9), ["below_mean"])])
+def test_what_is_said_of_a_stage_that_learned_nothing(stage, figures, flags):
+    found = m.doubts(stage, {key if key.startswith("rollout") else f"{stage}_{key}": value
+                             for key, value in figures.items()})
+    assert [*found] == flags and all("\n" not in line for line in found.values())
+
+
+@pytest.mark.parametrize("threshold, changes", [(0.0, 4), (0.06, 2), (0.2, 1)])
+def test_what_has_changed(threshold, changes, put):
+    """A channel that differs by more than the threshold; so it weighs in the losses."""
+    frames = torch.zeros(1, 2, 2, 3, 3)
+    frames[0, 1, :, :, 1] = torch.tensor([[0.0, 0.05, -0.1], [0.3, 0.0, 0.01]])
+    assert m.changed(frames[:, 1], frames[:, 0], threshold).sum() == changes
+    put(change_threshold=threshold, tokens="tokenizer", history=1, tokenizer_frames=2, tokenizer_change=1.0)
+    shown = recorded((frames[0] + 0.4), [0])
+    for stage in ("tokenizer", "actions"):
+        weight = w.STAGES[stage].read(shown, torch.tensor([0]), 0)[-1]
+        assert (weight > 1).sum() == changes * weight.size(1)
+
+
+def test_the_frame_that_the_mean_of_the_codes_is(put):
+    """Asked for in the first round of each frame; the mean over codes goes to the decoder."""
+    torch.manual_seed(0)
+    tokenizer = ConvTokenizer(8, 16, 4, None, 10, n_embd=8).eval()
+    shown = recorded(driven(40, 1).frames(torch.arange(40), 1)[:, 0], np.zeros(39))
+    shown.kind, shown.models = "tokenizer", dict(tokenizer=tokenizer)
+    logits = 3 * some(2, 8, 10)
+    e = torch.stack([sum(p * tokenizer.codebook.look_up(torch.tensor(k)) for k, p in enumerate(row)) for row in
+                     logits.softmax(-1).flatten(0, 1)]).view(2, 8, -1)
+    torch.testing.assert_close(shown.expected(logits), tokenizer.decode(e).clamp(0, 1))
+    model = Dynamics((2, 4), 10, 3, 1, 2, 16).eval()
+    with torch.no_grad():
+        model.heads[0].normal_(0, 0.5)
+    put(action_source="true", rollout_clips=5)
+    shown.no_action = 3
+    found = m.evaluate_rollouts(model, shown, 4, 5, window=4, steps=1, temperature=0.0)
+    assert {f"expected_{t}" for t in (1, 4, 16)} <= found.keys() and found["expected_1"] != found["psnr_1"]
+    tokens, actions = shown.tokens_and_actions(shown.spread(19, 5), 19)
+    with torch.no_grad():
+        hidden = torch.cat((tokens[:, :3], torch.full_like(tokens[:, :1], 10)), 1)
+        wanted = shown.expected(model(hidden, actions[:, :4], window=4)[:, -1])
+    error = (wanted[:, 0] - shown.frames(shown.spread(19, 5), 19)[:, 3]).square().mean().item()
+    assert found["expected_1"] == near(decibels(error))
 
 
 # ---- Played ----

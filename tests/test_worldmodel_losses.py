@@ -384,7 +384,7 @@ def test_a_prompt_of_words_that_no_caption_has(put):
 def test_the_actions_may_have_a_rate_of_their_own(name, put):
     put(tokens="cells", action_source="true", action_lr=0.5, lr=0.25, dynamics_embd=16, action_embd=16)
     shown = material(video, "train")
-    world = SimpleNamespace(video=video, train=shown, total=0, precision=torch.float32)
+    world = SimpleNamespace(video=video, train=shown, models={}, total=0, precision=torch.float32)
     learner = w.Learner(name, world, vars(w))
     w.optim.set_rate(learner.opt, {**learner.settings, "max_steps": 9, "schedule": "constant", "warmup_steps": 0}, 0)
     assert {group["lr"] for group in learner.opt.param_groups} - {w.muon_lr} == {0.5 if name == "actions" else 0.25}
