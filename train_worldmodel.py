@@ -27,11 +27,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
-from data import draw
 from data.video import Stream, caption_length, load
 from kernels import cross_entropy
 from model import fused_rows, parameter_roles
@@ -100,6 +97,7 @@ n_codes = 8                # [>= 2] latent actions
 history = 2                # [>= 1] frames that explain the next one; with 1 what moves by itself hides the action
 action_quantiser = "signs" # [signs, vq] signs of normalised numbers, or the nearest of n_codes vectors
 difference = True          # [with action_model conv] the encoder sees x_t+1 - x_t; False: x_t+1
+action_past = True         # [with action_model conv] the encoder sees the frames before, too; False: only what changed
 action_frames = "pixels"   # [pixels, tokens] what the action model sees and writes: frames, or the tokenizer's tokens
 action_layers = 3          # [>= 1, <= 1000] in encoder and decoder each
 action_embd = 32           # [>= 1] width
@@ -115,8 +113,7 @@ tokens = "tokenizer"       # [tokenizer, cells] of the tokenizer, or the grid wo
 action_source = "latent"   # [latent, true] actions that lead to each frame
 action_input = "add"       # [add, prepend] to every token of the frame, or as one more token
 streams = True             # true and corrupted frames side by side, all frames are targets; False: the last frame only
-merge_idle = False         # [with action_source latent] codes whose steps change little are one to the dynamics, and
-                           # half of all steps that change no more have it, whatever their code
+merge_codes = False        # [with action_source latent] codes that write the same frame are one to the dynamics
 mask_rate = (0.5, 1.0)     # [>= 0.0, <= 1.0] share of a frame's tokens that are hidden: uniform between these
 context = 6                # [>= 2] frames of a clip
 window = 4                 # [none, >= 2] frames that a frame sees, its own too, trained and generated; none: all
@@ -174,7 +171,7 @@ FURTHER = {"the optimiser": "nanolab/optim.py:Settings but orthograd warmup_peak
 presets = {
     "cpu": dict(stage="all", action_source="true", mask_rate=(0.3, 1.0), text_steps=100, frame_steps=250),
     "cpu_latent": dict(stage="all", facing=True, tokens="cells", action_frames="tokens", action_layers=1,
-                       action_steps=1500, action_lr=4e-3, merge_idle=True, mask_rate=(0.3, 1.0), text_steps=100,
+                       action_steps=1500, action_lr=4e-3, merge_codes=True, mask_rate=(0.3, 1.0), text_steps=100,
                        frame_steps=250),
     "cells": dict(stage="dynamics", tokens="cells", action_source="true"),
     "drive": dict(dataset="donkeycar", patch=4, codebook_size=256, reset_distance=0.05, tokenizer_change=0.0,
@@ -198,7 +195,7 @@ architecture = {
     "tokenizer": ("tokenizer", "codebook_size", "code_dim", "quantiser", "tokenizer_layers", "tokenizer_embd",
                   "tokenizer_frames"),
     "actions": ("action_model", "n_codes", "history", "action_quantiser", "difference", "action_layers", "action_embd",
-                "action_frames"),
+                "action_frames", "action_past"),
     "dynamics": ("dynamics", "tokens", "action_source", "action_input", "context", "dynamics_layers", "dynamics_embd"),
     "text": ("text_layers", "text_embd"),
     "frame": ("tokens", "frame_layers", "frame_embd"),
@@ -351,11 +348,6 @@ def hide_in_clips(n, n_tokens, noise):
 def read_dynamics(reader, index, step, hidden):
     """(tokens (B, T, N), actions (B, T), hidden, weight (B, targets, N)): tokens that change weigh more at first."""
     truth, acts = reader.tokens_and_actions(index, context)
-    if reader.merged is not None:
-        still = F.pad((truth[:, 1:] != truth[:, :-1]).sum(-1) <= reader.still, (1, 0))
-        key = draw.pair_hash(index.numpy()[:, None] * context + np.arange(context), step, data_seed)
-        half = torch.from_numpy(draw.chance(key, 0.5)).to(still.device)
-        acts = torch.where(still & half, reader.merged[-1], acts)
     first, extra = first_target(), falling(step, shares_of("dynamics"), dynamics_change, dynamics_change_fraction)
     return truth, acts, hidden, (1 + extra * (truth[:, first:] != truth[:, first - 1:-1])) * hidden[:, first:]
 
@@ -444,9 +436,9 @@ def build_actions(video):
     """An untrained action model, over pixels or over tokens."""
     how = history, n_codes, action_embd, action_layers, action_model, action_quantiser, n_head, difference
     if action_frames == "pixels":
-        return ActionModel(*sizes(video), *how)
+        return ActionModel(*sizes(video), *how, past=action_past)
     grid, K = token_sizes(video)
-    return ActionModel(*grid, 1, K, *how, channels=K)
+    return ActionModel(*grid, 1, K, *how, channels=K, past=action_past)
 
 
 def build_dynamics(video):
@@ -724,14 +716,13 @@ def finish(learner, run, clock):
 
 
 def know_codes(train, val):
-    """What the dynamics are told of latent actions: which codes are one, as their steps change little."""
-    if merge_idle and action_source == "latent":
+    """What the dynamics are told of latent actions: one code for those that write the same frame."""
+    if merge_codes and action_source == "latent":
         train.merged = val.merged = None
-        idle, train.still = worlds.idle_codes(train, context, eval_clips)
-        codes = torch.arange(n_codes + 1)
-        one = codes[idle].min()
-        print(f"codes whose steps change little: {codes[idle].tolist()}")
-        train.merged = val.merged = F.pad(torch.where(idle, one, codes), (0, 1), value=one).to(train.device)
+        stands = worlds.same_codes(train, eval_clips)
+        print("codes that write the same frame: " + (", ".join(
+            f"{code} as {other}" for code, other in enumerate(stands.tolist()) if code != other) or "none"))
+        train.merged = val.merged = stands.to(train.device)
 
 
 def last_figures(name, world, loop):

@@ -135,20 +135,26 @@ def as_bytes(frames):
 
 
 @torch.no_grad()
-def idle_codes(reader, T, clips, least=0.02):
-    """((n_codes + 1,) bool: the steps of this code change no more tokens than the middle between those of the codes
-    that change most and least, of those that stand for a share of `least` of all steps; the most tokens that an idle
-    step changes, half a token above the mean of theirs), of so many clips of T frames. No labels are asked."""
-    moved, n = torch.zeros(reader.no_action + 1), torch.zeros(reader.no_action + 1)
-    for index in reader.spread(T, clips).split(64):
-        tokens, codes = reader.tokens_and_actions(index, T)
-        changes = (tokens[:, 1:] != tokens[:, :-1]).sum(-1).flatten().cpu().float()
-        moved.index_add_(0, codes[:, 1:].flatten().cpu(), changes)
-        n += codes[:, 1:].flatten().cpu().bincount(minlength=len(n))
-    mean = moved / n                                                             # not a number of what there is not
-    often = mean[n >= least * n.sum()]
-    idle = mean <= (often.min() + often.max()) / 2                               # one at least
-    return idle, (moved[idle].sum() / n[idle].sum() + 0.5).item()
+def same_codes(reader, clips):
+    """(n_codes,) int64: the code that stands for each latent one, the commonest of those that write the same frame as
+    it after more than half of so many pasts; no labels are asked. Where frames have no palette none are the same."""
+    model, index = reader.models["actions"], reader.spread(reader.models["actions"].history + 1, clips)
+    chosen, same = torch.zeros(model.n_codes), torch.zeros(model.n_codes, model.n_codes)
+    for part in index.split(64):
+        frames = reader.watch(part, model.history + 1)[0]
+        chosen += model.quantiser(model.encode(frames)).codes.bincount(minlength=model.n_codes).cpu()
+        every = map(model.quantiser.look_up, torch.arange(model.n_codes, device=frames.device)[:, None].expand(
+            -1, len(part)))
+        written = torch.stack([reader.as_watched(model.predict(frames[:, :-1], e)).flatten(1) for e in every])
+        same += torch.stack([(one == written).all(-1).sum(-1) for one in written]).cpu()
+    kept, stands = [], torch.arange(model.n_codes)
+    for code in chosen.argsort(descending=True, stable=True).tolist():
+        near = max(kept, key=lambda other: same[code, other].item(), default=code)
+        if near != code and same[code, near] > len(index) / 2:
+            stands[code] = near
+        else:
+            kept.append(code)
+    return stands
 
 
 def opening(reader, world, T):
