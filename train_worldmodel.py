@@ -27,8 +27,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from data import draw
 from data.video import Stream, caption_length, load
 from kernels import cross_entropy
 from model import fused_rows, parameter_roles
@@ -113,7 +115,8 @@ tokens = "tokenizer"       # [tokenizer, cells] of the tokenizer, or the grid wo
 action_source = "latent"   # [latent, true] actions that lead to each frame
 action_input = "add"       # [add, prepend] to every token of the frame, or as one more token
 streams = True             # true and corrupted frames side by side, all frames are targets; False: the last frame only
-merge_codes = False        # [with action_source latent] codes that write the same frame are one to the dynamics
+merge_codes = False        # [with action_source latent] codes that write the same frame are one to the dynamics, and of
+                           # those that write the very frame that came next, as at a wall, one is drawn
 mask_rate = (0.5, 1.0)     # [>= 0.0, <= 1.0] share of a frame's tokens that are hidden: uniform between these
 context = 6                # [>= 2] frames of a clip
 window = 4                 # [none, >= 2] frames that a frame sees, its own too, trained and generated; none: all
@@ -171,8 +174,9 @@ FURTHER = {"the optimiser": "nanolab/optim.py:Settings but orthograd warmup_peak
 presets = {
     "cpu": dict(stage="all", action_source="true", mask_rate=(0.3, 1.0), text_steps=100, frame_steps=250),
     "cpu_latent": dict(stage="all", facing=True, tokens="cells", action_frames="tokens", action_layers=1,
-                       action_steps=1500, action_lr=4e-3, merge_codes=True, mask_rate=(0.3, 1.0), text_steps=100,
-                       frame_steps=250),
+                       action_past=False, action_steps=2000, action_lr=4e-3, merge_codes=True, mask_rate=(0.3, 1.0),
+                       n_head=2, dynamics_batch=8, dynamics_steps=2000, text_steps=100, frame_steps=250,
+                       eval_interval=1000),
     "cells": dict(stage="dynamics", tokens="cells", action_source="true"),
     "drive": dict(dataset="donkeycar", patch=4, codebook_size=256, reset_distance=0.05, tokenizer_change=0.0,
                   tokenizer_embd=96, tokenizer_batch=8, tokenizer_steps=700, action_change=0.0, action_steps=500,
@@ -348,6 +352,9 @@ def hide_in_clips(n, n_tokens, noise):
 def read_dynamics(reader, index, step, hidden):
     """(tokens (B, T, N), actions (B, T), hidden, weight (B, targets, N)): tokens that change weigh more at first."""
     truth, acts = reader.tokens_and_actions(index, context)
+    if reader.merged is not None:
+        places = index.numpy()[:, None] * context + np.arange(context)
+        acts = reader.redraw(index, acts, draw.pair_hash(places, step, data_seed))
     first, extra = first_target(), falling(step, shares_of("dynamics"), dynamics_change, dynamics_change_fraction)
     return truth, acts, hidden, (1 + extra * (truth[:, first:] != truth[:, first - 1:-1])) * hidden[:, first:]
 

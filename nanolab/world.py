@@ -91,6 +91,22 @@ class Reader:
         return found if self.merged is None else self.merged[found]
 
     @torch.no_grad()
+    def redraw(self, index, actions, hashes):
+        """Latent actions (B, T) of clips, each drawn evenly, by hashes (B, T) uint64, of the codes that write the very
+        frame that came next, and itself; the first of a clip, whose past is not whole, stay as they are."""
+        model, (B, T), past = self.models["actions"], actions.shape, self.models["actions"].history
+        frames, codes, own = self.watch(index, T)[0], self.merged.unique(), actions[:, past:].flatten()
+        windows = torch.stack([frames[:, t - past:t] for t in range(past, T)], 1).flatten(0, 1)
+        true = frames[:, past:].flatten(0, 1).flatten(1)
+        explains = own[:, None] == codes
+        for place, code in enumerate(codes):
+            written = model.predict(windows, model.quantiser.look_up(code.expand(len(own))))
+            explains[:, place] |= (self.as_watched(written).flatten(1) == true).all(1)
+        share = torch.from_numpy((hashes[:, past:] >> 11) / 2.0 ** 53).to(explains.device).flatten()
+        place = (explains.cumsum(1) > (share * explains.sum(1)).floor()[:, None]).int().argmax(1)
+        return torch.cat((actions[:, :past], codes[place].view(B, T - past)), 1)
+
+    @torch.no_grad()
     def tokens_and_actions(self, index, T):
         """(tokens (B, T, N), actions (B, T) int64, the one that led to each frame)."""
         tokens = self.tokens(index, T)
@@ -137,7 +153,8 @@ def as_bytes(frames):
 @torch.no_grad()
 def same_codes(reader, clips):
     """(n_codes,) int64: the code that stands for each latent one, the commonest of those that write the same frame as
-    it after more than half of so many pasts; no labels are asked. Where frames have no palette none are the same."""
+    it after more than half of so many pasts, and for one of less than a hundredth of the steps that which most often
+    does. No labels are asked."""
     model, index = reader.models["actions"], reader.spread(reader.models["actions"].history + 1, clips)
     chosen, same = torch.zeros(model.n_codes), torch.zeros(model.n_codes, model.n_codes)
     for part in index.split(64):
@@ -150,7 +167,7 @@ def same_codes(reader, clips):
     kept, stands = [], torch.arange(model.n_codes)
     for code in chosen.argsort(descending=True, stable=True).tolist():
         near = max(kept, key=lambda other: same[code, other].item(), default=code)
-        if near != code and same[code, near] > len(index) / 2:
+        if near != code and (same[code, near] > len(index) / 2 or chosen[code] < 0.01 * len(index)):
             stands[code] = near
         else:
             kept.append(code)
