@@ -95,6 +95,8 @@ class Reader:
         """Latent actions (B, T) of clips, each drawn evenly, by hashes (B, T) uint64, of the codes that write the very
         frame that came next, and itself; the first of a clip, whose past is not whole, stay as they are."""
         model, (B, T), past = self.models["actions"], actions.shape, self.models["actions"].history
+        if T <= past:
+            return actions
         frames, codes, own = self.watch(index, T)[0], self.merged.unique(), actions[:, past:].flatten()
         windows = torch.stack([frames[:, t - past:t] for t in range(past, T)], 1).flatten(0, 1)
         true = frames[:, past:].flatten(0, 1).flatten(1)
