@@ -29,7 +29,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from data import draw
 from data.video import Stream, caption_length, draw_clips, load
@@ -107,6 +106,7 @@ history = 2                # [>= 1] frames that explain the next one; with 1 wha
 action_decoder = "film"    # [film, warp] writes the next frame; warp: moves the last by a flow that the code alone sets
 action_quantiser = "signs" # [signs, vq] signs of normalised numbers, or the nearest of n_codes vectors
 difference = True          # [with action_model conv] the encoder sees x_t+1 - x_t; False: x_t+1
+action_past = True         # [with action_model conv] the encoder sees the frames before, too; False: only what changed
 action_frames = "pixels"   # [pixels, tokens] what the action model sees and writes: frames, or the tokenizer's tokens
 action_layers = 3          # [>= 1, <= 1000] in encoder and decoder each
 action_embd = 32           # [>= 1] width
@@ -125,8 +125,8 @@ streams = True             # true and corrupted frames side by side, all frames 
 token_input = "tables"     # [tables, digits] a vector for each code; or a linear map of its levels, whose logits add up
 pack = 1                   # [>= 1, <= 64] so many by so many tokens share a place of the transformer
 draft = False              # hidden tokens are told what the action model makes of the frame before
-merge_idle = False         # [with action_source latent] codes whose steps change little are one to the dynamics, and
-                           # half of all steps that change no more have it, whatever their code
+merge_codes = False        # [with action_source latent] codes that write the same frame are one to the dynamics, and of
+                           # those that write the very frame that came next, as at a wall, one is drawn
 mask_rate = (0.5, 1.0)     # [>= 0.0, <= 1.0] share of a frame's tokens that are hidden: uniform between these
 context = 6                # [>= 2] frames of a clip
 window = 4                 # [none, >= 2] frames that a frame sees, its own too, trained and generated; none: all
@@ -184,8 +184,9 @@ FURTHER = {"the optimiser": "nanolab/optim.py:Settings but orthograd warmup_peak
 presets = {
     "cpu": dict(stage="all", action_source="true", mask_rate=(0.3, 1.0), text_steps=100, frame_steps=250),
     "cpu_latent": dict(stage="all", facing=True, tokens="cells", action_frames="tokens", action_layers=1,
-                       action_steps=1500, action_lr=4e-3, merge_idle=True, mask_rate=(0.3, 1.0), text_steps=100,
-                       frame_steps=250),
+                       action_past=False, action_steps=2000, action_lr=4e-3, merge_codes=True, mask_rate=(0.3, 1.0),
+                       n_head=2, dynamics_batch=8, dynamics_steps=2000, text_steps=100, frame_steps=250,
+                       eval_interval=1000),
     "cells": dict(stage="dynamics", tokens="cells", action_source="true"),
     "video": dict(dataset="donkeycar", val_share=0.15, flip=True, change_threshold=0.05, tokenizer="conv", patch=4,
                   quantiser="fsq", codebook_size=256, tokenizer_embd=48, tokenizer_batch=16, tokenizer_frames=1,
@@ -211,7 +212,7 @@ architecture = {
     "tokenizer": ("tokenizer", "codebook_size", "code_dim", "quantiser", "tokenizer_layers", "tokenizer_embd",
                   "tokenizer_frames"),
     "actions": ("action_model", "n_codes", "history", "action_quantiser", "difference", "action_layers", "action_embd",
-                "action_frames", "action_decoder"),
+                "action_frames", "action_past", "action_decoder"),
     "dynamics": ("dynamics", "tokens", "action_source", "action_input", "context", "dynamics_layers", "dynamics_embd",
                  "token_input", "pack", "draft"),
     "text": ("text_layers", "text_embd"),
@@ -383,10 +384,8 @@ def read_dynamics(reader, index, step, hidden):
     tokens that change weigh more at first."""
     truth, acts = reader.tokens_and_actions(index, context)
     if reader.merged is not None:
-        still = F.pad((truth[:, 1:] != truth[:, :-1]).sum(-1) <= reader.still, (1, 0))
-        key = draw.pair_hash(index.numpy()[:, None] * context + np.arange(context), step, data_seed)
-        half = torch.from_numpy(draw.chance(key, 0.5)).to(still.device)
-        acts = torch.where(still & half, reader.merged[-1], acts)
+        places = index.numpy()[:, None] * context + np.arange(context)
+        acts = reader.redraw(index, acts, draw.pair_hash(places, step, data_seed))
     first, extra = first_target(), falling(step, shares_of("dynamics"), dynamics_change, dynamics_change_fraction)
     before = reader.frames(index, context)[:, first - 1:-1] if draft else None
     return truth, acts, hidden, before, (1 + extra * (truth[:, first:] != truth[:, first - 1:-1])) * hidden[:, first:]
@@ -476,9 +475,9 @@ def build_actions(video):
     """An untrained action model, over pixels or over tokens."""
     how = history, n_codes, action_embd, action_layers, action_model, action_quantiser, n_head, difference
     if action_frames == "pixels":
-        return ActionModel(*sizes(video), *how, decoder=action_decoder)
+        return ActionModel(*sizes(video), *how, past=action_past, decoder=action_decoder)
     grid, K = token_sizes(video)
-    return ActionModel(*grid, 1, K, *how, channels=K)
+    return ActionModel(*grid, 1, K, *how, channels=K, past=action_past)
 
 
 def build_tokenizer(video):
@@ -775,14 +774,13 @@ def finish(learner, run, clock):
 
 
 def know_codes(train, val):
-    """What the dynamics are told of latent actions: which codes are one, as their steps change little."""
-    if merge_idle and action_source == "latent":
+    """What the dynamics are told of latent actions: one code for those that write the same frame."""
+    if merge_codes and action_source == "latent":
         train.merged = val.merged = None
-        idle, train.still = worlds.idle_codes(train, context, eval_clips)
-        codes = torch.arange(n_codes + 1)
-        one = codes[idle].min()
-        print(f"codes whose steps change little: {codes[idle].tolist()}")
-        train.merged = val.merged = F.pad(torch.where(idle, one, codes), (0, 1), value=one).to(train.device)
+        stands = worlds.same_codes(train, eval_clips)
+        print("codes that write the same frame: " + (", ".join(
+            f"{code} as {other}" for code, other in enumerate(stands.tolist()) if code != other) or "none"))
+        train.merged = val.merged = stands.to(train.device)
 
 
 def last_figures(name, world, loop):

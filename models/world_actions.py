@@ -81,17 +81,17 @@ class ActionModel(nn.Module):
     """
 
     def __init__(self, height, width, patch, colours, history=2, n_codes=8, n_embd=32, n_layer=3, kind="conv",
-                 quantiser="signs", n_head=4, difference=True, channels=3, decoder="film"):
+                 quantiser="signs", n_head=4, difference=True, channels=3, past=True, decoder="film"):
         super().__init__()
         self.height, self.width, self.patch, self.colours = height, width, patch, colours
-        self.history, self.n_codes, self.kind, self.difference = history, n_codes, kind, difference
+        self.history, self.n_codes, self.kind, self.difference, self.past = history, n_codes, kind, difference, past
         self.quantiser = Signs(n_codes) if quantiser == "signs" else Nearest(n_codes)
         D, n_out = self.quantiser.width, patch * patch * (colours or channels)
         self.config = config_of(n_layer, n_head, n_embd, max(2, history + 1))
         self.to_hidden, self.to_code = Affine(n_embd, n_embd), Affine(n_embd, D)
         self.warps = decoder == "warp"
         if kind == "conv":
-            self.look = Conv(channels * (history + 1), n_embd, patch, patch)
+            self.look = Conv(channels * (history * past + 1), n_embd, patch, patch)
             self.encoder = nn.ModuleList(Residual(n_embd) for _ in range(n_layer))
         if self.warps:
             self.act, self.flow = Affine(D, n_embd), Affine(n_embd, 2 * 4 * 4)
@@ -112,7 +112,7 @@ class ActionModel(nn.Module):
         if self.kind == "transformer":
             return self.encode_every(frames)[:, -1]
         last = frames[:, -1:] - frames[:, -2:-1] if self.difference else frames[:, -1:]
-        h = self.look(self._channels(torch.cat((frames[:, :-1], last), 1)))
+        h = self.look(self._channels(torch.cat((frames[:, :-1], last), 1) if self.past else last))
         for block in self.encoder:
             h = block(h)
         return self.to_code(F.relu(self.to_hidden(h.amax((2, 3)))))

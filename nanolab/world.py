@@ -91,6 +91,24 @@ class Reader:
         return found if self.merged is None else self.merged[found]
 
     @torch.no_grad()
+    def redraw(self, index, actions, hashes):
+        """Latent actions (B, T) of clips, each drawn evenly, by hashes (B, T) uint64, of the codes that write the very
+        frame that came next, and itself; the first of a clip, whose past is not whole, stay as they are."""
+        model, (B, T), past = self.models["actions"], actions.shape, self.models["actions"].history
+        if T <= past:
+            return actions
+        frames, codes, own = self.watch(index, T)[0], self.merged.unique(), actions[:, past:].flatten()
+        windows = torch.stack([frames[:, t - past:t] for t in range(past, T)], 1).flatten(0, 1)
+        true = frames[:, past:].flatten(0, 1).flatten(1)
+        explains = own[:, None] == codes
+        for place, code in enumerate(codes):
+            written = model.predict(windows, model.quantiser.look_up(code.expand(len(own))))
+            explains[:, place] |= (self.as_watched(written).flatten(1) == true).all(1)
+        share = torch.from_numpy((hashes[:, past:] >> 11) / 2.0 ** 53).to(explains.device).flatten()
+        place = (explains.cumsum(1) > (share * explains.sum(1)).floor()[:, None]).int().argmax(1)
+        return torch.cat((actions[:, :past], codes[place].view(B, T - past)), 1)
+
+    @torch.no_grad()
     def tokens_and_actions(self, index, T):
         """(tokens (B, T, N), actions (B, T) int64, the one that led to each frame)."""
         tokens = self.tokens(index, T)
@@ -146,20 +164,27 @@ def as_bytes(frames):
 
 
 @torch.no_grad()
-def idle_codes(reader, T, clips, least=0.02):
-    """((n_codes + 1,) bool: the steps of this code change no more tokens than the middle between those of the codes
-    that change most and least, of those that stand for a share of `least` of all steps; the most tokens that an idle
-    step changes, half a token above the mean of theirs), of so many clips of T frames. No labels are asked."""
-    moved, n = torch.zeros(reader.no_action + 1), torch.zeros(reader.no_action + 1)
-    for index in reader.spread(T, clips).split(64):
-        tokens, codes = reader.tokens_and_actions(index, T)
-        changes = (tokens[:, 1:] != tokens[:, :-1]).sum(-1).flatten().cpu().float()
-        moved.index_add_(0, codes[:, 1:].flatten().cpu(), changes)
-        n += codes[:, 1:].flatten().cpu().bincount(minlength=len(n))
-    mean = moved / n                                                             # not a number of what there is not
-    often = mean[n >= least * n.sum()]
-    idle = mean <= (often.min() + often.max()) / 2                               # one at least
-    return idle, (moved[idle].sum() / n[idle].sum() + 0.5).item()
+def same_codes(reader, clips):
+    """(n_codes,) int64: the code that stands for each latent one, the commonest of those that write the same frame as
+    it after more than half of so many pasts, and for one of less than a hundredth of the steps that which most often
+    does. No labels are asked."""
+    model, index = reader.models["actions"], reader.spread(reader.models["actions"].history + 1, clips)
+    chosen, same = torch.zeros(model.n_codes), torch.zeros(model.n_codes, model.n_codes)
+    for part in index.split(64):
+        frames = reader.watch(part, model.history + 1)[0]
+        chosen += model.quantiser(model.encode(frames)).codes.bincount(minlength=model.n_codes).cpu()
+        every = map(model.quantiser.look_up, torch.arange(model.n_codes, device=frames.device)[:, None].expand(
+            -1, len(part)))
+        written = torch.stack([reader.as_watched(model.predict(frames[:, :-1], e)).flatten(1) for e in every])
+        same += torch.stack([(one == written).all(-1).sum(-1) for one in written]).cpu()
+    kept, stands = [], torch.arange(model.n_codes)
+    for code in chosen.argsort(descending=True, stable=True).tolist():
+        near = max(kept, key=lambda other: same[code, other].item(), default=code)
+        if near != code and (same[code, near] > len(index) / 2 or chosen[code] < 0.01 * len(index)):
+            stands[code] = near
+        else:
+            kept.append(code)
+    return stands
 
 
 def opening(reader, world, T):

@@ -123,6 +123,12 @@ def test_action_model_sees_the_last_frame_through_the_code_only(kind, colours, q
             assert (model.encode(other) - model.encode(frames)).abs().max() > 1e-4
             moved = (model.predict(other[:, :-1], found.e) - written).abs().max() > 1e-4
             assert moved == (kind != "warp" or place == 1)    # what is moved is the last frame alone
+        if kind == "conv":                                    # or the encoder sees what changed, and nothing else
+            blind = ActionModel(16, 24, 8, colours, n_codes=4, n_embd=16, quantiser=quantiser, past=False).eval()
+            torch.testing.assert_close(blind.encode(frames + some(3, 1, 16, 24, 3, seed=3)), blind.encode(frames))
+            assert (blind.encode(frames.flip(1)) - blind.encode(frames)).abs().max() > 1e-4
+            other = torch.cat((some(3, 1, 16, 24, 3, seed=4), frames[:, 1:]), 1)
+            assert torch.equal(blind.encode(other), blind.encode(frames))
     model.train()
     channels = model._channels(frames)                        # frame by frame, as they lie in a checkpoint's weights
     assert torch.equal(channels[:, 3 * 1 + 2], frames[:, 1, ..., 2]) and channels.size(1) == 9
