@@ -48,7 +48,7 @@ import torch
 
 from data import tokens
 from data.tokenized import tokenizer_of
-from nanolab.generate import load_model
+from nanolab.hf import load_model
 from nanolab.run import (Settings, UserError, command, draw_curves, find_checkpoint, is_running, lock_file, optional,
                          override, read_json, read_metrics, replacing, resolve_device)
 from nanolab.score import Ensemble

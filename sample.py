@@ -21,7 +21,8 @@ import torch
 
 from data import tokens
 from data.tokenized import tokenizer_of
-from nanolab.generate import generate, load_model
+from nanolab.generate import generate
+from nanolab.hf import load_model
 from nanolab.run import UserError, command, find_checkpoint, override, resolve_device
 
 # --- What ---

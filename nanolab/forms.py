@@ -266,6 +266,23 @@ FORMS["mamba"].keys = dict(vocab_size="vocab_size", hidden_size="n_embd", num_hi
                            tie_word_embeddings="tie_weights", max_position_embeddings="block_size")
 
 
+def architecture(name, activation="swiglu", **takes):
+    """An architecture of llama.cpp, what of a class it computes."""
+    return SimpleNamespace(name=name, knots=(), takes=dict(
+        activation=(activation,), mixer=("full",), rope_scaling=("none", "linear")) | takes)
+
+
+FACTORS = "none", "linear", "llama3"
+LLAMA_CPP = {
+    **{kind: architecture("llama", rope_scaling=FACTORS) for kind in ("llama", "mistral", "mixtral")},
+    "arcee": architecture("arcee", "relu2", bias=(False,), rope_scaling=FACTORS), "qwen2": architecture("qwen2"),
+    "qwen3": architecture("qwen3"), "qwen3_moe": architecture("qwen3moe", ff=("moe",)),
+    "gpt2": architecture("gpt2", "gelu_tanh"), "starcoder2": architecture("starcoder2", "gelu_tanh"),
+    "mamba": SimpleNamespace(name="mamba", knots=(), takes={}),
+}
+NEIGHBOURS = ("llama", "arcee")  # there neighbours turn together, elsewhere halves
+
+
 # --- Which class ---
 
 def misfits(form, c):
@@ -288,7 +305,13 @@ def choose(c):
     best = min(ranked, key=lambda kind: len(ranked[kind]))
     if not ranked[best]:
         return best
-    reasons = ", ".join(f"{name} {value!r}" for name, value, _ in ranked[best])
-    allowed = "; ".join(f"{name} {' or '.join(map(str, list(takes)[:6]))}" for name, _, takes in ranked[best])
-    raise UserError(f"no class of transformers computes this model: {reasons} stand{'s' * (len(ranked[best]) == 1)} in "
-                    f"the way; the nearest, {FORMS[best].name}, takes {allowed}")
+    refuse(ranked[best], "no class of transformers computes this model", f"the nearest, {FORMS[best].name},")
+
+
+def refuse(found, what, name):
+    """UserError where misfits are found: what cannot be, because of which settings, and what the class of this name
+    takes."""
+    reasons = ", ".join(f"{field} {value!r}" for field, value, _ in found)
+    allowed = "; ".join(f"{field} {' or '.join(map(str, list(takes)[:6]))}" for field, _, takes in found)
+    if found:
+        raise UserError(f"{what}: {reasons} stand{'s' * (len(found) == 1)} in the way; {name} takes {allowed}")

@@ -1,30 +1,10 @@
-"""A checkpoint's model and its next byte or id: filters, drawing, and `generate`, which goes on with a batch of prompts
+"""The next byte or id: filters, drawing, and `generate`, which goes on with a batch of prompts
 from a cache."""
 import math
 from bisect import bisect_right
 from itertools import accumulate
 
 import torch
-
-from model import from_checkpoint
-from nanolab import hf
-from nanolab.run import UserError, as_user_error, load_checkpoint
-
-
-def load_model(path, weights):
-    """(checkpoint, its Transformer on the CPU) of a script that trains one over text or tokens, or of a folder of
-    weights (see nanolab/hf.py), which is told as a checkpoint of train_facts would be.
-
-    UserError: another script's, weights that it has not, a model of another version.
-    """
-    if path.is_dir():
-        return hf.as_checkpoint(path, weights)
-    loaded = load_checkpoint(path)
-    if loaded["script"] not in ("train_enwik8", "train_facts"):
-        raise UserError(f"{path} is a checkpoint of {loaded['script']}.py: here one of train_enwik8.py or "
-                        "train_facts.py is needed")
-    with as_user_error(f"{path}: "):
-        return loaded, from_checkpoint(loaded, weights)
 
 
 def filter_logits(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, typical_p=None):

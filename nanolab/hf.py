@@ -2,6 +2,7 @@
 
     python -m nanolab.hf export runs/train_enwik8/my_run FOLDER             # AutoModelForCausalLM, AutoTokenizer
     python -m nanolab.hf export runs/train_enwik8/my_run/best.pt FOLDER --dtype bfloat16 --weights ema
+    python -m nanolab.hf gguf runs/train_enwik8/my_run FILE.gguf            # llama.cpp; or a folder in a run's place
     python train_enwik8.py --init_from FOLDER                               # sample.py, evaluate.py take it, too
 
 nanolab/forms.py is the table of classes. What none computes is refused in one line; docs/weights.md has the limits.
@@ -10,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,8 +21,9 @@ import torch.nn.functional as F
 from data import tokens
 from data.tokenized import tokenizer_of
 from model import TransformerConfig, build_model, from_checkpoint, fused_rows
-from nanolab.forms import ALSO, FORMS, GATES, PLAIN, WAYS, choose
-from nanolab.run import Checkpoint, command, find_checkpoint, load_checkpoint, write_json
+from models.rope_scaling import scaled
+from nanolab.forms import ALSO, FORMS, GATES, LLAMA_CPP, NEIGHBOURS, PLAIN, WAYS, choose, misfits, refuse
+from nanolab.run import Checkpoint, as_user_error, command, find_checkpoint, load_checkpoint, write_json
 from nanolab.settings import UserError, serve
 
 EVEN = 8  # experts' widths must be multiples of it: 16 bytes of bfloat16, for grouped_mm of transformers
@@ -127,8 +130,9 @@ def config_of(kind, c, dtype):
     return found | form.fixed
 
 
-def as_folder(model, dtype="float32"):
-    """(config.json's dict, {name: tensor}) of a Transformer's last layer's first target. UserError: as `choose`."""
+def converted(model):
+    """(model_type, TransformerConfig, {name: tensor}, float32) of a Transformer's last layer's first target, as its
+    class has them. UserError: as `choose`."""
     state = {name: t.detach().cpu().float() for name, t in model.state_dict().items()}
     choose(model.config)
     c, state = folded(model.config, state)
@@ -137,8 +141,49 @@ def as_folder(model, dtype="float32"):
     found = {}
     for ours, theirs, rows, way in correspondence(FORMS[kind], skeleton):
         found |= zip(theirs, to_theirs(state[ours], rows, way, c))
+    return kind, c, found
+
+
+def as_folder(model, dtype="float32"):
+    """(config.json's dict, {name: tensor}) of a Transformer. UserError: as `choose`."""
+    kind, c, found = converted(model)
     return config_of(kind, c, dtype), {name: t.to(getattr(torch, dtype)).contiguous().clone()
                                        for name, t in found.items()}
+
+
+def load_model(path, weights):
+    """(checkpoint, its Transformer on the CPU) of a script that trains one over text or tokens, or of a folder of
+    weights, which is told as a checkpoint of train_facts would be.
+
+    UserError: another script's, weights that it has not, a model of another version.
+    """
+    if path.is_dir():
+        return as_checkpoint(path, weights)
+    loaded = load_checkpoint(path)
+    if loaded["script"] not in ("train_enwik8", "train_facts"):
+        raise UserError(f"{path} is a checkpoint of {loaded['script']}.py: here one of train_enwik8.py or "
+                        "train_facts.py is needed")
+    with as_user_error(f"{path}: "):
+        return loaded, from_checkpoint(loaded, weights)
+
+
+@contextmanager
+def new_place(path):
+    """A place beside the Path of what is to be written, which becomes it at the end, or leaves nothing. UserError: it
+    is there already, or cannot be written."""
+    if path.exists():
+        raise UserError(f"{path} is there already: name a new {'file' if path.suffix == '.gguf' else 'folder'}")
+    place = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield place
+        os.replace(place, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        with suppress(OSError):
+            place.unlink()
 
 
 def export(run, folder, dtype="float32", weights="raw"):
@@ -151,51 +196,131 @@ def export(run, folder, dtype="float32", weights="raw"):
     """
     save_file = tokens.needed("safetensors.torch").save_file
     folder, path = Path(folder), find_checkpoint(run)
-    if folder.exists():
-        raise UserError(f"{folder} is there already: name a new folder")
-    loaded = load_checkpoint(path)
-    if loaded["script"] not in ("train_enwik8", "train_facts"):
-        raise UserError(f"{path} is a checkpoint of {loaded['script']}.py: one of train_enwik8.py or train_facts.py is "
-                        "exported")
-    try:
-        config, found = as_folder(from_checkpoint(loaded, weights).for_inference(), dtype)
-    except (UserError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
-    words, special = tokenizer_files(loaded, config)
-    config |= special
-    place = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    try:
-        place.mkdir(parents=True)
+    with new_place(folder) as place:
+        loaded, model = load_model(path, weights)
+        with as_user_error(f"{path}: "):
+            config, found = as_folder(model.for_inference(), dtype)
+        words, special = tokenizer_files(tokenizer_in(loaded), config)
+        config |= special
+        place.mkdir()
         save_file(found, place / "model.safetensors", metadata={"format": "pt"})
         write_json(place / "config.json", config)
         write_json(place / "generation_config.json", {key: config[key] for key in config if key.endswith("token_id")})
         for name, content in words.items():
             (place / name).write_text(content, encoding="utf-8")
-        os.replace(place, folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
     print(f"{folder}: {config['architectures'][0]}, {sum(t.numel() for t in found.values()):,} parameters in {dtype}"
           + ("" if words else ", without a tokenizer: its task has a vocabulary of its own"))
 
 
-def tokenizer_files(loaded, config):
-    """({file: its text} of the checkpoint's tokenizer, or {} of a task without one; its special ids of config.json)."""
+def tokenizer_in(loaded):
+    """The tokenizer of a checkpoint; None: its task has a vocabulary of its own."""
     settings = loaded["settings"]
-    if loaded["script"] == "train_facts":
-        if settings["task"] != "text":
-            return {}, {}
-        tokenizer = tokenizer_of(settings, loaded.get("tokenizer_json"))
-        tokens.check(tokenizer, loaded["tokenizer"])
-    else:
-        tokenizer = tokens.Bytes()
+    if loaded["script"] == "train_enwik8":
+        return tokens.Bytes()
+    if settings["task"] != "text":
+        return None
+    tokenizer = tokenizer_of(settings, loaded.get("tokenizer_json"))
+    tokens.check(tokenizer, loaded["tokenizer"])
+    return tokenizer
+
+
+def tokenizer_files(tokenizer, config):
+    """({file: its text} of a tokenizer, {} of None; the special ids of its config.json)."""
+    if tokenizer is None:
+        return {}, {}
     special = {"eos_token_id": tokenizer.size} if config["vocab_size"] == tokenizer.size + 1 else {}  # ends a document
     about = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False,
                  model_max_length=config.get("max_position_embeddings") or config.get("n_positions"),
                  **({"eos_token": "<|end|>"} if special else {}))
     return {"tokenizer.json": tokens.as_json(tokenizer, "<|end|>" if special else None),
             "tokenizer_config.json": json.dumps(about)}, special
+
+
+# --- llama.cpp ---
+
+def gguf(run, file, weights="raw"):
+    """Writes a run as a float32 file of llama.cpp, its bytes inside. UserError: llama.cpp computes something else.
+
+    run: a run's directory, a checkpoint, or a folder of weights
+    file: the file to write, which must not be there yet
+    weights: [raw, ema] which weights
+    """
+    writer_of, file, path = tokens.needed("gguf").GGUFWriter, Path(file), find_checkpoint(run)
+    with new_place(file) as place:
+        loaded, model = load_model(path, weights)
+        with as_user_error(f"{path}: "):
+            kind, c, found = converted(model.for_inference())
+            if not isinstance(tokenizer_in(loaded), tokens.Bytes) or c.vocab_size > 257:
+                raise UserError("its tokenizer is not bytes, which is what is written for llama.cpp")
+            if kind not in LLAMA_CPP:
+                raise UserError(f"llama.cpp computes no {FORMS[kind].name} as here: it does {', '.join(LLAMA_CPP)}")
+            refuse(misfits(LLAMA_CPP[kind], c), "llama.cpp computes another model", LLAMA_CPP[kind].name)
+        writer = writer_of(place, LLAMA_CPP[kind].name)
+        for name, value in gguf_fields(c).items():
+            getattr(writer, f"add_{name}")(value)
+        for name, t in gguf_tensors(LLAMA_CPP[kind].name, c, found).items():
+            writer.add_tensor(name, t.contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    print(f"{file}: {LLAMA_CPP[kind].name}, {sum(t.numel() for t in found.values()):,} parameters in float32")
+
+
+def gguf_fields(c):
+    """{what GGUFWriter adds: value} of a config. Without an end of its own a byte vocabulary has that no text has, 255:
+    llama.cpp would take 11 for both ends, and never draw it."""
+    letters, types, end = tokens.byte_letters(), [1] * 256, c.vocab_size - 1
+    found = dict(context_length=c.block_size, embedding_length=c.n_embd, block_count=c.n_layer, vocab_size=c.vocab_size,
+                 feed_forward_length=c.expert_width if "moe" in c.ffs else c.ff_width, head_count=c.n_head,
+                 head_count_kv=c.n_kv_head, key_length=c.head_dim, value_length=c.head_dim, tokenizer_model="gpt2",
+                 tokenizer_pre="gpt-2", token_list=letters + ["<|end|>"] * (end - 255),
+                 token_types=types + [3] * (end - 255), token_merges=[f"{letters[255]} {letters[254]}"],  # not empty
+                 bos_token_id=end, eos_token_id=end, add_bos_token=False)
+    found["layer_norm_rms_eps" if c.norm == "rms" else "layer_norm_eps"] = c.norm_eps or (
+        1e-6 if c.norm == "rms" else 1e-5)
+    if c.positions == "rope":
+        found |= dict(rope_dimension_count=c.head_dim, rope_freq_base=c.rope_base)
+    if c.rope_scaling == "linear":
+        found |= dict(rope_scaling_type=tokens.needed("gguf").RopeScalingType.LINEAR, rope_scaling_factor=c.rope_factor)
+    if "moe" in c.ffs:
+        found |= dict(expert_count=c.n_expert, expert_used_count=c.expert_top_k,
+                      expert_feed_forward_length=c.expert_width)
+    if "mamba" in c.mixers:
+        found |= dict(head_count=0, head_count_kv=0, feed_forward_length=0, ssm_conv_kernel=c.conv_width,
+                      ssm_inner_size=int(c.expand * c.n_embd), ssm_state_size=c.state_dim,
+                      ssm_time_step_rank=-(-c.n_embd // 16))
+    return found
+
+
+def gguf_tensors(arch, c, found):
+    """{llama.cpp's name: tensor} of {name: tensor} of transformers: experts in one, pairs that turn side by side in
+    some, Conv1D's matrices turned, Mamba's A itself."""
+    library = tokens.needed("gguf")
+    names = library.get_tensor_name_map(next(key for key, name in library.MODEL_ARCH_NAMES.items() if name == arch),
+                                        c.n_layer)
+    experts, made = {}, {}
+    for name, t in found.items():
+        part = name.rsplit(".", 2)[-2]
+        if part in ("q_proj", "k_proj") and arch in NEIGHBOURS:
+            t = t.unflatten(0, (-1, 2, c.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+        elif arch == "gpt2" and part in ("c_attn", "c_fc", "c_proj"):
+            t = t.mT if t.dim() == 2 else t
+        elif name.endswith("A_log"):
+            t = -t.exp()
+        elif name.endswith("conv1d.weight"):
+            t = t.squeeze(1)
+        if (at := re.sub(r"\.experts\.\d+\.", ".experts.", name)) != name:
+            experts.setdefault(at, []).append(t)
+        else:
+            made[name] = t
+    made |= {name: torch.stack(parts) for name, parts in experts.items()}
+    made = {names.get_name(name, (".weight", ".bias")): t for name, t in made.items()}
+    if c.rope_scaling == "llama3":
+        plain, slow = (scaled(c.head_dim, c.rope_base, how, c.rope_factor, c.rope_original or max(
+            1, round(c.block_size / c.rope_factor)))[0] for how in ("linear", "llama3"))
+        made["rope_freqs.weight"] = (plain * c.rope_factor / slow).float()
+    return made
 
 
 # --- In ---
@@ -410,7 +535,7 @@ def begin_from(settings, checkpoint):
     return Beginning(state, text, c.vocab_size)
 
 
-main = command(serve(export=(export,)))
+main = command(serve(export=(export,), gguf=(gguf,)))
 
 if __name__ == "__main__":
     main()
