@@ -74,6 +74,7 @@ class TransformerConfig:
     norm: str = "layer"            # [layer, rms, dyt] normalisation, before each branch; dyt: tanh instead (see Norm)
     norm_gain: bool = True         # learned gain in the norms
     norm_eps: float = None         # [none, > 0.0] in the root of a norm (dyt has none); none: layer 1e-5, rms 1e-6
+    norm_after: bool = False       # norms stand after the branches, not before: x + norm(branch(x)) (OLMo 2)
     bias: bool = True              # [qkv] of linear layers, LayerNorm, dyt (no RMSNorm); qkv: of q, k and v alone
     # Mixers
     mixer: str = "full"            # words of MIXERS, repeated over the layers: "mamba,mamba,full"
@@ -109,6 +110,8 @@ class TransformerConfig:
     # Positions
     positions: str = "learned"     # [learned, learned_per_layer, rope, alibi, relative, none] where a position stands
     rope_base: float = 10000.0     # [> 1.0, with positions rope] longest wavelength of rope over 2 pi
+    partial_rotary: float = 1.0    # [> 0.0, <= 1.0, with positions rope] of a head's features, how many turn (GPT-NeoX)
+    nope_interval: int = None      # [none, >= 2, with positions rope] of so many layers the last has no rope (SmolLM3)
     rope_scaling: str = "none"     # [none, linear, ntk, yarn, llama3] how rope is stretched to rope_factor times
     rope_factor: float = 1.0       # [>= 1.0] extend_block_size multiplies it
     rope_original: int = None      # [none, >= 1] the context before it was stretched; none: block_size / rope_factor
@@ -117,11 +120,12 @@ class TransformerConfig:
     rope_mscale_all_dim: float = 1.0  # [>= 0.0, with mixer mla] yarn: of what does not turn; 0: it does not grow
     # Residual stream, initialisation
     residual_scale: float | str = 1.0  # [> 0.0, depth, rezero, layerscale] of every branch; depth: 1 / sqrt(2 n_layer)
+    parallel_residual: bool = False  # [shared] both branches read one stream (GPT-NeoX); shared: by one norm (Phi)
     init: str = "gpt2"             # [gpt2, normal, xavier, tfixup, truncated, zero] see `initialise`
     parametrisation: str = "standard"  # [standard, mup] mup: rates found at mup_base_width hold at every width
     mup_base_width: int = 96       # [>= 1, with parametrisation mup] n_embd at which all is as with standard
     mup_base_head_dim: int = None  # [none, >= 1, with parametrisation mup] head_dim there; none: as many heads as here
-    qk_norm: bool = False          # RMSNorm without parameters on queries and keys, per head
+    qk_norm: bool = False          # [full] RMSNorm without parameters on queries and keys, per head; full: of all
     qk_gain: bool = False          # [with qk_norm] learned gains of both, of each layer (Qwen3)
     qk_scale: bool = False         # [with qk_norm] learned scale of each layer's scores in place of head_dim^-0.5
     score_softcap: float = None    # [none, > 0.0] attention's scores become cap tanh(scores / cap) (Gemma 2: 50)
@@ -189,6 +193,8 @@ class TransformerConfig:
         attending = [kind for kind in self.mixers if kind not in RECURRENT]
         expect(self.positions != "rope" or not self.head_dim % 2,
                f"positions 'rope' turns pairs of features: head_dim {self.head_dim} must be even")
+        expect(self.partial_rotary == 1 or "mla" not in self.mixers, "partial_rotary is of heads that turn as a whole: "
+               "of mixer 'mla' rope_dim says how much turns")
         expect(self.rope_scaling == "none" or self.positions == "rope",
                f"rope_scaling {self.rope_scaling!r} needs positions 'rope', not {self.positions!r}")
         for kind in attending:
@@ -205,12 +211,16 @@ class TransformerConfig:
             expect(width > 1 or not normed, f"{name} is 1, but a norm over one feature leaves a sign at most, which "
                                             "lets no gradient pass: it must be at least 2")
         expect(self.short_conv != 1, "short_conv is 1, but must be 0, which is none, or at least 2")
-        for name, wanted in (("bias 'qkv'", self.bias == "qkv"), ("qk_gain", self.qk_gain)):
+        for name, wanted in (("bias 'qkv'", self.bias == "qkv"), ("qk_gain", self.qk_gain),
+                             ("qk_norm 'full'", self.qk_norm == "full"), ("nope_interval", self.nope_interval)):
             expect(not wanted or {*self.mixers} <= {"full", "window", "strided", "fixed", "diff"},
                    f"{name} is of layers full, window, strided, fixed and diff: mixer {self.mixer!r} has others")
         expect(self.qk_norm or not self.qk_gain, "qk_gain multiplies queries and keys of one length: it needs qk_norm")
-        expect(self.qk_norm or not self.qk_scale,
-               "qk_scale scales scores of queries and keys of one length: it needs qk_norm")
+        expect(self.qk_norm is True or not self.qk_scale,
+               "qk_scale scales scores of queries and keys of one length: it needs qk_norm, of each head")
+        expect(not self.norm_after or not self.short_conv and self.parallel_residual != "shared"
+               and not {*self.mixers} & {"xl", "compressive"}, "norm_after leaves a mixer's input without a norm: "
+               "short_conv, parallel_residual 'shared' and mixers xl and compressive need one")
         expect(self.plain_scores or not {*self.mixers} <= {*RECURRENT},
                f"score_softcap and softmax_plus_one are of attention, which mixer {self.mixer!r} is not")
         expect(self.plain_scores or self.attention != "sdpa",
@@ -269,6 +279,11 @@ class TransformerConfig:
         """Of attention's scores q.k / sqrt(D), which with it are sqrt(D of the base) q.k / D under "mup"; else 1."""
         base = self.mup_base_head_dim or self.head_dim / self.width_factor
         return (base / self.head_dim) ** 0.5 if self.parametrisation == "mup" else 1.0
+
+    @property
+    def turning(self):
+        """Features of a head that turn under partial_rotary, an even number; None: all, or as rope_dim says."""
+        return None if self.partial_rotary == 1 else 2 * max(1, round(self.partial_rotary * self.head_dim / 2))
 
     @property
     def rolls(self):
@@ -462,15 +477,20 @@ class Positions:
 
 class Rope(nn.Module):
     """Rotary positions (Su et al. 2021): feature pairs (i, i + D/2) turn by position * base^(-2i/D); `scaling` other
-    than "none", and what follows it, is models/rope_scaling.py's. Angles are computed in float64 and kept as float32
-    tables that grow with the positions asked for; not saved. One Rope serves all layers."""
+    than "none", and what follows it, is models/rope_scaling.py's. Only the first `turning` features' pairs turn, as if
+    D were that (None: all), those of the rest stand still: GPT-NeoX's (Black et al. 2022, section 2.1) with features in
+    another order. Angles are computed in float64 and kept as float32 tables that grow with the positions asked for; not
+    saved. One Rope serves all layers."""
 
-    def __init__(self, head_dim, base, n, scaling="none", factor=1.0, original=None, ramp="turns", mscale=1.0):
+    def __init__(self, head_dim, base, n, scaling="none", factor=1.0, original=None, ramp="turns", mscale=1.0,
+                 turning=None):
         super().__init__()
-        self.frequencies, self.magnitude = rope_frequencies(head_dim, base), 1.0
+        turning = turning or head_dim
+        self.frequencies, self.magnitude = rope_frequencies(turning, base), 1.0
         if scaling != "none":
             self.frequencies, self.magnitude = variant("models.rope_scaling:scaled")(
-                head_dim, base, scaling, factor, original or n, ramp, mscale)
+                turning, base, scaling, factor, original or n, ramp, mscale)
+        self.frequencies = F.pad(self.frequencies, (0, (head_dim - turning) // 2))
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
         self._build(n, "cpu")
@@ -596,8 +616,11 @@ class Attention(nn.Module):
     kind "window" sees the last config.window positions only. With qk_norm, queries and keys pass an RMSNorm without
     parameters before they turn; RoPE keeps lengths, so after would be the same. They then have length sqrt(D); with
     qk_scale the score is s q.k / D, s learned, one of a layer, and sqrt(D) at first; with qk_gain the D features of all
-    queries of a layer have one learned gain, (D,), 1 at first, and those of its keys another. A bias of keys that do
-    not turn (nor are normed) moves all scores of a query alike, so no loss reaches it.
+    queries of a layer have one learned gain, (D,), 1 at first, and those of its keys another. qk_norm "full": one norm
+    over the H D features of a query, one over the G D of a key, with gains as wide (OLMo 2). With nope_interval the
+    last of every so many layers turns nothing (NoPE, Kazemnejad et al. 2023; mixed: Yang et al. 2025, "Rope to Nope and
+    Back Again"). A bias of keys that do not turn (nor are normed) moves all scores of a query alike, so no loss reaches
+    it.
 
     With value_residual the values V_n of every layer after the first become (1 - g_n) V_n + g_n V_1 of the same
     positions, g_n learned and 1/2 at first (Zhou et al. 2024, "Value Residual Learning": lambda_n,1 V_1 + lambda_n,2
@@ -608,12 +631,13 @@ class Attention(nn.Module):
         super().__init__()
         c = self.config = config
         self.layer, self.kind, self.score_factor = layer, kind, c.score_factor
+        self.turns = not c.nope_interval or (layer + 1) % c.nope_interval > 0
         rows = tuple(n * c.head_dim for n in (c.n_head, c.n_kv_head, c.n_kv_head))
         self.qkv = Linear(c.n_embd, sum(rows), bias=bool(c.bias))
         self.out = Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias is True)
         self.fused, self.roles = {"qkv": rows}, {}
-        for name in ("q_gain", "k_gain") if c.qk_gain else ():
-            setattr(self, name, nn.Parameter(torch.empty(c.head_dim)))
+        for name, width in zip(("q_gain", "k_gain"), rows) if c.qk_gain else ():
+            setattr(self, name, nn.Parameter(torch.empty(width if c.qk_norm == "full" else c.head_dim)))
             self.roles[name] = "gain"
         if c.qk_scale:
             self.qk_scale = nn.Parameter(torch.empty(1))
@@ -642,17 +666,22 @@ class Attention(nn.Module):
         H, G = c.n_head, c.n_kv_head
         into, out = self._modules["qkv"], self._modules["out"]
         qkv = into(x).view(B, T, H + 2 * G, c.head_dim)  # (B, T, H + 2 G, D)
-        if not c.qk_norm and not positions.tables:
+        turned = positions.tables and self.turns
+        if not c.qk_norm and not turned:
             heads = qkv.transpose(1, 2)  # (B, H + 2 G, T, D)
             q, k, v = torch.split_with_sizes(heads, (H, G, G), 1)  # (B, H, T, D), (B, G, T, D) twice
         else:
             qk, v = qkv.split((H + G, G), 2)
-            if c.qk_norm:
+            if c.qk_norm == "full":
+                qk = torch.cat([self.unit(t.flatten(2)).view(t.shape) for t in qk.split((H, G), 2)], 2)
+            elif c.qk_norm:
                 qk = self.unit(qk)
             if c.qk_gain:
                 q, k = qk.split((H, G), 2)
-                qk = torch.cat((q * self.q_gain, k * self.k_gain), 2).to(v.dtype)
-            q, k = positions.turn(qk).transpose(1, 2).split((H, G), 1)  # (B, H, T, D), (B, G, T, D)
+                q_gain, k_gain = (gain.view(-1, c.head_dim) for gain in (self.q_gain, self.k_gain))  # (1 or H, D)
+                qk = torch.cat((q * q_gain, k * k_gain), 2).to(v.dtype)
+            qk = positions.turn(qk) if turned else qk
+            q, k = qk.transpose(1, 2).split((H, G), 1)  # (B, H, T, D), (B, G, T, D)
             v = v.transpose(1, 2)  # (B, G, T, D)
             if c.qk_scale:  # D^-0.5 of it is in every softmax
                 q = (q * (self.qk_scale / c.head_dim ** 0.5)).to(q.dtype)
@@ -835,6 +864,8 @@ class Block(nn.Module):
     """One layer: x + mixer(norm(x)), then x + ff(norm(x)), each branch scaled, after its own position table if any.
 
     With short_conv a convolution stands between the first norm and the mixer. ff "none": the first branch alone.
+    norm_after: x + norm(mixer(x)), and so on (OLMo 2, Team OLMo 2025). parallel_residual: x + mixer(norm(x)) +
+    ff(norm'(x)) (Wang & Komatsuzaki 2021; GPT-NeoX), "shared" with norm' = norm.
     """
 
     def __init__(self, config, layer=0):
@@ -848,9 +879,11 @@ class Block(nn.Module):
         self.keeps_hidden = getattr(self.mixer, "keeps_hidden", False)
         self.norm2 = self.ff = None
         if (kind := c.ffs[layer % c.n_layer]) != "none":
-            self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.norm_eps)
+            if c.parallel_residual != "shared":
+                self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.norm_eps)
             self.ff = variant(FEED_FORWARDS[kind])(c, layer)
         self.dropout, self.n_layer = c.dropout, c.n_layer
+        self.norm_after, self.parallel = c.norm_after, c.parallel_residual
         self.scale, self.roles = c.residual_scale, {}
         if c.residual_scale == "depth":
             self.scale = (2 * c.n_layer) ** -0.5
@@ -872,14 +905,19 @@ class Block(nn.Module):
         if self.position is not None:
             x = x + positions.look_up(self.position)
         parts = self._modules  # past nn.Module's look-up, which a decoded byte feels
-        h = parts["norm1"](x)
+        normed = h = x if self.norm_after else parts["norm1"](x)
         if self.conv is not None:
             h = self.conv(h, positions, inputs, x, parts["norm1"])
         made = (x, parts["norm1"], self.conv) if self.keeps_hidden else ()
-        x = self.add(x, parts["mixer"](h, positions, cache, *made), 1)
+        branch = parts["mixer"](h, positions, cache, *made)
+        y = self.add(x, parts["norm1"](branch) if self.norm_after else branch, 1)
         if "ff" not in parts:
-            return x
-        return self.add(x, parts["ff"](parts["norm2"](x), positions), 2)
+            return y
+        if self.parallel != "shared":
+            read = x if self.parallel else y
+            normed = read if self.norm_after else parts["norm2"](read)
+        branch = parts["ff"](normed, positions)
+        return self.add(y, parts["norm2"](branch) if self.norm_after else branch, 2)
 
     def add(self, x, branch, number=1):
         """x + scale * dropout(branch), both (B, T, C); number 1: the mixer's branch, 2: the feed-forward's."""
@@ -1210,7 +1248,7 @@ def make_ropes(config):
         widths = {c.rope_dim if kind == "mla" else c.head_dim for kind in c.mixers if kind not in RECURRENT}
     return nn.ModuleDict({str(width): Rope(width, c.rope_base, c.block_size, c.rope_scaling, c.rope_factor,
                                            c.rope_original or max(1, round(c.block_size / c.rope_factor)), c.rope_ramp,
-                                           c.rope_mscale)
+                                           c.rope_mscale, c.turning)
                           for width in sorted(widths)})
 
 

@@ -39,8 +39,10 @@ def own_layers(config):
     """Raises ValueError for settings that only the layers of model.py have."""
     expect(not config.short_conv and "none" not in config.ffs,
            "short_conv and ff 'none' are for decoders: layers that read a context, or frames, have neither")
-    expect(config.logit_softcap is None and not config.value_residual, "logit_softcap and value_residual are for "
-           "decoders: models that read a context, or frames, have neither")
+    c = config
+    expect(c.logit_softcap is None and c.qk_norm != "full" and not (c.value_residual or c.norm_after or
+           c.parallel_residual), "logit_softcap, value_residual, norm_after, parallel_residual and qk_norm 'full' are "
+           "for decoders: models that read a context, or frames, have none of them")
 
 
 def as_mask(padding, S):

@@ -41,7 +41,8 @@ def scaled(head_dim, base, scaling, factor, original=512, ramp="turns", mscale=1
 def to_json(c):
     """What a config.json of Hugging Face's says of the rope of a TransformerConfig: rope_parameters; for transformers
     before 5, which pass over these, rope_theta and rope_scaling beside."""
-    found, width = dict(rope_theta=c.rope_base, rope_type="default"), c.rope_dim if c.mixers[0] == "mla" else c.head_dim
+    found = dict(rope_theta=c.rope_base, rope_type="default")
+    width = c.rope_dim if c.mixers[0] == "mla" else c.turning or c.head_dim
     if c.rope_scaling != "none":
         factor, original = c.rope_factor, c.rope_original or max(1, round(c.block_size / c.rope_factor))
         found |= dict(rope_type=c.rope_scaling, factor=factor)

@@ -3,6 +3,7 @@
 FORMS has for every class what it takes, what it calls our settings and our tensors. Export reads it from left to right,
 import from right to left.
 """
+import math
 from functools import partial
 from types import SimpleNamespace
 
@@ -42,14 +43,46 @@ def windows_in(d):
     return dict(window=window, mixer=",".join("window" if kind == "sliding_attention" else "full" for kind in kinds))
 
 
+def turning_layers(n, every):
+    """SmolLM3's no_rope_layers: 1 is a layer that turns, the last of every so many does not. every None: all turn."""
+    return [1 if every is None else int((i + 1) % every > 0) for i in range(n)]
+
+
+def unturned_out(c):
+    """SmolLM3: layers that do not turn."""
+    every = 1 if c.positions == "none" else c.nope_interval
+    return dict(to_json(c), no_rope_layers=turning_layers(c.n_layer, every), use_sliding_window=False)
+
+
 def unturned_in(d):
-    """SmolLM3: 1 is a layer that turns; without a list every fourth does not."""
-    turns, every = d.get("no_rope_layers"), d.get("no_rope_layer_interval", 4)
-    if turns is None:
-        turns = [int((i + 1) % every != 0) for i in range(d["num_hidden_layers"])]
-    if len({*turns}) > 1 or d.get("use_sliding_window"):
-        raise UserError("layers of which some turn and some do not are not read: here all layers have the same")
-    return dict(positions="rope", **from_json(d, 2e6)) if turns[0] else dict(positions="none")
+    """Its fields; without a list every fourth does not turn."""
+    n = d["num_hidden_layers"]
+    turns = d.get("no_rope_layers") or turning_layers(n, d.get("no_rope_layer_interval", 4))
+    every = turns.index(0) + 1 if 0 in turns[:n] else None
+    if turns[:n] != turning_layers(n, every) or d.get("use_sliding_window"):
+        raise UserError("no_rope_layers is read where of every so many layers the last does not turn, or all do, or "
+                        "none, without use_sliding_window")
+    return dict(positions="none") if every == 1 else dict(positions="rope", nope_interval=every, **from_json(d, 2e6))
+
+
+def part_turns_out(c):
+    """GPTNeoX, Phi: how much of a head turns; old keys beside."""
+    found, D, n = to_json(c), c.head_dim, c.turning or c.head_dim
+    part = next(part for part in (c.partial_rotary, n / D, math.nextafter(n / D, 2)) if int(part * D) == n)
+    found["rope_parameters"]["partial_rotary_factor"] = part
+    return found | dict(partial_rotary_factor=part, rotary_pct=part, rotary_emb_base=c.rope_base)
+
+
+def part_turns_in(d, usual):
+    """Its fields. usual: the part of its class."""
+    said = d.get("rope_parameters") or d.get("rope_scaling") or {}
+    part = float(said.get("partial_rotary_factor", d.get("partial_rotary_factor", d.get("rotary_pct", usual))))
+    width = int(d["hidden_size"] // d["num_attention_heads"] * part)
+    if width < 2 or width % 2:
+        raise UserError(f"partial_rotary_factor {part:g} turns {width} features of a head, which are no pairs")
+    return dict(partial_rotary=part, **from_json(d | dict(
+        rope_theta=d.get("rope_theta") or d.get("rotary_emb_base"), partial_rotary_factor=None, head_dim=width,
+        rope_parameters=said | dict(partial_rotary_factor=None))))
 
 
 def sparse_out(c):
@@ -112,7 +145,21 @@ def pairs_apart(c):
     return torch.cat(rows)
 
 
+def first_turn(c):
+    """GPTNeoX, Phi: of each head of queries and keys those features that turn come first, as halves, then the rest."""
+    halves, n = torch.arange(c.head_dim).view(2, -1), (c.turning or c.head_dim) // 2
+    heads = torch.arange((c.n_head + 2 * c.n_kv_head) * c.head_dim).view(-1, c.head_dim)
+    heads[:-c.n_kv_head] = heads[:-c.n_kv_head, torch.cat((halves[:, :n].flatten(), halves[:, n:].flatten()))]
+    return heads.flatten()
+
+
+def first_turn_by_head(c):
+    """GPTNeoX: of each head its query, key and value."""
+    return first_turn(c).view(3, c.n_head, c.head_dim).transpose(0, 1).flatten()
+
+
 WAYS = {None: (lambda t, c: t,) * 2, "pairs": by_rows(pairs_apart), "heads": by_rows(heads_in_turn),
+        "first": by_rows(first_turn), "first, by head": by_rows(first_turn_by_head),
         "transposed": (lambda t, c: t.mT if t.dim() == 2 else t,) * 2,
         "taps": (lambda t, c: t.mT.unsqueeze(1), lambda t, c: t.squeeze(1).mT)}  # a convolution's (K, I), (I, 1, K)
 
@@ -149,6 +196,14 @@ GPT2 = {
     **{ours: (theirs, "transposed") for ours, theirs in {"#.mixer.qkv": "attn.c_attn", "#.mixer.out": "attn.c_proj",
                                                          "#.ff.up": "mlp.c_fc", "#.ff.down": "mlp.c_proj"}.items()},
 }
+OLMO = {**LLAMA, "#.norm1": "post_attention_layernorm", "#.norm2": "post_feedforward_layernorm"}
+PHI = {**LLAMA, "norm": "model.final_layernorm", "head_biases.0": "lm_head.bias",
+       "#.mixer.qkv": ("self_attn.(q|k|v)_proj", "first"), "#.mixer.out": "self_attn.dense", "#.ff.up": "mlp.fc1",
+       "#.ff.down": "mlp.fc2"}
+NEOX = {"embed": "gpt_neox.embed_in.weight", "norm": "gpt_neox.final_layer_norm", "heads.0": "embed_out.weight",
+        "#.norm1": "input_layernorm", "#.norm2": "post_attention_layernorm",
+        "#.mixer.qkv": ("attention.query_key_value", "first, by head"), "#.mixer.out": "attention.dense",
+        "#.ff.up": "mlp.dense_h_to_4h", "#.ff.down": "mlp.dense_4h_to_h"}
 MPT = {"embed": "transformer.wte.weight", "norm": "transformer.norm_f", "#.norm1": "norm_1", "#.norm2": "norm_2",
        "#.mixer.qkv": "attn.Wqkv", "#.mixer.out": "attn.out_proj", "#.ff.up": "ffn.up_proj",
        "#.ff.down": "ffn.down_proj"}
@@ -171,11 +226,14 @@ MOE = dict(num_experts_per_tok="expert_top_k")
 # What a class takes of ours: values, the first of which an import sets; or a function of the config that gives them.
 TAKES = dict(norm=("rms",), positions=("rope",), mixer=("full",), ff=("mlp",), activation=tuple(GATES), bias=(False,),
              qk_norm=(False,), short_conv=(0,), shorten=(1,), value_residual=(False,), score_softcap=(None,),
-             softmax_plus_one=(False,), logit_softcap=(None,), output=("softmax",), head_bias=(False,))
+             softmax_plus_one=(False,), norm_after=(False,), parallel_residual=(False,), partial_rotary=(1.0,),
+             nope_interval=(None,), logit_softcap=(None,), output=("softmax",), head_bias=(False,))
 ROUTED = dict(ff=("moe",), n_shared_expert=(0,), expert_balance=("loss", "none"))
 
 
 MULTI_HEAD = dict(n_kv_head=lambda c: (c.n_head,), head_dim=lambda c: (c.n_embd / c.n_head,))
+PART = dict(norm=("layer",), activation=tuple(PLAIN), bias=(True, False), head_dim=MULTI_HEAD["head_dim"],
+            partial_rotary=lambda c: (c.partial_rotary,))  # of a head turns
 WHOLE = dict(n_embd=lambda c: (c.n_embd // c.n_head * c.n_head,))  # n_head divides it, whatever head_dim is
 
 
@@ -201,9 +259,11 @@ FORMS = {  # the first that takes a config is it
                   full=dict(bias="qkv")),
     "qwen3": form("Qwen3", takes=dict(qk_norm=(True,), mixer=("full", "window")), knots=(ROPE, WINDOWS),
                   full=dict(qk_gain=True), fixed=dict(attention_bias=False), absent=dict(head_dim=128)),
-    "smollm3": form("SmolLM3", takes=dict(positions=("none",), bias=(False, True)), keys=BIASES,
-                    knots=((lambda c: dict(no_rope_layers=[0] * c.n_layer, use_sliding_window=False), unturned_in),),
-                    absent=dict(tie_word_embeddings=True)),
+    "smollm3": form("SmolLM3", takes=dict(positions=("none", "rope"), bias=(False, True),
+                                          nope_interval=lambda c: (c.nope_interval,)), keys=BIASES,
+                    knots=((unturned_out, unturned_in),), absent=dict(tie_word_embeddings=True)),
+    "olmo2": form("Olmo2", takes=dict(norm_after=(True,), qk_norm=("full",), residual_scale=(1.0,)), names=OLMO,
+                  full=dict(qk_gain=True), fixed=dict(attention_bias=False), absent=dict(rms_norm_eps=1e-5)),
     "arcee": form("Arcee", takes=dict(WHOLE, activation=tuple(PLAIN), bias=(False, True)),
                   keys=BIASES, names=ARCEE, absent=dict(hidden_act="relu2", rms_norm_eps=1e-5)),
     "apertus": form("Apertus", takes=dict(qk_norm=(True,), activation=tuple(PLAIN)), names=APERTUS,
@@ -240,6 +300,15 @@ FORMS = {  # the first that takes a config is it
                        takes=dict(norm=("layer",), activation=tuple(PLAIN), bias=(True, False),
                                   mixer=("full", "window")), full=dict(bias=True), fixed=dict(use_bias=True),
                        absent=dict(tie_word_embeddings=True, norm_epsilon=1e-5, hidden_act="gelu_pytorch_tanh")),
+    "phi": form("Phi", names=PHI, knots=((part_turns_out, partial(part_turns_in, usual=0.5)),),
+                takes=dict(PART, parallel_residual=("shared",), head_bias=(True, False)),
+                full=dict(bias=True, head_bias=True), fixed=dict(qk_layernorm=False),
+                absent=dict(hidden_act="gelu_new", layer_norm_eps=1e-5)),
+    "gpt_neox": form("GPTNeoX", names=NEOX, knots=((part_turns_out, partial(part_turns_in, usual=0.25)),),
+                     layers="gpt_neox.layers.#.", takes=dict(PART, MULTI_HEAD, parallel_residual=(True, False)),
+                     keys=dict(use_parallel_residual="parallel_residual", num_key_value_heads=None),
+                     full=dict(bias=True), fixed=dict(attention_bias=True),
+                     absent=dict(hidden_act="gelu", layer_norm_eps=1e-5, use_parallel_residual=True)),
     "mpt": form("Mpt", names=MPT, layers="transformer.blocks.#.", knots=(),
                 takes=dict(MULTI_HEAD, norm=("layer",), positions=("alibi",), activation=("gelu",),
                            tie_weights=(True,), ff_width=lambda c: (4 * c.n_embd,),
@@ -259,6 +328,9 @@ SAME = ("vocab_size", "n_embd", "n_layer", "n_head")  # GPT-2's names, which our
 FORMS["gpt2"].keys = dict(zip(SAME, SAME), n_positions="block_size", n_inner="ff_width", layer_norm_epsilon="norm_eps",
                           activation_function="activation", tie_word_embeddings="tie_weights")
 FORMS["starcoder2"].keys = {"norm_epsilon" if key == "rms_norm_eps" else key: ours for key, ours in KEYS.items()}
+for kind in ("phi", "gpt_neox"):
+    FORMS[kind].keys = {"layer_norm_eps" if key == "rms_norm_eps" else key: ours for key, ours in FORMS[
+        kind].keys.items() if key != "head_dim"}
 FORMS["mpt"].keys = dict(vocab_size="vocab_size", d_model="n_embd", n_heads="n_head", n_layers="n_layer",
                          max_seq_len="block_size", layer_norm_epsilon="norm_eps", tie_word_embeddings="tie_weights")
 FORMS["mamba"].keys = dict(vocab_size="vocab_size", hidden_size="n_embd", num_hidden_layers="n_layer", expand="expand",
@@ -277,10 +349,12 @@ LLAMA_CPP = {
     **{kind: architecture("llama", rope_scaling=FACTORS) for kind in ("llama", "mistral", "mixtral")},
     "arcee": architecture("arcee", "relu2", bias=(False,), rope_scaling=FACTORS), "qwen2": architecture("qwen2"),
     "qwen3": architecture("qwen3"), "qwen3_moe": architecture("qwen3moe", ff=("moe",)),
+    "olmo2": architecture("olmo2"), "smollm3": architecture("smollm3", positions=("rope",), nope_interval=(4,)),
     "gpt2": architecture("gpt2", "gelu_tanh"), "starcoder2": architecture("starcoder2", "gelu_tanh"),
+    "phi": architecture("phi2", "gelu_tanh"), "gpt_neox": architecture("gptneox", "gelu_tanh"),
     "mamba": SimpleNamespace(name="mamba", knots=(), takes={}),
 }
-NEIGHBOURS = ("llama", "arcee")  # there neighbours turn together, elsewhere halves
+NEIGHBOURS = ("llama", "arcee", "smollm3")  # there neighbours turn together, elsewhere halves
 
 
 # --- Which class ---

@@ -28,7 +28,7 @@ from nanolab.settings import UserError, serve
 
 EVEN = 8  # experts' widths must be multiples of it: 16 bytes of bfloat16, for grouped_mm of transformers
 LARGEST = dict(n_layer=10_000, n_expert=10_000, block_size=2 ** 24)  # in a config.json that is believed
-PASSED_OVER = re.compile(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$")  # buffers in old files: masks, angles
+PASSED_OVER = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")  # buffers in old files
 
 
 # --- Out ---
@@ -51,8 +51,9 @@ def folded(c, state):
         by = state.pop(own + "qk_scale", None)
         by = c.score_factor if by is None else by / D ** 0.5
         if c.qk_norm and (c.qk_scale or c.score_factor != 1):
-            state[own + "q_gain"] = by * state.get(own + "q_gain", torch.ones(D))
-            state.setdefault(own + "k_gain", torch.ones(D))
+            wide = (rows, c.n_kv_head * D) if c.qk_norm == "full" else (D, D)
+            state[own + "q_gain"] = by * state.get(own + "q_gain", torch.ones(wide[0]))
+            state.setdefault(own + "k_gain", torch.ones(wide[1]))
         elif c.score_factor != 1:
             for name in (own + "qkv.weight", own + "qkv.bias"):
                 if name in state:
@@ -251,12 +252,12 @@ def gguf(run, file, weights="raw"):
         with as_user_error(f"{path}: "):
             kind, c, found = converted(model.for_inference())
             if not isinstance(tokenizer_in(loaded), tokens.Bytes) or c.vocab_size > 257:
-                raise UserError("its tokenizer is not bytes, which is what is written for llama.cpp")
+                raise UserError("only a model of bytes, with one id more at most, is written for llama.cpp")
             if kind not in LLAMA_CPP:
                 raise UserError(f"llama.cpp computes no {FORMS[kind].name} as here: it does {', '.join(LLAMA_CPP)}")
             refuse(misfits(LLAMA_CPP[kind], c), "llama.cpp computes another model", LLAMA_CPP[kind].name)
         writer = writer_of(place, LLAMA_CPP[kind].name)
-        for name, value in gguf_fields(c).items():
+        for name, value in gguf_fields(LLAMA_CPP[kind].name, c).items():
             getattr(writer, f"add_{name}")(value)
         for name, t in gguf_tensors(LLAMA_CPP[kind].name, c, found).items():
             writer.add_tensor(name, t.contiguous().numpy())
@@ -267,7 +268,7 @@ def gguf(run, file, weights="raw"):
     print(f"{file}: {LLAMA_CPP[kind].name}, {sum(t.numel() for t in found.values()):,} parameters in float32")
 
 
-def gguf_fields(c):
+def gguf_fields(arch, c):
     """{what GGUFWriter adds: value} of a config. Without an end of its own a byte vocabulary has that no text has, 255:
     llama.cpp would take 11 for both ends, and never draw it."""
     letters, types, end = tokens.byte_letters(), [1] * 256, c.vocab_size - 1
@@ -279,8 +280,10 @@ def gguf_fields(c):
                  bos_token_id=end, eos_token_id=end, add_bos_token=False)
     found["layer_norm_rms_eps" if c.norm == "rms" else "layer_norm_eps"] = c.norm_eps or (
         1e-6 if c.norm == "rms" else 1e-5)
-    if c.positions == "rope":
-        found |= dict(rope_dimension_count=c.head_dim, rope_freq_base=c.rope_base)
+    if c.positions == "rope" and "mamba" not in c.mixers:
+        found |= dict(rope_dimension_count=c.turning or c.head_dim, rope_freq_base=c.rope_base)
+    if arch == "gptneox":
+        found["parallel_residual"] = bool(c.parallel_residual)
     if c.rope_scaling == "linear":
         found |= dict(rope_scaling_type=tokens.needed("gguf").RopeScalingType.LINEAR, rope_scaling_factor=c.rope_factor)
     if "moe" in c.ffs:
@@ -304,6 +307,8 @@ def gguf_tensors(arch, c, found):
         part = name.rsplit(".", 2)[-2]
         if part in ("q_proj", "k_proj") and arch in NEIGHBOURS:
             t = t.unflatten(0, (-1, 2, c.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+        elif part == "query_key_value":
+            t = t.unflatten(0, (c.n_head, 3, c.head_dim)).transpose(0, 1).flatten(0, 2)
         elif arch == "gpt2" and part in ("c_attn", "c_fc", "c_proj"):
             t = t.mT if t.dim() == 2 else t
         elif name.endswith("A_log"):
@@ -350,7 +355,7 @@ def config_in(d):
             raise UserError(f"it lacks {theirs}")
         if ours == "norm_eps" and value is None:
             value = 1e-6
-        if ours in ("tie_weights", "bias"):
+        if ours in ("tie_weights", "bias", "parallel_residual"):
             value = bool(value)
         if ours in said and said[ours][1] != value:
             raise UserError(f"{said[ours][0]} {said[ours][1]!r} beside {theirs} {value!r} is not read: it is one "
@@ -378,7 +383,8 @@ def read_folder(folder):
         kind, config = config_in(d)
     except FileNotFoundError:
         raise UserError(f"{folder} has no config.json") from None
-    except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+            RecursionError) as error:
         raise UserError(f"{folder}/config.json is not read: {' '.join(str(error).split())[:300]}") from None
     return kind, config, d, read_tensors(folder)
 

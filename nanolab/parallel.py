@@ -189,6 +189,8 @@ class Mesh(Alone):
         for name in ("n_head", "n_kv_head"):
             if getattr(c, name) % tp:
                 fail(f"tp {tp} must divide {name} {getattr(c, name)}: every process takes whole heads")
+        if c.qk_norm == "full":
+            fail(f"qk_norm 'full' is over all heads: it cannot be divided over tp {tp}")
         for kind in c.mixers:
             if kind not in SPLIT:
                 fail(f"mixer {kind!r} cannot be divided over tp {tp}: {', '.join(SPLIT)} can")

@@ -2,10 +2,12 @@
 
     python -m nanolab.probe runs/train_facts/NAME --attribute birth_date    # which layer knows the birthday?
     python -m nanolab.probe runs/train_facts/NAME --attribute birth_place --asked occupation
+    python -m nanolab.probe FOLDER --n_people 256            # published weights: people whom the prompt tells of
 
 The command reads the stream at the last token of a question. A linear map learns the attribute's value from four in
 five people, and is asked about the rest; beside it the same on people that the model was never trained on, and the
-share of the most frequent value.
+share of the most frequent value. A folder of weights knows no people: there each prompt tells of a person before it
+asks, and beside it stands the same without the telling.
 
     with record(model, ["embed", "blocks.1", "blocks.1.mixer"], gradients=True) as probes:
         objective, nats = model(x, targets=y)
@@ -32,15 +34,17 @@ import torch.nn.functional as F
 
 from data import facts, tokens
 from model import from_checkpoint
+from nanolab import hf
 from nanolab.run import (UserError, as_user_error, command, find_checkpoint, load_checkpoint, override,
                          resolve_device)
 
 # --- What ---
-checkpoint = None        # run directory or checkpoint file of train_facts.py (may also be typed as a bare word)
+checkpoint = None        # run directory or checkpoint file of train_facts.py, or a folder (may be typed as a bare word)
 weights = "raw"          # [raw, ema] which weights
 attribute = "birth_place"  # what the linear map has to say
 part = "day"             # [day, month, year] which part of a date
 asked = None             # the attribute that the question names; none: the same
+n_people = 256           # [>= 4, <= 100_000] of a folder: how many people, whom the prompts tell of
 # --- How ---
 l2 = 1e-2                # [>= 0.0, <= 1e6] penalty on the linear map's weights
 steps = 100              # [>= 1, <= 100_000] steps of L-BFGS at most
@@ -269,6 +273,32 @@ def value_classes(people, attribute, part="day"):
     return torch.tensor([sorted(set(texts)).index(text) for text in texts])
 
 
+def trained_people(path):
+    """(model, People, their text to ids, {kind: (their numbers, what asks one of them for an attribute)}) of a run."""
+    loaded = load_checkpoint(path, "train_facts")
+    if loaded["settings"]["task"] not in facts.MODES:
+        raise UserError(f"{path} is no model of people: train_facts.py trains them")
+    with as_user_error(f"{path}: "):
+        model = from_checkpoint(loaded, weights)
+    people, vocabulary, _ = facts.open_facts(loaded["settings"])
+    tokens.check(vocabulary, loaded["tokenizer"])
+    asks = partial(facts.question, form=loaded["settings"]["form"])
+    return model, people, vocabulary.encode, {"trained": (range(people.n), asks),
+                                              "unseen": (range(people.n, len(people)), asks)}
+
+
+def told_people(path):
+    """The same of a folder: n_people of notes with plain names, whom the prompt tells of or not."""
+    loaded, model = hf.load_model(path, weights)
+    people, asks = facts.people(n_people, seed, names="plain"), partial(facts.question, form="natural")
+
+    def tells(person, attribute):
+        lines = [f"{asks(person, name)} {person.values[name]}" for name in people.attributes]
+        return "\n".join([*lines, asks(person, attribute)])
+    return model, people, hf.tokenizer_in(loaded).encode, {"told": (range(n_people), tells),
+                                                           "not told": (range(n_people), asks)}
+
+
 @command
 def main():
     """Asks every layer of a model of people for one attribute."""
@@ -279,19 +309,17 @@ def main():
         settings.refuse_idle(("part",), f"with --attribute {attribute}, which is no date")
     where, _ = resolve_device(device, "float32")
     path = find_checkpoint(checkpoint)
-    loaded = load_checkpoint(path, "train_facts")
-    if loaded["settings"]["task"] not in facts.MODES:
-        raise UserError(f"{path} is no model of people: train_facts.py trains them")
-    with as_user_error(f"{path}: "):
-        model = from_checkpoint(loaded, weights).for_inference().to(where)
-    people, vocabulary, _ = facts.open_facts(loaded["settings"])
-    tokens.check(vocabulary, loaded["tokenizer"])
+    if path.is_dir():
+        model, people, encode, groups = told_people(path)
+    else:
+        settings.refuse_idle(("n_people",), "of a run, which has people of its own")
+        model, people, encode, groups = trained_people(path)
+    model = model.for_inference().to(where)
     for name in (attribute, asked):
         if name is not None and name not in people.attributes:
             raise UserError(f"there is no attribute {name!r}: these people have {', '.join(people.attributes)}")
-    classes, form = value_classes(people, attribute, part), loaded["settings"]["form"]
-    found = {}
-    for kind, numbers in (("trained", range(people.n)), ("unseen", range(people.n, len(people)))):
+    classes, found = value_classes(people, attribute, part), {}
+    for kind, (numbers, asks) in groups.items():
         labels = classes[list(numbers)]
         known = labels.bincount() >= 2                           # a value of one person alone cannot be held out
         numbers = [i for i, label in zip(numbers, labels.tolist()) if known[label]]
@@ -299,7 +327,7 @@ def main():
             print(f"{kind} people left out: among {len(labels):,} fewer than 2 values of {attribute} occur twice")
             continue
         labels = classes[numbers].unique(return_inverse=True)[1]
-        prompts = [vocabulary.encode(facts.question(people[i], asked or attribute, form)) for i in numbers]
+        prompts = [encode(asks(people[i], asked or attribute)) for i in numbers]
         if (longest := max(map(len, prompts))) > model.config.block_size:
             raise UserError(f"a question about {asked or attribute} has {longest} tokens, more than block_size "
                             f"{model.config.block_size}")

@@ -32,6 +32,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(vocab_size=64, n_layer=2, n_head=4, n_embd=32, block_size=32, norm="rms", positions="rope", bias=False,
              activation="swiglu", window=5, init="gpt2")
 SHARES = dict(n_expert=5, expert_top_k=2)
+MAMBA = dict(mixer="mamba", ff="none")
+PART = dict(norm="layer", activation="gelu", partial_rotary=0.5)  # as GPTNeoX and Phi
 
 # (class, settings): what nanolab trains, and the class of transformers that computes it.
 OUT = [
@@ -61,12 +63,20 @@ OUT = [
     ("DeepseekV3", dict(mixer="mla", rope_scaling="yarn", rope_factor=4.0, rope_ramp="index", rope_mscale=0.7,
                         rope_mscale_all_dim=0.5, rope_dim=8)),
     ("DiffLlama", dict(mixer="diff")), ("DiffLlama", dict(mixer="diff", n_kv_head=2, norm_eps=1e-3)),
-    ("Mamba", dict(mixer="mamba", ff="none")), ("Mamba", dict(mixer="mamba", ff="none", tie_weights=True)),
+    ("Mamba", MAMBA), ("Mamba", dict(MAMBA, tie_weights=True)),
     ("GPT2", dict(norm="layer", positions="learned", activation="gelu", bias=True)),
     ("GPT2", dict(norm="layer", positions="learned", activation="gelu_tanh", tie_weights=True)),
     ("GPT2", dict(norm="layer", positions="learned", activation="relu2", norm_gain=False, ff_mult=3.0)),
     ("Starcoder2", dict(norm="layer", activation="gelu", bias=True, n_kv_head=2)),
     ("Starcoder2", dict(norm="layer", activation="gelu_tanh", mixer="window", tie_weights=True)),
+    ("SmolLM3", dict(nope_interval=2, n_layer=5, n_kv_head=2)),
+    ("Olmo2", dict(norm_after=True, qk_norm="full", n_kv_head=2)),
+    ("Olmo2", dict(norm_after=True, qk_norm="full", parametrisation="mup", mup_base_width=16, norm_gain=False)),
+    ("Phi", dict(PART, parallel_residual="shared", head_bias=True, bias=True, n_kv_head=2)),
+    ("Phi", dict(PART, parallel_residual="shared", activation="relu2", partial_rotary=1.0, rope_scaling="yarn",
+                 rope_factor=4.0, residual_scale="layerscale")),
+    ("GPTNeoX", dict(PART, parallel_residual=True, bias=True)),
+    ("GPTNeoX", dict(PART, partial_rotary=0.3, n_embd=80, rope_scaling="yarn", rope_factor=4.0, tie_weights=True)),
     ("Mpt", dict(norm="layer", positions="alibi", activation="gelu", tie_weights=True)),
 ]
 
@@ -183,6 +193,11 @@ IN = [
     ("qwen3_moe", dict(head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True,
                        mlp_only_layers=[0])),
     ("mixtral", dict(num_local_experts=4, intermediate_size=48)), ("smollm3", dict(no_rope_layers=[1, 1])),
+    ("smollm3", dict(num_hidden_layers=5)), ("smollm3", dict(no_rope_layers=[0, 0])),
+    ("olmo2", dict(rms_norm_eps=1e-3, rope_parameters=LLAMA3)),
+    ("phi", dict(intermediate_size=96)), ("phi", dict(rope_parameters=dict(LLAMA3, partial_rotary_factor=0.75))),
+    ("gpt_neox", dict(rope_parameters=dict(rope_type="default", rope_theta=99.0, partial_rotary_factor=0.25))),
+    ("gpt_neox", dict(use_parallel_residual=False)),
     ("arcee", {}), ("starcoder2", {}), ("diffllama", dict(rms_norm_eps=1e-2)), ("mamba", {}),
     ("gpt2", dict(n_embd=32, n_layer=2, n_head=4, n_positions=32)), ("mpt", dict(d_model=32, n_heads=4, n_layers=2)),
     ("deepseek_v3", dict(V3, folded=r"mlp.experts.*down|q_b_proj|kv_a_proj")),
@@ -341,6 +356,10 @@ Q = "model.layers.1.self_attn.q_proj.weight"
     bad("another activation", retold(hidden_act="mish"), "mish"),
     bad("another rope", retold(rope_parameters=dict(rope_type="dynamic", factor=2.0)), "dynamic"),
     bad("partly turned", retold(partial_rotary_factor=0.5), "partial_rotary_factor"),
+    bad("turns now and then", retold(model_type="smollm3", no_rope_layers=[0, 1]), "no_rope_layers"),
+    bad("an odd part", retold(model_type="gpt_neox", rotary_pct=0.4), "no pairs"),
+    bad("a norm that is not there", retold(model_type="olmo2"), "lacks the tensor", "post_attention"),
+    bad("norms of phi", retold(model_type="phi", qk_layernorm=True), "qk_layernorm"),
     bad("biases of a half", retold(attention_bias=True), "one setting"),
     bad("missing tensor", rewritten(lambda found: found.pop(Q)), "lacks the tensor " + Q),
     bad("a tensor too many", rewritten(lambda found: found.update(extra=found[Q].clone())), "takes its tensor extra"),
@@ -377,6 +396,94 @@ def test_old_names_are_read(tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(
         {"weight_map": {name: shard for shard, part in shards.items() for name in part}}))
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in hf.load(folder).state_dict().items())
+
+
+# What llama.cpp computes: (its architecture, settings).
+BYTES = dict(vocab_size=256, block_size=64)
+GGUF = [
+    ("llama", {}), ("llama", dict(bias=True, n_kv_head=2, tie_weights=True)),
+    ("llama", dict(rope_scaling="linear", rope_factor=2.0, norm_eps=1e-3, head_dim=10, vocab_size=257)),
+    ("llama", dict(rope_scaling="llama3", rope_factor=4.0, rope_original=16)), ("llama", dict(ff="moe", **SHARES)),
+    ("arcee", dict(activation="relu2")), ("qwen2", dict(bias="qkv", n_kv_head=1)), ("mamba", MAMBA),
+    ("qwen3", dict(qk_norm=True, qk_gain=True, n_kv_head=2)), ("qwen3moe", dict(ff="moe", qk_norm=True, **SHARES)),
+    ("olmo2", dict(norm_after=True, qk_norm="full", n_kv_head=2)), ("smollm3", dict(nope_interval=4, n_layer=5)),
+    ("gpt2", dict(norm="layer", positions="learned", activation="gelu_tanh")),
+    ("starcoder2", dict(norm="layer", activation="gelu_tanh", n_kv_head=2)),
+    ("phi2", dict(PART, activation="gelu_tanh", parallel_residual="shared", head_bias=True, n_kv_head=2)),
+    ("gptneox", dict(PART, activation="gelu_tanh", parallel_residual=True, bias=True)),
+]
+
+
+def gguf_of(settings, folder):
+    """(a model, {name: tensor} of its class, the file that is written from its folder)."""
+    model = loud(**BYTES | settings)
+    config, found = hf.as_folder(model)
+    written(folder / "out", config, found)
+    (folder / "out" / "tokenizer.json").write_text(tokens.as_json(tokens.Bytes()))
+    hf.gguf(folder / "out", folder / "model.gguf")
+    return model, found, folder / "model.gguf"
+
+
+@pytest.mark.parametrize("case", GGUF, ids=name_of)
+def test_gguf(case, tmp_path):
+    """Every number of the folder is in the file, and what is at it says what the model is."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed: nothing is written for llama.cpp")
+    model, found, path = gguf_of(case[1], tmp_path)
+    c, reader, turns = model.config, gguf.GGUFReader(path), case[0] not in ("gpt2", "mamba")
+    said = {name.removeprefix(case[0] + "."): field.contents() for name, field in reader.fields.items()}
+    assert said["general.architecture"] == case[0] and said["block_count"] == c.n_layer
+    assert (said["embedding_length"], said["context_length"], said["vocab_size"]) == (32, 64, c.vocab_size)
+    assert said["tokenizer.ggml.eos_token_id"] == len(said["tokenizer.ggml.tokens"]) - 1 == c.vocab_size - 1
+    assert said.get("rope.dimension_count", 0) == (c.turning or c.head_dim) * turns
+    tensors = {t.name: torch.tensor(t.data) for t in reader.tensors}
+    assert torch.equal(tensors["token_embd.weight"], model.embed)
+    values = torch.cat([t.flatten() for name, t in tensors.items() if name not in ("rope_freqs.weight", "blk.0.ssm_a",
+                                                                                   "blk.1.ssm_a")])
+    wanted = torch.cat([t.flatten() for name, t in found.items() if not name.endswith("A_log")])
+    assert torch.equal(values.sort().values, wanted.sort().values)
+
+
+def test_what_llama_cpp_computes_otherwise_is_one_line(tmp_path):
+    """And nothing is written."""
+    pytest.importorskip("gguf", reason="gguf is not installed: nothing is written for llama.cpp")
+    for settings, words in ((dict(mixer="window"), "'window' stands"), (dict(activation="geglu"), "'geglu' stands"),
+                            (dict(activation="relu2", bias=True), "bias True"), (dict(mixer="mla"), "DeepseekV3"),
+                            (dict(positions="none"), "positions 'none'"), (dict(vocab_size=300), "of bytes"),
+                            (dict(rope_scaling="yarn", rope_factor=2.0), "rope_scaling 'yarn'"),
+                            (dict(norm="layer", activation="gelu"), "takes activation gelu_tanh")):
+        with raises_one_line("out", words):
+            gguf_of(settings, tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("case", GGUF, ids=name_of)
+def test_llama_cpp(case, tmp_path):
+    """Log-probabilities and greedy text of llama.cpp itself, float32 throughout. Its GELU is a table of float16."""
+    llama = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: no llama.cpp to ask")
+    model, _, path = gguf_of(case[1], tmp_path)
+    how = llama.CommonParams()
+    how.model.path, how.n_ctx, how.n_parallel, how.warmup, how.cpuparams.n_threads = str(path), 64, 1, False, 1
+    how.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    how.cache_type_k = how.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+    server, prompt = llama.Server(how), [*b"The quick"]
+
+    def answer(ids, n):
+        return server.handle_completions(dict(prompt=ids, n_predict=n, temperature=0.0, top_k=1, n_probs=512,
+                                              cache_prompt=False))["choices"][0]
+    text = [int(t) for t in generate(model, [prompt], 40, temperature=0.0)]
+    text = text[:text.index(model.config.vocab_size - 1)] if model.config.vocab_size - 1 in text else text
+    with torch.no_grad():
+        wanted = model(torch.tensor([prompt + text]))[0].log_softmax(-1)
+    worst, seen = 0.0, 0
+    for n in range(0, len(text), 2):                         # an unfinished character is not reported
+        for step in (answer(prompt + text[:n], 1)["logprobs"] or {"content": []})["content"]:
+            said = {one["id"]: one["logprob"] for one in step["top_logprobs"]}
+            worst = max([worst, *(abs(wanted[len(prompt) + n - 1, i].item() - p) for i, p in said.items())])
+            seen += len(said) == model.config.vocab_size
+    print(f"{name_of(case)}: {worst:.1e} at {seen} steps, {len(text)} bytes")
+    assert seen and worst <= (2e-3 if model.config.activation == "gelu_tanh" else 2e-5)
+    assert answer(prompt, len(text))["text"] == bytes(text).decode(errors="replace")
 
 
 TEXT = "".join(f"The {word} of {number} is a {word}ing, or it's not: {number * 37 % 101}.\n" for number in range(300)

@@ -236,7 +236,8 @@ def another(spec):
     """A legal value that is not the default."""
     if spec.words:
         return next(word for word in spec.words if word != spec.default)
-    return True if spec.kind is bool else spec.kind(2 * (spec.default or 1))
+    one = spec.default or 1
+    return True if spec.kind is bool else spec.kind(one / 2 if ("<=", "1.0") in spec.bounds else 2 * one)
 
 
 def defaults(specs, **settings):

@@ -60,7 +60,8 @@ def test_encoder(mixer, positions):
         model.new_cache(1, 12)
 
 
-DECODING = dict(logit_softcap=30.0), dict(value_residual=True)
+DECODING = (dict(logit_softcap=30.0), dict(value_residual=True), dict(norm_after=True), dict(parallel_residual=True),
+            dict(qk_norm="full"))
 
 
 @pytest.mark.parametrize("kind, settings, word", [

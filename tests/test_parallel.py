@@ -25,8 +25,9 @@ SMALL = dict(vocab_size=V, n_layer=2, n_head=4, n_kv_head=2, n_embd=24, head_dim
 MESHES = ["1x2", "2x1", "2x2"]
 CASES = {  # name: (what differs from SMALL, optimiser, steps)
     "adamw": (dict(n_layer=1), "adamw", 2),
-    "muon": (dict(), "muon", 4),
-    "schedule_free": (dict(n_kv_head=4, ff="none,mlp", residual_scale="rezero"), "schedule_free", 4),
+    "muon": (dict(norm_after=True, partial_rotary=0.5, nope_interval=2), "muon", 4),
+    "schedule_free": (dict(n_kv_head=4, ff="none,mlp", residual_scale="rezero", parallel_residual=True),
+                      "schedule_free", 4),
     "sgd": (dict(bias=True, norm="layer", activation="gelu", positions="learned_per_layer", head_bias=True,
                  n_layer=1, tie_weights=True), "sgd", 2),
     "adam": (dict(mixer="window,full", window=5, positions="alibi", ff="low_rank", mtp_depth=1, bias=True), "adam", 2),
@@ -358,6 +359,7 @@ def test_what_cannot_be_started_is_one_line(monkeypatch, world, shape, said):
     ((1, 3), {}, {}, "tp 3 must divide n_head 4"),
     ((1, 4), {}, {}, "tp 4 must divide n_kv_head 2"),
     ((3, 1), {}, dict(batch_size=4), "batch_size 4 must be divisible by dp 3"),
+    ((1, 2), dict(qk_norm="full"), {}, "qk_norm 'full' is over all heads"),
     ((1, 2), dict(mixer="full,mla", n_kv_head=4), {}, "mixer 'mla' cannot be divided over tp 2: full, window, strided"),
     ((1, 2), dict(mixer="mamba"), {}, "mixer 'mamba' cannot"),
     ((1, 2), dict(mixer="diff", n_kv_head=2), {}, "n_kv_head 1 must be even"),

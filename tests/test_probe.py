@@ -1,6 +1,7 @@
 """nanolab/probe.py: same bits with and without, what is recorded and until when; what linear probes find."""
 import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -337,7 +338,7 @@ def test_the_command_asks_about_people_whose_value_occurs_twice(monkeypatch, cap
     made, vocabulary, asked = facts.people(60, 1, unseen=25), facts.Vocabulary("closed"), []
     before, loaded = dict(vars(command)), dict(tokenizer=None, settings=dict(task="in_weight", form="short"))
     for owner, name, stub in (
-            (command, "find_checkpoint", lambda path: path),
+            (command, "find_checkpoint", Path),
             (command, "load_checkpoint", lambda *_: loaded),
             (command, "from_checkpoint", lambda *_: SimpleNamespace(for_inference=build)),
             (command, "layers_that_know", lambda model, prompts, labels, **_: asked.append(

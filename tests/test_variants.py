@@ -400,6 +400,13 @@ def test_equal_parameters(settings):
     (dict(score_softcap=9.0, mixer="xl", positions="relative"), "positions 'relative'"),
     (dict(value_residual=True, n_layer=1), "at least 2: mixer 'full' in 1"),
     *((dict(value_residual=True, mixer=f"full,{kind}"), "value_residual") for kind in ("mla", *CARRY)),
+    *((dict(norm_after=True, **settings), "norm_after") for settings in (
+        dict(short_conv=2), dict(parallel_residual="shared"), dict(mixer="full,xl"))),
+    *((dict(mixer="full,mamba", **settings), "is of layers full") for settings in (
+        dict(nope_interval=2), dict(qk_norm="full"))),
+    (dict(nope_interval=1), "nope_interval"), (dict(partial_rotary=1.5), "partial_rotary"),
+    (dict(partial_rotary=0.5, mixer="full,mla"), "rope_dim says"),
+    (dict(qk_norm="full", qk_scale=True), "of each head"),
     (dict(short_conv=1), "at least 2"), (dict(short_conv=-2), "must be >= 0"), (dict(qk_scale=True), "needs qk_norm"),
     *((dict(qk_scale=True, qk_norm=True, mixer=f"full,{kind}"), f"mixer '{kind}'") for kind in ("xl", "compressive")),
     *((dict(shorten=2, **settings), word) for settings, word in (

@@ -63,6 +63,9 @@ def listed():
     yield dict(n_kv_head=1, head_dim=12, qk_norm=True, attention="manual")
     yield dict(mixer="full,diff", qk_norm=True, qk_scale=True, short_conv=2)
     yield dict(mixer="full,mamba,compressive", short_conv=2, norm="rms", residual_scale="layerscale")
+    yield from (dict(norm_after=True, parallel_residual=both) for both in (False, True))
+    yield dict(parallel_residual="shared", partial_rotary=0.5, mixer="window,mamba,full", short_conv=2, ff="mlp,none")
+    yield dict(qk_norm="full", qk_gain=True, n_kv_head=2, nope_interval=2, mixer="full,diff,window")
     yield dict(norm="dyt", residual_scale=30.0)  # loud branches: dyt leaves the small embeddings small
     yield dict(norm="dyt", residual_scale=30.0, mixer="xl,compressive,mamba", short_conv=2, norm_gain=False)
     yield from (dict(output="stablemax"), dict(logit_softcap=0.1))
