@@ -103,6 +103,8 @@ class TransformerConfig:
     expert_width: int = None       # [none, >= 1, with ff moe] of an expert's hidden layer; none: ff_width / n_expert
     n_shared_expert: int = 0       # [>= 0, with ff moe] of those, how many serve every position
     expert_top_k: int = 2          # [>= 1, with ff moe] of the others, how many a position chooses
+    expert_groups: int = 1         # [>= 1, with ff moe] these others stand in so many groups (DeepSeek-V3)
+    expert_top_groups: int = None  # [none, >= 1, with ff moe] in how many a position finds all its own; none: all
     expert_balance: str = "loss"   # [loss, bias, none, with ff moe] load-balance loss, or biases moved after every step
     balance_weight: float = 0.01   # [>= 0.0, with expert_balance loss] of the load-balance loss
     balance_rate: float = 0.001    # [>= 0.0, with expert_balance bias] step of the biases
@@ -171,7 +173,8 @@ class TransformerConfig:
                    f"n_head {self.n_head} does not divide n_embd {self.n_embd}: set head_dim too")
             self.head_dim = self.n_embd // self.n_head
         expect(not self.n_head % self.n_kv_head, f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
-        derived = dict(memory_length=self.block_size, kv_rank=2 * self.head_dim, ff_rank=max(1, self.n_embd // 4),
+        derived = dict(memory_length=self.block_size, expert_top_groups=self.expert_groups, kv_rank=2 * self.head_dim,
+                       ff_rank=max(1, self.n_embd // 4),
                        compressed_length=max(1, self.block_size // self.compression_rate),
                        rope_dim=max(2, 2 * (self.head_dim // 4)),
                        ff_width=8 * round(self.ff_mult * self.n_embd / 12) if self.activation in GLU

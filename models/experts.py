@@ -16,6 +16,13 @@ def check(config):
     c, routed = config, config.n_expert - config.n_shared_expert
     expect(routed > 0, f"n_shared_expert is {c.n_shared_expert}, but must be from 0 to n_expert - 1, {c.n_expert - 1}")
     expect(c.expert_top_k <= routed, f"expert_top_k {c.expert_top_k} is more than the {routed} experts to choose from")
+    size = routed // c.expert_groups  # experts of a group
+    expect(c.expert_groups == 1 or not routed % c.expert_groups and size > 1, f"expert_groups {c.expert_groups} must "
+           f"divide the {routed} experts to choose from, and leave two or more in each")
+    expect(c.expert_top_groups <= c.expert_groups, f"expert_top_groups {c.expert_top_groups} is more than the "
+           f"{c.expert_groups} of expert_groups")
+    expect(c.expert_top_k <= size * c.expert_top_groups, f"expert_top_k {c.expert_top_k} is more than the experts of "
+           f"expert_top_groups {c.expert_top_groups}, {size} in each")
     expect(c.activation != "solu", "activation 'solu' normalises its whole width, which experts divide: choose another")
 
 
@@ -26,6 +33,8 @@ class MixtureOfExperts(nn.Module):
     float32: softmax, or under expert_balance "bias" a sigmoid of each; the chosen ones' scores, from two on made to
     sum to 1, weigh their outputs (of a single one a sum of 1 would leave the router without a gradient: Switch, Fedus
     et al. 2021). No expert has a limit, so no position is dropped, and none depends on the rest of its batch.
+    With expert_groups G of E / G neighbours they are of the expert_top_groups groups alone whose two best scores (with
+    the biases of below) sum to most (DeepSeek-V3's code; its report, section 2.1.2, sums more).
     Balance: "loss" adds balance_weight * E sum_e f_e p_e, with f the shares of choices and p the mean scores (Fedus et
     al. 2021, equation 4; 1 where even): a product of means over a pass, so a step of several passes, which takes the
     mean of theirs, is not that of one pass over all rows. "bias" adds a number per expert to the scores for the choice
@@ -68,6 +77,11 @@ class MixtureOfExperts(nn.Module):
             logits = F.linear(x.float(), self.router.weight.float())  # (N, E)
         scores = torch.sigmoid(logits) if self.correction is not None else torch.softmax(logits, -1)
         ranked = scores if self.correction is None else scores + self.correction
+        if self.config.expert_top_groups < self.config.expert_groups:
+            groups = ranked.unflatten(1, (self.config.expert_groups, -1))  # (N, G, E / G)
+            best = groups.topk(2, -1).values.sum(-1).topk(self.config.expert_top_groups, -1).indices  # (N, top groups)
+            out = torch.ones(groups.shape[:2], dtype=torch.bool, device=x.device).scatter(1, best, False)
+            ranked = groups.masked_fill(out.unsqueeze(2), -torch.inf).flatten(1)
         chosen = ranked.topk(self.config.expert_top_k, -1).indices
         weights = scores.gather(1, chosen)
         if self.config.expert_top_k > 1:

@@ -227,7 +227,8 @@ MOE = dict(num_experts_per_tok="expert_top_k")
 TAKES = dict(norm=("rms",), positions=("rope",), mixer=("full",), ff=("mlp",), activation=tuple(GATES), bias=(False,),
              qk_norm=(False,), short_conv=(0,), shorten=(1,), value_residual=(False,), score_softcap=(None,),
              softmax_plus_one=(False,), norm_after=(False,), parallel_residual=(False,), partial_rotary=(1.0,),
-             nope_interval=(None,), logit_softcap=(None,), output=("softmax",), head_bias=(False,))
+             nope_interval=(None,), expert_top_groups=lambda c: (c.expert_groups,),
+             logit_softcap=(None,), output=("softmax",), head_bias=(False,))
 ROUTED = dict(ff=("moe",), n_shared_expert=(0,), expert_balance=("loss", "none"))
 
 
@@ -282,12 +283,14 @@ FORMS = {  # the first that takes a config is it
     "deepseek_v3": form(
         "DeepseekV3", names=DEEPSEEK,
         takes=dict(mixer=("mla",), ff=lambda c: (",".join(k for word in ("mlp", "moe") for k in c.ffs if k == word),),
+                   expert_top_groups=lambda c: (c.expert_top_groups,),
                    expert_balance=lambda c: ("bias",) if "moe" in c.ffs else (c.expert_balance,),
                    n_shared_expert=lambda c: range(1, c.n_expert) if "moe" in c.ffs else (c.n_shared_expert,)),
-        keys={**MOE, "moe_intermediate_size": "expert_width", "n_shared_experts": "n_shared_expert",
+        keys={**MOE, "n_group": "expert_groups", "topk_group": "expert_top_groups",
+              "moe_intermediate_size": "expert_width", "n_shared_experts": "n_shared_expert",
               "q_lora_rank": "q_rank", "kv_lora_rank": "kv_rank", "qk_rope_head_dim": "rope_dim",
               "qk_nope_head_dim": "head_dim", "v_head_dim": "head_dim", "head_dim": None},
-        knots=(ROPE, (latent_out, latent_in)), fixed=dict(n_group=1, topk_group=1, attention_bias=False),
+        knots=(ROPE, (latent_out, latent_in)), fixed=dict(attention_bias=False),
         absent=dict(n_group=8, topk_group=4, num_experts_per_tok=8, n_shared_experts=1, moe_intermediate_size=2048)),
     "diffllama": form("DiffLlama", takes=dict(mixer=("diff",)), names=DIFF, fixed=dict(attention_bias=False),
                       absent=dict(rms_norm_eps=1e-5)),
@@ -373,7 +376,7 @@ def misfits(form, c):
 
 
 def choose(c):
-    """The model_type of FORMS that computes what a model of this config does. UserError: none, with the settings that
+    """The model_type of FORMS that computes what a model of this config does. ValueError: none, with the settings that
     stand in the way of the nearest."""
     ranked = {kind: misfits(form, c) for kind, form in FORMS.items()}
     best = min(ranked, key=lambda kind: len(ranked[kind]))
@@ -383,9 +386,9 @@ def choose(c):
 
 
 def refuse(found, what, name):
-    """UserError where misfits are found: what cannot be, because of which settings, and what the class of this name
+    """ValueError where misfits are found: what cannot be, because of which settings, and what the class of this name
     takes."""
     reasons = ", ".join(f"{field} {value!r}" for field, value, _ in found)
     allowed = "; ".join(f"{field} {' or '.join(map(str, list(takes)[:6]))}" for field, _, takes in found)
     if found:
-        raise UserError(f"{what}: {reasons} stand{'s' * (len(found) == 1)} in the way; {name} takes {allowed}")
+        raise ValueError(f"{what}: {reasons} stand{'s' * (len(found) == 1)} in the way; {name} takes {allowed}")

@@ -133,7 +133,7 @@ def config_of(kind, c, dtype):
 
 def converted(model):
     """(model_type, TransformerConfig, {name: tensor}, float32) of a Transformer's last layer's first target, as its
-    class has them. UserError: as `choose`."""
+    class has them. Raises ValueError as `choose`."""
     state = {name: t.detach().cpu().float() for name, t in model.state_dict().items()}
     choose(model.config)
     c, state = folded(model.config, state)
@@ -146,7 +146,7 @@ def converted(model):
 
 
 def as_folder(model, dtype="float32"):
-    """(config.json's dict, {name: tensor}) of a Transformer. UserError: as `choose`."""
+    """(config.json's dict, {name: tensor}) of a Transformer. Raises ValueError as `choose`."""
     kind, c, found = converted(model)
     return config_of(kind, c, dtype), {name: t.to(getattr(torch, dtype)).contiguous().clone()
                                        for name, t in found.items()}
@@ -173,7 +173,7 @@ def new_place(path):
     """A place beside the Path of what is to be written, which becomes it at the end, or leaves nothing. UserError: it
     is there already, or cannot be written."""
     if path.exists():
-        raise UserError(f"{path} is there already: name a new {'file' if path.suffix == '.gguf' else 'folder'}")
+        raise UserError(f"{path} is there already: name another")
     place = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -197,12 +197,12 @@ def export(run, folder, dtype="float32", weights="raw"):
     """
     save_file = tokens.needed("safetensors.torch").save_file
     folder, path = Path(folder), find_checkpoint(run)
+    loaded, model = load_model(path, weights)
+    with as_user_error(f"{path}: "):
+        config, found = as_folder(model.for_inference(), dtype)
+    words, special = tokenizer_files(tokenizer_in(loaded), config)
+    config |= special
     with new_place(folder) as place:
-        loaded, model = load_model(path, weights)
-        with as_user_error(f"{path}: "):
-            config, found = as_folder(model.for_inference(), dtype)
-        words, special = tokenizer_files(tokenizer_in(loaded), config)
-        config |= special
         place.mkdir()
         save_file(found, place / "model.safetensors", metadata={"format": "pt"})
         write_json(place / "config.json", config)
@@ -247,25 +247,26 @@ def gguf(run, file, weights="raw"):
     weights: [raw, ema] which weights
     """
     writer_of, file, path = tokens.needed("gguf").GGUFWriter, Path(file), find_checkpoint(run)
+    loaded, model = load_model(path, weights)
+    with as_user_error(f"{path}: "):
+        kind, c, found = converted(model.for_inference())
+        if not isinstance(tokenizer_in(loaded), tokens.Bytes) or c.vocab_size > 257:
+            raise ValueError("only a model of bytes, with one id more at most, is written for llama.cpp")
+        if kind not in LLAMA_CPP:
+            raise ValueError(f"llama.cpp computes no {FORMS[kind].name} as here: it does {', '.join(LLAMA_CPP)}")
+        refuse(misfits(LLAMA_CPP[kind], c), "llama.cpp computes another model", LLAMA_CPP[kind].name)
+    arch = LLAMA_CPP[kind].name
     with new_place(file) as place:
-        loaded, model = load_model(path, weights)
-        with as_user_error(f"{path}: "):
-            kind, c, found = converted(model.for_inference())
-            if not isinstance(tokenizer_in(loaded), tokens.Bytes) or c.vocab_size > 257:
-                raise UserError("only a model of bytes, with one id more at most, is written for llama.cpp")
-            if kind not in LLAMA_CPP:
-                raise UserError(f"llama.cpp computes no {FORMS[kind].name} as here: it does {', '.join(LLAMA_CPP)}")
-            refuse(misfits(LLAMA_CPP[kind], c), "llama.cpp computes another model", LLAMA_CPP[kind].name)
-        writer = writer_of(place, LLAMA_CPP[kind].name)
-        for name, value in gguf_fields(LLAMA_CPP[kind].name, c).items():
+        writer = writer_of(place, arch)
+        for name, value in gguf_fields(arch, c).items():
             getattr(writer, f"add_{name}")(value)
-        for name, t in gguf_tensors(LLAMA_CPP[kind].name, c, found).items():
+        for name, t in gguf_tensors(arch, c, found).items():
             writer.add_tensor(name, t.contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    print(f"{file}: {LLAMA_CPP[kind].name}, {sum(t.numel() for t in found.values()):,} parameters in float32")
+    print(f"{file}: {arch}, {sum(t.numel() for t in found.values()):,} parameters in float32")
 
 
 def gguf_fields(arch, c):

@@ -15,7 +15,6 @@ from data import tokens
 from model import FEED_FORWARDS, MIXERS, TransformerConfig, build_model
 from nanolab import hf, run as experiment, settings as flags
 from nanolab.generate import generate
-from nanolab.run import UserError
 from choices import raises_one_line
 from forks import ROOT
 from scripts import assert_same_end, folder as run_folder
@@ -59,7 +58,8 @@ OUT = [
     ("Qwen3Moe", dict(ff="moe", qk_norm=True, n_expert=4, expert_top_k=1)),
     ("DeepseekV3", dict(mixer="mla")), ("DeepseekV3", dict(mixer="mla", q_rank=12, rope_dim=6)),
     ("DeepseekV3", dict(mixer="mla", ff="mlp,moe", n_shared_expert=1, expert_balance="bias", mtp_depth=1, **SHARES)),
-    ("DeepseekV3", dict(mixer="mla", ff="moe", n_shared_expert=2, expert_balance="bias", expert_top_k=1, n_expert=5)),
+    ("DeepseekV3", dict(mixer="mla", ff="moe", n_shared_expert=2, expert_balance="bias", expert_top_k=1, n_expert=7,
+                        expert_groups=3, expert_top_groups=1)),
     ("DeepseekV3", dict(mixer="mla", rope_scaling="yarn", rope_factor=4.0, rope_ramp="index", rope_mscale=0.7,
                         rope_mscale_all_dim=0.5, rope_dim=8)),
     ("DiffLlama", dict(mixer="diff")), ("DiffLlama", dict(mixer="diff", n_kv_head=2, norm_eps=1e-3)),
@@ -203,7 +203,8 @@ IN = [
     ("deepseek_v3", dict(V3, folded=r"mlp.experts.*down|q_b_proj|kv_a_proj")),
     ("deepseek_v3", dict(V3, folded=r"mlp.experts.*down|q_proj|kv_a_proj", q_lora_rank=None, rope_parameters=dict(
         YARN, mscale=1.0, mscale_all_dim=0.8))),
-    ("deepseek_v3", dict(V3, rope_interleave=False, routed_scaling_factor=1.0)),
+    ("deepseek_v3", dict(V3, rope_interleave=False, routed_scaling_factor=1.0, n_routed_experts=8, n_group=4,
+                         topk_group=2)),
 ]
 
 
@@ -244,7 +245,7 @@ def outcome(settings, folder, wanted=()):
     model = loud(**settings)
     try:
         config, found = hf.as_folder(model)
-    except UserError as error:
+    except ValueError as error:
         assert "\n" not in str(error) and "stand" in str(error) and all(word in str(error) for word in wanted), error
         return None
     assert differ(model, theirs(written(folder, config, found))) <= 2e-5, settings

@@ -389,6 +389,9 @@ def test_equal_parameters(settings):
     (dict(mixer="fixed", sparse_summary=9), "sparse_summary"), (dict(mixer="strided", n_kv_head=1), "must be even"),
     (dict(mixer="compressive", compression_rate=3), "divide"),
     (dict(ff="moe", expert_top_k=9), "expert_top_k"), (dict(ff="moe", n_shared_expert=8), "n_shared_expert"),
+    *((dict(ff="moe", expert_groups=n, **how), word) for n, how, word in (
+        (3, {}, "expert_groups 3"), (8, {}, "expert_groups 8"), (2, dict(expert_top_groups=3), "top_groups 3"),
+        (4, dict(expert_top_groups=1, expert_top_k=3), "expert_top_k 3"))),
     (dict(ff="moe", activation="solu"), "solu"), (dict(init="tfixup", mixer="mamba"), "tfixup"),
     (dict(rope_ramp="index", rope_base=1.0), "rope_base"), (dict(rope_mscale_all_dim=-1.0), "rope_mscale_all_dim"),
     (dict(rope_scaling="yarn", positions="none"), "needs positions 'rope'"), (dict(rope_factor=0.5), "rope_factor"),

@@ -55,6 +55,7 @@ def listed():
         yield dict(mixer=kind)
         yield dict(mixer=kind, positions="alibi", short_conv=4, **({} if kind == "mla" else dict(n_kv_head=2)))
     yield from (dict(ff=kind) for kind in [*FEED_FORWARDS, "none,mlp"] if kind != "mlp")
+    yield dict(ff="moe", expert_groups=4, expert_top_groups=2, expert_balance="bias")
     yield from (dict(mixer=pattern) for pattern in ("mamba,mamba,full", "xl,mingru", "compressive,window"))
     yield dict(mixer="mamba,full", short_conv=9, positions="none")  # wider than any window
     yield from (dict(mixer=kind, positions="relative") for kind in ("xl", "compressive"))
