@@ -308,7 +308,7 @@ FORMS = {  # the first that takes a config is it
                 full=dict(bias=True, head_bias=True), fixed=dict(qk_layernorm=False),
                 absent=dict(hidden_act="gelu_new", layer_norm_eps=1e-5)),
     "gpt_neox": form("GPTNeoX", names=NEOX, knots=((part_turns_out, partial(part_turns_in, usual=0.25)),),
-                     layers="gpt_neox.layers.#.", takes=dict(PART, MULTI_HEAD, parallel_residual=(True, False)),
+                     layers="gpt_neox.layers.#.", takes={**PART, **MULTI_HEAD, "parallel_residual": (True, False)},
                      keys=dict(use_parallel_residual="parallel_residual", num_key_value_heads=None),
                      full=dict(bias=True), fixed=dict(attention_bias=True),
                      absent=dict(hidden_act="gelu", layer_norm_eps=1e-5, use_parallel_residual=True)),
