@@ -493,7 +493,9 @@ class Rope(nn.Module):
         if scaling != "none":
             self.frequencies, self.magnitude = variant("models.rope_scaling:scaled")(
                 turning, base, scaling, factor, original or n, ramp, mscale)
-        self.frequencies = F.pad(self.frequencies, (0, (head_dim - turning) // 2))
+        if still := (head_dim - turning) // 2:
+            self.magnitude = F.pad(torch.full_like(self.frequencies, self.magnitude), (0, still), value=1.0)  # (D/2,)
+            self.frequencies = F.pad(self.frequencies, (0, still))
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
         self._build(n, "cpu")
