@@ -45,7 +45,7 @@ def windows_in(d):
 
 def turning_layers(n, every):
     """SmolLM3's no_rope_layers: 1 is a layer that turns, the last of every so many does not. every None: all turn."""
-    return [1 if every is None else int((i + 1) % every > 0) for i in range(n)]
+    return [1 if every is None else int((i + 1) % every != 0) for i in range(n)]
 
 
 def unturned_out(c):
