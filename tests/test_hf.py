@@ -513,6 +513,25 @@ def test_tokenizers(kind, tmp_path):
     assert isinstance(back, tokens.Bytes) == (kind == "bytes")
 
 
+@pytest.mark.parametrize("size, words", [(300, ""), (64, "tokens, more than block_size 64")])
+def test_a_folder_is_probed(size, words, tmp_path, monkeypatch, capsys):
+    """About people whom its prompts tell of, and the same untold; or one line where these are too long."""
+    config, found = hf.as_folder(loud(vocab_size=256, block_size=size))
+    (written(tmp_path / "out", config, found) / "tokenizer.json").write_text(tokens.as_json(tokens.Bytes()))
+    monkeypatch.setattr(sys, "argv", ["probe.py", str(tmp_path / "out"), "--n_people", "24", "--steps", "3"])
+    probe = runpy.run_path(str(ROOT / "nanolab" / "probe.py"))["main"]
+    if words:
+        with pytest.raises(SystemExit, match="2"):
+            probe()
+        assert words in capsys.readouterr().err
+        return
+    probe()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:2]] == ["told people", "not told people"] and len(lines) == 6
+    embed = lines[3].split()                                 # the last byte is the same: nothing to tell people by
+    assert embed[0] == "embed" and embed[1] == embed[3] and embed[4] == embed[6]
+
+
 ALONE = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
