@@ -1,14 +1,18 @@
-"""A checkpoint's model and its next byte or id: filters, drawing, and `generate`, which goes on with a batch of prompts
-from a cache."""
+"""A checkpoint's model, what a run that begins with it takes over, and its next byte or id: filters, drawing, and
+`generate`, which goes on with a batch of prompts from a cache."""
 import math
 from bisect import bisect_right
+from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 
-from model import from_checkpoint
+from data import tokens
+from data.tokenized import tokenizer_of
+from model import TransformerConfig, from_checkpoint, variant
 from nanolab import hf
-from nanolab.run import UserError, as_user_error, load_checkpoint
+from nanolab.run import UserError, as_user_error, find_checkpoint, load_checkpoint
 
 
 def load_model(path, weights):
@@ -19,12 +23,103 @@ def load_model(path, weights):
     """
     if path.is_dir():
         return hf.as_checkpoint(path, weights)
-    loaded = load_checkpoint(path)
+    loaded = hf.complete(load_checkpoint(path))
     if loaded["script"] not in ("train_enwik8", "train_facts"):
         raise UserError(f"{path} is a checkpoint of {loaded['script']}.py: here one of train_enwik8.py or "
                         "train_facts.py is needed")
     with as_user_error(f"{path}: "):
         return loaded, from_checkpoint(loaded, weights)
+
+
+@dataclass
+class Beginning:
+    """What a run begins with by --init_from: a state dict, the text of a tokenizer.json (None: bytes), the rows of the
+    embedding, which may be more than a tokenizer has ids, and, where its checkpoints hold adapters alone, the digest of
+    these weights. On resume no weights; without --init_from nothing."""
+    weights: dict = None
+    text: str = None
+    rows: int = None
+    base: str = None
+
+    def tokenizer(self):
+        """What a Text task is told: {} or its tokenizer."""
+        return {"tokenizer": tokens.Published(self.text.encode())} if self.text else {}
+
+    def kept(self):
+        """What the run's checkpoints hold beside the rest: the tokenizer's text, the base's digest, where there are."""
+        return {name: value for name, value in (("tokenizer_json", self.text), ("base", self.base)) if value}
+
+    def kept_of(self, model):
+        """What they hold of the model."""
+        return variant("models.low_rank:Adapters")(model) if self.base else model
+
+    def vocab_size(self, n):
+        """The rows of the embedding for n ids. UserError: it has fewer."""
+        if self.rows is not None and n > self.rows:
+            raise UserError(f"--init_from: its embedding has {self.rows:,} rows, but this text needs {n:,}")
+        return n if self.rows is None else self.rows
+
+
+def begin_from(settings, checkpoint):
+    """The Beginning of a run, whose settings are then those of the folder or run that init_from names, but block_size,
+    which only learned positions bound. On resume that is read only where the checkpoint holds adapters alone.
+    UserError: as `load_model` or `hf.complete`, a flag that says otherwise, adapters of nothing."""
+    folder = settings["init_from"]
+    if settings["lora_rank"] and settings["optimizer"] == "ivon":
+        raise UserError("optimizer ivon has a posterior of all weights, lora_rank leaves most as they are: choose "
+                        "another")
+    if checkpoint:
+        hf.complete(checkpoint)
+        return Beginning(None, checkpoint.get("tokenizer_json"), folder and checkpoint.get("vocab_size"),
+                         checkpoint.get("base"))
+    if folder is None:
+        if settings["lora_rank"]:
+            raise UserError(f"--lora_rank {settings['lora_rank']} adapts a model that is there: which? --init_from, a "
+                            "folder of weights or a run")
+        return Beginning()
+    if settings.get("task", "text") != "text":
+        raise UserError("--init_from is for text: --task text")
+    loaded, model = load_model(find_checkpoint(folder), "raw")
+    c, state, block_size = model.config, model.state_dict(), settings["block_size"]
+    sizes = {name: getattr(c, name) for name in TransformerConfig.shape()
+             if name not in ("block_size", "vocab_size", "lora_rank", "lora_on", "lora_alpha")}
+    tokenizer, text = its_tokenizer(loaded)
+    if "tokenizer" in settings:
+        sizes["tokenizer"] = tokenizer
+    elif text or c.vocab_size != 256:
+        raise UserError(f"--init_from {folder}: its tokenizer is not bytes: train_facts.py --task text takes it")
+    for name in [name for name in sizes if name not in settings and sizes[name] != getattr(TransformerConfig, name)]:
+        raise UserError(f"--init_from {folder}: its {name} is {sizes[name]}, which train_enwik8.py alone trains")
+    typed = [name for name in settings.flags if name in sizes and settings[name] != sizes[name]]
+    if typed:
+        raise UserError(f"--{typed[0]} {settings[typed[0]]}: by --init_from it is {sizes[typed[0]]}: leave it out")
+    if c.rope_scaling in ("yarn", "llama3") and c.rope_original is None:
+        sizes["rope_original"] = max(1, round(c.block_size / c.rope_factor))
+    if c.learned_positions:
+        if "block_size" in settings.flags and block_size > c.block_size:
+            raise UserError(f"--block_size {block_size}: by --init_from positions end at {c.block_size}")
+        block_size = min(block_size or c.block_size, c.block_size)
+        state = hf.cut(state, block_size)
+    settings.put(**{name: value for name, value in sizes.items() if name in settings}, block_size=block_size)
+    alone = settings["lora_rank"] and settings["lora_only"]
+    if alone:
+        settings.put(init_from=str(Path(folder).resolve()))      # from where it is resumed, too
+    print(f"from {folder}: {model.n_params():,} parameters")
+    return Beginning(state, text, c.vocab_size, hf.digest_of(model) if alone else None)
+
+
+def its_tokenizer(loaded):
+    """(what train_facts' setting `tokenizer` is for a checkpoint's model, the text of its tokenizer.json, None of
+    bytes). UserError: it was not trained on text."""
+    settings, text = loaded["settings"], loaded.get("tokenizer_json")
+    if settings.get("task", "text") != "text":
+        raise UserError(f"{loaded.path} was trained on {settings['task']}, not on text")
+    name = settings.get("tokenizer", "bytes")
+    if text is None and name != "bytes":                         # trained by that run
+        found = tokenizer_of(settings)
+        tokens.check(found, loaded["tokenizer"])
+        text = tokens.as_json(found)
+    return name, text
 
 
 def filter_logits(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, typical_p=None):

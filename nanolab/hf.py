@@ -7,11 +7,12 @@
 FORMS is the one table: for every class what it takes, what it calls our settings and our tensors. Export reads it from
 left to right, import from right to left. What no class computes is refused in one line; docs/weights.md has the limits.
 """
+import hashlib
 import json
 import os
 import re
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from data.tokenized import tokenizer_of
 from model import TransformerConfig, build_model, from_checkpoint, fused_rows
 from models.rope_scaling import from_json, to_json
 from nanolab.run import Checkpoint, command, find_checkpoint, load_checkpoint, write_json
-from nanolab.settings import UserError, serve
+from nanolab.settings import UserError, as_user_error, serve
 
 EVEN = 8  # experts' widths must be multiples of it: 16 bytes of bfloat16, for grouped_mm of transformers
 GATES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "glu": "sigmoid", "bilinear": "linear"}
@@ -437,7 +438,7 @@ def export(run, folder, dtype="float32", weights="raw"):
     folder, path = Path(folder), find_checkpoint(run)
     if folder.exists():
         raise UserError(f"{folder} is there already: name a new folder")
-    loaded = load_checkpoint(path)
+    loaded = complete(load_checkpoint(path))
     if loaded["script"] not in ("train_enwik8", "train_facts"):
         raise UserError(f"{path} is a checkpoint of {loaded['script']}.py: one of train_enwik8.py or train_facts.py is "
                         "exported")
@@ -638,60 +639,44 @@ def as_checkpoint(folder, weights="raw"):
     return Checkpoint(found, folder), model
 
 
-@dataclass
-class Beginning:
-    """What a run begins with by --init_from: a state dict, the text of a tokenizer.json (None: bytes), and the rows of
-    the embedding, which may be more than a tokenizer has ids. On resume no weights; without --init_from nothing."""
-    weights: dict = None
-    text: str = None
-    rows: int = None
-
-    def tokenizer(self):
-        """What a Text task is told: {} or its tokenizer."""
-        return {"tokenizer": tokens.Published(self.text.encode())} if self.text else {}
-
-    def kept(self):
-        """What the run's checkpoints hold beside the rest: {} or the text."""
-        return {"tokenizer_json": self.text} if self.text else {}
-
-    def vocab_size(self, n):
-        """The rows of the embedding for n ids. UserError: it has fewer."""
-        if self.rows is not None and n > self.rows:
-            raise UserError(f"--init_from: its embedding has {self.rows:,} rows, but this text needs {n:,}")
-        return n if self.rows is None else self.rows
+def complete(loaded):
+    """A checkpoint that holds adapters alone, with the weights of its base beside them; any other as it is. UserError:
+    the base is gone, or another."""
+    if digest := loaded.get("base"):
+        path = loaded["settings"]["init_from"]
+        try:
+            base = base_of(path)
+        except UserError as error:
+            raise UserError(f"{loaded.path} holds adapters alone, and without their base nothing can be made of them: "
+                            f"{error}") from None
+        if digest_of(base) != digest:
+            raise UserError(f"{loaded.path} holds adapters alone, and {path} has other weights now than those beside "
+                            "which they were trained")
+        loaded["model"] = cut(base.state_dict(), loaded["settings"]["block_size"]) | loaded["model"]
+    return loaded
 
 
-def begin_from(settings, checkpoint):
-    """The Beginning of a run, whose settings are then the folder's, but block_size, which only learned positions bound.
-    On resume the folder is not read. UserError: as `load`, or a flag that says otherwise."""
-    folder = settings["init_from"]
-    if checkpoint:
-        return Beginning(None, checkpoint.get("tokenizer_json"), folder and checkpoint.get("vocab_size"))
-    if folder is None:
-        return Beginning()
-    if settings.get("task", "text") != "text":
-        raise UserError("--init_from is for text: --task text")
-    model, (tokenizer, text) = load(folder), vocabulary(folder)
-    c, state, block_size = model.config, model.state_dict(), settings["block_size"]
-    sizes = {name: getattr(c, name) for name in TransformerConfig.shape() if name not in ("block_size", "vocab_size")}
-    if "tokenizer" in settings:
-        sizes["tokenizer"] = tokenizer
-    elif text or c.vocab_size != 256:
-        raise UserError(f"--init_from {folder}: its tokenizer is not bytes: train_facts.py --task text takes it")
-    typed = [name for name in settings.flags if name in sizes and settings[name] != sizes[name]]
-    if typed:
-        raise UserError(f"--{typed[0]} {settings[typed[0]]}: by --init_from it is {sizes[typed[0]]}: leave it out")
-    if c.rope_scaling in ("yarn", "llama3") and c.rope_original is None:
-        sizes["rope_original"] = max(1, round(c.block_size / c.rope_factor))
-    if c.learned_positions:
-        if "block_size" in settings.flags and block_size > c.block_size:
-            raise UserError(f"--block_size {block_size}: by --init_from positions end at {c.block_size}")
-        block_size = min(block_size or c.block_size, c.block_size)
-        for name in [name for name in state if name.endswith("position")]:
-            state[name] = state[name][:block_size].clone()
-    settings.put(**{name: value for name, value in sizes.items() if name in settings}, block_size=block_size)
-    print(f"from {folder}: {model.n_params():,} parameters")
-    return Beginning(state, text, c.vocab_size)
+def base_of(path):
+    """The Transformer of a folder, or of a run or its checkpoint."""
+    path = find_checkpoint(path)
+    if path.is_dir():
+        return load(path)
+    with as_user_error(f"{path}: "):
+        return from_checkpoint(complete(load_checkpoint(path)))
+
+
+def cut(state, block_size):
+    """A state dict with learned positions no longer than block_size."""
+    return {name: t[:block_size].clone() if name.endswith("position") else t for name, t in state.items()}
+
+
+def digest_of(model):
+    """The sha256 of a model's weights and their names, hexadecimal."""
+    digest = hashlib.sha256()
+    for name, t in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(t.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 main = command(serve(export=(export,)))

@@ -13,11 +13,12 @@ import torch
 
 from data import tokens
 from model import FEED_FORWARDS, MIXERS, TransformerConfig, build_model
+from models.low_rank import Adapted
 from nanolab import hf, run as experiment, settings as flags
 from nanolab.generate import generate
 from nanolab.run import UserError
 from choices import raises_one_line
-from forks import ROOT
+from forks import ROOT, assert_equal
 from scripts import assert_same_end, folder as run_folder
 
 pytest.importorskip("safetensors", reason="safetensors is not installed: weights go neither in nor out")
@@ -212,6 +213,34 @@ def test_in(case, tmp_path):
     assert [name for name in found if not torch.equal(found[name], saved[name]) and not re.search(folded, name)] == []
     assert differ(ours, theirs(written(tmp_path / "out", config, found))) <= 2e-5
     assert not re.search("[a-z]", folded) or any(re.search(folded, name) for name in found)
+
+
+def test_adapters_beside_peft(tmp_path):
+    """The same adapters on the folder that the base goes out as: logits and gradients."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: tests/test_mixers.py has the formula")
+    config, found = hf.as_folder(base := loud(n_kv_head=2))
+    ours = build_model(dataclasses.replace(base.config, lora_rank=3, lora_on="all", lora_alpha=6.0), base.state_dict())
+    shake({name: p for name, p in ours.named_parameters() if p.requires_grad})
+    other = peft.get_peft_model(theirs(written(tmp_path / "out", config, found)), peft.LoraConfig(
+        r=3, lora_alpha=6, target_modules="all-linear")).double()
+    pairs = [(other.get_submodule(f"base_model.model.{theirs.removesuffix('.weight')}"), m, i)
+             for name, names, *_ in hf.correspondence(hf.FORMS["llama"], base) for i, theirs in enumerate(names)
+             if isinstance(m := ours.double().get_submodule(name.rpartition(".")[0]), Adapted)]
+    assert len(pairs) == 14 == sum("lora_A" in name for name, _ in other.named_parameters())
+
+    def each(kind):
+        for layer, m, i in pairs:
+            yield layer.lora_A["default"].weight, getattr(m.lora_a, kind).split(3)[i]
+            yield layer.lora_B["default"].weight, getattr(m.lora_b, kind).split(m.rows)[i]
+    for p, t in each("data"):
+        p.data.copy_(t)
+    one, two = ours(X), other(X).logits
+    torch.testing.assert_close(one.double(), two, atol=1e-6, rtol=0)
+    for logits in (ours(X), two):
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), X.flatten()).backward()
+    for p, grad in each("grad"):
+        torch.testing.assert_close(p.grad, grad, atol=1e-6, rtol=0)
+        assert grad.abs().max() > 1e-4
 
 
 # Every preset: its class, or None; and every word of the settings that make a model: parity, or one line.
@@ -461,8 +490,31 @@ def test_a_run_goes_out_and_another_begins_with_it(script, tmp_path, monkeypatch
     begin = f"{script}.py --init_from {out} {RUNS[script][1]} "
     typed(begin + SHORT.format(4, "straight"))
     typed(begin + SHORT.format(2, "halves"))
+    adapted = begin + "--lora_rank 2 --lora_on all --lora_alpha 9 --lora_only --ema_decay 0.5 "
+    for steps, name in ((4, "adapted"), (2, "parts")):
+        typed(adapted + SHORT.format(steps, name))
+    typed(f"{script}.py --resume --run_name parts --max_steps 4")
+    halves, straight, parts, whole = (run_folder(script, tmp_path / "runs", name)
+                                      for name in ("halves", "straight", "parts", "adapted"))
+    assert_same_end(parts, whole)
+    last = experiment.load_checkpoint(whole / "last.pt")
+    assert len(last["model"]) == len(last["optimizer"]["state"]) == len(last["ema"]["weights"]) == 16
+    assert all(name.endswith(("lora_a", "lora_b")) and t.std() > 0 for name, t in last["model"].items())
+    hf.export(whole, tmp_path / "merged", weights="ema")
+    said = [typed(f"sample.py {source} --greedy --length 9") for source in (f"{whole} --weights ema", "merged", out)]
+    assert said[0] == said[1] != said[2]
     shutil.rmtree(out)
     typed(f"{script}.py --resume --run_name halves --max_steps 4")
-    assert_same_end(*(run_folder(script, tmp_path / "runs", name) for name in ("halves", "straight")))
-    assert typed(f"sample.py runs/{script}/halves --length 5")
-    assert typed(begin + SHORT.format(4, "gone"), 2).endswith("out has no config.json\n")
+    assert_same_end(halves, straight)
+    assert typed(f"sample.py {halves} --length 5")
+    assert typed(begin + SHORT.format(4, "gone"), 2).endswith("out: no such file or directory\n")
+    for said in ("without their base", "has other weights now"):             # gone, then another in its place
+        for command in (f"{script}.py --resume --run_name parts --max_steps 5", f"sample.py {whole}"):
+            error = typed(command, 2)
+            assert said in error and error.startswith("error: ") and error.count("\n") == 1
+        if not out.exists():
+            hf.export(halves, out)
+    typed(f"{script}.py --init_from {halves} {RUNS[script][1]} {SHORT.format(0, 'again')}")  # of a run, in place of it
+    again = experiment.load_checkpoint(run_folder(script, tmp_path / "runs", "again") / "last.pt")
+    assert_equal(again["model"], experiment.load_checkpoint(halves / "last.pt")["model"])
+    assert "which? --init_from" in typed(f"{script}.py --lora_rank 2 {RUNS[script][1]} {SHORT.format(4, 'of_none')}", 2)
