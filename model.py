@@ -1197,11 +1197,11 @@ class Transformer(nn.Module):
 
 
 def build_model(config, weights=None):
-    """The model of a config: a Pyramid where shorten is above 1, else a Transformer. weights: a state dict, in place of
-    what was drawn; with lora_rank that of the base."""
+    """The model of a config: a Pyramid where shorten is above 1, else a Transformer. weights: a state dict, with
+    lora_rank that of the base, whose tensors become the model's in place of what was drawn."""
     model = variant("models.pyramid:Pyramid")(config) if config.shorten > 1 else Transformer(config)
     if weights is not None:
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, assign=True)  # two copies of a large model may be one too many
     return variant("models.low_rank:adapt")(model) if config.lora_rank else model
 
 

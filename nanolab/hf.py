@@ -586,7 +586,8 @@ def load(folder):
             if found[name].shape != shape:
                 raise UserError(f"{folder}: {name} is {tuple(found[name].shape)}, but by config.json {tuple(shape)}")
         parts = [found.pop(name).float() for name in theirs]
-        state[ours] = WAYS[way][1](parts[0] if rows is None else torch.cat(parts), c).contiguous()
+        t = WAYS[way][1](parts[0] if rows is None else torch.cat(parts), c)
+        state[ours] = t.clone(memory_format=torch.contiguous_format)  # the file's pages may change under it
     head = found.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head.float(), state["embed"]):
         raise UserError(f"{folder}: lm_head.weight is another than the embedding, to which config.json ties it")

@@ -438,7 +438,7 @@ def test_low_rank():
 def test_adapters(settings, count):
     """Hu et al. 2021: the base with W + alpha / r B A in the place of each matrix W: at first the base itself, then its
     logits, and gradients by the chain rule; the base's own weights have none. Merged it is that model."""
-    model, plain = adapt(build(lora_rank=3, lora_alpha=1.5, **settings)), build(**settings)
+    model, plain = adapt(build(lora_rank=3, lora_alpha=1.5, **settings)).double(), build(**settings)
     ids = torch.randint(256, (2, 12), generator=torch.Generator().manual_seed(1))
     assert torch.equal(model(ids), plain(ids))
     rows, adapted = fused_rows(plain), {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
