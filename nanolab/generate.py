@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+import kernels
 from data import tokens
 from data.tokenized import tokenizer_of
 from model import TransformerConfig, from_checkpoint, variant
@@ -70,6 +71,7 @@ def begin_from(settings, checkpoint):
                         "another")
     if checkpoint:
         hf.complete(checkpoint)
+        kernels.use(settings["kernels"])                         # not by those of the base
         return Beginning(None, checkpoint.get("tokenizer_json"), folder and checkpoint.get("vocab_size"),
                          checkpoint.get("base"))
     if folder is None:
@@ -80,6 +82,7 @@ def begin_from(settings, checkpoint):
     if settings.get("task", "text") != "text":
         raise UserError("--init_from is for text: --task text")
     loaded, model = load_model(find_checkpoint(folder), "raw")
+    kernels.use(settings["kernels"])                             # not by those of the base
     c, state, block_size = model.config, model.state_dict(), settings["block_size"]
     sizes = {name: getattr(c, name) for name in TransformerConfig.shape()
              if name not in ("block_size", "vocab_size", "lora_rank", "lora_on", "lora_alpha")}

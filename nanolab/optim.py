@@ -613,9 +613,9 @@ def build(settings, named_parameters, roles, fused_rows=None, mesh=None, n_examp
     """The optimiser of a whole model by its name among `settings`; `set_rate` multiplies each group's base_lr.
 
     settings: optimizer, one of RULES, lr, and what else it reads, or its default in Settings. muon steps matrix and
-    residual with muon_lr and muon_momentum, the rest by AdamW with lr, betas, eps; ess None is n_examples. Where
-    kernels are on, they step what is under AdamW, muon's part too, with OrthoGrad inside; the state is the same. What
-    is not dense float32, and tensors of several processes, go without.
+    residual with muon_lr and muon_momentum, the rest by AdamW with lr, betas, eps; ess None is n_examples. What asks
+    for no gradient is left out. Where kernels are on, they step what is under AdamW, muon's part too, with OrthoGrad
+    inside; the state is the same. What is not dense float32, and tensors of several processes, go without.
     mesh: a parallel.Mesh over whose processes parameters and state are divided; Muon and OrthoGrad gather whole
     matrices for the time of a step. ValueError for ivon on several processes. For the rest see groups.
     """

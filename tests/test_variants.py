@@ -408,7 +408,7 @@ def test_equal_parameters(settings):
     *((dict(parametrisation="mup", **settings), "parametrisation 'mup'") for settings in (
         dict(mixer="full,diff"), dict(mixer="mamba"), dict(ff="low_rank"), dict(ff="mlp,moe"), dict(init="tfixup"),
         dict(activation="solu"), dict(n_targets=2, target_heads="shared"))),
-    *((dict(lora_rank=2, **settings), word) for settings, word in (
+    *((dict(lora_rank=2) | settings, word) for settings, word in (
         (dict(lora_rank=33), "more than n_embd 32"), (dict(mixer="full,mla"), "mixer 'full,mla'"),
         (dict(lora_on="all", ff="mlp,moe"), "choose attention"), (dict(lora_on="mlp"), "attention, all"),
         (dict(ff="moe", expert_balance="bias"), "leaves the base"), (dict(lora_alpha=0.0), "lora_alpha"),
