@@ -73,8 +73,7 @@ WALK = {
                     dict(mtp_depth=1, output="stablemax")],
     "widths": [dict(parametrisation=word, mup_base_width=4, tie_weights=tie) for word in CHOICES["parametrisation"]
                for tie in (True, False)] + [dict(parametrisation="mup", qk_norm=True, qk_scale=True)],
-    "adapters": [dict(lora_rank=2, lora_on=word, mixer="full,strided,diff", activation="swiglu")
-                 for word in CHOICES["lora_on"]],
+    "adapters": [dict(lora_rank=2, lora_on=word, n_layer=1, activation="swiglu") for word in CHOICES["lora_on"]],
     "kernels": [dict(kernels=word, mixer="mamba,mingru", ff="mlp,moe") for word in CHOICES["kernels"]],
 }
 

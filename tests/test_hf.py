@@ -447,7 +447,7 @@ assert not [name for name in sys.modules if name.startswith(("nanolab", "model",
 SHORT = ("--dataset data.txt --block_size 32 --batch_size 4 --max_steps {} --warmup_steps 1 --eval_interval 4 "
          "--save_interval 1 --log_interval 1 --device cpu --dtype float32 --lr 0.003 --dropout 0.1 --run_name {}")
 RUNS = {  # a run, and what another says that begins with its weights
-    "train_enwik8": ("--n_layer 2 --n_head 2 --n_embd 32 --positions rope --norm rms --activation relu2 --qk_norm "
+    "train_enwik8": ("--n_layer 2 --n_head 2 --n_embd 32 --positions learned --norm layer --activation relu2 "
                      "--n_targets 1 --no-intermediate_losses --eval_windows 2 --sample_length 0",
                      "--eval_windows 2 --sample_length 0"),
     "train_facts": ("--task text --tokenizer bpe:300 --n_embd 32 --eval_prompts 2", "--task text --eval_prompts 2"),
@@ -492,17 +492,18 @@ def test_a_run_goes_out_and_another_begins_with_it(script, tmp_path, monkeypatch
     typed(begin + SHORT.format(2, "halves"))
     adapted = begin + "--lora_rank 2 --lora_on all --lora_alpha 9 --lora_only --ema_decay 0.5 "
     for steps, name in ((4, "adapted"), (2, "parts")):
-        typed(adapted + SHORT.format(steps, name))
+        typed(adapted + SHORT.format(steps, name) + " --block_size 16")
     typed(f"{script}.py --resume --run_name parts --max_steps 4")
     halves, straight, parts, whole = (run_folder(script, tmp_path / "runs", name)
                                       for name in ("halves", "straight", "parts", "adapted"))
     assert_same_end(parts, whole)
     last = experiment.load_checkpoint(whole / "last.pt")
-    assert len(last["model"]) == len(last["optimizer"]["state"]) == len(last["ema"]["weights"]) == 16
+    stepped = sum((group["params"] for group in last["optimizer"]["param_groups"]), [])
+    assert len(last["model"]) == len(stepped) == len(last["ema"]["weights"]) == 16
     assert all(name.endswith(("lora_a", "lora_b")) and t.std() > 0 for name, t in last["model"].items())
     hf.export(whole, tmp_path / "merged", weights="ema")
-    said = [typed(f"sample.py {source} --greedy --length 9") for source in (f"{whole} --weights ema", "merged", out)]
-    assert said[0] == said[1] != said[2]
+    said = [typed(f"sample.py {source} --greedy --length 9") for source in (f"{whole} --weights ema", "merged")]
+    assert said[0] == said[1]
     shutil.rmtree(out)
     typed(f"{script}.py --resume --run_name halves --max_steps 4")
     assert_same_end(halves, straight)
@@ -514,7 +515,7 @@ def test_a_run_goes_out_and_another_begins_with_it(script, tmp_path, monkeypatch
             assert said in error and error.startswith("error: ") and error.count("\n") == 1
         if not out.exists():
             hf.export(halves, out)
-    typed(f"{script}.py --init_from {halves} {RUNS[script][1]} {SHORT.format(0, 'again')}")  # of a run, in place of it
+    typed(f"{script}.py --init_from {first} {RUNS[script][1]} {SHORT.format(0, 'again')}")   # a run, in place of it
     again = experiment.load_checkpoint(run_folder(script, tmp_path / "runs", "again") / "last.pt")
-    assert_equal(again["model"], experiment.load_checkpoint(halves / "last.pt")["model"])
+    assert_equal(again["model"], experiment.load_checkpoint(first / "last.pt")["model"])
     assert "which? --init_from" in typed(f"{script}.py --lora_rank 2 {RUNS[script][1]} {SHORT.format(4, 'of_none')}", 2)
