@@ -449,7 +449,8 @@ SHORT = ("--dataset data.txt --block_size 32 --batch_size 4 --max_steps {} --war
 RUNS = {  # a run, and what another says that begins with its weights
     "train_enwik8": ("--n_layer 2 --n_head 2 --n_embd 32 --positions learned --norm layer --activation relu2 "
                      "--n_targets 1 --no-intermediate_losses --eval_windows 2 --sample_length 0",
-                     "--eval_windows 2 --sample_length 0"),
+                     "--eval_windows 2 --sample_length 0 --lora_rank 2 --lora_on all --lora_alpha 9 --lora_only "
+                     "--ema_decay 0.5 --block_size 16"),
     "train_facts": ("--task text --tokenizer bpe:300 --n_embd 32 --eval_prompts 2", "--task text --eval_prompts 2"),
 }
 
@@ -457,7 +458,7 @@ RUNS = {  # a run, and what another says that begins with its weights
 @pytest.mark.parametrize("script", RUNS)
 def test_a_run_goes_out_and_another_begins_with_it(script, tmp_path, monkeypatch, capsys):
     """The folder says what the run says, alone too; a run that begins with it resumes to the same bits, the folder
-    gone."""
+    gone, or where it keeps adapters alone not without it. A run that begins with a run leaves it as it is."""
     (tmp_path / "data.txt").write_text(TEXT, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     for name in ("draw_curves", "_output", "_version"):
@@ -487,35 +488,37 @@ def test_a_run_goes_out_and_another_begins_with_it(script, tmp_path, monkeypatch
     if script == "train_facts":
         alone = subprocess.run([sys.executable, "-c", ALONE, str(out)], cwd=tmp_path, text=True, capture_output=True)
         assert alone.stdout + "\n" == said[0], alone.stderr
-    begin = f"{script}.py --init_from {out} {RUNS[script][1]} "
-    typed(begin + SHORT.format(4, "straight"))
-    typed(begin + SHORT.format(2, "halves"))
-    adapted = begin + "--lora_rank 2 --lora_on all --lora_alpha 9 --lora_only --ema_decay 0.5 "
-    for steps, name in ((4, "adapted"), (2, "parts")):
-        typed(adapted + SHORT.format(steps, name) + " --block_size 16")
-    typed(f"{script}.py --resume --run_name parts --max_steps 4")
-    halves, straight, parts, whole = (run_folder(script, tmp_path / "runs", name)
-                                      for name in ("halves", "straight", "parts", "adapted"))
-    assert_same_end(parts, whole)
-    last = experiment.load_checkpoint(whole / "last.pt")
-    stepped = sum((group["params"] for group in last["optimizer"]["param_groups"]), [])
-    assert len(last["model"]) == len(stepped) == len(last["ema"]["weights"]) == 16
-    assert all(name.endswith(("lora_a", "lora_b")) and t.std() > 0 for name, t in last["model"].items())
-    hf.export(whole, tmp_path / "merged", weights="ema")
-    said = [typed(f"sample.py {source} --greedy --length 9") for source in (f"{whole} --weights ema", "merged")]
-    assert said[0] == said[1]
-    shutil.rmtree(out)
-    typed(f"{script}.py --resume --run_name halves --max_steps 4")
+    again = RUNS[script][1] + f" --init_from {out}"
+    for steps, name in ((4, "straight"), (2, "halves")):
+        typed(f"{script}.py {SHORT.format(steps, name)} {again}")
+    halves, straight = (run_folder(script, tmp_path / "runs", name) for name in ("halves", "straight"))
+    resume = f"{script}.py --resume --run_name halves --max_steps"
+    if "--lora_only" not in again:
+        shutil.rmtree(out)
+    typed(f"{resume} 4")
     assert_same_end(halves, straight)
     assert typed(f"sample.py {halves} --length 5")
-    assert typed(begin + SHORT.format(4, "gone"), 2).endswith("out: no such file or directory\n")
-    for said in ("without their base", "has other weights now"):             # gone, then another in its place
-        for command in (f"{script}.py --resume --run_name parts --max_steps 5", f"sample.py {whole}"):
-            error = typed(command, 2)
-            assert said in error and error.startswith("error: ") and error.count("\n") == 1
-        if not out.exists():
-            hf.export(halves, out)
-    typed(f"{script}.py --init_from {first} {RUNS[script][1]} {SHORT.format(0, 'again')}")   # a run, in place of it
-    again = experiment.load_checkpoint(run_folder(script, tmp_path / "runs", "again") / "last.pt")
-    assert_equal(again["model"], experiment.load_checkpoint(first / "last.pt")["model"])
-    assert "which? --init_from" in typed(f"{script}.py --lora_rank 2 {RUNS[script][1]} {SHORT.format(4, 'of_none')}", 2)
+    if "--lora_only" in again:
+        last = experiment.load_checkpoint(halves / "last.pt")
+        stepped = sum((group["params"] for group in last["optimizer"]["param_groups"]), [])
+        assert len(last["model"]) == len(stepped) == len(last["ema"]["weights"]) == 16
+        assert all(name.endswith(("lora_a", "lora_b")) and t.std() > 0 for name, t in last["model"].items())
+        hf.export(halves, tmp_path / "merged", weights="ema")
+        said = [typed(f"sample.py {place} --greedy --length 9") for place in (f"{halves} --weights ema", "merged")]
+        assert said[0] == said[1]
+        shutil.rmtree(out)
+        for said, other in (("without their base", None), ("has other weights now", tmp_path / "merged")):
+            if other:
+                other.rename(out)
+            for command in (f"{resume} 5", f"sample.py {halves}"):
+                error = typed(command, 2)
+                assert said in error and error.startswith("error: ") and error.count("\n") == 1
+        shutil.rmtree(out)
+    assert typed(f"{script}.py {SHORT.format(4, 'gone')} {again}", 2).endswith("out: no such file or directory\n")
+    again = RUNS[script][1].partition("--lora")[0] + "--lora_rank 2"
+    assert "which? --init_from" in typed(f"{script}.py {SHORT.format(1, 'of_none')} {again}", 2)
+    typed(f"{script}.py {SHORT.format(1, 'adapted')} {again} --init_from {first}")           # a run in a folder's place
+    adapted, base = (experiment.load_checkpoint(run / "last.pt")["model"]
+                     for run in (run_folder(script, "runs", "adapted"), first))
+    assert_equal({name: adapted[name] for name in base}, base)
+    assert len(adapted) == len(base) + 8
