@@ -515,7 +515,7 @@ def test_a_run_goes_out_and_another_begins_with_it(script, tmp_path, monkeypatch
                 assert said in error and error.startswith("error: ") and error.count("\n") == 1
         shutil.rmtree(out)
     assert typed(f"{script}.py {SHORT.format(4, 'gone')} {again}", 2).endswith("out: no such file or directory\n")
-    again = RUNS[script][1].partition("--lora")[0] + "--lora_rank 2"
+    again = RUNS[script][1].partition("--lora")[0] + " --lora_rank 2"
     assert "which? --init_from" in typed(f"{script}.py {SHORT.format(1, 'of_none')} {again}", 2)
     typed(f"{script}.py {SHORT.format(1, 'adapted')} {again} --init_from {first}")           # a run in a folder's place
     adapted, base = (experiment.load_checkpoint(run / "last.pt")["model"]
