@@ -464,6 +464,7 @@ def test_adapters(settings, count):
     assert model.flops_per_token(8) == plain.flops_per_token(8) + 6 * own - 2 * products
     merged = merge(model)
     torch.testing.assert_close(merged(ids), plain(ids))
+    assert merged.config == plain.config
     assert {name: p.shape for name, p in merged.named_parameters()} == {
         name: p.shape for name, p in plain.named_parameters()} and all(p.requires_grad for p in merged.parameters())
 
