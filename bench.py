@@ -62,7 +62,7 @@ from nanolab.settings import shown
 # --- What ---
 preset = None            # a named set of settings (below); flags win over it
 peer = None              # nanogpt=FOLDER, x-transformers, liger (operations, on a GPU), several with commas; none: ours
-what = "train,memory,generate,evaluate,optimiser"  # also kernels, growth, startup, loss, mixers, worlds, dialogs
+what = "train,memory,generate,evaluate,optimiser"  # also kernels growth startup loss mixers contexts worlds dialogs
 json = None              # [path] the rows are written there too
 device = "auto"          # auto, cpu, cuda, cuda:1, ...
 dtype = "bfloat16"       # [float32, bfloat16] autocast of our training side
@@ -88,7 +88,7 @@ loss_target = 1.88       # [> 0.0, < 100.0] nats a byte: how many of our runs re
 # --- Mixers: the shape of train_enwik8.py's preset variants_cpu, in float32 ---
 mixers = ("full full/n_kv_head=1 full/shorten=2 window strided fixed diff mla xl compressive mamba mingru "
           "mamba,mamba,full")  # with spaces; /n_kv_head=N and /shorten=N change that one
-contexts = (512, 2048, 8192)  # [>= 2, <= 1e6] bytes before and with the one whose cost is measured
+contexts = (512, 2048, 8192)  # [>= 2, <= 1e6] mixers: bytes before the one that is timed; contexts: of a row
 # --- Worlds: frames of 8 x 8 tokens by train_worldmodel.py's dynamics, 2 layers, 4 heads, 64 wide ---
 frames = 16              # [>= 2, <= 10_000] of a world, the first of them given
 decode_steps = 25        # [>= 1, <= 10_000] rounds of MaskGIT for a frame
@@ -103,7 +103,8 @@ presets = {
 }
 
 USES = dict(generate=["draws"], evaluate=["eval_block_size"], loss=["loss_target"], mixers=["mixers", "contexts"],
-            worlds=["frames", "decode_steps"], dialogs=["dialog_tokens", "reply_tokens", "tree_budgets"])
+            contexts=["mixers", "contexts"], worlds=["frames", "decode_steps"],
+            dialogs=["dialog_tokens", "reply_tokens", "tree_budgets"])
 SCRIPTS = ("train_enwik8.py", "train_mult.py", "train_dvae.py", "train_worldmodel.py", "train_facts.py")
 HERE = Path(__file__).resolve().parent
 where = torch.device("cpu")  # what `device` resolves to
@@ -725,6 +726,33 @@ def with_and_without(run):
     return {side: functools.partial(run, side) for side in ("ours", "without")}
 
 
+def of_mixer(words, T):
+    """The model of one of `mixers`, T bytes long."""
+    mixer, _, other = words.partition("/")
+    name, _, value = other.partition("=")
+    if other and (name not in ("n_kv_head", "shorten") or not value.isdecimal()):
+        raise UserError(f"--mixers {words}: a mixer, or one with /n_kv_head=N or /shorten=N")
+    torch.manual_seed(seed)
+    with as_user_error(f"--mixers {words}: "):
+        return build_model(TransformerConfig(
+            n_layer=6, n_head=4, n_embd=256, block_size=T, positions="rope", norm="rms", norm_gain=False, bias=False,
+            activation="relu2", mixer=mixer, **({name: int(value)} if other else {})))
+
+
+def compare_contexts():
+    """Tokens per second of training, forward and backward, for each mixer and context, as many tokens a step in all."""
+    most = max(contexts)
+    heading(f"training: 6 layers, 4 heads, 256 wide, window 128; float32, {most:,} tokens a step")
+    for words in mixers.split():
+        for n in contexts:
+            model, x = of_mixer(words, n), torch.randint(256, (most // n, n))
+
+            def step():
+                model(x, targets=x[..., None])[0].backward()
+                model.zero_grad()
+            measure(f"{words}, context {n}", "tokens/s", x.numel(), {"ours": step}, n=min(rounds, 5))
+
+
 @torch.inference_mode()
 def compare_mixers():
     """Bytes per second of generation with the cache and without, for each mixer; its cache's bytes; and microseconds a
@@ -732,15 +760,7 @@ def compare_mixers():
     T = 256
     heading(f"6 layers, 4 heads, 256 wide, block {T}, window 128, memories {T}; float32, batch 1, random weights")
     for words in mixers.split():
-        mixer, _, other = words.partition("/")
-        name, _, value = other.partition("=")
-        if other and (name not in ("n_kv_head", "shorten") or not value.isdecimal()):
-            raise UserError(f"--mixers {words}: a mixer, or one with /n_kv_head=N or /shorten=N")
-        torch.manual_seed(seed)
-        with as_user_error(f"--mixers {words}: "):
-            model = build_model(TransformerConfig(
-                n_layer=6, n_head=4, n_embd=256, block_size=T, positions="rope", norm="rms", norm_gain=False,
-                bias=False, activation="relu2", mixer=mixer, **({name: int(value)} if other else {}))).eval()
+        model = of_mixer(words, T).eval()
         short, long = (model.new_cache(1, n).bytes for n in (1024, 8192))
         read, write = [], []
         for n in contexts:
@@ -820,7 +840,7 @@ def compare_dialogs():
 COMPARISONS = dict(train=compare_training, memory=compare_memory, generate=compare_generation,
                    evaluate=compare_protocols, optimiser=compare_optimisers, kernels=compare_kernels,
                    growth=compare_growth, startup=compare_startup, loss=compare_loss, mixers=compare_mixers,
-                   worlds=compare_worlds, dialogs=compare_dialogs)
+                   contexts=compare_contexts, worlds=compare_worlds, dialogs=compare_dialogs)
 
 
 def check(settings):
@@ -832,7 +852,8 @@ def check(settings):
         raise UserError(f"--draws {shown(draws)}: numbers of rows from 1 to 999,999, with commas")
     if clock == "cpu" and threads != 1:
         raise UserError("--clock cpu counts the time of all threads: it needs --threads 1")
-    settings.refuse_idle([name for kind, names in USES.items() if kind not in kinds for name in names],
+    used = {name for kind in kinds for name in USES.get(kind, ())}
+    settings.refuse_idle([name for names in USES.values() for name in names if name not in used],
                          f"with --what {what}")
     if {"train", "memory", "generate", "optimiser"} & set(kinds):
         limits.weigh(lambda: build_model(our_config()), device)

@@ -48,8 +48,8 @@ compile = False            # torch.compile
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
 
 # --- Data ---
-dataset = "synthetic"      # synthetic, or of ARC arc1, arc2, or arc1-training, arc1-evaluation, ... with + between
-val_dataset = None         # what is scored; none: synthetic, or the evaluation tasks that belong to dataset
+dataset = "synthetic"      # synthetic; of ARC arc1, arc2, arc1-evaluation, ... with + between; a .json file or folder
+val_dataset = None         # what is scored; none: synthetic, the evaluation tasks of dataset, or a tenth of your own
 max_side = 8               # [>= 1, <= 30] of a grid; larger ones are left out (training: cropped)
 n_colours = 10             # [>= 1, <= 10] grids with others are left out
 n_train = 20_000           # [>= 1, with dataset synthetic] training grids
@@ -57,7 +57,7 @@ n_val = 1_000              # [>= 1] synthetic: grids to evaluate on
 crops = 4                  # [>= 0] ARC: pieces of each training grid that is larger than max_side
 colours = "keep_zero"      # [all, keep_zero, none] augmentation: colours exchanged at random; 0 stays background
 symmetry = True            # augmentation: one of the eight symmetries of the square
-split_seed = 0             # [>= 0] which synthetic grids there are, where crops are cut
+split_seed = 0             # [>= 0] which synthetic grids there are, where crops are cut, which tasks are held out
 batch_size = 64            # [>= 1] grids per forward pass
 grad_accum = 1             # [>= 1] forward passes per optimiser step
 group = 1                  # [>= 1] batches that are drawn together and sorted by area; 1: unsorted
@@ -117,6 +117,7 @@ kl_target = None           # [none, > 0.0] bits per grid: the KL's weight moves 
 
 # --- Optimisation ---
 max_steps = 1000           # [none, >= 0] optimiser steps in all, resumes included; none: until stopped
+patience = None            # [none, >= 1] validations without a better one that end the run
 optimizer = "muon"         # [sgd, adam, adamw, muon, schedule_free] muon: hidden matrices, the rest by adamw
 lr = 5e-3                  # [> 0.0] peak learning rate
 muon_lr = 0.01             # [> 0.0, with optimizer muon] peak learning rate of the matrices
@@ -181,8 +182,8 @@ def check(settings):
                         f"for {', '.join(SAMPLED)}")
     if estimator not in SAMPLED and codebook_bound:
         raise UserError(f"codebook_bound {codebook_bound}: the codes of {estimator} are not learned by gradients")
-    if schedule_steps is None and max_steps is None:
-        raise UserError("the schedules are shares of max_steps: with max_steps none give schedule_steps")
+    if schedule_steps is None and optim.horizon(settings, 0) is None:
+        raise UserError("the schedules are shares of max_steps: with max_steps none give schedule_steps or max_seconds")
     with as_user_error():
         optim.check(settings)
         levels = fsq_levels(codebook_size) if estimator == "fsq" else None
@@ -201,7 +202,7 @@ def check(settings):
     return config
 
 
-# --- Schedules: pure functions of the step ---
+# --- Schedules: pure functions of the step, or with max_seconds of the share of the time ---
 
 def ramp(step, steps, first, last, shape="cosine"):
     """From `first` at step 0 to `last` at `steps` and after, by half a cosine or a line.
@@ -221,9 +222,14 @@ def setting(name):
                 hard_at=0.0 if estimator == "gumbel_soft" else 0.3)[name] if value is None else value
 
 
-def scheduled(step):
+def steps_of(step, seconds=0.0):
+    """Steps that all shares are of, after `step` of them, which took so many seconds."""
+    return schedule_steps or optim.horizon(globals(), step, seconds)
+
+
+def scheduled(step, seconds=0.0):
     """What the step after `step` finished ones is taken with: dict of tau, noise, hardness, mask_rate and weights."""
-    steps = schedule_steps or max_steps
+    steps = steps_of(step, seconds)
     now = {name: ramp(step, weight_fraction * steps, *globals()[name])
            for name in ("kl_weight", "mi_weight", "tc_weight", "dwkl_weight", "usage_weight")}
     now["mask_rate"] = ramp(step, mask_fraction * steps, *mask_rate)
@@ -294,7 +300,7 @@ def revive(codebook, loop, outputs, chosen, generator):
     that nothing chose become some of its encoder outputs, a list of (M, D)."""
     loop["chosen"] += torch.cat(chosen).bincount(minlength=codebook_size)
     if reset_interval and estimator != "fsq" and loop["step"] % reset_interval == 0:
-        if loop["step"] <= reset_fraction * (schedule_steps or max_steps):
+        if loop["step"] <= reset_fraction * steps_of(loop["step"] - 1, loop["seconds"]):  # its own come later
             dead = loop["chosen"] == 0
             codebook.revive(dead, torch.cat(outputs), generator)
             loop["revived"] = loop.get("revived", 0) + int(dead.sum())
@@ -507,13 +513,14 @@ def main():
               generators=Generators(noise=noise, revival=revival), loop=loop)
     if compile:                                              # what costs; the choice between them stays as it is
         model.encode, model.decode = torch.compile(model.encode), torch.compile(model.decode)
-    clock = Stopwatch(where)
+    clock = Stopwatch(where, run)
 
     def validate(folder, count=None, thorough=False, pictures=True):
         """Figures and pictures of the weights to evaluate, as `evaluate` gives them."""
         clock.start()
         with optim.evaluated(opt, ema):
-            numbers, found = evaluate(model, canvas, arc.val, autocast, scheduled(loop["step"]), count, thorough)
+            now = scheduled(loop["step"], loop["seconds"])
+            numbers, found = evaluate(model, canvas, arc.val, autocast, now, count, thorough)
             clock.lap("evaluation")
             if pictures:
                 with optional("pictures are"):
@@ -539,8 +546,7 @@ def main():
         while not run.stop:
             # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
             step = loop["step"]
-            last = max_steps is not None and step >= max_steps
-            if (step % eval_interval == 0 or last) and loop["evaluated"] < step:
+            if (step % eval_interval == 0 or run.ended(loop)) and loop["evaluated"] < step:
                 loop.flush()
                 loop["evaluated"] = step
                 numbers = validate(run.dir, eval_grids)
@@ -553,15 +559,15 @@ def main():
             if saved != step and step % save_interval == 0:
                 run.save("last.pt", step, keep=keep_last)
                 saved = step
-            if last:
+            if run.ended(loop):
                 break
 
             # ---- one optimiser step ----
             began = time.perf_counter()
-            now = scheduled(step)
+            now = scheduled(step, loop["seconds"])
             if kl_target is not None:                        # a weight that rises while the KL is above its target
                 now["kl_weight"] = loop["kl_weight"]
-            rate = optim.set_rate(opt, settings, step)
+            rate = optim.set_rate(opt, settings, step, loop["seconds"])
             row, outputs, chosen = {}, [], []
             clock.start()
             cells, all_shapes = stream.at(step)
@@ -618,7 +624,7 @@ def main():
             run.summary(**{f"val_{name}": value for name, value in numbers.items()})
             report(numbers)
         run.spent(clock)
-        print(f"{'stopped' if run.stop else 'done'}: {run.dir}, {loop['seconds']:.0f} s of training")
+        print(f"{'stopped' if run.stop else run.ended(loop)} at step {loop['step']}, {loop['seconds']:.0f}s: {run.dir}")
 
 
 def in_words(numbers):

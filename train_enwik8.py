@@ -17,7 +17,6 @@ from nanolab.settings import answer_help
 answer_help(__name__, __file__)  # before the seconds that the next lines take
 
 import math
-import os
 import time
 
 import torch
@@ -40,11 +39,11 @@ compile = False            # torch.compile
 dp = 1                     # [>= 1] processes over which a batch's rows are divided, under torchrun
 tp = 1                     # [>= 1] processes over which each layer's matrices are divided, under torchrun
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
-init_from = None           # [path] a folder with config.json and model.safetensors: its sizes and weights to begin from
-profile = False            # torch profiler over a few steps: trace.json in the run's directory
+init_from = None           # [path] a run, or a folder with config.json and model.safetensors: its sizes and weights
+lora_only = False          # [with lora_rank] checkpoints hold the adapters alone: init_from's weights must stay there
 
 # --- Data ---
-dataset = "enwik8"         # enwik8, shakespeare, stdlib, or a path (.txt .gz .xz .bz2 .zip)
+dataset = "enwik8"         # enwik8, shakespeare, stdlib, or a file (.txt .gz .xz .bz2 .zip), folder or glob of them
 max_bytes = None           # [none, >= 1] only the first so many bytes, before splitting
 batching = "random"        # [random, epochs, streams] random windows; shuffled without replacement; in order
 batch_size = 16            # [>= 1] windows per forward pass
@@ -84,6 +83,7 @@ intermediate_losses = True # layer l of n also predicts, until the fraction l / 
 
 # --- Optimisation ---
 max_steps = 200_000        # [none, >= 0] optimiser steps in all, resumes included; none: until stopped
+patience = None            # [none, >= 1, with eval_interval] validations without a better one that end the run
 optimizer = "adamw"        # [sgd, adam, adamw, muon, schedule_free, ivon] muon: hidden matrices, the rest by adamw
 lr = 7e-4                  # [> 0.0] peak learning rate
 muon_lr = 0.02             # [> 0.0, with optimizer muon] peak learning rate of the matrices
@@ -170,7 +170,7 @@ debug_settings = dict(dataset="stdlib", max_bytes=200_000, n_layer=2, n_head=2, 
                       sample_length=40, deterministic=True)
 
 # These make the shape of the weights and of the state beside them: on resume they come from the checkpoint.
-architecture = (*TransformerConfig.shape(), "init_from", "optimizer", "decay_params", "batching")
+architecture = (*TransformerConfig.shape(), "init_from", "lora_only", "optimizer", "decay_params", "batching")
 
 
 def check(settings):
@@ -178,8 +178,8 @@ def check(settings):
     with as_user_error():
         config = TransformerConfig.from_settings(settings)
         optim.check(settings)
-    if intermediate_losses and max_steps is None:
-        raise UserError("intermediate_losses end at fractions of max_steps: give --max_steps N, or "
+    if intermediate_losses and optim.horizon(settings, 0) is None:
+        raise UserError("intermediate_losses end at fractions of max_steps: give --max_steps N, --max_seconds S, or "
                         "--no-intermediate_losses")
     limits.weigh(lambda: build_model(config), device)
     before = config.memory_length + config.compressed_length if {"xl", "compressive"} & set(config.mixers) else 0
@@ -250,28 +250,6 @@ def usage(model):
             **{f"imbalance_{layer}": len(found) * max(found) for layer, found in shares.items()}}
 
 
-class Profile:
-    """torch's profiler over this command's third to fifth step: a table, and trace.json in the run's folder."""
-
-    def __init__(self, run, first):
-        self.run, self.first, self.profiler = run, first + 2, None
-
-    def before(self, step):
-        """Begins, if it is time and three steps are left."""
-        if profile and step == self.first and step + 3 <= (max_steps or math.inf):
-            os.environ.setdefault("KINETO_LOG_LEVEL", "6")       # else its library writes to stderr
-            self.profiler = torch.profiler.profile(acc_events=True)  # of one cycle: 2.11 warns where that is not said
-            self.profiler.start()
-
-    def after(self, step):
-        """Ends, if it is time."""
-        if self.profiler and step == self.first + 3:
-            self.profiler.stop()
-            self.profiler.export_chrome_trace(str(self.run.dir / "trace.json"))
-            print(self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
-            self.profiler = None
-
-
 def write_sample(model, run, step, prompt=b"\n"):
     """`sample_length` bytes from the model at temperature 0.8: printed, and as text into the run's samples/. Its
     generator is its own."""
@@ -323,19 +301,18 @@ def main():
     # ---- the run: on resume, what it is handed goes on where the checkpoint was saved ----
     loop = Loop(dict(step=0, evaluated=0, best=math.inf, best_step=0, bytes=0, seconds=0.0, pending=[],
                      logged_seconds=0.0), scaler)
-    with Run(settings, checkpoint, mesh, model=model, ema=ema, optimizer=opt, scaler=scaler, generators=Generators(),
-             data=batches, memory=memory, loop=loop, posterior=optim.Posterior(opt, model.named_parameters())) as run:
-        active_params = f" ({model.n_active_params():,} active)" if "moe" in config.ffs else ""
-        print(f"{corpus.source}; {model.n_params():,} parameters{active_params}; {where.type} "
-              f"{str(precision).removeprefix('torch.')}")
+    with Run(settings, checkpoint, mesh, model=given.kept_of(model), ema=ema, optimizer=opt, scaler=scaler,
+             generators=Generators(), data=batches, memory=memory, loop=loop,
+             posterior=optim.Posterior(opt, model.named_parameters()), **given.kept()) as run:
+        print(f"{corpus.source}; {limits.size(model)}; {where.type} {str(precision).removeprefix('torch.')}")
         peak_flops = measure_peak_flops(where, precision) * mesh.size
         limits.hint(where, model, batch_size // dp, block_size, grad_accum, peak_flops, precision != torch.float32)
         bytes_per_step = batch_size * grad_accum * block_size
         first = loop["step"]
         # a new run at once: a full disk shows at the start; with keep_last again: the numbered one may be missing
-        saved = first if checkpoint and not keep_last else -1
-        hinted = where.type != "cpu" or max_steps is None
-        bar, clock, profiler = run.bar(max_steps, first), Stopwatch(where), Profile(run, first)
+        saved = first if checkpoint and not (keep_last or settings["keep_every"]) else -1
+        hinted = where.type != "cpu" or max_steps is None or settings["max_seconds"] is not None
+        bar, clock = run.bar(max_steps, first), Stopwatch(where, run)
 
         while not mesh.stop(run):
             # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
@@ -355,14 +332,14 @@ def main():
             if step % save_interval == 0 and saved < step:
                 run.save("last.pt", step, keep=keep_last)
                 saved = step
-            if max_steps is not None and step >= max_steps:
+            if run.ended(loop):
                 break
 
             # ---- one optimiser step ----
             began = time.perf_counter()
-            profiler.before(step)
-            rate = optim.set_rate(opt, settings, step)
-            active = active_layers(step, max_steps, n_layer) if intermediate_losses else None
+            rate = optim.set_rate(opt, settings, step, loop["seconds"])
+            steps = optim.horizon(settings, step, loop["seconds"])
+            active = active_layers(step, steps, n_layer) if intermediate_losses else None
             loss, reports = 0.0, []
             clock.start()
             for _ in range(grad_accum):
@@ -385,7 +362,6 @@ def main():
             loop.add(torch.stack([mesh.mean(loss), grad_norm]))
             step = loop["step"] = step + 1
             loop["bytes"] += bytes_per_step
-            profiler.after(step)
 
             # ---- log ----
             rows, elapsed = loop.lap(began, step % log_interval == 0)
@@ -403,7 +379,7 @@ def main():
                 limits.hint_hours(step, max_steps, loop["seconds"], bar.note)
 
         # ---- the end ----
-        stopped = mesh.stop(run)                         # of all processes: what follows, they do together
+        stopped, ended = mesh.stop(run), run.ended(loop)     # of all processes: what follows, they do together
         step = loop["step"]
         bar.close()
         loop.flush()
@@ -428,7 +404,7 @@ def main():
             with opt.averaged(), mesh.gathered(model):
                 write_sample(model, run, step)
         run.spent(clock)
-        print(f"{'stopped' if stopped else 'done'} at step {step:,}: {run.dir}")
+        print(f"{'stopped' if stopped else ended} at step {step:,}: {run.dir}")
 
 
 if __name__ == "__main__":

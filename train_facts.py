@@ -47,7 +47,8 @@ tp = 1                     # [>= 1] processes over which each layer's matrices a
 device = "auto"            # auto, cpu, cuda, cuda:1, ...
 dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
 compile = False            # torch.compile
-init_from = None           # [path, with task text] a folder with config.json: sizes, weights, tokenizer to begin from
+init_from = None           # [path, with task text] a run, or a folder with config.json: sizes, weights, tokenizer
+lora_only = False          # [with lora_rank] checkpoints hold the adapters alone: init_from's weights must stay there
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
 
 # --- Task ---
@@ -75,7 +76,7 @@ mqar_alpha = 0.01          # [> 0.0, <= 10.0, with task mqar] of the power law b
 random_non_queries = False # [with task mqar] random tokens between the queries
 
 # --- Text ---
-dataset = "shakespeare"    # [with task text] shakespeare, stdlib, enwik8, smollm:SUBSET, or .txt, .parquet, .jsonl
+dataset = "shakespeare"    # [with task text] shakespeare, stdlib, enwik8, smollm:SUBSET, .txt, .parquet, .jsonl, folder
 max_bytes = None           # [none, >= 1, with task text] only the first so many bytes, before splitting; not of shards
 batching = "random"        # [random, epochs, with task text] of text that fits into memory
 
@@ -111,6 +112,7 @@ tie_weights = False        # the classifier is the embedding
 
 # --- Optimisation ---
 max_steps = 800            # [none, >= 0] optimiser steps in all, resumes included; none: until stopped
+patience = None            # [none, >= 1, with eval_interval] validations without a better one that end the run
 exposures = None           # [none, > 0.0, not with task mqar/text] how often each fact is seen; sets max_steps
 optimizer = "muon"         # [sgd, adam, adamw, muon, schedule_free, ivon] muon: hidden matrices, the rest by adamw
 lr = 2e-2                  # [> 0.0] peak learning rate
@@ -176,9 +178,9 @@ debug_settings = dict(n_people=16, n_unseen=8, n_rows=500, n_test_rows=50, mqar_
 
 # These make the shape of the weights and of the state beside them: on resume they come from the checkpoint.
 architecture = (
-    *TransformerConfig.shape(), "init_from", "data_seed", "task", "loss_on", "tokenizer", "n_people", "kind", "names",
-    "form", "prefix", "alpha", "tool_share", "exposures", "n_rows", "pairs", "mqar_vocab", "mqar_alpha",
-    "random_non_queries", "dataset", "batching", "optimizer", "decay_params")
+    *TransformerConfig.shape(), "init_from", "lora_only", "data_seed", "task", "loss_on", "tokenizer", "n_people",
+    "kind", "names", "form", "prefix", "alpha", "tool_share", "exposures", "n_rows", "pairs", "mqar_vocab",
+    "mqar_alpha", "random_non_queries", "dataset", "batching", "optimizer", "decay_params")
 
 
 def check(settings):
@@ -284,24 +286,25 @@ def main():
     # ---- the run: on resume, what it is handed goes on where the checkpoint was saved ----
     loop = Loop(dict(step=0, evaluated=-1, best=math.inf, best_step=0, rows=0, seconds=0.0, pending=[],
                      logged_seconds=0.0), scaler)
-    with Run(settings, checkpoint, mesh, vocab_size=work.vocab_size, tokenizer=work.fingerprint, model=model, ema=ema,
-             optimizer=opt, scaler=scaler, generators=Generators(), data=batches, loop=loop,
+    with Run(settings, checkpoint, mesh, vocab_size=work.vocab_size, tokenizer=work.fingerprint,
+             model=given.kept_of(model), ema=ema, optimizer=opt, scaler=scaler, generators=Generators(), data=batches,
+             loop=loop,
              posterior=optim.Posterior(opt, model.named_parameters()), **given.kept()) as run:
-        print(f"{work.shown}\n{work.example}\n{work.n_rows:,} rows; {model.n_params():,} parameters; {where.type} "
+        print(f"{work.shown}\n{work.example}\n{work.n_rows:,} rows; {limits.size(model)}; {where.type} "
               f"{str(precision).removeprefix('torch.')}")
         peak_flops = measure_peak_flops(where, precision) * mesh.size
         limits.hint(where, model, batch_size // dp, work.block_size, grad_accum, peak_flops,
                     precision != torch.float32)
         first = loop["step"]
         # a new run at once: a full disk shows at the start; with keep_last again: the numbered one may be missing
-        saved = first if checkpoint and not keep_last else -1
-        bar, clock, seen = run.bar(max_steps, first), Stopwatch(where), 0    # tokens since the last line of metrics
+        saved = first if checkpoint and not (keep_last or settings["keep_every"]) else -1
+        bar, clock, seen = run.bar(max_steps, first), Stopwatch(where, run), 0   # tokens since the last line of metrics
 
         while not mesh.stop(run):
             # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
             step = loop["step"]
-            rate = optim.set_rate(opt, settings, step)   # first, so that what is saved does not ask who stepped before
-            over = max_steps is not None and step >= max_steps
+            over = run.ended(loop)
+            rate = optim.set_rate(opt, settings, step, loop["seconds"])  # first: what is saved asks nobody who stepped
             if saved < 0:                                # before the first evaluation, which writes best.pt
                 run.save("last.pt", step, keep=keep_last)
                 saved = step
@@ -320,7 +323,7 @@ def main():
             if step % save_interval == 0 and saved < step:
                 run.save("last.pt", step, keep=keep_last)
                 saved = step
-            if over:
+            if over or run.ended(loop):
                 break
 
             # ---- one optimiser step ----
@@ -365,7 +368,7 @@ def main():
         step = loop["step"]
         bar.close()
         loop.flush()
-        stopped = mesh.stop(run)                         # of all processes: what follows, they do together
+        stopped, ended = mesh.stop(run), run.ended(loop)     # of all processes: what follows, they do together
         if saved < step:
             run.save("last.pt", step)
         if eval_interval and not stopped:
@@ -385,7 +388,7 @@ def main():
         run.summary(step=step, best=loop["best"], best_step=loop["best_step"], seconds=loop["seconds"],
                     rows=loop["rows"], epoch=batches.epoch, parameters=model.n_params())
         run.spent(clock)
-        print(f"{'stopped' if stopped else 'done'} at step {step:,}: {run.dir}")
+        print(f"{'stopped' if stopped else ended} at step {step:,}: {run.dir}")
 
 
 if __name__ == "__main__":

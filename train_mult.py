@@ -325,7 +325,7 @@ class Learner:
 
     def __init__(self, name, config, where, precision, settings):
         seed_everything(seed, deterministic)
-        self.name, self.where = name, where
+        self.name, self.where, self.limit = name, where, settings["max_seconds"]
         self.model = Solver(name, config, sums_named(Notation(format, max_digits))).to(where)
         self.net = torch.compile(self.model) if compile else self.model
         self.opt = optim.build(settings, self.model.named_parameters(), parameter_roles(self.model),
@@ -345,10 +345,14 @@ class Learner:
         """Optimiser steps done."""
         return self.loop["step"]
 
+    def done(self):
+        """Whether it has done its steps, or had its seconds."""
+        return max_steps is not None and self.step >= max_steps or (
+            self.limit is not None and self.loop["seconds"] >= self.limit)
+
     def rests(self):
-        """Whether it has done its steps, or was stopped early."""
-        tired = patience is not None and self.loop["without_better"] >= patience
-        return tired or max_steps is not None and self.step >= max_steps
+        """Whether it is done, or was stopped early."""
+        return self.done() or patience is not None and self.loop["without_better"] >= patience
 
     @contextmanager
     def own_randomness(self):
@@ -568,7 +572,7 @@ def main():
         run.save(name, max(steps.values()), keep, steps=steps)
 
     with Run(settings, checkpoint, models={**others, **{learner.name: learner for learner in learners}}) as run:
-        bar, clock = run.bar(max_steps, min(learner.step for learner in learners)), Stopwatch(where)
+        bar, clock = run.bar(max_steps, min(learner.step for learner in learners)), Stopwatch(where, run)
         saved = None                                     # on resume too: a stop comes before what is due at its step
         if not checkpoint:
             save("last.pt")                              # at once: a full disk shows, and a kill leaves what to resume
@@ -578,7 +582,7 @@ def main():
             for learner in learners:
                 loop, step = learner.loop, learner.step
                 planned = step % eval_interval == 0      # else it is the last step: its validation moves best, no more
-                if loop["evaluated"] >= step or not (planned or max_steps is not None and step >= max_steps):
+                if loop["evaluated"] >= step or not (planned or learner.done()):
                     continue
                 loop.flush()
                 loop["evaluated"] = step
@@ -609,7 +613,7 @@ def main():
             # ---- one optimiser step of each model that does not rest ----
             for learner in active:
                 loop, began = learner.loop, time.perf_counter()
-                rate = optim.set_rate(learner.opt, settings, learner.step)
+                rate = optim.set_rate(learner.opt, settings, learner.step, loop["seconds"])
                 probability, total, exact = learner.forcing.probability(), 0.0, 0.0
                 clock.start()
                 problems_now = stream.at(loop["position"], batch_size * grad_accum)

@@ -205,6 +205,9 @@ architecture = {
 }
 
 
+PACE = {}                                                     # stage: see `shares_of`
+
+
 # --- Settings ---
 
 def check(settings):
@@ -257,8 +260,21 @@ def steps_of(name, settings=None):
 
 
 def is_over(name, loop):
-    """Whether a stage whose training stands at `loop` ends there: it has its steps, or patience is at an end."""
-    return loop["step"] >= steps_of(name) or patience is not None and loop["waited"] >= patience
+    """Whether a stage whose training stands at `loop` ends there: it has its steps, or patience or time is at an end.
+    """
+    tired = patience is not None and loop["waited"] >= patience
+    return loop["step"] >= steps_of(name) or tired or out_of_time(loop)
+
+
+def out_of_time(loop):
+    """Whether a stage whose training stands at `loop` has had its max_seconds."""
+    limit = globals().get("max_seconds")
+    return limit is not None and loop["seconds"] >= limit
+
+
+def shares_of(name):
+    """Steps that a stage's shares are of: its own, or as many as max_seconds will bring it to."""
+    return PACE.get(name) or steps_of(name)
 
 
 def falling(step, steps, first, fraction):
@@ -294,9 +310,9 @@ def read_actions(reader, index, step, hidden=None):
     """
     frames, indices = reader.watch(index, history + 1)
     first = min(2, history) if action_model == "transformer" else history         # frame that is a target
-    extra = falling(step, steps_of("actions"), action_change, action_change_fraction)
+    extra = falling(step, shares_of("actions"), action_change, action_change_fraction)
     weight = 1 + extra * (frames[:, first:] != frames[:, first - 1:-1]).any(-1)
-    return frames, None if indices is None else indices[:, first:], step < soft_fraction * steps_of("actions"), weight
+    return frames, None if indices is None else indices[:, first:], step < soft_fraction * shares_of("actions"), weight
 
 
 def actions_loss(model, batch):
@@ -340,7 +356,7 @@ def read_dynamics(reader, index, step, hidden):
         key = draw.pair_hash(index.numpy()[:, None] * context + np.arange(context), step, data_seed)
         half = torch.from_numpy(draw.chance(key, 0.5)).to(still.device)
         acts = torch.where(still & half, reader.merged[-1], acts)
-    first, extra = first_target(), falling(step, steps_of("dynamics"), dynamics_change, dynamics_change_fraction)
+    first, extra = first_target(), falling(step, shares_of("dynamics"), dynamics_change, dynamics_change_fraction)
     return truth, acts, hidden, (1 + extra * (truth[:, first:] != truth[:, first - 1:-1])) * hidden[:, first:]
 
 
@@ -627,7 +643,7 @@ class Learner:
         loop = self.loop
         loop["chosen"] += chosen.bincount(minlength=codebook_size).cpu()
         if self.codebook is not None and reset_interval and loop["step"] % reset_interval == 0:
-            if loop["step"] <= reset_fraction * steps_of("tokenizer"):
+            if loop["step"] <= reset_fraction * shares_of("tokenizer"):
                 self.codebook.revive((loop["chosen"] == 0).to(outputs.device), outputs, self.revival, reset_distance)
             loop["chosen"].zero_()
 
@@ -644,14 +660,14 @@ def train_stage(name, world, run, bar, clock, was=None):
     clip_tokens = caption_length(side) if name == "text" else learner.stage.frames() * patches
     print(f"stage {name}: {sum(p.numel() for p in model.parameters()):,} parameters, {limit} steps")
     first = loop["start"]                                     # steps of the stages before
-    saved = loop["step"] if was and was is run.checkpoint else None
+    saved = loop["step"] if was and was is run.checkpoint and not run.settings["keep_every"] else None
     if saved is None:
         run.save("last.pt", first + loop["step"])
 
     while not run.stop:
         # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
         step = loop["step"]
-        if (step % eval_interval == 0 or step == limit) and loop["evaluated"] < step:
+        if (step % eval_interval == 0 or step == limit or out_of_time(loop)) and loop["evaluated"] < step:
             loop.flush()
             loop["evaluated"] = step
             numbers, weights = learner.evaluated(run.dir / "samples" / f"{name}_{step:06d}", clock)
@@ -669,7 +685,9 @@ def train_stage(name, world, run, bar, clock, was=None):
 
         # ---- one optimiser step ----
         began = time.perf_counter()
-        rate = optim.set_rate(learner.opt, {**learner.settings, "max_steps": limit}, step)
+        planned = {**learner.settings, "max_steps": limit}
+        rate = optim.set_rate(learner.opt, planned, step, loop["seconds"])
+        PACE[name] = optim.horizon(planned, step, loop["seconds"])
         learner.step(clock)
 
         # ---- log ----
@@ -909,7 +927,7 @@ def main():
         for name in [name for name in figures if name not in left]:
             seconds = {f"{name}_seconds": ended[name]["loop"]["seconds"]} if name in ended else {}
             run.summary(**figures[name], **seconds)
-        bar, clock = run.bar(world.total + to_do, world.total), Stopwatch(where)
+        bar, clock = run.bar(world.total + to_do, world.total), Stopwatch(where, run)
         for name in left:
             if name in was and was[name] is not checkpoint:
                 was[name]["loop"] |= dict(best_model=done[name], start=world.total - was[name]["loop"]["step"])

@@ -5,7 +5,8 @@
 
 Sets: `synthetic`, or one or several (joined by +) of `arc1-training` (short: arc1), `arc1-evaluation`, `arc2-training`
 (short: arc2) and `arc2-evaluation`. Their files, such as arc-agi-1-training.json.gz, are looked for in the folders of
-NANOLAB_DATA, then in data/downloads/, then made from a download of the ARC repositories on GitHub.
+NANOLAB_DATA, then in data/downloads/, then made from a download of the ARC repositories on GitHub. Or a .json file or a
+folder of your own: `python data/arc.py my_tasks/`, see docs/dvae.md.
 """
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ SETS = {  # name: file, tasks, sha256 of the tasks as _digest writes them (None:
     "arc2-evaluation": ("arc-agi-2-evaluation.json", 120, None, ARC2, "data/evaluation/"),
 }
 ALIASES = {"arc1": "arc1-training", "arc2": "arc2-training"}
+FORM = '{"train": [{"input": [[0, 1], ...], "output": ...}, ...], "test": [...]}'
 PARTNERS = {"synthetic": "synthetic", "arc1-training": "arc1-evaluation", "arc2-training": "arc2-evaluation"}
 
 
@@ -81,14 +83,15 @@ def load(dataset="synthetic", val_dataset=None, max_side=8, n_colours=10, n_trai
          seed=0):
     """Finds (or downloads, or makes) the grids of both sides: an Arc.
 
-    dataset: synthetic, arc1-training (short: arc1), arc1-evaluation, arc2-training (arc2), arc2-evaluation; joined by +
-    val_dataset: likewise, for validation; none: the usual partner
+    dataset: synthetic, arc1-training (short: arc1), arc1-evaluation, arc2-training (arc2), arc2-evaluation, joined by
+        +; or a .json file or folder of tasks
+    val_dataset: likewise, for validation; none: the usual partner, or one in ten of a file's or folder's tasks
     max_side: [>= 1, <= 30] only grids that are no larger
     n_colours: [>= 1, <= 10] only grids with lower colours
     n_train: [>= 1, <= 10_000_000] synthetic training grids
     n_val: [>= 1, <= 10_000_000] synthetic validation grids
     crops: [>= 0, <= 10_000] random pieces of each training grid of ARC that is larger than max_side
-    seed: of crops and synthetic grids, which do not differ from machine to machine
+    seed: of crops, synthetic grids and which tasks are held out, which do not differ from machine to machine
 
     Validation grids are unique up to the symmetries of the square and a permutation of the colours; so are training
     grids, and none is a validation grid in this sense.
@@ -100,12 +103,13 @@ def load(dataset="synthetic", val_dataset=None, max_side=8, n_colours=10, n_trai
         if value < low or (high and value > high):
             raise UserError(f"{name} is {value}: it must be {f'from {low} to {high}' if high else f'at least {low}'}")
     train_names = _names(dataset, "dataset")
-    if val_dataset is None:
+    own = {*train_names}.isdisjoint(["synthetic", *SETS])
+    if val_dataset is None and not own:
         val_dataset = PARTNERS.get("+".join(train_names))
         if val_dataset is None:
             raise UserError(f"dataset {dataset} has no usual validation set: give --val_dataset, one or several of "
                             f"{', '.join(SETS)} joined by +")
-    val_names = _names(val_dataset, "val_dataset")
+    val_names = _names(val_dataset, "val_dataset") if val_dataset is not None else []
     if ("synthetic" in train_names) != ("synthetic" in val_names):
         raise UserError(f"dataset {dataset} and val_dataset {val_dataset}: synthetic grids cannot be mixed with others")
     if "synthetic" in train_names:
@@ -121,12 +125,15 @@ def load(dataset="synthetic", val_dataset=None, max_side=8, n_colours=10, n_trai
 
 
 def _names(dataset, what):
-    """The sets that `dataset` names, joined by +, each once and without aliases."""
+    """The sets that `dataset` names, joined by +, each once and without aliases; or it, where it is a file or folder.
+    """
     known, found = ["synthetic", *SETS], {}
+    if not {*dataset.split("+")} <= {*known, *ALIASES} and files.existing(dataset):
+        return [dataset]
     for word in dataset.split("+"):
         name = ALIASES.get(word, word)
         if name not in known:
-            raise unknown(what, word, known, ALIASES)
+            raise unknown(what, word, [*known, "a .json file or a folder of tasks"], ALIASES)
         found[name] = True
     if "synthetic" in found and len(found) > 1:
         raise UserError(f"{what} {dataset}: synthetic grids cannot be mixed with others; take one of the two")
@@ -183,39 +190,53 @@ def _canvases(grids, max_side):
 
 
 def _load_tasks(train_names, val_names, max_side, n_colours, crops, seed):
-    """(train, val, lines for people) of sets of ARC."""
-    sets = {name: _find_tasks(name) for name in dict.fromkeys([*train_names, *val_names])}
-    for name in train_names:
-        for other in val_names:
-            if shared := sorted(sets[name].keys() & sets[other].keys()):
+    """(train, val, lines for people) of sets of ARC, or of a person's own; val_names []: of one set, a tenth of it."""
+    train_sets, val_sets = ({Path(name).name.partition(".json")[0] or name: _find_tasks(name) for name in names}
+                            for names in (train_names, val_names))
+    if not val_names:
+        train_sets, val_sets = _divided(*train_sets.items(), seed)
+    for name, tasks in train_sets.items():
+        for other, others in val_sets.items():
+            if shared := sorted(tasks.keys() & others.keys()):
                 listed = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
-                raise UserError(f"{name} and {other} share {len(shared)} of {len(sets[other])} tasks ({listed}): a "
+                raise UserError(f"{name} and {other} share {len(shared)} of {len(others)} tasks ({listed}): a "
                                 "model trained on one must not be scored on the other; choose arc1-training with "
                                 "arc1-evaluation, or arc2-training with arc2-evaluation")
     val, n_val = _Collector(max_side), 0
-    for name in val_names:
-        n_val += _add_tasks(val, name, sets[name], n_colours)[0]
+    for name, tasks in val_sets.items():
+        n_val += _add_tasks(val, name, tasks, n_colours)[0]
     train, n_train, large = _Collector(max_side, val.rows), 0, []
-    for name in train_names:
-        n, larger = _add_tasks(train, name, sets[name], n_colours)
+    for name, tasks in train_sets.items():
+        n, larger = _add_tasks(train, name, tasks, n_colours)
         n_train, large = n_train + n, large + larger
     n_crops = len(train.kept)
     pieces = [_crop(grid, name, task, k, max_side, seed) for grid, name, task in large for k in range(crops)]
     train.add([[piece] for piece in pieces if max(map(max, piece[0])) < n_colours])
     n_crops = len(train.kept) - n_crops
     lines = []
-    for side, names, collector, total in (("train", train_names, train, n_train), ("val", val_names, val, n_val)):
+    for side, sets, collector, total in (("train", train_sets, train, n_train), ("val", val_sets, val, n_val)):
         if not collector.kept:
-            raise UserError(f"{'+'.join(names)} has no grid with sides up to {max_side} and colours below {n_colours}"
+            raise UserError(f"{'+'.join(sets)} has no grid with sides up to {max_side} and colours below {n_colours}"
                             f"{' that is not in the validation set' * (side == 'train')}: take a larger max_side or "
                             "n_colours")
         tasks = len({item[3] for item in collector.kept})
-        n_tasks = len({task for name in names for task in sets[name]})
-        lines.append(f"{side}: {len(collector.kept):,} grids of {tasks:,} of {n_tasks:,} tasks of {'+'.join(names)} "
+        n_tasks = len({task for tasks_of in sets.values() for task in tasks_of})
+        lines.append(f"{side}: {len(collector.kept):,} grids of {tasks:,} of {n_tasks:,} tasks of {'+'.join(sets)} "
                      f"({total:,} grids in all), {len(dict.fromkeys(collector.pairs)):,} whole pairs; sides up to "
                      f"{max_side}, colours below {n_colours}; {collector.repeated:,} dropped as repeated")
     lines[0] += f", {train.held_out:,} as in val; {n_crops:,} of the grids are crops ({crops} of each larger grid)"
     return train.grids(), val.grids(), lines
+
+
+def _divided(named, seed):
+    """({name: tasks} to train on, {name: tasks} to validate on) of (name, tasks): one task in ten, at least one, is
+    held out, by a hash of its name and the seed."""
+    name, tasks = named
+    if len(tasks) < 2:
+        raise UserError(f"{name} has {len(tasks)} task, and takes two to be split: give --val_dataset")
+    order = sorted(tasks, key=lambda task: draw.digest(seed, "held out", task))
+    held = {*order[:max(1, len(tasks) // 10)]}
+    return [{name: {task: parts for task, parts in tasks.items() if (task in held) == side}} for side in (False, True)]
 
 
 def _add_tasks(collector, name, tasks, n_colours):
@@ -254,7 +275,10 @@ def _crop(grid, name, task, k, max_side, seed):
 # --- Files of ARC ---
 
 def _find_tasks(name):
-    """{task: {"train": [{"input", "output"}, ...], "test": [...]}} of a set, from a checked file or a download."""
+    """{task: {"train": [{"input", "output"}, ...], "test": [...]}} of a set, from a checked file or a download; or of a
+    person's own."""
+    if name not in SETS:
+        return _own_tasks(files.existing(name))
     file, n_tasks, digest = SETS[name][:3]
     path = files.find(file)
     if path is None:
@@ -269,13 +293,33 @@ def _find_tasks(name):
         raise UserError(f"{path} is not {file} ({n_tasks} tasks of ARC): {error}; replace or remove it") from error
 
 
-def _checked(content, n_tasks, digest):
-    """The tasks in the bytes of a .json file, in the order of their ids. Raises ValueError: what is wrong."""
+def _own_tasks(path):
+    """The tasks in a .json file of one, whose name is the file's, or of many, or in all such files of a folder."""
+    paths, found = sorted(path.glob("*.json*")) if path.is_dir() else [path], {}
+    for file in paths:
+        try:
+            tasks = _checked(files.content(str(file)), single=file.name.partition(".json")[0])
+        except ValueError as error:
+            raise UserError(f"{file}: {error}; a task is {FORM}") from error
+        if again := sorted(found.keys() & tasks):
+            raise UserError(f"{file} has task {again[0]}, which another file of {path} has")
+        found |= tasks
+    if not found:
+        raise UserError(f"{path} has no {'task' if paths else '.json file'}: a task is {FORM}")
+    return found
+
+
+def _checked(content, n_tasks=None, digest=None, single=""):
+    """The tasks in the bytes of a .json file, in the order of their ids. Raises ValueError: what is wrong.
+
+    n_tasks: None: any number; then there may be one without an id, which is `single`."""
     try:
         tasks = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is no JSON ({error})") from error
-    if not isinstance(tasks, dict) or len(tasks) != n_tasks:
+    if single and isinstance(tasks, dict) and {"train", "test"} & tasks.keys():
+        tasks = {single: tasks}
+    if not isinstance(tasks, dict) or n_tasks not in (None, len(tasks)):
         raise ValueError(f"it has {len(tasks)} tasks" if isinstance(tasks, dict) else "it is no table of tasks")
     found = {}
     for task, parts in sorted(tasks.items()):
@@ -575,7 +619,7 @@ def describe(arc, dataset, stats=False, out="."):
         print(f"{name}: {figures['grids']:,} grids, {figures['pairs']:,} pairs, median area "
               f"{figures['median_area']:g}, 90% up to {figures['p90_area']:g}; colour 0 in {figures['zeros']:.1%} "
               f"of the cells; each grid's best constant colour is right in {figures['constant']:.1%}")
-    path = Path(out) / f"arc_{dataset.replace('+', '_')}.png"
+    path = Path(out) / f"arc_{Path(dataset).name.replace('+', '_')}.png"
     from matplotlib import image
     with replacing(path) as file:
         image.imsave(file, picture(arc.train), format="png")

@@ -3,11 +3,13 @@
 They are looked for in the folders of NANOLAB_DATA, then in data/downloads/, where downloads go.
 """
 import bz2
+import glob
 import gzip
 import hashlib
 import http.client
 import lzma
 import os
+import stat
 import urllib.error
 import urllib.request
 import zipfile
@@ -23,6 +25,7 @@ from nanolab.settings import UserError
 
 DOWNLOADS = Path(__file__).resolve().parent / "downloads"
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zip": zipfile.ZipFile}
+AT_ONCE = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a pipe too, which nobody writes to
 UNPACKED, FEW, RATIO = 2 ** 32, 2 ** 28, 300  # bytes that an archive may unpack to; above FEW, for each packed one
 
 
@@ -59,6 +62,52 @@ def read(path, max_bytes=None):
     if not len(content):
         raise UserError(f"{path} is empty")
     return torch.from_numpy(np.frombuffer(content, dtype=np.uint8))
+
+
+def existing(name):
+    """The path of the file or folder that a person named: as it stands, else in one of the folders; or None."""
+    path = Path(name).expanduser()
+    if not name or path.exists():
+        return path if name else None
+    return next((folder / path for folder in folders() if (folder / path).exists()), None)
+
+
+def listed(name):
+    """The files that a folder, with all below it, or a glob means: their paths as texts, sorted; hidden ones and links
+    to folders are left out. None: `name` is neither. UserError: there is none, or a folder that cannot be read."""
+    path, found = existing(name), []
+    if path is not None and path.is_dir():
+        left = [str(path)]
+        while left:
+            try:
+                with os.scandir(left.pop()) as entries:
+                    for entry in [entry for entry in entries if not entry.name.startswith(".")]:
+                        if not entry.is_dir():
+                            found.append(entry.path)
+                        elif not entry.is_symlink():
+                            left.append(entry.path)
+            except OSError as error:
+                raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    elif path is None and glob.has_magic(name):
+        found = [file for file in glob.glob(os.path.expanduser(name), recursive=True) if not os.path.isdir(file)]
+    else:
+        return None
+    if not found:
+        raise UserError(f"{name}: there is no file")
+    return sorted(found)
+
+
+def content(path, max_bytes=None):
+    """The (first max_bytes) bytes of a file, raw or packed, whose path is a text; quick, for one of very many."""
+    if path.lower().endswith(tuple(OPENERS)):
+        return bytes(unpack(Path(path), max_bytes))
+    try:
+        with open(os.open(path, AT_ONCE), "rb", buffering=0 if max_bytes is None else -1) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UserError(f"{path} is no file")
+            return file.read() if max_bytes is None else file.read(max_bytes)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def unpack(path, max_bytes=None, suffix=None):

@@ -4,9 +4,9 @@
 
 Named sets: `enwik8` (the first 10^8 bytes of a dump of the English Wikipedia of 2006), `shakespeare` (tinyshakespeare)
 and `stdlib` (the source of this machine's Python standard library: no download). Any other name is a file, raw or .gz
-.xz .bz2 .zip. They are looked for in the folders of NANOLAB_DATA, then in data/downloads/, then downloaded. An archive
-that unpacks to more than 4 GiB, or to more than 256 MiB and 300 times its size, is refused (--max_bytes reads its
-beginning).
+.xz .bz2 .zip, or a folder or glob ("my/**/*.txt") of such files, each a document. They are looked for in the folders of
+NANOLAB_DATA, then in data/downloads/, then downloaded. An archive that unpacks to more than 4 GiB, or to more than 256
+MiB and 300 times its size, is refused (--max_bytes reads its beginning).
 """
 import sys
 from pathlib import Path
@@ -40,6 +40,7 @@ class Corpus:
     val: torch.Tensor
     test: torch.Tensor | None
     source: str  # one line: what, how many bytes, where from
+    documents: list = None  # of a folder or glob: the bytes of each file
 
 
 SETS = {  # name: file, bytes, what `git hash-object` prints of it, where it can be had
@@ -57,18 +58,21 @@ NAMES = [*SETS, "stdlib"]
 def load(dataset, max_bytes=None, device="cpu"):
     """Finds (or downloads) a data set and splits it: a Corpus whose parts lie on `device`.
 
-    dataset: enwik8, shakespeare, stdlib, or a file (raw, or .gz .xz .bz2 .zip with one member)
+    dataset: enwik8, shakespeare, stdlib, a file (raw, or .gz .xz .bz2 .zip with one member), a folder or glob of them
     max_bytes: [>= 1] only the first so many bytes, taken before splitting; none: all
 
     On the CPU a raw file is memory-mapped. Splits, in bytes: 90/5/5 (enwik8: 90, 5 and 5 million); shakespeare 90/10
-    without a test part, as nanoGPT has it.
-    Raises UserError: unknown name, missing, empty or damaged file, wrong checksum, no network, max_bytes out of range.
+    without a test part, as nanoGPT has it; documents of a folder about 95/5, without one, see `_of_documents`.
+    Raises UserError: unknown name, missing, empty or damaged file, wrong checksum, no network, max_bytes out of range,
+    among documents one that is no text.
     """
     if max_bytes is not None and max_bytes < 1:
         raise UserError(f"max_bytes is {max_bytes}: it must be at least 1, or none for all")
     name = dataset
     if dataset == "stdlib":
         data, source = _stdlib()
+    elif dataset not in SETS and (paths := files.listed(dataset)):
+        return _of_documents(dataset, paths, max_bytes, torch.device(device))
     else:
         path = _acquire(dataset, max_bytes) if dataset in SETS else _existing(dataset)
         data, source = files.read(path, max_bytes), str(path)
@@ -120,16 +124,48 @@ def _acquire(dataset, max_bytes):
 
 
 def _existing(dataset):
-    """The path of a file that a person named: as it stands, else in one of the folders."""
-    path = Path(dataset).expanduser()
-    if path.is_file():
-        return path
-    if path.exists():
-        raise UserError(f"dataset {dataset!r} is not a file: name a file, or one of {', '.join(NAMES)}")
-    found = next((folder / path for folder in files.folders() if (folder / path).is_file()), None)
+    """The path of a file that a person named."""
+    found = files.existing(dataset)
     if found is None:
-        raise unknown("dataset", dataset, [*NAMES, "or a file"])
+        raise unknown("dataset", dataset, [*NAMES, "a file, folder or glob"])
+    if not found.is_file():
+        raise UserError(f"dataset {dataset!r} is not a file: name a file, or one of {', '.join(NAMES)}")
     return found
+
+
+def _of_documents(dataset, paths, max_bytes, device):
+    """A Corpus of files, each a document, in the order of their paths, newlines between them; empty ones are left out.
+
+    For validation are, in the order of a check sum of their content, documents of at most a twentieth of all bytes
+    until they make up a twentieth (where all are larger, the smallest), so that copies of a document are on one side.
+    """
+    texts, left = [], max_bytes
+    for path in paths:
+        texts.append(files.content(path, left))
+        if texts[-1].find(0, 0, 8192) >= 0:
+            raise UserError(f"{path} is no text, it has a zero byte: take it away, or name the others by a glob")
+        if left is not None and not (left := left - len(texts[-1])):
+            break
+    texts = [text for text in texts if text]
+    total = sum(map(len, texts))
+    _check_max_bytes(max_bytes, total, dataset)
+    keys, sizes = list(map(zlib.crc32, texts)), {}
+    for key, text in zip(keys, texts):
+        sizes[key] = sizes.get(key, 0) + len(text)
+    if len(sizes) < 2:
+        raise UserError(f"dataset {dataset!r} has {len(sizes)} different documents, and takes two to be split: name a "
+                        "file, which is cut anywhere")
+    held, have = set(), 0
+    for key in sorted(sizes):
+        if have < total / 20 and sizes[key] <= total / 20:
+            held.add(key)
+            have += sizes[key]
+    held = held or {min(sizes, key=sizes.get)}
+    sides = [[text for key, text in zip(keys, texts) if (key in held) == side] for side in (False, True)]
+    train, val = (torch.frombuffer(bytearray(b"\n").join(side), dtype=torch.uint8).to(device) for side in sides)
+    source = (f"{dataset}: {'the first ' if max_bytes else ''}{total:,} bytes in {len(texts):,} documents, "
+              f"{len(sides[1]):,} of them for validation")
+    return Corpus(Path(dataset).name, train, val, None, source, list(map(len, texts)))
 
 
 def _stdlib():
@@ -278,8 +314,8 @@ class Batches:
 
 def statistics(corpus):
     """Figures of a whole corpus: bytes, distinct, counts (256,) int64; pieces (what was measured), n_pieces, and mean
-    and median of their bytes. Pieces are wiki articles, <page> to </page>, else paragraphs (empty lines between), else
-    lines."""
+    and median of their bytes. Pieces are documents, where each is a file; else wiki articles, <page> to </page>, else
+    paragraphs (empty lines between), else lines."""
     parts = [part.cpu() for part in (corpus.train, corpus.val, corpus.test) if part is not None]
     text = torch.cat(parts).numpy().tobytes()
     counts = np.bincount(np.frombuffer(text, dtype=np.uint8), minlength=256)
@@ -290,6 +326,8 @@ def statistics(corpus):
     for name, border in (("paragraphs", rb"(?:\r?\n){2,}"), ("lines", rb"[\r\n]+")) if not lengths else ():
         if len(lengths) < 2:
             pieces, lengths = f"{name} (there are no articles)", [len(p) for p in re.split(border, text) if p] or [0]
+    if corpus.documents:
+        pieces, lengths = "documents (a file each)", corpus.documents
     return {"bytes": len(text), "distinct": int((counts > 0).sum()), "counts": counts, "pieces": pieces,
             "n_pieces": len(lengths), "mean": float(np.mean(lengths)), "median": float(np.median(lengths))}
 

@@ -49,7 +49,9 @@ class Tokenized:
 
 def of_shards(dataset):
     """Whether a setting `dataset` means shards, which are streamed."""
-    return dataset.startswith("smollm:") or dataset.endswith(smollm.ENDINGS) or Path(dataset).is_dir()
+    folder = Path(dataset)
+    return dataset.startswith("smollm:") or dataset.endswith(smollm.ENDINGS) or folder.is_dir() and any(
+        path.name.endswith(smollm.ENDINGS) for path in folder.iterdir())
 
 
 def tokenizer_of(settings, text_of_json=None):

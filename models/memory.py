@@ -29,6 +29,7 @@ class Segments(Pattern):
     memory: int = 0
 
     max_keys = property(lambda self: self.length + self.memory)
+    period = property(lambda self: self.length)
 
     def first(self, q):
         """As Pattern.first."""

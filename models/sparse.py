@@ -26,6 +26,7 @@ class Neighbours(Pattern):
     stride: int = 1
 
     max_keys = property(lambda self: min(self.stride, self.window or self.stride))
+    period = property(lambda self: self.stride)
 
     def first(self, q):
         """As Pattern.first."""

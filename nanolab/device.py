@@ -116,6 +116,33 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+class Profile:
+    """torch's profiler over a process's third to fifth optimiser step, or what there is of these: the ten dearest
+    operations in print, and trace.json in the folder of the `run`."""
+
+    def __init__(self, run):
+        self.run, self.steps, self.profiler = run, 0, None
+
+    def stepped(self):
+        """A step is done."""
+        self.steps += 1
+        if self.steps == 2:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")       # else its library writes to stderr
+            self.profiler = torch.profiler.profile(acc_events=True)  # of one cycle: 2.11 warns where that is not said
+            self.profiler.start()
+        elif self.steps == 5:
+            self.end()
+
+    def end(self):
+        """Tells what was seen, if that was not done."""
+        if self.profiler:
+            self.profiler.stop()
+            path, profiler, self.profiler = self.run.dir / "trace.json", self.profiler, None
+            profiler.export_chrome_trace(str(path))
+            print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=10))
+            print(f"profile of {self.steps - 2} steps: {path}")
+
+
 class Stopwatch:
     """Where the time of a training loop on `device` goes, by marks in the loop that are cheap enough to stay there.
 
@@ -125,10 +152,12 @@ class Stopwatch:
 
     Nothing waits for the device: on CUDA a mark is an event in the queue of its work, read once the device has passed
     it, so that a part's time is the device's own, with what it waited for. Elsewhere a mark is a look at the clock.
+    run: a Run, whose setting `profile` says whether optimiser steps are looked at, too.
     """
 
-    def __init__(self, device):
+    def __init__(self, device, run=None):
         self.device = torch.device(device)
+        self.profile = Profile(run) if run and run.main and run.settings["profile"] else None
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self._coming = deque()                               # CUDA: (event, part that it ends) in order, not yet read
         self._last = self._event() if self.device.type == "cuda" else time.perf_counter()
@@ -143,7 +172,9 @@ class Stopwatch:
         self.lap("other")
 
     def lap(self, part):
-        """A mark: the time since the one before was `part`, one of PARTS."""
+        """A mark: the time since the one before was `part`, one of PARTS; "optimiser" ends a step."""
+        if self.profile and part == "optimiser":
+            self.profile.stepped()
         if self.device.type != "cuda":
             now = time.perf_counter()
             self.seconds[part] += now - self._last
@@ -162,6 +193,8 @@ class Stopwatch:
     def shares(self):
         """{part: its share of the time since the stopwatch was made}, together 1. Waits for the device."""
         self.start()
+        if self.profile:
+            self.profile.end()
         if self._coming:
             self._coming[-1][0].synchronize()
         while self._coming:

@@ -613,9 +613,9 @@ def build(settings, named_parameters, roles, fused_rows=None, mesh=None, n_examp
     """The optimiser of a whole model by its name among `settings`; `set_rate` multiplies each group's base_lr.
 
     settings: optimizer, one of RULES, lr, and what else it reads, or its default in Settings. muon steps matrix and
-    residual with muon_lr and muon_momentum, the rest by AdamW with lr, betas, eps; ess None is n_examples. Where
-    kernels are on, they step what is under AdamW, muon's part too, with OrthoGrad inside; the state is the same. What
-    is not dense float32, and tensors of several processes, go without.
+    residual with muon_lr and muon_momentum, the rest by AdamW with lr, betas, eps; ess None is n_examples. What asks
+    for no gradient is left out. Where kernels are on, they step what is under AdamW, muon's part too, with OrthoGrad
+    inside; the state is the same. What is not dense float32, and tensors of several processes, go without.
     mesh: a parallel.Mesh over whose processes parameters and state are divided; Muon and OrthoGrad gather whole
     matrices for the time of a step. ValueError for ivon on several processes. For the rest see groups.
     """
@@ -623,7 +623,7 @@ def build(settings, named_parameters, roles, fused_rows=None, mesh=None, n_examp
     name, lr, betas = settings["optimizer"], settings["lr"], tuple(s["betas"])
     if name not in RULES:
         raise ValueError(f"optimizer {name!r}: it must be one of {', '.join(RULES)}")
-    pairs = list(named_parameters)
+    pairs = [(name, p) for name, p in named_parameters if p.requires_grad]
     wanted = groups(pairs, roles, s["weight_decay"], name == "muon", fused_rows, s["decay_params"],
                     width_factor(settings))
     own = {"sgd": dict(lr=lr, momentum=s["momentum"]),
@@ -657,7 +657,7 @@ def schedule(name, step, warmup_steps, max_steps, min_scale=0.0, decay_fraction=
         raise ValueError(f"schedule {name!r}: it must be one of {', '.join(SCHEDULES)}")
     falls = name in ("cosine", "wsd")
     if falls and max_steps is None:
-        raise ValueError(f"schedule {name} ends at max_steps: give max_steps, or take constant or noam")
+        raise ValueError(f"schedule {name} ends at max_steps: give max_steps or max_seconds, or take constant or noam")
     if falls and step >= max_steps:
         return min_scale
     if step < warmup_steps:
@@ -671,9 +671,19 @@ def schedule(name, step, warmup_steps, max_steps, min_scale=0.0, decay_fraction=
     return min_scale + (1 - min_scale) * (max_steps - step) / (max_steps - start) if step > start else 1.0
 
 
-def factor(settings, step):
-    """`schedule` by a script's settings."""
-    return schedule(settings["schedule"], step, settings["warmup_steps"], settings["max_steps"],
+def horizon(settings, step, seconds=0.0):
+    """Steps in all, of which schedules take their shares: max_steps (None: no end), or where max_seconds end the run
+    sooner, so many as the pace so far will bring: step / (seconds / max_seconds), after `seconds` of training."""
+    steps, limit = settings["max_steps"], settings.get("max_seconds")
+    if limit is None:
+        return steps
+    paced = max(step, 1) * limit / max(seconds, 1e-9)    # before the first step the end is far away
+    return paced if steps is None else min(steps, paced)
+
+
+def factor(settings, step, seconds=0.0):
+    """`schedule` by a script's settings, after so many seconds of training."""
+    return schedule(settings["schedule"], step, settings["warmup_steps"], horizon(settings, step, seconds),
                     settings["min_lr_scale"], settings["decay_fraction"], settings.get("warmup_peak", "last"))
 
 
@@ -685,9 +695,10 @@ def check(settings):
         raise ValueError("optimizer ivon learns the curvature from gradients, which float16 scales: choose bfloat16")
 
 
-def set_rate(optimizer, settings, step):
-    """Gives every group the rate of the step that follows `step` finished ones. Returns that of what has rate lr."""
-    scale = factor(settings, step)
+def set_rate(optimizer, settings, step, seconds=0.0):
+    """Gives every group the rate of the step that follows `step` finished ones, which took so many seconds (for
+    max_seconds). Returns that of what has rate lr."""
+    scale = factor(settings, step, seconds)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * scale
     return settings["lr"] * scale
@@ -707,7 +718,7 @@ def take_step(optimizer, scaler, parameters, grad_clip=None, ema=None, clip=torc
 
 
 class EMA:
-    """Exponential moving average of a model's parameters: average += (1 - d) (w - average) at each update.
+    """Exponential moving average of what a model learns: average += (1 - d) (w - average) at each update.
 
     d = min(decay, (1 + t) / (10 + t)) after t updates: a short run's average is not mostly its initial weights. Give it
     the uncompiled model, whose names a checkpoint has. Buffers are not averaged; a tied tensor is kept once.
@@ -717,7 +728,7 @@ class EMA:
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay {decay}: it must be at least 0 and below 1")
         self.decay, self.updates = decay, 0
-        self.parameters = dict(model.named_parameters())
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.weights = {name: local(p).detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()

@@ -178,6 +178,8 @@ class Mesh(Alone):
             fail("dtype float16 scales the loss by what one process finds: with dp or tp choose bfloat16")
         if compiled:
             fail("--compile is for one process: with dp or tp choose --no-compile")
+        if c.lora_rank:
+            fail("adapters are trained in one process only: with dp or tp choose --lora_rank 0")
         if c.kernels != "torch":
             fail(f"kernels {c.kernels} are tested in one process only: with dp or tp choose --kernels torch")
         if dp > 1 and carry:
@@ -446,9 +448,9 @@ class Mesh(Alone):
 
     def most(self, number):
         """The largest of all processes' numbers."""
-        found = torch.tensor(number)
+        found = torch.tensor(number, dtype=torch.float64)
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+        return type(number)(found)
 
     def stop(self, run):
         """run.stop, the same in all processes: once before every step and once after the loop, by all."""

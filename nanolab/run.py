@@ -599,6 +599,9 @@ class Run:
         self.mesh = mesh if mesh and mesh.size > 1 else None
         self.main, self.resumed, self._fails = self.mesh is None or mesh.main, False, True
         self._things = {}
+        if (every := settings.get("keep_every")) and every % settings["save_interval"]:
+            raise UserError(f"keep_every {every} is no multiple of save_interval {settings['save_interval']}: "
+                            "checkpoints that are not written cannot be kept")
         self.track(checkpoint, **things)
 
     def track(self, saved=None, **things):
@@ -815,9 +818,12 @@ class Run:
         """Writes a checkpoint to the run's file `name`: step, settings, the states of all that is tracked, and `more`.
 
         Where an optimiser keeps an average, the weights are that. A kill at any moment leaves the old file or the new
-        one, whole. keep: also the numbered step_00001000.pt, and removes older ones, so that so many are left; killed
-        in between, the new one is missing, and a resumed run saves it. UserError: no space; the old file stays.
+        one, whole. keep: also the numbered step_00001000.pt, and removes older ones, so that so many are left; a
+        last.pt at a multiple of the setting keep_every (of the steps of a stage that began at its loop's `start`) has
+        its numbered one, too, which is never removed. Killed in between, the new one is missing, and a resumed run
+        saves it. UserError: no space; the old file stays.
         """
+        every, start = self.settings.get("keep_every"), self._things.get("loop", {}).get("start", 0)
         with contextlib.ExitStack() as stack:
             for thing in self._things.values():
                 if hasattr(thing, "averaged"):
@@ -825,12 +831,29 @@ class Run:
             state = {"step": step, "settings": dict(self.settings), **self.states(), **more}
             if self.main:
                 self._write(name, state)
-            if self.main and keep:
+            for_good = every and name == "last.pt" and (step - start) % every == 0
+            if self.main and (keep or for_good):
                 numbers = [int(path.stem.removeprefix("step_")) for path in self.dir.glob("step_*.pt")]
                 older = sorted(number for number in numbers if number < step)
-                for old in older[:max(0, len(older) - keep + 1)]:
-                    (self.dir / f"step_{old:08d}.pt").unlink()
+                for old in older[:max(0, len(older) - keep + 1)] if keep else ():
+                    if not (every and old % every == 0):
+                        (self.dir / f"step_{old:08d}.pt").unlink()
                 self._write(f"step_{step:08d}.pt", state)
+
+    def ended(self, loop):
+        """Why a training loop, a Loop, goes no further: "done", by max_steps or max_seconds, "ended early", where since
+        the best validation `patience` others have gone by, which the summary then says too; "": it goes on."""
+        most, limit, patience, interval = map(self.settings.get, (
+            "max_steps", "max_seconds", "patience", "eval_interval"))
+        if limit is not None and self.mesh:                  # all processes go by one clock
+            loop["seconds"] = self.mesh.most(loop["seconds"])
+        if most is not None and loop["step"] >= most or limit is not None and loop["seconds"] >= limit:
+            return "done"
+        waited = loop["evaluated"] // interval - loop["best_step"] // interval if patience and interval else 0
+        if patience and waited >= patience:
+            self.summary(ended_early=loop["step"])
+            return "ended early"
+        return ""
 
     def _write(self, name, state):
         state = {**state, "format": FORMAT, "script": self.script.stem, "metrics_lines": self._lines}
@@ -843,8 +866,8 @@ class Run:
             torch.save(state, file)
 
     def bar(self, total, initial=0):
-        """A `Bar` towards `total` steps (None: no end known)."""
-        self._bar = Bar(total, initial)
+        """A `Bar` towards `total` steps (None, or a run that has max_seconds: no end known)."""
+        self._bar = Bar(total if self.settings.get("max_seconds") is None else None, initial)
         return self._bar
 
     def summary(self, **values):

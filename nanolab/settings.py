@@ -125,6 +125,9 @@ class Common:
     debug: bool = False            # tiny and short, no wandb, no tensorboard
     wandb: str = "disabled"        # [disabled, offline, online]
     tensorboard: bool = False      # curves for TensorBoard in the run's directory
+    profile: bool = False          # torch's profiler over three steps: a table, and trace.json in the run's directory
+    keep_every: int = None         # [none, >= 1] numbered checkpoints at multiples of so many steps stay for good
+    max_seconds: float = None      # [none, > 0.0] of training, resumes included, of each model or stage; schedules too
 
 
 class _Setting:

@@ -457,6 +457,57 @@ def test_files_that_are_not_the_set(folder, monkeypatch):
     assert load("arc1").train.tasks[0] == "a"
 
 
+# --- Tasks of one's own ---
+
+@pytest.fixture
+def mine(folder):
+    """20 tasks as files of one each, and as one file: (that folder, that file)."""
+    rows = noise(80, 4, seed=3, smallest=2)
+    tasks = {f"t{i:02}": task(*rows[4 * i:4 * i + 4]) for i in range(20)}
+    (folder / "mine").mkdir()
+    for name, own in tasks.items():
+        (folder / "mine" / f"{name}.json").write_text(json.dumps(own))
+    (folder / "mine" / "README.md").write_text("no task")
+    (folder / "mine.json.gz").write_bytes(gzip.compress(json.dumps(tasks).encode()))
+    return folder / "mine", folder / "mine.json.gz"
+
+
+def test_own_tasks_are_split_by_task(mine):
+    """As one file or many, named in full or found in a folder of data; other seeds hold out others; with a validation
+    set all are for training."""
+    found = load(str(mine[0]), max_side=3)
+    assert [load(name, max_side=3).hash for name in (str(mine[1]), "mine", "mine.json.gz")] == [found.hash] * 3
+    sides = [{*side.tasks} for side in (found.train, found.val)]
+    assert [len(side) for side in sides] == [18, 2] and not sides[0] & sides[1] and len(found.val.pairs) < 4
+    assert found.train.names[0].startswith("mine t") and "18 of 18 tasks of mine" in found.source
+    assert any("crop" in name for name in found.train.names)
+    assert len({*map(str, ({*load("mine", max_side=3, seed=seed).val.tasks} for seed in range(4)))}) > 1
+    scored = load("mine", "arc1-evaluation", max_side=4)
+    assert len({*scored.train.tasks}) == 20 and {name.split()[0] for name in scored.val.names} == {"arc1-evaluation"}
+    assert load("arc1", "mine", max_side=4).val.tasks[0] == "t00"
+    with raises_one_line("mine and mine share 20 of 20 tasks"):
+        load("mine", str(mine[1]))
+
+
+@pytest.mark.parametrize("files_of, words", [
+    ({}, ["has no .json file"]), ({"a.txt": "{}"}, ["has no .json file"]), ({"a.json": "{}"}, ["has no task"]),
+    ({"a.json": "[1]"}, ["a.json", "no table of tasks"]), ({"a.json": '{"train": ['}, ["a.json", "no JSON"]),
+    ({"a.json": "ONE"}, ["own has 1 task, and takes two", "--val_dataset"]),
+    ({"a.json": "ONE", "b.json": '{"trian": [], "test": []}'}, ["b.json: task b has no list of train pairs"]),
+    ({"a.json": "ONE", "b.json": '{"x": {"train": []}}'}, ["b.json: task x has no list of test pairs"]),
+    ({"a.json": '{"train": [{"in": [[1]], "output": [[1]]}], "test": []}'}, ["task a, train 0 input is no grid"]),
+    ({"a.json": '{"train": [{"input": [[1, 2], [3]], "output": [[1]]}], "test": []}'}, ["must have one length"]),
+    ({"a.json": "ONE", "b.json": '{"c": {"train": [], "test": [{"input": [[10]], "output": [[1]]}]}}'},
+     ["b.json: task c, test 0 input is no grid: it has the value 10"]),
+    ({"a.json": "ONE", "b.json": '{"a": ONE}'}, ["b.json has task a, which another file"])])
+def test_own_tasks_that_cannot_serve(folder, files_of, words):
+    (folder / "own").mkdir()
+    for name, content in files_of.items():
+        (folder / "own" / name).write_text(content.replace("ONE", json.dumps(task([[1]], [[2]], [[3]], [[4]]))))
+    with raises_one_line(*words):
+        load("own")
+
+
 def test_without_network_the_error_says_what_to_put_where(folder, monkeypatch, tmp_path):
     (folder / "arc-agi-1-evaluation.json.gz").unlink()
     with raises_one_line("no connection to https://codeload.github.com/fchollet/ARC-AGI/zip/3990", "no network in test",

@@ -13,7 +13,7 @@ CASES = {
         save_interval=1, log_interval=1, n_targets=2, intermediate_losses=True),
     ("train_enwik8", "adamw"): dict(
         max_steps=24, optimizer="adamw", batching="streams", seed=5, data_seed=6, save_interval=1, log_interval=4,
-        keep_last=2),
+        keep_last=2, keep_every=10),
     ("train_enwik8", "muon"): dict(
         max_steps=24, optimizer="muon", batching="random", seed=7, data_seed=8, save_interval=3, log_interval=2,
         schedule="wsd"),
@@ -63,7 +63,7 @@ CASES = {
         batching="epochs", save_interval=2, seed=6),
     ("train_worldmodel", "all stages"): dict(seed=1),
     ("train_worldmodel", "cells"): dict(
-        seed=2, tokens="cells", action_source="true", ema_decay=0.9, dynamics="causal"),
+        seed=2, tokens="cells", action_source="true", ema_decay=0.9, dynamics="causal", keep_every=3),
     ("train_worldmodel", "fsq"): dict(
         seed=3, tokenizer="spatiotemporal", quantiser="fsq", action_quantiser="vq", action_model="transformer",
         action_input="prepend", grad_accum=2),
@@ -93,7 +93,9 @@ def test_killed_at_random_moments(forks, text, tmp_path, script, case):
     if script == "train_facts":
         assert last["loop"]["rows"] == 20 * 8 * how.get("grad_accum", 1)
     if script == "train_enwik8" and how.get("keep_last"):
-        assert sorted(path.name for path in runs[0].glob("step_*.pt")) == ["step_00000023.pt", "step_00000024.pt"]
+        assert sorted(int(path.stem[5:]) for path in runs[0].glob("step_*.pt")) == [0, 10, 20, 23, 24]
+    if case == "cells":                                      # of each stage the multiples of its own steps
+        assert sorted(int(path.stem[5:]) for path in runs[0].glob("step_*.pt")) == [0, 3, 4, 7, 8, 11]
     if script == "train_mult":
         assert last["steps"] == {"simple": 20, "latent": 20}
         assert case != "forced" or 0 < last["models"]["simple"]["forcing"]["steps"] <= 16

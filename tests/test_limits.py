@@ -309,7 +309,8 @@ LEFT = {"resume", "out_dir", "run_name", "max_steps",         # typed in every r
 TYPED = {"dataset": {"train_dvae": "arc1", "train_worldmodel": "donkeycar"}, "models": "latent", "mixer": "mamba",
          "ff": "moe", "device": "cpu", "tag": "b", "tokenizer": {"train_facts": "bytes"}, "ask": "1*2",
          "actions": "1,0", "rollout": "nowhere", "encode": "nowhere", "decode": "1,2,3,4,5,6",
-         "val_dataset": "synthetic", "database": "nowhere", "init_from": "nowhere", "prompt": "a", "preset": "cpu"}
+         "val_dataset": "synthetic", "database": "nowhere", "init_from": "nowhere", "prompt": "a", "preset": "cpu",
+         "keep_every": "9"}
 
 
 def others(script, name, spec, now):

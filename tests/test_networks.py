@@ -4,7 +4,7 @@ import torch
 
 from interpreter import formula
 from kernels import attend_space, attend_time
-from model import Transformer, TransformerConfig, parameter_rules
+from model import Norm, Transformer, TransformerConfig, parameter_rules
 from models.encoder_decoder import Encoder, EncoderDecoder, LatentTransformer, PrefixDecoder, TextTransformer
 from models.video import SpatialTransformer, SpatioTemporal
 
@@ -74,6 +74,20 @@ DECODING = (dict(logit_softcap=30.0), dict(value_residual=True), dict(norm_after
 def test_what_a_model_has_not_is_refused(kind, settings, word):
     with pytest.raises(ValueError, match=word):
         build(kind, **settings)
+
+
+@pytest.mark.parametrize("kind", [Transformer, Encoder, EncoderDecoder, LatentTransformer, PrefixDecoder,
+                                  TextTransformer, SpatialTransformer, SpatioTemporal])
+def test_every_norm_of_a_model_has_what_the_settings_say(kind, monkeypatch):
+    """A learned gain without a bias, wherever a layer is normed."""
+    made, init = [], Norm.__init__
+
+    def spy(self, word, width, gain, bias, eps=None):
+        init(self, word, width, gain, bias, eps)
+        made.append((gain, bias))
+    monkeypatch.setattr(Norm, "__init__", spy)
+    build(kind, norm_gain=True, bias=False)
+    assert made and set(made) == {(True, False)}
 
 
 def test_inputs_that_do_not_fit():

@@ -551,6 +551,18 @@ def test_what_schedules_refuse():
             optim.schedule(name, 0, 10, steps)
 
 
+@pytest.mark.parametrize("step, seconds, most, steps", [
+    (0, 0.0, None, 6e10), (0, 0.0, 100, 100), (50, 15.0, None, 200), (50, 15.0, 150, 150), (50, 30.0, 150, 100),
+    (50, 60.0, 150, 50), (7, 99.0, 100, 7 * 60 / 99)])
+def test_schedules_end_at_the_share_of_the_clock_or_at_max_steps(step, seconds, most, steps):
+    """Of 60 seconds; in their middle cosine is half way down, whatever the number of steps."""
+    settings = SCHEDULE | dict(schedule="cosine", warmup_steps=0, max_steps=most, max_seconds=60.0, min_lr_scale=0.0)
+    assert optim.horizon(settings, step, seconds) == pytest.approx(steps)
+    assert optim.horizon(settings | dict(max_seconds=None), step, seconds) == most
+    if steps in (100, 200) and step:
+        assert optim.factor(settings, step, seconds) == pytest.approx(0.5 if steps == 100 else 0.5 + math.sqrt(0.125))
+
+
 # --- Moving average ---
 
 def test_ema_is_the_recurrence_goes_on_from_its_state_and_begins_anew(tmp_path):

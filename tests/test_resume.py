@@ -114,14 +114,34 @@ LONGER = {"train_enwik8": (12, 15, {}),                      # settings under wh
 def test_extended(script, go, tmp_path):
     """A finished run that is given more steps ends as one that had them from the beginning."""
     first, last, how = LONGER[script]
-    go(tmp_path / "parts", max_steps=first, keep_last=2, **how)
-    go(tmp_path / "parts", "--resume", max_steps=last, keep_last=2, **how)
-    go(tmp_path / "whole", max_steps=last, keep_last=2, **how)
+    how = how | dict(keep_last=2, keep_every=4)
+    go(tmp_path / "parts", max_steps=first, **how)
+    go(tmp_path / "parts", "--resume", max_steps=last, **how)
+    go(tmp_path / "whole", max_steps=last, **how)
     runs = [folder(script, tmp_path / name) for name in ("parts", "whole")]
     assert_same_end(*runs)
     assert summary(runs[0])["step"] == last
     for run in runs:
-        assert sorted(path.name for path in run.glob("step_*")) == [f"step_{step:08d}.pt" for step in (last - 1, last)]
+        kept = sorted({*range(0, last, 4), last - 1, last})
+        assert sorted(path.name for path in run.glob("step_*")) == [f"step_{step:08d}.pt" for step in kept]
+
+
+@pytest.mark.parametrize("script, interval, patience", [
+    ("train_enwik8", 3, 2), ("train_dvae", 9, 1), ("train_facts", 5, 1)])
+def test_early_stopped(script, interval, patience, go, tmp_path):
+    """What gets no better ends after `patience` validations more, and says so; with more patience it goes on as one
+    that had it from the beginning."""
+    how = dict(lr=1e-12, muon_lr=1e-12, weight_decay=0.0, eval_interval=interval)
+    first, run = go(tmp_path / "parts", **how, patience=patience), folder(script, tmp_path / "parts")
+    end, steps = summary(run), curve(run, split="val")
+    assert end["ended_early"] == end["step"] == steps[-1] < 12 and end["status"] == "done"
+    assert steps[-1] == load_checkpoint(run / "last.pt")["loop"]["best_step"] + patience * interval
+    assert re.search(rf"ended early at step {steps[-1]}\b.*: {run}$", first.out.strip())
+    if script == "train_enwik8":
+        more = go(tmp_path / "parts", "--resume", **how, patience=9)
+        go(tmp_path / "whole", **how, patience=9)
+        assert_same_end(run, folder(script, tmp_path / "whole"))
+        assert "done at step 12" in more.out and "ended_early" not in summary(run)
 
 
 @pytest.mark.parametrize("script", TINY)
@@ -354,7 +374,7 @@ def test_foreign_broken_and_lost_checkpoints(script, base, copy, resume, tmp_pat
 
 
 MISTAKES = {  # RUN: a finished one of the script
-    "train_enwik8": {"--out_dir FILE": "FILE"},
+    "train_enwik8": {"--out_dir FILE": "FILE", "--keep_every 3 --save_interval 2": "no multiple of save_interval 2"},
     "train_dvae": {
         "--encode task.json": "goes with --resume", "--decode 1,2": "goes with --resume",
         "--eval_only": "goes with --resume",

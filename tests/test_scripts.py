@@ -15,6 +15,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+import scripts
 from data import text
 from model import Transformer, from_checkpoint
 from nanolab import runs
@@ -112,10 +113,13 @@ def test_debug(typed, home):
 
 
 def test_profile(forks, tmp_path):
-    child = forks.run(["train_enwik8.py", "--preset=cpu", "--profile", *SMALL, "--run_name", "profiled"], tmp_path)
+    """Of three optimiser steps, both models' of train_mult.py."""
+    child = forks.run(scripts.typed("train_mult", tmp_path, "--profile", max_steps=3), tmp_path)
     assert_done(child)
-    trace = json.loads((tmp_path / "runs" / "train_enwik8" / "profiled" / "trace.json").read_text())
+    path = scripts.folder("train_mult", tmp_path) / "trace.json"
+    trace = json.loads(path.read_text())
     assert any("mm" in event.get("name", "") for event in trace["traceEvents"]) and "Self CPU" in child.out
+    assert f"profile of 3 steps: {path}" in child.out
 
 
 def test_estimate_without_gpu(forks, tmp_path):

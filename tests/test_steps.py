@@ -97,6 +97,32 @@ def done(launch):
     return done
 
 
+# --- A clock in place of a number of steps ---
+
+@pytest.mark.parametrize("script", TINY)
+def test_max_seconds_at_an_even_pace_are_max_steps(done, monkeypatch, script, text):
+    """With steps of a quarter of a second rates, weights of losses and layers that predict, codes and all weights are
+    those of the steps that the seconds are enough for; the sixth is the last one."""
+    lap = experiment.Loop.lap
+
+    def even(loop, began, due):
+        rows, _ = lap(loop, began, due)
+        loop["seconds"] = 0.25 * loop["step"]
+        return rows, 0.25 * len(rows)
+    monkeypatch.setattr(experiment.Loop, "lap", even)
+    how = dict(max_steps=6, schedule="cosine", warmup_steps=2, save_interval=12, eval_interval=6) | {
+        "train_enwik8": dict(dataset=text, eval_interval="none", intermediate_losses=True, schedule="wsd"),
+        "train_facts": dict(eval_interval="none"),
+        "train_dvae": dict(mask_rate="0,0.5", reset_interval=2, reset_fraction=0.5, kl_weight="0,0.1"),
+        "train_mult": dict(val_examples=2, eval_examples=2, eval_interval=4),
+        "train_worldmodel": dict(stage="actions", eval_clips=2, soft_fraction=0.5)}.get(script, {})
+    runs = [done(script, name, **how | more) for name, more in (
+        ("steps", {}), ("seconds", dict(max_steps=1000, max_seconds=1.5)))]
+    first, second = (told.lines for told in runs)
+    assert first == second and sum("lr" in line for line in first) >= 6
+    assert_equal(*map(weights, runs))
+
+
 # --- N passes over B rows ---
 
 MOE = dict(ff="moe", n_expert=4, expert_balance="bias", activation="swiglu")

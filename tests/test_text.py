@@ -297,12 +297,80 @@ def test_files_that_cannot_serve(folder, tmp_path, name, content, words):
 
 @pytest.mark.parametrize("dataset, max_bytes, words", [
     ("enwiki8", None, ["'enwiki8'", "did you mean enwik8?"]), ("shakespear", None, ["did you mean shakespeare?"]),
-    ("no/such/file.txt", None, ["no/such/file.txt", "enwik8, shakespeare, stdlib"]), (".", None, ["is not a file"]),
-    ("", None, ["is not a file"]), ("stdlib", 0, ["at least 1"]), ("stdlib", -5, ["at least 1"]),
-    ("enwik8", 100_000_001, ["has only 100,000,000 bytes"]), ("stdlib", 10 ** 9, ["stdlib has only"])])
+    ("no/such/file.txt", None, ["no/such/file.txt", "enwik8, shakespeare, stdlib"]),
+    ("/dev/null", None, ["is not a file"]), ("", None, ["''", "a file, folder or glob"]), ("stdlib", 0, ["at least 1"]),
+    ("stdlib", -5, ["at least 1"]), ("enwik8", 100_000_001, ["has only 100,000,000 bytes"]),
+    ("stdlib", 10 ** 9, ["stdlib has only"])])
 def test_requests_that_cannot_be_served(folder, dataset, max_bytes, words):
     with raises_one_line(*words):
         load(dataset, max_bytes)
+
+
+# --- Many files ---
+
+@pytest.fixture
+def library(folder):
+    """A folder of 60 documents, some packed, some empty, hidden or copies: (its path, what each document is)."""
+    root, found = folder / "library", {}
+    for i in range(60):
+        suffix = list(PACKERS)[i % 3]
+        path = root / ("sub" if i % 2 else "") / f"{i:02}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found[path] = b"" if i % 20 == 7 else f"copy {i % 2}".encode() * 3 if i % 9 == 1 else f"text {i} ".encode() * (
+            1 + i % 5)
+        path.write_bytes(PACKERS[suffix](found[path]))
+    for name in (".hidden", "sub/.git/config"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"\0hidden")
+    return root, [found[path] for path in sorted(found, key=str) if found[path]]
+
+
+def test_a_folder_is_split_by_document(library, monkeypatch):
+    root, documents = library
+    corpus = load(str(root))
+    train, val = (part.numpy().tobytes().split(b"\n") for part in (corpus.train, corpus.val))
+    assert sorted(train + val) == sorted(documents) and not {*train} & {*val} and corpus.test is None
+    assert [text for text in documents if text in {*val}] == val and len({*documents}) < len(documents)
+    total, most = sum(map(len, documents)), max(map(len, val))
+    assert total / 20 <= sum(map(len, val)) <= total / 20 + 9 * most and corpus.documents == list(map(len, documents))
+    assert f"{total:,} bytes in {len(documents)} documents, {len(val)} of them" in corpus.source
+    monkeypatch.chdir(root.parent.parent)
+    for name in ("library", f"{root}/**/[0-9]*", f"{root}/**/*"):        # of NANOLAB_DATA too, and by a glob
+        again = load(name)
+        assert torch.equal(again.train, corpus.train) and torch.equal(again.val, corpus.val)
+    figures = statistics(corpus)
+    assert (figures["pieces"], figures["n_pieces"]) == ("documents (a file each)", len(documents))
+    cut = load(str(root), 100)
+    assert sum(cut.documents) == 100 and b"".join(documents).startswith(b"".join(documents[:len(cut.documents) - 1]))
+    state = Batches(corpus.train, 2, 8).state_dict()
+    path = next(path for path in sorted(root.glob("*.txt")) if path.read_bytes() in train)
+    path.write_bytes(path.read_bytes().replace(b"t", b"T"))
+    with raises_one_line("fingerprint of the data"):
+        Batches(load(str(root)).train, 2, 8).load_state_dict(state)
+
+
+def test_a_split_of_few_documents(folder):
+    """Where all are larger than a twentieth the smallest is held out; a small one that comes late is, too."""
+    for name, size in (("a", 400), ("b", 300), ("c", 350)):
+        (folder / f"{name}.txt").write_bytes(name.encode() * size)
+    assert load(f"{folder}/*.txt").val.unique().tolist() == [ord("b")]
+    (folder / "d.txt").write_bytes(b"d" * 20)
+    assert load(f"{folder}/*.txt").val.unique().tolist() == [ord("d")]
+
+
+@pytest.mark.parametrize("content, words", [
+    ({}, ["there is no file"]), ({"a": b"one"}, ["has 1 different documents"]),
+    ({"a": b"one", "b": b"one"}, ["has 1 different documents", "name a file"]), ({"a": b""}, ["has 0 different"]),
+    ({"a": b"one", "b.png": b"\x89PNG\0\0"}, ["b.png is no text"]), ({"a": b"1", "b.gz": b"2"}, ["b.gz is damaged"]),
+    ({"a": b"one", "b": None}, ["cannot read", "b: No such file"]), ({"a": b"one", "b": "pipe"}, ["b is no file"])])
+def test_folders_that_cannot_serve(folder, content, words):
+    for name, told in content.items():
+        path = folder / name
+        path.symlink_to("nowhere") if told is None else os.mkfifo(path) if told == "pipe" else path.write_bytes(told)
+    with raises_one_line(*words):
+        load(str(folder))
+    with raises_one_line("there is no file"):
+        load(f"{folder}/*.none")
 
 
 # --- Batches ---
