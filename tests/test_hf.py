@@ -231,16 +231,18 @@ def test_in(case, tmp_path):
     assert not re.search("[a-z]", folded) or any(re.search(folded, name) for name in found)
 
 
-def test_adapters_beside_peft(tmp_path):
-    """The same adapters on the folder that the base goes out as: logits and gradients."""
+def test_adapters_beside_peft(tmp_path, monkeypatch):
+    """The same adapters on the folder that the base goes out as, in float64, its norms too: logits and gradients."""
     peft = pytest.importorskip("peft", reason="peft is not installed: tests/test_mixers.py has the formula")
-    config, found = hf.as_folder(base := loud(n_kv_head=2))
+    monkeypatch.setattr(transformers.models.smollm3.modeling_smollm3.SmolLM3RMSNorm, "forward", lambda norm, x: (
+        norm.weight * x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()))
+    config, found = hf.as_folder(base := loud(n_kv_head=2, positions="none"))
     ours = build_model(dataclasses.replace(base.config, lora_rank=3, lora_on="all", lora_alpha=6.0), base.state_dict())
     shake({name: p for name, p in ours.named_parameters() if p.requires_grad})
     other = peft.get_peft_model(theirs(written(tmp_path / "out", config, found)), peft.LoraConfig(
         r=3, lora_alpha=6, target_modules="all-linear")).double()
     pairs = [(other.get_submodule(f"base_model.model.{theirs.removesuffix('.weight')}"), m, i)
-             for name, names, *_ in hf.correspondence(hf.FORMS["llama"], base) for i, theirs in enumerate(names)
+             for name, names, *_ in hf.correspondence(hf.FORMS["smollm3"], base) for i, theirs in enumerate(names)
              if isinstance(m := ours.double().get_submodule(name.rpartition(".")[0]), Adapted)]
     assert len(pairs) == 14 == sum("lora_A" in name for name, _ in other.named_parameters())
 
@@ -647,5 +649,5 @@ def test_a_run_goes_out_and_another_begins_with_it(script, tmp_path, monkeypatch
     typed(f"{script}.py {SHORT.format(1, 'adapted')} {again} --init_from {first}")           # a run in a folder's place
     adapted, base = (experiment.load_checkpoint(run / "last.pt")["model"]
                      for run in (run_folder(script, "runs", "adapted"), first))
-    assert_equal({name: adapted[name] for name in base}, base)
+    assert_equal({name: adapted[name] for name in base}, dict(base))
     assert len(adapted) == len(base) + 8
