@@ -144,6 +144,10 @@ class TransformerConfig:
     intermediate_losses: bool = False  # layers predict too, until a fraction of training (see active_layers)
     mtp_depth: int = 0             # [>= 0, <= 64] modules of multi-token prediction (DeepSeek-V3), a layer each
     mtp_weight: float = 0.3        # [>= 0.0, with mtp_depth] of the mean of their losses
+    # Adapters of a base that stays as it is (LoRA)
+    lora_rank: int = 0             # [>= 0] of the product beside a frozen matrix, which alone is trained; 0: none
+    lora_on: str = "attention"     # [attention, all, with lora_rank] whose matrices; all: feed-forwards' too
+    lora_alpha: float = None       # [none, > 0.0, with lora_rank] products times lora_alpha / lora_rank; none: times 1
     # How it is computed
     attention: str = "auto"        # [auto, sdpa, manual] auto: by hand to train in bfloat16 on a CPU, up to 1,023 bytes
     kernels: str = "torch"         # [torch, triton] what kernels.use was told: formulas, or the fused operations
@@ -176,7 +180,7 @@ class TransformerConfig:
         derived = dict(memory_length=self.block_size, expert_top_groups=self.expert_groups, kv_rank=2 * self.head_dim,
                        ff_rank=max(1, self.n_embd // 4),
                        compressed_length=max(1, self.block_size // self.compression_rate),
-                       rope_dim=max(2, 2 * (self.head_dim // 4)),
+                       rope_dim=max(2, 2 * (self.head_dim // 4)), lora_alpha=float(self.lora_rank) or None,
                        ff_width=8 * round(self.ff_mult * self.n_embd / 12) if self.activation in GLU
                        else int(self.ff_mult * self.n_embd))
         for name, value in derived.items():
@@ -191,6 +195,8 @@ class TransformerConfig:
         self._check_rest()
         if self.shorten > 1:
             variant("models.pyramid:check")(self)
+        if self.lora_rank:
+            variant("models.low_rank:check_adapters")(self)
 
     def _check_positions(self):
         attending = [kind for kind in self.mixers if kind not in RECURRENT]
@@ -1222,23 +1228,24 @@ class Transformer(nn.Module):
         """Floating-point operations of forward and backward per token, at T positions: 6 P + 3 sum of what mixers say.
 
         P: parameters in matrix products, the active layers' classifiers included (a shared one counts once per use),
-        and of experts those that a position uses.
+        and of experts those that a position uses. A frozen one has no gradient: 2 less.
         """
         c = self.config
         A = 1 if not c.intermediate_losses else c.n_layer if active is None else len(active)
         hidden = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         maps = c.n_embd * c.n_embd * (c.n_targets - 1) if c.target_heads == "shared" else 0
         heads = (A * c.n_targets + c.mtp_depth) * c.vocab_size * c.n_embd + A * maps
-        return 6 * (hidden + heads) + 3 * sum(m.flops(T) for m in self.modules() if hasattr(m, "flops"))
+        spared = 2 * (hidden + heads + self.n_active_params() - self.n_params()) if c.lora_rank else 0
+        return 6 * (hidden + heads) - spared + 3 * sum(m.flops(T) for m in self.modules() if hasattr(m, "flops"))
 
 
 def build_model(config, weights=None):
-    """The model of a config: a Pyramid where shorten is above 1, else a Transformer. weights: a state dict, in place of
-    what was drawn."""
+    """The model of a config: a Pyramid where shorten is above 1, else a Transformer. weights: a state dict, with
+    lora_rank that of the base, whose tensors become the model's in place of what was drawn."""
     model = variant("models.pyramid:Pyramid")(config) if config.shorten > 1 else Transformer(config)
     if weights is not None:
-        model.load_state_dict(weights)
-    return model
+        model.load_state_dict(weights, assign=True)  # two copies of a large model may be one too many
+    return variant("models.low_rank:adapt")(model) if config.lora_rank else model
 
 
 def equal_ff_mult(config):
@@ -1402,8 +1409,8 @@ def initialise(model):
 
 
 def from_checkpoint(checkpoint, weights="raw"):
-    """The Transformer of a checkpoint from nanolab.run.load_checkpoint, on the CPU, with its raw or its "ema" weights;
-    from here on this process goes by the kernels that it was trained with.
+    """The Transformer of a checkpoint from nanolab.run.load_checkpoint, on the CPU, with its raw or its "ema" weights,
+    adapters merged into them; from here on this process goes by the kernels that it was trained with.
 
     Raises ValueError where the checkpoint holds no such weights, or not those of a Transformer of this version.
     """
@@ -1419,4 +1426,4 @@ def from_checkpoint(checkpoint, weights="raw"):
     except (KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(map(str.strip, str(error).splitlines()[:2]))       # the first tensor that does not fit
         raise ValueError(f"the checkpoint does not hold a Transformer of this version: {reason}") from error
-    return model
+    return variant("models.low_rank:merge")(model) if model.config.lora_rank else model

@@ -39,7 +39,8 @@ compile = False            # torch.compile
 dp = 1                     # [>= 1] processes over which a batch's rows are divided, under torchrun
 tp = 1                     # [>= 1] processes over which each layer's matrices are divided, under torchrun
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
-init_from = None           # [path] a folder with config.json and model.safetensors: its sizes and weights to begin from
+init_from = None           # [path] a run, or a folder with config.json and model.safetensors: its sizes and weights
+lora_only = False          # [with lora_rank] checkpoints hold the adapters alone: init_from's weights must stay there
 
 # --- Data ---
 dataset = "enwik8"         # enwik8, shakespeare, stdlib, or a file (.txt .gz .xz .bz2 .zip), folder or glob of them
@@ -169,7 +170,7 @@ debug_settings = dict(dataset="stdlib", max_bytes=200_000, n_layer=2, n_head=2, 
                       sample_length=40, deterministic=True)
 
 # These make the shape of the weights and of the state beside them: on resume they come from the checkpoint.
-architecture = (*TransformerConfig.shape(), "init_from", "optimizer", "decay_params", "batching")
+architecture = (*TransformerConfig.shape(), "init_from", "lora_only", "optimizer", "decay_params", "batching")
 
 
 def check(settings):
@@ -300,11 +301,10 @@ def main():
     # ---- the run: on resume, what it is handed goes on where the checkpoint was saved ----
     loop = Loop(dict(step=0, evaluated=0, best=math.inf, best_step=0, bytes=0, seconds=0.0, pending=[],
                      logged_seconds=0.0), scaler)
-    with Run(settings, checkpoint, mesh, model=model, ema=ema, optimizer=opt, scaler=scaler, generators=Generators(),
-             data=batches, memory=memory, loop=loop, posterior=optim.Posterior(opt, model.named_parameters())) as run:
-        active_params = f" ({model.n_active_params():,} active)" if "moe" in config.ffs else ""
-        print(f"{corpus.source}; {model.n_params():,} parameters{active_params}; {where.type} "
-              f"{str(precision).removeprefix('torch.')}")
+    with Run(settings, checkpoint, mesh, model=given.kept_of(model), ema=ema, optimizer=opt, scaler=scaler,
+             generators=Generators(), data=batches, memory=memory, loop=loop,
+             posterior=optim.Posterior(opt, model.named_parameters()), **given.kept()) as run:
+        print(f"{corpus.source}; {limits.size(model)}; {where.type} {str(precision).removeprefix('torch.')}")
         peak_flops = measure_peak_flops(where, precision) * mesh.size
         limits.hint(where, model, batch_size // dp, block_size, grad_accum, peak_flops, precision != torch.float32)
         bytes_per_step = batch_size * grad_accum * block_size

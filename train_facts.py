@@ -47,7 +47,8 @@ tp = 1                     # [>= 1] processes over which each layer's matrices a
 device = "auto"            # auto, cpu, cuda, cuda:1, ...
 dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
 compile = False            # torch.compile
-init_from = None           # [path, with task text] a folder with config.json: sizes, weights, tokenizer to begin from
+init_from = None           # [path, with task text] a run, or a folder with config.json: sizes, weights, tokenizer
+lora_only = False          # [with lora_rank] checkpoints hold the adapters alone: init_from's weights must stay there
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
 
 # --- Task ---
@@ -177,9 +178,9 @@ debug_settings = dict(n_people=16, n_unseen=8, n_rows=500, n_test_rows=50, mqar_
 
 # These make the shape of the weights and of the state beside them: on resume they come from the checkpoint.
 architecture = (
-    *TransformerConfig.shape(), "init_from", "data_seed", "task", "loss_on", "tokenizer", "n_people", "kind", "names",
-    "form", "prefix", "alpha", "tool_share", "exposures", "n_rows", "pairs", "mqar_vocab", "mqar_alpha",
-    "random_non_queries", "dataset", "batching", "optimizer", "decay_params")
+    *TransformerConfig.shape(), "init_from", "lora_only", "data_seed", "task", "loss_on", "tokenizer", "n_people",
+    "kind", "names", "form", "prefix", "alpha", "tool_share", "exposures", "n_rows", "pairs", "mqar_vocab",
+    "mqar_alpha", "random_non_queries", "dataset", "batching", "optimizer", "decay_params")
 
 
 def check(settings):
@@ -285,10 +286,11 @@ def main():
     # ---- the run: on resume, what it is handed goes on where the checkpoint was saved ----
     loop = Loop(dict(step=0, evaluated=-1, best=math.inf, best_step=0, rows=0, seconds=0.0, pending=[],
                      logged_seconds=0.0), scaler)
-    with Run(settings, checkpoint, mesh, vocab_size=work.vocab_size, tokenizer=work.fingerprint, model=model, ema=ema,
-             optimizer=opt, scaler=scaler, generators=Generators(), data=batches, loop=loop,
+    with Run(settings, checkpoint, mesh, vocab_size=work.vocab_size, tokenizer=work.fingerprint,
+             model=given.kept_of(model), ema=ema, optimizer=opt, scaler=scaler, generators=Generators(), data=batches,
+             loop=loop,
              posterior=optim.Posterior(opt, model.named_parameters()), **given.kept()) as run:
-        print(f"{work.shown}\n{work.example}\n{work.n_rows:,} rows; {model.n_params():,} parameters; {where.type} "
+        print(f"{work.shown}\n{work.example}\n{work.n_rows:,} rows; {limits.size(model)}; {where.type} "
               f"{str(precision).removeprefix('torch.')}")
         peak_flops = measure_peak_flops(where, precision) * mesh.size
         limits.hint(where, model, batch_size // dp, work.block_size, grad_accum, peak_flops,

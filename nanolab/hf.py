@@ -7,6 +7,7 @@
 
 nanolab/forms.py is the table of classes. What none computes is refused in one line; docs/weights.md has the limits.
 """
+import hashlib
 import json
 import os
 import re
@@ -18,9 +19,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import kernels
 from data import tokens
 from data.tokenized import tokenizer_of
-from model import TransformerConfig, build_model, from_checkpoint, fused_rows
+from model import TransformerConfig, build_model, from_checkpoint, fused_rows, variant
 from models.rope_scaling import scaled
 from nanolab.forms import ALSO, FORMS, GATES, LLAMA_CPP, NEIGHBOURS, PLAIN, WAYS, choose, misfits, refuse
 from nanolab.run import Checkpoint, as_user_error, command, find_checkpoint, load_checkpoint, write_json
@@ -160,7 +162,7 @@ def load_model(path, weights):
     """
     if path.is_dir():
         return as_checkpoint(path, weights)
-    loaded = load_checkpoint(path)
+    loaded = complete(load_checkpoint(path))
     if loaded["script"] not in ("train_enwik8", "train_facts"):
         raise UserError(f"{path} is a checkpoint of {loaded['script']}.py: here one of train_enwik8.py or "
                         "train_facts.py is needed")
@@ -433,7 +435,8 @@ def load(folder):
             if found[name].shape != shape:
                 raise UserError(f"{folder}: {name} is {tuple(found[name].shape)}, but by config.json {tuple(shape)}")
         parts = [found.pop(name).float() for name in theirs]
-        state[ours] = WAYS[way][1](parts[0] if rows is None else torch.cat(parts), c).contiguous()
+        t = WAYS[way][1](parts[0] if rows is None else torch.cat(parts), c)
+        state[ours] = t.clone(memory_format=torch.contiguous_format)  # the file's pages may change under it
     head = found.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head.float(), state["embed"]):
         raise UserError(f"{folder}: lm_head.weight is another than the embedding, to which config.json ties it")
@@ -488,19 +491,25 @@ def as_checkpoint(folder, weights="raw"):
 
 @dataclass
 class Beginning:
-    """What a run begins with by --init_from: a state dict, the text of a tokenizer.json (None: bytes), and the rows of
-    the embedding, which may be more than a tokenizer has ids. On resume no weights; without --init_from nothing."""
+    """What a run begins with by --init_from: a state dict, the text of a tokenizer.json (None: bytes), the rows of the
+    embedding, which may be more than a tokenizer has ids, and, where its checkpoints hold adapters alone, the digest of
+    these weights. On resume no weights; without --init_from nothing."""
     weights: dict = None
     text: str = None
     rows: int = None
+    base: str = None
 
     def tokenizer(self):
         """What a Text task is told: {} or its tokenizer."""
         return {"tokenizer": tokens.Published(self.text.encode())} if self.text else {}
 
     def kept(self):
-        """What the run's checkpoints hold beside the rest: {} or the text."""
-        return {"tokenizer_json": self.text} if self.text else {}
+        """What the run's checkpoints hold beside the rest: the tokenizer's text, the base's digest, where there are."""
+        return {name: value for name, value in (("tokenizer_json", self.text), ("base", self.base)) if value}
+
+    def kept_of(self, model):
+        """What they hold of the model."""
+        return variant("models.low_rank:Adapters")(model) if self.base else model
 
     def vocab_size(self, n):
         """The rows of the embedding for n ids. UserError: it has fewer."""
@@ -510,22 +519,37 @@ class Beginning:
 
 
 def begin_from(settings, checkpoint):
-    """The Beginning of a run, whose settings are then the folder's, but block_size, which only learned positions bound.
-    On resume the folder is not read. UserError: as `load`, or a flag that says otherwise."""
+    """The Beginning of a run, whose settings are then those of the folder or run that init_from names, but block_size,
+    which only learned positions bound. On resume that is read only where the checkpoint holds adapters alone.
+    UserError: as `load_model` or `complete`, a flag that says otherwise, adapters of nothing."""
     folder = settings["init_from"]
+    if settings["lora_rank"] and settings["optimizer"] == "ivon":
+        raise UserError("optimizer ivon has a posterior of all weights, lora_rank leaves most as they are: choose "
+                        "another")
     if checkpoint:
-        return Beginning(None, checkpoint.get("tokenizer_json"), folder and checkpoint.get("vocab_size"))
+        complete(checkpoint)
+        kernels.use(settings["kernels"])                         # not by those of the base
+        return Beginning(None, checkpoint.get("tokenizer_json"), folder and checkpoint.get("vocab_size"),
+                         checkpoint.get("base"))
     if folder is None:
+        if settings["lora_rank"]:
+            raise UserError(f"--lora_rank {settings['lora_rank']} adapts a model that is there: which? --init_from, a "
+                            "folder of weights or a run")
         return Beginning()
     if settings.get("task", "text") != "text":
         raise UserError("--init_from is for text: --task text")
-    model, (tokenizer, text) = load(folder), vocabulary(folder)
+    loaded, model = load_model(find_checkpoint(folder), "raw")
+    kernels.use(settings["kernels"])                             # not by those of the base
     c, state, block_size = model.config, model.state_dict(), settings["block_size"]
-    sizes = {name: getattr(c, name) for name in TransformerConfig.shape() if name not in ("block_size", "vocab_size")}
+    sizes = {name: getattr(c, name) for name in TransformerConfig.shape()
+             if name not in ("block_size", "vocab_size", "lora_rank", "lora_on", "lora_alpha")}
+    tokenizer, text = its_tokenizer(loaded)
     if "tokenizer" in settings:
         sizes["tokenizer"] = tokenizer
     elif text or c.vocab_size != 256:
         raise UserError(f"--init_from {folder}: its tokenizer is not bytes: train_facts.py --task text takes it")
+    for name in [name for name in sizes if name not in settings and sizes[name] != getattr(TransformerConfig, name)]:
+        raise UserError(f"--init_from {folder}: its {name} is {sizes[name]}, which train_enwik8.py alone trains")
     typed = [name for name in settings.flags if name in sizes and settings[name] != sizes[name]]
     if typed:
         raise UserError(f"--{typed[0]} {settings[typed[0]]}: by --init_from it is {sizes[typed[0]]}: leave it out")
@@ -535,11 +559,58 @@ def begin_from(settings, checkpoint):
         if "block_size" in settings.flags and block_size > c.block_size:
             raise UserError(f"--block_size {block_size}: by --init_from positions end at {c.block_size}")
         block_size = min(block_size or c.block_size, c.block_size)
-        for name in [name for name in state if name.endswith("position")]:
-            state[name] = state[name][:block_size].clone()
+        state = cut(state, block_size)
     settings.put(**{name: value for name, value in sizes.items() if name in settings}, block_size=block_size)
+    alone = settings["lora_rank"] and settings["lora_only"]
+    if alone:
+        settings.put(init_from=str(Path(folder).resolve()))      # from where it is resumed, too
     print(f"from {folder}: {model.n_params():,} parameters")
-    return Beginning(state, text, c.vocab_size)
+    return Beginning(state, text, c.vocab_size, digest_of(model) if alone else None)
+
+
+def its_tokenizer(loaded):
+    """(what train_facts' setting `tokenizer` is for a checkpoint's model, the text of its tokenizer.json, None of
+    bytes). UserError: it was not trained on text."""
+    settings, text = loaded["settings"], loaded.get("tokenizer_json")
+    if settings.get("task", "text") != "text":
+        raise UserError(f"{loaded.path} was trained on {settings['task']}, not on text")
+    name = settings.get("tokenizer", "bytes")
+    if text is None and name != "bytes":                         # trained by that run
+        found = tokenizer_of(settings)
+        tokens.check(found, loaded["tokenizer"])
+        text = tokens.as_json(found)
+    return name, text
+
+
+def complete(loaded):
+    """A checkpoint that holds adapters alone, with the weights of its base beside them; any other as it is. UserError:
+    the base is gone, or another."""
+    if digest := loaded.get("base"):
+        path = loaded["settings"]["init_from"]
+        try:
+            base = load_model(find_checkpoint(path), "raw")[1]
+        except UserError as error:
+            raise UserError(f"{loaded.path} holds adapters alone, and without their base nothing can be made of them: "
+                            f"{error}") from None
+        if digest_of(base) != digest:
+            raise UserError(f"{loaded.path} holds adapters alone, and {path} has other weights now than those beside "
+                            "which they were trained")
+        loaded["model"] = cut(base.state_dict(), loaded["settings"]["block_size"]) | loaded["model"]
+    return loaded
+
+
+def cut(state, block_size):
+    """A state dict with learned positions no longer than block_size."""
+    return {name: t[:block_size].clone() if name.endswith("position") else t for name, t in state.items()}
+
+
+def digest_of(model):
+    """The sha256 of a model's weights and their names, hexadecimal."""
+    digest = hashlib.sha256()
+    for name, t in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(t.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 main = command(serve(export=(export,), gguf=(gguf,)))

@@ -107,7 +107,15 @@ def first_step(model, rows, T, passes, peak_flops, half=False):
     kept = rows * T * (size * c.n_layer * (layer + scores) + 4 * heads)
     if c.checkpoint_activations:
         kept = rows * T * (size * (c.n_layer * c.n_embd + layer + scores) + 4 * heads)
-    return 16 * model.n_params() + kept, 2 * passes * rows * T * model.flops_per_token(T) / peak_flops
+    weights = sum((16 if p.requires_grad else 4) * p.numel() for p in model.parameters())
+    return weights + kept, 2 * passes * rows * T * model.flops_per_token(T) / peak_flops
+
+
+def size(model):
+    """A model's parameters in words, and how many of them a position uses, or are trained, where not all."""
+    parts = dict(active=model.n_active_params(), trained=sum(p.numel() for p in model.parameters() if p.requires_grad))
+    some = ", ".join(f"{n:,} {word}" for word, n in parts.items() if n != model.n_params())
+    return f"{model.n_params():,} parameters" + f" ({some})" * bool(some)
 
 
 def hint(where, model, rows, T, passes, peak_flops, half=False):

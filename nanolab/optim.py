@@ -613,9 +613,9 @@ def build(settings, named_parameters, roles, fused_rows=None, mesh=None, n_examp
     """The optimiser of a whole model by its name among `settings`; `set_rate` multiplies each group's base_lr.
 
     settings: optimizer, one of RULES, lr, and what else it reads, or its default in Settings. muon steps matrix and
-    residual with muon_lr and muon_momentum, the rest by AdamW with lr, betas, eps; ess None is n_examples. Where
-    kernels are on, they step what is under AdamW, muon's part too, with OrthoGrad inside; the state is the same. What
-    is not dense float32, and tensors of several processes, go without.
+    residual with muon_lr and muon_momentum, the rest by AdamW with lr, betas, eps; ess None is n_examples. What asks
+    for no gradient is left out. Where kernels are on, they step what is under AdamW, muon's part too, with OrthoGrad
+    inside; the state is the same. What is not dense float32, and tensors of several processes, go without.
     mesh: a parallel.Mesh over whose processes parameters and state are divided; Muon and OrthoGrad gather whole
     matrices for the time of a step. ValueError for ivon on several processes. For the rest see groups.
     """
@@ -623,7 +623,7 @@ def build(settings, named_parameters, roles, fused_rows=None, mesh=None, n_examp
     name, lr, betas = settings["optimizer"], settings["lr"], tuple(s["betas"])
     if name not in RULES:
         raise ValueError(f"optimizer {name!r}: it must be one of {', '.join(RULES)}")
-    pairs = list(named_parameters)
+    pairs = [(name, p) for name, p in named_parameters if p.requires_grad]
     wanted = groups(pairs, roles, s["weight_decay"], name == "muon", fused_rows, s["decay_params"],
                     width_factor(settings))
     own = {"sgd": dict(lr=lr, momentum=s["momentum"]),
@@ -718,7 +718,7 @@ def take_step(optimizer, scaler, parameters, grad_clip=None, ema=None, clip=torc
 
 
 class EMA:
-    """Exponential moving average of a model's parameters: average += (1 - d) (w - average) at each update.
+    """Exponential moving average of what a model learns: average += (1 - d) (w - average) at each update.
 
     d = min(decay, (1 + t) / (10 + t)) after t updates: a short run's average is not mostly its initial weights. Give it
     the uncompiled model, whose names a checkpoint has. Buffers are not averaged; a tied tensor is kept once.
@@ -728,7 +728,7 @@ class EMA:
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay {decay}: it must be at least 0 and below 1")
         self.decay, self.updates = decay, 0
-        self.parameters = dict(model.named_parameters())
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.weights = {name: local(p).detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()

@@ -178,6 +178,8 @@ class Mesh(Alone):
             fail("dtype float16 scales the loss by what one process finds: with dp or tp choose bfloat16")
         if compiled:
             fail("--compile is for one process: with dp or tp choose --no-compile")
+        if c.lora_rank:
+            fail("adapters are trained in one process only: with dp or tp choose --lora_rank 0")
         if c.kernels != "torch":
             fail(f"kernels {c.kernels} are tested in one process only: with dp or tp choose --kernels torch")
         if dp > 1 and carry:

@@ -36,7 +36,7 @@ def cut_off(**settings):
         if step < 3:
             optimizer.step()
     fused, found = fused_rows(model), []
-    for name, p in model.named_parameters():
+    for name, p in [(name, p) for name, p in model.named_parameters() if p.requires_grad]:
         rows = fused.get(name.removesuffix(".bias") + ".weight" if name.endswith("bias") else name, (len(p),))
         if ".ff." in name and "moe" in c.ff:
             rows = (len(p),)                              # an expert whom nobody chose may wait
@@ -73,6 +73,7 @@ WALK = {
                     dict(mtp_depth=1, output="stablemax")],
     "widths": [dict(parametrisation=word, mup_base_width=4, tie_weights=tie) for word in CHOICES["parametrisation"]
                for tie in (True, False)] + [dict(parametrisation="mup", qk_norm=True, qk_scale=True)],
+    "adapters": [dict(lora_rank=2, lora_on=word, n_layer=1, activation="swiglu") for word in CHOICES["lora_on"]],
     "kernels": [dict(kernels=word, mixer="mamba,mingru", ff="mlp,moe") for word in CHOICES["kernels"]],
 }
 

@@ -13,10 +13,11 @@ import torch
 
 from data import tokens
 from model import FEED_FORWARDS, MIXERS, TransformerConfig, build_model
+from models.low_rank import Adapted
 from nanolab import hf, run as experiment, settings as flags
 from nanolab.generate import generate
 from choices import raises_one_line
-from forks import ROOT
+from forks import ROOT, assert_equal
 from scripts import assert_same_end, folder as run_folder
 
 pytest.importorskip("safetensors", reason="safetensors is not installed: weights go neither in nor out")
@@ -228,6 +229,36 @@ def test_in(case, tmp_path):
     assert [name for name in found if not torch.equal(found[name], saved[name]) and not re.search(folded, name)] == []
     assert differ(ours, theirs(written(tmp_path / "out", config, found))) <= 2e-5
     assert not re.search("[a-z]", folded) or any(re.search(folded, name) for name in found)
+
+
+def test_adapters_beside_peft(tmp_path, monkeypatch):
+    """The same adapters on the folder that the base goes out as, in float64, its norms too: logits and gradients."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: tests/test_mixers.py has the formula")
+    monkeypatch.setattr(transformers.models.smollm3.modeling_smollm3.SmolLM3RMSNorm, "forward", lambda norm, x: (
+        norm.weight * x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()))
+    config, found = hf.as_folder(base := loud(n_kv_head=2, positions="none"))
+    ours = build_model(dataclasses.replace(base.config, lora_rank=3, lora_on="all", lora_alpha=6.0), base.state_dict())
+    shake({name: p for name, p in ours.named_parameters() if p.requires_grad})
+    other = peft.get_peft_model(theirs(written(tmp_path / "out", config, found)), peft.LoraConfig(
+        r=3, lora_alpha=6, target_modules="all-linear")).double()
+    pairs = [(other.get_submodule(f"base_model.model.{theirs.removesuffix('.weight')}"), m, i)
+             for name, names, *_ in hf.correspondence(hf.FORMS["smollm3"], base) for i, theirs in enumerate(names)
+             if isinstance(m := ours.double().get_submodule(name.rpartition(".")[0]), Adapted)]
+    assert len(pairs) == 14 == sum("lora_A" in name for name, _ in other.named_parameters())
+
+    def each(kind):
+        for layer, m, i in pairs:
+            yield layer.lora_A["default"].weight, getattr(m.lora_a, kind).split(3)[i]
+            yield layer.lora_B["default"].weight, getattr(m.lora_b, kind).split(m.rows)[i]
+    for p, t in each("data"):
+        p.data.copy_(t)
+    one, two = ours(X), other(X).logits
+    torch.testing.assert_close(one.double(), two, atol=1e-6, rtol=0)
+    for logits in (ours(X), two):
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), X.flatten()).backward()
+    for p, grad in each("grad"):
+        torch.testing.assert_close(p.grad, grad, atol=1e-6, rtol=0)
+        assert grad.abs().max() > 1e-4
 
 
 # Every preset: its class, or None; and every word of the settings that make a model: parity, or one line.
@@ -545,9 +576,10 @@ assert not [name for name in sys.modules if name.startswith(("nanolab", "model",
 SHORT = ("--dataset data.txt --block_size 32 --batch_size 4 --max_steps {} --warmup_steps 1 --eval_interval 4 "
          "--save_interval 1 --log_interval 1 --device cpu --dtype float32 --lr 0.003 --dropout 0.1 --run_name {}")
 RUNS = {  # a run, and what another says that begins with its weights
-    "train_enwik8": ("--n_layer 2 --n_head 2 --n_embd 32 --positions rope --norm rms --activation relu2 --qk_norm "
+    "train_enwik8": ("--n_layer 2 --n_head 2 --n_embd 32 --positions learned --norm layer --activation relu2 "
                      "--n_targets 1 --no-intermediate_losses --eval_windows 2 --sample_length 0",
-                     "--eval_windows 2 --sample_length 0"),
+                     "--eval_windows 2 --sample_length 0 --lora_rank 2 --lora_on all --lora_alpha 9 --lora_only "
+                     "--ema_decay 0.5 --block_size 16"),
     "train_facts": ("--task text --tokenizer bpe:300 --n_embd 32 --eval_prompts 2", "--task text --eval_prompts 2"),
 }
 
@@ -555,7 +587,7 @@ RUNS = {  # a run, and what another says that begins with its weights
 @pytest.mark.parametrize("script", RUNS)
 def test_a_run_goes_out_and_another_begins_with_it(script, tmp_path, monkeypatch, capsys):
     """The folder says what the run says, alone too; a run that begins with it resumes to the same bits, the folder
-    gone."""
+    gone, or where it keeps adapters alone not without it. A run that begins with a run leaves it as it is."""
     (tmp_path / "data.txt").write_text(TEXT, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     for name in ("draw_curves", "_output", "_version"):
@@ -585,11 +617,37 @@ def test_a_run_goes_out_and_another_begins_with_it(script, tmp_path, monkeypatch
     if script == "train_facts":
         alone = subprocess.run([sys.executable, "-c", ALONE, str(out)], cwd=tmp_path, text=True, capture_output=True)
         assert alone.stdout + "\n" == said[0], alone.stderr
-    begin = f"{script}.py --init_from {out} {RUNS[script][1]} "
-    typed(begin + SHORT.format(4, "straight"))
-    typed(begin + SHORT.format(2, "halves"))
-    shutil.rmtree(out)
-    typed(f"{script}.py --resume --run_name halves --max_steps 4")
-    assert_same_end(*(run_folder(script, tmp_path / "runs", name) for name in ("halves", "straight")))
-    assert typed(f"sample.py runs/{script}/halves --length 5")
-    assert typed(begin + SHORT.format(4, "gone"), 2).endswith("out has no config.json\n")
+    again = RUNS[script][1] + f" --init_from {out}"
+    for steps, name in ((4, "straight"), (2, "halves")):
+        typed(f"{script}.py {SHORT.format(steps, name)} {again}")
+    halves, straight = (run_folder(script, tmp_path / "runs", name) for name in ("halves", "straight"))
+    resume = f"{script}.py --resume --run_name halves --max_steps"
+    if "--lora_only" not in again:
+        shutil.rmtree(out)
+    typed(f"{resume} 4")
+    assert_same_end(halves, straight)
+    assert typed(f"sample.py {halves} --length 5")
+    if "--lora_only" in again:
+        last = experiment.load_checkpoint(halves / "last.pt")
+        stepped = sum((group["params"] for group in last["optimizer"]["param_groups"]), [])
+        assert len(last["model"]) == len(stepped) == len(last["ema"]["weights"]) == 16
+        assert all(name.endswith(("lora_a", "lora_b")) and t.std() > 0 for name, t in last["model"].items())
+        hf.export(halves, tmp_path / "merged", weights="ema")
+        said = [typed(f"sample.py {place} --greedy --length 9") for place in (f"{halves} --weights ema", "merged")]
+        assert said[0] == said[1]
+        shutil.rmtree(out)
+        for said, other in (("without their base", None), ("has other weights now", tmp_path / "merged")):
+            if other:
+                other.rename(out)
+            for command in (f"{resume} 5", f"sample.py {halves}"):
+                error = typed(command, 2)
+                assert said in error and error.startswith("error: ") and error.count("\n") == 1
+        shutil.rmtree(out)
+    assert typed(f"{script}.py {SHORT.format(4, 'gone')} {again}", 2).endswith("out: no such file or directory\n")
+    again = RUNS[script][1].partition("--lora")[0] + " --lora_rank 2"
+    assert "which? --init_from" in typed(f"{script}.py {SHORT.format(1, 'of_none')} {again}", 2)
+    typed(f"{script}.py {SHORT.format(1, 'adapted')} {again} --init_from {first}")           # a run in a folder's place
+    adapted, base = (experiment.load_checkpoint(run / "last.pt")["model"]
+                     for run in (run_folder(script, "runs", "adapted"), first))
+    assert_equal({name: adapted[name] for name in base}, dict(base))
+    assert len(adapted) == len(base) + 8

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 
 import model as room
 from kernels import gelu, rms_norm, scan_reference
-from model import Positions, Transformer, TransformerConfig, attend_by_hand, parameter_roles, parameter_rules
+from model import (Positions, Transformer, TransformerConfig, attend_by_hand, fused_rows, parameter_roles,
+                   parameter_rules)
 from models import recurrent
+from models.low_rank import Adapted, adapt, merge
 from models.recurrent import scan, selective_scan, stretch
 from models.short_conv import ShortConv
 from variants import padded
@@ -428,6 +430,43 @@ def test_low_rank():
     ff, x = feed_forward("low_rank", ff_rank=5), draw(2, 3, 32)
     torch.testing.assert_close(ff(x), ff.down(ff.join(F.gelu(ff.up(ff.into(x))))))
     assert sum(p.numel() for name, p in ff.named_parameters() if "weight" in name) == 2 * 5 * (32 + 128)
+
+
+@pytest.mark.parametrize("settings, count", [
+    (dict(lora_on="all", activation="swiglu", n_kv_head=2, bias=True), 4), (dict(mixer="diff", ff="moe"), 2),
+    (dict(lora_on="all", ff="low_rank", activation="solu", mixer="fixed", tie_weights=True), 6)], ids=str)
+def test_adapters(settings, count):
+    """Hu et al. 2021: the base with W + alpha / r B A in the place of each matrix W: at first the base itself, then its
+    logits, and gradients by the chain rule; the base's own weights have none. Merged it is that model."""
+    model, plain = adapt(build(lora_rank=3, lora_alpha=1.5, **settings)).double(), build(**settings)
+    ids = torch.randint(256, (2, 12), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(model(ids), plain(ids))
+    rows, adapted = fused_rows(plain), {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
+    for i, (name, m) in enumerate(adapted.items()):
+        m.lora_b.data = draw(*m.lora_b.shape, seed=i)
+        parts = zip(m.lora_a.split(3), m.lora_b.split(rows.get(f"{name}.weight", (m.out_features,))))
+        plain.get_submodule(name).weight.data += torch.cat([0.5 * b @ a for a, b in parts]).detach()
+    torch.testing.assert_close(model(ids), plain(ids))
+    for one in (model, plain):
+        one(ids, ids.unsqueeze(-1))[0].backward()
+    assert len(adapted) == count and all(abs(m.lora_a.std() * m.in_features ** 0.5 - 1) < 0.3 for m in adapted.values())
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == [
+        f"{name}.lora_{end}" for name in adapted for end in "ab"]
+    for name, m in adapted.items():
+        grads, start = plain.get_submodule(name).weight.grad, 0
+        for a, n in zip(range(0, len(m.lora_a), 3), rows.get(f"{name}.weight", (m.out_features,))):
+            A, B, G = m.lora_a[a:a + 3], m.lora_b[start:start + n], grads[start:start + n]
+            torch.testing.assert_close(m.lora_b.grad[start:start + n], 0.5 * G @ A.T)
+            torch.testing.assert_close(m.lora_a.grad[a:a + 3], 0.5 * B.T @ G)
+            start += n
+    own = sum(m.lora_a.numel() + m.lora_b.numel() for m in adapted.values())
+    products = (plain.flops_per_token(8) - 3 * sum(block.mixer.flops(8) for block in plain.blocks)) / 6
+    assert model.flops_per_token(8) == plain.flops_per_token(8) + 6 * own - 2 * products
+    merged = merge(model)
+    torch.testing.assert_close(merged(ids), plain(ids))
+    assert merged.config == plain.config
+    assert {name: p.shape for name, p in merged.named_parameters()} == {
+        name: p.shape for name, p in plain.named_parameters()} and all(p.requires_grad for p in merged.parameters())
 
 
 @pytest.mark.parametrize("n", [1, 512, 16384, 16385])

@@ -368,7 +368,7 @@ def test_what_cannot_be_started_is_one_line(monkeypatch, world, shape, said):
     ((1, 2), dict(activation="solu"), {}, "'solu' normalises"),
     ((1, 2), dict(activation="gelu", ff_mult=27 / 24), {}, "feed-forward's width 27"),
     ((2, 1), dict(ff="moe"), {}, "expert_balance loss is no mean"),
-    ((2, 1), {}, dict(optimizer="ivon"), "ivon"),
+    ((2, 1), {}, dict(optimizer="ivon"), "ivon"), ((1, 2), dict(lora_rank=2), {}, "--lora_rank 0"),
     ((1, 2), {}, dict(precision=torch.float16), "float16"),
     ((2, 1), dict(mixer="mamba"), dict(carry=True), "--no-carry_memory"),
 ])

@@ -418,6 +418,11 @@ def test_equal_parameters(settings):
     *((dict(parametrisation="mup", **settings), "parametrisation 'mup'") for settings in (
         dict(mixer="full,diff"), dict(mixer="mamba"), dict(ff="low_rank"), dict(ff="mlp,moe"), dict(init="tfixup"),
         dict(activation="solu"), dict(n_targets=2, target_heads="shared"))),
+    *((dict(lora_rank=2) | settings, word) for settings, word in (
+        (dict(lora_rank=33), "more than n_embd 32"), (dict(mixer="full,mla"), "mixer 'full,mla'"),
+        (dict(lora_on="all", ff="mlp,moe"), "choose attention"), (dict(lora_on="mlp"), "attention, all"),
+        (dict(ff="moe", expert_balance="bias"), "leaves the base"), (dict(lora_alpha=0.0), "lora_alpha"),
+        (dict(parametrisation="mup"), "rates for adapters"))),
     # What would cut a parameter off from the loss
     (dict(n_embd=1, head_dim=2), "n_embd is 1"), (dict(n_embd=1, head_dim=2, norm="rms"), "n_embd is 1"),
     (dict(mixer="mla", q_rank=1), "q_rank is 1"), (dict(mixer="full,mla", kv_rank=1), "kv_rank is 1"),
