@@ -75,7 +75,7 @@ facing = False             # [with dataset gridworld] the agent shows where it w
 split_seed = 0             # [>= 0] which worlds there are
 val_share = 0.2            # [> 0.0, < 1.0, not with dataset gridworld/atari] of a recording, its end, to evaluate on
 frame_px = 64              # [>= 4, <= 1024, not with dataset gridworld/atari] pixels of a side of a film's frames
-fps = None                 # [none, > 0.0, not with dataset gridworld/atari] at most so many frames a second of a film
+fps = None                 # [none, > 0.0, <= 1000, not with dataset gridworld/atari] frames a second of a film, at most
 action_lag = 0             # [>= 0, <= 1000, not with dataset gridworld/atari] frames by which true actions act late
 flip = False               # [not with dataset gridworld] half of the clips to train on mirrored: with latent actions
 change_threshold = 0.0     # [>= 0.0, < 1.0] a pixel has changed that differs by more than this: cameras have noise

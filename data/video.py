@@ -422,7 +422,7 @@ def load(dataset="gridworld", n_train=4096, n_val=512, length=16, side=8, cell_p
     facing: whether the agent shows where it was pushed last (gridworld)
     action_lag: [>= 0, <= 1000] frames by which the actions of a recording act late
     frame_px: [>= 4, <= 1024] pixels of a side that a recording's frames are averaged to; an .npz file keeps its own
-    fps: [none, > 0.0] at most so many frames a second of a film or a GIF; none: all
+    fps: [none, > 0.0, <= 1000] at most so many frames a second of a film or a GIF; none: all
 
     Gridworlds depend on split_seed, side, walls and ball only, and are the same on every machine; fewer or shorter
     episodes are the first ones. Raises UserError: an unknown name, a number out of range, a missing or wrong file, no
@@ -438,8 +438,8 @@ def load(dataset="gridworld", n_train=4096, n_val=512, length=16, side=8, cell_p
         raise UserError(f"walls is {walls}: it must be at least 0 and below 1")
     if facing and cell_px < 4:
         raise UserError(f"cell_px is {cell_px}: an agent that faces needs 4 pixels or more")
-    if fps is not None and not 0 < fps < math.inf:
-        raise UserError(f"fps is {fps}: it must be above 0")
+    if fps is not None and not 0 < fps <= 1000:
+        raise UserError(f"fps is {fps}: it must be above 0 and at most 1000")
     if not 0 < val_share < 1:
         raise UserError(f"val_share is {val_share}: it must be between 0 and 1")
     if dataset == "gridworld":

@@ -230,7 +230,8 @@ def test_a_plan_is_the_model_or_is_none(settings):
     c, plan = model.config, plan_of(model)
     assert (plan is not None) == ({*c.mixers} <= {"full", "window"} and {*c.ffs} <= {"mlp", "none"}
                                   and c.plain_scores and not c.short_conv and c.shorten == 1
-                                  and not c.qk_gain and not c.qk_scale and not c.value_residual)
+                                  and not c.qk_gain and not c.qk_scale and not c.value_residual
+                                  and not c.norm_after and not c.parallel_residual)
     if plan is None:
         return
     T, n = (c.block_size, 30) if c.learned_positions else (c.block_size, 2 * (c.block_size + SPARE) + 40)
