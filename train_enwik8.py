@@ -61,7 +61,7 @@ norm_gain = False          # learned gain in the norms
 bias = False               # [qkv] biases in linear layers and LayerNorm; qkv: of queries, keys, values alone
 positions = "learned_per_layer"  # [learned, learned_per_layer, rope, alibi, relative, none] where a byte stands
 init = "gpt2"              # [gpt2, normal, xavier, tfixup, truncated, zero] zero: output projections start at zero
-qk_norm = False            # RMSNorm on queries and keys
+qk_norm = False            # [full] RMSNorm on queries and keys, per head; full: over all of them (OLMo 2)
 
 # --- Mixers: one word, or several with commas, repeated over the layers ---
 mixer = "full"             # full, window, strided, fixed, diff, mla, xl, compressive, mamba, mingru

@@ -95,7 +95,7 @@ norm_gain = True           # learned gain in the norms
 bias = False               # [qkv] biases in linear layers and LayerNorm; qkv: of queries, keys, values alone
 positions = "rope"         # [learned, learned_per_layer, rope, alibi, relative, none] where a token stands
 init = "zero"              # [gpt2, normal, xavier, tfixup, truncated, zero] zero: output projections start at zero
-qk_norm = False            # RMSNorm on queries and keys
+qk_norm = False            # [full] RMSNorm on queries and keys, per head; full: over all of them (OLMo 2)
 
 # --- Mixers: one word, or several with commas, repeated over the layers ---
 mixer = "full"             # full, window, strided, fixed, diff, mla, xl, compressive, mamba, mingru
@@ -288,8 +288,7 @@ def main():
                      logged_seconds=0.0), scaler)
     with Run(settings, checkpoint, mesh, vocab_size=work.vocab_size, tokenizer=work.fingerprint,
              model=given.kept_of(model), ema=ema, optimizer=opt, scaler=scaler, generators=Generators(), data=batches,
-             loop=loop,
-             posterior=optim.Posterior(opt, model.named_parameters()), **given.kept()) as run:
+             loop=loop, posterior=optim.Posterior(opt, model.named_parameters()), **given.kept()) as run:
         print(f"{work.shown}\n{work.example}\n{work.n_rows:,} rows; {limits.size(model)}; {where.type} "
               f"{str(precision).removeprefix('torch.')}")
         peak_flops = measure_peak_flops(where, precision) * mesh.size

@@ -837,7 +837,7 @@ def tell_play(world):
         world.train, eval_clips)[1]
     numbers = worlds.play_score(world.val, globals(), codes, play_presses)
     print(f"played: {measures.in_line(numbers)}")
-    return {f"play_{key}": value for key, value in numbers.items()}
+    return {f"play_{key}": value for key, value in numbers.items()} | {"play_presses": play_presses}
 
 
 def measured(figures):
@@ -845,7 +845,8 @@ def measured(figures):
     if "play_agent" not in figures:
         return "", True
     agent, effect, ball = (figures[f"play_{name}"] for name in ("agent", "effect", "ball"))
-    return (f"played {play_presses} presses in 20 worlds: agent there {agent:.1%}, effect right {effect:.1%}, ball "
+    presses = figures.get("play_presses", play_presses)
+    return (f"played {presses} presses in 20 worlds: agent there {agent:.1%}, effect right {effect:.1%}, ball "
             f"right {ball:.1%}", agent >= 0.99 and effect >= 0.95 and ball >= 0.95)
 
 

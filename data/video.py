@@ -339,7 +339,6 @@ class Clips:
         found = self._gather(self.stored_effective, index, T, T - 1)
         return None if found is None else found.long()
 
-
     def values(self, index, T):
         """index (B,) int64 -> (B, T - 1) float64: the numbers that the actions were; None where they were none."""
         return self._gather(self.stored_values, index, T, T - 1)

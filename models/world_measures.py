@@ -351,7 +351,7 @@ def copy_psnr(reader, T, clips):
 
 def fit_flows(train, n_actions, steps=300, batch=32):
     """One flow for each true action, (A, 2, 4, 4) pixels, by which the last frame moved is nearest the next: 32 numbers
-    each, by Adam on clips of the training part. """
+    each, by Adam on clips of the training part."""
     flows = torch.zeros(n_actions, 2, 4, 4, device=train.device, requires_grad=True)
     opt, chance = torch.optim.Adam([flows], lr=0.1), torch.Generator().manual_seed(0)
     for step in range(steps):

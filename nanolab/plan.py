@@ -44,7 +44,8 @@ def plan_of(model):
     if sum(p.numel() for p in weights) > LARGEST:
         return None
     c = model.config
-    return Plan(model) if c == TransformerConfig(**{name: getattr(c, name) for name in KNOWN}) else None
+    known = c == TransformerConfig(**{name: getattr(c, name) for name in KNOWN}) and c.qk_norm != "full"
+    return Plan(model) if known else None
 
 
 class Plan:

@@ -1,5 +1,6 @@
 """Text from a checkpoint: what each filter leaves, what is drawn, generation against a new pass for every byte (sliding
 windows, restarts, ragged prompts), one seed one text, and sample.py as a person sees it."""
+import contextlib
 import io
 import math
 
@@ -14,7 +15,8 @@ import sample
 import toy
 import variants
 from kernels import GATES, PLAIN
-from model import MIXERS, Attention
+from model import MIXERS, Attention, TransformerConfig
+from nanolab import settings as flags
 from nanolab.generate import Draft, Ngrams, draw, draw_alone, filter_logits, first_past, generate
 from nanolab.plan import SPARE, Plan, plan_of
 from toy import T, run_main
@@ -216,8 +218,18 @@ def noisy(**settings):
     return model
 
 
+def every_word():
+    """Each word of each setting of a model, alone or with what it needs, where they go together."""
+    for name, spec in flags._fields_of(TransformerConfig).items():
+        for word in {*spec.words} - {getattr(TransformerConfig, name)} if name not in ("kernels", "lora_on") else ():
+            with contextlib.suppress(ValueError):
+                settings = dict({"rope_scaling": dict(positions="rope")}.get(name, {}), **{name: word})
+                TransformerConfig(**{**variants.SMALL, **settings})
+                yield settings
+
+
 @pytest.mark.parametrize("settings", [
-    *variants.VARIANTS.values(), *(dict(activation=word) for word in (*PLAIN, *GATES)),
+    *variants.VARIANTS.values(), *sorted(every_word(), key=str), *(dict(activation=word) for word in (*PLAIN, *GATES)),
     *(dict(norm=word, bias=bias, n_kv_head=2) for word in ("layer", "rms", "dyt") for bias in (True, "qkv")),
     dict(positions="alibi", mixer="window,full", n_kv_head=2), dict(positions="none", norm_gain=False, bias=False),
     dict(mixer="full,window", qk_norm=True, n_kv_head=2, norm_eps=1e-3), dict(residual_scale="depth", norm_eps=1e-2),
@@ -231,7 +243,8 @@ def test_a_plan_is_the_model_or_is_none(settings):
     assert (plan is not None) == ({*c.mixers} <= {"full", "window"} and {*c.ffs} <= {"mlp", "none"}
                                   and c.plain_scores and not c.short_conv and c.shorten == 1
                                   and not c.qk_gain and not c.qk_scale and not c.value_residual
-                                  and not c.norm_after and not c.parallel_residual)
+                                  and not c.norm_after and not c.parallel_residual and c.qk_norm != "full"
+                                  and not c.nope_interval and c.partial_rotary == 1 and c.expert_groups == 1)
     if plan is None:
         return
     T, n = (c.block_size, 30) if c.learned_positions else (c.block_size, 2 * (c.block_size + SPARE) + 40)

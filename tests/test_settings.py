@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from choices import refused
+from model import TransformerConfig
 from nanolab import settings as flags
 from nanolab.run import UserError, adopt, override
 from nanolab.settings import ROOT, serve
@@ -391,3 +392,11 @@ def test_what_is_typed_wrongly_is_said(words, said):
     with pytest.raises(UserError) as error:
         main(words.split())
     assert said in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", ["train_enwik8", "train_facts"])
+def test_a_script_offers_every_word_of_the_model(script):
+    """Also where a setting of TransformerConfig stands among the script's own."""
+    own = flags._read_settings(f"{ROOT}/{script}.py")
+    for name, spec in flags._fields_of(TransformerConfig).items():
+        assert name not in own or {*spec.words} <= {*own[name].words}, name
