@@ -341,6 +341,8 @@ def test_digits_and_drafts():
     drafts = model.drafts(true, actions[:, 2:])
     model.drafts = lambda *how: asked.append(how) or drafts
     given = model(tokens, actions, before=true)
+    drafts[:, :, 6:] += 1                                     # of tokens that are seen, nobody asks
+    assert torch.equal(model(tokens, actions, before=true), given)
     with torch.no_grad():
         model.hints.zero_()                                   # logits of hidden places around the draft, and no others
     near = model(tokens, actions, before=true) - _without_drafts(model, tokens, actions)
