@@ -186,6 +186,11 @@ def test_tokenizer(kind, window, quantiser):
             torch.testing.assert_close(parts, written, atol=1e-4, rtol=1e-4)
         else:
             assert cache is None
+        if kind == "conv":                                    # frames centred: of mid-grey the first layer sees nothing
+            grey = torch.full_like(frames, 0.5)
+            before = model.encode(grey), model.encode(frames)
+            model.look.weight.mul_(2)
+            assert torch.equal(model.encode(grey), before[0]) and not torch.equal(model.encode(frames), before[1])
     with pytest.raises(ValueError, match="patch 7 does not divide"):
         Tokenizer(16, 24, 7, 6)
 
