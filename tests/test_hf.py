@@ -473,6 +473,18 @@ def test_gguf(case, tmp_path):
                                                                                    "blk.1.ssm_a")])
     wanted = torch.cat([t.flatten() for name, t in found.items() if not name.endswith("A_log")])
     assert torch.equal(values.sort().values, wanted.sort().values)
+    for i in range(c.n_layer):
+        if case[0] == "mamba":                               # A, not its logarithm
+            minus = tensors[f"blk.{i}.ssm_a"] / found[f"backbone.layers.{i}.mixer.A_log"].exp()
+            torch.testing.assert_close(minus, torch.full_like(minus, -1.0))
+        if case[0] in ("llama", "arcee", "smollm3"):         # features that turn together lie side by side
+            halves = found[f"model.layers.{i}.self_attn.q_proj.weight"].unflatten(0, (c.n_head, 2, -1))
+            pairs = tensors[f"blk.{i}.attn_q.weight"].unflatten(0, (c.n_head, -1, 2))
+            assert torch.equal(pairs, halves.transpose(1, 2))
+    if c.rope_scaling == "llama3":                           # by what the frequencies are divided
+        plain = c.rope_base ** -(torch.arange(0, c.head_dim, 2).double() / c.head_dim)
+        torch.testing.assert_close(tensors["rope_freqs.weight"].double(), plain / model.ropes[str(
+            c.head_dim)].frequencies, atol=1e-6, rtol=1e-6)
 
 
 def test_what_llama_cpp_computes_otherwise_is_one_line(tmp_path):
