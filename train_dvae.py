@@ -24,7 +24,7 @@ import time
 
 import torch
 
-from data.arc import Canvas, Stream, load
+from data.arc import Canvas, Stream, load, statistics
 from model import fused_rows, parameter_roles
 from models.discrete import (SAMPLED, choose, code_statistics, decompose, fsq_levels, information_gaps, kl_uniform,
                              nmi_matrix, usage_kl)
@@ -158,12 +158,12 @@ aliases = {"d_model": "n_embd", "num_heads": "n_head", "codes": "n_codes", "lear
 debug_settings = dict(max_side=5, n_train=100, n_val=20, n_codes=6, codebook_size=16, code_dim=8, n_head=2, n_embd=16,
                       batch_size=8, max_steps=20, warmup_steps=2, eval_interval=10, save_interval=10, log_interval=1)
 
-# These make the shape of the weights, or what the model is scored on: on resume the checkpoint's hold.
+# These make what the model is scored on, or the shape of the weights: on resume the checkpoint's hold.
+data_settings = ("dataset", "val_dataset", "max_side", "n_colours", "n_train", "n_val", "crops", "split_seed")
 architecture = (
     "n_codes", "codebook_size", "code_dim", "layout", "patch_height", "patch_width", "encoder_layers", "latent_layers",
     "decoder_layers", "n_head", "n_embd", "cell_dim", "ff_mult", "activation", "norm", "norm_gain", "bias",
-    "distance_bias", "resample", "output_positions", "similarity", "dataset", "val_dataset", "max_side", "n_colours",
-    "n_train", "n_val", "crops", "split_seed", "optimizer")
+    "distance_bias", "resample", "output_positions", "similarity", *data_settings, "optimizer")
 
 
 def check(settings):
@@ -248,21 +248,19 @@ def next_kl_weight(weight, kl):
 
 # --- Losses ---
 
-def objective(model, found, tokens, shapes, now, mean_cells=None):
+def objective(model, found, tokens, shapes, now, mean_cells):
     """The loss of a batch, and its parts for the log: (scalar with gradient, {name: tensor}), nats per grid.
 
     found: what the codebook made of the grids; now: what `scheduled` says of this step. mean_cells: cells per grid of
-    the whole step, where this batch is one pass of several (None: it is the step); the mean over passes is then that of
-    one pass over all of their grids, but for terms that compare the grids of a batch: usage, MI, TC and DWKL. The
+    the whole step, of which this batch may be one pass of several; the mean over passes is then that of one pass over
+    all of their grids, but for terms that compare the grids of a batch: usage, MI, TC and DWKL. The
     usage term counts once for each learned code. loss_scale "token" divides by the cells per grid, as DALL-E's loss is
     divided by the 256 x 256 x 3 values of an image. DALL-E's KL weight of 6.6 does not transfer: there 13 bits stand
     for 64 pixels of 24 bits each, here a code could cost more than all that it can tell.
     """
     nats, right = model.nats(found.e, tokens, shapes)
-    cells = shapes.prod(1).float()
-    mean_cells = cells.mean() if mean_cells is None else mean_cells
     parts = {"nats": nats.mean().detach(), "exact": right.float().mean()}
-    total = (nats / cells).mean() * mean_cells if loss_scale == "even" else nats.mean()
+    total = (nats / shapes.prod(1).float()).mean() * mean_cells if loss_scale == "even" else nats.mean()
     if found.logits is not None:
         if any(now[f"{name}_weight"] for name in ("mi", "tc", "dwkl")):
             terms = decompose(found.logits, found.y, positive_parts)
@@ -274,7 +272,7 @@ def objective(model, found, tokens, shapes, now, mean_cells=None):
         if now["usage_weight"]:
             total = total + now["usage_weight"] * len(model.queries) * usage_kl(found.logits)
     if codebook_bound:
-        total = total + codebook_bound * model.codebook.bound()
+        total = total + codebook_bound * (model.codebook.norms() - 1).square().mean()
     if not isinstance(found.loss, float):
         total = total + len(model.queries) * found.loss
         parts["commitment"] = found.loss.detach()
@@ -322,14 +320,14 @@ def fit_codebook(model, ema, canvas, stream, autocast, generator):
 # --- Evaluation ---
 
 @torch.no_grad()
-def evaluate(model, canvas, grids, autocast, now, count=None, thorough=False):
-    """Figures of a model on the first `count` of Grids (None: all), by hard codes without noise, from codes alone.
+def evaluate(model, canvas, grids, autocast, now, count=None):
+    """Figures of a model on the first `count` of Grids, by hard codes without noise, from codes alone.
 
-    Returns (numbers for metrics.jsonl, what else there is: codes (M, N), written and true canvases, correct (M,)).
+    Returns (numbers for metrics.jsonl, what else there is: codes (M, N), written and true canvases (M, S, S)).
     accuracy: of tokens that are neither row end nor PAD; exact: whole canvases; nats and loss: -ln p(grid | codes) per
     grid and per cell; raw_bits: cells times log2 of the colours, on average; larger_exact: exact among the
     larger_grids, which have more of them than bits. soft_hard_gap: accuracy with codes drawn as `now` draws them in
-    training, minus accuracy. thorough: also `thoroughly`.
+    training, minus accuracy. count None: all grids, and also `thoroughly`.
     """
     model.eval()
     where, parts = model.queries.device, {}
@@ -348,7 +346,7 @@ def evaluate(model, canvas, grids, autocast, now, count=None, thorough=False):
                 row["kl"] = kl_uniform(found.logits).sum(1)
                 schedules = {name: now[name] for name in ("tau", "noise", "hardness")}
                 row["drawn"] = model.write(model.codebook(z, estimator, generator=generator, **schedules).e, shapes)
-                if thorough and first < 1000:                # the mixture of `decompose` compares all with all
+                if count is None and first < 1000:               # the mixture of `decompose` compares all with all
                     row["logits"] = found.logits[:1000 - first]
         for name, value in row.items():
             parts.setdefault(name, []).append(value.cpu())
@@ -378,16 +376,15 @@ def evaluate(model, canvas, grids, autocast, now, count=None, thorough=False):
     if hasattr(model.codebook, "norms"):
         norms = model.codebook.norms()
         numbers.update(codebook_norm_min=norms.min().item(), codebook_norm_max=norms.max().item())
-    if thorough:
-        numbers.update(thoroughly(found, grids, count, canvas, model.config.n_shape_codes))
-    return numbers, {"correct": correct, **found}
+    if count is None:
+        numbers.update(thoroughly(found, grids, model.config.n_shape_codes))
+    return numbers, found
 
 
-def thoroughly(found, grids, count, canvas, n_shape_codes):
+def thoroughly(found, grids, n_shape_codes):
     """The monitors that a whole set is wanted for; plain numbers. All of learned codes, but factors: of all codes."""
-    codes, generator, numbers = found["codes"][:, n_shape_codes:], torch.Generator().manual_seed(0), {}
-    histogram = torch.stack([(found["tokens"] == colour).flatten(1).sum(1) for colour in range(canvas.n_colours)])
-    numbers["floor"] = (histogram.max(0).values.sum() / histogram.sum()).item()
+    codes, generator = found["codes"][:, n_shape_codes:], torch.Generator().manual_seed(0)
+    numbers = dict(floor=statistics(grids)["constant"])
     nmi, floor = nmi_matrix(codes, generator)
     apart = ~torch.eye(len(nmi), dtype=torch.bool)
     if apart.any():
@@ -395,19 +392,15 @@ def thoroughly(found, grids, count, canvas, n_shape_codes):
                        nmi_max=nmi[apart].max().item())
     if "logits" in found:
         drawn = choose(found["logits"], "straight_through", generator=generator)[1]
-        y = torch.nn.functional.one_hot(drawn, codebook_size)
-        parts = decompose(found["logits"], y)
+        parts = decompose(found["logits"], torch.nn.functional.one_hot(drawn, codebook_size))
         numbers.update({name: parts[name].item() for name in ("mi", "tc", "dwkl", "code_mi")},
-                       mi_ceiling=math.log(len(y)))
-    pairs = grids.pairs[(grids.pairs < len(codes)).all(1)]
-    if len(pairs) > 1:
-        a, b = codes[pairs[:, 0]], codes[pairs[:, 1]]
-        other = codes[pairs[:, 1].roll(1)]
-        numbers.update(pair_difference=(a != b).double().mean().item(), pairs=len(pairs),
-                       random_pair_difference=(a != other).double().mean().item())
-    factors = {name: values[:count] for name, values in grids.factors.items()}
-    for name, (best, gap, _, by_chance) in information_gaps(
-            found["codes"], codebook_size, factors, generator).items():
+                       mi_ceiling=math.log(len(drawn)))
+    if len(grids.pairs) > 1:
+        a, b = codes[grids.pairs.T]                          # (pairs, N) each
+        numbers.update(pair_difference=(a != b).double().mean().item(), pairs=len(a),
+                       random_pair_difference=(a != b.roll(1, 0)).double().mean().item())
+    for name, (best, gap, by_chance) in information_gaps(
+            found["codes"], codebook_size, grids.factors, generator).items():
         numbers.update({f"information_{name}": best, f"gap_{name}": gap, f"chance_{name}": by_chance})
     return numbers
 
@@ -498,8 +491,7 @@ def main():
     arc = load(dataset, val_dataset, max_side, n_colours, n_train, n_val, crops, split_seed)
     stream = Stream(arc.train, batch_size * grad_accum, data_seed, colours, symmetry, group, n_colours)
     if not eval_only:
-        settings.check_data(checkpoint, ("dataset", "val_dataset", "max_side", "n_colours", "n_train", "n_val", "crops",
-                                         "split_seed"), arc.hash)
+        settings.check_data(checkpoint, data_settings, arc.hash)
     print(f"{arc.source}\n{model.n_params():,} parameters; {n_codes} codes of {codebook_size}, "
           f"{n_codes * math.log2(codebook_size):.0f} bits a grid; {where.type} {str(precision).removeprefix('torch.')}")
 
@@ -515,12 +507,12 @@ def main():
         model.encode, model.decode = torch.compile(model.encode), torch.compile(model.decode)
     clock = Stopwatch(where, run)
 
-    def validate(folder, count=None, thorough=False, pictures=True):
+    def validate(folder, count=None, pictures=True):
         """Figures and pictures of the weights to evaluate, as `evaluate` gives them."""
         clock.start()
         with optim.evaluated(opt, ema):
             now = scheduled(loop["step"], loop["seconds"])
-            numbers, found = evaluate(model, canvas, arc.val, autocast, now, count, thorough)
+            numbers, found = evaluate(model, canvas, arc.val, autocast, now, count)
             clock.lap("evaluation")
             if pictures:
                 with optional("pictures are"):
@@ -530,7 +522,7 @@ def main():
 
     if eval_only:
         folder = checkpoint.path.parent
-        report(validate(folder, thorough=True))
+        report(validate(folder))
         print(f"pictures: {folder / 'samples'}")
         return
 
@@ -619,7 +611,7 @@ def main():
         run.summary(step=loop["step"], hash=arc.hash, parameters=model.n_params(), best_exact=loop["best"][0],
                     best_step=loop["best_step"], seconds_training=loop["seconds"])
         if not run.stop:
-            numbers = validate(run.dir, thorough=True, pictures=loop["evaluated"] != loop["step"])
+            numbers = validate(run.dir, pictures=loop["evaluated"] != loop["step"])
             run.log(step=loop["step"], split="val", final=True, **numbers)
             run.summary(**{f"val_{name}": value for name, value in numbers.items()})
             report(numbers)

@@ -127,17 +127,16 @@ def load(dataset="synthetic", val_dataset=None, max_side=8, n_colours=10, n_trai
 def _names(dataset, what):
     """The sets that `dataset` names, joined by +, each once and without aliases; or it, where it is a file or folder.
     """
-    known, found = ["synthetic", *SETS], {}
-    if not {*dataset.split("+")} <= {*known, *ALIASES} and files.existing(dataset):
+    known, words = ["synthetic", *SETS], dataset.split("+")
+    wrong = [word for word in words if word not in (*known, *ALIASES)]
+    if wrong and files.existing(dataset):
         return [dataset]
-    for word in dataset.split("+"):
-        name = ALIASES.get(word, word)
-        if name not in known:
-            raise unknown(what, word, [*known, "a .json file or a folder of tasks"], ALIASES)
-        found[name] = True
+    if wrong:
+        raise unknown(what, wrong[0], [*known, "a .json file or a folder of tasks"], ALIASES)
+    found = list(dict.fromkeys(ALIASES.get(word, word) for word in words))
     if "synthetic" in found and len(found) > 1:
         raise UserError(f"{what} {dataset}: synthetic grids cannot be mixed with others; take one of the two")
-    return list(found)
+    return found
 
 
 class _Collector:
@@ -153,7 +152,7 @@ class _Collector:
         Two are a pair where both were kept, or others that are exactly equal; where there are factors, which those of
         another number need not share, both themselves."""
         items, rows = [item for group in groups for item in group], []
-        cells, shapes = _canvases([item[0] for item in items], self.max_side)
+        cells, shapes = canvases([item[0] for item in items], self.max_side)
         for key, canvas, shape, item in zip(canonical(cells, shapes), cells, shapes, items):
             row = self.rows.get(key)
             if key in self.forbidden:
@@ -180,7 +179,7 @@ class _Collector:
                      list(tasks))
 
 
-def _canvases(grids, max_side):
+def canvases(grids, max_side):
     """Lists of rows -> cells (N, S, S) uint8 and shapes (N, 2) int64, arrays."""
     cells = np.full((len(grids), max_side, max_side), OUTSIDE, np.uint8)
     shapes = np.array([(len(grid), len(grid[0])) for grid in grids], np.int64).reshape(-1, 2)
@@ -202,18 +201,12 @@ def _load_tasks(train_names, val_names, max_side, n_colours, crops, seed):
                 raise UserError(f"{name} and {other} share {len(shared)} of {len(others)} tasks ({listed}): a "
                                 "model trained on one must not be scored on the other; choose arc1-training with "
                                 "arc1-evaluation, or arc2-training with arc2-evaluation")
-    val, n_val = _Collector(max_side), 0
-    for name, tasks in val_sets.items():
-        n_val += _add_tasks(val, name, tasks, n_colours)[0]
-    train, n_train, large = _Collector(max_side, val.rows), 0, []
-    for name, tasks in train_sets.items():
-        n, larger = _add_tasks(train, name, tasks, n_colours)
-        n_train, large = n_train + n, large + larger
-    n_crops = len(train.kept)
+    val, train = (val := _Collector(max_side)), _Collector(max_side, val.rows)
+    n_val, _ = _add_tasks(val, val_sets, n_colours)
+    n_train, large = _add_tasks(train, train_sets, n_colours)
+    n_whole, lines = len(train.kept), []
     pieces = [_crop(grid, name, task, k, max_side, seed) for grid, name, task in large for k in range(crops)]
     train.add([[piece] for piece in pieces if max(map(max, piece[0])) < n_colours])
-    n_crops = len(train.kept) - n_crops
-    lines = []
     for side, sets, collector, total in (("train", train_sets, train, n_train), ("val", val_sets, val, n_val)):
         if not collector.kept:
             raise UserError(f"{'+'.join(sets)} has no grid with sides up to {max_side} and colours below {n_colours}"
@@ -224,7 +217,8 @@ def _load_tasks(train_names, val_names, max_side, n_colours, crops, seed):
         lines.append(f"{side}: {len(collector.kept):,} grids of {tasks:,} of {n_tasks:,} tasks of {'+'.join(sets)} "
                      f"({total:,} grids in all), {len(dict.fromkeys(collector.pairs)):,} whole pairs; sides up to "
                      f"{max_side}, colours below {n_colours}; {collector.repeated:,} dropped as repeated")
-    lines[0] += f", {train.held_out:,} as in val; {n_crops:,} of the grids are crops ({crops} of each larger grid)"
+    lines[0] += (f", {train.held_out:,} as in val; {len(train.kept) - n_whole:,} of the grids are crops ({crops} of "
+                 "each larger grid)")
     return train.grids(), val.grids(), lines
 
 
@@ -239,23 +233,22 @@ def _divided(named, seed):
     return [{name: {task: parts for task, parts in tasks.items() if (task in held) == side}} for side in (False, True)]
 
 
-def _add_tasks(collector, name, tasks, n_colours):
-    """Adds the grids that fit and their pairs; returns how many grids the tasks have, and (grid, name, task) of those
-    that are larger than the canvas."""
-    n, groups, larger = 0, [], []
-    for task, parts in tasks.items():
-        for part in ("train", "test"):
-            for k, pair in enumerate(parts[part]):
-                groups.append([])
-                for end in ("input", "output"):
-                    grid, label = pair[end], f"{name} {task} {part} {k} {end}"
-                    n += 1
-                    if max(len(grid), len(grid[0])) > collector.max_side:
-                        larger.append((grid, label, task))
-                    elif max(map(max, grid)) < n_colours:
-                        groups[-1].append((grid, label, task, {}))
+def _add_tasks(collector, sets, n_colours):
+    """Adds the grids of {set: tasks} that fit and their pairs; returns how many grids the tasks have, and (grid, name,
+    task) of those that are larger than the canvas."""
+    groups, larger = [], []
+    for name, task, part, pairs in ((name, task, part, pairs) for name, tasks in sets.items()
+                                    for task, parts in tasks.items() for part, pairs in parts.items()):
+        for k, pair in enumerate(pairs):
+            groups.append([])
+            for end, grid in pair.items():
+                label = f"{name} {task} {part} {k} {end}"
+                if max(len(grid), len(grid[0])) > collector.max_side:
+                    larger.append((grid, label, task))
+                elif max(map(max, grid)) < n_colours:
+                    groups[-1].append((grid, label, task, {}))
     collector.add(groups)
-    return n, larger
+    return 2 * len(groups), larger
 
 
 def _crop(grid, name, task, k, max_side, seed):
@@ -331,21 +324,21 @@ def _checked(content, n_tasks=None, digest=None, single=""):
             found[task][part] = [{end: pair.get(end) for end in ("input", "output")} for pair in pairs]
             for k, pair in enumerate(found[task][part]):
                 for end, grid in pair.items():
-                    if wrong := _wrong(grid):
-                        raise ValueError(f"task {task}, {part} {k} {end} is no grid: {wrong}")
+                    if what := wrong(grid):
+                        raise ValueError(f"task {task}, {part} {k} {end} is no grid: {what}")
     if digest and _digest(found) != digest:
         raise ValueError(f"the sha256 of its tasks is {_digest(found)[:12]}..., not {digest[:12]}...")
     return found
 
 
-def _wrong(grid):
-    """What keeps a value from being one of ARC's grids; "" if nothing."""
-    if not isinstance(grid, list) or not 1 <= len(grid) <= LARGEST or not all(isinstance(row, list) for row in grid):
-        return f"it must be a list of 1 to {LARGEST} rows"
-    if len({len(row) for row in grid}) > 1 or not 1 <= len(grid[0]) <= LARGEST:
-        return f"its rows must have one length from 1 to {LARGEST}"
-    wrong = [value for row in grid for value in row if type(value) is not int or not 0 <= value < COLOURS]
-    return f"it has the value {wrong[0]!r}, and colours are 0 to {COLOURS - 1}" if wrong else ""
+def wrong(grid, side=LARGEST, n_colours=COLOURS):
+    """What keeps a value from being one of ARC's grids with such sides and colours; "" if nothing."""
+    if not isinstance(grid, list) or not 1 <= len(grid) <= side or not all(isinstance(row, list) for row in grid):
+        return f"it must be a list of 1 to {side} rows"
+    if len({len(row) for row in grid}) > 1 or not 1 <= len(grid[0]) <= side:
+        return f"its rows must have one length from 1 to {side}"
+    values = [value for row in grid for value in row if type(value) is not int or not 0 <= value < n_colours]
+    return f"it has the value {values[0]!r}, and colours are 0 to {n_colours - 1}" if values else ""
 
 
 def _digest(tasks):
@@ -418,9 +411,6 @@ class Canvas:
         """tokens (B, S, S) -> cells (B, S, S) uint8: what lies in shapes (B, 2), OUTSIDE elsewhere."""
         return torch.where(_inside(shapes, self.max_side), tokens, OUTSIDE).to(torch.uint8)
 
-    def cells(self, tokens):
-        """tokens (B, S, S) -> (B, S, S) uint8; all OUTSIDE where they form no grid."""
-        return self.cut(tokens, self.shapes(tokens))
 
 
 def _inside(shapes, side):
@@ -450,17 +440,10 @@ def canonical(cells, shapes):
             images = [block, block[:, ::-1], block[:, :, ::-1], block[:, ::-1, ::-1]]
             if height == width:
                 images += [image.transpose(0, 2, 1) for image in images]
-            best = None
-            for image in images:
-                image = _renumbered(image.reshape(len(part), -1))
-                if best is not None:
-                    place = (image != best).argmax(1)[:, None]  # where the two first differ
-                    smaller = np.take_along_axis(image, place, 1) < np.take_along_axis(best, place, 1)
-                    image = np.where(smaller, image, best)
-                best = image
+            images = [_renumbered(image.reshape(len(part), -1)) for image in images]
             head = bytes([min(height, width), max(height, width)])
-            for i, row in zip(part.tolist(), best):
-                found[i] = head + row.tobytes()
+            for i, *rows in zip(part.tolist(), *images):
+                found[i] = head + min(row.tobytes() for row in rows)
     return found
 
 
@@ -480,8 +463,6 @@ def augment(cells, shapes, generator, colours="all", symmetry=True, n_colours=10
     colours: `all` (a random permutation of the first n_colours), `keep_zero` (one that leaves 0 alone) or `none`.
     symmetry: one of the 8 symmetries of the square at random, the grid again in the top left corner; False: none.
     """
-    if colours not in ("all", "keep_zero", "none"):
-        raise UserError(f"colours is {colours!r}: it must be all, keep_zero or none")
     B, S, device = len(cells), cells.shape[-1], cells.device
     if symmetry:
         which = torch.randint(8, (B,), generator=generator, device=generator.device).to(device)
@@ -512,41 +493,32 @@ class Stream:
     """
 
     def __init__(self, grids, batch_size, seed, colours="all", symmetry=True, group=8, n_colours=10):
-        if batch_size < 1 or group < 1:
-            raise UserError(f"batch_size {batch_size} and group {group} must be at least 1")
-        if not len(grids):
-            raise UserError("there are no grids to make batches of")
-        self.grids, self.batch_size, self.seed, self.group = grids, batch_size, seed, group
-        self.colours, self.symmetry, self.n_colours = colours, symmetry, n_colours
-        self._areas = grids.shapes.prod(1)
+        self.grids, self.batch_size, self.group, self.how = grids, batch_size, group, (colours, symmetry, n_colours)
         self._generator = functools.partial(draw.torch_generator, seed)
-        self._epochs, self._groups = {}, {}  # the latest ones; what they hold can be drawn again at any time
+        self._epoch, self._batches = functools.lru_cache(2)(self._epoch), functools.lru_cache(1)(self._batches)
 
     def _epoch(self, epoch):
-        if epoch not in self._epochs:
-            if len(self._epochs) > 1:
-                self._epochs.clear()
-            self._epochs[epoch] = torch.randperm(len(self.grids), generator=self._generator("epoch", epoch))
-        return self._epochs[epoch]
+        return torch.randperm(len(self.grids), generator=self._generator("epoch", epoch))
+
+    def _batches(self, number):
+        """The rows (group, B) of a group of batches."""
+        size, n = self.group * self.batch_size, len(self.grids)
+        start, stop = number * size, (number + 1) * size
+        rows = torch.cat([self._epoch(epoch)[max(start - epoch * n, 0):stop - epoch * n]
+                          for epoch in range(start // n, (stop - 1) // n + 1)])
+        if self.group > 1:
+            rows = rows[self.grids.shapes[rows].prod(1).argsort(stable=True)].view(self.group, -1)
+            rows = rows[torch.randperm(self.group, generator=self._generator("group", number))]
+        return rows.view(self.group, -1)
 
     def rows(self, step):
         """(B,) int64: which grids the batch of this step (from 0) holds, before augmentation."""
-        group, size, n = step // self.group, self.group * self.batch_size, len(self.grids)
-        if group not in self._groups:
-            start, stop = group * size, (group + 1) * size
-            rows = torch.cat([self._epoch(epoch)[max(start - epoch * n, 0):stop - epoch * n]
-                              for epoch in range(start // n, (stop - 1) // n + 1)])
-            if self.group > 1:
-                rows = rows[self._areas[rows].argsort(stable=True)].view(self.group, -1)
-                rows = rows[torch.randperm(self.group, generator=self._generator("group", group))].flatten()
-            self._groups = {group: rows}
-        return self._groups[group].view(self.group, -1)[step % self.group]
+        return self._batches(step // self.group)[step % self.group]
 
     def at(self, step):
         """The batch of a step (from 0): cells (B, S, S) uint8, shapes (B, 2) int64."""
         rows = self.rows(step)
-        return augment(self.grids.cells[rows], self.grids.shapes[rows], self._generator("augment", step), self.colours,
-                       self.symmetry, self.n_colours)
+        return augment(self.grids.cells[rows], self.grids.shapes[rows], self._generator("augment", step), *self.how)
 
 
 # --- Synthetic grids: data/synthetic.py makes them ---

@@ -93,19 +93,10 @@ class Quantised:
     loss: torch.Tensor | float = 0.0
 
 
-def unit(x):
-    """x (..., D) divided by its length, in float32."""
-    return F.normalize(x.float(), dim=-1)
-
-
 @torch.no_grad()
 def kmeans(points, k, generator=None, steps=20):
-    """points (M, D) -> k centres (k, D) by Lloyd's algorithm from k of the points; an empty cluster takes a new point.
-
-    ValueError: no points. Fewer points than k are repeated.
-    """
-    if not len(points):
-        raise ValueError("kmeans needs at least one point")
+    """points (M, D) -> k centres (k, D) by Lloyd's algorithm from k of the points; an empty cluster takes a new point,
+    and fewer points than k are repeated."""
     points = points.float()
 
     def some(n):
@@ -123,13 +114,13 @@ def kmeans(points, k, generator=None, steps=20):
 class Codebook(nn.Module):
     """K codes of width D, and logits that choose among them: s cos(z, e_k) ("cosine") or z . e_k ("dot").
 
-    Cosine: s = exp(log_scale), at first 20, at most `cap`; what the decoder reads are codes of length 1. init:
+    Cosine: s = exp(log_scale), at first 20, at most 50; what the decoder reads are codes of length 1. init:
     "normal", "uniform" (within +-sqrt(3): the same variance), "kmeans" (normal until `fit` has seen encoder outputs).
     """
 
-    def __init__(self, size, width, similarity="cosine", init="normal", scale=20.0, cap=50.0):
+    def __init__(self, size, width, similarity="cosine", init="normal"):
         super().__init__()
-        self.similarity, self.init, self.scale, self.cap = similarity, init, scale, cap
+        self.similarity, self.init = similarity, init
         self.codes = nn.Parameter(torch.empty(size, width))
         self.roles = {"codes": "embedding"}
         if similarity == "cosine":
@@ -144,11 +135,11 @@ class Codebook(nn.Module):
             self.codes.normal_()
         self.codes.mul_(self.codes.size(1) ** -0.5)
         if self.similarity == "cosine":
-            self.log_scale.fill_(math.log(self.scale))
+            self.log_scale.fill_(math.log(20))
 
     def scaled(self, x):
         """x (..., D) as it is compared, in float32: with cosine of length 1."""
-        return unit(x) if self.similarity == "cosine" else x.float()
+        return F.normalize(x.float(), dim=-1) if self.similarity == "cosine" else x.float()
 
     def table(self):
         """(K, D) float32: the codes as the decoder reads them."""
@@ -158,7 +149,7 @@ class Codebook(nn.Module):
         """z (B, N, D) -> (B, N, K) float32."""
         if self.similarity == "cosine":
             with torch.no_grad():                            # the parameter itself: past the cap it had no gradient
-                self.log_scale.clamp_(max=math.log(self.cap))
+                self.log_scale.clamp_(max=math.log(50))
         scores = self.scaled(z) @ self.table().T
         return self.log_scale.exp() * scores if self.similarity == "cosine" else scores
 
@@ -180,13 +171,9 @@ class Codebook(nn.Module):
         """Lengths (K,) of the codes as parameters."""
         return torch.linalg.vector_norm(self.codes.float(), dim=1)
 
-    def bound(self):
-        """Mean squared distance of the codes' lengths from 1, a loss: cosine alone lets them drift."""
-        return (self.norms() - 1).square().mean()
-
     @torch.no_grad()
     def put(self, where, points):
-        """Codes `where` (K,) bool become points (as many, D) float."""
+        """Codes `where` (K,) bool, or a slice of them, become points (as many, D) float."""
         self.codes[where] = self.scaled(points)
 
     @torch.no_grad()
@@ -214,8 +201,7 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def fit(self, z, generator=None):
         """All codes become the k-means centres of encoder outputs z (M, D)."""
-        centres = kmeans(self.scaled(z).cpu(), len(self.codes), generator)
-        self.put(torch.ones(len(self.codes), dtype=torch.bool), centres.to(z.device))
+        self.put(slice(None), kmeans(self.scaled(z).cpu(), len(self.codes), generator).to(z.device))
 
 
 class VQ(Codebook):
@@ -231,7 +217,7 @@ class VQ(Codebook):
         self.register_buffer("counts", torch.ones(size))
         self.register_buffer("sums", self.codes.clone())
         if init == "uniform":
-            self.put(torch.ones(size, dtype=torch.bool), (torch.rand(size, width) - 0.5) * (12 / width) ** 0.5)
+            self.put(slice(None), (torch.rand(size, width) - 0.5) * (12 / width) ** 0.5)
 
     def forward(self, z, estimator=None, generator=None, **schedules):
         """z (B, N, D) -> Quantised. estimator None: as it is; else there is a loss, and a gradient past the choice."""
@@ -297,16 +283,12 @@ class FSQ(nn.Module):
     def forward(self, z, estimator=None, generator=None, **schedules):
         """z (B, N, D) -> Quantised."""
         with torch.autocast(z.device.type, enabled=False):
-            bounded = self.bounded(z.float())
+            half = (self.levels - 1) * (1 + 1e-3) / 2
+            offset = 0.5 * (self.levels % 2 == 0)
+            bounded = torch.tanh(z.float() + torch.atanh(offset / half)) * half - offset     # around the middle level
             digits = bounded.round()
             codes = ((digits + self.levels // 2).long() * self.basis).sum(-1)
             return Quantised(straight_through(digits, bounded) / (self.levels // 2), codes, z=z)
-
-    def bounded(self, z):
-        """z (..., D) -> the numbers (..., D) that are rounded, in levels around the middle one."""
-        half = (self.levels - 1) * (1 + 1e-3) / 2
-        offset = 0.5 * (self.levels % 2 == 0)
-        return torch.tanh(z + torch.atanh(offset / half)) * half - offset
 
     def look_up(self, codes):
         """codes (...) int64 -> (..., D)."""
@@ -339,10 +321,8 @@ def decompose(logits, y, positive=False):
     chance can make, become 0. All but KL compare the inputs of a batch: the mean over passes is not that of one pass
     over all of their inputs.
 
-    What is often written instead is not TC. (1) KL - MI - DWKL with MI and DWKL from the same marginals: identically
-    0, its sign is rounding. (2) Minibatch-weighted sampling without its -ln(N M), for every factor of the product too:
-    shifted by -(D - 1) ln(N M). (3) The draw's own input left out: biased downwards. (4) On a batch MI cannot pass
-    ln B, while N codes hold N ln K: there TC is little more than code_mi - ln B.
+    What is often written instead is not TC: docs/dvae.md, and minibatch-weighted sampling without its -ln(N M), for
+    every factor of the product too, which is shifted by -(D - 1) ln(N M).
     """
     log_q = torch.log_softmax(logits.float(), -1)                                # (B, N, K)
     q, B, K = log_q.exp(), len(logits), logits.size(-1)
@@ -406,8 +386,8 @@ def nmi_matrix(codes, generator=None):
 
 
 def information_gaps(codes, size, factors, generator=None):
-    """Which position knows which factor: {name: (best, gap, position, floor)}, after MIG (Chen et al. 2018), of codes
-    (M, N) and factors {name: (M,) int64, -1 where undefined} that vary.
+    """Which factor one position knows: {name: (best, gap, floor)}, after MIG (Chen et al. 2018), of codes (M, N) and
+    factors {name: (M,) int64, -1 where undefined} that vary.
 
     best: largest I(z_n; v) / H(v) over the positions; gap: how far the second is behind; floor: the best after the
     factor was shuffled.
@@ -415,17 +395,16 @@ def information_gaps(codes, size, factors, generator=None):
     found = {}
     for name, values in factors.items():
         there = values >= 0
-        if there.sum() < 2 or len(values[there].unique()) < 2:
+        known, v = values[there].unique(return_inverse=True)
+        if len(known) < 2:
             continue
-        v = values[there].unique(return_inverse=True)[1]
-        some, n = codes[there], int(v.max()) + 1
 
         def shares(v):
-            return sorted(((i / h, p) for p in range(some.size(1)) for i, _, h in [
-                mutual_information(some[:, p], v, size, n)]), reverse=True)
-        ranked = shares(v)
-        floor = shares(v[torch.randperm(len(v), generator=generator).to(v.device)])[0][0]
-        found[name] = (ranked[0][0], ranked[0][0] - (ranked[1][0] if len(ranked) > 1 else 0.0), ranked[0][1], floor)
+            found = (mutual_information(position, v, size, len(known)) for position in codes[there].T)
+            return sorted((information / entropy for information, _, entropy in found), reverse=True)
+        best, second = (*shares(v), 0.0)[:2]
+        floor = shares(v[torch.randperm(len(v), generator=generator).to(v.device)])[0]
+        found[name] = best, best - second, floor
     return found
 
 
@@ -474,35 +453,25 @@ def _gradients():
 
 def _decomposition():
     generator = torch.Generator().manual_seed(0)
-
-    def posteriors(B, N, K, sharp, copies=1):
-        logits = sharp * torch.randn(B, N // copies, K, generator=generator)
-        return logits.repeat_interleave(copies, 1)
     print("The mixture of 64 posteriors, nats: mean over 50 draws of a code each (least .. largest)\n")
     print("| codes | code_mi | MI | TC | KL - MI' - DWKL in float32 | own input left out |\n" + "| --- " * 6 + "|")
-    for name, shape in (("4 independent x 8", (64, 4, 8, 3.0)), ("4 in two equal pairs x 8", (64, 4, 8, 3.0, 2)),
-                        ("64 x 512", (64, 64, 512, 3.0))):
-        logits = posteriors(*shape)
-        mi, tc, residual, left_out = [], [], [], []
+    for name, N, K, copies in (("4 independent x 8", 4, 8, 1), ("4 in two equal pairs x 8", 2, 8, 2),
+                               ("64 x 512", 64, 512, 1)):
+        logits = 3.0 * torch.randn(64, N, K, generator=generator).repeat_interleave(copies, 1)
+        log_q = torch.log_softmax(logits, -1)
+        mean = log_q.exp().mean(0)
+        one = (log_q.exp() * (log_q - mean.log())).sum((1, 2)).mean()            # MI': the sum of the codes' own
+        two = (mean * (mean.log() + math.log(K))).sum()
+        residual, rows = (kl_uniform(logits).sum(1).mean() - one - two).item(), []
         for _ in range(50):
-            y = F.one_hot(choose(logits, "straight_through", generator=generator)[1], logits.size(-1))
-            parts = decompose(logits, y)
-            mi.append(parts["mi"].item())
-            tc.append(parts["tc"].item())
-            log_q = torch.log_softmax(logits, -1)
-            mean = log_q.exp().mean(0)
-            one = (log_q.exp() * (log_q - mean.log())).sum((1, 2)).mean()        # MI': the sum of the codes' own
-            two = (mean * (mean.log() + math.log(logits.size(-1)))).sum()
-            residual.append((kl_uniform(logits).sum(1).mean() - one - two).item())
+            y = F.one_hot(choose(logits, "straight_through", generator=generator)[1], K)
+            parts = {name: value.item() for name, value in decompose(logits, y).items()}
             joint = y.float().flatten(1) @ log_q.flatten(1).T
-            others = joint.masked_fill(torch.eye(len(joint), dtype=torch.bool), -math.inf)
-            wrong = joint.diagonal() - torch.logsumexp(others, 1) + math.log(len(joint) - 1)
-            left_out.append(parts["code_mi"].item() - wrong.mean().item())
-
-        def shown(values):
-            return f"{sum(values) / len(values):.4g} ({min(values):.2g} .. {max(values):.2g})"
-        print(f"| {name} | {parts['code_mi'].item():.4g} | {shown(mi)} | {shown(tc)} | {shown(residual)} | "
-              f"{shown(left_out)} |")
+            others = joint.masked_fill(torch.eye(64, dtype=torch.bool), -math.inf)
+            wrong = joint.diagonal() - torch.logsumexp(others, 1) + math.log(63)
+            rows.append((parts["mi"], parts["tc"], residual, parts["code_mi"] - wrong.mean().item()))
+        shown = (f"{sum(values) / len(values):.4g} ({min(values):.2g} .. {max(values):.2g})" for values in zip(*rows))
+        print(f"| {name} | {parts['code_mi']:.4g} | {' | '.join(shown)} |")
 
 
 @command

@@ -210,9 +210,7 @@ class DVAE(nn.Module):
             layer.weight.normal_(0, 0.5 * 60 ** -0.5)
         self.queries.normal_(0, 0.1)
         self.slots.normal_(0, 0.1)
-        if self.value is not None:
-            nn.init.xavier_uniform_(self.value.weight)
-        for layer in (self.to_code, self.from_code):
+        for layer in filter(None, (self.value, self.to_code, self.from_code)):
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 layer.bias.zero_()
@@ -277,9 +275,8 @@ class DVAE(nn.Module):
     def as_patches(self, tokens, beyond):
         """tokens (B, S, S) -> (B, all patches, cells of a patch), `beyond` where a patch goes past the canvas."""
         c, (B, S, _) = self.config, tokens.shape
-        h, w = self.rows * c.patch_height, self.columns * c.patch_width
-        if (h, w) != (S, S):
-            tokens = F.pad(tokens, (0, w - S, 0, h - S), value=beyond)
+        below, right = self.rows * c.patch_height - S, self.columns * c.patch_width - S
+        tokens = F.pad(tokens, (0, right, 0, below), value=beyond)
         tokens = tokens.view(B, self.rows, c.patch_height, self.columns, c.patch_width)
         return tokens.transpose(2, 3).reshape(B, self.rows * self.columns, -1)
 
@@ -348,25 +345,21 @@ class DVAE(nn.Module):
         canvas = canvas.reshape(len(e), self.rows * c.patch_height, -1)[:, :S, :S]
         return canvas if c.layout == "canvas" else c.canvas.tokens(c.canvas.cut(canvas, shapes))
 
+    def digits(self, device):
+        """What one of each code of the shape counts, (n_shape_codes,): the shape's number is written in them."""
+        return self.config.codebook_size ** torch.arange(self.config.n_shape_codes - 1, -1, -1, device=device)
+
     def with_shape(self, codes, shapes):
         """Learned codes (B, N) with those of the shape before them: all n_codes of a grid, (B, n_codes)."""
-        c = self.config
-        number, digits = (shapes[:, 0] - 1) * c.canvas.max_side + shapes[:, 1] - 1, []
-        for _ in range(c.n_shape_codes):
-            digits.append(number % c.codebook_size)
-            number = number // c.codebook_size
-        return torch.cat([torch.stack(digits[::-1], 1), codes], 1) if digits else codes
+        number = (shapes[:, :1] - 1) * self.config.canvas.max_side + shapes[:, 1:] - 1
+        return torch.cat([number // self.digits(codes.device) % self.config.codebook_size, codes], 1)
 
     def read(self, codes):
         """codes (B, n_codes) -> e (B, N, code_dim) and the shapes (B, 2) that the first of them say; a number past the
         last shape means that one."""
-        c, number = self.config, torch.zeros(len(codes), dtype=torch.long, device=codes.device)
-        for digit in codes[:, :c.n_shape_codes].unbind(1):
-            number = number * c.codebook_size + digit
-        S = c.canvas.max_side
-        number = number.clamp(max=S * S - 1)
-        shapes = torch.stack([number // S + 1, number % S + 1], 1)
-        return self.codebook.look_up(codes[:, c.n_shape_codes:]), shapes
+        S, n = self.config.canvas.max_side, self.config.n_shape_codes
+        number = (codes[:, :n] * self.digits(codes.device)).sum(1).clamp(max=S * S - 1)
+        return self.codebook.look_up(codes[:, n:]), torch.stack([number // S + 1, number % S + 1], 1)
 
     def code_map(self, codes):
         """All codes (B, n_codes) -> (B, rows, columns): the learned ones in the order of reading, -1 at the end."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.arc import OUTSIDE, PALETTE
+from data.arc import PALETTE, canvases, wrong
 from nanolab.run import replacing
 from nanolab.settings import UserError, shown
 
@@ -87,20 +87,15 @@ def print_codes(model, path, autocast):
     named, canvas = grids_of(read_file(path), Path(path).stem), model.config.canvas
     if not named:
         raise UserError(f"{path} holds no grid")
-    side = canvas.max_side
-    cells = torch.full((len(named), side, side), OUTSIDE, dtype=torch.uint8)
-    for i, (name, rows) in enumerate(named):
-        if len({len(row) for row in rows}) > 1 or len(rows) > side or len(rows[0]) > side or not all(
-                0 <= cell < canvas.n_colours for row in rows for cell in row):
-            raise UserError(f"{path}, {name}: rows of one length, at most {side} x {side}, colours 0 to "
-                            f"{canvas.n_colours - 1} are what this model knows")
-        cells[i, :len(rows), :len(rows[0])] = torch.tensor(rows, dtype=torch.uint8)
+    for name, rows in named:
+        if what := wrong(rows, canvas.max_side, canvas.n_colours):
+            raise UserError(f"{path}, {name}: {what} for this model")
+    cells, shapes = (torch.from_numpy(part).to(model.queries.device)
+                     for part in canvases([rows for _, rows in named], canvas.max_side))
     tokens = canvas.tokens(cells)
-    shapes, where = canvas.shapes(tokens), model.queries.device
     with autocast:
-        codes = model.codebook(model.encode(tokens.to(where), shapes.to(where))).codes
-        codes = model.with_shape(codes, shapes.to(where))
-        exact = (model.write(*model.read(codes)).cpu() == tokens).flatten(1).all(1)
+        codes = model.with_shape(model.codebook(model.encode(tokens, shapes)).codes, shapes)
+        exact = (model.write(*model.read(codes)) == tokens).flatten(1).all(1)
     for (name, _), shape, row, right in zip(named, shapes.tolist(), codes.tolist(), exact.tolist()):
         print(json.dumps({"grid": name, "shape": shape, "codes": row, "exact": right}))
 

@@ -12,11 +12,13 @@ import choices
 from models import discrete
 from models.discrete import (FSQ, SAMPLED, VQ, Codebook, choose, code_statistics, decompose, entropy, fsq_levels,
                              gradient_error, gumbel_like, information_gaps, kl_uniform, kmeans, mutual_information,
-                             nmi_matrix, reinmax, straight_through, unit, usage_kl)
+                             nmi_matrix, reinmax, straight_through, usage_kl)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HARD = [name for name in SAMPLED if name != "gumbel_soft"]
-CODEBOOKS = [("cosine", Codebook), ("dot", Codebook), ("cosine", VQ), ("dot", VQ)]
+SIMILARITIES = pytest.mark.parametrize("similarity", ["cosine", "dot"])
+unit = functools.partial(F.normalize, dim=-1)
+KNOWN = {"cosine": unit, "dot": torch.clone}  # vectors as a codebook compares them
 
 
 def seeded(seed=0):
@@ -38,11 +40,10 @@ def distances(a, b):
 
 # --- Gumbel noise and straight-through ---
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gumbel_noise_has_the_moments_of_a_gumbel(dtype, monkeypatch):
+def test_gumbel_noise_has_the_moments_of_a_gumbel(monkeypatch):
     """Mean Euler's constant, variance pi^2 / 6, P(g <= 0) = 1 / e, never infinite, of x's shape and dtype."""
-    g = gumbel_like(torch.zeros(400, 1000, dtype=dtype), seeded())
-    assert g.shape == (400, 1000) and g.dtype == dtype and g.isfinite().all()
+    g = gumbel_like(torch.zeros(400, 1000, dtype=torch.float64), seeded())
+    assert g.shape == (400, 1000) and g.dtype == torch.float64 and g.isfinite().all()
     assert abs(g.mean().item() - 0.5772) < 0.008 and abs(g.var().item() - math.pi ** 2 / 6) < 0.02
     assert abs((g <= 0).double().mean().item() - math.exp(-1)) < 0.003
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, generator=None: self.zero_())
@@ -61,14 +62,8 @@ def test_straight_through_is_the_value_forward_and_the_surrogate_backward():
 
 # --- choose ---
 
-def surrogate(estimator, logits, tau, gumbel):
-    """What an estimator's gradient goes through: of Gumbel the softmax with the noise in it, else without."""
-    return torch.softmax((logits + gumbel if estimator.startswith("gumbel") else logits) / tau, -1)
-
-
 @pytest.mark.parametrize("scale, tau, noise, hardness", [
-    (1, 1.5, 1.0, 1.0), (50, 1.5, 1.0, 2.0), (1, 1.7, 0.0, 1.0), (1, 1.4, 0.8, 0.3), (1, 1.4, 0.0, 0.5),
-    (1, 1.2, 0.8, 0.0)])
+    (50, 1.5, 1.0, 2.0), (1, 1.7, 0.0, 1.0), (1, 1.4, 0.8, 0.3), (1, 1.2, 0.8, 0.0)])
 @pytest.mark.parametrize("estimator", SAMPLED)
 def test_an_estimator_is_its_formula(estimator, scale, tau, noise, hardness):
     """Value and gradient. Hard ones are one-hot bit for bit, however sharp the logits; hardness mixes hard and soft;
@@ -80,7 +75,8 @@ def test_an_estimator_is_its_formula(estimator, scale, tau, noise, hardness):
     gumbel = noise * gumbel_like(logits.detach(), seeded(3))
     assert codes.dtype == torch.int64 and torch.equal(codes, (logits + gumbel).argmax(-1))
     assert torch.equal(generator.get_state(), seeded(3).get_state()) == (noise == 0)
-    one_hot, soft = F.one_hot(codes, 7).float(), surrogate(estimator, logits, tau, gumbel)
+    one_hot, noisy = F.one_hot(codes, 7).float(), estimator.startswith("gumbel")
+    soft = torch.softmax((logits + gumbel if noisy else logits) / tau, -1)      # what the gradient goes through
     hard = algorithm_2(logits, one_hot, tau) if estimator == "reinmax" else one_hot + soft - soft.detach()
     part = 0.0 if estimator == "gumbel_soft" else min(1.0, hardness)
     expected = part * hard + (1 - part) * soft
@@ -92,23 +88,20 @@ def test_an_estimator_is_its_formula(estimator, scale, tau, noise, hardness):
 
 
 @pytest.mark.parametrize("noise, power", [(1.0, 1.0), (0.5, 2.0)])
-@pytest.mark.parametrize("estimator, tau", [(name, tau) for name in SAMPLED for tau in (1.0, 2.0)])
-def test_codes_follow_the_softmax_of_the_logits(estimator, tau, noise, power):
+@pytest.mark.parametrize("estimator", SAMPLED)
+def test_codes_follow_the_softmax_of_the_logits(estimator, noise, power):
     """tau never touches the distribution of the codes; less noise sharpens it: p^(1 / noise). Chi-square, 4 degrees."""
     logits = torch.tensor([1.5, 0.5, 0.0, -0.5, -1.0])
-    _, codes = choose(logits.expand(20_000, 5), estimator, tau, noise, generator=seeded(1))
+    _, codes = choose(logits.expand(20_000, 5), estimator, 2.0, noise, generator=seeded(1))
     expected = 20_000 * torch.softmax(power * logits, 0)
     assert ((codes.bincount(minlength=5) - expected).square() / expected).sum() < 18.5  # one in a thousand
 
 
-def test_what_choose_refuses():
-    """An estimator that draws nothing or does not exist; reinmax below tau 1."""
-    for call, said in (*((lambda name=name: choose(torch.zeros(3), name), "must be one of gumbel_soft, gumbel_hard, "
-                          "straight_through, reinmax") for name in ("vq", "gumbel", "")),
-                       (lambda: choose(torch.zeros(3), "reinmax", tau=0.9), "tau >= 1, not 0.9"),
-                       (lambda: reinmax(torch.zeros(3), torch.eye(3)[0], 0.5), "tau >= 1")):
-        with pytest.raises(ValueError, match=said):
-            call()
+@pytest.mark.parametrize("estimator, tau, said", [
+    ("vq", 1.0, "must be one of gumbel_soft, gumbel_hard, straight_through, reinmax"), ("reinmax", 0.9, "not 0.9")])
+def test_what_choose_refuses(estimator, tau, said):
+    with pytest.raises(ValueError, match=said):
+        choose(torch.zeros(3), estimator, tau)
 
 
 # --- ReinMax ---
@@ -127,7 +120,7 @@ def algorithm_2(logits, one_hot, tau):
     return p2 - p2.detach() + one_hot
 
 
-@pytest.mark.parametrize("tau", [1.0, 1.3, 4.0])
+@pytest.mark.parametrize("tau", [1.0, 1.3])
 def test_reinmax_gradient_in_closed_form(tau):
     """2 J(p1) g - J(p0) g / 2; also what the published algorithm gives. Where softmax(l) is 0 in float32 it is 0."""
     logits, g = normal(50, 6, dtype=torch.float64).requires_grad_(), normal(50, 6, seed=1, dtype=torch.float64)
@@ -175,8 +168,7 @@ def test_gradient_error_agrees_with_enumeration(name, tau):
         assert max(bias.values()) < 1e-12 or max(bias.values()) > 0.01
 
 
-@pytest.mark.parametrize("tau", [2.0, 0.125])
-@pytest.mark.parametrize("kind", ["gumbel_soft", "gumbel_hard"])
+@pytest.mark.parametrize("kind, tau", [("gumbel_soft", 2.0), ("gumbel_hard", 0.125)])
 def test_gradient_error_of_gumbel_agrees_with_its_own_draws(kind, tau):
     """On a linear function each draw's gradient is J(y) a / tau."""
     logits = normal(6, seed=10)
@@ -200,43 +192,39 @@ def codebook(kind=Codebook, size=16, width=8, **settings):
 
 
 def test_cosine_logits_are_a_bounded_cosine():
-    """scale x cos, 20 at first, never past the cap, whatever the lengths of z and of the codes."""
-    z, book, other = 30 * normal(5, 4, 8), codebook(), codebook(scale=3.0, cap=2.5)
-    expected = F.cosine_similarity(z[:, :, None], book.codes[None, None], dim=-1)
-    close(other.log_scale.exp().item(), 3.0)
-    close(other.logits(z), 2.5 * expected, 1e-5)
-    for scale, bound in ((None, 20), (49.0, 49.0), (51.0, 50.0), (1e6, 50.0)):
+    """scale x cos, 20 at first, never past 50, whatever the lengths of z and of the codes."""
+    z, book = 30 * normal(5, 4, 8), codebook()
+    cosine = F.cosine_similarity(z[:, :, None], book.codes[None, None], dim=-1)
+    for scale, bound in ((None, 20), (49.0, 49.0), (51.0, 50.0)):
         if scale:
             book.log_scale.data.fill_(math.log(scale))
-        close(book.logits(z), bound * expected, 1e-4)
-        close(book.logits(book.codes[None] * 7)[0].diagonal(), torch.full((16,), float(bound)), 1e-3)
+        close(book.logits(z), bound * cosine, 1e-4)
 
 
-@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@SIMILARITIES
 def test_table_look_up_and_mode(similarity):
     """Codes of length 1 under cosine, under dot as they are, and logits z . e; without an estimator the likeliest code,
     and no generator is asked."""
     book, z, before = codebook(similarity=similarity), 3 * normal(3, 4, 8), torch.get_rng_state()
     with torch.no_grad():
         book.codes.mul_(torch.linspace(0.1, 5, 16)[:, None])
-    close(book.table(), book.codes / (book.codes.norm(dim=1, keepdim=True) if similarity == "cosine" else 1))
+    close(book.table(), KNOWN[similarity](book.codes))
     close(book.norms(), book.codes.norm(dim=1))
     assert similarity == "cosine" or torch.equal(book.logits(z), z @ book.codes.T)
     found = book(z)
     assert torch.equal(torch.get_rng_state(), before) and torch.equal(found.codes, book.logits(z).argmax(-1))
-    close(found.e, F.one_hot(found.codes, 16).float() @ book.table())
+    close(found.e, book.table()[found.codes])
     assert found.y is None and found.loss == 0 and torch.equal(found.z, z)
     close(found.logits, book.logits(z))
 
 
-@pytest.mark.parametrize("estimator", SAMPLED)
-@pytest.mark.parametrize("similarity", ["cosine", "dot"])
-def test_codebook_with_an_estimator(similarity, estimator):
+@SIMILARITIES
+def test_codebook_with_an_estimator(similarity):
     """y and codes are those of `choose` on its logits with all its settings, e is y @ table; z and codes learn."""
     book, z = codebook(similarity=similarity), normal(3, 4, 8).requires_grad_()
     how = dict(tau=1.5, noise=0.7, hardness=0.6)
-    found = book(z, estimator, generator=seeded(1), **how)
-    y, codes = choose(book.logits(z), estimator, generator=seeded(1), **how)
+    found = book(z, "gumbel_hard", generator=seeded(1), **how)
+    y, codes = choose(book.logits(z), "gumbel_hard", generator=seeded(1), **how)
     assert torch.equal(found.codes, codes) and found.codes.shape == (3, 4) and found.loss == 0
     close(found.y, y)
     close(found.e, y @ book.table())
@@ -271,17 +259,6 @@ def test_codes_start_with_length_1(kind, init):
     assert 0.99 * math.sqrt(3) < largest < math.sqrt(3) + 1e-6 if init == "uniform" else largest > 3
 
 
-def test_bound_holds_the_lengths_at_1():
-    """(length - 1)^2, and its gradient shortens long codes and lengthens short ones."""
-    book = codebook()
-    for length in (1.0, 2.0, 0.5):
-        with torch.no_grad():
-            book.codes.copy_(unit(book.codes) * length)
-        assert book.bound().item() == pytest.approx((length - 1) ** 2, abs=1e-6)
-        along = (torch.autograd.grad(book.bound(), book.codes)[0] * book.codes).sum(1).detach()
-        close(along, torch.full((16,), 2 * (length - 1) * length / 16), 1e-5)
-
-
 def test_revive_takes_what_is_far_from_the_living():
     """With `least` only outputs that are so far from every living code, no more codes than there are of these."""
     book, dead = codebook(similarity="dot"), torch.arange(16) < 6
@@ -293,41 +270,35 @@ def test_revive_takes_what_is_far_from_the_living():
     assert book.revive(torch.ones(16, dtype=torch.bool), z, seeded(1), least=1.0) == 16
 
 
-@pytest.mark.parametrize("similarity, kind", CODEBOOKS)
+@SIMILARITIES
+@pytest.mark.parametrize("kind", [Codebook, VQ])
 def test_put_and_revive_touch_only_the_dead(similarity, kind):
     """The dead become encoder outputs (unit vectors under cosine), drawn by the generator; the others stay the same."""
     dead, points, z, drawn = torch.zeros(16, dtype=torch.bool), 4 * normal(3, 8, seed=1), 4 * normal(200, 8, seed=2), []
     dead[[2, 5, 11]] = True
-    known = unit if similarity == "cosine" else torch.clone
     before = codebook(kind, similarity=similarity).codes.detach().clone()
     for seed in (None, 1, 1, 2):
         book = codebook(kind, similarity=similarity)
         book.put(dead, points) if seed is None else book.revive(dead, z, seeded(seed))
-        codes = book.codes.detach()
-        assert torch.equal(codes[~dead], before[~dead])
-        assert distances(codes[dead], known(points if seed is None else z)).min(1).values.max() < 1e-6
-        assert torch.pdist(codes[dead]).min() > 1e-2
-        drawn.append(codes.clone())
+        codes = book.codes.detach().clone()
+        assert torch.equal(codes[~dead], before[~dead]) and torch.pdist(codes[dead]).min() > 1e-2
+        assert distances(codes[dead], KNOWN[similarity](points if seed is None else z)).min(1).values.max() < 1e-6
+        drawn.append(codes)
     assert torch.equal(drawn[1], drawn[2]) and not torch.equal(drawn[1], drawn[3])
-    close(drawn[0][dead], known(points))
-    book.revive(torch.zeros(16, dtype=torch.bool), z, seeded(1))
-    assert torch.equal(book.codes, drawn[3])
+    close(drawn[0][dead], KNOWN[similarity](points))
+    assert book.revive(torch.zeros(16, dtype=torch.bool), z, seeded(1)) == 0 and torch.equal(book.codes, drawn[3])
 
 
-@pytest.mark.parametrize("similarity, kind", CODEBOOKS)
+@SIMILARITIES
+@pytest.mark.parametrize("kind", [Codebook, VQ])
 def test_fit_puts_codes_on_cluster_centres(similarity, kind):
-    """Three far clusters, three codes: one on each centre. Under cosine a code is the mean of its unit vectors: a long
-    one among short ones counts no more than they do."""
-    torch.manual_seed(0)
-    centres = 5 * torch.eye(3, 8)
-    z = centres.repeat_interleave(200, 0) + 0.1 * normal(600, 8)
-    far = []
-    for seed in range(20):  # Lloyd's algorithm keeps a bad start where two of the first points share a cluster
+    """Three far clusters, three codes: one on each centre, but where Lloyd's algorithm keeps a bad start. Under cosine
+    a code is the mean of its unit vectors: a long one among short ones counts no more than they do."""
+    centres, far = 5 * torch.eye(3, 8), []
+    for seed in range(6):
         book = codebook(kind, 3, 8, similarity=similarity, init="kmeans")
-        book.fit(z, seeded(seed))
-        distance = distances(centres / (5 if similarity == "cosine" else 1), book.codes.detach())
-        far.append(distance.min(1).values.max().item())
-        assert far[-1] > 0.05 or sorted(distance.argmin(1).tolist()) == [0, 1, 2]
+        book.fit(centres.repeat_interleave(200, 0) + 0.1 * normal(600, 8), seeded(seed))
+        far.append(distances(centres / (5 if similarity == "cosine" else 1), book.codes.detach()).amin(1).max().item())
     assert min(far) < 0.05
     if similarity == "cosine":
         z, book = normal(50, 8), codebook(kind, 1, 8, init="kmeans")
@@ -342,64 +313,43 @@ def test_kmeans_is_lloyds_algorithm():
     points = normal(300, 2)
     centres = kmeans(points, 5, seeded(1), steps=100)
     nearest = distances(points, centres).argmin(1)
-    assert nearest.bincount(minlength=5).min() > 0
     close(centres, torch.stack([points[nearest == k].mean(0) for k in range(5)]), 1e-5)
     assert torch.equal(centres, kmeans(points, 5, seeded(1), steps=100))
     start = kmeans(points, 5, seeded(1), steps=0)
     assert distances(start, points).min(1).values.max() < 1e-6 and torch.pdist(start).min() > 0
-    with pytest.raises(ValueError, match="at least one point"):
-        kmeans(points[:0], 2)
     few, found = points[:3].bfloat16(), kmeans(points[:3].bfloat16(), 8, seeded())           # they repeat
     assert found.shape == (8, 2) and found.dtype == torch.float32
     assert max(distances(*pair).min(1).values.max() for pair in ((found, few.float()), (few.float(), found))) < 1e-6
-    close(kmeans(points, 1, seeded()), points.mean(0, keepdim=True))
     assert torch.equal(kmeans(torch.ones(10, 4), 3, seeded()), torch.ones(3, 4))             # two are empty
 
 
 # --- VQ ---
 
-@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@SIMILARITIES
 def test_vq_takes_the_nearest_code(similarity):
     """By brute force over all distances, of unit vectors under cosine; training and evaluation choose alike."""
     book = codebook(VQ, 32, 6, similarity=similarity)
     book.codes.mul_(torch.linspace(0.3, 2, 32)[:, None])
     z, table = normal(5, 7, 6), book.table().clone()
-    x, found = unit(z) if similarity == "cosine" else z, book(z)
-    choices.assert_best(found.codes, -(x[:, :, None] - table).square().sum(-1))
+    found, trained = book(z), book(z, "vq", generator=seeded(), tau=0.5, noise=1.0, hardness=1.0)
+    choices.assert_best(found.codes, -(KNOWN[similarity](z)[:, :, None] - table).square().sum(-1))
     assert torch.equal(found.e, table[found.codes]) and torch.equal(book.look_up(found.codes), found.e)
     assert found.logits is None and found.y is None and found.loss == 0 and torch.equal(found.z, z)
-    trained = book(z, "vq", generator=seeded(), tau=0.5, noise=1.0, hardness=1.0)
     assert torch.equal(trained.codes, found.codes) and torch.equal(trained.e, found.e)
 
 
-def through_unit(z, g):
-    """The gradient of (g * z / |z|).sum() in z."""
-    length = z.norm(dim=-1, keepdim=True)
-    return (g - z * (g * z).sum(-1, keepdim=True) / length ** 2) / length
-
-
-@pytest.mark.parametrize("similarity", ["cosine", "dot"])
-def test_vq_gradient_goes_straight_through_to_z(similarity):
-    """As if e were x: g itself under dot, g through the normalisation under cosine."""
-    book, z, g = codebook(VQ, similarity=similarity), (3 * normal(5, 7, 8)).requires_grad_(), normal(5, 7, 8, seed=1)
-    (book(z, "vq").e * g).sum().backward()
-    close(z.grad, g if similarity == "dot" else through_unit(z.detach(), g), 1e-5)
-
-
-@pytest.mark.parametrize("commitment", [0.25, 2.0])
-@pytest.mark.parametrize("similarity", ["cosine", "dot"])
-def test_commitment_pulls_z_and_only_z(similarity, commitment):
-    """Its coefficient multiplies the pull of z to e; codes are no parameters and follow by running means instead."""
+@pytest.mark.parametrize("similarity, commitment", [("cosine", 0.25), ("dot", 2.0)])
+def test_vq_gradients(similarity, commitment):
+    """Straight through to z, as if e were x. The commitment pulls z to e by its coefficient; codes are no parameters,
+    and follow by running means instead."""
     book = codebook(VQ, similarity=similarity, commitment=commitment)
-    z = (3 * normal(5, 7, 8)).requires_grad_()
-    found = book(z, "vq")
-    x, e = (unit(z) if similarity == "cosine" else z).detach(), found.e.detach()
-    assert found.loss.item() == pytest.approx(commitment * (x - e).square().sum(-1).mean().item(), rel=1e-5)
-    found.loss.backward()
-    pull = 2 * commitment * (x - e) / 35
-    close(z.grad, pull if similarity == "dot" else through_unit(z.detach(), pull))
-    assert z.grad.abs().max() > 1e-3
-    assert not book.codes.requires_grad and not list(book.parameters())
+    z, g = (3 * normal(5, 7, 8)).requires_grad_(), normal(5, 7, 8, seed=1)
+    found, x = book(z, "vq"), KNOWN[similarity](z)
+    pull = 2 * commitment * (x - found.e).detach() / 35
+    assert found.loss.item() == pytest.approx(commitment * (x - found.e).square().sum(-1).mean().item(), rel=1e-5)
+    for value, along in (((found.e * g).sum(), g), (found.loss, pull)):
+        close(*(torch.autograd.grad(what, z, retain_graph=True)[0] for what in (value, (x * along).sum())), 1e-5)
+    assert pull.abs().max() > 1e-3 and not book.codes.requires_grad and not list(book.parameters())
     assert set(book.state_dict()) == {"codes", "counts", "sums"}
 
 
@@ -419,17 +369,19 @@ def test_follow_is_the_formula():
         close(book.codes, torch.stack([m / n for m, n in zip(sums, counts)]))
 
 
-@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@SIMILARITIES
 def test_a_code_that_nothing_chooses_stays_where_it_is(similarity):
     """For ever: its mean of nothing must not shrink to the origin, which is nearest to much."""
     book, x = codebook(VQ, 4, 8, similarity=similarity), unit(normal(1000, 8))
     table = book.table().clone()
-    for _ in range(2500):
+    for running in (book.counts, book.sums):                 # as after 1,500 steps
+        running[1:] *= 0.95 ** 1500
+    for _ in range(500):
         book.follow(x[:2], torch.zeros(2, dtype=torch.int64))
     close(book.table()[1:], table[1:], 1e-4)
-    close(book.table()[0], unit(x[:2].mean(0)) if similarity == "cosine" else x[:2].mean(0), 1e-4)
+    close(book.table()[0], KNOWN[similarity](x[:2].mean(0)), 1e-4)
     book.follow(x[2:4], torch.tensor([3, 3]))
-    close(book.table()[3], unit(x[2:4].mean(0)) if similarity == "cosine" else x[2:4].mean(0), 1e-3)
+    close(book.table()[3], KNOWN[similarity](x[2:4].mean(0)), 1e-3)
 
 
 def test_revived_vq_codes_begin_anew():
@@ -454,25 +406,22 @@ def test_revived_vq_codes_begin_anew():
 
 def test_fsq_levels():
     """All of them from 2 to 8, the largest first; what is no product of small numbers is an error that names it."""
-    for size in (2, 6, 9, 64, 128, 240, 256, 512, 1000, 1024, 4096):
-        levels = fsq_levels(size)
-        assert math.prod(levels) == size and all(2 <= level <= 8 for level in levels)
-        assert levels == sorted(levels, reverse=True)
-    assert (fsq_levels(512), fsq_levels(240), fsq_levels(1000)) == ([8, 8, 8], [8, 6, 5], [8, 5, 5, 5])
-    for call, size in ((fsq_levels, 101), (fsq_levels, 22), (fsq_levels, 1), (fsq_levels, 0), (FSQ, 101)):
+    assert [fsq_levels(size) for size in (2, 6, 512, 240, 1000, 4096)] == [
+        [2], [6], [8, 8, 8], [8, 6, 5], [8, 5, 5, 5], [8, 8, 8, 8]]
+    assert fsq_levels(128) == [8, 4, 4]                      # two levels only where it must be
+    for size in (101, 22, 1, 0):
         with pytest.raises(ValueError, match=f"codebook_size {size} is no product"):
-            call(size)
+            fsq_levels(size)
 
 
-@pytest.mark.parametrize("size", [6, 128, 240, 1000])
+@pytest.mark.parametrize("size", [6, 128, 240])
 def test_fsq_codes_and_values_round_trip(size):
     """Every code has a value of its own, some z is encoded to each, and huge inputs give the outermost codes."""
     book, every = FSQ(size), torch.arange(size)
     width, values = len(book.levels), book.look_up(every)
-    assert values.shape == (size, width) and values.min() == -1 and values.max() <= 1
     half = torch.div(book.levels, 2, rounding_mode="floor")
-    digits = (values * half).round().long() + half
-    assert torch.equal(digits, torch.tensor(list(itertools.product(*map(range, fsq_levels(size))))))
+    digits = torch.tensor(list(itertools.product(*map(range, fsq_levels(size)))))
+    assert torch.equal(values, (digits - half) / half) and values.min() == -1
     ladder = torch.linspace(-6, 6, 2001)
     steps = book(ladder[:, None].expand(-1, width)).e                            # (2001, width)
     z = ladder[(steps[:, None] - values).abs().argmin(0)][None]                  # (1, size, width)
@@ -480,9 +429,8 @@ def test_fsq_codes_and_values_round_trip(size):
     assert torch.equal(found.codes[0], every) and torch.equal(found.e[0], values)
     assert found.logits is None and found.y is None and found.loss == 0 and torch.equal(found.z, z)
     assert (book(torch.zeros(1, 1, width)).e == 0).all()
-    for extreme in (1e4, math.inf):
-        found = book(torch.tensor([[[extreme] * width, [-extreme] * width]]))
-        assert found.codes.tolist() == [[size - 1, 0]] and torch.equal(book.look_up(found.codes), found.e)
+    found = book(torch.tensor([[[math.inf] * width, [-1e4] * width]]))
+    assert found.codes.tolist() == [[size - 1, 0]] and torch.equal(book.look_up(found.codes), found.e)
 
 
 def test_fsq_gradient_is_that_of_the_bounded_function():
@@ -508,8 +456,6 @@ def test_kl_to_uniform_in_closed_form():
     p, found = torch.softmax(logits.double(), -1), kl_uniform(logits)
     close(found.double(), (p * (p / (1 / 7)).log()).sum(-1))
     assert kl_uniform(logits.bfloat16()).dtype == torch.float32
-    assert torch.equal(kl_uniform(logits.repeat(6, 1, 1)), found.repeat(6, 1))
-    close(kl_uniform(logits + 100), found, 1e-5)
 
 
 def test_entropy():
@@ -537,7 +483,7 @@ def draw(logits, seed=0):
     return F.one_hot(choose(logits, "straight_through", generator=seeded(seed))[1], logits.size(-1))
 
 
-@pytest.mark.parametrize("B, N, K, sharp", [(1, 1, 2, 1), (4, 3, 5, 0.1), (16, 8, 32, 2), (7, 1, 4, 6)])
+@pytest.mark.parametrize("B, N, K, sharp", [(1, 1, 2, 1), (4, 3, 5, 0.1), (16, 8, 32, 2)])
 def test_the_parts_sum_to_the_kl(B, N, K, sharp):
     """KL = code_mi + DWKL = MI + TC + DWKL, and it is the mean of the codes' own KLs; MI is at most ln B."""
     logits = sharp * normal(B, N, K)
@@ -549,40 +495,24 @@ def test_the_parts_sum_to_the_kl(B, N, K, sharp):
     assert parts["dwkl"].item() == pytest.approx((q * (q * K).log()).sum().item(), abs=1e-5, rel=1e-5)
     assert parts["mi"] <= math.log(B) + 1e-5
     assert all(value.shape == () and value.dtype == torch.float32 for value in parts.values())
-    twice = decompose(logits.repeat(2, 1, 1), draw(logits).repeat(2, 1, 1))
-    for name in parts:  # no sum over the batch, and the same mixture
-        assert twice[name].item() == pytest.approx(parts[name].item(), abs=2e-5, rel=1e-5)
 
 
-def enumerated_parts(logits):
-    """MI and TC of q(z) = mean_x q(z|x) by all K^N values of z, in float64."""
-    p = torch.softmax(logits.double(), -1)                                       # (B, N, K)
-    joint = functools.reduce(lambda a, b: (a[:, :, None] * b[:, None]).flatten(1), p.unbind(1))      # (B, K^N)
-    factors, mixture = functools.reduce(lambda a, b: torch.outer(a, b).flatten(), p.mean(0)), joint.mean(0)
-    mi = (joint * (joint / mixture).log()).sum(1).mean()
-    return mi.item(), (mixture * (mixture / factors).log()).sum().item()
-
-
-@pytest.mark.parametrize("seed, sharp", [(0, 1.0), (1, 2.0), (2, 4.0)])
+@pytest.mark.parametrize("seed, sharp", [(0, 1.0), (2, 4.0)])
 def test_mi_and_tc_are_exact_in_expectation(seed, sharp):
-    """All 9^4 draws of four inputs with two ternary codes, with their probabilities: the true MI and TC."""
+    """All 9^4 draws of four inputs with two ternary codes, with their probabilities: the true MI and TC, by all 9
+    values of z."""
     logits = sharp * normal(4, 2, 3, seed=seed)
     pairs = torch.eye(3)[torch.tensor(list(itertools.product(range(3), repeat=2)))]         # (9, 2, 3)
     which = torch.tensor(list(itertools.product(range(9), repeat=4)))                       # (9^4, 4)
     q = torch.softmax(logits.double(), -1)
-    chances = (q[:, 0, :, None] * q[:, 1, None]).flatten(1)                                 # (4, 9)
-    weights = chances[torch.arange(4), which].prod(1)
+    joint = (q[:, 0, :, None] * q[:, 1, None]).flatten(1)                                   # (4, 9)
+    weights = joint[torch.arange(4), which].prod(1)
     parts = torch.vmap(decompose, in_dims=(None, 0))(logits, pairs[which])
-    assert weights.sum().item() == pytest.approx(1)
-    mi, tc = enumerated_parts(logits)
+    mixture, factors = joint.mean(0), torch.outer(*q.mean(0)).flatten()
+    mi, tc = (joint * (joint / mixture).log()).sum(1).mean(), (mixture * (mixture / factors).log()).sum()
     assert tc > 0.01 and mi > 0.1
-    assert (weights @ parts["mi"].double()).item() == pytest.approx(mi, abs=1e-5)
-    assert (weights @ parts["tc"].double()).item() == pytest.approx(tc, abs=1e-5)
-
-
-def certain(codes, size):
-    """Logits (B, N, K) of a posterior that is sure of codes (B, N)."""
-    return 1e4 * F.one_hot(codes, size).float()
+    for name, wanted in (("mi", mi), ("tc", tc)):
+        assert (weights @ parts[name].double()).item() == pytest.approx(wanted.item(), abs=1e-5)
 
 
 def test_positive_clips_what_chance_made_negative():
@@ -597,12 +527,12 @@ def test_positive_clips_what_chance_made_negative():
 
 
 def test_usage_kl_asks_for_even_use_and_nothing_else():
-    """0 where the mean is uniform, be the posteriors sure or vague; ln K where one code serves for everything."""
-    for logits, nats in ((torch.zeros(4, 2, 8), 0), (certain(torch.arange(8).view(4, 2), 8), 0),
-                         (certain(torch.full((4, 2), 3), 8), math.log(8)),
-                         (certain(torch.tensor([[0, 1], [1, 0]]), 8), math.log(4))):
+    """0 where the mean is uniform, be the posteriors sure or vague; ln K where one code serves for everything; of all
+    positions together, unlike DWKL."""
+    for codes, nats in (([[0, 1], [2, 3]], 0), ([[3, 3], [3, 3]], math.log(4)), ([[0, 1], [0, 1]], math.log(2))):
+        logits = 1e4 * F.one_hot(torch.tensor(codes), 4)
         assert usage_kl(logits).shape == () and usage_kl(logits).item() == pytest.approx(nats, abs=1e-6)
-    logits = normal(4, 2, 8)  # all of one codebook: positions are pooled, unlike in DWKL
+    logits = normal(4, 2, 8)
     p = torch.softmax(logits, -1).mean((0, 1))
     assert usage_kl(logits).item() == pytest.approx((p * (p * 8).log()).sum().item(), abs=1e-6)
 
@@ -643,13 +573,10 @@ def test_nmi_matrix_by_brute_force():
         information, h, k = mutual_information(codes[:, i], codes[:, j], 6, 6)
         brute[i, j] = information / math.sqrt(h * k) if h * k > 0 else 0
     found, floor = nmi_matrix(codes, seeded(1))
-    assert torch.equal(torch.get_rng_state(), before)
     close(found, brute)
-    assert found.dtype == torch.float64 and torch.equal(found, found.T) and torch.equal(floor, floor.T)
-    for matrix in (found, floor):
-        close(matrix.diagonal(), torch.tensor([1, 1, 0, 1, 1], dtype=torch.float64))
-        assert matrix[2].abs().max() < 1e-6 and matrix.min() >= 0
-    assert floor[0, 1] < 0.4 and 0.2 < found[0, 4] < 0.9
+    assert torch.equal(torch.get_rng_state(), before) and 0.2 < found[0, 4] < 0.9
+    close(floor.diagonal(), torch.tensor([1, 1, 0, 1, 1], dtype=torch.float64))
+    assert floor[2].abs().max() < 1e-6 and floor.min() >= 0 and floor[0, 1] < 0.4 and torch.equal(floor, floor.T)
     again, other = (nmi_matrix(codes, seeded(s))[1] for s in (1, 2))
     assert torch.equal(floor, again) and not torch.equal(floor, other)
 
@@ -657,15 +584,10 @@ def test_nmi_matrix_by_brute_force():
 def test_information_gap_in_numbers():
     """Best and gap are I / H(factor) of the first and the second position, by hand; one position has no second."""
     factor = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
-    codes = torch.stack([factor // 2, torch.zeros(8, dtype=torch.int64), factor], 1)
-    best, gap, position, floor = information_gaps(codes, 4, {"f": factor}, seeded())["f"]
-    assert (best, gap, position) == (pytest.approx(1), pytest.approx(0.5), 2) and 0 < floor < 1
-    assert information_gaps(codes[:, :1], 4, {"f": factor}, seeded())["f"][:3] == (
-        pytest.approx(0.5), pytest.approx(0.5), 0)
-    assert information_gaps(factor[:, None].repeat(1, 2), 4, {"f": factor}, seeded())["f"][:2] == (
-        pytest.approx(1), pytest.approx(0))
-    finer = torch.arange(8)  # a position that says more than the factor says all of it
-    assert information_gaps(finer[:, None], 8, {"f": factor // 2}, seeded())["f"][0] == pytest.approx(1)
+    codes, finer = torch.stack([factor // 2, torch.zeros(8, dtype=torch.int64), factor], 1), torch.arange(8)[:, None]
+    for some, wanted in ((codes, (1, 0.5)), (codes[:, :1], (0.5, 0.5)), (codes[:, [2, 2]], (1, 0)), (finer, (1, 1))):
+        assert information_gaps(some, 8, {"f": factor}, seeded())["f"][:2] == pytest.approx(wanted)
+    assert 0 < information_gaps(codes, 4, {"f": factor}, seeded())["f"][2] < 1
 
 
 def test_undefined_and_constant_factors():
@@ -674,17 +596,17 @@ def test_undefined_and_constant_factors():
     even = torch.arange(600) % 2 == 0
     partly = torch.where(even, codes[:, 0], -1)
     codes[~even] = torch.randint(4, (300, 2), generator=seeded(1))
-    found = information_gaps(codes, 4, {"partly": partly, "constant": torch.full((600,), 5), "one": torch.where(
-        even, 2, -1), "never": torch.full((600,), -1), "once": torch.arange(600) - 599}, seeded(2))
+    found = information_gaps(codes, 4, {"partly": partly, "constant": torch.where(even, 2, -1), "never": torch.full(
+        (600,), -1), "once": torch.arange(600) - 599}, seeded(2))
     assert list(found) == ["partly"]
     assert found["partly"] == information_gaps(codes[even], 4, {"partly": partly[even]}, seeded(2))["partly"]
-    assert found["partly"][0] == pytest.approx(1) and found["partly"][2] == 0 < found["partly"][3] < 0.1
+    assert found["partly"][0] == pytest.approx(1) and 0 < found["partly"][2] < 0.1
 
 
 def test_tables(in_process, monkeypatch):
     """ReinMax is without bias on the first two functions; with the own input left out TC goes below 0."""
-    monkeypatch.setattr(discrete, "gradient_error", lambda *given, **how: gradient_error(*given, draws=500, **how))
-    monkeypatch.setattr(discrete, "range", lambda draws: range(10), raising=False)
+    monkeypatch.setattr(discrete, "gradient_error", lambda *given, **how: gradient_error(*given, draws=100, **how))
+    monkeypatch.setattr(discrete, "range", lambda draws: range(3), raising=False)
     gradients, parts = ([[cell.strip() for cell in line.strip("|").split("|")] for line in in_process(
         discrete, which)[1].splitlines() if line.startswith("|")][2:] for which in ("gradients", "decomposition"))
     bias = {(row[0], row[1]): [float(cell.split(",")[0]) for cell in row[2:]] for row in gradients}
@@ -693,9 +615,4 @@ def test_tables(in_process, monkeypatch):
         code_mi, mi, tc, residual, left_out = (float(cell.split()[0]) for cell in row[1:])
         assert abs(residual) < 1e-4 * code_mi and left_out < tc and code_mi == pytest.approx(mi + tc, rel=2e-3)
     assert len(parts) == 3 and float(parts[0][5].split()[0]) < 0 and float(parts[2][5].split()[0]) < -10
-
-
-
-@pytest.mark.parametrize("words", [[], ["gradient"], ["gradients", "decomposition"]])
-def test_other_words_are_an_error_of_one_line(words, in_process):
-    assert in_process(discrete, *words) == (2, "", "error: which table? gradients or decomposition\n")
+    assert in_process(discrete, "gradient") == (2, "", "error: which table? gradients or decomposition\n")
