@@ -205,11 +205,8 @@ def check(settings):
 # --- Schedules: pure functions of the step, or with max_seconds of the share of the time ---
 
 def ramp(step, steps, first, last, shape="cosine"):
-    """From `first` at step 0 to `last` at `steps` and after, by half a cosine or a line.
-
-    Half a cosine as in DALL-E (Ramesh et al. 2021, appendix A.2), not the quarter that is often copied for it: that has
-    gone 29 % of the way at half time, not 50 %.
-    """
+    """From `first` at step 0 to `last` at `steps` and after, by a line or by half a cosine, as in DALL-E (Ramesh et al.
+    2021, appendix A.2), not the quarter that is often copied for it."""
     part = min(1.0, step / steps) if steps else 1.0
     return first + (last - first) * (part if shape == "linear" else (1 - math.cos(math.pi * part)) / 2)
 
@@ -253,10 +250,8 @@ def objective(model, found, tokens, shapes, now, mean_cells):
 
     found: what the codebook made of the grids; now: what `scheduled` says of this step. mean_cells: cells per grid of
     the whole step, of which this batch may be one pass of several; the mean over passes is then that of one pass over
-    all of their grids, but for terms that compare the grids of a batch: usage, MI, TC and DWKL. The
-    usage term counts once for each learned code. loss_scale "token" divides by the cells per grid, as DALL-E's loss is
-    divided by the 256 x 256 x 3 values of an image. DALL-E's KL weight of 6.6 does not transfer: there 13 bits stand
-    for 64 pixels of 24 bits each, here a code could cost more than all that it can tell.
+    all of their grids, but for usage, MI, TC and DWKL. The usage term counts once for each learned code. loss_scale
+    "token" divides by the cells per grid, as DALL-E's loss by the values of an image.
     """
     nats, right = model.nats(found.e, tokens, shapes)
     parts = {"nats": nats.mean().detach(), "exact": right.float().mean()}
@@ -294,13 +289,13 @@ def warn_of_passes():
 
 
 def revive(codebook, loop, outputs, chosen, generator):
-    """Counts which codes a step has chosen, a list of (M,); every reset_interval steps, in a share of all, those codes
-    that nothing chose become some of its encoder outputs, a list of (M, D)."""
-    loop["chosen"] += torch.cat(chosen).bincount(minlength=codebook_size)
+    """Counts which codes a step has chosen, (M,); every reset_interval steps, in a share of all, those codes that
+    nothing chose become some of its encoder outputs (M, D)."""
+    loop["chosen"] += chosen.bincount(minlength=codebook_size)
     if reset_interval and estimator != "fsq" and loop["step"] % reset_interval == 0:
         if loop["step"] <= reset_fraction * steps_of(loop["step"] - 1, loop["seconds"]):  # its own come later
             dead = loop["chosen"] == 0
-            codebook.revive(dead, torch.cat(outputs), generator)
+            codebook.revive(dead, outputs, generator)
             loop["revived"] = loop.get("revived", 0) + int(dead.sum())
         loop["chosen"].zero_()
 
@@ -363,7 +358,6 @@ def evaluate(model, canvas, grids, autocast, now, count=None):
         shape_accuracy=same_shape.double().mean().item(), nats=found["nats"].double().mean().item(),
         loss=found["nats"].double().sum().item() / inside.sum().item(), bits=n_codes * math.log2(codebook_size),
         grids=len(tokens), **code_statistics(found["codes"][:, model.config.n_shape_codes:], codebook_size))
-    numbers["dead_codes"] = numbers.pop("dead")
     numbers["code_bits"] = code_statistics(found["codes"], codebook_size)["code_bits"]
     if "kl" in found:
         numbers["kl"] = found["kl"].double().mean().item()
@@ -585,8 +579,9 @@ def main():
                 outputs.append(found.z.detach().flatten(0, 1))
                 chosen.append(found.codes.flatten())
             row["grad_norm"] = optim.take_step(opt, scaler, model.parameters(), grad_clip, ema)
+            outputs, chosen = torch.cat(outputs), torch.cat(chosen)
             if estimator == "vq":
-                model.codebook.follow(torch.cat(outputs), torch.cat(chosen))
+                model.codebook.follow(outputs, chosen)
             clock.lap("optimiser")
             if kl_target is not None:                        # the same tensor also goes to the log
                 loop["kl_weight"] = next_kl_weight(loop["kl_weight"], float(row["kl"]))

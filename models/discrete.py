@@ -183,8 +183,6 @@ class Codebook(nn.Module):
         and only those at least so far away: where most outputs are alike an even draw hardly ever meets a rare one.
         Returns how many there were."""
         n = int(where.sum())
-        if not n:
-            return 0
         if least is None or n == len(where):
             rows = torch.randint(len(z), (n,), generator=generator)
         else:
@@ -348,13 +346,13 @@ def usage_kl(logits):
 # --- Monitors, over the whole evaluation set ---
 
 def code_statistics(codes, size):
-    """codes (M, N) int64 of a whole set -> dict: usage (share of the codebook that was ever chosen), dead (how many
-    never), perplexity (exp of the pooled entropy), code_bits (sum over the positions of their entropies, bits)."""
+    """codes (M, N) int64 of a whole set -> dict: usage (share of the codebook that was ever chosen), dead_codes (how
+    many never), perplexity (exp of the pooled entropy), code_bits (sum over the positions of their entropies, bits)."""
     M, N = codes.shape
     counts = (codes + torch.arange(N, device=codes.device) * size).flatten().bincount(minlength=N * size).view(N, size)
     pooled = counts.sum(0).double()
     alive = (pooled > 0).sum().item()
-    return dict(usage=alive / size, dead=size - alive, perplexity=entropy(pooled / pooled.sum()).exp().item(),
+    return dict(usage=alive / size, dead_codes=size - alive, perplexity=entropy(pooled / pooled.sum()).exp().item(),
                 code_bits=(entropy(counts.double() / M).sum() / math.log(2)).item())
 
 

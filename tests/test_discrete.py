@@ -548,7 +548,7 @@ def test_code_statistics_of_codes_made_by_hand():
             (torch.tensor([[0, 3], [1, 3], [2, 3], [2, 3]]), 4, 1, 0, [1 / 8, 1 / 8, 2 / 8, 4 / 8], 1.5),
             (torch.cartesian_prod(*[torch.arange(16)] * 3), 16, 1, 0, [1 / 16] * 16, 12)):
         found = code_statistics(codes, size)
-        assert (found["usage"], found["dead"]) == (usage, dead)
+        assert (found["usage"], found["dead_codes"]) == (usage, dead)
         assert found["perplexity"] == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)))
         assert found["code_bits"] == pytest.approx(bits, abs=1e-12)
 
