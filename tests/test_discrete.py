@@ -140,32 +140,13 @@ FUNCTIONS = {"linear": lambda y: y @ A, "quadratic": lambda y: ((y @ M) * y).sum
              "cubic": lambda y: (y @ A) ** 3 + y @ A}
 
 
-def enumerated(estimate, function, logits):
-    """Mean, spread and exact value of the gradient of E f: one backward pass for each of the K one-hot vectors."""
-    p, eye = torch.softmax(logits.detach(), 0), torch.eye(len(logits), dtype=torch.float64)
-    each = [torch.autograd.grad(function(estimate(logits, z)), logits)[0] for z in eye]
-    mean = sum(w * g for w, g in zip(p, each))
-    spread = sum(w * (g - mean).square().sum() for w, g in zip(p, each)).sqrt()
-    exact = torch.autograd.grad(sum(w * function(z) for w, z in zip(torch.softmax(logits, 0), eye)), logits)[0]
-    return mean, spread, exact
-
-
-@pytest.mark.parametrize("tau", [1.0, 1.5])
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_gradient_error_agrees_with_enumeration(name, tau):
-    """Bias and spread over the exact length of the two estimators that need no draws. At tau 1 ReinMax is exact in the
-    mean up to quadratic functions, straight-through on the linear one only."""
-    logits, bias = normal(6, seed=10, dtype=torch.float64).requires_grad_(), {}
-    for kind, estimate in (("reinmax", lambda l, z: reinmax(l, z, tau)), ("straight_through", lambda l, z:
-                           straight_through(z, torch.softmax(l / tau, -1)))):
-        mean, spread, exact = enumerated(estimate, FUNCTIONS[name], logits)
-        bias[kind], found = gradient_error(kind, FUNCTIONS[name], logits.detach(), tau)
-        assert bias[kind] == pytest.approx(((mean - exact).norm() / exact.norm()).item(), abs=1e-12)
-        assert found == pytest.approx((spread / exact.norm()).item(), abs=1e-12)
-    if tau == 1:
-        assert [bias["reinmax"] < 1e-12, bias["straight_through"] < 1e-12] == {
-            "linear": [True, True], "quadratic": [True, False], "cubic": [False, False]}[name]
-        assert max(bias.values()) < 1e-12 or max(bias.values()) > 0.01
+@pytest.mark.parametrize("name, exact", [("linear", ["reinmax", "straight_through"]), ("quadratic", ["reinmax"]),
+                                         ("cubic", [])])
+def test_reinmax_is_exact_up_to_the_second_degree(name, exact):
+    """In the mean, at tau 1; straight-through on the linear function only."""
+    for kind, tau in itertools.product(("reinmax", "straight_through"), (1.0, 1.5)):
+        bias, _ = gradient_error(kind, FUNCTIONS[name], normal(6, seed=10), tau)
+        assert bias < 1e-12 if tau == 1 and kind in exact else bias > 0.01
 
 
 @pytest.mark.parametrize("kind, tau", [("gumbel_soft", 2.0), ("gumbel_hard", 0.125)])
@@ -202,34 +183,26 @@ def test_cosine_logits_are_a_bounded_cosine():
 
 
 @SIMILARITIES
-def test_table_look_up_and_mode(similarity):
-    """Codes of length 1 under cosine, under dot as they are, and logits z . e; without an estimator the likeliest code,
-    and no generator is asked."""
-    book, z, before = codebook(similarity=similarity), 3 * normal(3, 4, 8), torch.get_rng_state()
+def test_codebook(similarity):
+    """Codes of length 1 under cosine, under dot as they are, and logits z . e. Without an estimator the likeliest code,
+    and no generator is asked; with one y and codes are those of `choose` on the logits with all its settings, and e is
+    y @ table; z and codes learn."""
+    book, z, before = codebook(similarity=similarity), (3 * normal(3, 4, 8)).requires_grad_(), torch.get_rng_state()
     with torch.no_grad():
         book.codes.mul_(torch.linspace(0.1, 5, 16)[:, None])
     close(book.table(), KNOWN[similarity](book.codes))
     close(book.norms(), book.codes.norm(dim=1))
     assert similarity == "cosine" or torch.equal(book.logits(z), z @ book.codes.T)
-    found = book(z)
+    found, how = book(z), dict(tau=1.5, noise=0.7, hardness=0.6)
     assert torch.equal(torch.get_rng_state(), before) and torch.equal(found.codes, book.logits(z).argmax(-1))
     close(found.e, book.table()[found.codes])
     assert found.y is None and found.loss == 0 and torch.equal(found.z, z)
-    close(found.logits, book.logits(z))
-
-
-@SIMILARITIES
-def test_codebook_with_an_estimator(similarity):
-    """y and codes are those of `choose` on its logits with all its settings, e is y @ table; z and codes learn."""
-    book, z = codebook(similarity=similarity), normal(3, 4, 8).requires_grad_()
-    how = dict(tau=1.5, noise=0.7, hardness=0.6)
-    found = book(z, "gumbel_hard", generator=seeded(1), **how)
+    drawn = book(z, "gumbel_hard", generator=seeded(1), **how)
     y, codes = choose(book.logits(z), "gumbel_hard", generator=seeded(1), **how)
-    assert torch.equal(found.codes, codes) and found.codes.shape == (3, 4) and found.loss == 0
-    close(found.y, y)
-    close(found.e, y @ book.table())
-    close(found.logits, book.logits(z))
-    (found.e * normal(3, 4, 8, seed=1)).sum().backward()
+    assert torch.equal(drawn.codes, codes) and codes.shape == (3, 4) and drawn.loss == 0
+    for one, other in ((drawn.y, y), (drawn.e, y @ book.table()), (found.logits, book.logits(z))):
+        close(one, other)
+    (drawn.e * normal(3, 4, 8, seed=1)).sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in (z, *book.parameters()))
 
 
@@ -248,13 +221,12 @@ def test_codebooks_compute_in_float32_under_autocast(kind):
             assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
-@pytest.mark.parametrize("init", ["normal", "uniform", "kmeans"])
+@pytest.mark.parametrize("init", ["normal", "uniform"])
 @pytest.mark.parametrize("kind", [Codebook, VQ])
 def test_codes_start_with_length_1(kind, init):
     """About 1 in the mean square for every init; a uniform one keeps within its bounds, and fills them."""
     book = codebook(kind, 400, 64, similarity="dot", init=init)
-    assert abs(book.codes.square().sum(1).mean().item() - 1) < 0.02
-    assert abs(book.codes.mean().item()) < 0.005 and abs(book.norms().mean().item() - 1) < 0.02
+    assert abs(book.codes.square().sum(1).mean().item() - 1) < 0.02 and abs(book.codes.mean().item()) < 0.005
     largest = book.codes.abs().max().item() * 8
     assert 0.99 * math.sqrt(3) < largest < math.sqrt(3) + 1e-6 if init == "uniform" else largest > 3
 
@@ -386,20 +358,15 @@ def test_a_code_that_nothing_chooses_stays_where_it_is(similarity):
 
 def test_revived_vq_codes_begin_anew():
     """Counts 1 and sums the code, so that it stays alive for a while; the others' means go on. So do fitted ones."""
-    book, fitted, z = codebook(VQ), codebook(VQ, 3, init="kmeans"), normal(5, 7, 8)
-    for _ in range(3):
-        book.follow(z, book(z, "vq").codes)
+    book, fitted, z = codebook(VQ), codebook(VQ, 3, init="kmeans"), normal(35, 8)
+    book.follow(z, book(z, "vq").codes)
+    fitted.follow(z, torch.zeros(35, dtype=torch.int64))
     before, dead = {name: value.clone() for name, value in book.state_dict().items()}, torch.arange(16) < 3
-    book.revive(dead, z.flatten(0, 1), seeded(1))
+    book.revive(dead, z, seeded(1))
+    fitted.fit(z, seeded())
     assert all(torch.equal(value[~dead], before[name][~dead]) for name, value in book.state_dict().items())
-    assert not torch.equal(book.codes[dead], before["codes"][dead])
-    fitted.follow(z, torch.zeros(5, 7, dtype=torch.int64))
-    fitted.fit(z.flatten(0, 1), seeded())
     for new, which in ((book, dead), (fitted, slice(None))):
         assert (new.counts[which] == 1).all() and torch.equal(new.sums[which], new.codes[which])
-    after = book.codes[dead].clone()
-    book.follow(z.flatten(0, 1)[:1], torch.tensor([15]))
-    close(book.codes[dead], after)
 
 
 # --- FSQ ---
