@@ -412,7 +412,6 @@ class Canvas:
         return torch.where(_inside(shapes, self.max_side), tokens, OUTSIDE).to(torch.uint8)
 
 
-
 def _inside(shapes, side):
     """(B, 2) -> (B, S, S) bool: which places of the canvas are cells."""
     place = torch.arange(side, device=shapes.device)
