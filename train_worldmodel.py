@@ -219,8 +219,7 @@ architecture = {
     "frame": ("tokens", "frame_layers", "frame_embd"),
 }
 
-
-PACE = {}                                                     # stage: see `shares_of`
+PACE = {}                  # stage: the steps that its shares are of, its own or as many as max_seconds bring it to
 
 
 # --- Settings ---
@@ -261,10 +260,11 @@ def check(settings):
 
 def check_sizes(settings, video):
     """UserError where the data does not fit the settings, or the machine what they ask for."""
+    rows, columns = video.height // patch, video.width // patch
     if video.height % patch or video.width % patch:
         raise UserError(f"patch {patch} does not divide frames of {video.height} x {video.width}")
-    if (video.height // patch) % pack or (video.width // patch) % pack:
-        raise UserError(f"pack {pack} does not divide {video.height // patch} x {video.width // patch} tokens")
+    if rows % pack or columns % pack:
+        raise UserError(f"pack {pack} does not divide {rows} x {columns} tokens")
     if (action_decoder == "warp" or draft) and video.palette is not None:
         raise UserError(f"action_decoder warp and draft are for a camera's colours: those of {dataset} are a palette's")
     if action_source == "true" and not video.n_actions:
@@ -290,21 +290,18 @@ def steps_of(name, settings=None):
     return settings[STAGES[name].steps] if settings["max_steps"] is None else settings["max_steps"]
 
 
-def is_over(name, loop):
-    """Whether a stage whose training stands at `loop` ends there: it has its steps, or patience or time is at an end.
-    """
-    tired = patience is not None and loop["waited"] >= patience
-    return loop["step"] >= steps_of(name) or tired or out_of_time(loop)
-
-
 def out_of_time(loop):
     """Whether a stage whose training stands at `loop` has had its max_seconds."""
-    limit = globals().get("max_seconds")
-    return limit is not None and loop["seconds"] >= limit
+    return loop["seconds"] >= (globals().get("max_seconds") or math.inf)
+
+
+def is_over(name, loop):
+    """Whether a stage whose training stands at `loop` ends there: its steps, patience or time are at an end."""
+    return loop["step"] >= steps_of(name) or loop["waited"] >= (patience or math.inf) or out_of_time(loop)
 
 
 def shares_of(name):
-    """Steps that a stage's shares are of: its own, or as many as max_seconds will bring it to."""
+    """Steps that a stage's shares are of."""
     return PACE.get(name) or steps_of(name)
 
 
@@ -313,11 +310,40 @@ def falling(step, steps, first, fraction):
     return first * max(0.0, 1 - step / (fraction * steps)) if steps else 0.0
 
 
-# --- Losses: what a pass reads of clips index (B,), and what it makes of that ---
+def packed():
+    """Whether the dynamics' ends are those of a camera's frames."""
+    return token_input == "digits" or pack > 1 or draft
+
+
+def generation():
+    """How the dynamics generate, but for chance."""
+    return dict(window=window, steps=decode_steps)
+
+
+def sizes(video):
+    """Height, width, pixels of a patch's side, colours of the palette (None: RGB)."""
+    return video.height, video.width, patch, None if video.palette is None else len(video.palette)
+
+
+def token_sizes(video):
+    """Rows and columns of a frame's tokens, and how many tokens there are to choose from."""
+    if tokens == "cells":
+        return (side, side), 8 if facing else 4
+    return (video.height // patch, video.width // patch), codebook_size
+
+
+# --- Each stage: its untrained model, what a pass reads of clips index (B,), what it makes of that ---
 #
 # A `read_` returns a batch, whose last entry is what each target weighs, and a `_loss` (the mean by these weights, what
 # a codebook chose: a Quantised, or None). A step does not depend on how its grad_accum passes divide it: its loss is a
 # sum over all of them over the sum of their weights, and the masks `hidden` are drawn for all its clips at once.
+
+def build_tokenizer(video):
+    if tokenizer == "conv":
+        return ConvTokenizer(*sizes(video), codebook_size, code_dim, tokenizer_layers, tokenizer_embd, quantiser)
+    return Tokenizer(*sizes(video), codebook_size, code_dim, tokenizer_layers, n_head, tokenizer_embd, tokenizer,
+                     quantiser, tokenizer_frames)
+
 
 def read_tokenizer(reader, index, step, hidden=None):
     """(frames, palette indices, weight (B, T, H, W)): pixels that differ between frames of a clip weigh more."""
@@ -331,6 +357,15 @@ def tokenizer_loss(model, batch):
     frames, indices, weight = batch
     written, found = model(frames)
     return pixel_loss(written, frames, indices, weight), found
+
+
+def build_actions(video):
+    """Over pixels or over tokens."""
+    how = history, n_codes, action_embd, action_layers, action_model, action_quantiser, n_head, difference
+    if action_frames == "pixels":
+        return ActionModel(*sizes(video), *how, past=action_past, decoder=action_decoder)
+    grid, K = token_sizes(video)
+    return ActionModel(*grid, 1, K, *how, channels=K, past=action_past)
 
 
 def read_actions(reader, index, step, hidden=None):
@@ -357,6 +392,17 @@ def actions_loss(model, batch):
         written, found = model(frames, soft=soft)
         written = written[:, None]
     return pixel_loss(written, frames[:, -weight.size(1):], targets, weight), found
+
+
+def build_dynamics(video):
+    n_actions = n_codes if action_source == "latent" else video.n_actions
+    how, block_size = (*token_sizes(video), n_actions, dynamics_layers, n_head, dynamics_embd), max(16, context)
+    if dynamics == "causal":
+        return CausalDynamics(*how, block_size)
+    if packed():
+        codebook = FSQ(codebook_size) if token_input == "digits" else None
+        return PackedDynamics(*how, action_input, block_size, pack, codebook, draft)
+    return Dynamics(*how, action_input, block_size)
 
 
 def first_target():
@@ -396,14 +442,11 @@ def dynamics_loss(model, batch):
     frames but the first two are targets, each seeing the true frames before it; else the last."""
     truth, acts, hidden, before, weight = batch
     T, first, how = truth.size(1), first_target(), {} if before is None else dict(before=before)
-    if dynamics == "causal":
-        logits = model(truth, acts, window=window)[:, first:]
-    elif streams:
-        corrupted = truth.masked_fill(hidden, model.mask)
-        both = torch.cat((truth[:, :-1], corrupted[:, first:]), 1), torch.cat((acts[:, :-1], acts[:, first:]), 1)
-        logits = model(*both, window=window, streams=(T - 1, first), **how)[:, T - 1:]
-    else:
-        logits = model(truth.masked_fill(hidden, model.mask), acts, window=window, **how)[:, first:]
+    seen = truth if dynamics == "causal" else truth.masked_fill(hidden, model.mask)
+    if streams and dynamics == "maskgit":
+        how |= dict(streams=(T - 1, first))
+        seen, acts = torch.cat((truth[:, :-1], seen[:, first:]), 1), torch.cat((acts[:, :-1], acts[:, first:]), 1)
+    logits = model(seen, acts, window=window, **how)[:, first - T:]               # of the targets, which are the last
     nats = cross_entropy(logits.flatten(0, 2), truth[:, first:].flatten())
     return (nats * weight.flatten()).sum() / weight.sum().clamp(min=1), None
 
@@ -438,7 +481,7 @@ def frame_loss(model, batch):
     return cross_entropy(logits[hidden], truth[hidden], reduction="mean"), None
 
 
-# --- The stages ---
+# --- The table of stages ---
 
 @dataclass
 class Stage:
@@ -459,60 +502,9 @@ class Stage:
     commitment: float = 1.0                 # weight of the loss that the Quantised has itself
 
 
-def sizes(video):
-    """Height, width, pixels of a patch's side, colours of the palette (None: RGB)."""
-    return video.height, video.width, patch, None if video.palette is None else len(video.palette)
-
-
-def token_sizes(video):
-    """Rows and columns of a frame's tokens, and how many tokens there are to choose from."""
-    if tokens == "cells":
-        return (side, side), 8 if facing else 4
-    return (video.height // patch, video.width // patch), codebook_size
-
-
-def build_actions(video):
-    """An untrained action model, over pixels or over tokens."""
-    how = history, n_codes, action_embd, action_layers, action_model, action_quantiser, n_head, difference
-    if action_frames == "pixels":
-        return ActionModel(*sizes(video), *how, past=action_past, decoder=action_decoder)
-    grid, K = token_sizes(video)
-    return ActionModel(*grid, 1, K, *how, channels=K, past=action_past)
-
-
-def build_tokenizer(video):
-    """An untrained tokenizer of either kind."""
-    if tokenizer == "conv":
-        return ConvTokenizer(*sizes(video), codebook_size, code_dim, tokenizer_layers, tokenizer_embd, quantiser)
-    return Tokenizer(*sizes(video), codebook_size, code_dim, tokenizer_layers, n_head, tokenizer_embd, tokenizer,
-                     quantiser, tokenizer_frames)
-
-
-def packed():
-    """Whether the dynamics' ends are those of a camera's frames."""
-    return token_input == "digits" or pack > 1 or draft
-
-
-def build_dynamics(video):
-    """Untrained dynamics of either kind."""
-    n_actions = n_codes if action_source == "latent" else video.n_actions
-    how = *token_sizes(video), n_actions, dynamics_layers, n_head, dynamics_embd
-    if dynamics == "causal":
-        return CausalDynamics(*how, max(16, context))
-    if packed():
-        codebook = FSQ(codebook_size) if token_input == "digits" else None
-        return PackedDynamics(*how, action_input, max(16, context), pack, codebook, draft)
-    return Dynamics(*how, action_input, max(16, context))
-
-
 def reads_tokens():
     """The stage by which frames become tokens, if there is one."""
     return ("tokenizer",) * (tokens == "tokenizer")
-
-
-def generation():
-    """How the dynamics generate, but for chance."""
-    return dict(window=window, steps=decode_steps)
 
 
 STAGES = {
@@ -539,8 +531,7 @@ STAGES = {
         shown="tokens changed agent ball frame copy", hide=hide_in_clips,
         needs=lambda: reads_tokens() + ("actions",) * (action_source == "latent")),
     "text": Stage(
-        lambda video: Writer(caption_length(side), text_layers, n_head, text_embd),
-        read_text, text_loss,
+        lambda video: Writer(caption_length(side), text_layers, n_head, text_embd), read_text, text_loss,
         lambda model, val: measures.evaluate_text(model, val, eval_clips),
         lambda model, val: model.write(8, generator=torch.Generator().manual_seed(0)),
         steps="text_steps", batch="text_batch", frames=lambda: 1, shown="perplexity valid different",
@@ -565,7 +556,71 @@ def build(name, video, models=None):
     return model
 
 
-# --- Training a stage ---
+def in_words(name, numbers):
+    """The line of a validation."""
+    return measures.in_line({key: numbers[key] for key in ("loss", *STAGES[name].shown.split()) if key in numbers})
+
+
+def plan(checkpoint, done, ended, video, only_read):
+    """(stages to train now, in order; {stage: what it goes on from, its end or the checkpoint}; those that begin anew),
+    or UserError.
+
+    done, ended: of the checkpoint, see `World`. A stage that has learned from one that goes on begins anew.
+    """
+    words = ("text", "frame") if video.cell_px else ()       # where the data has any
+    if stage in ("text", "frame") and not words:
+        raise UserError(f"stage {stage} learns captions of grid worlds: {dataset} has none")
+    everything = "dynamics", *STAGES["dynamics"].needs(), *words
+    wanted = [name for name in STAGES if name in (everything if stage == "all" else (stage,))]
+    longer, anew, begun = [], [], checkpoint and checkpoint["stage"]
+    if checkpoint and not only_read:
+        longer = [name for name in wanted if name in done and name in ended and not is_over(name, ended[name]["loop"])]
+        anew = [name for name in STAGES if name in (*done, begun) and set(STAGES[name].needs()) & set(longer)]
+        longer = [name for name in longer if name not in anew]
+        for name in anew:
+            read = " and ".join(other for other in STAGES[name].needs() if other in longer)
+            if name not in wanted:
+                raise UserError(f"stage {name} has learned from stage {read} as it is, which would go on: --stage all "
+                                f"begins {name} anew, or leave {read} its steps")
+            print(f"stage {name} begins anew: it has learned from stage {read}, which goes on")
+        for name in wanted:
+            if name in done and name not in ended and steps_of(name) > steps_of(
+                    name, globals() | checkpoint["settings"]):
+                print(f"stage {name} stays as it is: {checkpoint.path} holds its best weights only, from which no more "
+                      "steps follow")
+    left = [name for name in wanted if name not in done or name in (*longer, *anew)]
+    was = {name: ended[name] for name in longer}
+    if checkpoint and begun not in (*longer, *anew):
+        left.sort(key=lambda name: name != begun)             # what was begun is ended first
+        if begun in left:
+            was[begun] = checkpoint
+    for name in left:
+        missing = [other for other in STAGES[name].needs() if other not in done and other not in wanted]
+        if missing:
+            raise UserError(f"stage {name} reads what stage {missing[0]} learns: --stage {missing[0]} first, then "
+                            f"--resume --stage {name}; or --stage all")
+    if checkpoint and begun not in done and begun not in left:
+        raise UserError(f"this run is in the middle of stage {begun}: --resume --stage {begun} ends it first")
+    return left, was, anew
+
+
+def check_left(left):
+    """Settings by which a stage to train would have nothing to learn: UserError."""
+    signs, rows = "actions" in left and action_quantiser == "signs", batch_size
+    if signs and rows * (1 if action_model == "conv" else history) < 3:
+        raise UserError(f"batch_size {rows}: signs are normalised over a pass's codes, of which there must be 3: "
+                        "of two each is 1 or -1 whatever was seen; --action_quantiser vq takes any")
+    if "tokenizer" in left and quantiser == "vq" and code_dim == 1:
+        raise UserError("code_dim 1: vq compares unit vectors, and of one number they are 1 and -1, without a "
+                        "gradient: 2 or more, or --quantiser fsq")
+    if "dynamics" in left and dynamics == "maskgit" and not mask_rate[1]:
+        raise UserError("mask_rate 0,0 hides no token: the dynamics would have nothing to learn")
+    if signs and grad_accum > 1:
+        print(f"signs are normalised over the {rows} clips of each pass: grad_accum {grad_accum} is not one pass over "
+              f"{rows * grad_accum}")
+
+
+# --- A stage in training ---
 
 @dataclass
 class World:
@@ -580,21 +635,6 @@ class World:
     total: int      # optimiser steps of all stages so far
     precision: torch.dtype
     autocast: torch.autocast
-
-    def forget(self, names):
-        """These stages are not finished."""
-        for kept in (self.models, self.done, self.ended, self.figures):
-            for name in names:
-                kept.pop(name, None)
-
-
-def on_cpu(value):
-    """A copy of nested dicts and lists of tensors and plain values, on the CPU."""
-    if isinstance(value, dict):
-        return {key: on_cpu(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(on_cpu, value))
-    return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
 
 
 def compiled(model, name):
@@ -619,11 +659,13 @@ def passes_of(name, model, reader, index, step, noise):
 
 
 class Learner:
-    """A stage in training: its model, and all that the rest of its training depends on."""
+    """A stage in training: its model, and all that the rest of its training depends on. parts: what a checkpoint holds
+    of it, by its names there."""
 
     def __init__(self, name, world, settings):
         self.name, self.world, self.stage, where = name, world, STAGES[name], world.train.device
-        self.settings = {**settings, "lr": action_lr if name == "actions" and action_lr else lr}
+        self.settings = {**settings, "lr": action_lr if name == "actions" and action_lr else lr,
+                         "max_steps": steps_of(name)}
         seed_everything(seed, deterministic)
         self.model = build(name, world.video, world.models).to(where)
         self.trained = compiled(self.model, name) if compile else self.model
@@ -638,24 +680,21 @@ class Learner:
                               seconds=0.0, logged_seconds=0.0, clips=0, start=world.total,
                               chosen=torch.zeros(codebook_size, dtype=torch.int64)), self.scaler)
         self.clips = Stream(world.video.train, self.stage.frames(), globals()[self.stage.batch] * grad_accum, data_seed)
-
-    def parts(self):
-        """What a checkpoint holds, by its names there."""
-        return dict(stage=self.name, model=self.model, optimizer=self.opt, ema=self.ema, scaler=self.scaler,
-                    generators=Generators(noise=self.noise, revival=self.revival), loop=self.loop)
+        self.parts = dict(stage=name, model=self.model, optimizer=self.opt, ema=self.ema, scaler=self.scaler,
+                          generators=Generators(noise=self.noise, revival=self.revival), loop=self.loop)
 
     def evaluated(self, place, clock):
         """(figures, weights) of the weights to evaluate, of which samples go to files that begin with `place`."""
-        world = self.world
+        world, model = self.world, self.model.eval()
         clock.start()
         with optim.evaluated(self.opt, self.ema):
             with world.autocast:
-                numbers = self.stage.evaluate(self.model, world.val)
+                numbers = self.stage.evaluate(model, world.val)
             clock.lap("evaluation")
-            weights = copy.deepcopy(self.model.state_dict())
+            weights = copy.deepcopy(model.state_dict())
             with torch.no_grad(), world.autocast, optional("samples are"):
-                save_samples(place, self.stage.draw(self.model.eval(), world.val))
-        self.model.train()
+                save_samples(place, self.stage.draw(model, world.val))
+        model.train()
         return numbers, weights
 
     def step(self, clock):
@@ -698,72 +737,12 @@ class Learner:
             loop["chosen"].zero_()
 
 
-def train_stage(name, world, run, bar, clock, was=None):
-    """Trains a stage to its end, after which it is one of world's, or until the run is to stop. was: what it goes on
-    from, the run's checkpoint or what the stage had ended with."""
-    if name == "dynamics":
-        know_codes(world.train, world.val)
-    learner = Learner(name, world, run.settings)
-    run.track(was, **learner.parts())                         # on resume, goes on where the checkpoint was saved
-    loop, model, limit = learner.loop, learner.model, steps_of(name)
-    patches = (world.video.height // patch) * (world.video.width // patch)
-    clip_tokens = caption_length(side) if name == "text" else learner.stage.frames() * patches
-    print(f"stage {name}: {sum(p.numel() for p in model.parameters()):,} parameters, {limit} steps")
-    first = loop["start"]                                     # steps of the stages before
-    saved = loop["step"] if was and was is run.checkpoint and not run.settings["keep_every"] else None
-    if saved is None:
-        run.save("last.pt", first + loop["step"])
-
-    while not run.stop:
-        # ---- validate and save: before the step, so that a run that stops here does on resume what was due ----
-        step = loop["step"]
-        if (step % eval_interval == 0 or step == limit or out_of_time(loop)) and loop["evaluated"] < step:
-            loop.flush()
-            loop["evaluated"] = step
-            numbers, weights = learner.evaluated(run.dir / "samples" / f"{name}_{step:06d}", clock)
-            run.log(step=first + step, split="val", stage=name, stage_step=step, **numbers)
-            bar.note(f"{name} {step}: {in_words(name, numbers)}")
-            loop["waited"] += 1
-            if numbers["score"] > loop["best"] or loop["best_model"] is None:
-                loop.update(best=numbers["score"], best_step=step, best_model=weights, waited=0)
-                run.save("best.pt", first + step, done={**world.done, name: weights})
-        if saved is None or saved != step and (step % save_interval == 0 or is_over(name, loop)):
-            run.save("last.pt", first + step)
-            saved = step
-        if is_over(name, loop):
-            break
-
-        # ---- one optimiser step ----
-        began = time.perf_counter()
-        planned = {**learner.settings, "max_steps": limit}
-        rate = optim.set_rate(learner.opt, planned, step, loop["seconds"])
-        PACE[name] = optim.horizon(planned, step, loop["seconds"])
-        learner.step(clock)
-
-        # ---- log ----
-        step = loop["step"]
-        rows, elapsed = loop.lap(began, step % log_interval == 0)
-        if rows:
-            line, speed = means(rows), loop["clips"] / elapsed
-            run.log(step=first + step, split="train", stage=name, stage_step=step, **line, lr=rate,
-                    clips_per_s=speed, tokens_per_s=speed * clip_tokens, seconds=loop["seconds"])
-            loop["clips"] = 0
-            bar.update(first + step, f"{name} loss {line['loss']:.4f}")
-
-    # ---- the end ----
-    if not run.stop:
-        finish(learner, run, clock)
-    elif saved != loop["step"]:
-        run.save("last.pt", first + loop["step"])
-
-
 def finish(learner, run, clock):
     """A stage is one of world's: its best weights serve the later ones."""
     name, world, loop = learner.name, learner.world, learner.loop
-    world.ended[name] = on_cpu(run.states("model", "optimizer", "ema", "scaler", "generators", "loop"))
-    del world.ended[name]["loop"]["best_model"]               # which is done[name]
-    world.done[name] = loop["best_model"]
-    learner.model.load_state_dict(loop["best_model"])
+    world.ended[name] = copy.deepcopy(run.states("model", "optimizer", "ema", "scaler", "generators", "loop"))
+    world.done[name] = world.ended[name]["loop"].pop("best_model")
+    learner.model.load_state_dict(world.done[name])
     world.models[name] = learner.model.eval().requires_grad_(False)
     world.total = loop["start"] + loop["step"]
     clock.start()
@@ -772,6 +751,8 @@ def finish(learner, run, clock):
     run.summary(**world.figures[name], **{f"{name}_seconds": loop["seconds"]})
     run.save("last.pt", world.total)                          # with its figures, which are not counted again
 
+
+# --- What a finished stage is worth ---
 
 def know_codes(train, val):
     """What the dynamics are told of latent actions: one code for those that write the same frame."""
@@ -785,19 +766,19 @@ def know_codes(train, val):
 
 def last_figures(name, world, loop):
     """What the summary says of a finished stage: its figures, of actions their floors, of dynamics rollouts."""
-    model, train, val = world.models[name], world.train, world.val
+    model, val = world.models[name], world.val
     with world.autocast:
         numbers = STAGES[name].evaluate(model, val)
     found = {f"{name}_{key}": value for key, value in numbers.items()} | {f"{name}_best_step": loop["best_step"]}
     print(f"{name}: best at step {loop['best_step']}: {in_words(name, numbers)}; {loop['seconds']:.0f} s")
     if name == "actions" and "information" in numbers:
-        beside = floors(model, world.video, train, val)
+        beside = floors(model, world.video, world.train, val)
         found |= {f"actions_{key}": value for key, value in beside.items()}
         print(f"floors: moved or not {numbers['moved_information']:.3f}, " + measures.in_line(beside))
     if name == "tokenizer":
         found["tokenizer_copy_psnr"] = measures.copy_psnr(val, max(2, tokenizer_frames), eval_clips)
     if name == "dynamics":
-        found |= {f"rollout_{key}": value for key, value in tell_rollouts(world).items()} | tell_play(world)
+        found |= tell_dynamics(world)
     found = {key: None if math.isnan(value) else value for key, value in found.items()}
     doubts = measures.doubts(name, found)
     for line in doubts.values():
@@ -818,105 +799,52 @@ def floors(model, video, train, val):
     return found | measures.linear_probe(train, val, history + 1, eval_clips)
 
 
-def tell_rollouts(world):
-    """The figures of the dynamics' rollouts, in print and returned."""
-    numbers = measures.evaluate_rollouts(world.models["dynamics"], world.val, context, rollout_clips,
-                                         temperature=temperature, **generation())
-    if world.val.side is None:
-        numbers |= measures.rollout_floors(world.train, world.val, context, rollout_clips)
+def tell_dynamics(world):
+    """The figures of the dynamics' rollouts, and where it is known what a press should do of playing them, in print and
+    returned."""
+    model, train, val = world.models["dynamics"], world.train, world.val
+    numbers = measures.evaluate_rollouts(model, val, context, rollout_clips, temperature=temperature, **generation())
+    if val.side is None:
+        numbers |= measures.rollout_floors(train, val, context, rollout_clips)
     told = " by the actions inferred from the true frames to come" * (action_source == "latent")
     print(f"rollouts{told}: {measures.in_line(numbers)}")
-    return numbers
+    found = {f"rollout_{key}": value for key, value in numbers.items()}
+    if world.video.cell_px and play_presses:
+        codes = range(world.video.n_actions) if action_source == "true" else measures.meanings_of(train, eval_clips)[1]
+        numbers = worlds.play_score(val, globals(), codes, play_presses)
+        print(f"played: {measures.in_line(numbers)}")
+        found |= {f"play_{key}": value for key, value in numbers.items()} | {"play_presses": play_presses}
+    return found
 
 
-def tell_play(world):
-    """The figures of playing the dynamics, in print and returned; {} where nobody knows what a press should do."""
-    if not world.video.cell_px or not play_presses:
-        return {}
-    codes = list(range(world.video.n_actions)) if action_source == "true" else measures.meanings_of(
-        world.train, eval_clips)[1]
-    numbers = worlds.play_score(world.val, globals(), codes, play_presses)
-    print(f"played: {measures.in_line(numbers)}")
-    return {f"play_{key}": value for key, value in numbers.items()} | {"play_presses": play_presses}
-
-
-def measured(figures):
-    """(a line of what playing this run's dynamics scores, whether that is enough to play); of none "", True."""
-    if "play_agent" not in figures:
-        return "", True
-    agent, effect, ball = (figures[f"play_{name}"] for name in ("agent", "effect", "ball"))
-    presses = figures.get("play_presses", play_presses)
-    return (f"played {presses} presses in 20 worlds: agent there {agent:.1%}, effect right {effect:.1%}, ball "
-            f"right {ball:.1%}", agent >= 0.99 and effect >= 0.95 and ball >= 0.95)
+def show(world, settings, checkpoint):
+    """A world that is there: played in the browser, written down as a rollout, or measured."""
+    models, train, val = world.models, world.train, world.val
+    if "dynamics" in models:
+        know_codes(train, val)
+    if eval_only:
+        for name, model in models.items():
+            with world.autocast:
+                print(f"{name}: {in_words(name, STAGES[name].evaluate(model, val))}")
+        if "dynamics" in models:
+            tell_dynamics(world)
+        return
+    if "dynamics" not in models:
+        raise UserError(f"{checkpoint.path} has no dynamics yet, only {', '.join(models) or 'nothing finished'}: "
+                        "--resume --stage dynamics trains them")
+    meant = measures.meanings_of(train, eval_clips) if action_source == "latent" else (None, None)
+    told = measures.of_play({"play_presses": play_presses} | world.figures.get("dynamics", {}))
+    played = Session(val, world.video, settings, *meant, *told)
+    if play is not None:
+        return serve(played, port)
+    chosen = parse_actions(actions, len(played.actions))
+    paths = write_rollout(played, chosen, prompt, checkpoint.path.parent)
+    print("wrote " + " and ".join(map(str, paths)))
+    if log_cache:
+        print("\n".join(played.cache.log()))
 
 
 # --- The run ---
-
-def in_words(name, numbers):
-    """The line of a validation."""
-    return measures.in_line({key: numbers[key] for key in ("loss", *STAGES[name].shown.split()) if key in numbers})
-
-
-def plan(checkpoint, done, ended, video, only_read):
-    """(stages to train now, in order; {stage: what it goes on from, its end or the checkpoint}; those that begin anew),
-    or UserError.
-
-    done, ended: of the checkpoint, see `World`. A stage that has learned from one that goes on begins anew.
-    """
-    if stage == "all":                                       # what the dynamics read, and words where there are any
-        wanted = [name for name in STAGES if name in ("dynamics", *STAGES["dynamics"].needs()) or
-                  name in ("text", "frame") and video.cell_px]
-    else:
-        wanted = [stage]
-        if stage in ("text", "frame") and not video.cell_px:
-            raise UserError(f"stage {stage} learns captions of grid worlds: {dataset} has none")
-    longer, anew, begun = [], [], checkpoint and checkpoint["stage"]
-    if checkpoint and not only_read:
-        longer = [name for name in wanted if name in done and name in ended and not is_over(name, ended[name]["loop"])]
-        anew = [name for name in STAGES if name in (*done, begun) and set(STAGES[name].needs()) & set(longer)]
-        longer = [name for name in longer if name not in anew]
-        for name in anew:
-            read = " and ".join(other for other in STAGES[name].needs() if other in longer)
-            if name not in wanted:
-                raise UserError(f"stage {name} has learned from stage {read} as it is, which would go on: --stage all "
-                                f"begins {name} anew, or leave {read} its steps")
-            print(f"stage {name} begins anew: it has learned from stage {read}, which goes on")
-        for name in wanted:
-            if name in done and name not in ended and steps_of(name) > steps_of(
-                    name, globals() | checkpoint["settings"]):
-                print(f"stage {name} stays as it is: {checkpoint.path} holds its best weights only, from which no more "
-                      "steps follow")
-    left = [name for name in wanted if name not in done or name in (*longer, *anew)]
-    if checkpoint and begun not in (*longer, *anew):
-        left.sort(key=lambda name: name != begun)             # what was begun is ended first
-    for name in left:
-        missing = [other for other in STAGES[name].needs() if other not in done and other not in wanted]
-        if missing:
-            raise UserError(f"stage {name} reads what stage {missing[0]} learns: --stage {missing[0]} first, then "
-                            f"--resume --stage {name}; or --stage all")
-    if checkpoint and begun not in done and begun not in left:
-        raise UserError(f"this run is in the middle of stage {begun}: --resume --stage {begun} ends it first")
-    was = {name: ended[name] for name in longer}
-    if begun in left and begun not in (*longer, *anew):
-        was[begun] = checkpoint
-    return left, was, anew
-
-
-def check_left(left):
-    """Settings by which a stage to train would have nothing to learn: UserError."""
-    rows = batch_size * (1 if action_model == "conv" else history)
-    if "actions" in left and action_quantiser == "signs" and rows < 3:
-        raise UserError(f"batch_size {batch_size}: signs are normalised over a pass's codes, of which there must be 3: "
-                        "of two each is 1 or -1 whatever was seen; --action_quantiser vq takes any")
-    if "tokenizer" in left and quantiser == "vq" and code_dim == 1:
-        raise UserError("code_dim 1: vq compares unit vectors, and of one number they are 1 and -1, without a "
-                        "gradient: 2 or more, or --quantiser fsq")
-    if "dynamics" in left and dynamics == "maskgit" and not mask_rate[1]:
-        raise UserError("mask_rate 0,0 hides no token: the dynamics would have nothing to learn")
-    if grad_accum > 1 and "actions" in left and action_quantiser == "signs":
-        print(f"signs are normalised over the {batch_size} clips of each pass: grad_accum {grad_accum} is not one pass "
-              f"over {batch_size * grad_accum}")
-
 
 @command
 def main():
@@ -958,35 +886,9 @@ def main():
                   for clips in (video.train, video.val))
     world = World(video, train, val, models, done, ended, figures, checkpoint["step"] if checkpoint else 0, precision,
                   mixed_precision(where, precision)[0])
+    if only_read:
+        return show(world, settings, checkpoint)
 
-    # ---- a world that is there: played, written down, or measured ----
-    if only_read and "dynamics" in models:
-        know_codes(train, val)
-    if shown is not None:
-        if "dynamics" not in models:
-            raise UserError(f"{checkpoint.path} has no dynamics yet, only {', '.join(done) or 'nothing finished'}: "
-                            "--resume --stage dynamics trains them")
-        meant = measures.meanings_of(train, eval_clips) if action_source == "latent" else ()
-        played = Session(val, video, settings, *meant or (None, None), *measured(figures.get("dynamics", {})))
-        if play is not None:
-            serve(played, port)
-        else:
-            chosen = parse_actions(actions, len(played.actions))
-            paths = write_rollout(played, chosen, prompt, checkpoint.path.parent)
-            print("wrote " + " and ".join(map(str, paths)))
-            if log_cache:
-                print("\n".join(played.cache.log()))
-        return
-    if eval_only:
-        for name, model in models.items():
-            with world.autocast:
-                print(f"{name}: {in_words(name, STAGES[name].evaluate(model, val))}")
-        if "dynamics" in models:
-            tell_rollouts(world)
-            tell_play(world)
-        return
-
-    # ---- the stages, one after the other ----
     limits.notes(settings, {f"{name} steps": steps_of(name) for name in left},
                  checkpoint and {f"{checkpoint['stage']} steps": steps_of(checkpoint["stage"], checkpoint["settings"])})
     with Run(settings, checkpoint, done=done, ended=ended, figures=figures) as run:
@@ -998,13 +900,69 @@ def main():
                 (run.dir / "samples").mkdir(exist_ok=True)
                 draw_clips(video, run.dir / "samples" / "data.png")
         bar, clock = run.bar(world.total + to_do, world.total), Stopwatch(where, run)
+
+        # ---- the stages, one after the other ----
         for name in left:
-            if name in was and was[name] is not checkpoint:
-                was[name]["loop"] |= dict(best_model=done[name], start=world.total - was[name]["loop"]["step"])
-                print(f"stage {name} goes on from step {was[name]['loop']['step']}; what is a share of its steps is "
-                      f"one of {steps_of(name)}")
-                world.forget([name, *(other for other in anew if name in STAGES[other].needs())])
-            train_stage(name, world, run, bar, clock, was.get(name))
+            before, going = was.get(name), name in was and was[name] is checkpoint
+            if before and not going:
+                before["loop"] |= dict(best_model=done[name], start=world.total - before["loop"]["step"])
+                print(f"stage {name} goes on from step {before['loop']['step']}; what is a share of its steps is one "
+                      f"of {steps_of(name)}")
+                for other in (name, *(other for other in anew if name in STAGES[other].needs())):
+                    for kept in (models, done, ended, figures):
+                        kept.pop(other, None)
+            if name == "dynamics":
+                know_codes(train, val)
+            learner = Learner(name, world, settings)
+            run.track(before, **learner.parts)                # on resume, goes on where the checkpoint was saved
+            loop, limit, patches = learner.loop, steps_of(name), (video.height // patch) * (video.width // patch)
+            clip_tokens = caption_length(side) if name == "text" else learner.stage.frames() * patches
+            print(f"stage {name}: {sum(p.numel() for p in learner.model.parameters()):,} parameters, {limit} steps")
+            first = loop["start"]                             # steps of the stages before
+            saved = loop["step"] if going and not settings["keep_every"] else None
+            if saved is None:
+                run.save("last.pt", first + loop["step"])
+
+            while not run.stop:
+                # ---- validate and save: before the step, so that a run that stops here does on resume what was due --
+                step = loop["step"]
+                if (step % eval_interval == 0 or step == limit or out_of_time(loop)) and loop["evaluated"] < step:
+                    loop.flush()
+                    loop["evaluated"] = step
+                    numbers, weights = learner.evaluated(run.dir / "samples" / f"{name}_{step:06d}", clock)
+                    run.log(step=first + step, split="val", stage=name, stage_step=step, **numbers)
+                    bar.note(f"{name} {step}: {in_words(name, numbers)}")
+                    loop["waited"] += 1
+                    if numbers["score"] > loop["best"] or loop["best_model"] is None:
+                        loop.update(best=numbers["score"], best_step=step, best_model=weights, waited=0)
+                        run.save("best.pt", first + step, done={**done, name: weights})
+                if saved is None or saved != step and (step % save_interval == 0 or is_over(name, loop)):
+                    run.save("last.pt", first + step)
+                    saved = step
+                if is_over(name, loop):
+                    break
+
+                # ---- one optimiser step ----
+                began = time.perf_counter()
+                rate = optim.set_rate(learner.opt, learner.settings, step, loop["seconds"])
+                PACE[name] = optim.horizon(learner.settings, step, loop["seconds"])
+                learner.step(clock)
+
+                # ---- log ----
+                step = loop["step"]
+                rows, elapsed = loop.lap(began, step % log_interval == 0)
+                if rows:
+                    line, speed = means(rows), loop["clips"] / elapsed
+                    run.log(step=first + step, split="train", stage=name, stage_step=step, **line, lr=rate,
+                            clips_per_s=speed, tokens_per_s=speed * clip_tokens, seconds=loop["seconds"])
+                    loop["clips"] = 0
+                    bar.update(first + step, f"{name} loss {line['loss']:.4f}")
+
+            # ---- the end ----
+            if not run.stop:
+                finish(learner, run, clock)
+            elif saved != loop["step"]:
+                run.save("last.pt", first + loop["step"])
             if run.stop:
                 break
         bar.close()

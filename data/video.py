@@ -296,6 +296,11 @@ class Clips:
             raise UserError(f"clips of {T} frames do not fit into episodes of {self.length} frames")
         return len(self) * (self.length - T + 1)
 
+    def spread(self, T, count):
+        """(count,) int64: clips of T frames, evenly over all; of fewer all."""
+        n = self.count(T)
+        return torch.linspace(0, n - 1, min(count, n), dtype=torch.float64).long()
+
     def _gather(self, stored, index, T, n):
         """n consecutive entries of `stored` (E, ...) for each clip: (B, n, ...)."""
         index, count = torch.as_tensor(index, device="cpu"), self.count(T)
@@ -606,7 +611,7 @@ def statistics(clips, n_actions):
         done = clips.stored_effective.long()
         shares = done.flatten().bincount(minlength=n_actions).double() / done.numel()
         figures["shares"] = shares.tolist()
-        figures["entropy"] = -float(torch.special.xlogy(shares, shares).sum())
+        figures["entropy"] = float(torch.special.entr(shares).sum())
         figures["stopped"] = float((done != clips.stored_actions.long()).double().mean())
     figures["copy_last"] = copying(clips)
     return figures
@@ -614,8 +619,7 @@ def statistics(clips, n_actions):
 
 def copying(clips, ahead=1):
     """PSNR in dB of predicting that so many frames on nothing has changed, over at most 4,096 clips."""
-    n, total = clips.count(ahead + 1), 0.0
-    index = torch.linspace(0, n - 1, min(n, 4096), dtype=torch.float64).long()
+    index, total = clips.spread(ahead + 1, 4096), 0.0
     for piece in index.split(64):
         clip = clips.frames(piece, ahead + 1)[:, [0, -1]].float() / 255
         total += float((clip[:, 1] - clip[:, 0]).square().mean()) * len(piece)
@@ -648,10 +652,9 @@ def draw_clips(video, path):
     """Writes a PNG of four clips of training, up to 8 frames of each, every frame under the action that led to it."""
     from matplotlib.figure import Figure
     clips, T = video.train, min(8, video.train.length)
-    n = clips.count(T)
-    index = torch.linspace(0, n - 1, min(4, n), dtype=torch.float64).long()
-    frames, actions, done = clips.frames(index, T), clips.actions(index, T), clips.effective(index, T)
-    cells = clips.cells(index, T)
+    index = clips.spread(T, 4)
+    frames, actions, done, cells = (read(index, T) for read in (clips.frames, clips.actions, clips.effective,
+                                                                clips.cells))
     figure = Figure(figsize=(1.5 * T, 1.95 * len(index)), layout="constrained")
     for row, line in enumerate(figure.subplots(len(index), T, squeeze=False)):
         for k, axis in enumerate(line):

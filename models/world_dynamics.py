@@ -58,6 +58,7 @@ class Dynamics(nn.Module):
     action_input "add": the action's embedding is added to every token of its frame; "prepend": it is one more token.
     Action n_actions: there is none (the first frame); token codebook_size: the mask.
     """
+    draft = False  # does it also read the last frame's pixels?
 
     def __init__(self, grid, codebook_size, n_actions, n_layer=2, n_head=4, n_embd=64, action_input="add",
                  block_size=16):
@@ -275,6 +276,7 @@ class CausalDynamics(nn.Module):
     """The same by a causal transformer (as IRIS, Micheli et al. 2023): action, then the frame's tokens row by row, each
     seeing all before it; N passes of one token for a frame. Its cache holds (N + 1) T keys a layer.
     """
+    draft = False
 
     def __init__(self, grid, codebook_size, n_actions, n_layer=2, n_head=4, n_embd=64, block_size=16):
         super().__init__()

@@ -1,7 +1,7 @@
 """What the models of a world are worth: figures of frames, latent actions, dynamics and words, on held-out clips.
 
-Each evaluate_ function asks a `reader` (nanolab/world.py) for clips and returns {name: figure}; `score` is what a stage
-is judged by. A mean over nothing, or a share of nothing, is not a number.
+Each evaluate_ function asks a `reader` (nanolab/world.py) for clips and returns {name: figure} of a model in evaluation
+mode; `score` is what a stage is judged by. A mean over nothing, or a share of nothing, is not a number.
 
 Shapes: B clips, T frames, H x W pixels, P colours of a palette, N tokens of a frame. Frames are float32 in 0..1.
 """
@@ -173,8 +173,7 @@ def evaluate_actions(model, reader, clips):
     codes inferred in other clips (of the same 64; a clip alone has no other and is left out), dpsnr_random_4: less that
     of uniform codes. The rest: see `naming` and `consistency_of`.
     """
-    training, generator, held = model.training, torch.Generator().manual_seed(0), model.history
-    model.eval()
+    generator, held = torch.Generator().manual_seed(0), model.history
     T, sums, every, labels = held + 4, Counter(), [], []
     for index in reader.spread(T, clips).split(64):
         n, (frames, indices), true = len(index), reader.watch(index, T), reader.frames(index, T)
@@ -217,9 +216,8 @@ def evaluate_actions(model, reader, clips):
     if labels:
         numbers |= naming(codes, torch.cat(labels), model.n_codes, reader.n_actions)
     if reader.side:
-        numbers |= consistency_of(model, reader, codes.flatten().bincount(minlength=model.n_codes).float() /
-                                  codes.numel(), clips)
-    model.train(training)
+        shares = codes.flatten().bincount(minlength=model.n_codes).float() / codes.numel()
+        numbers |= consistency_of(model, reader, shares, clips)
     return numbers
 
 
@@ -264,9 +262,9 @@ def untrained_floor(model, train, val, batches, clips):
         for index in batches:
             found = model(train.watch(index, model.history + 1)[0])[1]
             model.quantiser.follow(found.z, found.codes)
-    numbers = evaluate_actions(model, val, clips)
+    numbers = evaluate_actions(model.eval(), val, clips)
     if val.side is None:
-        numbers |= against_time(model.eval(), train, val, clips)
+        numbers |= against_time(model, train, val, clips)
     names = "information", "majority", "null_information", "named", "r2"
     return {f"untrained_{key}": numbers[key] for key in names if key in numbers}
 
@@ -385,6 +383,16 @@ def rollout_floors(train, val, context, clips):
     return {f"{name}_{t}": psnr(sums[name, t] / len(index)) for name in names for t in times}
 
 
+def of_play(figures):
+    """(a line of what playing these dynamics scores, by their figures in the summary; whether that is enough to play);
+    where nobody has played them "", True."""
+    if "play_agent" not in figures:
+        return "", True
+    agent, effect, ball = (figures[f"play_{name}"] for name in ("agent", "effect", "ball"))
+    return (f"played {figures['play_presses']} presses in 20 worlds: agent there {agent:.1%}, effect right {effect:.1%}, "
+            f"ball right {ball:.1%}", agent >= 0.99 and effect >= 0.95 and ball >= 0.95)
+
+
 def doubts(stage, figures):
     """{flag: line}: reasons not to believe in a stage, by its figures in the summary."""
     def of(name):
@@ -419,11 +427,6 @@ def doubts(stage, figures):
 
 # --- Dynamics ---
 
-def drafts(model):
-    """Whether dynamics also read the last frame's pixels."""
-    return getattr(model, "draft", False)
-
-
 @torch.no_grad()
 def evaluate_dynamics(model, reader, T, clips, window=None, causal=False):
     """Figures of clips of T frames whose last one is wholly hidden, named in one pass, likeliest tokens; by causal
@@ -433,8 +436,7 @@ def evaluate_dynamics(model, reader, T, clips, window=None, causal=False):
     agent, ball: share of the clips in which it moved to another cell and stands there (left out where none moved);
     frame: whole frames. Rollouts are what `evaluate_rollouts` is for.
     """
-    training, sums = model.training, Counter()
-    model.eval()
+    sums = Counter()
     for index in reader.spread(T, clips).split(64):
         truth, actions = reader.tokens_and_actions(index, T)
         last, before = truth[:, -1], truth[:, -2]
@@ -445,7 +447,7 @@ def evaluate_dynamics(model, reader, T, clips, window=None, causal=False):
             said = model.next_frame(actions[:, -1], cache, temperature=0.0)
         else:
             hidden = torch.cat((truth[:, :-1], torch.full_like(truth[:, -1:], model.mask)), 1)
-            true = dict(before=reader.frames(index, T)[:, -2:-1]) if drafts(model) else {}
+            true = dict(before=reader.frames(index, T)[:, -2:-1]) if model.draft else {}
             logits = model(hidden, actions, window=window, **true)[:, -1]
             said = logits.argmax(-1)
         right, moved = said == last, last != before
@@ -461,7 +463,6 @@ def evaluate_dynamics(model, reader, T, clips, window=None, causal=False):
             for name, kind in reader.movers.items():
                 appears = (cells[:, -1] == kind) & (cells[:, -2] != kind)        # (B, N)
                 sums.update({name: ((written == kind) & appears).sum().item(), f"{name}s": appears.sum().item()})
-    model.train(training)
     n = sums["n"]
     return dict(loss=sums["loss"] / n, tokens=sums["right"] / n, changed=over(sums["changed"], sums["moved"]),
                 copy=sums["copied"] / n, frame=sums["whole"] / sums["frames"],
@@ -487,7 +488,7 @@ def evaluate_rollouts(model, reader, context, clips, **how):
                  "random": torch.randint(model.n_actions, plan.shape, generator=generator).to(plan.device)}
         if reader.merged is not None:
             plans["random"] = reader.merged[plans["random"]]
-        last = dict(shown=frames[:, held - 1:held]) if drafts(model) else {}
+        last = dict(shown=frames[:, held - 1:held]) if model.draft else {}
         begin = functools.partial(model.generate, truth[:, :held], actions[:, :held], generator=generator, **how,
                                   **last)
         written = {name: reader.paint(torch.cat((truth[:, :held], begin(chosen)), 1))[:, held:]

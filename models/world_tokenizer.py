@@ -20,15 +20,13 @@ class Tokenizer(nn.Module):
         super().__init__()
         grid = self.lay_out(height, width, patch, colours, codebook_size, code_dim, quantiser)
         self.kind, self.window = kind, window
-        self.config, width_of_code = config_of(n_layer, n_head, n_embd, block_size), self.width_of_code
-
-        def trunk():
-            if kind == "spatial":
-                return SpatialTransformer(self.config, self.n_tokens, grid)
-            return SpatioTemporal(self.config, self.n_tokens, grid)
-        self.look, self.encoder, self.to_code = Affine(3 * patch * patch, n_embd), trunk(), Affine(n_embd,
-                                                                                                   width_of_code)
-        self.from_code, self.decoder = Affine(width_of_code, n_embd), trunk()
+        self.config = config_of(n_layer, n_head, n_embd, block_size)
+        Trunk = SpatialTransformer if kind == "spatial" else SpatioTemporal
+        self.look = Affine(3 * patch * patch, n_embd)
+        self.encoder = Trunk(self.config, self.n_tokens, grid)
+        self.to_code = Affine(n_embd, self.width_of_code)
+        self.from_code = Affine(self.width_of_code, n_embd)
+        self.decoder = Trunk(self.config, self.n_tokens, grid)
         self.write = Affine(n_embd, patch * patch * (colours or 3))
         initialise(self)
 

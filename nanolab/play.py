@@ -217,7 +217,7 @@ class Game:
         if prompt is not None and not isinstance(prompt, str):
             raise Refused(400, "prompt must be a sentence or null")
         prompt = (prompt or "").strip() or None
-        if prompt and not getattr(self.session, "prompts", False):
+        if prompt and not self.session.prompts:
             raise Refused(400, "this world takes no prompt")
         try:
             view = self.session.reset(prompt)
@@ -390,9 +390,9 @@ class Server(ThreadingHTTPServer):
 def serve(session, port=0, ready=None):
     """Play `session` on http://127.0.0.1:port/ (0: a free port) until Ctrl-C. `ready(address)` once it listens.
 
-    session, as `Session` is one: title (str), actions (their names), keys {KeyboardEvent.key: action}, prompts (may be
-    left out), reset(prompt=None) and step(action) -> View. ValueError of reset says in one line what is wrong with the
-    sentence.
+    session, as `Session` is one: title and measured (str), actions (their names), missing (those without a button), keys
+    {KeyboardEvent.key: action}, prompts and fair (bool), reset(prompt=None) and step(action) -> View. ValueError of
+    reset says in one line what is wrong with the sentence.
     """
     try:
         server = Server(session, port)
@@ -494,14 +494,12 @@ def save_gif(path, frames, fps=4, scale=4):
 
 def page(session, nonce):
     """The whole page; only text and JSON of the session go in, escaped. Only what bears `nonce` runs in it."""
-    game = {"actions": list(session.actions), "keys": dict(session.keys),
-            "missing": list(getattr(session, "missing", ()))}
-    prompts = bool(getattr(session, "prompts", False))
+    game = {"actions": session.actions, "keys": session.keys, "missing": session.missing}
     field = ('<input id="prompt" maxlength="1000" autocomplete="off" spellcheck="false" '
-             'aria-label="prompt" placeholder="a sentence, or nothing for any world">') if prompts else ""
-    parts = {"@TITLE@": html.escape(session.title), "@MEASURED@": html.escape(getattr(session, "measured", "")),
-             "@CLASS@": "" if getattr(session, "fair", True) else "bad",
-             "@FIELD@": field, "@START@": "start" if prompts else "new world",
+             'aria-label="prompt" placeholder="a sentence, or nothing for any world">') if session.prompts else ""
+    parts = {"@TITLE@": html.escape(session.title), "@MEASURED@": html.escape(session.measured),
+             "@CLASS@": "" if session.fair else "bad",
+             "@FIELD@": field, "@START@": "start" if session.prompts else "new world",
              "@GAME@": json.dumps(game).replace("<", "\\u003c"),       # no </script> from a name
              "@NONCE@": nonce}
     return re.sub("@[A-Z]+@", lambda place: parts[place[0]], PAGE.read_text(encoding="utf-8"))

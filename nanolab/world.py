@@ -46,8 +46,7 @@ class Reader:
 
     def spread(self, T, count):
         """(count,) int64: clips of T frames, evenly over all."""
-        n = self.clips.count(T)
-        return torch.linspace(0, n - 1, min(count, n), dtype=torch.float64).long()
+        return self.clips.spread(T, count)
 
     def frames(self, index, T):
         """(B, T, H, W, 3)."""

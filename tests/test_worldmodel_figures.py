@@ -21,7 +21,7 @@ from nanolab import world as worlds
 from nanolab.world import latent_actions
 from world_clips import (CONTEXT, HISTORY, PX, SHARP, SIDE, SMALL, as_logits, cells_of, copy_, decibels, displacement,
                          entropy, evaluate, material, nats_of, near, picture_error, reader, rollouts,
-                         simulate, some, spread, still, video, whole)
+                         simulate, some, still, video, whole)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,7 +34,7 @@ def small(put):
 
 # --- Small functions ---
 
-@pytest.mark.parametrize("height, width", [(13, 14), (7, 12), (13, 9)])
+@pytest.mark.parametrize("height, width", [(12, 13), (12, 7)])
 def test_ssim_is_that_of_loops_over_windows(height, width):
     """11 x 11 windows, or as many pixels as the shorter side has, inside the frame, each with its own moments."""
     a = some(2, height, width, 3)
@@ -55,16 +55,14 @@ def test_ssim_is_that_of_loops_over_windows(height, width):
 
 def test_spread_reaches_from_the_first_clip_to_the_last():
     n = 24 * 15                                               # windows of 6 frames in 24 episodes of 20
-    found = spread(video.val, 6, 50)
+    found = video.val.spread(6, 50)
     gaps = found.diff()
     assert len(found) == 50 and found[0] == 0 and found[-1] == n - 1 and gaps.max() - gaps.min() <= 1
-    assert spread(video.val, 6, 10 ** 6).tolist() == list(range(n))
-    assert spread(video.val, 6, 1).tolist() == [0]
+    assert video.val.spread(6, 10 ** 6).tolist() == list(range(n)) and video.val.spread(6, 1).tolist() == [0]
 
 
-@pytest.mark.parametrize("counts", [(1, 2, 4, 8, 16), (16, 1, 8, 2, 4), (5, 5, 5, 5), (1, 1, 1, 1, 4), (60, 13, 11, 9),
-                                    (0, 3, 0, 5, 1), (40, 15, 15, 15, 15)])  # the last: not the two rarest
-@pytest.mark.parametrize("n_codes", [2, 3, 5])
+@pytest.mark.parametrize("counts, n_codes", [
+    ((16, 1, 8, 2, 4), 3), ((5, 5, 5, 5), 2), ((0, 3, 0, 5, 1), 5), ((40, 15, 15, 15, 15), 3)])  # not the two rarest
 def test_ceilings_are_the_best_map_from_labels_to_codes(counts, n_codes):
     """All maps are tried."""
     labels = [label for label, n in enumerate(counts) for _ in range(n)]
@@ -72,13 +70,13 @@ def test_ceilings_are_the_best_map_from_labels_to_codes(counts, n_codes):
     for map in itertools.product(range(n_codes), repeat=len(counts)):
         codes = [map[label] for label in labels]
         information = max(information, entropy(codes))        # a map of the label: H(code | label) is 0
-        best = Counter()
-        for pair, n in Counter(zip(codes, labels)).items():
-            best[pair[0]] = max(best[pair[0]], n)
+        best = {}                                             # code: its commonest label's count
+        for (code, _), n in Counter(zip(codes, labels)).items():
+            best[code] = max(best.get(code, 0), n)
         majority = max(majority, sum(best.values()) / len(labels))
     found = m.ceilings(torch.tensor(counts), n_codes)
-    assert found["ceiling_information"] == near(information / entropy(labels), 1e-6)
-    assert found["ceiling_majority"] == near(majority, 1e-6)
+    assert found == dict(ceiling_information=near(information / entropy(labels), 1e-6),
+                         ceiling_majority=near(majority, 1e-6))
 
 
 def test_of_many_labels_the_two_rarest_share_a_code():
@@ -92,58 +90,46 @@ def test_of_many_labels_the_two_rarest_share_a_code():
 # --- Tokenizer ---
 
 class Painter:
-    """A tokenizer that writes `paint_(cells)`, with given codes."""
+    """A tokenizer that writes `paint_(frames)`, with given codes."""
     patch, codebook_size = PX, 8
 
-    def __init__(self, paint_, T=3):
-        self.paint_, self.T, self.n = paint_, T, 0
+    def __init__(self, paint_):
+        self.paint_, self.n = paint_, 0
 
     def __call__(self, frames, estimator="vq"):
-        assert estimator is None and frames.size(1) == self.T   # validation must not move the codebook
-        codes = (torch.arange(self.n, self.n + len(frames)) % 4).view(-1, 1).expand(-1, self.T * 25)
+        assert estimator is None and frames.size(1) == w.tokenizer_frames       # validation must not move the codebook
+        codes = (torch.arange(self.n, self.n + len(frames)) % 4).view(-1, 1).expand(-1, frames.size(1) * 25)
         self.n += len(frames)
-        return as_logits(self.paint_(cells_of(frames))), Quantised(None, codes.clone())
+        return self.paint_(frames), Quantised(None, codes.clone())
 
 
-@pytest.mark.parametrize("T", [2, 3])
-def test_a_tokenizer_that_copies_the_frame_before(put, T):
+def test_a_tokenizer_that_copies_the_frame_before():
     """All by loops over clips, frames and patches; 70 clips are a batch of 64 and one of 6."""
-    put(tokenizer_frames=T)
-    cells = video.val.cells(spread(video.val, T, 70), T).numpy()
-    found = evaluate("tokenizer", Painter(lambda cells: cells[:, [0, *range(T - 1)]], T), material(video))
+    cells = video.val.cells(video.val.spread(3, 70), 3).numpy()
+    found = evaluate("tokenizer", Painter(lambda frames: as_logits(cells_of(frames)[:, [0, 0, 1]])), material(video))
     errors, changed, wrong, likeness = [], [], 0, []
-    for clip in cells:
-        for t in range(T):
-            a, b = clip[t], clip[max(t - 1, 0)]
-            errors.append(picture_error(a, b))
-            wrong += (render(a, PX) != render(b, PX)).sum()
-            likeness.append(m.ssim(*(torch.from_numpy(paint(x, PX))[None].float() / 255 for x in (a, b))))
-            changed += [picture_error(a[i:i + 1, j:j + 1], b[i:i + 1, j:j + 1])
-                        for i in range(SIDE) for j in range(SIDE) if a[i, j] != b[i, j]]
+    for clip, t in itertools.product(cells, range(3)):
+        a, b = clip[t], clip[max(t - 1, 0)]
+        errors.append(picture_error(a, b))
+        wrong += (render(a, PX) != render(b, PX)).sum()
+        likeness.append(m.ssim(*(torch.from_numpy(paint(x, PX))[None].float() / 255 for x in (a, b))))
+        changed += [picture_error(a[i:i + 1, j:j + 1], b[i:i + 1, j:j + 1]) for i, j in np.argwhere(a != b)]
     assert found["psnr"] == near(decibels(np.mean(errors))) and found["frame_psnr"] == near(np.mean(
         [decibels(error) for error in errors])) and found["frame_psnr"] > found["psnr"] + 1
     assert found["changed_psnr"] == near(decibels(np.mean(changed))) == near(found["changed_floor"])
     assert found["ssim"] == near(np.mean(likeness)) and found["score"] == -found["loss"]
     assert found["usage"] == 0.5 and found["perplexity"] == near(4, 2e-3)  # 70 clips: 18, 18, 17, 17
-    assert found["loss"] == near(nats_of(wrong, 70 * T * (SIDE * PX) ** 2, 6))
+    assert found["loss"] == near(nats_of(wrong, 70 * 3 * (SIDE * PX) ** 2, 6))
 
 
 def test_a_tokenizer_of_pixels_without_a_palette(put):
     """0.1 too bright everywhere: 20 dB, in frames that never change; what is above 1 is seen as 1."""
-    put(tokenizer_frames=2, eval_clips=5)
-    clips = Clips(None, torch.full((2, 4, 8, 8, 3), 51, dtype=torch.uint8))
-    shown = reader(clips)
-
-    class Brighter(Painter):
-        def __call__(self, frames, estimator):
-            return frames + self.paint_, Quantised(None, whole(8, 5, 8))
-
-    def brighter(by):
-        return evaluate("tokenizer", Brighter(by, 2), shown)
-    found = brighter(0.1)
+    put(tokenizer_frames=2)
+    shown = reader(Clips(None, torch.full((2, 4, 8, 8, 3), 51, dtype=torch.uint8)))
+    found, bright = (evaluate("tokenizer", Painter(lambda frames: frames + by), shown) for by in (0.1, 3))
     assert found["psnr"] == near(20) == near(found["frame_psnr"]) and found["loss"] == near(0.01)
     assert math.isnan(found["changed_floor"]) and math.isnan(found["changed_psnr"])           # of no patches
-    assert brighter(3)["psnr"] == near(decibels(0.8 ** 2)) and brighter(3)["loss"] == near(9)
+    assert bright["psnr"] == near(decibels(0.8 ** 2)) and bright["loss"] == near(9)
 
 
 # --- Latent actions ---
@@ -169,17 +155,10 @@ class Actor:
 
     def __init__(self, name=lambda action, row: action, write=copy_, history=HISTORY):
         self.name, self.write, self.history = name, write, history
-        self.training, self.quantiser, self.windows = True, Codes(), []
-
-    def train(self, mode=True):
-        self.training = mode
-        return self
-
-    def eval(self):
-        return self.train(False)
+        self.quantiser, self.windows = Codes(), []
 
     def encode(self, frames):
-        assert frames.size(1) == self.history + 1 and not self.training
+        assert frames.size(1) == self.history + 1
         row = torch.arange(len(frames)) + len(self.windows) // 4 * 64             # four windows of every batch of 64
         cells = cells_of(frames)
         self.windows.append(cells)
@@ -194,41 +173,35 @@ class Actor:
         return self.predict(frames[:, :-1], displacement(cells[:, -2], cells[:, -1])), None
 
 
-def scored(video, model, count=70, history=HISTORY):
+def scored(video, model, count=70):
     """(figures, cells (B, history + 4, side, side), effective actions (B, 4)) of the clips that are scored."""
-    T = history + 4
-    index = spread(video.val, T, count)
-    labels = video.val.effective(index, T)[:, history - 1:]
+    T = model.history + 4
+    index = video.val.spread(T, count)
+    labels = video.val.effective(index, T)[:, model.history - 1:]
     assert labels.shape == (count, 4)
-    cells = video.val.cells(index, T).numpy()
-    found = evaluate("actions", model, material(video))
-    assert model.training                                     # as it was
-    return found, cells, labels
+    return evaluate("actions", model, material(video)), video.val.cells(index, T).numpy(), labels
 
 
-@pytest.mark.parametrize("history", [1, 2, 3])
+@pytest.mark.parametrize("history", [1, 3])
 def test_codes_that_are_the_action_say_all(put, history):
     put(history=history)
-    found, _, labels = scored(video, Actor(lambda action, row: action * 3 % 8, history=history), 70, history)
+    found, _, labels = scored(video, Actor(lambda action, row: action * 3 % 8, history=history))
     assert found["information"] == near(1) and found["majority"] == found["majority_200"] == 1
     assert found["usage"] == 5 / 8 and found["perplexity"] == near(math.exp(entropy(labels.flatten().tolist())))
     assert found["ceiling_information"] == near(1) == found["ceiling_majority"]
 
 
-def test_codes_that_say_nothing_or_whether_it_moved(put):
+def test_codes_that_say_nothing_or_whether_it_moved():
     found, _, labels = scored(video, Actor(lambda action, row: action * 0 + 6))
     assert found["information"] == near(0, 1e-9)
     floor = max(Counter(labels[35:].flatten().tolist()).values()) / (35 * 4)      # of the half that is scored
     assert found["majority"] == found["majority_200"] == near(floor) == near(found["majority_floor"])
     assert found["usage"] == 1 / 8 and found["perplexity"] == near(1)
     moved, labels = Actor(lambda action, row: (action > 0).long()), labels.flatten().tolist()
-    found = scored(video, moved)[0]
+    moved.n_codes = 2
+    found, shares = scored(video, moved)[0], sorted(Counter(labels).values())
     wanted = entropy([label > 0 for label in labels]) / entropy(labels)
     assert found["information"] == near(wanted) == near(found["moved_information"]) and 0.2 < wanted < 0.8
-    put(n_codes=2)
-    moved.n_codes = 2
-    found = evaluate("actions", moved, material(video))
-    shares = sorted(Counter(labels).values())
     assert found["ceiling_majority"] == near(sum(shares[-2:]) / len(labels)) and found["ceiling_information"] < 1
 
 
@@ -245,16 +218,17 @@ def test_the_map_is_counted_on_the_first_half_and_scored_on_the_second(put):
     assert found["majority_200"] == near(1 - (labels[64:] == 2).double().mean().item())
 
 
-def test_codes_are_shown_with_the_action_that_goes_with_them():
+@pytest.mark.parametrize("code, codes", [
+    (lambda action, row: action * 3 % 8, [0, 3, 6, 1, 4]),
+    (lambda action, row: torch.where(action == 4, 5 + (row % 3 == 0).long(), action), [0, 1, 2, 3, 5]),
+    (lambda action, row: action.clamp(max=3), [0, 1, 2, 3, None])], ids=["one each", "two of one", "none of one"])
+def test_codes_are_shown_with_the_action_that_goes_with_them(code, codes):
     """A code that never comes means nothing in particular, an action that none means has no code, one of several has
     the commonest; where no actions are known there is nothing to show."""
-    for code, codes in ((lambda action, row: action * 3 % 8, [0, 3, 6, 1, 4]),
-                        (lambda action, row: torch.where(action == 4, 5 + (row % 3 == 0).long(), action),
-                         [0, 1, 2, 3, 5]), (lambda action, row: action.clamp(max=3), [0, 1, 2, 3, None])):
-        models = dict(actions=Actor(code).eval())
-        meanings, found = m.meanings_of(material(video, models=models), w.eval_clips)
-        assert found == codes and len(meanings) == 8
-        assert all(meanings[code] == label for label, code in enumerate(codes) if code is not None)
+    models = dict(actions=Actor(code))
+    meanings, found = m.meanings_of(material(video, models=models), w.eval_clips)
+    assert found == codes and len(meanings) == 8
+    assert all(meanings[code] == label for label, code in enumerate(codes) if code is not None)
     assert m.meanings_of(reader(video.val, models=models, n_actions=0), w.eval_clips) == (None, None)
 
 
@@ -265,26 +239,22 @@ def test_frames_written_by_a_simulator():
     found, cells, labels = scored(still, model)
     assert torch.equal(torch.get_rng_state(), before)         # draws of its own: training goes on as if it were not
     assert found["psnr_1"] == found["psnr_4"] == 100 and found["loss"] == near(nats_of(0, 1, 6))
-    plans = {"permuted": [], "random": []}
-    for batch in range(2):                                    # 4 frames each by inferred, permuted and random codes
-        plans["permuted"].append(torch.stack(model.quantiser.asked[batch * 12 + 4:batch * 12 + 8], 1))
-        plans["random"].append(torch.stack(model.quantiser.asked[batch * 12 + 8:batch * 12 + 12], 1))
-    shifted = [torch.cat((part[-1:], part[:-1])) for part in labels.split(64)]
-    assert all(map(torch.equal, plans["permuted"], shifted))  # those of the clip before in the batch
-    drawn = torch.cat(plans["random"]).flatten()
+    plans = {name: torch.cat([torch.stack(model.quantiser.asked[first + i:first + i + 4], 1) for first in (0, 12)])
+             for i, name in ((4, "permuted"), (8, "random"))}  # 4 frames each by inferred, permuted and random codes
+    assert torch.equal(plans["permuted"], torch.cat([part.roll(1, 0) for part in labels.split(64)]))  # the clip before's
+    drawn = plans["random"].flatten()
     assert (drawn.bincount(minlength=8).double() / len(drawn) - 1 / 8).abs().max() < 0.06 and drawn.max() == 7
     errors = {}
     for name, plan in plans.items():
         now = cells[:, HISTORY - 1]
-        for t, codes in enumerate(torch.cat(plan).T):
+        for t, codes in enumerate(plan.T):
             now = simulate(now, codes.numpy())
-            errors[name, t] = picture_error(now, cells[:, HISTORY + t])
+            errors[name, t] = decibels(picture_error(now, cells[:, HISTORY + t]))
     for t in (0, 3):
-        assert found[f"dpsnr_{t + 1}"] == near(100 - decibels(errors["permuted", t]))
+        assert found[f"dpsnr_{t + 1}"] == near(100 - errors["permuted", t]) and found[f"dpsnr_{t + 1}"] > 50
         copied = picture_error(cells[:, HISTORY - 1], cells[:, HISTORY + t])
         assert found[f"copy_{t + 1}"] == near(decibels(copied))
-    assert found["dpsnr_random_4"] == near(100 - decibels(errors["random", 3]))
-    assert found["dpsnr_1"] > 50 < found["dpsnr_4"]
+    assert found["dpsnr_random_4"] == near(100 - errors["random", 3])
     found, cells, _ = scored(video, Actor())                  # that copies
     assert found["dpsnr_1"] == found["dpsnr_4"] == found["dpsnr_random_4"] == 0
     assert found["psnr_1"] == near(found["copy_1"]) and found["psnr_4"] == near(found["copy_4"])
@@ -292,10 +262,8 @@ def test_frames_written_by_a_simulator():
     assert found["loss"] == near(nats_of(wrong, 70 * (SIDE * PX) ** 2, 6)) and found["score"] == -found["loss"]
 
 
-def test_without_actions_there_is_nothing_to_name(put):
+def test_without_actions_there_is_nothing_to_name():
     """Figures of frames alone, here of RGB: each is written as the one before plus 0.1."""
-    put(eval_clips=4)
-
     class Blind(Actor):
         def encode(self, frames):
             return torch.zeros(len(frames), dtype=torch.int64)
@@ -329,12 +297,11 @@ def direction(cells, codes):
     return shifted(cells, MOVES[np.where(codes < 5, codes, 0)])
 
 
-def consistency(video, write, shares=None):
-    shares = torch.full((8,), 1 / 8) if shares is None else shares
-    return m.consistency_of(Actor(write=write).eval(), material(video), shares, w.eval_clips)
+def consistency(video, write, shares=torch.full((8,), 1 / 8)):
+    return m.consistency_of(Actor(write=write), material(video), shares, w.eval_clips)
 
 
-def test_consistent_codes_and_an_agent_that_is_gone_or_there_twice(put):
+def test_consistent_codes_and_an_agent_that_is_gone_or_there_twice():
     """Codes that mean a direction are consistent, those that move nobody have none, which is not one of 0."""
     def erased(cells, codes):
         return np.where(cells == AGENT, FLOOR, cells)
@@ -353,33 +320,29 @@ def test_consistent_codes_and_an_agent_that_is_gone_or_there_twice(put):
     assert found["lost"] == near(0.3) and found["consistency"] == near(1)
 
 
-def test_consistency_is_the_mean_cosine_of_all_pairs(put):
+def test_consistency_is_the_mean_cosine_of_all_pairs():
     """By loops: any jump has a direction, codes count by their share and how often the agent moved."""
-    put(eval_clips=70)
-    index = spread(video.val, HISTORY, 70)
-    before = [tuple(np.argwhere(picture == AGENT)[0]) for picture in video.val.cells(index, HISTORY)[:, -1].numpy()]
-    rng = np.random.default_rng(1)
-    jumps = rng.integers(-2, 3, (8, 70, 2))
+    pictures = video.val.cells(video.val.spread(HISTORY, 70), HISTORY)[:, -1].numpy()
+    before = [np.argwhere(picture == AGENT)[0] for picture in pictures]
+    jumps = np.random.default_rng(1).integers(-2, 3, (8, 70, 2))
     jumps[0, 10:] = 0                                         # seldom moves
     jumps[1], jumps[2, ::2], jumps[3, 20:] = (1, 0), (0, -1), (-2, 1)
-    seen = {code: 0 for code in range(8)}
+    seen = Counter()
 
     def write(cells, codes):
         code = int(codes[0])
-        steps = jumps[code][seen[code]:seen[code] + len(cells)]
         seen[code] += len(cells)
-        return shifted(cells, steps)
-    shares = some(8)
-    shares = shares / shares.sum()
+        return shifted(cells, jumps[code][seen[code] - len(cells):seen[code]])
+    shares = some(8) / some(8).sum()
     found = consistency(video, write, shares)
     total = weights = 0
     for code in range(8):
-        kept = [step / np.linalg.norm(step) for place, step in zip(before, jumps[code]) if step.any()
-                and all(0 <= p + s < SIDE for p, s in zip(place, step))]
-        cosines = [a @ b for a, b in itertools.combinations(kept, 2)]
+        kept = [step / np.linalg.norm(step) for place, step in zip(before, jumps[code])
+                if step.any() and ((place + step >= 0) & (place + step < SIDE)).all()]
         weight = shares[code].item() * len(kept)
-        total, weights = total + weight * np.mean(cosines), weights + weight
-    assert seen == {code: 70 for code in range(8)}
+        total += weight * np.mean([a @ b for a, b in itertools.combinations(kept, 2)])
+        weights += weight
+    assert seen == dict.fromkeys(range(8), 70)
     assert found["consistency"] == near(total / weights, 1e-3) and 0.1 < total / weights < 0.9
 
 
@@ -392,11 +355,10 @@ def probed(labels, written, n=700, levels=4):
         frames[i, k + 1, 4 * labels[i, k]:4 * labels[i, k] + 4, :8] += 55
     clips = [Clips(None, torch.from_numpy(frames[part]), torch.from_numpy(labels[part]).to(torch.uint8))
              for part in (slice(n - 200), slice(n - 200, n))]
-    return m.linear_probe(*(reader(part, n_actions=levels) for part in clips), 3, w.eval_clips)
+    return m.linear_probe(*(reader(part, n_actions=levels) for part in clips), 3, 200)
 
 
-def test_a_linear_probe_finds_what_is_linear_and_nothing_else(put):
-    put(eval_clips=200)
+def test_a_linear_probe_finds_what_is_linear_and_nothing_else():
     labels = np.random.default_rng(1).choice(4, (700, 2), p=(0.4, 0.2, 0.2, 0.2))
     floor = max(Counter(labels[500:, 1].tolist()).values()) / 200
     found = probed(labels, [1])
@@ -434,19 +396,18 @@ def test_the_untrained_floor_is_the_same_again(put, monkeypatch):
 
 class Namer:
     """Dynamics that name given tokens said (B, N) of the clips' last frames, in order; checks what it is shown."""
-    n_actions = 5
-    train, eval = Actor.train, Actor.eval
+    n_actions, draft = 5, False
 
     def __init__(self, clips, said, logits=None, rename=lambda cells: cells, size=4):
-        index = spread(clips, CONTEXT, len(said))
+        index = clips.spread(CONTEXT, len(said))
         self.truth, self.acts = rename(clips.cells(index, CONTEXT).flatten(2).long()), clips.actions(index, CONTEXT)
         self.logits = F.one_hot(rename(said), size) * SHARP if logits is None else logits
-        self.mask, self.n, self.training = size, 0, True
+        self.mask, self.n, self.spoken = size, 0, said
 
     def __call__(self, tokens, acts, cache=None, window=None):
         rows = slice(self.n, self.n + len(tokens))
         assert window == (3 if cache is None else None)       # a cache has its own
-        assert not self.training and (acts[:, 0] == self.n_actions).all()
+        assert (acts[:, 0] == self.n_actions).all()
         assert torch.equal(acts[:, 1:], self.acts[rows, :acts.size(1) - 1])
         assert torch.equal(tokens[:, :CONTEXT - 1], self.truth[rows, :-1])
         if cache is not None:                                 # causal: reads what is before
@@ -512,37 +473,32 @@ class Coder:
 
 
 @pytest.mark.parametrize("how", ["cells", "tokenizer", "causal"])
-@pytest.mark.parametrize("what", ["truth", "copy", "mixture"])
-def test_dynamics_by_loops(put, what, how):
+def test_dynamics_by_loops(put, how):
     """Agent and ball are read from what the tokenizer draws; causal ones name by generation, and their loss is of what
-    they say given the true tokens. A mixture: some frames whole, most others with half of what changed."""
+    they say given the true tokens. Some frames are whole, most others with half of what changed."""
     put(tokens="tokenizer" if how == "tokenizer" else "cells", dynamics="causal" if how == "causal" else "maskgit")
-    cells = video.val.cells(spread(video.val, CONTEXT, 70), CONTEXT).flatten(2).long()
+    cells = video.val.cells(video.val.spread(CONTEXT, 70), CONTEXT).flatten(2).long()
     last, before, coder = cells[:, -1], cells[:, -2], Coder()
     said = torch.where(some(*last.shape) < 0.5, last, before)
     said[::5] = last[::5]
     said[1, 3] = (last[1, 3] + 1) % 4
-    said = {"truth": last, "copy": before, "mixture": said}[what]
     rename, size = (renamed, 8) if how == "tokenizer" else (lambda cells: cells, 4)
     logits = F.one_hot(rename(last if how == "causal" else said), size) * SHARP + some(*last.shape, size)
     model = Namer(video.val, said, logits, rename, size)
-    model.spoken = said
     found = evaluate("dynamics", model, material(video, models=dict(tokenizer=coder)))
     wanted = by_loops(said, last, before)
     assert {name: found[name] for name in wanted} == {name: near(value, 1e-6) for name, value in wanted.items()}
-    nats = [-math.log(math.exp(row[k]) / sum(map(math.exp, row)))
-            for row, k in zip(logits.flatten(0, 1).tolist(), rename(last).flatten().tolist())]
-    assert found["loss"] == near(np.mean(nats)) == -found["score"]
-    assert found["perplexity"] == near(math.exp(np.mean(nats)))
-    assert model.n == 70 and model.training and set(coder.shown) == ({CONTEXT} if how == "tokenizer" else set())
-    assert what != "mixture" or all(0.2 < value < 0.97 for value in wanted.values())
+    nats = -logits.double().log_softmax(-1).gather(-1, rename(last)[..., None]).mean().item()
+    assert found["loss"] == near(nats) == -found["score"] and found["perplexity"] == near(math.exp(nats))
+    assert model.n == 70 and set(coder.shown) == ({CONTEXT} if how == "tokenizer" else set())
+    assert all(0.2 < value < 0.97 for value in wanted.values())
 
 
 # --- Rollouts ---
 
 class Dreamer:
     """Dynamics whose frames are `write(cells, plan's actions)` of those before."""
-    n_actions = 5
+    n_actions, draft = 5, False
 
     def __init__(self, write, shown):
         self.write, self.shown, self.plans, self.rename = write, shown, [], lambda cells: cells
@@ -569,26 +525,26 @@ def test_rollouts_of_a_simulator(put, tokens):
     found = rollouts(model, material(still, models=dict(tokenizer=coder)))
     assert torch.equal(torch.get_rng_state(), before)
     assert set(coder.shown) == ({CONTEXT - 1 + 16} if tokens == "tokenizer" else set())
-    index = spread(still.val, CONTEXT - 1 + 16, 70)
+    index = still.val.spread(CONTEXT - 1 + 16, 70)
     cells, acts = still.val.cells(index, CONTEXT - 1 + 16).numpy(), still.val.actions(index, CONTEXT - 1 + 16)
-    plan = acts[:, CONTEXT - 2:]
-    shift = torch.cat([torch.cat((part[-1:], part[:-1])) for part in plan.split(64)])
-    true, permuted, random = (torch.cat(model.plans[i::3]) for i in range(3))
-    assert torch.equal(true, plan) and torch.equal(permuted, shift) and random.shape == plan.shape
+    plan, (true, permuted, random) = acts[:, CONTEXT - 2:], (torch.cat(model.plans[i::3]) for i in range(3))
+    assert torch.equal(true, plan) and torch.equal(permuted, torch.cat([part.roll(1, 0) for part in plan.split(64)]))
+    assert random.shape == plan.shape
     assert (random.flatten().bincount(minlength=5).double() / random.numel() - 0.2).abs().max() < 0.05
     assert len(index) == len(true) == 48                      # 24 episodes of 20 frames hold two clips of 19
+
+    def apart(seen, t):
+        return near(decibels(picture_error(seen, cells[:, CONTEXT - 2 + t])))
     for name, chosen in (("permuted", permuted), ("random", random)):
         now = cells[:, CONTEXT - 2]
         for t in range(1, 17):
             now = simulate(now, chosen[:, t - 1].numpy())
-            if t in (1, 4, 16):
-                assert found[f"{name}_{t}"] == near(decibels(picture_error(now, cells[:, CONTEXT - 2 + t]))), (name, t)
+            assert t not in (1, 4, 16) or found[f"{name}_{t}"] == apart(now, t), (name, t)
     for t in (1, 4, 16):
         assert found[f"psnr_{t}"] == 100 and found[f"exact_{t}"] == 1
-        assert found[f"copy_{t}"] == near(decibels(picture_error(cells[:, CONTEXT - 2], cells[:, CONTEXT - 2 + t])))
+        assert found[f"copy_{t}"] == apart(cells[:, CONTEXT - 2], t)
     assert found["dpsnr_4"] == near(100 - found["random_4"]) and found["dpsnr_permuted_4"] == near(
-        100 - found["permuted_4"])
-    assert found["permuted_4"] < 40 > found["random_4"]
+        100 - found["permuted_4"]) and found["permuted_4"] < 40 > found["random_4"]
 
 
 # --- Figures over nothing ---
@@ -600,9 +556,8 @@ def cut(video, episodes, length):
     return reader(clips, video.palette)
 
 
-def test_a_clip_alone_is_no_control(put):
+def test_a_clip_alone_is_no_control():
     """One of one clip has none; one that is the 65th is left out of the control and of what that is compared with."""
-    put(eval_clips=70, rollout_clips=70, context=CONTEXT, window=3, n_codes=8)
     found = evaluate("actions", Actor(write=simulate), cut(still, 1, HISTORY + 4))
     for key in ("dpsnr_1", "dpsnr_4", "majority", "majority_200"):
         assert math.isnan(found[key]), key
@@ -613,49 +568,44 @@ def test_a_clip_alone_is_no_control(put):
         return simulate(cells, codes) if len(cells) > 1 else np.where(cells == AGENT, FLOOR, cells)
     figures = [evaluate("actions", Actor(write=write), cut(many, n, HISTORY + 4)) for n in (64, 65)]
     assert figures[0]["dpsnr_4"] == figures[1]["dpsnr_4"] and figures[0]["psnr_4"] > figures[1]["psnr_4"]
-    T = CONTEXT + 3
-    roll = [rollouts(Dreamer(write, (3, 3, w.temperature)), cut(many, n, T)) for n in (1, 64, 65)]
+    roll = [rollouts(Dreamer(write, (3, 3, w.temperature)), cut(many, n, CONTEXT + 3)) for n in (1, 64, 65)]
     assert math.isnan(roll[0]["permuted_4"]) and math.isnan(roll[0]["dpsnr_permuted_4"]) and roll[0]["random_1"] < 100
     for key in ("permuted_1", "permuted_4", "dpsnr_permuted_4"):
         assert roll[1][key] == roll[2][key], key
     assert roll[1]["psnr_4"] == 100 > roll[2]["psnr_4"] and not {key for key in roll[2] if "paired" in key}
 
 
-def test_what_is_over_nothing_is_not_a_number(put):
+def test_what_is_over_nothing_is_not_a_number():
     """Nothing moves: no changed tokens, no information, no direction; one action: no control. Said in words, not 0."""
-    clips = Clips(still.val.stored_cells[:, :1].expand(-1, 9, -1, -1), None, torch.zeros(24, 8, dtype=torch.uint8),
-                  torch.zeros(24, 8, dtype=torch.uint8), PX)
+    stays = torch.zeros(24, 8, dtype=torch.uint8)
+    clips = Clips(still.val.stored_cells[:, :1].expand(-1, 9, -1, -1), None, stays, stays, PX)
     shown = reader(clips, still.palette)
-    found = evaluate("actions", Actor(), shown)
-    for key in ("information", "moved_information", "ceiling_information", "consistency"):
-        assert math.isnan(found[key]), key
-    assert found["majority"] == 1 and found["copy_4"] == 100
-    truth = clips.cells(spread(clips, CONTEXT, 70), CONTEXT).flatten(2).long()
-    found = evaluate("dynamics", Namer(clips, truth[:, -1]), shown)
-    assert math.isnan(found["changed"]) and found["tokens"] == 1 and not {"agent", "ball"} & found.keys()
-    assert "changed nan (nothing changes)" in w.in_words("dynamics", found)
-    found = evaluate("tokenizer", Painter(lambda cells: cells), shown)
-    assert math.isnan(found["changed_psnr"]) and math.isnan(found["changed_floor"]) and found["psnr"] == 100
-    put(temperature=0.0)
-    one = Dreamer(copy_, (3, 3, 0.0))
+    acted = evaluate("actions", Actor(), shown)
+    named = evaluate("dynamics", Namer(clips, clips.cells(clips.spread(CONTEXT, 70), CONTEXT)[:, -1].flatten(1).long()),
+                     shown)
+    painted = evaluate("tokenizer", Painter(lambda frames: as_logits(cells_of(frames))), shown)
+    one = Dreamer(copy_, None)
     one.n_actions = 1
     one.generate = lambda tokens, acts, plan, **how: tokens[:, -1:].expand(-1, plan.size(1), -1)
-    found = rollouts(one, shown)
-    for key in ("permuted_4", "random_4", "dpsnr_4", "dpsnr_permuted_4"):
-        assert math.isnan(found[key]), key
-    assert found["psnr_4"] == found["copy_4"] == 100
-    assert math.isnan(probed(np.zeros((700, 2), np.int64), [])["probe_information"])
+    rolled, probe = rollouts(one, shown), probed(np.zeros((700, 2), np.int64), [])
+    for found, keys in ((acted, ("information", "moved_information", "ceiling_information", "consistency")),
+                        (named, ("changed",)), (painted, ("changed_psnr", "changed_floor")),
+                        (rolled, ("permuted_4", "random_4", "dpsnr_4", "dpsnr_permuted_4")),
+                        (probe, ("probe_information",))):
+        assert all(math.isnan(found[key]) for key in keys), keys
+    assert acted["majority"] == 1 and acted["copy_4"] == painted["psnr"] == rolled["psnr_4"] == rolled["copy_4"] == 100
+    assert named["tokens"] == 1 and not {"agent", "ball"} & named.keys()
+    assert "changed nan (nothing changes)" in w.in_words("dynamics", named)
 
 
-def test_latent_actions_explain_each_step():
+@pytest.mark.parametrize("history", [1, 3])
+def test_latent_actions_explain_each_step(history):
     """The code of step t is found in frames t - history + 1 to t + 1, the first frame repeated before the video."""
-    index = whole(video.val.count(6), 5)
+    index, model = whole(video.val.count(6), 5), Actor(history=history)
     cells, labels = video.val.cells(index, 6).numpy(), video.val.effective(index, 6)
-    for history in (1, 2, 3):
-        model = Actor(history=history).eval()
-        assert torch.equal(latent_actions(model, material(video).frames(index, 6)), labels)
-        for t, window in enumerate(model.windows):
-            assert (window == cells[:, [max(0, t + 1 - history + i) for i in range(history + 1)]]).all()
+    assert torch.equal(latent_actions(model, material(video).frames(index, 6)), labels)
+    for t, window in enumerate(model.windows):
+        assert (window == cells[:, [max(0, t + 1 - history + i) for i in range(history + 1)]]).all()
 
 
 # ---- Recordings ----
@@ -669,7 +619,7 @@ def recorded(frames, actions, values=None):
 
 class Reads(Codes):
     """An action model of one frame's history that reads its code, or 0, off the last frame's first pixel."""
-    history, n_codes, training = 1, 4, False
+    history, n_codes = 1, 4
 
     def __init__(self, read=True):
         super().__init__()
@@ -713,13 +663,14 @@ def driven(n, seed):
     return recorded(torch.from_numpy(rows)[:, None, :, None].expand(-1, 8, 16, 3).float(), actions)
 
 
-def test_floors_of_rollouts():
+def test_floors_of_rollouts(monkeypatch):
     """A flow for each true action is found, and moves the last frame as often as there are steps; the mean frame is
     that of the training part."""
     train, val = driven(80, 0), driven(40, 1)
     flows = m.fit_flows(train, 3, steps=60)
     assert flows.shape == (3, 2, 4, 4)
     assert (flows[:, 0, :, 1:3].mean((1, 2)) - torch.tensor([-1, 0, 1])).abs().max() < 0.3
+    monkeypatch.setattr(m, "fit_flows", lambda train, n: flows)
     found, index = m.rollout_floors(train, val, 4, 20), val.spread(19, 20)
     frames = val.frames(index, 19)
     mean = train.frames(torch.arange(80), 1).mean((0, 1))
@@ -800,14 +751,13 @@ def test_the_frame_that_the_mean_of_the_codes_is(put):
 
 # ---- Played ----
 
-def judged(world, actions, spoil):
+def judged(world, actions, spoil=lambda t, cells: None):
     """What a Referee says of a true world's frames after actions (T, n), each changed by spoil(t, cells)."""
     referee, found = worlds.Referee(world), []
     for t, pressed in enumerate(actions):
-        happened = world.step(pressed)
-        cells = world.cells()
+        stood, happened, cells = world.agent, world.step(pressed), world.cells()
         spoil(t, cells)
-        found.append(referee.judge(pressed, cells) | dict(happened=happened))
+        found.append(referee.judge(pressed, cells) | dict(happened=happened, moved=(world.agent != stood).any(1)))
     return {name: np.stack([one[name] for one in found]) for name in found[0]}
 
 
@@ -815,19 +765,11 @@ def judged(world, actions, spoil):
 def test_a_referee(facing):
     """True frames obey the rules; an agent that is gone, stands elsewhere or twice, and a ball that is gone or jumps,
     slip where they do, and are judged by where they were seen from there on."""
-    world = World(50, np.random.default_rng(0), 8, 0.2, True, facing)
     actions = np.random.default_rng(1).integers(5, size=(40, 50))
-    before = [world.agent]
-
-    def watch(t, cells):
-        before.append(world.agent)
-    found = judged(copy(world), actions, lambda t, cells: None)
+    found = judged(World(50, np.random.default_rng(0), 8, 0.2, True, facing), actions)
     assert all(found[name].all() for name in ("agent", "effect", "ball"))
-    judged(world, actions, watch)
-    moved = (np.stack(before[1:]) != np.stack(before[:-1])).any(2)
-    assert (found["way"] == np.where(actions == 0, 0, np.where(moved, 1, 2))).all()
-    assert facing or (found["happened"] == np.where(moved, actions, 0)).all()
-    assert {*found["way"].flat} == {0, 1, 2}
+    assert (found["way"] == np.where(actions == 0, 0, 2 - found["moved"])).all() and {*found["way"].flat} == {0, 1, 2}
+    assert facing or (found["happened"] == np.where(found["moved"], actions, 0)).all()
 
     def slip(kind, how):
         def spoil(t, cells):
@@ -838,7 +780,7 @@ def test_a_referee(facing):
                 if how != "gone":
                     cells[0][tuple(floor[-1])] = drawn[0]
         empty = World(1, np.random.default_rng(3), 8, 0.0, True, facing)
-        return {name: value[:, 0].tolist() for name, value in judged(empty, np.ones((6, 1), int) * 2, spoil).items()}
+        return {name: value[:, 0].tolist() for name, value in judged(empty, np.full((6, 1), 2), spoil).items()}
     one, two = [True] * 3 + [False] + [True] * 2, [True] * 3 + [False] * 2 + [True]
     for how in ("gone", "twice"):
         found = slip(AGENT, how)
@@ -899,7 +841,7 @@ def test_codes_that_write_the_same_frame_are_one(put):
     def write(cells, codes):
         return (cells + means[np.arange(len(codes)) % 4, codes][:, None, None]) % 4
     model = Actor(lambda action, row: torch.where((action == 0) & (row % 4 == 0), 6, torch.tensor([5, 1, 4, 4, 3])[
-        action]), write).eval()
+        action]), write)
     found = worlds.same_codes(material(video, models=dict(actions=model)), 64)
     assert found.tolist() == [5, 4, 5, 3, 4, 5, 6, 5]
 
@@ -907,17 +849,17 @@ def test_codes_that_write_the_same_frame_are_one(put):
 def test_a_code_is_drawn_of_those_that_write_what_happened(put):
     """A step in which nothing moves is explained by every way that was blocked; others by their own code alone."""
     put(action_source="latent")
-    shown = material(still, models=dict(actions=Actor(write=simulate).eval()))
-    shown.merged, index, T = torch.arange(5), torch.arange(40), 5
+    shown = material(still, models=dict(actions=Actor(write=simulate)))
+    shown.merged, index, T, n = torch.arange(5), torch.arange(12), 4, 40
     frames, before = shown.clips.cells(index, T).numpy(), shown.tokens_and_actions(index, T)[1]
     drawn = torch.stack([shown.redraw(index, before, draw.pair_hash(index.numpy()[:, None] * T + np.arange(T), step))
-                         for step in range(60)])                                 # (60, B, T)
+                         for step in range(n)])                                  # (n, B, T)
     assert (drawn[..., :HISTORY] == before[:, :HISTORY]).all()
-    assert shown.redraw(index, before[:, :1], np.zeros((40, 1), np.uint64)).tolist() == before[:, :1].tolist()
+    assert shown.redraw(index, before[:, :1], np.zeros((12, 1), np.uint64)).tolist() == before[:, :1].tolist()
     several = 0
     for clip, t in itertools.product(index.tolist(), range(HISTORY, T)):
         right = [code for code in range(5) if (simulate(frames[clip, t - 1][None], [code])[0] == frames[clip, t]).all()]
         counts = drawn[:, clip, t].bincount(minlength=5)
-        assert counts.nonzero()[:, 0].tolist() == right and counts[right].min() > 60 / len(right) / 4
+        assert counts.nonzero()[:, 0].tolist() == right and counts[right].min() > n / len(right) / 4
         several += len(right) > 1
-    assert several > 10
+    assert several > 3

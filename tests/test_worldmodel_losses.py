@@ -23,7 +23,7 @@ from nanolab.play import Session
 from nanolab.run import load_checkpoint
 from nanolab.world import latent_actions
 from test_worldmodel_resume import at, train
-from world_clips import (CONTEXT, SHARP, SIDE, SMALL, evaluate, loss_of, material, nats_of, near, reader, some, spread,
+from world_clips import (CONTEXT, SHARP, SIDE, SMALL, evaluate, loss_of, material, nats_of, near, reader, some,
                          video, whole)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -213,7 +213,7 @@ def test_the_loss_of_first_frames_by_a_loop(put):
 
 def test_first_frames_that_are_known(put):
     """A stub that draws what the captions say, but names one wall wrong in a pass of every second."""
-    cells = video.val.cells(spread(video.val, 1, 70), 1).flatten(2).long()[:, 0]
+    cells = video.val.cells(video.val.spread(1, 70), 1).flatten(2).long()[:, 0]
     named, drawn = iter(cells.split(64)), iter(cells.split(64))
 
     class Illustrator:
@@ -241,7 +241,7 @@ def test_a_writer_that_is_known(put):
     """Nats are means over characters, so that short captions do not count more; texts are read back."""
     texts = ["agent at a1, walls b2.", "agent at a1, walls b2.", "agent at c3, walls none.", "agent at z9, walls none."]
     lengths = [len(caption(picture)) + 1 for picture in
-               video.val.cells(spread(video.val, 1, 70), 1)[:, 0].numpy()]
+               video.val.cells(video.val.spread(1, 70), 1)[:, 0].numpy()]
     stub = SimpleNamespace(nats=lambda text: (text != 0).sum(1).max().float(), write=lambda n, generator: texts * 16)
     found = evaluate("text", stub, material(video))
     parts = lengths[:64], lengths[64:]

@@ -49,10 +49,6 @@ def material(video, part="val", models=None):
     return reader(getattr(video, part), video.palette, models)
 
 
-def spread(clips, T, count):
-    return reader(clips).spread(T, count)
-
-
 def evaluate(stage, model, shown):
     return w.STAGES[stage].evaluate(model, shown)
 
