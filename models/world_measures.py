@@ -389,8 +389,8 @@ def of_play(figures):
     if "play_agent" not in figures:
         return "", True
     agent, effect, ball = (figures[f"play_{name}"] for name in ("agent", "effect", "ball"))
-    return (f"played {figures['play_presses']} presses in 20 worlds: agent there {agent:.1%}, effect right {effect:.1%}, "
-            f"ball right {ball:.1%}", agent >= 0.99 and effect >= 0.95 and ball >= 0.95)
+    return (f"played {figures['play_presses']} presses in 20 worlds: agent there {agent:.1%}, effect right "
+            f"{effect:.1%}, ball right {ball:.1%}", agent >= 0.99 and effect >= 0.95 and ball >= 0.95)
 
 
 def doubts(stage, figures):

@@ -390,9 +390,9 @@ class Server(ThreadingHTTPServer):
 def serve(session, port=0, ready=None):
     """Play `session` on http://127.0.0.1:port/ (0: a free port) until Ctrl-C. `ready(address)` once it listens.
 
-    session, as `Session` is one: title and measured (str), actions (their names), missing (those without a button), keys
-    {KeyboardEvent.key: action}, prompts and fair (bool), reset(prompt=None) and step(action) -> View. ValueError of
-    reset says in one line what is wrong with the sentence.
+    session, as `Session` is one: title and measured (str), actions (their names), missing (those without a button),
+    keys {KeyboardEvent.key: action}, prompts and fair (bool), reset(prompt=None) and step(action) -> View. ValueError
+    of reset says in one line what is wrong with the sentence.
     """
     try:
         server = Server(session, port)
