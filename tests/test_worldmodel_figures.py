@@ -241,7 +241,7 @@ def test_frames_written_by_a_simulator():
     assert found["psnr_1"] == found["psnr_4"] == 100 and found["loss"] == near(nats_of(0, 1, 6))
     plans = {name: torch.cat([torch.stack(model.quantiser.asked[first + i:first + i + 4], 1) for first in (0, 12)])
              for i, name in ((4, "permuted"), (8, "random"))}  # 4 frames each by inferred, permuted and random codes
-    assert torch.equal(plans["permuted"], torch.cat([part.roll(1, 0) for part in labels.split(64)]))  # of the one before
+    assert torch.equal(plans["permuted"], torch.cat([part.roll(1, 0) for part in labels.split(64)]))  # the one before
     drawn = plans["random"].flatten()
     assert (drawn.bincount(minlength=8).double() / len(drawn) - 1 / 8).abs().max() < 0.06 and drawn.max() == 7
     errors = {}

@@ -1,5 +1,6 @@
 """The losses that train_worldmodel.py minimises, by loops; what is hidden, and for how long; that no gradient leaves a
 stage; figures of words; when a stage ends; the trained models as they are compiled and played."""
+import copy
 import itertools
 import math
 import re
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 
 import train_worldmodel as w
 from data.video import Clips, caption
-from forks import assert_done, assert_equal, records, summary
+from forks import assert_equal, records, summary
 from models.discrete import Quantised
 from models.world_actions import ActionModel
 from models.world_dynamics import Dynamics
@@ -22,7 +23,7 @@ from models.world_words import as_characters
 from nanolab.play import Session
 from nanolab.run import load_checkpoint
 from nanolab.world import latent_actions
-from test_worldmodel_resume import at, train
+from test_worldmodel_resume import at, done
 from world_clips import (CONTEXT, SHARP, SIDE, SMALL, evaluate, loss_of, material, nats_of, near, reader, some,
                          video, whole)
 
@@ -46,8 +47,8 @@ class Said:
         return self.logits
 
 
-@pytest.mark.parametrize("step, extra", [(0, 10), (30, 4), (50, 0), (90, 0)])
-@pytest.mark.parametrize("how", ["streams", "last", "causal"])
+@pytest.mark.parametrize("how, step, extra", [("streams", 0, 10), ("streams", 50, 0), ("last", 30, 4),
+                                              ("causal", 30, 4)])
 def test_the_loss_of_dynamics_by_a_loop(put, how, step, extra):
     """Hidden tokens of every frame from the third on, or of the last; those that change weigh 1 + `extra`."""
     put(context=5, streams=how == "streams", dynamics="causal" if how == "causal" else "maskgit", mask_rate=(0.4, 0.7),
@@ -55,33 +56,25 @@ def test_the_loss_of_dynamics_by_a_loop(put, how, step, extra):
     index = whole(video.train.count(5), 6)
     truth, model = video.train.cells(index, 5).flatten(2).long(), Said()
     loss, _ = loss_of("dynamics", model, material(video, "train"), index, step, 2)
-    acts = F.pad(video.train.actions(index, 5), (1, 0), value=5)
-    first = 4 if how == "last" else 2
-    at_ = {t: t for t in range(first, 5)}                     # where the logits of frame t are
-    if how == "streams":                                      # frames 0 to 3 as they are, then 2 to 4 corrupted
-        at_ = {t: 4 + t - first for t in range(first, 5)}
-        assert model.streams == (4, 2) and torch.equal(model.tokens[:, :4], truth[:, :4])
-        assert torch.equal(model.acts, torch.cat((acts[:, :4], acts[:, 2:]), 1))
-    else:
-        assert torch.equal(model.acts, acts) and torch.equal(model.tokens[:, :first], truth[:, :first])
-    total = weights = 0
-    counted = torch.zeros(model.logits.shape[:3], dtype=torch.bool)
+    acts, first = F.pad(video.train.actions(index, 5), (1, 0), value=5), 4 if how == "last" else 2
+    offset = 4 - first if how == "streams" else 0             # logits of frame t are at t + offset: of streams, frames
+    assert model.streams == ((4, 2) if how == "streams" else None)               # 0 to 3 as they are, 2 to 4 corrupted
+    assert torch.equal(model.acts, torch.cat((acts[:, :4], acts[:, 2:]), 1) if how == "streams" else acts)
+    assert torch.equal(model.tokens[:, :first + offset], truth[:, :first + offset])
+    total, counted = Counter(), torch.zeros(model.logits.shape[:3], dtype=torch.bool)
     for i, t, place in itertools.product(range(6), range(first, 5), range(25)):
-        seen, target = model.tokens[i, at_[t], place].item(), truth[i, t, place].item()
-        if how == "causal":
-            assert seen == target
-        elif seen != 4:
-            assert seen == target                             # visible: the truth
-            continue
+        seen, target = model.tokens[i, t + offset, place].item(), truth[i, t, place].item()
+        assert seen == target or seen == 4 and how != "causal"
+        if seen == target and how != "causal":
+            continue                                          # visible: the truth
         weight = 1 + extra * (target != truth[i, t - 1, place].item())
-        row = model.logits[i, at_[t], place].tolist()
-        total += weight * (math.log(sum(map(math.exp, row))) - row[target])
-        weights += weight
-        counted[i, at_[t], place] = True
-    assert loss.item() == near(total / weights)
+        row = model.logits[i, t + offset, place].tolist()
+        total.update(nats=weight * (math.log(sum(map(math.exp, row))) - row[target]), weight=weight)
+        counted[i, t + offset, place] = True
+    assert loss.item() == near(total["nats"] / total["weight"])
     loss.backward()
     assert torch.equal(model.logits.grad.abs().sum(-1) > 0, counted)
-    share = counted[:, list(at_.values())].double().mean().item()
+    share = counted[:, first + offset:].double().mean().item()
     assert share == 1 if how == "causal" else 0.35 < share < 0.75
 
 
@@ -100,27 +93,24 @@ def test_no_gradient_leaves_the_dynamics(put):
     """Latent actions and tokens are data: the models that make them learn nothing here, though they could."""
     put(tokens="tokenizer", action_source="latent", mask_rate=(0.5, 1.0))
     torch.manual_seed(0)
-    models = dict(tokenizer=Tokenizer(20, 20, 4, 6, 8, 4, 1, 2, 8), actions=ActionModel(20, 20, 4, 6, n_codes=8,
-                                                                                       n_embd=8, n_layer=1).eval())
+    models = dict(tokenizer=Tokenizer(20, 20, 4, 6, 8, 4, 1, 2, 8),
+                  actions=ActionModel(20, 20, 4, 6, n_codes=8, n_embd=8, n_layer=1))
+    shown, index = material(video, "train", models), whole(video.train.count(CONTEXT), 4)
     with torch.no_grad():                                     # large enough that codes and tokens differ
         for p in itertools.chain(*(model.parameters() for model in models.values())):
             p.normal_(0, 0.4)
-        found = models["actions"].train()(material(video, "train").frames(torch.arange(64), 3))[1]
+        found = models["actions"](shown.frames(torch.arange(64), 3))[1]
         models["actions"].quantiser.follow(found.z)
         models["actions"].eval().quantiser.norm.running_mean *= 10              # one batch counts a tenth
-    before = {name: {key: value.clone() for key, value in model.state_dict().items()}
-              for name, model in models.items()}
-    model = Dynamics((5, 5), 8, 8, 1, 2, 8)
-    index = whole(video.train.count(CONTEXT), 4)
-    tokens, acts = material(video, "train", models).tokens_and_actions(index, CONTEXT)
+    before = copy.deepcopy({name: dict(model.state_dict()) for name, model in models.items()})
+    model, (tokens, acts) = Dynamics((5, 5), 8, 8, 1, 2, 8), shown.tokens_and_actions(index, CONTEXT)
     assert tokens.shape == (4, CONTEXT, 25) and acts.shape == (4, CONTEXT) and (acts[:, 0] == w.n_codes).all()
     with torch.no_grad():
-        frames = material(video, "train").frames(index, CONTEXT)
+        frames = shown.frames(index, CONTEXT)
         assert torch.equal(acts[:, 1:], latent_actions(models["actions"], frames))
         assert torch.equal(tokens, models["tokenizer"].tokens(frames))
     assert len(acts[:, 1:].unique()) > 1 < len(tokens.unique())
-    loss = loss_of("dynamics", model, material(video, "train", models), index)[0]
-    loss.backward()
+    loss_of("dynamics", model, shown, index)[0].backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
     for name, part in models.items():
         assert all(p.requires_grad and p.grad is None for p in part.parameters())
@@ -155,10 +145,10 @@ def pixel_nats(row, target):
     return sum((a - b) ** 2 for a, b in zip(row, target)) / 3
 
 
-@pytest.mark.parametrize("palette", [True, False])
-@pytest.mark.parametrize("stage, step, extra, soft", [
-    ("actions", 0, 20, True), ("actions", 29, 20 * 41 / 70, True), ("actions", 30, 20 * 40 / 70, False),
-    ("actions", 80, 0, False), ("tokenizer", 0, 10, None)])
+@pytest.mark.parametrize("stage, step, extra, soft, palette", [
+    ("actions", 0, 20, True, True), ("actions", 29, 20 * 41 / 70, True, False),
+    ("actions", 30, 20 * 40 / 70, False, True), ("actions", 80, 0, False, False), ("tokenizer", 0, 10, None, True),
+    ("tokenizer", 0, 10, None, False)])
 def test_the_loss_of_pictures_by_a_loop(put, stage, step, extra, soft, palette):
     """Actions: of the last frame, where pixels that differ from the frame before weigh 1 + `extra`, and codes are soft
     at first. Tokenizer: of all frames, where pixels that are not the same throughout the clip do."""
@@ -237,14 +227,12 @@ def test_first_frames_that_are_known(put):
     assert found["floor"] == near(max(Counter(cells.flatten().tolist()).values()) / (70 * 25))
 
 
-def test_a_writer_that_is_known(put):
+def test_a_writer_that_is_known():
     """Nats are means over characters, so that short captions do not count more; texts are read back."""
     texts = ["agent at a1, walls b2.", "agent at a1, walls b2.", "agent at c3, walls none.", "agent at z9, walls none."]
-    lengths = [len(caption(picture)) + 1 for picture in
-               video.val.cells(video.val.spread(1, 70), 1)[:, 0].numpy()]
+    lengths = [len(caption(picture)) + 1 for picture in video.val.cells(video.val.spread(1, 70), 1)[:, 0].numpy()]
     stub = SimpleNamespace(nats=lambda text: (text != 0).sum(1).max().float(), write=lambda n, generator: texts * 16)
-    found = evaluate("text", stub, material(video))
-    parts = lengths[:64], lengths[64:]
+    found, parts = evaluate("text", stub, material(video)), (lengths[:64], lengths[64:])
     wanted = sum(sum(part) * (max(part) - 1) for part in parts) / sum(lengths)
     assert max(parts[0]) != max(parts[1]) and found["loss"] == near(wanted)
     assert found["valid"] == 0.75 and found["different"] == 2 and found["score"] == -found["loss"]
@@ -274,70 +262,57 @@ def test_hide(put):
 
 # --- Patience ---
 
-HOW = dict(tokens="cells", action_source="true", schedule="constant", optimizer="adam", eval_interval=2, eval_clips=16,
-           save_interval=3, dynamics_change=0)
-
-
 def test_a_stage_ends_when_validation_no_longer_improves(forks, tmp_path):
     """With a rate that is too high each stage gets better, then worse, and ends `patience` validations after its best,
     whose weights are those of a run that had so many steps only."""
-    runs = [at(tmp_path / name) for name in ("patient", "short")]
-    assert_done(forks.run(train(runs[0].parents[1], **HOW, patience=2, max_steps=40, lr=0.1, warmup_steps=5), tmp_path))
-    told, best, total, scores = summary(runs[0]), {}, 0, {}
+    how = dict(tokens="cells", action_source="true", schedule="constant", optimizer="adam", eval_interval=2,
+               eval_clips=16, save_interval=30, dynamics_change=0, play_presses=0, lr=0.1, warmup_steps=5)
+    done(forks, tmp_path / "patient", **how, patience=2, max_steps=40)
+    told, lines, best, total = summary(at(tmp_path / "patient")), records(at(tmp_path / "patient")), {}, 0
     for name in ("dynamics", "text", "frame"):
-        losses = {line["stage_step"]: line["loss"] for line in records(runs[0])
-                  if line["split"] == "val" and line["stage"] == name}
-        best[name] = min(losses, key=losses.get)
-        end = max(losses)
+        of = [line for line in lines if line["stage"] == name]
+        losses = {line["stage_step"]: line["loss"] for line in of if line["split"] == "val"}
+        best[name], end = min(losses, key=losses.get), max(losses)
         assert 0 < best[name] == end - 4 and end < 40         # two validations of 2 steps later
         assert told[f"{name}_best_step"] == best[name] and told[f"{name}_loss"] == losses[best[name]] < losses[end]
-        assert max(line["stage_step"] for line in records(runs[0])
-                   if line["split"] == "train" and line["stage"] == name) == end
-        total, scores[name] = total + end, losses[best[name]]
+        assert max(line["stage_step"] for line in of if line["split"] == "train") == end
+        total += end
     assert told["step"] == total and told["status"] == "done"
-    assert_done(forks.run(train(runs[1].parents[1], **HOW, max_steps="none", lr=0.1, warmup_steps=5,
-                                **{f"{name}_steps": n for name, n in best.items()}), tmp_path))
-    patient, short = (load_checkpoint(run / "last.pt") for run in runs)
+    done(forks, tmp_path / "short", **how, max_steps="none", **{f"{name}_steps": n for name, n in best.items()})
+    patient, short = (load_checkpoint(at(tmp_path / name) / "last.pt") for name in ("patient", "short"))
     assert_equal(patient["done"], short["done"], "done")
     assert_equal(patient["model"], patient["done"]["frame"], "model")
-    assert [summary(runs[1])[f"{name}_loss"] for name in scores] == list(scores.values())
+    assert all(summary(at(tmp_path / "short"))[f"{name}_loss"] == told[f"{name}_loss"] for name in best)
 
 
-def test_compile_compiles_the_pass_of_training_alone(put, monkeypatch):
+@pytest.mark.parametrize("name, used", [("dynamics", "forward"), ("actions", "every"), ("text", "nats")])
+def test_compile_compiles_the_pass_of_training_alone(name, used, put, monkeypatch):
     """One method of a copy with the same weights; losses are those of the model as it is."""
-    put(tokens="cells", action_source="true")
-    passes, index, data = [], torch.arange(3), material(video)
+    put(tokens="cells", action_source="true", action_model="transformer", action_embd=16)
+    passes, index, data, model = [], torch.arange(3), material(video), w.build(name, video).eval()
     monkeypatch.setattr(w.torch, "compile", lambda method: lambda *given, **how: (
         passes.append(method.__name__) or method(*given, **how)))
-    for name, used in (("dynamics", "forward"), ("actions", "forward"), ("text", "nats")):
-        model = w.build(name, video).eval()
-        fast = w.compiled(model, name)
-        value = loss_of(name, fast, data, index)[0]
-        assert passes == [used] and torch.equal(value, loss_of(name, model, data, index)[0]) and passes == [used]
-        value.backward()
-        assert all(a is b for a, b in zip(fast.parameters(), model.parameters(), strict=True))
-        assert next(model.parameters()).grad is not None
-        passes.clear()
-    put(action_model="transformer", action_embd=16)
-    loss_of("actions", w.compiled(w.build("actions", video), "actions"), data, index)
-    assert passes == ["every"]
+    fast = w.compiled(model, name)
+    value = loss_of(name, fast, data, index)[0]
+    assert passes == [used] and torch.equal(value, loss_of(name, model, data, index)[0]) and passes == [used]
+    value.backward()
+    assert all(a is b for a, b in zip(fast.parameters(), model.parameters(), strict=True))
+    assert next(model.parameters()).grad is not None
 
 
 def test_a_tokenizer_that_sees_time_draws_a_played_world_as_a_rollout(put):
     """Frame by frame with the decoder's cache as all at once, far past the frames that it was trained on."""
-    put(tokens="tokenizer", action_source="true", tokenizer="spatiotemporal", tokenizer_embd=16, dynamics_embd=16,
-        window=3)
+    put(tokens="tokenizer", action_source="true", tokenizer="spatiotemporal", tokenizer_embd=16, dynamics_embd=16)
     models = {name: w.build(name, video).eval() for name in ("tokenizer", "dynamics")}
-    played = Session(material(video, models=models), video, vars(w))
+    shown, tokens = material(video, models=models), whole(8, 1, 10, 25)
+    played = Session(shown, video, vars(w))
     with torch.no_grad():
-        first = torch.randint(8, (1, 4, video.height * video.width // w.patch ** 2))
-        whole = torch.cat((first, torch.randint(8, (1, 6, first.size(2)))), 1)
-        seen = [played.draw(first)] + [played.draw(whole[:, t:t + 1], first=False) for t in range(4, 10)]
-        assert torch.equal(torch.stack(seen), material(video, models=models).paint(whole)[0, 3:])
-        alone = torch.stack([material(video, models=models).paint(whole[:, t:t + 1])[0, 0] for t in range(3, 10)])
-        assert not torch.equal(torch.stack(seen), alone)      # the frames before do count
-        again = played.draw(whole[:, 3:4])
-    assert torch.equal(again, alone[0]) and not torch.equal(again, seen[0])  # a new world forgets the last
+        seen = torch.stack([played.draw(tokens[:, :4])] + [
+            played.draw(tokens[:, t:t + 1], first=False) for t in range(4, 10)])
+        assert torch.equal(seen, shown.paint(tokens)[0, 3:])
+        alone = torch.stack([shown.paint(tokens[:, t:t + 1])[0, 0] for t in range(3, 10)])
+        assert not torch.equal(seen, alone)                   # the frames before do count
+        assert torch.equal(played.draw(tokens[:, 3:4]), alone[0]) and not torch.equal(alone[0], seen[0])  # a new world
     played.reset()
     held = played.drawn
     played.step(1)
@@ -349,15 +324,15 @@ def test_clips_of_two_frames_can_be_played(put, source):
     """A world of context 2 begins at one frame, to which no action led."""
     put(tokens="tokenizer", action_source=source, tokenizer_embd=16, dynamics_embd=16, action_embd=16, context=2)
     models = {name: w.build(name, video).eval() for name in ("tokenizer", "actions", "dynamics")}
-    codes = [0, 1, 7, 3, None] if source == "latent" else None
-    played = Session(material(video, models=models), video, vars(w), torch.arange(8) % 5, codes)
+    codes, latent = [0, 1, 7, 3, None], source == "latent"
+    played = Session(material(video, models=models), video, vars(w), torch.arange(8) % 5, codes if latent else None)
     assert played.reset().frame.shape == (20, 20, 3) and played.step(1).cache.startswith("2 frames")
-    assert played.missing == ["right"] * (source == "latent")
-    assert played.keys["ArrowDown"] == 2 and ("ArrowRight" in played.keys) == (source == "true")
-    seen, told = played.step(2), " (code 7)" * (source == "latent")
+    assert played.missing == ["right"] * latent
+    assert played.keys["ArrowDown"] == 2 and ("ArrowRight" in played.keys) != latent
+    seen = played.step(2)
     assert re.fullmatch("right so far: [0-2] of 2 presses", seen.score)
-    assert seen.note.startswith(f"down{told}; in the true world: down")
-    if source == "latent":
+    assert seen.note.startswith("down" + " (code 7)" * latent + "; in the true world: down")
+    if latent:
         with pytest.raises(ValueError, match="no code means right"):
             played.step(4)
 
