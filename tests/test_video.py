@@ -1,13 +1,14 @@
 """data/video.py: the grid world against a slow one, pictures, words, clips, splits and files. No network."""
-import hashlib
+import contextlib
 import io
+import itertools
 import math
 import os
 import random
-import re
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,9 +43,7 @@ class Slow:
     """One world in plain Python, from the rules as they are told."""
 
     def __init__(self, world, i):
-        self.side = world.side
-        self.walls = {(row, column) for row in range(self.side) for column in range(self.side)
-                      if world.walls[i, row, column]}
+        self.side, self.walls = world.side, set(map(tuple, np.argwhere(world.walls[i]).tolist()))
         self.agent, self.ball = tuple(world.agent[i].tolist()), world.ball[i].tolist()
         self.velocity = world.velocity[i].tolist()
 
@@ -55,13 +54,10 @@ class Slow:
             action = 0
         else:
             self.agent = row, column
-        if self.velocity != [0, 0]:
-            for axis in range(2):
-                if self.ball[axis] == 0 and self.velocity[axis] == -1:
-                    self.velocity[axis] = 1
-                elif self.ball[axis] == self.side - 1 and self.velocity[axis] == 1:
-                    self.velocity[axis] = -1
-                self.ball[axis] += self.velocity[axis]
+        for axis in range(2) if self.velocity != [0, 0] else ():
+            if self.ball[axis] + self.velocity[axis] in (-1, self.side):
+                self.velocity[axis] *= -1
+            self.ball[axis] += self.velocity[axis]
         return action
 
     def cells(self):
@@ -69,21 +65,20 @@ class Slow:
         return [[picture.get((row, column), FLOOR) for column in range(self.side)] for row in range(self.side)]
 
 
-@pytest.mark.parametrize("settings", [{}, {"side": 2, "walls": 0.3}, {"side": 5, "walls": 0.6}, {"ball": False},
-                                      {"walls": 0}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"side": 2, "walls": 0.3}, {"side": 5, "walls": 0.6}, {"ball": False}],
+                         ids=str)
 def test_a_world_is_as_the_slow_one(settings):
     world, rng = worlds(40, **settings), random.Random(1)
     slow, happened = [Slow(world, i) for i in range(40)], Counter()
     for _ in range(30):
         actions = [rng.randrange(5) for _ in slow]
-        effective = world.step(np.array(actions))
-        assert effective.tolist() == [one.step(action) for one, action in zip(slow, actions)]
+        assert world.step(np.array(actions)).tolist() == [one.step(action) for one, action in zip(slow, actions)]
         cells = world.cells()
         assert cells.dtype == np.uint8 and cells.tolist() == [one.cells() for one in slow]
-        over_walls = world.walls[np.arange(40), world.ball[:, 0], world.ball[:, 1]]
-        happened.update(hidden=int((world.ball == world.agent).all(1).sum()), over=int(over_walls.sum()))
+        happened.update(hidden=int((world.ball == world.agent).all(1).sum()),
+                        over=int(world.walls[np.arange(40), world.ball[:, 0], world.ball[:, 1]].sum()))
     if settings.get("ball", True):
-        assert happened["hidden"] and (happened["over"] or settings.get("walls") == 0)
+        assert happened["hidden"] and happened["over"]
     else:
         assert (world.ball == -1).all() and (world.velocity == 0).all() and not (cells == BALL).any()
 
@@ -145,27 +140,25 @@ def test_an_agent_that_faces():
 # --- Pictures ---
 
 
-@pytest.mark.parametrize("cell_px", [1, 3, 8, 32])
+@pytest.mark.parametrize("cell_px", [1, 3, 8])
 def test_pictures_and_back(cell_px):
     table = sprites(cell_px)
-    different = {sprite.tobytes() for sprite in table}
     assert table.shape == (8, cell_px, cell_px) and len({sprite.tobytes() for sprite in table[:4]}) == 4
     if cell_px >= 4:
         assert [sorted({*sprite.flatten().tolist()}) for sprite in table] == [
-            [0], [1, 2], [0, 3, 4], [0, 5], *[[0, 3, 4]] * 4] and len(different) == 8
+            [0], [1, 2], [0, 3, 4], [0, 5], *[[0, 3, 4]] * 4] and len({sprite.tobytes() for sprite in table}) == 8
         facing = World(6, np.random.default_rng(0), 5, 0.4, True, True).cells()
         assert (read_cells(paint(facing, cell_px), cell_px, facing=True) == facing).all()
     distance = np.square(PALETTE[:, None].astype(int) - PALETTE[None]).sum(2) ** 0.5
     assert PALETTE.shape == (6, 3) and PALETTE.dtype == np.uint8 and distance[~np.eye(6, dtype=bool)].min() > 40
     cells = np.stack([worlds(3, seed, side=5, walls=0.4).cells() for seed in range(2)])  # (2, 3, 5, 5)
-    image = render(cells, cell_px)
-    assert image.shape == (2, 3, 5 * cell_px, 5 * cell_px) and image.dtype == np.uint8
+    image, frames = render(cells, cell_px), paint(cells, cell_px)
+    assert image.shape == (2, 3, 5 * cell_px, 5 * cell_px) and image.dtype == frames.dtype == np.uint8
     assert (image.reshape(2, 3, 5, cell_px, 5, cell_px).swapaxes(3, 4) == table[cells]).all()
-    frames = paint(cells, cell_px)
-    assert frames.dtype == np.uint8 and (frames == PALETTE[image]).all()
+    assert (frames == PALETTE[image]).all()
     found = read_cells(torch.from_numpy(frames), cell_px)
     assert found.dtype == torch.uint8 and (found.numpy() == cells).all()
-    for some in (cells, cells[0, 0], cells[:, :, :2]):
+    for some in (cells[0, 0], cells[:, :, :2]):
         found = read_cells(paint(some, cell_px), cell_px)
         assert isinstance(found, np.ndarray) and found.shape == some.shape and (found == some).all()
 
@@ -187,30 +180,28 @@ def test_a_caption_by_hand(monkeypatch):
     said = [max((start for start in starts if caption(picture).startswith(start)), key=len)
             for picture in worlds(8).cells()]
     assert [starts.index(start) for start in said] == [1, 0, 0, 2, 1, 1, 0, 0]
-    told = set()
-    for phrase in video.PHRASES:
-        monkeypatch.setattr(video, "PHRASES", (phrase,))
-        told.add(caption(from_text("#.o ..A .#.")))
-    assert told == {"agent at c2, ball at c1, walls a1 b3.", "the agent is on c2, the ball on c1; walls: a1 b3.",
-                    "agent c2, ball c1. there are walls on a1 b3."}
-    assert caption(from_text("... ... .A.")) == "agent b3. there are walls on none."
-    assert caption(from_text("##. #A# ###")) == "agent b2. there are walls on all but c1 b2."
     for bad in BAD:
         with pytest.raises(ValueError, match="has no caption"):
             caption(from_text(bad))
+    for phrase, text in zip(video.PHRASES, ("agent at c2, ball at c1, walls a1 b3.",
+                                            "the agent is on c2, the ball on c1; walls: a1 b3.",
+                                            "agent c2, ball c1. there are walls on a1 b3."), strict=True):
+        monkeypatch.setattr(video, "PHRASES", (phrase,))
+        assert caption(from_text("#.o ..A .#.")) == text
+    assert caption(from_text("... ... .A.")) == "agent b3. there are walls on none."
+    assert caption(from_text("##. #A# ###")) == "agent b2. there are walls on all but c1 b2."
 
 
-@pytest.mark.parametrize("side, walls", [(2, 0.3), (8, 0.15), (8, 0.9), (26, 0.5)])
+@pytest.mark.parametrize("side, walls", [(2, 0.3), (8, 0.15), (26, 0.6)])
 def test_captions_and_back(side, walls):
-    cells = worlds(60, side=side, walls=walls).cells()
+    cells = worlds(30, side=side, walls=walls).cells()
     told = [caption(picture) for picture in cells]
     for picture, text in zip(cells, told):
         assert text.isascii() and len(text) <= caption_length(side) and caption(picture.copy()) == text
-        for text in (text, f" {text}\n"):
-            found = read_caption(text, side)
-            assert found.dtype == np.uint8 and (found == picture).all()
+        found = read_caption(f" {text}\n", side)
+        assert found.dtype == np.uint8 and (found == picture).all()
     assert len({text[:9] for text in told}) >= 3  # several ways to say it
-    assert (side, walls) != (8, 0.15) or max(map(len, told)) <= 160 >= caption_length(8)
+    assert caption_length(8) <= 160
 
 
 def test_no_valid_description():
@@ -235,19 +226,17 @@ def numbered(episodes=3, length=5):
     return Clips(None, frames, actions.to(torch.uint8))
 
 
-@pytest.mark.parametrize("T", [1, 2, 3, 5])
+@pytest.mark.parametrize("T", [1, 3, 5])
 def test_clips_never_cross_an_episode(T):
     clips = numbered()
     assert len(clips) == 3 and clips.length == 5 and clips.count(T) == 3 * (6 - T)
     index = torch.arange(clips.count(T))
     frames, actions = clips.frames(index, T), clips.actions(index, T)
-    assert frames.shape == (len(index), T, 2, 4, 3) and frames.dtype == torch.uint8
-    assert actions.shape == (len(index), T - 1) and actions.dtype == torch.int64
-    for i in index.tolist():
-        episode, start = divmod(i, 6 - T)
-        assert frames[i, :, 1, 1, 0].tolist() == [episode] * T
-        assert frames[i, :, 0, 2, 1].tolist() == list(range(start, start + T))
-        assert actions[i].tolist() == [10 * episode + k for k in range(start, start + T - 1)]
+    assert frames.shape == (len(index), T, 2, 4, 3) and frames.dtype == torch.uint8 and actions.dtype == torch.int64
+    starts = list(itertools.product(range(3), range(6 - T)))
+    assert frames[:, :, 1, 1, 0].tolist() == [[episode] * T for episode, _ in starts]
+    assert frames[:, :, 0, 2, 1].tolist() == [[*range(start, start + T)] for _, start in starts]
+    assert actions.tolist() == [[10 * episode + k for k in range(start, start + T - 1)] for episode, start in starts]
     assert clips.effective(index, T).equal(actions) and clips.cells(index, T) is None
     assert clips.indices(index, T) is None
 
@@ -255,36 +244,32 @@ def test_clips_never_cross_an_episode(T):
 def test_clips_without_actions_and_out_of_range():
     clips = Clips(None, torch.zeros(2, 3, 2, 2, 3, dtype=torch.uint8))
     assert clips.actions(torch.tensor([0]), 2) is None and clips.effective(torch.tensor([0]), 2) is None
-    for index in ([-1], [0, 4]):
+    for index in (-1, 4):
         with pytest.raises(IndexError, match="4 clips of 2 frames"):
-            clips.frames(torch.tensor(index), 2)
+            clips.frames(torch.tensor([0, index]), 2)
     for T in (0, 4):
-        for call in (clips.count, lambda T: clips.frames(torch.tensor([0]), T)):
-            with raises_one_line(f"clips of {T} frames", "episodes of 3 frames"):
-                call(T)
+        with raises_one_line(f"clips of {T} frames", "episodes of 3 frames"):
+            clips.frames(torch.tensor([0]), T)
 
 
 def test_clips_of_grid_worlds(small):
     assert (len(small.train), len(small.val), small.train.length) == (300, 40, 12)
-    assert (small.n_actions, small.action_names, small.cell_px) == (5, ACTIONS, 5)
-    assert (small.height, small.width) == (30, 30) and small.palette.numpy().tolist() == PALETTE.tolist()
-    assert small.palette.dtype == torch.uint8 and small.hash in small.source and "300" in small.source
+    assert (small.n_actions, small.action_names, small.cell_px, small.height, small.width) == (5, ACTIONS, 5, 30, 30)
+    assert small.palette.dtype == torch.uint8 and small.palette.numpy().tolist() == PALETTE.tolist()
+    assert small.hash in small.source and "300" in small.source
     index = torch.tensor([0, 5, 299 * 9 + 8])
-    cells, frames = small.train.cells(index, 4), small.train.frames(index, 4)
+    cells, frames, indices = (read(index, 4) for read in (small.train.cells, small.train.frames, small.train.indices))
     assert cells.shape == (3, 4, 6, 6) and frames.shape == (3, 4, 30, 30, 3) and frames.dtype == torch.uint8
     assert cells[1].equal(small.train.stored_cells[0, 5:9]) and cells[2].equal(small.train.stored_cells[299, 8:])
-    indices = small.train.indices(index, 4)
     assert indices.shape == (3, 4, 30, 30) and indices.dtype == torch.uint8
     assert small.palette[indices.long()].equal(frames) and read_cells(frames, 5).equal(cells)
 
 
 def test_a_stream_draws_evenly_from_all_clips(small):
-    batches, n = [Stream(small.train, 4, 50, 3).at(step) for step in range(40)], small.train.count(4)
-    drawn = torch.cat(batches)
-    assert drawn.dtype == torch.int64 and batches[0].shape == (50,) and len(drawn.unique()) < 2000
+    drawn, n = torch.cat([Stream(small.train, 4, 50, 3).at(step) for step in range(40)]), small.train.count(4)
+    assert drawn.dtype == torch.int64 and drawn.shape == (2000,) and len(drawn.unique()) < 2000
     assert drawn.min() >= 0 and n * 0.99 < drawn.max() < n and drawn.float().mean() == pytest.approx(n / 2, rel=0.05)
-    assert {*Stream(numbered(), 5, 60, 0).at(0).tolist()} == {0, 1, 2}
-    assert batches[0].equal(torch.randint(n, (50,), generator=draw.torch_generator(3, "clips", 0)))
+    assert drawn[:50].equal(torch.randint(n, (50,), generator=draw.torch_generator(3, "clips", 0)))
     for T, size, words in ((4, 0, ["batch_size is 0"]), (13, 4, ["13 frames", "12 frames"])):
         with raises_one_line(*words):
             Stream(small.train, T, size, 0)
@@ -294,19 +279,17 @@ def test_a_stream_draws_evenly_from_all_clips(small):
 
 
 def test_actions_lead_from_frame_to_frame(small):
-    cells, actions = small.val.stored_cells.numpy(), small.val.stored_actions.numpy()
-    effective = small.val.stored_effective.numpy()
+    index = torch.arange(40)
+    cells, actions, effective = (read(index, 12).numpy() for read in (small.val.cells, small.val.actions,
+                                                                      small.val.effective))
     where = np.stack(np.divmod((cells == AGENT).reshape(40, 12, 36).argmax(2), 6), 2)  # (40, 12, 2)
     moves = np.array([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])
     assert (where[:, 1:] - where[:, :-1] == moves[effective]).all()
     assert ((effective == actions) | (effective == 0)).all() and (effective != actions).mean() > 0.1
-    index = torch.arange(40)
-    assert small.val.effective(index, 12).numpy().tolist() == effective.tolist()
-    assert small.val.actions(index, 12).numpy().tolist() == actions.tolist()
 
 
 def test_shares_of_what_happens():
-    figures = statistics(load(n_train=800, n_val=1).train, 5)
+    figures = statistics(load(n_train=400, n_val=1).train, 5)
     assert figures["shares"] == pytest.approx([0.40, 0.15, 0.15, 0.15, 0.15], abs=0.015)
     assert figures["stopped"] == pytest.approx(0.205, abs=0.015)
     assert figures["entropy"] == pytest.approx(-sum(p * math.log(p) for p in figures["shares"]), abs=1e-9)
@@ -320,12 +303,7 @@ def test_shares_of_what_happens():
 
 def test_the_same_worlds_on_every_machine():
     made = load(n_train=20, n_val=6, length=5, side=5, walls=0.2, split_seed=7)
-    digest = hashlib.sha256()
-    for side in (made.train, made.val):
-        for stored in (side.stored_cells, side.stored_actions, side.stored_effective):
-            digest.update(stored.numpy().tobytes())
-    assert digest.hexdigest() == "9472198ae902400d7921208d60ee823f0de6f79e6606a4240126a30d364f2834"
-    assert made.hash == "79f677d174cc"
+    assert made.hash == "79f677d174cc"                       # of all that is stored
 
 
 def test_worlds_depend_on_what_they_should():
@@ -341,8 +319,8 @@ def test_worlds_depend_on_what_they_should():
     assert load(n_train=20, n_val=4, length=4).hash != load(n_train=21, n_val=4, length=4).hash
 
 
-@pytest.mark.parametrize("walls", [0.15, 0.5])
-def test_no_layout_is_in_both(walls, monkeypatch):
+@pytest.mark.parametrize("walls, n_val", [(0.15, 8), (0.5, 300)])
+def test_no_layout_is_in_both(walls, n_val, monkeypatch):
     """The split is by the walls of the world, not by those that the first picture shows: the ball may hide one."""
     drawn, init = [], World.__init__
 
@@ -350,12 +328,11 @@ def test_no_layout_is_in_both(walls, monkeypatch):
         init(world, *args)
         drawn.append(world.walls.copy())
     monkeypatch.setattr(World, "__init__", noted)
-    made = load(n_train=600, n_val=8 if walls < 0.2 else 300, length=2, side=3, walls=walls)
-    n = math.ceil(len(made.val) / video.CHUNK)
-    val, train = {layout.tobytes() for layout in np.concatenate(drawn[:n])[:len(made.val)]}, np.concatenate(drawn[n:])
+    made = load(n_train=600, n_val=n_val, length=2, side=3, walls=walls)
+    n = math.ceil(n_val / video.CHUNK)
+    val, train = {layout.tobytes() for layout in np.concatenate(drawn[:n])[:n_val]}, np.concatenate(drawn[n:])
     kept = np.array([layout.tobytes() not in val for layout in train])
-    dropped = int(re.search(r"([\d,]+) training episodes dropped", made.source)[1].replace(",", ""))
-    assert dropped == (~kept).sum() > 0 and len(val) > 5 and len(made.train) == 600
+    assert f"; {(~kept).sum():,} training episodes dropped" in made.source and not kept.all() and len(val) > 5
     shown, bare = made.train.stored_cells[:, 0].numpy(), train[kept][:600]
     assert ((shown == WALL) <= bare).all() and ((shown == BALL) & bare).any()
     assert ((shown == WALL) | (shown == BALL) | ~bare).all()
@@ -377,9 +354,8 @@ def test_nothing_left_for_training(settings, words):
         load(length=2, **settings)
 
 
-@pytest.mark.parametrize("name, near", [("gridwrold", "did you mean gridworld?"), ("donkey", "did you mean donkeycar?"),
-                                        ("atari", "another game"), ("xyz", "choose gridworld, donkeycar, atari:"),
-                                        ("frames.npy", ".npz file")])
+@pytest.mark.parametrize("name, near", [("donkey", "did you mean donkeycar?"), ("atari", "another game"),
+                                        ("xyz", "choose gridworld, donkeycar, atari:"), ("frames.npy", ".npz file")])
 def test_unknown_names(name, near):
     with raises_one_line(repr(name), near, "gridworld", "donkeycar", "atari:Freeway", ".npz"):
         load(name)
@@ -408,23 +384,20 @@ def test_a_file_with_whole_actions_or_none(tmp_path):
         assert made.train.actions(torch.tensor([2]), 5).tolist() == [[2, 3, 0, 1]]
         assert made.val.effective(torch.tensor([1]), 3).tolist() == [[1, 2]]
     made = load(npz(tmp_path / "plain.npz", frames=frames, other=np.zeros(3)), val_share=0.5)
-    assert made.val.length == 10 and made.n_actions == 0 and made.action_names == ()
-    assert made.train.actions(torch.tensor([0]), 3) is None
-    assert "no actions" in made.source and statistics(made.train, 0)["shares"] == []
+    assert made.val.length == 10 and made.n_actions == 0 and made.action_names == () and "no actions" in made.source
+    assert made.train.actions(torch.tensor([0]), 3) is None and statistics(made.train, 0)["shares"] == []
 
 
-def test_floats_become_buckets_of_the_training_part(tmp_path):
+@pytest.mark.parametrize("name", ["angle", "actions"])
+def test_floats_become_buckets_of_the_training_part(name, tmp_path):
     angle = np.concatenate([np.random.default_rng(0).permutation(100) / 100, np.full(20, 9), np.full(5, -9)])
-    made = [load(npz(tmp_path / "car.npz", frames=frames_of(125), **{name: angle.astype(np.float32)}))
-            for name in ("angle", "actions")]
-    for video_ in made:
-        assert video_.train.length == 100 and video_.n_actions == 5
-        wanted = np.searchsorted(np.arange(1, 5) * 20, angle[:99] * 100 + 0.5, side="left")
-        assert video_.train.stored_actions[0].tolist() == wanted.tolist()
-        assert video_.val.stored_actions[0].tolist() == [4] * 20 + [0] * 4
-        assert [name.split()[0] for name in video_.action_names] == ["steering"] * 5
-        assert "0.20" in video_.action_names[0] and "0.79" in video_.action_names[4]
-    tied = load(npz(tmp_path / "car.npz", frames=frames_of(50), angle=np.zeros(50)))
+    made = load(npz(tmp_path / "car.npz", frames=frames_of(125), **{name: angle.astype(np.float32)}))
+    assert made.train.length == 100 and made.n_actions == 5
+    wanted = np.searchsorted(np.arange(1, 5) * 20, angle[:99] * 100 + 0.5, side="left")
+    assert made.train.stored_actions[0].tolist() == wanted.tolist()
+    assert made.val.stored_actions[0].tolist() == [4] * 20 + [0] * 4
+    assert made.action_names[0] == "steering up to 0.20" and made.action_names[4] == "steering above 0.79"
+    tied = load(npz(tmp_path / "car.npz", frames=frames_of(50), **{name: np.zeros(50)}))
     assert tied.n_actions == 5 and not tied.train.stored_actions.any()
 
 
@@ -462,7 +435,7 @@ def test_files_that_are_no_archives(tmp_path):
     whole = whole.getvalue()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 255
-    for content in (b"", b"hello", whole[:len(whole) // 2], whole[:-3], bytes(flipped), plain.getvalue()):
+    for content in (b"", b"hello", whole[:len(whole) // 2], bytes(flipped), plain.getvalue()):
         path.write_bytes(content)
         with raises_one_line("broken.npz", "damaged"):
             load(str(path))
@@ -489,11 +462,8 @@ def test_the_car_is_looked_for(tmp_path, monkeypatch):
                     reason="no folder of NANOLAB_DATA has the file")
 def test_the_car():
     made = load("donkeycar")
-    assert (made.height, made.width, made.n_actions) == (64, 64, 5)
-    assert (made.train.length, made.val.length) == (800, 200) and made.train.count(8) == 793
-    assert made.hash == "ada084fe7bd0"
-    figures = statistics(made.train, 5)
-    assert min(figures["shares"]) > 0.15 and figures["copy_last"] == pytest.approx(20.77, abs=0.01)
+    assert (made.height, made.width, made.n_actions, made.train.length, made.val.length) == (64, 64, 5, 800, 200)
+    assert made.hash == "ada084fe7bd0" and min(statistics(made.train, 5)["shares"]) > 0.15
 
 
 # --- Films and pictures ---
@@ -518,20 +488,15 @@ def grey(n, side=8):
 
 def film(monkeypatch, frames, rate=10, wrong=None):
     """A PyAV that shows these frames of every file, and then fails where `wrong`."""
-    class Broken(Exception):
-        pass
-
-    class Film:
-        streams = type("Streams", (), dict(video=[type("Stream", (), dict(average_rate=rate))] * (frames is not None)))
-        __enter__, __exit__ = lambda self: self, lambda self, *error: None
-
-        def decode(self, video):
-            for k, picture in enumerate(frames):
-                yield type("Frame", (), dict(time=k / rate, to_ndarray=lambda self, format, p=picture: p))()
-            if wrong:
-                raise Broken(wrong)
-    monkeypatch.setitem(sys.modules, "av", type(sys)("av"))
-    sys.modules["av"].open, sys.modules["av"].FFmpegError = lambda path: Film(), Broken
+    def decode(video):
+        for k, picture in enumerate(frames):
+            yield SimpleNamespace(time=k / rate, to_ndarray=lambda format, p=picture: p)
+        if wrong:
+            raise OSError(wrong)
+    shown = SimpleNamespace(decode=decode, streams=SimpleNamespace(
+        video=[SimpleNamespace(average_rate=rate)] * (frames is not None)))
+    monkeypatch.setitem(sys.modules, "av", SimpleNamespace(open=lambda path: contextlib.nullcontext(shown),
+                                                           FFmpegError=OSError))
 
 
 def shown(clips, T=1):
@@ -601,43 +566,37 @@ def test_mirrored_clips_come_behind_the_others():
 
 
 def test_films_that_are_wrong(tmp_path, monkeypatch):
-    def refused(name, *words, **how):
-        with raises_one_line(Path(name).name, *words):
-            load(str(tmp_path / name), **how)
-    for name in ("a.mp4", "b.gif", "c.mp4"):
+    def refused(name, *words, said_of=None):
+        with raises_one_line(said_of or name, *words):
+            load(str(tmp_path / name))
+    for name in ("a.mp4", "b.gif", "two/a.mp4", "two/c.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"hello" * 9)
+    (tmp_path / "two/c.txt").write_text("1\n" * 9)
+    (tmp_path / "empty").mkdir()
+    save(tmp_path / "odd", [*frames_of(2), *frames_of(2, 6)])
+    npz(tmp_path / "e.npz", frames=frames_of(9), episode=np.zeros(8, int))
     monkeypatch.setitem(sys.modules, "av", None)
     refused("a.mp4", "pip install av")
-    film(monkeypatch, None)
-    refused("a.mp4", "no video in it")
-    film(monkeypatch, grey(9), wrong="bad data")
-    refused("a.mp4", "no video that can be read", "bad data")
-    film(monkeypatch, [*grey(4), *grey(4, 6)])
-    refused("a.mp4", "frame 5 is of 6 x 6", "8 x 8")
-    film(monkeypatch, [])
-    refused("a.mp4", "no frame")
+    for frames, wrong, *words in ((None, None, "no video in it"), ([], None, "no frame"),
+                                  (grey(9), "bad data", "no video that can be read", "bad data"),
+                                  ([*grey(4), *grey(4, 6)], None, "frame 5 is of 6 x 6", "8 x 8")):
+        film(monkeypatch, frames, wrong=wrong)
+        refused("a.mp4", *words)
     film(monkeypatch, grey(9))
-    monkeypatch.setattr(recordings, "fits", lambda n, what: n > 300 and (_ for _ in ()).throw(UserError(what)))
-    refused("a.mp4", "take a smaller fps")
-    monkeypatch.setattr(recordings, "fits", lambda n, what: None)
-    for text, words in (("1\n2", ("9 frames and 2 actions",)), ("x", ("no list of numbers",)),
-                        ("nan\n" * 9, ("not all",))):
+    for text, said in (("1\n2", "9 frames and 2 actions"), ("x", "no list of numbers"), ("nan\n" * 9, "not all")):
         (tmp_path / "a.txt").write_text(text)
-        with raises_one_line("a.txt", *words):
-            load(str(tmp_path / "a.mp4"))
-    refused("b.gif", "no picture that can be read")
-    refused("none.mp4", "no such file")
-    (tmp_path / "empty").mkdir()
-    refused("empty", "holds no pictures")
-    save(tmp_path / "odd", [*frames_of(2), *frames_of(2, 6)])
-    refused("odd", "frame 3 is of 6 x 6 pixels, those before of 4 x 6")
-    (tmp_path / "two").mkdir()
-    for name in ("a.mp4", "c.mp4"):
-        (tmp_path / "two" / name).touch()
-    (tmp_path / "two" / "c.txt").write_text("1\n" * 9)
-    refused("two", "some episodes have actions")
-    path = npz(tmp_path / "e.npz", frames=frames_of(9), episode=np.zeros(8, int))
-    refused(path, "episode is int64 of shape (8,)")
+        refused("a.mp4", said, said_of="a.txt")
+    for name, *words in (("b.gif", "no picture that can be read"), ("none.mp4", "no such file"),
+                         ("empty", "holds no pictures"), ("two", "some episodes have actions"),
+                         ("odd", "frame 3 is of 6 x 6 pixels, those before of 4 x 6"),
+                         ("e.npz", "episode is int64 of shape (8,)")):
+        refused(name, *words)
+
+    def full(n, what):
+        raise UserError(what)
+    monkeypatch.setattr(recordings, "fits", full)
+    refused("a.mp4", "take a smaller fps")
 
 
 def test_how_much_of_the_actions_can_be_seen():
@@ -675,14 +634,13 @@ def test_atari(monkeypatch):
             load("atari:Freeway")
     pytest.importorskip("ale_py")
     settings = {"n_train": 4, "n_val": 3, "length": 6}
-    made, again = load("atari:Freeway", **settings), load("atari:freeway", **settings)
-    assert made.hash == again.hash and made.action_names == ("noop", "up", "down") and made.palette is None
-    assert (len(made.train), made.train.length, len(made.val), made.n_actions) == (4, 6, 3, 3)
+    made = load("atari:Freeway", **settings)
+    assert made.hash == load("atari:freeway", **settings).hash and made.palette is None
+    assert made.action_names == ("noop", "up", "down") and (len(made.train), len(made.val), made.n_actions) == (4, 3, 3)
     assert made.train.frames(torch.arange(4), 6).shape == (4, 6, 64, 64, 3) and made.train.stored_frames.max() > 100
     assert not made.train.stored_frames[:3].equal(made.val.stored_frames)
     for other in (dict(split_seed=1), dict(frame_skip=2)):
         assert load("atari:Freeway", **other, **settings).hash != made.hash
-    assert load("atari:MsPacman", 1, 1, 2).n_actions == 9
     with raises_one_line("'Freewax'", "freeway"):
         load("atari:Freewax")
 
@@ -708,19 +666,16 @@ class Fake:
 
 
 def test_an_episode_never_crosses_the_end_of_a_game():
-    for seed in range(10):
-        ale, rng = Fake(10), np.random.default_rng(seed)
-        frames, actions = np.zeros((5, 64, 64, 3), np.uint8), np.zeros(4, np.uint8)
-        for _ in range(4):
-            video._play(ale, "noop", ["a", "b"], rng, frames, actions, "game")
-            shown = frames[:, 0, 0, 0].tolist()
-            assert shown == list(range(shown[0], shown[0] + 5)) and 1 <= shown[0] and shown[-1] <= 10
-            assert ale.taken[-4:] == ["ab"[k] for k in actions] and ale.taken[-5] == "noop"
-    ale, waits = Fake(10 ** 9), set()
-    for _ in range(200):
-        ale.taken.clear()
-        video._play(ale, "noop", ["a", "b"], rng, frames, actions, "game")
-        waits.add(ale.taken.count("noop"))
+    rng, frames, actions = np.random.default_rng(0), np.zeros((5, 64, 64, 3), np.uint8), np.zeros(4, np.uint8)
+    short, endless, waits = Fake(10), Fake(10 ** 9), set()
+    for _ in range(60):
+        video._play(short, "noop", ["a", "b"], rng, frames, actions, "game")
+        shown = frames[:, 0, 0, 0].tolist()
+        assert shown == list(range(shown[0], shown[0] + 5)) and 1 <= shown[0] and shown[-1] <= 10
+        assert short.taken[-4:] == ["ab"[k] for k in actions] and short.taken[-5] == "noop"
+        endless.taken.clear()
+        video._play(endless, "noop", ["a", "b"], rng, frames, actions, "game")
+        waits.add(endless.taken.count("noop"))
     assert waits == {*range(1, 9)}
     with raises_one_line("game is over before 5 frames"):
-        video._play(Fake(4), "noop", ["a", "b"], np.random.default_rng(0), frames, actions, "game")
+        video._play(Fake(4), "noop", ["a", "b"], rng, frames, actions, "game")

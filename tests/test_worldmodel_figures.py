@@ -4,6 +4,7 @@ import itertools
 import math
 from collections import Counter
 from copy import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -369,7 +370,8 @@ def test_a_linear_probe_finds_what_is_linear_and_nothing_else():
 
 
 def test_the_untrained_floor_is_the_same_again(put, monkeypatch):
-    """And it is that of a model whose BatchNorm knows the training batches, not held-out clips."""
+    """And it is that of a model whose BatchNorm knows the training batches, not held-out clips; of a recording there is
+    more."""
     put(eval_clips=16, batch_size=8, action_embd=8, action_layers=1, seed=3, data_seed=4, deterministic=False)
     built, real = [], m.evaluate_actions
     monkeypatch.setattr(m, "linear_probe", lambda *_: {})
@@ -390,6 +392,9 @@ def test_the_untrained_floor_is_the_same_again(put, monkeypatch):
     assert ((norm.running_mean - u.mean(0)).abs() < 0.3 * u.std(0) + 0.05 * u.mean(0).abs()).all()
     put(seed=5)
     assert floor() != first
+    film = driven(40, 1)
+    found = w.floors(built[0], SimpleNamespace(height=8, width=16, palette=None), film, film)
+    assert {"untrained_null_information", "null_information", "named", "steps"} <= found.keys() and found["steps"] == 16
 
 
 # --- Dynamics ---

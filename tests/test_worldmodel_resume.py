@@ -107,8 +107,8 @@ def test_rollout(forks, tmp_path, played):
     assert_done(rollout("0,3,3,1"))
     assert (strip.read_bytes(), movie.read_bytes()) == before
     assert_done(rollout("1", "--prompt", "agent at a1, ball at c2, walls b2."))
-    for words, said in ((("0,5",), "'5' is not one of"), (("0", "--prompt", "agent at a1, fish"), "--prompt: no caption")):
-        assert_error(rollout(*words), said)
+    assert_error(rollout("0,5"), "'5' is not one of")
+    assert_error(rollout("0", "--prompt", "agent at a1, fish"), "--prompt: no caption")
     assert_error(rollout("0", run=tmp_path / "none"), "no such file")
 
 
@@ -135,17 +135,17 @@ def test_played(forks, tmp_path, played):
 
 
 def test_files_of_ones_own(forks, tmp_path):
-    """Frames and actions in an .npz train every stage but words; broken files are one line."""
-    rng, path = np.random.default_rng(0), tmp_path / "mine.npz"
+    """Frames of an .npz, with their actions or without any, train every stage but words; broken files are one line."""
+    rng = np.random.default_rng(0)
     frames, actions = rng.integers(0, 256, (60, 8, 12, 3), dtype=np.uint8), rng.integers(0, 3, 60)
-    np.savez(path, frames=frames, actions=actions)
-    more = dict(dataset=path, length=2, max_steps=1, save_interval=100)
+    np.savez(tmp_path / "true.npz", frames=frames, actions=actions)
+    np.savez(tmp_path / "latent.npz", frames=frames)
+    (tmp_path / "broken.npz").write_bytes((tmp_path / "true.npz").read_bytes()[:3000])
+    more = dict(length=2, max_steps=1, save_interval=100)
     for source, stages in (("latent", STAGES[:3]), ("true", ("tokenizer", "dynamics"))):
-        done(forks, tmp_path / source, **more, action_source=source)
+        done(forks, tmp_path / source, **more, action_source=source, dataset=tmp_path / f"{source}.npz")
         assert summary(at(tmp_path / source))["stages"] == list(stages)
     assert_done(forks.run(["train_worldmodel.py", "--rollout", at(tmp_path / "latent"), "--actions", "0,1"], tmp_path))
-    assert_error(forks.run(train(tmp_path / "w", stage="text", **more), tmp_path), "captions of grid worlds")
-    np.savez(path, frames=frames)
-    assert_error(forks.run(train(tmp_path / "w", action_source="true", **more), tmp_path), "has no actions")
-    path.write_bytes(path.read_bytes()[:3000])
-    assert_error(forks.run(train(tmp_path / "w", **more), tmp_path), "mine.npz")
+    for name, how, said in (("true", dict(stage="text"), "captions of grid worlds"), ("broken", {}, "broken.npz"),
+                            ("latent", dict(action_source="true"), "has no actions")):
+        assert_error(forks.run(train(tmp_path / "w", **more, **how, dataset=tmp_path / f"{name}.npz"), tmp_path), said)
