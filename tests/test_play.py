@@ -6,19 +6,16 @@ import io
 import json
 import os
 import re
-import select
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,13 +35,11 @@ class Fake:
     actions = ("stay", "up", "</script><i>left</i>")
     keys = {" ": 0, "ArrowUp": 1, "a": 2}
     prompts, fair, measured, missing = True, True, "", ()
-    n, truth, sleep, ending = 0, True, 0, False
+    n, sleep, ending = 0, 0, False
 
     def __init__(self, **change):
         vars(self).update(change)
         self.calls, self.threads, self.inside, self.overlap = [], set(), 0, False
-        self.gate = threading.Event()              # a step ends when it is set
-        self.gate.set()
 
     def enter(self, *call):
         self.calls.append(call)
@@ -63,14 +58,13 @@ class Fake:
             raise ValueError("no word for\n 'fish'")
         if prompt == "bug":
             raise KeyError("lost")
-        self.n = 0
+        self.n, self.truth = 0, prompt != "dark"
         return self.view(5 if prompt else 0)
 
     def step(self, action):
         self.enter("step", action)
         self.inside += 1
         time.sleep(self.sleep)
-        self.gate.wait(20)
         self.inside -= 1
         self.n += 1
         return self.view(action)
@@ -177,11 +171,10 @@ def test_reset_steps_and_the_old_world_after_an_error(game, capsys):
     check_refused(post(address + "reset", {"prompt": "bug"}), 500, "lost")
     assert "KeyError" in capsys.readouterr().err                               # a bug of ours shows in the terminal
     assert post(address + "step", {"action": 1})[1]["step"] == 4
-    session.truth = False
-    status, view = post(address + "reset", {"prompt": "  a cat "})
+    status, view = post(address + "reset", {"prompt": "  dark "})
     assert view["step"] == 0 and view["truth"] is None and view["fps"] is None
     assert session.calls[:4] == [("reset", None), ("step", 2), ("step", 0), ("step", 1)]
-    assert session.calls[-1] == ("reset", "a cat")
+    assert session.calls[-1] == ("reset", "dark")
 
 
 def test_speed_is_a_running_mean():
@@ -269,15 +262,17 @@ def test_steps_at_once_are_serialised(game):
 
 
 def test_session_runs_in_the_callers_thread():
-    """Autograd mode and CUDA graphs belong to a thread."""
+    """Autograd mode and CUDA graphs belong to a thread. What comes after the end is told so."""
     session, found = Fake(), []
 
-    def ready(address):
-        found.append(threading.get_ident())
-        threading.Thread(target=lambda: (post(address + "reset", {}), setattr(session, "ending", True),
-                                         post(address + "reset", {}))).start()
-    serve(session, ready=ready)                             # here, in the main thread
-    assert session.threads == {threading.get_ident()} == set(found)
+    def play_on(address):
+        post(address + "reset", {})
+        session.ending = True
+        found.append(post(address + "reset", {}))
+    serve(session, ready=lambda address: threading.Thread(target=play_on, args=(address,)).start())   # the main thread
+    wait_for(lambda: found)
+    check_refused(found[0], 503, "has ended")
+    assert session.threads == {threading.get_ident()}
 
 
 def test_one_connection_serves_many(game, capfd):
@@ -334,219 +329,102 @@ def test_ctrl_c_ends_cleanly(sleep, forks, tmp_path):
 
 # ---- a real browser
 
-class Browser:
-    """Headless chromium, driven over a pair of pipes: JSON messages, each ended by a zero byte."""
-
-    # dup2 in a small program of its own: what Popen offers cannot give a child just the descriptors 3 and 4
-    START = ("import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); "
-             "os.execv(sys.argv[3], sys.argv[3:])")
-
-    def __init__(self, folder):
-        import fcntl                                        # not on Windows
-        there, self.write = os.pipe()
-        self.read, back = os.pipe()
-        high = [fcntl.fcntl(there, fcntl.F_DUPFD, 10), fcntl.fcntl(back, fcntl.F_DUPFD, 10)]
-        self.log = open(folder / "browser.log", "wb")
-        homes = dict.fromkeys(("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "TMPDIR"), str(folder))
-        self.process = subprocess.Popen(
-            [sys.executable, "-S", "-E", "-c", self.START, *map(str, high), CHROMIUM, "--headless=new", "--no-sandbox",
-             "--disable-gpu", "--remote-debugging-pipe", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-breakpad", "--disable-dev-shm-usage",
-             f"--user-data-dir={folder / 'profile'}", "about:blank"],
-            pass_fds=high, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, start_new_session=True,
-            env=os.environ | homes)
-        for end in (there, back, *high):
-            os.close(end)
-        self.buffer, self.events, self.id, self.page = b"", [], 0, None
-
-    def close(self):
-        """Kill it and all it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        os.close(self.read)
-        os.close(self.write)
-        self.log.close()
-
-    def receive(self, until):
-        while b"\0" not in self.buffer:
-            assert select.select([self.read], [], [], max(0, until - time.monotonic()))[0], "the browser is silent"
-            part = os.read(self.read, 1 << 16)
-            assert part, "the browser has ended: see browser.log"
-            self.buffer += part
-        message, _, self.buffer = self.buffer.partition(b"\0")
-        return json.loads(message)
-
-    def call(self, method, **params):
-        self.id += 1
-        message = {"id": self.id, "method": method, "params": params}
-        data = json.dumps(message | ({"sessionId": self.page} if self.page else {})).encode() + b"\0"
-        while data:
-            data = data[os.write(self.write, data):]
-        until = time.monotonic() + 60
-        while True:
-            answer = self.receive(until)
-            if answer.get("id") == self.id:
-                assert "error" not in answer, (method, answer)
-                return answer["result"]
-            self.events.append(answer)
-
-    def open(self, address):
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.page = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
-        self.call("Page.navigate", url=address)
-
-    def js(self, code):
-        result = self.call("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
-
-    def wait(self, code):
-        """Until `code` is true in the page."""
-        until = time.monotonic() + 60
-        while not self.js(code):
-            assert time.monotonic() < until, f"never true: {code}; the page says: {self.js('document.body.innerText')}"
-            time.sleep(0.02)
-
-    def key(self, key, code, held=0, text=None):
-        """Press a key, let the system repeat it `held` times, release it."""
-        number = {"ArrowUp": 38, " ": 32, "Enter": 13}.get(key, ord(key[0].upper()))
-        text = text or (key if len(key) == 1 else None)
-        press = dict(key=key, code=code, windowsVirtualKeyCode=number) | ({"text": text} if text else {})
-        for i in range(held + 1):
-            self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", autoRepeat=i > 0, **press)
-        self.call("Input.dispatchKeyEvent", type="keyUp", key=key, code=code, windowsVirtualKeyCode=number)
-
-    def click(self, selector):
-        x, y = self.js(f"""(() => {{
-            const target = document.querySelector({json.dumps(selector)});
-            target.scrollIntoView({{block: "center", behavior: "instant"}});
-            const box = target.getBoundingClientRect();
-            return [box.x + box.width / 2, box.y + box.height / 2];
-        }})()""")
-        for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-
-    def pixels(self, name):
-        """Width, height and the last pixel of an image, through a canvas."""
-        return self.js(f"""(async () => {{
-            const image = document.getElementById("{name}"), canvas = new OffscreenCanvas(8, 6);
-            await image.decode();
-            const ink = canvas.getContext("2d");
-            ink.drawImage(image, 0, 0);
-            return [image.naturalWidth, image.naturalHeight, [...ink.getImageData(7, 5, 1, 1).data].slice(0, 3)];
-        }})()""")
-
-    def troubles(self):
-        """What a developer would see in red in the console."""
-        return [event["params"] for event in self.events
-                if event.get("method") in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled")
-                or event.get("method") == "Log.entryAdded" and event["params"]["entry"]["level"] == "error"]
+# Runs in the page behind its own script, whose names it sees; what it finds is the last prompt.
+DRIVER = """
+async function color(name) {
+  const image = get(name), ink = new OffscreenCanvas(8, 6).getContext("2d");
+  await image.decode();
+  ink.drawImage(image, 0, 0);
+  return [image.naturalWidth, image.naturalHeight, ...[...ink.getImageData(7, 5, 1, 1).data].slice(0, 3)];
+}
+async function idle() {                                      // nothing under way, nothing remembered
+  do await new Promise(go => setTimeout(go, 5)); while (busy || waiting);
+}
+function press(key, more = {}) {
+  const target = document.activeElement;                     // as the browser chooses it
+  return target.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true, cancelable: true, ...more}));
+}
+function mouse(button) {
+  button.focus();
+  button.dispatchEvent(new MouseEvent("click", {bubbles: true, cancelable: true, detail: 1}));
+}
+(async () => {
+  const report = {errors: []}, texts = (...names) => names.map(name => get(name).textContent);
+  addEventListener("error", event => report.errors.push(event.message));
+  addEventListener("unhandledrejection", event => report.errors.push(String(event.reason)));
+  const seen = async () => [...texts("step", "note", "error"), await color("frame"), await color("truth")];
+  await idle();
+  report.first = [...await seen(), ...texts("fps"), document.title];
+  report.buttons = [...document.querySelectorAll("#actions button")].map(button => button.innerText);
+  report.look = [getComputedStyle(get("frame")).imageRendering, get("truth").checkVisibility(),
+                 document.documentElement.scrollWidth <= innerWidth];
+  report.keys = [];
+  for (const key of ["ArrowUp", "a", " ", "A"]) {            // of the keyboard's other case, too
+    const free = press(key);
+    await idle();
+    report.keys.push([free, ...await seen(), ...texts("fps", "cache")]);
+  }
+  report.nothing = [press("q"), press("a", {ctrlKey: true}), busy];
+  mouse(document.querySelectorAll("#actions button")[1]);    // the space bar is the game's again after it
+  await idle();
+  press(" ");
+  await idle();
+  report.clicked = texts("step", "note");
+  for (let i = 0; i < 20; i++) press("ArrowUp", {repeat: i > 0});      // held: one request, and no queue behind it
+  report.held = [busy, waiting];
+  press("ArrowUp"), press("a");                              // presses of their own: the last is not lost
+  report.pressed = [busy, waiting];
+  await idle();
+  get("prompt").focus();
+  report.typed = [press("a"), press(" "), busy];             // letters typed there play nothing
+  get("prompt").value = " a fish ";
+  mouse(get("start"));
+  await idle();
+  report.wrong = await seen();                               // the error shows, the world stays
+  get("prompt").value = "a cat", get("prompt").focus();
+  get("form").requestSubmit();
+  await idle();
+  report.right = [...await seen(), document.activeElement.tagName];
+  get("prompt").value = "dark";
+  get("form").requestSubmit();
+  await idle();
+  report.dark = get("truth").checkVisibility();
+  send("/reset", {prompt: JSON.stringify(report)});
+})();
+"""
 
 
-@pytest.fixture
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:   # a long path is none of a socket
-        browser = Browser(Path(folder))
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome")
+def test_play_in_a_browser(monkeypatch):
+    session, real = Fake(), play.page
+    monkeypatch.setattr(play, "page", lambda session, nonce: real(session, nonce).replace(
+        "</html>", f'<script nonce="{nonce}">{DRIVER}</script></html>'))
+    with served(session) as address, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
+        browser = subprocess.Popen(
+            [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage",
+             "--disable-background-networking", "--disable-component-update", "--disable-breakpad",
+             "--remote-debugging-port=0", f"--user-data-dir={home}", "--window-size=500,900", address],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            env=os.environ | dict.fromkeys(("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "TMPDIR"), home))
         try:
-            yield browser
-        finally:
-            browser.close()
+            wait_for(lambda: session.calls and str(session.calls[-1][1]).startswith("{"), every=0.02)
+            *calls, (_, found) = session.calls
+        finally:                                             # it and all that it started
+            os.killpg(browser.pid, signal.SIGKILL)
+            browser.wait()
 
-
-def test_play_in_a_browser(game, browser):
-    session, address = game
-
-    def step(n):
-        browser.wait(f"document.getElementById('step').textContent === '{n}' && !busy")
-
-    def shown(n, action):
+    def shown(n, action, note=None, error=""):
         color = [10 * n, 20 * action, 7]
-        assert browser.pixels("frame") == [8, 6, color]
-        assert browser.pixels("truth") == [8, 6, [255 - value for value in color]]
-
-    def text(name):
-        return browser.js(f"document.getElementById('{name}').textContent")
-
-    browser.open(address)
-    browser.wait("typeof busy !== 'undefined' && !busy && document.getElementById('frame').complete")
-    assert session.calls == [("reset", None)] and text("step") == "0" and text("fps") == "–"
-    shown(0, 0)
-    assert browser.js("document.title") == session.title
-    assert browser.js("[...document.querySelectorAll('#actions button')].map(button => button.innerText)") == [
-        "stayspace", "up↑", "</script><i>left</i>a"]
-    assert browser.js("getComputedStyle(document.getElementById('frame')).imageRendering") == "pixelated"
-    assert browser.js("document.getElementById('frame').clientWidth") > 280
-    assert browser.js("document.getElementById('truth').checkVisibility()") is True
-
-    # keys, a key of the keyboard's other case, and one that means nothing
-    for n, (key, code, action) in enumerate((("ArrowUp", "ArrowUp", 1), ("a", "KeyA", 2), (" ", "Space", 0),
-                                             ("A", "KeyA", 2)), 1):
-        browser.key(key, code)
-        step(n)
-        shown(n, action)
-        assert text("fps") == "4.00" and text("cache") == f"{n} frames, 1.2 MB" and text("note") == f"code {action}"
-    browser.key("q", "KeyQ")
-    browser.call("Input.dispatchKeyEvent", type="rawKeyDown", key="a", code="KeyA", windowsVirtualKeyCode=65,
-                 modifiers=2)                               # with Ctrl
-    assert browser.js("busy") is False and len(session.calls) == 5
-
-    # a click; the space bar is the game's again after it
-    browser.click("#actions button:nth-child(2)")
-    step(5)
-    browser.key(" ", "Space")
-    step(6)
-    shown(6, 0)
-
-    # a held key sends one request at a time and leaves no queue behind; a press of its own is not lost
-    session.gate.clear()
-    browser.key("ArrowUp", "ArrowUp", held=20)
-    assert browser.js("[busy, waiting]") == [True, None]
-    browser.key("ArrowUp", "ArrowUp")
-    browser.key("a", "KeyA")
-    assert browser.js("[busy, waiting]") == [True, ["/step", {"action": 2}]]
-    session.gate.set()
-    step(8)
-    assert session.calls[-2:] == [("step", 1), ("step", 2)] and len(session.calls) == 9 and not session.overlap
-    assert browser.js("waiting") is None
-
-    # prompts: a wrong one shows the error and leaves the world; letters typed there play nothing
-    assert text("error") == "" and browser.troubles() == []
-    browser.click("#prompt")
-    for letter in "a fish":
-        browser.key(letter, "Key" + letter.upper() if letter != " " else "Space")
-    assert browser.js("document.getElementById('prompt').value") == "a fish"
-    browser.click("#start")
-    browser.wait("document.getElementById('error').textContent !== ''")
-    assert text("error") == "no word for 'fish'" and text("step") == "8" and session.calls[-1] == ("reset", "a fish")
-    shown(8, 2)
-    red = browser.troubles()                                # the browser itself notes the refusal, and nothing else
-    assert len(red) == 1 and red[0]["entry"]["url"] == address + "reset" and "400" in red[0]["entry"]["text"]
-
-    # a right one, by the Enter key: the keys play at once
-    browser.js("document.getElementById('prompt').value = 'a cat'; document.getElementById('prompt').focus()")
-    browser.key("Enter", "Enter", text="\r")
-    step(0)
-    assert text("error") == "" and session.calls[-1] == ("reset", "a cat")
-    shown(0, 5)
-    session.truth = False
-    browser.key("ArrowUp", "ArrowUp")
-    step(1)
-    assert browser.js("document.getElementById('truth').checkVisibility()") is False
-
-    # at a phone's width all fits, nothing scrolls sideways
-    browser.call("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2, mobile=True)
-    assert browser.js("document.documentElement.scrollWidth") <= 360 and len(browser.troubles()) == 1
-
-    # after the end a press says so
-    session.ending = True
-    browser.key("ArrowUp", "ArrowUp")
-    browser.wait("document.getElementById('error').textContent !== ''")
-    assert "ended" in text("error")
+        return [str(n), note or f"code {action}", error, [8, 6, *color], [8, 6, *(255 - value for value in color)]]
+    assert json.loads(found) == dict(
+        errors=[], first=[*shown(0, 0), "–", session.title], look=["pixelated", True, True],
+        buttons=["stayspace", "up↑", "</script><i>left</i>a"],
+        keys=[[False, *shown(n, action), "4.00", f"{n} frames, 1.2 MB"] for n, action in enumerate((1, 2, 0, 2), 1)],
+        nothing=[True, True, False], clicked=["6", "code 0"], held=[True, None],
+        pressed=[True, ["/step", {"action": 2}]], typed=[True, True, False],
+        wrong=shown(8, 2, error="no word for 'fish'"), right=[*shown(0, 5), "BODY"], dark=False)
+    assert calls == [("reset", None), *(("step", action) for action in (1, 2, 0, 2, 1, 0, 1, 2)), ("reset", "a fish"),
+                     ("reset", "a cat"), ("reset", "dark")]
 
 
 # ---- actions and pictures
