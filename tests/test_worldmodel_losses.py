@@ -1,6 +1,8 @@
 """The losses that train_worldmodel.py minimises, by loops; what is hidden, and for how long; that no gradient leaves a
 stage; figures of words; when a stage ends; the trained models as they are compiled and played."""
+import contextlib
 import copy
+import dataclasses
 import itertools
 import math
 import re
@@ -356,10 +358,19 @@ def test_a_prompt_of_words_that_no_caption_has(put):
 
 
 @pytest.mark.parametrize("name", ["actions", "dynamics"])
-def test_the_actions_may_have_a_rate_of_their_own(name, put):
-    put(tokens="cells", action_source="true", action_lr=0.5, lr=0.25, dynamics_embd=16, action_embd=16)
+def test_the_actions_may_have_a_rate_of_their_own(name, put, tmp_path):
+    """A stage in training: its rates; it is evaluated by the weights' average, and not as it is trained."""
+    put(tokens="cells", action_source="true", action_lr=0.5, lr=0.25, dynamics_embd=16, action_embd=16, ema_decay=0.5)
     shown = material(video, "train")
-    world = SimpleNamespace(video=video, train=shown, models={}, total=0, precision=torch.float32)
+    world = SimpleNamespace(video=video, train=shown, val=shown, models={}, total=0, precision=torch.float32,
+                            autocast=contextlib.nullcontext())
     learner = w.Learner(name, world, vars(w))
     w.optim.set_rate(learner.opt, {**learner.settings, "max_steps": 9, "schedule": "constant", "warmup_steps": 0}, 0)
     assert {group["lr"] for group in learner.opt.param_groups} - {w.muon_lr} == {0.5 if name == "actions" else 0.25}
+    learner.stage = dataclasses.replace(learner.stage, draw=lambda model, val: [], evaluate=lambda model, val: [
+        model.training, next(model.parameters()).sum().item()])
+    which, weight = next(learner.model.named_parameters())
+    with torch.no_grad():
+        weight.fill_(9)                                       # which the average has not seen
+    (training, total), weights = learner.evaluated(tmp_path / "a", SimpleNamespace(start=lambda: 0, lap=lambda part: 0))
+    assert not training and learner.model.training and total == weights[which].sum().item() < 9 == weight.max()
