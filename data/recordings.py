@@ -237,15 +237,11 @@ def shifts(frames, largest=6):
     H, W = grey.shape[1:]
     most, found = max(1, min(largest, H // 8, W // 4)), []
     for rows in (slice(0, H // 2), slice(H // 2, H)):
-        half = grey[:, rows]
         for axis in (2, 1):
-            n = half.shape[axis]
-            inner = [slice(None)] * 3
-            inner[axis] = slice(most, n - most)
-            now, errors = half[1:][tuple(inner)], []
-            for d in range(-most, most + 1):
-                inner[axis] = slice(most + d, n - most + d)
-                errors.append(abs(now - half[:-1][tuple(inner)]).mean((1, 2)))
+            half = np.moveaxis(grey[:, rows], axis, 1)
+            n = half.shape[1]
+            errors = [abs(half[1:, most:n - most] - half[:-1, most + d:n - most + d]).mean((1, 2))
+                      for d in range(-most, most + 1)]
             found.append(np.argmin(errors, 0) - most)
     return np.stack(found, 1).astype(np.float64)
 

@@ -254,18 +254,19 @@ def symmetry_of(grid):
     return 4 if len(grid) == len(grid[0]) and grid == [list(column) for column in zip(*grid)] else 0
 
 
-def measured(grid, background, count=None):
-    """The factors that can be read off a finished grid; those of an object where it is the only one (count 1)."""
+def measured(grid, background, **given):
+    """All factors, those given and those that can be read off a finished grid: of an object where it is the only one
+    (count 1)."""
     flat = [cell for row in grid for cell in row]
     seen = Counter(flat)
     others = [(-n, colour) for colour, n in seen.items() if colour != background]
     found = {"height": len(grid), "width": len(grid[0]), "n_colours": len(seen), "symmetry": symmetry_of(grid),
              "background": background if background in seen else -1, "colour": min(others)[1] if others else -1}
-    if count == 1:
+    if given.get("count") == 1:
         found["row"] = next(i for i, row in enumerate(grid) if any(cell != background for cell in row))
         found["column"] = min(j for row in grid for j, cell in enumerate(row) if cell != background)
         found["size"] = len(flat) - seen[background]
-    return found
+    return dict.fromkeys(FACTORS, -1) | given | found
 
 
 def _ruled(dice, rule, grid, background, colours):
@@ -311,16 +312,11 @@ def synthetic(seed, side, number, max_side, n_colours):
         colours.insert(0, 0)
     kind = dice.between(0, len(KINDS) - 1)
     grid, given = KINDS[kind](dice, height, width, background, colours)
-    first = {"kind": kind, **given, **measured(grid, background, given.get("count"))}
+    first = measured(grid, background, kind=kind, **given)
     name, task = f"synthetic {KINDS[kind].__name__} {number}", str(number)
     rule = dice.between(0, len(RULES) - 1)
     output = _ruled(dice, RULES[rule], grid, background, colours) if dice.chance(PAIRED) else grid
-    second = {"kind": kind, "rule": rule, **measured(output, background)}
+    second = measured(output, background, kind=kind, rule=rule)
     if output == grid or second["colour"] < 0:  # no pair, or one that shows nothing
-        return [(grid, name, task, _complete(first))]
-    return [(grid, f"{name} input", task, _complete({**first, "rule": rule})),
-            (output, f"{name} output", task, _complete(second))]
-
-
-def _complete(factors):
-    return {name: factors.get(name, -1) for name in FACTORS}
+        return [(grid, name, task, first)]
+    return [(grid, f"{name} input", task, {**first, "rule": rule}), (output, f"{name} output", task, second)]

@@ -398,31 +398,29 @@ def doubts(stage, figures):
     def of(name):
         value = figures.get(name if name.startswith("rollout") else f"{stage}_{name}")
         return math.nan if value is None else value           # compared with it, nothing is less
-    found = {}
-    if stage == "tokenizer":
-        if of("perplexity") < 1.5:
-            found["dead_codebook"] = f"one code carries nearly all (perplexity {of('perplexity'):.2f})"
-        if of("psnr") < of("copy_psnr"):
-            found["below_copying"] = (f"below copying the last frame ({of('psnr'):.1f} against {of('copy_psnr'):.1f} "
-                                      "dB): no rollout can beat copying")
-    if stage == "actions":
-        if of("dpsnr_1") < 0.1:
-            found["codes_say_nothing"] = f"codes say nothing: other clips' codes cost {of('dpsnr_1'):.2f} dB"
-        if of("null_information") > 0.1:
-            found["few_steps"] = (f"{of('steps'):.0f} steps are too few to score information: codes rolled in time "
-                                  f"reach {of('null_information'):.2f}")
-        if of("information") - of("null_information") <= of("untrained_information") - of("untrained_null_information"):
-            found["as_untrained"] = "less its null, information is no more than an untrained encoder's"
-    if stage == "dynamics":
-        if of("copy") == 1:
-            found["blank_tokens"] = "no token ever changes: that all are right means nothing"
-        if of("tokens") <= of("copy") + min(0.02, (1 - of("copy")) / 2) or of("rollout_psnr_1") <= of(
-                "rollout_copy_1") + 0.2:
-            found["as_copying"] = (f"no better than copying: {of('tokens'):.1%} of tokens against {of('copy'):.1%}, "
-                                   f"{of('rollout_psnr_1'):.1f} against {of('rollout_copy_1'):.1f} dB")
-        if of("rollout_psnr_16") < of("rollout_mean_16"):
-            found["below_mean"] = "after 16 frames the mean frame of the training part is better"
-    return found
+    found, untrained = (of(f"{name}information") - of(f"{name}null_information") for name in ("", "untrained_"))
+    copied = of("copy") + min(0.02, (1 - of("copy")) / 2)
+    reasons = dict(
+        tokenizer=[
+            ("dead_codebook", of("perplexity") < 1.5,
+             f"one code carries nearly all (perplexity {of('perplexity'):.2f})"),
+            ("below_copying", of("psnr") < of("copy_psnr"), f"below copying the last frame ({of('psnr'):.1f} against "
+             f"{of('copy_psnr'):.1f} dB): no rollout can beat copying")],
+        actions=[
+            ("codes_say_nothing", of("dpsnr_1") < 0.1,
+             f"codes say nothing: other clips' codes cost {of('dpsnr_1'):.2f} dB"),
+            ("few_steps", of("null_information") > 0.1, f"{of('steps'):.0f} steps are too few to score information: "
+             f"codes rolled in time reach {of('null_information'):.2f}"),
+            ("as_untrained", found <= untrained,
+             "less its null, information is no more than an untrained encoder's")],
+        dynamics=[
+            ("blank_tokens", of("copy") == 1, "no token ever changes: that all are right means nothing"),
+            ("as_copying", of("tokens") <= copied or of("rollout_psnr_1") <= of("rollout_copy_1") + 0.2,
+             f"no better than copying: {of('tokens'):.1%} of tokens against {of('copy'):.1%}, "
+             f"{of('rollout_psnr_1'):.1f} against {of('rollout_copy_1'):.1f} dB"),
+            ("below_mean", of("rollout_psnr_16") < of("rollout_mean_16"),
+             "after 16 frames the mean frame of the training part is better")])
+    return {flag: line for flag, holds, line in reasons.get(stage, ()) if holds}
 
 
 # --- Dynamics ---
