@@ -37,21 +37,19 @@ def small(put):
 # --- Small functions ---
 
 @pytest.mark.parametrize("height, width", [(12, 13), (12, 7)])
-def test_ssim_is_that_of_loops_over_windows(height, width):
-    """11 x 11 windows, or as many pixels as the shorter side has, inside the frame, each with its own moments."""
+def test_ssim_is_that_of_its_windows(height, width):
+    """11 x 11, or as many pixels as the shorter side has, inside the frame, each with its own moments."""
     a = some(2, height, width, 3)
     b = (a + 0.4 * some(2, height, width, 3, seed=1) - 0.2).clamp(0, 1)
     size = min(11, height, width)
-    line = [math.exp(-(i - (size - 1) / 2) ** 2 / (2 * 1.5 ** 2)) for i in range(size)]
-    kernel = np.outer(line, line) / sum(line) ** 2
-    values = []
-    for frame, colour in itertools.product(range(2), range(3)):
-        for top, left in itertools.product(range(height - size + 1), range(width - size + 1)):
-            x, y = (t[frame, top:top + size, left:left + size, colour].double().numpy() for t in (a, b))
-            mx, my = (kernel * x).sum(), (kernel * y).sum()
-            vx, vy, cov = ((kernel * u * v).sum() for u, v in ((x - mx, x - mx), (y - my, y - my), (x - mx, y - my)))
-            values.append((2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx ** 2 + my ** 2 + 1e-4) * (vx + vy + 9e-4)))
-    assert m.ssim(a, b) == near(np.mean(values)) and 0.5 < np.mean(values) < 0.95
+    line = torch.tensor([math.exp(-(i - (size - 1) / 2) ** 2 / (2 * 1.5 ** 2)) for i in range(size)]).double()
+    kernel = torch.outer(line, line) / line.sum() ** 2
+    x, y = (frames.double().unfold(1, size, 1).unfold(2, size, 1) for frames in (a, b))      # (2, h, w, 3, size, size)
+    mx, my = ((kernel * part).sum((-2, -1), keepdim=True) for part in (x, y))
+    vx, vy, cov = ((kernel * u * v).sum((-2, -1), keepdim=True)
+                   for u, v in ((x - mx, x - mx), (y - my, y - my), (x - mx, y - my)))
+    wanted = ((2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx ** 2 + my ** 2 + 1e-4) * (vx + vy + 9e-4))).mean().item()
+    assert m.ssim(a, b) == near(wanted) and 0.5 < wanted < 0.95
     assert m.ssim(a, a) == near(1, 1e-6)
 
 
@@ -439,24 +437,12 @@ class Namer:
         return self.spoken[cache[0]]
 
 
-def by_loops(said, last, before):
-    """What evaluate_dynamics counts, in plain Python."""
-    seen = Counter()
-    for row, truth, past in zip(said.tolist(), last.tolist(), before.tolist()):
-        seen["frames"] += 1
-        seen["frame"] += row == truth
-        for a, b, c in zip(row, truth, past):
-            seen["all"] += 1
-            seen["tokens"] += a == b
-            seen["copy"] += b == c
-            seen["moved"] += b != c
-            seen["changed"] += b != c and a == b
-            for kind, name in ((AGENT, "agent"), (BALL, "ball")):
-                seen[name + "s"] += b == kind != c
-                seen[name] += a == b == kind != c
-    return dict(tokens=seen["tokens"] / seen["all"], copy=seen["copy"] / seen["all"],
-                changed=seen["changed"] / seen["moved"], frame=seen["frame"] / seen["frames"],
-                agent=seen["agent"] / seen["agents"], ball=seen["ball"] / seen["balls"])
+def counted(said, last, before):
+    """Shares of tokens (B, N) that are right: of all, of those that changed, of movers where they came to."""
+    right, where = said == last, dict(tokens=last >= 0, changed=last != before)
+    where |= {name: (last == kind) & (before != kind) for name, kind in (("agent", AGENT), ("ball", BALL))}
+    return {name: right[place].double().mean().item() for name, place in where.items()} | dict(
+        copy=(last == before).double().mean().item(), frame=right.all(1).double().mean().item())
 
 
 def renamed(cells):
@@ -480,7 +466,7 @@ class Coder:
 
 
 @pytest.mark.parametrize("how", ["cells", "tokenizer", "causal"])
-def test_dynamics_by_loops(put, how):
+def test_what_dynamics_name_is_counted(put, how):
     """Agent and ball are read from what the tokenizer draws; causal ones name by generation, and their loss is of what
     they say given the true tokens. Some frames are whole, most others with half of what changed."""
     put(tokens="tokenizer" if how == "tokenizer" else "cells", dynamics="causal" if how == "causal" else "maskgit")
@@ -493,7 +479,7 @@ def test_dynamics_by_loops(put, how):
     logits = F.one_hot(rename(last if how == "causal" else said), size) * SHARP + some(*last.shape, size)
     model = Namer(video.val, said, logits, rename, size)
     found = evaluate("dynamics", model, material(video, models=dict(tokenizer=coder)))
-    wanted = by_loops(said, last, before)
+    wanted = counted(said, last, before)
     assert {name: found[name] for name in wanted} == {name: near(value, 1e-6) for name, value in wanted.items()}
     nats = -logits.double().log_softmax(-1).gather(-1, rename(last)[..., None]).mean().item()
     assert found["loss"] == near(nats) == -found["score"] and found["perplexity"] == near(math.exp(nats))
