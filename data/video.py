@@ -61,9 +61,6 @@ class World:
     """
 
     def __init__(self, n, rng, side=8, walls=0.15, ball=True, facing=False):
-        if not 2 <= side <= LARGEST or not 0 <= walls < 1:
-            raise UserError(f"side is {side} and walls {walls}: side must be from 2 to {LARGEST}, walls at least 0 and "
-                            "below 1")
         self.side = side
         self.walls = rng.random((n, side, side)) < walls
         score = np.where(self.walls, -1, rng.random((n, side, side))).reshape(n, -1)
@@ -96,8 +93,6 @@ class World:
         """Moves all by one step. actions (n,) int, see ACTIONS; returns what happened, (n,) int: the action, or 0
         (stay) where a wall or the edge was in the way, and no turn of an agent that faces showed it either."""
         actions = np.asarray(actions)
-        if actions.size and not 0 <= actions.min() <= actions.max() < len(ACTIONS):
-            raise ValueError(f"actions must be from 0 to {len(ACTIONS) - 1}")
         target = self.agent + MOVES[actions]
         inside = ((target >= 0) & (target < self.side)).all(1)
         row, column = target.clip(0, self.side - 1).T
@@ -175,8 +170,6 @@ def read_cells(frames, cell_px=8, facing=False):
     frames (..., H, W, 3) uint8, numpy or torch -> (..., H / cell_px, W / cell_px) uint8, likewise, on the same device.
     """
     *lead, height, width, _ = frames.shape
-    if height % cell_px or width % cell_px:
-        raise ValueError(f"cells of {cell_px} pixels do not divide frames of {height} x {width}")
     x = torch.as_tensor(frames)
     kinds = [FLOOR, WALL, BALL, *range(4, 8)] if facing else [FLOOR, WALL, AGENT, BALL]
     table = torch.from_numpy(PALETTE[sprites(cell_px)[kinds]]).flatten(1).float().to(x.device)  # (kinds, px * px * 3)
@@ -381,8 +374,6 @@ class Stream:
     Clips of T frames are drawn at random with replacement."""
 
     def __init__(self, clips, T, batch_size, seed):
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}: it must be at least 1")
         self.clips, self.T, self.batch_size, self.seed = clips, T, batch_size, seed
         self.n = clips.count(T) * (1 + clips.mirror)
 

@@ -155,14 +155,12 @@ class PackedDynamics(Dynamics):
     draft, with a codebook: a hidden token's place is also told, as numbers of the tokenizer's encoder, what the action
     model makes of the frame before, and its logits begin as those of a normal distribution of the code around them,
     whose precision is learned. `sources` {"tokenizer", "actions"}, the trained models, is to be set, and is not part of
-    the weights. The first frame has none. Raises ValueError where p does not divide the grid.
+    the weights. The first frame has none.
     """
 
     def __init__(self, grid, codebook_size, n_actions, n_layer=2, n_head=4, n_embd=64, action_input="add",
                  block_size=16, pack=2, codebook=None, draft=False):
         nn.Module.__init__(self)
-        if grid[0] % pack or grid[1] % pack:
-            raise ValueError(f"pack {pack} does not divide a grid of {grid[0]} x {grid[1]} tokens")
         self.grid, self.n_tokens, self.pack = tuple(grid), grid[0] * grid[1], pack
         self.codebook_size, self.n_actions, self.extra = codebook_size, n_actions, int(action_input == "prepend")
         self.config = config_of(n_layer, n_head, n_embd, block_size, codebook_size + 1)

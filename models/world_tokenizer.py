@@ -12,7 +12,7 @@ class Tokenizer(nn.Module):
 
     kind "spatial": each frame by itself; "spatiotemporal": causal in time as well, so that a token may also say what
     moved; a frame sees the last `window` frames, as many as a training clip has. quantiser "vq" (codes as running
-    means) or "fsq". Raises ValueError where `patch` does not divide the sides.
+    means) or "fsq".
     """
 
     def __init__(self, height, width, patch, colours, codebook_size=64, code_dim=8, n_layer=2, n_head=4, n_embd=64,
@@ -32,8 +32,6 @@ class Tokenizer(nn.Module):
 
     def lay_out(self, height, width, patch, colours, codebook_size, code_dim, quantiser):
         """The sizes and the codebook; returns the grid of tokens, (rows, columns)."""
-        if height % patch or width % patch:
-            raise ValueError(f"patch {patch} does not divide frames of {height} x {width}")
         self.height, self.width, self.patch, self.colours, self.kind = height, width, patch, colours, "spatial"
         self.grid, self.codebook_size = (height // patch, width // patch), codebook_size
         self.n_tokens = self.grid[0] * self.grid[1]

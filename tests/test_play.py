@@ -302,8 +302,6 @@ def test_port_taken(capsys):
         assert again == address
     with play.Server(Fake(), 0) as server:
         assert server.server_address[0] == "127.0.0.1"      # not for the network
-    with pytest.raises(UserError, match="0 to 65535"):
-        serve(Fake(), 70000)
 
 
 @pytest.mark.parametrize("sleep", [0, 60], ids=["idle", "in the middle of a step"])
@@ -449,9 +447,6 @@ def test_png_is_exact():
     frame = frames(1, 0)[0]
     for view in (frame, frame[::-1, ::2], frame.transpose(1, 0, 2)):
         assert (np.asarray(Image.open(io.BytesIO(play.png(view)))) == view).all()
-    for wrong in (frame.astype(float), frame[..., 0], frame[..., :2], frame[:, None, :3]):
-        with pytest.raises(ValueError, match="uint8"):
-            play.png(wrong)
 
 
 def test_strip(tmp_path):
@@ -471,9 +466,6 @@ def test_strip(tmp_path):
     assert (strip[rest] == 255).all()
     save_strip(tmp_path / "short.png", rows, ["a", "b"], 2)                     # as wide as its longest row
     assert Image.open(tmp_path / "short.png").size == (gap + 3 * (12 + gap), len(strip))
-    for rows, titles, said in ((rows, ["one"], "1 titles for 2 rows"), ([[]], [""], "needs a frame")):
-        with pytest.raises(ValueError, match=said):
-            save_strip(tmp_path / "other.png", rows, titles)
 
 
 def test_gif(tmp_path):
@@ -485,8 +477,6 @@ def test_gif(tmp_path):
             gif.seek(i)
             assert gif.info["duration"] == 200
             assert (np.asarray(gif.convert("RGB")) == frame.repeat(3, 0).repeat(3, 1)).all()
-    with pytest.raises(ValueError, match="needs a frame"):
-        save_gif(tmp_path / "other.gif", [])
 
 
 def test_pictures_are_replaced_whole(tmp_path, monkeypatch):

@@ -94,12 +94,6 @@ def test_what_a_new_world_has():
     assert np.bincount(full) / 4000 == pytest.approx(np.array([1, 4, 6, 5]) / 16, abs=0.03)
     with_ball, without = worlds(5), worlds(5, ball=False)
     assert (with_ball.walls == without.walls).all() and (with_ball.agent == without.agent).all()
-    for settings in ({"side": 1}, {"side": 27}, {"walls": 1}, {"walls": -0.1}):
-        with raises_one_line(str(*settings.values())):
-            worlds(**settings)
-    for action in (-1, 5):
-        with pytest.raises(ValueError, match="from 0 to 4"):
-            worlds(2).step([0, action])
 
 
 BAD = "... ... ...", "AA. ... ...", "A.o ..o ..."
@@ -169,8 +163,6 @@ def test_the_nearest_sprite_as_by_hand():
     for facing, kinds in ((False, [0, 1, 2, 3]), (True, [0, 1, 3, 4, 5, 6, 7])):
         wanted = np.square(PALETTE[sprites(4)[kinds]].astype(int) - parts).sum((-1, -2, -3)).argmin(-1)
         assert (read_cells(noise, 4, facing) == np.array(kinds)[wanted]).all()
-    with pytest.raises(ValueError, match="8 x 12"):
-        read_cells(noise, 3)
 
 
 # --- Words ---
@@ -270,9 +262,8 @@ def test_a_stream_draws_evenly_from_all_clips(small):
     assert drawn.dtype == torch.int64 and drawn.shape == (2000,) and len(drawn.unique()) < 2000
     assert drawn.min() >= 0 and n * 0.99 < drawn.max() < n and drawn.float().mean() == pytest.approx(n / 2, rel=0.05)
     assert drawn[:50].equal(torch.randint(n, (50,), generator=draw.torch_generator(3, "clips", 0)))
-    for T, size, words in ((4, 0, ["batch_size is 0"]), (13, 4, ["13 frames", "12 frames"])):
-        with raises_one_line(*words):
-            Stream(small.train, T, size, 0)
+    with raises_one_line("13 frames", "12 frames"):
+        Stream(small.train, 13, 4, 0)
 
 
 # --- Grid worlds as data ---
