@@ -302,6 +302,9 @@ def test_port_taken(capsys):
         assert again == address
     with play.Server(Fake(), 0) as server:
         assert server.server_address[0] == "127.0.0.1"      # not for the network
+        server.closed = True                                # and a request that comes too late is told so
+        with pytest.raises(play.Refused, match="has ended"):
+            server.play("reset", {})
 
 
 @pytest.mark.parametrize("sleep", [0, 60], ids=["idle", "in the middle of a step"])
