@@ -262,26 +262,22 @@ def test_hide(put):
 # --- Patience ---
 
 def test_a_stage_ends_when_validation_no_longer_improves(forks, tmp_path):
-    """With a rate that is too high each stage gets better, then worse, and ends `patience` validations after its best,
-    whose weights are those of a run that had so many steps only."""
-    how = dict(tokens="cells", action_source="true", schedule="constant", optimizer="adam", eval_interval=2,
-               eval_clips=16, save_interval=30, dynamics_change=0, play_presses=0, lr=0.1, warmup_steps=5)
+    """With a rate that is too high it gets better, then worse, and ends `patience` validations after its best, whose
+    weights are those of a run that had so many steps only."""
+    how = dict(stage="dynamics", tokens="cells", action_source="true", schedule="constant", optimizer="adam", lr=0.1,
+               warmup_steps=5, dynamics_change=0, eval_interval=2, eval_clips=16, save_interval=30, play_presses=0)
     done(forks, tmp_path / "patient", **how, patience=2, max_steps=40)
-    told, lines, best, total = summary(at(tmp_path / "patient")), records(at(tmp_path / "patient")), {}, 0
-    for name in ("dynamics", "text", "frame"):
-        of = [line for line in lines if line["stage"] == name]
-        losses = {line["stage_step"]: line["loss"] for line in of if line["split"] == "val"}
-        best[name], end = min(losses, key=losses.get), max(losses)
-        assert 0 < best[name] == end - 4 and end < 40         # two validations of 2 steps later
-        assert told[f"{name}_best_step"] == best[name] and told[f"{name}_loss"] == losses[best[name]] < losses[end]
-        assert max(line["stage_step"] for line in of if line["split"] == "train") == end
-        total += end
-    assert told["step"] == total and told["status"] == "done"
-    done(forks, tmp_path / "short", **how, max_steps="none", **{f"{name}_steps": n for name, n in best.items()})
+    told, lines = summary(at(tmp_path / "patient")), records(at(tmp_path / "patient"))
+    losses = {line["stage_step"]: line["loss"] for line in lines if line["split"] == "val"}
+    best, end = min(losses, key=losses.get), max(losses)
+    assert 0 < best == end - 4 and end < 40                   # two validations of 2 steps later
+    assert told["dynamics_best_step"] == best and told["dynamics_loss"] == losses[best] < losses[end]
+    assert max(line["stage_step"] for line in lines if line["split"] == "train") == end == told["step"]
+    done(forks, tmp_path / "short", **how, max_steps="none", dynamics_steps=best)
     patient, short = (load_checkpoint(at(tmp_path / name) / "last.pt") for name in ("patient", "short"))
     assert_equal(patient["done"], short["done"], "done")
-    assert_equal(patient["model"], patient["done"]["frame"], "model")
-    assert all(summary(at(tmp_path / "short"))[f"{name}_loss"] == told[f"{name}_loss"] for name in best)
+    assert_equal(patient["model"], patient["done"]["dynamics"], "model")
+    assert summary(at(tmp_path / "short"))["dynamics_loss"] == told["dynamics_loss"] and told["status"] == "done"
 
 
 @pytest.mark.parametrize("name, used", [("dynamics", "forward"), ("actions", "every"), ("text", "nats")])
