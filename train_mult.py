@@ -224,7 +224,6 @@ class Solver(nn.Module):
         return self.body.classify(states), sums
 
     def n_params(self):
-        """Parameters in all."""
         return sum(p.numel() for p in self.parameters())
 
 
@@ -291,10 +290,6 @@ class Forcing:
             return max(self.minimum, k / (k + math.exp(min(i / k, 700))))
         return max(self.minimum, k - self.slope * i if self.kind == "linear" else k ** i)
 
-    def validated(self, loss):
-        """Takes the loss of a validation into the window."""
-        self.losses.append(loss)
-
     def stepped(self, step):
         """After the step with which `step` are done."""
         losses = self.losses                                 # stable: the window is full, and they agree
@@ -308,11 +303,9 @@ class Forcing:
         return torch.where(true.to(targets.device), targets, predicted)
 
     def state_dict(self):
-        """Progress, window, generator."""
         return {"steps": self.steps, "losses": list(self.losses), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state):
-        """Goes on where state was taken."""
         self.steps, self.losses = state["steps"], deque(state["losses"], self.losses.maxlen)
         self.generator.set_state(state["generator"])
 
@@ -342,7 +335,6 @@ class Learner:
 
     @property
     def step(self):
-        """Optimiser steps done."""
         return self.loop["step"]
 
     def done(self):
@@ -383,7 +375,6 @@ class Learner:
             return copy.deepcopy({**states, "generators": self.generators})
 
     def load_state_dict(self, state):
-        """Goes on where state was taken."""
         put_back(state, self.parts)
         self.generators = state["generators"]
 
@@ -590,7 +581,7 @@ def main():
                 found, trained = learner.evaluated(notation, autocast, val[:eval_examples], seen)
                 clock.lap("evaluation")
                 if planned:
-                    learner.forcing.validated(found["loss"])
+                    learner.forcing.losses.append(found["loss"])
                 loop["history"] = [*loop["history"], [step, found["loss"], found["accuracy"]]]
                 run.log(step=step, model=learner.name, split="val", **numbers_of(found),
                         train_accuracy=trained["accuracy"], train_loss=trained["loss"])

@@ -15,8 +15,6 @@ from nanolab.settings import UserError
 
 SYMBOLS = "0123456789*=$ "  # tokens: digits, times, equals, end of the answer, padding
 TIMES, EQUALS, END, PADDING = range(10, 14)
-FORMATS = ("plain", "reversed", "padded", "trace")
-MAX_DIGITS = 8
 ENUMERATED = 2 ** 20  # so many pairs are listed; of more, examples are drawn
 
 
@@ -38,24 +36,18 @@ def of_length(examples, digits):
 
 
 class Problems:
-    """Training examples and held-out pairs of operands with min_digits to max_digits digits each.
+    """Training examples and held-out pairs of operands with min_digits to max_digits digits each, 1 to 8.
 
     n_examples: of training, spread evenly over the pairs of lengths (3 and 3 digits, 3 and 4, ...) and over the pairs
     of numbers of these lengths: each comes once before one comes twice where all can be listed (2^20), else they are
     drawn. short_share: of the training examples, spread over all lengths from 1 to max_digits instead, a curriculum.
     val_fraction: of the unordered pairs. val_examples: held-out ordered pairs to evaluate on, at most. train
     (n_examples, 2), val (at most val_examples, 2): int16 tensors up to 4 digits, else int32, in an order of no meaning.
-    Raises UserError where a side is empty or a size is out of range.
+    Raises UserError where a side is empty.
     """
 
     def __init__(self, min_digits=3, max_digits=3, n_examples=1_000_000, val_fraction=0.05, val_examples=10_000,
                  seed=0, short_share=0.0):
-        if not 1 <= min_digits <= max_digits <= MAX_DIGITS:
-            raise UserError(f"operands have from 1 to {MAX_DIGITS} digits: min_digits {min_digits} and max_digits "
-                            f"{max_digits} do not fit")
-        if n_examples < 1 or val_examples < 1 or not 0 < val_fraction < 1 or not 0 <= short_share <= 1:
-            raise UserError(f"n_examples {n_examples}, val_examples {val_examples}: each must be at least 1; "
-                            f"val_fraction {val_fraction}: above 0 and below 1; short_share {short_share}: from 0 to 1")
         self.min_digits, self.max_digits, self.seed, self.val_fraction = min_digits, max_digits, seed, val_fraction
         self.n_short = short = round(n_examples * short_share)
         self.train, self.n_pairs = self._side([(min_digits, n_examples - short), (1, short)], False)
@@ -155,8 +147,6 @@ class Notation:
     """
 
     def __init__(self, format, max_digits):
-        if format not in FORMATS:
-            raise ValueError(f"format is {format!r}, but can be {', '.join(FORMATS)}")
         self.format, self.max_digits, self.width = format, max_digits, 2 * max_digits
         self.source_length = 2 * max_digits + 1
         self.answer_length = {"padded": self.width, "trace": 3 * self.width}.get(format, self.width + 1)

@@ -35,11 +35,10 @@ def attends(config, model):
         expect(kind not in CARRY, f"mixer {kind!r} reads from left to right: {model} sees everything at once")
 
 
-def own_layers(config):
+def own_layers(c):
     """Raises ValueError for settings that only the layers of model.py have."""
-    expect(not config.short_conv and "none" not in config.ffs,
+    expect(not c.short_conv and "none" not in c.ffs,
            "short_conv and ff 'none' are for decoders: layers that read a context, or frames, have neither")
-    c = config
     expect(c.logit_softcap is None and c.qk_norm != "full" and not (c.value_residual or c.norm_after or
            c.parallel_residual), "logit_softcap, value_residual, norm_after, parallel_residual and qk_norm 'full' are "
            "for decoders: models that read a context, or frames, have none of them")
@@ -163,8 +162,8 @@ class CrossBlock(nn.Module):
 
     def __init__(self, config, layer=0, itself=True):
         super().__init__()
-        own_layers(config)
         c = config
+        own_layers(c)
         self.norm1 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias) if itself else None
         self.mixer = WideAttention(c, layer) if itself else None
         self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias)
@@ -202,7 +201,7 @@ class EncoderDecoder(nn.Module):
         self.heads = nn.ParameterList([nn.Parameter(torch.empty(c.vocab_size, c.n_embd))])
         initialise(self)
 
-    def read_context(self, config):
+    def read_context(self, c):
         """Builds what stands between encoder and decoder: nothing."""
 
     def encode(self, source, padding=None):
@@ -216,8 +215,8 @@ class EncoderDecoder(nn.Module):
         block_size with learned positions.
         """
         start = 0 if cache is None else cache.length
-        if self.config.learned_positions and start + x.size(1) > self.config.block_size:
-            raise ValueError(f"position {start + x.size(1) - 1} is past block_size {self.config.block_size}")
+        expect(not self.config.learned_positions or start + x.size(1) <= self.config.block_size,
+               f"position {start + x.size(1) - 1} is past block_size {self.config.block_size}")
         positions = positions_of(self.ropes, x.size(1), start=start)
         h = F.embedding(x, self.embed)
         if self.position is not None:
@@ -265,9 +264,8 @@ class LatentTransformer(EncoderDecoder):
         self.n_latent, self.n_read = n_latent, n_read
         super().__init__(config)
 
-    def read_context(self, config):
+    def read_context(self, c):
         """The latents and the layers that read with them."""
-        c = config
         self.latents = nn.Parameter(torch.empty(self.n_latent, c.n_embd))
         self.roles = {"latents": "embedding"}
         self.readers = nn.ModuleList(CrossBlock(c, i, itself=False) for i in range(self.n_read))
