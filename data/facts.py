@@ -186,11 +186,11 @@ def people(n, seed, kind="notes", alpha=1.0, unseen=0, names="syllables"):
     unseen: [>= 0, <= 100_000_000] people that are held out, in the database only
     names: of notes: syllables or plain
 
-    Notes have birth_date (28 x 12 x 51), birth_place (7), address (213 cities), occupation (100): 31.25 bits; sizes as
-    in a public experiment on tools. Names are four of 64 syllables, a closed vocabulary, or plain, first and last
-    (400 x 1,000). Bios are bioS of Allen-Zhu and Li 2024, arXiv 2404.05405: birthday (28 x 12 x 200), birth_city (200),
-    university (300), field (100), employer (263), pronoun (2): 47.59 bits; also work_city, which follows from the
-    employer. Names are first, middle and last, 400 x 400 x 1,000. All words are our own, all names different.
+    Notes: birth_date (28 x 12 x 51), birth_place (7), address (213 cities), occupation (100): 31.25 bits. Names are
+    four of 64 syllables, a closed vocabulary, or plain, first and last (400 x 1,000). Bios, after bioS of Allen-Zhu and
+    Li 2024, arXiv 2404.05405: birthday (28 x 12 x 200), birth_city (200), university (300), field (100), employer
+    (263), pronoun (2): 47.59 bits; also work_city, which follows from the employer. 400 x 400 x 1,000 names.
+    All names differ.
     Every person has a hidden type, one of 16, evenly. Each attribute by itself is drawn evenly from all its values with
     probability alpha, else it is what the type gives: type z gives value z mod size of an order of the values that the
     seed chooses.
@@ -400,6 +400,7 @@ KEYWORDS = [*(f"{attribute} " for attribute in tables("notes")), " ?", "FIND ", 
 class Closed:
     """210 tokens for "notes" with names of syllables, in the short form: 64 syllables, 10 keywords and 136 for the
     values, of 1 to 3 tokens each. The longest one is taken; text with anything else in it is a UserError."""
+    name = fingerprint = "closed"
 
     def __init__(self):
         self.texts = [*SYLLABLES, *KEYWORDS, *(f"{day}/" for day in range(1, 29)), *map(str, range(1950, 2001)),
@@ -425,10 +426,9 @@ class Closed:
 class Vocabulary:
     """A tokenizer's ids, and after them the special tokens PAD, END, CALL and ANSWER, as which no text is encoded.
 
-    tokenizer: "closed" (214 tokens in all, see Closed), "bytes" (260), or any object with encode(text) -> ids,
-    decode(ids) -> text and its number of ids as `size`, `n_vocab` (tiktoken) or `vocab_size` (sentencepiece; a number
-    or a function). size: of all; specials: {name: id}. Raises UserError: an unknown name; a text that cannot be
-    encoded, or would come back as another one: answers are compared as texts.
+    tokenizer: "closed" (214 tokens in all, see Closed), "bytes" (260), or one of data/tokens.py. n_text: its ids, size:
+    all; specials: {name: id}. Raises UserError: an unknown name; a text that cannot be encoded, or would come back as
+    another one: answers are compared as texts.
     """
 
     def __init__(self, tokenizer):
@@ -437,10 +437,7 @@ class Vocabulary:
                 raise unknown("vocabulary", tokenizer, ("closed", "bytes"))
             tokenizer = Closed() if tokenizer == "closed" else Bytes()
         self.tokenizer, self.exact = tokenizer, isinstance(tokenizer, (Closed, Bytes))
-        self.name = getattr(tokenizer, "name", type(tokenizer).__name__.lower())
-        self.fingerprint = getattr(tokenizer, "fingerprint", self.name)
-        size = next(getattr(tokenizer, name) for name in ("size", "n_vocab", "vocab_size") if hasattr(tokenizer, name))
-        self.n_text = size() if callable(size) else size
+        self.name, self.fingerprint, self.n_text = tokenizer.name, tokenizer.fingerprint, tokenizer.size
         self.specials = {name: self.n_text + i for i, name in enumerate(SPECIALS)}
         self.size = self.n_text + len(SPECIALS)
 
@@ -463,14 +460,9 @@ class Vocabulary:
 def _ends(dialog, specials):
     """The special token after each segment of a dialog, as a list of none or one."""
     for segment, after in itertools.zip_longest(dialog, dialog[1:]):
-        if segment.role == "assistant":
-            yield [specials["CALL" if after is not None and after.role == "tool" else "END"]]
-        elif segment.role == "tool":
-            yield [specials["ANSWER"]]
-        elif segment.role == "user":
-            yield []
-        else:
-            raise ValueError(f"a segment's role is {segment.role!r}, not user, assistant or tool")
+        calls = after is not None and after.role == "tool"
+        end = {"user": None, "assistant": "CALL" if calls else "END", "tool": "ANSWER"}[segment.role]
+        yield [specials[end]] if end else []
 
 
 def rows(dialogs, vocabulary, length=None, pad=None, everything=False):
@@ -528,11 +520,9 @@ def bits_stored(value_nats, bits):
     value_nats (N,): of each person the loss in nats, summed over attributes (but work_city, which says nothing new) and
     over the tokens of each value; bits: of a person's values (people.bits). With alpha 1 the uniform predictor scores
     0, a perfect one N bits. Below 1 attributes depend on each other: where each is asked for by itself, this is a lower
-    bound. Raises ValueError where the losses are not (N,).
+    bound.
     """
     value_nats = torch.as_tensor(value_nats, dtype=torch.float64)
-    if value_nats.ndim != 1:
-        raise ValueError(f"value_nats is {tuple(value_nats.shape)}, not (people,)")
     return len(value_nats) * bits - float(value_nats.sum()) / math.log(2)
 
 

@@ -1,6 +1,5 @@
-"""nanolab/tasks.py: whose tokens are learned, rows once a pass and resumed in mid pass, every way to answer is counted,
-attacks on the tool, bits by heart and uniform; eight people learned for real."""
-import itertools
+"""nanolab/tasks.py: rows once a pass, every way to answer is counted, attacks on the tool, bits by heart and uniform; a
+rule learned for real."""
 import math
 from collections import Counter
 from dataclasses import replace
@@ -33,56 +32,29 @@ def build(seed=0, **settings):
         activation="swiglu", ff_mult=6.0, init="zero"), **settings}))
 
 
-def opened(words):
-    """(the script's globals, its data) with these words typed."""
-    g = fresh("train_facts.py")
-    settings = override(g, ["--device", "cpu", "--n_people", "6", "--n_unseen", "3", *words.split()])
-    g["check"](settings)
-    task = tasks.kind_of(settings)(settings, torch.device("cpu"))
-    task.prepare()
-    return g, task
+# ------------------------------------------------------------------------------------------------- what is counted
+
+@pytest.mark.parametrize("words", ["--task in_weight", "--task both --tokenizer bytes --kind bios --form natural"])
+def test_room_for_more_than_the_longest_dialog(words):
+    """Which tokens are learned: test_facts_data.py, by a step of training test_facts_resume.py, where less is refused.
+    """
+    def opened(*more):
+        settings = override(fresh("train_facts.py"), ["--n_people", "6", "--n_unseen", "3", *words.split(), *more])
+        task = tasks.kind_of(settings)(settings, torch.device("cpu"))
+        task.prepare()
+        return task
+    longest = opened().batches.x.size(1) + 1
+    assert opened().block_size == 16 * math.ceil(2 * longest / 16) > longest
+    assert opened("--block_size", str(longest)).block_size == longest
 
 
-# ------------------------------------------------------------------------------------------------- whose tokens count
-
-@pytest.mark.parametrize("words", ["--task in_tool", "--task in_weight", "--task both", "--task in_tool --loss_on all",
-                                   "--task both --tokenizer bytes --kind bios --form natural --loss_on all"])
-def test_what_is_learned(words):
-    """Turn by turn: all that the assistant says and its END or CALL, with loss_on all the user too; never the tool."""
-    g, data = opened(words)
-    x, y, vocabulary = data.batches.x, data.batches.y, data.vocabulary
-    dialogs = facts.dialogs(data.people, g["task"], g["form"], g["data_seed"], g["tool_share"])
-    assert len(dialogs) == len(x) == len(y) == data.n_rows == 6 * len(data.people.attributes)
-    assert g["task"] != "both" or {len(dialog) for dialog in dialogs} == {2, 4}
-    for dialog, row, target in zip(dialogs, x.tolist(), y.tolist()):
-        ids, learned = [], []
-        for number, (role, text, _) in enumerate(dialog):
-            calls = role == "assistant" and len(dialog) > number + 2
-            after = {"user": [], "tool": ["ANSWER"], "assistant": ["CALL"] if calls else ["END"]}[role]
-            turn = vocabulary.encode(text) + [vocabulary.specials[name] for name in after]
-            ids += turn
-            learned += [role == "assistant" or role == "user" and g["loss_on"] == "all"] * len(turn)
-        expected = [i if yes else -1 for i, yes in zip(ids, learned)][1:]
-        assert row == (ids + [vocabulary.specials["PAD"]] * len(row))[:len(row)] and len(row) >= len(ids) - 1
-        assert target == expected + [-1] * (len(target) - len(expected))
-    longest = x.size(1) + 1                                                          # and room for a little more
-    assert data.block_size == 16 * math.ceil(2 * longest / 16)
-    assert opened(f"{words} --block_size {longest}")[1].block_size == longest
-    with pytest.raises(UserError, match=f"block_size is {longest - 1}, but the longest dialog has {longest} tokens"):
-        opened(f"{words} --block_size {longest - 1}")
-
-
-VARIANTS = {"plain": {}, "tied": dict(tie_weights=True), "bias": dict(head_bias=True), "four layers": dict(n_layer=4),
-            "every layer": dict(intermediate_losses=True),
-            "own heads": dict(intermediate_losses=True, layer_heads="own"),
-            "two ahead": dict(n_targets=2), "stablemax": dict(output="stablemax"),
-            "moe": dict(ff="moe"), "conv": dict(short_conv=2, qk_norm=True, qk_scale=True, ff="none")}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_counted_is_the_whole_computation(variant):
+@pytest.mark.parametrize("settings", [
+    {}, dict(tie_weights=True, n_layer=4), dict(output="stablemax", ff="moe", intermediate_losses=True),
+    dict(head_bias=True, intermediate_losses=True, layer_heads="own", n_targets=2),
+    dict(short_conv=2, qk_norm=True, qk_scale=True, ff="none")], ids=" ".join)
+def test_counted_is_the_whole_computation(settings):
     """Logits only where a target is: the same objective, nats and gradients."""
-    model = build(**{"init": "gpt2", **VARIANTS[variant]})
+    model = build(**{"init": "gpt2", **settings})
     K = model.config.n_labels
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randint(CLOSED.size, (2, 5, 12), generator=generator)
@@ -106,34 +78,20 @@ def rows_of(n, batch_size, seed=1):
 
 
 def test_rows_come_once_a_pass():
-    """In the order of the seed, whatever the batches; nothing else is drawn."""
-    before, batches = torch.get_rng_state(), rows_of(10, 4)
+    """In the order of the seed, whatever the batches."""
+    batches = rows_of(10, 4)
     x, y = map(torch.cat, zip(*(batches.next() for _ in range(10))))                 # four passes of ten, in fours
     assert torch.equal(y, x + 1000) and x.dtype == torch.int64
     passes = (x[:, 0] // 3).view(4, 10)
     assert torch.equal(passes.sort(1).values, torch.arange(10).expand(4, 10))
     assert len({tuple(order) for order in passes.tolist()}) == 4                     # shuffled anew
-    assert batches.epoch == 4.0
-    assert batches.next()[0].shape == (4, 3) and batches.epoch == pytest.approx(4.4)
-    wide, other = rows_of(10, 25), rows_of(10, 40, seed=2)                           # of more than two passes
-    assert torch.equal(wide.next()[0], x[:25]) and not torch.equal(other.next()[0], x)
-    assert torch.equal(before, torch.get_rng_state())
+    assert batches.epoch == 4.0 and batches.next()[0].shape == (4, 3) and batches.epoch == pytest.approx(4.4)
+    assert torch.equal(rows_of(10, 25).next()[0], x[:25])                            # of more than two passes
 
 
-@pytest.mark.parametrize("done", [0, 1, 2, 5])                                       # 5: at the end of a pass
-def test_rows_go_on_in_mid_pass(done):
-    batches, other = rows_of(10, 4), rows_of(10, 4, seed=7)
-    for _ in range(done):
-        batches.next()
-    state = batches.state_dict()
-    rest, epoch = [batches.next() for _ in range(8)], batches.epoch                  # the state is no view of them
-    other.next()
-    other.load_state_dict(state)
-    for (x, y), (again, labels) in zip(rest, [other.next() for _ in range(8)]):
-        assert torch.equal(x, again) and torch.equal(y, labels)
-    assert other.epoch == epoch
+def test_other_rows_are_refused():                                                   # going on: test_data.py
     with pytest.raises(UserError, match="trained on 10 rows, here are 11"):
-        rows_of(11, 4).load_state_dict(state)
+        rows_of(11, 4).load_state_dict(rows_of(10, 4).state_dict())
 
 
 # ----------------------------------------------------------------------------------- a model that says what is scripted
@@ -179,26 +137,9 @@ def replies(monkeypatch):
     return replies
 
 
-class Listening(Database):
-    """A database that keeps what it was asked and what it said."""
-
-    def __init__(self, source):
-        super().__init__(source)
-        self.heard = []
-
-    def answer(self, text):
-        self.heard.append((text, super().answer(text)))
-        return self.heard[-1][1]
-
-
 def counted(line):
     """(right, called, right calls, endless) of what recall found: how many."""
     return tuple(round(line.get(key, 0) * line["prompts"]) for key in ("accuracy", "calls", "right_calls", "endless"))
-
-
-def by_attribute(line):
-    """{attribute: share that is right} of what recall found."""
-    return {key.removeprefix("accuracy_"): share for key, share in line.items() if key.startswith("accuracy_")}
 
 
 def test_every_way_to_answer_is_counted(few, model, replies):
@@ -234,9 +175,8 @@ def test_every_way_to_answer_is_counted(few, model, replies):
     for unseen, start, size in ((False, 0, 40), (True, 40, 16)):
         used = [ways[i % len(ways)] for i in range(start, start + size)]
         for batch_size in (1, 7, 512):
-            database = Listening(few)
             given.clear()
-            found = recall(model.train(batch_size == 7), few, CLOSED, database, unseen, batch_size=batch_size)
+            found = recall(model.train(batch_size == 7), few, CLOSED, Database(few), unseen, batch_size=batch_size)
             assert counted(found) == tuple(sum(way[2 + k] for way in used) for k in range(4))
             assert (found["protocol"], found["people"], found["prompts"]) == (
                 "tool", "unseen" if unseen else "trained", size)
@@ -244,7 +184,6 @@ def test_every_way_to_answer_is_counted(few, model, replies):
             for k, attribute in enumerate(few.attributes):
                 mine = [way[2] for way in used[k::4]]
                 assert found[f"accuracy_{attribute}"] == pytest.approx(sum(mine) / len(mine))
-            assert len(database.heard) == counted(found)[1]
     replies(lambda *_: 1 / 0)
     for training in (True, False):
         with pytest.raises(ZeroDivisionError):
@@ -252,33 +191,18 @@ def test_every_way_to_answer_is_counted(few, model, replies):
         assert model.training is training
 
 
-def test_the_oracle_says_what_the_database_says(few, model, replies, tmp_path):
-    replies(lambda a, n, _: CLOSED.encode(facts.call(a, n)) + [CALL], lambda a, n, told: CLOSED.encode(told) + [END])
-    values = {name: [mine[i - 1] for i in range(14)] for name, mine in few.values.items()}
-    altered = replace(few, values=values)                                            # everyone has another's values
-    Database(altered).save(tmp_path / "altered.db")
-    database = Database(tmp_path / "altered.db")
-    assert recall(model, altered, CLOSED, database)["accuracy"] == 1
-    same = sum(a == b for name in few.attributes for a, b in zip(few.values[name][:10], values[name][:10]))
-    assert counted(recall(model, few, CLOSED, database))[0] == same < 10
-
-
-CALLS = {b"FIND address FOR \xff\xc3": NO_RESULT, "": NO_CALL, "FIND rowid FOR 1": NO_ATTRIBUTE,
-         "FIND address FOR x'; DROP TABLE people; --": NO_RESULT, "FIND address FOR x\nFIND address FOR y": NO_CALL,
-         "FIND address FOR \0": NO_RESULT}       # what the parser and the table make of more: test_facts_data.py
-
-
-@pytest.mark.parametrize("text, told", CALLS.items(), ids=range(len(CALLS)))
+@pytest.mark.parametrize("text, told", [  # what the parser and the table make of more: test_facts_data.py
+    (b"FIND address FOR \xff\xc3", NO_RESULT), (b"", NO_CALL), (b"FIND x FOR x'; DROP TABLE people; --", NO_ATTRIBUTE)],
+    ids=["bytes", "nothing", "sql"])
 def test_calls_that_attack(text, told, few, model, replies):
     """What a model may write between the user's turn and CALL, bytes that are no text too: the tool answers, the table
     stays, nothing raises."""
     bytes_, said = Vocabulary("bytes"), []
-    ids = [*(text if isinstance(text, bytes) else text.encode()), bytes_.specials["CALL"]]
-    replies(lambda *_: ids, lambda a, n, answer: said.append(answer) or [bytes_.specials["END"]], vocabulary=bytes_)
+    replies(lambda *_: [*text, bytes_.specials["CALL"]],
+            lambda a, n, answer: said.append(answer) or [bytes_.specials["END"]], vocabulary=bytes_)
     named = replace(few, names=["n" * 80 + str(i) for i in range(14)])               # so long may a call be
-    database = Listening(named)
+    database = Database(named)
     assert counted(recall(model, named, bytes_, database, prompts=2)) == (0, 2, 0, 0) and said == [told] * 2
-    assert database.heard == [(text.decode(errors="replace") if isinstance(text, bytes) else text, told)] * 2
     assert database.connection.execute("SELECT count(*) FROM people").fetchone() == (14,)
 
 
@@ -328,7 +252,8 @@ def test_which_prompts(few, model, replies):
             assert sorted(map(mine.index, names)) == [i * len(mine) // number for i in range(number)]
             counts = Counter(attributes)
             assert number < 4 or len(counts) == 4 and max(counts.values()) - min(counts.values()) <= 1
-            assert by_attribute(found) == dict.fromkeys(counts, 0.0)
+            assert {key: found[key] for key in found if key.startswith("accuracy_")} == {
+                f"accuracy_{attribute}": 0.0 for attribute in counts}
 
 
 # --------------------------------------------------------------------------------------------------------------- bits
@@ -336,14 +261,13 @@ def test_which_prompts(few, model, replies):
 class Table(torch.nn.Module):
     """Sure of every token of the right dialogs, but for what doubt(attribute, ids of the dialog, place) divides."""
 
-    def __init__(self, made, vocabulary, doubt=lambda *_: 1, form="short"):
+    def __init__(self, made, vocabulary, doubt):
         super().__init__()
         self.p = torch.nn.Parameter(torch.zeros(1))
         self.V, self.known = vocabulary.size, {}
         for i in range(made.n):
             for attribute in made.attributes:
-                dialog = facts.in_weight(made[i], attribute, form, i)
-                question, value = (vocabulary.encode(segment.text) for segment in dialog)
+                question, value = (vocabulary.encode(turn.text) for turn in facts.in_weight(made[i], attribute))
                 ids = question + value + [vocabulary.specials["END"]]
                 self.known[tuple(question)] = ids, [doubt(attribute, ids, at) for at in range(len(ids))]
 
@@ -424,10 +348,15 @@ def test_a_uniform_model_costs_lg_v_a_token(protocol):
 
 # ------------------------------------------------------------------------------------------- eight people, for real
 
-def trained(dialogs, steps, batch_size=32):
-    """A model of width 32 after so many steps on dialogs."""
-    ids, mask = facts.rows(dialogs, CLOSED)
-    batches, model = Rows(ids[:, :-1], ids.masked_fill(~mask, -1)[:, 1:], batch_size, 1, "cpu"), build()
+def test_it_says_what_the_tool_says(tmp_path):
+    """Trained with sixteen sets of values for the same names, it can only read them: it says those of a file that it
+    was never trained with, most of the time, and another file's when it is given that. By heart: test_facts_resume.py.
+    """
+    eight, steps = people(8, 1, unseen=40), 100
+    sets = [replace(eight, values={name: values[:48] for name, values in people(48, seed).values.items()})
+            for seed in range(100, 118)]
+    ids, mask = facts.rows([dialog for made in sets[:16] for dialog in facts.dialogs(made, "in_tool")], CLOSED)
+    batches, model = Rows(ids[:, :-1], ids.masked_fill(~mask, -1)[:, 1:], 64, 1, "cpu"), build()
     how = dict(optimizer="muon", lr=2e-2, weight_decay=0.1, betas=(0.9, 0.98), muon_lr=0.02, muon_momentum=0.95)
     opt = optim.build(how, model.named_parameters(), parameter_roles(model), fused_rows(model))
     for step in range(steps):
@@ -438,33 +367,7 @@ def trained(dialogs, steps, batch_size=32):
         objective.backward()
         opt.step()
         opt.zero_grad()
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def eight():
-    return people(8, 1, unseen=40)
-
-
-def test_thirty_two_facts_in_the_weights(eight):
-    """All of them are learned, with all their bits, and nothing of people that were not there."""
-    model = trained(facts.dialogs(eight, "in_weight"), 60)
-    found = recall(model, eight, CLOSED)
-    assert found["accuracy"] == 1 and found["prompts"] == 32 and set(by_attribute(found).values()) == {1.0}
-    unseen = recall(model, eight, CLOSED, unseen=True)
-    assert unseen["prompts"] == 160 and unseen["accuracy"] < 0.15                      # 3.94 % by the law alone
-    again = recall(model, eight, CLOSED, unseen=True, batch_size=3)
-    assert unseen == again | {"evaluation_seconds": unseen["evaluation_seconds"]}
-    assert 245 < bits_of(model, eight, CLOSED) <= 8 * eight.bits
-    assert eight.bits * 8 == pytest.approx(250, abs=0.1)
-
-
-def test_it_says_what_the_tool_says(eight, tmp_path):
-    """Trained with sixteen sets of values for the same names, it can only read them: it says those of a file that it
-    was never trained with, most of the time, and another file's when it is given that."""
-    sets = [replace(eight, values={name: values[:48] for name, values in people(48, seed).values.items()})
-            for seed in range(100, 118)]
-    model = trained(list(itertools.chain(*(facts.dialogs(made, "in_tool") for made in sets[:16]))), 100, 64)
+    model.eval()
     found = [recall(model, sets[16], CLOSED, Database(sets[16]), batch_size=size) for size in (16, 512)]
     assert found[0] == found[1] | {"evaluation_seconds": found[0]["evaluation_seconds"]}
     assert recall(model, sets[16], CLOSED)["accuracy"] < 0.3                          # forbidden to call

@@ -1,11 +1,12 @@
 """What train_facts.py learns. data/facts.py: people and their law, dialogs, the database under attack, tokens, masks,
 bits. data/mqar.py: rows as defined, read slowly; their law; disjoint sides. No network."""
+import contextlib
 import hashlib
 import itertools
 import math
-import re
 import sqlite3
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from choices import evenly, raises_one_line
 
 from data import facts
 from data.facts import (NO_ATTRIBUTE, NO_CALL, NO_RESULT, QUESTIONS, SYLLABLES, Database, Person, Segment,
-                        Vocabulary, bits_stored, call, dialogs, entropy, floor, in_tool, in_weight, law, parse_call,
+                        Vocabulary, call, dialogs, entropy, floor, in_tool, in_weight, law, parse_call,
                         people, rows, show, shuffled, tables)
 from data.mqar import distances, example, mqar, reachable, split
 
@@ -71,15 +72,12 @@ def test_names(settings, size, lists):
         assert evenly([*both.values()] + [0] * (64 ** 2 - len(both)), 22_000 / 64 ** 2)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 17, 300, 4096])
+@pytest.mark.parametrize("size", [1, 2, 17, 4096])
 def test_shuffling_is_a_permutation(size):
-    for seed in range(3):
-        assert sorted(shuffled(np.arange(size), size, seed).tolist()) == list(range(size))
-    some = shuffled(np.arange(size), size, 0)
-    assert shuffled(np.arange(size)[::-1], size, 0).tolist() == some[::-1].tolist()
-    if size > 100:
-        assert some.tolist() != shuffled(np.arange(size), size, 1).tolist()
-        assert (np.diff(some.astype(np.int64)) % size == 1).mean() < 0.02
+    some, other = (shuffled(np.arange(size), size, seed).tolist() for seed in range(2))
+    assert sorted(some) == sorted(other) == list(range(size))
+    assert shuffled(np.arange(size)[::-1], size, 0).tolist() == some[::-1]
+    assert size < 100 or some != other and (np.diff(some) % size == 1).mean() < 0.02
 
 
 @pytest.mark.parametrize("settings", [{}, {"kind": "bios"}, {"names": "plain"}, {"alpha": 0.3}], ids=str)
@@ -122,8 +120,8 @@ def slow_entropy(sizes, alpha, types):
     return total
 
 
-@pytest.mark.parametrize("sizes, types", [((5, 3, 2), 4), ((7, 6), 4), ((3,), 5), ((9, 2, 5, 2, 3), 3)])
-@pytest.mark.parametrize("alpha", [0, 0.2, 0.5, 1])
+@pytest.mark.parametrize("sizes, types", [((7, 6), 4), ((3,), 5), ((9, 2, 5, 2, 3), 3)])
+@pytest.mark.parametrize("alpha", [0, 0.2, 1])
 def test_entropy_as_counted_one_by_one(sizes, types, alpha):
     assert entropy(sizes, alpha, types) == pytest.approx(slow_entropy(sizes, alpha, types), abs=1e-9)
 
@@ -142,13 +140,11 @@ def test_how_attributes_depend(kind):
         made, independent = people(8000, 2, kind, alpha=alpha), []
         assert made.names == free.names
         for attribute in tables(kind):
-            triples = [*zip(made.values[attribute], free.values[attribute], told.values[attribute])]
-            assert all(value in (one, other) for value, one, other in triples)
-            independent.append([value == one if one != other else None for value, one, other in triples])
-            known = [which for which in independent[-1] if which is not None]
-            assert np.mean(known) == pytest.approx(alpha, abs=5 / math.sqrt(len(known)) / 2)
-        both = [(a, b) for a, b in zip(*independent[:2]) if a is not None and b is not None]
-        assert np.mean([a and b for a, b in both]) == pytest.approx(alpha ** 2, abs=0.03)
+            value, one, other = (np.array(some.values[attribute]) for some in (made, free, told))
+            assert ((value == one) | (value == other)).all()
+            independent.append(np.where(one == other, np.nan, value == one))
+            assert np.nanmean(independent[-1]) == pytest.approx(alpha, abs=0.025)
+        assert np.nanmean(independent[0] * independent[1]) == pytest.approx(alpha ** 2, abs=0.03)
 
 
 @pytest.mark.parametrize("kind", ["notes", "bios"])
@@ -186,49 +182,35 @@ def test_the_two_kinds_of_dialog():
         "    tool:      Port Amber <ANSWER>\n  * assistant: Port Amber <END>")
 
 
-def test_all_dialogs(few):
-    for form in ("short", "natural"):
-        weight, tool = dialogs(few, "in_weight", form), dialogs(few, "in_tool", form)
-        assert len(weight) == len(tool) == 160
-        for k, (one, other) in enumerate(zip(weight, tool)):
-            person, attribute = few[k // 4], NOTES[k % 4]
-            assert person.name in one[0].text and one[0] == other[0]
-            assert one[1].text == other[2].text == other[3].text == person.values[attribute]
-            assert other[1].text == call(attribute, person.name)
-            assert (one[0].text == f"{attribute} {person.name} ?") == (form == "short")
-    unseen = dialogs(few, unseen=True)
-    assert [dialog[0].text for dialog in unseen] == [f"{a} {name} ?" for name in few.names[40:] for a in NOTES]
-
-
-def test_natural_questions_and_mixtures_are_drawn():
-    """By the seed, of each fact by itself, whoever else there is."""
-    made = people(2000, 0)
+def test_all_dialogs():
+    """Which natural question is asked, and in which way, is drawn by the seed, of each fact by itself, whoever else
+    there is."""
+    made = people(2000, 0, unseen=3)
     natural = dialogs(made, form="natural")
     asked = Counter(text.index(natural[k][0].text.replace(made.names[k // 4], "{name}"))
                     for k, text in enumerate(QUESTIONS[NOTES[k % 4]] for k in range(8000)))
     assert evenly([asked[i] for i in range(6)], 8000 / 6)
     assert natural == dialogs(made, form="natural") != dialogs(made, form="natural", seed=1)
-    for share in (0, 0.2, 0.5, 1):
-        mixed, other = (dialogs(made, "both", seed=seed, share=share) for seed in (0, 1))
-        tool, also = (np.array([len(dialog) == 4 for dialog in some]).reshape(2000, 4) for some in (mixed, other))
-        assert tool.mean() == pytest.approx(share, abs=0.02)
-        for one, two in ((tool[:, 0], tool[:, 1]), (tool, also)):
-            assert (one & two).mean() == pytest.approx(share ** 2, abs=0.03)
-        assert all(dialog == (in_weight, in_tool)[len(dialog) == 4](made[k // 4], NOTES[k % 4])
-                   for k, dialog in enumerate(mixed))
+    mixed, other = (dialogs(made, "both", seed=seed, share=0.3) for seed in (0, 1))
+    tool, also = (np.array([len(dialog) == 4 for dialog in some]).reshape(2000, 4) for some in (mixed, other))
+    assert tool.mean() == pytest.approx(0.3, abs=0.02)
+    for one, two in ((tool[:, 0], tool[:, 1]), (tool, also)):
+        assert (one & two).mean() == pytest.approx(0.09, abs=0.03)
+    ways = [[way(made[k // 4], NOTES[k % 4]) for k in range(8012)] for way in (in_weight, in_tool)]
+    assert mixed == [ways[len(dialog) == 4][k] for k, dialog in enumerate(mixed)]
+    for mode, way, share in (("in_weight", ways[0], 0), ("in_tool", ways[1], 1)):
+        assert dialogs(made, mode) == way[:8000] == dialogs(made, "both", share=share)
+        assert dialogs(made, mode, unseen=True) == way[8000:]
     assert dialogs(people(10, 0), "both", "natural") == dialogs(people(300, 0), "both", "natural")[:40]
 
 
 # --- The database ---
 
-ATTACKS = ["'; DROP TABLE people; --", "x' OR '1'='1", "' OR 1=1 --", '" OR ""="',
-           "x'; DELETE FROM people WHERE 'a'='a", "' UNION SELECT name FROM people --", "name",
-           "birth_date, address", "*", "1", "(SELECT name FROM people)",
-           "birth_date FROM people; DROP TABLE people; --", "birth_date\"", "birth_date'", "birth_date--",
-           "BIRTH_DATE", "birth_date ", "rowid", "sqlite_version()", "", " ", "%", "_%", "?", "?1", ":name", "\0",
-           "kalo\0mi", "n\u00e4me \u4eba \U0001f600", "\u202e", "\ud800", "a" * 1_000_000, "'" * 100_000,
-           "; ATTACH DATABASE 'x' AS y", "\\", "\n", "\r\n'", "PRAGMA query_only = 0", "x') --", "/* */", "NULL",
-           "0x41", "{}", "%s", "{0}"]
+ATTACKS = ["'; DROP TABLE people; --", "x' OR '1'='1", '" OR ""="', "x'; DELETE FROM people WHERE 'a'='a",
+           "' UNION SELECT name FROM people --", "name", "birth_date, address", "*", "1", "(SELECT name FROM people)",
+           "birth_date FROM people; DROP TABLE people; --", "birth_date\"", "birth_date--", "BIRTH_DATE", "birth_date ",
+           "rowid", "", " ", "%", "?1", ":name", "\0", "kalo\0mi", "n\u00e4me \u4eba \U0001f600", "\ud800",
+           "'" * 1_000_000, "\r\n'", "NULL", "%s", "{0}"]
 
 
 def contents(database):
@@ -241,8 +223,6 @@ def test_everyone_is_found(few):
         for i in range(len(made)):  # the held-out ones too
             for attribute in made.attributes:
                 assert database.answer(call(attribute, made.names[i])) == made.values[attribute][i]
-        for dialog in dialogs(made, "in_tool") + dialogs(made, "in_tool", unseen=True):
-            assert database.answer(dialog[1].text) == dialog[2].text
     assert len({NO_RESULT, NO_ATTRIBUTE, NO_CALL}) == 3 and NO_RESULT == "No result found"
     database, name, stranger = Database(few), few.names[0], people(1, 99).names[0]
     for attribute, who, said in (("address", stranger, NO_RESULT), ("address", name.upper(), NO_RESULT),
@@ -265,35 +245,27 @@ def test_injections_are_harmless(few):
             answer = database.answer(text)
             assert answer in (NO_RESULT, NO_ATTRIBUTE, NO_CALL) or (not attack and answer in known), text[:80]
     assert contents(database) == before and database.connection.total_changes == changes
-    tables_ = database.connection.execute("SELECT name FROM sqlite_master").fetchall()
-    assert tables_ == [("people",)]
     for statement in ("DELETE FROM people", "DROP TABLE people"):  # not even one's own hand
         with pytest.raises(Exception, match="readonly|read-only|attempt to write"):
             database.connection.execute(statement)
     assert len(contents(database)) == 60
+    named = people(len(ATTACKS), 0)
+    named.names = [attack for attack in ATTACKS if attack != "\ud800"] + ["last"]
+    database = Database(named)
+    assert [database.find("address", name) for name in named.names] == named.values["address"]
 
 
-def test_names_that_look_like_sql():
-    made = people(len(ATTACKS), 0)
-    made.names = [attack for attack in ATTACKS if attack != "\ud800"] + ["last"]
-    database = Database(made)
-    for i, name in enumerate(made.names):
-        assert database.find("address", name) == made.values["address"][i]
+CALLS = {"FIND address FOR Marga Northstone": ("address", "Marga Northstone"), "FIND a FOR b FOR c": ("a", "b FOR c"),
+         "FIND FOR FOR FOR": ("FOR", "FOR"), "FIND a;b FOR c'd": ("a;b", "c'd"), **dict.fromkeys((
+             "", "FIND", "FIND  FOR x", "FIND a FOR ", "FIND a FOR", "FIND a b FOR c", "FIND a FOR b ",
+             "FIND a FOR b\n", "FIND a FOR b\nFIND a FOR c", "FIND a  FOR b", "FIND a FOR  b", "FINDa FOR b",
+             "FIND a FORb", "FIND a\tFOR b", "find a for b", " FIND a FOR b", "say FIND a FOR b"))}
 
 
-@pytest.mark.parametrize("text, parsed", [
-    ("FIND address FOR Marga Northstone", ("address", "Marga Northstone")), ("FIND a FOR b FOR c", ("a", "b FOR c")),
-    ("FIND FOR FOR FOR", ("FOR", "FOR")), ("FIND a;b FOR c'd", ("a;b", "c'd")), ("", None), ("FIND", None),
-    *((f"FIND{rest}", None) for rest in ("  FOR x", " a FOR ", " a FOR", " a b FOR c", " a FOR b ", " a FOR b\n",
-                                         " a FOR b\nFIND a FOR c", " a  FOR b", " a FOR  b", "a FOR b", " a FORb",
-                                         " a\tFOR b")),
-    ("find a for b", None), (" FIND a FOR b", None), ("say FIND a FOR b", None)])
-def test_calls(text, parsed, few):
-    assert parse_call(text) == parsed
-    if parsed is None:
-        assert Database(few).answer(text) == NO_CALL
-    else:
-        assert call(*parsed) == text and Database(few).answer(text) in (NO_RESULT, NO_ATTRIBUTE)
+def test_calls(few):
+    for text, parsed in CALLS.items():
+        assert parse_call(text) == parsed and (parsed is None or call(*parsed) == text), text
+        assert (Database(few).answer(text) == NO_CALL) == (parsed is None), text
 
 
 def test_long_calls_are_read_in_no_time():
@@ -309,8 +281,6 @@ def test_a_database_on_the_disk(few, tmp_path):
     opened = Database(path)
     assert contents(opened) == contents(Database(few)) and {*opened.questions} == {*NOTES}
     assert Database(str(path)).answer(call("address", few.names[50])) == few.values["address"][50]
-    for attack in ATTACKS:
-        assert opened.find(attack, few.names[0]) == NO_ATTRIBUTE and opened.find("address", attack) == NO_RESULT
     opened.connection.execute("PRAGMA query_only = 0")  # without that lock too: the file is open to be read only
     with pytest.raises(Exception, match="readonly|read-only"):
         opened.connection.execute("DELETE FROM people")
@@ -323,22 +293,18 @@ def test_a_database_on_the_disk(few, tmp_path):
 
 
 def test_files_that_are_no_databases_of_people(tmp_path):
-    with raises_one_line("there is no database", "nowhere.db"):
-        Database(tmp_path / "nowhere.db")
+    for path in (tmp_path / "nowhere.db", tmp_path):
+        with raises_one_line("there is no database", path.name):
+            Database(path)
     assert not (tmp_path / "nowhere.db").exists()
-    with raises_one_line("there is no database"):
-        Database(tmp_path)
-    for i, (content, statement) in enumerate([(b"", None), (b"hello" * 1000, None), (None, "CREATE TABLE x (y)"),
-                                              (None, "CREATE TABLE people (name)"),
-                                              (None, 'CREATE TABLE people (name, "a; DROP")'),
-                                              (None, "CREATE TABLE people (other, address)")]):
+    for i, wrong in enumerate((b"", b"hello" * 1000, "CREATE TABLE x (y)", "CREATE TABLE people (name)",
+                               'CREATE TABLE people (name, "a; DROP")', "CREATE TABLE people (other, address)")):
         path = tmp_path / f"wrong{i}.db"
-        if statement:
-            connection = sqlite3.connect(path)
-            connection.execute(statement)
-            connection.commit(), connection.close()
+        if isinstance(wrong, bytes):
+            path.write_bytes(wrong)
         else:
-            path.write_bytes(content)
+            with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+                connection.execute(wrong)
         with raises_one_line(f"wrong{i}.db", "not a database of people"):
             Database(path)
 
@@ -346,26 +312,25 @@ def test_files_that_are_no_databases_of_people(tmp_path):
 # --- Tokens ---
 
 def test_the_closed_vocabulary(many):
-    vocabulary, made = Vocabulary("closed"), many["notes"]
+    vocabulary = Vocabulary("closed")
     assert vocabulary.n_text == 210 == 64 + 10 + 28 + 51 + 7 + 15 + 15 + 10 + 10 and vocabulary.size == 214
     assert vocabulary.specials == {"PAD": 210, "END": 211, "CALL": 212, "ANSWER": 213}
     assert [vocabulary.encode(vocabulary.decode([i])) for i in range(210)] == [[i] for i in range(210)]
-    lengths = {"birth_date": 3, "birth_place": 1, "address": 2, "occupation": 2}
-    for texts, n in ((made.names[:300], 4), ((NO_RESULT, NO_ATTRIBUTE, NO_CALL), 1), ([""], 0),
-                     *((table, lengths[attribute]) for attribute, table in tables("notes").items()),
-                     *([[dialog[turn].text for dialog in dialogs(people(20, 0), "in_tool")], n]
-                       for turn, n in ((0, 6), (1, 7)))):
+    asked = [dialog[:2] for dialog in dialogs(people(20, 0), "in_tool")]
+    for texts, n in ((many["notes"].names[:300], 4), ((NO_RESULT, NO_ATTRIBUTE, NO_CALL), 1), ([""], 0),
+                     *zip(tables("notes").values(), (3, 1, 2, 2)), ([one.text for one, _ in asked], 6),
+                     ([other.text for _, other in asked], 7)):
         for text in texts:
             ids = vocabulary.encode(text)
             assert len(ids) == n and vocabulary.decode(ids) == text
 
 
-@pytest.mark.parametrize("text, place", [("Hello", "Hello"), ("birth_date kalomite?", "?"), ("<END>", "<END>"),
-                                         ("kalomitex", "x"), ("4/11/1949", "1949"), ("29/1/1950", "29/1/1950"),
-                                         ("birth_date  kalomite ?", " kalomite ?")])
-def test_text_outside_the_closed_vocabulary(text, place):
-    with raises_one_line("no token for", repr(place)[:-1], "bytes"):
-        Vocabulary("closed").encode(text)
+def test_text_outside_the_closed_vocabulary():
+    for text, place in {"Hello": "Hello", "birth_date kalomite?": "?", "<END>": "<END>", "kalomitex": "x",
+                        "4/11/1949": "1949", "29/1/1950": "29/1/1950",
+                        "birth_date  kalomite ?": " kalomite ?"}.items():
+        with raises_one_line("no token for", repr(place)[:-1], "bytes"):
+            Vocabulary("closed").encode(text)
 
 
 def test_bytes():
@@ -381,43 +346,21 @@ def test_bytes():
         Vocabulary("byte")
 
 
-class Words:
-    """A tokenizer of somebody else's: words and spaces, numbered as they come."""
-
-    def __init__(self, **sizes):
-        self.words = []
-        vars(self).update(sizes)
-
-    def encode(self, text):
-        found = re.findall(r"\s|\S+", text)
-        self.words += sorted({*found} - {*self.words})
-        return tuple(self.words.index(word) for word in found)
-
-    def decode(self, ids):
-        return "".join(self.words[i] for i in ids)
-
-
-@pytest.mark.parametrize("sizes", [{"size": 500}, {"n_vocab": 500}, {"vocab_size": lambda: 500}, {"vocab_size": 500}],
-                         ids=["size", "n_vocab", "function", "number"])
-def test_another_tokenizer(sizes, few):
-    vocabulary = Vocabulary(Words(**sizes))
+def test_a_tokenizer_that_loses_something():
+    vocabulary = Vocabulary(SimpleNamespace(name="lossy", fingerprint="", size=500, encode=lambda text: [1, 2],
+                                            decode=lambda ids: "something else"))
     assert vocabulary.size == 504 and vocabulary.specials == {"PAD": 500, "END": 501, "CALL": 502, "ANSWER": 503}
-    tokens, mask = rows(dialogs(few, "in_tool", "natural"), vocabulary)
-    name, value = few.names[0], few.values["birth_date"][0]
-    assert f"<CALL>{value}<ANSWER>{value}<END>" in vocabulary.decode(tokens[0])
-    assert vocabulary.decode(tokens[0][mask[0]]) == f"FIND birth_date FOR {name}<CALL>{value}<END>"
-    lossy = Words(**sizes)
-    lossy.decode = lambda ids: "something else"
     with raises_one_line("'kalo mi'", "'something else'", "unchanged"):
-        Vocabulary(lossy).encode("kalo mi")
+        vocabulary.encode("kalo mi")
 
 
 # --- Rows and masks ---
 
 def by_hand(text):
-    """"a b END|..." -> ids by their names, and where * stands before one, True."""
+    """"a b END|..." -> ids by their names, where * stands before one, and where * or +, True."""
     ids, words = dict(PAD=256, END=257, CALL=258, ANSWER=259), text.split()
-    return [ids.get(word.lstrip("*")) or ord(word[-1]) for word in words], [word[0] == "*" for word in words]
+    return ([ids.get(word.lstrip("*+")) or ord(word[-1]) for word in words], [word[0] == "*" for word in words],
+            [word[0] in "*+" for word in words])
 
 
 def test_masks_token_by_token():
@@ -428,14 +371,16 @@ def test_masks_token_by_token():
               [Segment("assistant", "e", True)],
               [Segment("user", "u", True), Segment("assistant", "no", False), Segment("tool", "t", True),
                Segment("assistant", "", True)], [Segment("user", "q", False)]]
-    wanted = [*map(by_hand, ("h i ? *F *CALL x y ANSWER *x *y *END", "a *b *END c *d *d *END PAD PAD PAD PAD",
-                             "*e *END PAD PAD PAD PAD PAD PAD PAD PAD PAD", "u n o CALL t ANSWER *END PAD PAD PAD PAD",
-                             "q PAD PAD PAD PAD PAD PAD PAD PAD PAD PAD"))]
+    ids, learned, everything = map(list, zip(*map(by_hand, (
+        "+h +i +? *F *CALL x y ANSWER *x *y *END", "+a *b *END +c *d *d *END PAD PAD PAD PAD",
+        "*e *END PAD PAD PAD PAD PAD PAD PAD PAD PAD", "+u n o CALL t ANSWER *END PAD PAD PAD PAD",
+        "+q PAD PAD PAD PAD PAD PAD PAD PAD PAD PAD"))))
     vocabulary = Vocabulary("bytes")
     tokens, mask = rows(dialog, vocabulary)
     assert vocabulary.decode(tokens[0]) == "hi?F<CALL>xy<ANSWER>xy<END>" and vocabulary.decode([97, 256]) == "a<PAD>"
     assert tokens.dtype == torch.int64 and mask.dtype == torch.bool
-    assert tokens.tolist() == [row for row, _ in wanted] and mask.tolist() == [row for _, row in wanted]
+    assert tokens.tolist() == ids and mask.tolist() == learned
+    assert rows(dialog, vocabulary, everything=True)[1].tolist() == everything
     wider, its = rows(dialog, vocabulary, 14, pad=7)
     assert wider.shape == (5, 14) and wider[:, 11:].eq(7).all() and not its[:, 11:].any()
     assert its[:, :11].equal(mask) and wider[:, :11].equal(tokens.masked_fill(tokens == 256, 7))
@@ -445,51 +390,36 @@ def test_masks_token_by_token():
             rows(some, vocabulary, length)
     assert rows(dialog[1:], vocabulary, 7)[0].shape == (4, 7)
     assert rows([], vocabulary)[0].shape == (0, 0) and rows([], vocabulary, 6)[1].shape == (0, 6)
-    with pytest.raises(ValueError, match="'robot'"):
-        rows([[Segment("robot", "a", False)]], vocabulary)
 
-
-# --- Accounting ---
 
 @pytest.mark.parametrize("kind, guess", [
     ("notes", (1 / 7 + 1 / 213 + 1 / 100 + 1 / 17136) / 4),
-    ("bios", (1 / 67200 + 1 / 200 + 1 / 300 + 1 / 100 + 1 / 263 + 1 / 2 + 2 / 263) / 7)],
-    ids=["notes", "bios"])
-def test_bits_and_floors_of_guessers(kind, guess):
-    """N lg(S0 / e^p2), as the paper writes it: of a uniform one 0, of a perfect one all."""
+    ("bios", (1 / 67200 + 1 / 200 + 1 / 300 + 1 / 100 + 1 / 263 + 1 / 2 + 2 / 263) / 7)], ids=["notes", "bios"])
+def test_floors_of_guessers(kind, guess):
     made = people(100, 0, kind, unseen=3000)
-    uniform = np.full(100, sum(math.log(SIZES[attribute]) for attribute in tables(kind)))
-    for nats, bits in ((uniform, 0), ([0] * 100, 100 * made.bits), (torch.zeros(100), 100 * made.bits),
-                       (uniform * ([1, 0] * 50), 50 * made.bits), (uniform + math.log(2), -100)):
-        assert bits_stored(nats, made.bits) == pytest.approx(bits, abs=1e-9)
-    assert type(bits_stored([1.0], 31.25)) is float
-    with pytest.raises(ValueError):
-        bits_stored(torch.zeros(2, 4), 31.25)
     best = [max(values[:100].count(value) for value in values[:100]) / 100 for values in made.values.values()]
     assert floor(made) == pytest.approx((guess, np.mean(best)))  # those held out do not count
 
 
 # --- Mistakes ---
 
-@pytest.mark.parametrize("settings, words", [
-    ({"kind": "note"}, ("kind 'note'", "did you mean notes?", "bios")), ({"kind": "xyz"}, ("choose notes, bios",)),
-    ({"names": "plane"}, ("names 'plane'", "did you mean plain?")), ({"n": 0}, ("n is 0", "at least 1")),
-    ({"n": 399_999, "unseen": 2, "names": "plain"}, ("at most 400,000",)),
-    ({"mode": "tool"}, ("mode 'tool'", "did you mean in_tool?")),
-    ({"form": "shrt"}, ("form 'shrt'", "did you mean short?")),
-    ({"mode": "both", "share": 1.5}, ("share is 1.5", "from 0 to 1"))], ids=str)
-def test_people_and_dialogs_that_cannot_be(settings, words, few):
-    with raises_one_line(*words):
-        dialogs(few, **settings) if {*settings} & {"mode", "form"} else people(**{"n": 5, "seed": 0, **settings})
+def test_people_and_dialogs_that_cannot_be(few):
+    for settings, words in (
+            ({"kind": "note"}, ("kind 'note'", "did you mean notes?", "bios")), ({"n": 0}, ("n is 0", "at least 1")),
+            ({"names": "plane"}, ("names 'plane'", "did you mean plain?")),
+            ({"n": 399_999, "unseen": 2, "names": "plain"}, ("at most 400,000",))):
+        with raises_one_line(*words):
+            people(**{"n": 5, "seed": 0} | settings)
+    for settings, words in (({"mode": "tool"}, ("mode 'tool'", "did you mean in_tool?")),
+                            ({"form": "shrt"}, ("form 'shrt'", "did you mean short?")),
+                            ({"mode": "both", "share": 1.5}, ("share is 1.5", "from 0 to 1"))):
+        with raises_one_line(*words):
+            dialogs(few, **settings)
 
 
 # --- Associative recall: what a row is ---
 
-ROW = dict(n=200, T=64, pairs=4, vocab_size=256, seed=3)
-
-
-@pytest.mark.parametrize("T, pairs, vocab_size", [(64, 4, 8192), (32, 8, 64), (16, 4, 10), (4, 1, 4), (17, 3, 8),
-                                                  (128, 30, 62)])
+@pytest.mark.parametrize("T, pairs, vocab_size", [(64, 4, 8192), (16, 4, 10), (4, 1, 4), (17, 3, 8), (128, 30, 62)])
 def test_recall_is_as_defined(T, pairs, vocab_size):
     """Row by row; a filler is any token but the row's keys, and changes nothing else."""
     bare, labels = mqar(200, T, pairs, vocab_size, 3)
@@ -528,7 +458,7 @@ def test_keys_values_and_fillers_are_drawn_evenly():
     assert share.numpy() == pytest.approx(wanted, abs=0.006)
 
 
-@pytest.mark.parametrize("alpha", [0.01, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("alpha", [0.01, 1.0, 2.0])
 def test_queries_follow_the_power_law(alpha):
     """Of two keys the first takes one of six slots by it, the second one of those left."""
     tokens, _ = mqar(20_000, 16, 2, 64, 1, alpha=alpha)
@@ -551,22 +481,18 @@ def test_known_rows():
     assert example(tokens[0], labels[0], 1) == "79 is 228, ...; asked for 79 at 6 (answer 228), ..."
 
 
-def keyed(tokens, labels):
-    """Rows without fillers, as tuples."""
-    keep = labels >= 0
-    keep[:, :2 * int(keep[0].sum())] = True
-    return [tuple(row) for row in (tokens * keep).tolist()]
-
-
 @pytest.mark.parametrize("filled", [False, True])
 def test_no_test_row_is_in_training(filled):
     """Few enough rows exist that a row of the test is drawn for training time and again."""
+    def keyed(tokens, labels):
+        labels[:, :2] = 0                                     # the pair; else the query: rows without fillers
+        return {tuple(row) for row in (tokens * (labels >= 0)).tolist()}
     train, test = split(3000, 150, 8, 1, 12, 0, random_non_queries=filled)
     assert train[0].shape == (3000, 8) and test[1].shape == (150, 8)
-    train, test = {*keyed(*train)}, {*keyed(*test)}
+    train, test = keyed(*train), keyed(*test)
     assert test and not test & train
     assert len(train | test) == 5 * 6 * 3  # all others are there: no more than the test's are left out
-    assert test & {*keyed(*mqar(3000, 8, 1, 12, 0))}  # without the check they would meet
+    assert test & keyed(*mqar(3000, 8, 1, 12, 0))  # without the check they would meet
 
 
 def test_rows_depend_on_their_side_and_seed_alone():
@@ -582,28 +508,22 @@ def test_rows_depend_on_their_side_and_seed_alone():
         assert all(torch.equal(some, side[:n]) for some, side in zip(fewer, sides))
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"T": 15}, ("T is 15", "4 pairs", "at least 16")), ({"pairs": 17}, ("T is 64", "17 pairs", "68")),
-    ({"vocab_size": 257}, ("vocab_size is 257", "even")), ({"vocab_size": 8}, ("vocab_size is 8", "at least 10")),
-    ({"pairs": 0}, ("pairs is 0", "at least 1")), ({"n": 0}, ("n is 0", "at least 1")),
-    ({"alpha": 0}, ("alpha is 0",)), ({"alpha": float("nan")}, ("alpha is nan",)), ({"alpha": 11}, ("alpha is 11",))],
-    ids=str)
-def test_impossible_rows(change, words):
-    with raises_one_line(*words):
-        mqar(**{**ROW, **change})
+def test_impossible_rows():
+    for change, words in (({"T": 15}, ("T is 15", "4 pairs", "at least 16")), ({"pairs": 17}, ("T is 64", "68")),
+                          ({"vocab_size": 257}, ("vocab_size is 257", "even")),
+                          ({"vocab_size": 8}, ("vocab_size is 8", "at least 10")),
+                          ({"pairs": 0}, ("pairs is 0", "at least 1")), ({"n": 0}, ("n is 0", "at least 1")),
+                          *(({"alpha": alpha}, (f"alpha is {alpha}",)) for alpha in (0, math.nan, 11))):
+        with raises_one_line(*words):
+            mqar(**dict(n=200, T=64, pairs=4, vocab_size=256, seed=3) | change)
+
+
+def test_hardly_any_rows():
     for name in ("n_train", "n_test"):
-        how = {"n_train": 5, "n_test": 5, **{**ROW, **change}}
-        how[name] = how.pop("n")
-        with raises_one_line(*(word.replace("n is", f"{name} is") for word in words)):
-            split(**how)
-
-
-def test_the_smallest_possible_rows():
-    assert mqar(5, 16, 4, 10, 0)[0].shape == (5, 16)
+        with raises_one_line(f"{name} is 0", "at least 1"):
+            split(**{"n_train": 5, "n_test": 5, name: 0}, T=64, pairs=4, vocab_size=256, seed=3)
     assert split(50, 450, 8, 1, 12, 0)[0][0].shape == (50, 8)  # three of 90 rows are left, about 2 % of what is drawn
     for sizes, said in (((5, 100, 4, 1, 6), "T 4, 1 pair and vocab_size 6"),
                         ((1000, 450, 8, 1, 12), "T 8, 1 pair and vocab_size 12")):
         with raises_one_line("hardly any rows", said, "n_test"):
             split(*sizes, 0)
-    with raises_one_line("window is 0"):
-        reachable(*reversed(mqar(5, 16, 4, 10, 0)), 0)
