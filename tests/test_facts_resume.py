@@ -1,9 +1,9 @@
 """train_facts.py as it is typed: its first step against arithmetic, exposures, watched and evaluated, and what it
 refuses. What it shares with the other scripts is in test_resume.py."""
+import functools
 import json
 import math
 import re
-import shlex
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -11,17 +11,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import evaluate
+import sample
+import train_facts
 from data import facts, mqar, tokens
 from data.facts import Database, Vocabulary, people
 from model import from_checkpoint
+from nanolab import probe, settings
 from nanolab.generate import generate
 from nanolab.run import load_checkpoint
 from nanolab.score import score
-from forks import assert_done, assert_equal, assert_error, records, snapshot, summary, wait_for
+from forks import assert_done, assert_error, records, snapshot, summary
 from scripts import curve, of
 from test_scripts import noting
 
 train, at, done = of("train_facts")
+TOOLS = {"train_facts.py": train_facts, "evaluate.py": evaluate, "sample.py": sample, "probe.py": probe}
 
 
 # ---------------------------------------------------------------------------------------------------- the first step
@@ -64,24 +69,17 @@ def test_one_step_is_what_arithmetic_says(forks, tmp_path, case):
 
 
 def test_exposures(forks, tmp_path):
-    """Each of the 24 facts so often: 24 E / (8 x 2), rounded up; a resume keeps it, whatever it is typed with."""
+    """Each of the 24 facts so often: 24 E / (8 x 2), rounded up; of a resumed run they have made max_steps what it is,
+    unless that is typed."""
     settings = dict(grad_accum=2, exposures=5)
     done(forks, tmp_path, **settings)
     last, params = load_checkpoint(at(tmp_path) / "last.pt"), json.loads((at(tmp_path) / "params.json").read_text())
     assert last["step"] == 8 == math.ceil(24 * 5 / 16) and last["settings"]["max_steps"] == 8
     assert {name: params["settings"][name] for name in ("max_steps", "exposures", "block_size")} == dict(
         max_steps=8, exposures=5, block_size=last["settings"]["block_size"])
-    child, run = forks.start(train(tmp_path / "killed", **settings), tmp_path), at(tmp_path / "killed")
-    wait_for(lambda: child.over() or (run / "last.pt").exists())
-    child.kill()
-    child.wait()
-    bare = ["train_facts.py", "--out_dir", tmp_path / "killed", "--run_name", "run", "--resume"]
-    assert_done(forks.run(bare, tmp_path))
-    assert records(run) == records(at(tmp_path))
-    assert_equal(load_checkpoint(run / "last.pt")["model"], last["model"])
-    more = forks.run([*bare, "--exposures", "9"], tmp_path)               # they have made max_steps what it is
-    assert_done(more)
+    more = done(forks, tmp_path, "--resume", **settings | dict(exposures=9, max_steps=10))
     assert "exposures 5.0 comes from the checkpoint: --exposures 9.0 is overruled" in more.out
+    assert load_checkpoint(at(tmp_path) / "last.pt")["step"] == 10
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluate.py
@@ -130,10 +128,9 @@ def test_evaluate_people(forks, runs, tmp_path):
     made, run = people(8, 1337, unseen=24), at(runs, "tool")
     Database(replace(made, values={name: values[1:] + values[:1] for name, values in made.values.items()})).save(
         tmp_path / "altered.db")
-    with ThreadPoolExecutor(2) as pool:
-        tool, weight, some, altered = pool.map(lambda words: table(forks.run(["evaluate.py", *words], runs)), (
-            [run], [at(runs, "weight"), "--batch_size", 3], [run, "--prompts", 6, "--protocols", "no_tool,tool"],
-            [run, "--protocols", "tool", "--database", tmp_path / "altered.db"]))
+    tool, some, altered = (table(forks.run(["evaluate.py", run, *words], runs)) for words in (
+        [], ["--prompts", 6, "--protocols", "no_tool,tool", "--batch_size", 3],
+        ["--protocols", "tool", "--database", tmp_path / "altered.db"]))
     said = summary(run)
     assert [row[:2] for row in tool] == [["trained", "tool"], ["unseen", "tool"], ["trained", "no_tool"],
                                          ["unseen", "no_tool"]]
@@ -141,18 +138,15 @@ def test_evaluate_people(forks, runs, tmp_path):
         assert row[2] == f"{said[f'accuracy_{row[0]}_{row[1]}_raw']:.4f}"
         assert row[-2] == ("32" if row[0] == "trained" else "96")
     assert tool[0][3:6] == ["1.0000", "1.0000", "0.0000"]                 # called, with the right call, and to an end
-    assert weight[0][:3] == ["trained", "no_tool", "1.0000"] and len(weight) == 2
     assert [(row[1], row[-2]) for row in some] == [("no_tool", "6")] * 2 + [("tool", "6")] * 2
     assert float(altered[0][2]) < 0.9 and altered[0][3:5] == ["1.0000", "1.0000"]
 
 
 def test_evaluate_recall(forks, runs):
-    rows = [table(forks.run(["evaluate.py", at(runs, "mqar"), "--weights", weights, *more], runs))
-            for weights, more in (("raw", []), ("ema", ["--batch_size", 7]), ("raw", ["--prompts", 5]))]
     said = summary(at(runs, "mqar"))
-    for row, weights in zip(rows, ("raw", "ema")):
-        assert row == [["mqar", f"{said[f'accuracy_{weights}']:.4f}", f"{said[f'loss_{weights}']:.4f}", "200"]]
-    assert rows[2][0][-1] == "20"
+    row, some = (table(forks.run(["evaluate.py", at(runs, "mqar"), *words], runs)) for words in (
+        ["--weights", "ema", "--batch_size", 7], ["--prompts", 5]))
+    assert row == [["mqar", f"{said['accuracy_ema']:.4f}", f"{said['loss_ema']:.4f}", "200"]] and some[0][-1] == "20"
     assert said["accuracy"] == said["accuracy_raw"] and 0 < said["reachable"] <= 1
 
 
@@ -187,32 +181,23 @@ def test_evaluate_text(forks, runs, text, tmp_path):
 
 
 def test_text_from_the_tokenizers_ids(forks, runs, text):
-    """sample.py writes what the ids stand for, with the prompt as it was typed; other tasks have no text."""
-    run, prompt = at(runs, "uniform"), ["--prompt", "é \n", "--length", 60, "--temperature", 1]
-    with ThreadPoolExecutor(2) as pool:
-        one, two, tool = pool.map(lambda words: forks.run(["sample.py", *words], runs), (
-            [run, *prompt], [run, *prompt, "--n_samples", 2], [at(runs, "tool")]))
-    for child in (one, two):
-        assert_done(child)
+    """sample.py writes what the ids stand for, with the prompt as it was typed."""
+    run = at(runs, "uniform")
+    child = forks.run(["sample.py", run, "--prompt", "é \n", "--length", 60, "--temperature", 1], runs)
+    assert_done(child)
     tokenizer, model = tokenizer_of(text), from_checkpoint(load_checkpoint(run / "last.pt")).for_inference().eval()
     ids = [int(token) for token in generate(model, [tokenizer.encode("é \n")], 60,
                                             torch.Generator().manual_seed(1337), temperature=1)]
-    assert max(ids) >= 256 and one.out == f"é \n{tokenizer.decode(ids)}\n" and two.out.count("é \n") == 2
-    assert_error(tool, "was trained on in_tool, not on text")
+    assert max(ids) >= 256 and child.out == f"é \n{tokenizer.decode(ids)}\n"
 
 
 def test_which_layer_knows(forks, runs):
     """Of a run, by attribute; what there is to find: test_probe.py."""
-    with ThreadPoolExecutor(2) as pool:
-        weight, day, text_run = pool.map(lambda words: forks.run(["nanolab/probe.py", *words], runs), (
-            [at(runs, "weight"), "--attribute", "birth_place"], [at(runs, "weight"), "--asked", "ocupation"],
-            [at(runs, "text")]))
-    assert_done(weight)
-    lines = weight.out.splitlines()
+    child = forks.run(["nanolab/probe.py", at(runs, "weight"), "--attribute", "birth_place"], runs)
+    assert_done(child)
+    lines = child.out.splitlines()
     assert re.match(r"trained people: [2-8], \d values of birth_place", lines[0])
     assert [line.split()[0] for line in lines[-4:]] == ["place", "embed", "blocks.0", "blocks.1"]
-    assert_error(day, "no attribute 'ocupation'")
-    assert_error(text_run, "no model of people")
 
 
 def test_watched_beside_the_training(forks, tmp_path):
@@ -237,7 +222,7 @@ def test_watched_beside_the_training(forks, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------- mistakes
 
-MISTAKES = {  # those of any script: test_resume.py, test_settings.py
+MISTAKES = {  # those of any script: test_resume.py, test_settings.py; of tokenizers and data: test_tokens.py, ...
     "train_facts.py --task text": ["closed", "text"], "train_facts.py --kind bios": ["closed", "bios"],
     "train_facts.py --form natural": ["closed", "natural"], "train_facts.py --names plain": ["closed", "plain"],
     "train_facts.py --task mqar --tokenizer bytes --exposures 3": ["exposures", "mqar"],
@@ -245,60 +230,50 @@ MISTAKES = {  # those of any script: test_resume.py, test_settings.py
     "train_facts.py --prefix --loss_on all": ["prefix"], "train_facts.py --prefix --task mqar": ["prefix"],
     "train_facts.py --prefix --mixer mamba --max_steps 1": ["prefix", "mamba"],
     "train_facts.py --block_size 21": ["block_size is 21", "22 tokens"],
-    "train_facts.py --n_people 0": ["n_people"], "train_facts.py --n_people 20000000": ["16,777,216"],
-    "train_facts.py --exposures 0": ["exposures"],
-    "train_facts.py --database none/there.db": ["none/there.db"],
-    "train_facts.py --database FOREIGN": ["FOREIGN", "not a database of people"],
     "train_facts.py --database OTHERS": ["OTHERS", "other people"],
-    "train_facts.py --tokenizer clsed": ["clsed"], "train_facts.py --tokenizer TRUNCATED": ["TRUNCATED", "truncated"],
-    "train_facts.py --tokenizer bpe:100": ["100", "256"],
-    "train_facts.py --task mqar --tokenizer bytes --pairs 20": ["20 pairs", "80"],
-    "train_facts.py --task mqar --tokenizer bytes --mqar_vocab 7": ["vocab", "7"],
     "evaluate.py TOOL --protocols block": ["block", "tool and no_tool"],
     "evaluate.py WEIGHT --protocols tool": ["tool", "in_weight", "no_tool"],
     "evaluate.py MQAR --protocols tool": ["tool", "mqar"],
     "evaluate.py TEXT --protocols no_tool": ["no_tool", "block, cache"], "evaluate.py TOOL --weights ema": ["ema"],
     "evaluate.py TOOL --database FOREIGN": ["FOREIGN", "not a database of people"],
-    "evaluate.py TOOL --prompts 0": ["prompts"]}
+    "evaluate.py TOOL --prompts 0": ["prompts"], "sample.py TOOL": ["was trained on in_tool, not on text"],
+    "probe.py WEIGHT --asked ocupation": ["no attribute 'ocupation'"], "probe.py TEXT": ["no model of people"]}
 
 
-def test_mistakes(forks, runs, text, tmp_path_factory, tmp_path):
+def test_mistakes(in_process, runs, tmp_path, monkeypatch):
     """One line that says what is wrong, status 2, nothing written."""
-    files = tmp_path_factory.mktemp("files")
-    (files / "FOREIGN").write_bytes(b"SQLite format 3\0 but not really" * 50)
-    Database(people(5, 1, "bios")).save(files / "OTHERS")
-    tokens.train("bpe", text.read_bytes(), 270).save(files / "whole")
-    (files / "TRUNCATED").write_bytes((files / "whole").read_bytes()[:-40])
-    names = {name: files / name for name in ("FOREIGN", "OTHERS", "TRUNCATED")} | {
-        name.upper(): at(runs, name) for name in ("tool", "weight", "mqar", "text")}
-    before = snapshot(runs)
+    names = {name.upper(): at(runs, name) for name in ("tool", "weight", "mqar", "text")} | {
+        name: tmp_path / name for name in ("FOREIGN", "OTHERS")}
+    names["FOREIGN"].write_bytes(b"SQLite format 3\0 but not really" * 50)
+    Database(people(5, 1, "bios")).save(names["OTHERS"])
+    before, folder, read = snapshot(runs), tmp_path / "folder", functools.cache(settings._read_settings)
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(settings, "_read_settings", lambda path: dict(read(path)))   # of three scripts, not of 21 lines
     for line, said in MISTAKES.items():
-        tiny = [] if not line.startswith("train") else ["--device", "cpu"] + (
-            ["--n_people", "8"] if "n_people" not in line else [])
-        child = forks.run([names.get(word, word) for word in shlex.split(line)] + tiny, tmp_path)
+        tool, *words = [names.get(word, word) for word in line.split()]
+        words += ["--device", "cpu", "--n_people", "8"] if tool == "train_facts.py" else []
+        status, _, error = in_process(TOOLS[tool], *words)
         with noting(line):
-            assert_error(child, *said)
-    assert snapshot(tmp_path) == {} and snapshot(runs) == before
+            assert status == 2 and re.fullmatch("error: [^\n]+\n", error) and all(word in error for word in said), error
+    assert not [*folder.iterdir()] and snapshot(runs) == before
 
 
-@pytest.mark.parametrize("task", ["in_tool", "text"])
-def test_another_tokenizer_in_its_place(forks, text, tmp_path, task):
-    """A file that was replaced between training and resume or evaluation: not quietly other ids."""
+@pytest.mark.parametrize("task, vocab_sizes", [("in_tool", [270]), ("text", [275, None])])
+def test_another_tokenizer_in_its_place(forks, text, tmp_path, task, vocab_sizes):
+    """A file that was replaced, by one as large or larger, or taken away between training and resume or evaluation: not
+    quietly other ids."""
     file, content, run = tmp_path / "words.tok", text.read_bytes(), at(tmp_path / "runs")
     settings = dict(task=task, dataset=text, block_size=96, max_steps=1, tokenizer=file)
     tokens.train("bpe", content, 270).save(file)
     done(forks, tmp_path / "runs", **settings)
     commands = (train(tmp_path / "runs", "--resume", **settings | dict(max_steps=2)),
                 ["evaluate.py", run, *["--prompts", 2] * (task == "in_tool")])
-    right, before = file.read_bytes(), snapshot(tmp_path / "runs")
-    for other in (tokens.train("bpe", content[::-1], 270), tokens.train("bpe", content, 275), None):
+    before = snapshot(tmp_path / "runs")
+    for vocab_size in vocab_sizes:
         file.unlink()
-        if other:                                                         # as large, and larger
-            other.save(file)
+        if vocab_size:
+            tokens.train("bpe", content[::-1] if vocab_size == 270 else content, vocab_size).save(file)
         for command in commands:
-            assert_error(forks.run(command, tmp_path), "does not match the checkpoint" if other else file)
+            assert_error(forks.run(command, tmp_path), "does not match the checkpoint" if vocab_size else file)
     assert snapshot(tmp_path / "runs") == before
-    file.write_bytes(right)
-    for command in commands:
-        assert_done(forks.run(command, tmp_path))
-    assert load_checkpoint(run / "last.pt")["step"] == 2
