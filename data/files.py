@@ -75,19 +75,13 @@ def existing(name):
 def listed(name):
     """The files that a folder, with all below it, or a glob means: their paths as texts, sorted; hidden ones and links
     to folders are left out. None: `name` is neither. UserError: there is none, or a folder that cannot be read."""
+    def unreadable(error):
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
     path, found = existing(name), []
     if path is not None and path.is_dir():
-        left = [str(path)]
-        while left:
-            try:
-                with os.scandir(left.pop()) as entries:
-                    for entry in [entry for entry in entries if not entry.name.startswith(".")]:
-                        if not entry.is_dir():
-                            found.append(entry.path)
-                        elif not entry.is_symlink():
-                            left.append(entry.path)
-            except OSError as error:
-                raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+        for folder, folders, names in os.walk(path, onerror=unreadable):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            found += [os.path.join(folder, name) for name in names if not name.startswith(".")]
     elif path is None and glob.has_magic(name):
         found = [file for file in glob.glob(os.path.expanduser(name), recursive=True) if not os.path.isdir(file)]
     else:

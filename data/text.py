@@ -17,11 +17,13 @@ from nanolab.settings import answer_help, serve
 
 answer_help(__name__, __file__)  # before the seconds that the next lines take
 
+import contextlib
 import hashlib
 import os
 import re
 import sysconfig
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,12 +81,11 @@ def load(dataset, max_bytes=None, device="cpu"):
         name = dataset if dataset in SETS else path.name
     _check_max_bytes(max_bytes, data.numel(), dataset)
     data = data[:max_bytes].to(torch.device(device))
-    n = data.numel()
-    source = f"{name}: {'the first ' if max_bytes else ''}{n:,} bytes of {source}"
-    n_train = int(n * 0.9) if dataset == "shakespeare" else n * 9 // 10
-    n_val = n - n_train if dataset == "shakespeare" else (n - n_train) // 2
+    n, n_train, in_two = data.numel(), data.numel() * 9 // 10, dataset == "shakespeare"
+    n_val = (n - n_train) // (1 if in_two else 2)
     train, val, test = data.split([n_train, n_val, n - n_train - n_val])
-    return Corpus(name, train, val, None if dataset == "shakespeare" else test, source)
+    return Corpus(name, train, val, None if in_two else test,
+                  f"{name}: {'the first ' if max_bytes else ''}{n:,} bytes of {source}")
 
 
 def check_split(data, block_size, unit="bytes"):
@@ -95,8 +96,7 @@ def check_split(data, block_size, unit="bytes"):
         raise UserError(f"the validation split has {n} {unit}: too few to be scored; take more data, or "
                         "--eval_interval none")
     if n <= block_size:
-        print(f"the validation split has {n} {unit}, less than one window of {block_size}: its figures will mean "
-              "little")
+        print(f"the validation split has {n} {unit}, less than one window of {block_size}: its figures mean little")
 
 
 def _check_max_bytes(max_bytes, size, dataset):
@@ -149,9 +149,9 @@ def _of_documents(dataset, paths, max_bytes, device):
     texts = [text for text in texts if text]
     total = sum(map(len, texts))
     _check_max_bytes(max_bytes, total, dataset)
-    keys, sizes = list(map(zlib.crc32, texts)), {}
+    keys, sizes = list(map(zlib.crc32, texts)), Counter()
     for key, text in zip(keys, texts):
-        sizes[key] = sizes.get(key, 0) + len(text)
+        sizes[key] += len(text)
     if len(sizes) < 2:
         raise UserError(f"dataset {dataset!r} has {len(sizes)} different documents, and takes two to be split: name a "
                         "file, which is cut anywhere")
@@ -180,11 +180,8 @@ def _stdlib():
         folders[:] = [name for name in folders if name not in skip and not name.startswith("config-")]
         paths += [Path(folder, name) for name in names if re.fullmatch(r"(?!_sysconfigdata).*\.py", name)]
     for path in sorted(paths, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()):
-        texts.append(path.read_bytes())
-        try:
-            texts[-1].decode()
-        except UnicodeDecodeError:
-            texts.pop()
+        with contextlib.suppress(UnicodeDecodeError):
+            texts.append(path.read_bytes().decode().encode())
     whole = bytearray(b"\n".join(texts))
     if not whole:
         raise UserError(f"no source files of the Python standard library in {root}: use --dataset with a text file")
@@ -196,8 +193,7 @@ def _stdlib():
 # --- Batches ---
 
 def inputs_and_targets(windows, K, device):
-    """windows (B, T + K) of ids -> x (B, T), y (B, T, K), int64 on device: y[b, t, k] is the id k + 1 places after x[b,
-    t]."""
+    """windows (B, T + K) of ids -> x (B, T), y (B, T, K), int64 on device: y[b, t, k] is k + 1 places after x[b, t]."""
     onto_gpu = device.type == "cuda"
     if onto_gpu and not windows.is_cuda:
         windows = windows.pin_memory()
@@ -243,16 +239,17 @@ class Batches:
     def _start_pass(self):
         """Lays out where a pass's windows start, in order; position counts those that were given."""
         n, T, K = self.data.numel(), self.block_size, self.n_targets
-        self.position, self._length = 0, n / T
-        self._before = self.generator.get_state()  # from which a resumed run draws the same pass again
+        self.position, self._before = 0, self.generator.get_state()  # from which a resumed run draws the pass again
+        if self.mode == "random":
+            self._length = n / T
+            return
         if self.mode == "epochs":
             phase = int(torch.randint(min(T, n - T - K + 1), (), generator=self.generator))
             self._order = torch.randperm((n - K - phase) // T, generator=self.generator).mul_(T).add_(phase)
-        elif self.mode == "streams":
+        else:
             steps = (n - K) // (self.batch_size * T)
             self._order = torch.arange(self.batch_size * steps).view(-1, steps).T.flatten().mul_(T)  # (steps * B,)
-        if self.mode != "random":
-            self._length = self._order.numel()
+        self._length = self._order.numel()
 
     @property
     def epoch(self):
@@ -290,9 +287,9 @@ class Batches:
 
     def _kind(self):
         """What a saved state must share with these batches for its position to mean the same."""
-        names = ["block_size", "n_targets"] + ["batch_size"] * (self.mode == "streams")
         return {"mode": self.mode, "bytes": self.data.numel(), "fingerprint of the data": self._fingerprint,
-                **{name: getattr(self, name) for name in names}}
+                "block_size": self.block_size, "n_targets": self.n_targets,
+                **({"batch_size": self.batch_size} if self.mode == "streams" else {})}
 
     def state_dict(self):
         """Plain strings, ints and one uint8 tensor, from which load_state_dict goes on exactly, also within a pass."""

@@ -118,12 +118,9 @@ class Tiktoken(Ranks):
         except (OSError, ValueError) as error:  # requests' errors are OSErrors
             raise UserError(f"the encoding {name} of tiktoken could not be fetched ({type(error).__name__}): a folder "
                             "named by TIKTOKEN_CACHE_DIR can hold it; or train one here, of kind bpe") from error
-        pieces = []
-        for i in range(self.encoding.n_vocab):
-            try:
-                pieces.append(self.encoding.decode_single_token_bytes(i))
-            except KeyError:  # cl100k_base has gaps between its special tokens
-                pieces.append(b"")
+        found = {i: piece for piece, i in self.encoding._mergeable_ranks.items()}
+        found |= {i: text.encode() for text, i in self.encoding._special_tokens.items()}
+        pieces = [found.get(i, b"") for i in range(self.encoding.n_vocab)]  # cl100k_base has gaps between the special
         super().__init__(f"tiktoken:{name}", pieces, b"\n".join([name.encode(), *map(base64.b64encode, pieces)]))
 
 
@@ -491,10 +488,10 @@ def encode_corpus(tokenizer, data):
     data = _as_bytes(data)
     if isinstance(tokenizer, Bytes):
         return torch.from_numpy(np.frombuffer(data, np.uint8).astype(np.int32))
-    parts = [np.empty(0, np.int32)]
+    parts, ids = [np.empty(0, np.int32)], None
     for run in re.findall("[\udc80-\udcff]+|[^\udc80-\udcff]+", data.decode(errors="surrogateescape")):
         if "\udc80" <= run[0] <= "\udcff":
-            ids = {piece: i for i, piece in reversed([*enumerate(tokenizer.pieces)])}  # of two, as of ASCII, the first
+            ids = ids or {piece: i for i, piece in enumerate(tokenizer.pieces)}
             parts.append(np.array([ids[bytes([ord(byte) - 0xDC00])] for byte in run], np.int32))
             continue
         start = 0
@@ -507,11 +504,6 @@ def encode_corpus(tokenizer, data):
 
 
 # --- The command line ---
-
-def bytes_per_token(tokenizer, data):
-    """float: how many bytes of data, as of encode_corpus, a token stands for on average."""
-    return len(_as_bytes(data)) / max(1, len(encode_corpus(tokenizer, data)))
-
 
 def train_on(*, out, kind="bpe", model_type="unigram", dataset="shakespeare", max_bytes=None, vocab_size=1024):
     """Trains one on the training part of a data set.
@@ -550,7 +542,7 @@ def describe(found):
         print("pieces:", *(repr(tokenizer.pieces[i])[1:] for i in ids))
     for name in ("train", "val", "test"):
         if corpus and (data := getattr(corpus, name)) is not None:
-            print(f"bytes a token, {name}: {bytes_per_token(tokenizer, data):.3f}")
+            print(f"bytes a token, {name}: {len(data) / max(1, len(encode_corpus(tokenizer, data))):.3f}")
 
 
 main = command(serve(train=(train_on, describe), show=(look_at, describe)))

@@ -10,6 +10,7 @@ import socket
 import struct
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,6 @@ from data.files import download
 from data.text import Batches, load, statistics
 
 CONTENT = bytes(range(256)) * 1200  # 307,200 bytes: several chunks of a download
-real_data = pytest.mark.skipif(not Path(os.environ.get("NANOLAB_DATA") or "/nowhere").is_dir(),
-                               reason="NANOLAB_DATA names no folder")
 
 
 def blob_id(content):
@@ -108,11 +107,8 @@ def test_fresh_download_is_complete_and_leaves_no_scraps(server, tmp_path, packe
     """What is there is not fetched again; of runs that need it at once, one fetches it."""
     folder = tmp_path / "new"
     server.content = zipped(file=CONTENT) if packed else CONTENT
-    threads = [threading.Thread(target=get, args=(server, folder, f"file{'.zip' if packed else ''}")) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        [*pool.map(lambda _: get(server, folder, f"file{'.zip' if packed else ''}"), range(4))]
     assert get(server, folder) == folder / "file" and server.asked == [None]
     assert (folder / "file").read_bytes() == CONTENT
     assert sorted(entry.name for entry in folder.iterdir()) == ["file", "file.lock"]
@@ -143,8 +139,7 @@ def test_what_an_earlier_attempt_left_behind(server, tmp_path, part, ranges, req
 @pytest.mark.parametrize("name, content, words", [
     ("file", CONTENT[:-1] + b"?", "its git blob id is"),
     ("file", CONTENT + b"?", "it has 307,201 bytes, not 307,200"),
-    ("file.zip", b"<html>Please log in to this network</html>", "damaged"),
-    ("file.zip", zipped(a=CONTENT, b=CONTENT), "2 members (a, b)")], ids=["changed", "longer", "page", "two"])
+    ("file.zip", b"<html>Please log in to this network</html>", "damaged")], ids=["changed", "longer", "page"])
 def test_other_content_is_refused_and_removed(server, tmp_path, name, content, words):
     server.content = content
     with raises_one_line("is not file and was removed", words):
@@ -161,12 +156,11 @@ def test_refused_and_unwritable(server, tmp_path):
 
 
 def test_no_network_says_which_file_goes_where(folder):
-    where = str(files.DOWNLOADS)
-    with raises_one_line("no connection to", "put enwik8 (100,000,000 bytes", where, "NANOLAB_DATA", "--dataset stdlib",
-                         "--max_bytes 4150000 with enwik8-first-4150000.txt.xz there"):
-        load("enwik8")
-    with raises_one_line("no connection to", "put tinyshakespeare.txt (1,115,394 bytes", where, "--dataset stdlib"):
-        load("shakespeare")
+    for name, words in (("enwik8", ["put enwik8 (100,000,000 bytes", "--max_bytes 4150000 with "
+                                    "enwik8-first-4150000.txt.xz there"]),
+                        ("shakespeare", ["put tinyshakespeare.txt (1,115,394 bytes"])):
+        with raises_one_line("no connection to", str(files.DOWNLOADS), "NANOLAB_DATA", "--dataset stdlib", *words):
+            load(name)
 
 
 # --- Named sets ---
@@ -174,6 +168,7 @@ def test_no_network_says_which_file_goes_where(folder):
 def whole(corpus):
     """The bytes of all parts, one after the other."""
     return b"".join(part.numpy().tobytes() for part in (corpus.train, corpus.val, corpus.test) if part is not None)
+
 
 def place_set(monkeypatch, name, content, url="http://127.0.0.1:1/"):
     """Makes content pass for a named set."""
@@ -242,27 +237,23 @@ def test_the_piece_serves_what_fits_in_it(folder, monkeypatch):
         load("enwik8", max_bytes=999)
 
 
-def test_stdlib_is_source_text_in_a_fixed_order(folder):
+def test_stdlib_is_source_text_in_a_fixed_order(folder, tmp_path, monkeypatch):
+    """Without what is not its source."""
     first, second = load("stdlib"), load("stdlib", max_bytes=500_000)
     content = whole(first)
     assert len(content) > 5_000_000 and first.train.numel() == len(content) * 9 // 10
     assert whole(second) == content[:500_000]
     assert hashlib.sha256(content).hexdigest()[:12] in first.source and f"{len(content):,} bytes" in first.source
     assert b"def dataclass(" in content and content.decode()
-
-
-def test_stdlib_skips_what_is_not_its_source(folder, tmp_path, monkeypatch):
     root = tmp_path / "lib"
+    monkeypatch.setattr(text.sysconfig, "get_path", lambda name: str(root))
+    with raises_one_line("no source files", "lib"):
+        load("stdlib")
     for name, content in {"a.py": b"aa", "sub/b.py": b"bb", "c.py": b"\xff", "d.txt": b"dd", "test/e.py": b"ee",
-                          "x/tests/f.py": b"ff", "site-packages/g.py": b"gg", "_sysconfigdata_x.py": b"hh",
-                          "x/__pycache__/i.py": b"ii"}.items():
+                          "site-packages/g.py": b"gg", "_sysconfigdata_x.py": b"hh", "config-3/i.py": b"ii"}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
-    monkeypatch.setattr(text.sysconfig, "get_path", lambda name: str(root))
     assert sorted(whole(load("stdlib")).split(b"\n")) == [b"aa", b"bb"]
-    monkeypatch.setattr(text.sysconfig, "get_path", lambda name: str(tmp_path / "absent"))
-    with raises_one_line("no source files", "absent"):
-        load("stdlib")
 
 
 # --- Any file ---
@@ -272,15 +263,14 @@ PACKERS = {".txt": bytes, "": bytes, ".gz": gzip.compress, ".xz": lzma.compress,
 
 
 @pytest.mark.parametrize("suffix", PACKERS)
-@pytest.mark.parametrize("max_bytes", [None, 1000])
-def test_any_file_gives_its_bytes(folder, tmp_path, suffix, max_bytes):
+def test_any_file_gives_its_bytes(folder, tmp_path, suffix):
     path = tmp_path / f"corpus{suffix}"
     path.write_bytes(PACKERS[suffix](CONTENT))
-    corpus = load(str(path), max_bytes)
-    n = max_bytes or len(CONTENT)
-    assert [part.numel() for part in (corpus.train, corpus.val, corpus.test)] == [n * 9 // 10, n // 20, n // 20]
-    assert corpus.train.dtype == torch.uint8 and whole(corpus) == CONTENT[:n]
-    assert corpus.name == path.name and str(path) in corpus.source and f"{n:,} bytes" in corpus.source
+    for max_bytes, n in ((None, len(CONTENT)), (1000, 1000)):
+        corpus = load(str(path), max_bytes)
+        assert [part.numel() for part in (corpus.train, corpus.val, corpus.test)] == [n * 9 // 10, n // 20, n // 20]
+        assert corpus.train.dtype == torch.uint8 and whole(corpus) == CONTENT[:n]
+        assert corpus.name == path.name and str(path) in corpus.source and f"{n:,} bytes" in corpus.source
 
 
 @pytest.mark.parametrize("name, content, words", [
@@ -483,5 +473,3 @@ def test_real_files(name, file, max_bytes, parts, digest, distinct):
     assert hashlib.sha256(whole(corpus)).hexdigest().startswith(digest)
     assert statistics(corpus)["distinct"] == distinct and (max_bytes is None or statistics(corpus)["n_pieces"] == 489)
 
-
-# --- Real files, where there are any ---
