@@ -184,7 +184,9 @@ def test_folders_come_in_order_and_before_downloads(folder, tmp_path, monkeypatc
     files.DOWNLOADS.mkdir()
     for place in (files.DOWNLOADS, second, folder):
         (place / "tinyshakespeare.txt.xz").write_bytes(lzma.compress(CONTENT))
-        assert str(place) in load("shakespeare").source
+        corpus = load("shakespeare")
+        assert str(place) in corpus.source
+    assert (len(corpus.train), len(corpus.val), corpus.test) == (276_480, 30_720, None)
     (folder / "mine.txt").write_bytes(CONTENT)  # a bare name is looked for there too
     assert load("mine.txt").train.numel() == len(CONTENT) * 9 // 10
     monkeypatch.setenv("NANOLAB_DATA", str(tmp_path / "absent"))
