@@ -118,9 +118,10 @@ class Tiktoken(Ranks):
         except (OSError, ValueError) as error:  # requests' errors are OSErrors
             raise UserError(f"the encoding {name} of tiktoken could not be fetched ({type(error).__name__}): a folder "
                             "named by TIKTOKEN_CACHE_DIR can hold it; or train one here, of kind bpe") from error
-        found = {i: piece for piece, i in self.encoding._mergeable_ranks.items()}
-        found |= {i: text.encode() for text, i in self.encoding._special_tokens.items()}
-        pieces = [found.get(i, b"") for i in range(self.encoding.n_vocab)]  # cl100k_base has gaps between the special
+        pieces = [b""] * self.encoding.n_vocab
+        for i in range(self.encoding.n_vocab):
+            with contextlib.suppress(KeyError):  # cl100k_base has gaps between its special tokens
+                pieces[i] = self.encoding.decode_single_token_bytes(i)
         super().__init__(f"tiktoken:{name}", pieces, b"\n".join([name.encode(), *map(base64.b64encode, pieces)]))
 
 
