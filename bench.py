@@ -826,7 +826,7 @@ def compare_dialogs():
             replies, most = {}, []
 
             def run(side):
-                tree = DialogTree(model, budget, host_budget=0) if side == "ours" else False
+                tree = DialogTree(model, budget) if side == "ours" else False
                 replies[side] = [reply.tokens for reply in converse(model, prompts, n, None, tree=tree)]
                 most.extend([tree.peak_bytes] if tree else [])
 

@@ -8,26 +8,23 @@ from nanolab.cache import Cache
 
 
 class LockedPrefix:
-    """The first `length` tokens of a dialog, kept on the device by a DialogTree until `unlock`, or the end of a `with`.
-    One of length 0 stands for nothing held: a cache taken from it is empty."""
+    """The first `length` tokens of a dialog, kept by a DialogTree until `unlock`, or the end of a `with`. One of length
+    0 stands for nothing held: a cache taken from it is empty."""
 
     def __init__(self, tree, node):
         self.tree, self.node, self.length = tree, node, node.end
 
-    @property
-    def locked(self):
-        """Whether it is still kept."""
-        return self.node is not None
-
     def unlock(self):
         """Lets go of it. Raises ValueError the second time."""
-        self.tree.unlock(self)
+        self.tree._check_locked(self)
+        self.tree._pin(self.node, -1)
+        self.node = None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        if self.locked:
+        if self.node is not None:
             self.unlock()
 
 
@@ -38,15 +35,15 @@ class _Node:
     of the positions mark ... end - 1, mark >= start; of another, its state after the span's last token.
     """
 
-    def __init__(self, tokens, parent, parts, place="device"):
-        self.tokens, self.parent, self.parts, self.place = tokens, parent, parts, place
+    def __init__(self, tokens, parent, parts):
+        self.tokens, self.parent, self.parts = tokens, parent, parts
         self.start = 0 if parent is None else parent.end
         self.end = self.start + len(tokens)
         self.children, self.locks = {}, 0  # by their first token; the locked prefixes that end here or below
-        self.bytes = self.weight()
 
-    def weight(self):
-        """Bytes of its parts."""
+    @property
+    def bytes(self):
+        """Of its parts."""
         return sum(t.nbytes for _, tensors in self.parts for t in tensors)
 
     @property
@@ -62,8 +59,8 @@ class _Node:
 class DialogTree:
     """What the layers remember of many dialogs, as a tree in which a common beginning lies once.
 
-        tree = DialogTree(model, budget=1 << 30, host_budget=8 << 30)
-        with tree.lock(tokens) as prefix:                      # the longest beginning that is held, on the device
+        tree = DialogTree(model, budget=1 << 30)
+        with tree.lock(tokens) as prefix:                      # the longest beginning that is held
             cache = tree.take(prefix, max_length=2048)         # a Cache of one row; take([prefix, ...]): of many
             logits = model(x[:, prefix.length:], cache=cache)  # only the rest is computed
             tree.put(tokens, cache)                            # and only the rest is stored
@@ -74,26 +71,22 @@ class DialogTree:
     and a beginning is found where all that the window shows at its end is held. A state (Mamba, minGRU, a compressed
     memory) cannot be cut: only those lengths are found that were put, so put a dialog wherever others may branch off.
 
-    budget: bytes of keys, values and states on the model's device, never exceeded: room is made before anything is
-    stored; `peak_bytes` is the most there were. Nodes leave in the order of their last use (lock, put), children before
-    parents, locked ones never. They go to the CPU's memory while host_budget bytes suffice there, bit for bit, and come
-    back when they are locked, or put again with something new; of those there, what came first is dropped for good.
-    None: no limit. Not counted: tokens, and the second copy of one layer's part while a node is cut. What finds no room
-    beside locked nodes is no error: `put` leaves it out, and evicts nothing for it, `lock` keeps what fits.
+    budget: bytes of keys, values and states, None: no limit; never exceeded: room is made before anything is stored;
+    `peak_bytes` is the most there were. Nodes leave in the order of their last use (lock, put), children before
+    parents, locked ones never. Not counted: tokens, and the second copy of a node while it is cut. What finds no room
+    beside locked nodes is no error: `put` leaves it out, and evicts nothing for it.
 
-    model: anything with `new_cache`, to which window, device and dtype go on. Its weights must stay as they are: else
-    `reset`. Raises ValueError for a negative budget, and where a dialog is more than one row of every layer (a Pyramid,
-    an EncoderDecoder, a model of video).
+    model: anything with `new_cache`, to which window goes on. Its weights must stay as they are, and so does the type
+    of what is held: else `reset`. Raises ValueError for a negative budget, and where a dialog is more than one row of
+    every layer (a Pyramid, an EncoderDecoder, a model of video).
 
-    Ideas: the tree, its locks and its order of eviction are RadixAttention's (Zheng et al. 2024, SGLang), the second
-    tier HiCache's (SGLang).
+    Ideas: the tree, its locks and its order of eviction are RadixAttention's (Zheng et al. 2024, SGLang).
     """
 
-    def __init__(self, model, budget, host_budget=None, window=None, device=None, dtype=None):
-        for name, limit in (("budget", budget), ("host_budget", host_budget)):
-            if limit is not None and limit < 0:
-                raise ValueError(f"{name} is {limit} bytes, but must be at least 0, or None for no limit")
-        probe, name = model.new_cache(1, 1, window=window, device=device, dtype=dtype), type(model).__name__
+    def __init__(self, model, budget, window=None):
+        if budget is not None and budget < 0:
+            raise ValueError(f"budget is {budget} bytes, but must be at least 0, or None for no limit")
+        probe, name = model.new_cache(1, 1, window=window), type(model).__name__
         needed = "a dialog tree needs a Cache with one row of every layer for each dialog"
         if type(probe) is not Cache:
             raise ValueError(f"{needed}, but {name}.new_cache returns a {type(probe).__name__}")
@@ -101,67 +94,27 @@ class DialogTree:
             if not hasattr(layer, "row") or layer.batch_size != 1:
                 raise ValueError(f"{needed}, which layer {i} of {name} with its {type(layer).__name__} has not")
         self._model, self._layout = model, [layer.layout for layer in probe.layers]
-        self._how = dict(window=window, device=probe.layers[0].device,
-                         dtype=next((layer.dtype for layer in probe.layers if layer.kind != "state"), dtype))
+        dtype = next((layer.dtype for layer in probe.layers if layer.kind != "state"), None)
+        self._how = dict(window=window, device=probe.layers[0].device, dtype=dtype)
         self._divisible = [layer.divisible for layer in probe.layers]
         self._reach = [layer.window for layer in probe.layers]  # positions that a divisible layer sees; None: all
-        self._devices = {"device": probe.layers[0].device, "host": torch.device("cpu")}
-        self._limits = {"device": budget, "host": host_budget}
-        self._bytes, self.peak_bytes = {"device": 0, "host": 0}, 0
-        self._held = {"device": OrderedDict(), "host": OrderedDict()}  # nodes, children before parents: first to go
+        self._budget, self.bytes, self.peak_bytes = budget, 0, 0
+        self._held = OrderedDict()  # nodes, children before parents: the first one leaves first
         self._root = _Node((), None, [])
-        self._counts = dict.fromkeys(("lookups", "hits", "tokens_asked", "tokens_reused", "evictions", "page_ins",
-                                      "drops", "refused"), 0)
-
-    @property
-    def device_bytes(self):
-        """Bytes held on the model's device."""
-        return self._bytes["device"]
-
-    @property
-    def host_bytes(self):
-        """Bytes held in the CPU's memory."""
-        return self._bytes["host"]
 
     def match(self, tokens):
-        """How many of the first tokens are held, on the device or the host. Changes nothing and uses nothing."""
+        """How many of the first tokens are held. Changes nothing and uses nothing."""
         return self._find(_as_tokens(tokens))[1]
 
     def lock(self, tokens):
-        """The longest beginning of tokens that is held and fits on the device, as a LockedPrefix.
-
-        Brings it there from the host. Where it ends inside a node, the node is cut first, and the rest is not locked.
-        """
-        tokens = _as_tokens(tokens)
-        node, length = self._find(tokens)
+        """The longest beginning of tokens that is held, as a LockedPrefix. Where it ends inside a node, the node is cut
+        first, and the rest is not locked."""
+        node, length = self._find(_as_tokens(tokens))
         if length < node.end:
             node = self._split(node, length)
         self._pin(node, 1)
-        kept = self._root
-        try:
-            for step in node.path:
-                if step.place == "host":
-                    if not self._make_room("device", step.bytes):
-                        self._counts["refused"] += 1
-                        break
-                    self._move(step, "device")
-                kept = step
-            while not self._ends_at(kept, kept.end):
-                kept = kept.parent
-            self._pin(kept, 1)
-        finally:
-            self._pin(node, -1)
-            self._touch(node)
-        self._counts["lookups"] += 1
-        self._counts["hits"] += kept is not self._root
-        self._counts["tokens_asked"] += len(tokens)
-        return LockedPrefix(self, kept)
-
-    def unlock(self, prefix):
-        """Lets go of a LockedPrefix. Raises ValueError where it is not locked, or another tree's."""
-        self._check_locked(prefix)
-        self._pin(prefix.node, -1)
-        prefix.node = None
+        self._touch(node)
+        return LockedPrefix(self, node)
 
     def take(self, prefixes, max_length):
         """A Cache that has read a LockedPrefix, or one row for each of a list of them; the same one may come often.
@@ -170,9 +123,7 @@ class DialogTree:
         left: `model(x, cache=cache)` goes on after each row's own last position. Raises ValueError for a prefix that is
         not locked, and where max_length is too short.
         """
-        prefixes = [prefixes] if isinstance(prefixes, LockedPrefix) else list(prefixes)
-        if not prefixes:
-            raise ValueError("there must be a prefix to take: lock([]) gives an empty one")
+        prefixes = [prefixes] if isinstance(prefixes, LockedPrefix) else prefixes
         for prefix in prefixes:
             self._check_locked(prefix)
         lengths = [prefix.length for prefix in prefixes]
@@ -183,8 +134,7 @@ class DialogTree:
         paths = [prefix.node.path for prefix in prefixes]
         for i, layer in enumerate(cache.layers):
             layer.fill([(length, self._parts(path, length, i)) for length, path in zip(lengths, paths)])
-        self._counts["tokens_reused"] += sum(lengths)
-        return standing(cache, lengths, self._devices["device"])
+        return standing(cache, lengths)
 
     def put(self, tokens, cache, row=0):
         """Stores what a row of a cache has read, all of tokens and nothing more, beyond what is held already.
@@ -211,51 +161,33 @@ class DialogTree:
         if length < len(tokens):
             leaf = _Node(tokens[length:], node, [(len(tokens), ())] * len(new))
         missing = list(self._missing(leaf, new))
-        away = [step for step in node.path if step.place == "host"]
-        size = sum(t.nbytes for *_, views in missing for t in views) + sum(step.bytes for step in away)
-        last = node
         self._pin(node, 1)
-        try:
-            if not self._make_room("device", size):
-                self._counts["refused"] += 1
-                return self.match(tokens)
-            for step in away:
-                self._move(step, "device")
-            copies = [self._copies(views, "device") for *_, views in missing]  # should one fail, nothing has changed
-            if leaf is not node:
-                node.children[leaf.tokens[0]] = last = leaf
-                self._enter(leaf)
-            for (step, i, mark, _), tensors in zip(missing, copies):
-                self._leave(step)
-                step.parts[i] = (mark, tensors)
-                step.bytes = step.weight()
-                self._enter(step)
-            return len(tokens)
-        finally:
-            self._pin(node, -1)
-            self._touch(last)
+        fits = self._make_room(sum(t.nbytes for *_, views in missing for t in views))
+        self._pin(node, -1)
+        if not fits:
+            self._touch(node)
+            return self.match(tokens)
+        copies = [_copies(views) for *_, views in missing]  # should one fail, nothing has changed
+        if leaf is not node:
+            node.children[leaf.tokens[0]] = leaf
+            self._held[leaf] = None
+        for (step, i, mark, _), tensors in zip(missing, copies):
+            self.bytes -= step.bytes
+            step.parts[i] = (mark, tensors)
+            self.bytes += step.bytes
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+        self._touch(leaf)
+        return len(tokens)
 
     def reset(self):
-        """Forgets all dialogs; the counts of `stats` stay. Raises ValueError while a prefix is locked."""
+        """Forgets all dialogs. Raises ValueError while a prefix is locked."""
         if any(child.locks for child in self._root.children.values()):
             raise ValueError("a prefix of this tree is still locked: unlock it before reset")
         self._root.children.clear()
-        for place, held in self._held.items():
-            for node in held:
-                node.parent = None  # no circle: memory is free at once
-            held.clear()
-            self._bytes[place] = 0
-
-    def stats(self):
-        """Counts since the beginning, and what is held now, as a dict of integers.
-
-        lookups: locks; hits: those that found something; tokens_asked, tokens_reused: by `lock`, from `take`.
-        evictions: nodes that left the device; page_ins: that came back to it; drops: that are gone for good; refused:
-        puts and locks that found no room beside locked nodes. device_..., host_...: bytes, nodes and tokens there.
-        """
-        now = {f"{place}_{what}": n for place, held in self._held.items() for what, n in (
-            ("bytes", self._bytes[place]), ("nodes", len(held)), ("tokens", sum(len(node.tokens) for node in held)))}
-        return {**self._counts, **now}
+        for node in self._held:
+            node.parent = None  # no circle: memory is free at once
+        self._held.clear()
+        self.bytes = 0
 
     def _first_seen(self, i, length):
         """The first position that a query after `length` positions sees in the divisible layer i."""
@@ -276,12 +208,9 @@ class DialogTree:
     def _descend(self, tokens):
         """(deepest node that has some of the tokens, how many of them there are from the root to there)."""
         node, at = self._root, 0
-        while at < len(tokens) and tokens[at] in node.children:
+        while at == node.end and at < len(tokens) and tokens[at] in node.children:
             node = node.children[tokens[at]]
-            same = common_length(node.tokens, tokens[at:at + len(node.tokens)])
-            at += same
-            if same < len(node.tokens):
-                break
+            at += common_length(node.tokens, tokens[at:at + len(node.tokens)])
         return node, at
 
     def _find(self, tokens):
@@ -321,31 +250,14 @@ class DialogTree:
         if cache.prefix:
             raise ValueError(f"the cache's first {cache.prefix} positions saw one another: their keys are not those of "
                              "a dialog that reads from left to right")
-        rows = cache.layers[0].batch_size
-        if not 0 <= row < rows:
-            raise ValueError(f"there is no row {row} in a cache of {rows}")
         n = int(cache.last[row]) + 1 if cache.ragged else cache.length
         if n != len(tokens):
             raise ValueError(f"row {row} of the cache has read {n} positions, but there are {len(tokens)} tokens; one "
                              "that was drawn last is not read yet")
 
     def _check_locked(self, prefix):
-        if prefix.tree is not self or not prefix.locked:
+        if prefix.tree is not self or prefix.node is None:
             raise ValueError("the prefix is not locked, or not in this tree")
-
-    def _copies(self, tensors, place):
-        """Tensors of their own at a place, not views of what may be larger."""
-        with torch.inference_mode(False), torch.no_grad():
-            return tuple(torch.empty(t.shape, dtype=t.dtype, device=self._devices[place]).copy_(t) for t in tensors)
-
-    def _enter(self, node):
-        self._held[node.place][node] = None
-        self._bytes[node.place] += node.bytes
-        self.peak_bytes = max(self.peak_bytes, self.device_bytes)
-
-    def _leave(self, node):
-        del self._held[node.place][node]
-        self._bytes[node.place] -= node.bytes
 
     def _pin(self, node, n):
         for step in node.path:
@@ -354,88 +266,57 @@ class DialogTree:
     def _touch(self, node):
         """Used now: children go before parents, so the path is put last from its end on."""
         for step in reversed(node.path):
-            self._held[step.place].move_to_end(step)
+            self._held.move_to_end(step)
 
-    def _make_room(self, place, size):
-        """Frees `size` bytes at a place. False, and then nothing has changed, where locked nodes leave less."""
-        limit, held = self._limits[place], self._held[place]
-        if limit is None or self._bytes[place] + size <= limit:
+    def _make_room(self, size):
+        """Frees `size` bytes. False, and then nothing has changed, where locked nodes leave less."""
+        if self._budget is None or self.bytes + size <= self._budget:
             return True
-        if sum(node.bytes for node in held if node.locks) + size > limit:
+        if sum(node.bytes for node in self._held if node.locks) + size > self._budget:
             return False
-        while self._bytes[place] + size > limit:
-            node = next(node for node in held if not node.locks)  # its children went before it
-            self._drop(node) if place == "host" else self._page_out(node)
+        while self.bytes + size > self._budget:
+            self._drop(next(node for node in self._held if not node.locks))  # its children went before it
         return True
 
-    def _page_out(self, node):
-        """From the device to the host, where there is room; else for good, with what lies below it."""
-        if not self._make_room("host", node.bytes):
-            self._drop(node)
-        elif node.parent is not None:  # else it went with the last of its children
-            self._move(node, "host")
-            self._counts["evictions"] += 1
-
-    def _move(self, node, place):
-        """To the other place. The copy comes first: should it fail, nothing is lost."""
-        parts = [(mark, self._copies(tensors, place)) for mark, tensors in node.parts]
-        self._leave(node)
-        node.parts, node.place = parts, place
-        self._enter(node)
-        self._counts["page_ins"] += place == "device"
-
     def _drop(self, node):
-        """For good, with all below it, and what above it then leads nowhere."""
-        gone = [node]
-        for step in gone:
-            gone += step.children.values()
-        while gone:
+        """Forgets a node without children, and what above it then leads nowhere."""
+        while node is not self._root:
             parent = node.parent
-            del parent.children[node.tokens[0]]
-            for step in gone:
-                self._leave(step)
-                step.parent = None
-                self._counts["drops"] += 1
-                self._counts["evictions"] += step.place == "device"
-            used = parent is self._root or parent.children or parent.locks or self._ends_at(parent, parent.end)
-            node, gone = parent, [] if used else [parent]
+            del parent.children[node.tokens[0]], self._held[node]
+            self.bytes -= node.bytes
+            node.parent = None
+            if parent.children or parent.locks or self._ends_at(parent, parent.end):
+                return
+            node = parent
 
     def _split(self, node, length):
         """Cuts a node where `length` positions end. Returns the new first part, used now; `node` stays the last one."""
-        heads, n = [], length - node.start
-        try:
-            for i, (mark, tensors) in enumerate(node.parts):  # layer by layer: no more than one lies there twice
-                if not self._divisible[i] or mark >= length:  # all of it is the last part's
-                    heads.append((length, ()))
-                    continue
-                head, tail = (self._copies([t[:, part] for t in tensors], node.place)
-                              for part in (slice(length - mark), slice(length - mark, None)))
-                node.parts[i], tensors = (length, tail), None
-                heads.append((mark, head))
-        except BaseException:
-            for i, (mark, head) in enumerate(heads):
-                if head:
-                    whole = [torch.cat(pair, 1) for pair in zip(head, node.parts[i][1])]
-                    node.parts[i] = (mark, self._copies(whole, node.place))
-            raise
-        first = _Node(node.tokens[:n], node.parent, heads, node.place)
+        heads, tails, n = [], [], length - node.start
+        for cuts, (mark, tensors) in zip(self._divisible, node.parts):
+            if not cuts or mark >= length:  # all of it is the last part's
+                heads.append((length, ()))
+                tails.append((mark, tensors))
+            else:
+                heads.append((mark, _copies(t[:, :length - mark] for t in tensors)))
+                tails.append((length, _copies(t[:, length - mark:] for t in tensors)))
+        first = _Node(node.tokens[:n], node.parent, heads)
         first.locks, first.children[node.tokens[n]] = node.locks, node
         node.parent.children[first.tokens[0]] = first
-        node.tokens, node.parent, node.start = node.tokens[n:], first, length
-        node.bytes = node.weight()
-        self._bytes[node.place] -= first.bytes
-        self._enter(first)
+        node.tokens, node.parent, node.start, node.parts = node.tokens[n:], first, length, tails
+        self._held[first] = None
         self._touch(first)
         return first
 
 
+def _copies(tensors):
+    """Tensors of their own, not views of what may be larger."""
+    with torch.inference_mode(False), torch.no_grad():
+        return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t) for t in tensors)
+
+
 def _as_tokens(tokens):
-    """Any sequence of integers as a tuple of them. Raises ValueError for a tensor of more dimensions than one."""
-    if torch.is_tensor(tokens):
-        if tokens.dim() != 1:
-            raise ValueError(f"tokens are those of one dialog, (n,), not {tuple(tokens.shape)}")
-        return tuple(tokens.tolist())
-    return tuple(map(operator.index, tokens))
+    """Any sequence of integers as a tuple of them. Raises TypeError for another."""
+    return tuple(map(operator.index, tokens.tolist() if torch.is_tensor(tokens) else tokens))
 
 
 def common_length(a, b):
@@ -443,10 +324,10 @@ def common_length(a, b):
     return len(a) if a == b else next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def standing(cache, lengths, device):
+def standing(cache, lengths):
     """The cache, told how many positions each of its rows has read."""
     cache.length = max(lengths)
     if min(lengths) < cache.length:
         with torch.inference_mode(False):
-            cache.last = torch.tensor(lengths, device=device).unsqueeze(1) - 1           # (B, 1)
+            cache.last = torch.tensor(lengths, device=cache.layers[0].device).unsqueeze(1) - 1           # (B, 1)
     return cache

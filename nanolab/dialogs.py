@@ -214,7 +214,7 @@ def _gather(model, rows, room):
                 mark, tensors = mark + surplus, tuple(t[:, surplus:] for t in tensors)
             parts.append((read, [(mark, tensors)] if tensors else []))
         layer.fill(parts)
-    return standing(new, [read for *_, read in rows], old.layers[0].device)
+    return standing(new, [read for *_, read in rows])
 
 
 def _is_worth_a_tree(texts):

@@ -316,14 +316,14 @@ def test_a_tree_serves_the_next_turn(mixer, budget):
     """However small: what it cannot hold is read again."""
     model, prompts = build(mixer), texts(8)
     prompts += [prompts[1], prompts[1] + [1, 2], prompts[1][:9] + [5], prompts[1][:9]]
-    tree = DialogTree(model, budget, host_budget=budget)
+    tree = DialogTree(model, budget)
     for _ in range(3 if budget is None else 2):
         replies = assert_naive(model, prompts, 6, tree=tree, **USE)
         read = [prompt + reply.tokens for prompt, reply in zip(prompts, replies)]
         if budget is None:
             assert all(tree.match(text) >= len(text) - 1 for text in read)
         else:
-            assert max(tree.device_bytes, tree.host_bytes) <= budget
+            assert tree.peak_bytes <= budget
         prompts = [text + [1, 2, 4] for text in read]
     tree.reset()  # nothing is locked
 
