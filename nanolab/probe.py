@@ -65,8 +65,6 @@ class Probe:
     """
 
     def __init__(self, gradients=False, keep=None):
-        if keep is not None and keep < 1:
-            raise ValueError(f"keep is {keep}, but must be at least 1")
         self.gradients, self.open = gradients, True
         self._passes = deque(maxlen=keep)                    # [copy of x, gradient or None]
 
@@ -140,44 +138,45 @@ class Accuracies(NamedTuple):
     majority: float
 
 
-def draw_training(labels, fraction, seed):
-    """Rows to learn from, (M,) int64: of each class in labels (N,) int64 a random `fraction`, rounded, but at least
-    one, and one less than all where there are several. The same seed, the same rows. Raises ValueError for a fraction
-    that is not between 0 and 1."""
-    if not 0 < fraction < 1:
-        raise ValueError(f"the fraction to learn from is {fraction}, but must be above 0 and below 1")
+def draw_training(labels, seed):
+    """Rows to learn from, (M,) int64: of each class in labels (N,) int64 a random four in five, rounded, but at least
+    one, and one less than all where there are several. The same seed, the same rows."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     by_class = [order[labels[order] == label] for label in labels.unique()]
-    return torch.cat([rows[:max(1, min(len(rows) - 1, round(fraction * len(rows))))] for rows in by_class])
+    return torch.cat([rows[:max(1, min(len(rows) - 1, round(0.8 * len(rows))))] for rows in by_class])
 
 
-def linear_probe(features, labels, n_classes, train=0.8, l2=1e-2, steps=100, seed=0):
+def linear_probe(features, labels, n_classes, rows=None, l2=1e-2, steps=100):
     """How well a linear map reads the labels off the features: Accuracies of a multinomial logistic regression.
 
-    features: (N, C), of any type and device. labels: (N,) whole numbers from 0 to n_classes - 1. train: the fraction of
-    each class to learn from, drawn by `seed`, or the rows to learn from, (M,) int64; the others are held out. Features
-    are shifted and scaled to mean 0 and deviation 1 over the training rows; one that is constant there counts as 0.
-    Minimises the mean cross-entropy in nats plus l2 / 2 times the squared weights (without biases), from zero by L-BFGS
-    (Liu & Nocedal 1989), at most `steps` iterations, in float64 on the CPU. Raises ValueError for shapes that do not
-    fit, numbers that are not finite, labels out of range, a class without a training row, and where no row is held out.
+    features: (N, C), of any type and device. labels: (N,) whole numbers from 0 to n_classes - 1. rows: those to learn
+    from, (M,) int64, None: as draw_training of seed 0; the others are held out. Features are shifted and scaled to mean
+    0 and deviation 1 over the training rows; one that is constant there counts as 0. Minimises the mean cross-entropy
+    in nats plus l2 / 2 times the squared weights (without biases), from zero by L-BFGS (Liu & Nocedal 1989), at most
+    `steps` iterations, in float64 on the CPU. Raises ValueError for shapes that do not fit, numbers that are not
+    finite, labels out of range, a class without a training row, and where no row is held out.
     """
     features, labels = torch.as_tensor(features), torch.as_tensor(labels)
-    if features.dim() != 2 or labels.shape != features.shape[:1]:
+    if features.dim() != 2 or labels.shape != features.shape[:1] or not len(labels):
         raise ValueError(f"features are {tuple(features.shape)} and labels {tuple(labels.shape)}, but must be (N, C) "
                          "and (N,)")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels are {labels.dtype}, but must be whole numbers")
-    if n_classes < 2:
-        raise ValueError(f"n_classes is {n_classes}, but must be at least 2")
     with torch.inference_mode(False), torch.enable_grad():
         x = features.detach().to("cpu", torch.float64, copy=True)                        # (N, C)
         y = labels.to("cpu", torch.int64, copy=True)                                     # (N,)
         if not x.isfinite().all():
             raise ValueError("features hold numbers that are not finite")
-        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < n_classes:
+        if not 0 <= int(y.min()) <= int(y.max()) < n_classes:
             raise ValueError(f"labels reach from {int(y.min())} to {int(y.max())}, but must be from 0 to "
                              f"{n_classes - 1}")
-        learned, held = _split(y, n_classes, train, seed)
+        learned = draw_training(y, 0) if rows is None else rows
+        missing = (y[learned].bincount(minlength=n_classes) == 0).nonzero().flatten().tolist()
+        if missing:
+            raise ValueError(f"class {missing[0]} has no row to learn from")
+        held = torch.ones(len(y), dtype=torch.bool).index_fill(0, learned, False)
+        if not held.any():
+            raise ValueError("no row is held out: every class needs more rows")
         mean, deviation = x[learned].mean(0), x[learned].std(0, correction=0)
         varies = deviation > 1e-6 * mean.abs()               # else only by rounding, which a float32 model may do
         x = torch.where(varies, (x - mean) / deviation.clamp(min=torch.finfo(x.dtype).tiny), 0.0)
@@ -195,26 +194,6 @@ def linear_probe(features, labels, n_classes, train=0.8, l2=1e-2, steps=100, see
         right = F.linear(x, weight, bias).argmax(1) == y                                 # (N,)
         guess = truth.bincount(minlength=n_classes).argmax()
     return Accuracies(*(rows.double().mean().item() for rows in (right[held], right[learned], y[held] == guess)))
-
-
-def _split(y, n_classes, train, seed):
-    """(training rows, held-out rows) of labels y (N,), each (.,) int64; linear_probe says how and what it raises."""
-    if isinstance(train, float):
-        learned = draw_training(y, train, seed) if len(y) else y
-    else:
-        learned = torch.as_tensor(train).cpu()
-        if learned.dim() != 1 or learned.dtype != torch.int64:
-            raise ValueError(f"train is {tuple(learned.shape)} {learned.dtype}, but rows must be (M,) int64")
-        if len(learned) and not 0 <= int(learned.min()) <= int(learned.max()) < len(y):
-            raise ValueError(f"train has row {int(learned.max())} or {int(learned.min())}, but there are {len(y)} rows")
-    missing = (y[learned].bincount(minlength=n_classes) == 0).nonzero().flatten().tolist()
-    if missing:
-        raise ValueError(f"class {missing[0]} has no row to learn from")
-    held = torch.ones(len(y), dtype=torch.bool)
-    held[learned] = False
-    if not held.any():
-        raise ValueError("no row is held out: every class needs more rows, or train fewer")
-    return learned, held.nonzero().flatten()
 
 
 def layers_that_know(model, prompts, labels, places=None, l2=1e-2, steps=100, seed=0):
@@ -236,7 +215,7 @@ def layers_that_know(model, prompts, labels, places=None, l2=1e-2, steps=100, se
             raise ValueError(f"prompt {i} has {len(prompt)} ids, but there must be from 1 to block_size "
                              f"{model.config.block_size}")
     labels = torch.as_tensor(labels)
-    rows, n_classes = draw_training(labels, 0.8, seed).sort().values, int(labels.max()) + 1
+    rows, n_classes = draw_training(labels, seed).sort().values, int(labels.max()) + 1
     return {place: linear_probe(found, labels, n_classes, rows, l2, steps)
             for place, found in last_states(model, prompts, places).items()}
 

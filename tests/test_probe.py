@@ -45,8 +45,7 @@ def hooks(model):
 
 # --- The same bits ---
 
-@pytest.mark.parametrize("settings, autocast", [({}, False), ({"checkpoint_activations": True}, True), (
-    {"dropout": 0.2}, True), ({"dropout": 0.2, "checkpoint_activations": True}, False)])
+@pytest.mark.parametrize("settings, autocast", [({}, True), ({"dropout": 0.2, "checkpoint_activations": True}, False)])
 def test_same_bits(settings, autocast):
     """Loss, every gradient and the generator are as without, and each place was passed once."""
     model = build(**settings)
@@ -120,8 +119,6 @@ def test_copies_and_keep():
     assert probe(z) is z and probe.forward[1] is not z
     probe.close()
     assert probe(y) is y and len(probe.forward) == 2
-    with pytest.raises(ValueError, match="keep is 0, but must be at least 1"):
-        Probe(keep=0)
 
 
 def test_it_ends():
@@ -173,7 +170,7 @@ def planted(n=300, C=20, n_classes=3, signal=3.0, seed=0):
     return torch.randn(n, C, generator=generator) + signal * directions[labels], labels
 
 
-def test_planted_feature_is_found():
+def test_a_planted_feature_is_found_and_a_random_label_is_not():
     features, labels = planted()
     found = linear_probe(features, labels, 3)
     assert found.held_out > 0.85 and found.training > 0.95 and found.majority == pytest.approx(1 / 3)
@@ -182,31 +179,20 @@ def test_planted_feature_is_found():
     assert linear_probe(moved.double(), labels, 3).held_out == pytest.approx(found.held_out, abs=0.02)
     more = torch.cat((features.bfloat16(), torch.ones(300, 2)), 1)
     assert linear_probe(more, labels.to(torch.int32), 3).held_out == pytest.approx(found.held_out, abs=0.05)
-
-
-def test_random_labels_are_not():
-    """Held-out rows stay at chance, however well the training rows are learned."""
     features, _ = planted(1000, 100)
     labels = torch.randint(2, (1000,), generator=torch.Generator().manual_seed(5))
-    found = linear_probe(features, labels, 2)
+    found = linear_probe(features, labels, 2)                # held-out rows stay at chance, training rows are learned
     assert abs(found.held_out - 0.5) < 0.1 and abs(found.majority - 0.5) < 0.02 and found.training > 0.58
 
 
-def test_majority():
-    """The most frequent class of the training rows, on the held-out ones."""
-    labels = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 0])    # of all rows, 1 is
-    found = linear_probe(torch.zeros(9, 2), labels, 2, train=torch.arange(4))
-    assert found == (0.2, 0.75, 0.2)                       # nothing to see: it says 0
-    found = linear_probe(F.one_hot(labels, 2), labels, 2, train=torch.arange(4))
-    assert found == (1.0, 1.0, 0.2)
-
-
-def test_it_is_the_minimum():
-    """Seen by the accuracies of a problem solved by hand; a penalty keeps weights small; so few steps are not enough.
-    """
-    x = torch.tensor([[-3.0], [-1.0], [1.0], [3.0], [0.2], [-0.2]])
-    found = linear_probe(x, torch.tensor([0, 1, 0, 1, 1, 0]), 2, train=torch.arange(4), l2=1e-6)
-    assert found == (1.0, 0.5, 0.5)                          # a slope above zero: the outer two weigh more
+def test_figures_of_problems_solved_by_hand():
+    """The most frequent class is that of the training rows; a penalty keeps weights small; few steps are not enough."""
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 0])       # of all rows, 1 is the most frequent
+    for x, y, wanted in ((torch.zeros(9, 2), labels, (0.2, 0.75, 0.2)),                      # nothing to see: it says 0
+                         (F.one_hot(labels, 2), labels, (1.0, 1.0, 0.2)),
+                         (torch.tensor([-3.0, -1.0, 1.0, 3.0, 0.2, -0.2])[:, None], torch.tensor([0, 1, 0, 1, 1, 0]),
+                          (1.0, 0.5, 0.5))):                 # a slope above zero: the outer two weigh more
+        assert linear_probe(x, y, 2, torch.arange(4), l2=1e-6) == wanted
     few = planted(60, 40, signal=1.0)
     assert linear_probe(*few, 3, l2=1e-6).training == 1.0 > linear_probe(*few, 3, l2=100.0).training
     assert linear_probe(*few, 3, l2=1e-6, steps=1) != linear_probe(*few, 3, l2=1e-6)
@@ -216,32 +202,27 @@ def test_scale_comes_from_training_rows():
     """What a held-out row is, does not change the fit; a feature that only rounding moves counts as constant."""
     features, labels = planted(200)
     rows = torch.arange(150)
-    before = linear_probe(features, labels, 3, train=rows)
+    before = linear_probe(features, labels, 3, rows)
     features[150:] += 1000 * torch.randn(50, 1)
-    after = linear_probe(features, labels, 3, train=rows)
+    after = linear_probe(features, labels, 3, rows)
     assert after.training == before.training and after.majority == before.majority
     noise = 1000 + 1e-5 * F.one_hot(labels, 3).double()
-    assert linear_probe(noise, labels, 3, train=rows).training < 0.4
-    assert linear_probe(noise - 1000, labels, 3, train=rows).training == 1.0
-
-
-def test_same_seed_same_result():
-    features, labels = planted(200, signal=1.0)
-    assert linear_probe(features, labels, 3, seed=1) == linear_probe(features, labels, 3, seed=1)
-    assert len({linear_probe(features, labels, 3, seed=seed) for seed in range(4)}) > 1
-    state = torch.get_rng_state()
-    with torch.inference_mode():
-        inside = linear_probe(features.clone(), labels, 3, seed=1)
-    assert inside == linear_probe(features, labels, 3, seed=1) and torch.equal(torch.get_rng_state(), state)
+    assert linear_probe(noise, labels, 3, rows).training < 0.4
+    assert linear_probe(noise - 1000, labels, 3, rows).training == 1.0
 
 
 def test_drawn_rows():
-    """Of each class the fraction, at least one in and, where there are several, at least one out."""
+    """Of each class four in five, at least one in and, where there are several, at least one out; the same for one
+    seed, whatever the mode and the global generator, which stays as it is."""
     labels = torch.tensor([0] * 10 + [1] * 2 + [2] + [3] * 5)
-    rows = draw_training(labels, 0.8, 0)
+    rows = draw_training(labels, 0)
     assert labels[rows].bincount().tolist() == [8, 1, 1, 4] and rows.unique().numel() == 14
-    assert labels[draw_training(labels, 0.1, 0)].bincount().tolist() == [1, 1, 1, 1]
-    assert rows.tolist() == draw_training(labels, 0.8, 0).tolist() != draw_training(labels, 0.8, 1).tolist()
+    assert rows.tolist() == draw_training(labels, 0).tolist() != draw_training(labels, 1).tolist()
+    features, labels = planted(200, signal=1.0)
+    state, wanted = torch.get_rng_state(), linear_probe(features, labels, 3, draw_training(labels, 0))
+    with torch.inference_mode():
+        assert linear_probe(features.clone(), labels, 3) == wanted
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # --- Which layers know ---
@@ -285,18 +266,13 @@ ROWS = dict(features=torch.eye(6)[:, :2], labels=torch.tensor([0, 0, 0, 1, 1, 1]
 PROMPTS = dict(prompts=[[1], [2, 3], [3], [4]], labels=[0, 1, 0, 1])
 MISTAKES = [
     (ROWS, dict(features=torch.zeros(6)), r"features are \(6,\) and labels \(6,\), but must be \(N, C\)"),
-    (ROWS, dict(features=torch.zeros(5, 2)), r"features are \(5, 2\) and labels \(6,\)"),
     (ROWS, dict(labels=torch.zeros(6)), "labels are torch.float32, but must be whole"),
     (ROWS, dict(labels=torch.tensor([0, 0, 1, 1, 0, 2])), "labels reach from 0 to 2, but must be from 0 to 1"),
     (ROWS, dict(labels=torch.tensor([0, 0, 1, 1, 0, -1])), "labels reach from -1 to 1"),
-    (ROWS, dict(n_classes=3), "class 2 has no row to learn from"), (ROWS, dict(n_classes=1), "n_classes is 1, but"),
-    (ROWS, dict(train=torch.arange(6)), "no row is held out"),
-    (ROWS, dict(train=torch.tensor([0, 6])), "train has row 6 or 0, but there are 6 rows"),
-    (ROWS, dict(train=torch.tensor([0, -1])), "train has row 0 or -1"),
-    (ROWS, dict(train=torch.tensor([0.0, 1.0])), "train is .* but rows must be"),
-    (ROWS, dict(train=1.5), "fraction to learn from is 1.5"), (ROWS, dict(train=0.0), "fraction to learn from is 0.0"),
+    (ROWS, dict(n_classes=3), "class 2 has no row to learn from"),
+    (ROWS, dict(rows=torch.arange(6)), "no row is held out"),
     (ROWS, dict(features=torch.full((6, 2), torch.nan)), "not finite"),
-    (ROWS, dict(features=torch.zeros(0, 2), labels=torch.zeros(0, dtype=torch.int64)), "class 0 has no row"),
+    (ROWS, dict(features=torch.zeros(0, 2), labels=torch.zeros(0, dtype=torch.int64)), r"labels \(0,\), but must be"),
     (PROMPTS, dict(prompts=[[1], [2], [3], []]), "prompt 3 has 0 ids, but there must be from 1 to block_size 16"),
     (PROMPTS, dict(prompts=[[1], [2] * 17, [3], [4]]), "prompt 1 has 17 ids"),
     (PROMPTS, dict(labels=[0, 1, 0]), "4 prompts and 3 labels"),
@@ -306,18 +282,13 @@ MISTAKES = [
     (PROMPTS, dict(places=["heads"]), "place 'heads' gives nothing, not")]
 
 
-@pytest.mark.parametrize("number", range(len(MISTAKES)))
-def test_mistakes(number):
-    given, change, words = MISTAKES[number]
+def test_mistakes():
     model = build()
-    with pytest.raises(ValueError, match=words):
-        linear_probe(**{**given, **change}) if given is ROWS else layers_that_know(model, **{**given, **change})
-    assert model.training and hooks(model) == 0
-
-
-def test_a_place_of_another_length():
-    """A pyramid's middle layer has fewer positions."""
-    model = build(n_layer=4, shorten=2)
+    for given, change, words in MISTAKES:
+        with pytest.raises(ValueError, match=words):
+            linear_probe(**{**given, **change}) if given is ROWS else layers_that_know(model, **{**given, **change})
+        assert model.training and hooks(model) == 0
+    model = build(n_layer=4, shorten=2)                      # a pyramid's middle layer has fewer positions
     with pytest.raises(ValueError, match=r"place 'blocks.1' gives \(3, 3, 32\), not \(B, T, C\) with B 3 and T 6"):
         last_states(model, [[1] * 6, [2], [3]], ["blocks.0", "blocks.1"])
     assert last_states(model, [[1] * 6, [2], [3]], ["blocks.0", "blocks.3"])["blocks.3"].shape == (3, 32)
