@@ -30,6 +30,7 @@ import zlib
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data.files import fetched, folders
 from data.text import inputs_and_targets
@@ -41,6 +42,7 @@ SUBSETS = {"cosmopedia-v2": 104, "fineweb-edu-dedup": 234, "python-edu": 2}  # s
 URL = "https://huggingface.co/datasets/HuggingFaceTB/smollm-corpus/resolve/main/{}/{}"
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
 ROWS = 256  # documents of a parquet file that are in memory together
+BUFFER = 1024  # documents that are read, and shuffled, together
 HELD_OUT = 200  # one document in so many is never trained on
 LINE = 2 ** 26  # bytes that a line of .jsonl may have, packed or not
 
@@ -213,9 +215,9 @@ def _json_rows(path, start):
         yield text, row + 1
 
 
-def is_held_out(text, one_in=HELD_OUT):
+def is_held_out(text):
     """Is a document kept for validation? By a hash of its text, so that copies of it are all on one side."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % one_in == 0
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % HELD_OUT == 0
 
 
 # --- Batches ---
@@ -223,23 +225,15 @@ def is_held_out(text, one_in=HELD_OUT):
 class Batches:
     """Endless batches of packed documents for next-token training.
 
-    batch_size: rows (B). block_size: tokens of input (T). n_targets: tokens predicted ahead of each position (K). end:
-    the id after each document, None: tokenizer.size. buffer: documents that are read, and shuffled, together; in memory
-    are their tokens. one_in: one document in so many is held out. seed: of the generator, which draws nothing else.
-    What the blocks give is one stream of tokens, of which every row is the next T (and K more to predict). Several
-    processes: give each its own files. Raises UserError: a size below 1, unreadable files, nothing to train on.
+    batch_size: rows (B). block_size: tokens of input (T). seed: of the generator, which draws nothing else. The id
+    after each document is tokenizer.size. In memory are the tokens of BUFFER documents. What these blocks give is one
+    stream of tokens, of which every row is the next T (and the one after). Several processes: give each its own files.
+    Raises UserError: unreadable files, nothing to train on.
     """
 
-    def __init__(self, files, tokenizer, batch_size, block_size, n_targets=1, seed=0, device="cpu", end=None,
-                 buffer=1024, one_in=HELD_OUT):
-        sizes = dict(batch_size=batch_size, block_size=block_size, n_targets=n_targets, buffer=buffer)
-        if min(sizes.values()) < 1 or one_in < 2:
-            raise UserError(", ".join(f"{name} {value}" for name, value in sizes.items())
-                            + f": each must be at least 1, and one_in, {one_in}, at least 2")
+    def __init__(self, files, tokenizer, batch_size, block_size, seed=0, device="cpu"):
         self.files, self.tokenizer, self.device = [Path(file) for file in files], tokenizer, torch.device(device)
-        self.batch_size, self.block_size, self.n_targets = batch_size, block_size, n_targets
-        self.end = tokenizer.size if end is None else end
-        self.buffer, self.one_in = buffer, one_in
+        self.batch_size, self.block_size = batch_size, block_size
         self.generator = torch.Generator().manual_seed(seed)
         self.rows = [n_rows(file) for file in self.files]
         if not sum(self.rows):
@@ -257,7 +251,7 @@ class Batches:
         """Reads and shuffles the next documents, over the end of the files where that comes in between."""
         self._start, self._before = self._position, self.generator.get_state()  # to read this block again
         block, ends = [], 0
-        while len(block) < self.buffer:
+        while len(block) < BUFFER:
             text, position = next(self._documents, (None, None))
             if text is None:
                 ends += 1
@@ -269,8 +263,8 @@ class Batches:
                 self._start, self.passes = (0, 0), self.passes + 1
                 continue
             self._position = position
-            if text and not is_held_out(text, self.one_in):
-                block.append(np.array([*self.tokenizer.encode(text), self.end], np.int32))
+            if text and not is_held_out(text):
+                block.append(np.array([*self.tokenizer.encode(text), self.tokenizer.size], np.int32))
         self._block = [block[i] for i in torch.randperm(len(block), generator=self.generator).tolist()]
         self._given = 0
 
@@ -281,10 +275,10 @@ class Batches:
         return self.passes + (begin + (end - begin) * self._given / len(self._block)) / sum(self.rows)
 
     def next(self):
-        """-> x (B, T), y (B, T, K) as of inputs_and_targets."""
-        B, T, K = self.batch_size, self.block_size, self.n_targets
+        """-> x (B, T), y (B, T, 1) as of inputs_and_targets."""
+        B, T = self.batch_size, self.block_size
         parts, have = [self._rest], len(self._rest)
-        while have < B * T + K:
+        while have <= B * T:
             if self._given == len(self._block):
                 self._read_block()
             parts.append(self._block[self._given])
@@ -292,13 +286,13 @@ class Batches:
             self._given += 1
         stream = np.concatenate(parts)
         self._rest = stream[B * T:].copy()
-        return inputs_and_targets(torch.from_numpy(stream[:B * T + K]).unfold(0, T + K, T), K, self.device)
+        return inputs_and_targets(torch.from_numpy(stream[:B * T + 1]).unfold(0, T + 1, T), 1, self.device)
 
     def _kind(self):
         """What a saved state must share with these batches for its position to mean the same."""
         return {"files": " ".join(file.name for file in self.files), "documents": sum(self.rows),
-                "tokenizer": self.tokenizer.fingerprint, "end": self.end, "buffer": self.buffer, "one_in": self.one_in,
-                "fingerprint of the data": self._fingerprint}
+                "tokenizer": self.tokenizer.fingerprint, "end": self.tokenizer.size, "buffer": BUFFER,
+                "one_in": HELD_OUT, "fingerprint of the data": self._fingerprint}
 
     def state_dict(self):
         """Plain strings, ints and two tensors, from which load_state_dict goes on exactly, also within a file."""
@@ -318,25 +312,19 @@ class Batches:
         self._given = state["given"]
 
 
-def validation(files, tokenizer, n_tokens, end=None, one_in=HELD_OUT):
+def validation(files, tokenizer, n_tokens):
     """The first held-out documents: (tokens (N,) int64, n_bytes of UTF-8 that they stand for), N at most n_tokens, each
-    document with end, which counts no bytes, after it. end, one_in: as of Batches. Raises UserError where no document
-    is held out."""
-    if n_tokens < 1:
-        raise UserError(f"n_tokens is {n_tokens}: it must be at least 1")
-    sizes, parts, missing, n_bytes = token_bytes(tokenizer), [], n_tokens, 0
-    held_out = (text for text, _ in documents(files) if text and is_held_out(text, one_in))
-    for text in held_out:
-        ids = torch.tensor(tokenizer.encode(text), dtype=torch.int64)[:missing]
-        n_bytes += int(sizes[ids].sum())
-        parts.append(torch.cat([ids, torch.tensor([tokenizer.size if end is None else end])])[:missing])
-        missing -= len(parts[-1])
-        if not missing:
+    document with tokenizer.size, which counts no bytes, after it. Raises UserError where no document is held out."""
+    found = []
+    for text in (text for text, _ in documents(files) if text and is_held_out(text)):
+        found += [*tokenizer.encode(text), tokenizer.size]
+        if len(found) >= n_tokens:
             break
-    if not parts:
-        raise UserError(f"of the documents in {', '.join(map(str, files))} none is held out: one in {one_in} is; take "
-                        "more files")
-    return torch.cat(parts), n_bytes
+    if not found:
+        raise UserError(f"of the documents in {', '.join(map(str, files))} none is held out: one in {HELD_OUT} is; "
+                        "take more files")
+    ids = torch.tensor(found[:n_tokens])
+    return ids, int(F.pad(token_bytes(tokenizer), (0, 1))[ids].sum())
 
 
 # --- The command line ---

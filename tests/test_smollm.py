@@ -38,13 +38,21 @@ def write_lines(path, rows):
     return path
 
 
-@pytest.fixture(params=["parquet", "jsonl", "jsonl.gz", "mixed"])
+@pytest.fixture(params=[["parquet"] * 3, ["jsonl.gz", "parquet", "jsonl"]], ids=["parquet", "mixed"])
 def files(request, tmp_path):
     """The texts in three files."""
-    kinds = [request.param] * 3 if request.param != "mixed" else ["jsonl.gz", "parquet", "jsonl"]
-    parts = [TEXTS[:40], TEXTS[40:41], TEXTS[41:]]
+    kinds, parts = request.param, [TEXTS[:40], TEXTS[40:41], TEXTS[41:]]
     return [write_parquet(tmp_path / f"{i}.parquet", part) if kind == "parquet" else
             write_lines(tmp_path / f"{i}.{kind}", part) for i, (kind, part) in enumerate(zip(kinds, parts))]
+
+
+@pytest.fixture
+def sized(monkeypatch):
+    """Another BUFFER, another share of documents held out."""
+    def sized(buffer=1024, one_in=200):
+        monkeypatch.setattr(smollm, "BUFFER", buffer)
+        monkeypatch.setattr(smollm, "HELD_OUT", one_in)
+    return sized
 
 
 @pytest.fixture
@@ -88,19 +96,16 @@ def test_empty_lines_are_no_documents(tmp_path):
 
 # --- Batches against the definition ---
 
-def training(one_in=smollm.HELD_OUT):
-    return [text for text in PLAIN if text and not is_held_out(text, one_in)]
+def training():
+    return [text for text in PLAIN if text and not is_held_out(text)]
 
 
 def stream(batches, n):
     """n batches' inputs, one after another, (n B T,), where targets are the tokens that follow."""
     xs, ys = zip(*(batches.next() for _ in range(n)))
-    B, T, K = ys[0].shape
-    assert all(x.shape == (B, T) and x.dtype == y.dtype == torch.int64 for x, y in zip(xs, ys))
+    assert all(x.dtype == y.dtype == torch.int64 and y.shape == (*x.shape, 1) for x, y in zip(xs, ys))
     flat = torch.cat(xs).flatten()
-    ahead = torch.cat(ys).view(-1, K)
-    for k in range(K):
-        assert torch.equal(ahead[:len(flat) - k - 1, k], flat[k + 1:])
+    assert torch.equal(torch.cat(ys).flatten()[:-1], flat[1:])
     return flat.tolist()
 
 
@@ -113,10 +118,11 @@ def split(flat):
 N_BYTES = sum(len(text.encode()) + 1 for text in training())
 
 
-@pytest.mark.parametrize("B, T, K, buffer", [(3, 16, 1, 16), (1, 7, 4, 1), (5, 1, 3, 10), (2, 400, 2, 1000)])
-def test_rows_are_the_stream(files, B, T, K, buffer):
+@pytest.mark.parametrize("B, T, buffer", [(3, 16, 16), (1, 7, 1), (2, 400, 1000)])
+def test_rows_are_the_stream(files, sized, B, T, buffer):
     """Of whole documents, shuffled within the buffer, another time each pass; epoch says where."""
-    batches, flat, expected = Batches(files, BYTES, B, T, K, buffer=buffer), [], training()
+    sized(buffer)
+    batches, flat, expected = Batches(files, BYTES, B, T), [], training()
     n = len(expected)
     while len(flat) < 2 * N_BYTES:
         flat += stream(batches, 2)
@@ -131,34 +137,37 @@ def test_rows_are_the_stream(files, B, T, K, buffer):
 
 def test_end_and_tokenizer(shards):
     tokenizer = tokens.train("bpe", "\n".join(training()), 280)
-    for end in (280, 0):
-        flat = stream(Batches(shards, tokenizer, 1, 500, end=None if end else 0), 1)
-        ids = flat[:flat.index(end)]
-        assert (280 in flat) == (end == 280) and max(flat) <= 280
-        assert tokenizer.decode(ids) in training() and tokenizer.encode(tokenizer.decode(ids)) == ids
+    flat = stream(Batches(shards, tokenizer, 1, 500), 1)
+    ids = flat[:flat.index(280)]
+    assert max(flat) == 280 and tokenizer.decode(ids) in training() and tokenizer.encode(tokenizer.decode(ids)) == ids
 
 
 # --- Resume ---
 
 @pytest.mark.parametrize("after", [7, 60])
-def test_resume_in_every_kind_of_file(files, after):
-    whole, other = (Batches(files, BYTES, 2, 11, seed=seed, buffer=20) for seed in (3, 99))
+def test_resume_in_every_kind_of_file(files, sized, after):
+    sized(20)
+    whole, other = (Batches(files, BYTES, 2, 11, seed=seed) for seed in (3, 99))
     for _ in range(after):
         whole.next()
-    other.load_state_dict(whole.state_dict())
+    other.load_state_dict(state := whole.state_dict())
     assert stream(other, 60) == stream(whole, 60) and other.epoch == whole.epoch
+    for key in ("end", "buffer", "one_in", "tokenizer", "documents", "fingerprint of the data"):
+        with raises_one_line(key, "resume with the data"):
+            other.load_state_dict({**state, key: 9})
 
 
 # --- Held-out documents ---
 
-def test_held_out_documents_are_never_trained_on(files):
-    held = [text for text in PLAIN if text and is_held_out(text, 4)]
+def test_held_out_documents_are_never_trained_on(files, sized):
+    sized(16, 4)
+    held = [text for text in PLAIN if text and is_held_out(text)]
     assert 10 < len(held) < 40
-    batches, trained = Batches(files, BYTES, 2, 64, one_in=4, buffer=16), set()
+    batches, trained = Batches(files, BYTES, 2, 64), set()
     while batches.epoch < 2.5:
         trained.update(split(stream(batches, 40))[0][1:])  # the first may be the end of one
-    assert not trained & {*held} and trained == set(training(4))
-    found, n_bytes = validation(files, BYTES, 10 ** 6, one_in=4)
+    assert not trained & {*held} and trained == set(training())
+    found, n_bytes = validation(files, BYTES, 10 ** 6)
     assert split(found.tolist()) == (held, b"") and found.dtype == torch.int64
     assert n_bytes == sum(len(text.encode()) for text in held)
 
@@ -168,22 +177,22 @@ def test_held_out_share_and_stability():
     assert 0.8 / 200 < len(held) / 40_000 < 1.2 / 200 and held[:3] == [199, 323, 607]
 
 
-def test_validation_ends_anywhere(shards):
-    whole, every = validation(shards, BYTES, 10 ** 6, one_in=4)
-    for n in range(1, 100):
-        found, n_bytes = validation(shards, BYTES, n, one_in=4)
+def test_validation_ends_anywhere(shards, sized):
+    sized(one_in=4)
+    whole, every = validation(shards, BYTES, 10 ** 6)
+    for n in range(1, 100, 7):
+        found, n_bytes = validation(shards, BYTES, n)
         assert torch.equal(found, whole[:n]) and n_bytes == int((whole[:n] != END).sum())
     tokenizer = tokens.train("bpe", "\n".join(training()), 280)
-    found, n_bytes = validation(shards, tokenizer, 10 ** 6, end=5, one_in=4)  # an end that is an id of its own
-    assert n_bytes == every and int(found[-1]) == 5
+    found, n_bytes = validation(shards, tokenizer, 10 ** 6)
+    assert n_bytes == every and int(found[-1]) == 280
 
 
-def test_nothing_held_out_or_nothing_left(tmp_path):
+def test_nothing_held_out_or_nothing_left(tmp_path, sized):
+    sized(one_in=10 ** 6)
     path = write_parquet(tmp_path / "a.parquet", ["a", "", "b"])
     with raises_one_line(str(path), "one in 1000000"):
-        validation([path], BYTES, 10, one_in=10 ** 6)
-    with raises_one_line("n_tokens is 0"):
-        validation([path], BYTES, 0)
+        validation([path], BYTES, 10)
     for rows, words in ((["", None], ["all 2 documents"]), ([], ["no documents", str(path)])):
         with raises_one_line(*words):
             Batches([write_parquet(path, rows)], BYTES, 1, 8)
