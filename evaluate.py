@@ -47,8 +47,7 @@ from pathlib import Path
 import torch
 
 from data import tokens
-from data.tokenized import tokenizer_of
-from nanolab.hf import load_model
+from nanolab.hf import load_model, tokenizer_in
 from nanolab.run import (Settings, UserError, command, draw_curves, find_checkpoint, is_running, lock_file, optional,
                          override, read_json, read_metrics, replacing, resolve_device)
 from nanolab.score import Ensemble
@@ -108,10 +107,7 @@ def open_task(loaded, where):
         if loaded["tokenizer"] is not None:
             tokens.check(found.vocabulary, loaded["tokenizer"])
         return found
-    tokenizer = None
-    if loaded["script"] == "train_facts":
-        tokenizer = tokenizer_of(settings, loaded.get("tokenizer_json"))     # also where another text is scored
-        tokens.check(tokenizer, loaded["tokenizer"])
+    tokenizer = tokenizer_in(loaded) if loaded["script"] == "train_facts" else None          # of its own text
     if dataset:
         settings.update(dataset=dataset, max_bytes=None)
     if max_bytes:

@@ -25,9 +25,8 @@ import numpy as np
 import torch
 
 from data import tokens
-from data.tokenized import tokenizer_of
 from nanolab.generate import Draft, Ngrams, generate
-from nanolab.hf import load_model
+from nanolab.hf import load_model, tokenizer_in
 from nanolab.run import UserError, command, find_checkpoint, override, resolve_device
 
 # --- What ---
@@ -76,10 +75,9 @@ def main():
     start = typed = prompt.encode(errors="surrogateescape")      # bytes that the shell passed on as they were
     written, encode = bytes, list                                # of ids, and back
     if loaded["script"] == "train_facts":
-        if loaded["settings"]["task"] != "text":
+        tokenizer = tokenizer_in(loaded)
+        if tokenizer is None:
             raise UserError(f"{path} was trained on {loaded['settings']['task']}, not on text: ask it with evaluate.py")
-        tokenizer = tokenizer_of(loaded["settings"], loaded.get("tokenizer_json"))
-        tokens.check(tokenizer, loaded["tokenizer"])
 
         def encode(text):
             return tokens.encode_corpus(tokenizer, text).tolist()

@@ -30,6 +30,11 @@ class LayerCache:
         return sum(t.nbytes for t in self.tensors())
 
     @property
+    def batch_size(self):
+        """Rows."""
+        return self.tensors()[0].size(0)
+
+    @property
     def dtype(self):
         """Type of what is held."""
         return self.tensors()[0].dtype
@@ -106,11 +111,6 @@ class KVCache(LayerCache):
     def room(self):
         """Positions that may be appended and cropped again: until then nothing is evicted."""
         return self.capacity - self._filled
-
-    @property
-    def batch_size(self):
-        """Rows."""
-        return self.k.size(0)
 
     @property
     def layout(self):
@@ -250,11 +250,6 @@ class RecurrentCache(LayerCache):
         self.states, self.length, self.hits = tuple(states), 0, 0
 
     @property
-    def batch_size(self):
-        """Rows."""
-        return self.states[0].size(0)
-
-    @property
     def layout(self):
         """Kind, and shape, type and device of each state."""
         return self.kind, *((t.shape[1:], t.dtype, t.device) for t in self.states)
@@ -284,14 +279,6 @@ class RecurrentCache(LayerCache):
                                              for _, parts in rows]) for i, old in enumerate(self.states))
         self.length = max(length for length, _ in rows)
 
-    def snapshot(self):
-        """What `restore` needs to come back to this moment; states are never written in place."""
-        return self.states, self.length
-
-    def restore(self, snapshot):
-        """Back to when `snapshot` was taken."""
-        self.states, self.length = snapshot
-
 
 class CompressedCache(LayerCache):
     """Of one Compressive layer: keys and values of the memory, those of compressed blocks, and a block's
@@ -301,7 +288,7 @@ class CompressedCache(LayerCache):
     "slots": [keys, values] (B, H, n, D) or None, "first", "known": the block of the first slot and the first unknown
     one, "inputs": (B, < rate, C) or None}. Its size does not depend on the length. The mixer writes the states.
     """
-    kind, lost = "compressed", "what left the memory was compressed"
+    kind, lost, batch_size = "compressed", "what left the memory was compressed", 0
 
     def __init__(self, batch_size, new_row):
         self.batch_size, self._new_row = batch_size, new_row

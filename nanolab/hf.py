@@ -571,15 +571,10 @@ def begin_from(settings, checkpoint):
 def its_tokenizer(loaded):
     """(what train_facts' setting `tokenizer` is for a checkpoint's model, the text of its tokenizer.json, None of
     bytes). UserError: it was not trained on text."""
-    settings, text = loaded["settings"], loaded.get("tokenizer_json")
-    if settings.get("task", "text") != "text":
-        raise UserError(f"{loaded.path} was trained on {settings['task']}, not on text")
-    name = settings.get("tokenizer", "bytes")
-    if text is None and name != "bytes":                         # trained by that run
-        found = tokenizer_of(settings)
-        tokens.check(found, loaded["tokenizer"])
-        text = tokens.as_json(found)
-    return name, text
+    found, name = tokenizer_in(loaded), loaded["settings"].get("tokenizer", "bytes")
+    if found is None:
+        raise UserError(f"{loaded.path} was trained on {loaded['settings']['task']}, not on text")
+    return name, loaded.get("tokenizer_json") or (None if name == "bytes" else tokens.as_json(found))
 
 
 def complete(loaded):
