@@ -5,7 +5,6 @@ import random
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -37,34 +36,30 @@ PART = dict(norm="layer", activation="gelu", partial_rotary=0.5)  # as GPTNeoX a
 
 # (class, settings): what nanolab trains, and the class of transformers that computes it.
 OUT = [
-    ("Llama", {}), ("Llama", dict(bias=True, n_kv_head=2, tie_weights=True)), ("Llama", dict(norm_gain=False)),
-    *(("Llama", dict(activation=word, head_dim=10)) for word in ("geglu", "reglu", "glu", "bilinear")),
-    ("Llama", dict(rope_scaling="linear", rope_factor=2.0, rope_base=500.0)),
-    ("Llama", dict(rope_scaling="ntk", rope_factor=4.0)), ("Llama", dict(rope_scaling="llama3", rope_factor=4.0)),
-    ("Llama", dict(rope_scaling="yarn", rope_factor=4.0, head_dim=16, rope_base=50.0)),
-    ("Llama", dict(rope_scaling="yarn", rope_factor=4.0, head_dim=16, rope_base=50.0, rope_ramp="index")),
-    *(("Llama", dict(residual_scale=scale, bias=True)) for scale in (0.3, "depth", "rezero", "layerscale")),
-    ("Llama", dict(norm_eps=1e-3, ff_width=44)), ("Llama", dict(parametrisation="mup", mup_base_width=16)),
+    ("Llama", dict(bias=True, n_kv_head=2, tie_weights=True, residual_scale="layerscale")),
+    ("Llama", dict(activation="geglu", head_dim=10, rope_scaling="ntk", rope_factor=4.0, residual_scale=0.3)),
+    ("Llama", dict(activation="glu", rope_scaling="linear", rope_factor=2.0, rope_base=500.0, norm_gain=False)),
+    ("Llama", dict(rope_scaling="llama3", rope_factor=4.0, norm_eps=1e-3, ff_width=44)),
+    *(("Llama", dict(rope_scaling="yarn", rope_factor=4.0, head_dim=16, rope_base=50.0, rope_ramp=word))
+      for word in ("turns", "index")), ("Llama", dict(parametrisation="mup", mup_base_width=16, bias=True)),
     ("Llama", dict(n_targets=2, intermediate_losses=True, mtp_depth=0)),
     ("Mistral", dict(mixer="window", n_kv_head=2)), ("Mistral", dict(n_head=3, head_dim=8)),
     ("Qwen2", dict(mixer="window,full")), ("Qwen2", dict(bias="qkv", n_kv_head=1)),
-    ("Qwen3", dict(qk_norm=True, qk_scale=True, mixer="full,window")), ("Qwen3", dict(qk_norm=True, qk_gain=True)),
-    ("Qwen3", dict(qk_norm=True, norm_eps=1e-2)), ("SmolLM3", dict(positions="none")),
+    ("Qwen3", dict(qk_norm=True, qk_scale=True, mixer="full,window")),
+    ("Qwen3", dict(qk_norm=True, qk_gain=True, norm_eps=1e-2)), ("SmolLM3", dict(positions="none")),
     ("Qwen3", dict(qk_norm=True, qk_scale=True, parametrisation="mup", mup_base_width=16, tie_weights=True)),
-    *(("Arcee", dict(activation=word)) for word in hf.PLAIN), ("Arcee", dict(activation="gelu", bias=True)),
-    ("Apertus", dict(activation="relu2", qk_norm=True, norm_gain=False)),
+    ("Arcee", dict(activation="gelu", bias=True)), ("Apertus", dict(activation="relu2", qk_norm=True, norm_gain=False)),
     ("Apertus", dict(activation="gelu", qk_norm=True, qk_scale=True, n_kv_head=2, head_dim=10)),
     ("Mixtral", dict(ff="moe", **SHARES)), ("Mixtral", dict(ff="moe", mixer="window", n_expert=4, ff_mult=6.0)),
     ("Qwen3Moe", dict(ff="moe,mlp", qk_norm=True, **SHARES)),
     ("Qwen3Moe", dict(ff="moe", qk_norm=True, n_expert=4, expert_top_k=1)),
-    ("DeepseekV3", dict(mixer="mla")), ("DeepseekV3", dict(mixer="mla", q_rank=12, rope_dim=6)),
+    ("DeepseekV3", dict(mixer="mla", q_rank=12, rope_dim=6)),
     ("DeepseekV3", dict(mixer="mla", ff="mlp,moe", n_shared_expert=1, expert_balance="bias", mtp_depth=1, **SHARES)),
     ("DeepseekV3", dict(mixer="mla", ff="moe", n_shared_expert=2, expert_balance="bias", expert_top_k=1, n_expert=8,
                         expert_groups=3, expert_top_groups=1)),
     ("DeepseekV3", dict(mixer="mla", rope_scaling="yarn", rope_factor=4.0, rope_ramp="index", rope_mscale=0.7,
                         rope_mscale_all_dim=0.5, rope_dim=8)),
-    ("DiffLlama", dict(mixer="diff")), ("DiffLlama", dict(mixer="diff", n_kv_head=2, norm_eps=1e-3)),
-    ("Mamba", MAMBA), ("Mamba", dict(MAMBA, tie_weights=True)),
+    ("DiffLlama", dict(mixer="diff", n_kv_head=2, norm_eps=1e-3)), ("Mamba", dict(MAMBA, tie_weights=True)),
     ("GPT2", dict(norm="layer", positions="learned", activation="gelu", bias=True)),
     ("GPT2", dict(norm="layer", positions="learned", activation="gelu_tanh", tie_weights=True)),
     ("GPT2", dict(norm="layer", positions="learned", activation="relu2", norm_gain=False, ff_mult=3.0)),
@@ -157,12 +152,11 @@ def test_out(case, tmp_path):
 
 def test_a_wrong_number_in_config_json_is_seen(tmp_path):
     """The bound is tight: what text alone would never show."""
-    model = loud()
-    config, found = hf.as_folder(model)
-    assert differ(model, theirs(written(tmp_path / "a", {**config, "rms_norm_eps": 1e-5}, found))) > 2e-5
-    model = loud(norm="layer", positions="learned", activation="gelu")
-    config, found = hf.as_folder(model)
-    assert differ(model, theirs(written(tmp_path / "b", {**config, "activation_function": "gelu_new"}, found))) > 2e-5
+    for settings, wrong in (({}, dict(rms_norm_eps=1e-5)), (dict(norm="layer", positions="learned", activation="gelu"),
+                                                            dict(activation_function="gelu_new"))):
+        model = loud(**settings)
+        config, found = hf.as_folder(model)
+        assert differ(model, theirs(written(tmp_path / "out", {**config, **wrong}, found))) > 2e-5
 
 
 def test_dtype(tmp_path):
@@ -170,9 +164,8 @@ def test_dtype(tmp_path):
     model = loud()
     config, found = hf.as_folder(model, "bfloat16")
     assert config["dtype"] == "bfloat16" and {t.dtype for t in found.values()} == {torch.bfloat16}
-    back = hf.load(written(tmp_path / "out", config, found))
-    assert all(torch.equal(t, back.state_dict()[name].float()) for name, t in
-               {name: t.bfloat16().float() for name, t in model.state_dict().items()}.items())
+    back = hf.load(written(tmp_path / "out", config, found)).state_dict()
+    assert all(torch.equal(t.bfloat16().float(), back[name]) for name, t in model.state_dict().items())
 
 
 # What they publish: (model_type, settings of its class); a name in the second place says which tensors are folded.
@@ -306,7 +299,7 @@ def test_every_word(tmp_path):
                   value_residual=[True], score_softcap=[5.0], softmax_plus_one=[True], logit_softcap=[9.0])
     alone = [{name: word} for name, choices in words.items() for word in choices]
     draw = random.Random(3)
-    together = [{name: draw.choice(words[name]) for name in draw.sample([*words], 3)} for _ in range(40)]
+    together = [{name: draw.choice(words[name]) for name in draw.sample([*words], 3)} for _ in range(20)]
     counts = {True: 0, False: 0}
     for number, settings in enumerate(alone + together):
         settings = dict(rope_factor=2.0, **settings) if "rope_scaling" in settings else settings
@@ -376,13 +369,11 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 
 @pytest.mark.parametrize("change, words", [
     bad("no config", lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-    bad("half a config", lambda folder: (folder / "config.json").write_text('{"a"'), "config.json is not read"),
     bad("no object", lambda folder: (folder / "config.json").write_text("[1]"), "no object"),
     bad("unknown class", retold(model_type="gemma"), "'gemma' is not read", "llama, mistral"),
     bad("a size that is a lie", retold(intermediate_size=96), "gate_proj", "(88, 32)", "(96, 32)"),
     bad("a size past all memory", retold(hidden_size=2 ** 40), "config.json"),
     bad("a billion layers", retold(num_hidden_layers=10 ** 9), "n_layer 1,000,000,000"),
-    bad("a trillion places", retold(max_position_embeddings=10 ** 12), "block_size"),
     bad("a negative size", retold(num_hidden_layers=-1), "n_layer"), bad("no size", retold(hidden_size=None), "lacks"),
     bad("a text for a size", retold(num_attention_heads="4"), "config.json"),
     bad("another activation", retold(hidden_act="mish"), "mish"),
@@ -390,7 +381,6 @@ Q = "model.layers.1.self_attn.q_proj.weight"
     bad("partly turned", retold(partial_rotary_factor=0.5), "partial_rotary_factor"),
     bad("turns now and then", retold(model_type="smollm3", no_rope_layers=[0, 1]), "no_rope_layers"),
     bad("an odd part", retold(model_type="phi", partial_rotary_factor=0.4), "no pairs"),
-    bad("a norm that is not there", retold(model_type="olmo2"), "lacks the tensor", "q_norm"),
     bad("norms of phi", retold(model_type="phi", qk_layernorm=True), "qk_layernorm"),
     bad("biases of a half", retold(attention_bias=True), "one setting"),
     bad("missing tensor", rewritten(lambda found: found.pop(Q)), "lacks the tensor " + Q),
@@ -575,16 +565,6 @@ def test_a_folder_is_probed(size, words, tmp_path, monkeypatch, capsys):
     assert embed[0] == "embed" and embed[1] == embed[3] and embed[4] == embed[6]
 
 
-ALONE = """
-import sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
-words = AutoTokenizer.from_pretrained(sys.argv[1])
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-ids = words("The", return_tensors="pt").input_ids
-found = model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)
-print(words.decode(found[0]), end="")
-assert not [name for name in sys.modules if name.startswith(("nanolab", "model", "data"))]
-"""
 SHORT = ("--dataset data.txt --block_size 32 --batch_size 4 --max_steps {} --warmup_steps 1 --eval_interval 4 "
          "--save_interval 1 --log_interval 1 --device cpu --dtype float32 --lr 0.003 --dropout 0.1 --run_name {}")
 RUNS = {  # a run, and what another says that begins with its weights
@@ -598,8 +578,8 @@ RUNS = {  # a run, and what another says that begins with its weights
 
 @pytest.mark.parametrize("script", RUNS)
 def test_a_run_goes_out_and_another_begins_with_it(script, tmp_path, monkeypatch, capsys):
-    """The folder says what the run says, alone too; a run that begins with it resumes to the same bits, the folder
-    gone, or where it keeps adapters alone not without it. A run that begins with a run leaves it as it is."""
+    """The folder says what the run says, by transformers too; a run that begins with it resumes to the same bits, the
+    folder gone, or where it keeps adapters alone not without it. A run that begins with a run leaves it as it is."""
     (tmp_path / "data.txt").write_text(TEXT, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     for name in ("draw_curves", "_output", "_version"):
@@ -627,8 +607,10 @@ def test_a_run_goes_out_and_another_begins_with_it(script, tmp_path, monkeypatch
               for source in (first, out)]
     assert scored[0][:-1] == scored[1][:-1]
     if script == "train_facts":
-        alone = subprocess.run([sys.executable, "-c", ALONE, str(out)], cwd=tmp_path, text=True, capture_output=True)
-        assert alone.stdout + "\n" == said[0], alone.stderr
+        words = AutoTokenizer.from_pretrained(out)
+        found = theirs(out).generate(words("The", return_tensors="pt").input_ids, max_new_tokens=20, do_sample=False,
+                                     pad_token_id=0)
+        assert words.decode(found[0]) + "\n" == said[0]
     again = RUNS[script][1] + f" --init_from {out}"
     for steps, name in ((4, "straight"), (2, "halves")):
         typed(f"{script}.py {SHORT.format(steps, name)} {again}")
