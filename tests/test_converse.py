@@ -15,11 +15,11 @@ from nanolab.generate import draw
 V, END, CALL = 8, 3, 6
 SMALL = dict(vocab_size=V, n_layer=2, n_head=2, n_embd=16, block_size=8, init="xavier", positions="rope", window=5,
              sparse_stride=4, sparse_summary=1, memory_length=8, compressed_length=4, compression_rate=2)
-CASES = [*(dict(mixer=mixer) for mixer in (*MIXERS, "mamba,full", "window,full", "compressive,window")),
+CASES = [*(dict(mixer=mixer) for mixer in (*MIXERS, "window,full", "compressive,window")),
          dict(positions="none"), dict(positions="alibi"), dict(n_kv_head=1, qk_norm=True), dict(output="stablemax"),
          dict(ff="moe"), dict(positions="learned", block_size=96), dict(mixer="xl", positions="relative"),
          dict(mixer="window", positions="learned_per_layer", block_size=96),
-         *(dict(mixer=mixer, short_conv=3) for mixer in ("mla", "mamba,full", "window", "compressive"))]
+         *(dict(mixer=mixer, short_conv=3) for mixer in ("mamba,full", "window"))]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -121,24 +121,22 @@ def passes(monkeypatch):
 
 
 USE = dict(tool=tool, call=CALL, max_calls=3)
+LONG = dict(tool=lambda ids: [(sum(ids) + i) % V for i in range(9 + len(ids))], call=CALL, max_calls=9)
 
 
 # ---- Against the naive one ----
 
 @pytest.mark.parametrize("settings", CASES, ids=str)
 def test_every_row_equals_the_naive_one(settings):
-    model, prompts = build(**settings), texts(20)
+    model, prompts = build(**settings), texts(12)
     replies = assert_naive(model, prompts, **USE)
     assert_same(converse(model, prompts, 14, END, tree=DialogTree(model, None), **USE), replies)
     assert max(len(reply.calls) for reply in replies) > 1 and not all(reply.calls for reply in replies)
     at = {reply.injected.index(True) for reply in replies if any(reply.injected)}
     assert len(at) > 2 or len(settings) > 1                      # answers come at different steps
     if settings.get("mixer") in ("full", "strided", "fixed", "diff", "mla", "window,full"):  # a prompt that sees itself
-        assert assert_naive(model, prompts[:8], prefix=True, **USE) != replies[:8]
+        assert assert_naive(model, prompts[:4], prefix=True, **USE) != replies[:4]
         assert_naive(model, [prompts[1], prompts[1][::-1]], prefix=True, **USE)              # of one length
-
-
-LONG = dict(tool=lambda ids: [(sum(ids) + i) % V for i in range(9 + len(ids))], call=CALL, max_calls=9)
 
 
 # ---- How a row ends ----
@@ -188,7 +186,7 @@ def test_reasons():
 
 
 def test_stop_strings_and_banned_ids():
-    model, prompts = build("window,full"), texts(20)
+    model, prompts = build("window,full"), texts(12)
     plain = converse(model, prompts, 14, END, decode=decode, **USE)
     said = [reply.text for reply in plain if len(reply.text) > 3]
     stop = [said[0][1:4], said[1][-2:], "never"]                 # over several tokens
@@ -203,11 +201,10 @@ def test_stop_strings_and_banned_ids():
 
 # ---- Drawing ----
 
-@pytest.mark.parametrize("how", [dict(temperature=1.5), dict(temperature=1.0, top_k=4),
-                                 dict(temperature=2.0, typical_p=0.6)], ids=str)
-def test_a_seed_draws_what_the_naive_one_draws(how):
+def test_a_seed_draws_what_the_naive_one_draws():
     model, replies, world = build(), [], torch.get_rng_state()
     for seed, prompt in enumerate(texts(8)):
+        how = dict(temperature=2.0, typical_p=0.6) if seed % 2 else dict(temperature=1.0, top_k=4)
         found, wanted, other = (talk(generator=torch.Generator().manual_seed(seed + more), **USE, **how)
                                 for talk, more in ((lambda **how: converse(model, [prompt], 14, END, **how)[0], 0),
                                                    (lambda **how: naive(model, prompt, 14, END, **how), 0),
@@ -236,7 +233,7 @@ def test_layers_that_forget_by_age_get_no_padding(mixer, monkeypatch):
     model = build(mixer)
     for tree in (None, DialogTree(model, None)):
         with passes(monkeypatch) as seen:
-            assert_naive(model, texts(8), tree=tree, **USE)
+            assert_naive(model, texts(6), tree=tree, **USE)
         assert (seen[0][1] > 0) == (tree is None) and not any(padding for _, padding, _ in seen[1:])
 
 
@@ -248,9 +245,9 @@ def test_finished_rows_leave_and_the_columns_never_run_out():
     model.new_cache = lambda n, room, **how: sizes.append(n) or new_cache(n, room, **how)
     replies = converse(model, [[0] * n for n in range(16, 32)], 40, END)
     assert [len(reply.tokens) for reply in replies] == list(range(17, 1, -1)) and sizes == [16, 8, 4, 2, 1]
-    for model in (build(), build("window,full")):
-        for tree in (None, DialogTree(model, None)):
-            assert max(len(reply.calls) for reply in assert_naive(model, texts(10), tree=tree, **LONG)) > 2
+    model = build("window,full")
+    for tree in (None, DialogTree(model, None)):
+        assert max(len(reply.calls) for reply in assert_naive(model, texts(10), tree=tree, **LONG)) > 2
 
 
 def test_gathered_windows_hold_no_padding():
@@ -309,8 +306,7 @@ def test_what_prompts_have_in_common_is_read_once(monkeypatch):
         assert read_in(monkeypatch, model, prompts, 4, tree, ban=[END])[1] == read
 
 
-@pytest.mark.parametrize("mixer, budget", [("full", None), ("window,full", None), ("mamba", None),
-                                           ("compressive", None), ("mla", None), ("full", 0), ("full", 2000),
+@pytest.mark.parametrize("mixer, budget", [("window,full", None), ("compressive", None), ("full", 0), ("full", 2000),
                                            ("mamba,full", 2000)])
 def test_a_tree_serves_the_next_turn(mixer, budget):
     """However small: what it cannot hold is read again."""

