@@ -19,9 +19,9 @@ class LayerCache:
 
     `length`: positions appended so far, evicted ones included; `hits`: positions found instead of computed again, over
     all passes. Unless a subclass knows more, what is held is a state, whole or nothing: it cannot go back to an earlier
-    length, for the reason that `lost` gives.
+    length.
     """
-    divisible, window, lost = False, None, "what is held cannot go back"
+    divisible, window = False, None
     room = 0  # positions that may be appended and cropped again
 
     @property
@@ -45,15 +45,8 @@ class LayerCache:
         return self.tensors()[0].device
 
     def croppable(self, length):
-        """Whether crop(length) can be; of length 0: whether nothing is ever lost."""
-        return length == self.length > 0
-
-    def crop(self, length):
-        """Keeps the first `length` positions: all, or none. Raises ValueError for another number."""
-        if length == 0:
-            self.reset()
-        elif length != self.length:
-            raise ValueError(f"cannot crop to {length} positions: {self.lost.format(self.length)}")
+        """Whether it can go back to length; of length 0: whether nothing is ever lost."""
+        return False
 
     def fork(self, n=1):
         """An independent copy, each row repeated n times in a row: tensors (n B, ...)."""
@@ -198,21 +191,12 @@ class KVCache(LayerCache):
                 self.positions = (self.positions - behind[:, None]).clamp(min=-1)  # (B, capacity)
 
     def crop(self, length):
-        """Keeps the first `length` keys. Raises ValueError where there are fewer, or the window needs evicted ones."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot crop to {length} keys: the cache holds {self.length}")
-        if length == 0:
-            return self.reset()
-        if not self.croppable(length):
-            raise ValueError(f"cannot crop to {length} keys: the first {self._evicted} were evicted, and a window of "
-                             f"{self.window} needs some of them")
+        """Keeps the first `length` keys, above 0 and croppable."""
         self._filled = length - self._evicted
 
     def croppable(self, length):
         """Whether what a query after `length` keys sees is still held; of length 0: whether nothing is ever lost."""
-        if length == 0:
-            return self.window is None
-        return self.window is None or self._evicted <= max(0, length - (self.window - 1))
+        return self.window is None or length > 0 and self._evicted <= max(0, length - (self.window - 1))
 
     def _start_positions(self):
         """From now on rows are ragged: what is held already stands at consecutive positions in every row."""
@@ -244,7 +228,7 @@ class KVCache(LayerCache):
 
 class RecurrentCache(LayerCache):
     """The state of one recurrent layer: a tuple of tensors (B, ...) of constant size, whatever the length."""
-    kind, lost = "state", "a state of {} cannot go back"
+    kind = "state"
 
     def __init__(self, states):
         self.states, self.length, self.hits = tuple(states), 0, 0
@@ -288,7 +272,7 @@ class CompressedCache(LayerCache):
     "slots": [keys, values] (B, H, n, D) or None, "first", "known": the block of the first slot and the first unknown
     one, "inputs": (B, < rate, C) or None}. Its size does not depend on the length. The mixer writes the states.
     """
-    kind, lost, batch_size = "compressed", "what left the memory was compressed", 0
+    kind, batch_size = "compressed", 0
 
     def __init__(self, batch_size, new_row):
         self.batch_size, self._new_row = batch_size, new_row
