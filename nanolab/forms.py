@@ -230,28 +230,28 @@ TAKES = dict(norm=("rms",), positions=("rope",), mixer=("full",), ff=("mlp",), a
              nope_interval=(None,), expert_top_groups=lambda c: (c.expert_groups,),
              logit_softcap=(None,), output=("softmax",), head_bias=(False,))
 ROUTED = dict(ff=("moe",), n_shared_expert=(0,), expert_balance=("loss", "none"))
-
-
 MULTI_HEAD = dict(n_kv_head=lambda c: (c.n_head,), head_dim=lambda c: (c.n_embd / c.n_head,))
 PART = dict(norm=("layer",), activation=tuple(PLAIN), bias=(True, False), head_dim=MULTI_HEAD["head_dim"],
             partial_rotary=lambda c: (c.partial_rotary,))  # of a head turns
 WHOLE = dict(n_embd=lambda c: (c.n_embd // c.n_head * c.n_head,))  # n_head divides it, whatever head_dim is
 
 
-def form(name, takes=(), keys=(), names=LLAMA, layers="model.layers.#.", knots=(ROPE,), full=(), fixed=(), absent=()):
+def form(name, takes=(), keys=(), names=LLAMA, layers="model.layers.#.", knots=(ROPE,), full=(), fixed=(), absent=(),
+         eps="rms_norm_eps", only=()):
     """A class of transformers, as it differs from Llama's.
 
-    takes: as TAKES. keys: {their key of config.json: our field, or None for none}. names, layers: as LLAMA. knots: what
-    is more than another word. full: what it always has; gains of 1 and biases of 0 change nothing. fixed: {key: value}
-    that config.json must say. absent: {key: value} that it means where it leaves a key out.
+    takes: as TAKES. keys: {their key of config.json: our field, or None for none}; eps: the key of norm_eps; only: all
+    keys. names, layers: as LLAMA. knots: what is more than another word. full: what it always has; gains of 1 and
+    biases of 0 change nothing. fixed: {key: value} that config.json must say. absent: {key: value} that it means where
+    it leaves a key out.
     """
+    keys = {eps if ours == "norm_eps" else key: ours for key, ours in (KEYS | dict(keys)).items() if ours}
     return SimpleNamespace(name=name + ("LMHeadModel" if name == "GPT2" else "ForCausalLM"), names=names, layers=layers,
                            takes=TAKES | dict(takes), knots=knots, full=dict(norm_gain=True) | dict(full),
-                           keys={key: ours for key, ours in (KEYS | dict(keys)).items() if ours}, fixed=dict(fixed),
-                           absent=dict(absent))
+                           keys=dict(only) or keys, fixed=dict(fixed), absent=dict(absent))
 
 
-WINDOWS = windows_out, windows_in
+WINDOWS, SAME = (windows_out, windows_in), ("vocab_size", "n_embd", "n_layer", "n_head")  # GPT-2's names are ours
 FORMS = {  # the first that takes a config is it
     "llama": form("Llama", takes=dict(WHOLE, bias=(False, True)), keys=BIASES),
     "mistral": form("Mistral", takes=dict(mixer=("full", "window")), knots=(ROPE, ONE_WINDOW),
@@ -295,24 +295,30 @@ FORMS = {  # the first that takes a config is it
     "diffllama": form("DiffLlama", takes=dict(mixer=("diff",)), names=DIFF, fixed=dict(attention_bias=False),
                       absent=dict(rms_norm_eps=1e-5)),
     "gpt2": form("GPT2", names=GPT2, layers="transformer.h.#.", knots=(),
+                 only=dict(zip(SAME, SAME), n_positions="block_size", n_inner="ff_width", layer_norm_epsilon="norm_eps",
+                           activation_function="activation", tie_word_embeddings="tie_weights"),
                  takes=dict(MULTI_HEAD, norm=("layer",), positions=("learned",), activation=tuple(PLAIN),
                             bias=(True, False)), full=dict(bias=True),
                  fixed=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
                  absent=dict(tie_word_embeddings=True, activation_function="gelu_new", layer_norm_epsilon=1e-5)),
-    "starcoder2": form("Starcoder2", names=STARCODER, knots=(ROPE, ONE_WINDOW),
+    "starcoder2": form("Starcoder2", names=STARCODER, knots=(ROPE, ONE_WINDOW), eps="norm_epsilon",
                        takes=dict(norm=("layer",), activation=tuple(PLAIN), bias=(True, False),
                                   mixer=("full", "window")), full=dict(bias=True), fixed=dict(use_bias=True),
                        absent=dict(tie_word_embeddings=True, norm_epsilon=1e-5, hidden_act="gelu_pytorch_tanh")),
-    "phi": form("Phi", names=PHI, knots=((part_turns_out, partial(part_turns_in, usual=0.5)),),
+    "phi": form("Phi", names=PHI, knots=((part_turns_out, partial(part_turns_in, usual=0.5)),), eps="layer_norm_eps",
+                keys=dict(head_dim=None),
                 takes=dict(PART, parallel_residual=("shared",), head_bias=(True, False)),
                 full=dict(bias=True, head_bias=True), fixed=dict(qk_layernorm=False),
                 absent=dict(hidden_act="gelu_new", layer_norm_eps=1e-5)),
     "gpt_neox": form("GPTNeoX", names=NEOX, knots=((part_turns_out, partial(part_turns_in, usual=0.25)),),
                      layers="gpt_neox.layers.#.", takes={**PART, **MULTI_HEAD, "parallel_residual": (True, False)},
-                     keys=dict(use_parallel_residual="parallel_residual", num_key_value_heads=None),
+                     keys=dict(use_parallel_residual="parallel_residual", num_key_value_heads=None, head_dim=None),
+                     eps="layer_norm_eps",
                      full=dict(bias=True), fixed=dict(attention_bias=True),
                      absent=dict(hidden_act="gelu", layer_norm_eps=1e-5, use_parallel_residual=True)),
     "mpt": form("Mpt", names=MPT, layers="transformer.blocks.#.", knots=(),
+                only=dict(vocab_size="vocab_size", d_model="n_embd", n_heads="n_head", n_layers="n_layer",
+                          max_seq_len="block_size", layer_norm_epsilon="norm_eps", tie_word_embeddings="tie_weights"),
                 takes=dict(MULTI_HEAD, norm=("layer",), positions=("alibi",), activation=("gelu",),
                            tie_weights=(True,), ff_width=lambda c: (4 * c.n_embd,),
                            n_head=lambda c: [2 ** i for i in range(20)]),
@@ -320,6 +326,9 @@ FORMS = {  # the first that takes a config is it
                                                           qk_ln=False, clip_qkv=None, softmax_scale=None)),
                 absent=dict(tie_word_embeddings=True, layer_norm_epsilon=1e-5)),
     "mamba": form("Mamba", names=MAMBA, layers="backbone.layers.#.", knots=(),
+                  only=dict(vocab_size="vocab_size", hidden_size="n_embd", num_hidden_layers="n_layer", expand="expand",
+                            state_size="state_dim", conv_kernel="conv_width", layer_norm_epsilon="norm_eps",
+                            tie_word_embeddings="tie_weights", max_position_embeddings="block_size"),
                   takes=dict(mixer=("mamba",), ff=("none",), positions=("none", "rope", "alibi"),
                              activation=lambda c: (c.activation,), bias=(False, True), qk_norm=(False, True),
                              expand=lambda c: (round(c.expand),)),
@@ -327,18 +336,6 @@ FORMS = {  # the first that takes a config is it
                   absent=dict(tie_word_embeddings=True, layer_norm_epsilon=1e-5, expand=2, conv_kernel=4,
                               state_size=16, max_position_embeddings=2048)),
 }
-SAME = ("vocab_size", "n_embd", "n_layer", "n_head")  # GPT-2's names, which ours are
-FORMS["gpt2"].keys = dict(zip(SAME, SAME), n_positions="block_size", n_inner="ff_width", layer_norm_epsilon="norm_eps",
-                          activation_function="activation", tie_word_embeddings="tie_weights")
-FORMS["starcoder2"].keys = {"norm_epsilon" if key == "rms_norm_eps" else key: ours for key, ours in KEYS.items()}
-for kind in ("phi", "gpt_neox"):
-    FORMS[kind].keys = {"layer_norm_eps" if key == "rms_norm_eps" else key: ours for key, ours in FORMS[
-        kind].keys.items() if key != "head_dim"}
-FORMS["mpt"].keys = dict(vocab_size="vocab_size", d_model="n_embd", n_heads="n_head", n_layers="n_layer",
-                         max_seq_len="block_size", layer_norm_epsilon="norm_eps", tie_word_embeddings="tie_weights")
-FORMS["mamba"].keys = dict(vocab_size="vocab_size", hidden_size="n_embd", num_hidden_layers="n_layer", expand="expand",
-                           state_size="state_dim", conv_kernel="conv_width", layer_norm_epsilon="norm_eps",
-                           tie_word_embeddings="tie_weights", max_position_embeddings="block_size")
 
 
 def architecture(name, activation="swiglu", **takes):

@@ -171,7 +171,8 @@ class Task:
     """What all tasks have: settings (a dict), `where` their tensors are, and how a trainer evaluates.
 
     Of each: `protocols`; `source`, where its data came from; `unused`, the settings of evaluate.py that say nothing
-    about it; `header`, over the `row`s of its table.
+    about it; `header`, over its table, and `row`, a line of it, with the bootstrap interval of so many resamples;
+    `prepare`, which makes the batches to train on.
     """
     final = None                 # the setting that says how much the last evaluation asks; None: everything
 
@@ -219,7 +220,6 @@ class Text(Task):
         self.data, self.source = getattr(self.opened, split).to(where), self.opened.source
 
     def check(self, protocol, config):
-        """As Task.check."""
         parse_protocol(protocol, config, self.data.numel())
 
     def measure(self, model, protocol, batch_size, few=None):
@@ -228,14 +228,12 @@ class Text(Task):
         yield dict(protocol=found.protocol, loss=found.loss, bpb=found.bpb, bytes=found.bytes), found
 
     def row(self, line, found, resamples, chunk):
-        """A row of the table, with the bootstrap interval of so many resamples."""
         low, high = found.interval(resamples, chunk)
         interval = "too few bytes" if math.isnan(low) else f"{low:.4f} .. {high:.4f}"
         return (f"{self.split:<6} {found.protocol:<12} {found.bpb:>10.4f} {interval:>19} {found.loss:>11.4f} "
                 f"{found.bytes:>13,} {found.seconds:>8.1f}")
 
     def prepare(self):
-        """The batches to train on."""
         s, opened = self.settings, self.opened
         self.block_size = s["block_size"] or 128
         self.batches = opened.batches(s["batch_size"], self.block_size, s["batching"], s["data_seed"], self.where)
@@ -267,13 +265,11 @@ class Facts(Task):
                          self.settings["form"], few, batch_size, self.settings["prefix"]), None
 
     def row(self, line, *_):
-        """A row of the table."""
         rates = [f"{line[key]:.4f}" if key in line else "" for key in ("calls", "right_calls")]
         return (f"{line['people']:<8} {line['protocol']:<9} {line['accuracy']:>9.4f} {rates[0]:>7} {rates[1]:>12} "
                 f"{line['endless']:>7.4f} {line['prompts']:>8,} {line['evaluation_seconds']:>8.1f}")
 
     def prepare(self):
-        """The batches to train on."""
         s = self.settings
         dialogs = facts.dialogs(self.people, s["task"], s["form"], s["data_seed"], s["tool_share"])
         ids, mask = facts.rows(dialogs, self.vocabulary, everything=s["loss_on"] == "all")
@@ -319,11 +315,9 @@ class Recall(Task):
         yield answered(model, self.x[:few], self.y[:few], batch_size), None
 
     def row(self, line, *_):
-        """A row of the table."""
         return f"{line['protocol']:<9} {line['accuracy']:>9.4f} {line['loss']:>11.4f} {line['prompts']:>8,}"
 
     def prepare(self):
-        """The batches to train on."""
         s = self.settings
         self.n_rows, self.vocab_size, self.fingerprint = s["n_rows"], s["mqar_vocab"], None
         self.batches = Rows(*self._split(self.n_rows)[0], s["batch_size"], s["data_seed"], self.where)
