@@ -72,19 +72,16 @@ def main():
     path = find_checkpoint(checkpoint)
     loaded, model = load_model(path, weights)
     model = model.for_inference().eval().to(where)
-    start = typed = prompt.encode(errors="surrogateescape")      # bytes that the shell passed on as they were
-    written, encode = bytes, list                                # of ids, and back
-    if loaded["script"] == "train_facts":
-        tokenizer = tokenizer_in(loaded)
-        if tokenizer is None:
-            raise UserError(f"{path} was trained on {loaded['settings']['task']}, not on text: ask it with evaluate.py")
+    typed = prompt.encode(errors="surrogateescape")              # bytes that the shell passed on as they were
+    tokenizer = tokenizer_in(loaded)
+    if tokenizer is None:
+        raise UserError(f"{path} was trained on {loaded['settings']['task']}, not on text: ask it with evaluate.py")
 
-        def encode(text):
-            return tokens.encode_corpus(tokenizer, text).tolist()
+    def encode(text):
+        return tokens.encode_corpus(tokenizer, text).tolist()
 
-        def written(ids):
-            return b"".join(tokenizer.decode_bytes([i]) if i < tokenizer.size else b"\n\n" for i in ids)
-        start = encode(typed)
+    def written(ids):
+        return b"".join(tokenizer.decode_bytes([i]) if i < tokenizer.size else b"\n\n" for i in ids)
     generator, guesses = torch.Generator().manual_seed(seed), None
     if draft != "none":
         guesses = Draft(None if draft == "lookup" else Ngrams(np.array(encode(read_draft(draft)))))
@@ -92,7 +89,7 @@ def main():
                typical_p=typical_p)
     with torch.autocast(where.type, precision, enabled=precision != torch.float32):
         log = sys.stderr if log_cache else None
-        stream = generate(model, [start] * n_samples, length, generator, cache, log, guesses, **how)
+        stream = generate(model, [encode(typed)] * n_samples, length, generator, cache, log, guesses, **how)
         if n_samples == 1:
             decoder = codecs.getincrementaldecoder("utf-8")("replace")                   # a character may take 4 bytes
             sys.stdout.write(decoder.decode(typed))

@@ -468,25 +468,19 @@ def deepseek_in(d, c, state):
 
 # --- As a run has them ---
 
-def vocabulary(folder):
-    """(what train_facts' setting `tokenizer` is for a folder, the text of its tokenizer.json): "bytes" and None where
-    it is that. UserError: there is none."""
-    path = Path(folder) / "tokenizer.json"
+def as_checkpoint(folder, weights="raw"):
+    """(what a checkpoint would say, the model) of a folder, for sample.py and evaluate.py. UserError: as `load`, or it
+    has no tokenizer.json."""
+    if weights == "ema":
+        raise UserError("there are no averaged weights: a folder has one set of them")
+    model, path = load(folder), Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{folder} has no tokenizer.json")
     opened = tokens.open_tokenizer(path)
-    return ("bytes", None) if isinstance(opened, tokens.Bytes) else (str(path), opened.content.decode())
-
-
-def as_checkpoint(folder, weights="raw"):
-    """(what a checkpoint would say, the model) of a folder, for sample.py and evaluate.py. UserError: as `load`."""
-    if weights == "ema":
-        raise UserError("there are no averaged weights: a folder has one set of them")
-    model, (tokenizer, text) = load(folder), vocabulary(folder)
-    settings = Checkpoint(dict(task="text", tokenizer=tokenizer, dataset=None, max_bytes=None), folder)
-    fingerprint = tokens.open_tokenizer(tokenizer).fingerprint
-    found = dict(script="train_facts", settings=settings, step=0, tokenizer=fingerprint, tokenizer_json=text)
-    return Checkpoint(found, folder), model
+    name, text = ("bytes", None) if isinstance(opened, tokens.Bytes) else (str(path), opened.content.decode())
+    settings = Checkpoint(dict(task="text", tokenizer=name, dataset=None, max_bytes=None), folder)
+    return Checkpoint(dict(script="train_facts", settings=settings, step=0, tokenizer=opened.fingerprint,
+                           tokenizer_json=text), folder), model
 
 
 @dataclass

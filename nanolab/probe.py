@@ -25,7 +25,6 @@ answer_help(__name__, __file__, "checkpoint")  # before the seconds that the nex
 
 import contextlib
 import difflib
-from collections import deque
 from functools import partial
 from typing import NamedTuple
 
@@ -59,14 +58,14 @@ class Probe:
     """The identity, which remembers what passed it: `x = probe(x)` anywhere in a model.
 
     `.forward`: a list of copies of x, one for each time that something passed, the oldest first. `.backward`: a list as
-    long, of the gradients that came back to each, None where none did (or gradients is off). All are detached.
-    keep: only the last so many (None: all). What a layer computes again in its backward pass (checkpoint_activations)
-    does not count. `close()` ends it; what was recorded stays.
+    long, of the gradients that came back to each, None where none did (or gradients is off). All are detached. What a
+    layer computes again in its backward pass (checkpoint_activations) does not count. `close()` ends it; what was
+    recorded stays.
     """
 
-    def __init__(self, gradients=False, keep=None):
+    def __init__(self, gradients=False):
         self.gradients, self.open = gradients, True
-        self._passes = deque(maxlen=keep)                    # [copy of x, gradient or None]
+        self._passes = []                                    # [copy of x, gradient or None]
 
     def __call__(self, x):
         """x, any tensor, as it is."""
@@ -97,14 +96,14 @@ class Probe:
 
 
 @contextlib.contextmanager
-def record(model, places, gradients=False, keep=None):
+def record(model, places, gradients=False):
     """{place: Probe} of the passes of `model`, the uncompiled one, inside the `with` block; nothing stays in it after
     that.
 
     places: "embed", the stream (B, T, C) before the first layer; or names of `model.named_modules()`, whose outputs are
     recorded: "blocks.3" the stream after layer 3, "blocks.3.mixer" and "blocks.3.ff" what its branches give before
-    dropout and scale, "norm" the stream after the last norm, (A, B, T, C) in a pass with losses of A layers. gradients,
-    keep: as Probe says. Raises ValueError for a place that is not there, and in the pass for one that gives no tensor.
+    dropout and scale, "norm" the stream after the last norm, (A, B, T, C) in a pass with losses of A layers. gradients:
+    as Probe says. Raises ValueError for a place that is not there, and in the pass for one that gives no tensor.
     """
     modules = dict(model.named_modules())
     first = {} if "embed" in modules or "blocks.0" not in modules else {"embed": modules["blocks.0"]}
@@ -112,7 +111,7 @@ def record(model, places, gradients=False, keep=None):
         if place not in modules and place not in first:
             near = difflib.get_close_matches(place, [*first, *modules], 1, 0)
             raise ValueError(f"the model has no place {place!r}; the nearest is {near[0]!r}")
-    probes = {place: Probe(gradients, keep) for place in places}
+    probes = {place: Probe(gradients) for place in places}
 
     def passed(place, output):
         if not torch.is_tensor(output):
@@ -231,14 +230,14 @@ def last_states(model, prompts, places, batch_size=64):
             last = torch.tensor([len(prompt) - 1 for prompt in batch], device=where)     # (B,)
             T = int(last.max()) + 1
             x = torch.tensor([[*prompt] + [0] * (T - len(prompt)) for prompt in batch], device=where)    # (B, T)
-            with record(model, places, keep=1) as probes:
+            with record(model, places) as probes:
                 model(x)
             for place, probe in probes.items():
-                shapes = [tuple(state.shape) for state in probe.forward]
-                if not shapes or len(shapes[0]) != 3 or shapes[0][:2] != x.shape:
-                    raise ValueError(f"place {place!r} gives {shapes[0] if shapes else 'nothing'}, not (B, T, C) with "
-                                     f"B {len(batch)} and T {T}")
-                found[place].append(probe.forward[0][torch.arange(len(batch), device=where), last].cpu())    # (B, C)
+                state = probe.forward[-1] if probe.forward else None
+                if state is None or state.dim() != 3 or state.shape[:2] != x.shape:
+                    raise ValueError(f"place {place!r} gives {'nothing' if state is None else tuple(state.shape)}, not "
+                                     f"(B, T, C) with B {len(batch)} and T {T}")
+                found[place].append(state[torch.arange(len(batch), device=where), last].cpu())               # (B, C)
     finally:
         model.train(training)
     return {place: torch.cat(states) for place, states in found.items()}

@@ -1,6 +1,6 @@
-"""A tree of dialogs in storms of operations, of numbers that tell which tokens they stand for: what is found, never over
-budget; what leaves first; no copy that fails loses anything; with real models a sliding window, other types, inference
-mode; what a tree refuses."""
+"""A tree of dialogs in storms of operations, of numbers that tell which tokens they stand for: what is found, never
+over budget; what leaves first; no copy that fails loses anything; with real models a sliding window, other types,
+inference mode; what a tree refuses."""
 import random
 import weakref
 from collections import Counter
