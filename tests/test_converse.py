@@ -250,23 +250,6 @@ def test_finished_rows_leave_and_the_columns_never_run_out():
         assert max(len(reply.calls) for reply in assert_naive(model, texts(10), tree=tree, **LONG)) > 2
 
 
-def test_gathered_windows_hold_no_padding():
-    """A row read in one pass has its last 4 keys, one read token by token up to 10: together 4 each."""
-    model, ids = build("window"), texts(1, 9)[1]
-    caches = [model.new_cache(1, 20) for _ in range(2)]
-    with torch.inference_mode():
-        dialogs._read(model, caches[0], [ids], [0])
-        for i, token in enumerate(ids):
-            dialogs._read(model, caches[1], [[token]], [i])
-        gathered = dialogs._gather(model, [(cache, 0, 9) for cache in caches], 20)
-    assert gathered.length == 9 and not gathered.ragged
-    for layer, *old in zip(gathered.layers, *(cache.layers for cache in caches)):
-        for b in range(2):
-            mark, held = layer.row(b)
-            assert mark == 5
-            torch.testing.assert_close(held, tuple(whole[:, -4:] for whole in old[b].row(0)[1]))
-
-
 def test_learned_positions_end():
     model = build(positions="learned", block_size=12)
     how = dict(ban=[END])

@@ -63,13 +63,17 @@ def shards(tmp_path):
 # --- Documents ---
 
 @pytest.mark.parametrize("rows", [3, 256])
-def test_documents_in_order_and_from_every_position(files, rows, monkeypatch):
+def test_documents_in_order_and_from_every_position(files, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(smollm, "ROWS", rows)
     found = list(documents(files))
     positions = [(0, i + 1) for i in range(40)] + [(1, 1)] + [(2, i + 1) for i in range(49)]
     assert found == [*zip(PLAIN, positions)]
     for i, position in enumerate(positions):
         assert list(documents(files, position)) == found[i + 1:]
+    path = tmp_path / "a.jsonl"                                  # empty lines are no documents
+    path.write_text('{"text": "a"}\n\n  \n{"text": "b"}')
+    assert list(documents([path])) == [("a", (0, 1)), ("b", (0, 4))] and smollm.n_rows(path) == 4
+    assert list(documents([path], (0, 1))) == [("b", (0, 4))]
 
 
 def test_few_documents_are_read(tmp_path, monkeypatch):
@@ -85,13 +89,6 @@ def test_few_documents_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(smollm, "ROWS", 10)
     reader = documents([path], (0, 30))
     assert [next(reader)[0] for _ in range(15)] == PLAIN[30:45] and read == [(1, 10), (1, 10)]
-
-
-def test_empty_lines_are_no_documents(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a"}\n\n  \n{"text": "b"}')
-    assert list(documents([path])) == [("a", (0, 1)), ("b", (0, 4))] and smollm.n_rows(path) == 4
-    assert list(documents([path], (0, 1))) == [("b", (0, 4))]
 
 
 # --- Batches against the definition ---
@@ -135,13 +132,6 @@ def test_rows_are_the_stream(files, sized, B, T, buffer):
     assert buffer == 1 or found[:n] != found[n:2 * n]
 
 
-def test_end_and_tokenizer(shards):
-    tokenizer = tokens.train("bpe", "\n".join(training()), 280)
-    flat = stream(Batches(shards, tokenizer, 1, 500), 1)
-    ids = flat[:flat.index(280)]
-    assert max(flat) == 280 and tokenizer.decode(ids) in training() and tokenizer.encode(tokenizer.decode(ids)) == ids
-
-
 # --- Resume ---
 
 @pytest.mark.parametrize("after", [7, 60])
@@ -160,6 +150,8 @@ def test_resume_in_every_kind_of_file(files, sized, after):
 # --- Held-out documents ---
 
 def test_held_out_documents_are_never_trained_on(files, sized):
+    share = [i for i in range(40_000) if is_held_out(f"text {i}")]
+    assert 0.8 / 200 < len(share) / 40_000 < 1.2 / 200 and share[:3] == [199, 323, 607]
     sized(16, 4)
     held = [text for text in PLAIN if text and is_held_out(text)]
     assert 10 < len(held) < 40
@@ -172,11 +164,6 @@ def test_held_out_documents_are_never_trained_on(files, sized):
     assert n_bytes == sum(len(text.encode()) for text in held)
 
 
-def test_held_out_share_and_stability():
-    held = [i for i in range(40_000) if is_held_out(f"text {i}")]
-    assert 0.8 / 200 < len(held) / 40_000 < 1.2 / 200 and held[:3] == [199, 323, 607]
-
-
 def test_validation_ends_anywhere(shards, sized):
     sized(one_in=4)
     whole, every = validation(shards, BYTES, 10 ** 6)
@@ -186,6 +173,9 @@ def test_validation_ends_anywhere(shards, sized):
     tokenizer = tokens.train("bpe", "\n".join(training()), 280)
     found, n_bytes = validation(shards, tokenizer, 10 ** 6)
     assert n_bytes == every and int(found[-1]) == 280
+    flat = stream(Batches(shards, tokenizer, 1, 500), 1)         # so do batches
+    ids = flat[:flat.index(280)]
+    assert max(flat) == 280 and tokenizer.decode(ids) in training() and tokenizer.encode(tokenizer.decode(ids)) == ids
 
 
 def test_nothing_held_out_or_nothing_left(tmp_path, sized):
