@@ -276,7 +276,7 @@ def refused(said, *words):
 
 def test_every_checkpoint_is_scored_as_it_would_be_alone_and_the_best_is_kept(forks, tmp_path):
     """The watcher starts first. Its figures are evaluate.py's; metrics.jsonl and the trainer's files stay its own."""
-    run, words = tmp_path / RUN, ("--protocols", "block,stride:32")
+    run, words = tmp_path / RUN, ("--protocols", "block,stride:16")
     watcher = watch(forks, tmp_path, *words, "--patience", "60")
     assert_done(forks.run([*TRAIN, "--max_steps", "30", "--keep_last", "9"], tmp_path))
     assert_done(watcher.wait())
@@ -285,7 +285,7 @@ def test_every_checkpoint_is_scored_as_it_would_be_alone_and_the_best_is_kept(fo
     best = min(found[step, "block"] for step, protocol in found if protocol == "block")
     assert found[load_checkpoint(run / "best.pt")["step"], "block"] == best
     out = evaluated(run, *words)
-    assert f"{found[30, 'block']:.4f}" in out and f"{found[30, 'stride:32']:.4f}" in out
+    assert f"{found[30, 'block']:.4f}" in out and f"{found[30, 'stride:16']:.4f}" in out
     assert {line["split"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())} == {"train"}
     assert [line["step"] for line in run_metrics(run)] == sorted(line["step"] for line in run_metrics(run))
     with open(run / "evaluation.jsonl", "a") as file:
