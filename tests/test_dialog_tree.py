@@ -221,6 +221,10 @@ def test_what_was_used_longest_ago_leaves_first_and_before_anything_is_stored(mo
     assert put("99999") == 5 and found() == [4, 2, 0, 3, 5]
     assert put("1256") == 4 and found() == [2, 4, 0, 3, 5]       # 12 is in use: 34 leaves
     assert put("0000") == 4 and found() == [2, 4, 0, 0, 0]
+    assert put("1256") == 4 and put("3" * 6) == 6 and tree.match(dialog("0000")) == 0 and found() == [2, 4, 0, 0, 0]
+    _, tree, put = numbers(None, "state", budget=200)
+    put("1234"), put("1256"), put("77777")                       # 34 and 56 leave, and so 12 leads nowhere
+    assert [*check(tree)] == [dialog("77777")]
 
 
 def test_a_thousand_turns_are_no_recursion():
