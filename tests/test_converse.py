@@ -128,7 +128,7 @@ LONG = dict(tool=lambda ids: [(sum(ids) + i) % V for i in range(9 + len(ids))], 
 
 @pytest.mark.parametrize("settings", CASES, ids=str)
 def test_every_row_equals_the_naive_one(settings):
-    model, prompts = build(**settings), texts(12)
+    model, prompts = build(**settings), texts(20)
     replies = assert_naive(model, prompts, **USE)
     assert_same(converse(model, prompts, 14, END, tree=DialogTree(model, None), **USE), replies)
     assert max(len(reply.calls) for reply in replies) > 1 and not all(reply.calls for reply in replies)
