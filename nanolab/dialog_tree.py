@@ -1,6 +1,7 @@
 """DialogTree: what the layers remember of many dialogs, of which a common beginning lies once."""
 import operator
 from collections import OrderedDict
+from contextlib import contextmanager
 
 import torch
 
@@ -35,8 +36,8 @@ class _Node:
     of the positions mark ... end - 1, mark >= start; of another, its state after the span's last token.
     """
 
-    def __init__(self, tokens, parent, parts):
-        self.tokens, self.parent, self.parts = tokens, parent, parts
+    def __init__(self, tokens, parent, parts, place="device"):
+        self.tokens, self.parent, self.parts, self.place = tokens, parent, parts, place
         self.start = 0 if parent is None else parent.end
         self.end = self.start + len(tokens)
         self.children, self.locks = {}, 0  # by their first token; the locked prefixes that end here or below
@@ -59,8 +60,8 @@ class _Node:
 class DialogTree:
     """What the layers remember of many dialogs, as a tree in which a common beginning lies once.
 
-        tree = DialogTree(model, budget=1 << 30)
-        with tree.lock(tokens) as prefix:                      # the longest beginning that is held
+        tree = DialogTree(model, budget=1 << 30, host_budget=8 << 30)
+        with tree.lock(tokens) as prefix:                      # the longest beginning that is held, on the device
             cache = tree.take(prefix, max_length=2048)         # a Cache of one row; take([prefix, ...]): of many
             logits = model(x[:, prefix.length:], cache=cache)  # only the rest is computed
             tree.put(tokens, cache)                            # and only the rest is stored
@@ -71,21 +72,26 @@ class DialogTree:
     and a beginning is found where all that the window shows at its end is held. A state (Mamba, minGRU, a compressed
     memory) cannot be cut: only those lengths are found that were put, so put a dialog wherever others may branch off.
 
-    budget: bytes of keys, values and states, None: no limit; never exceeded: room is made before anything is stored;
-    `peak_bytes` is the most there were. Nodes leave in the order of their last use (lock, put), children before
-    parents, locked ones never. Not counted: tokens, and the second copy of a node while it is cut. What finds no room
-    beside locked nodes is no error: `put` leaves it out, and evicts nothing for it.
+    budget: bytes of keys, values and states on the model's device, None: no limit; never exceeded: room is made before
+    anything is stored; `peak_bytes` is the most there were. Nodes leave in the order of their last use (lock, put),
+    children before parents, locked ones never. While host_budget bytes suffice they go to the CPU's memory, and come
+    back when they are locked, or put again with something new; of those there, what was used longest ago is forgotten.
+    Not counted: tokens, and the second copy of a node while it is cut. What finds no room beside locked nodes is no
+    error: `put` leaves it out, and evicts nothing for it, `lock` keeps what fits.
 
     model: anything with `new_cache`, to which window goes on. Its weights must stay as they are, and so does the type
     of what is held: else `reset`. Raises ValueError for a negative budget, and where a dialog is more than one row of
     every layer (a Pyramid, an EncoderDecoder, a model of video).
 
-    Ideas: the tree, its locks and its order of eviction are RadixAttention's (Zheng et al. 2024, SGLang).
+    Ideas: the tree, its locks and its order of eviction are RadixAttention's (Zheng et al. 2024, SGLang), the second
+    tier HiCache's (SGLang).
     """
 
-    def __init__(self, model, budget, window=None):
-        if budget is not None and budget < 0:
-            raise ValueError(f"budget is {budget} bytes, but must be at least 0, or None for no limit")
+    def __init__(self, model, budget, host_budget=0, window=None):
+        self._budgets = {"device": budget, "host": host_budget}
+        for place, limit in self._budgets.items():
+            if limit is not None and limit < 0:
+                raise ValueError(f"budget is {limit} bytes on the {place}: it must be at least 0, or None, no limit")
         probe, name = model.new_cache(1, 1, window=window), type(model).__name__
         needed = "a dialog tree needs a Cache with one row of every layer for each dialog"
         if type(probe) is not Cache:
@@ -98,12 +104,18 @@ class DialogTree:
         self._how = dict(window=window, device=probe.layers[0].device, dtype=dtype)
         self._divisible = [layer.divisible for layer in probe.layers]
         self._reach = [layer.window for layer in probe.layers]  # positions that a divisible layer sees; None: all
-        self._budget, self.bytes, self.peak_bytes = budget, 0, 0
-        self._held = OrderedDict()  # nodes, children before parents: the first one leaves first
+        self._devices = {"device": self._how["device"], "host": torch.device("cpu")}
+        self._bytes, self.peak_bytes = {"device": 0, "host": 0}, 0
+        self._held = {"device": OrderedDict(), "host": OrderedDict()}  # nodes, children before parents: first to go
         self._root = _Node((), None, [])
 
+    @property
+    def bytes(self):
+        """Held on the model's device."""
+        return self._bytes["device"]
+
     def match(self, tokens):
-        """How many of the first tokens are held. Changes nothing and uses nothing."""
+        """How many of the first tokens are held, on the device or the host. Changes nothing and uses nothing."""
         return self._find(_as_tokens(tokens))[1]
 
     def lock(self, tokens):
@@ -112,9 +124,18 @@ class DialogTree:
         node, length = self._find(_as_tokens(tokens))
         if length < node.end:
             node = self._split(node, length)
-        self._pin(node, 1)
-        self._touch(node)
-        return LockedPrefix(self, node)
+        kept = self._root
+        with self._pinned(node):
+            for step in node.path:
+                if step.place == "host":
+                    if not self._make_room("device", step.bytes):
+                        break
+                    self._move(step, "device")
+                kept = step
+        while not self._ends_at(kept, kept.end):
+            kept = kept.parent
+        self._pin(kept, 1)
+        return LockedPrefix(self, kept)
 
     def take(self, prefixes, max_length):
         """A Cache that has read a LockedPrefix, or one row for each of a list of them; the same one may come often.
@@ -161,20 +182,21 @@ class DialogTree:
         if length < len(tokens):
             leaf = _Node(tokens[length:], node, [(len(tokens), ())] * len(new))
         missing = list(self._missing(leaf, new))
-        self._pin(node, 1)
-        fits = self._make_room(sum(t.nbytes for *_, views in missing for t in views))
-        self._pin(node, -1)
-        if not fits:
-            self._touch(node)
-            return self.match(tokens)
-        copies = [_copies(views) for *_, views in missing]  # should one fail, nothing has changed
+        away = [step for step in node.path if step.place == "host"]
+        size = sum(step.bytes for step in away) + sum(t.nbytes for *_, views in missing for t in views)
+        with self._pinned(node):
+            if not self._make_room("device", size):
+                return self.match(tokens)
+            for step in away:
+                self._move(step, "device")
+            copies = [_copies(views, self._devices["device"]) for *_, views in missing]  # may fail: nothing has changed
         if leaf is not node:
             node.children[leaf.tokens[0]] = leaf
-            self._held[leaf] = None
+            self._held["device"][leaf] = None
         for (step, i, mark, _), tensors in zip(missing, copies):
-            self.bytes -= step.bytes
+            self._bytes["device"] -= step.bytes
             step.parts[i] = (mark, tensors)
-            self.bytes += step.bytes
+            self._bytes["device"] += step.bytes
         self.peak_bytes = max(self.peak_bytes, self.bytes)
         self._touch(leaf)
         return len(tokens)
@@ -184,10 +206,11 @@ class DialogTree:
         if any(child.locks for child in self._root.children.values()):
             raise ValueError("a prefix of this tree is still locked: unlock it before reset")
         self._root.children.clear()
-        for node in self._held:
-            node.parent = None  # no circle: memory is free at once
-        self._held.clear()
-        self.bytes = 0
+        for place, held in self._held.items():
+            for node in held:
+                node.parent = None  # no circle: memory is free at once
+            held.clear()
+            self._bytes[place] = 0
 
     def _first_seen(self, i, length):
         """The first position that a query after `length` positions sees in the divisible layer i."""
@@ -263,31 +286,62 @@ class DialogTree:
         for step in node.path:
             step.locks += n
 
+    @contextmanager
+    def _pinned(self, node):
+        """Neither it nor what is above it leaves; then it is used now."""
+        self._pin(node, 1)
+        try:
+            yield
+        finally:
+            self._pin(node, -1)
+            self._touch(node)
+
     def _touch(self, node):
         """Used now: children go before parents, so the path is put last from its end on."""
         for step in reversed(node.path):
-            self._held.move_to_end(step)
+            self._held[step.place].move_to_end(step)
 
-    def _make_room(self, size):
-        """Frees `size` bytes. False, and then nothing has changed, where locked nodes leave less."""
-        if self._budget is None or self.bytes + size <= self._budget:
+    def _make_room(self, place, size):
+        """Frees `size` bytes at a place. False, and then nothing has changed, where locked nodes leave less."""
+        budget, held = self._budgets[place], self._held[place]
+        if budget is None or self._bytes[place] + size <= budget:
             return True
-        if sum(node.bytes for node in self._held if node.locks) + size > self._budget:
+        if sum(node.bytes for node in held if node.locks) + size > budget:
             return False
-        while self.bytes + size > self._budget:
-            self._drop(next(node for node in self._held if not node.locks))  # its children went before it
+        while self._bytes[place] + size > budget:
+            node = next(node for node in held if not node.locks)  # its children went before it
+            if place == "host" or not self._make_room("host", node.bytes):
+                self._drop(node)
+            elif node.parent is not None:  # else it went with the last of its children
+                self._move(node, "host")
         return True
 
+    def _move(self, node, place):
+        """To the other place. The copies come first: should one fail, nothing is lost."""
+        parts = [(mark, _copies(tensors, self._devices[place])) for mark, tensors in node.parts]
+        self._leave(node)
+        node.parts, node.place = parts, place
+        self._held[place][node] = None
+        self._bytes[place] += node.bytes
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+
+    def _leave(self, node):
+        del self._held[node.place][node]
+        self._bytes[node.place] -= node.bytes
+
     def _drop(self, node):
-        """Forgets a node without children, and what above it then leads nowhere."""
-        while node is not self._root:
+        """Forgets a node, what lies below it, and what above it then leads nowhere."""
+        gone = [node]
+        for step in gone:
+            gone += step.children.values()
+        while gone:
             parent = node.parent
-            del parent.children[node.tokens[0]], self._held[node]
-            self.bytes -= node.bytes
-            node.parent = None
-            if parent.children or parent.locks or self._ends_at(parent, parent.end):
-                return
-            node = parent
+            del parent.children[node.tokens[0]]
+            for step in gone:
+                self._leave(step)
+                step.parent = None
+            used = parent is self._root or parent.children or parent.locks or self._ends_at(parent, parent.end)
+            node, gone = parent, [] if used else [parent]
 
     def _split(self, node, length):
         """Cuts a node where `length` positions end. Returns the new first part, used now; `node` stays the last one."""
@@ -297,21 +351,22 @@ class DialogTree:
                 heads.append((length, ()))
                 tails.append((mark, tensors))
             else:
-                heads.append((mark, _copies(t[:, :length - mark] for t in tensors)))
-                tails.append((length, _copies(t[:, length - mark:] for t in tensors)))
-        first = _Node(node.tokens[:n], node.parent, heads)
+                device = self._devices[node.place]
+                heads.append((mark, _copies([t[:, :length - mark] for t in tensors], device)))
+                tails.append((length, _copies([t[:, length - mark:] for t in tensors], device)))
+        first = _Node(node.tokens[:n], node.parent, heads, node.place)
         first.locks, first.children[node.tokens[n]] = node.locks, node
         node.parent.children[first.tokens[0]] = first
         node.tokens, node.parent, node.start, node.parts = node.tokens[n:], first, length, tails
-        self._held[first] = None
+        self._held[node.place][first] = None
         self._touch(first)
         return first
 
 
-def _copies(tensors):
+def _copies(tensors, device):
     """Tensors of their own, not views of what may be larger."""
     with torch.inference_mode(False), torch.no_grad():
-        return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t) for t in tensors)
+        return tuple(torch.empty(t.shape, dtype=t.dtype, device=device).copy_(t) for t in tensors)
 
 
 def _as_tokens(tokens):

@@ -1,6 +1,6 @@
-"""A tree of dialogs in storms of operations, of numbers that tell which tokens they stand for: what is found, never
-over budget; what leaves first; no copy that fails loses anything; with real models a sliding window, other types,
-inference mode; what a tree refuses."""
+"""A tree of dialogs in storms of operations, of numbers that tell which tokens they stand for: what is found, on the
+device or the host, never over budget; what leaves first; no copy that fails loses anything; with real models a sliding
+window, other types, inference mode; what a tree refuses."""
 import random
 import weakref
 from collections import Counter
@@ -36,18 +36,23 @@ def held_by(tree):
 
 def check(tree, locks=()):
     """What must hold after every operation. locks: the prefixes that are locked. Returns nodes_of(tree)."""
-    nodes, turns = nodes_of(tree), {node: i for i, node in enumerate(tree._held)}
+    nodes = nodes_of(tree)
+    turns = {node: i for i, node in enumerate([*tree._held["host"], *tree._held["device"]])}
     assert turns.keys() == {*nodes.values()}
+    for place, held in tree._held.items():
+        assert all(node.place == place for node in held) and tree._bytes[place] == sum(node.bytes for node in held)
+        assert tree._budgets[place] is None or tree._bytes[place] <= tree._budgets[place]
     for end, node in nodes.items():
         assert node.end == len(end) and node.start == node.parent.end and node.tokens
         assert node.locks == sum(node in prefix.node.path for prefix in locks)
         assert turns[node] < turns.get(node.parent, len(turns))  # children leave first
+        assert node.children or tree._ends_at(node, node.end)    # nothing is kept that leads nowhere
         for (mark, tensors), cuts in zip(node.parts, tree._divisible):
             for t in tensors:
                 assert t.untyped_storage().nbytes() == t.nbytes and not t.is_inference() and not t.requires_grad
                 assert not cuts or node.start <= mark and t.size(1) == node.end - mark > 0
-    assert tree.bytes == sum(t.nbytes for t in held_by(tree)) <= tree.peak_bytes
-    assert tree._budget is None or tree.peak_bytes <= tree._budget
+    assert sum(tree._bytes.values()) == sum(t.nbytes for t in held_by(tree)) and tree.bytes <= tree.peak_bytes
+    assert tree._budgets["device"] is None or tree.peak_bytes <= tree._budgets["device"]
     return nodes
 
 
@@ -96,22 +101,24 @@ class Numbers:
             assert k[0].tolist() == wanted and v[0].tolist() == [(mark * 9)[:2 + i] for mark in wanted]
 
 
-STORMS = {  # layers, budget
-    "keys": ([None], 350), "nothing": ([None, None], 0), "states": (["state", "state"], 250),
-    "hybrid": ([None, "state"], 400), "windows": ([3, 2], 400), "all": ([None, 3, "state", 6], 900)}
+STORMS = {  # layers, budget, host_budget
+    "keys": ([None], 350, 200), "nothing": ([None, None], 0, 0), "states": (["state", "state"], 250, None),
+    "hybrid": ([None, "state"], 400, 400), "windows": ([3, 2], 400, 0), "all": ([None, 3, "state", 6], 900, 300)}
 
 
 @pytest.mark.parametrize("storm", STORMS)
 def test_hundreds_of_operations(storm):
     """All that is found holds what its tokens leave. Beside it a tree without a budget: there whatever was put is
     found, beginnings that keys have in common too, and after states no other. In the small one what is locked stays."""
-    kinds, budget = STORMS[storm]
+    kinds, budget, host_budget = STORMS[storm]
     model, chance, counts = Numbers(kinds), random.Random(storm), Counter()
-    tree, endless = DialogTree(model, budget), DialogTree(model, None)
+    tree, endless = DialogTree(model, budget, host_budget), DialogTree(model, None)
     locks, said, puts = [], [()], {()}
 
     def put(tokens, cache, row=0):
-        before, found = nodes_of(tree).keys(), tree.put(tokens, cache, row)
+        before, away = nodes_of(tree).keys(), {*tree._held["host"]}
+        found = tree.put(tokens, cache, row)
+        counts["back"] += bool(away & {*tree._held["device"]})
         assert found == tree.match(tokens) and endless.put(tokens, cache, row) == len(tokens)
         puts.add(tokens)
         counts.update(refused=found < len(tokens), left=bool(before - nodes_of(tree).keys()))
@@ -133,7 +140,8 @@ def test_hundreds_of_operations(storm):
             for lock, _ in [locks.pop(chance.randrange(len(locks))) for _ in locks[:2]]:
                 lock.unlock()
         if what in ("turn", "lock"):
-            lock = tree.lock(tokens)
+            away, lock = {*tree._held["host"]}, tree.lock(tokens)
+            counts["back"] += bool(away & {*tree._held["device"]})
             locks.append((lock, tokens[:lock.length]))
             cache = tree.take(lock, 16)
             model.check_row(cache, 0, tokens[:lock.length])
@@ -152,16 +160,19 @@ def test_hundreds_of_operations(storm):
                 put(kept, cache, row)
         check(tree, [lock for lock, _ in locks])
         assert all(tree.match(kept) == len(kept) for _, kept in locks)
+        assert all(node.place == "device" for lock, _ in locks for node in lock.node.path)
     check(endless)
-    assert (counts["hits"] > 20) == (counts["left"] > 10) == bool(budget) and counts["refused"]
+    assert (counts["hits"] > 20) == bool(budget) and counts["refused"]
+    assert (counts["left"] > 10) == bool(budget and host_budget is not None)
+    assert (counts["back"] > 5) == (host_budget != 0)
 
 
 # --- One thing at a time ---
 
-def numbers(*kinds, budget=None):
+def numbers(*kinds, budget=None, host_budget=0):
     """A model of numbers, its tree, and a function that reads and puts a dialog."""
     model = Numbers(kinds or [None])
-    tree = DialogTree(model, budget)
+    tree = DialogTree(model, budget, host_budget)
 
     def put(word):
         tokens = dialog(word)
@@ -173,24 +184,25 @@ def dialog(word):
     return tuple(map(int, word))
 
 
-@pytest.mark.parametrize("n", [2, 3, 6])
-@pytest.mark.parametrize("word", ["56", "17", "9999"], ids=["put", "put in a cut", "put in another's place"])
-def test_a_failed_copy_loses_nothing(word, n, monkeypatch):
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+@pytest.mark.parametrize("word, host", [("56", 0), ("17", 0), ("9999", 0), ("9999", 999), ("12347", 999)],
+                         ids=["put", "put in a cut", "put in another's place", "page out", "page in and put"])
+def test_a_failed_copy_loses_nothing(word, host, n, monkeypatch):
     """Memory may be short at any copy: the error comes through, the tree stays whole, and goes on afterwards."""
-    model, tree, put = numbers(None, "state", None, budget=400)
-    for old in ("12", "1234", "5"):
+    model, tree, put = numbers(None, "state", None, budget=400, host_budget=host)
+    for old in ("12", "1234", "5", *["99999"] * (word == "12347")):
         put(old)
     words, copies, count = {*nodes_of(tree)}, dialog_tree._copies, iter(range(1, 99))
 
-    def short(tensors):
+    def short(tensors, device):
         if next(count) == n:
             raise torch.OutOfMemoryError("no memory")
-        return copies(tensors)
+        return copies(tensors, device)
     monkeypatch.setattr(dialog_tree, "_copies", short)
     try:
         put(word)
     except torch.OutOfMemoryError:
-        assert {*nodes_of(tree)} - {(1,)} == words if word != "9999" else {*nodes_of(tree)} < words
+        assert {*nodes_of(tree)} - {(1,)} == words if host or word != "9999" else {*nodes_of(tree)} <= words
     monkeypatch.undo()
     for end in check(tree):
         with tree.lock(end) as prefix:
@@ -204,8 +216,8 @@ def test_what_was_used_longest_ago_leaves_first_and_before_anything_is_stored(mo
     _, tree, put = numbers(budget=12 * 16)                       # of 12 positions
     copies = dialog_tree._copies
 
-    def watched(tensors):
-        made = copies(tensors)
+    def watched(tensors, device):
+        made = copies(tensors, device)
         assert tree.bytes + sum(t.nbytes for t in made) <= 12 * 16
         return made
     for word in ("1234", "7777", "1256"):                        # 12, with 34 and 56 below it
@@ -227,8 +239,23 @@ def test_what_was_used_longest_ago_leaves_first_and_before_anything_is_stored(mo
     assert [*check(tree)] == [dialog("77777")]
 
 
+def test_the_host_takes_what_leaves_and_gives_it_back():
+    _, tree, put = numbers(budget=6 * 16, host_budget=7 * 16)
+    put("1234"), put("555")
+    with tree.lock(dialog("123")) as prefix:                     # cut on the host, where 4 stays
+        assert prefix.length == 3 and (tree.bytes, tree.peak_bytes, tree._bytes["host"]) == (96, 96, 16)
+    put("777777")
+    assert [tree.match(dialog(word)) for word in ("1234", "555", "777777")] == [4, 3, 6] and len(check(tree)) == 4
+    with tree.lock(dialog("7777")) as locked, tree.lock(dialog("1234")) as prefix:
+        assert prefix.length == 0                                # 123 finds no room, so 4 stays too
+        check(tree, [locked, prefix])
+    _, tree, put = numbers(budget=6 * 16, host_budget=2 * 16)
+    put("1234"), put("123456"), put("999999")
+    assert tree.match(dialog("123456")) == 0 and len(check(tree)) == 1  # 1234 is too long for the host: 56 goes too
+
+
 def test_a_thousand_turns_are_no_recursion():
-    model, tree, _ = numbers(budget=1000 * 16)
+    model, tree, _ = numbers(budget=1000 * 16, host_budget=1000 * 16)
     cache, said = model.new_cache(1, 1000), ()
     for _ in range(1000):
         said += (1,)
@@ -237,7 +264,8 @@ def test_a_thousand_turns_are_no_recursion():
         tree.put(said, cache)
     with tree.lock(said) as prefix:
         assert prefix.length == 1000 and tree.take(prefix, 1000).length == 1000
-    assert tree.put((2,) * 1000, cache) == 1000 and len(check(tree)) == 1
+    assert tree.put((2,) * 1000, cache) == 1000 and len(check(tree)) == 1001 == len(tree._held["host"]) + 1
+    assert tree.put((3,) * 1000, cache) == 1000 and len(check(tree)) == 2  # the host has room for one of the two
 
 
 @pytest.mark.parametrize("kind", [bytes, list, torch.tensor, np.array, lambda t: [torch.tensor(i) for i in t]],
@@ -338,13 +366,14 @@ def test_models_and_budgets_that_a_tree_refuses():
     class Other:
         def new_cache(self, *a, **how):
             return Cache([object()])
-    for model, budget, word in (
-            (build(shorten=2), 1000, "Pyramid.* a PyramidCache"), (Encoder(config), 1000, "whole input"),
-            (EncoderDecoder(config), 1000, "EncoderDecoder.* a ContextCache"),
-            (SpatioTemporal(config, 4), 1000, "layer 0 of SpatioTemporal with its KVCache has not"),
-            (Other(), 1000, "layer 0 of Other with its object has not"), (build(), -1, "budget is -1")):
+    for model, budgets, word in (
+            (build(shorten=2), [1000], "Pyramid.* a PyramidCache"), (Encoder(config), [1000], "whole input"),
+            (EncoderDecoder(config), [1000], "EncoderDecoder.* a ContextCache"),
+            (SpatioTemporal(config, 4), [1000], "layer 0 of SpatioTemporal with its KVCache has not"),
+            (Other(), [1000], "layer 0 of Other with its object has not"), (build(), [-1], "budget is -1"),
+            (build(), [None, -2], "budget is -2 bytes on the host")):
         with pytest.raises(ValueError, match=rf"\A[^\n]*{word}[^\n]*\Z"):
-            DialogTree(model, budget)
+            DialogTree(model, *budgets)
 
 
 @torch.no_grad()
