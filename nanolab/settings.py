@@ -3,7 +3,17 @@
     answer_help(__name__, __file__)                          # at the top: -h, before the seconds of importing torch
 
     settings = override(globals())                           # in main(): --name value, --preset NAME, -h
-    main = command(serve(load, show))                        # or of functions: see `serve`
+
+Or of functions, by their signatures and docstrings:
+
+    def load(dataset, max_bytes=None):
+        '''Finds a text.
+
+        dataset: enwik8, or a file
+        max_bytes: [>= 1] only the first so many bytes; none: all
+        '''
+
+    main = command(serve(load, show))                        # python data/text.py enwik8 --max_bytes 1000 --stats
 
 Imports nothing that takes long.
 """
@@ -133,7 +143,7 @@ class Common:
 class _Setting:
     """One `name = default  # [what is allowed] comment` of a script."""
 
-    def __init__(self, name, default, comment, group):
+    def __init__(self, name, default, comment, group=""):
         self.name, self.default, self.comment, self.group = name, default, comment, group
         bracket = re.match(r"\[(.*?)\]", comment)
         items = [item.strip() for item in bracket[1].split(",")] if bracket else []
@@ -174,7 +184,6 @@ class _Setting:
         return tuple(self.read_one(part, typed) for part in parts)
 
     def read_one(self, value, typed):
-        """`read` for one value that is no tuple."""
         if self.none and (value is None or typed and value.lower() == "none"):
             return None
         if typed and self.kind is bool and value.lower() in SWITCH and not (self.path and value in "01"):
@@ -203,10 +212,15 @@ def _nearest(word, names, prefix=""):
     return f"; did you mean {prefix}{found[0]}?" if found else ""
 
 
+def _source(path):
+    with tokenize.open(path) as file:
+        return file.read()
+
+
 def _comments(source, first=1):
-    """{line: its comment's token} of a source whose first line is of this number."""
-    return {token.start[0] + first - 1: token for token in tokenize.generate_tokens(io.StringIO(source).readline)
-            if token.type == tokenize.COMMENT}
+    """{line: its comment} of a source whose first line is of this number."""
+    return {token.start[0] + first - 1: token.string.lstrip("# ")
+            for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
 
 
 def _read_settings(path):
@@ -215,10 +229,9 @@ def _read_settings(path):
     Settings are the literals before `presets` and before the first function or class; CAPITALS and _names are not; and
     with FURTHER = {"the model": "model.py:Config but a b"} the commented fields of that class, but a and b.
     """
-    with tokenize.open(path) as file:
-        source = file.read()
+    source = _source(path)
     comments, found, further, group = _comments(source), {}, {}, "Settings"
-    titles = {line: re.fullmatch(r"# -+ (.*?) -+\s*", token.line) for line, token in comments.items()}
+    titles = {line: title[1] for line, comment in comments.items() if (title := re.fullmatch("-+ (.*?) -+ *", comment))}
     for node in ast.parse(source).body:
         name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) and len(node.targets) == 1 else ""
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or name == "presets":
@@ -232,32 +245,33 @@ def _read_settings(path):
         except (ValueError, TypeError):
             continue                                         # computed, so no setting
         if isinstance(default, (bool, int, float, str, tuple, type(None))) and default != ():
-            group = next((titles[line][1] for line in range(node.lineno, 0, -1) if titles.get(line)), group)
-            comment = comments[node.end_lineno].string.lstrip("# ") if node.end_lineno in comments else ""
-            found[name] = _Setting(name, default, comment, group)
+            group = next((titles[line] for line in range(node.lineno, 0, -1) if line in titles), group)
+            found[name] = _Setting(name, default, comments.get(node.end_lineno, ""), group)
     for group, place in further.items():
         file, kind, *left_out = re.split(r":| but | ", place)
-        fields = _read_fields(Path(path).parent / file, kind, f"Further, of {group}")
-        new = {name: spec for name, spec in fields.items() if name not in found and name not in left_out}
+        new = {name: _Setting(name, default, comment, f"Further, of {group}")
+               for name, default, comment in _read_fields(Path(path).parent / file, kind)
+               if name not in found and name not in left_out}
         first = {name: spec for name, spec in found.items() if spec.group == "Run"} if group == "the run" else found
         found = first | new | found                          # a run's own beside those that the script shows
     return found
 
 
-def _read_fields(path, kind, group=""):
-    """{name: _Setting} of those fields of the config class `kind` in a file that have a comment and a default."""
-    with tokenize.open(path) as file:
-        source = file.read()
+@functools.cache
+def _read_fields(path, kind):
+    """[(name, default, comment)] of the commented fields of the config class `kind` in a file."""
+    source = _source(path)
     node = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == kind)
     comments = _comments(textwrap.dedent("\n".join(source.splitlines()[node.lineno:node.end_lineno])), node.lineno + 1)
-    return {field.target.id: _Setting(field.target.id, ast.literal_eval(field.value),
-                                      comments[field.end_lineno].string.lstrip("# "), group)
-            for field in node.body if isinstance(field, ast.AnnAssign) and field.value and field.end_lineno in comments}
+    return [(field.target.id, ast.literal_eval(field.value), comments[field.end_lineno]) for field in node.body
+            if isinstance(field, ast.AnnAssign) and field.value and field.end_lineno in comments]
 
 
 @functools.cache
 def _fields_of(kind):
-    return _read_fields(inspect.getsourcefile(kind), kind.__name__)
+    """{name: _Setting} of a config class."""
+    return {name: _Setting(name, default, comment)
+            for name, default, comment in _read_fields(Path(inspect.getsourcefile(kind)), kind.__name__)}
 
 
 def check_fields(config):
@@ -313,10 +327,8 @@ def override(g, argv=None, positional=None):
             raise UserError(f"--{name}: a value is missing; it {spec.wants()}")
         if not equals:
             value = "true" if alone else rest.pop(0)
-        try:
+        with as_user_error(f"--{name} {shown(value)}: "):
             typed[name] = spec.read(value, typed=True)
-        except ValueError as error:
-            raise UserError(f"--{name} {shown(value)}: {error}") from None
     flags, chosen = tuple(typed), typed.get("preset")
     if chosen is not None and chosen not in presets:
         raise UserError(f"--preset {shown(chosen)}: must be one of {', '.join(presets)}{_nearest(chosen, presets)}")
@@ -365,8 +377,7 @@ def _answer_help(path, positional):
 def _read_tables(path):
     """(the tree of a script's source, its {"presets", "aliases", "__doc__", "__file__"}, as far as it has them); the
     script is not run. {} where presets or aliases are computed."""
-    with tokenize.open(path) as file:
-        tree = ast.parse(file.read())
+    tree = ast.parse(_source(path))
     g = {"__doc__": ast.get_docstring(tree, clean=False), "__file__": str(path)}
     for node in (node for node in tree.body if isinstance(node, ast.Assign)):
         wanted = ast.unparse(node.targets[0]) in ("presets", "aliases")
@@ -462,10 +473,8 @@ def check_settings(script, values, specs=None):
     for name, value in values.items():
         if name not in specs:
             raise UserError(f"{Path(script).name} has no setting {name!r}{_nearest(str(name), specs)}")
-        try:
+        with as_user_error(f"{name} {shown(as_typed(value))}: "):
             found[name] = specs[name].read(as_typed(value), typed=True)
-        except ValueError as error:
-            raise UserError(f"{name} {shown(as_typed(value))}: {error}") from None
     return found
 
 
@@ -479,10 +488,8 @@ def adopt(settings, saved, architecture=(), of_this_command=()):
     specs, adopted, moved, overruled = _read_settings(settings.script), {}, [], []
     kept = {"resume", "out_dir", "run_name", "dp", "tp", *of_this_command}
     for name in [name for name in settings if name in saved and name not in kept]:
-        try:
+        with as_user_error(f"the checkpoint's {name} {saved[name]!r} is not allowed here: "):
             old, new = specs[name].read(saved[name]), settings[name]
-        except ValueError as error:
-            raise UserError(f"the checkpoint's {name} {saved[name]!r} is not allowed here: {error}") from None
         if old == new or name in settings.explicit and name not in architecture:
             continue
         adopted[name] = old
@@ -514,16 +521,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def serve(*steps, defaults=None, **commands):
-    """A main(argv=None) of plain functions, whose signatures and docstrings say its options, types, bounds and help:
-
-        def load(dataset, max_bytes=None):
-            '''Finds a text.
-
-            dataset: enwik8, or a file
-            max_bytes: [>= 1] only the first so many bytes; none: all
-            '''
-
-        main = command(serve(load, show))                    # python data/text.py enwik8 --max_bytes 1000 --stats
+    """A main(argv=None) of plain functions, whose signatures and docstrings say its options, types, bounds and help.
 
     The first step is called with the options that its arguments name, each next one with what the one before returned
     and with its own options; an option of the same name is said to all. A line that goes on is indented; an argument
@@ -573,7 +571,7 @@ def _add_options(parser, steps, defaults):
                 continue
             known.add(name)
             needed = default is option.empty
-            setting = _Setting(name, "" if needed else default, said[name], "")
+            setting = _Setting(name, "" if needed else default, said[name])
             how = dict(default=None if needed else default, help=said[name].replace("%", "%%"))
             if setting.kind is bool:
                 parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **how)
