@@ -169,10 +169,10 @@ def test_a_name_is_made_from_the_clock_and_unique(begin, monkeypatch):
     assert names == ["20261122-014312", "20261122-014312-2", "20261122-014312-3"]
 
 
-@pytest.mark.parametrize("name", ["../x", "", ".hidden", "naïve", "a b", "-x", "a\n", "x" * 101])
-def test_names_that_are_no_names(tmp_path, begin, name):
-    with pytest.raises(UserError, match="--run_name"):
-        begin(run_name=name).__enter__()
+def test_names_that_are_no_names(tmp_path, begin):
+    for name in ("../x", "", ".hidden", "naïve", "a b", "-x", "a\n", "x" * 101):
+        with pytest.raises(UserError, match="--run_name"):
+            begin(run_name=name).__enter__()
     assert not (tmp_path / "runs").exists()
 
 
@@ -190,8 +190,7 @@ def test_a_directory_that_is_refused_is_untouched(tmp_path, begin, home, files, 
         home.mkdir(parents=True, exist_ok=True)
         (home / name).write_text(text)
     before = snapshot(tmp_path)
-    with pytest.raises(UserError, match=said):
-        begin(resume=resume).__enter__()
+    refused(said, begin(resume=resume).__enter__)
     assert snapshot(tmp_path) == before
 
 
@@ -217,8 +216,7 @@ def test_a_file_system_without_locks_does_not_stop_the_run(begin, home, monkeypa
 
 def test_a_start_that_fails_leaves_no_directory(begin, home, monkeypatch):
     monkeypatch.setattr(curves, "Wandb", lambda *given: raising(UserError("no network"))())
-    with pytest.raises(UserError, match="no network"):
-        begin(wandb="online").__enter__()
+    refused("no network", begin(wandb="online").__enter__)
     assert not home.exists()
     with begin(wandb="online", debug=True) as run:
         assert run.dir.exists(), "debug opens no wandb, and nobody holds the lock any more"
@@ -251,20 +249,6 @@ def train(tmp_path):
     return train
 
 
-def test_an_older_checkpoint_that_counts_no_lines(tmp_path, begin, home):
-    """Lines past its step go, and final ones."""
-    with begin() as run:
-        for step in (3, 4):
-            run.log(step=step, loss=1.0)
-        run.save("last.pt", **state(4))
-        run.log(step=5, loss=2.0)
-        run.log(step=4, split="val", loss=2.0, final=True)
-    checkpoint = load_checkpoint(home / "last.pt")
-    del checkpoint["metrics_lines"]
-    with Run(settings_for(tmp_path, resume=True), checkpoint):
-        assert [line["step"] for line in read_lines(home / "metrics.jsonl")] == [3, 4]
-
-
 def test_metrics_that_were_lost_are_told_in_one_line(begin, saved, capsys):
     metrics = saved.parent / "metrics.jsonl"
     whole = metrics.read_bytes()
@@ -279,6 +263,11 @@ def test_metrics_that_were_lost_are_told_in_one_line(begin, saved, capsys):
         assert said == ([f"{metrics} has lost {lost} of the 8 lines that the checkpoint knows of: the curves have a "
                          "gap"] if lost else [])
         assert len(read_lines(metrics)) == 8 - lost
+    older = load_checkpoint(saved)                           # one that counts no lines: those past its step go
+    del older["metrics_lines"]
+    metrics.write_bytes(whole + b'{"step": 9, "loss": 1}\n{"step": 8, "final": true}\n')
+    with Run(begin(saved).settings, older):
+        assert metrics.read_bytes() == whole
 
 
 def test_tensorboard_after_a_kill_and_resume_is_one_curve(tmp_path, begin, home):
@@ -310,22 +299,21 @@ def test_tensorboard_after_a_kill_and_resume_is_one_curve(tmp_path, begin, home)
 
 
 def test_wandb_goes_on_with_its_id_offline(begin, home, capfd):
-    for step, path in ((1, None), (2, home / "last.pt")):
-        with begin(path, wandb="offline") as run:
-            run.log(step=step, loss=1.0)
-            run.save("last.pt", **state(step))
+    """Also after a kill that left its file and the id cut off: the lines are sent again."""
+    with begin(wandb="offline") as run:
+        run.log(step=1, loss=1.0)
+        run.save("last.pt", **state(1))
     ident = (home / "wandb_id").read_text()
-    wait_for(lambda: curves.wandb_lines(home) == {0, 1, 2})          # its own process writes them
-    for path in (home / "wandb").glob("*/*.wandb"):          # as a kill may leave both
+    wait_for(lambda: curves.wandb_lines(home) == {0, 1})     # its own process writes them
+    for path in (home / "wandb").glob("*/*.wandb"):
         path.write_bytes(path.read_bytes()[:300])
     (home / "wandb_id").write_text("")
     assert curves.wandb_lines(home) <= {0}
     with begin(home / "last.pt", wandb="offline") as run:
-        run.log(step=3, loss=5.0)
-    wait_for(lambda: curves.wandb_lines(home) == {0, 1, 2, 3})       # sent again
+        run.log(step=2, loss=5.0)
+    wait_for(lambda: curves.wandb_lines(home) == {0, 1, 2})
     assert (home / "wandb_id").read_text() == ident, "the folders know it"
-    kept = sorted(path.name for path in (home / "wandb").glob("offline-run-*"))
-    assert kept and all(ident in name for name in kept)      # two within a second: wandb adds -1
+    assert all(ident in path.name for path in (home / "wandb").glob("offline-run-*"))    # in one second: wandb adds -1
     assert "wandb:" not in "".join(capfd.readouterr()), "no stray lines"
 
 
@@ -558,32 +546,29 @@ def test_what_is_no_checkpoint_is_one_line_and_does_not_run(tmp_path, monkeypatc
     assert Path("sprung").exists(), "the trap works where somebody is careless"
 
 
-def test_truncated_at_any_length_is_one_line_and_left_alone(train):
-    path = train(8) / "last.pt"
-    whole = path.read_bytes()
-    for length in [0, 1, 4, 100, len(whole) - 1, *random.Random(0).sample(range(len(whole)), 20)]:
-        path.write_bytes(whole[:length])
-        with pytest.raises(UserError) as caught:
-            load_checkpoint(path)
-        said = str(caught.value)
-        assert str(path) in said and str(path.parent / "step_00000008.pt") in said and "\n" not in said
-        assert path.read_bytes() == whole[:length]
-
-
 def test_damage_is_noticed(saved):
-    """Where torch pads its file nothing depends on it; elsewhere one line says so."""
+    """Where torch pads its file nothing depends on it; elsewhere, and at any length, one line says so, and which
+    checkpoint there is besides. The file stays as it is."""
     whole, good, noticed, chance = saved.read_bytes(), load_checkpoint(saved), 0, random.Random(0)
+    other = Path(shutil.copy(saved, saved.with_name("step_00000008.pt")))
     for trial in range(120):
         broken = bytearray(whole)
         for place in chance.sample(range(len(whole)), 1 if trial % 2 else 20):
             broken[place] ^= 1 << chance.randrange(8)
+        if trial > 100:
+            broken = whole[:chance.randrange(len(whole))]
         saved.write_bytes(broken)
         try:
             assert_equal(load_checkpoint(saved), good)
         except UserError as error:
             assert str(saved) in str(error) and "\n" not in str(error)
+            assert str(other) in str(error) or "cannot read" in str(error)
             noticed += 1
-    assert noticed > 60
+        assert saved.read_bytes() == broken
+    assert noticed > 70
+    for length in (0, 1, 4, 100, len(whole) - 1):
+        saved.write_bytes(whole[:length])
+        refused(f"{saved} is truncated .*{other}", load_checkpoint, saved)
     at = whole.index(torch.full((8,), 2.0).numpy().tobytes()) + 5
     saved.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
     refused("last.pt is truncated or damaged .*check sum", load_checkpoint, saved)
@@ -609,9 +594,9 @@ def test_killed_at_many_moments_of_a_save(begin, home):
             assert torch.equal(found["a"], torch.full((20_000,), float(step)))
             assert torch.equal(found["b"], torch.full((7,), float(step)))
             moved, torn = moved + (step > before), torn + temporary.exists()
-            if kills >= 20 and min(torn, moved) >= 5:
+            if kills >= 10 and min(torn, moved) >= 4:
                 break
-        assert torn >= 5 and moved >= 5, "kills have hit the middle of a save, and saves have got through"
+        assert torn >= 4 and moved >= 4, "kills have hit the middle of a save, and saves have got through"
     with begin(last):
         assert not list(home.glob(".*.tmp-*")), "the next start removes what the kills have left"
 
@@ -669,16 +654,15 @@ def signalled(tmp_path, begin, home, pause, numbers):
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_stops(tmp_path, begin, home, number, status):
+    """A second one stops at once."""
     line = f"\n{number.name}: stopping after this step, then saving; once more stops at once\n"
     assert signalled(tmp_path, begin, home, 0.01, [number]) == (status, "", line)
     end = summary(home)
     assert end["status"] == "interrupted" and end["step"] == load_checkpoint(home / "last.pt")["step"] > 0
     assert end["step"] == len(read_lines(home / "metrics.jsonl"))
-
-
-def test_a_second_signal_stops_at_once(tmp_path, begin, home):
-    status, _, err = signalled(tmp_path, begin, home, 60, [signal.SIGINT, signal.SIGTERM])   # amid a long step
-    assert status == -signal.SIGTERM and err.count("\n") == 2
+    shutil.rmtree(home)
+    twice = signalled(tmp_path, begin, home, 60, [number, signal.SIGTERM])   # amid a long step
+    assert twice == (-signal.SIGTERM, "", line)
 
 
 def test_handlers_are_put_back(begin, home):
@@ -781,6 +765,5 @@ def test_pictures_that_cannot_be_drawn_cost_a_line(begin, monkeypatch, capsys):
 @pytest.mark.parametrize("package, setting", [("wandb", "offline"), ("tensorboard", True)])
 def test_packages_that_are_asked_for_and_not_there(tmp_path, begin, monkeypatch, package, setting):
     monkeypatch.setitem(sys.modules, "wandb" if package == "wandb" else "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=f"--{package} needs the package {package}: pip install {package}"):
-        begin(**{package: setting}).__enter__()
+    refused(f"--{package} needs the package {package}: pip install {package}", begin(**{package: setting}).__enter__)
     assert not (tmp_path / "runs").exists()

@@ -32,9 +32,11 @@ def test_all_draws_of_all_rows():
     assert fit.mean("r4") == pytest.approx(figures[4].mean())
 
 
-def test_gaps():
+@pytest.mark.parametrize("lacking", [
+    "12 13 20 41 42 43", "02 03 12 13 20 21 30 31 40 43"], ids=["some", "two halves with a row between"])
+def test_gaps(lacking):
     """Some rows lack draws: ordinary least squares with dummy variables, its covariance written out."""
-    lacking = {(1, 2), (1, 3), (2, 0), (4, 1), (4, 2), (4, 3)}
+    lacking = {(int(row), int(draw)) for row, draw in lacking.split()}
     values = table(5, 4, lacking=lacking, deviation=0.1)
     fit, cells = Fit(values), [(i, d) for i in range(5) for d in range(4) if (i, d) not in lacking]
     design = np.array([[i == k for k in range(5)] + [d == k for k in range(1, 4)] for i, d in cells], float)
@@ -112,22 +114,13 @@ def test_a_wild_baseline_with_draws_of_its_own():
 
 
 def test_rows_that_share_no_draws():
-    """No difference of rows that no draws lead between, not even over others; where they do, that of least squares."""
+    """No difference of rows that no draws lead between, not even over others; where they do, `test_gaps`."""
     values = {"a": {1: 1.0, 2: 1.5}, "b": {1: 2.0, 2: 2.6}, "c": {3: 5.0, 4: 5.2}, "d": {3: 7.0, 4: 7.1}, "e": {}}
     fit = Fit(values)
     assert fit.freedom == 2 and fit.effect("a", "c") is None and fit.effect("d", "b") is None
     assert fit.effect("e", "a") is None and fit.effect("a", "e") is None
     assert fit.effect("b", "a").difference == pytest.approx(1.05)
-    bridged = Fit({**values, "e": {2: 1.0, 3: 2.0}})
-    figures, design = [], []
-    for row, mine in bridged.values.items():
-        for d, figure in mine.items():
-            figures.append(figure)
-            design.append([float(row == name) for name in "bcde"] + [1.0] + [float(d == other) for other in (2, 3, 4)])
-    found, *_ = np.linalg.lstsq(np.array(design), np.array(figures), rcond=None)
-    assert [bridged.effect(name, "a").difference for name in "bcde"] == pytest.approx(found[:4])
-    spread = np.linalg.inv(np.array(design).T @ np.array(design))[1, 1]
-    assert bridged.effect("c", "a").error == pytest.approx(bridged.sigma * math.sqrt(spread)) and bridged.freedom == 2
+    assert Fit({**values, "e": {2: 1.0, 3: 2.0}}).effect("c", "a").draws == 2
     assert fit.effect("a", "a") == Effect(0.0, 0.0, 2, 2)
 
 
@@ -276,11 +269,11 @@ def test_logarithms_are_ratios():
 def test_chance_makes_few_verdicts():
     """Of tables in which no row differs, at most about 5 % have a verdict, and 95 % of intervals hold 0."""
     count = held_zero = 0
-    for seed in range(200):
+    for seed in range(100):
         values = {row: mine for row, mine in table(12, 3, seed=seed).items()}
         values = {row: {d: figure - int(row[1:]) for d, figure in mine.items()} for row, mine in values.items()}
         fit = Fit(values)
         effects = [fit.effect(row, "r0") for row in values if row != "r0"]
         count += min(holm([effect.p for effect in effects])) < 0.05
         held_zero += sum(not effect.sign for effect in effects)
-    assert count <= 18 and 0.93 < held_zero / 2200 < 0.97
+    assert count <= 10 and 0.93 < held_zero / 1100 < 0.97
