@@ -168,31 +168,24 @@ def test_resolve_device(monkeypatch, capsys, count, bf16, device, dtype, found):
     assert ("try --dtype float32" in capsys.readouterr().out) == ((device, dtype, bf16) == ("cpu", "bfloat16", False))
 
 
-def test_generators_go_on_where_they_were(tmp_path):
+def test_generators_go_on_where_they_were(tmp_path, capsys):
+    """But one of another kind of device from the seed: of CUDA they have 16 bytes of state, of the CPU 5,056."""
     torch.manual_seed(1)
-    data = torch.Generator().manual_seed(2)
-    torch.save(Generators(data=data).state_dict(), tmp_path / "g.pt")
+    data, noise = (torch.Generator().manual_seed(seed) for seed in (2, 3))
+    torch.save(Generators(data=data, noise=noise).state_dict(), tmp_path / "g.pt")
     expected = torch.rand(5), torch.rand(5, generator=data)
     states = torch.load(tmp_path / "g.pt", weights_only=True)
     other = torch.Generator()
     Generators(data=other).load_state_dict(states)
     assert torch.equal(torch.rand(5), expected[0]) and torch.equal(torch.rand(5, generator=other), expected[1])
-    refused("no state of the generator eval", Generators(eval=other).load_state_dict, states)
-
-
-def test_generators_of_another_device_go_on_from_the_seed(capsys):
-    """A generator of CUDA has 16 bytes of state, one of the CPU 5,056."""
-    noise, seeded, other = (torch.Generator().manual_seed(seed) for seed in (3, 3, 9))
-    states = Generators(noise=noise, other=other).state_dict()
-    states["named"]["noise"] = torch.zeros(16, dtype=torch.uint8)
-    torch.rand(7, generator=other)
-    Generators(noise=noise, other=other).load_state_dict(states)
-    assert capsys.readouterr().out == ("the checkpoint is of another device: the noise of noise goes on from the "
-                                       "seed\n")
-    assert torch.equal(torch.rand(5, generator=noise), torch.rand(5, generator=seeded))
-    assert torch.equal(torch.rand(5, generator=other), torch.rand(5, generator=torch.Generator().manual_seed(9)))
-    Generators(noise=noise).load_state_dict(Generators(noise=noise).state_dict())
     assert capsys.readouterr().out == ""
+    refused("no state of the generator eval", Generators(eval=other).load_state_dict, states)
+    states["named"]["noise"] = torch.zeros(16, dtype=torch.uint8)
+    seeded = torch.Generator().manual_seed(9)
+    Generators(data=other, noise=seeded).load_state_dict(states)
+    assert torch.equal(torch.rand(5, generator=other), expected[1])
+    assert torch.equal(torch.rand(5, generator=seeded), torch.rand(5, generator=torch.Generator().manual_seed(9)))
+    assert capsys.readouterr().out == "the checkpoint is of another device: the noise of noise goes on from the seed\n"
 
 
 def test_seed_everything():
@@ -241,14 +234,14 @@ def test_where_the_time_goes(hand, tmp_path, script, capsys):
     pass_time(clock, hand, *LAPS[:-1])
     hand[0] += LAPS[-1][1]                                   # not marked: since the last mark
     with Run(settings_for(tmp_path)) as run:
-        assert "time" not in json.loads((run.dir / "summary.json").read_text())
+        assert "time" not in summary(run.dir)
         run.spent(clock)
-    summary = json.loads((run.dir / "summary.json").read_text())
-    assert list(summary["time"]) == list(SHARES) and summary["time"] == pytest.approx(SHARES)
+    end = summary(run.dir)
+    assert list(end["time"]) == list(SHARES) and end["time"] == pytest.approx(SHARES)
     memory = re.fullmatch(r"time: data 3 %, forward 30 %, backward 50 %, optimiser 7 %, evaluation 5 %, other 5 %; "
                           r"peak memory ([\d.]+) (MB|GB)\n", capsys.readouterr().out)
-    assert summary["peak_memory"] > 1e7 and memory
-    assert 0.9 < summary["peak_memory"] / {"MB": 1e6, "GB": 1e9}[memory[2]] / float(memory[1]) < 1.1
+    assert end["peak_memory"] > 1e7 and memory
+    assert 0.9 < end["peak_memory"] / {"MB": 1e6, "GB": 1e9}[memory[2]] / float(memory[1]) < 1.1
     with pytest.raises(KeyError):
         clock.lap("foward")
     assert Stopwatch("cpu").shares().keys() == SHARES.keys()     # before any time has passed
