@@ -28,7 +28,7 @@ TINY = {
         tokenizer_batch=2, action_embd=8, n_head=2, action_layers=1, n_codes=4, batch_size=4, context=3,
         dynamics_layers=1, dynamics_embd=8, dynamics_batch=2, text_layers=1, text_embd=8, text_batch=2,
         frame_layers=1, frame_embd=8, frame_batch=2, max_steps=4, warmup_steps=2, eval_interval=3, save_interval=1,
-        log_interval=1, eval_clips=8, decode_steps=2, rollout_clips=4, reset_interval=2, device="cpu",
+        log_interval=1, eval_clips=8, decode_steps=2, rollout_clips=4, play_presses=5, reset_interval=2, device="cpu",
         dtype="float32", run_name="run"),
 }
 
