@@ -583,7 +583,7 @@ class Run:
     """
 
     def __init__(self, settings, checkpoint=None, mesh=None, **things):
-        self.settings, self.script, self.debug = settings, Path(settings.script), settings.get("debug", False)
+        self.settings, self.script = settings, Path(settings.script)
         self.checkpoint, self.source = checkpoint, checkpoint.path if checkpoint else None
         self.step, self._began = checkpoint["step"] if checkpoint else 0, time.monotonic()
         self._first, self._steps = self.step, checkpoint.get("steps", {}) if checkpoint else {}
@@ -647,15 +647,12 @@ class Run:
         self.resumed = self.dir is not None
         self._open()
 
-    def _asked(self):
-        """The packages that metrics are mirrored to."""
-        asked = {"wandb": self.settings.get("wandb", "disabled") != "disabled",
-                 "torch.utils.tensorboard": self.settings.get("tensorboard")}
-        return [package for package, wanted in asked.items() if wanted and not self.debug]
-
     def _check_packages(self):
         """UserError where a package that was asked for is not installed; without matplotlib no curves are drawn."""
-        for module in self._asked():
+        asked = {"wandb": self.settings.get("wandb", "disabled") != "disabled",
+                 "torch.utils.tensorboard": self.settings.get("tensorboard")}
+        self._asked = [module for module, wanted in asked.items() if wanted and not self.settings.get("debug")]
+        for module in self._asked:
             try:
                 importlib.import_module(module)
             except ImportError:
@@ -687,10 +684,10 @@ class Run:
         self._write_params()
         self._copy_code()
         known = self._open_metrics()
-        if "wandb" in self._asked():
+        if "wandb" in self._asked:
             self._mirrors.append(curves.Wandb(self.dir, f"{self.script.stem}/{self.dir.name}", self.settings["wandb"],
                                               _plain(self.settings)))
-        if "torch.utils.tensorboard" in self._asked():
+        if "torch.utils.tensorboard" in self._asked:
             reached = {**self._steps, "": self._first} if self.resumed else {}
             self._mirrors.append(curves.TensorBoard(self.dir, reached))
         for mirror in self._mirrors:
@@ -732,15 +729,12 @@ class Run:
             if len(entries) < (known or 0):
                 print(f"{path} has lost {known - len(entries)} of the {known} lines that the checkpoint knows of: "
                       "the curves have a gap")
-            entries = [entry for entry in entries if entry["step"] <= self._reached(entry) and not entry.get("final")]
+            entries = [entry for entry in entries if not entry.get("final")      # by its model's step, where it has one
+                       and entry["step"] <= self._steps.get(entry.get("model"), self._first)]
         with replacing(path) as file:
             file.writelines((json.dumps(entry) + "\n").encode() for entry in entries)
         self._lines, self._metrics = len(entries), open(path, "ab", buffering=0)
         return entries
-
-    def _reached(self, entry):
-        """The step of the checkpoint, of the line's model where the checkpoint has `steps` of several."""
-        return self._steps.get(entry.get("model"), self._first)
 
     def _write_params(self):
         old, now = read_json(self.dir / "params.json") if self.resumed else {}, _plain(self.settings)

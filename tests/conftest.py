@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 
 
 # Files that take longest, longest first: with two processes none should be alone at the end.
-LONG = ("killed", "resume", "limits", "facts_resume", "dvae", "steps", "kernels", "variants", "kernels_scripts", "mult",
+LONG = ("resume", "killed", "limits", "facts_resume", "dvae", "steps", "kernels", "variants", "kernels_scripts", "mult",
         "dvae_resume", "worldmodel_resume", "scripts", "kernels_model", "kernels_step", "grid",
         "parallel")
 
