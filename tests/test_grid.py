@@ -399,7 +399,7 @@ MISTAKES = {  # {a mistake's line: what makes it}: OLD -> NEW, +A KEY MORE, &MOR
     "yaml reads the name no as False: write it in quotes": "better: -> no:",
     "is no yaml": ["rows: -> rows: [", "better: -> [1, 2]:", "better: -> ? {a: 1}\n  :", "base: { -> base: &a {x: *a, ",
                    "base: { -> base: &a {x: [*a], ", "script:  -> show: 2000-02-31\nscript: "],
-    "nested too deeply": [DEEP + "[" * n + "]" * n for n in (70, 2000)],
+    "nested too deeply": [DEEP + "[" * n + "]" * n for n in (70, 400)],
     "values": DEEP + "[&a [1, 1], &b [" + "*a, " * 400 + "1], " + "*b, " * 400 + "1]",
     "show must be names": "+show: [[1]]", "no name of a folder": 'out_dir:  -> out_dir: "a\\0" #',
     "base: preset cpu: must be one of none: fake.py has no presets": "base: { -> base: {preset: cpu, ",
@@ -446,7 +446,8 @@ REALLY = ("metric: figure -> metric: val_bpb_raw", "[1, 2, 3, 4, 5] -> [1, 2]",
 
 
 @pytest.mark.parametrize("table", [MISTAKES, CROSSED, REAL], ids=["rows", "cross", "of a script"])
-def test_mistakes_in_the_yaml_are_one_line(plan, crossed, tmp_path, table):
+def test_mistakes_in_the_yaml_are_one_line(plan, crossed, monkeypatch, tmp_path, table):
+    monkeypatch.setattr(grid_module, "LARGEST", 3000)
     for said, made_by in table.items():
         for words in [made_by] if isinstance(made_by, str) else made_by:
             path = crossed() if table is CROSSED else plan("better: {set: {kind: better}}")

@@ -46,7 +46,8 @@ CASES = {
         max_steps=18, eval_prompts=4, task="text", tokenizer="bpe:270", block_size=16, ema_decay=0.9, dropout=0.1,
         batching="epochs", save_interval=2, seed=6),
     ("train_worldmodel", "all stages"): dict(
-        seed=1, action_quantiser="vq", action_model="transformer", action_input="prepend", grad_accum=2),
+        seed=1, action_quantiser="vq", action_model="transformer", action_input="prepend", grad_accum=2,
+        save_interval=2),
     ("train_worldmodel", "cells"): dict(
         seed=2, tokens="cells", action_source="true", ema_decay=0.9, dynamics="causal", keep_every=3),
 }
