@@ -20,9 +20,11 @@ SERVER = """
 import atexit, functools, gc, io, itertools, json, os, resource, signal, socket, sys, types
 from unittest import mock
 sys.path.insert(0, sys.argv[1])
-import torch._inductor, torch.utils.tensorboard, matplotlib.figure, bench, evaluate, sample       # what takes time
-import train_dvae, train_enwik8, train_facts, train_mult, train_worldmodel
-from data import arc
+import bench, evaluate, grid, plot, sample, train_dvae, train_enwik8, train_facts, train_mult, train_worldmodel
+from data import arc, text
+from nanolab import probe
+print("imported", {"matplotlib", "tensorboard", "wandb"} & sys.modules.keys(), flush=True)        # see test_scripts.py
+import torch._inductor, torch.utils.tensorboard, matplotlib.figure                                # what takes time
 from nanolab import curves, optim, settings, run as experiment
 matplotlib.figure.Figure(layout="constrained").savefig(picture := io.BytesIO(), format="png")     # reads the fonts
 for place, name in (experiment, "_version"), (arc, "synthetic"):                                  # pure functions
@@ -133,10 +135,11 @@ class Forks:
     def __init__(self, folder):
         self.address, self.folder, self.count = str(folder / "socket"), folder, 0
         environment = {name: value for name, value in os.environ.items() if name != "NANOLAB_DATA"}
-        self.server = subprocess.Popen([sys.executable, "-c", SERVER, str(ROOT), self.address],
-                                       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                       env=environment | {"OMP_NUM_THREADS": "1"})
-        wait_for(lambda: os.path.exists(self.address) or self.server.poll() is not None)
+        with open(folder / "server", "w") as said:
+            self.server = subprocess.Popen([sys.executable, "-c", SERVER, str(ROOT), self.address], stdout=said,
+                                           stderr=said, stdin=subprocess.DEVNULL, cwd=folder,
+                                           env=environment | {"OMP_NUM_THREADS": "1"})
+        wait_for(lambda: os.path.exists(self.address) or self.server.poll() is not None, timeout=120)
         assert self.server.poll() is None
 
     def start(self, argv, folder, limit=None, die_at=None, stop_at=None):
