@@ -4,6 +4,10 @@
 
     settings = override(globals())                           # in main(): --name value, --preset NAME, -h
 
+Defaults, types, limits and groups are read from the script's own source, and from that of the config
+classes that its FURTHER names: a comment may begin with what is allowed, `[>= 1]`, `[layer, rms]`, `[none, > 0.0]`,
+`[path]`, and last when it counts, `[>= 2, with mixer strided/fixed]`, `[not with optimizer sgd]`, `[with qk_norm]`.
+
 Or of functions, by their signatures and docstrings:
 
     def load(dataset, max_bytes=None):
@@ -286,9 +290,6 @@ def check_fields(config):
 def override(g, argv=None, positional=None):
     """Sets the globals `g` of a script from the command line, and returns all its settings.
 
-    Defaults, types, limits and groups are read from the script's own source, g["__file__"], and from that of the config
-    classes that its FURTHER names: a comment may begin with what is allowed, `[>= 1]`, `[layer, rms]`, `[none, > 0.0]`,
-    `[path]`, and last when it counts, `[>= 2, with mixer strided/fixed]`, `[not with optimizer sgd]`, `[with qk_norm]`.
     `g["presets"]` maps names to sets of settings, `g["aliases"]` other names of settings to their own.
     argv: the words after the script's name (None: this process's). positional: the setting that one bare word sets.
     Returns Settings. Raises UserError for a person's mistake, ValueError for a mistake in the script; exits for -h.
