@@ -51,6 +51,7 @@ def main():
         settings = Settings(out_dir="runs", run_name=name, resume=False)
         settings.script = __file__
         with Run(settings) as run:
+            print("x" * 10 ** 5 if name == "full" else "", end="")           # more than a buffer
             run.bar(1).update(1, "é → ü")
             run.log(step=1, loss=1.0)
         print("ß")

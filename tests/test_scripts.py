@@ -53,18 +53,14 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def typed(home):
-    """Two commands of a newcomer, side by side: the README's first one (made small), and --debug."""
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda words: shell(home, *words), (
-            ["train_enwik8.py", "--preset", "cpu", *SMALL, "--run_name", "first"],
-            ["train_enwik8.py", "--debug", "--run_name", "debugged", "--wandb", "online", "--tensorboard",
-             "--device", "cpu"])))
+    """The README's first command, made small."""
+    return shell(home, "train_enwik8.py", "--preset", "cpu", *SMALL, "--run_name", "first")
 
 
 @pytest.fixture(scope="module")
 def run(home, typed):
-    """The directory of the first command's run."""
-    assert (typed[0].returncode, typed[0].stderr) == (0, ""), typed[0].stderr
+    """The directory of its run."""
+    assert (typed.returncode, typed.stderr) == (0, ""), typed.stderr
     return home / "runs" / "train_enwik8" / "first"
 
 
@@ -72,7 +68,7 @@ def run(home, typed):
 
 def test_first_command(typed, run):
     """Speed and time left on the way, then validation with protocol and byte count, a sample, and where it all lies."""
-    out = typed[0].stdout
+    out = typed.stdout
     assert "the standard library of Python" in out and re.search(r"step \d+/30: loss \d\.\d+, .* left\n", out)
     found = re.search(r"val (\d\.\d{4}) bits/byte = .*protocol block, 5,000 bytes, raw weights", out)
     summary = json.loads((run / "summary.json").read_text())
@@ -103,10 +99,11 @@ def test_run_directory(run):
     assert summary["bytes"] == 30 * math.prod(params["settings"][name] for name in sizes)
 
 
-def test_debug(typed, home):
+def test_debug(forks, tmp_path):
     """Tiny, short, and nothing is logged outside, whatever the flags say."""
-    assert (typed[1].returncode, typed[1].stderr) == (0, ""), typed[1].stderr
-    run = home / "runs" / "train_enwik8" / "debugged"
+    words = "--debug --run_name a --wandb online --tensorboard --device cpu".split()
+    assert_done(forks.run(["train_enwik8.py", *words], tmp_path))
+    run = tmp_path / "runs" / "train_enwik8" / "a"
     settings = json.loads((run / "params.json").read_text())["settings"]
     assert settings["n_layer"] == 2 and settings["max_steps"] == 20 and settings["debug"] is True
     assert not (run / "wandb").exists() and not (run / "tensorboard").exists()
