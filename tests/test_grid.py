@@ -296,18 +296,6 @@ def test_print_lists_what_could_start_and_starts_nothing(plan):
     assert len(run(path, "--print").out.splitlines()) == 4 + 1 + 4    # the baseline's seeds, the row's second, timing
 
 
-def test_presets_are_taken_apart(plan, tmp_path):
-    """Also one that builds upon another."""
-    path = plan("better: {set: {kind: better}}", replace=[("{lr: 1.0, max_steps: 100}", "{preset: b, lr: 3}")])
-    (tmp_path / "fake.py").write_text(FAKE.replace("\ngiven =", """
-shared = dict(lr=2.0, max_steps=50)
-presets = {"a": dict(lr=1.0), "b": dict(shared, max_steps=70)}
-given =""", 1))
-    found = grid_module.Grid(path)
-    assert found.base == {"lr": 3.0, "max_steps": 70}
-    assert "preset" not in json.loads(found.cell(found.rows[0], 1, 1).settings)
-
-
 CROSS = """
 script: {script}
 out_dir: {out}
@@ -366,15 +354,6 @@ def test_a_cross_runs_every_combination_with_every_seed(crossed):
     run(path)
     new = calls(path)[len(done):]
     assert len(new) == 4 and all(name.startswith("lr_4_") for name in new)
-
-
-def test_a_part_of_a_cross_that_fails(crossed):
-    path = crossed(("kind: better", "kind: broken"), ("[0.5, 1, 2]", "[1]"))
-    err = run(path, code=2).err
-    assert "way much better: error: it cannot work" in err.splitlines()[-1] and "Traceback" not in err
-    rows = index_of(path)["rows"]
-    assert [len(row["runs"]) for row in rows] == [2, 0] and "cannot work" in rows[1]["error"]
-    assert len(calls(path)) == 3 and run(path, code=2) and len(calls(path)) == 3
 
 
 HUGE, DEEP, RUNGS = "1" + "0" * 23, "base: {lr: 1.0 -> base: {lr: ", "+rungs: {50: 2}"

@@ -156,6 +156,11 @@ def test_the_table(tmp_path):
     assert "3 runs to go" in text["open"] and "why" in text["failed"]
     assert "**better**" in text["chained (against worse)"]
     assert "the 90 % interval lies within ±0.03" in "".join(plot.markdown({**found, "same": 0.03}))
+    wider = plot.markdown({**found, "sigma_data": 0.02})     # another draw of the data widens every interval
+    assert "moves a difference by 0.0200" in wider[1] and "undecided" in next(
+        line for line in wider if "| worse |" in line)
+    both = next(line for line in wider if "| wide |" in line).split("± ")[1:]    # at equal steps and seconds
+    assert len(both) == 2 and all(float(words.split(" ")[0]) > 0.04 for words in both)
     ratios = {line.split(" | ")[1]: line for line in plot.markdown({**found, "log": True}) if line.startswith("| a |")}
     assert " | x0.95 (0.9" in ratios["better"]
     early = {**found, "rungs": [9, 18], "primary": 18, "rows": [row("baseline", [2.0, 2.02], None), *found["rows"][1:]]}
@@ -209,16 +214,6 @@ def test_a_damaged_table_is_one_line(tmp_path, of):
     for text in ("{}", "[" * 3000 + "]" * 3000):
         path.write_text(text)
         refused("is missing or no grid", plot.read_index, path)
-
-
-def test_another_draw_of_the_data_widens_every_interval():
-    rows = [row(name, [2.0 + d, 2.02 + d], equal_seconds={"value": 2.0 + d, "seed": 0}, step_seconds=0.2)
-            for name, d in (("near", 0.05), ("far", -0.3))]
-    plain, lines = plot.markdown(index(*rows)), plot.markdown(index(*rows) | {"sigma_data": 0.02})
-    assert "undecided" not in "".join(plain) and "moves a difference by 0.0200" in lines[1]
-    text = {line.split(" | ")[1]: line for line in lines if line.startswith("| a |")}
-    assert "undecided" in text["near"] and "**better**" in text["far"]
-    assert all(float(words.split(" ")[0]) > 0.04 for words in text["near"].split("± ")[1:])
 
 
 def test_other_numbers_beside_the_metric():

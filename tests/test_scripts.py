@@ -318,7 +318,8 @@ def anchors(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_of_pages(page):
-    """Every link within the repository: its file is there, and its heading; and the README leads to every page."""
+    """Every link within the repository: its file is there, and its heading; so are the tests and runs that are named;
+    and the README leads to every page."""
     source = FENCED.sub("", page.read_text())
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", source) if not link.startswith("https://")]
     for link in links:
@@ -328,16 +329,11 @@ def test_links_of_pages(page):
         assert not anchor or anchor in anchors(there), link
     for name in re.findall(r"`(?:tests/)?(test_\w+\.py)", source):
         assert (ROOT / "tests" / name).is_file(), name
+    for name in re.findall(r"runs/reference/[\w./*-]*\w", page.read_text()):          # also with wildcards
+        assert list(ROOT.glob(re.sub(r"\.jsonl/.*", ".jsonl", name))), name
     if page.name == "README.md":
         assert {link for link in links if link.startswith("docs/")} >= {
             f"docs/{other.name}" for other in PAGES if other.parent == ROOT / "docs"}
-
-
-def test_runs_that_pages_name_are_there():
-    """`runs/reference/NAME.jsonl`, `NAME.jsonl/RUNS`, a picture; with wildcards."""
-    for page in PAGES:
-        for name in re.findall(r"runs/reference/[\w./*-]*\w", page.read_text()):
-            assert list(ROOT.glob(re.sub(r"\.jsonl/.*", ".jsonl", name))), f"{page.name}: {name}"
 
 
 def test_the_readme_says_what_the_pages_say():
