@@ -22,8 +22,8 @@ import time
 import torch
 
 from data import text
-from model import TransformerConfig, active_layers, build_model, equal_ff_mult, fused_rows, parameter_roles, variant
-from nanolab import limits, optim, parallel
+from model import TransformerConfig, active_layers, build_model, equal_ff_mult, fused_rows, parameter_roles
+from nanolab import hf, limits, optim, parallel
 from nanolab.generate import generate
 from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, as_user_error, begin, command,
                          measure_peak_flops, mixed_precision, optional, resolve_device, resumed, seed_everything)
@@ -269,9 +269,7 @@ def main():
     settings = begin(globals())
     mesh = parallel.start(dp, tp, device)                # from here on only rank 0 prints
     checkpoint = resumed(settings, architecture)
-    given = None
-    if init_from or settings["lora_rank"]:               # its sizes hold, too
-        given = variant("nanolab.hf:begin_from")(settings, checkpoint)
+    given = hf.begin_from(settings, checkpoint)          # with --init_from its sizes hold, too
     extend(settings, checkpoint)
     config = check(settings)
     if equal_params and not checkpoint:
@@ -290,7 +288,7 @@ def main():
 
     # ---- model, optimiser ----
     seed_everything(seed, deterministic)
-    model = mesh.parallelise(build_model(config, given and given.weights).to(where))
+    model = mesh.parallelise(build_model(config, given.weights).to(where))
     if compile:
         torch._dynamo.config.recompile_limit = max(8, 2 * n_layer)   # every ended intermediate loss is one more graph
     net = torch.compile(model) if compile else model
@@ -303,9 +301,9 @@ def main():
     # ---- the run: on resume, what it is handed goes on where the checkpoint was saved ----
     loop = Loop(dict(step=0, evaluated=0, best=math.inf, best_step=0, bytes=0, seconds=0.0, pending=[],
                      logged_seconds=0.0), scaler)
-    with Run(settings, checkpoint, mesh, model=given.kept_of(model) if given else model, ema=ema, optimizer=opt,
-             scaler=scaler, generators=Generators(), data=batches, memory=memory, loop=loop,
-             posterior=optim.Posterior(opt, model.named_parameters()), **given.kept() if given else {}) as run:
+    with Run(settings, checkpoint, mesh, model=given.kept_of(model), ema=ema, optimizer=opt, scaler=scaler,
+             generators=Generators(), data=batches, memory=memory, loop=loop,
+             posterior=optim.Posterior(opt, model.named_parameters()), **given.kept()) as run:
         print(f"{corpus.source}; {limits.size(model)}; {where.type} {str(precision).removeprefix('torch.')}")
         peak_flops = measure_peak_flops(where, precision) * mesh.size
         limits.hint(where, model, batch_size // dp, block_size, grad_accum, peak_flops, precision != torch.float32)

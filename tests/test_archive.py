@@ -189,10 +189,11 @@ def test_the_commands(plan, in_process, monkeypatch, tmp_path):  # noqa: F811
 
 # --- The archives of runs/reference ---
 
-PICTURES = {  # of each kind
+PICTURES = {  # of each kind, and those that no table says
     "one_change/table.png": "--table runs/reference/one_change.jsonl",
     "world_actions/table.png": "--table runs/reference/world_actions.jsonl",
     "mult_latents/n_latent.png": "runs/reference/mult_latents.jsonl/*_s* --over n_latent --metric accuracy",
+    "dvae_arc/codebook_size.png": "runs/reference/dvae_arc.jsonl/arc_50* --over codebook_size --metric exact",
     "facts_curves/curves.png": "runs/reference/facts_curves.jsonl --metric accuracy",
     "facts_steps/contours.png": "runs/reference/facts_steps.jsonl --contours n_people,n_embd --metric accuracy",
     "facts_exposures/capacity.png": "runs/reference/facts_exposures.jsonl/*in_weight* --capacity",
