@@ -183,126 +183,38 @@ class TransformerConfig:
                        rope_dim=max(2, 2 * (self.head_dim // 4)), lora_alpha=float(self.lora_rank) or None,
                        ff_width=8 * round(self.ff_mult * self.n_embd / 12) if self.activation in GLU
                        else int(self.ff_mult * self.n_embd))
-        for name, value in derived.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        self._check_positions()
-        for place in dict.fromkeys([*(MIXERS[kind] for kind in self.mixers),
-                                    *(FEED_FORWARDS[kind] for kind in self.ffs if kind != "none")]):
-            variant_check = getattr(importlib.import_module(place.split(":")[0]), "check", None)
-            if variant_check:
-                variant_check(self)
-        self._check_rest()
-        if self.shorten > 1:
-            variant("models.pyramid:check")(self)
-        if self.lora_rank:
-            variant("models.low_rank:check_adapters")(self)
+        vars(self).update((name, value) for name, value in derived.items() if getattr(self, name) is None)
+        chosen = [place for kind, place in (MIXERS | FEED_FORWARDS).items() if kind in self.mixers + self.ffs]
+        chosen += ["models.pyramid:"] * (self.shorten > 1) + ["models.low_rank:"] * (self.lora_rank > 0)
+        for module in dict.fromkeys(place.split(":")[0] for place in chosen):
+            if check := getattr(importlib.import_module(module), "check", None):
+                check(self)
+        for name, holds, message in NEEDS:
+            if getattr(self, name) != getattr(TransformerConfig, name) and not holds(self):
+                raise ValueError(message.format(c=self))
 
-    def _check_positions(self):
-        attending = [kind for kind in self.mixers if kind not in RECURRENT]
-        expect(self.positions != "rope" or not self.head_dim % 2,
-               f"positions 'rope' turns pairs of features: head_dim {self.head_dim} must be even")
-        expect(self.partial_rotary == 1 or "mla" not in self.mixers, "partial_rotary is of heads that turn as a whole: "
-               "of mixer 'mla' rope_dim says how much turns")
-        expect(self.rope_scaling == "none" or self.positions == "rope",
-               f"rope_scaling {self.rope_scaling!r} needs positions 'rope', not {self.positions!r}")
-        for kind in attending:
-            expect(self.positions != "relative" or kind in ("xl", "compressive"),
-                   f"positions 'relative' are Transformer-XL's: mixer {kind!r} has none; use 'rope'")
-        expect(not self.learned_positions or len(attending) == self.n_layer,
-               f"mixer {self.mixer!r} goes on past block_size, positions {self.positions!r} do not: use 'rope', "
-               "'alibi' or 'none'")
-
-    def _check_rest(self):
-        expect(self.ff_width >= 1, f"ff_mult {self.ff_mult} leaves no feed-forward width at n_embd {self.n_embd}")
-        for name, width, normed in (("n_embd", self.n_embd, True), ("head_dim", self.head_dim, self.qk_norm),
-                                    ("the feed-forward's width", self.ff_width, self.activation == "solu")):
-            expect(width > 1 or not normed, f"{name} is 1, but a norm over one feature leaves a sign at most, which "
-                                            "lets no gradient pass: it must be at least 2")
-        expect(self.short_conv != 1, "short_conv is 1, but must be 0, which is none, or at least 2")
-        for name, wanted in (("bias 'qkv'", self.bias == "qkv"), ("qk_gain", self.qk_gain),
-                             ("qk_norm 'full'", self.qk_norm == "full"), ("nope_interval", self.nope_interval)):
-            expect(not wanted or {*self.mixers} <= {"full", "window", "strided", "fixed", "diff"},
-                   f"{name} is of layers full, window, strided, fixed and diff: mixer {self.mixer!r} has others")
-        expect(self.qk_norm or not self.qk_gain, "qk_gain multiplies queries and keys of one length: it needs qk_norm")
-        expect(self.qk_norm is True or not self.qk_scale,
-               "qk_scale scales scores of queries and keys of one length: it needs qk_norm, of each head")
-        expect(not self.norm_after or not self.short_conv and self.parallel_residual != "shared"
-               and not {*self.mixers} & {"xl", "compressive"}, "norm_after leaves a mixer's input without a norm: "
-               "short_conv, parallel_residual 'shared' and mixers xl and compressive need one")
-        expect(self.plain_scores or not {*self.mixers} <= {*RECURRENT},
-               f"score_softcap and softmax_plus_one are of attention, which mixer {self.mixer!r} is not")
-        expect(self.plain_scores or self.attention != "sdpa",
-               "attention 'sdpa' has a plain softmax: with score_softcap or softmax_plus_one choose auto or manual")
-        expect(self.score_softcap is None or self.positions != "relative",
-               "score_softcap caps products of queries and keys, not what positions 'relative' add: choose others")
-        expect(not self.value_residual or self.n_layer > 1 and {*self.mixers} <= {"full", "window", "strided", "fixed",
-                                                                                  "diff"},
-               "value_residual mixes values of layers full, window, strided, fixed and diff with those of the first of "
-               f"at least 2: mixer {self.mixer!r} in {self.n_layer} has others")
-        expect("window" not in self.mixers or self.window > 1,
-               f"window is {self.window}, but mixer 'window' needs at least 2 positions")
-        expect(self.residual_scale != "rezero" or self.init != "zero",
-               "residual_scale 'rezero' starts every branch at zero, and init 'zero' its output too: no gradient would "
-               "ever reach either; choose another init")
-        expect(self.init != "tfixup" or {*self.mixers} <= {"full", "window", "strided", "fixed", "diff", "xl"}
-               and {*self.ffs} <= {"mlp", "none"},
-               "init 'tfixup' scales the value, output and feed-forward matrices of attention layers: "
-               f"mixer {self.mixer!r} with ff {self.ff!r} has others")
-        expect(self.parametrisation == "standard" or {*self.mixers} <= {"full", "window", "strided", "fixed"}
-               and {*self.ffs} <= {"mlp", "none"}, "parametrisation 'mup' knows the widths of mixers full, window, "
-               f"strided and fixed with ff mlp or none: mixer {self.mixer!r} with ff {self.ff!r} has others")
-        expect(self.parametrisation == "standard" or self.init != "tfixup" and self.activation != "solu"
-               and (self.target_heads == "own" or self.n_targets == 1), "parametrisation 'mup' has no rule for the "
-               "embeddings of init 'tfixup', the softmax in activation 'solu' and the maps of target_heads 'shared': "
-               "choose others")
-        expect(not self.tie_weights or self.n_classifiers == 1,
-               f"tie_weights needs one classifier, not {self.n_classifiers}: set target_heads and layer_heads to "
-               "'shared', or n_targets to 1 and intermediate_losses off")
-        expect(not (self.mtp_depth and self.carries),
-               f"mtp_depth {self.mtp_depth} goes with layers that attend, not with mixer {self.mixer!r}")
-
-    @property
-    def mixers(self):
-        """The mixer of every layer, a tuple of n_layer words."""
-        return repeat_words(self.mixer, self.n_layer, tuple(MIXERS), "mixer")
-
-    @property
-    def ffs(self):
-        """The feed-forward of every layer, a tuple of n_layer words."""
-        return repeat_words(self.ff, self.n_layer, (*FEED_FORWARDS, "none"), "ff")
-
-    @property
-    def plain_scores(self):
-        """Whether attention is a softmax of its scores as they are: what PyTorch's, and every kernel's, computes."""
-        return self.score_softcap is None and not self.softmax_plus_one
-
-    @property
-    def width_factor(self):
-        """How often mup_base_width goes into n_embd, under "mup" (Yang et al. 2022, arXiv 2203.03466, table 8); else 1.
-        Heads and feed-forwards are taken to grow as n_embd does."""
-        return self.n_embd / self.mup_base_width if self.parametrisation == "mup" else 1.0
-
-    @property
-    def score_factor(self):
-        """Of attention's scores q.k / sqrt(D), which with it are sqrt(D of the base) q.k / D under "mup"; else 1."""
-        base = self.mup_base_head_dim or self.head_dim / self.width_factor
-        return (base / self.head_dim) ** 0.5 if self.parametrisation == "mup" else 1.0
-
-    @property
-    def turning(self):
-        """Features of a head that turn under partial_rotary, an even number; None: all, or as rope_dim says."""
-        return None if self.partial_rotary == 1 else 2 * max(1, round(self.partial_rotary * self.head_dim / 2))
-
-    @property
-    def rolls(self):
-        """Whether generation may go on past block_size with a sliding cache."""
-        return not self.learned_positions and self.shorten == 1
-
-    @property
-    def carries(self):
-        """Whether some layer carries something from one segment to the next."""
-        return bool(set(self.mixers) & set(CARRY))
+    # The mixer and the feed-forward of every layer, n_layer words.
+    mixers = property(lambda c: repeat_words(c.mixer, c.n_layer, tuple(MIXERS), "mixer"))
+    ffs = property(lambda c: repeat_words(c.ff, c.n_layer, (*FEED_FORWARDS, "none"), "ff"))
+    # Whether some layer carries something from one segment to the next; whether a table of positions ends at
+    # block_size; whether generation may go on past it with a sliding cache.
+    carries = property(lambda c: bool({*c.mixers} & {*CARRY}))
+    learned_positions = property(lambda c: c.positions.startswith("learned"))
+    rolls = property(lambda c: not c.learned_positions and c.shorten == 1)
+    # Features of a head that turn under partial_rotary, an even number; None: all, or as rope_dim says.
+    turning = property(lambda c: 2 * max(1, round(c.partial_rotary * c.head_dim / 2)) if c.partial_rotary < 1 else None)
+    # Whether attention is a softmax of its scores as they are: what PyTorch's, and every kernel's, computes.
+    plain_scores = property(lambda c: c.score_softcap is None and not c.softmax_plus_one)
+    # Under "mup" (Yang et al. 2022, arXiv 2203.03466, table 8), else 1: how often mup_base_width goes into n_embd, as
+    # which heads and feed-forwards are taken to grow; what makes attention's scores q.k / sqrt(D) those of
+    # sqrt(D of the base) q.k / D.
+    width_factor = property(lambda c: c.n_embd / c.mup_base_width if c.parametrisation == "mup" else 1.0)
+    score_factor = property(lambda c: ((c.mup_base_head_dim or c.head_dim / c.width_factor) / c.head_dim) ** 0.5
+                            if c.parametrisation == "mup" else 1.0)
+    # Bytes ahead of each position that the losses need; sets of classifiers: one, or one a layer; classifiers in all.
+    n_labels = property(lambda c: max(c.n_targets, c.mtp_depth + 1))
+    n_head_groups = property(lambda c: c.n_layer if c.intermediate_losses and c.layer_heads == "own" else 1)
+    n_classifiers = property(lambda c: c.n_head_groups * (c.n_targets if c.target_heads == "own" else 1))
 
     def receptive_field(self, window):
         """How many positions back the last layer's state can depend on, where full attention sees `window`; None: any.
@@ -315,25 +227,59 @@ class TransformerConfig:
         reaches = [max_keys.get(kind, window) for kind in self.mixers]
         return None if None in reaches else sum(reaches) + self.n_layer * max(0, self.short_conv - 1)
 
-    @property
-    def learned_positions(self):
-        """Whether a table ends at block_size."""
-        return self.positions.startswith("learned")
 
-    @property
-    def n_labels(self):
-        """Bytes ahead of each position that the losses need."""
-        return max(self.n_targets, self.mtp_depth + 1)
+PLAIN = {"full", "window", "strided", "fixed", "diff"}  # their queries, keys and values are products of what they read
+OTHERS = "is of layers full, window, strided, fixed and diff: mixer {c.mixer!r} has others"
+ONE = "is 1, but a norm over one feature leaves a sign at most, which lets no gradient pass: it must be at least 2"
 
-    @property
-    def n_head_groups(self):
-        """Sets of classifiers: one, or one per layer."""
-        return self.n_layer if self.intermediate_losses and self.layer_heads == "own" else 1
-
-    @property
-    def n_classifiers(self):
-        """Classifiers in all."""
-        return self.n_head_groups * (self.n_targets if self.target_heads == "own" else 1)
+NEEDS = [  # (a setting that is not the default, whether it goes with the others of a config c, what is said if not)
+    ("ff_width", lambda c: c.ff_width >= 1, "ff_mult {c.ff_mult} leaves no feed-forward width at n_embd {c.n_embd}"),
+    ("n_embd", lambda c: c.n_embd > 1, f"n_embd {ONE}"),
+    ("qk_norm", lambda c: c.head_dim > 1, f"head_dim {ONE}"),
+    ("activation", lambda c: c.activation != "solu" or c.ff_width > 1, f"the feed-forward's width {ONE}"),
+    ("window", lambda c: c.window > 1 or "window" not in c.mixers, "mixer 'window' needs a window of at least 2"),
+    ("short_conv", lambda c: c.short_conv > 1, "short_conv is 1, but must be 0, which is none, or at least 2"),
+    ("positions", lambda c: c.positions != "rope" or not c.head_dim % 2,
+     "positions 'rope' turns pairs of features: head_dim {c.head_dim} must be even"),
+    ("positions", lambda c: c.positions != "relative" or {*c.mixers} <= {*CARRY},
+     "positions 'relative' are Transformer-XL's: mixer {c.mixer!r} has none; use 'rope'"),
+    ("mixer", lambda c: not c.learned_positions or not {*c.mixers} & {*RECURRENT},
+     "mixer {c.mixer!r} goes on past block_size, positions {c.positions!r} do not: use 'rope', 'alibi' or 'none'"),
+    ("partial_rotary", lambda c: "mla" not in c.mixers,
+     "partial_rotary is of heads that turn as a whole: of mixer 'mla' rope_dim says how much turns"),
+    ("rope_scaling", lambda c: c.positions == "rope",
+     "rope_scaling {c.rope_scaling!r} needs positions 'rope', not {c.positions!r}"),
+    ("bias", lambda c: c.bias != "qkv" or {*c.mixers} <= PLAIN, f"bias 'qkv' {OTHERS}"),
+    ("nope_interval", lambda c: {*c.mixers} <= PLAIN, f"nope_interval {OTHERS}"),
+    ("qk_norm", lambda c: c.qk_norm != "full" or {*c.mixers} <= PLAIN, f"qk_norm 'full' {OTHERS}"),
+    ("qk_gain", lambda c: {*c.mixers} <= PLAIN, f"qk_gain {OTHERS}"),
+    ("qk_gain", lambda c: c.qk_norm, "qk_gain multiplies queries and keys of one length: it needs qk_norm"),
+    ("qk_scale", lambda c: c.qk_norm is True,
+     "qk_scale scales scores of queries and keys of one length: it needs qk_norm, of each head"),
+    ("value_residual", lambda c: {*c.mixers} <= PLAIN, f"value_residual {OTHERS}"),
+    ("value_residual", lambda c: c.n_layer > 1, "value_residual mixes in values of the first of at least 2 layers"),
+    ("norm_after", lambda c: not c.short_conv and c.parallel_residual != "shared"
+     and not {*c.mixers} & {"xl", "compressive"}, "norm_after leaves a mixer's input without a norm: short_conv, "
+     "parallel_residual 'shared' and mixers xl and compressive need one"),
+    ("mixer", lambda c: c.plain_scores or not {*c.mixers} <= {*RECURRENT},
+     "score_softcap and softmax_plus_one are of attention, which mixer {c.mixer!r} is not"),
+    ("attention", lambda c: c.plain_scores or c.attention != "sdpa",
+     "attention 'sdpa' has a plain softmax: with score_softcap or softmax_plus_one choose auto or manual"),
+    ("score_softcap", lambda c: c.positions != "relative",
+     "score_softcap caps products of queries and keys, not what positions 'relative' add: choose others"),
+    ("residual_scale", lambda c: c.residual_scale != "rezero" or c.init != "zero", "residual_scale 'rezero' starts all "
+     "branches at zero, and init 'zero' their outputs too: no gradient would ever reach either; choose another init"),
+    ("init", lambda c: c.init != "tfixup" or {*c.mixers} <= PLAIN | {"xl"} and {*c.ffs} <= {"mlp", "none"},
+     "init 'tfixup' scales matrices of attention layers with ff mlp: mixer {c.mixer!r} with ff {c.ff!r} has others"),
+    ("parametrisation", lambda c: {*c.mixers} <= PLAIN - {"diff"} and {*c.ffs} <= {"mlp", "none"}, "parametrisation "
+     "'mup' knows mixers full, window, strided and fixed with ff mlp or none, not {c.mixer!r} with {c.ff!r}"),
+    ("parametrisation", lambda c: c.init != "tfixup" and c.activation != "solu" and (c.n_targets == 1 or c.target_heads
+     == "own"), "parametrisation 'mup' has no rule for init 'tfixup', activation 'solu' and target_heads 'shared'"),
+    ("tie_weights", lambda c: c.n_classifiers == 1, "tie_weights needs one classifier, not {c.n_classifiers}: set "
+     "target_heads and layer_heads to 'shared', or n_targets to 1 and intermediate_losses off"),
+    ("mtp_depth", lambda c: not c.carries,
+     "mtp_depth {c.mtp_depth} goes with layers that attend, not with mixer {c.mixer!r}"),
+]
 
 
 def active_layers(step, max_steps, n_layer):
@@ -417,15 +363,14 @@ class Positions:
         self.losses, self.usage, self.memory_out, self.first_values = {}, [], {}, None
         self._made = {}
 
+    @cached_property
     def real_first(self):
         """Of ragged rows, (order, back, real), each (B, T, 1): taken along dimension 1, `order` puts each row's real
         inputs first, so that a padded one never stands between two of them, and `back` undoes it; real is bool, in that
         order."""
-        if "real_first" not in self._made:
-            real = self.index.unsqueeze(2) >= 0
-            order = (~real).byte().argsort(dim=1, stable=True)
-            self._made["real_first"] = order, order.argsort(1), real.take_along_dim(order, 1)
-        return self._made["real_first"]
+        real = self.index.unsqueeze(2) >= 0
+        order = (~real).byte().argsort(dim=1, stable=True)
+        return order, order.argsort(1), real.take_along_dim(order, 1)
 
     def turn(self, x):
         """x (B, T, H, D) turned by RoPE's tables, in its own type; x itself where there are none."""
@@ -535,6 +480,13 @@ def alibi_slopes(n_head):
 
 # --- Norms and linear layers ---
 
+def add_parameter(module, name, start, *shape, role="gain"):
+    """Gives a module a parameter of its own, which no rule claims, and `initialise` fills with `start`."""
+    setattr(module, name, nn.Parameter(torch.empty(shape)))
+    for kind, value in (("roles", role), ("starts", start)):
+        vars(module).setdefault(kind, {})[name] = value
+
+
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over the last dimension, with a learned gain and bias or without; or, of kind "dyt", what
     takes their place feature by feature (Zhu et al. 2025, "Transformers without Normalization", section 4):
@@ -549,25 +501,21 @@ class Norm(nn.Module):
         self.kind, self.width, self.eps = kind, width, (1e-6 if kind == "rms" else 1e-5) if eps is None else eps
         self.gain = nn.Parameter(torch.empty(width)) if gain else None
         self.bias = nn.Parameter(torch.empty(width)) if gain and bias is True and kind != "rms" else None
-        self.alpha = nn.Parameter(torch.empty(1)) if kind == "dyt" else None
-        self.roles = {"alpha": "gain"} if kind == "dyt" else {}
-
-    def init_weights(self):
-        """Of kind "dyt" alone: gain and bias have rules."""
-        self.alpha.fill_(0.5)
+        self.alpha = None
+        if kind == "dyt":
+            add_parameter(self, "alpha", 0.5, 1)
 
     def forward(self, x, learn=True):
         """x (..., width) to the same shape and type. Only with `learn` does a gradient reach what is learned."""
-        weights = self._parameters  # past nn.Module's look-up, which a decoded byte feels
+        gain, bias, alpha = map(self._parameters.get, ("gain", "bias", "alpha"))  # past nn.Module's look-up
         if not learn:
-            weights = {name: p.detach() for name, p in weights.items() if p is not None}
+            gain, bias, alpha = (None if p is None else p.detach() for p in (gain, bias, alpha))
         if self.kind == "rms":
-            return kernels.rms_norm(x, weights.get("gain"), self.eps)
-        if self.kind == "dyt":
-            y, gain, bias = torch.tanh(weights["alpha"] * x), weights.get("gain"), weights.get("bias")
-            y = y if gain is None else y * gain
-            return (y if bias is None else y + bias).to(x.dtype)
-        return kernels.layer_norm(x, weights.get("gain"), weights.get("bias"), self.eps)
+            return kernels.rms_norm(x, gain, self.eps)
+        if self.kind == "layer":
+            return kernels.layer_norm(x, gain, bias, self.eps)
+        y = torch.tanh(alpha * x) if gain is None else torch.tanh(alpha * x) * gain
+        return (y if bias is None else y + bias).to(x.dtype)
 
 
 class Linear(nn.Linear):
@@ -650,28 +598,16 @@ class Attention(nn.Module):
         self.out = Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias is True)
         self.fused, self.roles = {"qkv": rows}, {}
         for name, width in zip(("q_gain", "k_gain"), rows) if c.qk_gain else ():
-            setattr(self, name, nn.Parameter(torch.empty(width if c.qk_norm == "full" else c.head_dim)))
-            self.roles[name] = "gain"
+            add_parameter(self, name, 1.0, width if c.qk_norm == "full" else c.head_dim)
         if c.qk_scale:
-            self.qk_scale = nn.Parameter(torch.empty(1))
-            self.roles["qk_scale"] = "gain"
+            add_parameter(self, "qk_scale", c.head_dim ** 0.5 * self.score_factor, 1)  # scores at first as without
         if c.value_residual and layer:
-            self.first_share = nn.Parameter(torch.empty(1))
-            self.roles["first_share"] = "gain"
+            add_parameter(self, "first_share", 0.5, 1)
         slopes = alibi_slopes(c.n_head) if c.positions == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
         # One query, to which a cache shows just what it sees, is then PyTorch's attention.
         self.plain = (type(self) is Attention and slopes is None and c.n_kv_head == c.n_head
                       and c.attention != "manual" and c.plain_scores)
-
-    def init_weights(self):
-        """Scores start as without qk_scale and qk_gain; values with equal shares of both layers'."""
-        for name in {"q_gain", "k_gain"} & {*self.roles}:
-            getattr(self, name).fill_(1)
-        if self.config.qk_scale:
-            self.qk_scale.fill_(self.config.head_dim ** 0.5 * self.score_factor)
-        if "first_share" in self.roles:
-            self.first_share.fill_(0.5)
 
     def forward(self, x, positions, cache=None):
         """x (B, T, C), positions a Positions, cache a KVCache or None. Returns (B, T, C)."""
@@ -679,25 +615,10 @@ class Attention(nn.Module):
         H, G = c.n_head, c.n_kv_head
         into, out = self._modules["qkv"], self._modules["out"]
         qkv = into(x).view(B, T, H + 2 * G, c.head_dim)  # (B, T, H + 2 G, D)
-        turned = positions.tables and self.turns
-        if not c.qk_norm and not turned:
-            heads = qkv.transpose(1, 2)  # (B, H + 2 G, T, D)
-            q, k, v = torch.split_with_sizes(heads, (H, G, G), 1)  # (B, H, T, D), (B, G, T, D) twice
+        if c.qk_norm or positions.tables and self.turns:
+            q, k, v = self.normed_and_turned(qkv, positions)
         else:
-            qk, v = qkv.split((H + G, G), 2)
-            if c.qk_norm == "full":
-                qk = torch.cat([self.unit(t.flatten(2)).view(t.shape) for t in qk.split((H, G), 2)], 2)
-            elif c.qk_norm:
-                qk = self.unit(qk)
-            if c.qk_gain:
-                q, k = qk.split((H, G), 2)
-                q_gain, k_gain = (gain.view(-1, c.head_dim) for gain in (self.q_gain, self.k_gain))  # (1 or H, D)
-                qk = torch.cat((q * q_gain, k * k_gain), 2).to(v.dtype)
-            qk = positions.turn(qk) if turned else qk
-            q, k = qk.transpose(1, 2).split((H, G), 1)  # (B, H, T, D), (B, G, T, D)
-            v = v.transpose(1, 2)  # (B, G, T, D)
-            if c.qk_scale:  # D^-0.5 of it is in every softmax
-                q = (q * (self.qk_scale / c.head_dim ** 0.5)).to(q.dtype)
+            q, k, v = torch.split_with_sizes(qkv.transpose(1, 2), (H, G, G), 1)  # (B, H, T, D), (B, G, T, D) twice
         if self.score_factor != 1 and not c.qk_scale:
             q = q * self.score_factor
         if c.value_residual:
@@ -718,6 +639,24 @@ class Attention(nn.Module):
         if cache is not None and y.dtype != x.dtype:  # a cache may be of another type
             y = y.to(x.dtype)
         return out(y)  # (B, T, C)
+
+    def normed_and_turned(self, qkv, positions):
+        """qkv (B, T, H + 2 G, D) to queries (B, H, T, D), keys and values (B, G, T, D), as qk_norm and RoPE have it."""
+        c, H, G = self.config, self.config.n_head, self.config.n_kv_head
+        qk, v = qkv.split((H + G, G), 2)
+        if c.qk_norm == "full":
+            qk = torch.cat([self.unit(t.flatten(2)).view(t.shape) for t in qk.split((H, G), 2)], 2)
+        elif c.qk_norm:
+            qk = self.unit(qk)
+        if c.qk_gain:
+            gains = (gain.view(-1, c.head_dim) for gain in (self.q_gain, self.k_gain))  # (1 or H, D), (1 or G, D)
+            qk = torch.cat([t * gain for t, gain in zip(qk.split((H, G), 2), gains)], 2).to(v.dtype)
+        if positions.tables and self.turns:
+            qk = positions.turn(qk)
+        q, k = qk.transpose(1, 2).split((H, G), 1)  # (B, H, T, D), (B, G, T, D)
+        if c.qk_scale:  # D^-0.5 of it is in every softmax
+            q = (q * (self.qk_scale / c.head_dim ** 0.5)).to(q.dtype)
+        return q, k, v.transpose(1, 2)
 
     def unit(self, x):
         """x (..., D) to the same shape, of length sqrt(D): RMSNorm without parameters."""
@@ -741,31 +680,28 @@ class Attention(nn.Module):
         key_positions: (B, S) where rows are ragged, else None. bias: (B or 1, H, T, S), added to the scores.
         scale: of the scores; None: D^-0.5. slopes: ALiBi's of these heads; None: the layer's.
 
-        The same in five ways, the first that fits:
-        several queries, kernels on         kernels.attend
-        a lone query, few of the keys seen  `softmax` over a view of these, without a mask
-        many queries, each of few keys      `by_blocks`: time and memory grow with T times that number, not with T S
-        a lone query, kernels on            kernels.attend_one
-        all others                          `softmax` with one mask, or none where all is seen
+        By kernel where one computes it; of many queries that see few keys each `by_blocks`: time and memory grow with T
+        times that number, not with T S; else by `softmax`, of a lone query over a view of what it sees, with one mask,
+        or none where all is seen.
         """
-        if bias is None and self.by_kernel(q, v, positions, key_positions, pattern):
-            return kernels.attend(q.to(v.dtype), k.to(v.dtype), v, window=pattern.window, prefix=positions.prefix,
-                                  scale=scale)
         slopes = self.slopes if slopes is None else slopes
         T, S, max_keys = q.size(2), k.size(2), pattern.max_keys
-        if max_keys is not None and key_positions is None:
-            n = min(max_keys, positions.start - pattern.first(positions.start) + 1)
-            if T == 1 and n < S:  # a lone query: a view of what it sees needs no mask
-                k, v, S = k[:, :, -n:], v[:, :, -n:], n
-                bias = None if bias is None else bias[..., -n:]
-            elif T > 2 * pattern.block and bias is None and positions.prefix is None and positions.in_order:
-                return self.by_blocks(q, k, v, positions, pattern, scale, slopes)
-        if bias is None and self.by_lone_kernel(q, k, v, positions, key_positions, pattern):
-            return kernels.attend_one(q.to(v.dtype), k.to(v.dtype), v, scale=scale)
-        lone = T == 1 and key_positions is None and max_keys is not None and positions.prefix is None and slopes is None
-        mask = None if lone else positions.mask(pattern, S, key_positions, q.device, slopes)
-        if bias is not None:
-            mask = add_masks(mask, bias, T, S)
+        few = max_keys is not None and key_positions is None
+        if few and T == 1:  # a lone query: a view of what it sees needs no mask
+            S = min(S, max_keys, positions.start - pattern.first(positions.start) + 1)
+            k, v, bias = k[:, :, -S:], v[:, :, -S:], None if bias is None else bias[..., -S:]
+        if kernels.on() and bias is None and self.by_kernel(q, k, v, positions, key_positions, pattern):
+            q, k = q.to(v.dtype), k.to(v.dtype)
+            return (kernels.attend_one(q, k, v, scale=scale) if T == 1 else
+                    kernels.attend(q, k, v, window=pattern.window, prefix=positions.prefix, scale=scale))
+        if few and T > 2 * pattern.block and bias is None and positions.prefix is None and positions.in_order:
+            return self.by_blocks(q, k, v, positions, pattern, scale, slopes)
+        if few and T == 1 and positions.prefix is None and slopes is None:
+            return self.softmax(q, k, v, bias, scale)
+        if bias is None:
+            mask = positions.mask(pattern, S, key_positions, q.device, slopes)
+        else:
+            mask = bias.masked_fill(~positions.mask(pattern, S, key_positions, q.device, None, (0, T, 0, S)), -math.inf)
         return self.softmax(q, k, v, mask, scale)
 
     def by_blocks(self, q, k, v, positions, pattern, scale, slopes):
@@ -795,18 +731,16 @@ class Attention(nn.Module):
         return (kernels.on() and c.attention == "auto" and c.plain_scores and self.slopes is None
                 and not (self.training and c.dropout) and max(widths) <= kernels.WIDEST_HEAD)
 
-    def by_kernel(self, q, v, positions, key_positions, pattern):
-        """Whether kernels.attend computes what these queries see, of which there are several: what is before them, a
-        window of it, or a prefix that counts from the first key."""
-        return (q.size(2) > 1 and key_positions is None and type(pattern) is Causal and positions.in_order
-                and (positions.prefix is None or not positions.start) and self.fusible(q.size(3), v.size(3)))
-
-    def by_lone_kernel(self, q, k, v, positions, key_positions, pattern):
-        """Whether kernels.attend_one computes what a lone query over a cache sees, which is all of k: for inference."""
-        return (q.size(2) == 1 and key_positions is None and type(pattern) is Causal and positions.in_order
-                and positions.prefix is None and k.size(2) <= (pattern.max_keys or k.size(2))
-                and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
-                and self.fusible(q.size(3), v.size(3)))
+    def by_kernel(self, q, k, v, positions, key_positions, pattern):
+        """Whether kernels.attend computes what these queries see: what is before them, a window of it, or a prefix that
+        counts from the first key; or, without a gradient, kernels.attend_one what a lone query sees, which is all."""
+        if not (key_positions is None and type(pattern) is Causal and positions.in_order
+                and self.fusible(q.size(3), v.size(3))):
+            return False
+        if q.size(2) > 1:
+            return positions.prefix is None or not positions.start
+        return (positions.prefix is None and k.size(2) <= (pattern.max_keys or k.size(2))
+                and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)))
 
     def softmax(self, q, k, v, mask, scale=None):
         """q (B, H, T, D), k (B, G, S, D), v (B, G, S, D'), mask as Positions.mask gives it: (B, H, T, D').
@@ -849,15 +783,6 @@ class Attention(nn.Module):
         """Scores and sums of one token, forward, at T positions: 4 H D T, uncut by the causal mask; a window cuts T."""
         c = self.config
         return 4 * c.n_head * c.head_dim * (min(T, c.window) if self.kind == "window" else T)
-
-
-def add_masks(mask, bias, T, S):
-    """A float mask: bias (..., T, S) where mask (None, "causal", bool or float) allows."""
-    if mask is None:
-        return bias
-    if isinstance(mask, str):
-        mask = torch.ones(T, S, dtype=torch.bool, device=bias.device).tril()
-    return bias.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else bias + mask
 
 
 windowed = partial(Attention, kind="window")
@@ -909,23 +834,15 @@ class Block(nn.Module):
             if c.parallel_residual != "shared":
                 self.norm2 = Norm(c.norm, c.n_embd, c.norm_gain, c.bias, c.norm_eps)
             self.ff = variant(FEED_FORWARDS[kind])(c, layer)
-        self.dropout, self.n_layer = c.dropout, c.n_layer
-        self.norm_after, self.parallel = c.norm_after, c.parallel_residual
+        self.dropout, self.norm_after, self.parallel = c.dropout, c.norm_after, c.parallel_residual
         self.scale, self.roles = c.residual_scale, {}
         if c.residual_scale == "depth":
             self.scale = (2 * c.n_layer) ** -0.5
-        elif isinstance(c.residual_scale, str):
-            shape = (1,) if c.residual_scale == "rezero" else (c.n_embd,)
-            for name in ("scale1",) if self.ff is None else ("scale1", "scale2"):
-                setattr(self, name, nn.Parameter(torch.empty(shape)))
-                self.roles[name] = "gain"
-
-    def init_weights(self):
-        """rezero starts at 0 (Bachlechner et al. 2020); layerscale small, and the smaller the deeper (Touvron et al.
-        2021: 0.1 up to 18 layers, 1e-5 up to 24, then 1e-6)."""
-        small = 0.1 if self.n_layer <= 18 else 1e-5 if self.n_layer <= 24 else 1e-6
-        for name in self.roles:
-            getattr(self, name).fill_(0.0 if self.scale == "rezero" else small)
+        for name in ("scale1", "scale2")[:1 + (self.ff is not None)] if isinstance(self.scale, str) else ():
+            if c.residual_scale == "rezero":  # Bachlechner et al. 2020
+                add_parameter(self, name, 0.0, 1)
+            else:  # layerscale: Touvron et al. 2021
+                add_parameter(self, name, 0.1 if c.n_layer <= 18 else 1e-5 if c.n_layer <= 24 else 1e-6, c.n_embd)
 
     def forward(self, x, positions, cache=None, inputs=None):
         """x (B, T, C) to (B, T, C); cache: the mixer's, inputs: the convolution's."""
@@ -1296,15 +1213,12 @@ def stablemax(x):
 
 def batched_linear(h, weights, groups, biases=None):
     """h (A, M, C) times weights, `groups` sets of (O, C) each, stacked: (A, M, O in a set); groups is A or 1."""
-    def stack(parts):
-        return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts).view(groups, -1, *parts[0].shape[1:])
-    weight = stack(weights)  # (groups, O, C)
-    bias = None if biases is None else stack(biases)  # (groups, O)
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)  # (groups O, C)
+    bias = None if biases is None else torch.cat(biases)  # (groups O,)
     if groups == 1:
-        return F.linear(h, weight[0], None if bias is None else bias[0])
-    if bias is None:
-        return torch.bmm(h, weight.transpose(1, 2))
-    return torch.baddbmm(bias.unsqueeze(1), h, weight.transpose(1, 2))
+        return F.linear(h, weight, bias)
+    weight = weight.view(groups, -1, h.size(2)).mT  # (groups, C, O)
+    return torch.bmm(h, weight) if bias is None else torch.baddbmm(bias.view(groups, 1, -1), h, weight)
 
 
 RULES = {  # each parameter's name must match exactly one; the rule initialises it, and is its role for the optimiser
@@ -1312,29 +1226,16 @@ RULES = {  # each parameter's name must match exactly one; the rule initialises 
     "position": r"(.+\.)?position",
     "matrix": r"(.+\.)?(qkv|q|kv|up|join|into|router)\.weight",
     "residual": r"(.+\.)?(out|down)\.weight",
-    "head": r"(.+\.)?heads\.\d+",
-    "target_map": r"target_maps\.\d+",
+    "head": r"(.+\.)?heads\.\d+|target_maps\.\d+",
     "gain": r"(.+\.)?\w*norm\d?\.gain",
     "bias": r"(.+\.)?(\w*norm\d?|qkv|q|kv|up|join|into|router|out|down)\.bias|(.+\.)?head_biases\.\d+",
 }
 
 
 def module_roles(model):
-    """{name: role} of the parameters that their modules claim."""
+    """{name: role} of the parameters that their modules claim, and fill."""
     return {f"{place}.{name}".lstrip("."): role for place, module in model.named_modules()
             for name, role in getattr(module, "roles", {}).items()}
-
-
-def parameter_rules(model):
-    """{name: the one rule of RULES that claims the parameter, or "module" where its module does}. Raises ValueError
-    where none or several do."""
-    by_module, claimed = module_roles(model), {}
-    for name, _ in model.named_parameters():
-        claims = [rule for rule, words in RULES.items() if re.fullmatch(words, name)] + ["module"] * (name in by_module)
-        if len(claims) != 1:
-            raise ValueError(f"parameter {name} needs exactly one rule, but {' and '.join(claims) or 'none'} claims it")
-        claimed[name] = claims[0]
-    return claimed
 
 
 def parameter_roles(model):
@@ -1342,10 +1243,16 @@ def parameter_roles(model):
 
     Roles: "embedding" (also the tied classifier), "position", "matrix" (hidden 2-D), "residual" (hidden 2-D that writes
     into the stream), "head" (classifiers, and the maps before a shared one), "gain", "bias".
-    Raises ValueError for a parameter that not exactly one rule claims.
+    Raises ValueError for a parameter that not exactly one rule, or its module, claims.
     """
-    return {name: "head" if rule == "target_map" else rule
-            for name, rule in {**parameter_rules(model), **module_roles(model)}.items()}
+    by_module, roles = module_roles(model), {}
+    for name, _ in model.named_parameters():
+        claims = [rule for rule, words in RULES.items() if re.fullmatch(words, name)]
+        claims += [by_module[name]] if name in by_module else []
+        if len(claims) != 1:
+            raise ValueError(f"parameter {name} needs exactly one rule, but {' and '.join(claims) or 'none'} claims it")
+        roles[name] = claims[0]
+    return roles
 
 
 def fused_rows(model):
@@ -1370,41 +1277,37 @@ def initialise(model):
     that write into the stream zero. N(0, s): of standard deviation s. Parameters that their modules claim are filled by
     these. Under "mup" 0.02 of hidden matrices is that of the base width, divided by the root of the width factor.
     """
-    c, fused = model.config, fused_rows(model)
+    c, roles, by_module, fused = model.config, parameter_roles(model), module_roles(model), fused_rows(model)
     hidden = 0.02 / math.sqrt(getattr(c, "width_factor", 1.0))  # other models' configs have none
-
-    def normal(p, name, std=0.02):
-        p.normal_(0, std)
-
-    def xavier(p, name):
-        parts = p.split(fused.get(name, (p.size(0),)))
-        for part in parts:
-            nn.init.xavier_uniform_(part)
-        if c.init == "tfixup":
-            (p if ".ff." in name or name.endswith("out.weight") else parts[-1]).mul_(0.67 * c.n_layer ** -0.25)
-
-    def truncated(p, name):
-        std = c.n_embd ** -0.5
-        nn.init.trunc_normal_(p, 0, std, -2 * std, 2 * std)
-
-    embedding = {"zero": partial(normal, std=0.02 if c.tie_weights else 1.0),
-                 "tfixup": lambda p, name: p.normal_(0, c.n_embd ** -0.5).mul_((9 * c.n_layer) ** -0.25)}
-    matrix, residual = {
-        "gpt2": (partial(normal, std=hidden), partial(normal, std=hidden / math.sqrt(2 * c.n_layer))),
-        "normal": (partial(normal, std=hidden), partial(normal, std=hidden)),
-        "xavier": (xavier, xavier), "tfixup": (xavier, xavier), "truncated": (truncated, truncated),
-        "zero": (lambda p, name: p.normal_(0, p.size(1) ** -0.5), lambda p, name: p.zero_()),
-    }[c.init]
-    rules = {
-        "embedding": embedding.get(c.init, normal), "position": normal, "head": normal,
-        "matrix": matrix, "residual": residual, "target_map": lambda p, name: nn.init.eye_(p),
-        "gain": lambda p, name: p.fill_(1), "bias": lambda p, name: p.zero_(), "module": lambda p, name: None,
-    }
-    parameters = dict(model.named_parameters())
-    for name, rule in parameter_rules(model).items():
-        rules[rule](parameters[name], name)
+    for name, p in model.named_parameters():
+        role = roles[name]
+        if name in by_module:
+            continue
+        if role in ("gain", "bias"):
+            p.fill_(float(role == "gain"))
+        elif name.startswith("target_maps"):
+            nn.init.eye_(p)
+        elif role == "embedding" and c.init == "tfixup":
+            p.normal_(0, c.n_embd ** -0.5).mul_((9 * c.n_layer) ** -0.25)
+        elif role in ("embedding", "position", "head"):
+            p.normal_(0, 1.0 if role == "embedding" and c.init == "zero" and not c.tie_weights else 0.02)
+        elif c.init in ("xavier", "tfixup"):
+            parts = p.split(fused.get(name, (p.size(0),)))
+            for part in parts:
+                nn.init.xavier_uniform_(part)
+            if c.init == "tfixup":
+                (p if ".ff." in name or role == "residual" else parts[-1]).mul_(0.67 * c.n_layer ** -0.25)
+        elif c.init == "truncated":
+            std = c.n_embd ** -0.5
+            nn.init.trunc_normal_(p, 0, std, -2 * std, 2 * std)
+        elif c.init == "zero":
+            p.zero_() if role == "residual" else p.normal_(0, p.size(1) ** -0.5)
+        else:
+            p.normal_(0, hidden / math.sqrt(2 * c.n_layer) if (c.init, role) == ("gpt2", "residual") else hidden)
     for module in model.modules():
-        if getattr(module, "roles", None):
+        for name, start in getattr(module, "starts", {}).items():
+            getattr(module, name).fill_(start)
+        if getattr(module, "roles", None) and hasattr(module, "init_weights"):
             module.init_weights()
 
 

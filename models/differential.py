@@ -2,11 +2,10 @@
 import math
 
 import torch
-import torch.nn as nn
 
 import kernels
 from kernels import expect
-from model import Attention
+from model import Attention, add_parameter
 
 
 LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
@@ -29,15 +28,12 @@ class Differential(Attention):
 
     def __init__(self, config, layer=0):
         super().__init__(config, layer)
-        D = config.head_dim
         self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer)
         for name in LAMBDAS:
-            setattr(self, name, nn.Parameter(torch.empty(D)))
-            self.roles[name] = "gain"
+            add_parameter(self, name, 0.0, config.head_dim)
 
     def init_weights(self):
         """N(0, 0.1), as the paper's code."""
-        super().init_weights()
         for name in LAMBDAS:
             getattr(self, name).normal_(0, 0.1)
 
@@ -48,7 +44,7 @@ class Differential(Attention):
         v = v.reshape(B, G, 2, S, D).transpose(2, 3).reshape(B, G, S, 2 * D)
         strength = (torch.exp((self.lambda_q1 * self.lambda_k1).sum())
                     - torch.exp((self.lambda_q2 * self.lambda_k2).sum()) + self.lambda_init)
-        if self.by_kernel(q, v, positions, key_positions, pattern):
+        if T > 1 and self.by_kernel(q, k, v, positions, key_positions, pattern):
             y = kernels.attend_differential(q.to(v.dtype), k.to(v.dtype), v, strength, pattern.window,
                                             positions.prefix)  # (B, H/2, T, 2 D)
         else:

@@ -83,8 +83,8 @@ class Latent(Attention):
 
     def attend_latents(self, q, latents, positions, key_positions, pattern, scale):
         """q (B, H, T, rank + R) over latents (B, 1, S, rank + R), whose first columns are values: (B, H, T, rank)."""
-        lone = self.by_lone_kernel(q[..., self.rank:], latents, q[..., :0], positions, key_positions, pattern)
-        if lone and self.rank <= kernels.WIDEST_RANK:
+        if q.size(2) == 1 and self.rank <= kernels.WIDEST_RANK and self.by_kernel(
+                q[..., self.rank:], latents, q[..., :0], positions, key_positions, pattern):
             return kernels.attend_latent(q, latents, self.rank, scale)
         return self.attend(q, latents, latents[..., :self.rank], positions, key_positions, pattern, scale=scale)
 

@@ -6,7 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels import activate, expect
-from model import FeedForward, Linear
+from model import OTHERS, PLAIN, FeedForward, Linear
 
 
 class LowRank(FeedForward):
@@ -28,12 +28,14 @@ class LowRank(FeedForward):
 
 # --- Adapters (Hu et al. 2021, "LoRA", arXiv 2106.09685) ---
 
-def check_adapters(config):
+def check(config):
     """Raises ValueError for settings that do not go with lora_rank."""
-    c, attending = config, ("full", "window", "strided", "fixed", "diff")
+    c = config
+    if not c.lora_rank:
+        return
     expect(c.lora_rank <= c.n_embd, f"lora_rank {c.lora_rank} is more than n_embd {c.n_embd}: no matrix of that width "
                                     "has a higher rank")
-    expect({*c.mixers} <= {*attending}, f"lora_rank adapts layers {', '.join(attending)}: mixer {c.mixer!r} has others")
+    expect({*c.mixers} <= PLAIN, f"lora_rank {OTHERS}".format(c=c))
     expect(c.lora_on == "attention" or {*c.ffs} <= {"mlp", "low_rank", "none"},
            f"lora_on 'all' adapts feed-forwards mlp and low_rank: with ff {c.ff!r} choose attention")
     expect("moe" not in c.ffs or c.expert_balance != "bias",

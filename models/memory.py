@@ -14,11 +14,10 @@ layer, without gradient, which are normed (and convolved, with short_conv) and p
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels import expect, plain_rotary
-from model import Attention, Linear, Pattern, causal
+from model import Attention, Linear, Pattern, add_parameter, causal
 from nanolab.cache import CompressedCache, KVCache
 
 
@@ -63,24 +62,17 @@ class TransformerXL(Attention):
 
     def __init__(self, config, layer=0, kind="xl"):
         super().__init__(config, layer, kind)
-        c, self.roles = config, {}
-        if c.positions == "relative":
-            self.into = Linear(c.n_embd, c.n_head * c.head_dim, bias=False)  # W_R
-            self.bias_u = nn.Parameter(torch.empty(c.n_head, c.head_dim))
-            self.bias_v = nn.Parameter(torch.empty(c.n_head, c.head_dim))
-            self.roles = {"bias_u": "bias", "bias_v": "bias"}
+        if config.positions == "relative":
+            self.into = Linear(config.n_embd, config.n_head * config.head_dim, bias=False)  # W_R
+            for name in ("bias_u", "bias_v"):
+                add_parameter(self, name, 0.0, config.n_head, config.head_dim, role="bias")
 
-    def init_weights(self):
-        """The two biases of "relative" start at zero."""
-        if "bias_u" in self.roles:
-            self.bias_u.zero_()
-            self.bias_v.zero_()
-
-    def project(self, x):
-        """x (B, T, C) to queries (B, T, H, D), keys and values (B, T, G, D), with qk_norm, not turned yet."""
-        c = self.config
-        q, k, v = self.qkv(x).view(*x.shape[:2], c.n_head + 2 * c.n_kv_head, c.head_dim).split(
-            (c.n_head, c.n_kv_head, c.n_kv_head), 2)
+    def project(self, x, learn=True):
+        """x (B, T, C) to queries (B, T, H, D), keys and values (B, T, G, D), with qk_norm, not turned yet. Only with
+        `learn` does a gradient reach the weights."""
+        c, weights = self.config, self.qkv._parameters.values()
+        qkv = self.qkv(x) if learn else F.linear(x, *(None if p is None else p.detach() for p in weights))
+        q, k, v = qkv.view(*x.shape[:2], -1, c.head_dim).split((c.n_head, c.n_kv_head, c.n_kv_head), 2)
         return (self.unit(q), self.unit(k), v) if c.qk_norm else (q, k, v)
 
     def project_keys(self, x):
@@ -195,12 +187,10 @@ class Compressive(TransformerXL):
         super().__init__(config, layer, "compressive")
         c = config
         if c.compression == "conv":
-            self.compress_weight = nn.Parameter(torch.empty(c.n_embd, c.compression_rate * c.n_embd))
-            self.roles["compress_weight"] = "matrix"
+            add_parameter(self, "compress_weight", 0.0, c.n_embd, c.compression_rate * c.n_embd, role="matrix")
 
     def init_weights(self):
         """The convolution starts near the mean."""
-        super().init_weights()
         c = self.config
         if c.compression == "conv":
             mean = torch.eye(c.n_embd, device=self.compress_weight.device).repeat(1, c.compression_rate)
@@ -238,28 +228,29 @@ class Compressive(TransformerXL):
         return y
 
     def run(self, x, hidden, norm, positions, start, state=None):
-        """Rows that stand alike: x (B, T, C) from position `start` on, `state` what a cache knows of what is before."""
+        """Rows that stand alike: x (B, T, C) from position `start` on, `state` what a cache knows of what is before:
+        keys and values `raw`, `inputs` of a block not full yet, `slots`, keys and values of compressed blocks from
+        number `first` on, and how many blocks are `known`."""
         c, (B, T, _) = self.config, x.shape
         L, M, rate = c.block_size, c.memory_length, c.compression_rate
         index = torch.arange(start, start + T, device=x.device)
         q, k, v = self.project(x)
         q, k = self.at(q, positions, index), self.at(k, positions, index)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        slots, known = None, 0  # keys and values of the compressed blocks known, 0 ... known
-        if state is not None:
-            k, v, _ = state["raw"].update(k, v)
+        state = dict.fromkeys(("raw", "inputs", "slots"), None) | {"known": 0, "first": 0} if state is None else state
+        slots, raw, first, known = None, state["raw"], state["first"], state["known"]
+        if raw is not None:
+            k, v, _ = raw.update(k, v)
             q = q.to(k.dtype)
-        if state is not None and state["inputs"] is not None:
+        if state["inputs"] is not None:
             hidden = torch.cat((state["inputs"].to(hidden.dtype), hidden), 1)
         n = hidden.size(1) // rate
-        first = 0 if state is None else state["first"]  # index of the first block whose slot is kept
-        known = 0 if state is None else state["known"]  # and of the first that is not known yet
-        if n and (state is not None or start + T - 1 >= L + M):
+        if n and (raw is not None or start + T - 1 >= L + M):
             ends = torch.arange(known + 1, known + n + 1, device=x.device) * rate - 1
             slot = self.compress(hidden[:, :n * rate])
             slot_k, slot_v = self.project_keys((slot if norm is None else norm(slot)).to(x.dtype))
             slots = [t.transpose(1, 2).to(k.dtype) for t in (self.at(slot_k, positions, ends), slot_v)]  # (B, G, n, D)
-        if state is not None and state["slots"] is not None:
+        if state["slots"] is not None:
             slots = state["slots"] if slots is None else [torch.cat(pair, 2) for pair in zip(state["slots"], slots)]
         parts, begin, S = [], start, k.size(2)
         while begin < start + T:  # one segment at a time: all its queries see the same memory and the same slots
@@ -278,12 +269,10 @@ class Compressive(TransformerXL):
             parts.append(self.read(q[:, :, begin - start:end - start], keys, values,
                                    torch.arange(begin, end, device=x.device), where))
             begin = end
-        if state is not None:
-            kept = -(-(2 * L + M) // rate) + c.compressed_length
-            known += n
-            drop = 0 if slots is None else max(0, slots[0].size(2) - kept)
-            state.update(inputs=hidden[:, n * rate:].detach().clone(), known=known, first=first + drop,
-                        slots=None if slots is None else [t[:, :, drop:].detach() for t in slots])
+        kept = -(-(2 * L + M) // rate) + c.compressed_length
+        drop = 0 if slots is None else max(0, slots[0].size(2) - kept)
+        state.update(inputs=hidden[:, n * rate:].detach().clone(), known=known + n, first=first + drop,
+                     slots=None if slots is None else [t[:, :, drop:].detach() for t in slots])
         y = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
         return self.out(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
 
@@ -330,21 +319,13 @@ class Compressive(TransformerXL):
     def reconstruction(self, h, old, new, norm):
         """Mean square between what h (B, T, C) reads from old (B, n c, C) and from new (B, n, C), normed; projections
         and norm fixed."""
-        c = self.config
-        weight = self.qkv.weight.detach()
-        bias = None if self.qkv.bias is None else self.qkv.bias.detach()
-
-        def split(t):
-            parts = F.linear(t, weight, bias).view(*t.shape[:2], -1, c.head_dim).transpose(1, 2)
-            q, k, v = parts.split((c.n_head, c.n_kv_head, c.n_kv_head), 1)
-            return (self.unit(q), self.unit(k), v) if c.qk_norm else (q, k, v)
-
-        def normed(t):
-            return (t if norm is None else norm(t, learn=False)).to(h.dtype)
-        q = split(h)[0]
+        def read(states):
+            states = (states if norm is None else norm(states, learn=False)).to(h.dtype)
+            return self.softmax(q, *(t.transpose(1, 2) for t in self.project(states, learn=False)[1:]), None).float()
+        q = self.project(h, learn=False)[0].transpose(1, 2)
         with torch.no_grad():
-            wanted = self.softmax(q, *split(normed(old))[1:], None)
-        return F.mse_loss(self.softmax(q, *split(normed(new))[1:], None).float(), wanted.float())
+            wanted = read(old)
+        return F.mse_loss(read(new), wanted)
 
     def new_cache(self, batch_size, max_length, window, device, dtype):
         """A CompressedCache, of constant size whatever max_length and window say."""

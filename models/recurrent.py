@@ -103,7 +103,7 @@ class Recurrent(nn.Module):
         if positions.index is None:
             y, after = self.run(x, before)
         else:
-            order, back, real = positions.real_first()
+            order, back, real = positions.real_first
             y, after = self.run(x.take_along_dim(order, 1), before, real[..., 0])
             y = y.take_along_dim(back, 1)
         if cache is not None:

@@ -3,6 +3,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from model import add_parameter
 from nanolab.cache import KVCache
 
 
@@ -27,8 +28,7 @@ class ShortConv(nn.Module):
         super().__init__()
         self.width = config.short_conv
         self.slot = config.n_layer + layer  # its place in a Memory: after those of all mixers
-        self.kernel = nn.Parameter(torch.empty(self.width, config.n_embd))
-        self.roles = {"kernel": "gain"}
+        add_parameter(self, "kernel", 0.0, self.width, config.n_embd)
 
     def init_weights(self):
         """U(-1, 1) / sqrt(w)."""
@@ -59,7 +59,7 @@ class ShortConv(nn.Module):
             before = norm(kept[:, n - min(n, positions.remembered):].to(hidden.dtype)).to(x.dtype)
         order = None
         if positions.index is not None:
-            order, back, _ = positions.real_first()
+            order, back, _ = positions.real_first
             x = x.take_along_dim(order, 1)
             if before is not None:
                 before = last_real(before, key_positions[:, :-T], n)

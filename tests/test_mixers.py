@@ -8,8 +8,7 @@ import torch.nn.functional as F
 
 import model as room
 from kernels import gelu, rms_norm, scan_reference
-from model import (Positions, Transformer, TransformerConfig, attend_by_hand, fused_rows, parameter_roles,
-                   parameter_rules)
+from model import (Positions, Transformer, TransformerConfig, attend_by_hand, fused_rows, parameter_roles)
 from models import recurrent
 from models.low_rank import Adapted, adapt, merge
 from models.recurrent import scan, selective_scan, stretch
@@ -395,7 +394,7 @@ def test_short_convolution_stands_between_norm_and_mixer():
     others, kernels = dict(model.named_parameters()), {f"blocks.{i}.conv.kernel" for i in range(3)}
     assert set(others) - kernels == {name for name, _ in plain.named_parameters()}
     assert torch.equal(others["blocks.2.ff.up.weight"], plain.blocks[2].ff.up.weight)
-    assert {(parameter_roles(model)[name], parameter_rules(model)[name]) for name in kernels} == {("gain", "module")}
+    assert {parameter_roles(model)[name] for name in kernels} == {"gain"}
     assert model.n_params() - plain.n_params() == 3 * 3 * 32
     assert model.flops_per_token(8) - plain.flops_per_token(8) == 3 * 3 * 3 * 2 * 32
 

@@ -4,7 +4,7 @@ import torch
 
 from interpreter import formula
 from kernels import attend_space, attend_time
-from model import Norm, Transformer, TransformerConfig, parameter_rules
+from model import Norm, Transformer, TransformerConfig, parameter_roles
 from models.encoder_decoder import Encoder, EncoderDecoder, LatentTransformer, PrefixDecoder, TextTransformer
 from models.video import SpatialTransformer, SpatioTemporal
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def build(kind, **settings):
     torch.manual_seed(0)
     model = kind(TransformerConfig(**{**SMALL, **settings}), *MORE.get(kind, ())).eval()
-    assert set(parameter_rules(model)) == {name for name, _ in model.named_parameters()}
+    assert set(parameter_roles(model)) == {name for name, _ in model.named_parameters()}
     return model
 
 
