@@ -10,8 +10,7 @@ import torch.nn.functional as F
 
 import model as room
 from kernels import plain_rotary
-from model import (Positions, Transformer, TransformerConfig, active_layers, build_model, fused_rows, initialise,
-                   parameter_roles)
+from model import Positions, Transformer, TransformerConfig, active_layers, build_model, fused_rows, parameter_roles
 from models.rope_scaling import scaled
 from nanolab import optim
 from variants import text
@@ -36,8 +35,8 @@ def targets(model, B=2, T=8):
 # --- Losses and heads ---
 
 HEADS = [
-    dict(n_targets=3, target_heads=t, layer_heads=layers, intermediate_losses=inner, head_bias=b)
-    for t in ("own", "shared") for layers in ("own", "shared") for inner in (False, True) for b in (False, True)
+    dict(n_targets=3, target_heads=t, layer_heads=layers, intermediate_losses=inner, head_bias=(t == "own") == inner)
+    for t in ("own", "shared") for layers, inner in (("own", True), ("shared", True), ("own", False))
 ] + [dict(n_targets=n, target_heads="shared", layer_heads="shared", intermediate_losses=True, head_bias=True,
           tie_weights=True) for n in (1, 3)] + [dict(n_targets=1, intermediate_losses=True), dict(tie_weights=True)]
 
@@ -102,7 +101,7 @@ def test_compiled_losses_follow_the_active_layers():
     """The second set of layers reaches the compiler as symbols: they must still be found among the layers."""
     model, x = build(n_layer=3, n_targets=2, intermediate_losses=True), text(2, 8)
     compiled, y = torch.compile(model, backend="eager", fullgraph=True), targets(model)
-    for active in ((0, 1, 2), (1, 2), (2,)):
+    for active in ((0, 1, 2), (1, 2)):
         torch.testing.assert_close(compiled(x, y, active), model(x, y, active))
 
 
@@ -176,26 +175,21 @@ def test_compression_learns_from_its_own_loss_alone():
     """
     model = build(mixer="compressive", positions="rope", n_layer=1, block_size=8, memory_length=8, compressed_length=4,
                   compression_rate=2, compression_weight=1.0, init="xavier").train()
-    x, y, weight, found = text(4, 8 * 12), text(4, 8 * 12, seed=2), model.blocks[0].mixer.compress_weight, []
-    optimizer = torch.optim.Adam([weight], 3e-3)
-    for _ in range(6):
-        memory = model.new_memory(4)
-        for i in range(12):
-            part = slice(8 * i, 8 * i + 8)
-            objective, nats = model(x[:, part], y[:, part, None], memory=memory)
-            loss = model.extras.get("compression", torch.tensor(0.0))
-            torch.testing.assert_close(objective.detach(), nats[0, 0] + loss)
-            model.zero_grad()
-            objective.backward()
-            assert bool(model.extras) == (i > 0) and (i == 0 or weight.grad.abs().max() > 0)
-            optimizer.step()
-            found.append(loss.item())
-    assert 0 < sum(found[-11:]) < 0.8 * sum(found[1:12])
+    x, y, weight, found = text(4, 8 * 8), text(4, 8 * 8, seed=2), model.blocks[0].mixer.compress_weight, []
+    optimizer, memory = torch.optim.Adam([weight], 3e-3), None
+    for part in [slice(8 * i, 8 * i + 8) for _ in range(5) for i in range(8)]:
+        memory = memory if part.start else model.new_memory(4)
+        objective, nats = model(x[:, part], y[:, part, None], memory=memory)
+        found.append(model.extras.get("compression", torch.tensor(0.0)))
+        torch.testing.assert_close(objective.detach(), nats[0, 0] + found[-1])
+        model.zero_grad()
+        objective.backward()
+        assert bool(model.extras) == (weight.grad is not None and weight.grad.any().item()) == (part.start > 0)
+        optimizer.step()
+    assert 0 < sum(found[-7:]) < 0.85 * sum(found[1:8])
     model.zero_grad()
-    model.config.compression_weight, memory = 0.0, model.new_memory(4)
-    for i in range(2):
-        objective, _ = model(x[:, 8 * i:8 * i + 8], y[:, 8 * i:8 * i + 8, None], memory=memory)
-    objective.backward()
+    model.config.compression_weight = 0.0
+    model(x[:, part], y[:, part, None], memory=memory)[0].backward()
     assert weight.grad.abs().max() == 0
 
 
@@ -242,32 +236,24 @@ def test_layers_without_feed_forward():
     block, x, places = model.blocks[0], torch.randn(1, 6, 32), model.place(text(1, 6), None)
     torch.testing.assert_close(block(x, places), x + block.mixer(block.norm1(x), places))
     mixed = build(n_layer=3, ff="none,mlp", residual_scale="rezero")
-    assert [block.ff is None for block in mixed.blocks] == [True, False, True]
-    assert [sorted(block.roles) for block in mixed.blocks] == [["scale1"], ["scale1", "scale2"], ["scale1"]]
-    for p in mixed.parameters():
-        p.data.fill_(math.nan)
-    initialise(mixed)
-    assert all(p.isfinite().all() for p in mixed.parameters()) and mixed.blocks[0].scale1 == 0
-    assert build(ff="mlp,none", init="tfixup", short_conv=2).blocks[1].ff is None
+    assert [[name for name, _ in block.named_parameters(recurse=False)] for block in mixed.blocks] == [
+        ["scale1"], ["scale1", "scale2"], ["scale1"]]
 
 
 @pytest.mark.parametrize("gain, bias", [(True, True), (True, False), (False, True)])
 def test_dyt_by_hand(gain, bias):
     """gamma tanh(alpha x) + beta, with gradients; alpha is 0.5 at first, and has the gains' rule."""
-    model = build(norm="dyt", norm_gain=gain, bias=bias)
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, room.Norm)}
-    assert len(norms) == 5 and all(norm.alpha.tolist() == [0.5] for norm in norms.values())
-    assert all(parameter_roles(model)[f"{name}.alpha"] == "gain" for name in norms)
-    norm, x = model.blocks[1].norm2.double(), torch.randn(3, 4, 32, dtype=torch.float64, requires_grad=True)
+    norm = build(norm="dyt", norm_gain=gain, bias=bias).blocks[1].norm2.double()
     assert {name for name, _ in norm.named_parameters()} == {"alpha", *["gain"] * gain, *["bias"] * (gain and bias)}
-    with torch.no_grad():
-        for p in norm.parameters():
-            p.add_(torch.randn_like(p))
+    assert norm.alpha.tolist() == [0.5] and norm.roles == {"alpha": "gain"}
+    x = torch.randn(3, 4, 32, dtype=torch.float64, requires_grad=True)
+    for p in norm.parameters():
+        p.data.add_(torch.randn_like(p))
+    a, g, b = (0.0 if p is None else p.detach() for p in (norm.alpha, norm.gain if gain else torch.ones(32), norm.bias))
     y, h = norm(x), x.detach()
-    a, g, b = norm.alpha.detach(), norm.gain if gain else torch.ones(32), norm.bias if gain and bias else 0.0
     bent = 1 - 2 / ((2 * a * h).exp() + 1)
     torch.testing.assert_close(y, g * bent + b)
-    slopes = (g * (1 - bent ** 2)).detach()
+    slopes = g * (1 - bent ** 2)
     torch.testing.assert_close(torch.autograd.grad(y.sum(), [x, norm.alpha]), (a * slopes, (slopes * h).sum().view(1)))
     assert norm(x.bfloat16()).dtype == torch.bfloat16 and torch.equal(norm(x, learn=False), y)
     norm(x, learn=False).sum().backward()
@@ -308,16 +294,6 @@ def test_rope_scalings():
     torch.testing.assert_close(found, (stretched / 40 + 1 - stretched) * plain, rtol=1e-12, atol=0)
     assert magnitude == pytest.approx(0.0707 * math.log(40) + 1)
     assert (scaled(64, 1e4, "yarn", 40.0, 4096)[0] / found - 1).abs().max() > 0.1
-
-
-def test_own_position_table_in_every_layer():
-    model = build(positions="learned_per_layer")
-    tables = [block.position for block in model.blocks]
-    assert [t.shape for t in tables] == [(16, 32)] * 2
-    model(text(1, 6)).sum().backward()
-    assert all(t.grad[:6].abs().sum() > 0 and t.grad[6:].abs().sum() == 0 for t in tables)
-    for scheme in ("rope", "none"):
-        assert build(positions=scheme)(text(1, 40)).shape == (1, 40, 256)
 
 
 # --- Parameters: roles and initialisation ---
@@ -388,45 +364,36 @@ def test_from_settings_picks_by_name():
 # --- Training ---
 
 @pytest.mark.parametrize("bf16, optimizer, settings", [
-    (True, "adam", dict()), (False, "adam", dict(positions="learned_per_layer", n_targets=2, intermediate_losses=True)),
-    (False, "muon", dict(positions="rope", norm="rms", qk_norm=True, activation="relu2", init="zero", n_kv_head=2)),
-    (True, "adamw", dict(ff="moe", activation="swiglu", n_shared_expert=1, mtp_depth=1)),
+    (True, "adam", dict()), (True, "adamw", dict(ff="moe", activation="swiglu", n_shared_expert=1, mtp_depth=1)),
     (False, "adamw", dict(mixer="mamba", positions="rope", residual_scale="layerscale")),
-    (False, "muon", dict(shorten=2, n_layer=4)), (False, "muon", dict(mixer="mla", positions="rope", ff="low_rank"))],
-    ids=str)
+    (False, "muon", dict(shorten=2, n_layer=3, positions="rope", norm="rms", qk_norm=True, init="zero"))], ids=str)
 def test_overfits_one_batch(bf16, optimizer, settings):
-    model, x = build(n_embd=64, **settings), text(2, 17)
+    model, x = build(n_embd=48, **settings), text(2, 17)
     y = x.unfold(1, 1 + model.config.n_labels, 1)[:, :, 1:]
     x = x[:, :y.size(1)]
-    step = optim.build(dict(optimizer=optimizer, lr=3e-3, muon_lr=0.02), model.named_parameters(),
+    step = optim.build(dict(optimizer=optimizer, lr=5e-3, muon_lr=0.02), model.named_parameters(),
                        parameter_roles(model), fused_rows(model))
-    for _ in range(80):
+    for _ in range(50):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             objective, nats = model(x, y)
         step.zero_grad()
         objective.backward()
         step.step()
-    assert nats[-1, 0] < 0.1
+    assert nats[-1, 0] < 0.2
 
 
 # --- What classifiers say ---
 
-def test_stablemax_is_its_definition():
-    """s(x) / sum s with s(x) = x + 1 from 0 on, 1 / (1 - x) below: as a softmax of sign(x) ln(1 + |x|)."""
+def test_stablemax_is_its_definition_and_has_gradients_everywhere():
+    """s(x) / sum s with s(x) = x + 1 from 0 on, 1 / (1 - x) below, as a softmax of sign(x) ln(1 + |x|), whose slope is
+    1 / (1 + |x|): also at 0, and at +-1e4, where softmax's are 0 or overflow."""
     x = torch.randn(50, 20, dtype=torch.float64) * torch.logspace(-3, 3, 50, dtype=torch.float64)[:, None]
     s = torch.where(x >= 0, x + 1, 1 / (1 - x))
     torch.testing.assert_close(room.stablemax(x).softmax(-1), s / s.sum(-1, keepdim=True), atol=2e-15, rtol=1e-12)
     torch.testing.assert_close(room.stablemax(x), x.sign() * x.abs().log1p(), atol=0, rtol=1e-15)
-
-
-def test_stablemax_has_finite_gradients_everywhere():
-    """1 / (1 + |x|): also at 0, and at +-1e4, where softmax's are 0 or overflow; float32 in, float32 gradients."""
     x = torch.tensor([-1e4, -1.0, -0.0, 0.0, 1e-30, 1.0, 1e4], requires_grad=True)
     room.stablemax(x).sum().backward()
     torch.testing.assert_close(x.grad, 1 / (1 + x.detach().abs()))
-    logits = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
-    F.cross_entropy(room.stablemax(logits), torch.tensor([1])).backward()
-    assert logits.grad.isfinite().all() and (logits.grad != 0).all()
 
 
 def capped(z):
