@@ -38,8 +38,7 @@ def cut_off(**settings):
     fused, found = fused_rows(model), []
     for name, p in [(name, p) for name, p in model.named_parameters() if p.requires_grad]:
         rows = fused.get(name.removesuffix(".bias") + ".weight" if name.endswith("bias") else name, (len(p),))
-        if ".ff." in name and "moe" in c.ff:
-            rows = (len(p),)                              # an expert whom nobody chose may wait
+        rows = (len(p),) if ".ff." in name and "moe" in c.ff else rows  # an expert whom nobody chose may wait
         parts = [torch.zeros(1)] if p.grad is None else p.grad.split(rows)
         found += [(name, i) for i, part in enumerate(parts) if part.abs().max() < ROUNDING]
     if c.positions != "rope":  # a bias of keys that do not turn moves all scores of a query alike
@@ -59,20 +58,21 @@ WALK = {
     "attention": [dict(mixer="full,diff", value_residual=True, mtp_depth=1), dict(short_conv=2, mtp_depth=1),
                   *(dict(attention=word) for word in CHOICES["attention"]),
                   *(dict(mixer="compressive", compression=word) for word in CHOICES["compression"])],
-    "feed-forwards": [dict(ff="none"), dict(ff="low_rank", activation="swiglu"),
+    "feed-forwards": [dict(ff="none", residual_scale="layerscale"), dict(ff="low_rank", activation="swiglu"),
                       *(dict(activation=word) for word in CHOICES["activation"])],
-    "experts": [dict(ff="moe", expert_balance=word, n_shared_expert=shared, expert_top_k=k)
-                for word in CHOICES["expert_balance"] for shared, k in ((0, 2), (1, 1))],
-    "residual and init": [dict(residual_scale=scale, init=init) for scale in ("depth", "rezero", "layerscale", 0.1)
-                          for init in CHOICES["init"] if (scale, init) != ("rezero", "zero")],
+    "experts": [dict(ff="moe", expert_balance=word, n_shared_expert=shared, expert_top_k=2 - shared)
+                for word in CHOICES["expert_balance"] for shared in (0, 1)],
+    "residual and init": [dict(residual_scale=scale, init=init) for scale, *inits in (
+        ("depth", "gpt2", "xavier"), ("rezero", *sorted({*CHOICES["init"]} - {"zero"})), ("layerscale", "zero", "tfixup"),
+        (0.1, "normal")) for init in inits],
     "norms": [dict(norm=word, norm_gain=gain, bias=gain, residual_scale=30.0 if word == "dyt" else 1.0)
               for word in CHOICES["norm"] for gain in (True, False)],  # dyt leaves what is small small
     "heads": [dict(n_targets=2, target_heads=t, layer_heads=l, intermediate_losses=i, head_bias=True)
               for t in CHOICES["target_heads"] for l in CHOICES["layer_heads"] for i in (True, False)],
     "classifiers": [dict(tie_weights=True), dict(tie_weights=True, init="zero"), dict(mtp_depth=2),
                     dict(mtp_depth=1, output="stablemax")],
-    "widths": [dict(parametrisation=word, mup_base_width=4, tie_weights=tie) for word in CHOICES["parametrisation"]
-               for tie in (True, False)] + [dict(parametrisation="mup", qk_norm=True, qk_scale=True)],
+    "widths": [dict(parametrisation="mup", mup_base_width=4), dict(parametrisation="mup", tie_weights=True),
+               dict(parametrisation="mup", qk_norm=True, qk_scale=True)],
     "adapters": [dict(lora_rank=2, lora_on=word, n_layer=1, activation="swiglu") for word in CHOICES["lora_on"]],
     "kernels": [dict(kernels=word, mixer="mamba,mingru", ff="mlp,moe") for word in CHOICES["kernels"]],
 }

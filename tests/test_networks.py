@@ -101,6 +101,21 @@ def test_inputs_that_do_not_fit():
         build(PrefixDecoder, **settings)
 
 
+def decoded_in_pieces(model, x, full, context, padding=None):
+    """What is cached in pieces equals all at once; the last cache."""
+    for sizes in ([14], [5, 1, 8], [1] * 14):
+        cache = model.new_cache(2, 14)
+        close(torch.cat([model.decode(part, context, cache, padding) for part in x.split(sizes, 1)], 1), full)
+    return cache
+
+
+def changed(x, *places):
+    """Other tokens at these places."""
+    other = x.clone()
+    other[:, places] = (x[:, places] + 1) % 20
+    return other
+
+
 @pytest.mark.parametrize("positions, kv", [("learned", 4), ("rope", 2), ("alibi", 4), ("none", 2)])
 def test_decoder_sees_the_source_through_the_latents_only(positions, kv):
     model = build(LatentTransformer, positions=positions, n_kv_head=kv)
@@ -112,16 +127,12 @@ def test_decoder_sees_the_source_through_the_latents_only(positions, kv):
         full = model(source, x, padding=padding)
         close(model.decode(x, latents), full)
         assert (model.decode(x, latents + 0.1) - full).abs().max() > 1e-3
-        other = x.clone()
-        other[:, 8:] = (x[:, 8:] + 1) % 20
-        assert torch.equal(model.decode(other, latents)[:, :8], full[:, :8])  # causal
-        for sizes in ([14], [5, 1, 8], [1] * 14):
-            cache = model.new_cache(2, 14)
-            close(torch.cat([model.decode(part, latents, cache) for part in x.split(sizes, 1)], 1), full)
+        assert torch.equal(model.decode(changed(x, *range(8, 14)), latents)[:, :8], full[:, :8])  # causal
+        cache = decoded_in_pieces(model, x, full, latents)
         cache.crop(6)
-        twin = cache.fork(2)
+        twin, twice = cache.fork(2), x[:, 6:].repeat_interleave(2, 0)
         close(model.decode(x[:, 6:], None, cache), full[:, 6:])
-        close(model.decode(x[:, 6:].repeat_interleave(2, 0), None, twin), full[:, 6:].repeat_interleave(2, 0))
+        close(model.decode(twice, None, twin), full[:, 6:].repeat_interleave(2, 0))
         assert twin.bytes == 2 * cache.bytes
     state = model.encode(source).detach().requires_grad_()
     model.decode(x, state).sum().backward()
@@ -130,31 +141,24 @@ def test_decoder_sees_the_source_through_the_latents_only(positions, kv):
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("kind, settings", [
-    *((kind, dict(positions=word)) for kind in (EncoderDecoder, PrefixDecoder)
-      for word in ("learned", "rope", "alibi", "none")), (PrefixDecoder, dict(positions="rope", short_conv=3))])
+@pytest.mark.parametrize("kind, settings, padded", [
+    *((kind, dict(positions=word), padded) for kind in (EncoderDecoder, PrefixDecoder)
+      for word, padded in (("learned", False), ("rope", True), ("alibi", True), ("none", False))),
+    (PrefixDecoder, dict(positions="learned"), True), (PrefixDecoder, dict(positions="rope", short_conv=3), True)])
 def test_decoder_sees_the_whole_source(kind, settings, padded):
     """Rows of unequal sources equal each alone; cached in pieces equals at once; causal over its own tokens."""
     model = build(kind, n_kv_head=2, **{**settings, "block_size": 32})
     source, x, padding = tokens(2, 9), tokens(2, 14, seed=2), paddings(9, 5)[0] if padded else None
     with torch.no_grad():
-        context, full = model.encode(source, padding), model(source, x, padding=padding)
+        full = model(source, x, padding=padding)
         assert full.shape == (2, 14, 20)
         if padded:
             close(full[1:], model(source[1:, :5], x[1:]))
-        other = x.clone()
-        other[:, 8:] = (x[:, 8:] + 1) % 20
-        changed = (model(source, other, padding=padding) - full).abs().amax(-1)
-        assert (changed[:, :8] < 1e-5).all() and (changed[:, 8:] > 0).all()
+        moved = (model(source, changed(x, *range(8, 14)), padding=padding) - full).abs().amax(-1)
+        assert (moved[:, :8] < 1e-5).all() and (moved[:, 8:] > 0).all()
         for place in (0, 4):                                 # each token of the source is seen, also ahead of others
-            other = source.clone()
-            other[:, place] = (source[:, place] + 1) % 20
-            assert ((model(other, x, padding=padding) - full).abs().amax((1, 2)) > 1e-4).all()
-        for sizes in ([14], [5, 1, 8], [1] * 14):
-            cache = model.new_cache(2, 14)
-            pieces = [model.decode(part, context, cache, padding) for part in x.split(sizes, 1)]
-            close(torch.cat(pieces, 1), full)
+            assert ((model(changed(source, place), x, padding=padding) - full).abs().amax((1, 2)) > 1e-4).all()
+        decoded_in_pieces(model, x, full, model.encode(source, padding), padding)
     loss, nats = model(source, x, x.masked_fill(x == 3, -1), padding)
     loss.backward()
     assert nats.shape == (1, 1) and nats.item() == loss.item()

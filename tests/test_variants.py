@@ -54,16 +54,24 @@ def real_rows(lengths, n):
 
 @each()
 def test_cached_equals_recomputed(name):
+    """Also of ragged rows, and of full attention limited to 8 positions, far past them: as one banded pass, in storage
+    that does not grow; a window of 6 stays 6."""
     model, x = made(name), text()
-    full, cache = whole(model, x), model.new_cache(2, T)
-    for sizes in CHUNKS.values():
-        cache.reset()
-        layer, hits = cache.layers[0], cache.layers[0].hits
-        close(in_chunks(model, x, sizes, cache), full)
-        starts = [0, *itertools.accumulate(sizes)][:-1]
-        assert layer.hits - hits == sum(min(s, layer.window - 1) if layer.window else s for s in starts)
-        lengths = {T} if model.config.shorten == 1 else {T, T // model.config.shorten}
-        assert cache.length == T and {layer.length for layer in cache.layers} == lengths
+    slides = model.config.rolls and not {*model.config.mixers} & {"xl", "compressive"}
+    for window, lengths in itertools.product((None, 8)[:1 + slides], (None, (T, 15))[:1 + ragged(model.config)]):
+        places, real = real_rows(lengths, T)
+        full, cache = whole(model, x, positions=places, window=window), model.new_cache(2, window or T, window=window)
+        assert {*model.config.mixers} != {"window"} or torch.equal(full, whole(model, x, positions=places))
+        size, layer = cache.bytes, cache.layers[0]
+        for sizes in CHUNKS.values():
+            cache.reset()
+            hits = layer.hits
+            close(in_chunks(model, x, sizes, cache, places)[real], full[real])
+            starts = [0, *itertools.accumulate(sizes)][:-1]
+            assert layer.hits - hits == sum(min(s, layer.window - 1) if layer.window else s for s in starts)
+            assert lengths or cache.bytes == size or "compressive" in model.config.mixers
+    shorter = T // model.config.shorten
+    assert cache.length == T and {layer.length for layer in cache.layers} == {T, shorter}
     streams = 4 * sum(t.numel() for t in vars(cache).values() if torch.is_tensor(t))
     assert cache.bytes == sum(layer.bytes for layer in cache.layers) + streams
     assert len(cache.log()) == 2 + len(cache.layers) + (model.config.shorten > 1)
@@ -76,14 +84,13 @@ def test_ragged_rows_equal_each_row_alone(name):
     places = padded(lengths)
     uncached = whole(model, x[:, :T], positions=places)
     assert uncached.isfinite().all()
-    for sizes in ([T], [7, 1, 10, 1, 1, 4]):
-        cache = model.new_cache(3, T + 3)
-        cached = torch.cat((in_chunks(model, x[:, :T], sizes, cache, places),
-                            in_chunks(model, x[:, T:], [1, 2], cache)), 1)
-        for row, n in enumerate(lengths):
-            alone = whole(model, x[row:row + 1, T - n:])[0]
-            close(uncached[row, T - n:], alone[:n])
-            close(cached[row, T - n:], alone)
+    cache = model.new_cache(3, T + 3)
+    cached = torch.cat((in_chunks(model, x[:, :T], [7, 1, 10, 6], cache, places),
+                        in_chunks(model, x[:, T:], [1, 2], cache)), 1)
+    for row, n in enumerate(lengths):
+        alone = whole(model, x[row:row + 1, T - n:])[0]
+        close(uncached[row, T - n:], alone[:n])
+        close(cached[row, T - n:], alone)
     places = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, -1, -1, 2, -1, 3, 4], [-1, 0, 1, 2, -1, 3, -1, -1]])
     found = whole(model, x[:, :8], positions=places)
     for row, real in enumerate(places >= 0):
@@ -165,22 +172,6 @@ def test_prefix_sees_itself_and_the_rest_is_causal(name):
             cache.crop(3)
         with pytest.raises(ValueError, match="must come whole"):
             model(x[:, :4], cache=model.new_cache(2, T), prefix=9)
-
-
-@each(lambda config: config.rolls and not {*config.mixers} & {"xl", "compressive"})
-def test_sliding_caches(name):
-    """Full attention limited to 8 positions, far past them: as one banded pass, in storage that does not grow; a window
-    of 6 stays 6."""
-    model, x = made(name), text()
-    for lengths in (None, (T, 17)):
-        places, real = real_rows(lengths, T)
-        full = whole(model, x, positions=places, window=8)
-        assert {*model.config.mixers} != {"window"} or torch.equal(full, whole(model, x, positions=places))
-        for sizes in ([T], [1] * T, [10, 1, 1, 9, 3]):
-            cache = model.new_cache(2, 8, window=8)
-            before = cache.bytes
-            close(in_chunks(model, x, sizes, cache, places)[real], full[real])
-            assert lengths or cache.bytes == before
 
 
 @pytest.mark.parametrize("dtype, near", [(torch.bfloat16, 0.15), (torch.float64, 1e-5)])
