@@ -63,8 +63,8 @@ WALK = {
     "experts": [dict(ff="moe", expert_balance=word, n_shared_expert=shared, expert_top_k=2 - shared)
                 for word in CHOICES["expert_balance"] for shared in (0, 1)],
     "residual and init": [dict(residual_scale=scale, init=init) for scale, *inits in (
-        ("depth", "gpt2", "xavier"), ("rezero", *sorted({*CHOICES["init"]} - {"zero"})), ("layerscale", "zero", "tfixup"),
-        (0.1, "normal")) for init in inits],
+        ("depth", "gpt2", "xavier"), ("rezero", *sorted({*CHOICES["init"]} - {"zero"})), ("layerscale", "zero"),
+        (0.1, "tfixup")) for init in inits],
     "norms": [dict(norm=word, norm_gain=gain, bias=gain, residual_scale=30.0 if word == "dyt" else 1.0)
               for word in CHOICES["norm"] for gain in (True, False)],  # dyt leaves what is small small
     "heads": [dict(n_targets=2, target_heads=t, layer_heads=l, intermediate_losses=i, head_bias=True)

@@ -91,17 +91,18 @@ WITHOUT = {"init": as_standard_init, "scores": plain_scores,
            "readout": lambda model, optimizer, factor: setattr(model, "classifier", lambda i: model.heads[i])}
 
 
-@pytest.mark.parametrize("optimizer, seeds", [("adamw", 4), ("muon", 2)])
+@pytest.mark.parametrize("optimizer, seeds", [("adamw", 6), ("muon", 2)])
 def test_what_grows_with_the_width_under_standard_stays_under_mup(optimizer, seeds, monkeypatch):
-    """Measured from width 32 to 256: under mup nothing changes by more than a factor of 1.39 (AdamW) and 1.08 (Muon);
+    """Measured from width 32 to 256: under mup nothing changes by more than a factor of 1.39 (AdamW) and 1.13 (Muon);
     under standard all grow, by 5 to 107 and by 1.6 to 9. What mup lets vanish as width^-0.5 are logits and scores
     before the first step."""
     still = coordinates(monkeypatch, seeds, optimizer=optimizer, parametrisation="mup")
-    assert spread(still["change"]) < 1.5 and spread(still["at first"], "logits", "scores") < 1.15
-    for name in ("logits", "scores"):
-        assert still["at first"][name][-1] / still["at first"][name][0] == pytest.approx(8 ** -0.5, rel=0.2)
-    grown = coordinates(monkeypatch, seeds, optimizer=optimizer)
-    for names in grown.values():
+    assert spread(still["change"]) < 1.5
+    if optimizer == "adamw":                                 # before the first step there is no other
+        assert spread(still["at first"], "logits", "scores") < 1.15
+        for name in ("logits", "scores"):
+            assert still["at first"][name][-1] / still["at first"][name][0] == pytest.approx(8 ** -0.5, rel=0.2)
+    for names in coordinates(monkeypatch, seeds, optimizer=optimizer).values():
         assert min(sizes[-1] / sizes[0] for sizes in names.values()) > 1.45
 
 
