@@ -217,10 +217,8 @@ class TransformerConfig:
     n_classifiers = property(lambda c: c.n_head_groups * (c.n_targets if c.target_heads == "own" else 1))
 
     def receptive_field(self, window):
-        """How many positions back the last layer's state can depend on, where full attention sees `window`; None: any.
-
-        Layers add up: each sees states that have themselves seen further back.
-        """
+        """How many positions back the last layer's state can depend on, where full attention sees `window`, as each
+        sees states that have themselves seen further back; None: any."""
         max_keys = {"window": min(self.window, window), "xl": self.memory_length + self.block_size,
                  **dict.fromkeys(RECURRENT),
                  "compressive": self.memory_length + self.block_size + self.compressed_length * self.compression_rate}
@@ -544,9 +542,8 @@ def attend_by_hand(q, k, v, mask, dropout=0.0, scale=None, cap=None, plus_one=Fa
     """softmax(scale q k^T) v with the softmax in float32; what SDPA computes, in steps.
 
     q (B, H, T, D); k (B, H or fewer, S, D); v (B, as many, S, D'); mask as Positions.mask gives it; scale None:
-    D^-0.5. Returns (B, H, T, D'). cap: `softcap` of the scores, before mask and ALiBi are added; None: none. plus_one:
-    as `weights_of` says. Under bfloat16 on a CPU forward and backward outrun SDPA's up to some hundred keys; over more
-    SDPA gains, which skips what causal queries do not see (bench.py --what growth --attention sdpa, manual).
+    D^-0.5. Returns (B, H, T, D'). cap: `softcap` of the scores, before mask and ALiBi are added; plus_one: as
+    `weights_of` says. Under bfloat16 on a CPU it outruns SDPA up to some hundred keys: bench.py --what growth.
     """
     B, H, T, D = q.shape
     S = k.size(2)
@@ -572,20 +569,19 @@ def attend_by_hand(q, k, v, mask, dropout=0.0, scale=None, cap=None, plus_one=Fa
 
 
 class Attention(nn.Module):
-    """Self-attention with one fused projection and n_kv_head <= n_head groups of keys and values.
+    """Self-attention with one fused projection and n_kv_head <= n_head groups of keys and values; kind "window" sees
+    the last config.window positions only.
 
-    kind "window" sees the last config.window positions only. With qk_norm, queries and keys pass an RMSNorm without
-    parameters before they turn; RoPE keeps lengths, so after would be the same. They then have length sqrt(D); with
-    qk_scale the score is s q.k / D, s learned, one of a layer, and sqrt(D) at first; with qk_gain the D features of all
-    queries of a layer have one learned gain, (D,), 1 at first, and those of its keys another. qk_norm "full": one norm
-    over the H D features of a query, one over the G D of a key, with gains as wide (OLMo 2). With nope_interval the
-    last of every so many layers turns nothing (NoPE, Kazemnejad et al. 2023; mixed: Yang et al. 2025, "Rope to Nope and
-    Back Again"). A bias of keys that do not turn (nor are normed) moves all scores of a query alike, so no loss reaches
-    it.
+    qk_norm: an RMSNorm without parameters before they turn (RoPE keeps lengths: after would be the same); "full": one
+    over the H D features of a query, one over the G D of a key (OLMo 2). They then have length sqrt(D); with qk_scale
+    the score is s q.k / D, s learned, one of a layer, and sqrt(D) at first; with qk_gain a layer's queries have one
+    learned gain, (D,) or as wide as the norm, and its keys another. A bias of keys that do not turn (nor are normed)
+    moves all scores of a query alike, so no loss reaches it. nope_interval: Kazemnejad et al. 2023; mixed: Yang et al.
+    2025, "Rope to Nope and Back Again".
 
     With value_residual the values V_n of every layer after the first become (1 - g_n) V_n + g_n V_1 of the same
-    positions, g_n learned and 1/2 at first (Zhou et al. 2024, "Value Residual Learning": lambda_n,1 V_1 + lambda_n,2
-    V_n, of whose two learned numbers the sum is kept at 1 here). A cache keeps them mixed.
+    positions, g_n learned and 1/2 at first (Zhou et al. 2024, "Value Residual Learning", whose two numbers here sum to
+    1). A cache keeps them mixed.
     """
 
     def __init__(self, config, layer=0, kind="full"):
@@ -680,9 +676,8 @@ class Attention(nn.Module):
         key_positions: (B, S) where rows are ragged, else None. bias: (B or 1, H, T, S), added to the scores.
         scale: of the scores; None: D^-0.5. slopes: ALiBi's of these heads; None: the layer's.
 
-        By kernel where one computes it; of many queries that see few keys each `by_blocks`: time and memory grow with T
-        times that number, not with T S; else by `softmax`, of a lone query over a view of what it sees, with one mask,
-        or none where all is seen.
+        By kernel where one computes it; of many queries that see few keys each `by_blocks`, whose time and memory grow
+        with T times that number, not with T S; else by `softmax`, of a lone query over a view of what it sees.
         """
         slopes = self.slopes if slopes is None else slopes
         T, S, max_keys = q.size(2), k.size(2), pattern.max_keys
@@ -876,9 +871,9 @@ class Transformer(nn.Module):
     """A pre-norm decoder with as many classifiers as its losses need.
 
     With intermediate_losses, every layer predicts every target (Al-Rfou et al. 2018); one final norm serves all layers.
-    Target k (bytes k + 1 ahead) weighs 0.5^k. Initialisation draws from the global CPU generator. After a forward pass
-    with targets, `extras` holds what layers added to the objective, {name: weighted sum, detached}, and `usage` the
-    positions that each expert was given, {layer: (E,)}; modules of multi-token prediction count on from n_layer.
+    Target k (bytes k + 1 ahead) weighs 0.5^k. After a forward pass with targets, `extras` holds what layers added to
+    the objective, {name: weighted sum, detached}, and `usage` the positions that each expert was given, {layer: (E,)};
+    modules of multi-token prediction count on from n_layer.
     """
 
     def __init__(self, config):
@@ -971,10 +966,8 @@ class Transformer(nn.Module):
         return stablemax(scores) if self.config.output == "stablemax" else scores.float()
 
     def extra_losses(self, h, targets, positions):
-        """The weighted sum of what the layers reported and of multi-token prediction from the last stream h (B, T, C).
-
-        Module d reads the byte d ahead, which is target d - 1, and predicts target d.
-        """
+        """The weighted sum of what the layers reported and of multi-token prediction from the last stream h (B, T, C),
+        whose module d reads the byte d ahead, which is target d - 1, and predicts target d."""
         c, losses = self.config, dict(positions.losses)
         for d, module in enumerate(self.mtp, 1):
             h = module(h, F.embedding(targets[..., d - 1].clamp(min=0), self.embed), positions)
@@ -1058,10 +1051,8 @@ class Transformer(nn.Module):
         return weight if self.config.width_factor == 1 else weight / self.config.width_factor
 
     def losses(self, states, targets, active, counted=None):
-        """All active layers' and targets' losses by one matrix product and one cross-entropy; as `forward` returns.
-
-        states: A hidden states (B, T, C), targets (B, T, K). By kernel there are never all logits at once.
-        """
+        """As `forward` returns, of A hidden states (B, T, C) and targets (B, T, K), by one matrix product and one
+        cross-entropy; by kernel there are never all logits at once."""
         c = self.config
         A, K, N = len(states), c.n_targets, targets.size(0) * targets.size(1)
         groups = active if c.n_head_groups > 1 else (0,)
@@ -1157,8 +1148,8 @@ class Transformer(nn.Module):
 
 
 def build_model(config, weights=None):
-    """The model of a config: a Pyramid where shorten is above 1, else a Transformer. weights: a state dict, with
-    lora_rank that of the base, whose tensors become the model's in place of what was drawn."""
+    """The Transformer of a config, or Pyramid. weights: a state dict, with lora_rank that of the base, whose tensors
+    become the model's in place of what was drawn."""
     model = variant("models.pyramid:Pyramid")(config) if config.shorten > 1 else Transformer(config)
     if weights is not None:
         model.load_state_dict(weights, assign=True)  # two copies of a large model may be one too many
@@ -1265,17 +1256,16 @@ def fused_rows(model):
 
 @torch.no_grad()
 def initialise(model):
-    """Fills every parameter by its rule, drawing from the global CPU generator. Biases 0, gains 1.
+    """Fills every parameter by its role, drawing from the global CPU generator; those of modules as these say.
 
-    Positions and classifiers are N(0, 0.02) under every `init`, embeddings too, but "zero" has N(0, 1) unless tied.
-    Target maps start as the identity. Hidden matrices: "gpt2" N(0, 0.02), those that write into the stream divided by
-    sqrt(2 n_layer) (Radford et al. 2019); "normal" N(0, 0.02); "xavier" uniform within sqrt(6 / (fan_in + fan_out))
+    Biases 0, gains 1; positions and classifiers N(0, 0.02) under every `init`, embeddings too, but N(0, 1) under "zero"
+    unless tied; target maps the identity. Hidden matrices: "gpt2" N(0, 0.02), those that write into the stream divided
+    by sqrt(2 n_layer) (Radford et al. 2019); "normal" N(0, 0.02); "xavier" uniform within sqrt(6 / (fan_in + fan_out))
     (Glorot & Bengio 2010), each part of a fused matrix by itself; "tfixup" as xavier, with values, outputs and
-    feed-forwards times 0.67 n_layer^-0.25, and embeddings N(0, C^-0.5) times (9 n_layer)^-0.25 (Huang et al. 2020: of
-    their two rules for layers the encoder's, as these have no cross-attention either; of embeddings there is one; what
-    is drawn is multiplied); "truncated" N(0, C^-0.5) cut at two standard deviations; "zero" N(0, fan_in^-0.5), those
-    that write into the stream zero. N(0, s): of standard deviation s. Parameters that their modules claim are filled by
-    these. Under "mup" 0.02 of hidden matrices is that of the base width, divided by the root of the width factor.
+    feed-forwards times 0.67 n_layer^-0.25, and embeddings N(0, C^-0.5) times (9 n_layer)^-0.25 (Huang et al. 2020, the
+    encoder's rule); "truncated" N(0, C^-0.5) cut at two standard deviations; "zero" N(0, fan_in^-0.5), those that write
+    into the stream zero. N(0, s): of standard deviation s. Under "mup" 0.02 of hidden matrices is that of the base
+    width, divided by the root of the width factor.
     """
     c, roles, by_module, fused = model.config, parameter_roles(model), module_roles(model), fused_rows(model)
     hidden = 0.02 / math.sqrt(getattr(c, "width_factor", 1.0))  # other models' configs have none

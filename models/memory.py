@@ -31,11 +31,9 @@ class Segments(Pattern):
     period = property(lambda self: self.length)
 
     def first(self, q):
-        """As Pattern.first."""
         return max(0, q // self.length * self.length - self.memory)
 
     def sees(self, q, k):
-        """As Pattern.sees."""
         return k >= torch.div(q, self.length, rounding_mode="floor") * self.length - self.memory
 
 

@@ -87,17 +87,17 @@ class Pyramid(Transformer):
 
     def forward(self, x, targets=None, active=None, positions=None, cache=None, prefix=None, window=None, memory=None):
         """As Transformer.forward. Raises ValueError for ragged positions, a prefix, a window and a memory."""
-        if (positions is not None and positions.dim() > 1) or prefix is not None or memory is not None or (
-                window is not None and window < x.size(1)):
-            raise ValueError("a pyramid takes rows that stand alike, without prefix, window or memory")
+        expect((positions is None or positions.dim() == 1) and prefix is None and memory is None
+               and (window is None or window >= x.size(1)),
+               "a pyramid takes rows that stand alike, without prefix, window or memory")
         c, k = self.config, self.config.shorten
         positions = self.place(x, positions, cache)
         if targets is not None:
             active = self.check_losses(x, targets, active)
         B, T = x.shape
         start, first, last = positions.start, positions.start // k, (positions.start + T) // k
-        if cache is None and start:
-            raise ValueError("a pyramid's pass without a cache begins at position 0: units are counted from there")
+        expect(cache is not None or not start,
+               "a pyramid's pass without a cache begins at position 0: units are counted from there")
         h = self.embedded(x, positions)  # (B, T, C)
         outer = [None] * (2 * self.edge) if cache is None else cache.outer.layers
         middle = [None] * c.n_layer if cache is None else cache.middle.layers
@@ -107,7 +107,7 @@ class Pyramid(Transformer):
         if cache is not None:
             cache.stream[:, start:start + T] = h.detach()
             stream = cache.stream[:, first * k:last * k]
-        n = last - first
+        n, u = last - first, h[:, :0]
         if n:
             u = self.shortening["into"](stream[:, :n * k].reshape(B, n, k * c.n_embd))  # (B, n, C)
             units = Positions(first, n)
@@ -115,11 +115,8 @@ class Pyramid(Transformer):
             for block, layer_cache in zip(self.blocks[self.edge:c.n_layer - self.edge], middle):
                 u = self.layer(block, u, units, layer_cache)
             u = self.shortening["out"](u).view(B, n * k, c.n_embd)
-        else:
-            u = h[:, :0]
         if cache is None:
-            lifted = F.pad(u, (0, 0, k - 1, 0))[:, :T]
-            lifted = F.pad(lifted, (0, 0, 0, T - lifted.size(1)))
+            lifted = F.pad(u, (0, 0, k - 1, T))[:, :T]
         else:
             cache.lifted[:, first * k + k - 1:last * k + k - 1] = u.detach()
             lifted = cache.lifted[:, start:start + T]

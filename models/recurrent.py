@@ -73,9 +73,7 @@ def scan(a, b, h=None):
     states (B, T, ...).
     """
     h = torch.zeros_like(b[:, 0]) if h is None else h
-    if a.requires_grad or b.requires_grad or h.requires_grad:
-        return Scan.apply(a, b, h)
-    return _scan(a, b, h)
+    return (Scan.apply if a.requires_grad or b.requires_grad or h.requires_grad else _scan)(a, b, h)
 
 
 # --- What both mixers share ---
@@ -94,12 +92,8 @@ class Recurrent(nn.Module):
         """
         if positions.bidirectional or positions.prefix is not None:
             raise ValueError("a recurrent mixer reads from left to right: it sees neither ahead nor a whole prefix")
-        if cache is not None:
-            before = cache.states
-        elif positions.memory is not None:
-            before = positions.memory[self.layer]
-        else:
-            before = self.new_memory(x.size(0), x.device, x.dtype)
+        before = (cache.states if cache is not None else positions.memory[self.layer] if positions.memory is not None
+                  else self.new_memory(x.size(0), x.device, x.dtype))
         if positions.index is None:
             y, after = self.run(x, before)
         else:
@@ -139,17 +133,15 @@ class MinGRU(Recurrent):
 
     def run(self, x, states, real=None):
         """x (B, T, C), states (h (B, I),), real (B, T) or None. Returns y (B, T, C) and the states after."""
+        z, v = self.into(x).chunk(2, -1)  # (B, T, I)
         if kernels.on() and x.size(1) > 1:
-            z, v = self.into(x).chunk(2, -1)  # (B, T, I)
-            if real is not None:
-                z = z.masked_fill(~real.unsqueeze(2), -math.inf)
+            z = z if real is None else z.masked_fill(~real.unsqueeze(2), -math.inf)
             h = kernels.min_gru(z, v, states[0])
-            return self.out(h.to(x.dtype)), (h[:, -1],)
-        z, v = self.into(x).to(states[0].dtype).chunk(2, -1)  # (B, T, I)
-        z, v = torch.sigmoid(z), torch.where(v >= 0, v + 0.5, torch.sigmoid(v))
-        if real is not None:
-            z = z * real.unsqueeze(2)
-        h = scan(1 - z, z * v, states[0]) if x.size(1) > 1 else torch.lerp(states[0].unsqueeze(1), v, z)
+        else:
+            z, v = torch.sigmoid(z.to(states[0].dtype)), v.to(states[0].dtype)
+            v = torch.where(v >= 0, v + 0.5, torch.sigmoid(v))
+            z = z if real is None else z * real.unsqueeze(2)
+            h = scan(1 - z, z * v, states[0]) if x.size(1) > 1 else torch.lerp(states[0].unsqueeze(1), v, z)
         return self.out(h.to(x.dtype)), (h[:, -1],)
 
     def flops(self, T):

@@ -34,10 +34,12 @@ class ShortConv(nn.Module):
         """U(-1, 1) / sqrt(w)."""
         self.kernel.uniform_(-self.width ** -0.5, self.width ** -0.5)
 
-    def over(self, x):
-        """x (B, T, C) to (B, T, C), with nothing before."""
-        return convolve(F.pad(x, (0, 0, self.width - 1, 0)), self.kernel.flip(0).to(x.dtype), x.size(1),
-                        x.new_zeros(()))
+    def over(self, x, before=None):
+        """x (B, T, C) to (B, T, C), with zeros before, or after the last of `before` (B, n, C)."""
+        n = self.width - 1
+        line = x if before is None else torch.cat((before[:, max(0, before.size(1) - n):], x), 1)
+        line = F.pad(line, (0, 0, n + x.size(1) - line.size(1), 0))  # (B, w - 1 + T, C)
+        return convolve(line, self.kernel.flip(0).to(x.dtype), x.size(1), x.new_zeros(()))
 
     def forward(self, x, positions, cache=None, hidden=None, norm=None):
         """x (B, T, C) to (B, T, C), going on from the cache, or the memory, or nothing; cache from new_cache.
@@ -63,12 +65,7 @@ class ShortConv(nn.Module):
             x = x.take_along_dim(order, 1)
             if before is not None:
                 before = last_real(before, key_positions[:, :-T], n)
-        if before is None:
-            line = F.pad(x, (0, 0, n, 0))
-        else:
-            before = before[:, max(0, before.size(1) - n):]
-            line = torch.cat((F.pad(before, (0, 0, n - before.size(1), 0)), x), 1)  # (B, w - 1 + T, C)
-        y = convolve(line, self.kernel.flip(0).to(x.dtype), T, x.new_zeros(()))
+        y = self.over(x, before)
         return y if order is None else y.take_along_dim(back, 1)
 
     def new_cache(self, batch_size, max_length, beside, device, dtype):

@@ -16,7 +16,6 @@ class Strided(Pattern):
     stride: int = 1
 
     def sees(self, q, k):
-        """As Pattern.sees."""
         return (q - k) % self.stride == 0
 
 
@@ -29,11 +28,9 @@ class Neighbours(Pattern):
     period = property(lambda self: self.stride)
 
     def first(self, q):
-        """As Pattern.first."""
         return max(q // self.stride * self.stride, super().first(q))
 
     def sees(self, q, k):
-        """As Pattern.sees."""
         return torch.div(q, self.stride, rounding_mode="floor") == torch.div(k, self.stride, rounding_mode="floor")
 
 
@@ -44,7 +41,6 @@ class Summaries(Pattern):
     summary: int = 1
 
     def sees(self, q, k):
-        """As Pattern.sees."""
         return (k % self.stride >= self.stride - self.summary) | (k == q)
 
 
