@@ -2,6 +2,7 @@
 typed anew on resume. Models and batches that cannot be held."""
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -332,87 +333,72 @@ def others(script, name, spec, now):
     if spec.kind is bool:
         return [str(not now).lower()]
     found = [word for word in spec.words if word != now] + ["none"] * (spec.none and now is not None)
-    if spec.kind in (int, float):
-        pair = isinstance(now, tuple)
+    if spec.kind is str:
+        return found
+    pair = isinstance(now, tuple)
+    first = now[0] if pair else 1 if now in (None, *spec.words) else now
+    more = (first + 1, first / 2, first - 1, first + 2) if spec.kind is int else (first / 2, first + 0.25, first * 2)
+    legal = []
+    for number in more if pair else (0, *more):
+        word = flags.as_typed(int(number) if spec.kind is int else number)
+        word = ",".join([word] * len(now)) if pair else word
+        with contextlib.suppress(ValueError):
+            legal += [word] * (spec.read(word, typed=True) != now)
+    return found + (legal[:1 + (legal[0] == "0")] if legal else [])          # what 0 switches off, and another
 
-        def legal(number):
-            word = flags.as_typed(int(number) if spec.kind is int else number)
-            word = ",".join([word] * len(now)) if pair else word
-            with contextlib.suppress(ValueError):
-                return [word] * (spec.read(word, typed=True) != now)
-        first = now[0] if pair else 1 if now in (None, *spec.words) else now
-        found += not pair and legal(0) or []                   # what 0 switches off
-        found += next(filter(None, map(legal, (first + 1, first / 2, first - 1, first + 2) if spec.kind is int else (
-            first / 2, first + 0.25, first * 2))), [])
-    return found
 
-
-class Runs:
-    """Runs of one script in this process, from one checkpoint of two steps."""
-
-    def __init__(self, script, folder, monkeypatch):
-        self.g, self.script, self.folder, self.count = fresh(f"{script}.py"), script, folder, 0
-        monkeypatch.setattr(experiment.Run, "_copy_code", lambda run: None)
-        for place, name in (arc, "synthetic"), (text, "_stdlib"):            # pure functions
-            monkeypatch.setattr(place, name, functools.cache(getattr(place, name)))
-        stubs = dict.fromkeys(("draw_curves", "draw_all", "_output", "_version")) | {
-            "measure_peak_flops": 1e9, "thoroughly": dict(floor=0.0)}
-        for name, value in stubs.items():
-            for place in (vars(experiment), self.g):
-                if name in place:
-                    monkeypatch.setitem(place, name, lambda *a, value=value, **k: value)
-        torch.set_deterministic_debug_mode("default")
-
-    def run(self, words):
-        """The exit status, 0 for none, of the script with these words; what is no exit goes through."""
-        self.count += 1
-        sys.argv = [*words, "--run_name", f"run{self.count}", "--out_dir", str(self.folder)]
-        try:
-            self.g["main"]()
-        except SystemExit as end:
-            return end.code or 0
-        return 0
-
-    def walk(self, given, capsys):
-        """[what went wrong] of resuming to step 3 with {setting: word} given together; where a run ends in one line,
-        or worse, by halves, until each setting has been typed alone or among others that go on."""
-        capsys.readouterr()
-        words = [f"--{name}={word}" for name, word in given.items()]
-        try:
-            code = self.run([f"{self.script}.py", f"--resume={self.start}", "--max_steps=3", *words])
-        except Exception as error:
-            code, wrong = None, f"{type(error).__name__}: {error} {traceback.extract_tb(error.__traceback__)[-1]}"
-        err = capsys.readouterr().err
-        if code == 0 or code == 2 and len(given) == 1 and err.startswith("error: ") and err.count("\n") == 1:
-            return []
-        if len(given) > 1:
-            items = list(given.items())
-            half = len(items) // 2
-            return self.walk(dict(items[:half]), capsys) + self.walk(dict(items[half:]), capsys)
-        return [f"{words[0]} {wrong if code is None else f'status {code}: {err}'}"]
+def quicken(g, monkeypatch):
+    """Runs of a script's globals in this process without what takes long: drawing, copying, measuring."""
+    monkeypatch.setattr(experiment.Run, "_copy_code", lambda run: None)
+    for place, name in (arc, "synthetic"), (text, "_stdlib"):                # pure functions
+        monkeypatch.setattr(place, name, functools.cache(getattr(place, name)))
+    stubs = dict.fromkeys(("draw_curves", "draw_all", "_output", "_version")) | {
+        "measure_peak_flops": 1e9, "thoroughly": dict(floor=0.0)}
+    for name, value in stubs.items():
+        for place in (vars(experiment), g):
+            if name in place:
+                monkeypatch.setitem(place, name, lambda *a, value=value, **k: value)
+    torch.set_deterministic_debug_mode("default")
 
 
 @pytest.mark.parametrize("script", TINY)
 def test_every_setting_typed_on_resume(script, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [])
-    runs = Runs(script, tmp_path, monkeypatch)
-    assert runs.run(list(map(str, typed(script, tmp_path, "--debug", **SHORT | SHORTER.get(script, {}))))) == 0
-    runs.start = tmp_path / script / "run1" / "last.pt"
-    saved, shape = torch.load(runs.start, weights_only=True)["settings"], shape_of(runs.g)
-    specs = {name: spec for name, spec in flags._read_settings(runs.g["__file__"]).items() if name not in LEFT}
+    """From a checkpoint of two steps to the third, settings given together; where such a run ends in one line, or
+    worse, by halves, until each setting has been typed alone or among others that go on."""
+    g, count = fresh(f"{script}.py"), itertools.count(1)
+    quicken(g, monkeypatch)
+
+    def run(*words):
+        """(exit status or what went wrong, stderr) of the script."""
+        monkeypatch.setattr(sys, "argv", [*words, "--run_name", f"run{next(count)}", "--out_dir", str(tmp_path)])
+        try:
+            g["main"]()
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        except Exception as error:
+            status = f"{type(error).__name__}: {error} {traceback.extract_tb(error.__traceback__)[-1]}"
+        return status, capsys.readouterr().err
+
+    def walk(given):
+        status, err = run(f"{script}.py", f"--resume={start}", "--max_steps=3", *(f"--{n}={w}" for n, w in given))
+        if status == 0 or status == 2 and len(given) == 1 and err.startswith("error: ") and err.count("\n") == 1:
+            return []
+        half = len(given) // 2
+        return walk(given[:half]) + walk(given[half:]) if half else [f"{given} {status} {err}"]
+    assert run(*map(str, typed(script, tmp_path, "--debug", **SHORT | SHORTER.get(script, {}))))[0] == 0
+    start = tmp_path / script / "run1" / "last.pt"
+    saved, shape = torch.load(start, weights_only=True)["settings"], shape_of(g)
+    specs = {name: spec for name, spec in SPECS(g["__file__"]).items() if name not in LEFT}
     left = {name: others(script, name, spec, spec.read(saved[name])) for name, spec in specs.items()}
     left = {name: words[:1] if name in shape else words for name, words in left.items()}     # overruled, one as all
-    assert not [name for name, words in left.items() if not words]
-    wrong = []
-    alone = [name for name in left if name in TYPED and name not in shape] + ["dp", "tp"]
-    for name in [name for name in alone if name in left]:     # most of these are refused, or train nothing
-        wrong += runs.walk({name: left.pop(name)[0]}, capsys)
+    assert all(left.values())
+    alone = [name for name in left if name in ("dp", "tp") or name in TYPED and name not in shape]
+    wrong = [line for name in alone for line in walk([(name, left.pop(name)[0])])]           # most are refused
     while left:
-        now = {name: words.pop(0) for name, words in left.items()}
+        now = [(name, words.pop(0)) for name, words in left.items()]
         left = {name: words for name, words in left.items() if words}
-        for overruled in (True, False):
-            some = [(name, word) for name, word in now.items() if (name in shape) == overruled]
-            size = len(some) if overruled else 16
-            for i in range(0, len(some), size or 1):
-                wrong += runs.walk(dict(some[i:i + size]), capsys)
+        overruled, free = ([pair for pair in now if (pair[0] in shape) == shapes] for shapes in (True, False))
+        for some in filter(None, [overruled, *(free[i:i + 16] for i in range(0, len(free), 16))]):
+            wrong += walk(some)
     assert not wrong, "\n".join(wrong)

@@ -63,7 +63,7 @@ SEES = {"full": lambda t, s, far: t >= s, "window": lambda t, s, far: t - s < 5,
 
 
 HOW = [*SCORES, dict(qk_norm=True), dict(qk_norm=True, qk_scale=True), dict(value_residual=True),
-       dict(attention="manual")]
+       dict(attention="manual"), dict(qk_norm=True, qk_gain=True)]
 SHAPES = [(T, 4, "none"), (16, 2, "alibi"), (40, 2, "none"), (5, 2, "none")]
 
 
@@ -87,6 +87,9 @@ def test_attention_by_definition(kind, n, kv, positions, how):
     k, v = k.repeat_interleave(4 // kv, 0), v.repeat_interleave(4 // kv, 0)
     if "qk_norm" in how:
         q, k = (t / (t.square().mean(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
+    if "qk_gain" in how:
+        mixer.q_gain.data, mixer.k_gain.data = gains = draw(2, 8)
+        q, k = q * gains[0], k * gains[1]
     if "qk_scale" in how:
         assert mixer.qk_scale.item() == near(8 ** 0.5)  # as without
         mixer.qk_scale.data.fill_(5.0)
@@ -130,7 +133,7 @@ def test_differential_by_definition(positions, kv, how):
 
 @pytest.mark.parametrize("how", [*SCORES, dict(q_rank=12), *(
     dict(rope_scaling="yarn", rope_factor=4.0, rope_mscale=mscale, rope_mscale_all_dim=all_dim)
-    for mscale, all_dim in ((1.0, 1.0), (0.707, 0.707), (1.0, 0.0), (1.0, 0.5)))], ids=str)
+    for mscale, all_dim in ((0.707, 0.707), (1.0, 0.0)))], ids=str)
 def test_latent_by_definition(how):
     """YaRN as DeepSeek has it: tables times m(mscale) / m(all_dim), whole scores times m(all_dim)^2, of which the
     model's tables have the first factor; m(s) = 0.1 s ln(factor) + 1."""

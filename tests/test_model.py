@@ -180,10 +180,14 @@ def test_compression_learns_from_its_own_loss_alone():
         assert bool(model.extras) == (weight.grad is not None and weight.grad.any().item()) == (part.start > 0)
         optimizer.step()
     assert 0 < sum(found[-7:]) < 0.85 * sum(found[1:8])
-    model.zero_grad()
-    model.config.compression_weight = 0.0
-    model(x[:, part], y[:, part, None], memory=memory)[0].backward()
-    assert weight.grad.abs().max() == 0
+    grads = []
+    for strength in (0.0, 9.0):
+        model.config.compression_weight = strength
+        model.zero_grad()
+        model(x[:, part], y[:, part, None], memory=copy.deepcopy(memory))[0].backward()
+        assert weight.grad.any() == (strength > 0)
+        grads.append([p.grad for p in model.parameters() if p is not weight])
+    assert all(map(torch.equal, *grads))
 
 
 # --- Counts ---
