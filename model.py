@@ -691,7 +691,7 @@ class Attention(nn.Module):
                     kernels.attend(q, k, v, window=pattern.window, prefix=positions.prefix, scale=scale))
         if few and T > 2 * pattern.block and bias is None and positions.prefix is None and positions.in_order:
             return self.by_blocks(q, k, v, positions, pattern, scale, slopes)
-        if few and T == 1 and positions.prefix is None and slopes is None:
+        if few and T == 1 and slopes is None:
             return self.softmax(q, k, v, bias, scale)
         if bias is None:
             mask = positions.mask(pattern, S, key_positions, q.device, slopes)
