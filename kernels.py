@@ -798,7 +798,7 @@ def adamw_step(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weigh
     step: 1 at the first, one for all. weight_decay: a number, or one for each tensor.
     clip: the norm over all gradients, float32 (), is returned, and they count min(clip / (norm + 1e-6), 1) times, as
     in torch.nn.utils.clip_grad_norm_; math.inf: the norm alone.
-    orthograd: after clipping each gradient is taken orthogonal to its tensor, at its old length: optim.OrthoGrad.
+    orthograd: after clipping each gradient is taken orthogonal to its tensor, at its old length: optim.orthogonal.
     tables: a dict that the caller keeps for this list: where its tensors lie is then sent to the device only once.
     Tensors that are not contiguous are copied there and back. ValueError: lists that do not fit, several devices.
     """

@@ -19,7 +19,6 @@ import kernels
 ROLES = ("embedding", "position", "matrix", "residual", "head", "gain", "bias")
 DECAYED = ("matrix", "residual", "head")  # what multiplies activations; not look-up tables, gains and biases
 HIDDEN = ("matrix", "residual")  # the 2-D weights inside the network, which Muon steps
-DECAY = ("matrices", "2d")  # which tensors decay: those roles; or, as in nanoGPT, all of two or more dimensions
 SCHEDULES = ("constant", "noam", "cosine", "wsd")
 
 # What each rule reads from its group, with the value that stands where nothing is said.
@@ -233,25 +232,24 @@ def _eager(method):
 
 
 class _Optimizer(torch.optim.Optimizer):
-    """Steps each group by the group's own rule; a group that names none follows the class's. settings: see RULES."""
+    """Steps each group by the group's own rule; a group that names none follows the class's. settings: see RULES.
+    orthograd: by gradients made `orthogonal` to their weights; decay is as without."""
 
     tables = ()  # by kernel: what each launch of a step keeps for the next step's
     zero_grad = _eager(torch.optim.Optimizer.zero_grad)
     state_dict = _eager(torch.optim.Optimizer.state_dict)
     load_state_dict = _eager(torch.optim.Optimizer.load_state_dict)
 
-    def __init__(self, params, **settings):
+    def __init__(self, params, orthograd=False, **settings):
         unknown = settings.keys() - RULES[self.rule].keys()
         if unknown:
             raise TypeError(f"{type(self).__name__} has no setting {', '.join(sorted(unknown))}")
-        self.settings, self.mesh = settings, None
+        self.settings, self.orthograd, self.mesh = settings, orthograd, None
         super().__init__(params, {})  # the defaults differ from rule to rule: add_param_group sets them
         self.order = [p for group in self.param_groups for p in group["params"]]  # the model's, for `fitted`
 
     def add_param_group(self, param_group):
         rule = param_group.get("rule", self.rule)
-        if rule not in RULES:
-            raise ValueError(f"rule {rule!r} of a parameter group: it must be one of {', '.join(RULES)}")
         settings = self.settings if rule == self.rule else {}
         add = _eager(torch.optim.Optimizer.add_param_group)
         add(self, {"rule": rule, **RULES[rule], **settings, **param_group})
@@ -266,33 +264,23 @@ class _Optimizer(torch.optim.Optimizer):
         return nullcontext()
 
     @torch.no_grad()
-    def step(self, closure=None, transform=None):
-        """Steps every parameter that has a gradient.
-
-        closure: may recompute the loss, which is then returned. transform(params, grads) -> the gradients to step by
-        instead (lists of whole tensors of one device and dtype). p.grad is never written.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        by_kernel = kernels.on() and not self.mesh and transform in (None, _project)
-        done = self._launch(transform is _project) if by_kernel else ()
+    def step(self):
+        """Steps every parameter that has a gradient, which is only read."""
+        done = self._launch() if kernels.on() and not self.mesh else ()
         for group in self.param_groups:
             whole = group["rule"] == "muon"  # which wants to see all matrices of one shape
             left = [p for p in group["params"] if p.grad is not None and p not in done]
             for owners in _runs(left, math.inf if whole else RUN):
                 params, grads = [local(p) for p in owners], [local(p.grad) for p in owners]
-                if transform and self.mesh:
+                if self.orthograd and self.mesh:
                     complete = ([self.mesh.whole(p, t) for p, t in zip(owners, parts)] for parts in (params, grads))
-                    grads = [self.mesh.part(p, g) for p, g in zip(owners, transform(*complete))]
-                elif transform:
-                    grads = transform(params, grads)
+                    grads = [self.mesh.part(p, g) for p, g in zip(owners, orthogonal(*complete))]
+                elif self.orthograd:
+                    grads = orthogonal(params, grads)
                 more = (self.mesh, owners) if whole else ()
                 STEPS[group["rule"]](group, params, grads, [self.state[p] for p in owners], *more)
-        return loss
 
-    def _launch(self, orthograd):
+    def _launch(self):
         """kernels.adamw_step of the dense float32 tensors under AdamW, one launch for all that agree in device, step,
         lr, betas and eps. Returns their set. State is that of `_adam`."""
         launches = {}  # what its tensors agree in -> parameters, each with its decay
@@ -310,7 +298,7 @@ class _Optimizer(torch.optim.Optimizer):
             states = [self.state[p] for p in params]
             kernels.adamw_step(params, [p.grad for p in params], _buffers(states, params, "exp_avg"),
                                _buffers(states, params, "exp_avg_sq"), *shared, list(decays.values()),
-                               orthograd=orthograd, tables=tables)
+                               orthograd=self.orthograd, tables=tables)
         return set().union(*launches.values())
 
 
@@ -439,42 +427,13 @@ class IVON(_Optimizer):
                         state["noise_grad"] = product + state["noise_grad"] if "noise_grad" in state else product
 
 
-class OrthoGrad(torch.optim.Optimizer):
-    """Takes from each gradient its part along the weights, keeps its length, and lets `base` step (Prieto et al. 2025).
+@torch.no_grad()
+def orthogonal(params, grads):
+    """OrthoGrad (Prieto et al. 2025): from each gradient its part along the weights is taken, its length kept.
 
     Per tensor g' = g - (w.g / w.w) w, g'' = g' |g| / |g'|. Where w = 0 or has one element g stays; where g is parallel
-    to w but for rounding it becomes 0. p.grad is only read. Decay stays the base's. param_groups, state and state_dict
-    are the base's own: schedules act on them, a checkpoint fits with and without the wrapper.
+    to w but for rounding it becomes 0. Lists of whole tensors of one device and dtype.
     """
-
-    def __init__(self, base):
-        if not isinstance(base, _Optimizer):
-            raise ValueError(f"OrthoGrad wraps the optimisers of this file, not {type(base).__name__}")
-        self.base = base  # no super().__init__: groups, state and hooks live in the base, see __getattr__
-
-    def __getattr__(self, name):
-        return getattr(self.__dict__["base"], name)
-
-    def zero_grad(self, set_to_none=True):
-        self.base.zero_grad(set_to_none)
-
-    def state_dict(self):
-        return self.base.state_dict()
-
-    def load_state_dict(self, state_dict):
-        self.base.load_state_dict(state_dict)
-
-    def add_param_group(self, param_group):
-        self.base.add_param_group(param_group)
-
-    def step(self, closure=None):
-        """The base's step by the projected gradients."""
-        return self.base.step(closure, transform=_project)
-
-
-@torch.no_grad()
-def _project(params, grads):
-    """Lists of tensors of one device and dtype -> the gradients made orthogonal to their parameters, lengths kept."""
     dots = torch.stack([torch.dot(p.reshape(-1), g.reshape(-1)) for p, g in zip(params, grads)])
     along = -dots / (torch.stack(torch._foreach_norm(params)).square() + 1e-30)
     projected = torch._foreach_mul(params, list(along.unbind()))
@@ -557,11 +516,9 @@ def both(optimizer, ema=None):
 def width_factor(settings):
     """n_embd over mup_base_width with parametrisation "mup", None with "standard".
 
-    Of Yang et al. 2022 (arXiv 2203.03466), table 8, the rates for Adam: hidden matrices have lr over the factor, all
-    else lr; decay keeps its pace, lr times weight_decay (as theirs, github.com/microsoft/mup). Muon needs none: an
-    orthogonal matrix times (rows / columns)^0.5 is the update that features want at every width (Yang, Simon &
-    Bernstein 2023, arXiv 2310.17813), from which max(1, rows / columns)^0.5 differs by the same number at every width;
-    what AdamW steps beside it has lr. ValueError for other rules.
+    The rates for Adam of Yang et al. 2022 (arXiv 2203.03466), table 8: hidden matrices have lr over the factor, and
+    decay keeps its pace, lr times weight_decay. Muon needs none: an orthogonal matrix times (rows / columns)^0.5 is the
+    update at every width (Yang, Simon & Bernstein 2023, arXiv 2310.17813). ValueError for other rules.
     """
     if settings.get("parametrisation", "standard") == "standard":
         return None
@@ -575,14 +532,12 @@ def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None, d
     """Parameter groups, with decay or without. Which there are does not depend on weight_decay: a checkpoint goes over
     to another value, 0 too.
 
-    named_parameters: pairs (name, tensor). roles: name -> one of ROLES. A tensor under two names is claimed once, by
-    the first that has a role. muon=True puts matrix and residual under rule "muon", the rest under "adamw".
-    fused_rows: name -> rows of the parts of a fused matrix, which Muon takes apart. decay_params: one of DECAY.
-    factor: what `width_factor` says; hidden matrices that Muon does not step then have a group with it as "over".
-    Raises ValueError naming a parameter that no role claims, whose name comes twice, or whose role is unknown.
+    named_parameters: pairs (name, tensor). roles: name -> one of ROLES; a tensor under two names is claimed by the
+    first that has one. muon=True puts matrix and residual under rule "muon", the rest under "adamw". fused_rows: name ->
+    rows of the parts of a fused matrix, which Muon takes apart. decay_params: see Settings. factor: of `width_factor`;
+    hidden matrices that Muon does not step then have a group with it as "over". ValueError naming a parameter that no
+    role claims, whose name comes twice, or whose role is unknown.
     """
-    if decay_params not in DECAY:
-        raise ValueError(f"decay_params {decay_params!r}: it must be one of {', '.join(DECAY)}")
     named, claimed, found = {}, {}, {}
     for name, p in named_parameters:
         if named.setdefault(name, p) is not p:
@@ -595,7 +550,7 @@ def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None, d
         if p not in claimed:
             raise ValueError(f"parameter {name}: unclaimed, it has no role")
     for p, name in claimed.items():
-        decayed = roles[name] in DECAYED if decay_params == "matrices" else p.ndim >= 2
+        decayed = {"matrices": roles[name] in DECAYED, "2d": p.ndim >= 2}[decay_params]
         settings = {"weight_decay": weight_decay if decayed else 0.0}
         if muon:
             settings["rule"] = "muon" if roles[name] in HIDDEN else "adamw"
@@ -614,32 +569,32 @@ def build(settings, named_parameters, roles, fused_rows=None, mesh=None, n_examp
 
     settings: optimizer, one of RULES, lr, and what else it reads, or its default in Settings. muon steps matrix and
     residual with muon_lr and muon_momentum, the rest by AdamW with lr, betas, eps; ess None is n_examples. What asks
-    for no gradient is left out. Where kernels are on, they step what is under AdamW, muon's part too, with OrthoGrad
-    inside; the state is the same. What is not dense float32, and tensors of several processes, go without.
-    mesh: a parallel.Mesh over whose processes parameters and state are divided; Muon and OrthoGrad gather whole
-    matrices for the time of a step. ValueError for ivon on several processes. For the rest see groups.
+    for no gradient is left out. Where kernels are on, they step what is dense float32 under AdamW, muon's part too; the
+    state is the same. mesh: a parallel.Mesh over whose processes parameters and state are divided, which then go
+    without kernels; Muon and orthograd gather whole matrices for the time of a step. ValueError for ivon on several
+    processes. For the rest see groups.
     """
     s = {name: settings.get(name, getattr(Settings, name)) for name in Settings.__annotations__}
-    name, lr, betas = settings["optimizer"], settings["lr"], tuple(s["betas"])
-    if name not in RULES:
-        raise ValueError(f"optimizer {name!r}: it must be one of {', '.join(RULES)}")
+    rule, lr, betas = settings["optimizer"], settings["lr"], tuple(s["betas"])
+    if rule not in RULES:
+        raise ValueError(f"optimizer {rule!r}: it must be one of {', '.join(RULES)}")
+    if rule == "ivon" and mesh and mesh.size > 1:
+        raise ValueError("ivon draws the weights anew in every pass, which several processes cannot agree on here")
     pairs = [(name, p) for name, p in named_parameters if p.requires_grad]
-    wanted = groups(pairs, roles, s["weight_decay"], name == "muon", fused_rows, s["decay_params"],
+    wanted = groups(pairs, roles, s["weight_decay"], rule == "muon", fused_rows, s["decay_params"],
                     width_factor(settings))
     own = {"sgd": dict(lr=lr, momentum=s["momentum"]),
            "muon": dict(lr=s["muon_lr"], momentum=s["muon_momentum"], nesterov=s["muon_momentum"] > 0),
            "ivon": dict(lr=lr, betas=betas, ess=s["ess"] or n_examples, hess_init=s["hess_init"],
                         clip_radius=s["clip_radius"] or math.inf)}
     for group in wanted:
-        group.update(own.get(group.setdefault("rule", name), dict(lr=lr, betas=betas, eps=s["eps"])))
+        group.update(own.get(group.setdefault("rule", rule), dict(lr=lr, betas=betas, eps=s["eps"])))
         group["base_lr"] = group["lr"] = group["lr"] / group.pop("over", 1.0)
-    optimizer = next(kind for kind in _Optimizer.__subclasses__() if kind.rule == name)(wanted)
-    optimizer.order = list(dict.fromkeys(p for n, p in pairs if n in roles))
-    if mesh and mesh.size > 1:
-        if name == "ivon":
-            raise ValueError("ivon draws the weights anew in every pass, which several processes cannot agree on here")
-        optimizer.mesh = mesh
-    return OrthoGrad(optimizer) if s["orthograd"] else optimizer
+    kind = next(kind for kind in _Optimizer.__subclasses__() if kind.rule == rule)
+    optimizer = kind(wanted, orthograd=s["orthograd"])
+    optimizer.order = list(dict.fromkeys(p for name, p in pairs if name in roles))
+    optimizer.mesh = mesh if mesh and mesh.size > 1 else None
+    return optimizer
 
 
 def schedule(name, step, warmup_steps, max_steps, min_scale=0.0, decay_fraction=0.2, warmup_peak="last"):

@@ -102,8 +102,9 @@ FORMULAS = {
     "ivon": (SlowIVON, [dict(lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1, hess_init=0.7, clip_radius=0.6)])}
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.float64, 1e-12), (torch.bfloat16, 0.03)])
-@pytest.mark.parametrize("rule, number", [(rule, i) for rule in optim.RULES for i in range(len(FORMULAS[rule][1]))])
+@pytest.mark.parametrize("rule, number, dtype, bound", [
+    *((rule, i, torch.float64, 1e-12) for rule in optim.RULES for i in range(len(FORMULAS[rule][1]))),
+    *((rule, -1, *how) for rule in optim.RULES for how in ((torch.float32, 2e-6), (torch.bfloat16, 0.03)))], ids=str)
 def test_a_rule_is_its_formula(rule, number, dtype, bound, monkeypatch):
     """Also where a parameter had no gradient for a while, of whose own steps it is then corrected; in two groups and
     another order; with weights and gradients that lie in memory by columns; a few tensors at a time. Weights of
@@ -245,19 +246,18 @@ def test_weights_come_back_bit_for_bit_also_after_an_error(rule, block):
     """Another point inside for schedule_free's average and ivon's draw, nothing for the others; a sample that ended in
     an error is not noted."""
     params = tensors(shapes_of(rule))
-    optimizer = optim.OrthoGrad(of_rule(rule, params))
-    for step in range(5):
+    optimizer = of_rule(rule, params)
+    for step in range(3):
         set_grads(params, step)
         optimizer.step()
     before, other = copies(params), (rule, block) in (("schedule_free", "averaged"), ("ivon", "sampled"))
-    with pytest.raises(RuntimeError, match="stop"):
-        with getattr(optimizer, block)():
-            assert (difference(params, before) > 1e-3) == other and (other or same(params, before))
-            sum((p ** 2).sum() for p in params).backward()
-            if other and block == "averaged":
-                with pytest.raises(RuntimeError, match="leave `averaged` before"):
-                    optimizer.step()
-            raise RuntimeError("stop")
+    with pytest.raises(ZeroDivisionError), getattr(optimizer, block)():
+        assert (difference(params, before) > 1e-3) == other and (other or same(params, before))
+        sum((p ** 2).sum() for p in params).backward()
+        if other and block == "averaged":
+            with pytest.raises(RuntimeError, match="leave `averaged` before"):
+                optimizer.step()
+        1 / 0
     assert same(params, before) and not any("noise_grad" in optimizer.state[p] for p in params)
 
 
@@ -276,8 +276,7 @@ def test_impossible_and_unknown_settings_are_refused(rule):
 
 def test_impossible_groups_are_refused():
     for groups, said in ((tensors([(4, 4), (4,)]), "2-D"), (tensors([(4, 4), (2, 3, 4)]), "2-D"),
-                         ([dict(params=tensors([(12, 8)]), rows=(6, 3, 2))], "add up"),
-                         ([dict(params=tensors([(4, 4)]), rule="lamb")], "'lamb'.*sgd, adam, adamw, muon")):
+                         ([dict(params=tensors([(12, 8)]), rows=(6, 3, 2))], "add up")):
         with pytest.raises(ValueError, match=said):
             optim.Muon(groups)
 
@@ -285,10 +284,10 @@ def test_impossible_groups_are_refused():
 # --- OrthoGrad ---
 
 @every_rule
-def test_orthograd_steps_the_base_by_the_projected_gradient(rule):
-    """The same as projecting by hand and stepping the base; p.grad stays the raw gradient, and closures run."""
+def test_orthograd_steps_by_the_projected_gradient(rule):
+    """The same as projecting by hand first; p.grad stays the raw gradient."""
     a, b = tensors(shapes_of(rule)), tensors(shapes_of(rule))
-    ours, base = optim.OrthoGrad(of_rule(rule, a)), of_rule(rule, b)
+    ours, base = of_rule(rule, a, orthograd=True), of_rule(rule, b)
     for step in range(4):
         set_grads(a, step, skip=(1,)), set_grads(b, step, skip=(1,))
         raw = [None if p.grad is None else p.grad.clone() for p in a]
@@ -297,8 +296,7 @@ def test_orthograd_steps_the_base_by_the_projected_gradient(rule):
                 w, g = p.detach(), p.grad
                 new = g - (w * g).sum() / (w * w).sum() * w
                 p.grad = new * g.norm() / new.norm()
-        assert ours.step(lambda: torch.tensor(5.0)) == 5
-        base.step()
+        ours.step(), base.step()
         assert all(g is p.grad or torch.equal(g, p.grad) for p, g in zip(a, raw))
     assert difference(a, b) < (5e-3 if rule == "muon" else 1e-5)  # bfloat16 magnifies the rounding of the projection
     assert difference(a, tensors(shapes_of(rule))) > 1e-2
@@ -306,22 +304,11 @@ def test_orthograd_steps_the_base_by_the_projected_gradient(rule):
 
 def test_orthograd_leaves_zero_weights_and_scalars_alone_and_drops_a_parallel_gradient():
     zero, scalar, grads = torch.zeros(3, 4), torch.tensor([2.0]), tensors([(3, 4), (1,)])
-    new = optim._project([zero, scalar], grads)
+    new = optim.orthogonal([zero, scalar], grads)
     assert torch.allclose(new[0], grads[0], rtol=1e-6, atol=0) and torch.equal(new[1], grads[1])
     for seed, w in enumerate(tensors([(50,)] * 20)):
         for grad in (w.detach() * (seed - 3.1), torch.zeros(50)):  # what is left is rounding: not to be blown up
-            assert not optim._project([w], [grad])[0].any()
-
-
-def test_orthograd_is_an_optimiser_for_schedulers_and_wraps_its_own_alone():
-    base = optim.AdamW(tensors([(4, 4)]), lr=1e-2)
-    wrapper = optim.OrthoGrad(base)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(wrapper, lambda step: 0.5 ** step)
-    wrapper.step(), scheduler.step()
-    wrapper.add_param_group(dict(params=tensors([(3,)]), lr=1.0))
-    assert [group["lr"] for group in base.param_groups] == [5e-3, 1.0]
-    with pytest.raises(ValueError, match="SGD"):
-        optim.OrthoGrad(torch.optim.SGD(tensors([(4, 4)])))
+            assert not optim.orthogonal([w], [grad])[0].any()
 
 
 def grok(steps, orthograd, p=59, share=0.4):
@@ -332,8 +319,7 @@ def grok(steps, orthograd, p=59, share=0.4):
     torch.manual_seed(0)
     one, two, three = (torch.nn.Linear(a, b, bias=False) for a, b in ((2 * p, 200), (200, 200), (200, p)))
     model = torch.nn.Sequential(one, torch.nn.ReLU(), two, torch.nn.ReLU(), three)
-    optimizer = optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.99), eps=1e-25, weight_decay=0.0)
-    optimizer = optim.OrthoGrad(optimizer) if orthograd else optimizer
+    optimizer = optim.AdamW(model.parameters(), orthograd, lr=0.01, betas=(0.9, 0.99), eps=1e-25, weight_decay=0.0)
     for step in range(steps):
         optimizer.zero_grad()
         F.cross_entropy(model(x[:n]), y[:n]).backward()
@@ -345,8 +331,8 @@ def grok(steps, orthograd, p=59, share=0.4):
 
 def test_orthograd_generalises_without_weight_decay_where_adamw_memorises():
     """Prieto et al. 2025, figure 1: modular addition."""
-    assert grok(200, orthograd=True)[1] > 0.9
-    training, unseen = grok(200, orthograd=False)
+    assert grok(160, orthograd=True)[1] > 0.9
+    training, unseen = grok(100, orthograd=False)
     assert training == 1.0 and unseen < 0.05
 
 
@@ -371,8 +357,6 @@ ROLES = {"embed.weight": "embedding", "up.weight": "matrix", "up.bias": "bias", 
          "down.bias": "bias", "norm.weight": "gain", "norm.bias": "bias", "head.weight": "head"}
 ROWS = {"up.weight": (8, 16)}
 SCHEDULE = dict(lr=1e-2, schedule="cosine", warmup_steps=3, max_steps=20, min_lr_scale=0.0, decay_fraction=0.2)
-every_build = pytest.mark.parametrize("rule, orthograd", [(rule, wrapped) for rule in optim.RULES
-                                                          for wrapped in (False, True)])
 
 
 def build(model, rule, fused_rows=None, **more):
@@ -395,7 +379,7 @@ def train(model, optimizer, steps, first=0):
     return losses
 
 
-@every_build
+@pytest.mark.parametrize("rule, orthograd", [*((rule, False) for rule in optim.RULES), ("muon", True)])
 def test_saved_and_loaded_state_continues_bit_for_bit(rule, orthograd, tmp_path):
     whole, model = Tiny(), Tiny()
     reference = train(whole, build(whole, rule, orthograd=orthograd), 12)
@@ -422,15 +406,15 @@ def by_value(model, rule):
     return type(made)(list(merged.values()))
 
 
-@every_build
-def test_another_decay_takes_a_checkpoint_over(rule, orthograd):
+@every_rule
+def test_another_decay_takes_a_checkpoint_over(rule):
     """The state goes to its own parameter, the rate of the last step stays, what was typed counts."""
     for once, now in ((None, 0.0), (None, 0.1), (0.0, 0.1), (0.1, 0.0)):
         old, new = Tiny(), Tiny()
         source = by_value(old, rule) if once is None else build(old, rule, ROWS, weight_decay=once)
         train(old, source, 5)
         new.load_state_dict(old.state_dict())
-        target = build(new, rule, ROWS, weight_decay=now, orthograd=orthograd)
+        target = build(new, rule, ROWS, weight_decay=now)
         optim.load_state(target, copy.deepcopy(source.state_dict()))
         for p, q in zip(new.parameters(), old.parameters()):
             found, wanted = target.state[p], source.state[q]
@@ -440,7 +424,7 @@ def test_another_decay_takes_a_checkpoint_over(rule, orthograd):
         assert {g["lr"] for g in target.param_groups} == {g["lr"] for g in source.param_groups}
         assert all(g["lr"] < g["base_lr"] for g in target.param_groups)
         train(new, target, 2, first=5)
-        if (once, now) == (None, 0.0) and rule != "ivon" and not orthograd:  # ivon draws group by group
+        if (once, now) == (None, 0.0) and rule != "ivon":  # ivon draws group by group
             train(old, source, 2, first=5)
             assert same(old.parameters(), new.parameters())
 
@@ -510,8 +494,7 @@ def test_groups_refuse_what_is_not_claimed_once():
             (pairs, {k: v for k, v in ROLES.items() if k != "norm.bias"}, {}, "norm.bias.*unclaimed"),
             (pairs, {**ROLES, "norm.bias": "offset"}, {}, "norm.bias.*'offset'"),
             ([*pairs, ("up.weight", torch.nn.Parameter(torch.ones(2, 2)))], ROLES, {}, "up.weight.*twice"),
-            (pairs, {**ROLES, "up.bias": "matrix"}, dict(muon=True), "up.bias.*2-D"),
-            (pairs, ROLES, dict(decay_params="all"), "decay_params 'all'.*matrices, 2d")):
+            (pairs, {**ROLES, "up.bias": "matrix"}, dict(muon=True), "up.bias.*2-D")):
         with pytest.raises(ValueError, match=said):
             optim.groups(named, roles, 0.1, **more)
     with pytest.raises(ValueError, match=", ".join(optim.RULES)):
