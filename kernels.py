@@ -30,12 +30,7 @@ def use(way):
     _triton = way == "triton"
     if _triton and fused is None:
         try:  # here only: the default path shall not pay for Triton
-            import fused.adamw
-            import fused.attention
-            import fused.codes
-            import fused.experts
-            import fused.recurrence
-            import fused.rows
+            import fused
         except ModuleNotFoundError as error:
             if error.name != "triton":
                 raise
@@ -64,9 +59,9 @@ def on():
 
 
 def fits(*tensors):
-    """Whether an operation on these goes to its kernel: on a GPU (or interpreted), none empty, none of float64."""
+    """Whether an operation on these (or None) goes to its kernel: on a GPU (or interpreted), none empty or float64."""
     return (_triton and fused is not None and (tensors[0].is_cuda or _interpreted)
-            and all(t.numel() and t.dtype in FLOATS for t in tensors))
+            and all(t is None or t.numel() and t.dtype in FLOATS for t in tensors))
 
 
 def exactly(x):
@@ -98,16 +93,10 @@ def norm(x, gain, bias, eps, residual, centred):
     """Both norms by "triton", or with a residual. Raises ValueError for shapes that do not go together."""
     expect(residual is None or residual.shape == x.shape, "residual must have the shape of x")
     for name, p in (("gain", gain), ("bias", bias)):
-        if p is not None and p.shape != x.shape[-1:]:
-            raise ValueError(f"{name} {tuple(p.shape)} must have one number for each of x's {x.size(-1)} features")
+        expect(p is None or p.shape == x.shape[-1:], f"{name} must have a number for each of x's {x.size(-1)} features")
     if fits(x) and x.size(-1) <= WIDEST_ROW:
         return fused.rows.NormRows.apply(x, residual, gain, bias, eps, centred)
     return norm_reference(x, gain, bias, eps, residual, centred)
-
-
-def rms_norm_reference(x, gain=None, eps=1e-6, residual=None):
-    """rms_norm as its kernel computes it."""
-    return norm_reference(x, gain, None, eps, residual, False)
 
 
 def plain_rms_norm(x, gain=None, eps=1e-6):
@@ -134,11 +123,6 @@ def rms_norm(x, gain=None, eps=1e-6, residual=None):
     return norm(x, gain, None, eps, residual, False)
 
 
-def layer_norm_reference(x, gain=None, bias=None, eps=1e-5, residual=None):
-    """layer_norm as its kernel computes it."""
-    return norm_reference(x, gain, bias, eps, residual, True)
-
-
 def layer_norm(x, gain=None, bias=None, eps=1e-5, residual=None):
     """(s - mean(s)) / sqrt(var(s) + eps) over the last dimension, times gain (C,), plus bias (C,) (Ba et al. 2016), the
     variance over C. All else as rms_norm; eps as in torch.nn.functional.layer_norm."""
@@ -149,16 +133,9 @@ def layer_norm(x, gain=None, bias=None, eps=1e-5, residual=None):
 
 # --- Rotary positions ---
 
-def rotary_reference(x, cos, sin):
-    """rotary as its kernel computes it."""
-    wide = exactly(x)
-    a, b = wide.chunk(2, -1)
-    return (wide * cos + torch.cat((b, a), -1) * sin).to(x.dtype)
-
-
 def plain_rotary(x, cos, sin):
     """rotary without a kernel, whichever way is on."""
-    wide = x.float()
+    wide = exactly(x)
     a, b = wide.chunk(2, -1)
     return torch.addcmul(wide * cos, torch.cat((b, a), -1), sin).to(x.dtype)  # (B, T, H, D)
 
@@ -172,11 +149,14 @@ def rotary(x, cos, sin):
     if not _triton:
         return plain_rotary(x, cos, sin)
     B, T, _, D = x.shape
-    if D % 2:
-        raise ValueError(f"rotary turns pairs of features: {D} must be even")
+    expect(D % 2 == 0, f"rotary turns pairs of features: {D} must be even")
     if cos.shape != sin.shape or cos.shape not in ((1, T, 1, D), (B, T, 1, D)):
         raise ValueError(f"tables {tuple(cos.shape)} and {tuple(sin.shape)} must be ({B} or 1, {T}, 1, {D})")
-    return (fused.rows.Rotary.apply if fits(x) else rotary_reference)(x, cos, sin)
+    if fits(x):
+        return fused.rows.Rotary.apply(x, cos, sin)
+    wide = exactly(x)
+    a, b = wide.chunk(2, -1)
+    return (wide * cos + torch.cat((b, a), -1) * sin).to(x.dtype)
 
 
 # --- Activations ---
@@ -184,7 +164,7 @@ def rotary(x, cos, sin):
 def gelu(x):
     """x Phi(x), exact (Hendrycks & Gimpel 2016): x of any shape and float type, to the same. By kernel keeps x only."""
     if _triton:
-        return fused.rows.Plain.apply("gelu", x) if fits(x) else gelu_reference(x)
+        return fused.rows.Plain.apply("gelu", x) if fits(x) else F.gelu(exactly(x)).to(x.dtype)
     small = x.device.type == "cpu" and x.numel() <= 16384 and not x.requires_grad
     if not small or torch.compiler.is_compiling():
         return F.gelu(x)
@@ -196,26 +176,16 @@ def gelu(x):
         torch.backends.mkldnn.enabled = usual
 
 
-def gelu_reference(x):
-    """gelu as its kernel computes it."""
-    return F.gelu(exactly(x)).to(x.dtype)
-
-
 def gelu_tanh(x):
     """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, GPT-2's GELU (Hendrycks & Gimpel 2016): x of any shape and
     float type, to the same. It has no kernel: by "triton" too it is PyTorch's."""
     return F.gelu(x, approximate="tanh")
 
 
-def relu2_reference(x):
-    """relu2 as its kernel computes it."""
-    return F.relu(exactly(x)).square().to(x.dtype)
-
-
 def relu2(x):
     """relu(x)^2 (So et al. 2021): x of any shape and float type, to the same. By kernel keeps x only."""
     if _triton:
-        return fused.rows.Plain.apply("relu2", x) if fits(x) else relu2_reference(x)
+        return fused.rows.Plain.apply("relu2", x) if fits(x) else F.relu(exactly(x)).square().to(x.dtype)
     return F.relu(x).square()
 
 
@@ -237,10 +207,8 @@ def gated(kind, x):
     kind: of GATES. By kernel it is computed in float32 and rounded once, where PyTorch rounds act(a) first, and only x
     is kept: the backward pass computes act(a) again. Raises ValueError for another kind and an odd width.
     """
-    if kind not in GATES:
-        raise ValueError(f"kind is {kind!r}, but can be {', '.join(GLU)}")
-    if x.size(-1) % 2:
-        raise ValueError(f"gated takes two halves: {x.size(-1)} features must be even")
+    expect(kind in GATES, f"kind is {kind!r}, but can be {', '.join(GLU)}")
+    expect(x.size(-1) % 2 == 0, f"gated takes two halves: {x.size(-1)} features must be even")
     if _triton:
         return (fused.rows.GateRows.apply if fits(x) else gated_reference)(kind, x)
     a, b = x.chunk(2, -1)
@@ -408,8 +376,7 @@ def batched_linear_cross_entropy(h, weights, targets, biases=None, ignore_index=
     check_targets(targets, (G, N, K))
     if chunk is None:
         chunk = chunk_rows(G * N // groups, C, K * V)
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}, but must be at least 1")
+    expect(chunk >= 1, f"chunk is {chunk}, but must be at least 1")
     dtype = product_type(h, weights)
     losses = LinearCrossEntropy.apply(
         h.reshape(groups, -1, C), weights.reshape(groups, K * V, C),
@@ -426,12 +393,12 @@ def softmax_over(q, k, v, mask, scale):
     q (..., H, T, D), k (..., G, S, D), v (..., G, S, Dv). A query that sees nothing gets zeros, and leaves none but
     zeros to the gradients.
     """
-    exact = torch.promote_types(q.dtype, torch.float32)
-    k, v = (t.to(exact).repeat_interleave(q.size(-3) // t.size(-3), -3) for t in (k, v))  # (..., H, S, D)
+    q, dtype = exactly(q), q.dtype
+    k, v = (exactly(t).repeat_interleave(q.size(-3) // t.size(-3), -3) for t in (k, v))  # (..., H, S, D)
     with torch.autocast(q.device.type, enabled=False):  # it would round the products
-        scores = q.to(exact) @ k.transpose(-1, -2) * scale  # (..., H, T, S)
-        p = scores.masked_fill(~mask, torch.finfo(exact).min).softmax(-1) * mask  # not -inf: a row of it would be NaN
-        return (p @ v).to(q.dtype)
+        scores = q @ k.transpose(-1, -2) * scale  # (..., H, T, S)
+        p = scores.masked_fill(~mask, torch.finfo(q.dtype).min).softmax(-1) * mask  # not -inf: a row of it would be NaN
+        return (p @ v).to(dtype)
 
 
 def who_sees_whom(T, S, causal=True, window=None, prefix=None, lengths=None, positions=None, device=None):
@@ -713,7 +680,7 @@ def gumbel_softmax(logits, noise, temperature, hard):
     """
     check_choice(logits, noise)
     expect(temperature > 0, "gumbel_softmax needs a temperature above 0")
-    if fits(logits, *(() if noise is None else (noise,))):
+    if fits(logits, noise):
         return fused.codes.GumbelSoftmax.apply(logits, noise, float(temperature), bool(hard))
     noisy = exactly(logits) if noise is None else exactly(logits) + exactly(noise.detach())
     codes = noisy.argmax(-1)
@@ -734,7 +701,7 @@ def reinmax(logits, noise, temperature=1.0):
     """
     check_choice(logits, noise)
     expect(temperature >= 1, "reinmax needs a temperature of at least 1")
-    if fits(logits, *(() if noise is None else (noise,))):
+    if fits(logits, noise):
         return fused.codes.ReinMax.apply(logits, noise, float(temperature))
     wide = exactly(logits)
     codes = (wide if noise is None else wide + exactly(noise.detach())).argmax(-1)

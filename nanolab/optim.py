@@ -533,8 +533,8 @@ def groups(named_parameters, roles, weight_decay, muon=False, fused_rows=None, d
     to another value, 0 too.
 
     named_parameters: pairs (name, tensor). roles: name -> one of ROLES; a tensor under two names is claimed by the
-    first that has one. muon=True puts matrix and residual under rule "muon", the rest under "adamw". fused_rows: name ->
-    rows of the parts of a fused matrix, which Muon takes apart. decay_params: see Settings. factor: of `width_factor`;
+    first that has one. muon=True puts matrix and residual under rule "muon", the rest under "adamw". fused_rows: name
+    -> rows of the parts of a fused matrix, which Muon takes apart. decay_params: see Settings. factor: `width_factor`;
     hidden matrices that Muon does not step then have a group with it as "over". ValueError naming a parameter that no
     role claims, whose name comes twice, or whose role is unknown.
     """

@@ -7,25 +7,12 @@ Rows of a batch are divided over dp (FSDP2: weights, gradients and optimiser sta
 (DTensor). Processes speak gloo on CPUs, which is what is tested, and NCCL on GPUs, which is written but not measured.
 A script without torchrun is Alone: every method then gives back what it was given.
 
-What each weight is cut along, over tp:
-
-    weight                               dimension   why
-    qkv.weight (H D + 2 G D, C), .bias   0, rows     a process holds H / tp whole heads and the G / tp keys and values
-                                                     that they read: no process needs another's queries, keys, values
-    out.weight (C, H D)                  1, columns  it multiplies what these heads give; the parts of the sum are
-                                                     added over tp: one all-reduce a layer
-    up.weight (W or 2 W, C), .bias       0, rows     W / tp features, of a gated one both halves of each
-    down.weight (C, W), join.weight      1, columns  as out: the second all-reduce of a layer
-    out.bias, down.bias                  whole       added once, after the sum
-    embedding, classifiers, positions    whole       a vocabulary of bytes is small, and the loss reads its classifier
-                                                     whole; a large one is divided by dp
-    norms, gains, the rest of a layer    whole       small; each process computes the same
-
-and over dp, every one of them (what a process of tp has of it) along dimension 0, however uneven; a layer is whole for
-the time of its own forward and backward pass. The fused matrices qkv and up lie in another order than in one process:
-their rows are permuted, so that process 0's heads (or features) come first and a contiguous cut is the right one. So
-are the heads of "strided" and "fixed", of which each process has half of either pattern. Files never see it: a
-checkpoint is that of one process, and any mesh loads it.
+What each weight is cut along, and why, is a table of docs/parallel.md: rows of qkv and up, columns of out and down
+(LowRank's join), over tp; over dp, what a process of tp has of every weight, along dimension 0, however uneven. A layer
+is whole for the time of its own forward and backward pass. The fused matrices qkv and up lie in another order than in
+one process: their rows are permuted, so that process 0's heads (or features) come first and a contiguous cut is the
+right one. So are the heads of "strided" and "fixed", of which each process has half of either pattern. Files never see
+it: a checkpoint is that of one process, and any mesh loads it.
 """
 import atexit
 import os

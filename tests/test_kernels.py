@@ -63,25 +63,26 @@ LAYOUTS = {  # of tensors, and of gradients that come in
     "every second": lambda t: t.repeat_interleave(2, -1)[..., ::2],
     "one for all": lambda t: t[:1].expand_as(t) if t.is_floating_point() else t,
 }
-MIXED = [(name,) for name in LAYOUTS if name != "turned"] + [tuple(LAYOUTS), tuple(LAYOUTS)[::-1]]
+WIDER, TURNED, EVERY, ONE = LAYOUTS
+MIXED = (EVERY, WIDER, ONE, TURNED), (ONE, EVERY, TURNED, WIDER), (WIDER, TURNED, EVERY, ONE)  # of the tensors in turn
 COPIED = "selective_scan", "min_gru", "grouped_linear", "nearest_code", "soft", "reinmax"  # as their kernels need it
 VIEWED = [op for op in FIRST if op not in ("glu", "bilinear", "reglu", "swiglu", "hard")]
 
 
 @EVERYWHERE
 @pytest.mark.parametrize("op, layouts", [pytest.param(op, layouts, id=f"{op}, {'; '.join(layouts)}") for op in VIEWED
-                                         for layouts in (MIXED[1:4:2] if op in COPIED else MIXED)])
+                                         for layouts in MIXED[:1 if op in COPIED else 3]])
 def test_tensors_and_gradients_need_not_lie_side_by_side(op, layouts, device):
-    """Slices of wider ones, as a concatenation's gradients are; one number for all; mixtures, transposed ones too."""
+    """Slices of wider ones, as a concatenation's gradients are; one number for all; transposed ones."""
     case, views = CASES[FIRST[op]], [LAYOUTS[name] for name in layouts]
     tensors = [views[i % len(views)](t) if t.dim() else t for i, t in enumerate(case.make(FLOAT, device))]
     case.assert_agree(tensors, FLOAT, device, upstream=lambda t: (
-        t.flatten()[:1].expand(t.shape) if layouts[0] == "one for all" else views[0](t)))
+        t.flatten()[:1].expand(t.shape) if layouts[0] == ONE else views[0](t)))
 
 
 @EVERYWHERE
 @pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "selective_scan"])
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "selective_scan, whole chunks"])
 def test_only_one_output_is_used(name, which, device):
     """The other's gradient is not there, and is 0."""
     CASES[name].assert_agree(CASES[name].make(FLOAT, device), FLOAT, device, used=which)
@@ -105,29 +106,29 @@ def test_nothing(name, device):
         assert not any(gradient is not None and gradient.any() for gradient in gradients)
 
 
-NO_NUMBERS = "large", "infinite", "extreme", "6e4", "overflows", "later", "padding"  # of which differences can be taken
-FLOATING = [name for name, case in CASES.items() if FLOAT in case.dtypes]
-
-
 def floating(name):
     """(case, its tensors in float64)."""
     case = CASES[name]
     return case, [t.double() if t is not None and t.is_floating_point() else t for t in case.make(torch.float64)]
 
 
-@pytest.mark.parametrize("name", FLOATING)
+CHUNKED = [name for name in CASES if name.startswith(("linear", "batched"))]  # which compute by chunks without a kernel
+FORMULAS = list(dict.fromkeys([*FIRST.values(), *CHUNKED]))
+
+
+@pytest.mark.parametrize("name", FORMULAS)
 def test_float64_takes_the_formula(name):
     """Or computes by chunks; with kernels, too."""
     case, tensors = floating(name)
     found, want = case.op(*tensors), case.twin(*tensors)
-    torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-10, equal_nan=True)
+    torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-10)
     if INTERPRETED:
         with interpreted():
-            torch.testing.assert_close(case.op(*tensors), found, rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(case.op(*tensors), found, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in FLOATING if CASES[name].gradcheck and CASES[name].constant != len(
-    CASES[name].inputs) and not any(word in name for word in NO_NUMBERS)])
+@pytest.mark.parametrize("name", [name for name in FORMULAS if CASES[name].gradcheck and CASES[name].constant != len(
+    CASES[name].inputs)])
 def test_gradients_of_the_formula(name):
     """Against differences, in float64; and of the operation, which may compute by chunks."""
     case, tensors = floating(name)
@@ -138,33 +139,21 @@ def test_gradients_of_the_formula(name):
         assert torch.autograd.gradcheck(op, tensors, fast_mode=fast)
 
 
-@walk(CASES)
+@walk({name: CASES[name] for name in FORMULAS})
 def test_without_a_kernel(name, dtype):
-    """By "triton" on a CPU: the formula, or by chunks."""
+    """By "triton" on a CPU: the formula, or by chunks. Losses and states are float32, codes int64, all else is of the
+    type of the inputs."""
     case = CASES[name]
     tensors = case.make(dtype)
     out, found, upstream = results(case.op, tensors, constant=case.constant)
     want, gradients, _ = results(case.twin, tensors, upstream, case.constant)
     for mine, other in zip([*out, *found], [*want, *gradients], strict=True):
-        torch.testing.assert_close(mine, other, **case.near(dtype, mine, other), equal_nan=True)
-
-
-@pytest.mark.parametrize("op", FIRST)
-def test_types(op):
-    """Losses and states are float32, codes int64, all else is of the type of the inputs."""
-    case = CASES[FIRST[op]]
+        torch.testing.assert_close(mine, other, **case.near(dtype, mine, other))
+    op = name.partition(",")[0]
     wide = "cross_entropy", "linear", "batched", "min_gru", "selective_scan"
-    for i, y in enumerate(results(case.op, case.make(torch.bfloat16), constant=len(case.inputs))[0]):
+    for i, y in enumerate(out):
         codes = op == "nearest_code" or i == 1 and op in CHOICES
-        assert y.dtype == (torch.int64 if codes else FLOAT if op in wide else torch.bfloat16)
-
-
-@pytest.mark.parametrize("name", [*FIRST.values(), "rms_norm, one row", "layer_norm, bias"])
-def test_by_torch(name):
-    """What PyTorch has for it computes the formula."""
-    case = CASES[name]
-    found, want = (op(*case.make()) for op in (formula(case.op), case.twin))
-    torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-6)
+        assert y.dtype == (torch.int64 if codes else FLOAT if op in wide else dtype)
 
 
 def test_no_kernel_takes_tuples_apart_within_a_tuple():
@@ -182,8 +171,8 @@ def test_no_kernel_takes_tuples_apart_within_a_tuple():
 
 def test_the_norm_is_of_the_sum():
     x, = made(of(3, 5, 24))
-    torch.testing.assert_close(kernels.rms_norm_reference(x, residual=2 * x), (formula(kernels.rms_norm)(3 * x), 3 * x),
-                               rtol=1e-6, atol=1e-6)
+    found = kernels.norm_reference(x, None, None, 1e-6, 2 * x, False)
+    torch.testing.assert_close(found, (formula(kernels.rms_norm)(3 * x), 3 * x), rtol=1e-6, atol=1e-6)
 
 
 @needs_interpreter
@@ -233,7 +222,7 @@ def test_cross_entropy_of_ignored_rows_and_targets_out_of_range():
 @pytest.mark.parametrize("dtype", [FLOAT, torch.bfloat16], ids=str)
 def test_all_logits_are_never_there(dtype):
     """Forward and backward make no tensor larger than the larger of h and weight; the formula makes N V numbers."""
-    N, C, V = 512, 16, 2048  # V C is N V / 32
+    N, C, V = 128, 8, 1024  # V C is N V / 16
     tensors = made(of(N, C), of(V, C), below(V, N), of(V), dtype=dtype)
     several = made(of(2, N, C), of(2, 2, V // 2, C), below(V // 2, N, 2), dtype=dtype)
     for op, tensors, most in ((linear_cross_entropy, tensors, V * C),
@@ -356,7 +345,7 @@ def normal(*shape, seed=0, dtype=FLOAT):
 
 
 @EVERYWHERE
-@pytest.mark.parametrize("N, K, C", [(1, 1, 1), (70, 130, 37), (64, 64, 64), (3, 5, 0), pytest.param(
+@pytest.mark.parametrize("N, K, C", [(70, 130, 37), (3, 5, 0), pytest.param(
     1000, 700, 200, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float16, torch.float32)],
                          ids=str)
