@@ -63,8 +63,8 @@ def assert_both(ours, theirs, grads, tolerance=CLOSE, tables=None, **more):
 
 # --- The formula ---
 
-@MORE
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("dtype, tolerance, more", [
+    *((torch.float64, 1e-13, more) for more in MORE.args[1]), (torch.float32, 1e-6, MORE.args[1][-1])], ids=str)
 def test_the_formula_is_optim_after_torchs_clipping(dtype, tolerance, more):
     """20 steps: AdamW with OrthoGrad, clip_grad_norm_ before it, decay by tensor, some without a gradient."""
     shapes = [(12, 7), (5,), (1,), (0,), (3, 4, 5)]
@@ -110,10 +110,10 @@ def test_tables_are_kept_and_follow_what_moves():
     shapes = [(7, 5), (1,), (130,)]
     (ours, theirs), tables, grads, rows = pair(shapes), {}, tensors(shapes), None
     version = ours.params[0]._version
-    for step in range(6):
+    for step in range(4):
         for g, new in zip(grads, tensors(shapes, 100 + step, scale=10.0 ** (step % 3 - 1))):
             g.copy_(new)
-        assert_both(ours, theirs, grads, tables=tables, clip=1.0 if step % 3 == 0 else None, orthograd=step == 4)
+        assert_both(ours, theirs, grads, tables=tables, clip=1.0 if step % 2 == 0 else None, orthograd=step == 3)
         rows = tables["rows"] if step == 0 else rows
         assert tables["rows"] is rows
     assert ours.params[0]._version > version
@@ -125,7 +125,7 @@ def test_tables_are_kept_and_follow_what_moves():
 
 
 @needs_interpreter
-@MORE
+@pytest.mark.parametrize("more", MORE.args[1][::3], ids=str)  # none and all of it
 def test_every_size_dtype_and_gap(more):
     """Several chunks, a whole one, odd, one and no elements; bfloat16 against float32 in any mixture; None."""
     shapes = [(adamw._chunk(0) + 37,), (3, 7), (1,), (0,), (6,), (5,), (20,)]
@@ -155,8 +155,8 @@ def test_not_contiguous():
 
 
 @needs_interpreter
-@pytest.mark.parametrize("clip", [1e-3, math.inf])
-@pytest.mark.parametrize("scale", [0.0, 1e15, 1e37, math.nan])
+@pytest.mark.parametrize("scale, clip", [
+    (0.0, math.inf), (1e15, 1e-3), (1e37, 1e-3), (1e37, math.inf), (math.nan, 1e-3)])
 def test_clipping_of_nothing_of_much_and_of_too_much(scale, clip):
     """Zero gradients; huge ones; so huge that the norm is infinite, which leaves 0 of them, or NaN of inf / inf, and
     weights so large that the product with them overflows too; one NaN, which is not hidden."""
@@ -194,7 +194,6 @@ def test_edges():
 
 # --- Optimisers ---
 
-LIKE_MUON = dict(atol=1e-4, rtol=1e-3)  # it magnifies the rounding of OrthoGrad's projection
 ROLES = {"embed": ((9, 6), "embedding"), "up": ((12, 6), "matrix"), "down": ((6, 12), "residual"),
          "head": ((9, 6), "head"), "gain": ((6,), "gain"), "scale": ((1,), "gain"), "empty": ((0,), "bias")}
 NO_MATRICES = [name for name in ROLES if name not in ("up", "down")]  # what Muon leaves to AdamW
@@ -282,17 +281,16 @@ def some_missing(step):
     return {0: ("up", "gain"), 1: ("up", "gain"), 2: ("up",), 4: ("head", "up")}.get(step, ())
 
 
-@pytest.mark.parametrize("name, missing", [("adamw", lambda step: ()), ("adamw", some_missing),
-                                           ("muon", lambda step: ())], ids=["adamw", "some are missing", "muon"])
-@pytest.mark.parametrize("orthograd", [False, True])
+@pytest.mark.parametrize("name, missing, orthograd", [("adamw", some_missing, True), ("muon", lambda step: (), False)],
+                         ids=["adamw", "muon"])
 def test_same_weights_and_state_by_one_launch_a_step(name, missing, orthograd, way, launches):
     """Groups with and without decay together, Muon's matrices apart. Each parameter is corrected for the steps that it
     took; those that took as many go together. Tables are kept from step to step, and are no part of the state."""
-    theirs = Setup(name, orthograd=orthograd).train(range(7), missing)
+    theirs = Setup(name, orthograd=orthograd).train(range(6), missing)
     assert not launches and not theirs.opt.tables
     ours = Setup(name, "triton", orthograd=orthograd)
     taken = dict.fromkeys(ROLES if name == "adamw" else NO_MATRICES, 0)
-    for step in range(7):
+    for step in range(6):
         ours.train([step], missing)
         for own in taken:
             taken[own] += own not in missing(step)
@@ -305,7 +303,7 @@ def test_same_weights_and_state_by_one_launch_a_step(name, missing, orthograd, w
             assert how == dict(orthograd=orthograd, tables=ours.opt.tables[i])
             assert lr == 1e-2 * optim.schedule("cosine", step, 3, 20)
         launches.clear()
-    assert_same(ours, theirs, LIKE_MUON if name == "muon" and orthograd else CLOSE)
+    assert_same(ours, theirs)
     assert {own: ours.opt.state[ours.params[own]]["step"] for own in taken} == taken
     first, rows = ours.opt.tables[0], ours.opt.tables[0].get("rows")
     assert (rows is None) == (way == "formula")
@@ -351,6 +349,10 @@ def one_double(setup):
     setup.train(range(3))
 
 
+def thrice(setup):
+    setup.train(range(3))
+
+
 ALONE = {  # what else a step may meet: (settings, what is done, the sizes of its launches by "triton")
     "another rate": ({}, apart(lr=3e-2, base_lr=3e-2), 6), "other betas": ({}, apart(betas=[0.8, 0.95]), 6),
     "another eps": ({}, apart(eps=0.1), 6),
@@ -358,10 +360,8 @@ ALONE = {  # what else a step may meet: (settings, what is done, the sizes of it
     "one in float64": ({}, one_double, 3),
     "a mesh of one": (dict(mesh=parallel.Alone()), lambda setup: setup.train([0]), 1),
     # as ever by "torch"
-    **{name: (dict(name=name, ess=1e3), lambda setup: setup.train(range(3)), 0) for name in optim.RULES
-       if name not in ("adamw", "muon")},
-    **{str(dtype): (dict(dtype=dtype), lambda setup: setup.train(range(3)), 0)
-       for dtype in (torch.float64, torch.bfloat16)},
+    **{name: (dict(name=name, ess=1e3), thrice, 0) for name in optim.RULES if name not in ("adamw", "muon")},
+    **{str(dtype): (dict(dtype=dtype), thrice, 0) for dtype in (torch.float64, torch.bfloat16)},
 }
 
 
@@ -377,11 +377,9 @@ def test_what_a_step_may_meet(case, launches):
     assert case != "one in float64" or [numbers for numbers, *_ in launches] == [sizes(set(ROLES) - {"up"})] * 3
 
 
-@pytest.mark.parametrize("name, orthograd, load", [
-    ("adamw", True, optim.load_state), ("muon", False, lambda opt, state: opt.load_state_dict(state))],
-    ids=["adamw", "muon"])
-@pytest.mark.parametrize("first, then", [("torch", "triton"), ("triton", "torch"), ("triton", "triton")])
-def test_a_checkpoint_goes_over(first, then, name, orthograd, load, tmp_path):
+@pytest.mark.parametrize("first, then, name, orthograd", [
+    ("torch", "triton", "adamw", True), ("triton", "torch", "muon", False), ("triton", "triton", "adamw", True)])
+def test_a_checkpoint_goes_over(first, then, name, orthograd, tmp_path):
     """A parameter's own count of steps with it; with itself bit for bit."""
     def missing(step):
         return ("head",) if step in (0, 4) else ()
@@ -394,7 +392,7 @@ def test_a_checkpoint_goes_over(first, then, name, orthograd, load, tmp_path):
     with torch.no_grad():
         for key, p in two.params.items():
             p.copy_(saved["params"][key])
-    load(two.opt, saved["opt"])
+    optim.load_state(two.opt, saved["opt"])
     assert (not two.opt.tables) == (then == "torch")
     assert_same(two.train(range(3, 6), missing), whole, EXACT if first == then else CLOSE)
 

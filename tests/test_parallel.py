@@ -369,6 +369,8 @@ def test_what_cannot_be_started_is_one_line(monkeypatch, world, shape, said):
     ((1, 2), dict(activation="gelu", ff_mult=27 / 24), {}, "feed-forward's width 27"),
     ((2, 1), dict(ff="moe"), {}, "expert_balance loss is no mean"),
     ((2, 1), {}, dict(optimizer="ivon"), "ivon"), ((1, 2), dict(lora_rank=2), {}, "--lora_rank 0"),
+    *((shape, dict(kernels="triton"), {}, "kernels triton are tested in one process only: .*--kernels torch")
+      for shape in ((2, 1), (1, 2))),
     ((1, 2), {}, dict(precision=torch.float16), "float16"),
     ((2, 1), dict(mixer="mamba"), dict(carry=True), "--no-carry_memory"),
 ])
@@ -379,7 +381,8 @@ def test_what_cannot_be_divided_is_one_line(monkeypatch, shape, changes, how, sa
 
 
 @pytest.mark.parametrize("shape, changes, how", [
-    ((1, 1), dict(mixer="mla", n_kv_head=4, ff="moe"), dict(optimizer="ivon", precision=torch.float16, carry=True)),
+    ((1, 1), dict(mixer="mla", n_kv_head=4, ff="moe", kernels="triton"),
+     dict(optimizer="ivon", precision=torch.float16, carry=True)),
     ((2, 1), dict(mixer="mamba", ff="moe", expert_balance="bias"), dict(batch_size=4)),
     ((1, 2), dict(ff="none", activation="solu"), dict(batch_size=3)),
     ((2, 2), dict(ff="low_rank"), dict(optimizer="muon", precision=torch.bfloat16)),
