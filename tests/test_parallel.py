@@ -25,7 +25,7 @@ SMALL = dict(vocab_size=V, n_layer=2, n_head=4, n_kv_head=2, n_embd=24, head_dim
 MESHES = ["1x2", "2x1", "2x2"]
 CASES = {  # name: (what differs from SMALL, optimiser, steps)
     "adamw": (dict(n_layer=1), "adamw", 2),
-    "muon": (dict(norm_after=True, partial_rotary=0.5, nope_interval=2), "muon", 4),
+    "muon": (dict(norm_after=True, partial_rotary=0.5, nope_interval=2), "muon", 2),
     "schedule_free": (dict(n_kv_head=4, ff="none,mlp", residual_scale="rezero", parallel_residual=True),
                       "schedule_free", 4),
     "sgd": (dict(bias=True, norm="layer", activation="gelu", positions="learned_per_layer", head_bias=True,
@@ -38,9 +38,9 @@ CASES = {  # name: (what differs from SMALL, optimiser, steps)
     "layers": (dict(intermediate_losses=True, n_targets=2, activation="relu2"), "muon", 2),
     "pyramid": (dict(n_layer=3, shorten=2), "muon", 2),
 }
-PASSED = ("muon", "schedule_free")  # checkpoints of step 2 that each mesh hands to the next
+PASSED = ("schedule_free",)  # checkpoints of step 2 that each mesh hands to the next
 OF = {"1x1": list(CASES), "1x2": list(CASES), "2x1": [case for case in CASES if case not in ("adam", "pyramid")],
-      "2x2": ["adamw", *PASSED]}  # mixers and shapes matter to tp alone
+      "2x2": ["adamw", "muon", *PASSED]}  # mixers and shapes matter to tp alone
 WHOLE = {"layers", "adam"}  # cases whose targets all count
 FIRST = torch.arange(8).view(2, 4)
 
@@ -79,9 +79,8 @@ def train(case, mesh, parts, steps):
         (objective * weight).backward()
         norm = mesh.clip_grad_norm(model.parameters(), 0.5 if step % 2 else 100.0)  # clips, and leaves alone
         if step == steps[0]:
-            grads = {name: mesh.whole(p, optim.local(p.grad)) for name, p in model.named_parameters()
-                     if p.grad is not None} if mesh.size > 1 else {
-                         name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            grads = {name: mesh.whole(p, optim.local(p.grad)) if mesh.size > 1 else p.grad
+                     for name, p in model.named_parameters() if p.grad is not None}
         opt.step()
         opt.zero_grad()
         ema.update()
@@ -108,8 +107,12 @@ def state_of(mesh, thing):
     return mesh.state_of(thing) if mesh.size > 1 else thing.state_dict()
 
 
-def load(mesh, parts, state):
-    put_back(state, dict(zip(("model", "optimizer", "ema"), parts)), mesh if mesh.size > 1 else None)
+def resumed(case, mesh, folder):
+    """Losses of the last two steps from the checkpoint of step 2 that another mesh left."""
+    parts = built(case, mesh)
+    put_back(torch.load(folder / f"{case}.pt", weights_only=True), dict(zip(("model", "optimizer", "ema"), parts)),
+             mesh if mesh.size > 1 else None)
+    return train(case, mesh, parts, range(2, 4))[0]
 
 
 @torch.inference_mode()
@@ -162,9 +165,7 @@ def work(mesh, folder):
             found[case]["after"], _ = train(case, mesh, parts, range(steps, steps + 1))
     for case in PASSED:
         if (folder / f"{case}.pt").exists():
-            parts = built(case, mesh)
-            load(mesh, parts, torch.load(folder / f"{case}.pt", weights_only=True))
-            found[case]["resumed"], _ = train(case, mesh, parts, range(2, 4))
+            found[case]["resumed"] = resumed(case, mesh, folder)
     return found
 
 
@@ -244,11 +245,7 @@ class Meshes(dict):
             patch.setattr(optim, "_iteration_dtype", lambda device: torch.float32)
             patch.setattr(experiment, "draw_curves", lambda folder: None)
             if mesh == "last":
-                self[mesh] = found = {}
-                for case in PASSED:
-                    parts = built(case, one)
-                    load(one, parts, torch.load(self.folder / f"{case}.pt", weights_only=True))
-                    found[case], _ = train(case, one, parts, range(2, 4))
+                self[mesh] = found = {case: resumed(case, one, self.folder) for case in PASSED}
                 return found
             if mesh == "1x1":
                 found = work(one, self.folder)
