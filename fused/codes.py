@@ -5,9 +5,9 @@ Shapes: N rows, K codes or classes, C width of a code. Block sizes follow from s
 """
 import torch
 from torch.autograd.function import once_differentiable
-from triton import cdiv, next_power_of_2
+from triton import cdiv
 
-from fused.ground import dot, jit, tl
+from fused.ground import bounded, dot, jit, tl
 
 
 # --- The nearest code ---
@@ -41,9 +41,9 @@ def _nearest(x, codes, squares, index, N, K, C: tl.constexpr, MIXED: tl.constexp
 
 
 def _tile(C, dtype):
-    """(ROWS, CODES, WIDTH), num_warps: 16-bit products fill tensor cores, float32 ones are unrolled over WIDTH."""
-    width = max(16, next_power_of_2(max(1, C)))
-    return ((64, 64, min(width, 32)), 8) if dtype == torch.float32 else ((64, 64, min(width, 64)), 4)
+    """Sizes of a tile: 16-bit products fill tensor cores, float32 ones are unrolled over WIDTH."""
+    most, warps = (32, 8) if dtype == torch.float32 else (64, 4)
+    return dict(ROWS=64, CODES=64, WIDTH=bounded(max(1, C), 16, most), num_warps=warps)
 
 
 def nearest_code(x, codes):
@@ -52,9 +52,8 @@ def nearest_code(x, codes):
     (N, C), K = x.shape, len(codes)
     index = torch.empty(N, dtype=torch.int64, device=x.device)
     mixed = x.dtype != codes.dtype
-    (rows, tile, width), warps = _tile(C, torch.float32 if mixed else x.dtype)
-    _nearest[(cdiv(N, rows),)](x, codes, codes.float().square().sum(1), index, N, K, C, MIXED=mixed, ROWS=rows,
-                               CODES=tile, WIDTH=width, num_warps=warps)
+    sizes = _tile(C, torch.float32 if mixed else x.dtype)
+    _nearest[(cdiv(N, sizes["ROWS"]),)](x, codes, codes.float().square().sum(1), index, N, K, C, MIXED=mixed, **sizes)
     return index
 
 
@@ -105,9 +104,9 @@ def _one_hot(k, code, top, total):
 
 
 def _rows(K):
-    """(ROWS, BLOCK), num_warps: tiles of 1024 values, several rows where these are short; longer ones in several."""
-    block = min(max(16, next_power_of_2(K)), 1024)
-    return (1024 // block, block), 4
+    """Sizes of a tile of 1024 values, of several rows where these are short; longer rows take several tiles."""
+    block = bounded(K, 16, 1024)
+    return dict(ROWS=1024 // block, BLOCK=block, num_warps=4)
 
 
 def _matrix(x, like):
@@ -173,10 +172,9 @@ class GumbelSoftmax(torch.autograd.Function):
         N, K = flat.shape
         y, codes = torch.empty_like(flat), torch.empty(N, dtype=torch.int64, device=flat.device)
         tops, totals = torch.empty(2, N, dtype=torch.float32, device=flat.device)
-        (rows, block), warps = _rows(K)
-        _gumbel_forward[(cdiv(N, rows),)](flat, noisy, y, codes, tops, totals, N, K, temperature,
-                                                 NOISE=noise is not None, HARD=hard, ROWS=rows, BLOCK=block,
-                                                 num_warps=warps)
+        sizes = _rows(K)
+        _gumbel_forward[(cdiv(N, sizes["ROWS"]),)](flat, noisy, y, codes, tops, totals, N, K, temperature,
+                                                   NOISE=noise is not None, HARD=hard, **sizes)
         codes = codes.view(logits.shape[:-1])
         ctx.save_for_backward(flat, noisy, tops, totals)
         ctx.temperature, ctx.noise = temperature, noise is not None
@@ -189,10 +187,9 @@ class GumbelSoftmax(torch.autograd.Function):
         flat, noisy, tops, totals = ctx.saved_tensors
         N, K = flat.shape
         out = torch.empty_like(flat)
-        (rows, block), warps = _rows(K)
-        _gumbel_backward[(cdiv(N, rows),)](flat, noisy, tops, totals, _matrix(grad, None), out, N, K,
-                                                  ctx.temperature, NOISE=ctx.noise, ROWS=rows, BLOCK=block,
-                                                  num_warps=warps)
+        sizes = _rows(K)
+        _gumbel_backward[(cdiv(N, sizes["ROWS"]),)](flat, noisy, tops, totals, _matrix(grad, None), out, N, K,
+                                                    ctx.temperature, NOISE=ctx.noise, **sizes)
         return out.view(grad.shape), None, None, None
 
 
@@ -265,10 +262,9 @@ class ReinMax(torch.autograd.Function):
         N, K = flat.shape
         y, codes = torch.empty_like(flat), torch.empty(N, dtype=torch.int64, device=flat.device)
         tops, plain, soft = torch.empty(3, N, dtype=torch.float32, device=flat.device)
-        (rows, block), warps = _rows(K)
-        _reinmax_forward[(cdiv(N, rows),)](flat, _matrix(noise, flat), y, codes, tops, plain, soft, N, K,
-                                                  temperature, NOISE=noise is not None, ROWS=rows, BLOCK=block,
-                                                  num_warps=warps)
+        sizes = _rows(K)
+        _reinmax_forward[(cdiv(N, sizes["ROWS"]),)](flat, _matrix(noise, flat), y, codes, tops, plain, soft, N, K,
+                                                    temperature, NOISE=noise is not None, **sizes)
         codes = codes.view(logits.shape[:-1])
         ctx.save_for_backward(flat, codes, tops, plain, soft)
         ctx.temperature = temperature
@@ -281,7 +277,7 @@ class ReinMax(torch.autograd.Function):
         flat, codes, tops, plain, soft = ctx.saved_tensors
         N, K = flat.shape
         out = torch.empty_like(flat)
-        (rows, block), warps = _rows(K)
-        _reinmax_backward[(cdiv(N, rows),)](flat, codes, tops, plain, soft, _matrix(grad, None), out, N, K,
-                                                   ctx.temperature, ROWS=rows, BLOCK=block, num_warps=warps)
+        sizes = _rows(K)
+        _reinmax_backward[(cdiv(N, sizes["ROWS"]),)](flat, codes, tops, plain, soft, _matrix(grad, None), out, N, K,
+                                                     ctx.temperature, **sizes)
         return out.view(grad.shape), None, None

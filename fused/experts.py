@@ -10,19 +10,19 @@ from fused.ground import bounded, dot, jit, tl
 
 
 def grouped_blocks(N, E, out, into, dtype):
-    """The constants and options to multiply N rows of E experts, `into` wide, to `out` columns: tiles near the mean
+    """Sizes to multiply N rows of E experts, `into` wide, to `out` columns: tiles near the mean
     number of rows, smaller for float32, which has no tensor cores here."""
     most, depth = (64, 16) if dtype == torch.float32 else (128, 64)
     rows, cols = bounded(cdiv(N, E), 16, most), bounded(out, 16, most)
-    return (dict(ROWS=rows, COLS=cols, DEPTH=bounded(into, 16, depth), EXPERTS=bounded(E, 1, 1 << 16)),
-            dict(num_warps=8 if rows * cols > 8192 else 4, num_stages=3))
+    return dict(ROWS=rows, COLS=cols, DEPTH=bounded(into, 16, depth), EXPERTS=bounded(E, 1, 1 << 16),
+                num_warps=8 if rows * cols > 8192 else 4, num_stages=3)
 
 
 def weight_blocks(W, C, dtype):
-    """The constants and options for the gradient of matrices (W, C)."""
+    """Sizes for the gradient of matrices (W, C)."""
     most, depth = (64, 16) if dtype == torch.float32 else (128, 64)
     rows, cols = bounded(W, 16, most), bounded(C, 16, most)
-    return (dict(ROWS=rows, COLS=cols, DEPTH=depth), dict(num_warps=8 if rows * cols > 8192 else 4, num_stages=3))
+    return dict(ROWS=rows, COLS=cols, DEPTH=depth, num_warps=8 if rows * cols > 8192 else 4, num_stages=3)
 
 
 @jit
@@ -76,9 +76,9 @@ def _grouped(x, weight, offsets, turned):
     """y (N, out) by grouped_rows; the number of tiles is bounded from N and E alone: nothing waits for the device."""
     (N, into), E, out = x.shape, weight.size(0), weight.size(2 if turned else 1)
     y = x.new_empty(N, out)
-    blocks, options = grouped_blocks(N, E, out, into, x.dtype)
-    grid = ((N // blocks["ROWS"] + E) * cdiv(out, blocks["COLS"]),)
-    grouped_rows[grid](x, weight, offsets, y, E, out, into, TURNED=turned, **blocks, **options)
+    sizes = grouped_blocks(N, E, out, into, x.dtype)
+    grid = ((N // sizes["ROWS"] + E) * cdiv(out, sizes["COLS"]),)
+    grouped_rows[grid](x, weight, offsets, y, E, out, into, TURNED=turned, **sizes)
     return y
 
 
@@ -99,7 +99,7 @@ class GroupedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_x = _grouped(grad, weight, offsets, True)
         if ctx.needs_input_grad[1]:
-            d_weight, (blocks, options) = torch.empty_like(weight), weight_blocks(W, C, x.dtype)
-            grid = (E * cdiv(W, blocks["ROWS"]) * cdiv(C, blocks["COLS"]),)
-            grouped_weight[grid](x, grad, offsets, d_weight, W, C, **blocks, **options)
+            d_weight, sizes = torch.empty_like(weight), weight_blocks(W, C, x.dtype)
+            grid = (E * cdiv(W, sizes["ROWS"]) * cdiv(C, sizes["COLS"]),)
+            grouped_weight[grid](x, grad, offsets, d_weight, W, C, **sizes)
         return d_x, d_weight, None

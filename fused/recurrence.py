@@ -12,12 +12,7 @@ from fused.ground import bounded, jit, tl
 
 # --- minGRU ---
 
-STEP_BLOCKS = dict(BLOCK=64)  # features of a program: one warp, two neighbours a thread, so that bfloat16 fills a word
-STEP_OPTIONS = dict(num_warps=1)
-
-
-def _step_grid(B, features):
-    return (B * cdiv(features, STEP_BLOCKS["BLOCK"]),)
+BLOCK = 64  # features of a program: one warp, two neighbours a thread, so that bfloat16 fills a word
 
 
 @jit
@@ -67,7 +62,7 @@ class MinGru(torch.autograd.Function):
     def forward(ctx, z, v, h):
         z, v, h = z.contiguous(), v.contiguous(), h.contiguous()
         (B, T, features), out = z.shape, torch.empty(z.shape, dtype=torch.float32, device=z.device)
-        min_gru_forward[_step_grid(B, features)](z, v, h, out, T, features, **STEP_BLOCKS, **STEP_OPTIONS)
+        min_gru_forward[(B * cdiv(features, BLOCK),)](z, v, h, out, T, features, BLOCK=BLOCK, num_warps=1)
         ctx.save_for_backward(z, v, h, out)
         return out
 
@@ -77,8 +72,8 @@ class MinGru(torch.autograd.Function):
         z, v, h, states = ctx.saved_tensors
         B, T, features = z.shape
         d_z, d_v, d_h = torch.empty_like(z), torch.empty_like(v), torch.empty_like(h)
-        min_gru_backward[_step_grid(B, features)](z, v, h, states, grad.contiguous(), d_z, d_v, d_h, T, features,
-                                                  **STEP_BLOCKS, **STEP_OPTIONS)
+        min_gru_backward[(B * cdiv(features, BLOCK),)](z, v, h, states, grad.contiguous(), d_z, d_v, d_h, T, features,
+                                                       BLOCK=BLOCK, num_warps=1)
         return d_z, d_v, d_h
 
 
@@ -88,10 +83,9 @@ CHUNK = 64  # steps between the states that the forward pass keeps
 
 
 def selective_blocks(I, N):
-    """The constants and options for I features of N states: a program's tile, at most 8 states a thread
-    where N is at most 128."""
+    """Sizes for I features of N states: a program's tile, at most 8 states a thread where N is at most 128."""
     rows, cols = bounded(I, 1, 16), bounded(N, 1, 1 << 16)
-    return dict(ROWS=rows, COLS=cols, CHUNK=CHUNK), dict(num_warps=bounded(rows * cols // 256, 1, 8))
+    return dict(ROWS=rows, COLS=cols, CHUNK=CHUNK, num_warps=bounded(rows * cols // 256, 1, 8))
 
 
 @jit
@@ -195,9 +189,9 @@ class SelectiveScan(torch.autograd.Function):
         (B, T, I), N, new = u.shape, A.size(1), dict(dtype=torch.float32, device=u.device)
         y, last = torch.empty(u.shape, **new), torch.empty(h.shape, **new)
         kept = torch.empty((B, cdiv(T, CHUNK) if keep else 0, I, N), **new)
-        blocks, options = selective_blocks(I, N)
-        selective_forward[(B * cdiv(I, blocks["ROWS"]),)](u, dt, A, Bm, Cm, D, h, y, last, kept, T, I, N, KEEP=keep,
-                                                          **blocks, **options)
+        sizes = selective_blocks(I, N)
+        selective_forward[(B * cdiv(I, sizes["ROWS"]),)](u, dt, A, Bm, Cm, D, h, y, last, kept, T, I, N, KEEP=keep,
+                                                         **sizes)
         ctx.save_for_backward(u, dt, A, Bm, Cm, D, kept)
         ctx.h_type = h.dtype
         return y, last
@@ -207,14 +201,14 @@ class SelectiveScan(torch.autograd.Function):
     def backward(ctx, d_y, d_last):
         u, dt, A, Bm, Cm, D, kept = ctx.saved_tensors
         (B, T, I), N, new = u.shape, A.size(1), dict(dtype=torch.float32, device=u.device)
-        blocks, options = selective_blocks(I, N)
-        across = cdiv(I, blocks["ROWS"])
-        scratch = torch.empty((B * across, CHUNK, blocks["ROWS"], blocks["COLS"]), **new)
+        sizes = selective_blocks(I, N)
+        across = cdiv(I, sizes["ROWS"])
+        scratch = torch.empty((B * across, CHUNK, sizes["ROWS"], sizes["COLS"]), **new)
         d_u, d_dt = torch.empty_like(u), torch.empty_like(dt)
         d_B, d_C = torch.empty((B, across, T, N), **new), torch.empty((B, across, T, N), **new)
         d_A, d_D, d_h = torch.empty((B, I, N), **new), torch.empty((B, I), **new), torch.empty((B, I, N), **new)
         selective_backward[(B * across,)](u, dt, A, Bm, Cm, D, kept, d_y.contiguous(), d_last.contiguous(), scratch,
-                                          d_u, d_dt, d_A, d_B, d_C, d_D, d_h, T, I, N, **blocks, **options)
+                                          d_u, d_dt, d_A, d_B, d_C, d_D, d_h, T, I, N, **sizes)
         return (d_u, d_dt, d_A.sum(0).to(A.dtype), d_B.sum(1).to(Bm.dtype), d_C.sum(1).to(Cm.dtype),
                 d_D.sum(0).to(D.dtype), d_h.to(ctx.h_type), None)
 

@@ -117,11 +117,10 @@ def test_tables_are_kept_and_follow_what_moves():
         rows = tables["rows"] if step == 0 else rows
         assert tables["rows"] is rows
     assert ours.params[0]._version > version
-    for step, missing in enumerate((None, 1, 0, None)):
-        grads = tensors(shapes, step)
-        if missing is not None:
-            grads[missing] = None
-        assert_both(ours, theirs, grads, tables=tables, weight_decay=10.0 if step == 3 else 0.1)
+    for step, missing in enumerate(((), (1,), (0,))):
+        grads = [None if i in missing else g for i, g in enumerate(tensors(shapes, step))]
+        assert_both(ours, theirs, grads, tables=tables)
+    assert_both(ours, theirs, grads, tables=tables, weight_decay=10.0)
 
 
 @needs_interpreter
