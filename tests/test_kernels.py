@@ -156,6 +156,15 @@ def test_without_a_kernel(name, dtype):
         assert y.dtype == (torch.int64 if codes else FLOAT if op in wide else dtype)
 
 
+@pytest.mark.parametrize("name", [*map(FIRST.get, (*kernels.GLU, "rms_norm", "layer_norm", "cross_entropy")),
+                                  "rms_norm, one row", "layer_norm, bias"])
+def test_by_torch(name):
+    """What PyTorch has for it computes the formula."""
+    case = CASES[name]
+    found, want = (op(*case.make()) for op in (formula(case.op), case.twin))
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-6)
+
+
 def test_no_kernel_takes_tuples_apart_within_a_tuple():
     """Triton 3.6 cannot read `(a, b), c = ...` in a kernel; 3.9 can, so the compiler would not say it everywhere."""
     found = [node for file in Path(kernels.__file__).parent.glob("fused/*.py")

@@ -336,22 +336,6 @@ def test_signs_follow_a_step_not_a_pass():
     assert_equal(dict(many.state_dict()), dict(one.state_dict()), "signs")
 
 
-def test_shares_count_what_is_hidden_and_what_changes(put, video):
-    """Shares of a step's passes: sums over sums, written out for one stage with masks."""
-    put(**{**WORDS, "mask_rate": (0.3, 0.9)}, grad_accum=3, dynamics_change=10.0, dynamics_steps=8, max_steps=8)
-    index = torch.arange(6)
-    drawn = w.hide_in_clips(6, 16, torch.Generator().manual_seed(0))
-    found = w.passes_of("dynamics", SimpleNamespace(n_tokens=16), material(video), index, 0,
-                        torch.Generator().manual_seed(0))
-    parts, hidden, shares = zip(*found)
-    assert torch.equal(torch.cat(parts), index) and torch.equal(torch.cat(hidden), drawn)
-    truth = video.train.cells(index, w.context).long().flatten(2)
-    weights = [sum(1 + 10 * bool(truth[i, t, n] != truth[i, t - 1, n]) for i in rows for t in range(2, w.context)
-                   for n in range(16) if drawn[i, t, n]) for rows in (range(2), range(2, 4), range(4, 6))]
-    assert [share.item() for share in shares] == pytest.approx([weight / sum(weights) for weight in weights])
-    assert 0.1 < min(shares) and len({share.item() for share in shares}) > 1
-
-
 def test_a_longer_run_goes_on_where_the_shorter_ended(done, launch, tmp_path):
     """Under a constant rate the weights of a run that was asked for all steps at once; what has read them is anew."""
     world = functools.partial(done, "train_worldmodel", action_source="true", schedule="constant", dynamics_change=0.0,
