@@ -698,21 +698,19 @@ class EMA:
         self.updates = 0
         torch._foreach_copy_(list(self.weights.values()), [p.detach() for p in self._parts()])
 
-    @torch.no_grad()
-    def copy_to_model(self):
-        """The averages into the model's own tensors, in place."""
-        torch._foreach_copy_(self._parts(), list(self.weights.values()))
-
     @contextmanager
     def swapped(self):
         """with ema.swapped(): the model has the averaged weights; afterwards, come what may, the raw ones."""
         raw = [p.detach().clone() for p in self._parts()]
         try:
-            self.copy_to_model()
+            self._fill(list(self.weights.values()))
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self._parts(), raw)
+            self._fill(raw)
+
+    @torch.no_grad()
+    def _fill(self, tensors):
+        torch._foreach_copy_(self._parts(), tensors)
 
     def _parts(self):
         return [local(p) for p in self.parameters.values()]
