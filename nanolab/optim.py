@@ -259,7 +259,7 @@ class _Optimizer(torch.optim.Optimizer):
         """with optimizer.averaged(): the parameters are what to evaluate, save and sample from; see ScheduleFree."""
         return nullcontext()
 
-    def sampled(self, train=True):
+    def sampled(self):
         """with optimizer.sampled(): forward and backward of a pass; see IVON."""
         return nullcontext()
 
@@ -396,12 +396,10 @@ class IVON(_Optimizer):
     rule = "ivon"
 
     @contextmanager
-    def sampled(self, train=True):
+    def sampled(self):
         """with optimizer.sampled(): the parameters are one draw from the posterior; afterwards, come what may, the mean
-        again. The noise comes from the global generator.
-
-        train: forward and backward go inside, and what `step` needs of the sample is noted: several blocks before one
-        step, each with its share of the loss, are several samples.
+        again. The noise comes from the global generator. What `step` needs of the gradients that the block leaves is
+        noted: several blocks before one step, each with its share of the loss, are several samples.
         """
         drawn = []
         with torch.no_grad():
@@ -421,7 +419,7 @@ class IVON(_Optimizer):
             with torch.no_grad():
                 for p, mean, noise, before in drawn:
                     p.copy_(mean)
-                    if train and whole and p.grad is not None:
+                    if whole and p.grad is not None:
                         share = p.grad if before is None else p.grad - before
                         state, product = self.state[p], noise.mul_(share)
                         state["noise_grad"] = product + state["noise_grad"] if "noise_grad" in state else product

@@ -184,7 +184,7 @@ def test_ivon_draws_from_its_posterior():
     assert posterior.state_dict() == {} == optim.Posterior(optim.SGD([p]), [("p", p)]).state_dict()
     optimizer.state[p]["hess"] = torch.full((2000,), 3.0)
     for _ in range(50):
-        with optimizer.sampled(train=False):
+        with optimizer.sampled():
             draws.append(p.detach().clone())
     draws = torch.stack(draws)
     assert abs(draws.mean() - 1) < 1e-3 and abs(draws.std(0).mean() * math.sqrt(200 * 3.5) - 1) < 0.02
