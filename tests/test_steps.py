@@ -64,8 +64,6 @@ def launch(monkeypatch, capsys, tmp_path, one_thread):
                 os.kill(os.getpid(), signal.SIGINT)
         if script == "train_dvae":
             g.update(load=grids, draw_all=lambda *_: None)   # the same grids, drawn once
-        elif script == "train_worldmodel":
-            settings.setdefault("play_presses", 2)
         code, hook = 0, register_optimizer_step_pre_hook(stepping)
         with monkeypatch.context() as patch:
             patch.setattr(Run, "_write", writing)
