@@ -281,12 +281,16 @@ class FSQ(nn.Module):
     def forward(self, z, estimator=None, generator=None, **schedules):
         """z (B, N, D) -> Quantised."""
         with torch.autocast(z.device.type, enabled=False):
-            half = (self.levels - 1) * (1 + 1e-3) / 2
-            offset = 0.5 * (self.levels % 2 == 0)
-            bounded = torch.tanh(z.float() + torch.atanh(offset / half)) * half - offset     # around the middle level
+            bounded = self.bounded(z.float())
             digits = bounded.round()
             codes = ((digits + self.levels // 2).long() * self.basis).sum(-1)
             return Quantised(straight_through(digits, bounded) / (self.levels // 2), codes, z=z)
+
+    def bounded(self, z):
+        """z (..., D) -> the numbers (..., D) that are rounded, in levels around the middle one."""
+        half = (self.levels - 1) * (1 + 1e-3) / 2
+        offset = 0.5 * (self.levels % 2 == 0)
+        return torch.tanh(z + torch.atanh(offset / half)) * half - offset
 
     def look_up(self, codes):
         """codes (...) int64 -> (..., D)."""

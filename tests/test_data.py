@@ -163,8 +163,13 @@ def of_text(word, shards, seed, **given):
 
 
 def of_shards(shards, seed, **given):
-    settings = {"tokenizer": tokens.Bytes(), "batch_size": 2, "block_size": 50, "n_targets": 3, "buffer": 20, **given}
+    settings = {"tokenizer": tokens.Bytes(), "batch_size": 2, "block_size": 50, **given}
     return smollm.Batches(shards, seed=seed, **settings)
+
+
+@pytest.fixture(autouse=True)
+def read_twenty_together(monkeypatch):
+    monkeypatch.setattr(smollm, "BUFFER", 20)
 
 
 def of_rows(shards, seed, **given):
@@ -246,8 +251,7 @@ def test_resumed_batches_go_on_exactly(name, before, shards, tmp_path):
     ("epochs", dict(data=DATA + 1), "fingerprint of the data"),
     ("random", dict(data=torch.cat([DATA[:-1], DATA[-1:] + 1])), "fingerprint of the data"),
     ("streams", dict(block_size=8), "block_size 16, these have 8"), ("random", dict(n_targets=1), "n_targets 2"),
-    ("streams", dict(batch_size=5), "batch_size 4, these have 5"), ("shards", dict(buffer=21), "buffer 20"),
-    ("shards", dict(end=7), "end 256"), ("shards", dict(one_in=9), "one_in 200"),
+    ("streams", dict(batch_size=5), "batch_size 4, these have 5"),
     ("shards", dict(tokenizer=tokens.train("bpe", "ab" * 9, 257)), "tokenizer")],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else value)
 def test_a_state_of_other_batches_is_refused(name, other, words, shards):
@@ -279,8 +283,8 @@ def test_shards_that_changed_are_noticed(change, words, shards, tmp_path):
     STATES["shards"](shards, 0).load_state_dict(state)
 
 
-@pytest.mark.parametrize("name, size", [(name, size) for name in STATES if name != "rows" for size in (
-    "batch_size", "block_size", "n_targets", *["buffer"] * (name == "shards"))])
+@pytest.mark.parametrize("size", ["batch_size", "block_size", "n_targets"])
+@pytest.mark.parametrize("name", ["random", "epochs", "streams"])
 def test_sizes_below_one(name, size, shards):
     with pytest.raises(UserError, match=f"{size} 0.*at least 1"):
         STATES[name](shards, 0, **{size: 0})

@@ -258,7 +258,7 @@ def defaults(specs, **settings):
     return made
 
 
-FIELDS = flags._read_fields(ROOT / "model.py", "TransformerConfig")
+FIELDS = flags._fields_of(TransformerConfig)
 
 
 @pytest.mark.parametrize("name", [name for name, spec in FIELDS.items()
