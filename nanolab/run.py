@@ -160,16 +160,22 @@ class Output:
     def __init__(self, stream):
         self.stream = stream
 
-    def _try(self, name, *words):
+    def write(self, text):
+        return self._try(self.stream.write, text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, do, *words):
         try:
-            return getattr(self.stream, name)(*words)
+            return do(*words)
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())      # what follows goes nowhere
                 print(f"cannot print ({error.strerror}): the run goes on in silence", file=sys.stderr, flush=True)
 
     def __getattr__(self, name):
-        return functools.partial(self._try, name) if name in ("write", "flush") else getattr(self.stream, name)
+        return getattr(self.stream, name)
 
 
 def keep_freed_memory():
@@ -289,12 +295,12 @@ def find_checkpoint(path):
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or directory")
-    if not path.is_dir() or not (last := path / "last.pt").exists() and (path / "config.json").is_file():
-        return path
-    if not last.exists():
-        others = ", ".join(map(str, _others(last))) or "no other checkpoint either"
+    if path.is_dir() and not (path / "last.pt").exists():
+        if (path / "config.json").is_file():
+            return path
+        others = ", ".join(map(str, _others(path / "last.pt"))) or "no other checkpoint either"
         raise UserError(f"{path} has no last.pt; there is {others}")
-    return last
+    return path / "last.pt" if path.is_dir() else path
 
 
 class Checkpoint(dict):
