@@ -128,6 +128,9 @@ def test_action_model_sees_the_last_frame_through_the_code_only(kind, colours, q
             torch.testing.assert_close(blind.encode(frames + some(3, 1, 16, 24, 3, seed=3)), blind.encode(frames))
             assert apart(blind.encode(frames.flip(1)), blind.encode(frames))
             assert torch.equal(blind.encode(other(0)), blind.encode(frames))
+    if kind == "warp":                                        # the other kinds: test_steps.py
+        model(frames)[0].square().sum().backward()
+        assert all(p.grad is not None and p.grad.any() for p in model.parameters())
     channels = model._channels(frames)                        # frame by frame, as they lie in a checkpoint's weights
     assert torch.equal(channels[:, 3 * 1 + 2], frames[:, 1, ..., 2]) and channels.size(1) == 9
 
