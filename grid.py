@@ -712,8 +712,9 @@ def work_off(plan, found, running):
             held = claim(plan.folder, cell)
             if held is None:
                 waiting = True                                               # another grid.py has it
-            elif plan.result(cell).state == "done":                          # it had, a moment ago
+            elif plan.result(cell).state == "done":                          # it had, after `found` was
                 held.close()
+                waiting = True
             else:
                 running[start(plan, cell, held)] = cell, held
                 taken.add(cell.run)

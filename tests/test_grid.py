@@ -285,6 +285,21 @@ def test_two_grids_share_a_folder(plan):
     assert len(calls(path)) == len(set(calls(path))) == 7 + 4 + 4 + 2 * 3
 
 
+def test_what_another_grid_ends_between_two_looks_counts(plan, in_process, monkeypatch):
+    path = plan("better: {set: {kind: better}}", replace=[
+        ("[0.5, 1, 2]", "[1]"), ("4, 5]", "4]"), ("{max_steps: 60}", "none")])
+    whole, other = grid_module.claim, grid_module.Grid(path)
+
+    def claim(folder, cell):
+        subprocess.run(other.words(cell), check=True)
+        return whole(folder, cell)
+    (path.parent / "out" / "logs").mkdir()
+    monkeypatch.setattr(grid_module, "claim", claim)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert in_process(grid_module, path)[0] == 0
+    assert [len(row["runs"]) for row in index_of(path)["rows"]] == [4, 2]
+
+
 def test_print_lists_what_could_start_and_starts_nothing(plan):
     path = plan("better: {set: {kind: better}}")
     lines = run(path, "--print").out.splitlines()
