@@ -358,7 +358,7 @@ def test_fsq_levels():
     """All of them from 2 to 8, the largest first; what is no product of small numbers is an error that names it."""
     assert [fsq_levels(size) for size in (2, 6, 512, 240, 1000, 4096)] == [
         [2], [6], [8, 8, 8], [8, 6, 5], [8, 5, 5, 5], [8, 8, 8, 8]]
-    assert fsq_levels(128) == [8, 4, 4]                      # two levels only where it must be
+    assert fsq_levels(128) == [8, 4, 4] and fsq_levels(9) == [3, 3]  # two levels only where it must be, eight at most
     for size in (101, 22, 1, 0):
         with pytest.raises(ValueError, match=f"codebook_size {size} is no product"):
             fsq_levels(size)
