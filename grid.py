@@ -516,8 +516,8 @@ def read_yaml(path):
     try:
         if path.is_char_device():
             raise UserError(f"{path} is a device, no yaml")  # it may have no end
-        whole = yaml.compose(path.read_bytes(), yaml.SafeLoader)
-        left, count, made = [(whole, ())], 0, yaml.SafeLoader("").construct_object
+        text = path.read_bytes()
+        left, count, made = [(yaml.compose(text, yaml.SafeLoader), ())], 0, yaml.SafeLoader("").construct_object
         while left:
             node, above = left.pop()
             inside, count, names = (*above, node), count + 1, set()
@@ -537,7 +537,7 @@ def read_yaml(path):
                     if name in names:
                         raise UserError(f"{line} {name} is there twice")
                     names.add(name)
-        return whole and yaml.SafeLoader("").construct_document(whole)
+        return yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except RecursionError:

@@ -505,14 +505,15 @@ class Norm(nn.Module):
 
     def forward(self, x, learn=True):
         """x (..., width) to the same shape and type. Only with `learn` does a gradient reach what is learned."""
-        gain, bias, alpha = map(self._parameters.get, ("gain", "bias", "alpha"))  # past nn.Module's look-up
+        weights = self._parameters  # past nn.Module's look-up, which a decoded byte feels
         if not learn:
-            gain, bias, alpha = (None if p is None else p.detach() for p in (gain, bias, alpha))
+            weights = {name: p.detach() for name, p in weights.items() if p is not None}
         if self.kind == "rms":
-            return kernels.rms_norm(x, gain, self.eps)
+            return kernels.rms_norm(x, weights.get("gain"), self.eps)
         if self.kind == "layer":
-            return kernels.layer_norm(x, gain, bias, self.eps)
-        y = torch.tanh(alpha * x) if gain is None else torch.tanh(alpha * x) * gain
+            return kernels.layer_norm(x, weights.get("gain"), weights.get("bias"), self.eps)
+        y, gain, bias = torch.tanh(weights["alpha"] * x), weights.get("gain"), weights.get("bias")
+        y = y if gain is None else y * gain
         return (y if bias is None else y + bias).to(x.dtype)
 
 

@@ -737,10 +737,19 @@ class Learner:
             loop["chosen"].zero_()
 
 
+def on_cpu(value):
+    """A copy of nested dicts and lists of tensors and plain values, on the CPU."""
+    if isinstance(value, dict):
+        return {key: on_cpu(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(on_cpu, value))
+    return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
+
+
 def finish(learner, run, clock):
     """A stage is one of world's: its best weights serve the later ones."""
     name, world, loop = learner.name, learner.world, learner.loop
-    world.ended[name] = copy.deepcopy(run.states("model", "optimizer", "ema", "scaler", "generators", "loop"))
+    world.ended[name] = on_cpu(run.states("model", "optimizer", "ema", "scaler", "generators", "loop"))
     world.done[name] = world.ended[name]["loop"].pop("best_model")
     learner.model.load_state_dict(world.done[name])
     world.models[name] = learner.model.eval().requires_grad_(False)

@@ -19,11 +19,20 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, t
     may be another. temperature must be above 0.
     """
     logits = logits.float() / max(temperature, 1e-30)            # a smaller one would overflow, and change nothing
-    if top_k is not None or top_p is not None:
+    if top_k is not None and top_p is None:                      # what the sort below would say, without sorting
+        k = min(top_k, logits.size(-1))
+        kth = logits.topk(k, sorted=False).values.amin(-1, keepdim=True)                 # (B, 1)
+        drop = logits < kth
+        if drop.device.type != "cpu" or int(drop.sum()) != drop.numel() - k * len(drop):                # ties
+            tie = logits == kth
+            room = k - (logits > kth).sum(-1, keepdim=True)
+            drop |= tie & (tie.cumsum(-1) > room)
+        logits = logits.masked_fill(drop, -torch.inf)
+    elif top_p is not None:
         values, order = logits.sort(dim=-1, descending=True, stable=True)                # (B, V)
         if top_k is not None:
             values[:, top_k:] = -torch.inf
-        if top_p is not None and top_p < 1:
+        if top_p < 1:
             before = values.softmax(-1).cumsum(-1)[:, :-1]       # (B, V - 1), all that stands before a byte
             values[:, 1:].masked_fill_(before >= top_p, -torch.inf)
         logits = torch.empty_like(values).scatter_(1, order, values)
@@ -269,6 +278,7 @@ def generate(model, prompts, length, generator=None, use_cache=True, log=None, d
 def _alone(reader, text, length, generator, T, rolls, draft, how):
     """`generate` for a lone row, by a Plan or ByModel."""
     new, text = text, list(text)
+    take = _taker(length, generator, **how)
     for token in text if draft else ():
         draft.add(token)
     while length:
@@ -282,7 +292,7 @@ def _alone(reader, text, length, generator, T, rolls, draft, how):
             guesses = draft.guess(min(most, length - 1), reader.costs)
             draft.passes += 1
         for i, scores in enumerate(reader.read(new + guesses)[-1 - len(guesses):]):
-            token = _take(scores, generator, **how)
+            token = take(scores)
             yield torch.tensor([token])
             length -= 1
             if not rolls:
@@ -296,13 +306,23 @@ def _alone(reader, text, length, generator, T, rolls, draft, how):
         new = [token]
 
 
-def _take(scores, generator, temperature=1.0, top_k=None, **how):
-    """The id that `draw` takes of logits (V,), an array."""
-    u = torch.rand((), generator=generator).item() if temperature else 0.0
-    token = None if any(how.values()) else draw_alone(scores, u, temperature, top_k)
-    if token is None:
-        token = int(draw(torch.from_numpy(scores[None]), None, temperature, top_k, **how, u=torch.tensor([[u]])))
-    return token
+def _taker(length, generator, temperature=1.0, top_k=None, **how):
+    """A function logits (V,) of numpy -> the id that `draw` takes, of `length` in a row."""
+    left, numbers, of_few = length, [], not any(how.values())
+
+    def take(scores):
+        nonlocal left, numbers
+        if temperature == 0:
+            return int(scores.argmax())
+        if not numbers:  # as many as torch would draw one by one, and the same
+            numbers = torch.rand(min(left, 1000), generator=generator, device="cpu").tolist()[::-1]
+            left -= len(numbers)
+        u = numbers.pop()
+        token = draw_alone(scores, u, temperature, top_k) if of_few else None
+        if token is None:
+            token = int(draw(torch.from_numpy(scores[None]), None, temperature, top_k, **how, u=torch.tensor([[u]])))
+        return token
+    return take
 
 
 def _left_padded(n_bytes, columns, device):

@@ -6,6 +6,7 @@ takes away, into all that writes the stream; scales of scores and branches; GELU
 side, so that a turn is one product of complex numbers.
 """
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -38,8 +39,9 @@ def plan_of(model):
     if not {*map(type, parts)} <= MODULES or any(part._forward_hooks or part._forward_pre_hooks for part in parts):
         return None
     weights = [p.data for p in model.parameters()]  # a part of a divided one is of another type
-    if sum(p.numel() for p in weights) > LARGEST or any(
-            type(p) is not torch.Tensor or p.dtype != torch.float32 or p.device.type != "cpu" for p in weights):
+    if any(type(p) is not torch.Tensor or p.dtype != torch.float32 or p.device.type != "cpu" for p in weights):
+        return None
+    if sum(p.numel() for p in weights) > LARGEST:
         return None
     c = model.config
     known = c == TransformerConfig(**{name: getattr(c, name) for name in KNOWN}) and c.qk_norm != "full"
@@ -60,6 +62,7 @@ class Plan:
         if self.rope is not None:
             self.order = self.order.view(2, -1).T.flatten()
         self.embed, self.position = self._writes(model.embed), self._writes(model.position)
+        self.erfs = {}
         self.size = 2 * (c.block_size + SPARE)
         self.layers = [(self._attention(block, H, G, D), self._feed_forward(block)) for block in model.blocks]
         bias = model.head_biases[model.first_head] if len(model.head_biases) else None
@@ -108,12 +111,12 @@ class Plan:
         if ff is None:
             return None
         branch, root = block.scale2.detach() if "scale2" in block.roles else block.scale, 1.0
+        activation = partial(kernels.activate, ff.activation)
+        if ff.norm is not None:
+            def activation(h, first=activation):
+                return ff.norm(first(h))
         if ff.activation == "gelu":  # x Phi(x) is root u (1 + erf u), with u = root x
-            root, activation = 0.5 ** 0.5, self._gelu
-        else:
-            def activation(h):
-                h = kernels.activate(ff.activation, torch.from_numpy(h))
-                return (h if ff.norm is None else ff.norm(h)).numpy()
+            root, activation = 0.5 ** 0.5, None
         return (self._reads(block.norm2, ff.up.weight, ff.up.bias, root), activation,
                 self._writes(ff.down.weight.mT, branch * root), self._writes(ff.down.bias, branch))
 
@@ -157,7 +160,8 @@ class Plan:
                 x += bias
             if ff is not None:
                 into, activation, out, bias = ff
-                x += activation(self._apply(into, x)).dot(out)
+                h = self._apply(into, x)
+                x += (self._gelu(h) if activation is None else activation(torch.from_numpy(h)).numpy()).dot(out)
                 if bias is not None:
                     x += bias
         self.filled += n
@@ -177,10 +181,14 @@ class Plan:
             y += bias
         return y
 
-    @staticmethod
-    def _gelu(u):
-        """u (1 + erf u), u (n, W), in place."""
-        erf = torch.from_numpy(u).erf().numpy()
+    def _gelu(self, u):
+        """u (1 + erf u), u (n, W), in place; one memory is a tensor and an array, as each of torch's steps costs."""
+        if u.shape not in self.erfs:
+            erf = np.empty_like(u)
+            self.erfs[u.shape] = erf, torch.from_numpy(erf)
+        erf, tensor = self.erfs[u.shape]
+        erf[:] = u
+        tensor.erf_()
         erf += 1
         u *= erf
         return u
