@@ -325,10 +325,10 @@ def test_the_noise_of_initialisation_and_of_the_data_apart():
 
 def test_the_rates_of_the_ladder():
     arms = {}
-    for run in archive.read(REFERENCE / "ladder.jsonl"):
-        if run.settings["seed"] == 0:                            # which counts nowhere
-            name, factor = re.match(r"(.*)-x([\d.]+)-s0-", run.name).groups()
-            arms.setdefault(name, {}).setdefault(float(factor), []).append(run.summary["val_bpb_raw"])
+    for tuned in archive.read(REFERENCE / "ladder.jsonl"):
+        if tuned.settings["seed"] == 0:                            # which counts nowhere
+            name, factor = re.match(r"(.*)-x([\d.]+)-s0-", tuned.name).groups()
+            arms.setdefault(name, {}).setdefault(float(factor), []).append(tuned.summary["val_bpb_raw"])
     best = {name: min(found, key=lambda factor: min(found[factor])) for name, found in arms.items()}
     edges = [name for name, found in arms.items() if best[name] in (min(found), max(found))]
     assert (Counter(best.values()), edges) == ({1: 57, 2: 8, 0.5: 2}, [])
