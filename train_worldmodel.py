@@ -750,7 +750,8 @@ def finish(learner, run, clock):
     """A stage is one of world's: its best weights serve the later ones."""
     name, world, loop = learner.name, learner.world, learner.loop
     world.ended[name] = on_cpu(run.states("model", "optimizer", "ema", "scaler", "generators", "loop"))
-    world.done[name] = world.ended[name]["loop"].pop("best_model")
+    world.done[name] = loop["best_model"]
+    del world.ended[name]["loop"]["best_model"]
     learner.model.load_state_dict(world.done[name])
     world.models[name] = learner.model.eval().requires_grad_(False)
     world.total = loop["start"] + loop["step"]
