@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 import kernels
 from kernels import GLU, activate, exactly, expect, plain_rms_norm
 from nanolab.cache import Cache, KVCache, Memory
-from nanolab.settings import check_fields
+from nanolab.settings import as_bytes, check_fields
 
 # What a word of `mixer` and of `ff` builds, a function of (config, layer), as "module:name": a variant of models/ is
 # imported when a setting asks for it.
@@ -109,6 +109,9 @@ class TransformerConfig:
     balance_weight: float = 0.01   # [>= 0.0, with expert_balance loss] of the load-balance loss
     balance_rate: float = 0.001    # [>= 0.0, with expert_balance bias] step of the biases
     shorten: int = 1               # [>= 1] above 1 a Pyramid: the middle layers see one vector for so many positions
+    # Documents
+    documents: str = "none"        # [none, mask, reset] mask: no layer sees another document; reset: positions restart
+    document_end: str = "</page>\\n"  # [with documents mask/reset] where one ends, \n and \0 as in Python: of enwik8
     # Positions
     positions: str = "learned"     # [learned, learned_per_layer, rope, alibi, relative, none] where a position stands
     rope_base: float = 10000.0     # [> 1.0, with positions rope] longest wavelength of rope over 2 pi
@@ -154,8 +157,8 @@ class TransformerConfig:
     checkpoint_activations: bool = False  # compute layers again in the backward pass: less memory, more time
 
     # Fields that may be others on resume: they make no shape, of the weights or of the state beside them.
-    FREE = ("dropout", "compression_weight", "balance_weight", "balance_rate", "init", "mtp_weight", "attention",
-            "kernels", "checkpoint_activations")
+    FREE = ("dropout", "documents", "document_end", "compression_weight", "balance_weight", "balance_rate", "init",
+            "mtp_weight", "attention", "kernels", "checkpoint_activations")
 
     @classmethod
     def shape(cls):
@@ -200,6 +203,8 @@ class TransformerConfig:
     # block_size; whether generation may go on past it with a sliding cache.
     carries = property(lambda c: bool({*c.mixers} & {*CARRY}))
     learned_positions = property(lambda c: c.positions.startswith("learned"))
+    # The bytes with which a document ends; None: the whole text is one.
+    document_bytes = property(lambda c: None if c.documents == "none" else as_bytes(c.document_end))
     rolls = property(lambda c: not c.learned_positions and c.shorten == 1)
     # Features of a head that turn under partial_rotary, an even number; None: all, or as rope_dim says.
     turning = property(lambda c: 2 * max(1, round(c.partial_rotary * c.head_dim / 2)) if c.partial_rotary < 1 else None)
@@ -223,7 +228,8 @@ class TransformerConfig:
                  **dict.fromkeys(RECURRENT),
                  "compressive": self.memory_length + self.block_size + self.compressed_length * self.compression_rate}
         reaches = [max_keys.get(kind, window) for kind in self.mixers]
-        return None if None in reaches else sum(reaches) + self.n_layer * max(0, self.short_conv - 1)
+        more = self.n_layer * max(0, self.short_conv - 1) + len(self.document_bytes or ())
+        return None if None in reaches else sum(reaches) + more
 
 
 PLAIN = {"full", "window", "strided", "fixed", "diff"}  # their queries, keys and values are products of what they read
@@ -275,6 +281,14 @@ NEEDS = [  # (a setting that is not the default, whether it goes with the others
      == "own"), "parametrisation 'mup' has no rule for init 'tfixup', activation 'solu' and target_heads 'shared'"),
     ("tie_weights", lambda c: c.n_classifiers == 1, "tie_weights needs one classifier, not {c.n_classifiers}: set "
      "target_heads and layer_heads to 'shared', or n_targets to 1 and intermediate_losses off"),
+    ("document_end", lambda c: as_bytes(c.document_end), "document_end is {c.document_end!r}, but must be at least one "
+     "byte, where \\n, \\0 and \\xff are written as in Python"),
+    ("documents", lambda c: c.vocab_size <= 256, "documents end with certain bytes, which a vocabulary of "
+     "{c.vocab_size} has not"),
+    ("documents", lambda c: c.shorten == 1 and not {*c.mixers} & {"xl", "compressive"}, "documents {c.documents!r}: "
+     "units of a pyramid and memories of mixers xl and compressive lie across documents; choose other layers"),
+    ("documents", lambda c: c.documents != "reset" or "fixed" not in c.mixers, "documents 'reset': the blocks of mixer "
+     "'fixed' begin at multiples of sparse_stride, not with a document; choose documents 'mask'"),
     ("mtp_depth", lambda c: not c.carries,
      "mtp_depth {c.mtp_depth} goes with layers that attend, not with mixer {c.mixer!r}"),
 ]
@@ -344,17 +358,19 @@ class Positions:
     attention sees; None: all before it. prefix: int or (B,) int64, the positions below it see one another.
     bidirectional: every position sees every other. tables: RoPE's, {D: (cos, sin)} of these positions, each
     (1 or B, T, 1, D) float32; ropes: the modules that make them, {str(D): Rope}. memory: what the segment before left
-    to each layer, which stands for the `remembered` positions before this one.
+    to each layer, which stands for the `remembered` positions before this one. age: with documents (B, T, 1) int64, how
+    many positions of its own stand before each. places: the rows of position tables where rows differ, (B, T) int64.
 
     Layers write into: `losses`, {name: [weighted scalars]}; `usage`, [(layer, counts)] of experts; `memory_out`,
     {layer: tensors} for the next segment; `first_values`, with value_residual: the first layer's (B, G, T, D).
     """
 
     in_order = True  # a query's keys lie side by side: long passes may be cut into blocks
+    age = None
 
     def __init__(self, start, T, index=None, window=None, prefix=None, bidirectional=False,
                  memory=None, remembered=0, tables=None):
-        self.start, self.T, self.index, self.window = start, T, index, window
+        self.start, self.T, self.index, self.window, self.places = start, T, index, window, index
         self.ropes, self.tables = {}, tables or {}
         self.prefix, self.bidirectional = prefix, bidirectional
         self.memory, self.remembered = memory, remembered
@@ -381,10 +397,10 @@ class Positions:
                        for D, rope in ropes.items()}
 
     def look_up(self, table):
-        """Rows of a learned table (P, C): (T, C), or (B, T, C) where ragged; padding takes row 0."""
-        if self.index is None:
+        """Rows of a learned table (P, C): (T, C), or (B, T, C) where rows differ; padding takes row 0."""
+        if self.places is None:
             return table[self.start:self.start + self.T]
-        return F.embedding(self.index.clamp(min=0), table)
+        return F.embedding(self.places.clamp(min=0), table)
 
     def mask(self, pattern, S, key_positions, device, slopes=None, rows=None):
         """Which of S keys each query may see: None (all), "causal", or a mask ((B, 1,) T, S), True where allowed.
@@ -394,7 +410,7 @@ class Positions:
         then the mask is float32 ((B,) H, T, S) to be added to the scores. rows: (first, end) of some queries, their
         first key and the end of their keys, (i, j, low, high): only that part of the mask. Made once for all layers.
         """
-        if key_positions is None and slopes is None and rows is None and self.prefix is None:
+        if key_positions is None and slopes is None and rows is None and self.prefix is None and self.age is None:
             if type(pattern) is Everything:
                 return None
             if type(pattern) is Causal and S <= (pattern.window or S) and (self.T == 1 or self.T == S):
@@ -419,6 +435,8 @@ class Positions:
             prefix = self.prefix.view(-1, 1, 1, 1) if torch.is_tensor(self.prefix) else self.prefix
             end = torch.clamp(q, min=prefix - 1)
         allowed = pattern.allowed(q, k, end)
+        if self.age is not None:
+            allowed = allowed & (q - k <= self.age.unsqueeze(1))  # (B, 1, T, S)
         if key_positions is not None:
             allowed = allowed & (k >= 0) & (q >= 0) | (k < 0) & (q < 0)  # (B, 1, T, S)
         if slopes is None:
@@ -604,7 +622,7 @@ class Attention(nn.Module):
         self.register_buffer("slopes", slopes, persistent=False)
         # One query, to which a cache shows just what it sees, is then PyTorch's attention.
         self.plain = (type(self) is Attention and slopes is None and c.n_kv_head == c.n_head
-                      and c.attention != "manual" and c.plain_scores)
+                      and c.attention != "manual" and c.plain_scores and c.documents == "none")
 
     def forward(self, x, positions, cache=None):
         """x (B, T, C), positions a Positions, cache a KVCache or None. Returns (B, T, C)."""
@@ -682,7 +700,7 @@ class Attention(nn.Module):
         """
         slopes = self.slopes if slopes is None else slopes
         T, S, max_keys = q.size(2), k.size(2), pattern.max_keys
-        few = max_keys is not None and key_positions is None
+        few = max_keys is not None and key_positions is None and positions.age is None
         if few and T == 1:  # a lone query: a view of what it sees needs no mask
             S = min(S, max_keys, positions.start - pattern.first(positions.start) + 1)
             k, v, bias = k[:, :, -S:], v[:, :, -S:], None if bias is None else bias[..., -S:]
@@ -730,7 +748,7 @@ class Attention(nn.Module):
     def by_kernel(self, q, k, v, positions, key_positions, pattern):
         """Whether kernels.attend computes what these queries see: what is before them, a window of it, or a prefix that
         counts from the first key; or, without a gradient, kernels.attend_one what a lone query sees, which is all."""
-        if not (key_positions is None and type(pattern) is Causal and positions.in_order
+        if not (key_positions is None and type(pattern) is Causal and positions.in_order and positions.age is None
                 and self.fusible(q.size(3), v.size(3))):
             return False
         if q.size(2) > 1:
@@ -883,6 +901,7 @@ class Transformer(nn.Module):
         self.embed = nn.Parameter(torch.empty(c.vocab_size, c.n_embd))
         self.position = nn.Parameter(torch.empty(c.block_size, c.n_embd)) if c.positions == "learned" else None
         self.ropes = make_ropes(c)
+        self.documents = None if c.documents == "none" else variant("models.recurrent:Documents")(c)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.mtp = nn.ModuleList(variant("models.multi_token:MultiTokenPrediction")(c, depth + 1)
                                  for depth in range(c.mtp_depth))
@@ -932,9 +951,9 @@ class Transformer(nn.Module):
 
     def stream(self, x, positions, cache=None, active=()):
         """x (B, T) int64 -> the last stream (B, T, C), before the final norm, and those of active layers."""
-        x, states = self.embedded(x, positions), []
+        x, states, n = self.embedded(x, positions), [], self.config.n_layer
         for layer, block in enumerate(self.blocks):
-            caches = () if cache is None else cache.layers[layer::self.config.n_layer]  # the mixer's, the convolution's
+            caches = () if cache is None else cache.layers[layer:2 * n:n]  # the mixer's, the convolution's
             x = self.layer(block, x, positions, *caches)
             if layer in active:
                 states.append(x)
@@ -1007,19 +1026,22 @@ class Transformer(nn.Module):
                              "has no row: use positions 'rope' or 'none', or a larger block_size")
         positions = Positions(start, T, index, window, prefix=prefix, memory=None if memory is None else memory.layers,
                               remembered=0 if memory is None else memory.length)
+        if self.documents is not None:
+            end = self.documents.find(x, positions, cache, end)
         positions.look_up_ropes(self.ropes, max(end, 1))
         return positions
 
     @cached_property
     def ordered(self):
         """Whether some layer needs each row's positions in order: a window, a memory or a state forgets by age."""
-        return any(kind in CARRY or kind == "window" for kind in self.config.mixers)
+        return self.documents is not None or any(kind in CARRY or kind == "window" for kind in self.config.mixers)
 
     def check_prefix(self, prefix, T, cache):
         """Raises ValueError where a layer knows order by itself, or the first pass does not hold the whole prefix."""
         for kind in self.config.mixers:
             if kind in CARRY:
                 raise ValueError(f"mixer {kind!r} reads from left to right: it cannot show a prefix as a whole")
+        expect(self.documents is None, "documents are read from left to right: they cannot show a prefix as a whole")
         if cache is not None:
             longest = int(prefix.max()) if torch.is_tensor(prefix) else prefix
             if cache.length or T < longest:
@@ -1096,9 +1118,9 @@ class Transformer(nn.Module):
     def new_cache(self, batch_size, max_length, window=None, device=None, dtype=None, snapshots=0):
         """An empty Cache for batch_size rows of max_length positions, or of any number past a sliding `window`.
 
-        With short_conv there are as many caches again, of the convolutions' inputs, after those of the mixers. device
-        and dtype default to the parameters', or to autocast's type inside autocast. snapshots: as Cache says. Raises as
-        KVCache does.
+        With short_conv there are as many caches again, of the convolutions' inputs, after those of the mixers; with
+        documents one more. device and dtype default to the parameters', or to autocast's type inside autocast.
+        snapshots: as Cache says. Raises as KVCache does.
         """
         device = self.embed.device if device is None else torch.device(device)
         if dtype is None:
@@ -1107,6 +1129,8 @@ class Transformer(nn.Module):
         layers = [block.mixer.new_cache(batch_size, max_length, window, device, dtype) for block in self.blocks]
         layers += [block.conv.new_cache(batch_size, max_length, beside, device, dtype)
                    for block, beside in zip(self.blocks, layers) if block.conv is not None]
+        if self.documents is not None:
+            layers.append(self.documents.new_cache(batch_size, max_length, window, device, dtype))
         return Cache(layers, window, snapshots)
 
     def new_memory(self, batch_size):
@@ -1115,9 +1139,11 @@ class Transformer(nn.Module):
             raise ValueError(f"mixer {self.config.mixer!r} carries nothing from one segment to the next: only "
                              f"{', '.join(CARRY)} do")
         parts = [block.mixer for block in self.blocks] + [block.conv for block in self.blocks if block.conv is not None]
+        parts += [] if self.documents is None else [self.documents]
         hidden = any(block.keeps_hidden or block.conv is not None for block in self.blocks)
+        kind = "hidden states" if hidden else None
         return Memory((part.new_memory(batch_size, self.embed.device, self.embed.dtype) for part in parts),
-                      "hidden states" if hidden else None)
+                      kind if self.documents is None else "states of documents")
 
     def balance_experts(self):
         """After an optimiser step: moves the biases of experts."""

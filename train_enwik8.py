@@ -281,7 +281,10 @@ def main():
     parallel.warn_of_passes(config, grad_accum)
 
     # ---- data ----
-    corpus = text.load(dataset, max_bytes, where)
+    ends = settings["document_end"] if config.documents != "none" else None
+    corpus = text.load(dataset, max_bytes, where, ends)
+    if ends:
+        text.check_documents(corpus.train, ends, dataset)
     if eval_interval:
         text.check_split(corpus.val, block_size)
     batches = text.Batches(corpus.train, batch_size, block_size, config.n_labels, batching, data_seed, where)

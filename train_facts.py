@@ -138,7 +138,7 @@ log_interval = 10          # [>= 1] steps between lines of metrics
 
 # Flags all the same: the commented fields of these classes.
 FURTHER = {"the model": "model.py:TransformerConfig but shorten n_targets target_heads layer_heads "
-                        "intermediate_losses mtp_depth mtp_weight",
+                        "intermediate_losses mtp_depth mtp_weight documents document_end",
            "the optimiser": "nanolab/optim.py:Settings",
            "the run": "nanolab/settings.py:Common"}
 

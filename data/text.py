@@ -1,6 +1,7 @@
 """Text as bytes: finds, fetches, checks and splits a data set, and cuts it into batches.
 
     python data/text.py enwik8 --stats        # bytes, distinct bytes (205), article lengths, byte_distribution.png
+    python data/text.py enwik8 --stats --document_end "</page>\\n"       # documents as --documents mask finds them
 
 Named sets: `enwik8` (the first 10^8 bytes of a dump of the English Wikipedia of 2006), `shakespeare` (tinyshakespeare)
 and `stdlib` (the source of this machine's Python standard library: no download). Any other name is a file, raw or .gz
@@ -31,7 +32,7 @@ import torch
 
 from data import files
 from nanolab.run import command
-from nanolab.settings import UserError, unknown
+from nanolab.settings import UserError, as_bytes, unknown
 
 
 @dataclass
@@ -57,11 +58,12 @@ NAMES = [*SETS, "stdlib"]
 
 # --- Finding and reading ---
 
-def load(dataset, max_bytes=None, device="cpu"):
+def load(dataset, max_bytes=None, device="cpu", document_end=None):
     """Finds (or downloads) a data set and splits it: a Corpus whose parts lie on `device`.
 
     dataset: enwik8, shakespeare, stdlib, a file (raw, or .gz .xz .bz2 .zip with one member), a folder or glob of them
     max_bytes: [>= 1] only the first so many bytes, taken before splitting; none: all
+    document_end: [none] what stands between two files, escapes as in Python; none: a newline
 
     On the CPU a raw file is memory-mapped. Splits, in bytes: 90/5/5 (enwik8: 90, 5 and 5 million); shakespeare 90/10
     without a test part, as nanoGPT has it; documents of a folder about 95/5, without one, see `_of_documents`.
@@ -70,11 +72,11 @@ def load(dataset, max_bytes=None, device="cpu"):
     """
     if max_bytes is not None and max_bytes < 1:
         raise UserError(f"max_bytes is {max_bytes}: it must be at least 1, or none for all")
-    name = dataset
+    name, between = dataset, b"\n" if document_end is None else as_bytes(document_end)
     if dataset == "stdlib":
-        data, source = _stdlib()
+        data, source = _stdlib(between)
     elif dataset not in SETS and (paths := files.listed(dataset)):
-        return _of_documents(dataset, paths, max_bytes, torch.device(device))
+        return _of_documents(dataset, paths, max_bytes, torch.device(device), between)
     else:
         path = _acquire(dataset, max_bytes) if dataset in SETS else _existing(dataset)
         data, source = files.read(path, max_bytes), str(path)
@@ -97,6 +99,13 @@ def check_split(data, block_size, unit="bytes"):
                         "--eval_interval none")
     if n <= block_size:
         print(f"the validation split has {n} {unit}, less than one window of {block_size}: its figures mean little")
+
+
+def check_documents(data, document_end, dataset):
+    """Before the first step: UserError where a training split (N,) has no document's end: each window would be one."""
+    if as_bytes(document_end) not in data.cpu().numpy().tobytes():
+        raise UserError(f"document_end {document_end} stands nowhere in the training part of {dataset}: name what ends "
+                        "a document there, or leave --documents out")
 
 
 def _check_max_bytes(max_bytes, size, dataset):
@@ -133,8 +142,8 @@ def _existing(dataset):
     return found
 
 
-def _of_documents(dataset, paths, max_bytes, device):
-    """A Corpus of files, each a document, in the order of their paths, newlines between them; empty ones are left out.
+def _of_documents(dataset, paths, max_bytes, device, between):
+    """A Corpus of files, each a document, in the order of their paths, bytes `between` them; empty ones are left out.
 
     For validation are, in the order of a check sum of their content, documents of at most a twentieth of all bytes
     until they make up a twentieth (where all are larger, the smallest), so that copies of a document are on one side.
@@ -162,14 +171,14 @@ def _of_documents(dataset, paths, max_bytes, device):
             have += sizes[key]
     held = held or {min(sizes, key=sizes.get)}
     sides = [[text for key, text in zip(keys, texts) if (key in held) == side] for side in (False, True)]
-    train, val = (torch.frombuffer(bytearray(b"\n").join(side), dtype=torch.uint8).to(device) for side in sides)
+    train, val = (torch.frombuffer(bytearray(between).join(side), dtype=torch.uint8).to(device) for side in sides)
     source = (f"{dataset}: {'the first ' if max_bytes else ''}{total:,} bytes in {len(texts):,} documents, "
               f"{len(sides[1]):,} of them for validation")
     return Corpus(Path(dataset).name, train, val, None, source, list(map(len, texts)))
 
 
-def _stdlib():
-    """(data, source): the standard library's .py files, those that are UTF-8, joined by newlines.
+def _stdlib(between=b"\n"):
+    """(data, source): the standard library's .py files, those that are UTF-8, joined by bytes `between` them.
 
     In the order of a hash of their relative paths, so that the parts of a split look alike; splits cut at plain byte
     positions. Left out: tests, installed packages, IDLE, turtle demos, pip's bundle, what Python's build generated.
@@ -182,7 +191,7 @@ def _stdlib():
     for path in sorted(paths, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()):
         with contextlib.suppress(UnicodeDecodeError):
             texts.append(path.read_bytes().decode().encode())
-    whole = bytearray(b"\n".join(texts))
+    whole = bytearray(between.join(texts))
     if not whole:
         raise UserError(f"no source files of the Python standard library in {root}: use --dataset with a text file")
     return torch.frombuffer(whole, dtype=torch.uint8), (
@@ -309,10 +318,11 @@ class Batches:
 
 # --- Statistics ---
 
-def statistics(corpus):
-    """Figures of a whole corpus: bytes, distinct, counts (256,) int64; pieces (what was measured), n_pieces, and mean
-    and median of their bytes. Pieces are documents, where each is a file; else wiki articles, <page> to </page>, else
-    paragraphs (empty lines between), else lines."""
+def statistics(corpus, document_end=None):
+    """Figures of a whole corpus: bytes, distinct, counts (256,) int64; pieces (what was measured), n_pieces, and mean,
+    median and longest of their bytes. Pieces are what `document_end` ends, in each part by itself; without it
+    documents, where each is a file; else wiki articles, <page> to </page>, else paragraphs (empty lines between), else
+    lines."""
     parts = [part.cpu() for part in (corpus.train, corpus.val, corpus.test) if part is not None]
     text = torch.cat(parts).numpy().tobytes()
     counts = np.bincount(np.frombuffer(text, dtype=np.uint8), minlength=256)
@@ -323,10 +333,15 @@ def statistics(corpus):
     for name, border in (("paragraphs", rb"(?:\r?\n){2,}"), ("lines", rb"[\r\n]+")) if not lengths else ():
         if len(lengths) < 2:
             pieces, lengths = f"{name} (there are no articles)", [len(p) for p in re.split(border, text) if p] or [0]
-    if corpus.documents:
+    if document_end is not None:
+        pieces, end = f"documents (to {document_end})", re.compile(b"(?<=%b)" % re.escape(as_bytes(document_end)))
+        lengths = [n for part in parts for begins in [[m.start() for m in end.finditer(part.numpy().tobytes())]]
+                   for n in np.diff([0, *begins, part.numel()]).tolist() if n]
+    elif corpus.documents:
         pieces, lengths = "documents (a file each)", corpus.documents
     return {"bytes": len(text), "distinct": int((counts > 0).sum()), "counts": counts, "pieces": pieces,
-            "n_pieces": len(lengths), "mean": float(np.mean(lengths)), "median": float(np.median(lengths))}
+            "n_pieces": len(lengths), "mean": float(np.mean(lengths)), "median": float(np.median(lengths)),
+            "longest": max(lengths)}
 
 
 def draw_bytes(figures, name, path):
@@ -345,21 +360,22 @@ def draw_bytes(figures, name, path):
     figure.savefig(path, dpi=110)
 
 
-def describe(corpus, stats=False, out="."):
+def describe(corpus, stats=False, out=".", document_end=None):
     """Prints what there is; for --stats counts of it, and draws how frequent each byte is.
 
     stats: count, and write byte_distribution.png
     out: the folder of byte_distribution.png
+    document_end: [none] what ends a document
     """
     parts = {part: getattr(corpus, part) for part in ("train", "val", "test") if getattr(corpus, part) is not None}
     print(corpus.source)
     print("split: " + ", ".join(f"{part} {data.numel():,}" for part, data in parts.items()) + " bytes")
     if not stats:
         return
-    figures, path = statistics(corpus), Path(out) / "byte_distribution.png"
+    figures, path = statistics(corpus, document_end), Path(out) / "byte_distribution.png"
     print(f"distinct bytes: {figures['distinct']}")
     print(f"{figures['pieces']}: {figures['n_pieces']:,}, of {figures['mean']:,.1f} bytes in the mean, "
-          f"{figures['median']:,.1f} in the median")
+          f"{figures['median']:,.1f} in the median, {figures['longest']:,} at most")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_bytes(figures, corpus.name, path)

@@ -82,7 +82,8 @@ class Recurrent(nn.Module):
     """A mixer whose past is a state: where it comes from, where it goes, and rows with padding.
 
     A subclass has `run(x, states) -> (y, states)` on x (B, T, C) without padding, with `real` (B, T) bool or None:
-    where False, the input must change no state; and `shapes`, its states' shapes without the batch.
+    where False, the input must change no state; with `age` as Positions has it, or None: where it is 0 the state before
+    is forgotten; and `shapes`, its states' shapes without the batch.
     """
 
     def forward(self, x, positions, cache=None):
@@ -94,11 +95,13 @@ class Recurrent(nn.Module):
             raise ValueError("a recurrent mixer reads from left to right: it sees neither ahead nor a whole prefix")
         before = (cache.states if cache is not None else positions.memory[self.layer] if positions.memory is not None
                   else self.new_memory(x.size(0), x.device, x.dtype))
+        age = positions.age
         if positions.index is None:
-            y, after = self.run(x, before)
+            y, after = self.run(x, before, age=age)
         else:
             order, back, real = positions.real_first
-            y, after = self.run(x.take_along_dim(order, 1), before, real[..., 0])
+            age = None if age is None else age.take_along_dim(order, 1).masked_fill(~real, 1)  # padding forgets nothing
+            y, after = self.run(x.take_along_dim(order, 1), before, real[..., 0], age)
             y = y.take_along_dim(back, 1)
         if cache is not None:
             cache.update(after, positions.T)
@@ -131,17 +134,21 @@ class MinGRU(Recurrent):
         self.out = Linear(self.inner, c.n_embd, bias=c.bias)
         self.fused, self.shapes = {"into": (self.inner, self.inner)}, [(self.inner,)]
 
-    def run(self, x, states, real=None):
-        """x (B, T, C), states (h (B, I),), real (B, T) or None. Returns y (B, T, C) and the states after."""
+    def run(self, x, states, real=None, age=None):
+        """x (B, T, C), states (h (B, I),), real (B, T) or None, age (B, T, 1) or None. Returns y (B, T, C) and the
+        states after."""
         z, v = self.into(x).chunk(2, -1)  # (B, T, I)
-        if kernels.on() and x.size(1) > 1:
+        if kernels.on() and x.size(1) > 1 and age is None:
             z = z if real is None else z.masked_fill(~real.unsqueeze(2), -math.inf)
             h = kernels.min_gru(z, v, states[0])
         else:
             z, v = torch.sigmoid(z.to(states[0].dtype)), v.to(states[0].dtype)
             v = torch.where(v >= 0, v + 0.5, torch.sigmoid(v))
             z = z if real is None else z * real.unsqueeze(2)
-            h = scan(1 - z, z * v, states[0]) if x.size(1) > 1 else torch.lerp(states[0].unsqueeze(1), v, z)
+            if age is not None:
+                h = scan((1 - z).masked_fill(age == 0, 0), z * v, states[0])
+            else:
+                h = scan(1 - z, z * v, states[0]) if x.size(1) > 1 else torch.lerp(states[0].unsqueeze(1), v, z)
         return self.out(h.to(x.dtype)), (h[:, -1],)
 
     def flops(self, T):
@@ -189,10 +196,9 @@ class Mamba(Recurrent):
         self.a_log.copy_(rates.log().expand_as(self.a_log))
         self.skip.fill_(1)
 
-    def run(self, x, states, real=None):
-        """x (B, T, C), states (inputs (B, K - 1, I), h (B, I, N)), real (B, T) or None; real inputs come first.
-
-        Returns y (B, T, C) and the states after.
+    def run(self, x, states, real=None, age=None):
+        """x (B, T, C), states (inputs (B, K - 1, I), h (B, I, N)), real (B, T) or None; real inputs come first; age
+        (B, T, 1) or None. Returns y (B, T, C) and the states after.
         """
         B, T, _ = x.shape
         (recent, h), K, exact = states, self.width, states[0].dtype
@@ -204,7 +210,7 @@ class Mamba(Recurrent):
         else:  # the last K - 1 real ones of each row
             place = real.sum(1, keepdim=True) + torch.arange(K - 1, device=x.device)  # (B, K - 1)
             recent = line.take_along_dim(place.unsqueeze(2), 1)
-        u = F.silu(convolve(line, self.conv.to(exact), T, self.conv_bias.to(exact)))  # (B, T, I)
+        u = F.silu(convolve(line, self.conv.to(exact), T, self.conv_bias.to(exact), age))  # (B, T, I)
         dt, b, c = self.join(u.to(x.dtype)).to(exact).split((self.rank, self.n_state, self.n_state), -1)
         with torch.autocast(x.device.type, enabled=False):
             dt = F.softplus(F.linear(dt, self.dt.to(exact), self.dt_bias.to(exact)))  # (B, T, I)
@@ -212,14 +218,18 @@ class Mamba(Recurrent):
                 dt = dt * real.unsqueeze(2)  # exp(0) h + 0: the state stays
             a = -torch.exp(self.a_log.to(exact))  # (I, N)
             skip = self.skip.to(exact)
-            if kernels.on() and T > 1:
+            skipped = u
+            if age is not None:  # a step so long that nothing of the state is left, of an input as much weaker
+                u = torch.where(age == 0, dt * u / FORGETS, u)
+                dt = dt.masked_fill(age == 0, FORGETS)
+            if kernels.on() and T > 1 and age is None:
                 y, h = kernels.selective_scan(u, dt, a, b, c, skip, h)
             elif T == 1:
                 h = torch.exp(dt[:, 0, :, None] * a) * h + (dt * u)[:, 0, :, None] * b[:, 0, None, :]  # (B, I, N)
-                y = torch.addcmul((h @ c[:, 0, :, None])[..., 0].unsqueeze(1), u, skip)  # (B, 1, I)
+                y = torch.addcmul((h @ c[:, 0, :, None])[..., 0].unsqueeze(1), skipped, skip)  # (B, 1, I)
             else:
                 y, h = selective_scan(dt, u, b, c, a, h)
-                y = torch.addcmul(y, u, skip)
+                y = torch.addcmul(y, skipped, skip)
         return self.out((y * F.silu(gate.to(exact))).to(x.dtype)), (recent, h)
 
     def flops(self, T):
@@ -227,6 +237,44 @@ class Mamba(Recurrent):
         return 2 * self.inner * (self.width + self.rank) + 6 * self.inner * self.n_state
 
 
+class Documents(Recurrent):
+    """Where documents begin: after every place where their last bytes, config.document_bytes, stand. States: the last
+    so many bytes of a row, each plus 1 (0: there was none), and the age of the position that comes next."""
+
+    def __init__(self, config):
+        super().__init__()
+        c, end = config, config.document_bytes
+        self.layer = c.n_layer * (2 if c.short_conv else 1)  # its place in a Memory: after those of all layers
+        self.restart, self.shapes = c.documents == "reset", [(len(end),), (1,)]
+        self.register_buffer("end", torch.tensor(list(end)) + 1, persistent=False)
+
+    def find(self, x, positions, cache, end):
+        """Tells positions the age of each of x (B, T). Returns how many rows of position tables are needed; by
+        position alone they are `end`."""
+        positions.age = self(x.unsqueeze(2), positions, None if cache is None else cache.layers[self.layer])
+        if not self.restart:
+            return end
+        age, index = positions.age[..., 0], positions.index
+        positions.places = age if index is None else torch.minimum(age, index)  # -1 stays what marks padding
+        return int(positions.places.max()) + 1
+
+    def run(self, x, states, real=None, age=None):
+        """x (B, T, 1) int64 to the ages of its positions (B, T, 1) int64."""
+        (recent, age), n, T = states, len(self.end), x.size(1)
+        line = torch.cat((recent, x[..., 0] + 1), 1)  # (B, n + T)
+        begins = (line.unfold(1, n, 1) == self.end).all(2)  # (B, T + 1), the next position's too
+        place = torch.arange(T + 1, device=x.device)
+        ages = place - torch.where(begins, place, -age).cummax(1).values
+        read = torch.full_like(age, T) if real is None else real.sum(1, keepdim=True)  # (B, 1)
+        recent = line.take_along_dim(read + torch.arange(n, device=x.device), 1)
+        return ages[:, :T, None], (recent, ages.take_along_dim(read, 1))
+
+    def new_memory(self, batch_size, device, dtype):
+        """States of nothing: zeros (B, *shape) int64."""
+        return tuple(torch.zeros(batch_size, *shape, device=device, dtype=torch.long) for shape in self.shapes)
+
+
+FORGETS = 2.0 ** 60  # a step dt after which exp(dt A) is 0; by a power of 2 numbers are divided exactly
 STRETCH = 32  # positions whose (B, I, N) states are held at a time
 
 

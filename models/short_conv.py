@@ -7,11 +7,14 @@ from model import add_parameter
 from nanolab.cache import KVCache
 
 
-def convolve(line, kernel, T, y):
+def convolve(line, kernel, T, y, age=None):
     """y plus the depthwise causal convolution of the last T of line (B, K - 1 + T, I) by kernel (K, I), whose last row
-    is for the position itself: (B, T, I)."""
+    is for the position itself: (B, T, I). age: (B, T, 1), of how many before it a position sees at most; None: all."""
     for k in range(len(kernel)):
-        y = torch.addcmul(y, line[:, k:k + T], kernel[k])
+        seen = line[:, k:k + T]
+        if age is not None:
+            seen = seen.masked_fill(age < len(kernel) - 1 - k, 0)
+        y = torch.addcmul(y, seen, kernel[k])
     return y
 
 
@@ -34,12 +37,12 @@ class ShortConv(nn.Module):
         """U(-1, 1) / sqrt(w)."""
         self.kernel.uniform_(-self.width ** -0.5, self.width ** -0.5)
 
-    def over(self, x, before=None):
-        """x (B, T, C) to (B, T, C), with zeros before, or after the last of `before` (B, n, C)."""
+    def over(self, x, before=None, age=None):
+        """x (B, T, C) to (B, T, C), with zeros before, or after the last of `before` (B, n, C); age as Positions'."""
         n = self.width - 1
         line = x if before is None else torch.cat((before[:, max(0, before.size(1) - n):], x), 1)
         line = F.pad(line, (0, 0, n + x.size(1) - line.size(1), 0))  # (B, w - 1 + T, C)
-        return convolve(line, self.kernel.flip(0).to(x.dtype), x.size(1), x.new_zeros(()))
+        return convolve(line, self.kernel.flip(0).to(x.dtype), x.size(1), x.new_zeros(()), age)
 
     def forward(self, x, positions, cache=None, hidden=None, norm=None):
         """x (B, T, C) to (B, T, C), going on from the cache, or the memory, or nothing; cache from new_cache.
@@ -59,13 +62,13 @@ class ShortConv(nn.Module):
             kept, = positions.memory[self.slot]
             positions.memory_out[self.slot] = (torch.cat((kept, hidden), 1)[:, -n:],)
             before = norm(kept[:, n - min(n, positions.remembered):].to(hidden.dtype)).to(x.dtype)
-        order = None
+        order, age = None, positions.age
         if positions.index is not None:
             order, back, _ = positions.real_first
-            x = x.take_along_dim(order, 1)
+            x, age = x.take_along_dim(order, 1), None if age is None else age.take_along_dim(order, 1)
             if before is not None:
                 before = last_real(before, key_positions[:, :-T], n)
-        y = self.over(x, before)
+        y = self.over(x, before, age)
         return y if order is None else y.take_along_dim(back, 1)
 
     def new_cache(self, batch_size, max_length, beside, device, dtype):

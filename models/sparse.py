@@ -71,7 +71,8 @@ class Sparse(Attention):
             near = Neighbours(window, c.sparse_stride)
             far = Summaries(window, c.sparse_stride, c.sparse_summary)
         slopes = (None, None) if self.slopes is None else self.slopes.split(H)
-        whole = key_positions is None and window is None and positions.prefix is None and self.slopes is None
+        whole = (key_positions is None and window is None and positions.prefix is None and positions.age is None
+                 and self.slopes is None)
         y = super().attend(q[:, :H], k[:, :G], v[:, :G], positions, key_positions, near, slopes=slopes[0])
         q, k, v = q[:, H:], k[:, G:], v[:, G:]
         if whole and positions.start == 0 and q.size(2) == k.size(2) > 4 * c.sparse_stride:

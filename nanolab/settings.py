@@ -458,6 +458,14 @@ def shown(value):
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
 
 
+def as_bytes(text):
+    """The bytes of a text in which escapes stand as in Python, `\\n`, `\\0`, `\\xff`; b"" where they are none."""
+    try:
+        return text.encode().decode("unicode_escape").encode("latin-1")
+    except UnicodeError:
+        return b""
+
+
 def unknown(what, given, known, also=()):
     """The UserError of a name that is not among the `known` ones (nor among `also`), with the nearest of all."""
     listed = f": choose {', '.join(known)}" * (len(known) < 20)

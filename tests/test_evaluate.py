@@ -15,7 +15,7 @@ from model import Attention
 from nanolab import tasks
 from nanolab.run import UserError, load_checkpoint, run_metrics
 from nanolab.score import Ensemble, Score, parse_protocol, score
-from forks import assert_done, wait_for
+from forks import assert_done, assert_error, summary, wait_for
 from toy import T, build, run_main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -90,6 +90,19 @@ def test_cache_equals_one_banded_pass(settings, monkeypatch):
         found = score(model, data, "cache", batch_size=2)
         assert found.bytes == N and found.protocol == "cache"
         torch.testing.assert_close(found.bits, in_one_pass(model, data, monkeypatch), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [dict(n_layer=1), dict(mixer="window,full", window=5, short_conv=3)], ids=str)
+def test_documents_are_scored_as_one_pass_reads_them(settings):
+    """Wherever they end: before the place where a segment of `cache` begins, too."""
+    data, found = text(200) % 2, []
+    for how, end in (("mask", "\\1\\0"), ("reset", "\\1\\0\\1\\1")):
+        model = build(documents=how, document_end=end, **settings)
+        with torch.no_grad():
+            logits = model(data[None, :-1].long(), window=T)[0]
+        found.append(torch.tensor([8.0] + [bits_of(*pair) for pair in zip(logits, data[1:].tolist())]).double())
+        torch.testing.assert_close(score(model, data, "cache", 2).bits, found[-1], atol=1e-4, rtol=1e-5)
+    assert (found[0] - found[1]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("protocol", ["block", "stride:3", "cache"])
@@ -339,6 +352,19 @@ def test_a_trainer_that_dies_prunes_and_goes_back(forks, tmp_path):
         old.unlink()
     evaluated("--watch", run, "--patience", "0")
     assert max(line["step"] for line in lines(tmp_path)) == seen[1] + 5
+
+
+def test_a_folder_of_documents(forks, tmp_path):
+    """evaluate.py puts between the files what the training did; what ends a document must be there."""
+    for i in range(40):
+        (tmp_path / f"{i}.txt").write_bytes(bytes(text(99 + i, i).tolist()).replace(b"\0", b""))
+    words = [*TRAIN, "--dataset", str(tmp_path), "--documents", "reset", "--max_steps", "2", "--eval_interval", "2"]
+    child = forks.run([*words, "--run_name", "none"], tmp_path / "none")
+    assert_error(child, "stands nowhere in the training part")
+    assert_done(forks.run([*words, "--document_end", "\\0"], tmp_path))
+    found = summary(tmp_path / RUN)["val_bpb_raw"]
+    assert f" {found:.4f} " in evaluated(tmp_path / RUN)
+    evaluated(tmp_path / RUN, "--protocols", "stride:8", "--dataset", "stdlib", "--max_bytes", 30_000)
 
 
 def test_draws_of_the_posterior(forks, tmp_path, monkeypatch):

@@ -255,7 +255,8 @@ def test_stdlib_is_source_text_in_a_fixed_order(folder, tmp_path, monkeypatch):
                           "site-packages/g.py": b"gg", "_sysconfigdata_x.py": b"hh", "config-3/i.py": b"ii"}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
-    assert sorted(whole(load("stdlib")).split(b"\n")) == [b"aa", b"bb"]
+    for between, end in ((b"\n", None), (b"END", "END")):
+        assert sorted(whole(load("stdlib", document_end=end)).split(between)) == [b"aa", b"bb"]
 
 
 # --- Any file ---
@@ -330,8 +331,13 @@ def test_a_folder_is_split_by_document(library, monkeypatch):
     for name in ("library", f"{root}/**/[0-9]*", f"{root}/**/*"):        # of NANOLAB_DATA too, and by a glob
         again = load(name)
         assert torch.equal(again.train, corpus.train) and torch.equal(again.val, corpus.val)
-    figures = statistics(corpus)
+    figures, apart = statistics(corpus), load(str(root), document_end="\\0")
     assert (figures["pieces"], figures["n_pieces"]) == ("documents (a file each)", len(documents))
+    for part, same in ((apart.train, train), (apart.val, val)):
+        assert part.numpy().tobytes().split(b"\0") == same
+    figures = statistics(apart, "\\0")
+    assert figures["n_pieces"] == len(documents) and figures["longest"] in range(*(max(map(len, documents)) + i
+                                                                                 for i in (0, 2)))
     cut = load(str(root), 100)
     assert sum(cut.documents) == 100 and b"".join(documents).startswith(b"".join(documents[:len(cut.documents) - 1]))
     state = Batches(corpus.train, 2, 8).state_dict()
@@ -461,6 +467,18 @@ def test_other_text_is_measured_in_paragraphs_or_lines(folder, tmp_path, content
     assert figures["pieces"].startswith(pieces) and figures["n_pieces"] == count
     assert figures["mean"] == pytest.approx(mean)
     assert figures["bytes"] == len(content) == figures["counts"].sum() and figures["distinct"] == len(set(content))
+
+
+def test_documents_are_counted_as_a_model_finds_them():
+    """Where their last bytes overlap, too; of each part by itself."""
+    parts = [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (b"a..b...c", b"d..")]
+    corpus = text.Corpus("name", *parts, None, "source")
+    figures = statistics(corpus, "..")
+    assert (figures["n_pieces"], figures["mean"], figures["median"], figures["longest"]) == (5, 11 / 5, 3, 3)
+    assert statistics(corpus, "\\x2e.")["pieces"] == "documents (to \\x2e.)"
+    text.check_documents(parts[0], ".\\x2e", "name")
+    with raises_one_line("document_end a.b stands nowhere in the training part of name"):
+        text.check_documents(parts[0], "a.b", "name")
 
 
 @pytest.mark.skipif(not Path(os.environ.get("NANOLAB_DATA") or "/nowhere").is_dir(), reason="NANOLAB_DATA is no folder")

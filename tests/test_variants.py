@@ -12,7 +12,8 @@ import choices
 from model import (CARRY, MIXERS, NEEDS, RECURRENT, TransformerConfig, build_model, equal_ff_mult, fused_rows,
                    initialise, parameter_roles)
 from nanolab.dialog_tree import DialogTree
-from variants import CHUNKS, VARIANTS, T, build, close, each, in_chunks, made, padded, text, whole
+from nanolab.settings import as_bytes
+from variants import CHUNKS, END, VARIANTS, T, build, close, each, in_chunks, made, padded, text, whole
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +40,7 @@ def ragged(config):
 
 def kept(config):
     """What decides of which positions a cache keeps something, and what."""
-    return config.mixers, config.short_conv, config.positions
+    return config.mixers, config.short_conv, config.positions, config.documents
 
 
 def real_rows(lengths, n):
@@ -140,7 +141,7 @@ def test_crop_where_nothing_was_kept(name):
             with pytest.raises(ValueError, match="snapshots at none"):
                 cache.crop(length)
     kinds = set(model.config.mixers)
-    states = kinds & {"mamba", "mingru", "compressive"}
+    states = kinds & {"mamba", "mingru", "compressive"} or model.config.documents != "none"
     assert not allowed if states else allowed if "window" in kinds else len(allowed) == 3
 
 
@@ -148,12 +149,12 @@ def test_crop_where_nothing_was_kept(name):
 def test_past_the_window_and_in_generation(name):
     """Past block_size, rows of unequal length: the same logits after each token with a cache and without."""
     model = made(name)
-    prompts = [b"ab", b"abcdefgh", b"q"] if ragged(model.config) else [b"The ", b"abcd"]
+    prompts = [b"ab", b"abc%bfgh" % as_bytes(END), b"q"] if ragged(model.config) else [b"The ", b"abcd"]
     tokens = text(12, len(prompts), seed=7)
     close(*(choices.followed(tokens, model, prompts, use_cache=use) for use in (True, False)))
 
 
-@each(lambda config: ragged(config) and not config.carries)
+@each(lambda config: ragged(config) and not config.carries and config.documents == "none")
 def test_prefix_sees_itself_and_the_rest_is_causal(name):
     model, x = build(**{"block_size": 48, **VARIANTS[name], "window": 30, "sparse_stride": 8}), text()
     for lengths, prefix in ((None, 9), ((T, T - 4), torch.tensor([9, 6]))):
@@ -189,7 +190,8 @@ def test_caches_take_the_type_of_the_model(name, dtype, near):
     cache.crop(18)
     for again in (cache, twin):
         close(in_chunks(model, x[:, 18:], [6], again), found[-1], near)
-    kept = {torch.promote_types(dtype, torch.float32) if layer.kind == "state" else dtype for layer in cache.layers}
+    kept = {torch.promote_types(dtype, torch.float32) if layer.kind == "state" else dtype for layer in cache.layers
+            if tensors(layer)}
     assert {t.dtype for layer in cache.layers for t in tensors(layer)} == kept
 
 
@@ -236,7 +238,7 @@ def test_dialogs(name):
 @each()
 def test_causality(name):
     """Bit for bit, with and without bfloat16 and its attention by hand; and the last byte sees the first, where it is
-    not too far back."""
+    not too far back, and of its document."""
     model, x = made(name), text()
     for bf16 in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16), torch.set_grad_enabled(bf16):
@@ -250,7 +252,8 @@ def test_causality(name):
                 assert not torch.equal(found[:, t + 1:], full[:, t + 1:])
     if (model.config.receptive_field(T) or T) >= T:
         first = torch.cat(((x[:, :1] + 1) % 256, x[:, 1:]), 1)
-        assert (whole(model, first) != whole(model, x))[:, -1].any(-1).all()
+        seen = (whole(model, first) != whole(model, x))[:, -1].any(-1)
+        assert seen.tolist() == [model.config.documents == "none", True]
 
 
 def test_receptive_field():
@@ -264,6 +267,59 @@ def test_receptive_field():
         other = x.clone()
         other[0, 39 - back] = (x[0, 39 - back] + 1) % 256
         assert torch.equal(whole(model, other)[0, -1], full) != moved
+
+
+# --- Documents ---
+
+ALONE = [kind for kind in MIXERS if kind not in ("xl", "compressive")]
+PACKED = [dict(mixer=",".join(ALONE[i:i + 3]), **more) for i in range(0, len(ALONE), 3)
+          for more in ({}, dict(positions="alibi", short_conv=4))]
+PACKED += [dict(positions=word, block_size=48, mixer=kind) for word in ("learned", "learned_per_layer")
+           for kind in ("full", "diff,mla")] + [dict(positions="none", n_kv_head=2, attention="manual")]
+
+
+def documents(row, end):
+    """[(first, last + 1)] of the documents of a row (T,), byte by byte."""
+    cuts = [i for i in range(len(end), len(row)) if row[i - len(end):i].tolist() == end]
+    return list(zip([0, *cuts], [*cuts, len(row)]))
+
+
+@pytest.mark.parametrize("settings", PACKED, ids=str)
+@pytest.mark.parametrize("how", ["mask", "reset"])
+def test_a_document_is_read_as_if_it_were_alone(how, settings):
+    """At its own positions, or from 0; packed in a row, in chunks, in padded rows whose padding looks like ends."""
+    mixers = settings.get("mixer", "full").replace("fixed", "full" if how == "reset" else "fixed")
+    model = build(**{**settings, "mixer": mixers}, documents=how, document_end="\\1\\x01")
+    x, lengths, n = torch.randint(3, (3, 40), generator=torch.Generator().manual_seed(11)), (40, 31, 2), 0
+    places = padded(lengths, 40)
+    full, x = whole(model, x), x.masked_fill(places < 0, 1)
+    ragged = whole(model, x, positions=places)
+    for row, length in enumerate(lengths):
+        line = x[row:row + 1, 40 - length:]
+        for a, b in documents(line[0], [1, 1]):
+            n += 1
+            alone = whole(model, line[:, a:b], positions=torch.arange(a, b) if how == "mask" else None)[0]
+            close(ragged[row, 40 - length:][a:b], alone)
+            row or close(full[row, a:b], alone)
+    assert n > 12
+    for sizes in ([7, 1, 1, 21, 10], [1] * 40):
+        close(in_chunks(model, x, sizes, model.new_cache(3, 40), places)[places >= 0], ragged[places >= 0])
+        close(in_chunks(model, x[:1], sizes, model.new_cache(1, 40)), full[:1])
+    with pytest.raises(ValueError, match="left to right"):
+        model(x, prefix=3)
+
+
+@pytest.mark.parametrize("settings", PACKED, ids=str)
+def test_no_gradient_leaves_a_document(settings):
+    model = build(**settings, documents="mask", document_end="\\1\\x02").train()
+    own, x = (torch.arange(10, 19), torch.arange(19, 30)), torch.cat((torch.arange(10, 19), torch.tensor([1, 2]),
+                                                                      torch.arange(19, 30)))[None]
+    for this, other, of in (*own, slice(0, 11)), (*own[::-1], slice(11, None)):
+        y = torch.full_like(x, -1)
+        y[:, of] = 5
+        model.zero_grad()
+        model(x, y[..., None])[0].backward()
+        assert model.embed.grad[this].abs().amax(1).min() > 0 and model.embed.grad[other].abs().max() == 0
 
 
 # --- Segments of training ---
@@ -402,6 +458,11 @@ IMPOSSIBLE = {  # what is said: of which settings
     "tfixup": [dict(init="tfixup", mixer="mamba"), dict(init="tfixup", ff="moe")],
     "tie_weights needs one classifier": [dict(tie_weights=True, n_targets=2),
                                          dict(tie_weights=True, intermediate_losses=True)],
+    "document_end is": [dict(document_end=end) for end in ("", "\\", "\\N{BULLET}", "\udcff")],
+    "a vocabulary of 257": [dict(documents="mask", vocab_size=257)],
+    "lie across documents": [dict(documents="mask", mixer="full,xl"), dict(documents="mask", mixer="compressive"),
+                             dict(documents="reset", shorten=2)],
+    "begin at multiples": [dict(documents="reset", mixer="full,fixed")],
     "mtp_depth": [dict(mtp_depth=1, mixer="xl"), dict(mtp_depth=1, shorten=2)],
     "makes a pyramid": [dict(shorten=2, **more) for more in (
         dict(short_conv=2), dict(value_residual=True), dict(mixer="xl"), dict(n_layer=2))],

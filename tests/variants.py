@@ -24,6 +24,9 @@ def text(*shape, seed=1):
     return torch.randint(256, shape or (2, T), generator=torch.Generator().manual_seed(seed))
 
 
+END = "".join(f"\\x{byte:02x}" for byte in text()[0, 9:11])  # ends the first document of row 0, after 11 bytes
+
+
 def padded(lengths, n=T, right=False):
     """Positions (B, n) of rows that hold `lengths` bytes each, -1 elsewhere, padded left or right."""
     rows = [([-1] * (n - length), list(range(length))) for length in lengths]
@@ -79,6 +82,9 @@ def listed():
     yield from (dict(mtp_depth=2, dropout=0.2, **settings) for settings in (dict(mixer="mla", ff="mlp,moe"),
                                                                             dict(value_residual=True)))
     yield dict(mixer="xl,compressive,mamba", dropout=0.2)
+    yield dict(documents="mask", document_end=END, mixer="window,mamba,strided", short_conv=2)
+    yield dict(documents="reset", document_end=END, mixer="mamba,mingru")
+    yield dict(documents="reset", document_end=END, positions="learned_per_layer", block_size=48, n_kv_head=2)
     yield dict(shorten=2, n_layer=4, block_size=32, mixer="full,window")
     yield dict(shorten=3, n_layer=5, block_size=32, mixer="diff,mla", positions="alibi")
     yield dict(shorten=5, n_layer=3, block_size=48, mixer="strided", positions="learned")
