@@ -228,7 +228,7 @@ TAKES = dict(norm=("rms",), positions=("rope",), mixer=("full",), ff=("mlp",), a
              qk_norm=(False,), short_conv=(0,), shorten=(1,), value_residual=(False,), score_softcap=(None,),
              softmax_plus_one=(False,), norm_after=(False,), parallel_residual=(False,), partial_rotary=(1.0,),
              nope_interval=(None,), expert_top_groups=lambda c: (c.expert_groups,),
-             logit_softcap=(None,), output=("softmax",), head_bias=(False,))
+             logit_softcap=(None,), output=("softmax",), head_bias=(False,), documents=("none",))
 ROUTED = dict(ff=("moe",), n_shared_expert=(0,), expert_balance=("loss", "none"))
 MULTI_HEAD = dict(n_kv_head=lambda c: (c.n_head,), head_dim=lambda c: (c.n_embd / c.n_head,))
 PART = dict(norm=("layer",), activation=tuple(PLAIN), bias=(True, False), head_dim=MULTI_HEAD["head_dim"],
