@@ -252,11 +252,10 @@ class Documents(Recurrent):
         """Tells positions the age of each of x (B, T). Returns how many rows of position tables are needed; by
         position alone they are `end`."""
         positions.age = self(x.unsqueeze(2), positions, None if cache is None else cache.layers[self.layer])
-        if not self.restart:
-            return end
-        age, index = positions.age[..., 0], positions.index
-        positions.places = age if index is None else torch.minimum(age, index)  # -1 stays what marks padding
-        return int(positions.places.max()) + 1
+        if self.restart:
+            positions.places = positions.age[..., 0]
+            end = int(positions.places.max()) + 1
+        return end
 
     def run(self, x, states, real=None, age=None):
         """x (B, T, 1) int64 to the ages of its positions (B, T, 1) int64."""
