@@ -293,7 +293,7 @@ def test_a_document_is_read_as_if_it_were_alone(how, settings):
     if how == "reset":
         settings["mixer"] = settings["mixer"].replace("fixed", "full")
     model, plain = build(**settings, documents=how, document_end="\\1\\x01"), build(**settings)
-    x, lengths, n = torch.randint(3, (3, 40), generator=torch.Generator().manual_seed(11)), (40, 31, 2), 0
+    x, lengths, n = torch.randint(3, (3, 40), generator=torch.Generator().manual_seed(11)), (40, 26, 2), 0
     places = padded(lengths, 40)
     full, x = whole(model, x), x.masked_fill(places < 0, 1)
     ragged = whole(model, x, positions=places)
@@ -305,11 +305,13 @@ def test_a_document_is_read_as_if_it_were_alone(how, settings):
             close(ragged[row, 40 - length:][a:b], alone)
             row or close(full[row, a:b], alone)
     assert n > 12
-    for sizes in ([7, 1, 4, 18, 10], [1] * 40):
+    for sizes in ([7, 1, 12, 14, 6], [1] * 40):
         close(in_chunks(model, x, sizes, model.new_cache(3, 40), places)[places >= 0], ragged[places >= 0])
         close(in_chunks(model, x[:1], sizes, model.new_cache(1, 40)), full[:1])
-    with pytest.raises(ValueError, match="left to right"):
-        model(x, prefix=3)
+    for said, given in (("left to right", dict(prefix=3)),
+                        ("never fall", dict(positions=places.flip(1), cache=model.new_cache(3, 40)))):
+        with pytest.raises(ValueError, match=said):
+            model(x, **given)
 
 
 @pytest.mark.parametrize("settings", PACKED, ids=str)
