@@ -103,8 +103,8 @@ class Repetition:
     """What `repetition_penalty` is about: the ids of each row so far, of the prompts (lists of ids) too, or the last
     `window` of them.
 
-    CTRL (Keskar et al. 2019, section 4.1) divides the logit of every id among them by the penalty, which makes a
-    negative one likelier; so that is multiplied by it instead, as Hugging Face's RepetitionPenaltyLogitsProcessor does.
+    CTRL (Keskar et al. 2019, arXiv 1909.05858, section 4.1) divides the logit of every id among them by the penalty,
+    which makes a negative one likelier; that is multiplied by it instead, as transformers does.
     """
 
     def __init__(self, prompts, penalty, window=None, device=None):
