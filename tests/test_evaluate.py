@@ -201,12 +201,12 @@ def test_interval_of_a_short_last_chunk_of_too_few_bytes_and_of_ids():
 QUESTIONS = """\
 {"context": "The cat sat on the", "choices": ["mat", "moon and the stars", "é€"], "answer": 2}
 {"context": "ends in a space ", "choices": ["the", "then the", "t"], "answer": 1}
-{"context": "", "choices": ["The the", "he", "ü"], "answer": 0}
+{"context": "", "choices": ["The the", "he", "ü"], "answer": 1}
 {"context": " \\n", "choices": ["x", "yy"], "answer": 1}
 
 {"context": "more than twenty-four bytes, whose beginning is lost", "choices": ["the", "and a long one"], "answer": 1}
 {"ctx": " He [x] goes on [title] Then", "endings": ["[step] the end", "stops  [title] the"], "label": 1, "more": 0}
-{"ctx": "", "ctx_a": "A MAN sits.", "ctx_b": "he THEN", "activity_label": "Sit", "endings": ["é", "bb"], "label": "0"}
+{"ctx": "", "ctx_a": "A MAN sits.", "ctx_b": "he THEN", "activity_label": "Sit", "endings": ["é€ü", "bb"], "label": "0"}
 {"context": "2 + 2 =", "choices": ["4", "four", "the 5th"], "answer": 2}
 """
 BPE = BytePairs([*(bytes([i]) for i in range(256)), b"he", b" t", b" the"])
@@ -258,7 +258,7 @@ def test_how_a_line_is_read(tmp_path):
     read = tasks.read_choices(tmp_path / "q")
     assert read[1] == ("ends in a space ", ["the", "then the", "t"], 1) and len(read) == 8
     assert read[5:7] == [("He goes on. Then", [" the end", "stops . the"], 1),
-                         ("Sit: A MAN sits. He then", ["é", "bb"], 0)]
+                         ("Sit: A MAN sits. He then", ["é€ü", "bb"], 0)]
 
 
 @pytest.mark.parametrize("right, n", [(0, 3), (3, 3), (1, 2), (17, 90), (9_000, 10_042)])
