@@ -1,4 +1,5 @@
-"""The true evaluation: text under named protocols, every byte of the split scored once; facts by real generation.
+"""The true evaluation: text under named protocols, every byte of the split scored once; facts by real generation; tasks
+of choices.
 
     python evaluate.py runs/train_enwik8/my_run                              # block protocol on the validation split
     python evaluate.py runs/train_enwik8/my_run --split test --protocols block,stride:64
@@ -6,6 +7,7 @@
     python evaluate.py --watch runs/train_enwik8/my_run                      # every checkpoint as it lands
     python evaluate.py runs/train_enwik8/my_run --samples 10                 # of ivon's posterior
     python evaluate.py runs/train_facts/my_run --protocols tool              # the model asks, the database answers
+    python evaluate.py runs/train_enwik8/my_run --tasks hellaswag_val.jsonl  # the likeliest of several texts
 
 Protocols (T = block_size of the model):
     block      disjoint windows of T bytes; a byte sees 1 to T bytes before it. Cheap, and what most loops print.
@@ -20,6 +22,10 @@ and of the people of train_facts.py, those that were trained on and those that w
     tool       greedy generation, the database answers the model's calls in mid-sequence
     no_tool    the same with calls forbidden: what the model knows by itself
     mqar       of task mqar: the answers at the queries of held-out rows
+
+--tasks takes lines of {"context": str, "choices": [str, ...], "answer": int}, or HellaSwag's own: the model chooses by
+log-likelihood. acc compares sums; acc_norm and acc_bytes divide them by characters and bytes, all three as
+lm-evaluation-harness has them; acc_tokens by ids. A context that is too long loses its beginning.
 
 A figure means nothing without its protocol and its byte count, so both are always printed. The first byte of a split
 has no context and is charged 8 bits (of a tokenizer's ids: the logarithm of how many there are). The result does not
@@ -51,7 +57,7 @@ from nanolab.hf import load_model, tokenizer_in
 from nanolab.run import (Settings, UserError, command, draw_curves, find_checkpoint, is_running, lock_file, optional,
                          override, read_json, read_metrics, replacing, resolve_device)
 from nanolab.score import Ensemble
-from nanolab.tasks import cost, kind_of, result
+from nanolab.tasks import Choices, cost, kind_of, result
 
 # --- What ---
 checkpoint = None        # run directory, checkpoint file, or a folder of weights (may also be typed as a bare word)
@@ -62,10 +68,11 @@ samples = 0              # [>= 0, <= 10_000] ivon: mean probabilities of so many
 seed = 0                 # [>= 0] of these draws
 split = "val"            # [train, val, test] which part of the data
 protocols = None         # block, stride:S, cache, memory; tool, no_tool; mqar; several with commas; none: the task's
+tasks = None             # [path] questions with choices in place of protocols, .jsonl; several with commas
 dataset = None           # [none] none: as in training; otherwise as train_enwik8.py --dataset
 max_bytes = None         # [none, >= 1] none: as in training
 database = None          # [path] facts: the tool's database; none: as in training
-prompts = None           # [none, >= 1] facts, mqar: how many, evenly spread; none: all
+prompts = None           # [none, >= 1] facts, mqar, tasks: how many, evenly spread; none: all
 # --- How ---
 batch_size = 32          # [>= 1, <= 1e6] windows, dialogs or rows at once; changes the speed, not the result
 device = "auto"          # auto, cpu, cuda, cuda:1, ...
@@ -96,6 +103,12 @@ def open_model(path, where):
 def open_task(loaded, where):
     """What the checkpoint's model can be asked, and the data for it. UserError: another tokenizer than it had."""
     settings = loaded["settings"]
+    if tasks:
+        chosen.refuse_idle(Choices.unused, "beside --tasks")
+        tokenizer = tokenizer_in(loaded)
+        if tokenizer is None:
+            raise UserError(f"--tasks: {loaded.path} was trained on {settings['task']}, not on text")
+        return Choices(settings, where, [name.strip() for name in tasks.split(",")], tokenizer)
     task, kind = settings.get("task", "text"), kind_of(settings)
     chosen.refuse_idle(kind.unused, f"on a model of task {task}")
     if task != "text":

@@ -27,7 +27,7 @@ from nanolab import hf, limits, optim, parallel
 from nanolab.generate import generate
 from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, as_user_error, begin, command,
                          measure_peak_flops, mixed_precision, optional, resolve_device, resumed, seed_everything)
-from nanolab.score import LN2, score
+from nanolab.score import LN2, parse_protocol, score
 
 # --- Run ---
 preset = None              # a named set of settings (below); flags win over it
@@ -102,6 +102,7 @@ eval_interval = 1000       # [none, >= 1] steps between validations on a fixed s
 eval_windows = 64          # [>= 1] how many windows, evenly spread over the validation split
 eval_batch_size = 32       # [>= 1] windows at once; changes the speed, not the result
 full_eval_interval = 10_000  # [none, >= 1] steps between validations on the whole split
+full_eval_protocol = "block" # [with eval_interval] and the last one: block, stride:S, cache, memory (evaluate.py -h)
 save_interval = 1000       # [>= 1] steps between checkpoints
 keep_last = 0              # [>= 0] numbered checkpoints to keep beside last.pt and best.pt
 log_interval = 10          # [>= 1] steps between lines of metrics
@@ -216,11 +217,12 @@ def equalise(settings, config):
 
 
 def evaluate(model, opt, ema, data, windows, autocast, mesh):
-    """Yields (name, Score) under the block protocol: of the raw weights (the average that a schedule-free optimiser
-    keeps, the mean of ivon's posterior) and, when there is an ema, of that."""
+    """Yields (name, Score), of windows under the block protocol, of the whole split (windows None) under
+    full_eval_protocol: of the raw weights (the average that a schedule-free optimiser keeps, the mean of ivon's
+    posterior) and, when there is an ema, of that."""
     for weights, place in optim.both(opt, ema):
         with place, autocast, mesh.gathered(model):
-            yield weights, score(model, data, "block", eval_batch_size, windows)
+            yield weights, score(model, data, "block" if windows else full_eval_protocol, eval_batch_size, windows)
 
 
 def log_scores(run, step, scores, say=None, **more):
@@ -287,6 +289,7 @@ def main():
         text.check_documents(corpus.train, ends, dataset)
     if eval_interval:
         text.check_split(corpus.val, block_size)
+        parse_protocol(full_eval_protocol, config, len(corpus.val))
     batches = text.Batches(corpus.train, batch_size, block_size, config.n_labels, batching, data_seed, where)
 
     # ---- model, optimiser ----

@@ -339,10 +339,10 @@ class CompressedCache(LayerCache):
 
     def fork(self, n=1):
         """An independent copy, each row repeated n times in a row."""
-        twin = copy.copy(self)
-        twin.batch_size = self.batch_size * n
+        twin, times = copy.copy(self), n.tolist() if torch.is_tensor(n) else [n] * self.batch_size
+        twin.batch_size = sum(times)
         if self.ragged:
-            twin.rows = [self._copy(row) for row in self.rows for _ in range(n)]
+            twin.rows = [self._copy(row) for row, n in zip(self.rows, times) for _ in range(n)]
         else:
             twin.rows = [self._copy(self.rows[0], n=n)]
         return twin
@@ -445,7 +445,10 @@ class Cache:
         return layer.positions[:, :layer._filled].amax(1, keepdim=True)
 
     def fork(self, n=1):
-        """An independent copy with each row repeated n times: one prefill, n continuations. Snapshots stay behind."""
+        """An independent copy with each row repeated n times: one prefill, n continuations. Snapshots stay behind.
+
+        n: an int, or (B,) int64, how often each row: 0 drops it.
+        """
         twin = copy.copy(self)
         twin.layers, twin._kept = [layer.fork(n) for layer in self.layers], []
         twin.last = None if self.last is None else self.last.repeat_interleave(n, 0)

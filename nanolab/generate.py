@@ -1,4 +1,6 @@
-"""The next byte or id: filters, drawing, and `generate`, which goes on with a batch of prompts from a cache."""
+"""The next byte or id: filters, drawing, `generate`, which goes on with a batch of prompts from a cache, and
+`beam_search`, which looks for the likeliest text."""
+import copy
 import math
 
 import numpy as np
@@ -95,6 +97,52 @@ def first_past(reached, level, p):
     What searchsorted says on a CPU. A GPU's sums may move by a rounding error where nothing is added.
     """
     return ((reached > level) & (p > 0)).byte().argmax(-1)
+
+
+class Repetition:
+    """What `repetition_penalty` is about: the ids of each row so far, of the prompts (lists of ids) too, or the last
+    `window` of them.
+
+    CTRL (Keskar et al. 2019, arXiv 1909.05858, section 4.1) divides the logit of every id among them by the penalty,
+    which makes a negative one likelier; that is multiplied by it instead, as transformers does.
+    """
+
+    def __init__(self, prompts, penalty, window=None, device=None):
+        self.penalty, self.kept, longest = penalty, slice(window and -window, None), max(map(len, prompts))
+        rows = [[-1] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        self.ids = torch.tensor(rows, device=device)[:, self.kept]                       # (B, n), -1: none
+
+    def penalise(self, logits):
+        """Logits (B, V) -> (B, V)."""
+        ids = self.ids.where(self.ids >= 0, logits.size(1))
+        seen = torch.zeros(len(ids), logits.size(1) + 1, dtype=torch.bool, device=ids.device).scatter_(1, ids, True)
+        worse = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
+        return torch.where(seen[:, :-1], worse, logits)
+
+    def add(self, token):
+        """Each row goes on with its id of token (B,)."""
+        self.ids = torch.cat((self.ids, token.to(self.ids.device)[:, None]), 1)[:, self.kept]
+
+
+class Stop:
+    """One text that ends where its bytes have one of `strings` (bytes, none empty), also in the middle of an id; the
+    string is left out. decode: id -> bytes. `done`: it has ended; `held`: bytes that may be the beginning of one."""
+
+    def __init__(self, strings, decode):
+        self.strings, self.decode, self.held, self.done = strings, decode, b"", False
+
+    def add(self, token):
+        """The bytes that the text is known to have more of with this id: none once it is done."""
+        if self.done:
+            return b""
+        text, self.held = self.held + self.decode(token), b""
+        found = [at for at in map(text.find, self.strings) if at >= 0]
+        if found:
+            self.done = True
+            return text[:min(found)]
+        n = max((n for string in self.strings for n in range(len(string)) if text.endswith(string[:n])), default=0)
+        self.held = text[len(text) - n:]
+        return text[:len(text) - n]
 
 
 class Draft:
@@ -214,14 +262,16 @@ class ByModel:
 
 
 @torch.inference_mode()
-def generate(model, prompts, length, generator=None, use_cache=True, log=None, draft=None, **how):
+def generate(model, prompts, length, generator=None, use_cache=True, log=None, draft=None, repetition_penalty=1.0,
+             repetition_window=None, **how):
     """Yields `length` times the next bytes (B,) int64 of all rows, from a cache; the same ones without.
 
     prompts: list of B byte strings, none empty, of any lengths (shorter ones are padded on the left, masked). Longer
     than block_size: only the last block_size bytes are read. how: temperature, top_k, top_p, min_p, typical_p. The
     model should be in eval mode. Learned positions: all rows start again at once, when the longest has filled the
     window. Other positions roll on; without a cache the whole text is read again for each byte, full attention limited
-    to the last block_size positions. log: an open file, to which goes at the end what each layer's cache held.
+    to the last block_size positions. log: an open file, to which goes at the end, also where the generator is closed
+    before it, what each layer's cache held. repetition_penalty, repetition_window: as Repetition; at 1 there is none.
 
     A lone row goes by a Plan where there is one. draft: a Draft for a lone row; one pass then reads what it guesses
     too, each byte is drawn from the model's logits there by its own number, and a guess stands while it is what was
@@ -230,27 +280,39 @@ def generate(model, prompts, length, generator=None, use_cache=True, log=None, d
     """
     T = model.config.block_size
     where = next(model.parameters()).device
-    rolls = T > 1 and model.config.rolls
+    window = T if T > 1 and model.config.rolls else None
     rows = [list(prompt[-T:]) for prompt in prompts]
     if not rows or not all(rows):
         raise ValueError("there must be a prompt, and each must have at least one byte")
+    if draft is not None and (len(rows) > 1 or not use_cache):
+        raise ValueError("a draft is for a lone row with a cache")
+    repetition = None
+    if repetition_penalty != 1:
+        repetition = Repetition(prompts, repetition_penalty, repetition_window, where)
+    reader = plan_of(model) if len(rows) == 1 and use_cache and log is None else None
+    if reader is None and draft is not None:
+        reader = ByModel(model, T, window)
+    if reader is not None:
+        cache = getattr(reader, "cache", None)
+        steps = _alone(reader, rows[0], length, generator, T, window is not None, draft, repetition, how)
+    else:
+        cache = model.new_cache(len(rows), T, window=window) if use_cache else None
+        steps = _together(model, rows, length, generator, cache, window, repetition, how)
+    try:
+        yield from steps
+    finally:
+        if log is not None and cache is not None:
+            print(*cache.log(), sep="\n", file=log)
+
+
+def _together(model, rows, length, generator, cache, window, repetition, how):
+    """`generate` for all rows at once, with a Cache or None."""
+    T, where, rolls = model.config.block_size, next(model.parameters()).device, window is not None
     n_bytes = torch.tensor([len(row) for row in rows])           # bytes of each row so far
     columns = int(n_bytes.max())
     x = torch.tensor([[0] * (columns - len(row)) + row for row in rows], device=where)   # (B, columns), padded left
     recent, held = [x], columns                                  # what a restart would read, and its bytes
     positions = _left_padded(n_bytes, columns, where)
-    window = T if rolls else None
-    if draft is not None and (len(rows) > 1 or not use_cache):
-        raise ValueError("a draft is for a lone row with a cache")
-    reader = plan_of(model) if len(rows) == 1 and use_cache and log is None else None
-    if reader is None and draft is not None:
-        reader = ByModel(model, T, window)
-    if reader is not None:
-        yield from _alone(reader, rows[0], length, generator, T, rolls, draft, how)
-        if log is not None:
-            print(*reader.cache.log(), sep="\n", file=log)
-        return
-    cache = model.new_cache(len(rows), T, window=window) if use_cache else None
     for step in range(length):
         if not rolls and held > T:                               # the window is full: start again from its last half
             if cache is not None:
@@ -258,24 +320,24 @@ def generate(model, prompts, length, generator=None, use_cache=True, log=None, d
             x = torch.cat(recent, 1)[:, -max(1, T // 2):]
             recent, held = [x], x.size(1)
             positions = _left_padded(n_bytes + step, x.size(1), where)
-        if use_cache:
+        if cache is not None:
             logits = model(x, positions=positions, cache=cache)[:, -1]                   # (B, V)
         else:
             logits = model(torch.cat(recent, 1), positions=positions, window=window)[:, -1]
-        token = draw(logits, generator, **how)
+        token = draw(logits if repetition is None else repetition.penalise(logits), generator, **how)
+        if repetition is not None:
+            repetition.add(token)
         yield token
         x = token[:, None]                                                               # (B, 1)
         if positions is not None:
             ahead = positions[:, -1:] + 1
-            positions = ahead if use_cache else torch.cat((positions, ahead), 1)
-        if not (rolls and use_cache):
+            positions = ahead if cache is not None else torch.cat((positions, ahead), 1)
+        if not rolls or cache is None:
             recent.append(x)
             held += 1
-    if log is not None and use_cache:
-        print(*cache.log(), sep="\n", file=log)
 
 
-def _alone(reader, text, length, generator, T, rolls, draft, how):
+def _alone(reader, text, length, generator, T, rolls, draft, repetition, how):
     """`generate` for a lone row, by a Plan or ByModel."""
     new, text = text, list(text)
     take = _taker(length, generator, **how)
@@ -292,14 +354,19 @@ def _alone(reader, text, length, generator, T, rolls, draft, how):
             guesses = draft.guess(min(most, length - 1), reader.costs)
             draft.passes += 1
         for i, scores in enumerate(reader.read(new + guesses)[-1 - len(guesses):]):
+            if repetition is not None:
+                scores = repetition.penalise(torch.from_numpy(scores)[None])[0].numpy()
             token = take(scores)
-            yield torch.tensor([token])
             length -= 1
             if not rolls:
                 text.append(token)
             if draft is not None:
                 draft.add(token)
                 draft.bytes += 1
+            drawn = torch.tensor([token])
+            if repetition is not None:
+                repetition.add(drawn)
+            yield drawn
             if i < len(guesses) and token != guesses[i]:
                 reader.crop(len(guesses) - i)
                 break
@@ -330,3 +397,55 @@ def _left_padded(n_bytes, columns, device):
     if bool((n_bytes >= columns).all()):
         return None
     return (torch.arange(columns) - (columns - n_bytes.clamp(max=columns))[:, None]).clamp(min=-1).to(device)
+
+
+@torch.inference_mode()
+def beam_search(model, prompt, length, n_beams, length_penalty=1.0, stop=None, log=None):
+    """The n_beams best texts after a prompt that were found, best first: [(score, ids, nats)], where nats are -ln p of
+    the ids, a list, and score is nats / len(ids) ** length_penalty, as Hugging Face's beams have it: less is better.
+
+    At every step the n_beams likeliest continuations of all beams go on; of equal ones those of smaller ids. What
+    `stop`, a Stop, ends is set aside if it is among these, and the next one goes on in its place. It is over after
+    `length` ids, or when n_beams have ended and no beam can become better than these. Prompt, windows and log are as in
+    `generate`; length_penalty must not be negative.
+    """
+    T = model.config.block_size
+    window = T if T > 1 and model.config.rolls else None
+    cache = model.new_cache(1, T, window=window)
+    x = text = torch.tensor([list(prompt[-T:])], device=model.embed.device)              # (B, n), B is 1 at first
+    beams, ended = [(0.0, [], stop or Stop((), lambda token: b""))], []                  # nats, ids, Stop; by their ids
+
+    def score(nats, n):
+        return nats / max(n, 1) ** length_penalty
+    for n in range(1, length + 1):
+        if window is None and text.size(1) > T:                  # full: start again from the last half
+            cache.reset()
+            x = text = text[:, -max(1, T // 2):]
+        costs = -model(x, cache=cache)[:, -1].cpu().double().log_softmax(-1).numpy()     # (B, V)
+        costs += np.array([[nats] for nats, *_ in beams])
+        going = []                                               # (parent, id, beam)
+        for rank, place in enumerate(costs.argsort(axis=None, kind="stable")):
+            parent, token = divmod(int(place), costs.shape[1])
+            _, ids, end = beams[parent]
+            nats, ids, end = float(costs[parent, token]), [*ids, token], copy.copy(end)
+            end.add(token)
+            if not end.done:
+                going.append((parent, token, (nats, ids, end)))
+            elif rank < n_beams:
+                ended.append((score(nats, n), ids, nats))
+            if len(going) == n_beams:
+                break
+        ended = sorted(ended)[:n_beams]
+        best = min((beam[0] for *_, beam in going), default=math.inf)
+        if not going or len(ended) == n_beams and ended[-1][0] < score(best, length):
+            break
+        parents, tokens, beams = zip(*sorted(going))
+        parents, x = (torch.tensor(column, device=x.device) for column in (parents, tokens))
+        cache, x = cache.fork(parents.bincount(minlength=len(costs))), x[:, None]        # in the order of their parents
+        if window is None:
+            text = torch.cat((text[parents], x), 1)
+    else:
+        ended = sorted(ended + [(score(nats, length), ids, nats) for nats, ids, _ in beams])[:n_beams]
+    if log is not None:
+        print(*cache.log(), sep="\n", file=log)
+    return ended

@@ -1,12 +1,16 @@
-"""What train_facts.py trains and evaluate.py asks, each said once: text, facts about people, associative recall.
+"""What train_facts.py trains and evaluate.py asks, each said once: text, facts about people, associative recall,
+choices between texts.
 
 A task opens its data from a dict of settings. `measure` asks a model under one of its `protocols` and yields (line of
 metrics, what it was counted from); `prepare` makes the batches to train on, and then `evaluate` and `last` are what a
 trainer logs. `say`, `result` and `cost` read a line of any task.
 """
+import json
 import math
+import re
 import time
 from collections import Counter
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -163,6 +167,104 @@ def answered(model, x, y, batch_size=512):
             nats += F.cross_entropy(logits.float(), b[here], reduction="sum").item()
     prompts = int((y >= 0).sum())
     return dict(protocol="mqar", accuracy=right / prompts, loss=nats / prompts, prompts=prompts)
+
+
+# --- Choices between texts ---
+
+def read_choices(path):
+    """[(context, [choice], answer)] of a .jsonl file: a line has `context`, `choices` and `answer`, or is HellaSwag's,
+    with `ctx`, `endings`, `label`, whose texts are made as lm-evaluation-harness 0.4.13 makes them. UserError, naming
+    the line: what is missing or of another kind, fewer than two choices, an empty one, an answer that is none."""
+    try:
+        lines, found = Path(path).read_text(encoding="utf-8").splitlines(), []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--tasks {path}: {getattr(error, 'strerror', None) or 'it is no UTF-8'}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            found += [_choices(json.loads(line))] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            said = "it is no JSON" if isinstance(error, (json.JSONDecodeError, RecursionError)) else error
+            raise UserError(f"{path}, line {number}: {said}") from None
+    if not found:
+        raise UserError(f"--tasks {path}: it has no question")
+    return found
+
+
+def _choices(d):
+    """(context, choices, answer) of a line's value. ValueError: what is wrong with it."""
+    names = "context", "choices", "answer"
+    if isinstance(d, dict) and "endings" in d:
+        names = "ctx", "endings", "label"
+    if not isinstance(d, dict) or any(name not in d for name in names):
+        raise ValueError("it needs context, choices and answer, or HellaSwag's ctx, endings and label")
+    context, choices, answer = (d[name] for name in names)
+    if not isinstance(context, str) or not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+        raise ValueError(f"{names[0]} must be a text, {names[1]} a list of texts")
+    if names[0] == "ctx":
+        parts = [d.get(name) for name in ("activity_label", "ctx_a", "ctx_b")]
+        if all(isinstance(part, str) for part in parts):
+            context = f"{parts[0]}: {parts[1]} {parts[2].capitalize()}"
+        context, *choices = map(_without_brackets, (context, *choices))
+        answer = int(answer) if isinstance(answer, str) and answer.isdecimal() else answer
+    if len(choices) < 2 or "" in choices:
+        raise ValueError(f"{names[1]} must be two or more, none empty")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise ValueError(f"{names[2]} must be from 0 to {len(choices) - 1}, the number of a choice")
+    return context, choices, answer
+
+
+def _without_brackets(text):
+    """A text of HellaSwag without what WikiHow left in it."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def encode_choice(tokenizer, context, choice, config):
+    """(ids, n): the last n of the ids are those of a choice behind its context, as lm-evaluation-harness has them.
+
+    Between the two is a space. White space at the end of the context counts as the choice's. What both make together is
+    encoded, and the choice has what is longer than the context's ids alone. In place of an empty context is the id that
+    ends a document, or a newline. Of more than block_size + 1 ids the first are cut off. UserError: the choice alone
+    has more than block_size, or none.
+    """
+    start, T = context.rstrip(), config.block_size
+    before = tokenizer.encode(start or "\n")
+    if start:
+        ids = tokenizer.encode(f"{context} {choice}")
+    else:
+        before = [tokenizer.size] if config.vocab_size == tokenizer.size + 1 else before
+        ids = before + tokenizer.encode(f" {choice}")
+    n = len(ids) - len(before)
+    if not 0 < n <= T:
+        raise UserError(f"the choice {choice[:40]!r} has {n} ids, and the model's block_size is {T}")
+    return ids[-(T + 1):], n
+
+
+@torch.no_grad()
+def loglikelihoods(model, rows, batch_size=32):
+    """ln p, a list of float, of the last n of each row's ids after those before them; rows = [(ids, n)], of at most
+    block_size + 1 ids. Leaves the model in the mode it was in."""
+    found, order = [0.0] * len(rows), sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+    with evaluating(model):
+        for start in range(0, len(rows), batch_size):
+            batch = order[start:start + batch_size]
+            T = max(len(rows[i][0]) for i in batch)
+            ids = torch.tensor([rows[i][0] + [0] * (T - len(rows[i][0])) for i in batch])  # nothing looks ahead
+            end = torch.tensor([[len(rows[i][0]), rows[i][1]] for i in batch])
+            place = torch.arange(1, T)
+            here = (place < end[:, :1]) & (place >= end[:, :1] - end[:, 1:])             # (B, T - 1)
+            x, here = ids.to(model.embed.device), here.to(model.embed.device)
+            h, _ = model.stream(x[:, :-1], model.place(x[:, :-1], None))                 # (B, T - 1, C)
+            nats = target_bits(model.predict(h[here][None])[0], x[:, 1:][here]).cpu() * LN2
+            for i, cost in zip(batch, nats.split(end[:, 1].tolist())):
+                found[i] = -cost.sum().item()
+    return found
+
+
+def wilson(right, n, z=1.959964):
+    """(low, high): Wilson's interval (1927) of a share of which `right` of n were seen, 95 %."""
+    p, spread = right / n, z * z / n
+    middle, half = p + spread / 2, z * math.sqrt(p * (1 - p) / n + spread / n / 4)
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 
 # --- Tasks ---
@@ -332,6 +434,46 @@ class Recall(Task):
         return {"reachable": mqar.reachable(self.y.cpu(), self.x.cpu(), self.settings["window"])}
 
 
+class Choices(Task):
+    """Questions of files, each answered by the choice that the model finds likeliest.
+
+    Measures: `acc` by the sum of its log-likelihoods; over its characters `acc_norm`, over its bytes `acc_bytes`, both
+    as lm-evaluation-harness has them; over its ids `acc_tokens`. Of equal choices the first one counts.
+    """
+    unused = ("split", "dataset", "max_bytes", "database", "protocols", "resamples", "chunk", "samples")
+    header = (f"{'task':<20} {'measure':<10} {'accuracy':>9} {'95 % interval':>17} {'questions':>10} {'seconds':>8}")
+
+    def __init__(self, settings, where, paths, tokenizer):
+        super().__init__(settings, where)
+        self.tokenizer, self.questions = tokenizer, {path: read_choices(path) for path in paths}
+        self.protocols = tuple(self.questions)
+        self.source = ", ".join(f"{len(found):,} questions of {path}" for path, found in self.questions.items())
+
+    def measure(self, model, protocol, batch_size, few=None):
+        """Yields (line of metrics, None) of each measure. few: so many questions, evenly spread."""
+        began, asked, right = time.perf_counter(), self.questions[protocol], Counter()
+        n = min(few or len(asked), len(asked))
+        asked = [asked[i * len(asked) // n] for i in range(n)]
+        rows = [encode_choice(self.tokenizer, context, choice, model.config)
+                for context, choices, _ in asked for choice in choices]
+        scores = zip(loglikelihoods(model, rows, batch_size), (n for _, n in rows))
+        for _, choices, answer in asked:
+            likely = [(score, choice, ids) for choice, (score, ids) in zip(choices, scores)]
+            for name, size in (("acc", lambda choice, ids: 1), ("acc_norm", lambda choice, ids: len(choice)),
+                               ("acc_bytes", lambda choice, ids: len(choice.encode())),
+                               ("acc_tokens", lambda choice, ids: ids)):
+                shares = [score / size(choice, ids) for score, choice, ids in likely]
+                right[name] += shares.index(max(shares)) == answer
+        for name, count in right.items():
+            yield dict(protocol=protocol, measure=name, accuracy=count / n, prompts=n,
+                       evaluation_seconds=time.perf_counter() - began), None
+
+    def row(self, line, *_):
+        low, high = wilson(round(line["accuracy"] * line["prompts"]), line["prompts"])
+        return (f"{Path(line['protocol']).name:<20} {line['measure']:<10} {line['accuracy']:>9.4f} "
+                f"{low:>7.4f} .. {high:.4f} {line['prompts']:>10,} {line['evaluation_seconds']:>8.1f}")
+
+
 def kind_of(settings):
     """The class of the task that a script's settings name; of a script that has no setting `task`, Text."""
     return {"text": Text, "mqar": Recall}.get(settings.get("task", "text"), Facts)
@@ -350,7 +492,7 @@ def result(line):
         return f"{line['bpb']:.4f} bits/byte"
     if "people" in line:
         return f"{line['people']} people {line['accuracy']:.4f} of {line['prompts']:,} answers right"
-    return f"accuracy {line['accuracy']:.4f} of {line['prompts']:,} queries"
+    return f"{line.get('measure', 'accuracy')} {line['accuracy']:.4f} of {line['prompts']:,} queries"
 
 
 def say(line):

@@ -1,6 +1,6 @@
 """What a split costs: every byte scored once under each protocol against a pass of its own, intervals, uniform and
-broken models, modes and generators left alone; evaluate.py as a person sees it, and --watch beside a trainer that
-writes, prunes, dies, goes back and resumes."""
+broken models, modes and generators left alone; choices between texts; evaluate.py as a person sees it, and --watch
+beside a trainer that writes, prunes, dies, goes back and resumes."""
 import json
 import math
 import shutil
@@ -11,6 +11,8 @@ import torch
 
 import evaluate
 import toy
+from choices import raises_one_line
+from data.tokens import BytePairs, Bytes
 from model import Attention
 from nanolab import tasks
 from nanolab.run import UserError, load_checkpoint, run_metrics
@@ -207,6 +209,104 @@ def test_interval_of_a_short_last_chunk_of_too_few_bytes_and_of_ids():
     assert not any(map(math.isnan, noisy(20).interval(chunk=10)))
 
 
+# ---- choices between texts ----
+
+QUESTIONS = """\
+{"context": "The cat sat on the", "choices": ["mat", "moon and the stars", "é€"], "answer": 2}
+{"context": "ends in a space ", "choices": ["the", "then the", "t"], "answer": 1}
+{"context": "", "choices": ["The the", "he", "ü"], "answer": 1}
+{"context": " \\n", "choices": ["x", "yy"], "answer": 1}
+
+{"context": "more than twenty-four bytes, whose beginning is lost", "choices": ["the", "and a long one"], "answer": 1}
+{"ctx": " He [x] goes on [title] Then", "endings": ["[step] the end", "stops  [title] the"], "label": 1, "more": 0}
+{"ctx": "", "ctx_a": "A MAN sits.", "ctx_b": "he THEN", "activity_label": "Sit", "endings": ["é€ü", "bb"], "label": "0"}
+{"context": "2 + 2 =", "choices": ["4", "four", "the 5th"], "answer": 2}
+"""
+BPE = BytePairs([*(bytes([i]) for i in range(256)), b"he", b" t", b" the"])
+MEASURES = {"acc": lambda choice, nats: 1, "acc_norm": lambda choice, nats: len(choice),
+            "acc_bytes": lambda choice, nats: len(choice.encode()), "acc_tokens": lambda choice, nats: len(nats)}
+
+
+def nats_of(model, tokenizer, context, choice):
+    """-ln p of a choice and its ids, each from a pass of its own over what block_size has left before it."""
+    before = tokenizer.encode(context.rstrip()) or [259 if tokenizer is BPE else 10]
+    ids = before + tokenizer.encode((context[len(context.rstrip()):] if context.strip() else "") + " " + choice)
+    start = max(0, len(ids) - model.config.block_size - 1)
+    with torch.no_grad():
+        return [bits_of(model(torch.tensor([ids[start:k]]))[0, -1], ids[k]) * math.log(2)
+                for k in range(len(before), len(ids))]
+
+
+@pytest.mark.parametrize("tokenizer", [Bytes(), BPE], ids=["bytes", "pairs"])
+def test_choices_are_the_likeliest_of_a_slow_sum(tokenizer, tmp_path):
+    """By sum, and over characters, bytes and ids, which choose otherwise; in any batch."""
+    (tmp_path / "q").write_text(QUESTIONS)
+    model = build("learned", block_size=24, vocab_size=260 if tokenizer is BPE else 256)
+    with torch.no_grad():
+        model.heads[0].mul_(0.05)                                # or one byte of many decides
+    task = tasks.Choices({}, None, [tmp_path / "q"], tokenizer)
+    [asked] = task.questions.values()
+    pairs = [(context, choice) for context, choices, _ in asked for choice in choices]
+    nats = {pair: nats_of(model, tokenizer, *pair) for pair in pairs}
+    for batch_size in (1, 5, 99):
+        rows = [tasks.encode_choice(tokenizer, *pair, model.config) for pair in pairs]
+        found = tasks.loglikelihoods(model, rows, batch_size)
+        assert found == pytest.approx([-sum(nats[pair]) for pair in pairs], rel=1e-5)
+
+    def right(size, context, choices, answer):
+        best, second, *_ = sorted((sum(nats[context, choice]) / size(choice, nats[context, choice]), i)
+                                  for i, choice in enumerate(choices))
+        assert second[0] - best[0] > 1e-3
+        return best[1] == answer
+    for few, questions in ((None, asked), (2, [asked[0], asked[4]])):
+        lines = [line for line, _ in task.measure(model, tmp_path / "q", 3, few)]
+        counts = {name: sum(right(size, *question) for question in questions) for name, size in MEASURES.items()}
+        assert {line["measure"]: line["accuracy"] * line["prompts"] for line in lines} == counts
+        assert {line["prompts"] for line in lines} == {len(questions)}
+        assert few or len({*counts.values()}) > 2
+
+
+def test_how_a_line_is_read(tmp_path):
+    (tmp_path / "q").write_text(QUESTIONS)
+    read = tasks.read_choices(tmp_path / "q")
+    assert read[1] == ("ends in a space ", ["the", "then the", "t"], 1) and len(read) == 8
+    assert read[5:7] == [("He goes on. Then", [" the end", "stops . the"], 1),
+                         ("Sit: A MAN sits. He then", ["é€ü", "bb"], 0)]
+
+
+@pytest.mark.parametrize("right, n", [(0, 3), (3, 3), (1, 2), (17, 90), (9_000, 10_042)])
+def test_wilson_is_where_the_score_test_rejects(right, n):
+    """The shares p at which |right / n - p| is 1.96 of their own standard errors, by bisection."""
+    def edge(low, high):                                         # of which the first is not rejected
+        for _ in range(60):
+            p = (low + high) / 2
+            low, high = (p, high) if abs(right / n - p) < 1.959964 * math.sqrt(p * (1 - p) / n) else (low, p)
+        return low
+    share = min(max(right / n, 1e-9), 1 - 1e-9)
+    assert tasks.wilson(right, n) == pytest.approx((edge(share, 0.0), edge(share, 1.0)), abs=1e-6)
+
+
+@pytest.mark.parametrize("line, said", [
+    ("", "it has no question"), ("\n\n", "no question"), ("{", "line 1: it is no JSON"), ("[1]", "it needs context"),
+    ('{"context": "a", "choices": ["a", "b"]}', "context, choices and answer"), ("[" * 99_999, "no JSON"),
+    ('{"context": "a", "choices": ["a", "b"], "answer": 2}', "answer must be from 0 to 1"),
+    ('{"context": "a", "choices": ["a", "b"], "answer": -1}', "from 0 to 1"),
+    ('{"context": "a", "choices": ["a", "b"], "answer": true}', "answer must be"),
+    ('{"context": "a", "choices": ["a", "b"], "answer": "0"}', "answer must be"),
+    ('{"ctx": "a", "endings": ["a", "b"], "label": ""}', "label must be"),
+    ('{"ctx": "a", "endings": ["a", "[x]"], "label": 0}', "endings must be two or more, none empty"),
+    ('{"context": "a", "choices": [], "answer": 0}', "choices must be two or more"),
+    ('{"context": "a", "choices": ["a"], "answer": 0}', "two or more"),
+    ('{"context": "a", "choices": ["a", 2], "answer": 0}', "a list of texts"),
+    ('{"context": 1, "choices": ["a", "b"], "answer": 0}', "context must be a text"),
+    ('{"context": "a", "choices": ["a", "ten bytes"], "answer": 0}', "'ten bytes' has 10 ids, and the model's"),
+    ('{"context": "a", "choices": ["a", "\\ud800"], "answer": 0}', "half a character")], ids=str)
+def test_questions_that_cannot_be_asked_cost_one_line(line, said, tmp_path):
+    (tmp_path / "q").write_text(line)
+    with raises_one_line(said):
+        next(tasks.Choices({}, None, [tmp_path / "q"], Bytes()).measure(build(), tmp_path / "q", 4))
+
+
 # ---- the command ----
 
 @pytest.fixture
@@ -238,13 +338,33 @@ def test_main_prints_the_table(run):
     assert table(out) == {"block": ("test", pytest.approx(score(halved, text(4000)[3800:]).bpb, abs=2e-4), 200)}
 
 
+def test_main_asks_tasks(tmp_path):
+    """A model that knows nothing chooses the first of the shortest, or of all."""
+    model = build(block_size=24)
+    with torch.no_grad():
+        model.heads[0].zero_()
+    for name in "pq":
+        (tmp_path / name).write_text(QUESTIONS)
+    words = [toy.save(tmp_path, model), "--tasks", f"{tmp_path / 'q'}, {tmp_path / 'p'}"]
+    status, out, err = run_main(evaluate, *words)
+    rows = [line.split() for line in out.splitlines()[2:]]
+    assert (status, err) == (0, "") and f"8 questions of {tmp_path / 'q'}" in out
+    assert [row[:2] for row in rows] == [[name, measure] for name in "qp" for measure in MEASURES]
+    low, high = tasks.wilson(1, 8)
+    assert rows[0][2:7] == ["0.1250", f"{low:.4f}", "..", f"{high:.4f}", "8"]
+    assert [row.split()[6] for row in run_main(evaluate, *words, "--prompts", 3)[1].splitlines()[2:]] == ["3"] * 8
+
+
 @pytest.mark.parametrize("words, said, change", [
     ([], "which run", {}), (["{run}/other.pt"], "other.pt", {}),
     (["{run}", "--protocols", "block,strid:3"], "unknown protocol 'strid:3'", {}),
     (["{run}", "--protocols", "block,stride:99"], "block_size (8)", {}),
     (["{run}", "--split", "valid"], "--split valid", {}),
     (["{run}", "--weights", "ema"], "no averaged weights", dict(ema=None)),
-    (["{run}", "--samples", "2"], "no posterior", {}),
+    (["{run}", "--samples", "2"], "no posterior", {}), (["{run}", "--tasks", "{run}/q"], "No such file", {}),
+    (["{run}", "--tasks", "{run}/last.pt"], "no UTF-8", {}),
+    (["{run}", "--tasks", "q", "--split", "test"], "--split has no effect beside --tasks", {}),
+    (["{run}", "--tasks", "q"], "not on text", dict(script="train_facts", task="in_weight")),
     (["{run}", "--samples", "2", "--protocols", "block,cache"], "block and stride:S", {}),
     (["{run}", "--protocols", "block,cache"], "positions learned", dict(positions="learned")),  # before the first pass
 ], ids=str)
@@ -252,6 +372,8 @@ def test_main_errors_are_one_line(words, said, change, run, monkeypatch):
     loaded = torch.load(run / "last.pt", weights_only=True)
     if "positions" in change:
         change = dict(model=build("learned").state_dict(), settings={**loaded["settings"], **change})
+    if "task" in change:
+        change["settings"] = {**loaded["settings"], "task": change.pop("task")}
     torch.save({**loaded, **change}, run / "last.pt")
     monkeypatch.setattr(tasks, "score", lambda *_: pytest.fail("a pass was begun"))
     status, out, err = run_main(evaluate, *(word.format(run=run) for word in words))
@@ -316,6 +438,10 @@ def test_the_trainers_best_is_left_alone_and_mistakes_are_one_line(forks, tmp_pa
     after = (run / "best.pt").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert [line["step"] for line in lines(tmp_path)] == [20]
+    (tmp_path / "q").write_text(QUESTIONS)
+    for _ in range(2):
+        evaluated("--watch", run, "--tasks", tmp_path / "q")
+        assert [line.get("measure") for line in lines(tmp_path)] == [None, *MEASURES]
     refused("no run is there", "--watch", tmp_path / "none", "--patience", 0)
     refused("which run?", "a", "--watch", "b")
     (run / "evaluation.jsonl").unlink()

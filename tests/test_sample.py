@@ -1,8 +1,12 @@
 """Text from a checkpoint: what each filter leaves, what is drawn, generation against a new pass for every byte (sliding
-windows, restarts, ragged prompts), one seed one text, and sample.py as a person sees it."""
+windows, restarts, ragged prompts), beams against all texts there are, one seed one text, and sample.py as a person sees
+it."""
 import contextlib
 import io
+import itertools
+import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -17,7 +21,8 @@ import variants
 from kernels import GATES, PLAIN
 from model import MIXERS, Attention, TransformerConfig
 from nanolab import settings as flags
-from nanolab.generate import Draft, Ngrams, draw, draw_alone, filter_logits, first_past, generate
+from nanolab.generate import (Draft, Ngrams, Stop, beam_search, draw, draw_alone, filter_logits, first_past,
+                              generate)
 from nanolab.plan import SPARE, Plan, plan_of
 from toy import T, run_main
 
@@ -201,6 +206,106 @@ def test_prompts_and_lengths():
         torch.testing.assert_close(logits, model(torch.tensor([7, *written[:-1]])[:, None])[:, 0], atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("penalty, window", [(3.0, None), (0.5, 4), (1.7, 1)])
+def test_what_was_there_is_penalised(penalty, window):
+    """Each id of a row's own text, also of what no pass reads any more, once, whatever its sign, and no other."""
+    model, prompts = build(), [b"ab", b"a prompt that is longer than T", b"q"]
+    written = tokens(model, prompts, 20, temperature=0, repetition_penalty=penalty, repetition_window=window)
+    raw, found = (choices.followed(torch.tensor(written).T, model, prompts, **how) for how in (
+        {}, dict(repetition_penalty=penalty, repetition_window=window)))
+    for step, b in itertools.product(range(20), range(3)):
+        there = [*prompts[b], *written[b][:step]]
+        there = {*there} if window is None else {*there[-window:]}
+        wanted = torch.tensor([x if i not in there else x / penalty if x > 0 else x * penalty
+                               for i, x in enumerate(raw[step, b].tolist())])
+        torch.testing.assert_close(found[step, b], wanted)
+        assert wanted.argmax() == written[b][step]
+
+
+# ---- where a text ends ----
+
+@pytest.mark.parametrize("strings", [["ab"], ["aab", "b"], ["abab", "ba"], ["abaab", "bb", "aaa"], ["x"], []], ids=str)
+def test_a_text_ends_where_its_bytes_have_a_stop_string(strings):
+    """Shown is all that cannot be the beginning of one; ids of one to three bytes."""
+    pieces, strings, ended = [b"a", b"b", b"ab", b"baa"], [string.encode() for string in strings], 0
+    for ids in itertools.product(range(4), repeat=5):
+        stop, text, shown = Stop(strings, pieces.__getitem__), b"", b""
+        for i in ids:
+            found = [at for at in (text.find(string) for string in strings) if at >= 0]
+            text, shown = text + (b"" if found else pieces[i]), shown + stop.add(i)
+            found = [at for at in (text.find(string) for string in strings) if at >= 0]
+            assert stop.done == bool(found)
+            waits = [n for n in range(len(text)) if any(len(text) - n < len(string) and string.startswith(text[n:])
+                                                        for string in strings)]
+            assert shown == text[:min(found or waits or [len(text)])] and stop.held == text[len(shown):] * (not found)
+        ended += stop.done
+    assert (ended > 0) == (strings not in ([], [b"x"]))
+
+
+# ---- beams ----
+
+def letter(i):
+    return bytes([97 + i])
+
+
+def best_of_all(model, prompt, length, penalty, stop):
+    """All texts that end with `stop`, or with `length` ids, as beam_search says them: each by a pass of its own."""
+    V, found = model.config.vocab_size, {}
+    for ids in itertools.product(range(V), repeat=length):
+        text = b"".join(map(letter, ids))
+        n = text.find(stop) + len(stop) if stop in text else length
+        found[ids[:n]] = None
+    x = torch.tensor([[*prompt, *ids, *[0] * (length - len(ids))] for ids in found])
+    with torch.no_grad():
+        p = model(x[:, :-1]).double().log_softmax(-1).gather(2, x[:, 1:, None])[:, len(prompt) - 1:, 0]
+    nats = [-row[:len(ids)].sum().item() for ids, row in zip(found, p)]
+    return sorted((cost / len(ids) ** penalty, [*ids], cost) for ids, cost in zip(found, nats))
+
+
+def assert_same_beams(found, wanted):
+    assert [ids for _, ids, _ in found] == [ids for _, ids, _ in wanted]
+    for column in (0, 2):
+        assert [beam[column] for beam in found] == pytest.approx([beam[column] for beam in wanted], rel=1e-9)
+
+
+@pytest.mark.parametrize("settings", [*(dict(mixer=mixer, short_conv=2) for mixer in MIXERS), dict(
+    shorten=2, n_layer=4, mixer="full,window"), dict(positions="learned")], ids=variants.name_of)
+def test_beams_without_end_find_the_best_of_all_texts(settings):
+    model = variants.build(vocab_size=3, **{**settings, "block_size": 16}).double()
+    for penalty, stop in ((1.0, b"ba"), (0.0, b"c")):
+        found = beam_search(model, [1, 0, 2], 4, 99, penalty, Stop([stop], letter))
+        assert_same_beams(found, best_of_all(model, [1, 0, 2], 4, penalty, stop))
+        assert len({len(ids) for _, ids, _ in found}) > 2 and len(found) < 99
+
+
+def searched(model, prompt, length, n_beams, penalty, stops):
+    """beam_search as it is defined: no cache, nothing left early; stops: ids that end a text."""
+    beams, ended = [(0.0, [])], []
+    for n in range(1, length + 1):
+        costs = sorted((nats - logp, [*ids, token]) for nats, ids in beams for token, logp in enumerate(
+            recomputed(model, [prompt], [[*ids, 0]])[-1, 0].double().log_softmax(-1).tolist()))
+        assert costs[n_beams][0] - costs[n_beams - 1][0] > 1e-9
+        ended += [(nats / n ** penalty, ids, nats) for nats, ids in costs[:n_beams] if ids[-1] in stops]
+        beams = [beam for beam in costs if beam[1][-1] not in stops][:n_beams]
+    return sorted(ended + [(nats / length ** penalty, ids, nats) for nats, ids in beams])[:n_beams]
+
+
+@pytest.mark.parametrize("positions, penalty, stops", [
+    ("learned", 1.0, []), ("rope", 1.0, range(0, 256, 3)), ("rope", 0.0, range(0, 256, 9))], ids=str)
+def test_few_beams_are_those_of_the_definition(positions, penalty, stops, monkeypatch):
+    """Past block_size; what has ended stops the others neither too early nor too late."""
+    model, passes = build(positions), []
+    with torch.no_grad():
+        model.heads[0].mul_(0.1)                                 # or the first beam would win by far
+    with monkeypatch.context() as patch:
+        patch.setattr(Attention, "attend", Attention.attend if positions == "learned" else toy.banded)
+        wanted = searched(model, b"ab", 10, 3, penalty, stops)
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    stop = Stop([bytes([i]) for i in stops], lambda i: bytes([i]))
+    assert_same_beams(beam_search(model, b"ab", 10, 3, penalty, stop), wanted)
+    assert len(passes) == 10 if penalty else len(passes) < 10
+
+
 # ---- a lone row by a plan ----
 
 def noisy(**settings):
@@ -277,7 +382,9 @@ def test_what_no_plan_is_made_of():
     assert plan_of(model) is None
 
 
-DRAWN = [dict(temperature=0), dict(temperature=0.5), dict(temperature=0.7, top_k=9), dict(temperature=0.5, top_p=0.9)]
+DRAWN = [dict(temperature=0), dict(temperature=0.5), dict(temperature=0.7, top_k=9), dict(temperature=0.5, top_p=0.9),
+         dict(temperature=0.5, repetition_penalty=1.5, repetition_window=9),
+         dict(temperature=0, repetition_penalty=2.0)]
 
 
 def spoken(model, how, draft=None, n=40):
@@ -304,7 +411,7 @@ def test_a_plan_writes_the_text_of_the_model(positions, how, monkeypatch):
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_drafts_leave_the_text_as_it_is(mixer):
     """Good guesses and bad ones, past the window, in every mixer that can go back; one line from the others."""
-    model, how = variants.build(mixer, short_conv=2, n_layer=2).double(), DRAWN[len(mixer) % 2]
+    model, how = variants.build(mixer, short_conv=2, n_layer=2).double(), DRAWN[len(mixer) % 2 * 4]
     if mixer in ("mamba", "mingru", "compressive"):
         with choices.raises_one_line("mixer", mixer, "cannot go back"):
             spoken(model, how, Draft())
@@ -372,6 +479,41 @@ def test_main_hands_every_setting_on_and_writes_each_row(n, how, run):
         "--- sample 1 of 2 ---\nab\n--- sample 2 of 2 ---\nab\n")
 
 
+def test_main_ends_each_row_at_its_own_stop_string(run):
+    """A long one across guesses and passes; of several the one that comes first; bytes that are no UTF-8."""
+    text = bytes(tokens(build(), [b"The "], 30)[0])
+    n, stop = text.find(text[9:12]), text[9:12].decode(errors="surrogateescape")
+    (run / "text").write_bytes(text)
+    for said, more in (("", []), ("", ["--no-cache"]), ("ring", ["--log_cache"]),
+                       (f"{n + 3} drawn in ", ["--draft", run / "text"])):
+        status, out, err = run_main(sample, run, "--prompt", "The ", "--length", 30, "--greedy", "--stop", stop, *more)
+        assert (status, out) == (0, (b"The " + text[:n]).decode(errors="replace") + "\n")
+        assert said in err if said else not err
+    rows = [bytes(row) for row in tokens(build(), [b"ab"] * 3, 20, temperature=2.0)]
+    ends = [rows[0][4:5], rows[1][11:13], rows[1][17:18]]
+    rows = [row[:min([at for at in map(row.find, ends) if at >= 0], default=None)] for row in rows]
+    assert len(rows[0]) <= 4 < len(rows[1]) <= 11
+    words = json.dumps([end.decode(errors="surrogateescape") for end in ends])
+    _, out, _ = run_main(sample, run, "--prompt", "ab", "--n_samples", 3, "--length", 20, "--seed", 5, "--temperature",
+                         2, "--stop", words)
+    assert out == "".join(f"--- sample {i} of 3 ---\n{(b'ab' + row).decode(errors='replace')}\n"
+                          for i, row in enumerate(rows, 1))
+
+
+def test_main_prints_the_best_beams_and_their_nats(run):
+    stop = bytes(beam_search(build(), b"The ", 9, 4, 0.5)[1][1][3:5])
+    found = beam_search(build(), b"The ", 9, 4, 0.5, Stop([stop], lambda i: bytes([i])))[:3]
+    status, out, err = run_main(
+        sample, run, "--prompt", "The ", "--length", 9, "--n_beams", 4, "--length_penalty", 0.5, "--n_samples", 3,
+        "--stop", stop.decode(errors="surrogateescape"), "--log_cache")
+    texts = [(b"The " + bytes(ids).partition(stop)[0]).decode(errors="replace") for _, ids, _ in found]
+    parts = re.split(r"--- beam (.) of 4: (.*) nats, score (.*) ---\n", out)
+    assert (status, parts[1::4], parts[4::4]) == (0, ["1", "2", "3"], [text + "\n" for text in texts])
+    for place, column in ((2, 2), (3, 0)):
+        assert [*map(float, parts[place::4])] == pytest.approx([beam[column] for beam in found], abs=1e-3)
+    assert err.count("ring") == 2 and len({len(ids) for _, ids, _ in found}) > 1
+
+
 class Screen(io.StringIO):
     """A standard output that remembers what each flush showed."""
     def flush(self):
@@ -381,7 +523,7 @@ class Screen(io.StringIO):
 
 def speak(monkeypatch, spoken):
     """generate() yields the bytes of `spoken`, whatever the model says."""
-    monkeypatch.setattr(sample, "generate", lambda *_, **__: iter([torch.tensor([byte]) for byte in spoken]))
+    monkeypatch.setattr(sample, "generate", lambda *_, **__: (torch.tensor([byte]) for byte in spoken))
 
 
 @pytest.mark.parametrize("spoken, shown", [
@@ -413,7 +555,13 @@ def test_half_a_character_in_the_prompt_and_a_terminal_of_few(run, monkeypatch):
     (["{run}", "--weights", "ema"], "no averaged weights"), (["{run}", "--log_cache", "--no-cache"], "no cache to log"),
     (["{run}", "--draft", "lookup", "--n_samples", "2"], "--draft lookup"), (["{run}", "--draft", "."], "directory"),
     (["{run}", "--draft", "look"], "No such file"), (["{run}", "--draft", "lookup", "--no-cache"], "of one sample"),
-    (["{run}", "--greedy", "--top_k", "3"], "top_k")], ids=str)
+    (["{run}", "--greedy", "--top_k", "3"], "top_k"), (["{run}", "--stop", ""], "none empty"),
+    (["{run}", "--stop", "[]"], "a JSON list"), (["{run}", "--stop", '["a", 3]'], '--stop ["a", 3]'),
+    (["{run}", "--repetition_window", "3"], "without --repetition_penalty"),
+    (["{run}", "--length_penalty", "3"], "without --n_beams"), (["{run}", "--n_beams", "2", "--no-cache"], "a cache"),
+    (["{run}", "--n_beams", "2", "--n_samples", "3"], "their most"),
+    (["{run}", "--n_beams", "2", "--top_k", "3"], "on beams"),
+    (["{run}", "--n_beams", "2", "--draft", "lookup"], "--draft lookup")], ids=str)
 def test_main_errors_are_one_line(words, said, run):
     (run / "empty").mkdir()
     status, out, err = run_main(sample, *(word.format(run=run) for word in words))

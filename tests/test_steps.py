@@ -29,6 +29,7 @@ from model import from_checkpoint
 from models.world_actions import Signs
 from nanolab import run as experiment, settings as flags
 from nanolab.run import Run, load_checkpoint
+from nanolab.score import score
 from nanolab.world import Reader
 from scripts import TINY, curve, folder, typed
 from test_scripts import fresh
@@ -226,6 +227,28 @@ def validated(told):
     lines = [line for line in told.lines if line["split"] == "val" and "final" not in line]
     return [(line["step"], line.get("exact", line.get("accuracy", 0)), -line.get("bpb", line.get("nats", line["loss"])))
             for line in lines if line.get("model") in (None, "latent") and line.get("weights") in (None, "raw")]
+
+
+@pytest.mark.parametrize("protocol", ["stride:5", "cache"])
+def test_the_whole_split_is_scored_as_asked(done, text, protocol):
+    """In the middle and at the end; the windows, by which the best is chosen, stay those of the block protocol."""
+    told = done("train_enwik8", "run", **BASE["train_enwik8"] | dict(
+        dataset=text, max_steps=2, eval_interval=2, full_eval_interval=2, full_eval_protocol=protocol, ema_decay=0.0))
+    lines = [line for line in told.lines if line["split"] == "val"]
+    model = from_checkpoint(load_checkpoint(told.dir / "last.pt"), "raw").for_inference()
+    wanted = score(model, texts.load(str(text)).val, protocol).bpb
+    assert [line["protocol"] for line in lines] == [protocol, "block, 2 windows", protocol]
+    assert lines[0]["bpb"] == lines[2]["bpb"] == pytest.approx(wanted, rel=1e-6)
+    assert summary(told.dir)["best_bpb"] == lines[1]["bpb"] != wanted
+
+
+@pytest.mark.parametrize("protocol, said", [
+    ("cache", "cache is impossible past block_size 16 with positions learned: every cached state would need a new "
+              "position at each step; use block or stride:S"), ("stride:17", "S from 1 to block_size (16)")])
+def test_a_protocol_that_cannot_be_is_refused_at_the_start(launch, text, protocol, said):
+    told = launch("train_enwik8", "run", **BASE["train_enwik8"] | dict(
+        dataset=text, positions="learned", eval_interval=2, full_eval_protocol=protocol))
+    assert told.code == 2 and told.err.count("\n") == 1 and said in told.err and not told.dir.exists()
 
 
 @pytest.mark.parametrize("script", ["train_enwik8", "train_mult", "train_dvae"])

@@ -105,18 +105,20 @@ def test_fork_and_crop(name):
     """Back to where a pass began, with twins that go on by themselves; also to before rows became ragged."""
     model, x, y = made(name), text(), text(2, T, seed=5)
     for rows in ("ragged", "ragged later") if ragged(model.config) else ("alike",):
+        times = torch.tensor([0, 3]) if rows == "ragged" else 2
         places = padded((T, T - 4)) if rows == "ragged" else None
         cut = (lambda a, b: None) if places is None else lambda a, b: places[:, a:b]
         cache, late = model.new_cache(2, T, snapshots=3), cut(9, T)
         in_chunks(model, x[:, :9], [5, 4], cache, cut(0, 9))
-        twin = cache.fork(2)
+        twin = cache.fork(times)
         in_chunks(model, x[:, 9:], [8, T - 17], cache, torch.arange(9, T).repeat(2, 1) if "later" in rows else late)
         cache.crop(9)
         assert cache.length == 9 and twin.length == 9
         full = whole(model, torch.cat((x[:, :9], y[:, 9:]), 1), positions=places)[:, 9:]
         close(in_chunks(model, y[:, 9:], [1, T - 10], cache, late), full)
-        more = None if late is None else late.repeat_interleave(2, 0)
-        close(in_chunks(model, y[:, 9:].repeat_interleave(2, 0), [T - 9], twin, more), full.repeat_interleave(2, 0))
+        more = None if late is None else late.repeat_interleave(times, 0)
+        again = y[:, 9:].repeat_interleave(times, 0)
+        close(in_chunks(model, again, [T - 9], twin, more), full.repeat_interleave(times, 0))
         with pytest.raises(ValueError, match="holds 24"):
             cache.crop(T + 1)
         cache.crop(0)
