@@ -437,11 +437,12 @@ def draw_all(model, canvas, grids, found, run_dir, step, autocast):
     panels += [("reconstruction", written), ("codes", model.code_map(codes))]
     draw(folder / f"step_{step:08d}.png", panels, canvas, codebook_size)
 
-    counts = found["codes"][:, model.config.n_shape_codes:].flatten().bincount(minlength=codebook_size)
+    learned = model.numbered(found["codes"][:, model.config.n_shape_codes:])
+    counts = learned.flatten().bincount(minlength=codebook_size * model.config.n_books)
     figure = Figure(figsize=(6, 3), layout="constrained", dpi=80)
     axes = figure.subplots()
-    heights = counts.sort(descending=True).values / counts.sum() * codebook_size
-    axes.bar(range(codebook_size), heights.tolist(), width=1.0)
+    heights = counts.sort(descending=True).values / counts.sum() * len(counts)
+    axes.bar(range(len(counts)), heights.tolist(), width=1.0)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set(xlabel="code, by frequency", ylabel="frequency x codebook size", title=f"step {step}")
     with replacing(folder / f"usage_{step:08d}.png") as file:
@@ -449,7 +450,7 @@ def draw_all(model, canvas, grids, found, run_dir, step, autocast):
 
     base = codes[:4, None, None].expand(-1, 3, 3, -1).clone()    # 4 grids, 3 positions, 3 other codes each
     positions = torch.linspace(model.config.n_shape_codes, n_codes - 1, 3).round().long()
-    popular = counts.argsort(descending=True)[:3][torch.arange(3) % codebook_size]   # of two codes one comes twice
+    popular = counts.argsort(descending=True)[torch.arange(3) % len(counts)] % codebook_size   # of two one comes twice
     for p, position in enumerate(positions):
         base[:, p, :, position] = popular
     with autocast:

@@ -43,7 +43,7 @@ def rotated(value, x):
     """
     with torch.no_grad():
         a, b = F.normalize(x, dim=-1), F.normalize(value, dim=-1)
-        r = F.normalize(a + b, dim=-1)
+        r = F.normalize(a + b, dim=-1, eps=1e-4)             # of opposite ones rounding has no direction: then 0
         scale = value.norm(dim=-1, keepdim=True) / x.norm(dim=-1, keepdim=True).clamp(min=1e-6)
     along_r, along_a = ((x * u).sum(-1, keepdim=True) for u in (r, a))
     return straight_through(value, scale * (x - 2 * along_r * r + 2 * along_a * b))   # R = 1 - 2 r r^T + 2 b a^T
