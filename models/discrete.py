@@ -268,7 +268,8 @@ class VQ(Codebook):
 
 class SimVQ(VQ):
     """VQ whose codes are frozen Gaussian vectors times one learned matrix (Zhu et al. 2024, arXiv 2411.02038): what one
-    code learns moves all of them, so none is left behind. No means, no resets; loss |sg(x) - e|^2 + c |x - sg(e)|^2."""
+    code learns moves all of them, so none is left behind. No means, no resets. The loss |sg(x) - e|^2 + c |x - sg(e)|^2
+    is a mean over the width too: as VQ's sum it draws all x onto one code before there is anything to tell apart."""
 
     def __init__(self, size, width, similarity="cosine", commitment=0.25, rotation=False):
         nn.Module.__init__(self)
@@ -289,8 +290,8 @@ class SimVQ(VQ):
             return self.frozen @ self.turn
 
     def loss(self, x, e):
-        """That of VQ, and one that pulls the codes e to x."""
-        return super().loss(x, e) + (x.detach() - e).square().sum(-1).mean()
+        """As `VQ.loss`, and one that pulls the codes e to x."""
+        return self.commitment * (x - e.detach()).square().mean() + (x.detach() - e).square().mean()
 
 
 class Books(nn.Module):

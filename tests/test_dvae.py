@@ -122,7 +122,12 @@ def test_an_estimators_own_schedules(estimator, taus, hardness):
     (dict(estimator="fsq", dwkl_weight="0.1,0"), "fsq has no posterior"),
     (dict(estimator="vq", kl_target=9.0), "kl_target"), (dict(estimator="fsq", codebook_bound=0.1), "by gradients"),
     (dict(max_steps="none", schedule="constant"), "give schedule_steps"),
-    (dict(n_codes=2), "none is left for the cells")])
+    (dict(n_codes=2), "none is left for the cells"), (dict(estimator="lfq", codebook_size=12), "no power of 2"),
+    (dict(estimator="lfq", kl_weight="0.1,0"), "lfq has no posterior"),
+    (dict(estimator="vq", vq_levels=3), "the other 4 are no multiple of the 3 of a place"),
+    (dict(estimator="vq", vq_levels=2, vq_heads=2), "one of the two must be 1"),
+    (dict(estimator="simvq", vq_heads=3, code_dim=8), "vq_heads 3 does not divide code_dim 8"),
+    (dict(estimator="vq", vq_heads=4, code_dim=4), "code_dim 4: on a line .* take code_dim 8")])
 def test_settings_that_cannot_go_together(settings, said):
     with pytest.raises(UserError, match=said):
         configured(**settings)
@@ -143,6 +148,20 @@ def test_codes_of_the_shape(max_side, size, n, layout):
         e, found = model.read(codes)
         assert torch.equal(found, grids.shapes) and torch.equal(e, model.codebook.look_up(learned))
         assert model.read(torch.full((1, n + 1), size - 1))[1].tolist() == [[max_side, max_side]]
+
+
+def test_codes_of_several_books():
+    """A place of two codes is one latent; read finds the vectors of encode's codes; numbers of the second book follow
+    on those of the first."""
+    for settings, width in ((dict(vq_levels=2), 8), (dict(vq_heads=2), 4)):
+        _, model, grids = built(estimator="vq", **settings)
+        found = model.codebook(model.encode(grids.tokens, grids.shapes))
+        assert model.config.n_latents == 2 and found.codes.shape == (25, 4) and found.e.shape == (25, 2, 8)
+        assert [book.codes.shape for book in model.codebook.books] == [(16, width)] * 2
+        torch.testing.assert_close(model.read(model.with_shape(found.codes, grids.shapes))[0], found.e)
+        assert torch.equal(model.numbered(found.codes), found.codes + torch.tensor([0, 16, 0, 16]))
+    codes = some_codes(built()[1], 3)
+    assert built()[1].numbered(codes) is codes
 
 
 def test_map_of_codes():
@@ -322,11 +341,13 @@ def one_batch(g, model, grids):
 VARIANTS = ["--no-resample", "--output_positions --no-distance_bias", "--no-bias", "--similarity dot", "--norm rms "
             "--no-norm_gain", "", "--patch_height 1", "--code_dim 1 --similarity dot", "--codebook_size 2 --n_codes 8",
             "--encoder_layers 2 --latent_layers 2 --n_head 16", "--decoder_layers 2 --mask_rate 0.5,0.5",
-            "--activation swiglu", "--init zero"]
+            "--activation swiglu", "--init zero", "--estimator simvq --rotation_trick", "--estimator lfq",
+            "--estimator vq --vq_levels 2", "--estimator simvq --vq_heads 2"]
 
 
 @pytest.mark.parametrize("layout, estimator, words", [
-    (LAYOUTS[i // 6 % 2], (*SAMPLED, "vq", "fsq")[i % 6], words) for i, words in enumerate(VARIANTS)])
+    (LAYOUTS[i // 6 % 2], words.split()[1] if "--estimator" in words else (*SAMPLED, "vq", "fsq")[i % 6], words)
+    for i, words in enumerate(VARIANTS)])
 def test_every_parameter_has_a_role_and_a_gradient(layout, estimator, words):
     """One that is not rounding: 1e-7 of the longest at least, where the least that was found is 4e-6 and rounding is
     1e-9. From weights that are not 0, as `init zero` has them."""
@@ -406,10 +427,11 @@ def evaluated(g, model, grids, count=None):
     return g["evaluate"](model, model.config.canvas, grids, nullcontext(), g["scheduled"](10_000), count)
 
 
-@pytest.mark.parametrize("estimator, layout", [("reinmax", "grid"), ("vq", "canvas")])
-def test_figures_do_not_depend_on_the_batch(estimator, layout):
+@pytest.mark.parametrize("estimator, layout, words", [
+    ("reinmax", "grid", []), ("vq", "canvas", ["--vq_levels=2"]), ("lfq", "grid", [])])
+def test_figures_do_not_depend_on_the_batch(estimator, layout, words):
     """Nor on more grids than the mixture of MI and TC takes; and nothing random outside is touched."""
-    g, model, _ = built(max_side=3, estimator=estimator, layout=layout)
+    g, model, _ = built(*words, max_side=3, estimator=estimator, layout=layout)
     grids = of_shapes(all_shapes(3).repeat(112, 1), 3)
     states = torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
     found = {}
@@ -462,6 +484,10 @@ def test_code_statistics_are_of_learned_codes_and_the_rate_is_of_all():
     assert numbers["code_bits"] == pytest.approx(1 + quarter) and numbers["usage"] == 2 / 16
     pooled = -(15 / 16 * math.log(15 / 16) + math.log(1 / 16) / 16)
     assert numbers["perplexity"] == pytest.approx(math.exp(pooled)) and numbers["dead_codes"] == 14
+    g, model, _ = built(estimator="vq", vq_heads=2)          # of two books: 3 of each, 5 of the second
+    model.codebook.forward = lambda z, *_, **__: Quantised(z, learned)
+    numbers, _ = evaluated(g, model, grids)
+    assert numbers["usage"] == 3 / 32 and numbers["code_bits"] == pytest.approx(1 + quarter)
 
 
 def test_thorough_figures_by_hand(capsys):
