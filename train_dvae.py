@@ -11,9 +11,9 @@
 
 Encoder -> query pooler -> n_codes choices out of one codebook -> decoder, in the manner of DALL-E's dVAE (Ramesh et al.
 2021, 2102.12092), with the choice relaxed by Gumbel noise (Jang et al. 2017), copied straight through, by ReinMax (Liu
-et al. 2023), or replaced by VQ or FSQ. The first code or two are
-the grid's height and width; the others stand on tiles of it. To expect of the preset cpu: exact match 0.92 on 1,000
-grids never seen, after two minutes of one core. Figures: docs/dvae.md.
+et al. 2023), or replaced by VQ (also residual, multi-head, SimVQ), LFQ or FSQ. The first code or two are the grid's
+height and width; the others stand on tiles of it. To expect of the preset cpu: exact match 0.92 on 1,000 grids never
+seen, after two minutes of one core. Figures: docs/dvae.md.
 """
 from nanolab.settings import answer_help
 
@@ -151,6 +151,12 @@ presets = {
     "arc": dict(dataset="arc1", max_side=10, n_codes=50, loss_scale="token", max_steps=3000, eval_interval=500),
     "arc_full": dict(dataset="arc1", max_side=30, n_codes=64, codebook_size=512, patch_height=2, patch_width=2,
                      batch_size=32, group=8, max_steps=3000, eval_interval=500, eval_batch_size=32),
+    # DALL-E's own numbers (Ramesh et al. 2021, 2102.12092, sections 2.1 and A.2), its 3,000,000 steps of 512 images
+    # become 1,000 of 64 grids, shares of the steps with them; the model, and what docs/dvae.md names, stay as they are.
+    "dalle": dict(max_steps=1000, noise_fraction=0.0, tau_start=1.0, tau_end=1 / 16, tau_fraction=0.05,
+                  kl_weight=(0.0, 6.6), weight_fraction=1 / 600, usage_weight=(0.0, 0.0), reset_interval=None,
+                  loss_scale="token", optimizer="adamw", lr=1e-4, min_lr_scale=1 / 80, warmup_steps=0,
+                  betas=(0.9, 0.999), weight_decay=1e-4, grad_clip=None, ema_decay=0.999),
 }
 
 # Names that are also understood.

@@ -19,6 +19,7 @@ from models.discrete import SAMPLED, Quantised, decompose, kl_uniform, usage_kl
 from models.dvae import DVAE, Attention, relations, tiles
 from nanolab import settings as flags
 from nanolab.codes import grids_of, picture, print_codes, print_grids, read_file
+from nanolab.optim import factor
 from nanolab.run import UserError, override
 from test_scripts import fresh
 
@@ -112,6 +113,17 @@ def test_an_estimators_own_schedules(estimator, taus, hardness):
     assert [row["tau"] for row in now] == pytest.approx(taus) and [row["hardness"] for row in now] == list(hardness)
     assert [row["noise"] for row in now] == pytest.approx([0, 0.8, 1, 1])
     assert hardness[0] or [g["scheduled"](step)["hardness"] for step in (299, 300)] == [0, 1]
+
+
+def test_dalles_own_schedules():
+    """Appendix A.2: shares of 3,000,000 updates, the rate's over all of them; from the first one on all the noise."""
+    g, _ = configured("--preset=dalle")
+    for updates, tau, weight in ((0, 1, 0), (2500, 0.99936, 3.3), (5000, 0.99743, 6.6), (75_000, 0.53125, 6.6),
+                                 (150_000, 1 / 16, 6.6), (3_000_000, 1 / 16, 6.6)):
+        assert g["scheduled"](updates / 3000) == pytest.approx(dict(
+            kl_weight=weight, mi_weight=0, tc_weight=0, dwkl_weight=0, usage_weight=0, mask_rate=0, tau=tau, noise=1,
+            hardness=1), abs=1e-5)
+    assert [g["lr"] * factor(g, step) for step in (0, 1000)] == pytest.approx([1e-4, 1.25e-6], rel=1e-3)
 
 
 @pytest.mark.parametrize("settings, said", [
