@@ -212,7 +212,7 @@ def check(settings):
         raise UserError(f"n_codes {n_codes}: {config.n_shape_codes} of them name the shape, none is left for the cells")
     if learned % config.n_books:
         raise UserError(f"n_codes {n_codes}: {config.n_shape_codes} of them name the shape, and the other {learned} "
-                        f"are no multiple of the {config.n_books} of a place")
+                        f"are no multiple of {config.n_books} for a place: take {n_codes - learned % config.n_books}")
     limits.weigh(lambda: DVAE(config), device)
     limits.fits(8 * codebook_size, f"codebook_size {codebook_size}")     # how often each was chosen
     each = max_side ** 2 * 2 * cell_dim + n_codes * (2 * n_embd + (0 if estimator == "fsq" else 2 * codebook_size))

@@ -457,6 +457,9 @@ def test_residual_vq_by_hand():
         past = turned(g.flatten(0, 1), x.detach().flatten(0, 1), e.flatten(0, 1)).view(g.shape) if rotation else g
         close(*(torch.autograd.grad(value.sum(), z, retain_graph=True)[0] for value in (found.e * g, x * past)), 1e-5)
         assert torch.autograd.grad(found.loss, z)[0].abs().max() > 1e-3
+    several = books(kind=SimVQ)                              # what one book leaves teaches it nothing
+    close(*(torch.autograd.grad(loss, several.books[0].turn)[0] for loss in (
+        several(z, "simvq").loss, several.books[0](z, "simvq").loss)))
 
 
 @pytest.mark.parametrize("kind, rotation", [(VQ, False), (VQ, True), (SimVQ, True)])

@@ -136,7 +136,7 @@ def test_dalles_own_schedules():
     (dict(max_steps="none", schedule="constant"), "give schedule_steps"),
     (dict(n_codes=2), "none is left for the cells"), (dict(estimator="lfq", codebook_size=12), "no power of 2"),
     (dict(estimator="lfq", kl_weight="0.1,0"), "lfq has no posterior"),
-    (dict(estimator="vq", vq_levels=3), "the other 4 are no multiple of the 3 of a place"),
+    (dict(estimator="vq", vq_levels=3), "the other 4 are no multiple of 3 .* take 5"),
     (dict(estimator="vq", vq_levels=2, vq_heads=2), "one of the two must be 1"),
     (dict(estimator="simvq", vq_heads=3, code_dim=8), "vq_heads 3 does not divide code_dim 8"),
     (dict(estimator="vq", vq_heads=4, code_dim=4), "code_dim 4: on a line .* take code_dim 8")])
