@@ -307,15 +307,15 @@ class Books(nn.Module):
         self.books = nn.ModuleList(kind(size, width if residual else width // n,
                                         "dot" if residual and i else similarity, **how) for i in range(n))
 
-    def given(self, z, codes=None):
-        """Pairs of a book and what it is given of z (..., D), in their order; codes (..., n) that were chosen: None, as
-        the books choose by then."""
-        parts = z.chunk(len(self.books), -1)
-        rest = self.books[0].scaled(z) if self.residual else None
-        for i, book in enumerate(self.books):
-            yield book, rest if self.residual else parts[i]
-            if self.residual and i + 1 < len(self.books):
-                rest = rest - (book(rest).e if codes is None else book.look_up(codes[..., i])).detach()
+    def given(self, z):
+        """Pairs of a book and what it is given of z (..., D), in their order, as the books before it choose by then."""
+        if not self.residual:
+            yield from zip(self.books, z.chunk(len(self.books), -1))
+            return
+        rest = self.books[0].scaled(z)
+        for book in self.books:
+            yield book, rest
+            rest = rest - book(rest).e.detach()
 
     def forward(self, z, estimator=None, generator=None, **schedules):
         """z (B, N, D) -> Quantised; as `VQ`. The gradient passes the sum of a residual VQ once; the loss is of all."""
@@ -324,7 +324,7 @@ class Books(nn.Module):
         if not self.residual:
             e = torch.cat([one.e for one in found], -1)
         else:
-            e = sum(one.e.detach() for one in found)
+            e = sum(one.e for one in found)
             e = e if estimator is None else self.books[0].past(e, self.books[0].scaled(z))
         return Quantised(e, codes, z=z, loss=sum(one.loss for one in found))
 
@@ -341,8 +341,7 @@ class Books(nn.Module):
     @torch.no_grad()
     def follow(self, z, codes):
         """As `VQ.follow`: z (M, D), codes (M n,)."""
-        codes = codes.view(len(z), -1)
-        for (book, part), some in zip(list(self.given(z, codes)), codes.unbind(-1)):
+        for (book, part), some in zip(list(self.given(z)), codes.view(len(z), -1).unbind(1)):   # before any moves
             book.follow(part, some)
 
     @torch.no_grad()
