@@ -423,6 +423,9 @@ def test_simvq(similarity):
     close(torch.autograd.grad(found.loss, z, retain_graph=True)[0], pull, 1e-5)  # 2 x 0.5
     copied, = torch.autograd.grad((found.e * g).sum(), z, retain_graph=True)
     close(copied, torch.autograd.grad((KNOWN[similarity](z) * g).sum(), z)[0], 1e-5)
+    past = turned(g.flatten(0, 1), x.flatten(0, 1), e.flatten(0, 1)).view(g.shape)
+    close(*(torch.autograd.grad((value * along).sum(), z)[0] for value, along in (
+        (codebook(SimVQ, similarity=similarity, rotation=True)(z, "simvq").e, g), (KNOWN[similarity](z), past))), 1e-5)
     learned, = torch.autograd.grad((found.e * g).sum() + found.loss, book.turn)
     if similarity == "dot":
         close(learned, -2 / 280 * torch.einsum("bni,bnj->ij", book.frozen[found.codes], x - e), 1e-5)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from data.arc import OUTSIDE, PALETTE, Canvas, Grids
 from model import parameter_roles
-from models.discrete import SAMPLED, Quantised, decompose, kl_uniform, usage_kl
+from models.discrete import FIXED, SAMPLED, Quantised, decompose, kl_uniform, rotated, usage_kl
 from models.dvae import DVAE, Attention, relations, tiles
 from nanolab import settings as flags
 from nanolab.codes import grids_of, picture, print_codes, print_grids, read_file
@@ -174,6 +174,30 @@ def test_codes_of_several_books():
         assert torch.equal(model.numbered(found.codes), found.codes + torch.tensor([0, 16, 0, 16]))
     codes = some_codes(built()[1], 3)
     assert built()[1].numbered(codes) is codes
+    for estimator in ("vq", "simvq"):
+        assert built("--rotation_trick", estimator=estimator)[1].codebook.past is rotated
+
+
+@pytest.mark.parametrize("estimator, words", [("vq", []), ("vq", ["--vq_levels=2"]), *((name, []) for name in FIXED)])
+def test_dead_codes_are_those_of_their_book(estimator, words):
+    """Counted until the interval is over; then those that nothing chose move and no others; none of books that are
+    fixed."""
+    g, model, grids = built(*words, estimator=estimator, reset_interval=2, reset_fraction=1.0)
+    found, n = model.codebook(model.encode(grids.tokens, grids.shapes)), model.config.n_books
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loop = dict(step=1, seconds=0.0, chosen=torch.zeros(16 * n, dtype=torch.int64))
+    numbers = (found.codes.view(-1, n) + 16 * torch.arange(n)).flatten()
+    for loop["step"] in (1, 2):
+        g["revive"](model, loop, found.z.flatten(0, 1), found.codes.flatten(), torch.Generator().manual_seed(0))
+        assert loop["step"] == 2 or torch.equal(loop["chosen"], numbers.bincount(minlength=16 * n))
+    assert loop["chosen"].any() == ("revived" not in loop) == (estimator != "vq")
+    if estimator != "vq":
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        return
+    names = ["codebook.codes"] if n == 1 else [f"codebook.books.{i}.codes" for i in range(n)]
+    moved = torch.cat([(model.state_dict()[name] != before[name]).any(1) for name in names])
+    dead = torch.ones(16 * n, dtype=torch.bool).index_fill(0, numbers, False)
+    assert torch.equal(moved, dead) and loop["revived"] == dead.sum() > 0
 
 
 def test_map_of_codes():
