@@ -11,9 +11,9 @@
 
 Encoder -> query pooler -> n_codes choices out of one codebook -> decoder, in the manner of DALL-E's dVAE (Ramesh et al.
 2021, 2102.12092), with the choice relaxed by Gumbel noise (Jang et al. 2017), copied straight through, by ReinMax (Liu
-et al. 2023), or replaced by VQ or FSQ. The first code or two are
-the grid's height and width; the others stand on tiles of it. To expect of the preset cpu: exact match 0.92 on 1,000
-grids never seen, after two minutes of one core. Figures: docs/dvae.md.
+et al. 2023), or replaced by VQ (also residual, multi-head, SimVQ), LFQ or FSQ. The first code or two are the grid's
+height and width; the others stand on tiles of it. To expect of the preset cpu: exact match 0.92 on 1,000 grids never
+seen, after two minutes of one core. Figures: docs/dvae.md.
 """
 from nanolab.settings import answer_help
 
@@ -26,8 +26,8 @@ import torch
 
 from data.arc import Canvas, Stream, load, statistics
 from model import fused_rows, parameter_roles
-from models.discrete import (SAMPLED, choose, code_statistics, decompose, fsq_levels, information_gaps, kl_uniform,
-                             nmi_matrix, usage_kl)
+from models.discrete import (FIXED, SAMPLED, choose, code_statistics, decompose, fsq_levels, information_gaps,
+                             kl_uniform, lfq_bits, nmi_matrix, usage_kl)
 from models.dvae import DVAE, Config
 from nanolab import limits, optim
 from nanolab.codes import draw, print_codes, print_grids
@@ -65,7 +65,7 @@ group = 1                  # [>= 1] batches that are drawn together and sorted b
 # --- Model ---
 n_codes = 32               # [>= 1] codes of a grid
 codebook_size = 128        # [>= 2] codes to choose from
-code_dim = 32              # [>= 1] width of a code; fsq: as many channels as it has levels
+code_dim = 32              # [>= 1] width of a code; fsq: as many channels as it has levels; lfq: as it has bits
 layout = "grid"            # [grid, canvas] codes spread over the grid, whose shape the first are; or over the canvas
 patch_height = 2           # [>= 1] cells of a patch
 patch_width = 1            # [>= 1] cells of a patch
@@ -88,7 +88,10 @@ output_positions = False   # positions once more on the encoder's output
 kernels = "torch"          # [torch, triton] triton: fused operations of kernels.py; not compared with --compile yet
 
 # --- Codes ---
-estimator = "gumbel_soft"  # [gumbel_soft, gumbel_hard, straight_through, reinmax, vq, fsq]
+estimator = "gumbel_soft"  # [gumbel_soft, gumbel_hard, straight_through, reinmax, vq, simvq, lfq, fsq]
+vq_levels = 1              # [>= 1, <= 64, with estimator vq/simvq] residual VQ: codes of a place, each of what is left
+vq_heads = 1               # [>= 1, <= 64, with estimator vq/simvq] multi-head VQ: codes of a place, each of a part
+rotation_trick = False     # [with estimator vq/simvq] the gradient is rotated from the code back to z, not copied
 similarity = "cosine"      # [cosine, dot] of encoder output and code
 codebook_init = "normal"   # [normal, uniform, kmeans] kmeans: of the untrained encoder's outputs
 codebook_bound = 0.0       # [>= 0.0] weight of (length of a code - 1)^2
@@ -148,6 +151,12 @@ presets = {
     "arc": dict(dataset="arc1", max_side=10, n_codes=50, loss_scale="token", max_steps=3000, eval_interval=500),
     "arc_full": dict(dataset="arc1", max_side=30, n_codes=64, codebook_size=512, patch_height=2, patch_width=2,
                      batch_size=32, group=8, max_steps=3000, eval_interval=500, eval_batch_size=32),
+    # DALL-E's own numbers (Ramesh et al. 2021, 2102.12092, sections 2.1 and A.2), its 3,000,000 steps of 512 images
+    # become 1,000 of 64 grids, shares of the steps with them; the model, and what docs/dvae.md names, stay as they are.
+    "dalle": dict(max_steps=1000, noise_fraction=0.0, tau_start=1.0, tau_end=1 / 16, tau_fraction=0.05,
+                  kl_weight=(0.0, 6.6), weight_fraction=1 / 600, usage_weight=(0.0, 0.0), reset_interval=None,
+                  loss_scale="token", optimizer="adamw", lr=1e-4, min_lr_scale=1 / 80, warmup_steps=0,
+                  betas=(0.9, 0.999), weight_decay=1e-4, grad_clip=None, ema_decay=0.999),
 }
 
 # Names that are also understood.
@@ -163,7 +172,7 @@ data_settings = ("dataset", "val_dataset", "max_side", "n_colours", "n_train", "
 architecture = (
     "n_codes", "codebook_size", "code_dim", "layout", "patch_height", "patch_width", "encoder_layers", "latent_layers",
     "decoder_layers", "n_head", "n_embd", "cell_dim", "ff_mult", "activation", "norm", "norm_gain", "bias",
-    "distance_bias", "resample", "output_positions", "similarity", *data_settings, "optimizer")
+    "distance_bias", "resample", "output_positions", "vq_levels", "vq_heads", "similarity", *data_settings, "optimizer")
 
 
 def check(settings):
@@ -172,9 +181,15 @@ def check(settings):
         raise UserError(f"n_head {n_head} does not divide n_embd {n_embd}")
     if round(ff_mult * n_embd) < 1:
         raise UserError(f"ff_mult {ff_mult} leaves no feed-forward width at n_embd {n_embd}")
-    if code_dim == 1 and similarity == "cosine" and estimator != "fsq" and settings["resume"] is False:
-        raise UserError("code_dim 1: on a line cosine knows two directions and has no gradient, so the encoder would "
-                        "learn nothing: take code_dim 2, or --similarity dot")
+    several = estimator in ("vq", "simvq")
+    if several and min(vq_levels, vq_heads) > 1:
+        raise UserError(f"vq_levels {vq_levels} and vq_heads {vq_heads}: one of the two must be 1")
+    if several and code_dim % vq_heads:
+        raise UserError(f"vq_heads {vq_heads} does not divide code_dim {code_dim}")
+    width = code_dim // vq_heads if several else code_dim
+    if width == 1 and similarity == "cosine" and estimator not in ("lfq", "fsq") and settings["resume"] is False:
+        raise UserError(f"code_dim {code_dim}: on a line cosine knows two directions and has no gradient, so the "
+                        f"encoder would learn nothing: take code_dim {2 * code_dim}, or --similarity dot")
     if estimator == "reinmax" and min(setting("tau_start"), setting("tau_end")) < 1:
         raise UserError(f"tau {setting('tau_start')} to {setting('tau_end')}: reinmax needs at least 1, unlike gumbel")
     if estimator not in SAMPLED and (kl_target or any(map(max, (kl_weight, mi_weight, tc_weight, dwkl_weight)))):
@@ -186,15 +201,21 @@ def check(settings):
         raise UserError("the schedules are shares of max_steps: with max_steps none give schedule_steps or max_seconds")
     with as_user_error():
         optim.check(settings)
-        levels = fsq_levels(codebook_size) if estimator == "fsq" else None
+        channels = (len(fsq_levels(codebook_size)) if estimator == "fsq" else
+                    lfq_bits(codebook_size) if estimator == "lfq" else None)
     canvas = Canvas(max_side, n_colours, masked=max(mask_rate) > 0)
-    config = Config(**{**settings, "canvas": canvas, "code_dim": len(levels) if levels else code_dim,
-                       "quantiser": estimator if estimator in ("vq", "fsq") else "categorical"})
-    if config.n_latents < 1:
+    config = Config(**{**settings, "canvas": canvas, "code_dim": channels or code_dim,
+                       "quantiser": "categorical" if estimator in SAMPLED else estimator,
+                       **({} if several else dict(vq_levels=1, vq_heads=1))})
+    learned = n_codes - config.n_shape_codes
+    if learned < 1:
         raise UserError(f"n_codes {n_codes}: {config.n_shape_codes} of them name the shape, none is left for the cells")
+    if learned % config.n_books:
+        raise UserError(f"n_codes {n_codes}: {config.n_shape_codes} of them name the shape, and the other {learned} "
+                        f"are no multiple of {config.n_books} for a place: take {n_codes - learned % config.n_books}")
     limits.weigh(lambda: DVAE(config), device)
     limits.fits(8 * codebook_size, f"codebook_size {codebook_size}")     # how often each was chosen
-    each = max_side ** 2 * 2 * cell_dim + n_codes * (2 * n_embd + (0 if levels else 2 * codebook_size))
+    each = max_side ** 2 * 2 * cell_dim + n_codes * (2 * n_embd + (0 if estimator == "fsq" else 2 * codebook_size))
     limits.fits(batch_size * each, f"a batch_size of {batch_size} grids", device)
     limits.fits(max(8 * group, max_side ** 2) * batch_size * grad_accum, f"{grad_accum} times {batch_size} grids")
     if dataset == "synthetic":
@@ -283,19 +304,20 @@ def masked(tokens, canvas, rate, generator):
 def warn_of_passes():
     """One line where a step of several passes is not that of one pass over all of their grids."""
     nonlinear = [name for name in ("usage_weight", "mi_weight", "tc_weight", "dwkl_weight") if max(globals()[name])]
-    if grad_accum > 1 and nonlinear and estimator in SAMPLED:
+    if grad_accum > 1 and nonlinear and estimator in (*SAMPLED, "lfq"):
         print(f"grad_accum {grad_accum}: what {', '.join(nonlinear)} weighs is not linear in the batch: each pass of "
               f"{batch_size} grids has its own, and a step takes their mean")
 
 
-def revive(codebook, loop, outputs, chosen, generator):
-    """Counts which codes a step has chosen, (M,); every reset_interval steps, in a share of all, those codes that
-    nothing chose become some of its encoder outputs (M, D)."""
-    loop["chosen"] += chosen.bincount(minlength=codebook_size)
-    if reset_interval and estimator != "fsq" and loop["step"] % reset_interval == 0:
+def revive(model, loop, outputs, chosen, generator):
+    """Counts which codes a step has chosen, (M n,) out of n books; every reset_interval steps, in a share of all, those
+    codes that nothing chose become some of its encoder outputs (M, D)."""
+    chosen = model.numbered(chosen.view(len(outputs), -1)).flatten()
+    loop["chosen"] += chosen.bincount(minlength=len(loop["chosen"]))
+    if reset_interval and estimator not in FIXED and loop["step"] % reset_interval == 0:
         if loop["step"] <= reset_fraction * steps_of(loop["step"] - 1, loop["seconds"]):  # its own come later
             dead = loop["chosen"] == 0
-            codebook.revive(dead, outputs, generator)
+            model.codebook.revive(dead, outputs, generator)
             loop["revived"] = loop.get("revived", 0) + int(dead.sum())
         loop["chosen"].zero_()
 
@@ -357,7 +379,8 @@ def evaluate(model, canvas, grids, autocast, now, count=None):
         accuracy=accuracy(found["written"]), exact=correct.double().mean().item(),
         shape_accuracy=same_shape.double().mean().item(), nats=found["nats"].double().mean().item(),
         loss=found["nats"].double().sum().item() / inside.sum().item(), bits=n_codes * math.log2(codebook_size),
-        grids=len(tokens), **code_statistics(found["codes"][:, model.config.n_shape_codes:], codebook_size))
+        grids=len(tokens), **code_statistics(model.numbered(found["codes"][:, model.config.n_shape_codes:]),
+                                             codebook_size * model.config.n_books))
     numbers["code_bits"] = code_statistics(found["codes"], codebook_size)["code_bits"]
     if "kl" in found:
         numbers["kl"] = found["kl"].double().mean().item()
@@ -420,11 +443,12 @@ def draw_all(model, canvas, grids, found, run_dir, step, autocast):
     panels += [("reconstruction", written), ("codes", model.code_map(codes))]
     draw(folder / f"step_{step:08d}.png", panels, canvas, codebook_size)
 
-    counts = found["codes"][:, model.config.n_shape_codes:].flatten().bincount(minlength=codebook_size)
+    learned = model.numbered(found["codes"][:, model.config.n_shape_codes:])
+    counts = learned.flatten().bincount(minlength=codebook_size * model.config.n_books)
     figure = Figure(figsize=(6, 3), layout="constrained", dpi=80)
     axes = figure.subplots()
-    heights = counts.sort(descending=True).values / counts.sum() * codebook_size
-    axes.bar(range(codebook_size), heights.tolist(), width=1.0)
+    heights = counts.sort(descending=True).values / counts.sum() * len(counts)
+    axes.bar(range(len(counts)), heights.tolist(), width=1.0)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set(xlabel="code, by frequency", ylabel="frequency x codebook size", title=f"step {step}")
     with replacing(folder / f"usage_{step:08d}.png") as file:
@@ -432,7 +456,7 @@ def draw_all(model, canvas, grids, found, run_dir, step, autocast):
 
     base = codes[:4, None, None].expand(-1, 3, 3, -1).clone()    # 4 grids, 3 positions, 3 other codes each
     positions = torch.linspace(model.config.n_shape_codes, n_codes - 1, 3).round().long()
-    popular = counts.argsort(descending=True)[:3][torch.arange(3) % codebook_size]   # of two codes one comes twice
+    popular = counts.argsort(descending=True)[torch.arange(3) % len(counts)] % codebook_size   # of two one comes twice
     for p, position in enumerate(positions):
         base[:, p, :, position] = popular
     with autocast:
@@ -446,9 +470,9 @@ def draw_all(model, canvas, grids, found, run_dir, step, autocast):
 def fits(model, state):
     """UserError where two settings that change the weights say otherwise than the checkpoint does."""
     here = model.state_dict()
-    if here.keys() != state.keys():
-        raise UserError(f"--estimator {estimator}: the checkpoint's codebook is of another kind; vq, fsq and the "
-                        f"estimators that draw ({', '.join(SAMPLED)}) cannot go on with one another's")
+    if here.keys() != state.keys() or here["to_code.weight"].shape != state["to_code.weight"].shape:
+        raise UserError(f"--estimator {estimator}: the checkpoint's codebook is of another kind; vq, simvq, lfq, fsq "
+                        f"and the estimators that draw ({', '.join(SAMPLED)}) cannot go on with one another's")
     if here["cell"].shape != state["cell"].shape:
         raise UserError("--mask_rate: a run with masks has a token for them, one without has not: start anew for that")
 
@@ -494,7 +518,7 @@ def main():
     revival = torch.Generator().manual_seed(seed)            # which encoder outputs dead codes become
     loop = Loop(dict(step=0, evaluated=-1, best=[-1.0, -math.inf], best_step=0, pending=[], seconds=0.0,
                      logged_seconds=0.0, tokens=0, kl_weight=0.0,
-                     chosen=torch.zeros(codebook_size, dtype=torch.int64, device=where)), scaler)
+                     chosen=torch.zeros(codebook_size * config.n_books, dtype=torch.int64, device=where)), scaler)
     run = Run(settings, checkpoint, model=model, optimizer=opt, ema=ema, scaler=scaler,
               generators=Generators(noise=noise, revival=revival), loop=loop)
     if compile:                                              # what costs; the choice between them stays as it is
@@ -524,7 +548,7 @@ def main():
     with run:
         bar, saved = run.bar(max_steps, loop["step"]), None  # on resume too: a stop comes before what is due
         if not checkpoint:
-            if codebook_init == "kmeans" and estimator != "fsq":
+            if codebook_init == "kmeans" and estimator not in FIXED:
                 fit_codebook(model, ema, canvas, stream, autocast, revival)
             run.save("last.pt", loop["step"])                # at once: a full disk shows, a kill leaves what to resume
         warn_of_passes()
@@ -587,7 +611,7 @@ def main():
                 loop["kl_weight"] = next_kl_weight(loop["kl_weight"], float(row["kl"]))
             loop.add(row)
             step = loop["step"] = step + 1
-            revive(model.codebook, loop, outputs, chosen, revival)
+            revive(model, loop, outputs, chosen, revival)
 
             # ---- log ----
             rows, elapsed = loop.lap(began, step % log_interval == 0)

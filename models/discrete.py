@@ -20,6 +20,7 @@ import kernels
 from nanolab.run import UserError, command
 
 SAMPLED = ("gumbel_soft", "gumbel_hard", "straight_through", "reinmax")  # a posterior, of which codes are drawn
+FIXED = ("simvq", "lfq", "fsq")                              # books of which no code is put anywhere
 
 
 # --- Gradients through a choice ---
@@ -33,6 +34,19 @@ def gumbel_like(x, generator=None):
 def straight_through(value, surrogate):
     """`value` going forward, bit for bit; the gradient of `surrogate` going backward."""
     return value.detach() + (surrogate - surrogate.detach())
+
+
+def rotated(value, x):
+    """`value` (..., D) going forward, bit for bit; backward the rotation trick (Fifty et al. 2024, arXiv 2410.06424,
+    section 4): the gradient of |value| / |x| R x, with the rotation R of x onto value, in their plane, held fixed. So a
+    gradient keeps its angle to the code, where `straight_through` keeps its direction. x (..., D), not 0.
+    """
+    with torch.no_grad():
+        a, b = F.normalize(x, dim=-1), F.normalize(value, dim=-1)
+        r = F.normalize(a + b, dim=-1, eps=1e-4)             # of opposite ones rounding has no direction: then 0
+        scale = value.norm(dim=-1, keepdim=True) / x.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+    along_r, along_a = ((x * u).sum(-1, keepdim=True) for u in (r, a))
+    return straight_through(value, scale * (x - 2 * along_r * r + 2 * along_a * b))   # R = 1 - 2 r r^T + 2 b a^T
 
 
 def reinmax(logits, one_hot, tau=1.0):
@@ -205,12 +219,14 @@ class Codebook(nn.Module):
 class VQ(Codebook):
     """Vector quantisation (van den Oord et al. 2017): the nearest code, gradient copied past it, codes as running means
     of what chose them (their appendix A.1), commitment loss; "cosine" compares and keeps unit vectors. A pass changes
-    nothing here: a training step calls `follow` once, with what all its passes chose.
+    nothing here: a training step calls `follow` once, with what all its passes chose. rotation: the gradient is not
+    copied but `rotated`.
     """
 
-    def __init__(self, size, width, similarity="cosine", init="normal", decay=0.95, commitment=0.25):
+    def __init__(self, size, width, similarity="cosine", init="normal", decay=0.95, commitment=0.25, rotation=False):
         nn.Module.__init__(self)
         self.similarity, self.init, self.decay, self.commitment = similarity, init, decay, commitment
+        self.past = rotated if rotation else straight_through
         self.register_buffer("codes", torch.randn(size, width) * width ** -0.5)
         self.register_buffer("counts", torch.ones(size))
         self.register_buffer("sums", self.codes.clone())
@@ -225,8 +241,11 @@ class VQ(Codebook):
             e = self.look_up(codes).view(x.shape)
             if estimator is None:
                 return Quantised(e, codes.view(x.shape[:-1]), z=z)
-            loss = self.commitment * (x - e.detach()).square().sum(-1).mean()
-            return Quantised(straight_through(e, x), codes.view(x.shape[:-1]), z=z, loss=loss)
+            return Quantised(self.past(e, x), codes.view(x.shape[:-1]), z=z, loss=self.loss(x, e))
+
+    def loss(self, x, e):
+        """Of x (..., D) as it was compared and its codes e (..., D): a scalar that pulls x to e."""
+        return self.commitment * (x - e.detach()).square().sum(-1).mean()
 
     @torch.no_grad()
     def follow(self, z, codes):
@@ -245,6 +264,97 @@ class VQ(Codebook):
         super().put(where, points)
         self.counts[where] = 1.0
         self.sums[where] = self.codes[where]
+
+
+class SimVQ(VQ):
+    """VQ whose codes are frozen Gaussian vectors times one learned matrix (Zhu et al. 2024, arXiv 2411.02038): what one
+    code learns moves all of them, so none is left behind. No means, no resets. The loss |sg(x) - e|^2 + c |x - sg(e)|^2
+    is a mean over the width too: as VQ's sum it draws all x onto one code before there is anything to tell apart."""
+
+    def __init__(self, size, width, similarity="cosine", commitment=0.25, rotation=False):
+        nn.Module.__init__(self)
+        self.similarity, self.commitment = similarity, commitment
+        self.past = rotated if rotation else straight_through
+        self.register_buffer("frozen", torch.randn(size, width) * width ** -0.5)
+        self.turn = nn.Parameter(torch.empty(width, width))
+        self.roles = {"turn": "matrix"}
+
+    def init_weights(self):
+        """The frozen codes themselves: any rotation of a Gaussian is as good."""
+        nn.init.eye_(self.turn)
+
+    @property
+    def codes(self):
+        """(K, D) float32, with a gradient."""
+        with torch.autocast(self.turn.device.type, enabled=False):
+            return self.frozen @ self.turn
+
+    def loss(self, x, e):
+        """As `VQ.loss`, and one that pulls the codes e to x."""
+        return self.commitment * (x - e.detach()).square().mean() + (x.detach() - e).square().mean()
+
+
+class Books(nn.Module):
+    """Several codes of one vector, each out of a book of its own, a VQ or SimVQ. residual: residual VQ (Zeghidour et
+    al. 2021, arXiv 2107.03312, algorithm 1), a book for what the ones before it have left, by Euclidean distance from
+    the second on, and e is their sum; else multi-head VQ, a product quantiser (Jegou et al. 2011), a book for its share
+    of the width. z (B, N, D) -> codes (B, N n), the n of a vector beside one another.
+    """
+
+    def __init__(self, kind, n, residual, size, width, similarity="cosine", **how):
+        super().__init__()
+        self.residual = residual
+        self.books = nn.ModuleList(kind(size, width if residual else width // n,
+                                        "dot" if residual and i else similarity, **how) for i in range(n))
+
+    def given(self, z):
+        """Pairs of a book and what it is given of z (..., D), in their order, as the books before it choose by then."""
+        if not self.residual:
+            yield from zip(self.books, z.chunk(len(self.books), -1))
+            return
+        rest = self.books[0].scaled(z)
+        for book in self.books:
+            yield book, rest
+            rest = rest - book(rest).e.detach()
+
+    def forward(self, z, estimator=None, generator=None, **schedules):
+        """z (B, N, D) -> Quantised; as `VQ`. The gradient passes the sum of a residual VQ once; the loss is of all."""
+        found = [book(part, estimator) for book, part in self.given(z)]
+        codes = torch.stack([one.codes for one in found], -1).flatten(1)
+        if not self.residual:
+            e = torch.cat([one.e for one in found], -1)
+        else:
+            e = sum(one.e for one in found)
+            e = e if estimator is None else self.books[0].past(e, self.books[0].scaled(z))
+        return Quantised(e, codes, z=z, loss=sum(one.loss for one in found))
+
+    def look_up(self, codes):
+        """codes (B, N n) int64 -> (B, N, D)."""
+        codes = codes.unflatten(-1, (-1, len(self.books))).unbind(-1)
+        found = [book.look_up(some) for book, some in zip(self.books, codes)]
+        return sum(found) if self.residual else torch.cat(found, -1)
+
+    def norms(self):
+        """Lengths (n K,) of the codes of all books."""
+        return torch.cat([book.norms() for book in self.books])
+
+    @torch.no_grad()
+    def follow(self, z, codes):
+        """As `VQ.follow`: z (M, D), codes (M n,)."""
+        for (book, part), some in zip(list(self.given(z)), codes.view(len(z), -1).unbind(1)):   # before any moves
+            book.follow(part, some)
+
+    @torch.no_grad()
+    def revive(self, where, z, generator=None):
+        """As `Codebook.revive`: where (n K,) bool, book after book, each with what the ones before leave by then."""
+        return sum(book.revive(some, part, generator)
+                   for (book, part), some in zip(self.given(z), where.chunk(len(self.books))))
+
+    @torch.no_grad()
+    def fit(self, z, generator=None):
+        """As `Codebook.fit`, book after book."""
+        for book, part in self.given(z):
+            book.fit(part, generator)
 
 
 def fsq_levels(size):
@@ -296,6 +406,46 @@ class FSQ(nn.Module):
         """codes (...) int64 -> (..., D)."""
         digits = codes[..., None] // self.basis % self.levels
         return (digits - self.levels // 2) / (self.levels // 2)
+
+
+class LFQ(nn.Module):
+    """Lookup-free quantisation (Yu et al. 2024, MAGVIT-v2, arXiv 2310.05737, section 3.1): each channel's sign.
+
+    z (B, N, D) with 2^D = K; code = the signs as bits, the last channel moving fastest. In training there are logits of
+    q(k|z) = softmax(-|z - e_k|^2 / temperature), for the entropy terms E H(q(z)) - H(E q(z)): `certainty` times the
+    first, in nats, is in the loss, beside a commitment to the code; `usage_kl` of the logits is the second.
+    ValueError: no such D.
+    """
+
+    def __init__(self, size, commitment=0.25, certainty=0.1, temperature=1.0):
+        super().__init__()
+        self.commitment, self.certainty, self.temperature = commitment, certainty, temperature
+        self.register_buffer("basis", 2 ** torch.arange(lfq_bits(size) - 1, -1, -1), persistent=False)
+        self.register_buffer("table", self.look_up(torch.arange(size)), persistent=False)
+
+    def forward(self, z, estimator=None, generator=None, **schedules):
+        """z (B, N, D) -> Quantised; as `VQ`."""
+        with torch.autocast(z.device.type, enabled=False):
+            x = z.float()
+            codes = ((x > 0) * self.basis).sum(-1)
+            e = self.look_up(codes)
+            if estimator is None:
+                return Quantised(e, codes, z=z)
+            logits = 2 / self.temperature * x @ self.table.T                     # |z|^2 and |e_k|^2 = D are the same
+            loss = self.commitment * (x - e).square().sum(-1).mean()
+            loss = loss + self.certainty * entropy(torch.softmax(logits, -1)).mean()
+            return Quantised(straight_through(e, x), codes, logits, z=z, loss=loss)
+
+    def look_up(self, codes):
+        """codes (...) int64 -> (..., D) float32, -1 and 1."""
+        return (codes[..., None] & self.basis).sign() * 2.0 - 1
+
+
+def lfq_bits(size):
+    """Channels of an LFQ of that many codes. ValueError: no power of 2."""
+    if size < 2 or size & size - 1:
+        raise ValueError(f"codebook_size {size} is no power of 2, as lfq needs: a code is a sign of each channel")
+    return size.bit_length() - 1
 
 
 # --- KL and its parts ---

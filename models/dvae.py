@@ -17,13 +17,18 @@ import torch.nn.functional as F
 
 from kernels import cross_entropy
 from model import FeedForward, Linear, Norm, initialise
-from models.discrete import FSQ, VQ, Codebook
+from models.discrete import FSQ, LFQ, VQ, Books, Codebook, SimVQ
 
 
 class Config(SimpleNamespace):
     """What the model is built from: train_dvae.py's settings, a `canvas` (data.arc.Canvas) and the `quantiser`,
-    "categorical", "vq" or "fsq"."""
-    tie_weights = False
+    "categorical", "vq", "simvq", "lfq" or "fsq"."""
+    tie_weights, vq_levels, vq_heads, rotation_trick = False, 1, 1, False
+
+    @property
+    def n_books(self):
+        """Codes of a latent, each out of a book of its own."""
+        return self.vq_levels * self.vq_heads
 
     @property
     def n_shape_codes(self):
@@ -33,8 +38,8 @@ class Config(SimpleNamespace):
 
     @property
     def n_latents(self):
-        """Codes that are learned."""
-        return self.n_codes - self.n_shape_codes
+        """Places of codes that are learned."""
+        return (self.n_codes - self.n_shape_codes) // self.n_books
 
     @property
     def n_layer(self):
@@ -157,6 +162,18 @@ class Layer(nn.Module):
         return x + drop(self.ff(self.norm3(x)))
 
 
+def build_codebook(c):
+    """The codebook, or books, of a Config."""
+    if c.quantiser in ("lfq", "fsq"):
+        return (LFQ if c.quantiser == "lfq" else FSQ)(c.codebook_size)
+    sizes, init = (c.codebook_size, c.code_dim, c.similarity), dict(init=c.codebook_init)
+    if c.quantiser == "categorical":
+        return Codebook(*sizes, **init)
+    kind, how = (SimVQ, {}) if c.quantiser == "simvq" else (VQ, init)
+    how["rotation"] = c.rotation_trick
+    return kind(*sizes, **how) if c.n_books == 1 else Books(kind, c.n_books, c.vq_levels > 1, *sizes, **how)
+
+
 class DVAE(nn.Module):
     """Grids to codes and back.
 
@@ -182,9 +199,7 @@ class DVAE(nn.Module):
         self.code_norm = Norm(c.norm, C, c.norm_gain, c.bias)
         self.to_code = Linear(C, c.code_dim, bias=c.bias)
         # codes
-        sizes = c.codebook_size, c.code_dim, c.similarity, c.codebook_init
-        self.codebook = {"categorical": lambda: Codebook(*sizes), "vq": lambda: VQ(*sizes),
-                         "fsq": lambda: FSQ(c.codebook_size)}[c.quantiser]()
+        self.codebook = build_codebook(c)
         # decoder
         self.from_code = Linear(c.code_dim, C, bias=c.bias)
         self.slots = nn.Parameter(torch.empty(c.n_latents, C))
@@ -353,6 +368,13 @@ class DVAE(nn.Module):
         """Learned codes (B, N) with those of the shape before them: all n_codes of a grid, (B, n_codes)."""
         number = (shapes[:, :1] - 1) * self.config.canvas.max_side + shapes[:, 1:] - 1
         return torch.cat([number // self.digits(codes.device) % self.config.codebook_size, codes], 1)
+
+    def numbered(self, codes):
+        """Learned codes (..., N) -> the same (..., N) among those of all books: those of book i begin at i K."""
+        if self.config.n_books == 1:
+            return codes
+        book = torch.arange(codes.size(-1), device=codes.device) % self.config.n_books
+        return codes + self.config.codebook_size * book
 
     def read(self, codes):
         """codes (B, n_codes) -> e (B, N, code_dim) and the shapes (B, 2) that the first of them say; a number past the

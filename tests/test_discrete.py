@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 import choices
 from models import discrete
-from models.discrete import (FSQ, SAMPLED, VQ, Codebook, choose, code_statistics, decompose, fsq_levels,
-                             gradient_error, gumbel_like, information_gaps, kl_uniform, kmeans, mutual_information,
-                             nmi_matrix, reinmax, usage_kl)
+from models.discrete import (FSQ, LFQ, SAMPLED, VQ, Books, Codebook, SimVQ, choose, code_statistics, decompose,
+                             fsq_levels, gradient_error, gumbel_like, information_gaps, kl_uniform, kmeans,
+                             mutual_information, nmi_matrix, reinmax, rotated, usage_kl)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HARD = [name for name in SAMPLED if name != "gumbel_soft"]
@@ -141,15 +141,56 @@ def test_gradient_error_of_gumbel_agrees_with_its_own_draws(kind, tau):
         (((each.mean(0) - exact).norm() / exact.norm()).item(), spread.item()), rel=1e-9)
 
 
+# --- The rotation trick ---
+
+def turned(g, x, value):
+    """|value| / |x| R^T g of rows (M, D) one by one: R = exp(angle from x to value times the generator of their plane).
+    """
+    rows = []
+    for one, a, b in zip(g.double(), x.double(), value.double()):
+        u, v = a / a.norm(), b / b.norm()
+        across = v - (u @ v) * u
+        angle, across = torch.atan2(across.norm(), u @ v), across / across.norm()
+        R = torch.matrix_exp(angle * (torch.outer(across, u) - torch.outer(u, across)))
+        close(R @ a * b.norm() / a.norm(), b, 1e-9)
+        rows.append(b.norm() / a.norm() * (R.T @ one))
+    return torch.stack(rows).float()
+
+
+def test_the_rotation_trick():
+    """The value bit for bit, the gradient turned as the value is turned onto x; only scaled where they are parallel,
+    reflected where they are opposite; nothing infinite at 0."""
+    x, value, g = (2 * normal(20, 6)).requires_grad_(), normal(20, 6, seed=1), normal(20, 6, seed=2)
+    out = rotated(value, x)
+    assert torch.equal(out, value)
+    close(torch.autograd.grad((out * g).sum(), x)[0], turned(g, x.detach(), value), 1e-5)
+    for factor, wanted in ((3.0, 3 * g), (-3.0, 3 * (g - 2 * F.cosine_similarity(
+            g, x)[:, None] * g.norm(dim=1, keepdim=True) * unit(x)))):
+        close(torch.autograd.grad((rotated(factor * x, x) * g).sum(), x)[0], wanted.detach(), 1e-4)
+    zero = torch.zeros(1, 6, requires_grad=True)
+    assert torch.autograd.grad(rotated(value[:1], zero).sum(), zero)[0].isfinite().all()
+
+
 # --- Codebooks ---
 
 def codebook(kind=Codebook, size=16, width=8, **settings):
     torch.manual_seed(0)
     book = kind(size, width, **settings)
-    if kind is Codebook:
-        with torch.no_grad():
-            book.init_weights()
+    with torch.no_grad():
+        for part in book.modules():
+            if isinstance(part, SimVQ):                      # which begins with the identity
+                part.turn.copy_(normal(*part.turn.shape, seed=5) / part.turn.size(0) ** 0.5)
+            elif type(part) is Codebook:
+                part.init_weights()
     return book
+
+
+def books(n=3, residual=True, size=16, width=6, kind=VQ, **settings):
+    """Several, each with shorter codes than the one before, as of what is left."""
+    found = codebook(functools.partial(Books, kind, n, residual), size, width, **settings)
+    for i, book in enumerate(found.books):
+        (book.frozen if kind is SimVQ else book.codes).mul_(0.5 ** i if residual else 1.0)
+    return found
 
 
 def test_cosine_logits_are_a_bounded_cosine():
@@ -186,16 +227,19 @@ def test_codebook(similarity):
     assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in (z, *book.parameters()))
 
 
-@pytest.mark.parametrize("kind", [Codebook, VQ, FSQ])
+@pytest.mark.parametrize("kind", ["Codebook", "VQ", "SimVQ", "Books", "LFQ", "FSQ"])
 def test_codebooks_compute_in_float32_under_autocast(kind):
     """bfloat16 autocast and inputs change nothing: the choice among near codes needs the bits."""
-    book = (FSQ(240) if kind is FSQ else codebook(kind)).eval()
-    z = normal(3, 4, 3 if kind is FSQ else 8).bfloat16()
+    book = {"Codebook": codebook, "VQ": lambda: codebook(VQ), "SimVQ": lambda: codebook(SimVQ), "LFQ": lambda: LFQ(16),
+            "Books": lambda: books(2, width=8, kind=SimVQ), "FSQ": lambda: FSQ(240)}[kind]().eval()
+    z = normal(3, 4, {"FSQ": 3, "LFQ": 4}.get(kind, 8)).bfloat16()
+    kind = type(book)
     for estimator in (None, "reinmax" if kind is Codebook else "vq"):
         expected = book(z.float(), estimator, generator=seeded())
         with torch.autocast("cpu", torch.bfloat16):
             found = book(z, estimator, generator=seeded())
-        assert torch.equal(found.codes, expected.codes)
+            looked_up = book.look_up(found.codes)
+        assert torch.equal(found.codes, expected.codes) and torch.equal(looked_up, book.look_up(found.codes))
         for name in ("e", "logits") if kind is Codebook else ("e",):
             assert getattr(found, name).dtype == torch.float32
             assert torch.equal(getattr(found, name), getattr(expected, name))
@@ -291,16 +335,18 @@ def test_vq_takes_the_nearest_code(similarity):
     assert torch.equal(trained.codes, found.codes) and torch.equal(trained.e, found.e)
 
 
-@pytest.mark.parametrize("similarity, commitment", [("cosine", 0.25), ("dot", 2.0)])
-def test_vq_gradients(similarity, commitment):
-    """Straight through to z, as if e were x. The commitment pulls z to e by its coefficient; codes are no parameters,
-    and follow by running means instead."""
-    book = codebook(VQ, similarity=similarity, commitment=commitment)
-    z, g = (3 * normal(5, 7, 8)).requires_grad_(), normal(5, 7, 8, seed=1)
+@pytest.mark.parametrize("similarity, commitment, rotation", [
+    ("cosine", 0.25, False), ("dot", 2.0, False), ("cosine", 0.25, True), ("dot", 2.0, True)])
+def test_vq_gradients(similarity, commitment, rotation):
+    """Straight through to z, as if e were x, or turned. The commitment pulls z to e by its coefficient; codes are no
+    parameters, and follow by running means instead."""
+    book = codebook(VQ, similarity=similarity, commitment=commitment, rotation=rotation)
+    z, g = (3 * normal(5, 7, 8, seed=2)).requires_grad_(), normal(5, 7, 8, seed=1)
     found, x = book(z, "vq"), KNOWN[similarity](z)
     pull = 2 * commitment * (x - found.e).detach() / 35
     assert found.loss.item() == pytest.approx(commitment * (x - found.e).square().sum(-1).mean().item(), rel=1e-5)
-    for value, along in (((found.e * g).sum(), g), (found.loss, pull)):
+    past = turned(g.flatten(0, 1), *(part.detach().flatten(0, 1) for part in (x, found.e))).view(g.shape)
+    for value, along in (((found.e * g).sum(), past if rotation else g), (found.loss, pull)):
         close(*(torch.autograd.grad(what, z, retain_graph=True)[0] for what in (value, (x * along).sum())), 1e-5)
     assert pull.abs().max() > 1e-3 and not book.codes.requires_grad and not list(book.parameters())
     assert set(book.state_dict()) == {"codes", "counts", "sums"}
@@ -350,6 +396,157 @@ def test_revived_vq_codes_begin_anew():
     assert all(torch.equal(value[~dead], before[name][~dead]) for name, value in book.state_dict().items())
     for new, which in ((book, dead), (fitted, slice(None))):
         assert (new.counts[which] == 1).all() and torch.equal(new.sums[which], new.codes[which])
+
+
+# --- SimVQ ---
+
+@SIMILARITIES
+def test_simvq(similarity):
+    """The nearest of the frozen codes times the matrix; it begins as the identity. z has VQ's gradient; of the matrix
+    that of the mean of (x - e)^2 alone, here of dot in closed form. What one code learns moves the others."""
+    with torch.no_grad():
+        book = SimVQ(16, 8, similarity)
+        book.init_weights()
+    close(book.codes, book.frozen)
+    assert abs(SimVQ(400, 64).frozen.square().sum(1).mean().item() - 1) < 0.02
+    book = codebook(SimVQ, similarity=similarity, commitment=0.5)
+    z, g = (2 * normal(5, 7, 8, seed=2)).requires_grad_(), normal(5, 7, 8, seed=1)
+    found, x, table = book(z, "simvq"), KNOWN[similarity](z).detach(), KNOWN[similarity](book.frozen @ book.turn)
+    close(book.table(), table)
+    close(book.norms(), (book.frozen @ book.turn).norm(dim=1))
+    choices.assert_best(found.codes, -distances(x.flatten(0, 1), table.detach()).view(5, 7, 16))
+    e = table.detach()[found.codes]
+    close(found.e, e)
+    assert torch.equal(book(z).codes, found.codes) and torch.equal(book(z).e, found.e) and found.logits is None
+    assert found.loss.item() == pytest.approx(1.5 * (x - e).square().mean().item(), rel=1e-5)
+    pull = torch.autograd.grad((KNOWN[similarity](z) * (x - e)).sum() / 280, z)[0]
+    close(torch.autograd.grad(found.loss, z, retain_graph=True)[0], pull, 1e-5)  # 2 x 0.5
+    copied, = torch.autograd.grad((found.e * g).sum(), z, retain_graph=True)
+    close(copied, torch.autograd.grad((KNOWN[similarity](z) * g).sum(), z)[0], 1e-5)
+    past = turned(g.flatten(0, 1), x.flatten(0, 1), e.flatten(0, 1)).view(g.shape)
+    close(*(torch.autograd.grad((value * along).sum(), z)[0] for value, along in (
+        (codebook(SimVQ, similarity=similarity, rotation=True)(z, "simvq").e, g), (KNOWN[similarity](z), past))), 1e-5)
+    learned, = torch.autograd.grad((found.e * g).sum() + found.loss, book.turn)
+    if similarity == "dot":
+        close(learned, -2 / 280 * torch.einsum("bni,bnj->ij", book.frozen[found.codes], x - e), 1e-5)
+    alone, before = book(z[:1, :1], "simvq"), book.codes.detach().clone()
+    alone.loss.backward()
+    with torch.no_grad():
+        book.turn -= 0.1 * book.turn.grad
+    assert (book.codes - before).norm(dim=1).min() > 1e-6
+    assert set(book.state_dict()) == {"frozen", "turn"} and [*book.parameters()] == [book.turn]
+
+
+# --- Several books ---
+
+def test_residual_vq_by_hand():
+    """Greedily, book after book, each the code nearest to what is left; e is the sum, and is looked up. Of the sum the
+    gradient passes once; the commitment of each book is in the loss."""
+    for similarity, rotation in itertools.product(("cosine", "dot"), (False, True)):
+        several = books(similarity=similarity, commitment=0.5, rotation=rotation)
+        z, g = normal(4, 5, 6, seed=2).requires_grad_(), normal(4, 5, 6, seed=1)
+        found, x, loss = several(z, "vq"), KNOWN[similarity](z), 0.0
+        rest, e = x.detach(), torch.zeros(4, 5, 6)
+        for book, codes in zip(several.books, found.codes.view(4, 5, 3).unbind(-1)):
+            table = book.codes if book is not several.books[0] else KNOWN[similarity](book.codes)
+            choices.assert_best(codes, -distances(rest.flatten(0, 1), table).view(4, 5, 16))
+            rest, e = rest - table[codes], e + table[codes]
+            loss += 0.5 * rest.square().sum(-1).mean().item()
+        close(found.e, e)
+        assert found.codes.shape == (4, 15) and found.loss.item() == pytest.approx(loss, rel=1e-5)
+        assert torch.equal(several(z).codes, found.codes) and several(z).loss == 0 and torch.equal(found.z, z)
+        close(several.look_up(found.codes), e)
+        close(several(z).e, e)
+        past = turned(g.flatten(0, 1), x.detach().flatten(0, 1), e.flatten(0, 1)).view(g.shape) if rotation else g
+        close(*(torch.autograd.grad(value.sum(), z, retain_graph=True)[0] for value in (found.e * g, x * past)), 1e-5)
+        assert torch.autograd.grad(found.loss, z)[0].abs().max() > 1e-3
+    several = books(kind=SimVQ)                              # what one book leaves teaches it nothing
+    close(*(torch.autograd.grad(loss, several.books[0].turn)[0] for loss in (
+        several(z, "simvq").loss, several.books[0](z, "simvq").loss)))
+
+
+@pytest.mark.parametrize("kind, rotation", [(VQ, False), (VQ, True), (SimVQ, True)])
+def test_multi_head_vq_is_one_for_each_part_of_the_width(kind, rotation):
+    """Codes beside one another, vectors end to end, losses and gradients of each by itself."""
+    several, z = books(2, False, kind=kind, rotation=rotation), normal(4, 5, 6, seed=2).requires_grad_()
+    found, g = several(z, "vq"), normal(4, 5, 6, seed=1)
+    alone = [book(part, "vq") for book, part in zip(several.books, z.split(3, -1))]
+    assert torch.equal(found.codes, torch.stack([one.codes for one in alone], 2).flatten(1))
+    assert torch.equal(found.e, torch.cat([one.e for one in alone], 2)) and found.loss == sum(one.loss for one in alone)
+    assert torch.equal(several.look_up(found.codes), several(z).e) and several.norms().shape == (32,)
+    learned = [z, *several.parameters()]
+    for ours, wanted in zip(*(torch.autograd.grad(loss, learned) for loss in (
+            (found.e * g).sum() + found.loss,
+            sum((one.e * part).sum() + one.loss for one, part in zip(alone, g.split(3, -1)))))):
+        close(ours, wanted)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_each_book_follows_and_revives_by_what_it_is_given(residual):
+    """As a VQ of that alone: means of what chose its codes; the dead become some of it, after the books before; k-means
+    centres. A step that changes the first book changes what the second is given from then on, not in this step."""
+    z, n = normal(40, 6, seed=2), 2
+
+    def given(several, i, codes=None):
+        if not residual:
+            return z.split(3, 1)[i]
+        first = several.books[0]
+        return unit(z) - i * first.look_up(first(z).codes if codes is None else codes[:, 0])
+    before, several = books(n, residual), books(n, residual)
+    found = several(z[None]).codes.view(40, n)
+    several.follow(z, found.flatten())
+    for i, (ours, alone) in enumerate(zip(several.books, before.books)):
+        part = given(books(n, residual), i, found)
+        alone.follow(part, found[:, i])
+        for name in ("codes", "counts", "sums"):
+            close(getattr(ours, name), getattr(alone, name))
+    where, several, before = torch.arange(32) % 8 == 3, books(n, residual), books(n, residual)
+    assert several.revive(where, z, seeded()) == 4
+    for i, (ours, old, dead) in enumerate(zip(several.books, before.books, where.chunk(2))):
+        assert torch.equal(ours.codes[~dead], old.codes[~dead]) and (ours.counts[dead] == 1).all()
+        assert distances(ours.codes[dead], ours.scaled(given(several, i))).min(1).values.max() < 1e-6
+    several = books(n, residual, size=3)
+    several.fit(z, seeded())
+    for i, book in enumerate(several.books):
+        part = book.scaled(given(several, i))
+        nearest = distances(part, kmeans(part, 3, seeded(), 200)).argmin(1)
+        assert distances(book.codes, part).min(1).values.max() < 2 and len(nearest.unique()) == 3
+    left = [(part - book(part).e).square().sum().item() for book, part in several.given(z)]
+    assert not residual or left[1] < left[0]
+
+
+# --- LFQ ---
+
+def test_lfq_codes_are_signs():
+    """A code's bits from the first channel on; every code has a value of its own and is found again; 0 is below."""
+    book, every = LFQ(32), torch.arange(32)
+    values = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=5)))
+    assert torch.equal(book.look_up(every), values) and torch.equal(book.table, values) and not book.state_dict()
+    found = book(0.3 * values[None])
+    assert torch.equal(found.codes[0], every) and torch.equal(found.e[0], values) and found.loss == 0
+    assert found.logits is None and book(torch.zeros(1, 1, 5)).codes.item() == 0 and not list(book.parameters())
+    for size in (1, 0, 12, -4):
+        with pytest.raises(ValueError, match=f"codebook_size {size} is no power of 2"):
+            LFQ(size)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_lfq_entropies_by_hand(temperature):
+    """q(k|z) is a product of signs, each with the odds exp(4 z / T): its entropy is the sum of theirs, and that of the
+    mean is by all 16 codes. Straight through to z; commitment and certainty by their weights."""
+    book = LFQ(16, commitment=0.5, certainty=0.3, temperature=temperature)
+    z, g = (0.4 * normal(4, 5, 4)).requires_grad_(), normal(4, 5, 4, seed=1)
+    found, odds = book(z, "lfq"), 4 * z.double() / temperature
+    p = torch.sigmoid(odds)
+    own = -(p * F.logsigmoid(odds) + (1 - p) * F.logsigmoid(-odds)).sum(-1)
+    distance = (z - z.sign()).square().sum(-1).mean()
+    wanted = 0.5 * distance + 0.3 * own.mean()
+    assert found.loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    close(*(torch.autograd.grad(loss, z, retain_graph=True)[0] for loss in (found.loss, wanted)), 1e-5)
+    q = torch.stack([torch.where(signs > 0, p, 1 - p).prod(-1) for signs in book.table], -1).mean((0, 1))
+    assert usage_kl(found.logits).item() == pytest.approx((math.log(16) + (q * q.log()).sum()).item(), rel=1e-4)
+    assert torch.equal(found.e, book.look_up(found.codes)) and torch.equal(found.codes, book(z).codes)
+    assert torch.equal(torch.autograd.grad((found.e * g).sum(), z)[0], g)
 
 
 # --- FSQ ---

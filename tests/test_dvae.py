@@ -15,10 +15,11 @@ import torch.nn.functional as F
 
 from data.arc import OUTSIDE, PALETTE, Canvas, Grids
 from model import parameter_roles
-from models.discrete import SAMPLED, Quantised, decompose, kl_uniform, usage_kl
+from models.discrete import FIXED, SAMPLED, Quantised, decompose, kl_uniform, rotated, usage_kl
 from models.dvae import DVAE, Attention, relations, tiles
 from nanolab import settings as flags
 from nanolab.codes import grids_of, picture, print_codes, print_grids, read_file
+from nanolab.optim import factor
 from nanolab.run import UserError, override
 from test_scripts import fresh
 
@@ -114,6 +115,17 @@ def test_an_estimators_own_schedules(estimator, taus, hardness):
     assert hardness[0] or [g["scheduled"](step)["hardness"] for step in (299, 300)] == [0, 1]
 
 
+def test_dalles_own_schedules():
+    """Appendix A.2: shares of 3,000,000 updates, the rate's over all of them; from the first one on all the noise."""
+    g, _ = configured("--preset=dalle")
+    for updates, tau, weight in ((0, 1, 0), (2500, 0.99936, 3.3), (5000, 0.99743, 6.6), (75_000, 0.53125, 6.6),
+                                 (150_000, 1 / 16, 6.6), (3_000_000, 1 / 16, 6.6)):
+        assert g["scheduled"](updates / 3000) == pytest.approx(dict(
+            kl_weight=weight, mi_weight=0, tc_weight=0, dwkl_weight=0, usage_weight=0, mask_rate=0, tau=tau, noise=1,
+            hardness=1), abs=1e-5)
+    assert [g["lr"] * factor(g, step) for step in (0, 1000)] == pytest.approx([1e-4, 1.25e-6], rel=1e-3)
+
+
 @pytest.mark.parametrize("settings, said", [
     (dict(ff_mult=0.001), "no feed-forward width"), (dict(code_dim=1, estimator="vq"), "code_dim 1: .* no gradient"),
     (dict(estimator="reinmax", tau_end=0.5), "reinmax needs at least 1"),
@@ -122,7 +134,12 @@ def test_an_estimators_own_schedules(estimator, taus, hardness):
     (dict(estimator="fsq", dwkl_weight="0.1,0"), "fsq has no posterior"),
     (dict(estimator="vq", kl_target=9.0), "kl_target"), (dict(estimator="fsq", codebook_bound=0.1), "by gradients"),
     (dict(max_steps="none", schedule="constant"), "give schedule_steps"),
-    (dict(n_codes=2), "none is left for the cells")])
+    (dict(n_codes=2), "none is left for the cells"), (dict(estimator="lfq", codebook_size=12), "no power of 2"),
+    (dict(estimator="lfq", kl_weight="0.1,0"), "lfq has no posterior"),
+    (dict(estimator="vq", vq_levels=3), "the other 4 are no multiple of 3 .* take 5"),
+    (dict(estimator="vq", vq_levels=2, vq_heads=2), "one of the two must be 1"),
+    (dict(estimator="simvq", vq_heads=3, code_dim=8), "vq_heads 3 does not divide code_dim 8"),
+    (dict(estimator="vq", vq_heads=4, code_dim=4), "code_dim 4: on a line .* take code_dim 8")])
 def test_settings_that_cannot_go_together(settings, said):
     with pytest.raises(UserError, match=said):
         configured(**settings)
@@ -143,6 +160,44 @@ def test_codes_of_the_shape(max_side, size, n, layout):
         e, found = model.read(codes)
         assert torch.equal(found, grids.shapes) and torch.equal(e, model.codebook.look_up(learned))
         assert model.read(torch.full((1, n + 1), size - 1))[1].tolist() == [[max_side, max_side]]
+
+
+def test_codes_of_several_books():
+    """A place of two codes is one latent; read finds the vectors of encode's codes; numbers of the second book follow
+    on those of the first."""
+    for settings, width in ((dict(vq_levels=2), 8), (dict(vq_heads=2), 4)):
+        _, model, grids = built(estimator="vq", **settings)
+        found = model.codebook(model.encode(grids.tokens, grids.shapes))
+        assert model.config.n_latents == 2 and found.codes.shape == (25, 4) and found.e.shape == (25, 2, 8)
+        assert [book.codes.shape for book in model.codebook.books] == [(16, width)] * 2
+        torch.testing.assert_close(model.read(model.with_shape(found.codes, grids.shapes))[0], found.e)
+        assert torch.equal(model.numbered(found.codes), found.codes + torch.tensor([0, 16, 0, 16]))
+    codes = some_codes(built()[1], 3)
+    assert built()[1].numbered(codes) is codes
+    for estimator in ("vq", "simvq"):
+        assert built("--rotation_trick", estimator=estimator)[1].codebook.past is rotated
+
+
+@pytest.mark.parametrize("estimator, words", [("vq", []), ("vq", ["--vq_levels=2"]), *((name, []) for name in FIXED)])
+def test_dead_codes_are_those_of_their_book(estimator, words):
+    """Counted until the interval is over; then those that nothing chose move and no others; none of books that are
+    fixed."""
+    g, model, grids = built(*words, estimator=estimator, reset_interval=2, reset_fraction=1.0)
+    found, n = model.codebook(model.encode(grids.tokens, grids.shapes)), model.config.n_books
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loop = dict(step=1, seconds=0.0, chosen=torch.zeros(16 * n, dtype=torch.int64))
+    numbers = (found.codes.view(-1, n) + 16 * torch.arange(n)).flatten()
+    for loop["step"] in (1, 2):
+        g["revive"](model, loop, found.z.flatten(0, 1), found.codes.flatten(), torch.Generator().manual_seed(0))
+        assert loop["step"] == 2 or torch.equal(loop["chosen"], numbers.bincount(minlength=16 * n))
+    assert loop["chosen"].any() == ("revived" not in loop) == (estimator != "vq")
+    if estimator != "vq":
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        return
+    names = ["codebook.codes"] if n == 1 else [f"codebook.books.{i}.codes" for i in range(n)]
+    moved = torch.cat([(model.state_dict()[name] != before[name]).any(1) for name in names])
+    dead = torch.ones(16 * n, dtype=torch.bool).index_fill(0, numbers, False)
+    assert torch.equal(moved, dead) and loop["revived"] == dead.sum() > 0
 
 
 def test_map_of_codes():
@@ -322,11 +377,13 @@ def one_batch(g, model, grids):
 VARIANTS = ["--no-resample", "--output_positions --no-distance_bias", "--no-bias", "--similarity dot", "--norm rms "
             "--no-norm_gain", "", "--patch_height 1", "--code_dim 1 --similarity dot", "--codebook_size 2 --n_codes 8",
             "--encoder_layers 2 --latent_layers 2 --n_head 16", "--decoder_layers 2 --mask_rate 0.5,0.5",
-            "--activation swiglu", "--init zero"]
+            "--activation swiglu", "--init zero", "--estimator simvq --rotation_trick", "--estimator lfq",
+            "--estimator vq --vq_levels 2", "--estimator simvq --vq_heads 2"]
 
 
 @pytest.mark.parametrize("layout, estimator, words", [
-    (LAYOUTS[i // 6 % 2], (*SAMPLED, "vq", "fsq")[i % 6], words) for i, words in enumerate(VARIANTS)])
+    (LAYOUTS[i // 6 % 2], words.split()[1] if "--estimator" in words else (*SAMPLED, "vq", "fsq")[i % 6], words)
+    for i, words in enumerate(VARIANTS)])
 def test_every_parameter_has_a_role_and_a_gradient(layout, estimator, words):
     """One that is not rounding: 1e-7 of the longest at least, where the least that was found is 4e-6 and rounding is
     1e-9. From weights that are not 0, as `init zero` has them."""
@@ -406,10 +463,11 @@ def evaluated(g, model, grids, count=None):
     return g["evaluate"](model, model.config.canvas, grids, nullcontext(), g["scheduled"](10_000), count)
 
 
-@pytest.mark.parametrize("estimator, layout", [("reinmax", "grid"), ("vq", "canvas")])
-def test_figures_do_not_depend_on_the_batch(estimator, layout):
+@pytest.mark.parametrize("estimator, layout, words", [
+    ("reinmax", "grid", []), ("vq", "canvas", ["--vq_levels=2"]), ("lfq", "grid", [])])
+def test_figures_do_not_depend_on_the_batch(estimator, layout, words):
     """Nor on more grids than the mixture of MI and TC takes; and nothing random outside is touched."""
-    g, model, _ = built(max_side=3, estimator=estimator, layout=layout)
+    g, model, _ = built(*words, max_side=3, estimator=estimator, layout=layout)
     grids = of_shapes(all_shapes(3).repeat(112, 1), 3)
     states = torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
     found = {}
@@ -462,6 +520,10 @@ def test_code_statistics_are_of_learned_codes_and_the_rate_is_of_all():
     assert numbers["code_bits"] == pytest.approx(1 + quarter) and numbers["usage"] == 2 / 16
     pooled = -(15 / 16 * math.log(15 / 16) + math.log(1 / 16) / 16)
     assert numbers["perplexity"] == pytest.approx(math.exp(pooled)) and numbers["dead_codes"] == 14
+    g, model, _ = built(estimator="vq", vq_heads=2)          # of two books: 3 of each, 5 of the second
+    model.codebook.forward = lambda z, *_, **__: Quantised(z, learned)
+    numbers, _ = evaluated(g, model, grids)
+    assert numbers["usage"] == 3 / 32 and numbers["code_bits"] == pytest.approx(1 + quarter)
 
 
 def test_thorough_figures_by_hand(capsys):

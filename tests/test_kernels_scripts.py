@@ -352,6 +352,8 @@ def dvae(quantiser="categorical", side=5, **settings):
      {"rms_norm", "gated", "reinmax"}),
     ("categorical", "straight_through", dict(activation="silu"), {"layer_norm"}),
     ("vq", "vq", dict(activation="relu2"), {"layer_norm", "relu2", "nearest_code"}),
+    ("simvq", "simvq", dict(vq_levels=2), {"layer_norm", "gelu", "nearest_code"}),
+    ("lfq", "lfq", dict(code_dim=4), {"layer_norm", "gelu"}),
     ("fsq", "fsq", dict(code_dim=2), {"layer_norm", "gelu"})], ids=in_words)
 def test_dvae(quantiser, estimator, settings, expected):
     shapes = torch.tensor([[5, 5], [3, 4], [1, 2]])

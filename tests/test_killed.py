@@ -30,7 +30,7 @@ CASES = {
         ema_decay=0.9, log_interval=3, save_interval=2, seed=3),
     ("train_dvae", "vq"): dict(
         max_steps=15, estimator="vq", reset_interval=2, codebook_init="kmeans", similarity="dot", ema_decay=0.0,
-        seed=4),
+        seed=4, vq_levels=2, rotation_trick=True),
     ("train_mult", "forced"): dict(
         max_steps=18, dropout=0.2, forcing="linear", forcing_start=4, forcing_slope=0.05, stability_window=2,
         stability_eps=0.5, eval_interval=2, sequence_weight=1.0, sum_head="classes", ema_decay=0.9, grad_accum=2),

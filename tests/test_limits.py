@@ -144,7 +144,8 @@ REFUSED = {
     "train_mult": [(f"--n_embd {2 ** 40}", "cannot be held"), (f"--n_examples {10 ** 12}", "cannot be held")],
     "train_dvae": [(f"--codebook_size {2 ** 60}", "cannot be held"),
                    (f"--batch_size {10 ** 12}", "grids cannot be held"),
-                   ("--estimator fsq --codebook_size 11", "no product of levels")],
+                   ("--estimator fsq --codebook_size 11", "no product of levels"),
+                   ("--estimator lfq --codebook_size 12", "no power of 2")],
     "train_worldmodel": [(f"--dynamics_embd {2 ** 40}", "cannot be held"),
                          (f"--tokenizer_batch {10 ** 12}", "clips cannot be held")]}
 
@@ -233,7 +234,9 @@ IDLE = [  # (script, what is typed, *(which of it counts for nothing, because of
     ("train_mult", "--models simple,prefix --n_latent 3", "n_latent, models simple,prefix"),
     ("train_facts", "--task text --pairs 3 --names plain", "pairs, task text", "names, task text"),
     ("train_worldmodel", "--dataset atari:Freeway --walls 0 --length 9", "walls, dataset atari:Freeway"),
-    ("train_dvae", "--reset_interval none --reset_fraction 1", "reset_fraction, reset_interval none")]
+    ("train_dvae", "--reset_interval none --reset_fraction 1", "reset_fraction, reset_interval none"),
+    ("train_dvae", "--estimator fsq --vq_levels 2 --rotation_trick", "vq_levels, estimator fsq",
+     "rotation_trick, estimator fsq")]
 
 
 @pytest.mark.parametrize("script, line, idle", [(script, line, idle) for script, line, *idle in IDLE])

@@ -151,7 +151,9 @@ PASSES = {
                             mask_rate="0.3,0.3"),
         "reinmax": dict(estimator="reinmax", hard_at=0.0, loss_scale="grid", codebook_bound=0.1, kl_target=3.0),
         "vq": dict(estimator="vq"), "vq dot": dict(estimator="vq", similarity="dot", layout="canvas"),
-        "fsq": dict(estimator="fsq", loss_scale="token", mask_rate="0.5,0.5")},
+        "fsq": dict(estimator="fsq", loss_scale="token", mask_rate="0.5,0.5"), "lfq": dict(estimator="lfq"),
+        "residual vq": dict(estimator="vq", vq_levels=2, rotation_trick=True),
+        "simvq heads": dict(estimator="simvq", vq_heads=2)},
     "train_worldmodel": {
         "tokenizer vq": dict(stage="tokenizer", tokenizer="spatiotemporal", tokenizer_frames=3),
         "tokenizer fsq": dict(stage="tokenizer", quantiser="fsq"),
@@ -198,8 +200,11 @@ def test_passes_are_one_pass_over_all_their_rows(done, put, text, script, case):
 
 @pytest.mark.parametrize("script, settings, said", [
     ("train_dvae", dict(usage_weight="0.1,0.1", tc_weight="0,0.1"), "usage_weight, tc_weight"),
+    ("train_dvae", dict(usage_weight="0.1,0.1", estimator="lfq"), "usage_weight"),
+    ("train_dvae", dict(usage_weight="0.1,0.1", estimator="vq"), None),
     ("train_dvae", dict(kl_weight="0.1,0.1"), None),
-    ("train_enwik8", MOE | dict(expert_balance="loss"), "expert_balance loss")], ids=["usage", "kl", "experts"])
+    ("train_enwik8", MOE | dict(expert_balance="loss"), "expert_balance loss")],
+    ids=["usage", "lfq", "vq", "kl", "experts"])
 def test_what_is_not_linear_in_the_batch_is_said(done, text, script, settings, said):
     how = BASE[script] | settings | (dict(dataset=text) if script == "train_enwik8" else {})
     told = done(script, "run", **how | dict(batch_size=2, grad_accum=2, max_steps=0))
