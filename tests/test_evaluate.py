@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import evaluate
-import toy
+import choices
 from model import Attention
 from nanolab import tasks
 from nanolab.run import UserError, load_checkpoint, run_metrics
 from nanolab.score import Ensemble, Score, parse_protocol, score
 from forks import assert_done, wait_for
-from toy import T, build, run_main
+from choices import T, run_main
+from choices import loud_model as build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,7 +53,7 @@ def one_by_one(model, data, protocol):
 def in_one_pass(model, data, monkeypatch):
     """Bits of every byte after all before it, attention limited to T."""
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(Attention, "attend", toy.banded)
+        patch.setattr(Attention, "attend", choices.banded)
         logits = model(data[None, :-1].long())[0]
     return torch.tensor([8.0] + [bits_of(row, target) for row, target in zip(logits, data[1:].tolist())],
                         dtype=torch.float64)
@@ -203,7 +204,7 @@ def run(tmp_path):
     model = build()
     settings = {**model.config.__dict__, "dataset": str(tmp_path / "text.txt"), "max_bytes": None}
     ema = {"weights": {name: value / 2 for name, value in model.state_dict().items()}}
-    return toy.save(tmp_path, model, settings=settings, ema=ema)
+    return choices.save_model(tmp_path, model, settings=settings, ema=ema)
 
 
 def table(out):

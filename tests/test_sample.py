@@ -12,21 +12,20 @@ import choices
 import nanolab.generate
 import nanolab.plan
 import sample
-import toy
 import variants
+from choices import T, run_main
 from kernels import GATES, PLAIN
 from model import MIXERS, Attention, TransformerConfig
 from nanolab import settings as flags
 from nanolab.generate import Draft, Ngrams, draw, draw_alone, filter_logits, first_past, generate
 from nanolab.plan import SPARE, Plan, plan_of
-from toy import T, run_main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(*given, **settings):
     """In float64, as the model magnifies rounding."""
-    return toy.build(*given, **settings).double()
+    return choices.loud_model(*given, **settings).double()
 
 
 # ---- filters ----
@@ -177,7 +176,7 @@ def test_generation_equals_a_new_pass_for_every_byte(positions, prompts, monkeyp
     model = build(positions)
     written = tokens(model, prompts, 24)
     found = [choices.followed(torch.tensor(written).T, model, prompts, use_cache=use) for use in (True, False)]
-    monkeypatch.setattr(Attention, "attend", Attention.attend if positions.startswith("learned") else toy.banded)
+    monkeypatch.setattr(Attention, "attend", Attention.attend if positions.startswith("learned") else choices.banded)
     wanted = recomputed(model, prompts, written)
     for logits in found:
         assert logits.argmax(-1).T.tolist() == written
@@ -262,9 +261,9 @@ def test_a_plan_is_the_model_or_is_none(settings):
 def test_what_no_plan_is_made_of():
     class Other(Attention):
         """What somebody else computes."""
-    model = toy.build()
-    assert plan_of(model) is not None and plan_of(toy.build().double()) is None
-    assert plan_of(toy.build().train()) is None and plan_of(toy.build(softmax_plus_one=True)) is None
+    model = choices.loud_model()
+    assert plan_of(model) is not None and plan_of(choices.loud_model().double()) is None
+    assert plan_of(choices.loud_model().train()) is None and plan_of(choices.loud_model(softmax_plus_one=True)) is None
     with torch.autocast("cpu", torch.bfloat16):
         assert plan_of(model) is None
     with pytest.MonkeyPatch.context() as patch:
@@ -338,7 +337,7 @@ def test_what_is_guessed():
 
 @pytest.fixture
 def run(tmp_path):
-    return toy.save(tmp_path, build())
+    return choices.save_model(tmp_path, build())
 
 
 def test_main_writes_prompt_and_sample(run):
