@@ -699,8 +699,8 @@ def show_table(settings):
 
 def show_page():
     """The page of --html: of `runs`, or of the runs in a folder of them, whose grid's table it then has."""
-    inside = [places_in(word.strip()) for word in runs.split(",")]
-    there, notes = archive.find(",".join(place for places in inside for place in places))
+    words = [word.strip() for word in runs.split(",")]
+    there, notes = archive.find(",".join(place for word in words for place in places_in(word)))
     whole = [run for run in there if run.settings and isinstance(run.summary, dict)]
     notes += [f"{run.place}: no params.json, or it is damaged" for run in there if run not in whole]
     if not whole:
@@ -708,7 +708,7 @@ def show_page():
     for note in notes:
         print("left out", note, file=sys.stderr)
     tables = []
-    for place in map(Path, runs.split(",")):
+    for place in map(Path, words):
         path = place if place.suffix == ".jsonl" else place / "grid.json"
         try:
             if archive.read_grid(path):
