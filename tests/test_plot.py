@@ -264,6 +264,8 @@ def test_a_page_shows_all_of_a_run_and_runs_nothing_of_it(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(curves, "LARGEST", 98)
     make_told(tmp_path / "runs" / "a", preset="cpu", n_layer=4, n_head=3, dataset=HOSTILE, optimizer="muon", lr=7e-4)
+    with open(tmp_path / "runs" / "a" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 30, "split": HOSTILE, "loss": 1.0}))
     code, _, err = in_process(plot, "runs/a", "--html", "a.html")
     assert (code, err) == (0, "wrote a.html\n")
     text = (tmp_path / "a.html").read_text()
@@ -329,6 +331,7 @@ def test_a_page_has_the_table_of_its_grid(tmp_path, monkeypatch, in_process):
     text = shown("grid", index(row("none <b>", [2.001, 2.02]), row("a*", [])))
     assert re.search(r"<td>none &lt;b&gt;</td><td>\+0\.0\d+ ± 0\.\d+</td><td>undecided</td>", text)
     assert 'alt="the table" src="data:image/png;base64,iVBOR' in text and "<p>Baseline: 2.0000 (m), 5 draws" in text
+    assert "<p>* the best of the tried rates" in text
     text = shown("grid.jsonl", {**index(row("a", [])), "rows": [row("baseline", [2.0], None), row("a", [])]})
     assert "<p>no two seeds of the baseline and of a row yet" in text and 'alt="the table"' not in text
     assert "--tag &#x27;&lt;/script&gt;" in text and "c0ffee" in text                 # of an archive's run, too
@@ -338,13 +341,14 @@ def test_a_page_has_the_table_of_its_grid(tmp_path, monkeypatch, in_process):
 
 def test_curves_of_a_page():
     lines = [{"step": step, "split": "train", "loss": 1.0 / step, "seconds": step / 2} for step in range(1, 1002)]
-    lines += [{"step": 4, "split": "val", "bpb": math.inf, "accuracy": 1}, {"step": 10 ** 400, "split": "val"},
+    lines += [{"step": 0, "split": "val", "accuracy": 0}, {"step": 4, "split": "val", "bpb": math.inf, "accuracy": 1}]
+    lines += [{"step": 10 ** 400, "split": "val"},
               {"step": 2000, "split": "val", "accuracy": None}, {"step": 9, "split": "val", "stage": "x", "psnr": 1}]
     train, val, stage = sorted(curves.by_curve(lines), key=lambda curve: curve["name"])
     assert train["name"] == "train" and train["step"][-2:] == [1001 - 2, 1001] and len(train["step"]) == 501
     assert train["loss"][3] == 1 / train["step"][3] and train["seconds"][3] == train["step"][3] / 2
-    assert (val["name"], val["step"], val["seconds"]) == ("val", [4, 2000], [2.0, 500.5])
-    assert val["accuracy"] == [1, None] and "bpb" not in val
+    assert (val["name"], val["step"], val["seconds"]) == ("val", [0, 4, 2000], [0.0, 2.0, 500.5])
+    assert val["accuracy"] == [0, 1, None] and "bpb" not in val
     assert (stage["name"], stage["seconds"]) == ("x/val", [None])
 
 
