@@ -26,7 +26,6 @@ from nanolab.settings import answer_help
 
 answer_help(__name__, __file__, "runs")  # before the seconds that the next lines take
 
-import functools
 import io
 import itertools
 import math
@@ -41,7 +40,6 @@ import pandas as pd
 from nanolab import archive, curves
 from nanolab.archive import natural
 from nanolab.run import UserError, as_typed, command, override, replacing
-from nanolab.settings import _read_settings, _read_tables
 from nanolab.verdict import components, judge, ordered_alike, rank_correlation, read_index
 
 # --- What ---
@@ -718,7 +716,7 @@ def show_page():
                 tables.append((pivot(index) if index.get("cross") else markdown(index), picture.getvalue()))
         except UserError as error:                           # runs that have not ended have no table yet
             notes.append(str(error))
-    text = curves.page(runs, [(run, differing(run), Path(run.place)) for run in whole], tables, notes)
+    text = curves.page(runs, whole, tables, notes)
     with replacing(Path(html)) as file:
         file.write(text.encode("utf-8", "replace"))
     print(f"wrote {html}", file=sys.stderr)
@@ -730,25 +728,6 @@ def places_in(word):
     if not place.is_dir() or (place / "params.json").exists():
         return [word]
     return sorted({str(path.parent) for path in place.rglob("params.json")}, key=natural) or [word]
-
-
-@functools.cache
-def known(script):
-    """(the settings of a script as it is here, its presets); nothing of one that is not."""
-    path = curves.ROOT / f"{script}.py"
-    if path.parent != curves.ROOT or not path.is_file():
-        return {}, {}
-    return {name: spec.default for name, spec in _read_settings(path).items()}, _read_tables(path)[1].get("presets", {})
-
-
-def differing(run):
-    """[(setting, its value, the preset's, the script's own)] where a Run has neither the one nor the other value, first
-    those that no preset set."""
-    defaults, presets = known(str(run.params.get("script")))
-    preset = presets.get(run.settings.get("preset"), {}) if isinstance(run.settings.get("preset"), str) else {}
-    rows = [(name, *map(as_typed, (run.settings[name], preset.get(name, default), default)))
-            for name, default in defaults.items() if name in run.settings and name != "preset"]
-    return sorted((row for row in rows if not row[1] == row[2] == row[3]), key=lambda row: row[1] == row[2])
 
 
 def read_all(read):

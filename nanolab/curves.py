@@ -5,6 +5,7 @@ A mirror takes up what it lacks of a resumed run's lines (`catch_up`), then a li
 """
 import base64
 import contextlib
+import functools
 import hashlib
 import html
 import itertools
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanolab.settings import UserError, as_typed
+from nanolab.settings import UserError, _read_settings, _read_tables, as_typed
 
 PANELS = {"loss": "loss (nats per target)", "bpb": "bits per byte", "accuracy": "accuracy", "exact": "exact match",
           "digit_accuracy": "accuracy of a digit", "perplexity": "perplexity of the codes", "psnr": "PSNR (dB)",
@@ -99,17 +100,16 @@ def by_curve(lines, most=400):
 def page(title, runs, tables=(), notes=()):
     """A whole page of HTML, which needs nothing else: curves to hover over, tables, and all about each run.
 
-    runs: [(archive.Run, [(setting, its value, the preset's, the script's)] that differ, its directory or None)].
-    tables: [(lines of Markdown, PNG bytes or None)]. notes: sentences on top. Whatever a run says is escaped, and a
-    policy of the page lets no script run but its own.
+    runs: of archive.Run. tables: [(lines of Markdown, PNG bytes or none)]. notes: sentences on top. Whatever a run says
+    is escaped, and a policy of the page lets no script run but its own.
     """
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     script = re.search("<script>(.*)</script>", template, re.DOTALL)[1]
     body = [f"<p>{html.escape(note)}</p>" for note in notes]
     for lines, picture in tables:
         body += [*_from_markdown(lines), _picture(picture, "image/png", "the table") if picture else ""]
-    body += [_overview([run for run, *_ in runs]), *(_about(*each, open=len(runs) == 1) for each in runs)]
-    found = [by_curve(run.lines) for run, *_ in runs]
+    body += [_overview(runs), *(_about(run, open=len(runs) == 1) for run in runs)]
+    found = [by_curve(run.lines) for run in runs]
     keys = dict.fromkeys(key for curve in itertools.chain(*found) for key in curve if key not in ("name", "step"))
     data = json.dumps({"keys": [key for key in PANELS if key in keys] + [key for key in keys if key not in PANELS],
                        "runs": found}, separators=(",", ":"))
@@ -148,20 +148,40 @@ def _overview(runs, shown=10):
         for i, run in enumerate(runs)], raw=True)
 
 
-def _about(run, differ, directory, open):
+@functools.cache
+def _known(script):
+    """(the settings of a script as it is here, its presets); nothing of one that is not."""
+    path = ROOT / f"{script}.py"
+    if path.parent != ROOT or not path.is_file():
+        return {}, {}
+    return {name: spec.default for name, spec in _read_settings(path).items()}, _read_tables(path)[1].get("presets", {})
+
+
+def _differing(run):
+    """[(setting, its value, the preset's, the script's own)] where a Run has neither the one nor the other value, first
+    those that no preset set."""
+    defaults, presets = _known(str(run.params.get("script")))
+    preset = presets.get(run.settings.get("preset"), {}) if isinstance(run.settings.get("preset"), str) else {}
+    rows = [(name, *map(as_typed, (run.settings[name], preset.get(name, default), default)))
+            for name, default in defaults.items() if name in run.settings and name != "preset"]
+    return sorted((row for row in rows if not row[1] == row[2] == row[3]), key=lambda row: row[1] == row[2])
+
+
+def _about(run, open):
     """All that is known of a run: command, settings, summary, environment, samples, pictures."""
+    differ = _differing(run)
     versions, device, git = (value if isinstance(value := run.params.get(key), dict) else {}
                              for key in ("versions", "device", "git"))
     words = list(map(str, run.params["command"])) if isinstance(run.params.get("command"), list) else []
     parts = [f"<pre>python {html.escape(shlex.join(words))}</pre>" if words else "",
              "" if run.lines else "<p>no metrics yet</p>",
              _table(["setting", "this run", f"preset {as_typed(run.settings.get('preset'))}", "the script"], differ)
-             if differ else "<p>every setting is as its preset and its script have it</p>"]
+             if differ else "<p>no setting is known to differ from the preset and the script</p>"]
     machine = versions | device | {"commit": git.get("commit"), "uncommitted changes": git.get("dirty")}
     for name, values in (("summary", run.summary), ("environment", machine), ("all settings", run.settings)):
         rows = [(key, as_typed(value)) for key, value in values.items() if value is not None]
         parts.append(f"<details><summary>{name}</summary>{_table(['name', 'value'], rows)}</details>")
-    for path in samples_of(directory) if directory else ():
+    for path in samples_of(Path(run.place)):
         kind = PICTURES.get(path.suffix)
         if path.stat().st_size > LARGEST:
             parts.append(f"<p>{html.escape(path.name)} is left out: it is larger than {LARGEST // 10 ** 6} MB</p>")

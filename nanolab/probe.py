@@ -42,6 +42,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+import kernels
 from data import facts, tokens
 from model import Attention, from_checkpoint
 from nanolab import hf
@@ -170,7 +171,8 @@ def attending(model):
 
     def attend(name, q, k, v, *given, **how):
         units = torch.eye(k.size(2)).to(v).expand(*k.shape[:3], -1)                      # (B, G, S, S)
-        found[name] = Attention.attend(mixers[name], q, k, units, *given, **how).detach()
+        with kernels.using("torch"):                         # a kernel wants values as wide as keys
+            found[name] = Attention.attend(mixers[name], q, k, units, *given, **how).detach()
         return Attention.attend(mixers[name], q, k, v, *given, **how)
     try:
         for name, mixer in mixers.items():

@@ -307,7 +307,7 @@ def test_a_page_of_runs_that_lack_something(tmp_path, monkeypatch, in_process):
     assert (code, err) == (0, "left out runs/bad: no params.json, or it is damaged\nwrote a.html\n")
     text = (tmp_path / "a.html").read_text()
     assert text.count("no metrics yet") == 2 and 'value="runs/x/a" checked' in text and "<p>runs/bad: no" in text
-    assert text.count("every setting is as") == 2 and "preset none" not in text     # of a script that is not known
+    assert text.count("no setting is known to differ") == 2 and "preset none" not in text     # its script is not
     for words, said in (("runs/bad --html b.html", "nothing to show: runs/bad: no params.json"),
                         ("runs --html b.png", "a page ends in .html"),
                         ("runs --html no/b.html", "cannot write no/b.html"),
@@ -382,7 +382,7 @@ def test_a_page_in_a_browser(tmp_path):
     """Curves are drawn, overlaid and hovered over at a phone's width; what a run says never runs."""
     runs = [of_folder(make_told(tmp_path / name)) for name in "ab"]
     runs[0].name = HOSTILE
-    text = curves.page(HOSTILE, [(run, [("lr", HOSTILE, "", "")], Path(run.place)) for run in runs], (), [HOSTILE])
+    text = curves.page(HOSTILE, runs, (), [HOSTILE])
     allowed = base64.b64encode(hashlib.sha256(DRIVER.encode()).digest()).decode()
     text = text.replace("script-src ", f"script-src 'sha256-{allowed}' ").replace(
         "</html>", f"<script>{DRIVER}</script><script>document.title = 'owned'</script></html>")
