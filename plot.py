@@ -6,6 +6,7 @@
     python plot.py --table runs/one_change                       # Markdown, and a picture beside it
     python plot.py --table runs/facts                            # means only, of a grid with `cross`
     python plot.py runs/facts.jsonl                              # an archive of runs that grid.py has made
+    python plot.py runs/train_enwik8/a --html a.html             # one page: settings, curves, samples, pictures
     python plot.py "runs/facts.jsonl/*in_weight*" --capacity     # some of its runs; bits stored
 
     python plot.py "runs/facts/*/*" --contours n_people,n_embd --metric accuracy   # two settings
@@ -25,6 +26,7 @@ from nanolab.settings import answer_help
 
 answer_help(__name__, __file__, "runs")  # before the seconds that the next lines take
 
+import io
 import itertools
 import math
 import statistics
@@ -35,9 +37,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from nanolab import archive
+from nanolab import archive, curves
 from nanolab.archive import natural
-from nanolab.run import UserError, as_typed, command, override
+from nanolab.run import UserError, as_typed, command, override, replacing
 from nanolab.verdict import components, judge, ordered_alike, rank_correlation, read_index
 
 # --- What ---
@@ -54,10 +56,12 @@ by = "step"              # [step, seconds, tokens] over what; seconds of trainin
 split = "val"            # [train, val, test] which part of the data
 metric = "bpb"           # a key of metrics.jsonl
 csv = None               # with --table: the table as a file for machines too
+html = None              # one page, a file that a browser needs nothing else for: all about the runs, and their table
 out = None               # the picture, .png .pdf or .svg; none: curves.png, and for a table table.png in its folder
 width = 8.0              # [>= 1.0, <= 50.0] inches
 
 PICTURES = (".png", ".pdf", ".svg")
+LOOKS = ("over", "contours", "capacity", "levels", "same", "only", "by", "split", "metric")   # of curves
 SEEDS = {"seed", "data_seed", "run_name", "out_dir", "resume", "preset", "tag",
          "models"}       # each has a curve of its own, and learns the same alone as beside another
 ACCURACY = "accuracy_trained_no_tool_raw"
@@ -642,8 +646,8 @@ def crossed(row, name):
     return mean_of(values) if values else "" if runs else "not measured"
 
 
-def draw_table(index, path):
-    """A picture of the differences: a dot a draw, a bar for 95 %, the rungs in shades; families together."""
+def draw_table(index):
+    """The picture of the differences: a dot a draw, a bar for 95 %, the rungs in shades; families together."""
     judged = judge(index)
     rows = [mine for mine in judged.rows if mine.effects]
     if not rows:
@@ -673,7 +677,7 @@ def draw_table(index, path):
     axes.set_xlabel(f"{what} to the baseline (left is better; † to another row){rungs}")
     axes.grid(alpha=0.3, axis="x")
     axes.legend(fontsize=7, loc="lower right")
-    save(figure, path)
+    return figure
 
 
 # --- The command ---
@@ -688,7 +692,42 @@ def show_table(settings):
     if csv:
         write_csv(index, csv)
     folder = Path(table.removesuffix(".jsonl"))
-    draw_table(index, Path(out or (folder / "table.png" if folder.is_dir() else f"{folder}.png")))
+    save(draw_table(index), Path(out or (folder / "table.png" if folder.is_dir() else f"{folder}.png")))
+
+
+def show_page():
+    """The page of --html: of `runs`, or of the runs in a folder of them, whose grid's table it then has."""
+    words = [word.strip() for word in runs.split(",")]
+    there, notes = archive.find(",".join(place for word in words for place in places_in(word)))
+    whole = [run for run in there if run.settings and isinstance(run.summary, dict)]
+    notes += [f"{run.place}: no params.json, or it is damaged" for run in there if run not in whole]
+    if not whole:
+        raise UserError(f"nothing to show: {'; '.join(notes[:3])}")
+    for note in notes:
+        print("left out", note, file=sys.stderr)
+    tables = []
+    for place in map(Path, words):
+        path = place if place.suffix == ".jsonl" else place / "grid.json"
+        try:
+            if archive.read_grid(path):
+                index, picture = read_index(path), io.BytesIO()
+                if not index.get("cross"):
+                    draw_table(index).savefig(picture, format="png")
+                tables.append((pivot(index) if index.get("cross") else markdown(index), picture.getvalue()))
+        except UserError as error:                           # runs that have not ended have no table yet
+            notes.append(str(error))
+    text = curves.page(runs, whole, tables, notes)
+    with replacing(Path(html)) as file:
+        file.write(text.encode("utf-8", "replace"))
+    print(f"wrote {html}", file=sys.stderr)
+
+
+def places_in(word):
+    """[the runs in a folder that is none itself]; a word that means something else stays alone."""
+    place = Path(word)
+    if not place.is_dir() or (place / "params.json").exists():
+        return [word]
+    return sorted({str(path.parent) for path in place.rglob("params.json")}, key=natural) or [word]
 
 
 def read_all(read):
@@ -719,9 +758,13 @@ def main():
     if out is not None and Path(out).suffix.lower() not in ("", *PICTURES):
         raise UserError(f"--out {out}: a picture ends in {', '.join(PICTURES)}")
     two = [] if contours is None else [word.strip() for word in contours.split(",")]
+    if html is not None:
+        settings.refuse_idle(("table", *LOOKS, "csv", "out", "width"), "with --html")
+        if not html.endswith(".html"):
+            raise UserError(f"--html {html}: a page ends in .html")
+        return show_page()
     if table is not None:
-        settings.refuse_idle(("over", "contours", "capacity", "levels", "same", "only", "by", "split", "metric"),
-                             "with --table")
+        settings.refuse_idle(LOOKS, "with --table")
     elif capacity:
         settings.refuse_idle(("same", "only", "by", "split", "metric"), "with --capacity")
     elif two or over is not None:

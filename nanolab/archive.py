@@ -9,6 +9,7 @@ where it was resumed, its summary, and its metrics by columns:
 
 are the lines 0, 1 and 3 of its metrics.jsonl: a list has a value for each of them, anything else stands in all.
 """
+import contextlib
 import fnmatch
 import glob
 import json
@@ -16,7 +17,7 @@ import re
 import shlex
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanolab.run import UserError, as_user_error, is_running, read_json, replacing, run_metrics, write_json
@@ -32,6 +33,7 @@ class Run:
     settings: dict       # {} where there is no params.json
     summary: dict        # {} before it has ended
     lines: list          # of its metrics, in the order of their steps
+    params: dict = field(default_factory=dict)   # all of its params.json
 
 
 def natural(words):
@@ -41,9 +43,10 @@ def natural(words):
 
 def of_folder(directory):
     """The Run in a directory, as far as it is there."""
-    settings = read_json(directory / "params.json").get("settings")
+    params = read_json(directory / "params.json")
+    settings = params.get("settings")
     return Run(directory.name, str(directory), settings if isinstance(settings, dict) else {},
-               read_json(directory / "summary.json"), run_metrics(directory) if directory.is_dir() else [])
+               read_json(directory / "summary.json"), run_metrics(directory) if directory.is_dir() else [], params)
 
 
 def find(words):
@@ -78,6 +81,8 @@ def read(path):
             settings = {} if told is None else {name: value for name, value in (first["settings"] | told).items()
                                                 if name not in line.get("lacks", ())}
             runs.append(Run(line["run"], f"{path}/{line['run']}", settings, line["summary"], unpack(line["metrics"])))
+            with contextlib.suppress(LookupError, TypeError, ValueError):        # its curves need none
+                runs[-1].params = restored_params(first, runs[-1], line)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path}: line {number} is no run of an archive") from None
     return runs

@@ -1,18 +1,32 @@
-"""The curves of a run, from its lines of metrics: their names, the picture, and their mirrors, TensorBoard and wandb.
+"""The curves of a run, from its lines of metrics: their names, the picture, the page of `plot.py --html`, and their
+mirrors, TensorBoard and wandb.
 
 A mirror takes up what it lacks of a resumed run's lines (`catch_up`), then a line at a time (`log`).
 """
+import base64
 import contextlib
+import functools
+import hashlib
+import html
+import itertools
+import json
 import os
 import re
+import shlex
 import struct
+from pathlib import Path
 
-from nanolab.settings import UserError
+import numpy as np
+
+from nanolab.settings import UserError, _read_settings, _read_tables, as_typed
 
 PANELS = {"loss": "loss (nats per target)", "bpb": "bits per byte", "accuracy": "accuracy", "exact": "exact match",
           "digit_accuracy": "accuracy of a digit", "perplexity": "perplexity of the codes", "psnr": "PSNR (dB)",
           "information": "I(code; action) / H(action)", "changed": "changed tokens that are right",
           "frame": "whole frames that are right"}
+PICTURES = {".png": "image/png", ".gif": "image/gif", ".jpg": "image/jpeg"}  # that a page shows
+ROOT = Path(__file__).resolve().parents[1]
+LARGEST = 8_000_000  # bytes of a file in a page
 
 
 def is_name(name):
@@ -59,6 +73,138 @@ def draw(lines, file):
         if curves[key]:
             axes.legend(fontsize="small" if len(curves[key]) > 6 else None)
     figure.savefig(file, format="png")
+
+
+def by_curve(lines, most=400):
+    """[{"name": a curve, "step": [...], "seconds": [...], and each number's list, None where a line lacks it}] of a
+    run's lines; of a curve with more than twice `most` lines, evenly, about so many and the last."""
+    def number(value):
+        return value if type(value) in (int, float) and abs(value) < 1e300 else None     # nor nan
+    clocks, curves = {}, {}
+    for entry in (entry for entry in lines if abs(entry["step"]) < 2 ** 53):
+        clock = clocks.setdefault(str((entry.get("model"), entry.get("stage"))), [(0, 0.0)])
+        if number(entry.get("seconds")) is not None:
+            clock.append((entry["step"], entry["seconds"]))
+        curves.setdefault(curve_of(entry), []).append((entry, clock))
+    found = []
+    for name, entries in curves.items():
+        entries = entries[:-1:max(1, len(entries) // most)] + entries[-1:]
+        keys = dict.fromkeys(key for entry, _ in entries for key in entry if number(entry[key]) is not None)
+        seconds = [float(np.interp(entry["step"], *zip(*clock))) if len(clock) > 1 else None
+                   for entry, clock in entries]              # between two lines of the clock, as plot.py has it
+        found.append({key: [number(entry.get(key)) for entry, _ in entries] for key in keys} | {
+            "name": name, "seconds": seconds})
+    return found
+
+
+def page(title, runs, tables=(), notes=()):
+    """A whole page of HTML, which needs nothing else: curves to hover over, tables, and all about each run.
+
+    runs: of archive.Run. tables: [(lines of Markdown, PNG bytes or none)]. notes: sentences on top. Whatever a run says
+    is escaped, and a policy of the page lets no script run but its own.
+    """
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    script = re.search("<script>(.*)</script>", template, re.DOTALL)[1]
+    body = [f"<p>{html.escape(note)}</p>" for note in notes]
+    for lines, picture in tables:
+        body += [*_from_markdown(lines), _picture(picture, "image/png", "the table") if picture else ""]
+    body += [_overview(runs), *(_about(run, open=len(runs) == 1) for run in runs)]
+    found = [by_curve(run.lines) for run in runs]
+    keys = dict.fromkeys(key for curve in itertools.chain(*found) for key in curve if key not in ("name", "step"))
+    data = json.dumps({"keys": [key for key in PANELS if key in keys] + [key for key in keys if key not in PANELS],
+                       "runs": found}, separators=(",", ":"))
+    parts = {"@TITLE@": html.escape(title), "@BODY@": "\n".join(body), "@DATA@": data.replace("<", "\\u003c"),
+             "@HASH@": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}
+    return re.sub("@[A-Z]+@", lambda place: parts[place[0]], template)
+
+
+def _table(head, rows, raw=False):
+    """HTML; raw: the first cell of each row is HTML already."""
+    def line(tag, row, raw=0):
+        cells = [str(cell) if i < raw else html.escape(str(cell)) for i, cell in enumerate(row)]
+        return f"<tr><{tag}>{f'</{tag}><{tag}>'.join(cells)}</{tag}></tr>"
+    lines = [line("th", head), *(line("td", row, raw) for row in rows)]
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+
+
+def _from_markdown(lines):
+    """Tables and sentences as plot.py prints them, as HTML."""
+    for is_table, block in itertools.groupby(lines, lambda line: line.startswith("|")):
+        block = [line.replace("**", "").replace("\\*", "*") for line in block]
+        rows = [line[2:-2].split(" | ") for line in block] if is_table else []
+        yield _table(rows[0], rows[2:]) if rows else "".join(f"<p>{html.escape(line)}</p>" for line in block)
+
+
+def _overview(runs, shown=10):
+    """The runs in a table, with a box each that draws its curves; at first those of the first `shown`."""
+    alone = len({run.name for run in runs}) == len(runs)
+    names = [html.escape(run.name if alone else run.place) for run in runs]
+    best = [", ".join(f"{name} {value:.4f}" for name, value in run.summary.items()
+                      if name.startswith("best_") and isinstance(value, float)) for run in runs]
+    return _table(["run", "status", "step", "best", "seconds"], [
+        [f'<label><input type="checkbox" class="run" value="{names[i]}"{" checked" * (i < shown)}> {names[i]}</label>',
+         run.summary.get("status", "not ended"), run.summary.get("step", ""), best[i],
+         f"{run.summary['seconds']:.1f}" if isinstance(run.summary.get("seconds"), float) else ""]
+        for i, run in enumerate(runs)], raw=True)
+
+
+@functools.cache
+def _known(script):
+    """(the settings of a script as it is here, its presets); nothing of one that is not."""
+    path = ROOT / f"{script}.py"
+    if path.parent != ROOT or not path.is_file():
+        return {}, {}
+    return {name: spec.default for name, spec in _read_settings(path).items()}, _read_tables(path)[1].get("presets", {})
+
+
+def _differing(run):
+    """[(setting, its value, the preset's, the script's own)] where a Run has neither the one nor the other value, first
+    those that no preset set."""
+    defaults, presets = _known(str(run.params.get("script")))
+    preset = presets.get(run.settings.get("preset"), {}) if isinstance(run.settings.get("preset"), str) else {}
+    rows = [(name, *map(as_typed, (run.settings[name], preset.get(name, default), default)))
+            for name, default in defaults.items() if name in run.settings and name != "preset"]
+    return sorted((row for row in rows if not row[1] == row[2] == row[3]), key=lambda row: row[1] == row[2])
+
+
+def _about(run, open):
+    """All that is known of a run: command, settings, summary, environment, samples, pictures."""
+    differ = _differing(run)
+    versions, device, git = (value if isinstance(value := run.params.get(key), dict) else {}
+                             for key in ("versions", "device", "git"))
+    words = list(map(str, run.params["command"])) if isinstance(run.params.get("command"), list) else []
+    parts = [f"<pre>python {html.escape(shlex.join(words))}</pre>" if words else "",
+             "" if run.lines else "<p>no metrics yet</p>",
+             _table(["setting", "this run", f"preset {as_typed(run.settings.get('preset'))}", "the script"], differ)
+             if differ else "<p>no setting is known to differ from the preset and the script</p>"]
+    machine = versions | device | {"commit": git.get("commit"), "uncommitted changes": git.get("dirty")}
+    for name, values in (("summary", run.summary), ("environment", machine), ("all settings", run.settings)):
+        rows = [(key, as_typed(value)) for key, value in values.items() if value is not None]
+        parts.append(f"<details><summary>{name}</summary>{_table(['name', 'value'], rows)}</details>")
+    for path in samples_of(Path(run.place)):
+        kind = PICTURES.get(path.suffix)
+        if path.stat().st_size > LARGEST:
+            parts.append(f"<p>{html.escape(path.name)} is left out: it is larger than {LARGEST // 10 ** 6} MB</p>")
+        elif kind:
+            parts.append(_picture(path.read_bytes(), kind, path.name))
+        else:
+            parts.append(f"<figure><figcaption>{html.escape(path.name)}</figcaption><pre>"
+                         f"{html.escape(path.read_text(encoding='utf-8', errors='replace'))}</pre></figure>")
+    return f"<details{' open' * open}><summary>{html.escape(run.place)}</summary>{''.join(parts)}</details>"
+
+
+def _picture(data, kind, name):
+    return (f'<figure><figcaption>{html.escape(name)}</figcaption><img alt="{html.escape(name)}" '
+            f'src="data:{kind};base64,{base64.b64encode(data).decode()}"></figure>')
+
+
+def samples_of(directory):
+    """The files of a run's samples/ that a page can show, of those whose names differ in numbers alone the last."""
+    found = {}
+    for path in sorted((directory / "samples").glob("*")):
+        if path.suffix in (*PICTURES, ".txt") and path.is_file() and not path.is_symlink():
+            found[re.sub(r"\d+", "", path.name)] = path
+    return list(found.values())
 
 
 class TensorBoard:

@@ -17,6 +17,16 @@ asks, and beside it stands the same without the telling.
     linear_probe(features, labels, n_classes)                # can a linear map read the labels off the features?
     layers_that_know(model, prompts, labels)                 # so at the end of each prompt, layer by layer
 
+By hand, of a run or a folder of weights (docs/language-model.md finds an induction head so):
+
+    run = open_run("runs/train_enwik8/NAME")
+    acts = run.record("To be, or not to be", gradients=True)
+    acts["blocks.1.mixer"], acts.gradients["embed"]          # (1, T, C) each
+    acts.attention["blocks.1.mixer"], acts.logits, acts.loss # (1, H, T, T), (1, T, V), ()
+    with run.patch({"blocks.0.ff": 0.0}):                    # or a tensor, or a function of what would be there
+        run.record("To be, or not to be").loss
+    run.fit(prompts, labels, picture="layers.png")
+
 A model gives the same bits with a probe and without, losses and gradients alike. Figures: docs/facts.md.
 """
 from nanolab.settings import answer_help
@@ -26,15 +36,17 @@ answer_help(__name__, __file__, "checkpoint")  # before the seconds that the nex
 import contextlib
 import difflib
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+import kernels
 from data import facts, tokens
-from model import from_checkpoint
+from model import Attention, from_checkpoint
 from nanolab import hf
-from nanolab.run import (UserError, as_user_error, command, find_checkpoint, load_checkpoint, override,
+from nanolab.run import (UserError, as_user_error, command, find_checkpoint, load_checkpoint, override, replacing,
                          resolve_device)
 
 # --- What ---
@@ -105,27 +117,70 @@ def record(model, places, gradients=False):
     dropout and scale, "norm" the stream after the last norm, (A, B, T, C) in a pass with losses of A layers. gradients:
     as Probe says. Raises ValueError for a place that is not there, and in the pass for one that gives no tensor.
     """
+    probes = {place: Probe(gradients) for place in places}
+    with passing(model, probes), contextlib.ExitStack() as stack:
+        for probe in probes.values():
+            stack.callback(probe.close)
+        yield probes
+
+
+@contextlib.contextmanager
+def passing(model, functions):
+    """Within the block, what passes each place of {place: function} is what the function makes of it, a tensor; of two
+    blocks, one in the other, first the outer one's. Places and errors as of `record`."""
     modules = dict(model.named_modules())
     first = {} if "embed" in modules or "blocks.0" not in modules else {"embed": modules["blocks.0"]}
-    for place in places:
+    for place in functions:
         if place not in modules and place not in first:
             near = difflib.get_close_matches(place, [*first, *modules], 1, 0)
             raise ValueError(f"the model has no place {place!r}; the nearest is {near[0]!r}")
-    probes = {place: Probe(gradients) for place in places}
 
     def passed(place, output):
         if not torch.is_tensor(output):
             raise ValueError(f"place {place!r} gives no tensor, but {type(output).__name__}")
-        probes[place](output)
+        return functions[place](output)
     with contextlib.ExitStack() as stack:
-        for place, probe in probes.items():
-            stack.callback(probe.close)
+        for place in functions:
             if place in first:
-                handle = first[place].register_forward_pre_hook(lambda _, args, place=place: passed(place, args[0]))
+                handle = first[place].register_forward_pre_hook(
+                    lambda _, args, place=place: (passed(place, args[0]), *args[1:]))
             else:
                 handle = modules[place].register_forward_hook(lambda _, args, out, place=place: passed(place, out))
             stack.callback(handle.remove)
-        yield probes
+        yield
+
+
+def patched(model, values):
+    """Within the block {place: value} stands where the model's own would: a number, a tensor that (B, T, C) is a shape
+    of, or a function of the model's own. ValueError as `record`, and in the pass for a shape that does not fit."""
+    def put(place, value, own):
+        new = value(own) if callable(value) else torch.as_tensor(value).to(own)
+        try:
+            return new.expand_as(own)
+        except RuntimeError:
+            raise ValueError(f"place {place!r} is {tuple(own.shape)}, the value for it {tuple(new.shape)}") from None
+    return passing(model, {place: partial(put, place, value) for place, value in values.items()})
+
+
+@contextlib.contextmanager
+def attending(model):
+    """{name of a mixer: (B, H, T, S), the weights of its last pass over several tokens} inside the block, of those that
+    are softmax attention over keys and values. It is linear in its values: unit vectors are answered by the weights."""
+    found, mixers = {}, {name: module for name, module in model.named_modules()
+                         if getattr(type(module), "attend", None) is Attention.attend}
+
+    def attend(name, q, k, v, *given, **how):
+        units = torch.eye(k.size(2)).to(v).expand(*k.shape[:3], -1)                      # (B, G, S, S)
+        with kernels.using("torch"):                         # a kernel wants values as wide as keys
+            found[name] = Attention.attend(mixers[name], q, k, units, *given, **how).detach()
+        return Attention.attend(mixers[name], q, k, v, *given, **how)
+    try:
+        for name, mixer in mixers.items():
+            mixer.attend = partial(attend, name)
+        yield found
+    finally:
+        for mixer in mixers.values():
+            del mixer.attend
 
 
 class Accuracies(NamedTuple):
@@ -217,6 +272,87 @@ def layers_that_know(model, prompts, labels, places=None, l2=1e-2, steps=100, se
     rows, n_classes = draw_training(labels, seed).sort().values, int(labels.max()) + 1
     return {place: linear_probe(found, labels, n_classes, rows, l2, steps)
             for place, found in last_states(model, prompts, places).items()}
+
+
+class Recorded(dict):
+    """{place: (B, T, C)} of one pass, detached. `.logits` (B, T, V), `.loss` () in nats a token, `.attention` as of
+    `attending`, `.gradients` {place: (B, T, C)} of the loss, {} where they were not asked for."""
+
+
+class Opened:
+    """A model to look into by hand: `.model`, in eval mode, and the `.settings` of its run. See `open_run`."""
+
+    def __init__(self, model, settings, encode):
+        self.model, self.settings, self._encode = model, settings, encode
+        branches = [f"blocks.{layer}{branch}" for layer in range(len(model.blocks)) for branch in (".mixer", ".ff", "")]
+        self.places = ["embed", *(place for place in branches if place in dict(model.named_modules())), "norm"]
+
+    def ids(self, text):
+        """(B, T) int64 of a text, of ids, or of rows of ids. ValueError: a text for a model that reads none, none at
+        all, or more than block_size."""
+        if isinstance(text, str):
+            if self._encode is None:
+                raise ValueError(f"a model of task {self.settings['task']} reads ids, not a text")
+            text = self._encode(text)
+        x = torch.atleast_2d(torch.as_tensor(text, dtype=torch.int64)).to(next(self.model.parameters()).device)
+        if x.dim() != 2 or not 1 <= x.size(1) <= self.model.config.block_size:
+            raise ValueError(f"ids are {tuple(x.shape)}, but must be (B, T) with T from 1 to block_size "
+                             f"{self.model.config.block_size}")
+        return x
+
+    def record(self, text, places=None, gradients=False, targets=None, patch=None):
+        """The Recorded of a pass over `ids(text)`. places: None: all of `.places`. targets: (B, T) int64, -1 where
+        nothing counts; None: the id that comes next. patch: as `patched`. ValueError as of these."""
+        x = self.ids(text)
+        y = F.pad(x[:, 1:], (0, 1), value=-1) if targets is None else torch.as_tensor(targets).to(x.device)
+        with torch.set_grad_enabled(gradients), self.patch(patch or {}), attending(self.model) as weights, record(
+                self.model, self.places if places is None else places, gradients) as probes:
+            logits = self.model(x)                                                       # (B, T, V)
+            loss = F.cross_entropy(logits.flatten(0, 1), y.reshape(-1), ignore_index=-1)
+            if gradients:
+                loss.backward()
+                self.model.zero_grad()
+        found = Recorded({place: probe.forward[-1] for place, probe in probes.items() if probe.forward})
+        found.gradients = {place: probe.backward[-1] for place, probe in probes.items() if gradients and probe.backward}
+        found.logits, found.loss, found.attention = logits.detach(), loss.detach(), weights
+        return found
+
+    def patch(self, values):
+        """`patched` of the model."""
+        return patched(self.model, values)
+
+    def fit(self, prompts, labels, picture=None, **how):
+        """`layers_that_know` of texts or lists of ids; picture: a file for its curves, .png, .pdf or .svg."""
+        found = layers_that_know(self.model, [self.ids(prompt)[0].tolist() for prompt in prompts], labels, **how)
+        if picture is not None:
+            draw(found, Path(picture))
+        return found
+
+
+def open_run(path, weights="raw", device="cpu"):
+    """The Opened of a run of train_enwik8.py or train_facts.py, a checkpoint, or a folder of weights. UserError: none
+    of these, no such `weights` (raw, ema), another database than the run's."""
+    path = find_checkpoint(path)
+    loaded, model = hf.load_model(path, weights)
+    settings, tokenizer = loaded["settings"], hf.tokenizer_in(loaded)
+    encode = tokenizer and (lambda text: tokens.encode_corpus(tokenizer, text.encode()).tolist())
+    if settings.get("task") in facts.MODES:
+        encode = facts.open_facts(settings)[1].encode
+    return Opened(model.for_inference().eval().to(resolve_device(device, "float32")[0]), settings, encode)
+
+
+def draw(found, path):
+    """The Accuracies of `layers_that_know` as a picture, over the places."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=100)
+    axes = figure.subplots()
+    for name, style in zip(Accuracies._fields, ("o-", "o--", "k:")):
+        axes.plot(list(found), [getattr(one, name) for one in found.values()], style, label=name.replace("_", " "))
+    axes.set(ylabel="accuracy", ylim=(-0.02, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix[1:] or "png")
 
 
 @torch.no_grad()

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 import evaluate
-import toy
-from choices import raises_one_line
+import choices
 from data.tokens import BytePairs, Bytes
 from model import Attention
 from nanolab import tasks
 from nanolab.run import UserError, load_checkpoint, run_metrics
 from nanolab.score import Ensemble, Score, parse_protocol, score
+from choices import T, raises_one_line, run_main
+from choices import loud_model as build
 from forks import assert_done, assert_error, summary, wait_for
-from toy import T, build, run_main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,7 +54,7 @@ def one_by_one(model, data, protocol):
 def in_one_pass(model, data, monkeypatch):
     """Bits of every byte after all before it, attention limited to T."""
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(Attention, "attend", toy.banded)
+        patch.setattr(Attention, "attend", choices.banded)
         logits = model(data[None, :-1].long())[0]
     return torch.tensor([8.0] + [bits_of(row, target) for row, target in zip(logits, data[1:].tolist())],
                         dtype=torch.float64)
@@ -316,7 +316,7 @@ def run(tmp_path):
     model = build()
     settings = {**model.config.__dict__, "dataset": str(tmp_path / "text.txt"), "max_bytes": None}
     ema = {"weights": {name: value / 2 for name, value in model.state_dict().items()}}
-    return toy.save(tmp_path, model, settings=settings, ema=ema)
+    return choices.save_model(tmp_path, model, settings=settings, ema=ema)
 
 
 def table(out):
@@ -345,7 +345,7 @@ def test_main_asks_tasks(tmp_path):
         model.heads[0].zero_()
     for name in "pq":
         (tmp_path / name).write_text(QUESTIONS)
-    words = [toy.save(tmp_path, model), "--tasks", f"{tmp_path / 'q'}, {tmp_path / 'p'}"]
+    words = [choices.save_model(tmp_path, model), "--tasks", f"{tmp_path / 'q'}, {tmp_path / 'p'}"]
     status, out, err = run_main(evaluate, *words)
     rows = [line.split() for line in out.splitlines()[2:]]
     assert (status, err) == (0, "") and f"8 questions of {tmp_path / 'q'}" in out

@@ -14,9 +14,9 @@ import choices
 import kernels
 from cases import (CASES, CHOICES, FIRST, MODELS, NOTHING, below, gates, linear_cross_entropy,
                    linear_cross_entropy_reference, made, near_scan, of, selective)
-from interpreter import EVERYWHERE, INTERPRETED, by_kernel, formula, interpreted, kernels_of, needs_interpreter, results
+from interpreter import (EVERYWHERE, INTERPRETED, Largest, by_kernel, formula, interpreted, kernels_of,
+                         needs_interpreter, results)
 from kernels import grouped_linear, gumbel_softmax, min_gru, nearest_code, reinmax, selective_scan
-from ways import Largest
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "by_triton"),
               pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:overflow")]  # numpy says so, of exp(1e4)

@@ -7,12 +7,11 @@ import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 import kernels
-from interpreter import alone, interpreted, needs_interpreter
+from interpreter import (Largest, alone, assert_dropped_alike, assert_near_under_autocast, assert_same, by_each,
+                         in_words, interpreted, needs_interpreter, watched, whole)
+from interpreter import pair as pair_of
 from model import Causal, Positions, TransformerConfig, build_model, from_checkpoint
 from models.experts import MixtureOfExperts
-from ways import Largest, assert_dropped_alike, assert_near_under_autocast, assert_same, by_each, in_words
-from ways import pair as pair_of
-from ways import watched, whole
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(vocab_size=31, n_layer=2, n_head=4, n_embd=24, block_size=16, init="xavier", positions="rope")

@@ -20,7 +20,8 @@ import train_facts
 import train_mult
 import train_worldmodel
 from data.arc import Canvas
-from interpreter import alone, needs_interpreter
+from interpreter import (ROOT, alone, assert_dropped_alike, assert_near_under_autocast, assert_same, close, in_words,
+                         needs_interpreter, pair, some, watched, whole)
 import model as decoder
 from model import TransformerConfig
 from models.discrete import VQ, choose
@@ -33,8 +34,6 @@ from models.world_dynamics import CausalDynamics, Dynamics
 from models.world_tokenizer import Tokenizer
 from models.world_words import FirstFrame, Writer
 from test_scripts import fresh
-from ways import (ROOT, assert_dropped_alike, assert_near_under_autocast, assert_same, close, in_words, pair, some,
-                  watched, whole)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(vocab_size=13, n_layer=2, n_head=4, n_embd=32, block_size=12, init="xavier", positions="rope", norm="rms",

@@ -330,6 +330,15 @@ def test_ctrl_c_ends_cleanly(sleep, forks, tmp_path):
 
 # ---- a real browser
 
+def browse(home, *words, stdout=subprocess.DEVNULL):
+    """A browser without a window, whose files all lie in `home`, as a Popen."""
+    return subprocess.Popen(
+        [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage",
+         "--disable-background-networking", "--disable-component-update", "--disable-breakpad",
+         f"--user-data-dir={home}", *words], stdout=stdout, stderr=subprocess.DEVNULL, start_new_session=True,
+        env=os.environ | dict.fromkeys(("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "TMPDIR"), home))
+
+
 # Runs in the page behind its own script, whose names it sees; what it finds is the last prompt.
 DRIVER = """
 async function color(name) {
@@ -401,12 +410,7 @@ def test_play_in_a_browser(monkeypatch):
     monkeypatch.setattr(play, "page", lambda session, nonce: real(session, nonce).replace(
         "</html>", f'<script nonce="{nonce}">{DRIVER}</script></html>'))
     with served(session) as address, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
-        browser = subprocess.Popen(
-            [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage",
-             "--disable-background-networking", "--disable-component-update", "--disable-breakpad",
-             "--remote-debugging-port=0", f"--user-data-dir={home}", "--window-size=500,900", address],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-            env=os.environ | dict.fromkeys(("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "TMPDIR"), home))
+        browser = browse(home, "--remote-debugging-port=0", "--window-size=500,900", address)
         try:
             wait_for(lambda: session.calls and str(session.calls[-1][1]).startswith("{"), every=0.02)
             *calls, (_, found) = session.calls

@@ -1,7 +1,15 @@
 """plot.py: curves by step, seconds and tokens, means over seeds, and runs that are broken, empty or half-written;
 contours, capacity, and the tables of grids. What is drawn is compared in test_archive.py, byte for byte."""
+import base64
+import hashlib
+import html
 import json
 import math
+import os
+import re
+import signal
+import subprocess
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -11,8 +19,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 import plot
 from choices import refused
+from nanolab import archive, curves
 from nanolab.archive import of_folder
 from nanolab.run import UserError
+from test_play import CHROMIUM, browse
 
 SETTINGS = {"batch_size": 4, "block_size": 8, "grad_accum": 2, "lr": 0.1, "seed": 1, "run_name": "a"}
 
@@ -229,6 +239,169 @@ def test_other_numbers_beside_the_metric():
     assert "seconds" not in head and head.endswith(" draws | exact |")
     assert lines[0].endswith(" | 2 | 0.2500 |") and lines[1].endswith(" | 2 |  |") and "same" not in lines[0]
     assert {line.count("|") for line in lines} == {head.count("|")}
+
+
+HOSTILE = "</script><img src=x onerror=document.title='owned'>&amp;"
+
+
+def make_told(folder, script="train_enwik8", **settings):
+    """A run with all that a page shows, as one from a stranger may have it."""
+    run = make(folder, lines=[{"step": 1, "split": "train", "lr": value, "loss": 4.0, "seconds": 0.5}
+                              for value in (math.nan, 10 ** 400, True)], **settings)
+    params = json.loads((run / "params.json").read_text())
+    (run / "params.json").write_text(json.dumps(params | {
+        "script": script, "command": ["train_enwik8.py", "--tag", HOSTILE], "git": {"commit": "c0ffee", "dirty": True},
+        "versions": {"torch": HOSTILE, "triton": None}, "device": [3]}))
+    (run / "summary.json").write_text(json.dumps({"status": "done", "step": 30, "seconds": 12.34, "best_bpb": 2.0}))
+    (run / "samples").mkdir()
+    for name, text in (("step_3.txt", "old"), ("step_9.txt", HOSTILE), ("a<b>.png", "png"), ("big.gif", "x" * 99)):
+        (run / "samples" / name).write_text(text)
+    (run / "samples" / "link.txt").symlink_to(run / "params.json")
+    return run
+
+
+def test_a_page_shows_all_of_a_run_and_runs_nothing_of_it(tmp_path, monkeypatch, in_process):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(curves, "LARGEST", 98)
+    make_told(tmp_path / "runs" / "a", preset="cpu", n_layer=4, n_head=3, dataset=HOSTILE, optimizer="muon", lr=7e-4)
+    with open(tmp_path / "runs" / "a" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 30, "split": HOSTILE, "loss": 1.0}))
+    code, _, err = in_process(plot, "runs/a", "--html", "a.html")
+    assert (code, err) == (0, "wrote a.html\n")
+    text = (tmp_path / "a.html").read_text()
+    assert "<img src=x" not in text and text.count("</script>") == 2 and "@" not in re.sub("@media", "", text)
+    outside = text.replace("http://www.w3.org/2000/svg", "")
+    assert not re.search(r"https?:|//[a-z]|@import|url\(|src=\"(?!data:)", outside)
+    script, = re.findall("<script>(.*?)</script>", text, re.DOTALL)
+    assert f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in text
+    rows = [[html.unescape(cell) for cell in re.findall("<t[dh]>(.*?)</t[dh]>", row)]
+            for row in re.findall("<tr>(.*?)</tr>", text)]
+    at = rows.index(["setting", "this run", "preset cpu", "the script"])
+    found = {row[0]: row[1:] for row in rows[at + 1:rows.index(["name", "value"])]}
+    assert found["n_head"] == ["3", "2", "8"] and found["n_layer"] == ["4", "4", "12"] and "n_embd" not in found
+    assert found["lr"] == ["0.0007", "0.03", "0.0007"] and found["dataset"] == [HOSTILE, "stdlib", "enwik8"]
+    assert list(found).index("n_head") < list(found).index("n_layer")        # first what the preset has otherwise
+    for row in (["status", "done"], ["commit", "c0ffee"], ["uncommitted changes", "true"], ["torch", HOSTILE],
+                ["n_head", "3"], ["n_head", "3", "2", "8"]):
+        assert row in rows
+    assert rows[1][1:] == ["done", "30", "best_bpb 2.0000", "12.3"] and not any(row[0] == "triton" for row in rows)
+    assert html.escape("python train_enwik8.py --tag '</script>") in text
+    assert "old" not in re.findall("<pre>(.*?)</pre>", text) and html.escape(HOSTILE) in text
+    assert '<img alt="a&lt;b&gt;.png" src="data:image/png;base64,cG5n">' in text and "link.txt" not in text
+    assert "big.gif is left out: it is larger than" in text
+    assert 'data.textContent' not in text and json.loads(data_of(text))["keys"][:2] == ["loss", "bpb"]
+
+
+def data_of(text):
+    return re.search('<script type="application/json" id="data">(.*?)</script>', text)[1]
+
+
+def test_a_page_of_runs_that_lack_something(tmp_path, monkeypatch, in_process):
+    """Names that occur twice, no metrics, a damaged run; one line where nothing is left."""
+    monkeypatch.chdir(tmp_path)
+    for place in ("runs/x/a", "runs/y/a"):
+        make(tmp_path / place, ())
+    (tmp_path / "runs" / "bad").mkdir()
+    (tmp_path / "runs" / "bad" / "params.json").write_text('{"settings": {"lr"')
+    code, _, err = in_process(plot, "runs", "--html", "a.html")
+    assert (code, err) == (0, "left out runs/bad: no params.json, or it is damaged\nwrote a.html\n")
+    text = (tmp_path / "a.html").read_text()
+    assert text.count("no metrics yet") == 2 and 'value="runs/x/a" checked' in text and "<p>runs/bad: no" in text
+    assert text.count("no setting is known to differ") == 2 and "preset none" not in text     # its script is not
+    for words, said in (("runs/bad --html b.html", "nothing to show: runs/bad: no params.json"),
+                        ("runs --html b.png", "a page ends in .html"),
+                        ("runs --html no/b.html", "cannot write no/b.html"),
+                        ("runs/x/a --html b.html --over lr", "--over has no effect with --html"),
+                        ("--html b.html", "what to draw")):
+        code, _, err = in_process(plot, *words.split())
+        assert code == 2 and err.splitlines()[-1].startswith("error: ") and said in err, words
+    assert not list(tmp_path.glob("b.*"))
+
+
+def test_a_page_has_the_table_of_its_grid(tmp_path, monkeypatch, in_process):
+    """Of a folder and of its archive, with intervals and a picture; in words where there is none yet."""
+    monkeypatch.chdir(tmp_path)
+    make_told(tmp_path / "grid" / "t" / "a")
+    def shown(place, told):
+        (tmp_path / "grid" / "grid.json").write_text(json.dumps({"script": "train_enwik8.py", **told}))
+        if place == "grid.jsonl":
+            archive.write(Path("grid"))
+        assert in_process(plot, place, "--html", "a.html")[0] == 0
+        return (tmp_path / "a.html").read_text()
+    text = shown("grid", index(row("none <b>", [2.001, 2.02]), row("a*", [])))
+    assert re.search(r"<td>none &lt;b&gt;</td><td>\+0\.0\d+ ± 0\.\d+</td><td>undecided</td>", text)
+    assert 'alt="the table" src="data:image/png;base64,iVBOR' in text and "<p>Baseline: 2.0000 (m), 5 draws" in text
+    assert "<p>* the best of the tried rates" in text
+    text = shown("grid.jsonl", {**index(row("a", [])), "rows": [row("baseline", [2.0], None), row("a", [])]})
+    assert "<p>no two seeds of the baseline and of a row yet" in text and 'alt="the table"' not in text
+    assert "--tag &#x27;&lt;/script&gt;" in text and "c0ffee" in text                 # of an archive's run, too
+    text = shown("grid", {"metric": "m", "cross": {"lr": {"1": {}}}, "rows": [crossed({"lr": "1"}, [0.5])]})
+    assert "<tr><td>1</td><td>0.5000 (1)</td></tr>" in text and 'alt="the table"' not in text
+
+
+def test_curves_of_a_page():
+    lines = [{"step": step, "split": "train", "loss": 1.0 / step, "seconds": step / 2} for step in range(1, 1002)]
+    lines += [{"step": 0, "split": "val", "accuracy": 0}, {"step": 4, "split": "val", "bpb": math.inf, "accuracy": 1}]
+    lines += [{"step": 10 ** 400, "split": "val"},
+              {"step": 2000, "split": "val", "accuracy": None}, {"step": 9, "split": "val", "stage": "x", "psnr": 1}]
+    train, val, stage = sorted(curves.by_curve(lines), key=lambda curve: curve["name"])
+    assert train["name"] == "train" and train["step"][-2:] == [1001 - 2, 1001] and len(train["step"]) == 501
+    assert train["loss"][3] == 1 / train["step"][3] and train["seconds"][3] == train["step"][3] / 2
+    assert (val["name"], val["step"], val["seconds"]) == ("val", [0, 4, 2000], [0.0, 2.0, 500.5])
+    assert val["accuracy"] == [0, 1, None] and "bpb" not in val
+    assert (stage["name"], stage["seconds"]) == ("x/val", [None])
+
+
+# Runs in a page behind its own script, whose names it sees.
+DRIVER = """
+const seen = [], errors = [];
+addEventListener("error", event => errors.push(event.message));
+function look() {
+  seen.push([get("svg").querySelectorAll("path").length, [...get("legend").children].map(e => e.textContent)]);
+}
+function set(id, value) {
+  get(id)[typeof value === "boolean" ? "checked" : "value"] = value;
+  get(id).dispatchEvent(new Event("change"));
+  look();
+}
+look();
+const lowest = dots.reduce((best, dot) => dot.y > best.y ? dot : best), box = get("svg").getBoundingClientRect();
+const near = {clientX: box.left + lowest.x + 2, clientY: box.top + lowest.y};
+get("svg").dispatchEvent(new PointerEvent("pointermove", near));
+const tip = get("tip").textContent;
+set("metric", "bpb"), set("over", "seconds"), set("log", true), set("logx", true), set("metric", "nothing");
+boxes[1].checked = false, set("metric", "loss");
+const parts = [document.title, tip, [...get("metric").options].map(e => e.text), errors, seen,
+               document.documentElement.scrollWidth <= innerWidth, document.images.length];
+document.body.append(Object.assign(document.createElement("pre"), {id: "report", textContent: JSON.stringify(parts)}));
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome")
+def test_a_page_in_a_browser(tmp_path):
+    """Curves are drawn, overlaid and hovered over at a phone's width; what a run says never runs."""
+    runs = [of_folder(make_told(tmp_path / name)) for name in "ab"]
+    runs[0].name = HOSTILE
+    text = curves.page(HOSTILE, runs, (), [HOSTILE])
+    allowed = base64.b64encode(hashlib.sha256(DRIVER.encode()).digest()).decode()
+    text = text.replace("script-src ", f"script-src 'sha256-{allowed}' ").replace(
+        "</html>", f"<script>{DRIVER}</script><script>document.title = 'owned'</script></html>")
+    (tmp_path / "page.html").write_text(text)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
+        browser = browse(home, "--window-size=500,900", "--dump-dom", f"file://{tmp_path}/page.html",
+                         stdout=subprocess.PIPE)
+        try:
+            out = browser.communicate(timeout=60)[0].decode()
+        finally:
+            if browser.poll() is None:
+                os.killpg(browser.pid, signal.SIGKILL)
+    found = json.loads(html.unescape(re.search('<pre id="report">(.*?)</pre>', out)[1]))
+    both = [f"{name}: {curve}" for name in (HOSTILE, "b") for curve in ("train", "val/block")]
+    title, tip, metrics, errors, seen, fits, pictures = found
+    assert (title, errors, fits, pictures) == (HOSTILE, [], True, 4)
+    assert tip == f"{HOSTILE}, train: loss 2 at step 25" and metrics == ["loss", "bpb", "seconds"]
+    train, val = both[::2], both[1::2]
+    assert seen == [[2, train], [2, val], [2, val], [2, val], [2, val], [0, []], [1, ["train"]]]
 
 
 CURVES = {"in_weight": [("no_tool", "trained")], "in_tool": [("tool", "trained"), ("tool", "unseen")]}

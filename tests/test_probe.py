@@ -11,10 +11,14 @@ import torch.nn.functional as F
 from data import facts, tokens
 from model import TransformerConfig, build_model
 from nanolab import probe as command
-from nanolab.probe import (Accuracies, Probe, draw_training, last_states, layers_that_know, linear_probe, record,
-                           value_classes)
+from nanolab import settings as flags
+from nanolab.probe import (Accuracies, Opened, Probe, attending, draw_training, last_states, layers_that_know,
+                           linear_probe, open_run, record, value_classes)
+from nanolab.run import UserError
 
 PLACES = ["embed", "blocks.0", "blocks.0.mixer", "blocks.1.ff", "blocks.1", "norm"]
+
+ROOT = Path(command.__file__).parents[1]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -158,6 +162,116 @@ def test_places():
     with record(named, ["embed"]) as probes:
         named["blocks"][0](named["embed"](torch.tensor([1])) - 9)
     assert torch.equal(probes["embed"].forward[0], named["embed"].weight[1:2].detach())
+
+
+# --- By hand ---
+
+def opened(**settings):
+    return Opened(build(**settings).eval(), {"task": "mqar"}, None)
+
+
+def test_a_patched_place_is_what_the_rest_computes_from():
+    """A stream after a layer says all that follows; a number, a function, a part of it; the outer block comes first."""
+    run, x, y = opened(dropout=0.5), ids(2, 9), ids(2, 9, seed=5)
+    clean, other = run.record(x), run.record(y)
+    assert run.places == list(clean) and len(clean) == 8 and all(t.shape == (2, 9, 32) for t in clean.values())
+    for place in ("embed", "blocks.0", "blocks.1", "norm"):
+        assert torch.equal(run.record(y, patch={place: clean[place]}).logits, clean.logits)
+        assert not torch.equal(run.record(y, patch={place: other[place]}).logits, clean.logits)
+    found = run.record(x, patch={"blocks.0.mixer": 0.0, "blocks.1.ff": lambda own: 2 * own})
+    stream, places = clean["embed"], run.model.place(x, None)
+    for block, mixing, adding in zip(run.model.blocks, (0, 1), (1, 2)):
+        stream = stream + mixing * block.mixer(block.norm1(stream), places)
+        stream = stream + adding * block.ff(block.norm2(stream), places)
+    torch.testing.assert_close(found["blocks.1"], stream.detach())
+    assert not found["blocks.0.mixer"].any()                             # what is recorded is what was put there
+    with run.patch({"embed": torch.ones(32)}), run.patch({"embed": lambda own: 3 * own}):
+        assert torch.equal(run.record(x)["embed"], torch.full((2, 9, 32), 3.0))
+    assert torch.equal(run.record(x).logits, clean.logits) and hooks(run.model) == 0
+
+
+def test_a_record_by_hand():
+    """Logits, the loss of what is asked, its gradients; the weights keep none."""
+    run, x = opened(), ids(2, 9)
+    y = torch.where(torch.arange(9) % 3 == 0, ids(2, 9, seed=2), -1)
+    for targets in (None, y):
+        found, want = run.record(x, gradients=True, targets=targets), F.pad(x[:, 1:], (0, 1), value=-1)
+        loss, _ = run.model(x, targets=(want if targets is None else y)[..., None])
+        torch.testing.assert_close(found.loss, loss.detach())
+        torch.testing.assert_close(found.logits, run.model(x).detach())
+        with record(run.model, ["embed", "norm"], gradients=True) as probes:
+            run.model(x, targets=(want if targets is None else y)[..., None])[0].backward()
+        torch.testing.assert_close(found.gradients["embed"], probes["embed"].backward[0])
+        torch.testing.assert_close(found.gradients["norm"], probes["norm"].backward[0][0])
+        run.model.zero_grad()
+    assert list(found.gradients) == run.places and not found.loss.requires_grad and not found.logits.requires_grad
+    found = run.record(x[0].tolist(), ["blocks.1"])
+    assert list(found) == ["blocks.1"] and found["blocks.1"].shape == (1, 9, 32) and found.gradients == {}
+    run.record(x, gradients=True)
+    assert all(p.grad is None for p in run.model.parameters())
+
+
+@pytest.mark.parametrize("settings", [{}, {"n_head": 4, "n_kv_head": 2, "qk_norm": True}, {"positions": "alibi"},
+                                      {"mixer": "window,full", "window": 2}], ids=str)
+def test_attention_weights_mix_the_values(settings):
+    """They sum to 1, see no later place, and times the values are what the mixer gives."""
+    run, x = opened(**{"init": "xavier", **settings}), ids(2, 9)
+    acts, c = run.record(x), run.model.config
+    for layer, block in enumerate(run.model.blocks):
+        weights, stream = acts.attention[f"blocks.{layer}.mixer"], acts["embed" if layer == 0 else "blocks.0"]
+        assert weights.shape == (2, c.n_head, 9, 9) and not weights.triu(1).any() and weights.std() > 0.01
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, c.n_head, 9))
+        if "window" in settings and layer == 0:
+            assert not weights.tril(-2).any()
+        v = block.mixer.qkv(block.norm1(stream))[..., -c.n_kv_head * c.head_dim:].view(2, 9, c.n_kv_head, c.head_dim)
+        v = v.transpose(1, 2).repeat_interleave(c.n_head // c.n_kv_head, 1)              # (B, H, S, D)
+        mixed = block.mixer.out((weights @ v).transpose(1, 2).reshape(2, 9, -1))
+        torch.testing.assert_close(mixed.detach(), acts[f"blocks.{layer}.mixer"], atol=1e-5, rtol=1e-4)
+        assert "attend" not in vars(block.mixer)
+    with attending(build(mixer="mamba")) as found:
+        assert found == {}
+
+
+def test_runs_are_opened_and_asked(tmp_path):
+    """Text by its own tokenizer, rows of ids; a linear probe in a line, with its picture; mistakes."""
+    small = dict(n_layer=1, n_head=1, n_embd=8, block_size=64, dropout=0.0)
+    for script, vocabulary, more in (("train_enwik8", 256, dict(n_targets=1, intermediate_losses=False)),
+                                     ("train_facts", None, dict(n_people=6, n_unseen=3)),
+                                     ("train_facts", 32, dict(task="mqar", mqar_vocab=32))):
+        settings = {name: spec.default for name, spec in flags._read_settings(ROOT / f"{script}.py").items()}
+        settings |= small | more
+        said = {}
+        if vocabulary is None:
+            people, words, _ = facts.open_facts(settings)
+            asked = facts.question(people[0], "birth_date", "short")
+            vocabulary, said = words.size, {"tokenizer": words.fingerprint}
+        torch.manual_seed(0)
+        model = build_model(TransformerConfig.from_settings({**settings, "vocab_size": vocabulary}))
+        path = tmp_path / f"{script}_{vocabulary}.pt"
+        torch.save({"format": "nanolab-1", "script": script, "step": 1, "settings": settings, "ema": None,
+                    "model": model.state_dict(), "vocab_size": vocabulary, **said}, path)
+        run = open_run(path)
+        if script == "train_enwik8":
+            assert run.ids("a\u00e9").tolist() == [[97, 195, 169]] and torch.equal(
+                run.record("abc").logits, model.for_inference().eval()(torch.tensor([[97, 98, 99]])).detach())
+            text = run
+        elif settings["task"] != "mqar":
+            assert run.ids(asked).tolist() == [words.encode(asked)]
+    with pytest.raises(ValueError, match="a model of task mqar reads ids, not a text"):
+        run.record("abc")
+    found = text.fit(["ab" + "xyz"[i % 3] for i in range(30)], [i % 3 for i in range(30)], str(tmp_path / "a.png"))
+    assert found["embed"].held_out == 1.0 and (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    for given, said in (([], r"ids are \(1, 0\), but must be \(B, T\) with T from 1 to block_size 64"),
+                        ([1] * 65, r"\(1, 65\)"), (torch.zeros(1, 1, 1), r"\(1, 1, 1\)")):
+        with pytest.raises(ValueError, match=said):
+            text.record(given)
+    for values, said in (({"blocks.0": torch.zeros(3, 9)}, r"'blocks.0' is \(1, 2, 8\), the value for it \(3, 9\)"),
+                         ({"block.0": 0.0}, "no place 'block.0'; the nearest is 'blocks.0'")):
+        with pytest.raises(ValueError, match=said):
+            text.record([1, 2], patch=values)
+        assert hooks(text.model) == 0
+    with pytest.raises(UserError, match="there are no averaged weights"):
+        open_run(path, "ema")
 
 
 # --- Linear probes ---

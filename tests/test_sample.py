@@ -16,22 +16,21 @@ import choices
 import nanolab.generate
 import nanolab.plan
 import sample
-import toy
 import variants
+from choices import T, run_main
 from kernels import GATES, PLAIN
 from model import MIXERS, Attention, TransformerConfig
 from nanolab import settings as flags
 from nanolab.generate import (Draft, Ngrams, Stop, beam_search, draw, draw_alone, filter_logits, first_past,
                               generate)
 from nanolab.plan import SPARE, Plan, plan_of
-from toy import T, run_main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(*given, **settings):
     """In float64, as the model magnifies rounding."""
-    return toy.build(*given, **settings).double()
+    return choices.loud_model(*given, **settings).double()
 
 
 # ---- filters ----
@@ -182,7 +181,7 @@ def test_generation_equals_a_new_pass_for_every_byte(positions, prompts, monkeyp
     model = build(positions)
     written = tokens(model, prompts, 24)
     found = [choices.followed(torch.tensor(written).T, model, prompts, use_cache=use) for use in (True, False)]
-    monkeypatch.setattr(Attention, "attend", Attention.attend if positions.startswith("learned") else toy.banded)
+    monkeypatch.setattr(Attention, "attend", Attention.attend if positions.startswith("learned") else choices.banded)
     wanted = recomputed(model, prompts, written)
     for logits in found:
         assert logits.argmax(-1).T.tolist() == written
@@ -298,7 +297,7 @@ def test_few_beams_are_those_of_the_definition(positions, penalty, stops, monkey
     with torch.no_grad():
         model.heads[0].mul_(0.1)                                 # or the first beam would win by far
     with monkeypatch.context() as patch:
-        patch.setattr(Attention, "attend", Attention.attend if positions == "learned" else toy.banded)
+        patch.setattr(Attention, "attend", Attention.attend if positions == "learned" else choices.banded)
         wanted = searched(model, b"ab", 10, 3, penalty, stops)
     model.register_forward_pre_hook(lambda *_: passes.append(1))
     stop = Stop([bytes([i]) for i in stops], lambda i: bytes([i]))
@@ -367,9 +366,9 @@ def test_a_plan_is_the_model_or_is_none(settings):
 def test_what_no_plan_is_made_of():
     class Other(Attention):
         """What somebody else computes."""
-    model = toy.build()
-    assert plan_of(model) is not None and plan_of(toy.build().double()) is None
-    assert plan_of(toy.build().train()) is None and plan_of(toy.build(softmax_plus_one=True)) is None
+    model = choices.loud_model()
+    assert plan_of(model) is not None and plan_of(choices.loud_model().double()) is None
+    assert plan_of(choices.loud_model().train()) is None and plan_of(choices.loud_model(softmax_plus_one=True)) is None
     with torch.autocast("cpu", torch.bfloat16):
         assert plan_of(model) is None
     with pytest.MonkeyPatch.context() as patch:
@@ -445,7 +444,7 @@ def test_what_is_guessed():
 
 @pytest.fixture
 def run(tmp_path):
-    return toy.save(tmp_path, build())
+    return choices.save_model(tmp_path, build())
 
 
 def test_main_writes_prompt_and_sample(run):

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -305,6 +306,43 @@ def test_commands_of_pages(page, tmp_path):
         assert {words[0] for words in found} >= {"train_enwik8.py", "plot.py", "grid.py", "evaluate.py", "sample.py"}
     for words in found:
         assert_typable(words, tmp_path)
+
+
+def test_the_notebook(forks, tmp_path, monkeypatch):
+    """docs/colab.ipynb, its code cells in their order, outside of Colab, by --debug; in a new session the first ones go
+    on with the run; what is installed leaves torch as it is."""
+    book, said, others, pictures = json.loads((ROOT / "docs" / "colab.ipynb").read_text()), [], [], []
+    assert book["nbformat"] == 4 and {cell["cell_type"] for cell in book["cells"]} == {"code", "markdown"}
+    assert not any(cell.get("outputs") for cell in book["cells"])
+    display = types.SimpleNamespace(Image=lambda path: pictures.append(Path(path).read_bytes()[:4]))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(display=display))
+    monkeypatch.setitem(sys.modules, "google", None)                         # Colab's, which others have as well
+    monkeypatch.chdir(tmp_path)
+
+    def shell(line):
+        words = shlex.split(line)
+        if words[0] != "python":
+            return others.append(words)
+        child = forks.run(words[1:], tmp_path)
+        assert child.code == 0, child.err
+        said.append(child.out)
+    for session in range(2):
+        names = {"shell": shell}
+        for cell in [cell for cell in book["cells"] if cell["cell_type"] == "code"]:
+            source = "".join(cell["source"]).replace('"--preset cpu"', '"--debug --device cpu"').replace("1200", "22")
+            source = re.sub(r"^!(.*)$", r"shell(f'''\1''')", source, flags=re.M)  # which fills {NAME} in, as IPython
+            exec(re.sub(r"^%cd nanolab$", "", source, flags=re.M), names)
+            if len(said) > 5:
+                break
+    run = tmp_path / "runs" / "train_enwik8" / "first"
+    assert load_checkpoint(run / "last.pt")["step"] == 22 and "<title>runs/train_enwik8/first</title>" in (
+        tmp_path / "runs" / "first.html").read_text() and pictures == [b"\x89PNG"]
+    first, sample, scored, more, _, again = said
+    assert "starting at step 0" in first and "done at step 20" in first and sample.startswith("def ")
+    assert "block" in scored and "resuming from" in more and "done at step 22" in more and "done at step 22" in again
+    assert [" ".join(words[:2]) for words in others] == ["[ -d", "pip install"] * 2
+    assert others[1][2:] == ["-q", "-r", "requirements.txt"]
 
 
 def anchors(page):
