@@ -503,15 +503,13 @@ def markdown(index):
     outer = (min(index["factors"]), max(index["factors"])) if len(index["factors"]) > 1 else ()
     lines = []
     for mine in judged.rows:
-        row, edges = mine.row, outer
+        row, tried = mine.row, sorted(factor for factor, _ in mine.row["tuned"])
+        edges = (tried[0], tried[-1]) if len(tried) > 1 else outer
         name = row["name"] + (f" (against {row['against']})" if row["against"] != first["name"] else "")
         if not mine.effects:
             why = row["error"] or (f"{row['open']} runs to go" if row["open"] else "not measured")
             lines.append([row["axis"], name, why + " |" * (len(columns) - 3)])
             continue
-        if ladder:
-            tried = sorted(factor for factor, _ in row["tuned"])
-            edges = tried[:1] + tried[-1:]
         lines.append([
             row["axis"], name, *(interval(mine.effects.get(rung.name), log) for rung in judged.rungs),
             {"better": "**better**", "worse": "**worse**", None: "not measured"}.get(mine.verdict, mine.verdict),
