@@ -64,25 +64,8 @@ def main():
     settings = override(globals(), positional="checkpoint")
     if checkpoint is None:
         raise UserError("which run? python sample.py runs/train_enwik8/NAME")
-    filters = ("top_k", "top_p", "typical_p", "min_p")
-    if greedy or temperature == 0:
-        settings.refuse_idle(("temperature",) * greedy + filters, "where the most probable byte is taken")
-    if n_beams > 1:
-        settings.refuse_idle(("temperature", *filters, "greedy", "seed", "repetition_penalty"), "on beams")
-        if n_samples > n_beams or not cache:
-            raise UserError(f"--n_beams {n_beams}: beams go on from a cache, and {n_beams} samples are their most")
-    else:
-        settings.refuse_idle(("length_penalty",), "without --n_beams")
-    if repetition_penalty == 1:
-        settings.refuse_idle(("repetition_window",), "without --repetition_penalty")
-    if not prompt:
-        raise UserError('--prompt "": must have at least one byte')
+    check(settings)
     ends = stops(stop)
-    if log_cache and not cache:
-        raise UserError("--log_cache with --no-cache: there is no cache to log")
-    if draft != "none" and (not cache or n_samples > 1 or n_beams > 1):
-        raise UserError(f"--draft {shown(draft)}: guesses are read into the cache of one sample: it goes without "
-                        "--no-cache, --n_samples and --n_beams")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")                 # a terminal may not know every character
     where, precision = resolve_device(device, dtype)
@@ -128,6 +111,28 @@ def main():
     if guesses is not None and guesses.passes:
         print(f"{guesses.bytes} drawn in {guesses.passes} passes: {guesses.bytes / guesses.passes:.2f} a pass",
               file=sys.stderr)
+
+
+def check(settings):
+    """UserError for settings that do not go together."""
+    filters = ("top_k", "top_p", "typical_p", "min_p")
+    if greedy or temperature == 0:
+        settings.refuse_idle(("temperature",) * greedy + filters, "where the most probable byte is taken")
+    if n_beams > 1:
+        settings.refuse_idle(("temperature", *filters, "greedy", "seed", "repetition_penalty"), "on beams")
+        if n_samples > n_beams or not cache:
+            raise UserError(f"--n_beams {n_beams}: beams go on from a cache, and {n_beams} samples are their most")
+    else:
+        settings.refuse_idle(("length_penalty",), "without --n_beams")
+    if repetition_penalty == 1:
+        settings.refuse_idle(("repetition_window",), "without --repetition_penalty")
+    if not prompt:
+        raise UserError('--prompt "": must have at least one byte')
+    if log_cache and not cache:
+        raise UserError("--log_cache with --no-cache: there is no cache to log")
+    if draft != "none" and (not cache or n_samples > 1 or n_beams > 1):
+        raise UserError(f"--draft {shown(draft)}: guesses are read into the cache of one sample: it goes without "
+                        "--no-cache, --n_samples and --n_beams")
 
 
 def stream_out(typed, stream, row):

@@ -118,6 +118,7 @@ def test_fork_and_crop(name):
         close(in_chunks(model, y[:, 9:], [1, T - 10], cache, late), full)
         more = None if late is None else late.repeat_interleave(times, 0)
         again = y[:, 9:].repeat_interleave(times, 0)
+        assert {layer.batch_size for layer in twin.layers} == {len(again)}
         close(in_chunks(model, again, [T - 9], twin, more), full.repeat_interleave(times, 0))
         with pytest.raises(ValueError, match="holds 24"):
             cache.crop(T + 1)
