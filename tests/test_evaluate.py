@@ -94,8 +94,9 @@ def test_cache_equals_one_banded_pass(settings, monkeypatch):
 
 @pytest.mark.parametrize("settings", [dict(n_layer=1), dict(mixer="window,full", window=5, short_conv=3)], ids=str)
 def test_documents_are_scored_as_one_pass_reads_them(settings):
-    """Wherever they end: before the place where a segment of `cache` begins, too."""
+    """Wherever they end: across the place where a segment of `cache` would begin, but for the bytes of an end, too."""
     data, found = text(200) % 2, []
+    data[23:27] = torch.tensor([1, 0, 1, 1])
     for how, end in (("mask", "\\1\\0"), ("reset", "\\1\\0\\1\\1")):
         model = build(documents=how, document_end=end, **settings)
         with torch.no_grad():
