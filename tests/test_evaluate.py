@@ -96,8 +96,9 @@ def test_cache_equals_one_banded_pass(settings, monkeypatch):
 
 @pytest.mark.parametrize("settings", [dict(n_layer=1), dict(mixer="window,full", window=5, short_conv=3)], ids=str)
 def test_documents_are_scored_as_one_pass_reads_them(settings):
-    """Wherever they end: before the place where a segment of `cache` begins, too."""
+    """Wherever they end: across the place where a segment of `cache` would begin, but for the bytes of an end, too."""
     data, found = text(200) % 2, []
+    data[23:27] = torch.tensor([1, 0, 1, 1])
     for how, end in (("mask", "\\1\\0"), ("reset", "\\1\\0\\1\\1")):
         model = build(documents=how, document_end=end, **settings)
         with torch.no_grad():
@@ -484,10 +485,9 @@ def test_a_folder_of_documents(forks, tmp_path):
     """evaluate.py puts between the files what the training did; what ends a document must be there."""
     for i in range(40):
         (tmp_path / f"{i}.txt").write_bytes(bytes(text(99 + i, i).tolist()).replace(b"\0", b""))
-    words = [*TRAIN, "--dataset", str(tmp_path), "--documents", "reset", "--max_steps", "2", "--eval_interval", "2"]
-    child = forks.run([*words, "--run_name", "none"], tmp_path / "none")
-    assert_error(child, "stands nowhere in the training part")
-    assert_done(forks.run([*words, "--document_end", "\\0"], tmp_path))
+    words = [*TRAIN, "--max_bytes", "none", "--documents", "reset", "--max_steps", "2", "--eval_interval", "2"]
+    assert_error(forks.run([*words, "--dataset", "0.txt"], tmp_path), "stands nowhere in the training part of 0.txt")
+    assert_done(forks.run([*words, "--dataset", f"{tmp_path}/*.txt", "--document_end", "\\0"], tmp_path))
     found = summary(tmp_path / RUN)["val_bpb_raw"]
     assert f" {found:.4f} " in evaluated(tmp_path / RUN)
     evaluated(tmp_path / RUN, "--protocols", "stride:8", "--dataset", "stdlib", "--max_bytes", 30_000)

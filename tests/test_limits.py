@@ -325,7 +325,7 @@ TYPED = {"dataset": {"train_dvae": "arc1", "train_worldmodel": "donkeycar"}, "mo
          "ff": "moe", "device": "cpu", "tag": "b", "tokenizer": {"train_facts": "bytes"}, "ask": "1*2",
          "actions": "1,0", "rollout": "nowhere", "encode": "nowhere", "decode": "1,2,3,4,5,6",
          "val_dataset": "synthetic", "database": "nowhere", "init_from": "nowhere", "prompt": "a", "preset": "cpu",
-         "keep_every": "9", "full_eval_protocol": "stride:2"}
+         "keep_every": "9", "full_eval_protocol": "stride:2", "document_end": "e"}
 
 
 def others(script, name, spec, now):
