@@ -7,6 +7,7 @@
     python bench.py --what kernels,growth,startup                 # operations; a step as sizes grow; first steps
     python bench.py --what loss --peer nanogpt=../nanoGPT         # seconds to 1.88 nats on tinyshakespeare
     python bench.py --what mixers,worlds,dialogs --threads 1      # generation with our caches and without
+    python bench.py --what gpus                                   # what the presets for one GPU should take, by FLOPs
 
 Each round times all sides right after one another, in an order that turns; a row gives each side's median over the
 rounds with quartiles, and the median and quartiles of the rounds' ratios. nanoGPT's model.py is imported as it is, its
@@ -32,6 +33,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import runpy
 import signal
 import statistics
 import subprocess
@@ -64,7 +66,7 @@ from nanolab.settings import shown
 # --- What ---
 preset = None            # a named set of settings (below); flags win over it
 peer = None              # nanogpt=FOLDER, x-transformers, liger (operations, on a GPU), several with commas; none: ours
-what = "train,memory,generate,evaluate,optimiser"  # also kernels growth startup loss mixers contexts worlds dialogs
+what = "train,memory,generate,evaluate,optimiser"  # and kernels growth startup loss mixers contexts worlds dialogs gpus
 json = None              # [path] the rows are written there too
 device = "auto"          # auto, cpu, cuda, cuda:1, ...
 dtype = "bfloat16"       # [float32, bfloat16] autocast of our training side
@@ -839,10 +841,32 @@ def compare_dialogs():
                     with_and_without(run), note)
 
 
+# --- GPUs that are not at hand ---
+
+CARDS = {"a100": 312e12, "t4": 65e12}  # FLOP/s by the data sheets: dense products in bfloat16, in float16
+
+
+def compare_gpus():
+    """Time and memory that train_enwik8.py's presets for one GPU should take: of `limits.first_step`, whose step takes
+    twice as long as its products at the card's peak."""
+    print("\none GPU, predicted from FLOPs and data sheets, not measured")
+    script = runpy.run_path(str(HERE / "train_enwik8.py"))
+    for card, peak in CARDS.items():
+        s = script | script["presets"][card]
+        with torch.device("meta"):
+            model = build_model(TransformerConfig.from_settings(s))
+        T, rows, passes = s["block_size"], s["batch_size"], s["grad_accum"]
+        n_bytes, one = limits.first_step(model, rows, T, passes, peak, half=True)
+        flops, tokens = model.flops_per_token(T), rows * passes * T
+        print(f"--preset {card}: {limits.size(model)}, {flops / 1e6:.0f} MFLOPs a byte; {s['max_steps']:,} steps of "
+              f"{tokens:,} bytes at half of {peak / 1e12:.0f} TFLOP/s: {1000 * one:.0f} ms a step, "
+              f"{s['max_steps'] * one / 60:.0f} minutes, {n_bytes / 1e9:.0f} GB at most")
+
+
 COMPARISONS = dict(train=compare_training, memory=compare_memory, generate=compare_generation,
                    evaluate=compare_protocols, optimiser=compare_optimisers, kernels=compare_kernels,
                    growth=compare_growth, startup=compare_startup, loss=compare_loss, mixers=compare_mixers,
-                   contexts=compare_contexts, worlds=compare_worlds, dialogs=compare_dialogs)
+                   contexts=compare_contexts, worlds=compare_worlds, dialogs=compare_dialogs, gpus=compare_gpus)
 
 
 def check(settings):

@@ -64,6 +64,12 @@ def fits(*tensors):
             and all(t is None or t.numel() and t.dtype in FLOATS for t in tensors))
 
 
+def readable(x):
+    """Whether the host may look at the numbers of x: on the CPU, where it need not wait for them, and uncompiled, as a
+    look breaks a graph. Who may not takes bounds that shapes give."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def exactly(x):
     """x in float32, or in its own type where that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 import kernels
-from kernels import GLU, activate, exactly, expect, plain_rms_norm
+from kernels import GLU, activate, exactly, expect, plain_rms_norm, readable
 from nanolab.cache import Cache, KVCache, Memory
 from nanolab.settings import as_bytes, check_fields
 
@@ -925,8 +925,9 @@ class Transformer(nn.Module):
 
         x: (B, T) int64. targets: (B, T, config.n_labels) int64, -1 where a target does not count. active: 0-based
         layers whose losses count, the last among them; None: all with intermediate_losses, else the last. positions:
-        None or (T,) int64 (consecutive, all rows alike), or (B, T) int64 with -1 for padding. cache: from `new_cache`;
-        positions None go on where it ends. prefix: int or (B,) int64, the positions below it see one another (with a
+        None or (T,) int64 (consecutive, all rows alike), or (B, T) int64 with -1 for padding (off the CPU, where nobody
+        looks at them, below block_size, or T and what the cache has read). cache: from `new_cache`; positions None go
+        on where it ends. prefix: int or (B,) int64, the positions below it see one another (with a
         cache, the first pass must hold them all). window: the last positions that full attention sees, as a cache with
         that window would show; for a pass without cache. memory: from `new_memory`; this segment goes on from it, and
         it then holds what this segment leaves. counted: (M,) int64, places in the B T rows' positions, one row after
@@ -1013,15 +1014,16 @@ class Transformer(nn.Module):
             expect(positions.shape == x.shape, f"positions are {tuple(positions.shape)}, but the input is {(B, T)}")
             index = positions
         if cache is not None:
+            cache.check(index, self.ordered)
             if index is None and cache.ragged:
                 index = cache.next_positions(T)
-            cache.check(index, self.ordered)
         if prefix is not None:
             self.check_prefix(prefix, T, cache)
         if memory is not None and (cache is not None or positions is not None or prefix is not None):
             raise ValueError("memory is for whole segments of a stream: without cache, positions or prefix")
-        end = start + T if index is None else int(index.max()) + 1
-        if end > c.block_size and c.learned_positions:
+        known = index is None or readable(index)
+        end = start + T if index is None or not known else int(index.max()) + 1
+        if known and end > c.block_size and c.learned_positions:
             raise ValueError(f"position {end - 1} is past block_size {c.block_size}, where positions {c.positions!r} "
                              "has no row: use positions 'rope' or 'none', or a larger block_size")
         positions = Positions(start, T, index, window, prefix=prefix, memory=None if memory is None else memory.layers,

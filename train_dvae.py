@@ -32,7 +32,7 @@ from models.dvae import DVAE, Config
 from nanolab import limits, optim
 from nanolab.codes import draw, print_codes, print_grids
 from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, as_user_error, begin, command, means,
-                         mixed_precision, optional, put_back, replacing, resolve_device, restoring, resumed,
+                         mixed_precision, onto, optional, put_back, replacing, resolve_device, restoring, resumed,
                          seed_everything)
 
 # --- Run ---
@@ -313,7 +313,7 @@ def revive(model, loop, outputs, chosen, generator):
     """Counts which codes a step has chosen, (M n,) out of n books; every reset_interval steps, in a share of all, those
     codes that nothing chose become some of its encoder outputs (M, D)."""
     chosen = model.numbered(chosen.view(len(outputs), -1)).flatten()
-    loop["chosen"] += chosen.bincount(minlength=len(loop["chosen"]))
+    loop["chosen"].index_add_(0, chosen, torch.ones_like(chosen))
     if reset_interval and estimator not in FIXED and loop["step"] % reset_interval == 0:
         if loop["step"] <= reset_fraction * steps_of(loop["step"] - 1, loop["seconds"]):  # its own come later
             dead = loop["chosen"] == 0
@@ -581,7 +581,8 @@ def main():
             row, outputs, chosen = {}, [], []
             clock.start()
             cells, all_shapes = stream.at(step)
-            all_tokens, all_shapes = canvas.tokens(cells).to(where), all_shapes.to(where)
+            loop["tokens"] += int(all_shapes.prod(1).sum())
+            all_tokens, all_shapes = onto(where, canvas.tokens(cells)), onto(where, all_shapes)
             mean_cells, n_tokens = all_shapes.prod(1).float().mean(), (all_tokens != canvas.pad).sum()
             for tokens, shapes in zip(all_tokens.split(batch_size), all_shapes.split(batch_size)):
                 seen = tokens
@@ -599,7 +600,6 @@ def main():
                 clock.lap("backward")
                 for name, value in parts.items():
                     row[name] = row.get(name, 0.0) + value / grad_accum
-                loop["tokens"] += int(shapes.prod(1).sum())
                 outputs.append(found.z.detach().flatten(0, 1))
                 chosen.append(found.codes.flatten())
             row["grad_norm"] = optim.take_step(opt, scaler, model.parameters(), grad_clip, ema)

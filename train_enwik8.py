@@ -121,6 +121,8 @@ some_enwik8 = dict(modern, dataset="enwik8", max_bytes=4_150_000, n_embd=256, bl
 variants = dict(some_enwik8, batching="streams", n_layer=6, n_head=4, warmup_steps=10, max_steps=200)
 shakespeare = dict(modern, dataset="shakespeare", n_head=2, n_embd=128, block_size=64, qk_norm=True, lr=0.03,
                    weight_decay=0.0, decay_fraction=1.0, warmup_steps=0, dtype="bfloat16")
+one_gpu = dict(modern, n_layer=12, n_head=8, n_embd=512, block_size=512, batch_size=64, qk_norm=True, compile=True,
+               batching="epochs", lr=0.02, muon_lr=0.02, decay_fraction=0.8, warmup_steps=100, max_steps=12_000)
 al_rfou = dict(optimizer="sgd", lr=3e-3, schedule="constant", warmup_steps=0, weight_decay=0.0, max_steps=4_000_000)
 
 presets = {
@@ -160,6 +162,10 @@ presets = {
     "deepseek_cpu": dict(
         variants, norm_gain=True, mixer="mla", ff="mlp,moe,moe,moe,moe,moe", activation="swiglu", n_expert=9,
         n_shared_expert=1, expert_top_k=2, expert_balance="bias", mtp_depth=1),
+    # Four passes over the whole of enwik8 at T12's size. Never run: what they cost is predicted (docs/speed.md). A T4
+    # has no bfloat16, in which Muon iterates.
+    "a100": dict(one_gpu, dtype="bfloat16"),
+    "t4": dict(one_gpu, dtype="float16", batch_size=32, grad_accum=2, optimizer="adamw", lr=1e-3, betas=(0.9, 0.95)),
     # Al-Rfou et al.: batch 16, momentum 0.99, fixed rate 0.003. Dropout and length of T12 are not in the text: ours.
     "t12": dict(al_rfou, dropout=0.2),
     "t64": dict(al_rfou, n_layer=64, dropout=0.55),

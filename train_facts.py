@@ -35,7 +35,7 @@ from data.facts import MODES as FACTS
 from model import TransformerConfig, build_model, fused_rows, parameter_roles
 from nanolab import hf, limits, optim, parallel
 from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, as_user_error, begin, check_weights, command,
-                         measure_peak_flops, mixed_precision, resolve_device, resumed, seed_everything)
+                         measure_peak_flops, mixed_precision, onto, resolve_device, resumed, seed_everything)
 from nanolab.tasks import cost, kind_of, say
 
 # --- Run ---
@@ -329,17 +329,19 @@ def main():
             began = time.perf_counter()
             clock.start()
             parts = [batches.next() for _ in range(grad_accum)]
-            targets = sum(int((y >= 0).sum()) for _, y in parts)         # the loss is the mean over all of the step's
+            counts = [y.numel() if task == "text" else int((y >= 0).sum()) for _, y in parts]
+            targets = sum(counts)                            # the loss is the mean over all of the step's
             loss, reports = 0.0, []
-            for x, y in parts:
-                share = int((y >= 0).sum()) / max(targets, 1) * mesh.weight(y)
+            for (x, y), count in zip(parts, counts):
+                share = count / max(targets, 1) * mesh.weight(y)
                 x, y = mesh.rows(x, y)                       # each process draws the whole batch and takes its rows
-                counted = (y.flatten() >= 0).nonzero()[:, 0]
+                ends = (y >= 0).byte().argmax(1) + 1 if prefix else None
+                counted = None if task == "text" else (y.flatten() >= 0).nonzero()[:, 0]     # of text all are
+                y, ends, counted = (t if t is None else onto(where, t) for t in (y, ends, counted))
                 clock.lap("data")
                 with opt.sampled():                      # ivon: one draw of the weights for each pass
                     with autocast:
-                        objective, nats = net(x, targets=y.view(*x.shape, 1), counted=counted,
-                                              prefix=(y >= 0).byte().argmax(1) + 1 if prefix else None)
+                        objective, nats = net(x, targets=y.view(*x.shape, 1), counted=counted, prefix=ends)
                     clock.lap("forward")
                     scaler.scale(objective * share).backward()
                     clock.lap("backward")

@@ -37,7 +37,7 @@ from kernels import cross_entropy
 from model import TransformerConfig, fused_rows, parameter_roles
 from models.encoder_decoder import EncoderDecoder, LatentTransformer, PrefixDecoder
 from nanolab import limits, optim
-from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, as_user_error, begin, command, put_back,
+from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, as_user_error, begin, command, onto, put_back,
                          resolve_device, restoring, resumed, seed_everything)
 from nanolab.settings import shown
 
@@ -300,7 +300,7 @@ class Forcing:
     def mix(self, targets, predicted):
         """(B, T) targets and predictions -> tokens to read, each the true one with `probability`."""
         true = torch.rand(targets.shape, generator=self.generator) < self.probability()
-        return torch.where(true.to(targets.device), targets, predicted)
+        return torch.where(onto(targets.device, true), targets, predicted)
 
     def state_dict(self):
         return {"steps": self.steps, "losses": list(self.losses), "generator": self.generator.get_state()}
@@ -534,9 +534,9 @@ def main():
     # ---- data ----
     problems = Problems(min_digits, max_digits, n_examples, val_fraction, val_examples, split_seed, short_share)
     stream, val = Stream(problems.train.to(where), data_seed), problems.val.to(where)
-    seen = of_length(stream.examples, min_digits)[:eval_examples]
+    seen = of_length(problems.train, min_digits)[:eval_examples].to(where)
     print(problems.describe())
-    print(notation.example(*stream.at(0, 1)[0].tolist()))
+    print(notation.example(*Stream(problems.train, data_seed).at(0, 1)[0].tolist()))
 
     # ---- models, optimisers, resume ----
     learners = [Learner(name, config, where, precision, settings) for name in names]

@@ -32,7 +32,7 @@ import torch
 
 from data import draw
 from data.video import Stream, caption_length, draw_clips, load
-from kernels import cross_entropy
+from kernels import cross_entropy, readable
 from model import fused_rows, parameter_roles
 from models import world_measures as measures
 from models.discrete import FSQ, fsq_levels
@@ -478,7 +478,10 @@ def frame_loss(model, batch):
     """Of naming the hidden tokens of a frame that a caption describes."""
     truth, text, hidden = batch
     logits = model(truth.masked_fill(hidden, model.codebook_size), model.read(text))
-    return cross_entropy(logits[hidden], truth[hidden], reduction="mean"), None
+    truth = truth.masked_fill(~hidden, -1)
+    if readable(hidden):                                      # elsewhere nobody counts them
+        logits, truth = logits[hidden], truth[hidden]
+    return cross_entropy(logits.flatten(0, -2), truth.flatten(), reduction="mean"), None
 
 
 # --- The table of stages ---
@@ -678,7 +681,7 @@ class Learner:
         _, self.scaler = mixed_precision(where, world.precision)
         self.loop = Loop(dict(step=0, evaluated=-1, best=-math.inf, best_step=0, best_model=None, waited=0, pending=[],
                               seconds=0.0, logged_seconds=0.0, clips=0, start=world.total,
-                              chosen=torch.zeros(codebook_size, dtype=torch.int64)), self.scaler)
+                              chosen=torch.zeros(codebook_size, dtype=torch.int64, device=where)), self.scaler)
         self.clips = Stream(world.video.train, self.stage.frames(), globals()[self.stage.batch] * grad_accum, data_seed)
         self.parts = dict(stage=name, model=self.model, optimizer=self.opt, ema=self.ema, scaler=self.scaler,
                           generators=Generators(noise=self.noise, revival=self.revival), loop=self.loop)
@@ -730,10 +733,10 @@ class Learner:
         """Counts which of the tokenizer's codes a step has chosen; every reset_interval steps, in a share of all steps,
         the codes (K) that nothing chose become encoder outputs (M, D)."""
         loop = self.loop
-        loop["chosen"] += chosen.bincount(minlength=codebook_size).cpu()
+        loop["chosen"].index_add_(0, chosen, torch.ones_like(chosen))
         if self.codebook is not None and reset_interval and loop["step"] % reset_interval == 0:
             if loop["step"] <= reset_fraction * shares_of("tokenizer"):
-                self.codebook.revive((loop["chosen"] == 0).to(outputs.device), outputs, self.revival, reset_distance)
+                self.codebook.revive(loop["chosen"] == 0, outputs, self.revival, reset_distance)
             loop["chosen"].zero_()
 
 

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from data import files
-from nanolab.run import command
+from nanolab.run import command, onto
 from nanolab.settings import UserError, as_bytes, unknown
 
 
@@ -203,10 +203,7 @@ def _stdlib(between=b"\n"):
 
 def inputs_and_targets(windows, K, device):
     """windows (B, T + K) of ids -> x (B, T), y (B, T, K), int64 on device: y[b, t, k] is k + 1 places after x[b, t]."""
-    onto_gpu = device.type == "cuda"
-    if onto_gpu and not windows.is_cuda:
-        windows = windows.pin_memory()
-    windows = windows.to(device, non_blocking=onto_gpu)
+    windows = onto(device, windows)
     ahead = windows[:, 1:].unfold(1, K, 1)  # (B, T, K)
     return windows[:, :-K].long(), ahead.to(torch.long, memory_format=torch.contiguous_format)
 
@@ -273,9 +270,7 @@ class Batches:
     def next(self):
         """-> x (B, T), y (B, T, K) as of inputs_and_targets."""
         T, K = self.block_size, self.n_targets
-        places = self._places()
-        if self.data.is_cuda:
-            places = places.pin_memory().to(self.data.device, non_blocking=True)
+        places = onto(self.data.device, self._places())
         return inputs_and_targets(self.data.unfold(0, T + K, 1).index_select(0, places), K, self.device)
 
     def _places(self):

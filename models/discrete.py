@@ -252,7 +252,7 @@ class VQ(Codebook):
         """One update of the running means, once a step: z (..., D) of all its passes as `forward` took it, and what
         they chose (...). A code long unused stays where it is."""
         x, codes = self.scaled(z.flatten(0, -2)), codes.flatten()
-        counts = codes.bincount(minlength=len(self.codes)).float()
+        counts = torch.zeros_like(self.counts).index_add_(0, codes, x.new_ones(len(codes)))
         sums = torch.zeros_like(self.sums).index_add_(0, codes, x)
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import cross_entropy
+from kernels import cross_entropy, readable
 from model import FeedForward, Linear, Norm, initialise
 from models.discrete import FSQ, LFQ, VQ, Books, Codebook, SimVQ
 
@@ -184,7 +184,8 @@ class DVAE(nn.Module):
         c = self.config = config
         C, cells = c.n_embd, c.patch_height * c.patch_width
         self.rows, self.columns = -(-c.canvas.max_side // c.patch_height), -(-c.canvas.max_side // c.patch_width)
-        self.tiles = tiles(c.canvas.max_side, c.n_latents)
+        self.register_buffer("patch", torch.tensor([[[c.patch_height, c.patch_width]]]), persistent=False)
+        self.register_buffer("tiles", torch.tensor(tiles(c.canvas.max_side, c.n_latents)), persistent=False)  # (n, 2)
         # encoder
         self.cell = nn.Parameter(torch.empty(c.canvas.n_tokens, c.cell_dim))
         self.into = Linear(cells * c.cell_dim, C, bias=c.bias)
@@ -239,9 +240,8 @@ class DVAE(nn.Module):
         index, padding = self.patches(shapes if ends else whole, ends)
         row, column = index // self.columns, index % self.columns
         centres = torch.stack([(row + 0.5) * c.patch_height, (column + 0.5) * c.patch_width], -1)
-        patch = torch.tensor([[[c.patch_height, c.patch_width]]], device=centres.device)
         return (index, padding, centres, position_features(centres, whole.unsqueeze(1).float()),
-                relations(centres, centres, patch), *self.latent_places(whole))
+                relations(centres, centres, self.patch), *self.latent_places(whole))
 
     def patches(self, shapes, ends):
         """shapes (B, 2) -> index (B, P) of the patches with tokens in them, 0 where there are fewer than P, and padding
@@ -250,7 +250,7 @@ class DVAE(nn.Module):
         height, width = shapes[:, :1], (shapes[:, 1:] + ends).clamp(max=c.canvas.max_side)
         index = torch.arange(self.rows * self.columns, device=shapes.device)
         there = (index // self.columns * c.patch_height < height) & (index % self.columns * c.patch_width < width)
-        P = int(there.sum(1).max())
+        P = int(there.sum(1).max()) if readable(there) else len(index)
         index = there.int().argsort(dim=1, descending=True, stable=True)[:, :P]      # (B, P)
         padding = ~there.gather(1, index)
         return index.masked_fill(padding, 0), padding
@@ -273,7 +273,7 @@ class DVAE(nn.Module):
         part = (torch.arange(N, device=shapes.device) + 0.5) / N                 # (N,) of the way
         share = extent.new_zeros(len(shapes), N)
         places, tile = share.unsqueeze(2).expand(-1, -1, 2), torch.ones_like(extent)
-        for size in self.tiles:                                                  # from the largest
+        for size in self.tiles.unbind():                                         # from the largest
             columns = -(-shapes[:, 1:] // size[1])                               # (B, 1)
             count = -(-shapes[:, :1] // size[0]) * columns
             at = part * count                                                    # (B, N)
@@ -281,7 +281,7 @@ class DVAE(nn.Module):
             centres = torch.stack([(number // columns + frac) * size[0], (number % columns + 0.5) * size[1]], -1)
             few = (count <= 1.05 * N)[..., None]
             centres = torch.minimum(centres, extent - 0.5)                       # a tile that the edge cuts
-            places, tile = torch.where(few, centres, places), torch.where(few, extent.new_tensor(size), tile)
+            places, tile = torch.where(few, centres, places), torch.where(few, size.to(extent.dtype), tile)
             share = torch.where(few[..., 0], frac, share)
         angle, load = share * math.pi, (extent.prod(-1) / N).clamp(max=4).expand_as(share)
         where = torch.stack([angle.cos(), (2 * angle).cos(), (2 * angle).sin(), load], -1)

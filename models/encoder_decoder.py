@@ -22,10 +22,11 @@ def running_positions(padding):
 
 
 def positions_of(ropes, T, index=None, start=0, **kind):
-    """The Positions of T inputs from `start`, or at index (B, T), with RoPE's tables where the model has ropes."""
+    """The Positions of T inputs from `start`, or at index (B, T) below T, with RoPE's tables where the model has
+    ropes."""
     positions = Positions(start, T, index, **kind)
     if len(ropes):
-        positions.look_up_ropes(ropes, max(1, start + T if index is None else int(index.max()) + 1))
+        positions.look_up_ropes(ropes, max(1, start + T))
     return positions
 
 

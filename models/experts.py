@@ -4,7 +4,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
-from kernels import GLU, activate, expect
+from kernels import GLU, activate, expect, readable
 from model import Linear
 
 
@@ -98,16 +98,20 @@ class MixtureOfExperts(nn.Module):
         rows = order // k
         up, down = self.up.weight.view(E, self.rows, c.n_embd), self.down.weight.view(E, c.n_embd, self.width)
         given = x.index_select(0, rows)  # (N k, C)
-        if kernels.on():  # nothing here waits for the device, as bincount would
-            offsets = torch.searchsorted(chosen.flatten()[order], torch.arange(E + 1, device=x.device))  # (E + 1,)
-            loads = offsets.diff()
-            out = activate(c.activation, kernels.grouped_linear(given, up, offsets))
-            out = kernels.grouped_linear(out, down, offsets)
-        else:
+        if not kernels.on() and readable(x):
             loads = torch.bincount(chosen.flatten(), minlength=E)
-            half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled(x.device.type)
-            out = torch.cat([self.expert(part, up[e], down[e], half and x.device.type == "cpu")
+            half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+            out = torch.cat([self.expert(part, up[e], down[e], half)
                              for e, part in enumerate(given.split(loads.tolist())) if len(part)])
+        else:  # nothing here waits for the device, as bincount would
+            expert = chosen.flatten()[order]  # (N k,) of each row
+            offsets = torch.searchsorted(expert, torch.arange(E + 1, device=x.device))  # (E + 1,)
+            loads = offsets.diff()
+            if kernels.on():
+                out = activate(c.activation, kernels.grouped_linear(given, up, offsets))
+                out = kernels.grouped_linear(out, down, offsets)
+            else:
+                out = self.by_tiles(given, up, down, expert, offsets)
         out = out * weights.flatten()[order].unsqueeze(1).to(out.dtype)  # (N k, C)
         y = torch.zeros(x.shape, dtype=out.dtype, device=x.device).index_add(0, rows, out)
         if self.shared is not None:
@@ -124,12 +128,29 @@ class MixtureOfExperts(nn.Module):
             x = F.pad(x, (0, 0, 0, -n % EVEN))
         return F.linear(activate(self.config.activation, F.linear(x, up)), down)[:n]
 
+    def by_tiles(self, x, up, down, expert, offsets):
+        """Rows x (n, C), sorted by expert (n,) int64, expert e's from offsets[e] on, to (n, C): by products of tiles,
+        each of rows of one expert and filled up with zeros. A tile has ceil(n / E) rows, so that at most 2 E are enough
+        for any loads: no row is dropped, less than twice the rows are computed, and shapes do not depend on loads."""
+        n, E = len(x), len(up)
+        size, some = -(-n // E), min(n, E)  # rows of a tile; experts that may have any
+        tiles = some + (n - some) // size
+        ends = (-(-offsets.diff() // size)).cumsum(0)  # (E,) where an expert's tiles end
+        first = F.pad(ends, (1, 0))  # where they begin
+        of = torch.searchsorted(ends, torch.arange(tiles, device=x.device), right=True).clamp(max=E - 1)  # (tiles,)
+        place = first[expert] * size + torch.arange(n, device=x.device) - offsets[expert]  # (n,)
+        h = x.new_zeros(tiles * size, x.size(1)).index_copy(0, place, x).view(tiles, size, -1)
+        h = activate(self.config.activation, h @ up[of].mT)  # (tiles, size, W)
+        return (h @ down[of].mT).flatten(0, 1).index_select(0, place)
+
     def report(self, positions, chosen, scores, loads):
         """Loads and the balance loss into the pass's Positions; padding does not count."""
         c, E = self.config, self.n_routed
         if positions.index is not None:
-            real = positions.index.flatten() >= 0
-            scores, loads = scores[real], torch.bincount(chosen[real].flatten(), minlength=E)
+            real = positions.index.flatten() >= 0  # (N,)
+            each = real.repeat_interleave(c.expert_top_k).long()
+            loads = torch.zeros_like(loads).index_add_(0, chosen.flatten(), each)
+            scores = scores * real.unsqueeze(1) * (len(real) / real.sum().clamp(min=1))  # of the mean of the real ones
         positions.usage.append((self.layer, loads))
         if c.expert_balance == "loss":
             loss = E * ((loads / loads.sum().clamp(min=1)) * scores.mean(0)).sum()

@@ -80,25 +80,24 @@ class TransformerXL(Attention):
         k, v = F.linear(x, self.qkv.weight[rows:], bias).view(*x.shape[:2], 2, c.n_kv_head, c.head_dim).unbind(2)
         return (self.unit(k) if c.qk_norm else k), v
 
-    def at(self, t, positions, index):
-        """t (B, n, H, D) turned as at index (n,) int64, where positions are "rope"; else itself."""
+    def at(self, t, positions, index, end):
+        """t (B, n, H, D) turned as at index (n,) int64 below `end`, where positions are "rope"; else itself."""
         if self.config.positions != "rope" or not t.size(1):
             return t
-        tables = positions.ropes[str(t.size(3))](int(index[-1]) + 1)
+        tables = positions.ropes[str(t.size(3))](end)
         return plain_rotary(t, *(table[index].view(1, -1, 1, t.size(3)) for table in tables))
 
-    def relative(self, q, distance):
+    def relative(self, q, distance, n):
         """(q + u, bias): queries q (B, H, T, D) for the keys, and (q + v) W_R R_d / sqrt(D) as (B, H, T, S).
 
-        distance: int64 (T, S) or (B, 1, T, S); where negative, anything: such keys are masked.
+        distance: int64 (T, S) or (B, 1, T, S), below n; elsewhere, and where negative, anything: such keys are masked.
         """
-        c = self.config
-        n, half = max(1, int(distance.max()) + 1), torch.arange(0, c.n_embd, 2, device=q.device) / c.n_embd
+        c, half = self.config, torch.arange(0, self.config.n_embd, 2, device=q.device) / self.config.n_embd
         angle = torch.arange(n, device=q.device)[:, None] * 10000.0 ** -half  # (n, C/2)
         R = torch.cat((angle.sin(), angle.cos()), 1)[:, :c.n_embd]
         r = self.into(R.to(self.into.weight.dtype)).view(n, c.n_head, c.head_dim).permute(1, 2, 0)  # (H, D, n)
         scores = (q + self.bias_v.unsqueeze(1).to(q.dtype)) @ r.to(q.dtype) * c.head_dim ** -0.5  # (B, H, T, n)
-        index = distance.clamp(min=0).expand(*scores.shape[:3], distance.size(-1))
+        index = distance.clamp(0, n - 1).expand(*scores.shape[:3], distance.size(-1))
         return q + self.bias_u.unsqueeze(1).to(q.dtype), scores.gather(3, index)
 
     def check(self, positions):
@@ -131,7 +130,7 @@ class TransformerXL(Attention):
             old_k, old_v = self.project_keys(old)
             k, v = torch.cat((old_k, k), 1), torch.cat((old_v, v), 1)
             index = torch.arange(known + T, device=x.device)
-            q, k = self.at(q, positions, index[known:]), self.at(k, positions, index)
+            q, k = self.at(q, positions, index[known:], known + T), self.at(k, positions, index, known + T)
             key_positions, pattern = None, causal()
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         else:
@@ -143,13 +142,13 @@ class TransformerXL(Attention):
                 q = q.to(k.dtype)
         bias = None
         if c.positions == "relative":
-            S = k.size(2)
+            S = n = k.size(2)
             if key_positions is None:
                 place = torch.arange(S, device=x.device)
                 distance = place[S - T:, None] - place
             else:
-                distance = positions.index[:, None, :, None] - key_positions[:, None, None, :]
-            q, bias = self.relative(q, distance)
+                distance, n = positions.index[:, None, :, None] - key_positions[:, None, None, :], pattern.max_keys
+            q, bias = self.relative(q, distance, n)
         y = self.attend(q, k, v, positions, key_positions, pattern, bias)
         return self.out(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
 
@@ -233,7 +232,7 @@ class Compressive(TransformerXL):
         L, M, rate = c.block_size, c.memory_length, c.compression_rate
         index = torch.arange(start, start + T, device=x.device)
         q, k, v = self.project(x)
-        q, k = self.at(q, positions, index), self.at(k, positions, index)
+        q, k = (self.at(t, positions, index, start + T) for t in (q, k))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         state = dict.fromkeys(("raw", "inputs", "slots"), None) | {"known": 0, "first": 0} if state is None else state
         slots, raw, first, known = None, state["raw"], state["first"], state["known"]
@@ -247,7 +246,8 @@ class Compressive(TransformerXL):
             ends = torch.arange(known + 1, known + n + 1, device=x.device) * rate - 1
             slot = self.compress(hidden[:, :n * rate])
             slot_k, slot_v = self.project_keys((slot if norm is None else norm(slot)).to(x.dtype))
-            slots = [t.transpose(1, 2).to(k.dtype) for t in (self.at(slot_k, positions, ends), slot_v)]  # (B, G, n, D)
+            slots = [t.transpose(1, 2).to(k.dtype)
+                     for t in (self.at(slot_k, positions, ends, (known + n) * rate), slot_v)]  # (B, G, n, D)
         if state["slots"] is not None:
             slots = state["slots"] if slots is None else [torch.cat(pair, 2) for pair in zip(state["slots"], slots)]
         parts, begin, S = [], start, k.size(2)
@@ -258,14 +258,14 @@ class Compressive(TransformerXL):
             newest = max(0, s - M) // rate
             oldest = max(0, newest - c.compressed_length)
             a, b = (low - (start + T - S)), end - (start + T - S)
-            keys, values, where = k[:, :, a:b], v[:, :, a:b], torch.arange(low, end, device=x.device)
+            keys, values, where, reach = k[:, :, a:b], v[:, :, a:b], torch.arange(low, end, device=x.device), end - low
             if newest > oldest:
                 ends = torch.arange(oldest + 1, newest + 1, device=x.device) * rate - 1
                 keys = torch.cat((slots[0][:, :, oldest - first:newest - first], keys), 2)
                 values = torch.cat((slots[1][:, :, oldest - first:newest - first], values), 2)
-                where = torch.cat((ends, where))
+                where, reach = torch.cat((ends, where)), end + 1 - (oldest + 1) * rate
             parts.append(self.read(q[:, :, begin - start:end - start], keys, values,
-                                   torch.arange(begin, end, device=x.device), where))
+                                   torch.arange(begin, end, device=x.device), where, reach))
             begin = end
         kept = -(-(2 * L + M) // rate) + c.compressed_length
         drop = 0 if slots is None else max(0, slots[0].size(2) - kept)
@@ -274,14 +274,14 @@ class Compressive(TransformerXL):
         y = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
         return self.out(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
 
-    def read(self, q, k, v, q_place, k_place):
-        """Causal attention by positions (T,) and (S,) int64: q (B, H, T, D), k and v (B, G, S, D)."""
+    def read(self, q, k, v, q_place, k_place, n):
+        """Causal attention by positions (T,) and (S,) int64, less than n apart: q (B, H, T, D), k, v (B, G, S, D)."""
         distance = q_place[:, None] - k_place  # (T, S)
         mask = distance >= 0
         if self.slopes is not None:
             mask = (-distance * self.slopes.view(-1, 1, 1)).masked_fill(~mask, float("-inf"))  # (H, T, S)
         elif self.config.positions == "relative":
-            q, bias = self.relative(q, distance)
+            q, bias = self.relative(q, distance, n)
             mask = bias.masked_fill(~mask, float("-inf"))
         return self.softmax(q, k, v, None if q.size(2) == 1 and mask.dtype == torch.bool else mask)
 
@@ -300,8 +300,10 @@ class Compressive(TransformerXL):
         used = used if norm is None else norm(used)
         old_k, old_v = self.project_keys(torch.cat((used.to(x.dtype), self.old_inputs(raw, before, x, norm, conv)), 1))
         k, v = torch.cat((old_k, k), 1), torch.cat((old_v, v), 1)
-        q, k, v = (t.transpose(1, 2) for t in (self.at(q, positions, q_place), self.at(k, positions, k_place), v))
-        y = self.read(q, k, v, q_place, k_place)
+        end, reach = origin + T, T + (M + 1 + rate * (n_slots - 1) if n_slots else n_raw)
+        q, k = self.at(q, positions, q_place, end), self.at(k, positions, k_place, end)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        y = self.read(q, k, v, q_place, k_place, reach)
         line = torch.cat((raw[:, raw.size(1) - n_raw:].to(hidden.dtype), hidden), 1)
         leaving = line[:, :max(0, n_raw + T - M) // rate * rate].detach()
         if leaving.size(1):

@@ -37,11 +37,10 @@ def _scan(a, b, h):
         a, b = F.pad(a, pad), F.pad(b, pad)
     shape = (a.size(0), pieces, n, *a.shape[2:])
     a, b = a.reshape(shape), b.reshape(shape)
-    products, states = torch.empty_like(a), torch.empty_like(b)
-    products[:, :, 0], states[:, :, 0] = a[:, :, 0], b[:, :, 0]
+    products, states = a.clone(), b.clone()
     for t in range(1, n):
-        torch.mul(products[:, :, t - 1], a[:, :, t], out=products[:, :, t])
-        torch.addcmul(b[:, :, t], a[:, :, t], states[:, :, t - 1], out=states[:, :, t])
+        products[:, :, t].mul_(products[:, :, t - 1])
+        states[:, :, t].addcmul_(a[:, :, t], states[:, :, t - 1])
     for p in range(pieces):
         states[:, p].addcmul_(products[:, p], h.unsqueeze(1))
         h = states[:, p, -1]
@@ -254,7 +253,8 @@ class Documents(Recurrent):
         positions.age = self(x.unsqueeze(2), positions, None if cache is None else cache.layers[self.layer])
         if self.restart:
             positions.places = positions.age[..., 0]
-            end = int(positions.places.max()) + 1
+            if positions.memory is not None:  # a document may be older than its segment
+                end = int(positions.places.max()) + 1
         return end
 
     def run(self, x, states, real=None, age=None):

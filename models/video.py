@@ -122,19 +122,20 @@ class TwoStreams(Positions):
 
     in_order = False
 
-    def __init__(self, ropes, T, true, first, window=None):
+    def __init__(self, ropes, T, true, first, window=None, device=None):
         super().__init__(0, T, window=window)
-        self.true, self.frames = true, torch.cat((torch.arange(true), torch.arange(first, first + T - true)))
+        self.true, t = true, torch.arange(T, device=device)
+        self.frames = torch.where(t < true, t, t + (first - true))
         self.look_up_ropes(ropes, max(true, first + T - true))
 
     def look_up(self, table):
         """Rows (T, C) of a table (P, C) of these frames."""
-        return table[self.frames.to(table.device)]
+        return table[self.frames]
 
     def mask(self, pattern, S, key_positions, device, slopes=None, rows=None):
         """(T, T) bool, True where a frame sees another."""
         if "streams" not in self._made:
-            q, corrupted = self.frames.to(device)[:, None], torch.arange(self.T, device=device) >= self.true
+            q, corrupted = self.frames[:, None], torch.arange(self.T, device=device) >= self.true
             own = torch.eye(self.T, dtype=torch.bool, device=device)
             past = pattern.allowed(q, q.T, q) & ~corrupted & ~(corrupted[:, None] & (q == q.T))
             self._made["streams"] = past | own
@@ -183,7 +184,7 @@ class SpatioTemporal(nn.Module):
         if streams is not None:
             if c.positions not in ("rope", "none") or cache is not None:
                 raise ValueError("two streams of frames go with positions 'rope' or 'none', without a cache")
-            time = TwoStreams(self.ropes, T, *streams, window)
+            time = TwoStreams(self.ropes, T, *streams, window, x.device)
         else:
             time = positions_of(self.ropes, T, start=start, window=window)
         space = frame_positions(self, N)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from nanolab.plan import plan_of
-from nanolab.run import UserError
+from nanolab.run import UserError, onto
 
 
 def filter_logits(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, typical_p=None):
@@ -66,7 +66,7 @@ def draw(logits, generator, temperature=1.0, top_k=None, top_p=None, min_p=None,
             return torch.full((1,), token)
     p = filter_logits(logits, temperature, top_k, top_p, min_p, typical_p).softmax(-1)
     reached = p.cumsum(-1)
-    level = u.to(p.device) * reached[:, -1:]
+    level = onto(p.device, u) * reached[:, -1:]
     if p.device.type != "cpu":
         return first_past(reached, level, p)
     return torch.searchsorted(reached, level, right=True)[:, 0].clamp_(max=p.size(1) - 1)
@@ -329,9 +329,8 @@ def _together(model, rows, length, generator, cache, window, repetition, how):
             repetition.add(token)
         yield token
         x = token[:, None]                                                               # (B, 1)
-        if positions is not None:
-            ahead = positions[:, -1:] + 1
-            positions = ahead if cache is not None else torch.cat((positions, ahead), 1)
+        if positions is not None:                                # a cache knows where its rows go on
+            positions = None if cache is not None else torch.cat((positions, positions[:, -1:] + 1), 1)
         if not rolls or cache is None:
             recent.append(x)
             held += 1

@@ -50,7 +50,7 @@ import kernels
 from nanolab import curves, optim
 from nanolab.curves import is_name
 from nanolab.device import (Generators, Stopwatch, as_size, fits, measure_peak_flops, mixed_precision,  # noqa: F401
-                            peak_memory, resolve_device, seed_everything)
+                            onto, peak_memory, resolve_device, seed_everything)
 from nanolab.settings import (Settings, UserError, adopt, as_typed, as_user_error, begin, check_settings,  # noqa: F401
                               columns, override)
 

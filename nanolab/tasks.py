@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from data import facts, mqar, text
 from data.tokenized import open_text
 from nanolab.dialogs import converse
-from nanolab.run import UserError
+from nanolab.run import UserError, onto
 from nanolab.score import LN2, evaluating, parse_protocol, score, target_bits
 
 
@@ -26,11 +26,12 @@ class Rows(text.Batches):
     """Endless batches out of rows of equal length, shuffled anew for every pass; a batch may span two passes.
 
     x (N, T) int64 and y (N, T) int64, -1 where no loss is taken. seed: of the generator, which draws nothing else.
+    Batches' x are on the device; their y stay on the CPU, where a loop counts targets without waiting for it.
     """
     mode = "epochs"
 
     def __init__(self, x, y, batch_size, seed, device):
-        self.x, self.y, self.batch_size, self.passes = x.to(device), y.to(device), batch_size, 0
+        self.x, self.y, self.batch_size, self.passes = x.to(device), y, batch_size, 0
         self.generator = torch.Generator().manual_seed(seed)
         self._start_pass()
 
@@ -40,8 +41,8 @@ class Rows(text.Batches):
 
     def next(self):
         """-> x (B, T), y (B, T)."""
-        chosen = self._places().to(self.x.device)
-        return self.x[chosen], self.y[chosen]
+        chosen = self._places()
+        return self.x[onto(self.x.device, chosen)], self.y[chosen]
 
     def _kind(self):
         return {"rows": len(self.x)}

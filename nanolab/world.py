@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from data import draw
 from data.video import ACTIONS, AGENT, BALL, Clips, World, caption, paint, plain, read_caption, read_cells
 from models.world_words import as_characters
+from nanolab.run import onto
 
 
 def latent_actions(model, frames):
@@ -44,26 +45,34 @@ class Reader:
         self.colours = None if palette is None else palette.to(device).float() / 255
         self.side = None if clips.stored_cells is None else clips.stored_cells.size(-1)
 
+    @property
+    def merged(self):
+        return self._merged
+
+    @merged.setter
+    def merged(self, codes):
+        self._merged, self.merged_codes = codes, None if codes is None else codes.unique()   # once: it waits
+
     def spread(self, T, count):
         """(count,) int64: clips of T frames, evenly over all."""
         return self.clips.spread(T, count)
 
     def frames(self, index, T):
         """(B, T, H, W, 3)."""
-        return self.clips.frames(index, T).to(self.device).float() / 255
+        return onto(self.device, self.clips.frames(index, T)).float() / 255
 
     def pictures(self, index, T):
         """(frames, indices (B, T, H, W) int64 of the palette's colours, or None where there is no palette)."""
         if self.palette is None:
             return self.frames(index, T), None
-        indices = self.clips.indices(index, T).to(self.device).long()
+        indices = onto(self.device, self.clips.indices(index, T)).long()
         return self.colours[indices], indices
 
     @torch.no_grad()
     def tokens(self, index, T):
         """(B, T, N) int64: frames as the dynamics read them."""
         if self.kind == "cells":
-            return self.clips.cells(index, T).to(self.device).long().flatten(2)
+            return onto(self.device, self.clips.cells(index, T)).long().flatten(2)
         return self.models["tokenizer"].tokens(self.frames(index, T))
 
     def watch(self, index, T):
@@ -96,7 +105,7 @@ class Reader:
         model, (B, T), past = self.models["actions"], actions.shape, self.models["actions"].history
         if T <= past:
             return actions
-        frames, codes, own = self.watch(index, T)[0], self.merged.unique(), actions[:, past:].flatten()
+        frames, codes, own = self.watch(index, T)[0], self.merged_codes, actions[:, past:].flatten()
         windows = torch.stack([frames[:, t - past:t] for t in range(past, T)], 1).flatten(0, 1)
         true = frames[:, past:].flatten(0, 1).flatten(1)
         explains = own[:, None] == codes
@@ -111,12 +120,12 @@ class Reader:
     def tokens_and_actions(self, index, T):
         """(tokens (B, T, N), actions (B, T) int64, the one that led to each frame)."""
         tokens = self.tokens(index, T)
-        actions = self.clips.actions(index, T).to(self.device) if self.source == "true" else self.codes(index, T)
+        actions = onto(self.device, self.clips.actions(index, T)) if self.source == "true" else self.codes(index, T)
         return tokens, F.pad(actions, (1, 0), value=self.no_action)
 
     def captions(self, index):
         """Captions of the clips' first frames, (B, S) int64."""
-        return as_characters([caption(cells) for cells in self.clips.cells(index, 1)[:, 0].numpy()]).to(self.device)
+        return onto(self.device, as_characters([caption(cells) for cells in self.clips.cells(index, 1)[:, 0].numpy()]))
 
     def is_caption(self, text):
         """Whether a text describes a possible picture."""

@@ -193,13 +193,15 @@ def test_one_dimensional_positions_without_cache():
 
 # --- Memory: segments of training ---
 
-@pytest.mark.parametrize("mixer, short_conv, norm", [("xl", 0, "layer"), ("xl", 3, "rms"), ("compressive", 0, "rms"),
-                                                     ("compressive", 3, "layer"), ("mamba", 3, "layer")])
+@pytest.mark.parametrize("mixer, short_conv, norm, positions", [
+    ("xl", 0, "layer", "rope"), ("xl", 3, "rms", "rope"), ("compressive", 0, "rms", "rope"),
+    ("compressive", 3, "layer", "relative"), ("mamba", 3, "layer", "rope")])
 @torch.no_grad()
-def test_memory_is_hidden_states_under_the_weights_of_today(mixer, short_conv, norm):
+def test_memory_is_hidden_states_under_the_weights_of_today(mixer, short_conv, norm, positions):
     """Dai et al. 2019: what is remembered is projected anew. In a first layer hidden states are embeddings: once the
     weights between these and the memory have changed, a segment sees what one long pass with the new ones sees."""
-    model, x = build(mixer, block_size=8, n_layer=1, short_conv=short_conv, norm=norm), text(2, 8 * 5)
+    model = build(mixer, block_size=8, n_layer=1, short_conv=short_conv, norm=norm, positions=positions)
+    x = text(2, 8 * 5)
     block, memory = model.blocks[0], model.new_memory(2)
     changed = [*block.norm1.parameters()] + ([block.mixer.qkv.weight] if mixer != "mamba" else [])
     changed += [block.conv.kernel] if short_conv and mixer != "mamba" else []

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import model as room
-from kernels import gelu, rms_norm, scan_reference
+from kernels import activate, gelu, rms_norm, scan_reference
 from model import Positions, Transformer, TransformerConfig, attend_by_hand, fused_rows
+from models import experts
 from models.low_rank import Adapted, adapt, merge
 from models.recurrent import scan, selective_scan, stretch
 from models.short_conv import ShortConv
@@ -199,7 +200,8 @@ def test_attention_is_dropped_out_in_training_only(attention):
 
 # --- Memories of segments ---
 
-@pytest.mark.parametrize("mixer, positions", [("xl", "none"), ("compressive", "none"), ("xl", "relative")])
+@pytest.mark.parametrize("mixer, positions", [("xl", "none"), ("compressive", "none"), ("xl", "relative"),
+                                               ("compressive", "relative")])
 @torch.no_grad()
 def test_memories_by_definition(mixer, positions):
     """Query by query. Relative positions: content and position terms, with u and v, over the sinusoid of the distance
@@ -217,7 +219,8 @@ def test_memories_by_definition(mixer, positions):
         _, k, v = mixer.qkv(torch.stack([*slots, *x[low:t + 1]])).view(-1, 3, 4, 8).permute(1, 2, 0, 3)  # (H, S, D)
         q = mixer.qkv(x[t]).view(3, 4, 1, 8)[0]
         if positions == "relative":
-            angle = torch.arange(t - low, -1, -1)[:, None] * frequencies
+            places = torch.tensor([*(2 * j + 1 for j in pairs), *range(low, t + 1)])  # a slot's: that of its last
+            angle = (t - places)[:, None] * frequencies
             r = mixer.into(torch.cat((angle.sin(), angle.cos()), 1)).view(-1, 4, 8).transpose(0, 1)  # (H, S, D)
             bias = (q + mixer.bias_v[:, None]) @ r.mT / 8 ** 0.5
             q = q + mixer.bias_u[:, None]
@@ -419,9 +422,28 @@ def test_rows_added_to_an_expert_change_nothing(n, monkeypatch):
     assert seen == [n, n] + [n if n <= 64 else -(-n // 64) * 64] * 2
 
 
-@pytest.mark.parametrize("activation, balance, shared", [
-    ("relu2", "loss", 0), ("swiglu", "loss", 2), ("relu2", "bias", 2), ("swiglu", "bias", 0), ("swiglu", "none", 2)])
-def test_experts_token_by_token(activation, balance, shared):
+@pytest.mark.parametrize("loads", [[5], [0, 7, 0], [1, 1, 1, 1], [0, 0, 9, 1, 0, 3], [65, 0, 1], [0, 0, 1]], ids=str)
+def test_tiles_are_each_experts_own_products(loads, monkeypatch):
+    """In values and gradients, for any loads; less than twice the rows are computed."""
+    ff, results, seen, E, n = feed_forward("moe", activation="swiglu"), [], [], len(loads), sum(loads)
+    monkeypatch.setattr(experts, "activate", lambda kind, x: seen.append(x[..., 0].numel()) or activate(kind, x))
+    expert, counts = torch.arange(E).repeat_interleave(torch.tensor(loads)), torch.tensor([0, *loads])
+    for tiles in (False, True):
+        x, up, down = (draw(*shape, seed=i).requires_grad_() for i, shape in enumerate([(n, 8), (E, 12, 8), (E, 8, 6)]))
+        y = ff.by_tiles(x, up, down, expert, counts.cumsum(0)) if tiles else torch.cat(
+            [F.linear(activate("swiglu", F.linear(part, up[e])), down[e]) for e, part in enumerate(x.split(loads))])
+        y.backward(draw(n, 8, seed=4))
+        results.append((y, x.grad, up.grad, down.grad))
+    torch.testing.assert_close(*results)
+    assert n <= seen[0] < 2 * n
+
+
+@pytest.mark.parametrize("activation, balance, shared, tiles", [
+    ("relu2", "loss", 0, False), ("swiglu", "loss", 2, True), ("relu2", "bias", 2, False), ("swiglu", "bias", 0, False),
+    ("swiglu", "none", 2, False)])
+def test_experts_token_by_token(activation, balance, shared, tiles, monkeypatch):
+    if tiles:
+        monkeypatch.setattr(experts, "readable", lambda x: False)
     ff = feed_forward("moe", activation=activation, expert_balance=balance, n_shared_expert=shared).train()
     x, E, places, bias = draw(2, 7, 32), 8 - shared, Positions(0, 7), 0.0
     if balance == "bias":
@@ -448,7 +470,11 @@ def test_experts_token_by_token(activation, balance, shared):
     assert layer == 0 and torch.equal(counted.float(), loads)
     if balance == "loss":
         wanted = 0.01 * E * (loads / loads.sum() * total / 14).sum()
-        torch.testing.assert_close(places.losses["balance"][0].double(), wanted, atol=1e-7, rtol=1e-5)
+        ragged = Positions(0, 9, torch.tensor([[-1, *range(7), -1], [*range(7), -1, -1]]))
+        ff(torch.stack((F.pad(x[0], (0, 0, 1, 1), value=3.0), F.pad(x[1], (0, 0, 0, 2), value=-3.0))), ragged)
+        for same in (places, ragged):
+            assert torch.equal(same.usage[0][1].float(), loads)
+            torch.testing.assert_close(same.losses["balance"][0].double(), wanted, atol=1e-7, rtol=1e-5)
     else:
         assert not places.losses
 

@@ -2,10 +2,13 @@
 stop on one that is to be evaluated leaves the files of a run that never stopped. And the preset that says it is
 nanoGPT's is; stages of the world model go on; nothing in them is cut off.
 
+And a step waits for no device.
+
 Noise drawn for each pass is drawn in another order, so nothing here draws any: no dropout, no forcing, of the dVAE the
 first step, where codes are not noisy yet; each code is nearer than the next by far more than rounding. SGD, as a step
 of Adam from a gradient of rounding errors is as long as any other.
 """
+import contextlib
 import functools
 import itertools
 import math
@@ -19,16 +22,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.overrides import TorchFunctionMode
 
 import train_worldmodel as w
 from choices import clear
 from data import arc, text as texts
 from data.video import load
 from forks import assert_equal, assert_error, records, summary
-from model import from_checkpoint
+from model import FEED_FORWARDS, MIXERS, TransformerConfig, build_model, from_checkpoint
 from models.world_actions import Signs
 from nanolab import run as experiment, settings as flags
-from nanolab.run import Run, load_checkpoint
+from nanolab.generate import draw
+from nanolab.run import Loop, Run, load_checkpoint
 from nanolab.score import score
 from nanolab.world import Reader
 from scripts import TINY, curve, folder, typed
@@ -440,6 +445,123 @@ def test_settings_that_cut_the_loss_off(launch, words, said):
     told = launch("train_worldmodel", "out", *words.split())
     assert_error(told, said)
     assert not told.dir.exists()
+
+
+# --- Graphs, and a device whose numbers nobody can read ---
+
+def test_no_layer_breaks_a_graph():
+    """All mixers and feed-forwards in one model, on a segment after another. Before `waits`, with whose patches the
+    compiler would learn what autocast is."""
+    model = build_model(TransformerConfig(
+        n_layer=len(MIXERS), n_head=2, n_embd=8, block_size=2, positions="rope", mixer=",".join(MIXERS), window=2,
+        sparse_stride=2, sparse_summary=1, compression_rate=2, ff=",".join(FEED_FORWARDS), state_dim=2))
+    x, memory = torch.zeros(2, 2, dtype=torch.int64), model.new_memory(2)
+    model(x, memory=memory)
+    told = torch._dynamo.explain(model)(x, x.unsqueeze(2), memory=memory)
+    torch._dynamo.reset()
+    assert told.graph_count == 1 and not told.break_reasons, told.break_reasons
+
+
+META = torch.device("meta")
+
+
+class Stepped(BaseException):
+    """Enough was seen."""
+
+
+class Waits(TorchFunctionMode):
+    """Once `on`, refuses copies of what the CPU holds to "meta" for which a GPU's host would wait; what is read from
+    there "meta" refuses itself: .item(), .tolist(), .cpu(), nonzero, bincount, unique, an index of bools."""
+    COPIES = {torch.tensor, torch.as_tensor, torch.Tensor.new_tensor, torch.Tensor.to, torch.Tensor.copy_}
+    on = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if self.on and func in self.COPIES and made.is_meta and not (kwargs or {}).get("non_blocking"):
+            source = args[func is torch.Tensor.copy_]
+            assert func is not torch.Tensor.new_tensor and getattr(source, "is_meta", False), "a copy that waits"
+        return made
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Waits, with "meta" as a device that trains: it has no autocast, and no generator of its own."""
+    cast, enabled, fill, of = torch.autocast, torch.is_autocast_enabled, torch.Tensor.exponential_, torch.Generator
+
+    class Generator(torch.Generator):
+        device = META
+
+        def __new__(cls, device="cpu"):
+            return super().__new__(cls) if torch.device(device) == META else of(device)
+    patched = {
+        "autocast": lambda kind, *how, **more: contextlib.nullcontext() if kind == "meta" else cast(kind, *how, **more),
+        "is_autocast_enabled": lambda *kind: kind != ("meta",) and enabled(*kind), "Generator": Generator}
+    for name, value in patched.items():
+        monkeypatch.setattr(torch, name, value)
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda t, *rate, generator=None: fill(
+        t, *rate, generator=None if t.is_meta else generator))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.cpu)
+    with Waits() as waits:
+        yield waits
+
+
+WORLD = dict(tokens="cells", action_source="true", reset_interval=100)
+
+
+@pytest.mark.parametrize("script, how", [
+    ("train_enwik8", dict(mixer="full,compressive", batching="streams", positions="rope", ff="mlp,moe", grad_accum=1)),
+    ("train_facts", dict(prefix=True)),
+    ("train_mult", dict(
+        models="simple,latent,prefix", positions="rope", forcing="linear", forcing_start=0, sum_weight=1.0)),
+    ("train_dvae", dict(mask_rate="0,0.3", tc_weight="1,1")), ("train_dvae", dict(estimator="vq")),
+    ("train_worldmodel", dict(stage="tokenizer", quantiser="vq", reset_interval=100)),
+    ("train_worldmodel", WORLD | dict(stage="actions")), ("train_worldmodel", WORLD | dict(stage="dynamics")),
+    ("train_worldmodel", WORLD | dict(stage="text")), ("train_worldmodel", WORLD | dict(stage="frame"))], ids=str)
+def test_a_step_waits_for_no_device(launch, waits, monkeypatch, text, script, how):
+    """The second steps of all models. Not due in them, and right to wait: a line of metrics, a check for what is not
+    finite, a save, an evaluation, codes that are reset. kl_target waits once a step."""
+    begin, load, laps, last = Loop.__init__, texts.load, itertools.count(1), 6 if script == "train_mult" else 2
+    monkeypatch.setattr(experiment, "resolve_device", lambda *_: (META, torch.float32))
+    monkeypatch.setattr(experiment, "measure_peak_flops", lambda *_: 1.0)
+    monkeypatch.setattr(texts, "load", lambda name, most, where: load(name, most, "cpu"))  # a GPU's is read before
+    monkeypatch.setattr(Run, "save", lambda *_, **__: None)
+    monkeypatch.setattr(Loop, "__init__", lambda loop, values, *more: begin(loop, values | dict(evaluated=0), *more))
+
+    def lap(loop, began, due):
+        if (done := next(laps)) == last:
+            raise Stepped
+        waits.on = done >= last // 2
+        return [], 0.0
+    monkeypatch.setattr(Loop, "lap", lap)
+    how = how | dict(dataset=text) if script == "train_enwik8" else how
+    how = how | dict(max_steps=50, save_interval=50, log_interval=50, eval_interval=50)
+    with pytest.raises(Stepped):
+        launch(script, "meta", **how)
+
+
+@pytest.mark.parametrize("how", [
+    dict(mixer=",".join(MIXERS)), dict(mixer=",".join(kind for kind in MIXERS if kind != "compressive")),
+    dict(mixer="xl,compressive", positions="relative"), dict(mixer="xl", positions="relative"),
+    dict(positions="learned", mtp_depth=1, n_targets=2)], ids=str)
+def test_no_layer_waits_for_a_device(waits, how):
+    """In training, on segments and on ragged rows, nor for a byte, but for a compressive memory's, whose rows come to
+    the ends of blocks when the host says. The first pass of ragged rows alone asks whether they are in order."""
+    how = dict(positions="rope", n_layer=1 + how.get("mixer", "").count(","), ff=",".join(FEED_FORWARDS)) | how
+    config = TransformerConfig(**how, n_head=2, n_embd=16, block_size=16, window=4, sparse_stride=4)
+    model, x = build_model(config).to(META), torch.zeros(2, 16, dtype=torch.int64, device=META)
+    targets = torch.zeros(2, 16, config.n_labels, dtype=torch.int64, device=META)
+    memory, ragged = model.new_memory(2) if config.carries else None, "compressive" not in config.mixers
+    for waits.on in (False, True):                            # tables of rope that are too short grow once
+        for more in (dict(memory=memory), dict(memory=memory), dict(positions=x) if ragged else {}):
+            model(x, targets, **more)[0].backward()
+    model.eval()
+    for last in (None, x[:, :1]) if ragged else (None,):
+        cache = model.new_cache(2, 64, window=16 if config.rolls else None)
+        cache.last = last
+        with torch.inference_mode():
+            token = x[:, :4]
+            for _ in range(3):
+                token = draw(model(token, cache=cache)[:, -1], torch.Generator(), temperature=0.8, top_k=5)[:, None]
 
 
 # ------------------------------------------------------------------------------------------------------- nanogpt_cpu
