@@ -313,19 +313,25 @@ class Books(nn.Module):
             yield from zip(self.books, z.chunk(len(self.books), -1))
             return
         rest = self.books[0].scaled(z)
-        for book in self.books:
+        for book in self.books[:-1]:
             yield book, rest
-            rest = rest - book(rest).e.detach()
+            rest = rest - book(rest).e
+        yield self.books[-1], rest
 
     def forward(self, z, estimator=None, generator=None, **schedules):
         """z (B, N, D) -> Quantised; as `VQ`. The gradient passes the sum of a residual VQ once; the loss is of all."""
-        found = [book(part, estimator) for book, part in self.given(z)]
-        codes = torch.stack([one.codes for one in found], -1).flatten(1)
-        if not self.residual:
-            e = torch.cat([one.e for one in found], -1)
-        else:
+        if self.residual:
+            x = rest = self.books[0].scaled(z)
+            found = []
+            for book in self.books:
+                found.append(book(rest, estimator))
+                rest = rest - found[-1].e.detach()
             e = sum(one.e for one in found)
-            e = e if estimator is None else self.books[0].past(e, self.books[0].scaled(z))
+            e = e if estimator is None else self.books[0].past(e, x)
+        else:
+            found = [book(part, estimator) for book, part in self.given(z)]
+            e = torch.cat([one.e for one in found], -1)
+        codes = torch.stack([one.codes for one in found], -1).flatten(1)
         return Quantised(e, codes, z=z, loss=sum(one.loss for one in found))
 
     def look_up(self, codes):
