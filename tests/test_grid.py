@@ -460,7 +460,7 @@ def test_mistakes_in_the_yaml_are_one_line(plan, crossed, monkeypatch, tmp_path,
             assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name, runs", [("facts_steps", 32), ("mqar", 12)])
+@pytest.mark.parametrize("name, runs", [("facts_steps", 32), ("mqar", 60)])
 def test_the_shipped_crosses_read(name, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = grid_module.Grid(ROOT / "grids" / f"{name}.yaml")

@@ -257,8 +257,8 @@ def test_adapters_beside_peft(tmp_path, monkeypatch):
 # Every preset: its class, or None; and every word of the settings that make a model: parity, or one line.
 PRESETS = {
     "train_enwik8": dict(cpu="Apertus", shakespeare_cpu="Apertus", shakespeare_fast=None, nanogpt_cpu="GPT2",
-                         enwik8_cpu="Apertus", variants_cpu="Arcee", one_change="Arcee", deepseek_cpu="DeepseekV3",
-                         t12=None, t64=None),
+                         enwik8_cpu="Apertus", variants_cpu="Arcee", one_change="Arcee", a100="Apertus", t4="Apertus",
+                         deepseek_cpu="DeepseekV3", t12=None, t64=None),
     "train_facts": dict(cpu="Llama", mqar=None, zoology=None, shakespeare_bytes="Apertus", shakespeare_bpe="Apertus",
                         smollm="Apertus"),
 }

@@ -342,7 +342,8 @@ def test_a_plan_is_the_model_or_is_none(settings):
     assert (plan is not None) == ({*c.mixers} <= {"full", "window"} and {*c.ffs} <= {"mlp", "none"}
                                   and c.plain_scores and not c.short_conv and c.shorten == 1
                                   and not c.qk_gain and not c.qk_scale and not c.value_residual
-                                  and not c.norm_after and not c.parallel_residual and c.qk_norm != "full" and c.documents == "none"
+                                  and not c.norm_after and not c.parallel_residual and c.qk_norm != "full"
+                                  and c.documents == "none"
                                   and not c.nope_interval and c.partial_rotary == 1 and c.expert_groups == 1)
     if plan is None:
         return

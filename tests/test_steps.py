@@ -523,7 +523,7 @@ def test_a_step_waits_for_no_device(launch, waits, monkeypatch, text, script, ho
     begin, load, laps, last = Loop.__init__, texts.load, itertools.count(1), 6 if script == "train_mult" else 2
     monkeypatch.setattr(experiment, "resolve_device", lambda *_: (META, torch.float32))
     monkeypatch.setattr(experiment, "measure_peak_flops", lambda *_: 1.0)
-    monkeypatch.setattr(texts, "load", lambda name, most, where: load(name, most, "cpu"))  # a GPU's is read before
+    monkeypatch.setattr(texts, "load", lambda name, most, where, ends: load(name, most, "cpu", ends))
     monkeypatch.setattr(Run, "save", lambda *_, **__: None)
     monkeypatch.setattr(Loop, "__init__", lambda loop, values, *more: begin(loop, values | dict(evaluated=0), *more))
 
