@@ -521,7 +521,8 @@ def markdown(index):
             *["; ".join(f"{source} {value:+g}" for source, value in row.get("published", {}).items())] * ladder,
             " + ".join(str(effect.draws) for effect in mine.effects.values()), *shown(row)])
     star = "\\* the best of the tried rates is the smallest or the largest: a better one may lie beyond."
-    return [*noise(judged, index, beside), "", *as_markdown(columns, lines), *(["", star] if outer else [])]
+    starred = any(line[columns.index("rate")].endswith("*") for line in lines if len(line) == len(columns))
+    return [*noise(judged, index, beside), "", *as_markdown(columns, lines), *(["", star] if starred else [])]
 
 
 def interval(effect, log):

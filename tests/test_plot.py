@@ -328,7 +328,7 @@ def test_a_page_has_the_table_of_its_grid(tmp_path, monkeypatch, in_process):
             archive.write(Path("grid"))
         assert in_process(plot, place, "--html", "a.html")[0] == 0
         return (tmp_path / "a.html").read_text()
-    text = shown("grid", index(row("none <b>", [2.001, 2.02]), row("a*", [])))
+    text = shown("grid", index(row("none <b>", [2.001, 2.02], factor=2), row("a*", [])))
     assert re.search(r"<td>none &lt;b&gt;</td><td>\+0\.0\d+ ± 0\.\d+</td><td>undecided</td>", text)
     assert 'alt="the table" src="data:image/png;base64,iVBOR' in text and "<p>Baseline: 2.0000 (m), 5 draws" in text
     assert "<p>* the best of the tried rates" in text
