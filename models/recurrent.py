@@ -253,8 +253,8 @@ class Documents(Recurrent):
         positions.age = self(x.unsqueeze(2), positions, None if cache is None else cache.layers[self.layer])
         if self.restart:
             positions.places = positions.age[..., 0]
-            if positions.memory is not None:  # a document may be older than its segment
-                end = int(positions.places.max()) + 1
+            if positions.memory is not None:  # a document older than its segment, which is all that attention sees
+                positions.places = positions.places.minimum(torch.arange(x.size(1), device=x.device))
         return end
 
     def run(self, x, states, real=None, age=None):

@@ -330,6 +330,16 @@ def test_no_gradient_leaves_a_document(settings):
         assert model.embed.grad[this].abs().amax(1).min() > 0 and model.embed.grad[other].abs().max() == 0
 
 
+def test_a_document_may_be_older_than_its_segment():
+    """Where states go on and attention sees its segment alone, restarted positions are as good: rope knows distances."""
+    x, found = torch.randint(3, (2, 48), generator=torch.Generator().manual_seed(11)), []
+    for how in ("mask", "reset"):
+        model = build(mixer="mingru,full", positions="rope", documents=how, document_end="\\1\\x01")
+        memory = model.new_memory(2)
+        found.append(torch.cat([whole(model, part, memory=memory) for part in x.split(8, 1)], 1))
+    close(*found)
+
+
 # --- Segments of training ---
 
 @each(lambda config: {*config.mixers} <= {*CARRY})
