@@ -235,7 +235,15 @@ def test_the_pages_have_the_tables_of_the_reference_runs(name, without):
     counted = [verdicts.count(word) for word in ("undecided", "worse", "better", "the same")]
     if name == "ladder":
         assert "Of {4} rows {2} are better, {1} worse, {3} the same, {0} undecided.".format(*counted, len(verdicts)) \
-            in words
+            in words and "three draws; sigma 0.0112 (124 degrees of freedom)" in words
+        fit = plot.judge(found).primary.fit
+        assert (round(fit.mean("baseline"), 4), round(fit.sigma, 4), fit.freedom) == (2.7823, 0.0112, 124)
+        old = {mine.row["name"]: mine for mine in plot.judge(plot.read_index(REFERENCE / "one_change.jsonl")).rows}
+        both = [(old[mine.row["name"]], mine) for mine in plot.judge(found).rows if mine.row["name"] in old]
+        assert Counter((before.verdict, now.verdict) for before, now in both) == {
+            ("worse", "worse"): 20, ("better", "better"): 1, ("undecided", "undecided"): 21,
+            ("undecided", "worse"): 9, ("undecided", "better"): 2, ("undecided", "the same"): 5}
+        assert sum(before.effects[""].difference * now.effects["1x"].difference < 0 for before, now in both) == 6
     if name == "one_change":
         assert "That leaves {} rows undecided, {} worse, {} better.".format(*counted) in words
         yaml = (ROOT / "grids" / "one_change.yaml").read_text()

@@ -331,7 +331,7 @@ def test_no_gradient_leaves_a_document(settings):
 
 
 def test_a_document_may_be_older_than_its_segment():
-    """Where states go on and attention sees its segment alone, restarted positions are as good: rope knows distances."""
+    """Where states go on and attention sees its segment, restarted positions are as good: rope knows distances."""
     x, found = torch.randint(3, (2, 48), generator=torch.Generator().manual_seed(11)), []
     for how in ("mask", "reset"):
         model = build(mixer="mingru,full", positions="rope", documents=how, document_end="\\1\\x01")
