@@ -111,7 +111,7 @@ class TransformerConfig:
     shorten: int = 1               # [>= 1] above 1 a Pyramid: the middle layers see one vector for so many positions
     # Documents
     documents: str = "none"        # [none, mask, reset] mask: no layer sees another document; reset: positions restart
-    document_end: str = "</page>\\n"  # [with documents mask/reset] its last bytes, \n as in Python: of enwik8's
+    document_end: str = "</page>\\n"  # of documents, and of batching documents: its last bytes, \n as in Python
     # Positions
     positions: str = "learned"     # [learned, learned_per_layer, rope, alibi, relative, none] where a position stands
     rope_base: float = 10000.0     # [> 1.0, with positions rope] longest wavelength of rope over 2 pi

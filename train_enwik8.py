@@ -45,7 +45,7 @@ lora_only = False          # [with lora_rank] checkpoints hold the adapters alon
 # --- Data ---
 dataset = "enwik8"         # enwik8, shakespeare, stdlib, or a file (.txt .gz .xz .bz2 .zip), folder or glob of them
 max_bytes = None           # [none, >= 1] only the first so many bytes, before splitting
-batching = "random"        # [random, epochs, streams] random windows; shuffled without replacement; in order
+batching = "random"        # [random, epochs, streams, documents] windows: random; shuffled; in order; documents' starts
 batch_size = 16            # [>= 1] windows per forward pass
 grad_accum = 1             # [>= 1] forward passes per optimiser step
 
@@ -289,14 +289,13 @@ def main():
     parallel.warn_of_passes(config, grad_accum)
 
     # ---- data ----
-    ends = settings["document_end"] if config.documents != "none" else None
+    ends = text.ending(settings)
     corpus = text.load(dataset, max_bytes, where, ends)
-    if ends:
-        text.check_documents(corpus.train, ends, dataset)
+    begins = text.document_beginnings(corpus.train, ends, dataset) if ends else None
     if eval_interval:
         text.check_split(corpus.val, block_size)
         parse_protocol(full_eval_protocol, config, len(corpus.val))
-    batches = text.Batches(corpus.train, batch_size, block_size, config.n_labels, batching, data_seed, where)
+    batches = text.Batches(corpus.train, batch_size, block_size, config.n_labels, batching, data_seed, where, begins)
 
     # ---- model, optimiser ----
     seed_everything(seed, deterministic)

@@ -101,11 +101,30 @@ def check_split(data, block_size, unit="bytes"):
         print(f"the validation split has {n} {unit}, less than one window of {block_size}: its figures mean little")
 
 
-def check_documents(data, document_end, dataset):
-    """Before the first step: UserError where a training split (N,) has no document's end: each window would be one."""
-    if as_bytes(document_end) not in data.cpu().numpy().tobytes():
+def ending(settings):
+    """What ends a document, where settings ask for documents; else None."""
+    asked = settings.get("documents", "none") != "none" or settings.get("batching") == "documents"
+    return settings["document_end"] if asked else None
+
+
+def beginnings(data, document_end):
+    """(D,) int64 on the CPU: where documents begin in data (N,), its first byte and after every end, overlapping or
+    not, as a model with `documents` finds them."""
+    end, data = as_bytes(document_end), data.cpu()
+    found = torch.ones(max(0, data.numel() - len(end) + 1), dtype=torch.bool)
+    for place, byte in enumerate(end):
+        found &= data[place:place + found.numel()] == byte
+    return torch.cat([torch.zeros(1, dtype=torch.int64), found.nonzero()[:, 0] + len(end)])
+
+
+def document_beginnings(data, document_end, dataset):
+    """`beginnings` of a training split, before the first step: UserError where it has no document's end, since each
+    window would be one."""
+    begins = beginnings(data, document_end)
+    if len(begins) == 1:
         raise UserError(f"document_end {document_end} stands nowhere in the training part of {dataset}: name what ends "
-                        "a document there, or leave --documents out")
+                        "a document there, or leave documents out")
+    return begins
 
 
 def _check_max_bytes(max_bytes, size, dataset):
@@ -219,12 +238,14 @@ class Batches:
           shuffles them, so that no byte is a first target twice; a batch may span two epochs.
           `streams`: B places that divide the data evenly, each going on by T with every batch and, at the end of its
           share, back to its start; `fresh` says when.
+          `documents`: each window begins with a document, `begins` (D,) of them, shuffled in every epoch; what is
+          further in than T is never read, and what follows a shorter one fills its window.
     Raises UserError: data too short for one window, a size below 1, an unknown mode.
     """
 
-    def __init__(self, data, batch_size, block_size, n_targets=1, mode="random", seed=0, device="cpu"):
-        if mode not in ("random", "epochs", "streams"):
-            raise UserError(f"batches come as random, epochs or streams, not {mode!r}")
+    def __init__(self, data, batch_size, block_size, n_targets=1, mode="random", seed=0, device="cpu", begins=None):
+        if mode not in ("random", "epochs", "streams", "documents"):
+            raise UserError(f"batches come as random, epochs, streams or documents, not {mode!r}")
         sizes = f"batch_size {batch_size}, block_size {block_size}, n_targets {n_targets}"
         if min(batch_size, block_size, n_targets) < 1:
             raise UserError(f"{sizes}: each must be at least 1")
@@ -236,6 +257,7 @@ class Batches:
                             f"{needed:,}: take a smaller block_size or more data")
         self.data, self.batch_size, self.block_size, self.n_targets = data, batch_size, block_size, n_targets
         self.mode, self.device = mode, torch.device(device)
+        self.begins = None if begins is None else begins[begins + block_size + n_targets <= data.numel()]
         self.generator = torch.Generator().manual_seed(seed)
         pieces = torch.linspace(0, max(0, data.numel() - 4096), 64).long().tolist()
         self._fingerprint = zlib.crc32(torch.cat([data[i:i + 4096] for i in pieces]).cpu().numpy())
@@ -252,6 +274,8 @@ class Batches:
         if self.mode == "epochs":
             phase = int(torch.randint(min(T, n - T - K + 1), (), generator=self.generator))
             self._order = torch.randperm((n - K - phase) // T, generator=self.generator).mul_(T).add_(phase)
+        elif self.mode == "documents":
+            self._order = self.begins[torch.randperm(len(self.begins), generator=self.generator)]
         else:
             steps = (n - K) // (self.batch_size * T)
             self._order = torch.arange(self.batch_size * steps).view(-1, steps).T.flatten().mul_(T)  # (steps * B,)
@@ -291,13 +315,14 @@ class Batches:
 
     def _kind(self):
         """What a saved state must share with these batches for its position to mean the same."""
+        more = {"streams": lambda: {"batch_size": self.batch_size},
+                "documents": lambda: {"fingerprint of the documents": zlib.crc32(self.begins.numpy())}}
         return {"mode": self.mode, "bytes": self.data.numel(), "fingerprint of the data": self._fingerprint,
-                "block_size": self.block_size, "n_targets": self.n_targets,
-                **({"batch_size": self.batch_size} if self.mode == "streams" else {})}
+                "block_size": self.block_size, "n_targets": self.n_targets, **more.get(self.mode, dict)()}
 
     def state_dict(self):
         """Plain strings, ints and one uint8 tensor, from which load_state_dict goes on exactly, also within a pass."""
-        state = self._before if self.mode == "epochs" else self.generator.get_state()
+        state = self._before if self.mode in ("epochs", "documents") else self.generator.get_state()
         return {**self._kind(), "passes": self.passes, "position": self.position, "generator": state.clone()}
 
     def load_state_dict(self, state):
@@ -329,9 +354,9 @@ def statistics(corpus, document_end=None):
         if len(lengths) < 2:
             pieces, lengths = f"{name} (there are no articles)", [len(p) for p in re.split(border, text) if p] or [0]
     if document_end is not None:
-        pieces, end = f"documents (to {document_end})", re.compile(b"(?<=%b)" % re.escape(as_bytes(document_end)))
-        lengths = [n for part in parts for begins in [[m.start() for m in end.finditer(part.numpy().tobytes())]]
-                   for n in np.diff([0, *begins, part.numel()]).tolist() if n]
+        pieces = f"documents (to {document_end})"
+        lengths = [n for part in parts
+                   for n in np.diff([*beginnings(part, document_end), part.numel()]).tolist() if n]
     elif corpus.documents:
         pieces, lengths = "documents (a file each)", corpus.documents
     return {"bytes": len(text), "distinct": int((counts > 0).sum()), "counts": counts, "pieces": pieces,

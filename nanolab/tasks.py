@@ -317,8 +317,7 @@ class Text(Task):
             self.opened = open_text(settings, tokenizer)
             self.sizes = self.opened.sizes.to(where)
         else:
-            ends = None if settings.get("documents", "none") == "none" else settings["document_end"]
-            self.opened = text.load(settings["dataset"], settings["max_bytes"], where, ends)
+            self.opened = text.load(settings["dataset"], settings["max_bytes"], where, text.ending(settings))
         if getattr(self.opened, split) is None:
             raise UserError(f"{settings['dataset']} has no {split} split")
         self.data, self.source = getattr(self.opened, split).to(where), self.opened.source

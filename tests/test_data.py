@@ -147,6 +147,7 @@ def test_a_number_outside_the_range_is_refused_by_the_function_too(name, step, o
 # --- Batches ---
 
 DATA = torch.randint(256, (1009,), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+BEGINS = torch.arange(0, 1009, 21)
 DOCUMENTS = [f"document {i} " + "n\u00e9\U0001f642\n\t " * (i % 5) + "x" * (i * 7 % 40) for i in range(90)]
 
 
@@ -158,7 +159,7 @@ def shards(tmp_path_factory):
 
 
 def of_text(word, shards, seed, **given):
-    settings = {"data": DATA, "batch_size": 4, "block_size": 16, "n_targets": 2, "mode": word, **given}
+    settings = dict(data=DATA, batch_size=4, block_size=16, n_targets=2, mode=word, begins=BEGINS) | given
     return text.Batches(seed=seed, **settings)
 
 
@@ -183,7 +184,7 @@ def of_multiplication(seed):
     return SimpleNamespace(at=lambda step: stream.at(8 * step, 8))
 
 
-STATES = {**{mode: functools.partial(of_text, mode) for mode in ("random", "epochs", "streams")},
+STATES = {**{mode: functools.partial(of_text, mode) for mode in ("random", "epochs", "streams", "documents")},
           "shards": of_shards, "rows": of_rows}
 GRIDS = functools.cache(lambda: arc.load(n_train=40, n_val=2, max_side=6).train)
 CLIPS = functools.cache(lambda: video.load(n_train=20, n_val=2, length=5).train)
@@ -252,6 +253,7 @@ def test_resumed_batches_go_on_exactly(name, before, shards, tmp_path):
     ("random", dict(data=torch.cat([DATA[:-1], DATA[-1:] + 1])), "fingerprint of the data"),
     ("streams", dict(block_size=8), "block_size 16, these have 8"), ("random", dict(n_targets=1), "n_targets 2"),
     ("streams", dict(batch_size=5), "batch_size 4, these have 5"),
+    ("documents", dict(begins=BEGINS + 1), "fingerprint of the documents"),
     ("shards", dict(tokenizer=tokens.train("bpe", "ab" * 9, 257)), "tokenizer")],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else value)
 def test_a_state_of_other_batches_is_refused(name, other, words, shards):

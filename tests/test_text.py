@@ -445,8 +445,18 @@ def test_streams_follow_on_and_start_again():
     assert single.fresh  # windows of the other modes never follow on
 
 
+@pytest.mark.parametrize("n_targets", [1, 5])
+def test_windows_of_documents_begin_with_them(n_targets):
+    """Each once an epoch, in an order of its own, but those too near the end for a window."""
+    begins = torch.tensor([0, 3, 40, 41, 500, 1009 - 16 - n_targets, 1009 - 15 - n_targets, 1008, 1009])
+    batches = Batches(DATA, 2, 16, n_targets, "documents", seed=1, begins=begins)
+    orders = [tuple(places(batches, 3)) for _ in range(5)]
+    assert all(sorted(order) == begins[:6].tolist() for order in orders) and len({*orders}) == 5
+    assert batches.epoch == 5 and batches.fresh
+
+
 def test_impossible_batches():
-    with raises_one_line("random, epochs or streams, not 'rondom'"):
+    with raises_one_line("random, epochs, streams or documents, not 'rondom'"):
         Batches(DATA, 4, 16, mode="rondom")
     with pytest.raises(ValueError, match="must be 1-D"):
         Batches(DATA.float(), 4, 16)
@@ -476,9 +486,9 @@ def test_documents_are_counted_as_a_model_finds_them():
     figures = statistics(corpus, "..")
     assert (figures["n_pieces"], figures["mean"], figures["median"], figures["longest"]) == (5, 11 / 5, 3, 3)
     assert statistics(corpus, "\\x2e.")["pieces"] == "documents (to \\x2e.)"
-    text.check_documents(parts[0], ".\\x2e", "name")
+    assert text.document_beginnings(parts[0], ".\\x2e", "name").tolist() == [0, 3, 6, 7]
     with raises_one_line("document_end a.b stands nowhere in the training part of name"):
-        text.check_documents(parts[0], "a.b", "name")
+        text.document_beginnings(parts[0], "a.b", "name")
 
 
 @pytest.mark.skipif(not Path(os.environ.get("NANOLAB_DATA") or "/nowhere").is_dir(), reason="NANOLAB_DATA is no folder")
