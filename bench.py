@@ -29,6 +29,7 @@ import functools
 import gc
 import importlib.util
 import io
+import math
 import multiprocessing
 import os
 import pickle
@@ -92,7 +93,7 @@ loss_target = 1.88       # [> 0.0, < 100.0] nats a byte: how many of our runs re
 # --- Mixers: the shape of train_enwik8.py's preset variants_cpu, in float32 ---
 mixers = ("full full/n_kv_head=1 full/shorten=2 window strided fixed diff mla xl compressive mamba mingru "
           "mamba,mamba,full")  # with spaces; /n_kv_head=N and /shorten=N change that one
-contexts = (512, 2048, 8192)  # [>= 2, <= 1e6] mixers: bytes before the one that is timed; contexts: of a row
+contexts = (128, 512, 2048, 8192)  # [>= 2, <= 1e6] bytes of a row, and before the one more that is timed
 # --- Worlds: frames of 8 x 8 tokens by train_worldmodel.py's dynamics, 2 layers, 4 heads, 64 wide ---
 frames = 16              # [>= 2, <= 10_000] of a world, the first of them given
 decode_steps = 25        # [>= 1, <= 10_000] rounds of MaskGIT for a frame
@@ -106,7 +107,7 @@ presets = {
     "big": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=16, steps=2, rounds=7),
 }
 
-USES = dict(generate=["draws"], evaluate=["eval_block_size"], loss=["loss_target"], mixers=["mixers", "contexts"],
+USES = dict(generate=["draws"], evaluate=["eval_block_size"], loss=["loss_target"], mixers=["mixers"],
             contexts=["mixers", "contexts"], worlds=["frames", "decode_steps"],
             dialogs=["dialog_tokens", "reply_tokens", "tree_budgets"])
 SCRIPTS = ("train_enwik8.py", "train_mult.py", "train_dvae.py", "train_worldmodel.py", "train_facts.py")
@@ -498,7 +499,7 @@ def compare_growth():
     for width in (64, 128, 256, 512):
         cost(f"width {width}", n_embd=width, n_head=width // 32)
     cost("feed-forward, dense")
-    for n in (4, 8, 16, 32):
+    for n in (4, 8, 16, 32, 64):
         cost(f"{n} experts, 2 chosen", ff="moe", n_expert=n)
     for n in (4, 8, 16, 32):
         torch.manual_seed(seed)
@@ -730,7 +731,7 @@ def with_and_without(run):
     return {side: functools.partial(run, side) for side in ("ours", "without")}
 
 
-def of_mixer(words, T):
+def of_mixer(words, T, **more):
     """The model of one of `mixers`, T bytes long."""
     mixer, _, other = words.partition("/")
     name, _, value = other.partition("=")
@@ -740,46 +741,72 @@ def of_mixer(words, T):
     with as_user_error(f"--mixers {words}: "):
         return build_model(TransformerConfig(
             n_layer=6, n_head=4, n_embd=256, block_size=T, positions="rope", norm="rms", norm_gain=False, bias=False,
-            activation="relu2", mixer=mixer, **({name: int(value)} if other else {})))
+            activation="relu2", mixer=mixer, **more, **({name: int(value)} if other else {})))
 
 
 def compare_contexts():
-    """Tokens per second of training, forward and backward, for each mixer and context, as many tokens a step in all."""
-    most = max(contexts)
-    heading(f"training: 6 layers, 4 heads, 256 wide, window 128; float32, {most:,} tokens a step")
+    """Microseconds a byte of each mixer by context: of a training step over as many bytes as the largest context has,
+    and its peak of memory; of reading so many bytes in one pass; of writing one more with so many in the cache. And the
+    slope of each from the last context but one to the last, as an exponent of the context."""
+    most, curves = max(contexts), {}
+    heading(f"a byte by context: 6 layers, 4 heads, 256 wide, window 128, memories 256; float32; {most:,} bytes a step")
     for words in mixers.split():
         for n in contexts:
-            model, x = of_mixer(words, n), torch.randint(256, (most // n, n))
+            model, x = of_mixer(words, n, memory_length=256), torch.randint(256, (most // n, n), device=where)
 
             def step():
                 model(x, targets=x[..., None])[0].backward()
                 model.zero_grad()
-            measure(f"{words}, context {n}", "tokens/s", x.numel(), {"ours": step}, n=min(rounds, 5))
+            peak = peak_of(step)
+            taken = {"train": in_turns({"ours": step}, min(rounds, 5))["ours"]}
+            with torch.inference_mode():
+                model.eval()
+                cache = model.new_cache(1, n + 64)
+                taken["read"] = in_turns({"ours": lambda: model(x[:1])}, min(rounds, 5))["ours"]
+                model(x[:1], cache=cache)
+                taken["write"] = [seconds(lambda: model(x[:1, :1], cache=cache)) for _ in range(40)]
+            for what, n_bytes in dict(train=x.numel(), read=n, write=1).items():
+                memory = f"{peak / 1e6:,.0f} MB" if peak and what == "train" else ""
+                row(f"{words}, {what} {n}", "us/byte", 1e6 / n_bytes, {"ours": taken[what]}, memory, lower=True)
+                curves.setdefault(what, {}).setdefault(words, []).append(found[-1]["ours"])
+            if peak:
+                curves.setdefault("peak", {}).setdefault(words, []).append(peak / 1e6)
+        if len(contexts) > 1:
+            slopes = {what: math.log(of[words][-1] / of[words][-2], contexts[-1] / contexts[-2])
+                      for what, of in curves.items()}
+            print(f"{words}: exponents " + ", ".join(f"{what} {slope:.2f}" for what, slope in slopes.items()))
+    if json:
+        draw_contexts(curves, Path(json).with_suffix(".png"))
+
+
+def draw_contexts(curves, path):
+    """Writes a picture, a panel for each of {what: {mixer: [figure of each context]}}, on logarithmic scales."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(4 * len(curves), 4), layout="constrained")
+    for axes, (what, of) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
+        for words, figures in of.items():
+            axes.plot(contexts, figures, "o-", label=words)
+        axes.set(xscale="log", yscale="log", xlabel="context, bytes", title={
+            "train": "training, microseconds a byte", "read": "reading, microseconds a byte",
+            "write": "one byte more, microseconds", "peak": "training, peak of memory, MB"}[what])
+        axes.set_xticks(contexts, [f"{n:,}" for n in contexts], minor=False)
+    axes.legend()
+    figure.savefig(path, dpi=110)
 
 
 @torch.inference_mode()
 def compare_mixers():
-    """Bytes per second of generation with the cache and without, for each mixer; its cache's bytes; and microseconds a
-    byte by its context: read, so many bytes in one pass, and write, one byte more with so many in the cache."""
+    """Bytes per second of generation with the cache and without, for each mixer, and its cache's bytes."""
     T = 256
     heading(f"6 layers, 4 heads, 256 wide, block {T}, window 128, memories {T}; float32, batch 1, random weights")
     for words in mixers.split():
         model = of_mixer(words, T).eval()
         short, long = (model.new_cache(1, n).bytes for n in (1024, 8192))
-        read, write = [], []
-        for n in contexts:
-            x, byte = torch.randint(256, (1, n)), torch.randint(256, (1, 1))
-            read.append(min(seconds(lambda: model(x)) for _ in range(2)) / n)
-            cache = model.new_cache(1, n + 64)
-            model(x, cache=cache)
-            write.append(statistics.median(seconds(lambda: model(byte, cache=cache)) for _ in range(40)))
-        costs = "; ".join(f"{what} " + " ".join(f"{second * 1e6:,.0f}" for second in times)
-                          for what, times in (("read", read), ("write", write)))
 
         def run(side):
             list(generate(model, [bytes(range(128))], 64, use_cache=side == "ours", temperature=0))
         measure(words, "bytes/s", 64, with_and_without(run), f"cache {(long - short) / (8192 - 1024):,.0f} B/byte, "
-                f"{long / 1000:,.0f} kB at 8192; us a byte at {', '.join(map(str, contexts))}: {costs}", n=3)
+                f"{long / 1000:,.0f} kB at 8192", n=3)
 
 
 @torch.inference_mode()
