@@ -45,7 +45,10 @@ def resolve_device(device, dtype):
 
 
 def mixed_precision(where, precision):
-    """(autocast, GradScaler) of a training loop on the device `where` with numbers of type `precision`."""
+    """(autocast, GradScaler) of a training loop on the device `where` with numbers of type `precision`. Where these are
+    of half size, a GPU rounds the factors of the other products, those in float32, to TF32's 10 bits."""
+    if where.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if precision == torch.float32 else "high")
     return (torch.autocast(where.type, precision, enabled=precision != torch.float32),
             torch.amp.GradScaler(where.type, enabled=precision == torch.float16))
 

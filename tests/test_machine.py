@@ -18,8 +18,8 @@ import torch
 from choices import refused
 from forks import summary
 from nanolab import run as experiment
-from nanolab.run import (Generators, Run, Stopwatch, draw_curves, measure_peak_flops, peak_memory, resolve_device,
-                         seed_everything)
+from nanolab.run import (Generators, Run, Stopwatch, draw_curves, measure_peak_flops, mixed_precision, peak_memory,
+                         resolve_device, seed_everything)
 from test_experiment import fork, read_lines, settings_for, status_of
 
 ROOT = Path(__file__).parent.parent
@@ -148,6 +148,18 @@ def test_where_the_modules_of_unix_are_missing(tmp_path, script, monkeypatch):
 
 
 # --- Device, randomness, pictures ---
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_float32_is_rounded_to_tf32_only_beside_halves():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, found in ((torch.bfloat16, "high"), (torch.float32, "highest")):
+            mixed_precision(torch.device("cuda"), precision)
+            mixed_precision(torch.device("cpu"), torch.bfloat16)                # which changes nothing
+            assert torch.get_float32_matmul_precision() == found
+    finally:
+        torch.set_float32_matmul_precision(before)
+
 
 @pytest.mark.parametrize("count, bf16, device, dtype, found", [  # of CUDA devices; whether a device computes bfloat16
     (0, True, "auto", "auto", ("cpu", torch.float32)), (0, True, "cpu", "bfloat16", ("cpu", torch.bfloat16)),

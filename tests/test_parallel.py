@@ -22,7 +22,7 @@ from nanolab.run import Generators, NonFinite, Run, Settings, UserError, put_bac
 V, B, T = 17, 4, 16
 SMALL = dict(vocab_size=V, n_layer=2, n_head=4, n_kv_head=2, n_embd=24, head_dim=8, block_size=32, positions="rope",
              norm="rms", activation="swiglu", bias=False, init="normal")
-MESHES = ["1x2", "2x1", "2x2"]
+MESHES = ["1x2", "2x1", "2x2", "4x2"]
 CASES = {  # name: (what differs from SMALL, optimiser, steps)
     "adamw": (dict(n_layer=1), "adamw", 2),
     "muon": (dict(norm_after=True, partial_rotary=0.5, nope_interval=2), "muon", 2),
@@ -40,7 +40,7 @@ CASES = {  # name: (what differs from SMALL, optimiser, steps)
 }
 PASSED = ("schedule_free",)  # checkpoints of step 2 that each mesh hands to the next
 OF = {"1x1": list(CASES), "1x2": list(CASES), "2x1": [case for case in CASES if case not in ("adam", "pyramid")],
-      "2x2": ["adamw", "muon", *PASSED]}  # mixers and shapes matter to tp alone
+      "2x2": ["adamw", "muon", *PASSED], "4x2": ["adamw", *PASSED]}  # mixers and shapes matter to tp alone
 WHOLE = {"layers", "adam"}  # cases whose targets all count
 FIRST = torch.arange(8).view(2, 4)
 
@@ -230,7 +230,7 @@ def begin(dp, tp, out):
 
 
 class Meshes(dict):
-    """{mesh: what `work` found}; each goes on from what the one before left: 1x1, 1x2, 2x1, 2x2, 1x1 ("last")."""
+    """{mesh: what `work` found}; each goes on from what the one before left: 1x1, 1x2, 2x1, 2x2, 4x2, 1x1 ("last")."""
 
     def __init__(self, folder):
         self.folder = folder
