@@ -60,7 +60,10 @@ def find(words):
         path += ".jsonl" if some else ""
         for place in sorted(glob.glob(path), key=natural) or [path]:
             if not place.endswith(".jsonl"):
-                found.append(of_folder(Path(place)))
+                if Path(place).exists():
+                    found.append(of_folder(Path(place)))
+                else:
+                    unread.append(f"{place}: no such run")
                 continue
             try:
                 runs = [run for run in read(Path(place)) if fnmatch.fnmatchcase(run.name, names or "*")]

@@ -244,7 +244,9 @@ class ByModel:
     def __init__(self, model, T, window):
         self.model, self.cache = model, model.new_cache(1, T, window=window)
         if self.spare(0) <= 0:
-            raise UserError(f"mixer {model.config.mixer!r} has states that cannot go back: it goes without a draft")
+            c = model.config
+            whose = f"mixer {c.mixer!r}" if c.documents == "none" else f"a model with documents {c.documents!r}"
+            raise UserError(f"{whose} has states that cannot go back: it goes without a draft")
         self.reset = self.cache.reset
 
     def spare(self, n):

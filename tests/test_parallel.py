@@ -4,15 +4,15 @@ Each mesh is started once, by torchrun's own agent with forks of this process, w
 leaves what it found in a file.
 """
 import io
-import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import socket
 import sys
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 
 import pytest
 import torch
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import choices
 from model import TransformerConfig, build_model, fused_rows, parameter_roles
@@ -40,7 +40,7 @@ CASES = {  # name: (what differs from SMALL, optimiser, steps)
 }
 PASSED = ("schedule_free",)  # checkpoints of step 2 that each mesh hands to the next
 OF = {"1x1": list(CASES), "1x2": list(CASES), "2x1": [case for case in CASES if case not in ("adam", "pyramid")],
-      "2x2": ["adamw", "muon", *PASSED], "4x2": ["adamw", *PASSED]}  # mixers and shapes matter to tp alone
+      **dict.fromkeys(("2x2", "4x2"), ["adamw", "muon", *PASSED])}  # mixers and shapes matter to tp alone
 WHOLE = {"layers", "adam"}  # cases whose targets all count
 FIRST = torch.arange(8).view(2, 4)
 
@@ -212,10 +212,25 @@ def only_here(mesh, folder):
 
 
 def launch(mesh, folder):
-    """What torchrun does with the words of its command line."""
+    """The ranks of a mesh as torchrun starts them, but forked where no thread runs: beside that of torchrun's own store
+    one of eight hung."""
+    os.setpgid(0, 0)
     dp, tp = map(int, mesh.split("x"))
-    elastic_launch(LaunchConfig(1, 1, dp * tp, run_id=mesh, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-                                max_restarts=0, start_method="fork"), begin)(dp, tp, folder / mesh)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        os.environ.update(WORLD_SIZE=str(dp * tp), MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]))
+    ranks = {}
+    for rank in range(dp * tp):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        process = multiprocessing.get_context("fork").Process(target=begin, args=(dp, tp, folder / mesh))
+        process.start()
+        ranks[process.sentinel] = process
+    while ranks:
+        for sentinel in multiprocessing.connection.wait(ranks):
+            ended = ranks.pop(sentinel)
+            ended.join()
+            if ended.exitcode:
+                os._exit(1)                                     # the others wait for it: `Meshes` ends them
 
 
 def begin(dp, tp, out):
@@ -253,7 +268,9 @@ class Meshes(dict):
                 agent = multiprocessing.get_context("fork").Process(target=launch, args=(mesh, self.folder))
                 agent.start()  # a process of its own, as it takes over signals
                 agent.join(600)
-                agent.kill()
+                with suppress(ProcessLookupError):
+                    os.killpg(agent.pid, signal.SIGKILL)        # ranks that are left wait for one that is gone
+                agent.join()
                 assert agent.exitcode == 0
                 found = torch.load(self.folder / mesh, weights_only=True)
                 found["output"] = (self.folder / f"{mesh}.txt").read_text()
@@ -302,8 +319,8 @@ def test_a_mesh_is_one_process(meshes, mesh, case):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_weights_and_state_are_divided_and_averages_swapped_in(meshes, mesh):
     one, many = meshes["1x1"]["adamw"]["held"], meshes[mesh]["adamw"]["held"]
-    assert many < {"1x2": 0.65, "2x1": 0.55, "2x2": 0.35}[mesh] * one
-    if mesh != "2x2":
+    assert many < {"1x2": 0.65, "2x1": 0.55, "2x2": 0.35, "4x2": 0.2}[mesh] * one
+    if mesh in ("1x2", "2x1"):
         places = 2 * 16 * 8  # bytes of every row's positions
         one, many = (meshes[m]["adamw"]["heard"]["cache"] - places for m in ("1x1", mesh))
         assert many == one // int(mesh[2])
