@@ -139,7 +139,7 @@ class Forks:
             self.server = subprocess.Popen([sys.executable, "-c", SERVER, str(ROOT), self.address], stdout=said,
                                            stderr=said, stdin=subprocess.DEVNULL, cwd=folder,
                                            env=environment | {"OMP_NUM_THREADS": "1"})
-        wait_for(lambda: os.path.exists(self.address) or self.server.poll() is not None, timeout=120)
+        wait_for(lambda: os.path.exists(self.address) or self.server.poll() is not None, timeout=600)
         assert self.server.poll() is None
 
     def start(self, argv, folder, limit=None, die_at=None, stop_at=None):
