@@ -675,7 +675,7 @@ def draw_table(index):
     what = "logarithm of the ratio" if index.get("log") else "difference"
     axes.set_xlabel(f"{what} to the baseline (left is better; † to another row){rungs}")
     axes.grid(alpha=0.3, axis="x")
-    axes.legend(fontsize=7, loc="lower right")
+    figure.legend(fontsize=7, loc="outside upper right", ncols=2)
     return figure
 
 

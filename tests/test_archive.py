@@ -191,7 +191,7 @@ def test_the_commands(plan, in_process, monkeypatch, tmp_path):  # noqa: F811
 # --- The archives of runs/reference ---
 
 PICTURES = {  # of each kind, and those that no table says
-    "one_change/table.png": "--table runs/reference/one_change.jsonl",
+    "ladder/table.png": "--table runs/reference/ladder.jsonl",
     "world_actions/table.png": "--table runs/reference/world_actions.jsonl",
     "mult_latents/n_latent.png": "runs/reference/mult_latents.jsonl/*_s* --over n_latent --metric accuracy",
     "dvae_arc/codebook_size.png": "runs/reference/dvae_arc.jsonl/arc_50* --over codebook_size --metric exact",
