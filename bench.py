@@ -771,7 +771,7 @@ def compare_contexts():
                 curves.setdefault(what, {}).setdefault(words, []).append(found[-1]["ours"])
             if peak:
                 curves.setdefault("peak", {}).setdefault(words, []).append(peak / 1e6)
-        if len(contexts) > 1:
+        if contexts[-1] != contexts[-2]:
             slopes = {what: math.log(of[words][-1] / of[words][-2], contexts[-1] / contexts[-2])
                       for what, of in curves.items()}
             print(f"{words}: exponents " + ", ".join(f"{what} {slope:.2f}" for what, slope in slopes.items()))

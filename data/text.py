@@ -109,8 +109,10 @@ def ending(settings):
 
 def beginnings(data, document_end):
     """(D,) int64 on the CPU: where documents begin in data (N,), its first byte and after every end, overlapping or
-    not, as a model with `documents` finds them."""
+    not, as a model with `documents` finds them. UserError: an end of no byte."""
     end, data = as_bytes(document_end), data.cpu()
+    if not end:
+        raise UserError(f"document_end is {document_end!r}, but must be at least one byte, as Python writes it")
     found = torch.ones(max(0, data.numel() - len(end) + 1), dtype=torch.bool)
     for place, byte in enumerate(end):
         found &= data[place:place + found.numel()] == byte
@@ -356,7 +358,7 @@ def statistics(corpus, document_end=None):
     if document_end is not None:
         pieces = f"documents (to {document_end})"
         lengths = [n for part in parts
-                   for n in np.diff([*beginnings(part, document_end), part.numel()]).tolist() if n]
+                   for n in np.diff([*beginnings(part, document_end).tolist(), part.numel()]).tolist() if n]
     elif corpus.documents:
         pieces, lengths = "documents (a file each)", corpus.documents
     return {"bytes": len(text), "distinct": int((counts > 0).sum()), "counts": counts, "pieces": pieces,

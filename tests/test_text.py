@@ -489,6 +489,8 @@ def test_documents_are_counted_as_a_model_finds_them():
     assert text.document_beginnings(parts[0], ".\\x2e", "name").tolist() == [0, 3, 6, 7]
     with raises_one_line("document_end a.b stands nowhere in the training part of name"):
         text.document_beginnings(parts[0], "a.b", "name")
+    with raises_one_line("document_end is '', but must be at least one byte"):
+        statistics(corpus, "")
 
 
 @pytest.mark.skipif(not Path(os.environ.get("NANOLAB_DATA") or "/nowhere").is_dir(), reason="NANOLAB_DATA is no folder")
