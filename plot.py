@@ -281,13 +281,14 @@ def draw_over(ends, over, what, ylabel, path):
     """The picture of the `last` points over one axis, a dot per seed and a line through the means; prints the table."""
     figure, (axes,) = canvas(width, 0.6 * width)
     places, short, rows = places_of(ends["across"].unique()), short_names(ends["curve"].unique()), []
-    for (label, name), curve in ends.groupby(["label", "curve"], sort=False):
+    for i, ((label, name), curve) in enumerate(ends.groupby(["label", "curve"], sort=False)):
         title = short[name] or label or curve["name"].iloc[0]
         if label and name and name not in label:
             title = f"{label}: {short[name]}"
         values = curve.groupby("across", sort=False)["y"].agg(list)
         values = values.loc[sorted(values.index, key=places.get)]
-        line, = axes.plot([places[x] for x in values.index], values.map(statistics.mean), label=title, linewidth=1.3)
+        line, = axes.plot([places[x] for x in values.index], values.map(statistics.mean), label=title, linewidth=1.3,
+                          color=f"C{i % 10}", linestyle=("-", "--", ":", "-.")[i // 10 % 4])
         axes.plot([places[x] for x, ys in values.items() for _ in ys], [y for ys in values for y in ys], "o",
                   markersize=4, color=line.get_color())
         rows += [[as_typed(x), title, f"{statistics.mean(ys):.4f}", f"{deviation(ys):.4f}" if len(ys) > 1 else "",
@@ -296,7 +297,8 @@ def draw_over(ends, over, what, ylabel, path):
     set_ticks(axes.xaxis, places, over, 0.04)
     axes.set(xlabel=over, ylabel=f"{ylabel}, last")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    place = dict(loc="outside lower center", ncols=2) if i > 7 else {}
+    (figure if place else axes).legend(fontsize=8, **place)
     save(figure, path)
 
 

@@ -334,6 +334,16 @@ def test_the_noise_of_initialisation_and_of_the_data_apart():
     assert f"a draw of the data deviates by {draw} bits, an initialisation by {seed}, the rest by {rest}" in page
 
 
+def test_recall_at_every_rate():
+    """docs/facts.md has the first table of plot.py --table, and the best mean of each mixer that its text names."""
+    found, page = plot.read_index(REFERENCE / "mqar.jsonl"), (ROOT / "docs" / "facts.md").read_text()
+    lines = plot.pivot(found)[2:]
+    table = lines[:lines.index("")]
+    assert len(table) == 14 and all(line in page for line in table)
+    rows = [[float(cell.split()[0]) for cell in line.split(" | ")[2:]] for line in table[2:]]
+    assert min(rows[2]) > 0.99 and max(map(max, rows[6:])) < 0.11 and max(rows[5]) < 0.63
+
+
 def test_the_rates_of_the_ladder():
     arms = {}
     for tuned in archive.read(REFERENCE / "ladder.jsonl"):
@@ -388,4 +398,4 @@ def test_the_archives_of_the_reference_runs():
         count += len(runs)
         for entry in (entry for row in index.get("rows", ()) for entry in row["runs"]):
             assert runs[entry["run"]].summary[index["metric"]] == pytest.approx(entry["value"], rel=1e-5)
-    assert count == 1922
+    assert count == 2066
