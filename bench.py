@@ -780,17 +780,24 @@ def compare_contexts():
 
 
 def draw_contexts(curves, path):
-    """Writes a picture, a panel for each of {what: {mixer: [figure of each context]}}, on logarithmic scales."""
+    """Writes a picture, a panel for each of {what: {mixer: [figure of each context]}}; times on logarithmic scales."""
     from matplotlib.figure import Figure
+    titles = {"train": "training, microseconds a byte", "read": "reading, microseconds a byte",
+              "write": "one byte more, microseconds", "peak": "training, peak of memory, MB"}
     figure = Figure(figsize=(4 * len(curves), 4), layout="constrained")
     for axes, (what, of) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
         for words, figures in of.items():
             axes.plot(contexts, figures, "o-", label=words)
-        axes.set(xscale="log", yscale="log", xlabel="context, bytes", title={
-            "train": "training, microseconds a byte", "read": "reading, microseconds a byte",
-            "write": "one byte more, microseconds", "peak": "training, peak of memory, MB"}[what])
-        axes.set_xticks(contexts, [f"{n:,}" for n in contexts], minor=False)
-    axes.legend()
+        axes.set(xscale="log", title=titles[what], xlabel="context, bytes")
+        if what == "peak":
+            axes.set_ylim(0)
+        else:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:,.0f}")
+            axes.yaxis.set_minor_formatter("{x:,.0f}")
+        axes.set_xticks(contexts, [f"{n:,}" for n in contexts])
+        axes.tick_params(axis="x", which="minor", bottom=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(of))
     figure.savefig(path, dpi=110)
 
 
