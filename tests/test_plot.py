@@ -309,6 +309,7 @@ def test_a_page_of_runs_that_lack_something(tmp_path, monkeypatch, in_process):
     assert text.count("no metrics yet") == 2 and 'value="runs/x/a" checked' in text and "<p>runs/bad: no" in text
     assert text.count("no setting is known to differ") == 2 and "preset none" not in text     # its script is not
     for words, said in (("runs/bad --html b.html", "nothing to show: runs/bad: no params.json"),
+                        ("runs/none --html b.html", "nothing to show: runs/none: no such run"),
                         ("runs --html b.png", "a page ends in .html"),
                         ("runs --html no/b.html", "cannot write no/b.html"),
                         ("runs/x/a --html b.html --over lr", "--over has no effect with --html"),

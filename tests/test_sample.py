@@ -416,6 +416,8 @@ def test_drafts_leave_the_text_as_it_is(mixer):
         with choices.raises_one_line("mixer", mixer, "cannot go back"):
             spoken(model, how, Draft())
         return
+    with choices.raises_one_line("a model with documents 'mask' has states that cannot go back"):
+        spoken(variants.build(documents="mask").double(), how, Draft())
     with torch.no_grad():
         model.heads[0].mul_(60)
     wanted = spoken(model, how)

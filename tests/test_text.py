@@ -486,6 +486,9 @@ def test_documents_are_counted_as_a_model_finds_them():
     figures = statistics(corpus, "..")
     assert (figures["n_pieces"], figures["mean"], figures["median"], figures["longest"]) == (5, 11 / 5, 3, 3)
     assert statistics(corpus, "\\x2e.")["pieces"] == "documents (to \\x2e.)"
+    for batching, documents in ("documents", "none"), ("random", "mask"):
+        assert text.ending(dict(batching=batching, documents=documents, document_end="e")) == "e"
+    assert text.ending(dict(batching="random", document_end="e")) is None
     assert text.document_beginnings(parts[0], ".\\x2e", "name").tolist() == [0, 3, 6, 7]
     with raises_one_line("document_end a.b stands nowhere in the training part of name"):
         text.document_beginnings(parts[0], "a.b", "name")
