@@ -43,7 +43,7 @@ decode = None              # with resume: codes with commas between, or a JSON f
 seed = 1337                # [>= 0] initialisation, dropout, noise of the codes, masks
 data_seed = 1337           # [>= 0] order and augmentation of the grids
 device = "auto"            # auto, cpu, cuda, cuda:1, ...
-dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
+dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: 16 bits on cuda, else float32
 compile = False            # torch.compile
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
 

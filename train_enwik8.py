@@ -34,7 +34,7 @@ preset = None              # a named set of settings (below); flags win over it
 seed = 1337                # [>= 0] initialisation and dropout
 data_seed = 1337           # [>= 0] batches
 device = "auto"            # auto, cpu, cuda, cuda:1, ...
-dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
+dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: 16 bits on cuda, else float32
 compile = False            # torch.compile
 dp = 1                     # [>= 1] processes over which a batch's rows are divided, under torchrun
 tp = 1                     # [>= 1] processes over which each layer's matrices are divided, under torchrun

@@ -45,7 +45,7 @@ data_seed = 1337           # [>= 0] people, rows and the order of batches
 dp = 1                     # [>= 1] processes over which a batch's rows are divided, under torchrun
 tp = 1                     # [>= 1] processes over which each layer's matrices are divided, under torchrun
 device = "auto"            # auto, cpu, cuda, cuda:1, ...
-dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
+dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: 16 bits on cuda, else float32
 compile = False            # torch.compile
 init_from = None           # [path, with task text] a run, or a folder with config.json: sizes, weights, tokenizer
 lora_only = False          # [with lora_rank] checkpoints hold the adapters alone: init_from's weights must stay there

@@ -37,8 +37,8 @@ from kernels import cross_entropy
 from model import TransformerConfig, fused_rows, parameter_roles
 from models.encoder_decoder import EncoderDecoder, LatentTransformer, PrefixDecoder
 from nanolab import limits, optim
-from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, as_user_error, begin, command, onto, put_back,
-                         resolve_device, restoring, resumed, seed_everything)
+from nanolab.run import (Generators, Loop, Run, Stopwatch, UserError, as_user_error, begin, command, mixed_precision,
+                         onto, put_back, resolve_device, restoring, resumed, seed_everything)
 from nanolab.settings import shown
 
 # --- Run ---
@@ -48,7 +48,7 @@ ask = None                 # with resume: problems to solve, as "12*34", several
 seed = 1337                # [>= 0] initialisation, dropout and coins of teacher forcing
 data_seed = 1337           # [>= 0] the order of the examples
 device = "auto"            # auto, cpu, cuda, cuda:1, ...
-dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
+dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: 16 bits on cuda, else float32
 compile = False            # torch.compile
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it
 
@@ -323,7 +323,7 @@ class Learner:
         self.net = torch.compile(self.model) if compile else self.model
         self.opt = optim.build(settings, self.model.named_parameters(), parameter_roles(self.model),
                                fused_rows(self.model))
-        self.scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
+        _, self.scaler = mixed_precision(where, precision)
         self.ema = optim.EMA(self.model, ema_decay) if ema_decay else None
         self.forcing = Forcing(forcing, forcing_start, forcing_k, forcing_slope, forcing_min, stability_window,
                                stability_eps, seed)
@@ -529,7 +529,7 @@ def main():
     checkpoint = resumed(settings, architecture, readers=("eval_only", "ask"))
     names, notation, config = check(settings)
     where, precision = resolve_device(device, dtype)
-    autocast = torch.autocast(where.type, precision, enabled=precision != torch.float32)
+    autocast, _ = mixed_precision(where, precision)
 
     # ---- data ----
     problems = Problems(min_digits, max_digits, n_examples, val_fraction, val_examples, split_seed, short_share)

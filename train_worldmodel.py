@@ -57,7 +57,7 @@ actions = "0,3,3,1,4,2"    # of that rollout, numbers with commas between
 seed = 1337                # [>= 0] initialisation, masks, draws
 data_seed = 1337           # [>= 0] which clips a batch holds
 device = "auto"            # auto, cpu, cuda, cuda:1, ...
-dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: bfloat16 on cuda, else float32
+dtype = "auto"             # [auto, float32, bfloat16, float16] autocast; auto: 16 bits on cuda, else float32
 compile = False            # torch.compile of the pass that training makes
 kernels = "torch"          # [torch, triton] triton: fused operations of kernels.py; not compared with --compile yet
 deterministic = True       # same bits on the same machine; exact resume needs it, a GPU is a little slower with it

@@ -23,7 +23,8 @@ PARTS = "data forward backward optimiser evaluation other".split()  # of a loop'
 def resolve_device(device, dtype):
     """(torch.device, torch.dtype) for the settings `device` (auto, cpu, cuda, cuda:N, mps) and `dtype`.
 
-    auto: cuda and bfloat16 where there are, else cpu and float32. Says so where the processor only emulates bfloat16.
+    auto: cuda where there is one and bfloat16, on cards without it float16; else cpu and float32. Says so where the
+    processor only emulates bfloat16.
     UserError: a device that is not there.
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -35,7 +36,7 @@ def resolve_device(device, dtype):
         raise UserError(f"--device {device}: torch {torch.__version__} sees {count} such devices on this machine")
     if dtype == "auto":
         bfloat16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if bfloat16 else "float32"
+        dtype = "bfloat16" if bfloat16 else "float16" if kind == "cuda" else "float32"
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: must be one of auto, float32, bfloat16, float16")
     if (kind, dtype) == ("cpu", "bfloat16") and torch.backends.mkldnn.is_available() and not (

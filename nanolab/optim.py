@@ -641,11 +641,9 @@ def factor(settings, step, seconds=0.0):
 
 
 def check(settings):
-    """ValueError where a script's schedule, parametrisation or numbers do not go with the rest, or the optimiser."""
+    """ValueError where a script's schedule or parametrisation does not go with the rest."""
     factor(settings, 0)
     width_factor(settings)
-    if settings["optimizer"] == "ivon" and settings["dtype"] == "float16":
-        raise ValueError("optimizer ivon learns the curvature from gradients, which float16 scales: choose bfloat16")
 
 
 def set_rate(optimizer, settings, step, seconds=0.0):

@@ -97,8 +97,11 @@ class Alone:
     def __init__(self, device="auto"):
         self.device = device
 
-    def check(self, config, *more, **how):
-        """Nothing is divided."""
+    def check(self, config, batch_size=0, optimizer="adamw", precision=torch.float32, *more, **how):
+        """Nothing is divided. UserError: numbers that the optimiser does not go with."""
+        if optimizer == "ivon" and precision == torch.float16:
+            raise UserError("optimizer ivon learns the curvature from gradients, which float16 scales: choose bfloat16 "
+                            "or float32")
 
     def parallelise(self, model):
         """The model."""

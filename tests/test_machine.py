@@ -165,7 +165,7 @@ def test_float32_is_rounded_to_tf32_only_beside_halves():
     (0, True, "auto", "auto", ("cpu", torch.float32)), (0, True, "cpu", "bfloat16", ("cpu", torch.bfloat16)),
     (0, False, "cpu", "bfloat16", ("cpu", torch.bfloat16)), (0, False, "cpu", "float32", ("cpu", torch.float32)),
     (0, None, "cuda", "auto", "sees 0 such devices"), (0, None, "cuda:x", "auto", "must be one of auto, cpu, cuda"),
-    (0, None, "cpu", "int8", "--dtype int8: must be one of"), (2, False, "auto", "auto", ("cuda", torch.float32)),
+    (0, None, "cpu", "int8", "--dtype int8: must be one of"), (2, False, "auto", "auto", ("cuda", torch.float16)),
     (2, True, "cuda:1", "auto", ("cuda:1", torch.bfloat16)), (2, True, "cuda:2", "auto", "sees 2 such devices")])
 def test_resolve_device(monkeypatch, capsys, count, bf16, device, dtype, found):
     """A processor without bfloat16 is told."""

@@ -388,17 +388,19 @@ def test_what_cannot_be_started_is_one_line(monkeypatch, world, shape, said):
     *((shape, dict(kernels="triton"), {}, "kernels triton are tested in one process only: .*--kernels torch")
       for shape in ((2, 1), (1, 2))),
     ((1, 2), {}, dict(precision=torch.float16), "float16"),
+    ((1, 1), {}, dict(optimizer="ivon", precision=torch.float16), "float16 scales: choose bfloat16 or float32"),
     ((2, 1), dict(mixer="mamba"), dict(carry=True), "--no-carry_memory"),
 ])
 def test_what_cannot_be_divided_is_one_line(monkeypatch, shape, changes, how, said):
     monkeypatch.delenv("RANK", raising=False)
+    mesh = parallel.Mesh(*shape) if shape != (1, 1) else parallel.Alone()
     with pytest.raises(UserError, match=said):
-        parallel.Mesh(*shape).check(TransformerConfig(**{**SMALL, **changes}), **how)
+        mesh.check(TransformerConfig(**{**SMALL, **changes}), **how)
 
 
 @pytest.mark.parametrize("shape, changes, how", [
     ((1, 1), dict(mixer="mla", n_kv_head=4, ff="moe", kernels="triton"),
-     dict(optimizer="ivon", precision=torch.float16, carry=True)),
+     dict(optimizer="ivon", precision=torch.bfloat16, carry=True)),
     ((2, 1), dict(mixer="mamba", ff="moe", expert_balance="bias"), dict(batch_size=4)),
     ((1, 2), dict(ff="none", activation="solu"), dict(batch_size=3)),
     ((2, 2), dict(ff="low_rank"), dict(optimizer="muon", precision=torch.bfloat16)),
