@@ -230,7 +230,7 @@ MISTAKES = {  # what ends in .pt lies in the folder of models
             "--clock cpu": "threads", "--draws 1,x": "1,x"},
     plot: {"RUN --levels 0.1,0.2,0.3": "--levels has no effect without --contours or --capacity",
            "RUN --out a.jpg": "--out a.jpg: a picture ends in .png, .pdf, .svg", "--table RUN": "missing or no grid",
-           "RUN --width 1e9": "--width 1e9: must be >= 1.0 and <= 50.0", "RUN": "nothing to draw: RUN: no params.json",
+           "RUN --width 1e9": "--width 1e9: must be >= 1.0 and <= 50.0", "RUN": "nothing to draw: RUN: no such run",
            "--table RUN --by step": "--by has no effect with --table", "--table " + "x" * 300: "missing or no grid"},
     grid: {"plan.yaml --print --jobs 3": "--jobs has no effect with --print", "x" * 300: "name too long"},
 }
