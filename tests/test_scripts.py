@@ -375,7 +375,7 @@ def test_links_of_pages(page):
 
 
 def test_the_readme_says_what_the_pages_say():
-    """Its table of changes has those of the page that are better and the eight worse by most; it fits a screen or two."""
+    """Its table has the changes of the page that are better and the eight worse by most; it fits a screen or two."""
     readme, page = (ROOT.joinpath(name).read_text().splitlines() for name in ("README.md", "docs/one-change.md"))
     start = readme.index("## Did it matter?")
     head, rule, *rows = [line for line in readme[start:start + 30] if line.startswith("|")]
