@@ -165,7 +165,7 @@ class Mesh(Alone):
         if optimizer == "ivon":
             fail("optimizer ivon draws the weights anew in every pass, one draw for all processes: it needs dp 1, tp 1")
         if precision == torch.float16:
-            fail("dtype float16 scales the loss by what one process finds: with dp or tp choose bfloat16")
+            fail("dtype float16 scales the loss by what one process finds: with dp or tp choose bfloat16 or float32")
         if compiled:
             fail("--compile is for one process: with dp or tp choose --no-compile")
         if c.lora_rank:
