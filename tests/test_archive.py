@@ -342,6 +342,7 @@ def test_recall_at_every_rate():
     assert len(table) == 14 and all(line in page for line in table)
     rows = [[float(cell.split()[0]) for cell in line.split(" | ")[2:]] for line in table[2:]]
     assert min(rows[2]) > 0.99 and max(map(max, rows[6:])) < 0.11 and max(rows[5]) < 0.63
+    assert all(row.index(max(row)) == 3 for row in rows[9:])
 
 
 def test_the_rates_of_the_ladder():

@@ -137,3 +137,12 @@ def test_the_table_as_json(peer, tmp_path, forks):
     assert 50 < rows["memory", "training"]["ours"] < 5000  # megabytes
     assert rows["train", "training"]["beside"]["its products"]["ratio"] > 0
     assert "number of parameters" not in done.out and done.out.count("nanoGPT") == 4
+
+
+def test_a_byte_by_context_has_rows_exponents_and_a_picture(tmp_path, forks):
+    done = forks.run(["bench.py", "--what", "contexts", "--contexts", "8,8,16,32", "--mixers", "window mingru",
+                      "--rounds", 1, "--threads", 1, "--json", "table.json"], tmp_path)
+    assert done.code == 0 and done.out.count("exponents train") == 2, done.err
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert len(rows) == 24 and all(row["ours"] > 0 and row["unit"] == "us/byte" for row in rows)
+    assert (tmp_path / "table.png").read_bytes()[:4] == b"\x89PNG"
