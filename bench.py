@@ -8,6 +8,7 @@
     python bench.py --what loss --peer nanogpt=../nanoGPT         # seconds to 1.88 nats on tinyshakespeare
     python bench.py --what mixers,worlds,dialogs --threads 1      # generation with our caches and without
     python bench.py --what gpus                                   # what the presets for one GPU should take, by FLOPs
+    python bench.py --preset gpu --json gpu.json                  # on a GPU: all that docs/speed.md has not measured
 
 Each round times all sides right after one another, in an order that turns; a row gives each side's median over the
 rounds with quartiles, and the median and quartiles of the rounds' ratios. nanoGPT's model.py is imported as it is, its
@@ -33,6 +34,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import random
 import re
 import runpy
 import signal
@@ -43,7 +45,7 @@ import tempfile
 import time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
-from json import dumps
+from json import dumps, loads
 from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as sample.py does
@@ -60,7 +62,7 @@ from nanolab.dialog_tree import DialogTree
 from nanolab.dialogs import converse
 from nanolab.generate import generate
 from nanolab.run import (UserError, as_user_error, command, keep_freed_memory, measure_peak_flops, override,
-                         peak_memory, replacing, resolve_device)
+                         peak_memory, read_metrics, replacing, resolve_device)
 from nanolab.score import score
 from nanolab.settings import shown
 
@@ -68,6 +70,7 @@ from nanolab.settings import shown
 preset = None            # a named set of settings (below); flags win over it
 peer = None              # nanogpt=FOLDER, x-transformers, liger (operations, on a GPU), several with commas; none: ours
 what = "train,memory,generate,evaluate,optimiser"  # and kernels growth startup loss mixers contexts worlds dialogs gpus
+#                          presets
 json = None              # [path] the rows are written there too
 device = "auto"          # auto, cpu, cuda, cuda:1, ...
 dtype = "bfloat16"       # [float32, bfloat16] autocast of our training side
@@ -101,15 +104,21 @@ decode_steps = 25        # [>= 1, <= 10_000] rounds of MaskGIT for a frame
 dialog_tokens = (200, 20, 10)  # [>= 1, <= 1e6] of the beginning, of a branch, of a leaf
 reply_tokens = (1, 8, 32)  # [>= 1, <= 1e6] drawn in each dialog; 1 comes out of the prompt's own pass
 tree_budgets = (8_000_000, 2_000_000)  # [>= 0] bytes; all that the 64 dialogs hold is 2 to 6 million
+# --- Presets: whole runs of train_enwik8.py on random bytes ---
+preset_runs = "a100 a100/kernels=triton/compile=false t4 t12 t64"  # with spaces; /name=value adds a flag to that one
+preset_steps = 100       # [>= 2, <= 1e6] optimiser steps of each, of which the first half is not counted
 
 presets = {
     # nanoGPT's config for the same text on a GPU, with a smaller batch.
     "big": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=16, steps=2, rounds=7),
+    # All that a GPU is asked for, at GPT-2's size.
+    "gpu": dict(what="train,memory,generate,evaluate,optimiser,kernels,growth,contexts,presets", n_layer=12, n_head=12,
+                n_embd=768, block_size=1024, batch_size=12, compile=True, steps=5, rounds=5),
 }
 
 USES = dict(generate=["draws"], evaluate=["eval_block_size"], loss=["loss_target"], mixers=["mixers"],
             contexts=["mixers", "contexts"], worlds=["frames", "decode_steps"],
-            dialogs=["dialog_tokens", "reply_tokens", "tree_budgets"])
+            dialogs=["dialog_tokens", "reply_tokens", "tree_budgets"], presets=["preset_runs", "preset_steps"])
 SCRIPTS = ("train_enwik8.py", "train_mult.py", "train_dvae.py", "train_worldmodel.py", "train_facts.py")
 HERE = Path(__file__).resolve().parent
 where = torch.device("cpu")  # what `device` resolves to
@@ -535,11 +544,11 @@ def until(line, *words):
 
 
 def whole(*words, cwd=HERE):
-    """(seconds, standard output) of `python words...`. Raises RuntimeError where it fails."""
+    """(seconds, standard output) of `python words...`. Raises RuntimeError where it fails, UserError for a mistake."""
     began = time.perf_counter()
     done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, errors="replace")
     if done.returncode:
-        raise RuntimeError(f"{' '.join(words)}: {done.stderr[-500:]}")
+        raise (UserError if done.returncode == 2 else RuntimeError)(f"{' '.join(words)}: {done.stderr[-500:].strip()}")
     return time.perf_counter() - began, done.stdout
 
 
@@ -553,6 +562,24 @@ def compare_startup():
     for script in SCRIPTS:
         times = [until("step 1/", script, "--preset", "cpu", "--log_interval", "1") for _ in range(6)]
         row(f"{script}, first step", "s", 1, {"ours": times[1:]}, "--preset cpu", lower=True)
+
+
+def compare_presets():
+    """Tokens per second of train_enwik8.py's presets by their own log, with its share of the peak and the memory."""
+    heading(f"train_enwik8.py --preset, on random bytes, the second half of {preset_steps} steps")
+    for words in preset_runs.split():
+        name, *more = words.split("/")
+        with tempfile.TemporaryDirectory() as folder:
+            data, made = Path(folder, "bytes"), Path(folder, "train_enwik8", "one")
+            data.write_bytes(random.Random(seed).randbytes(4_000_000))
+            whole("train_enwik8.py", "--preset", name, "--dataset", str(data), "--max_steps", str(preset_steps),
+                  "--log_interval", str(max(1, preset_steps // 10)), "--eval_interval", "none", "--sample_length", "0",
+                  "--device", device, "--out_dir", folder, "--run_name", "one", *(f"--{flag}" for flag in more))
+            rates = [line for line in read_metrics(made / "metrics.jsonl") if "tokens_per_s" in line]
+            peak = loads((made / "summary.json").read_text())["peak_memory"]
+        rates = rates[len(rates) // 2:]
+        row(words, "tokens/s", 1, {"ours": [1 / line["tokens_per_s"] for line in rates]},
+            f"{statistics.median(line['mfu'] for line in rates):.1%} of peak, {peak / 1e6:,.0f} MB")
 
 
 NANOGPT_COMMAND = ("train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 "
@@ -900,7 +927,8 @@ def compare_gpus():
 COMPARISONS = dict(train=compare_training, memory=compare_memory, generate=compare_generation,
                    evaluate=compare_protocols, optimiser=compare_optimisers, kernels=compare_kernels,
                    growth=compare_growth, startup=compare_startup, loss=compare_loss, mixers=compare_mixers,
-                   contexts=compare_contexts, worlds=compare_worlds, dialogs=compare_dialogs, gpus=compare_gpus)
+                   contexts=compare_contexts, worlds=compare_worlds, dialogs=compare_dialogs, gpus=compare_gpus,
+                   presets=compare_presets)
 
 
 def check(settings):
@@ -943,11 +971,11 @@ def main():
     for kind in COMPARISONS:
         if kind in what.split(","):
             COMPARISONS[kind]()
-    if json:
-        with replacing(Path(json)) as file:
-            words = dict(device=name, torch=torch.__version__, python=sys.version.split()[0], clock=clock,
-                         rounds=rounds, rows=found)
-            file.write((dumps(words, indent=1) + "\n").encode())
+            if json:  # after each: what is measured stays, whatever the next one meets
+                with replacing(Path(json)) as file:
+                    words = dict(device=name, torch=torch.__version__, python=sys.version.split()[0], clock=clock,
+                                 rounds=rounds, rows=found)
+                    file.write((dumps(words, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -146,3 +146,18 @@ def test_a_byte_by_context_has_rows_exponents_and_a_picture(tmp_path, forks):
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert len(rows) == 24 and all(row["ours"] > 0 and row["unit"] == "us/byte" for row in rows)
     assert (tmp_path / "table.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_presets_are_timed_by_their_own_log(tmp_path, forks):
+    """A mistake in the second is one line; what the kinds before it said is written by then."""
+    small = "cpu/n_layer=1/n_embd=16/block_size=16"
+    ask = ["bench.py", "--what", "optimiser,presets", "--n_embd", 16, "--rounds", 1, "--preset_steps", 20, "--device",
+           "cpu", "--json", "table.json", "--preset_runs"]
+    assert "optimiser" in forks.run([*ask, small], tmp_path).out
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert rows[-1]["name"] == small and rows[-1]["ours"] > 0 and rows[-1]["unit"] == "tokens/s"
+    assert "% of peak" in rows[-1]["note"] and rows[-1]["note"].endswith(" MB")
+    (tmp_path / "table.json").unlink()
+    done = forks.run([*ask, small + "/n_embdd=8"], tmp_path)
+    assert done.code == 2 and "did you mean --n_embd?" in done.err
+    assert {row["kind"] for row in json.loads((tmp_path / "table.json").read_text())["rows"]} == {"optimiser"}
