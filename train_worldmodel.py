@@ -71,6 +71,7 @@ side = 8                   # [>= 2, with dataset gridworld] cells
 cell_px = 8                # [>= 4, with dataset gridworld] pixels of a cell
 walls = 0.15               # [>= 0.0, < 0.9, with dataset gridworld] share of the cells
 ball = True                # [with dataset gridworld] with a ball that moves by itself
+push = False               # [with ball] that lies still until the agent pushes it, as a box in Sokoban
 facing = False             # [with dataset gridworld] the agent shows where it was pushed last, so a blocked press too
 split_seed = 0             # [>= 0] which worlds there are
 val_share = 0.2            # [> 0.0, < 1.0, not with dataset gridworld/atari] of a recording, its end, to evaluate on
@@ -207,7 +208,7 @@ debug_settings = dict(n_train=32, n_val=8, length=8, eval_clips=16, tokenizer_st
 # These make the shape of the weights, or what a model is scored on: on resume the checkpoint's hold, of "all" always,
 # of a stage once it has begun.
 architecture = {
-    "all": ("dataset", "n_train", "n_val", "length", "side", "cell_px", "walls", "ball", "facing", "split_seed",
+    "all": ("dataset", "n_train", "n_val", "length", "side", "cell_px", "walls", "ball", "push", "facing", "split_seed",
             "patch", "n_head", "optimizer", "val_share", "frame_px", "fps", "action_lag"),
     "tokenizer": ("tokenizer", "codebook_size", "code_dim", "quantiser", "tokenizer_layers", "tokenizer_embd",
                   "tokenizer_frames"),
@@ -873,7 +874,7 @@ def main():
     # ---- data ----
     check(settings)
     video = load(dataset, n_train, n_val, length, side, cell_px, walls, ball, split_seed, val_share, facing=facing,
-                 action_lag=action_lag, frame_px=frame_px, fps=fps)
+                 push=push, action_lag=action_lag, frame_px=frame_px, fps=fps)
     check_sizes(settings, video)
     video.train.mirror = flip and video.palette is None
     if not only_read:

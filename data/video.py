@@ -52,28 +52,32 @@ DONKEYCAR = "donkeycar-1000-64x64.npz"
 class World:
     """n grid worlds side by side in NumPy: a ball flies diagonally, over walls too, and is reflected by the edge; an
     agent takes one step at a time and is stopped by walls and the edge. One that faces shows where it was pushed last,
-    as MiniGrid's does: else no picture tells a press at a wall from none.
+    as MiniGrid's does: else no picture tells a press at a wall from none. With `push` the ball lies on the floor until
+    the agent walks into it, as Sokoban's box, and stops both where the cell behind it is not free.
 
     rng: np.random.Generator, only its random() is used; side: rows and columns, from 2 to 26; walls: probability of a
     wall in each cell; ball: is there one? walls (n, side, side) bool; agent (n, 2) int: row and column, never in a
-    wall; ball (n, 2) int, -1 where there is none; velocity (n, 2) int: +-1, 0 where there is no ball; facing (n,) int,
+    wall; ball (n, 2) int, -1 where there is none; velocity (n, 2) int: +-1, 0 where no ball flies; facing (n,) int,
     the last action but to stay, 0: the agent does not show it.
     """
 
-    def __init__(self, n, rng, side=8, walls=0.15, ball=True, facing=False):
-        self.side = side
+    def __init__(self, n, rng, side=8, walls=0.15, ball=True, facing=False, push=False):
+        self.side, self.push = side, push
         self.walls = rng.random((n, side, side)) < walls
         score = np.where(self.walls, -1, rng.random((n, side, side))).reshape(n, -1)
         self.agent = np.stack(np.divmod(score.argmax(1), side), 1)  # uniform over the cells without a wall
         self.walls[np.arange(n), self.agent[:, 0], self.agent[:, 1]] = False  # matters only where all are walls
         self.ball = (rng.random((n, 2)) * side).astype(np.int64)
         self.velocity = np.where(rng.random((n, 2)) < 0.5, -1, 1)
+        if push:                                          # the second of the same draws, clear of walls and the agent
+            self.ball = np.stack(np.divmod(score.argsort(1)[:, -2], side), 1)
+            self.walls[np.arange(n), self.ball[:, 0], self.ball[:, 1]], self.velocity[:] = False, 0
         if not ball:
             self.ball[:], self.velocity[:] = -1, 0
         self.facing = 1 + (rng.random(n) * 4).astype(np.int64) if facing else np.zeros(n, np.int64)
 
     @classmethod
-    def from_cells(cls, cells, rng):
+    def from_cells(cls, cells, rng, push=False):
         """Worlds that start at given pictures, cells (n, side, side) uint8 numpy: there is floor below agent and ball,
         the ball's velocity is random, and where no ball is seen there is none. Raises ValueError where a picture has
         not exactly one agent, or several balls."""
@@ -82,7 +86,7 @@ class World:
         found, kinds = plain(cells).reshape(n, side * side), cells.reshape(n, side * side)
         if ((found == AGENT).sum(1) != 1).any() or ((found == BALL).sum(1) > 1).any() or (kinds > BALL + 4).any():
             raise ValueError("each picture must have one agent, at most one ball, and cell types from 0 to 7")
-        world = cls(n, rng, side)
+        world = cls(n, rng, side, push=push)
         world.walls, world.facing = cells == WALL, (kinds.max(1).astype(np.int64) - BALL).clip(0)
         seen = (found == BALL).any(1)[:, None]
         world.agent, world.ball = (np.stack(np.divmod((found == kind).argmax(1), side), 1) for kind in (AGENT, BALL))
@@ -94,16 +98,23 @@ class World:
         (stay) where a wall or the edge was in the way, and no turn of an agent that faces showed it either."""
         actions = np.asarray(actions)
         target = self.agent + MOVES[actions]
-        inside = ((target >= 0) & (target < self.side)).all(1)
-        row, column = target.clip(0, self.side - 1).T
-        free = inside & ~self.walls[np.arange(len(actions)), row, column]
+        free, hit = self.open(target), self.push & (target == self.ball).all(1)
+        free &= ~hit | self.open(target + MOVES[actions])
         self.agent = np.where(free[:, None], target, self.agent)
-        target = self.ball + self.velocity
-        self.velocity = np.where((target < 0) | (target >= self.side), -self.velocity, self.velocity)
-        self.ball = self.ball + self.velocity  # no ball: -1 + 0
+        if self.push:
+            self.ball = np.where((hit & free)[:, None], target + MOVES[actions], self.ball)
+        else:
+            target = self.ball + self.velocity
+            self.velocity = np.where((target < 0) | (target >= self.side), -self.velocity, self.velocity)
+            self.ball = self.ball + self.velocity  # no ball: -1 + 0
         facing = np.where((self.facing > 0) & (actions > 0), actions, self.facing)
         turned, self.facing = facing != self.facing, facing
         return np.where(free | turned, actions, 0)
+
+    def open(self, place):
+        """(n,) bool: whether the cells `place` (n, 2) are inside and no walls."""
+        row, column = place.clip(0, self.side - 1).T
+        return ((place >= 0) & (place < self.side)).all(1) & ~self.walls[np.arange(len(place)), row, column]
 
     def cells(self):
         """The picture, (n, side, side) uint8: the agent hides a ball, and a ball a wall."""
@@ -400,7 +411,7 @@ class Video:
 
 
 def load(dataset="gridworld", n_train=4096, n_val=512, length=16, side=8, cell_px=8, walls=0.15, ball=True,
-         split_seed=0, val_share=0.2, frame_skip=4, facing=False, action_lag=0, frame_px=64, fps=None):
+         split_seed=0, val_share=0.2, frame_skip=4, facing=False, action_lag=0, frame_px=64, fps=None, push=False):
     """Makes or finds the videos of both sides: a Video.
 
     dataset: gridworld, donkeycar, atari:<game>, or the path of a recording: .npz, a film, a GIF, a folder
@@ -418,6 +429,7 @@ def load(dataset="gridworld", n_train=4096, n_val=512, length=16, side=8, cell_p
     action_lag: [>= 0, <= 1000] frames by which the actions of a recording act late
     frame_px: [>= 4, <= 1024] pixels of a side that a recording's frames are averaged to; an .npz file keeps its own
     fps: [none, > 0.0, <= 1000] at most so many frames a second of a film or a GIF; none: all
+    push: whether the ball lies until the agent walks into it (gridworld)
 
     Gridworlds depend on split_seed, side, walls and ball only, and are the same on every machine; fewer or shorter
     episodes are the first ones. Raises UserError: an unknown name, a number out of range, a missing or wrong file, no
@@ -440,7 +452,7 @@ def load(dataset="gridworld", n_train=4096, n_val=512, length=16, side=8, cell_p
     if dataset == "gridworld":
         fits((n_train + n_val) * length * side ** 2, f"{n_train + n_val:,} episodes of {length} frames")
         video = _load_gridworld(n_train, n_val, length, side, cell_px, float(walls), bool(ball), split_seed,
-                                bool(facing))
+                                bool(facing), bool(push))
     elif dataset == "donkeycar":
         video = _load_recording(_find_donkeycar(), val_share, action_lag, frame_px, fps)
     elif recordings.known(str(dataset)):
@@ -463,8 +475,8 @@ def load(dataset="gridworld", n_train=4096, n_val=512, length=16, side=8, cell_p
 
 # --- Grid worlds ---
 
-def _load_gridworld(n_train, n_val, length, side, cell_px, walls, ball, seed, facing):
-    settings = length, side, walls, ball, seed, facing
+def _load_gridworld(n_train, n_val, length, side, cell_px, walls, ball, seed, facing, push):
+    settings = length, side, walls, ball, seed, facing, push
     what = f"wall layouts with side {side} and walls {walls:g}" if walls else f"starts with side {side}"
     hardly = (f"there are hardly any {what} for training that are not in validation: take a smaller n_val or a larger "
               "side")
@@ -474,18 +486,18 @@ def _load_gridworld(n_train, n_val, length, side, cell_px, walls, ball, seed, fa
              for cells, actions, effective in (train, val)]
     source = (f"gridworld: {n_train:,} training and {n_val:,} validation episodes of {length} frames, {side} x {side} "
               f"cells of {cell_px} pixels, walls {walls:g}, {'a' if ball else 'no'} ball, "
-              f"{'the agent faces, ' * facing}seed {seed}; {dropped:,} training episodes dropped for a "
-              f"{'layout' if walls else 'start'} of val")
+              f"{'to be pushed, ' * push}{'the agent faces, ' * facing}seed {seed}; {dropped:,} training episodes "
+              f"dropped for a {'layout' if walls else 'start'} of val")
     return Video(*clips, torch.from_numpy(PALETTE.copy()), len(ACTIONS), ACTIONS, cell_px, side * cell_px,
                  side * cell_px, source, "")
 
 
-def _chunks(part, length, side, walls, ball, seed, facing):
+def _chunks(part, length, side, walls, ball, seed, facing, push):
     """Endlessly: of CHUNK episodes of random actions the layouts, cells (CHUNK, length, side, side), actions and what
     happened (CHUNK, length - 1), all uint8."""
     for number in itertools.count():
         rng = draw.numpy_generator(seed, part, side, walls, ball, number)
-        world = World(CHUNK, rng, side, walls, ball, facing)
+        world = World(CHUNK, rng, side, walls, ball, facing, push)
         keys = world.walls if walls else np.concatenate([world.agent, world.ball], 1)
         keys = [hashlib.sha256(np.ascontiguousarray(key, np.int8)).digest() for key in keys]
         cells, actions, effective = [world.cells()], [], []

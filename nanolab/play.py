@@ -101,7 +101,7 @@ class Session:
             frame = self.draw(tokens)
             try:                                              # the true world begins as it was drawn, if that is one
                 self.world = World.from_cells(self.reader.cells(frame)[None].numpy(),
-                                              np.random.default_rng(self.settings["seed"]))
+                                              np.random.default_rng(self.settings["seed"]), self.settings["push"])
             except ValueError:
                 self.world = None
             return self.begin(tokens, torch.full_like(tokens[:, :, 0], self.model.n_actions), frame, began, prompt)
@@ -110,7 +110,8 @@ class Session:
         self.began, self.world = self.began + 1, None
         if self.ours:
             rng = np.random.default_rng(self.settings["seed"] + self.began)
-            self.world = World(1, rng, *(self.settings[name] for name in ("side", "walls", "ball", "facing")))
+            self.world = World(1, rng, *(self.settings[name] for name in ("side", "walls", "ball", "facing",
+                                                                           "push")))
             reader, index = opening(reader, self.world, T)
         tokens, actions = reader.tokens_and_actions(index, T)
         self.draw(tokens)

@@ -225,7 +225,7 @@ class Referee:
         agent, ball = ((plain(cells) == kind).reshape(len(cells), -1) for kind in (AGENT, BALL))
         one, seen = agent.sum(1) == 1, ball.sum(1) == 1
         place, flown = (np.stack(np.divmod(found.argmax(1), rules.side), 1) for found in (agent, ball))
-        hidden = one & (place == rules.ball).all(1) & ~ball.any(1)
+        hidden = one & (place == rules.ball).all(1) & ~ball.any(1) & (not rules.push)
         exists = rules.ball[:, 0] >= 0
         found = dict(agent=one, effect=had & one & (place == rules.agent).all(1),
                      ball=np.where(exists, seen & (flown == rules.ball).all(1) | hidden, ~ball.any(1)),
@@ -249,7 +249,7 @@ def play_score(reader, settings, codes, presses=200, n=20):
     (presses + 1: all had theirs). settings: those of train_worldmodel.py.
     """
     rng = draw.numpy_generator(settings["split_seed"], "play", settings["side"], settings["walls"], settings["ball"])
-    world = World(n, rng, *(settings[name] for name in ("side", "walls", "ball", "facing")))
+    world = World(n, rng, *(settings[name] for name in ("side", "walls", "ball", "facing", "push")))
     pressed = (rng.random((presses, n)) * len(ACTIONS)).astype(np.int64)
     known = np.array([code is not None for code in codes])
     given = torch.tensor([code or 0 for code in codes], device=reader.device)

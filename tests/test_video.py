@@ -45,15 +45,19 @@ class Slow:
     def __init__(self, world, i):
         self.side, self.walls = world.side, set(map(tuple, np.argwhere(world.walls[i]).tolist()))
         self.agent, self.ball = tuple(world.agent[i].tolist()), world.ball[i].tolist()
-        self.velocity = world.velocity[i].tolist()
+        self.velocity, self.push = world.velocity[i].tolist(), world.push
 
     def step(self, action):
         moves = {"stay": (0, 0), "up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
         row, column = (a + b for a, b in zip(self.agent, moves[ACTIONS[action]]))
-        if min(row, column) < 0 or max(row, column) == self.side or (row, column) in self.walls:
+        def shut(row, column):
+            return min(row, column) < 0 or max(row, column) == self.side or (row, column) in self.walls
+        pushed = self.push and [row, column] == self.ball
+        behind = [2 * row - self.agent[0], 2 * column - self.agent[1]]
+        if shut(row, column) or pushed and shut(*behind):
             action = 0
         else:
-            self.agent = row, column
+            self.agent, self.ball = (row, column), behind if pushed else self.ball
         for axis in range(2) if self.velocity != [0, 0] else ():
             if self.ball[axis] + self.velocity[axis] in (-1, self.side):
                 self.velocity[axis] *= -1
@@ -65,11 +69,11 @@ class Slow:
         return [[picture.get((row, column), FLOOR) for column in range(self.side)] for row in range(self.side)]
 
 
-@pytest.mark.parametrize("settings", [{}, {"side": 2, "walls": 0.3}, {"side": 5, "walls": 0.6}, {"ball": False}],
-                         ids=str)
+@pytest.mark.parametrize("settings", [{}, {"side": 2, "walls": 0.3}, {"side": 5, "walls": 0.6}, {"ball": False},
+                                      {"push": True, "side": 4}, {"push": True, "side": 2, "walls": 0.9}], ids=str)
 def test_a_world_is_as_the_slow_one(settings):
     world, rng = worlds(40, **settings), random.Random(1)
-    slow, happened = [Slow(world, i) for i in range(40)], Counter()
+    slow, happened, pushes = [Slow(world, i) for i in range(40)], Counter(), []
     for _ in range(30):
         actions = [rng.randrange(5) for _ in slow]
         assert world.step(np.array(actions)).tolist() == [one.step(action) for one, action in zip(slow, actions)]
@@ -77,7 +81,13 @@ def test_a_world_is_as_the_slow_one(settings):
         assert cells.dtype == np.uint8 and cells.tolist() == [one.cells() for one in slow]
         happened.update(hidden=int((world.ball == world.agent).all(1).sum()),
                         over=int(world.walls[np.arange(40), world.ball[:, 0], world.ball[:, 1]].sum()))
-    if settings.get("ball", True):
+        pushes.append(world.ball)
+        if world.push:                                       # a picture says all
+            world = World.from_cells(cells, np.random.default_rng(2), True)
+    if settings.get("push"):
+        assert not happened["hidden"] and not happened["over"] and (world.velocity == 0).all()
+        assert world.side == 2 or (np.stack(pushes[1:]) != np.stack(pushes[:-1])).any(2).sum() > 10
+    elif settings.get("ball", True):
         assert happened["hidden"] and happened["over"]
     else:
         assert (world.ball == -1).all() and (world.velocity == 0).all() and not (cells == BALL).any()

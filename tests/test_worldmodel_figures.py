@@ -758,12 +758,12 @@ def judged(world, actions, spoil=lambda t, cells: None):
     return {name: np.stack([one[name] for one in found]) for name in found[0]}
 
 
-@pytest.mark.parametrize("facing", [False, True])
-def test_a_referee(facing):
+@pytest.mark.parametrize("facing, push", [(False, False), (True, False), (False, True)])
+def test_a_referee(facing, push):
     """True frames obey the rules; an agent that is gone, stands elsewhere or twice, and a ball that is gone or jumps,
     slip where they do, and are judged by where they were seen from there on."""
     actions = np.random.default_rng(1).integers(5, size=(40, 50))
-    found = judged(World(50, np.random.default_rng(0), 8, 0.2, True, facing), actions)
+    found = judged(World(50, np.random.default_rng(0), 8, 0.2, True, facing, push), actions)
     assert all(found[name].all() for name in ("agent", "effect", "ball"))
     assert (found["way"] == np.where(actions == 0, 0, 2 - found["moved"])).all() and {*found["way"].flat} == {0, 1, 2}
     assert facing or (found["happened"] == np.where(found["moved"], actions, 0)).all()
@@ -776,7 +776,7 @@ def test_a_referee(facing):
                 cells[0][here] = FLOOR * (how != "twice") + drawn * (how == "twice")
                 if how != "gone":
                     cells[0][tuple(floor[-1])] = drawn[0]
-        empty = World(1, np.random.default_rng(3), 8, 0.0, True, facing)
+        empty = World(1, np.random.default_rng(3), 8, 0.0, True, facing, push)
         return {name: value[:, 0].tolist() for name, value in judged(empty, np.full((6, 1), 2), spoil).items()}
     one, two = [True] * 3 + [False] + [True] * 2, [True] * 3 + [False] * 2 + [True]
     for how in ("gone", "twice"):
@@ -786,6 +786,12 @@ def test_a_referee(facing):
     assert found["agent"] == [True] * 6 and found["effect"] == two
     assert slip(BALL, "gone")["ball"] == one and slip(BALL, "twice")["ball"] == one
     assert slip(BALL, "elsewhere")["ball"][3:5] == [False, False]
+
+    def onto(t, cells):                                      # the agent, over where the ball is
+        stood, here = plain(cells) == AGENT, cells == BALL
+        cells[here], cells[stood] = cells[stood], FLOOR
+    world = World(1, np.random.default_rng(3), 8, 0.0, True, facing, push)
+    assert judged(world, np.zeros((1, 1), int), onto)["ball"].item() is not push
 
 
 class Rules:
@@ -820,7 +826,7 @@ def test_the_score_of_playing(without, codes, wanted, monkeypatch, put):
     rules = Rules(without)
     monkeypatch.setattr(worlds, "World", lambda *how: setattr(rules, "made", World(*how)) or rules.made)
     reader = worlds.Reader(video.val, video.palette, "cpu", dict(dynamics=rules), "cells", "true", 5)
-    settings = {name: getattr(w, name) for name in ("split_seed", "side", "walls", "ball", "facing", "context",
+    settings = {name: getattr(w, name) for name in ("split_seed", "side", "walls", "ball", "facing", "push", "context",
                                                     "window", "decode_steps", "temperature")}
     found = worlds.play_score(reader, settings, codes, presses=40, n=10)
     for name, value in wanted.items():
