@@ -142,8 +142,7 @@ def layer_norm(x, gain=None, bias=None, eps=1e-5, residual=None):
 def plain_rotary(x, cos, sin):
     """rotary without a kernel, whichever way is on."""
     wide = exactly(x)
-    a, b = wide.chunk(2, -1)
-    return torch.addcmul(wide * cos, torch.cat((b, a), -1), sin).to(x.dtype)  # (B, T, H, D)
+    return torch.addcmul(wide * cos, wide.roll(x.size(-1) // 2, -1), sin).to(x.dtype)  # (B, T, H, D)
 
 
 def rotary(x, cos, sin):
@@ -161,8 +160,7 @@ def rotary(x, cos, sin):
     if fits(x):
         return fused.rows.Rotary.apply(x, cos, sin)
     wide = exactly(x)
-    a, b = wide.chunk(2, -1)
-    return (wide * cos + torch.cat((b, a), -1) * sin).to(x.dtype)
+    return (wide * cos + wide.roll(D // 2, -1) * sin).to(x.dtype)
 
 
 # --- Activations ---
