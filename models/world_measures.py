@@ -475,8 +475,9 @@ def evaluate_rollouts(model, reader, context, clips, **how):
     same 64, a clip alone is left out) or even draws (random_n); copy_n: the last true frame stays; dpsnr_4 = psnr_4 -
     random_4 (Genie's), dpsnr_permuted_4. exact_n: share of frames n that are wholly right. With one action permuted and
     random are not a number. expected_n: of recordings, the mean of what each hidden token may be, decoded in place of
-    the likeliest, from which the next frame goes on (but for drafts, which are of the frame shown); it blurs. how: of
-    the model's `generate`."""
+    the likeliest, from which the next frame goes on (but for drafts, which are of the frame shown); it blurs.
+    psnr_residual_n, expected_residual_n: of these with what the tokenizer lost of the last true frame added, so that
+    its loss is not paid for what stands still. how: of the model's `generate`."""
     ahead, held = min(16, reader.clips.length - context + 1), context - 1
     T, sums, generator = held + ahead, Counter(), torch.Generator().manual_seed(0)
     for index in reader.spread(T, clips).split(64):
@@ -495,6 +496,8 @@ def evaluate_rollouts(model, reader, context, clips, **how):
             expected = []
             begin(plan, watch=lambda logits: expected.append(reader.expected(logits)) or expected[-1])
             written["expected"] = torch.cat(expected, 1)
+            lost = frames[:, held - 1:held] - reader.paint(truth[:, held - 1:held])
+            written |= {f"{name}_residual": (written[name] + lost).clamp(0, 1) for name in ("psnr", "expected")}
         written["copy"] = frames[:, held - 1:held].expand(-1, ahead, -1, -1, -1)
         sums.update(clips=n, pairs=n * (n > 1))
         for (name, seen), t in itertools.product(written.items(), (1, 4, 16)):
