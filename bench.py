@@ -768,7 +768,7 @@ def of_mixer(words, T, **more):
     with as_user_error(f"--mixers {words}: "):
         return build_model(TransformerConfig(
             n_layer=6, n_head=4, n_embd=256, block_size=T, positions="rope", norm="rms", norm_gain=False, bias=False,
-            activation="relu2", mixer=mixer, **more, **({name: int(value)} if other else {})))
+            activation="relu2", mixer=mixer, **more, **({name: int(value)} if other else {}))).to(where)
 
 
 def compare_contexts():
@@ -852,14 +852,15 @@ def compare_worlds():
     for name, kind in (("maskgit", Dynamics), ("prepend", Dynamics), ("causal", CausalDynamics)):
         torch.manual_seed(seed)
         how = dict(action_input="prepend") if name == "prepend" else {}
-        model = kind((8, 8), 8, 5, block_size=frames, **how).eval()
+        model = kind((8, 8), 8, 5, block_size=frames, **how).to(where).eval()
         for batch in (1, 16) if kind is Dynamics else (1,):
-            first, plan = torch.randint(8, (batch, 1, 64)), torch.randint(5, (batch, frames - 1))
+            first, plan = (torch.randint(n, shape, device=where)
+                           for n, shape in ((8, (batch, 1, 64)), (5, (batch, frames - 1))))
             made = {}
 
             def run(side):
-                made[side] = model.generate(first, torch.full((batch, 1), 5), plan, side == "ours", steps=decode_steps,
-                                            generator=torch.Generator().manual_seed(seed))
+                made[side] = model.generate(first, torch.full((batch, 1), 5, device=where), plan, side == "ours",
+                                            steps=decode_steps, generator=torch.Generator().manual_seed(seed))
 
             def note(taken):
                 same = "identical" if torch.equal(*made.values()) else "DIFFERENT"
@@ -879,7 +880,7 @@ def compare_dialogs():
     torch.manual_seed(seed)
     model = Transformer(TransformerConfig(
         n_layer=2, n_head=4, n_embd=128, block_size=sum(dialog_tokens), positions="rope", norm="rms", norm_gain=False,
-        bias=False, activation="relu2", init="xavier")).eval()
+        bias=False, activation="relu2", init="xavier")).to(where).eval()
     base, branches, leaves = (torch.randint(256, (*shape, n)) for shape, n in zip(((), (8,), (8, 8)), dialog_tokens))
     prompts = [[*base.tolist(), *branches[i].tolist(), *leaves[i, j].tolist()] for i in range(8) for j in range(8)]
     heading(f"64 dialogs, {' + '.join(map(str, dialog_tokens))} tokens, in 1, 8 and 64 kinds; 2 layers, 4 heads, 128 "

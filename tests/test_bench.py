@@ -87,6 +87,9 @@ def test_our_sides_train_and_generate():
     sampler = model.for_inference().train()
     g["our_sampling"](sampler, 2)()
     assert not sampler.training  # nothing is dropped
+    g["where"] = torch.device("meta")
+    assert {p.device.type for make in (g["our_model"], lambda: g["of_mixer"]("window", 8))
+            for p in make().parameters()} == {"meta"}
 
 
 def test_the_products_alone_are_all_of_the_models_work():
