@@ -431,9 +431,8 @@ def load(dataset="gridworld", n_train=4096, n_val=512, length=16, side=8, cell_p
     fps: [none, > 0.0, <= 1000] at most so many frames a second of a film or a GIF; none: all
     push: whether the ball lies until the agent walks into it (gridworld)
 
-    Gridworlds depend on split_seed, side, walls and ball only, and are the same on every machine; fewer or shorter
-    episodes are the first ones. Raises UserError: an unknown name, a number out of range, a missing or wrong file, no
-    ale-py, too few frames, no layout left for training.
+    Gridworlds are the same on every machine; fewer or shorter episodes are the first ones. Raises UserError: an unknown
+    name, a number out of range, a missing or wrong file, no ale-py, too few frames, no layout left for training.
     """
     for name, value, low, high in (("n_train", n_train, 1, None), ("n_val", n_val, 1, None),
                                    ("length", length, 2, None), ("side", side, 2, LARGEST),

@@ -471,13 +471,12 @@ def evaluate_dynamics(model, reader, T, clips, window=None, causal=False):
 @torch.no_grad()
 def evaluate_rollouts(model, reader, context, clips, **how):
     """PSNR of frames 1, 4 and 16 after `context` - 1 true ones, each generated from those before: with the actions that
-    led there (psnr_n; frame_psnr_n: mean over frames of each one's), with those of another clip (permuted_n; of the
-    same 64, a clip alone is left out) or even draws (random_n); copy_n: the last true frame stays; dpsnr_4 = psnr_4 -
-    random_4 (Genie's), dpsnr_permuted_4. exact_n: share of frames n that are wholly right. With one action permuted and
-    random are not a number. expected_n: of recordings, the mean of what each hidden token may be, decoded in place of
-    the likeliest, from which the next frame goes on (but for drafts, which are of the frame shown); it blurs.
-    psnr_residual_n, expected_residual_n: of these with what the tokenizer lost of the last true frame added, so that
-    its loss is not paid for what stands still. how: of the model's `generate`."""
+    led there (psnr_n; frame_psnr_n: mean over frames of each one's), with those of another clip of the same 64
+    (permuted_n) or even draws (random_n); copy_n: the last true frame stays; dpsnr_4 = psnr_4 - random_4 (Genie's),
+    dpsnr_permuted_4. exact_n: share of frames n that are wholly right. Of recordings, expected_n: the mean of what each
+    hidden token may be, decoded in place of the likeliest, from which the next frame goes on (but for drafts, which are
+    of the frame shown); and both with what the tokenizer lost of the last true frame added (psnr_residual_n,
+    expected_residual_n), whose loss what stands still then does not pay. how: of the model's `generate`."""
     ahead, held = min(16, reader.clips.length - context + 1), context - 1
     T, sums, generator = held + ahead, Counter(), torch.Generator().manual_seed(0)
     for index in reader.spread(T, clips).split(64):
@@ -487,18 +486,18 @@ def evaluate_rollouts(model, reader, context, clips, **how):
                  "random": torch.randint(model.n_actions, plan.shape, generator=generator).to(plan.device)}
         if reader.merged is not None:
             plans["random"] = reader.merged[plans["random"]]
-        last = dict(shown=frames[:, held - 1:held]) if model.draft else {}
+        last = frames[:, held - 1:held]
         begin = functools.partial(model.generate, truth[:, :held], actions[:, :held], generator=generator, **how,
-                                  **last)
+                                  **(dict(shown=last) if model.draft else {}))
         written = {name: reader.paint(torch.cat((truth[:, :held], begin(chosen)), 1))[:, held:]
                    for name, chosen in plans.items()}
         if reader.blurs(model):
             expected = []
             begin(plan, watch=lambda logits: expected.append(reader.expected(logits)) or expected[-1])
             written["expected"] = torch.cat(expected, 1)
-            lost = frames[:, held - 1:held] - reader.paint(truth[:, held - 1:held])
+            lost = last - reader.paint(truth[:, held - 1:held])
             written |= {f"{name}_residual": (written[name] + lost).clamp(0, 1) for name in ("psnr", "expected")}
-        written["copy"] = frames[:, held - 1:held].expand(-1, ahead, -1, -1, -1)
+        written["copy"] = last.expand(-1, ahead, -1, -1, -1)
         sums.update(clips=n, pairs=n * (n > 1))
         for (name, seen), t in itertools.product(written.items(), (1, 4, 16)):
             if t <= ahead:
