@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 import grid
 import plot
 from choices import refused
-from nanolab import archive
+from nanolab import archive, verdict
 from nanolab.run import is_run
 from test_grid import plan, run  # noqa: E402, F401
 from test_plot import make
@@ -360,6 +360,24 @@ def test_the_rates_of_the_ladder():
         "LayerScale": 0.05, "constant": 0.04}
     page = " ".join((ROOT / "docs" / "one-change.md").read_text().split())
     assert "of 81 arms 69 are best at x1, nine at x2, three at x0.5, none at an edge" in page
+
+
+def test_what_one_draw_of_2000_steps_says():
+    """The sentence of docs/one-change.md, of the rows whose first draw is there at both lengths."""
+    found = plot.read_index(REFERENCE / "ladder.jsonl")
+    short = plot.judge(found).rungs[0]
+    late = {row["name"]: run["value"] for row in found["rows"] for run in row["runs"]
+            if (run["max_steps"], run["seed"]) == (2000, 1)}
+    early = {name: short.fit.mean(short.as_one[name]) for name in late}
+    kept = Counter((mine.verdict, mine.effects["1x"].difference * (late[name] - late[against]) > 0)
+                   for mine in plot.judge(found).rows for name, against in [(mine.row["name"], mine.row["against"])]
+                   if {name, against} <= late.keys())
+    all_, near = (verdict.ordered_alike(early, late, within) for within in (math.inf, 3 * short.fit.sigma))
+    page = " ".join((ROOT / "docs" / "one-change.md").read_text().split())
+    assert (f"of {len(late) - 1} rows one draw is in" in page and f"{late['baseline']:.4f} for the baseline" in page
+            and "{} of {} that are better keep their sign, {} of {} that are worse".format(*(
+                n for word in ("better", "worse") for n in (kept[word, True], kept[word, True] + kept[word, False])))
+            in page and f"{all_[0]:.2f} of {all_[1]:,} pairs of rows, {near[0]:.2f} of the {near[1]:,}" in page)
 
 
 def test_the_estimators_of_the_dvae():
