@@ -256,12 +256,12 @@ def kill_again_and_again(forks, command, folder, run, seed):
         known = load_checkpoint(run / "last.pt")["metrics_lines"] if (run / "last.pt").exists() else 0
         child = forks.start(command, folder, die_at=rng.randint(2, 40) if moment == "call" else None)
         if moment == "start":
-            time.sleep(rng.uniform(0, 0.5))
+            time.sleep(rng.uniform(0, 0.1))                  # a whole run may take but 0.3 seconds
         elif moment == "steps":
             goal = known + rng.randint(1, 4)                 # lines of this life, in the file that it has put in place
             wait_for(lambda: child.over() or metrics.exists() and metrics.stat().st_ino != old
                      and metrics.read_bytes().count(b"\n") >= goal)
-            time.sleep(rng.uniform(0, 0.1))
+            time.sleep(rng.uniform(0, 0.02))
         if moment != "call":
             child.kill()
         if child.wait().code == 0:

@@ -158,8 +158,8 @@ def test_codes_of_grids_that_are_known_by_heart(estimator, more, forks, tmp_path
     """What is learned is exact by hard codes; --encode says so, and --decode gives the grid back; of others one of the
     same shape. Nothing is written."""
     how = dict(n_codes=8) | more
-    done(forks, tmp_path / "runs", "--no-symmetry", max_side=3, codebook_size=64, n_embd=32, n_train=8, max_steps=100,
-         eval_interval=100, save_interval=100, colours="none", estimator=estimator, **how)
+    done(forks, tmp_path / "runs", "--no-symmetry", max_side=3, codebook_size=64, n_embd=32, n_train=8, max_steps=140,
+         eval_interval=140, save_interval=140, colours="none", estimator=estimator, **how)
     exact = curve(at(tmp_path / "runs"), "exact")
     assert exact[-1] > 0.9 and exact[0] < 0.2
     known = load(max_side=3, n_train=8, n_val=1).train
