@@ -402,6 +402,18 @@ def test_the_estimators_of_the_dvae():
     assert {len(runs) for runs in arms.values()} == {3}
 
 
+def test_the_worlds_that_were_played():
+    """Rows of docs/worldmodel.md, and the decibels of the tokenizers that it names."""
+    page = (ROOT / "docs" / "worldmodel.md").read_text()
+    runs = {told.name: told.summary for told in archive.read(REFERENCE / "world_runs.jsonl")}
+    for name in "played_s2", "played_s2_batch_8", "box_s1", "box_latent":
+        cells = [f"{runs[name][f'play_{what}']:.3f}" for what in ("agent", "effect", "ball", "stay", "free", "blocked")]
+        assert " | ".join([*cells, f"{runs[name]['play_first_slip']:g} |"]) in page, name
+    found = [runs[f"box_{name}"]["tokenizer_psnr"] for name in ("vq_s1", "vq_s2", "vq_reset", "fsq", "fsq_600")]
+    assert [round(psnr, 1) for psnr in found] == [26.5, 22.6, 12.7, 100, 25.3]
+    assert "16.4, 26.5 and 22.6 dB" in page and f"agent is there in {runs['played_s2_less']['play_agent']:.3f}" in page
+
+
 def vertex(losses):
     """Octaves of the parabola's vertex through the least of losses at rates 2.5 apart, and its neighbours."""
     at = int(losses.argmin())
@@ -417,4 +429,4 @@ def test_the_archives_of_the_reference_runs():
         count += len(runs)
         for entry in (entry for row in index.get("rows", ()) for entry in row["runs"]):
             assert runs[entry["run"]].summary[index["metric"]] == pytest.approx(entry["value"], rel=1e-5)
-    assert count == 2128
+    assert count == 2141
