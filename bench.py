@@ -964,6 +964,8 @@ def main():
     if threads:
         torch.set_num_threads(threads)
     where, _ = resolve_device(device, "float32")
+    if (preset, device, where.type) == ("gpu", "auto", "cpu"):
+        raise UserError("--preset gpu: there is no GPU; --preset big is for a CPU")
     ops.use(kernels)
     torch.manual_seed(seed)
     peers = load_peers(peer)

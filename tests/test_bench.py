@@ -151,6 +151,12 @@ def test_a_byte_by_context_has_rows_exponents_and_a_picture(tmp_path, forks):
     assert (tmp_path / "table.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would begin")
+def test_the_preset_for_a_gpu_wants_one(tmp_path, forks):
+    done = forks.run(["bench.py", "--preset", "gpu"], tmp_path)
+    assert done.code == 2 and "there is no GPU; --preset big" in done.err
+
+
 def test_presets_are_timed_by_their_own_log(tmp_path, forks):
     """A mistake in the second is one line; what the kinds before it said is written by then."""
     small = "cpu/n_layer=1/n_embd=16/block_size=16"
