@@ -378,6 +378,8 @@ def test_what_one_draw_of_2000_steps_says():
             and "{} of {} that are better keep their sign, {} of {} that are worse".format(*(
                 n for word in ("better", "worse") for n in (kept[word, True], kept[word, True] + kept[word, False])))
             in page and f"{all_[0]:.2f} of {all_[1]:,} pairs of rows, {near[0]:.2f} of the {near[1]:,}" in page)
+    for name in ("learned positions", "no positions", "Xavier", "AdamW", "minGRU", "short convolution", "low rank"):
+        assert f"from {early[name] - early['baseline']:+.2f} to {late[name] - late['baseline']:+.2f}" in page, name
 
 
 def test_the_estimators_of_the_dvae():
@@ -429,4 +431,4 @@ def test_the_archives_of_the_reference_runs():
         count += len(runs)
         for entry in (entry for row in index.get("rows", ()) for entry in row["runs"]):
             assert runs[entry["run"]].summary[index["metric"]] == pytest.approx(entry["value"], rel=1e-5)
-    assert count == 2141
+    assert count == 2162
