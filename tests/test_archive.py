@@ -431,4 +431,4 @@ def test_the_archives_of_the_reference_runs():
         count += len(runs)
         for entry in (entry for row in index.get("rows", ()) for entry in row["runs"]):
             assert runs[entry["run"]].summary[index["metric"]] == pytest.approx(entry["value"], rel=1e-5)
-    assert count == 2162
+    assert count == 2167
