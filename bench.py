@@ -8,7 +8,7 @@
     python bench.py --what loss --peer nanogpt=../nanoGPT         # seconds to 1.88 nats on tinyshakespeare
     python bench.py --what mixers,worlds,dialogs --threads 1      # generation with our caches and without
     python bench.py --what gpus                                   # what the presets for one GPU should take, by FLOPs
-    python bench.py --preset gpu --json gpu.json                  # on a GPU: all that docs/speed.md has not measured
+    python bench.py --preset gpu --json gpu.json                  # on a GPU: what none has been asked yet
 
 Each round times all sides right after one another, in an order that turns; a row gives each side's median over the
 rounds with quartiles, and the median and quartiles of the rounds' ratios. nanoGPT's model.py is imported as it is, its
@@ -70,7 +70,7 @@ from nanolab.settings import shown
 preset = None            # a named set of settings (below); flags win over it
 peer = None              # nanogpt=FOLDER, x-transformers, liger (operations, on a GPU), several with commas; none: ours
 what = "train,memory,generate,evaluate,optimiser"  # and kernels growth startup loss mixers contexts worlds dialogs gpus
-#                          presets
+                                                   # presets
 json = None              # [path] the rows are written there too
 device = "auto"          # auto, cpu, cuda, cuda:1, ...
 dtype = "bfloat16"       # [float32, bfloat16] autocast of our training side

@@ -223,8 +223,16 @@ def _source(path):
 
 def _comments(source, first=1):
     """{line: its comment} of a source whose first line is of this number."""
-    return {token.start[0] + first - 1: token.string.lstrip("# ")
-            for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
+    found, line = {}, None
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            if line and column > 20 and not token.line[:column].strip():     # the comment of the line above goes on
+                found[line] += " " + token.string.lstrip("# ")
+            else:
+                line = row + first - 1
+                found[line] = token.string.lstrip("# ")
+    return found
 
 
 def _read_settings(path):

@@ -378,7 +378,8 @@ def test_what_one_draw_of_2000_steps_says():
             and "{} of {} that are better keep their sign, {} of {} that are worse".format(*(
                 n for word in ("better", "worse") for n in (kept[word, True], kept[word, True] + kept[word, False])))
             in page and f"{all_[0]:.2f} of {all_[1]:,} pairs of rows, {near[0]:.2f} of the {near[1]:,}" in page)
-    for name in ("learned positions", "no positions", "Xavier", "AdamW", "minGRU", "short convolution", "low rank"):
+    for name in ("learned positions", "no positions", "Xavier", "AdamW", "minGRU", "short convolution", "low rank",
+                 "Mamba", "SwiGLU"):
         assert f"from {early[name] - early['baseline']:+.2f} to {late[name] - late['baseline']:+.2f}" in page, name
 
 

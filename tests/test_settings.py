@@ -396,3 +396,10 @@ def test_a_script_offers_every_word_of_the_model(script):
     own = flags._read_settings(f"{ROOT}/{script}.py")
     for name, spec in flags._fields_of(TransformerConfig).items():
         assert name not in own or {*spec.words} <= {*own[name].words}, name
+
+
+def test_a_comment_goes_on_below():
+    """Far to the right and alone in its line; else it is another one."""
+    from nanolab.settings import _comments
+    assert _comments("a = 1                     # one\n" + 26 * " " + "# and more\n# --- B ---\nb = 2  # two\n") == {
+        1: "one and more", 3: "--- B ---", 4: "two"}
